@@ -161,6 +161,41 @@ CONFIG_DIR = os.path.join("~", ".iflow2api")
 #: Environment variables of settings are this plus the key in upper case.
 ENV_PREFIX = "IFLOW2API_"
 
+class Model(NamedTuple):
+    """What is known of a model: tokens of context, most tokens of an answer, whether it takes images."""
+    title: str
+    context: int
+    max_output: int
+    vision: bool = False
+
+
+#: iFlow's models (its /models can't be relied on), with what its platform allows.
+IFLOW_MODELS = {
+    "glm-4.6": Model("GLM 4.6", 200_000, 32_000),
+    "glm-4.7": Model("GLM 4.7", 200_000, 32_000),
+    "glm-5": Model("GLM 5", 200_000, 32_000),
+    "iFlow-ROME-30BA3B": Model("iFlow ROME", 256_000, 64_000),
+    "deepseek-v3.2-chat": Model("DeepSeek V3.2", 128_000, 8_192),
+    "qwen3-coder-plus": Model("Qwen3 Coder Plus", 256_000, 64_000),
+    "kimi-k2": Model("Kimi K2", 128_000, 32_000),
+    "kimi-k2-0905": Model("Kimi K2 0905", 256_000, 32_000),
+    "kimi-k2-thinking": Model("Kimi K2 Thinking", 256_000, 32_000),
+    "kimi-k2.5": Model("Kimi K2.5", 256_000, 32_768),
+    "minimax-m2.5": Model("MiniMax M2.5", 200_000, 64_000),
+    "qwen-vl-max": Model("Qwen VL Max", 128_000, 8_192, True)}
+
+IFLOW_BASE_URL = "https://apis.iflow.cn/v1"
+
+#: The iFlow CLI's own file.
+IFLOW_FILE = os.path.join("~", ".iflow", "settings.json")
+
+#: The iFlow CLI's variables, the first that is set.
+IFLOW_KEY_VARIABLES = ("IFLOW_apiKey", "IFLOW_API_KEY", "iflow_apiKey", "iflow_API_KEY")
+IFLOW_URL_VARIABLES = ("IFLOW_baseUrl", "IFLOW_BASE_URL", "iflow_baseUrl", "iflow_BASE_URL")
+
+#: Opens the models that iFlow keeps for its CLI.
+IFLOW_AGENT = "iFlow-Cli"
+
 #: One line of an upstream's head; a request's whole head, and its header lines (nginx: 32 KiB, http.server: 100).
 LINE_LIMIT = 65536
 HEAD_LIMIT_BYTES = 65536
@@ -745,6 +780,44 @@ def _token(name: str) -> str:
     return name
 
 
+# --- iFlow's own file ---------------------------------------------------------
+
+def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapping[str, str], login: Json) -> Optional[Provider]:
+    """The provider `iflow` out of the settings, the CLI's variables and its file (`login`); None without a key.
+
+    Flag and IFLOW2API_API_KEY > IFLOW_… > config.json > the CLI's file; the same for the address.
+    """
+    def text(name: str) -> str:
+        value = login.get(name)
+        return value.strip() if isinstance(value, str) else ""
+
+    def first(name: str, variables: Sequence[str], *filed: str) -> str:
+        ours = getattr(settings, name).strip()
+        theirs = next((environ[variable] for variable in variables if environ.get(variable)), "").strip()
+        candidates = [theirs, ours] if origins.get(name) == "file" else [ours, theirs]
+        return next((value for value in [*candidates, *filed] if value), "")
+
+    key = first("api_key", IFLOW_KEY_VARIABLES, text("apiKey"), text("searchApiKey"))
+    if not key:
+        return None
+    plain = (settings.auth_type or text("selectedAuthType")) == "openai-compatible"
+    entry = {"name": "iflow", "kind": "openai" if plain else "iflow", "api_keys": ["$" + key if key[0] == "$" else key],
+             "base_url": first("base_url", IFLOW_URL_VARIABLES, text("baseUrl"), IFLOW_BASE_URL),
+             "models": [text("modelName")] if plain and text("modelName") else [], "concurrency": settings.api_concurrency}
+    return with_iflow_facts(parse_provider(entry, {}), settings)
+
+
+def with_iflow_facts(provider: Provider, settings: Settings) -> Provider:
+    """A provider of kind iflow with what is known of iFlow, where the user did not say otherwise."""
+    if provider.kind != "iflow":
+        return provider
+    preserve = provider.preserve_reasoning_content
+    return replace(
+        provider, models=provider.models or tuple(IFLOW_MODELS), concurrency=provider.concurrency or settings.api_concurrency,
+        vision_model=(provider.vision_model or settings.vision_model) if settings.vision_mode == "route" else "",
+        preserve_reasoning_content=settings.preserve_reasoning_content if preserve is None else preserve)
+
+
 # --- routes ------------------------------------------------------------------
 
 class Target(NamedTuple):
@@ -753,10 +826,23 @@ class Target(NamedTuple):
     model: str
 
 
+def profile_of(target: Target) -> Json:
+    """How the target's Chat differs: the defaults, the provider's profile, and what is known of the model."""
+    profile = {**DEFAULT_PROFILE, **target.provider.profile}
+    model = IFLOW_MODELS.get(target.model) if target.provider.kind == "iflow" else None
+    if target.provider.kind == "iflow":
+        profile.update(vision=model.vision if model else True, require_reasoning_on_tool_calls=wants_reasoning_back(target.model))
+    if model:
+        profile["max_output"], profile["context"] = model.max_output, model.context
+    return profile
+
+
 class Router:
     """Names to targets, out of one snapshot of the settings (DESIGN: providers and resolution).  Pure."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str], iflow: Optional[Provider] = None,
+                 model_name: str = "") -> None:
+        """`iflow` and `model_name` are the CLI's login and the model it is set to."""
         self.providers: Dict[str, Provider] = {}
         self.problems: List[str] = []
         for number, entry in enumerate(settings.providers):
@@ -768,12 +854,22 @@ class Router:
             if provider.name in self.providers:
                 self.problems.append(f"providers[{number}]: the name {provider.name} is taken by an earlier one")
                 continue
-            self.providers[provider.name] = provider
+            self.providers[provider.name] = with_iflow_facts(provider, settings)
+        if iflow is not None:
+            self.providers.setdefault("iflow", iflow)
+        for provider in self.providers.values():
             if provider.problem:
                 self.problems.append(f"provider {provider.name} is disabled: {provider.problem}")
         self.aliases = self._parse_aliases(settings.aliases)
         self.default = self._default(settings.default_provider)
-        self.default_model = settings.default_model or (self.default.models[0] if self.default and self.default.models else "")
+        self.default_model = settings.default_model or model_name or self._first_model()
+
+    def _first_model(self) -> str:
+        if self.default is None:
+            return ""
+        if self.default.kind == "iflow" and "glm-5" in self.default.models:
+            return "glm-5"
+        return self.default.models[0] if self.default.models else ""
 
     def _parse_aliases(self, aliases: Json) -> List[Tuple[str, List[str]]]:
         parsed = []
@@ -814,7 +910,8 @@ class Router:
         if found:
             return found
         if self.default is None:
-            raise NotLoggedIn("no provider is set up: start with --upstream URL, or add one to `providers` in config.json")
+            raise NotLoggedIn("there is no iFlow login and no other provider: put iFlow's key into IFLOW_API_KEY or `api_key`, "
+                              "start with --upstream URL, or add one to `providers` in config.json")
         return Target(self.default, model)
 
     def claimed(self, model: str) -> Optional[Target]:
@@ -1199,6 +1296,9 @@ def refusal_in(payload: Any, status: int = 200) -> Optional[UpstreamRefused]:
     """
     if not isinstance(payload, dict):
         return None
+    business = business_refusal(payload, status)
+    if business:
+        return business
     error = payload.get("error")
     if not error and status < 400 and payload.get("object") != "error":
         return None
@@ -1332,6 +1432,201 @@ def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]
         return max(0.0, parsedate_to_datetime(value).timestamp() - now) if value else None
     except (TypeError, ValueError, IndexError):
         return None
+
+
+# --- iFlow's quirks ----------------------------------------------------------
+
+#: Fields set by model where the client did not set them (iflow.md); later patterns add to earlier ones.
+IFLOW_TWEAKS: Tuple[Tuple[str, Json], ...] = (
+    ("deepseek*", {"thinking_mode": True, "reasoning": True}),
+    ("glm-5", {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True, "thinking": {"type": "enabled"}}),
+    ("glm-*", {"chat_template_kwargs": {"enable_thinking": True}}),
+    ("kimi-k2.5*", {"thinking": {"type": "enabled"}}),
+    ("mimo-*", {"thinking": {"type": "enabled"}}),
+    ("*thinking*", {"thinking_mode": True}),
+    ("*reasoning*", {"reasoning": True}))
+
+#: Models that take none of these.
+IFLOW_REMOVED = (("qwen*4b*", ("thinking_mode", "reasoning", "chat_template_kwargs")),)
+
+#: Models that want their earlier reasoning back in multi-turn tool use.
+REASONING_BACK = ("glm-4*", "glm-5*", "kimi-*thinking*", "kimi-k2.5*", "minimax-*", "deepseek*")
+
+#: Business codes in bodies, also under HTTP 200 -> the status they stand for.  401 and 403 become the 403 about our key.
+IFLOW_CODES = {434: 401, 438: 403, 439: 401, 435: 404, 429: 429, 449: 429, 8211: 429, 511: 400, 413: 400, 514: 502, 406: 403}
+
+
+def wants_reasoning_back(model: str) -> bool:
+    return any(fnmatchcase(model.lower(), pattern) for pattern in REASONING_BACK)
+
+
+def _refuses_thinking(chat: Json) -> bool:
+    """Whether the client switched thinking off, in any provider's way."""
+    thinking, template = chat.get("thinking"), chat.get("chat_template_kwargs")
+    switches = [chat.get("enable_thinking"), chat.get("thinking_mode"), chat.get("reasoning"),
+                template.get("enable_thinking", template.get("thinking")) if isinstance(template, dict) else None]
+    return any(switch is False for switch in switches) or chat.get("reasoning_effort") == "none" or (
+        isinstance(thinking, dict) and thinking.get("type") == "disabled")
+
+
+def adapt_to_iflow(chat: Json, model: str, recall: Callable[[str], str]) -> Json:
+    """A chat request as iFlow wants it; `recall` gives the reasoning that went with a tool call.  A new object."""
+    chat = dict(chat)
+    name = model.lower()
+    if not _refuses_thinking(chat):
+        for pattern, fields_added in IFLOW_TWEAKS:
+            if fnmatchcase(name, pattern):
+                chat = {**fields_added, **chat}
+    for pattern, names in IFLOW_REMOVED:
+        if fnmatchcase(name, pattern):
+            chat = {key: value for key, value in chat.items() if key not in names}
+    if chat.get("tools") == []:
+        chat = {key: value for key, value in chat.items() if key not in ("tools", "tool_choice")}
+    known = IFLOW_MODELS.get(model)
+    for key in ("max_tokens", "max_completion_tokens"):
+        if known and isinstance(chat.get(key), int) and chat[key] > known.max_output:
+            chat[key] = known.max_output
+    if wants_reasoning_back(model) and isinstance(chat.get("messages"), list):
+        chat["messages"] = [_with_reasoning(message, recall) for message in chat["messages"]]
+    return chat
+
+
+def _with_reasoning(message: Any, recall: Callable[[str], str]) -> Any:
+    """An assistant message with the reasoning that its client dropped."""
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(calls, list) or not calls or message.get("reasoning_content"):
+        return message
+    ident = calls[0].get("id") if isinstance(calls[0], dict) else None
+    reasoning = recall(ident) if isinstance(ident, str) else ""
+    return {**message, "reasoning_content": reasoning} if reasoning else message
+
+
+def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
+    """iFlow's `{"status": "439", "msg": "…", "body": null}` (or `error_code`), None where it is something else."""
+    code = str(payload.get("error_code") or payload.get("status") or "")
+    if "choices" in payload or not code.isdigit() or not ("msg" in payload or "error_code" in payload):
+        return None
+    number = int(code)
+    if number in (0, 200):
+        return None
+    meant = IFLOW_CODES.get(number, status if status >= 400 else 502)
+    message = payload.get("msg") or payload.get("message") or "no message"
+    return UpstreamRefused(
+        f"{one_line(message, 500)} (code {number})", status=meant, type=error_type(meant),
+        code="model_not_found" if meant == 404 else "context_length_exceeded" if meant == 400 else None,
+        overflow=(0, 0, 0) if meant == 400 else None, retry_after_s=DEFAULT_RETRY_AFTER_S if meant == 429 else None)
+
+
+class ReasoningNote:
+    """Listens to an answer and remembers which reasoning went with which tool calls."""
+
+    def __init__(self, keep: Callable[[str, str], None]) -> None:
+        self._keep = keep
+        self._reasoning: List[str] = []
+        self._ids: List[str] = []
+
+    def hear(self, chunk: Json) -> None:
+        choice = first_choice(chunk)
+        message = choice.get("delta") or choice.get("message")
+        if not isinstance(message, dict):
+            return
+        reasoning = reasoning_of(message)
+        if reasoning:
+            self._reasoning.append(reasoning)
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            if isinstance(call, dict) and isinstance(call.get("id"), str) and call["id"]:
+                self._ids.append(call["id"])
+
+    def close(self) -> None:
+        text = "".join(self._reasoning)
+        for ident in self._ids if text else ():
+            self._keep(ident, text)
+
+
+class ReasoningMerge:
+    """Chat chunks with reasoning and answer brought together as `preserve_reasoning_content` says (iflow.md).
+
+    False: reasoning deltas become content deltas, a blank line before the answer's first.  True: fields as they came;
+    where no content ever came, the reasoning once more as content at the end.
+    """
+
+    def __init__(self, preserve: bool) -> None:
+        self._preserve = preserve
+        self._heard: Dict[Any, List[str]] = {}           # reasoning by choice, until its answer begins
+        self._answered: Set[Any] = set()
+        self.usage: Optional[Json] = None
+        self.finish_reason: Optional[str] = None
+
+    def feed(self, chunk: Json) -> Iterator[Any]:
+        self.usage = usage_of(chunk) or self.usage
+        choices = chunk.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                self._merge(choice)
+                self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        yield chunk
+
+    def close(self) -> Iterator[Any]:
+        yield "[DONE]"
+
+    def _merge(self, choice: Json) -> None:
+        delta, index = choice.get("delta"), choice.get("index", 0)
+        if not isinstance(delta, dict):
+            delta = {}
+        content = delta.get("content")
+        reasoning = reasoning_of(delta)
+        if reasoning:
+            self._heard.setdefault(index, []).append(reasoning)
+        if not self._preserve:
+            for name in ("reasoning_content", "reasoning", "reasoning_details"):
+                delta.pop(name, None)
+            if content and index in self._heard and index not in self._answered:
+                content = ("\n\n" + content) if isinstance(content, str) else content
+            if reasoning and isinstance(content, (str, type(None))):
+                content = reasoning + (content or "")
+            if reasoning or content:
+                delta["content"] = content
+        if delta.get("content") and (self._preserve or content != reasoning):
+            self._answered.add(index)
+        if self._preserve and choice.get("finish_reason") and index in self._heard and index not in self._answered:
+            delta["content"] = "".join(self._heard[index])
+            choice["delta"] = delta
+
+
+def merge_reasoning(completion: Json, preserve: bool) -> Json:
+    """The same for a plain answer: reasoning, blank line and answer in `content`, or both fields filled."""
+    for choice in completion.get("choices") or ():
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if not isinstance(message, dict):
+            continue
+        reasoning, content = reasoning_of(message), message.get("content")
+        if not preserve:
+            for name in ("reasoning_content", "reasoning", "reasoning_details"):
+                message.pop(name, None)
+            if reasoning and isinstance(content, (str, type(None))):
+                message["content"] = reasoning + ("\n\n" + content if content else "")
+        elif reasoning and not content:
+            message["content"] = reasoning
+    return completion
+
+
+def encode_chunk(chunk: Any) -> bytes:
+    """A chat chunk, or the end, as a record."""
+    return b"data: " + (b"[DONE]" if chunk == "[DONE]" else dump_json(chunk)) + b"\n\n"
+
+
+_IMAGE_PARTS = ("image_url", "image", "input_image")
+
+
+def has_images(value: Any) -> bool:
+    """Whether a request of any dialect shows an image, in tool results, too."""
+    if isinstance(value, list):
+        return any(has_images(item) for item in value)
+    if isinstance(value, dict):
+        return value.get("type") in _IMAGE_PARTS or any(
+            has_images(item) for item in value.values() if isinstance(item, (list, dict)))
+    return False
 
 
 # --- streams -----------------------------------------------------------------
@@ -1476,8 +1771,9 @@ class RelayStream:
 class TranslatedStream:
     """An upstream's event stream turned into a dialect's own events, as they come."""
 
-    def __init__(self, translator: Any, encode: Callable[[Json], bytes], fail: Callable[[GatewayError], bytes]) -> None:
-        self.fail = fail
+    def __init__(self, translator: Any, encode: Callable[[Any], bytes], fail: Callable[[GatewayError], bytes],
+                 note: Optional[ReasoningNote] = None) -> None:
+        self.fail, self._note = fail, note
         self.began, self.done, self.records = False, False, 0
         self._decoder, self._held = SSEDecoder(), []
         self._broken: Optional[UpstreamError] = None     # raised once what came before it is with the client
@@ -1501,6 +1797,8 @@ class TranslatedStream:
         out: List[bytes] = []
         try:
             for chunk in read_records(records):
+                if self._note is not None and chunk is not None:
+                    self._note.hear(chunk)
                 if chunk is None:
                     self.done = True
                 elif self.began:
@@ -1532,6 +1830,8 @@ class TranslatedStream:
             raise UpstreamGarbled("the upstream's answer is empty")
         if not self.done and not self.finish_reason:
             raise UpstreamGarbled("the upstream's answer was cut off")
+        if self._note is not None:
+            self._note.close()
         return out + b"".join(map(self._encode, self._translator.close()))
 
 
@@ -4175,6 +4475,7 @@ class Context(NamedTuple):
     new_id: Callable[[str], str]
     seal: Seal
     store: Any                           #: a ResponseStore
+    reasoning: Any                       #: a ReasoningCache
 
 
 @dataclass
@@ -4195,38 +4496,61 @@ class Call:
         return bool(self.body.get("stream"))
 
     @property
+    def shows_images(self) -> bool:
+        return any(f'"{kind}"' in self.text for kind in _IMAGE_PARTS) and has_images(self.body)
+
+    @property
     def is_codex(self) -> bool:
         """Codex reads comments as silence, and a cut answer as an error (clients.md)."""
         return self.headers.get("originator", "").startswith("codex")
 
 
 class ChatTurn:
-    """A chat request on its way to a chat upstream: every byte but the model's name as it came."""
+    """A chat request on its way to a chat upstream: every byte but the model's name as it came, where that will do."""
     local: Optional[Json] = None         #: an answer that needs no upstream
     estimate = 0
 
-    def __init__(self, call: Call, target: Target) -> None:
-        self._call, self._target = call, target
+    def __init__(self, call: Call, target: Target, context: Context) -> None:
+        self._call, self._target, self._context = call, target, context
+        self._is_iflow = target.provider.kind == "iflow" and call.dialect.judged
+        self._preserve = target.provider.preserve_reasoning_content      #: None: reasoning passes untouched
 
     def encode(self) -> bytes:
         """The body for the upstream."""
-        if self._call.model == self._target.model:
-            return self._call.text.encode()
-        return splice_model(self._call.text, self._target.model).encode()
+        call, model = self._call, self._target.model
+        if self._is_iflow:
+            try:
+                return dump_json({**adapt_to_iflow(call.body, model, self._context.reasoning.recall), "model": model})
+            except ValueError:           # 1e999 is a number in JSON, but none that could be written again
+                raise BadRequest("a number of the body is out of range") from None
+        return (call.text if call.model == model else splice_model(call.text, model)).encode()
 
     def reply(self, data: bytes, completion: Json) -> bytes:
         """The plain answer for the client, out of the upstream's bytes and what they parse to."""
-        return data
+        note = self._note()
+        if note is not None:
+            note.hear(completion)
+            note.close()
+        return data if self._preserve is None else dump_json(merge_reasoning(completion, self._preserve))
 
-    def stream(self) -> RelayStream:
-        return RelayStream(lambda exc: self._call.dialect.error_event(exc, self._call.request_id))
+    def stream(self) -> Any:
+        def fail(exc: GatewayError) -> bytes:
+            return self._call.dialect.error_event(exc, self._call.request_id)
+
+        if self._preserve is None and not self._is_iflow:
+            return RelayStream(fail)
+        return TranslatedStream(ReasoningMerge(bool(self._preserve)), encode_chunk, fail, self._note())
+
+    def _note(self) -> Optional[ReasoningNote]:
+        return ReasoningNote(self._context.reasoning.keep) if self._is_iflow else None
 
 
 class TranslatedTurn:
     """A request in a dialect of its own, its chat request, and the way back."""
 
-    def __init__(self, call: Call, turn: Any, context: Context) -> None:
-        self._call, self._turn, self._context = call, turn, context
+    def __init__(self, call: Call, turn: Any, target: Target, context: Context) -> None:
+        self._call, self._turn, self._target, self._context = call, turn, target, context
+        self._is_iflow = target.provider.kind == "iflow"
 
     @property
     def local(self) -> Optional[Json]:
@@ -4241,9 +4565,17 @@ class TranslatedTurn:
         return getattr(self._turn, "estimate", 0)
 
     def encode(self) -> bytes:
-        return dump_json(self._turn.chat)
+        chat = self._turn.chat
+        return dump_json(adapt_to_iflow(chat, chat["model"], self._context.reasoning.recall) if self._is_iflow else chat)
+
+    def _note(self) -> Optional[ReasoningNote]:
+        return ReasoningNote(self._context.reasoning.keep) if self._is_iflow else None
 
     def reply(self, data: bytes, completion: Json) -> bytes:
+        note = self._note()
+        if note is not None:
+            note.hear(completion)
+            note.close()
         return dump_json(self._kept(self._turn.reply(completion, self._context.new_id)))
 
     def stream(self) -> TranslatedStream:
@@ -4255,7 +4587,7 @@ class TranslatedTurn:
                 return self._call.dialect.error_event(exc, self._call.request_id)
             return b"".join(map(encode_event, fail(exc)))
 
-        return TranslatedStream(translator, self._encode, error)
+        return TranslatedStream(translator, self._encode, error, self._note())
 
     def _encode(self, event: Json) -> bytes:
         return encode_event(event)
@@ -4319,7 +4651,7 @@ class ChatDialect:
 
     def turn(self, call: Call, target: Target, context: Context) -> Any:
         """The way there and back for one target: a ChatTurn, or something like it."""
-        return ChatTurn(call, target)
+        return ChatTurn(call, target, context)
 
     def keepalive(self, call: Call, began: bool) -> bytes:
         """What tells the client in silence that we are there."""
@@ -4345,8 +4677,11 @@ class MessagesDialect(ChatDialect):
     foreign = True
 
     def turn(self, call: Call, target: Target, context: Context) -> Any:
-        turn = MessagesTurn(call.body, {**DEFAULT_PROFILE, **target.provider.profile}, target.model)
-        return TranslatedTurn(call, turn, context)
+        turn = MessagesTurn(call.body, profile_of(target), target.model)
+        thinking = call.body.get("thinking")
+        asked = isinstance(thinking, dict) and thinking.get("type") != "disabled"
+        turn.hide_reasoning = target.provider.kind == "iflow" and not asked
+        return TranslatedTurn(call, turn, target, context)
 
     def keepalive(self, call: Call, began: bool) -> bytes:
         """A ping is legal after message_start alone."""
@@ -4370,10 +4705,10 @@ class ResponsesDialect(ChatDialect):
 
     def turn(self, call: Call, target: Target, context: Context) -> Any:
         store = context.store
-        turn = ResponsesTurn(call.body, {**DEFAULT_PROFILE, **target.provider.profile}, target.model, now=context.now,
+        turn = ResponsesTurn(call.body, profile_of(target), target.model, now=context.now,
                              recall=store.recall, item=store.item, seal=context.seal, codex=call.is_codex,
                              compact=self.compact)
-        return (CompactRoad if self.compact else ResponsesRoad)(call, turn, context)
+        return (CompactRoad if self.compact else ResponsesRoad)(call, turn, target, context)
 
     def keepalive(self, call: Call, began: bool) -> bytes:
         return b'data: {"type":"ping"}\n\n' if call.is_codex else b": keep-alive\n\n"
@@ -4904,6 +5239,27 @@ class Endpoint(NamedTuple):
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
 
+def uuid4() -> str:
+    """A random UUID (RFC 9562, 5.4); the uuid module is a package of its own on OpenWrt."""
+    digits = secrets.token_hex(16)
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
+
+
+class IFlowIdentity:
+    """The headers iFlow knows its CLI by: one session and conversation a process, each request signed."""
+
+    def __init__(self) -> None:
+        self.session_id, self.conversation_id = f"session-{uuid4()}", uuid4()
+
+    def headers(self, key: str, now: float) -> List[Tuple[str, str]]:
+        """For a request at `now` (epoch seconds) with the API key `key`; the signature is HMAC-SHA-256 in hex."""
+        stamp = str(int(now * 1000))
+        signed = hmac.new(key.encode(), f"{IFLOW_AGENT}:{self.session_id}:{stamp}".encode(), "sha256").hexdigest()
+        trace = f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+        return [("user-agent", IFLOW_AGENT), ("session-id", self.session_id), ("conversation-id", self.conversation_id),
+                ("x-iflow-timestamp", stamp), ("x-iflow-signature", signed), ("traceparent", trace)]
+
+
 class Upstream:
     """All HTTP that goes out: connections are kept, TLS is set up once, errors are UpstreamErrors."""
 
@@ -4911,6 +5267,7 @@ class Upstream:
         self._pool, self._lookout = Pool(), Lookout()
         self._tls: Tuple[str, Optional[ssl.SSLContext]] = ("", None)
         self._lock = threading.Lock()
+        self.identity = IFlowIdentity()
         self.own_ports: Set[int] = set()     #: ports this process listens on: never an upstream
 
     def open(self, provider: Provider, settings: Settings, method: str, path: str, headers: Iterable[Tuple[str, str]],
@@ -5114,6 +5471,25 @@ class KeyRing:
 
 
 Labels = Tuple[Tuple[str, str], ...]
+
+
+class ReasoningCache:
+    """Reasoning by tool-call id, for clients that drop it; bounded, the oldest go first."""
+    LIMIT, LIMIT_CHARS = 2000, 8 << 20
+
+    def __init__(self) -> None:
+        self._texts: Dict[str, str] = {}
+        self._size, self._lock = 0, threading.Lock()
+
+    def keep(self, ident: str, text: str) -> None:
+        with self._lock:
+            self._size += len(text) - len(self._texts.pop(ident, ""))
+            self._texts[ident] = text
+            while len(self._texts) > self.LIMIT or self._size > self.LIMIT_CHARS:
+                self._size -= len(self._texts.pop(next(iter(self._texts))))
+
+    def recall(self, ident: str) -> str:
+        return self._texts.get(ident, "")
 
 
 class ResponseStore:
@@ -5349,7 +5725,9 @@ class Gateway:
                  environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None) -> None:
         self.config, self.flags = config, dict(flags or {})
         self.environ = os.environ if environ is None else environ
-        self.upstream, self.metrics, self.responses = Upstream(), Metrics(), ResponseStore()
+        self.upstream, self.metrics = Upstream(), Metrics()
+        self.responses, self.reasoning = ResponseStore(), ReasoningCache()
+        self._login: Json = {}           #: the iFlow CLI's file, as last read well
         self._seal: Optional[Seal] = None
         self.started_at = time.time()
         self.in_flight = 0
@@ -5367,7 +5745,7 @@ class Gateway:
         else:
             raw, broken = config.recover()
             self.config_broken = bool(broken)
-            self._take_over(load_settings(raw, self.environ, self.flags), broken)
+            self._take_over(load_settings(raw, self.environ, self.flags), broken + self._read_login())
 
     @property
     def settings(self) -> Settings:
@@ -5377,7 +5755,7 @@ class Gateway:
 
     def apply(self, settings: Settings) -> None:
         """Work with `settings` from the next request on; running ones keep theirs."""
-        router = Router(settings, self.environ)
+        router = self._route(settings)
         with self._lock:
             for name, provider in router.providers.items():
                 slots = self._slots.setdefault(name, Slots(provider.concurrency))
@@ -5389,9 +5767,26 @@ class Gateway:
             self.state = State(settings, router)
         log.setLevel(settings.log_level.upper())
 
+    def _route(self, settings: Settings) -> Router:
+        if "providers" in self.flags:    # --upstream: that one alone
+            return Router(settings, self.environ)
+        name = self._login.get("modelName")
+        iflow = iflow_provider(settings, self.origins, self.environ if self.config else {}, self._login)
+        return Router(settings, self.environ, iflow, name if iflow and isinstance(name, str) else "")
+
+    def _read_login(self) -> List[str]:
+        """Take over the iFlow CLI's file; what is wrong with it, a sentence.  A bad one leaves the last good in force."""
+        if self.config is None or "providers" in self.flags:
+            return []
+        try:
+            self._login = read_json_file(os.path.expanduser(IFLOW_FILE))
+        except ConfigBroken as exc:
+            return [f"{exc} (the iFlow CLI's file; nothing is written to it)"]
+        return []
+
     def _take_over(self, loaded: Loaded, broken: List[str]) -> None:
-        self.apply(loaded.settings)
         self.origins = loaded.origins
+        self.apply(loaded.settings)
         problems = broken + loaded.problems + self.state.router.problems
         for problem in problems:
             if problem not in self.problems:
@@ -5411,15 +5806,17 @@ class Gateway:
                 log.warning("%s (the settings in force stay)", one_line(exc, 500))
             return
         loaded = load_settings(raw, self.environ, self.flags, self.settings)
-        if loaded.settings != self.settings or self.config_broken or loaded.problems:
+        before = (self.settings, self._login)
+        broken = self._read_login()
+        if (loaded.settings, self._login) != before or self.config_broken or loaded.problems or broken:
             self.config_broken = False
-            self._take_over(loaded, [])
+            self._take_over(loaded, broken)
             log.info("settings taken over from %s", self.config.path)
 
     def watch_files(self) -> None:
         """Reload when config.json changes on disk."""
         if self.config is not None and self._watch is None:
-            self._watch = FileWatch([self.config.path], self.reload)
+            self._watch = FileWatch([self.config.path, os.path.expanduser(IFLOW_FILE)], self.reload)
 
     def change_config(self, edit: Callable[[Json], None]) -> None:
         """Change config.json and take it over; OSError where it can't be written."""
@@ -5495,7 +5892,11 @@ class Gateway:
         if provider.problem:
             raise UpstreamRefused(f"provider {provider.name} is disabled: {provider.problem}", status=403,
                                   type="permission_error", should_retry=False)
-        turn = call.dialect.turn(call, target, Context(time.time(), new_id, self.seal(), self.responses))
+        if provider.vision_model and provider.vision_model != target.model and call.shows_images and (
+                not profile_of(target)["vision"]):
+            target = record.target = Target(provider, provider.vision_model)
+        context = Context(time.time(), new_id, self.seal(), self.responses, self.reasoning)
+        turn = call.dialect.turn(call, target, context)
         if turn.local is not None:
             return sink.end(turn.local_events()) if call.stream else sink.reply(dump_json(turn.local), "application/json", ())
         sink.stream = turn.stream()
@@ -5515,10 +5916,10 @@ class Gateway:
                         ring.rest(key, rest_s)
                         if key != keys[-1]:
                             continue
-                    raise self._explained(exc, provider, turn) from None
+                    raise self._explained(exc, target, turn) from None
 
     @staticmethod
-    def _explained(exc: UpstreamError, provider: Provider, turn: Any) -> UpstreamError:
+    def _explained(exc: UpstreamError, target: Target, turn: Any) -> UpstreamError:
         """An upstream's error as clients have to hear it.
 
         A prompt too long is recognised, whatever the words.  A refused key is the operator's trouble, not the client's:
@@ -5528,22 +5929,30 @@ class Gateway:
             text = dump_json(exc.body).decode() if exc.body else exc.message
             found = find_overflow(exc.status, text, exc.code)
             if found:
-                exc.overflow = (found[0] or turn.estimate, found[1], found[2])
+                exc.overflow = found
+            if exc.overflow is not None:
+                prompt, limit, output = exc.overflow
+                exc.overflow = (prompt or turn.estimate, limit or profile_of(target).get("context", 0), output)
                 exc.code = exc.code or "context_length_exceeded"
+            elif exc.status == 404 and exc.code == "model_not_found" and target.model not in exc.message:
+                exc.message = f"the model {target.model} does not exist there: {exc.message}"
+        provider = target.provider
         if exc.status not in (401, 403):
             return exc
         keys = "its key" if provider.api_keys else "a request without a key"
+        cure = "log in to iFlow again" if provider.name == "iflow" else "check its api_keys in config.json"
         return UpstreamRefused(
-            f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); check its api_keys in "
-            f"config.json, then run: python iflow2api.py test {provider.name}",
-            status=403, type="permission_error", should_retry=False)
+            f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}, "
+            f"then run: python iflow2api.py test {provider.name}", status=403, type="permission_error", should_retry=False)
 
     def _attempt(self, state: State, call: Call, target: Target, key: str, turn: Any, body: bytes, sink: AnswerSink,
                  record: Record) -> None:
         headers = self._headers(state.settings, call, target.provider, key)
+        if target.provider.kind == "iflow":
+            headers = [*headers, *self.upstream.identity.headers(key, time.time())]
         with self.upstream.open(target.provider, state.settings, "POST", call.dialect.path, headers, body, sink) as exchange:
             if exchange.status >= 300:
-                raise self._refusal(exchange)
+                raise self._refusal(exchange, target.provider)
             sink.returned = [(n, v) for n, v in exchange.headers.items() if HEADER_RETURNS.fullmatch(n.lower())]
             if call.stream:
                 sink.stream = stream = turn.stream()
@@ -5601,7 +6010,7 @@ class Gateway:
         return completion
 
     @staticmethod
-    def _refusal(exchange: Exchange) -> UpstreamError:
+    def _refusal(exchange: Exchange, provider: Provider) -> UpstreamError:
         """What an answer with an error status stands for; 429 always says when to come back."""
         if exchange.status < 400:
             place = one_line(exchange.headers.get("Location", "nowhere"), 120)
@@ -5611,8 +6020,11 @@ class Gateway:
         except UpstreamError:
             data = b""
         refusal = parse_refusal(exchange.status, exchange.content_type, data)
-        refusal.retry_after_s = parse_retry_after(exchange.headers, time.time())
-        if exchange.status == 429 and refusal.retry_after_s is None:
+        if refusal.status == 406 and provider.kind == "iflow":   # unsigned, or a model this key may not use
+            refusal.status, refusal.body = 403, None
+        said = parse_retry_after(exchange.headers, time.time())
+        refusal.retry_after_s = refusal.retry_after_s if said is None else said
+        if refusal.status == 429 and refusal.retry_after_s is None:
             refusal.retry_after_s = DEFAULT_RETRY_AFTER_S
         verdict = (exchange.headers.get("x-should-retry") or "").lower()
         refusal.should_retry = {"true": True, "false": False}.get(verdict)
@@ -5622,7 +6034,9 @@ class Gateway:
     def _headers(settings: Settings, call: Call, provider: Provider, key: str) -> List[Tuple[str, str]]:
         """The provider's own headers, the key, and of a chat client's what is meant for the upstream."""
         headers: Dict[str, Tuple[str, str]] = {"user-agent": ("User-Agent", f"iflow2api/{__version__}")}
-        if not call.dialect.foreign:
+        if provider.kind == "iflow":
+            headers.clear()              # its own, and nothing of the client's
+        elif not call.dialect.foreign:
             ours = settings.custom_auth_header.lower()
             for name, value in call.headers.items():
                 if not HEADER_STAYS.fullmatch(name) and name != ours and value.isprintable():
@@ -5663,7 +6077,7 @@ class Gateway:
         for pattern, targets in router.aliases:
             if not re.search(r"[*?\[]", pattern):
                 found.setdefault(pattern, targets[0].partition("/")[0] if "/" in targets[0] else "")
-        lists = self._fetch_lists([p for p in router.providers.values() if not p.problem])
+        lists = self._fetch_lists([p for p in router.providers.values() if not p.problem and p.kind != "iflow"])
         for provider in router.providers.values():
             for model in provider.models:
                 claimed = router.claimed(model)
@@ -5677,6 +6091,15 @@ class Gateway:
         created = int(self.started_at)
         return [{"id": model, "object": "model", "created": created, "owned_by": owner or "iflow2api"}
                 for model, owner in found.items()]
+
+    def vision_models(self) -> List[Json]:
+        """Of models() those that are known to take images."""
+        seeing = set()
+        for provider in self.state.router.providers.values():
+            for model in provider.models:
+                if provider.kind == "iflow" and profile_of(Target(provider, model))["vision"] or model == provider.vision_model:
+                    seeing |= {model, f"{provider.name}/{model}"}
+        return [model for model in self.models() if model["id"] in seeing]
 
     def _fetch_lists(self, providers: Sequence[Provider]) -> Dict[str, List[str]]:
         """What the providers themselves list, from the cache where it is fresh; a provider that fails lists nothing."""
@@ -5705,7 +6128,7 @@ class Gateway:
         headers = [*provider.headers, *([("Authorization", "Bearer " + key)] if key else [])]
         with self.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY, MODELS_TIMEOUT_S) as exchange:
             if exchange.status != 200:
-                raise self._refusal(exchange)
+                raise self._refusal(exchange, provider)
             try:
                 listed = json.loads(exchange.read_all(8 << 20))
             except (ValueError, RecursionError):
@@ -5718,9 +6141,13 @@ class Gateway:
         providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem, **({"problem": p.problem} if p.problem else {}),
                       "models": len(p.models)} for p in self.state.router.providers.values()]
         healthy = any(p["usable"] for p in providers) and not self.config_broken
-        return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": False, "version": __version__,
+        return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(), "version": __version__,
                 "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
                 "problems": [one_line(p) for p in self.problems]}
+
+    def _is_logged_in(self) -> bool:
+        iflow = self.state.router.providers.get("iflow")
+        return iflow is not None and not iflow.problem and bool(iflow.api_keys)
 
     def metrics_text(self) -> str:
         gauges: List[Tuple[str, str, Mapping[str, Any], float]] = [
@@ -6301,6 +6728,10 @@ def show_models(handler: Handler) -> None:
     handler.respond_json(anthropic_page([anthropic_model(m) for m in models], query))
 
 
+def show_vision_models(handler: Handler) -> None:
+    handler.respond_json({"object": "list", "data": handler.server.gateway.vision_models()})
+
+
 def show_model(handler: Handler) -> None:
     wanted = urllib.parse.unquote(handler.argument)
     for model in handler.server.gateway.models():
@@ -6374,6 +6805,7 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/metrics": {"GET": Route(show_metrics)},
     "/models": {"GET": Route(show_models)},
     "/models/": {"GET": Route(show_model)},
+    "/vision-models": {"GET": Route(show_vision_models)},
     "/chat/completions": {"POST": Route(answer_call, CHAT)},
     "/completions": {"POST": Route(answer_call, COMPLETIONS)},
     "/embeddings": {"POST": Route(answer_call, EMBEDDINGS)},
