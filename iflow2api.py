@@ -7209,6 +7209,88 @@ def cmd_version(args: Any) -> int:
     return 0
 
 
+# --- env ---------------------------------------------------------------------
+
+#: client -> (variables, what it is).  URL is the server's address, KEY the client key, MODEL the default model.
+CLIENTS: Dict[str, Tuple[Dict[str, str], str]] = {
+    "claude": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY"}, "Claude Code"),
+    "codex": ({"IFLOW2API_KEY": "KEY"}, "Codex CLI"),
+    "openai": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY"}, "the OpenAI SDKs and what is built on them"),
+    "anthropic": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_API_KEY": "KEY"}, "the Anthropic SDKs"),
+    "aider": ({"OPENAI_API_BASE": "URL/v1", "OPENAI_API_KEY": "KEY", "AIDER_MODEL": "openai/MODEL"}, "aider"),
+    "qwen": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY", "OPENAI_MODEL": "MODEL"}, "Qwen Code")}
+
+#: Codex takes its provider from config.toml or from -c flags, never from a variable.
+CODEX_SETTINGS = (("model", "MODEL"), ("model_provider", "iflow2api"), ("model_providers.iflow2api.name", "iflow2api"),
+                  ("model_providers.iflow2api.base_url", "URL/v1"), ("model_providers.iflow2api.env_key", "IFLOW2API_KEY"),
+                  ("model_providers.iflow2api.wire_api", "responses"))
+
+
+class Shell(NamedTuple):
+    """How a shell is told: a variable, a comment, and a command that stands for another one with flags."""
+    variable: str
+    comment: str
+    command: str
+    quote: Callable[[str], str]
+
+
+def _quote_posix(text: str) -> str:
+    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+SHELLS = {
+    "bash": Shell("export {name}={value}", "# {}", "codex() {{ command codex {flags} \"$@\"; }}", _quote_posix),
+    "fish": Shell("set -gx {name} {value}", "# {}", "function codex; command codex {flags} $argv; end",
+                  lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
+    "powershell": Shell("$env:{name} = {value}", "# {}",
+                        "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) {flags} @args }}",
+                        lambda text: "'" + text.replace("'", "''") + "'"),
+    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text)}
+
+
+def cmd_env(args: Any) -> int:
+    """Shell lines that point a client at this server: eval "$(python iflow2api.py env claude)"."""
+    gateway = _gateway_of(args)
+    settings, shell = gateway.settings, SHELLS[args.shell or _guess_shell()]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    words = {"URL": f"http://{host}:{settings.port}", "KEY": settings.custom_api_key or "not-needed",
+             "MODEL": gateway.state.router.default_model}
+
+    def filled(text: str) -> str:
+        return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
+
+    variables, title = CLIENTS[args.client]
+    for name, value in variables.items():
+        if filled(value).strip("/") != "openai":
+            print(shell.variable.format(name=name, value=shell.quote(filled(value))))
+    if args.client == "codex":
+        _print_codex(shell, filled)
+    if not words["MODEL"]:
+        print(shell.comment.format(f"{title} asks for models of its own; tell which one to use instead: "
+                                   "python iflow2api.py config set default_model NAME"))
+    return 0
+
+
+def _print_codex(shell: Shell, filled: Callable[[str], str]) -> None:
+    """The command with its flags, and the same as lines for config.toml."""
+    pairs = [(name, filled(value)) for name, value in CODEX_SETTINGS if filled(value)]
+    flags = " ".join("-c " + shell.quote(f'{name}="{value}"') for name, value in pairs)
+    if shell is SHELLS["cmd"]:
+        flags = " ".join(f'-c {name}="{value}"' for name, value in pairs)
+    print(shell.command.format(flags=flags))
+    print(shell.comment.format("or for good, in ~/.codex/config.toml:"))
+    for name, value in pairs:
+        if name == "model_providers.iflow2api.name":
+            print(shell.comment.format("[model_providers.iflow2api]"))
+        print(shell.comment.format(f'{name.rpartition(".")[2]} = "{value}"'))
+
+
+def _guess_shell() -> str:
+    if os.name == "nt":
+        return "powershell" if os.environ.get("PSModulePath") else "cmd"
+    return "fish" if os.path.basename(os.environ.get("SHELL", "")) == "fish" else "bash"
+
+
 # --- config ------------------------------------------------------------------
 
 def hide_secrets(name: str, value: Any) -> Any:
@@ -7338,6 +7420,11 @@ COMMANDS: Dict[str, Command] = {
     "models": Command(cmd_models, "list the models that can be asked for", RUN_FLAGS),
     "test": Command(cmd_test, "one tiny real request to a provider, or to each", (
         ("provider", {"nargs": "?", "metavar": "PROVIDER", "help": "its name; all without"}), *RUN_FLAGS)),
+    "env": Command(cmd_env, "shell lines that point a client at this server: eval \"$(python iflow2api.py env claude)\"", (
+        ("client", {"choices": tuple(CLIENTS), "metavar": "CLIENT", "help": ", ".join(CLIENTS)}),
+        ("--shell", {"choices": tuple(SHELLS), "help": "for which shell; by $SHELL without"}),
+        ("--host", {"metavar": "ADDR", "help": "the server's address"}), ("--port", {"metavar": "N", "help": "its port"}),
+        RUN_FLAGS[2])),
     "config": Command(cmd_config, "show and change settings", (
         ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path"), "help": "list without"}),
         ("key", {"nargs": "?", "metavar": "KEY"}), ("value", {"nargs": "?", "metavar": "VALUE"}),
