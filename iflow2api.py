@@ -492,6 +492,8 @@ class Settings:
     log_level: str = setting("str", "info", "日志级别", "debug, info, warning or error", flag="--log-level",
                              choices=("debug", "info", "warning", "error"))
     log_file: str = setting("str", "", "日志文件", "a file to log to as well", restart=True)
+    responses_file: str = setting("str", "", "Responses 存档文件", "keep answers of Responses over a restart in this file",
+                                  restart=True)
     iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", "iFlow 授权地址", "iFlow: where the browser logs in")
     iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", "iFlow 令牌地址", "iFlow: where tokens come from")
     iflow_userinfo_url: str = setting("str", "https://iflow.cn/api/oauth/getUserInfo", "iFlow 用户信息地址",
@@ -5493,25 +5495,71 @@ class ReasoningCache:
 
 
 class ResponseStore:
-    """Answers of Responses with what they answered, for `previous_response_id`; bounded, the oldest go first."""
+    """Answers of Responses with what they answered, for `previous_response_id`; bounded, the oldest go first.
+
+    With a `path` they outlive a restart: a JSON line for each, the file made anew when it has grown to twice the limit.
+    """
     LIMIT, LIMIT_BYTES, KEPT_S = 1000, 32 << 20, 24 * 3600
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, path: str = "", clock: Callable[[], float] = time.time) -> None:
+        self._clock, self._path = clock, os.path.expanduser(path)
         self._kept: Dict[str, Tuple[float, int, Json, List[Json]]] = {}
         self._size, self._lock = 0, threading.Lock()
+        self._written = 0
+        if path:
+            self._load()
+
+    def _load(self) -> None:
+        """Read the file; a line that a crash tore is left out."""
+        try:
+            with open(self._path, "rb") as file:
+                lines = file.readlines()
+        except OSError:
+            return
+        for line in lines:
+            self._written += len(line)
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                entry = json.loads(line)
+                self._drop(entry["id"])
+                if "response" in entry:
+                    self._kept[entry["id"]] = (float(entry["at"]), len(line), entry["response"], list(entry["items"]))
+                    self._size += len(line)
+        self._trim()
+
+    def _write(self, entry: Json) -> None:
+        """Add a line, or make the file anew from what is kept."""
+        line = dump_json(entry) + b"\n"
+        try:
+            if self._written + len(line) > 2 * self.LIMIT_BYTES:
+                lines = [dump_json({"id": ident, "at": at, "response": response, "items": items}) + b"\n"
+                         for ident, (at, _, response, items) in self._kept.items()]
+                write_file(self._path, b"".join(lines))
+                self._written = sum(map(len, lines))
+                return
+            os.makedirs(os.path.dirname(os.path.abspath(self._path)), mode=0o700, exist_ok=True)
+            with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+                file.write(line)
+            self._written += len(line)
+        except OSError as exc:
+            log.warning("responses_file %s can't be written: %s", self._path, exc.strerror or exc)
 
     def keep(self, response: Json, items: List[Json]) -> None:
         """`items` are the whole input, of earlier responses, too."""
         size = len(dump_json(response)) + len(dump_json(items))
         with self._lock:
-            self._kept[response["id"]] = (self._clock(), size, response, items)
+            now = self._clock()
+            self._kept[response["id"]] = (now, size, response, items)
             self._size += size
-            for ident in list(self._kept):
-                at, _, _, _ = self._kept[ident]
-                if len(self._kept) <= self.LIMIT and self._size <= self.LIMIT_BYTES and self._clock() - at < self.KEPT_S:
-                    break
-                self._drop(ident)
+            self._trim()
+            if self._path:
+                self._write({"id": response["id"], "at": now, "response": response, "items": items})
+
+    def _trim(self) -> None:
+        for ident in list(self._kept):
+            old = self._clock() - self._kept[ident][0] >= self.KEPT_S
+            if len(self._kept) <= self.LIMIT and self._size <= self.LIMIT_BYTES and not old:
+                break
+            self._drop(ident)
 
     def _drop(self, ident: str) -> bool:
         found = self._kept.pop(ident, None)
@@ -5521,7 +5569,10 @@ class ResponseStore:
     def drop(self, ident: str) -> bool:
         """Forget it; False where there is nothing to forget."""
         with self._lock:
-            return self._drop(ident)
+            dropped = self._drop(ident)
+            if dropped and self._path:
+                self._write({"id": ident})
+            return dropped
 
     def _find(self, ident: str) -> Optional[Tuple[float, int, Json, List[Json]]]:
         with self._lock:
@@ -5726,7 +5777,7 @@ class Gateway:
         self.config, self.flags = config, dict(flags or {})
         self.environ = os.environ if environ is None else environ
         self.upstream, self.metrics = Upstream(), Metrics()
-        self.responses, self.reasoning = ResponseStore(), ReasoningCache()
+        self.reasoning = ReasoningCache()
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         self._seal: Optional[Seal] = None
         self.started_at = time.time()
@@ -5746,6 +5797,7 @@ class Gateway:
             raw, broken = config.recover()
             self.config_broken = bool(broken)
             self._take_over(load_settings(raw, self.environ, self.flags), broken + self._read_login())
+        self.responses = ResponseStore(self.settings.responses_file)
 
     @property
     def settings(self) -> Settings:
