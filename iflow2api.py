@@ -63,7 +63,9 @@ def _serve_from_byte_code(code: Any, source: str) -> None:
     if os.name != "posix" or source.endswith(".pyc") or sys.flags.interactive:
         return
     folder = os.environ.get("IFLOW2API_CONFIG_DIR") or os.path.join("~", ".iflow2api")
-    cached = os.path.join(os.path.expanduser(folder), "cache", f"iflow2api.{sys.implementation.cache_tag}.pyc")
+    if "--config-dir" in sys.argv[:-1]:
+        folder = sys.argv[sys.argv.index("--config-dir") + 1]
+    cached = os.path.join(os.path.expanduser(folder), "cache", str(sys.implementation.cache_tag), "iflow2api.pyc")
     try:
         import marshal
         from importlib.util import MAGIC_NUMBER
@@ -545,7 +547,7 @@ def parse_setting(name: str, text: str) -> Any:
     elif kind != "str":
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{_KIND_NAME[kind]}{' as JSON' if kind in ('list', 'dict') else ''} expected") from None
     return check_setting(name, value)
 
