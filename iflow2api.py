@@ -212,6 +212,9 @@ REFUSAL_LIMIT_BYTES = 1 << 20
 #: A record of an event stream that never ends is passed on, or given up, at this size.
 RECORD_LIMIT_BYTES = 8 << 20
 
+#: A time limit beyond this (a year) is a mistake, and more than some systems can count.
+LONGEST_S = 31_536_000
+
 #: A kept client connection without a request is closed after this (nginx: 75 s, Node: 5 s).
 CLIENT_IDLE_S = 75
 
@@ -532,6 +535,8 @@ def check_setting(name: str, value: Any) -> Any:
         raise ValueError(f"{_KIND_NAME[kind]} expected, not {one_line(json.dumps(value), 60)}")
     if "choices" in facts and value not in facts["choices"]:
         raise ValueError(f"one of {', '.join(c or chr(34) * 2 for c in facts['choices'])} expected")
+    if kind == "float" and not abs(value) <= LONGEST_S:
+        raise ValueError(f"a number of seconds up to {LONGEST_S} expected")
     if kind in ("int", "float") and not facts.get("low", value) <= value <= facts.get("high", value):
         limits = [f"{facts[end]} at {word}" for end, word in (("low", "least"), ("high", "most")) if end in facts]
         raise ValueError(f"a number of {', '.join(limits)} expected")
@@ -656,10 +661,21 @@ class ConfigFile:
             raw, problems = self.recover()
             edit(raw)
             if problems and os.path.isfile(self.path):
-                os.replace(self.path, f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
+                self._put_aside(f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
             elif os.path.isfile(self.path):
                 self._back_up()
-            write_file(self.path, json.dumps(raw, ensure_ascii=False, indent=2).encode("utf-8", "surrogatepass") + b"\n")
+            text = json.dumps(raw, ensure_ascii=False, indent=2)
+            if re.search("[\ud800-\udfff]", text):              # JSON may carry them, UTF-8 may not
+                text = json.dumps(raw, indent=2)
+            write_file(self.path, text.encode() + b"\n")
+
+    def _put_aside(self, path: str) -> None:
+        """The broken file under another name: moved, or copied where it can't be (bind mount)."""
+        try:
+            os.replace(self.path, path)
+        except OSError:
+            with open(self.path, "rb") as file:
+                write_file(path, file.read())
 
     def _back_up(self) -> None:
         """Keep the last good file; where only the file itself may be written (bind mount) there is no place for one."""
@@ -970,7 +986,15 @@ def _no_constant(name: str) -> Any:
     raise ValueError(name)
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _finite(text: str) -> float:
+    """A number that can be written again; 1e999 is JSON, but would come out as Infinity."""
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(text)
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 def dump_json(value: Any) -> bytes:
@@ -1200,7 +1224,7 @@ def parse_body(data: bytes) -> Tuple[Json, str]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        raise BadRequest(f"the body is not UTF-8: byte {exc.start} is 0x{data[exc.start]:02x}") from None
+        raise BadRequest(f"the body is not UTF-8: byte {exc.start} is 0x{exc.object[exc.start]:02x}") from None
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as exc:
@@ -1694,6 +1718,7 @@ TAIL_BYTES = 4096
 _FINISH = re.compile(rb'"finish_reason"\s*:\s*"([^"]*)"')
 _USAGE = re.compile(rb'"usage"\s*:\s*(?=\{\s*")')
 _DONE = re.compile(rb"(?m)^data: ?\[DONE\]")
+_ERROR = re.compile(rb'(?m)^data: ?\{\s*"error"\s*:\s*[{"]')
 
 
 class RelayStream:
@@ -1707,6 +1732,7 @@ class RelayStream:
     def __init__(self, fail: Callable[[GatewayError], bytes]) -> None:
         self.fail = fail                 #: an error as the last thing within the stream
         self.began, self.done = False, False
+        self.failed = False              #: the upstream itself told the client of an error
         self.finish_reason: Optional[str] = None
         self.usage: Optional[Json] = None
         self.records = 0
@@ -1718,8 +1744,8 @@ class RelayStream:
             return False
         self.records += 1
         self._tail = (self._tail + payload)[-TAIL_BYTES:]
-        if payload[-8:] == b"[DONE]\n\n":
-            self.done = True
+        if b"[DONE]" in payload[-64:] or b'"error"' in payload[:24]:
+            self._look_for_end(payload)
         return True
 
     def feed(self, payload: bytes) -> bytes:
@@ -1744,24 +1770,36 @@ class RelayStream:
     def close(self) -> bytes:
         """What has to follow the upstream's proper end; UpstreamGarbled where it was no end of an answer."""
         out = b""
-        if not self.began:
-            out = self.feed(b"\n\n") if self._held else b""
-        elif self._held.strip():
-            with contextlib.suppress(UpstreamError):
-                list(read_records(SSEDecoder().feed(self._held + b"\n\n")))
-                out = self.feed(b"\n\n")
+        if self._held.strip() and (not self.began or self._is_whole(self._held)):
+            out = self.feed(b"\n\n")    # the last record lacked its blank line
         if not self.began:
             raise UpstreamGarbled("the upstream's answer is empty")
         self._read_tail()
-        if not self.done and not self.finish_reason and b'"error"' not in self._tail[-1000:]:
+        if not self.done and not self.finish_reason and not self.failed:
             raise UpstreamGarbled("the upstream's answer was cut off")
-        return out if self.done or not self.finish_reason else out + b"data: [DONE]\n\n"
+        return out if self.done or self.failed or not self.finish_reason else out + b"data: [DONE]\n\n"
+
+    @staticmethod
+    def _is_whole(record: bytes) -> bool:
+        """Whether a record without its blank line is all there."""
+        try:
+            return bool(list(read_records(SSEDecoder().feed(record + b"\n\n"))))
+        except UpstreamRefused:
+            return True
+        except UpstreamGarbled:
+            return False
 
     def _note(self, sent: bytes) -> None:
-        self.records += sent.count(b"\n\n")
+        self.records += sent.count(b"data:")
         self._tail = (self._tail + sent)[-TAIL_BYTES:]
-        if sent[-8:] == b"[DONE]\n\n":
+        self._look_for_end(sent)
+
+    def _look_for_end(self, sent: bytes) -> None:
+        """Whether these records say that it is over: the end, or an error of the upstream's own."""
+        if b"[DONE]" in sent[-64:] and _DONE.search(sent):
             self.done = True
+        if b'"error"' in sent and _ERROR.search(sent):
+            self.failed = True
 
     def _read_tail(self) -> None:
         self.done = self.done or _DONE.search(self._tail) is not None
@@ -1777,7 +1815,7 @@ class TranslatedStream:
 
     def __init__(self, translator: Any, encode: Callable[[Any], bytes], fail: Callable[[GatewayError], bytes],
                  note: Optional[ReasoningNote] = None) -> None:
-        self.fail, self._note = fail, note
+        self.fail, self._note, self.failed = fail, note, False
         self.began, self.done, self.records = False, False, 0
         self._decoder, self._held = SSEDecoder(), []
         self._broken: Optional[UpstreamError] = None     # raised once what came before it is with the client
@@ -4523,10 +4561,7 @@ class ChatTurn:
         """The body for the upstream."""
         call, model = self._call, self._target.model
         if self._is_iflow:
-            try:
-                return dump_json({**adapt_to_iflow(call.body, model, self._context.reasoning.recall), "model": model})
-            except ValueError:           # 1e999 is a number in JSON, but none that could be written again
-                raise BadRequest("a number of the body is out of range") from None
+            return dump_json({**adapt_to_iflow(call.body, model, self._context.reasoning.recall), "model": model})
         return (call.text if call.model == model else splice_model(call.text, model)).encode()
 
     def reply(self, data: bytes, completion: Json) -> bytes:
@@ -4939,7 +4974,7 @@ class Wire(LineReader):
                 raise
             if self._left:
                 raise ClientGone
-            self.received, self._quiet_s = True, 0.0
+            self.received, self._quiet_s = self.received or bool(data), 0.0
             return data
 
     def _pass_silence(self) -> None:
@@ -4964,11 +4999,10 @@ class Wire(LineReader):
 
     def sendall(self, data: bytes) -> None:
         view = memoryview(data)
+        flags = (getattr(socket, "MSG_DONTWAIT", 0),) if self._blocking else ()
         while view:
-            if self._blocking and len(view) > 65536:             # a small request fits into the kernel's buffer
-                self._wait_writable()
             try:
-                view = view[self.sock.send(view[:1 << 18]):]
+                view = view[self.sock.send(view[:1 << 18], *flags):]
             except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 self._wait_writable()
 
@@ -5000,6 +5034,9 @@ class Dechunker:
         return self._feed_slowly(data)
 
     def _feed_slowly(self, data: bytes) -> bytes:
+        if self.done:
+            self._rest += data
+            return b""
         clean = not self._rest and not self._left
         data, self._rest, out = self._rest + data, b"", []
         at = 0
@@ -5010,10 +5047,10 @@ class Dechunker:
                 self._left -= len(piece)
                 at += len(piece)
             elif self._left:
-                if data[at:at + 2] not in (b"\r\n", b"\r"):
+                piece = data[at:at + self._left]
+                if not b"\r\n"[2 - self._left:].startswith(piece):
                     raise ValueError("no line end after a chunk")
-                step = min(self._left, len(data) - at)
-                self._left, at = self._left - step, at + step
+                self._left, at = self._left - len(piece), at + len(piece)
             else:
                 at = self._read_size(data, at)
         self.whole = clean and not self.done and not self._left and not self._rest
@@ -5214,8 +5251,8 @@ def _transport_error(exc: Exception, where: str) -> UpstreamError:
         hint = "it does not speak TLS; should the address begin with http://?" if "WRONG_VERSION" in str(exc.reason) else \
             exc.reason or str(exc)
         return UpstreamUnreachable(f"{where}: TLS failed: {hint}")
-    if isinstance(exc, socket.gaierror):
-        return UpstreamUnreachable(f"{where}: unknown host ({exc.strerror})")
+    if isinstance(exc, (socket.gaierror, UnicodeError)):
+        return UpstreamUnreachable(f"{where}: unknown host ({getattr(exc, 'strerror', None) or exc})")
     if isinstance(exc, ConnectionRefusedError):
         return UpstreamUnreachable(f"{where}: connection refused; is it running?")
     if isinstance(exc, (http.client.HTTPException, ValueError)):
@@ -5855,14 +5892,14 @@ class Gateway:
             raw = self.config.read()
         except ConfigBroken as exc:
             self.config_broken = True
-            if str(exc) not in self.problems:
-                self.problems.append(str(exc))
+            if [str(exc)] != self.problems:
+                self.problems = [str(exc)]
                 log.warning("%s (the settings in force stay)", one_line(exc, 500))
             return
         loaded = load_settings(raw, self.environ, self.flags, self.settings)
         before = (self.settings, self._login)
         broken = self._read_login()
-        if (loaded.settings, self._login) != before or self.config_broken or loaded.problems or broken:
+        if (loaded.settings, self._login) != before or self.config_broken or loaded.problems or broken or self.problems:
             self.config_broken = False
             self._take_over(loaded, broken)
             log.info("settings taken over from %s", self.config.path)
@@ -5916,7 +5953,7 @@ class Gateway:
             self.in_flight += 1
         try:
             self._try_targets(self.state, call, sink, record)
-            record.status = 200
+            record.status = record.status or 200
         except GatewayError as exc:
             record.status, record.error = call.dialect.status(exc), exc.message
             raise
@@ -5990,6 +6027,8 @@ class Gateway:
                 exc.code = exc.code or "context_length_exceeded"
             elif exc.status == 404 and exc.code == "model_not_found" and target.model not in exc.message:
                 exc.message = f"the model {target.model} does not exist there: {exc.message}"
+        if exc.status == 429 and exc.retry_after_s is None:      # Codex gives up at once on a bare 429
+            exc.retry_after_s = DEFAULT_RETRY_AFTER_S
         provider = target.provider
         if exc.status not in (401, 403):
             return exc
@@ -6047,6 +6086,8 @@ class Gateway:
             if not stream.began:
                 raise
         sink.end(stream.close())         # raises, unless all of an answer came before the connection broke
+        if stream.failed:
+            record.status, record.error = 502, "the upstream broke off with an error"
 
     @staticmethod
     def _parse_answer(data: bytes, call: Call, status: int) -> Json:
@@ -6078,8 +6119,6 @@ class Gateway:
             refusal.status, refusal.body = 403, None
         said = parse_retry_after(exchange.headers, time.time())
         refusal.retry_after_s = refusal.retry_after_s if said is None else said
-        if refusal.status == 429 and refusal.retry_after_s is None:
-            refusal.retry_after_s = DEFAULT_RETRY_AFTER_S
         verdict = (exchange.headers.get("x-should-retry") or "").lower()
         refusal.should_retry = {"true": True, "false": False}.get(verdict)
         return refusal
