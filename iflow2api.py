@@ -195,6 +195,10 @@ DEFAULT_RETRY_AFTER_S = 5
 MODELS_TTL_S = 300
 MODELS_TIMEOUT_S = 5
 
+#: Engines on this machine are looked for this often, and waited for this long: they are near.
+LOCAL_TTL_S = 30
+LOCAL_TIMEOUT_S = 1
+
 #: The next target of a chain is tried on these; 401 and 403 mean that all keys were refused.
 FALLBACK_STATUS = frozenset((401, 402, 403, 408, 409, 425, 429)) | frozenset(range(500, 600))
 
@@ -642,6 +646,7 @@ class Provider:
     kind: str = "openai"
     api_keys: Tuple[str, ...] = ()
     models: Tuple[str, ...] = ()          #: models it is known to serve; they decide routes
+    facts: Mapping[str, Json] = field(default_factory=dict)     #: model -> context, max_output, vision, as far as known
     headers: Tuple[Tuple[str, str], ...] = ()
     proxy: str = ""
     timeout_s: Optional[float] = None     #: instead of first_byte_timeout_s and idle_timeout_s
@@ -732,17 +737,127 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
     keys = tuple(_header_safe(_resolve_secret(key, environ), "key") for key in given.get("api_keys", ()))
     headers = tuple((_token(key), _header_safe(_resolve_secret(value, environ), "header value"))
                     for key, value in given.get("headers", {}).items())
-    models = tuple(m["id"] if isinstance(m, dict) and isinstance(m.get("id"), str) else m for m in given.get("models", ()))
-    if not all(isinstance(m, str) and m for m in models):
-        raise ValueError("models: names expected")
+    facts = dict(map(_parse_model, given.get("models", ())))
     return Provider(**{**given, "name": name, "base_url": clean_base_url(given.get("base_url", "")), "api_keys": keys,
-                       "headers": headers, "models": models})
+                       "headers": headers, "models": tuple(facts), "facts": facts})
+
+
+#: What may be said of a model in a provider's `models`.
+_MODEL_FACTS = {"context": int, "max_output": int, "vision": bool}
+
+
+def _parse_model(entry: Any) -> Tuple[str, Json]:
+    """Name and facts of an entry of `models`: a name, or {"id", "context", "max_output", "vision"}."""
+    known = entry if isinstance(entry, dict) else {"id": entry}
+    if not isinstance(known.get("id"), str) or not known["id"]:
+        raise ValueError('models: names expected, or objects as {"id": "name", "max_output": 8192}')
+    facts = {key: known[key] for key in _MODEL_FACTS if known.get(key) is not None}
+    for key, value in facts.items():
+        if not isinstance(value, _MODEL_FACTS[key]) or isinstance(value, bool) is not (key == "vision") or value < 0:
+            raise ValueError(f"models: {known['id']}: {key}: {one_line(json.dumps(value), 40)} makes no sense")
+    return known["id"], {key: value for key, value in facts.items() if key == "vision" or value}
 
 
 def _token(name: str) -> str:
     if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
         raise ValueError(f"headers: {name!r} is no header name")
     return name
+
+
+# --- presets -----------------------------------------------------------------
+
+class Preset(NamedTuple):
+    """A known OpenAI-compatible API; `provider add` writes it into config.json, where it can be changed."""
+    base_url: str
+    key: str = ""                         #: the environment variable its users keep the key in; "": it needs none
+    profile: Json = {}                    #: how its Chat differs (DEFAULT_PROFILE, section 6)
+    models: Tuple[Tuple[str, int, int, bool], ...] = ()     #: name, context, output limit (0: unknown), sees images
+
+    def entry(self, name: str) -> Json:
+        """It as an entry of `providers`, without keys."""
+        models = [{"id": model, **({"context": context} if context else {}), **({"max_output": limit} if limit else {}),
+                   "vision": vision} for model, context, limit, vision in self.models]
+        return {"name": name, "base_url": self.base_url, **({"models": models} if models else {}),
+                **({"profile": dict(self.profile)} if self.profile else {})}
+
+
+#: The first model of each is the default one: one that may think and need not, as agents want both.
+#: GLM takes json_object, no strict schemas, and tool_choice "auto" alone (docs.bigmodel.cn).
+_GLM_PROFILE: Json = {"thinking_style": "thinking_type", "structured_output": "json_object", "strict_tools": False,
+                      "forced_tool_choice_with_thinking": False, "files": False}
+_GLM = (("glm-5.2", 1_000_000, 131072, False), ("glm-5.3", 1_000_000, 131072, False), ("glm-5.1", 200_000, 131072, False),
+        ("glm-5", 204800, 131072, False), ("glm-4.7", 204800, 131072, False), ("glm-4.7-flash", 200_000, 131072, False),
+        ("glm-5v-turbo", 200_000, 131072, True), ("glm-4.6v", 128_000, 32768, True))
+#: kimi-k3 and kimi-k2.7-code can't stop thinking; a call's reasoning must come back with it (platform.kimi.com).
+_KIMI_PROFILE: Json = {"thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True, "prefill": "partial",
+                       "efforts": ["low", "high", "max"], "strict_tools": False, "files": False}
+_KIMI = (("kimi-k2.6", 262144, 262144, True), ("kimi-k3", 1_048_576, 262144, True), ("kimi-k2.7-code", 262144, 262144, True),
+         ("kimi-k2.5", 262144, 262144, True))
+#: A budget and an effort exclude each other there, so that the effort, which not all models know, stays away.
+_QWEN_PROFILE: Json = {"thinking_style": "enable_thinking", "top_k": True, "forced_tool_choice_with_thinking": False,
+                       "efforts": [], "strict_tools": False, "files": False}
+_QWEN = (("qwen3.7-plus", 1_000_000, 65536, True), ("qwen3.8-max", 1_000_000, 131072, True),
+         ("qwen3.8-flash", 1_000_000, 131072, True), ("qwen3-coder-plus", 1_000_000, 65536, False),
+         ("qwen3-vl-plus", 262144, 32768, True))
+#: Thinks between <think> tags and always (M2), knows no response_format (platform.minimax.io, OpenAI API).
+_MINIMAX_PROFILE: Json = {"thinking_style": "none", "think_tags": True, "efforts": [], "structured_output": "prompt",
+                          "max_tokens_field": "max_completion_tokens", "strict_tools": False, "files": False}
+_MINIMAX = (("MiniMax-M3", 512_000, 128_000, True), ("MiniMax-M2.7", 204800, 131072, False),
+            ("MiniMax-M2.5", 204800, 131072, False))
+#: Houses of many models: a thinking switch that one model knows is a 400 from the next.
+_MIXED_PROFILE: Json = {"thinking_style": "none", "efforts": [], "strict_tools": False, "files": False}
+#: Engines on this machine: chat templates that allow system at the top only, parts they can't read.
+_ENGINE_PROFILE: Json = {"thinking_style": "chat_template_kwargs", "efforts": [], "top_k": True, "mid_system": "user",
+                         "strict_tools": False, "files": False}
+
+#: By name; looked up in the makers' documentation and on models.dev, November 2026.
+PRESETS: Dict[str, Preset] = {
+    "zhipu": Preset("https://open.bigmodel.cn/api/paas/v4", "ZHIPU_API_KEY", _GLM_PROFILE, _GLM),
+    "zai": Preset("https://api.z.ai/api/paas/v4", "ZAI_API_KEY", _GLM_PROFILE, _GLM),
+    "moonshot-cn": Preset("https://api.moonshot.cn/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
+    "moonshot": Preset("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
+    "deepseek": Preset("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", {
+        "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True, "efforts": ["low", "high", "max"],
+        "vision": False, "files": False, "structured_output": "json_object", "strict_tools": False}, (
+            ("deepseek-flash", 1_000_000, 384_000, True), ("deepseek-v4-pro", 1_000_000, 384_000, False),
+            ("deepseek-v4-flash", 1_000_000, 384_000, True))),
+    "dashscope": Preset("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY", _QWEN_PROFILE, _QWEN),
+    "dashscope-intl": Preset("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY", _QWEN_PROFILE, _QWEN),
+    "minimax-cn": Preset("https://api.minimaxi.com/v1", "MINIMAX_API_KEY", _MINIMAX_PROFILE, _MINIMAX),
+    "minimax": Preset("https://api.minimax.io/v1", "MINIMAX_API_KEY", _MINIMAX_PROFILE, _MINIMAX),
+    "siliconflow": Preset("https://api.siliconflow.cn/v1", "SILICONFLOW_API_KEY", _MIXED_PROFILE, (
+        ("zai-org/GLM-5.2", 1_000_000, 131072, False), ("deepseek-ai/DeepSeek-V4-Flash", 1_000_000, 384_000, False),
+        ("deepseek-ai/DeepSeek-V4-Pro", 1_000_000, 384_000, False), ("Pro/moonshotai/Kimi-K2.6", 262144, 262144, True))),
+    "modelscope": Preset("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY", _MIXED_PROFILE, (
+        ("ZhipuAI/GLM-4.6", 202752, 0, False), ("Qwen/Qwen3-235B-A22B-Instruct-2507", 262144, 0, False),
+        ("Qwen/Qwen3-Coder-30B-A3B-Instruct", 262144, 0, False))),
+    "openrouter": Preset("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", {
+        "thinking_style": "reasoning_effort", "efforts": ["none", "minimal", "low", "medium", "high", "xhigh"],
+        "reasoning_field": "reasoning", "top_k": True}, (
+            ("z-ai/glm-5.2", 1_048_576, 0, False), ("deepseek/deepseek-v4-flash", 1_048_576, 0, False),
+            ("moonshotai/kimi-k2.6", 262144, 0, True))),
+    "nvidia": Preset("https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY", {
+        **_MIXED_PROFILE, "reasoning_field": None, "user_field": None, "parallel_tool_calls": False}, (
+            ("z-ai/glm-5.1", 202752, 131072, False), ("minimaxai/minimax-m2.7", 204800, 0, False),
+            ("nvidia/nemotron-3-super-120b-a12b", 262144, 0, False))),
+    "openai": Preset("https://api.openai.com/v1", "OPENAI_API_KEY", {
+        "thinking_style": "reasoning_effort", "efforts": ["none", "low", "medium", "high", "xhigh"], "reasoning_field": None,
+        "max_tokens_field": "max_completion_tokens", "user_field": "safety_identifier"}, (
+            ("gpt-5.6", 1_050_000, 128_000, True), ("gpt-5.5", 1_050_000, 128_000, True), ("gpt-5.4", 1_050_000, 128_000, True))),
+    "ollama": Preset("http://127.0.0.1:11434/v1", "", {**_ENGINE_PROFILE, "thinking_style": "none", "reasoning_field": "reasoning"}),
+    "lmstudio": Preset("http://127.0.0.1:1234/v1", "", {**_ENGINE_PROFILE, "thinking_style": "none"}),
+    "llamacpp": Preset("http://127.0.0.1:8080/v1", "", _ENGINE_PROFILE),
+    "vllm": Preset("http://127.0.0.1:8000/v1", "", {**_ENGINE_PROFILE, "prefill": "continue_final_message"}),
+}
+
+#: Presets of engines that are looked for on this machine.
+LOCAL_ENGINES = ("ollama", "lmstudio", "llamacpp", "vllm")
+
+
+def preset_of(base_url: str) -> Optional[Preset]:
+    """The preset whose server a base URL leads to: whoever pastes an address gets its facts as well."""
+    place = urllib.parse.urlsplit(base_url).netloc.lower()
+    return next((preset for preset in PRESETS.values() if urllib.parse.urlsplit(preset.base_url).netloc == place), None)
 
 
 # --- routes ------------------------------------------------------------------
@@ -2755,8 +2870,19 @@ def _jpeg_size(head: bytes) -> Optional[Tuple[int, int]]:
     return None
 
 
+def _webp_size(head: bytes) -> Optional[Tuple[int, int]]:
+    """Lossy (VP8), lossless (VP8L: 14 bits each, less one) or extended (VP8X: 24 bits each, less one)."""
+    kind, little = head[12:16], "little"
+    if kind == b"VP8 ":
+        return int.from_bytes(head[26:28], little) & 0x3FFF, int.from_bytes(head[28:30], little) & 0x3FFF
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], little)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return (int.from_bytes(head[24:27], little) + 1, int.from_bytes(head[27:30], little) + 1) if kind == b"VP8X" else None
+
+
 def image_size(data: str) -> Optional[Tuple[int, int]]:
-    """Width and height of a base64 PNG, GIF or JPEG, read from its first 48 KB."""
+    """Width and height of a base64 PNG, GIF, WebP or JPEG, read from its first 48 KB."""
     try:
         head = base64.b64decode(data[:65536][:len(data) // 4 * 4])
     except ValueError:
@@ -2765,6 +2891,8 @@ def image_size(data: str) -> Optional[Tuple[int, int]]:
         return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
     if head.startswith(b"GIF8") and len(head) >= 10:
         return int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP" and len(head) >= 30:
+        return _webp_size(head)
     return _jpeg_size(head) if head.startswith(b"\xff\xd8") else None
 
 
@@ -4339,13 +4467,19 @@ class ChatDialect:
         return b"data: " + dump_json(self.error(exc, request_id)) + b"\n\n"
 
 
+def profile_of(target: Target) -> Json:
+    """How Chat is spoken with this very model: the plain way, the provider's, and what is known of the model."""
+    known = target.provider.facts.get(target.model, {})
+    return {**DEFAULT_PROFILE, **target.provider.profile, **{key: known[key] for key in ("max_output", "vision") if key in known}}
+
+
 class MessagesDialect(ChatDialect):
     """Anthropic Messages."""
     name = "messages"
     foreign = True
 
     def turn(self, call: Call, target: Target, context: Context) -> Any:
-        turn = MessagesTurn(call.body, {**DEFAULT_PROFILE, **target.provider.profile}, target.model)
+        turn = MessagesTurn(call.body, profile_of(target), target.model)
         return TranslatedTurn(call, turn, context)
 
     def keepalive(self, call: Call, began: bool) -> bytes:
@@ -4370,9 +4504,8 @@ class ResponsesDialect(ChatDialect):
 
     def turn(self, call: Call, target: Target, context: Context) -> Any:
         store = context.store
-        turn = ResponsesTurn(call.body, {**DEFAULT_PROFILE, **target.provider.profile}, target.model, now=context.now,
-                             recall=store.recall, item=store.item, seal=context.seal, codex=call.is_codex,
-                             compact=self.compact)
+        turn = ResponsesTurn(call.body, profile_of(target), target.model, now=context.now, recall=store.recall,
+                             item=store.item, seal=context.seal, codex=call.is_codex, compact=self.compact)
         return (CompactRoad if self.compact else ResponsesRoad)(call, turn, context)
 
     def keepalive(self, call: Call, began: bool) -> bytes:
@@ -5289,6 +5422,17 @@ def _lasting_key(path: str) -> bytes:
     return key
 
 
+def parse_model_list(data: bytes) -> List[str]:
+    """The names in an answer of `/models`; UpstreamGarbled."""
+    try:
+        listed = json.loads(data)
+    except (ValueError, RecursionError):
+        raise UpstreamGarbled("its /models is not JSON") from None
+    items = listed.get("data") if isinstance(listed, dict) else None
+    return [m["id"] for m in (items if isinstance(items, list) else ())
+            if isinstance(m, dict) and isinstance(m.get("id"), str) and m["id"]]
+
+
 @dataclass
 class Record:
     """What is noted of one call: for its log line and the metrics.  No content."""
@@ -5344,6 +5488,8 @@ class Gateway:
 
     `config` makes it follow a config.json; `flags` are settings that stand above it for this run.
     """
+    #: Where engines on this machine are looked for when no provider is set up; tests put their own here.
+    local_engines: Mapping[str, str] = {name: PRESETS[name].base_url for name in LOCAL_ENGINES}
 
     def __init__(self, settings: Optional[Settings] = None, *, config: Optional[ConfigFile] = None,
                  environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None) -> None:
@@ -5361,6 +5507,8 @@ class Gateway:
         self._lists: Dict[str, Tuple[float, List[str]]] = {}
         self._lock = threading.Lock()
         self._watch: Optional[FileWatch] = None
+        self._looking = threading.Lock()
+        self._local: Tuple[Optional[State], float, Optional[State]] = (None, 0.0, None)     # without, until, with engines
         self.state = State(Settings(), Router(Settings(), {}))
         if config is None:
             self.apply(settings or Settings())
@@ -5379,15 +5527,19 @@ class Gateway:
         """Work with `settings` from the next request on; running ones keep theirs."""
         router = Router(settings, self.environ)
         with self._lock:
-            for name, provider in router.providers.items():
-                slots = self._slots.setdefault(name, Slots(provider.concurrency))
-                slots.resize(provider.concurrency)
-                if name not in self._rings or self._rings[name].keys != provider.api_keys:
-                    self._rings[name] = KeyRing(provider.api_keys)
+            self._equip(router)
             if [p.base_url for p in router.providers.values()] != [p.base_url for p in self.state.router.providers.values()]:
                 self._lists = {}
             self.state = State(settings, router)
         log.setLevel(settings.log_level.upper())
+
+    def _equip(self, router: Router) -> None:
+        """Slots and keys for each provider; what is in use goes on where it may."""
+        for name, provider in router.providers.items():
+            slots = self._slots.setdefault(name, Slots(provider.concurrency))
+            slots.resize(provider.concurrency)
+            if name not in self._rings or self._rings[name].keys != provider.api_keys:
+                self._rings[name] = KeyRing(provider.api_keys)
 
     def _take_over(self, loaded: Loaded, broken: List[str]) -> None:
         self.apply(loaded.settings)
@@ -5453,6 +5605,64 @@ class Gateway:
             self._seal = Seal(_lasting_key(path) if path else secrets.token_bytes(32))
         return self._seal
 
+    # engines on this machine
+
+    def current(self, look: bool = True) -> State:
+        """What a request starts from: the settings, or, where they lead nowhere, the engines found on this machine.
+
+        `look` False takes what was found last.
+        """
+        state = self.state
+        if state.router.default is not None or not state.settings.detect_local:
+            return state
+        if look:
+            with self._looking:
+                if self._local[0] is not state or time.monotonic() >= self._local[1]:
+                    self._look_for_engines(state)
+        base, _, found = self._local
+        return found if found is not None and base is state else state
+
+    def _look_for_engines(self, state: State) -> None:
+        """Ask all of them at once; what is found serves until the next look."""
+        entries: Dict[str, Json] = {}
+        own = self.upstream.own_ports | {state.settings.port}
+        threads = [threading.Thread(target=self._look_at, args=(name, base_url, state.settings, entries), daemon=True)
+                   for name, base_url in self.local_engines.items() if Endpoint.of(base_url).port not in own]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * LOCAL_TIMEOUT_S)
+        providers = [entries[name] for name in self.local_engines if name in entries]
+        before = self._local[2].settings.providers if self._local[0] is state and self._local[2] else []
+        found = self._local[2] if before else None
+        if providers != before:
+            settings = replace(state.settings, providers=providers)
+            found = State(settings, Router(settings, self.environ)) if providers else None
+            self._announce_engines(found)
+        self._local = (state, time.monotonic() + LOCAL_TTL_S, found)
+
+    def _announce_engines(self, found: Optional[State]) -> None:
+        if found is None:
+            return log.info("no engine answers on this machine any more")
+        with self._lock:
+            self._equip(found.router)
+        for provider in found.router.providers.values():
+            log.info("found %s at %s: %s", provider.name, provider.base_url, one_line(", ".join(provider.models), 160))
+
+    def _look_at(self, name: str, base_url: str, settings: Settings, entries: Dict[str, Json]) -> None:
+        """Enter the engine into `entries` if one answers there that has a model; another iflow2api is none."""
+        quick = replace(settings, connect_timeout_s=min(settings.connect_timeout_s, LOCAL_TIMEOUT_S))
+        try:
+            with self.upstream.open(Provider(name, base_url), quick, "GET", "/models", (), None, NOBODY,
+                                    LOCAL_TIMEOUT_S) as exchange:
+                ours = exchange.headers.get("Server", "").startswith("iflow2api")
+                models = parse_model_list(exchange.read_all(8 << 20)) if exchange.status == 200 and not ours else []
+        except GatewayError as exc:
+            return log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
+        models.sort(key=lambda model: "embed" in model.lower())  # the first one is the default model
+        if models:
+            entries[name] = {"name": name, "base_url": base_url, "models": models, "profile": PRESETS[name].profile}
+
     # answering
 
     def answer(self, call: Call, sink: AnswerSink) -> None:
@@ -5464,7 +5674,7 @@ class Gateway:
         with self._lock:
             self.in_flight += 1
         try:
-            self._try_targets(self.state, call, sink, record)
+            self._try_targets(self.current(), call, sink, record)
             record.status = 200
         except GatewayError as exc:
             record.status, record.error = call.dialect.status(exc), exc.message
@@ -5658,7 +5868,7 @@ class Gateway:
 
     def models(self) -> List[Json]:
         """All names that can be asked for, each with the provider it leads to; nothing that would not be routed."""
-        router = self.state.router
+        router = self.current().router
         found: Dict[str, str] = {}
         for pattern, targets in router.aliases:
             if not re.search(r"[*?\[]", pattern):
@@ -5706,17 +5916,12 @@ class Gateway:
         with self.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY, MODELS_TIMEOUT_S) as exchange:
             if exchange.status != 200:
                 raise self._refusal(exchange)
-            try:
-                listed = json.loads(exchange.read_all(8 << 20))
-            except (ValueError, RecursionError):
-                raise UpstreamGarbled("its /models is not JSON") from None
-        items = listed.get("data") if isinstance(listed, dict) else None
-        return [m["id"] for m in items or () if isinstance(m, dict) and isinstance(m.get("id"), str)]
+            return parse_model_list(exchange.read_all(8 << 20))
 
     def health(self) -> Json:
         """The body of /health: nothing in it is secret."""
         providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem, **({"problem": p.problem} if p.problem else {}),
-                      "models": len(p.models)} for p in self.state.router.providers.values()]
+                      "models": len(p.models)} for p in self.current(look=False).router.providers.values()]
         healthy = any(p["usable"] for p in providers) and not self.config_broken
         return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": False, "version": __version__,
                 "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
