@@ -671,7 +671,10 @@ def clean_base_url(url: str) -> str:
     A bare host gets /v1, where nearly every server keeps its API; a pasted full endpoint loses its end.
     """
     url = url.strip()
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as exc:            # http://[
+        raise ValueError(f"base_url {one_line(url, 80)!r}: {exc}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         hint = f"; write http://{url} or https://{url}" if url and "://" not in url else ""
         raise ValueError(f"base_url {one_line(url, 80)!r} is no http:// or https:// address{hint}")
@@ -855,10 +858,15 @@ PRESETS: Dict[str, Preset] = {
 LOCAL_ENGINES = ("ollama", "lmstudio", "llamacpp", "vllm")
 
 
-def preset_of(base_url: str) -> Optional[Preset]:
-    """The preset whose server a base URL leads to: whoever pastes an address gets its facts as well."""
-    place = urllib.parse.urlsplit(base_url).netloc.lower()
-    return next((preset for preset in PRESETS.values() if urllib.parse.urlsplit(preset.base_url).netloc == place), None)
+def entry_at(base_url: str, preset: Optional[Preset] = None) -> Json:
+    """An entry of `providers` for an address, with the facts of `preset` or of the one that lives there.
+
+    Whoever pastes an address gets the facts as well, and a bare host of a known API gets its path.
+    """
+    place, slash, path = base_url.strip().partition("://")[2].partition("/")
+    at_home = next((known for known in PRESETS.values() if urllib.parse.urlsplit(known.base_url).netloc == place), None)
+    known = preset or at_home
+    return {**(known.entry("") if known else {}), "base_url": at_home.base_url if at_home and not path.strip("/") else base_url}
 
 
 # --- routes ------------------------------------------------------------------
@@ -7054,6 +7062,7 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
         self.pace_s, self.first_s, self.key = pace_s, first_s, key
         self._script: Iterator[Any] = iter(script)
         self.requests: Deque[DemoRequest] = deque(maxlen=100)
+        self.connections: Set[socket.socket] = set()
         self.closing, self._lock = threading.Event(), threading.Lock()
         super().__init__(("127.0.0.1", port), _DemoHandler)
         threading.Thread(target=self.serve_forever, args=(5,), name="demo", daemon=True).start()
@@ -7093,8 +7102,12 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
         log.debug("the demo upstream lost a client", exc_info=True)
 
     def close(self) -> None:
+        """Stop, and cut off who is connected, so that nothing answers any more."""
         self.closing.set()
         stop_accepting(self)
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class _DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -7102,6 +7115,14 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
     server: DemoUpstream
     protocol_version, server_version, sys_version = "HTTP/1.1", "demo", ""
     disable_nagle_algorithm, timeout = True, 75
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.connection)
+        super().finish()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Hops that lie in this process need no log."""
@@ -7180,11 +7201,17 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 # === 17. Command line =======================================================
 
 class _Collect(AnswerSink):
-    """Keeps a plain answer: for our own requests."""
+    """Keeps an answer: for our own requests."""
     data = b""
 
     def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
         self.began, self.data = True, data
+
+    def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
+        self.began, self.data = True, self.data + payload
+
+    def end(self, payload: bytes) -> None:
+        self.send(payload)
 
 
 def _read_key(text: str) -> str:
@@ -7221,7 +7248,8 @@ def _flag_settings(args: Any) -> Json:
     if getattr(args, "verbose", False):
         flags["log_level"] = "debug"
     if getattr(args, "upstream", None):
-        entry = {"name": "upstream", "base_url": args.upstream, "api_keys": ["$" + key if key.startswith("$") else key] if key else []}
+        entry = {**entry_at(args.upstream), "name": "upstream",
+                 "api_keys": ["$" + key if key.startswith("$") else key] if key else []}
         problem = parse_provider(entry, {}).problem
         if problem:
             raise UsageError(f"--upstream: {problem}")
@@ -7326,7 +7354,7 @@ def _log_to_console() -> None:
 
 def cmd_status(args: Any) -> int:
     gateway = _gateway_of(args)
-    settings, router = gateway.settings, gateway.state.router
+    settings, router = gateway.settings, gateway.current().router
     health = _ask_running(settings)
     running = "not running"
     if health:
@@ -7339,6 +7367,8 @@ def cmd_status(args: Any) -> int:
               f"  {keys if not provider.problem else ''}".rstrip())
     if not router.providers:
         print("provider  none; add one to `providers`, or start with --upstream URL")
+    for variable, names in offered_presets(router, os.environ).items():
+        print(f"offer     {variable} is set: python iflow2api.py provider add {' (or '.join(names) + ')' * (len(names) - 1)}")
     for problem in gateway.problems:
         print(f"problem   {one_line(problem, 300)}")
     return 0 if health else 1
@@ -7371,7 +7401,7 @@ def cmd_models(args: Any) -> int:
 def cmd_test(args: Any) -> int:
     """One tiny real request to each provider, or to the one named."""
     gateway = _gateway_of(args)
-    providers = gateway.state.router.providers
+    providers = gateway.current().router.providers
     if args.provider and args.provider not in providers:
         raise UsageError(f"there is no provider {args.provider!r}" + nearest(args.provider, providers))
     if not providers:
@@ -7390,21 +7420,28 @@ def _probe(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
     started = time.monotonic()
     try:
         model = _probe_model(gateway, provider)
-        body = {"model": f"{provider.name}/{model}", "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
-        sink = _Collect()
-        gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_")), sink)
+        message = _ask(gateway, provider, model)
     except GatewayError as exc:
         return False, f"failed ({exc.status}): {one_line(exc.message, 400)}"
-    message = first_choice(json.loads(sink.data)).get("message") or {}
     said = one_line(message.get("content") or reasoning_of(message), 40)
     return True, f"ok, {model} answered in {time.monotonic() - started:.1f} s: {said}"
+
+
+def _ask(gateway: Gateway, provider: Provider, model: str, **more: Any) -> Json:
+    """The message of a tiny real request; of a streamed one {}.  GatewayError."""
+    limit = profile_of(Target(provider, model))["max_tokens_field"]
+    body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
+            "messages": [{"role": "user", "content": "Say hi."}], **more}
+    sink = _Collect()
+    gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_")), sink)
+    return {} if body.get("stream") else first_choice(json.loads(sink.data)).get("message") or {}
 
 
 def _probe_model(gateway: Gateway, provider: Provider) -> str:
     """A model to try: the default one if it is this provider's, its first configured one, or the first it lists."""
     if provider.problem:
         raise NotLoggedIn(provider.problem)
-    router = gateway.state.router
+    router = gateway.current().router
     if router.default_model and (gateway.settings.default_model in provider.models or provider is router.default):
         head, slash, rest = router.default_model.partition("/")
         return rest if slash and head == provider.name else router.default_model
@@ -7414,6 +7451,184 @@ def _probe_model(gateway: Gateway, provider: Provider) -> str:
     if not listed:
         raise UpstreamGarbled("it lists no models; name one in its `models`, or with --model")
     return listed[0]
+
+
+# --- providers ---------------------------------------------------------------
+
+def cmd_provider(args: Any) -> int:
+    return {"list": _provider_list, "add": _provider_add, "remove": _provider_remove, "test": _provider_test,
+            "presets": _provider_presets}[args.action or "list"](args)
+
+
+def offered_presets(router: Router, environ: Mapping[str, str]) -> Dict[str, List[str]]:
+    """Variable -> presets that it holds the key of, where it is set and none of them is there yet."""
+    known = {provider.base_url for provider in router.providers.values()}
+    found: Dict[str, List[str]] = {}
+    for name, preset in PRESETS.items():
+        if preset.key and environ.get(preset.key):
+            found.setdefault(preset.key, []).append(name)
+    return {key: names for key, names in found.items() if not known.intersection(PRESETS[name].base_url for name in names)}
+
+
+def _provider_list(args: Any) -> int:
+    router = _gateway_of(args).current().router
+    for provider in router.providers.values():
+        mark = " (default)" if provider is router.default else ""
+        keys = ", ".join(map(mask, provider.api_keys)) or "no key"
+        print(f"{provider.name}{mark}  {provider.problem or f'{provider.base_url}  {keys}  {len(provider.models)} models'}")
+    for problem in router.problems:
+        _say(f"problem: {one_line(problem, 300)}")
+    if not router.providers:
+        _say("no provider yet; `provider presets` shows what `provider add NAME` knows, anything else needs --base-url URL")
+    return 0
+
+
+def _provider_presets(args: Any) -> int:
+    if args.name:
+        return _show_preset(args.name)
+    for name, preset in PRESETS.items():
+        state = " (set)" if os.environ.get(preset.key) else ""
+        print(f"{name:<15} {preset.base_url:<56} {preset.key and '$' + preset.key + state or 'no key'}")
+    _say("add one with: python iflow2api.py provider add NAME --api-key '$VARIABLE'")
+    return 0
+
+
+def _show_preset(name: str) -> int:
+    preset = _preset(name)
+    print(f"{name}  {preset.base_url}  {preset.key and '$' + preset.key or 'no key'}")
+    for model, context, limit, vision in preset.models:
+        print(f"  {model:<36} context {context or '?'}  output {limit or '?'}{'  images' if vision else ''}")
+    return 0
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise UsageError(f"there is no preset {name!r}{nearest(name, PRESETS)} (`provider presets` lists them; "
+                         "any other server needs --base-url URL)")
+    return PRESETS[name]
+
+
+def _stored_key(text: str, variable: str) -> str:
+    """A key as config.json is to hold it: `$NAME` stays `$NAME`, so that the secret itself is not in the file."""
+    if not text:
+        raise UsageError(f"--api-key is empty: the shell has replaced the variable; put it in single quotes: '${variable or 'NAME'}'")
+    if re.fullmatch(r"\$[A-Za-z_]\w*", text):
+        if not os.environ.get(text[1:]):
+            _say(f"note: {text[1:]} is not set here; set it where the server starts")
+        return text
+    key = _read_key(text) if not text.startswith("$") else text
+    return "$" + key if text == "-" and key.startswith("$") else key
+
+
+def _new_provider(args: Any) -> Json:
+    """The entry that the flags of `provider add` describe; UsageError."""
+    if not args.name:
+        raise UsageError("provider add needs a NAME: a preset (`provider presets` lists them), or any with --base-url URL")
+    preset = _preset(args.preset or args.name) if args.preset or args.name in PRESETS or not args.base_url else None
+    entry = entry_at(args.base_url, preset) if args.base_url else _preset(args.preset or args.name).entry("")
+    entry = {**entry, "name": args.name, "kind": args.kind or "openai"}
+    if args.models:
+        known = {model["id"]: model for model in entry.get("models", ())}
+        entry["models"] = [known.get(model, model) for model in filter(None, map(str.strip, args.models.split(",")))]
+    variable = preset.key if preset else ""
+    key = args.api_key if args.api_key is not None else "$" + variable if variable else None
+    entry["api_keys"] = [] if key is None else [_stored_key(key, variable)]
+    literal = [key for key in entry["api_keys"] if not re.fullmatch(r"\$\w+", key)]
+    try:
+        provider = parse_provider({**entry, "api_keys": literal}, os.environ)
+    except ValueError as exc:
+        raise UsageError(f"provider add: {exc}") from None
+    if provider.problem:
+        raise UsageError(f"provider add {args.name}: {provider.problem}")
+    if args.base_url and provider.base_url != args.base_url.strip():
+        _say(f"base_url {args.base_url} is taken as {provider.base_url}")
+    return {"name": args.name, **entry, "base_url": provider.base_url}
+
+
+def _provider_add(args: Any) -> int:
+    entry = _new_provider(args)
+
+    def add(raw: Json) -> None:
+        providers = _raw_providers(raw)
+        if any(isinstance(known, dict) and known.get("name") == args.name for known in providers):
+            raise UsageError(f"there is a provider {args.name} already; `provider remove {args.name}` first, or choose another NAME")
+        raw["providers"] = providers + [entry]
+
+    failed = _change_config(args, add)
+    if not failed:
+        _say(f"added {args.name} ({entry['base_url']}); see whether it works: python iflow2api.py provider test {args.name}")
+    return failed
+
+
+def _provider_remove(args: Any) -> int:
+    if not args.name:
+        raise UsageError("provider remove needs a NAME; `provider list` shows them")
+
+    def remove(raw: Json) -> None:
+        providers = _raw_providers(raw)
+        names = [known.get("name") for known in providers if isinstance(known, dict)]
+        if args.name not in names:
+            raise UsageError(f"config.json has no provider {args.name!r}" + nearest(args.name, filter(None, names)))
+        raw["providers"] = [known for known in providers if not isinstance(known, dict) or known.get("name") != args.name]
+        if raw.get("default_provider") == args.name:
+            del raw["default_provider"]
+
+    return _change_config(args, remove)
+
+
+def _raw_providers(raw: Json) -> List[Any]:
+    providers = raw.get("providers", [])
+    if not isinstance(providers, list):
+        raise UsageError("`providers` in config.json is no list; see `config unset providers`")
+    return providers
+
+
+#: What is at fault, by the status that a probe ends with.
+_FAULTS = {401: "the key", 402: "the balance", 403: "the key", 404: "the model", 429: "the rate limit", 502: "the connection",
+           504: "the connection"}
+
+_PROBE_TOOL = {"type": "function", "function": {
+    "name": "report", "description": "Report a number.",
+    "parameters": {"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}}}
+
+
+def _provider_test(args: Any) -> int:
+    """One line for each provider: what works, what does not, and why."""
+    gateway = _gateway_of(args)
+    providers = gateway.current().router.providers
+    if args.name and args.name not in providers:
+        hint = f"; add it first: provider add {args.name}" if args.name in PRESETS else nearest(args.name, providers)
+        raise UsageError(f"there is no provider {args.name!r}{hint}")
+    if not providers:
+        _say("no provider to test: add one with `provider add NAME`")
+        return 1
+    results = [_examine(gateway, providers[name]) for name in ([args.name] if args.name else providers)]
+    for ok, line in results:
+        print(line)
+    return 0 if all(ok for ok, line in results) else 1
+
+
+def _examine(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
+    """Key, model, stream and tools of one provider, in a line; without an answer there is nothing more to try."""
+    started = time.monotonic()
+    try:
+        model = _probe_model(gateway, provider)
+        _ask(gateway, provider, model)
+    except GatewayError as exc:
+        fault = provider.problem and "its settings" or _FAULTS.get(exc.status, f"HTTP {exc.status}")
+        return False, f"{provider.name}: does not work, {fault}: {one_line(exc.message, 300)}"
+    parts = ["key ok" if provider.api_keys else "needs no key", f"model {model} ok ({time.monotonic() - started:.1f} s)"]
+    tool_request = {"tools": [_PROBE_TOOL], "messages": [{"role": "user", "content": "Call the tool report with the number 7."}]}
+    failed = 0
+    for what, more in (("stream", {"stream": True}), ("tools", tool_request)):
+        try:
+            message = _ask(gateway, provider, model, **more)
+            lazy = what == "tools" and not message.get("tool_calls")
+            parts.append("tools taken, but none called" if lazy else f"{what} ok")
+        except GatewayError as exc:
+            failed += 1
+            parts.append(f"{what} failed ({exc.status}: {one_line(exc.message, 160)})")
+    return not failed, f"{provider.name}: " + ", ".join(parts)
 
 
 def cmd_version(args: Any) -> int:
@@ -7551,6 +7766,14 @@ COMMANDS: Dict[str, Command] = {
     "models": Command(cmd_models, "list the models that can be asked for", RUN_FLAGS),
     "test": Command(cmd_test, "one tiny real request to a provider, or to each", (
         ("provider", {"nargs": "?", "metavar": "PROVIDER", "help": "its name; all without"}), *RUN_FLAGS)),
+    "provider": Command(cmd_provider, "list, add, remove and test upstreams; show the known ones", (
+        ("action", {"nargs": "?", "choices": ("list", "add", "remove", "test", "presets"), "help": "list without"}),
+        ("name", {"nargs": "?", "metavar": "NAME", "help": "a preset's name is all that `add` needs"}),
+        ("--base-url", {"metavar": "URL", "help": "add: where an OpenAI-compatible server is"}),
+        ("--api-key", {"metavar": "KEY", "help": "add: '$NAME' (stays in the environment), - (standard input), or the key"}),
+        ("--models", {"metavar": "A,B", "help": "add: models it serves; the first is its default"}),
+        ("--preset", {"metavar": "PRESET", "help": "add: take the facts of this preset under another name"}),
+        ("--kind", {"choices": KINDS, "help": "add: openai without"}))),
     "config": Command(cmd_config, "show and change settings", (
         ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path"), "help": "list without"}),
         ("key", {"nargs": "?", "metavar": "KEY"}), ("value", {"nargs": "?", "metavar": "VALUE"}),
