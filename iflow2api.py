@@ -789,14 +789,15 @@ class Preset(NamedTuple):
 #: GLM takes json_object, no strict schemas, and tool_choice "auto" alone (docs.bigmodel.cn).
 _GLM_PROFILE: Json = {"thinking_style": "thinking_type", "structured_output": "json_object", "strict_tools": False,
                       "forced_tool_choice_with_thinking": False, "files": False}
-_GLM = (("glm-5.2", 1_000_000, 131072, False), ("glm-5.3", 1_000_000, 131072, False), ("glm-5.1", 200_000, 131072, False),
-        ("glm-5", 204800, 131072, False), ("glm-4.7", 204800, 131072, False), ("glm-4.7-flash", 200_000, 131072, False),
-        ("glm-5v-turbo", 200_000, 131072, True), ("glm-4.6v", 128_000, 32768, True))
+_GLM = (("glm-5.2", 1_000_000, 131072, False), ("glm-5.3", 1_000_000, 131072, False),
+        ("glm-5.1", 200_000, 131072, False), ("glm-5", 204800, 131072, False), ("glm-4.7", 204800, 131072, False),
+        ("glm-4.7-flash", 200_000, 131072, False), ("glm-5v-turbo", 200_000, 131072, True),
+        ("glm-4.6v", 128_000, 32768, True))
 #: kimi-k3 and kimi-k2.7-code can't stop thinking; a call's reasoning must come back with it (platform.kimi.com).
 _KIMI_PROFILE: Json = {"thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True, "prefill": "partial",
                        "efforts": ["low", "high", "max"], "strict_tools": False, "files": False}
-_KIMI = (("kimi-k2.6", 262144, 262144, True), ("kimi-k3", 1_048_576, 262144, True), ("kimi-k2.7-code", 262144, 262144, True),
-         ("kimi-k2.5", 262144, 262144, True))
+_KIMI = (("kimi-k2.6", 262144, 262144, True), ("kimi-k3", 1_048_576, 262144, True),
+         ("kimi-k2.7-code", 262144, 262144, True), ("kimi-k2.5", 262144, 262144, True))
 #: A budget and an effort exclude each other there, so that the effort, which not all models know, stays away.
 _QWEN_PROFILE: Json = {"thinking_style": "enable_thinking", "top_k": True, "forced_tool_choice_with_thinking": False,
                        "efforts": [], "strict_tools": False, "files": False}
@@ -826,12 +827,14 @@ PRESETS: Dict[str, Preset] = {
             ("deepseek-flash", 1_000_000, 384_000, True), ("deepseek-v4-pro", 1_000_000, 384_000, False),
             ("deepseek-v4-flash", 1_000_000, 384_000, True))),
     "dashscope": Preset("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY", _QWEN_PROFILE, _QWEN),
-    "dashscope-intl": Preset("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY", _QWEN_PROFILE, _QWEN),
+    "dashscope-intl": Preset("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY",
+                             _QWEN_PROFILE, _QWEN),
     "minimax-cn": Preset("https://api.minimaxi.com/v1", "MINIMAX_API_KEY", _MINIMAX_PROFILE, _MINIMAX),
     "minimax": Preset("https://api.minimax.io/v1", "MINIMAX_API_KEY", _MINIMAX_PROFILE, _MINIMAX),
     "siliconflow": Preset("https://api.siliconflow.cn/v1", "SILICONFLOW_API_KEY", _MIXED_PROFILE, (
         ("zai-org/GLM-5.2", 1_000_000, 131072, False), ("deepseek-ai/DeepSeek-V4-Flash", 1_000_000, 384_000, False),
-        ("deepseek-ai/DeepSeek-V4-Pro", 1_000_000, 384_000, False), ("Pro/moonshotai/Kimi-K2.6", 262144, 262144, True))),
+        ("deepseek-ai/DeepSeek-V4-Pro", 1_000_000, 384_000, False),
+        ("Pro/moonshotai/Kimi-K2.6", 262_000, 262_000, True))),
     "modelscope": Preset("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY", _MIXED_PROFILE, (
         ("ZhipuAI/GLM-4.6", 202752, 0, False), ("Qwen/Qwen3-235B-A22B-Instruct-2507", 262144, 0, False),
         ("Qwen/Qwen3-Coder-30B-A3B-Instruct", 262144, 0, False))),
@@ -845,10 +848,12 @@ PRESETS: Dict[str, Preset] = {
             ("z-ai/glm-5.1", 202752, 131072, False), ("minimaxai/minimax-m2.7", 204800, 0, False),
             ("nvidia/nemotron-3-super-120b-a12b", 262144, 0, False))),
     "openai": Preset("https://api.openai.com/v1", "OPENAI_API_KEY", {
-        "thinking_style": "reasoning_effort", "efforts": ["none", "low", "medium", "high", "xhigh"], "reasoning_field": None,
-        "max_tokens_field": "max_completion_tokens", "user_field": "safety_identifier"}, (
-            ("gpt-5.6", 1_050_000, 128_000, True), ("gpt-5.5", 1_050_000, 128_000, True), ("gpt-5.4", 1_050_000, 128_000, True))),
-    "ollama": Preset("http://127.0.0.1:11434/v1", "", {**_ENGINE_PROFILE, "thinking_style": "none", "reasoning_field": "reasoning"}),
+        "thinking_style": "reasoning_effort", "efforts": ["none", "low", "medium", "high", "xhigh"],
+        "reasoning_field": None, "max_tokens_field": "max_completion_tokens", "user_field": "safety_identifier"}, (
+            ("gpt-5.6", 1_050_000, 128_000, True), ("gpt-5.5", 1_050_000, 128_000, True),
+            ("gpt-5.4", 1_050_000, 128_000, True))),
+    "ollama": Preset("http://127.0.0.1:11434/v1", "", {
+        **_ENGINE_PROFILE, "thinking_style": "none", "reasoning_field": "reasoning"}),
     "lmstudio": Preset("http://127.0.0.1:1234/v1", "", {**_ENGINE_PROFILE, "thinking_style": "none"}),
     "llamacpp": Preset("http://127.0.0.1:8080/v1", "", _ENGINE_PROFILE),
     "vllm": Preset("http://127.0.0.1:8000/v1", "", {**_ENGINE_PROFILE, "prefill": "continue_final_message"}),
@@ -866,7 +871,8 @@ def entry_at(base_url: str, preset: Optional[Preset] = None) -> Json:
     place, slash, path = base_url.strip().partition("://")[2].partition("/")
     at_home = next((known for known in PRESETS.values() if urllib.parse.urlsplit(known.base_url).netloc == place), None)
     known = preset or at_home
-    return {**(known.entry("") if known else {}), "base_url": at_home.base_url if at_home and not path.strip("/") else base_url}
+    facts = known.entry("") if known else {}
+    return {**facts, "base_url": at_home.base_url if at_home and not path.strip("/") else base_url}
 
 
 # --- routes ------------------------------------------------------------------
@@ -2887,7 +2893,9 @@ def _webp_size(head: bytes) -> Optional[Tuple[int, int]]:
     if kind == b"VP8L":
         bits = int.from_bytes(head[21:25], little)
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    return (int.from_bytes(head[24:27], little) + 1, int.from_bytes(head[27:30], little) + 1) if kind == b"VP8X" else None
+    if kind == b"VP8X":
+        return int.from_bytes(head[24:27], little) + 1, int.from_bytes(head[27:30], little) + 1
+    return None
 
 
 def image_size(data: str) -> Optional[Tuple[int, int]]:
@@ -4478,8 +4486,9 @@ class ChatDialect:
 
 def profile_of(target: Target) -> Json:
     """How Chat is spoken with this very model: the plain way, the provider's, and what is known of the model."""
-    known = target.provider.facts.get(target.model, {})
-    return {**DEFAULT_PROFILE, **target.provider.profile, **{key: known[key] for key in ("max_output", "vision") if key in known}}
+    facts = target.provider.facts.get(target.model, {})
+    known = {key: facts[key] for key in ("max_output", "vision") if key in facts}
+    return {**DEFAULT_PROFILE, **target.provider.profile, **known}
 
 
 class MessagesDialect(ChatDialect):
@@ -5517,7 +5526,8 @@ class Gateway:
         self._lock = threading.Lock()
         self._watch: Optional[FileWatch] = None
         self._looking = threading.Lock()
-        self._local: Tuple[Optional[State], float, Optional[State]] = (None, 0.0, None)     # without, until, with engines
+        #: the state without engines, until when the last look counts, the state with those that were found
+        self._local: Tuple[Optional[State], float, Optional[State]] = (None, 0.0, None)
         self.state = State(Settings(), Router(Settings(), {}))
         if config is None:
             self.apply(settings or Settings())
@@ -6769,11 +6779,12 @@ DEMO_MODELS: Tuple[Json, ...] = (
     {"id": "demo-text", "context": 32768, "max_output": 4096, "vision": False}, {"id": "demo-embedding"})
 
 #: Of many tools one is tried that only looks; a word of its name tells.
-_LOOKS = re.compile(r"(?i)get|list|read|search|find|look|fetch|weather|time|date|glob|grep|^ls$|view|status|query|calc|add$|sum")
+_LOOKS = re.compile(r"(?i)get|list|read|search|find|look|fetch|weather|time|glob|grep|^ls$|view|status|query|calc")
 
 #: Arguments that harm nothing, by a word of their name.
-_DEMO_VALUES = {"command": "echo hello from the demo", "cmd": "echo hello from the demo", "file": "README.md", "path": ".", "pattern": "*",
-                "city": "Paris", "location": "Paris", "url": "https://example.com/", "lang": "en",
+_DEMO_VALUES = {"command": "echo hello from the demo", "cmd": "echo hello from the demo", "file": "README.md",
+                "path": ".", "pattern": "*", "city": "Paris", "location": "Paris", "url": "https://example.com/",
+                "lang": "en",
                 "unit": "celsius", "date": "2026-01-01", "zone": "UTC"}
 
 _DEMO_PIECE = re.compile(r"[\u2e80-\uffff]|[^\s\u2e80-\uffff]+\s*|\s+")
@@ -6800,8 +6811,8 @@ def demo_answer(body: Json) -> DemoAnswer:
     messages = [message for message in body.get("messages") or () if isinstance(message, dict)]
     spoken = max([at for at, message in enumerate(messages) if message.get("role") == "assistant"], default=-1)
     fresh = messages[spoken + 1:]        # what the model has not seen yet
-    asked = next((texts[-1] for texts in (_texts_of(m.get("content")) for m in reversed(messages) if m.get("role") == "user")
-                  if texts), "")
+    asked = next((_texts_of(m.get("content"))[-1] for m in reversed(messages)
+                  if m.get("role") == "user" and _texts_of(m.get("content"))), "")
     chinese = bool(_WIDE.search(asked))
     tool = _demo_tool(body, messages, fresh, asked)
     if tool:
@@ -6809,7 +6820,8 @@ def demo_answer(body: Json) -> DemoAnswer:
         thought = f"有一个工具 {name} 可用，先调用它。" if chinese else f"The tool {name} is offered; calling it, to see it work. "
         return _demo_bounded(body, DemoAnswer("", thought, ((name, _sample(parameters, parameters, name)),)))
     thought = f"问题是：“{one_line(asked, 60)}”。" if chinese else f"Let me see. I was asked: “{one_line(asked, 60)}”. "
-    text = _demo_json(body) or _demo_result(messages, fresh, chinese) or _demo_images(fresh, chinese) or _demo_echo(asked, chinese)
+    text = (_demo_json(body) or _demo_result(messages, fresh, chinese) or _demo_images(fresh, chinese)
+            or _demo_echo(asked, chinese))
     return _demo_bounded(body, DemoAnswer(text, thought))
 
 
@@ -6850,7 +6862,8 @@ def _demo_result(messages: List[Json], fresh: List[Json], chinese: bool) -> str:
     said = []
     for message in fresh:
         if message.get("role") == "tool":
-            name, result = names.get(message.get("tool_call_id"), "?"), one_line(" ".join(_texts_of(message.get("content"))), 400)
+            name = names.get(message.get("tool_call_id"), "?")
+            result = one_line(" ".join(_texts_of(message.get("content"))), 400)
             said.append(f"工具 {name} 返回：{result}" if chinese else f"The tool {name} answered: {result}")
     return "\n".join(said)
 
@@ -6879,7 +6892,7 @@ def _describe_image(url: str) -> str:
 # --- tools and schemas
 
 def _demo_tool(body: Json, messages: List[Json], fresh: List[Json], asked: str) -> Optional[Tuple[str, Json]]:
-    """Name and parameters of the tool to call: the demanded, a named, a harmless or the first one, once in a conversation."""
+    """Name and parameters of the tool to call, once in a conversation: the demanded, named, harmless or first one."""
     choice = body.get("tool_choice")
     functions = [tool["function"] for tool in body.get("tools") or () if tool.get("type") == "function"]
     known = {function["name"]: function.get("parameters") or {} for function in functions}
@@ -7027,7 +7040,8 @@ def demo_embeddings(body: Json) -> Json:
         data.append({"object": "embedding", "index": index,
                      "embedding": packed if body.get("encoding_format") == "base64" else vector})
     count = estimate_tokens(given)
-    return {"object": "list", "data": data, "model": body.get("model"), "usage": {"prompt_tokens": count, "total_tokens": count}}
+    return {"object": "list", "data": data, "model": body.get("model"),
+            "usage": {"prompt_tokens": count, "total_tokens": count}}
 
 
 def _demo_vector(text: str, size: int) -> List[float]:
@@ -7083,7 +7097,8 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
 
     def settings(self, model: str = "demo") -> Json:
         """Settings that lead everything to it, whatever config.json says."""
-        return {"providers": [self.entry()], "aliases": {}, "default_provider": "demo", "default_model": model, "api_key": ""}
+        return {"providers": [self.entry()], "aliases": {}, "default_provider": "demo", "default_model": model,
+                "api_key": ""}
 
     def answer(self, body: Json) -> DemoAnswer:
         """The next of the script, else what the demo model says; to a prompt without thinking and tools."""
@@ -7132,7 +7147,8 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
             return
         if not self.path.endswith("/models"):
             return self._fail(404, f"the demo has nothing at {self.path}")
-        data = [{"id": fact["id"], "object": "model", "created": 1767225600, "owned_by": "demo"} for fact in DEMO_MODELS]
+        data = [{"id": model["id"], "object": "model", "created": 1767225600, "owned_by": "demo"}
+                for model in DEMO_MODELS]
         self._send(200, {"object": "list", "data": data})
 
     def do_POST(self) -> None:
@@ -7148,7 +7164,7 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
         except BadRequest as exc:
             return self._fail(400, exc.message)
         except (TypeError, ValueError, KeyError, AttributeError) as exc:     # the demo checks nothing beforehand
-            return self._fail(400, f"the demo can't make sense of this request ({type(exc).__name__}: {one_line(exc, 80)})")
+            return self._fail(400, f"the demo can't make sense of this request ({one_line(exc, 80)})")
         self._say(body, answer)
 
     def _say(self, body: Json, answer: DemoAnswer) -> None:
@@ -7368,7 +7384,8 @@ def cmd_status(args: Any) -> int:
     if not router.providers:
         print("provider  none; add one to `providers`, or start with --upstream URL")
     for variable, names in offered_presets(router, os.environ).items():
-        print(f"offer     {variable} is set: python iflow2api.py provider add {' (or '.join(names) + ')' * (len(names) - 1)}")
+        either = " (or ".join(names) + ")" * (len(names) > 1)
+        print(f"offer     {variable} is set: python iflow2api.py provider add {either}")
     for problem in gateway.problems:
         print(f"problem   {one_line(problem, 300)}")
     return 0 if health else 1
@@ -7467,7 +7484,8 @@ def offered_presets(router: Router, environ: Mapping[str, str]) -> Dict[str, Lis
     for name, preset in PRESETS.items():
         if preset.key and environ.get(preset.key):
             found.setdefault(preset.key, []).append(name)
-    return {key: names for key, names in found.items() if not known.intersection(PRESETS[name].base_url for name in names)}
+    return {variable: names for variable, names in found.items()
+            if not known.intersection(PRESETS[name].base_url for name in names)}
 
 
 def _provider_list(args: Any) -> int:
@@ -7475,11 +7493,12 @@ def _provider_list(args: Any) -> int:
     for provider in router.providers.values():
         mark = " (default)" if provider is router.default else ""
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
-        print(f"{provider.name}{mark}  {provider.problem or f'{provider.base_url}  {keys}  {len(provider.models)} models'}")
+        facts = f"{provider.base_url}  {keys}  {len(provider.models)} models"
+        print(f"{provider.name}{mark}  {provider.problem or facts}")
     for problem in router.problems:
         _say(f"problem: {one_line(problem, 300)}")
     if not router.providers:
-        _say("no provider yet; `provider presets` shows what `provider add NAME` knows, anything else needs --base-url URL")
+        _say("no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL")
     return 0
 
 
@@ -7511,7 +7530,8 @@ def _preset(name: str) -> Preset:
 def _stored_key(text: str, variable: str) -> str:
     """A key as config.json is to hold it: `$NAME` stays `$NAME`, so that the secret itself is not in the file."""
     if not text:
-        raise UsageError(f"--api-key is empty: the shell has replaced the variable; put it in single quotes: '${variable or 'NAME'}'")
+        raise UsageError("--api-key is empty: the shell has replaced the variable; put it in single quotes: "
+                         f"'${variable or 'NAME'}'")
     if re.fullmatch(r"\$[A-Za-z_]\w*", text):
         if not os.environ.get(text[1:]):
             _say(f"note: {text[1:]} is not set here; set it where the server starts")
@@ -7523,7 +7543,7 @@ def _stored_key(text: str, variable: str) -> str:
 def _new_provider(args: Any) -> Json:
     """The entry that the flags of `provider add` describe; UsageError."""
     if not args.name:
-        raise UsageError("provider add needs a NAME: a preset (`provider presets` lists them), or any with --base-url URL")
+        raise UsageError("provider add needs a NAME: one of `provider presets`, or any with --base-url URL")
     preset = _preset(args.preset or args.name) if args.preset or args.name in PRESETS or not args.base_url else None
     entry = entry_at(args.base_url, preset) if args.base_url else _preset(args.preset or args.name).entry("")
     entry = {**entry, "name": args.name, "kind": args.kind or "openai"}
@@ -7551,12 +7571,13 @@ def _provider_add(args: Any) -> int:
     def add(raw: Json) -> None:
         providers = _raw_providers(raw)
         if any(isinstance(known, dict) and known.get("name") == args.name for known in providers):
-            raise UsageError(f"there is a provider {args.name} already; `provider remove {args.name}` first, or choose another NAME")
+            raise UsageError(f"there is a provider {args.name} already; `provider remove {args.name}` first, "
+                             "or choose another NAME")
         raw["providers"] = providers + [entry]
 
     failed = _change_config(args, add)
     if not failed:
-        _say(f"added {args.name} ({entry['base_url']}); see whether it works: python iflow2api.py provider test {args.name}")
+        _say(f"added {args.name} ({entry['base_url']}); try it: python iflow2api.py provider test {args.name}")
     return failed
 
 
@@ -7569,7 +7590,8 @@ def _provider_remove(args: Any) -> int:
         names = [known.get("name") for known in providers if isinstance(known, dict)]
         if args.name not in names:
             raise UsageError(f"config.json has no provider {args.name!r}" + nearest(args.name, filter(None, names)))
-        raw["providers"] = [known for known in providers if not isinstance(known, dict) or known.get("name") != args.name]
+        raw["providers"] = [known for known in providers
+                            if not isinstance(known, dict) or known.get("name") != args.name]
         if raw.get("default_provider") == args.name:
             del raw["default_provider"]
 
@@ -7584,8 +7606,8 @@ def _raw_providers(raw: Json) -> List[Any]:
 
 
 #: What is at fault, by the status that a probe ends with.
-_FAULTS = {401: "the key", 402: "the balance", 403: "the key", 404: "the model", 429: "the rate limit", 502: "the connection",
-           504: "the connection"}
+_FAULTS = {401: "the key", 402: "the balance", 403: "the key", 404: "the model", 429: "the rate limit",
+           502: "the connection", 504: "the connection"}
 
 _PROBE_TOOL = {"type": "function", "function": {
     "name": "report", "description": "Report a number.",
@@ -7617,8 +7639,10 @@ def _examine(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
     except GatewayError as exc:
         fault = provider.problem and "its settings" or _FAULTS.get(exc.status, f"HTTP {exc.status}")
         return False, f"{provider.name}: does not work, {fault}: {one_line(exc.message, 300)}"
-    parts = ["key ok" if provider.api_keys else "needs no key", f"model {model} ok ({time.monotonic() - started:.1f} s)"]
-    tool_request = {"tools": [_PROBE_TOOL], "messages": [{"role": "user", "content": "Call the tool report with the number 7."}]}
+    parts = ["key ok" if provider.api_keys else "needs no key",
+             f"model {model} ok ({time.monotonic() - started:.1f} s)"]
+    tool_request = {"tools": [_PROBE_TOOL],
+                    "messages": [{"role": "user", "content": "Call the tool report with the number 7."}]}
     failed = 0
     for what, more in (("stream", {"stream": True}), ("tools", tool_request)):
         try:
@@ -7770,7 +7794,7 @@ COMMANDS: Dict[str, Command] = {
         ("action", {"nargs": "?", "choices": ("list", "add", "remove", "test", "presets"), "help": "list without"}),
         ("name", {"nargs": "?", "metavar": "NAME", "help": "a preset's name is all that `add` needs"}),
         ("--base-url", {"metavar": "URL", "help": "add: where an OpenAI-compatible server is"}),
-        ("--api-key", {"metavar": "KEY", "help": "add: '$NAME' (stays in the environment), - (standard input), or the key"}),
+        ("--api-key", {"metavar": "KEY", "help": "add: '$NAME' (stored as such), - (standard input), or the key"}),
         ("--models", {"metavar": "A,B", "help": "add: models it serves; the first is its default"}),
         ("--preset", {"metavar": "PRESET", "help": "add: take the facts of this preset under another name"}),
         ("--kind", {"choices": KINDS, "help": "add: openai without"}))),

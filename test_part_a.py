@@ -18,16 +18,17 @@ import iflow2api as ifl
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["celsius", "kelvin"]}},
-    "required": ["city", "unit"]}}}
+    "type": "object", "required": ["city", "unit"],
+    "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["celsius", "kelvin"]}}}}}
 
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    ours = {preset.key for preset in ifl.PRESETS.values()}
     for name in list(os.environ):
-        if name.startswith("IFLOW2API_") and name != "IFLOW2API_REQUIRE_SDK" or name in {p.key for p in ifl.PRESETS.values()}:
+        if name in ours or name.startswith("IFLOW2API_") and name != "IFLOW2API_REQUIRE_SDK":
             monkeypatch.delenv(name)
 
 
@@ -57,13 +58,15 @@ def call(url, path, body=None, **headers):
     host, port = url.split("//")[1].split("/")[0].split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=30)
     data = None if body is None else json.dumps(body).encode()
-    connection.request("GET" if body is None else "POST", path, data, {k.replace("_", "-"): v for k, v in headers.items()})
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request("GET" if body is None else "POST", path, data, headers)
     response = connection.getresponse()
     text = response.read().decode()
     connection.close()
     if "event-stream" not in response.getheader("Content-Type", ""):
         return response.status, json.loads(text)
-    return response.status, [json.loads(line[5:]) for line in text.splitlines() if line[:5] == "data:" and "[DONE]" not in line]
+    lines = [line[5:] for line in text.splitlines() if line[:5] == "data:" and "[DONE]" not in line]
+    return response.status, list(map(json.loads, lines))
 
 
 def user(text):
@@ -130,7 +133,8 @@ def test_demo_calls_a_tool_once_and_uses_its_result(url):
     made = message_of(first)["tool_calls"][0]
     assert made["function"]["name"] == "get_weather"
     assert json.loads(made["function"]["arguments"]) == {"city": "Paris", "unit": "celsius"}
-    history = [user("Weather?"), message_of(first), {"role": "tool", "tool_call_id": made["id"], "content": "18 degrees"}]
+    result = {"role": "tool", "tool_call_id": made["id"], "content": "18 degrees"}
+    history = [user("Weather?"), message_of(first), result]
     second = chat(url, history, tools=[WEATHER])
     assert "get_weather answered: 18 degrees" in message_of(second)["content"]
     third = chat(url, history + [message_of(second), user("And now?")], tools=[WEATHER])
@@ -146,8 +150,8 @@ def test_demo_streams_arguments_in_pieces(url):
 
 
 def tool(name, **properties):
-    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties,
-                                                                          "required": list(properties)}}}
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 @pytest.mark.parametrize("offered, asked, choice, expected", [
@@ -166,12 +170,14 @@ def test_demo_prefers_tools_that_only_look(offered, asked, choice, expected):
 def test_demo_arguments_fit_the_schema():
     schema = {"type": "object", "required": ["command", "n", "who", "tags", "maybe", "flag"], "$defs": {
         "person": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}}, "properties": {
-            "command": {"type": "array", "items": {"type": "string"}}, "n": {"type": "integer", "minimum": 5, "maximum": 5},
-            "who": {"$ref": "#/$defs/person"}, "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2},
+            "command": {"type": "array", "items": {"type": "string"}},
+            "n": {"type": "integer", "minimum": 5, "maximum": 5}, "who": {"$ref": "#/$defs/person"},
+            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2},
             "maybe": {"type": ["null", "string"]}, "flag": {"type": "boolean"}}}
     body = {"messages": [user("go")], "tools": [{"type": "function", "function": {"name": "t", "parameters": schema}}]}
-    assert ifl.demo_answer(body).calls[0][1] == {"command": ["echo", "hello from the demo"], "n": 5, "who": {"name": "demo"},
-                                                 "tags": ["a", "a"], "maybe": "demo", "flag": False}
+    assert ifl.demo_answer(body).calls[0][1] == {
+        "command": ["echo", "hello from the demo"], "n": 5, "who": {"name": "demo"}, "tags": ["a", "a"], "maybe": "demo",
+        "flag": False}
 
 
 def test_demo_fits_a_json_schema(url):
@@ -200,7 +206,7 @@ PICTURES = {
 WEBP = {
     "lossy": b"VP8 " + struct.pack("<I", 30) + b"\x00\x00\x00\x9d\x01\x2a" + struct.pack("<HH", 640, 480) + b"\x00" * 8,
     "lossless": b"VP8L" + struct.pack("<I", 30) + b"\x2f" + struct.pack("<I", 639 | 479 << 14) + b"\x00" * 12,
-    "extended": b"VP8X" + struct.pack("<I", 10) + b"\x00" * 4 + (639).to_bytes(3, "little") + (479).to_bytes(3, "little") + b"\x00" * 4}
+    "extended": b"VP8X" + struct.pack("<II", 10, 0) + (639).to_bytes(3, "little") + (479).to_bytes(3, "little") + b"\x00" * 4}
 
 
 @pytest.mark.parametrize("kind, data", [*PICTURES.items(), *(
@@ -245,7 +251,8 @@ def test_demo_lists_its_models(url):
 
 
 def test_demo_serves_foreign_names_on_messages_and_responses(demo, url):
-    answer = call(url, "/v1/messages", {"model": "claude-sonnet-4-5", "max_tokens": 500, "messages": [user("Hello")]})[1]
+    body = {"model": "claude-sonnet-4-5", "max_tokens": 500, "messages": [user("Hello")]}
+    answer = call(url, "/v1/messages", body)[1]
     assert [b["type"] for b in answer["content"]] == ["thinking", "text"] and "Hello" in answer["content"][1]["text"]
     answer = call(url, "/v1/responses", {"model": "gpt-5", "input": "Hello"})[1]
     assert [item["type"] for item in answer["output"]] == ["reasoning", "message"]
@@ -258,7 +265,8 @@ def test_demo_text_is_told_of_images_only(demo, url, path):
     body = {"model": "demo-text", "max_tokens": 100, "messages": [user([{"type": "image", "source": {
         "type": "base64", "media_type": "image/png", "data": data}}])]}
     if path == "/v1/responses":
-        body = {"model": "demo-text", "input": [user([{"type": "input_image", "image_url": "data:image/png;base64," + data}])]}
+        image = {"type": "input_image", "image_url": "data:image/png;base64," + data}
+        body = {"model": "demo-text", "input": [user([image])]}
     assert call(url, path, body)[0] == 200
     assert data not in json.dumps(demo.requests[-1].body)
 
@@ -277,7 +285,8 @@ def test_demo_has_nothing_elsewhere(demo):
 
 
 def test_demo_follows_a_script_and_demands_its_key():
-    script = [ifl.DemoAnswer("scripted"), lambda body: ifl.DemoAnswer(str(len(body["messages"]))), ifl.DemoAnswer("later", status=429)]
+    script = [ifl.DemoAnswer("scripted"), lambda body: ifl.DemoAnswer(str(len(body["messages"]))),
+              ifl.DemoAnswer("later", status=429)]
     demo = ifl.DemoUpstream(pace_s=0, first_s=0, key="k1", script=script)
     try:
         with gateway_with(**demo.settings()) as (gateway, url):
@@ -302,8 +311,8 @@ def test_demo_keeps_a_pace(demo):
 @contextlib.contextmanager
 def running(tmp_path, *flags):
     """`serve` as a process on a free port; its URL."""
-    command = [sys.executable, os.path.join(HERE, "iflow2api.py"), "serve", "--port", "0", "--config-dir", str(tmp_path), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = [sys.executable, os.path.join(HERE, "iflow2api.py"), "serve", "--port", "0", "--config-dir", str(tmp_path)]
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         yield process, process.stdout.readline().split()[-1]
     finally:
@@ -313,12 +322,14 @@ def running(tmp_path, *flags):
 
 
 def test_serve_demo_needs_nothing(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"default_model": "glm-5", "aliases": {"*": "nowhere/x"}, "providers": [
-        {"name": "nowhere", "base_url": "http://127.0.0.1:1/v1"}]}))
+    (tmp_path / "config.json").write_text(json.dumps({
+        "default_model": "glm-5", "aliases": {"*": "nowhere/x"},
+        "providers": [{"name": "nowhere", "base_url": "http://127.0.0.1:1/v1"}]}))
     with running(tmp_path, "--demo") as (process, url):
         assert [m["id"] for m in call(url, "/v1/models")[1]["data"]][:2] == ["demo", "demo-vision"]
         assert "demo model" in message_of(chat(url, "hi"))["content"]
-        events = call(url, "/v1/messages", {"model": "claude-opus-4-1", "max_tokens": 90, "stream": True, "messages": [user("hi")]})[1]
+        body = {"model": "claude-opus-4-1", "max_tokens": 90, "stream": True, "messages": [user("hi")]}
+        events = call(url, "/v1/messages", body)[1]
         assert events[0]["type"] == "message_start" and events[-1]["type"] == "message_stop"
         if os.name == "posix":
             process.send_signal(signal.SIGTERM)
@@ -345,7 +356,8 @@ def test_openai_sdk_runs_a_tool_loop_on_the_demo(url):
         answer = client.chat.completions.create(model="demo", messages=messages, tools=[WEATHER]).choices[0].message
         messages.append(answer.model_dump(exclude_none=True))
         for made in answer.tool_calls or ():
-            messages.append({"role": "tool", "tool_call_id": made.id, "content": json.loads(made.function.arguments)["city"] + ": 18"})
+            city = json.loads(made.function.arguments)["city"]
+            messages.append({"role": "tool", "tool_call_id": made.id, "content": city + ": 18"})
         if not answer.tool_calls:
             said = answer.content
             break
@@ -365,8 +377,9 @@ def test_anthropic_sdk_runs_a_tool_loop_on_the_demo(url):
         answer = stream.get_final_message()
     assert answer.stop_reason == "tool_use"
     made = next(block for block in answer.content if block.type == "tool_use")
+    result = {"type": "tool_result", "tool_use_id": made.id, "content": "18"}
     messages += [{"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in answer.content]},
-                 user([{"type": "tool_result", "tool_use_id": made.id, "content": "18"}, {"type": "text", "text": "(a reminder)"}])]
+                 user([result, {"type": "text", "text": "(a reminder)"}])]
     answer = client.messages.create(model="claude-sonnet-4-5", max_tokens=500, messages=messages, tools=tools)
     assert answer.stop_reason == "end_turn" and "get_weather answered: 18" in answer.content[-1].text
 
@@ -387,8 +400,8 @@ def test_each_preset_is_a_provider(name):
 
 def test_presets_are_those_that_were_promised():
     assert set(ifl.PRESETS) == set(
-        "zhipu zai moonshot-cn moonshot deepseek dashscope dashscope-intl minimax-cn minimax siliconflow modelscope openrouter "
-        "nvidia openai ollama lmstudio llamacpp vllm".split())
+        "zhipu zai moonshot-cn moonshot deepseek dashscope dashscope-intl minimax-cn minimax siliconflow modelscope "
+        "openrouter nvidia openai ollama lmstudio llamacpp vllm".split())
 
 
 def test_facts_of_models_reach_the_profile():
@@ -484,15 +497,17 @@ def test_provider_add_reads_a_key_from_standard_input(capsys, monkeypatch):
 
 def test_provider_add_keeps_what_it_does_not_know(capsys, tmp_path):
     (tmp_path / ".iflow2api").mkdir()
-    (tmp_path / ".iflow2api" / "config.json").write_text('{"future": 1, "providers": [{"name": "a", "base_url": "http://h", "x": 2}]}')
+    known = {"name": "a", "base_url": "http://h", "x": 2}
+    (tmp_path / ".iflow2api" / "config.json").write_text(json.dumps({"future": 1, "providers": [known]}))
     assert run(capsys, "provider", "add", "vllm")[0] == 0
-    assert config()["future"] == 1 and config()["providers"][0] == {"name": "a", "base_url": "http://h", "x": 2}
+    assert config()["future"] == 1 and config()["providers"][0] == known
 
 
 @pytest.mark.parametrize("argv, words", [
     (["zhipuu"], "did you mean zhipu"), ([], "needs a NAME"), (["x", "--preset", "kimi"], "no preset 'kimi'"),
     (["x", "--base-url", "h.example/v1"], "write http://h.example/v1 or https://h.example/v1"),
-    (["x", "--base-url", "ftp://h"], "is no http:// or https:// address"), (["x", "--base-url", "http://h:99999"], "no such port"),
+    (["x", "--base-url", "ftp://h"], "is no http:// or https:// address"),
+    (["x", "--base-url", "http://h:99999"], "no such port"),
     (["x", "--base-url", "http://h/?a=1"], "do not belong here"), (["x", "--base-url", "http://["], "base_url"),
     (["a/b", "--base-url", "http://h"], "without blanks, commas and slashes"),
     (["zhipu", "--api-key", ""], "single quotes: '$ZHIPU_API_KEY'"), (["x", "--base-url", ""], "no preset 'x'"),
@@ -556,7 +571,7 @@ def test_provider_test_says_what_works(capsys, demo):
     status, out, _ = run(capsys, "provider", "test", "mine")
     assert status == 0 and out.startswith("mine: key ok, model demo ok (") and out.endswith("s), stream ok, tools ok\n")
     assert [r.body.get("stream") for r in demo.requests] == [None, True, None]
-    assert run(capsys, "provider", "test")[1] == out or run(capsys, "provider", "test")[0] == 0
+    assert run(capsys, "provider", "test")[0] == 0
     assert run(capsys, "test", "mine")[1].startswith("mine: ok, demo answered in")
 
 
@@ -565,7 +580,7 @@ def test_provider_test_says_what_works(capsys, demo):
     ([ifl.DemoAnswer("Insufficient Balance", status=402)], 1, "mine: does not work, the balance: Insufficient Balance"),
     ([ifl.DemoAnswer("bad key", status=401)], 1, "mine: does not work, the key: "),
     ([ifl.DemoAnswer("hi"), ifl.DemoAnswer("no streams", status=400)], 1, "stream failed (400: no streams), tools ok"),
-    ([ifl.DemoAnswer("hi")] * 2 + [ifl.DemoAnswer("no tools here", status=400)], 1, "stream ok, tools failed (400: no tools here)"),
+    ([ifl.DemoAnswer("hi")] * 2 + [ifl.DemoAnswer("no tools", status=400)], 1, "stream ok, tools failed (400: no tools)"),
     ([ifl.DemoAnswer("hi")] * 3, 0, "stream ok, tools taken, but none called")])
 def test_provider_test_says_what_does_not_work(capsys, script, status, words):
     demo = ifl.DemoUpstream(pace_s=0, first_s=0, script=script)
@@ -622,8 +637,8 @@ def test_an_engine_is_found_at_the_first_request(demo, engines, caplog):
     caplog.set_level(logging.INFO, "iflow2api")
     with gateway_with() as (gateway, url):
         assert not looks(demo) and call(url, "/health")[1]["status"] == "degraded"
-        answer = call(url, "/v1/messages", {"model": "claude-sonnet-4-5", "max_tokens": 99, "messages": [user("hi")]})
-        assert answer[0] == 200 and demo.requests[-1].body["model"] == "demo"
+        body = {"model": "claude-sonnet-4-5", "max_tokens": 99, "messages": [user("hi")]}
+        assert call(url, "/v1/messages", body)[0] == 200 and demo.requests[-1].body["model"] == "demo"
         assert message_of(chat(url, "hi", model="ollama/demo-vision"))["content"]
         assert len(looks(demo)) == 1                     # the second request came within 30 seconds
         assert call(url, "/health")[1]["providers"][0]["name"] == "ollama"
@@ -681,14 +696,13 @@ def test_new_settings_end_the_search(demo, engines):
         assert gateway.current().router.default is None
 
 
-def test_chat_models_come_before_embeddings(engines):
-    names = ["text-embedding-nomic", "qwen3"]
-    assert sorted(names, key=lambda name: "embed" in name)[0] == "qwen3"
+def test_chat_models_come_before_embeddings(engines, monkeypatch):
+    monkeypatch.setattr(ifl, "DEMO_MODELS", ({"id": "text-embedding-nomic"}, {"id": "qwen3"}))
     demo = ifl.DemoUpstream(pace_s=0, first_s=0)
     engines(lmstudio=demo.base_url)
     try:
         with gateway_with() as (gateway, url):
-            assert gateway.current().router.providers["lmstudio"].models[-1] == "demo-embedding"
+            assert gateway.current().router.providers["lmstudio"].models == ("qwen3", "text-embedding-nomic")
     finally:
         demo.close()
 
