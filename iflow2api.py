@@ -38,6 +38,7 @@ Contents
     12 Services          slots, keys, metrics, file watching
     13 Gateway           owns 5, 10 and 12; one call from route to answer
     14 HTTP              server, handler, routes of the URL space, errors as bytes
+    16 Demo upstream     what `--demo` talks to, and the tests
     17 Command line      one cmd_* each
 
 Embedding: `server = serve(Gateway(Settings(providers=[…])), port=0)`, then server.url, server.close().
@@ -234,6 +235,10 @@ DEFAULT_RETRY_AFTER_S = 5
 #: A provider's own model list is asked for this often, and waited for this long.
 MODELS_TTL_S = 300
 MODELS_TIMEOUT_S = 5
+
+#: Engines on this machine are looked for this often, and waited for this long: they are near.
+LOCAL_TTL_S = 30
+LOCAL_TIMEOUT_S = 1
 
 #: The next target of a chain is tried on these; 401 and 403 mean that all keys were refused.
 FALLBACK_STATUS = frozenset((401, 402, 403, 408, 409, 425, 429)) | frozenset(range(500, 600))
@@ -697,6 +702,7 @@ class Provider:
     kind: str = "openai"
     api_keys: Tuple[str, ...] = ()
     models: Tuple[str, ...] = ()          #: models it is known to serve; they decide routes
+    facts: Mapping[str, Json] = field(default_factory=dict)     #: model -> context, max_output, vision, as far as known
     headers: Tuple[Tuple[str, str], ...] = ()
     proxy: str = ""
     timeout_s: Optional[float] = None     #: instead of first_byte_timeout_s and idle_timeout_s
@@ -720,7 +726,10 @@ def clean_base_url(url: str) -> str:
     A bare host gets /v1, where nearly every server keeps its API; a pasted full endpoint loses its end.
     """
     url = url.strip()
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as exc:            # http://[
+        raise ValueError(f"base_url {one_line(url, 80)!r}: {exc}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         hint = f"; write http://{url} or https://{url}" if url and "://" not in url else ""
         raise ValueError(f"base_url {one_line(url, 80)!r} is no http:// or https:// address{hint}")
@@ -787,11 +796,25 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
     keys = tuple(_header_safe(_resolve_secret(key, environ), "key") for key in given.get("api_keys", ()))
     headers = tuple((_token(key), _header_safe(_resolve_secret(value, environ), "header value"))
                     for key, value in given.get("headers", {}).items())
-    models = tuple(m["id"] if isinstance(m, dict) and isinstance(m.get("id"), str) else m for m in given.get("models", ()))
-    if not all(isinstance(m, str) and m for m in models):
-        raise ValueError("models: names expected")
+    facts = dict(map(_parse_model, given.get("models", ())))
     return Provider(**{**given, "name": name, "base_url": clean_base_url(given.get("base_url", "")), "api_keys": keys,
-                       "headers": headers, "models": models})
+                       "headers": headers, "models": tuple(facts), "facts": facts})
+
+
+#: What may be said of a model in a provider's `models`.
+_MODEL_FACTS = {"context": int, "max_output": int, "vision": bool}
+
+
+def _parse_model(entry: Any) -> Tuple[str, Json]:
+    """Name and facts of an entry of `models`: a name, or {"id", "context", "max_output", "vision"}."""
+    known = entry if isinstance(entry, dict) else {"id": entry}
+    if not isinstance(known.get("id"), str) or not known["id"]:
+        raise ValueError('models: names expected, or objects as {"id": "name", "max_output": 8192}')
+    facts = {key: known[key] for key in _MODEL_FACTS if known.get(key) is not None}
+    for key, value in facts.items():
+        if not isinstance(value, _MODEL_FACTS[key]) or isinstance(value, bool) is not (key == "vision") or value < 0:
+            raise ValueError(f"models: {known['id']}: {key}: {one_line(json.dumps(value), 40)} makes no sense")
+    return known["id"], {key: value for key, value in facts.items() if key == "vision" or value}
 
 
 def _token(name: str) -> str:
@@ -832,10 +855,119 @@ def with_iflow_facts(provider: Provider, settings: Settings) -> Provider:
     if provider.kind != "iflow":
         return provider
     preserve = provider.preserve_reasoning_content
+    facts = {name: {"context": model.context, "max_output": model.max_output, "vision": model.vision}
+             for name, model in IFLOW_MODELS.items()}
     return replace(
-        provider, models=provider.models or tuple(IFLOW_MODELS), concurrency=provider.concurrency or settings.api_concurrency,
+        provider, models=provider.models or tuple(IFLOW_MODELS), facts={**facts, **provider.facts}, concurrency=provider.concurrency or settings.api_concurrency,
         vision_model=(provider.vision_model or settings.vision_model) if settings.vision_mode == "route" else "",
         preserve_reasoning_content=settings.preserve_reasoning_content if preserve is None else preserve)
+
+
+# --- presets -----------------------------------------------------------------
+
+class Preset(NamedTuple):
+    """A known OpenAI-compatible API; `provider add` writes it into config.json, where it can be changed."""
+    base_url: str
+    key: str = ""                         #: the environment variable its users keep the key in; "": it needs none
+    profile: Json = {}                    #: how its Chat differs (DEFAULT_PROFILE, section 6)
+    models: Tuple[Tuple[str, int, int, bool], ...] = ()     #: name, context, output limit (0: unknown), sees images
+
+    def entry(self, name: str) -> Json:
+        """It as an entry of `providers`, without keys."""
+        models = [{"id": model, **({"context": context} if context else {}), **({"max_output": limit} if limit else {}),
+                   "vision": vision} for model, context, limit, vision in self.models]
+        return {"name": name, "base_url": self.base_url, **({"models": models} if models else {}),
+                **({"profile": dict(self.profile)} if self.profile else {})}
+
+
+#: The first model of each is the default one: one that may think and need not, as agents want both.
+#: GLM takes json_object, no strict schemas, and tool_choice "auto" alone (docs.bigmodel.cn).
+_GLM_PROFILE: Json = {"thinking_style": "thinking_type", "structured_output": "json_object", "strict_tools": False,
+                      "forced_tool_choice_with_thinking": False, "files": False}
+_GLM = (("glm-5.2", 1_000_000, 131072, False), ("glm-5.3", 1_000_000, 131072, False),
+        ("glm-5.1", 200_000, 131072, False), ("glm-5", 204800, 131072, False), ("glm-4.7", 204800, 131072, False),
+        ("glm-4.7-flash", 200_000, 131072, False), ("glm-5v-turbo", 200_000, 131072, True),
+        ("glm-4.6v", 128_000, 32768, True))
+#: kimi-k3 and kimi-k2.7-code can't stop thinking; a call's reasoning must come back with it (platform.kimi.com).
+_KIMI_PROFILE: Json = {"thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True, "prefill": "partial",
+                       "efforts": ["low", "high", "max"], "strict_tools": False, "files": False}
+_KIMI = (("kimi-k2.6", 262144, 262144, True), ("kimi-k3", 1_048_576, 262144, True),
+         ("kimi-k2.7-code", 262144, 262144, True), ("kimi-k2.5", 262144, 262144, True))
+#: A budget and an effort exclude each other there, so that the effort, which not all models know, stays away.
+_QWEN_PROFILE: Json = {"thinking_style": "enable_thinking", "top_k": True, "forced_tool_choice_with_thinking": False,
+                       "efforts": [], "strict_tools": False, "files": False}
+_QWEN = (("qwen3.7-plus", 1_000_000, 65536, True), ("qwen3.8-max", 1_000_000, 131072, True),
+         ("qwen3.8-flash", 1_000_000, 131072, True), ("qwen3-coder-plus", 1_000_000, 65536, False),
+         ("qwen3-vl-plus", 262144, 32768, True))
+#: Thinks between <think> tags and always (M2), knows no response_format (platform.minimax.io, OpenAI API).
+_MINIMAX_PROFILE: Json = {"thinking_style": "none", "think_tags": True, "efforts": [], "structured_output": "prompt",
+                          "max_tokens_field": "max_completion_tokens", "strict_tools": False, "files": False}
+_MINIMAX = (("MiniMax-M3", 512_000, 128_000, True), ("MiniMax-M2.7", 204800, 131072, False),
+            ("MiniMax-M2.5", 204800, 131072, False))
+#: Houses of many models: a thinking switch that one model knows is a 400 from the next.
+_MIXED_PROFILE: Json = {"thinking_style": "none", "efforts": [], "strict_tools": False, "files": False}
+#: Engines on this machine: chat templates that allow system at the top only, parts they can't read.
+_ENGINE_PROFILE: Json = {"thinking_style": "chat_template_kwargs", "efforts": [], "top_k": True, "mid_system": "user",
+                         "strict_tools": False, "files": False}
+
+#: By name; looked up in the makers' documentation and on models.dev, November 2026.
+PRESETS: Dict[str, Preset] = {
+    "zhipu": Preset("https://open.bigmodel.cn/api/paas/v4", "ZHIPU_API_KEY", _GLM_PROFILE, _GLM),
+    "zai": Preset("https://api.z.ai/api/paas/v4", "ZAI_API_KEY", _GLM_PROFILE, _GLM),
+    "moonshot-cn": Preset("https://api.moonshot.cn/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
+    "moonshot": Preset("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
+    "deepseek": Preset("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", {
+        "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True, "efforts": ["low", "high", "max"],
+        "vision": False, "files": False, "structured_output": "json_object", "strict_tools": False}, (
+            ("deepseek-flash", 1_000_000, 384_000, True), ("deepseek-v4-pro", 1_000_000, 384_000, False),
+            ("deepseek-v4-flash", 1_000_000, 384_000, True))),
+    "dashscope": Preset("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY", _QWEN_PROFILE, _QWEN),
+    "dashscope-intl": Preset("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY",
+                             _QWEN_PROFILE, _QWEN),
+    "minimax-cn": Preset("https://api.minimaxi.com/v1", "MINIMAX_API_KEY", _MINIMAX_PROFILE, _MINIMAX),
+    "minimax": Preset("https://api.minimax.io/v1", "MINIMAX_API_KEY", _MINIMAX_PROFILE, _MINIMAX),
+    "siliconflow": Preset("https://api.siliconflow.cn/v1", "SILICONFLOW_API_KEY", _MIXED_PROFILE, (
+        ("zai-org/GLM-5.2", 1_000_000, 131072, False), ("deepseek-ai/DeepSeek-V4-Flash", 1_000_000, 384_000, False),
+        ("deepseek-ai/DeepSeek-V4-Pro", 1_000_000, 384_000, False),
+        ("Pro/moonshotai/Kimi-K2.6", 262_000, 262_000, True))),
+    "modelscope": Preset("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY", _MIXED_PROFILE, (
+        ("ZhipuAI/GLM-4.6", 202752, 0, False), ("Qwen/Qwen3-235B-A22B-Instruct-2507", 262144, 0, False),
+        ("Qwen/Qwen3-Coder-30B-A3B-Instruct", 262144, 0, False))),
+    "openrouter": Preset("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", {
+        "thinking_style": "reasoning_effort", "efforts": ["none", "minimal", "low", "medium", "high", "xhigh"],
+        "reasoning_field": "reasoning", "top_k": True}, (
+            ("z-ai/glm-5.2", 1_048_576, 0, False), ("deepseek/deepseek-v4-flash", 1_048_576, 0, False),
+            ("moonshotai/kimi-k2.6", 262144, 0, True))),
+    "nvidia": Preset("https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY", {
+        **_MIXED_PROFILE, "reasoning_field": None, "user_field": None, "parallel_tool_calls": False}, (
+            ("z-ai/glm-5.1", 202752, 131072, False), ("minimaxai/minimax-m2.7", 204800, 0, False),
+            ("nvidia/nemotron-3-super-120b-a12b", 262144, 0, False))),
+    "openai": Preset("https://api.openai.com/v1", "OPENAI_API_KEY", {
+        "thinking_style": "reasoning_effort", "efforts": ["none", "low", "medium", "high", "xhigh"],
+        "reasoning_field": None, "max_tokens_field": "max_completion_tokens", "user_field": "safety_identifier"}, (
+            ("gpt-5.6", 1_050_000, 128_000, True), ("gpt-5.5", 1_050_000, 128_000, True),
+            ("gpt-5.4", 1_050_000, 128_000, True))),
+    "ollama": Preset("http://127.0.0.1:11434/v1", "", {
+        **_ENGINE_PROFILE, "thinking_style": "none", "reasoning_field": "reasoning"}),
+    "lmstudio": Preset("http://127.0.0.1:1234/v1", "", {**_ENGINE_PROFILE, "thinking_style": "none"}),
+    "llamacpp": Preset("http://127.0.0.1:8080/v1", "", _ENGINE_PROFILE),
+    "vllm": Preset("http://127.0.0.1:8000/v1", "", {**_ENGINE_PROFILE, "prefill": "continue_final_message"}),
+}
+
+#: Presets of engines that are looked for on this machine.
+LOCAL_ENGINES = ("ollama", "lmstudio", "llamacpp", "vllm")
+
+
+def entry_at(base_url: str, preset: Optional[Preset] = None) -> Json:
+    """An entry of `providers` for an address, with the facts of `preset` or of the one that lives there.
+
+    Whoever pastes an address gets the facts as well, and a bare host of a known API gets its path.
+    """
+    place, slash, path = base_url.strip().partition("://")[2].partition("/")
+    at_home = next((known for known in PRESETS.values() if urllib.parse.urlsplit(known.base_url).netloc == place), None)
+    known = preset or at_home
+    facts = known.entry("") if known else {}
+    return {**facts, "base_url": at_home.base_url if at_home and not path.strip("/") else base_url}
 
 
 # --- routes ------------------------------------------------------------------
@@ -844,17 +976,6 @@ class Target(NamedTuple):
     """One place a request may go: a provider and the name of the model there."""
     provider: Provider
     model: str
-
-
-def profile_of(target: Target) -> Json:
-    """How the target's Chat differs: the defaults, the provider's profile, and what is known of the model."""
-    profile = {**DEFAULT_PROFILE, **target.provider.profile}
-    model = IFLOW_MODELS.get(target.model) if target.provider.kind == "iflow" else None
-    if target.provider.kind == "iflow":
-        profile.update(vision=model.vision if model else True, require_reasoning_on_tool_calls=wants_reasoning_back(target.model))
-    if model:
-        profile["max_output"], profile["context"] = model.max_output, model.context
-    return profile
 
 
 class Router:
@@ -3097,8 +3218,21 @@ def _jpeg_size(head: bytes) -> Optional[Tuple[int, int]]:
     return None
 
 
+def _webp_size(head: bytes) -> Optional[Tuple[int, int]]:
+    """Lossy (VP8), lossless (VP8L: 14 bits each, less one) or extended (VP8X: 24 bits each, less one)."""
+    kind, little = head[12:16], "little"
+    if kind == b"VP8 ":
+        return int.from_bytes(head[26:28], little) & 0x3FFF, int.from_bytes(head[28:30], little) & 0x3FFF
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], little)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8X":
+        return int.from_bytes(head[24:27], little) + 1, int.from_bytes(head[27:30], little) + 1
+    return None
+
+
 def image_size(data: str) -> Optional[Tuple[int, int]]:
-    """Width and height of a base64 PNG, GIF or JPEG, read from its first 48 KB."""
+    """Width and height of a base64 PNG, GIF, WebP or JPEG, read from its first 48 KB."""
     try:
         head = base64.b64decode(data[:65536][:len(data) // 4 * 4])
     except ValueError:
@@ -3107,6 +3241,8 @@ def image_size(data: str) -> Optional[Tuple[int, int]]:
         return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
     if head.startswith(b"GIF8") and len(head) >= 10:
         return int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP" and len(head) >= 30:
+        return _webp_size(head)
     return _jpeg_size(head) if head.startswith(b"\xff\xd8") else None
 
 
@@ -4710,6 +4846,14 @@ class ChatDialect:
         return b"data: " + dump_json(self.error(exc, request_id)) + b"\n\n"
 
 
+def profile_of(target: Target) -> Json:
+    """How Chat is spoken with this very model: the plain way, the provider's, and what is known of the model."""
+    profile = {**DEFAULT_PROFILE, **target.provider.profile, **target.provider.facts.get(target.model, {})}
+    if target.provider.kind == "iflow":
+        profile["require_reasoning_on_tool_calls"] = wants_reasoning_back(target.model)
+    return profile
+
+
 class MessagesDialect(ChatDialect):
     """Anthropic Messages."""
     name = "messages"
@@ -5755,6 +5899,17 @@ def _lasting_key(path: str) -> bytes:
     return key
 
 
+def parse_model_list(data: bytes) -> List[str]:
+    """The names in an answer of `/models`; UpstreamGarbled."""
+    try:
+        listed = json.loads(data)
+    except (ValueError, RecursionError):
+        raise UpstreamGarbled("its /models is not JSON") from None
+    items = listed.get("data") if isinstance(listed, dict) else None
+    return [m["id"] for m in (items if isinstance(items, list) else ())
+            if isinstance(m, dict) and isinstance(m.get("id"), str) and m["id"]]
+
+
 @dataclass
 class Record:
     """What is noted of one call: for its log line and the metrics.  No content."""
@@ -5810,6 +5965,8 @@ class Gateway:
 
     `config` makes it follow a config.json; `flags` are settings that stand above it for this run.
     """
+    #: Where engines on this machine are looked for when no provider is set up; tests put their own here.
+    local_engines: Mapping[str, str] = {name: PRESETS[name].base_url for name in LOCAL_ENGINES}
 
     def __init__(self, settings: Optional[Settings] = None, *, config: Optional[ConfigFile] = None,
                  environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None) -> None:
@@ -5829,6 +5986,9 @@ class Gateway:
         self._lists: Dict[str, Tuple[float, List[str]]] = {}
         self._lock = threading.Lock()
         self._watch: Optional[FileWatch] = None
+        self._looking = threading.Lock()
+        #: the state without engines, until when the last look counts, the state with those that were found
+        self._local: Tuple[Optional[State], float, Optional[State]] = (None, 0.0, None)
         self.state = State(Settings(), Router(Settings(), {}))
         if config is None:
             self.apply(settings or Settings())
@@ -5848,11 +6008,7 @@ class Gateway:
         """Work with `settings` from the next request on; running ones keep theirs."""
         router = self._route(settings)
         with self._lock:
-            for name, provider in router.providers.items():
-                slots = self._slots.setdefault(name, Slots(provider.concurrency))
-                slots.resize(provider.concurrency)
-                if name not in self._rings or self._rings[name].keys != provider.api_keys:
-                    self._rings[name] = KeyRing(provider.api_keys)
+            self._equip(router)
             if [p.base_url for p in router.providers.values()] != [p.base_url for p in self.state.router.providers.values()]:
                 self._lists = {}
             self.state = State(settings, router)
@@ -5874,6 +6030,14 @@ class Gateway:
         except ConfigBroken as exc:
             return [f"{exc} (the iFlow CLI's file; nothing is written to it)"]
         return []
+
+    def _equip(self, router: Router) -> None:
+        """Slots and keys for each provider; what is in use goes on where it may."""
+        for name, provider in router.providers.items():
+            slots = self._slots.setdefault(name, Slots(provider.concurrency))
+            slots.resize(provider.concurrency)
+            if name not in self._rings or self._rings[name].keys != provider.api_keys:
+                self._rings[name] = KeyRing(provider.api_keys)
 
     def _take_over(self, loaded: Loaded, broken: List[str]) -> None:
         self.origins = loaded.origins
@@ -5941,6 +6105,64 @@ class Gateway:
             self._seal = Seal(_lasting_key(path) if path else secrets.token_bytes(32))
         return self._seal
 
+    # engines on this machine
+
+    def current(self, look: bool = True) -> State:
+        """What a request starts from: the settings, or, where they lead nowhere, the engines found on this machine.
+
+        `look` False takes what was found last.
+        """
+        state = self.state
+        if state.router.default is not None or not state.settings.detect_local:
+            return state
+        if look:
+            with self._looking:
+                if self._local[0] is not state or time.monotonic() >= self._local[1]:
+                    self._look_for_engines(state)
+        base, _, found = self._local
+        return found if found is not None and base is state else state
+
+    def _look_for_engines(self, state: State) -> None:
+        """Ask all of them at once; what is found serves until the next look."""
+        entries: Dict[str, Json] = {}
+        own = self.upstream.own_ports | {state.settings.port}
+        threads = [threading.Thread(target=self._look_at, args=(name, base_url, state.settings, entries), daemon=True)
+                   for name, base_url in self.local_engines.items() if Endpoint.of(base_url).port not in own]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * LOCAL_TIMEOUT_S)
+        providers = [entries[name] for name in self.local_engines if name in entries]
+        before = self._local[2].settings.providers if self._local[0] is state and self._local[2] else []
+        found = self._local[2] if before else None
+        if providers != before:
+            settings = replace(state.settings, providers=providers)
+            found = State(settings, Router(settings, self.environ)) if providers else None
+            self._announce_engines(found)
+        self._local = (state, time.monotonic() + LOCAL_TTL_S, found)
+
+    def _announce_engines(self, found: Optional[State]) -> None:
+        if found is None:
+            return log.info("no engine answers on this machine any more")
+        with self._lock:
+            self._equip(found.router)
+        for provider in found.router.providers.values():
+            log.info("found %s at %s: %s", provider.name, provider.base_url, one_line(", ".join(provider.models), 160))
+
+    def _look_at(self, name: str, base_url: str, settings: Settings, entries: Dict[str, Json]) -> None:
+        """Enter the engine into `entries` if one answers there that has a model; another iflow2api is none."""
+        quick = replace(settings, connect_timeout_s=min(settings.connect_timeout_s, LOCAL_TIMEOUT_S))
+        try:
+            with self.upstream.open(Provider(name, base_url), quick, "GET", "/models", (), None, NOBODY,
+                                    LOCAL_TIMEOUT_S) as exchange:
+                ours = exchange.headers.get("Server", "").startswith("iflow2api")
+                models = parse_model_list(exchange.read_all(8 << 20)) if exchange.status == 200 and not ours else []
+        except GatewayError as exc:
+            return log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
+        models.sort(key=lambda model: "embed" in model.lower())  # the first one is the default model
+        if models:
+            entries[name] = {"name": name, "base_url": base_url, "models": models, "profile": PRESETS[name].profile}
+
     # answering
 
     def answer(self, call: Call, sink: AnswerSink) -> None:
@@ -5952,7 +6174,7 @@ class Gateway:
         with self._lock:
             self.in_flight += 1
         try:
-            self._try_targets(self.state, call, sink, record)
+            self._try_targets(self.current(), call, sink, record)
             record.status = record.status or 200
         except GatewayError as exc:
             record.status, record.error = call.dialect.status(exc), exc.message
@@ -6165,7 +6387,7 @@ class Gateway:
 
     def models(self) -> List[Json]:
         """All names that can be asked for, each with the provider it leads to; nothing that would not be routed."""
-        router = self.state.router
+        router = self.current().router
         found: Dict[str, str] = {}
         for pattern, targets in router.aliases:
             if not re.search(r"[*?\[]", pattern):
@@ -6190,7 +6412,7 @@ class Gateway:
         seeing = set()
         for provider in self.state.router.providers.values():
             for model in provider.models:
-                if provider.kind == "iflow" and profile_of(Target(provider, model))["vision"] or model == provider.vision_model:
+                if provider.facts.get(model, {}).get("vision") or model == provider.vision_model:
                     seeing |= {model, f"{provider.name}/{model}"}
         return [model for model in self.models() if model["id"] in seeing]
 
@@ -6222,17 +6444,12 @@ class Gateway:
         with self.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY, MODELS_TIMEOUT_S) as exchange:
             if exchange.status != 200:
                 raise self._refusal(exchange, provider)
-            try:
-                listed = json.loads(exchange.read_all(8 << 20))
-            except (ValueError, RecursionError):
-                raise UpstreamGarbled("its /models is not JSON") from None
-        items = listed.get("data") if isinstance(listed, dict) else None
-        return [m["id"] for m in items or () if isinstance(m, dict) and isinstance(m.get("id"), str)]
+            return parse_model_list(exchange.read_all(8 << 20))
 
     def health(self) -> Json:
         """The body of /health: nothing in it is secret."""
         providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem, **({"problem": p.problem} if p.problem else {}),
-                      "models": len(p.models)} for p in self.state.router.providers.values()]
+                      "models": len(p.models)} for p in self.current(look=False).router.providers.values()]
         healthy = any(p["usable"] for p in providers) and not self.config_broken
         return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(), "version": __version__,
                 "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
@@ -6952,6 +7169,16 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
 
 # --- the server --------------------------------------------------------------
 
+def stop_accepting(server: socketserver.BaseServer) -> None:
+    """End the accept loop at once: it looks up every few seconds, or when somebody connects."""
+    stopper = threading.Thread(target=server.shutdown, daemon=True)
+    stopper.start()
+    with contextlib.suppress(OSError):
+        socket.create_connection(server.server_address[:2], 0.2).close()
+    stopper.join()
+    server.server_close()
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket and its connections, one thread each."""
     daemon_threads, block_on_close = True, False
@@ -7025,12 +7252,7 @@ class Server(http.server.ThreadingHTTPServer):
     def close(self, drain_s: float = 0.0) -> None:
         """Accept nothing more, let running answers end for `drain_s`, then cut them off."""
         self.closing.set()
-        stopper = threading.Thread(target=self.shutdown, daemon=True)
-        stopper.start()
-        with contextlib.suppress(OSError):                       # wake the accept loop
-            socket.create_connection(self.server_address[:2], 0.2).close()
-        stopper.join()
-        self.server_close()
+        stop_accepting(self)
         self._cut(lambda handler: not handler.busy)
         until = time.monotonic() + drain_s
         while self._handlers and time.monotonic() < until:
@@ -7063,14 +7285,467 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
     return Server(gateway, settings.host if host is None else host, settings.port if port is None else port)
 
 
+# === 16. Demo upstream ======================================================
+#
+# A small upstream built in: `--demo` runs the program against it, without account or network, and the tests use the
+# same one with a script.  What it says is pure; only the two classes at the end know sockets and clocks.
+
+#: demo-text shows what becomes of images for a model that can't see; any other name is answered, too.
+DEMO_MODELS: Tuple[Json, ...] = (
+    {"id": "demo", "context": 131072, "max_output": 16384, "vision": True},
+    {"id": "demo-vision", "context": 131072, "max_output": 16384, "vision": True},
+    {"id": "demo-text", "context": 32768, "max_output": 4096, "vision": False}, {"id": "demo-embedding"})
+
+#: Of many tools one is tried that only looks; a word of its name tells.
+_LOOKS = re.compile(r"(?i)get|list|read|search|find|look|fetch|weather|time|glob|grep|^ls$|view|status|query|calc")
+
+#: Arguments that harm nothing, by a word of their name.
+_DEMO_VALUES = {"command": "echo hello from the demo", "cmd": "echo hello from the demo", "file": "README.md",
+                "path": ".", "pattern": "*", "city": "Paris", "location": "Paris", "url": "https://example.com/",
+                "lang": "en",
+                "unit": "celsius", "date": "2026-01-01", "zone": "UTC"}
+
+_DEMO_PIECE = re.compile(r"[\u2e80-\uffff]|[^\s\u2e80-\uffff]+\s*|\s+")
+_WIDE = re.compile(r"[\u2e80-\uffff]")
+
+
+class DemoAnswer(NamedTuple):
+    """What the demo model says to one request; a `status` other than 200 makes `text` the message of an error."""
+    text: str = ""
+    reasoning: str = ""
+    calls: Tuple[Tuple[str, Json], ...] = ()      #: name and arguments of each
+    finish: str = ""                              #: finish_reason; "": by what there is
+    status: int = 200
+
+    @property
+    def finish_reason(self) -> str:
+        return self.finish or ("tool_calls" if self.calls else "stop")
+
+
+# --- what it says
+
+def demo_answer(body: Json) -> DemoAnswer:
+    """Think, call an offered tool once, say what came of it; describe images; else say what was asked."""
+    messages = [message for message in body.get("messages") or () if isinstance(message, dict)]
+    spoken = max([at for at, message in enumerate(messages) if message.get("role") == "assistant"], default=-1)
+    fresh = messages[spoken + 1:]        # what the model has not seen yet
+    asked = next((_texts_of(m.get("content"))[-1] for m in reversed(messages)
+                  if m.get("role") == "user" and _texts_of(m.get("content"))), "")
+    chinese = bool(_WIDE.search(asked))
+    tool = _demo_tool(body, messages, fresh, asked)
+    if tool:
+        name, parameters = tool
+        thought = f"有一个工具 {name} 可用，先调用它。" if chinese else f"The tool {name} is offered; calling it, to see it work. "
+        return _demo_bounded(body, DemoAnswer("", thought, ((name, _sample(parameters, parameters, name)),)))
+    thought = f"问题是：“{one_line(asked, 60)}”。" if chinese else f"Let me see. I was asked: “{one_line(asked, 60)}”. "
+    text = (_demo_json(body) or _demo_result(messages, fresh, chinese) or _demo_images(fresh, chinese)
+            or _demo_echo(asked, chinese))
+    return _demo_bounded(body, DemoAnswer(text, thought))
+
+
+def _demo_bounded(body: Json, answer: DemoAnswer) -> DemoAnswer:
+    """The answer as the thinking switches, `stop` and the token limit leave it."""
+    thinking, template = body.get("thinking"), body.get("chat_template_kwargs")
+    off = (body.get("enable_thinking") is False or body.get("reasoning_effort") == "none"
+           or isinstance(thinking, dict) and thinking.get("type") == "disabled"
+           or isinstance(template, dict) and template.get("enable_thinking") is False)
+    text = answer.text
+    for stop in body["stop"] if isinstance(body.get("stop"), list) else [body.get("stop")]:
+        text = text.partition(stop)[0] if isinstance(stop, str) and stop else text
+    answer = answer._replace(text=text, reasoning="" if off else answer.reasoning)
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    thought, said = demo_pieces(answer.reasoning), demo_pieces(text)
+    if not isinstance(limit, int) or answer.calls or len(thought) + len(said) <= limit:
+        return answer
+    thought = thought[:limit // 2]       # a short limit leaves room for some of the answer itself
+    return DemoAnswer("".join(said[:max(1, limit - len(thought))]), "".join(thought), finish="length")
+
+
+def demo_pieces(text: str) -> List[str]:
+    """`text` as a model would stream it: words, or single Chinese characters."""
+    return _DEMO_PIECE.findall(text)
+
+
+def _demo_echo(asked: str, chinese: bool) -> str:
+    quoted = one_line(asked, 200)
+    if chinese:
+        return f"这是 iflow2api 内置的演示模型，不需要账号，也不联网。您说：“{quoted}”。接入真正的模型：python iflow2api.py provider add zhipu"
+    return (f"This is the demo model built into iflow2api: no account, no network. You said: “{quoted}”. "
+            "For a real model: python iflow2api.py provider add zhipu")
+
+
+def _demo_result(messages: List[Json], fresh: List[Json], chinese: bool) -> str:
+    """What the tools answered, "" where none did."""
+    names = {call["id"]: call["function"]["name"] for message in messages for call in message.get("tool_calls") or ()}
+    said = []
+    for message in fresh:
+        if message.get("role") == "tool":
+            name = names.get(message.get("tool_call_id"), "?")
+            result = one_line(" ".join(_texts_of(message.get("content"))), 400)
+            said.append(f"工具 {name} 返回：{result}" if chinese else f"The tool {name} answered: {result}")
+    return "\n".join(said)
+
+
+def _demo_images(fresh: List[Json], chinese: bool) -> str:
+    """Type and size of each image, "" where there is none."""
+    parts = [part for message in fresh if isinstance(message.get("content"), list) for part in message["content"]
+             if part.get("type") == "image_url"]
+    urls = [part["image_url"] if isinstance(part["image_url"], str) else part["image_url"]["url"] for part in parts]
+    listed = ", ".join(map(_describe_image, urls))
+    if not urls:
+        return ""
+    return f"我看到 {len(urls)} 张图片：{listed}" if chinese else f"I see {len(urls)} image{'s' * (len(urls) > 1)}: {listed}"
+
+
+def _describe_image(url: str) -> str:
+    """`PNG 640 × 480`; a link is not followed: the demo needs no network."""
+    head, comma, data = url.partition(",")
+    if not head.startswith("data:") or not comma:
+        return "a link to " + one_line(url, 80)
+    kind = re.sub(r"data:(image/)?|;.*", "", head).upper() or "IMAGE"
+    size = image_size(data)
+    return f"{kind} {size[0]} × {size[1]}" if size else f"{kind} of unknown size"
+
+
+# --- tools and schemas
+
+def _demo_tool(body: Json, messages: List[Json], fresh: List[Json], asked: str) -> Optional[Tuple[str, Json]]:
+    """Name and parameters of the tool to call, once in a conversation: the demanded, named, harmless or first one."""
+    choice = body.get("tool_choice")
+    functions = [tool["function"] for tool in body.get("tools") or () if tool.get("type") == "function"]
+    known = {function["name"]: function.get("parameters") or {} for function in functions}
+    demanded = choice["function"]["name"] if isinstance(choice, dict) and "function" in choice else None
+    called = any(message.get("role") == "tool" for message in (fresh if demanded or choice == "required" else messages))
+    if not known or choice == "none" or called:
+        return None
+    named = [name for name in known if name.lower() in asked.lower()]
+    harmless = [name for name in known if _LOOKS.search(name)]
+    name = demanded if demanded in known else (named + harmless + list(known))[0]
+    return name, known[name]
+
+
+def _demo_json(body: Json) -> str:
+    """An answer that fits `response_format`, "" where none is asked for."""
+    form = body.get("response_format")
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind == "json_schema":
+        schema = (form.get("json_schema") or {}).get("schema")
+        return json.dumps(_sample(schema if isinstance(schema, dict) else {}, schema, "answer"), ensure_ascii=False)
+    return '{"answer": "demo"}' if kind == "json_object" else ""
+
+
+def _sample(schema: Any, root: Any, name: str, depth: int = 0) -> Any:
+    """A value that fits a JSON Schema, as small and as harmless as can be."""
+    schema = schema if isinstance(schema, dict) and depth < 12 else {}
+    if isinstance(schema.get("$ref"), str):
+        return _sample(_follow(root, schema["$ref"]), root, name, depth + 1)
+    for key in ("const", "default"):
+        if key in schema:
+            return schema[key]
+    for key in ("enum", "examples"):
+        if isinstance(schema.get(key), list) and schema[key]:
+            return schema[key][0]
+    for key in ("anyOf", "oneOf", "allOf"):
+        if isinstance(schema.get(key), list) and schema[key]:
+            return _sample(schema[key][0], root, name, depth + 1)
+    kinds = schema.get("type", "object" if "properties" in schema or not depth else "string")
+    kind = next((k for k in kinds if k != "null"), "null") if isinstance(kinds, list) else kinds
+    return _SAMPLES.get(str(kind), _sample_text)(schema, root, name, depth)
+
+
+def _follow(root: Any, reference: str) -> Any:
+    """What `#/$defs/name` points at."""
+    for step in reference.lstrip("#/").split("/"):
+        root = root.get(step) if isinstance(root, dict) else None
+    return root
+
+
+def _sample_object(schema: Json, root: Any, name: str, depth: int) -> Json:
+    known = schema.get("properties") if isinstance(schema.get("properties"), dict) else {}
+    required = schema.get("required") if isinstance(schema.get("required"), list) else list(known)[:1]
+    return {key: _sample(known.get(key), root, key, depth + 1) for key in required if isinstance(key, str)}
+
+
+def _sample_array(schema: Json, root: Any, name: str, depth: int) -> List[Any]:
+    if name.lower() in ("command", "cmd"):
+        return ["echo", "hello from the demo"]
+    return [_sample(schema.get("items"), root, name, depth + 1)] * min(schema.get("minItems") or 1, 8)
+
+
+def _sample_text(schema: Json, root: Any, name: str, depth: int) -> str:
+    return next((value for word, value in _DEMO_VALUES.items() if word in name.lower()), "demo")
+
+
+def _sample_number(schema: Json, root: Any, name: str, depth: int) -> Any:
+    value = (schema.get("minimum") or schema.get("exclusiveMinimum") or 0) + 1
+    return min(value, schema.get("maximum", value))
+
+
+_SAMPLES: Dict[str, Callable[[Json, Any, str, int], Any]] = {
+    "object": _sample_object, "array": _sample_array, "string": _sample_text, "integer": _sample_number,
+    "number": _sample_number, "boolean": lambda *_: False, "null": lambda *_: None}
+
+
+# --- how it says it
+
+def demo_usage(body: Json, answer: DemoAnswer) -> Json:
+    """Tokens as an upstream counts them: estimated for what came in, pieces for what goes out."""
+    given = estimate_tokens([body.get(key) for key in ("messages", "tools", "prompt", "input")])
+    thought = len(demo_pieces(answer.reasoning))
+    made = thought + len(demo_pieces(answer.text)) + sum(8 + len(json.dumps(c[1])) // 4 for c in answer.calls)
+    return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made,
+            "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": {"reasoning_tokens": thought}}
+
+
+def demo_calls(answer: DemoAnswer) -> List[Json]:
+    return [{"id": new_id("call_"), "type": "function",
+             "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+            for name, arguments in answer.calls]
+
+
+def demo_completion(body: Json, answer: DemoAnswer, base: Json) -> Json:
+    """The plain answer, of /completions where there is a prompt."""
+    if "messages" not in body:
+        choice: Json = {"index": 0, "text": answer.text, "logprobs": None, "finish_reason": answer.finish_reason}
+        return {**base, "object": "text_completion", "choices": [choice], "usage": demo_usage(body, answer)}
+    message = {"role": "assistant", "content": answer.text or None,
+               **({"reasoning_content": answer.reasoning} if answer.reasoning else {}),
+               **({"tool_calls": demo_calls(answer)} if answer.calls else {})}
+    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
+    return {**base, "object": "chat.completion", "choices": [choice], "usage": demo_usage(body, answer)}
+
+
+def demo_deltas(answer: DemoAnswer) -> Iterator[Json]:
+    """The deltas of a streamed answer, arguments in pieces too."""
+    yield {"role": "assistant", "content": ""}
+    for piece in demo_pieces(answer.reasoning):
+        yield {"reasoning_content": piece}
+    for piece in demo_pieces(answer.text):
+        yield {"content": piece}
+    for index, call in enumerate(demo_calls(answer)):
+        arguments = call["function"].pop("arguments")
+        yield {"tool_calls": [{"index": index, **call, "function": {**call["function"], "arguments": ""}}]}
+        for at in range(0, len(arguments), 12):
+            yield {"tool_calls": [{"index": index, "function": {"arguments": arguments[at:at + 12]}}]}
+
+
+def demo_chunks(body: Json, answer: DemoAnswer, base: Json) -> Iterator[Json]:
+    """The chunks of a streamed answer; usage where it was asked for."""
+    chat = "messages" in body
+    base = {**base, "object": "chat.completion.chunk" if chat else "text_completion"}
+    if chat:
+        for delta in demo_deltas(answer):
+            yield {**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    else:
+        for piece in demo_pieces(answer.text):
+            yield {**base, "choices": [{"index": 0, "text": piece, "logprobs": None, "finish_reason": None}]}
+    nothing: Json = {"delta": {}} if chat else {"text": ""}
+    yield {**base, "choices": [{"index": 0, **nothing, "finish_reason": answer.finish_reason}]}
+    options = body.get("stream_options")
+    if isinstance(options, dict) and options.get("include_usage"):
+        yield {**base, "choices": [], "usage": demo_usage(body, answer)}
+
+
+def demo_embeddings(body: Json) -> Json:
+    """Small vectors of length 1, the same for the same text."""
+    given = body.get("input")
+    texts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    size = body.get("dimensions") if isinstance(body.get("dimensions"), int) and 0 < body["dimensions"] <= 4096 else 32
+    data = []
+    for index, text in enumerate(texts):
+        vector = _demo_vector(json.dumps(text), size)
+        packed = base64.b64encode(struct.pack(f"<{size}f", *vector)).decode()
+        data.append({"object": "embedding", "index": index,
+                     "embedding": packed if body.get("encoding_format") == "base64" else vector})
+    count = estimate_tokens(given)
+    return {"object": "list", "data": data, "model": body.get("model"),
+            "usage": {"prompt_tokens": count, "total_tokens": count}}
+
+
+def _demo_vector(text: str, size: int) -> List[float]:
+    noise = hashlib.shake_128(text.encode("utf-8", "replace")).digest(2 * size)
+    raw = [value / 32768 - 1 for value in struct.unpack(f"<{size}H", noise)]
+    length = sum(value * value for value in raw) ** 0.5 or 1.0
+    return [value / length for value in raw]
+
+
+# --- the server
+
+class DemoRequest(NamedTuple):
+    """What reached the demo upstream; for tests."""
+    method: str
+    path: str
+    headers: Dict[str, str]
+    body: Json
+
+
+class DemoUpstream(http.server.ThreadingHTTPServer):
+    """A small OpenAI-compatible server on a loopback port.
+
+    `pace_s` lies between two pieces of a stream, `first_s` before an answer; `key` is demanded where given.  `script`
+    holds what to answer to the first requests: DemoAnswers, or functions that make one of the body; then `demo_answer`
+    takes over.  `requests` are the latest that came.
+    """
+    daemon_threads, block_on_close = True, False
+    request_queue_size = 128
+
+    def __init__(self, pace_s: float = 0.03, first_s: float = 0.3, key: str = "",
+                 script: Iterable[Union[DemoAnswer, Callable[[Json], DemoAnswer]]] = (), port: int = 0) -> None:
+        self.pace_s, self.first_s, self.key = pace_s, first_s, key
+        self._script: Iterator[Any] = iter(script)
+        self.requests: Deque[DemoRequest] = deque(maxlen=100)
+        self.connections: Set[socket.socket] = set()
+        self.closing, self._lock = threading.Event(), threading.Lock()
+        super().__init__(("127.0.0.1", port), _DemoHandler)
+        threading.Thread(target=self.serve_forever, args=(5,), name="demo", daemon=True).start()
+
+    def server_bind(self) -> None:
+        """Without HTTPServer's reverse DNS lookup."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def entry(self, name: str = "demo") -> Json:
+        """It as an entry of `providers`."""
+        return {"name": name, "base_url": self.base_url, "models": list(DEMO_MODELS),
+                **({"api_keys": [self.key]} if self.key else {})}
+
+    def settings(self, model: str = "demo") -> Json:
+        """Settings that lead everything to it, whatever config.json says."""
+        return {"providers": [self.entry()], "aliases": {}, "default_provider": "demo", "default_model": model,
+                "api_key": ""}
+
+    def answer(self, body: Json) -> DemoAnswer:
+        """The next of the script, else what the demo model says; to a prompt without thinking and tools."""
+        with self._lock:
+            said = next(self._script, demo_answer)
+        if "messages" not in body:
+            body = {"messages": [{"role": "user", "content": str(body.get("prompt") or "")}], "enable_thinking": False,
+                    **{key: body[key] for key in ("max_tokens", "stop") if key in body}}
+        return said(body) if callable(said) else said
+
+    def pause(self, seconds: float) -> bool:
+        """Wait; False when the server is closing."""
+        return not self.closing.wait(seconds) if seconds else not self.closing.is_set()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("the demo upstream lost a client", exc_info=True)
+
+    def close(self) -> None:
+        """Stop, and cut off who is connected, so that nothing answers any more."""
+        self.closing.set()
+        stop_accepting(self)
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class _DemoHandler(http.server.BaseHTTPRequestHandler):
+    """One connection to the demo upstream."""
+    server: DemoUpstream
+    protocol_version, server_version, sys_version = "HTTP/1.1", "demo", ""
+    disable_nagle_algorithm, timeout = True, 75
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.connection)
+        super().finish()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Hops that lie in this process need no log."""
+
+    def do_GET(self) -> None:
+        if not self._enters({}):
+            return
+        if not self.path.endswith("/models"):
+            return self._fail(404, f"the demo has nothing at {self.path}")
+        data = [{"id": model["id"], "object": "model", "created": 1767225600, "owned_by": "demo"}
+                for model in DEMO_MODELS]
+        self._send(200, {"object": "list", "data": data})
+
+    def do_POST(self) -> None:
+        try:
+            body = parse_body(self.rfile.read(int(self.headers.get("Content-Length") or 0)))[0]
+            if not self._enters(body):
+                return
+            if self.path.endswith("/embeddings"):
+                return self._send(200, demo_embeddings(body))
+            if not self.path.endswith("/completions"):
+                return self._fail(404, f"the demo has nothing at {self.path}")
+            answer = self.server.answer(body)
+        except BadRequest as exc:
+            return self._fail(400, exc.message)
+        except (TypeError, ValueError, KeyError, AttributeError) as exc:     # the demo checks nothing beforehand
+            return self._fail(400, f"the demo can't make sense of this request ({one_line(exc, 80)})")
+        self._say(body, answer)
+
+    def _say(self, body: Json, answer: DemoAnswer) -> None:
+        base = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": body.get("model")}
+        self.server.pause(self.server.first_s)
+        if answer.status != 200:
+            self._fail(answer.status, answer.text)
+        elif body.get("stream") is True:
+            self._stream(demo_chunks(body, answer, base))
+        else:
+            self._send(200, demo_completion(body, answer, base))
+
+    def _enters(self, body: Json) -> bool:
+        """Note the request; refuse one without the key."""
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.requests.append(DemoRequest(self.command, self.path, headers, body))
+        if self.server.key and headers.get("authorization") != "Bearer " + self.server.key:
+            self._fail(401, "the demo was given a wrong key")
+            return False
+        return True
+
+    def _stream(self, chunks: Iterable[Json]) -> None:
+        self._head(200, "text/event-stream", ("Transfer-Encoding", "chunked"))
+        for chunk in chunks:
+            self._write_chunk(b"data: " + dump_json(chunk) + b"\n\n")
+            if not self.server.pause(self.server.pace_s):
+                self.close_connection = True
+                return
+        self._write_chunk(b"data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _write_chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def _fail(self, status: int, message: str) -> None:
+        self._send(status, {"error": {"message": message, "type": error_type(status), "param": None, "code": None}})
+
+    def _send(self, status: int, value: Json) -> None:
+        data = dump_json(value)
+        self._head(status, "application/json", ("Content-Length", str(len(data))))
+        self.wfile.write(data)
+
+    def _head(self, status: int, content_type: str, framing: Tuple[str, str]) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header(*framing)
+        self.end_headers()
+
+
 # === 17. Command line =======================================================
 
 class _Collect(AnswerSink):
-    """Keeps a plain answer: for our own requests."""
+    """Keeps an answer: for our own requests."""
     data = b""
 
     def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
         self.began, self.data = True, data
+
+    def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
+        self.began, self.data = True, self.data + payload
+
+    def end(self, payload: bytes) -> None:
+        self.send(payload)
 
 
 def _read_key(text: str) -> str:
@@ -7107,7 +7782,8 @@ def _flag_settings(args: Any) -> Json:
     if getattr(args, "verbose", False):
         flags["log_level"] = "debug"
     if getattr(args, "upstream", None):
-        entry = {"name": "upstream", "base_url": args.upstream, "api_keys": ["$" + key if key.startswith("$") else key] if key else []}
+        entry = {**entry_at(args.upstream), "name": "upstream",
+                 "api_keys": ["$" + key if key.startswith("$") else key] if key else []}
         problem = parse_provider(entry, {}).problem
         if problem:
             raise UsageError(f"--upstream: {problem}")
@@ -7129,7 +7805,10 @@ def _gateway_of(args: Any) -> Gateway:
 
 def cmd_serve(args: Any) -> int:
     _log_to_console()
-    gateway = _gateway_of(args)
+    if args.demo and (args.upstream or args.api_key):
+        raise UsageError("--demo brings its own upstream: leave out --upstream and --api-key")
+    demo = DemoUpstream() if args.demo else None
+    gateway = Gateway(config=_config_of(args), flags={**(demo.settings() if demo else {}), **_flag_settings(args)})
     had_key = bool(gateway.settings.custom_api_key)
     host, port = gateway.settings.host, gateway.settings.port
     try:
@@ -7143,6 +7822,8 @@ def cmd_serve(args: Any) -> int:
     _wait_for_signal(gateway)
     _say(f"stopping; running answers get {gateway.settings.drain_s:g} s to end (again to stop at once)")
     server.close(gateway.settings.drain_s)
+    if demo is not None:
+        demo.close()
     return 0
 
 
@@ -7207,7 +7888,7 @@ def _log_to_console() -> None:
 
 def cmd_status(args: Any) -> int:
     gateway = _gateway_of(args)
-    settings, router = gateway.settings, gateway.state.router
+    settings, router = gateway.settings, gateway.current().router
     health = _ask_running(settings)
     running = "not running"
     if health:
@@ -7220,6 +7901,9 @@ def cmd_status(args: Any) -> int:
               f"  {keys if not provider.problem else ''}".rstrip())
     if not router.providers:
         print("provider  none; add one to `providers`, or start with --upstream URL")
+    for variable, names in offered_presets(router, os.environ).items():
+        either = " (or ".join(names) + ")" * (len(names) > 1)
+        print(f"offer     {variable} is set: python iflow2api.py provider add {either}")
     for problem in gateway.problems:
         print(f"problem   {one_line(problem, 300)}")
     return 0 if health else 1
@@ -7252,7 +7936,7 @@ def cmd_models(args: Any) -> int:
 def cmd_test(args: Any) -> int:
     """One tiny real request to each provider, or to the one named."""
     gateway = _gateway_of(args)
-    providers = gateway.state.router.providers
+    providers = gateway.current().router.providers
     if args.provider and args.provider not in providers:
         raise UsageError(f"there is no provider {args.provider!r}" + nearest(args.provider, providers))
     if not providers:
@@ -7271,21 +7955,28 @@ def _probe(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
     started = time.monotonic()
     try:
         model = _probe_model(gateway, provider)
-        body = {"model": f"{provider.name}/{model}", "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
-        sink = _Collect()
-        gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_")), sink)
+        message = _ask(gateway, provider, model)
     except GatewayError as exc:
         return False, f"failed ({exc.status}): {one_line(exc.message, 400)}"
-    message = first_choice(json.loads(sink.data)).get("message") or {}
     said = one_line(message.get("content") or reasoning_of(message), 40)
     return True, f"ok, {model} answered in {time.monotonic() - started:.1f} s: {said}"
+
+
+def _ask(gateway: Gateway, provider: Provider, model: str, **more: Any) -> Json:
+    """The message of a tiny real request; of a streamed one {}.  GatewayError."""
+    limit = profile_of(Target(provider, model))["max_tokens_field"]
+    body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
+            "messages": [{"role": "user", "content": "Say hi."}], **more}
+    sink = _Collect()
+    gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_")), sink)
+    return {} if body.get("stream") else first_choice(json.loads(sink.data)).get("message") or {}
 
 
 def _probe_model(gateway: Gateway, provider: Provider) -> str:
     """A model to try: the default one if it is this provider's, its first configured one, or the first it lists."""
     if provider.problem:
         raise NotLoggedIn(provider.problem)
-    router = gateway.state.router
+    router = gateway.current().router
     if router.default_model and (gateway.settings.default_model in provider.models or provider is router.default):
         head, slash, rest = router.default_model.partition("/")
         return rest if slash and head == provider.name else router.default_model
@@ -7295,6 +7986,191 @@ def _probe_model(gateway: Gateway, provider: Provider) -> str:
     if not listed:
         raise UpstreamGarbled("it lists no models; name one in its `models`, or with --model")
     return listed[0]
+
+
+# --- providers ---------------------------------------------------------------
+
+def cmd_provider(args: Any) -> int:
+    return {"list": _provider_list, "add": _provider_add, "remove": _provider_remove, "test": _provider_test,
+            "presets": _provider_presets}[args.action or "list"](args)
+
+
+def offered_presets(router: Router, environ: Mapping[str, str]) -> Dict[str, List[str]]:
+    """Variable -> presets that it holds the key of, where it is set and none of them is there yet."""
+    known = {provider.base_url for provider in router.providers.values()}
+    found: Dict[str, List[str]] = {}
+    for name, preset in PRESETS.items():
+        if preset.key and environ.get(preset.key):
+            found.setdefault(preset.key, []).append(name)
+    return {variable: names for variable, names in found.items()
+            if not known.intersection(PRESETS[name].base_url for name in names)}
+
+
+def _provider_list(args: Any) -> int:
+    router = _gateway_of(args).current().router
+    for provider in router.providers.values():
+        mark = " (default)" if provider is router.default else ""
+        keys = ", ".join(map(mask, provider.api_keys)) or "no key"
+        facts = f"{provider.base_url}  {keys}  {len(provider.models)} models"
+        print(f"{provider.name}{mark}  {provider.problem or facts}")
+    for problem in router.problems:
+        _say(f"problem: {one_line(problem, 300)}")
+    if not router.providers:
+        _say("no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL")
+    return 0
+
+
+def _provider_presets(args: Any) -> int:
+    if args.name:
+        return _show_preset(args.name)
+    for name, preset in PRESETS.items():
+        state = " (set)" if os.environ.get(preset.key) else ""
+        print(f"{name:<15} {preset.base_url:<56} {preset.key and '$' + preset.key + state or 'no key'}")
+    _say("add one with: python iflow2api.py provider add NAME --api-key '$VARIABLE'")
+    return 0
+
+
+def _show_preset(name: str) -> int:
+    preset = _preset(name)
+    print(f"{name}  {preset.base_url}  {preset.key and '$' + preset.key or 'no key'}")
+    for model, context, limit, vision in preset.models:
+        print(f"  {model:<36} context {context or '?'}  output {limit or '?'}{'  images' if vision else ''}")
+    return 0
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise UsageError(f"there is no preset {name!r}{nearest(name, PRESETS)} (`provider presets` lists them; "
+                         "any other server needs --base-url URL)")
+    return PRESETS[name]
+
+
+def _stored_key(text: str, variable: str) -> str:
+    """A key as config.json is to hold it: `$NAME` stays `$NAME`, so that the secret itself is not in the file."""
+    if not text:
+        raise UsageError("--api-key is empty: the shell has replaced the variable; put it in single quotes: "
+                         f"'${variable or 'NAME'}'")
+    if re.fullmatch(r"\$[A-Za-z_]\w*", text):
+        if not os.environ.get(text[1:]):
+            _say(f"note: {text[1:]} is not set here; set it where the server starts")
+        return text
+    key = _read_key(text) if not text.startswith("$") else text
+    return "$" + key if text == "-" and key.startswith("$") else key
+
+
+def _new_provider(args: Any) -> Json:
+    """The entry that the flags of `provider add` describe; UsageError."""
+    if not args.name:
+        raise UsageError("provider add needs a NAME: one of `provider presets`, or any with --base-url URL")
+    preset = _preset(args.preset or args.name) if args.preset or args.name in PRESETS or not args.base_url else None
+    entry = entry_at(args.base_url, preset) if args.base_url else _preset(args.preset or args.name).entry("")
+    entry = {**entry, "name": args.name, "kind": args.kind or "openai"}
+    if args.models:
+        known = {model["id"]: model for model in entry.get("models", ())}
+        entry["models"] = [known.get(model, model) for model in filter(None, map(str.strip, args.models.split(",")))]
+    variable = preset.key if preset else ""
+    key = args.api_key if args.api_key is not None else "$" + variable if variable else None
+    entry["api_keys"] = [] if key is None else [_stored_key(key, variable)]
+    literal = [key for key in entry["api_keys"] if not re.fullmatch(r"\$\w+", key)]
+    try:
+        provider = parse_provider({**entry, "api_keys": literal}, os.environ)
+    except ValueError as exc:
+        raise UsageError(f"provider add: {exc}") from None
+    if provider.problem:
+        raise UsageError(f"provider add {args.name}: {provider.problem}")
+    if args.base_url and provider.base_url != args.base_url.strip():
+        _say(f"base_url {args.base_url} is taken as {provider.base_url}")
+    return {"name": args.name, **entry, "base_url": provider.base_url}
+
+
+def _provider_add(args: Any) -> int:
+    entry = _new_provider(args)
+
+    def add(raw: Json) -> None:
+        providers = _raw_providers(raw)
+        if any(isinstance(known, dict) and known.get("name") == args.name for known in providers):
+            raise UsageError(f"there is a provider {args.name} already; `provider remove {args.name}` first, "
+                             "or choose another NAME")
+        raw["providers"] = providers + [entry]
+
+    failed = _change_config(args, add)
+    if not failed:
+        _say(f"added {args.name} ({entry['base_url']}); try it: python iflow2api.py provider test {args.name}")
+    return failed
+
+
+def _provider_remove(args: Any) -> int:
+    if not args.name:
+        raise UsageError("provider remove needs a NAME; `provider list` shows them")
+
+    def remove(raw: Json) -> None:
+        providers = _raw_providers(raw)
+        names = [known.get("name") for known in providers if isinstance(known, dict)]
+        if args.name not in names:
+            raise UsageError(f"config.json has no provider {args.name!r}" + nearest(args.name, filter(None, names)))
+        raw["providers"] = [known for known in providers
+                            if not isinstance(known, dict) or known.get("name") != args.name]
+        if raw.get("default_provider") == args.name:
+            del raw["default_provider"]
+
+    return _change_config(args, remove)
+
+
+def _raw_providers(raw: Json) -> List[Any]:
+    providers = raw.get("providers", [])
+    if not isinstance(providers, list):
+        raise UsageError("`providers` in config.json is no list; see `config unset providers`")
+    return providers
+
+
+#: What is at fault, by the status that a probe ends with.
+_FAULTS = {401: "the key", 402: "the balance", 403: "the key", 404: "the model", 429: "the rate limit",
+           502: "the connection", 504: "the connection"}
+
+_PROBE_TOOL = {"type": "function", "function": {
+    "name": "report", "description": "Report a number.",
+    "parameters": {"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}}}
+
+
+def _provider_test(args: Any) -> int:
+    """One line for each provider: what works, what does not, and why."""
+    gateway = _gateway_of(args)
+    providers = gateway.current().router.providers
+    if args.name and args.name not in providers:
+        hint = f"; add it first: provider add {args.name}" if args.name in PRESETS else nearest(args.name, providers)
+        raise UsageError(f"there is no provider {args.name!r}{hint}")
+    if not providers:
+        _say("no provider to test: add one with `provider add NAME`")
+        return 1
+    results = [_examine(gateway, providers[name]) for name in ([args.name] if args.name else providers)]
+    for ok, line in results:
+        print(line)
+    return 0 if all(ok for ok, line in results) else 1
+
+
+def _examine(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
+    """Key, model, stream and tools of one provider, in a line; without an answer there is nothing more to try."""
+    started = time.monotonic()
+    try:
+        model = _probe_model(gateway, provider)
+        _ask(gateway, provider, model)
+    except GatewayError as exc:
+        fault = provider.problem and "its settings" or _FAULTS.get(exc.status, f"HTTP {exc.status}")
+        return False, f"{provider.name}: does not work, {fault}: {one_line(exc.message, 300)}"
+    parts = ["key ok" if provider.api_keys else "needs no key",
+             f"model {model} ok ({time.monotonic() - started:.1f} s)"]
+    tool_request = {"tools": [_PROBE_TOOL],
+                    "messages": [{"role": "user", "content": "Call the tool report with the number 7."}]}
+    failed = 0
+    for what, more in (("stream", {"stream": True}), ("tools", tool_request)):
+        try:
+            message = _ask(gateway, provider, model, **more)
+            lazy = what == "tools" and not message.get("tool_calls")
+            parts.append("tools taken, but none called" if lazy else f"{what} ok")
+        except GatewayError as exc:
+            failed += 1
+            parts.append(f"{what} failed ({exc.status}: {one_line(exc.message, 160)})")
+    return not failed, f"{provider.name}: " + ", ".join(parts)
 
 
 def cmd_version(args: Any) -> int:
@@ -7503,6 +8379,7 @@ SERVE_FLAGS: Tuple[Tuple[str, Json], ...] = (
     ("--host", {"metavar": "ADDR", "help": "address to listen on (127.0.0.1)"}),
     ("--port", {"metavar": "N", "help": "port to listen on (28000; 0: a free one)"}),
     *RUN_FLAGS,
+    ("--demo", {"action": "store_true", "help": "answer from a small model built in: no account, no network"}),
     ("--no-browser", {"action": "store_true", "help": "do not open the page"}),
     ("--log-level", {"metavar": "LEVEL", "help": "debug, info, warning or error"}),
     ("--verbose", {"action": "store_true", "help": "the same as --log-level debug"}))
@@ -7518,6 +8395,14 @@ COMMANDS: Dict[str, Command] = {
         ("--shell", {"choices": tuple(SHELLS), "help": "for which shell; by $SHELL without"}),
         ("--host", {"metavar": "ADDR", "help": "the server's address"}), ("--port", {"metavar": "N", "help": "its port"}),
         RUN_FLAGS[2])),
+    "provider": Command(cmd_provider, "list, add, remove and test upstreams; show the known ones", (
+        ("action", {"nargs": "?", "choices": ("list", "add", "remove", "test", "presets"), "help": "list without"}),
+        ("name", {"nargs": "?", "metavar": "NAME", "help": "a preset's name is all that `add` needs"}),
+        ("--base-url", {"metavar": "URL", "help": "add: where an OpenAI-compatible server is"}),
+        ("--api-key", {"metavar": "KEY", "help": "add: '$NAME' (stored as such), - (standard input), or the key"}),
+        ("--models", {"metavar": "A,B", "help": "add: models it serves; the first is its default"}),
+        ("--preset", {"metavar": "PRESET", "help": "add: take the facts of this preset under another name"}),
+        ("--kind", {"choices": KINDS, "help": "add: openai without"}))),
     "config": Command(cmd_config, "show and change settings", (
         ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path"), "help": "list without"}),
         ("key", {"nargs": "?", "metavar": "KEY"}), ("value", {"nargs": "?", "metavar": "VALUE"}),
