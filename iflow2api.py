@@ -724,7 +724,7 @@ def check_numbers(value: Mapping[str, Any], known: Numbers, where: str = "") -> 
         if not isinstance(number, kind) or isinstance(number, bool) or not low <= number <= high:
             what = "a whole number" if kind is int else "a number"
             hint = " (leave it out for no limit)" if number == 0 and low else ""
-            raise ValueError(f"{where}{name}: {what} from {low:g} to {high:g} expected, not {one_line(json.dumps(number), 40)}{hint}")
+            raise ValueError(f"{where}{name}: {what} from {low} to {high} expected, not {one_line(json.dumps(number), 40)}{hint}")
 
 
 def check_prices(value: Json) -> None:
@@ -6680,7 +6680,7 @@ class Gateway:
 
     def apply(self, settings: Settings) -> None:
         """Work with `settings` from the next request on; running ones keep theirs."""
-        router, door = self._route(settings), Doorkeeper(settings)
+        router, door = self.routed(settings), Doorkeeper(settings)
         with self._lock:
             for provider in router.providers.values():
                 self._equip(provider)
@@ -6704,7 +6704,8 @@ class Gateway:
         if name not in self._circuits or before is None or before.base_url != provider.base_url:
             self._circuits[name] = Circuit(self._clock)
 
-    def _route(self, settings: Settings) -> Router:
+    def routed(self, settings: Settings) -> Router:
+        """The routes that `settings` would make."""
         if "providers" in self.flags:    # --upstream: that one alone
             return Router(settings, self.environ)
         name = self._login.get("modelName")
@@ -6752,7 +6753,7 @@ class Gateway:
 
     def _sound(self, loaded: Loaded) -> Loaded:
         """`loaded`, with what does not fit together in it (unknown providers, names taken twice) as it was."""
-        router, known = self._route(loaded.settings), self.state.router
+        router, known = self.routed(loaded.settings), self.state.router
         bad = router.faults - known.faults
         if not bad:
             return loaded
@@ -8159,7 +8160,7 @@ def _gateway_of(args: Any) -> Gateway:
 def cmd_serve(args: Any) -> int:
     _log_to_console()
     gateway = _gateway_of(args)
-    had_key = bool(gateway.settings.custom_api_key)
+    had_key = gateway.state.door.required
     host, port = gateway.settings.host, gateway.settings.port
     try:
         server = serve(gateway)
@@ -8197,6 +8198,8 @@ def _announce(gateway: Gateway, server: Server, had_key: bool) -> None:
         _say(f"client key (made because {settings.host} is open to the network): {settings.custom_api_key}")
     elif settings.custom_api_key:
         _say(f"clients need the key {mask(settings.custom_api_key)} (custom_api_key)")
+    if settings.client_keys:
+        _say(f"clients may use one of {len(gateway.state.door.keys)} keys (`key list` shows them)")
 
 
 def _wait_for_signal(gateway: Gateway) -> None:
@@ -8246,12 +8249,21 @@ def cmd_status(args: Any) -> int:
     for provider in router.providers.values():
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
         print(f"provider  {provider.name}{' (default)' if provider is router.default else ''}  {provider.problem or provider.base_url}"
-              f"  {keys if not provider.problem else ''}".rstrip())
+              f"  {keys if not provider.problem else ''}{_rest_of(health, provider.name)}".rstrip())
     if not router.providers:
         print("provider  none; add one to `providers`, or start with --upstream URL")
     for problem in gateway.problems:
         print(f"problem   {one_line(problem, 300)}")
     return 0 if health else 1
+
+
+def _rest_of(health: Optional[Json], name: str) -> str:
+    """What the running server says of a provider that is not quite well."""
+    listed = health.get("providers") if health else None
+    facts = next((p for p in listed or () if isinstance(p, dict) and p.get("name") == name), {})
+    circuit, resting = facts.get("circuit", "closed"), facts.get("keys_resting", 0)
+    words = {"open": "  keeps failing, rests", "half-open": "  kept failing, is tried again"}.get(circuit, "")
+    return words + (f"  {resting} of its keys rest" if resting else "")
 
 
 def _ask_running(settings: Settings) -> Optional[Json]:
@@ -8354,6 +8366,7 @@ class Shell(NamedTuple):
     comment: str
     command: str
     quote: Callable[[str], str]
+    reference: str = '"${}"'
 
 
 def _quote_posix(text: str) -> str:
@@ -8366,8 +8379,8 @@ SHELLS = {
                   lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
     "powershell": Shell("$env:{name} = {value}", "# {}",
                         "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) {flags} @args }}",
-                        lambda text: "'" + text.replace("'", "''") + "'"),
-    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text)}
+                        lambda text: "'" + text.replace("'", "''") + "'", "$env:{}"),
+    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
 
 
 def cmd_env(args: Any) -> int:
@@ -8375,15 +8388,20 @@ def cmd_env(args: Any) -> int:
     gateway = _gateway_of(args)
     settings, shell = gateway.settings, SHELLS[args.shell or _guess_shell()]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    words = {"URL": f"http://{host}:{settings.port}", "KEY": settings.custom_api_key or "not-needed",
+    words = {"URL": f"http://{host}:{settings.port}", "KEY": settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed"),
              "MODEL": gateway.state.router.default_model}
 
     def filled(text: str) -> str:
         return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
 
     variables, title = CLIENTS[args.client]
+    if words["KEY"] == "$IFLOW2API_KEY":
+        print(shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
     for name, value in variables.items():
-        if filled(value).strip("/") != "openai":
+        if value == "KEY" and words["KEY"] == "$IFLOW2API_KEY":
+            if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
+                print(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
+        elif filled(value).strip("/") != "openai":
             print(shell.variable.format(name=name, value=shell.quote(filled(value))))
     if args.client == "codex":
         _print_codex(shell, filled)
@@ -8483,8 +8501,10 @@ def _config_set(args: Any) -> int:
         value = parse_setting(name, text)
     except ValueError as exc:
         raise UsageError(f"config set {name}: {exc}") from None
-    if name in ("providers", "aliases"):
-        problems = Router(replace(Settings(), **{name: value}), os.environ).problems
+    if name in ("providers", "aliases"):                 # with all the rest as it is: aliases name providers
+        gateway = _gateway_of(args)
+        known = gateway.state.router.problems
+        problems = [p for p in gateway.routed(replace(gateway.settings, **{name: value})).problems if p not in known]
         if problems:
             raise UsageError(f"config set {name}: {problems[0]}")
     return _change_config(args, lambda raw: raw.update({name: value}))
@@ -8511,6 +8531,159 @@ def _change_config(args: Any, edit: Callable[[Json], Any]) -> int:
 def _config_path(args: Any) -> int:
     print(_config_of(args).path)
     return 0
+
+
+# --- routes, keys, usage -------------------------------------------------------
+
+def cmd_routes(args: Any) -> int:
+    """`routes explain MODEL`: where the name goes, and why."""
+    asked: Json = {name: getattr(args, name) for name in ("images", "thinking", "tools")}
+    if not re.fullmatch(r"\d{1,12}", args.tokens):
+        raise UsageError(f"--tokens {args.tokens}: a whole number expected")
+    asked.update(model=args.name, dialect=args.dialect, tokens=int(args.tokens))
+    gateway = _gateway_of(args)
+    try:
+        told = gateway.explain(asked)
+    except GatewayError as exc:
+        _say(f"error: {exc.message}")
+        return 1
+    if args.json:
+        print(json.dumps(told, ensure_ascii=False, indent=2))
+        return 0
+    for number, step in enumerate(told["steps"], 1):
+        print(f"{number}. {one_line(step, 500)}")
+    for number, target in enumerate(told["chain"]):
+        state = one_line(target["problem"]) or f"{target['base_url']}  {target['keys']} key{'s' if target['keys'] != 1 else ''}"
+        print(f"{'then' if number else '=>'} {target['provider']}/{one_line(target['model'])}  {state}")
+    for problem in gateway.problems:
+        _say(f"problem: {one_line(problem, 300)}")
+    return 0
+
+
+def cmd_key(args: Any) -> int:
+    return {"list": _key_list, "add": _key_add, "remove": _key_remove}[args.action or "list"](args)
+
+
+def _key_name(args: Any) -> str:
+    if not args.name:
+        raise UsageError(f"key {args.action} needs a NAME")
+    return args.name
+
+
+def _key_entries(config: ConfigFile) -> List[Any]:
+    entries = config.recover()[0].get("client_keys")
+    return entries if isinstance(entries, list) else []
+
+
+def _key_add(args: Any) -> int:
+    """Make a key: it is printed once, only its hash is kept."""
+    name, key = _key_name(args), "sk-" + secrets.token_hex(24)
+    entry: Json = {"name": name, "sha256": hash_key(key).hex(), "created": time.strftime("%Y-%m-%d")}
+    if args.models:
+        entry["models"] = [model.strip() for model in args.models.split(",") if model.strip()]
+    for limit in LIMIT_FIELDS:
+        text = getattr(args, limit)
+        if text is not None:
+            entry[limit] = int(text) if re.fullmatch(r"-?\d{1,15}", text) else text
+    if args.expires:
+        entry["expires"] = args.expires
+    entries = _key_entries(_config_of(args))
+    try:
+        if parse_client_key(entry).expires_at <= time.time():
+            raise ValueError(f"expires: {args.expires} is over")
+    except ValueError as exc:
+        raise UsageError(f"key add {name}: {exc}") from None
+    if any(isinstance(known, dict) and known.get("name") == name for known in entries):
+        raise UsageError(f"key add {name}: there is a key of this name; remove it first, or take another name")
+    if _change_config(args, lambda raw: raw.update(client_keys=[*_listed(raw), entry])):
+        return 1
+    print(key)
+    _say("this is the only time it is shown; clients send it as `Authorization: Bearer KEY`, or as x-api-key")
+    for problem in _gateway_of(args).problems:
+        _say(f"problem: {one_line(problem, 300)}")
+    return 0
+
+
+def _listed(raw: Json) -> List[Any]:
+    """The keys in config.json, which a running server or another command may have changed meanwhile."""
+    return raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
+
+
+def _key_remove(args: Any) -> int:
+    name = _key_name(args)
+    names = [entry.get("name") for entry in _key_entries(_config_of(args)) if isinstance(entry, dict)]
+    if name not in names:
+        raise UsageError(f"there is no key {name!r}" + nearest(name, [known for known in names if isinstance(known, str)]))
+    failed = _change_config(args, lambda raw: raw.update(
+        client_keys=[entry for entry in _listed(raw) if not isinstance(entry, dict) or entry.get("name") != name]))
+    if not failed and not _gateway_of(args).state.door.required:
+        _say("warning: no key is left, so whoever reaches this server's address may use it")
+    return failed
+
+
+def _key_list(args: Any) -> int:
+    gateway = _gateway_of(args)
+    used = {row["key"]: row for row in gateway.usage.report("key", 1, {})}
+    for key in gateway.state.door.keys:
+        row = used.get(key.name)
+        facts = [f"{limit} {LIMIT_WORDS[name]}" for name, limit in key.limits.items()]
+        facts += [f"models {', '.join(key.models)}"] if key.models else []
+        if key.expires_at != float("inf"):
+            over = "expired" if key.expires_at <= time.time() else "expires"
+            facts.append(f"{over} {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(key.expires_at))}")
+        facts += [f"today {row['requests']} requests, {row['input'] + row['output']} tokens"] if row else []
+        print(f"{key.name}  {key.digest.hex()[:8]}  {'; '.join(facts) or 'no limits'}")
+    for problem in gateway.problems:
+        _say(f"problem: {one_line(problem, 300)}")
+    if not gateway.settings.client_keys:
+        _say("no client keys; `key add NAME` makes one")
+    return 0
+
+
+def cmd_usage(args: Any) -> int:
+    """What was used, from usage.jsonl."""
+    gateway = _gateway_of(args)
+    if not re.fullmatch(r"[1-9]\d{0,3}", args.days):
+        raise UsageError(f"--days {args.days}: a whole number from 1 to 9999 expected")
+    rows = gateway.usage.report(args.by, int(args.days), gateway.settings.prices)
+    for problem in gateway.usage.problems:
+        _say(f"problem: {one_line(problem, 300)}")
+    if not gateway.settings.usage:
+        _say("usage is not being counted: config set usage true")
+    for row in rows:
+        row["cost"] = None if row["cost"] is None else round(row["cost"], 6)
+    if args.json:
+        print(json.dumps({"by": args.by, "days": int(args.days), "rows": rows}, ensure_ascii=False, indent=2))
+        return 0
+    names = [args.by, *USAGE_COUNTS, "cost"]
+    lines = [names, *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
+    print("\n".join(",".join(map(_csv_field, line)) for line in lines) if args.csv else _usage_table(args.by, rows))
+    return 0
+
+
+def _csv_field(text: str) -> str:
+    """RFC 4180; what a spreadsheet would take for a formula (names come from clients) begins with a quote."""
+    text = "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    return '"' + text.replace('"', '""') + '"' if re.search(r'[",\r\n]', text) else text
+
+
+def _usage_table(by: str, rows: Sequence[Json]) -> str:
+    """Aligned columns; `~` where the upstream did not count and we had to guess."""
+    if not rows:
+        return "nothing was used"
+    costs = any(row["cost"] is not None for row in rows)
+    table = [[by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total", *(["cost"] if costs else [])]]
+    for row in rows:
+        mark, count = "~" if row["estimated"] else "", row["requests"] or 1
+        first = f"{row['first_ms'] / row['streams'] / 1000:.2f}s" if row["streams"] else "-"
+        cost = ["-" if row["cost"] is None else f"{row['cost']:.4f}"] if costs else []
+        table.append([one_line(row[by], 60) or "-", str(row["requests"]), str(row["errors"]), f"{mark}{row['input']}",
+                      f"{mark}{row['output']}", str(row["cached"]), str(row["reasoning"]), first,
+                      f"{row['total_ms'] / count / 1000:.2f}s", *cost])
+    widths = [max(len(line[at]) for line in table) for at in range(len(table[0]))]
+    lines = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+             for line in table]
+    return "\n".join([*lines, *(["~ in part our estimate: the upstream did not count"] if any(r["estimated"] for r in rows) else [])])
 
 
 # --- the parser --------------------------------------------------------------
@@ -8551,6 +8724,24 @@ COMMANDS: Dict[str, Command] = {
         ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path"), "help": "list without"}),
         ("key", {"nargs": "?", "metavar": "KEY"}), ("value", {"nargs": "?", "metavar": "VALUE"}),
         ("--show-secrets", {"action": "store_true", "help": "show keys in full"}))),
+    "routes": Command(cmd_routes, "say where a model's name goes, and why", (
+        ("action", {"choices": ("explain",), "help": "explain"}), ("name", {"metavar": "MODEL"}),
+        ("--dialect", {"choices": ("chat", "messages", "responses"), "default": "chat", "help": "the client's API (chat)"}),
+        ("--tokens", {"metavar": "N", "default": "0", "help": "size of the request"}),
+        ("--images", {"action": "store_true", "help": "it shows an image"}),
+        ("--thinking", {"action": "store_true", "help": "it asks for reasoning"}),
+        ("--tools", {"action": "store_true", "help": "it offers tools"}),
+        ("--json", {"action": "store_true", "help": "as JSON"}), *RUN_FLAGS)),
+    "key": Command(cmd_key, "keys of clients: each with its models and limits", (
+        ("action", {"nargs": "?", "choices": ("list", "add", "remove"), "help": "list without"}),
+        ("name", {"nargs": "?", "metavar": "NAME"}),
+        ("--models", {"metavar": "A,B", "help": "models it may use, or patterns"}),
+        *((f"--{name}", {"metavar": "N", "help": f"most {words}"}) for name, words in LIMIT_WORDS.items()),
+        ("--expires", {"metavar": "DATE", "help": "last day, such as 2027-01-31"}))),
+    "usage": Command(cmd_usage, "tokens and requests, by model, key or provider", (
+        ("--days", {"metavar": "N", "default": "30", "help": "the last N days (30)"}),
+        ("--by", {"choices": ("model", "key", "provider", "day"), "default": "model", "help": "a row for each (model)"}),
+        ("--json", {"action": "store_true", "help": "as JSON"}), ("--csv", {"action": "store_true", "help": "as CSV"}))),
     "version": Command(cmd_version, "print the version"),
 }
 
@@ -8583,7 +8774,13 @@ def _parse_args(argv: Sequence[str]) -> Any:
         argv.insert(0, "serve")
     elif argv[0] not in COMMANDS and not argv[0].startswith("-"):
         raise UsageError(f"there is no command {argv[0]!r}" + nearest(argv[0], COMMANDS) + " (see: iflow2api.py --help)")
-    return build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if len(rest) == 1 and rest[0][:1] != "-" and getattr(args, "name", "") is None:
+        args.name = rest.pop()           # before 3.13 argparse loses an optional word behind an option: key add --rpm 5 NAME
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
