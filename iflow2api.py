@@ -877,13 +877,11 @@ def client_address(peer: str, forwarded: str, trusted: Sequence[str]) -> str:
     An IPv6 client counts as its /64: that is what one subscriber gets.
     """
     networks = [parse_network(text) for text in trusted]
-    try:
-        address = parse_address(peer)
-        hops = [hop for hop in forwarded.split(",") if hop.strip()]
+    address = parse_address(peer)
+    hops = [hop for hop in forwarded.split(",") if hop.strip()]
+    with contextlib.suppress(ValueError):                # a hop that makes no sense: the proxy before it answers for it
         while hops and any(is_within(address, network) for network in networks):
             address = parse_address(hops.pop())
-    except ValueError:
-        return peer                      # what the nearest proxy says makes no sense: it answers for its clients
     return address.hex() if len(address) == 4 else address[:8].hex()
 
 
@@ -4851,7 +4849,7 @@ class Context(NamedTuple):
 #: What clients name a conversation by: Claude Code, Codex, others.
 _SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id", "thread-id", "x-session-id")
 
-_BASE64_RUN = re.compile(r"[A-Za-z0-9+/=]{2000,}")
+_BASE64_RUN = re.compile(r'(?:;base64,|"data": ?")[A-Za-z0-9+/=]{500,}')
 
 
 @dataclass
