@@ -116,6 +116,7 @@ try:
     from bisect import bisect_left
     from collections import deque
     from dataclasses import dataclass, field, fields, replace
+    from datetime import datetime, timezone
     from email.utils import parsedate_to_datetime
     from fnmatch import fnmatchcase
     from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
@@ -239,6 +240,24 @@ MODELS_TIMEOUT_S = 5
 #: Engines on this machine are looked for this often, and waited for this long: they are near.
 LOCAL_TTL_S = 30
 LOCAL_TIMEOUT_S = 1
+
+#: What `retry` and `circuit` are without the user's word.  No retries: clients make their own, and ours would multiply them.
+RETRY = {"count": 0, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}
+CIRCUIT = {"failures": 5, "rest_s": 30}
+
+#: The same target is asked again on these, where `retry` says so; the rest will not get better by waiting.
+RETRY_STATUS = frozenset((408, 409, 425, 429)) | frozenset(range(500, 600))
+
+#: Seconds that the limits of a client key or an address look back: requests a minute, hour and day, tokens a day.
+LIMIT_SPANS = {"rpm": 60, "rph": 3600, "rpd": 86400, "tpd": 86400}
+LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "requests a day", "tpd": "tokens a day",
+               "concurrency": "requests at once"}
+
+#: Addresses whose requests are counted; beyond it the one not seen for longest is forgotten.
+ADDRESSES_LIMIT = 10_000
+
+#: Rows of the usage table: names come from clients, so beyond these a day's rest is counted as "other".
+USAGE_ROWS_A_DAY, USAGE_ROWS = 500, 20_000
 
 #: The next target of a chain is tried on these; 401 and 403 mean that all keys were refused.
 FALLBACK_STATUS = frozenset((401, 402, 403, 408, 409, 425, 429)) | frozenset(range(500, 600))
@@ -382,10 +401,10 @@ def one_line(text: Any, limit: int = 300) -> str:
     return line if len(line) <= limit else line[:limit - 1] + "…"
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
     """`; did you mean …?` for a mistyped name, empty where nothing is near."""
     import difflib                       # only on the way to an error message
-    near = difflib.get_close_matches(name, list(names), 3, 0.5)
+    near = difflib.get_close_matches(name, list(names), 3, cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -468,10 +487,19 @@ class Settings:
                         restart=True)
     providers: List[Any] = setting("list", [], "上游列表", "upstreams: name, base_url, api_keys, …")
     default_provider: str = setting("str", "", "默认上游", "where names go that nothing else claims")
-    aliases: Dict[str, Any] = setting("dict", {}, "模型别名", "shell pattern -> model, or list of models to try")
+    aliases: Dict[str, Any] = setting("dict", {}, "模型别名", "shell pattern -> model, or list of models to try, with conditions")
     default_model: str = setting("str", "", "默认模型", "for requests without a model and for foreign names", flag="--model")
     api_concurrency: int = setting("int", 1, "每个 iFlow 账号的并发数，0 为不限", "requests at once for each iFlow account; 0: no limit",
                                    low=0)
+    retry: Dict[str, Any] = setting("dict", {}, "重试", "count, backoff_s, max_backoff_s, total_s: asking a failed upstream again")
+    circuit: Dict[str, Any] = setting("dict", {}, "熔断", "failures in a row after which an upstream rests for rest_s; 0: never")
+    sticky: bool = setting("bool", False, "同一会话使用同一密钥", "keys by conversation instead of in turn, for the prefix cache")
+    client_keys: List[Any] = setting("list", [], "客户端密钥列表", "keys for clients, made by `key add`: name, sha256, models, limits")
+    address_limits: Dict[str, Any] = setting("dict", {}, "按地址限流", "limits of each address: rpm, rph, rpd, tpd, concurrency")
+    usage: bool = setting("bool", True, "记录用量", "count tokens and requests, in usage.jsonl")
+    usage_days: int = setting("int", 92, "用量保留天数", "days that usage is kept", low=1, high=3660)
+    prices: Dict[str, Any] = setting("dict", {}, "价格", "model pattern -> {input, output, cached} for a million tokens")
+    history_size: int = setting("int", 200, "请求历史条数", "requests remembered, without their bodies", low=0, high=10000)
     custom_api_key: str = setting("str", "", "客户端密钥", "the key that clients must send", secret=True)
     custom_auth_header: str = setting("str", "", "额外读取密钥的请求头", "an extra header to read the client key from")
     allowed_hosts: List[Any] = setting("list", [], "允许的 Host", "Host names allowed besides this machine's own")
@@ -545,6 +573,8 @@ def check_setting(name: str, value: Any) -> Any:
     if kind in ("int", "float") and not facts.get("low", value) <= value <= facts.get("high", value):
         limits = [f"{facts[end]} at {word}" for end, word in (("low", "least"), ("high", "most")) if end in facts]
         raise ValueError(f"a number of {', '.join(limits)} expected")
+    if name in INNER_CHECKS:
+        INNER_CHECKS[name](value)
     return value
 
 
@@ -585,6 +615,8 @@ def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any
                 problems.append(f"config.json: {name}: {exc}")
                 if last is not None:
                     values[name] = getattr(last, name)
+                elif name == "client_keys":              # a typing error must not open the door
+                    values[name] = raw[name] if isinstance(raw[name], list) and raw[name] else [None]
         variable = ENV_PREFIX + name.upper()
         if environ.get(variable):
             try:
@@ -692,6 +724,188 @@ class ConfigFile:
             log.warning("no backup of %s: %s", self.path, exc.strerror or exc)
 
 
+# --- what is inside of settings -----------------------------------------------
+
+#: Field -> its type, the least and the most it may be.
+Numbers = Mapping[str, Tuple[Any, float, float]]
+_NUMBER = (int, float)
+RETRY_FIELDS: Numbers = {"count": (int, 0, 10), "backoff_s": (_NUMBER, 0, 600), "max_backoff_s": (_NUMBER, 0, 600),
+                         "total_s": (_NUMBER, 0, 3600)}
+CIRCUIT_FIELDS: Numbers = {"failures": (int, 0, 1000), "rest_s": (_NUMBER, 0.1, 86400)}
+LIMIT_FIELDS: Numbers = {name: (int, 1, 10 ** 12) for name in LIMIT_WORDS}
+PRICE_FIELDS: Numbers = {name: (_NUMBER, 0, 10 ** 9) for name in ("input", "output", "cached")}
+
+
+def check_numbers(value: Mapping[str, Any], known: Numbers, where: str = "") -> None:
+    """ValueError with the exact place of the first name that is unknown or number that can't be."""
+    for name, number in value.items():
+        if name not in known:
+            raise ValueError(f"{where}{name}: no such field; there are {', '.join(known)}")
+        kind, low, high = known[name]
+        if not isinstance(number, kind) or isinstance(number, bool) or not low <= number <= high:
+            what = "a whole number" if kind is int else "a number"
+            hint = " (leave it out for no limit)" if number == 0 and low else ""
+            raise ValueError(f"{where}{name}: {what} from {low} to {high} expected, not {one_line(json.dumps(number), 40)}{hint}")
+
+
+def check_prices(value: Json) -> None:
+    for pattern, price in value.items():
+        if not isinstance(price, dict):
+            raise ValueError(f"{pattern}: an object with input, output and cached expected")
+        check_numbers(price, PRICE_FIELDS, f"{pattern}.")
+
+
+def check_networks(value: Sequence[Any]) -> None:
+    for number, text in enumerate(value):
+        try:
+            parse_network(text)
+        except ValueError:
+            raise ValueError(f"[{number}]: {one_line(json.dumps(text), 60)} is no address and no network") from None
+
+
+def check_client_keys(value: Sequence[Any]) -> None:
+    problems = parse_client_keys(value)[1]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+#: Settings with something inside of them -> what raises ValueError about it.
+INNER_CHECKS: Dict[str, Callable[[Any], None]] = {
+    "retry": lambda value: check_numbers(value, RETRY_FIELDS), "circuit": lambda value: check_numbers(value, CIRCUIT_FIELDS),
+    "address_limits": lambda value: check_numbers(value, LIMIT_FIELDS), "prices": check_prices,
+    "trusted_proxies": check_networks, "client_keys": check_client_keys}
+
+
+# --- client keys --------------------------------------------------------------
+
+class ClientKey(NamedTuple):
+    """A key that clients may send.  Only its hash is kept: SHA-256 without salt or rounds is enough for 192 random bits."""
+    name: str
+    digest: bytes
+    models: Tuple[str, ...] = ()         #: shell patterns of what it may ask for; () is everything
+    limits: Mapping[str, int] = {}       #: LIMIT_FIELDS
+    expires_at: float = float("inf")
+
+
+def hash_key(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "replace")).digest()
+
+
+def parse_expiry(text: Any) -> float:
+    """Epoch seconds of `2027-01-31` (to the end of that day) or `2027-01-31T12:00:00Z`; UTC unless it says otherwise."""
+    try:
+        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        return moment.timestamp() + (86400 if len(text) == 10 else 0)
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise ValueError(f"expires: a date such as 2027-01-31 expected, not {one_line(json.dumps(text), 40)}") from None
+
+
+def parse_client_key(entry: Any) -> ClientKey:
+    """One entry of `client_keys`; ValueError says what is wrong with it."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not _NAME.fullmatch(entry["name"]):
+        raise ValueError("an object with a name without blanks, commas and slashes expected; `key add` makes one")
+    unknown = sorted(set(entry) - {"name", "sha256", "models", "expires", "created", *LIMIT_FIELDS})
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no such field; there are name, sha256, models, expires, {', '.join(LIMIT_FIELDS)}")
+    if not isinstance(entry.get("sha256"), str) or not re.fullmatch(r"[0-9a-fA-F]{64}", entry["sha256"]):
+        raise ValueError("sha256: the key's SHA-256 in hex expected; `key add` makes one")
+    models = entry.get("models", [])
+    if not isinstance(models, list) or not all(isinstance(model, str) and model for model in models):
+        raise ValueError("models: a list of names or patterns expected")
+    limits = {name: entry[name] for name in LIMIT_FIELDS if name in entry}
+    check_numbers(limits, LIMIT_FIELDS)
+    expires_at = parse_expiry(entry["expires"]) if entry.get("expires") is not None else float("inf")
+    return ClientKey(entry["name"], bytes.fromhex(entry["sha256"]), tuple(models), limits, expires_at)
+
+
+def parse_client_keys(entries: Sequence[Any]) -> Tuple[List[ClientKey], List[str]]:
+    """The keys that are as they should be, and a sentence for each of the others."""
+    keys: Dict[str, ClientKey] = {}
+    problems: List[str] = []
+    for number, entry in enumerate(entries):
+        try:
+            key = parse_client_key(entry)
+            if key.name in keys:
+                raise ValueError(f"the name {key.name} is taken by an earlier one")
+            keys[key.name] = key
+        except ValueError as exc:
+            problems.append(f"client_keys[{number}]: {exc}")
+    return list(keys.values()), problems
+
+
+class Doorkeeper:
+    """Who may ask: `custom_api_key` and the keys of `client_keys`, out of one snapshot of the settings.  Pure."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.keys, self.problems = parse_client_keys(settings.client_keys)
+        #: Entries that can't be used demand a key all the same: closed by default.
+        self.required = bool(settings.custom_api_key or settings.client_keys)
+        self.limited = bool(settings.address_limits or any(key.limits for key in self.keys))
+        self._master = ClientKey("custom_api_key", hash_key(settings.custom_api_key)) if settings.custom_api_key else None
+
+    def find(self, given: Iterable[str]) -> Optional[ClientKey]:
+        """The key that one of `given` is; every known one is compared, each in constant time."""
+        known = [*([self._master] if self._master else []), *self.keys]
+        digests = [hash_key(text) for text in given if text]
+        found = [key for key in known if any([hmac.compare_digest(key.digest, digest) for digest in digests])]
+        return found[0] if found else None
+
+
+def may_use(key: ClientKey, model: str, chain: Sequence[Target]) -> bool:
+    """Whether the key covers the name asked for, or else every place that it leads to."""
+    def covered(name: str) -> bool:
+        return any(name == pattern or fnmatchcase(name, pattern) for pattern in key.models)
+
+    return not key.models or covered(model) or all(
+        covered(target.model) or covered(f"{target.provider.name}/{target.model}") for target in chain)
+
+
+# --- addresses ----------------------------------------------------------------
+
+def parse_address(text: str) -> bytes:
+    """An IP address as its 4 or 16 bytes, whatever its spelling; ValueError.  IPv4 within IPv6 is IPv4."""
+    text = text.strip()
+    ported = re.fullmatch(r"\[([^\]]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+", text)
+    text = (ported.group(1) or ported.group(2) if ported else text).partition("%")[0]
+    try:
+        packed = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    except (OSError, UnicodeError):
+        raise ValueError(f"{one_line(text, 60)!r} is no IP address") from None
+    return packed[12:] if packed[:12] == bytes(10) + b"\xff\xff" else packed
+
+
+def parse_network(text: Any) -> Tuple[bytes, int]:
+    """`10.0.0.0/8` or a single address as bytes and the number of bits that count; ValueError."""
+    if not isinstance(text, str):
+        raise ValueError("an address expected")
+    address, slash, bits = text.partition("/")
+    packed = parse_address(address)
+    if slash and not (bits.isdigit() and int(bits) <= 8 * len(packed)):
+        raise ValueError("no such network")
+    return packed, int(bits) if slash else 8 * len(packed)
+
+
+def is_within(address: bytes, network: Tuple[bytes, int]) -> bool:
+    base, bits = network
+    shift = 8 * len(base) - bits
+    return len(base) == len(address) and int.from_bytes(base, "big") >> shift == int.from_bytes(address, "big") >> shift
+
+
+def client_address(peer: str, forwarded: str, trusted: Sequence[str]) -> str:
+    """Who asks, for limits: the peer, or what a trusted proxy says of it in X-Forwarded-For (read from the right).
+
+    An IPv6 client counts as its /64: that is what one subscriber gets.
+    """
+    networks = [parse_network(text) for text in trusted]
+    address = parse_address(peer)
+    hops = [hop for hop in forwarded.split(",") if hop.strip()]
+    with contextlib.suppress(ValueError):                # a hop that makes no sense: the proxy before it answers for it
+        while hops and any(is_within(address, network) for network in networks):
+            address = parse_address(hops.pop())
+    return address.hex() if len(address) == 4 else address[:8].hex()
+
+
 # --- providers ---------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -707,15 +921,22 @@ class Provider:
     proxy: str = ""
     timeout_s: Optional[float] = None     #: instead of first_byte_timeout_s and idle_timeout_s
     concurrency: int = 0                  #: requests at once; 0: no limit
+    key_concurrency: int = 0              #: requests at once for each key
+    sticky: Optional[bool] = None         #: instead of the setting of that name
     profile: Json = field(default_factory=dict)
     vision_model: str = ""
     preserve_reasoning_content: Optional[bool] = None
     problem: str = ""
 
+    @property
+    def places(self) -> int:
+        """Requests at once: what `concurrency` says, else as many as its keys can take together; 0: no limit."""
+        return self.concurrency or self.key_concurrency * max(1, len(self.api_keys))
+
 
 KINDS = ("openai", "iflow")
 _PROVIDER_KINDS = {"name": str, "base_url": str, "kind": str, "api_keys": list, "models": list, "headers": dict, "proxy": str,
-                   "timeout_s": (int, float), "concurrency": int, "profile": dict, "vision_model": str,
+                   "timeout_s": (int, float), "concurrency": int, "key_concurrency": int, "sticky": bool, "profile": dict, "vision_model": str,
                    "preserve_reasoning_content": bool}
 _NAME = re.compile(r"[^\s/,]{1,64}")
 
@@ -791,8 +1012,8 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
     given = {key: entry[key] for key in _PROVIDER_KINDS if entry.get(key) is not None}
     if given.get("kind", "openai") not in KINDS:
         raise ValueError(f"kind {given['kind']!r}: one of {', '.join(KINDS)} expected")
-    if given.get("concurrency", 0) < 0 or given.get("timeout_s", 1) <= 0:
-        raise ValueError("concurrency and timeout_s can't be negative")
+    if min(given.get("concurrency", 0), given.get("key_concurrency", 0)) < 0 or given.get("timeout_s", 1) <= 0:
+        raise ValueError("concurrency, key_concurrency and timeout_s can't be negative")
     keys = tuple(_header_safe(_resolve_secret(key, environ), "key") for key in given.get("api_keys", ()))
     headers = tuple((_token(key), _header_safe(_resolve_secret(value, environ), "header value"))
                     for key, value in given.get("headers", {}).items())
@@ -846,7 +1067,7 @@ def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapp
     plain = (settings.auth_type or text("selectedAuthType")) == "openai-compatible"
     entry = {"name": "iflow", "kind": "openai" if plain else "iflow", "api_keys": ["$" + key if key[0] == "$" else key],
              "base_url": first("base_url", IFLOW_URL_VARIABLES, text("baseUrl"), IFLOW_BASE_URL),
-             "models": [text("modelName")] if plain and text("modelName") else [], "concurrency": settings.api_concurrency}
+             "models": [text("modelName")] if plain and text("modelName") else [], "key_concurrency": settings.api_concurrency}
     return with_iflow_facts(parse_provider(entry, {}), settings)
 
 
@@ -855,10 +1076,11 @@ def with_iflow_facts(provider: Provider, settings: Settings) -> Provider:
     if provider.kind != "iflow":
         return provider
     preserve = provider.preserve_reasoning_content
+    each = provider.key_concurrency or (0 if provider.concurrency else settings.api_concurrency)
     facts = {name: {"context": model.context, "max_output": model.max_output, "vision": model.vision}
              for name, model in IFLOW_MODELS.items()}
     return replace(
-        provider, models=provider.models or tuple(IFLOW_MODELS), facts={**facts, **provider.facts}, concurrency=provider.concurrency or settings.api_concurrency,
+        provider, models=provider.models or tuple(IFLOW_MODELS), facts={**facts, **provider.facts}, key_concurrency=each,
         vision_model=(provider.vision_model or settings.vision_model) if settings.vision_mode == "route" else "",
         preserve_reasoning_content=settings.preserve_reasoning_content if preserve is None else preserve)
 
@@ -978,6 +1200,58 @@ class Target(NamedTuple):
     model: str
 
 
+class Asked(NamedTuple):
+    """What conditions ask of a request; a Call answers the same questions, each when it is asked."""
+    speaks: str = "chat"
+    size_tokens: int = 0
+    shows_images: bool = False
+    thinks: bool = False
+    has_tools: bool = False
+
+
+#: Condition of a route -> what its value may be, in words, whether it is so, and whether a request meets it.
+CONDITIONS: Dict[str, Tuple[str, Callable[[Any], bool], Callable[[Any, Any], bool]]] = {
+    "over_tokens": ("a whole number of 1 at least", lambda value: type(value) is int and value > 0,
+                    lambda asked, value: asked.size_tokens > value),
+    "images": ("true or false", lambda value: isinstance(value, bool), lambda asked, value: asked.shows_images is value),
+    "thinking": ("true or false", lambda value: isinstance(value, bool), lambda asked, value: asked.thinks is value),
+    "tools": ("true or false", lambda value: isinstance(value, bool), lambda asked, value: asked.has_tools is value),
+    "dialect": ("chat, messages or responses", lambda value: value in ("chat", "messages", "responses"),
+                lambda asked, value: asked.speaks == value)}
+
+
+class Branch(NamedTuple):
+    """An entry of an alias: models to try, and what a request must be like for them."""
+    models: Tuple[str, ...]
+    conditions: Tuple[Tuple[str, Any], ...] = ()
+
+    def holds(self, asked: Any) -> bool:
+        return all(CONDITIONS[name][2](asked, value) for name, value in self.conditions)
+
+
+def parse_branch(entry: Any) -> Branch:
+    """`"glm-5"` or `{"model": "glm-5", "over_tokens": 60000}`; ValueError, empty where it is nothing of the kind."""
+    if isinstance(entry, str) and entry:
+        return Branch((entry,))
+    named = entry.get("model") if isinstance(entry, dict) else None
+    models = [named] if isinstance(named, str) else named
+    if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
+        raise ValueError
+    conditions = [(name, value) for name, value in entry.items() if name != "model"]
+    for name, value in conditions:
+        if name not in CONDITIONS:
+            raise ValueError(f"{name}: no such condition; there are {', '.join(CONDITIONS)}")
+        if not CONDITIONS[name][1](value):
+            raise ValueError(f"{name}: {CONDITIONS[name][0]} expected, not {one_line(json.dumps(value), 40)}")
+    return Branch(tuple(models), tuple(conditions))
+
+
+#: Why a name goes where it goes.
+WHY = {"named": "{model}: its first part is the name of a provider", "listed": "{model}: {provider} lists it among its models",
+       "foreign": "{model}: a name of the client's own, which means default_model ({default})",
+       "default": "{model}: nobody claims it, so it goes to the default provider, {provider}, as it is"}
+
+
 class Router:
     """Names to targets, out of one snapshot of the settings (DESIGN: providers and resolution).  Pure."""
 
@@ -986,14 +1260,15 @@ class Router:
         """`iflow` and `model_name` are the CLI's login and the model it is set to."""
         self.providers: Dict[str, Provider] = {}
         self.problems: List[str] = []
+        self.faults: Set[str] = set()    #: settings that do not fit together; a reload leaves what was in force
         for number, entry in enumerate(settings.providers):
             try:
                 provider = parse_provider(entry, environ)
             except ValueError as exc:
-                self.problems.append(f"providers[{number}]: {exc}")
+                self._blame("providers", f"providers[{number}]: {exc}")
                 continue
             if provider.name in self.providers:
-                self.problems.append(f"providers[{number}]: the name {provider.name} is taken by an earlier one")
+                self._blame("providers", f"providers[{number}]: the name {provider.name} is taken by an earlier one")
                 continue
             self.providers[provider.name] = with_iflow_facts(provider, settings)
         if iflow is not None:
@@ -1001,8 +1276,8 @@ class Router:
         for provider in self.providers.values():
             if provider.problem:
                 self.problems.append(f"provider {provider.name} is disabled: {provider.problem}")
-        self.aliases = self._parse_aliases(settings.aliases)
         self.default = self._default(settings.default_provider)
+        self.aliases = self._parse_aliases(settings.aliases)
         self.default_model = settings.default_model or model_name or self._first_model()
 
     def _first_model(self) -> str:
@@ -1012,48 +1287,137 @@ class Router:
             return "glm-5"
         return self.default.models[0] if self.default.models else ""
 
-    def _parse_aliases(self, aliases: Json) -> List[Tuple[str, List[str]]]:
-        parsed = []
-        for pattern, targets in aliases.items():
-            names = [targets] if isinstance(targets, str) else targets
-            if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
-                self.problems.append(f"alias {pattern!r}: a model or a list of models expected")
-            else:
-                parsed.append((pattern, names))
+    def _blame(self, name: str, problem: str) -> None:
+        self.problems.append(problem)
+        self.faults.add(name)
+
+    def _parse_aliases(self, aliases: Json) -> List[Tuple[str, List[Branch]]]:
+        parsed: List[Tuple[str, List[Branch]]] = []
+        for pattern, entries in aliases.items():
+            branches = self._parse_alias(f"alias {pattern!r}", entries if isinstance(entries, list) else [entries])
+            taken = next((known for known, earlier in parsed if self._hides(known, earlier, pattern)), None)
+            if taken is not None:
+                self._blame("aliases", f"alias {pattern!r} is never reached: {taken!r} above it takes every such name")
+            if not pattern:
+                self._blame("aliases", "alias '' matches nothing: a request without a model means default_model")
+            if branches:
+                parsed.append((pattern, branches))
         return parsed
+
+    def _parse_alias(self, where: str, entries: Sequence[Any]) -> List[Branch]:
+        """The branches of one alias, none where it is of no use; a target that can't be reached is left out."""
+        try:
+            branches = [parse_branch(entry) for entry in entries]
+            if not branches:
+                raise ValueError
+        except ValueError as exc:
+            self._blame("aliases", f"{where}: {str(exc) or 'a model or a list of models expected'}")
+            return []
+        found: List[Branch] = []
+        for number, branch in enumerate(branches):
+            strays = {model: self._stray(model) for model in branch.models}
+            for model, reason in strays.items():
+                if reason:
+                    self._blame("aliases", f"{where}[{number}]: {one_line(model, 80)!r}: {reason}")
+            models = tuple(model for model in branch.models if not strays[model])
+            found += [branch._replace(models=models)] if models else []
+        return found
+
+    @staticmethod
+    def _hides(pattern: str, branches: Sequence[Branch], later: str) -> bool:
+        """Whether an alias takes every name that a later one could; `?` and `[` are not judged."""
+        return not re.search(r"[?\[]", pattern) and fnmatchcase(later, pattern) and (
+            any(not branch.conditions for branch in branches))
+
+    def _stray(self, model: str) -> str:
+        """Why `provider/model` leads nowhere; empty where it may well be a name of the default provider's own."""
+        head, slash, rest = model.partition("/")
+        if not slash or not rest or self.claimed(model):
+            return ""
+        near = nearest(head, self.providers, 0.8)
+        plain = self.default is not None and self.default.models and not any("/" in name for name in self.default.models)
+        return f"there is no provider {one_line(head, 60)!r}{near}" if plain or near else ""
 
     def _default(self, name: str) -> Optional[Provider]:
         if name and name not in self.providers:
-            self.problems.append(f"default_provider {name!r} is no provider" + nearest(name, self.providers))
+            self._blame("default_provider", f"default_provider {name!r} is no provider" + nearest(name, self.providers))
         return self.providers.get(name) or next(iter(self.providers.values()), None)
 
-    def resolve(self, model: Optional[str], foreign: bool = False) -> List[Target]:
+    def resolve(self, model: Optional[str], foreign: bool = False, asked: Any = Asked()) -> List[Target]:
         """The chain of targets for `model`; `foreign`: asked by Messages or Responses, whose own names mean the default.
 
-        BadRequest without any model, NotLoggedIn without any provider.
+        `asked` answers the questions of conditions (Asked, Call).  BadRequest without any model, NotLoggedIn without
+        any provider.
         """
-        if not model:
-            model = self.default_model
-            if not model:
-                raise BadRequest("the request names no model, and default_model is not set", param="model",
-                                 code="missing_model")
-        for pattern, names in self.aliases:
-            if fnmatchcase(model, pattern):
-                return [self._target(name, foreign) for name in names]
-        return [self._target(model, foreign)]
+        model = self.named(model)
+        found = self._alias_of(model, asked)
+        return [self._locate(name, foreign)[0] for name in (found[1] if found else (model,))]
 
-    def _target(self, model: str, foreign: bool) -> Target:
-        """Where one name goes, aliases aside."""
-        found = self.claimed(model)
+    def named(self, model: Optional[str]) -> str:
+        """The name asked for, `default_model` where there is none; BadRequest."""
+        if not model and not self.default_model:
+            raise BadRequest("the request names no model, and default_model is not set", param="model", code="missing_model")
+        return model or self.default_model
+
+    def _alias_of(self, model: str, asked: Any) -> Optional[Tuple[str, List[str]]]:
+        """The alias that takes a name, and the models it stands for in this request."""
+        for pattern, branches in self.aliases:
+            if model == pattern or fnmatchcase(model, pattern):      # `m[1m]` is a name before it is a pattern
+                names = self._chain(branches, asked)
+                if names:
+                    return pattern, names
+        return None
+
+    @staticmethod
+    def _chain(branches: Sequence[Branch], asked: Any) -> List[str]:
+        """The first branch whose conditions all hold, then those without; each model once."""
+        first = next((branch for branch in branches if branch.conditions and branch.holds(asked)), None)
+        names = [name for branch in branches if not branch.conditions for name in branch.models]
+        return [*first.models, *(name for name in names if name not in first.models)] if first else names
+
+    def explain(self, model: Optional[str], foreign: bool, asked: Asked) -> Tuple[List[str], List[Target]]:
+        """What `resolve` does with a name, step by step, and what comes of it."""
+        name = self.named(model)
+        steps = [] if model else [f"no model named: default_model is {name}"]
+        for pattern, branches in self.aliases:
+            if name == pattern or fnmatchcase(name, pattern):
+                steps += self._told(pattern, branches, asked)
+                if self._chain(branches, asked):
+                    break
+        found = self._alias_of(name, asked)
+        if found is None:
+            steps.append("no alias takes it" if steps else "no alias matches it")
+        targets = []
+        for wanted in found[1] if found else [name]:
+            target, reasons = self._locate(wanted, foreign)
+            targets.append(target)
+            steps += [WHY[reason].format(model=wanted if number == 0 else target.model, provider=target.provider.name,
+                                         default=self.default_model) for number, reason in enumerate(reasons)]
+            if target.provider.problem:
+                steps.append(f"but {target.provider.name} is disabled: {target.provider.problem}")
+        return steps, targets
+
+    def _told(self, pattern: str, branches: Sequence[Branch], asked: Asked) -> Iterator[str]:
+        """What one alias that matches makes of a request, in sentences."""
+        for branch in branches:
+            if branch.conditions:
+                wish = ", ".join(f"{name} {json.dumps(value)}" for name, value in branch.conditions)
+                yield f"alias {pattern}: {', '.join(branch.models)} if {wish}: {'yes' if branch.holds(asked) else 'no'}"
+        names = self._chain(branches, asked)
+        yield f"alias {pattern} " + (f"makes it {', then '.join(names)}" if names else "has nothing for such a request")
+
+    def _locate(self, model: str, foreign: bool) -> Tuple[Target, Sequence[str]]:
+        """Where one name goes, aliases aside, and why (WHY)."""
+        found, why = self.claimed(model), ()
         if not found and foreign and self.default_model and any(fnmatchcase(model, p) for p in FOREIGN_MODELS):
-            model = self.default_model
+            model, why = self.default_model, ("foreign",)
             found = self.claimed(model)
         if found:
-            return found
+            return found, (*why, "listed" if model in found.provider.models else "named")
         if self.default is None:
             raise NotLoggedIn("there is no iFlow login and no other provider: put iFlow's key into IFLOW_API_KEY or `api_key`, "
                               "start with --upstream URL, or add one to `providers` in config.json")
-        return Target(self.default, model)
+        return Target(self.default, model), (*why, "default")
 
     def claimed(self, model: str) -> Optional[Target]:
         """`provider/model`, or the first provider that lists the model."""
@@ -4656,6 +5020,12 @@ class Context(NamedTuple):
     reasoning: Any                       #: a ReasoningCache
 
 
+#: What clients name a conversation by: Claude Code, Codex, others.
+_SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id", "thread-id", "x-session-id")
+
+_BASE64_RUN = re.compile(r'(?:;base64,|"data": ?")[A-Za-z0-9+/=]{500,}')
+
+
 @dataclass
 class Call:
     """One request as its client made it."""
@@ -4664,6 +5034,8 @@ class Call:
     text: str                            #: what `body` was parsed from
     headers: Mapping[str, str]           #: names in lower case
     request_id: str
+    key: Optional[ClientKey] = None      #: whose request it is, None where none is needed
+    meters: Sequence[Any] = ()           #: Meters that its tokens count on
 
     @property
     def model(self) -> Optional[str]:
@@ -4676,6 +5048,44 @@ class Call:
     @property
     def shows_images(self) -> bool:
         return any(f'"{kind}"' in self.text for kind in _IMAGE_PARTS) and has_images(self.body)
+
+    @property
+    def speaks(self) -> str:
+        return self.dialect.name
+
+    @property
+    def size_tokens(self) -> int:
+        """About how long it is: four bytes a token (CJK in UTF-8: 0.75 each), pictures apart.  For routes, not for bills."""
+        pictures = [found.end() - found.start() for found in _BASE64_RUN.finditer(self.text)]
+        return (len(self.text.encode("utf-8", "replace")) - sum(pictures)) // 4 + 1500 * len(pictures)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the client asks for reasoning, in whichever dialect's words."""
+        body, kwargs = self.body, self.body.get("chat_template_kwargs")
+        thinking, reasoning = body.get("thinking"), body.get("reasoning")
+        effort = reasoning.get("effort") if isinstance(reasoning, dict) else body.get("reasoning_effort")
+        switches = (body.get("enable_thinking"), kwargs.get("enable_thinking") if isinstance(kwargs, dict) else None,
+                    reasoning.get("enabled") if isinstance(reasoning, dict) else None)
+        return True in switches or (thinking.get("type") not in ("disabled", None) if isinstance(thinking, dict) else False) or (
+            isinstance(effort, str) and effort not in ("none", "minimal", ""))
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether tools are offered; the newest Codex puts them into its first item (clients.md)."""
+        items = self.body.get("input")
+        return bool(self.body.get("tools") or self.body.get("functions")) or isinstance(items, list) and any(
+            isinstance(item, dict) and item.get("type") == "additional_tools" for item in items[:3])
+
+    @property
+    def conversation(self) -> int:
+        """A number that stays the same throughout a conversation: its session's, else its first messages'."""
+        said = next((self.headers[name] for name in _SESSION_HEADERS if self.headers.get(name)), None) or (
+            self.body.get("prompt_cache_key"))
+        if not isinstance(said, str):
+            items = self.body.get("messages") or self.body.get("input")
+            said = json.dumps(items[:2] if isinstance(items, list) else items)[:8000]
+        return zlib.crc32(said.encode("utf-8", "replace"))
 
     @property
     def is_codex(self) -> bool:
@@ -5573,6 +5983,10 @@ class Slots:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def load(self) -> int:
+        return self.active + len(self._waiting)
+
     def resize(self, limit: int) -> None:
         with self._lock:
             self._limit = limit
@@ -5619,26 +6033,49 @@ class Slots:
             caller.tick()
 
 
+def wait_for(caller: Caller, seconds: float) -> None:
+    """Let time pass before a retry and keep the client awake; ClientGone as soon as it leaves."""
+    until, pause = time.monotonic() + seconds, threading.Event()
+    while time.monotonic() < until:
+        pause.wait(min(max(0.001, until - time.monotonic()), caller.tick_s, 0.5))
+        if caller.sock is not None and has_left(caller.sock):
+            raise ClientGone
+        caller.tick()
+
+
 class KeyRing:
     """The keys of one provider, in turn; one that was refused or limited rests while others are left."""
 
-    def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.monotonic, each: int = 0) -> None:
+        """`each`: requests at once for every key; 0: no limit."""
         self.keys = tuple(keys)
         self._clock, self._next = clock, 0
         self._rests_until: Dict[str, float] = {}
+        self._places = {key: Slots(each) for key in self.keys} if each else {}
+        self.each = each
         self._lock = threading.Lock()
 
-    def order(self) -> List[str]:
-        """Keys in the order to try them, [""] where the provider needs none; when all rest, the one nearest its end."""
+    def order(self, conversation: Optional[int] = None) -> List[str]:
+        """Keys in the order to try them, [""] where the provider needs none; when all rest, the one nearest its end.
+
+        A `conversation` keeps to its key, as long as that is awake and has a place.
+        """
         if not self.keys:
             return [""]
         with self._lock:
-            start = self._next % len(self.keys)
-            self._next += 1
+            start = (self._next if conversation is None else conversation) % len(self.keys)
+            self._next += conversation is None
             now = self._clock()
             turn = self.keys[start:] + self.keys[:start]
             awake = [key for key in turn if self._rests_until.get(key, 0) <= now]
+            if self._places:
+                awake.sort(key=lambda key: max(0, self._places[key].load - self.each + 1))
             return awake or [min(turn, key=lambda key: self._rests_until[key])]
+
+    def hold(self, key: str, caller: Caller, settings: Settings, name: str) -> Any:
+        """A place at the key for the time of a `with`; Busy, ClientGone."""
+        places = self._places.get(key)
+        return places.hold(caller, settings, f"a key of {name}") if places is not None else _NO_WAIT
 
     def rest(self, key: str, seconds: float) -> None:
         with self._lock:
@@ -5649,10 +6086,222 @@ class KeyRing:
             with self._lock:
                 self._rests_until.pop(key, None)
 
+    def inherit(self, earlier: "KeyRing") -> "KeyRing":
+        """Let keys that rested in an earlier ring rest on: a reload is no pardon."""
+        with earlier._lock:
+            self._rests_until = {key: until for key, until in earlier._rests_until.items() if key in self.keys}
+            self._places = {key: earlier._places.get(key, slots) for key, slots in self._places.items()}
+        for slots in self._places.values():
+            slots.resize(self.each)
+        return self
+
     @property
     def resting(self) -> int:
         now = self._clock()
         return sum(until > now for until in list(self._rests_until.values()))
+
+    @property
+    def active(self) -> int:
+        """Requests that hold a key; only where each key has a limit."""
+        return sum(slots.active for slots in self._places.values())
+
+
+_NO_WAIT = contextlib.nullcontext()
+
+
+class Circuit:
+    """Whether an upstream that keeps failing is asked.
+
+    `closed`: it is.  `open`: it rests, others are asked first.  `half-open`: its rest is over, one request is let
+    through, and how that ends decides; should it never end, another one may try after a further rest.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self.failures, self._until = 0, 0.0
+
+    def admits(self, rest_s: float) -> bool:
+        """Whether the request that asks may go there now."""
+        if not self._until:
+            return True
+        with self._lock:
+            now = self._clock()
+            if now < self._until:
+                return False
+            self._until = now + rest_s
+            return True
+
+    def succeeded(self) -> None:
+        if self.failures or self._until:
+            with self._lock:
+                self.failures, self._until = 0, 0.0
+
+    def failed(self, limit: int, rest_s: float) -> None:
+        """One more failure in a row; at `limit` of them it rests."""
+        with self._lock:
+            self.failures += 1
+            if limit and self.failures >= limit:
+                self._until = self._clock() + rest_s
+
+    @property
+    def rests_s(self) -> float:
+        return max(0.0, self._until - self._clock()) if self._until else 0.0
+
+    @property
+    def state(self) -> str:
+        return "closed" if not self._until else "open" if self.rests_s else "half-open"
+
+
+class Window:
+    """How much there was in the last `span_s` seconds, exact for small limits, to a twentieth of the span for others."""
+
+    def __init__(self, span_s: float, limit: int) -> None:
+        self.span_s, self.limit = span_s, limit
+        self._marks: List[float] = []    #: time, amount, time, amount, …: half the memory of a list of pairs
+        self._sum = 0
+
+    def used(self, now: float) -> int:
+        marks = self._marks
+        while marks and marks[0] <= now - self.span_s:
+            self._sum -= int(marks[1])
+            del marks[:2]
+        return self._sum
+
+    def add(self, now: float, amount: int) -> None:
+        marks = self._marks
+        self._sum += amount
+        if marks and now <= marks[-2]:
+            marks[-1] += amount
+        else:                            # a mark counts from its end, so that never more than the limit passes
+            marks += [now + self.span_s / 20 if self.limit > 20 else now, amount]
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until there is room for one more, 0.0 where there is."""
+        over = self.used(now) - self.limit
+        for at in range(0, len(self._marks), 2):
+            if over < 0:
+                break
+            over -= int(self._marks[at + 1])
+            if over < 0:
+                return self._marks[at] + self.span_s - now
+        return 0.0
+
+    def reset_s(self, now: float) -> float:
+        """Seconds until all of it is forgotten."""
+        return max(0.0, self._marks[-2] + self.span_s - now) if self.used(now) else 0.0
+
+
+class Meter:
+    """What one key or address has used of its limits."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.active = name, 0
+        self.concurrency = 0
+        self.windows: Dict[str, Window] = {}
+        self.limits: Mapping[str, int] = {}
+
+    def adopt(self, limits: Mapping[str, int]) -> None:
+        """Measure by `limits` from now on; what was used stays used."""
+        self.limits, self.concurrency = limits, limits.get("concurrency", 0)
+        windows = {name: self.windows.get(name) or Window(span_s, limits[name])
+                   for name, span_s in LIMIT_SPANS.items() if name in limits}
+        for name, window in windows.items():
+            window.limit = limits[name]
+        self.windows = windows
+
+    def check(self, now: float) -> None:
+        """RateLimited where no further request fits in; Codex reads the time out of the text."""
+        if self.concurrency and self.active >= self.concurrency:
+            raise self._refusal("concurrency", self.concurrency, 1.0)
+        for name, window in self.windows.items():
+            wait_s = window.wait_s(now)
+            if wait_s > 0:
+                raise self._refusal(name, window.limit, wait_s)
+
+    def _refusal(self, name: str, limit: int, wait_s: float) -> RateLimited:
+        return RateLimited(f"rate limit of {self.name}: {limit} {LIMIT_WORDS[name]}; try again in {wait_s:.1f}s",
+                           retry_after_s=wait_s)
+
+    def headers(self, now: float) -> List[Tuple[str, str]]:
+        """`x-ratelimit-…` as OpenAI's: of several windows for requests the one with least left."""
+        found: List[Tuple[str, str]] = []
+        requests = [window for name, window in self.windows.items() if name != "tpd"]
+        tightest = sorted(requests, key=lambda window: window.limit - window.used(now))[:1]
+        for what, windows in (("requests", tightest), ("tokens", [w for n, w in self.windows.items() if n == "tpd"])):
+            for window in windows:
+                values = (window.limit, max(0, window.limit - window.used(now)), f"{window.reset_s(now):.1f}s")
+                found += [(f"x-ratelimit-{word}-{what}", str(v)) for word, v in zip(("limit", "remaining", "reset"), values)]
+        return found
+
+
+class RateLimiter:
+    """The meters of keys and addresses; of addresses a bounded number, the one not seen for longest goes first."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._keys: Dict[str, Meter] = {}
+        self._addresses: Dict[str, Meter] = {}
+
+    def of_key(self, key: ClientKey) -> Meter:
+        with self._lock:
+            return self._find(self._keys, key.name, f"the key {key.name}", key.limits)
+
+    def of_address(self, address: str, limits: Mapping[str, int]) -> Meter:
+        with self._lock:
+            found = self._addresses.pop(address, None)
+            if found is not None:
+                self._addresses[address] = found         # seen last
+            meter = self._find(self._addresses, address, "your address", limits)
+            if len(self._addresses) > ADDRESSES_LIMIT:
+                del self._addresses[next(iter(self._addresses))]
+            return meter
+
+    @staticmethod
+    def _find(meters: Dict[str, Meter], name: str, words: str, limits: Mapping[str, int]) -> Meter:
+        meter = meters.get(name)
+        if meter is None:
+            meter = meters[name] = Meter(words)
+        if meter.limits != limits:
+            meter.adopt(limits)
+        return meter
+
+    def keep_keys(self, names: Iterable[str]) -> None:
+        """Forget the meters of keys that are gone."""
+        with self._lock:
+            self._keys = {name: self._keys[name] for name in names if name in self._keys}
+
+    @contextlib.contextmanager
+    def hold(self, meters: Sequence[Meter]) -> Iterator[None]:
+        """Count a request on all of them for the time of the `with`, or on none: RateLimited."""
+        with self._lock:
+            now = self._clock()
+            for meter in meters:
+                meter.check(now)
+            for meter in meters:
+                meter.active += 1
+                for name, window in meter.windows.items():
+                    if name != "tpd":
+                        window.add(now, 1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                for meter in meters:
+                    meter.active -= 1
+
+    def spend(self, meters: Sequence[Meter], tokens: int) -> None:
+        """Count tokens once they are known: the request that goes over a limit is answered, the next one is not."""
+        with self._lock:
+            now = self._clock()
+            for meter in meters:
+                if "tpd" in meter.windows and tokens:
+                    meter.windows["tpd"].add(now, tokens)
+
+    def headers(self, meters: Sequence[Meter]) -> List[Tuple[str, str]]:
+        """Of the first meter that has any."""
+        with self._lock:
+            now = self._clock()
+            return next((lines for lines in (meter.headers(now) for meter in meters) if lines), [])
 
 
 Labels = Tuple[Tuple[str, str], ...]
@@ -5854,6 +6503,185 @@ class Metrics:
         return "{" + ",".join(quoted) + "}" if quoted else ""
 
 
+#: What is counted of each row of usage; times in milliseconds, `first_ms` over `streams` answers.
+USAGE_COUNTS = ("requests", "errors", "input", "output", "cached", "reasoning", "estimated", "streams", "first_ms", "total_ms")
+USAGE_NAMES = ("day", "model", "provider", "key")
+
+UsageName = Tuple[str, str, str, str]
+
+
+def parse_usage_line(line: bytes) -> Tuple[UsageName, List[int]]:
+    """A row of usage.jsonl; ValueError."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or not re.fullmatch(r"\d{4}-\d\d-\d\d", str(row.get("day"))):
+        raise ValueError("no usage")
+    names = tuple(row.get(name, "") for name in USAGE_NAMES)
+    counts = [row.get(name, 0) for name in USAGE_COUNTS]
+    if not all(isinstance(name, str) for name in names) or not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("no usage")
+    return names, counts             # type: ignore[return-value]
+
+
+def format_usage_line(names: UsageName, counts: Sequence[int]) -> bytes:
+    row: Json = dict(zip(USAGE_NAMES, names))
+    row.update((name, count) for name, count in zip(USAGE_COUNTS, counts) if count)
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+
+
+class UsageBook:
+    """What was used, by day, model, provider and key; in a file of JSON lines where there is a folder.
+
+    Each request appends a line in one write, so that a process that is killed loses none and another one's lines stay
+    whole; a torn last line is passed over.  Once there are many more lines than rows, the file is written anew.
+    """
+    COMPACT_LINES = 2000
+
+    def __init__(self, path: str = "", now: Callable[[], float] = time.time) -> None:
+        self.path, self._now = path, now
+        self.problems: List[str] = []
+        self._rows: Dict[UsageName, List[int]] = {}
+        self._a_day: Dict[str, int] = {}
+        self._handle, self._lines, self._loaded = -1, 0, not path
+        self._day: Tuple[float, str] = (0.0, "")
+        self._lock = threading.Lock()
+
+    def today(self) -> str:
+        """The day by this machine's clock; looked up once a minute."""
+        now = self._now()
+        if not 0 <= now - self._day[0] < 60:
+            self._day = (now - now % 60, time.strftime("%Y-%m-%d", time.localtime(now)))
+        return self._day[1]
+
+    def load(self) -> None:
+        """Read the file, once; what is wrong in it goes to `problems`, with its line."""
+        with self._lock:
+            self._load()
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        try:
+            with open(self.path, "rb") as file:
+                for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT), b""), 1):
+                    self._lines = number
+                    self._take(number, line)
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            self.problems.append(f"{self.path}: {exc.strerror or exc} (usage is counted in memory only)")
+            self.path = ""
+
+    def _take(self, number: int, line: bytes) -> None:
+        if not line.endswith(b"\n") or not line.strip():         # torn when the process was killed
+            return
+        try:
+            names, counts = parse_usage_line(line)
+        except (ValueError, RecursionError):
+            if len(self.problems) < 5:
+                self.problems.append(f"{self.path}: line {number} is no usage and does not count")
+            return
+        self._sum(names, counts)
+
+    def _sum(self, names: UsageName, counts: Sequence[int]) -> UsageName:
+        """Add to a row; names beyond what a day or the table may hold are `other`."""
+        row = self._rows.get(names)
+        if row is None and (self._a_day.get(names[0], 0) >= USAGE_ROWS_A_DAY or len(self._rows) >= USAGE_ROWS):
+            names = (names[0], "other", "other", "other")
+            row = self._rows.get(names)
+        if row is None:
+            row = self._rows[names] = [0] * len(USAGE_COUNTS)
+            self._a_day[names[0]] = self._a_day.get(names[0], 0) + 1
+        for at, count in enumerate(counts):
+            if count:
+                row[at] += count
+        return names
+
+    def add(self, model: str, provider: str, key: str, counts: Sequence[int], days: int) -> None:
+        """Count one request; `days` is how long rows are kept."""
+        with self._lock:
+            self._load()
+            day = self.today()
+            if day not in self._a_day:
+                self._forget(days)
+            names = self._sum((day, model[:100], provider, key), counts)
+            if self.path:
+                self._append(format_usage_line(names, counts), days)
+
+    def _append(self, line: bytes, days: int) -> None:
+        try:
+            if self._handle < 0 or not os.fstat(self._handle).st_nlink:      # somebody removed or replaced the file
+                self._open()
+            os.write(self._handle, line)
+            self._lines += 1
+            if self._lines > self.COMPACT_LINES + 4 * len(self._rows):
+                self._compact(days)
+        except OSError as exc:
+            self.problems.append(f"{self.path}: {exc.strerror or exc} (usage is counted in memory only)")
+            log.warning("%s", self.problems[-1])
+            self.path = ""
+
+    def _open(self) -> None:
+        self._shut()
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
+        size = os.lseek(self._handle, 0, os.SEEK_END)
+        os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
+        if size and os.read(self._handle, 1) != b"\n":           # end the line that a kill has torn
+            os.write(self._handle, b"\n")
+
+    def _compact(self, days: int) -> None:
+        """Write each row once; lines that another process appended in the meantime are in the rows first."""
+        self._shut()
+        self._rows, self._a_day, self._lines, self._loaded, self.problems = {}, {}, 0, False, []
+        self._load()
+        self._forget(days)
+        write_file(self.path, b"".join(format_usage_line(names, counts) for names, counts in sorted(self._rows.items())))
+        self._lines = len(self._rows)
+
+    def _forget(self, days: int) -> None:
+        oldest = time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
+        self._rows = {names: counts for names, counts in self._rows.items() if names[0] >= oldest}
+        self._a_day = {}
+        for names in self._rows:
+            self._a_day[names[0]] = self._a_day.get(names[0], 0) + 1
+
+    def report(self, by: str, days: int, prices: Mapping[str, Mapping[str, float]]) -> List[Json]:
+        """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost` where there are prices."""
+        oldest = time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
+        with self._lock:
+            self._load()
+            rows = [(names, list(counts)) for names, counts in self._rows.items() if names[0] >= oldest]
+        found: Dict[str, Json] = {}
+        for names, counts in rows:
+            name = names[USAGE_NAMES.index(by)]
+            total = found.setdefault(name, {by: name, **dict.fromkeys(USAGE_COUNTS, 0), "cost": None})
+            for field_name, count in zip(USAGE_COUNTS, counts):
+                total[field_name] += count
+            cost = cost_of(names[1], names[2], dict(zip(USAGE_COUNTS, counts)), prices)
+            total["cost"] = total["cost"] if cost is None else (total["cost"] or 0) + cost
+        return sorted(found.values(), key=lambda row: (-row["input"] - row["output"], row[by]))
+
+    def _shut(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = -1
+
+    def close(self) -> None:
+        with self._lock:
+            self._shut()
+
+
+def cost_of(model: str, provider: str, counts: Mapping[str, int], prices: Mapping[str, Mapping[str, float]]) -> Optional[float]:
+    """What a row costs by the first price whose pattern matches `provider/model` or `model`; None without one."""
+    for pattern, price in prices.items():
+        if fnmatchcase(f"{provider}/{model}", pattern) or fnmatchcase(model, pattern):
+            cached = min(counts["cached"], counts["input"])
+            return ((counts["input"] - cached) * price.get("input", 0) + cached * price.get("cached", price.get("input", 0))
+                    + counts["output"] * price.get("output", 0)) / 1e6
+    return None
+
+
 class FileWatch:
     """Calls back, on a thread of its own, when one of some files has changed on disk."""
 
@@ -5910,9 +6738,19 @@ def parse_model_list(data: bytes) -> List[str]:
             if isinstance(m, dict) and isinstance(m.get("id"), str) and m["id"]]
 
 
+class Attempt(NamedTuple):
+    """One request to an upstream: where, with which key (masked), and what came of it."""
+    provider: str
+    model: str
+    key: str
+    status: int
+    error: str
+    total_s: float
+
+
 @dataclass
 class Record:
-    """What is noted of one call: for its log line and the metrics.  No content."""
+    """What is noted of one call: for its log line, the metrics, usage and history.  No content."""
     request_id: str
     dialect: str
     model: str
@@ -5925,6 +6763,26 @@ class Record:
     total_s: float = 0.0
     usage: Usage = Usage()
     error: str = ""
+    key: str = ""                        #: name of the client's key
+    at: float = 0.0                      #: epoch seconds
+    trail: List[Attempt] = field(default_factory=list)
+
+    def counts(self) -> List[int]:
+        """As USAGE_COUNTS; a client that leaves is no error."""
+        usage = self.usage if self.status == 200 or self.first_s is not None else Usage()
+        timed = self.first_s is not None
+        return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached, usage.reasoning or 0,
+                int(usage.estimated), int(timed), int((self.first_s or 0.0) * 1000), int(self.total_s * 1000)]
+
+    def facts(self) -> Json:
+        """For the history of requests."""
+        usage = self.usage
+        return {"at": self.at, "request_id": self.request_id, "dialect": self.dialect, "model": self.model, "stream": self.stream,
+                "key": self.key, "status": self.status, "error": one_line(self.error), "first_s": self.first_s,
+                "total_s": self.total_s, "input": usage.prompt, "output": usage.completion, "cached": usage.cached,
+                "reasoning": usage.reasoning, "estimated": usage.estimated,
+                "target": f"{self.target.provider.name}/{self.target.model}" if self.target else "",
+                "attempts": [attempt._asdict() for attempt in self.trail]}
 
     def line(self) -> str:
         """`model → provider/model 200 first 0.4s total 2.1s in 12 out 340`; `~` marks an estimate."""
@@ -5954,10 +6812,15 @@ class AnswerSink(Caller):
         """The last part."""
 
 
+#: What `routes explain` is told of a request.
+_EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "images": bool, "thinking": bool, "tools": bool}
+
+
 class State(NamedTuple):
     """What a request works on from its start to its end, whatever is changed meanwhile."""
     settings: Settings
     router: Router
+    door: Doorkeeper
 
 
 class Gateway:
@@ -5969,7 +6832,8 @@ class Gateway:
     local_engines: Mapping[str, str] = {name: PRESETS[name].base_url for name in LOCAL_ENGINES}
 
     def __init__(self, settings: Optional[Settings] = None, *, config: Optional[ConfigFile] = None,
-                 environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None) -> None:
+                 environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None,
+                 clock: Callable[[], float] = time.monotonic, pause: Callable[[Caller, float], None] = wait_for) -> None:
         self.config, self.flags = config, dict(flags or {})
         self.environ = os.environ if environ is None else environ
         self.upstream, self.metrics = Upstream(), Metrics()
@@ -5981,6 +6845,11 @@ class Gateway:
         self.origins: Dict[str, str] = {}
         self.problems: List[str] = []
         self.config_broken = False
+        self._clock, self._pause = clock, pause
+        self.limiter = RateLimiter(clock)
+        self.usage = UsageBook(os.path.join(config.folder, "usage.jsonl") if config is not None else "")
+        self._history: Deque[Record] = deque(maxlen=0)
+        self._circuits: Dict[str, Circuit] = {}
         self._slots: Dict[str, Slots] = {}
         self._rings: Dict[str, KeyRing] = {}
         self._lists: Dict[str, Tuple[float, List[str]]] = {}
@@ -5989,7 +6858,7 @@ class Gateway:
         self._looking = threading.Lock()
         #: the state without engines, until when the last look counts, the state with those that were found
         self._local: Tuple[Optional[State], float, Optional[State]] = (None, 0.0, None)
-        self.state = State(Settings(), Router(Settings(), {}))
+        self.state = State(Settings(), Router(Settings(), {}), Doorkeeper(Settings()))
         if config is None:
             self.apply(settings or Settings())
         else:
@@ -6006,15 +6875,32 @@ class Gateway:
 
     def apply(self, settings: Settings) -> None:
         """Work with `settings` from the next request on; running ones keep theirs."""
-        router = self._route(settings)
+        router, door = self.routed(settings), Doorkeeper(settings)
         with self._lock:
-            self._equip(router)
+            for provider in router.providers.values():
+                self._equip(provider)
+            self.limiter.keep_keys(key.name for key in door.keys)
+            if self._history.maxlen != settings.history_size:
+                self._history = deque(self._history, settings.history_size)
             if [p.base_url for p in router.providers.values()] != [p.base_url for p in self.state.router.providers.values()]:
                 self._lists = {}
-            self.state = State(settings, router)
+            self.state = State(settings, router, door)
         log.setLevel(settings.log_level.upper())
 
-    def _route(self, settings: Settings) -> Router:
+    def _equip(self, provider: Provider) -> None:
+        """Places, keys and circuit of a provider, as far as they can stay those it had."""
+        name = provider.name
+        self._slots.setdefault(name, Slots(provider.places)).resize(provider.places)
+        ring = self._rings.get(name)
+        if ring is None or (ring.keys, ring.each) != (provider.api_keys, provider.key_concurrency):
+            fresh = KeyRing(provider.api_keys, self._clock, provider.key_concurrency)
+            self._rings[name] = fresh.inherit(ring) if ring else fresh
+        before = self.state.router.providers.get(name)
+        if name not in self._circuits or before is None or before.base_url != provider.base_url:
+            self._circuits[name] = Circuit(self._clock)
+
+    def routed(self, settings: Settings) -> Router:
+        """The routes that `settings` would make."""
         if "providers" in self.flags:    # --upstream: that one alone
             return Router(settings, self.environ)
         name = self._login.get("modelName")
@@ -6031,18 +6917,10 @@ class Gateway:
             return [f"{exc} (the iFlow CLI's file; nothing is written to it)"]
         return []
 
-    def _equip(self, router: Router) -> None:
-        """Slots and keys for each provider; what is in use goes on where it may."""
-        for name, provider in router.providers.items():
-            slots = self._slots.setdefault(name, Slots(provider.concurrency))
-            slots.resize(provider.concurrency)
-            if name not in self._rings or self._rings[name].keys != provider.api_keys:
-                self._rings[name] = KeyRing(provider.api_keys)
-
     def _take_over(self, loaded: Loaded, broken: List[str]) -> None:
         self.origins = loaded.origins
         self.apply(loaded.settings)
-        problems = broken + loaded.problems + self.state.router.problems
+        problems = broken + loaded.problems + self.state.router.problems + self._idle_patterns() + self.usage.problems
         for problem in problems:
             if problem not in self.problems:
                 log.warning("%s", one_line(problem, 500))
@@ -6060,13 +6938,35 @@ class Gateway:
                 self.problems = [str(exc)]
                 log.warning("%s (the settings in force stay)", one_line(exc, 500))
             return
-        loaded = load_settings(raw, self.environ, self.flags, self.settings)
+        loaded = self._sound(load_settings(raw, self.environ, self.flags, self.settings))
         before = (self.settings, self._login)
         broken = self._read_login()
         if (loaded.settings, self._login) != before or self.config_broken or loaded.problems or broken or self.problems:
             self.config_broken = False
             self._take_over(loaded, broken)
             log.info("settings taken over from %s", self.config.path)
+
+    def _sound(self, loaded: Loaded) -> Loaded:
+        """`loaded`, with what does not fit together in it (unknown providers, names taken twice) as it was."""
+        router, known = self.routed(loaded.settings), self.state.router
+        bad = router.faults - known.faults
+        if not bad:
+            return loaded
+        problems = [f"{problem} (what was in force stays)" for problem in router.problems if problem not in known.problems]
+        kept = replace(loaded.settings, **{name: getattr(self.settings, name) for name in bad})
+        return Loaded(kept, loaded.origins, loaded.problems + problems)
+
+    def _idle_patterns(self) -> List[str]:
+        """Patterns of client keys that match nothing, where each provider says what it serves."""
+        providers, aliases = self.state.router.providers.values(), self.state.router.aliases
+        if not providers or not all(provider.models for provider in providers):
+            return []
+        names = {name for p in providers for model in p.models for name in (model, f"{p.name}/{model}")}
+        patterns = [*FOREIGN_MODELS, *(pattern for pattern, _ in aliases)]
+        return [f"client_keys: {key.name}: models: {wish!r} matches nothing" + nearest(wish, names)
+                for key in self.state.door.keys for wish in key.models
+                if not any(fnmatchcase(name, wish) for name in [*names, *patterns])
+                and not any(fnmatchcase(wish, pattern) for pattern in patterns)]
 
     def watch_files(self) -> None:
         """Reload when config.json changes on disk."""
@@ -6083,7 +6983,7 @@ class Gateway:
     def ensure_client_key(self) -> Tuple[str, bool]:
         """The client key, made if there is none, and whether it could be kept for the next start."""
         key = self.settings.custom_api_key
-        if key:
+        if self.state.door.required:
             return key, True
         key = "sk-" + secrets.token_hex(24)
         kept = False
@@ -6137,7 +7037,7 @@ class Gateway:
         found = self._local[2] if before else None
         if providers != before:
             settings = replace(state.settings, providers=providers)
-            found = State(settings, Router(settings, self.environ)) if providers else None
+            found = State(settings, Router(settings, self.environ), state.door) if providers else None
             self._announce_engines(found)
         self._local = (state, time.monotonic() + LOCAL_TTL_S, found)
 
@@ -6145,7 +7045,8 @@ class Gateway:
         if found is None:
             return log.info("no engine answers on this machine any more")
         with self._lock:
-            self._equip(found.router)
+            for provider in found.router.providers.values():
+                self._equip(provider)
         for provider in found.router.providers.values():
             log.info("found %s at %s: %s", provider.name, provider.base_url, one_line(", ".join(provider.models), 160))
 
@@ -6170,7 +7071,8 @@ class Gateway:
 
         Raises GatewayError, with nothing sent or (`sink.began`) in mid-answer, and ClientGone.
         """
-        record = Record(call.request_id, call.dialect.name, call.model or "", call.stream, time.monotonic())
+        record = Record(call.request_id, call.dialect.name, (call.model or "")[:200], call.stream, time.monotonic(),
+                        key=call.key.name if call.key else "", at=time.time())
         with self._lock:
             self.in_flight += 1
         try:
@@ -6185,19 +7087,89 @@ class Gateway:
         finally:
             with self._lock:
                 self.in_flight -= 1
-            self._note(record)
+            self._note(record, call)
 
     def _try_targets(self, state: State, call: Call, sink: AnswerSink, record: Record) -> None:
-        targets = state.router.resolve(call.model, call.dialect.foreign)
-        for number, target in enumerate(targets, 1):
+        """The chain of targets, and after a pause those again that may do better then, as often as `retry` allows."""
+        chain = state.router.resolve(call.model, call.dialect.foreign, call)
+        if call.key is not None and not may_use(call.key, state.router.named(call.model), chain):
+            raise Forbidden(f"the key {call.key.name} may not use the model {one_line(call.model, 100)}; it may use "
+                            + ", ".join(call.key.models), code="model_not_allowed", param="model")
+        began, waiting = self._clock(), []
+        for number in range(RETRY_FIELDS["count"][2] + 1):
+            error, again = self._try_chain(state, call, chain, sink, record)
+            if error is None:
+                return
+            waiting += again
+            pause_s = self._pause_s(state.settings, number, waiting, self._clock() - began)
+            if pause_s is None:
+                raise error
+            log.info("%s trying again in %.1f s", call.request_id[4:12], pause_s)
+            self._pause(sink, pause_s)
+            now = self._clock() + 0.01   # clocks are grainy
+            chain = [target for at, target in waiting if at <= now]
+            waiting = [(at, target) for at, target in waiting if at > now]
+
+    def _pause_s(self, settings: Settings, retries: int, waiting: Sequence[Tuple[float, Target]], spent_s: float) -> Optional[float]:
+        """Seconds until the next retry: the backoff, or what the upstreams asked for; None where there shall be none."""
+        retry = {**RETRY, **settings.retry}
+        if retries >= retry["count"] or not waiting:
+            return None
+        backoff_s = min(retry["max_backoff_s"], retry["backoff_s"] * 2 ** retries) * (0.5 + secrets.randbelow(500) / 1000)
+        pause_s = max(backoff_s, min(at for at, _ in waiting) - self._clock())
+        return pause_s if spent_s + pause_s <= retry["total_s"] else None
+
+    def _try_chain(self, state: State, call: Call, chain: Sequence[Target], sink: AnswerSink,
+                   record: Record) -> Tuple[Optional[GatewayError], List[Tuple[float, Target]]]:
+        """Each target in turn until one answers: None then, else the last error, and who may be asked again from when on."""
+        error: Optional[GatewayError] = None
+        again: List[Tuple[float, Target]] = []
+        for target in self._in_turn(state.settings, chain):
             record.target = target
             try:
-                return self._try_target(state, call, target, sink, record)
+                self._try_target(state, call, target, sink, record)
+                self._circuits[target.provider.name].succeeded()
+                return None, []
             except (UpstreamError, Busy) as exc:
-                if sink.began or number == len(targets) or exc.status not in FALLBACK_STATUS:
+                self._judge(state.settings, target, exc)
+                if sink.began or exc.status not in FALLBACK_STATUS:
                     raise
-                log.info("%s %s failed (%s), trying the next", call.request_id[4:12], target.provider.name,
-                         one_line(exc.message, 160))
+                error = exc
+                if exc.status in RETRY_STATUS and exc.should_retry is not False and exc.overflow is None:
+                    again.append((self._clock() + (exc.retry_after_s or 0), target))
+                if len(chain) > 1:
+                    log.info("%s %s failed (%s)", call.request_id[4:12], target.provider.name, one_line(exc.message, 160))
+        return error, again
+
+    def _in_turn(self, settings: Settings, chain: Sequence[Target]) -> Iterator[Target]:
+        """The chain, with upstreams that rest at its end: when nobody else answers, they are still worth a try.
+
+        A route of one upstream is never rested: a local engine that has just been started should answer at once.
+        """
+        if len(chain) == 1:
+            yield chain[0]
+            return
+        resting = []
+        rest_s = {**CIRCUIT, **settings.circuit}["rest_s"]
+        for target in chain:
+            if self._circuits[target.provider.name].admits(rest_s):
+                yield target
+            else:
+                resting.append(target)
+        yield from resting
+
+    def _judge(self, settings: Settings, target: Target, exc: GatewayError) -> None:
+        """What a failure says of the upstream: out of order, or alive and refusing; our own full queue says nothing."""
+        circuit = self._circuits[target.provider.name]
+        if isinstance(exc, Busy) or target.provider.problem:
+            return
+        if exc.status != 408 and exc.status < 500 or exc.overflow is not None:
+            return circuit.succeeded()
+        limits = {**CIRCUIT, **settings.circuit}
+        circuit.failed(limits["failures"], limits["rest_s"])
+        if circuit.failures == limits["failures"]:
+            log.warning("%s failed %d times in a row and rests for %g s where there is another", target.provider.name,
+                        circuit.failures, limits["rest_s"])
 
     def _try_target(self, state: State, call: Call, target: Target, sink: AnswerSink, record: Record) -> None:
         """One target with each of its keys; a key that is refused or limited gives way to the next."""
@@ -6216,13 +7188,19 @@ class Gateway:
         body = turn.encode()
         ring = self._rings[provider.name]
         with self._slots[provider.name].hold(sink, state.settings, provider.name):
-            keys = ring.order()
+            sticky = state.settings.sticky if provider.sticky is None else provider.sticky
+            keys = ring.order(call.conversation if sticky and len(ring.keys) > 1 else None)
             for key in keys:
                 record.attempts += 1
+                started = time.monotonic()
                 try:
-                    self._attempt(state, call, target, key, turn, body, sink, record)
+                    with ring.hold(key, sink, state.settings, provider.name):
+                        self._attempt(state, call, target, key, turn, body, sink, record)
+                    record.trail.append(Attempt(provider.name, target.model, mask(key), 200, "", time.monotonic() - started))
                     return ring.revive(key)
                 except UpstreamError as exc:
+                    record.trail.append(Attempt(provider.name, target.model, mask(key), exc.status, one_line(exc.message),
+                                                time.monotonic() - started))
                     self.metrics.count("upstream_errors_total", (("provider", provider.name), ("status", str(exc.status))))
                     if exc.status in KEY_STATUS and not sink.began:
                         rest_s = REFUSED_KEY_REST_S if exc.status != 429 else exc.retry_after_s or LIMITED_KEY_REST_S
@@ -6368,8 +7346,18 @@ class Gateway:
             return parse_usage(raw)
         return Usage(prompt=len(call.text) // 4, completion=records, estimated=True)
 
-    def _note(self, record: Record) -> None:
+    def _note(self, record: Record, call: Call) -> None:
         record.total_s = time.monotonic() - record.started
+        settings = self.settings
+        if settings.history_size:
+            self._history.append(record)
+        counts = record.counts() if settings.usage or call.meters else ()
+        if call.meters:
+            self.limiter.spend(call.meters, counts[2] + counts[3])
+        if settings.usage:
+            target = record.target
+            self.usage.add(target.model if target else "", target.provider.name if target else "", record.key, counts,
+                           settings.usage_days)
         provider = record.target.provider.name if record.target else ""
         labels = (("dialect", record.dialect), ("provider", provider))
         self.metrics.count("requests_total", (*labels, ("status", str(record.status))))
@@ -6385,13 +7373,17 @@ class Gateway:
 
     # what is there
 
-    def models(self) -> List[Json]:
-        """All names that can be asked for, each with the provider it leads to; nothing that would not be routed."""
+    def models(self, key: Optional[ClientKey] = None) -> List[Json]:
+        """All names that can be asked for, each with the provider it leads to; nothing that would not be routed.
+
+        With a client's `key` those that it may use.
+        """
         router = self.current().router
         found: Dict[str, str] = {}
-        for pattern, targets in router.aliases:
+        for pattern, branches in router.aliases:
             if not re.search(r"[*?\[]", pattern):
-                found.setdefault(pattern, targets[0].partition("/")[0] if "/" in targets[0] else "")
+                first = branches[0].models[0]
+                found.setdefault(pattern, first.partition("/")[0] if "/" in first else "")
         lists = self._fetch_lists([p for p in router.providers.values() if not p.problem and p.kind != "iflow"])
         for provider in router.providers.values():
             for model in provider.models:
@@ -6404,17 +7396,19 @@ class Gateway:
                 if plain or model not in router.providers[name].models:
                     found.setdefault(model if plain else f"{name}/{model}", name)
         created = int(self.started_at)
+        if key is not None and key.models:
+            found = {model: owner for model, owner in found.items() if may_use(key, model, router.resolve(model))}
         return [{"id": model, "object": "model", "created": created, "owned_by": owner or "iflow2api"}
                 for model, owner in found.items()]
 
-    def vision_models(self) -> List[Json]:
+    def vision_models(self, key: Optional[ClientKey] = None) -> List[Json]:
         """Of models() those that are known to take images."""
         seeing = set()
         for provider in self.state.router.providers.values():
             for model in provider.models:
                 if provider.facts.get(model, {}).get("vision") or model == provider.vision_model:
                     seeing |= {model, f"{provider.name}/{model}"}
-        return [model for model in self.models() if model["id"] in seeing]
+        return [model for model in self.models(key) if model["id"] in seeing]
 
     def _fetch_lists(self, providers: Sequence[Provider]) -> Dict[str, List[str]]:
         """What the providers themselves list, from the cache where it is fresh; a provider that fails lists nothing."""
@@ -6446,9 +7440,36 @@ class Gateway:
                 raise self._refusal(exchange, provider)
             return parse_model_list(exchange.read_all(8 << 20))
 
+    def explain(self, body: Json) -> Json:
+        """Where a model's name goes, step by step; `body` has `model` and what conditions ask: dialect, tokens, images, …"""
+        wrong = [name for name, kind in _EXPLAINED.items() if name in body and (
+            not isinstance(body[name], kind) or isinstance(body[name], bool) is not (kind is bool))]
+        if wrong:
+            raise BadRequest(f"{wrong[0]}: {'true or false' if _EXPLAINED[wrong[0]] is bool else _EXPLAINED[wrong[0]].__name__} "
+                             "expected", param=wrong[0])
+        dialect = body.get("dialect", "chat")
+        if dialect not in ("chat", "messages", "responses"):
+            raise BadRequest("dialect: chat, messages or responses expected", param="dialect")
+        asked = Asked(dialect, body.get("tokens", 0), body.get("images", False), body.get("thinking", False),
+                      body.get("tools", False))
+        steps, targets = self.state.router.explain(body.get("model"), dialect != "chat", asked)
+        return {"model": body.get("model"), "steps": steps, "chain": [self._told(target) for target in targets]}
+
+    def _told(self, target: Target) -> Json:
+        """What there is to know of a target before anybody asks it."""
+        provider = target.provider
+        return {"provider": provider.name, "model": target.model, "base_url": provider.base_url, "usable": not provider.problem,
+                "problem": provider.problem, "circuit": self._circuits[provider.name].state, "keys": len(provider.api_keys),
+                "keys_resting": self._rings[provider.name].resting, "vision_model": provider.vision_model}
+
+    def history(self) -> List[Json]:
+        """The last requests, the newest first: route, attempts, counts; no bodies."""
+        return [record.facts() for record in reversed(list(self._history))]
+
     def health(self) -> Json:
         """The body of /health: nothing in it is secret."""
         providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem, **({"problem": p.problem} if p.problem else {}),
+                      "circuit": self._circuits[p.name].state, "keys_resting": self._rings[p.name].resting,
                       "models": len(p.models)} for p in self.current(look=False).router.providers.values()]
         healthy = any(p["usable"] for p in providers) and not self.config_broken
         return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(), "version": __version__,
@@ -6468,12 +7489,16 @@ class Gateway:
                                         ("upstream_waiting", "Requests queued for an upstream.", "waiting")):
             gauges += [(family, text, {"provider": name}, getattr(slots, attribute)) for name, slots in self._slots.items()]
         gauges += [("keys_resting", "Keys put to rest.", {"provider": name}, ring.resting) for name, ring in self._rings.items()]
+        gauges += [("upstream_rested", "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
+                    {"provider": name}, {"closed": 0, "half-open": 0.5, "open": 1}[circuit.state])
+                   for name, circuit in self._circuits.items()]
         return self.metrics.render(gauges)
 
     def close(self) -> None:
         if self._watch is not None:
             self._watch.close()
         self.upstream.close()
+        self.usage.close()
 
 
 # === 14. HTTP ===============================================================
@@ -6626,6 +7651,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.headers: Dict[str, str] = {}                # type: ignore[assignment]
         self.path, self.command, self.request_version = "", "", "HTTP/1.1"
         self.endpoint, self._body_left = UNKNOWN, 0
+        self.key: Optional[ClientKey] = None
+        self.meters: Sequence[Meter] = ()
         self.sink: Optional[Sink] = None
         started = time.monotonic()
         try:
@@ -6688,7 +7715,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "OPTIONS":
             return self.respond(204, b"", "")
         if not self.endpoint.public:
-            check_key(self.server.gateway.settings, self.headers)
+            self.key = check_key(self.server.gateway.state, self.headers)
+            if self.server.gateway.state.door.limited:
+                self.meters = meters_of(self)
         self.endpoint.run(self)
         if self._body_left:              # an endpoint that wants no body got one
             self._skip_body()
@@ -6760,6 +7789,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.endpoint.dialect.name == "messages":
             lines.append(f"request-id: {self.request_id}")
         lines += cors_lines(self.headers, self.path, self.command == "OPTIONS")
+        if self.meters:                  # ours instead of the upstream's, which are about another key
+            ours = self.server.gateway.limiter.headers(self.meters)
+            headers = [*ours, *(pair for pair in headers if not ours or not pair[0].lower().startswith("x-ratelimit-"))]
         lines += [f"{name}: {value}" for name, value in headers]
         if self.close_connection:
             lines.append("Connection: close")
@@ -6909,17 +7941,18 @@ def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> N
     settings = server.gateway.settings
     host = headers.get("host", "")
     name = (re.sub(r":\d*$", "", host) if not host.startswith("[") else host.partition("]")[0] + "]").lower()
-    if server.is_local and not settings.custom_api_key and not (
+    door = server.gateway.state.door
+    if server.is_local and not door.required and not (
             is_loopback(name) or name in ("host.docker.internal", "") or name in settings.allowed_hosts):
         raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to `allowed_hosts`, or set custom_api_key",
                         code="host_not_allowed")
     origin = headers.get("origin")
     if origin is None or method == "OPTIONS" or origin in settings.allowed_origins or "*" in settings.allowed_origins:
         return
-    if origin.partition("://")[2].lower() == host.lower() or settings.custom_api_key and has_key(settings, headers):
+    if origin.partition("://")[2].lower() == host.lower() or door.required and door.find(client_keys(settings, headers)):
         return
     raise Forbidden(f"the web page at {one_line(origin, 80)} may not call this server; add it to `allowed_origins`"
-                    + (", or send the key" if settings.custom_api_key else ""), code="origin_not_allowed")
+                    + (", or send the key" if door.required else ""), code="origin_not_allowed")
 
 
 def client_keys(settings: Settings, headers: Mapping[str, str]) -> Iterator[str]:
@@ -6934,17 +7967,32 @@ def client_keys(settings: Settings, headers: Mapping[str, str]) -> Iterator[str]
             yield value.partition(" ")[2].strip()        # a custom header may say Bearer too
 
 
-def has_key(settings: Settings, headers: Mapping[str, str]) -> bool:
-    """Whether one of them is ours; compared in constant time."""
-    wanted = settings.custom_api_key.encode()
-    return any([hmac.compare_digest(key.encode("utf-8", "replace"), wanted) for key in client_keys(settings, headers)])
+def check_key(state: State, headers: Mapping[str, str]) -> Optional[ClientKey]:
+    """Whose request it is, None where no key is needed; Unauthorized."""
+    if not state.door.required:
+        return None
+    given = list(client_keys(state.settings, headers))
+    key = state.door.find(given)
+    ours = "custom_api_key" if state.settings.custom_api_key else "keys (`key add NAME` makes one)"
+    if key is None:
+        raise Unauthorized(f"the API key is wrong; it must be this server's {ours}" if any(given) else
+                           f"an API key is needed: send this server's {ours} as `Authorization: Bearer KEY`")
+    if time.time() >= key.expires_at:
+        day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key.expires_at))
+        raise Unauthorized(f"the API key {key.name} expired on {day}", code="expired_api_key")
+    return key
 
 
-def check_key(settings: Settings, headers: Mapping[str, str]) -> None:
-    if settings.custom_api_key and not has_key(settings, headers):
-        given = any(client_keys(settings, headers))
-        raise Unauthorized("the API key is wrong; it must be this server's custom_api_key" if given else
-                           "an API key is needed: send this server's custom_api_key as `Authorization: Bearer KEY`")
+def meters_of(handler: Handler) -> List[Meter]:
+    """What a request is measured on: its key's limits, its address's."""
+    gateway, meters = handler.server.gateway, []
+    settings = gateway.settings
+    if handler.key is not None and handler.key.limits:
+        meters.append(gateway.limiter.of_key(handler.key))
+    if settings.address_limits:
+        address = client_address(handler.client_address[0], handler.headers.get("x-forwarded-for", ""), settings.trusted_proxies)
+        meters.append(gateway.limiter.of_address(address, settings.address_limits))
+    return meters
 
 
 def cors_lines(headers: Mapping[str, str], path: str, preflight: bool) -> List[str]:
@@ -6967,12 +8015,13 @@ def cors_lines(headers: Mapping[str, str], path: str, preflight: bool) -> List[s
 
 def answer_call(handler: Handler) -> None:
     """Chat, completions, embeddings, whatever dialect the endpoint speaks."""
-    dialect = handler.endpoint.dialect
-    body, text = handler.read_json()
-    dialect.check(body)
-    call = Call(dialect, body, text, handler.headers, handler.request_id)
-    handler.sink = Sink(handler, call)
-    handler.server.gateway.answer(call, handler.sink)
+    with handler.server.gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
+        dialect = handler.endpoint.dialect
+        body, text = handler.read_json()
+        dialect.check(body)
+        call = Call(dialect, body, text, handler.headers, handler.request_id, handler.key, handler.meters)
+        handler.sink = Sink(handler, call)
+        handler.server.gateway.answer(call, handler.sink)
 
 
 def count_tokens(handler: Handler) -> None:
@@ -7029,9 +8078,18 @@ def show_metrics(handler: Handler) -> None:
     handler.respond(200, handler.server.gateway.metrics_text().encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
+def explain_route(handler: Handler) -> None:
+    """POST /admin/api/routes/explain: who may see the metrics may see this, but no foreign page, whatever is allowed."""
+    origin, host = handler.headers.get("origin"), handler.headers.get("host", "")
+    if origin is not None and origin.partition("://")[2].lower() != host.lower():
+        raise Forbidden("another origin may not ask this", code="origin_not_allowed")
+    body, _ = handler.read_json()
+    handler.respond_json(handler.server.gateway.explain(body))
+
+
 def show_models(handler: Handler) -> None:
     """The list in the shape of who asks: Anthropic's for requests that bear `anthropic-version`."""
-    models = handler.server.gateway.models()
+    models = handler.server.gateway.models(handler.key)
     if "anthropic-version" not in handler.headers:
         return handler.respond_json({"object": "list", "data": models})
     query = urllib.parse.parse_qs(handler.path.partition("?")[2])
@@ -7039,12 +8097,12 @@ def show_models(handler: Handler) -> None:
 
 
 def show_vision_models(handler: Handler) -> None:
-    handler.respond_json({"object": "list", "data": handler.server.gateway.vision_models()})
+    handler.respond_json({"object": "list", "data": handler.server.gateway.vision_models(handler.key)})
 
 
 def show_model(handler: Handler) -> None:
     wanted = urllib.parse.unquote(handler.argument)
-    for model in handler.server.gateway.models():
+    for model in handler.server.gateway.models(handler.key):
         if model["id"] == wanted:
             return handler.respond_json(anthropic_model(model) if "anthropic-version" in handler.headers else model)
     raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
@@ -7113,6 +8171,7 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/": {"GET": Route(show_card, public=True)},
     "/health": {"GET": Route(show_health, public=True)},
     "/metrics": {"GET": Route(show_metrics)},
+    "/admin/api/routes/explain": {"POST": Route(explain_route)},
     "/models": {"GET": Route(show_models)},
     "/models/": {"GET": Route(show_model)},
     "/vision-models": {"GET": Route(show_vision_models)},
@@ -7282,6 +8341,11 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
     """
     prepare_process()
     settings = gateway.settings
+    if settings.usage:
+        gateway.usage.load()             # now, so that what is wrong with the file is said at the start
+        gateway.problems += [problem for problem in gateway.usage.problems if problem not in gateway.problems]
+        for problem in gateway.usage.problems:
+            log.warning("%s", one_line(problem, 500))
     return Server(gateway, settings.host if host is None else host, settings.port if port is None else port)
 
 
@@ -7809,7 +8873,7 @@ def cmd_serve(args: Any) -> int:
         raise UsageError("--demo brings its own upstream: leave out --upstream and --api-key")
     demo = DemoUpstream() if args.demo else None
     gateway = Gateway(config=_config_of(args), flags={**(demo.settings() if demo else {}), **_flag_settings(args)})
-    had_key = bool(gateway.settings.custom_api_key)
+    had_key = gateway.state.door.required
     host, port = gateway.settings.host, gateway.settings.port
     try:
         server = serve(gateway)
@@ -7849,6 +8913,8 @@ def _announce(gateway: Gateway, server: Server, had_key: bool) -> None:
         _say(f"client key (made because {settings.host} is open to the network): {settings.custom_api_key}")
     elif settings.custom_api_key:
         _say(f"clients need the key {mask(settings.custom_api_key)} (custom_api_key)")
+    if settings.client_keys:
+        _say(f"clients may use one of {len(gateway.state.door.keys)} keys (`key list` shows them)")
 
 
 def _wait_for_signal(gateway: Gateway) -> None:
@@ -7898,7 +8964,7 @@ def cmd_status(args: Any) -> int:
     for provider in router.providers.values():
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
         print(f"provider  {provider.name}{' (default)' if provider is router.default else ''}  {provider.problem or provider.base_url}"
-              f"  {keys if not provider.problem else ''}".rstrip())
+              f"  {keys if not provider.problem else ''}{_rest_of(health, provider.name)}".rstrip())
     if not router.providers:
         print("provider  none; add one to `providers`, or start with --upstream URL")
     for variable, names in offered_presets(router, os.environ).items():
@@ -7907,6 +8973,15 @@ def cmd_status(args: Any) -> int:
     for problem in gateway.problems:
         print(f"problem   {one_line(problem, 300)}")
     return 0 if health else 1
+
+
+def _rest_of(health: Optional[Json], name: str) -> str:
+    """What the running server says of a provider that is not quite well."""
+    listed = health.get("providers") if health else None
+    facts = next((p for p in listed or () if isinstance(p, dict) and p.get("name") == name), {})
+    circuit, resting = facts.get("circuit", "closed"), facts.get("keys_resting", 0)
+    words = {"open": "  keeps failing, rests", "half-open": "  kept failing, is tried again"}.get(circuit, "")
+    return words + (f"  {resting} of its keys rest" if resting else "")
 
 
 def _ask_running(settings: Settings) -> Optional[Json]:
@@ -8201,6 +9276,7 @@ class Shell(NamedTuple):
     comment: str
     command: str
     quote: Callable[[str], str]
+    reference: str = '"${}"'
 
 
 def _quote_posix(text: str) -> str:
@@ -8213,8 +9289,8 @@ SHELLS = {
                   lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
     "powershell": Shell("$env:{name} = {value}", "# {}",
                         "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) {flags} @args }}",
-                        lambda text: "'" + text.replace("'", "''") + "'"),
-    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text)}
+                        lambda text: "'" + text.replace("'", "''") + "'", "$env:{}"),
+    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
 
 
 def cmd_env(args: Any) -> int:
@@ -8222,15 +9298,20 @@ def cmd_env(args: Any) -> int:
     gateway = _gateway_of(args)
     settings, shell = gateway.settings, SHELLS[args.shell or _guess_shell()]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    words = {"URL": f"http://{host}:{settings.port}", "KEY": settings.custom_api_key or "not-needed",
+    words = {"URL": f"http://{host}:{settings.port}", "KEY": settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed"),
              "MODEL": gateway.state.router.default_model}
 
     def filled(text: str) -> str:
         return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
 
     variables, title = CLIENTS[args.client]
+    if words["KEY"] == "$IFLOW2API_KEY":
+        print(shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
     for name, value in variables.items():
-        if filled(value).strip("/") != "openai":
+        if value == "KEY" and words["KEY"] == "$IFLOW2API_KEY":
+            if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
+                print(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
+        elif filled(value).strip("/") != "openai":
             print(shell.variable.format(name=name, value=shell.quote(filled(value))))
     if args.client == "codex":
         _print_codex(shell, filled)
@@ -8330,8 +9411,10 @@ def _config_set(args: Any) -> int:
         value = parse_setting(name, text)
     except ValueError as exc:
         raise UsageError(f"config set {name}: {exc}") from None
-    if name in ("providers", "aliases"):
-        problems = Router(replace(Settings(), **{name: value}), os.environ).problems
+    if name in ("providers", "aliases"):                 # with all the rest as it is: aliases name providers
+        gateway = _gateway_of(args)
+        known = gateway.state.router.problems
+        problems = [p for p in gateway.routed(replace(gateway.settings, **{name: value})).problems if p not in known]
         if problems:
             raise UsageError(f"config set {name}: {problems[0]}")
     return _change_config(args, lambda raw: raw.update({name: value}))
@@ -8358,6 +9441,159 @@ def _change_config(args: Any, edit: Callable[[Json], Any]) -> int:
 def _config_path(args: Any) -> int:
     print(_config_of(args).path)
     return 0
+
+
+# --- routes, keys, usage -------------------------------------------------------
+
+def cmd_routes(args: Any) -> int:
+    """`routes explain MODEL`: where the name goes, and why."""
+    asked: Json = {name: getattr(args, name) for name in ("images", "thinking", "tools")}
+    if not re.fullmatch(r"\d{1,12}", args.tokens):
+        raise UsageError(f"--tokens {args.tokens}: a whole number expected")
+    asked.update(model=args.name, dialect=args.dialect, tokens=int(args.tokens))
+    gateway = _gateway_of(args)
+    try:
+        told = gateway.explain(asked)
+    except GatewayError as exc:
+        _say(f"error: {exc.message}")
+        return 1
+    if args.json:
+        print(json.dumps(told, ensure_ascii=False, indent=2))
+        return 0
+    for number, step in enumerate(told["steps"], 1):
+        print(f"{number}. {one_line(step, 500)}")
+    for number, target in enumerate(told["chain"]):
+        state = one_line(target["problem"]) or f"{target['base_url']}  {target['keys']} key{'s' if target['keys'] != 1 else ''}"
+        print(f"{'then' if number else '=>'} {target['provider']}/{one_line(target['model'])}  {state}")
+    for problem in gateway.problems:
+        _say(f"problem: {one_line(problem, 300)}")
+    return 0
+
+
+def cmd_key(args: Any) -> int:
+    return {"list": _key_list, "add": _key_add, "remove": _key_remove}[args.action or "list"](args)
+
+
+def _key_name(args: Any) -> str:
+    if not args.name:
+        raise UsageError(f"key {args.action} needs a NAME")
+    return args.name
+
+
+def _key_entries(config: ConfigFile) -> List[Any]:
+    entries = config.recover()[0].get("client_keys")
+    return entries if isinstance(entries, list) else []
+
+
+def _key_add(args: Any) -> int:
+    """Make a key: it is printed once, only its hash is kept."""
+    name, key = _key_name(args), "sk-" + secrets.token_hex(24)
+    entry: Json = {"name": name, "sha256": hash_key(key).hex(), "created": time.strftime("%Y-%m-%d")}
+    if args.models:
+        entry["models"] = [model.strip() for model in args.models.split(",") if model.strip()]
+    for limit in LIMIT_FIELDS:
+        text = getattr(args, limit)
+        if text is not None:
+            entry[limit] = int(text) if re.fullmatch(r"-?\d{1,15}", text) else text
+    if args.expires:
+        entry["expires"] = args.expires
+    entries = _key_entries(_config_of(args))
+    try:
+        if parse_client_key(entry).expires_at <= time.time():
+            raise ValueError(f"expires: {args.expires} is over")
+    except ValueError as exc:
+        raise UsageError(f"key add {name}: {exc}") from None
+    if any(isinstance(known, dict) and known.get("name") == name for known in entries):
+        raise UsageError(f"key add {name}: there is a key of this name; remove it first, or take another name")
+    if _change_config(args, lambda raw: raw.update(client_keys=[*_listed(raw), entry])):
+        return 1
+    print(key)
+    _say("this is the only time it is shown; clients send it as `Authorization: Bearer KEY`, or as x-api-key")
+    for problem in _gateway_of(args).problems:
+        _say(f"problem: {one_line(problem, 300)}")
+    return 0
+
+
+def _listed(raw: Json) -> List[Any]:
+    """The keys in config.json, which a running server or another command may have changed meanwhile."""
+    return raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
+
+
+def _key_remove(args: Any) -> int:
+    name = _key_name(args)
+    names = [entry.get("name") for entry in _key_entries(_config_of(args)) if isinstance(entry, dict)]
+    if name not in names:
+        raise UsageError(f"there is no key {name!r}" + nearest(name, [known for known in names if isinstance(known, str)]))
+    failed = _change_config(args, lambda raw: raw.update(
+        client_keys=[entry for entry in _listed(raw) if not isinstance(entry, dict) or entry.get("name") != name]))
+    if not failed and not _gateway_of(args).state.door.required:
+        _say("warning: no key is left, so whoever reaches this server's address may use it")
+    return failed
+
+
+def _key_list(args: Any) -> int:
+    gateway = _gateway_of(args)
+    used = {row["key"]: row for row in gateway.usage.report("key", 1, {})}
+    for key in gateway.state.door.keys:
+        row = used.get(key.name)
+        facts = [f"{limit} {LIMIT_WORDS[name]}" for name, limit in key.limits.items()]
+        facts += [f"models {', '.join(key.models)}"] if key.models else []
+        if key.expires_at != float("inf"):
+            over = "expired" if key.expires_at <= time.time() else "expires"
+            facts.append(f"{over} {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(key.expires_at))}")
+        facts += [f"today {row['requests']} requests, {row['input'] + row['output']} tokens"] if row else []
+        print(f"{key.name}  {key.digest.hex()[:8]}  {'; '.join(facts) or 'no limits'}")
+    for problem in gateway.problems:
+        _say(f"problem: {one_line(problem, 300)}")
+    if not gateway.settings.client_keys:
+        _say("no client keys; `key add NAME` makes one")
+    return 0
+
+
+def cmd_usage(args: Any) -> int:
+    """What was used, from usage.jsonl."""
+    gateway = _gateway_of(args)
+    if not re.fullmatch(r"[1-9]\d{0,3}", args.days):
+        raise UsageError(f"--days {args.days}: a whole number from 1 to 9999 expected")
+    rows = gateway.usage.report(args.by, int(args.days), gateway.settings.prices)
+    for problem in gateway.usage.problems:
+        _say(f"problem: {one_line(problem, 300)}")
+    if not gateway.settings.usage:
+        _say("usage is not being counted: config set usage true")
+    for row in rows:
+        row["cost"] = None if row["cost"] is None else round(row["cost"], 6)
+    if args.json:
+        print(json.dumps({"by": args.by, "days": int(args.days), "rows": rows}, ensure_ascii=False, indent=2))
+        return 0
+    names = [args.by, *USAGE_COUNTS, "cost"]
+    lines = [names, *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
+    print("\n".join(",".join(map(_csv_field, line)) for line in lines) if args.csv else _usage_table(args.by, rows))
+    return 0
+
+
+def _csv_field(text: str) -> str:
+    """RFC 4180; what a spreadsheet would take for a formula (names come from clients) begins with a quote."""
+    text = "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    return '"' + text.replace('"', '""') + '"' if re.search(r'[",\r\n]', text) else text
+
+
+def _usage_table(by: str, rows: Sequence[Json]) -> str:
+    """Aligned columns; `~` where the upstream did not count and we had to guess."""
+    if not rows:
+        return "nothing was used"
+    costs = any(row["cost"] is not None for row in rows)
+    table = [[by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total", *(["cost"] if costs else [])]]
+    for row in rows:
+        mark, count = "~" if row["estimated"] else "", row["requests"] or 1
+        first = f"{row['first_ms'] / row['streams'] / 1000:.2f}s" if row["streams"] else "-"
+        cost = ["-" if row["cost"] is None else f"{row['cost']:.4f}"] if costs else []
+        table.append([one_line(row[by], 60) or "-", str(row["requests"]), str(row["errors"]), f"{mark}{row['input']}",
+                      f"{mark}{row['output']}", str(row["cached"]), str(row["reasoning"]), first,
+                      f"{row['total_ms'] / count / 1000:.2f}s", *cost])
+    widths = [max(len(line[at]) for line in table) for at in range(len(table[0]))]
+    lines = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+             for line in table]
+    return "\n".join([*lines, *(["~ in part our estimate: the upstream did not count"] if any(r["estimated"] for r in rows) else [])])
 
 
 # --- the parser --------------------------------------------------------------
@@ -8407,6 +9643,24 @@ COMMANDS: Dict[str, Command] = {
         ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path"), "help": "list without"}),
         ("key", {"nargs": "?", "metavar": "KEY"}), ("value", {"nargs": "?", "metavar": "VALUE"}),
         ("--show-secrets", {"action": "store_true", "help": "show keys in full"}))),
+    "routes": Command(cmd_routes, "say where a model's name goes, and why", (
+        ("action", {"choices": ("explain",), "help": "explain"}), ("name", {"metavar": "MODEL"}),
+        ("--dialect", {"choices": ("chat", "messages", "responses"), "default": "chat", "help": "the client's API (chat)"}),
+        ("--tokens", {"metavar": "N", "default": "0", "help": "size of the request"}),
+        ("--images", {"action": "store_true", "help": "it shows an image"}),
+        ("--thinking", {"action": "store_true", "help": "it asks for reasoning"}),
+        ("--tools", {"action": "store_true", "help": "it offers tools"}),
+        ("--json", {"action": "store_true", "help": "as JSON"}), *RUN_FLAGS)),
+    "key": Command(cmd_key, "keys of clients: each with its models and limits", (
+        ("action", {"nargs": "?", "choices": ("list", "add", "remove"), "help": "list without"}),
+        ("name", {"nargs": "?", "metavar": "NAME"}),
+        ("--models", {"metavar": "A,B", "help": "models it may use, or patterns"}),
+        *((f"--{name}", {"metavar": "N", "help": f"most {words}"}) for name, words in LIMIT_WORDS.items()),
+        ("--expires", {"metavar": "DATE", "help": "last day, such as 2027-01-31"}))),
+    "usage": Command(cmd_usage, "tokens and requests, by model, key or provider", (
+        ("--days", {"metavar": "N", "default": "30", "help": "the last N days (30)"}),
+        ("--by", {"choices": ("model", "key", "provider", "day"), "default": "model", "help": "a row for each (model)"}),
+        ("--json", {"action": "store_true", "help": "as JSON"}), ("--csv", {"action": "store_true", "help": "as CSV"}))),
     "version": Command(cmd_version, "print the version"),
 }
 
@@ -8439,7 +9693,13 @@ def _parse_args(argv: Sequence[str]) -> Any:
         argv.insert(0, "serve")
     elif argv[0] not in COMMANDS and not argv[0].startswith("-"):
         raise UsageError(f"there is no command {argv[0]!r}" + nearest(argv[0], COMMANDS) + " (see: iflow2api.py --help)")
-    return build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if len(rest) == 1 and rest[0][:1] != "-" and getattr(args, "name", "") is None:
+        args.name = rest.pop()           # before 3.13 argparse loses an optional word behind an option: key add --rpm 5 NAME
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
