@@ -223,6 +223,9 @@ CLIENT_IDLE_S = 75
 #: A kept upstream connection is not used again after this: most servers close theirs at 60 s or later.
 UPSTREAM_IDLE_S = 45
 
+#: How long a client that still sends is listened to after its answer: closing at once could destroy that.
+LINGER_S = 2
+
 #: Slowest body that is not taken for a slow loris, beyond `body_timeout_s`.
 BODY_BYTES_PER_S = 16 << 10
 
@@ -5378,7 +5381,7 @@ class Lookout:
     def __init__(self) -> None:
         self._wires: Dict[int, Wire] = {}
         self._lock = threading.Lock()
-        self._wanted = threading.Event()
+        self._wanted, self._closed = threading.Event(), threading.Event()
         self._thread: Optional[threading.Thread] = None
 
     def watch(self, wire: Wire, sock: socket.socket) -> None:
@@ -5397,14 +5400,16 @@ class Lookout:
             self._wires.pop(sock.fileno(), None)
 
     def _run(self) -> None:
-        pause = threading.Event()
-        while True:
+        while not self._closed.is_set():
             if not self._wires:
                 self._wanted.clear()
-            if not self._wires and not self._wanted.wait(60):
-                continue
-            pause.wait(self.EVERY_S)
-            self._look()
+            if self._wires or self._wanted.wait(60):
+                self._closed.wait(self.EVERY_S)
+                self._look()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._wanted.set()
 
     def _look(self) -> None:
         with self._lock:                 # so that no wire goes back to the pool meanwhile
@@ -5966,6 +5971,7 @@ class Upstream:
             return self._tls[1]
 
     def close(self) -> None:
+        self._lookout.close()
         self._pool.clear(final=True)
 
 
@@ -6844,7 +6850,7 @@ class Gateway:
         self.in_flight = 0
         self.origins: Dict[str, str] = {}
         self.problems: List[str] = []
-        self.config_broken = False
+        self.config_broken = self._must_have_key = False
         self._clock, self._pause = clock, pause
         self.limiter = RateLimiter(clock)
         self.usage = UsageBook(os.path.join(config.folder, "usage.jsonl") if config is not None else "")
@@ -6875,6 +6881,8 @@ class Gateway:
 
     def apply(self, settings: Settings) -> None:
         """Work with `settings` from the next request on; running ones keep theirs."""
+        if self._must_have_key and not settings.custom_api_key and self.settings.custom_api_key:
+            settings = replace(settings, custom_api_key=self.settings.custom_api_key)
         router, door = self.routed(settings), Doorkeeper(settings)
         with self._lock:
             for provider in router.providers.values():
@@ -6979,6 +6987,11 @@ class Gateway:
             raise OSError("this gateway has no config.json")
         self.config.change(edit)
         self.reload()
+
+    def open_to_network(self) -> None:
+        """From here on there is always a client key, whatever becomes of config.json."""
+        self._must_have_key = True
+        self.ensure_client_key()
 
     def ensure_client_key(self) -> Tuple[str, bool]:
         """The client key, made if there is none, and whether it could be kept for the next start."""
@@ -7529,7 +7542,7 @@ class ClientReader(LineReader):
         while True:
             self._buffer = self._buffer.lstrip(b"\r\n")         # RFC 9112, 2.2: stray empty lines after a body
             found = _HEAD_END.search(self._buffer)
-            if found:
+            if found and found.start() <= HEAD_LIMIT_BYTES:
                 head, self._buffer = self._buffer[:found.start()], self._buffer[found.end():]
                 return head
             if len(self._buffer) > HEAD_LIMIT_BYTES:
@@ -7599,6 +7612,8 @@ def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
 
 def check_framing(headers: Mapping[str, str], version: str) -> Optional[int]:
     """The body's length, None for chunked; BadRequest where a proxy before us might see another one (RFC 9112, 6.3)."""
+    if version == "HTTP/1.1" and not re.fullmatch(r"[^\s,/@]+", headers.get("host", "")):
+        raise BadRequest("one Host header is needed")
     length = headers.get("content-length")
     if "transfer-encoding" in headers:
         if length is not None or version == "HTTP/1.0" or headers["transfer-encoding"].lower() != "chunked":
@@ -7606,8 +7621,6 @@ def check_framing(headers: Mapping[str, str], version: str) -> Optional[int]:
         return None
     if length is not None and not (length.isdigit() and length.isascii() and len(length) < 19):
         raise BadRequest("Content-Length must be one number")
-    if version == "HTTP/1.1" and not re.fullmatch(r"[^\s,/@]+", headers.get("host", "")):
-        raise BadRequest("one Host header is needed")
     return int(length or 0)
 
 
@@ -7626,7 +7639,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.rfile = self.reader = ClientReader(self.connection)     # type: ignore[assignment]
         self.close_connection, self.busy = True, False
-        self.server.enter(self)
+        self.is_surplus = self.server.enter(self)
 
     def finish(self) -> None:
         """Nothing to flush: every write went to the socket."""
@@ -7688,10 +7701,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             if self._body_left:
-                self.reader.deadline = time.monotonic() + 1
-                for _ in range(64):
-                    if not self.reader.take():
-                        break
+                self.reader.deadline = time.monotonic() + LINGER_S
+                while self.reader.take() and time.monotonic() < self.reader.deadline:
+                    pass
 
     # one request
 
@@ -7703,10 +7715,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.path.startswith("/") or self.path.startswith("//"):
             raise BadRequest("the request target must be a path")
         self.close_connection = self._wants_close()
-        self._continue = self.headers.get("expect", "").lower() == "100-continue"
+        self._continue = self.headers.get("expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0"
         if self.headers.get("upgrade", "").lower() == "websocket":
             raise BadRequest("this server speaks no WebSocket; use plain HTTP", status=426, should_retry=False)
-        if self.server.closing.is_set() or self.server.is_crowded():
+        if self.server.closing.is_set() or self.is_surplus:
             self.close_connection = True
             raise Busy("the server is shutting down" if self.server.closing.is_set() else
                        "too many connections; raise max_connections")
@@ -7943,7 +7955,7 @@ def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> N
     name = (re.sub(r":\d*$", "", host) if not host.startswith("[") else host.partition("]")[0] + "]").lower()
     door = server.gateway.state.door
     if server.is_local and not door.required and not (
-            is_loopback(name) or name in ("host.docker.internal", "") or name in settings.allowed_hosts):
+            is_loopback(name) or name in ("host.docker.internal", "") or name in [str(host).lower() for host in settings.allowed_hosts]):
         raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to `allowed_hosts`, or set custom_api_key",
                         code="host_not_allowed")
     origin = headers.get("origin")
@@ -7998,7 +8010,7 @@ def meters_of(handler: Handler) -> List[Meter]:
 def cors_lines(headers: Mapping[str, str], path: str, preflight: bool) -> List[str]:
     """What a browser needs to let its page read an answer; never for the admin page, never credentials."""
     origin = headers.get("origin")
-    if not origin or not origin.isprintable() or path.lstrip("/").startswith("admin"):
+    if not origin or not origin.isprintable() or normal_path(path).startswith("/admin"):
         return []
     lines = [f"Access-Control-Allow-Origin: {origin}", "Vary: Origin",
              "Access-Control-Expose-Headers: x-request-id, request-id, retry-after, x-should-retry"]
@@ -8250,7 +8262,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()
         self.is_local = is_loopback(host)
         if not self.is_local:
-            gateway.ensure_client_key()
+            gateway.open_to_network()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host.strip("[]"), port), Handler)
         gateway.upstream.own_ports.add(self.port)
@@ -8277,9 +8289,6 @@ class Server(http.server.ThreadingHTTPServer):
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.server_address[0], self.server_address[0])
         return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}"
 
-    def is_crowded(self) -> bool:
-        return len(self._handlers) > self.gateway.settings.max_connections
-
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection; a few beyond the limit get a 503, the rest are closed."""
         if len(self._handlers) >= self.gateway.settings.max_connections + 64:
@@ -8289,9 +8298,11 @@ class Server(http.server.ThreadingHTTPServer):
         except RuntimeError:             # the system gives no more threads
             self.shutdown_request(request)
 
-    def enter(self, handler: Handler) -> None:
+    def enter(self, handler: Handler) -> bool:
+        """Note a connection; True where it is one too many and is told so."""
         with self._lock:
             self._handlers.add(handler)
+            return len(self._handlers) > self.gateway.settings.max_connections
 
     def leave(self, handler: Handler) -> None:
         with self._lock:
