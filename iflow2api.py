@@ -34,7 +34,7 @@ Contents
     7  Messages          Anthropic's requests, answers, streams, errors (pure)
     8  Responses         OpenAI's other API, and what Codex needs of it (pure)
     9  Dialects          what an endpoint speaks (pure)
-    10 Upstream          connections, TLS, waiting
+    10 Upstream          connections, TLS, proxies, waiting
     12 Services          slots, keys, metrics, file watching
     13 Gateway           owns 5, 10 and 12; one call from route to answer
     14 HTTP              server, handler, routes of the URL space, errors as bytes
@@ -312,7 +312,8 @@ class ClientGone(Exception):
 
 # === 4. Small tools =========================================================
 
-_SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=|://[^/\s:@]*:)[^\s\"'&,;@]{4,}")
+_SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
+_USERINFO = re.compile(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(?=@)")     # user and password in a URL, not its port
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
@@ -328,7 +329,8 @@ def mask(secret: str) -> str:
 
 def redact(text: str) -> str:
     """`text` without what looks like a credential."""
-    return _SECRET.sub(lambda found: found.group(1) + "…", text)
+    text = _SECRET.sub(lambda found: found.group(1) + "…", text)
+    return _USERINFO.sub(lambda found: f"://{found.group(1) or ''}…", text) if "@" in text else text
 
 
 def one_line(text: Any, limit: int = 300) -> str:
@@ -337,10 +339,15 @@ def one_line(text: Any, limit: int = 300) -> str:
     return line if len(line) <= limit else line[:limit - 1] + "…"
 
 
+def near_names(name: str, names: Iterable[str]) -> List[str]:
+    """The up to three of `names` that a mistyped `name` may have meant."""
+    import difflib                       # only on the way to an error message
+    return difflib.get_close_matches(name, list(names), 3, 0.5)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean …?` for a mistyped name, empty where nothing is near."""
-    import difflib                       # only on the way to an error message
-    near = difflib.get_close_matches(name, list(names), 3, 0.5)
+    near = near_names(name, names)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -4904,6 +4911,219 @@ class Endpoint(NamedTuple):
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
 
+# --- proxies -----------------------------------------------------------------
+
+#: What a proxy's address may begin with, and the port where it names none (SOCKS: RFC 1928, 3).
+PROXY_PORTS = {"http": 80, "socks5": 1080, "socks5h": 1080}
+
+
+class Proxy(NamedTuple):
+    """Where a proxy is; as text without its credentials."""
+    scheme: str
+    host: str
+    port: int
+    user: str = ""
+    password: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+
+def parse_proxy(text: str) -> Proxy:
+    """`text` as a Proxy; a bare `host:port` is an HTTP one, as in every proxy variable.
+
+    ValueError shows nothing of `text` but its scheme: an address that can't be taken apart may hold a password anywhere.
+    """
+    text = text.strip()
+    if "://" not in text:
+        text = "http://" + text
+    scheme = text.partition("://")[0].lower()
+    if scheme not in PROXY_PORTS:
+        shown = f"with {scheme}://" if re.fullmatch(r"[a-z0-9+.-]{1,12}", scheme) else "like this"
+        raise ValueError(f"a proxy address that begins {shown} is not supported; write http://, socks5:// or socks5h:// (or env)")
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host, port = parts.hostname, parts.port or PROXY_PORTS[scheme]
+    except ValueError:
+        host, port = None, 0
+    if not host or parts.path not in ("", "/") or parts.query or parts.fragment or re.search(r"[\s\x00-\x1f\x7f]", text):
+        raise ValueError(f"the proxy's address can't be read; write {scheme}://HOST:PORT or {scheme}://USER:PASSWORD@HOST:PORT, "
+                         "with %40 for @, %2F for /, %3A for :, %23 for #")
+    return Proxy(scheme, host, port, urllib.parse.unquote(parts.username or ""), urllib.parse.unquote(parts.password or ""))
+
+
+def proxy_problems(settings: Settings, providers: Iterable[Provider]) -> List[str]:
+    """What is wrong with the proxies that are set, a sentence each: told at the start, not at the first request."""
+    problems = []
+    named = [("upstream_proxy", settings.upstream_proxy)] if settings.upstream_proxy_enabled else []
+    for where, proxy in named + [(f"provider {p.name}: proxy", p.proxy) for p in providers]:
+        try:
+            if proxy not in ("", "env"):
+                parse_proxy(proxy)
+        except ValueError as exc:
+            problems.append(f"{where}: {exc}")
+    return problems
+
+
+def proxy_for(provider: Provider, settings: Settings, endpoint: Endpoint) -> str:
+    """The address of the proxy that leads to `endpoint`, "" for none: this machine itself is never reached through one."""
+    proxy = provider.proxy or (settings.upstream_proxy if settings.upstream_proxy_enabled else "")
+    if not proxy or is_loopback(endpoint.host):
+        return ""
+    return _environment_proxy(endpoint) if proxy == "env" else proxy
+
+
+def _environment_proxy(endpoint: Endpoint) -> str:
+    """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY in either case; on Windows and macOS else the system's settings."""
+    from urllib.request import getproxies, proxy_bypass      # takes 2 MB: only for who asks for it
+    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    if proxy_bypass(f"{host}:{endpoint.port}"):
+        return ""
+    proxies = getproxies()
+    return proxies.get(endpoint.scheme) or proxies.get("all") or ""
+
+
+#: What a proxy means by refusing CONNECT; any other status is shown as it is.
+_CONNECT_HINT = {
+    400: "is it an HTTP proxy?", 404: "is it an HTTP proxy?", 405: "is it an HTTP proxy?", 501: "is it an HTTP proxy?",
+    403: "it does not allow this host or port", 502: "it can't reach the upstream", 503: "it can't reach the upstream",
+    504: "it can't reach the upstream"}
+
+#: SOCKS5 reply codes (RFC 1928, 6).
+_SOCKS_REPLY = {
+    1: "it failed for no stated reason", 2: "it does not allow this address", 3: "it can't reach the upstream's network",
+    4: "it can't reach the upstream", 5: "the upstream refused the connection", 6: "the way to the upstream is too long",
+    7: "it can't connect", 8: "it does not take this kind of address"}
+
+
+class ProxyTalk:
+    """What is said to a proxy until the upstream's own bytes begin; all of it ends before `until`.
+
+    CONNECT serves http upstreams as well as https ones, where absolute-form requests would do for the former: the proxy
+    sees bytes only, so it can't hold a stream back, its refusals can't be taken for the upstream's answers, and its
+    credentials are sent once and never with a request.  The price: a proxy that tunnels to port 443 alone says so.
+    """
+
+    def __init__(self, sock: socket.socket, proxy: Proxy, where: str, until: float) -> None:
+        self._sock, self._proxy, self._where, self._until = sock, proxy, where, until
+
+    def open(self, endpoint: Endpoint) -> None:
+        """Have the proxy connect to `endpoint`; UpstreamUnreachable, OSError."""
+        if self._proxy.scheme == "http":
+            self._open_http(endpoint)
+        else:
+            self._open_socks(endpoint)
+
+    def _failed(self, text: str, should_retry: Optional[bool] = None) -> UpstreamUnreachable:
+        return UpstreamUnreachable(f"{self._where}: {text}", should_retry=should_retry)
+
+    def _receive(self, limit: int) -> bytes:
+        left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            raise socket.timeout
+        self._sock.settimeout(left_s)
+        data = self._sock.recv(limit)
+        if not data:
+            kind = "an HTTP" if self._proxy.scheme == "http" else "a SOCKS5"
+            raise self._failed(f"it closed the connection without an answer; is it {kind} proxy?")
+        return data
+
+    def _receive_exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            data += self._receive(size - len(data))
+        return data
+
+    def _encoded_host(self, host: str) -> bytes:
+        try:
+            return host.encode("ascii" if host.isascii() else "idna")
+        except UnicodeError:
+            raise self._failed("the upstream's host name can't be encoded", False) from None
+
+    # HTTP
+
+    def _open_http(self, endpoint: Endpoint) -> None:
+        host = self._encoded_host(endpoint.host).decode()
+        place = f"{f'[{host}]' if ':' in host else host}:{endpoint.port}"
+        head = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\nUser-Agent: iflow2api/{__version__}\r\n"
+        if self._proxy.user or self._proxy.password:
+            token = base64.b64encode(f"{self._proxy.user}:{self._proxy.password}".encode()).decode()
+            head += f"Proxy-Authorization: Basic {token}\r\n"
+        self._sock.sendall(head.encode() + b"\r\n")
+        answer = b""
+        while b"\r\n\r\n" not in answer and b"\n\n" not in answer:
+            answer += self._receive(4096)
+            if answer[:5] != b"HTTP/"[:len(answer)] or len(answer) > HEAD_LIMIT_BYTES:
+                raise self._failed("what it answers is not HTTP; is it an HTTP proxy?")
+        status = re.match(rb"HTTP/1\.\d (\d{3})\b", answer)
+        if not status:
+            raise self._failed("what it answers is not HTTP/1.1; is it an HTTP proxy?")
+        self._check_status(int(status.group(1)), place)
+        if not answer.endswith((b"\r\n\r\n", b"\n\n")):        # a web server's page: nobody has asked the upstream yet
+            raise self._failed("it answers with a page of its own; is it an HTTP proxy?")
+
+    def _check_status(self, status: int, place: str) -> None:
+        if 200 <= status < 300:
+            return
+        if status == 407:
+            raise self._wants_login()
+        hint = _CONNECT_HINT.get(status)
+        raise self._failed(f"it refused CONNECT {place} (HTTP {status}{f': {hint}' if hint else ''})")
+
+    def _wants_login(self) -> UpstreamUnreachable:
+        if self._proxy.user or self._proxy.password:
+            return self._failed("it refused the user and password in its address", False)
+        address = str(self._proxy).replace("://", "://USER:PASSWORD@")
+        return self._failed(f"it wants a user and a password; write {address}", False)
+
+    # SOCKS5 (RFC 1928, 1929)
+
+    def _open_socks(self, endpoint: Endpoint) -> None:
+        address = self._socks_address(endpoint)
+        has_login = bool(self._proxy.user or self._proxy.password)
+        self._sock.sendall(b"\5\2\0\2" if has_login else b"\5\1\0")
+        version, method = self._receive_exactly(2)
+        if version != 5:
+            hint = "it speaks HTTP: write http://" if bytes((version, method)) == b"HT" else "is it a SOCKS5 proxy?"
+            raise self._failed(f"what it answers is not SOCKS5; {hint}", False)
+        if method == 2 and has_login:
+            self._send_login()
+        elif method != 0:
+            raise self._wants_login()
+        self._sock.sendall(b"\5\1\0" + address + struct.pack(">H", endpoint.port))
+        version, reply = self._receive_exactly(2)
+        if version != 5 or reply:
+            raise self._failed(_SOCKS_REPLY.get(reply, f"it failed with code {reply}"))
+        kind = self._receive_exactly(2)[1]
+        size = {1: 4, 4: 16}.get(kind) or self._receive_exactly(1)[0]
+        self._receive_exactly(size + 2)                      # the address it connects from, and its port
+
+    def _send_login(self) -> None:
+        user, password = self._proxy.user.encode(), self._proxy.password.encode()
+        if len(user) > 255 or len(password) > 255:
+            raise self._failed("SOCKS5 takes a user and a password of 255 bytes at most", False)
+        self._sock.sendall(b"\1" + bytes([len(user)]) + user + bytes([len(password)]) + password)
+        if self._receive_exactly(2)[1]:
+            raise self._wants_login()
+
+    def _socks_address(self, endpoint: Endpoint) -> bytes:
+        """Kind and address of the upstream: a name is looked up here for socks5, there for socks5h."""
+        host = endpoint.host
+        if self._proxy.scheme == "socks5":
+            try:
+                found = socket.getaddrinfo(host, endpoint.port, type=socket.SOCK_STREAM)
+            except OSError:
+                raise self._failed(f"{host} can't be looked up here; with socks5h:// the proxy does it") from None
+            host = min(found, key=lambda each: each[0] != socket.AF_INET)[4][0]      # many a proxy has no IPv6
+        for family, kind in ((socket.AF_INET, b"\1"), (socket.AF_INET6, b"\4")):
+            with contextlib.suppress(OSError):
+                return kind + socket.inet_pton(family, host.partition("%")[0])
+        name = self._encoded_host(host)
+        if len(name) > 255:
+            raise self._failed("the upstream's host name is too long", False)
+        return b"\3" + bytes([len(name)]) + name
+
+
 class Upstream:
     """All HTTP that goes out: connections are kept, TLS is set up once, errors are UpstreamErrors."""
 
@@ -4924,13 +5144,14 @@ class Upstream:
         request = self._head(endpoint, method, path, headers, body) + (body or b"")
         first_s = timeout_s or provider.timeout_s or settings.first_byte_timeout_s
         idle_s = timeout_s or provider.timeout_s or settings.idle_timeout_s
-        key = (endpoint.scheme, endpoint.host, endpoint.port, provider.proxy)
+        proxy = proxy_for(provider, settings, endpoint)
+        key = (endpoint.scheme, endpoint.host, endpoint.port, proxy)
         where = f"{provider.name} ({endpoint.authority})"
         wire = self._pool.take(key)
         while True:
             kept = wire is not None
             if wire is None:
-                wire = self._connect(endpoint, settings, where)
+                wire = self._connect(endpoint, settings, where, proxy)
             try:
                 return self._exchange(key, wire, request, method, caller, first_s, idle_s)
             except (OSError, http.client.HTTPException, ValueError) as exc:
@@ -4981,15 +5202,20 @@ class Upstream:
         lines += [f"{name}: {value}" for name, value in headers]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
-    def _connect(self, endpoint: Endpoint, settings: Settings, where: str) -> Wire:
-        sock = None
+    def _connect(self, endpoint: Endpoint, settings: Settings, where: str, address: str) -> Wire:
+        """A connection to `endpoint`, through the proxy at `address` unless that is empty."""
+        sock, proxy = None, self._read_proxy(address, where)
+        place, until = proxy or endpoint, time.monotonic() + settings.connect_timeout_s
+        if proxy is not None:
+            where = f"{where} through the proxy {proxy}"
         try:
-            sock = socket.create_connection((endpoint.host, endpoint.port), settings.connect_timeout_s)
+            sock = socket.create_connection((place.host, place.port), settings.connect_timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if endpoint.port in self.own_ports and sock.getpeername()[0] == sock.getsockname()[0]:
-                raise UpstreamUnreachable(f"{where} is this program's own address; set base_url to the real upstream",
-                                          should_retry=False)
+            self._refuse_ourselves(sock, place.port, where, settings if proxy else None)
+            if proxy is not None:
+                ProxyTalk(sock, proxy, where, until).open(endpoint)
+                sock.settimeout(settings.connect_timeout_s)
             if endpoint.scheme == "https":
                 sock = self._context(settings.ca_file).wrap_socket(sock, server_hostname=endpoint.host)
             return Wire(sock)
@@ -4999,6 +5225,20 @@ class Upstream:
             if isinstance(exc, UpstreamError):
                 raise
             raise _transport_error(exc, where) from exc
+
+    @staticmethod
+    def _read_proxy(address: str, where: str) -> Optional[Proxy]:
+        try:
+            return parse_proxy(address) if address else None
+        except ValueError as exc:
+            raise UpstreamUnreachable(f"{where}: {exc}", should_retry=False) from None
+
+    def _refuse_ourselves(self, sock: socket.socket, port: int, where: str, proxied: Optional[Settings]) -> None:
+        """A request must not come back to us.  As a proxy the configured port is refused too: a command is another process."""
+        ours = port in self.own_ports or proxied is not None and port == proxied.port
+        if ours and sock.getpeername()[0] == sock.getsockname()[0]:
+            what = "base_url to the real upstream" if proxied is None else "upstream_proxy or the provider's proxy to a real one"
+            raise UpstreamUnreachable(f"{where} is this program's own address; set {what}", should_retry=False)
 
     def _context(self, ca_file: str) -> ssl.SSLContext:
         """The one TLS context: making one takes 2 MB and 20 ms."""
@@ -5392,7 +5632,8 @@ class Gateway:
     def _take_over(self, loaded: Loaded, broken: List[str]) -> None:
         self.apply(loaded.settings)
         self.origins = loaded.origins
-        problems = broken + loaded.problems + self.state.router.problems
+        router = self.state.router
+        problems = broken + loaded.problems + router.problems + proxy_problems(loaded.settings, router.providers.values())
         for problem in problems:
             if problem not in self.problems:
                 log.warning("%s", one_line(problem, 500))
