@@ -431,3 +431,384 @@ def test_bad_proxies_are_told_at_the_start(home):
     ("http://token@h:1", "http://…@h:1"), ("at http://u:a@h and http://u:b/c@h", "at http://u:…@h and http://u:…@h")])
 def test_redaction_hides_credentials_and_leaves_ports(text, shown):
     assert ifl.redact(text) == shown
+
+
+# --- the console -------------------------------------------------------------
+
+def run(*argv, **environ):
+    """The program as a process: (status, stdout, stderr)."""
+    done = subprocess.run([sys.executable, PROGRAM, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8", **environ}, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def main(capsys, *argv):
+    status = ifl.main(list(argv))
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+@contextlib.contextmanager
+def running(*argv, terminal=False, **environ):
+    """`serve` as a process, its first line read; on a pseudo terminal if wanted.  Yields (process, url, rest of stderr's fd)."""
+    reader, writer = __import__("pty").openpty() if terminal else os.pipe()
+    process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", *argv], stdout=subprocess.PIPE, stderr=writer,
+                               env={**os.environ, "PYTHONIOENCODING": "utf-8", **environ})
+    os.close(writer)
+    try:
+        first = process.stdout.readline().decode()
+        assert first.startswith(f"iflow2api {ifl.__version__} listening on http://"), first
+        yield process, first.split()[-1], reader
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
+        os.close(reader)
+
+
+def card_of(reader):
+    """stderr up to the blank line that ends the card."""
+    said = b""
+    while not re.search(rb"(^|\n)\r?\n.+\n\r?\n", said.replace(b"\r", b""), re.S):
+        said += read_some(reader)
+    return said.decode()
+
+
+def read_some(reader):
+    assert select.select([reader], [], [], 20)[0], "nothing more is said"
+    data = os.read(reader, 65536)
+    assert data, "the program ended"
+    return data
+
+
+PROVIDERS = json.dumps([{"name": "zhipu", "base_url": "https://open.bigmodel.cn/api/paas/v4", "api_keys": ["$NOT_SET"]},
+                        {"name": "other", "base_url": "https://a-host-with-a-long-name.example.com/" + "path/" * 20}])
+
+
+@pytest.mark.parametrize("locale,words", [("C.UTF-8", ("address", "providers", "next", "disabled")),
+                                          ("zh_CN.UTF-8", ("地址", "上游", "下一步", "已停用"))])
+def test_the_card_fits_and_speaks(locale, words):
+    with running(LC_ALL=locale, IFLOW2API_PROVIDERS=PROVIDERS, IFLOW2API_CUSTOM_API_KEY="sk-0123456789abcdef") as (_, url, reader):
+        card = card_of(reader)
+    assert all(word in card for word in (*words, url, "zhipu", "other")), card
+    assert "\x1b" not in card and "0123456789" not in card and ("/admin" in card) == ("/admin" in ifl.ROUTES)
+    for line in card.splitlines():
+        assert ifl.columns_of(line) <= 80 or ":" in line[:6], line       # log lines bear a time
+    starts = {ifl.columns_of(re.match(r"  \S+ +", line).group()) for line in card.splitlines() if re.match(r"  \S+ ", line)}
+    assert len(starts) == 1, card
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo terminals")
+@pytest.mark.parametrize("environ,colours", [({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False),
+                                             ({"TERM": "xterm", "NO_COLOR": "1"}, False)])
+def test_colours_on_terminals_only(environ, colours):
+    with running(terminal=True, **environ) as (_, url, reader):
+        card = card_of(reader)
+    assert ("\x1b[" in card) == colours and url in card
+
+
+def test_the_card_of_an_open_gateway_shows_its_new_key():
+    with running("--host", "0.0.0.0") as (_, url, reader):
+        card = card_of(reader)
+    assert re.search(r"sk-[0-9a-f]{48}", card) and all(len(line) <= 80 or line[2] == ":" for line in card.splitlines())
+
+
+def test_many_providers_are_not_all_on_the_card():
+    providers = [{"name": f"p{n}", "base_url": "http://h.test"} for n in range(30)]
+    gateway = ifl.Gateway(ifl.Settings(providers=providers))
+    with ifl.serve(gateway, port=0) as server:
+        card = ifl._card(gateway, server, True)
+    assert len(card) < 20 and "22 more" in "\n".join(card)
+
+
+@pytest.mark.parametrize("environ,language", [
+    ({"LC_ALL": "zh_CN.UTF-8"}, "zh"), ({"LC_ALL": "en_US.UTF-8", "LANG": "zh_CN.UTF-8"}, "en"),
+    ({"LC_MESSAGES": "zh_TW.UTF-8", "LANG": "en_US.UTF-8"}, "zh"), ({"LANG": "zh_CN"}, "zh"), ({"LANG": "C"}, "en"), ({}, "en"),
+    ({"LANG": "zh_CN", "IFLOW2API_LANGUAGE": "en"}, "en"), ({"IFLOW2API_LANGUAGE": "zh"}, "zh"),
+    ({"IFLOW2API_LANGUAGE": "fr", "LANG": "zh_CN"}, "zh")])
+def test_language_by_variables(environ, language):
+    assert ifl.find_language([], environ) == language
+
+
+@pytest.mark.parametrize("argv", [["--config-dir", "DIR"], ["status", "--config-dir=DIR"]])
+@pytest.mark.parametrize("text,language", [('{"language": "zh"}', "zh"), ('{"language": ["zh"]}', "en"), ("{", "en"), ("[]", "en")])
+def test_language_by_setting(tmp_path, argv, text, language):
+    (tmp_path / "config.json").write_text(text)
+    assert ifl.find_language([word.replace("DIR", str(tmp_path)) for word in argv], {"LANG": "en_US"}) == language
+
+
+def test_a_console_that_lacks_characters():
+    status, out, err = run("nope", LC_ALL="zh_CN.UTF-8", PYTHONIOENCODING="ascii")
+    assert status == 2 and err.startswith("error: there is no command")
+    done = subprocess.run([sys.executable, PROGRAM, "nope"], stderr=subprocess.PIPE, timeout=60,
+                          env={**os.environ, "LC_ALL": "zh_CN.GBK", "PYTHONIOENCODING": "gbk"})
+    assert done.stderr.decode("gbk").startswith("错误：")
+    for encoding, shown in (("ascii", "a -> b... \\u4e2d (x)"), ("gbk", "a → b… 中（x）"), ("cp437", "a -> b... \\u4e2d (x)")):
+        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding)), contextlib.redirect_stderr(sys.stderr):
+            ifl.Console().set_up([], {})
+            print("a → b… 中（x）", end="", flush=True)
+            assert sys.stdout.buffer.getvalue().decode(encoding).rstrip() == shown
+
+
+@pytest.mark.parametrize("text,columns,lines", [
+    ("one two three", 7, ["one two", "three"]), ("", 10, [""]), ("abcdefghij", 4, ["abcd", "efgh", "ij"]),
+    ("中文很长很长", 6, ["中文很", "长很长"]), ("中文，很长", 6, ["中文，", "很长"]), ("ab 中文", 4, ["ab", "中文"])])
+def test_wrapping(text, columns, lines):
+    assert ifl.wrap(text, columns) == lines
+    assert all(ifl.columns_of(line) <= columns for line in lines)
+
+
+def test_cutting_and_widths():
+    assert ifl.columns_of("a中，b") == 6 and ifl.cut_to("中文字符很多", 9) == "中文字..." and ifl.cut_to("ab", 2) == "ab"
+
+
+def test_texts_are_whole():
+    source = open(PROGRAM, encoding="utf-8").read()
+    for key, (zh, en) in ifl.TEXTS.items():
+        assert zh.strip() and en.strip()
+        assert set(re.findall(r"\{(\w+)", zh)) - {"command"} == set(re.findall(r"\{(\w+)", en)) - {"command"}, key
+    used = set(re.findall(r"""\btr\(["'](\w+)["'][,)]""", source)) | {group for group, _ in ifl.COMMAND_GROUPS}
+    used |= {key for _, key in ifl._COMPLAINTS} | {"kind_" + kind for kind in ifl._KINDS}
+    assert used == set(ifl.TEXTS), used ^ set(ifl.TEXTS)
+
+
+# --- the log file ------------------------------------------------------------
+
+def test_log_file_is_private_bounded_and_without_secrets(home):
+    with running(IFLOW2API_LOG_FILE="logs/a.log", IFLOW2API_PROVIDERS='[{"name": "x"}]') as (_, url, reader):
+        card_of(reader)
+    path = home / ".iflow2api" / "logs" / "a.log"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO iflow2api .* starts\n.* WARNING provider x is disabled", path.read_text())
+    handler = ifl._open_log(str(home / "b.log"))
+    handler.maxBytes = 1000
+    for number in range(200):
+        handler.handle(ifl.log.makeRecord("x", 30, "", 0, "%s Bearer sk-verysecret", (number,), None))
+    handler.close()
+    files = sorted(home.glob("b.log*"))
+    assert len(files) == 1 + ifl.LOG_FILES_KEPT and all(f.stat().st_size <= 1000 for f in files)
+    assert all(stat.S_IMODE(f.stat().st_mode) == 0o600 for f in files) and "verysecret" not in files[0].read_text()
+
+
+def test_a_log_file_that_cant_be_written_is_named_and_does_not_matter(home):
+    (home / "file").write_text("")
+    with running(IFLOW2API_LOG_FILE=str(home / "file" / "x.log")) as (_, url, reader):
+        said = card_of(reader)
+    assert "no log_file" in said and "warning" in said
+
+
+LOG = ("2026-01-01 00:00:01 INFO one\n2026-01-01 00:00:02 WARNING two\n2026-01-01 00:00:03 ERROR three\nTraceback\n  boom\n"
+       "2026-01-01 00:00:04 DEBUG four\n")
+
+
+@pytest.mark.parametrize("argv,shown", [
+    ((), ["zero", "one", "two", "three", "Traceback", "boom", "four"]), (("-n", "2"), ["boom", "four"]), (("-n2",), ["boom", "four"]),
+    (("-n", "0"), []), (("--level", "error"), ["three", "Traceback", "boom"]), (("--level", "warning", "-n", "1"), ["boom"]),
+    (("--level", "info"), ["zero", "one", "two", "three", "Traceback", "boom"])])
+def test_logs_shows_the_tail(home, capsys, monkeypatch, argv, shown):
+    monkeypatch.setenv("IFLOW2API_LOG_FILE", str(home / "a.log"))
+    (home / "a.log.1").write_text("2026-01-01 00:00:00 INFO zero\n")
+    (home / "a.log").write_text(LOG + "2026-01-01 00:00:05 INFO unfinis")
+    status, out, err = main(capsys, "logs", *argv)
+    assert status == 0 and [line.split()[-1] for line in out.splitlines()] == shown
+
+
+def test_logs_says_what_to_set(home, capsys, monkeypatch):
+    status, out, err = main(capsys, "logs")
+    assert status == 1 and "config set log_file" in err and not out
+    monkeypatch.setenv("IFLOW2API_LOG_FILE", "none.log")
+    status, out, err = main(capsys, "logs")
+    assert status == 1 and str(home / ".iflow2api" / "none.log") in err
+
+
+def test_logs_follow_over_a_rotation(home):
+    path = home / "a.log"
+    path.write_text("2026-01-01 00:00:01 INFO one\n")
+    process = subprocess.Popen([sys.executable, PROGRAM, "logs", "-f", "--level", "info"], stdout=subprocess.PIPE,
+                               env={**os.environ, "IFLOW2API_LOG_FILE": str(path)})
+    try:
+        assert process.stdout.readline().endswith(b"one\n")
+        with path.open("a") as file:
+            file.write("2026-01-01 00:00:01 DEBUG no\n2026-01-01 00:00:02 INFO t")
+            file.flush()
+            file.write("wo\n")
+        assert process.stdout.readline().endswith(b"two\n")
+        os.rename(path, home / "a.log.1")
+        path.write_text("2026-01-01 00:00:03 INFO three\n")
+        assert process.stdout.readline().endswith(b"three\n")
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_verbose_logs_more():
+    for argv, words in (((), False), (("--verbose",), True)):
+        with running("--upstream", "http://127.0.0.1:1", *argv) as (_, url, reader):
+            __import__("urllib.request").request.urlopen(url + "/v1/models").read()
+            said = card_of(reader)
+            while words and "debug" not in said:
+                said += read_some(reader).decode()
+        assert ("debug" in said) == words
+
+
+# --- help and errors ---------------------------------------------------------
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "zh_CN.UTF-8"])
+@pytest.mark.parametrize("name", ["", *ifl.COMMANDS])
+def test_help_is_complete_and_fits(capsys, monkeypatch, locale, name):
+    monkeypatch.setenv("LANG", locale)
+    with pytest.raises(SystemExit) as caught:
+        ifl.main([name, "--help"] if name else ["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(ifl.columns_of(line) <= 80 for line in text.splitlines()), [x for x in text.splitlines() if ifl.columns_of(x) > 80]
+    wanted = [flag for flag, facts in ifl.COMMANDS[name or "serve"].arguments if flag[0] == "-"]
+    wanted += ["--config-dir", *(ifl.COMMANDS if not name else [name])]
+    assert all(re.search(rf"(^|[\s,]){re.escape(word)}\b", text) for word in wanted)
+    assert bool(re.search("[\u4e00-\u9fff]", text)) == (locale[:2] == "zh")
+    if not name:
+        assert len(text.splitlines()) < 70
+
+
+def test_every_help_has_both_languages():
+    for name, command in ifl.COMMANDS.items():
+        for pair in (command.help, *(facts["help"] for flag, facts in command.arguments)):
+            assert len(pair) == 2 and all(pair) and re.search("[\u4e00-\u9fff]|debug", pair[0]), (name, pair)
+
+
+ERRORS = [
+    (["sttus"], "did you mean status?", "status"), (["--prot", "80"], "--port", "--port"), (["--port"], "--port N", "--port N"),
+    (["--port", "abc"], "a whole number from 0 to 65535", "整数，0 到 65535"), (["--port=99999"], "0 to 65535", "0 到 65535"),
+    (["--log-level", "loud"], "one of debug, info", "debug, info"), (["config", "get", "prot"], "did you mean port", "port"),
+    (["config", "frob"], "list, get, set", "list, get, set"), (["config", "get"], "config list", "config list"),
+    (["config", "set", "port"], "config set port VALUE", "config set port VALUE"),
+    (["config", "set", "language", "fr"], 'one of "", zh, en', '"", zh, en'),
+    (["config", "set", "providers", "x"], "a list as JSON", "JSON 列表"),
+    (["config", "set", "port", "-5"], "0 to 65535", "0 到 65535"),
+    (["config", "set", "upstream_proxy", "ftp://me:hunter2@x"], "socks5h://", "socks5h://"),
+    (["test", "a", "b"], "no use for 'b'", "'b'"), (["logs", "-n", "x"], "a whole number", "整数"),
+    (["logs", "--level", "loud"], "warning", "warning"), (["logs", "--folow"], "--follow", "--follow"),
+    (["completion"], "completion bash|zsh|fish|powershell", "completion bash|zsh|fish|powershell"),
+    (["completion", "zhs"], "did you mean zsh", "zsh"), (["--verbose=1"], "takes no value", "不带值"),
+    (["--port", "80", "stats"], "did you mean status?", "status"), (["status", "--no-browser"], "status has no flag", "status 没有"),
+    (["--api-key", "$NOPE"], "export NOPE=", "export NOPE="), (["--api-key", "-"], "--api-key - < FILE", "--api-key - <"),
+    (["--upstream", "foo"], "write http://foo", "http://foo")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="export is a word of other shells")
+@pytest.mark.parametrize("locale", ["C.UTF-8", "zh_CN.UTF-8"])
+@pytest.mark.parametrize("argv,en,zh", ERRORS)
+def test_errors_say_what_to_type(capsys, monkeypatch, argv, en, zh, locale):
+    monkeypatch.setenv("LANG", locale)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    status, out, err = main(capsys, *argv)
+    assert status == 2 and not out and err.count("\n") == 1 and "hunter2" not in err and "Traceback" not in err
+    assert err.startswith("错误：" if locale[:2] == "zh" else "error: ") and (zh if locale[:2] == "zh" else en) in err
+
+
+def test_flags_may_stand_anywhere(capsys, tmp_path):
+    for argv in (["config", "--show-secrets", "get", "port"], ["--config-dir", str(tmp_path), "config", "get", "port"],
+                 ["config", "get", "--config-dir=" + str(tmp_path), "port"]):
+        assert main(capsys, *argv) == (0, "28000\n", "")
+    assert main(capsys, "--port", "1", "--version")[1].startswith("iflow2api ")
+
+
+def test_a_proxy_without_its_switch_is_noticed(capsys):
+    status, out, err = main(capsys, "config", "set", "upstream_proxy", "socks5h://127.0.0.1:1080")
+    assert status == 0 and "config set upstream_proxy_enabled true" in err
+    main(capsys, "config", "set", "upstream_proxy_enabled", "true")
+    assert "enabled" not in main(capsys, "config", "set", "upstream_proxy", "env")[2]
+
+
+def test_a_port_in_use_names_a_free_one():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, out, err = run("--port", str(taken.getsockname()[1]))
+    assert status == 1 and not out and re.fullmatch(r"error: port \d+ .* is free: add --port \d+\n", err)
+
+
+def test_importing_and_serving_stay_light(tmp_path):
+    code = ("import sys; sys.path.insert(0, %r); import iflow2api as i; g = i.Gateway(i.Settings()); s = i.serve(g, port=0); s.close();"
+            "print([n for n in ('urllib.request', 'logging.handlers', 'argparse', 'ctypes', 'difflib')"
+            " if n in sys.modules])") % HERE
+    done = subprocess.run([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, timeout=60)
+    assert done.stdout.strip() == b"[]"
+
+
+# --- completion --------------------------------------------------------------
+
+COMPLETIONS = [
+    ("iflow2api st", {"status"}), ("iflow2api config ", {"list", "get", "set", "unset", "path"}),
+    ("iflow2api config get upstream", {"upstream_proxy", "upstream_proxy_enabled"}),
+    ("iflow2api config unset drain", {"drain_s"}), ("iflow2api config set language ", {"zh", "en"}),
+    ("iflow2api --log-level d", {"debug"}), ("iflow2api --log-level debug --ver", {"--verbose", "--version"}),
+    ("iflow2api --config-dir x config pa", {"path"}), ("iflow2api config --config-dir x unset host", {"host"}),
+    ("iflow2api logs --f", {"--follow"}), ("iflow2api completion ", {"bash", "zsh", "fish", "powershell"}),
+    ("iflow2api --po", {"--port"}), ("iflow2api serve --po", {"--port"}), ("iflow2api --port ", set())]
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("completion")
+    for shell in ifl.SHELLS:
+        (folder / shell).write_text(ifl.SHELLS[shell](ifl.CompletionWords()), encoding="utf-8")
+    return folder
+
+
+def shell(*argv):
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert done.returncode == 0 and not done.stderr, done.stderr.decode()
+    return done.stdout.decode()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
+@pytest.mark.parametrize("line,words", COMPLETIONS)
+def test_bash_completes(scripts, line, words):
+    code = ('source "$1"; COMP_WORDS=($2); [[ $2 == *" " ]] && COMP_WORDS+=(""); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _iflow2api;'
+            'printf "%s\\n" "${COMPREPLY[@]}"')
+    assert set(shell("bash", "-c", code, "bash", str(scripts / "bash"), line).split()) == words
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh here")
+@pytest.mark.parametrize("line,words", COMPLETIONS)
+def test_zsh_completes(scripts, line, words):
+    code = ('compdef() { : }; source "$1"; compadd() { shift; print -l -- "$@" }; words=(${=2}); [[ $2 == *" " ]] && words+=("");'
+            'CURRENT=$#words; _iflow2api')
+    offered = shell("zsh", "-f", "-c", code, "zsh", str(scripts / "zsh"), line).split()
+    assert {word for word in offered if word.startswith(line.rpartition(" ")[2])} == words
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="no fish here")
+@pytest.mark.parametrize("line,words", COMPLETIONS)
+def test_fish_completes(scripts, line, words):
+    offered = shell("fish", "--no-config", "-c", 'source $argv[1]; complete -C $argv[2]', str(scripts / "fish"), line)
+    assert {each.split("\t")[0] for each in offered.splitlines()} == words
+
+
+@pytest.mark.skipif(not shutil.which("pwsh"), reason="no PowerShell here")
+@pytest.mark.parametrize("line,words", COMPLETIONS)
+def test_powershell_completes(scripts, line, words):
+    code = (f". {{ {(scripts / 'powershell').read_text()} }}; "
+            f"(TabExpansion2 '{line}' {len(line)}).CompletionMatches | ForEach-Object CompletionText")
+    assert set(shell("pwsh", "-NoProfile", "-Command", code).split()) == words
+
+
+def test_completion_knows_every_command_and_flag(capsys):
+    for name in ifl.SHELLS:
+        status, out, err = main(capsys, "completion", name)
+        assert status == 0 and not err and not re.search(r"@[A-Z]+@", out)
+        for command, facts in ifl.COMMANDS.items():
+            assert command in out and all(flag.lstrip("-") in out for flag, _ in facts.arguments if flag[0] == "-")
+        assert all(key in out for key in ifl.SETTING)
+
+
+# --- house rules -------------------------------------------------------------
+
+def test_house_rules():
+    source = open(PROGRAM, encoding="utf-8").read()
+    tree = ast.parse(source, feature_version=(3, 8))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 60, node.name
+            arguments = [a for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
+            assert node.returns is not None and all(a.annotation for a in arguments), node.name
