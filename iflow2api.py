@@ -34,7 +34,7 @@ Contents
     7  Messages          Anthropic's requests, answers, streams, errors (pure)
     8  Responses         OpenAI's other API, and what Codex needs of it (pure)
     9  Dialects          what an endpoint speaks (pure)
-    10 Upstream          connections, TLS, waiting
+    10 Upstream          connections, TLS, proxies, waiting
     12 Services          slots, keys, metrics, file watching
     13 Gateway           owns 5, 10 and 12; one call from route to answer
     14 HTTP              server, handler, routes of the URL space, errors as bytes
@@ -379,7 +379,8 @@ class ClientGone(Exception):
 
 # === 4. Small tools =========================================================
 
-_SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=|://[^/\s:@]*:)[^\s\"'&,;@]{4,}")
+_SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
+_USERINFO = re.compile(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(?=@)")     # user and password in a URL, not its port
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
@@ -395,7 +396,8 @@ def mask(secret: str) -> str:
 
 def redact(text: str) -> str:
     """`text` without what looks like a credential."""
-    return _SECRET.sub(lambda found: found.group(1) + "…", text)
+    text = _SECRET.sub(lambda found: found.group(1) + "…", text)
+    return _USERINFO.sub(lambda found: f"://{found.group(1) or ''}…", text) if "@" in text else text
 
 
 def one_line(text: Any, limit: int = 300) -> str:
@@ -404,10 +406,15 @@ def one_line(text: Any, limit: int = 300) -> str:
     return line if len(line) <= limit else line[:limit - 1] + "…"
 
 
+def near_names(name: str, names: Iterable[str], cutoff: float = 0.5) -> List[str]:
+    """The up to three of `names` that a mistyped `name` may have meant."""
+    import difflib                       # only on the way to an error message
+    return difflib.get_close_matches(name, list(names), 3, cutoff)
+
+
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
     """`; did you mean …?` for a mistyped name, empty where nothing is near."""
-    import difflib                       # only on the way to an error message
-    near = difflib.get_close_matches(name, list(names), 3, cutoff)
+    near = near_names(name, names, cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -5860,6 +5867,222 @@ class IFlowIdentity:
                 ("x-iflow-timestamp", stamp), ("x-iflow-signature", signed), ("traceparent", trace)]
 
 
+# --- proxies -----------------------------------------------------------------
+
+#: What a proxy's address may begin with, and the port where it names none (SOCKS: RFC 1928, 3).
+PROXY_PORTS = {"http": 80, "socks5": 1080, "socks5h": 1080}
+
+
+class Proxy(NamedTuple):
+    """Where a proxy is; as text without its credentials."""
+    scheme: str
+    host: str
+    port: int
+    user: str = ""
+    password: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+
+def parse_proxy(text: str) -> Proxy:
+    """`text` as a Proxy; a bare `host:port` is an HTTP one, as in every proxy variable.
+
+    ValueError shows nothing of `text` but its scheme: a password may stand anywhere in an address that can't be read.
+    """
+    text = text.strip()
+    if "://" not in text:
+        text = "http://" + text
+    scheme = text.partition("://")[0].lower()
+    if scheme not in PROXY_PORTS:
+        shown = f"with {scheme}://" if re.fullmatch(r"[a-z0-9+.-]{1,12}", scheme) else "like this"
+        raise ValueError(f"a proxy address that begins {shown} is not supported; write http://, socks5://, "
+                         "socks5h:// (or env)")
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host, port = parts.hostname, parts.port or PROXY_PORTS[scheme]
+    except ValueError:
+        host, port = None, 0
+    odd = re.search(r"[\s\x00-\x1f\x7f]", text)
+    if not host or odd or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError(f"the proxy's address can't be read; write {scheme}://HOST:PORT or "
+                         f"{scheme}://USER:PASSWORD@HOST:PORT, with %40 for @, %2F for /, %3A for :, %23 for #")
+    user, password = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
+    return Proxy(scheme, host, port, user, password)
+
+
+def proxy_problems(settings: Settings, providers: Iterable[Provider]) -> List[str]:
+    """What is wrong with the proxies that are set, a sentence each: told at the start, not at the first request."""
+    problems = []
+    named = [("upstream_proxy", settings.upstream_proxy)] if settings.upstream_proxy_enabled else []
+    for where, proxy in named + [(f"provider {p.name}: proxy", p.proxy) for p in providers]:
+        try:
+            if proxy not in ("", "env"):
+                parse_proxy(proxy)
+        except ValueError as exc:
+            problems.append(f"{where}: {exc}")
+    return problems
+
+
+def proxy_for(provider: Provider, settings: Settings, endpoint: Endpoint) -> str:
+    """The address of the proxy that leads to `endpoint`, "" for none; this machine is never reached through one."""
+    proxy = provider.proxy or (settings.upstream_proxy if settings.upstream_proxy_enabled else "")
+    if not proxy or is_loopback(endpoint.host):
+        return ""
+    return _environment_proxy(endpoint) if proxy == "env" else proxy
+
+
+def _environment_proxy(endpoint: Endpoint) -> str:
+    """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY in either case; else what Windows or macOS is set to."""
+    from urllib.request import getproxies, proxy_bypass      # takes 2 MB: only for who asks for it
+    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    if proxy_bypass(f"{host}:{endpoint.port}"):
+        return ""
+    proxies = getproxies()
+    return proxies.get(endpoint.scheme) or proxies.get("all") or ""
+
+
+#: What a proxy means by refusing CONNECT; any other status is shown as it is.
+_CONNECT_HINT = {
+    400: "is it an HTTP proxy?", 404: "is it an HTTP proxy?", 405: "is it an HTTP proxy?", 501: "is it an HTTP proxy?",
+    403: "it does not allow this host or port", 502: "it can't reach the upstream", 503: "it can't reach the upstream",
+    504: "it can't reach the upstream"}
+
+#: SOCKS5 reply codes (RFC 1928, 6).
+_SOCKS_REPLY = {
+    1: "it failed for no stated reason", 2: "it does not allow this address", 3: "it can't reach that network",
+    4: "it can't reach the upstream", 5: "the upstream refused the connection", 6: "the upstream is too far away",
+    7: "it can't connect", 8: "it does not take this kind of address"}
+
+
+class ProxyTalk:
+    """What is said to a proxy until the upstream's own bytes begin; all of it ends before `until`.
+
+    CONNECT serves http upstreams as well as https ones, where absolute-form requests would do for the former: the proxy
+    sees bytes only, so it can't hold a stream back, its refusals can't be taken for the upstream's answers, and its
+    credentials are sent once and never with a request.  The price: a proxy that tunnels to port 443 alone says so.
+    """
+
+    def __init__(self, sock: socket.socket, proxy: Proxy, where: str, until: float) -> None:
+        self._sock, self._proxy, self._where, self._until = sock, proxy, where, until
+
+    def open(self, endpoint: Endpoint) -> None:
+        """Have the proxy connect to `endpoint`; UpstreamUnreachable, OSError."""
+        if self._proxy.scheme == "http":
+            self._open_http(endpoint)
+        else:
+            self._open_socks(endpoint)
+
+    def _failed(self, text: str, should_retry: Optional[bool] = None) -> UpstreamUnreachable:
+        return UpstreamUnreachable(f"{self._where}: {text}", should_retry=should_retry)
+
+    def _receive(self, limit: int) -> bytes:
+        left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            raise socket.timeout
+        self._sock.settimeout(left_s)
+        data = self._sock.recv(limit)
+        if not data:
+            kind = "an HTTP" if self._proxy.scheme == "http" else "a SOCKS5"
+            raise self._failed(f"it closed the connection without an answer; is it {kind} proxy?")
+        return data
+
+    def _receive_exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            data += self._receive(size - len(data))
+        return data
+
+    def _encoded_host(self, host: str) -> bytes:
+        try:
+            return host.encode("ascii" if host.isascii() else "idna")
+        except UnicodeError:
+            raise self._failed("the upstream's host name can't be encoded", False) from None
+
+    # HTTP
+
+    def _open_http(self, endpoint: Endpoint) -> None:
+        host = self._encoded_host(endpoint.host).decode()
+        place = f"{f'[{host}]' if ':' in host else host}:{endpoint.port}"
+        head = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\nUser-Agent: iflow2api/{__version__}\r\n"
+        if self._proxy.user or self._proxy.password:
+            token = base64.b64encode(f"{self._proxy.user}:{self._proxy.password}".encode()).decode()
+            head += f"Proxy-Authorization: Basic {token}\r\n"
+        self._sock.sendall(head.encode() + b"\r\n")
+        answer = b""
+        while b"\r\n\r\n" not in answer and b"\n\n" not in answer:
+            answer += self._receive(4096)
+            if answer[:5] != b"HTTP/"[:len(answer)] or len(answer) > HEAD_LIMIT_BYTES:
+                raise self._failed("what it answers is not HTTP; is it an HTTP proxy?")
+        status = re.match(rb"HTTP/1\.\d (\d{3})\b", answer)
+        if not status:
+            raise self._failed("what it answers is not HTTP/1.1; is it an HTTP proxy?")
+        self._check_status(int(status.group(1)), place)
+        if not answer.endswith((b"\r\n\r\n", b"\n\n")):        # a web server's page: nobody has asked the upstream yet
+            raise self._failed("it answers with a page of its own; is it an HTTP proxy?")
+
+    def _check_status(self, status: int, place: str) -> None:
+        if 200 <= status < 300:
+            return
+        if status == 407:
+            raise self._wants_login()
+        hint = _CONNECT_HINT.get(status)
+        raise self._failed(f"it refused CONNECT {place} (HTTP {status}{f': {hint}' if hint else ''})")
+
+    def _wants_login(self) -> UpstreamUnreachable:
+        if self._proxy.user or self._proxy.password:
+            return self._failed("it refused the user and password in its address", False)
+        address = str(self._proxy).replace("://", "://USER:PASSWORD@")
+        return self._failed(f"it wants a user and a password; write {address}", False)
+
+    # SOCKS5 (RFC 1928, 1929)
+
+    def _open_socks(self, endpoint: Endpoint) -> None:
+        address = self._socks_address(endpoint)
+        has_login = bool(self._proxy.user or self._proxy.password)
+        self._sock.sendall(b"\5\2\0\2" if has_login else b"\5\1\0")
+        version, method = self._receive_exactly(2)
+        if version != 5:
+            hint = "it speaks HTTP: write http://" if bytes((version, method)) == b"HT" else "is it a SOCKS5 proxy?"
+            raise self._failed(f"what it answers is not SOCKS5; {hint}", False)
+        if method == 2 and has_login:
+            self._send_login()
+        elif method != 0:
+            raise self._wants_login()
+        self._sock.sendall(b"\5\1\0" + address + struct.pack(">H", endpoint.port))
+        version, reply = self._receive_exactly(2)
+        if version != 5 or reply:
+            raise self._failed(_SOCKS_REPLY.get(reply, f"it failed with code {reply}"))
+        kind = self._receive_exactly(2)[1]
+        size = {1: 4, 4: 16}.get(kind) or self._receive_exactly(1)[0]
+        self._receive_exactly(size + 2)                      # the address it connects from, and its port
+
+    def _send_login(self) -> None:
+        user, password = self._proxy.user.encode(), self._proxy.password.encode()
+        if len(user) > 255 or len(password) > 255:
+            raise self._failed("SOCKS5 takes a user and a password of 255 bytes at most", False)
+        self._sock.sendall(b"\1" + bytes([len(user)]) + user + bytes([len(password)]) + password)
+        if self._receive_exactly(2)[1]:
+            raise self._wants_login()
+
+    def _socks_address(self, endpoint: Endpoint) -> bytes:
+        """Kind and address of the upstream: a name is looked up here for socks5, there for socks5h."""
+        host = endpoint.host
+        if self._proxy.scheme == "socks5":
+            try:
+                found = socket.getaddrinfo(host, endpoint.port, type=socket.SOCK_STREAM)
+            except OSError:
+                raise self._failed(f"{host} can't be looked up here; with socks5h:// the proxy does it") from None
+            host = min(found, key=lambda each: each[0] != socket.AF_INET)[4][0]      # many a proxy has no IPv6
+        for family, kind in ((socket.AF_INET, b"\1"), (socket.AF_INET6, b"\4")):
+            with contextlib.suppress(OSError):
+                return kind + socket.inet_pton(family, host.partition("%")[0])
+        name = self._encoded_host(host)
+        if len(name) > 255:
+            raise self._failed("the upstream's host name is too long", False)
+        return b"\3" + bytes([len(name)]) + name
+
+
 class Upstream:
     """All HTTP that goes out: connections are kept, TLS is set up once, errors are UpstreamErrors."""
 
@@ -5881,13 +6104,14 @@ class Upstream:
         request = self._head(endpoint, method, path, headers, body) + (body or b"")
         first_s = timeout_s or provider.timeout_s or settings.first_byte_timeout_s
         idle_s = timeout_s or provider.timeout_s or settings.idle_timeout_s
-        key = (endpoint.scheme, endpoint.host, endpoint.port, provider.proxy)
+        proxy = proxy_for(provider, settings, endpoint)
+        key = (endpoint.scheme, endpoint.host, endpoint.port, proxy)
         where = f"{provider.name} ({endpoint.authority})"
         wire = self._pool.take(key)
         while True:
             kept = wire is not None
             if wire is None:
-                wire = self._connect(endpoint, settings, where)
+                wire = self._connect(endpoint, settings, where, proxy)
             try:
                 return self._exchange(key, wire, request, method, caller, first_s, idle_s)
             except (OSError, http.client.HTTPException, ValueError) as exc:
@@ -5938,15 +6162,20 @@ class Upstream:
         lines += [f"{name}: {value}" for name, value in headers]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
-    def _connect(self, endpoint: Endpoint, settings: Settings, where: str) -> Wire:
-        sock = None
+    def _connect(self, endpoint: Endpoint, settings: Settings, where: str, address: str) -> Wire:
+        """A connection to `endpoint`, through the proxy at `address` unless that is empty."""
+        sock, proxy = None, self._read_proxy(address, where)
+        place, until = proxy or endpoint, time.monotonic() + settings.connect_timeout_s
+        if proxy is not None:
+            where = f"{where} through the proxy {proxy}"
         try:
-            sock = socket.create_connection((endpoint.host, endpoint.port), settings.connect_timeout_s)
+            sock = socket.create_connection((place.host, place.port), settings.connect_timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if endpoint.port in self.own_ports and sock.getpeername()[0] == sock.getsockname()[0]:
-                raise UpstreamUnreachable(f"{where} is this program's own address; set base_url to the real upstream",
-                                          should_retry=False)
+            self._refuse_ourselves(sock, place.port, where, settings if proxy else None)
+            if proxy is not None:
+                ProxyTalk(sock, proxy, where, until).open(endpoint)
+                sock.settimeout(settings.connect_timeout_s)
             if endpoint.scheme == "https":
                 sock = self._context(settings.ca_file).wrap_socket(sock, server_hostname=endpoint.host)
             return Wire(sock)
@@ -5956,6 +6185,22 @@ class Upstream:
             if isinstance(exc, UpstreamError):
                 raise
             raise _transport_error(exc, where) from exc
+
+    @staticmethod
+    def _read_proxy(address: str, where: str) -> Optional[Proxy]:
+        try:
+            return parse_proxy(address) if address else None
+        except ValueError as exc:
+            raise UpstreamUnreachable(f"{where}: {exc}", should_retry=False) from None
+
+    def _refuse_ourselves(self, sock: socket.socket, port: int, where: str, proxied: Optional[Settings]) -> None:
+        """A request must not come back to us.  As a proxy our configured port is refused too: commands run apart."""
+        ours = port in self.own_ports or proxied is not None and port == proxied.port
+        if ours and sock.getpeername()[0] == sock.getsockname()[0]:
+            what = "base_url to the real upstream"
+            if proxied is not None:
+                what = "upstream_proxy, or the provider's proxy, to a real one"
+            raise UpstreamUnreachable(f"{where} is this program's own address; set {what}", should_retry=False)
 
     def _context(self, ca_file: str) -> ssl.SSLContext:
         """The one TLS context: making one takes 2 MB and 20 ms."""
@@ -6929,6 +7174,7 @@ class Gateway:
         self.origins = loaded.origins
         self.apply(loaded.settings)
         problems = broken + loaded.problems + self.state.router.problems + self._idle_patterns() + self.usage.problems
+        problems += proxy_problems(loaded.settings, self.state.router.providers.values())
         for problem in problems:
             if problem not in self.problems:
                 log.warning("%s", one_line(problem, 500))
@@ -8809,6 +9055,289 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 
 # === 17. Command line =======================================================
 
+# --- the console -------------------------------------------------------------
+
+#: What the command line says, in Chinese and English; a command's and a flag's help stands beside it, in COMMANDS.
+TEXTS: Dict[str, Tuple[str, str]] = {
+    "error": ("错误：{text}", "error: {text}"),
+    "warning": ("警告：{text}", "warning: {text}"),
+    "near": ("；您是不是要输入 {names}？", "; did you mean {names}?"),
+    "or": (" 或 ", " or "),
+    "see": ("（用法：{program} {command}--help）", " (see: {program} {command}--help)"),
+    # the card
+    "address": ("地址", "address"),
+    "providers": ("上游", "providers"),
+    "clients": ("客户端", "clients"),
+    "login": ("登录", "login"),
+    "page": ("页面", "page"),
+    "next": ("下一步", "next"),
+    "default": ("（默认）", " (default)"),
+    "disabled": ("已停用：{problem}", "disabled: {problem}"),
+    "more": ("还有 {count} 个：{program} status", "{count} more: {program} status"),
+    "none": ("无", "none"),
+    "problems": ("注意", "problems"),
+    "new_key": ("需要密钥（因对外监听 {host} 而新生成）：", "need this key, made because {host} is open to the network:"),
+    "key_needed": ("需要密钥 {key}（custom_api_key）", "need the key {key} (custom_api_key)"),
+    "no_key": ("本机访问无需密钥", "need no key on this machine"),
+    "logged_in": ("iFlow 已登录", "iFlow: logged in"),
+    "not_logged_in": ("iFlow 未登录；登录：{program} login", "iFlow: not logged in; to log in: {program} login"),
+    "next_provider": ("指定一个上游：\n{program} --upstream URL --api-key '$NAME'",
+                      "stop it and give it a model:\n{program} --upstream URL --api-key '$NAME'"),
+    "next_preset": ("添加一个上游：\n{program} provider presets", "add a provider:\n{program} provider presets"),
+    "next_repair": ("检查上游：\n{program} test", "see what is wrong:\n{program} test"),
+    "next_client": ("在客户端填写 {url}/v1\n（Anthropic 客户端填 {url}）",
+                    "point clients at {url}/v1\n(Anthropic clients at {url})"),
+    # running
+    "stopping": ("正在停止；正在进行的回答最多再等 {seconds:g} 秒（再按一次立即停止）",
+                 "stopping; running answers get {seconds:g} s to end (again to stop at once)"),
+    "cannot_listen": ("无法监听 {host} 的端口 {port}：{reason}", "can't listen on {host} port {port}: {reason}"),
+    "port_taken": ("{host} 的端口 {port} 已被其他程序占用；端口 {free} 空闲：加上 --port {free}",
+                   "port {port} on {host} is taken by another program; port {free} is free: add --port {free}"),
+    "no_log": ("无法写入日志文件 {path}：{reason}；仅在控制台输出日志", "no log_file {path}: {reason}; logging to the console alone"),
+    # logs
+    "log_unset": ("没有设置 log_file，日志只在控制台上。设置：{program} config set log_file iflow2api.log，然后重启",
+                  "log_file is not set: the console alone has the log. To set it: {program} config set log_file "
+                  "iflow2api.log, then restart"),
+    "log_missing": ("还没有日志文件 {path}：{reason}；服务启动后才会写入",
+                    "no log at {path}: {reason}; it is written once the gateway runs"),
+    # mistakes
+    "no_command": ("没有命令 {name}{near}", "there is no command {name!r}{near}"),
+    "unknown_flag": ("{command} 没有参数 {flag}{near}", "{command} has no flag {flag}{near}"),
+    "stray": ("{command} 不接受多余的 {word!r}{near}", "{command} has no use for {word!r}{near}"),
+    "needs_value": ("{flag} 需要一个值：{flag} {metavar}", "{flag} needs a value: {flag} {metavar}"),
+    "takes_no_value": ("{flag} 不带值，去掉 {value}", "{flag} takes no value; leave out {value}"),
+    "bad_choice": ("{flag} 不能是 {value}；可选：{choices}{near}", "{flag} can't be {value}; one of {choices}{near}"),
+    "no_number": ("{flag} 不能是 {value}；需要整数", "{flag} can't be {value}; a whole number expected"),
+    "missing": ("{command} 还需要：{program} {command} {flag}", "{command} needs more: {program} {command} {flag}"),
+    "bad_value": ("{where} 不能是 {value}；需要{expected}", "{where} can't be {value}; {expected} expected"),
+    "key_shown": ("命令行上的密钥，本机其他用户都能看到；更好的写法：--api-key '$NAME'，或 -（标准输入）",
+                  "every user of this machine can see a key on the command line; better: --api-key '$NAME' or -"),
+    "key_no_input": ("--api-key -：标准输入里没有密钥；例如：{program} --api-key - < 文件",
+                     "--api-key -: standard input holds no key; for example: {program} --api-key - < FILE"),
+    "key_undefined": ("--api-key {name}：没有设置环境变量 {variable}；先执行：{verb} {variable}=…",
+                      "--api-key {name}: the environment variable {variable} is not set; first: {verb} {variable}=…"),
+    "config_no_key": ("config {action} 需要一个名称（KEY）；{program} config list 列出全部",
+                      "config {action} needs a KEY; {program} config list shows them"),
+    "config_no_value": ("config set {name} 需要一个值：{program} config set {name} VALUE",
+                        "config set {name} needs a VALUE: {program} config set {name} VALUE"),
+    "no_setting": ("没有名为 {name!r} 的设置{near}（全部：{program} config list）",
+                   "there is no setting {name!r}{near} (all: {program} config list)"),
+    "saved": ("已保存到 {path}", "saved in {path}"),
+    "cannot_write": ("无法写入 {path}：{reason}", "{path} can't be written: {reason}"),
+    "proxy_is_off": ("上游代理尚未启用；启用：{program} config set upstream_proxy_enabled true",
+                     "the proxy is not in use yet; to use it: {program} config set upstream_proxy_enabled true"),
+    # what a setting may be
+    "kind_str": ("文字", "a string"),
+    "kind_int": ("整数", "a whole number"),
+    "kind_float": ("数字", "a number"),
+    "kind_bool": (" true 或 false", "true or false"),
+    "kind_list": (" JSON 列表", "a list as JSON"),
+    "kind_dict": (" JSON 对象", "an object as JSON"),
+    "kind_choice": ("以下之一：{choices}", "one of {choices}"),
+    "at_least": ("，不小于 {low:g}", " of at least {low:g}"),
+    "between": ("，{low:g} 到 {high:g}", " from {low:g} to {high:g}"),
+    # help
+    "about": ("连接任意 AI 客户端与任意 OpenAI 兼容模型的单文件网关", "one file between any AI client and any OpenAI-compatible model"),
+    "usage": ("用法", "Usage"),
+    "arguments": ("参数", "Arguments"),
+    "flags": ("选项", "Flags"),
+    "serve_flags": ("serve 的选项", "Flags of serve"),
+    "examples": ("示例", "Examples"),
+    "help_flag": ("显示本帮助；每个命令都有自己的帮助：COMMAND --help", "this text; each command has its own: COMMAND --help"),
+    "config_dir": ("config.json 所在的文件夹（~/.iflow2api）", "folder of config.json (~/.iflow2api)"),
+    "settings_too": ("更多设置：{program} config，或环境变量 IFLOW2API_<大写名称>",
+                     "More settings: {program} config, or variables IFLOW2API_<KEY>"),
+    "group_run": ("运行", "Run"),
+    "group_setup": ("设置", "Set up"),
+    "group_look": ("查看", "Look"),
+    "group_more": ("其他", "More"),
+}
+
+#: How this program is called in what it tells people to type.
+PROGRAM = "python iflow2api.py"
+
+_COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+#: Instead of a character that the console's encoding lacks; any other is shown as its escape.
+_PLAIN = {"→": "->", "←": "<-", "…": "...", "·": "-", "—": "-", "–": "-", "’": "'", "‘": "'", "“": '"', "”": '"',
+          "✓": "ok", "✗": "x", "，": ", ", "；": "; ", "：": ": ", "（": " (", "）": ")"}
+
+#: Characters two columns wide (Unicode TR 11, W and F), without unicodedata, which OpenWrt leaves to a package.
+_WIDE = ("\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6"
+         "\U0001f300-\U0001faff\U00020000-\U0003fffd")
+
+
+class Console:
+    """What this process's terminal can show.  There is one, as there is one stderr; `main` alone sets it up."""
+
+    def __init__(self) -> None:
+        self.language, self.colours, self.columns = "en", False, 80
+
+    def set_up(self, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+        codecs.register_error("iflow2api", _plain_characters)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="iflow2api")           # a GBK or ASCII console must not end the program
+        self.language = find_language(argv, environ)
+        if self.language == "zh" and not _can_show("中", sys.stderr):
+            self.language = "en"
+        is_terminal = bool(sys.stderr) and sys.stderr.isatty()
+        plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        self.colours = is_terminal and not plain and _takes_ansi(sys.stderr)
+        self.columns = 80
+        if is_terminal:
+            with contextlib.suppress(OSError, ValueError):
+                self.columns = min(max(os.get_terminal_size(sys.stderr.fileno()).columns, 40), 80)
+
+    def text(self, pair: Union[str, Tuple[str, str]]) -> str:
+        """The one of (中文, English) that is wanted; what has no translation as it is."""
+        return pair if isinstance(pair, str) else pair[self.language == "en"]
+
+    def paint(self, text: str, colour: str) -> str:
+        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self.colours and text and colour else text
+
+
+CONSOLE = Console()
+
+
+def tr(key: str, /, **facts: Any) -> str:
+    """TEXTS[key] in the console's language, filled in."""
+    return CONSOLE.text(TEXTS[key]).format(program=PROGRAM, **facts)
+
+
+def _plain_characters(error: UnicodeError) -> Tuple[str, int]:
+    """The codec error handler of consoles."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start:error.end]
+    return "".join(_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
+
+
+def _can_show(text: str, stream: Any) -> bool:
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except (UnicodeError, LookupError):
+        return False
+    return True
+
+
+def find_language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
+    """zh or en: the setting `language` if there is one, else the locale's.
+
+    It is wanted before settings are read (for help, for errors of the command line), so it is looked up here by itself.
+    """
+    wanted = environ.get(ENV_PREFIX + "LANGUAGE")
+    if wanted not in ("zh", "en"):
+        flags = dict([*zip(argv, argv[1:]), *(word.split("=", 1) for word in argv if "=" in word)])
+        folder = flags.get("--config-dir") or environ.get(ENV_PREFIX + "CONFIG_DIR") or CONFIG_DIR
+        wanted = ""
+        with contextlib.suppress(ConfigBroken):
+            wanted = read_json_file(os.path.join(os.path.expanduser(folder), "config.json")).get("language")
+    if wanted in ("zh", "en"):
+        return str(wanted)
+    locale = next((environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if environ.get(name)), "")
+    if not locale and os.name == "nt":
+        return "zh" if _windows_is_chinese() else "en"
+    return "zh" if locale.lower().startswith("zh") else "en"
+
+
+def _windows_is_chinese() -> bool:
+    try:
+        import ctypes
+        return ctypes.windll.kernel32.GetUserDefaultUILanguage() & 0x3FF == 4       # type: ignore[attr-defined]
+    except (ImportError, AttributeError, OSError):
+        return False
+
+
+def _takes_ansi(stream: Any) -> bool:
+    """Whether the terminal understands colours; Windows' console must be told to (1607 and later can)."""
+    if os.name != "nt":
+        return True
+    try:
+        import ctypes
+        import msvcrt
+        kernel, mode = ctypes.windll.kernel32, ctypes.c_uint32()                    # type: ignore[attr-defined]
+        handle = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno()))             # type: ignore[attr-defined]
+        known = kernel.GetConsoleMode(handle, ctypes.byref(mode))
+        return bool(known and kernel.SetConsoleMode(handle, mode.value | 4))        # ENABLE_VIRTUAL_TERMINAL_PROCESSING
+    except (ImportError, AttributeError, OSError, ValueError):
+        return False
+
+
+def columns_of(text: str) -> int:
+    """How many columns of a terminal `text` takes."""
+    return len(text) + len(re.findall(f"[{_WIDE}]", text))
+
+
+def wrap(text: str, columns: int) -> List[str]:
+    """Lines that fit, broken at blanks and beside wide characters; what is too long for a line is cut into pieces."""
+    lines, line = [], ""
+    for piece in re.findall(rf"\s+|[{_WIDE}][，。；：、？！）]*|[^\s{_WIDE}]+[，。；：、？！）]*", text):
+        if columns_of(line + piece.rstrip()) <= columns:
+            line += piece
+            continue
+        if line.strip():
+            lines.append(line.rstrip())
+        line = piece.lstrip()
+        while columns_of(line) > columns:
+            lines.append(line[:columns])
+            line = line[columns:]
+    return lines + [line.rstrip()] if line.strip() or not lines else lines
+
+
+def cut_to(text: str, columns: int) -> str:
+    """`text`, its end cut off where it takes more columns."""
+    if columns_of(text) <= columns:
+        return text
+    while text and columns_of(text) > columns - 3:
+        text = text[:-1]
+    return text + "..."
+
+
+def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "", width: int = 0) -> List[str]:
+    """Rows of label and text (and a colour) as aligned lines; too wide a label gets a line of its own."""
+    width = width or min(max([columns_of(row[0]) for row in rows] + [0]), max(columns // 3, 12))
+    lines = []
+    for label, text, *colour in rows:
+        own_line = columns_of(label) > width
+        if own_line:
+            lines.append("  " + CONSOLE.paint(label, label_colour))
+        for number, part in enumerate(wrap(text, columns - width - 4)):
+            head = "" if own_line or number else label
+            padded = "  " + CONSOLE.paint(head, label_colour) + " " * (width - columns_of(head) + 2)
+            lines.append((padded + CONSOLE.paint(part, colour[0] if colour else "")).rstrip())
+    return lines
+
+
+def _say(text: str) -> None:
+    """Talk goes to stderr; stdout is for the answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    """What a mistyped name may have meant, as the end of a sentence."""
+    near = near_names(name, names)
+    return tr("near", names=tr("or").join(near)) if near else ""
+
+
+def _expected(name: str) -> str:
+    """What a setting may be, in words."""
+    facts = SETTING[name].metadata
+    if "choices" in facts:
+        return tr("kind_choice", choices=", ".join(choice or '""' for choice in facts["choices"]))
+    limits = tr("between", **facts) if "high" in facts else tr("at_least", **facts) if "low" in facts else ""
+    return tr("kind_" + facts["kind"]) + limits
+
+
+def _parse_for(where: str, name: str, text: str) -> Any:
+    """`text` as a value of the setting `name`; UsageError says what `where` takes instead."""
+    try:
+        return parse_setting(name, text)
+    except ValueError:
+        shown = one_line(text, 60) or '""'
+        raise UsageError(tr("bad_value", where=where, value=shown, expected=_expected(name))) from None
+
+
 class _Collect(AnswerSink):
     """Keeps an answer: for our own requests."""
     data = b""
@@ -8828,19 +9357,14 @@ def _read_key(text: str) -> str:
     if text == "-":
         text = sys.stdin.readline().strip()
         if not text:
-            raise UsageError("--api-key -: standard input holds no key")
+            raise UsageError(tr("key_no_input"))
         return text
     if not text.startswith("$"):
-        _say("warning: a key on the command line can be seen by every user of this machine; better: --api-key '$NAME' or -")
+        _say(tr("warning", text=tr("key_shown")))
         return text
     if not os.environ.get(text[1:]):
-        raise UsageError(f"--api-key {text}: the environment variable {text[1:]} is not set")
+        raise UsageError(tr("key_undefined", name=text, variable=text[1:], verb="set" if os.name == "nt" else "export"))
     return os.environ[text[1:]]
-
-
-def _say(text: str) -> None:
-    """Talk goes to stderr; stdout is for the answer."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _flag_settings(args: Any) -> Json:
@@ -8848,11 +9372,8 @@ def _flag_settings(args: Any) -> Json:
     flags: Json = {}
     for name, item in SETTING.items():
         value = getattr(args, name, None)
-        if value is not None:
-            try:
-                flags[name] = parse_setting(name, value)
-            except ValueError as exc:
-                raise UsageError(f"{item.metadata['flag']} {value}: {exc}") from None
+        if value is not None and "flag" in item.metadata:
+            flags[name] = _parse_for(item.metadata["flag"], name, value)
     key = _read_key(args.api_key) if getattr(args, "api_key", None) else ""
     if getattr(args, "verbose", False):
         flags["log_level"] = "debug"
@@ -8884,18 +9405,19 @@ def cmd_serve(args: Any) -> int:
         raise UsageError("--demo brings its own upstream: leave out --upstream and --api-key")
     demo = DemoUpstream() if args.demo else None
     gateway = Gateway(config=_config_of(args), flags={**(demo.settings() if demo else {}), **_flag_settings(args)})
+    _log_to_file(gateway)
     had_key = gateway.state.door.required
     host, port = gateway.settings.host, gateway.settings.port
     try:
         server = serve(gateway)
     except OSError as exc:
-        _say(_bind_problem(host, port, exc))
+        _say(tr("error", text=_bind_problem(host, port, exc)))
         return 1
     print(f"iflow2api {__version__} listening on {server.url}", flush=True)
-    _announce(gateway, server, had_key)
+    _say("\n".join(["", *_card(gateway, server, had_key), ""]))
     gateway.watch_files()
     _wait_for_signal(gateway)
-    _say(f"stopping; running answers get {gateway.settings.drain_s:g} s to end (again to stop at once)")
+    _say(tr("stopping", seconds=gateway.settings.drain_s))
     server.close(gateway.settings.drain_s)
     if demo is not None:
         demo.close()
@@ -8905,27 +9427,66 @@ def cmd_serve(args: Any) -> int:
 def _bind_problem(host: str, port: int, exc: OSError) -> str:
     """Why the address can't be had, in one line, with a port that can."""
     if exc.errno not in (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", -1)):
-        return f"error: can't listen on {host} port {port}: {exc.strerror or exc}"
+        return tr("cannot_listen", host=host, port=port, reason=exc.strerror or exc)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host.strip("[]"), 0))
         free = probe.getsockname()[1]
-    return f"error: port {port} on {host} is taken by another program; port {free} is free: add --port {free}"
+    return tr("port_taken", host=host, port=port, free=free)
 
 
-def _announce(gateway: Gateway, server: Server, had_key: bool) -> None:
-    router, settings = gateway.state.router, gateway.settings
-    for provider in router.providers.values():
-        mark = " (default)" if provider is router.default else ""
-        _say(f"provider {provider.name}{mark}: {provider.problem or provider.base_url}")
-    if not router.providers:
-        _say("no provider yet: start with --upstream URL [--api-key '$NAME'], or add `providers` to " +
-             (gateway.config.path if gateway.config else "the settings"))
-    if not had_key and settings.custom_api_key:
-        _say(f"client key (made because {settings.host} is open to the network): {settings.custom_api_key}")
-    elif settings.custom_api_key:
-        _say(f"clients need the key {mask(settings.custom_api_key)} (custom_api_key)")
-    if settings.client_keys:
-        _say(f"clients may use one of {len(gateway.state.door.keys)} keys (`key list` shows them)")
+#: The card names this many providers.
+CARD_PROVIDERS = 8
+
+
+def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
+    """What somebody who has just started it has to know, in the lines of a narrow terminal."""
+    rows = [(tr("address"), server.url, "green"), *_card_providers(gateway.state.router, CONSOLE.columns - 14),
+            *_card_access(gateway, had_key)]
+    if "/admin" in ROUTES:
+        rows.append((tr("page"), server.url + "/admin", ""))
+    problems = [problem for problem in gateway.problems if not problem.startswith("provider ")]      # these stand above
+    rows += [(tr("problems"), one_line(problem, 200), "yellow") for problem in problems[:1]]
+    step, *rest = _next_step(gateway, server).split("\n")
+    rows += [(tr("next"), step, "bold"), *(("", line, "bold") for line in rest)]
+    return lay_out(rows, CONSOLE.columns, "dim")
+
+
+def _card_providers(router: Router, room: int) -> List[Tuple[str, str, str]]:
+    rows = []
+    for provider in list(router.providers.values())[:CARD_PROVIDERS]:
+        mark = tr("default") if provider is router.default else ""
+        if provider.problem:
+            rows.append(("", f"{provider.name}{mark}  {tr('disabled', problem=one_line(provider.problem))}", "yellow"))
+        else:
+            rows.append(("", cut_to(f"{provider.name}{mark}  {provider.base_url}", room), ""))
+    if len(router.providers) > CARD_PROVIDERS:
+        rows.append(("", tr("more", count=len(router.providers) - CARD_PROVIDERS), ""))
+    rows = rows or [("", tr("none"), "yellow")]
+    return [(tr("providers"), *rows[0][1:]), *rows[1:]]
+
+
+def _card_access(gateway: Gateway, had_key: bool) -> List[Tuple[str, str, str]]:
+    """Who may use it, and whether we are logged in at iFlow.  A key made just now is shown once, in full."""
+    key = gateway.settings.custom_api_key
+    if key and not had_key:
+        rows = [(tr("clients"), tr("new_key", host=gateway.settings.host), ""), ("", key, "bold")]
+    else:
+        rows = [(tr("clients"), tr("key_needed", key=mask(key)) if key else tr("no_key"), "")]
+    if gateway.health()["iflow_logged_in"]:
+        rows.append((tr("login"), tr("logged_in"), ""))
+    elif "login" in COMMANDS:
+        rows.append((tr("login"), tr("not_logged_in"), ""))
+    return rows
+
+
+def _next_step(gateway: Gateway, server: Server) -> str:
+    """The one thing to do now."""
+    providers = gateway.state.router.providers.values()
+    if not providers:
+        return tr("next_preset") if "provider" in COMMANDS else tr("next_provider")
+    if all(provider.problem for provider in providers):
+        return tr("next_repair")
+    return tr("next_client", url=server.url)
 
 
 def _wait_for_signal(gateway: Gateway) -> None:
@@ -8945,13 +9506,17 @@ def _wait_for_signal(gateway: Gateway) -> None:
         pass
 
 
+_LEVEL_COLOURS = {logging.DEBUG: "dim", logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
+
+
 class _ConsoleFormat(logging.Formatter):
     """`12:00:01 text`, with the level in front of what is not news."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else record.levelname.lower() + ": "
         text = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"
-        return text + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+        text += "\n" + self.formatException(record.exc_info) if record.exc_info else ""
+        return CONSOLE.paint(text, _LEVEL_COLOURS.get(record.levelno, ""))
 
 
 def _log_to_console() -> None:
@@ -8959,6 +9524,121 @@ def _log_to_console() -> None:
     handler.setFormatter(_ConsoleFormat())
     log.handlers[:] = [handler]
     logging.raiseExceptions = False      # a console that is gone must not end a request
+
+
+# --- the log file ------------------------------------------------------------
+
+#: log_file is followed by a new one at this size, and so many older ones are kept: routers have little flash.
+LOG_FILE_BYTES = 2 << 20
+LOG_FILES_KEPT = 2
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+#: A line of log_file begins like this; one that does not (a traceback) belongs to the one before.
+_LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ([A-Z]+) ")
+
+
+class _FileFormat(logging.Formatter):
+    """`2026-01-31 12:00:01 WARNING text`, without what looks like a credential."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        trace = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
+        return redact(f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {record.levelname} {record.getMessage()}{trace}")
+
+
+def log_path(gateway: Gateway) -> str:
+    """Where log_file is, "" if it is not set; a relative one stands in the folder of config.json."""
+    path = os.path.expanduser(gateway.settings.log_file)
+    return os.path.join(gateway.config.folder if gateway.config is not None else "", path) if path else ""
+
+
+def _log_to_file(gateway: Gateway) -> None:
+    """Log to log_file as well, if it is set; what was wrong with the settings is noted there, too."""
+    path = log_path(gateway)
+    if not path:
+        return
+    try:
+        handler = _open_log(path)
+    except OSError as exc:
+        return _say(tr("warning", text=tr("no_log", path=path, reason=exc.strerror or exc)))
+    log.addHandler(handler)
+    notes = [(logging.INFO, f"iflow2api {__version__} starts")]
+    for level, text in notes + [(logging.WARNING, one_line(problem, 500)) for problem in gateway.problems]:
+        handler.handle(log.makeRecord(log.name, level, "", 0, text, (), None))
+
+
+def _open_log(path: str) -> logging.Handler:
+    """The handler that writes `path`, for its owner alone, and keeps it from growing; OSError."""
+    from logging.handlers import RotatingFileHandler     # takes 1 MB: only for who wants a file
+
+    class PrivateFile(RotatingFileHandler):
+        def _open(self) -> Any:
+            return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace",
+                        opener=lambda name, flags: os.open(name, flags, 0o600))
+
+    os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+    handler = PrivateFile(path, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8")
+    handler.setFormatter(_FileFormat())
+    return handler
+
+
+class LogReader:
+    """Lines of a log at a level or above.  The file is open for moments only: Windows can't rotate an open one."""
+
+    def __init__(self, path: str, level: str) -> None:
+        self.path, self._wanted = path, {name.upper() for name in LOG_LEVELS[LOG_LEVELS.index(level):]} | {"CRITICAL"}
+        self._offset, self._inode, self._rest, self._shown = 0, 0, b"", True
+
+    def tail(self, count: int) -> List[str]:
+        """The last `count` lines there are, some perhaps from the file before; OSError where there is no file."""
+        lines: List[str] = []
+        if os.path.exists(self.path + ".1"):
+            older = LogReader(self.path + ".1", "debug")
+            older._wanted = self._wanted
+            lines = older.fresh()
+        lines += self.fresh()
+        return lines[-count:] if count else []
+
+    def fresh(self) -> List[str]:
+        """The whole lines that came since the last call."""
+        with open(self.path, "rb") as file:
+            facts = os.fstat(file.fileno())
+            if facts.st_ino != self._inode or facts.st_size < self._offset:      # another file, or it was emptied
+                self._offset, self._rest = 0, b""
+            self._inode = facts.st_ino
+            file.seek(self._offset)
+            data = file.read(2 * LOG_FILE_BYTES)
+        self._offset += len(data)
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        return [line for line in (part.decode("utf-8", "replace").rstrip("\r") for part in whole) if self._wants(line)]
+
+    def _wants(self, line: str) -> bool:
+        found = _LOG_LINE.match(line)
+        if found:
+            self._shown = found.group(1) in self._wanted
+        return self._shown
+
+
+def cmd_logs(args: Any) -> int:
+    path = log_path(_gateway_of(args))
+    if not path:
+        _say(tr("log_unset"))
+        return 1
+    reader = LogReader(path, args.level)
+    try:
+        lines = reader.tail(args.lines)
+    except OSError as exc:
+        _say(tr("log_missing", path=path, reason=exc.strerror or exc))
+        return 1
+    pause = threading.Event()
+    while True:
+        for line in lines:
+            print(_CONTROL.sub(" ", line), flush=True)
+        if not args.follow:
+            return 0
+        pause.wait(0.3)
+        with contextlib.suppress(OSError):           # between two files there is none
+            lines = reader.fresh()
 
 
 # --- asking ------------------------------------------------------------------
@@ -9384,9 +10064,9 @@ def cmd_config(args: Any) -> int:
 
 def _setting_name(args: Any) -> str:
     if not args.key:
-        raise UsageError(f"config {args.action} needs a KEY; `config list` shows them")
+        raise UsageError(tr("config_no_key", action=args.action))
     if args.key not in SETTING:
-        raise UsageError(f"there is no setting {args.key!r}" + nearest(args.key, SETTING))
+        raise UsageError(tr("no_setting", name=args.key, near=_near(args.key, SETTING)))
     return args.key
 
 
@@ -9415,13 +10095,12 @@ def _config_get(args: Any) -> int:
 def _config_set(args: Any) -> int:
     name = _setting_name(args)
     if args.value is None:
-        raise UsageError(f"config set {name} needs a VALUE")
+        raise UsageError(tr("config_no_value", name=name))
     facts = SETTING[name].metadata
     text = _read_key(args.value) if facts.get("secret") and args.value == "-" else args.value
-    try:
-        value = parse_setting(name, text)
-    except ValueError as exc:
-        raise UsageError(f"config set {name}: {exc}") from None
+    value = _parse_for(f"config set {name}", name, text)
+    if name == "upstream_proxy":
+        _check_proxy(args, value)
     if name in ("providers", "aliases"):                 # with all the rest as it is: aliases name providers
         gateway = _gateway_of(args)
         known = gateway.state.router.problems
@@ -9429,6 +10108,15 @@ def _config_set(args: Any) -> int:
         if problems:
             raise UsageError(f"config set {name}: {problems[0]}")
     return _change_config(args, lambda raw: raw.update({name: value}))
+
+
+def _check_proxy(args: Any, proxy: str) -> None:
+    """UsageError for one that can't work; a hint where the switch is still off."""
+    problems = proxy_problems(Settings(upstream_proxy=proxy, upstream_proxy_enabled=True), ())
+    if problems:
+        raise UsageError(problems[0])
+    if proxy and not _gateway_of(args).settings.upstream_proxy_enabled:
+        _say(tr("proxy_is_off"))
 
 
 def _config_unset(args: Any) -> int:
@@ -9443,9 +10131,9 @@ def _change_config(args: Any, edit: Callable[[Json], Any]) -> int:
     try:
         config.change(edit)
     except OSError as exc:
-        _say(f"error: {config.path} can't be written: {exc.strerror or exc}")
+        _say(tr("error", text=tr("cannot_write", path=config.path, reason=exc.strerror or exc)))
         return 1
-    _say(f"saved in {config.path}")
+    _say(tr("saved", path=config.path))
     return 0
 
 
@@ -9610,120 +10298,519 @@ def _usage_table(by: str, rows: Sequence[Json]) -> str:
 # --- the parser --------------------------------------------------------------
 
 class Command(NamedTuple):
-    """A command: what runs, what it is for, and its arguments as argparse takes them."""
+    """A command: what runs, what it is for, its arguments as argparse takes them, and what to type for example.
+
+    Help is (中文, English).
+    """
     run: Callable[[Any], int]
-    help: str
+    help: Union[str, Tuple[str, str]]
     arguments: Tuple[Tuple[str, Json], ...] = ()
+    examples: Tuple[str, ...] = ()
 
 
 #: Settings of this run that any command understands which looks at providers.
 RUN_FLAGS: Tuple[Tuple[str, Json], ...] = (
-    ("--upstream", {"metavar": "URL", "help": "use this OpenAI-compatible server alone, whatever config.json says"}),
-    ("--api-key", {"metavar": "KEY", "help": "its key, or iFlow's: $NAME, - (standard input), or the key itself"}),
-    ("--model", {"metavar": "MODEL", "dest": "default_model", "help": "default_model for this run"}))
+    ("--upstream", {"metavar": "URL", "help": ("只用这个 OpenAI 兼容服务，不看 config.json",
+                                               "use this OpenAI-compatible server alone, whatever config.json says")}),
+    ("--api-key", {"metavar": "KEY", "help": ("它的密钥（或 iFlow 的）：$NAME、-（标准输入）或密钥本身",
+                                              "its key, or iFlow's: $NAME, - (standard input), or the key itself")}),
+    ("--model", {"metavar": "MODEL", "dest": "default_model",
+                 "help": ("本次运行的 default_model", "default_model for this run")}))
 
 SERVE_FLAGS: Tuple[Tuple[str, Json], ...] = (
-    ("--host", {"metavar": "ADDR", "help": "address to listen on (127.0.0.1)"}),
-    ("--port", {"metavar": "N", "help": "port to listen on (28000; 0: a free one)"}),
+    ("--host", {"metavar": "ADDR", "help": ("监听地址（127.0.0.1）", "address to listen on (127.0.0.1)")}),
+    ("--port", {"metavar": "N", "help": ("端口（28000；0 为自动选择）", "port to listen on (28000; 0: a free one)")}),
     *RUN_FLAGS,
-    ("--demo", {"action": "store_true", "help": "answer from a small model built in: no account, no network"}),
-    ("--no-browser", {"action": "store_true", "help": "do not open the page"}),
-    ("--log-level", {"metavar": "LEVEL", "help": "debug, info, warning or error"}),
-    ("--verbose", {"action": "store_true", "help": "the same as --log-level debug"}))
+    ("--demo", {"action": "store_true", "help": ("由内置的小模型应答：不要账号，不要网络",
+                                                 "answer from a small model built in: no account, no network")}),
+    ("--no-browser", {"action": "store_true", "help": ("不打开网页", "do not open the page")}),
+    ("--log-level", {"metavar": "LEVEL", "help": ("debug、info、warning 或 error", "debug, info, warning or error")}),
+    ("--verbose", {"action": "store_true", "help": ("等于 --log-level debug", "the same as --log-level debug")}),
+    ("--version", {"action": "store_true", "help": ("显示版本", "print the version")}))
+
+
+def cmd_completion(args: Any) -> int:
+    print(COMPLETERS[args.shell](CompletionWords()))
+    return 0
+
 
 COMMANDS: Dict[str, Command] = {
-    "serve": Command(cmd_serve, "run the gateway (also without any command)", SERVE_FLAGS),
-    "status": Command(cmd_status, "is it running, with what, and what is wrong"),
-    "models": Command(cmd_models, "list the models that can be asked for", RUN_FLAGS),
-    "test": Command(cmd_test, "one tiny real request to a provider, or to each", (
-        ("provider", {"nargs": "?", "metavar": "PROVIDER", "help": "its name; all without"}), *RUN_FLAGS)),
-    "env": Command(cmd_env, "shell lines that point a client at this server: eval \"$(python iflow2api.py env claude)\"", (
-        ("client", {"choices": tuple(CLIENTS), "metavar": "CLIENT", "help": ", ".join(CLIENTS)}),
-        ("--shell", {"choices": tuple(SHELLS), "help": "for which shell; by $SHELL without"}),
-        ("--host", {"metavar": "ADDR", "help": "the server's address"}), ("--port", {"metavar": "N", "help": "its port"}),
-        RUN_FLAGS[2])),
-    "provider": Command(cmd_provider, "list, add, remove and test upstreams; show the known ones", (
-        ("action", {"nargs": "?", "choices": ("list", "add", "remove", "test", "presets"), "help": "list without"}),
-        ("name", {"nargs": "?", "metavar": "NAME", "help": "a preset's name is all that `add` needs"}),
-        ("--base-url", {"metavar": "URL", "help": "add: where an OpenAI-compatible server is"}),
-        ("--api-key", {"metavar": "KEY", "help": "add: '$NAME' (stored as such), - (standard input), or the key"}),
-        ("--models", {"metavar": "A,B", "help": "add: models it serves; the first is its default"}),
-        ("--preset", {"metavar": "PRESET", "help": "add: take the facts of this preset under another name"}),
-        ("--kind", {"choices": KINDS, "help": "add: openai without"}))),
-    "config": Command(cmd_config, "show and change settings", (
-        ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path"), "help": "list without"}),
-        ("key", {"nargs": "?", "metavar": "KEY"}), ("value", {"nargs": "?", "metavar": "VALUE"}),
-        ("--show-secrets", {"action": "store_true", "help": "show keys in full"}))),
-    "routes": Command(cmd_routes, "say where a model's name goes, and why", (
-        ("action", {"choices": ("explain",), "help": "explain"}), ("name", {"metavar": "MODEL"}),
-        ("--dialect", {"choices": ("chat", "messages", "responses"), "default": "chat", "help": "the client's API (chat)"}),
-        ("--tokens", {"metavar": "N", "default": "0", "help": "size of the request"}),
-        ("--images", {"action": "store_true", "help": "it shows an image"}),
-        ("--thinking", {"action": "store_true", "help": "it asks for reasoning"}),
-        ("--tools", {"action": "store_true", "help": "it offers tools"}),
-        ("--json", {"action": "store_true", "help": "as JSON"}), *RUN_FLAGS)),
-    "key": Command(cmd_key, "keys of clients: each with its models and limits", (
-        ("action", {"nargs": "?", "choices": ("list", "add", "remove"), "help": "list without"}),
-        ("name", {"nargs": "?", "metavar": "NAME"}),
-        ("--models", {"metavar": "A,B", "help": "models it may use, or patterns"}),
-        *((f"--{name}", {"metavar": "N", "help": f"most {words}"}) for name, words in LIMIT_WORDS.items()),
-        ("--expires", {"metavar": "DATE", "help": "last day, such as 2027-01-31"}))),
-    "usage": Command(cmd_usage, "tokens and requests, by model, key or provider", (
-        ("--days", {"metavar": "N", "default": "30", "help": "the last N days (30)"}),
-        ("--by", {"choices": ("model", "key", "provider", "day"), "default": "model", "help": "a row for each (model)"}),
-        ("--json", {"action": "store_true", "help": "as JSON"}), ("--csv", {"action": "store_true", "help": "as CSV"}))),
-    "version": Command(cmd_version, "print the version"),
+    "serve": Command(cmd_serve, ("运行网关（不写命令时也是它）", "run the gateway (also without any command)"), SERVE_FLAGS,
+                     ("", "--port 8080", "--upstream https://api.deepseek.com --api-key '$KEY'")),
+    "status": Command(cmd_status, ("是否在运行、有哪些上游、有什么问题", "is it running, with what, and what is wrong")),
+    "models": Command(cmd_models, ("列出可用的模型", "list the models that can be asked for"), RUN_FLAGS),
+    "test": Command(cmd_test, ("向上游发一个极小的真实请求", "one tiny real request to a provider, or to each"), (
+        ("provider", {"nargs": "?", "metavar": "PROVIDER", "help": ("上游名称；不写则全部", "its name; all without")}),
+        *RUN_FLAGS), ("test", "test --upstream http://127.0.0.1:11434/v1")),
+    "env": Command(cmd_env, ("输出让客户端指向本服务的 shell 语句", "shell lines that point a client at this server"), (
+        ("client", {"choices": tuple(CLIENTS), "metavar": "CLIENT", "help": (", ".join(CLIENTS), ", ".join(CLIENTS))}),
+        ("--shell", {"choices": tuple(SHELLS), "help": ("哪种 shell；不写则看 $SHELL", "for which shell; by $SHELL without")}),
+        ("--host", {"metavar": "ADDR", "help": ("服务的地址", "the server's address")}),
+        ("--port", {"metavar": "N", "help": ("服务的端口", "its port")}), RUN_FLAGS[2]),
+        ("env claude", "env codex --shell fish")),
+    "provider": Command(cmd_provider, ("管理和测试上游，查看预设", "list, add, remove and test upstreams; show the known ones"), (
+        ("action", {"nargs": "?", "choices": ("list", "add", "remove", "test", "presets"),
+                    "help": ("不写则为 list", "list without")}),
+        ("name", {"nargs": "?", "metavar": "NAME", "help": ("名称；add 时写预设名即可", "a preset's name is all that `add` needs")}),
+        ("--base-url", {"metavar": "URL", "help": ("add：OpenAI 兼容服务的地址", "add: where an OpenAI-compatible server is")}),
+        ("--api-key", {"metavar": "KEY", "help": ("add：'$NAME'（原样保存）、-（标准输入）或密钥",
+                                                  "add: '$NAME' (stored as such), - (standard input), or the key")}),
+        ("--models", {"metavar": "A,B", "help": ("add：模型，第一个为默认", "add: models it serves; the first is its default")}),
+        ("--preset", {"metavar": "PRESET", "help": ("add：用别的名称套用此预设", "add: take the facts of this preset under another name")}),
+        ("--kind", {"choices": KINDS, "help": ("add：不写则为 openai", "add: openai without")})),
+        ("provider presets", "provider add zhipu --api-key '$ZHIPU_API_KEY'", "provider test zhipu")),
+    "config": Command(cmd_config, ("查看和修改设置", "show and change settings"), (
+        ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path"),
+                    "help": ("不写则为 list", "list without")}),
+        ("key", {"nargs": "?", "metavar": "KEY", "help": ("设置的名称", "name of a setting")}),
+        ("value", {"nargs": "?", "metavar": "VALUE",
+                   "help": ("新的值；列表和对象写成 JSON", "its value; lists and objects as JSON")}),
+        ("--show-secrets", {"action": "store_true", "help": ("完整显示密钥", "show keys in full")})),
+        ("config list", "config set port 8080", "config set upstream_proxy socks5h://127.0.0.1:1080")),
+    "routes": Command(cmd_routes, ("说明某个模型名会去哪里、为什么", "say where a model's name goes, and why"), (
+        ("action", {"choices": ("explain",), "help": ("explain", "explain")}),
+        ("name", {"metavar": "MODEL", "help": ("模型名", "the model's name")}),
+        ("--dialect", {"choices": ("chat", "messages", "responses"), "default": "chat",
+                       "help": ("客户端的接口（chat）", "the client's API (chat)")}),
+        ("--tokens", {"metavar": "N", "default": "0", "help": ("请求的大小", "size of the request")}),
+        ("--images", {"action": "store_true", "help": ("带有图片", "it shows an image")}),
+        ("--thinking", {"action": "store_true", "help": ("要求思考", "it asks for reasoning")}),
+        ("--tools", {"action": "store_true", "help": ("提供工具", "it offers tools")}),
+        ("--json", {"action": "store_true", "help": ("输出 JSON", "as JSON")}), *RUN_FLAGS),
+        ("routes explain claude-sonnet-4 --dialect messages",)),
+    "key": Command(cmd_key, ("客户端的密钥，各有模型和限额", "keys of clients: each with its models and limits"), (
+        ("action", {"nargs": "?", "choices": ("list", "add", "remove"), "help": ("不写则为 list", "list without")}),
+        ("name", {"nargs": "?", "metavar": "NAME", "help": ("密钥的名称", "name of the key")}),
+        ("--models", {"metavar": "A,B", "help": ("可用的模型或模式", "models it may use, or patterns")}),
+        *((f"--{name}", {"metavar": "N", "help": (f"{name} 上限", f"most {words}")}) for name, words in LIMIT_WORDS.items()),
+        ("--expires", {"metavar": "DATE", "help": ("最后一天，如 2027-01-31", "last day, such as 2027-01-31")})),
+        ("key add alice --rpm 20 --models 'glm-*'", "key remove alice")),
+    "usage": Command(cmd_usage, ("用量：按模型、密钥或上游", "tokens and requests, by model, key or provider"), (
+        ("--days", {"metavar": "N", "default": "30", "help": ("最近 N 天（30）", "the last N days (30)")}),
+        ("--by", {"choices": ("model", "key", "provider", "day"), "default": "model",
+                  "help": ("按什么汇总（model）", "a row for each (model)")}),
+        ("--json", {"action": "store_true", "help": ("输出 JSON", "as JSON")}),
+        ("--csv", {"action": "store_true", "help": ("输出 CSV", "as CSV")})), ("usage --by key --days 7",)),
+    "logs": Command(cmd_logs, ("显示日志文件（log_file）的末尾", "show the end of log_file"), (
+        ("-n", {"metavar": "N", "type": int, "default": 50, "dest": "lines",
+                "help": ("行数（50）", "number of lines (50)")}),
+        ("--follow", {"action": "store_true", "short": "-f", "help": ("持续显示新的行", "go on with what is added")}),
+        ("--level", {"choices": LOG_LEVELS, "default": "debug", "help": ("只显示此级别及以上", "this level and above")})),
+        ("logs -f", "logs -n 200 --level warning")),
+    "completion": Command(cmd_completion, ("输出 shell 的自动补全脚本", "print a script that completes commands in a shell"), (
+        ("shell", {"choices": ("bash", "zsh", "fish", "powershell"), "help": ("哪种 shell", "which shell")}),), (
+        "completion bash >> ~/.bashrc", "completion zsh >> ~/.zshrc",
+        "completion fish >> ~/.config/fish/config.fish", "completion powershell >> $PROFILE")),
+    "version": Command(cmd_version, ("显示版本", "print the version")),
 }
+
+#: The groups of the help text, in which commands stand in this order; one that is named nowhere is among the last.
+COMMAND_GROUPS: Tuple[Tuple[str, Tuple[str, ...]], ...] = (
+    ("group_run", ("serve", "stop", "restart", "instance")),
+    ("group_setup", ("login", "logout", "provider", "config", "key", "routes", "env", "admin")),
+    ("group_look", ("status", "models", "test", "usage", "logs", "gui")),
+    ("group_more", ("autostart", "service", "docker", "update", "completion", "version")))
+
+
+def _flag_rows(arguments: Iterable[Tuple[str, Json]]) -> List[Tuple[str, str]]:
+    """`-f, --follow` or `--port N`, and what it does."""
+    rows = []
+    for flag, facts in arguments:
+        names = f"{facts['short']}, {flag}" if "short" in facts else flag
+        value = facts.get("metavar") or "|".join(facts.get("choices", ()))
+        names += f" {value}" if value and _takes_value(facts) else ""
+        rows.append((names, CONSOLE.text(facts.get("help", ""))))
+    return rows
+
+
+def _takes_value(facts: Json) -> bool:
+    return not str(facts.get("action", "")).startswith(("store_", "count", "append_const"))
+
+
+def _positional(name: str, facts: Json) -> str:
+    """An argument without a flag as the usage line shows it."""
+    text = "|".join(facts.get("choices", ())) or facts.get("metavar") or name.upper()
+    many = "..." if facts.get("nargs") in ("*", "+") else ""
+    return f"[{text}{many}]" if facts.get("nargs") in ("?", "*") else text + many
+
+
+def _section(title: str, rows: Sequence[Tuple[str, str]], width: int = 0) -> List[str]:
+    return ["", CONSOLE.paint(title, "bold"), *lay_out(rows, CONSOLE.columns, width=width)] if rows else []
+
+
+def _examples(examples: Sequence[str]) -> List[str]:
+    """Lines to copy: they are never wrapped."""
+    lines = [f"  {PROGRAM} {example}".rstrip() for example in examples]
+    return ["", CONSOLE.paint(tr("examples"), "bold"), *lines] if lines else []
+
+
+def command_help(name: str) -> str:
+    """`NAME --help`."""
+    command = COMMANDS[name]
+    places = [(flag, facts) for flag, facts in command.arguments if flag[0] != "-"]
+    flags = [(flag, facts) for flag, facts in command.arguments if flag[0] == "-"]
+    usage = " ".join([PROGRAM, name, *(_positional(*place) for place in places), "[FLAGS]"])
+    lines = [f"iflow2api {name}: {CONSOLE.text(command.help)}", "", *wrap(f"{tr('usage')}: {usage}", CONSOLE.columns)]
+    lines += _section(tr("arguments"), [(_positional(name, facts).strip("[]"), CONSOLE.text(facts.get("help", "")))
+                                        for name, facts in places])
+    lines += _section(tr("flags"), [*_flag_rows(flags), ("--config-dir DIR", tr("config_dir"))])
+    return "\n".join(lines + _examples(command.examples)) + "\n"
+
+
+def program_help() -> str:
+    """`--help`: every command in its group, and the flags of serve, which is the command where none is named."""
+    lines = [f"iflow2api {__version__}: {tr('about')}", "", f"{tr('usage')}: {PROGRAM} [COMMAND] [FLAGS]"]
+    placed = {name for group, names in COMMAND_GROUPS for name in names}
+    for group, names in COMMAND_GROUPS:
+        shown = [name for name in names if name in COMMANDS]
+        if group == COMMAND_GROUPS[-1][0]:
+            shown += [name for name in COMMANDS if name not in placed]
+        rows = [(name, CONSOLE.text(COMMANDS[name].help)) for name in shown]
+        lines += _section(tr(group), rows, max(map(len, COMMANDS)))
+    flags = [*_flag_rows(COMMANDS["serve"].arguments), ("--config-dir DIR", tr("config_dir")),
+             ("-h, --help", tr("help_flag"))]
+    lines += _section(tr("serve_flags"), flags) + ["", *wrap(tr("settings_too"), CONSOLE.columns)]
+    return "\n".join(lines + _examples(COMMANDS["serve"].examples)) + "\n"
+
+
+#: argparse's complaints (all versions), and ours instead, which say what to type.
+_COMPLAINTS = tuple((re.compile(pattern), key) for pattern, key in (
+    (r"argument (?P<flag>.+?): expected .*arguments?", "needs_value"),
+    (r"argument (?P<flag>.+?): invalid choice: (?P<value>.*?) \(choose from (?P<choices>.*)\)", "bad_choice"),
+    (r"argument (?P<flag>.+?): invalid int value: (?P<value>.*)", "no_number"),
+    (r"argument (?P<flag>.+?): ignored explicit argument (?P<value>.*)", "takes_no_value"),
+    (r"the following arguments are required: (?P<flag>.*)", "missing")))
+
+
+def _complaint(message: str, command: str) -> str:
+    """What argparse found wrong, in our words and the user's language."""
+    found = next(((known.fullmatch(message), key) for known, key in _COMPLAINTS if known.fullmatch(message)), None)
+    if found is None:
+        return message
+    facts = {name: one_line(value, 200) for name, value in found[0].groupdict().items()}     # type: ignore[union-attr]
+    entries = dict(_arguments_of(command))
+    if found[1] == "missing":
+        facts["flag"] = " ".join(_positional(name, entries[name]) if name in entries else name
+                                 for name in facts["flag"].split(", "))
+    if "choices" in facts:
+        names = re.findall(r"[\w.-]+", facts["choices"])
+        facts.update(choices=", ".join(names), near=_near(facts["value"].strip("'"), names))
+    facts["flag"] = facts["flag"].split("/")[-1]
+    return tr(found[1], command=command, metavar=entries.get(facts["flag"], {}).get("metavar", "VALUE"), **facts)
+
+
+def _arguments_of(command: str) -> List[Tuple[str, Json]]:
+    """A command's arguments with those that every command has."""
+    arguments = COMMANDS[command].arguments if command in COMMANDS else ()
+    return [*arguments, ("--config-dir", {"metavar": "DIR"}), ("--help", {"action": "store_true", "short": "-h"})]
 
 
 def build_parser() -> Any:
-    """argparse's parser for COMMANDS; errors are UsageError."""
+    """argparse's parser for COMMANDS; errors are UsageError, help and complaints are ours."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            raise UsageError(f"{message} (see: iflow2api.py {self.prog.partition(' ')[2]} --help)".replace("  ", " "))
+            command = self.prog.partition(" ")[2]
+            raise UsageError(_complaint(message, command) + tr("see", command=command + " " if command else ""))
 
-    parser = Parser(prog="iflow2api.py", description="One file between any AI client and any OpenAI-compatible model.",
-                    epilog="Without a command it serves: python iflow2api.py --upstream URL --api-key '$NAME'",
-                    allow_abbrev=False)
-    parser.add_argument("--version", action="store_true", help="print the version")
+        def format_help(self) -> str:
+            command = self.prog.partition(" ")[2]
+            return command_help(command) if command else program_help()
+
+    parser = Parser(prog="iflow2api.py", allow_abbrev=False)
+    parser.add_argument("--version", action="store_true")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        child = commands.add_parser(name, help=command.help, description=command.help.capitalize() + ".", allow_abbrev=False)
-        child.add_argument("--config-dir", metavar="DIR", help="folder of config.json (~/.iflow2api)")
+        child = commands.add_parser(name, allow_abbrev=False)
+        child.add_argument("--config-dir", metavar="DIR")
         for flag, facts in command.arguments:
-            child.add_argument(flag, **facts)
+            names = [facts["short"], flag] if "short" in facts else [flag]
+            child.add_argument(*names, **{key: value for key, value in facts.items() if key not in ("help", "short")})
     return parser
+
+
+def _in_order(argv: Sequence[str]) -> List[str]:
+    """`argv` as command, arguments, flags.  argparse takes a flag for the end of optional arguments."""
+    words: List[str] = []
+    flags: List[str] = []
+    valued = {name for command in COMMANDS for flag, facts in _arguments_of(command) if _takes_value(facts)
+              for name in (flag, facts.get("short")) if name and name[0] == "-"}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            words += rest
+            break
+        if word[:1] != "-" or word == "-":
+            words.append(word)
+            continue
+        flags.append(word)
+        if word in valued and rest and rest[0][:2] != "--":
+            flags.append(rest.pop(0))
+    return words + flags
 
 
 def _parse_args(argv: Sequence[str]) -> Any:
     """The namespace of `argv`, where `serve` may be left out; UsageError."""
-    argv = list(argv)
-    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
-        argv.insert(0, "serve")
-    elif argv[0] not in COMMANDS and not argv[0].startswith("-"):
-        raise UsageError(f"there is no command {argv[0]!r}" + nearest(argv[0], COMMANDS) + " (see: iflow2api.py --help)")
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    if len(rest) == 1 and rest[0][:1] != "-" and getattr(args, "name", "") is None:
-        args.name = rest.pop()           # before 3.13 argparse loses an optional word behind an option: key add --rpm 5 NAME
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    words = _in_order(argv)
+    if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        if argv and argv[0][:1] != "-":
+            text = tr("no_command", name=one_line(argv[0], 60), near=_near(argv[0], COMMANDS))
+            raise UsageError(text + tr("see", command=""))
+        words.insert(0, "serve")
+    args, stray = build_parser().parse_known_args(words)
+    if stray:
+        worst = next((word for word in stray if word[0:1] == "-"), stray[0])
+        command = args.command or ""
+        raise UsageError(_stray_word(worst, command) + tr("see", command=command + " " if command else ""))
     return args
 
+
+def _stray_word(word: str, command: str) -> str:
+    if word[:1] != "-":
+        return tr("stray", command=command, word=one_line(word, 60), near=_near(word, COMMANDS))
+    flag = word.partition("=")[0]
+    return tr("unknown_flag", command=command, flag=one_line(flag, 60),
+              near=_near(flag, [name for name, facts in _arguments_of(command) if name[0] == "-"]))
+
+
+# --- completion --------------------------------------------------------------
+
+class CompletionWords:
+    """What the shells' scripts are made of, all of it out of COMMANDS and the settings."""
+
+    def __init__(self) -> None:
+        #: flags by command; "" is what serve takes without being named
+        self.flags = {name: [word for flag, facts in _arguments_of(name) for word in (flag, facts.get("short"))
+                             if word and word[0] == "-"] for name in COMMANDS}
+        self.flags[""] = self.flags["serve"]
+        #: words by the words before them: "config get" -> names of settings
+        self.words: Dict[str, List[str]] = {"": list(COMMANDS)}
+        #: values by flag, [] where nobody knows them
+        self.values: Dict[str, List[str]] = {}
+        for name in COMMANDS:
+            self._add(name)
+        for action in ("get", "set", "unset") if "config" in COMMANDS else ():
+            self.words[f"config {action}"] = list(SETTING)
+        for name, item in SETTING.items():
+            choices = item.metadata.get("choices") or (("true", "false") if item.metadata["kind"] == "bool" else ())
+            if choices:
+                self.words[f"config set {name}"] = [choice for choice in choices if choice]
+
+    def _add(self, command: str) -> None:
+        first = True
+        for flag, facts in _arguments_of(command):
+            if flag[0] == "-" and _takes_value(facts):
+                item = SETTING.get(facts.get("dest", flag.strip("-").replace("-", "_")))
+                choices = facts.get("choices") or (item.metadata.get("choices") if item else ())
+                self.values.update((name, list(choices or ())) for name in (flag, facts.get("short")) if name)
+            elif flag[0] != "-" and first:
+                self.words[command] = list(facts.get("choices", ()))
+                first = False
+        if not self.words.get(command):
+            self.words.pop(command, None)
+
+    def sets(self) -> List[Tuple[str, List[str]]]:
+        """The values of flags that have known ones."""
+        return [(flag, values) for flag, values in self.values.items() if values]
+
+    def free(self) -> List[str]:
+        """Flags whose value nobody knows; folders are `--config-dir`'s."""
+        return [flag for flag, values in self.values.items() if not values and flag != "--config-dir"]
+
+
+_BASH = r"""# iflow2api completion for bash: put this into ~/.bashrc, or: eval "$(python iflow2api.py completion bash)"
+# It serves the names iflow2api and iflow2api.py, also as an alias: alias iflow2api='python /path/to/iflow2api.py'
+_iflow2api() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} line="" words="" i
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        case ${COMP_WORDS[i]} in
+            @VALUED@) ((i++)) ;;
+            -*) ;;
+            *) line+="${line:+ }${COMP_WORDS[i]}" ;;
+        esac
+    done
+    COMPREPLY=()
+    case $prev in
+            --config-dir) COMPREPLY=($(compgen -d -- "$cur")); return ;;
+@VALUES@
+            @FREE@) return ;;
+    esac
+    if [[ $cur == -* ]]; then
+        case ${line%% *} in
+@FLAGS@
+        esac
+    else
+        case $line in
+@WORDS@
+        esac
+    fi
+    @SHOW@
+}
+complete -F _iflow2api iflow2api iflow2api.py"""
+
+_ZSH = r"""# iflow2api completion for zsh: put this into ~/.zshrc, or: eval "$(python iflow2api.py completion zsh)"
+# It serves the names iflow2api and iflow2api.py, also as an alias: alias iflow2api='python /path/to/iflow2api.py'
+_iflow2api() {
+    local cur=${words[CURRENT]} prev=${words[CURRENT-1]} line="" i
+    local -a found
+    for ((i = 2; i < CURRENT; i++)); do
+        case ${words[i]} in
+            @VALUED@) ((i++)) ;;
+            -*) ;;
+            *) line+="${line:+ }${words[i]}" ;;
+        esac
+    done
+    case $prev in
+            --config-dir) _files -/; return ;;
+@VALUES@
+            @FREE@) return ;;
+    esac
+    if [[ $cur == -* ]]; then
+        case ${line%% *} in
+@FLAGS@
+        esac
+    else
+        case $line in
+@WORDS@
+        esac
+    fi
+    @SHOW@
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -u }
+compdef _iflow2api iflow2api iflow2api.py"""
+
+_FISH = r"""# iflow2api completion for fish: put this into ~/.config/fish/config.fish, or:
+#   python iflow2api.py completion fish | source
+# It serves the names iflow2api and iflow2api.py, also as an alias: alias iflow2api 'python /path/to/iflow2api.py'
+function __iflow2api_line
+    set -l words (commandline -opc)
+    set -e words[1]
+    set -l line
+    set -l skip 0
+    for word in $words
+        if test $skip = 1
+            set skip 0
+        else if contains -- $word @VALUED@
+            set skip 1
+        else if not string match -q -- '-*' $word
+            set -a line $word
+        end
+    end
+    echo "$line"
+end
+function __iflow2api_after
+    set -l line (__iflow2api_line)
+    test "$line" = "$argv[1]"
+end
+function __iflow2api_of
+    set -l words (__iflow2api_line | string split ' ')
+    test "$words[1]" = "$argv[1]"
+end
+for name in iflow2api iflow2api.py
+    complete -c $name -f
+@LINES@
+end"""
+
+_POWERSHELL = r"""# iflow2api completion for PowerShell: put this into $PROFILE, or:
+#   python iflow2api.py completion powershell | Out-String | Invoke-Expression
+# It serves the names iflow2api and iflow2api.py: function iflow2api { python C:\path\to\iflow2api.py @args }
+Register-ArgumentCompleter -Native -CommandName iflow2api, iflow2api.py -ScriptBlock {
+    param($wordToComplete, $commandAst, $cursorPosition)
+    $words = @{
+@WORDS@
+    }
+    $flags = @{
+@FLAGS@
+    }
+    $values = @{
+@VALUES@
+    }
+    $before = @($commandAst.CommandElements | Select-Object -Skip 1 |
+        Where-Object { $_.Extent.EndOffset -lt $cursorPosition } | ForEach-Object { $_.Extent.Text })
+    $line = @()
+    $last = ''
+    foreach ($word in $before) {
+        if (-not $values.ContainsKey($last) -and -not $word.StartsWith('-')) { $line += $word }
+        $last = $word
+    }
+    if ($values.ContainsKey($last)) { $found = $values[$last] }
+    elseif ($wordToComplete.StartsWith('-')) { $found = $flags[[string]($line | Select-Object -First 1)] }
+    else { $found = $words[$line -join ' '] }
+    $found | Where-Object { $_ -and $_.StartsWith($wordToComplete) } | ForEach-Object {
+        [System.Management.Automation.CompletionResult]::new($_, $_, 'ParameterValue', $_)
+    }
+}"""
+
+
+def _fill_in(script: str, **parts: str) -> str:
+    """`script` with its @MARKS@ replaced; the shells have a use for every kind of bracket."""
+    for name, part in parts.items():
+        script = script.replace(f"@{name.upper()}@", part)
+    return script
+
+
+def _posix_completion(script: str, form: str, show: str, words: CompletionWords) -> str:
+    """bash's or zsh's; `form` is how a list of words is assigned, `show` how it is handed over."""
+    def cases(table: Iterable[Tuple[str, List[str]]], end: str = "") -> str:
+        return "\n".join(f'            "{name}") {form % " ".join(found)}{end} ;;' for name, found in table)
+
+    return _fill_in(script, valued="|".join(words.values), free="|".join(words.free()), show=show,
+                    values=cases(words.sets(), f"; {show}; return"), flags=cases(words.flags.items()),
+                    words=cases(words.words.items()))
+
+
+def _fish_completion(words: CompletionWords) -> str:
+    def quoted(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+    lines = []
+    for line, found in words.words.items():
+        test = quoted(f'__iflow2api_after "{line}"')
+        for word in found:
+            about = CONSOLE.text(COMMANDS[word].help) if not line else CONSOLE.text(SETTING[word].metadata["label"]) \
+                if line in ("config get", "config set", "config unset") else ""
+            about = f" -d {quoted(about)}" if about else ""
+            lines.append(f"    complete -c $name -n {test} -a {quoted(word)}{about}")
+    for command, flags in words.flags.items():
+        test = quoted(f'__iflow2api_of "{command}"')
+        helps = {name: CONSOLE.text(facts.get("help", "")) for name, facts in _arguments_of(command or "serve")}
+        for flag in flags:
+            kind = "-l" if flag[:2] == "--" else "-s"
+            value = "" if flag not in words.values else " -x -a " + quoted(
+                " ".join(words.values[flag]) or ("(__fish_complete_directories)" if flag == "--config-dir" else ""))
+            about = f" -d {quoted(helps[flag])}" if helps.get(flag) else ""
+            lines.append(f"    complete -c $name -n {test} {kind} {flag.lstrip('-')}{value}{about}")
+    return _fill_in(_FISH, valued=" ".join(words.values), lines="\n".join(lines))
+
+
+def _powershell_completion(words: CompletionWords) -> str:
+    def rows(table: Iterable[Tuple[str, List[str]]]) -> str:
+        return "\n".join(f"        '{name}' = @({', '.join(repr(word) for word in found)})" for name, found in table)
+
+    return _fill_in(_POWERSHELL, words=rows(words.words.items()), flags=rows(words.flags.items()),
+                    values=rows(words.values.items()))
+
+
+COMPLETERS: Dict[str, Callable[[CompletionWords], str]] = {
+    "bash": lambda words: _posix_completion(_BASH, 'words="%s"', 'COMPREPLY=($(compgen -W "$words" -- "$cur"))', words),
+    "zsh": lambda words: _posix_completion(_ZSH, "found=(%s)", "compadd -- $found", words),
+    "fish": _fish_completion, "powershell": _powershell_completion}
+
+
+# --- main --------------------------------------------------------------------
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; 0 done, 1 failed, 2 used wrongly."""
     prepare_process()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")        # a GBK or ASCII console must not end the program
+    argv = list(sys.argv[1:] if argv is None else argv)
+    CONSOLE.set_up(argv, os.environ)
     try:
-        args = _parse_args(sys.argv[1:] if argv is None else argv)
-        return cmd_version(args) if args.command is None else COMMANDS[args.command].run(args)
+        args = _parse_args(argv)
+        return cmd_version(args) if getattr(args, "version", False) else COMMANDS[args.command].run(args)
     except UsageError as exc:
-        _say(f"error: {exc}")
+        _say(tr("error", text=exc))
         return 2
     except KeyboardInterrupt:
         return 130
