@@ -8223,7 +8223,7 @@ def cmd_env(args: Any) -> int:
     settings, shell = gateway.settings, SHELLS[args.shell or _guess_shell()]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     words = {"URL": f"http://{host}:{settings.port}", "KEY": settings.custom_api_key or "not-needed",
-             "MODEL": gateway.state.router.default_model}
+             "MODEL": gateway.current().router.default_model}
 
     def filled(text: str) -> str:
         return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
