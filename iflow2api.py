@@ -8627,7 +8627,7 @@ _DEMO_VALUES = {"command": "echo hello from the demo", "cmd": "echo hello from t
                 "unit": "celsius", "date": "2026-01-01", "zone": "UTC"}
 
 _DEMO_PIECE = re.compile(r"[\u2e80-\uffff]|[^\s\u2e80-\uffff]+\s*|\s+")
-_WIDE = re.compile(r"[\u2e80-\uffff]")
+_CHINESE = re.compile(r"[\u2e80-\uffff]")
 
 
 class DemoAnswer(NamedTuple):
@@ -8652,7 +8652,7 @@ def demo_answer(body: Json) -> DemoAnswer:
     fresh = messages[spoken + 1:]        # what the model has not seen yet
     asked = next((_texts_of(m.get("content"))[-1] for m in reversed(messages)
                   if m.get("role") == "user" and _texts_of(m.get("content"))), "")
-    chinese = bool(_WIDE.search(asked))
+    chinese = bool(_CHINESE.search(asked))
     tool = _demo_tool(body, messages, fresh, asked)
     if tool:
         name, parameters = tool
@@ -9333,7 +9333,9 @@ def _parse_for(where: str, name: str, text: str) -> Any:
     """`text` as a value of the setting `name`; UsageError says what `where` takes instead."""
     try:
         return parse_setting(name, text)
-    except ValueError:
+    except ValueError as exc:
+        if SETTING[name].metadata["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{"):
+            raise UsageError(f"{where}: {exc}") from None        # which part of it, and why
         shown = one_line(text, 60) or '""'
         raise UsageError(tr("bad_value", where=where, value=shown, expected=_expected(name))) from None
 
@@ -9989,8 +9991,8 @@ def cmd_env(args: Any) -> int:
     gateway = _gateway_of(args)
     settings, shell = gateway.settings, SHELLS[args.shell or _guess_shell()]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    words = {"URL": f"http://{host}:{settings.port}", "KEY": settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed"),
-             "MODEL": gateway.state.router.default_model}
+    key = settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed")
+    words = {"URL": f"http://{host}:{settings.port}", "KEY": key, "MODEL": gateway.current().router.default_model}
 
     def filled(text: str) -> str:
         return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
@@ -10343,7 +10345,7 @@ COMMANDS: Dict[str, Command] = {
         ("provider", {"nargs": "?", "metavar": "PROVIDER", "help": ("上游名称；不写则全部", "its name; all without")}),
         *RUN_FLAGS), ("test", "test --upstream http://127.0.0.1:11434/v1")),
     "env": Command(cmd_env, ("输出让客户端指向本服务的 shell 语句", "shell lines that point a client at this server"), (
-        ("client", {"choices": tuple(CLIENTS), "metavar": "CLIENT", "help": (", ".join(CLIENTS), ", ".join(CLIENTS))}),
+        ("client", {"choices": tuple(CLIENTS), "metavar": "CLIENT", "help": ("客户端：" + ", ".join(CLIENTS), ", ".join(CLIENTS))}),
         ("--shell", {"choices": tuple(SHELLS), "help": ("哪种 shell；不写则看 $SHELL", "for which shell; by $SHELL without")}),
         ("--host", {"metavar": "ADDR", "help": ("服务的地址", "the server's address")}),
         ("--port", {"metavar": "N", "help": ("服务的端口", "its port")}), RUN_FLAGS[2]),
@@ -10368,7 +10370,7 @@ COMMANDS: Dict[str, Command] = {
         ("--show-secrets", {"action": "store_true", "help": ("完整显示密钥", "show keys in full")})),
         ("config list", "config set port 8080", "config set upstream_proxy socks5h://127.0.0.1:1080")),
     "routes": Command(cmd_routes, ("说明某个模型名会去哪里、为什么", "say where a model's name goes, and why"), (
-        ("action", {"choices": ("explain",), "help": ("explain", "explain")}),
+        ("action", {"choices": ("explain",), "help": ("说明去向", "say where it goes")}),
         ("name", {"metavar": "MODEL", "help": ("模型名", "the model's name")}),
         ("--dialect", {"choices": ("chat", "messages", "responses"), "default": "chat",
                        "help": ("客户端的接口（chat）", "the client's API (chat)")}),

@@ -713,3 +713,8 @@ def test_what_is_no_model_list_names_no_models(data):
         assert ifl.parse_model_list(data) == []
     except ifl.UpstreamGarbled:
         assert data in (b"", b"<html>")
+
+
+def test_env_names_the_model_of_a_found_engine(capsys, demo, engines):
+    engines(ollama=demo.base_url)
+    assert "demo" in run(capsys, "env", "codex", "--shell", "bash")[1]
