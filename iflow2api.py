@@ -498,7 +498,7 @@ def decode_base64(text: str) -> Optional[bytes]:
 
 
 class FileLock:
-    """One holder at a time among processes, and threads: each open file counts.  A holder that is killed holds no longer.
+    """One holder at a time among processes and threads: each open file counts.  Who is killed holds no longer.
 
     The file stays: removing it would let two processes lock two files of the same name.
     """
@@ -514,12 +514,13 @@ class FileLock:
         try:
             while not self._take(fd):
                 if time.monotonic() >= until:
-                    raise TimeoutError(errno.ETIMEDOUT, f"another process has held {self.path} for {self._timeout_s:g} s")
+                    text = f"another process has held {self.path} for {self._timeout_s:g} s"
+                    raise TimeoutError(errno.ETIMEDOUT, text)
                 pause.wait(0.02)
-        except BaseException:
-            os.close(fd)
-            raise
-        self._fd = fd
+            self._fd = fd
+        finally:
+            if self._fd != fd:
+                os.close(fd)
         return self
 
     @staticmethod
@@ -539,7 +540,8 @@ class FileLock:
         return True
 
     def __exit__(self, *exc: Any) -> None:
-        os.close(self._fd)               # lets go, too
+        fd, self._fd = self._fd, -1
+        os.close(fd)                     # lets go, too
 
 
 # === 5. Settings ============================================================
@@ -605,7 +607,7 @@ class Settings:
     oauth_client_id: str = setting("str", "10009311001", "OAuth 客户端 ID", "iFlow: id of the installed application")
     oauth_client_secret: str = setting("str", "4Z3YjXycVsQvyGF1etiNlIBB4RsqSDtW", "OAuth 客户端密钥",
                                        "iFlow: published in every copy of its CLI (RFC 8252, 8.5)", secret=True)
-    accounts: Dict[str, Any] = setting("dict", {}, "更多 iFlow 账号", "iFlow: further accounts, as `login --account` keeps them")
+    accounts: Dict[str, Any] = setting("dict", {}, "更多 iFlow 账号", "iFlow: what `login --account` keeps")
     encrypt_secrets: bool = setting("bool", True, "加密保存密钥", "keep keys and tokens encrypted in config.json")
     api_key: str = setting("str", "", "iFlow 密钥", "iFlow: key of the model API", secret=True)
     base_url: str = setting("str", "", "iFlow 接口地址", "iFlow: its chat API")
@@ -674,7 +676,8 @@ def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any
     for name in SETTING:
         # a secret that can't be opened is named by the vault; of the client key its sealed text stays in force, for
         # else a server that wanted a key would suddenly want none
-        if name in raw and (name == "custom_api_key" or not (SETTING[name].metadata.get("secret") and is_sealed(raw[name]))):
+        locked = name != "custom_api_key" and SETTING[name].metadata.get("secret") and is_sealed(raw.get(name))
+        if name in raw and not locked:
             try:
                 values[name], origins[name] = check_setting(name, raw[name]), "file"
             except ValueError as exc:
@@ -767,7 +770,8 @@ class Vault:
         """The secret; SealBroken."""
         found = re.fullmatch(r"enc:v1:([^.]*)\.([^.]*)\.([^.]*)", text)
         if not found:
-            raise SealBroken("it is damaged" if text.startswith(SEALED + "v1:") else "a newer version encrypted it, or it is damaged")
+            newer = "" if text.startswith(SEALED + "v1:") else "a newer version encrypted it, or "
+            raise SealBroken(newer + "it is damaged")
         parameters, key_id, body = found.groups()
         data = decode_base64(body)
         for key in self._keys(parameters):
@@ -849,7 +853,8 @@ class Vault:
         started = time.perf_counter()
         hashlib.pbkdf2_hmac("sha256", b"measure", b"measure", cls.ITERATIONS[0])
         taken = max(time.perf_counter() - started, 1e-6)
-        return max(cls.ITERATIONS[0], min(cls.ITERATIONS[1], int(cls.ITERATIONS[0] * cls.DERIVE_S / taken) // 1000 * 1000))
+        fewest, most = cls.ITERATIONS
+        return max(fewest, min(most, int(fewest * cls.DERIVE_S / taken) // 1000 * 1000))
 
 
 def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
@@ -870,7 +875,8 @@ def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
         entry = dict(entry)
         if isinstance(entry.get("api_keys"), list):
             entry["api_keys"] = [on(f"{place}.api_keys[{at}]", key) for at, key in enumerate(entry["api_keys"])]
-        entry = on_members(place, entry, lambda key: key == "proxy" and ("@" in str(entry[key]) or is_sealed(entry[key])))
+        if "@" in str(entry.get("proxy")) or is_sealed(entry.get("proxy")):
+            entry["proxy"] = on(f"{place}.proxy", entry["proxy"])
         if "headers" in entry:
             entry["headers"] = on_members(f"{place}.headers", entry["headers"], _SECRET_HEADER.fullmatch)
         return entry
@@ -887,7 +893,7 @@ def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
 class ConfigFile:
     """config.json and its `.bak`: what we do not know in it survives, and a crash leaves one of the two whole.
 
-    Who reads it sees secrets in clear, in the file they are sealed; one that can't be opened stays as it is, here and there.
+    Who reads it sees secrets in clear, in the file they are sealed; one that can't be opened stays as it is.
     """
 
     def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
@@ -959,7 +965,7 @@ class ConfigFile:
                 os.replace(self.path, f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
             elif os.path.isfile(self.path):
                 self._back_up()
-            write_file(self.path, self._bytes(sealed))
+            write_file(self.path, self.to_bytes(sealed))
 
     def lock(self) -> Any:
         """One writer at a time; where there is no place for a lock (a lone bind-mounted file), the thread's must do."""
@@ -969,7 +975,7 @@ class ConfigFile:
         return lock
 
     @staticmethod
-    def _bytes(raw: Json) -> bytes:
+    def to_bytes(raw: Json) -> bytes:
         return json.dumps(raw, ensure_ascii=False, indent=2).encode("utf-8", "surrogatepass") + b"\n"
 
     def _back_up(self) -> None:
@@ -979,7 +985,7 @@ class ConfigFile:
         try:
             plain = read_json_file(self.path)
             sealed = self._sealed_if_possible(plain)
-            write_file(self.backup, data if sealed == plain else self._bytes(sealed))
+            write_file(self.backup, data if sealed == plain else self.to_bytes(sealed))
         except (OSError, ConfigBroken) as exc:
             log.warning("no backup of %s: %s", self.path, getattr(exc, "strerror", None) or exc)
 
@@ -995,7 +1001,7 @@ class ConfigFile:
             for path in (self.path, self.backup):
                 if os.path.isfile(path):
                     contents[path] = self._opened(read_json_file(path))
-                    locked += [problem if path == self.path else problem.replace(":", ".bak:", 1) for problem in self.locked]
+                    locked += [os.path.basename(path) + problem[len("config.json"):] for problem in self.locked]
             if mode == "rotate":
                 self.vault.renew()
             if mode == "off":
@@ -1004,7 +1010,7 @@ class ConfigFile:
                 raw = {**raw, "encrypt_secrets": mode != "off"}
                 if mode != "off":
                     del raw["encrypt_secrets"]           # the default
-                write_file(path, self._bytes(self._sealed(raw)))
+                write_file(path, self.to_bytes(self._sealed(raw)))
             if mode == "rotate" and not locked:
                 self.vault.drop_old_keys()
             return locked
@@ -1158,8 +1164,10 @@ def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapp
         keys += [other for other in account_keys(settings.accounts).values() if other not in keys]
     if not keys:
         return None
-    entry = {"name": "iflow", "kind": "openai" if plain else "iflow", "api_keys": ["$" + k if k[0] == "$" else k for k in keys],
-             "base_url": first("base_url", IFLOW_URL_VARIABLES, text("baseUrl") if plain or not foreign else "", IFLOW_BASE_URL),
+    filed_url = text("baseUrl") if plain or not foreign else ""
+    entry = {"name": "iflow", "kind": "openai" if plain else "iflow",
+             "api_keys": ["$" + key if key[0] == "$" else key for key in keys],
+             "base_url": first("base_url", IFLOW_URL_VARIABLES, filed_url, IFLOW_BASE_URL),
              "models": [text("modelName")] if plain and text("modelName") else [],
              "concurrency": settings.api_concurrency * len(keys)}
     return with_iflow_facts(parse_provider(entry, {}), settings)
@@ -1268,8 +1276,8 @@ class Router:
         if found:
             return found
         if self.default is None:
-            raise NotLoggedIn("there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's key "
-                              "into IFLOW_API_KEY, start with --upstream URL, or add one to `providers` in config.json")
+            raise NotLoggedIn("there is no iFlow login and no other provider: run `python iflow2api.py login`, put "
+                              "iFlow's key into IFLOW_API_KEY, start with --upstream URL, or add one to `providers`")
         return Target(self.default, model)
 
     def claimed(self, model: str) -> Optional[Target]:
@@ -5720,7 +5728,7 @@ DEFAULT_ACCOUNT = "default"
 OAUTH_PORT = 11451
 OAUTH_PATH = "/oauth2callback"
 
-#: Longest silence, and longest answer, of the login host; longest wait for whoever else is refreshing (two requests of his).
+#: Longest silence and longest answer of the login host; longest wait for who else is refreshing (two requests of his).
 OAUTH_SILENCE_S, OAUTH_ANSWER_S, OAUTH_LOCK_S = 20, 30, 120
 
 #: How long a login may take in the browser.
@@ -5736,7 +5744,7 @@ LOGIN_FIELDS = (*LOGIN_SECRETS, "oauth_expires_at", "api_key_expires_at", KEY_DU
 
 
 def parse_time(value: Any) -> Optional[float]:
-    """Epoch seconds of an ISO 8601 text (without a zone: local time, as JavaScript and older programs have it) or number."""
+    """Epoch seconds of an ISO 8601 text (without a zone: local time, as in JavaScript) or of a number."""
     import datetime
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value / 1000 if value > 1e11 else float(value)
@@ -5753,7 +5761,8 @@ def format_time(at: float) -> str:
 class OAuth:
     """The talk with iFlow's login host.  Whatever it answers, what comes out is usable, or a LoginFailed."""
 
-    def __init__(self, upstream: Upstream, settings: Callable[[], Settings], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, upstream: Upstream, settings: Callable[[], Settings],
+                 clock: Callable[[], float] = time.time) -> None:
         self._upstream, self._settings, self._clock = upstream, settings, clock
 
     def address(self, redirect_uri: str, state: str) -> str:
@@ -5781,8 +5790,8 @@ class OAuth:
         if status != 200 or answer.get("success") is False:
             raise self._refusal("the API key", status, answer, access_token)
         if not isinstance(key, str) or not account_keys({"": {"apiKey": key.strip()}}):
-            raise LoginFailed("iFlow knows the login, but has no API key for it: open https://iflow.cn, see whether the account "
-                              "has one, then run: python iflow2api.py login", refused=True)
+            raise LoginFailed("iFlow knows the login, but has no API key for it: see at https://iflow.cn whether the "
+                              "account has one, then run: python iflow2api.py login", refused=True)
         return {**data, "apiKey": key.strip()}
 
     def _tokens(self, form: Dict[str, str]) -> Json:
@@ -5808,13 +5817,14 @@ class OAuth:
         """Status and JSON object of an answer; the address is not named in errors, since it may hold a token."""
         base, _, query = url.partition("?")
         if not re.match(r"https?://[^/\s]", base):
-            raise LoginFailed(f"{one_line(base, 80)!r} is no address: see iflow_token_url and iflow_userinfo_url in config.json")
+            raise LoginFailed(f"{one_line(base, 80)!r} is no address: see iflow_token_url and iflow_userinfo_url")
+        host = Provider("iFlow's login host", base)
         until = time.monotonic() + OAUTH_ANSWER_S
         headers = [("User-Agent", f"iflow2api/{__version__}"), ("Accept", "application/json"), *headers]
         parts: List[bytes] = []
         try:
-            with self._upstream.open(Provider("iFlow's login host", base), self._settings(), method, query and "?" + query,
-                                     headers, body, NOBODY, OAUTH_SILENCE_S, "application/x-www-form-urlencoded") as exchange:
+            with self._upstream.open(host, self._settings(), method, query and "?" + query, headers, body, NOBODY,
+                                     OAUTH_SILENCE_S, "application/x-www-form-urlencoded") as exchange:
                 while not parts or parts[-1]:
                     parts.append(exchange.read())
                     if time.monotonic() > until or len(parts) > 10_000:
@@ -5828,7 +5838,8 @@ class OAuth:
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            what = "an HTML page" if "html" in exchange.content_type or parts[0].lstrip()[:1] == b"<" else "something else"
+            is_page = "html" in exchange.content_type or parts[0].lstrip()[:1] == b"<"
+            what = "an HTML page" if is_page else "something else"
             raise LoginFailed(f"iFlow's login host answered {exchange.status} with {what} instead of JSON; "
                               "what is stored stays as it is")
         return exchange.status, answer
@@ -5837,12 +5848,14 @@ class OAuth:
     def _refusal(wanted: str, status: int, answer: Json, secret: str) -> LoginFailed:
         """What an answer without what was wanted means: overloaded, dead, or refused for now."""
         texts = [answer.get(name) for name in ("error_description", "message", "msg", "error")]
-        said = one_line(next((text for text in texts if isinstance(text, str) and text), "no reason").replace(secret, "…"), 200)
+        text = next((text for text in texts if isinstance(text, str) and text), "no reason")
+        said = one_line(text.replace(secret, "…"), 200)
         if answer.get("error") == "invalid_grant":
-            return LoginFailed(f"iFlow refused the login as used up or too old ({said}); run: python iflow2api.py login",
-                               refused=True, dead=True)
+            return LoginFailed(f"iFlow refused the login as used up or too old ({said}); "
+                               "run: python iflow2api.py login", refused=True, dead=True)
         if status == 200 and answer.get("success") is False or status in (408, 429) or status >= 500:
-            return LoginFailed(f"iFlow's login host is overloaded or out of order ({status}: {said}); what is stored stays as it is")
+            return LoginFailed(f"iFlow's login host is overloaded or out of order ({status}: {said}); "
+                               "what is stored stays as it is")
         return LoginFailed(f"iFlow's login host gave no {wanted} ({status}: {said})", refused=400 <= status < 500)
 
 
@@ -5890,8 +5903,7 @@ class LoginFile:
 
         try:
             if self.is_default:
-                login = merge(self.read())
-                write_file(self.path, json.dumps(login, ensure_ascii=False, indent=2).encode("utf-8", "surrogatepass") + b"\n")
+                write_file(self.path, ConfigFile.to_bytes(merge(self.read())))
             elif self._config is not None:
                 self._config.change(edit)
         except OSError as exc:
@@ -5930,7 +5942,7 @@ def login_end(login: Json) -> Optional[float]:
 
 @dataclass
 class Refreshed:
-    """How the refreshing of one account goes.  `unsaved` are tokens that could not be written yet, got for `unsaved_for`."""
+    """How the refreshing of one account goes; `unsaved` are tokens, got for `unsaved_for`, that await being written."""
     at: Optional[float] = None
     ok: Optional[bool] = None
     message: str = ""
@@ -6012,7 +6024,8 @@ class Refresher:
         token, end = login.get(REFRESH), login_end(login)
         if not isinstance(token, str) or not token or token == state.dead_token or self._monotonic() < state.next_at:
             return False
-        return login.get(KEY_DUE) is True or bool(state.unsaved) or end is not None and end - self._clock() < self.AHEAD_S
+        ends_soon = end is not None and end - self._clock() < self.AHEAD_S
+        return login.get(KEY_DUE) is True or bool(state.unsaved) or ends_soon
 
     def renew(self, account: str, key: str, caller: Caller) -> str:
         """The key to use instead of `key`, which the API refused; "" where a refresh brings none.
@@ -6022,7 +6035,7 @@ class Refresher:
         found: List[str] = []
         done = threading.Event()
 
-        def run() -> None:
+        def _run() -> None:
             try:
                 found.append(self._renew(account, key))
             except Exception:            # a thread body
@@ -6030,12 +6043,12 @@ class Refresher:
             finally:
                 done.set()
 
-        threading.Thread(target=run, name="login-renew", daemon=True).start()
+        threading.Thread(target=_run, name="login-renew", daemon=True).start()
         while not done.wait(min(caller.tick_s, 0.5)):
             if caller.sock is not None and has_left(caller.sock):
                 raise ClientGone
             caller.tick()
-        return found[0] if found else ""
+        return "".join(found)
 
     def _renew(self, account: str, key: str) -> str:
         for file in self._files():
@@ -6044,15 +6057,16 @@ class Refresher:
         return ""
 
     def _refresh(self, file: LoginFile, stale: Optional[str]) -> str:
-        """Refresh one login, unless somebody else just did; its key, "" if that failed.  `stale`: the key the API refused."""
+        """Refresh one login, unless somebody else just did; its key, "" if that failed.  `stale`: a refused key."""
         state, token = self.state(file.account), ""
         try:
             before = file.read()
             token = before.get(REFRESH) or ""
-            if stale is not None and not self._may_renew(before, state, stale):
-                return self._key_of(before) if state.ok and not state.failures or self._key_of(before) != stale else ""
+            if stale is not None and not self._may_renew(before, state):
+                return self._key_of(before) if state.ok or self._key_of(before) != stale else ""
             with file.held():
-                login = self._save_left_over(file, state)
+                token = self._save_left_over(file, state) or token
+                login = file.read()
                 others = login.get(REFRESH) != token or stale not in (None, self._key_of(login))
                 if not others and (stale is not None or self._is_due(login, state)):
                     login = self._ask(file, login, state, stale is not None)
@@ -6063,22 +6077,25 @@ class Refresher:
         self._changed()
         return self._key_of(login)
 
-    def _may_renew(self, login: Json, state: Refreshed, stale: str) -> bool:
-        """Whether the host may be asked because of a refused key: there is a live token, and it was not asked just now."""
+    def _may_renew(self, login: Json, state: Refreshed) -> bool:
+        """Whether a refused key is a reason to ask the host: the token lives, and it was not asked just now."""
         token = login.get(REFRESH)
-        return isinstance(token, str) and bool(token) and token != state.dead_token and self._monotonic() >= state.next_at
+        return isinstance(token, str) and token not in ("", state.dead_token) and self._monotonic() >= state.next_at
 
     @staticmethod
     def _key_of(login: Json) -> str:
         key = login.get("apiKey")
         return key.strip() if isinstance(key, str) else ""
 
-    def _save_left_over(self, file: LoginFile, state: Refreshed) -> Json:
-        """The login as it lies there, with tokens that an earlier refresh could not write."""
+    @staticmethod
+    def _save_left_over(file: LoginFile, state: Refreshed) -> str:
+        """Write tokens that an earlier refresh could not write, unless others lie there; the refresh token of them."""
+        token = ""
         if state.unsaved and file.read().get(REFRESH) == state.unsaved_for:
             file.update(state.unsaved)
+            token = state.unsaved[REFRESH]
         state.unsaved = {}
-        return file.read()
+        return token
 
     def _ask(self, file: LoginFile, login: Json, state: Refreshed, refused_key: bool) -> Json:
         """The login with new tokens and the key that belongs to them, both written."""
@@ -6109,7 +6126,8 @@ class Refresher:
             tries = len(self.BACKOFF_S)
             delay_s = self.BACKOFF_S[state.failures - 1] if state.failures <= tries else self.LOOK_S
             state.next_at = self._monotonic() + delay_s
-            log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s", file.account, delay_s, state.message)
+            log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s", file.account, delay_s,
+                        state.message)
 
     def report(self, logins: Mapping[str, Json]) -> Dict[str, Json]:
         """account -> when its login ends and how the last refresh went; nothing in it is secret."""
@@ -6128,7 +6146,8 @@ class Refresher:
 
 # --- logging in ----------------------------------------------------------------
 
-LOGIN_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+LOGIN_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>iflow2api</title><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:36rem;
 margin:4rem auto;padding:0 1rem}</style><h1>TITLE</h1><p>TEXT</p>"""
 
@@ -6213,8 +6232,9 @@ class LoginFlow:
     """
 
     def __init__(self, oauth: OAuth, file: LoginFile, changed: Callable[[], None], listen: bool = True,
-                 timeout_s: float = LOGIN_TIMEOUT_S, port: int = OAUTH_PORT) -> None:
+                 timeout_s: float = LOGIN_TIMEOUT_S, port: Optional[int] = None) -> None:
         """LoginFailed where the result could not be kept anyway."""
+        port = OAUTH_PORT if port is None else port
         with file.held():
             file.read()
         self.file, self._oauth, self._changed = file, oauth, changed
@@ -6224,12 +6244,13 @@ class LoginFlow:
         port = self._servers[0].server_port if listen else port
         self._redirect_uri = f"http://localhost:{port}{OAUTH_PATH}"
         self.url = oauth.address(self._redirect_uri, self._secret)
-        self._timer = threading.Timer(timeout_s, self.fail, (f"nobody logged in within {timeout_s:g} s; nothing was changed",))
+        late = f"nobody logged in within {timeout_s:g} s; nothing was changed"
+        self._timer = threading.Timer(min(timeout_s, threading.TIMEOUT_MAX), self.fail, (late,))
         self._timer.daemon = True
         self._timer.start()
 
     def visit(self, query: str) -> Tuple[bool, str]:
-        """The browser came back: whether it worked, and what to tell it.  Strangers, who lack the state, change nothing."""
+        """The browser came back: whether it worked, and what to tell it.  Who lacks the state changes nothing."""
         try:
             code = self._code(urllib.parse.parse_qs(query), True)
         except LoginFailed as exc:
@@ -6241,13 +6262,13 @@ class LoginFlow:
         return self.state == "done", self.message
 
     def paste(self, text: str) -> None:
-        """The user gives the address the browser ended on, or the code in it.  LoginFailed says what was wrong with it."""
+        """The user gives the address the browser ended on, or the code in it.  LoginFailed says what was wrong."""
         text = text.strip()
         if re.fullmatch(r"[\w.~+/=-]{6,512}", text):
             code = text
         else:
-            code = self._code(urllib.parse.parse_qs(urllib.parse.urlsplit(text).query if "://" in text else
-                                                    text.partition("?")[2] or text), False)
+            query = (text.partition("?")[2] or text).partition("#")[0]
+            code = self._code(urllib.parse.parse_qs(query), False)
         try:
             self._finish(code, False)
         finally:
@@ -6283,14 +6304,15 @@ class LoginFlow:
                 raise
             who = next((str(info[name]) for name in ("username", "email", "phone") if info.get(name)), "")
             self.state = "done"
-            self.message = f"logged in to iFlow{' as ' + one_line(who, 80) if who else ''}; you can close this page / 可以关闭此页面"
+            name = " as " + one_line(who, 80) if who else ""
+            self.message = f"logged in to iFlow{name}; you can close this page / 可以关闭此页面"
         self._changed()
 
     @staticmethod
     def _login(tokens: Json, info: Json, before: Json) -> Json:
         """What a login writes.  One that was set to another service must not take iFlow's key there."""
-        changes: Json = {**tokens, REFRESH: tokens.get(REFRESH), "apiKey": info["apiKey"], "selectedAuthType": "oauth-iflow",
-                         "api_key_expires_at": None, KEY_DUE: None}
+        changes: Json = {**tokens, REFRESH: tokens.get(REFRESH), "apiKey": info["apiKey"], "api_key_expires_at": None,
+                         KEY_DUE: None, "selectedAuthType": "oauth-iflow"}
         if before.get("selectedAuthType") == "openai-compatible":
             changes.update(baseUrl=None, modelName=None)
         return changes
@@ -6325,7 +6347,7 @@ class Logins:
         return [LoginFile(name, self._config) for name in (DEFAULT_ACCOUNT, *self._accounts())] if self._config else []
 
     def start(self, account: str = "", paste: bool = False, timeout_s: float = LOGIN_TIMEOUT_S,
-              port: int = OAUTH_PORT) -> Json:
+              port: Optional[int] = None) -> Json:
         """Begin a login; an earlier attempt ends.  LoginFailed."""
         if not re.fullmatch(r"[\w.@+-]{0,64}", account):
             raise LoginFailed("an account's name has letters, digits and . @ + - _ only, at most 64")
@@ -6780,7 +6802,8 @@ class Gateway:
         self.upstream, self.metrics = Upstream(), Metrics()
         self.responses, self.reasoning = ResponseStore(), ReasoningCache()
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
-        self.logins = Logins(config, OAuth(self.upstream, lambda: self.settings), lambda: self.settings.accounts, self.reload)
+        oauth = OAuth(self.upstream, lambda: self.settings)
+        self.logins = Logins(config, oauth, lambda: self.settings.accounts, self.reload)
         self._seal: Optional[Seal] = None
         self.started_at = time.time()
         self.in_flight = 0
@@ -7010,9 +7033,9 @@ class Gateway:
             f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}, "
             f"then run: python iflow2api.py test {provider.name}", status=403, type="permission_error", should_retry=False)
 
-    def _attempt_with_login(self, state: State, call: Call, target: Target, key: str, turn: Any, body: bytes, sink: AnswerSink,
-                            record: Record) -> None:
-        """An attempt; where iFlow says that the key has ended, its login is refreshed and the attempt made once more."""
+    def _attempt_with_login(self, state: State, call: Call, target: Target, key: str, turn: Any, body: bytes,
+                            sink: AnswerSink, record: Record) -> None:
+        """An attempt; where iFlow says that the key has ended, the login is refreshed and it is made again."""
         try:
             return self._attempt(state, call, target, key, turn, body, sink, record)
         except UpstreamRefused as exc:
@@ -7231,7 +7254,8 @@ class Gateway:
         healthy = any(p["usable"] for p in providers) and not self.config_broken and not any(
             login["ended"] for login in logins.values())
         return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(), "version": __version__,
-                "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers, "logins": logins,
+                "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
+                "logins": logins,
                 "problems": [one_line(p) for p in self.problems]}
 
     def _is_logged_in(self) -> bool:
@@ -7252,12 +7276,13 @@ class Gateway:
     def login_report(self) -> Dict[str, Json]:
         """Refresher.report for the logins in force."""
         accounts = {name: login for name, login in self.settings.accounts.items() if isinstance(login, dict)}
-        return self.logins.refresher.report({DEFAULT_ACCOUNT: self._login, **accounts} if "providers" not in self.flags else {})
+        in_force = {DEFAULT_ACCOUNT: self._login, **accounts} if "providers" not in self.flags else {}
+        return self.logins.refresher.report(in_force)
 
     def _login_gauges(self) -> List[Tuple[str, str, Mapping[str, Any], float]]:
         gauges: List[Tuple[str, str, Mapping[str, Any], float]] = []
         report = self.login_report()
-        for family, text, name in (("login_expires_at_seconds", "When an iFlow login has to be refreshed.", "expires_at"),
+        for family, text, name in (("login_expires_at_seconds", "When a login has to be refreshed.", "expires_at"),
                                    ("login_refreshed_at_seconds", "When a refresh was last tried.", "refreshed_at"),
                                    ("login_refresh_ok", "Whether the last refresh worked.", "refresh_ok"),
                                    ("login_ended", "Whether only a new login helps.", "ended")):
@@ -8177,7 +8202,8 @@ def _announce(gateway: Gateway, server: Server, had_key: bool) -> None:
         mark = " (default)" if provider is router.default else ""
         _say(f"provider {provider.name}{mark}: {provider.problem or provider.base_url}")
     if not router.providers:
-        _say("no provider yet: run `python iflow2api.py login`, start with --upstream URL [--api-key '$NAME'], or add `providers` to " +
+        _say("no provider yet: run `python iflow2api.py login`, start with --upstream URL [--api-key '$NAME'], "
+             "or add `providers` to " +
              (gateway.config.path if gateway.config else "the settings"))
     if not had_key and settings.custom_api_key:
         _say(f"client key (made because {settings.host} is open to the network): {settings.custom_api_key}")
@@ -8332,7 +8358,7 @@ def cmd_login(args: Any) -> int:
         _say("open this address in a browser to log in to iFlow:")
         print(found["url"], flush=True)
         if not paste and not args.no_browser and not open_browser(found["url"], os.environ):
-            _say("no browser was found here: open the address yourself, on this machine; on another one, use login --paste")
+            _say("no browser was found here: open the address yourself; for a browser elsewhere there is login --paste")
         return _wait_for_login(gateway, paste)
     except LoginFailed as exc:
         _say(f"error: {exc.message}")
@@ -8350,8 +8376,8 @@ def _wait_for_login(gateway: Gateway, paste: bool) -> int:
     if flow is None:
         return 1
     if paste or sys.stdin is not None and sys.stdin.isatty():
-        _say("after logging in the browser ends on an address that begins with http://localhost: "
-             + ("it can't be shown, which is as it should be; paste it here:" if paste else "if it can't be shown, paste it here"))
+        _say("after logging in the browser ends on an address that begins with http://localhost; "
+             + ("it need not show a page: paste that address here" if paste else "if it shows no page, paste it here"))
         threading.Thread(target=_read_pastes, args=(flow, sys.stdin.fileno(), paste), name="paste", daemon=True).start()
     while not flow.ended.wait(0.5):      # Windows: Ctrl-C does not end an endless wait
         pass
@@ -8414,8 +8440,8 @@ def cmd_logout(args: Any) -> int:
     file, gone = LoginFile(account, gateway.config), False
     try:
         login = file.read()
-        fields = LOGIN_FIELDS if login.get("selectedAuthType") != "openai-compatible" else tuple(
-            name for name in LOGIN_FIELDS if not name.endswith("piKey"))         # another service's key is not our login
+        foreign = login.get("selectedAuthType") == "openai-compatible"           # another service's key is not ours
+        fields = [name for name in LOGIN_FIELDS if not (foreign and name.endswith("piKey"))]
         if any(name in login for name in fields):
             with file.held():
                 file.update(dict.fromkeys(login if not file.is_default else fields))
@@ -8601,14 +8627,15 @@ COMMANDS: Dict[str, Command] = {
     "login": Command(cmd_login, "log in to iFlow in the browser", (
         ("--paste", {"action": "store_true", "help": "for SSH and containers: paste the address the browser ends on"}),
         ("--no-browser", {"action": "store_true", "help": "only print the address to open"}),
-        ("--api-key", {"metavar": "KEY", "help": "store this key instead: $NAME, - (standard input), or the key itself"}),
+        ("--api-key", {"metavar": "KEY", "help": "store this key instead: $NAME, - (standard input), or itself"}),
         ("--account", {"metavar": "NAME", "help": "a further account; requests take turns among all of them"}),
-        ("--timeout", {"metavar": "S", "type": float, "default": float(LOGIN_TIMEOUT_S), "help": "seconds to wait (300)"}))),
+        ("--timeout", {"metavar": "S", "type": float, "default": LOGIN_TIMEOUT_S, "help": "seconds to wait (300)"}))),
     "logout": Command(cmd_logout, "remove the iFlow login", (
         ("--account", {"metavar": "NAME", "help": "of this account"}),)),
     "config": Command(cmd_config, "show and change settings", (
-        ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path", "encrypt"), "help": "list without"}),
-        ("key", {"nargs": "?", "metavar": "KEY", "help": "a setting; for encrypt: on, off or rotate"}), ("value", {"nargs": "?", "metavar": "VALUE"}),
+        ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path", "encrypt"),
+                    "help": "list without; encrypt on, off, rotate: keys and tokens at rest"}),
+        ("key", {"nargs": "?", "metavar": "KEY"}), ("value", {"nargs": "?", "metavar": "VALUE"}),
         ("--show-secrets", {"action": "store_true", "help": "show keys in full"}))),
     "version": Command(cmd_version, "print the version"),
 }
