@@ -6038,8 +6038,6 @@ class Refresher:
         def _run() -> None:
             try:
                 found.append(self._renew(account, key))
-            except Exception:            # a thread body
-                log.exception("refreshing the iFlow login failed")
             finally:
                 done.set()
 
@@ -7897,6 +7895,33 @@ def anthropic_page(models: List[Json], query: Mapping[str, List[str]]) -> Json:
             "last_id": page[-1]["id"] if page else None}
 
 
+def check_admin(handler: Handler) -> None:
+    """Beyond the client key: no foreign page, whatever `allowed_origins` says, and without a key this machine alone."""
+    headers, settings = handler.headers, handler.server.gateway.settings
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+    foreign = origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
+    if foreign or site not in ("none", "same-origin"):
+        raise Forbidden("the admin API answers to its own page only", code="origin_not_allowed")
+    if not settings.custom_api_key and not is_loopback(handler.client_address[0]):
+        raise Forbidden("without custom_api_key the admin API answers to this machine only", code="host_not_allowed")
+
+
+def steer_login(handler: Handler) -> None:
+    """/admin/api/oauth/start, callback, paste (POST) and status (GET): a login, as the page drives it."""
+    check_admin(handler)
+    logins = handler.server.gateway.logins
+    action = normal_path(handler.path).rpartition("/")[2]
+    body = handler.read_json()[0] if handler.command == "POST" else {}
+    for name in ("account", "text", "query"):
+        if not isinstance(body.get(name, ""), str):
+            raise BadRequest(f"{name}: a string expected", param=name)
+    if action == "start":
+        return handler.respond_json(logins.start(body.get("account", ""), body.get("paste") is True))
+    if action == "status":
+        return handler.respond_json(logins.status())
+    handler.respond_json(logins.paste(body.get("text", "")) if action == "paste" else logins.callback(body.get("query", "")))
+
+
 CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>iflow2api</title><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:40rem;
 margin:3rem auto;padding:0 1rem}code{font:14px ui-monospace,monospace}li{margin:.2rem 0}</style>
@@ -7948,6 +7973,8 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/responses/compact": {"POST": Route(answer_call, COMPACT)},
     "/responses/input_tokens": {"POST": Route(count_input_tokens, RESPONSES)},
     "/responses/": {"GET": Route(kept_response, RESPONSES), "DELETE": Route(kept_response, RESPONSES)},
+    **{f"/admin/api/oauth/{action}": {"POST": Route(steer_login)} for action in ("start", "callback", "paste")},
+    "/admin/api/oauth/status": {"GET": Route(steer_login)},
     "/api/event_logging/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
     "/api/event_logging/v2/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
 }

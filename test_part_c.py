@@ -276,6 +276,11 @@ def text_of(path):
         return file.read()
 
 
+def bytes_of(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
 @pytest.fixture
 def sealed(home):
     made = ifl.ConfigFile(str(home / "c"), {})
@@ -311,10 +316,10 @@ def test_encrypt_off_on_and_rotate(sealed):
     sealed.change(lambda raw: raw.update(port=3))
     assert "sk-p-one" in text_of(sealed.path)
     assert sealed.encrypt("on") == [] and "sk-p-one" not in text_of(sealed.path) + text_of(sealed.backup)
-    before, key = text_of(sealed.path), open(sealed.vault.key_path, "rb").read()
+    before, key = text_of(sealed.path), bytes_of(sealed.vault.key_path)
     assert sealed.encrypt("rotate") == []
-    assert text_of(sealed.path) != before and open(sealed.vault.key_path, "rb").read() != key
-    assert len(open(sealed.vault.key_path, "rb").read()) == 32
+    assert text_of(sealed.path) != before and bytes_of(sealed.vault.key_path) != key
+    assert len(bytes_of(sealed.vault.key_path)) == 32
     assert sealed.read() == {**SECRETS, "port": 3}
 
 
@@ -375,7 +380,7 @@ def test_a_damaged_key_file_stops_no_other_change(sealed, caplog):
     with open(sealed.vault.key_path, "wb") as file:
         file.write(b"short")
     sealed.change(lambda raw: raw.update(port=7, custom_api_key="sk-new-one"))
-    assert json.loads(text_of(sealed.path))["port"] == 7 and open(sealed.vault.key_path, "rb").read() == b"short"
+    assert json.loads(text_of(sealed.path))["port"] == 7 and bytes_of(sealed.vault.key_path) == b"short"
     assert "stay unencrypted" in caplog.text and "sk-new-one" not in caplog.text
     with pytest.raises(OSError):
         sealed.encrypt("rotate")
@@ -793,6 +798,55 @@ def test_running_an_opener(tmp_path):
     assert ifl.run_opener(("/nonexistent/opener", "http://u")) is False
     assert ifl.run_opener((sys.executable, "-c", "0", "http://u")) is True
     assert ifl.run_opener((sys.executable, "-c", "raise SystemExit(3)", "http://u")) is False
+
+
+# --- the admin API ----------------------------------------------------------------
+
+@pytest.fixture
+def server(gateway):
+    made = ifl.serve(gateway, "127.0.0.1", 0)
+    yield made
+    made.close()
+
+
+def call(server, method, action, body=None, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT_S)
+    connection.request(method, "/admin/api/oauth/" + action, None if body is None else json.dumps(body),
+                       {name.replace("_", "-"): value for name, value in headers.items()})
+    answer = connection.getresponse()
+    value = json.loads(answer.read())
+    connection.close()
+    return answer.status, value
+
+
+def test_a_login_by_the_admin_api(home, server):
+    assert call(server, "GET", "status") == (200, {"state": "idle", "message": ""})
+    status, found = call(server, "POST", "start", {"paste": True})
+    assert status == 200 and found["state"] == "waiting"
+    status, refused = call(server, "POST", "paste", {"text": "what is this"})
+    assert status == 403 and "neither the address" in refused["error"]["message"]
+    assert call(server, "POST", "paste", {"text": 5})[0] == 400 and call(server, "POST", "status", {})[0] == 405
+    assert call(server, "POST", "paste", {"text": callback_of(found["url"])})[1]["state"] == "done"
+    found = call(server, "POST", "start", {})[1]
+    query = urllib.parse.urlsplit(callback_of(found["url"])).query
+    assert call(server, "POST", "callback", {"query": "code=x&state=y"})[1]["ok"] is False
+    assert call(server, "POST", "callback", {"query": query})[1]["ok"] is True
+    assert login_of(home)["apiKey"] == "sk-key-2"
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec_Fetch_Site": "cross-site"}])
+def test_no_foreign_page_reaches_the_admin_api(gateway, server, headers):
+    gateway.change_config(lambda raw: raw.update(allowed_origins=["*", "https://evil.example", "null"]))
+    assert call(server, "POST", "start", {}, **headers)[0] == 403 and gateway.logins.flow is None
+    assert call(server, "GET", "status", **headers)[0] == 403
+    assert call(server, "GET", "status", Origin=server.url, Sec_Fetch_Site="same-origin")[0] == 200
+
+
+def test_the_admin_api_wants_the_client_key(gateway, server):
+    gateway.change_config(lambda raw: raw.update(custom_api_key="sk-client"))
+    assert call(server, "POST", "start", {})[0] == 401
+    assert call(server, "GET", "status", Authorization="Bearer sk-client")[0] == 200
+    assert call(server, "GET", "status", Authorization="Bearer sk-client", Origin="https://evil.example")[0] == 403
 
 
 # --- refreshing -----------------------------------------------------------------
