@@ -7919,7 +7919,8 @@ def steer_login(handler: Handler) -> None:
         return handler.respond_json(logins.start(body.get("account", ""), body.get("paste") is True))
     if action == "status":
         return handler.respond_json(logins.status())
-    handler.respond_json(logins.paste(body.get("text", "")) if action == "paste" else logins.callback(body.get("query", "")))
+    done = logins.paste(body.get("text", "")) if action == "paste" else logins.callback(body.get("query", ""))
+    handler.respond_json(done)
 
 
 CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
