@@ -35,8 +35,9 @@ Contents
     8  Responses         OpenAI's other API, and what Codex needs of it (pure)
     9  Dialects          what an endpoint speaks (pure)
     10 Upstream          connections, TLS, proxies, waiting
+    11 Credentials       logging in, refreshing, accounts, the browser
     12 Services          slots, keys, metrics, file watching
-    13 Gateway           owns 5, 10 and 12; one call from route to answer
+    13 Gateway           owns 5 and 10 to 12; one call from route to answer
     14 HTTP              server, handler, routes of the URL space, errors as bytes
     16 Demo upstream     what `--demo` talks to, and the tests
     17 Command line      one cmd_* each
@@ -197,6 +198,9 @@ IFLOW_FILE = os.path.join("~", ".iflow", "settings.json")
 IFLOW_KEY_VARIABLES = ("IFLOW_apiKey", "IFLOW_API_KEY", "iflow_apiKey", "iflow_API_KEY")
 IFLOW_URL_VARIABLES = ("IFLOW_baseUrl", "IFLOW_BASE_URL", "iflow_baseUrl", "iflow_BASE_URL")
 
+#: Beside the CLI's file: who holds it may refresh the login in there.
+IFLOW_LOCK = ".iflow2api.lock"
+
 #: Opens the models that iFlow keeps for its CLI.
 IFLOW_AGENT = "iFlow-Cli"
 
@@ -347,6 +351,15 @@ class NotLoggedIn(GatewayError):
     status, type, should_retry = 403, "permission_error", False
 
 
+class LoginFailed(GatewayError):
+    """Logging in or refreshing did not work; the text says why, in one sentence, and what was kept.
+
+    `refused`: the login host answered and said no.  `dead`: only a new login helps.
+    """
+    status, type, should_retry = 403, "permission_error", False
+    refused = dead = False
+
+
 class UpstreamError(GatewayError):
     """The upstream's fault; `provider` names it once the transport knows."""
     status = 502
@@ -475,6 +488,101 @@ def file_stamp(path: str) -> Tuple[int, ...]:
     return facts.st_mtime_ns, facts.st_size, facts.st_ino
 
 
+class Cipher:
+    """Authenticated encryption out of the standard library alone, which has no cipher.
+
+    HMAC-SHA-256 in counter mode makes the key stream; the tag covers nonce and cipher text (encrypt-then-MAC).  The
+    nonce is a MAC of the text itself, as in SIV: no randomness is needed, two different texts never share a key
+    stream, and the same text is sealed to the same bytes.  All a bystander learns is that two texts are the same.
+    """
+    NONCE_BYTES, TAG_BYTES = 16, 32
+
+    def __init__(self, key: bytes, purpose: bytes) -> None:
+        """`purpose` keeps apart what one key is used for."""
+        self._cipher_key, self._tag_key, self._nonce_key = (
+            hmac.digest(key, purpose + use, "sha256") for use in (b"cipher", b"tag", b"nonce"))
+
+    def seal(self, plain: bytes) -> bytes:
+        nonce = hmac.digest(self._nonce_key, plain, "sha256")[:self.NONCE_BYTES]
+        sealed = nonce + self._mask(nonce, plain)
+        return sealed + hmac.digest(self._tag_key, sealed, "sha256")
+
+    def open(self, data: bytes) -> Optional[bytes]:
+        """What was sealed; None: with another key, or damaged."""
+        sealed, tag = data[:-self.TAG_BYTES], data[-self.TAG_BYTES:]
+        if len(sealed) < self.NONCE_BYTES or not hmac.compare_digest(hmac.digest(self._tag_key, sealed, "sha256"), tag):
+            return None
+        return self._mask(sealed[:self.NONCE_BYTES], sealed[self.NONCE_BYTES:])
+
+    def _mask(self, nonce: bytes, data: bytes) -> bytes:
+        """`data` XOR key stream; as two big integers, since a loop over bytes takes thirty times as long."""
+        blocks = range((len(data) + 31) // 32)
+        stream = b"".join(hmac.digest(self._cipher_key, nonce + block.to_bytes(8, "big"), "sha256") for block in blocks)
+        masked = int.from_bytes(data, "big") ^ int.from_bytes(stream[:len(data)], "big")
+        return masked.to_bytes(len(data), "big")
+
+
+def encode_base64(data: bytes) -> str:
+    """For texts that have to survive any channel: the URL alphabet, no padding."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def decode_base64(text: str) -> Optional[bytes]:
+    """The inverse; b64decode skips foreign characters and spare bits, but only the one true spelling counts."""
+    try:
+        data = base64.b64decode(text + "==", b"-_")
+    except ValueError:
+        return None
+    return data if encode_base64(data) == text else None
+
+
+class FileLock:
+    """One holder at a time among processes and threads: each open file counts.  Who is killed holds no longer.
+
+    The file stays: removing it would let two processes lock two files of the same name.
+    """
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        self.path, self._timeout_s, self._fd = path, timeout_s, -1
+
+    def __enter__(self) -> "FileLock":
+        """OSError where the file can't be made; TimeoutError, which is one, when another holds it for too long."""
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        until, pause = time.monotonic() + self._timeout_s, threading.Event()
+        try:
+            while not self._take(fd):
+                if time.monotonic() >= until:
+                    text = f"another process has held {self.path} for {self._timeout_s:g} s"
+                    raise TimeoutError(errno.ETIMEDOUT, text)
+                pause.wait(0.02)
+            self._fd = fd
+        finally:
+            if self._fd != fd:
+                os.close(fd)
+        return self
+
+    @staticmethod
+    def _take(fd: int) -> bool:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)           # type: ignore[attr-defined]
+            else:
+                import fcntl
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            if exc.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                return False
+            if exc.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+                raise                    # those four: a file system that knows no locks
+        return True
+
+    def __exit__(self, *exc: Any) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)                     # lets go, too
+
+
 # === 5. Settings ============================================================
 
 def setting(kind: str, default: Any, zh: str, en: str, **facts: Any) -> Any:
@@ -549,6 +657,8 @@ class Settings:
     oauth_client_id: str = setting("str", "10009311001", "OAuth 客户端 ID", "iFlow: id of the installed application")
     oauth_client_secret: str = setting("str", "4Z3YjXycVsQvyGF1etiNlIBB4RsqSDtW", "OAuth 客户端密钥",
                                        "iFlow: published in every copy of its CLI (RFC 8252, 8.5)", secret=True)
+    accounts: Dict[str, Any] = setting("dict", {}, "更多 iFlow 账号", "iFlow: what `login --account` keeps")
+    encrypt_secrets: bool = setting("bool", True, "加密保存密钥", "keep keys and tokens encrypted in config.json")
     api_key: str = setting("str", "", "iFlow 密钥", "iFlow: key of the model API", secret=True)
     base_url: str = setting("str", "", "iFlow 接口地址", "iFlow: its chat API")
     auth_type: str = setting("str", "", "iFlow 登录方式", "iFlow: openai-compatible makes it a plain provider", older=True)
@@ -618,7 +728,10 @@ def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any
     origins: Dict[str, str] = {}
     problems: List[str] = []
     for name in SETTING:
-        if name in raw:
+        # a secret that can't be opened is named by the vault; of the client key its sealed text stays in force, for
+        # else a server that wanted a key would suddenly want none
+        locked = name != "custom_api_key" and SETTING[name].metadata.get("secret") and is_sealed(raw.get(name))
+        if name in raw and not locked:
             try:
                 values[name], origins[name] = check_setting(name, raw[name]), "file"
             except ValueError as exc:
@@ -672,18 +785,214 @@ def read_json_file(path: str) -> Json:
     return value
 
 
-class ConfigFile:
-    """config.json and its `.bak`: what we do not know in it survives, and a crash leaves one of the two whole."""
+# --- secrets at rest -----------------------------------------------------------
 
-    def __init__(self, folder: str) -> None:
+SEALED = "enc:"
+_REFERENCE = re.compile(r"\$[A-Za-z_]\w*")
+_SECRET_HEADER = re.compile(r"(?i).*(auth|cookie|secret|token|password|credential|key).*")
+
+#: Of an account these are secret.
+LOGIN_SECRETS = ("apiKey", "searchApiKey", "oauth_access_token", "oauth_refresh_token")
+
+
+def is_sealed(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(SEALED)
+
+
+class SealBroken(ValueError):
+    """A sealed value that can't be opened; the text says why, and names no secret."""
+
+
+class Vault:
+    """Keeps the secrets of config.json and its .bak encrypted: `enc:v1:PARAMETERS.KEY_ID.DATA`.
+
+    It protects what leaves this machine without the key: a config.json shown in a bug report, synchronised, committed
+    or backed up.  The key is `secret.key` beside it (random, 0600), so it does not protect against who can read the
+    whole folder as this user or as root; with IFLOW2API_PASSPHRASE, from which the key is derived, it does, as long as
+    the environment is safe.  The iFlow CLI's file is not ours and stays as the CLI reads it.  DATA is base64 of what
+    Cipher makes; PARAMETERS are `k` (key file) or `pITERATIONS-SALT` (PBKDF2-HMAC-SHA-256).
+    """
+    PURPOSE = b"iflow2api secrets 1: "
+    #: PBKDF2 takes about this long here, but never fewer rounds than the first (a router) nor more than the second.
+    DERIVE_S, ITERATIONS = 0.2, (20_000, 2_000_000)
+
+    def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
+        self.key_path = os.path.join(folder, "secret.key")
+        self._environ = os.environ if environ is None else environ
+        self._derived: Dict[str, bytes] = {}     #: by PARAMETERS and passphrase: 0.2 s each
+        self._parameters = ""                    #: of the passphrase, as found in the file, else made new
+
+    def open(self, text: str) -> str:
+        """The secret; SealBroken."""
+        found = re.fullmatch(r"enc:v1:([^.]*)\.([^.]*)\.([^.]*)", text)
+        if not found:
+            newer = "" if text.startswith(SEALED + "v1:") else "a newer version encrypted it, or "
+            raise SealBroken(newer + "it is damaged")
+        parameters, key_id, body = found.groups()
+        data = decode_base64(body)
+        for key in self._keys(parameters):
+            if self._id(key) == key_id:
+                plain = None if data is None else Cipher(key, self.PURPOSE + parameters.encode()).open(data)
+                if plain is None:
+                    raise SealBroken("it is damaged")
+                self._parameters = parameters if parameters != "k" else self._parameters
+                return plain.decode("utf-8", "surrogatepass")
+        raise SealBroken("it is encrypted with another passphrase, or damaged" if parameters != "k" else
+                         f"it is encrypted with another key than {self.key_path} holds, or damaged")
+
+    def seal(self, secret: str) -> str:
+        """The text to store; OSError where there is no key and none can be made."""
+        parameters, key = "k", b""
+        if self._environ.get(ENV_PREFIX + "PASSPHRASE"):
+            parameters = self._parameters = self._parameters or f"p{self._iterations()}-{secrets.token_hex(16)}"
+            key = self._keys(parameters)[0]
+        else:
+            key = (self._filed_keys() or [self._make_key()])[0]
+        data = Cipher(key, self.PURPOSE + parameters.encode()).seal(secret.encode("utf-8", "surrogatepass"))
+        return f"{SEALED}v1:{parameters}.{self._id(key)}.{encode_base64(data)}"
+
+    def renew(self) -> None:
+        """A new key for what is sealed from now on; the old ones still open what they sealed."""
+        self._parameters = ""
+        if not self._environ.get(ENV_PREFIX + "PASSPHRASE"):
+            write_file(self.key_path, secrets.token_bytes(32) + b"".join(self._filed_keys()))
+
+    def drop_old_keys(self) -> None:
+        """Once nothing is sealed with them any more."""
+        keys = self._filed_keys()
+        if len(keys) > 1:
+            write_file(self.key_path, keys[0])
+
+    @staticmethod
+    def _id(key: bytes) -> str:
+        """Tells a wrong key from a damaged value."""
+        return hmac.digest(key, b"iflow2api key id", "sha256")[:6].hex()
+
+    def _keys(self, parameters: str) -> List[bytes]:
+        """The keys that may have sealed a value with these parameters; SealBroken."""
+        if parameters == "k":
+            try:
+                return self._filed_keys()
+            except OSError as exc:
+                raise SealBroken(f"its key can't be read: {exc.strerror or exc}") from None
+        found = re.fullmatch(r"p(\d{1,8})-([0-9a-f]{32})", parameters)
+        if not found or not 1 <= int(found.group(1)) <= 10_000_000:
+            raise SealBroken("it is damaged")
+        passphrase = self._environ.get(ENV_PREFIX + "PASSPHRASE", "")
+        if not passphrase:
+            raise SealBroken(f"it is encrypted with a passphrase: set {ENV_PREFIX}PASSPHRASE")
+        mark = parameters + passphrase
+        if mark not in self._derived:
+            self._derived[mark] = hashlib.pbkdf2_hmac("sha256", passphrase.encode("utf-8", "surrogateescape"),
+                                                      bytes.fromhex(found.group(2)), int(found.group(1)))
+        return [self._derived[mark]]
+
+    def _filed_keys(self) -> List[bytes]:
+        """The keys in the key file, the current one first; OSError where it is there and no key file."""
+        try:
+            with open(self.key_path, "rb") as file:
+                data = file.read(32 * 64 + 1)
+        except FileNotFoundError:
+            return []
+        if not data or len(data) % 32:
+            raise OSError(errno.EINVAL, f"{self.key_path} is damaged: 32 bytes expected")
+        return [data[at:at + 32] for at in range(0, len(data), 32)]
+
+    def _make_key(self) -> bytes:
+        key = secrets.token_bytes(32)
+        write_file(self.key_path, key)
+        return key
+
+    @classmethod
+    def _iterations(cls) -> int:
+        """Rounds that take about DERIVE_S on this machine."""
+        started = time.perf_counter()
+        hashlib.pbkdf2_hmac("sha256", b"measure", b"measure", cls.ITERATIONS[0])
+        taken = max(time.perf_counter() - started, 1e-6)
+        fewest, most = cls.ITERATIONS
+        return max(fewest, min(most, int(fewest * cls.DERIVE_S / taken) // 1000 * 1000))
+
+
+def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
+    """`raw` (config.json's object) with `change(place, secret)` in each secret's place; a new object.
+
+    `$NAME` is no secret, only the name of one, and stays.
+    """
+    def on(place: str, value: Any) -> Any:
+        return change(place, value) if isinstance(value, str) and value and not _REFERENCE.fullmatch(value) else value
+
+    def on_members(place: str, value: Any, names: Callable[[str], Any]) -> Any:
+        return {key: on(f"{place}.{key}", item) if names(key) else item for key, item in value.items()} if isinstance(
+            value, dict) else value
+
+    def in_provider(place: str, entry: Any) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        entry = dict(entry)
+        if isinstance(entry.get("api_keys"), list):
+            entry["api_keys"] = [on(f"{place}.api_keys[{at}]", key) for at, key in enumerate(entry["api_keys"])]
+        if "@" in str(entry.get("proxy")) or is_sealed(entry.get("proxy")):
+            entry["proxy"] = on(f"{place}.proxy", entry["proxy"])
+        if "headers" in entry:
+            entry["headers"] = on_members(f"{place}.headers", entry["headers"], _SECRET_HEADER.fullmatch)
+        return entry
+
+    raw = on_members("", raw, lambda key: key in SETTING and SETTING[key].metadata.get("secret"))
+    if isinstance(raw.get("providers"), list):
+        raw["providers"] = [in_provider(f"providers[{at}]", entry) for at, entry in enumerate(raw["providers"])]
+    if isinstance(raw.get("accounts"), dict):
+        raw["accounts"] = {name: on_members(f"accounts.{name}", login, LOGIN_SECRETS.__contains__)
+                           for name, login in raw["accounts"].items()}
+    return raw
+
+
+class ConfigFile:
+    """config.json and its `.bak`: what we do not know in it survives, and a crash leaves one of the two whole.
+
+    Who reads it sees secrets in clear, in the file they are sealed; one that can't be opened stays as it is.
+    """
+
+    def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
         self.folder = os.path.abspath(os.path.expanduser(folder))
         self.path = os.path.join(self.folder, "config.json")
         self.backup = self.path + ".bak"
-        self._lock = threading.Lock()
+        self.vault = Vault(self.folder, environ)
+        self.locked: List[str] = []      #: the secrets that the last reading could not open, a sentence each
+        self._lock = threading.RLock()
 
     def read(self) -> Json:
-        """The file as it is; ConfigBroken."""
-        return read_json_file(self.path)
+        """The file, its secrets opened; ConfigBroken."""
+        return self._opened(read_json_file(self.path))
+
+    def _opened(self, raw: Json) -> Json:
+        locked: List[str] = []
+
+        def open_it(place: str, secret: str) -> str:
+            if not is_sealed(secret):
+                return secret
+            try:
+                return self.vault.open(secret)
+            except SealBroken as exc:
+                locked.append(f"config.json: {place.lstrip('.')} can't be read: {exc}")
+                return secret
+
+        opened = map_secrets(raw, open_it)
+        self.locked = locked
+        return opened
+
+    def _sealed(self, raw: Json) -> Json:
+        """`raw` as it goes into the file."""
+        if raw.get("encrypt_secrets") is False:
+            return raw
+        return map_secrets(raw, lambda place, secret: secret if is_sealed(secret) else self.vault.seal(secret))
+
+    def _sealed_if_possible(self, raw: Json) -> Json:
+        """A key file that is damaged or can't be made must not keep anybody from changing a setting."""
+        try:
+            return self._sealed(raw)
+        except (OSError, SealBroken) as exc:
+            log.warning("secrets in %s stay unencrypted: %s", self.path, getattr(exc, "strerror", None) or exc)
+            return raw
 
     def recover(self) -> Tuple[Json, List[str]]:
         """The file, else its backup, else nothing; and what was wrong, a sentence each."""
@@ -692,7 +1001,7 @@ class ConfigFile:
         except ConfigBroken as exc:
             problem = str(exc)
         try:
-            raw = read_json_file(self.backup) if os.path.exists(self.backup) else None
+            raw = self._opened(read_json_file(self.backup)) if os.path.exists(self.backup) else None
         except ConfigBroken:
             raw = None
         if raw is None:
@@ -704,17 +1013,29 @@ class ConfigFile:
 
         Raises OSError where nothing can be written.
         """
-        with self._lock:
+        with self._lock, self.lock():
             raw, problems = self.recover()
             edit(raw)
+            sealed = self._sealed_if_possible(raw)
             if problems and os.path.isfile(self.path):
                 self._put_aside(f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
             elif os.path.isfile(self.path):
                 self._back_up()
-            text = json.dumps(raw, ensure_ascii=False, indent=2)
-            if re.search("[\ud800-\udfff]", text):              # JSON may carry them, UTF-8 may not
-                text = json.dumps(raw, indent=2)
-            write_file(self.path, text.encode() + b"\n")
+            write_file(self.path, self.to_bytes(sealed))
+
+    def lock(self) -> Any:
+        """One writer at a time; where there is no place for a lock (a lone bind-mounted file), the thread's must do."""
+        lock = FileLock(os.path.join(self.folder, "config.lock"), 30.0)
+        if os.path.isdir(self.folder) and not os.access(self.folder, os.W_OK):
+            return contextlib.nullcontext()
+        return lock
+
+    @staticmethod
+    def to_bytes(raw: Json) -> bytes:
+        text = json.dumps(raw, ensure_ascii=False, indent=2)
+        if re.search("[\ud800-\udfff]", text):                  # JSON may carry them, UTF-8 may not
+            text = json.dumps(raw, indent=2)
+        return text.encode() + b"\n"
 
     def _put_aside(self, path: str) -> None:
         """The broken file under another name: moved, or copied where it can't be (bind mount)."""
@@ -729,9 +1050,37 @@ class ConfigFile:
         with open(self.path, "rb") as file:
             data = file.read()
         try:
-            write_file(self.backup, data)
-        except OSError as exc:
-            log.warning("no backup of %s: %s", self.path, exc.strerror or exc)
+            plain = read_json_file(self.path)
+            sealed = self._sealed_if_possible(plain)
+            write_file(self.backup, data if sealed == plain else self.to_bytes(sealed))
+        except (OSError, ConfigBroken) as exc:
+            log.warning("no backup of %s: %s", self.path, getattr(exc, "strerror", None) or exc)
+
+    def encrypt(self, mode: str) -> List[str]:
+        """`on`, `off` or `rotate` for the file and its .bak at once; what can't be opened stays as it is and is named.
+
+        A rotation first makes the new key lasting, then seals anew, then forgets the old key: wherever a crash cuts it
+        short, everything can still be read.  OSError, ConfigBroken.
+        """
+        with self._lock, self.lock():
+            contents: Dict[str, Json] = {}
+            locked: List[str] = []
+            for path in (self.path, self.backup):
+                if os.path.isfile(path):
+                    contents[path] = self._opened(read_json_file(path))
+                    locked += [os.path.basename(path) + problem[len("config.json"):] for problem in self.locked]
+            if mode == "rotate":
+                self.vault.renew()
+            if mode == "off":
+                contents.setdefault(self.path, {})
+            for path, raw in contents.items():
+                raw = {**raw, "encrypt_secrets": mode != "off"}
+                if mode != "off":
+                    del raw["encrypt_secrets"]           # the default
+                write_file(path, self.to_bytes(self._sealed(raw)))
+            if mode == "rotate" and not locked:
+                self.vault.drop_old_keys()
+            return locked
 
 
 # --- what is inside of settings -----------------------------------------------
@@ -984,6 +1333,8 @@ def _resolve_secret(text: Any, environ: Mapping[str, str]) -> str:
     """A literal, or the variable that `$NAME` names; `$$` begins a literal dollar.  ValueError when undefined."""
     if not isinstance(text, str):
         raise ValueError(f"a string expected, not {one_line(json.dumps(text), 40)}")
+    if is_sealed(text):
+        raise ValueError("a secret of it is encrypted and can't be opened")
     if text.startswith("$$"):
         return text[1:]
     if re.fullmatch(r"\$[A-Za-z_]\w*", text):
@@ -1056,6 +1407,13 @@ def _token(name: str) -> str:
 
 # --- iFlow's own file ---------------------------------------------------------
 
+def account_keys(accounts: Json) -> Dict[str, str]:
+    """The API keys of config.json's `accounts`, by account; without those that no request could bear."""
+    keys = {name: login.get("apiKey") for name, login in accounts.items() if isinstance(login, dict)}
+    return {name: key for name, key in keys.items() if isinstance(key, str) and not is_sealed(key) and (
+        key.isascii() and key.isprintable() and key.strip() == key and key and " " not in key)}
+
+
 def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapping[str, str], login: Json) -> Optional[Provider]:
     """The provider `iflow` out of the settings, the CLI's variables and its file (`login`); None without a key.
 
@@ -1072,12 +1430,20 @@ def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapp
         return next((value for value in [*candidates, *filed] if value), "")
 
     key = first("api_key", IFLOW_KEY_VARIABLES, text("apiKey"), text("searchApiKey"))
-    if not key:
+    foreign = (settings.auth_type or text("selectedAuthType")) == "openai-compatible"
+    plain = foreign and bool(key)
+    given = origins.get("api_key") in ("flag", "environment") or any(environ.get(name) for name in IFLOW_KEY_VARIABLES)
+    keys = [key] if key else []
+    if not given and not plain:          # a key for this run is used alone, and another service gets its own alone
+        keys += [other for other in account_keys(settings.accounts).values() if other not in keys]
+    if not keys:
         return None
-    plain = (settings.auth_type or text("selectedAuthType")) == "openai-compatible"
-    entry = {"name": "iflow", "kind": "openai" if plain else "iflow", "api_keys": ["$" + key if key[0] == "$" else key],
-             "base_url": first("base_url", IFLOW_URL_VARIABLES, text("baseUrl"), IFLOW_BASE_URL),
-             "models": [text("modelName")] if plain and text("modelName") else [], "key_concurrency": settings.api_concurrency}
+    filed_url = text("baseUrl") if plain or not foreign else ""
+    entry = {"name": "iflow", "kind": "openai" if plain else "iflow",
+             "api_keys": ["$" + key if key[0] == "$" else key for key in keys],
+             "base_url": first("base_url", IFLOW_URL_VARIABLES, filed_url, IFLOW_BASE_URL),
+             "models": [text("modelName")] if plain and text("modelName") else [],
+             "key_concurrency": settings.api_concurrency}
     return with_iflow_facts(parse_provider(entry, {}), settings)
 
 
@@ -1425,8 +1791,8 @@ class Router:
         if found:
             return found, (*why, "listed" if model in found.provider.models else "named")
         if self.default is None:
-            raise NotLoggedIn("there is no iFlow login and no other provider: put iFlow's key into IFLOW_API_KEY or `api_key`, "
-                              "start with --upstream URL, or add one to `providers` in config.json")
+            raise NotLoggedIn("there is no iFlow login and no other provider: run `python iflow2api.py login`, put "
+                              "iFlow's key into IFLOW_API_KEY, start with --upstream URL, or add one to `providers`")
         return Target(self.default, model), (*why, "default")
 
     def claimed(self, model: str) -> Optional[Target]:
@@ -3707,47 +4073,22 @@ _SUMMARISE = (
 # --- the reasoning carrier ---
 
 class Seal:
-    """Reasoning and summaries in the client's keeping: nobody else can read them, nobody can change them.
-
-    The standard library has no cipher, so HMAC-SHA-256 in counter mode makes the key stream; the tag covers nonce
-    and cipher text (encrypt-then-MAC). The nonce is a MAC of the text itself, as in SIV: no randomness is needed,
-    and two different texts never share a key stream. All a bystander learns is that two sealed texts are the same.
-    """
+    """Reasoning and summaries in the client's keeping: nobody else can read them, nobody can change them."""
     PREFIX = "if2a1."                    #: ours, and the version of all this
 
     def __init__(self, key: bytes) -> None:
-        self._cipher_key, self._tag_key, self._nonce_key = (
-            hmac.digest(key, b"iflow2api seal 1: " + use, "sha256") for use in (b"cipher", b"tag", b"nonce"))
+        self._cipher = Cipher(key, b"iflow2api seal 1: ")
 
     def close(self, value: Json) -> str:
-        plain = zlib.compress(dump_json(value))
-        nonce = hmac.digest(self._nonce_key, plain, "sha256")[:16]
-        sealed = nonce + self._mask(nonce, plain)
-        return self._encode(sealed + hmac.digest(self._tag_key, sealed, "sha256"))
+        return self.PREFIX + encode_base64(self._cipher.seal(zlib.compress(dump_json(value))))
 
     def open(self, text: Any) -> Optional[Json]:
         """What was closed, or None: another service's, another key's, or damaged."""
         if not isinstance(text, str) or not text.startswith(self.PREFIX):
             return None
-        try:
-            data = base64.b64decode(text[len(self.PREFIX):] + "==", b"-_")
-        except ValueError:
-            return None
-        sealed, tag = data[:-32], data[-32:]
-        # b64decode skips foreign characters and spare bits: only the one true spelling counts
-        if self._encode(data) != text or not hmac.compare_digest(hmac.digest(self._tag_key, sealed, "sha256"), tag):
-            return None
-        return json.loads(zlib.decompress(self._mask(sealed[:16], sealed[16:])))
-
-    def _encode(self, data: bytes) -> str:
-        return self.PREFIX + base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-    def _mask(self, nonce: bytes, data: bytes) -> bytes:
-        """`data` XOR key stream; as two big integers, since a loop over bytes takes thirty times as long."""
-        blocks = range((len(data) + 31) // 32)
-        stream = b"".join(hmac.digest(self._cipher_key, nonce + block.to_bytes(8, "big"), "sha256") for block in blocks)
-        masked = int.from_bytes(data, "big") ^ int.from_bytes(stream[:len(data)], "big")
-        return masked.to_bytes(len(data), "big")
+        data = decode_base64(text[len(self.PREFIX):])
+        plain = None if data is None else self._cipher.open(data)
+        return None if plain is None else json.loads(zlib.decompress(plain))
 
 
 # --- tools ---
@@ -6094,14 +6435,15 @@ class Upstream:
         self.own_ports: Set[int] = set()     #: ports this process listens on: never an upstream
 
     def open(self, provider: Provider, settings: Settings, method: str, path: str, headers: Iterable[Tuple[str, str]],
-             body: Optional[bytes], caller: Caller = NOBODY, timeout_s: Optional[float] = None) -> Exchange:
+             body: Optional[bytes], caller: Caller = NOBODY, timeout_s: Optional[float] = None,
+             content_type: str = "application/json") -> Exchange:
         """Send one request, return its answer once the head is there.
 
         Raises UpstreamError (unreachable, TLS, silent, no HTTP) and ClientGone.  A kept connection that turns out
         to be closed before a byte was received is replaced by a new one, once.
         """
         endpoint = Endpoint.of(provider.base_url)
-        request = self._head(endpoint, method, path, headers, body) + (body or b"")
+        request = self._head(endpoint, method, path, headers, body, content_type) + (body or b"")
         first_s = timeout_s or provider.timeout_s or settings.first_byte_timeout_s
         idle_s = timeout_s or provider.timeout_s or settings.idle_timeout_s
         proxy = proxy_for(provider, settings, endpoint)
@@ -6155,10 +6497,11 @@ class Upstream:
         wire.caller = NOBODY
 
     @staticmethod
-    def _head(endpoint: Endpoint, method: str, path: str, headers: Iterable[Tuple[str, str]], body: Optional[bytes]) -> bytes:
+    def _head(endpoint: Endpoint, method: str, path: str, headers: Iterable[Tuple[str, str]], body: Optional[bytes],
+              content_type: str) -> bytes:
         lines = [f"{method} {endpoint.path}{path} HTTP/1.1", f"Host: {endpoint.authority}", "Accept-Encoding: identity"]
         if body is not None:
-            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+            lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in headers]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
@@ -6218,6 +6561,723 @@ class Upstream:
     def close(self) -> None:
         self._lookout.close()
         self._pool.clear(final=True)
+
+
+# === 11. Credentials ========================================================
+#
+# iFlow's login; what is known of it and of its host's ways to fail: iflow.md.
+
+#: The name of the login in the iFlow CLI's own file.
+DEFAULT_ACCOUNT = "default"
+
+#: The CLI's port and path: the login host may know no other.  Taken: a free port.
+OAUTH_PORT = 11451
+OAUTH_PATH = "/oauth2callback"
+
+#: Longest silence and longest answer of the login host; longest wait for who else is refreshing (two requests of his).
+OAUTH_SILENCE_S, OAUTH_ANSWER_S, OAUTH_LOCK_S = 20, 30, 120
+
+#: How long a login may take in the browser.
+LOGIN_TIMEOUT_S = 300
+
+ACCESS, REFRESH = "oauth_access_token", "oauth_refresh_token"
+
+#: Ours in a login: the tokens are new, but the API key that belongs to them could not be asked for yet.
+KEY_DUE = "iflow2api_key_due"
+
+#: What a logout takes away; the rest of the file is the CLI's.
+LOGIN_FIELDS = (*LOGIN_SECRETS, "oauth_expires_at", "api_key_expires_at", KEY_DUE)
+
+
+def parse_time(value: Any) -> Optional[float]:
+    """Epoch seconds of an ISO 8601 text (without a zone: local time, as in JavaScript) or of a number."""
+    import datetime
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value / 1000 if value > 1e11 else float(value)
+    try:
+        return datetime.datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value.strip())).timestamp()
+    except (AttributeError, TypeError, ValueError, OverflowError, OSError):
+        return None
+
+
+def format_time(at: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
+class OAuth:
+    """The talk with iFlow's login host.  Whatever it answers, what comes out is usable, or a LoginFailed."""
+
+    def __init__(self, upstream: Upstream, settings: Callable[[], Settings],
+                 clock: Callable[[], float] = time.time) -> None:
+        self._upstream, self._settings, self._clock = upstream, settings, clock
+
+    def address(self, redirect_uri: str, state: str) -> str:
+        """Where the browser logs in."""
+        settings = self._settings()
+        query = urllib.parse.urlencode({"loginMethod": "phone", "type": "phone", "client_id": settings.oauth_client_id,
+                                        "redirect": redirect_uri, "state": state})
+        return f"{settings.iflow_auth_url}{'&' if '?' in settings.iflow_auth_url else '?'}{query}"
+
+    def exchange(self, code: str, redirect_uri: str) -> Json:
+        """Tokens for the code that the browser came back with."""
+        return self._tokens({"grant_type": "authorization_code", "code": code, "redirect_uri": redirect_uri})
+
+    def refresh(self, refresh_token: str) -> Json:
+        """New tokens for a refresh token, which is used up by this."""
+        return {REFRESH: refresh_token, **self._tokens({"grant_type": "refresh_token", "refresh_token": refresh_token})}
+
+    def user_info(self, access_token: str) -> Json:
+        """Whose login it is, and the `apiKey` of the model API, which is never the access token."""
+        url = self._settings().iflow_userinfo_url
+        query = urllib.parse.urlencode({"accessToken": access_token})
+        status, answer = self._ask("GET", f"{url}{'&' if '?' in url else '?'}{query}", None, [])
+        data = answer.get("data")
+        key = data.get("apiKey") if isinstance(data, dict) else None
+        if status != 200 or answer.get("success") is False:
+            raise self._refusal("the API key", status, answer, access_token)
+        if not isinstance(key, str) or not account_keys({"": {"apiKey": key.strip()}}):
+            raise LoginFailed("iFlow knows the login, but has no API key for it: see at https://iflow.cn whether the "
+                              "account has one, then run: python iflow2api.py login", refused=True)
+        return {**data, "apiKey": key.strip()}
+
+    def _tokens(self, form: Dict[str, str]) -> Json:
+        settings = self._settings()
+        pair = {"client_id": settings.oauth_client_id, "client_secret": settings.oauth_client_secret}
+        basic = base64.b64encode(":".join(pair.values()).encode()).decode()
+        status, answer = self._ask("POST", settings.iflow_token_url, urllib.parse.urlencode({**form, **pair}).encode(),
+                                   [("Authorization", "Basic " + basic)])
+        access = answer.get("access_token")
+        if status != 200 or answer.get("success") is False or not isinstance(access, str) or not access:
+            raise self._refusal("tokens", status, answer, form.get("code") or form["refresh_token"])
+        tokens: Json = {ACCESS: access}
+        if isinstance(answer.get("refresh_token"), str) and answer["refresh_token"]:
+            tokens[REFRESH] = answer["refresh_token"]
+        try:
+            lasts_s = float(answer.get("expires_in"))
+        except (TypeError, ValueError):
+            lasts_s = 0.0
+        tokens["oauth_expires_at"] = format_time(self._clock() + lasts_s) if 0 < lasts_s < 1e9 else None
+        return tokens
+
+    def _ask(self, method: str, url: str, body: Optional[bytes], headers: List[Tuple[str, str]]) -> Tuple[int, Json]:
+        """Status and JSON object of an answer; the address is not named in errors, since it may hold a token."""
+        base, _, query = url.partition("?")
+        if not re.match(r"https?://[^/\s]", base):
+            raise LoginFailed(f"{one_line(base, 80)!r} is no address: see iflow_token_url and iflow_userinfo_url")
+        host = Provider("iFlow's login host", base)
+        until = time.monotonic() + OAUTH_ANSWER_S
+        headers = [("User-Agent", f"iflow2api/{__version__}"), ("Accept", "application/json"), *headers]
+        parts: List[bytes] = []
+        try:
+            with self._upstream.open(host, self._settings(), method, query and "?" + query, headers, body, NOBODY,
+                                     OAUTH_SILENCE_S, "application/x-www-form-urlencoded") as exchange:
+                while not parts or parts[-1]:
+                    parts.append(exchange.read())
+                    if time.monotonic() > until or len(parts) > 10_000:
+                        raise UpstreamTimeout(f"iFlow's login host did not finish its answer within {OAUTH_ANSWER_S} s")
+        except UpstreamError as exc:
+            raise LoginFailed(f"{one_line(exc.message)}; what is stored stays as it is") from None
+        except ValueError:
+            raise LoginFailed(f"{one_line(base, 80)!r} has no valid port") from None
+        try:
+            answer = json.loads(b"".join(parts).decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            is_page = "html" in exchange.content_type or parts[0].lstrip()[:1] == b"<"
+            what = "an HTML page" if is_page else "something else"
+            raise LoginFailed(f"iFlow's login host answered {exchange.status} with {what} instead of JSON; "
+                              "what is stored stays as it is")
+        return exchange.status, answer
+
+    @staticmethod
+    def _refusal(wanted: str, status: int, answer: Json, secret: str) -> LoginFailed:
+        """What an answer without what was wanted means: overloaded, dead, or refused for now."""
+        texts = [answer.get(name) for name in ("error_description", "message", "msg", "error")]
+        text = next((text for text in texts if isinstance(text, str) and text), "no reason")
+        said = one_line(text.replace(secret, "…"), 200)
+        if answer.get("error") == "invalid_grant":
+            return LoginFailed(f"iFlow refused the login as used up or too old ({said}); "
+                               "run: python iflow2api.py login", refused=True, dead=True)
+        if status == 200 and answer.get("success") is False or status in (408, 429) or status >= 500:
+            return LoginFailed(f"iFlow's login host is overloaded or out of order ({status}: {said}); "
+                               "what is stored stays as it is")
+        return LoginFailed(f"iFlow's login host gave no {wanted} ({status}: {said})", refused=400 <= status < 500)
+
+
+class LoginFile:
+    """Where one account's login lies: in the iFlow CLI's own file, or in `accounts` of config.json.
+
+    Both speak the CLI's field names.  Everything else in the file survives.  Errors are LoginFailed.
+    """
+
+    def __init__(self, account: str, config: Optional[ConfigFile]) -> None:
+        self.account, self._config = account or DEFAULT_ACCOUNT, config
+        self.path = os.path.expanduser(IFLOW_FILE)
+        self._lock_path = os.path.join(os.path.dirname(self.path), IFLOW_LOCK)
+        if self.account != DEFAULT_ACCOUNT:
+            if config is None:
+                raise LoginFailed("accounts are kept in config.json, and there is none")
+            self.path, self._lock_path = config.path, os.path.join(config.folder, "login.lock")
+
+    @property
+    def is_default(self) -> bool:
+        return self.account == DEFAULT_ACCOUNT
+
+    def read(self) -> Json:
+        """The login, {} where there is none."""
+        try:
+            if self.is_default:
+                return read_json_file(self.path)
+            accounts = self._config.read().get("accounts") if self._config else None
+        except ConfigBroken as exc:
+            raise LoginFailed(f"{exc}; repair the file or move it away, nothing was written to it") from None
+        login = accounts.get(self.account) if isinstance(accounts, dict) else None
+        return login if isinstance(login, dict) else {}
+
+    def update(self, changes: Json) -> None:
+        """Change fields of the login; None takes one away."""
+        def merge(login: Json) -> Json:
+            return {name: value for name, value in {**login, **changes}.items() if value is not None}
+
+        def edit(raw: Json) -> None:
+            accounts = raw.get("accounts") if isinstance(raw.get("accounts"), dict) else {}
+            known = accounts.get(self.account)
+            login = merge(known if isinstance(known, dict) else {})
+            raw["accounts"] = {**{name: value for name, value in accounts.items() if name != self.account},
+                               **({self.account: login} if login else {})}
+
+        try:
+            if self.is_default:
+                write_file(self.path, ConfigFile.to_bytes(merge(self.read())))
+            elif self._config is not None:
+                self._config.change(edit)
+        except OSError as exc:
+            raise LoginFailed(f"{self.path} can't be written: {exc.strerror or exc}") from None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """For the time of the `with` nobody else refreshes this login, and the file can be written.
+
+        Asked before the host is: tokens that can't be stored would be lost, and the old ones are used up by then.
+        """
+        if self.path.startswith("~"):
+            raise LoginFailed("there is no home folder to keep the login in: set HOME")
+        lock = FileLock(self._lock_path, OAUTH_LOCK_S)
+        try:
+            lock.__enter__()
+        except OSError as exc:
+            raise LoginFailed(f"{os.path.dirname(self.path)} can't be written: {exc.strerror or exc}") from None
+        try:
+            if os.path.isdir(self.path):
+                raise LoginFailed(f"{self.path} is a folder; move it away")
+            if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
+                raise LoginFailed(f"{self.path} is read-only, so the login can't be kept")
+            yield
+        finally:
+            lock.__exit__()
+
+
+def login_end(login: Json) -> Optional[float]:
+    """When the login has to be refreshed at the latest, epoch seconds; None: unknown."""
+    ends = [parse_time(login.get(name)) for name in ("oauth_expires_at", "api_key_expires_at")]
+    return min((end for end in ends if end is not None), default=None)
+
+
+# --- refreshing ----------------------------------------------------------------
+
+@dataclass
+class Refreshed:
+    """How the refreshing of one account goes; `unsaved` are tokens, got for `unsaved_for`, that await being written."""
+    at: Optional[float] = None
+    ok: Optional[bool] = None
+    message: str = ""
+    refused: bool = False
+    dead_token: str = ""
+    failures: int = 0
+    next_at: float = 0.0                  #: monotonic; not before this
+    unsaved: Json = field(default_factory=dict)
+    unsaved_for: str = ""
+
+
+class Refresher:
+    """Keeps logins fresh: looks now and then, and at once when the API has refused a key.
+
+    A refresh token works only once, so one refreshes at a time, among threads and processes (LoginFile.held), and reads
+    the file again before.  New tokens are written before anything else is asked.  Clocks only decide when to ask: no
+    login is given up because of one, since a router's is wrong until NTP has set it.
+    """
+    LOOK_S, AHEAD_S = 15 * 60.0, 24 * 3600.0
+    BACKOFF_S = (30.0, 60.0, 120.0, 240.0, 300.0)        #: the host is overloaded; then at every look
+    RENEWED_S = 60.0                     #: a key refused again so soon is not an old one
+
+    def __init__(self, oauth: OAuth, files: Callable[[], List[LoginFile]], changed: Callable[[], None],
+                 clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
+        """`files` are the logins to look after, `changed` is called when one of them was written."""
+        self._oauth, self._files, self._changed = oauth, files, changed
+        self._clock, self._monotonic = clock, monotonic
+        self._states: Dict[str, Refreshed] = {}
+        self._wake, self._closing = threading.Event(), False
+        self._thread: Optional[threading.Thread] = None
+
+    def start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="login-refresh", daemon=True)
+            self._thread.start()
+
+    def wake(self) -> None:
+        """Look now: a login has changed."""
+        self._wake.set()
+
+    def close(self) -> None:
+        self._closing = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def _run(self) -> None:
+        while not self._closing:
+            wait_s = self.LOOK_S
+            try:
+                wait_s = self.look()
+            except Exception:            # a thread body: logins must be kept whatever happens
+                log.exception("looking after the iFlow login failed")
+            self._wake.wait(wait_s)
+            self._wake.clear()
+
+    def state(self, account: str) -> Refreshed:
+        return self._states.setdefault(account, Refreshed())
+
+    def look(self) -> float:
+        """Refresh what is due; the seconds until the next look."""
+        wait_s = self.LOOK_S
+        for file in self._files():
+            try:
+                login = file.read()
+            except LoginFailed:          # the gateway names a broken file
+                continue
+            state = self.state(file.account)
+            if state.dead_token and login.get(REFRESH) != state.dead_token:      # somebody logged in again
+                state = self._states[file.account] = Refreshed()
+            due = self._is_due(login, state)
+            if due and not self._closing:
+                self._refresh(file, None)
+            if state.failures:
+                wait_s = min(wait_s, max(1.0, state.next_at - self._monotonic()))
+        return wait_s
+
+    def _is_due(self, login: Json, state: Refreshed) -> bool:
+        token, end = login.get(REFRESH), login_end(login)
+        if not isinstance(token, str) or not token or token == state.dead_token or self._monotonic() < state.next_at:
+            return False
+        ends_soon = end is not None and end - self._clock() < self.AHEAD_S
+        return login.get(KEY_DUE) is True or bool(state.unsaved) or ends_soon
+
+    def renew(self, account: str, key: str, caller: Caller) -> str:
+        """The key to use instead of `key`, which the API refused; "" where a refresh brings none.
+
+        On a thread of its own: a client that leaves, for which `caller` is watched, must not cut a refresh in half.
+        """
+        found: List[str] = []
+        done = threading.Event()
+
+        def _run() -> None:
+            try:
+                found.append(self._renew(account, key))
+            finally:
+                done.set()
+
+        threading.Thread(target=_run, name="login-renew", daemon=True).start()
+        while not done.wait(min(caller.tick_s, 0.5)):
+            if caller.sock is not None and has_left(caller.sock):
+                raise ClientGone
+            caller.tick()
+        return "".join(found)
+
+    def _renew(self, account: str, key: str) -> str:
+        for file in self._files():
+            if file.account == account:
+                return self._refresh(file, key)
+        return ""
+
+    def _refresh(self, file: LoginFile, stale: Optional[str]) -> str:
+        """Refresh one login, unless somebody else just did; its key, "" if that failed.  `stale`: a refused key."""
+        state, token = self.state(file.account), ""
+        try:
+            before = file.read()
+            token = before.get(REFRESH) or ""
+            if stale is not None and not self._may_renew(before, state):
+                return self._key_of(before) if state.ok or self._key_of(before) != stale else ""
+            with file.held():
+                token = self._save_left_over(file, state) or token
+                login = file.read()
+                others = login.get(REFRESH) != token or stale not in (None, self._key_of(login))
+                if not others and (stale is not None or self._is_due(login, state)):
+                    login = self._ask(file, login, state, stale is not None)
+                    self._note(state, file, None, token)
+        except LoginFailed as exc:
+            self._note(state, file, exc, token)
+            return ""
+        self._changed()
+        return self._key_of(login)
+
+    def _may_renew(self, login: Json, state: Refreshed) -> bool:
+        """Whether a refused key is a reason to ask the host: the token lives, and it was not asked just now."""
+        token = login.get(REFRESH)
+        return isinstance(token, str) and token not in ("", state.dead_token) and self._monotonic() >= state.next_at
+
+    @staticmethod
+    def _key_of(login: Json) -> str:
+        key = login.get("apiKey")
+        return key.strip() if isinstance(key, str) else ""
+
+    @staticmethod
+    def _save_left_over(file: LoginFile, state: Refreshed) -> str:
+        """Write tokens that an earlier refresh could not write, unless others lie there; the refresh token of them."""
+        token = ""
+        if state.unsaved and file.read().get(REFRESH) == state.unsaved_for:
+            file.update(state.unsaved)
+            token = state.unsaved[REFRESH]
+        state.unsaved = {}
+        return token
+
+    def _ask(self, file: LoginFile, login: Json, state: Refreshed, refused_key: bool) -> Json:
+        """The login with new tokens and the key that belongs to them, both written."""
+        if refused_key or login.get(KEY_DUE) is not True or state.refused:
+            tokens = {**self._oauth.refresh(login[REFRESH]), KEY_DUE: True}
+            state.unsaved, state.unsaved_for = tokens, login[REFRESH]
+            file.update(tokens)          # at once: the old ones are used up
+            state.unsaved = {}
+            login = {**login, **tokens}
+        info = self._oauth.user_info(str(login.get(ACCESS)))
+        news = {"apiKey": info["apiKey"], "api_key_expires_at": None, KEY_DUE: None}
+        file.update(news)
+        return {**login, **news}
+
+    def _note(self, state: Refreshed, file: LoginFile, failure: Optional[LoginFailed], token: str) -> None:
+        """Remember how it went, say so in one line, and say when to try again."""
+        state.at, state.ok = self._clock(), failure is None
+        state.message = one_line(failure.message) if failure else ""
+        state.refused = bool(failure and failure.refused)
+        state.failures = state.failures + 1 if failure else 0
+        if failure is None:
+            state.next_at = self._monotonic() + self.RENEWED_S
+            log.info("iFlow login %s refreshed", file.account)
+        elif failure.dead:
+            state.dead_token, state.failures, state.next_at = token, 0, 0.0
+            log.warning("the iFlow login %s has ended: %s", file.account, state.message)
+        else:
+            tries = len(self.BACKOFF_S)
+            delay_s = self.BACKOFF_S[state.failures - 1] if state.failures <= tries else self.LOOK_S
+            state.next_at = self._monotonic() + delay_s
+            log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s", file.account, delay_s,
+                        state.message)
+
+    def report(self, logins: Mapping[str, Json]) -> Dict[str, Json]:
+        """account -> when its login ends and how the last refresh went; nothing in it is secret."""
+        found = {}
+        for account, login in logins.items():
+            state, end, token = self.state(account), login_end(login), login.get(REFRESH)
+            ended = bool(token) and token == state.dead_token
+            if token or login.get("apiKey"):
+                found[account] = {
+                    "renewable": bool(token) and not ended, "ended": ended,
+                    "expires_at": format_time(end) if end is not None else None,
+                    "refreshed_at": format_time(state.at) if state.at is not None else None, "refresh_ok": state.ok,
+                    **({"message": state.message} if state.message else {})}
+        return found
+
+
+# --- logging in ----------------------------------------------------------------
+
+LOGIN_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>iflow2api</title><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:36rem;
+margin:4rem auto;padding:0 1rem}</style><h1>TITLE</h1><p>TEXT</p>"""
+
+LOGIN_TITLES = {True: "Logged in / 登录成功", False: "Not logged in / 登录未成功"}
+
+
+class _CallbackHandler(http.server.BaseHTTPRequestHandler):
+    """Takes the browser that comes back from the login, and tells it how that went."""
+    server: "_CallbackServer"
+    timeout = 10
+    server_version, sys_version = "iflow2api", ""
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        if path != OAUTH_PATH:           # a stranger, or the browser's /favicon.ico
+            return self.send_error(404)
+        ok, text = self.server.flow.visit(query)
+        import html
+        page = LOGIN_PAGE.replace("TITLE", LOGIN_TITLES[ok]).replace("TEXT", html.escape(text)).encode()
+        self.send_response(200 if ok else 400)
+        for name, value in (("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(page))),
+                            ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"), ("Connection", "close"),
+                            ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")):
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            self.wfile.write(page)
+        finally:
+            self.server.flow.settle()    # only now: the process may end with it
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not logged: the request line holds the code."""
+
+
+class _CallbackServer(http.server.ThreadingHTTPServer):
+    """One of the two listeners, 127.0.0.1 and ::1: `localhost` may mean either to a browser."""
+    daemon_threads, block_on_close = True, False
+    allow_reuse_address = os.name == "posix"
+
+    def __init__(self, family: int, address: Tuple[str, int], flow: "LoginFlow") -> None:
+        self.address_family, self.flow = family, flow
+        super().__init__(address, _CallbackHandler)
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="login-callback", daemon=True).start()
+
+    def server_bind(self) -> None:
+        """Without HTTPServer's reverse DNS lookup, and for nobody else."""
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a connection to the login's port failed")
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+def listen_for_login(flow: "LoginFlow", port: int) -> List[_CallbackServer]:
+    """Listeners on one port of 127.0.0.1 and ::1, `port` if both are free; LoginFailed."""
+    for wanted in (port, *[0] * 8):
+        servers: List[_CallbackServer] = []
+        try:
+            servers.append(_CallbackServer(socket.AF_INET, ("127.0.0.1", wanted), flow))
+            servers.append(_CallbackServer(socket.AF_INET6, ("::1", servers[0].server_port), flow))
+            return servers
+        except OSError as exc:
+            if servers and exc.errno not in (errno.EADDRINUSE, errno.EACCES, getattr(errno, "WSAEADDRINUSE", -1)):
+                return servers           # no IPv6 here
+            for server in servers:
+                server.close()
+    raise LoginFailed("no port of this machine can be listened on; log in with: python iflow2api.py login --paste")
+
+
+class LoginFlow:
+    """One login, from the address to open to its end.  The listeners are gone with the end, whatever it is.
+
+    `state`: waiting, done or failed; `message` says how it went; `ended` is set at the end.
+    """
+
+    def __init__(self, oauth: OAuth, file: LoginFile, changed: Callable[[], None], listen: bool = True,
+                 timeout_s: float = LOGIN_TIMEOUT_S, port: Optional[int] = None) -> None:
+        """LoginFailed where the result could not be kept anyway."""
+        port = OAUTH_PORT if port is None else port
+        with file.held():
+            file.read()
+        self.file, self._oauth, self._changed = file, oauth, changed
+        self.state, self.message, self.ended = "waiting", "", threading.Event()
+        self._secret, self._lock = secrets.token_urlsafe(32), threading.Lock()
+        self._servers = listen_for_login(self, port) if listen else []
+        port = self._servers[0].server_port if listen else port
+        self._redirect_uri = f"http://localhost:{port}{OAUTH_PATH}"
+        self.url = oauth.address(self._redirect_uri, self._secret)
+        late = f"nobody logged in within {timeout_s:g} s; nothing was changed"
+        self._timer = threading.Timer(min(timeout_s, threading.TIMEOUT_MAX), self.fail, (late,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def visit(self, query: str) -> Tuple[bool, str]:
+        """The browser came back: whether it worked, and what to tell it.  Who lacks the state changes nothing."""
+        try:
+            code = self._code(urllib.parse.parse_qs(query), True)
+        except LoginFailed as exc:
+            if exc.refused and self.state == "waiting":
+                self.state, self.message = "failed", exc.message
+            return False, exc.message
+        with contextlib.suppress(LoginFailed):
+            self._finish(code, True)
+        return self.state == "done", self.message
+
+    def paste(self, text: str) -> None:
+        """The user gives the address the browser ended on, or the code in it.  LoginFailed says what was wrong."""
+        text = text.strip()
+        if re.fullmatch(r"[\w.~+/=-]{6,512}", text):
+            code = text
+        else:
+            query = (text.partition("?")[2] or text).partition("#")[0]
+            code = self._code(urllib.parse.parse_qs(query), False)
+        try:
+            self._finish(code, False)
+        finally:
+            self.settle()
+
+    def _code(self, query: Mapping[str, List[str]], by_browser: bool) -> str:
+        """The code of a callback; LoginFailed, `refused` where the login host says no."""
+        facts = {name: values[-1] for name, values in query.items()}
+        if not {"code", "error"} & set(facts):
+            raise LoginFailed("this request is no answer to a login" if by_browser else
+                              "that is neither the address the browser ended on nor the code in it; "
+                              f"it looks like {self._redirect_uri}?code=…&state=…")
+        if not hmac.compare_digest(facts.get("state", "").encode("utf-8", "replace"), self._secret.encode()):
+            raise LoginFailed("this answer belongs to another login (its state is wrong): open the address of this one")
+        if "code" not in facts:
+            said = one_line(facts.get("error_description") or facts["error"], 200)
+            raise LoginFailed(f"iFlow did not log you in: {said}; nothing was changed", refused=True)
+        return facts["code"]
+
+    def _finish(self, code: str, final: bool) -> None:
+        """Exchange, user info, file; a second caller waits and gets the first one's result.  LoginFailed."""
+        with self._lock:
+            if self.state != "waiting":
+                return
+            try:
+                tokens = self._oauth.exchange(code, self._redirect_uri)
+                info = self._oauth.user_info(tokens[ACCESS])
+                with self.file.held():
+                    self.file.update(self._login(tokens, info, self.file.read()))
+            except LoginFailed as exc:
+                if final or not exc.refused:
+                    self.state, self.message = "failed", exc.message
+                raise
+            who = next((str(info[name]) for name in ("username", "email", "phone") if info.get(name)), "")
+            self.state = "done"
+            name = " as " + one_line(who, 80) if who else ""
+            self.message = f"logged in to iFlow{name}; you can close this page / 可以关闭此页面"
+        self._changed()
+
+    @staticmethod
+    def _login(tokens: Json, info: Json, before: Json) -> Json:
+        """What a login writes.  One that was set to another service must not take iFlow's key there."""
+        changes: Json = {**tokens, REFRESH: tokens.get(REFRESH), "apiKey": info["apiKey"], "api_key_expires_at": None,
+                         KEY_DUE: None, "selectedAuthType": "oauth-iflow"}
+        if before.get("selectedAuthType") == "openai-compatible":
+            changes.update(baseUrl=None, modelName=None)
+        return changes
+
+    def fail(self, message: str) -> None:
+        if self.state == "waiting":
+            self.state, self.message = "failed", message
+        self.settle()
+
+    def settle(self) -> None:
+        """If it is over: close what is open and tell who waits."""
+        if self.state != "waiting":
+            self._timer.cancel()
+            with self._lock:
+                servers, self._servers = self._servers, []
+            for server in servers:
+                server.close()
+            self.ended.set()
+
+
+class Logins:
+    """Logging in, for the command line and the admin page alike; one attempt at a time."""
+
+    def __init__(self, config: Optional[ConfigFile], oauth: OAuth, accounts: Callable[[], Iterable[str]],
+                 changed: Callable[[], None]) -> None:
+        self._config, self._oauth, self._accounts, self._taken_over = config, oauth, accounts, changed
+        self.refresher = Refresher(oauth, self.files, changed)
+        self.flow: Optional[LoginFlow] = None
+
+    def files(self) -> List[LoginFile]:
+        """The logins there may be."""
+        return [LoginFile(name, self._config) for name in (DEFAULT_ACCOUNT, *self._accounts())] if self._config else []
+
+    def start(self, account: str = "", paste: bool = False, timeout_s: float = LOGIN_TIMEOUT_S,
+              port: Optional[int] = None) -> Json:
+        """Begin a login; an earlier attempt ends.  LoginFailed."""
+        if not re.fullmatch(r"[\w.@+-]{0,64}", account):
+            raise LoginFailed("an account's name has letters, digits and . @ + - _ only, at most 64")
+        if self.flow is not None:
+            self.flow.fail("another login was begun")
+        self.flow = LoginFlow(self._oauth, LoginFile(account, self._config), self._changed, not paste, timeout_s, port)
+        return self.status()
+
+    def _changed(self) -> None:
+        self._taken_over()
+        self.refresher.wake()
+
+    def callback(self, query: str) -> Json:
+        """The browser's way back through somebody else's listener."""
+        if self.flow is None:
+            raise LoginFailed("no login was begun")
+        ok, message = self.flow.visit(query)
+        self.flow.settle()
+        return {**self.status(), "ok": ok, "message": message}
+
+    def paste(self, text: str) -> Json:
+        if self.flow is None:
+            raise LoginFailed("no login was begun")
+        self.flow.paste(text)
+        return self.status()
+
+    def status(self) -> Json:
+        """`state` idle, waiting, done or failed; the `url` to open while it waits."""
+        flow = self.flow
+        if flow is None:
+            return {"state": "idle", "message": ""}
+        return {"state": flow.state, "message": flow.message, "account": flow.file.account,
+                **({"url": flow.url} if flow.state == "waiting" else {})}
+
+    def close(self) -> None:
+        if self.flow is not None:
+            self.flow.fail("the program ended before the login did; nothing was changed")
+        self.refresher.close()
+
+
+# --- the browser ---------------------------------------------------------------
+
+#: platform -> what opens an address there, tried in turn; `webbrowser` is Python's own module, where it is installed.
+BROWSERS: Dict[str, Tuple[Tuple[str, ...], ...]] = {
+    "termux": (("termux-open-url",), ("termux-open",), ("xdg-open",)),
+    "wsl": (("wslview",), ("rundll32.exe", "url.dll,FileProtocolHandler"), ("xdg-open",)),
+    "windows": (("webbrowser",), ("rundll32", "url.dll,FileProtocolHandler")),
+    "macos": (("open",), ("webbrowser",)),
+    "desktop": (("xdg-open",), ("gio", "open"), ("webbrowser",)),
+    "headless": ()}
+
+
+def browser_platform(environ: Mapping[str, str], system: str = sys.platform) -> str:
+    """Which row of BROWSERS is this machine's.  Without a display xdg-open would start a browser in the terminal."""
+    if environ.get("TERMUX_VERSION") or "com.termux" in environ.get("PREFIX", ""):
+        return "termux"                  # sys.platform is "linux" there, from Python 3.13 on "android"
+    if system in ("win32", "cygwin", "darwin"):
+        return "macos" if system == "darwin" else "windows"
+    if environ.get("WSL_DISTRO_NAME") or environ.get("WSL_INTEROP"):
+        return "wsl"
+    return "desktop" if any(environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")) else "headless"
+
+
+def run_opener(command: Sequence[str]) -> bool:
+    """Start one of BROWSERS; whether it seems to have worked.  Some openers run as long as the browser does."""
+    if command[0] == "webbrowser":
+        try:
+            import webbrowser            # not on OpenWrt
+            return webbrowser.open(command[-1])
+        except (ImportError, OSError, ValueError):
+            return False
+    import subprocess
+    quiet = subprocess.DEVNULL
+    try:
+        process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+        return process.wait(3) == 0
+    except subprocess.TimeoutExpired:
+        return True
+    except OSError:
+        return False
+
+
+def open_browser(url: str, environ: Mapping[str, str], run: Callable[[Sequence[str]], bool] = run_opener,
+                 system: str = sys.platform) -> bool:
+    """Show `url` in a browser; False where there is none."""
+    return any(run((*command, url)) for command in BROWSERS[browser_platform(environ, system)])
 
 
 # === 12. Services ===========================================================
@@ -7090,6 +8150,8 @@ class Gateway:
         self.upstream, self.metrics = Upstream(), Metrics()
         self.reasoning = ReasoningCache()
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
+        oauth = OAuth(self.upstream, lambda: self.settings)
+        self.logins = Logins(config, oauth, lambda: self.settings.accounts, self.reload)
         self._seal: Optional[Seal] = None
         self.started_at = time.time()
         self.in_flight = 0
@@ -7115,7 +8177,7 @@ class Gateway:
         else:
             raw, broken = config.recover()
             self.config_broken = bool(broken)
-            self._take_over(load_settings(raw, self.environ, self.flags), broken + self._read_login())
+            self._take_over(load_settings(raw, self.environ, self.flags), broken + config.locked + self._read_login())
         self.responses = ResponseStore(self.settings.responses_file)
 
     @property
@@ -7191,10 +8253,14 @@ class Gateway:
             if [str(exc)] != self.problems:
                 self.problems = [str(exc)]
                 log.warning("%s (the settings in force stay)", one_line(exc, 500))
+            before = self._login
+            self._read_login()           # a login made meanwhile counts all the same
+            if self._login != before:
+                self.apply(self.settings)
             return
         loaded = self._sound(load_settings(raw, self.environ, self.flags, self.settings))
         before = (self.settings, self._login)
-        broken = self._read_login()
+        broken = self.config.locked + self._read_login()
         if (loaded.settings, self._login) != before or self.config_broken or loaded.problems or broken or self.problems:
             self.config_broken = False
             self._take_over(loaded, broken)
@@ -7223,9 +8289,15 @@ class Gateway:
                 and not any(fnmatchcase(wish, pattern) for pattern in patterns)]
 
     def watch_files(self) -> None:
-        """Reload when config.json changes on disk."""
+        """Reload when config.json or the CLI's file changes on disk, and keep logins fresh."""
         if self.config is not None and self._watch is None:
-            self._watch = FileWatch([self.config.path, os.path.expanduser(IFLOW_FILE)], self.reload)
+            self._watch = FileWatch([self.config.path, os.path.expanduser(IFLOW_FILE)], self._files_changed)
+            if "providers" not in self.flags:
+                self.logins.refresher.start()
+
+    def _files_changed(self) -> None:
+        self.reload()
+        self.logins.refresher.wake()
 
     def change_config(self, edit: Callable[[Json], None]) -> None:
         """Change config.json and take it over; OSError where it can't be written."""
@@ -7454,7 +8526,7 @@ class Gateway:
                 started = time.monotonic()
                 try:
                     with ring.hold(key, sink, state.settings, provider.name):
-                        self._attempt(state, call, target, key, turn, body, sink, record)
+                        self._attempt_with_login(state, call, target, key, turn, body, sink, record)
                     record.trail.append(Attempt(provider.name, target.model, mask(key), 200, "", time.monotonic() - started))
                     return ring.revive(key)
                 except UpstreamError as exc:
@@ -7492,10 +8564,33 @@ class Gateway:
         if exc.status not in (401, 403):
             return exc
         keys = "its key" if provider.api_keys else "a request without a key"
-        cure = "log in to iFlow again" if provider.name == "iflow" else "check its api_keys in config.json"
+        cure = "log in to iFlow again (python iflow2api.py login)" if provider.name == "iflow" else \
+            "check its api_keys in config.json"
         return UpstreamRefused(
             f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}, "
             f"then run: python iflow2api.py test {provider.name}", status=403, type="permission_error", should_retry=False)
+
+    def _attempt_with_login(self, state: State, call: Call, target: Target, key: str, turn: Any, body: bytes,
+                            sink: AnswerSink, record: Record) -> None:
+        """An attempt; where iFlow says that the key has ended, the login is refreshed and it is made again."""
+        try:
+            return self._attempt(state, call, target, key, turn, body, sink, record)
+        except UpstreamRefused as exc:
+            account = self._account_of(target.provider, key)
+            if exc.status != 401 or sink.began or account is None:
+                raise
+            fresh = self.logins.refresher.renew(account, key, sink)
+            if not fresh:
+                raise
+        record.attempts += 1
+        self._attempt(state, call, target, fresh, turn, body, sink, record)
+
+    def _account_of(self, provider: Provider, key: str) -> Optional[str]:
+        """The login that a key of the provider iflow comes from, None where it comes from elsewhere."""
+        if self.config is None or provider.name != "iflow" or provider.kind != "iflow":
+            return None
+        keys = {**account_keys(self.settings.accounts), **account_keys({DEFAULT_ACCOUNT: self._login})}
+        return next((name for name, known in keys.items() if known.strip() == key), None)
 
     def _attempt(self, state: State, call: Call, target: Target, key: str, turn: Any, body: bytes, sink: AnswerSink,
                  record: Record) -> None:
@@ -7730,9 +8825,12 @@ class Gateway:
         providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem, **({"problem": p.problem} if p.problem else {}),
                       "circuit": self._circuits[p.name].state, "keys_resting": self._rings[p.name].resting,
                       "models": len(p.models)} for p in self.current(look=False).router.providers.values()]
-        healthy = any(p["usable"] for p in providers) and not self.config_broken
+        logins = self.login_report()
+        healthy = any(p["usable"] for p in providers) and not self.config_broken and not any(
+            login["ended"] for login in logins.values())
         return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(), "version": __version__,
                 "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
+                "logins": logins,
                 "problems": [one_line(p) for p in self.problems]}
 
     def _is_logged_in(self) -> bool:
@@ -7751,11 +8849,31 @@ class Gateway:
         gauges += [("upstream_rested", "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
                     {"provider": name}, {"closed": 0, "half-open": 0.5, "open": 1}[circuit.state])
                    for name, circuit in self._circuits.items()]
-        return self.metrics.render(gauges)
+        return self.metrics.render(gauges + self._login_gauges())
+
+    def login_report(self) -> Dict[str, Json]:
+        """Refresher.report for the logins in force."""
+        accounts = {name: login for name, login in self.settings.accounts.items() if isinstance(login, dict)}
+        in_force = {DEFAULT_ACCOUNT: self._login, **accounts} if "providers" not in self.flags else {}
+        return self.logins.refresher.report(in_force)
+
+    def _login_gauges(self) -> List[Tuple[str, str, Mapping[str, Any], float]]:
+        gauges: List[Tuple[str, str, Mapping[str, Any], float]] = []
+        report = self.login_report()
+        for family, text, name in (("login_expires_at_seconds", "When a login has to be refreshed.", "expires_at"),
+                                   ("login_refreshed_at_seconds", "When a refresh was last tried.", "refreshed_at"),
+                                   ("login_refresh_ok", "Whether the last refresh worked.", "refresh_ok"),
+                                   ("login_ended", "Whether only a new login helps.", "ended")):
+            for account, login in report.items():
+                value = parse_time(login[name]) if name.endswith("_at") else login[name]
+                if value is not None:
+                    gauges.append((family, text, {"account": account}, float(value)))
+        return gauges
 
     def close(self) -> None:
         if self._watch is not None:
             self._watch.close()
+        self.logins.close()
         self.upstream.close()
         self.usage.close()
 
@@ -8390,6 +9508,34 @@ def anthropic_page(models: List[Json], query: Mapping[str, List[str]]) -> Json:
             "last_id": page[-1]["id"] if page else None}
 
 
+def check_admin(handler: Handler) -> None:
+    """Beyond the client key: no foreign page, whatever `allowed_origins` says, and without a key this machine alone."""
+    headers, settings = handler.headers, handler.server.gateway.settings
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+    foreign = origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
+    if foreign or site not in ("none", "same-origin"):
+        raise Forbidden("the admin API answers to its own page only", code="origin_not_allowed")
+    if not settings.custom_api_key and not is_loopback(handler.client_address[0]):
+        raise Forbidden("without custom_api_key the admin API answers to this machine only", code="host_not_allowed")
+
+
+def steer_login(handler: Handler) -> None:
+    """/admin/api/oauth/start, callback, paste (POST) and status (GET): a login, as the page drives it."""
+    check_admin(handler)
+    logins = handler.server.gateway.logins
+    action = normal_path(handler.path).rpartition("/")[2]
+    body = handler.read_json()[0] if handler.command == "POST" else {}
+    for name in ("account", "text", "query"):
+        if not isinstance(body.get(name, ""), str):
+            raise BadRequest(f"{name}: a string expected", param=name)
+    if action == "start":
+        return handler.respond_json(logins.start(body.get("account", ""), body.get("paste") is True))
+    if action == "status":
+        return handler.respond_json(logins.status())
+    done = logins.paste(body.get("text", "")) if action == "paste" else logins.callback(body.get("query", ""))
+    handler.respond_json(done)
+
+
 CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>iflow2api</title><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:40rem;
 margin:3rem auto;padding:0 1rem}code{font:14px ui-monospace,monospace}li{margin:.2rem 0}</style>
@@ -8442,6 +9588,8 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/responses/compact": {"POST": Route(answer_call, COMPACT)},
     "/responses/input_tokens": {"POST": Route(count_input_tokens, RESPONSES)},
     "/responses/": {"GET": Route(kept_response, RESPONSES), "DELETE": Route(kept_response, RESPONSES)},
+    **{f"/admin/api/oauth/{action}": {"POST": Route(steer_login)} for action in ("start", "callback", "paste")},
+    "/admin/api/oauth/status": {"GET": Route(steer_login)},
     "/api/event_logging/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
     "/api/event_logging/v2/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
 }
@@ -9658,8 +10806,10 @@ def cmd_status(args: Any) -> int:
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
         print(f"provider  {provider.name}{' (default)' if provider is router.default else ''}  {provider.problem or provider.base_url}"
               f"  {keys if not provider.problem else ''}{_rest_of(health, provider.name)}".rstrip())
+    for account, login in {**gateway.login_report(), **(health or {}).get("logins", {})}.items():
+        print(one_line(_login_line(account, login)))
     if not router.providers:
-        print("provider  none; add one to `providers`, or start with --upstream URL")
+        print("provider  none; run `login` for iFlow, add one to `providers`, or start with --upstream URL")
     for variable, names in offered_presets(router, os.environ).items():
         either = " (or ".join(names) + ")" * (len(names) > 1)
         print(f"offer     {variable} is set: python iflow2api.py provider add {either}")
@@ -10034,6 +11184,130 @@ def _guess_shell() -> str:
     return "fish" if os.path.basename(os.environ.get("SHELL", "")) == "fish" else "bash"
 
 
+# --- logging in ----------------------------------------------------------------
+
+def cmd_login(args: Any) -> int:
+    """Log in by the browser, or store a key."""
+    gateway = Gateway(config=_config_of(args))
+    try:
+        if args.api_key:
+            return _store_key(gateway, args)
+        paste = args.paste
+        found = gateway.logins.start(args.account or "", paste, args.timeout)
+        _say("open this address in a browser to log in to iFlow:")
+        print(found["url"], flush=True)
+        if not paste and not args.no_browser and not open_browser(found["url"], os.environ):
+            _say("no browser was found here: open the address yourself; for a browser elsewhere there is login --paste")
+        return _wait_for_login(gateway, paste)
+    except LoginFailed as exc:
+        _say(f"error: {exc.message}")
+        return 1
+    except KeyboardInterrupt:
+        _say("login given up; nothing was changed")
+        return 130
+    finally:
+        gateway.close()
+
+
+def _wait_for_login(gateway: Gateway, paste: bool) -> int:
+    """Wait for the browser, or for an address at the terminal, until the login has ended."""
+    flow = gateway.logins.flow
+    if flow is None:
+        return 1
+    if paste or sys.stdin is not None and sys.stdin.isatty():
+        _say("after logging in the browser ends on an address that begins with http://localhost; "
+             + ("it need not show a page: paste that address here" if paste else "if it shows no page, paste it here"))
+        threading.Thread(target=_read_pastes, args=(flow, sys.stdin.fileno(), paste), name="paste", daemon=True).start()
+    while not flow.ended.wait(0.5):      # Windows: Ctrl-C does not end an endless wait
+        pass
+    _say(flow.message.partition(";")[0] if flow.state == "done" else f"error: {flow.message}")
+    if flow.state != "done":
+        return 1
+    _say(f"stored in {flow.file.path}; a running server takes it over by itself")
+    above = _above_login(gateway) if flow.file.is_default else ""
+    if above:
+        _say(f"warning: {above} is set, too, and stands above this login")
+    return 0
+
+
+def _read_pastes(flow: LoginFlow, fd: int, final: bool) -> None:
+    """Hand what is typed to the login, line by line.  os.read: at exit a thread in sys.stdin would end in a crash."""
+    typed = b""
+    while not flow.ended.is_set():
+        try:
+            data = os.read(fd, 4096)
+        except OSError:
+            data = b""
+        typed += data if data else b"\n"
+        *lines, typed = typed.split(b"\n")
+        for line in filter(None, (line.decode("utf-8", "replace").strip() for line in lines)):
+            try:
+                flow.paste(line)
+            except LoginFailed as exc:
+                _say(f"error: {exc.message}")
+        if not data:
+            return flow.fail("the input ended before the login did; nothing was changed") if final else None
+
+
+def _above_login(gateway: Gateway) -> str:
+    """What gives iFlow another key than the CLI's file does."""
+    return next((name for name in IFLOW_KEY_VARIABLES if os.environ.get(name)), "") or (
+        (ENV_PREFIX + "API_KEY" if gateway.origins.get("api_key") == "environment" else "api_key in config.json")
+        if gateway.settings.api_key else "")
+
+
+def _store_key(gateway: Gateway, args: Any) -> int:
+    """`login --api-key`: into our own file, where it is kept encrypted."""
+    key = _read_key(args.api_key)
+    if not account_keys({"": {"apiKey": key}}):
+        raise UsageError("--api-key: a key has no blanks, line breaks or characters beyond ASCII")
+    if args.account and args.account != DEFAULT_ACCOUNT:
+        file = LoginFile(args.account, gateway.config)
+        with file.held():
+            file.update({**dict.fromkeys(LOGIN_FIELDS), "apiKey": key})
+        _say(f"stored the key {mask(key)} as account {args.account} in {file.path}")
+        return 0
+    return _change_config(args, lambda raw: raw.update(api_key=key))
+
+
+def cmd_logout(args: Any) -> int:
+    """Take the login away, and nothing else of the file it is in."""
+    gateway = Gateway(config=_config_of(args))
+    account = args.account or DEFAULT_ACCOUNT
+    if account != DEFAULT_ACCOUNT and account not in gateway.settings.accounts:
+        raise UsageError(f"there is no account {account!r}" + nearest(account, gateway.settings.accounts))
+    file, gone = LoginFile(account, gateway.config), False
+    try:
+        login = file.read()
+        foreign = login.get("selectedAuthType") == "openai-compatible"           # another service's key is not ours
+        fields = [name for name in LOGIN_FIELDS if not (foreign and name.endswith("piKey"))]
+        if any(name in login for name in fields):
+            with file.held():
+                file.update(dict.fromkeys(login if not file.is_default else fields))
+            gone = True
+        if file.is_default and gateway.config and gateway.config.read().get("api_key"):
+            gateway.config.change(lambda raw: raw.pop("api_key", None))
+            gone = True
+    except (LoginFailed, ConfigBroken, OSError) as exc:
+        _say(f"error: {exc}")
+        return 1
+    finally:
+        gateway.close()
+    _say(f"logged out ({account})" if gone else f"there was no login to remove ({account})")
+    return 0
+
+
+def _login_line(account: str, login: Json) -> str:
+    """A login for `status`."""
+    state = "ended: run python iflow2api.py login" if login.get("ended") else \
+        f"until {login['expires_at']}" if login.get("expires_at") else "end unknown"
+    last = ""
+    if login.get("refreshed_at"):
+        last = f"  last refresh {login['refreshed_at']} {'ok' if login.get('refresh_ok') else 'failed'}"
+    message = f" ({login['message']})" if login.get("message") else ""
+    return f"login     {account}  {state}{'' if login.get('renewable') else '  not refreshable'}{last}{message}"
+
+
 # --- config ------------------------------------------------------------------
 
 def hide_secrets(name: str, value: Any) -> Any:
@@ -10042,6 +11316,9 @@ def hide_secrets(name: str, value: Any) -> Any:
         return redact(value) if "://" in str(value) else mask(value)
     if name == "providers" and isinstance(value, list):
         return [_hide_in_provider(entry) if isinstance(entry, dict) else entry for entry in value]
+    if name == "accounts" and isinstance(value, dict):
+        return {account: {key: mask(str(item)) if key in LOGIN_SECRETS else item for key, item in login.items()}
+                if isinstance(login, dict) else "…" for account, login in value.items()}
     return value
 
 
@@ -10061,7 +11338,7 @@ def _hide_in_provider(entry: Json) -> Json:
 
 def cmd_config(args: Any) -> int:
     return {"list": _config_list, "get": _config_get, "set": _config_set, "unset": _config_unset,
-            "path": _config_path}[args.action or "list"](args)
+            "path": _config_path, "encrypt": _config_encrypt}[args.action or "list"](args)
 
 
 def _setting_name(args: Any) -> str:
@@ -10137,6 +11414,29 @@ def _change_config(args: Any, edit: Callable[[Json], Any]) -> int:
         return 1
     _say(tr("saved", path=config.path))
     return 0
+
+
+def _config_encrypt(args: Any) -> int:
+    """`on`, `off`, `rotate`; without, how it stands."""
+    config = _config_of(args)
+    mode = args.key or ""
+    if mode not in ("", "on", "off", "rotate"):
+        raise UsageError(f"config encrypt {mode}: one of on, off, rotate expected")
+    try:
+        if not mode:
+            gateway = _gateway_of(args)
+            print("on" if gateway.settings.encrypt_secrets else "off")
+            locked = config.locked or (gateway.config.locked if gateway.config else [])
+        else:
+            locked = config.encrypt(mode)
+            _say({"on": "secrets in {} are encrypted", "off": "secrets in {} are plain text now",
+                  "rotate": "secrets in {} are encrypted with a new key"}[mode].format(config.path))
+    except (OSError, ConfigBroken, SealBroken) as exc:
+        _say(f"error: {getattr(exc, 'strerror', None) or exc}")
+        return 1
+    for problem in locked:
+        _say(f"problem: {one_line(problem, 300)} (left as it is)")
+    return 1 if locked else 0
 
 
 def _config_path(args: Any) -> int:
@@ -10361,8 +11661,20 @@ COMMANDS: Dict[str, Command] = {
         ("--preset", {"metavar": "PRESET", "help": ("add：用别的名称套用此预设", "add: take the facts of this preset under another name")}),
         ("--kind", {"choices": KINDS, "help": ("add：不写则为 openai", "add: openai without")})),
         ("provider presets", "provider add zhipu --api-key '$ZHIPU_API_KEY'", "provider test zhipu")),
+    "login": Command(cmd_login, ("用浏览器登录 iFlow", "log in to iFlow in the browser"), (
+        ("--paste", {"action": "store_true", "help": ("用于 SSH 和容器：粘贴浏览器最后停在的地址",
+                                                      "for SSH and containers: paste the address the browser ends on")}),
+        ("--no-browser", {"action": "store_true", "help": ("只显示要打开的地址", "only print the address to open")}),
+        ("--api-key", {"metavar": "KEY", "help": ("改为保存此密钥：$NAME、-（标准输入）或密钥本身",
+                                                  "store this key instead: $NAME, - (standard input), or itself")}),
+        ("--account", {"metavar": "NAME", "help": ("另一个账号；请求在各账号间轮换",
+                                                   "a further account; requests take turns among all of them")}),
+        ("--timeout", {"metavar": "S", "type": float, "default": LOGIN_TIMEOUT_S,
+                       "help": ("最多等待的秒数（300）", "seconds to wait (300)")})), ("login", "login --paste")),
+    "logout": Command(cmd_logout, ("移除 iFlow 登录", "remove the iFlow login"), (
+        ("--account", {"metavar": "NAME", "help": ("哪个账号", "of this account")}),)),
     "config": Command(cmd_config, ("查看和修改设置", "show and change settings"), (
-        ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path"),
+        ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path", "encrypt"),
                     "help": ("不写则为 list", "list without")}),
         ("key", {"nargs": "?", "metavar": "KEY", "help": ("设置的名称", "name of a setting")}),
         ("value", {"nargs": "?", "metavar": "VALUE",
