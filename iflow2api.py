@@ -65,8 +65,9 @@ def _serve_from_byte_code(code: Any, source: str) -> None:
     if os.name != "posix" or source.endswith(".pyc") or sys.flags.interactive:
         return
     folder = os.environ.get("IFLOW2API_CONFIG_DIR") or os.path.join("~", ".iflow2api")
-    if "--config-dir" in sys.argv[:-1]:
-        folder = sys.argv[sys.argv.index("--config-dir") + 1]
+    for word, following in zip(sys.argv, sys.argv[1:] + [""]):
+        if word.partition("=")[0] == "--config-dir":
+            folder = word.partition("=")[2] or following
     cached = os.path.join(os.path.expanduser(folder), "cache", str(sys.implementation.cache_tag), "iflow2api.pyc")
     try:
         import marshal
@@ -84,7 +85,8 @@ def _serve_from_byte_code(code: Any, source: str) -> None:
         return
 
 
-if __name__ == "__main__" and (not sys.argv[1:] or sys.argv[1] == "serve" or sys.argv[1][:2] == "--"):
+if __name__ == "__main__" and (not sys.argv[1:] or sys.argv[1] == "serve" or sys.argv[1][:2] == "--") and not (
+        {"-h", "--help", "--version"} & set(sys.argv)):
     _serve_from_byte_code(sys._getframe().f_code, __file__)
 
 #: Modules that OpenWrt's python3-light leaves to packages of their own (package lists of 21.02 to 25.12).
@@ -218,8 +220,8 @@ REFUSAL_LIMIT_BYTES = 1 << 20
 #: A record of an event stream that never ends is passed on, or given up, at this size.
 RECORD_LIMIT_BYTES = 8 << 20
 
-#: A time limit beyond this (a year) is a mistake, and more than some systems can count.
-LONGEST_S = 31_536_000
+#: A time limit beyond this (three weeks) is a mistake, and more milliseconds than poll() can count.
+LONGEST_S = 2_000_000
 
 #: A kept client connection without a request is closed after this (nginx: 75 s, Node: 5 s).
 CLIENT_IDLE_S = 75
@@ -685,7 +687,8 @@ def check_setting(name: str, value: Any) -> Any:
     facts = SETTING[name].metadata
     kind = facts["kind"]
     if not isinstance(value, _KINDS[kind]) or isinstance(value, bool) is not (kind == "bool"):
-        raise ValueError(f"{_KIND_NAME[kind]} expected, not {one_line(json.dumps(value), 60)}")
+        hidden = facts.get("secret") or isinstance(value, (list, dict))      # problems are shown on /health
+        raise ValueError(f"{_KIND_NAME[kind]} expected" + ("" if hidden else f", not {one_line(json.dumps(value), 60)}"))
     if "choices" in facts and value not in facts["choices"]:
         raise ValueError(f"one of {', '.join(c or chr(34) * 2 for c in facts['choices'])} expected")
     if kind == "float" and not abs(value) <= LONGEST_S:
@@ -1038,12 +1041,9 @@ class ConfigFile:
         return text.encode() + b"\n"
 
     def _put_aside(self, path: str) -> None:
-        """The broken file under another name: moved, or copied where it can't be (bind mount)."""
-        try:
-            os.replace(self.path, path)
-        except OSError:
-            with open(self.path, "rb") as file:
-                write_file(path, file.read())
+        """A copy of the broken file; it stays where it is until the new one replaces it, should the disk be full."""
+        with open(self.path, "rb") as file:
+            write_file(path, file.read())
 
     def _back_up(self) -> None:
         """Keep the last good file; where only the file itself may be written (bind mount) there is no place for one."""
@@ -1318,7 +1318,8 @@ def clean_base_url(url: str) -> str:
     except ValueError:
         raise ValueError(f"base_url {one_line(url, 80)!r}: no such port") from None
     if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(f"base_url {one_line(url, 80)!r}: credentials, ? and # do not belong here; use api_keys and headers")
+        raise ValueError(f"base_url of {one_line(parts.hostname, 80)}: credentials, ? and # do not belong here; use api_keys "
+                         "and headers")
     if re.search(r"[\s\x00-\x1f\x7f]", url):
         raise ValueError("base_url contains blanks or control characters")
     path = parts.path.rstrip("/")
@@ -1369,11 +1370,11 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
     for key, kind in _PROVIDER_KINDS.items():
         value = entry.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)):
-            raise ValueError(f"{key}: {one_line(json.dumps(value), 40)} is of the wrong type")
+            raise ValueError(f"{key}: it is of the wrong type")
     given = {key: entry[key] for key in _PROVIDER_KINDS if entry.get(key) is not None}
     if given.get("kind", "openai") not in KINDS:
         raise ValueError(f"kind {given['kind']!r}: one of {', '.join(KINDS)} expected")
-    if min(given.get("concurrency", 0), given.get("key_concurrency", 0)) < 0 or given.get("timeout_s", 1) <= 0:
+    if min(given.get("concurrency", 0), given.get("key_concurrency", 0)) < 0 or not 0 < given.get("timeout_s", 1) <= LONGEST_S:
         raise ValueError("concurrency, key_concurrency and timeout_s can't be negative")
     keys = tuple(_header_safe(_resolve_secret(key, environ), "key") for key in given.get("api_keys", ()))
     headers = tuple((_token(key), _header_safe(_resolve_secret(value, environ), "header value"))
@@ -5753,7 +5754,10 @@ class Lookout:
                 self._wanted.clear()
             if self._wires or self._wanted.wait(60):
                 self._closed.wait(self.EVERY_S)
-                self._look()
+                try:
+                    self._look()
+                except Exception:        # a thread body: without it nobody would notice who leaves
+                    log.exception("looking after waiting clients failed")
 
     def close(self) -> None:
         self._closed.set()
@@ -5860,7 +5864,7 @@ class Wire(LineReader):
         """The caller left: end the wait, whoever is in it."""
         self._left = True
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)      # not TLS's own, which would pull the rug from the reader
 
     def _receive(self) -> bytes:
         while True:
@@ -5918,7 +5922,7 @@ class Wire(LineReader):
             self.sock.close()
 
 
-_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
+_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 
 
 class Dechunker:
@@ -5974,7 +5978,7 @@ class Dechunker:
         if size:
             self._left = size + 2
             return found.end()
-        end = re.compile(rb"(?:[^\r\n]+\r?\n)*\r?\n").match(data, found.end())     # trailers
+        end = re.compile(rb"(?:[^\r\n]+\r\n)*\r\n").match(data, found.end())     # trailers
         if not end:
             self._rest = data[at:]
             if len(self._rest) > LINE_LIMIT:
@@ -6479,8 +6483,11 @@ class Upstream:
         except (BrokenPipeError, ConnectionResetError):
             if not wire.is_stale():      # it may have answered (413, 401) without reading the body
                 raise
-        response = http.client.HTTPResponse(wire, method=method)     # type: ignore[arg-type]
-        response.begin()
+        status = 100
+        while status < 200:              # 103 Early Hints and the like come before the answer
+            response = http.client.HTTPResponse(wire, method=method)     # type: ignore[arg-type]
+            response.begin()
+            status = response.status
 
         def release(wire: Wire, reusable: bool) -> None:
             self._part(wire)
@@ -8127,6 +8134,15 @@ class AnswerSink(Caller):
 _EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "images": bool, "thinking": bool, "tools": bool}
 
 
+def _forget_secrets(exc: GatewayError, provider: Provider) -> None:
+    """Some upstreams repeat the key they refuse; it is not the client's."""
+    for secret in (*provider.api_keys, *(value for _, value in provider.headers if len(value) >= 8)):
+        if secret in exc.message:
+            exc.message = exc.message.replace(secret, mask(secret))
+        if exc.body and secret in dump_json(exc.body).decode():
+            exc.body = json.loads(dump_json(exc.body).decode().replace(secret, mask(secret)))
+
+
 class State(NamedTuple):
     """What a request works on from its start to its end, whatever is changed meanwhile."""
     settings: Settings
@@ -8518,6 +8534,8 @@ class Gateway:
         sink.stream = turn.stream()
         body = turn.encode()
         ring = self._rings[provider.name]
+        if ring.keys != provider.api_keys:       # reloaded meanwhile: new keys must not go to the old address
+            ring = KeyRing(provider.api_keys, self._clock, provider.key_concurrency)
         with self._slots[provider.name].hold(sink, state.settings, provider.name):
             sticky = state.settings.sticky if provider.sticky is None else provider.sticky
             keys = ring.order(call.conversation if sticky and len(ring.keys) > 1 else None)
@@ -8558,6 +8576,7 @@ class Gateway:
                 exc.code = exc.code or "context_length_exceeded"
             elif exc.status == 404 and exc.code == "model_not_found" and target.model not in exc.message:
                 exc.message = f"the model {target.model} does not exist there: {exc.message}"
+        _forget_secrets(exc, target.provider)
         if exc.status == 429 and exc.retry_after_s is None:      # Codex gives up at once on a bare 429
             exc.retry_after_s = DEFAULT_RETRY_AFTER_S
         provider = target.provider
@@ -8600,7 +8619,7 @@ class Gateway:
         with self.upstream.open(target.provider, state.settings, "POST", call.dialect.path, headers, body, sink) as exchange:
             if exchange.status >= 300:
                 raise self._refusal(exchange, target.provider)
-            sink.returned = [(n, v) for n, v in exchange.headers.items() if HEADER_RETURNS.fullmatch(n.lower())]
+            sink.returned = [(n, v) for n, v in exchange.headers.items() if HEADER_RETURNS.fullmatch(n.lower()) and v.isprintable()]
             if call.stream:
                 sink.stream = stream = turn.stream()
             if call.stream and "json" not in exchange.content_type:
@@ -8647,7 +8666,8 @@ class Gateway:
     def _parse_answer(data: bytes, call: Call, status: int) -> Json:
         """A plain answer's JSON, once it is known to be an answer."""
         try:
-            completion = _DECODER.decode(data.decode("utf-8-sig"))
+            decode = _DECODER.decode if call.dialect.judged else json.loads      # embeddings: floats by the thousand
+            completion = decode(data.decode("utf-8-sig"))
         except (ValueError, RecursionError):
             raise UpstreamGarbled("the upstream's answer is not JSON" if data.strip() else
                                   "the upstream's answer is empty") from None
@@ -9016,7 +9036,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.busy = True
                 self.handle_one_request()
                 self.busy = False
-                if self.close_connection:
+                if self.close_connection or self.server.closing.is_set():
                     break
                 wait_s = CLIENT_IDLE_S
         except (ClientGone, OSError):
@@ -9046,6 +9066,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._fail_reading(BadRequest("the request did not arrive in time", status=408, code="request_timeout"))
         except (ClientGone, OSError):
             self.close_connection = True
+        except RecursionError:
+            self._fail_reading(BadRequest("the body is nested too deeply"))
         except Exception:                # the last resort: a defect of ours must not look like an answer
             log.exception("%s failed", self.request_id)
             self._fail_reading(GatewayError("iflow2api failed on this request; its log says why"))
@@ -9064,10 +9086,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Close without a reset, which would destroy an answer still on its way to a client still sending."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            if self._body_left:
-                self.reader.deadline = time.monotonic() + LINGER_S
-                while self.reader.take() and time.monotonic() < self.reader.deadline:
-                    pass
+            self.reader.deadline = time.monotonic() + LINGER_S
+            while self.reader.take() and time.monotonic() < self.reader.deadline:
+                pass
 
     # one request
 
@@ -9169,7 +9190,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ours = self.server.gateway.limiter.headers(self.meters)
             headers = [*ours, *(pair for pair in headers if not ours or not pair[0].lower().startswith("x-ratelimit-"))]
         lines += [f"{name}: {value}" for name, value in headers]
-        if self.close_connection:
+        if self.close_connection or self.server.closing.is_set():
             lines.append("Connection: close")
         elif self.request_version == "HTTP/1.0":
             lines.append("Connection: keep-alive")
@@ -9567,8 +9588,8 @@ def _no_endpoint(handler: Handler) -> None:
     raise NotFound(f"there is nothing at {one_line(handler.path.partition('?')[0], 100)}", code="not_found")
 
 
-UNKNOWN = Route(_no_endpoint)
-UNKNOWN_MESSAGES = Route(_no_endpoint, MESSAGES)
+UNKNOWN = Route(_no_endpoint, public=True)
+UNKNOWN_MESSAGES = Route(_no_endpoint, MESSAGES, public=True)
 
 #: path without /v1 -> method -> what it does; HEAD comes with GET.  A path that ends in a slash takes what follows it.
 ROUTES: Dict[str, Dict[str, Route]] = {
@@ -10563,10 +10584,12 @@ def cmd_serve(args: Any) -> int:
     except OSError as exc:
         _say(tr("error", text=_bind_problem(host, port, exc)))
         return 1
+    stopping = _heed_signals(gateway)
     print(f"iflow2api {__version__} listening on {server.url}", flush=True)
     _say("\n".join(["", *_card(gateway, server, had_key), ""]))
     gateway.watch_files()
-    _wait_for_signal(gateway)
+    while not stopping.wait(1 if os.name == "nt" else 3600):     # Windows: Ctrl-C does not end an endless wait
+        pass
     _say(tr("stopping", seconds=gateway.settings.drain_s))
     server.close(gateway.settings.drain_s)
     if demo is not None:
@@ -10639,8 +10662,8 @@ def _next_step(gateway: Gateway, server: Server) -> str:
     return tr("next_client", url=server.url)
 
 
-def _wait_for_signal(gateway: Gateway) -> None:
-    """Return at the first SIGINT or SIGTERM; a second one ends the process at once, SIGHUP reloads."""
+def _heed_signals(gateway: Gateway) -> threading.Event:
+    """Set at the first SIGINT or SIGTERM; a second one ends the process at once, SIGHUP reloads."""
     stopping = threading.Event()
 
     def stop(number: int, frame: Any) -> None:
@@ -10652,8 +10675,7 @@ def _wait_for_signal(gateway: Gateway) -> None:
     signal.signal(signal.SIGTERM, stop)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda number, frame: gateway.reload())
-    while not stopping.wait(1 if os.name == "nt" else 3600):     # Windows: Ctrl-C does not end an endless wait
-        pass
+    return stopping
 
 
 _LEVEL_COLOURS = {logging.DEBUG: "dim", logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
@@ -11327,12 +11349,13 @@ def _hide_in_provider(entry: Json) -> Json:
         return text if isinstance(text, str) and re.fullmatch(r"\$\w+", text) else mask(str(text))
 
     shown = dict(entry)
-    if isinstance(entry.get("api_keys"), list):
-        shown["api_keys"] = [hide(key) for key in entry["api_keys"]]
-    if isinstance(entry.get("headers"), dict):
-        shown["headers"] = {name: hide(value) for name, value in entry["headers"].items()}
-    if isinstance(entry.get("proxy"), str):
-        shown["proxy"] = redact(entry["proxy"])
+    for name, value in entry.items():
+        if name == "headers" and isinstance(value, dict):
+            shown[name] = {header: hide(text) for header, text in value.items()}
+        elif name in ("proxy", "base_url") and isinstance(value, str):
+            shown[name] = re.sub(r"[?#].*", "…", redact(value))
+        elif re.search(r"(?i)keys?$|token|secret|password|headers", name):
+            shown[name] = [hide(key) for key in value] if isinstance(value, list) else hide(value)
     return shown
 
 
@@ -11376,7 +11399,7 @@ def _config_set(args: Any) -> int:
     if args.value is None:
         raise UsageError(tr("config_no_value", name=name))
     facts = SETTING[name].metadata
-    text = _read_key(args.value) if facts.get("secret") and args.value == "-" else args.value
+    text = _read_key(args.value) if facts.get("secret") and args.value[:1] in ("-", "$") else args.value
     value = _parse_for(f"config set {name}", name, text)
     if name == "upstream_proxy":
         _check_proxy(args, value)
