@@ -9588,8 +9588,8 @@ def _no_endpoint(handler: Handler) -> None:
     raise NotFound(f"there is nothing at {one_line(handler.path.partition('?')[0], 100)}", code="not_found")
 
 
-UNKNOWN = Route(_no_endpoint, public=True)
-UNKNOWN_MESSAGES = Route(_no_endpoint, MESSAGES, public=True)
+UNKNOWN = Route(_no_endpoint)
+UNKNOWN_MESSAGES = Route(_no_endpoint, MESSAGES)
 
 #: path without /v1 -> method -> what it does; HEAD comes with GET.  A path that ends in a slash takes what follows it.
 ROUTES: Dict[str, Dict[str, Route]] = {
