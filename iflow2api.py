@@ -31,8 +31,8 @@ Contents
     4  Small tools       ids, redaction, files
     5  Settings          settings, config.json, providers, routes
     6  Chat and SSE      the hub: parsing, holding back, usage (pure)
-    7  Messages          Anthropic's requests, answers, streams, errors (pure)
-    8  Responses         OpenAI's other API, and what Codex needs of it (pure)
+    7  Anthropic Messages  requests, answers, streams, errors (pure)
+    8  OpenAI Responses  the other API, and what Codex needs of it (pure)
     9  Dialects          what an endpoint speaks (pure)
     10 Upstream          connections, TLS, proxies, waiting
     11 Credentials       logging in, refreshing, accounts, the browser
@@ -44,7 +44,7 @@ Contents
 
 Embedding: `server = serve(Gateway(Settings(providers=[…])), port=0)`, then server.url, server.close().
 """
-# === 1. Preamble ============================================================
+# === 1. Preamble =============================================================
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def prepare_process() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-# === 2. Constants ===========================================================
+# === 2. Constants ============================================================
 
 #: The program's own folder and the iFlow CLI's; `--config-dir` and IFLOW2API_CONFIG_DIR move the first.
 CONFIG_DIR = os.path.join("~", ".iflow2api")
@@ -238,6 +238,7 @@ BODY_BYTES_PER_S = 16 << 10
 #: A key that was refused, or that ran into a limit without saying for how long, rests.
 REFUSED_KEY_REST_S = 300
 LIMITED_KEY_REST_S = 30
+LONGEST_REST_S = 3600                    # whatever an upstream's Retry-After says
 
 #: `Retry-After` where a 429 came without one: Codex gives up at once on a bare 429.
 DEFAULT_RETRY_AFTER_S = 5
@@ -291,7 +292,7 @@ HEADER_STAYS = re.compile(
 HEADER_RETURNS = re.compile(r"(x-ratelimit-.*|openai-.*|retry-after(-ms)?|x-should-retry)")
 
 
-# === 3. Errors ==============================================================
+# === 3. Errors ===============================================================
 
 class GatewayError(Exception):
     """Whatever a client has to be told: a status, a wire code and one sentence.
@@ -392,7 +393,7 @@ class ClientGone(Exception):
     """The client hung up; nobody is left to be told."""
 
 
-# === 4. Small tools =========================================================
+# === 4. Small tools ==========================================================
 
 _SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
 _USERINFO = re.compile(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(?=@)")     # user and password in a URL, not its port
@@ -585,7 +586,7 @@ class FileLock:
         os.close(fd)                     # lets go, too
 
 
-# === 5. Settings ============================================================
+# === 5. Settings =============================================================
 
 def setting(kind: str, default: Any, zh: str, en: str, **facts: Any) -> Any:
     """A field of `Settings`; its metadata serve file, environment, flags, help and forms alike.
@@ -607,15 +608,22 @@ class Settings:
                         restart=True)
     providers: List[Any] = setting("list", [], "上游列表", "upstreams: name, base_url, api_keys, …")
     default_provider: str = setting("str", "", "默认上游", "where names go that nothing else claims")
-    aliases: Dict[str, Any] = setting("dict", {}, "模型别名", "shell pattern -> model, or list of models to try, with conditions")
-    default_model: str = setting("str", "", "默认模型", "for requests without a model and for foreign names", flag="--model")
-    api_concurrency: int = setting("int", 1, "每个 iFlow 账号的并发数，0 为不限", "requests at once for each iFlow account; 0: no limit",
+    aliases: Dict[str, Any] = setting("dict", {}, "模型别名",
+                                      "shell pattern -> model, or list of models to try, with conditions")
+    default_model: str = setting("str", "", "默认模型", "for requests without a model and for foreign names",
+                                 flag="--model")
+    api_concurrency: int = setting("int", 1, "每个 iFlow 账号的并发数，0 为不限",
+                                   "requests at once for each iFlow account; 0: no limit",
                                    low=0)
-    retry: Dict[str, Any] = setting("dict", {}, "重试", "count, backoff_s, max_backoff_s, total_s: asking a failed upstream again")
-    circuit: Dict[str, Any] = setting("dict", {}, "熔断", "failures in a row after which an upstream rests for rest_s; 0: never")
+    retry: Dict[str, Any] = setting("dict", {}, "重试",
+                                    "count, backoff_s, max_backoff_s, total_s: asking a failed upstream again")
+    circuit: Dict[str, Any] = setting("dict", {}, "熔断",
+                                      "failures in a row after which an upstream rests for rest_s; 0: never")
     sticky: bool = setting("bool", False, "同一会话使用同一密钥", "keys by conversation instead of in turn, for the prefix cache")
-    client_keys: List[Any] = setting("list", [], "客户端密钥列表", "keys for clients, made by `key add`: name, sha256, models, limits")
-    address_limits: Dict[str, Any] = setting("dict", {}, "按地址限流", "limits of each address: rpm, rph, rpd, tpd, concurrency")
+    client_keys: List[Any] = setting("list", [], "客户端密钥列表",
+                                     "keys for clients, made by `key add`: name, sha256, models, limits")
+    address_limits: Dict[str, Any] = setting("dict", {}, "按地址限流",
+                                             "limits of each address: rpm, rph, rpd, tpd, concurrency")
     usage: bool = setting("bool", True, "记录用量", "count tokens and requests, in usage.jsonl")
     usage_days: int = setting("int", 92, "用量保留天数", "days that usage is kept", low=1, high=3660)
     prices: Dict[str, Any] = setting("dict", {}, "价格", "model pattern -> {input, output, cached} for a million tokens")
@@ -625,7 +633,8 @@ class Settings:
     allowed_hosts: List[Any] = setting("list", [], "允许的 Host", "Host names allowed besides this machine's own")
     allowed_origins: List[Any] = setting("list", [], "允许的 Origin", "web origins that may call without a key")
     trusted_proxies: List[Any] = setting("list", [], "可信代理", "addresses whose X-Forwarded-For is believed")
-    preserve_reasoning_content: bool = setting("bool", False, "保留 reasoning_content", "iFlow: keep reasoning in its own field")
+    preserve_reasoning_content: bool = setting("bool", False, "保留 reasoning_content",
+                                               "iFlow: keep reasoning in its own field")
     vision_model: str = setting("str", "qwen-vl-max", "识图模型", "iFlow: takes requests with images")
     vision_mode: str = setting("str", "route", "识图方式", "iFlow: route images to vision_model, or pass them on",
                                choices=("route", "pass"))
@@ -636,7 +645,8 @@ class Settings:
     first_byte_timeout_s: float = setting("float", 300, "首字节超时", "upstream: to the first byte of an answer", low=0.1)
     idle_timeout_s: float = setting("float", 300, "空闲超时", "upstream: silence within an answer", low=0.1)
     header_timeout_s: float = setting("float", 15, "请求头超时", "client: to send a request's head", low=0.1)
-    body_timeout_s: float = setting("float", 60, "请求体超时", "client: to send a body, plus a second for each 16 KiB", low=0.1)
+    body_timeout_s: float = setting("float", 60, "请求体超时", "client: to send a body, plus a second for each 16 KiB",
+                                    low=0.1)
     write_timeout_s: float = setting("float", 60, "写超时", "client: to take what we send", low=0.1)
     body_limit_bytes: int = setting("int", 64 << 20, "请求体上限", "largest request body", low=1024)
     max_connections: int = setting("int", 2000, "最大连接数", "client connections at once", low=1)
@@ -672,7 +682,8 @@ class Settings:
 
 SETTING = {item.name: item for item in fields(Settings)}
 _KINDS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
-_KIND_NAME = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list",
+_KIND_NAME = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false",
+              "list": "a list",
               "dict": "an object"}
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -688,7 +699,8 @@ def check_setting(name: str, value: Any) -> Any:
     kind = facts["kind"]
     if not isinstance(value, _KINDS[kind]) or isinstance(value, bool) is not (kind == "bool"):
         hidden = facts.get("secret") or isinstance(value, (list, dict))      # problems are shown on /health
-        raise ValueError(f"{_KIND_NAME[kind]} expected" + ("" if hidden else f", not {one_line(json.dumps(value), 60)}"))
+        raise ValueError(f"{_KIND_NAME[kind]} expected" + ("" if hidden
+                                                           else f", not {one_line(json.dumps(value), 60)}"))
     if "choices" in facts and value not in facts["choices"]:
         raise ValueError(f"one of {', '.join(c or chr(34) * 2 for c in facts['choices'])} expected")
     if kind == "float" and not abs(value) <= LONGEST_S:
@@ -722,7 +734,8 @@ class Loaded(NamedTuple):
     problems: List[str]
 
 
-def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any], last: Optional[Settings] = None) -> Loaded:
+def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any],
+                  last: Optional[Settings] = None) -> Loaded:
     """Settings out of flags > environment > file > defaults; a bad value leaves what stood below it.
 
     `last` are the settings in force, kept where a value of the file has become bad.
@@ -1130,7 +1143,8 @@ def check_client_keys(value: Sequence[Any]) -> None:
 
 #: Settings with something inside of them -> what raises ValueError about it.
 INNER_CHECKS: Dict[str, Callable[[Any], None]] = {
-    "retry": lambda value: check_numbers(value, RETRY_FIELDS), "circuit": lambda value: check_numbers(value, CIRCUIT_FIELDS),
+    "retry": lambda value: check_numbers(value, RETRY_FIELDS),
+    "circuit": lambda value: check_numbers(value, CIRCUIT_FIELDS),
     "address_limits": lambda value: check_numbers(value, LIMIT_FIELDS), "prices": check_prices,
     "trusted_proxies": check_networks, "client_keys": check_client_keys}
 
@@ -1201,7 +1215,8 @@ class Doorkeeper:
         #: Entries that can't be used demand a key all the same: closed by default.
         self.required = bool(settings.custom_api_key or settings.client_keys)
         self.limited = bool(settings.address_limits or any(key.limits for key in self.keys))
-        self._master = ClientKey("custom_api_key", hash_key(settings.custom_api_key)) if settings.custom_api_key else None
+        self._master = ClientKey("custom_api_key",
+                                 hash_key(settings.custom_api_key)) if settings.custom_api_key else None
 
     def find(self, given: Iterable[str]) -> Optional[ClientKey]:
         """The key that one of `given` is; every known one is compared, each in constant time."""
@@ -1294,8 +1309,10 @@ class Provider:
 
 
 KINDS = ("openai", "iflow")
-_PROVIDER_KINDS = {"name": str, "base_url": str, "kind": str, "api_keys": list, "models": list, "headers": dict, "proxy": str,
-                   "timeout_s": (int, float), "concurrency": int, "key_concurrency": int, "sticky": bool, "profile": dict, "vision_model": str,
+_PROVIDER_KINDS = {"name": str, "base_url": str, "kind": str, "api_keys": list, "models": list, "headers": dict,
+                   "proxy": str,
+                   "timeout_s": (int, float), "concurrency": int, "key_concurrency": int, "sticky": bool,
+                   "profile": dict, "vision_model": str,
                    "preserve_reasoning_content": bool}
 _NAME = re.compile(r"[^\s/,]{1,64}")
 
@@ -1374,7 +1391,8 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
     given = {key: entry[key] for key in _PROVIDER_KINDS if entry.get(key) is not None}
     if given.get("kind", "openai") not in KINDS:
         raise ValueError(f"kind {given['kind']!r}: one of {', '.join(KINDS)} expected")
-    if min(given.get("concurrency", 0), given.get("key_concurrency", 0)) < 0 or not 0 < given.get("timeout_s", 1) <= LONGEST_S:
+    if min(given.get("concurrency", 0), given.get("key_concurrency", 0)) < 0 or not 0 < given.get("timeout_s",
+                                                                                                  1) <= LONGEST_S:
         raise ValueError("concurrency, key_concurrency and timeout_s can't be negative")
     keys = tuple(_header_safe(_resolve_secret(key, environ), "key") for key in given.get("api_keys", ()))
     headers = tuple((_token(key), _header_safe(_resolve_secret(value, environ), "header value"))
@@ -1415,7 +1433,8 @@ def account_keys(accounts: Json) -> Dict[str, str]:
         key.isascii() and key.isprintable() and key.strip() == key and key and " " not in key)}
 
 
-def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapping[str, str], login: Json) -> Optional[Provider]:
+def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapping[str, str],
+                   login: Json) -> Optional[Provider]:
     """The provider `iflow` out of the settings, the CLI's variables and its file (`login`); None without a key.
 
     Flag and IFLOW2API_API_KEY > IFLOW_… > config.json > the CLI's file; the same for the address.
@@ -1457,7 +1476,8 @@ def with_iflow_facts(provider: Provider, settings: Settings) -> Provider:
     facts = {name: {"context": model.context, "max_output": model.max_output, "vision": model.vision}
              for name, model in IFLOW_MODELS.items()}
     return replace(
-        provider, models=provider.models or tuple(IFLOW_MODELS), facts={**facts, **provider.facts}, key_concurrency=each,
+        provider, models=provider.models or tuple(IFLOW_MODELS), facts={**facts, **provider.facts},
+        key_concurrency=each,
         vision_model=(provider.vision_model or settings.vision_model) if settings.vision_mode == "route" else "",
         preserve_reasoning_content=settings.preserve_reasoning_content if preserve is None else preserve)
 
@@ -1590,7 +1610,8 @@ class Asked(NamedTuple):
 CONDITIONS: Dict[str, Tuple[str, Callable[[Any], bool], Callable[[Any, Any], bool]]] = {
     "over_tokens": ("a whole number of 1 at least", lambda value: type(value) is int and value > 0,
                     lambda asked, value: asked.size_tokens > value),
-    "images": ("true or false", lambda value: isinstance(value, bool), lambda asked, value: asked.shows_images is value),
+    "images": ("true or false", lambda value: isinstance(value, bool), lambda asked,
+               value: asked.shows_images is value),
     "thinking": ("true or false", lambda value: isinstance(value, bool), lambda asked, value: asked.thinks is value),
     "tools": ("true or false", lambda value: isinstance(value, bool), lambda asked, value: asked.has_tools is value),
     "dialect": ("chat, messages or responses", lambda value: value in ("chat", "messages", "responses"),
@@ -1624,7 +1645,8 @@ def parse_branch(entry: Any) -> Branch:
 
 
 #: Why a name goes where it goes.
-WHY = {"named": "{model}: its first part is the name of a provider", "listed": "{model}: {provider} lists it among its models",
+WHY = {"named": "{model}: its first part is the name of a provider",
+       "listed": "{model}: {provider} lists it among its models",
        "foreign": "{model}: a name of the client's own, which means default_model ({default})",
        "default": "{model}: nobody claims it, so it goes to the default provider, {provider}, as it is"}
 
@@ -1712,7 +1734,8 @@ class Router:
         if not slash or not rest or self.claimed(model):
             return ""
         near = nearest(head, self.providers, 0.8)
-        plain = self.default is not None and self.default.models and not any("/" in name for name in self.default.models)
+        plain = self.default is not None and self.default.models and not any("/" in name
+                                                                             for name in self.default.models)
         return f"there is no provider {one_line(head, 60)!r}{near}" if plain or near else ""
 
     def _default(self, name: str) -> Optional[Provider]:
@@ -1733,7 +1756,8 @@ class Router:
     def named(self, model: Optional[str]) -> str:
         """The name asked for, `default_model` where there is none; BadRequest."""
         if not model and not self.default_model:
-            raise BadRequest("the request names no model, and default_model is not set", param="model", code="missing_model")
+            raise BadRequest("the request names no model, and default_model is not set", param="model",
+                             code="missing_model")
         return model or self.default_model
 
     def _alias_of(self, model: str, asked: Any) -> Optional[Tuple[str, List[str]]]:
@@ -1807,7 +1831,7 @@ class Router:
         return None
 
 
-# === 6. Chat Completions and SSE (pure) =====================================
+# === 6. Chat and SSE (pure) ==================================================
 #
 # Sections 6 to 9 know no socket, clock, file, thread or log: ids and the time come in as arguments.
 
@@ -2173,7 +2197,8 @@ def completion_to_sse(completion: Json) -> bytes:
 
 #: What an error without an HTTP status stands for, by its code or type.
 SAID_STATUS = {
-    "rate_limit_exceeded": 429, "rate_limit_error": 429, "rate_limit": 429, "insufficient_quota": 429, "overloaded_error": 503,
+    "rate_limit_exceeded": 429, "rate_limit_error": 429, "rate_limit": 429, "insufficient_quota": 429,
+    "overloaded_error": 503,
     "server_is_overloaded": 503, "invalid_request_error": 400, "BadRequestError": 400, "context_length_exceeded": 400,
     "model_not_found": 404, "authentication_error": 401, "invalid_api_key": 401, "permission_error": 403}
 
@@ -2203,7 +2228,8 @@ def refusal_in(payload: Any, status: int = 200) -> Optional[UpstreamRefused]:
             (SAID_STATUS[word] for word in said if word in SAID_STATUS), 502)
     return UpstreamRefused(
         message[:4000], status=status, type=kind if isinstance(kind, str) else error_type(status),
-        code=code if isinstance(code, str) else None, param=facts.get("param") if isinstance(facts.get("param"), str) else None,
+        code=code if isinstance(code, str) else None, param=facts.get("param") if isinstance(facts.get("param"), str)
+        else None,
         body=payload if isinstance(error, dict) else None)
 
 
@@ -2329,7 +2355,8 @@ def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]
 #: Fields set by model where the client did not set them (iflow.md); later patterns add to earlier ones.
 IFLOW_TWEAKS: Tuple[Tuple[str, Json], ...] = (
     ("deepseek*", {"thinking_mode": True, "reasoning": True}),
-    ("glm-5", {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True, "thinking": {"type": "enabled"}}),
+    ("glm-5", {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True,
+               "thinking": {"type": "enabled"}}),
     ("glm-*", {"chat_template_kwargs": {"enable_thinking": True}}),
     ("kimi-k2.5*", {"thinking": {"type": "enabled"}}),
     ("mimo-*", {"thinking": {"type": "enabled"}}),
@@ -2343,7 +2370,8 @@ IFLOW_REMOVED = (("qwen*4b*", ("thinking_mode", "reasoning", "chat_template_kwar
 REASONING_BACK = ("glm-4*", "glm-5*", "kimi-*thinking*", "kimi-k2.5*", "minimax-*", "deepseek*")
 
 #: Business codes in bodies, also under HTTP 200 -> the status they stand for.  401 and 403 become the 403 about our key.
-IFLOW_CODES = {434: 401, 438: 403, 439: 401, 435: 404, 429: 429, 449: 429, 8211: 429, 511: 400, 413: 400, 514: 502, 406: 403}
+IFLOW_CODES = {434: 401, 438: 403, 439: 401, 435: 404, 429: 429, 449: 429, 8211: 429, 511: 400, 413: 400, 514: 502,
+               406: 403}
 
 
 def wants_reasoning_back(model: str) -> bool:
@@ -2528,25 +2556,38 @@ class SSEDecoder:
     """
 
     def __init__(self) -> None:
-        self._rest, self._data = b"", []
+        self._pieces: List[bytes] = []   # of a line without its end
+        self._data: List[bytes] = []     # of a record without its blank line
+        self._size = 0
+
+    def _grow(self, size: int) -> None:
+        self._size += size
+        if self._size > RECORD_LIMIT_BYTES:
+            raise UpstreamGarbled("a record of the upstream's stream never ends")
 
     def feed(self, payload: bytes) -> List[bytes]:
-        lines = (self._rest + payload).split(b"\n")
-        self._rest = lines.pop()
+        if b"\n" not in payload:         # joined once, not anew at each read
+            self._pieces.append(payload)
+            self._grow(len(payload))
+            return []
+        lines = b"".join([*self._pieces, payload]).split(b"\n")
+        self._pieces = [lines.pop()]
         records: List[bytes] = []
         for line in lines:
             if line[:5] == b"data:":
                 self._data.append(line[5:].strip(b" \r"))
             elif self._data and line in (b"", b"\r"):
                 records.append(b"\n".join(self._data))
-                self._data = []
+                self._data, self._size = [], 0
             elif line[:3] == codecs.BOM_UTF8 and line[3:8] == b"data:":
                 self._data.append(line[8:].strip(b" \r"))
+        if self._data:
+            self._grow(len(payload))
         return records
 
     def close(self) -> List[bytes]:
         """What a stream that ended without its last blank line still holds."""
-        return self.feed(b"\n\n") if self._rest or self._data else []
+        return self.feed(b"\n\n") if any(self._pieces) or self._data else []
 
 
 def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
@@ -2606,7 +2647,7 @@ class RelayStream:
             return False
         self.records += 1
         self._tail = (self._tail + payload)[-TAIL_BYTES:]
-        if b"[DONE]" in payload[-64:] or b'"error"' in payload[:24]:
+        if b"[DONE]" in payload[-64:] or b'"error"' in payload[:24] or len(payload) > TAIL_BYTES:
             self._look_for_end(payload)
         return True
 
@@ -2662,6 +2703,9 @@ class RelayStream:
             self.done = True
         if b'"error"' in sent and _ERROR.search(sent):
             self.failed = True
+        if len(sent) > TAIL_BYTES:       # the tail may not hold all of it
+            for found in _FINISH.finditer(sent):
+                self.finish_reason = found.group(1).decode("utf-8", "replace")
 
     def _read_tail(self) -> None:
         self.done = self.done or _DONE.search(self._tail) is not None
@@ -4044,7 +4088,7 @@ def messages_error(exc: GatewayError, request_id: str) -> Json:
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
-# === 8. OpenAI Responses (pure) =============================================
+# === 8. OpenAI Responses (pure) ==============================================
 #
 # The rules and their sources: openai-responses.md; what Codex does with an answer: clients.md.
 
@@ -5361,7 +5405,7 @@ class _CompactionStream(ResponsesStream):
         yield item.finish(compaction)
 
 
-# === 9. Dialects (pure) =====================================================
+# === 9. Dialects (pure) ======================================================
 
 class Context(NamedTuple):
     """What a conversion needs of the world, passed in so that it stays pure."""
@@ -5419,7 +5463,8 @@ class Call:
         effort = reasoning.get("effort") if isinstance(reasoning, dict) else body.get("reasoning_effort")
         switches = (body.get("enable_thinking"), kwargs.get("enable_thinking") if isinstance(kwargs, dict) else None,
                     reasoning.get("enabled") if isinstance(reasoning, dict) else None)
-        return True in switches or (thinking.get("type") not in ("disabled", None) if isinstance(thinking, dict) else False) or (
+        return True in switches or (thinking.get("type") not in ("disabled", None) if isinstance(thinking, dict)
+                                    else False) or (
             isinstance(effort, str) and effort not in ("none", "minimal", ""))
 
     @property
@@ -5503,7 +5548,8 @@ class TranslatedTurn:
 
     def encode(self) -> bytes:
         chat = self._turn.chat
-        return dump_json(adapt_to_iflow(chat, chat["model"], self._context.reasoning.recall) if self._is_iflow else chat)
+        return dump_json(adapt_to_iflow(chat, chat["model"], self._context.reasoning.recall) if self._is_iflow
+                         else chat)
 
     def _note(self) -> Optional[ReasoningNote]:
         return ReasoningNote(self._context.reasoning.keep) if self._is_iflow else None
@@ -5672,7 +5718,7 @@ RESPONSES = ResponsesDialect("/chat/completions")
 COMPACT = CompactDialect("/chat/completions")
 
 
-# === 10. Upstream ===========================================================
+# === 10. Upstream ============================================================
 
 class Caller:
     """Who waits for an upstream's answer: somebody who may leave, and who may have to be kept awake."""
@@ -5864,7 +5910,8 @@ class Wire(LineReader):
         """The caller left: end the wait, whoever is in it."""
         self._left = True
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)      # not TLS's own, which would pull the rug from the reader
+            socket.socket.shutdown(self.sock,
+                                   socket.SHUT_RDWR)      # not TLS's own, which would pull the rug from the reader
 
     def _receive(self) -> bytes:
         while True:
@@ -6183,7 +6230,8 @@ class Endpoint(NamedTuple):
     @classmethod
     def of(cls, base_url: str) -> "Endpoint":
         parts = urllib.parse.urlsplit(base_url)
-        return cls(parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), parts.path)
+        return cls(parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80),
+                   parts.path)
 
     @property
     def authority(self) -> str:
@@ -6570,7 +6618,7 @@ class Upstream:
         self._pool.clear(final=True)
 
 
-# === 11. Credentials ========================================================
+# === 11. Credentials =========================================================
 #
 # iFlow's login; what is known of it and of its host's ways to fail: iflow.md.
 
@@ -7287,7 +7335,7 @@ def open_browser(url: str, environ: Mapping[str, str], run: Callable[[Sequence[s
     return any(run((*command, url)) for command in BROWSERS[browser_platform(environ, system)])
 
 
-# === 12. Services ===========================================================
+# === 12. Services ============================================================
 
 class Slots:
     """Places at one upstream, first come first served; `limit` 0 is no limit."""
@@ -7318,7 +7366,8 @@ class Slots:
             if not self._limit or self.active < self._limit and not self._waiting:
                 self.active += 1
             elif len(self._waiting) >= settings.queue_limit:
-                raise Busy(f"{name} is busy and {len(self._waiting)} requests wait already", retry_after_s=DEFAULT_RETRY_AFTER_S)
+                raise Busy(f"{name} is busy and {len(self._waiting)} requests wait already",
+                           retry_after_s=DEFAULT_RETRY_AFTER_S)
             else:
                 turn = threading.Event()
                 self._waiting.append(turn)
@@ -7548,7 +7597,8 @@ class Meter:
         for what, windows in (("requests", tightest), ("tokens", [w for n, w in self.windows.items() if n == "tpd"])):
             for window in windows:
                 values = (window.limit, max(0, window.limit - window.used(now)), f"{window.reset_s(now):.1f}s")
-                found += [(f"x-ratelimit-{word}-{what}", str(v)) for word, v in zip(("limit", "remaining", "reset"), values)]
+                found += [(f"x-ratelimit-{word}-{what}", str(v)) for word,
+                          v in zip(("limit", "remaining", "reset"), values)]
         return found
 
 
@@ -7817,12 +7867,14 @@ class Metrics:
 
     @staticmethod
     def _labels(series: Iterable[Tuple[str, Any]]) -> str:
-        quoted = [name + '="' + one_line(value, 100).replace("\\", "\\\\").replace('"', '\\"') + '"' for name, value in series]
+        quoted = [name + '="' + one_line(value, 100).replace("\\", "\\\\").replace('"', '\\"') + '"' for name,
+                  value in series]
         return "{" + ",".join(quoted) + "}" if quoted else ""
 
 
 #: What is counted of each row of usage; times in milliseconds, `first_ms` over `streams` answers.
-USAGE_COUNTS = ("requests", "errors", "input", "output", "cached", "reasoning", "estimated", "streams", "first_ms", "total_ms")
+USAGE_COUNTS = ("requests", "errors", "input", "output", "cached", "reasoning", "estimated", "streams", "first_ms",
+                "total_ms")
 USAGE_NAMES = ("day", "model", "provider", "key")
 
 UsageName = Tuple[str, str, str, str]
@@ -7835,7 +7887,8 @@ def parse_usage_line(line: bytes) -> Tuple[UsageName, List[int]]:
         raise ValueError("no usage")
     names = tuple(row.get(name, "") for name in USAGE_NAMES)
     counts = [row.get(name, 0) for name in USAGE_COUNTS]
-    if not all(isinstance(name, str) for name in names) or not all(type(count) is int and count >= 0 for count in counts):
+    if not all(isinstance(name, str) for name in names) or not all(type(count) is int and count >= 0
+                                                                   for count in counts):
         raise ValueError("no usage")
     return names, counts             # type: ignore[return-value]
 
@@ -7954,7 +8007,8 @@ class UsageBook:
         self._rows, self._a_day, self._lines, self._loaded, self.problems = {}, {}, 0, False, []
         self._load()
         self._forget(days)
-        write_file(self.path, b"".join(format_usage_line(names, counts) for names, counts in sorted(self._rows.items())))
+        write_file(self.path,
+                   b"".join(format_usage_line(names, counts) for names, counts in sorted(self._rows.items())))
         self._lines = len(self._rows)
 
     def _forget(self, days: int) -> None:
@@ -7990,12 +8044,14 @@ class UsageBook:
             self._shut()
 
 
-def cost_of(model: str, provider: str, counts: Mapping[str, int], prices: Mapping[str, Mapping[str, float]]) -> Optional[float]:
+def cost_of(model: str, provider: str, counts: Mapping[str, int],
+            prices: Mapping[str, Mapping[str, float]]) -> Optional[float]:
     """What a row costs by the first price whose pattern matches `provider/model` or `model`; None without one."""
     for pattern, price in prices.items():
         if fnmatchcase(f"{provider}/{model}", pattern) or fnmatchcase(model, pattern):
             cached = min(counts["cached"], counts["input"])
-            return ((counts["input"] - cached) * price.get("input", 0) + cached * price.get("cached", price.get("input", 0))
+            return ((counts["input"] - cached) * price.get("input", 0) + cached * price.get("cached",
+                                                                                            price.get("input", 0))
                     + counts["output"] * price.get("output", 0)) / 1e6
     return None
 
@@ -8028,7 +8084,7 @@ class FileWatch:
         self._thread.join(5)
 
 
-# === 13. Gateway ============================================================
+# === 13. Gateway =============================================================
 
 def _lasting_key(path: str) -> bytes:
     """32 random bytes, kept in `path` where that can be done."""
@@ -8041,7 +8097,8 @@ def _lasting_key(path: str) -> bytes:
     try:
         write_file(path, key)
     except OSError as exc:
-        log.warning("%s can't be written (%s): conversations lose their reasoning at a restart", path, exc.strerror or exc)
+        log.warning("%s can't be written (%s): conversations lose their reasoning at a restart", path, exc.strerror
+                    or exc)
     return key
 
 
@@ -8089,13 +8146,15 @@ class Record:
         """As USAGE_COUNTS; a client that leaves is no error."""
         usage = self.usage if self.status == 200 or self.first_s is not None else Usage()
         timed = self.first_s is not None
-        return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached, usage.reasoning or 0,
+        return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached, usage.reasoning
+                or 0,
                 int(usage.estimated), int(timed), int((self.first_s or 0.0) * 1000), int(self.total_s * 1000)]
 
     def facts(self) -> Json:
         """For the history of requests."""
         usage = self.usage
-        return {"at": self.at, "request_id": self.request_id, "dialect": self.dialect, "model": self.model, "stream": self.stream,
+        return {"at": self.at, "request_id": self.request_id, "dialect": self.dialect, "model": self.model,
+                "stream": self.stream,
                 "key": self.key, "status": self.status, "error": one_line(self.error), "first_s": self.first_s,
                 "total_s": self.total_s, "input": usage.prompt, "output": usage.completion, "cached": usage.cached,
                 "reasoning": usage.reasoning, "estimated": usage.estimated,
@@ -8131,12 +8190,15 @@ class AnswerSink(Caller):
 
 
 #: What `routes explain` is told of a request.
-_EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "images": bool, "thinking": bool, "tools": bool}
+_EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "images": bool, "thinking": bool,
+                               "tools": bool}
 
 
 def _forget_secrets(exc: GatewayError, provider: Provider) -> None:
     """Some upstreams repeat the key they refuse; it is not the client's."""
-    for secret in (*provider.api_keys, *(value for _, value in provider.headers if len(value) >= 8)):
+    for secret in (*provider.api_keys, *(value for _, value in provider.headers)):
+        if len(secret) < 8:              # "none", "EMPTY": what local engines are given is no secret
+            continue
         if secret in exc.message:
             exc.message = exc.message.replace(secret, mask(secret))
         if exc.body and secret in dump_json(exc.body).decode():
@@ -8160,7 +8222,8 @@ class Gateway:
 
     def __init__(self, settings: Optional[Settings] = None, *, config: Optional[ConfigFile] = None,
                  environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None,
-                 clock: Callable[[], float] = time.monotonic, pause: Callable[[Caller, float], None] = wait_for) -> None:
+                 clock: Callable[[], float] = time.monotonic,
+                 pause: Callable[[Caller, float], None] = wait_for) -> None:
         self.config, self.flags = config, dict(flags or {})
         self.environ = os.environ if environ is None else environ
         self.upstream, self.metrics = Upstream(), Metrics()
@@ -8213,7 +8276,8 @@ class Gateway:
             self.limiter.keep_keys(key.name for key in door.keys)
             if self._history.maxlen != settings.history_size:
                 self._history = deque(self._history, settings.history_size)
-            if [p.base_url for p in router.providers.values()] != [p.base_url for p in self.state.router.providers.values()]:
+            if [p.base_url for p in router.providers.values()] != [p.base_url
+                                                                   for p in self.state.router.providers.values()]:
                 self._lists = {}
             self.state = State(settings, router, door)
         log.setLevel(settings.log_level.upper())
@@ -8288,7 +8352,8 @@ class Gateway:
         bad = router.faults - known.faults
         if not bad:
             return loaded
-        problems = [f"{problem} (what was in force stays)" for problem in router.problems if problem not in known.problems]
+        problems = [f"{problem} (what was in force stays)" for problem in router.problems
+                    if problem not in known.problems]
         kept = replace(loaded.settings, **{name: getattr(self.settings, name) for name in bad})
         return Loaded(kept, loaded.origins, loaded.problems + problems)
 
@@ -8457,12 +8522,14 @@ class Gateway:
             chain = [target for at, target in waiting if at <= now]
             waiting = [(at, target) for at, target in waiting if at > now]
 
-    def _pause_s(self, settings: Settings, retries: int, waiting: Sequence[Tuple[float, Target]], spent_s: float) -> Optional[float]:
+    def _pause_s(self, settings: Settings, retries: int, waiting: Sequence[Tuple[float, Target]],
+                 spent_s: float) -> Optional[float]:
         """Seconds until the next retry: the backoff, or what the upstreams asked for; None where there shall be none."""
         retry = {**RETRY, **settings.retry}
         if retries >= retry["count"] or not waiting:
             return None
-        backoff_s = min(retry["max_backoff_s"], retry["backoff_s"] * 2 ** retries) * (0.5 + secrets.randbelow(500) / 1000)
+        backoff_s = min(retry["max_backoff_s"],
+                        retry["backoff_s"] * 2 ** retries) * (0.5 + secrets.randbelow(500) / 1000)
         pause_s = max(backoff_s, min(at for at, _ in waiting) - self._clock())
         return pause_s if spent_s + pause_s <= retry["total_s"] else None
 
@@ -8485,7 +8552,8 @@ class Gateway:
                 if exc.status in RETRY_STATUS and exc.should_retry is not False and exc.overflow is None:
                     again.append((self._clock() + (exc.retry_after_s or 0), target))
                 if len(chain) > 1:
-                    log.info("%s %s failed (%s)", call.request_id[4:12], target.provider.name, one_line(exc.message, 160))
+                    log.info("%s %s failed (%s)", call.request_id[4:12], target.provider.name,
+                             one_line(exc.message, 160))
         return error, again
 
     def _in_turn(self, settings: Settings, chain: Sequence[Target]) -> Iterator[Target]:
@@ -8530,7 +8598,8 @@ class Gateway:
         context = Context(time.time(), new_id, self.seal(), self.responses, self.reasoning)
         turn = call.dialect.turn(call, target, context)
         if turn.local is not None:
-            return sink.end(turn.local_events()) if call.stream else sink.reply(dump_json(turn.local), "application/json", ())
+            return sink.end(turn.local_events()) if call.stream else sink.reply(dump_json(turn.local),
+                                                                                "application/json", ())
         sink.stream = turn.stream()
         body = turn.encode()
         ring = self._rings[provider.name]
@@ -8545,14 +8614,18 @@ class Gateway:
                 try:
                     with ring.hold(key, sink, state.settings, provider.name):
                         self._attempt_with_login(state, call, target, key, turn, body, sink, record)
-                    record.trail.append(Attempt(provider.name, target.model, mask(key), 200, "", time.monotonic() - started))
+                    record.trail.append(Attempt(provider.name, target.model, mask(key), 200, "",
+                                                time.monotonic() - started))
                     return ring.revive(key)
                 except UpstreamError as exc:
-                    record.trail.append(Attempt(provider.name, target.model, mask(key), exc.status, one_line(exc.message),
+                    record.trail.append(Attempt(provider.name, target.model, mask(key), exc.status,
+                                                one_line(exc.message),
                                                 time.monotonic() - started))
-                    self.metrics.count("upstream_errors_total", (("provider", provider.name), ("status", str(exc.status))))
+                    self.metrics.count("upstream_errors_total",
+                                       (("provider", provider.name), ("status", str(exc.status))))
                     if exc.status in KEY_STATUS and not sink.began:
-                        rest_s = REFUSED_KEY_REST_S if exc.status != 429 else exc.retry_after_s or LIMITED_KEY_REST_S
+                        rest_s = REFUSED_KEY_REST_S if exc.status != 429 else min(
+                            exc.retry_after_s or LIMITED_KEY_REST_S, LONGEST_REST_S)
                         ring.rest(key, rest_s)
                         if key != keys[-1]:
                             continue
@@ -8587,7 +8660,8 @@ class Gateway:
             "check its api_keys in config.json"
         return UpstreamRefused(
             f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}, "
-            f"then run: python iflow2api.py test {provider.name}", status=403, type="permission_error", should_retry=False)
+            f"then run: python iflow2api.py test {provider.name}", status=403, type="permission_error",
+            should_retry=False)
 
     def _attempt_with_login(self, state: State, call: Call, target: Target, key: str, turn: Any, body: bytes,
                             sink: AnswerSink, record: Record) -> None:
@@ -8616,10 +8690,12 @@ class Gateway:
         headers = self._headers(state.settings, call, target.provider, key)
         if target.provider.kind == "iflow":
             headers = [*headers, *self.upstream.identity.headers(key, time.time())]
-        with self.upstream.open(target.provider, state.settings, "POST", call.dialect.path, headers, body, sink) as exchange:
+        with self.upstream.open(target.provider, state.settings, "POST", call.dialect.path, headers, body,
+                                sink) as exchange:
             if exchange.status >= 300:
                 raise self._refusal(exchange, target.provider)
-            sink.returned = [(n, v) for n, v in exchange.headers.items() if HEADER_RETURNS.fullmatch(n.lower()) and v.isprintable()]
+            sink.returned = [(n, v) for n, v in exchange.headers.items() if HEADER_RETURNS.fullmatch(n.lower())
+                             and v.isprintable()]
             if call.stream:
                 sink.stream = stream = turn.stream()
             if call.stream and "json" not in exchange.content_type:
@@ -8809,7 +8885,8 @@ class Gateway:
         settings = replace(self.settings, connect_timeout_s=min(self.settings.connect_timeout_s, MODELS_TIMEOUT_S))
         key = self._rings[provider.name].order()[0] if provider.name in self._rings else ""
         headers = [*provider.headers, *([("Authorization", "Bearer " + key)] if key else [])]
-        with self.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY, MODELS_TIMEOUT_S) as exchange:
+        with self.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY,
+                                MODELS_TIMEOUT_S) as exchange:
             if exchange.status != 200:
                 raise self._refusal(exchange, provider)
             return parse_model_list(exchange.read_all(8 << 20))
@@ -8832,8 +8909,10 @@ class Gateway:
     def _told(self, target: Target) -> Json:
         """What there is to know of a target before anybody asks it."""
         provider = target.provider
-        return {"provider": provider.name, "model": target.model, "base_url": provider.base_url, "usable": not provider.problem,
-                "problem": provider.problem, "circuit": self._circuits[provider.name].state, "keys": len(provider.api_keys),
+        return {"provider": provider.name, "model": target.model, "base_url": provider.base_url,
+                "usable": not provider.problem,
+                "problem": provider.problem, "circuit": self._circuits[provider.name].state,
+                "keys": len(provider.api_keys),
                 "keys_resting": self._rings[provider.name].resting, "vision_model": provider.vision_model}
 
     def history(self) -> List[Json]:
@@ -8842,13 +8921,15 @@ class Gateway:
 
     def health(self) -> Json:
         """The body of /health: nothing in it is secret."""
-        providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem, **({"problem": p.problem} if p.problem else {}),
+        providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem,
+                      **({"problem": p.problem} if p.problem else {}),
                       "circuit": self._circuits[p.name].state, "keys_resting": self._rings[p.name].resting,
                       "models": len(p.models)} for p in self.current(look=False).router.providers.values()]
         logins = self.login_report()
         healthy = any(p["usable"] for p in providers) and not self.config_broken and not any(
             login["ended"] for login in logins.values())
-        return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(), "version": __version__,
+        return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(),
+                "version": __version__,
                 "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
                 "logins": logins,
                 "problems": [one_line(p) for p in self.problems]}
@@ -8864,9 +8945,12 @@ class Gateway:
             ("in_flight", "Requests being answered.", {}, self.in_flight)]
         for family, text, attribute in (("upstream_active", "Requests at an upstream.", "active"),
                                         ("upstream_waiting", "Requests queued for an upstream.", "waiting")):
-            gauges += [(family, text, {"provider": name}, getattr(slots, attribute)) for name, slots in self._slots.items()]
-        gauges += [("keys_resting", "Keys put to rest.", {"provider": name}, ring.resting) for name, ring in self._rings.items()]
-        gauges += [("upstream_rested", "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
+            gauges += [(family, text, {"provider": name}, getattr(slots, attribute)) for name,
+                       slots in self._slots.items()]
+        gauges += [("keys_resting", "Keys put to rest.", {"provider": name}, ring.resting) for name,
+                   ring in self._rings.items()]
+        gauges += [("upstream_rested",
+                    "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
                     {"provider": name}, {"closed": 0, "half-open": 0.5, "open": 1}[circuit.state])
                    for name, circuit in self._circuits.items()]
         return self.metrics.render(gauges + self._login_gauges())
@@ -8898,7 +8982,7 @@ class Gateway:
         self.usage.close()
 
 
-# === 14. HTTP ===============================================================
+# === 14. HTTP ================================================================
 
 class ClientReader(LineReader):
     """A client's bytes, with a moment by which they have to come: http.server's rfile."""
@@ -9139,7 +9223,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest("a JSON body is expected, not multipart", status=415)
         encoding = self.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise BadRequest(f"Content-Encoding {one_line(encoding, 40)} is not known; gzip and deflate are", status=415)
+            raise BadRequest(f"Content-Encoding {one_line(encoding, 40)} is not known; gzip and deflate are",
+                             status=415)
         if "content-length" not in self.headers and self._body_left >= 0:
             raise BadRequest("Content-Length or Transfer-Encoding: chunked is needed", status=411)
         if self._body_left > limit:
@@ -9340,13 +9425,15 @@ def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> N
     name = (re.sub(r":\d*$", "", host) if not host.startswith("[") else host.partition("]")[0] + "]").lower()
     door = server.gateway.state.door
     if server.is_local and not door.required and not (
-            is_loopback(name) or name in ("host.docker.internal", "") or name in [str(host).lower() for host in settings.allowed_hosts]):
+            is_loopback(name) or name in ("host.docker.internal", "")
+            or name in [str(host).lower() for host in settings.allowed_hosts]):
         raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to `allowed_hosts`, or set custom_api_key",
                         code="host_not_allowed")
     origin = headers.get("origin")
     if origin is None or method == "OPTIONS" or origin in settings.allowed_origins or "*" in settings.allowed_origins:
         return
-    if origin.partition("://")[2].lower() == host.lower() or door.required and door.find(client_keys(settings, headers)):
+    if origin.partition("://")[2].lower() == host.lower() or door.required and door.find(client_keys(settings,
+                                                                                                     headers)):
         return
     raise Forbidden(f"the web page at {one_line(origin, 80)} may not call this server; add it to `allowed_origins`"
                     + (", or send the key" if door.required else ""), code="origin_not_allowed")
@@ -9387,7 +9474,8 @@ def meters_of(handler: Handler) -> List[Meter]:
     if handler.key is not None and handler.key.limits:
         meters.append(gateway.limiter.of_key(handler.key))
     if settings.address_limits:
-        address = client_address(handler.client_address[0], handler.headers.get("x-forwarded-for", ""), settings.trusted_proxies)
+        address = client_address(handler.client_address[0], handler.headers.get("x-forwarded-for", ""),
+                                 settings.trusted_proxies)
         meters.append(gateway.limiter.of_address(address, settings.address_limits))
     return meters
 
@@ -9508,7 +9596,8 @@ def show_model(handler: Handler) -> None:
 def anthropic_model(model: Json) -> Json:
     """A model as Anthropic's API lists it (anthropic-messages.md section 9)."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model["created"]))
-    return {"type": "model", "id": model["id"], "display_name": model["id"], "created_at": created, "lifecycle": "active"}
+    return {"type": "model", "id": model["id"], "display_name": model["id"], "created_at": created,
+            "lifecycle": "active"}
 
 
 def anthropic_page(models: List[Json], query: Mapping[str, List[str]]) -> Json:
@@ -9775,7 +9864,7 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
     return Server(gateway, settings.host if host is None else host, settings.port if port is None else port)
 
 
-# === 16. Demo upstream ======================================================
+# === 16. Demo upstream =======================================================
 #
 # A small upstream built in: `--demo` runs the program against it, without account or network, and the tests use the
 # same one with a script.  What it says is pure; only the two classes at the end know sockets and clocks.
@@ -10222,7 +10311,7 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
 
-# === 17. Command line =======================================================
+# === 17. Command line ========================================================
 
 # --- the console -------------------------------------------------------------
 
@@ -10869,7 +10958,8 @@ def cmd_models(args: Any) -> int:
     for model in models:
         print(f"{model['id']}  ({model['owned_by']})")
     if not models:
-        _say("no models known: " + ("; ".join(gateway.problems) or "no provider lists any; `status` shows the providers"))
+        _say("no models known: " + ("; ".join(gateway.problems)
+                                    or "no provider lists any; `status` shows the providers"))
     return 0 if models else 1
 
 
@@ -11131,7 +11221,8 @@ CLIENTS: Dict[str, Tuple[Dict[str, str], str]] = {
 
 #: Codex takes its provider from config.toml or from -c flags, never from a variable.
 CODEX_SETTINGS = (("model", "MODEL"), ("model_provider", "iflow2api"), ("model_providers.iflow2api.name", "iflow2api"),
-                  ("model_providers.iflow2api.base_url", "URL/v1"), ("model_providers.iflow2api.env_key", "IFLOW2API_KEY"),
+                  ("model_providers.iflow2api.base_url", "URL/v1"),
+                  ("model_providers.iflow2api.env_key", "IFLOW2API_KEY"),
                   ("model_providers.iflow2api.wire_api", "responses"))
 
 
@@ -11547,7 +11638,8 @@ def _key_remove(args: Any) -> int:
     name = _key_name(args)
     names = [entry.get("name") for entry in _key_entries(_config_of(args)) if isinstance(entry, dict)]
     if name not in names:
-        raise UsageError(f"there is no key {name!r}" + nearest(name, [known for known in names if isinstance(known, str)]))
+        raise UsageError(f"there is no key {name!r}" + nearest(name, [known for known in names
+                                                                      if isinstance(known, str)]))
     failed = _change_config(args, lambda raw: raw.update(
         client_keys=[entry for entry in _listed(raw) if not isinstance(entry, dict) or entry.get("name") != name]))
     if not failed and not _gateway_of(args).state.door.required:
@@ -11606,7 +11698,8 @@ def _usage_table(by: str, rows: Sequence[Json]) -> str:
     if not rows:
         return "nothing was used"
     costs = any(row["cost"] is not None for row in rows)
-    table = [[by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total", *(["cost"] if costs else [])]]
+    table = [[by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total",
+              *(["cost"] if costs else [])]]
     for row in rows:
         mark, count = "~" if row["estimated"] else "", row["requests"] or 1
         first = f"{row['first_ms'] / row['streams'] / 1000:.2f}s" if row["streams"] else "-"
@@ -11617,7 +11710,9 @@ def _usage_table(by: str, rows: Sequence[Json]) -> str:
     widths = [max(len(line[at]) for line in table) for at in range(len(table[0]))]
     lines = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
              for line in table]
-    return "\n".join([*lines, *(["~ in part our estimate: the upstream did not count"] if any(r["estimated"] for r in rows) else [])])
+    return "\n".join([*lines,
+                      *(["~ in part our estimate: the upstream did not count"] if any(r["estimated"] for r in rows)
+                        else [])])
 
 
 # --- the parser --------------------------------------------------------------
@@ -11668,7 +11763,8 @@ COMMANDS: Dict[str, Command] = {
         ("provider", {"nargs": "?", "metavar": "PROVIDER", "help": ("上游名称；不写则全部", "its name; all without")}),
         *RUN_FLAGS), ("test", "test --upstream http://127.0.0.1:11434/v1")),
     "env": Command(cmd_env, ("输出让客户端指向本服务的 shell 语句", "shell lines that point a client at this server"), (
-        ("client", {"choices": tuple(CLIENTS), "metavar": "CLIENT", "help": ("客户端：" + ", ".join(CLIENTS), ", ".join(CLIENTS))}),
+        ("client", {"choices": tuple(CLIENTS), "metavar": "CLIENT",
+                    "help": ("客户端：" + ", ".join(CLIENTS), ", ".join(CLIENTS))}),
         ("--shell", {"choices": tuple(SHELLS), "help": ("哪种 shell；不写则看 $SHELL", "for which shell; by $SHELL without")}),
         ("--host", {"metavar": "ADDR", "help": ("服务的地址", "the server's address")}),
         ("--port", {"metavar": "N", "help": ("服务的端口", "its port")}), RUN_FLAGS[2]),
@@ -11676,12 +11772,14 @@ COMMANDS: Dict[str, Command] = {
     "provider": Command(cmd_provider, ("管理和测试上游，查看预设", "list, add, remove and test upstreams; show the known ones"), (
         ("action", {"nargs": "?", "choices": ("list", "add", "remove", "test", "presets"),
                     "help": ("不写则为 list", "list without")}),
-        ("name", {"nargs": "?", "metavar": "NAME", "help": ("名称；add 时写预设名即可", "a preset's name is all that `add` needs")}),
+        ("name", {"nargs": "?", "metavar": "NAME",
+                  "help": ("名称；add 时写预设名即可", "a preset's name is all that `add` needs")}),
         ("--base-url", {"metavar": "URL", "help": ("add：OpenAI 兼容服务的地址", "add: where an OpenAI-compatible server is")}),
         ("--api-key", {"metavar": "KEY", "help": ("add：'$NAME'（原样保存）、-（标准输入）或密钥",
                                                   "add: '$NAME' (stored as such), - (standard input), or the key")}),
         ("--models", {"metavar": "A,B", "help": ("add：模型，第一个为默认", "add: models it serves; the first is its default")}),
-        ("--preset", {"metavar": "PRESET", "help": ("add：用别的名称套用此预设", "add: take the facts of this preset under another name")}),
+        ("--preset", {"metavar": "PRESET",
+                      "help": ("add：用别的名称套用此预设", "add: take the facts of this preset under another name")}),
         ("--kind", {"choices": KINDS, "help": ("add：不写则为 openai", "add: openai without")})),
         ("provider presets", "provider add zhipu --api-key '$ZHIPU_API_KEY'", "provider test zhipu")),
     "login": Command(cmd_login, ("用浏览器登录 iFlow", "log in to iFlow in the browser"), (
@@ -11719,7 +11817,8 @@ COMMANDS: Dict[str, Command] = {
         ("action", {"nargs": "?", "choices": ("list", "add", "remove"), "help": ("不写则为 list", "list without")}),
         ("name", {"nargs": "?", "metavar": "NAME", "help": ("密钥的名称", "name of the key")}),
         ("--models", {"metavar": "A,B", "help": ("可用的模型或模式", "models it may use, or patterns")}),
-        *((f"--{name}", {"metavar": "N", "help": (f"{name} 上限", f"most {words}")}) for name, words in LIMIT_WORDS.items()),
+        *((f"--{name}", {"metavar": "N", "help": (f"{name} 上限", f"most {words}")}) for name,
+          words in LIMIT_WORDS.items()),
         ("--expires", {"metavar": "DATE", "help": ("最后一天，如 2027-01-31", "last day, such as 2027-01-31")})),
         ("key add alice --rpm 20 --models 'glm-*'", "key remove alice")),
     "usage": Command(cmd_usage, ("用量：按模型、密钥或上游", "tokens and requests, by model, key or provider"), (
