@@ -11267,7 +11267,7 @@ def cmd_env(args: Any) -> int:
         if value == "KEY" and words["KEY"] == "$IFLOW2API_KEY":
             if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
                 print(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
-        elif filled(value).strip("/") != "openai":
+        elif filled(value).strip("/") not in ("", "openai"):        # no model is known
             print(shell.variable.format(name=name, value=shell.quote(filled(value))))
     if args.client == "codex":
         _print_codex(shell, filled)
