@@ -5585,6 +5585,7 @@ class ResponsesRoad(TranslatedTurn):
     def _encode(self, event: Json) -> bytes:
         if event["type"] in ("response.completed", "response.incomplete"):
             self._kept(event["response"])
+            return encode_event(event) + b"data: [DONE]\n\n"    # harmless, and some clients wait for it
         return encode_event(event)
 
     def _kept(self, answer: Json) -> Json:

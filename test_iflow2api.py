@@ -6642,7 +6642,7 @@ def records(data):
     found = []
     for record in data.decode().split("\n\n"):
         lines = dict(line.split(": ", 1) for line in record.split("\n") if line and not line.startswith(":"))
-        if "data" in lines:
+        if lines.get("data", "[DONE]") != "[DONE]":
             found.append((lines.get("event"), json.loads(lines["data"])))
     return found
 
