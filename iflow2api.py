@@ -99,6 +99,7 @@ try:
     import contextlib
     import errno
     import hashlib
+    import heapq
     import hmac
     import http.client
     import http.server
@@ -107,6 +108,7 @@ try:
     import re
     import secrets
     import select
+    import selectors
     import signal
     import socket
     import socketserver
@@ -5729,9 +5731,19 @@ class Caller:
     """Who waits for an upstream's answer: somebody who may leave, and who may have to be kept awake."""
     sock: Optional[socket.socket] = None  #: watched for the end of the connection
     tick_s = 3600.0
+    pumped = False                       #: what he is sent must not block: the rest waits in `backlog`
+    backlog = b""
+    wrote_at = 0.0                       #: when he last took something, on the monotonic clock
 
     def tick(self) -> None:
         """Called in silence, about every `tick_s`."""
+
+    def flush(self) -> None:
+        """Send what goes of `backlog` without waiting; ClientGone."""
+
+    def is_stuck(self, now: float) -> bool:
+        """Whether he has taken nothing of `backlog` for too long."""
+        return False
 
 
 NOBODY = Caller()                        #: for our own requests
@@ -5773,8 +5785,7 @@ def has_left(sock: socket.socket, hung_up: bool = False) -> bool:
 class Lookout:
     """One thread that looks at all waiting clients twice a second and cuts off the wire of one who left.
 
-    That leaves the threads that relay a stream with two system calls a chunk, receive and send: a poll on both sockets
-    before each receive takes a seventh of the time more (measured with 32 streams of 100 chunks a second).
+    So who waits for an upstream waits for one socket only, and a stream costs two system calls a chunk.
     """
     EVERY_S = 0.5
 
@@ -5889,6 +5900,7 @@ class Wire(LineReader):
         self._poller = Poller()
         self._poller.register(sock.fileno(), _POLLIN)
         self._blocking = not isinstance(sock, ssl.SSLSocket) and _set_kernel_timeout(sock, socket.SO_RCVTIMEO, 60)
+        self._now = socket.MSG_DONTWAIT if self._blocking else 0
         sock.setblocking(self._blocking)
 
     def attach(self, caller: Caller, timeout_s: float) -> None:
@@ -5920,35 +5932,51 @@ class Wire(LineReader):
 
     def _receive(self) -> bytes:
         while True:
-            try:
-                data = self.sock.recv(65536)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                if self._blocking or not self._poller.poll(self._slice_s * 1000):
-                    self._pass_silence()
-                continue
-            except ssl.SSLWantWriteError:
-                self._wait_writable()
-                continue
-            except OSError as exc:
-                if self._left:
-                    raise ClientGone from None
-                if isinstance(exc, ssl.SSLEOFError):             # no close_notify: as good as an end
-                    return b""
-                raise
+            data = self._receive_some(0)
+            if data is not None:
+                return data
+            if self._blocking or not self._poller.poll(self._slice_s * 1000):
+                self._pass_silence()
+
+    def take_now(self) -> Optional[bytes]:
+        """What `take` gives, None where nothing has come."""
+        return self.take() if self._buffer else self._receive_some(self._now)
+
+    def _receive_some(self, flags: int) -> Optional[bytes]:
+        try:
+            data = self.sock.recv(65536, flags)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return None
+        except ssl.SSLWantWriteError:
+            self._wait_writable()
+            return None
+        except OSError as exc:
             if self._left:
-                raise ClientGone
-            self.received, self._quiet_s = self.received or bool(data), 0.0
-            return data
+                raise ClientGone from None
+            if isinstance(exc, ssl.SSLEOFError):                 # no close_notify: as good as an end
+                return b""
+            raise
+        if self._left:
+            raise ClientGone
+        self.received, self._quiet_s = self.received or bool(data), 0.0
+        return data
+
+    def holds_more(self) -> bool:
+        """Whether TLS has read ahead: then the socket is silent although there is something to take."""
+        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
 
     def _pass_silence(self) -> None:
         """A slice of silence is over: who waits is kept awake, or it was too much."""
         if self._left:
             raise ClientGone
         self._quiet_s += self._slice_s
-        if self._quiet_s >= self.timeout_s - 0.001:
-            raise UpstreamTimeout(f"the upstream said nothing for {self.timeout_s:g} s")
+        self.check_silence(self._quiet_s)
         self.caller.tick()
         self._set_slice(max(0.001, min(self.caller.tick_s, self.timeout_s - self._quiet_s)))
+
+    def check_silence(self, quiet_s: float) -> None:
+        if quiet_s >= self.timeout_s - 0.001:
+            raise UpstreamTimeout(f"the upstream said nothing for {self.timeout_s:g} s")
 
     def _wait_writable(self) -> None:
         poller = Poller()
@@ -6053,12 +6081,12 @@ class Exchange:
         self.status, self.headers = response.status, response.headers
         self.content_type = (response.headers.get("Content-Type") or "").lower()
         self.framed: Optional[bytes] = None       #: the last read with its chunk framing, where it can be forwarded so
-        self._release, self._wire = release, wire
+        self._release, self.wire = release, wire
         self._chunks = Dechunker() if response.chunked else None
         self._left = None if response.chunked else response.length
         self._will_close = bool(response.will_close)
         self._idle_timeout_s: Optional[float] = idle_timeout_s
-        self._complete = self._left == 0
+        self.complete = self._left == 0           #: all of the answer was read
         self._inflate = self._decoder(response.headers.get("content-encoding", "identity").strip().lower())
 
     @staticmethod
@@ -6071,10 +6099,23 @@ class Exchange:
 
     def read(self) -> bytes:
         """Payload of the next network read, b"" at the proper end; UpstreamGarbled when it is cut off."""
-        while not self._complete:
-            data = self._receive()
+        return self._read(self.wire.take) or b""
+
+    def read_now(self) -> Optional[bytes]:
+        """The same, None where nothing has come."""
+        return self._read(self.wire.take_now)
+
+    def _read(self, take: Callable[[], Optional[bytes]]) -> Optional[bytes]:
+        while not self.complete:
+            try:
+                data = take()
+            except OSError as exc:
+                self._will_close = True
+                raise UpstreamGarbled(f"the connection to the upstream broke: {exc.strerror or exc}") from None
+            if data is None:
+                return None
             if self._idle_timeout_s is not None:                 # the first byte of the body is here
-                self._wire.set_timeout(self._idle_timeout_s)
+                self.wire.set_timeout(self._idle_timeout_s)
                 self._idle_timeout_s = None
             if not data:
                 self._end_of_connection()
@@ -6087,19 +6128,12 @@ class Exchange:
                 return payload
         return b""
 
-    def _receive(self) -> bytes:
-        try:
-            return self._wire.take()
-        except OSError as exc:
-            self._will_close = True
-            raise UpstreamGarbled(f"the connection to the upstream broke: {exc.strerror or exc}") from None
-
     def _unframe(self, data: bytes) -> bytes:
         if self._chunks is None:
             if self._left is not None:
                 data, surplus = data[:self._left], data[self._left:]
                 self._left -= len(data)
-                self._complete, self._will_close = not self._left, self._will_close or bool(surplus)
+                self.complete, self._will_close = not self._left, self._will_close or bool(surplus)
             return data
         try:
             payload = self._chunks.feed(data)
@@ -6107,14 +6141,14 @@ class Exchange:
             self._will_close = True
             raise UpstreamGarbled(f"the upstream's chunked answer is broken: {exc}") from None
         self.framed = data if self._chunks.whole else None
-        self._complete, self._will_close = self._chunks.done, self._will_close or bool(self._chunks.surplus)
+        self.complete, self._will_close = self._chunks.done, self._will_close or bool(self._chunks.surplus)
         return payload
 
     def _end_of_connection(self) -> None:
         self._will_close = True
         if self._chunks is not None or self._left:
             raise UpstreamGarbled("the upstream closed the connection in the middle of its answer")
-        self._complete = True
+        self.complete = True
 
     def _decompress(self, payload: bytes) -> bytes:
         try:
@@ -6136,13 +6170,13 @@ class Exchange:
 
     def close(self) -> None:
         """Keep the connection if the answer was read to its end."""
-        if not self._complete and self._chunks is not None and not self._will_close:
+        if not self.complete and self._chunks is not None and not self._will_close:
             self._read_terminator()
-        self._release(self._wire, self._complete and not self._will_close)
+        self._release(self.wire, self.complete and not self._will_close)
 
     def _read_terminator(self) -> None:
         """After [DONE] only the last chunk is missing; it is mostly there already."""
-        self._wire.set_timeout(0.05)
+        self.wire.set_timeout(0.05)
         with contextlib.suppress(UpstreamError, ClientGone):
             self.read()
 
@@ -6153,6 +6187,159 @@ class Exchange:
         if kind is not None:
             self._will_close = True      # nobody knows what still comes
         self.close()
+
+
+class Flow:
+    """One stream on its way: what Upstream.move and the pump move.  `error` is what ended it before its time."""
+
+    def __init__(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool]) -> None:
+        self._exchange, self.caller, self.wire, self._move = exchange, caller, exchange.wire, move
+        self._heard_at, self.idle = time.monotonic(), False      #: idle: all that had come is moved
+        self.place: Optional[socket.socket] = None               #: the socket that a pump waits for
+        self.ended, self.error = threading.Lock(), None
+        self.ended.acquire()
+
+    def step(self) -> bool:
+        """Move what has come; whether there may be more.  Raises what reading and moving raise."""
+        caller = self.caller
+        if caller.backlog:
+            caller.flush()
+        while not caller.backlog:
+            payload = self._exchange.read_now()
+            if payload is None:
+                self.idle = True
+                break
+            if not payload or not self._move(payload) or self._exchange.complete:
+                return False
+            self._heard_at = time.monotonic()
+            if not self.wire.holds_more():
+                break
+        return True
+
+    def heed(self) -> float:
+        """Keep who waits awake; the moment to do so again.  UpstreamTimeout, ClientGone."""
+        caller, now = self.caller, time.monotonic()
+        if caller.backlog:
+            if caller.is_stuck(now):
+                raise ClientGone
+            self._heard_at = now         # it is not the upstream that is slow
+            return now + 1.0
+        self.wire.check_silence(now - self._heard_at)
+        due = caller.wrote_at + caller.tick_s
+        if due - now <= caller.tick_s * 0.01:
+            caller.tick()
+            due = now + caller.tick_s
+        return min(due, self._heard_at + self.wire.timeout_s)
+
+    def end(self, error: Optional[BaseException]) -> None:
+        """Wake who waits for the end; nothing is kept for the pump, which may know of this flow for a while."""
+        self.error, self.place = error, None
+        del self._exchange, self.caller, self.wire, self._move
+        self.ended.release()
+
+
+class Pump:
+    """One thread that moves the streams of all requests, whose own threads sleep until theirs has ended.
+
+    Threads that each wait for their own upstream fight over the interpreter's lock at each chunk: with 32 streams that
+    took more than half of the time of a chunk, whatever `sys.setswitchinterval` says.
+    """
+    #: select(), where there is nothing better (Windows), takes 512 sockets.
+    ROOM = 500 if selectors.DefaultSelector is selectors.SelectSelector else 1 << 20
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._fresh: Deque[Flow] = deque()
+        self._due: List[Tuple[float, int, Flow]] = []    #: a heap: when somebody has to be heeded
+        self._number, self._load, self._closing, self._lock = 0, 0, False, threading.Lock()
+        self._bell, self._ear = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ear.setblocking(False)
+        self._selector.register(self._ear, selectors.EVENT_READ)
+        threading.Thread(target=self._run, name="pump", daemon=True).start()
+
+    def admit(self) -> bool:
+        """Take a place for one more flow, if there is one."""
+        with self._lock:
+            free = self._load < self.ROOM and not self._closing
+            self._load += free
+            return free
+
+    def run(self, flow: Flow) -> None:
+        """Move a flow that was admitted, until it has ended."""
+        wire = flow.wire
+        self._fresh.append(flow)
+        self._ring()
+        try:
+            flow.ended.acquire()
+        except BaseException:            # a signal, in a main thread: the wire must not be let go while it is watched
+            wire.cut()
+            flow.ended.acquire()
+            raise
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):               # full: it will wake up
+            self._bell.send(b"!")
+
+    def close(self) -> None:
+        """End once the last flow has."""
+        with self._lock:
+            self._closing = True
+        self._ring()
+
+    def _run(self) -> None:
+        while not self._closing or self._load:
+            wait_s = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
+            for key, _ in self._selector.select(wait_s):
+                if key.data is None:
+                    self._let_in()
+                else:
+                    self._serve(key.data, key.data.step)
+            while self._due and self._due[0][0] <= time.monotonic():
+                self._heed(heapq.heappop(self._due)[2])
+        self._selector.close()
+        self._bell.close()
+        self._ear.close()
+
+    def _let_in(self) -> None:
+        with contextlib.suppress(OSError):
+            self._ear.recv(4096)
+        while self._fresh:
+            self._serve(self._fresh[0], lambda: True)
+            self._heed(self._fresh.popleft())
+
+    def _heed(self, flow: Flow) -> None:
+        def act() -> bool:
+            self._number += 1
+            heapq.heappush(self._due, (flow.heed(), self._number, flow))
+            return True
+
+        if flow.place is not None:       # it may have ended meanwhile
+            self._serve(flow, act)
+
+    def _serve(self, flow: Flow, act: Callable[[], bool]) -> None:
+        """Let a flow act, and wait for its upstream, or for a slow client, until the next time; or it has ended."""
+        error: Optional[BaseException] = None
+        try:
+            if act():
+                return self._wait_for(flow)
+        except BaseException as exc:     # whatever it is, it belongs to the request's own thread
+            error = exc
+        if flow.place is not None:
+            self._selector.unregister(flow.place)
+        with self._lock:
+            self._load -= 1
+        flow.end(error)
+
+    def _wait_for(self, flow: Flow) -> None:
+        slow = bool(flow.caller.backlog)
+        place = flow.caller.sock if slow else flow.wire.sock
+        if place is not flow.place:
+            if flow.place is not None:
+                self._selector.unregister(flow.place)
+                flow.place = None
+            self._selector.register(place, selectors.EVENT_WRITE if slow else selectors.EVENT_READ, flow)
+            flow.place = place
 
 
 class Pool:
@@ -6486,6 +6673,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self._pool, self._lookout = Pool(), Lookout()
+        self._pumps: List[Pump] = []
         self._tls: Tuple[str, Optional[ssl.SSLContext]] = ("", None)
         self._lock = threading.Lock()
         self.identity = IFlowIdentity()
@@ -6618,9 +6806,40 @@ class Upstream:
                 self._tls = (ca_file, context)
             return self._tls[1]
 
+    def move(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool]) -> None:
+        """Give `move` each payload as it comes, until it says False or the answer has ended; raises what they raise.
+
+        What is there already is moved at once; then another thread does it, and nothing that is sent to `caller` waits.
+        """
+        flow = Flow(exchange, caller, move)
+        while not flow.idle:
+            if not flow.step():
+                return
+        caller.pumped = True
+        try:
+            self._pump().run(flow)
+        finally:
+            caller.pumped = False
+        if flow.error is not None:
+            raise flow.error
+
+    def _pump(self) -> Pump:
+        with self._lock:
+            for pump in self._pumps:
+                if pump.admit():
+                    return pump
+            pump = Pump()
+            pump.admit()
+            self._pumps.append(pump)
+            return pump
+
     def close(self) -> None:
         self._lookout.close()
         self._pool.clear(final=True)
+        with self._lock:
+            for pump in self._pumps:
+                pump.close()
+            self._pumps = []
 
 
 # === 11. Credentials =========================================================
@@ -8721,21 +8940,19 @@ class Gateway:
 
     def _pump(self, exchange: Exchange, stream: Any, sink: AnswerSink, record: Record) -> None:
         """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole."""
-        try:
-            while not stream.done:
-                payload = exchange.read()
-                if not payload:
-                    break
-                if stream.passes(payload):
-                    sink.send(payload, exchange.framed)
-                    continue
-                out = stream.feed(payload)
-                if not out:
-                    sink.tick()
-                    continue
+        def move(payload: bytes) -> bool:
+            if stream.passes(payload):
+                sink.send(payload, exchange.framed)
+                return not stream.done
+            out = stream.feed(payload)
+            if out:
                 if record.first_s is None:
                     record.first_s = time.monotonic() - record.started
                 sink.send(out)
+            return not stream.done
+
+        try:
+            self.upstream.move(exchange, sink, move)
         except UpstreamGarbled:
             if not stream.began:
                 raise
@@ -9319,19 +9536,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         send_all(self.connection, data, self.server.gateway.settings.write_timeout_s)
 
 
-def send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
-    """Write to a non-blocking socket: mostly one system call; ClientGone when it is closed or takes nothing."""
+def send_now(sock: socket.socket, data: bytes) -> bytes:
+    """Write what goes to a non-blocking socket, mostly all; the rest.  ClientGone."""
     try:
         sent = sock.send(data)
-        if sent == len(data):
-            return
     except BlockingIOError:
-        sent = 0
+        return data
     except OSError:
         raise ClientGone from None
-    poller = Poller()
-    poller.register(sock.fileno(), _POLLOUT)
-    view = memoryview(data)[sent:]
+    return data[sent:]
+
+
+def send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
+    """Write all to a non-blocking socket; ClientGone when it is closed or takes nothing."""
+    rest = send_now(sock, data)
+    if rest:
+        poller = Poller()
+        poller.register(sock.fileno(), _POLLOUT)
+    view = memoryview(rest)
     while view:
         if not poller.poll(timeout_s * 1000):
             raise ClientGone
@@ -9373,7 +9595,7 @@ class Sink(AnswerSink):
         self._timeout_s = settings.write_timeout_s
         self._chunked = handler.request_version != "HTTP/1.0"
         self.open = False                #: the head is out, and with it the chance of a status
-        self._wrote_at = time.monotonic()
+        self.wrote_at = time.monotonic()
 
     def _head(self) -> bytes:
         """The head of a stream, once."""
@@ -9390,8 +9612,21 @@ class Sink(AnswerSink):
         return b"%x\r\n%b\r\n" % (len(payload), payload) if self._chunked and payload else payload
 
     def _write(self, data: bytes) -> None:
-        send_all(self.sock, data, self._timeout_s)
-        self._wrote_at = time.monotonic()
+        data = self.backlog + data if self.backlog else data
+        if self.pumped:
+            self.backlog = send_now(self.sock, data)
+        else:
+            self.backlog = b""
+            send_all(self.sock, data, self._timeout_s)
+        self.wrote_at = time.monotonic()
+
+    def flush(self) -> None:
+        rest = send_now(self.sock, self.backlog)
+        if len(rest) < len(self.backlog):
+            self.backlog, self.wrote_at = rest, time.monotonic()
+
+    def is_stuck(self, now: float) -> bool:
+        return now - self.wrote_at >= self._timeout_s
 
     def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
         if self.began:
@@ -9410,7 +9645,7 @@ class Sink(AnswerSink):
         self._handler.respond(200, data, content_type, headers)
 
     def tick(self) -> None:
-        if self._call.stream and time.monotonic() - self._wrote_at >= self.tick_s * 0.99:
+        if self._call.stream and time.monotonic() - self.wrote_at >= self.tick_s * 0.99:
             self._write(self._head() + self._frame(self._call.dialect.keepalive(self._call, self.began)))
 
     def fail(self, exc: GatewayError) -> None:
