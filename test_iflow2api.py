@@ -14,6 +14,7 @@ import contextlib
 import copy
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import hmac
@@ -40,6 +41,7 @@ import threading
 import time
 import tracemalloc
 import urllib.parse
+import weakref
 import zlib
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1815,7 +1817,7 @@ FAULTS = [
     ("reset", Reply(RESET), ifl.UpstreamUnreachable, "without an answer"),
     ("no HTTP", Reply(b"SSH-2.0-x\r\n", CLOSE), ifl.UpstreamGarbled, "not HTTP"),
     ("endless line", Reply(b"HTTP/1.1 200 " + b"x" * 70_000, CLOSE), ifl.UpstreamGarbled, "not HTTP"),
-    ("many headers", Reply(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n", CLOSE), ifl.UpstreamGarbled,
+    ("many headers", Reply(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 300 + b"\r\n", CLOSE), ifl.UpstreamGarbled,
      "not HTTP"),
     ("cut body", Reply(head(200, [("Content-Length", "5")]) + b"he", CLOSE), ifl.UpstreamGarbled, "in the middle"),
     ("reset body", Reply(head(200, [("Content-Length", "5")]) + b"he", RESET), ifl.UpstreamGarbled,
@@ -1938,7 +1940,7 @@ def test_our_own_address_is_no_upstream(server):
 ERRORS_OF_SOCKETS = [
     (socket.timeout("x"), ifl.UpstreamTimeout, "time limit"),
     (OSError(errno.ENETUNREACH, "Network is unreachable"), ifl.UpstreamUnreachable, "Network is unreachable"),
-    (http.client.BadStatusLine("x"), ifl.UpstreamGarbled, "not HTTP"), (MemoryError("x"), ifl.UpstreamUnreachable, "x")]
+    (ValueError("x"), ifl.UpstreamGarbled, "not HTTP"), (MemoryError("x"), ifl.UpstreamUnreachable, "x")]
 
 
 @pytest.mark.parametrize("error, kind, said", ERRORS_OF_SOCKETS)
@@ -2083,6 +2085,96 @@ def test_who_has_left_is_not_waited_for(transport, upstreams, caller, monkeypatc
     assert time.monotonic() - started < 2
     until(lambda: fake.hung_up == 1, what="the end of the upstream's connection")
     leaver.join(WAIT_S)
+
+
+# --- streams and the pump ------------------------------------------------------
+
+LOTS = [chunk("x" * 60_000)] * 200
+
+
+def begin_stream(running, *args, **facts):
+    """A client that has read the first chunk of its stream."""
+    client = Client(running, *args).post(chat(True), **facts)
+    assert client.head()[0] == 200
+    client.piece()
+    return client
+
+
+def test_a_slow_client_holds_up_nobody_and_gets_all_of_it(server, upstream):
+    running = server(upstream)
+    upstream.plays(sse(*LOTS, chunk(finish="stop"), DONE), sse(*HELLO))
+    with begin_stream(running) as slow:
+        until(lambda: upstream.last is not None, what="the request")
+        for _ in range(3):
+            upstream.plays(sse(chunk("a"), chunk("b"), chunk(finish="stop"), DONE))
+            assert text_of(records_of(post(running, chat(True)).body)) in ("ab", "Hello")
+        rest = slow.pieces()
+    assert len(text_of(records_of(rest))) >= 60_000 * 199
+    assert is_well(running)
+
+
+def test_a_client_that_takes_nothing_is_given_up(server, upstream):
+    running = server(upstream, write_timeout_s=0.2)
+    upstream.plays(sse(*LOTS, HOLD))
+    with begin_stream(running):
+        until(lambda: running.gateway.in_flight == 0, what="the end of the call")
+        assert is_well(running)
+
+
+def test_as_many_pumps_as_select_needs(server, upstream, monkeypatch):
+    monkeypatch.setattr(ifl.Pump, "ROOM", 1)
+    running, go = server(upstream), threading.Event()
+    upstream.plays(*[sse(chunk("a"), go, chunk("b"), chunk(finish="stop"), DONE)] * 3)
+    clients = [begin_stream(running) for _ in range(3)]
+    until(lambda: sum(pump._load for pump in running.gateway.upstream._pumps) == 3, what="three streams on their way")
+    assert len(running.gateway.upstream._pumps) == 3
+    go.set()
+    for client in clients:
+        assert b"[DONE]" in client.pieces()
+        client.hang_up()
+    assert is_well(running) and not any(pump._load for pump in running.gateway.upstream._pumps)
+
+
+def test_a_stream_that_ended_is_forgotten_by_the_pump(transport, upstream, caller):
+    upstream.plays(sse(chunk("a"), chunk("b"), DONE))
+    provider = ifl.Provider("up", upstream.url)
+    got = []
+    caller.tick_s = 60
+    with transport.open(provider, ifl.Settings(), "POST", "/chat/completions", [], b"{}", caller) as exchange:
+        flow = weakref.ref(exchange)
+        transport.move(exchange, caller, lambda payload: got.append(payload) or True)
+    del exchange
+    gc.collect()
+    assert b"".join(got).endswith(b"[DONE]\n\n") and flow() is None
+
+
+def test_what_goes_wrong_while_a_stream_moves_reaches_its_own_request(transport, upstream, caller):
+    go = threading.Event()
+    upstream.plays(sse(chunk("a"), go, chunk("b"), HOLD))
+
+    def move(payload):
+        if b'"b"' in payload:
+            raise LookupError(threading.current_thread().name)
+        go.set()
+        return True
+
+    with pytest.raises(LookupError, match="pump"), transport.open(
+            ifl.Provider("up", upstream.url), ifl.Settings(), "POST", "/chat/completions", [], b"{}", caller) as exchange:
+        transport.move(exchange, caller, move)
+    until(lambda: upstream.hung_up == 1, what="the end of the upstream's connection")
+
+
+def test_pumps_end_with_their_last_stream(server, upstream):
+    running, go = server(upstream), threading.Event()
+    upstream.plays(sse(chunk("a"), go, chunk(finish="stop"), DONE))
+    client = begin_stream(running)
+    until(lambda: running.gateway.upstream._pumps and running.gateway.upstream._pumps[0]._load, what="the pump")
+    pump = running.gateway.upstream._pumps[0]
+    running.gateway.upstream.close()
+    go.set()
+    assert b"[DONE]" in client.pieces()
+    client.hang_up()
+    until(lambda: not pump._thread.is_alive(), what="the end of the pump")
 
 
 def without_poll(monkeypatch):
@@ -10857,7 +10949,7 @@ BANNERS = [(int(found.group(1)), found.group(2), number) for number, line in enu
            for found in [re.fullmatch(r"# === (\d+)\. (.+?) =+", line)] if found]
 
 #: Functions that may catch whatever comes: the last resort, a thread's body, and two that clean up and raise on.
-BROAD = {"handle_one_request", "_run", "_connect", "open"}
+BROAD = {"handle_one_request", "_run", "_connect", "open", "run", "_serve"}
 
 
 @functools.lru_cache(maxsize=None)
