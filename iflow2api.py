@@ -6239,6 +6239,7 @@ class Flow:
         self._exchange, self.caller, self.wire, self._move = exchange, caller, exchange.wire, move
         self._heard_at, self.idle = time.monotonic(), False      #: idle: all that had come is moved
         self.place: Optional[socket.socket] = None               #: the socket that a pump waits for
+        self.due = 0.0                   #: when the pump has to heed it
         self.ended, self.error = threading.Lock(), None
         self.ended.acquire()
 
@@ -6342,7 +6343,9 @@ class Pump:
                 else:
                     self._serve(key.data, key.data.step)
             while self._due and self._due[0][0] <= time.monotonic():
-                self._heed(heapq.heappop(self._due)[2])
+                due, _, flow = heapq.heappop(self._due)
+                if due == flow.due:      # else it was planned anew
+                    self._heed(flow)
         self._selector.close()
         self._bell.close()
         self._ear.close()
@@ -6356,12 +6359,16 @@ class Pump:
 
     def _heed(self, flow: Flow) -> None:
         def act() -> bool:
-            self._number += 1
-            heapq.heappush(self._due, (flow.heed(), self._number, flow))
+            self._plan(flow, flow.heed())
             return True
 
         if flow.place is not None:       # it may have ended meanwhile
             self._serve(flow, act)
+
+    def _plan(self, flow: Flow, due: float) -> None:
+        self._number += 1
+        flow.due = due
+        heapq.heappush(self._due, (due, self._number, flow))
 
     def _serve(self, flow: Flow, act: Callable[[], bool]) -> None:
         """Let a flow act, and wait for its upstream, or for a slow client, until the next time; or it has ended."""
@@ -6386,6 +6393,8 @@ class Pump:
                 flow.place = None
             self._selector.register(place, selectors.EVENT_WRITE if slow else selectors.EVENT_READ, flow)
             flow.place = place
+            if slow and flow.due > time.monotonic() + 1:
+                self._plan(flow, time.monotonic() + 1)
 
 
 class Pool:
