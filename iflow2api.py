@@ -124,7 +124,7 @@ try:
     from datetime import datetime, timezone
     from email.utils import formatdate, parsedate_to_datetime
     from fnmatch import fnmatchcase
-    from functools import lru_cache
+    from functools import cached_property, lru_cache
     from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                         Sequence, Set, Tuple, Type, Union)
 except ImportError as exc:
@@ -3459,7 +3459,7 @@ class MessagesTurn:
         self.stop_sequences = _stop_sequences(body)
         self.hide_reasoning = False
         self.omit_thinking = False
-        self._estimate: Optional[int] = None
+        self.scale: Callable[[int], int] = int     #: estimated tokens -> as this model counts them
         self.chat = self._to_chat(model)
 
     def _to_chat(self, model: str) -> Json:
@@ -3532,15 +3532,14 @@ class MessagesTurn:
             chat["tools"] = tools.chat
         chat.update(tools.choice(self.body.get("tool_choice"), thinking))
 
-    @property
-    def estimate(self) -> int:
-        if self._estimate is None:
-            self._estimate = count_message_tokens(self.body)
-        return self._estimate
+    @cached_property
+    def raw_estimate(self) -> int:
+        """About how many tokens the prompt has, before the model's own way of counting."""
+        return count_message_tokens(self.body)
 
-    @estimate.setter
-    def estimate(self, tokens: int) -> None:
-        self._estimate = tokens
+    @cached_property
+    def estimate(self) -> int:
+        return self.scale(self.raw_estimate)
 
     @property
     def local(self) -> Optional[Json]:
@@ -5424,6 +5423,7 @@ class Context(NamedTuple):
     seal: Seal
     store: Any                           #: a ResponseStore
     reasoning: Any                       #: a ReasoningCache
+    scale: Callable[[int], int] = int    #: an estimate of tokens as the target's model counts them
 
 
 #: What clients name a conversation by: Claude Code, Codex, others.
@@ -5556,6 +5556,12 @@ class TranslatedTurn:
     def estimate(self) -> int:
         return getattr(self._turn, "estimate", 0)
 
+    def raw_estimate(self, worth: bool) -> int:
+        """The estimate to learn from; 0 where there is none, or only one that is not worth the time."""
+        turn = self._turn
+        known = worth or "raw_estimate" in vars(turn)
+        return getattr(turn, "raw_estimate", 0) if known and not self._call.shows_images else 0
+
     def encode(self) -> bytes:
         chat = self._turn.chat
         return dump_json(adapt_to_iflow(chat, chat["model"], self._context.reasoning.recall) if self._is_iflow
@@ -5683,6 +5689,7 @@ class MessagesDialect(ChatDialect):
         thinking = call.body.get("thinking")
         asked = isinstance(thinking, dict) and thinking.get("type") != "disabled"
         turn.hide_reasoning = target.provider.kind == "iflow" and not asked
+        turn.scale = context.scale
         return TranslatedTurn(call, turn, target, context)
 
     def keepalive(self, call: Call, began: bool) -> bytes:
@@ -7984,6 +7991,74 @@ class ReasoningCache:
         return self._texts.get(ident, "")
 
 
+class TokenScale:
+    """What models count for what we estimate: learnt from each answer's prompt_tokens, kept over a restart.
+
+    Of a model it knows two sums in which older answers fade, so that the latest tens of thousands of tokens decide.
+    """
+    LIMIT = 500                          #: models; the one that was not heard of for longest goes first
+    FADE = 0.85                          #: of the sums, at each answer
+    BOUNDS = (0.2, 5.0)                  #: beyond these it is not the counting that differs
+    SURE, EVERY = 10, 8                  #: after so many answers only each EVERYth is estimated for this alone
+    WRITE_S = 5.0
+
+    def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock, self._written_at, self._dirty = path, clock, -1e9, False
+        self._lock = threading.Lock()
+        self._sums: Dict[str, List[float]] = self._load()        #: model -> estimated, counted, answers
+
+    def _load(self) -> Dict[str, List[float]]:
+        try:
+            raw = read_json_file(self._path) if self._path else {}
+        except ConfigBroken:             # it will be learnt again
+            return {}
+        return {name: [float(number) for number in row] for name, row in raw.items()
+                if isinstance(row, list) and len(row) == 3
+                and all(isinstance(number, (int, float)) and 0 < number < 1e12 for number in row)}
+
+    def scaled(self, model: str, estimate: int) -> int:
+        """`estimate` as the model would count it."""
+        row = self._sums.get(model)
+        low, high = self.BOUNDS
+        return int(estimate * min(max(row[1] / row[0], low), high) + 0.5) if row else estimate
+
+    def is_worth(self, model: str) -> bool:
+        """Whether there is something to learn from the next answer."""
+        row = self._sums.get(model)
+        return row is None or row[2] < self.SURE or row[2] % self.EVERY == 0
+
+    def pass_over(self, model: str) -> None:
+        """An answer that nothing was learnt from."""
+        with self._lock:
+            if model in self._sums:
+                self._sums[model][2] += 1
+
+    def learn(self, model: str, estimate: int, counted: int) -> None:
+        with self._lock:
+            estimated, real, answers = self._sums.pop(model, (0.0, 0.0, 0.0))
+            self._sums[model] = [estimated * self.FADE + estimate, real * self.FADE + counted, answers + 1]
+            if len(self._sums) > self.LIMIT:
+                del self._sums[next(iter(self._sums))]
+            self._dirty = True
+            if self._clock() - self._written_at >= self.WRITE_S:
+                self._write()
+
+    def _write(self) -> None:
+        self._written_at, self._dirty = self._clock(), False
+        if self._path:
+            try:
+                write_file(self._path, dump_json({name: [round(number, 1) for number in row]
+                                                  for name, row in self._sums.items()}))
+            except OSError as exc:
+                log.warning("%s: %s (what was learnt of token counts lasts for this run)", self._path, exc.strerror or exc)
+                self._path = ""
+
+    def close(self) -> None:
+        with self._lock:
+            if self._dirty:
+                self._write()
+
+
 class ResponseStore:
     """Answers of Responses with what they answered, for `previous_response_id`; bounded, the oldest go first.
 
@@ -8507,6 +8582,11 @@ def header_returns(name: str) -> bool:
     return HEADER_RETURNS.fullmatch(name) is not None
 
 
+def scale_name(target: Target) -> str:
+    """What token counts are kept under."""
+    return f"{target.provider.name}/{target.model}"[:200]
+
+
 class State(NamedTuple):
     """What a request works on from its start to its end, whatever is changed meanwhile."""
     settings: Settings
@@ -8530,6 +8610,7 @@ class Gateway:
         self.environ = os.environ if environ is None else environ
         self.upstream, self.metrics = Upstream(), Metrics()
         self.reasoning = ReasoningCache()
+        self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "")
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         oauth = OAuth(self.upstream, lambda: self.settings)
         self.logins = Logins(config, oauth, lambda: self.settings.accounts, self.reload)
@@ -8897,7 +8978,8 @@ class Gateway:
         if provider.vision_model and provider.vision_model != target.model and call.shows_images and (
                 not profile_of(target)["vision"]):
             target = record.target = Target(provider, provider.vision_model)
-        context = Context(time.time(), new_id, self.seal(), self.responses, self.reasoning)
+        context = Context(time.time(), new_id, self.seal(), self.responses, self.reasoning,
+                          lambda estimate: self.scale.scaled(scale_name(target), estimate))
         turn = call.dialect.turn(call, target, context)
         if turn.local is not None:
             return sink.end(turn.local_events()) if call.stream else sink.reply(dump_json(turn.local),
@@ -8916,6 +8998,7 @@ class Gateway:
                 try:
                     with ring.hold(key, sink, state.settings, provider.name):
                         self._attempt_with_login(state, call, target, key, turn, body, sink, record)
+                    self._learn(target, turn, record.usage)
                     record.trail.append(Attempt(provider.name, target.model, mask(key), 200, "",
                                                 time.monotonic() - started))
                     return ring.revive(key)
@@ -8932,6 +9015,25 @@ class Gateway:
                         if key != keys[-1]:
                             continue
                     raise self._explained(exc, target, turn) from None
+
+    def _learn(self, target: Target, turn: Any, usage: Usage) -> None:
+        """Compare what was estimated with what the upstream counted."""
+        if usage.prompt and not usage.estimated and isinstance(turn, TranslatedTurn):
+            name = scale_name(target)
+            estimate = turn.raw_estimate(self.scale.is_worth(name))
+            if estimate:
+                self.scale.learn(name, estimate, usage.prompt)
+            else:
+                self.scale.pass_over(name)
+
+    def count_tokens(self, body: Json, estimate: int) -> int:
+        """`estimate` for a Messages request, as the model counts it that the request would go to."""
+        try:
+            model = body.get("model")
+            chain = self.current(look=False).router.resolve(model if isinstance(model, str) else None, True)
+        except GatewayError:
+            return estimate
+        return self.scale.scaled(scale_name(chain[0]), estimate) if chain else estimate
 
     @staticmethod
     def _explained(exc: UpstreamError, target: Target, turn: Any) -> UpstreamError:
@@ -9279,6 +9381,7 @@ class Gateway:
         self.logins.close()
         self.upstream.close()
         self.usage.close()
+        self.scale.close()
 
 
 # === 14. HTTP ================================================================
@@ -9830,7 +9933,7 @@ def count_tokens(handler: Handler) -> None:
     body, _ = handler.read_json()
     if not isinstance(body.get("messages"), list) or not body["messages"]:
         raise BadRequest("messages: a list with at least one message is required", param="messages")
-    handler.respond_json({"input_tokens": count_message_tokens(body)})
+    handler.respond_json({"input_tokens": handler.server.gateway.count_tokens(body, count_message_tokens(body))})
 
 
 def count_input_tokens(handler: Handler) -> None:

@@ -2087,6 +2087,72 @@ def test_who_has_left_is_not_waited_for(transport, upstreams, caller, monkeypatc
     leaver.join(WAIT_S)
 
 
+# --- what models count ---------------------------------------------------------
+
+def counted(tokens):
+    """A completion whose upstream counted `tokens` for the prompt."""
+    return completion(usage={"prompt_tokens": tokens, "completion_tokens": 2, "total_tokens": tokens + 2})
+
+
+def prompt_of(words):
+    return {"model": "m1", "max_tokens": 9, "messages": [{"role": "user", "content": "thing " * words}]}
+
+
+def count_of(running, body):
+    return post(running, body, "/v1/messages/count_tokens").json["input_tokens"]
+
+
+@pytest.mark.parametrize("a_word", [0.4, 1.0, 2.5])
+def test_estimates_learn_what_the_model_counts(server, upstream, a_word):
+    running = server(upstream)
+    for words in (40, 400, 90, 1000, 55, 700, 300, 120, 80, 500):
+        upstream.plays(plain(counted(int(words * a_word) + 9)))
+        assert post(running, prompt_of(words), "/v1/messages").status == 200
+    assert abs(count_of(running, prompt_of(600)) / (600 * a_word + 9) - 1) < 0.1
+    assert count_of(running, {**prompt_of(600), "model": "another"}) == ifl.count_message_tokens(prompt_of(600))
+    upstream.plays(sse(chunk("x"), chunk(finish="stop"), DONE))
+    stream = post(running, {**prompt_of(600), "stream": True}, "/v1/messages").body
+    begin = json.loads(stream.partition(b"data: ")[2].partition(b"\n")[0])
+    assert abs(begin["message"]["usage"]["input_tokens"] / (600 * a_word + 9) - 1) < 0.1
+
+
+def test_what_was_learnt_outlives_a_restart_and_is_bounded(tmp_path):
+    path, now = str(tmp_path / "tokens.json"), [0.0]
+    scale = ifl.TokenScale(path, lambda: now[0])
+    scale.learn("p/m", 100, 150)
+    scale.learn("p/m", 100, 150)
+    assert ifl.TokenScale(path).scaled("p/m", 1000) == 1500
+    scale.learn("p/wild", 1, 900)
+    assert scale.scaled("p/wild", 10) == 50 and ifl.TokenScale(path).scaled("p/wild", 10) == 10
+    scale.close()
+    assert ifl.TokenScale(path).scaled("p/wild", 10) == 50
+    for number in range(scale.LIMIT):
+        scale.learn(f"p/{number}", 1, 2)
+    assert len(scale._sums) == scale.LIMIT and scale.scaled("p/m", 7) == 7
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"p/m": [0, 1, 1]}', b'{"p/m": "x"}', b'{"p/m": [1, 2]}'])
+def test_a_damaged_file_of_token_counts_is_learnt_anew(tmp_path, damage):
+    path = tmp_path / "tokens.json"
+    path.write_bytes(damage)
+    scale = ifl.TokenScale(str(path))
+    assert scale.scaled("p/m", 7) == 7
+    scale.learn("p/m", 1, 2)
+    assert ifl.TokenScale(str(path)).scaled("p/m", 7) == 14
+
+
+def test_a_model_that_is_known_is_estimated_now_and_then(tmp_path):
+    scale = ifl.TokenScale()
+    for _ in range(scale.SURE):
+        assert scale.is_worth("m")
+        scale.learn("m", 1, 2)
+    worth = []
+    for _ in range(16):
+        worth.append(scale.is_worth("m"))
+        scale.pass_over("m")
+    assert worth.count(True) == 2
+
+
 # --- streams and the pump ------------------------------------------------------
 
 LOTS = [chunk("x" * 60_000)] * 200
