@@ -2415,12 +2415,20 @@ def adapt_to_iflow(chat: Json, model: str, recall: Callable[[str], str]) -> Json
         if known and isinstance(chat.get(key), int) and chat[key] > known.max_output:
             chat[key] = known.max_output
     if wants_reasoning_back(model) and isinstance(chat.get("messages"), list):
-        chat["messages"] = [_with_reasoning(message, recall) for message in chat["messages"]]
+        chat["messages"] = refill_reasoning(chat["messages"], recall)
     return chat
 
 
+def refill_reasoning(messages: Any, recall: Callable[[str], str]) -> Any:
+    """Messages with the reasoning that their client dropped; the same object where there is nothing to add.
+
+    DeepSeek, Kimi and some models of iFlow refuse a tool call without the reasoning that led to it.
+    """
+    filled = [_with_reasoning(message, recall) for message in messages] if isinstance(messages, list) else []
+    return filled if any(new is not old for new, old in zip(filled, messages or ())) else messages
+
+
 def _with_reasoning(message: Any, recall: Callable[[str], str]) -> Any:
-    """An assistant message with the reasoning that its client dropped."""
     calls = message.get("tool_calls") if isinstance(message, dict) else None
     if not isinstance(calls, list) or not calls or message.get("reasoning_content"):
         return message
@@ -2724,6 +2732,36 @@ class RelayStream:
         for found in _USAGE.finditer(self._tail):
             with contextlib.suppress(ValueError):
                 self.usage = _DECODER.raw_decode(self._tail[found.end():].decode("utf-8", "replace"))[0]
+
+
+class HeardStream(RelayStream):
+    """The same, with an ear for what a later request has to bring back."""
+
+    def __init__(self, fail: Callable[[GatewayError], bytes], note: ReasoningNote) -> None:
+        super().__init__(fail)
+        self._listener, self._ear = note, SSEDecoder()
+
+    def _hear(self, payload: bytes) -> None:
+        for record in self._ear.feed(payload):
+            if b'"reasoning' in record or b'"tool_calls"' in record:
+                with contextlib.suppress(UpstreamError):         # what it is worth, the client will see
+                    for chunk in read_records([record]):
+                        self._listener.hear(chunk or {})
+
+    def passes(self, payload: bytes) -> bool:
+        passed = super().passes(payload)
+        if passed:
+            self._hear(payload)
+        return passed
+
+    def feed(self, payload: bytes) -> bytes:
+        self._hear(payload)
+        return super().feed(payload)
+
+    def close(self) -> bytes:
+        out = super().close()
+        self._listener.close()
+        return out
 
 
 class TranslatedStream:
@@ -5508,6 +5546,8 @@ class ChatTurn:
     def __init__(self, call: Call, target: Target, context: Context) -> None:
         self._call, self._target, self._context = call, target, context
         self._is_iflow = target.provider.kind == "iflow" and call.dialect.judged
+        self._insists = call.dialect.judged and "tools" in call.body and bool(
+            profile_of(target)["require_reasoning_on_tool_calls"])
         self._preserve = target.provider.preserve_reasoning_content      #: None: reasoning passes untouched
 
     def encode(self) -> bytes:
@@ -5515,6 +5555,10 @@ class ChatTurn:
         call, model = self._call, self._target.model
         if self._is_iflow:
             return dump_json({**adapt_to_iflow(call.body, model, self._context.reasoning.recall), "model": model})
+        if self._insists:
+            messages = refill_reasoning(call.body.get("messages"), self._context.reasoning.recall)
+            if messages is not call.body.get("messages"):
+                return dump_json({**call.body, "messages": messages, "model": model})
         return (call.text if call.model == model else splice_model(call.text, model)).encode()
 
     def reply(self, data: bytes, completion: Json) -> bytes:
@@ -5529,12 +5573,13 @@ class ChatTurn:
         def fail(exc: GatewayError) -> bytes:
             return self._call.dialect.error_event(exc, self._call.request_id)
 
+        note = self._note()
         if self._preserve is None and not self._is_iflow:
-            return RelayStream(fail)
-        return TranslatedStream(ReasoningMerge(bool(self._preserve)), encode_chunk, fail, self._note())
+            return RelayStream(fail) if note is None else HeardStream(fail, note)
+        return TranslatedStream(ReasoningMerge(bool(self._preserve)), encode_chunk, fail, note)
 
     def _note(self) -> Optional[ReasoningNote]:
-        return ReasoningNote(self._context.reasoning.keep) if self._is_iflow else None
+        return ReasoningNote(self._context.reasoning.keep) if self._is_iflow or self._insists else None
 
 
 class TranslatedTurn:
@@ -5543,6 +5588,7 @@ class TranslatedTurn:
     def __init__(self, call: Call, turn: Any, target: Target, context: Context) -> None:
         self._call, self._turn, self._target, self._context = call, turn, target, context
         self._is_iflow = target.provider.kind == "iflow"
+        self._insists = bool(profile_of(target)["require_reasoning_on_tool_calls"])
 
     @property
     def local(self) -> Optional[Json]:
@@ -5563,12 +5609,15 @@ class TranslatedTurn:
         return getattr(turn, "raw_estimate", 0) if known and not self._call.shows_images else 0
 
     def encode(self) -> bytes:
-        chat = self._turn.chat
-        return dump_json(adapt_to_iflow(chat, chat["model"], self._context.reasoning.recall) if self._is_iflow
-                         else chat)
+        chat, recall = self._turn.chat, self._context.reasoning.recall
+        if self._is_iflow:
+            chat = adapt_to_iflow(chat, chat["model"], recall)
+        elif self._insists:
+            chat = {**chat, "messages": refill_reasoning(chat["messages"], recall)}
+        return dump_json(chat)
 
     def _note(self) -> Optional[ReasoningNote]:
-        return ReasoningNote(self._context.reasoning.keep) if self._is_iflow else None
+        return ReasoningNote(self._context.reasoning.keep) if self._is_iflow or self._insists else None
 
     def reply(self, data: bytes, completion: Json) -> bytes:
         note = self._note()

@@ -2087,6 +2087,49 @@ def test_who_has_left_is_not_waited_for(transport, upstreams, caller, monkeypatc
     leaver.join(WAIT_S)
 
 
+# --- reasoning that has to come back ---------------------------------------------
+
+INSISTS = {"require_reasoning_on_tool_calls": True}
+CALLED = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+def insisting(server, upstream):
+    return server({"name": "up", "base_url": upstream.url, "models": ["m1"], "profile": INSISTS})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_client_that_drops_reasoning_is_helped_out(server, upstream, stream):
+    running = insisting(server, upstream)
+    thinks = sse(chunk(None, reasoning_content="be"), chunk(None, reasoning_content="cause"),
+                 chunk(None, tool_calls=[{"index": 0, **CALLED}]), chunk(finish="tool_calls"), DONE) if stream else plain(
+        completion(None, "tool_calls", reasoning_content="because", tool_calls=[CALLED]))
+    upstream.plays(thinks)
+    ask = {"model": "m1", "messages": [{"role": "user", "content": "go"}], "tools": [LOOK], "stream": stream}
+    first = post(running, ask)
+    assert first.status == 200 and (b"because" in first.body or stream and b'"cause"' in first.body)
+    after = [*ask["messages"], {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+             {"role": "tool", "tool_call_id": "call_1", "content": "seen"}]
+    post(running, {**ask, "messages": after})
+    assert [m.get("reasoning_content") for m in upstream.last.json["messages"]] == [None, "because", None]
+    kept = [after[0], {**after[1], "reasoning_content": "mine"}, after[2]]
+    post(running, {**ask, "messages": kept})
+    assert upstream.last.body == ifl.dump_json({**ask, "messages": kept})        # byte for byte: nothing to add
+
+
+def test_a_messages_client_that_drops_thinking_is_helped_out(server, upstream):
+    running = insisting(server, upstream)
+    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because", tool_calls=[CALLED])))
+    tools = [{"name": "look", "input_schema": {"type": "object", "properties": {}}}]
+    ask = {"model": "m1", "max_tokens": 9, "tools": tools, "messages": [{"role": "user", "content": "go"}]}
+    used = post(running, ask, "/v1/messages").json["content"][-1]
+    assert used["type"] == "tool_use"
+    after = [*ask["messages"], {"role": "assistant", "content": [used]}, {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": used["id"], "content": "seen"}]}]
+    post(running, {**ask, "messages": after}, "/v1/messages")
+    assert upstream.last.json["messages"][1]["reasoning_content"] == "because"
+
+
 # --- what models count ---------------------------------------------------------
 
 def counted(tokens):
