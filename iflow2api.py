@@ -39,6 +39,7 @@ Contents
     12 Services          slots, keys, metrics, file watching
     13 Gateway           owns 5 and 10 to 12; one call from route to answer
     14 HTTP              server, handler, routes of the URL space, errors as bytes
+    15 Documents         OpenAPI 3.1 and its readers
     16 Demo upstream     what `--demo` talks to, and the tests
     17 Command line      one cmd_* each
 
@@ -661,6 +662,8 @@ class Settings:
     keepalive_s: float = setting("float", 10, "保活间隔", "silence on a stream before a keep-alive", low=0.05)
     drain_s: float = setting("float", 10, "退出等待", "time for running answers to end when stopping", low=0)
     detect_local: bool = setting("bool", True, "自动发现本地引擎", "look for local engines when nothing else is there")
+    docs_cdn: bool = setting("bool", True, "文档页使用 CDN",
+                             "/docs and /redoc: Swagger UI and ReDoc from jsdelivr; else the built-in reader alone")
     language: str = setting("str", "", "语言", "zh or en; empty: by locale", choices=("", "zh", "en"))
     theme_mode: str = setting("str", "system", "主题", "of the page", choices=("system", "light", "dark"))
     log_level: str = setting("str", "info", "日志级别", "debug, info, warning or error", flag="--log-level",
@@ -9735,11 +9738,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A whole answer in one write."""
         if self._body_left:
             self._skip_body()
-        own = [] if status == 204 else [("Content-Type", content_type), ("Content-Length", str(len(body)))]
+        own = [] if status in (204, 304) else [("Content-Type", content_type), ("Content-Length", str(len(body)))]
         self.write(self.head(status, [*own, *headers]) + (b"" if self.command == "HEAD" else body))
 
     def respond_json(self, value: Json, status: int = 200, headers: Iterable[Tuple[str, str]] = ()) -> None:
         self.respond(status, dump_json(value), "application/json", headers)
+
+    def respond_static(self, body: bytes, content_type: str, headers: Iterable[Tuple[str, str]] = ()) -> None:
+        """A page that seldom changes: packed where that is accepted, and not at all where the client has it already."""
+        tag, packed = pack_static(body)
+        own = [("ETag", tag), ("Cache-Control", "no-cache"), ("Vary", "Accept-Encoding"),
+               ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), *headers]
+        if tag in self.headers.get("if-none-match", ""):
+            return self.respond(304, b"", "", own)
+        if re.search(r"\bgzip\b(?!\s*;\s*q=0(?![.\d]*[1-9]))", self.headers.get("accept-encoding", "")):
+            body, own = packed, [*own, ("Content-Encoding", "gzip")]
+        self.respond(200, body, content_type, own)
 
     def send_error_of(self, exc: GatewayError) -> None:
         """The one place where an error becomes bytes: as an answer, or within a stream that has begun."""
@@ -9762,6 +9776,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def write(self, data: bytes) -> None:
         """Everything to the client, or ClientGone."""
         send_all(self.connection, data, self.server.gateway.settings.write_timeout_s)
+
+
+@lru_cache(8)
+def pack_static(body: bytes) -> Tuple[str, bytes]:
+    """A page's ETag, weak since it stands for the packed form as well, and that form."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)      # 16 + 15: gzip
+    return f'W/"{hashlib.sha256(body).hexdigest()[:24]}"', packer.compress(body) + packer.flush()
 
 
 def send_now(sock: socket.socket, data: bytes) -> bytes:
@@ -10118,7 +10139,8 @@ CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 <title>iflow2api</title><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:40rem;
 margin:3rem auto;padding:0 1rem}code{font:14px ui-monospace,monospace}li{margin:.2rem 0}</style>
 <h1>iflow2api</h1><p>It runs. Point an OpenAI client here / 服务已启动，将客户端的 base URL 设为：<br><code>URL/v1</code></p>
-<ul><li><a href="/health">/health</a></li><li><a href="/v1/models">/v1/models</a></li><li><a href="/metrics">/metrics</a></li></ul>"""
+<ul><li><a href="/health">/health</a></li><li><a href="/v1/models">/v1/models</a></li><li><a href="/metrics">/metrics</a></li>
+<li>API 文档 / documents: <a href="/docs">/docs</a>, <a href="/redoc">/redoc</a>, <a href="/openapi.json">/openapi.json</a></li></ul>"""
 
 #: No script, nothing from elsewhere; for pages that are only text and style.
 PAGE_HEADERS = (("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
@@ -10131,7 +10153,7 @@ def show_card(handler: Handler) -> None:
         page = CARD.replace("URL", handler.server.url)
         return handler.respond(200, page.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
     handler.respond_json({"name": "iflow2api", "version": __version__, "base_url": handler.server.url + "/v1",
-                          "endpoints": sorted(path for path in ROUTES if path != "/")})
+                          "docs": handler.server.url + "/docs", "endpoints": sorted(path for path in ROUTES if path != "/")})
 
 
 class Route(NamedTuple):
@@ -10330,6 +10352,875 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
         for problem in gateway.usage.problems:
             log.warning("%s", one_line(problem, 500))
     return Server(gateway, settings.host if host is None else host, settings.port if port is None else port)
+
+
+# === 15. Documents ===========================================================
+#
+# /openapi.json and two readers of it, built when first asked for.  ROUTES says what there is, OPERATIONS what it is for;
+# example answers and errors come from the code that answers, so that the document promises what the program does.
+
+Text = Tuple[str, str]                   #: 中文, English; a tuple in the tables below is always that
+
+#: Shapes of bodies, in short: a type, `[` a list of, `#` another shape, `|` or, `=` one of these words; `*` after a name:
+#: always there; a tuple adds what it means.  Fields that are not listed are allowed everywhere.
+SHAPES: Dict[str, Json] = {
+    "ChatRequest": {
+        "model": ("string", "模型名、别名或 provider/model；省略时用 default_model",
+                  "a model, an alias or provider/model; default_model where there is none"),
+        "messages*": "[#ChatMessage",
+        "stream": ("boolean", "以 SSE 逐段返回", "answer in pieces, as server-sent events"),
+        "stream_options": ("object", "`include_usage`：最后一段带用量", "`include_usage`: the last chunk holds the usage"),
+        "max_tokens": "integer", "max_completion_tokens": "integer", "temperature": "number", "top_p": "number",
+        "stop": "string|[string", "tools": "[#ChatTool",
+        "tool_choice": ("string|object", "none、auto、required 或指定某个函数", "none, auto, required, or one function"),
+        "parallel_tool_calls": "boolean",
+        "response_format": ("object", "text、json_object 或 json_schema", "text, json_object or json_schema"),
+        "reasoning_effort": "=none,minimal,low,medium,high,xhigh,max",
+        "thinking": ("object", "思考开关；各家的其他字段也会原样转发",
+                     "the switch for thinking; other makers' fields pass untouched, too")},
+    "ChatMessage": {
+        "role*": "=system,developer,user,assistant,tool,function", "content": "string|[#ChatPart|null",
+        "tool_calls": "[#ChatCall", "tool_call_id": "string",
+        "reasoning_content": ("string", "模型的思考", "what the model thought")},
+    "ChatPart": {"type*": "=text,image_url,input_audio,file", "text": "string",
+                 "image_url": ("object", "url（https: 或 data:）、detail", "url (https: or data:), detail")},
+    "ChatTool": {"type*": "string", "function": ("object", "name、description、parameters（JSON Schema）",
+                                                 "name, description, parameters (JSON Schema)")},
+    "ChatCall": {"id*": "string", "type*": "string", "function": ("object", "name、arguments（JSON 文本）",
+                                                                  "name, arguments (JSON as text)")},
+    "ChatCompletion": {"id*": "string", "object*": "=chat.completion", "created*": "integer", "model*": "string",
+                       "choices*": "[#ChatChoice", "usage": "#ChatUsage"},
+    "ChatChoice": {"index*": "integer", "message*": "#ChatMessage",
+                   "finish_reason": ("string|null", "stop、length、tool_calls、content_filter……",
+                                     "stop, length, tool_calls, content_filter, …")},
+    "ChatChunk": {"id*": "string", "object*": "=chat.completion.chunk", "created*": "integer", "model*": "string",
+                  "choices*": ("[#ChatChunkChoice", "末尾带用量的一段为空", "empty in the last one, which has the usage"),
+                  "usage": "#ChatUsage|null"},
+    "ChatChunkChoice": {"index*": "integer", "delta*": "object", "finish_reason": "string|null"},
+    "ChatUsage": {"prompt_tokens*": "integer", "completion_tokens*": "integer", "total_tokens*": "integer",
+                  "prompt_tokens_details": "object", "completion_tokens_details": "object"},
+    "CompletionRequest": {"model": "string", "prompt*": "string|array|null", "suffix": "string", "max_tokens": "integer",
+                          "temperature": "number", "stop": "string|[string", "stream": "boolean"},
+    "Completion": {"id*": "string", "object*": "=text_completion", "created*": "integer", "model*": "string",
+                   "choices*": ("array", "index、text、finish_reason", "index, text, finish_reason"), "usage": "#ChatUsage"},
+    "EmbeddingRequest": {"model": "string", "input*": "string|array", "encoding_format": "=float,base64",
+                         "dimensions": "integer"},
+    "EmbeddingList": {"object*": "=list", "model": "string", "usage": "object",
+                      "data*": ("array", "object、index、embedding（数组或 base64）",
+                                "object, index, embedding (numbers or base64)")},
+    "MessagesRequest": {
+        "model": "string", "max_tokens*": ("integer", "会按模型上限收紧", "clamped to what the model can"),
+        "messages*": "[#Message", "system": "string|[#Block", "stream": "boolean", "tools": "[#MessagesTool",
+        "tool_choice": ("object", "type：auto、any、tool、none", "type: auto, any, tool, none"),
+        "thinking": ("object", "type：enabled、adaptive、disabled；budget_tokens",
+                     "type: enabled, adaptive, disabled; budget_tokens"),
+        "stop_sequences": "[string", "temperature": "number", "top_p": "number", "top_k": "integer",
+        "metadata": "object", "output_config": ("object", "effort、format", "effort, format")},
+    "CountTokensRequest": {"model": "string", "messages*": "[#Message", "system": "string|[#Block",
+                           "tools": "[#MessagesTool"},
+    "Message": {"role*": "=user,assistant,system", "content*": "string|[#Block"},
+    "Block": {"type*": ("string", "text、image、document、thinking、tool_use、tool_result……",
+                        "text, image, document, thinking, tool_use, tool_result, …"),
+              "text": "string", "source": ("object", "图片或文档：base64、url、text", "image or document: base64, url, text"),
+              "id": "string", "name": "string", "input": "object", "tool_use_id": "string", "content": "string|[#Block"},
+    "MessagesTool": {"name*": "string", "description": "string", "input_schema": "object"},
+    "MessagesAnswer": {"id*": "string", "type*": "=message", "role*": "=assistant", "model*": "string",
+                       "content*": "[#Block", "stop_reason*": "string|null", "stop_sequence": "string|null",
+                       "usage*": ("object", "input_tokens（不含缓存）、output_tokens、cache_read_input_tokens……",
+                                  "input_tokens (without cached ones), output_tokens, cache_read_input_tokens, …")},
+    "MessagesEvent": {"type*": ("string", "message_start、content_block_start/delta/stop、message_delta、message_stop、ping、error",
+                                "message_start, content_block_start/delta/stop, message_delta, message_stop, ping, error")},
+    "TokenCount": {"input_tokens*": "integer", "object": "=response.input_tokens"},
+    "ResponsesRequest": {
+        "model": "string", "input*": "string|[#Item",
+        "instructions": ("string", "系统提示", "the system prompt"), "stream": "boolean",
+        "previous_response_id": ("string", "接着已保存的回答继续", "carries on from an answer that was kept"),
+        "store": ("boolean", "保存回答，默认 true", "keep the answer; true by default"), "max_output_tokens": "integer",
+        "tools": ("[object", "function、custom、namespace、local_shell……", "function, custom, namespace, local_shell, …"),
+        "tool_choice": "string|object", "reasoning": ("object", "effort、summary", "effort, summary"),
+        "text": ("object", "format、verbosity", "format, verbosity"), "include": "[string", "metadata": "object",
+        "temperature": "number", "top_p": "number"},
+    "Item": {"type": ("string", "message、reasoning、function_call、function_call_output……",
+                      "message, reasoning, function_call, function_call_output, …"),
+             "id": "string", "role": "string", "content": "string|array|null", "call_id": "string", "name": "string",
+             "arguments": "string", "output": "string|array"},
+    "Response": {"id*": "string", "object*": "=response", "created_at*": "integer", "model*": "string",
+                 "status*": "=completed,incomplete,failed,in_progress", "output*": "[#Item", "usage": "object|null",
+                 "error": "object|null", "incomplete_details": "object|null", "previous_response_id": "string|null"},
+    "ResponsesEvent": {"type*": ("string", "response.created、response.output_text.delta、response.completed……",
+                                 "response.created, response.output_text.delta, response.completed, …"),
+                       "sequence_number": "integer"},
+    "Compaction": {"id*": "string", "object*": "=response.compaction", "created_at*": "integer", "output*": "[#Item",
+                   "usage": "object"},
+    "Deleted": {"id*": "string", "object*": "=response.deleted", "deleted*": "boolean"},
+    "ItemList": {"object*": "=list", "data*": "[#Item", "has_more*": "boolean", "first_id": "string|null",
+                 "last_id": "string|null"},
+    "Model": {"id*": "string", "object*": "=model", "created*": "integer",
+              "owned_by*": ("string", "通往哪个上游", "the provider it leads to")},
+    "ModelList": {"object*": "=list", "data*": "[#Model"},
+    "AnthropicModel": {"type*": "=model", "id*": "string", "display_name*": "string", "created_at*": "string"},
+    "AnthropicModelList": {"data*": "[#AnthropicModel", "has_more*": "boolean", "first_id": "string|null",
+                           "last_id": "string|null"},
+    "Health": {"status*": ("=healthy,degraded", "有可用的上游即为 healthy", "healthy where any provider can be used"),
+               "version*": "string", "iflow_logged_in*": "boolean", "uptime_s": "integer", "in_flight": "integer",
+               "providers*": "[object", "logins": "object", "problems": "[string"},
+    "Card": {"name*": "string", "version*": "string", "base_url*": "string", "docs": "string", "endpoints*": "[string"},
+    "Dropped": {"accepted_count*": "integer", "rejected_count*": "integer"},
+    "openai_error": {"error*": ("object", "message、type、param、code；上游给出的其他字段会保留",
+                                "message, type, param, code, and whatever the upstream said beyond")},
+    "messages_error": {"type*": "=error", "error*": ("object", "type、message", "type, message"), "request_id*": "string"},
+}
+
+
+class Operation(NamedTuple):
+    """What the document says of a route beyond the route itself."""
+    name: str                            #: operationId
+    tag: str
+    title: Text
+    text: Text
+    gives: str                           #: shapes of the answer, `|` between them, or a media type
+    asks: str = ""                       #: shape of the body
+    params: str = ""                     #: names in PARAMETERS
+    example: Any = None                  #: of an answer; a function makes it when it is needed
+    event: str = ""                      #: shape of what a stream consists of
+
+
+TAGS: Dict[str, Text] = {
+    "chat": ("OpenAI Chat 及旧接口", "OpenAI Chat and its kin"), "messages": ("Anthropic Messages", "Anthropic Messages"),
+    "responses": ("OpenAI Responses", "OpenAI Responses"), "models": ("模型", "Models"), "service": ("服务", "The service")}
+
+#: name -> where it stands, its type, what it means, an example.
+PARAMETERS: Dict[str, Tuple[str, str, str, str, Any]] = {
+    "response": ("path", "string", "回答的 id", "the answer's id", "resp_0001"),
+    "model": ("path", "string", "模型名；可含 `/` 和 `:`", "the model's name; `/` and `:` are allowed", "glm-5"),
+    "anthropic-version": ("header", "string", "出现时，列表和错误均为 Anthropic 格式",
+                          "where it is sent, lists and errors have Anthropic's shape", "2023-06-01"),
+    "anthropic-beta": ("header", "string", "任意值均可接受", "any value is accepted", "interleaved-thinking-2025-05-14"),
+    "limit": ("query", "integer", "每页条数，默认 20", "entries of a page, 20 without it", 20),
+    "after": ("query", "string", "从此条目之后开始", "start after this item", "item_0"),
+    "order": ("query", "=asc,desc", "默认新的在前", "the newest first without it", "desc"),
+    "after_id": ("query", "string", "仅 Anthropic 格式：此模型之后", "Anthropic's shape only: after this model", "glm-5"),
+    "before_id": ("query", "string", "仅 Anthropic 格式：此模型之前", "Anthropic's shape only: before this model", "glm-5"),
+    "lang": ("query", "=zh,en", "语言；省略时按设置或浏览器", "language; the setting's or the browser's without it", "en"),
+    "plain": ("query", "=1", "只用内置阅读页，不访问 CDN", "the built-in reader alone, no CDN", "1"),
+}
+
+_QUESTION, _SEEN = "What is the weather in Paris?", "What is in this picture?"
+_WEATHER: Json = {"name": "get_weather", "description": "The weather of a city.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
+_PNG = ("iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAgMAAADXB5lNAAAACVBMVEXlSE0/Y9J4vnj1/2qiAAAAGUlEQVR42mNggIJQKGAYFRgVGBUYFSBO"
+        "AACxOqoBr7vMrgAAAABJRU5ErkJggg==")             # 64 x 64, left half red, right half blue
+_HI = [{"role": "user", "content": "Say hello."}]
+_EXAMPLE_MODEL = "glm-5"
+
+#: What examples are called; the first word of a name picks the answer in STORIES.
+_TITLES: Dict[str, Text] = {"text": ("最简单的请求", "the simplest"), "text_stream": ("流式", "as a stream"),
+                            "tools": ("带工具", "with tools"), "tools_stream": ("带工具，流式", "with tools, as a stream"),
+                            "tools_result": ("交回工具结果", "a tool's result"), "image": ("带图片", "with a picture"),
+                            "thinking": ("带思考", "with thinking"), "fill": ("补全中间", "fill in the middle"),
+                            "base64": ("base64 向量", "packed in base64"), "answer": ("回答", "the answer"),
+                            "anthropic": ("带 anthropic-version 时", "with anthropic-version")}
+
+#: operationId -> example requests by name; each is answered as it is.
+REQUESTS: Dict[str, Dict[str, Json]] = {
+    "createChatCompletion": {
+        "text": {"messages": _HI},
+        "text_stream": {"messages": _HI, "stream": True, "stream_options": {"include_usage": True}},
+        "tools": {"messages": [{"role": "user", "content": _QUESTION}],
+                  "tools": [{"type": "function", "function": _WEATHER}]},
+        "tools_result": {"messages": [
+            {"role": "user", "content": _QUESTION},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": {
+                "name": "get_weather", "arguments": "{\"city\": \"Paris\"}"}}]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "18 °C, sunny"}],
+            "tools": [{"type": "function", "function": _WEATHER}]},
+        "image": {"messages": [{"role": "user", "content": [
+            {"type": "text", "text": _SEEN},
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + _PNG}}]}]},
+        "thinking": {"messages": _HI, "thinking": {"type": "enabled"}, "stream": True}},
+    "createCompletion": {"text": {"prompt": "Once upon a time", "max_tokens": 20},
+                         "fill": {"prompt": "def add(a, b):\n", "suffix": "\n    return c", "max_tokens": 40}},
+    "createEmbedding": {"text": {"input": ["Hello", "世界"]}, "base64": {"input": "Hello", "encoding_format": "base64"}},
+    "createMessage": {
+        "text": {"max_tokens": 1024, "messages": _HI},
+        "text_stream": {"max_tokens": 1024, "system": "Be brief.", "messages": _HI, "stream": True},
+        "tools_stream": {"max_tokens": 1024, "messages": [{"role": "user", "content": _QUESTION}], "stream": True, "tools": [
+            {"name": "get_weather", "description": _WEATHER["description"], "input_schema": _WEATHER["parameters"]}]},
+        "tools_result": {"max_tokens": 1024, "messages": [
+            {"role": "user", "content": _QUESTION},
+            {"role": "assistant", "content": [
+                {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Paris"}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "toolu_1", "content": "18 °C, sunny"}]}],
+            "tools": [{"name": "get_weather", "input_schema": _WEATHER["parameters"]}]},
+        "image": {"max_tokens": 1024, "messages": [{"role": "user", "content": [
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": _PNG}},
+            {"type": "text", "text": _SEEN}]}]},
+        "thinking": {"max_tokens": 4096, "messages": _HI, "thinking": {"type": "enabled", "budget_tokens": 2048}}},
+    "countMessageTokens": {"text": {"messages": _HI}},
+    "createResponse": {
+        "text": {"input": "Say hello."},
+        "text_stream": {"input": "Say hello.", "instructions": "Be brief.", "stream": True},
+        "tools": {"input": _QUESTION, "tools": [{"type": "function", **_WEATHER}]},
+        "tools_result": {"input": [
+            {"role": "user", "content": _QUESTION},
+            {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": "{\"city\": \"Paris\"}"},
+            {"type": "function_call_output", "call_id": "call_1", "output": "18 °C, sunny"}],
+            "tools": [{"type": "function", **_WEATHER}]},
+        "image": {"input": [{"role": "user", "content": [
+            {"type": "input_text", "text": _SEEN},
+            {"type": "input_image", "image_url": "data:image/png;base64," + _PNG}]}]},
+        "thinking": {"input": "Say hello.", "reasoning": {"effort": "low", "summary": "auto"}, "stream": True}},
+    "compactResponse": {"text": {"input": [{"role": "user", "content": "Let us build a boat."},
+                                           {"role": "assistant", "content": "Oak or pine?"}]}},
+    "countResponseTokens": {"text": {"input": "Say hello."}},
+    **{name: {"text": {"events": []}} for name in ("dropEvents", "dropEventsV2")},
+}
+
+#: What an upstream says to the examples: message, finish_reason.
+STORIES: Dict[str, Tuple[Json, str]] = {
+    "text": ({"content": "Hello!"}, "stop"), "image": ({"content": "Red on the left, blue on the right."}, "stop"),
+    "thinking": ({"reasoning_content": "A greeting will do.", "content": "Hello!"}, "stop"),
+    "tools_result": ({"content": "It is sunny in Paris, 18 °C."}, "stop"),
+    "tools": ({"content": None, "tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {
+        "name": "get_weather", "arguments": "{\"city\":\"Paris\"}"}}]}, "tool_calls")}
+_HEAD: Json = {"id": "chatcmpl-1", "created": 1790000000, "model": _EXAMPLE_MODEL}
+_USED: Json = {"usage": {"prompt_tokens": 12, "completion_tokens": 5, "total_tokens": 17}}
+_MODEL_CARD: Json = {"id": _EXAMPLE_MODEL, "object": "model", "created": 1790000000, "owned_by": "zhipu"}
+
+
+def _reply_to(name: str, story: str = "text") -> Any:
+    """What REQUESTS[name][story] is answered with: an object, or the text of a stream."""
+    body = {"model": _EXAMPLE_MODEL, **REQUESTS[name][story]}
+    dialect = {"createChatCompletion": CHAT, "createMessage": MESSAGES, "createResponse": RESPONSES,
+               "compactResponse": COMPACT}[name]
+    numbers = iter(range(1, 1000))
+    context = Context(_HEAD["created"], lambda prefix: f"{prefix}{next(numbers):04d}", Seal(bytes(32)), ResponseStore(),
+                      ReasoningCache())
+    call = Call(dialect, body, dump_json(body).decode(), {}, "req_0001")
+    turn = dialect.turn(call, Target(Provider("example"), _EXAMPLE_MODEL), context)
+    said, finish = STORIES.get(story) or STORIES[story.partition("_")[0]]
+    if not call.stream:
+        whole = {**_HEAD, "object": "chat.completion", **_USED, "choices": [
+            {"index": 0, "message": {"role": "assistant", **said}, "finish_reason": finish}]}
+        return json.loads(turn.reply(dump_json(whole), whole))
+    deltas: List[Tuple[Json, Optional[str]]] = [({"role": "assistant", name: part}, None)
+                                                for name, part in said.items() if part]
+    chunks: List[Json] = [{**_HEAD, "object": "chat.completion.chunk", "choices": [
+        {"index": 0, "delta": delta, "finish_reason": end}]} for delta, end in [*deltas, ({}, finish)]]
+    last = {**_HEAD, "object": "chat.completion.chunk", "choices": [], **_USED}
+    stream = turn.stream()
+    data = b"".join(stream.feed(b"data: " + dump_json(chunk) + b"\n\n") for chunk in [*chunks, last])
+    return (data + stream.feed(b"data: [DONE]\n\n") + stream.close()).decode()
+
+
+#: What there is, as it is documented: `METHOD /path`.  Each public row of ROUTES is in here (a test sees to it).
+OPERATIONS: Dict[str, Operation] = {
+    "POST /v1/chat/completions": Operation(
+        "createChatCompletion", "chat", ("对话", "Chat completion"),
+        ("请求原样转发，只替换模型名；未列出的字段照样通过。流式回答中的空闲以注释行保活，中途的错误是一条 `error` 记录，其后没有 `[DONE]`。",
+         "The request passes as it came but for the model's name; fields not listed pass, too. A silent stream is kept alive"
+         " with comment lines; an error within it is a record `error` without a `[DONE]` after it."),
+        "ChatCompletion", "ChatRequest", event="ChatChunk"),
+    "POST /v1/completions": Operation(
+        "createCompletion", "chat", ("文本补全（旧接口）", "Text completion (legacy)"),
+        ("原样转发给上游。", "Passed on to the upstream as it is."), "Completion", "CompletionRequest",
+        example=lambda: {**_HEAD, "id": "cmpl-1", "object": "text_completion", **_USED, "choices": [
+            {"index": 0, "text": " there was a gateway.", "finish_reason": "stop", "logprobs": None}]}, event="Completion"),
+    "POST /v1/embeddings": Operation(
+        "createEmbedding", "chat", ("向量", "Embeddings"), ("原样转发给上游。", "Passed on to the upstream as it is."),
+        "EmbeddingList", "EmbeddingRequest", example=lambda: {
+            "object": "list", "model": "embedding-3", "usage": {"prompt_tokens": 2, "total_tokens": 2},
+            "data": [{"object": "embedding", "index": 0, "embedding": [0.0023, -0.0093]}]}),
+    "POST /v1/messages": Operation(
+        "createMessage", "messages", ("消息", "Message"),
+        ("Claude Code 及 Anthropic SDK 使用的接口。`claude-*` 之类的模型名会变成 default_model，除非另有别名。",
+         "What Claude Code and Anthropic's SDKs use. Names like `claude-*` become default_model unless an alias says otherwise."),
+        "MessagesAnswer", "MessagesRequest", "anthropic-version anthropic-beta", event="MessagesEvent"),
+    "POST /v1/messages/count_tokens": Operation(
+        "countMessageTokens", "messages", ("估算 token 数", "Count tokens"),
+        ("本机估算，不询问上游。", "An estimate made here; the upstream is not asked."), "TokenCount", "CountTokensRequest",
+        "anthropic-version", lambda: {"input_tokens": count_message_tokens(REQUESTS["countMessageTokens"]["text"])}),
+    "POST /v1/responses": Operation(
+        "createResponse", "responses", ("回答", "Response"),
+        ("Codex 使用的接口。回答保存一天，供 `previous_response_id` 使用；`background`、`conversation` 和 `prompt` 返回 400。",
+         "What Codex uses. Answers are kept for a day, for `previous_response_id`; `background`, `conversation` and `prompt`"
+         " are a 400."), "Response", "ResponsesRequest", event="ResponsesEvent"),
+    "POST /v1/responses/compact": Operation(
+        "compactResponse", "responses", ("压缩对话", "Compact a conversation"),
+        ("用户的消息原样保留，其余变成一段密封的摘要。", "The user's messages as they are, the rest as a sealed summary."),
+        "Compaction", "ResponsesRequest"),
+    "POST /v1/responses/input_tokens": Operation(
+        "countResponseTokens", "responses", ("估算 token 数", "Count tokens"),
+        ("本机估算，不询问上游。", "An estimate made here; the upstream is not asked."), "TokenCount", "ResponsesRequest",
+        example=lambda: {"object": "response.input_tokens",
+                         "input_tokens": count_response_tokens(REQUESTS["countResponseTokens"]["text"])}),
+    "GET /v1/responses/{response}": Operation(
+        "getResponse", "responses", ("已保存的回答", "A kept answer"), ("保存一天。", "Kept for a day."), "Response",
+        params="response", example=lambda: _reply_to("createResponse")),
+    "DELETE /v1/responses/{response}": Operation(
+        "deleteResponse", "responses", ("删除回答", "Forget an answer"), ("立即删除。", "At once."), "Deleted",
+        params="response", example={"id": "resp_0001", "object": "response.deleted", "deleted": True}),
+    "GET /v1/responses/{response}/input_items": Operation(
+        "listInputItems", "responses", ("回答的输入", "What an answer answered"), ("分页列出。", "In pages."), "ItemList",
+        params="response limit order after", example=lambda: item_page([
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Say hello."}]}], "")),
+    "GET /v1/models": Operation(
+        "listModels", "models", ("模型列表", "List models"),
+        ("一切可以请求的名字。带 `anthropic-version` 时为 Anthropic 格式，并分页。",
+         "Every name that can be asked for. In Anthropic's shape, and in pages, where `anthropic-version` is sent."),
+        "ModelList|AnthropicModelList", params="anthropic-version limit after_id before_id",
+        example=lambda: {"object": "list", "data": [_MODEL_CARD]}),
+    "GET /v1/models/{model}": Operation(
+        "getModel", "models", ("一个模型", "One model"), ("未知的名字返回 404。", "404 for a name that is not known."),
+        "Model|AnthropicModel", params="model anthropic-version", example=_MODEL_CARD),
+    "GET /v1/vision-models": Operation(
+        "listVisionModels", "models", ("能看图的模型", "Models that take pictures"),
+        ("列表中已知能看图的那些。", "Those of the list that are known to."), "ModelList",
+        example={"object": "list", "data": [{**_MODEL_CARD, "id": "glm-4.6v"}]}),
+    "GET /health": Operation(
+        "getHealth", "service", ("状态", "Health"), ("总是 200；不含任何秘密。", "Always a 200, and nothing secret in it."),
+        "Health", example={"status": "healthy", "iflow_logged_in": False, "version": __version__, "uptime_s": 3600,
+                           "in_flight": 0, "providers": [{"name": "zhipu", "kind": "openai", "usable": True,
+                                                          "circuit": "closed", "keys_resting": 0, "models": 2}],
+                           "logins": {}, "problems": []}),
+    "GET /metrics": Operation("getMetrics", "service", ("指标", "Metrics"), ("Prometheus 文本格式。", "As Prometheus reads them."),
+                              "text/plain", example="# TYPE iflow2api_in_flight gauge\niflow2api_in_flight 0\n"),
+    "GET /": Operation("getCard", "service", ("服务名片", "Card"),
+                       ("`Accept` 含 text/html 时为网页。", "A small page where `Accept` asks for text/html."), "Card",
+                       example={"name": "iflow2api", "version": __version__, "base_url": "http://127.0.0.1:28000/v1",
+                                "docs": "http://127.0.0.1:28000/docs", "endpoints": ["/chat/completions", "…"]}),
+    **{f"POST /api/event_logging{path}/batch": Operation(
+        name, "service", (f"丢弃客户端遥测{more}", f"Telemetry, dropped{more}"),
+        ("Anthropic 客户端会发到这里；收下即丢弃。", "Anthropic's clients post here; it is taken and forgotten."), "Dropped", "object",
+        example={"accepted_count": 0, "rejected_count": 0})
+       for path, name, more in (("", "dropEvents", ""), ("/v2", "dropEventsV2", " (v2)"))},
+    "GET /openapi.json": Operation("getOpenapi", "service", ("本文档", "This document"), ("OpenAPI 3.1。", "OpenAPI 3.1."),
+                                   "object", params="lang", example={"openapi": "3.1.0", "info": {}, "paths": {}}),
+    "GET /docs": Operation("getDocs", "service", ("Swagger UI", "Swagger UI"),
+                           ("CDN 不可用或 `docs_cdn` 为 false 时为内置阅读页。",
+                            "The built-in reader where the CDN can't be had, or `docs_cdn` is false."),
+                           "text/html", params="lang plain", example="<!doctype html>…"),
+    "GET /redoc": Operation("getRedoc", "service", ("ReDoc", "ReDoc"), ("同上。", "The same as /docs."), "text/html",
+                            params="lang plain", example="<!doctype html>…"),
+}
+
+
+def _causes() -> List[Tuple[GatewayError, Text]]:
+    """Why a request fails (DESIGN's table of statuses), each with an error that will be dressed by its dialect."""
+    return [
+        (BadRequest("`messages` is missing", param="messages", code="missing_required_parameter"),
+         ("请求有误，或超出模型的上下文长度", "the request is wrong, or longer than the model's context")),
+        (Unauthorized("the API key is wrong; it must be this server's custom_api_key"),
+         ("缺少或错误的客户端密钥", "this server's key is missing or wrong")),
+        (NotLoggedIn("the upstream zhipu refused its API key; check it with: iflow2api test zhipu"),
+         ("没有可用的上游或登录，或上游拒绝了网关的密钥", "no provider or login can serve it, or the upstream refused our key")),
+        (Forbidden("the web page at https://example.com may not call this server; add it to `allowed_origins`",
+                   code="origin_not_allowed"), ("不允许的 Host 或 Origin", "a Host or Origin that is not allowed")),
+        (NotFound("the model 'none' does not exist", code="model_not_found", param="model"),
+         ("没有这个模型或对象", "no such model or object")),
+        (BadRequest("the request did not arrive in time", status=408, code="request_timeout"),
+         ("请求没有按时到达", "the request did not arrive in time")),
+        (BadRequest("Content-Length or Transfer-Encoding: chunked is needed", status=411),
+         ("没有说明请求体长度", "neither a length nor chunked")),
+        (too_large(default_of("body_limit_bytes")), ("请求体过大", "the body is too large")),
+        (BadRequest("a JSON body is expected, not multipart", status=415),
+         ("multipart，或未知的 Content-Encoding", "multipart, or an unknown Content-Encoding")),
+        (RateLimited("60 requests a minute are allowed"), ("限流（网关的或上游的）", "a rate limit, ours or the upstream's")),
+        (GatewayError("iflow2api failed on this request; its log says why"), ("网关自身的缺陷", "a defect of this gateway")),
+        (UpstreamGarbled("zhipu: the upstream's answer was cut off"),
+         ("无法连接上游，或其回答损坏、为空、中断", "the upstream can't be reached, or its answer is garbled, empty or cut off")),
+        (Busy("too many requests are waiting"), ("队列或连接已满，或正在停止", "queue or connections are full, or it is stopping")),
+        (UpstreamTimeout("zhipu said nothing for 300 s"), ("上游超时", "the upstream took too long"))]
+
+
+#: Statuses by what a route does; those of an upstream come on top of a body's.
+_STATUS_OF_KEY, _STATUS_OF_BODY, _STATUS_OF_CALL = {401}, {400, 408, 411, 413, 415}, {404, 429, 500, 502, 503, 504}
+
+
+class Scene(NamedTuple):
+    """What a document depends on."""
+    language: str
+    url: str                             #: where the client reaches this server
+    key_header: str                      #: custom_auth_header
+    needs_key: bool
+    theme: str
+
+
+def _scene_of(handler: Handler) -> Scene:
+    """The address is the one asked, https where a trusted proxy says so; the language `?lang=`, the setting, the browser's."""
+    settings, headers = handler.server.gateway.settings, handler.headers
+    host, peer = headers.get("host", ""), parse_address(handler.client_address[0])
+    trusted = any(is_within(peer, parse_network(text)) for text in settings.trusted_proxies)
+    scheme = "https" if trusted and headers.get("x-forwarded-proto", "").strip().lower() == "https" else "http"
+    url = f"{scheme}://{host}" if re.fullmatch(r"[\w.:\[\]-]{1,255}", host) else handler.server.url
+    asked = urllib.parse.parse_qs(handler.path.partition("?")[2]).get("lang", [""])[-1]
+    first = headers.get("accept-language", "").strip().lower()[:2]
+    language = next((word for word in (asked, settings.language, first) if word in ("zh", "en")), "en")
+    return Scene(language, url, settings.custom_auth_header.lower(), handler.server.gateway.state.door.required,
+                 settings.theme_mode)
+
+
+def _said(value: Any, language: str) -> Any:
+    """A table's value in one language."""
+    if isinstance(value, tuple):
+        return value[language == "en"]
+    if isinstance(value, dict):
+        return {name: _said(part, language) for name, part in value.items()}
+    return [_said(part, language) for part in value] if isinstance(value, list) else value
+
+
+def _shape(short: Any) -> Json:
+    """A JSON Schema out of an entry of SHAPES or a type in it."""
+    if isinstance(short, tuple):
+        return {**_shape(short[0]), "description": short[1:]}
+    if isinstance(short, dict):
+        must = [name[:-1] for name in short if name[-1] == "*"]
+        return {"type": "object", **({"required": must} if must else {}),
+                "properties": {name.rstrip("*"): _shape(part) for name, part in short.items()}}
+    if "|" in short:
+        return {"anyOf": [_shape(part) for part in short.split("|")]}
+    if short[0] == "[":
+        return {"type": "array", "items": _shape(short[1:])}
+    if short[0] in "#=":
+        return {"$ref": "#/components/schemas/" + short[1:]} if short[0] == "#" else {
+            "type": "string", "enum": short[1:].split(",")}
+    return {"type": short}
+
+
+def _error_components() -> Json:
+    """`openai_401` and the like: every cause in both vocabularies, by the dialects' own words."""
+    found: Json = {}
+    for dialect in (CHAT, MESSAGES):
+        family = "messages" if dialect is MESSAGES else "openai"
+        for number, (exc, cause) in enumerate(_causes()):
+            status = dialect.status(exc)
+            entry = found.setdefault(f"{family}_{status}", {"description": cause, "headers": {
+                "x-request-id": {"schema": {"type": "string"}, "example": "req_0001"}}, "content": {"application/json": {
+                    "schema": _shape(f"#{family}_error"), "examples": {}}}})
+            if entry["description"] is not cause:
+                entry["description"] = tuple(f"{one}; {two}" for one, two in zip(entry["description"], cause))
+            entry["content"]["application/json"]["examples"][f"cause_{number}"] = {
+                "summary": cause, "value": dialect.error(exc, "req_0001")}
+            if exc.retry_after_s:
+                entry["headers"]["Retry-After"] = {"schema": {"type": "integer"}, "example": int(exc.retry_after_s)}
+            if exc.should_retry is not None:
+                entry["headers"]["x-should-retry"] = {"schema": {"type": "string"}, "example": "false"}
+    return found
+
+
+def _security_schemes(scene: Scene) -> Json:
+    names = ["x-api-key", "api-key", *([scene.key_header] if scene.key_header else [])]
+    return {"bearer": {"type": "http", "scheme": "bearer"},
+            **{name: {"type": "apiKey", "in": "header", "name": name} for name in names}}
+
+
+def _asked_for(operation: Operation) -> List[Json]:
+    rows = [(name, *PARAMETERS[name]) for name in operation.params.split()]
+    return [{"name": name, "in": place, "required": place == "path", "description": (zh, en), "schema": _shape(short),
+             "example": example} for name, place, short, zh, en, example in rows]
+
+
+def _example_requests(operation: Operation) -> Json:
+    """Name -> {"summary", "value"}; with a model where the shape has one."""
+    shape = SHAPES.get(operation.asks, {})
+    model = {"model": _EXAMPLE_MODEL} if "model" in shape else {}
+    return {name: {"summary": _TITLES[name], "value": {**model, **body}}
+            for name, body in REQUESTS.get(operation.name, {}).items()}
+
+
+def _example_answers(operation: Operation) -> Json:
+    """The same of answers, under the names of their requests."""
+    if operation.example is None:
+        return {name: {"summary": _TITLES[name], "value": _reply_to(operation.name, name)}
+                for name in REQUESTS[operation.name]}
+    value = operation.example() if callable(operation.example) else operation.example
+    answers = {"answer": {"summary": _TITLES["answer"], "value": value}}
+    if "Anthropic" in operation.gives:
+        model = anthropic_model(_MODEL_CARD)
+        answers["anthropic"] = {"summary": _TITLES["anthropic"], "value":
+                                model if operation.name == "getModel" else anthropic_page([model], {})}
+    return answers
+
+
+def _answer_content(operation: Operation) -> Json:
+    """Media types of the 200, with their examples."""
+    answers = _example_answers(operation)
+    if "/" in operation.gives:
+        return {operation.gives: {"schema": {"type": "string"}, "examples": answers}}
+    shapes = "|".join(part if part == "object" else "#" + part for part in operation.gives.split("|"))
+    streams = {name: answer for name, answer in answers.items() if isinstance(answer["value"], str)}
+    plain = {name: answer for name, answer in answers.items() if name not in streams}
+    content: Json = {"application/json": {"schema": _shape(shapes), "examples": plain}}
+    if operation.event:
+        content["text/event-stream"] = {"schema": {
+            "type": "string", "contentMediaType": "application/json", "contentSchema": _shape("#" + operation.event),
+            "description": ("`stream` 为 true 时：每条记录的 `data:` 如此", "with `stream`: the `data:` of each record is this")}}
+        if streams:
+            content["text/event-stream"]["examples"] = streams
+    if operation.name == "getCard":
+        content["text/html"] = {"schema": {"type": "string"}}
+    return content
+
+
+def _curl(key: str, operation: Operation, scene: Scene, needs_key: bool) -> str:
+    """A line for a POSIX shell that asks the first example."""
+    import shlex
+    method, _, path = key.partition(" ")
+    for name in operation.params.split():
+        path = path.replace("{%s}" % name, str(PARAMETERS[name][4]))
+    lines = ["curl " + ("" if method in ("GET", "POST") else f"-X {method} ") + scene.url + path]
+    if needs_key:
+        lines.append('-H "Authorization: Bearer $IFLOW2API_KEY"')
+    for example in list(_example_requests(operation).values())[:1]:
+        lines.append("-d " + shlex.quote(json.dumps(example["value"], ensure_ascii=False, indent=2)))
+    return " \\\n  ".join(lines)
+
+
+def _operation(key: str, operation: Operation, scene: Scene) -> Json:
+    """One operation of the document: what ROUTES knows of it, and what OPERATIONS says."""
+    route, _ = find_endpoint(key.partition(" ")[0], key.partition(" ")[2].replace("{", "").replace("}", ""), {})
+    needs_key = scene.needs_key and not route.public
+    statuses = {403} | ({404} if "{" in key else set()) | (_STATUS_OF_BODY if operation.asks else set())
+    statuses |= (_STATUS_OF_KEY if not route.public else set()) | (_STATUS_OF_CALL if route.run is answer_call else set())
+    family, dialect = ("messages" if route.dialect is MESSAGES else "openai"), route.dialect
+    answers: Json = {"200": {"description": ("成功", "done"), "content": _answer_content(operation)}}
+    for status in sorted(dialect.status(GatewayError("", status=status)) for status in statuses):
+        answers[str(status)] = {"$ref": f"#/components/responses/{family}_{status}"}
+    if route.run is answer_call:
+        answers["default"] = {"description": ("上游的其他状态，原样传回", "any other status of the upstream, passed on"),
+                              "content": {"application/json": {"schema": _shape(f"#{family}_error")}}}
+    found: Json = {"operationId": operation.name, "tags": [operation.tag], "summary": operation.title,
+                   "description": operation.text, "parameters": _asked_for(operation), "responses": answers,
+                   "x-codeSamples": [{"lang": "Shell", "label": "curl",
+                                      "source": _curl(key, operation, scene, needs_key)}]}
+    if operation.asks:
+        shape = _shape(operation.asks if operation.asks == "object" else "#" + operation.asks)
+        found["requestBody"] = {"required": True, "content": {"application/json": {
+            "schema": shape, "examples": _example_requests(operation)}}}
+    if needs_key:
+        found["security"] = [{name: []} for name in _security_schemes(scene)]
+    return found
+
+
+def _introduction() -> Text:
+    """Markdown: what it is, and the table of statuses."""
+    rows = ["".join(f"| {word} " for word in (str(CHAT.status(exc)), str(MESSAGES.status(exc)), cause)) + "|"
+            for exc, causes in _causes() for cause in causes]
+    return ("一个网关，任何客户端接任何 OpenAI 兼容的模型：OpenAI Chat、Anthropic Messages、OpenAI Responses 都能听懂。\n\n"
+            "每个 API 路径不带 `/v1`、以 `/api/v1` 开头、末尾带斜杠也可访问；`GET` 处也可用 `HEAD`。"
+            "上游的状态码和消息会传到客户端，网关自己的见下表。\n\n"
+            "| OpenAI | Messages | 原因 |\n|---|---|---|\n" + "\n".join(rows[::2]),
+            "One gateway between any client and any OpenAI-compatible model: it understands OpenAI Chat, Anthropic Messages "
+            "and OpenAI Responses, whatever the model speaks.\n\n"
+            "Every API path also answers without `/v1`, with `/api/v1`, and with a slash at its end; `HEAD` answers wherever "
+            "`GET` does. An upstream's own status and message reach the client; ours are these.\n\n"
+            "| OpenAI | Messages | cause |\n|---|---|---|\n" + "\n".join(rows[1::2]))
+
+
+@functools.lru_cache(maxsize=4)
+def openapi(scene: Scene) -> Json:
+    """The OpenAPI 3.1 document of the public endpoints."""
+    paths: Json = {}
+    for key, operation in OPERATIONS.items():
+        method, _, path = key.partition(" ")
+        paths.setdefault(path, {})[method.lower()] = _operation(key, operation, scene)
+    document = {"openapi": "3.1.0", "info": {"title": "iflow2api", "version": __version__, "description": _introduction(),
+                                             "license": {"name": "MIT", "identifier": "MIT"}},
+                "servers": [{"url": scene.url}], "paths": paths,
+                "tags": [{"name": name, "x-displayName": text, "description": text} for name, text in TAGS.items()],
+                "components": {"schemas": {name: _shape(shape) for name, shape in SHAPES.items()},
+                               "responses": _error_components(), "securitySchemes": _security_schemes(scene)}}
+    return _said(document, scene.language)
+
+
+# --- the readers -------------------------------------------------------------
+
+#: What the CDN serves is what npm has: `npm pack swagger-ui-dist@5.35.0 redoc@2.5.4`, unpacked, then
+#: `openssl dgst -sha384 -binary FILE | base64`.  Path below CDN -> the hash that a browser insists on.
+CDN = "https://cdn.jsdelivr.net/npm/"
+READERS: Dict[str, Tuple[str, Dict[str, str]]] = {
+    "docs": ("Swagger UI", {
+        "swagger-ui-dist@5.35.0/swagger-ui.css": "WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I",
+        "swagger-ui-dist@5.35.0/swagger-ui-bundle.js": "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"}),
+    "redoc": ("ReDoc", {
+        "redoc@2.5.4/bundles/redoc.standalone.js": "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5"})}
+
+READER_TEXTS: Dict[str, Text] = {
+    "contents": ("目录", "Contents"), "request": ("请求", "Request"), "answers": ("回答", "Answers"), "shapes": ("结构", "Shapes"),
+    "parameters": ("参数", "Parameters"), "key": ("需要密钥", "needs a key"), "required": ("必填", "required"),
+    "other": ("English", "中文"), "examples": ("示例", "Examples"),
+    "wait": ("正在从 cdn.jsdelivr.net 载入 {}……", "Fetching {} from cdn.jsdelivr.net …"),
+    "late": ("{} 已载入，打开", "{} has come: show it"), "plain": ("内置阅读页", "Built-in reader"),
+    "note": ("此页与管理页隔离，只供阅读，不能发送请求：请复制 curl，或用管理页的操练场。",
+             "This page is kept apart from the admin page and sends no requests: copy a curl line, or use the playground there.")}
+
+# language=CSS
+BAR_CSS = r"""
+:root{color-scheme:light dark;--bg:light-dark(#fff,#14171c);--side:light-dark(#f6f7f9,#1a1e25);
+--text:light-dark(#1b1f24,#e4e7eb);--muted:light-dark(#57606a,#a0a9b4);--line:light-dark(#d9dee4,#2f363f);
+--link:light-dark(#0b5cad,#7cb8ff);--get:light-dark(#14713a,#7ee2a0);--post:light-dark(#0b5cad,#7cb8ff);
+--delete:light-dark(#b3261e,#ff9c94)}
+[data-theme=light]{color-scheme:light}[data-theme=dark]{color-scheme:dark}
+body{margin:0;background:var(--bg);color:var(--text)}[hidden]{display:none!important}
+#bar{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;align-items:baseline;padding:.6rem 1.2rem;background:var(--side);
+border-bottom:1px solid var(--line);font:14px/1.5 system-ui,sans-serif;color:var(--muted)}
+#bar b{color:var(--text);font-size:16px}#bar .note{flex:1 1 20rem}#bar button{font:inherit}
+#bar a{color:var(--link);text-decoration:none}#bar a:hover{text-decoration:underline}
+:focus-visible{outline:2px solid var(--link);outline-offset:2px}
+.wait #reader{visibility:hidden;animation:appear 0s 2.5s forwards}@keyframes appear{to{visibility:visible}}
+#waiting{display:none}.wait #waiting{display:inline}.mounted #reader{display:none}
+.swagger-ui .scheme-container .auth-wrapper{display:none!important}
+.mounted{color-scheme:light}.mounted.dark-mode{color-scheme:dark}
+"""
+
+READER_CSS = r"""
+*{box-sizing:border-box}a{color:var(--link)}nav a{text-decoration:none}nav a:hover{text-decoration:underline}
+#reader{font:16px/1.6 system-ui,sans-serif;display:grid;grid-template-columns:18rem minmax(0,1fr);max-width:90rem;margin:auto}
+#reader nav{position:sticky;top:0;max-height:100vh;overflow:auto;padding:1.2rem;font-size:14px;line-height:1.4}
+nav ul{list-style:none;margin:.2rem 0 .8rem;padding:0}nav li{margin:.35rem 0}nav summary{font-weight:600}
+main{padding:1.2rem 1.5rem 6rem;min-width:0}h2{margin:2.5rem 0 0}h3{margin:0;font-size:1.05rem;overflow-wrap:anywhere}
+h4{margin:1.1rem 0 .3rem;font-size:.9rem;color:var(--muted)}section{border-top:1px solid var(--line);padding:1.3rem 0}
+h3 a{color:inherit;text-decoration:none}section p{margin:.4rem 0}.muted{color:var(--muted);font-size:14px}
+.verb{font:600 12px ui-monospace,monospace;border:1px solid;border-radius:4px;padding:1px 5px;margin-right:.4rem}
+.get{color:var(--get)}.post{color:var(--post)}.delete{color:var(--delete)}
+code,pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+pre{background:var(--side);border:1px solid var(--line);border-radius:6px;padding:.7rem;overflow:auto;max-height:28rem;margin:.4rem 0}
+.curl{user-select:all}summary{cursor:pointer;padding:.15rem 0}details details{margin-left:1rem}
+table{border-collapse:collapse;font-size:14px}main p{max-width:52rem}
+td,th{border-bottom:1px solid var(--line);padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:top}
+@media(max-width:50rem){#reader{display:block}#reader nav{position:static;max-height:40vh;border-bottom:1px solid var(--line)}
+main{padding:1rem}.facts tr{display:block;padding:.3rem 0;border-bottom:1px solid var(--line)}
+.facts td{display:inline;border:0;overflow-wrap:anywhere}}
+"""
+
+# language=JavaScript
+READER_JS = r"""
+(() => {
+  "use strict";
+  const root = document.documentElement, classes = root.classList, byId = (id) => document.getElementById(id);
+  const read = (id) => JSON.parse(byId(id).textContent), late = byId("late"), page = root.dataset.page;
+  const dark = () => root.dataset.theme === "dark"
+    || root.dataset.theme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches;
+  const MOUNT = {
+    docs(spec, domNode) {
+      classes.toggle("dark-mode", dark());
+      SwaggerUIBundle({spec, domNode, deepLinking: true, supportedSubmitMethods: [], validatorUrl: null,
+        defaultModelsExpandDepth: 0, docExpansion: "list"});
+    },
+    redoc(spec, domNode) {
+      // Its footer's logo would come from yet another host; one that can't be shown is left out.
+      const set = Element.prototype.setAttribute, own = (value) => String(value).startsWith("data:") ? value : "data:,";
+      Object.defineProperty(HTMLImageElement.prototype, "src", {set(value) { set.call(this, "src", own(value)); }});
+      Redoc.init(spec, {untrustedSpec: true, hideLoading: true}, domNode);
+    },
+  };
+  const mount = () => {
+    classes.remove("wait");
+    classes.add("mounted");
+    late.hidden = byId("look").disabled = true;
+    MOUNT[page](read("document"), byId("ui"));
+  };
+  const load = ([href, integrity]) => new Promise((done, failed) => {
+    const style = href.endsWith(".css"), node = document.createElement(style ? "link" : "script");
+    Object.assign(node, style ? {rel: "stylesheet", href} : {src: href},
+      {integrity, crossOrigin: "anonymous", onload: done, onerror: failed});
+    document.head.append(node);
+  });
+  const reader = () => classes.remove("wait");
+  const timer = setTimeout(reader, 2000);
+  Promise.all(Object.entries(read("files")).map(load)).then(() => {
+    clearTimeout(timer);
+    if (classes.contains("wait")) return mount();
+    late.hidden = false;
+    late.addEventListener("click", mount);
+  }, reader);
+})();
+"""
+
+
+class Markup(str):
+    """HTML; any other string is escaped on its way into it."""
+
+
+def node(tag: str, *inner: Any, **facts: Any) -> Markup:
+    """An element: `inner` are strings, Markup, or lists of both; of `facts` those that are None are left out."""
+    import html
+    parts = [part for item in inner for part in (item if isinstance(item, list) else [item])]
+    said = "".join(part if isinstance(part, Markup) else html.escape(part, quote=False) for part in parts)
+    named = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for name, value in facts.items()
+                    if value is not None)
+    return Markup(f"<{tag}{named}>{said}" + ("" if tag in ("meta", "input") else f"</{tag}>"))
+
+
+def _code_spans(text: str) -> List[str]:
+    """Text with what stands in backticks as code."""
+    return [node("code", part) if number % 2 else part for number, part in enumerate(text.split("`"))]
+
+
+def _table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> Markup:
+    lines = [node("tr", [node("td", cell) for cell in row]) for row in rows]
+    return node("table", [node("tr", [node("th", cell) for cell in head])] if head else [], lines,
+                class_=None if head else "facts")
+
+
+def _markdown(text: str) -> List[Markup]:
+    """As much of Markdown as our texts use: paragraphs, code, tables."""
+    blocks = []
+    for block in text.split("\n\n"):
+        head, _, *rows = [[_code_spans(cell.strip()) for cell in line.strip("|").split("|")]
+                          for line in f"{block}\n".split("\n")]
+        blocks.append(_table(rows[:-1], head) if block.startswith("|") else node("p", _code_spans(block)))
+    return blocks
+
+
+def _type_words(schema: Json) -> List[str]:
+    """A schema in a few words, with links to the shapes it names."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return [node("a", name, href=f"#shape-{name}")]
+    if "anyOf" in schema:
+        parts = [_type_words(part) for part in schema["anyOf"]]
+        return [word for part in parts for word in [" | ", *part]][1:]
+    if "enum" in schema:
+        return [" | ".join(map(json.dumps, schema["enum"]))]
+    return ["[ ", *_type_words(schema["items"]), " ]"] if "items" in schema else [schema.get("type", "any")]
+
+
+def _example_folds(examples: Json) -> List[Markup]:
+    """Examples of a media type, each folded away."""
+    shown = []
+    for example in examples.values():
+        value = example["value"]
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)
+        shown.append(node("details", node("summary", example["summary"]), node("pre", node("code", text), tabindex="0")))
+    return shown
+
+
+class Reader:
+    """The document as a page that needs no script."""
+
+    def __init__(self, document: Json, language: str) -> None:
+        self._document = document
+        self._words = {name: text[language == "en"] for name, text in READER_TEXTS.items()}
+
+    def page(self) -> Markup:
+        document, words = self._document, self._words
+        operations: Dict[str, List[Tuple[str, str, Json]]] = {}
+        for path, methods in document["paths"].items():
+            for verb, operation in methods.items():
+                operations.setdefault(operation["tags"][0], []).append((verb, path, operation))
+        listed, told = [], []
+        for tag in document["tags"]:
+            entries = operations[tag["name"]]
+            listed += [node("b", tag["description"]), node("ul", [node("li", node(
+                "a", operation["summary"], href="#" + operation["operationId"], title=f"{verb.upper()} {path}"))
+                for verb, path, operation in entries])]
+            told += [node("h2", tag["description"], id=tag["name"]), *(self._operation(*entry) for entry in entries)]
+        nav = node("nav", node("details", node("summary", words["contents"]), listed,
+                               node("a", words["shapes"], href="#shapes"), open=""), aria_label=words["contents"])
+        intro = [node("h1", f"{document['info']['title']} {document['info']['version']}"),
+                 node("p", node("code", document["servers"][0]["url"])), *_markdown(document["info"]["description"])]
+        return node("div", nav, node("main", intro, told, self._shapes()), id="reader")
+
+    def _operation(self, verb: str, path: str, operation: Json) -> Markup:
+        words, name = self._words, operation["operationId"]
+        head = node("h3", node("span", verb.upper(), class_="verb " + verb), node("a", node("code", path), href="#" + name))
+        parts = [head, node("p", node("b", operation["summary"]), " · " + words["key"] if "security" in operation else ""),
+                 *_markdown(operation["description"])]
+        if operation["parameters"]:
+            rows = [[node("code", row["name"]), row["in"], _type_words(row["schema"]),
+                     row["description"], node("code", str(row["example"]))] for row in operation["parameters"]]
+            parts += [node("h4", words["parameters"]), _table(rows)]
+        parts.append(node("h4", words["request"]))
+        for content in operation.get("requestBody", {}).get("content", {}).values():
+            parts += [node("p", _type_words(content["schema"])), *_example_folds(content["examples"])]
+        parts.append(node("pre", node("code", operation["x-codeSamples"][0]["source"]), class_="curl", tabindex="0"))
+        parts.append(node("h4", words["answers"]))
+        parts += [self._answer(status, answer) for status, answer in operation["responses"].items()]
+        return node("section", parts, id=name)
+
+    def _answer(self, status: str, answer: Json) -> Markup:
+        if "$ref" in answer:
+            answer = self._document["components"]["responses"][answer["$ref"].rpartition("/")[2]]
+        inside: List[Any] = []
+        for media, content in answer["content"].items():
+            shape = content["schema"].get("contentSchema", content["schema"])
+            inside += [node("p", node("code", media), " · ", _type_words(shape)), *_example_folds(content.get("examples", {}))]
+        return node("details", node("summary", node("code", status), " " + answer["description"]), inside)
+
+    def _shapes(self) -> List[Markup]:
+        """Every schema, folded; a link to one opens it, since its name stands inside."""
+        shapes = [node("h2", self._words["shapes"], id="shapes")]
+        for name, schema in self._document["components"]["schemas"].items():
+            must = schema.get("required", ())
+            rows = [[node("code", field_name), _type_words(part), self._words["required"] if field_name in must else "",
+                     part.get("description", "")] for field_name, part in schema.get("properties", {}).items()]
+            inside = _table(rows) if rows else node("p", _type_words(schema))
+            shapes.append(node("details", node("summary", name), node("div", inside, id="shape-" + name)))
+        return shapes
+
+
+def _json_block(ident: str, value: Any) -> Markup:
+    """Data for a script; `<` is escaped, so that nothing in it ends the element."""
+    return Markup(f'<script type="application/json" id="{ident}">'
+                  + dump_json(value).decode().replace("<", "\\u003c") + "</script>")
+
+
+@functools.lru_cache(maxsize=4)
+def reader_page(scene: Scene, name: str, plain: bool, cdn: bool) -> Tuple[bytes, str]:
+    """/docs or /redoc, and its Content-Security-Policy; `plain`: by the built-in reader though the `cdn` may be used.
+
+    `sandbox` without allow-same-origin gives the page an origin of its own, which is nobody's: no cookie, no storage, and
+    nothing of the admin page within reach.  Without the CDN there is no script at all.
+    """
+    document, language = openapi(scene), scene.language
+    words = {key: text[language == "en"] for key, text in READER_TEXTS.items()}
+    title, files = READERS[name]
+    urls = {CDN + path: "sha384-" + digest for path, digest in files.items()} if cdn and not plain else {}
+    links = {"openapi.json": "/openapi.json?"}
+    if cdn:
+        links.update({READERS[other][0]: f"/{other}?" for other in READERS if other != name or plain})
+        links.update({words["plain"]: f"/{name}?plain=1&"} if urls else {})
+    links = {word: f"{path}lang={language}" for word, path in links.items()}
+    links[words["other"]] = f"/{name}?{'plain=1&' if plain else ''}lang={'zh' if language == 'en' else 'en'}"
+    bar = node("header", node("b", "iflow2api API"), node("span", words["note"], class_="note"),
+               [node("a", word, href=href) for word, href in links.items()],
+               node("span", words["wait"].format(title), id="waiting", role="status"),
+               node("button", words["late"].format(title), id="late", type="button", hidden=""), id="bar")
+    script = [_json_block("document", document), _json_block("files", urls),
+              node("script", Markup(READER_JS))] if urls else []
+    wakes = node("noscript", node("style", Markup(".wait #reader{visibility:visible}.wait #waiting{display:none}")))
+    page = node("html", node("head", node("meta", charset="utf-8"), node(
+        "meta", name="viewport", content="width=device-width, initial-scale=1"), node("title", "iflow2api API"),
+        node("style", Markup(BAR_CSS)), node("style", Markup(READER_CSS), id="look"), wakes), node("body", bar, node("div", id="ui"),
+                                                        Reader(document, language).page(), script),
+        lang=language, class_="wait" if urls else None, data_page=name, data_theme=scene.theme)
+    digest = base64.b64encode(hashlib.sha256(READER_JS.encode()).digest()).decode()
+    scripts, styles = ([url for url in urls if url.endswith(end)] for end in (".js", ".css"))
+    policy = "; ".join([
+        "default-src 'none'", " ".join(["style-src 'unsafe-inline'", *styles]),
+        *([f"script-src 'sha256-{digest}' {' '.join(scripts)}", "img-src data:", "font-src data:", "worker-src blob:"]
+          if urls else []), "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+        "sandbox" + (" allow-scripts allow-popups allow-popups-to-escape-sandbox allow-downloads" if urls else "")])
+    return b"<!doctype html>" + page.encode(), policy
+
+
+def show_openapi(handler: Handler) -> None:
+    handler.respond_static(dump_json(openapi(_scene_of(handler))), "application/json", (("Vary", "Accept-Language"),))
+
+
+def show_docs(handler: Handler) -> None:
+    """/docs and /redoc; `?plain` is the built-in reader alone."""
+    query = urllib.parse.parse_qs(handler.path.partition("?")[2])
+    page, policy = reader_page(_scene_of(handler), normal_path(handler.path)[1:], "plain" in query,
+                               handler.server.gateway.settings.docs_cdn)
+    handler.respond_static(page, "text/html; charset=utf-8", (
+        ("Vary", "Accept-Language"), ("Content-Security-Policy", policy)))
+
+
+ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)}, "/docs": {"GET": Route(show_docs, public=True)},
+               "/redoc": {"GET": Route(show_docs, public=True)}})
 
 
 # === 16. Demo upstream =======================================================
