@@ -10356,13 +10356,13 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
 
 # === 15. Documents ===========================================================
 #
-# /openapi.json and two readers of it, built when first asked for.  ROUTES says what there is, OPERATIONS what it is for;
-# example answers and errors come from the code that answers, so that the document promises what the program does.
+# /openapi.json and its readers, built when first asked for.  ROUTES says what there is, OPERATIONS what it is for;
+# answers and errors in examples come from the code that answers: the document promises what the program does.
 
 Text = Tuple[str, str]                   #: 中文, English; a tuple in the tables below is always that
 
-#: Shapes of bodies, in short: a type, `[` a list of, `#` another shape, `|` or, `=` one of these words; `*` after a name:
-#: always there; a tuple adds what it means.  Fields that are not listed are allowed everywhere.
+#: Shapes of bodies, in short: a type, `[` a list of, `#` another shape, `|` or, `=` one of these words; `*` after a
+#: name: always there; a tuple adds what it means.  Fields that are not listed are allowed everywhere.
 SHAPES: Dict[str, Json] = {
     "ChatRequest": {
         "model": ("string", "模型名、别名或 provider/model；省略时用 default_model",
@@ -10399,10 +10399,12 @@ SHAPES: Dict[str, Json] = {
     "ChatChunkChoice": {"index*": "integer", "delta*": "object", "finish_reason": "string|null"},
     "ChatUsage": {"prompt_tokens*": "integer", "completion_tokens*": "integer", "total_tokens*": "integer",
                   "prompt_tokens_details": "object", "completion_tokens_details": "object"},
-    "CompletionRequest": {"model": "string", "prompt*": "string|array|null", "suffix": "string", "max_tokens": "integer",
-                          "temperature": "number", "stop": "string|[string", "stream": "boolean"},
+    "CompletionRequest": {"model": "string", "prompt*": "string|array|null", "suffix": "string",
+                          "max_tokens": "integer", "temperature": "number", "stop": "string|[string",
+                          "stream": "boolean"},
     "Completion": {"id*": "string", "object*": "=text_completion", "created*": "integer", "model*": "string",
-                   "choices*": ("array", "index、text、finish_reason", "index, text, finish_reason"), "usage": "#ChatUsage"},
+                   "choices*": ("array", "index、text、finish_reason", "index, text, finish_reason"),
+                   "usage": "#ChatUsage"},
     "EmbeddingRequest": {"model": "string", "input*": "string|array", "encoding_format": "=float,base64",
                          "dimensions": "integer"},
     "EmbeddingList": {"object*": "=list", "model": "string", "usage": "object",
@@ -10422,14 +10424,15 @@ SHAPES: Dict[str, Json] = {
     "Block": {"type*": ("string", "text、image、document、thinking、tool_use、tool_result……",
                         "text, image, document, thinking, tool_use, tool_result, …"),
               "text": "string", "source": ("object", "图片或文档：base64、url、text", "image or document: base64, url, text"),
-              "id": "string", "name": "string", "input": "object", "tool_use_id": "string", "content": "string|[#Block"},
+              "id": "string", "name": "string", "input": "object", "tool_use_id": "string",
+              "content": "string|[#Block"},
     "MessagesTool": {"name*": "string", "description": "string", "input_schema": "object"},
     "MessagesAnswer": {"id*": "string", "type*": "=message", "role*": "=assistant", "model*": "string",
                        "content*": "[#Block", "stop_reason*": "string|null", "stop_sequence": "string|null",
                        "usage*": ("object", "input_tokens（不含缓存）、output_tokens、cache_read_input_tokens……",
                                   "input_tokens (without cached ones), output_tokens, cache_read_input_tokens, …")},
-    "MessagesEvent": {"type*": ("string", "message_start、content_block_start/delta/stop、message_delta、message_stop、ping、error",
-                                "message_start, content_block_start/delta/stop, message_delta, message_stop, ping, error")},
+    "MessagesEvent": {"type*": ("string", "message_start、content_block_delta、message_delta、message_stop、ping、error……",
+                                "message_start, content_block_delta, message_delta, message_stop, ping, error, …")},
     "TokenCount": {"input_tokens*": "integer", "object": "=response.input_tokens"},
     "ResponsesRequest": {
         "model": "string", "input*": "string|[#Item",
@@ -10468,7 +10471,8 @@ SHAPES: Dict[str, Json] = {
     "Dropped": {"accepted_count*": "integer", "rejected_count*": "integer"},
     "openai_error": {"error*": ("object", "message、type、param、code；上游给出的其他字段会保留",
                                 "message, type, param, code, and whatever the upstream said beyond")},
-    "messages_error": {"type*": "=error", "error*": ("object", "type、message", "type, message"), "request_id*": "string"},
+    "messages_error": {"type*": "=error", "request_id*": "string",
+                       "error*": ("object", "type、message", "type, message")},
 }
 
 
@@ -10510,7 +10514,10 @@ _WEATHER: Json = {"name": "get_weather", "description": "The weather of a city."
     "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
 _PNG = ("iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAgMAAADXB5lNAAAACVBMVEXlSE0/Y9J4vnj1/2qiAAAAGUlEQVR42mNggIJQKGAYFRgVGBUYFSBO"
         "AACxOqoBr7vMrgAAAABJRU5ErkJggg==")             # 64 x 64, left half red, right half blue
-_HI = [{"role": "user", "content": "Say hello."}]
+_HI, _ASKED = [{"role": "user", "content": "Say hello."}], {"role": "user", "content": _QUESTION}
+_CALLED: Json = {"name": "get_weather", "arguments": "{\"city\":\"Paris\"}"}
+_CHAT_TOOLS, _TOOLS = [{"type": "function", "function": _WEATHER}], [{"type": "function", **_WEATHER}]
+_MESSAGES_TOOLS = [{"name": "get_weather", "input_schema": _WEATHER["parameters"]}]
 _EXAMPLE_MODEL = "glm-5"
 
 #: What examples are called; the first word of a name picks the answer in STORIES.
@@ -10526,14 +10533,11 @@ REQUESTS: Dict[str, Dict[str, Json]] = {
     "createChatCompletion": {
         "text": {"messages": _HI},
         "text_stream": {"messages": _HI, "stream": True, "stream_options": {"include_usage": True}},
-        "tools": {"messages": [{"role": "user", "content": _QUESTION}],
-                  "tools": [{"type": "function", "function": _WEATHER}]},
-        "tools_result": {"messages": [
-            {"role": "user", "content": _QUESTION},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": {
-                "name": "get_weather", "arguments": "{\"city\": \"Paris\"}"}}]},
-            {"role": "tool", "tool_call_id": "call_1", "content": "18 °C, sunny"}],
-            "tools": [{"type": "function", "function": _WEATHER}]},
+        "tools": {"messages": [_ASKED], "tools": _CHAT_TOOLS},
+        "tools_result": {"tools": _CHAT_TOOLS, "messages": [
+            _ASKED, {"role": "assistant", "content": None, "tool_calls": [
+                {"id": "call_1", "type": "function", "function": _CALLED}]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "18 °C, sunny"}]},
         "image": {"messages": [{"role": "user", "content": [
             {"type": "text", "text": _SEEN},
             {"type": "image_url", "image_url": {"url": "data:image/png;base64," + _PNG}}]}]},
@@ -10544,15 +10548,12 @@ REQUESTS: Dict[str, Dict[str, Json]] = {
     "createMessage": {
         "text": {"max_tokens": 1024, "messages": _HI},
         "text_stream": {"max_tokens": 1024, "system": "Be brief.", "messages": _HI, "stream": True},
-        "tools_stream": {"max_tokens": 1024, "messages": [{"role": "user", "content": _QUESTION}], "stream": True, "tools": [
-            {"name": "get_weather", "description": _WEATHER["description"], "input_schema": _WEATHER["parameters"]}]},
-        "tools_result": {"max_tokens": 1024, "messages": [
-            {"role": "user", "content": _QUESTION},
-            {"role": "assistant", "content": [
+        "tools_stream": {"max_tokens": 1024, "messages": [_ASKED], "stream": True, "tools": _MESSAGES_TOOLS},
+        "tools_result": {"max_tokens": 1024, "tools": _MESSAGES_TOOLS, "messages": [
+            _ASKED, {"role": "assistant", "content": [
                 {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Paris"}}]},
             {"role": "user", "content": [
-                {"type": "tool_result", "tool_use_id": "toolu_1", "content": "18 °C, sunny"}]}],
-            "tools": [{"name": "get_weather", "input_schema": _WEATHER["parameters"]}]},
+                {"type": "tool_result", "tool_use_id": "toolu_1", "content": "18 °C, sunny"}]}]},
         "image": {"max_tokens": 1024, "messages": [{"role": "user", "content": [
             {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": _PNG}},
             {"type": "text", "text": _SEEN}]}]},
@@ -10561,12 +10562,10 @@ REQUESTS: Dict[str, Dict[str, Json]] = {
     "createResponse": {
         "text": {"input": "Say hello."},
         "text_stream": {"input": "Say hello.", "instructions": "Be brief.", "stream": True},
-        "tools": {"input": _QUESTION, "tools": [{"type": "function", **_WEATHER}]},
-        "tools_result": {"input": [
-            {"role": "user", "content": _QUESTION},
-            {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": "{\"city\": \"Paris\"}"},
-            {"type": "function_call_output", "call_id": "call_1", "output": "18 °C, sunny"}],
-            "tools": [{"type": "function", **_WEATHER}]},
+        "tools": {"input": _QUESTION, "tools": _TOOLS},
+        "tools_result": {"tools": _TOOLS, "input": [
+            _ASKED, {"type": "function_call", "call_id": "call_1", **_CALLED},
+            {"type": "function_call_output", "call_id": "call_1", "output": "18 °C, sunny"}]},
         "image": {"input": [{"role": "user", "content": [
             {"type": "input_text", "text": _SEEN},
             {"type": "input_image", "image_url": "data:image/png;base64," + _PNG}]}]},
@@ -10582,8 +10581,8 @@ STORIES: Dict[str, Tuple[Json, str]] = {
     "text": ({"content": "Hello!"}, "stop"), "image": ({"content": "Red on the left, blue on the right."}, "stop"),
     "thinking": ({"reasoning_content": "A greeting will do.", "content": "Hello!"}, "stop"),
     "tools_result": ({"content": "It is sunny in Paris, 18 °C."}, "stop"),
-    "tools": ({"content": None, "tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {
-        "name": "get_weather", "arguments": "{\"city\":\"Paris\"}"}}]}, "tool_calls")}
+    "tools": ({"content": None, "tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": _CALLED}]},
+              "tool_calls")}
 _HEAD: Json = {"id": "chatcmpl-1", "created": 1790000000, "model": _EXAMPLE_MODEL}
 _USED: Json = {"usage": {"prompt_tokens": 12, "completion_tokens": 5, "total_tokens": 17}}
 _MODEL_CARD: Json = {"id": _EXAMPLE_MODEL, "object": "model", "created": 1790000000, "owned_by": "zhipu"}
@@ -10619,14 +10618,15 @@ OPERATIONS: Dict[str, Operation] = {
     "POST /v1/chat/completions": Operation(
         "createChatCompletion", "chat", ("对话", "Chat completion"),
         ("请求原样转发，只替换模型名；未列出的字段照样通过。流式回答中的空闲以注释行保活，中途的错误是一条 `error` 记录，其后没有 `[DONE]`。",
-         "The request passes as it came but for the model's name; fields not listed pass, too. A silent stream is kept alive"
-         " with comment lines; an error within it is a record `error` without a `[DONE]` after it."),
+         "The request passes as it came but for the model's name; fields not listed pass, too. A silent stream is kept "
+         "alive with comment lines; an error within it is a record `error` without a `[DONE]` after it."),
         "ChatCompletion", "ChatRequest", event="ChatChunk"),
     "POST /v1/completions": Operation(
         "createCompletion", "chat", ("文本补全（旧接口）", "Text completion (legacy)"),
         ("原样转发给上游。", "Passed on to the upstream as it is."), "Completion", "CompletionRequest",
         example=lambda: {**_HEAD, "id": "cmpl-1", "object": "text_completion", **_USED, "choices": [
-            {"index": 0, "text": " there was a gateway.", "finish_reason": "stop", "logprobs": None}]}, event="Completion"),
+            {"index": 0, "text": " there was a gateway.", "finish_reason": "stop", "logprobs": None}]},
+        event="Completion"),
     "POST /v1/embeddings": Operation(
         "createEmbedding", "chat", ("向量", "Embeddings"), ("原样转发给上游。", "Passed on to the upstream as it is."),
         "EmbeddingList", "EmbeddingRequest", example=lambda: {
@@ -10635,7 +10635,8 @@ OPERATIONS: Dict[str, Operation] = {
     "POST /v1/messages": Operation(
         "createMessage", "messages", ("消息", "Message"),
         ("Claude Code 及 Anthropic SDK 使用的接口。`claude-*` 之类的模型名会变成 default_model，除非另有别名。",
-         "What Claude Code and Anthropic's SDKs use. Names like `claude-*` become default_model unless an alias says otherwise."),
+         "What Claude Code and Anthropic's SDKs use. Names like `claude-*` become default_model unless an alias says "
+         "otherwise."),
         "MessagesAnswer", "MessagesRequest", "anthropic-version anthropic-beta", event="MessagesEvent"),
     "POST /v1/messages/count_tokens": Operation(
         "countMessageTokens", "messages", ("估算 token 数", "Count tokens"),
@@ -10644,8 +10645,8 @@ OPERATIONS: Dict[str, Operation] = {
     "POST /v1/responses": Operation(
         "createResponse", "responses", ("回答", "Response"),
         ("Codex 使用的接口。回答保存一天，供 `previous_response_id` 使用；`background`、`conversation` 和 `prompt` 返回 400。",
-         "What Codex uses. Answers are kept for a day, for `previous_response_id`; `background`, `conversation` and `prompt`"
-         " are a 400."), "Response", "ResponsesRequest", event="ResponsesEvent"),
+         "What Codex uses. Answers are kept for a day, for `previous_response_id`; `background`, `conversation` and "
+         "`prompt` are a 400."), "Response", "ResponsesRequest", event="ResponsesEvent"),
     "POST /v1/responses/compact": Operation(
         "compactResponse", "responses", ("压缩对话", "Compact a conversation"),
         ("用户的消息原样保留，其余变成一段密封的摘要。", "The user's messages as they are, the rest as a sealed summary."),
@@ -10684,8 +10685,9 @@ OPERATIONS: Dict[str, Operation] = {
                            "in_flight": 0, "providers": [{"name": "zhipu", "kind": "openai", "usable": True,
                                                           "circuit": "closed", "keys_resting": 0, "models": 2}],
                            "logins": {}, "problems": []}),
-    "GET /metrics": Operation("getMetrics", "service", ("指标", "Metrics"), ("Prometheus 文本格式。", "As Prometheus reads them."),
-                              "text/plain", example="# TYPE iflow2api_in_flight gauge\niflow2api_in_flight 0\n"),
+    "GET /metrics": Operation("getMetrics", "service", ("指标", "Metrics"),
+                              ("Prometheus 文本格式。", "As Prometheus reads them."), "text/plain",
+                              example="# TYPE iflow2api_in_flight gauge\niflow2api_in_flight 0\n"),
     "GET /": Operation("getCard", "service", ("服务名片", "Card"),
                        ("`Accept` 含 text/html 时为网页。", "A small page where `Accept` asks for text/html."), "Card",
                        example={"name": "iflow2api", "version": __version__, "base_url": "http://127.0.0.1:28000/v1",
@@ -10715,8 +10717,9 @@ def _causes() -> List[Tuple[GatewayError, Text]]:
          ("缺少或错误的客户端密钥", "this server's key is missing or wrong")),
         (NotLoggedIn("the upstream zhipu refused its API key; check it with: iflow2api test zhipu"),
          ("没有可用的上游或登录，或上游拒绝了网关的密钥", "no provider or login can serve it, or the upstream refused our key")),
-        (Forbidden("the web page at https://example.com may not call this server; add it to `allowed_origins`",
-                   code="origin_not_allowed"), ("不允许的 Host 或 Origin", "a Host or Origin that is not allowed")),
+        (Forbidden("the web page at null may not call this server; add it to `allowed_origins`",
+                   code="origin_not_allowed"),
+         ("不允许的 Host 或 Origin", "a Host or Origin that is not allowed")),
         (NotFound("the model 'none' does not exist", code="model_not_found", param="model"),
          ("没有这个模型或对象", "no such model or object")),
         (BadRequest("the request did not arrive in time", status=408, code="request_timeout"),
@@ -10735,7 +10738,7 @@ def _causes() -> List[Tuple[GatewayError, Text]]:
 
 
 #: Statuses by what a route does; those of an upstream come on top of a body's.
-_STATUS_OF_KEY, _STATUS_OF_BODY, _STATUS_OF_CALL = {401}, {400, 408, 411, 413, 415}, {404, 429, 500, 502, 503, 504}
+_STATUS_OF_BODY, _STATUS_OF_CALL = {400, 408, 411, 413, 415}, {404, 429, 500, 502, 503, 504}
 
 
 class Scene(NamedTuple):
@@ -10748,7 +10751,8 @@ class Scene(NamedTuple):
 
 
 def _scene_of(handler: Handler) -> Scene:
-    """The address is the one asked, https where a trusted proxy says so; the language `?lang=`, the setting, the browser's."""
+    """The address is the asked one, https where a trusted proxy says so; the language `?lang=`, the setting's, the
+    browser's."""
     settings, headers = handler.server.gateway.settings, handler.headers
     host, peer = headers.get("host", ""), parse_address(handler.client_address[0])
     trusted = any(is_within(peer, parse_network(text)) for text in settings.trusted_proxies)
@@ -10796,8 +10800,8 @@ def _error_components() -> Json:
         for number, (exc, cause) in enumerate(_causes()):
             status = dialect.status(exc)
             entry = found.setdefault(f"{family}_{status}", {"description": cause, "headers": {
-                "x-request-id": {"schema": {"type": "string"}, "example": "req_0001"}}, "content": {"application/json": {
-                    "schema": _shape(f"#{family}_error"), "examples": {}}}})
+                "x-request-id": {"schema": {"type": "string"}, "example": "req_0001"}},
+                "content": {"application/json": {"schema": _shape(f"#{family}_error"), "examples": {}}}})
             if entry["description"] is not cause:
                 entry["description"] = tuple(f"{one}; {two}" for one, two in zip(entry["description"], cause))
             entry["content"]["application/json"]["examples"][f"cause_{number}"] = {
@@ -10881,8 +10885,8 @@ def _operation(key: str, operation: Operation, scene: Scene) -> Json:
     """One operation of the document: what ROUTES knows of it, and what OPERATIONS says."""
     route, _ = find_endpoint(key.partition(" ")[0], key.partition(" ")[2].replace("{", "").replace("}", ""), {})
     needs_key = scene.needs_key and not route.public
-    statuses = {403} | ({404} if "{" in key else set()) | (_STATUS_OF_BODY if operation.asks else set())
-    statuses |= (_STATUS_OF_KEY if not route.public else set()) | (_STATUS_OF_CALL if route.run is answer_call else set())
+    statuses = {403, *([404] if "{" in key else []), *([] if route.public else [401]),
+                *(_STATUS_OF_BODY if operation.asks else []), *(_STATUS_OF_CALL if route.run is answer_call else [])}
     family, dialect = ("messages" if route.dialect is MESSAGES else "openai"), route.dialect
     answers: Json = {"200": {"description": ("成功", "done"), "content": _answer_content(operation)}}
     for status in sorted(dialect.status(GatewayError("", status=status)) for status in statuses):
@@ -10911,10 +10915,10 @@ def _introduction() -> Text:
             "每个 API 路径不带 `/v1`、以 `/api/v1` 开头、末尾带斜杠也可访问；`GET` 处也可用 `HEAD`。"
             "上游的状态码和消息会传到客户端，网关自己的见下表。\n\n"
             "| OpenAI | Messages | 原因 |\n|---|---|---|\n" + "\n".join(rows[::2]),
-            "One gateway between any client and any OpenAI-compatible model: it understands OpenAI Chat, Anthropic Messages "
-            "and OpenAI Responses, whatever the model speaks.\n\n"
-            "Every API path also answers without `/v1`, with `/api/v1`, and with a slash at its end; `HEAD` answers wherever "
-            "`GET` does. An upstream's own status and message reach the client; ours are these.\n\n"
+            "One gateway between any client and any OpenAI-compatible model: it understands OpenAI Chat, Anthropic "
+            "Messages and OpenAI Responses, whatever the model speaks.\n\n"
+            "Every API path also answers without `/v1`, with `/api/v1`, and with a slash at its end; `HEAD` answers "
+            "wherever `GET` does. An upstream's own status and message reach the client; ours are these.\n\n"
             "| OpenAI | Messages | cause |\n|---|---|---|\n" + "\n".join(rows[1::2]))
 
 
@@ -10925,9 +10929,9 @@ def openapi(scene: Scene) -> Json:
     for key, operation in OPERATIONS.items():
         method, _, path = key.partition(" ")
         paths.setdefault(path, {})[method.lower()] = _operation(key, operation, scene)
-    document = {"openapi": "3.1.0", "info": {"title": "iflow2api", "version": __version__, "description": _introduction(),
-                                             "license": {"name": "MIT", "identifier": "MIT"}},
-                "servers": [{"url": scene.url}], "paths": paths,
+    info = {"title": "iflow2api", "version": __version__, "description": _introduction(),
+            "license": {"name": "MIT", "identifier": "MIT"}}
+    document = {"openapi": "3.1.0", "info": info, "servers": [{"url": scene.url}], "paths": paths,
                 "tags": [{"name": name, "x-displayName": text, "description": text} for name, text in TAGS.items()],
                 "components": {"schemas": {name: _shape(shape) for name, shape in SHAPES.items()},
                                "responses": _error_components(), "securitySchemes": _security_schemes(scene)}}
@@ -10942,18 +10946,20 @@ CDN = "https://cdn.jsdelivr.net/npm/"
 READERS: Dict[str, Tuple[str, Dict[str, str]]] = {
     "docs": ("Swagger UI", {
         "swagger-ui-dist@5.35.0/swagger-ui.css": "WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I",
-        "swagger-ui-dist@5.35.0/swagger-ui-bundle.js": "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"}),
+        "swagger-ui-dist@5.35.0/swagger-ui-bundle.js":
+            "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"}),
     "redoc": ("ReDoc", {
         "redoc@2.5.4/bundles/redoc.standalone.js": "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5"})}
 
 READER_TEXTS: Dict[str, Text] = {
-    "contents": ("目录", "Contents"), "request": ("请求", "Request"), "answers": ("回答", "Answers"), "shapes": ("结构", "Shapes"),
+    "contents": ("目录", "Contents"), "request": ("请求", "Request"), "answers": ("回答", "Answers"),
     "parameters": ("参数", "Parameters"), "key": ("需要密钥", "needs a key"), "required": ("必填", "required"),
-    "other": ("English", "中文"), "examples": ("示例", "Examples"),
+    "shapes": ("结构", "Shapes"), "other": ("English", "中文"),
     "wait": ("正在从 cdn.jsdelivr.net 载入 {}……", "Fetching {} from cdn.jsdelivr.net …"),
     "late": ("{} 已载入，打开", "{} has come: show it"), "plain": ("内置阅读页", "Built-in reader"),
     "note": ("此页与管理页隔离，只供阅读，不能发送请求：请复制 curl，或用管理页的操练场。",
-             "This page is kept apart from the admin page and sends no requests: copy a curl line, or use the playground there.")}
+             "This page is kept apart from the admin page and sends no requests: copy a curl line, or use the "
+             "playground there.")}
 
 # language=CSS
 BAR_CSS = r"""
@@ -10976,7 +10982,8 @@ border-bottom:1px solid var(--line);font:14px/1.5 system-ui,sans-serif;color:var
 
 READER_CSS = r"""
 *{box-sizing:border-box}a{color:var(--link)}nav a{text-decoration:none}nav a:hover{text-decoration:underline}
-#reader{font:16px/1.6 system-ui,sans-serif;display:grid;grid-template-columns:18rem minmax(0,1fr);max-width:90rem;margin:auto}
+#reader{font:16px/1.6 system-ui,sans-serif;display:grid;grid-template-columns:18rem minmax(0,1fr);max-width:90rem;
+margin:auto}
 #reader nav{position:sticky;top:0;max-height:100vh;overflow:auto;padding:1.2rem;font-size:14px;line-height:1.4}
 nav ul{list-style:none;margin:.2rem 0 .8rem;padding:0}nav li{margin:.35rem 0}nav summary{font-weight:600}
 main{padding:1.2rem 1.5rem 6rem;min-width:0}h2{margin:2.5rem 0 0}h3{margin:0;font-size:1.05rem;overflow-wrap:anywhere}
@@ -10985,13 +10992,15 @@ h3 a{color:inherit;text-decoration:none}section p{margin:.4rem 0}.muted{color:va
 .verb{font:600 12px ui-monospace,monospace;border:1px solid;border-radius:4px;padding:1px 5px;margin-right:.4rem}
 .get{color:var(--get)}.post{color:var(--post)}.delete{color:var(--delete)}
 code,pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-pre{background:var(--side);border:1px solid var(--line);border-radius:6px;padding:.7rem;overflow:auto;max-height:28rem;margin:.4rem 0}
+pre{background:var(--side);border:1px solid var(--line);border-radius:6px;padding:.7rem;overflow:auto;max-height:28rem;
+margin:.4rem 0}
 .curl{user-select:all}summary{cursor:pointer;padding:.15rem 0}details details{margin-left:1rem}
 table{border-collapse:collapse;font-size:14px}main p{max-width:52rem}
 td,th{border-bottom:1px solid var(--line);padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:top}
-@media(max-width:50rem){#reader{display:block}#reader nav{position:static;max-height:40vh;border-bottom:1px solid var(--line)}
-main{padding:1rem}.facts tr{display:block;padding:.3rem 0;border-bottom:1px solid var(--line)}
-.facts td{display:inline;border:0;overflow-wrap:anywhere}}
+@media(max-width:50rem){#reader{display:block}main{padding:1rem}
+.facts tr{display:block;padding:.3rem 0;border-bottom:1px solid var(--line)}
+.facts td{display:inline;border:0;overflow-wrap:anywhere}
+#reader nav{position:static;max-height:40vh;border-bottom:1px solid var(--line)}}
 """
 
 # language=JavaScript
@@ -11048,8 +11057,8 @@ def node(tag: str, *inner: Any, **facts: Any) -> Markup:
     import html
     parts = [part for item in inner for part in (item if isinstance(item, list) else [item])]
     said = "".join(part if isinstance(part, Markup) else html.escape(part, quote=False) for part in parts)
-    named = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for name, value in facts.items()
-                    if value is not None)
+    named = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
+                    for name, value in facts.items() if value is not None)
     return Markup(f"<{tag}{named}>{said}" + ("" if tag in ("meta", "input") else f"</{tag}>"))
 
 
@@ -11087,13 +11096,17 @@ def _type_words(schema: Json) -> List[str]:
     return ["[ ", *_type_words(schema["items"]), " ]"] if "items" in schema else [schema.get("type", "any")]
 
 
+def _code(text: str, class_: Optional[str] = None) -> Markup:
+    return node("pre", node("code", text), tabindex="0", class_=class_)
+
+
 def _example_folds(examples: Json) -> List[Markup]:
     """Examples of a media type, each folded away."""
     shown = []
     for example in examples.values():
         value = example["value"]
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)
-        shown.append(node("details", node("summary", example["summary"]), node("pre", node("code", text), tabindex="0")))
+        shown.append(node("details", node("summary", example["summary"]), _code(text)))
     return shown
 
 
@@ -11125,8 +11138,9 @@ class Reader:
 
     def _operation(self, verb: str, path: str, operation: Json) -> Markup:
         words, name = self._words, operation["operationId"]
-        head = node("h3", node("span", verb.upper(), class_="verb " + verb), node("a", node("code", path), href="#" + name))
-        parts = [head, node("p", node("b", operation["summary"]), " · " + words["key"] if "security" in operation else ""),
+        key = " · " + words["key"] if "security" in operation else ""
+        parts = [node("h3", node("span", verb.upper(), class_="verb " + verb),
+                      node("a", node("code", path), href="#" + name)), node("p", node("b", operation["summary"]), key),
                  *_markdown(operation["description"])]
         if operation["parameters"]:
             rows = [[node("code", row["name"]), row["in"], _type_words(row["schema"]),
@@ -11135,7 +11149,7 @@ class Reader:
         parts.append(node("h4", words["request"]))
         for content in operation.get("requestBody", {}).get("content", {}).values():
             parts += [node("p", _type_words(content["schema"])), *_example_folds(content["examples"])]
-        parts.append(node("pre", node("code", operation["x-codeSamples"][0]["source"]), class_="curl", tabindex="0"))
+        parts.append(_code(operation["x-codeSamples"][0]["source"], "curl"))
         parts.append(node("h4", words["answers"]))
         parts += [self._answer(status, answer) for status, answer in operation["responses"].items()]
         return node("section", parts, id=name)
@@ -11146,7 +11160,8 @@ class Reader:
         inside: List[Any] = []
         for media, content in answer["content"].items():
             shape = content["schema"].get("contentSchema", content["schema"])
-            inside += [node("p", node("code", media), " · ", _type_words(shape)), *_example_folds(content.get("examples", {}))]
+            inside += [node("p", node("code", media), " · ", _type_words(shape)),
+                       *_example_folds(content.get("examples", {}))]
         return node("details", node("summary", node("code", status), " " + answer["description"]), inside)
 
     def _shapes(self) -> List[Markup]:
@@ -11171,7 +11186,7 @@ def _json_block(ident: str, value: Any) -> Markup:
 def reader_page(scene: Scene, name: str, plain: bool, cdn: bool) -> Tuple[bytes, str]:
     """/docs or /redoc, and its Content-Security-Policy; `plain`: by the built-in reader though the `cdn` may be used.
 
-    `sandbox` without allow-same-origin gives the page an origin of its own, which is nobody's: no cookie, no storage, and
+    `sandbox` without allow-same-origin gives the page an origin of its own, which is nobody's: no cookie, no storage,
     nothing of the admin page within reach.  Without the CDN there is no script at all.
     """
     document, language = openapi(scene), scene.language
@@ -11186,16 +11201,18 @@ def reader_page(scene: Scene, name: str, plain: bool, cdn: bool) -> Tuple[bytes,
     links[words["other"]] = f"/{name}?{'plain=1&' if plain else ''}lang={'zh' if language == 'en' else 'en'}"
     bar = node("header", node("b", "iflow2api API"), node("span", words["note"], class_="note"),
                [node("a", word, href=href) for word, href in links.items()],
-               node("span", words["wait"].format(title), id="waiting", role="status"),
-               node("button", words["late"].format(title), id="late", type="button", hidden=""), id="bar")
+               [node("span", words["wait"].format(title), id="waiting", role="status"),
+                node("button", words["late"].format(title), id="late", type="button", hidden="")] if urls else [],
+               id="bar")
     script = [_json_block("document", document), _json_block("files", urls),
               node("script", Markup(READER_JS))] if urls else []
     wakes = node("noscript", node("style", Markup(".wait #reader{visibility:visible}.wait #waiting{display:none}")))
-    page = node("html", node("head", node("meta", charset="utf-8"), node(
-        "meta", name="viewport", content="width=device-width, initial-scale=1"), node("title", "iflow2api API"),
-        node("style", Markup(BAR_CSS)), node("style", Markup(READER_CSS), id="look"), wakes), node("body", bar, node("div", id="ui"),
-                                                        Reader(document, language).page(), script),
-        lang=language, class_="wait" if urls else None, data_page=name, data_theme=scene.theme)
+    head = node("head", node("meta", charset="utf-8"), node("title", "iflow2api API"), node(
+        "meta", name="viewport", content="width=device-width, initial-scale=1"), node("style", Markup(BAR_CSS)),
+        node("style", Markup(READER_CSS), id="look"), wakes)
+    body = node("body", bar, node("div", id="ui"), Reader(document, language).page(), script)
+    page = node("html", head, body, lang=language, class_="wait" if urls else None, data_page=name,
+                data_theme=scene.theme)
     digest = base64.b64encode(hashlib.sha256(READER_JS.encode()).digest()).decode()
     scripts, styles = ([url for url in urls if url.endswith(end)] for end in (".js", ".css"))
     policy = "; ".join([
@@ -11219,8 +11236,8 @@ def show_docs(handler: Handler) -> None:
         ("Vary", "Accept-Language"), ("Content-Security-Policy", policy)))
 
 
-ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)}, "/docs": {"GET": Route(show_docs, public=True)},
-               "/redoc": {"GET": Route(show_docs, public=True)}})
+ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)},
+               **{f"/{name}": {"GET": Route(show_docs, public=True)} for name in READERS}})
 
 
 # === 16. Demo upstream =======================================================
