@@ -10995,7 +10995,7 @@ code,pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{background:var(--side);border:1px solid var(--line);border-radius:6px;padding:.7rem;overflow:auto;max-height:28rem;
 margin:.4rem 0}
 .curl{user-select:all}summary{cursor:pointer;padding:.15rem 0}details details{margin-left:1rem}
-table{border-collapse:collapse;font-size:14px}main p{max-width:52rem}
+[id^=shape-]{scroll-margin-top:3rem}table{border-collapse:collapse;font-size:14px}main p{max-width:52rem}
 td,th{border-bottom:1px solid var(--line);padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:top}
 @media(max-width:50rem){#reader{display:block}main{padding:1rem}
 .facts tr{display:block;padding:.3rem 0;border-bottom:1px solid var(--line)}
