@@ -10922,7 +10922,7 @@ def _introduction() -> Text:
             "| OpenAI | Messages | cause |\n|---|---|---|\n" + "\n".join(rows[1::2]))
 
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(4)
 def openapi(scene: Scene) -> Json:
     """The OpenAPI 3.1 document of the public endpoints."""
     paths: Json = {}
@@ -11182,7 +11182,7 @@ def _json_block(ident: str, value: Any) -> Markup:
                   + dump_json(value).decode().replace("<", "\\u003c") + "</script>")
 
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(4)
 def reader_page(scene: Scene, name: str, plain: bool, cdn: bool) -> Tuple[bytes, str]:
     """/docs or /redoc, and its Content-Security-Policy; `plain`: by the built-in reader though the `cdn` may be used.
 
