@@ -3801,10 +3801,10 @@ class MessagesStream:
         choice = first_choice(chunk)
         if choice.get("finish_reason"):
             self._finish(choice)
-        if not self.started:
-            yield self._message_start()
         if "usage" in chunk or "usage" in choice:
             self.usage = usage_of(chunk) or self.usage
+        if not self.started:
+            yield self._message_start()
         delta = choice.get("delta")
         if isinstance(delta, dict) and delta and not (self.watch and self.watch.hit):
             reasoning, details = reasoning_of(delta), delta.get("reasoning_details")
@@ -3839,7 +3839,7 @@ class MessagesStream:
 
     def _message_start(self) -> Json:
         self.started = True
-        usage = {"input_tokens": self.turn.estimate, "cache_creation_input_tokens": 0,
+        usage = {"input_tokens": parse_usage(self.usage).prompt or self.turn.estimate, "cache_creation_input_tokens": 0,
                  "cache_read_input_tokens": 0, "output_tokens": 0, "service_tier": "standard"}
         return {"type": "message_start", "message": {
             "id": self.new_id("msg_"), "type": "message", "role": "assistant", "model": self.turn.model, "content": [],
