@@ -494,6 +494,12 @@ def request_bytes(method="POST", path="/v1/chat/completions", body=b"", headers=
     return f"{method} {path} {version}\r\n{text}\r\n".encode("latin-1") + data
 
 
+#: The page's password in these tests, as the settings keep it (few rounds: it is asked for often), and as scripts send it.
+PASSWORD = "correct horse"
+PASSWORD_HASH = f"pbkdf2-sha256$10${'5a' * 16}${hashlib.pbkdf2_hmac('sha256', PASSWORD.encode(), b'Z' * 16, 10).hex()}"
+BASIC = "Basic " + base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
+
+
 class Client:
     """One connection to a server.  Reads answers strictly, so that framing errors show."""
 
@@ -3854,7 +3860,7 @@ def test_a_server_of_another_gateway_may_be_the_upstream(server, upstream):
     assert records_of(post(outer, chat(True)).body) == HELLO
 
 
-# === 17. Command line =======================================================
+# === 18. Command line =======================================================
 
 @pytest.fixture
 def cli(capsys, monkeypatch):
@@ -6979,7 +6985,7 @@ def test_env_lines_survive_a_real_shell(tmp_path):
     assert done.stdout.startswith("a'b $c|") and 'wire_api="responses"' in done.stdout, done
 
 
-# === 16. Demo upstream, presets, local engines ===============================
+# === 17. Demo upstream, presets, local engines ===============================
 
 HERE_DEMO = os.path.dirname(os.path.abspath(__file__))
 WEATHER_DEMO = {"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": {
@@ -7742,7 +7748,7 @@ def test_env_names_the_model_of_a_found_engine(capsys, demo, engines):
     assert "demo" in run_demo(capsys, "env", "codex", "--shell", "bash")[1]
 
 
-# === 17. Proxies, console, completion ========================================
+# === 18. Proxies, console, completion ========================================
 
 HERE_CONSOLE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM_CONSOLE = os.path.join(HERE_CONSOLE, "iflow2api.py")
@@ -9389,6 +9395,7 @@ def test_running_an_opener(tmp_path):
 
 @pytest.fixture
 def server_login(gateway_login):
+    gateway_login.set_password(PASSWORD_HASH)
     made = ifl.serve(gateway_login, "127.0.0.1", 0)
     yield made
     made.close()
@@ -9397,7 +9404,7 @@ def server_login(gateway_login):
 def call_login(server_login, method, action, body=None, **headers):
     connection = http.client.HTTPConnection("127.0.0.1", server_login.port, timeout=WAIT_S_LOGIN)
     connection.request(method, "/admin/api/oauth/" + action, None if body is None else json.dumps(body),
-                       {name.replace("_", "-"): value for name, value in headers.items()})
+                       {"Authorization": BASIC, **{name.replace("_", "-"): value for name, value in headers.items()}})
     answer = connection.getresponse()
     value = json.loads(answer.read())
     connection.close()
@@ -9429,11 +9436,13 @@ def test_no_foreign_page_reaches_the_admin_api(gateway_login, server_login, head
 
 
 @pytest.mark.usefixtures("home_login")
-def test_the_admin_api_wants_the_client_key(gateway_login, server_login):
+def test_the_login_wants_a_session(gateway_login, server_login):
+    """A client's key is for models, not for accounts."""
     gateway_login.change_config(lambda raw: raw.update(custom_api_key="sk-client"))
-    assert call_login(server_login, "POST", "start", {})[0] == 401
-    assert call_login(server_login, "GET", "status", Authorization="Bearer sk-client")[0] == 200
-    assert call_login(server_login, "GET", "status", Authorization="Bearer sk-client", Origin="https://evil.example")[0] == 403
+    assert call_login(server_login, "POST", "start", {}, Authorization="Bearer sk-client")[0] == 401
+    assert gateway_login.logins.flow is None
+    assert call_login(server_login, "GET", "status")[0] == 200
+    assert call_login(server_login, "GET", "status", Origin="https://evil.example")[0] == 403
 
 
 # --- refreshing -----------------------------------------------------------------
@@ -10796,19 +10805,21 @@ def test_routes_explain(home_routes, capsys):
 @pytest.mark.usefixtures("home_routes")
 def test_the_endpoint_explains_to_who_may_ask(upstreams_routes, client):
     up, = upstreams_routes(always("ok"))
-    chosen = settings([up], custom_api_key="sk-m", allowed_origins=["*", "http://evil"])
-    ask = client(Gate(chosen))
-    path = "/admin/api/routes/explain"
-    status, told = ask(path, {"model": "chain", "tokens": 5}, x_api_key="sk-m")
+    chosen = settings([up], custom_api_key="sk-m", admin_password=PASSWORD_HASH, allowed_origins=["*", "http://evil"])
+    ask = functools.partial(client(Gate(chosen)), "/admin/api/routes/explain", authorization=BASIC)
+    status, told = ask({"model": "chain", "tokens": 5})
     assert status == 200 and told["chain"][0]["provider"] == "a" and told["chain"][0]["circuit"] == "closed" and not up.seen
-    assert ask(path, {"model": "chain"})[0] == 401
+    assert ask({"model": "chain"}, authorization="Bearer sk-m")[0] == 401
     for origin in ("http://evil", "null", "https://127.0.0.1.evil"):
-        assert ask(path, {"model": "chain"}, x_api_key="sk-m", origin=origin)[0] == 403
-        assert "access-control-allow-origin" not in ask.headers
-    assert ask(path, {"model": "chain"}, x_api_key="sk-m", origin=ask.server.url)[0] == 200
-    for bad in ({"model": 5}, {"model": "x", "tokens": "1"}, {"model": "x", "images": 1}, {"model": "x", "dialect": "y"}):
-        assert ask(path, bad, x_api_key="sk-m")[0] == 400
-    assert ask(path, x_api_key="sk-m")[0] == 405
+        assert ask({"model": "chain"}, origin=origin)[0] == 403
+        assert "access-control-allow-origin" not in ask.func.headers
+    assert ask({"model": "chain"}, origin=ask.func.server.url)[0] == 200
+    for bad in ({"model": 5}, {"model": "x", "tokens": "1"}, {"model": "x", "images": 1}, {"model": "x", "dialect": "y"},
+                {"model": "x", "aliases": []}):
+        assert ask(bad)[0] == 400
+    status, told = ask({"model": "m-new", "aliases": {"m-new": "b/x", "m-*": 5}})
+    assert status == 200 and told["problems"] and told["chain"] and "m-new" not in ask.func.server.gateway.settings.aliases
+    assert ask()[0] == 405
 
 
 def test_the_usage_command(home_routes, capsys):
