@@ -293,7 +293,7 @@ PASSWORD_LENGTH = (8, 1024)
 #: Letters of a one-time code: none that looks like another.
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 
-#: What the page may send, images for the playground apart; who may watch at once; log lines kept for it, and their length.
+#: What the page may send, the playground apart; who may watch at once; log lines kept for it, and how much of each.
 ADMIN_BODY_BYTES, VIEWERS_LIMIT, LOG_LINES, LOG_LINE_CHARS = 1 << 20, 16, 10_000, 4000
 
 #: Label sets of a metric family beyond this are counted as "other": names come from clients.
@@ -652,7 +652,7 @@ class Settings:
     prices: Dict[str, Any] = setting("dict", {}, "价格", "model pattern -> {input, output, cached} for a million tokens")
     history_size: int = setting("int", 200, "请求历史条数", "requests remembered, without their bodies", low=0, high=10000)
     custom_api_key: str = setting("str", "", "客户端密钥", "the key that clients must send", secret=True)
-    admin_password: str = setting("str", "", "管理页面密码", "of the page: a hash, made by the page or by `admin reset-password`",
+    admin_password: str = setting("str", "", "管理页面密码", "of the page: a hash, made there or by `admin reset-password`",
                                   secret=True)
     custom_auth_header: str = setting("str", "", "额外读取密钥的请求头", "an extra header to read the client key from")
     allowed_hosts: List[Any] = setting("list", [], "允许的 Host", "Host names allowed besides this machine's own")
@@ -709,14 +709,14 @@ SETTING = {item.name: item for item in fields(Settings)}
 
 #: Where a form shows each setting.
 SETTING_GROUPS: Dict[str, Tuple[str, ...]] = {
-    "server": ("host", "port", "admin_password", "header_timeout_s", "body_timeout_s", "write_timeout_s", "body_limit_bytes",
-               "max_connections", "keepalive_s", "drain_s", "encrypt_secrets", "auto_start", "start_minimized",
-               "close_action", "check_update_on_startup"),
+    "server": ("host", "port", "admin_password", "header_timeout_s", "body_timeout_s", "write_timeout_s",
+               "body_limit_bytes", "max_connections", "keepalive_s", "drain_s", "encrypt_secrets", "auto_start",
+               "start_minimized", "close_action", "check_update_on_startup"),
     "upstream": ("providers", "default_provider", "aliases", "default_model", "retry", "circuit", "sticky",
                  "upstream_proxy", "upstream_proxy_enabled", "ca_file", "connect_timeout_s", "first_byte_timeout_s",
                  "idle_timeout_s", "queue_limit", "queue_timeout_s", "detect_local"),
-    "clients": ("custom_api_key", "custom_auth_header", "client_keys", "address_limits", "allowed_hosts", "allowed_origins",
-                "trusted_proxies", "responses_file"),
+    "clients": ("custom_api_key", "custom_auth_header", "client_keys", "address_limits", "allowed_hosts",
+                "allowed_origins", "trusted_proxies", "responses_file"),
     "iflow": ("api_key", "base_url", "auth_type", "accounts", "api_concurrency", "preserve_reasoning_content",
               "vision_model", "vision_mode", "iflow_auth_url", "iflow_token_url", "iflow_userinfo_url",
               "oauth_client_id", "oauth_client_secret"),
@@ -997,7 +997,7 @@ def _stretch(password: str, salt: bytes, iterations: int) -> bytes:
 
 def check_password_hash(value: str) -> None:
     if value and not _PASSWORD_HASH.fullmatch(value):
-        raise ValueError("a hash expected, never the password itself; set it on the page, or with `admin reset-password`")
+        raise ValueError("a hash expected, never the password itself; set it on the page, or by `admin reset-password`")
 
 
 # --- secrets in config.json -------------------------------------------------------
@@ -1317,6 +1317,15 @@ def parse_client_keys(entries: Sequence[Any]) -> Tuple[List[ClientKey], List[str
         except ValueError as exc:
             problems.append(f"client_keys[{number}]: {exc}")
     return list(keys.values()), problems
+
+
+def make_client_key(name: str, facts: Json) -> Tuple[str, Json]:
+    """A new key and its entry of `client_keys`, with its hash alone; `facts`: models, expires, limits.  ValueError."""
+    key = "sk-" + secrets.token_hex(24)
+    entry = {"name": name, "sha256": hash_key(key).hex(), "created": time.strftime("%Y-%m-%d"), **facts}
+    if parse_client_key(entry).expires_at <= time.time():
+        raise ValueError(f"expires: {facts['expires']} is over")
+    return key, entry
 
 
 class Doorkeeper:
@@ -1699,6 +1708,15 @@ def entry_at(base_url: str, preset: Optional[Preset] = None) -> Json:
     known = preset or at_home
     facts = known.entry("") if known else {}
     return {**facts, "base_url": at_home.base_url if at_home and not path.strip("/") else base_url}
+
+
+def entry_for(name: str, kind: str, base_url: str, preset: Optional[Preset], models: Iterable[Any]) -> Json:
+    """An entry of `providers` out of a preset, an address or both; of `models` named here a preset knows the facts."""
+    entry = entry_at(base_url, preset) if base_url or preset is None else preset.entry("")
+    entry = {**entry, "name": name, "kind": kind or "openai"}
+    known = {model["id"]: model for model in entry.get("models", ())}
+    wanted = [known.get(model, model) if isinstance(model, str) else model for model in models]
+    return {**entry, "models": wanted} if wanted else entry
 
 
 # --- what may be shown ---------------------------------------------------------
@@ -8315,7 +8333,8 @@ class LogRing(logging.Handler):
 def told_log(number: int, line: Tuple[float, int, str, str]) -> Json:
     """A line of a LogRing as the page gets it."""
     at, level, logger, text = line
-    return {"id": number, "at": at, "level": logging.getLevelName(level).lower(), "logger": logger, "text": redact(text)}
+    level_name = logging.getLevelName(level).lower()
+    return {"id": number, "at": at, "level": level_name, "logger": logger, "text": redact(text)}
 
 
 class Live:
@@ -9455,6 +9474,118 @@ class Gateway:
         self.usage.close()
 
 
+# --- trying a provider ---------------------------------------------------------
+
+class Collect(AnswerSink):
+    """Keeps an answer: for our own requests."""
+    data = b""
+
+    def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
+        self.began, self.data = True, data
+
+    def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
+        self.began, self.data = True, self.data + payload
+
+    def end(self, payload: bytes) -> None:
+        self.send(payload)
+
+
+def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional[ClientKey] = None,
+                 **more: Any) -> Json:
+    """The message of a tiny real request; of a streamed one {}.  `key` is whose usage it is.  GatewayError."""
+    limit = profile_of(Target(provider, model))["max_tokens_field"]
+    body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
+            "messages": [{"role": "user", "content": "Say hi."}], **more}
+    sink = Collect()
+    gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_"), key), sink)
+    return {} if body.get("stream") else first_choice(json.loads(sink.data)).get("message") or {}
+
+
+def model_to_try(gateway: Gateway, provider: Provider) -> str:
+    """A model to try: the default one if it is this provider's, its first configured one, or the first it lists."""
+    if provider.problem:
+        raise NotLoggedIn(provider.problem)
+    router = gateway.current().router
+    if router.default_model and (gateway.settings.default_model in provider.models or provider is router.default):
+        head, slash, rest = router.default_model.partition("/")
+        return rest if slash and head == provider.name else router.default_model
+    if provider.models:
+        return provider.models[0]
+    listed = [model for model in gateway.fetch_models(provider) if "embed" not in model]
+    if not listed:
+        raise UpstreamGarbled("it lists no models; name one in its `models`, or with --model")
+    return listed[0]
+
+
+#: What is at fault, by the status that a trial ends with, and which check that is.
+FAULTS = {401: ("key", "the key"), 402: ("key", "the balance"), 403: ("key", "the key"), 404: ("model", "the model"),
+          429: ("key", "the rate limit"), 502: ("reach", "the connection"), 504: ("reach", "the connection")}
+
+PROBE_TOOL = {"type": "function", "function": {
+    "name": "report", "description": "Report a number.",
+    "parameters": {"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}}}
+
+
+CHECKS = ("reach", "key", "model", "stream", "tools")
+
+
+class Check(NamedTuple):
+    """One thing tried at a provider: `ok` None means that it came to nothing, for something before it failed."""
+    what: str
+    ok: Optional[bool] = None
+    message: str = ""
+    took_s: float = 0.0
+
+
+def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = None) -> List[Check]:
+    """Reach, key, model, stream and tools of one provider (CHECKS); without an answer there is nothing more to try."""
+    started = time.monotonic()
+    try:
+        model = model_to_try(gateway, provider)
+        ask_provider(gateway, provider, model, key)
+    except GatewayError as exc:
+        failed, fault = ("reach", "its settings") if provider.problem else FAULTS.get(exc.status, (
+            "model", f"HTTP {exc.status}"))
+        at = CHECKS.index(failed)
+        return [*(Check(what, True) for what in CHECKS[:at]),
+                Check(failed, False, f"{fault}: {one_line(exc.message, 300)}", time.monotonic() - started),
+                *(Check(what) for what in CHECKS[at + 1:])]
+    took_s = time.monotonic() - started
+    checks = [Check("reach", True), Check("key", True, "key ok" if provider.api_keys else "needs no key"),
+              Check("model", True, f"model {model} ok ({took_s:.1f} s)", took_s)]
+    tool_request = {"tools": [PROBE_TOOL],
+                    "messages": [{"role": "user", "content": "Call the tool report with the number 7."}]}
+    for what, more in (("stream", {"stream": True}), ("tools", tool_request)):
+        started = time.monotonic()
+        try:
+            message = ask_provider(gateway, provider, model, key, **more)
+            lazy = what == "tools" and not message.get("tool_calls")
+            said = "tools taken, but none called" if lazy else f"{what} ok"
+            checks.append(Check(what, True, said, time.monotonic() - started))
+        except GatewayError as exc:
+            said = f"{what} failed ({exc.status}: {one_line(exc.message, 160)})"
+            checks.append(Check(what, False, said, time.monotonic() - started))
+    return checks
+
+
+# --- logging out ----------------------------------------------------------------
+
+def remove_login(gateway: Gateway, account: str) -> bool:
+    """Take a login away, and nothing else of its file; whether there was one.  LoginFailed, ConfigBroken, OSError."""
+    file, gone = LoginFile(account, gateway.config), False
+    login = file.read()
+    foreign = login.get("selectedAuthType") == "openai-compatible"               # another service's key is not ours
+    fields = [name for name in LOGIN_FIELDS if not (foreign and name.endswith("piKey"))]
+    if any(name in login for name in fields):
+        with file.held():
+            file.update(dict.fromkeys(login if not file.is_default else fields))
+        gone = True
+    if file.is_default and gateway.config and gateway.config.read().get("api_key"):
+        gateway.config.change(lambda raw: raw.pop("api_key", None))
+        gone = True
+    return gone
+
+
 def log_path(gateway: Gateway) -> str:
     """Where log_file is, "" if it is not set; a relative one stands in the folder of config.json."""
     path = os.path.expanduser(gateway.settings.log_file)
@@ -9957,7 +10088,7 @@ def check_key(state: State, headers: Mapping[str, str]) -> Optional[ClientKey]:
 
 
 def check_own_page(headers: Mapping[str, str]) -> None:
-    """Forbidden for a foreign web page, whatever `allowed_origins` says: one on another port of this host is foreign, too."""
+    """Forbidden for a foreign web page, whatever `allowed_origins` says; another port of this host is foreign, too."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
     foreign = origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
     if foreign or site not in ("none", "same-origin"):
@@ -10392,13 +10523,14 @@ def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> st
 
 
 def read_fields(handler: Handler, kinds: Mapping[str, str]) -> Json:
-    """The fields of a request's body, each of its kind (as of settings); null is as good as none.  BadRequest names the bad one."""
+    """The fields of a request's body, each of its kind (as of settings) or null; BadRequest names the bad one."""
     body = parse_body(handler.read_body(ADMIN_BODY_BYTES))[0]
     for name, value in body.items():
         if name not in kinds:
             raise BadRequest(f"{one_line(name, 60)}: no such field" + nearest(name, kinds), param=one_line(name, 60))
         wanted = kinds[name]
-        if value is not None and (not isinstance(value, _KINDS[wanted]) or isinstance(value, bool) is not (wanted == "bool")):
+        if value is not None and (not isinstance(value, _KINDS[wanted])
+                                  or isinstance(value, bool) is not (wanted == "bool")):
             raise BadRequest(f"{name}: {_KIND_NAME[wanted]} expected", param=name)
     return body
 
@@ -10435,8 +10567,9 @@ def show_session(handler: Handler) -> None:
             state = "signed_in"
         except Unauthorized:
             state = "signed_out"
-    handler.respond_json({"state": state, "user": "admin", "version": __version__, "language": gateway.settings.language,
-                          "theme_mode": gateway.settings.theme_mode, "base_url": handler.server.url})
+    settings = gateway.settings
+    handler.respond_json({"state": state, "user": "admin", "version": __version__, "language": settings.language,
+                          "theme_mode": settings.theme_mode, "base_url": address_for(handler)})
 
 
 def sign_in(handler: Handler) -> None:
@@ -10444,7 +10577,8 @@ def sign_in(handler: Handler) -> None:
     body, sessions = read_fields(handler, {"user": "str", "password": "str"}), handler.server.gateway.sessions
     password = needed(body, "password")
     if sessions.is_new:
-        raise Unauthorized("there is no password yet; the code on the server's console lets you set one", code="no_password")
+        raise Unauthorized("there is no password yet; the code on the server's console lets you set one",
+                           code="no_password")
     right = sessions.try_password(address_of(handler), password)
     if not right or body.get("user") not in (None, "admin"):
         raise Unauthorized("user or password is wrong", code="wrong_password")
@@ -10748,14 +10882,15 @@ class Viewer:
 
 
 def stream_events(handler: Handler) -> None:
-    """GET /admin/api/events: what happens, as it happens, until the session ends, the page leaves or the server stops."""
+    """GET /admin/api/events: what happens, until the session ends, the page leaves or the server stops."""
     server, session, query = handler.server, handler.session, query_of(handler)
     gateway, logs = server.gateway, query.get("logs") == "1"
     live = gateway.live
     viewer = Viewer(server, logs, handler.headers.get("last-event-id", query.get("last_event_id", "")))
     with live.viewer(logs):
         handler.close_connection = True                  # no length, no chunks: the end is the end
-        handler.write(handler.head(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("X-Accel-Buffering", "no")]))
+        handler.write(handler.head(200, [("Content-Type", "text/event-stream; charset=utf-8"),
+                                         ("X-Accel-Buffering", "no")]))
         pause = threading.Event()
         handler.busy = False             # a server that stops does not wait for this one
         while handler.command != "HEAD" and not live.closed and gateway.sessions.is_alive(session):
@@ -10800,7 +10935,8 @@ def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str
     states = gateway.key_states(provider) if len(provider.api_keys) == len(masked) else []
     keys = [{"index": index, "masked": text, "state": states[index][0] if states else "ok",
              "rest_s": round(states[index][1], 1) if states else 0} for index, text in enumerate(masked)]
-    shown = _hide_in_provider({"headers": entry.get("headers") or {}, "proxy": provider.proxy or entry.get("proxy") or ""})
+    shown = _hide_in_provider({"headers": entry.get("headers") or {},
+                               "proxy": provider.proxy or entry.get("proxy") or ""})
     preset = next((name for name, known in PRESETS.items() if known.base_url == provider.base_url), "")
     return {"name": provider.name, "kind": provider.kind, "base_url": provider.base_url or entry.get("base_url", ""),
             "preset": preset, "models": list(provider.models), "facts": dict(provider.facts), "keys": keys, **shown,
@@ -10811,19 +10947,20 @@ def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str
             "circuit": gateway.circuit_of(provider), "source": source}
 
 
+def told_providers(gateway: Gateway) -> List[Json]:
+    entries = {entry.get("name"): entry for entry in gateway.settings.providers if isinstance(entry, dict)}
+    source = {"environment": "flag", "default": "file"}.get(gateway.origins.get("providers", "file"), "")
+    source = source or gateway.origins.get("providers", "file")
+    return [told_provider(gateway, provider, entries.get(provider.name, {}), source if provider.name in entries else
+                          "login" if provider.name == "iflow" else "detected")
+            for provider in gateway.current(look=False).router.providers.values()]
+
+
 def show_providers(handler: Handler) -> None:
     gateway = handler.server.gateway
-    state, found = gateway.current(look=False), []
-    entries = {entry.get("name"): entry for entry in gateway.settings.providers if isinstance(entry, dict)}
-    origin = gateway.origins.get("providers", "file")
-    for provider in state.router.providers.values():
-        source = origin if origin in ("file", "flag") else "flag"
-        if provider.name not in entries:
-            source = "login" if provider.name == "iflow" else "detected"
-        found.append(told_provider(gateway, provider, entries.get(provider.name, {}), source))
-    default = state.router.default
+    default = gateway.current(look=False).router.default
     handler.respond_json({"version": gateway.config_version(), "default_provider": default.name if default else "",
-                          "data": found})
+                          "data": told_providers(gateway)})
 
 
 def show_presets(handler: Handler) -> None:
@@ -10870,11 +11007,413 @@ def show_keys(handler: Handler) -> None:
                           "custom_api_key": mask(gateway.settings.custom_api_key)})
 
 
+# --- changing what is set up ---------------------------------------------------------
+
+#: Settings with endpoints of their own.
+SET_ELSEWHERE = ("admin_password", "providers", "client_keys", "accounts")
+
+
+def change_config(gateway: Gateway, edit: Callable[[Json], None]) -> None:
+    """Gateway.change_config, its failures in words for the page.  Where `edit` raises, nothing is written."""
+    if gateway.config is None:
+        raise Conflict("this server has no config.json, so nothing can be changed here", code="no_config")
+    try:
+        gateway.change_config(edit)
+    except OSError as exc:
+        reason = exc.strerror or exc
+        raise GatewayError(f"{gateway.config.path} can't be written: {reason}", code="cannot_write") from None
+
+
+def check_ours(gateway: Gateway, name: str) -> None:
+    """Conflict where a setting comes from the environment or a flag: what the file says would not count."""
+    origin = gateway.origins.get(name)
+    if origin in ("environment", "flag"):
+        where = ENV_PREFIX + name.upper() if origin == "environment" else "a flag of this run"
+        raise Conflict(f"{name} is set by {where}, which stands above config.json", code="set_elsewhere", param=name)
+
+
+def conflict(gateway: Gateway, raw: Json, changed: Json) -> Conflict:
+    """What tells a writer that somebody else was faster: name -> what he wanted, what is there now (no secrets)."""
+    message = f"changed by somebody else in the meantime: {', '.join(map(one_line, changed))}"
+    exc = Conflict(message, code="changed_meanwhile")
+    exc.body = {"error": {"message": message, "type": exc.type, "param": next(iter(changed)), "code": exc.code},
+                "version": gateway.versions.note(raw), "changed": changed}
+    return exc
+
+
+def save_config(handler: Handler) -> None:
+    """PATCH /admin/api/config: `set` and `unset` settings, unless another one has changed them since `version`."""
+    gateway = handler.server.gateway
+    body = read_fields(handler, {"version": "str", "set": "dict", "unset": "list"})
+    version = needed(body, "version")
+    values = checked_settings(gateway, body.get("set") or {}, body.get("unset") or [])
+
+    def edit(raw: Json) -> None:
+        changed = {}
+        for name, (value, keep) in values.items():
+            theirs = raw.get(name, default_of(name))
+            if gateway.versions.has_changed(version, raw, name) and (theirs != value or keep != (name in raw)):
+                changed[name] = {"yours": hide_secrets(name, value), "theirs": hide_secrets(name, theirs)}
+        if changed:
+            raise conflict(gateway, raw, changed)
+        for name, (value, keep) in values.items():
+            raw.pop(name, None)
+            if keep:
+                raw[name] = value
+
+    change_config(gateway, edit)
+    handler.respond_json(config_document(gateway))
+
+
+def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[Any]) -> Dict[str, Tuple[Any, bool]]:
+    """name -> (value, whether it is to stand in the file) of what shall change; BadRequest names the bad one.
+
+    A secret that comes as it is shown, masked, is left alone.
+    """
+    values: Dict[str, Tuple[Any, bool]] = {}
+    for name in [*given, *dropped]:
+        shown = one_line(name, 60)
+        if name not in SETTING:
+            raise BadRequest(f"there is no setting {shown!r}" + nearest(shown, SETTING), param=shown)
+        if name in SET_ELSEWHERE:
+            raise BadRequest(f"{name} is not changed here", param=name, code="set_elsewhere")
+        if name not in given:
+            values[name] = (default_of(name), False)
+            continue
+        try:
+            value = check_setting(name, given[name])
+        except ValueError as exc:
+            raise BadRequest(f"{name}: {exc}", param=name) from None
+        current = getattr(gateway.settings, name)
+        if not (SETTING[name].metadata.get("secret") and value and value == hide_secrets(name, current)):
+            values[name] = (value, True)
+    check_together(gateway, {name: value for name, (value, _) in values.items()})
+    return values
+
+
+def check_together(gateway: Gateway, values: Json) -> None:
+    """BadRequest for settings that are sound by themselves, but not with the others."""
+    known, settings = gateway.state.router, replace(gateway.settings, **values)
+    if {"aliases", "default_provider"} & set(values):
+        router = gateway.routed(replace(settings, providers=gateway.current(look=False).settings.providers))
+        problems = [problem for problem in router.problems if problem not in known.problems]
+        if problems and router.faults - known.faults:
+            raise BadRequest(problems[0], param=next(iter(router.faults - known.faults)))
+        if problems:
+            raise BadRequest(problems[0], param="aliases" if "aliases" in values else "default_provider")
+    if values.get("upstream_proxy"):
+        problems = proxy_problems(Settings(upstream_proxy=values["upstream_proxy"], upstream_proxy_enabled=True), ())
+        if problems:
+            raise BadRequest(problems[0], param="upstream_proxy")
+
+
+#: What a provider is made of, as the page sends it.
+PROVIDER_FIELDS = {"name": "str", "preset": "str", "base_url": "str", "api_keys": "list", "models": "list",
+                   "kind": "str", "concurrency": "int", "key_concurrency": "int", "timeout_s": "float", "proxy": "str",
+                   "headers": "dict", "profile": "dict", "vision_model": "str", "sticky": "bool",
+                   "preserve_reasoning_content": "bool"}
+
+
+def provider_entry(body: Json, before: Json) -> Json:
+    """The entry of `providers` that a request describes; of `before` what the request does not name.  BadRequest.
+
+    What comes masked, or as {"keep": index}, is what `before` has there; null takes a field away.
+    """
+    if body.get("preset") and body["preset"] not in PRESETS:
+        raise BadRequest(f"there is no preset {one_line(body['preset'], 60)!r}", param="preset")
+    preset = PRESETS.get(body.get("preset") or "")
+    if not before and preset is None and not body.get("base_url"):
+        raise BadRequest("base_url: it is missing; or name a preset", param="base_url")
+    entry = before or entry_for("", body.get("kind") or "", body.get("base_url") or "", preset, ())
+    given = {name: body[name] for name in PROVIDER_FIELDS if name in body and name != "preset"}
+    facts = {model["id"]: model for model in entry.get("models") or () if isinstance(model, dict) and "id" in model}
+    if given.get("models"):
+        given["models"] = [facts.get(model, model) if isinstance(model, str) else model for model in given["models"]]
+    if given.get("base_url"):            # a bare host of a known API gets its path
+        given["base_url"] = entry_at(given["base_url"])["base_url"]
+    if given.get("api_keys"):
+        given["api_keys"] = [kept_key(key, place, before) for place, key in enumerate(given["api_keys"])]
+    if given.get("headers"):
+        given["headers"] = {name: kept_header(name, value, before) for name, value in given["headers"].items()}
+    if given.get("proxy") and given["proxy"] == _hide_in_provider(before).get("proxy"):
+        given["proxy"] = before["proxy"]
+    made = {name: value for name, value in {**entry, **given}.items() if value is not None}
+    return {**made, "base_url": check_provider(made).base_url}
+
+
+def kept_key(key: Any, place: int, before: Json) -> str:
+    """A key as it is to be stored; new ones may be no references to the environment."""
+    old = before.get("api_keys") if isinstance(before.get("api_keys"), list) else []
+    if isinstance(key, dict):
+        index = key.get("keep")
+        if type(index) is not int or not 0 <= index < len(old):
+            raise BadRequest(f"api_keys[{place}]: there is no key at {one_line(json.dumps(index), 40)}", param="api_keys")
+        return old[index]
+    if not isinstance(key, str) or not key.strip():
+        raise BadRequest(f"api_keys[{place}]: a string expected", param="api_keys")
+    masked = _hide_in_provider({"api_keys": old})["api_keys"]
+    if key in masked:
+        return old[place] if place < len(old) and masked[place] == key else old[masked.index(key)]
+    if "…" in key:
+        raise BadRequest(f"api_keys[{place}]: this masked key is none of those there are", param="api_keys")
+    return new_secret(key.strip(), "api_keys")
+
+
+def kept_header(name: str, value: Any, before: Json) -> str:
+    headers = before.get("headers") if isinstance(before.get("headers"), dict) else {}
+    if not isinstance(value, str):
+        raise BadRequest(f"headers: {one_line(name, 60)}: a string expected", param="headers")
+    if name in headers and value == _hide_in_provider({"headers": headers})["headers"][name]:
+        return headers[name]
+    return new_secret(value, "headers")
+
+
+def new_secret(text: str, param: str) -> str:
+    """A secret as providers keep it; `$NAME` would read the server's environment, which the page may not."""
+    if _REFERENCE.fullmatch(text) or is_sealed(text):
+        raise BadRequest(f"{param}: {one_line(text, 40)} can't be added here; put it into config.json, or use "
+                         "`provider add` on the command line", param=param, code="reference")
+    return "$" + text if text.startswith("$$") else text
+
+
+def check_provider(entry: Json) -> Provider:
+    """BadRequest for an entry that can't work; whether its variables are set is not the page's business."""
+    def literal(text: Any) -> bool:
+        return not (isinstance(text, str) and (_REFERENCE.fullmatch(text) or is_sealed(text)))
+
+    tried = {**entry, "api_keys": [key for key in entry.get("api_keys", ()) if literal(key)],
+             "headers": {name: value for name, value in entry.get("headers", {}).items() if literal(value)}}
+    try:
+        provider = parse_provider(tried, {})
+        problem = provider.problem or "".join(proxy_problems(Settings(), [provider])[:1])
+    except ValueError as exc:
+        raise BadRequest(str(exc), param="name") from None
+    if problem:
+        param = next((name for name in PROVIDER_FIELDS if problem.startswith(name)), None)
+        raise BadRequest(problem, param=param or ("api_keys" if problem.startswith("a key") else
+                                                  "headers" if "header" in problem else "proxy"))
+    return provider
+
+
+def place_of(raw: Json, name: str) -> int:
+    """Where a provider stands in config.json; NotFound."""
+    for place, entry in enumerate(raw.get("providers") if isinstance(raw.get("providers"), list) else ()):
+        if isinstance(entry, dict) and entry.get("name") == name:
+            return place
+    raise NotFound(f"config.json has no provider {one_line(name, 60)!r}", code="not_found", param="name")
+
+
+def has_provider(raw: Json, name: str) -> bool:
+    try:
+        return place_of(raw, name) >= 0
+    except NotFound:
+        return False
+
+
+def name_taken(name: str) -> Conflict:
+    return Conflict(f"the name {one_line(name, 60)} is taken", code="name_taken", param="name")
+
+
+def shown_provider(handler: Handler, name: str, status: int) -> None:
+    """Answer with the provider as the list has it."""
+    gateway = handler.server.gateway
+    found = next((row for row in told_providers(gateway) if row["name"] == name), {"name": name})
+    handler.respond_json({"version": gateway.config_version(), **found}, status)
+
+
+def add_provider(handler: Handler) -> None:
+    """POST /admin/api/providers."""
+    gateway, body = handler.server.gateway, read_fields(handler, {**PROVIDER_FIELDS, "version": "str"})
+    check_ours(gateway, "providers")
+    name = needed(body, "name")
+    entry = provider_entry(body, {})
+
+    def edit(raw: Json) -> None:
+        if has_provider(raw, name):
+            raise name_taken(name)
+        raw["providers"] = [*(raw["providers"] if isinstance(raw.get("providers"), list) else []), entry]
+
+    change_config(gateway, edit)
+    shown_provider(handler, name, 201)
+
+
+def edit_provider(handler: Handler) -> None:
+    """PUT /admin/api/providers/NAME; a new name follows wherever settings name it."""
+    gateway, name = handler.server.gateway, named_in(handler)
+    body = read_fields(handler, {**PROVIDER_FIELDS, "version": "str"})
+    check_ours(gateway, "providers")
+    version, wanted = needed(body, "version"), body.get("name") or name
+
+    def edit(raw: Json) -> None:
+        place = place_of(raw, name)
+        before = raw["providers"][place]
+        if gateway.versions.has_changed(version, raw, f"providers/{name}"):
+            yours = {field_name: value for field_name, value in body.items() if field_name not in ("version", "preset")}
+            raise conflict(gateway, raw, {name: {"yours": _hide_in_provider(yours),
+                                                 "theirs": _hide_in_provider(before)}})
+        if wanted != name and has_provider(raw, wanted):
+            raise name_taken(wanted)
+        raw["providers"][place] = provider_entry({**body, "name": wanted}, before)
+        if wanted != name:
+            rename_provider(raw, name, wanted)
+
+    change_config(gateway, edit)
+    shown_provider(handler, wanted, 200)
+
+
+def rename_provider(raw: Json, old: str, new: str) -> None:
+    """Let whatever names a provider in config.json name it anew."""
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(item) for item in value]
+        if isinstance(value, dict):
+            return {**value, "model": renamed(value.get("model"))}
+        return f"{new}/{value[len(old) + 1:]}" if isinstance(value, str) and value.startswith(old + "/") else value
+
+    if raw.get("default_provider") == old:
+        raw["default_provider"] = new
+    if isinstance(raw.get("aliases"), dict):
+        raw["aliases"] = {pattern: renamed(value) for pattern, value in raw["aliases"].items()}
+    if "default_model" in raw:
+        raw["default_model"] = renamed(raw["default_model"])
+
+
+def remove_provider(handler: Handler) -> None:
+    """DELETE /admin/api/providers/NAME."""
+    gateway, name = handler.server.gateway, named_in(handler)
+    check_ours(gateway, "providers")
+
+    def edit(raw: Json) -> None:
+        del raw["providers"][place_of(raw, name)]
+        if raw.get("default_provider") == name:
+            del raw["default_provider"]
+
+    change_config(gateway, edit)
+    no_content(handler)
+
+
+def order_providers(handler: Handler) -> None:
+    """POST /admin/api/providers/order: all names in their new order; the first is the default, unless one is chosen."""
+    gateway, body = handler.server.gateway, read_fields(handler, {"version": "str", "names": "list"})
+    check_ours(gateway, "providers")
+    names = needed(body, "names")
+
+    def edit(raw: Json) -> None:
+        entries = raw.get("providers") if isinstance(raw.get("providers"), list) else []
+        known = {entry["name"]: entry for entry in entries
+                 if isinstance(entry, dict) and isinstance(entry.get("name"), str)}
+        if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(known):
+            if gateway.versions.has_changed(needed(body, "version"), raw, "providers"):
+                raise conflict(gateway, raw, {"providers": {"yours": names, "theirs": list(known)}})
+            raise BadRequest("names: every provider of config.json once expected", param="names")
+        raw["providers"] = [*(known[name] for name in names), *(e for e in entries if e not in known.values())]
+
+    change_config(gateway, edit)
+    show_providers(handler)
+
+
+#: Whose usage the page's own requests are.
+ADMIN_KEY = ClientKey("admin", b"")
+
+
+def try_provider(handler: Handler) -> None:
+    """POST /admin/api/providers/test: one there is, by its name, or a draft; `provider test` says the same."""
+    gateway, body = handler.server.gateway, read_fields(handler, PROVIDER_FIELDS)
+    providers = gateway.current().router.providers
+    name = body.get("name") or "draft"
+    if set(body) == {"name"}:
+        if name not in providers:
+            raise NotFound(f"there is no provider {one_line(name, 60)!r}" + nearest(name, providers), param="name")
+        return handler.respond_json(trial_of(gateway, providers[name]))
+    known = {entry.get("name"): entry for entry in gateway.settings.providers if isinstance(entry, dict)}
+    entry = provider_entry({**body, "name": name}, known.get(name, {}))
+    alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={}, default_model="",
+                            accounts={}, api_key="", client_keys=[], usage=False, responses_file=""),
+                    environ=gateway.environ)
+    try:
+        told = trial_of(alone, alone.state.router.providers[name])
+    finally:
+        alone.close()
+    handler.respond_json(told)
+
+
+def trial_of(gateway: Gateway, provider: Provider) -> Json:
+    checks = examine(gateway, provider, ADMIN_KEY)
+    models = list(provider.models)
+    if all(check.ok for check in checks[:2]):
+        with contextlib.suppress(GatewayError):
+            models = gateway.fetch_models(provider) or models
+    return {"ok": all(check.ok for check in checks), "checks": [check._asdict() for check in checks], "models": models}
+
+
+def add_key(handler: Handler) -> None:
+    """POST /admin/api/keys: the key is in the answer, and nowhere else."""
+    gateway = handler.server.gateway
+    body = read_fields(handler, {"version": "str", "name": "str", "models": "list", "expires": "str",
+                                 **dict.fromkeys(LIMIT_FIELDS, "int")})
+    check_ours(gateway, "client_keys")
+    name = needed(body, "name")
+    facts = {field_name: value for field_name, value in body.items()
+             if value not in (None, [], "") and field_name not in ("version", "name")}
+    try:
+        key, entry = make_client_key(name, facts)
+    except ValueError as exc:
+        param = next((field_name for field_name in body if str(exc).startswith(field_name)), "name")
+        raise BadRequest(str(exc), param=param) from None
+
+    def edit(raw: Json) -> None:
+        entries = raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
+        if any(isinstance(known, dict) and known.get("name") == name for known in entries):
+            raise name_taken(name)
+        raw["client_keys"] = [*entries, entry]
+
+    change_config(gateway, edit)
+    handler.respond_json({"name": name, "key": key, "version": gateway.config_version()}, 201)
+
+
+def remove_key(handler: Handler) -> None:
+    """DELETE /admin/api/keys/NAME."""
+    gateway, name = handler.server.gateway, named_in(handler)
+    check_ours(gateway, "client_keys")
+
+    def edit(raw: Json) -> None:
+        entries = raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
+        kept = [entry for entry in entries if not isinstance(entry, dict) or entry.get("name") != name]
+        if len(kept) == len(entries):
+            raise NotFound(f"there is no key {one_line(name, 60)!r}", code="not_found", param="name")
+        raw["client_keys"] = kept
+
+    change_config(gateway, edit)
+    no_content(handler)
+
+
+def end_login(handler: Handler) -> None:
+    """DELETE /admin/api/logins/ACCOUNT."""
+    gateway, account = handler.server.gateway, named_in(handler)
+    if account not in (DEFAULT_ACCOUNT, *gateway.settings.accounts) or gateway.config is None:
+        raise NotFound(f"there is no account {one_line(account, 60)!r}", code="not_found", param="account")
+    try:
+        gone = remove_login(gateway, account)
+    except (ConfigBroken, OSError) as exc:
+        raise LoginFailed(one_line(exc)) from None
+    if not gone:
+        raise NotFound(f"the account {account} is not logged in", code="not_found", param="account")
+    gateway.reload()
+    no_content(handler)
+
+
+def play(handler: Handler) -> None:
+    """The playground: a dialect's own endpoint, for who is signed in instead of for a client's key."""
+    handler.key = ADMIN_KEY
+    answer_call(handler)
+
+
 # --- logging in at iFlow --------------------------------------------------------------
 
 def show_logins(handler: Handler) -> None:
     gateway = handler.server.gateway
-    data = [{"account": account, "keys": 1, "message": "", **login} for account, login in gateway.login_report().items()]
+    data = [{"account": account, "keys": 1, "message": "", **login}
+            for account, login in gateway.login_report().items()]
     handler.respond_json({"data": data})
 
 
@@ -10890,6 +11429,256 @@ def steer_login(handler: Handler) -> None:
         return handler.respond_json(logins.status())
     text = body.get("text") or "" if action == "paste" else body.get("query") or ""
     handler.respond_json(logins.paste(text) if action == "paste" else logins.callback(text))
+
+
+# --- clients ---------------------------------------------------------------------------
+
+#: client -> (variables, what it is).  URL is the server's address, KEY the client key, MODEL the default model.
+CLIENTS: Dict[str, Tuple[Dict[str, str], str]] = {
+    "claude": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY"}, "Claude Code"),
+    "codex": ({"IFLOW2API_KEY": "KEY"}, "Codex CLI"),
+    "openai": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY"}, "the OpenAI SDKs and what is built on them"),
+    "anthropic": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_API_KEY": "KEY"}, "the Anthropic SDKs"),
+    "aider": ({"OPENAI_API_BASE": "URL/v1", "OPENAI_API_KEY": "KEY", "AIDER_MODEL": "openai/MODEL"}, "aider"),
+    "qwen": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY", "OPENAI_MODEL": "MODEL"}, "Qwen Code")}
+
+#: Codex takes its provider from config.toml or from -c flags, never from a variable.
+CODEX_SETTINGS = (("model", "MODEL"), ("model_provider", "iflow2api"), ("model_providers.iflow2api.name", "iflow2api"),
+                  ("model_providers.iflow2api.base_url", "URL/v1"),
+                  ("model_providers.iflow2api.env_key", "IFLOW2API_KEY"),
+                  ("model_providers.iflow2api.wire_api", "responses"))
+
+
+class Shell(NamedTuple):
+    """How a shell is told: a variable, a comment, and a command that stands for another one with flags."""
+    variable: str
+    comment: str
+    command: str
+    quote: Callable[[str], str]
+    reference: str = '"${}"'
+
+
+def _quote_posix(text: str) -> str:
+    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+SHELLS = {
+    "bash": Shell("export {name}={value}", "# {}", "codex() {{ command codex {flags} \"$@\"; }}", _quote_posix),
+    "fish": Shell("set -gx {name} {value}", "# {}", "function codex; command codex {flags} $argv; end",
+                  lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
+    "powershell": Shell("$env:{name} = {value}", "# {}",
+                        "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) {flags} @args }}",
+                        lambda text: "'" + text.replace("'", "''") + "'", "$env:{}"),
+    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
+
+
+def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
+    """What points one of CLIENTS at this server; `words` are URL, KEY (`$IFLOW2API_KEY`: the user has it) and MODEL."""
+    def filled(text: str) -> str:
+        return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
+
+    variables, title = CLIENTS[client]
+    theirs, lines = words["KEY"] == "$IFLOW2API_KEY", []
+    if theirs:
+        lines.append(shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
+    for name, value in variables.items():
+        if value == "KEY" and theirs:
+            if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
+                lines.append(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
+        elif filled(value).strip("/") not in ("", "openai"):        # no model is known
+            lines.append(shell.variable.format(name=name, value=shell.quote(filled(value))))
+    if client == "codex":
+        pairs = [(name, filled(value)) for name, value in CODEX_SETTINGS if filled(value)]
+        lines.append(codex_command(shell, pairs))
+        lines.append(shell.comment.format("or for good, in ~/.codex/config.toml:"))
+        lines += [shell.comment.format(line) for line in codex_toml(pairs)]
+    if not words["MODEL"]:
+        lines.append(shell.comment.format(f"{title} asks for models of its own; tell which one to use instead: "
+                                          "python iflow2api.py config set default_model NAME"))
+    return lines
+
+
+def codex_command(shell: Shell, pairs: Sequence[Tuple[str, str]]) -> str:
+    flags = " ".join("-c " + shell.quote(f'{name}="{value}"') for name, value in pairs)
+    if shell is SHELLS["cmd"]:
+        flags = " ".join(f'-c {name}="{value}"' for name, value in pairs)
+    return shell.command.format(flags=flags)
+
+
+def codex_toml(pairs: Sequence[Tuple[str, str]]) -> Iterator[str]:
+    for name, value in pairs:
+        if name == "model_providers.iflow2api.name":
+            yield "[model_providers.iflow2api]"
+        yield f'{name.rpartition(".")[2]} = {json.dumps(value, ensure_ascii=False)}'
+
+
+class Setup(NamedTuple):
+    """What a client's lines are made of; `key` for files, `shell_key` for shells, where a variable may hold it."""
+    base: str
+    key: str
+    shell_key: str
+    model: str
+    asked: bool                          #: the model was asked for, so it is named even where nobody has to
+
+    def words(self) -> Dict[str, str]:
+        """As env_lines takes them."""
+        return {"URL": self.base, "KEY": self.shell_key, "MODEL": self.model}
+
+
+def code_block(title: Union[str, Tuple[str, str]], language: str, text: str) -> Json:
+    zh, en = (title, title) if isinstance(title, str) else title
+    return {"title": {"zh": zh, "en": en}, "language": language, "text": text}
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def shell_blocks(client: str, setup: Setup, *more: Tuple[str, str]) -> List[Json]:
+    """The lines of `env` for each shell, and further variables; without its comments, which speak one language."""
+    blocks = []
+    for name, shell in SHELLS.items():
+        lines = [line for line in env_lines(client, shell, setup.words())
+                 if not line.startswith(shell.comment.partition(" ")[0])]
+        if setup.shell_key != setup.key:
+            lines.insert(0, shell.variable.format(name="IFLOW2API_KEY", value=shell.quote(setup.key)))
+        lines += [shell.variable.format(name=variable, value=shell.quote(value)) for variable, value in more]
+        blocks.append(code_block(name, name, "\n".join(lines)))
+    return blocks
+
+
+def claude_blocks(setup: Setup) -> List[Json]:
+    model = [("ANTHROPIC_MODEL", setup.model)] if setup.asked else []
+    environ = {"ANTHROPIC_BASE_URL": setup.base, "ANTHROPIC_AUTH_TOKEN": setup.key, **dict(model)}
+    return [*shell_blocks("claude", setup, *model),
+            code_block(("长期设置：~/.claude/settings.json", "for good: ~/.claude/settings.json"), "json",
+                       json_text({"env": environ}))]
+
+
+def codex_blocks(setup: Setup) -> List[Json]:
+    words = setup.words()
+    pairs = [(name, re.sub(r"\b(URL|MODEL)\b", lambda found: words[found.group()], value))
+             for name, value in CODEX_SETTINGS]
+    return [*shell_blocks("codex", setup), code_block("~/.codex/config.toml", "toml", "\n".join(codex_toml(pairs)))]
+
+
+def python_blocks(setup: Setup) -> List[Json]:
+    base, key, model = map(json.dumps, (setup.base + "/v1", setup.key, setup.model))
+    return [code_block("pip install openai", "python", "from openai import OpenAI\n\n"
+                  f"client = OpenAI(base_url={base}, api_key={key})\n"
+                  f"answer = client.chat.completions.create(\n    model={model},\n"
+                  '    messages=[{"role": "user", "content": "Hello"}])\nprint(answer.choices[0].message.content)'),
+            *shell_blocks("openai", setup)]
+
+
+def javascript_blocks(setup: Setup) -> List[Json]:
+    base, key, model = map(json.dumps, (setup.base + "/v1", setup.key, setup.model))
+    lines = ['import OpenAI from "openai";', "", f"const client = new OpenAI({{ baseURL: {base}, apiKey: {key} }});",
+             "const answer = await client.chat.completions.create({", f"  model: {model},",
+             '  messages: [{ role: "user", content: "Hello" }],', "});",
+             "console.log(answer.choices[0].message.content);"]
+    return [code_block("npm install openai", "javascript", "\n".join(lines)), *shell_blocks("openai", setup)]
+
+
+def curl_blocks(setup: Setup) -> List[Json]:
+    body = json.dumps({"model": setup.model, "messages": [{"role": "user", "content": "Hello"}]})
+    url, blocks = setup.base + "/v1/chat/completions", []
+    for name, token in (("bash", "$IFLOW2API_KEY"), ("powershell", "$env:IFLOW2API_KEY")):
+        quote = SHELLS[name].quote
+        bearer = f'"Authorization: Bearer {token}"' if setup.shell_key[:1] == "$" else \
+            quote(f"Authorization: Bearer {setup.shell_key}")
+        flags = f"{quote(url)} -H {bearer} -H 'Content-Type: application/json' -d"
+        text = f"curl {flags} {quote(body)}" if name == "bash" else f"{quote(body)} | curl.exe {flags} '@-'"
+        blocks.append(code_block(name, name, text))
+    return blocks
+
+
+def opencode_blocks(setup: Setup) -> List[Json]:
+    key = "{env:IFLOW2API_KEY}" if setup.shell_key[:1] == "$" else setup.key
+    return [code_block("opencode.json", "json", json_text({
+        "$schema": "https://opencode.ai/config.json", "model": f"iflow2api/{setup.model}",
+        "provider": {"iflow2api": {"npm": "@ai-sdk/openai-compatible", "name": "iflow2api",
+                                   "options": {"baseURL": setup.base + "/v1", "apiKey": key},
+                                   "models": {setup.model: {"name": setup.model}}}}}))]
+
+
+def form_blocks(setup: Setup, zh: str, en: str, base: str) -> List[Json]:
+    """What goes into the fields of a form, which is found at `zh`, `en`."""
+    values = (((f"{zh} → 接口地址", f"{en} → Base URL"), base), (("API 密钥", "API key"), setup.key),
+              (("模型", "model"), setup.model))
+    return [code_block(title, "text", value) for title, value in values]
+
+
+def environ_blocks(variables: Mapping[str, str]) -> List[Json]:
+    """Variables for a container's environment; there this machine has another name."""
+    return [code_block(("环境变量（自行部署）", "environment (self-hosted)"), "text",
+                  "\n".join(f"{name}={value}" for name, value in variables.items()))]
+
+
+def seen_from_container(base: str) -> str:
+    return re.sub(r"//(localhost|127\.0\.0\.1|\[::1\])(?=:|$)", "//host.docker.internal", base)
+
+
+def webui_blocks(setup: Setup) -> List[Json]:
+    base = seen_from_container(setup.base) + "/v1"
+    quote = SHELLS["bash"].quote
+    return [code_block("Docker", "bash", "docker run -d -p 3000:8080 --add-host=host.docker.internal:host-gateway \\\n"
+                  f"  -e OPENAI_API_BASE_URL={quote(base)} \\\n  -e OPENAI_API_KEY={quote(setup.key)} \\\n"
+                  "  -v open-webui:/app/backend/data --name open-webui ghcr.io/open-webui/open-webui:main"),
+            *form_blocks(setup, "管理员面板 → 设置 → 外部连接 → OpenAI API", "Admin Panel → Settings → Connections → OpenAI API",
+                         setup.base + "/v1")]
+
+
+def continue_blocks(setup: Setup) -> List[Json]:
+    model, base, key = map(json.dumps, (setup.model, setup.base + "/v1", setup.key))
+    return [code_block("~/.continue/config.yaml", "yaml", "name: iflow2api\nversion: 1.0.0\nschema: v1\nmodels:\n"
+                       f"  - name: {model}\n    provider: openai\n    model: {model}\n    apiBase: {base}\n"
+                       f"    apiKey: {key}\n    roles: [chat, edit, apply]")]
+
+
+#: id -> title and what makes its blocks.
+CLIENT_SETUPS: Dict[str, Tuple[str, Callable[[Setup], List[Json]]]] = {
+    "claude-code": ("Claude Code", claude_blocks), "codex": ("Codex", codex_blocks),
+    "openai-python": ("OpenAI SDK (Python)", python_blocks),
+    "openai-js": ("OpenAI SDK (JavaScript)", javascript_blocks),
+    "curl": ("curl", curl_blocks), "opencode": ("opencode", opencode_blocks),
+    "aider": ("aider", lambda setup: shell_blocks("aider", setup)),
+    "cherry-studio": ("Cherry Studio", lambda setup: form_blocks(
+        setup, "设置 → 模型服务 → 添加 → 提供商类型 OpenAI", "Settings → Model Provider → Add → provider type OpenAI", setup.base)),
+    "lobechat": ("LobeChat", lambda setup: [
+        *form_blocks(setup, "设置 → AI 服务商 → OpenAI", "Settings → AI Service Provider → OpenAI", setup.base + "/v1"),
+        *environ_blocks({"OPENAI_PROXY_URL": seen_from_container(setup.base) + "/v1", "OPENAI_API_KEY": setup.key,
+                         "OPENAI_MODEL_LIST": f"+{setup.model}"})]),
+    "chatgpt-next-web": ("ChatGPT-Next-Web (NextChat)", lambda setup: [
+        *form_blocks(setup, "设置 → 自定义接口 → OpenAI", "Settings → Custom Endpoint → OpenAI", setup.base),
+        *environ_blocks({"BASE_URL": seen_from_container(setup.base), "OPENAI_API_KEY": setup.key,
+                         "CUSTOM_MODELS": f"+{setup.model}", "DEFAULT_MODEL": setup.model})]),
+    "open-webui": ("Open WebUI", webui_blocks), "continue": ("Continue", continue_blocks),
+    "cline": ("Cline", lambda setup: form_blocks(
+        setup, "Cline 设置 → API Provider → OpenAI Compatible", "Cline settings → API Provider → OpenAI Compatible",
+        setup.base + "/v1"))}
+
+
+def address_for(handler: Handler) -> str:
+    """This server's address as whoever asks knows it: behind a proxy or on another machine it is not ours."""
+    host, scheme = handler.headers.get("host", ""), handler.headers.get("x-forwarded-proto", "http")
+    fits = re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host) and scheme in ("http", "https")
+    return f"{scheme}://{host}" if fits else handler.server.url
+
+
+def show_clients(handler: Handler) -> None:
+    """GET /admin/api/clients: what to copy into each client.  No key is in there, only where it goes."""
+    query, gateway = query_of(handler), handler.server.gateway
+    router, needs_key = gateway.current().router, gateway.state.door.required
+    model, given = query.get("model") or router.default_model, query.get("key", "")
+    if not re.fullmatch(r"[\x21-\x7e]{0,200}", given):
+        raise BadRequest("key: printable characters without blanks expected", param="key")
+    model = re.sub(r'[\x00-\x1f\x7f"]', "", model)       # names come from upstreams, and these lines go into shells
+    key = given or ("YOUR_KEY" if needs_key else "sk-none")
+    setup = Setup(address_for(handler), key, given or ("$IFLOW2API_KEY" if needs_key else key), model or "MODEL",
+                  bool(query.get("model")) and model != router.default_model)
+    handler.respond_json({"base_url": setup.base, "model": model, "needs_key": needs_key, "data": [
+        {"id": name, "title": title, "blocks": make(setup)} for name, (title, make) in CLIENT_SETUPS.items()]})
 
 
 # --- the page ------------------------------------------------------------------------
@@ -10919,6 +11708,9 @@ _JS_CORE = r"""
 ADMIN_JS = "(() => {" + _JS_CORE + "})();"
 
 
+_HTML = "text/html; charset=utf-8"
+
+
 class Page(NamedTuple):
     """A page made once: its bytes, the same packed, its ETag, and the headers it goes out with."""
     body: bytes
@@ -10932,7 +11724,8 @@ def admin_page() -> Page:
     """The page with style, texts and script in their places; its policy admits those two blocks and nothing else."""
     texts = json.dumps(ADMIN_TEXTS, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     body = ADMIN_HTML.replace("@CSS@", ADMIN_CSS).replace("@TEXTS@", texts).replace("@JS@", ADMIN_JS).encode()
-    style, script = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (ADMIN_CSS, ADMIN_JS))
+    style, script = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+                     for part in (ADMIN_CSS, ADMIN_JS))
     policy = ("default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
               f"style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
               "form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
@@ -10949,24 +11742,31 @@ def show_page(handler: Handler) -> None:
     if page.etag in headers.get("if-none-match", ""):
         return handler.respond(304, b"", "", page.headers)
     if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", headers.get("accept-encoding", "")):
-        return handler.respond(200, page.packed, "text/html; charset=utf-8", [*page.headers, ("Content-Encoding", "gzip")])
-    handler.respond(200, page.body, "text/html; charset=utf-8", page.headers)
+        return handler.respond(200, page.packed, _HTML, [*page.headers, ("Content-Encoding", "gzip")])
+    handler.respond(200, page.body, _HTML, page.headers)
 
 
 #: path below /admin/api/ -> method -> what it does; all but the public ones want a session.
 _ADMIN_ROUTES: Dict[str, Dict[str, Callable[[Handler], None]]] = {
     "overview": {"GET": show_overview}, "events": {"GET": stream_events}, "requests": {"GET": show_requests},
     "series": {"GET": show_series}, "usage": {"GET": show_usage}, "usage.csv": {"GET": download_usage},
-    "config": {"GET": show_config}, "providers": {"GET": show_providers}, "presets": {"GET": show_presets},
-    "models": {"GET": show_admin_models}, "routes/explain": {"POST": explain_route}, "keys": {"GET": show_keys},
-    "logins": {"GET": show_logins}, "logs": {"GET": show_logs}, "logs.txt": {"GET": download_logs},
-    "about": {"GET": show_about}, "instances": {"GET": show_instances}, "oauth/status": {"GET": steer_login},
-    **{f"oauth/{action}": {"POST": steer_login} for action in ("start", "callback", "paste")}}
+    "config": {"GET": show_config, "PATCH": save_config}, "presets": {"GET": show_presets},
+    "providers": {"GET": show_providers, "POST": add_provider}, "providers/test": {"POST": try_provider},
+    "providers/order": {"POST": order_providers},
+    "providers/": {"PUT": edit_provider, "DELETE": remove_provider},
+    "models": {"GET": show_admin_models}, "routes/explain": {"POST": explain_route},
+    "keys": {"GET": show_keys, "POST": add_key}, "keys/": {"DELETE": remove_key},
+    "logins": {"GET": show_logins}, "logins/": {"DELETE": end_login},
+    **{f"oauth/{action}": {"POST": steer_login} for action in ("start", "callback", "paste")},
+    "oauth/status": {"GET": steer_login}, "logs": {"GET": show_logs}, "logs.txt": {"GET": download_logs},
+    "clients": {"GET": show_clients}, "about": {"GET": show_about}, "instances": {"GET": show_instances}}
 
 ROUTES.update({f"/admin/api/{path}": {method: Route(run, admin=True) for method, run in methods.items()}
                for path, methods in _ADMIN_ROUTES.items()})
 ROUTES.update({
     "/admin": {"GET": Route(show_page, public=True)},
+    **{f"/admin/api/play/{name}": {"POST": Route(play, dialect, admin=True)}
+       for name, dialect in (("chat", CHAT), ("messages", MESSAGES), ("responses", RESPONSES))},
     "/admin/api/session": {"GET": Route(show_session, public=True, admin=True),
                            "POST": Route(sign_in, public=True, admin=True), "DELETE": Route(sign_out, admin=True)},
     "/admin/api/password": {"POST": Route(set_password, public=True, admin=True)}})
@@ -11436,6 +12236,7 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "clients": ("客户端", "clients"),
     "login": ("登录", "login"),
     "page": ("页面", "page"),
+    "page_code": ("一次性验证码，用于设置页面密码：{code}", "one-time code, to set its password: {code}"),
     "next": ("下一步", "next"),
     "default": ("（默认）", " (default)"),
     "disabled": ("已停用：{problem}", "disabled: {problem}"),
@@ -11492,6 +12293,18 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "cannot_write": ("无法写入 {path}：{reason}", "{path} can't be written: {reason}"),
     "proxy_is_off": ("上游代理尚未启用；启用：{program} config set upstream_proxy_enabled true",
                      "the proxy is not in use yet; to use it: {program} config set upstream_proxy_enabled true"),
+    # the page's password
+    "new_password": ("新密码：", "new password: "),
+    "same_again": ("再输入一次：", "the same again: "),
+    "not_the_same": ("两次输入不一致；没有改动", "these were not the same; nothing was changed"),
+    "no_terminal": ("这里没有终端；从标准输入读取密码：{program} admin reset-password -",
+                    "there is no terminal here; to read it from standard input: {program} admin reset-password -"),
+    "password_shown": ("不要把密码写在命令行上；直接运行 {program} admin reset-password，或用 -（标准输入）",
+                       "a password does not belong on the command line; run {program} admin reset-password, or use - "
+                       "(standard input)"),
+    "password_length": ("密码需要 {least} 到 {most} 个字符", "a password has from {least} to {most} characters"),
+    "password_set": ("页面密码已更改；所有已登录的会话都已结束", "the page's password is changed; whoever was signed in is signed out"),
+    "password_above": ("环境变量 {variable} 优先于它", "the variable {variable} is set, and stands above it"),
     # what a setting may be
     "kind_str": ("文字", "a string"),
     "kind_int": ("整数", "a whole number"),
@@ -11700,24 +12513,11 @@ def _parse_for(where: str, name: str, text: str) -> Any:
     try:
         return parse_setting(name, text)
     except ValueError as exc:
-        if SETTING[name].metadata["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{"):
+        facts = SETTING[name].metadata
+        if facts.get("secret") or facts["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{"):
             raise UsageError(f"{where}: {exc}") from None        # which part of it, and why
         shown = one_line(text, 60) or '""'
         raise UsageError(tr("bad_value", where=where, value=shown, expected=_expected(name))) from None
-
-
-class _Collect(AnswerSink):
-    """Keeps an answer: for our own requests."""
-    data = b""
-
-    def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
-        self.began, self.data = True, data
-
-    def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
-        self.began, self.data = True, self.data + payload
-
-    def end(self, payload: bytes) -> None:
-        self.send(payload)
 
 
 def _read_key(text: str) -> str:
@@ -11784,6 +12584,7 @@ def cmd_serve(args: Any) -> int:
     stopping = _heed_signals(gateway)
     print(f"iflow2api {__version__} listening on {server.url}", flush=True)
     _say("\n".join(["", *_card(gateway, server, had_key), ""]))
+    _show_page(gateway, server, args.no_browser)
     gateway.watch_files()
     while not stopping.wait(1 if os.name == "nt" else 3600):     # Windows: Ctrl-C does not end an endless wait
         pass
@@ -11792,6 +12593,21 @@ def cmd_serve(args: Any) -> int:
     if demo is not None:
         demo.close()
     return 0
+
+
+def _show_page(gateway: Gateway, server: Server, stay: bool) -> None:
+    """Open the page at the first start, where somebody sees it; from now on, no password any more means a new code."""
+    said = [gateway.sessions.code()]
+
+    def say_code() -> None:
+        code = gateway.sessions.code()
+        if code not in ("", said[0]):
+            said[0] = code
+            _say(tr("page_code", code=code))
+
+    gateway.listeners.append(say_code)
+    if said[0] and not stay and sys.stdout.isatty():
+        threading.Thread(target=open_browser, args=(server.url + "/admin", os.environ), daemon=True).start()
 
 
 def _bind_problem(host: str, port: int, exc: OSError) -> str:
@@ -11812,8 +12628,9 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
     """What somebody who has just started it has to know, in the lines of a narrow terminal."""
     rows = [(tr("address"), server.url, "green"), *_card_providers(gateway.state.router, CONSOLE.columns - 14),
             *_card_access(gateway, had_key)]
-    if "/admin" in ROUTES:
-        rows.append((tr("page"), server.url + "/admin", ""))
+    rows.append((tr("page"), server.url + "/admin", ""))
+    if gateway.sessions.is_new:
+        rows.append(("", tr("page_code", code=gateway.sessions.code()), "bold"))
     problems = [problem for problem in gateway.problems if not problem.startswith("provider ")]      # these stand above
     rows += [(tr("problems"), one_line(problem, 200), "yellow") for problem in problems[:1]]
     step, *rest = _next_step(gateway, server).split("\n")
@@ -12086,38 +12903,12 @@ def _probe(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
     """Whether a one-word chat works, and a line that says so or why not."""
     started = time.monotonic()
     try:
-        model = _probe_model(gateway, provider)
-        message = _ask(gateway, provider, model)
+        model = model_to_try(gateway, provider)
+        message = ask_provider(gateway, provider, model)
     except GatewayError as exc:
         return False, f"failed ({exc.status}): {one_line(exc.message, 400)}"
     said = one_line(message.get("content") or reasoning_of(message), 40)
     return True, f"ok, {model} answered in {time.monotonic() - started:.1f} s: {said}"
-
-
-def _ask(gateway: Gateway, provider: Provider, model: str, **more: Any) -> Json:
-    """The message of a tiny real request; of a streamed one {}.  GatewayError."""
-    limit = profile_of(Target(provider, model))["max_tokens_field"]
-    body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
-            "messages": [{"role": "user", "content": "Say hi."}], **more}
-    sink = _Collect()
-    gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_")), sink)
-    return {} if body.get("stream") else first_choice(json.loads(sink.data)).get("message") or {}
-
-
-def _probe_model(gateway: Gateway, provider: Provider) -> str:
-    """A model to try: the default one if it is this provider's, its first configured one, or the first it lists."""
-    if provider.problem:
-        raise NotLoggedIn(provider.problem)
-    router = gateway.current().router
-    if router.default_model and (gateway.settings.default_model in provider.models or provider is router.default):
-        head, slash, rest = router.default_model.partition("/")
-        return rest if slash and head == provider.name else router.default_model
-    if provider.models:
-        return provider.models[0]
-    listed = [model for model in gateway.fetch_models(provider) if "embed" not in model]
-    if not listed:
-        raise UpstreamGarbled("it lists no models; name one in its `models`, or with --model")
-    return listed[0]
 
 
 # --- providers ---------------------------------------------------------------
@@ -12195,11 +12986,8 @@ def _new_provider(args: Any) -> Json:
     if not args.name:
         raise UsageError("provider add needs a NAME: one of `provider presets`, or any with --base-url URL")
     preset = _preset(args.preset or args.name) if args.preset or args.name in PRESETS or not args.base_url else None
-    entry = entry_at(args.base_url, preset) if args.base_url else _preset(args.preset or args.name).entry("")
-    entry = {**entry, "name": args.name, "kind": args.kind or "openai"}
-    if args.models:
-        known = {model["id"]: model for model in entry.get("models", ())}
-        entry["models"] = [known.get(model, model) for model in filter(None, map(str.strip, args.models.split(",")))]
+    entry = entry_for(args.name, args.kind, args.base_url or "", preset,
+                      filter(None, map(str.strip, (args.models or "").split(","))))
     variable = preset.key if preset else ""
     key = args.api_key if args.api_key is not None else "$" + variable if variable else None
     entry["api_keys"] = [] if key is None else [_stored_key(key, variable)]
@@ -12255,15 +13043,6 @@ def _raw_providers(raw: Json) -> List[Any]:
     return providers
 
 
-#: What is at fault, by the status that a probe ends with.
-_FAULTS = {401: "the key", 402: "the balance", 403: "the key", 404: "the model", 429: "the rate limit",
-           502: "the connection", 504: "the connection"}
-
-_PROBE_TOOL = {"type": "function", "function": {
-    "name": "report", "description": "Report a number.",
-    "parameters": {"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}}}
-
-
 def _provider_test(args: Any) -> int:
     """One line for each provider: what works, what does not, and why."""
     gateway = _gateway_of(args)
@@ -12274,35 +13053,14 @@ def _provider_test(args: Any) -> int:
     if not providers:
         _say("no provider to test: add one with `provider add NAME`")
         return 1
-    results = [_examine(gateway, providers[name]) for name in ([args.name] if args.name else providers)]
-    for ok, line in results:
-        print(line)
-    return 0 if all(ok for ok, line in results) else 1
-
-
-def _examine(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
-    """Key, model, stream and tools of one provider, in a line; without an answer there is nothing more to try."""
-    started = time.monotonic()
-    try:
-        model = _probe_model(gateway, provider)
-        _ask(gateway, provider, model)
-    except GatewayError as exc:
-        fault = provider.problem and "its settings" or _FAULTS.get(exc.status, f"HTTP {exc.status}")
-        return False, f"{provider.name}: does not work, {fault}: {one_line(exc.message, 300)}"
-    parts = ["key ok" if provider.api_keys else "needs no key",
-             f"model {model} ok ({time.monotonic() - started:.1f} s)"]
-    tool_request = {"tools": [_PROBE_TOOL],
-                    "messages": [{"role": "user", "content": "Call the tool report with the number 7."}]}
     failed = 0
-    for what, more in (("stream", {"stream": True}), ("tools", tool_request)):
-        try:
-            message = _ask(gateway, provider, model, **more)
-            lazy = what == "tools" and not message.get("tool_calls")
-            parts.append("tools taken, but none called" if lazy else f"{what} ok")
-        except GatewayError as exc:
-            failed += 1
-            parts.append(f"{what} failed ({exc.status}: {one_line(exc.message, 160)})")
-    return not failed, f"{provider.name}: " + ", ".join(parts)
+    for name in [args.name] if args.name else providers:
+        checks = examine(gateway, providers[name])
+        broken = next((check.message for check in checks[:3] if check.ok is False), "")
+        said = f"does not work, {broken}" if broken else ", ".join(c.message for c in checks if c.message)
+        print(f"{name}: {said}")
+        failed += any(not check.ok for check in checks)
+    return 1 if failed else 0
 
 
 def cmd_version(args: Any) -> int:
@@ -12312,45 +13070,6 @@ def cmd_version(args: Any) -> int:
 
 # --- env ---------------------------------------------------------------------
 
-#: client -> (variables, what it is).  URL is the server's address, KEY the client key, MODEL the default model.
-CLIENTS: Dict[str, Tuple[Dict[str, str], str]] = {
-    "claude": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY"}, "Claude Code"),
-    "codex": ({"IFLOW2API_KEY": "KEY"}, "Codex CLI"),
-    "openai": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY"}, "the OpenAI SDKs and what is built on them"),
-    "anthropic": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_API_KEY": "KEY"}, "the Anthropic SDKs"),
-    "aider": ({"OPENAI_API_BASE": "URL/v1", "OPENAI_API_KEY": "KEY", "AIDER_MODEL": "openai/MODEL"}, "aider"),
-    "qwen": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY", "OPENAI_MODEL": "MODEL"}, "Qwen Code")}
-
-#: Codex takes its provider from config.toml or from -c flags, never from a variable.
-CODEX_SETTINGS = (("model", "MODEL"), ("model_provider", "iflow2api"), ("model_providers.iflow2api.name", "iflow2api"),
-                  ("model_providers.iflow2api.base_url", "URL/v1"),
-                  ("model_providers.iflow2api.env_key", "IFLOW2API_KEY"),
-                  ("model_providers.iflow2api.wire_api", "responses"))
-
-
-class Shell(NamedTuple):
-    """How a shell is told: a variable, a comment, and a command that stands for another one with flags."""
-    variable: str
-    comment: str
-    command: str
-    quote: Callable[[str], str]
-    reference: str = '"${}"'
-
-
-def _quote_posix(text: str) -> str:
-    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else "'" + text.replace("'", "'\"'\"'") + "'"
-
-
-SHELLS = {
-    "bash": Shell("export {name}={value}", "# {}", "codex() {{ command codex {flags} \"$@\"; }}", _quote_posix),
-    "fish": Shell("set -gx {name} {value}", "# {}", "function codex; command codex {flags} $argv; end",
-                  lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
-    "powershell": Shell("$env:{name} = {value}", "# {}",
-                        "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) {flags} @args }}",
-                        lambda text: "'" + text.replace("'", "''") + "'", "$env:{}"),
-    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
-
-
 def cmd_env(args: Any) -> int:
     """Shell lines that point a client at this server: eval "$(python iflow2api.py env claude)"."""
     gateway = _gateway_of(args)
@@ -12358,39 +13077,8 @@ def cmd_env(args: Any) -> int:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     key = settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed")
     words = {"URL": f"http://{host}:{settings.port}", "KEY": key, "MODEL": gateway.current().router.default_model}
-
-    def filled(text: str) -> str:
-        return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
-
-    variables, title = CLIENTS[args.client]
-    if words["KEY"] == "$IFLOW2API_KEY":
-        print(shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
-    for name, value in variables.items():
-        if value == "KEY" and words["KEY"] == "$IFLOW2API_KEY":
-            if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
-                print(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
-        elif filled(value).strip("/") not in ("", "openai"):        # no model is known
-            print(shell.variable.format(name=name, value=shell.quote(filled(value))))
-    if args.client == "codex":
-        _print_codex(shell, filled)
-    if not words["MODEL"]:
-        print(shell.comment.format(f"{title} asks for models of its own; tell which one to use instead: "
-                                   "python iflow2api.py config set default_model NAME"))
+    print("\n".join(env_lines(args.client, shell, words)))
     return 0
-
-
-def _print_codex(shell: Shell, filled: Callable[[str], str]) -> None:
-    """The command with its flags, and the same as lines for config.toml."""
-    pairs = [(name, filled(value)) for name, value in CODEX_SETTINGS if filled(value)]
-    flags = " ".join("-c " + shell.quote(f'{name}="{value}"') for name, value in pairs)
-    if shell is SHELLS["cmd"]:
-        flags = " ".join(f'-c {name}="{value}"' for name, value in pairs)
-    print(shell.command.format(flags=flags))
-    print(shell.comment.format("or for good, in ~/.codex/config.toml:"))
-    for name, value in pairs:
-        if name == "model_providers.iflow2api.name":
-            print(shell.comment.format("[model_providers.iflow2api]"))
-        print(shell.comment.format(f'{name.rpartition(".")[2]} = "{value}"'))
 
 
 def _guess_shell() -> str:
@@ -12491,18 +13179,8 @@ def cmd_logout(args: Any) -> int:
     account = args.account or DEFAULT_ACCOUNT
     if account != DEFAULT_ACCOUNT and account not in gateway.settings.accounts:
         raise UsageError(f"there is no account {account!r}" + nearest(account, gateway.settings.accounts))
-    file, gone = LoginFile(account, gateway.config), False
     try:
-        login = file.read()
-        foreign = login.get("selectedAuthType") == "openai-compatible"           # another service's key is not ours
-        fields = [name for name in LOGIN_FIELDS if not (foreign and name.endswith("piKey"))]
-        if any(name in login for name in fields):
-            with file.held():
-                file.update(dict.fromkeys(login if not file.is_default else fields))
-            gone = True
-        if file.is_default and gateway.config and gateway.config.read().get("api_key"):
-            gateway.config.change(lambda raw: raw.pop("api_key", None))
-            gone = True
+        gone = remove_login(gateway, account)
     except (LoginFailed, ConfigBroken, OSError) as exc:
         _say(f"error: {exc}")
         return 1
@@ -12633,6 +13311,37 @@ def _config_path(args: Any) -> int:
     return 0
 
 
+# --- the page's password --------------------------------------------------------
+
+def cmd_admin(args: Any) -> int:
+    """`admin reset-password`: a running server takes it over, and ends the sessions of before."""
+    if args.password not in (None, "-"):
+        raise UsageError(tr("password_shown"))
+    password = sys.stdin.readline().rstrip("\r\n") if args.password else _ask_password()
+    try:
+        stored = hash_password(password)
+    except ValueError:
+        least, most = PASSWORD_LENGTH
+        raise UsageError(tr("password_length", least=least, most=most)) from None
+    failed = _change_config(args, lambda raw: raw.update(admin_password=stored))
+    if not failed:
+        _say(tr("password_set"))
+    if os.environ.get(ENV_PREFIX + "ADMIN_PASSWORD"):
+        _say(tr("warning", text=tr("password_above", variable=ENV_PREFIX + "ADMIN_PASSWORD")))
+    return failed
+
+
+def _ask_password() -> str:
+    """A password typed twice at the terminal, unseen."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError(tr("no_terminal"))
+    import getpass
+    password = getpass.getpass(tr("new_password"))
+    if password != getpass.getpass(tr("same_again")):
+        raise UsageError(tr("not_the_same"))
+    return password
+
+
 # --- routes, keys, usage -------------------------------------------------------
 
 def cmd_routes(args: Any) -> int:
@@ -12677,20 +13386,19 @@ def _key_entries(config: ConfigFile) -> List[Any]:
 
 def _key_add(args: Any) -> int:
     """Make a key: it is printed once, only its hash is kept."""
-    name, key = _key_name(args), "sk-" + secrets.token_hex(24)
-    entry: Json = {"name": name, "sha256": hash_key(key).hex(), "created": time.strftime("%Y-%m-%d")}
+    name = _key_name(args)
+    facts: Json = {}
     if args.models:
-        entry["models"] = [model.strip() for model in args.models.split(",") if model.strip()]
+        facts["models"] = [model.strip() for model in args.models.split(",") if model.strip()]
     for limit in LIMIT_FIELDS:
         text = getattr(args, limit)
         if text is not None:
-            entry[limit] = int(text) if re.fullmatch(r"-?\d{1,15}", text) else text
+            facts[limit] = int(text) if re.fullmatch(r"-?\d{1,15}", text) else text
     if args.expires:
-        entry["expires"] = args.expires
+        facts["expires"] = args.expires
     entries = _key_entries(_config_of(args))
     try:
-        if parse_client_key(entry).expires_at <= time.time():
-            raise ValueError(f"expires: {args.expires} is over")
+        key, entry = make_client_key(name, facts)
     except ValueError as exc:
         raise UsageError(f"key add {name}: {exc}") from None
     if any(isinstance(known, dict) and known.get("name") == name for known in entries):
@@ -12870,6 +13578,10 @@ COMMANDS: Dict[str, Command] = {
                    "help": ("新的值；列表和对象写成 JSON", "its value; lists and objects as JSON")}),
         ("--show-secrets", {"action": "store_true", "help": ("完整显示密钥", "show keys in full")})),
         ("config list", "config set port 8080", "config set upstream_proxy socks5h://127.0.0.1:1080")),
+    "admin": Command(cmd_admin, ("重设管理页面的密码", "set the page's password anew"), (
+        ("action", {"choices": ("reset-password",), "help": ("重设密码", "set it")}),
+        ("password", {"nargs": "?", "metavar": "-", "help": ("- 表示从标准输入读取", "-: read it from standard input")})),
+        ("admin reset-password", "admin reset-password - < FILE")),
     "routes": Command(cmd_routes, ("说明某个模型名会去哪里、为什么", "say where a model's name goes, and why"), (
         ("action", {"choices": ("explain",), "help": ("说明去向", "say where it goes")}),
         ("name", {"metavar": "MODEL", "help": ("模型名", "the model's name")}),

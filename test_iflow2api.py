@@ -9636,7 +9636,7 @@ def test_the_refresh_thread_starts_and_ends(home_login, host, gateway_login):
 
 def ask_login(gateway_login, stream=False):
     body = {"model": "iflow/glm-4.6", "stream": stream, "messages": [{"role": "user", "content": "x"}]}
-    sink = ifl._Collect()
+    sink = ifl.Collect()
     gateway_login.answer(ifl.Call(ifl.CHAT, body, json.dumps(body), {}, "req_1"), sink)
     return json.loads(sink.data)["choices"][0]["message"]["content"]
 
