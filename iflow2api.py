@@ -8204,6 +8204,10 @@ class UsageBook:
         for names in self._rows:
             self._a_day[names[0]] = self._a_day.get(names[0], 0) + 1
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._rows
+
     def rows(self, days: int) -> List[Tuple[UsageName, List[int]]]:
         """The rows of the last `days`."""
         oldest = time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
@@ -10271,7 +10275,8 @@ CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 <title>iflow2api</title><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:40rem;
 margin:3rem auto;padding:0 1rem}code{font:14px ui-monospace,monospace}li{margin:.2rem 0}</style>
 <h1>iflow2api</h1><p>It runs. Point an OpenAI client here / 服务已启动，将客户端的 base URL 设为：<br><code>URL/v1</code></p>
-<ul><li><a href="/health">/health</a></li><li><a href="/v1/models">/v1/models</a></li><li><a href="/metrics">/metrics</a></li></ul>"""
+<ul><li><a href="/admin">/admin</a></li><li><a href="/health">/health</a></li><li><a href="/v1/models">/v1/models</a></li>
+<li><a href="/metrics">/metrics</a></li></ul>"""
 
 #: No script, nothing from elsewhere; for pages that are only text and style.
 PAGE_HEADERS = (("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
@@ -10284,7 +10289,7 @@ def show_card(handler: Handler) -> None:
         page = CARD.replace("URL", handler.server.url)
         return handler.respond(200, page.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
     handler.respond_json({"name": "iflow2api", "version": __version__, "base_url": handler.server.url + "/v1",
-                          "endpoints": sorted(path for path in ROUTES if path != "/")})
+                          "endpoints": sorted(path for path in ROUTES if path != "/" and not path.startswith("/admin/"))})
 
 
 class Route(NamedTuple):
@@ -10552,10 +10557,11 @@ def no_content(handler: Handler, *headers: Tuple[str, str]) -> None:
 
 # --- signing in ------------------------------------------------------------------
 
-def cookie_header(server: Server, token: str) -> Tuple[str, str]:
+def cookie_header(handler: Handler, token: str) -> Tuple[str, str]:
     """A session's cookie; without a token the one that takes it away."""
-    return "Set-Cookie", (f"{session_cookie(server)}={token}; Path=/admin; HttpOnly; SameSite=Strict; "
-                          f"Max-Age={SESSION_S if token else 0}")
+    secure = "; Secure" if address_for(handler).startswith("https:") else ""
+    return "Set-Cookie", (f"{session_cookie(handler.server)}={token}; Path=/admin; HttpOnly; SameSite=Strict; "
+                          f"Max-Age={SESSION_S if token else 0}{secure}")
 
 
 def show_session(handler: Handler) -> None:
@@ -10582,7 +10588,7 @@ def sign_in(handler: Handler) -> None:
     right = sessions.try_password(address_of(handler), password)
     if not right or body.get("user") not in (None, "admin"):
         raise Unauthorized("user or password is wrong", code="wrong_password")
-    no_content(handler, cookie_header(handler.server, sessions.open()))
+    no_content(handler, cookie_header(handler, sessions.open()))
 
 
 def sign_out(handler: Handler) -> None:
@@ -10593,7 +10599,7 @@ def sign_out(handler: Handler) -> None:
         sessions.close_all()
     sessions.close(session_token(handler))
     handler.server.gateway.live.ring()                   # who watches with it is told
-    no_content(handler, cookie_header(handler.server, ""))
+    no_content(handler, cookie_header(handler, ""))
 
 
 def set_password(handler: Handler) -> None:
@@ -10601,7 +10607,7 @@ def set_password(handler: Handler) -> None:
     body = read_fields(handler, {"code": "str", "current": "str", "password": "str"})
     gateway, address = handler.server.gateway, address_of(handler)
     password = needed(body, "password")
-    if gateway.origins.get("admin_password") in ("environment", "flag"):
+    if gateway.origins.get("admin_password") == "environment":
         raise Conflict(f"{ENV_PREFIX}ADMIN_PASSWORD sets the password; change it there", code="set_elsewhere")
     if not gateway.sessions.is_new:
         check_session(handler)
@@ -10615,7 +10621,7 @@ def set_password(handler: Handler) -> None:
     elif not gateway.sessions.try_password(address, needed(body, "current")):
         raise Forbidden("the current password is wrong", code="wrong_password", param="current", should_retry=None)
     gateway.set_password(hash_password(password))
-    no_content(handler, cookie_header(handler.server, gateway.sessions.open()))
+    no_content(handler, cookie_header(handler, gateway.sessions.open()))
 
 
 # --- what is going on -------------------------------------------------------------
@@ -10644,7 +10650,7 @@ def next_step(gateway: Gateway) -> str:
         return "login_or_provider"
     if not router.default_model and not router.aliases:
         return "models"
-    return "" if gateway.live.requests.count or gateway.usage.rows(31) else "client"
+    return "" if gateway.live.requests.count or not gateway.usage.is_empty else "client"
 
 
 def overview_of(server: Server) -> Json:
@@ -11073,7 +11079,7 @@ def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[Any]) -> D
     values: Dict[str, Tuple[Any, bool]] = {}
     for name in [*given, *dropped]:
         shown = one_line(name, 60)
-        if name not in SETTING:
+        if not isinstance(name, str) or name not in SETTING:
             raise BadRequest(f"there is no setting {shown!r}" + nearest(shown, SETTING), param=shown)
         if name in SET_ELSEWHERE:
             raise BadRequest(f"{name} is not changed here", param=name, code="set_elsewhere")
@@ -11402,9 +11408,13 @@ def end_login(handler: Handler) -> None:
     no_content(handler)
 
 
+PLAYED = {"chat": CHAT, "messages": MESSAGES, "responses": RESPONSES}
+
+
 def play(handler: Handler) -> None:
     """The playground: a dialect's own endpoint, for who is signed in instead of for a client's key."""
-    handler.key = ADMIN_KEY
+    dialect = PLAYED[normal_path(handler.path).rpartition("/")[2]]
+    handler.key, handler.endpoint = ADMIN_KEY, handler.endpoint._replace(dialect=dialect)
     answer_call(handler)
 
 
@@ -11765,8 +11775,7 @@ ROUTES.update({f"/admin/api/{path}": {method: Route(run, admin=True) for method,
                for path, methods in _ADMIN_ROUTES.items()})
 ROUTES.update({
     "/admin": {"GET": Route(show_page, public=True)},
-    **{f"/admin/api/play/{name}": {"POST": Route(play, dialect, admin=True)}
-       for name, dialect in (("chat", CHAT), ("messages", MESSAGES), ("responses", RESPONSES))},
+    **{f"/admin/api/play/{name}": {"POST": Route(play, admin=True)} for name in PLAYED},
     "/admin/api/session": {"GET": Route(show_session, public=True, admin=True),
                            "POST": Route(sign_in, public=True, admin=True), "DELETE": Route(sign_out, admin=True)},
     "/admin/api/password": {"POST": Route(set_password, public=True, admin=True)}})
