@@ -8301,7 +8301,7 @@ class Ring:
 
     def add(self, item: Any) -> None:
         with self._lock:
-            self.count += 1
+            self.count += self._items.maxlen != 0        # what nobody wants kept is not lost
             self._items.append(item)
 
     def resize(self, size: int) -> None:
@@ -10275,8 +10275,8 @@ CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 <title>iflow2api</title><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:40rem;
 margin:3rem auto;padding:0 1rem}code{font:14px ui-monospace,monospace}li{margin:.2rem 0}</style>
 <h1>iflow2api</h1><p>It runs. Point an OpenAI client here / 服务已启动，将客户端的 base URL 设为：<br><code>URL/v1</code></p>
-<ul><li><a href="/admin">/admin</a></li><li><a href="/health">/health</a></li><li><a href="/v1/models">/v1/models</a></li>
-<li><a href="/metrics">/metrics</a></li></ul>"""
+<ul><li><a href="/admin">/admin</a></li><li><a href="/health">/health</a></li>
+<li><a href="/v1/models">/v1/models</a></li><li><a href="/metrics">/metrics</a></li></ul>"""
 
 #: No script, nothing from elsewhere; for pages that are only text and style.
 PAGE_HEADERS = (("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
@@ -10288,8 +10288,9 @@ def show_card(handler: Handler) -> None:
     if "text/html" in handler.headers.get("accept", ""):
         page = CARD.replace("URL", handler.server.url)
         return handler.respond(200, page.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
+    endpoints = sorted(path for path in ROUTES if path != "/" and not path.startswith("/admin/"))
     handler.respond_json({"name": "iflow2api", "version": __version__, "base_url": handler.server.url + "/v1",
-                          "endpoints": sorted(path for path in ROUTES if path != "/" and not path.startswith("/admin/"))})
+                          "endpoints": endpoints})
 
 
 class Route(NamedTuple):
@@ -10777,9 +10778,9 @@ def show_logs(handler: Handler) -> None:
     level = getattr(logging, choice_in(query, "level", ("debug", "info", "warning", "error")).upper())
     limit, before = number_in(query, "limit", 1000, LOG_LINES), number_in(query, "before", 10 ** 15, 10 ** 15)
     wanted = query.get("search", "").lower()
-    lines = [told_log(number, line) for number, line in ring.after(0, LOG_LINES)[1]
-             if number < before and line[1] >= level]
-    lines = [line for line in lines if wanted in line["text"].lower()] if wanted else lines
+    found = [pair for pair in ring.after(0, LOG_LINES)[1] if pair[0] < before and pair[1][1] >= level]
+    lines = [told_log(number, line) for number, line in (found if wanted else found[-limit:])]
+    lines = [line for line in lines if wanted in line["text"].lower()]
     handler.respond_json({"data": lines[-limit:], "first": ring.count - len(ring) + 1, "last": ring.count})
 
 
@@ -11153,7 +11154,7 @@ def kept_key(key: Any, place: int, before: Json) -> str:
     if isinstance(key, dict):
         index = key.get("keep")
         if type(index) is not int or not 0 <= index < len(old):
-            raise BadRequest(f"api_keys[{place}]: there is no key at {one_line(json.dumps(index), 40)}", param="api_keys")
+            raise BadRequest(f"api_keys[{place}]: no key is at {one_line(json.dumps(index), 40)}", param="api_keys")
         return old[index]
     if not isinstance(key, str) or not key.strip():
         raise BadRequest(f"api_keys[{place}]: a string expected", param="api_keys")

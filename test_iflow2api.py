@@ -11856,6 +11856,20 @@ def test_who_is_slow_is_told_how_much_was_lost(gateway):
     assert sum(rest) == ifl.LOG_LINES - 1000 and viewer.news() == b""
 
 
+def test_rings():
+    ring = ifl.Ring(3)
+    assert ring.after(0) == (0, [])
+    for letter in "abcde":
+        ring.add(letter)
+    assert ring.after(0) == (2, [(3, "c"), (4, "d"), (5, "e")]) and ring.after(0, 1) == (2, [(3, "c")])
+    assert ring.after(4) == (0, [(5, "e")]) and ring.after(5) == (0, []) and ring.after(99) == (0, [])
+    ring.resize(1)
+    assert ring.after(3) == (1, [(5, "e")])
+    nothing = ifl.Ring(0)                                # history_size 0: nothing is kept, and nothing is said to be lost
+    nothing.add("a")
+    assert nothing.after(0) == (0, [])
+
+
 def test_viewers_are_bounded_and_leave(admin):
     browser = admin()
     watchers = [Watcher(browser) for _ in range(ifl.VIEWERS_LIMIT)]
