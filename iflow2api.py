@@ -40,8 +40,9 @@ Contents
     13 Gateway           owns 5 and 10 to 12; one call from route to answer
     14 HTTP              server, handler, routes of the URL space, errors as bytes
     15 Documents         OpenAPI 3.1 and its readers
-    16 Demo upstream     what `--demo` talks to, and the tests
-    17 Command line      one cmd_* each
+    16 Admin             the page, who may see it, and its JSON API
+    17 Demo upstream     what `--demo` talks to, and the tests
+    18 Command line      one cmd_* each
 
 Embedding: `server = serve(Gateway(Settings(providers=[…])), port=0)`, then server.url, server.close().
 """
@@ -285,6 +286,22 @@ KEY_STATUS = (401, 403, 429)
 #: Names that Messages and Responses clients insist on; they become `default_model`.
 FOREIGN_MODELS = ("claude-*", "gpt-*", "codex-*", "o1*", "o3*", "o4*")
 
+#: The page: sessions at once, how long one lasts, and how long when nobody uses it.
+SESSIONS_LIMIT, SESSION_S, SESSION_IDLE_S = 64, 30 * 86400, 7 * 86400
+
+#: Wrong passwords within SIGN_IN_SPAN_S seconds after which an address, and everybody, has to wait.
+SIGN_IN_SPAN_S, SIGN_IN_TRIES, SIGN_IN_TRIES_OF_ALL = 300, 10, 60
+SIGN_IN_ADDRESSES = 1000
+
+#: Characters of a password: below the first anybody guesses it, beyond the second nobody types it.
+PASSWORD_LENGTH = (8, 1024)
+
+#: Letters of a one-time code: none that looks like another.
+CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+
+#: What the page may send, the playground apart; who may watch at once; log lines kept for it, and how much of each.
+ADMIN_BODY_BYTES, VIEWERS_LIMIT, LOG_LINES, LOG_LINE_CHARS = 1 << 20, 16, 10_000, 4000
+
 #: Label sets of a metric family beyond this are counted as "other": names come from clients.
 METRIC_SERIES_LIMIT = 500
 
@@ -344,6 +361,11 @@ class Forbidden(GatewayError):
 class NotFound(GatewayError):
     """No such path, model or stored thing."""
     status, type = 404, "invalid_request_error"
+
+
+class Conflict(GatewayError):
+    """Somebody else has changed, in the meantime, what was to be written; or the name is taken."""
+    status, type, code = 409, "invalid_request_error", "conflict"
 
 
 class RateLimited(GatewayError):
@@ -636,6 +658,8 @@ class Settings:
     prices: Dict[str, Any] = setting("dict", {}, "价格", "model pattern -> {input, output, cached} for a million tokens")
     history_size: int = setting("int", 200, "请求历史条数", "requests remembered, without their bodies", low=0, high=10000)
     custom_api_key: str = setting("str", "", "客户端密钥", "the key that clients must send", secret=True)
+    admin_password: str = setting("str", "", "管理页面密码", "of the page: a hash, made there or by `admin reset-password`",
+                                  secret=True)
     custom_auth_header: str = setting("str", "", "额外读取密钥的请求头", "an extra header to read the client key from")
     allowed_hosts: List[Any] = setting("list", [], "允许的 Host", "Host names allowed besides this machine's own")
     allowed_origins: List[Any] = setting("list", [], "允许的 Origin", "web origins that may call without a key")
@@ -690,6 +714,22 @@ class Settings:
 
 
 SETTING = {item.name: item for item in fields(Settings)}
+
+#: Where a form shows each setting.
+SETTING_GROUPS: Dict[str, Tuple[str, ...]] = {
+    "server": ("host", "port", "admin_password", "header_timeout_s", "body_timeout_s", "write_timeout_s",
+               "body_limit_bytes", "max_connections", "keepalive_s", "drain_s", "encrypt_secrets", "auto_start",
+               "start_minimized", "close_action", "check_update_on_startup"),
+    "upstream": ("providers", "default_provider", "aliases", "default_model", "retry", "circuit", "sticky",
+                 "upstream_proxy", "upstream_proxy_enabled", "ca_file", "connect_timeout_s", "first_byte_timeout_s",
+                 "idle_timeout_s", "queue_limit", "queue_timeout_s", "detect_local"),
+    "clients": ("custom_api_key", "custom_auth_header", "client_keys", "address_limits", "allowed_hosts",
+                "allowed_origins", "trusted_proxies", "responses_file"),
+    "iflow": ("api_key", "base_url", "auth_type", "accounts", "api_concurrency", "preserve_reasoning_content",
+              "vision_model", "vision_mode", "iflow_auth_url", "iflow_token_url", "iflow_userinfo_url",
+              "oauth_client_id", "oauth_client_secret"),
+    "logs": ("log_level", "log_file", "history_size", "usage", "usage_days", "prices"),
+    "appearance": ("language", "theme_mode")}
 _KINDS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
 _KIND_NAME = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false",
               "list": "a list",
@@ -869,7 +909,7 @@ class Vault:
         """The text to store; OSError where there is no key and none can be made."""
         parameters, key = "k", b""
         if self._environ.get(ENV_PREFIX + "PASSPHRASE"):
-            parameters = self._parameters = self._parameters or f"p{self._iterations()}-{secrets.token_hex(16)}"
+            parameters = self._parameters = self._parameters or f"p{self.iterations()}-{secrets.token_hex(16)}"
             key = self._keys(parameters)[0]
         else:
             key = (self._filed_keys() or [self._make_key()])[0]
@@ -929,7 +969,7 @@ class Vault:
         return key
 
     @classmethod
-    def _iterations(cls) -> int:
+    def iterations(cls) -> int:
         """Rounds that take about DERIVE_S on this machine."""
         started = time.perf_counter()
         hashlib.pbkdf2_hmac("sha256", b"measure", b"measure", cls.ITERATIONS[0])
@@ -937,6 +977,38 @@ class Vault:
         fewest, most = cls.ITERATIONS
         return max(fewest, min(most, int(fewest * cls.DERIVE_S / taken) // 1000 * 1000))
 
+
+# --- the page's password --------------------------------------------------------
+
+_PASSWORD_HASH = re.compile(r"pbkdf2-sha256\$([1-9]\d{0,7})\$([0-9a-f]{32})\$([0-9a-f]{64})")
+
+
+def hash_password(password: str) -> str:
+    """`pbkdf2-sha256$ITERATIONS$SALT$HASH`, as `admin_password` keeps it; ValueError for one too short or too long."""
+    least, most = PASSWORD_LENGTH
+    if not least <= len(password) <= most:
+        raise ValueError(f"a password has from {least} to {most} characters")
+    iterations, salt = Vault.iterations(), secrets.token_bytes(16)
+    return f"pbkdf2-sha256${iterations}${salt.hex()}${_stretch(password, salt, iterations).hex()}"
+
+
+def is_password(password: str, stored: str) -> bool:
+    """Whether it is the one that hash_password made `stored` of."""
+    found = _PASSWORD_HASH.fullmatch(stored)
+    return found is not None and hmac.compare_digest(
+        _stretch(password, bytes.fromhex(found.group(2)), int(found.group(1))), bytes.fromhex(found.group(3)))
+
+
+def _stretch(password: str, salt: bytes, iterations: int) -> bytes:
+    return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), salt, iterations)
+
+
+def check_password_hash(value: str) -> None:
+    if value and not _PASSWORD_HASH.fullmatch(value):
+        raise ValueError("a hash expected, never the password itself; set it on the page, or by `admin reset-password`")
+
+
+# --- secrets in config.json -------------------------------------------------------
 
 def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
     """`raw` (config.json's object) with `change(place, secret)` in each secret's place; a new object.
@@ -1105,6 +1177,45 @@ class ConfigFile:
             return locked
 
 
+class ConfigVersions:
+    """What config.json held whenever it was shown, so that who writes learns what somebody else has changed since.
+
+    A place is a setting, `providers/NAME` or `client_keys/NAME`; only digests are kept.
+    """
+    LIMIT = 64
+
+    def __init__(self) -> None:
+        self._seen: Dict[str, Dict[str, str]] = {}
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def places(raw: Json) -> Dict[str, str]:
+        def digest(value: Any) -> str:
+            return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+        found = {name: digest(value) for name, value in raw.items()}
+        for name in ("providers", "client_keys"):
+            entries = raw.get(name) if isinstance(raw.get(name), list) else []
+            found.update((f"{name}/{entry.get('name')}", digest(entry)) for entry in entries if isinstance(entry, dict))
+        return found
+
+    def note(self, raw: Json) -> str:
+        """Remember what `raw` holds; the name of this version: the same for the same content."""
+        places = self.places(raw)
+        version = hashlib.sha256(repr(sorted(places.items())).encode()).hexdigest()[:16]
+        with self._lock:
+            self._seen.pop(version, None)
+            self._seen[version] = places
+            while len(self._seen) > self.LIMIT:
+                del self._seen[next(iter(self._seen))]
+        return version
+
+    def has_changed(self, version: str, raw: Json, place: str) -> bool:
+        """Whether `raw` holds something else at `place` than `version` did; also where nobody remembers it."""
+        before = self._seen.get(version)
+        return before is None or before.get(place) != self.places(raw).get(place)
+
+
 # --- what is inside of settings -----------------------------------------------
 
 #: Field -> its type, the least and the most it may be.
@@ -1155,7 +1266,7 @@ INNER_CHECKS: Dict[str, Callable[[Any], None]] = {
     "retry": lambda value: check_numbers(value, RETRY_FIELDS),
     "circuit": lambda value: check_numbers(value, CIRCUIT_FIELDS),
     "address_limits": lambda value: check_numbers(value, LIMIT_FIELDS), "prices": check_prices,
-    "trusted_proxies": check_networks, "client_keys": check_client_keys}
+    "trusted_proxies": check_networks, "client_keys": check_client_keys, "admin_password": check_password_hash}
 
 
 # --- client keys --------------------------------------------------------------
@@ -1214,6 +1325,15 @@ def parse_client_keys(entries: Sequence[Any]) -> Tuple[List[ClientKey], List[str
         except ValueError as exc:
             problems.append(f"client_keys[{number}]: {exc}")
     return list(keys.values()), problems
+
+
+def make_client_key(name: str, facts: Json) -> Tuple[str, Json]:
+    """A new key and its entry of `client_keys`, with its hash alone; `facts`: models, expires, limits.  ValueError."""
+    key = "sk-" + secrets.token_hex(24)
+    entry = {"name": name, "sha256": hash_key(key).hex(), "created": time.strftime("%Y-%m-%d"), **facts}
+    if parse_client_key(entry).expires_at <= time.time():
+        raise ValueError(f"expires: {facts['expires']} is over")
+    return key, entry
 
 
 class Doorkeeper:
@@ -1596,6 +1716,46 @@ def entry_at(base_url: str, preset: Optional[Preset] = None) -> Json:
     known = preset or at_home
     facts = known.entry("") if known else {}
     return {**facts, "base_url": at_home.base_url if at_home and not path.strip("/") else base_url}
+
+
+def entry_for(name: str, kind: str, base_url: str, preset: Optional[Preset], models: Iterable[Any]) -> Json:
+    """An entry of `providers` out of a preset, an address or both; of `models` named here a preset knows the facts."""
+    entry = entry_at(base_url, preset) if base_url or preset is None else preset.entry("")
+    entry = {**entry, "name": name, "kind": kind or "openai"}
+    known = {model["id"]: model for model in entry.get("models", ())}
+    wanted = [known.get(model, model) if isinstance(model, str) else model for model in models]
+    return {**entry, "models": wanted} if wanted else entry
+
+
+# --- what may be shown ---------------------------------------------------------
+
+def hide_secrets(name: str, value: Any) -> Any:
+    """A setting's value as it may be shown."""
+    if name == "admin_password":
+        return "…" if value else ""
+    if name in SETTING and SETTING[name].metadata.get("secret"):
+        return redact(value) if "://" in str(value) else mask(value)
+    if name == "providers" and isinstance(value, list):
+        return [_hide_in_provider(entry) if isinstance(entry, dict) else entry for entry in value]
+    if name == "accounts" and isinstance(value, dict):
+        return {account: {key: mask(str(item)) if key in LOGIN_SECRETS else item for key, item in login.items()}
+                if isinstance(login, dict) else "…" for account, login in value.items()}
+    return value
+
+
+def _hide_in_provider(entry: Json) -> Json:
+    def hide(text: Any) -> Any:
+        return text if isinstance(text, str) and re.fullmatch(r"\$\w+", text) else mask(str(text))
+
+    shown = dict(entry)
+    for name, value in entry.items():
+        if name == "headers" and isinstance(value, dict):
+            shown[name] = {header: hide(text) for header, text in value.items()}
+        elif name in ("proxy", "base_url") and isinstance(value, str):
+            shown[name] = re.sub(r"[?#].*", "…", redact(value))
+        elif re.search(r"(?i)keys?$|token|secret|password|headers", name):
+            shown[name] = [hide(key) for key in value] if isinstance(value, list) else hide(value)
+    return shown
 
 
 # --- routes ------------------------------------------------------------------
@@ -7695,6 +7855,10 @@ class Slots:
         self._lock = threading.Lock()
 
     @property
+    def limit(self) -> int:
+        return self._limit
+
+    @property
     def waiting(self) -> int:
         return len(self._waiting)
 
@@ -7767,6 +7931,7 @@ class KeyRing:
         self.keys = tuple(keys)
         self._clock, self._next = clock, 0
         self._rests_until: Dict[str, float] = {}
+        self._refused: Set[str] = set()  #: of those that rest
         self._places = {key: Slots(each) for key in self.keys} if each else {}
         self.each = each
         self._lock = threading.Lock()
@@ -7793,9 +7958,15 @@ class KeyRing:
         places = self._places.get(key)
         return places.hold(caller, settings, f"a key of {name}") if places is not None else _NO_WAIT
 
-    def rest(self, key: str, seconds: float) -> None:
+    def rest(self, key: str, seconds: float, refused: bool = False) -> None:
         with self._lock:
             self._rests_until[key] = self._clock() + seconds
+            (self._refused.add if refused else self._refused.discard)(key)
+
+    def state(self, key: str) -> Tuple[str, float]:
+        """`ok`, `resting` or `refused`, and for how many seconds it still rests."""
+        rests_s = max(0.0, self._rests_until.get(key, 0.0) - self._clock()) if key in self._rests_until else 0.0
+        return ("ok" if not rests_s else "refused" if key in self._refused else "resting"), rests_s
 
     def revive(self, key: str) -> None:
         if self._rests_until:
@@ -7806,6 +7977,7 @@ class KeyRing:
         """Let keys that rested in an earlier ring rest on: a reload is no pardon."""
         with earlier._lock:
             self._rests_until = {key: until for key, until in earlier._rests_until.items() if key in self.keys}
+            self._refused = earlier._refused & set(self.keys)
             self._places = {key: earlier._places.get(key, slots) for key, slots in self._places.items()}
         for slots in self._places.values():
             slots.resize(self.each)
@@ -7972,6 +8144,14 @@ class RateLimiter:
             if len(self._addresses) > ADDRESSES_LIMIT:
                 del self._addresses[next(iter(self._addresses))]
             return meter
+
+    def used(self, key: ClientKey) -> Dict[str, int]:
+        """What a key has used of each of its limits."""
+        meter = self.of_key(key)
+        with self._lock:
+            now = self._clock()
+            used = {name: window.used(now) for name, window in meter.windows.items()}
+        return {**used, **({"concurrency": meter.active} if meter.concurrency else {})}
 
     @staticmethod
     def _find(meters: Dict[str, Meter], name: str, words: str, limits: Mapping[str, int]) -> Meter:
@@ -8435,14 +8615,21 @@ class UsageBook:
         for names in self._rows:
             self._a_day[names[0]] = self._a_day.get(names[0], 0) + 1
 
-    def report(self, by: str, days: int, prices: Mapping[str, Mapping[str, float]]) -> List[Json]:
-        """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost` where there are prices."""
+    @property
+    def is_empty(self) -> bool:
+        return not self._rows
+
+    def rows(self, days: int) -> List[Tuple[UsageName, List[int]]]:
+        """The rows of the last `days`."""
         oldest = time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
         with self._lock:
             self._load()
-            rows = [(names, list(counts)) for names, counts in self._rows.items() if names[0] >= oldest]
+            return [(names, list(counts)) for names, counts in self._rows.items() if names[0] >= oldest]
+
+    def report(self, by: str, days: int, prices: Mapping[str, Mapping[str, float]]) -> List[Json]:
+        """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost` where there are prices."""
         found: Dict[str, Json] = {}
-        for names, counts in rows:
+        for names, counts in self.rows(days):
             name = names[USAGE_NAMES.index(by)]
             total = found.setdefault(name, {by: name, **dict.fromkeys(USAGE_COUNTS, 0), "cost": None})
             for field_name, count in zip(USAGE_COUNTS, counts):
@@ -8471,6 +8658,271 @@ def cost_of(model: str, provider: str, counts: Mapping[str, int],
                                                                                             price.get("input", 0))
                     + counts["output"] * price.get("output", 0)) / 1e6
     return None
+
+
+class Series:
+    """Requests, errors and tokens of the last hour by minute and of the last day by hour.
+
+    Names come from clients: in each step those beyond GROUPS are counted together.
+    """
+    #: span -> seconds of a step, number of steps
+    SPANS = {"hour": (60, 60), "day": (3600, 24)}
+    COUNTS = ("requests", "errors", "input", "output")
+    GROUPS, OTHER = 64, "…"
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now, self._lock = now, threading.Lock()
+        self._steps: Dict[str, Dict[int, Dict[Tuple[str, ...], List[int]]]] = {span: {} for span in self.SPANS}
+
+    def add(self, model: str, provider: str, key: str, counts: Sequence[int]) -> None:
+        """Count a request; `counts` begin with COUNTS."""
+        now = self._now()
+        with self._lock:
+            for span, (step_s, number) in self.SPANS.items():
+                at, steps = int(now // step_s * step_s), self._steps[span]
+                if at not in steps:
+                    kept = range(at - step_s * number + 1, at)       # a clock that was put back keeps nothing
+                    steps = self._steps[span] = {old: rows for old, rows in steps.items() if old in kept}
+                    steps[at] = {}
+                names = (model, provider, key)
+                if names not in steps[at] and len(steps[at]) >= self.GROUPS:
+                    names = (self.OTHER,) * 3
+                row = steps[at].setdefault(names, [0] * len(self.COUNTS))
+                for place in range(len(row)):
+                    row[place] += counts[place]
+
+    def steps(self, span: str) -> List[Tuple[int, List[Tuple[Tuple[str, ...], List[int]]]]]:
+        """Every step of a span, the oldest first: its beginning, and rows of (model, provider, key) and COUNTS."""
+        step_s, number = self.SPANS[span]
+        last = int(self._now() // step_s * step_s)
+        with self._lock:
+            return [(at, [(names, list(row)) for names, row in self._steps[span].get(at, {}).items()])
+                    for at in range(last - step_s * (number - 1), last + 1, step_s)]
+
+
+class Ring:
+    """The last things of a kind, numbered from 1 on."""
+
+    def __init__(self, size: int) -> None:
+        self._items: Deque[Any] = deque(maxlen=size)
+        self.count, self._lock = 0, threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, item: Any) -> None:
+        with self._lock:
+            self.count += self._items.maxlen != 0        # what nobody wants kept is not lost
+            self._items.append(item)
+
+    def resize(self, size: int) -> None:
+        with self._lock:
+            if size != self._items.maxlen:
+                self._items = deque(self._items, size)
+
+    def after(self, number: int, most: int = 1000) -> Tuple[int, List[Tuple[int, Any]]]:
+        """How many after `number` are lost already, and the next ones there are, with their numbers."""
+        with self._lock:
+            first = self.count - len(self._items)        # so many are gone
+            lost = max(0, first - number)
+            at = number + lost - first
+            found = list(self._items)[at:at + most] if at < len(self._items) else []
+        return lost, list(enumerate(found, number + lost + 1))
+
+
+class LogRing(logging.Handler):
+    """The last lines of the log, for the page: (epoch seconds, level, logger, text); redacted when they are read."""
+
+    def __init__(self, ring: Ring, rung: Callable[[], None]) -> None:
+        super().__init__()
+        self._ring, self._rung = ring, rung
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        self._ring.add((record.created, record.levelno, record.name, text[:LOG_LINE_CHARS]))
+        self._rung()
+
+
+def told_log(number: int, line: Tuple[float, int, str, str]) -> Json:
+    """A line of a LogRing as the page gets it."""
+    at, level, logger, text = line
+    level_name = logging.getLevelName(level).lower()
+    return {"id": number, "at": at, "level": level_name, "logger": logger, "text": redact(text)}
+
+
+class Live:
+    """What viewers of the page read, each at its own pace, and the bell that wakes them.
+
+    Nothing is queued for anybody: who is slow finds that the rings have moved on, and is told by how much.
+    """
+
+    def __init__(self) -> None:
+        self.requests, self.logs = Ring(0), Ring(LOG_LINES)
+        self.log_handler = LogRing(self.logs, lambda: self.ring(True))
+        self.closed = False
+        self._viewers: Dict[bool, int] = {False: 0, True: 0}     #: by whether they want logs
+        self._rung, self._bell = 0, threading.Condition()
+
+    def ring(self, log_only: bool = False) -> None:
+        if self._viewers[True] or not log_only and self._viewers[False]:
+            with self._bell:
+                self._rung += 1
+                self._bell.notify_all()
+
+    def wait(self, rung: int, seconds: float) -> int:
+        """Until the bell has rung since it was `rung`, but not longer; its new number."""
+        with self._bell:
+            if self._rung == rung and not self.closed:
+                self._bell.wait(seconds)
+            return self._rung
+
+    @contextlib.contextmanager
+    def viewer(self, logs: bool) -> Iterator[None]:
+        with self._bell:
+            if sum(self._viewers.values()) >= VIEWERS_LIMIT:
+                raise Busy(f"{VIEWERS_LIMIT} pages are watching already", retry_after_s=30)
+            self._viewers[logs] += 1
+        try:
+            yield
+        finally:
+            with self._bell:
+                self._viewers[logs] -= 1
+
+    def close(self) -> None:
+        with self._bell:
+            self.closed = True
+            self._bell.notify_all()
+
+
+@dataclass
+class Session:
+    """Somebody who is signed in: with which password (its hash), since when and until when.  Times are monotonic."""
+    password: str
+    began_at: float
+    used_at: float
+
+
+class Sessions:
+    """Who may use the page.
+
+    A session ends on time, by hand, or with the password it was opened with.  While there is no password, a one-time
+    code that only the console shows lets its reader set one; the page itself never tells it.
+    """
+
+    def __init__(self, password: Callable[[], str], clock: Callable[[], float] = time.monotonic) -> None:
+        """`password` is the hash in force."""
+        self._password, self._clock = password, clock
+        self._kept: Dict[bytes, Session] = {}            #: by hash of the token
+        self._basic: Tuple[bytes, str] = (b"", "")       #: hash of the last good Authorization, and its password's
+        self._code = ""
+        self._everybody = Window(SIGN_IN_SPAN_S, SIGN_IN_TRIES_OF_ALL)
+        self._tries: Dict[str, Window] = {}
+        self._lock, self._judging = threading.Lock(), threading.Lock()
+
+    @property
+    def is_new(self) -> bool:
+        return not self._password()
+
+    def code(self) -> str:
+        """The code that sets the first password, "" where there is a password."""
+        with self._lock:
+            if not self.is_new:
+                self._code = ""
+            elif not self._code:
+                letters = "".join(secrets.choice(CODE_LETTERS) for _ in range(8))
+                self._code = f"{letters[:4]}-{letters[4:]}"
+            return self._code
+
+    def try_code(self, address: str, code: str) -> bool:
+        """Whether it is the code, which is used up by this; RateLimited."""
+        def ours() -> bool:
+            known = self.code().replace("-", "")
+            given = re.sub(r"[\s-]", "", code).upper()
+            return bool(known) and hmac.compare_digest(hash_key(given), hash_key(known))
+
+        if not self._judge(address, ours):
+            return False
+        self._code = ""
+        return True
+
+    def try_password(self, address: str, password: str) -> bool:
+        """RateLimited."""
+        stored = self._password()
+        return self._judge(address, lambda: len(password) <= PASSWORD_LENGTH[1] and is_password(password, stored))
+
+    def _judge(self, address: str, is_right: Callable[[], bool]) -> bool:
+        """One at a time: a guess takes a fifth of a second of a processor, and nobody shall take more than one."""
+        with self._judging:
+            now = self._clock()
+            windows = (self._everybody, self._tries.get(address) or Window(SIGN_IN_SPAN_S, SIGN_IN_TRIES))
+            wait_s = max(window.wait_s(now) for window in windows)
+            if wait_s > 0:
+                raise RateLimited(f"too many wrong attempts; try again in {wait_s:.0f} s", retry_after_s=wait_s,
+                                  code="too_many_attempts")
+            if is_right():
+                return True
+            self._tries.pop(address, None)
+            self._tries[address] = windows[1]            # seen last
+            while len(self._tries) > SIGN_IN_ADDRESSES:
+                del self._tries[next(iter(self._tries))]
+            for window in windows:
+                window.add(now, 1)
+            return False
+
+    def open(self) -> str:
+        """A new session's token; beyond SESSIONS_LIMIT the one not used for longest ends."""
+        token, now = secrets.token_urlsafe(32), self._clock()
+        with self._lock:
+            self._kept = {name: session for name, session in self._kept.items() if self.is_alive(session)}
+            while len(self._kept) >= SESSIONS_LIMIT:
+                del self._kept[min(self._kept, key=lambda name: self._kept[name].used_at)]
+            self._kept[hash_key(token)] = Session(self._password(), now, now)
+        return token
+
+    def find(self, token: str) -> Optional[Session]:
+        """The session of a token, which is used by this; None where there is none any more."""
+        session = self._kept.get(hash_key(token))
+        if session is None or not self.is_alive(session):
+            return None
+        session.used_at = self._clock()
+        return session
+
+    def is_alive(self, session: Session) -> bool:
+        now = self._clock()
+        return session.password == self._password() != "" and now < session.began_at + SESSION_S and (
+            now < session.used_at + SESSION_IDLE_S)
+
+    def basic(self, address: str, given: str) -> Optional[Session]:
+        """The session of one request that bears `admin:password` in base64; RateLimited, None where it is wrong.
+
+        What was right is remembered as long as the password stays, so that a script's requests cost nothing.
+        """
+        digest, now = hash_key(given), self._clock()
+        known, password = self._basic
+        if not (hmac.compare_digest(known, digest) and password == self._password() != ""):
+            try:
+                user, _, secret = base64.b64decode(given, validate=True).decode().partition(":")
+            except ValueError:
+                return None
+            password = self._password()
+            if user != "admin" or not self.try_password(address, secret):
+                return None
+            self._basic = (digest, password)
+        return Session(password, now, now)
+
+    def close(self, token: str) -> None:
+        with self._lock:
+            ended = self._kept.pop(hash_key(token), None)
+            if ended is not None:
+                ended.password = ""                      # whoever still holds it
+
+    def close_all(self) -> None:
+        with self._lock:
+            for session in self._kept.values():
+                session.password = ""
+            self._kept, self._basic = {}, (b"", "")
 
 
 class FileWatch:
@@ -8608,7 +9060,7 @@ class AnswerSink(Caller):
 
 #: What `routes explain` is told of a request.
 _EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "images": bool, "thinking": bool,
-                               "tools": bool}
+                               "tools": bool, "aliases": dict}
 
 
 def _forget_secrets(exc: GatewayError, provider: Provider) -> None:
@@ -8675,7 +9127,11 @@ class Gateway:
         self._clock, self._pause = clock, pause
         self.limiter = RateLimiter(clock)
         self.usage = UsageBook(os.path.join(config.folder, "usage.jsonl") if config is not None else "")
-        self._history: Deque[Record] = deque(maxlen=0)
+        self.live, self.series = Live(), Series()
+        self.sessions = Sessions(lambda: self.settings.admin_password, clock)
+        self.versions = ConfigVersions()
+        #: called whenever settings have been taken over
+        self.listeners: List[Callable[[], None]] = [self.live.ring]
         self._circuits: Dict[str, Circuit] = {}
         self._slots: Dict[str, Slots] = {}
         self._rings: Dict[str, KeyRing] = {}
@@ -8709,13 +9165,14 @@ class Gateway:
             for provider in router.providers.values():
                 self._equip(provider)
             self.limiter.keep_keys(key.name for key in door.keys)
-            if self._history.maxlen != settings.history_size:
-                self._history = deque(self._history, settings.history_size)
+            self.live.requests.resize(settings.history_size)
             if [p.base_url for p in router.providers.values()] != [p.base_url
                                                                    for p in self.state.router.providers.values()]:
                 self._lists = {}
             self.state = State(settings, router, door)
         log.setLevel(settings.log_level.upper())
+        for tell in self.listeners:
+            tell()
 
     def _equip(self, provider: Provider) -> None:
         """Places, keys and circuit of a provider, as far as they can stay those it had."""
@@ -8821,6 +9278,20 @@ class Gateway:
             raise OSError("this gateway has no config.json")
         self.config.change(edit)
         self.reload()
+
+    def config_version(self) -> str:
+        """The version of what config.json holds now (ConfigVersions)."""
+        return self.versions.note(self.config.recover()[0] if self.config is not None else {})
+
+    def set_password(self, stored: str) -> None:
+        """Take `stored` for admin_password; where it can't be kept, for this run."""
+        try:
+            self.change_config(lambda raw: raw.update(admin_password=stored))
+        except OSError as exc:
+            log.warning("the page's password can't be stored: %s", exc.strerror or exc)
+        if self.settings.admin_password != stored:
+            self.flags["admin_password"] = stored
+            self.apply(replace(self.settings, admin_password=stored))
 
     def open_to_network(self) -> None:
         """From here on there is always a client key, whatever becomes of config.json."""
@@ -9063,7 +9534,7 @@ class Gateway:
                     if exc.status in KEY_STATUS and not sink.began:
                         rest_s = REFUSED_KEY_REST_S if exc.status != 429 else min(
                             exc.retry_after_s or LIMITED_KEY_REST_S, LONGEST_REST_S)
-                        ring.rest(key, rest_s)
+                        ring.rest(key, rest_s, exc.status != 429)
                         if key != keys[-1]:
                             continue
                     raise self._explained(exc, target, turn) from None
@@ -9252,16 +9723,15 @@ class Gateway:
     def _note(self, record: Record, call: Call) -> None:
         record.total_s = time.monotonic() - record.started
         settings = self.settings
-        if settings.history_size:
-            self._history.append(record)
-        counts = record.counts() if settings.usage or call.meters else ()
+        counts, target = record.counts(), record.target
+        model, provider = (target.model[:100], target.provider.name) if target else ("", "")
         if call.meters:
             self.limiter.spend(call.meters, counts[2] + counts[3])
         if settings.usage:
-            target = record.target
-            self.usage.add(target.model if target else "", target.provider.name if target else "", record.key, counts,
-                           settings.usage_days)
-        provider = record.target.provider.name if record.target else ""
+            self.usage.add(model, provider, record.key, counts, settings.usage_days)
+        self.series.add(model, provider, record.key, counts)
+        self.live.requests.add(record)
+        self.live.ring()
         labels = (("dialect", record.dialect), ("provider", provider))
         self.metrics.count("requests_total", (*labels, ("status", str(record.status))))
         self.metrics.observe("request_duration_seconds", labels, record.total_s)
@@ -9345,19 +9815,27 @@ class Gateway:
             return parse_model_list(exchange.read_all(8 << 20))
 
     def explain(self, body: Json) -> Json:
-        """Where a model's name goes, step by step; `body` has `model` and what conditions ask: dialect, tokens, images, …"""
+        """Where a model's name goes, step by step; `body` has `model` and what conditions ask: dialect, tokens, images, …
+
+        With `aliases` it says where the name would go with those, and `problems` what is wrong with them.
+        """
         wrong = [name for name, kind in _EXPLAINED.items() if name in body and (
             not isinstance(body[name], kind) or isinstance(body[name], bool) is not (kind is bool))]
         if wrong:
-            raise BadRequest(f"{wrong[0]}: {'true or false' if _EXPLAINED[wrong[0]] is bool else _EXPLAINED[wrong[0]].__name__} "
-                             "expected", param=wrong[0])
+            raise BadRequest(f"{wrong[0]}: {_KIND_NAME[_EXPLAINED[wrong[0]].__name__]} expected", param=wrong[0])
         dialect = body.get("dialect", "chat")
         if dialect not in ("chat", "messages", "responses"):
             raise BadRequest("dialect: chat, messages or responses expected", param="dialect")
         asked = Asked(dialect, body.get("tokens", 0), body.get("images", False), body.get("thinking", False),
                       body.get("tools", False))
-        steps, targets = self.state.router.explain(body.get("model"), dialect != "chat", asked)
-        return {"model": body.get("model"), "steps": steps, "chain": [self._told(target) for target in targets]}
+        state = self.current(look=False)
+        router = state.router
+        if "aliases" in body:
+            router = self.routed(replace(state.settings, aliases=body["aliases"]))
+        steps, targets = router.explain(body.get("model"), dialect != "chat", asked)
+        told = {"model": body.get("model"), "steps": steps, "chain": [self._told(target) for target in targets]}
+        return {**told, **({"problems": [p for p in router.problems if p not in state.router.problems]}
+                           if "aliases" in body else {})}
 
     def _told(self, target: Target) -> Json:
         """What there is to know of a target before anybody asks it."""
@@ -9368,9 +9846,21 @@ class Gateway:
                 "keys": len(provider.api_keys),
                 "keys_resting": self._rings[provider.name].resting, "vision_model": provider.vision_model}
 
+    def queues(self) -> List[Json]:
+        """Who is asked and who waits, at each upstream."""
+        return [{"provider": name, "active": slots.active, "waiting": slots.waiting, "limit": slots.limit}
+                for name, slots in self._slots.items() if name in self.current(look=False).router.providers]
+
+    def circuit_of(self, provider: Provider) -> str:
+        return self._circuits[provider.name].state
+
+    def key_states(self, provider: Provider) -> List[Tuple[str, float]]:
+        """KeyRing.state of each of its keys."""
+        return [self._rings[provider.name].state(key) for key in provider.api_keys]
+
     def history(self) -> List[Json]:
         """The last requests, the newest first: route, attempts, counts; no bodies."""
-        return [record.facts() for record in reversed(list(self._history))]
+        return [record.facts() for _, record in reversed(self.live.requests.after(0, 10 ** 6)[1])]
 
     def health(self) -> Json:
         """The body of /health: nothing in it is secret."""
@@ -9434,6 +9924,124 @@ class Gateway:
         self.upstream.close()
         self.usage.close()
         self.scale.close()
+
+
+# --- trying a provider ---------------------------------------------------------
+
+class Collect(AnswerSink):
+    """Keeps an answer: for our own requests."""
+    data = b""
+
+    def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
+        self.began, self.data = True, data
+
+    def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
+        self.began, self.data = True, self.data + payload
+
+    def end(self, payload: bytes) -> None:
+        self.send(payload)
+
+
+def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional[ClientKey] = None,
+                 **more: Any) -> Json:
+    """The message of a tiny real request; of a streamed one {}.  `key` is whose usage it is.  GatewayError."""
+    limit = profile_of(Target(provider, model))["max_tokens_field"]
+    body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
+            "messages": [{"role": "user", "content": "Say hi."}], **more}
+    sink = Collect()
+    gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_"), key), sink)
+    return {} if body.get("stream") else first_choice(json.loads(sink.data)).get("message") or {}
+
+
+def model_to_try(gateway: Gateway, provider: Provider) -> str:
+    """A model to try: the default one if it is this provider's, its first configured one, or the first it lists."""
+    if provider.problem:
+        raise NotLoggedIn(provider.problem)
+    router = gateway.current().router
+    if router.default_model and (gateway.settings.default_model in provider.models or provider is router.default):
+        head, slash, rest = router.default_model.partition("/")
+        return rest if slash and head == provider.name else router.default_model
+    if provider.models:
+        return provider.models[0]
+    listed = [model for model in gateway.fetch_models(provider) if "embed" not in model]
+    if not listed:
+        raise UpstreamGarbled("it lists no models; name one in its `models`, or with --model")
+    return listed[0]
+
+
+#: What is at fault, by the status that a trial ends with, and which check that is.
+FAULTS = {401: ("key", "the key"), 402: ("key", "the balance"), 403: ("key", "the key"), 404: ("model", "the model"),
+          429: ("key", "the rate limit"), 502: ("reach", "the connection"), 504: ("reach", "the connection")}
+
+PROBE_TOOL = {"type": "function", "function": {
+    "name": "report", "description": "Report a number.",
+    "parameters": {"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}}}
+
+
+CHECKS = ("reach", "key", "model", "stream", "tools")
+
+
+class Check(NamedTuple):
+    """One thing tried at a provider: `ok` None means that it came to nothing, for something before it failed."""
+    what: str
+    ok: Optional[bool] = None
+    message: str = ""
+    took_s: float = 0.0
+
+
+def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = None) -> List[Check]:
+    """Reach, key, model, stream and tools of one provider (CHECKS); without an answer there is nothing more to try."""
+    started = time.monotonic()
+    try:
+        model = model_to_try(gateway, provider)
+        ask_provider(gateway, provider, model, key)
+    except GatewayError as exc:
+        failed, fault = ("reach", "its settings") if provider.problem else FAULTS.get(exc.status, (
+            "model", f"HTTP {exc.status}"))
+        at = CHECKS.index(failed)
+        return [*(Check(what, True) for what in CHECKS[:at]),
+                Check(failed, False, f"{fault}: {one_line(exc.message, 300)}", time.monotonic() - started),
+                *(Check(what) for what in CHECKS[at + 1:])]
+    took_s = time.monotonic() - started
+    checks = [Check("reach", True), Check("key", True, "key ok" if provider.api_keys else "needs no key"),
+              Check("model", True, f"model {model} ok ({took_s:.1f} s)", took_s)]
+    tool_request = {"tools": [PROBE_TOOL],
+                    "messages": [{"role": "user", "content": "Call the tool report with the number 7."}]}
+    for what, more in (("stream", {"stream": True}), ("tools", tool_request)):
+        started = time.monotonic()
+        try:
+            message = ask_provider(gateway, provider, model, key, **more)
+            lazy = what == "tools" and not message.get("tool_calls")
+            said = "tools taken, but none called" if lazy else f"{what} ok"
+            checks.append(Check(what, True, said, time.monotonic() - started))
+        except GatewayError as exc:
+            said = f"{what} failed ({exc.status}: {one_line(exc.message, 160)})"
+            checks.append(Check(what, False, said, time.monotonic() - started))
+    return checks
+
+
+# --- logging out ----------------------------------------------------------------
+
+def remove_login(gateway: Gateway, account: str) -> bool:
+    """Take a login away, and nothing else of its file; whether there was one.  LoginFailed, ConfigBroken, OSError."""
+    file, gone = LoginFile(account, gateway.config), False
+    login = file.read()
+    foreign = login.get("selectedAuthType") == "openai-compatible"               # another service's key is not ours
+    fields = [name for name in LOGIN_FIELDS if not (foreign and name.endswith("piKey"))]
+    if any(name in login for name in fields):
+        with file.held():
+            file.update(dict.fromkeys(login if not file.is_default else fields))
+        gone = True
+    if file.is_default and gateway.config and gateway.config.read().get("api_key"):
+        gateway.config.change(lambda raw: raw.pop("api_key", None))
+        gone = True
+    return gone
+
+
+def log_path(gateway: Gateway) -> str:
+    """Where log_file is, "" if it is not set; a relative one stands in the folder of config.json."""
+    path = os.path.expanduser(gateway.settings.log_file)
+    return os.path.join(gateway.config.folder if gateway.config is not None else "", path) if path else ""
 
 
 # === 14. HTTP ================================================================
@@ -9586,6 +10194,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.path, self.command, self.request_version = "", "", "HTTP/1.1"
         self.endpoint, self._body_left = UNKNOWN, 0
         self.key: Optional[ClientKey] = None
+        self.session: Optional[Session] = None
         self.meters: Sequence[Meter] = ()
         self.sink: Optional[Sink] = None
         started = time.monotonic()
@@ -9648,7 +10257,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         check_origin(self.server, self.headers, self.command)
         if self.command == "OPTIONS":
             return self.respond(204, b"", "")
-        if not self.endpoint.public:
+        if self.endpoint.admin:
+            check_own_page(self.headers)
+            self.session = None if self.endpoint.public else check_session(self)
+        elif not self.endpoint.public:
             self.key = check_key(self.server.gateway.state, self.headers)
             if self.server.gateway.state.door.limited:
                 self.meters = meters_of(self)
@@ -9669,9 +10281,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
         self.close_connection = True
 
-    def read_body(self) -> bytes:
+    def read_body(self, limit: int = 0) -> bytes:
         """The request's body, unpacked; BadRequest 411, 413, 415 or 400 where it can't be had."""
-        limit = self.server.gateway.settings.body_limit_bytes
+        limit = limit or self.server.gateway.settings.body_limit_bytes
         if self.headers.get("content-type", "").lower().startswith("multipart/"):
             raise BadRequest("a JSON body is expected, not multipart", status=415)
         encoding = self.headers.get("content-encoding", "identity").strip().lower()
@@ -9712,6 +10324,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         return exc
 
+    @property
+    def has_body(self) -> bool:
+        return self._body_left != 0
+
     def read_json(self) -> Tuple[Json, str]:
         return parse_body(self.read_body())
 
@@ -9724,6 +10340,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.endpoint.dialect.name == "messages":
             lines.append(f"request-id: {self.request_id}")
         lines += cors_lines(self.headers, self.path, self.command == "OPTIONS")
+        if self.endpoint.admin:
+            lines += ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
         if self.meters:                  # ours instead of the upstream's, which are about another key
             ours = self.server.gateway.limiter.headers(self.meters)
             headers = [*ours, *(pair for pair in headers if not ours or not pair[0].lower().startswith("x-ratelimit-"))]
@@ -9956,6 +10574,46 @@ def check_key(state: State, headers: Mapping[str, str]) -> Optional[ClientKey]:
     return key
 
 
+def check_own_page(headers: Mapping[str, str]) -> None:
+    """Forbidden for a foreign web page, whatever `allowed_origins` says; another port of this host is foreign, too."""
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+    foreign = origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
+    if foreign or site not in ("none", "same-origin"):
+        raise Forbidden("the admin API answers to its own page only", code="origin_not_allowed")
+
+
+def session_cookie(server: "Server") -> str:
+    """Cookies know no ports: the name keeps two servers of one host apart."""
+    return f"iflow2api_session_{server.port}"
+
+
+def session_token(handler: Handler) -> str:
+    """The token that a request's cookie bears, "" without one."""
+    pairs = (pair.strip().partition("=") for pair in handler.headers.get("cookie", "").split(";"))
+    return next((value for name, _, value in pairs if name == session_cookie(handler.server)), "")
+
+
+def check_session(handler: Handler) -> Session:
+    """Whose session it is, by cookie or by `Authorization: Basic`; Unauthorized, RateLimited."""
+    sessions, token = handler.server.gateway.sessions, session_token(handler)
+    session = sessions.find(token) if token else None
+    scheme, _, given = handler.headers.get("authorization", "").partition(" ")
+    if session is None and scheme.lower() == "basic":
+        session = sessions.basic(address_of(handler), given.strip())
+        if session is None:
+            raise Unauthorized("user or password is wrong", code="wrong_password")
+    if session is None:
+        raise Unauthorized("the session has ended; sign in again" if token else "sign in at /admin first",
+                           code="session_expired" if token else "no_session")
+    return session
+
+
+def address_of(handler: Handler) -> str:
+    """Who asks, as limits count it."""
+    return client_address(handler.client_address[0], handler.headers.get("x-forwarded-for", ""),
+                          handler.server.gateway.settings.trusted_proxies)
+
+
 def meters_of(handler: Handler) -> List[Meter]:
     """What a request is measured on: its key's limits, its address's."""
     gateway, meters = handler.server.gateway, []
@@ -9963,9 +10621,7 @@ def meters_of(handler: Handler) -> List[Meter]:
     if handler.key is not None and handler.key.limits:
         meters.append(gateway.limiter.of_key(handler.key))
     if settings.address_limits:
-        address = client_address(handler.client_address[0], handler.headers.get("x-forwarded-for", ""),
-                                 settings.trusted_proxies)
-        meters.append(gateway.limiter.of_address(address, settings.address_limits))
+        meters.append(gateway.limiter.of_address(address_of(handler), settings.address_limits))
     return meters
 
 
@@ -10052,15 +10708,6 @@ def show_metrics(handler: Handler) -> None:
     handler.respond(200, handler.server.gateway.metrics_text().encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-def explain_route(handler: Handler) -> None:
-    """POST /admin/api/routes/explain: who may see the metrics may see this, but no foreign page, whatever is allowed."""
-    origin, host = handler.headers.get("origin"), handler.headers.get("host", "")
-    if origin is not None and origin.partition("://")[2].lower() != host.lower():
-        raise Forbidden("another origin may not ask this", code="origin_not_allowed")
-    body, _ = handler.read_json()
-    handler.respond_json(handler.server.gateway.explain(body))
-
-
 def show_models(handler: Handler) -> None:
     """The list in the shape of who asks: Anthropic's for requests that bear `anthropic-version`."""
     models = handler.server.gateway.models(handler.key)
@@ -10107,39 +10754,12 @@ def anthropic_page(models: List[Json], query: Mapping[str, List[str]]) -> Json:
             "last_id": page[-1]["id"] if page else None}
 
 
-def check_admin(handler: Handler) -> None:
-    """Beyond the client key: no foreign page, whatever `allowed_origins` says, and without a key this machine alone."""
-    headers, settings = handler.headers, handler.server.gateway.settings
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-    foreign = origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
-    if foreign or site not in ("none", "same-origin"):
-        raise Forbidden("the admin API answers to its own page only", code="origin_not_allowed")
-    if not settings.custom_api_key and not is_loopback(handler.client_address[0]):
-        raise Forbidden("without custom_api_key the admin API answers to this machine only", code="host_not_allowed")
-
-
-def steer_login(handler: Handler) -> None:
-    """/admin/api/oauth/start, callback, paste (POST) and status (GET): a login, as the page drives it."""
-    check_admin(handler)
-    logins = handler.server.gateway.logins
-    action = normal_path(handler.path).rpartition("/")[2]
-    body = handler.read_json()[0] if handler.command == "POST" else {}
-    for name in ("account", "text", "query"):
-        if not isinstance(body.get(name, ""), str):
-            raise BadRequest(f"{name}: a string expected", param=name)
-    if action == "start":
-        return handler.respond_json(logins.start(body.get("account", ""), body.get("paste") is True))
-    if action == "status":
-        return handler.respond_json(logins.status())
-    done = logins.paste(body.get("text", "")) if action == "paste" else logins.callback(body.get("query", ""))
-    handler.respond_json(done)
-
-
 CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>iflow2api</title><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:40rem;
 margin:3rem auto;padding:0 1rem}code{font:14px ui-monospace,monospace}li{margin:.2rem 0}</style>
 <h1>iflow2api</h1><p>It runs. Point an OpenAI client here / 服务已启动，将客户端的 base URL 设为：<br><code>URL/v1</code></p>
-<ul><li><a href="/health">/health</a></li><li><a href="/v1/models">/v1/models</a></li><li><a href="/metrics">/metrics</a></li>
+<ul><li><a href="/admin">/admin</a></li><li><a href="/health">/health</a></li>
+<li><a href="/v1/models">/v1/models</a></li><li><a href="/metrics">/metrics</a></li>
 <li>API 文档 / documents: <a href="/docs">/docs</a>, <a href="/redoc">/redoc</a>, <a href="/openapi.json">/openapi.json</a></li></ul>"""
 
 #: No script, nothing from elsewhere; for pages that are only text and style.
@@ -10152,15 +10772,20 @@ def show_card(handler: Handler) -> None:
     if "text/html" in handler.headers.get("accept", ""):
         page = CARD.replace("URL", handler.server.url)
         return handler.respond(200, page.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
+    endpoints = sorted(path for path in ROUTES if path != "/" and not path.startswith("/admin/"))
     handler.respond_json({"name": "iflow2api", "version": __version__, "base_url": handler.server.url + "/v1",
-                          "docs": handler.server.url + "/docs", "endpoints": sorted(path for path in ROUTES if path != "/")})
+                          "docs": handler.server.url + "/docs", "endpoints": endpoints})
 
 
 class Route(NamedTuple):
-    """What a method of a path does.  `public`: without a client key."""
+    """What a method of a path does.
+
+    `public`: without a client key.  `admin`: for the page alone, with a session instead of a key, unless it is public.
+    """
     run: Callable[[Handler], None]
     dialect: ChatDialect = CHAT
     public: bool = False
+    admin: bool = False
 
 
 def _no_endpoint(handler: Handler) -> None:
@@ -10175,7 +10800,6 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/": {"GET": Route(show_card, public=True)},
     "/health": {"GET": Route(show_health, public=True)},
     "/metrics": {"GET": Route(show_metrics)},
-    "/admin/api/routes/explain": {"POST": Route(explain_route)},
     "/models": {"GET": Route(show_models)},
     "/models/": {"GET": Route(show_model)},
     "/vision-models": {"GET": Route(show_vision_models)},
@@ -10188,8 +10812,6 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/responses/compact": {"POST": Route(answer_call, COMPACT)},
     "/responses/input_tokens": {"POST": Route(count_input_tokens, RESPONSES)},
     "/responses/": {"GET": Route(kept_response, RESPONSES), "DELETE": Route(kept_response, RESPONSES)},
-    **{f"/admin/api/oauth/{action}": {"POST": Route(steer_login)} for action in ("start", "callback", "paste")},
-    "/admin/api/oauth/status": {"GET": Route(steer_login)},
     "/api/event_logging/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
     "/api/event_logging/v2/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
 }
@@ -10216,8 +10838,10 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
     argument = ""
     methods = ROUTES.get(path)
     if methods is None:
-        base, _, argument = path[1:].partition("/")
-        methods = ROUTES.get(f"/{base}/") if argument else None
+        base = path
+        while methods is None and base.count("/") > 1:
+            base = base.rpartition("/")[0]
+            methods, argument = ROUTES.get(base + "/"), path[len(base) + 1:]
     unknown = UNKNOWN_MESSAGES if "anthropic-version" in headers else UNKNOWN
     if methods is None:
         return unknown, ""
@@ -10260,6 +10884,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host.strip("[]"), port), Handler)
         gateway.upstream.own_ports.add(self.port)
+        log.addHandler(gateway.live.log_handler)
         self._thread = threading.Thread(target=self.serve_forever, args=(5,), name="accept", daemon=True)
         self._thread.start()
 
@@ -10298,6 +10923,10 @@ class Server(http.server.ThreadingHTTPServer):
             self._handlers.add(handler)
             return len(self._handlers) > self.gateway.settings.max_connections
 
+    @property
+    def connections(self) -> int:
+        return len(self._handlers)
+
     def leave(self, handler: Handler) -> None:
         with self._lock:
             self._handlers.discard(handler)
@@ -10316,12 +10945,14 @@ class Server(http.server.ThreadingHTTPServer):
     def close(self, drain_s: float = 0.0) -> None:
         """Accept nothing more, let running answers end for `drain_s`, then cut them off."""
         self.closing.set()
+        self.gateway.live.close()        # who only watches is not waited for
         stop_accepting(self)
         self._cut(lambda handler: not handler.busy)
         until = time.monotonic() + drain_s
         while self._handlers and time.monotonic() < until:
             threading.Event().wait(0.02)
         self._cut(lambda handler: True)
+        log.removeHandler(self.gateway.live.log_handler)
         self.gateway.upstream.own_ports.discard(self.port)
         self.gateway.close()
 
@@ -11240,7 +11871,1288 @@ ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)},
                **{f"/{name}": {"GET": Route(show_docs, public=True)} for name in READERS}})
 
 
-# === 16. Demo upstream =======================================================
+# === 16. Admin ===============================================================
+#
+# The page at /admin and its API.  The page is static; all that it shows comes from /admin/api/… as JSON.
+
+# --- what a request says --------------------------------------------------------
+
+def query_of(handler: Handler) -> Dict[str, str]:
+    """The query of a request's target, the last of each name."""
+    found = urllib.parse.parse_qs(handler.path.partition("?")[2], keep_blank_values=True)
+    return {name: values[-1] for name, values in found.items()}
+
+
+def number_in(query: Mapping[str, str], name: str, default: int, high: int) -> int:
+    """A whole number of a query, from 1 to `high`; BadRequest."""
+    text = query.get(name, "") or str(default)
+    if not re.fullmatch(r"\d{1,16}", text) or not 1 <= int(text) <= high:
+        raise BadRequest(f"{name}: a whole number from 1 to {high} expected", param=name)
+    return int(text)
+
+
+def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
+    """One of `choices`, the first where the query names none; BadRequest."""
+    if query.get(name, choices[0]) not in choices:
+        raise BadRequest(f"{name}: one of {', '.join(choices)} expected", param=name)
+    return query.get(name, choices[0])
+
+
+def read_fields(handler: Handler, kinds: Mapping[str, str]) -> Json:
+    """The fields of a request's body, each of its kind (as of settings) or null; BadRequest names the bad one."""
+    body = parse_body(handler.read_body(ADMIN_BODY_BYTES))[0]
+    for name, value in body.items():
+        if name not in kinds:
+            raise BadRequest(f"{one_line(name, 60)}: no such field" + nearest(name, kinds), param=one_line(name, 60))
+        wanted = kinds[name]
+        if value is not None and (not isinstance(value, _KINDS[wanted])
+                                  or isinstance(value, bool) is not (wanted == "bool")):
+            raise BadRequest(f"{name}: {_KIND_NAME[wanted]} expected", param=name)
+    return body
+
+
+def needed(body: Json, name: str) -> Any:
+    if not body.get(name):
+        raise BadRequest(f"{name}: it is missing", param=name)
+    return body[name]
+
+
+def named_in(handler: Handler) -> str:
+    """The name that a path ends in."""
+    return urllib.parse.unquote(handler.argument)
+
+
+def no_content(handler: Handler, *headers: Tuple[str, str]) -> None:
+    handler.respond(204, b"", "", headers)
+
+
+# --- signing in ------------------------------------------------------------------
+
+def cookie_header(handler: Handler, token: str) -> Tuple[str, str]:
+    """A session's cookie; without a token the one that takes it away."""
+    secure = "; Secure" if address_for(handler).startswith("https:") else ""
+    return "Set-Cookie", (f"{session_cookie(handler.server)}={token}; Path=/admin; HttpOnly; SameSite=Strict; "
+                          f"Max-Age={SESSION_S if token else 0}{secure}")
+
+
+def show_session(handler: Handler) -> None:
+    """GET /admin/api/session: whether somebody is signed in, and what the page needs before."""
+    gateway, state = handler.server.gateway, "new"
+    if not gateway.sessions.is_new:
+        try:
+            check_session(handler)
+            state = "signed_in"
+        except Unauthorized:
+            state = "signed_out"
+    settings = gateway.settings
+    handler.respond_json({"state": state, "user": "admin", "version": __version__, "language": settings.language,
+                          "theme_mode": settings.theme_mode, "base_url": address_for(handler)})
+
+
+def sign_in(handler: Handler) -> None:
+    """POST /admin/api/session."""
+    body, sessions = read_fields(handler, {"user": "str", "password": "str"}), handler.server.gateway.sessions
+    password = needed(body, "password")
+    if sessions.is_new:
+        raise Unauthorized("there is no password yet; the code on the server's console lets you set one",
+                           code="no_password")
+    right = sessions.try_password(address_of(handler), password)
+    if not right or body.get("user") not in (None, "admin"):
+        raise Unauthorized("user or password is wrong", code="wrong_password")
+    no_content(handler, cookie_header(handler, sessions.open()))
+
+
+def sign_out(handler: Handler) -> None:
+    """DELETE /admin/api/session."""
+    sessions = handler.server.gateway.sessions
+    body = read_fields(handler, {"everywhere": "bool"}) if handler.has_body else {}
+    if body.get("everywhere"):
+        sessions.close_all()
+    sessions.close(session_token(handler))
+    handler.server.gateway.live.ring()                   # who watches with it is told
+    no_content(handler, cookie_header(handler, ""))
+
+
+def set_password(handler: Handler) -> None:
+    """POST /admin/api/password: the first one by the console's code, another one by who is signed in."""
+    body = read_fields(handler, {"code": "str", "current": "str", "password": "str"})
+    gateway, address = handler.server.gateway, address_of(handler)
+    password = needed(body, "password")
+    if gateway.origins.get("admin_password") == "environment":
+        raise Conflict(f"{ENV_PREFIX}ADMIN_PASSWORD sets the password; change it there", code="set_elsewhere")
+    if not gateway.sessions.is_new:
+        check_session(handler)
+    least, most = PASSWORD_LENGTH
+    if not least <= len(password) <= most:               # before the code is used up
+        raise BadRequest(f"a password has from {least} to {most} characters", param="password", code="bad_password")
+    if gateway.sessions.is_new:
+        if not gateway.sessions.try_code(address, needed(body, "code")):
+            raise Forbidden("the code is wrong; it stands on the server's console", code="wrong_code", param="code",
+                            should_retry=None)
+    elif not gateway.sessions.try_password(address, needed(body, "current")):
+        raise Forbidden("the current password is wrong", code="wrong_password", param="current", should_retry=None)
+    gateway.set_password(hash_password(password))
+    no_content(handler, cookie_header(handler, gateway.sessions.open()))
+
+
+# --- what is going on -------------------------------------------------------------
+
+def limits_of(gateway: Gateway) -> List[Json]:
+    """Each client key's limits, and what is used of them."""
+    rows = []
+    for key in gateway.state.door.keys:
+        used = gateway.limiter.used(key) if key.limits else {}
+        rows.append({"key": key.name, **{name: {"used": used.get(name, 0), "limit": limit}
+                                         for name, limit in key.limits.items()}})
+    return rows
+
+
+def today_of(gateway: Gateway) -> Json:
+    """Requests, errors and tokens since midnight, or of the last day where usage is not kept."""
+    rows = [counts for _, counts in gateway.usage.rows(1)] if gateway.settings.usage else [
+        counts for _, step in gateway.series.steps("day") for _, counts in step]
+    return {name: sum(row[place] for row in rows) for place, name in enumerate(Series.COUNTS)}
+
+
+def next_step(gateway: Gateway) -> str:
+    """The one thing to do now: `login_or_provider`, `models`, `client`, or nothing more."""
+    router = gateway.current(look=False).router
+    if all(provider.problem for provider in router.providers.values()):
+        return "login_or_provider"
+    if not router.default_model and not router.aliases:
+        return "models"
+    return "" if gateway.live.requests.count or not gateway.usage.is_empty else "client"
+
+
+def overview_of(server: Server) -> Json:
+    gateway = server.gateway
+    return {"health": gateway.health(), "address": server.url, "needs_key": gateway.state.door.required,
+            "queue": gateway.queues(), "connections": server.connections, "in_flight": gateway.in_flight,
+            "today": today_of(gateway), "limits": limits_of(gateway), "next": next_step(gateway)}
+
+
+def show_overview(handler: Handler) -> None:
+    handler.respond_json(overview_of(handler.server))
+
+
+def show_requests(handler: Handler) -> None:
+    limit = number_in(query_of(handler), "limit", 200, 10_000)
+    handler.respond_json({"data": handler.server.gateway.history()[:limit]})
+
+
+#: Groups that a chart shows apart; the rest together are `…`.
+CHART_GROUPS = 8
+
+SERIES_BY = ("model", "provider", "key")
+
+
+def show_series(handler: Handler) -> None:
+    """GET /admin/api/series: the last hour and day out of the memory, the last month out of the usage book."""
+    query, gateway = query_of(handler), handler.server.gateway
+    span = choice_in(query, "span", ("hour", "day", "month"))
+    place = SERIES_BY.index(choice_in(query, "by", SERIES_BY))
+    steps = month_of(gateway) if span == "month" else gateway.series.steps(span)
+    totals: Dict[str, int] = {}
+    for _, rows in steps:
+        for names, counts in rows:
+            totals[names[place]] = totals.get(names[place], 0) + sum(counts)
+    shown = sorted(totals, key=lambda name: -totals[name])[:CHART_GROUPS]
+    points = []
+    for at, rows in steps:
+        groups: Dict[str, Json] = {}
+        for names, counts in rows:
+            name = names[place] if names[place] in shown else Series.OTHER
+            row = groups.setdefault(name, dict.fromkeys(Series.COUNTS, 0))
+            for field_name, count in zip(Series.COUNTS, counts):
+                row[field_name] += count
+        points.append({"at": at, "groups": groups})
+    step_s = 86400 if span == "month" else Series.SPANS[span][0]
+    handler.respond_json({"span": span, "step_s": step_s, "start": points[0]["at"], "points": points})
+
+
+def month_of(gateway: Gateway, days: int = 31) -> List[Tuple[int, List[Tuple[Tuple[str, ...], List[int]]]]]:
+    """Like Series.steps, a step for each of the last days; the book's names are day, model, provider, key."""
+    today = time.localtime()
+    steps: Dict[str, Tuple[int, List[Any]]] = {}
+    for back in range(days - 1, -1, -1):                 # mktime knows what the 0th of a month is, and summer time
+        at = int(time.mktime((today.tm_year, today.tm_mon, today.tm_mday - back, 0, 0, 0, 0, 0, -1)))
+        steps[time.strftime("%Y-%m-%d", time.localtime(at))] = (at, [])
+    for names, counts in gateway.usage.rows(days):
+        if names[0] in steps:
+            steps[names[0]][1].append((names[1:], counts))
+    return list(steps.values())
+
+
+def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
+    """By what, of how many days, and the rows; times are averages in seconds, null where there are none."""
+    query, gateway = query_of(handler), handler.server.gateway
+    by, days = choice_in(query, "by", ("model", "provider", "key", "day")), number_in(query, "days", 30, 3660)
+    rows = gateway.usage.report(by, days, gateway.settings.prices)
+    if by == "day":
+        rows.sort(key=lambda row: row["day"])
+    return by, days, [told_usage(row.pop(by), row) for row in rows]
+
+
+def told_usage(name: str, row: Mapping[str, Any]) -> Json:
+    """A row of UsageBook.report for the page."""
+    counts = {count: row[count] for count in USAGE_COUNTS if count not in ("streams", "first_ms", "total_ms")}
+    return {"name": name, **counts, "first_s": row["first_ms"] / row["streams"] / 1000 if row["streams"] else None,
+            "total_s": row["total_ms"] / row["requests"] / 1000 if row["requests"] else None,
+            "cost": None if row["cost"] is None else round(row["cost"], 6)}
+
+
+def show_usage(handler: Handler) -> None:
+    by, days, rows = usage_rows(handler)
+    gateway = handler.server.gateway
+    total: Dict[str, Any] = dict.fromkeys((*USAGE_COUNTS, "cost"), 0)
+    reports = gateway.usage.report(by, days, gateway.settings.prices)
+    for row in reports:
+        for name in USAGE_COUNTS:
+            total[name] += row[name]
+    costs = [row["cost"] for row in reports if row["cost"] is not None]
+    handler.respond_json({"by": by, "days": days, "rows": rows, "enabled": gateway.settings.usage,
+                          "total": told_usage("", {**total, "cost": sum(costs) if costs else None})})
+
+
+def csv_field(text: str) -> str:
+    """RFC 4180; what a spreadsheet would take for a formula (names come from clients) begins with a quote."""
+    text = "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    return '"' + text.replace('"', '""') + '"' if re.search(r'[",\r\n]', text) else text
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Lines of the fields `names`, and a head; null is empty."""
+    lines = [list(names), *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
+    return "\n".join(",".join(map(csv_field, line)) for line in lines)
+
+
+def download(handler: Handler, text: str, content_type: str, name: str) -> None:
+    handler.respond(200, text.encode("utf-8", "backslashreplace"), content_type + "; charset=utf-8",
+                    [("Content-Disposition", f'attachment; filename="{name}"')])
+
+
+def download_usage(handler: Handler) -> None:
+    by, days, rows = usage_rows(handler)
+    names = [*told_usage("", {**dict.fromkeys(USAGE_COUNTS, 0), "cost": None})]
+    text = csv_of(rows, names).replace("name,", by + ",", 1)
+    download(handler, "\ufeff" + text + "\n", "text/csv", f"iflow2api-usage-{days}d.csv")       # Excel wants the mark
+
+
+def log_lines_of(ring: Ring) -> List[Json]:
+    return [told_log(number, line) for number, line in ring.after(0, LOG_LINES)[1]]
+
+
+def show_logs(handler: Handler) -> None:
+    """GET /admin/api/logs: the last lines at a level or above that hold `search`, the oldest first."""
+    query, ring = query_of(handler), handler.server.gateway.live.logs
+    level = getattr(logging, choice_in(query, "level", ("debug", "info", "warning", "error")).upper())
+    limit, before = number_in(query, "limit", 1000, LOG_LINES), number_in(query, "before", 10 ** 15, 10 ** 15)
+    wanted = query.get("search", "").lower()
+    found = [pair for pair in ring.after(0, LOG_LINES)[1] if pair[0] < before and pair[1][1] >= level]
+    lines = [told_log(number, line) for number, line in (found if wanted else found[-limit:])]
+    lines = [line for line in lines if wanted in line["text"].lower()]
+    handler.respond_json({"data": lines[-limit:], "first": ring.count - len(ring) + 1, "last": ring.count})
+
+
+def download_logs(handler: Handler) -> None:
+    lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(line['at']))} {line['level'].upper()} {line['text']}"
+             for line in log_lines_of(handler.server.gateway.live.logs)]
+    download(handler, "\n".join(lines) + "\n", "text/plain", "iflow2api.log")
+
+
+def memory_bytes() -> Optional[int]:
+    """What the process takes of the memory now, where Linux says so."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+
+
+def show_about(handler: Handler) -> None:
+    """GET /admin/api/about; `diagnostics` is for bug reports and holds no secret."""
+    server = handler.server
+    gateway, config = server.gateway, server.gateway.config
+    paths = {"program": os.path.abspath(__file__), "iflow": os.path.expanduser(IFLOW_FILE)}
+    if config is not None:
+        paths.update(config=config.path, usage=os.path.join(config.folder, "usage.jsonl"), log=log_path(gateway))
+    facts = {"version": __version__, "python": sys.version.split()[0], "platform": sys.platform,
+             "executable": sys.executable, "pid": os.getpid(), "started_at": gateway.started_at,
+             "uptime_s": int(time.time() - gateway.started_at), "paths": {n: path for n, path in paths.items() if path},
+             "threads": threading.active_count(), "memory_bytes": memory_bytes()}
+    lines = [f"iflow2api {__version__}, Python {sys.version}, {sys.platform}, {ssl.OPENSSL_VERSION}",
+             *(f"{name}: {value}" for name, value in facts.items() if name not in ("version", "python", "paths")),
+             *(f"{name}: {path}" for name, path in facts["paths"].items()), "health: " + json.dumps(gateway.health())]
+    for name, origin in gateway.origins.items():
+        shown = hide_secrets(name, getattr(gateway.settings, name))
+        lines.append(f"{name} ({origin}): {json.dumps(shown, ensure_ascii=False)}")
+    home = os.path.expanduser("~")
+    text = redact("\n".join(lines))
+    handler.respond_json({**facts, "diagnostics": text.replace(home, "~") if len(home) > 1 else text})
+
+
+def show_instances(handler: Handler) -> None:
+    server = handler.server
+    handler.respond_json({"data": [{"name": "default", "url": server.url, "version": __version__,
+                                    "started_at": server.gateway.started_at, "this": True}]})
+
+
+# --- live --------------------------------------------------------------------------
+
+#: A viewer gets news at most every EVENTS_GAP_S, the overview every OVERVIEW_S while it changes, and a sign of life.
+EVENTS_GAP_S, OVERVIEW_S, LIFE_S = 0.1, 2.0, 15.0
+
+
+class Viewer:
+    """One open page: how far it has read, and what it has to be told next.
+
+    The id of an event is `START-REQUESTS-LOGS`, how far the rings were read, of a server that started at START.
+    """
+
+    def __init__(self, server: Server, logs: bool, last_id: str) -> None:
+        gateway = server.gateway
+        self._server, self._gateway, self._logs = server, gateway, logs
+        self._start = int(gateway.started_at * 1000)
+        self._requests, self._lines = gateway.live.requests.count, gateway.live.logs.count
+        found = re.fullmatch(r"(\d{1,15})-(\d{1,15})-(\d{1,15})", last_id)
+        if found and int(found.group(1)) == self._start:
+            self._requests = min(self._requests, int(found.group(2)))
+            self._lines = min(self._lines, int(found.group(3)))
+        elif found:                      # of an earlier run: all of this one is news
+            self._requests = self._lines = 0
+        self._version = ""
+        self._overview: Json = {}
+        self._looked_at = self._told_at = 0.0            #: monotonic
+
+    def news(self) -> bytes:
+        """The events that have come up; b"" for none."""
+        now, live, events = time.monotonic(), self._gateway.live, []
+        lost, records = live.requests.after(self._requests)
+        self._requests += lost + len(records)
+        lines: List[Tuple[int, Any]] = []
+        if self._logs:
+            missed, lines = live.logs.after(self._lines)
+            self._lines, lost = self._lines + missed + len(lines), lost + missed
+        events += [("dropped", {"count": lost})] if lost else []
+        events += [("request", record.facts()) for _, record in records]
+        events += [("log", told_log(number, line)) for number, line in lines]
+        if now - self._looked_at >= OVERVIEW_S:
+            self._looked_at = now
+            events += self._state(now)
+        ident = f"{self._start}-{self._requests}-{self._lines}"
+        return b"".join(f"id: {ident}\nevent: {name}\ndata: ".encode() + dump_json(value) + b"\n\n"
+                        for name, value in events)
+
+    def _state(self, now: float) -> List[Tuple[str, Json]]:
+        """The overview, if it has changed or nothing was said for long; the config's version, if that has changed."""
+        events: List[Tuple[str, Json]] = []
+        version = self._gateway.config_version()
+        if version != self._version:
+            events.append(("config", {"version": version}))
+        overview = overview_of(self._server)
+        essence = {**overview, "health": {**overview["health"], "uptime_s": 0}}
+        if essence != self._overview or now - self._told_at >= LIFE_S:
+            events.append(("overview", overview))
+            self._told_at = now
+        self._version, self._overview = version, essence
+        return events
+
+
+def stream_events(handler: Handler) -> None:
+    """GET /admin/api/events: what happens, until the session ends, the page leaves or the server stops."""
+    server, session, query = handler.server, handler.session, query_of(handler)
+    gateway, logs = server.gateway, query.get("logs") == "1"
+    live = gateway.live
+    viewer = Viewer(server, logs, handler.headers.get("last-event-id", query.get("last_event_id", "")))
+    with live.viewer(logs):
+        handler.close_connection = True                  # no length, no chunks: the end is the end
+        handler.write(handler.head(200, [("Content-Type", "text/event-stream; charset=utf-8"),
+                                         ("X-Accel-Buffering", "no")]))
+        pause = threading.Event()
+        handler.busy = False             # a server that stops does not wait for this one
+        while handler.command != "HEAD" and not live.closed and gateway.sessions.is_alive(session):
+            rung = live.wait(-1, 0)
+            news = viewer.news()
+            if news:
+                handler.write(news)
+            if has_left(handler.connection):
+                raise ClientGone
+            pause.wait(EVENTS_GAP_S)
+            live.wait(rung, OVERVIEW_S)
+
+
+# --- what is set up ----------------------------------------------------------------
+
+def told_setting(gateway: Gateway, name: str) -> Json:
+    """A setting with what a form needs to know of it."""
+    facts, default = SETTING[name].metadata, default_of(name)
+    value, secret = getattr(gateway.settings, name), bool(facts.get("secret"))
+    told: Json = {"name": name, "kind": facts["kind"], "label": dict(zip(("zh", "en"), facts["label"])),
+                  "group": next(group for group, names in SETTING_GROUPS.items() if name in names),
+                  "value": hide_secrets(name, value), "default": hide_secrets(name, default),
+                  "origin": gateway.origins.get(name, "default"), "secret": secret,
+                  "restart": bool(facts.get("restart"))}
+    told.update((key, facts[key]) for key in ("choices", "low", "high", "flag", "older") if key in facts)
+    return {**told, **({"set": bool(value)} if secret else {})}
+
+
+def config_document(gateway: Gateway) -> Json:
+    return {"version": gateway.config_version(), "path": gateway.config.path if gateway.config else "",
+            "settings": [told_setting(gateway, name) for name in SETTING], "problems": list(gateway.problems)}
+
+
+def show_config(handler: Handler) -> None:
+    handler.respond_json(config_document(handler.server.gateway))
+
+
+def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str) -> Json:
+    """A provider with its keys' state; `entry` is what stands in the settings, {} where it stems from elsewhere."""
+    given = entry.get("api_keys") if isinstance(entry.get("api_keys"), list) else None
+    masked = _hide_in_provider({"api_keys": provider.api_keys if given is None else given})["api_keys"]
+    states = gateway.key_states(provider) if len(provider.api_keys) == len(masked) else []
+    keys = [{"index": index, "masked": text, "state": states[index][0] if states else "ok",
+             "rest_s": round(states[index][1], 1) if states else 0} for index, text in enumerate(masked)]
+    shown = _hide_in_provider({"headers": entry.get("headers") or {},
+                               "proxy": provider.proxy or entry.get("proxy") or ""})
+    preset = next((name for name, known in PRESETS.items() if known.base_url == provider.base_url), "")
+    return {"name": provider.name, "kind": provider.kind, "base_url": provider.base_url or entry.get("base_url", ""),
+            "preset": preset, "models": list(provider.models), "facts": dict(provider.facts), "keys": keys, **shown,
+            "concurrency": provider.concurrency, "key_concurrency": provider.key_concurrency,
+            "timeout_s": provider.timeout_s, "profile": provider.profile, "vision_model": provider.vision_model,
+            "sticky": provider.sticky, "preserve_reasoning_content": provider.preserve_reasoning_content,
+            "usable": not provider.problem, "problem": provider.problem,
+            "circuit": gateway.circuit_of(provider), "source": source}
+
+
+def told_providers(gateway: Gateway) -> List[Json]:
+    entries = {entry.get("name"): entry for entry in gateway.settings.providers if isinstance(entry, dict)}
+    source = {"environment": "flag", "default": "file"}.get(gateway.origins.get("providers", "file"), "")
+    source = source or gateway.origins.get("providers", "file")
+    return [told_provider(gateway, provider, entries.get(provider.name, {}), source if provider.name in entries else
+                          "login" if provider.name == "iflow" else "detected")
+            for provider in gateway.current(look=False).router.providers.values()]
+
+
+def show_providers(handler: Handler) -> None:
+    gateway = handler.server.gateway
+    default = gateway.current(look=False).router.default
+    handler.respond_json({"version": gateway.config_version(), "default_provider": default.name if default else "",
+                          "data": told_providers(gateway)})
+
+
+def show_presets(handler: Handler) -> None:
+    environ = handler.server.gateway.environ
+    handler.respond_json({"data": [
+        {"name": name, "title": name, "base_url": preset.base_url, "key_variable": preset.key,
+         "key_set": bool(preset.key and environ.get(preset.key)), "local": name in LOCAL_ENGINES,
+         "models": [{"id": model, "context": context or None, "max_output": limit or None, "vision": vision}
+                    for model, context, limit, vision in preset.models]} for name, preset in PRESETS.items()]})
+
+
+def show_admin_models(handler: Handler) -> None:
+    """GET /admin/api/models: every name that can be asked for, and what is known of the model behind it."""
+    gateway = handler.server.gateway
+    router, data = gateway.current().router, []
+    aliases = {pattern for pattern, _ in router.aliases}
+    for model in gateway.models():
+        target = router.resolve(model["id"])[0]
+        facts = target.provider.facts.get(target.model, {})
+        sees = facts.get("vision") or target.model == target.provider.vision_model or None
+        data.append({"id": model["id"], "provider": target.provider.name, "context": facts.get("context"),
+                     "max_output": facts.get("max_output"), "vision": facts.get("vision", sees),
+                     "listed": "config" if target.model in target.provider.models else "provider",
+                     "alias": model["id"] in aliases})
+    handler.respond_json({"data": data, "default_model": router.default_model, "aliases": gateway.settings.aliases,
+                          "version": gateway.config_version()})
+
+
+def explain_route(handler: Handler) -> None:
+    """POST /admin/api/routes/explain; with `aliases` as they would be after a save."""
+    handler.respond_json(handler.server.gateway.explain(parse_body(handler.read_body(ADMIN_BODY_BYTES))[0]))
+
+
+def show_keys(handler: Handler) -> None:
+    gateway, data = handler.server.gateway, []
+    entries = {entry.get("name"): entry for entry in gateway.settings.client_keys if isinstance(entry, dict)}
+    for key in gateway.state.door.keys:
+        entry = entries.get(key.name, {})
+        data.append({"name": key.name, "created": entry.get("created"), "expires": entry.get("expires"),
+                     "expired": key.expires_at <= time.time(), "models": list(key.models), "limits": dict(key.limits),
+                     "used": gateway.limiter.used(key) if key.limits else {}})
+    handler.respond_json({"version": gateway.config_version(), "data": data,
+                          "address_limits": gateway.settings.address_limits,
+                          "custom_api_key": mask(gateway.settings.custom_api_key)})
+
+
+# --- changing what is set up ---------------------------------------------------------
+
+#: Settings with endpoints of their own.
+SET_ELSEWHERE = ("admin_password", "providers", "client_keys", "accounts")
+
+
+def change_config(gateway: Gateway, edit: Callable[[Json], None]) -> None:
+    """Gateway.change_config, its failures in words for the page.  Where `edit` raises, nothing is written."""
+    if gateway.config is None:
+        raise Conflict("this server has no config.json, so nothing can be changed here", code="no_config")
+    try:
+        gateway.change_config(edit)
+    except OSError as exc:
+        reason = exc.strerror or exc
+        raise GatewayError(f"{gateway.config.path} can't be written: {reason}", code="cannot_write") from None
+
+
+def check_ours(gateway: Gateway, name: str) -> None:
+    """Conflict where a setting comes from the environment or a flag: what the file says would not count."""
+    origin = gateway.origins.get(name)
+    if origin in ("environment", "flag"):
+        where = ENV_PREFIX + name.upper() if origin == "environment" else "a flag of this run"
+        raise Conflict(f"{name} is set by {where}, which stands above config.json", code="set_elsewhere", param=name)
+
+
+def conflict(gateway: Gateway, raw: Json, changed: Json) -> Conflict:
+    """What tells a writer that somebody else was faster: name -> what he wanted, what is there now (no secrets)."""
+    message = f"changed by somebody else in the meantime: {', '.join(map(one_line, changed))}"
+    exc = Conflict(message, code="changed_meanwhile")
+    exc.body = {"error": {"message": message, "type": exc.type, "param": next(iter(changed)), "code": exc.code},
+                "version": gateway.versions.note(raw), "changed": changed}
+    return exc
+
+
+def save_config(handler: Handler) -> None:
+    """PATCH /admin/api/config: `set` and `unset` settings, unless another one has changed them since `version`."""
+    gateway = handler.server.gateway
+    body = read_fields(handler, {"version": "str", "set": "dict", "unset": "list"})
+    version = needed(body, "version")
+    values = checked_settings(gateway, body.get("set") or {}, body.get("unset") or [])
+
+    def edit(raw: Json) -> None:
+        changed = {}
+        for name, (value, keep) in values.items():
+            theirs = raw.get(name, default_of(name))
+            if gateway.versions.has_changed(version, raw, name) and (theirs != value or keep != (name in raw)):
+                changed[name] = {"yours": hide_secrets(name, value), "theirs": hide_secrets(name, theirs)}
+        if changed:
+            raise conflict(gateway, raw, changed)
+        for name, (value, keep) in values.items():
+            raw.pop(name, None)
+            if keep:
+                raw[name] = value
+
+    change_config(gateway, edit)
+    handler.respond_json(config_document(gateway))
+
+
+def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[Any]) -> Dict[str, Tuple[Any, bool]]:
+    """name -> (value, whether it is to stand in the file) of what shall change; BadRequest names the bad one.
+
+    A secret that comes as it is shown, masked, is left alone.
+    """
+    values: Dict[str, Tuple[Any, bool]] = {}
+    for name in [*given, *dropped]:
+        shown = one_line(name, 60)
+        if not isinstance(name, str) or name not in SETTING:
+            raise BadRequest(f"there is no setting {shown!r}" + nearest(shown, SETTING), param=shown)
+        if name in SET_ELSEWHERE:
+            raise BadRequest(f"{name} is not changed here", param=name, code="set_elsewhere")
+        if name not in given:
+            values[name] = (default_of(name), False)
+            continue
+        try:
+            value = check_setting(name, given[name])
+        except ValueError as exc:
+            raise BadRequest(f"{name}: {exc}", param=name) from None
+        current = getattr(gateway.settings, name)
+        if not (SETTING[name].metadata.get("secret") and value and value == hide_secrets(name, current)):
+            values[name] = (value, True)
+    check_together(gateway, {name: value for name, (value, _) in values.items()})
+    return values
+
+
+def check_together(gateway: Gateway, values: Json) -> None:
+    """BadRequest for settings that are sound by themselves, but not with the others."""
+    known, settings = gateway.state.router, replace(gateway.settings, **values)
+    if {"aliases", "default_provider"} & set(values):
+        router = gateway.routed(replace(settings, providers=gateway.current(look=False).settings.providers))
+        problems = [problem for problem in router.problems if problem not in known.problems]
+        if problems and router.faults - known.faults:
+            raise BadRequest(problems[0], param=next(iter(router.faults - known.faults)))
+        if problems:
+            raise BadRequest(problems[0], param="aliases" if "aliases" in values else "default_provider")
+    if values.get("upstream_proxy"):
+        problems = proxy_problems(Settings(upstream_proxy=values["upstream_proxy"], upstream_proxy_enabled=True), ())
+        if problems:
+            raise BadRequest(problems[0], param="upstream_proxy")
+
+
+#: What a provider is made of, as the page sends it.
+PROVIDER_FIELDS = {"name": "str", "preset": "str", "base_url": "str", "api_keys": "list", "models": "list",
+                   "kind": "str", "concurrency": "int", "key_concurrency": "int", "timeout_s": "float", "proxy": "str",
+                   "headers": "dict", "profile": "dict", "vision_model": "str", "sticky": "bool",
+                   "preserve_reasoning_content": "bool"}
+
+
+def provider_entry(body: Json, before: Json) -> Json:
+    """The entry of `providers` that a request describes; of `before` what the request does not name.  BadRequest.
+
+    What comes masked, or as {"keep": index}, is what `before` has there; null takes a field away.
+    """
+    if body.get("preset") and body["preset"] not in PRESETS:
+        raise BadRequest(f"there is no preset {one_line(body['preset'], 60)!r}", param="preset")
+    preset = PRESETS.get(body.get("preset") or "")
+    if not before and preset is None and not body.get("base_url"):
+        raise BadRequest("base_url: it is missing; or name a preset", param="base_url")
+    entry = before or entry_for("", body.get("kind") or "", body.get("base_url") or "", preset, ())
+    given = {name: body[name] for name in PROVIDER_FIELDS if name in body and name != "preset"}
+    facts = {model["id"]: model for model in entry.get("models") or () if isinstance(model, dict) and "id" in model}
+    if given.get("models"):
+        given["models"] = [facts.get(model, model) if isinstance(model, str) else model for model in given["models"]]
+    if given.get("base_url"):            # a bare host of a known API gets its path
+        given["base_url"] = entry_at(given["base_url"])["base_url"]
+    if given.get("api_keys"):
+        given["api_keys"] = [kept_key(key, place, before) for place, key in enumerate(given["api_keys"])]
+    if given.get("headers"):
+        given["headers"] = {name: kept_header(name, value, before) for name, value in given["headers"].items()}
+    if given.get("proxy") and given["proxy"] == _hide_in_provider(before).get("proxy"):
+        given["proxy"] = before["proxy"]
+    made = {name: value for name, value in {**entry, **given}.items() if value is not None}
+    return {**made, "base_url": check_provider(made).base_url}
+
+
+def kept_key(key: Any, place: int, before: Json) -> str:
+    """A key as it is to be stored; new ones may be no references to the environment."""
+    old = before.get("api_keys") if isinstance(before.get("api_keys"), list) else []
+    if isinstance(key, dict):
+        index = key.get("keep")
+        if type(index) is not int or not 0 <= index < len(old):
+            raise BadRequest(f"api_keys[{place}]: no key is at {one_line(json.dumps(index), 40)}", param="api_keys")
+        return old[index]
+    if not isinstance(key, str) or not key.strip():
+        raise BadRequest(f"api_keys[{place}]: a string expected", param="api_keys")
+    masked = _hide_in_provider({"api_keys": old})["api_keys"]
+    if key in masked:
+        return old[place] if place < len(old) and masked[place] == key else old[masked.index(key)]
+    if "…" in key:
+        raise BadRequest(f"api_keys[{place}]: this masked key is none of those there are", param="api_keys")
+    return new_secret(key.strip(), "api_keys")
+
+
+def kept_header(name: str, value: Any, before: Json) -> str:
+    headers = before.get("headers") if isinstance(before.get("headers"), dict) else {}
+    if not isinstance(value, str):
+        raise BadRequest(f"headers: {one_line(name, 60)}: a string expected", param="headers")
+    if name in headers and value == _hide_in_provider({"headers": headers})["headers"][name]:
+        return headers[name]
+    return new_secret(value, "headers")
+
+
+def new_secret(text: str, param: str) -> str:
+    """A secret as providers keep it; `$NAME` would read the server's environment, which the page may not."""
+    if _REFERENCE.fullmatch(text) or is_sealed(text):
+        raise BadRequest(f"{param}: {one_line(text, 40)} can't be added here; put it into config.json, or use "
+                         "`provider add` on the command line", param=param, code="reference")
+    return "$" + text if text.startswith("$$") else text
+
+
+def check_provider(entry: Json) -> Provider:
+    """BadRequest for an entry that can't work; whether its variables are set is not the page's business."""
+    def literal(text: Any) -> bool:
+        return not (isinstance(text, str) and (_REFERENCE.fullmatch(text) or is_sealed(text)))
+
+    tried = {**entry, "api_keys": [key for key in entry.get("api_keys", ()) if literal(key)],
+             "headers": {name: value for name, value in entry.get("headers", {}).items() if literal(value)}}
+    try:
+        provider = parse_provider(tried, {})
+        problem = provider.problem or "".join(proxy_problems(Settings(), [provider])[:1])
+    except ValueError as exc:
+        raise BadRequest(str(exc), param="name") from None
+    if problem:
+        param = next((name for name in PROVIDER_FIELDS if problem.startswith(name)), None)
+        raise BadRequest(problem, param=param or ("api_keys" if problem.startswith("a key") else
+                                                  "headers" if "header" in problem else "proxy"))
+    return provider
+
+
+def place_of(raw: Json, name: str) -> int:
+    """Where a provider stands in config.json; NotFound."""
+    for place, entry in enumerate(raw.get("providers") if isinstance(raw.get("providers"), list) else ()):
+        if isinstance(entry, dict) and entry.get("name") == name:
+            return place
+    raise NotFound(f"config.json has no provider {one_line(name, 60)!r}", code="not_found", param="name")
+
+
+def has_provider(raw: Json, name: str) -> bool:
+    try:
+        return place_of(raw, name) >= 0
+    except NotFound:
+        return False
+
+
+def name_taken(name: str) -> Conflict:
+    return Conflict(f"the name {one_line(name, 60)} is taken", code="name_taken", param="name")
+
+
+def shown_provider(handler: Handler, name: str, status: int) -> None:
+    """Answer with the provider as the list has it."""
+    gateway = handler.server.gateway
+    found = next((row for row in told_providers(gateway) if row["name"] == name), {"name": name})
+    handler.respond_json({"version": gateway.config_version(), **found}, status)
+
+
+def add_provider(handler: Handler) -> None:
+    """POST /admin/api/providers."""
+    gateway, body = handler.server.gateway, read_fields(handler, {**PROVIDER_FIELDS, "version": "str"})
+    check_ours(gateway, "providers")
+    name = needed(body, "name")
+    entry = provider_entry(body, {})
+
+    def edit(raw: Json) -> None:
+        if has_provider(raw, name):
+            raise name_taken(name)
+        raw["providers"] = [*(raw["providers"] if isinstance(raw.get("providers"), list) else []), entry]
+
+    change_config(gateway, edit)
+    shown_provider(handler, name, 201)
+
+
+def edit_provider(handler: Handler) -> None:
+    """PUT /admin/api/providers/NAME; a new name follows wherever settings name it."""
+    gateway, name = handler.server.gateway, named_in(handler)
+    body = read_fields(handler, {**PROVIDER_FIELDS, "version": "str"})
+    check_ours(gateway, "providers")
+    version, wanted = needed(body, "version"), body.get("name") or name
+
+    def edit(raw: Json) -> None:
+        place = place_of(raw, name)
+        before = raw["providers"][place]
+        if gateway.versions.has_changed(version, raw, f"providers/{name}"):
+            yours = {field_name: value for field_name, value in body.items() if field_name not in ("version", "preset")}
+            raise conflict(gateway, raw, {name: {"yours": _hide_in_provider(yours),
+                                                 "theirs": _hide_in_provider(before)}})
+        if wanted != name and has_provider(raw, wanted):
+            raise name_taken(wanted)
+        raw["providers"][place] = provider_entry({**body, "name": wanted}, before)
+        if wanted != name:
+            rename_provider(raw, name, wanted)
+
+    change_config(gateway, edit)
+    shown_provider(handler, wanted, 200)
+
+
+def rename_provider(raw: Json, old: str, new: str) -> None:
+    """Let whatever names a provider in config.json name it anew."""
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(item) for item in value]
+        if isinstance(value, dict):
+            return {**value, "model": renamed(value.get("model"))}
+        return f"{new}/{value[len(old) + 1:]}" if isinstance(value, str) and value.startswith(old + "/") else value
+
+    if raw.get("default_provider") == old:
+        raw["default_provider"] = new
+    if isinstance(raw.get("aliases"), dict):
+        raw["aliases"] = {pattern: renamed(value) for pattern, value in raw["aliases"].items()}
+    if "default_model" in raw:
+        raw["default_model"] = renamed(raw["default_model"])
+
+
+def remove_provider(handler: Handler) -> None:
+    """DELETE /admin/api/providers/NAME."""
+    gateway, name = handler.server.gateway, named_in(handler)
+    check_ours(gateway, "providers")
+
+    def edit(raw: Json) -> None:
+        del raw["providers"][place_of(raw, name)]
+        if raw.get("default_provider") == name:
+            del raw["default_provider"]
+
+    change_config(gateway, edit)
+    no_content(handler)
+
+
+def order_providers(handler: Handler) -> None:
+    """POST /admin/api/providers/order: all names in their new order; the first is the default, unless one is chosen."""
+    gateway, body = handler.server.gateway, read_fields(handler, {"version": "str", "names": "list"})
+    check_ours(gateway, "providers")
+    names = needed(body, "names")
+
+    def edit(raw: Json) -> None:
+        entries = raw.get("providers") if isinstance(raw.get("providers"), list) else []
+        known = {entry["name"]: entry for entry in entries
+                 if isinstance(entry, dict) and isinstance(entry.get("name"), str)}
+        if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(known):
+            if gateway.versions.has_changed(needed(body, "version"), raw, "providers"):
+                raise conflict(gateway, raw, {"providers": {"yours": names, "theirs": list(known)}})
+            raise BadRequest("names: every provider of config.json once expected", param="names")
+        raw["providers"] = [*(known[name] for name in names), *(e for e in entries if e not in known.values())]
+
+    change_config(gateway, edit)
+    show_providers(handler)
+
+
+#: Whose usage the page's own requests are.
+ADMIN_KEY = ClientKey("admin", b"")
+
+
+def try_provider(handler: Handler) -> None:
+    """POST /admin/api/providers/test: one there is, by its name, or a draft; `provider test` says the same."""
+    gateway, body = handler.server.gateway, read_fields(handler, PROVIDER_FIELDS)
+    providers = gateway.current().router.providers
+    name = body.get("name") or "draft"
+    if set(body) == {"name"}:
+        if name not in providers:
+            raise NotFound(f"there is no provider {one_line(name, 60)!r}" + nearest(name, providers), param="name")
+        return handler.respond_json(trial_of(gateway, providers[name]))
+    known = {entry.get("name"): entry for entry in gateway.settings.providers if isinstance(entry, dict)}
+    entry = provider_entry({**body, "name": name}, known.get(name, {}))
+    alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={}, default_model="",
+                            accounts={}, api_key="", client_keys=[], usage=False, responses_file=""),
+                    environ=gateway.environ)
+    try:
+        told = trial_of(alone, alone.state.router.providers[name])
+    finally:
+        alone.close()
+    handler.respond_json(told)
+
+
+def trial_of(gateway: Gateway, provider: Provider) -> Json:
+    checks = examine(gateway, provider, ADMIN_KEY)
+    models = list(provider.models)
+    if all(check.ok for check in checks[:2]):
+        with contextlib.suppress(GatewayError):
+            models = gateway.fetch_models(provider) or models
+    return {"ok": all(check.ok for check in checks), "checks": [check._asdict() for check in checks], "models": models}
+
+
+def add_key(handler: Handler) -> None:
+    """POST /admin/api/keys: the key is in the answer, and nowhere else."""
+    gateway = handler.server.gateway
+    body = read_fields(handler, {"version": "str", "name": "str", "models": "list", "expires": "str",
+                                 **dict.fromkeys(LIMIT_FIELDS, "int")})
+    check_ours(gateway, "client_keys")
+    name = needed(body, "name")
+    facts = {field_name: value for field_name, value in body.items()
+             if value not in (None, [], "") and field_name not in ("version", "name")}
+    try:
+        key, entry = make_client_key(name, facts)
+    except ValueError as exc:
+        param = next((field_name for field_name in body if str(exc).startswith(field_name)), "name")
+        raise BadRequest(str(exc), param=param) from None
+
+    def edit(raw: Json) -> None:
+        entries = raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
+        if any(isinstance(known, dict) and known.get("name") == name for known in entries):
+            raise name_taken(name)
+        raw["client_keys"] = [*entries, entry]
+
+    change_config(gateway, edit)
+    handler.respond_json({"name": name, "key": key, "version": gateway.config_version()}, 201)
+
+
+def remove_key(handler: Handler) -> None:
+    """DELETE /admin/api/keys/NAME."""
+    gateway, name = handler.server.gateway, named_in(handler)
+    check_ours(gateway, "client_keys")
+
+    def edit(raw: Json) -> None:
+        entries = raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
+        kept = [entry for entry in entries if not isinstance(entry, dict) or entry.get("name") != name]
+        if len(kept) == len(entries):
+            raise NotFound(f"there is no key {one_line(name, 60)!r}", code="not_found", param="name")
+        raw["client_keys"] = kept
+
+    change_config(gateway, edit)
+    no_content(handler)
+
+
+def end_login(handler: Handler) -> None:
+    """DELETE /admin/api/logins/ACCOUNT."""
+    gateway, account = handler.server.gateway, named_in(handler)
+    if account not in (DEFAULT_ACCOUNT, *gateway.settings.accounts) or gateway.config is None:
+        raise NotFound(f"there is no account {one_line(account, 60)!r}", code="not_found", param="account")
+    try:
+        gone = remove_login(gateway, account)
+    except (ConfigBroken, OSError) as exc:
+        raise LoginFailed(one_line(exc)) from None
+    if not gone:
+        raise NotFound(f"the account {account} is not logged in", code="not_found", param="account")
+    gateway.reload()
+    no_content(handler)
+
+
+PLAYED = {"chat": CHAT, "messages": MESSAGES, "responses": RESPONSES}
+
+
+def play(handler: Handler) -> None:
+    """The playground: a dialect's own endpoint, for who is signed in instead of for a client's key."""
+    dialect = PLAYED[normal_path(handler.path).rpartition("/")[2]]
+    handler.key, handler.endpoint = ADMIN_KEY, handler.endpoint._replace(dialect=dialect)
+    answer_call(handler)
+
+
+# --- logging in at iFlow --------------------------------------------------------------
+
+def show_logins(handler: Handler) -> None:
+    gateway = handler.server.gateway
+    data = [{"account": account, "keys": 1, "message": "", **login}
+            for account, login in gateway.login_report().items()]
+    handler.respond_json({"data": data})
+
+
+def steer_login(handler: Handler) -> None:
+    """/admin/api/oauth/start, callback, paste (POST) and status (GET): a login, as the page drives it."""
+    logins = handler.server.gateway.logins
+    action = normal_path(handler.path).rpartition("/")[2]
+    body = read_fields(handler, {"account": "str", "text": "str", "query": "str", "paste": "bool"}) \
+        if handler.command == "POST" else {}
+    if action == "start":
+        return handler.respond_json(logins.start(body.get("account") or "", body.get("paste") is True))
+    if action == "status":
+        return handler.respond_json(logins.status())
+    text = body.get("text") or "" if action == "paste" else body.get("query") or ""
+    handler.respond_json(logins.paste(text) if action == "paste" else logins.callback(text))
+
+
+# --- clients ---------------------------------------------------------------------------
+
+#: client -> (variables, what it is).  URL is the server's address, KEY the client key, MODEL the default model.
+CLIENTS: Dict[str, Tuple[Dict[str, str], str]] = {
+    "claude": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY"}, "Claude Code"),
+    "codex": ({"IFLOW2API_KEY": "KEY"}, "Codex CLI"),
+    "openai": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY"}, "the OpenAI SDKs and what is built on them"),
+    "anthropic": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_API_KEY": "KEY"}, "the Anthropic SDKs"),
+    "aider": ({"OPENAI_API_BASE": "URL/v1", "OPENAI_API_KEY": "KEY", "AIDER_MODEL": "openai/MODEL"}, "aider"),
+    "qwen": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY", "OPENAI_MODEL": "MODEL"}, "Qwen Code")}
+
+#: Codex takes its provider from config.toml or from -c flags, never from a variable.
+CODEX_SETTINGS = (("model", "MODEL"), ("model_provider", "iflow2api"), ("model_providers.iflow2api.name", "iflow2api"),
+                  ("model_providers.iflow2api.base_url", "URL/v1"),
+                  ("model_providers.iflow2api.env_key", "IFLOW2API_KEY"),
+                  ("model_providers.iflow2api.wire_api", "responses"))
+
+
+class Shell(NamedTuple):
+    """How a shell is told: a variable, a comment, and a command that stands for another one with flags."""
+    variable: str
+    comment: str
+    command: str
+    quote: Callable[[str], str]
+    reference: str = '"${}"'
+
+
+def _quote_posix(text: str) -> str:
+    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+SHELLS = {
+    "bash": Shell("export {name}={value}", "# {}", "codex() {{ command codex {flags} \"$@\"; }}", _quote_posix),
+    "fish": Shell("set -gx {name} {value}", "# {}", "function codex; command codex {flags} $argv; end",
+                  lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
+    "powershell": Shell("$env:{name} = {value}", "# {}",
+                        "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) {flags} @args }}",
+                        lambda text: "'" + text.replace("'", "''") + "'", "$env:{}"),
+    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
+
+
+def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
+    """What points one of CLIENTS at this server; `words` are URL, KEY (`$IFLOW2API_KEY`: the user has it) and MODEL."""
+    def filled(text: str) -> str:
+        return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
+
+    variables, title = CLIENTS[client]
+    theirs, lines = words["KEY"] == "$IFLOW2API_KEY", []
+    if theirs:
+        lines.append(shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
+    for name, value in variables.items():
+        if value == "KEY" and theirs:
+            if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
+                lines.append(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
+        elif filled(value).strip("/") not in ("", "openai"):        # no model is known
+            lines.append(shell.variable.format(name=name, value=shell.quote(filled(value))))
+    if client == "codex":
+        pairs = [(name, filled(value)) for name, value in CODEX_SETTINGS if filled(value)]
+        lines.append(codex_command(shell, pairs))
+        lines.append(shell.comment.format("or for good, in ~/.codex/config.toml:"))
+        lines += [shell.comment.format(line) for line in codex_toml(pairs)]
+    if not words["MODEL"]:
+        lines.append(shell.comment.format(f"{title} asks for models of its own; tell which one to use instead: "
+                                          "python iflow2api.py config set default_model NAME"))
+    return lines
+
+
+def codex_command(shell: Shell, pairs: Sequence[Tuple[str, str]]) -> str:
+    flags = " ".join("-c " + shell.quote(f'{name}="{value}"') for name, value in pairs)
+    if shell is SHELLS["cmd"]:
+        flags = " ".join(f'-c {name}="{value}"' for name, value in pairs)
+    return shell.command.format(flags=flags)
+
+
+def codex_toml(pairs: Sequence[Tuple[str, str]]) -> Iterator[str]:
+    for name, value in pairs:
+        if name == "model_providers.iflow2api.name":
+            yield "[model_providers.iflow2api]"
+        yield f'{name.rpartition(".")[2]} = {json.dumps(value, ensure_ascii=False)}'
+
+
+class Setup(NamedTuple):
+    """What a client's lines are made of; `key` for files, `shell_key` for shells, where a variable may hold it."""
+    base: str
+    key: str
+    shell_key: str
+    model: str
+    asked: bool                          #: the model was asked for, so it is named even where nobody has to
+
+    def words(self) -> Dict[str, str]:
+        """As env_lines takes them."""
+        return {"URL": self.base, "KEY": self.shell_key, "MODEL": self.model}
+
+
+def code_block(title: Union[str, Tuple[str, str]], language: str, text: str) -> Json:
+    zh, en = (title, title) if isinstance(title, str) else title
+    return {"title": {"zh": zh, "en": en}, "language": language, "text": text}
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def shell_blocks(client: str, setup: Setup, *more: Tuple[str, str]) -> List[Json]:
+    """The lines of `env` for each shell, and further variables; without its comments, which speak one language."""
+    blocks = []
+    for name, shell in SHELLS.items():
+        lines = [line for line in env_lines(client, shell, setup.words())
+                 if not line.startswith(shell.comment.partition(" ")[0])]
+        if setup.shell_key != setup.key:
+            lines.insert(0, shell.variable.format(name="IFLOW2API_KEY", value=shell.quote(setup.key)))
+        lines += [shell.variable.format(name=variable, value=shell.quote(value)) for variable, value in more]
+        blocks.append(code_block(name, name, "\n".join(lines)))
+    return blocks
+
+
+def claude_blocks(setup: Setup) -> List[Json]:
+    model = [("ANTHROPIC_MODEL", setup.model)] if setup.asked else []
+    environ = {"ANTHROPIC_BASE_URL": setup.base, "ANTHROPIC_AUTH_TOKEN": setup.key, **dict(model)}
+    return [*shell_blocks("claude", setup, *model),
+            code_block(("长期设置：~/.claude/settings.json", "for good: ~/.claude/settings.json"), "json",
+                       json_text({"env": environ}))]
+
+
+def codex_blocks(setup: Setup) -> List[Json]:
+    words = setup.words()
+    pairs = [(name, re.sub(r"\b(URL|MODEL)\b", lambda found: words[found.group()], value))
+             for name, value in CODEX_SETTINGS]
+    return [*shell_blocks("codex", setup), code_block("~/.codex/config.toml", "toml", "\n".join(codex_toml(pairs)))]
+
+
+def python_blocks(setup: Setup) -> List[Json]:
+    base, key, model = map(json.dumps, (setup.base + "/v1", setup.key, setup.model))
+    return [code_block("pip install openai", "python", "from openai import OpenAI\n\n"
+                  f"client = OpenAI(base_url={base}, api_key={key})\n"
+                  f"answer = client.chat.completions.create(\n    model={model},\n"
+                  '    messages=[{"role": "user", "content": "Hello"}])\nprint(answer.choices[0].message.content)'),
+            *shell_blocks("openai", setup)]
+
+
+def javascript_blocks(setup: Setup) -> List[Json]:
+    base, key, model = map(json.dumps, (setup.base + "/v1", setup.key, setup.model))
+    lines = ['import OpenAI from "openai";', "", f"const client = new OpenAI({{ baseURL: {base}, apiKey: {key} }});",
+             "const answer = await client.chat.completions.create({", f"  model: {model},",
+             '  messages: [{ role: "user", content: "Hello" }],', "});",
+             "console.log(answer.choices[0].message.content);"]
+    return [code_block("npm install openai", "javascript", "\n".join(lines)), *shell_blocks("openai", setup)]
+
+
+def curl_blocks(setup: Setup) -> List[Json]:
+    body = json.dumps({"model": setup.model, "messages": [{"role": "user", "content": "Hello"}]})
+    url, blocks = setup.base + "/v1/chat/completions", []
+    for name, token in (("bash", "$IFLOW2API_KEY"), ("powershell", "$env:IFLOW2API_KEY")):
+        quote = SHELLS[name].quote
+        bearer = f'"Authorization: Bearer {token}"' if setup.shell_key[:1] == "$" else \
+            quote(f"Authorization: Bearer {setup.shell_key}")
+        flags = f"{quote(url)} -H {bearer} -H 'Content-Type: application/json' -d"
+        text = f"curl {flags} {quote(body)}" if name == "bash" else f"{quote(body)} | curl.exe {flags} '@-'"
+        blocks.append(code_block(name, name, text))
+    return blocks
+
+
+def opencode_blocks(setup: Setup) -> List[Json]:
+    key = "{env:IFLOW2API_KEY}" if setup.shell_key[:1] == "$" else setup.key
+    return [code_block("opencode.json", "json", json_text({
+        "$schema": "https://opencode.ai/config.json", "model": f"iflow2api/{setup.model}",
+        "provider": {"iflow2api": {"npm": "@ai-sdk/openai-compatible", "name": "iflow2api",
+                                   "options": {"baseURL": setup.base + "/v1", "apiKey": key},
+                                   "models": {setup.model: {"name": setup.model}}}}}))]
+
+
+def form_blocks(setup: Setup, zh: str, en: str, base: str) -> List[Json]:
+    """What goes into the fields of a form, which is found at `zh`, `en`."""
+    values = (((f"{zh} → 接口地址", f"{en} → Base URL"), base), (("API 密钥", "API key"), setup.key),
+              (("模型", "model"), setup.model))
+    return [code_block(title, "text", value) for title, value in values]
+
+
+def environ_blocks(variables: Mapping[str, str]) -> List[Json]:
+    """Variables for a container's environment; there this machine has another name."""
+    return [code_block(("环境变量（自行部署）", "environment (self-hosted)"), "text",
+                  "\n".join(f"{name}={value}" for name, value in variables.items()))]
+
+
+def seen_from_container(base: str) -> str:
+    return re.sub(r"//(localhost|127\.0\.0\.1|\[::1\])(?=:|$)", "//host.docker.internal", base)
+
+
+def webui_blocks(setup: Setup) -> List[Json]:
+    base = seen_from_container(setup.base) + "/v1"
+    quote = SHELLS["bash"].quote
+    return [code_block("Docker", "bash", "docker run -d -p 3000:8080 --add-host=host.docker.internal:host-gateway \\\n"
+                  f"  -e OPENAI_API_BASE_URL={quote(base)} \\\n  -e OPENAI_API_KEY={quote(setup.key)} \\\n"
+                  "  -v open-webui:/app/backend/data --name open-webui ghcr.io/open-webui/open-webui:main"),
+            *form_blocks(setup, "管理员面板 → 设置 → 外部连接 → OpenAI API", "Admin Panel → Settings → Connections → OpenAI API",
+                         setup.base + "/v1")]
+
+
+def continue_blocks(setup: Setup) -> List[Json]:
+    model, base, key = map(json.dumps, (setup.model, setup.base + "/v1", setup.key))
+    return [code_block("~/.continue/config.yaml", "yaml", "name: iflow2api\nversion: 1.0.0\nschema: v1\nmodels:\n"
+                       f"  - name: {model}\n    provider: openai\n    model: {model}\n    apiBase: {base}\n"
+                       f"    apiKey: {key}\n    roles: [chat, edit, apply]")]
+
+
+#: id -> title and what makes its blocks.
+CLIENT_SETUPS: Dict[str, Tuple[str, Callable[[Setup], List[Json]]]] = {
+    "claude-code": ("Claude Code", claude_blocks), "codex": ("Codex", codex_blocks),
+    "openai-python": ("OpenAI SDK (Python)", python_blocks),
+    "openai-js": ("OpenAI SDK (JavaScript)", javascript_blocks),
+    "curl": ("curl", curl_blocks), "opencode": ("opencode", opencode_blocks),
+    "aider": ("aider", lambda setup: shell_blocks("aider", setup)),
+    "cherry-studio": ("Cherry Studio", lambda setup: form_blocks(
+        setup, "设置 → 模型服务 → 添加 → 提供商类型 OpenAI", "Settings → Model Provider → Add → provider type OpenAI", setup.base)),
+    "lobechat": ("LobeChat", lambda setup: [
+        *form_blocks(setup, "设置 → AI 服务商 → OpenAI", "Settings → AI Service Provider → OpenAI", setup.base + "/v1"),
+        *environ_blocks({"OPENAI_PROXY_URL": seen_from_container(setup.base) + "/v1", "OPENAI_API_KEY": setup.key,
+                         "OPENAI_MODEL_LIST": f"+{setup.model}"})]),
+    "chatgpt-next-web": ("ChatGPT-Next-Web (NextChat)", lambda setup: [
+        *form_blocks(setup, "设置 → 自定义接口 → OpenAI", "Settings → Custom Endpoint → OpenAI", setup.base),
+        *environ_blocks({"BASE_URL": seen_from_container(setup.base), "OPENAI_API_KEY": setup.key,
+                         "CUSTOM_MODELS": f"+{setup.model}", "DEFAULT_MODEL": setup.model})]),
+    "open-webui": ("Open WebUI", webui_blocks), "continue": ("Continue", continue_blocks),
+    "cline": ("Cline", lambda setup: form_blocks(
+        setup, "Cline 设置 → API Provider → OpenAI Compatible", "Cline settings → API Provider → OpenAI Compatible",
+        setup.base + "/v1"))}
+
+
+def address_for(handler: Handler) -> str:
+    """This server's address as whoever asks knows it: behind a proxy or on another machine it is not ours."""
+    host, scheme = handler.headers.get("host", ""), handler.headers.get("x-forwarded-proto", "http")
+    fits = re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host) and scheme in ("http", "https")
+    return f"{scheme}://{host}" if fits else handler.server.url
+
+
+def show_clients(handler: Handler) -> None:
+    """GET /admin/api/clients: what to copy into each client.  No key is in there, only where it goes."""
+    query, gateway = query_of(handler), handler.server.gateway
+    router, needs_key = gateway.current().router, gateway.state.door.required
+    model, given = query.get("model") or router.default_model, query.get("key", "")
+    if not re.fullmatch(r"[\x21-\x7e]{0,200}", given):
+        raise BadRequest("key: printable characters without blanks expected", param="key")
+    model = re.sub(r'[\x00-\x1f\x7f"]', "", model)       # names come from upstreams, and these lines go into shells
+    key = given or ("YOUR_KEY" if needs_key else "sk-none")
+    setup = Setup(address_for(handler), key, given or ("$IFLOW2API_KEY" if needs_key else key), model or "MODEL",
+                  bool(query.get("model")) and model != router.default_model)
+    handler.respond_json({"base_url": setup.base, "model": model, "needs_key": needs_key, "data": [
+        {"id": name, "title": title, "blocks": make(setup)} for name, (title, make) in CLIENT_SETUPS.items()]})
+
+
+# --- the page ------------------------------------------------------------------------
+
+_TEXTS_CORE: Dict[str, Tuple[str, str]] = {
+    "title": ("iflow2api 管理", "iflow2api admin"),
+}
+
+ADMIN_TEXTS = {**_TEXTS_CORE}
+
+# language=CSS
+ADMIN_CSS = r""":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif}"""
+
+# language=HTML
+ADMIN_HTML = r"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>iflow2api</title><style>@CSS@</style>
+<script type="application/json" id="texts">@TEXTS@</script>
+<main id="main"></main>
+<script>@JS@</script></html>
+"""
+
+_JS_CORE = r"""
+"use strict";
+"""
+
+ADMIN_JS = "(() => {" + _JS_CORE + "})();"
+
+
+_HTML = "text/html; charset=utf-8"
+
+
+class Page(NamedTuple):
+    """A page made once: its bytes, the same packed, its ETag, and the headers it goes out with."""
+    body: bytes
+    packed: bytes
+    etag: str
+    headers: Tuple[Tuple[str, str], ...]
+
+
+@lru_cache(maxsize=None)
+def admin_page() -> Page:
+    """The page with style, texts and script in their places; its policy admits those two blocks and nothing else."""
+    texts = json.dumps(ADMIN_TEXTS, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    body = ADMIN_HTML.replace("@CSS@", ADMIN_CSS).replace("@TEXTS@", texts).replace("@JS@", ADMIN_JS).encode()
+    style, script = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+                     for part in (ADMIN_CSS, ADMIN_JS))
+    policy = ("default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
+              f"style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+              "form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    etag = f'"{hashlib.sha256(body).hexdigest()[:24]}"'
+    return Page(body, packer.compress(body) + packer.flush(), etag, (
+        ("Content-Security-Policy", policy), ("X-Frame-Options", "DENY"), ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"), ("Vary", "Accept-Encoding"), ("ETag", etag)))
+
+
+def show_page(handler: Handler) -> None:
+    """GET /admin: the page, to anybody who may reach this server; it holds nothing but itself."""
+    page, headers = admin_page(), handler.headers
+    if page.etag in headers.get("if-none-match", ""):
+        return handler.respond(304, b"", "", page.headers)
+    if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", headers.get("accept-encoding", "")):
+        return handler.respond(200, page.packed, _HTML, [*page.headers, ("Content-Encoding", "gzip")])
+    handler.respond(200, page.body, _HTML, page.headers)
+
+
+#: path below /admin/api/ -> method -> what it does; all but the public ones want a session.
+_ADMIN_ROUTES: Dict[str, Dict[str, Callable[[Handler], None]]] = {
+    "overview": {"GET": show_overview}, "events": {"GET": stream_events}, "requests": {"GET": show_requests},
+    "series": {"GET": show_series}, "usage": {"GET": show_usage}, "usage.csv": {"GET": download_usage},
+    "config": {"GET": show_config, "PATCH": save_config}, "presets": {"GET": show_presets},
+    "providers": {"GET": show_providers, "POST": add_provider}, "providers/test": {"POST": try_provider},
+    "providers/order": {"POST": order_providers},
+    "providers/": {"PUT": edit_provider, "DELETE": remove_provider},
+    "models": {"GET": show_admin_models}, "routes/explain": {"POST": explain_route},
+    "keys": {"GET": show_keys, "POST": add_key}, "keys/": {"DELETE": remove_key},
+    "logins": {"GET": show_logins}, "logins/": {"DELETE": end_login},
+    **{f"oauth/{action}": {"POST": steer_login} for action in ("start", "callback", "paste")},
+    "oauth/status": {"GET": steer_login}, "logs": {"GET": show_logs}, "logs.txt": {"GET": download_logs},
+    "clients": {"GET": show_clients}, "about": {"GET": show_about}, "instances": {"GET": show_instances}}
+
+ROUTES.update({f"/admin/api/{path}": {method: Route(run, admin=True) for method, run in methods.items()}
+               for path, methods in _ADMIN_ROUTES.items()})
+ROUTES.update({
+    "/admin": {"GET": Route(show_page, public=True)},
+    **{f"/admin/api/play/{name}": {"POST": Route(play, admin=True)} for name in PLAYED},
+    "/admin/api/session": {"GET": Route(show_session, public=True, admin=True),
+                           "POST": Route(sign_in, public=True, admin=True), "DELETE": Route(sign_out, admin=True)},
+    "/admin/api/password": {"POST": Route(set_password, public=True, admin=True)}})
+
+
+# === 17. Demo upstream =======================================================
 #
 # A small upstream built in: `--demo` runs the program against it, without account or network, and the tests use the
 # same one with a script.  What it says is pure; only the two classes at the end know sockets and clocks.
@@ -11687,7 +13599,7 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
 
-# === 17. Command line ========================================================
+# === 18. Command line ========================================================
 
 # --- the console -------------------------------------------------------------
 
@@ -11704,6 +13616,7 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "clients": ("客户端", "clients"),
     "login": ("登录", "login"),
     "page": ("页面", "page"),
+    "page_code": ("一次性验证码，用于设置页面密码：{code}", "one-time code, to set its password: {code}"),
     "next": ("下一步", "next"),
     "default": ("（默认）", " (default)"),
     "disabled": ("已停用：{problem}", "disabled: {problem}"),
@@ -11760,6 +13673,18 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "cannot_write": ("无法写入 {path}：{reason}", "{path} can't be written: {reason}"),
     "proxy_is_off": ("上游代理尚未启用；启用：{program} config set upstream_proxy_enabled true",
                      "the proxy is not in use yet; to use it: {program} config set upstream_proxy_enabled true"),
+    # the page's password
+    "new_password": ("新密码：", "new password: "),
+    "same_again": ("再输入一次：", "the same again: "),
+    "not_the_same": ("两次输入不一致；没有改动", "these were not the same; nothing was changed"),
+    "no_terminal": ("这里没有终端；从标准输入读取密码：{program} admin reset-password -",
+                    "there is no terminal here; to read it from standard input: {program} admin reset-password -"),
+    "password_shown": ("不要把密码写在命令行上；直接运行 {program} admin reset-password，或用 -（标准输入）",
+                       "a password does not belong on the command line; run {program} admin reset-password, or use - "
+                       "(standard input)"),
+    "password_length": ("密码需要 {least} 到 {most} 个字符", "a password has from {least} to {most} characters"),
+    "password_set": ("页面密码已更改；所有已登录的会话都已结束", "the page's password is changed; whoever was signed in is signed out"),
+    "password_above": ("环境变量 {variable} 优先于它", "the variable {variable} is set, and stands above it"),
     # what a setting may be
     "kind_str": ("文字", "a string"),
     "kind_int": ("整数", "a whole number"),
@@ -11968,24 +13893,11 @@ def _parse_for(where: str, name: str, text: str) -> Any:
     try:
         return parse_setting(name, text)
     except ValueError as exc:
-        if SETTING[name].metadata["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{"):
+        facts = SETTING[name].metadata
+        if facts.get("secret") or facts["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{"):
             raise UsageError(f"{where}: {exc}") from None        # which part of it, and why
         shown = one_line(text, 60) or '""'
         raise UsageError(tr("bad_value", where=where, value=shown, expected=_expected(name))) from None
-
-
-class _Collect(AnswerSink):
-    """Keeps an answer: for our own requests."""
-    data = b""
-
-    def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
-        self.began, self.data = True, data
-
-    def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
-        self.began, self.data = True, self.data + payload
-
-    def end(self, payload: bytes) -> None:
-        self.send(payload)
 
 
 def _read_key(text: str) -> str:
@@ -12052,6 +13964,7 @@ def cmd_serve(args: Any) -> int:
     stopping = _heed_signals(gateway)
     print(f"iflow2api {__version__} listening on {server.url}", flush=True)
     _say("\n".join(["", *_card(gateway, server, had_key), ""]))
+    _show_page(gateway, server, args.no_browser)
     gateway.watch_files()
     while not stopping.wait(1 if os.name == "nt" else 3600):     # Windows: Ctrl-C does not end an endless wait
         pass
@@ -12060,6 +13973,21 @@ def cmd_serve(args: Any) -> int:
     if demo is not None:
         demo.close()
     return 0
+
+
+def _show_page(gateway: Gateway, server: Server, stay: bool) -> None:
+    """Open the page at the first start, where somebody sees it; from now on, no password any more means a new code."""
+    said = [gateway.sessions.code()]
+
+    def say_code() -> None:
+        code = gateway.sessions.code()
+        if code not in ("", said[0]):
+            said[0] = code
+            _say(tr("page_code", code=code))
+
+    gateway.listeners.append(say_code)
+    if said[0] and not stay and sys.stdout.isatty():
+        threading.Thread(target=open_browser, args=(server.url + "/admin", os.environ), daemon=True).start()
 
 
 def _bind_problem(host: str, port: int, exc: OSError) -> str:
@@ -12080,8 +14008,9 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
     """What somebody who has just started it has to know, in the lines of a narrow terminal."""
     rows = [(tr("address"), server.url, "green"), *_card_providers(gateway.state.router, CONSOLE.columns - 14),
             *_card_access(gateway, had_key)]
-    if "/admin" in ROUTES:
-        rows.append((tr("page"), server.url + "/admin", ""))
+    rows.append((tr("page"), server.url + "/admin", ""))
+    if gateway.sessions.is_new:
+        rows.append(("", tr("page_code", code=gateway.sessions.code()), "bold"))
     problems = [problem for problem in gateway.problems if not problem.startswith("provider ")]      # these stand above
     rows += [(tr("problems"), one_line(problem, 200), "yellow") for problem in problems[:1]]
     step, *rest = _next_step(gateway, server).split("\n")
@@ -12181,12 +14110,6 @@ class _FileFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         trace = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
         return redact(f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {record.levelname} {record.getMessage()}{trace}")
-
-
-def log_path(gateway: Gateway) -> str:
-    """Where log_file is, "" if it is not set; a relative one stands in the folder of config.json."""
-    path = os.path.expanduser(gateway.settings.log_file)
-    return os.path.join(gateway.config.folder if gateway.config is not None else "", path) if path else ""
 
 
 def _log_to_file(gateway: Gateway) -> None:
@@ -12360,38 +14283,12 @@ def _probe(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
     """Whether a one-word chat works, and a line that says so or why not."""
     started = time.monotonic()
     try:
-        model = _probe_model(gateway, provider)
-        message = _ask(gateway, provider, model)
+        model = model_to_try(gateway, provider)
+        message = ask_provider(gateway, provider, model)
     except GatewayError as exc:
         return False, f"failed ({exc.status}): {one_line(exc.message, 400)}"
     said = one_line(message.get("content") or reasoning_of(message), 40)
     return True, f"ok, {model} answered in {time.monotonic() - started:.1f} s: {said}"
-
-
-def _ask(gateway: Gateway, provider: Provider, model: str, **more: Any) -> Json:
-    """The message of a tiny real request; of a streamed one {}.  GatewayError."""
-    limit = profile_of(Target(provider, model))["max_tokens_field"]
-    body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
-            "messages": [{"role": "user", "content": "Say hi."}], **more}
-    sink = _Collect()
-    gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_")), sink)
-    return {} if body.get("stream") else first_choice(json.loads(sink.data)).get("message") or {}
-
-
-def _probe_model(gateway: Gateway, provider: Provider) -> str:
-    """A model to try: the default one if it is this provider's, its first configured one, or the first it lists."""
-    if provider.problem:
-        raise NotLoggedIn(provider.problem)
-    router = gateway.current().router
-    if router.default_model and (gateway.settings.default_model in provider.models or provider is router.default):
-        head, slash, rest = router.default_model.partition("/")
-        return rest if slash and head == provider.name else router.default_model
-    if provider.models:
-        return provider.models[0]
-    listed = [model for model in gateway.fetch_models(provider) if "embed" not in model]
-    if not listed:
-        raise UpstreamGarbled("it lists no models; name one in its `models`, or with --model")
-    return listed[0]
 
 
 # --- providers ---------------------------------------------------------------
@@ -12469,11 +14366,8 @@ def _new_provider(args: Any) -> Json:
     if not args.name:
         raise UsageError("provider add needs a NAME: one of `provider presets`, or any with --base-url URL")
     preset = _preset(args.preset or args.name) if args.preset or args.name in PRESETS or not args.base_url else None
-    entry = entry_at(args.base_url, preset) if args.base_url else _preset(args.preset or args.name).entry("")
-    entry = {**entry, "name": args.name, "kind": args.kind or "openai"}
-    if args.models:
-        known = {model["id"]: model for model in entry.get("models", ())}
-        entry["models"] = [known.get(model, model) for model in filter(None, map(str.strip, args.models.split(",")))]
+    entry = entry_for(args.name, args.kind, args.base_url or "", preset,
+                      filter(None, map(str.strip, (args.models or "").split(","))))
     variable = preset.key if preset else ""
     key = args.api_key if args.api_key is not None else "$" + variable if variable else None
     entry["api_keys"] = [] if key is None else [_stored_key(key, variable)]
@@ -12529,15 +14423,6 @@ def _raw_providers(raw: Json) -> List[Any]:
     return providers
 
 
-#: What is at fault, by the status that a probe ends with.
-_FAULTS = {401: "the key", 402: "the balance", 403: "the key", 404: "the model", 429: "the rate limit",
-           502: "the connection", 504: "the connection"}
-
-_PROBE_TOOL = {"type": "function", "function": {
-    "name": "report", "description": "Report a number.",
-    "parameters": {"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}}}
-
-
 def _provider_test(args: Any) -> int:
     """One line for each provider: what works, what does not, and why."""
     gateway = _gateway_of(args)
@@ -12548,35 +14433,14 @@ def _provider_test(args: Any) -> int:
     if not providers:
         _say("no provider to test: add one with `provider add NAME`")
         return 1
-    results = [_examine(gateway, providers[name]) for name in ([args.name] if args.name else providers)]
-    for ok, line in results:
-        print(line)
-    return 0 if all(ok for ok, line in results) else 1
-
-
-def _examine(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
-    """Key, model, stream and tools of one provider, in a line; without an answer there is nothing more to try."""
-    started = time.monotonic()
-    try:
-        model = _probe_model(gateway, provider)
-        _ask(gateway, provider, model)
-    except GatewayError as exc:
-        fault = provider.problem and "its settings" or _FAULTS.get(exc.status, f"HTTP {exc.status}")
-        return False, f"{provider.name}: does not work, {fault}: {one_line(exc.message, 300)}"
-    parts = ["key ok" if provider.api_keys else "needs no key",
-             f"model {model} ok ({time.monotonic() - started:.1f} s)"]
-    tool_request = {"tools": [_PROBE_TOOL],
-                    "messages": [{"role": "user", "content": "Call the tool report with the number 7."}]}
     failed = 0
-    for what, more in (("stream", {"stream": True}), ("tools", tool_request)):
-        try:
-            message = _ask(gateway, provider, model, **more)
-            lazy = what == "tools" and not message.get("tool_calls")
-            parts.append("tools taken, but none called" if lazy else f"{what} ok")
-        except GatewayError as exc:
-            failed += 1
-            parts.append(f"{what} failed ({exc.status}: {one_line(exc.message, 160)})")
-    return not failed, f"{provider.name}: " + ", ".join(parts)
+    for name in [args.name] if args.name else providers:
+        checks = examine(gateway, providers[name])
+        broken = next((check.message for check in checks[:3] if check.ok is False), "")
+        said = f"does not work, {broken}" if broken else ", ".join(c.message for c in checks if c.message)
+        print(f"{name}: {said}")
+        failed += any(not check.ok for check in checks)
+    return 1 if failed else 0
 
 
 def cmd_version(args: Any) -> int:
@@ -12586,45 +14450,6 @@ def cmd_version(args: Any) -> int:
 
 # --- env ---------------------------------------------------------------------
 
-#: client -> (variables, what it is).  URL is the server's address, KEY the client key, MODEL the default model.
-CLIENTS: Dict[str, Tuple[Dict[str, str], str]] = {
-    "claude": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY"}, "Claude Code"),
-    "codex": ({"IFLOW2API_KEY": "KEY"}, "Codex CLI"),
-    "openai": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY"}, "the OpenAI SDKs and what is built on them"),
-    "anthropic": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_API_KEY": "KEY"}, "the Anthropic SDKs"),
-    "aider": ({"OPENAI_API_BASE": "URL/v1", "OPENAI_API_KEY": "KEY", "AIDER_MODEL": "openai/MODEL"}, "aider"),
-    "qwen": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY", "OPENAI_MODEL": "MODEL"}, "Qwen Code")}
-
-#: Codex takes its provider from config.toml or from -c flags, never from a variable.
-CODEX_SETTINGS = (("model", "MODEL"), ("model_provider", "iflow2api"), ("model_providers.iflow2api.name", "iflow2api"),
-                  ("model_providers.iflow2api.base_url", "URL/v1"),
-                  ("model_providers.iflow2api.env_key", "IFLOW2API_KEY"),
-                  ("model_providers.iflow2api.wire_api", "responses"))
-
-
-class Shell(NamedTuple):
-    """How a shell is told: a variable, a comment, and a command that stands for another one with flags."""
-    variable: str
-    comment: str
-    command: str
-    quote: Callable[[str], str]
-    reference: str = '"${}"'
-
-
-def _quote_posix(text: str) -> str:
-    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else "'" + text.replace("'", "'\"'\"'") + "'"
-
-
-SHELLS = {
-    "bash": Shell("export {name}={value}", "# {}", "codex() {{ command codex {flags} \"$@\"; }}", _quote_posix),
-    "fish": Shell("set -gx {name} {value}", "# {}", "function codex; command codex {flags} $argv; end",
-                  lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
-    "powershell": Shell("$env:{name} = {value}", "# {}",
-                        "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) {flags} @args }}",
-                        lambda text: "'" + text.replace("'", "''") + "'", "$env:{}"),
-    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
-
-
 def cmd_env(args: Any) -> int:
     """Shell lines that point a client at this server: eval "$(python iflow2api.py env claude)"."""
     gateway = _gateway_of(args)
@@ -12632,39 +14457,8 @@ def cmd_env(args: Any) -> int:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     key = settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed")
     words = {"URL": f"http://{host}:{settings.port}", "KEY": key, "MODEL": gateway.current().router.default_model}
-
-    def filled(text: str) -> str:
-        return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
-
-    variables, title = CLIENTS[args.client]
-    if words["KEY"] == "$IFLOW2API_KEY":
-        print(shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
-    for name, value in variables.items():
-        if value == "KEY" and words["KEY"] == "$IFLOW2API_KEY":
-            if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
-                print(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
-        elif filled(value).strip("/") not in ("", "openai"):        # no model is known
-            print(shell.variable.format(name=name, value=shell.quote(filled(value))))
-    if args.client == "codex":
-        _print_codex(shell, filled)
-    if not words["MODEL"]:
-        print(shell.comment.format(f"{title} asks for models of its own; tell which one to use instead: "
-                                   "python iflow2api.py config set default_model NAME"))
+    print("\n".join(env_lines(args.client, shell, words)))
     return 0
-
-
-def _print_codex(shell: Shell, filled: Callable[[str], str]) -> None:
-    """The command with its flags, and the same as lines for config.toml."""
-    pairs = [(name, filled(value)) for name, value in CODEX_SETTINGS if filled(value)]
-    flags = " ".join("-c " + shell.quote(f'{name}="{value}"') for name, value in pairs)
-    if shell is SHELLS["cmd"]:
-        flags = " ".join(f'-c {name}="{value}"' for name, value in pairs)
-    print(shell.command.format(flags=flags))
-    print(shell.comment.format("or for good, in ~/.codex/config.toml:"))
-    for name, value in pairs:
-        if name == "model_providers.iflow2api.name":
-            print(shell.comment.format("[model_providers.iflow2api]"))
-        print(shell.comment.format(f'{name.rpartition(".")[2]} = "{value}"'))
 
 
 def _guess_shell() -> str:
@@ -12765,18 +14559,8 @@ def cmd_logout(args: Any) -> int:
     account = args.account or DEFAULT_ACCOUNT
     if account != DEFAULT_ACCOUNT and account not in gateway.settings.accounts:
         raise UsageError(f"there is no account {account!r}" + nearest(account, gateway.settings.accounts))
-    file, gone = LoginFile(account, gateway.config), False
     try:
-        login = file.read()
-        foreign = login.get("selectedAuthType") == "openai-compatible"           # another service's key is not ours
-        fields = [name for name in LOGIN_FIELDS if not (foreign and name.endswith("piKey"))]
-        if any(name in login for name in fields):
-            with file.held():
-                file.update(dict.fromkeys(login if not file.is_default else fields))
-            gone = True
-        if file.is_default and gateway.config and gateway.config.read().get("api_key"):
-            gateway.config.change(lambda raw: raw.pop("api_key", None))
-            gone = True
+        gone = remove_login(gateway, account)
     except (LoginFailed, ConfigBroken, OSError) as exc:
         _say(f"error: {exc}")
         return 1
@@ -12798,33 +14582,6 @@ def _login_line(account: str, login: Json) -> str:
 
 
 # --- config ------------------------------------------------------------------
-
-def hide_secrets(name: str, value: Any) -> Any:
-    """A setting's value as it may be shown."""
-    if name in SETTING and SETTING[name].metadata.get("secret"):
-        return redact(value) if "://" in str(value) else mask(value)
-    if name == "providers" and isinstance(value, list):
-        return [_hide_in_provider(entry) if isinstance(entry, dict) else entry for entry in value]
-    if name == "accounts" and isinstance(value, dict):
-        return {account: {key: mask(str(item)) if key in LOGIN_SECRETS else item for key, item in login.items()}
-                if isinstance(login, dict) else "…" for account, login in value.items()}
-    return value
-
-
-def _hide_in_provider(entry: Json) -> Json:
-    def hide(text: Any) -> Any:
-        return text if isinstance(text, str) and re.fullmatch(r"\$\w+", text) else mask(str(text))
-
-    shown = dict(entry)
-    for name, value in entry.items():
-        if name == "headers" and isinstance(value, dict):
-            shown[name] = {header: hide(text) for header, text in value.items()}
-        elif name in ("proxy", "base_url") and isinstance(value, str):
-            shown[name] = re.sub(r"[?#].*", "…", redact(value))
-        elif re.search(r"(?i)keys?$|token|secret|password|headers", name):
-            shown[name] = [hide(key) for key in value] if isinstance(value, list) else hide(value)
-    return shown
-
 
 def cmd_config(args: Any) -> int:
     return {"list": _config_list, "get": _config_get, "set": _config_set, "unset": _config_unset,
@@ -12934,6 +14691,37 @@ def _config_path(args: Any) -> int:
     return 0
 
 
+# --- the page's password --------------------------------------------------------
+
+def cmd_admin(args: Any) -> int:
+    """`admin reset-password`: a running server takes it over, and ends the sessions of before."""
+    if args.password not in (None, "-"):
+        raise UsageError(tr("password_shown"))
+    password = sys.stdin.readline().rstrip("\r\n") if args.password else _ask_password()
+    try:
+        stored = hash_password(password)
+    except ValueError:
+        least, most = PASSWORD_LENGTH
+        raise UsageError(tr("password_length", least=least, most=most)) from None
+    failed = _change_config(args, lambda raw: raw.update(admin_password=stored))
+    if not failed:
+        _say(tr("password_set"))
+    if os.environ.get(ENV_PREFIX + "ADMIN_PASSWORD"):
+        _say(tr("warning", text=tr("password_above", variable=ENV_PREFIX + "ADMIN_PASSWORD")))
+    return failed
+
+
+def _ask_password() -> str:
+    """A password typed twice at the terminal, unseen."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError(tr("no_terminal"))
+    import getpass
+    password = getpass.getpass(tr("new_password"))
+    if password != getpass.getpass(tr("same_again")):
+        raise UsageError(tr("not_the_same"))
+    return password
+
+
 # --- routes, keys, usage -------------------------------------------------------
 
 def cmd_routes(args: Any) -> int:
@@ -12978,20 +14766,19 @@ def _key_entries(config: ConfigFile) -> List[Any]:
 
 def _key_add(args: Any) -> int:
     """Make a key: it is printed once, only its hash is kept."""
-    name, key = _key_name(args), "sk-" + secrets.token_hex(24)
-    entry: Json = {"name": name, "sha256": hash_key(key).hex(), "created": time.strftime("%Y-%m-%d")}
+    name = _key_name(args)
+    facts: Json = {}
     if args.models:
-        entry["models"] = [model.strip() for model in args.models.split(",") if model.strip()]
+        facts["models"] = [model.strip() for model in args.models.split(",") if model.strip()]
     for limit in LIMIT_FIELDS:
         text = getattr(args, limit)
         if text is not None:
-            entry[limit] = int(text) if re.fullmatch(r"-?\d{1,15}", text) else text
+            facts[limit] = int(text) if re.fullmatch(r"-?\d{1,15}", text) else text
     if args.expires:
-        entry["expires"] = args.expires
+        facts["expires"] = args.expires
     entries = _key_entries(_config_of(args))
     try:
-        if parse_client_key(entry).expires_at <= time.time():
-            raise ValueError(f"expires: {args.expires} is over")
+        key, entry = make_client_key(name, facts)
     except ValueError as exc:
         raise UsageError(f"key add {name}: {exc}") from None
     if any(isinstance(known, dict) and known.get("name") == name for known in entries):
@@ -13058,15 +14845,8 @@ def cmd_usage(args: Any) -> int:
         print(json.dumps({"by": args.by, "days": int(args.days), "rows": rows}, ensure_ascii=False, indent=2))
         return 0
     names = [args.by, *USAGE_COUNTS, "cost"]
-    lines = [names, *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
-    print("\n".join(",".join(map(_csv_field, line)) for line in lines) if args.csv else _usage_table(args.by, rows))
+    print(csv_of(rows, names) if args.csv else _usage_table(args.by, rows))
     return 0
-
-
-def _csv_field(text: str) -> str:
-    """RFC 4180; what a spreadsheet would take for a formula (names come from clients) begins with a quote."""
-    text = "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
-    return '"' + text.replace('"', '""') + '"' if re.search(r'[",\r\n]', text) else text
 
 
 def _usage_table(by: str, rows: Sequence[Json]) -> str:
@@ -13178,6 +14958,10 @@ COMMANDS: Dict[str, Command] = {
                    "help": ("新的值；列表和对象写成 JSON", "its value; lists and objects as JSON")}),
         ("--show-secrets", {"action": "store_true", "help": ("完整显示密钥", "show keys in full")})),
         ("config list", "config set port 8080", "config set upstream_proxy socks5h://127.0.0.1:1080")),
+    "admin": Command(cmd_admin, ("重设管理页面的密码", "set the page's password anew"), (
+        ("action", {"choices": ("reset-password",), "help": ("重设密码", "set it")}),
+        ("password", {"nargs": "?", "metavar": "-", "help": ("- 表示从标准输入读取", "-: read it from standard input")})),
+        ("admin reset-password", "admin reset-password - < FILE")),
     "routes": Command(cmd_routes, ("说明某个模型名会去哪里、为什么", "say where a model's name goes, and why"), (
         ("action", {"choices": ("explain",), "help": ("说明去向", "say where it goes")}),
         ("name", {"metavar": "MODEL", "help": ("模型名", "the model's name")}),

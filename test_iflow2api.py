@@ -496,6 +496,12 @@ def request_bytes(method="POST", path="/v1/chat/completions", body=b"", headers=
     return f"{method} {path} {version}\r\n{text}\r\n".encode("latin-1") + data
 
 
+#: The page's password in these tests, as the settings keep it (few rounds: it is asked for often), and as scripts send it.
+PASSWORD = "correct horse"
+PASSWORD_HASH = f"pbkdf2-sha256$10${'5a' * 16}${hashlib.pbkdf2_hmac('sha256', PASSWORD.encode(), b'Z' * 16, 10).hex()}"
+BASIC = "Basic " + base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
+
+
 class Client:
     """One connection to a server.  Reads answers strictly, so that framing errors show."""
 
@@ -4058,7 +4064,7 @@ def test_a_server_of_another_gateway_may_be_the_upstream(server, upstream):
     assert records_of(post(outer, chat(True)).body) == HELLO
 
 
-# === 17. Command line =======================================================
+# === 18. Command line =======================================================
 
 @pytest.fixture
 def cli(capsys, monkeypatch):
@@ -7581,7 +7587,7 @@ def test_a_browser_shows_what_the_cdn_has_or_else_our_own_reader(server, upstrea
         assert place == "" and 'id="createMessage"' in done.stdout
 
 
-# === 16. Demo upstream, presets, local engines ===============================
+# === 17. Demo upstream, presets, local engines ===============================
 
 HERE_DEMO = os.path.dirname(os.path.abspath(__file__))
 WEATHER_DEMO = {"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": {
@@ -8344,7 +8350,7 @@ def test_env_names_the_model_of_a_found_engine(capsys, demo, engines):
     assert "demo" in run_demo(capsys, "env", "codex", "--shell", "bash")[1]
 
 
-# === 17. Proxies, console, completion ========================================
+# === 18. Proxies, console, completion ========================================
 
 HERE_CONSOLE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM_CONSOLE = os.path.join(HERE_CONSOLE, "iflow2api.py")
@@ -9991,6 +9997,7 @@ def test_running_an_opener(tmp_path):
 
 @pytest.fixture
 def server_login(gateway_login):
+    gateway_login.set_password(PASSWORD_HASH)
     made = ifl.serve(gateway_login, "127.0.0.1", 0)
     yield made
     made.close()
@@ -9999,7 +10006,7 @@ def server_login(gateway_login):
 def call_login(server_login, method, action, body=None, **headers):
     connection = http.client.HTTPConnection("127.0.0.1", server_login.port, timeout=WAIT_S_LOGIN)
     connection.request(method, "/admin/api/oauth/" + action, None if body is None else json.dumps(body),
-                       {name.replace("_", "-"): value for name, value in headers.items()})
+                       {"Authorization": BASIC, **{name.replace("_", "-"): value for name, value in headers.items()}})
     answer = connection.getresponse()
     value = json.loads(answer.read())
     connection.close()
@@ -10031,11 +10038,13 @@ def test_no_foreign_page_reaches_the_admin_api(gateway_login, server_login, head
 
 
 @pytest.mark.usefixtures("home_login")
-def test_the_admin_api_wants_the_client_key(gateway_login, server_login):
+def test_the_login_wants_a_session(gateway_login, server_login):
+    """A client's key is for models, not for accounts."""
     gateway_login.change_config(lambda raw: raw.update(custom_api_key="sk-client"))
-    assert call_login(server_login, "POST", "start", {})[0] == 401
-    assert call_login(server_login, "GET", "status", Authorization="Bearer sk-client")[0] == 200
-    assert call_login(server_login, "GET", "status", Authorization="Bearer sk-client", Origin="https://evil.example")[0] == 403
+    assert call_login(server_login, "POST", "start", {}, Authorization="Bearer sk-client")[0] == 401
+    assert gateway_login.logins.flow is None
+    assert call_login(server_login, "GET", "status")[0] == 200
+    assert call_login(server_login, "GET", "status", Origin="https://evil.example")[0] == 403
 
 
 # --- refreshing -----------------------------------------------------------------
@@ -10229,7 +10238,7 @@ def test_the_refresh_thread_starts_and_ends(home_login, host, gateway_login):
 
 def ask_login(gateway_login, stream=False):
     body = {"model": "iflow/glm-4.6", "stream": stream, "messages": [{"role": "user", "content": "x"}]}
-    sink = ifl._Collect()
+    sink = ifl.Collect()
     gateway_login.answer(ifl.Call(ifl.CHAT, body, json.dumps(body), {}, "req_1"), sink)
     return json.loads(sink.data)["choices"][0]["message"]["content"]
 
@@ -11398,19 +11407,21 @@ def test_routes_explain(home_routes, capsys):
 @pytest.mark.usefixtures("home_routes")
 def test_the_endpoint_explains_to_who_may_ask(upstreams_routes, client):
     up, = upstreams_routes(always("ok"))
-    chosen = settings([up], custom_api_key="sk-m", allowed_origins=["*", "http://evil"])
-    ask = client(Gate(chosen))
-    path = "/admin/api/routes/explain"
-    status, told = ask(path, {"model": "chain", "tokens": 5}, x_api_key="sk-m")
+    chosen = settings([up], custom_api_key="sk-m", admin_password=PASSWORD_HASH, allowed_origins=["*", "http://evil"])
+    ask = functools.partial(client(Gate(chosen)), "/admin/api/routes/explain", authorization=BASIC)
+    status, told = ask({"model": "chain", "tokens": 5})
     assert status == 200 and told["chain"][0]["provider"] == "a" and told["chain"][0]["circuit"] == "closed" and not up.seen
-    assert ask(path, {"model": "chain"})[0] == 401
+    assert ask({"model": "chain"}, authorization="Bearer sk-m")[0] == 401
     for origin in ("http://evil", "null", "https://127.0.0.1.evil"):
-        assert ask(path, {"model": "chain"}, x_api_key="sk-m", origin=origin)[0] == 403
-        assert "access-control-allow-origin" not in ask.headers
-    assert ask(path, {"model": "chain"}, x_api_key="sk-m", origin=ask.server.url)[0] == 200
-    for bad in ({"model": 5}, {"model": "x", "tokens": "1"}, {"model": "x", "images": 1}, {"model": "x", "dialect": "y"}):
-        assert ask(path, bad, x_api_key="sk-m")[0] == 400
-    assert ask(path, x_api_key="sk-m")[0] == 405
+        assert ask({"model": "chain"}, origin=origin)[0] == 403
+        assert "access-control-allow-origin" not in ask.func.headers
+    assert ask({"model": "chain"}, origin=ask.func.server.url)[0] == 200
+    for bad in ({"model": 5}, {"model": "x", "tokens": "1"}, {"model": "x", "images": 1}, {"model": "x", "dialect": "y"},
+                {"model": "x", "aliases": []}):
+        assert ask(bad)[0] == 400
+    status, told = ask({"model": "m-new", "aliases": {"m-new": "b/x", "m-*": 5}})
+    assert status == 200 and told["problems"] and told["chain"] and "m-new" not in ask.func.server.gateway.settings.aliases
+    assert ask()[0] == 405
 
 
 def test_the_usage_command(home_routes, capsys):
@@ -11450,6 +11461,1175 @@ def test_what_is_not_used_costs_next_to_nothing(home_routes):
     book = ifl.UsageBook(str(home_routes / "usage.jsonl"))
     assert best_us(lambda: add(book), 300) < 300
     assert best_us(lambda: add(ifl.UsageBook()), 300) < 300
+
+
+# === 16. Admin ===============================================================
+
+ADMIN_CLOCK = 1000.0
+
+
+class Admin:
+    """A browser with the page open: it keeps the cookie, and sends what browsers send."""
+
+    def __init__(self, server, **headers) -> None:
+        self.server, self.cookie, self.headers = server, "", headers
+
+    def __call__(self, method, path, body=None, **headers) -> Answer:
+        lines = {"Cookie": self.cookie or None, "Sec-Fetch-Site": "same-origin", **self.headers, **_spelled(headers)}
+        data = {} if body is None and method in ("POST", "PUT", "PATCH") else body
+        if data is not None and "Content-Length" not in lines:
+            payload = data if isinstance(data, bytes) else ifl.dump_json(data)
+            lines["Content-Length"] = str(len(payload))
+        with Client(self.server) as client:
+            answer = client.request(method, "/admin/api/" + path, data if data is not None else b"", headers=lines).answer(method)
+        if "set-cookie" in answer.headers:
+            self.cookie = answer.headers["set-cookie"].partition(";")[0]
+        return answer
+
+    def get(self, path):
+        answer = self("GET", path)
+        assert answer.status == 200, answer
+        return answer.json
+
+    def sign_in(self, password=PASSWORD) -> Answer:
+        return self("POST", "session", {"user": "admin", "password": password})
+
+    @property
+    def version(self):
+        return self.get("config")["version"]
+
+
+@pytest.fixture
+def admin_server(config, server, monkeypatch):
+    """admin_server(*providers, **settings): serving, with a config.json, a clock to crank, and a quick password."""
+    monkeypatch.setattr(ifl.Vault, "ITERATIONS", (10, 10))
+    clocks = []
+
+    def make(*providers, environ=None, flags=None, **settings):
+        raw = {"providers": [provider(item) if not isinstance(item, dict) else item for item in providers],
+               "detect_local": False, "admin_password": PASSWORD_HASH, **settings}
+        put_config(config, {name: value for name, value in raw.items() if value is not None})
+        clocks.append(Clock())
+        made = server(gateway=ifl.Gateway(config=config, environ=environ or {}, flags=flags, clock=clocks[-1]))
+        made.clock = clocks[-1]
+        return made
+    return make
+
+
+@pytest.fixture
+def admin(admin_server):
+    """admin(*providers, **settings): somebody who is signed in."""
+    def make(*providers, **settings):
+        found = Admin(admin_server(*providers, **settings))
+        assert found.sign_in().status == 204
+        return found
+    return make
+
+
+#: Every endpoint that wants a session.
+ADMIN_ENDPOINTS = sorted((method, path.replace("/admin/api/", "") + ("x" if path.endswith("/") else ""))
+                         for path, methods in ifl.ROUTES.items() if path.startswith("/admin/api/")
+                         for method, route in methods.items() if route.admin and not route.public)
+
+
+# --- the page ------------------------------------------------------------------
+
+def test_the_page_is_sent_once_and_guarded(server):
+    running = server(detect_local=False, custom_api_key="k" * 20)
+    page = get(running, "/admin/")
+    assert page.status == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
+    text, policy = page.body.decode(), page.headers["content-security-policy"]
+    for name, part in (("style-src", ifl.ADMIN_CSS), ("script-src", ifl.ADMIN_JS)):
+        digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+        assert f"{name} 'sha256-{digest}'" in policy and part in text
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
+    assert page.headers["x-frame-options"] == "DENY" and page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["referrer-policy"] == "no-referrer" and page.headers["cache-control"] == "no-cache"
+    packed = get(running, "/admin", Accept_Encoding="br, gzip")
+    assert packed.headers["content-encoding"] == "gzip" and gzip.decompress(packed.body) == page.body
+    assert len(packed.body) <= 60 << 10
+    assert "content-encoding" not in get(running, "/admin", Accept_Encoding="gzip;q=0").headers
+    again = get(running, "/admin", If_None_Match=page.headers["etag"])
+    assert (again.status, again.body) == (304, b"") and is_well(running)
+    assert get(running, "/admin", "HEAD").headers["content-length"] == str(len(page.body))
+    assert get(running, "/admin", "POST").status == 405
+
+
+def test_the_page_may_be_reached_from_elsewhere_but_says_nothing(server):
+    """A link from another site leads to the page; what it asks for then comes from itself."""
+    assert get(server(detect_local=False), "/admin", Sec_Fetch_Site="cross-site").status == 200
+
+
+def test_texts_are_in_both_languages_and_fit_into_the_page():
+    assert all(len(pair) == 2 and all(text.strip() for text in pair) for pair in ifl.ADMIN_TEXTS.values())
+    block = re.search(r'<script type="application/json" id="texts">(.*?)</script>', ifl.admin_page().body.decode(), re.S)
+    assert json.loads(block.group(1)) == {key: list(pair) for key, pair in ifl.ADMIN_TEXTS.items()}
+
+
+def test_nothing_in_the_page_comes_from_elsewhere():
+    for part in (ifl.ADMIN_CSS, ifl.ADMIN_HTML, ifl.ADMIN_JS):
+        assert set(re.findall(r"https?://[\w.]+", part)) <= {"http://www.w3.org"}       # SVG's namespace
+    assert not re.search(r"(?i)\son\w+\s*=|\sstyle\s*=|javascript:", ifl.ADMIN_HTML)
+
+
+# --- passwords and sessions ---------------------------------------------------------
+
+def test_hashes_of_passwords(monkeypatch):
+    monkeypatch.setattr(ifl.Vault, "ITERATIONS", (10, 10))
+    stored = ifl.hash_password("päss wörd 密码")
+    assert re.fullmatch(r"pbkdf2-sha256\$10\$[0-9a-f]{32}\$[0-9a-f]{64}", stored) and stored != ifl.hash_password("päss wörd 密码")
+    assert ifl.is_password("päss wörd 密码", stored) and not ifl.is_password("päss wörd 密", stored)
+    assert not ifl.is_password("", "") and not ifl.is_password("x", "x")
+    ifl.check_setting("admin_password", stored)
+    for bad in ("hunter2hunter2", stored[:-1], stored.replace("$10$", "$0$"), " " + stored):
+        with pytest.raises(ValueError, match="never the password itself"):
+            ifl.check_setting("admin_password", bad)
+    for bad in ("1234567", "x" * 1025):
+        with pytest.raises(ValueError, match="from 8 to 1024"):
+            ifl.hash_password(bad)
+
+
+def test_the_rounds_take_a_while():
+    took = time.perf_counter()
+    ifl.is_password("x", ifl.hash_password("a long password"))
+    assert 0.02 < time.perf_counter() - took < WAIT_S
+    assert int(ifl.hash_password("a long password").split("$")[1]) >= 20_000
+
+
+def test_the_first_password_by_the_code_on_the_console(admin_server):
+    running = admin_server(admin_password=None)
+    browser, sessions = Admin(running), running.gateway.sessions
+    assert browser.get("session")["state"] == "new" and sessions.is_new
+    code = sessions.code()
+    assert re.fullmatch(r"[A-HJ-NP-Z2-9]{4}-[A-HJ-NP-Z2-9]{4}", code) and sessions.code() == code
+    assert code.encode() not in get(running, "/admin").body + browser("GET", "session").body + get(running, "/health").body
+    assert browser.sign_in("").status == 400 and browser.sign_in().error["code"] == "no_password"
+    for bad in ("", "AAAA-AAAA", code[:-1]):
+        answer = browser("POST", "password", {"code": bad, "password": "correct horse"})
+        assert answer.status == (400 if not bad else 403) and browser.get("session")["state"] == "new"
+    answer = browser("POST", "password", {"code": code, "password": "short"})
+    assert (answer.status, answer.error["code"]) == (400, "bad_password")
+    answer = browser("POST", "password", {"code": f" {code.lower().replace('-', ' ')} ", "password": "correct horse"})
+    assert answer.status == 204 and browser.get("session")["state"] == "signed_in" and browser.get("overview")
+    assert running.gateway.settings.admin_password.startswith("pbkdf2-sha256$10$")
+    assert sessions.code() == "" and "correct horse" not in open(running.gateway.config.path).read()
+    other = Admin(running)                           # the code is used up
+    assert other("POST", "password", {"code": code, "password": "another one"}).status == 401
+    assert other.get("session")["state"] == "signed_out" and other.sign_in().status == 204
+
+
+def test_cookies_are_for_the_page_alone_and_tell_servers_apart(server):
+    first, second = (Admin(server(detect_local=False, admin_password=PASSWORD_HASH)) for _ in range(2))
+    answer = first.sign_in()
+    name = f"iflow2api_session_{first.server.port}"
+    assert re.fullmatch(name + r"=[\w-]{43}; Path=/admin; HttpOnly; SameSite=Strict; Max-Age=\d+", answer.headers["set-cookie"])
+    assert second.sign_in().status == 204
+    both = f"{first.cookie}; theme=dark; {second.cookie}"
+    for browser in (first, second):
+        browser.cookie = both
+        assert browser("GET", "overview").status == 200
+    first("DELETE", "session")
+    first.cookie = second.cookie = both
+    assert first("GET", "overview").error["code"] == "session_expired" and second("GET", "overview").status == 200
+
+
+@pytest.mark.parametrize("method, path", ADMIN_ENDPOINTS)
+def test_no_endpoint_without_a_session(admin_server, upstream, method, path):
+    running = admin_server(upstream, provider(upstream, "x"), client_keys=[key_entry("x", "sk-x")])
+    before = open(running.gateway.config.path).read()
+    browser = Admin(running)
+    for cookie, headers, code in (("", {}, "no_session"), ("", {"Authorization": "Bearer sk-x"}, "no_session"),
+                                  (f"iflow2api_session_{running.port}=forged", {}, "session_expired"),
+                                  ("iflow2api_session_1=forged", {}, "no_session")):
+        browser.cookie = cookie
+        answer = browser(method, path, **headers)
+        assert (answer.status, answer.error["code"], answer.error["type"]) == (401, code, "authentication_error")
+        assert "Basic" not in answer.headers["www-authenticate"]             # no browser's own dialog
+    assert open(running.gateway.config.path).read() == before and upstream.requests == []
+
+
+@pytest.mark.parametrize("method, path", [*ADMIN_ENDPOINTS, ("POST", "session"), ("POST", "password"), ("GET", "session")])
+def test_no_endpoint_for_another_origin(admin, upstream, method, path):
+    """Not even one that `allowed_origins` lets use the models, nor another port of this host, nor with the session's cookie."""
+    browser = admin(upstream, provider(upstream, "x"), allowed_origins=["*", "http://page"], client_keys=[key_entry("x", "sk-x")])
+    before = open(browser.server.gateway.config.path).read()
+    for headers in ({"Origin": "http://page"}, {"Origin": "null"}, {"Origin": f"http://127.0.0.1:{browser.server.port + 1}"},
+                    {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "cross-site"}):
+        answer = browser(method, path, **headers)
+        assert (answer.status, answer.error["code"]) == (403, "origin_not_allowed")
+        assert not [name for name in answer.headers if name.startswith("access-control")] and "set-cookie" not in answer.headers
+    assert open(browser.server.gateway.config.path).read() == before and upstream.requests == []
+
+
+@pytest.mark.parametrize("path", sorted({path for _, path in ADMIN_ENDPOINTS} | {"session", "password", "nothing", "keys/x/y"}))
+def test_wrong_methods_and_paths(admin, path):
+    browser = admin()
+    known = {method for method, known in ADMIN_ENDPOINTS if known == path} | {
+        "session": {"GET", "POST"}, "password": {"POST"}}.get(path, set())
+    preflight = browser("OPTIONS", path, Origin=browser.server.url, Host=browser.server.url[7:])
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+    for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - known:
+        answer = browser(method, path)
+        assert answer.status == (405 if known else 404) or path == "keys/x/y", (method, answer)
+        assert answer.status == 404 or known <= set(answer.headers["allow"].split(", "))
+
+
+#: What is wrong with a body, whatever the endpoint.
+BAD_BODIES = [(b"", 400), (b"[]", 400), (b'"x"', 400), (b"null", 400), (b"{", 400), (b'{"a":', 400), (b"\xff", 400),
+              (b'{"no_such_field": 1}', 400), (b"[" * 100_000, 400), (b'{"name": "%s"}' % (b"x" * (1 << 20)), 413)]
+
+
+@pytest.mark.parametrize("method, path", [(m, p) for m, p in [*ADMIN_ENDPOINTS, ("POST", "session"), ("POST", "password")]
+                                          if m in ("POST", "PUT", "PATCH") and not p.startswith("play/")])
+def test_bad_bodies(admin, upstream, method, path):
+    browser = admin(upstream, provider(upstream, "x"))
+    before = open(browser.server.gateway.config.path).read()
+    for body, status in BAD_BODIES:
+        if b"no_such" in body and path == "routes/explain":
+            continue
+        answer = browser(method, path, body)
+        assert answer.status == status, (body[:40], answer)
+        assert "Traceback" not in answer.body.decode() and answer.error["message"]
+    assert open(browser.server.gateway.config.path).read() == before and is_well(browser.server)
+
+
+def test_sessions_end_on_time(admin):
+    browser = admin()
+    clock = browser.server.clock
+    for _ in range(4):
+        clock.now += ifl.SESSION_IDLE_S - 1              # used again and again
+        assert browser("GET", "overview").status == 200
+    clock.now += ifl.SESSION_IDLE_S + 1
+    assert browser("GET", "overview").error["code"] == "session_expired"
+    browser.sign_in()
+    for _ in range(5):
+        assert browser("GET", "overview").status == 200
+        clock.now += ifl.SESSION_S / 5 + 1
+    assert browser.get("session")["state"] == "signed_out"
+
+
+def test_sessions_are_bounded(clock):
+    sessions = ifl.Sessions(lambda: PASSWORD_HASH, clock)
+    tokens = []
+    for _ in range(ifl.SESSIONS_LIMIT + 5):
+        clock.now += 1
+        tokens.append(sessions.open())
+    assert len(sessions._kept) == ifl.SESSIONS_LIMIT
+    assert [bool(sessions.find(token)) for token in tokens[:6]] == [False] * 5 + [True]
+
+
+def test_signing_out(admin):
+    browser = admin()
+    others = [Admin(browser.server) for _ in range(2)]
+    assert all(other.sign_in().status == 204 for other in others)
+    token = browser.cookie
+    answer = browser("DELETE", "session")
+    assert answer.status == 204 and "Max-Age=0" in answer.headers["set-cookie"]
+    browser.cookie = token
+    assert browser("GET", "overview").status == 401 and others[0]("GET", "overview").status == 200
+    assert others[0]("DELETE", "session", {"everywhere": True}).status == 204
+    assert others[1]("GET", "overview").status == 401
+
+
+def test_a_new_password_ends_the_sessions_of_before(admin, config):
+    browser = admin()
+    other = Admin(browser.server)
+    assert other.sign_in().status == 204
+    for body, status, param in (({"password": "a new password"}, 400, "current"),
+                                ({"current": "wrong one", "password": "a new password"}, 403, "current"),
+                                ({"current": PASSWORD, "password": "short"}, 400, "password"),
+                                ({"current": PASSWORD, "password": 12345678}, 400, "password")):
+        answer = browser("POST", "password", body)
+        assert (answer.status, answer.error["param"]) == (status, param)
+    assert other("GET", "overview").status == 200
+    assert Admin(browser.server)("POST", "password", {"current": PASSWORD, "password": "a new password"}).status == 401
+    assert browser("POST", "password", {"current": PASSWORD, "password": "a new password"}).status == 204
+    assert browser("GET", "overview").status == 200 and other("GET", "overview").error["code"] == "session_expired"
+    assert other.sign_in().status == 401 and other.sign_in("a new password").status == 204
+    assert ifl.main(["admin", "reset-password", "by the way"]) == 2
+    config.change(lambda raw: raw.update(admin_password=PASSWORD_HASH))
+    browser.server.gateway.reload()
+    assert other("GET", "overview").status == browser("GET", "overview").status == 401
+
+
+def test_a_password_of_the_environment_is_changed_there(admin_server):
+    running = admin_server(admin_password=None, environ={"IFLOW2API_ADMIN_PASSWORD": PASSWORD_HASH})
+    browser = Admin(running)
+    assert browser.sign_in().status == 204
+    assert browser("POST", "password", {"current": PASSWORD, "password": "a new password"}).error["code"] == "set_elsewhere"
+    assert not admin_server(admin_password=None, environ={"IFLOW2API_ADMIN_PASSWORD": "plain text"}).gateway.settings.admin_password
+    assert "plain text" not in "".join(ifl.Gateway(environ={}, config=running.gateway.config).problems)
+
+
+def test_a_password_without_a_config_lasts_for_the_run(server, monkeypatch):
+    monkeypatch.setattr(ifl.Vault, "ITERATIONS", (10, 10))
+    browser = Admin(server(detect_local=False))
+    code = browser.server.gateway.sessions.code()
+    assert browser("POST", "password", {"code": code, "password": PASSWORD}).status == 204
+    assert browser.get("session")["state"] == "signed_in" and Admin(browser.server).sign_in().status == 204
+    answer = browser("PATCH", "config", {"version": browser.version, "set": {"port": 1}})
+    assert (answer.status, answer.error["code"]) == (409, "no_config")
+
+
+def test_scripts_sign_in_by_basic(admin_server):
+    running = admin_server()
+    calls = []
+    judge, running.gateway.sessions._judge = running.gateway.sessions._judge, lambda *args: calls.append(1) or judge(*args)
+    for _ in range(3):
+        assert get(running, "/admin/api/overview", Authorization=BASIC).status == 200
+    assert len(calls) == 1                               # what was right is not computed again
+    for bad in ("Basic", "Basic !", "Basic " + base64.b64encode(b"admin:wrong").decode(),
+                "Basic " + base64.b64encode(f"root:{PASSWORD}".encode()).decode(), "Basic /w=="):
+        answer = get(running, "/admin/api/overview", Authorization=bad)
+        assert (answer.status, answer.error["code"]) == (401, "wrong_password")
+    running.gateway.set_password(ifl.hash_password("something else"))
+    assert get(running, "/admin/api/overview", Authorization=BASIC).status == 401
+
+
+def test_guessing_is_slowed_down(admin_server):
+    running = admin_server(trusted_proxies=["127.0.0.1"])
+    browser = Admin(running)
+    for _ in range(ifl.SIGN_IN_TRIES):
+        assert browser.sign_in("wrong one").status == 401
+    answer = browser.sign_in()                           # even the right one
+    assert (answer.status, answer.error["code"]) == (429, "too_many_attempts") and int(answer.headers["retry-after"]) > 200
+    assert get(running, "/admin/api/overview", Authorization=BASIC).status == 429
+    other = Admin(running, X_Forwarded_For="10.0.0.1")
+    other.headers = {"X-Forwarded-For": "10.0.0.1"}
+    assert other.sign_in().status == 204                 # another address
+    running.clock.now += 2 * ifl.SIGN_IN_SPAN_S
+    assert browser.sign_in().status == 204
+    for number in range(ifl.SIGN_IN_TRIES_OF_ALL):
+        browser.headers = {"X-Forwarded-For": f"10.0.{number}.7"}
+        assert browser.sign_in("wrong one").status == 401
+    assert other.sign_in().status == 429                 # everybody together
+    assert other("GET", "overview").status == 200        # who is in stays in
+    running.clock.now += 2 * ifl.SIGN_IN_SPAN_S
+    assert other.sign_in().status == 204
+
+
+def test_guesses_at_the_code_are_slowed_down_and_forgotten(clock):
+    sessions = ifl.Sessions(lambda: "", clock)
+    for number in range(ifl.SIGN_IN_TRIES):
+        assert not sessions.try_code("a", "AAAA-AAAA")
+    with pytest.raises(ifl.RateLimited):
+        sessions.try_code("a", sessions.code())
+    for number in range(3 * ifl.SIGN_IN_ADDRESSES):
+        clock.now += ifl.SIGN_IN_SPAN_S / 20
+        sessions.try_code(str(number), "x")
+    assert len(sessions._tries) <= ifl.SIGN_IN_ADDRESSES
+
+
+def test_the_names_of_the_host_count_for_the_page_too(admin_server):
+    running = admin_server()
+    for path in ("/admin", "/admin/api/session"):
+        assert get(running, path, Host="evil.example").status == 403
+        assert get(running, path, Host="localhost:1").status == 200
+
+
+def test_beyond_the_loopback_the_page_needs_its_password_alone(server):
+    running = server(detect_local=False, host="0.0.0.0", admin_password=PASSWORD_HASH)
+    browser = Admin(running)
+    assert get(running, "/v1/models").status == 401 and browser("GET", "overview").status == 401
+    assert browser.sign_in().status == 204 and browser.get("overview")["needs_key"] is True
+    assert get(running, "/admin", Host="any.example").status == 200
+
+
+# --- reading -----------------------------------------------------------------------
+
+#: Names with everything in them that a page must not take for markup.
+HOSTILE = '<img src=x onerror=alert(1)>"\'&\u202e\x1b[31m\u2028\x00'
+
+
+def test_the_overview_leads_the_way(admin, upstream):
+    browser = admin()
+    assert browser.get("overview")["next"] == "login_or_provider"
+    browser = admin(provider(upstream, "up"), client_keys=[key_entry("bob", "sk-bob", rpm=5)])
+    assert browser.get("overview")["next"] == "models"
+    browser = admin(provider(upstream, "up", models=["m1"], concurrency=3), client_keys=[key_entry("bob", "sk-bob", rpm=5)])
+    found = browser.get("overview")
+    assert found["next"] == "client" and found["needs_key"] and found["address"] == browser.server.url
+    assert found["queue"] == [{"provider": "up", "active": 0, "waiting": 0, "limit": 3}]
+    assert post(browser.server, chat(), Authorization="Bearer sk-bob").status == 200
+    found = browser.get("overview")
+    assert found["next"] == "" and found["today"] == {"requests": 1, "errors": 0, "input": USAGE["prompt_tokens"],
+                                                      "output": USAGE["completion_tokens"]}
+    assert found["limits"] == [{"key": "bob", "rpm": {"used": 1, "limit": 5}}]
+    assert found["health"]["status"] == "healthy" and found["connections"] >= 1
+
+
+def test_requests_series_and_usage(admin, upstream):
+    browser = admin(upstream)
+    upstream.script.extend([plain(completion()), plain({"error": {"message": HOSTILE}}, 400)])
+    assert post(browser.server, chat()).status == 200 and post(browser.server, chat(model=HOSTILE)).status == 400
+    bad, good = browser.get("requests")["data"]
+    assert good["target"] == "up/m1" and bad["status"] == 400 and bad["model"] == HOSTILE
+    assert len(browser.get("requests?limit=1")["data"]) == 1
+    for span, steps, step_s in (("hour", 60, 60), ("day", 24, 3600), ("month", 31, 86400)):
+        found = browser.get(f"series?span={span}&by=provider")
+        assert found["step_s"] == step_s and len(found["points"]) == steps and found["start"] == found["points"][0]["at"]
+        ats = [point["at"] for point in found["points"]]
+        assert ats == sorted(set(ats)) and ats[0] <= time.time() - (steps - 1.1) * step_s + 4000
+        total = [row for point in found["points"] for row in point["groups"].values()]
+        assert sum(row["requests"] for row in total) == 2 and sum(row["errors"] for row in total) == 1
+    assert browser.get("series?by=model")["points"][-1]["groups"].keys() | browser.get("series?by=model")["points"][-2][
+        "groups"].keys() == {"m1", HOSTILE}
+    found = browser.get("usage?by=model&days=7")
+    assert {row["name"]: row["requests"] for row in found["rows"]} == {"m1": 1, HOSTILE: 1}
+    assert found["total"]["requests"] == 2 and found["total"]["first_s"] >= 0 and found["total"]["cost"] is None
+    for name in ("provider", "key", "day"):
+        assert browser.get(f"usage?by={name}")["total"]["requests"] == 2
+    answer = browser("GET", "usage.csv?by=model")
+    lines = answer.body.decode("utf-8-sig").splitlines()
+    assert lines[0].startswith("model,requests,errors") and "attachment" in answer.headers["content-disposition"]
+    for path in ("requests?limit=0", "requests?limit=x", "series?span=year", "series?by=day", "usage?by=x", "usage?days=-1",
+                 "logs?level=fatal", "logs?limit=99999", "logs?before=x", "clients?key=%20x"):
+        answer = browser("GET", path)
+        assert answer.status == 400 and answer.error["param"] == re.search(r"\?(\w+)", path).group(1)
+
+
+def test_groups_of_a_chart_are_bounded():
+    now = [7200.0]
+    series = ifl.Series(lambda: now[0])
+    for number in range(3 * series.GROUPS):
+        series.add(f"m{number}", "p", "", [1, 0, 2, 3])
+    at, rows = series.steps("hour")[-1]
+    assert at == 7200 and len(rows) == series.GROUPS + 1
+    assert sum(counts[0] for _, counts in rows) == 3 * series.GROUPS and dict(rows)[("…",) * 3][2] == 2 * (2 * series.GROUPS)
+    now[0] += 59 * 60
+    series.add("late", "p", "", [1, 1, 0, 0])
+    assert [bool(rows) for _, rows in series.steps("hour")] == [True] + [False] * 58 + [True]
+    now[0] += 60
+    assert [bool(rows) for _, rows in series.steps("hour")].count(True) == 1
+    for now[0] in (10 ** 9, 50.0, 10 ** 9):              # a clock that is put
+        series.add("x", "p", "", [1, 0, 0, 0])
+        assert all(len(steps) <= 60 for steps in series._steps.values())
+
+
+def test_many_models_are_eight_and_the_rest(admin, upstream):
+    browser = admin(upstream, usage=False)
+    for number in range(12):
+        browser.server.gateway.series.add(f"m{number}", "up", "", [1, 0, number, 0])
+    groups = {name for point in browser.get("series?span=day")["points"] for name in point["groups"]}
+    assert groups == {*(f"m{number}" for number in range(4, 12)), "…"}
+    assert browser.get("overview")["today"]["requests"] == 12
+
+
+def test_logs_are_kept_without_secrets(admin, log_lines):
+    browser = admin()
+    ifl.log.info("hello %s", HOSTILE)
+    ifl.log.warning("Authorization: Bearer sk-0123456789abcdef of http://me:hunter2@host/")
+    found = browser.get("logs?search=BEARER")["data"]
+    assert len(found) == 1 and found[0]["level"] == "warning" and "0123456789" not in found[0]["text"] + str(browser.get("logs"))
+    assert "hunter2" not in found[0]["text"] and abs(found[0]["at"] - time.time()) < WAIT_S
+    texts = [line["text"] for line in browser.get("logs")["data"]]
+    assert "hello " + HOSTILE in texts and browser.get("logs?level=error")["data"] == []
+    last = browser.get("logs")["last"]
+    before = browser.get(f"logs?before={last}&limit=1")["data"]
+    assert [line["id"] for line in before] == [last - 1]
+    answer = browser("GET", "logs.txt")
+    assert "0123456789" not in answer.body.decode() and "WARNING" in answer.body.decode()
+    assert answer.headers["content-type"].startswith("text/plain") and "attachment" in answer.headers["content-disposition"]
+    for number in range(ifl.LOG_LINES + 10):
+        ifl.log.info("line %d", number)
+    found = browser.get("logs?limit=10000")
+    assert len(found["data"]) == ifl.LOG_LINES and found["last"] - found["first"] == ifl.LOG_LINES - 1
+    ifl.log.info("x" * 100_000)
+    assert len(browser.get("logs?limit=1")["data"][0]["text"]) == ifl.LOG_LINE_CHARS
+    log_lines.clear()
+
+
+def test_logs_belong_to_a_server_that_runs(server):
+    running = server(detect_local=False)
+    handler = running.gateway.live.log_handler
+    assert handler in ifl.log.handlers
+    running.close()
+    assert handler not in ifl.log.handlers
+
+
+def test_about_and_instances_hold_no_secret(admin, upstream, home):
+    browser = admin(provider(upstream, "up", api_keys=["sk-0123456789abcdef"], headers={"X-Token": "tokentokentokentoken"}),
+                    custom_api_key="sk-clientclientclient", upstream_proxy="http://me:hunter2@proxy:1")
+    found = browser.get("about")
+    assert found["version"] == ifl.__version__ and found["pid"] == os.getpid() and found["threads"] >= 2
+    assert found["paths"]["config"] == browser.server.gateway.config.path and "up" in found["diagnostics"]
+    assert str(home) not in found["diagnostics"]
+    everything = b"".join(browser("GET", path).body for method, path in ADMIN_ENDPOINTS if method == "GET" and path != "events")
+    for secret in ("0123456789abcdef", "tokentoken", "clientclient", "hunter2", PASSWORD_HASH[-20:], PASSWORD_HASH[-4:]):
+        assert secret.encode() not in everything, secret
+    this, = browser.get("instances")["data"]
+    assert this["url"] == browser.server.url and this["this"] is True
+
+
+def test_the_config_as_a_form(admin):
+    browser = admin(environ={"IFLOW2API_PORT": "5", "IFLOW2API_DRAIN_S": "x"}, flags={"host": "127.0.0.1"}, log_level="debug",
+                    custom_api_key="sk-0123456789abcdef")
+    found = browser.get("config")
+    settings = {item["name"]: item for item in found["settings"]}
+    assert list(settings) == list(ifl.SETTING) and found["path"] == browser.server.gateway.config.path
+    assert {name: settings[name]["origin"] for name in ("port", "host", "log_level", "drain_s", "detect_local", "retry")} == {
+        "port": "environment", "host": "flag", "log_level": "file", "drain_s": "default", "detect_local": "file", "retry": "default"}
+    assert settings["custom_api_key"] == {
+        "name": "custom_api_key", "kind": "str", "label": {"zh": "客户端密钥", "en": "the key that clients must send"},
+        "group": "clients", "value": "sk-…cdef", "default": "", "origin": "file", "secret": True, "restart": False, "set": True}
+    assert settings["port"]["low"] == 0 and settings["port"]["restart"] and settings["theme_mode"]["choices"][0] == "system"
+    assert settings["admin_password"]["value"] == "…" and settings["admin_password"]["set"]
+    assert any("IFLOW2API_DRAIN_S" in problem for problem in found["problems"])
+
+
+def test_every_setting_has_a_group():
+    names = [name for names in ifl.SETTING_GROUPS.values() for name in names]
+    assert sorted(names) == sorted(ifl.SETTING) and len(names) == len(set(names))
+    assert set(ifl.SETTING_GROUPS) == {"server", "upstream", "clients", "iflow", "logs", "appearance"}
+
+
+def test_models_presets_logins(admin, upstream):
+    browser = admin(provider(upstream, "up", models=[{"id": "m1", "context": 9000, "vision": True}]), environ={"ZHIPU_API_KEY": "x"},
+                    aliases={"short": "m1", "gpt-*": "m1"})
+    found = browser.get("models")
+    rows = {row["id"]: row for row in found["data"]}
+    assert rows["m1"] == {"id": "m1", "provider": "up", "context": 9000, "max_output": None, "vision": True, "listed": "config",
+                          "alias": False}
+    assert rows["short"]["alias"] and rows["short"]["context"] == 9000 and rows["org/m2:free"]["listed"] == "provider"
+    assert found["default_model"] == "m1"
+    presets = {row["name"]: row for row in browser.get("presets")["data"]}
+    assert presets["zhipu"]["key_set"] and not presets["openai"]["key_set"] and presets["ollama"]["local"]
+    assert presets["zhipu"]["models"][0]["context"] > 0 and browser.get("logins") == {"data": []}
+
+
+# --- writing: settings -----------------------------------------------------------------
+
+def test_settings_are_saved(admin):
+    browser = admin(port=28001, made_by_hand={"keep": "me"})
+    version = browser.version
+    answer = browser("PATCH", "config", {"version": version, "set": {"log_level": "debug", "keepalive_s": 3, "retry": {"count": 2}},
+                                         "unset": ["port"]})
+    assert answer.status == 200 and answer.json["version"] == browser.version != version
+    gateway = browser.server.gateway
+    assert gateway.settings.log_level == "debug" and gateway.settings.retry == {"count": 2} and gateway.settings.port == 28000
+    assert gateway.config.read()["made_by_hand"] == {"keep": "me"} and "port" not in gateway.config.read()
+
+
+BAD_SETTINGS = [
+    ({"port": "80"}, "port"), ({"port": 70000}, "port"), ({"port": True}, "port"), ({"log_level": "loud"}, "log_level"),
+    ({"sticky": 1}, "sticky"), ({"retry": {"count": "x"}}, "retry"), ({"trusted_proxies": ["x"]}, "trusted_proxies"),
+    ({"no_such": 1}, "no_such"), ({HOSTILE: 1}, ifl.one_line(HOSTILE, 60)), ({"admin_password": PASSWORD_HASH}, "admin_password"),
+    ({"providers": []}, "providers"), ({"client_keys": []}, "client_keys"), ({"accounts": {}}, "accounts"),
+    ({"aliases": {"x": 5}}, "aliases"), ({"aliases": {"x": ["nowhere2/m"], "": "y"}}, "aliases"),
+    ({"default_provider": "nope"}, "default_provider"), ({"upstream_proxy": "ftp://x"}, "upstream_proxy"),
+    ({"body_limit_bytes": 1}, "body_limit_bytes"), ({"idle_timeout_s": 1e9}, "idle_timeout_s")]
+
+
+@pytest.mark.parametrize("settings, param", BAD_SETTINGS, ids=[str(number) for number in range(len(BAD_SETTINGS))])
+def test_bad_settings_change_nothing(admin, upstream, settings, param):
+    browser = admin(upstream)
+    before = open(browser.server.gateway.config.path).read()
+    answer = browser("PATCH", "config", {"version": browser.version, "set": {"log_level": "debug", **settings}})
+    assert (answer.status, answer.error["param"]) == (400, param)
+    assert open(browser.server.gateway.config.path).read() == before
+    assert browser("PATCH", "config", {"version": browser.version, "unset": [["x"]]}).status == 400
+    assert browser("PATCH", "config", {"set": {"port": 1}}).error["param"] == "version"
+
+
+def test_masked_secrets_are_left_alone(admin):
+    browser = admin(custom_api_key="sk-0123456789abcdef", upstream_proxy="http://me:hunter2@proxy:1")
+    shown = {item["name"]: item["value"] for item in browser.get("config")["settings"]}
+    wanted = {name: shown[name] for name in ("custom_api_key", "upstream_proxy", "oauth_client_secret", "api_key")}
+    assert browser("PATCH", "config", {"version": browser.version, "set": {**wanted, "drain_s": 4}}).status == 200
+    settings = browser.server.gateway.settings
+    assert settings.custom_api_key == "sk-0123456789abcdef" and settings.upstream_proxy == "http://me:hunter2@proxy:1"
+    assert settings.drain_s == 4
+    assert browser("PATCH", "config", {"version": browser.version, "set": {"custom_api_key": "a new key"}}).status == 200
+    assert browser.server.gateway.settings.custom_api_key == "a new key"
+    assert browser("PATCH", "config", {"version": browser.version, "set": {"custom_api_key": ""}}).status == 200
+    assert browser.server.gateway.settings.custom_api_key == ""
+
+
+def test_saving_never_loses_what_somebody_else_saved(admin, config, capsys):
+    browser = admin(port=1)
+    version = browser.version
+    folder = os.path.dirname(config.path)
+    assert ifl.main(["config", "set", "port", "2", "--config-dir", folder]) == 0               # the command line
+    config.change(lambda raw: raw.update(custom_api_key="sk-0123456789abcdef", drain_s=7))     # an editor, another tab
+    capsys.readouterr()
+    assert browser("PATCH", "config", {"version": version, "set": {"log_level": "debug"}}).status == 200       # elsewhere
+    before = config.read()
+    answer = browser("PATCH", "config", {"version": version, "set": {"port": 3, "custom_api_key": "mine-mine-mine-mine", "drain_s": 7,
+                                                                     "sticky": True}})
+    assert answer.status == 409 and answer.error["code"] == "changed_meanwhile" and config.read() == before
+    assert answer.json["changed"] == {"port": {"yours": 3, "theirs": 2},
+                                      "custom_api_key": {"yours": "min…mine", "theirs": "sk-…cdef"}}
+    answer = browser("PATCH", "config", {"version": answer.json["version"], "set": {"port": 3}})               # now knowingly
+    assert answer.status == 200 and config.read()["port"] == 3 and config.read()["drain_s"] == 7
+    answer = browser("PATCH", "config", {"version": "of another life", "unset": ["port"]})
+    assert answer.status == 409 and answer.json["changed"] == {"port": {"yours": 28000, "theirs": 3}}
+    assert browser("PATCH", "config", {"version": answer.json["version"], "unset": ["port"]}).status == 200
+
+
+def test_two_tabs_at_once_lose_nothing(admin, config):
+    browser = admin()
+    version, tabs = browser.version, []
+    names = ["drain_s", "keepalive_s", "queue_limit", "usage_days", "history_size", "header_timeout_s"]
+    answers = []
+
+    def save(name):
+        answers.append(browser("PATCH", "config", {"version": version, "set": {name: 11}}).status)
+
+    tabs = [threading.Thread(target=save, args=(name,)) for name in names]
+    [tab.start() for tab in tabs]
+    [tab.join(WAIT_S) for tab in tabs]
+    assert answers == [200] * len(names) and all(config.read()[name] == 11 for name in names)
+
+
+def test_versions_are_of_the_content_and_bounded():
+    versions = ifl.ConfigVersions()
+    first = versions.note({"a": 1, "b": {"c": 2}})
+    assert versions.note({"b": {"c": 2}, "a": 1}) == first and not versions.has_changed(first, {"a": 1}, "a")
+    assert versions.has_changed(first, {"a": 2}, "a") and versions.has_changed(first, {}, "a")
+    providers = {"providers": [{"name": "x", "k": 1}, {"name": "y"}, "junk"]}
+    version = versions.note(providers)
+    assert not versions.has_changed(version, {"providers": [{"name": "x", "k": 1}]}, "providers/x")
+    assert versions.has_changed(version, {"providers": [{"name": "x", "k": 2}]}, "providers/x")
+    for number in range(2 * versions.LIMIT):
+        versions.note({"n": number})
+    assert len(versions._seen) == versions.LIMIT and versions.has_changed(first, {"a": 1}, "a")
+
+
+def test_a_config_that_can_not_be_written_is_said(admin, monkeypatch):
+    browser = admin()
+    version = browser.version
+
+    def change(self, edit):
+        raise OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(ifl.ConfigFile, "change", change)
+    answer = browser("PATCH", "config", {"version": version, "set": {"port": 1}})
+    assert answer.status == 500 and answer.error["code"] == "cannot_write" and "Read-only" in answer.error["message"]
+
+
+# --- writing: providers -------------------------------------------------------------------
+
+def test_providers_are_added_edited_ordered_and_removed(admin, config, upstream):
+    browser = admin()
+    answer = browser("POST", "providers", {"name": "智谱", "base_url": upstream.url, "api_keys": ["sk-0123456789abcdef", " sk-second "],
+                                           "models": ["m1", {"id": "m2", "context": 5}], "headers": {"X-Token": "tokentokentokentoken"},
+                                           "concurrency": 2, "timeout_s": 5.5})
+    assert answer.status == 201 and answer.json["keys"] == [
+        {"index": 0, "masked": "sk-…cdef", "state": "ok", "rest_s": 0}, {"index": 1, "masked": "…", "state": "ok", "rest_s": 0}]
+    assert "0123456789" not in answer.body.decode() and "tokentoken" not in answer.body.decode()
+    assert browser("POST", "providers", {"name": "智谱", "base_url": upstream.url}).error["code"] == "name_taken"
+    assert browser("POST", "providers", {"name": "deepseek", "preset": "deepseek", "api_keys": ["sk-x"]}).status == 201
+    found = browser.get("providers")
+    assert [row["name"] for row in found["data"]] == ["智谱", "deepseek"] and found["default_provider"] == "智谱"
+    assert found["data"][0]["facts"]["m2"] == {"context": 5} and found["data"][1]["preset"] == "deepseek"
+    config.change(lambda raw: raw["providers"][0].update(note="by hand"))
+    browser.server.gateway.change_config(lambda raw: raw.update(aliases={"a": ["智谱/m1", {"model": "智谱/m2", "tools": True}]},
+                                                                default_provider="智谱"))
+    name = urllib.parse.quote("智谱")
+    answer = browser("PUT", "providers/" + name, {"version": browser.version, "name": "z", "timeout_s": None, "models": ["m2", "m3"],
+                                                  "api_keys": [{"keep": 1}, "sk-…cdef", "sk-third"], "headers": {"X-Token": "tok…oken", "X-B": "b"}})
+    assert answer.status == 200 and answer.json["name"] == "z"
+    raw = config.read()
+    assert raw["providers"][0] == {"base_url": upstream.url, "name": "z", "kind": "openai", "concurrency": 2, "note": "by hand",
+                                   "api_keys": ["sk-second", "sk-0123456789abcdef", "sk-third"],
+                                   "models": [{"id": "m2", "context": 5}, "m3"],
+                                   "headers": {"X-Token": "tokentokentokentoken", "X-B": "b"}}
+    assert raw["aliases"] == {"a": ["z/m1", {"model": "z/m2", "tools": True}]} and raw["default_provider"] == "z"
+    answer = browser("POST", "providers/order", {"version": browser.version, "names": ["deepseek", "z"]})
+    assert answer.status == 200 and [row["name"] for row in answer.json["data"]] == ["deepseek", "z"]
+    assert browser("DELETE", "providers/z").status == 204 and browser("DELETE", "providers/z").status == 404
+    assert "default_provider" not in config.read() and len(config.read()["providers"]) == 1
+
+
+BAD_PROVIDERS = [
+    ({"name": ""}, "name"), ({"name": "a b"}, "name"), ({"name": "a/b"}, "name"), ({"name": 5}, "name"), ({"base_url": None}, "base_url"),
+    ({"base_url": "ftp://x"}, "base_url"), ({"base_url": "http://u:p@x"}, "base_url"), ({"base_url": "http://["}, "base_url"),
+    ({"kind": "other"}, "kind"), ({"api_keys": ["$HOME"]}, "api_keys"), ({"api_keys": [5]}, "api_keys"), ({"api_keys": [""]}, "api_keys"),
+    ({"api_keys": ["a\nb"]}, "api_keys"), ({"api_keys": ["enc:v1:k.x.y"]}, "api_keys"), ({"api_keys": [{"keep": 0}]}, "api_keys"),
+    ({"api_keys": ["sk-…cdef"]}, "api_keys"), ({"api_keys": "sk-x"}, "api_keys"), ({"headers": {"X": "$PATH"}}, "headers"),
+    ({"headers": {"X": 5}}, "headers"), ({"headers": {"a b": "x"}}, "headers"), ({"headers": {"X": "a\r\nb"}}, "headers"),
+    ({"models": [5]}, "models"), ({"models": [{"context": 5}]}, "models"), ({"concurrency": -1}, "concurrency"),
+    ({"concurrency": "2"}, "concurrency"), ({"proxy": "ftp://x"}, "proxy"), ({"preset": "nope"}, "preset"), ({"profile": []}, "profile"),
+    ({"no_such": 1}, "no_such")]
+
+
+@pytest.mark.parametrize("facts, param", BAD_PROVIDERS, ids=[str(number) for number in range(len(BAD_PROVIDERS))])
+def test_bad_providers_change_nothing(admin, upstream, facts, param):
+    browser = admin(provider(upstream, "x"))
+    before = open(browser.server.gateway.config.path).read()
+    answer = browser("POST", "providers", {"name": "new", "base_url": upstream.url, **facts})
+    assert (answer.status, answer.error["param"]) == (400, param), answer
+    if facts not in ({"name": ""}, {"base_url": None}):
+        version = browser.version
+        answer = browser("PUT", "providers/x", {"version": version, **facts})
+        assert (answer.status, answer.error["param"]) == (400, param), answer
+    assert open(browser.server.gateway.config.path).read() == before and upstream.requests == []
+
+
+def test_a_provider_that_somebody_else_changed(admin, config, upstream):
+    browser = admin(provider(upstream, "x", api_keys=["sk-0123456789abcdef"]), provider(upstream, "y"))
+    version = browser.version
+    config.change(lambda raw: raw["providers"][0].update(concurrency=3))
+    assert browser("PUT", "providers/y", {"version": version, "concurrency": 5}).status == 200         # not that one
+    answer = browser("PUT", "providers/x", {"version": version, "concurrency": 5, "api_keys": ["sk-fedcba9876543210"]})
+    assert answer.status == 409 and answer.json["changed"]["x"]["theirs"]["concurrency"] == 3
+    assert "0123456789" not in answer.body.decode() and "9876543210" not in answer.body.decode()
+    assert config.read()["providers"][0]["concurrency"] == 3
+    assert browser("PUT", "providers/x", {"version": answer.json["version"], "concurrency": 5}).status == 200
+    assert browser("PUT", "providers/x", {"version": browser.version, "name": "y"}).error["code"] == "name_taken"
+    assert browser("PUT", "providers/nope", {"version": browser.version}).status == 404
+    config.change(lambda raw: raw["providers"].append({"name": "z", "base_url": upstream.url}))
+    answer = browser("POST", "providers/order", {"version": version, "names": ["y", "x"]})
+    assert answer.status == 409 and answer.json["changed"]["providers"]["theirs"] == ["x", "y", "z"]
+    for names in (["y"], ["y", "x", "x"], ["y", "x", 5], [], "x"):
+        assert browser("POST", "providers/order", {"version": browser.version, "names": names}).status == 400
+
+
+def test_references_stay_what_they_are(admin, config, upstream):
+    """The page shows $NAME and keeps it; it can't add one, which would read the server's environment."""
+    browser = admin(provider(upstream, "x", api_keys=["$MY_KEY"], headers={"X-A": "$MY_HEADER"}), environ={"MY_KEY": "sk-from-environment"})
+    row, = browser.get("providers")["data"]
+    assert row["keys"][0]["masked"] == "$MY_KEY" and row["headers"] == {"X-A": "$MY_HEADER"} and "MY_HEADER" in row["problem"]
+    answer = browser("PUT", "providers/x", {"version": browser.version, "api_keys": ["$MY_KEY", "sk-b"], "headers": {"X-A": "$MY_HEADER"}})
+    assert answer.status == 200 and config.read()["providers"][0]["api_keys"] == ["$MY_KEY", "sk-b"]
+    for facts in ({"api_keys": ["$MY_KEY", "$PATH"]}, {"headers": {"X-A": "$MY_KEY"}}, {"headers": {"X-B": "$MY_HEADER"}}):
+        assert browser("PUT", "providers/x", {"version": browser.version, **facts}).error["code"] == "reference"
+    assert b"sk-from-environment" not in browser("GET", "providers").body
+    assert browser("PUT", "providers/x", {"version": browser.version, "api_keys": ["$$two", "$no-name"], "headers": None}).status == 200
+    assert browser.server.gateway.state.router.providers["x"].api_keys == ("$$two", "$no-name")
+
+
+def test_providers_of_the_command_line_are_not_ours_to_change(admin, upstream):
+    entry = provider(upstream, "upstream")
+    browser = admin(flags={"providers": [entry]})
+    assert browser.get("providers")["data"][0]["source"] == "flag"
+    for method, path, body in (("POST", "providers", {"name": "x", "base_url": upstream.url}), ("DELETE", "providers/upstream", None),
+                               ("PUT", "providers/upstream", {"version": "x"}), ("POST", "providers/order", {"version": "x", "names": ["x"]})):
+        assert browser(method, path, body).error["code"] == "set_elsewhere"
+
+
+def test_states_of_keys(admin, upstream):
+    browser = admin(provider(upstream, "x", api_keys=["sk-a", "sk-b", "sk-c"]))
+    ring = browser.server.gateway._rings["x"]
+    ring.rest("sk-a", 30)
+    ring.rest("sk-b", 300, refused=True)
+    keys = browser.get("providers")["data"][0]["keys"]
+    assert [(key["state"], key["rest_s"]) for key in keys] == [("resting", 30), ("refused", 300), ("ok", 0)]
+    browser.server.clock.now += 31
+    ring.revive("sk-b")
+    assert [key["state"] for key in browser.get("providers")["data"][0]["keys"]] == ["ok"] * 3
+
+
+TRIALS = [
+    # what the upstream says, the checks' outcomes
+    ([], (True, True, True, True, True), ""), ([plain({"error": {"message": "bad key"}}, 401)], (True, False, None, None, None), "the key"),
+    ([plain({"error": {"message": "no such model"}}, 404)], (True, True, False, None, None), "the model"),
+    ([plain({"error": {"message": HOSTILE}}, 402)], (True, False, None, None, None), "the balance"),
+    ([Reply(CLOSE)], (False, None, None, None, None), "the connection")]
+
+
+@pytest.mark.parametrize("script, outcome, fault", TRIALS)
+@pytest.mark.parametrize("draft", [False, True])
+def test_trying_a_provider(admin, upstream, script, outcome, fault, draft):
+    browser = admin() if draft else admin(provider(upstream, "x", api_keys=["sk-a"]))
+    upstream.script.extend(script)
+    tools = {"choices": [{"index": 0, "finish_reason": "tool_calls", "message": {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "report", "arguments": "{}"}}]}}], "usage": USAGE}
+    upstream.usual = lambda seen: plain(tools) if seen.method == "POST" and "tools" in seen.json else usual_reply(seen)
+    body = {"name": "x", "base_url": upstream.url, "api_keys": ["sk-a"], "models": ["m1"]} if draft else {"name": "x"}
+    before = open(browser.server.gateway.config.path).read()
+    if not draft:
+        browser.server.gateway.state.router.providers["x"].models
+    answer = browser("POST", "providers/test", body if draft else {"name": "x"})
+    found = answer.json
+    assert answer.status == 200 and [check["what"] for check in found["checks"]] == ["reach", "key", "model", "stream", "tools"]
+    if draft or outcome[0] and not script:
+        assert tuple(check["ok"] for check in found["checks"]) == outcome and found["ok"] is all(outcome)
+    said = "".join(check["message"] for check in found["checks"] if check["ok"] is False)
+    assert said.startswith(fault) and all(check["took_s"] >= 0 for check in found["checks"])
+    assert open(browser.server.gateway.config.path).read() == before
+    if not script:
+        assert found["models"] == ["m1", "org/m2:free"]
+
+
+def test_trying_what_is_not_there(admin, upstream):
+    browser = admin(provider(upstream, "x", api_keys=["$MISSING_ONE"]))
+    assert browser("POST", "providers/test", {"name": "nope"}).status == 404
+    assert browser("POST", "providers/test", {"base_url": "ftp://x"}).status == 400
+    found = browser("POST", "providers/test", {"name": "x"}).json
+    assert not found["ok"] and "its settings" in found["checks"][0]["message"] and upstream.requests == []
+
+
+def test_a_draft_may_use_the_keys_that_are_kept(admin, upstream):
+    browser = admin(provider("http://127.0.0.1:1/v1", "x", api_keys=["sk-0123456789abcdef"]))
+    found = browser("POST", "providers/test", {"name": "x", "base_url": upstream.url, "models": ["m1"], "api_keys": ["sk-…cdef"]}).json
+    assert found["checks"][2]["ok"] and upstream.requests[0].headers["authorization"] == "Bearer sk-0123456789abcdef"
+    assert browser.get("usage?by=key")["total"]["requests"] == 0
+
+
+# --- writing: keys, logins, playground ---------------------------------------------------
+
+def test_keys_are_made_shown_once_and_removed(admin, config):
+    browser = admin()
+    answer = browser("POST", "keys", {"name": "小明", "models": ["glm-*"], "rpm": 5, "tpd": 1000, "expires": "2999-01-31", "rpd": None})
+    assert answer.status == 201 and re.fullmatch(r"sk-[0-9a-f]{48}", answer.json["key"])
+    assert answer.json["key"] not in open(config.path).read() and answer.json["key"].encode() not in browser("GET", "keys").body
+    row, = browser.get("keys")["data"]
+    assert row["limits"] == {"rpm": 5, "tpd": 1000} and row["models"] == ["glm-*"] and row["expires"] == "2999-01-31"
+    assert row["expired"] is False and row["used"] == {"rpm": 0, "tpd": 0} and row["created"]
+    assert browser("POST", "keys", {"name": "小明"}).error["code"] == "name_taken"
+    assert get(browser.server, "/v1/models").status == 401                   # from now on one is needed
+    assert get(browser.server, "/v1/models", X_Api_Key=answer.json["key"]).status == 200
+    for body, param in (({"name": ""}, "name"), ({"name": "a b"}, "name"), ({"name": "x", "rpm": 0}, "rpm"),
+                        ({"name": "x", "rpm": 1.5}, "rpm"), ({"name": "x", "expires": "soon"}, "expires"), ({"name": "x", "models": [5]}, "models"),
+                        ({"name": "x", "expires": "2001-01-01"}, "expires"), ({"name": "x", "nope": 1}, "nope")):
+        answer = browser("POST", "keys", body)
+        assert (answer.status, answer.error["param"]) == (400, param)
+    assert browser("DELETE", "keys/" + urllib.parse.quote("小明")).status == 204
+    assert browser("DELETE", "keys/nobody").status == 404 and browser.get("keys")["data"] == []
+
+
+def test_a_login_is_ended(admin, home):
+    folder = home / ".iflow"
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps({"apiKey": "sk-0123456789abcdef", "oauth_refresh_token": "r", "theme": "dark"}))
+    browser = admin(accounts={"second": {"apiKey": "sk-second-second-second"}})
+    assert {row["account"] for row in browser.get("logins")["data"]} == {"default", "second"}
+    assert [row["source"] for row in browser.get("providers")["data"]] == ["login"]
+    assert browser("DELETE", "logins/default").status == 204 and browser("DELETE", "logins/default").status == 404
+    assert json.loads((folder / "settings.json").read_text()) == {"theme": "dark"}
+    assert browser("DELETE", "logins/second").status == 204 and browser.get("logins")["data"] == []
+    assert browser("DELETE", "logins/" + urllib.parse.quote(HOSTILE)).status == 404
+
+
+@pytest.mark.parametrize("path, body", [
+    ("chat", {"model": "m1", "messages": [{"role": "user", "content": "hi"}]}),
+    ("messages", {"model": "m1", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}), ("responses", {"model": "m1", "input": "hi"})])
+def test_the_playground(admin, upstream, path, body):
+    browser = admin(upstream, custom_api_key="sk-client-client")
+    answer = browser("POST", "play/" + path, body)
+    assert answer.status == 200 and "Hello" in answer.body.decode()
+    assert "cookie" not in upstream.requests[0].headers
+    answer = browser("POST", "play/" + path, {**body, "stream": True})
+    assert answer.status == 200 and answer.headers["content-type"].startswith("text/event-stream")
+    assert browser.get("usage?by=key")["rows"][0]["name"] == "admin"
+    assert browser("POST", "play/" + path, {"model": 5}).status == 400
+
+
+# --- lines for clients ---------------------------------------------------------------------
+
+def blocks_of(found, client):
+    return next(row for row in found["data"] if row["id"] == client)["blocks"]
+
+
+@pytest.mark.parametrize("settings, shell_key, key", [({}, "sk-none", "sk-none"), ({"custom_api_key": "sk-0123456789abcdef"}, '"$IFLOW2API_KEY"', "YOUR_KEY")])
+def test_lines_for_every_client(admin, upstream, settings, shell_key, key):
+    browser = admin(provider(upstream, "up", models=["m1"]), **settings)
+    found = browser.get("clients")
+    assert [row["id"] for row in found["data"]] == ["claude-code", "codex", "openai-python", "openai-js", "curl", "opencode", "aider",
+                                                    "cherry-studio", "lobechat", "chatgpt-next-web", "open-webui", "continue", "cline"]
+    assert found["model"] == "m1" and found["needs_key"] is bool(settings) and "0123456789" not in str(found)
+    for row in found["data"]:
+        assert row["title"] and row["blocks"]
+        for block in row["blocks"]:
+            assert set(block) == {"title", "language", "text"} and set(block["title"]) == {"zh", "en"} and block["text"]
+            if block["language"] == "json":
+                json.loads(block["text"])
+            if block["language"] == "python":
+                compile(block["text"], "block", "exec")
+            if block["language"] == "toml" and sys.version_info >= (3, 11):
+                assert __import__("tomllib").loads(block["text"])["model_providers"]["iflow2api"]["wire_api"] == "responses"
+        texts = "".join(block["text"] for block in row["blocks"])
+        assert found["base_url"] in texts and ("m1" in texts or row["id"] == "claude-code"), row["id"]
+    bash = blocks_of(found, "openai-python")[1]["text"]
+    assert f"OPENAI_API_KEY={shell_key}" in bash and key in blocks_of(found, "continue")[0]["text"]
+
+
+@pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
+def test_the_lines_of_shells_and_names_of_models(admin, upstream, tmp_path):
+    """Names come from upstreams: whatever is in them, the lines set variables and do nothing else."""
+    browser = admin(upstream)
+    evil = "m'\n\"; touch " + str(tmp_path / "gotcha") + " #`touch " + str(tmp_path / "gotcha") + "`$(touch " + str(tmp_path / "gotcha") + ")"
+    found = browser.get("clients?model=" + urllib.parse.quote(evil) + "&key=mine")
+    for client in ("claude-code", "codex", "aider", "openai-js"):
+        script = next(block["text"] for block in blocks_of(found, client) if block["language"] == "bash")
+        done = subprocess.run(["/bin/bash", "-c", script + "\necho end $IFLOW2API_KEY $OPENAI_API_KEY $ANTHROPIC_AUTH_TOKEN"],
+                              capture_output=True, text=True, timeout=60, env={"PATH": os.environ["PATH"]})
+        assert done.stdout.startswith("end mine"), (client, done)
+    assert not (tmp_path / "gotcha").exists()
+
+
+def test_the_address_is_the_one_the_browser_uses(admin):
+    browser = admin(allowed_hosts=["box.lan"])
+    browser.headers = {"Host": "box.lan:8080"}
+    assert browser.get("session")["base_url"] == "http://box.lan:8080" == browser.get("clients")["base_url"]
+    browser.headers = {"Host": "box.lan", "X-Forwarded-Proto": "https"}
+    assert browser.get("clients")["base_url"] == "https://box.lan"
+    assert browser.sign_in().headers["set-cookie"].endswith("; Secure")
+
+
+# --- live -----------------------------------------------------------------------------
+
+class Watcher:
+    """An open event stream."""
+
+    def __init__(self, browser, query="", **headers) -> None:
+        self.client = Client(browser.server)
+        self.client.request("GET", "/admin/api/events" + query, headers={"Cookie": browser.cookie, **_spelled(headers)})
+        self.status, self.headers = self.client.head()
+        self.ident = ""
+
+    def next(self, *names):
+        """The data of the next event that has one of the names."""
+        while True:
+            facts = {}
+            for line in iter(lambda: self.client.file.readline().decode().rstrip("\n"), ""):
+                name, _, value = line.partition(": ")
+                facts[name] = value
+            if not facts:
+                return None
+            self.ident = facts["id"]
+            if not names or facts["event"] in names:
+                return facts["event"], json.loads(facts["data"])
+
+    def close(self):
+        self.client.hang_up()
+
+
+def test_events_as_they_happen(admin, upstream, monkeypatch):
+    monkeypatch.setattr(ifl, "OVERVIEW_S", 0.05)
+    browser = admin(upstream)
+    watcher = Watcher(browser, "?logs=1")
+    assert watcher.status == 200 and watcher.headers["content-type"].startswith("text/event-stream")
+    assert watcher.next() == ("config", {"version": browser.version})
+    assert watcher.next()[1]["address"] == browser.server.url
+    post(browser.server, chat(model=HOSTILE))
+    assert watcher.next("request")[1]["model"] == HOSTILE
+    assert "up/" in watcher.next("log")[1]["text"]
+    assert watcher.next("overview")[1]["today"]["requests"] == 1
+    first = watcher.ident
+    browser("PATCH", "config", {"version": browser.version, "set": {"drain_s": 3}})
+    assert watcher.next("config")[1] == {"version": browser.version} and watcher.ident >= first
+    watcher.close()
+    until(lambda: browser.server.gateway.live._viewers == {False: 0, True: 0}, what="the end of the viewer's thread")
+
+
+def test_a_stream_resumes_where_it_broke(admin, upstream):
+    browser = admin(upstream, history_size=5)
+    watcher = Watcher(browser)
+    post(browser.server, chat(model="one"))
+    assert watcher.next("request")[1]["model"] == "one"
+    ident = watcher.ident
+    watcher.close()
+    for name in ("two", "three"):
+        post(browser.server, chat(model=name))
+    again = Watcher(browser, "?last_event_id=ignored", Last_Event_ID=ident)
+    assert [again.next("request", "dropped")[1]["model"] for _ in range(2)] == ["two", "three"]
+    again.close()
+    for number in range(8):
+        post(browser.server, chat(model=f"n{number}"))
+    again = Watcher(browser, Last_Event_ID=ident)
+    assert again.next("dropped", "request") == ("dropped", {"count": 5})     # ten since then, five are remembered
+    assert [again.next("request")[1]["model"] for _ in range(5)] == [f"n{number}" for number in range(3, 8)]
+    again.close()
+    for odd, expected in (("1-2-3", "n3"), ("rubbish", "fresh"), ("9" * 99, "fresh")):         # an earlier run's; no id at all
+        other = Watcher(browser, Last_Event_ID=odd)
+        post(browser.server, chat(model="fresh"))
+        assert other.next("request")[1]["model"] == expected
+        other.close()
+        browser.server.gateway.live.requests.resize(0)
+        browser.server.gateway.live.requests.resize(5)
+        for number in range(3, 8):
+            post(browser.server, chat(model=f"n{number}"))
+
+
+def test_who_is_slow_is_told_how_much_was_lost(gateway):
+    running = gateway(detect_local=False)
+
+    class Pretend:
+        def __init__(self, gateway):
+            self.gateway, self.url, self.connections = gateway, "http://x", 0
+    viewer = ifl.Viewer(Pretend(running), True, "")
+    viewer.news()
+    for number in range(ifl.LOG_LINES + 500):
+        running.live.logs.add((1.0, logging.INFO, "x", f"line {number}"))
+    first = viewer.news().decode()
+    assert 'event: dropped\ndata: {"count":500}' in first and first.count("event: log") == 1000     # in portions
+    rest = [viewer.news().decode().count("event: log") for _ in range(10)]
+    assert sum(rest) == ifl.LOG_LINES - 1000 and viewer.news() == b""
+
+
+def test_rings():
+    ring = ifl.Ring(3)
+    assert ring.after(0) == (0, [])
+    for letter in "abcde":
+        ring.add(letter)
+    assert ring.after(0) == (2, [(3, "c"), (4, "d"), (5, "e")]) and ring.after(0, 1) == (2, [(3, "c")])
+    assert ring.after(4) == (0, [(5, "e")]) and ring.after(5) == (0, []) and ring.after(99) == (0, [])
+    ring.resize(1)
+    assert ring.after(3) == (1, [(5, "e")])
+    nothing = ifl.Ring(0)                                # history_size 0: nothing is kept, and nothing is said to be lost
+    nothing.add("a")
+    assert nothing.after(0) == (0, [])
+
+
+def test_viewers_are_bounded_and_leave(admin):
+    browser = admin()
+    watchers = [Watcher(browser) for _ in range(ifl.VIEWERS_LIMIT)]
+    assert all(watcher.next() for watcher in watchers)
+    extra = Watcher(browser)
+    assert extra.status == 503
+    extra.close()
+    for watcher in watchers:
+        watcher.close()
+    browser.server.gateway.live.ring()
+    until(lambda: browser.server.gateway.live._viewers[False] == 0, what="the end of the viewers")
+    assert Watcher(browser).status == 200
+
+
+def test_the_stream_ends_with_its_session(admin):
+    browser = admin()
+    watcher = Watcher(browser)
+    watcher.next()
+    browser("DELETE", "session", {"everywhere": True})
+    until(lambda: watcher.next() is None, what="the end of the stream")
+    assert Watcher(browser).status == 401
+    browser.sign_in()
+    watcher = Watcher(browser)
+    watcher.next()
+    browser.server.gateway.set_password(ifl.hash_password("a new password"))
+    until(lambda: watcher.next() is None, what="the end of the stream")
+
+
+def test_a_server_that_stops_does_not_wait_for_viewers(admin):
+    browser = admin()
+    watchers = [Watcher(browser) for _ in range(3)]
+    [watcher.next() for watcher in watchers]
+    started = time.monotonic()
+    browser.server.close(WAIT_S)
+    assert time.monotonic() - started < WAIT_S / 2
+    assert all(until(lambda: watcher.next() is None) for watcher in watchers)
+
+
+def test_heads_of_streams_end(admin):
+    browser = admin()
+    assert browser("HEAD", "events").status == 200 and is_well(browser.server)
+
+
+def test_nobody_looking_costs_next_to_nothing(gateway):
+    running = gateway(detect_local=False)
+    record = logging.LogRecord("x", logging.INFO, "", 0, "a line of %d", (5,), None)
+    assert best_us(lambda: running.live.log_handler.emit(record)) < 50
+    assert best_us(lambda: running.series.add("m", "p", "k", [1, 0, 1, 1])) < 100
+
+
+# --- the command line ---------------------------------------------------------------------
+
+def test_reset_password(home, capsys, monkeypatch, config):
+    monkeypatch.setattr(ifl.Vault, "ITERATIONS", (10, 10))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a new password\n"))
+    assert ifl.main(["admin", "reset-password", "-"]) == 0
+    said = capsys.readouterr()
+    assert "signed out" in said.err and "a new password" not in said.out + said.err + open(config.path).read()
+    assert ifl.is_password("a new password", config.read()["admin_password"])
+    before = open(config.path).read()
+    for argv, text, word in ((["hunter2hunter2"], "", "command line"), (["-"], "short\n", "8 to 1024"), (["-"], "", "8 to 1024"),
+                             ([], "x" * 20 + "\n", "no terminal")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert ifl.main(["admin", "reset-password", *argv]) == 2
+        said = capsys.readouterr()
+        assert word in said.err and "hunter2" not in said.err and open(config.path).read() == before
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    assert ifl.main(["admin", "reset-password"]) == 2 and "没有终端" in capsys.readouterr().err
+    assert ifl.main(["admin"]) == 2 and ifl.main(["admin", "other"]) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo terminals")
+def test_reset_password_at_the_terminal(home, config):
+    import pty
+    replies = [(b"new password", b"typed at the terminal\n"), (b"again", b"typed at the terminal\n")]
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, PROGRAM, "admin", "reset-password"])
+    said = b""
+    for word, reply in replies:
+        while word not in said:
+            said += os.read(fd, 1024)
+        os.write(fd, reply)
+    with contextlib.suppress(OSError):
+        while True:
+            data = os.read(fd, 1024)
+            if not data:
+                break
+            said += data
+    assert os.waitpid(pid, 0)[1] == 0 and b"typed at" not in said
+    os.close(fd)
+    assert ifl.is_password("typed at the terminal", config.read()["admin_password"])
+
+
+def test_a_plain_password_is_refused(home, capsys, config, gateway):
+    assert ifl.main(["config", "set", "admin_password", "hunter2hunter2"]) == 2
+    said = capsys.readouterr().err
+    assert "never the password itself" in said and "hunter2" not in said
+    put_config(config, {"admin_password": "hunter2hunter2"})
+    made = ifl.Gateway(config=config, environ={})
+    assert made.settings.admin_password == "" and any("admin_password" in p and "hunter2" not in p for p in made.problems)
+    made.close()
+    put_config(config, {"admin_password": PASSWORD_HASH})
+    assert ifl.main(["config", "list"]) == 0
+    assert "admin_password = …" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo terminals")
+@pytest.mark.parametrize("argv, display, opened", [([], ":1", True), (["--no-browser"], ":1", False), ([], "", False)])
+def test_the_first_start_opens_the_page_and_shows_the_code(home, tmp_path, argv, display, opened):
+    """The code is on the console alone: in no address, no process list, no log file."""
+    import pty
+    seen = tmp_path / "opened"
+    opener = tmp_path / "xdg-open"
+    opener.write_text(f'#!/bin/sh\nps ax > {tmp_path}/ps 2>/dev/null; echo "$@" > {seen}.new; mv {seen}.new {seen}\n')
+    opener.chmod(0o755)
+    environ = {name: value for name, value in os.environ.items() if name not in ("WAYLAND_DISPLAY", "BROWSER", "WSL_DISTRO_NAME")}
+    environ.update(PATH=f"{tmp_path}:{os.environ['PATH']}", DISPLAY=display, PYTHONIOENCODING="utf-8", TERM="dumb",
+                   IFLOW2API_LOG_FILE=str(tmp_path / "log"), IFLOW2API_DETECT_LOCAL="false")
+    reader, writer = pty.openpty()
+    __import__("fcntl").ioctl(writer, __import__("termios").TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", *argv], stdout=writer, stderr=writer, env=environ)
+    os.close(writer)
+    said = b""
+    try:
+        while not re.search(rb"\n\r?\n.*next.*\r?\n\r?\n", said, re.S):
+            assert select.select([reader], [], [], 20)[0], said
+            said += os.read(reader, 65536)
+        text = said.decode()
+        code = re.search(r"[A-Z0-9]{4}-[A-Z0-9]{4}", text).group()
+        page = re.search(r"http://\S+/admin", text).group()
+        if opened:
+            until(seen.exists)
+            assert seen.read_text() == page + "\n"
+            assert not (tmp_path / "ps").exists() or code not in (tmp_path / "ps").read_text()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", urllib.parse.urlsplit(page).port, timeout=WAIT_S)) as client:
+            client.request("POST", "/admin/api/password", json.dumps({"code": code, "password": PASSWORD}))
+            assert client.getresponse().status == 204
+        assert opened or not seen.exists()
+        assert code not in (tmp_path / "log").read_text()
+        ifl.ConfigFile(str(home / ".iflow2api")).change(lambda raw: raw.pop("admin_password"))
+        process.send_signal(signal.SIGHUP)
+        said = b""
+        while not re.search(rb"[A-Z0-9]{4}-[A-Z0-9]{4}", said):              # a new one, since there is no password any more
+            assert select.select([reader], [], [], 20)[0], said
+            said += os.read(reader, 65536)
+        assert code not in said.decode()
+    finally:
+        process.terminate()
+        process.wait(20)
+        os.close(reader)
+
+
+def test_a_start_with_a_password_opens_nothing_and_shows_no_code(home, config):
+    put_config(config, {"admin_password": PASSWORD_HASH})
+    with running_console() as (_, url, reader):
+        card = card_of(reader)
+    assert f"{url}/admin" in card and not re.search(r"[A-Z0-9]{4}-[A-Z0-9]{4}", card)
 
 
 # === 19. House rules ========================================================
