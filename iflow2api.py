@@ -12051,14 +12051,16 @@ const ICONS = {                                    // strokes in a square of 24
   instances: 'M8 8h12v12H8zM4 16V4h12', settings: 'M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5',
   logs: 'M4 6h16M4 11h11M4 16h16M4 21h8', about: 'M12 21a9 9 0 1 0 0-18 9 9 0 0 0 0 18zM12 11v5M12 8h.01',
   menu: 'M4 7h16M4 12h16M4 17h16', close: 'M6 6l12 12M18 6L6 18', up: 'M12 19V5M6 11l6-6 6 6', down: 'M12 5v14M6 13l6 6 6-6',
-  plus: 'M12 5v14M5 12h14', edit: 'M4 20h4L19 9l-4-4L4 16z', trash: 'M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13', more: 'M9 6l6 6-6 6',
+  plus: 'M12 5v14M5 12h14', edit: 'M4 20h4L19 9l-4-4L4 16z', trash: 'M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13',
+    more: 'M9 6l6 6-6 6',
   copy: 'M9 9h11v11H9zM5 15H4V4h11v1', check: 'M5 13l4 4L19 7',
   user: 'M12 12a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM5 20c1-4 4-5 7-5s6 1 7 5',
   system: 'M3 5h18v11H3zM9 20h6', dark: 'M20 14.5A8.5 8.5 0 1 1 9.5 4a7 7 0 0 0 10.5 10.5z',
   light: 'M12 16a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM12 2v2M12 20v2M2 12h2M20 12h2M5 5l1 1M18 18l1 1M5 19l1-1M18 6l1-1',
   play: 'M7 4l13 8-13 8z', image: 'M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M9 9h.01',
   stop: 'M6 6h12v12H6z', download: 'M12 4v11M7 11l5 5 5-5M4 20h16', link: 'M10 14L20 4M14 4h6v6M18 14v6H4V6h6'};
-const icon = name => svg('svg', {class: 'icon', viewBox: '0 0 24 24', 'aria-hidden': 'true'}, svg('path', {d: ICONS[name] || ''}));
+const icon = name => svg('svg', {class: 'icon', viewBox: '0 0 24 24', 'aria-hidden': 'true'},
+  svg('path', {d: ICONS[name] || ''}));
 const button = (label, run, kind = '', image = '') =>
   el('button', {class: 'btn ' + kind, type: 'button', on: {click: run}}, image && icon(image), label);
 const iconButton = (image, label, run) =>
@@ -12086,24 +12088,29 @@ const clean = text => String(text ?? '').replace(
   c => '⟨' + c.charCodeAt(0).toString(16).toUpperCase().padStart(2, '0') + '⟩');
 const foreign = (text, css) => el('bdi', {class: css, text: clean(text)});
 const locale = () => lang() === 'zh' ? 'zh-CN' : 'en-GB';
-const moment = (epoch, style) => epoch ? new Intl.DateTimeFormat(locale(), style).format(epoch * 1000) : '–';
+/** Epoch seconds, of ISO 8601 too. */
+const epochOf = when => typeof when === 'string' ? Date.parse(when) / 1000 : when;
+const moment = (when, style) => epochOf(when) ? new Intl.DateTimeFormat(locale(), style).format(epochOf(when) * 1000) : '–';
 const fmt = {
   number: n => n === null || n === undefined ? '–' : new Intl.NumberFormat(locale()).format(n),
   tokens: n => n === null || n === undefined ? '–' : n < 10000 ? fmt.number(n) :
     n < 1e6 ? (n / 1e3).toFixed(n < 1e5 ? 1 : 0) + 'k' :
       n < 1e9 ? (n / 1e6).toFixed(n < 1e8 ? 1 : 0) + 'M' : (n / 1e9).toFixed(1) + 'G',
   time: epoch => moment(epoch, {hour: '2-digit', minute: '2-digit', second: '2-digit', hour12: false}),
-  date: epoch => moment(epoch, {year: 'numeric', month: 'short', day: 'numeric', hour: '2-digit', minute: '2-digit', hour12: false}),
+  date: epoch => moment(epoch, {year: 'numeric', month: 'short', day: 'numeric', hour: '2-digit', minute: '2-digit',
+    hour12: false}),
   seconds: s => s === null || s === undefined ? '–' : s < 0.9995 ? Math.round(s * 1000) + ' ms' :
     s < 99.95 ? s.toFixed(s < 9.95 ? 2 : 1) + ' s' : fmt.span(s),
   bytes: n => n < 1 << 20 ? Math.round(n / 1024) + ' KiB' : (n / (1 << 20)).toFixed(1) + ' MiB',
   span(s) {
     const [unit, size] = s < 90 ? ['second', 1] : s < 5400 ? ['minute', 60] : s < 129600 ? ['hour', 3600] : ['day', 86400];
-    return new Intl.NumberFormat(locale(), {style: 'unit', unit, unitDisplay: 'long', maximumFractionDigits: 0}).format(s / size);
+    return new Intl.NumberFormat(locale(), {style: 'unit', unit, unitDisplay: 'long',
+      maximumFractionDigits: 0}).format(s / size);
   },
-  ago(epoch) {
-    const s = epoch - Date.now() / 1000, far = Math.abs(s);
-    const [unit, size] = far < 90 ? ['second', 1] : far < 5400 ? ['minute', 60] : far < 129600 ? ['hour', 3600] : ['day', 86400];
+  ago(when) {
+    const epoch = epochOf(when), s = epoch - Date.now() / 1000, far = Math.abs(s);
+    const [unit, size] = far < 90 ? ['second', 1] : far < 5400 ? ['minute', 60] : far < 129600 ? ['hour', 3600] :
+      ['day', 86400];
     return epoch ? new Intl.RelativeTimeFormat(locale(), {numeric: 'auto'}).format(Math.round(s / size), unit) : '–';
   }};
 
@@ -12116,7 +12123,8 @@ class ApiError extends Error {
     Object.assign(this, {status, body, code: error.code || '', param: error.param || ''});
   }
 }
-const errorText = error => error instanceof ApiError ? clean(error.message) : t('error_page', {text: clean(error.message || error)});
+const errorText = error => error instanceof ApiError ? clean(error.message) : t('error_page',
+  {text: clean(error.message || error)});
 /** A Response that is fine, else ApiError.  Where the session has ended it waits for the sign-in and asks once more. */
 async function request(path, {method, body, signal, headers = {}} = {}) {
   for (;;) {
@@ -12245,14 +12253,17 @@ function dialog({title, body, actions = [], wide, closable = true, css = '', onc
     close() { node.remove(); if (onclose) onclose(); }}}, form);
   document.body.append(node);
   node.showModal();
-  (form.querySelector('[autofocus], .dialog-body :is(input,select,textarea,button)') || buttons[buttons.length - 1] || form).focus();
+  (form.querySelector('[autofocus], .dialog-body :is(input,select,textarea,button)') || buttons[buttons.length - 1] ||
+    form).focus();
   return {close, node, error};
 }
 const confirmBox = (text, {danger, title, action} = {}) => new Promise(done => {
   let answer = false;
-  dialog({title: title || t('confirm'), body: el('p', {class: 'break', text: clean(text)}), onclose: () => done(answer), actions: [
+  dialog({title: title || t('confirm'), body: el('p', {class: 'break', text: clean(text)}), onclose: () => done(answer),
+    actions: [
     {label: t('cancel'), kind: 'quiet'},
-    {label: action || (danger ? t('remove') : t('ok')), kind: danger ? 'danger' : 'primary', run: () => { answer = true; }}]});
+    {label: action || (danger ? t('remove') : t('ok')), kind: danger ? 'danger' : 'primary', run: () => { answer = true;
+      }}]});
 });
 let ids = 0;
 const uid = () => 'i' + ++ids;
@@ -12262,7 +12273,8 @@ function field({label, hint, error, input}) {
   const hintNode = hint && el('div', {class: 'hint', id: id + 'h'}, hint);
   const errorNode = el('div', {class: 'error', id: id + 'e', role: 'alert'});
   const name = el('label', {for: id}, label);
-  const node = el('div', {class: 'field' + (isCheck ? ' check' : '')}, isCheck ? [input, name] : [name, input], hintNode, errorNode);
+  const node = el('div', {class: 'field' + (isCheck ? ' check' : '')}, isCheck ? [input, name] : [name, input], hintNode,
+    errorNode);
   input.setAttribute('aria-describedby', (hint ? id + 'h ' : '') + id + 'e');
   node.fail = text => {
     errorNode.textContent = text ? clean(text) : '';
@@ -12316,7 +12328,8 @@ function dataTable({columns, rows = [], empty, label, open, id}) {
       const value = column.render ? column.render(row) : row[column.key];
       const blank = value === null || value === undefined || value === '' || value === false;
       return el('td', {class: [column.align, blank && 'blank', !column.label && 'bare', column.css].filter(Boolean).join(' '),
-        'data-label': column.label || null}, blank ? null : el('div', {}, value instanceof Node || Array.isArray(value) ? value : foreign(value)));
+        'data-label': column.label || null}, blank ? null : el('div', {}, value instanceof Node || Array.isArray(value) ?
+          value : foreign(value)));
     }));
   let kept = new Map();
   const root = el('div', box, nothing);
@@ -12384,8 +12397,10 @@ let signingIn = null;
 /** Asks for the password above whatever is there; what was typed below stays. */
 function signIn() {
   return signingIn = signingIn || new Promise(done => {
-    const word = password({autocomplete: 'current-password', minlength: null}), box = field({label: t('password'), input: word});
-    dialog({title: t('sign_in'), closable: false, css: 'gate' + (shown ? ' over' : ''), onclose() { signingIn = null; done(); },
+    const word = password({autocomplete: 'current-password', minlength: null}),
+      box = field({label: t('password'), input: word});
+    dialog({title: t('sign_in'), closable: false, css: 'gate' + (shown ? ' over' : ''), onclose() { signingIn = null; done();
+      },
       body: [el('p', {class: 'muted', text: shown ? t('sign_in_again') : t('sign_in_lead')}), userName(), box],
       actions: [{label: t('sign_in'), kind: 'primary', async run() {
         try { await api('session', {body: {user: 'admin', password: word.value}}); } catch (error) {
@@ -12485,7 +12500,8 @@ function frame() {
 function pulse() {
   const open = live.state === 'open', box = $('#live');
   if (!box) return;
-  box.replaceChildren(el('span', {class: 'dot ' + (open ? 'ok' : 'warn')}), el('span', {text: t(open ? 'live_on' : 'live_off')}));
+  box.replaceChildren(el('span', {class: 'dot ' + (open ? 'ok' : 'warn')}),
+    el('span', {text: t(open ? 'live_on' : 'live_off')}));
 }
 function drawer(open) {
   $('#nav').classList.toggle('open', open);
@@ -12561,8 +12577,10 @@ const card = (title, tools, ...body) => el('section', {class: 'card', 'aria-labe
   el('div', {class: 'spread'}, el('h2', {text: title}), tools), body);
 const tile = (label, figure, note, href) => el('div', {class: 'card tile'}, el('div', {class: 'muted', text: label}),
   el('div', {class: 'figure'}, figure), el('div', {class: 'hint'}, note));
-const facts = rows => el('dl', {class: 'facts'}, rows.filter(row => row && row[1] !== null && row[1] !== undefined && row[1] !== '' && row[1] !== false)
-  .map(([name, value]) => [el('dt', {text: name}), el('dd', {}, value instanceof Node || Array.isArray(value) ? value : foreign(value))]));
+const facts = rows => el('dl', {class: 'facts'}, rows.filter(row => row && row[1] !== null && row[1] !== undefined &&
+  row[1] !== '' && row[1] !== false)
+  .map(([name, value]) => [el('dt', {text: name}), el('dd', {}, value instanceof Node || Array.isArray(value) ? value :
+    foreign(value))]));
 const problems = list => list && list.length ? el('div', {class: 'note warn', role: 'status'},
   el('strong', {text: t('problems')}), el('ul', {class: 'plain'}, list.map(line => el('li', {}, foreign(line))))) : null;
 const statusBadge = row => badge(row.status === 499 ? t('status_left') : String(row.status || '–'),
@@ -12573,7 +12591,8 @@ function throttle(fn, pause_ms) {
   let timer = 0;
   return () => { timer = timer || setTimeout(() => { timer = 0; fn(); }, pause_ms); };
 }
-const meter = (used, limit) => el('span', {class: 'meter', 'aria-hidden': 'true'}, el('span', {class: used >= limit ? 'full' : '',
+const meter = (used, limit) => el('span', {class: 'meter', 'aria-hidden': 'true'},
+  el('span', {class: used >= limit ? 'full' : '',
   style: {width: Math.min(100, limit ? 100 * used / limit : 0) + '%'}}));
 const limitLines = limits => Object.entries(limits).filter(([, value]) => value && value.limit).map(([name, {used, limit}]) =>
   el('div', {class: 'limit'}, el('span', {text: t('limit_' + name)}), meter(used, limit),
@@ -12581,7 +12600,8 @@ const limitLines = limits => Object.entries(limits).filter(([, value]) => value 
 /** Health of a provider, as /health and the list tell it alike. */
 function healthBadge(item, resting) {
   if (!item.usable) return badge(t('health_disabled'), 'bad');
-  if (item.circuit && item.circuit !== 'closed') return badge(t(item.circuit === 'open' ? 'health_rests' : 'health_tried'), 'warn');
+  if (item.circuit && item.circuit !== 'closed') return badge(t(item.circuit === 'open' ? 'health_rests' : 'health_tried'),
+    'warn');
   return resting ? badge(t('health_keys_rest', {n: resting}), 'warn') : badge(t('health_ok'), 'ok');
 }
 function requestDialog(row) {
@@ -12589,12 +12609,16 @@ function requestDialog(row) {
     {key: 'provider', label: t('provider')}, {key: 'model', label: t('model')}, {key: 'key', label: t('key'), css: 'mono'},
     {label: t('status'), render: statusBadge}, {label: t('duration'), align: 'end', render: a => fmt.seconds(a.total_s)},
     {key: 'error', label: t('error')}]});
-  dialog({title: t('request_details'), wide: true, body: [facts([[t('time'), moment(row.at, {dateStyle: 'medium', timeStyle: 'medium'})],
+  dialog({title: t('request_details'), wide: true,
+    body: [facts([[t('time'), moment(row.at, {dateStyle: 'medium', timeStyle: 'medium'})],
     [t('request_id'), [foreign(row.request_id, 'mono')]], [t('model'), row.model], [t('target'), row.target],
-    [t('dialect'), row.dialect + (row.stream ? ' · ' + t('streamed') : '')], [t('key'), row.key], [t('status'), [statusBadge(row)]],
-    [t('error'), row.error], [t('first_token'), row.stream && fmt.seconds(row.first_s)], [t('duration'), fmt.seconds(row.total_s)],
+    [t('dialect'), row.dialect + (row.stream ? ' · ' + t('streamed') : '')], [t('key'), row.key],
+      [t('status'), [statusBadge(row)]],
+    [t('error'), row.error], [t('first_token'), row.stream && fmt.seconds(row.first_s)],
+      [t('duration'), fmt.seconds(row.total_s)],
     [t('tokens_in'), fmt.number(row.input) + (row.cached ? ' · ' + t('of_cached', {n: fmt.number(row.cached)}) : '')],
-    [t('tokens_out'), fmt.number(row.output) + (row.reasoning ? ' · ' + t('of_reasoning', {n: fmt.number(row.reasoning)}) : '')],
+    [t('tokens_out'), fmt.number(row.output) + (row.reasoning ? ' · ' + t('of_reasoning', {n: fmt.number(row.reasoning)}) :
+      '')],
     [t('tokens_note'), row.estimated && t('estimated')]]), el('h3', {text: t('attempts')}), table]});
 }
 VIEWS.overview = {icon: 'overview', async show(root) {
@@ -12602,20 +12626,26 @@ VIEWS.overview = {icon: 'overview', async show(root) {
   const filter = input({type: 'search', placeholder: t('filter'), 'aria-label': t('filter'), class: 'search'});
   const which = el('select', {'aria-label': t('status')}, option('', t('all')), option('ok', t('only_ok')),
     option('bad', t('only_bad')));
-  const table = dataTable({label: t('requests'), empty: t('requests_none'), open: requestDialog, id: row => row.request_id + row.at,
+  const table = dataTable({label: t('requests'), empty: t('requests_none'), open: requestDialog, id: row => row.request_id +
+    row.at,
     columns: [
       {label: t('time'), render: row => fmt.time(row.at), css: 'num nowrap'},
-      {label: t('model'), css: 'break wide', render: row => [foreign(row.model || '–'), row.target && row.target !== row.model &&
+      {label: t('model'), css: 'break wide', render: row => [foreign(row.model || '–'), row.target &&
+        row.target !== row.model &&
         el('span', {class: 'muted'}, ' → ', foreign(row.target))]},
-      {label: t('status'), render: statusBadge}, {label: t('first_token'), align: 'end', css: 'minor', render: row => row.stream && fmt.seconds(row.first_s)},
+      {label: t('status'), render: statusBadge}, {label: t('first_token'), align: 'end', css: 'minor',
+        render: row => row.stream && fmt.seconds(row.first_s)},
       {label: t('duration'), align: 'end', render: row => fmt.seconds(row.total_s)},
-      {label: t('tokens'), align: 'end', render: row => row.status === 200 && tokensOf(row)}, {key: 'key', label: t('key'), css: 'nowrap minor'},
-      {label: t('attempts'), align: 'end', css: 'minor', render: row => row.attempts.length > 1 && String(row.attempts.length)},
+      {label: t('tokens'), align: 'end', render: row => row.status === 200 && tokensOf(row)}, {key: 'key', label: t('key'),
+        css: 'nowrap minor'},
+      {label: t('attempts'), align: 'end', css: 'minor', render: row => row.attempts.length > 1 &&
+        String(row.attempts.length)},
       {label: '', align: 'end', render: row => iconButton('more', t('request_details'), () => requestDialog(row))}]});
   const draw = () => {
     const word = filter.value.toLowerCase(), kind = which.value;
     table.update(rows.filter(row => (!kind || (row.status === 200) === (kind === 'ok')) &&
-      (!word || [row.model, row.target, row.key, row.status, row.error, row.request_id].join(' ').toLowerCase().includes(word))).slice(0, 100));
+      (!word || [row.model, row.target, row.key, row.status, row.error,
+        row.request_id].join(' ').toLowerCase().includes(word))).slice(0, 100));
   };
   const later = throttle(draw, 250);
   filter.addEventListener('input', draw);
@@ -12625,14 +12655,17 @@ VIEWS.overview = {icon: 'overview', async show(root) {
     parts.top.replaceChildren(...[problems(health.problems), data.next && el('div', {class: 'note spread'},
       t('guide_open_' + data.next), el('a', {class: 'btn primary', href: '#guide', text: t('view_guide')}))].filter(Boolean));
     parts.tiles.replaceChildren(
-      tile(t('server'), [el('span', {class: 'dot big ' + (health.status === 'healthy' ? 'ok' : 'warn'), 'aria-hidden': 'true'}),
+      tile(t('server'), [el('span', {class: 'dot big ' + (health.status === 'healthy' ? 'ok' : 'warn'),
+        'aria-hidden': 'true'}),
         t(health.status === 'healthy' ? 'healthy' : 'degraded')], t('running_for', {time: fmt.span(health.uptime_s)})),
       tile(t('today'), fmt.number(today.requests), today.errors ? t('errors_n', {n: today.errors}) : t('errors_none')),
-      tile(t('tokens_today'), [fmt.tokens(today.input), el('span', {class: 'muted', text: ' → '}), fmt.tokens(today.output)], t('in_out')),
+      tile(t('tokens_today'), [fmt.tokens(today.input), el('span', {class: 'muted', text: ' → '}), fmt.tokens(today.output)],
+        t('in_out')),
       tile(t('right_now'), fmt.number(data.in_flight), t('waiting_n', {n: waiting, c: data.connections})));
     parts.address.replaceChildren(facts([[t('base_url'), [el('span', {class: 'mono break', text: data.address + '/v1'}), ' ',
       copyButton(() => data.address + '/v1')]], [t('needs_key'), t(data.needs_key ? 'needs_key_yes' : 'needs_key_no')]]));
-    parts.providers.update(health.providers.map(item => ({...item, ...data.queue.find(entry => entry.provider === item.name)})));
+    parts.providers.update(health.providers.map(item =>
+      ({...item, ...data.queue.find(entry => entry.provider === item.name)})));
     const limits = data.limits.map(({key, ...rest}) => [el('h3', {}, foreign(key || t('address'))), limitLines(rest)]);
     parts.limits.replaceChildren(...limits.flat(2));
     parts.limitCard.hidden = !limits.length;
@@ -12640,8 +12673,10 @@ VIEWS.overview = {icon: 'overview', async show(root) {
   await load(root, Promise.all([api('overview'), api('requests?limit=200')]), ([data, list]) => {
     rows.push(...list.data);
     const logins = Object.entries(data.health.logins || {});
-    parts.providers = dataTable({label: t('providers'), empty: el('a', {href: '#guide', text: t('providers_none')}), id: item => item.name, columns: [
-      {label: t('provider'), render: item => [foreign(item.name), item.problem && el('div', {class: 'hint'}, foreign(item.problem))]},
+    parts.providers = dataTable({label: t('providers'), empty: el('a', {href: '#guide', text: t('providers_none')}),
+      id: item => item.name, columns: [
+      {label: t('provider'), render: item => [foreign(item.name), item.problem && el('div', {class: 'hint'},
+        foreign(item.problem))]},
       {label: t('state'), render: item => healthBadge(item, item.keys_resting)},
       {label: t('active_waiting'), align: 'end', render: item => (item.active || 0) + (item.limit ? ' / ' + item.limit : '') +
         (item.waiting ? ' · ' + t('waiting', {n: item.waiting}) : '')}]});
@@ -12650,7 +12685,8 @@ VIEWS.overview = {icon: 'overview', async show(root) {
     root.append(el('div', {class: 'grid wide'},
       card(t('providers'), el('a', {class: 'btn small quiet', href: '#providers', text: t('manage')}), parts.providers,
         logins.map(([name, login]) => login.ended && el('p', {class: 'note bad'}, t('login_ended', {name: clean(name)})))),
-      card(t('connect'), el('a', {class: 'btn small quiet', href: '#clients', text: t('view_clients')}), parts.address = el('div'),
+      card(t('connect'), el('a', {class: 'btn small quiet', href: '#clients', text: t('view_clients')}),
+        parts.address = el('div'),
         parts.limitCard = el('div', {class: 'stack tight', style: {'margin-top': '16px'}}, el('h3', {text: t('limits')}),
           parts.limits = el('div', {class: 'stack tight'})))));
     root.append(card(t('requests'), el('div', {class: 'row'}, filter, which), table));
@@ -12680,13 +12716,17 @@ async function loginDialog(done, account = '') {
     throw error;
   }
   if (tab) { tab.opener = null; tab.location = status.url; }
-  const url = status.url, text = el('textarea', {rows: 3, class: 'mono', 'aria-label': t('login_paste_label'), placeholder: 'http://localhost:…/oauth2callback?code=…'});
-  const word = el('p', {role: 'status', class: 'row'}, el('span', {class: 'spin', 'aria-hidden': 'true'}), t('login_waiting'));
+  const url = status.url, text = el('textarea', {rows: 3, class: 'mono', 'aria-label': t('login_paste_label'),
+    placeholder: 'http://localhost:…/oauth2callback?code=…'});
+  const word = el('p', {role: 'status', class: 'row'}, el('span', {class: 'spin', 'aria-hidden': 'true'}),
+    t('login_waiting'));
   const body = [el('p', {text: t(tab ? 'login_lead' : 'login_lead_blocked')}), word,
-    el('div', {class: 'row'}, el('a', {class: 'btn', href: url, target: '_blank', rel: 'noreferrer noopener'}, icon('link'), t('login_open')), copyButton(() => url, t('login_copy'))),
+    el('div', {class: 'row'}, el('a', {class: 'btn', href: url, target: '_blank', rel: 'noreferrer noopener'}, icon('link'),
+      t('login_open')), copyButton(() => url, t('login_copy'))),
     el('details', {open: away}, el('summary', {text: t('login_paste')}), el('div', {class: 'stack tight'},
       el('p', {class: 'hint', text: t('login_paste_hint')}), text,
-      el('div', {}, button(t('login_paste_go'), act(async () => take(await api('oauth/paste', {body: {text: text.value}})))))))];
+      el('div', {}, button(t('login_paste_go'),
+        act(async () => take(await api('oauth/paste', {body: {text: text.value}})))))))];
   let over = false;
   const box = dialog({title: t('login_iflow'), body, onclose() { over = true; }});
   function take(now) {
@@ -12699,7 +12739,8 @@ async function loginDialog(done, account = '') {
   (async () => {
     while (!over) {
       await new Promise(resolve => setTimeout(resolve, 1000));
-      if (!over) try { take(await api('oauth/status')); } catch (error) { if (!error.status) continue; box.error.textContent = errorText(error); }
+      if (!over) try { take(await api('oauth/status')); } catch (error) { if (!error.status) continue;
+        box.error.textContent = errorText(error); }
     }
   })();
 }
@@ -12710,32 +12751,41 @@ const lines = text => text.split(/[\n,]/).map(part => part.trim()).filter(Boolea
 /** A text area for JSON; '' stands for nothing.  `read()` throws what is wrong. */
 function jsonArea(value, label) {
   const empty = value === null || value === undefined || !Object.keys(value).length;
-  const area = el('textarea', {class: 'mono', rows: empty ? 2 : Math.min(14, JSON.stringify(value, null, 2).split('\n').length + 1),
+  const area = el('textarea', {class: 'mono', rows: empty ? 2 : Math.min(14, JSON.stringify(value, null,
+    2).split('\n').length + 1),
     spellcheck: 'false', value: empty ? '' : JSON.stringify(value, null, 2), 'aria-label': label});
   return Object.assign(area, {read(nothing) {
-    try { return area.value.trim() ? JSON.parse(area.value) : nothing; } catch (error) { throw new Error(t('bad_json', {text: error.message})); }
+    try { return area.value.trim() ? JSON.parse(area.value) : nothing;
+      } catch (error) { throw new Error(t('bad_json', {text: error.message})); }
   }});
 }
 /** The form of a provider, new or old; `done()` after it was saved. */
 async function providerDialog(old, version, done) {
   const presets = old ? [] : (await api('presets')).data;
-  const draft = old || {name: '', base_url: '', keys: [], models: [], kind: 'openai', headers: {}, profile: {}, concurrency: null};
+  const draft = old || {name: '', base_url: '', keys: [], models: [], kind: 'openai', headers: {}, profile: {},
+    concurrency: null};
   const boxes = {}, kept = draft.keys.map(key => ({...key}));
   const add = (name, label, control, hint) => boxes[name] = field({label, hint, input: control});
   const preset = el('select', {}, option('', t('preset_none')), presets.map(item => option(item.name, item.title)));
-  add('name', t('provider_name'), input({value: draft.name, required: true, maxlength: 64, autofocus: Boolean(old)}), t('provider_name_hint'));
-  add('base_url', t('base_url'), input({type: 'url', value: draft.base_url, required: true, placeholder: 'https://api.example.com/v1'}));
-  const fresh = el('textarea', {rows: 2, class: 'mono masked', autocomplete: 'off', spellcheck: 'false', placeholder: 'sk-…'});
+  add('name', t('provider_name'), input({value: draft.name, required: true, maxlength: 64, autofocus: Boolean(old)}),
+    t('provider_name_hint'));
+  add('base_url', t('base_url'), input({type: 'url', value: draft.base_url, required: true,
+    placeholder: 'https://api.example.com/v1'}));
+  const fresh = el('textarea', {rows: 2, class: 'mono masked', autocomplete: 'off', spellcheck: 'false',
+    placeholder: 'sk-…'});
   add('api_keys', t(kept.length ? 'api_keys_more' : 'api_keys'), fresh, t('api_keys_hint'));
   const keys = el('ul', {class: 'chips'}, kept.map(key => {
-    const chip = el('li', {class: 'chip mono'}, foreign(key.masked), iconButton('close', t('remove') + ' ' + clean(key.masked), () => { kept.splice(kept.indexOf(key), 1); chip.remove(); }));
+    const chip = el('li', {class: 'chip mono'}, foreign(key.masked),
+      iconButton('close', t('remove') + ' ' + clean(key.masked), () => { kept.splice(kept.indexOf(key), 1); chip.remove();
+      }));
     return chip;
   }));
   const models = el('textarea', {rows: 2, class: 'mono', value: draft.models.join('\n'), spellcheck: 'false'});
   add('models', t('provider_models'), models, t('provider_models_hint'));
   const found = el('div', {class: 'chips'}), result = el('div', {role: 'status', class: 'stack tight'});
   const offer = list => found.replaceChildren(...list.slice(0, 60).map(name => {
-    const chip = el('button', {class: 'chip mono', type: 'button', 'aria-pressed': String(lines(models.value).includes(name)), on: {click() {
+    const chip = el('button', {class: 'chip mono', type: 'button',
+        'aria-pressed': String(lines(models.value).includes(name)), on: {click() {
       const now = lines(models.value), on = now.includes(name);
       models.value = (on ? now.filter(other => other !== name) : [...now, name]).join('\n');
       chip.setAttribute('aria-pressed', String(!on));
@@ -12743,7 +12793,8 @@ async function providerDialog(old, version, done) {
     return chip;
   }));
   add('kind', t('kind'), el('select', {value: draft.kind}, option('openai', 'OpenAI'), option('iflow', 'iFlow')));
-  add('concurrency', t('concurrency'), input({type: 'number', min: 0, value: draft.concurrency ?? '', placeholder: '0'}), t('concurrency_hint'));
+  add('concurrency', t('concurrency'), input({type: 'number', min: 0, value: draft.concurrency ?? '', placeholder: '0'}),
+    t('concurrency_hint'));
   add('timeout_s', t('timeout_s'), input({type: 'number', min: 1, step: 'any', value: draft.timeout_s ?? ''}), t('seconds'));
   add('proxy', t('proxy'), input({value: draft.proxy || '', placeholder: 'socks5h://127.0.0.1:1080'}), t('proxy_hint'));
   add('vision_model', t('vision_model'), input({value: draft.vision_model || ''}), t('vision_model_hint'));
@@ -12759,12 +12810,12 @@ async function providerDialog(old, version, done) {
     offer(chosen.models.map(item => item.id));
     (chosen.key_variable ? fresh : boxes.name.input).focus();
   });
-  const read = () => {
-    const value = name => boxes[name].input.value.trim(), number = name => value(name) === '' ? undefined : Number(value(name));
-    return {...(old ? {} : {preset: preset.value || undefined}), name: value('name'), base_url: value('base_url'), kind: value('kind'),
-      api_keys: [...kept.map(key => ({keep: key.index})), ...lines(fresh.value)], models: lines(models.value),
-      concurrency: number('concurrency'), timeout_s: number('timeout_s'), proxy: value('proxy') || undefined,
-      vision_model: value('vision_model') || undefined, headers: headers.read(undefined), profile: profile.read(undefined)};
+  const read = () => {                 // null takes away what there was
+    const value = name => boxes[name].input.value.trim(), number = name => value(name) === '' ? null : Number(value(name));
+    return {name: value('name'), base_url: value('base_url'), kind: value('kind'), models: lines(models.value),
+      ...(old ? {} : {preset: preset.value || null}), proxy: value('proxy') || null, concurrency: number('concurrency'),
+      api_keys: [...kept.map(key => ({keep: key.index})), ...lines(fresh.value)], timeout_s: number('timeout_s'),
+      vision_model: value('vision_model') || null, headers: headers.read(null), profile: profile.read(old ? null : undefined)};
   };
   const blame = error => {
     const name = (error.param || '').split(/[.[]/)[0];
@@ -12774,9 +12825,12 @@ async function providerDialog(old, version, done) {
     return false;
   };
   dialog({title: old ? t('provider_edit', {name: clean(old.name)}) : t('provider_add'), wide: true, body: [
-    !old && field({label: t('preset'), input: preset, hint: t('preset_hint')}), el('div', {class: 'grid'}, boxes.name, boxes.base_url),
-    kept.length > 0 && el('div', {class: 'field'}, el('span', {class: 'label', text: t('api_keys')}), keys), boxes.api_keys, boxes.models, found, result,
-    el('details', {}, el('summary', {text: t('more_options')}), el('div', {class: 'grid'}, boxes.kind, boxes.concurrency, boxes.timeout_s, boxes.proxy,
+    !old && field({label: t('preset'), input: preset, hint: t('preset_hint')}), el('div', {class: 'grid'}, boxes.name,
+      boxes.base_url),
+    kept.length > 0 && el('div', {class: 'field'}, el('span', {class: 'label', text: t('api_keys')}), keys), boxes.api_keys,
+      boxes.models, found, result,
+    el('details', {}, el('summary', {text: t('more_options')}), el('div', {class: 'grid'}, boxes.kind, boxes.concurrency,
+      boxes.timeout_s, boxes.proxy,
       boxes.vision_model, boxes.headers, boxes.profile))], actions: [
     {label: t('cancel'), kind: 'quiet'},
     {label: t('test'), async run() {
@@ -12790,16 +12844,19 @@ async function providerDialog(old, version, done) {
     }},
     {label: t('save'), kind: 'primary', async run() {
       try {
-        await api(old ? 'providers/' + encodeURIComponent(old.name) : 'providers', {method: old ? 'PUT' : 'POST', body: {version, ...read()}});
+        await api(old ? 'providers/' + encodeURIComponent(old.name) : 'providers', {method: old ? 'PUT' : 'POST',
+          body: {version, ...read()}});
       } catch (error) { return blame(error); }
       toast(t('saved'));
       done();
     }}]});
 }
 VIEWS.providers = {icon: 'providers', async show(root) {
-  const redraw = focus => load(root, Promise.all([api('providers'), api('logins')]), ([list, logins]) => draw(list, logins, focus));
+  const redraw = focus => load(root, Promise.all([api('providers'), api('logins')]), ([list, logins]) => draw(list, logins,
+    focus));
   const keyLine = key => el('span', {class: 'chip mono'}, foreign(key.masked), key.state !== 'ok' &&
-    badge(key.state === 'resting' ? t('key_rests', {time: fmt.span(key.rest_s)}) : t('key_refused'), key.state === 'resting' ? 'warn' : 'bad'));
+    badge(key.state === 'resting' ? t('key_rests', {time: fmt.span(key.rest_s)}) : t('key_refused'),
+      key.state === 'resting' ? 'warn' : 'bad'));
   function draw(list, logins, focus) {
     const own = list.data.filter(item => item.source === 'file');
     const move = (item, step) => act(async () => {
@@ -12815,24 +12872,29 @@ VIEWS.providers = {icon: 'providers', async show(root) {
         try { result.replaceChildren(checkList((await api('providers/test', {body: {name: item.name}})).checks)); }
         catch (error) { result.textContent = ''; throw error; }
       });
-      const arrow = (step, image, label, off) => { const node = iconButton(image, label, move(item, step)); node.disabled = off;
+      const arrow = (step, image, label, off) => { const node = iconButton(image, label, move(item, step));
+        node.disabled = off;
         node.dataset.move = item.name + step; return node; };
       return el('section', {class: 'card', 'aria-label': clean(item.name)}, el('div', {class: 'spread'},
-        el('div', {class: 'row'}, el('h2', {}, foreign(item.name)), healthBadge(item, item.keys.filter(key => key.state !== 'ok').length),
+        el('div', {class: 'row'}, el('h2', {}, foreign(item.name)),
+          healthBadge(item, item.keys.filter(key => key.state !== 'ok').length),
           item.name === list.default_provider && badge(t('is_default'))),
         el('div', {class: 'row'}, button(t('test'), test, 'small'), at >= 0 && [
           button(t('edit'), act(() => providerDialog(item, list.version, redraw)), 'small'),
-          own.length > 1 && [arrow(-1, 'up', t('move_up'), at === 0), arrow(1, 'down', t('move_down'), at === own.length - 1)],
+          own.length > 1 && [arrow(-1, 'up', t('move_up'), at === 0), arrow(1, 'down', t('move_down'),
+            at === own.length - 1)],
           iconButton('trash', t('remove') + ' ' + clean(item.name), act(async () => {
             if (!await confirmBox(t('provider_remove', {name: item.name}), {danger: true})) return;
             await api('providers/' + encodeURIComponent(item.name), {method: 'DELETE', body: {version: list.version}});
             await redraw();
           }))])),
       item.problem && el('p', {class: 'note bad'}, foreign(item.problem)),
-      el('p', {class: 'hint lead'}, foreign(item.base_url, 'mono'), ' · ' + (item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any')),
+      el('p', {class: 'hint lead'}, foreign(item.base_url, 'mono'),
+        ' · ' + (item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any')),
         item.source !== 'file' && ' · ' + t('source_' + item.source)),
       facts([[t('api_keys'), item.keys.length ? el('div', {class: 'chips'}, item.keys.map(keyLine)) : t('none')],
-        [t('provider_models'), item.models.length ? el('div', {class: 'chips'}, item.models.slice(0, 12).map(name => el('span', {class: 'chip mono'}, foreign(name))),
+        [t('provider_models'), item.models.length ? el('div', {class: 'chips'},
+          item.models.slice(0, 12).map(name => el('span', {class: 'chip mono'}, foreign(name))),
           item.models.length > 12 && badge('+' + (item.models.length - 12))) : null],
         [t('proxy'), item.proxy], [t('vision_model'), item.vision_model]]), result);
     };
@@ -12840,29 +12902,35 @@ VIEWS.providers = {icon: 'providers', async show(root) {
       if (!logins.data.length) return loginDialog(redraw);
       const name = input({placeholder: 'work', maxlength: 64, pattern: '[\\w.@+\\-]*'});
       dialog({title: t('login_iflow'), body: field({label: t('account_name'), hint: t('account_name_hint'), input: name}),
-        actions: [{label: t('cancel'), kind: 'quiet'}, {label: t('login_begin'), kind: 'primary', run: () => void loginDialog(redraw, name.value.trim())
+        actions: [{label: t('cancel'), kind: 'quiet'}, {label: t('login_begin'), kind: 'primary',
+          run: () => void loginDialog(redraw, name.value.trim())
           .catch(error => toast(errorText(error), 'bad'))}]});
     });
     const table = dataTable({label: t('accounts'), rows: logins.data, columns: [
       {label: t('account'), render: item => foreign(item.account === 'default' ? t('account_default') : item.account)},
-      {label: t('state'), render: item => [item.ended ? badge(t('login_over'), 'bad') : item.refresh_ok === false ? badge(t('refresh_failed'), 'warn') :
+      {label: t('state'), render: item => [item.ended ? badge(t('login_over'), 'bad') : item.refresh_ok === false ?
+        badge(t('refresh_failed'), 'warn') :
         badge(t('logged_in'), 'ok'), item.message && el('div', {class: 'hint'}, foreign(item.message))]},
       {label: t('expires'), render: item => item.expires_at && fmt.ago(item.expires_at)},
       {label: t('refreshed'), render: item => item.refreshed_at && fmt.ago(item.refreshed_at)},
-      {label: '', align: 'end', render: item => el('div', {class: 'row end'}, item.ended && button(t('login_again'), act(() => loginDialog(redraw, item.account === 'default' ? '' : item.account)), 'small'),
+      {label: '', align: 'end', render: item => el('div', {class: 'row end'}, item.ended && button(t('login_again'),
+        act(() => loginDialog(redraw, item.account === 'default' ? '' : item.account)), 'small'),
         button(t('log_out'), act(async () => {
           if (!await confirmBox(t('log_out_sure', {name: item.account}), {danger: true, action: t('log_out')})) return;
           await api('logins/' + encodeURIComponent(item.account), {method: 'DELETE'});
           await redraw();
         }), 'small danger'))}]});
-    root.append(card(t('iflow_accounts'), button(t(logins.data.length ? 'login_another' : 'login_iflow'), begin, logins.data.length ? '' : 'primary', 'user'),
+    root.append(card(t('iflow_accounts'), button(t(logins.data.length ? 'login_another' : 'login_iflow'), begin,
+      logins.data.length ? '' : 'primary', 'user'),
       logins.data.length ? table : el('p', {class: 'muted', text: t('iflow_lead')})),
-    el('div', {class: 'spread'}, el('h2', {text: t('providers')}), button(t('provider_add'), act(() => providerDialog(null, list.version, redraw)), 'primary', 'plus')),
+    el('div', {class: 'spread'}, el('h2', {text: t('providers')}), button(t('provider_add'),
+      act(() => providerDialog(null, list.version, redraw)), 'primary', 'plus')),
     own.length > 1 && el('p', {class: 'hint', text: t('order_hint')}) || '',
     ...list.data.map(one));
     if (!list.data.length) root.append(el('div', {class: 'card empty', text: t('providers_empty')}));
     if (focus) {
-      const wanted = [focus[1], -focus[1]].map(step => root.querySelector(`[data-move="${CSS.escape(focus[0] + step)}"]`)).find(node => node && !node.disabled);
+      const wanted = [focus[1], -focus[1]].map(step =>
+        root.querySelector(`[data-move="${CSS.escape(focus[0] + step)}"]`)).find(node => node && !node.disabled);
       if (wanted) wanted.focus();
     }
   }
@@ -12881,30 +12949,38 @@ function aliasValue(text) {
   if (!/^\s*[[{]/.test(text)) { const names = lines(text); return names.length === 1 ? names[0] : names; }
   try { return JSON.parse(text); } catch (error) { throw new Error(t('bad_json', {text: error.message})); }
 }
-const chainNodes = chain => el('ol', {class: 'chain'}, chain.map((item, at) => el('li', {}, at > 0 && el('span', {class: 'muted', text: t('else_then') + ' '}),
-  foreign(item.provider + ' / ' + item.model, 'mono'), ' ', item.usable ? item.circuit === 'open' ? badge(t('health_rests'), 'warn') : null : badge(t('health_disabled'), 'bad'),
+const chainNodes = chain => el('ol', {class: 'chain'},
+  chain.map((item, at) => el('li', {}, at > 0 && el('span', {class: 'muted', text: t('else_then') + ' '}),
+  foreign(item.provider + ' / ' + item.model, 'mono'), ' ', item.usable ? item.circuit === 'open' ? badge(t('health_rests'),
+    'warn') : null : badge(t('health_disabled'), 'bad'),
   item.problem && el('div', {class: 'hint'}, foreign(item.problem)))));
 VIEWS.models = {icon: 'models', async show(root) {
   let rows = [], version = '', saved = '', serial = 0;
   const list = el('div', {class: 'stack tight'}), names = el('datalist', {id: 'model-names'});
-  const fallback = input({list: names.id, class: 'mono'}), fallbackBox = field({label: t('default_model'), hint: t('default_model_hint'), input: fallback});
-  const table = () => Object.fromEntries(rows.map(row => [row.pattern.value.trim(), aliasValue(row.targets.value)]).filter(([name]) => name));
+  const fallback = input({list: names.id, class: 'mono'}),
+    fallbackBox = field({label: t('default_model'), hint: t('default_model_hint'), input: fallback});
+  const table = () => Object.fromEntries(rows.map(row => [row.pattern.value.trim(),
+    aliasValue(row.targets.value)]).filter(([name]) => name));
   const asText = () => JSON.stringify(rows.map(row => [row.pattern.value, row.targets.value])) + fallback.value;
   const changed = () => asText() !== saved;
   const save = el('button', {class: 'btn primary', type: 'button', text: t('save')});
   const note = () => { save.disabled = !changed(); later(); };
   // where does X go
-  const asked = input({value: 'claude-sonnet-4-5', list: names.id, class: 'mono'}), dialect = el('select', {}, ['chat', 'messages', 'responses'].map(name => option(name)));
-  const checks = ['images', 'thinking', 'tools'].map(name => el('label', {class: 'row'}, el('input', {type: 'checkbox', data: {name}}), t('with_' + name)));
+  const asked = input({value: 'claude-sonnet-4-5', list: names.id, class: 'mono'}), dialect = el('select', {},
+    ['chat', 'messages', 'responses'].map(name => option(name)));
+  const checks = ['images', 'thinking', 'tools'].map(name => el('label', {class: 'row'},
+    el('input', {type: 'checkbox', data: {name}}), t('with_' + name)));
   const size = input({type: 'number', min: 0, placeholder: '0', style: {width: '110px'}});
   const answer = el('div', {'aria-live': 'polite', class: 'stack tight'});
   const explain = async () => {
-    const mine = ++serial, body = {model: asked.value.trim() || undefined, dialect: dialect.value, tokens: Number(size.value) || 0};
+    const mine = ++serial, body = {model: asked.value.trim() || undefined, dialect: dialect.value,
+      tokens: Number(size.value) || 0};
     for (const label of checks) body[label.firstChild.dataset.name] = label.firstChild.checked;
     let nodes;
     try {
       const {steps, chain} = await api('routes/explain', {body: {...body, aliases: table()}});
-      nodes = [chain.length ? chainNodes(chain) : '', el('ul', {class: 'plain hint'}, steps.map(step => el('li', {}, foreign(step))))];
+      nodes = [chain.length ? chainNodes(chain) : '', el('ul', {class: 'plain hint'},
+        steps.map(step => el('li', {}, foreign(step))))];
     } catch (error) { nodes = [el('p', {class: 'note bad'}, errorText(error))]; }
     if (mine === serial) answer.replaceChildren(...nodes);
   };
@@ -12924,14 +13000,19 @@ VIEWS.models = {icon: 'models', async show(root) {
       note();
     };
     const arrow = (image, label, step, css) => fill(iconButton(image, label, move(step)), {class: 'icon-btn ' + css}, []);
-    row.node = el('div', {class: 'alias', role: 'group', 'aria-label': t('alias')}, row.pattern, el('span', {class: 'muted', 'aria-hidden': 'true', text: '→'}), row.targets,
+    row.node = el('div', {class: 'alias', role: 'group', 'aria-label': t('alias')}, row.pattern,
+      el('span', {class: 'muted', 'aria-hidden': 'true', text: '→'}), row.targets,
       el('div', {class: 'row tools'}, arrow('up', t('move_up'), -1, 'to-up'), arrow('down', t('move_down'), 1, 'to-down'),
-        iconButton('trash', t('remove'), () => { rows = rows.filter(item => item !== row); row.node.remove(); add.focus(); note(); })), row.error);
-    row.targets.addEventListener('input', () => { try { aliasValue(row.targets.value); row.error.textContent = ''; } catch (error) { row.error.textContent = error.message; } note(); });
-    row.pattern.addEventListener('input', () => { if (row.pattern.value && !asked.dataset.own) asked.value = row.pattern.value.replace(/\*/g, ''); note(); });
+        iconButton('trash', t('remove'), () => { rows = rows.filter(item => item !== row); row.node.remove(); add.focus();
+          note(); })), row.error);
+    row.targets.addEventListener('input', () => { try { aliasValue(row.targets.value); row.error.textContent = '';
+      } catch (error) { row.error.textContent = error.message; } note(); });
+    row.pattern.addEventListener('input',
+      () => { if (row.pattern.value && !asked.dataset.own) asked.value = row.pattern.value.replace(/\*/g, ''); note(); });
     return row;
   }
-  const add = button(t('alias_add'), () => { const row = line('', ''); rows.push(row); list.append(row.node); row.pattern.focus(); note(); }, '', 'plus');
+  const add = button(t('alias_add'), () => { const row = line('', ''); rows.push(row); list.append(row.node);
+    row.pattern.focus(); note(); }, '', 'plus');
   fallback.addEventListener('input', note);
   asked.addEventListener('input', () => { asked.dataset.own = 'yes'; later(); });
   for (const node of [dialect, size, ...checks]) node.addEventListener('input', later);
@@ -12956,19 +13037,26 @@ VIEWS.models = {icon: 'models', async show(root) {
     fallback.placeholder = models.default_model || '';
     names.append(...models.data.map(item => option(item.id)));
     const word = input({type: 'search', class: 'search', placeholder: t('filter'), 'aria-label': t('filter')});
-    const shownTable = dataTable({label: t('models'), id: item => item.provider + '/' + item.id, empty: t('models_none'), columns: [
-      {label: t('model'), render: item => [foreign(item.id, 'mono break'), ' ', item.alias && badge(t('alias')), item.id === models.default_model && badge(t('is_default'), 'ok')]},
-      {label: t('provider'), key: 'provider'}, {label: t('context'), align: 'end', render: item => item.context && fmt.tokens(item.context)},
+    const shownTable = dataTable({label: t('models'), id: item => item.provider + '/' + item.id, empty: t('models_none'),
+      columns: [
+      {label: t('model'), render: item => [foreign(item.id, 'mono break'), ' ', item.alias && badge(t('alias')),
+        item.id === models.default_model && badge(t('is_default'), 'ok')]},
+      {label: t('provider'), key: 'provider'}, {label: t('context'), align: 'end', render: item => item.context &&
+        fmt.tokens(item.context)},
       {label: t('max_output'), align: 'end', render: item => item.max_output && fmt.tokens(item.max_output)},
       {label: t('vision'), render: item => item.vision && badge(t('images'), 'ok')},
-      {label: '', align: 'end', render: item => !item.alias && el('div', {class: 'row end'}, copyButton(() => item.id), el('a', {class: 'btn small', href: '#playground/' + encodeURIComponent(item.id), text: t('try')}))}]});
-    const draw = () => shownTable.update(models.data.filter(item => (item.id + ' ' + item.provider).toLowerCase().includes(word.value.toLowerCase())));
+      {label: '', align: 'end', render: item => !item.alias && el('div', {class: 'row end'}, copyButton(() => item.id),
+        el('a', {class: 'btn small', href: '#playground/' + encodeURIComponent(item.id), text: t('try')}))}]});
+    const draw = () => shownTable.update(models.data.filter(item =>
+      (item.id + ' ' + item.provider).toLowerCase().includes(word.value.toLowerCase())));
     word.addEventListener('input', draw);
     draw();
     root.append(names, el('div', {class: 'grid wide uneven'},
-      card(t('routes'), save, el('p', {class: 'hint lead', text: t('routes_hint')}), list, el('div', {class: 'row', style: {margin: '10px 0 16px'}}, add), fallbackBox),
+      card(t('routes'), save, el('p', {class: 'hint lead', text: t('routes_hint')}), list,
+        el('div', {class: 'row', style: {margin: '10px 0 16px'}}, add), fallbackBox),
       card(t('where'), null, el('div', {class: 'stack tight'}, field({label: t('where_label'), input: asked}),
-        el('details', {}, el('summary', {text: t('where_more')}), el('div', {class: 'row'}, field({label: t('dialect'), input: dialect}), field({label: t('where_tokens'), input: size})),
+        el('details', {}, el('summary', {text: t('where_more')}), el('div', {class: 'row'},
+          field({label: t('dialect'), input: dialect}), field({label: t('where_tokens'), input: size})),
           el('div', {class: 'row', style: {'margin-top': '8px'}}, checks)), answer))),
     card(t('models'), word, shownTable));
     take(config);
@@ -12995,10 +13083,12 @@ const conflictDialog = (conflict, set, unset) => new Promise(done => {
   const theirs = new Set();
   let result = null;
   const choice = (name, side, value, isTheirs) => el('label', {class: 'choice'},
-    el('input', {type: 'radio', name: 'conflict-' + name, checked: !isTheirs, on: {change: () => isTheirs ? theirs.add(name) : theirs.delete(name)}}),
+    el('input', {type: 'radio', name: 'conflict-' + name, checked: !isTheirs,
+      on: {change: () => isTheirs ? theirs.add(name) : theirs.delete(name)}}),
     el('span', {}, el('strong', {text: side}), el('span', {class: 'code'}, foreign(shownValue(value)))));
   dialog({title: t('conflict'), wide: true, onclose: () => done(result), body: [el('p', {text: t('conflict_lead')}),
-    Object.entries(conflict.changed).map(([name, values]) => el('fieldset', {}, el('legend', {class: 'mono'}, foreign(name)), el('div', {class: 'grid'},
+    Object.entries(conflict.changed).map(([name, values]) => el('fieldset', {}, el('legend', {class: 'mono'}, foreign(name)),
+      el('div', {class: 'grid'},
       choice(name, t('yours'), values.yours, false), choice(name, t('theirs'), values.theirs, true))))],
   actions: [{label: t('cancel'), kind: 'quiet'}, {label: t('save'), kind: 'primary', async run() {
     const kept = Object.fromEntries(Object.entries(set).filter(([name]) => !theirs.has(name)));
@@ -13017,7 +13107,8 @@ function control(item) {
     return {node, read: () => node.value};
   }
   if (kind === 'list' && value.every(entry => typeof entry === 'string')) {
-    const node = el('textarea', {class: 'mono', rows: Math.max(2, value.length), value: value.join('\n'), spellcheck: 'false', placeholder: t('one_a_line')});
+    const node = el('textarea', {class: 'mono', rows: Math.max(2, value.length), value: value.join('\n'),
+      spellcheck: 'false', placeholder: t('one_a_line')});
     return {node, read: () => node.value.split('\n').map(line => line.trim()).filter(Boolean)};
   }
   if (kind === 'list' || kind === 'dict') {
@@ -13028,13 +13119,15 @@ function control(item) {
     const node = input({class: 'mono masked', placeholder: item.set ? value : t('not_set')});
     return {node, read: () => node.value || value};
   }
-  const node = input(kind === 'str' ? {value} : {type: 'number', value, min: low, max: high, step: kind === 'int' ? 1 : 'any', required: true});
+  const node = input(kind === 'str' ? {value} : {type: 'number', value, min: low, max: high, step: kind === 'int' ? 1 :
+    'any', required: true});
   return {node, read: () => kind === 'str' ? node.value : Number(node.value)};
 }
 VIEWS.settings = {icon: 'settings', async show(root) {
   const own = ['providers', 'client_keys', 'accounts', 'admin_password', 'aliases'];
   let parts = new Map(), version = '';
-  const count = el('span', {class: 'muted', role: 'status'}), save = el('button', {class: 'btn primary', type: 'button', text: t('save')});
+  const count = el('span', {class: 'muted', role: 'status'}), save = el('button', {class: 'btn primary', type: 'button',
+    text: t('save')});
   const undo = button(t('discard'), () => { parts.clear(); go(); }, 'quiet');
   const bar = el('div', {class: 'savebar', hidden: true}, count, el('div', {class: 'row'}, undo, save));
   const changes = () => [...parts.values()].filter(part => part.changed());
@@ -13050,21 +13143,27 @@ VIEWS.settings = {icon: 'settings', async show(root) {
     node.disabled = fixed;
     const reset = item.origin === 'file' && button(t('to_default'), () => {
       cleared = true;
-      if (item.kind === 'bool') node.checked = item.default; else node.value = typeof item.default === 'object' ? '' : item.default;
+      if (item.kind === 'bool') node.checked = item.default; else node.value = typeof item.default === 'object' ? '' :
+        item.default;
       node.focus();
       note();
     }, 'small quiet');
-    const hint = [item.hint && pick(item.hint) + ' ', el('span', {class: 'mono'}, foreign(item.name)), item.secret && !fixed ? '' : ' · ', fixed ?
-      t(item.origin === 'flag' ? 'from_flag' : 'from_environment', {name: item.origin === 'flag' ? item.flag || '' : 'IFLOW2API_' + item.name.toUpperCase()}) :
-      item.secret ? '' : [t('default') + ' ', el('span', {class: 'mono'}, foreign(shownDefault.length > 60 ? '…' : shownDefault))]];
-    const box = field({label: [titled(pick(item.label)), ' ', item.origin !== 'default' && badge(t('origin_' + item.origin)), item.restart && badge(t('needs_restart'), 'warn')], hint, input: node});
+    const hint = [item.hint && pick(item.hint) + ' ', el('span', {class: 'mono'}, foreign(item.name)), item.secret &&
+      !fixed ? '' : ' · ', fixed ?
+      t(item.origin === 'flag' ? 'from_flag' : 'from_environment', {name: item.origin === 'flag' ? item.flag || '' :
+        'IFLOW2API_' + item.name.toUpperCase()}) :
+      item.secret ? '' : [t('default') + ' ', el('span', {class: 'mono'}, foreign(shownDefault.length > 60 ? '…' :
+        shownDefault))]];
+    const box = field({label: [titled(pick(item.label)), ' ', item.origin !== 'default' && badge(t('origin_' + item.origin)),
+      item.restart && badge(t('needs_restart'), 'warn')], hint, input: node});
     const part = {item, box, read, get unset() { return cleared; }, changed() {
       if (cleared) return true;
       try { return JSON.stringify(read()) !== first; } catch { return true; }
     }};
     node.addEventListener('input', () => { cleared = false; note(); });
     parts.set(item.name, part);
-    return el('div', {class: 'setting', data: {words: [item.name, item.label.zh, item.label.en].join(' ').toLowerCase()}}, box, reset);
+    return el('div', {class: 'setting', data: {words: [item.name, item.label.zh, item.label.en].join(' ').toLowerCase()}},
+      box, reset);
   }
   save.addEventListener('click', act(async () => {
     const set = {}, unset = [];
@@ -13087,26 +13186,33 @@ VIEWS.settings = {icon: 'settings', async show(root) {
     toast(restart ? t('saved_restart') : t('saved'));
   }));
   const show = config => {
-    const at = scrollY, search = input({type: 'search', class: 'search', placeholder: t('settings_search'), 'aria-label': t('settings_search')});
+    const at = scrollY, search = input({type: 'search', class: 'search', placeholder: t('settings_search'),
+      'aria-label': t('settings_search')});
     version = config.version;
     parts = new Map();
     const groups = new Map();
-    for (const item of config.settings) if (!own.includes(item.name)) groups.set(item.group, [...(groups.get(item.group) || []), item]);
-    const cards = [...groups].map(([group, items]) => card(has('group_' + group) ? t('group_' + group) : group, null, el('div', {class: 'settings'}, items.map(one))));
+    for (const item of config.settings.filter(item => !own.includes(item.name) && !(item.older && item.origin === 'default')))
+      groups.set(item.group,
+      [...(groups.get(item.group) || []), item]);
+    const cards = [...groups].map(([group, items]) => card(has('group_' + group) ? t('group_' + group) : group, null,
+      el('div', {class: 'settings'}, items.map(one))));
     search.addEventListener('input', () => {
       for (const section of cards) {
-        const found = [...section.querySelectorAll('.setting')].filter(node => !(node.hidden = !node.dataset.words.includes(search.value.toLowerCase())));
+        const found = [...section.querySelectorAll('.setting')].filter(node =>
+          !(node.hidden = !node.dataset.words.includes(search.value.toLowerCase())));
         section.hidden = !found.length;
       }
     });
-    root.replaceChildren(el('div', {class: 'spread'}, el('p', {class: 'hint'}, t('settings_path') + ' ', el('span', {class: 'mono break'}, foreign(config.path))), search),
+    root.replaceChildren(el('div', {class: 'spread'}, el('p', {class: 'hint'}, t('settings_path') + ' ',
+      el('span', {class: 'mono break'}, foreign(config.path))), search),
       problems(config.problems) || '', ...cards, bar);
     scrollTo(0, at);
     note();
   };
   await load(root, api('config'), show);
   guard(() => changes().length > 0);
-  return live.on('config', async data => { if (data.version !== version && !changes().length && !document.querySelector('dialog')) show(await api('config')); });
+  return live.on('config', async data => { if (data.version !== version && !changes().length &&
+    !document.querySelector('dialog')) show(await api('config')); });
 }};
 """
 
@@ -13115,21 +13221,29 @@ VIEWS.settings = {icon: 'settings', async show(root) {
 _JS_KEYS = r"""
 const LIMITS = ['rpm', 'rph', 'rpd', 'tpd', 'concurrency'];
 const limitFields = given => LIMITS.map(name => field({label: t('limit_' + name),
-  input: input({type: 'number', min: 0, step: 1, data: {name}, value: (given || {})[name] ?? '', placeholder: t('unlimited')})}));
-const readLimits = boxes => Object.fromEntries(boxes.map(box => [box.input.dataset.name, Number(box.input.value)]).filter(([, value]) => value > 0));
+  input: input({type: 'number', min: 0, step: 1, data: {name}, value: (given || {})[name] ?? '',
+    placeholder: t('unlimited')})}));
+const day = date => moment(date, {dateStyle: 'medium', timeZone: String(date).length === 10 ? 'UTC' : undefined});
+const readLimits = boxes => Object.fromEntries(boxes.map(box => [box.input.dataset.name, Number(box.input.value)]).filter(([,
+  value]) => value > 0));
 VIEWS.keys = {icon: 'keys', async show(root) {
   const redraw = () => load(root, Promise.all([api('keys'), api('config')]), ([list, config]) => draw(list, config));
   function create(list) {
-    const name = field({label: t('key_name'), hint: t('key_name_hint'), input: input({required: true, maxlength: 64, placeholder: 'laptop'})});
-    const models = field({label: t('key_models'), hint: t('key_models_hint'), input: input({class: 'mono', placeholder: 'glm-*, deepseek-chat'})});
-    const expires = field({label: t('expires'), hint: t('key_expires_hint'), input: input({type: 'date', min: new Date().toISOString().slice(0, 10)})});
+    const name = field({label: t('key_name'), hint: t('key_name_hint'),
+      input: input({required: true, maxlength: 64, placeholder: 'laptop'})});
+    const models = field({label: t('key_models'), hint: t('key_models_hint'),
+      input: input({class: 'mono', placeholder: 'glm-*, deepseek-chat'})});
+    const expires = field({label: t('expires'), hint: t('key_expires_hint'),
+      input: input({type: 'date', min: new Date().toISOString().slice(0, 10)})});
     const limits = limitFields();
-    dialog({title: t('key_add'), wide: true, body: [el('div', {class: 'grid'}, name, expires), models, el('h3', {text: t('limits')}), el('div', {class: 'grid small'}, limits)], actions: [
+    dialog({title: t('key_add'), wide: true, body: [el('div', {class: 'grid'}, name, expires), models,
+      el('h3', {text: t('limits')}), el('div', {class: 'grid small'}, limits)], actions: [
       {label: t('cancel'), kind: 'quiet'}, {label: t('key_create'), kind: 'primary', async run() {
-        const until = expires.input.value && Date.parse(expires.input.value + 'T23:59:59') / 1000;
+        const until = expires.input.value;
         let made;
         try {
-          made = await api('keys', {body: {version: list.version, name: name.input.value.trim(), models: lines(models.input.value), ...readLimits(limits), ...(until ? {expires: until} : {})}});
+          made = await api('keys', {body: {version: list.version, name: name.input.value.trim(),
+            models: lines(models.input.value), ...readLimits(limits), ...(until ? {expires: until} : {})}});
         } catch (error) {
           const box = {name, models, expires}[error.param] || limits.find(item => item.input.dataset.name === error.param);
           if (!box) throw error;
@@ -13139,47 +13253,65 @@ VIEWS.keys = {icon: 'keys', async show(root) {
         redraw();
       }}]});
   }
-  const showKey = made => dialog({title: t('key_new', {name: clean(made.name)}), closable: false, body: [el('p', {text: t('key_once')}),
-    el('div', {class: 'code', id: 'new-key', text: made.key}), el('div', {}, copyButton(() => made.key, t('key_copy')))], actions: [{label: t('key_kept'), kind: 'primary'}]});
+  const showKey = made => dialog({title: t('key_new', {name: clean(made.name)}), closable: false,
+    body: [el('p', {text: t('key_once')}),
+    el('div', {class: 'code', id: 'new-key', text: made.key}), el('div', {}, copyButton(() => made.key, t('key_copy')))],
+      actions: [{label: t('key_kept'), kind: 'primary'}]});
   function draw(list, config) {
     const table = dataTable({label: t('keys'), rows: list.data, empty: t('keys_none'), columns: [
       {label: t('key_name'), render: item => [foreign(item.name), ' ', item.expired && badge(t('expired'), 'bad')]},
-      {label: t('key_models'), render: item => item.models.length ? foreign(item.models.join(', '), 'mono') : t('all_models')},
-      {label: t('limits'), render: item => { const shown = limitLines(Object.fromEntries(Object.entries(item.limits).map(([name, limit]) =>
-        [name, {used: (item.used || {})[name] || 0, limit}]))); return shown.length ? el('div', {class: 'stack tight'}, shown) : t('unlimited'); }},
-      {label: t('created'), render: item => fmt.date(item.created)}, {label: t('expires'), render: item => item.expires ? fmt.date(item.expires) : t('never')},
+      {label: t('key_models'), render: item => item.models.length ? foreign(item.models.join(', '), 'mono') :
+        t('all_models')},
+      {label: t('limits'), render: item => {
+        const all = Object.entries(item.limits).map(([name, limit]) => [name, {used: (item.used || {})[name] || 0, limit}]);
+        const shown = limitLines(Object.fromEntries(all));
+        return shown.length ? el('div', {class: 'stack tight'}, shown) : t('unlimited');
+      }},
+      {label: t('created'), render: item => day(item.created)}, {label: t('expires'), render: item => item.expires ?
+        fmt.date(item.expires) : t('never')},
       {label: '', align: 'end', render: item => button(t('remove'), act(async () => {
         if (!await confirmBox(t('key_remove', {name: item.name}), {danger: true})) return;
         await api('keys/' + encodeURIComponent(item.name), {method: 'DELETE'});
         await redraw();
       }), 'small danger')}]});
-    const boxes = limitFields(list.address_limits), save = el('button', {class: 'btn', type: 'button', text: t('save'), on: {click: act(async () => {
+    const boxes = limitFields(list.address_limits), save = el('button', {class: 'btn', type: 'button', text: t('save'),
+        on: {click: act(async () => {
       const limits = readLimits(boxes);
       if (!boxes.every(box => box.input.checkValidity())) return;
-      if (await patchConfig(config.version, Object.keys(limits).length ? {address_limits: limits} : {}, Object.keys(limits).length ? [] : ['address_limits'])) { toast(t('saved')); await redraw(); }
+      if (await patchConfig(config.version, Object.keys(limits).length ? {address_limits: limits} : {},
+        Object.keys(limits).length ? [] : ['address_limits'])) { toast(t('saved')); await redraw(); }
     })}});
     const first = JSON.stringify(readLimits(boxes));
     guard(() => boxes[0].isConnected && JSON.stringify(readLimits(boxes)) !== first);
     root.append(el('div', {class: 'note'}, t(list.custom_api_key || list.data.length ? 'keys_needed' : 'keys_open')),
       card(t('keys'), button(t('key_add'), () => create(list), 'primary', 'plus'), table),
-      list.custom_api_key && card(t('custom_key'), el('a', {class: 'btn small quiet', href: '#settings', text: t('view_settings')}),
-        el('p', {}, foreign(list.custom_api_key, 'mono'), ' ', el('span', {class: 'hint', text: t('custom_key_hint')}))) || '',
-      card(t('address_limits'), save, el('p', {class: 'hint lead', text: t('address_limits_hint')}), el('div', {class: 'grid small'}, boxes)));
+      list.custom_api_key && card(t('custom_key'), el('a', {class: 'btn small quiet', href: '#settings',
+        text: t('view_settings')}),
+        el('p', {}, foreign(list.custom_api_key, 'mono'), ' ', el('span', {class: 'hint', text: t('custom_key_hint')}))) ||
+          '',
+      card(t('address_limits'), save, el('p', {class: 'hint lead', text: t('address_limits_hint')}),
+        el('div', {class: 'grid small'}, boxes)));
   }
   await redraw();
 }};
 VIEWS.instances = {icon: 'instances', async show(root) {
-  await load(root, api('instances'), list => root.append(card(t('instances'), null, dataTable({label: t('instances'), rows: list.data, columns: [
+  await load(root, api('instances'),
+    list => root.append(card(t('instances'), null, dataTable({label: t('instances'), rows: list.data, columns: [
     {label: t('name'), render: item => [foreign(item.name), ' ', item.this && badge(t('this_one'), 'ok')]},
-    {label: t('address'), render: item => [foreign(item.url, 'mono'), ' ', copyButton(() => item.url)]}, {key: 'version', label: t('version')},
-    {label: t('started'), render: item => fmt.date(item.started_at)}]}), el('p', {class: 'hint', style: {'margin-top': '12px'}, text: t('instances_hint')}))));
+    {label: t('address'), render: item => [foreign(item.url, 'mono'), ' ', copyButton(() => item.url)]},
+      {key: 'version', label: t('version')},
+    {label: t('started'), render: item => fmt.date(item.started_at)}]}),
+      el('p', {class: 'hint', style: {'margin-top': '12px'}, text: t('instances_hint')}))));
 }};
 VIEWS.about = {icon: 'about', async show(root) {
   await load(root, api('about'), about => root.append(
-    card('iflow2api ' + about.version, null, facts([['Python', about.python], [t('platform'), about.platform], [t('executable'), [foreign(about.executable, 'mono')]],
-      ['PID', about.pid], [t('started'), fmt.date(about.started_at) + ' · ' + t('running_for', {time: fmt.span(about.uptime_s)})],
+    card('iflow2api ' + about.version, null, facts([['Python', about.python], [t('platform'), about.platform],
+      [t('executable'), [foreign(about.executable, 'mono')]],
+      ['PID', about.pid], [t('started'), fmt.date(about.started_at) + ' · ' + t('running_for',
+        {time: fmt.span(about.uptime_s)})],
       [t('memory'), about.memory_bytes && fmt.bytes(about.memory_bytes)], [t('threads'), about.threads],
-      ...Object.entries(about.paths).map(([name, path]) => [has('path_' + name) ? t('path_' + name) : name, path && [foreign(path, 'mono')]])])),
+      ...Object.entries(about.paths).map(([name, path]) => [has('path_' + name) ? t('path_' + name) : name,
+        path && [foreign(path, 'mono')]])])),
     card(t('diagnostics'), copyButton(() => about.diagnostics), el('p', {class: 'hint lead', text: t('diagnostics_hint')}),
       el('pre', {tabindex: '0', class: 'tall', 'aria-label': t('diagnostics')}, foreign(about.diagnostics))),
     card(t('documents'), null, el('div', {class: 'row'}, ['docs', 'redoc', 'openapi.json', 'metrics', 'health'].map(name =>
@@ -13195,18 +13327,25 @@ const LOG_KEPT = 20000, LOG_LINE = 22, LEVELS = ['debug', 'info', 'warning', 'er
 VIEWS.logs = {icon: 'logs', async show(root) {
   let all = [], seen = [], follow = true, chosen = -1, missed = 0, frameAsked = 0, word = '', level = 'info';
   const search = input({type: 'search', class: 'search', placeholder: t('logs_search'), 'aria-label': t('logs_search')});
-  const levels = el('select', {'aria-label': t('log_level'), value: level}, LEVELS.map(name => option(name, t('level_' + name))));
-  const view = el('div', {class: 'log-lines'}), space = el('div', {class: 'log-space'}, view), detail = el('pre', {class: 'log-detail', hidden: true, 'aria-live': 'polite'});
-  const pane = el('div', {class: 'log-pane', tabindex: '0', role: 'log', 'aria-live': 'off', 'aria-label': t('view_logs')}, space);
-  const newest = button('', () => { follow = true; draw(); pane.focus(); }, 'small primary log-newest', 'down'), count = el('span', {class: 'hint num'});
-  const wanted = item => LEVELS.indexOf(item.level) >= LEVELS.indexOf(level) && (!word || (item.text + ' ' + item.logger).toLowerCase().includes(word));
+  const levels = el('select', {'aria-label': t('log_level'), value: level},
+    LEVELS.map(name => option(name, t('level_' + name))));
+  const view = el('div', {class: 'log-lines'}), space = el('div', {class: 'log-space'}, view),
+    detail = el('pre', {class: 'log-detail', hidden: true, 'aria-live': 'polite'});
+  const pane = el('div', {class: 'log-pane', tabindex: '0', role: 'log', 'aria-live': 'off', 'aria-label': t('view_logs')},
+    space);
+  const newest = button('', () => { follow = true; draw(); pane.focus(); }, 'small primary log-newest', 'down'),
+    count = el('span', {class: 'hint num'});
+  const wanted = item => LEVELS.indexOf(item.level) >= LEVELS.indexOf(level) &&
+    (!word || (item.text + ' ' + item.logger).toLowerCase().includes(word));
   const line = (item, at) => el('div', {class: 'log-line ' + item.level + (at === chosen ? ' chosen' : ''), data: {at}},
-    el('span', {class: 'muted', text: fmt.time(item.at)}), el('span', {class: 'level', text: item.level}), foreign(item.text.replace(/\n/g, ' ⏎ ')));
+    el('span', {class: 'muted', text: fmt.time(item.at)}), el('span', {class: 'level', text: item.level}),
+      foreign(item.text.replace(/\n/g, ' ⏎ ')));
   function draw() {
     frameAsked = 0;
     space.style.height = seen.length * LOG_LINE + 'px';
     if (follow) { pane.scrollTop = pane.scrollHeight; missed = 0; }
-    const first = Math.max(0, Math.floor(pane.scrollTop / LOG_LINE) - 10), end = Math.min(seen.length, first + Math.ceil(pane.clientHeight / LOG_LINE) + 20);
+    const first = Math.max(0, Math.floor(pane.scrollTop / LOG_LINE) - 10), end = Math.min(seen.length,
+      first + Math.ceil(pane.clientHeight / LOG_LINE) + 20);
     view.style.transform = `translateY(${first * LOG_LINE}px)`;
     view.replaceChildren(...seen.slice(first, end).map((item, at) => line(item, first + at)));
     newest.hidden = follow;
@@ -13220,13 +13359,17 @@ VIEWS.logs = {icon: 'logs', async show(root) {
     chosen = at;
     const item = seen[at], top = at * LOG_LINE;
     detail.hidden = false;
-    detail.replaceChildren(foreign(new Date(item.at * 1000).toISOString() + '  ' + item.level + '  ' + item.logger + '\n' + item.text));
-    if (top < pane.scrollTop) pane.scrollTop = top; else if (top + LOG_LINE > pane.scrollTop + pane.clientHeight) pane.scrollTop = top + LOG_LINE - pane.clientHeight;
+    detail.replaceChildren(foreign(new Date(item.at * 1000).toISOString() + '  ' + item.level + '  ' + item.logger + '\n' +
+      item.text));
+    if (top < pane.scrollTop) pane.scrollTop = top;
+      else if (top + LOG_LINE > pane.scrollTop + pane.clientHeight) pane.scrollTop = top + LOG_LINE - pane.clientHeight;
     follow = false;
     ask();
   }
-  pane.addEventListener('scroll', () => { follow = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - LOG_LINE; ask(); });
-  pane.addEventListener('click', event => { const node = event.target.closest('.log-line'); if (node && !String(getSelection())) choose(Number(node.dataset.at)); });
+  pane.addEventListener('scroll', () => { follow = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - LOG_LINE; ask();
+    });
+  pane.addEventListener('click', event => { const node = event.target.closest('.log-line');
+    if (node && !String(getSelection())) choose(Number(node.dataset.at)); });
   pane.addEventListener('keydown', event => {
     const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
     if (step) { event.preventDefault(); choose(chosen < 0 ? seen.length - 1 : chosen + step); }
@@ -13270,21 +13413,28 @@ VIEWS.logs = {icon: 'logs', async show(root) {
 _JS_GUIDE = r"""
 VIEWS.guide = {icon: 'guide', async show(root) {
   let model = '', client = '';
-  const step = (n, title, done, ...body) => el('li', {class: 'card step' + (done ? ' done' : '')}, el('span', {class: 'step-n', 'aria-hidden': 'true'}, done ? icon('check') : String(n)),
-    el('div', {class: 'grow stack tight'}, el('h2', {}, title, done && el('span', {class: 'visually-hidden', text: ' – ' + t('done')})), body));
+  const step = (n, title, done, ...body) => el('li', {class: 'card step' + (done ? ' done' : '')},
+    el('span', {class: 'step-n', 'aria-hidden': 'true'}, done ? icon('check') : String(n)),
+    el('div', {class: 'grow stack tight'},
+      el('h2', {}, title, done && el('span', {class: 'visually-hidden', text: ' – ' + t('done')})), body));
   const redraw = () => load(root, Promise.all([api('providers'), api('logins'), api('models'), api('config')]), draw);
   async function draw([list, logins, models, config]) {
-    const usable = list.data.filter(item => item.usable), choices = models.data.filter(item => !item.alias && usable.some(other => other.name === item.provider));
+    const usable = list.data.filter(item => item.usable), choices = models.data.filter(item => !item.alias &&
+      usable.some(other => other.name === item.provider));
     model = model || models.default_model || (choices[0] || {}).id || '';
     const login = button(t('login_iflow'), act(() => loginDialog(redraw)), usable.length ? '' : 'primary', 'user');
     const add = button(t('provider_add'), act(() => providerDialog(null, list.version, redraw)), '', 'plus');
-    const one = step(1, t('guide_1'), usable.length > 0, el('p', {class: 'muted', text: t('guide_1_lead')}), usable.length > 0 && el('ul', {class: 'chips'},
-      usable.map(item => el('li', {class: 'chip'}, el('span', {class: 'dot ok', 'aria-hidden': 'true'}), foreign(item.name), button(t('test'), act(async () => {
+    const one = step(1, t('guide_1'), usable.length > 0, el('p', {class: 'muted', text: t('guide_1_lead')}),
+      usable.length > 0 && el('ul', {class: 'chips'},
+      usable.map(item => el('li', {class: 'chip'}, el('span', {class: 'dot ok', 'aria-hidden': 'true'}), foreign(item.name),
+          button(t('test'), act(async () => {
         const answer = await api('providers/test', {body: {name: item.name}});
         const failed = answer.checks.find(check => check.ok === false);
-        toast(answer.ok ? t('test_fine', {name: item.name}) : failed ? failed.message : t('test_bad'), answer.ok ? 'ok' : 'bad');
+        toast(answer.ok ? t('test_fine', {name: item.name}) : failed ? failed.message : t('test_bad'), answer.ok ? 'ok' :
+          'bad');
       }), 'small quiet')))), el('div', {class: 'row'}, login, add));
-    const select = el('select', {value: model}, [...new Set([model, ...choices.map(item => item.id)])].filter(Boolean).map(name => option(name, clean(name))));
+    const select = el('select', {value: model},
+      [...new Set([model, ...choices.map(item => item.id)])].filter(Boolean).map(name => option(name, clean(name))));
     const typed = input({value: model, class: 'mono'}), source = choices.length ? select : typed;
     const keep = button(t('guide_2_keep'), act(async () => {
       model = source.value.trim();
@@ -13293,21 +13443,28 @@ VIEWS.guide = {icon: 'guide', async show(root) {
       await redraw();
     }), models.default_model === model || !usable.length ? '' : 'primary');
     source.addEventListener('change', () => { model = source.value.trim(); blocks(); });
-    const two = step(2, t('guide_2'), usable.length > 0 && Boolean(models.default_model), el('p', {class: 'muted', text: t('guide_2_lead')}),
-      el('div', {class: 'row bottom'}, field({label: t('model'), input: source}), keep, el('a', {class: 'btn quiet', href: '#models', text: t('guide_2_more')})));
+    const two = step(2, t('guide_2'), usable.length > 0 && Boolean(models.default_model),
+      el('p', {class: 'muted', text: t('guide_2_lead')}),
+      el('div', {class: 'row bottom'}, field({label: t('model'), input: source}), keep,
+        el('a', {class: 'btn quiet', href: '#models', text: t('guide_2_more')})));
     const box = el('div', {class: 'stack tight'});
     const three = step(3, t('guide_3'), false, el('p', {class: 'muted', text: t('guide_3_lead')}), box,
-      el('div', {class: 'row'}, VIEWS.playground && el('a', {class: 'btn', href: '#playground', text: t('guide_try')}), el('a', {class: 'btn quiet', href: '#clients', text: t('guide_more')})));
+      el('div', {class: 'row'}, VIEWS.playground && el('a', {class: 'btn', href: '#playground', text: t('guide_try')}),
+        el('a', {class: 'btn quiet', href: '#clients', text: t('guide_more')})));
     async function blocks() {
       try {
         const data = await api('clients' + (model ? '?model=' + encodeURIComponent(model) : ''));
         const chosen = data.data.find(item => item.id === client) || data.data[0];
         client = chosen.id;
-        const kinds = el('select', {value: client, id: 'guide-client', on: {change() { client = kinds.value; blocks().then(() => $('#guide-client').focus()); }}},
+        const kinds = el('select', {value: client, id: 'guide-client',
+          on: {change() { client = kinds.value; blocks().then(() => $('#guide-client').focus()); }}},
           data.data.map(item => option(item.id, item.title)));
-        box.replaceChildren(field({label: t('client'), input: kinds}), ...chosen.blocks.map(part => el('div', {class: 'stack tight'},
-          el('div', {class: 'spread'}, el('h3', {text: pick(part.title)}), copyButton(() => part.text)), el('pre', {tabindex: '0'}, foreign(part.text)))),
-        data.needs_key && el('p', {class: 'note'}, t('guide_needs_key') + ' ', el('a', {href: '#keys', text: t('view_keys')})) || '');
+        box.replaceChildren(field({label: t('client'), input: kinds}),
+          ...chosen.blocks.map(part => el('div', {class: 'stack tight'},
+          el('div', {class: 'spread'}, el('h3', {text: pick(part.title)}), copyButton(() => part.text)),
+            el('pre', {tabindex: '0'}, foreign(part.text)))),
+        data.needs_key && el('p', {class: 'note'}, t('guide_needs_key') + ' ',
+          el('a', {href: '#keys', text: t('view_keys')})) || '');
       } catch (error) { box.replaceChildren(el('p', {class: 'note bad'}, errorText(error))); }
     }
     root.append(el('p', {class: 'muted', text: t('guide_lead')}), el('ol', {class: 'steps'}, one, two, three));
