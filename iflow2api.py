@@ -11884,7 +11884,8 @@ button.chip[aria-pressed=true]{background:var(--accent-soft);border-color:var(--
 summary{cursor:pointer;color:var(--muted);font-weight:500;padding:4px 0;border-radius:6px;width:fit-content}
 summary:hover{color:var(--text)}
 details[open]>summary{margin-bottom:8px}
-.spin{width:14px;height:14px;border-radius:50%;border:2px solid var(--accent);border-right-color:transparent;animation:spin .8s linear infinite}
+.spin{width:14px;height:14px;border-radius:50%;border:2px solid var(--accent);border-right-color:transparent;
+animation:spin .8s linear infinite}
 .masked:not(:focus){-webkit-text-security:disc}
 .alias{display:grid;grid-template-columns:minmax(80px,1fr) auto minmax(110px,2fr) auto;gap:4px 8px;align-items:center}
 .alias .tools{gap:0;flex-wrap:nowrap}
@@ -12806,16 +12807,18 @@ async function providerDialog(old, version, done) {
     if (!chosen) return;
     boxes.name.input.value = chosen.name;
     boxes.base_url.input.value = chosen.base_url;
-    models.value = '';
+    models.value = chosen.models.map(item => item.id).join('\n');
     offer(chosen.models.map(item => item.id));
     (chosen.key_variable ? fresh : boxes.name.input).focus();
   });
   const read = () => {                 // null takes away what there was
     const value = name => boxes[name].input.value.trim(), number = name => value(name) === '' ? null : Number(value(name));
-    return {name: value('name'), base_url: value('base_url'), kind: value('kind'), models: lines(models.value),
+    return {name: value('name'), base_url: value('base_url'), kind: value('kind'),
+      models: old || models.value.trim() ? lines(models.value) : undefined,
       ...(old ? {} : {preset: preset.value || null}), proxy: value('proxy') || null, concurrency: number('concurrency'),
       api_keys: [...kept.map(key => ({keep: key.index})), ...lines(fresh.value)], timeout_s: number('timeout_s'),
-      vision_model: value('vision_model') || null, headers: headers.read(null), profile: profile.read(old ? null : undefined)};
+      vision_model: value('vision_model') || null, headers: headers.read(old ? null : undefined),
+        profile: profile.read(old ? null : undefined)};
   };
   const blame = error => {
     const name = (error.param || '').split(/[.[]/)[0];
@@ -13606,7 +13609,8 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "check_reach": ("连接", "Reach"), "check_key": ("密钥", "Key"), "check_model": ("模型", "Model"),
     "check_stream": ("流式", "Stream"), "check_tools": ("工具", "Tools"),
     "key_rests": ("暂停 {time}", "rests {time}"), "key_refused": ("被拒绝", "refused"), "none": ("无", "none"),
-    "unlimited": ("不限", "no limit"), "at_once": ("并发 {n}", "{n} at once"), "at_once_any": ("并发不限", "no limit at once"), "is_default": ("默认", "default"),
+    "unlimited": ("不限", "no limit"),
+    "at_once": ("并发 {n}", "{n} at once"), "at_once_any": ("并发不限", "no limit at once"), "is_default": ("默认", "default"),
     "source_flag": ("命令行参数", "command-line flag"), "source_detected": ("自动发现的本地引擎", "local engine, found by itself"),
     "source_login": ("iFlow 登录", "iFlow login"), "bad_json": ("JSON 有误：{text}", "Not valid JSON: {text}"),
     # models and routes
