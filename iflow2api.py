@@ -13678,12 +13678,1265 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "logs_newest": ("回到最新", "Newest"), "logs_count": ("{n} 行", "{n} lines"), "download": ("下载", "Download"),
 }
 
+#: The playground, charts, usage and client setup: what the core has no look for.
+# language=CSS
+_CSS_PLAY = r"""
+.play{display:grid;grid-template-columns:minmax(0,1fr) 300px;gap:var(--gap);align-items:start}
+.play-main{display:flex;flex-direction:column;gap:12px;height:calc(100dvh - 57px - 48px);min-height:440px;
+margin-bottom:-40px}
+.play-main>.spread:first-child{margin:0}
+.play-log,.play-sheet{flex:1;min-height:0;overflow-y:auto;overscroll-behavior:contain;margin:0 -18px;padding:4px 18px;
+border-block:1px solid var(--line)}
+.play-log{display:flex;flex-direction:column;gap:18px;padding-block:16px}
+.play-log>.empty{margin:auto;max-width:44ch}
+.play-log:focus-visible{outline-offset:-2px}
+.play-text{white-space:pre-wrap;overflow-wrap:anywhere}
+.play-parts{display:grid;gap:10px;grid-template-columns:minmax(0,1fr);margin-bottom:8px}
+.play-user{align-self:flex-end;max-width:min(86%,720px);display:grid;gap:2px;justify-items:end}
+.play-bubble{padding:9px 14px;border-radius:14px 14px 4px 14px;background:var(--accent-soft);display:grid;gap:8px;
+max-width:100%;grid-template-columns:minmax(0,1fr)}
+.play-acts{gap:0;margin-inline:-8px}
+@media (hover:hover){.play-user .play-acts:not(:focus-within){opacity:0}.play-user:hover .play-acts{
+opacity:1!important}}
+.play-log .btn.small{border-color:transparent;background:none;color:var(--muted);min-height:26px;padding:1px 8px}
+.play-log .btn.small:hover{color:var(--text);background:var(--surface-2)}
+.play-answer{max-width:860px;width:100%}
+.play-meta{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12.5px;color:var(--muted);
+font-variant-numeric:tabular-nums}
+.play-fold{border:1px solid var(--line);border-radius:8px;padding:0 12px}
+.play-fold>summary{padding:6px 0;cursor:pointer;color:var(--muted);font-size:13px}
+.play-fold>summary b{color:var(--text)}
+.play-fold>.play-text{color:var(--muted);font-size:13px;padding-bottom:10px;max-height:340px;overflow:auto}
+.play-fold>.field{margin:10px 0 12px}
+.play-code{background:var(--surface-2);border-radius:8px;min-width:0}
+.play-code>.spread{padding:3px 4px 3px 14px;font-size:12.5px;border-bottom:1px solid var(--line);flex-wrap:nowrap}
+.play-code>.spread .muted{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;min-width:0}
+.play-code .btn.small{border-color:transparent;background:none;min-height:26px}
+.play-code>pre{scrollbar-width:thin;background:none;white-space:pre;overflow-wrap:normal;max-height:60vh}
+.play-sheet .play-code{margin-block:12px}
+.play-sheet .play-code>pre{scrollbar-width:thin;white-space:pre-wrap;overflow-wrap:anywhere;max-height:none}
+.play-composer{display:grid;gap:8px;border-radius:10px}
+.play-composer.drop{outline:2px dashed var(--accent);outline-offset:6px}
+.play-composer textarea{min-height:58px;max-height:34vh;field-sizing:content}
+.play-thumb{display:inline-flex;align-items:center;gap:4px;max-width:260px;border:1px solid var(--line);
+border-radius:8px;
+padding:3px;background:var(--surface)}
+.play-thumb img{height:56px;max-width:140px;object-fit:cover;border-radius:6px;display:block}
+.play-thumb .mono{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;padding:4px 6px}
+.play-settings>summary{cursor:pointer;font-weight:650;font-size:15px}
+.play-settings>.stack{margin-top:14px}
+.play-pair{display:grid;grid-template-columns:1fr 1fr;gap:12px}
+.picker{position:relative;flex:1 1 220px;max-width:420px}
+.picker-list{position:absolute;z-index:4;inset:calc(100% + 4px) 0 auto;max-height:min(320px,50vh);overflow-y:auto;
+padding:6px;
+list-style:none;background:var(--surface);border-radius:10px;box-shadow:var(--shadow-2);min-width:260px}
+.picker-list li{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 12px;padding:6px 10px;
+border-radius:6px;cursor:pointer}
+.picker-list li .muted{font-size:12.5px}
+.picker-list li:hover,.picker-list [aria-selected=true]{background:var(--surface-2)}
+.picker-list [aria-selected=true]{box-shadow:inset 3px 0 var(--accent)}
+.chart{display:grid;gap:12px;grid-template-columns:minmax(0,1fr)}
+.chart-plot{position:relative;height:200px;border-radius:6px;touch-action:pan-y}
+.chart-art svg{display:block}
+.chart-art text{font-size:12px;fill:var(--muted);font-variant-numeric:tabular-nums}
+.chart-line{stroke:var(--line);shape-rendering:crispEdges}
+.chart-band{fill:var(--surface-2)}
+.chart-bar{stroke:var(--surface);stroke-width:1}
+.series-1{--c:var(--series-1)}.series-2{--c:var(--series-2)}.series-3{--c:var(--series-3)}.series-4{--c:var(--series-4)}
+.series-5{--c:var(--series-5)}.series-6{--c:var(--series-6)}.series-7{--c:var(--series-7)}.series-8{--c:var(--series-8)}
+.series-rest{--c:var(--muted)}
+.chart-bar{fill:var(--c)}
+.chart-dot{display:inline-block;width:10px;height:10px;border-radius:3px;background:var(--c);flex:none}
+.chart-tip{position:absolute;top:4px;z-index:3;min-width:150px;max-width:min(320px,64%);padding:8px 10px;
+border-radius:8px;
+background:var(--surface);box-shadow:var(--shadow-2);font-size:12.5px;pointer-events:none;
+font-variant-numeric:tabular-nums}
+.chart-tip .spread{flex-wrap:nowrap;gap:14px}
+.chart-tip .spread>span:first-child{display:flex;align-items:center;gap:6px;min-width:0}
+.chart-tip span>span,.chart-legend span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.chart-legend{display:flex;flex-wrap:wrap;gap:4px;margin-inline:-9px}
+.chart-legend button{display:inline-flex;align-items:center;gap:7px;max-width:100%;padding:2px 9px;
+border:1px solid transparent;
+border-radius:99px;background:none;font-size:13px;min-height:28px}
+.chart-legend button:hover{background:var(--surface-2)}
+.chart-legend b{font-weight:500;color:var(--muted);font-variant-numeric:tabular-nums}
+.chart-legend [aria-pressed=false]{color:var(--muted);text-decoration:line-through}
+.chart-legend [aria-pressed=false] .chart-dot{background:none;box-shadow:inset 0 0 0 2px var(--c)}
+.usage .row{flex-wrap:nowrap}
+.usage .row select{width:auto}
+.usage .end{white-space:nowrap}
+.usage-sum tr:last-child td{font-weight:650;border-top:2px solid var(--line)}
+.clients{display:grid;grid-template-columns:200px minmax(0,1fr);gap:24px}
+.clients-names{display:grid;gap:1px}
+.clients-names button{padding:6px 10px;border:0;border-radius:8px;background:none;text-align:start}
+.clients-names button:hover{background:var(--surface-2)}
+.clients-names [aria-current]{background:var(--accent-soft);color:var(--accent);font-weight:600}
+.clients-select{display:none}
+.clients-steps{list-style:none;counter-reset:step;display:grid;gap:26px;grid-template-columns:minmax(0,1fr);
+margin-top:6px}
+.clients-steps>li{position:relative;display:grid;gap:12px;grid-template-columns:minmax(0,1fr);counter-increment:step;
+padding-inline-start:36px}
+.clients-steps>li::before{content:counter(step);position:absolute;inset-inline-start:0;display:grid;place-items:center;
+width:24px;height:24px;border-radius:50%;background:var(--accent-soft);color:var(--accent);font-size:13px}
+.clients-steps h2+p{margin-top:-8px}
+@media (max-width:1200px){.play{grid-template-columns:minmax(0,1fr)}.play-settings{margin-top:40px}}
+@media (max-width:720px){.clients{grid-template-columns:minmax(0,1fr);gap:16px}.clients-names{display:none}
+.clients-select{display:block}
+.clients-steps>li{padding:0}.clients-steps h2{padding-inline-start:34px}.clients-steps h2+p{margin:0}
+.clients pre{white-space:pre-wrap;overflow-wrap:anywhere}}
+@media (max-width:640px){.play-main{height:calc(100dvh - 57px - 32px);padding:12px 14px}.play-log,.play-sheet{
+margin:0 -14px;padding-inline:14px}
+.play-composer .btn.quiet{font-size:0;gap:0;width:40px;padding:0}
+.play-main .tabs>*{padding-inline:9px;font-size:13px}.play-log .btn.small,.play-code .btn.small{min-height:32px}
+.play-user{max-width:94%}
+.picker{max-width:none}}
+"""
+
+#: The playground: requests and streams of the three dialects first, which know nothing of the page; then the view.
+# language=JavaScript
+_JS_PLAY = r"""
+// --- the three dialects: requests, streams, curl (pure: tests run this part alone) ---
+
+/** Server-sent events out of text that is cut anywhere: each call gives [{event, data}]. */
+function sseReader() {
+  let rest = '', event = '', data = [];
+  return text => {
+    const found = [], lines = (rest + text).split(/\r\n|\n|\r(?!$)/);      // a CR at the end may get its LF yet
+    rest = lines.pop();
+    for (const line of lines) {
+      const [, name, value] = /^([^:]*):? ?([^]*)$/.exec(line);
+      if (!line) {
+        if (data.length) found.push({event, data: data.join('\n')});
+        [event, data] = ['', []];
+      } else if (name === 'data') data.push(value);
+      else if (name === 'event') event = value;
+    }
+    return found;
+  };
+}
+
+const newAnswer = () => ({role: 'assistant', parts: [], usage: null, stop: '', error: '', ended: false});
+const partsOf = (turn, kind) => turn.parts.filter(part => part.kind === kind);
+const textOf = (turn, kind) => partsOf(turn, kind).map(part => part.text).join('\n\n');
+const words = value => typeof value === 'string' ? value
+  : Array.isArray(value) ? value.map(part => part && (part.text || part.refusal || '')).join('') : '';
+const jsonText = value => typeof value === 'string' ? value : JSON.stringify(value);
+const parseJson = (text, otherwise) => { try { return JSON.parse(text); } catch { return otherwise; } };
+const errorOf = body => body.error ? words(body.error.message) || jsonText(body.error)
+  : words(body.message) || words(body.detail) || JSON.stringify(body);
+
+/** The part an answer goes on with: the one of `key`, without a key the last one if it is of this kind. */
+function partOf(answer, kind, key) {
+  const {parts} = answer;
+  let part = key === undefined ? parts[parts.length - 1] : parts.find(each => each.key === key);
+  if (!part || part.kind !== kind) parts.push(part = {kind, key, text: ''});
+  return part;
+}
+
+function chatDelta(answer, delta) {
+  const thought = words(delta.reasoning_content) || words(delta.reasoning) || words(delta.reasoning_details);
+  if (thought) partOf(answer, 'thinking').text += thought;
+  const text = words(delta.content) || words(delta.refusal);
+  if (text) partOf(answer, 'text').text += text;
+  const calls = delta.tool_calls || (delta.function_call ? [{function: delta.function_call}] : []);
+  calls.forEach((call, at) => {
+    const key = call.index ?? at, said = call.function || call.custom || {};
+    let part = partOf(answer, 'call', key);
+    if (call.id && part.id && call.id !== part.id) {         // servers that give every call the index 0
+      part.key = null;
+      part = partOf(answer, 'call', key);
+    }
+    part.id = part.id || call.id;
+    if (said.name && said.name !== part.name) part.name = (part.name || '') + said.name;
+    part.text += jsonText(said.arguments ?? said.input ?? '');
+  });
+}
+
+function chatUsage(usage) {
+  const {prompt_tokens_details: sent, completion_tokens_details: made} = usage;
+  return {input: usage.prompt_tokens, output: usage.completion_tokens, reasoning: made && made.reasoning_tokens,
+    cached: sent?.cached_tokens ?? usage.prompt_cache_hit_tokens ?? usage.cached_tokens};
+}
+
+/** Anthropic counts what came out of the cache apart from input_tokens; we show the whole. */
+function messagesUsage(usage) {
+  const cached = usage.cache_read_input_tokens || 0;
+  return {input: (usage.input_tokens || 0) + cached + (usage.cache_creation_input_tokens || 0), cached,
+    output: usage.output_tokens, reasoning: usage.output_tokens_details?.thinking_tokens};
+}
+
+function responsesUsage(usage) {
+  return {input: usage.input_tokens, output: usage.output_tokens, cached: usage.input_tokens_details?.cached_tokens,
+    reasoning: usage.output_tokens_details?.reasoning_tokens};
+}
+
+const BLOCKS = {text: 'text', thinking: 'thinking', tool_use: 'call', server_tool_use: 'call'};
+function messagesBlock(answer, block, key) {
+  const part = partOf(answer, BLOCKS[block.type] || 'call', key);
+  part.text += block.text || block.thinking || '';
+  if (block.signature) part.signature = block.signature;
+  if (part.kind !== 'call') return;
+  [part.id, part.name] = [block.id, block.name || block.type];
+  if (!BLOCKS[block.type]) part.text += JSON.stringify(block.content);
+  else if (block.input && Object.keys(block.input).length) part.text += JSON.stringify(block.input);
+}
+
+const MESSAGES = {
+  message_start(answer, {message}) { answer.counts = message.usage; },
+  content_block_start(answer, {index, content_block: block}) { messagesBlock(answer, block, index); },
+  content_block_delta(answer, {index, delta}) {
+    const part = answer.parts.find(each => each.key === index);
+    if (!part) return;
+    part.text += delta.text || delta.thinking || delta.partial_json || '';
+    if (delta.signature) part.signature = delta.signature;
+  },
+  message_delta(answer, {delta, usage}) {
+    answer.stop = delta.stop_reason || answer.stop;
+    answer.usage = messagesUsage(answer.counts = {...answer.counts, ...usage});
+  },
+  message_stop(answer) { answer.ended = true; },
+  error(answer, data) { answer.error = errorOf(data); }
+};
+
+/** An item of an answer that is complete: fills what did not come as deltas. */
+function responsesItem(answer, item, at) {
+  if (item.type === 'message') {
+    (item.content || []).forEach((piece, index) => {
+      const part = partOf(answer, 'text', at + '.' + index);
+      part.text = part.text || piece.text || piece.refusal || '';
+    });
+  } else if (item.type === 'reasoning') {
+    const part = partOf(answer, 'thinking', at);
+    part.text = part.text || words(item.summary) || words(item.content);
+    if (item.encrypted_content) part.item = item;
+  } else {
+    const part = partOf(answer, 'call', at), {id, type, status, ...rest} = item;
+    part.id = item.call_id || id;
+    part.name = item.namespace ? item.namespace + '.' + item.name : item.name || type;
+    part.text = part.text || jsonText(item.arguments ?? item.input ?? item.action ?? rest);
+  }
+}
+
+function responsesEnd(answer, {response}) {
+  answer.ended = true;
+  answer.stop = response.incomplete_details?.reason || response.status || '';
+  answer.usage = response.usage ? responsesUsage(response.usage) : null;
+  if (response.error) answer.error = errorOf(response);
+}
+
+const grows = kind => (answer, data) => {
+  const key = kind === 'text' ? data.output_index + '.' + data.content_index : data.output_index;
+  const part = partOf(answer, kind, key), piece = data.summary_index ?? data.content_index;
+  if (kind === 'thinking' && part.text && part.piece !== piece) part.text += '\n\n';
+  part.piece = piece;
+  part.text += data.delta;
+};
+const RESPONSES = {
+  'output_item.added': (answer, {item, output_index: at}) => item.type !== 'message' && item.type !== 'reasoning'
+    && responsesItem(answer, {...item, arguments: item.arguments || ''}, at),
+  'output_item.done': (answer, data) => responsesItem(answer, data.item, data.output_index),
+  'output_text.delta': grows('text'), 'refusal.delta': grows('text'),
+  'reasoning_summary_text.delta': grows('thinking'), 'reasoning_text.delta': grows('thinking'),
+  'function_call_arguments.delta': grows('call'), 'custom_tool_call_input.delta': grows('call'),
+  completed: responsesEnd, incomplete: responsesEnd, failed: responsesEnd
+};
+
+/** What is sent again of an answer: its text, and the calls whose results are there. */
+function saidBefore(turn) {
+  const calls = partsOf(turn, 'call').filter(call => call.result);
+  return {calls, text: textOf(turn, 'text'), thoughts: calls.length ? partsOf(turn, 'thinking') : []};
+}
+
+const withImages = (turn, text, image) => [...turn.images.map(image), ...(turn.text ? [text(turn.text)] : [])];
+
+function chatTurn(turn) {
+  if (turn.role === 'user') {
+    return [{role: 'user', content: turn.images.length ? withImages(turn, text => ({type: 'text', text}),
+      url => ({type: 'image_url', image_url: {url}})) : turn.text}];
+  }
+  const {calls, text, thoughts} = saidBefore(turn);
+  const message = {role: 'assistant', content: text || null};
+  if (thoughts.length) message.reasoning_content = thoughts.map(part => part.text).join('\n\n');
+  if (calls.length) {
+    message.tool_calls = calls.map(({id, name, text}) => ({id, type: 'function', function: {name, arguments: text}}));
+  }
+  return [...(text || calls.length ? [message] : []),
+    ...calls.map(call => ({role: 'tool', tool_call_id: call.id, content: call.result}))];
+}
+
+function messagesTurn(turn) {
+  if (turn.role === 'user') {
+    return [{role: 'user', content: turn.images.length ? withImages(turn, text => ({type: 'text', text}), url => {
+      const [, media_type, data] = /^data:([^;,]+);base64,([^]*)$/.exec(url) || [];
+      return {type: 'image', source: data ? {type: 'base64', media_type, data} : {type: 'url', url}};
+    }) : turn.text}];
+  }
+  const {calls, text, thoughts} = saidBefore(turn);
+  const content = [...thoughts.filter(part => part.signature).map(part => ({type: 'thinking', thinking: part.text,
+    signature: part.signature})), ...(text ? [{type: 'text', text}] : []),
+  ...calls.map(({id, name, text}) => ({type: 'tool_use', id, name, input: parseJson(text, {})}))];
+  return [...(content.length ? [{role: 'assistant', content}] : []), ...(calls.length ? [{role: 'user',
+    content: calls.map(call => ({type: 'tool_result', tool_use_id: call.id, content: call.result}))}] : [])];
+}
+
+function responsesTurn(turn) {
+  if (turn.role === 'user') {
+    return [{role: 'user', content: turn.images.length ? withImages(turn, text => ({type: 'input_text', text}),
+      image_url => ({type: 'input_image', image_url})) : turn.text}];
+  }
+  const {calls, text, thoughts} = saidBefore(turn);
+  return [...thoughts.filter(part => part.item).map(part => part.item),
+    ...(text ? [{role: 'assistant', content: [{type: 'output_text', text}]}] : []),
+    ...calls.map(({id, name, text}) => ({type: 'function_call', call_id: id, name, arguments: text})),
+    ...calls.map(call => ({type: 'function_call_output', call_id: call.id, output: call.result}))];
+}
+
+/** talk: {model, system, stream, turns, temperature, top_p, max_tokens, effort, extra}; what is undefined stays out. */
+const DIALECTS = {
+  chat: {
+    path: '/v1/chat/completions', headers: ['Authorization: Bearer YOUR_KEY'],
+    build: talk => ({model: talk.model,
+      messages: [...(talk.system ? [{role: 'system', content: talk.system}] : []), ...talk.turns.flatMap(chatTurn)],
+      stream: talk.stream, stream_options: talk.stream ? {include_usage: true} : undefined,
+      temperature: talk.temperature, top_p: talk.top_p, max_tokens: talk.max_tokens, reasoning_effort: talk.effort,
+      ...talk.extra}),
+    event(answer, data) {
+      if (data.error) { answer.error = errorOf(data); return; }
+      const choice = (data.choices || [])[0] || {};
+      chatDelta(answer, choice.delta || choice.message || {});
+      answer.stop = choice.finish_reason || answer.stop;
+      answer.ended = answer.ended || !!choice.finish_reason;
+      if (data.usage || choice.usage) answer.usage = chatUsage(data.usage || choice.usage);
+    },
+    reply(answer, body) { this.event(answer, body); answer.ended = true; }
+  },
+  messages: {
+    path: '/v1/messages', headers: ['x-api-key: YOUR_KEY', 'anthropic-version: 2023-06-01'],
+    build: talk => ({model: talk.model, max_tokens: talk.max_tokens || 8192, system: talk.system || undefined,
+      messages: talk.turns.flatMap(messagesTurn), stream: talk.stream, temperature: talk.temperature, top_p: talk.top_p,
+      thinking: talk.effort && {type: talk.effort === 'none' ? 'disabled' : 'adaptive'},
+      output_config: talk.effort && talk.effort !== 'none' ? {effort: talk.effort} : undefined, ...talk.extra}),
+    event(answer, data) { MESSAGES[data.type]?.(answer, data); },
+    reply(answer, body) {
+      (body.content || []).forEach((block, at) => messagesBlock(answer, block, at));
+      MESSAGES.message_delta(answer, {delta: body, usage: body.usage});
+      answer.ended = true;
+    }
+  },
+  responses: {
+    path: '/v1/responses', headers: ['Authorization: Bearer YOUR_KEY'],
+    build: talk => ({model: talk.model, instructions: talk.system || undefined,
+      input: talk.turns.flatMap(responsesTurn), stream: talk.stream, temperature: talk.temperature, top_p: talk.top_p,
+      max_output_tokens: talk.max_tokens, reasoning: talk.effort && {effort: talk.effort, summary: 'auto'},
+      store: false, ...talk.extra}),
+    event(answer, data) {
+      if (data.type === 'error') answer.error = errorOf(data);
+      else RESPONSES[String(data.type).replace(/^response\./, '')]?.(answer, data);
+    },
+    reply(answer, body) {
+      (body.output || []).forEach((item, at) => responsesItem(answer, item, at));
+      responsesEnd(answer, {response: body});
+    }
+  }
+};
+
+const shellQuote = text => "'" + text.replace(/'/g, "'\\''") + "'";
+/** A command for any POSIX shell; what is too long for an argument (128 KiB on Linux) goes through standard input. */
+function asCurl(url, headers, body) {
+  const data = JSON.stringify(body, null, 2), long = data.length > 30000;
+  return [`curl ${body.stream ? '-N ' : ''}${shellQuote(url)}`, "-H 'Content-Type: application/json'",
+    ...headers.map(each => '-H ' + shellQuote(each)),
+    long ? `--data-binary @- <<'JSON'\n${data}\nJSON` : '-d ' + shellQuote(data)].join(' \\\n  ');
+}
+
+/** Code fences in text that streams in, nothing else: ['text', s], ['open', language], ['code', s], ['close']. */
+function fences() {
+  let rest = '', fence = '', gap = '', middle = false, fresh = true;
+  return (text, last) => {
+    const ops = [];
+    const emit = piece => {
+      const all = gap + piece, body = all.replace(/\n+$/, ''), kind = fence ? 'code' : 'text';
+      gap = all.slice(body.length);                     // line ends wait: beside a fence they say nothing
+      const more = fresh && !fence ? body.replace(/^\n+/, '') : body, before = ops[ops.length - 1];
+      if (!more) return;
+      fresh = false;
+      if (before && before[0] === kind) before[1] += more; else ops.push([kind, more]);
+    };
+    rest += text;
+    while (rest) {
+      const at = rest.indexOf('\n'), line = at < 0 ? rest : rest.slice(0, at);
+      const mark = !middle && /^[ \t]*(`{3,}|~{3,})([^`]*)$/.exec(line);
+      const whole = at >= 0 || last;
+      if (!whole && !middle && (mark || /^[ \t]*(`{0,2}|~{0,2})$/.test(line))) break;      // may become a fence
+      if (mark && !fence) {
+        [fence, gap, fresh] = [mark[1], '', true];
+        ops.push(['open', mark[2].trim().split(/\s/)[0]]);
+      } else if (mark && mark[1].startsWith(fence) && !mark[2].trim()) {
+        [fence, gap, fresh] = ['', '', true];
+        ops.push(['close']);
+      } else emit(at < 0 ? line : line + '\n');
+      middle = at < 0;
+      rest = at < 0 ? '' : rest.slice(at + 1);
+    }
+    return ops;
+  };
+}
+
+// --- playground
+
+const EFFORTS = ['none', 'low', 'medium', 'high', 'xhigh', 'max'];
+const IMAGE_TYPES = ['image/png', 'image/jpeg', 'image/webp', 'image/gif'], IMAGE_LIMIT = 15e6;
+/** What the view shows; it outlives the view, so an answer goes on while another one is looked at. */
+const talk = {dialect: 'chat', model: '', system: '', stream: true, temperature: '', top_p: '', max_tokens: '',
+  effort: '', extra: '', draft: '', images: [], turns: [], sent: null, raw: null, abort: null, show: null};
+
+/** For a reload of this tab: nothing of the wire, and images only if there is room. */
+function keepTalk() {
+  const {sent, raw, abort, show, ...kept} = talk;
+  for (const most of [1e6, 1e5, 0]) {
+    const small = url => url.length <= most || !url.startsWith('data:');
+    const text = JSON.stringify(kept, (key, value) => key === 'images' ? value.filter(small) : value);
+    try { return sessionStorage.setItem('iflow2api.talk', text); } catch { /* full: with fewer images */ }
+  }
+}
+function recallTalk() {
+  try { Object.assign(talk, JSON.parse(sessionStorage.getItem('iflow2api.talk'))); } catch { /* private windows */ }
+  for (const turn of talk.turns) if (turn.role === 'assistant') turn.finished = true;
+}
+
+/** The body as it is sent now; throws what to show where the extra JSON is none. */
+function talkBody(turns) {
+  const number = text => text === '' ? undefined : Number(text), extra = parseJson(talk.extra.trim() || '{}', null);
+  if (!isProps(extra)) throw new Error(t('play_extra_bad'));
+  return DIALECTS[talk.dialect].build({...talk, turns, extra, effort: talk.effort || undefined,
+    temperature: number(talk.temperature), top_p: number(talk.top_p), max_tokens: number(talk.max_tokens)});
+}
+
+/** Sends `turns`; the answer grows in `answer`, what came over the wire in talk.raw. */
+async function runTalk(turns, answer) {
+  const dialect = DIALECTS[talk.dialect], body = talkBody(turns), abort = new AbortController();
+  const began = performance.now(), since = () => (performance.now() - began) / 1000;
+  Object.assign(answer, {model: body.model, dialect: talk.dialect, streamed: body.stream === true});
+  Object.assign(talk, {sent: {dialect: talk.dialect, body}, raw: {head: '', text: ''}, abort});
+  try {
+    const reply = await request('play/' + talk.dialect, {body, signal: abort.signal});
+    talk.raw.head = `HTTP ${reply.status}\n${[...reply.headers].map(pair => pair.join(': ')).join('\n')}`;
+    const isStream = /event-stream/.test(reply.headers.get('content-type')), read = sseReader();
+    const reader = reply.body.getReader(), decoder = new TextDecoder();
+    for (let done = false, value; !done;) {
+      ({done, value} = await reader.read());
+      const text = done ? decoder.decode() : decoder.decode(value, {stream: true});
+      talk.raw.text += text;
+      if (isStream) for (const {data} of read(done ? text + '\n\n' : text))
+        if (data !== '[DONE]') dialect.event(answer, parseJson(data, {}));
+      if (answer.first_s === undefined && answer.parts.length) answer.first_s = since();
+      if (talk.show) talk.show();
+    }
+    if (!isStream) dialect.reply(answer, parseJson(talk.raw.text, {error: {message: t('play_garbled')}}));
+    else if (!answer.ended && !answer.error) answer.error = t('play_cut');
+  } catch (error) {
+    if (error.name === 'AbortError') answer.stopped = true;
+    else answer.error = (error.status ? error.status + ': ' : '') + errorText(error);
+    if (error.status) talk.raw = {head: 'HTTP ' + error.status, text: JSON.stringify(error.body, null, 2)};
+  }
+  Object.assign(answer, {total_s: since(), finished: true});
+  talk.abort = null;
+  keepTalk();
+  if (talk.show) talk.show();
+}
+
+/** How a part of each kind goes into `box`: a function to call when its text has grown, and a last time. */
+const PART = {
+  text(box, part) {
+    const feed = fences();
+    let seen = 0, prose = null, code = null;
+    const ops = {
+      text: text => text.split(/\n{2,}/).forEach((piece, at) => {      // of paragraphs only the last is laid out anew
+        if (at || !prose) box.append(prose = el('p', {class: 'play-text', dir: 'auto'}));
+        prose.append(piece);
+      }),
+      open(language) {
+        const mine = code = el('code'), name = language || t('play_code');
+        box.append(codeBox(name, mine, () => mine.textContent));
+      },
+      code: text => code.append(text), close() { prose = null; }
+    };
+    return last => {
+      for (const [op, text] of feed(part.text.slice(seen), last)) ops[op](text);
+      seen = part.text.length;
+    };
+  },
+  thinking(box, part) {
+    const text = el('div', {class: 'play-text', dir: 'auto'}), title = el('span');
+    let seen = 0;
+    part.began = part.began || performance.now();
+    box.append(el('details', {class: 'play-fold'}, el('summary', title), text));
+    return (last, isDone) => {
+      text.append(part.text.slice(seen));
+      seen = part.text.length;
+      if (last && !isDone && !part.took_s) part.took_s = (performance.now() - part.began) / 1000;
+      title.textContent = !last ? t('play_thinks') :
+        part.took_s > 0.05 ? t('play_thought_for', {time: fmt.seconds(part.took_s)}) : t('play_thought');
+    };
+  },
+  call(box, part) {
+    const name = el('b', {class: 'mono'}), code = el('code');
+    const fold = el('details', {class: 'play-fold', open: true}, el('summary', t('play_call'), ' ', name),
+      codeBox(t('play_arguments'), code, () => code.textContent));
+    let seen = 0;
+    box.append(fold);
+    return (last, isDone) => {
+      name.textContent = part.name || '…';
+      code.append(part.text.slice(seen));
+      seen = part.text.length;
+      if (!isDone) return;
+      code.textContent = parseJson(part.text) === undefined ? part.text : JSON.stringify(parseJson(part.text), null, 2);
+      fold.append(field({label: t('play_result'), hint: t('play_result_hint'), input: el('textarea', {rows: 2,
+        class: 'mono', value: part.result || '', on: {input() { part.result = this.value; keepTalk(); }}})}));
+    };
+  }
+};
+const codeBox = (name, code, text) => el('div', {class: 'play-code'},
+  el('div', {class: 'spread'}, el('span', {class: 'muted'}, name), copyButton(text)),
+  el('pre', {tabindex: 0, role: 'group', 'aria-label': name}, code));
+
+function metaLine(turn) {
+  const {usage, first_s: first, total_s: total} = turn, made = usage && usage.output;
+  const spent = turn.streamed && first !== undefined ? total - first : total;
+  const count = (key, n) => n ? t(key, {n: fmt.number(n)}) : null;
+  return el('p', {class: 'play-meta'}, [clean(turn.model), t('play_dialect_' + turn.dialect),
+    turn.streamed && first !== undefined && t('play_first', {time: fmt.seconds(first)}),
+    t('play_total', {time: fmt.seconds(total)}),
+    usage && t('play_tokens', {input: fmt.number(usage.input || 0), output: fmt.number(made || 0)}),
+    usage && count('play_cached', usage.cached), usage && count('play_reasoning', usage.reasoning),
+    made > 1 && spent > 0.001 && !turn.stopped && count('play_speed', Math.round(made / spent)),
+    turn.stop && !/^(stop|end_turn|completed)$/.test(turn.stop) && t('play_stop_reason', {reason: clean(turn.stop)})]
+    .filter(Boolean).map(fact => el('span', {text: fact})));
+}
+
+/** One answer: grow() puts in what has come since, and the rest when it is over. */
+function answerNode(turn, again) {
+  const parts = el('div', {class: 'play-parts'}), foot = el('div', {class: 'stack tight'}), made = [];
+  const wait = el('p', {class: 'muted play-wait', text: t('play_waiting')});
+  const note = (key, css = 'muted') => foot.append(el('p', {class: css, text: t(key)}));
+  let isOver = false;
+  function grow() {
+    if (isOver) return;
+    turn.parts.forEach((part, at) => {
+      made[at] = made[at] || PART[part.kind](parts, part);
+      made[at](turn.finished || at < turn.parts.length - 1, turn.finished);
+    });
+    if (!turn.parts.length && !turn.finished) parts.append(wait); else wait.remove();
+    if (!(isOver = turn.finished)) return;
+    if (turn.stopped) note('play_stopped');
+    else if (!turn.error && !turn.parts.length) note('play_empty');
+    const failed = turn.error && [el('b', t('play_error')), ' ', clean(turn.error)];
+    if (failed) foot.append(el('p', {class: 'note bad', role: 'alert'}, failed));
+    foot.append(el('div', {class: 'spread'}, metaLine(turn), el('div', {class: 'row play-acts'},
+      textOf(turn, 'text') ? copyButton(() => textOf(turn, 'text')) : null, button(t('play_again'), again, 'small'))));
+  }
+  return {node: el('article', {class: 'play-answer', 'aria-label': t('play_answer')}, parts, foot), grow};
+}
+
+function userNode(turn, edit) {
+  const bubble = el('div', {class: 'play-bubble'},
+    turn.images.length > 0 && el('div', {class: 'row'}, turn.images.map(url => thumbnail(url))),
+    turn.text && el('p', {class: 'play-text', dir: 'auto', text: turn.text}));
+  const acts = el('div', {class: 'row play-acts'}, turn.text && copyButton(() => turn.text),
+    button(t('play_edit'), edit, 'small'));
+  return {grow() {}, node: el('article', {class: 'play-user', 'aria-label': t('play_you')}, bubble, acts)};
+}
+
+/** Pictures from elsewhere are named, not loaded. */
+const thumbnail = (url, remove) => el('span', {class: 'play-thumb'},
+  url.startsWith('data:') ? el('img', {src: url, alt: t('play_image')}) : foreign(url.replace(/^https?:../, ''), 'mono'),
+  remove && iconButton('close', t('play_remove_image'), remove));
+
+const pictures = files => Promise.all([...files].map(file => new Promise(done => {
+  const wrong = !IMAGE_TYPES.includes(file.type) ? 'play_image_type' : file.size > IMAGE_LIMIT && 'play_image_large';
+  if (wrong) return done(toast(t(wrong, {name: file.name}), 'bad'));
+  const reader = new FileReader();
+  reader.onload = reader.onerror = () => done(reader.result);
+  reader.readAsDataURL(file);
+}))).then(urls => urls.filter(Boolean));
+
+/** A text field with a list that is searched while one types; any other text is fine, too. */
+function modelPicker(value, onPick) {
+  const named = {id: uid(), 'aria-label': t('play_model')};
+  const list = el('ul', {...named, class: 'picker-list', role: 'listbox', hidden: true});
+  let models = [], active = -1;
+  const keys = {ArrowDown: () => list.hidden ? open('') : move(active + 1),
+    ArrowUp: () => list.hidden ? open('') : move(active < 0 ? -2 : active - 1),
+    Enter: () => pick(active < 0 || list.hidden ? entry.value.trim() : list.children[active].dataset.id),
+    Escape() { entry.value = value; show(false); }};
+  const entry = input({...named, id: uid(), class: 'mono', role: 'combobox', 'aria-expanded': 'false',
+    'aria-autocomplete': 'list', 'aria-controls': list.id, placeholder: t('play_model'), value, on: {
+      focus() { entry.select(); open(''); }, click() { if (list.hidden) open(''); },
+      input: () => open(entry.value), blur: () => pick(entry.value.trim()), keydown(event) {
+        if (!keys[event.key] || event.isComposing) return;
+        event.preventDefault();
+        keys[event.key]();
+      }}});
+
+  function open(text) {
+    const asked = text.toLowerCase().split(/\s+/), textOf = model => `${model.id} ${model.provider}`.toLowerCase();
+    const found = models.filter(model => asked.every(word => textOf(model).includes(word))).slice(0, 200);
+    list.replaceChildren(...found.map(model => {
+      const facts = [model.provider, model.context && fmt.tokens(model.context), model.vision && t('play_sees')];
+      return el('li', {role: 'option', id: uid(), data: {id: model.id}, on: {mousedown(event) {
+        event.preventDefault();
+        pick(model.id);
+      }}}, foreign(model.id, 'mono'), el('span', {class: 'muted'}, facts.filter(Boolean).join(' · ')));
+    }));
+    show(found.length > 0);
+  }
+  function show(on) {
+    list.hidden = !on;
+    entry.setAttribute('aria-expanded', on);
+    move(-1);
+  }
+  function move(to) {
+    const rows = [...list.children];
+    active = to < -1 ? rows.length - 1 : to >= rows.length ? 0 : to;
+    rows.forEach((row, at) => row.setAttribute('aria-selected', at === active));
+    entry.setAttribute('aria-activedescendant', active < 0 ? '' : rows[active].id);
+    if (active >= 0) rows[active].scrollIntoView({block: 'nearest'});
+  }
+  function pick(id) {
+    entry.value = id;
+    show(false);
+    if (id !== value) onPick(value = id);
+  }
+  return {entry, node: el('div', {class: 'picker'}, entry, list), fill(found, chosen) {
+    models = found;
+    if (!entry.value) entry.value = value = chosen || '';
+  }};
+}
+
+function talkSettings(changed) {
+  const keep = name => ({input() { talk[name] = this.value; changed(); }});
+  const area = (name, props) => field({label: t('play_' + name), hint: name === 'extra' && t('play_extra_hint'),
+    input: el('textarea', {...props, value: talk[name], on: keep(name)})});
+  const number = (name, max, step) => field({label: t('play_' + name), input: el('input', {type: 'number', min: 0, max,
+    step, placeholder: t('play_default'), value: talk[name], on: keep(name)})});
+  const effort = el('select', {value: talk.effort, on: keep('effort')}, option('', t('play_default')),
+    EFFORTS.map(name => option(name, name === 'none' ? t('play_effort_none') : name)));
+  const stream = el('input', {type: 'checkbox', checked: talk.stream, on: {change() {
+    talk.stream = this.checked;
+    changed();
+  }}});
+  return el('details', {class: 'card play-settings', open: innerWidth > 1200}, el('summary', t('play_settings')),
+    el('div', {class: 'stack'}, area('system', {rows: 4}), el('div', {class: 'play-pair'},
+      number('temperature', 2, 0.1), number('top_p', 1, 0.05), number('max_tokens', null, 1),
+      field({label: t('play_effort'), input: effort})),
+    field({label: t('play_stream'), input: stream}),
+    area('extra', {rows: 3, class: 'mono', spellcheck: 'false', placeholder: '{"seed": 7}'})));
+}
+
+/** What the tabs beside the conversation show: the request that waits to be sent, else the last one. */
+function talkSheet(tab, turns) {
+  const isNew = !talk.sent || turns !== talk.turns, key = isNew ? 'play_unsent' : 'play_sent';
+  const sheet = (title, text, whole = text) => codeBox(title, el('code', text), () => whole);
+  if (tab === 'raw') return talk.raw ? sheet(t('play_raw'), `${talk.raw.head}\n\n${talk.raw.text}`)
+    : el('p', {class: 'empty', text: t('play_raw_none')});
+  const {dialect, body} = isNew ? {dialect: talk.dialect, body: talkBody(turns)} : talk.sent;
+  const {path, headers} = DIALECTS[dialect], address = location.origin + BASE.replace('/admin/api/', path);
+  if (tab === 'curl') return sheet(`${t(key)}. ${t('play_curl_hint')}`, asCurl(address, headers, body));
+  const short = (name, value) => typeof value === 'string' && value.length > 400 && /^(data:|[\w+/]{200})/.test(value) ?
+    `${value.slice(0, 60)}… (${fmt.number(value.length)})` : value;
+  return sheet(`${t(key)}: POST ${path}`, JSON.stringify(body, short, 2), JSON.stringify(body, null, 2));
+}
+
+VIEWS.playground = {show(root) {
+  if (!talk.turns.length && !talk.draft) recallTalk();
+  let nodes = [], tab = 'chat', frame = 0, said = 0, saidAt = 0, rawSeen = 0, keeping = 0;
+  const log = el('div', {class: 'play-log', tabindex: '0', role: 'region', 'aria-label': t('play_tab_chat')});
+  const voice = el('div', {class: 'visually-hidden', role: 'log', 'aria-live': 'polite'});
+  const sheet = el('div', {class: 'play-sheet', hidden: true}), thumbs = el('div', {class: 'row'});
+  const text = el('textarea', {rows: 2, 'aria-label': t('play_message'), placeholder: t('play_placeholder'),
+    value: talk.draft, on: {input() { talk.draft = text.value; changed(); }, keydown(event) {
+      if (event.key === 'Escape' && talk.abort) talk.abort.abort();
+      const isTyping = event.isComposing || event.keyCode === 229;       // Enter ends a word in an input method
+      if (event.key !== 'Enter' || event.shiftKey || isTyping) return;
+      event.preventDefault();
+      if (!talk.abort) submit();
+    }, paste(event) {
+      if (event.clipboardData.files.length) { event.preventDefault(); attach(event.clipboardData.files); }
+    }}});
+  const file = el('input', {type: 'file', accept: IMAGE_TYPES.join(), multiple: true, hidden: true,
+    on: {async change() { await attach(file.files); file.value = ''; }}});
+  const send = el('button', {type: 'submit'}), clear = button(t('play_clear'), forget, 'quiet small', 'trash');
+  const picker = modelPicker(talk.model, id => { talk.model = id; changed(); });
+  const composer = el('form', {class: 'play-composer', on: {submit(event) {
+    event.preventDefault();
+    if (talk.abort) talk.abort.abort(); else submit();
+  }}}, thumbs, text, el('div', {class: 'spread'}, el('div', {class: 'row'},
+    button(t('play_attach'), () => file.click(), 'quiet small', 'image'),
+    button(t('play_url'), askUrl, 'quiet small', 'link'), clear, file), send));
+  const hasImage = ({dataTransfer: {types}}) => types.includes('Files') || types.includes('text/uri-list');
+  const drop = {dragleave() { composer.classList.remove('drop'); }, dragover(event) {
+    if (!hasImage(event)) return;
+    event.preventDefault();
+    composer.classList.add('drop');
+  }, drop(event) {
+    const {files} = event.dataTransfer, url = event.dataTransfer.getData('text/uri-list').split(/\r?\n/)[0];
+    if (hasImage(event)) event.preventDefault();
+    composer.classList.remove('drop');
+    if (files.length) attach(files); else if (/^https?:/.test(url)) { talk.images.push(url); redraw(); }
+  }};
+  const dialects = segments(t('play_dialect'), choicesOf('play_dialect_', Object.keys(DIALECTS)), talk.dialect, key => {
+    talk.dialect = key;
+    changed();
+  });
+  root.append(el('div', {class: 'play', on: drop}, el('div', {class: 'play-main card'},
+    el('div', {class: 'spread'}, picker.node, dialects),
+  segments(t('play_shown'), choicesOf('play_tab_', ['chat', 'request', 'raw', 'curl']), tab,
+    key => { tab = key; showTab(); }), log, sheet, composer, voice), talkSettings(changed)));
+
+  const waiting = () => talk.draft.trim() || talk.images.length ?
+    [...talk.turns, {role: 'user', text: talk.draft, images: talk.images}] : talk.turns;
+  function changed() {
+    clearTimeout(keeping);
+    keeping = setTimeout(keepTalk, 400);
+    if (tab !== 'chat') showTab();
+  }
+  function showTab() {
+    [log.hidden, sheet.hidden, rawSeen] = [tab !== 'chat', tab === 'chat', talk.raw ? talk.raw.text.length : 0];
+    if (tab === 'chat') return void (log.scrollTop = log.scrollHeight);
+    try { sheet.replaceChildren(talkSheet(tab, waiting())); } catch (error) {
+      sheet.replaceChildren(el('p', {class: 'note bad', role: 'alert', text: error.message}));
+    }
+  }
+
+  /** Sentences that are complete are read out every few seconds, the rest at the end. */
+  function speak(answer) {
+    const whole = textOf(answer, 'text'), now = performance.now();
+    const end = answer.finished ? whole.length : whole.search(/[^.!?。！？\n]*$/);
+    if (end <= said || !answer.finished && now - saidAt < 4000) return;
+    voice.append(el('p', whole.slice(said, end)));
+    [said, saidAt] = [end, now];
+  }
+  /** At most once in a frame, however fast the answer comes. */
+  talk.show = () => {
+    frame = frame || requestAnimationFrame(() => {
+      const answer = talk.turns[talk.turns.length - 1], node = nodes[nodes.length - 1];
+      frame = 0;
+      if (!answer || !node) return;
+      const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60, code = sheet.querySelector('code');
+      node.grow();
+      if (isAtEnd) log.scrollTop = log.scrollHeight;
+      if (tab === 'raw') if (rawSeen && code) code.append(talk.raw.text.slice(rawSeen)); else showTab();
+      if (talk.raw) rawSeen = talk.raw.text.length;
+      if (answer.role === 'assistant') speak(answer);
+      buttons();
+    });
+  };
+  function buttons() {
+    const isBusy = Boolean(talk.abort);
+    clear.disabled = isBusy || !talk.turns.length;
+    if (send.dataset.busy === String(isBusy)) return;
+    send.dataset.busy = isBusy;
+    send.className = 'btn ' + (isBusy ? 'danger' : 'primary');
+    send.replaceChildren(icon(isBusy ? 'stop' : 'play'), t(isBusy ? 'play_stop' : 'play_send'));
+  }
+  function redraw() {
+    nodes = talk.turns.map((turn, at) => turn.role === 'user' ? userNode(turn, () => edit(at)) :
+      answerNode(turn, () => talk.abort || ask(talk.turns.slice(0, at))));
+    log.replaceChildren(...nodes.map(each => each.node));
+    nodes.forEach(each => each.grow());
+    if (!nodes.length) log.append(el('p', {class: 'empty', text: t('play_start')}));
+    log.scrollTop = log.scrollHeight;
+    thumbs.replaceChildren(...talk.images.map((url, at) => thumbnail(url, () => {
+      talk.images.splice(at, 1);
+      redraw();
+    })));
+    thumbs.hidden = !talk.images.length;
+    buttons();
+    changed();
+  }
+
+  function ask(turns) {
+    if (!talk.model) return picker.entry.focus(), toast(t('play_no_model'), 'bad');
+    try { talkBody(turns); } catch (error) { return toast(error.message, 'bad'); }
+    const answer = newAnswer();
+    if (turns.length > talk.turns.length) Object.assign(talk, {draft: text.value = '', images: []});
+    talk.turns = [...turns, answer];
+    [said, saidAt] = [0, performance.now()];
+    voice.replaceChildren(el('p', t('play_waiting')));
+    runTalk(turns, answer);
+    redraw();
+  }
+  function submit() {
+    const turns = waiting(), last = turns[turns.length - 1];
+    const isReady = last && (last.role === 'user' || partsOf(last, 'call').some(call => call.result));
+    if (isReady) ask(turns); else text.focus();
+  }
+  function edit(at) {
+    if (talk.abort) return;
+    const {text: draft, images} = talk.turns[at];
+    Object.assign(talk, {draft, images, turns: talk.turns.slice(0, at)});
+    text.value = draft;
+    redraw();
+    text.focus();
+  }
+  async function forget() {
+    if (!await confirmBox(t('play_clear_sure'), {danger: true, action: t('play_clear')})) return;
+    Object.assign(talk, {turns: [], sent: null, raw: null});
+    redraw();
+    text.focus();
+  }
+  async function attach(files) {
+    talk.images = [...talk.images, ...await pictures(files)];
+    redraw();
+  }
+  function askUrl() {
+    const url = input({type: 'url', required: true, placeholder: 'https://…/image.png'});
+    const box = field({label: t('play_url_label'), hint: t('play_url_hint'), input: url});
+    dialog({title: t('play_url'), body: box, actions: [{label: t('play_add'), kind: 'primary', run() {
+      if (!/^(https?:\/\/|data:image\/)/.test(url.value)) return box.fail(t('invalid')), false;
+      talk.images.push(url.value);
+      redraw();
+    }}]});
+  }
+
+  api('models').then(({data, default_model: usual}) => {
+    talk.model = talk.model || usual || '';
+    picker.fill(data, talk.model);
+  }).catch(error => error.name === 'AbortError' || toast(errorText(error), 'bad'));
+  redraw();
+  addEventListener('pagehide', keepTalk);
+  return () => {
+    cancelAnimationFrame(frame);
+    clearTimeout(keeping);
+    keepTalk();
+    removeEventListener('pagehide', keepTalk);
+    talk.show = null;
+  };
+}};
+"""
+
+#: `charts.series(root)`, for the overview and the usage.
+# language=JavaScript
+_JS_CHARTS = r"""
+// --- charts: ticks (pure, as above)
+
+/** Nice steps from 0 to at least `max`, about `count` of them: 1, 2 or 5 times a power of ten. */
+function niceTicks(max, count = 4) {
+  const top = Math.max(max, 1), power = 10 ** Math.floor(Math.log10(top / count));
+  const step = Math.max(1, [1, 2, 5, 10].find(each => each * power * count >= top) * power);
+  return Array.from({length: Math.ceil(top / step) + 1}, (_, at) => at * step);
+}
+
+const CLOCK = {hour: '2-digit', minute: '2-digit', hour12: false}, DATE = {month: 'short', day: 'numeric'};
+const SPANS = {                                    // what a step is counted in, and how many may lie between two labels
+  hour: {unit: at => new Date(at * 1000).getMinutes(), strides: [1, 2, 5, 10, 15, 30], label: CLOCK},
+  day: {unit: at => new Date(at * 1000).getHours(), strides: [1, 2, 3, 4, 6, 12], label: CLOCK},
+  month: {unit: (at, index, count) => count - 1 - index, strides: [1, 2, 3, 5, 7, 10, 15], label: DATE}};
+/** Indexes of the steps that get a label: round times, no more than `room` of them where that can be had. */
+function timeTicks(times, span, room) {
+  const {unit, strides} = SPANS[span];
+  const stride = strides.find(each => times.length / each <= room) || strides[strides.length - 1];
+  return times.map((_, at) => at).filter(at => unit(times[at], at, times.length) % stride === 0);
+}
+// --- charts: drawing
+
+/** A day is the server's: its noon has the same date nearly everywhere. */
+const timeLabel = (at, span, style = SPANS[span].label) => moment(span === 'month' ? at + 43200 : at, style);
+
+/** Buttons of which one is pressed; `choices`: {key: text}. */
+function segments(label, choices, value, onPick) {
+  const press = key => buttons.forEach(each => each.setAttribute('aria-pressed', each.dataset.key === key));
+  const buttons = Object.entries(choices).map(([key, text]) => el('button', {type: 'button', text, data: {key},
+    on: {click() { press(key); onPick(key); }}}));
+  press(value);
+  return el('div', {class: 'tabs', role: 'group', 'aria-label': label}, buttons);
+}
+const choicesOf = (prefix, keys) => Object.fromEntries(keys.map(key => [key, t(prefix + key)]));
+
+const dot = series => el('i', {class: 'chart-dot ' + series.color});
+
+/** Stacked columns over time.  One stop for the keyboard: arrows go through the steps, as on a slider. */
+function columnChart(box) {
+  const art = el('div', {class: 'chart-art', 'aria-hidden': 'true'});
+  const tip = el('div', {class: 'chart-tip', hidden: true});
+  const steps = {ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -6, PageUp: 6, Home: -99, End: 99};
+  const plot = el('div', {class: 'chart-plot', role: 'slider', tabindex: 0, 'aria-valuemin': 0, on: {
+    keydown(event) {
+      if (!shown || !steps[event.key] && event.key !== 'Escape') return;
+      event.preventDefault();
+      point(event.key === 'Escape' ? -1 : keep((at < 0 ? shown.points.length - 1 : at) + steps[event.key]));
+    },
+    pointermove(event) {
+      if (shown) point(keep(Math.floor((event.clientX - plot.getBoundingClientRect().left - place.left) / place.slot)));
+    },
+    focus() { if (shown && at < 0 && plot.matches(':focus-visible')) point(shown.points.length - 1); },
+    pointerleave() { if (shown) point(-1); }, blur() { if (shown) point(-1); }}}, art, tip);
+  const table = el('div', {class: 'visually-hidden'}), resized = new ResizeObserver(() => shown && draw());
+  const keep = index => Math.min(Math.max(index, 0), shown.points.length - 1);
+  let shown = null, at = -1, place = null;
+  box.append(plot, table);
+  resized.observe(plot);
+
+  const when = index => timeLabel(shown.points[index].at, shown.span,
+    shown.span === 'day' ? {...DATE, ...CLOCK} : undefined);
+  const visible = () => shown.series.filter(each => !each.hidden);
+  const sum = index => visible().reduce((all, each) => all + each.values[index], 0);
+
+  function draw() {
+    const {points, span} = shown, width = Math.max(plot.clientWidth, 200), left = 50, top = 8, height = 200, base = 176;
+    const ticks = niceTicks(Math.max(...points.map((_, index) => sum(index)))), max = ticks[ticks.length - 1];
+    const slot = (width - left - 4) / points.length, bar = Math.max(1, Math.min(28, slot * 0.74)).toFixed(1);
+    const y = value => (base - (base - top) * value / max).toFixed(1), x = index => left + slot * (index + 0.5);
+    const band = svg('rect', {class: 'chart-band', y: top, height: base - top, width: slot});
+    const foot = points.map(() => 0);
+    const column = (value, index) => {
+      const from = foot[index], to = foot[index] += value;
+      return value ? `M${(x(index) - bar / 2).toFixed(1)} ${y(from)}V${y(to)}h${bar}V${y(from)}z` : '';
+    };
+    const times = timeTicks(points.map(each => each.at), span, (width - left) / 66);
+    art.replaceChildren(svg('svg', {width, height}, ticks.map(value => [
+      svg('line', {class: 'chart-line', x1: left, x2: width, y1: y(value), y2: y(value)}),
+      svg('text', {x: left - 8, y: Number(y(value)) + 4, 'text-anchor': 'end'}, fmt.tokens(value))]), band,
+    visible().map(each => svg('path', {class: 'chart-bar ' + each.color, d: each.values.map(column).join('')})),
+    times.map(index => svg('text', {x: x(index) > width - 28 ? width : x(index), y: height - 6,
+      'text-anchor': x(index) > width - 28 ? 'end' : 'middle'}, timeLabel(points[index].at, span))),
+    !foot.some(Boolean) && svg('text', {x: width / 2, y: height / 2, 'text-anchor': 'middle'}, t('chart_none'))));
+    place = {left, slot, width, band};
+    plot.setAttribute('aria-label', shown.label);
+    plot.setAttribute('aria-valuemax', points.length - 1);
+    point(Math.min(at, points.length - 1));
+  }
+
+  /** Marks a step and says what is in it; -1: none. */
+  function point(index) {
+    const now = index < 0 ? shown.points.length - 1 : index;
+    const parts = visible().filter(each => each.values[now]).reverse();
+    const line = (name, value, tag) => el('div', {class: 'spread'}, el(tag, name), el(tag, fmt.number(value)));
+    at = index;
+    plot.setAttribute('aria-valuenow', now);
+    plot.setAttribute('aria-valuetext', `${when(now)}: ${fmt.number(sum(now))}` +
+      parts.map(each => `; ${each.name} ${fmt.number(each.values[now])}`).join(''));
+    tip.hidden = index < 0;
+    place.band.setAttribute('visibility', index < 0 ? 'hidden' : 'visible');
+    if (index < 0) return;
+    const x = place.left + place.slot * index;
+    place.band.setAttribute('x', x);
+    tip.replaceChildren(line(when(index), sum(index), 'b'), ...parts.map(each =>
+      line([dot(each), el('span', each.name)], each.values[index], 'span')));
+    const right = x + place.slot + 8, isLeft = right + tip.offsetWidth > place.width;
+    tip.style.left = Math.max(0, isLeft ? x - 8 - tip.offsetWidth : right) + 'px';
+  }
+
+  /** {points: [{at}], span, label, series: [{name, color, values, hidden}]} */
+  function show(what) {
+    shown = what;
+    draw();
+    const rows = what.points.map((_, index) => index).filter(index => what.series.some(each => each.values[index]));
+    table.replaceChildren(el('table', el('caption', what.label), el('thead', el('tr',
+      [t('chart_time'), ...what.series.map(each => each.name)].map(name => el('th', {scope: 'col'}, name)))),
+    el('tbody', rows.map(index => el('tr', el('th', {scope: 'row'}, when(index)),
+      what.series.map(each => el('td', fmt.number(each.values[index]))))))));
+  }
+  return {show, close: () => resized.disconnect()};
+}
+
+const METRICS = {tokens: row => row.input + row.output, requests: row => row.requests, errors: row => row.errors};
+const charts = {
+  /** Tokens, requests or errors over time.  `options`: {span, by, fixed}; fixed: whoever asked has the choice of `by`.
+      Gives a function that ends it, which bears `by(name)`. */
+  series(root, {span = 'day', by = 'model', fixed} = {}) {
+    let metric = 'tokens';
+    const note = el('p', {class: 'error', role: 'status'}), colors = new Map(), hidden = new Set();
+    const legend = el('div', {class: 'chart-legend', role: 'group', 'aria-label': t('chart_legend')});
+    const choose = (name, prefix, keys, value, pick) => segments(t(name), choicesOf(prefix, keys), value, pick);
+    const box = el('section', {class: 'card chart'}, el('div', {class: 'spread'}, el('h2', t('chart_title')),
+      el('div', {class: 'row'},
+        choose('chart_metric', 'chart_', Object.keys(METRICS), metric, key => { metric = key; show(); }),
+        !fixed && choose('chart_by', 'chart_by_', ['model', 'key', 'provider'], by, group),
+        choose('chart_span', 'chart_', Object.keys(SPANS), span, key => { span = key; fetchAll(); }))));
+    const chart = columnChart(box), isRest = name => name === '…';
+    let data = null, turn = 0, timer = 0, soon = 0;
+    box.append(legend, note);
+    root.append(box);
+
+    function colorOf(name) {                       // a name keeps its colour as long as the chart is there
+      if (!colors.has(name)) colors.set(name, isRest(name) ? 'series-rest' : 'series-' + (colors.size % 8 + 1));
+      return colors.get(name);
+    }
+    function show() {
+      if (!data) return;
+      const sums = new Map(), value = (point, name) => point.groups[name] ? METRICS[metric](point.groups[name]) : 0;
+      for (const point of data.points)
+        for (const name in point.groups) sums.set(name, (sums.get(name) || 0) + value(point, name));
+      const order = [...sums].sort((a, b) => isRest(a[0]) - isRest(b[0]) || b[1] - a[1]);
+      const series = order.map(([name]) => ({name: isRest(name) ? t('chart_rest') : clean(name) || t('chart_nameless'),
+        color: colorOf(name), hidden: hidden.has(name), values: data.points.map(point => value(point, name))}));
+      chart.show({points: data.points, span: data.span, series, label: t('chart_label', {metric: t('chart_' + metric),
+        by: t('chart_by_' + by), span: t('chart_' + data.span)})});
+      const held = legend.contains(document.activeElement) ? document.activeElement.dataset.name : null;
+      legend.replaceChildren(...order.map(([name, total], at) => el('button', {type: 'button', title: t('chart_toggle'),
+        'aria-pressed': String(!hidden.has(name)), data: {name}, on: {click() {
+          if (!hidden.delete(name)) hidden.add(name);
+          show();
+        }}}, dot(series[at]), el('span', series[at].name), el('b', fmt.tokens(total)))));
+      if (held !== null) for (const each of legend.children) if (each.dataset.name === held) each.focus();
+    }
+    async function fetchAll() {
+      const mine = ++turn;
+      clearTimeout(timer);
+      timer = setTimeout(fetchAll, 60000);
+      try {
+        const found = await api(`series?span=${span}&by=${by}`);
+        if (mine !== turn) return;
+        data = found;
+        note.textContent = '';
+        show();
+      } catch (error) { if (mine === turn) note.textContent = errorText(error); }
+    }
+    function group(name) {
+      by = name;
+      colors.clear();
+      hidden.clear();
+      fetchAll();
+    }
+    const stop = live.on('request', () => { soon = soon || setTimeout(() => { soon = 0; fetchAll(); }, 1500); });
+    fetchAll();
+    const end = () => {
+      turn = NaN;
+      [timer, soon].forEach(clearTimeout);
+      stop();
+      chart.close();
+    };
+    return Object.assign(end, {by: group});
+  }
+};
+"""
+
+# language=JavaScript
+_JS_USAGE = r"""
+// --- usage
+
+VIEWS.usage = {show(root) {
+  const now = {days: '30', by: 'model'}, csv = el('a', {class: 'btn', download: ''}, icon('download'), t('usage_csv'));
+  const table = el('div', {class: 'stack'}), plot = el('div');
+  const days = el('select', {'aria-label': t('usage_days'), value: now.days, on: {change() {
+    now.days = days.value;
+    fetchAll();
+  }}}, ['1', '7', '30', '90', '365'].map(count => option(count, t('usage_days_' + count))));
+  const by = segments(t('usage_by'), choicesOf('usage_by_', ['model', 'key', 'provider', 'day']), now.by, key => {
+    now.by = key;
+    if (key !== 'day') stop.by(key);
+    fetchAll();
+  });
+  let turn = 0;
+  root.append(plot, el('section', {class: 'card usage'},
+    el('div', {class: 'spread'}, by, el('div', {class: 'row'}, days, csv)), table));
+  const stop = charts.series(plot, {span: 'month', fixed: true});
+
+  const column = (key, render) => ({key, label: t('usage_' + key), align: 'end', render});
+  const tokens = key => column(key, row => el('span', {title: fmt.number(row[key])},
+    (row.estimated && /put/.test(key) ? '~' : '') + fmt.tokens(row[key] || 0)));
+  const isPriced = row => row.cost !== null && row.cost !== undefined;
+  const columns = priced => [{key: 'name', label: t('usage_by_' + now.by), css: 'break',
+    render: row => row.sum ? t('usage_sum') : foreign(row.name || t('chart_nameless'), 'mono')},
+  column('requests', row => fmt.number(row.requests)),
+  column('errors', row => row.errors ? badge(fmt.number(row.errors), 'bad') : '0'),
+  ...['input', 'output', 'cached', 'reasoning'].map(tokens),
+  ...['first_s', 'total_s'].map(key => column(key, row => fmt.seconds(row[key]))),
+  ...(priced ? [column('cost', row => isPriced(row) ? row.cost.toFixed(row.cost < 1 ? 4 : 2) : '–')] : [])];
+
+  async function fetchAll() {
+    const mine = ++turn, query = `days=${now.days}&by=${now.by}`;
+    csv.href = `${BASE}usage.csv?${query}`;
+    await load(table, api('usage?' + query), ({rows, total, enabled}) => {
+      if (mine !== turn) return;
+      const priced = rows.some(isPriced), hints = [rows.some(row => row.estimated) && 'usage_estimated',
+        priced ? 'usage_cost_hint' : rows.length && 'usage_no_prices'].filter(Boolean);
+      if (enabled === false) table.append(el('p', {class: 'note', text: t('usage_off')}));
+      table.append(fill(dataTable({columns: columns(priced), empty: t('usage_none'), label: t('usage_by_' + now.by),
+        rows: rows.length > 1 ? [...rows, {...total, sum: true}] : rows}), {class: rows.length > 1 && 'usage-sum'}, []),
+      ...hints.map(key => el('p', {class: 'hint', text: t(key)})));
+    });
+  }
+  fetchAll();
+  return () => { turn = -1; stop(); };
+}};
+"""
+
+# language=JavaScript
+_JS_CLIENTS = r"""
+// --- client setup
+
+const SHELLS = {bash: 'macOS · Linux', fish: 'fish', powershell: 'PowerShell', cmd: 'cmd'};
+const HINTS = {json: 'clients_file', toml: 'clients_file', yaml: 'clients_file'};
+const setup = {client: '', model: '', shell: /Win/.test(navigator.platform) ? 'powershell' : 'bash'};
+
+/** Blocks that say the same for several shells follow each other: they become one with a choice of the shell. */
+function groupBlocks(blocks) {
+  const groups = [];
+  for (const block of blocks) {
+    const last = groups[groups.length - 1] || [{}], isNew = last.every(each => each.language !== block.language);
+    if (SHELLS[block.language] && SHELLS[last[0].language] && isNew) last.push(block); else groups.push([block]);
+  }
+  return groups;
+}
+
+VIEWS.clients = {show(root, args) {
+  const names = el('div', {class: 'clients-names', role: 'group', 'aria-label': t('clients_list')});
+  const select = el('select', {class: 'clients-select', 'aria-label': t('clients_list'),
+    on: {change: () => choose(select.value)}});
+  const picker = modelPicker(setup.model, model => { setup.model = model; fetchAll().catch(fail); });
+  const pane = el('div', {class: 'stack'}), address = el('code', {class: 'mono'});
+  const fail = error => toast(errorText(error), 'bad');
+  let found = null, turn = 0;
+  setup.client = args[0] || setup.client;
+  root.append(el('section', {class: 'card clients'}, el('div', select, names), el('div', {class: 'stack'},
+    el('div', {class: 'field'}, el('label', {for: picker.entry.id}, t('clients_model')), picker.node),
+    el('p', {class: 'hint'}, t('clients_address') + ' ', address), pane)));
+
+  function choose(id) {
+    setup.client = id;
+    history.replaceState(null, '', '#' + (here = 'clients/' + id));
+    draw();
+  }
+  function blockNode(group) {
+    const shown = group.find(block => block.language === setup.shell) || group[0], code = el('code', shown.text);
+    const shells = Object.fromEntries(group.map(block => [block.language, SHELLS[block.language]]));
+    const title = pick(shown.title), isPlain = title === shown.language, hint = HINTS[shown.language];
+    if (shown.language === 'text') return codeBox(title, code, () => shown.text);
+    return el('div', {class: 'stack tight'}, el('h3', isPlain ? t('clients_terminal') : title),
+      (isPlain || hint) && el('p', {class: 'hint'}, t(isPlain ? 'clients_window' : hint)),
+      group.length > 1 && segments(t('clients_shell'), shells, shown.language, language => {
+        setup.shell = language;
+        draw();
+        $(`[data-key=${language}]`, pane).focus();
+      }), codeBox(shown.language, code, () => shown.text));
+  }
+  function draw() {
+    const client = found.data.find(each => each.id === setup.client) || found.data[0];
+    const groups = groupBlocks(client.blocks), isForm = groups.some(group => group[0].language === 'text');
+    const link = view => el('a', {href: '#' + view}, t('view_' + view));
+    const step = (title, ...body) => el('li', el('h2', title), ...body), held = names.contains(document.activeElement);
+    names.replaceChildren(...found.data.map(each => el('button', {type: 'button', text: each.title,
+      'aria-current': each === client && 'true', on: {click: () => choose(each.id)}})));
+    if (held) $('[aria-current]', names).focus();
+    select.replaceChildren();
+    fill(select, {value: client.id}, found.data.map(each => option(each.id, each.title)));
+    address.textContent = found.base_url;
+    pane.replaceChildren(el('ol', {class: 'clients-steps'},
+      found.needs_key && step(t('clients_key'), el('p', t('clients_key_hint'), ' ', link('keys'))),
+      step(t('clients_connect', {client: client.title}), el('p', t(isForm ? 'clients_form' : groups.length > 1 ?
+        'clients_either' : 'clients_copy') + (found.needs_key ? '' : ' ' + t('clients_no_key'))),
+      groups.map(blockNode)),
+      step(t('clients_try'), el('p', t('clients_try_hint'), ' ', link('overview')))));
+  }
+  async function fetchAll() {
+    const mine = ++turn, answer = await api('clients?model=' + encodeURIComponent(setup.model));
+    if (mine !== turn) return;
+    [found, setup.model] = [answer, setup.model || answer.model];
+    draw();
+  }
+  load(pane, Promise.all([fetchAll(), api('models')]), ([, models]) => {
+    picker.fill(models.data, setup.model);
+    draw();
+  });
+  return () => { turn = NaN; };
+}};
+"""
+
+_TEXTS_PLAY: Dict[str, Tuple[str, str]] = {
+    "play_model": ("模型", "Model"), "play_sees": ("可看图", "sees images"), "play_dialect": ("接口格式", "API"),
+    "play_dialect_chat": ("Chat", "Chat"), "play_dialect_messages": ("Messages", "Messages"),
+    "play_dialect_responses": ("Responses", "Responses"), "play_shown": ("显示内容", "What is shown"),
+    "play_tab_chat": ("对话", "Conversation"), "play_tab_request": ("请求", "Request"), "play_tab_raw": ("原文", "Raw"),
+    "play_tab_curl": ("curl", "curl"), "play_clear": ("清空", "Clear"),
+    "play_clear_sure": ("要清空整段对话吗？清空后无法恢复。", "Clear the whole conversation? It can't be brought back."),
+    "play_start": ("选一个模型，说点什么。可以贴图片，也可以随时换模型或接口格式接着聊。",
+                   "Choose a model and say something. You can paste images, and change model and API at any time."),
+    "play_message": ("消息", "Message"),
+    "play_placeholder": ("输入消息。回车发送，Shift+回车换行", "Your message. Enter sends, Shift+Enter makes a new line"),
+    "play_attach": ("图片", "Image"), "play_url": ("图片链接", "Image link"),
+    "play_url_label": ("图片地址", "Address of the image"),
+    "play_url_hint": ("由上游去下载，本页不会加载它", "The provider fetches it; this page does not load it"),
+    "play_add": ("添加", "Add"), "play_image": ("附带的图片", "Attached image"),
+    "play_remove_image": ("移除图片", "Remove the image"),
+    "play_image_type": ("{name}：只支持 PNG、JPEG、WebP 和 GIF 图片", "{name}: only PNG, JPEG, WebP and GIF images can be sent"),
+    "play_image_large": ("{name} 超过 15 MB，太大了", "{name} is larger than 15 MB"),
+    "play_send": ("发送", "Send"), "play_stop": ("停止", "Stop"), "play_no_model": ("请先选一个模型", "Choose a model first"),
+    "play_you": ("你", "You"), "play_answer": ("回答", "Answer"), "play_edit": ("编辑", "Edit"),
+    "play_again": ("重新生成", "Regenerate"),
+    "play_waiting": ("等待回答…", "Waiting for the answer…"), "play_thinks": ("思考中…", "Thinking…"),
+    "play_thought": ("思考过程", "Thoughts"),
+    "play_thought_for": ("思考了 {time}", "Thought for {time}"), "play_call": ("调用工具", "Tool call"),
+    "play_arguments": ("参数", "Arguments"), "play_result": ("工具结果", "Result of the tool"),
+    "play_result_hint": ("填好后点“发送”，模型会接着回答", "Fill it in and press Send: the model goes on with it"),
+    "play_code": ("代码", "Code"), "play_stopped": ("已停止", "Stopped"), "play_empty": ("回答是空的", "The answer is empty"),
+    "play_error": ("出错了：", "Failed:"), "play_cut": ("回答中途断开，没有正常结束", "The answer broke off before its end"),
+    "play_garbled": ("回答不是 JSON", "The answer is not JSON"), "play_first": ("首字 {time}", "first token {time}"),
+    "play_total": ("共 {time}", "total {time}"),
+    "play_tokens": ("输入 {input}，输出 {output} token", "{input} in, {output} out"),
+    "play_cached": ("缓存命中 {n}", "{n} cached"), "play_reasoning": ("思考 {n}", "{n} for thinking"),
+    "play_speed": ("{n} token/秒", "{n} tokens/s"), "play_stop_reason": ("结束原因：{reason}", "ended by: {reason}"),
+    "play_settings": ("参数", "Parameters"), "play_system": ("系统提示词", "System prompt"),
+    "play_temperature": ("温度", "Temperature"), "play_top_p": ("Top P", "Top P"),
+    "play_max_tokens": ("最大 token 数", "Max tokens"),
+    "play_effort": ("思考强度", "Thinking"), "play_effort_none": ("关闭", "off"), "play_default": ("默认", "default"),
+    "play_stream": ("流式输出", "Stream the answer"), "play_extra": ("附加 JSON", "Extra JSON"),
+    "play_extra_hint": ("并入请求体，同名字段以此为准", "Merged into the request; wins over the fields above"),
+    "play_extra_bad": ("附加 JSON 不是一个 JSON 对象", "The extra JSON is not a JSON object"),
+    "play_sent": ("上次发出的请求", "The last request"), "play_unsent": ("将要发出的请求", "The request as it would be sent"),
+    "play_curl_hint": ("把 YOUR_KEY 换成你的客户端密钥", "Put your client key for YOUR_KEY"),
+    "play_raw": ("收到的原文", "As it came over the wire"), "play_raw_none": ("还没有发过请求", "Nothing has been sent yet"),
+    "chart_title": ("用量走势", "Traffic"), "chart_metric": ("指标", "Figure"), "chart_tokens": ("Token", "Tokens"),
+    "chart_requests": ("请求", "Requests"),
+    "chart_errors": ("失败", "Errors"), "chart_by": ("分组", "Grouped by"), "chart_by_model": ("模型", "Model"),
+    "chart_by_key": ("密钥", "Key"),
+    "chart_by_provider": ("上游", "Provider"), "chart_span": ("时间范围", "Period"), "chart_hour": ("1 小时", "Hour"),
+    "chart_day": ("24 小时", "Day"), "chart_month": ("31 天", "Month"), "chart_time": ("时间", "Time"),
+    "chart_rest": ("其他", "others"), "chart_none": ("这段时间没有请求", "No requests in this period"),
+    "chart_nameless": ("（无）", "(none)"),
+    "chart_legend": ("图例，点击可隐藏或显示", "Legend; each entry can be hidden"), "chart_toggle": ("点击隐藏或显示", "Hide or show"),
+    "chart_label": ("{metric}（按{by}，{span}），用方向键逐项查看", "{metric} by {by}, {span}; arrow keys move through it"),
+    "usage_csv": ("下载 CSV", "Download CSV"), "usage_days": ("时间范围", "Period"), "usage_days_1": ("今天", "Today"),
+    "usage_days_7": ("最近 7 天", "Last 7 days"), "usage_days_30": ("最近 30 天", "Last 30 days"),
+    "usage_days_90": ("最近 90 天", "Last 90 days"), "usage_days_365": ("最近一年", "Last year"),
+    "usage_by": ("分组", "Grouped by"),
+    "usage_by_model": ("模型", "Model"), "usage_by_key": ("密钥", "Key"), "usage_by_provider": ("上游", "Provider"),
+    "usage_by_day": ("日期", "Day"), "usage_requests": ("请求", "Requests"), "usage_errors": ("失败", "Errors"),
+    "usage_input": ("输入", "Input"),
+    "usage_output": ("输出", "Output"), "usage_cached": ("缓存命中", "Cached"), "usage_reasoning": ("思考", "Thinking"),
+    "usage_first_s": ("平均首字", "First token"), "usage_total_s": ("平均耗时", "Duration"), "usage_cost": ("费用", "Cost"),
+    "usage_sum": ("合计", "Total"), "usage_none": ("这段时间没有用量", "Nothing was used in this period"),
+    "usage_off": ("用量记录已在设置里关闭。", "Usage is not recorded: it is off in the settings."),
+    "usage_estimated": ("~ 表示含估算：上游没有返回 token 数。", "~ is in part an estimate: the provider did not count the tokens."),
+    "usage_cost_hint": ("费用按设置里的价格（每百万 token）算出，币种与价格一致。",
+                        "Costs follow the prices in the settings (for a million tokens), in their currency."),
+    "usage_no_prices": ("在设置里填上价格，就能看到费用。", "Set prices in the settings to see costs here."),
+    "clients_list": ("客户端", "Clients"), "clients_model": ("模型", "Model"), "clients_shell": ("系统或终端", "System or shell"),
+    "clients_address": ("服务地址：", "Address of the server:"), "clients_key": ("准备一个客户端密钥", "Have a client key ready"),
+    "clients_key_hint": ("下面的 YOUR_KEY 要换成它，变量 IFLOW2API_KEY 里放的也是它。还没有的话，在这里创建：",
+                         "It goes where YOUR_KEY stands below, or into the variable IFLOW2API_KEY. Make one under"),
+    "clients_no_key": ("不需要密钥，里面的占位密钥照抄即可。", "No key is needed: leave the one in there as it is."),
+    "clients_connect": ("接入 {client}", "Connect {client}"), "clients_copy": ("复制下面的内容。", "Copy what is below."),
+    "clients_either": ("下面的方式任选一种。", "Any one of these will do."),
+    "clients_form": ("在客户端里找到对应的位置，逐项填入。", "Find these places in the client and fill them in."),
+    "clients_terminal": ("在终端里运行", "In a terminal"),
+    "clients_window": ("只对当前终端窗口有效，请接着在同一个窗口里操作。",
+                       "It holds for this terminal window only; go on in the same one."),
+    "clients_file": ("合并到这个文件里。", "Merge it into this file."),
+    "clients_try": ("发一条消息试试", "Send a message"),
+    "clients_try_hint": ("收到的请求会马上出现在这里：", "The request shows up at once in the"),
+}
+
+ADMIN_CSS += _CSS_PLAY
+
 #: One script of all parts; each view adds itself to VIEWS, then `start` begins.
 ADMIN_JS = "\n".join(("(() => {", "'use strict';", *(part.strip() for part in (
-    _JS_CORE, _JS_OVERVIEW, _JS_PROVIDERS, _JS_MODELS, _JS_SETTINGS, _JS_KEYS, _JS_LOGS, _JS_GUIDE)), "start();", "})();"))
+    _JS_CORE, _JS_CHARTS, _JS_PLAY, _JS_USAGE, _JS_CLIENTS,
+    _JS_OVERVIEW, _JS_PROVIDERS, _JS_MODELS, _JS_SETTINGS, _JS_KEYS, _JS_LOGS, _JS_GUIDE)), "start();", "})();"))
 
 #: What the page says: key -> (Chinese, English).
-ADMIN_TEXTS: Dict[str, Tuple[str, str]] = {**_TEXTS_CORE, **_TEXTS_VIEWS}
+ADMIN_TEXTS: Dict[str, Tuple[str, str]] = {**_TEXTS_CORE, **_TEXTS_VIEWS, **_TEXTS_PLAY}
 
 
 _HTML = "text/html; charset=utf-8"

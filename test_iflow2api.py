@@ -40,6 +40,7 @@ import threading
 import time
 import tracemalloc
 import urllib.parse
+import urllib.request
 import zlib
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10859,6 +10860,200 @@ def test_what_is_not_used_costs_next_to_nothing(home_routes):
     book = ifl.UsageBook(str(home_routes / "usage.jsonl"))
     assert best_us(lambda: add(book), 300) < 300
     assert best_us(lambda: add(ifl.UsageBook()), 300) < 300
+
+
+# === 16. Admin: playground, charts, usage, clients ===========================
+
+PLAY_PARTS = ("_JS_PLAY", "_JS_CHARTS", "_JS_USAGE", "_JS_CLIENTS")
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+
+
+def in_node(code, given=None):
+    """What `code`, the body of a function, returns below those parts of the page that know nothing of a page."""
+    pure = ifl._JS_PLAY.partition("// --- playground")[0] + ifl._JS_CHARTS.partition("// --- charts: drawing")[0]
+    script = f"{pure}\nconst given = {json.dumps(given)};\nconsole.log(JSON.stringify((() => {{{code}}})()));"
+    done = subprocess.run(["node", "-"], input=script.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env={**os.environ, "TZ": "UTC"}, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+PLAY_TURNS = [{"role": "user", "text": "Hello “世界” 🙂", "images": []},
+              {"role": "assistant", "parts": [{"kind": "thinking", "text": "I look."}, {"kind": "text", "text": "One moment."}, {
+                  "kind": "call", "id": "call_1", "name": "look", "text": '{"at": 1}', "result": "It rains."}]},
+              {"role": "user", "text": "And this?", "images": [PIXEL, "https://example.org/a.png"]}]
+PLAY_TALK = {"model": "demo", "system": "Be brief.", "temperature": 0.5, "top_p": 0.9, "max_tokens": 500, "effort": "low",
+             "stream": False, "turns": PLAY_TURNS, "extra": {"metadata": {"a": "b"}}}
+#: The answers, read from a stream in pieces of each size, or whole.
+READ_ANSWERS = """
+    const dialect = DIALECTS[given.dialect], bytes = Buffer.from(given.data, 'base64');
+    return given.sizes.map(size => {
+      const answer = newAnswer(), read = sseReader(), decoder = new TextDecoder();
+      if (!size) dialect.reply(answer, JSON.parse(bytes.toString()));
+      else for (let at = 0; at < bytes.length; at += size)
+        for (const {data} of read(decoder.decode(bytes.subarray(at, at + size), {stream: true})))
+          if (data !== '[DONE]') dialect.event(answer, JSON.parse(data));
+      return answer;
+    });"""
+
+
+def read_by_page(dialect, data, *sizes):
+    return in_node(READ_ANSWERS, {"dialect": dialect, "data": base64.b64encode(data).decode(), "sizes": sizes})
+
+
+def post_raw(url, path, body):
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return response.read()
+
+
+@needs_node
+@pytest.mark.usefixtures("own_home")
+@pytest.mark.parametrize("dialect", ["chat", "messages", "responses"])
+def test_the_playground_speaks_every_dialect(dialect):
+    """Its requests arrive whole, and a stream gives the same as a plain answer, wherever it is cut."""
+    text = "Code for “世界” 🙂:\n\n```python\nprint('hi')\n```\n" * 2
+    said = ifl.DemoAnswer(text, "Let me think, 仔细想想.", (("look", {"at": 2}), ("look", {"at": 3})))
+    demo = ifl.DemoUpstream(pace_s=0, first_s=0, script=itertools.repeat(said))
+    try:
+        with gateway_with(**demo.settings()) as (_, url):
+            built = in_node("const {path, build} = DIALECTS[given.dialect]; return [path, build(given.talk), "
+                            "build({...given.talk, stream: true})];", {"dialect": dialect, "talk": PLAY_TALK})
+            path, plain_body, stream_body = built
+            assert plain_body["metadata"] == {"a": "b"}
+            answers = read_by_page(dialect, post_raw(url, path, plain_body), 0)
+            answers += read_by_page(dialect, post_raw(url, path, stream_body), 1, 7, 1 << 20)
+        sent = demo.requests[0].body
+    finally:
+        demo.close()
+    assert [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "tool", "user"]
+    assert sent["messages"][2]["tool_calls"][0]["id"] == sent["messages"][3]["tool_call_id"] == "call_1"
+    assert sent["messages"][3]["content"] == "It rains."
+    assert [part["image_url"]["url"] for part in sent["messages"][4]["content"][:2]] == PLAY_TURNS[2]["images"]
+    assert (sent["temperature"], sent["max_tokens"], sent["reasoning_effort"]) == (0.5, 500, "low")
+    for answer in answers:
+        parts = {kind: [part for part in answer["parts"] if part["kind"] == kind] for kind in ("thinking", "text", "call")}
+        assert "".join(part["text"] for part in parts["text"]) == text and answer["ended"] and not answer["error"]
+        assert "".join(part["text"] for part in parts["thinking"]) == "Let me think, 仔细想想."
+        assert [(part["name"], json.loads(part["text"])["at"]) for part in parts["call"]] == [("look", 2), ("look", 3)]
+        assert len({part["id"] for part in parts["call"]}) == 2
+        assert answer["usage"]["output"] > 10 and answer["usage"]["input"] > 10
+
+
+@needs_node
+@pytest.mark.parametrize("dialect, data, error, ended", [
+    ("chat", 'data: {"choices":[{"delta":{"content":"so far"}}]}\n\ndata: {"error":{"message":"boom"}}\n\n', "boom", False),
+    ("chat", 'data: {"choices":[{"delta":{"content":"so far"}}]}\n\n', "", False),
+    ("chat", 'data: {"choices":[{"delta":{"content":"so far"},"finish_reason":"length"}]}\r\n\r\n', "", True),
+    ("messages", 'event: content_block_start\ndata: {"type":"content_block_start","index":0,"content_block":{"type":"text","text":'
+     '"so far"}}\n\nevent: error\ndata: {"type":"error","error":{"type":"api_error","message":"boom"}}\n\n', "boom", False),
+    ("responses", 'data: {"type":"response.output_text.delta","output_index":0,"content_index":0,"delta":"so far"}\n\n'
+     'data: {"type":"response.failed","response":{"status":"failed","error":{"code":"server_error","message":"boom"}}}\n\n',
+     "boom", True)])
+def test_the_playground_sees_errors_in_band_and_broken_streams(dialect, data, error, ended):
+    answer, = read_by_page(dialect, data.encode(), 5)
+    assert (answer["parts"][0]["text"], answer["error"], answer["ended"]) == ("so far", error, ended)
+
+
+@needs_node
+def test_the_playground_reads_records_cut_anywhere():
+    text = ': comment\r\nevent: a\r\ndata: 1\r\ndata:2\r\n\r\ndata: x: y\rid: 7\r\revent: lost\n\ndata\n\ndata:  z\n\n'
+    whole = [{"event": "a", "data": "1\n2"}, {"event": "", "data": "x: y"}, {"event": "", "data": ""},
+             {"event": "", "data": " z"}]
+    cut = [[text[at:at + size] for at in range(0, len(text), size)] for size in (1, 2, 3, 5, 99)]
+    found = in_node("return given.map(pieces => { const read = sseReader(); return pieces.flatMap(read); });", cut)
+    assert found == [whole] * len(cut)
+
+
+@needs_node
+def test_the_playground_finds_code_and_nothing_else():
+    text = "\n\nHi `x`\n``` not `a` fence\n\n```py extra\n\nif 1:\n    pass\n```` \n  ~~~\n```\n~~~\n<b>*bye*</b>\n```\nopen"
+    expected = [["text", "Hi `x`\n``` not `a` fence"], ["open", "py"], ["code", "\nif 1:\n    pass"], ["close"],
+                ["open", ""], ["code", "```"], ["close"], ["text", "<b>*bye*</b>"], ["open", ""], ["code", "open"]]
+    cut = [[text[at:at + size] for at in range(0, len(text), size)] for size in (1, 4, 999)]
+    code = """return given.map(pieces => {
+        const feed = fences();
+        return [...pieces.flatMap(piece => feed(piece)), ...feed('', true)];
+    });"""
+    for ops in in_node(code, cut):
+        found = []
+        for op in ops:
+            if found and len(op) > 1 and op[0] == found[-1][0] != "open":
+                found[-1][1] += op[1]
+            else:
+                found.append(op)
+        assert found == expected
+
+
+@posix
+@needs_node
+@pytest.mark.parametrize("filler", ["", "x" * 200_000])
+def test_a_curl_line_means_the_same_to_a_shell(filler):
+    body = {"model": "m'1\"", "stream": True, "messages": [{"role": "user", "content":
+            f"it's $HOME `id` \\ \\\\ !! %s \n'\n\tJSON\nJSON\n\u2028 世界 🙂 \x7f {filler}"}]}
+    command = in_node("return asCurl(given.url, ['x-api-key: YOUR_KEY'], given.body);", {"url": "http://h/a'b?c&d", "body": body})
+    shell = 'curl() { for each in "$@"; do printf "%s\\0" "$each"; done; [ -t 0 ] || cat; }\n' + command
+    done = subprocess.run(["sh"], input=shell.encode(), stdout=subprocess.PIPE, check=True, timeout=60)
+    words = done.stdout.decode().split("\0")
+    assert words[:6] == ["-N", "http://h/a'b?c&d", "-H", "Content-Type: application/json", "-H", "x-api-key: YOUR_KEY"]
+    assert words[6] == ("--data-binary" if filler else "-d") and json.loads(words[8 if filler else 7]) == body
+    assert all(len(word) < 100_000 for word in words[:8])          # an argument may have 128 KiB
+
+
+@needs_node
+def test_ticks_are_round_and_reach_far_enough():
+    tops = [0, 1, 2, 3, 7, 9.5, 10, 11, 99, 100, 12345, 10 ** 9 + 1]
+    for top, ticks in zip(tops, in_node("return given.map(top => niceTicks(top));", tops)):
+        step = ticks[1]
+        assert ticks[0] == 0 and ticks[-1] >= top and len(ticks) <= 6 and str(step)[0] in "125"
+        assert [b - a for a, b in zip(ticks, ticks[1:])] == [step] * (len(ticks) - 1) and ticks[-1] - step < max(top, 1)
+
+
+@needs_node
+@pytest.mark.parametrize("span, step_s, count, room, expected", [
+    ("hour", 60, 60, 7, ["12:10", "12:20", "12:30", "12:40", "12:50", "13:00"]),
+    ("day", 3600, 24, 3, ["12:00", "00:00"]), ("month", 86400, 31, 31, None)])
+def test_times_are_labelled_at_round_ones(span, step_s, count, room, expected):
+    start = 1767269040 - 1767269040 % step_s               # 2026-01-01 12:04 UTC
+    times = [start + number * step_s for number in range(count)]
+    found = in_node("return timeTicks(given.times, given.span, given.room);", {"times": times, "span": span, "room": room})
+    shown = [time.strftime("%H:%M", time.gmtime(times[at])) for at in found]
+    assert len(found) == 31 if expected is None else shown == expected
+
+
+#: Keys that the script puts together.
+MADE_KEYS = {"play_dialect_": "chat messages responses", "play_tab_": "chat request raw curl", "chart_by_": "model key provider",
+             "play_": "temperature top_p max_tokens system extra", "chart_": "tokens requests errors hour day month",
+             "usage_days_": "1 7 30 90 365", "usage_by_": "model key provider day",
+             "usage_": "requests errors input output cached reasoning first_s total_s cost"}
+
+
+def test_the_views_texts_are_used_and_there_in_both_languages():
+    script = "".join(getattr(ifl, name) for name in PLAY_PARTS)
+    named = set(re.findall(r"'((?:play|chart|usage|clients)_[a-z0-9_]*)'", script))
+    assert {name for name in named if name.endswith("_")} == set(MADE_KEYS)
+    made = {prefix + name for prefix, names in MADE_KEYS.items() for name in names.split()}
+    assert (named | made) - set(MADE_KEYS) == set(ifl._TEXTS_PLAY)
+    assert set(re.findall(r"\bt\('(\w+[a-z0-9])'", script)) <= set(ifl.ADMIN_TEXTS)
+    for key, pair in ifl._TEXTS_PLAY.items():
+        assert len(pair) == 2 and all(pair) and not re.search("[\u4e00-\u9fff]", pair[1]), key
+        assert set(re.findall(r"\{(\w+)", pair[0])) == set(re.findall(r"\{(\w+)", pair[1])), key
+
+
+def test_the_views_load_nothing_from_elsewhere_and_make_no_markup():
+    script = "".join(getattr(ifl, name) for name in PLAY_PARTS)
+    assert set(re.findall(r"https?://[^'\s/]+", script)) == {"https://…"}           # a placeholder
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|\.onclick", script)
+    assert not re.search(r"url\(|@import|https?:", ifl._CSS_PLAY)
+
+
+@needs_node
+def test_the_page_is_one_script_that_parses(tmp_path):
+    path = tmp_path / "admin.js"
+    path.write_text(ifl.ADMIN_JS, encoding="utf-8")
+    done = subprocess.run(["node", "--check", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 0, done.stdout.decode()
 
 
 # === 19. House rules ========================================================
