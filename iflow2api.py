@@ -14950,13 +14950,18 @@ class Page(NamedTuple):
     headers: Tuple[Tuple[str, str], ...]
 
 
+def slim_script(script: str) -> str:
+    """Without indents, empty lines, and comments that fill lines: a tenth of what the page takes on its way."""
+    return re.sub(r"^(?: *(?://.*|/\*\*(?:(?!\*/)[\s\S])*\*/)?\n| +)", "", script, flags=re.M)
+
+
 @functools.lru_cache(maxsize=None)
 def admin_page() -> Page:
     """The page with style, texts and script in their places; its policy admits those two blocks and nothing else."""
     texts = json.dumps(ADMIN_TEXTS, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    body = ADMIN_HTML.replace("@CSS@", ADMIN_CSS).replace("@TEXTS@", texts).replace("@JS@", ADMIN_JS).encode()
-    style, script = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
-                     for part in (ADMIN_CSS, ADMIN_JS))
+    code = slim_script(ADMIN_JS)
+    body = ADMIN_HTML.replace("@CSS@", ADMIN_CSS).replace("@TEXTS@", texts).replace("@JS@", code).encode()
+    style, script = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (ADMIN_CSS, code))
     policy = ("default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
               f"style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
               "form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
