@@ -12246,7 +12246,7 @@ function dialog({title, body, actions = [], wide, closable = true, css = '', onc
     on: {click(event) { event.preventDefault(); if (!action.run || this.form.reportValidity()) press(action, this); }}}));
   const heading = el('h2', {text: title, id: uid()});
   const form = el('form', {method: 'dialog', on: {submit(event) { event.preventDefault(); }}},
-    el('header', heading, closable && iconButton('close', t('close'), close)),
+    el('header', heading, closable ? iconButton('close', t('close'), close) : !shown && languageButton(() => location.reload())),
     el('div', {class: 'dialog-body'}, body, error), buttons.length > 0 && el('footer', buttons));
   const node = el('dialog', {class: css + (wide ? ' wide' : ''), 'aria-labelledby': heading.id, on: {
     cancel(event) { if (!closable) event.preventDefault(); },
@@ -12466,6 +12466,15 @@ function paint() {
 async function mayLeave() {
   return !dirty() || confirmBox(t('unsaved'), {title: t('unsaved_title'), action: t('discard'), danger: true});
 }
+function languageButton(then) {
+  const other = lang() === 'zh' ? 'en' : 'zh';
+  return el('button', {class: 'icon-btn text', type: 'button', lang: other, id: 'lang', text: other === 'zh' ? '中文' : 'EN',
+    'aria-label': other === 'zh' ? '切换到中文' : 'Switch to English', on: {async click() {
+      if (!await mayLeave()) return;
+      stored.set('lang', other);
+      then();
+    }}});
+}
 function frame() {
   paint();
   $('#skip').textContent = t('skip');
@@ -12480,15 +12489,11 @@ function frame() {
     return head ? [head, list] : [list];
   }), el('p', {class: 'hint', style: {margin: 'auto 10px 0', 'padding-top': '16px'}, text: 'v' + session.version}));
   const next = {system: 'light', light: 'dark', dark: 'system'}[theme()];
-  const other = lang() === 'zh' ? 'en' : 'zh';
   top.replaceChildren(
     el('button', {class: 'icon-btn', id: 'burger', type: 'button', 'aria-label': t('nav'), 'aria-expanded': 'false',
       'aria-controls': 'nav', on: {click: () => drawer(!nav.classList.contains('open'))}}, icon('menu')),
     el('h1', {id: 'title'}), el('div', {class: 'live', id: 'live', role: 'status'}),
-    el('button', {class: 'icon-btn text', type: 'button', lang: other, id: 'lang', text: other === 'zh' ? '中文' : 'EN',
-      'aria-label': other === 'zh' ? '切换到中文' : 'Switch to English', on: {async click() {
-        if (!await mayLeave()) return;
-        stored.set('lang', other); frame(); await go(); $('#lang').focus(); }}}),
+    languageButton(async () => { frame(); await go(); $('#lang').focus(); }),
     fill(iconButton(theme(), t('theme', {now: t('theme_' + theme()), next: t('theme_' + next)}), () => {
       stored.set('theme', next);
       const title = $('#title').textContent;
@@ -13394,7 +13399,8 @@ VIEWS.logs = {icon: 'logs', async show(root) {
     ask();
   };
   let waiting = [], ready = false;
-  const stop = live.on('log', item => ready ? add(item) : waiting.push(item));
+  const stops = [live.on('log', item => ready ? add(item) : waiting.push(item)),
+    live.on('dropped', async () => { (await api('logs?level=debug&limit=10000')).data.forEach(add); })];
   live.logs(true);
   await load(root, api('logs?level=debug&limit=10000'), data => {
     all = data.data;
@@ -13407,7 +13413,7 @@ VIEWS.logs = {icon: 'logs', async show(root) {
     sift();
   });
   addEventListener('resize', ask);
-  return () => { stop(); live.logs(false); removeEventListener('resize', ask); };
+  return () => { stops.forEach(stop => stop()); live.logs(false); removeEventListener('resize', ask); };
 }};
 """
 
@@ -13444,8 +13450,11 @@ VIEWS.guide = {icon: 'guide', async show(root) {
       if (!model || !await patchConfig(config.version, {default_model: model})) return;
       toast(t('saved'));
       await redraw();
-    }), models.default_model === model || !usable.length ? '' : 'primary');
+    }));
+    const offer = () => keep.classList.toggle('primary', usable.length > 0 && models.default_model !== source.value.trim());
+    source.addEventListener('input', offer);
     source.addEventListener('change', () => { model = source.value.trim(); blocks(); });
+    offer();
     const two = step(2, t('guide_2'), usable.length > 0 && Boolean(models.default_model),
       el('p', {class: 'muted', text: t('guide_2_lead')}),
       el('div', {class: 'row bottom'}, field({label: t('model'), input: source}), keep,

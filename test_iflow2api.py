@@ -2,8 +2,8 @@
 
     python -m pytest -q
 
-Only pytest is needed.  The OpenAI SDK is used where it is installed; with IFLOW2API_REQUIRE_SDK=1 its absence is a
-failure.  Everything happens on the loopback at ports the system picks, with HOME in a folder of the test's own.
+Only pytest is needed.  The OpenAI SDK is used where it is installed, and so are selenium and Chromium with its driver;
+with IFLOW2API_REQUIRE_SDK=1 and IFLOW2API_REQUIRE_BROWSER=1 their absence is a failure.  Everything happens on the loopback at ports the system picks, with HOME in a folder of the test's own.
 Nothing sleeps: what has to happen is waited for with a deadline (`until`, `WAIT_S`), what must not happen is waited
 for with an answer to something that comes after it.
 """
@@ -52,6 +52,9 @@ import iflow2api as ifl
 
 #: A missing SDK is then a failure; read before the tests get an environment of their own.
 SDK_REQUIRED = os.environ.get("IFLOW2API_REQUIRE_SDK") == "1"
+
+#: So is a missing browser.
+BROWSER_REQUIRED = os.environ.get("IFLOW2API_REQUIRE_BROWSER") == "1"
 
 PROGRAM = os.path.abspath(ifl.__file__)
 SOURCE = open(PROGRAM, encoding="utf-8").read()
@@ -3859,6 +3862,298 @@ def test_a_server_of_another_gateway_may_be_the_upstream(server, upstream):
     inner = server(upstream)
     outer = server(inner.url + "/v1")
     assert records_of(post(outer, chat(True)).body) == HELLO
+
+
+# === 16. The page in a browser ===============================================
+
+#: Where Debian, other systems and CI keep them.
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+DRIVER = shutil.which("chromedriver") or ""
+
+
+class Tab:
+    """One tab of a browser, as somebody uses it: by what is written on things."""
+
+    def __init__(self, driver) -> None:
+        self.driver = driver
+
+    def run(self, script, *args):
+        return self.driver.execute_script(script, *args)
+
+    def until(self, found, what):
+        """The first true value of `found()`; what a page draws anew in between is no failure."""
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+        return WebDriverWait(self.driver, WAIT_S, 0.05, [StaleElementReferenceException]).until(lambda _: found(), what)
+
+    def find(self, selector, text=None, within="document"):
+        """The first visible element of `selector` that says `text` and can be used."""
+        script = f"""const [selector, text] = arguments;
+            return [...({within}).querySelectorAll(selector)].find(node => node.checkVisibility() && !node.disabled &&
+              !node.closest('[inert]') && (text === null || node.textContent.includes(text)))"""
+        return self.until(lambda: self.run(script, selector, text), f"{selector} {text}: not to be seen")
+
+    def press(self, selector, text=None, within="document"):
+        from selenium.common.exceptions import ElementClickInterceptedException
+
+        def click():
+            node = self.find(selector, text, within)
+            self.run("arguments[0].scrollIntoView({block: 'center'})", node)
+            try:
+                node.click()
+            except ElementClickInterceptedException:
+                return False
+            return True
+        self.until(click, f"{selector} {text}: can't be pressed")
+
+    def fill(self, label, value):
+        """Types into the control of the uppermost dialog, or of the page, that has this label."""
+        script = """const roots = [...document.querySelectorAll('dialog[open]')], root = roots[roots.length - 1] || document;
+            const label = [...root.querySelectorAll('label')].find(node => node.textContent.includes(arguments[0]));
+            return label && document.getElementById(label.htmlFor)"""
+        node = self.until(lambda: self.run(script, label), f"{label}: no such field")
+        node.clear()
+        node.send_keys(value)
+
+    def gone(self, selector):
+        self.until(lambda: not self.run("return document.querySelectorAll(arguments[0]).length", selector),
+                   f"{selector}: still there")
+
+    def complaints(self):
+        """What the browser has written since the last time that is an error, reports of the policy among them."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A browser for all tests; nothing of it goes beyond this machine."""
+    try:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+    except ImportError:
+        webdriver = None
+    if not (webdriver and CHROMIUM and DRIVER):
+        assert not BROWSER_REQUIRED, "selenium, chromium or chromedriver is missing"
+        pytest.skip("needs selenium, chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                 "disable-dev-shm-usage", "disable-background-networking", "disable-component-update",
+                 f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument("--" + flag)
+    driver = webdriver.Chrome(options, Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def tab(chromium):
+    """tab(width, dark): a tab without memory, of that size."""
+    def make(width, dark):
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600})
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
+        chromium.execute_cdp_cmd("Browser.grantPermissions", {
+            "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+        return Tab(chromium)
+    yield make
+    chromium.execute_cdp_cmd("Network.clearBrowserCookies", {})
+    chromium.get("about:blank")
+    chromium.get_log("browser")
+
+
+@pytest.fixture
+def fresh_server(config, monkeypatch):
+    """A server that was never started before, which keeps what it is told."""
+    monkeypatch.setattr(ifl.Vault, "ITERATIONS", (10, 10))
+    gateway = ifl.Gateway(config=config, environ={}, flags={"detect_local": False})
+    with ifl.serve(gateway, port=0) as made:
+        yield made
+
+
+def wording(key, language, **facts):
+    """A text of the page."""
+    text = ifl.ADMIN_TEXTS[key][("zh", "en").index(language)]
+    return re.sub(r"\{(\w+)\}", lambda found: str(facts[found.group(1)]), text)
+
+
+def first_start(page, server, language):
+    """The first start: the code, a password, the guide."""
+    page.driver.get(server.url + "/admin")
+    if page.find("html").get_attribute("lang")[:2] != language:
+        page.press("#lang")
+        page.until(lambda: page.find("html").get_attribute("lang")[:2] == language, "the language stays")
+    page.fill(wording("setup_code", language), server.gateway.sessions.code())
+    page.fill(wording("password_new", language), PASSWORD)
+    page.fill(wording("password_repeat", language), PASSWORD)
+    page.press("dialog .primary")
+    page.find("h1", wording("view_guide", language))
+
+
+def connect_demo(page, demo, language):
+    """A provider with a key, tested by the button before it is kept."""
+    page.press("main .btn", wording("provider_add", language))
+    page.fill(wording("provider_name", language), "mine")
+    page.fill(wording("base_url", language), demo.base_url)
+    page.fill(wording("api_keys", language), "sk-demo-1234567890")
+    page.press("dialog footer .btn", wording("test", language))
+    page.find("dialog .badge.ok", wording("check_tools", language))
+    page.press("dialog button.chip", "demo-text")
+    page.press("dialog button.chip", "demo-vision")
+    page.press("dialog .primary")
+    page.gone("dialog")
+
+
+@pytest.mark.parametrize("language, dark, width", [("zh", False, 360), ("en", True, 360), ("zh", True, 1400),
+                                                   ("en", False, 1400)])
+def test_the_page_alone_leads_to_a_working_client(fresh_server, demo, tab, language, dark, width):
+    page = tab(width, dark)
+    first_start(page, fresh_server, language)
+    assert page.run("return document.documentElement.dataset.theme") == ("dark" if dark else "light")
+    connect_demo(page, demo, language)
+    page.find(".step.done .chip", "mine")
+    page.find(".step select").send_keys("demo-vision")
+    page.press(".step .primary", wording("guide_2_keep", language))
+    page.until(lambda: fresh_server.gateway.settings.default_model == "demo-vision", "the model is not kept")
+    page.press(".step:last-child .btn", wording("copy", language))
+    page.find(".step:last-child .btn", wording("copied", language))
+    copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    assert fresh_server.url in copied and "ANTHROPIC_BASE_URL" in copied and "sk-demo" not in copied
+    page.press("a.btn", wording("guide_try", language))
+    page.find(".play-composer textarea").send_keys("Hello there\ue007")
+    page.find(".play-log", "You said: “Hello there”")
+    assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+    assert call_demo(fresh_server.url, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})[0] == 200
+    page.run("location.hash = 'overview'")
+    page.find("main td", "demo-vision")
+    assert page.complaints() == []
+
+
+@pytest.mark.parametrize("width, language", [(360, "zh"), (1400, "en")])
+def test_each_view_of_the_page_is_drawn_without_complaint(fresh_server, demo, tab, width, language):
+    page = tab(width, False)
+    first_start(page, fresh_server, language)
+    connect_demo(page, demo, language)
+    names = [name[5:] for name in ifl.ADMIN_TEXTS if re.fullmatch(r"view_[a-z]+", name)]
+    assert len(names) == 12
+    for name in names:
+        page.run("location.hash = arguments[0]", name)
+        page.find("h1", wording("view_" + name, language))
+        page.until(lambda: page.run("return document.querySelector('main :is(.card, .log-pane)') && document.querySelector('main .stack')"
+                                    ".textContent.length > 20"), f"{name} stays empty")
+        assert page.run("return document.documentElement.scrollWidth - innerWidth") <= 0, name
+        assert page.run("return document.querySelectorAll('main [role=alert].card').length") == 0, name
+    assert page.complaints() == []
+
+
+def test_what_was_typed_outlives_the_session(fresh_server, tab):
+    page = tab(1400, False)
+    first_start(page, fresh_server, "en")
+    page.run("location.hash = 'models'")
+    page.press(".btn", wording("alias_add", "en"))
+    page.find(".alias input").send_keys("claude-*")
+    page.find(".alias input:nth-of-type(2)").send_keys("mine/glm-5")
+    fresh_server.gateway.sessions.close_all()
+    page.press("main .primary", wording("save", "en"))
+    page.fill(wording("password", "en"), PASSWORD)
+    page.press("dialog .primary")
+    page.until(lambda: fresh_server.gateway.settings.aliases == {"claude-*": "mine/glm-5"}, "nothing was saved")
+
+
+def test_two_tabs_lose_nothing(fresh_server, tab):
+    page = tab(1400, False)
+    first_start(page, fresh_server, "en")
+    page.run("location.hash = 'settings'")
+    page.find("input[type=search]").send_keys("queue_limit")
+    page.run("window.before = document.querySelector('main .stack')")
+    node = page.find("main input[type=number]")
+    node.clear()
+    node.send_keys("7")
+    fresh_server.gateway.change_config(lambda raw: raw.update(queue_limit=9))
+    page.press(".savebar .primary")
+    page.press("dialog .choice", wording("theirs", "en"))
+    assert "7" in page.find("dialog").text and "9" in page.find("dialog").text
+    page.press("dialog .choice", wording("yours", "en"))
+    page.press("dialog .primary")
+    page.until(lambda: fresh_server.gateway.settings.queue_limit == 7, "mine is lost")
+
+
+MARKUP = "<img src=x onerror=alert(1)>\u202eevil\u202c \x1b[31m' \" </script>"
+
+
+def test_foreign_text_is_shown_as_text(fresh_server, tab):
+    page = tab(1400, False)
+    first_start(page, fresh_server, "en")
+    page.run("location.hash = 'logs'")
+    page.find(".log-pane")
+    ifl.log.warning("upstream said %s", MARKUP)
+    page.find(".log-line", "<img src=x")
+    shown = page.run("return document.querySelector('.log-pane').textContent")
+    assert "\u202e" not in shown and "\x1b" not in shown and "⟨202E⟩evil⟨202C⟩" in shown
+    assert page.run("return document.querySelectorAll('main img').length") == 0
+    assert page.complaints() == []
+
+
+def test_a_hundred_thousand_log_lines_stay_smooth(fresh_server, tab):
+    """The page keeps what it can show, draws what is in sight, and answers in between."""
+    page = tab(1400, False)
+    first_start(page, fresh_server, "en")
+    page.run("location.hash = 'logs'")
+    page.find(".log-pane")
+    for number in range(100_000):
+        fresh_server.gateway.live.logs.add((time.time(), logging.INFO, "iflow2api", f"line {number} of many"))
+
+    def arrived():
+        fresh_server.gateway.live.ring()
+        return page.run("return document.querySelector('.log-pane').textContent.includes('line 99999')")
+    page.until(arrived, "the last line is not to be seen")
+    assert page.run("return document.querySelectorAll('.log-line').length") < 100
+    slow_ms = page.driver.execute_async_script("""const done = arguments[0], pane = document.querySelector('.log-pane');
+        let last = performance.now(), worst = 0, n = 0;
+        const step = now => { worst = Math.max(worst, now - last); last = now; pane.scrollTop = n * 997;
+          if (++n < 60) requestAnimationFrame(step); else done(worst); };
+        requestAnimationFrame(step);""")
+    assert slow_ms < 500
+
+
+# --- the page as text ------------------------------------------------------------
+
+def page_texts_used():
+    """Keys that the script names, and beginnings of keys that it makes."""
+    script = re.sub(r"(?<!:)//.*|/\*[\s\S]*?\*/", "", ifl.ADMIN_JS)
+    return set(re.findall(r"'(\w+)'", script)), set(re.findall(r"\b(?:t|has|choicesOf)\((?:[^()]*, )?'(\w+_)'", script)), \
+        set(re.findall(r"\bt\('(\w*[a-z0-9])'[,)]", script))
+
+
+def test_the_page_has_each_text_in_both_languages_and_uses_it():
+    words, beginnings, certain = page_texts_used()
+    assert [key for key, texts in ifl.ADMIN_TEXTS.items() if len(texts) != 2 or not all(map(str.strip, texts))] == []
+    assert sorted(certain - set(ifl.ADMIN_TEXTS)) == []
+    assert sorted(start for start in beginnings if not any(key.startswith(start) for key in ifl.ADMIN_TEXTS)) == []
+    assert sorted(key for key in ifl.ADMIN_TEXTS if key not in words and not key.startswith(tuple(beginnings))) == []
+    marks = {key: [set(re.findall(r"\{(\w+)", text)) for text in texts] for key, texts in ifl.ADMIN_TEXTS.items()}
+    assert [key for key, (zh, en) in marks.items() if zh != en and not zh <= en] == []
+
+
+def test_the_page_is_text_only_and_comes_from_here_alone():
+    for banned in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "srcdoc"):
+        assert banned not in ifl.ADMIN_JS
+    assert not re.search(r"\son\w+=|\sstyle=|javascript:", ifl.ADMIN_HTML)
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//|@import|url\(", ifl.ADMIN_HTML + ifl.ADMIN_CSS)
+    assert "</script" not in ifl.ADMIN_JS and "</style" not in ifl.ADMIN_CSS
+
+
+def test_the_page_is_small():
+    assert len(ifl.admin_page().packed) <= 60 * 1024
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_the_script_of_the_page_is_well_formed(tmp_path):
+    path = tmp_path / "page.js"
+    path.write_text(ifl.ADMIN_JS, encoding="utf-8")
+    assert subprocess.run(["node", "--check", str(path)], capture_output=True, text=True).stderr == ""
 
 
 # === 18. Command line =======================================================
