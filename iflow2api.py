@@ -11842,6 +11842,7 @@ background:var(--surface);box-shadow:var(--shadow-2)}
 dialog.wide{width:min(860px,calc(100vw - 24px))}
 dialog::backdrop{background:#0b0f1480}
 dialog.gate::backdrop{background:var(--bg)}
+dialog.over::backdrop{background:#0b0f1480}
 dialog form{display:flex;flex-direction:column;max-height:calc(100dvh - 32px)}
 dialog header,dialog footer{display:flex;align-items:center;gap:8px;padding:14px 20px;flex:none}
 dialog header h2{flex:1;font-size:16px}
@@ -11961,7 +11962,8 @@ align-items:baseline}
 .data tr.open{position:relative}
 .data tr.open td.bare{position:absolute;inset:4px 0 auto auto}
 .tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
-.tile .figure{font-size:19px}
+.tile .figure{font-size:18px;gap:5px}
+.spread>.row:has(.search){width:100%}
 .facts{grid-template-columns:minmax(0,1fr);gap:0}
 .facts dd{margin-bottom:8px}
 .search{max-width:none}
@@ -12246,7 +12248,8 @@ function dialog({title, body, actions = [], wide, closable = true, css = '', onc
     on: {click(event) { event.preventDefault(); if (!action.run || this.form.reportValidity()) press(action, this); }}}));
   const heading = el('h2', {text: title, id: uid()});
   const form = el('form', {method: 'dialog', on: {submit(event) { event.preventDefault(); }}},
-    el('header', heading, closable ? iconButton('close', t('close'), close) : !shown && languageButton(() => location.reload())),
+    el('header', heading, closable ? iconButton('close', t('close'), close) : !shown &&
+      languageButton(() => location.reload())),
     el('div', {class: 'dialog-body'}, body, error), buttons.length > 0 && el('footer', buttons));
   const node = el('dialog', {class: css + (wide ? ' wide' : ''), 'aria-labelledby': heading.id, on: {
     cancel(event) { if (!closable) event.preventDefault(); },
@@ -12254,7 +12257,8 @@ function dialog({title, body, actions = [], wide, closable = true, css = '', onc
     close() { node.remove(); if (onclose) onclose(); }}}, form);
   document.body.append(node);
   node.showModal();
-  (form.querySelector('[autofocus], .dialog-body :is(input,select,textarea,button)') || buttons[buttons.length - 1] ||
+  (form.querySelector('[autofocus], .dialog-body :is(input:not([tabindex]),select,textarea,a,button)') ||
+    buttons[buttons.length - 1] ||
     form).focus();
   return {close, node, error};
 }
@@ -12660,6 +12664,7 @@ VIEWS.overview = {icon: 'overview', async show(root) {
     const {health, today} = data, waiting = data.queue.reduce((sum, item) => sum + item.waiting, 0);
     parts.top.replaceChildren(...[problems(health.problems), data.next && el('div', {class: 'note spread'},
       t('guide_open_' + data.next), el('a', {class: 'btn primary', href: '#guide', text: t('view_guide')}))].filter(Boolean));
+    parts.top.hidden = !parts.top.firstChild;
     parts.tiles.replaceChildren(
       tile(t('server'), [el('span', {class: 'dot big ' + (health.status === 'healthy' ? 'ok' : 'warn'),
         'aria-hidden': 'true'}),
@@ -12668,8 +12673,9 @@ VIEWS.overview = {icon: 'overview', async show(root) {
       tile(t('tokens_today'), [fmt.tokens(today.input), el('span', {class: 'muted', text: ' → '}), fmt.tokens(today.output)],
         t('in_out')),
       tile(t('right_now'), fmt.number(data.in_flight), t('waiting_n', {n: waiting, c: data.connections})));
-    parts.address.replaceChildren(facts([[t('base_url'), [el('span', {class: 'mono break', text: data.address + '/v1'}), ' ',
-      copyButton(() => data.address + '/v1')]], [t('needs_key'), t(data.needs_key ? 'needs_key_yes' : 'needs_key_no')]]));
+    parts.address.replaceChildren(facts([[t('base_url'), el('div', {class: 'row'},
+      el('span', {class: 'mono break', text: data.address + '/v1'}), copyButton(() => data.address + '/v1'))],
+    [t('needs_key'), t(data.needs_key ? 'needs_key_yes' : 'needs_key_no')]]));
     parts.providers.update(health.providers.map(item =>
       ({...item, ...data.queue.find(entry => entry.provider === item.name)})));
     const limits = data.limits.map(({key, ...rest}) => [el('h3', {}, foreign(key || t('address'))), limitLines(rest)]);
@@ -12727,7 +12733,8 @@ async function loginDialog(done, account = '') {
   const word = el('p', {role: 'status', class: 'row'}, el('span', {class: 'spin', 'aria-hidden': 'true'}),
     t('login_waiting'));
   const body = [el('p', {text: t(tab ? 'login_lead' : 'login_lead_blocked')}), word,
-    el('div', {class: 'row'}, el('a', {class: 'btn', href: url, target: '_blank', rel: 'noreferrer noopener'}, icon('link'),
+    el('div', {class: 'row'}, el('a', {class: tab ? 'btn' : 'btn primary', href: url, target: '_blank',
+      rel: 'noreferrer noopener'}, icon('link'),
       t('login_open')), copyButton(() => url, t('login_copy'))),
     el('details', {open: away}, el('summary', {text: t('login_paste')}), el('div', {class: 'stack tight'},
       el('p', {class: 'hint', text: t('login_paste_hint')}), text,
@@ -13148,6 +13155,7 @@ VIEWS.settings = {icon: 'settings', async show(root) {
     const {node, read} = control(item), fixed = item.origin === 'environment' || item.origin === 'flag';
     const first = JSON.stringify(item.value), shownDefault = shownValue(item.default);
     let cleared = false;
+    const [, unit] = item.name.match(/_(s|bytes|days)$/) || [];
     node.disabled = fixed;
     const reset = item.origin === 'file' && button(t('to_default'), () => {
       cleared = true;
@@ -13162,7 +13170,9 @@ VIEWS.settings = {icon: 'settings', async show(root) {
         'IFLOW2API_' + item.name.toUpperCase()}) :
       item.secret ? '' : [t('default') + ' ', el('span', {class: 'mono'}, foreign(shownDefault.length > 60 ? '…' :
         shownDefault))]];
-    const box = field({label: [titled(pick(item.label)), ' ', item.origin !== 'default' && badge(t('origin_' + item.origin)),
+    const box = field({label: [titled(pick(item.label)),
+      unit && el('span', {class: 'muted', text: ` (${t('unit_' + unit)})`}), ' ', item.origin !== 'default' &&
+      badge(t('origin_' + item.origin)),
       item.restart && badge(t('needs_restart'), 'warn')], hint, input: node});
     const part = {item, box, read, get unset() { return cleared; }, changed() {
       if (cleared) return true;
@@ -13670,6 +13680,7 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "group_server": ("服务", "Server"), "group_upstream": ("上游与路由", "Upstreams and routes"),
     "group_clients": ("客户端与访问", "Clients and access"), "group_iflow": ("iFlow", "iFlow"),
     "group_logs": ("日志与用量", "Logs and usage"), "group_appearance": ("界面", "Appearance"),
+    "unit_s": ("秒", "seconds"), "unit_bytes": ("字节", "bytes"), "unit_days": ("天", "days"),
     "automatic": ("自动", "automatic"), "one_a_line": ("每行一个", "One a line"), "not_set": ("未设置", "not set"),
     "empty": ("空", "empty"), "unset": ("未设置", "not set"), "default": ("默认", "default"), "to_default": ("恢复默认", "Use the default"),
     "origin_file": ("已修改", "changed"), "origin_environment": ("环境变量", "environment"), "origin_flag": ("命令行", "flag"),
