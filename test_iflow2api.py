@@ -2,8 +2,8 @@
 
     python -m pytest -q
 
-Only pytest is needed.  The OpenAI SDK is used where it is installed; with IFLOW2API_REQUIRE_SDK=1 its absence is a
-failure.  Everything happens on the loopback at ports the system picks, with HOME in a folder of the test's own.
+Only pytest is needed.  The OpenAI SDK is used where it is installed, and so are selenium and Chromium with its driver;
+with IFLOW2API_REQUIRE_SDK=1 and IFLOW2API_REQUIRE_BROWSER=1 their absence is a failure.  Everything happens on the loopback at ports the system picks, with HOME in a folder of the test's own.
 Nothing sleeps: what has to happen is waited for with a deadline (`until`, `WAIT_S`), what must not happen is waited
 for with an answer to something that comes after it.
 """
@@ -42,6 +42,7 @@ import time
 import tracemalloc
 import urllib.parse
 import weakref
+import urllib.request
 import zlib
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,6 +54,9 @@ import iflow2api as ifl
 
 #: A missing SDK is then a failure; read before the tests get an environment of their own.
 SDK_REQUIRED = os.environ.get("IFLOW2API_REQUIRE_SDK") == "1"
+
+#: So is a missing browser.
+BROWSER_REQUIRED = os.environ.get("IFLOW2API_REQUIRE_BROWSER") == "1"
 
 PROGRAM = os.path.abspath(ifl.__file__)
 SOURCE = open(PROGRAM, encoding="utf-8").read()
@@ -4062,6 +4066,298 @@ def test_a_server_of_another_gateway_may_be_the_upstream(server, upstream):
     inner = server(upstream)
     outer = server(inner.url + "/v1")
     assert records_of(post(outer, chat(True)).body) == HELLO
+
+
+# === 16. The page in a browser ===============================================
+
+#: Where Debian, other systems and CI keep them.
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+DRIVER = shutil.which("chromedriver") or ""
+
+
+class Tab:
+    """One tab of a browser, as somebody uses it: by what is written on things."""
+
+    def __init__(self, driver) -> None:
+        self.driver = driver
+
+    def run(self, script, *args):
+        return self.driver.execute_script(script, *args)
+
+    def until(self, found, what):
+        """The first true value of `found()`; what a page draws anew in between is no failure."""
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+        return WebDriverWait(self.driver, WAIT_S, 0.05, [StaleElementReferenceException]).until(lambda _: found(), what)
+
+    def find(self, selector, text=None, within="document"):
+        """The first visible element of `selector` that says `text` and can be used."""
+        script = f"""const [selector, text] = arguments;
+            return [...({within}).querySelectorAll(selector)].find(node => node.checkVisibility() && !node.disabled &&
+              !node.closest('[inert]') && (text === null || node.textContent.includes(text)))"""
+        return self.until(lambda: self.run(script, selector, text), f"{selector} {text}: not to be seen")
+
+    def press(self, selector, text=None, within="document"):
+        from selenium.common.exceptions import ElementClickInterceptedException
+
+        def click():
+            node = self.find(selector, text, within)
+            self.run("arguments[0].scrollIntoView({block: 'center'})", node)
+            try:
+                node.click()
+            except ElementClickInterceptedException:
+                return False
+            return True
+        self.until(click, f"{selector} {text}: can't be pressed")
+
+    def fill(self, label, value):
+        """Types into the control of the uppermost dialog, or of the page, that has this label."""
+        script = """const roots = [...document.querySelectorAll('dialog[open]')], root = roots[roots.length - 1] || document;
+            const label = [...root.querySelectorAll('label')].find(node => node.textContent.includes(arguments[0]));
+            return label && document.getElementById(label.htmlFor)"""
+        node = self.until(lambda: self.run(script, label), f"{label}: no such field")
+        node.clear()
+        node.send_keys(value)
+
+    def gone(self, selector):
+        self.until(lambda: not self.run("return document.querySelectorAll(arguments[0]).length", selector),
+                   f"{selector}: still there")
+
+    def complaints(self):
+        """What the browser has written since the last time that is an error, reports of the policy among them."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A browser for all tests; nothing of it goes beyond this machine."""
+    try:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+    except ImportError:
+        webdriver = None
+    if not (webdriver and CHROMIUM and DRIVER):
+        assert not BROWSER_REQUIRED, "selenium, chromium or chromedriver is missing"
+        pytest.skip("needs selenium, chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                 "disable-dev-shm-usage", "disable-background-networking", "disable-component-update",
+                 f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument("--" + flag)
+    driver = webdriver.Chrome(options, Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def tab(chromium):
+    """tab(width, dark): a tab without memory, of that size."""
+    def make(width, dark):
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600})
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
+        chromium.execute_cdp_cmd("Browser.grantPermissions", {
+            "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+        return Tab(chromium)
+    yield make
+    chromium.execute_cdp_cmd("Network.clearBrowserCookies", {})
+    chromium.get("about:blank")
+    chromium.get_log("browser")
+
+
+@pytest.fixture
+def fresh_server(config, monkeypatch):
+    """A server that was never started before, which keeps what it is told."""
+    monkeypatch.setattr(ifl.Vault, "ITERATIONS", (10, 10))
+    gateway = ifl.Gateway(config=config, environ={}, flags={"detect_local": False})
+    with ifl.serve(gateway, port=0) as made:
+        yield made
+
+
+def wording(key, language, **facts):
+    """A text of the page."""
+    text = ifl.ADMIN_TEXTS[key][("zh", "en").index(language)]
+    return re.sub(r"\{(\w+)\}", lambda found: str(facts[found.group(1)]), text)
+
+
+def first_start(page, server, language):
+    """The first start: the code, a password, the guide."""
+    page.driver.get(server.url + "/admin")
+    if page.find("html").get_attribute("lang")[:2] != language:
+        page.press("#lang")
+        page.until(lambda: page.find("html").get_attribute("lang")[:2] == language, "the language stays")
+    page.fill(wording("setup_code", language), server.gateway.sessions.code())
+    page.fill(wording("password_new", language), PASSWORD)
+    page.fill(wording("password_repeat", language), PASSWORD)
+    page.press("dialog .primary")
+    page.find("h1", wording("view_guide", language))
+
+
+def connect_demo(page, demo, language):
+    """A provider with a key, tested by the button before it is kept."""
+    page.press("main .btn", wording("provider_add", language))
+    page.fill(wording("provider_name", language), "mine")
+    page.fill(wording("base_url", language), demo.base_url)
+    page.fill(wording("api_keys", language), "sk-demo-1234567890")
+    page.press("dialog footer .btn", wording("test", language))
+    page.find("dialog .badge.ok", wording("check_tools", language))
+    page.press("dialog button.chip", "demo-text")
+    page.press("dialog button.chip", "demo-vision")
+    page.press("dialog .primary")
+    page.gone("dialog")
+
+
+@pytest.mark.parametrize("language, dark, width", [("zh", False, 360), ("en", True, 360), ("zh", True, 1400),
+                                                   ("en", False, 1400)])
+def test_the_page_alone_leads_to_a_working_client(fresh_server, demo, tab, language, dark, width):
+    page = tab(width, dark)
+    first_start(page, fresh_server, language)
+    assert page.run("return document.documentElement.dataset.theme") == ("dark" if dark else "light")
+    connect_demo(page, demo, language)
+    page.find(".step.done .chip", "mine")
+    page.find(".step select").send_keys("demo-vision")
+    page.press(".step .primary", wording("guide_2_keep", language))
+    page.until(lambda: fresh_server.gateway.settings.default_model == "demo-vision", "the model is not kept")
+    page.press(".step:last-child .btn", wording("copy", language))
+    page.find(".step:last-child .btn", wording("copied", language))
+    copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    assert fresh_server.url in copied and "ANTHROPIC_BASE_URL" in copied and "sk-demo" not in copied
+    page.press("a.btn", wording("guide_try", language))
+    page.find(".play-composer textarea").send_keys("Hello there\ue007")
+    page.find(".play-log", "You said: “Hello there”")
+    assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+    assert call_demo(fresh_server.url, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})[0] == 200
+    page.run("location.hash = 'overview'")
+    page.find("main td", "demo-vision")
+    assert page.complaints() == []
+
+
+@pytest.mark.parametrize("width, language", [(360, "zh"), (1400, "en")])
+def test_each_view_of_the_page_is_drawn_without_complaint(fresh_server, demo, tab, width, language):
+    page = tab(width, False)
+    first_start(page, fresh_server, language)
+    connect_demo(page, demo, language)
+    names = [name[5:] for name in ifl.ADMIN_TEXTS if re.fullmatch(r"view_[a-z]+", name)]
+    assert len(names) == 12
+    for name in names:
+        page.run("location.hash = arguments[0]", name)
+        page.find("h1", wording("view_" + name, language))
+        page.until(lambda: page.run("return document.querySelector('main :is(.card, .log-pane)') && document.querySelector('main .stack')"
+                                    ".textContent.length > 20"), f"{name} stays empty")
+        assert page.run("return document.documentElement.scrollWidth - innerWidth") <= 0, name
+        assert page.run("return document.querySelectorAll('main [role=alert].card').length") == 0, name
+    assert page.complaints() == []
+
+
+def test_what_was_typed_outlives_the_session(fresh_server, tab):
+    page = tab(1400, False)
+    first_start(page, fresh_server, "en")
+    page.run("location.hash = 'models'")
+    page.press(".btn", wording("alias_add", "en"))
+    page.find(".alias input").send_keys("claude-*")
+    page.find(".alias input:nth-of-type(2)").send_keys("mine/glm-5")
+    fresh_server.gateway.sessions.close_all()
+    page.press("main .primary", wording("save", "en"))
+    page.fill(wording("password", "en"), PASSWORD)
+    page.press("dialog .primary")
+    page.until(lambda: fresh_server.gateway.settings.aliases == {"claude-*": "mine/glm-5"}, "nothing was saved")
+
+
+def test_two_tabs_lose_nothing(fresh_server, tab):
+    page = tab(1400, False)
+    first_start(page, fresh_server, "en")
+    page.run("location.hash = 'settings'")
+    page.find("input[type=search]").send_keys("queue_limit")
+    page.run("window.before = document.querySelector('main .stack')")
+    node = page.find("main input[type=number]")
+    node.clear()
+    node.send_keys("7")
+    fresh_server.gateway.change_config(lambda raw: raw.update(queue_limit=9))
+    page.press(".savebar .primary")
+    page.press("dialog .choice", wording("theirs", "en"))
+    assert "7" in page.find("dialog").text and "9" in page.find("dialog").text
+    page.press("dialog .choice", wording("yours", "en"))
+    page.press("dialog .primary")
+    page.until(lambda: fresh_server.gateway.settings.queue_limit == 7, "mine is lost")
+
+
+MARKUP = "<img src=x onerror=alert(1)>\u202eevil\u202c \x1b[31m' \" </script>"
+
+
+def test_foreign_text_is_shown_as_text(fresh_server, tab):
+    page = tab(1400, False)
+    first_start(page, fresh_server, "en")
+    page.run("location.hash = 'logs'")
+    page.find(".log-pane")
+    ifl.log.warning("upstream said %s", MARKUP)
+    page.find(".log-line", "<img src=x")
+    shown = page.run("return document.querySelector('.log-pane').textContent")
+    assert "\u202e" not in shown and "\x1b" not in shown and "⟨202E⟩evil⟨202C⟩" in shown
+    assert page.run("return document.querySelectorAll('main img').length") == 0
+    assert page.complaints() == []
+
+
+def test_a_hundred_thousand_log_lines_stay_smooth(fresh_server, tab):
+    """The page keeps what it can show, draws what is in sight, and answers in between."""
+    page = tab(1400, False)
+    first_start(page, fresh_server, "en")
+    page.run("location.hash = 'logs'")
+    page.find(".log-pane")
+    for number in range(100_000):
+        fresh_server.gateway.live.logs.add((time.time(), logging.INFO, "iflow2api", f"line {number} of many"))
+
+    def arrived():
+        fresh_server.gateway.live.ring()
+        return page.run("return document.querySelector('.log-pane').textContent.includes('line 99999')")
+    page.until(arrived, "the last line is not to be seen")
+    assert page.run("return document.querySelectorAll('.log-line').length") < 100
+    slow_ms = page.driver.execute_async_script("""const done = arguments[0], pane = document.querySelector('.log-pane');
+        let last = performance.now(), worst = 0, n = 0;
+        const step = now => { worst = Math.max(worst, now - last); last = now; pane.scrollTop = n * 997;
+          if (++n < 60) requestAnimationFrame(step); else done(worst); };
+        requestAnimationFrame(step);""")
+    assert slow_ms < 500
+
+
+# --- the page as text ------------------------------------------------------------
+
+def page_texts_used():
+    """Keys that the script names, and beginnings of keys that it makes."""
+    script = re.sub(r"(?<!:)//.*|/\*[\s\S]*?\*/", "", ifl.ADMIN_JS)
+    return set(re.findall(r"'(\w+)'", script)), set(re.findall(r"\b(?:t|has|choicesOf)\((?:[^()]*, )?'(\w+_)'", script)), \
+        set(re.findall(r"\bt\('(\w*[a-z0-9])'[,)]", script))
+
+
+def test_the_page_has_each_text_in_both_languages_and_uses_it():
+    words, beginnings, certain = page_texts_used()
+    assert [key for key, texts in ifl.ADMIN_TEXTS.items() if len(texts) != 2 or not all(map(str.strip, texts))] == []
+    assert sorted(certain - set(ifl.ADMIN_TEXTS)) == []
+    assert sorted(start for start in beginnings if not any(key.startswith(start) for key in ifl.ADMIN_TEXTS)) == []
+    assert sorted(key for key in ifl.ADMIN_TEXTS if key not in words and not key.startswith(tuple(beginnings))) == []
+    marks = {key: [set(re.findall(r"\{(\w+)", text)) for text in texts] for key, texts in ifl.ADMIN_TEXTS.items()}
+    assert [key for key, (zh, en) in marks.items() if zh != en and not zh <= en] == []
+
+
+def test_the_page_is_text_only_and_comes_from_here_alone():
+    for banned in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "srcdoc"):
+        assert banned not in ifl.ADMIN_JS
+    assert not re.search(r"\son\w+=|\sstyle=|javascript:", ifl.ADMIN_HTML)
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//|@import|url\(", ifl.ADMIN_HTML + ifl.ADMIN_CSS)
+    assert "</script" not in ifl.ADMIN_JS and "</style" not in ifl.ADMIN_CSS
+
+
+def test_the_page_is_small():
+    assert len(ifl.admin_page().packed) <= 60 * 1024
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_the_script_of_the_page_is_well_formed(tmp_path):
+    path = tmp_path / "page.js"
+    path.write_text(ifl.ADMIN_JS, encoding="utf-8")
+    assert subprocess.run(["node", "--check", str(path)], capture_output=True, text=True).stderr == ""
 
 
 # === 18. Command line =======================================================
@@ -12630,6 +12926,215 @@ def test_a_start_with_a_password_opens_nothing_and_shows_no_code(home, config):
     with running_console() as (_, url, reader):
         card = card_of(reader)
     assert f"{url}/admin" in card and not re.search(r"[A-Z0-9]{4}-[A-Z0-9]{4}", card)
+
+
+# === 16. Admin: playground, charts, usage, clients ===========================
+
+PLAY_PARTS = ("_JS_PLAY", "_JS_CHARTS", "_JS_USAGE", "_JS_CLIENTS")
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+
+
+def in_node(code, given=None):
+    """What `code`, the body of a function, returns below those parts of the page that know nothing of a page."""
+    pure = ifl._JS_PLAY.partition("// --- playground")[0] + ifl._JS_CHARTS.partition("// --- charts: drawing")[0]
+    script = f"{pure}\nconst given = {json.dumps(given)};\nconsole.log(JSON.stringify((() => {{{code}}})()));"
+    done = subprocess.run(["node", "-"], input=script.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env={**os.environ, "TZ": "UTC"}, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+PLAY_TURNS = [{"role": "user", "text": "Hello “世界” 🙂", "images": []},
+              {"role": "assistant", "parts": [{"kind": "thinking", "text": "I look."}, {"kind": "text", "text": "One moment."}, {
+                  "kind": "call", "id": "call_1", "name": "look", "text": '{"at": 1}', "result": "It rains."}]},
+              {"role": "user", "text": "And this?", "images": [PIXEL, "https://example.org/a.png"]}]
+PLAY_TALK = {"model": "demo", "system": "Be brief.", "temperature": 0.5, "top_p": 0.9, "max_tokens": 500, "effort": "low",
+             "stream": False, "turns": PLAY_TURNS, "extra": {"metadata": {"a": "b"}}}
+#: The answers, read from a stream in pieces of each size, or whole.
+READ_ANSWERS = """
+    const dialect = DIALECTS[given.dialect], bytes = Buffer.from(given.data, 'base64');
+    return given.sizes.map(size => {
+      const answer = newAnswer(), read = sseReader(), decoder = new TextDecoder();
+      if (!size) dialect.reply(answer, JSON.parse(bytes.toString()));
+      else for (let at = 0; at < bytes.length; at += size)
+        for (const {data} of read(decoder.decode(bytes.subarray(at, at + size), {stream: true})))
+          if (data !== '[DONE]') dialect.event(answer, JSON.parse(data));
+      return answer;
+    });"""
+
+
+def read_by_page(dialect, data, *sizes):
+    return in_node(READ_ANSWERS, {"dialect": dialect, "data": base64.b64encode(data).decode(), "sizes": sizes})
+
+
+def post_raw(url, path, body):
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return response.read()
+
+
+@needs_node
+@pytest.mark.usefixtures("own_home")
+@pytest.mark.parametrize("dialect", ["chat", "messages", "responses"])
+def test_the_playground_speaks_every_dialect(dialect):
+    """Its requests arrive whole, and a stream gives the same as a plain answer, wherever it is cut."""
+    text = "Code for “世界” 🙂:\n\n```python\nprint('hi')\n```\n" * 2
+    said = ifl.DemoAnswer(text, "Let me think, 仔细想想.", (("look", {"at": 2}), ("look", {"at": 3})))
+    demo = ifl.DemoUpstream(pace_s=0, first_s=0, script=itertools.repeat(said))
+    try:
+        with gateway_with(**demo.settings()) as (_, url):
+            built = in_node("const {path, build} = DIALECTS[given.dialect]; return [path, build(given.talk), "
+                            "build({...given.talk, stream: true})];", {"dialect": dialect, "talk": PLAY_TALK})
+            path, plain_body, stream_body = built
+            assert plain_body["metadata"] == {"a": "b"}
+            answers = read_by_page(dialect, post_raw(url, path, plain_body), 0)
+            answers += read_by_page(dialect, post_raw(url, path, stream_body), 1, 7, 1 << 20)
+        sent = demo.requests[0].body
+    finally:
+        demo.close()
+    assert [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "tool", "user"]
+    assert sent["messages"][2]["tool_calls"][0]["id"] == sent["messages"][3]["tool_call_id"] == "call_1"
+    assert sent["messages"][3]["content"] == "It rains."
+    assert [part["image_url"]["url"] for part in sent["messages"][4]["content"][:2]] == PLAY_TURNS[2]["images"]
+    assert (sent["temperature"], sent["max_tokens"], sent["reasoning_effort"]) == (0.5, 500, "low")
+    for answer in answers:
+        parts = {kind: [part for part in answer["parts"] if part["kind"] == kind] for kind in ("thinking", "text", "call")}
+        assert "".join(part["text"] for part in parts["text"]) == text and answer["ended"] and not answer["error"]
+        assert "".join(part["text"] for part in parts["thinking"]) == "Let me think, 仔细想想."
+        assert [(part["name"], json.loads(part["text"])["at"]) for part in parts["call"]] == [("look", 2), ("look", 3)]
+        assert len({part["id"] for part in parts["call"]}) == 2
+        assert answer["usage"]["output"] > 10 and answer["usage"]["input"] > 10
+
+
+@needs_node
+@pytest.mark.parametrize("dialect, data, error, ended", [
+    ("chat", 'data: {"choices":[{"delta":{"content":"so far"}}]}\n\ndata: {"error":{"message":"boom"}}\n\n', "boom", False),
+    ("chat", 'data: {"choices":[{"delta":{"content":"so far"}}]}\n\n', "", False),
+    ("chat", 'data: {"choices":[{"delta":{"content":"so far"},"finish_reason":"length"}]}\r\n\r\n', "", True),
+    ("messages", 'event: content_block_start\ndata: {"type":"content_block_start","index":0,"content_block":{"type":"text","text":'
+     '"so far"}}\n\nevent: error\ndata: {"type":"error","error":{"type":"api_error","message":"boom"}}\n\n', "boom", False),
+    ("responses", 'data: {"type":"response.output_text.delta","output_index":0,"content_index":0,"delta":"so far"}\n\n'
+     'data: {"type":"response.failed","response":{"status":"failed","error":{"code":"server_error","message":"boom"}}}\n\n',
+     "boom", True)])
+def test_the_playground_sees_errors_in_band_and_broken_streams(dialect, data, error, ended):
+    answer, = read_by_page(dialect, data.encode(), 5)
+    assert (answer["parts"][0]["text"], answer["error"], answer["ended"]) == ("so far", error, ended)
+
+
+@needs_node
+def test_the_playground_reads_records_cut_anywhere():
+    text = ': comment\r\nevent: a\r\ndata: 1\r\ndata:2\r\n\r\ndata: x: y\rid: 7\r\revent: lost\n\ndata\n\ndata:  z\n\n'
+    whole = [{"event": "a", "data": "1\n2"}, {"event": "", "data": "x: y"}, {"event": "", "data": ""},
+             {"event": "", "data": " z"}]
+    cut = [[text[at:at + size] for at in range(0, len(text), size)] for size in (1, 2, 3, 5, 99)]
+    found = in_node("return given.map(pieces => { const read = sseReader(); return pieces.flatMap(read); });", cut)
+    assert found == [whole] * len(cut)
+
+
+@needs_node
+def test_the_playground_finds_code_and_nothing_else():
+    text = "\n\nHi `x`\n``` not `a` fence\n\n```py extra\n\nif 1:\n    pass\n```` \n  ~~~\n```\n~~~\n<b>*bye*</b>\n```\nopen"
+    expected = [["text", "Hi `x`\n``` not `a` fence"], ["open", "py"], ["code", "\nif 1:\n    pass"], ["close"],
+                ["open", ""], ["code", "```"], ["close"], ["text", "<b>*bye*</b>"], ["open", ""], ["code", "open"]]
+    cut = [[text[at:at + size] for at in range(0, len(text), size)] for size in (1, 4, 999)]
+    code = """return given.map(pieces => {
+        const feed = fences();
+        return [...pieces.flatMap(piece => feed(piece)), ...feed('', true)];
+    });"""
+    for ops in in_node(code, cut):
+        found = []
+        for op in ops:
+            if found and len(op) > 1 and op[0] == found[-1][0] != "open":
+                found[-1][1] += op[1]
+            else:
+                found.append(op)
+        assert found == expected
+
+
+@posix
+@needs_node
+@pytest.mark.parametrize("filler", ["", "x" * 200_000])
+def test_a_curl_line_means_the_same_to_a_shell(filler):
+    body = {"model": "m'1\"", "stream": True, "messages": [{"role": "user", "content":
+            f"it's $HOME `id` \\ \\\\ !! %s \n'\n\tJSON\nJSON\n\u2028 世界 🙂 \x7f {filler}"}]}
+    command = in_node("return asCurl(given.url, ['x-api-key: YOUR_KEY'], given.body);", {"url": "http://h/a'b?c&d", "body": body})
+    shell = 'curl() { for each in "$@"; do printf "%s\\0" "$each"; done; [ -t 0 ] || cat; }\n' + command
+    done = subprocess.run(["sh"], input=shell.encode(), stdout=subprocess.PIPE, check=True, timeout=60)
+    words = done.stdout.decode().split("\0")
+    assert words[:6] == ["-N", "http://h/a'b?c&d", "-H", "Content-Type: application/json", "-H", "x-api-key: YOUR_KEY"]
+    assert words[6] == ("--data-binary" if filler else "-d") and json.loads(words[8 if filler else 7]) == body
+    assert all(len(word) < 100_000 for word in words[:8])          # an argument may have 128 KiB
+
+
+@needs_node
+def test_ticks_are_round_and_reach_far_enough():
+    tops = [0, 1, 2, 3, 7, 9.5, 10, 11, 99, 100, 12345, 10 ** 9 + 1]
+    for top, ticks in zip(tops, in_node("return given.map(top => niceTicks(top));", tops)):
+        step = ticks[1]
+        assert ticks[0] == 0 and ticks[-1] >= top and len(ticks) <= 6 and str(step)[0] in "125"
+        assert [b - a for a, b in zip(ticks, ticks[1:])] == [step] * (len(ticks) - 1) and ticks[-1] - step < max(top, 1)
+
+
+@needs_node
+@pytest.mark.parametrize("span, step_s, count, room, expected", [
+    ("hour", 60, 60, 7, ["12:10", "12:20", "12:30", "12:40", "12:50", "13:00"]),
+    ("day", 3600, 24, 3, ["12:00", "00:00"]), ("month", 86400, 31, 31, None)])
+def test_times_are_labelled_at_round_ones(span, step_s, count, room, expected):
+    start = 1767269040 - 1767269040 % step_s               # 2026-01-01 12:04 UTC
+    times = [start + number * step_s for number in range(count)]
+    found = in_node("return timeTicks(given.times, given.span, given.room);", {"times": times, "span": span, "room": room})
+    shown = [time.strftime("%H:%M", time.gmtime(times[at])) for at in found]
+    assert len(found) == 31 if expected is None else shown == expected
+
+
+#: Keys that the script puts together.
+MADE_KEYS = {"play_dialect_": "chat messages responses", "play_tab_": "chat request raw curl", "chart_by_": "model key provider",
+             "play_": "temperature top_p max_tokens system extra", "chart_": "tokens requests errors hour day month",
+             "usage_days_": "1 7 30 90 365", "usage_by_": "model key provider day",
+             "usage_": "requests errors input output cached reasoning first_s total_s cost"}
+
+
+def test_the_views_texts_are_used_and_there_in_both_languages():
+    script = "".join(getattr(ifl, name) for name in PLAY_PARTS)
+    named = set(re.findall(r"'((?:play|chart|usage|clients)_[a-z0-9_]*)'", script))
+    assert {name for name in named if name.endswith("_")} == set(MADE_KEYS)
+    made = {prefix + name for prefix, names in MADE_KEYS.items() for name in names.split()}
+    assert (named | made) - set(MADE_KEYS) == set(ifl._TEXTS_PLAY)
+    assert set(re.findall(r"\bt\('(\w+[a-z0-9])'", script)) <= set(ifl.ADMIN_TEXTS)
+    for key, pair in ifl._TEXTS_PLAY.items():
+        assert len(pair) == 2 and all(pair) and not re.search("[\u4e00-\u9fff]", pair[1]), key
+        assert set(re.findall(r"\{(\w+)", pair[0])) == set(re.findall(r"\{(\w+)", pair[1])), key
+
+
+def test_the_views_load_nothing_from_elsewhere_and_make_no_markup():
+    script = "".join(getattr(ifl, name) for name in PLAY_PARTS)
+    assert set(re.findall(r"https?://[^'\s/]+", script)) == {"https://…"}           # a placeholder
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|\.onclick", script)
+    assert not re.search(r"url\(|@import|https?:", ifl._CSS_PLAY)
+
+
+def test_the_page_travels_light():
+    """First load 60 KB at most; what is left out of the script are comments and blanks at the beginning of lines."""
+    assert len(ifl.admin_page().packed) <= 60_000
+    kept = iter(ifl.slim_script(ifl.ADMIN_JS).splitlines())
+    following, is_comment = next(kept), False
+    for line in map(str.strip, ifl.ADMIN_JS.splitlines()):
+        is_comment = is_comment or line.startswith("/**")
+        if line and not is_comment and not line.startswith("//"):
+            assert line == following
+            following = next(kept, "")
+        is_comment = is_comment and "*/" not in line
+    assert next(kept, None) is None
+
+
+@needs_node
+def test_the_page_is_one_script_that_parses(tmp_path):
+    for name, script in (("source.js", ifl.ADMIN_JS), ("slim.js", ifl.slim_script(ifl.ADMIN_JS))):
+        path = tmp_path / name
+        path.write_text(script, encoding="utf-8")
+        done = subprocess.run(["node", "--check", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        assert done.returncode == 0, done.stdout.decode()
 
 
 # === 19. House rules ========================================================
