@@ -378,6 +378,11 @@ class Busy(GatewayError):
     status, type, code, retry_after_s = 503, "server_error", "server_is_overloaded", 2
 
 
+class Stopping(GatewayError):
+    """The program ends before this answer does; no other target is tried."""
+    status, type, code, retry_after_s = 503, "server_error", "server_is_overloaded", 2
+
+
 class NotLoggedIn(GatewayError):
     """We hold no credential that could serve this; the text says what to run."""
     status, type, should_retry = 403, "permission_error", False
@@ -6045,6 +6050,11 @@ class Lookout:
                 except Exception:        # a thread body: without it nobody would notice who leaves
                     log.exception("looking after waiting clients failed")
 
+    def end_all(self, reason: Exception) -> None:
+        with self._lock:
+            for wire in self._wires.values():
+                wire.cut(reason)
+
     def close(self) -> None:
         self._closed.set()
         self._wanted.set()
@@ -6057,7 +6067,7 @@ class Lookout:
             for fd, events in poller.poll(0) if self._wires else ():
                 wire = self._wires.get(fd)
                 if wire is not None and has_left(wire.caller.sock, bool(events & _HANGUP)):
-                    wire.cut()
+                    wire.cut(ClientGone())
 
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
@@ -6122,7 +6132,8 @@ class Wire(HeadReader):
     def __init__(self, sock: socket.socket) -> None:
         self.sock, self.caller = sock, NOBODY
         self.timeout_s, self.received, self.idle_since = 60.0, False, 0.0
-        self._left, self._quiet_s, self._slice_s = False, 0.0, 0.0
+        self._quiet_s, self._slice_s = 0.0, 0.0
+        self.cut_by: Optional[Exception] = None
         self._poller = Poller()
         self._poller.register(sock.fileno(), _POLLIN)
         self._blocking = not isinstance(sock, ssl.SSLSocket) and _set_kernel_timeout(sock, socket.SO_RCVTIMEO, 60)
@@ -6149,9 +6160,9 @@ class Wire(HeadReader):
         """Whether an idle connection was closed by the other side, or babbles."""
         return bool(self._buffer) or bool(self._poller.poll(0))
 
-    def cut(self) -> None:
-        """The caller left: end the wait, whoever is in it."""
-        self._left = True
+    def cut(self, reason: Exception) -> None:
+        """End the wait, whoever is in it, with `reason`: ClientGone, or what the caller has to be told."""
+        self.cut_by = reason
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock,
                                    socket.SHUT_RDWR)      # not TLS's own, which would pull the rug from the reader
@@ -6177,13 +6188,13 @@ class Wire(HeadReader):
             self._wait_writable()
             return None
         except OSError as exc:
-            if self._left:
-                raise ClientGone from None
+            if self.cut_by is not None:
+                raise self.cut_by from None
             if isinstance(exc, ssl.SSLEOFError):                 # no close_notify: as good as an end
                 return b""
             raise
-        if self._left:
-            raise ClientGone
+        if self.cut_by is not None:
+            raise self.cut_by
         self.received, self._quiet_s = self.received or bool(data), 0.0
         return data
 
@@ -6193,8 +6204,8 @@ class Wire(HeadReader):
 
     def _pass_silence(self) -> None:
         """A slice of silence is over: who waits is kept awake, or it was too much."""
-        if self._left:
-            raise ClientGone
+        if self.cut_by is not None:
+            raise self.cut_by
         self._quiet_s += self._slice_s
         self.check_silence(self._quiet_s)
         self.caller.tick()
@@ -6239,7 +6250,7 @@ class Dechunker:
         """The payload in `data`; ValueError when it is no chunked framing."""
         if not self._rest and not self._left:            # the usual case: one whole chunk a read
             end = data.find(b"\r\n")
-            if 0 < end < 9 and data[:end].isalnum() and data[1:2] not in b"xX":
+            if 0 < end < 9 and not data[:end].translate(None, b"0123456789abcdefABCDEF"):
                 size = int(data[:end], 16)
                 if size and len(data) == end + size + 4 and data[-2:] == b"\r\n":
                     self.whole = True
@@ -6539,7 +6550,7 @@ class Pump:
         try:
             flow.ended.acquire()
         except BaseException:            # a signal, in a main thread: the wire must not be let go while it is watched
-            wire.cut()
+            wire.cut(ClientGone())
             flow.ended.acquire()
             raise
 
@@ -7005,8 +7016,8 @@ class Upstream:
             answer = self._read_head(wire, method)
 
         def release(wire: Wire, reusable: bool) -> None:
-            self._part(wire)
-            if reusable:
+            self._part(wire)             # from here on nobody cuts it
+            if reusable and wire.cut_by is None:
                 self._pool.give(key, wire)
             else:
                 wire.hang_up()
@@ -7117,6 +7128,10 @@ class Upstream:
             pump.admit()
             self._pumps.append(pump)
             return pump
+
+    def end_all(self, reason: Exception) -> None:
+        """Cut off what is still on its way to clients, who are told the reason."""
+        self._lookout.end_all(reason)
 
     def close(self) -> None:
         self._lookout.close()
@@ -9621,6 +9636,8 @@ class Gateway:
                                 sink) as exchange:
             if exchange.status >= 300:
                 raise self._refusal(exchange, target.provider)
+            if "html" in exchange.content_type:
+                raise UpstreamGarbled("the upstream answered with a web page; is base_url its API, and not its site?")
             sink.returned = [(n, v) for n, v in exchange.headers.items() if header_returns(n) and v.isprintable()]
             if call.stream:
                 sink.stream = stream = turn.stream()
@@ -10255,8 +10272,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                        "too many connections; raise max_connections")
         self.endpoint, self.argument = find_endpoint(self.command, self.path, self.headers)
         check_origin(self.server, self.headers, self.command)
-        if self.command == "OPTIONS":
-            return self.respond(204, b"", "")
         if self.endpoint.admin:
             check_own_page(self.headers)
             self.session = None if self.endpoint.public else check_session(self)
@@ -10291,7 +10306,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(f"Content-Encoding {one_line(encoding, 40)} is not known; gzip and deflate are",
                              status=415)
         if "content-length" not in self.headers and self._body_left >= 0:
-            raise BadRequest("Content-Length or Transfer-Encoding: chunked is needed", status=411)
+            raise self._distrust(BadRequest("Content-Length or Transfer-Encoding: chunked is needed", status=411))
         if self._body_left > limit:
             raise too_large(limit)
         if self._continue:
@@ -10386,7 +10401,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if exc.allow:
             headers.append(("Allow", ", ".join(exc.allow)))
         if status == 426:
-            headers.append(("Upgrade", "HTTP/1.1"))
+            headers += [("Upgrade", "HTTP/1.1"), ("Connection", "Upgrade")]
         if status == 401:
             headers.append(("WWW-Authenticate", "Bearer"))
         self.respond_json(self.endpoint.dialect.error(exc, self.request_id), status, headers)
@@ -10792,6 +10807,11 @@ def _no_endpoint(handler: Handler) -> None:
     raise NotFound(f"there is nothing at {one_line(handler.path.partition('?')[0], 100)}", code="not_found")
 
 
+def answer_preflight(handler: Handler) -> None:
+    handler.respond(204, b"", "")
+
+
+PREFLIGHT = Route(answer_preflight, public=True)
 UNKNOWN = Route(_no_endpoint)
 UNKNOWN_MESSAGES = Route(_no_endpoint, MESSAGES)
 
@@ -10847,7 +10867,7 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
         return unknown, ""
     route = methods.get("GET" if method == "HEAD" else method)
     if route is None and method == "OPTIONS":
-        return unknown, argument
+        return PREFLIGHT._replace(dialect=unknown.dialect), argument
     if route is None:
         allow = sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])})
         raise BadRequest(f"{path} takes {', '.join(allow)}", status=405, allow=allow, code="method_not_allowed")
@@ -10872,6 +10892,7 @@ class Server(http.server.ThreadingHTTPServer):
     """The listening socket and its connections, one thread each."""
     daemon_threads, block_on_close = True, False
     request_queue_size = 1024
+    LAST_WORDS_S = 0.5                   #: for telling clients that their answer ends here
     allow_reuse_address = os.name == "posix"             # on Windows it would let two servers share the port
 
     def __init__(self, gateway: Gateway, host: str, port: int) -> None:
@@ -10948,13 +10969,18 @@ class Server(http.server.ThreadingHTTPServer):
         self.gateway.live.close()        # who only watches is not waited for
         stop_accepting(self)
         self._cut(lambda handler: not handler.busy)
-        until = time.monotonic() + drain_s
-        while self._handlers and time.monotonic() < until:
-            threading.Event().wait(0.02)
+        self._wait_for_handlers(drain_s)
+        self.gateway.upstream.end_all(Stopping("the server is shutting down"))
+        self._wait_for_handlers(self.LAST_WORDS_S)
         self._cut(lambda handler: True)
         log.removeHandler(self.gateway.live.log_handler)
         self.gateway.upstream.own_ports.discard(self.port)
         self.gateway.close()
+
+    def _wait_for_handlers(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self._handlers and time.monotonic() < until:
+            threading.Event().wait(0.02)
 
     def _cut(self, wanted: Callable[[Handler], bool]) -> None:
         with self._lock:
@@ -17222,7 +17248,7 @@ def cmd_serve(args: Any) -> int:
     _say("\n".join(["", *_card(gateway, server, had_key), ""]))
     _show_page(gateway, server, args.no_browser)
     gateway.watch_files()
-    while not stopping.wait(1 if os.name == "nt" else 3600):     # Windows: Ctrl-C does not end an endless wait
+    while not stopping.acquire(timeout=1 if os.name == "nt" else 3600):      # Windows: Ctrl-C ends no endless wait
         pass
     _say(tr("stopping", seconds=gateway.settings.drain_s))
     server.close(gateway.settings.drain_s)
@@ -17312,14 +17338,16 @@ def _next_step(gateway: Gateway, server: Server) -> str:
     return tr("next_client", url=server.url)
 
 
-def _heed_signals(gateway: Gateway) -> threading.Event:
-    """Set at the first SIGINT or SIGTERM; a second one ends the process at once, SIGHUP reloads."""
-    stopping = threading.Event()
+def _heed_signals(gateway: Gateway) -> Any:
+    """A lock that the first SIGINT or SIGTERM releases; a second one ends the process at once, SIGHUP reloads."""
+    stopping, seen = threading.Lock(), []        # an Event could be set while this same thread is inside of its wait()
+    stopping.acquire()
 
     def stop(number: int, frame: Any) -> None:
-        if stopping.is_set():
+        if seen:
             os._exit(130)
-        stopping.set()
+        seen.append(number)
+        stopping.release()
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

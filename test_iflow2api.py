@@ -2296,6 +2296,57 @@ def test_pumps_end_with_their_last_stream(server, upstream):
     until(lambda: not pump._thread.is_alive(), what="the end of the pump")
 
 
+def test_a_connection_that_was_cut_is_not_used_again(transport, upstream, caller):
+    """The client leaves when the answer is read, but before its connection went back."""
+    provider = ifl.Provider("up", upstream.url)
+    with transport.open(provider, ifl.Settings(), "POST", "/chat/completions", [], b"{}", caller) as exchange:
+        exchange.read_all(1 << 20)
+        caller.client.close()
+        transport._lookout._look()
+    assert ask_upstream(transport, upstream)[0] == 200 and upstream.connections == 2
+
+
+@pytest.mark.parametrize("path, told", [("/v1/chat/completions", b'data: {"error"'), ("/v1/messages", b"event: error"),
+                                        ("/v1/responses", b"event: response.failed")])
+def test_a_stream_that_outlasts_the_drain_is_told_so(server, upstream, path, told):
+    running = server(upstream)
+    upstream.plays(sse(chunk("a"), HOLD))
+    body = {**prompt_of(1), "stream": True} if path != "/v1/responses" else {"model": "m", "input": "x", "stream": True}
+    with Client(running).post(body, path=path) as client:
+        client.head()
+        assert client.piece()
+        closer = threading.Thread(target=running.close, args=(0.1,), daemon=True)
+        closer.start()
+        rest = client.pieces()
+        closer.join(WAIT_S)
+    assert told in rest and b"shutting down" in rest and not closer.is_alive()
+
+
+def test_a_web_page_instead_of_an_answer_is_named(server, upstream):
+    running = server(upstream)
+    for stream in (False, True):
+        upstream.plays(plain(b"<html>hello</html>", content_type="text/html; charset=utf-8"))
+        answer = post(running, chat(stream))
+        assert answer.status == 502 and "web page" in answer.error["message"]
+
+
+def test_preflights_of_paths_that_are_not_there(server, upstream):
+    running = server(upstream)
+    assert get(running, "/v1/nothing", "OPTIONS", origin="http://localhost").status == 404
+    assert get(running, "/v1/models", "OPTIONS", origin="http://localhost").status == 204
+
+
+def test_a_request_without_framing_ends_the_connection(server, upstream):
+    with Client(server(upstream)) as client:
+        answer = client.send(request_bytes(headers={"Content-Length": None})).answer()
+        assert answer.status == 411 and client.is_closed()
+
+
+def test_an_upgrade_is_named_as_http_wants(server, upstream):
+    answer = get(server(upstream), "/v1/responses", upgrade="websocket", connection="Upgrade")
+    assert answer.status == 426 and answer.headers["upgrade"] == "HTTP/1.1" and "Upgrade" in answer.headers["connection"]
+
+
 def without_poll(monkeypatch):
     monkeypatch.setattr(ifl, "Poller", ifl._SelectPoller)
 
