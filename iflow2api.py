@@ -7473,6 +7473,10 @@ def listen_for_login(flow: "LoginFlow", port: int) -> List[_CallbackServer]:
     raise LoginFailed("no port of this machine can be listened on; log in with: python iflow2api.py login --paste")
 
 
+#: A code pasted without its address.
+_LOGIN_CODE = re.compile(r"(?:code=)?(?!.*" + OAUTH_PATH + r")([\w.~+/=-]{8,512})", re.ASCII)
+
+
 class LoginFlow:
     """One login, from the address to open to its end.  The listeners are gone with the end, whatever it is.
 
@@ -7511,25 +7515,31 @@ class LoginFlow:
 
     def paste(self, text: str) -> None:
         """The user gives the address the browser ended on, or the code in it.  LoginFailed says what was wrong."""
-        text = text.strip()
-        if re.fullmatch(r"[\w.~+/=-]{6,512}", text):
-            code = text
-        else:
-            query = (text.partition("?")[2] or text).partition("#")[0]
-            code = self._code(urllib.parse.parse_qs(query), False)
+        alone = _LOGIN_CODE.fullmatch(text.strip())
+        code = alone.group(1) if alone else self._code(self._pasted(text.strip()), False)
         try:
             self._finish(code, False)
         finally:
             self.settle()
 
+    @staticmethod
+    def _pasted(text: str) -> Mapping[str, List[str]]:
+        """The query in a pasted address, none where the address is not the one that a login ends on."""
+        address, mark, query = text.partition("?")
+        ours = re.fullmatch(r"((https?://)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?" + OAUTH_PATH + ")?/?", address)
+        return urllib.parse.parse_qs((query if ours else "" if mark else address).partition("#")[0])
+
     def _code(self, query: Mapping[str, List[str]], by_browser: bool) -> str:
         """The code of a callback; LoginFailed, `refused` where the login host says no."""
         facts = {name: values[-1] for name, values in query.items()}
-        if not {"code", "error"} & set(facts):
+        sound = re.fullmatch(r"[!-~]{1,2000}", facts.get("code", "")) or "error" in facts
+        if not {"code", "error"} & set(facts) or not sound and not by_browser:
             raise LoginFailed("this request is no answer to a login" if by_browser else
                               "that is neither the address the browser ended on nor the code in it; "
                               f"it looks like {self._redirect_uri}?code=…&state=…")
-        if not hmac.compare_digest(facts.get("state", "").encode("utf-8", "replace"), self._secret.encode()):
+        refused = "code" not in facts and not by_browser         # who pastes it means this login: no need of a state
+        if not refused and not hmac.compare_digest(facts.get("state", "").encode("utf-8", "replace"),
+                                                   self._secret.encode()):
             raise LoginFailed("this answer belongs to another login (its state is wrong): open the address of this one")
         if "code" not in facts:
             said = one_line(facts.get("error_description") or facts["error"], 200)
@@ -12733,7 +12743,8 @@ def _read_pastes(flow: LoginFlow, fd: int, final: bool) -> None:
             try:
                 flow.paste(line)
             except LoginFailed as exc:
-                _say(f"error: {exc.message}")
+                if flow.state == "waiting":              # else it is said where the login's end is waited for
+                    _say(f"error: {exc.message}\npaste it again, or leave with Ctrl-C:")
         if not data:
             return flow.fail("the input ended before the login did; nothing was changed") if final else None
 

@@ -9737,24 +9737,39 @@ def test_the_login_host_is_down(home_login, host, gateway_login):
     assert "connection refused" in page and login_of(home_login)["apiKey"] == "sk-key-0"
 
 
-def test_pasting(home_login, gateway_login):
+RUBBISH = ["", " ", "short", "hello world", "hello, world", "good-code!", "a" * 513, "\u4f60\u597d\u4f60\u597d\u4f60\u597d\u4f60\u597d", "?", "code=", "http://[",
+           "localhost:1/oauth2callback", "localhost/oauth2callback", "http://localhost:1/oauth2callback", "https://iflow.cn/oauth?state=STATE",
+           "http://x/?code=good-code&state=STATE", "http://localhost:1/other?code=good-code&state=STATE",
+           "http://localhost:1/oauth2callback?code=a b&state=STATE", "http://localhost.evil/oauth2callback?code=good-code&state=STATE",
+           "https://iflow.cn/oauth2callback?code=good-code&state=STATE", "error=", "python iflow2api.py login --paste"]
+
+
+def test_pasting(home_login, host, gateway_login):
     found = gateway_login.logins.start(paste=True)
-    flow = gateway_login.logins.flow
-    for rubbish in ("hello world", "http://localhost:1/oauth2callback", "?", "http://[", "http://x/?code=a b&state=c", "\u4f60\u597d"):
-        with pytest.raises(ifl.LoginFailed) as failed:
-            gateway_login.logins.paste(rubbish)
-        assert len(failed.value.message) < 300 and flow.state == "waiting"
+    flow, state = gateway_login.logins.flow, urllib.parse.parse_qs(found["url"])["state"][0]
+    for rubbish in RUBBISH:
+        with pytest.raises(ifl.LoginFailed, match="^that is neither the address .* it looks like http://localhost:.*$"):
+            gateway_login.logins.paste(rubbish.replace("STATE", state))
+        assert flow.state == "waiting", rubbish
+    for stated in ("&state=" + state, ""):
+        with pytest.raises(ifl.LoginFailed, match="^iFlow did not log you in: you said no; nothing was changed$"):
+            gateway_login.logins.paste("http://localhost:1/oauth2callback?error=access_denied&error_description=you+said+no" + stated)
+    with pytest.raises(ifl.LoginFailed, match="another login"):
+        gateway_login.logins.paste("http://localhost:1/oauth2callback?code=good-code&state=wrong")
+    assert flow.state == "waiting" and not host.seen          # nothing was sent anywhere
     with pytest.raises(ifl.LoginFailed, match="used up"):
         gateway_login.logins.paste("not-the-code")                              # may be typed again
     assert gateway_login.logins.paste("  " + callback_of(found["url"]) + "\n")["state"] == "done"
     assert login_of(home_login)["apiKey"] == "sk-key-1" and flow.ended.is_set()
 
 
-def test_pasting_the_code_alone_or_the_query(home_login, gateway_login):
-    gateway_login.logins.start(paste=True)
-    assert gateway_login.logins.paste("good-code")["state"] == "done"
+@pytest.mark.usefixtures("home_login")
+@pytest.mark.parametrize("text", ["good-code", "code=good-code", "QUERY", "?QUERY", "localhost:5/oauth2callback?QUERY#_=_",
+                                  "http://127.0.0.1:5/oauth2callback?QUERY", "http://[::1]:5/oauth2callback/?QUERY"])
+def test_pasting_the_code_alone_or_the_query_or_an_address_without_scheme(gateway_login, text):
     found = gateway_login.logins.start(paste=True)
-    assert gateway_login.logins.paste(urllib.parse.urlsplit(callback_of(found["url"])).query)["state"] == "done"
+    query = urllib.parse.urlsplit(callback_of(found["url"])).query
+    assert gateway_login.logins.paste(text.replace("QUERY", query))["state"] == "done"
 
 
 def test_a_login_that_nobody_finishes_times_out(home_login, gateway_login):
@@ -9876,6 +9891,16 @@ def test_login_by_paste(home_login, config_login, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", terminal)
     status, out, err = run_login(monkeypatch, capsys, ["--paste"], lambda url: terminal.type(f"what?\n{callback_of(url)}\n"))
     assert status == 0 and "neither the address" in err and login_of(home_login)["apiKey"] == "sk-key-1"
+    assert "paste it again" in err
+
+
+def test_a_login_host_that_is_down_is_said_once(home_login, host, config_login, capsys, monkeypatch):
+    host.server.shutdown()
+    host.server.server_close()
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdin", terminal)
+    status, out, err = run_login(monkeypatch, capsys, ["--paste"], lambda url: terminal.type(f"{callback_of(url)}\n"))
+    assert status == 1 and err.count("connection refused") == 1 and "paste it again" not in err
 
 
 def test_login_by_paste_at_the_end_of_input(home_login, config_login, capsys, monkeypatch):
