@@ -452,10 +452,11 @@ def is_loopback(host: str) -> bool:
 _IRREPLACEABLE = {getattr(errno, name, None) for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
 
 
-def write_file(path: str, data: bytes) -> None:
+def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
     """Write `data` so that a crash leaves the old file or the new one, readable by the owner alone.
 
-    A link is followed; a file that can't be replaced (bind mount) is written in place.
+    A link is followed; a file that can't be replaced (bind mount) is written in place, once there is a `.bak` of it,
+    which the caller may have made (`has_copy`).  OSError.
     """
     path = os.path.realpath(path)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -473,6 +474,9 @@ def write_file(path: str, data: bytes) -> None:
         if exc.errno not in _IRREPLACEABLE or not os.path.isfile(path):
             raise
         with open(path, "r+b") as file:
+            if not has_copy:
+                write_file(path + ".bak", file.read())
+                file.seek(0)
             file.write(data)
             file.truncate()
             file.flush()
@@ -1046,7 +1050,7 @@ class ConfigFile:
                 self._put_aside(f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
             elif os.path.isfile(self.path):
                 self._back_up()
-            write_file(self.path, self.to_bytes(sealed))
+            write_file(self.path, self.to_bytes(sealed), has_copy=bool(problems) or os.path.isfile(self.backup))
 
     def lock(self) -> Any:
         """One writer at a time; where there is no place for a lock (a lone bind-mounted file), the thread's must do."""
@@ -1078,13 +1082,26 @@ class ConfigFile:
         except (OSError, ConfigBroken) as exc:
             log.warning("no backup of %s: %s", self.path, getattr(exc, "strerror", None) or exc)
 
+    def count_secrets(self) -> int:
+        """In the file and its .bak, encrypted or not; ConfigBroken."""
+        places: List[str] = []
+        for path in (self.path, self.backup):
+            map_secrets(read_json_file(path), lambda place, secret: places.append(place) or secret)     # type: ignore
+        return len(places)
+
     def encrypt(self, mode: str) -> List[str]:
         """`on`, `off` or `rotate` for the file and its .bak at once; what can't be opened stays as it is and is named.
 
         A rotation first makes the new key lasting, then seals anew, then forgets the old key: wherever a crash cuts it
-        short, everything can still be read.  OSError, ConfigBroken.
+        short, everything can still be read.  OSError, ConfigBroken, SealBroken where there is nothing to rotate.
         """
         with self._lock, self.lock():
+            if mode == "rotate" and read_json_file(self.path).get("encrypt_secrets") is False:
+                raise SealBroken("encryption is off, so that there is no key to change; to turn it on: config encrypt on")
+            if mode == "rotate" and not self.count_secrets():
+                return []
+            if os.path.isfile(self.path) and not os.path.isfile(self.backup):
+                self._back_up()
             contents: Dict[str, Json] = {}
             locked: List[str] = []
             for path in (self.path, self.backup):
@@ -1099,7 +1116,7 @@ class ConfigFile:
                 raw = {**raw, "encrypt_secrets": mode != "off"}
                 if mode != "off":
                     del raw["encrypt_secrets"]           # the default
-                write_file(path, self.to_bytes(self._sealed(raw)))
+                write_file(path, self.to_bytes(self._sealed(raw)), has_copy=os.path.isfile(self.backup))
             if mode == "rotate" and not locked:
                 self.vault.drop_old_keys()
             return locked
@@ -11770,6 +11787,12 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "cannot_write": ("无法写入 {path}：{reason}", "{path} can't be written: {reason}"),
     "proxy_is_off": ("上游代理尚未启用；启用：{program} config set upstream_proxy_enabled true",
                      "the proxy is not in use yet; to use it: {program} config set upstream_proxy_enabled true"),
+    "encrypt_on": ("{path} 中的密钥已加密", "secrets in {path} are encrypted"),
+    "encrypt_on_none": ("{path} 中还没有密钥；以后写入的会加密", "{path} holds no secret yet; those to come will be encrypted"),
+    "encrypt_off": ("{path} 中的密钥现在是明文", "secrets in {path} are plain text now"),
+    "encrypt_off_none": ("{path} 中没有密钥；以后写入的将是明文", "{path} holds no secret; those to come will be plain text"),
+    "encrypt_rotate": ("{path} 中的密钥已用新的密钥重新加密", "secrets in {path} are encrypted with a new key"),
+    "encrypt_rotate_none": ("{path} 中没有密钥，无需更换；没有改动", "{path} holds no secret, so nothing was changed"),
     # what a setting may be
     "kind_str": ("文字", "a string"),
     "kind_int": ("整数", "a whole number"),
@@ -12930,8 +12953,7 @@ def _config_encrypt(args: Any) -> int:
             locked = config.locked or (gateway.config.locked if gateway.config else [])
         else:
             locked = config.encrypt(mode)
-            _say({"on": "secrets in {} are encrypted", "off": "secrets in {} are plain text now",
-                  "rotate": "secrets in {} are encrypted with a new key"}[mode].format(config.path))
+            _say(tr(f"encrypt_{mode}" + ("" if config.count_secrets() else "_none"), path=config.path))
     except (OSError, ConfigBroken, SealBroken) as exc:
         _say(f"error: {getattr(exc, 'strerror', None) or exc}")
         return 1

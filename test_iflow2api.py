@@ -795,7 +795,46 @@ def test_a_file_that_can_not_be_replaced_is_written_in_place(home, monkeypatch, 
     node = path.stat().st_ino
     refuse_to_replace(monkeypatch, "file", code)
     ifl.write_file(str(path), b"short")
-    assert (path.read_bytes(), path.stat().st_ino, os.listdir(home)) == (b"short", node, ["file"])
+    assert (path.read_bytes(), path.stat().st_ino, sorted(os.listdir(home))) == (b"short", node, ["file", "file.bak"])
+    assert (home / "file.bak").read_bytes() == b"something long"
+
+
+def test_a_file_is_not_written_in_place_without_a_copy_of_it(home, monkeypatch):
+    """Should the process end in the middle of that write, nothing whole would be left."""
+    path, real = home / "file", open
+    path.write_bytes(b"old")
+    refuse_to_replace(monkeypatch, "file")
+    refuse_to_replace(monkeypatch, "file.bak", errno.ENOSPC)
+    with pytest.raises(OSError):
+        ifl.write_file(str(path), b"new")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    refuse_to_replace(monkeypatch, "file")
+
+    def opened(name, mode="r", *more, **named):                  # the copy is there when the writing begins
+        if mode == "r+b":
+            file = real(name, mode, *more, **named)
+            return Watched(file)
+        return real(name, mode, *more, **named)
+
+    class Watched:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            if name == "write":
+                assert (home / "file.bak").read_bytes() == b"old"
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self.file.close()
+
+    monkeypatch.setattr(ifl, "open", opened, raising=False)
+    ifl.write_file(str(path), b"new")
+    assert path.read_bytes() == b"new"
 
 
 def test_a_full_disk_leaves_the_old_file(home, monkeypatch):
@@ -967,6 +1006,15 @@ def test_a_bind_mounted_config_json_is_written_in_place_after_its_backup(config,
     config.change(lambda raw: raw.update(port=2))
     assert config.read() == {"port": 2}
     assert json.load(open(config.backup)) == {"port": 1}
+
+
+def test_a_bind_mounted_config_json_without_room_for_a_backup_stays(config, monkeypatch):
+    put_config(config, {"port": 1})
+    refuse_to_replace(monkeypatch, "config.json")
+    refuse_to_replace(monkeypatch, "config.json.bak", errno.ENOSPC)
+    with pytest.raises(OSError):
+        config.change(lambda raw: raw.update(port=2))
+    assert config.read() == {"port": 1}
 
 
 def test_a_broken_bind_mounted_config_json_is_kept_as_a_copy(config, monkeypatch):
@@ -9503,11 +9551,11 @@ def test_a_rotation_cut_short_anywhere_loses_nothing(sealed, monkeypatch):
     sealed.change(lambda raw: raw.update(port=1))
     real, left = ifl.write_file, [0]
 
-    def dying(path, data):
+    def dying(path, data, **more):
         if not left[0]:
             raise OSError(errno.EIO, "gone")
         left[0] -= 1
-        real(path, data)
+        real(path, data, **more)
 
     monkeypatch.setattr(ifl, "write_file", dying)
     for steps in range(5):
@@ -9587,12 +9635,49 @@ def test_the_commands_of_encryption(home_login, capsys, monkeypatch):
     assert ifl.main(["config", "encrypt", "off"]) == 0 and "sk-a-client-key-0123" in text_of_login(home_login / "c" / "config.json")
     assert ifl.main(["config", "encrypt", "on"]) == 0 and ifl.main(["config", "encrypt", "rotate"]) == 0
     assert ifl.main(["config", "encrypt", "maybe"]) == 2
+    assert "new key" in capsys.readouterr().err
     assert "sk-a-client" not in text_of_login(home_login / "c" / "config.json")
     capsys.readouterr()
     ifl.main(["config", "list"])
     assert "sk-a-client" not in capsys.readouterr().out
     ifl.main(["config", "get", "custom_api_key", "--show-secrets"])
     assert capsys.readouterr().out == "sk-a-client-key-0123\n"
+
+
+def test_encryption_says_when_there_is_nothing_to_encrypt(home_login, capsys, monkeypatch):
+    monkeypatch.setenv("IFLOW2API_CONFIG_DIR", str(home_login / "c"))
+    for mode, said in (("on", "holds no secret yet"), ("rotate", "nothing was changed"), ("off", "holds no secret;")):
+        assert ifl.main(["config", "encrypt", mode]) == 0 and said in capsys.readouterr().err
+    assert not (home_login / "c" / "secret.key").exists()
+
+
+def test_rotate_while_encryption_is_off_changes_nothing(home_login, capsys, monkeypatch):
+    monkeypatch.setenv("IFLOW2API_CONFIG_DIR", str(home_login / "c"))
+    ifl.main(["config", "encrypt", "off"])
+    ifl.main(["config", "set", "custom_api_key", "sk-a-client-key-0123"])
+    before = text_of_login(home_login / "c" / "config.json")
+    capsys.readouterr()
+    assert ifl.main(["config", "encrypt", "rotate"]) == 1 and "encryption is off" in capsys.readouterr().err
+    assert text_of_login(home_login / "c" / "config.json") == before and "sk-a-client-key-0123" in before
+    assert not (home_login / "c" / "secret.key").exists()
+    assert ifl.main(["config", "encrypt"]) == 0 and capsys.readouterr().out == "off\n"
+
+
+def test_a_bind_mounted_config_json_is_encrypted_with_its_backup(home_login, monkeypatch):
+    made = ifl.ConfigFile(str(home_login / "c"), {})
+    made.change(lambda raw: raw.update(encrypt_secrets=False, api_key="sk-plain"))
+    refuse_to_replace(monkeypatch, "config.json")
+    assert made.encrypt("on") == [] and made.read()["api_key"] == "sk-plain"
+    assert "sk-plain" not in text_of_login(made.path) + text_of_login(made.backup)
+
+
+def test_a_bind_mounted_login_is_written_in_place_after_its_backup(home_login, config_login, monkeypatch):
+    put_login(home_login)
+    before = text_of_login(cli_file(home_login))
+    refuse_to_replace(monkeypatch, "settings.json")
+    ifl.LoginFile("", config_login).update({"apiKey": "sk-new"})
+    assert login_of(home_login)["apiKey"] == "sk-new"
+    assert text_of_login(cli_file(home_login).parent / "settings.json.bak") == before
 
 
 @posix_login
@@ -10181,7 +10266,7 @@ def test_tokens_that_could_not_be_written_are_kept_and_written_later(home_login,
     put_login(home_login)
     real = ifl.write_file
 
-    def full(path, data):
+    def full(path, data, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(ifl, "write_file", full)
