@@ -267,6 +267,8 @@ RETRY_STATUS = frozenset((408, 409, 425, 429)) | frozenset(range(500, 600))
 
 #: Seconds that the limits of a client key or an address look back: requests a minute, hour and day, tokens a day.
 LIMIT_SPANS = {"rpm": 60, "rph": 3600, "rpd": 86400, "tpd": 86400}
+#: Of these the keys' outlive a restart.
+LIMITS_A_DAY = ("rpd", "tpd")
 LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "requests a day", "tpd": "tokens a day",
                "concurrency": "requests at once"}
 
@@ -7910,13 +7912,23 @@ class Window:
             del marks[:2]
         return self._sum
 
-    def add(self, now: float, amount: int) -> None:
-        marks = self._marks
+    def add(self, now: float, amount: int) -> float:
+        """The mark that the amount went to: it counts from its end, so that never more than the limit passes."""
+        mark = now + self.span_s / 20 if self.limit > 20 else now
+        mark = self._marks[-2] if self._marks and now <= self._marks[-2] else mark
+        self.put(mark, amount)
+        return mark
+
+    def put(self, mark: float, amount: int) -> None:
+        """An amount that counts until a span after `mark`."""
         self._sum += amount
-        if marks and now <= marks[-2]:
-            marks[-1] += amount
-        else:                            # a mark counts from its end, so that never more than the limit passes
-            marks += [now + self.span_s / 20 if self.limit > 20 else now, amount]
+        if self._marks and mark <= self._marks[-2]:
+            self._marks[-1] += amount
+        else:
+            self._marks += [mark, amount]
+
+    def marks(self) -> List[Tuple[float, int]]:
+        return [(at, int(amount)) for at, amount in zip(self._marks[::2], self._marks[1::2])]
 
     def wait_s(self, now: float) -> float:
         """Seconds until there is room for one more, 0.0 where there is."""
@@ -7935,10 +7947,11 @@ class Window:
 
 
 class Meter:
-    """What one key or address has used of its limits."""
+    """What one key or address has used of its limits; `book` keeps those a day of the key `ident` over a restart."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, ident: str = "", book: Optional["DayBook"] = None) -> None:
         self.name, self.active = name, 0
+        self._ident, self._book = ident, book
         self.concurrency = 0
         self.windows: Dict[str, Window] = {}
         self.limits: Mapping[str, int] = {}
@@ -7946,11 +7959,21 @@ class Meter:
     def adopt(self, limits: Mapping[str, int]) -> None:
         """Measure by `limits` from now on; what was used stays used."""
         self.limits, self.concurrency = limits, limits.get("concurrency", 0)
-        windows = {name: self.windows.get(name) or Window(span_s, limits[name])
-                   for name, span_s in LIMIT_SPANS.items() if name in limits}
+        windows = {name: self.windows.get(name) or self._window(name) for name in LIMIT_SPANS if name in limits}
         for name, window in windows.items():
             window.limit = limits[name]
         self.windows = windows
+
+    def _window(self, name: str) -> Window:
+        if self._book is not None and name in LIMITS_A_DAY:
+            return self._book.window(self._ident, name)
+        return Window(LIMIT_SPANS[name], 0)
+
+    def count(self, now: float, name: str, amount: int) -> None:
+        if name in self.windows:
+            mark = self.windows[name].add(now, amount)
+            if self._book is not None and name in LIMITS_A_DAY:
+                self._book.note(self._ident, name, mark, amount)
 
     def check(self, now: float) -> None:
         """RateLimited where no further request fits in; Codex reads the time out of the text."""
@@ -7966,10 +7989,10 @@ class Meter:
                            retry_after_s=wait_s)
 
     def headers(self, now: float) -> List[Tuple[str, str]]:
-        """`x-ratelimit-…` as OpenAI's: of several windows for requests the one with least left."""
+        """`x-ratelimit-…` as OpenAI's: of several windows for requests the one with least left for longest."""
         found: List[Tuple[str, str]] = []
         requests = [window for name, window in self.windows.items() if name != "tpd"]
-        tightest = sorted(requests, key=lambda window: window.limit - window.used(now))[:1]
+        tightest = sorted(requests, key=lambda w: (max(0, w.limit - w.used(now)), -w.wait_s(now), -w.reset_s(now)))[:1]
         for what, windows in (("requests", tightest), ("tokens", [w for n, w in self.windows.items() if n == "tpd"])):
             for window in windows:
                 values = (window.limit, max(0, window.limit - window.used(now)), f"{window.reset_s(now):.1f}s")
@@ -7979,16 +8002,21 @@ class Meter:
 
 
 class RateLimiter:
-    """The meters of keys and addresses; of addresses a bounded number, the one not seen for longest goes first."""
+    """The meters of keys and addresses; of addresses a bounded number, the one not seen for longest goes first.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._lock = clock, threading.Lock()
+    `book` is where keys' limits a day are kept over a restart; those of addresses begin anew with it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, book: Optional["DayBook"] = None) -> None:
+        self._clock, self._lock, self._book = clock, threading.Lock(), book
         self._keys: Dict[str, Meter] = {}
         self._addresses: Dict[str, Meter] = {}
 
     def of_key(self, key: ClientKey) -> Meter:
         with self._lock:
-            return self._find(self._keys, key.name, f"the key {key.name}", key.limits)
+            if key.name not in self._keys:
+                self._keys[key.name] = Meter(f"the key {key.name}", key.digest.hex()[:16], self._book)
+            return self._find(self._keys, key.name, "", key.limits)
 
     def of_address(self, address: str, limits: Mapping[str, int]) -> Meter:
         with self._lock:
@@ -8023,9 +8051,9 @@ class RateLimiter:
                 meter.check(now)
             for meter in meters:
                 meter.active += 1
-                for name, window in meter.windows.items():
+                for name in meter.windows:
                     if name != "tpd":
-                        window.add(now, 1)
+                        meter.count(now, name, 1)
         try:
             yield
         finally:
@@ -8038,8 +8066,8 @@ class RateLimiter:
         with self._lock:
             now = self._clock()
             for meter in meters:
-                if "tpd" in meter.windows and tokens:
-                    meter.windows["tpd"].add(now, tokens)
+                if tokens:
+                    meter.count(now, "tpd", tokens)
 
     def headers(self, meters: Sequence[Meter]) -> List[Tuple[str, str]]:
         """Of the first meter that has any."""
@@ -8343,29 +8371,31 @@ def format_usage_line(names: UsageName, counts: Sequence[int]) -> bytes:
     return dump_json(row) + b"\n"
 
 
-class UsageBook:
-    """What was used, by day, model, provider and key; in a file of JSON lines where there is a folder.
+class LineFile:
+    """What is counted, kept in a file of JSON lines where there is a folder.
 
-    Each request appends a line in one write, so that a process that is killed loses none and another one's lines stay
-    whole; a torn last line is passed over.  Once there are many more lines than rows, the file is written anew.
+    Each count appends a line in one write, so that a process that is killed loses none and another one's lines stay
+    whole; a torn last line is passed over.  Once there are many more lines than needed, the file is written anew.
     """
     COMPACT_LINES = 2000
+    WHAT = ""                            #: what is counted, in words
 
-    def __init__(self, path: str = "", now: Callable[[], float] = time.time) -> None:
-        self.path, self._now = path, now
+    def __init__(self, path: str) -> None:
+        self.path = path
         self.problems: List[str] = []
-        self._rows: Dict[UsageName, List[int]] = {}
-        self._a_day: Dict[str, int] = {}
-        self._handle, self._lines, self._loaded = -1, 0, not path
-        self._day: Tuple[float, str] = (0.0, "")
+        self._handle, self._lines, self._needed, self._loaded = -1, 0, 0, not path
         self._lock = threading.Lock()
 
-    def today(self) -> str:
-        """The day by this machine's clock; looked up once a minute."""
-        now = self._now()
-        if not 0 <= now - self._day[0] < 60:
-            self._day = (now - now % 60, time.strftime("%Y-%m-%d", time.localtime(now)))
-        return self._day[1]
+    def _take(self, line: bytes) -> None:
+        """Count what a line says; ValueError where it makes no sense."""
+        raise NotImplementedError
+
+    def _reread(self) -> None:
+        """Before the file is written anew: take in what another process appended."""
+
+    def _compacted(self) -> Iterable[bytes]:
+        """The lines that say it all."""
+        raise NotImplementedError
 
     def load(self) -> None:
         """Read the file, once; what is wrong in it goes to `problems`, with its line."""
@@ -8380,23 +8410,130 @@ class UsageBook:
             with open(self.path, "rb") as file:
                 for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT), b""), 1):
                     self._lines = number
-                    self._take(number, line)
+                    self._read(number, line)
         except FileNotFoundError:
             pass
         except OSError as exc:
-            self.problems.append(f"{self.path}: {exc.strerror or exc} (usage is counted in memory only)")
-            self.path = ""
+            self._give_up(exc)
 
-    def _take(self, number: int, line: bytes) -> None:
+    def _read(self, number: int, line: bytes) -> None:
         if not line.endswith(b"\n") or not line.strip():         # torn when the process was killed
             return
         try:
-            names, counts = parse_usage_line(line)
+            self._take(line)
         except (ValueError, RecursionError):
             if len(self.problems) < 5:
-                self.problems.append(f"{self.path}: line {number} is no usage and does not count")
+                self.problems.append(f"{self.path}: line {number} is no {self.WHAT} and does not count")
+
+    def _give_up(self, exc: OSError) -> None:
+        self.problems.append(f"{self.path}: {exc.strerror or exc} ({self.WHAT} is counted in memory only)")
+        self.path = ""
+
+    def _append(self, line: bytes) -> None:
+        if not self.path:
             return
-        self._sum(names, counts)
+        try:
+            if self._handle < 0 or not os.fstat(self._handle).st_nlink:      # somebody removed or replaced the file
+                self._open()
+            os.write(self._handle, line)
+            self._lines += 1
+            if self._lines > self.COMPACT_LINES + 4 * self._needed:
+                self._compact()
+        except OSError as exc:
+            self._give_up(exc)
+            log.warning("%s", self.problems[-1])
+
+    def _open(self) -> None:
+        self._shut()
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
+        size = os.lseek(self._handle, 0, os.SEEK_END)
+        os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
+        if size and os.read(self._handle, 1) != b"\n":           # end the line that a kill has torn
+            os.write(self._handle, b"\n")
+
+    def _compact(self) -> None:
+        """Write each line that is needed once."""
+        self._shut()
+        self._reread()
+        lines = list(self._compacted())
+        write_file(self.path, b"".join(lines))
+        self._lines = self._needed = len(lines)
+
+    def _shut(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = -1
+
+    def close(self) -> None:
+        with self._lock:
+            self._shut()
+
+
+class DayBook(LineFile):
+    """What keys have used of their limits a day: lines of [key's id, limit, epoch seconds of the mark, amount].
+
+    The windows are the meters' own; a second server on the same file counts for itself.
+    """
+    WHAT = "limit a day"
+
+    def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic,
+                 now: Callable[[], float] = time.time) -> None:
+        super().__init__(path)
+        self._clock, self._now = clock, now
+        self._windows: Dict[Tuple[str, str], Window] = {}
+
+    def window(self, ident: str, name: str) -> Window:
+        """The window of a key's limit, with what was used before a restart."""
+        with self._lock:
+            self._load()
+            return self._windows.setdefault((ident, name), Window(LIMIT_SPANS[name], 0))
+
+    def note(self, ident: str, name: str, mark: float, amount: int) -> None:
+        with self._lock:
+            self._append(self._line(ident, name, mark, amount))
+
+    def _line(self, ident: str, name: str, mark: float, amount: int) -> bytes:
+        at = int(mark - self._clock() + self._now() + 0.999)
+        return dump_json([ident, name, at, amount]) + b"\n"
+
+    def _take(self, line: bytes) -> None:
+        ident, name, at, amount = json.loads(line)
+        if name not in LIMITS_A_DAY or type(ident) is not str or type(at) is not int or type(amount) is not int or amount < 0:
+            raise ValueError
+        ago_s = max(self._now() - at, -LIMIT_SPANS[name] / 20)   # a clock that was put back must not lock a key out for years
+        if ago_s < LIMIT_SPANS[name]:
+            window = self._windows.setdefault((ident, name), Window(LIMIT_SPANS[name], 0))
+            window.put(self._clock() - ago_s, amount)
+
+    def _compacted(self) -> Iterator[bytes]:
+        now = self._clock()
+        for (ident, name), window in self._windows.items():
+            window.used(now)
+            for mark, amount in window.marks():
+                yield self._line(ident, name, mark, amount)
+
+
+class UsageBook(LineFile):
+    """What was used, by day, model, provider and key."""
+    WHAT = "usage"
+
+    def __init__(self, path: str = "", now: Callable[[], float] = time.time) -> None:
+        super().__init__(path)
+        self._now, self._days = now, 92
+        self._rows: Dict[UsageName, List[int]] = {}
+        self._a_day: Dict[str, int] = {}
+        self._day: Tuple[float, str] = (0.0, "")
+
+    def today(self) -> str:
+        """The day by this machine's clock; looked up once a minute."""
+        now = self._now()
+        if not 0 <= now - self._day[0] < 60:
+            self._day = (now - now % 60, time.strftime("%Y-%m-%d", time.localtime(now)))
+        return self._day[1]
+
+    def _take(self, line: bytes) -> None:
+        self._sum(*parse_usage_line(line))
 
     def _sum(self, names: UsageName, counts: Sequence[int]) -> UsageName:
         """Add to a row; names beyond what a day or the table may hold are `other`."""
@@ -8416,44 +8553,21 @@ class UsageBook:
         """Count one request; `days` is how long rows are kept."""
         with self._lock:
             self._load()
-            day = self.today()
+            day, self._days = self.today(), days
             if day not in self._a_day:
                 self._forget(days)
             names = self._sum((day, model[:100], provider, key), counts)
-            if self.path:
-                self._append(format_usage_line(names, counts), days)
+            self._needed = len(self._rows)
+            self._append(format_usage_line(names, counts))
 
-    def _append(self, line: bytes, days: int) -> None:
-        try:
-            if self._handle < 0 or not os.fstat(self._handle).st_nlink:      # somebody removed or replaced the file
-                self._open()
-            os.write(self._handle, line)
-            self._lines += 1
-            if self._lines > self.COMPACT_LINES + 4 * len(self._rows):
-                self._compact(days)
-        except OSError as exc:
-            self.problems.append(f"{self.path}: {exc.strerror or exc} (usage is counted in memory only)")
-            log.warning("%s", self.problems[-1])
-            self.path = ""
-
-    def _open(self) -> None:
-        self._shut()
-        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
-        size = os.lseek(self._handle, 0, os.SEEK_END)
-        os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
-        if size and os.read(self._handle, 1) != b"\n":           # end the line that a kill has torn
-            os.write(self._handle, b"\n")
-
-    def _compact(self, days: int) -> None:
-        """Write each row once; lines that another process appended in the meantime are in the rows first."""
-        self._shut()
+    def _reread(self) -> None:
         self._rows, self._a_day, self._lines, self._loaded, self.problems = {}, {}, 0, False, []
         self._load()
-        self._forget(days)
-        write_file(self.path,
-                   b"".join(format_usage_line(names, counts) for names, counts in sorted(self._rows.items())))
-        self._lines = len(self._rows)
+
+    def _compacted(self) -> Iterator[bytes]:
+        self._forget(self._days)
+        for names, counts in sorted(self._rows.items()):
+            yield format_usage_line(names, counts)
 
     def _forget(self, days: int) -> None:
         oldest = time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
@@ -8477,15 +8591,6 @@ class UsageBook:
             cost = cost_of(names[1], names[2], dict(zip(USAGE_COUNTS, counts)), prices)
             total["cost"] = total["cost"] if cost is None else (total["cost"] or 0) + cost
         return sorted(found.values(), key=lambda row: (-row["input"] - row["output"], row[by]))
-
-    def _shut(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-        self._handle = -1
-
-    def close(self) -> None:
-        with self._lock:
-            self._shut()
 
 
 def cost_of(model: str, provider: str, counts: Mapping[str, int],
@@ -8700,8 +8805,10 @@ class Gateway:
         self.problems: List[str] = []
         self.config_broken = self._must_have_key = False
         self._clock, self._pause = clock, pause
-        self.limiter = RateLimiter(clock)
-        self.usage = UsageBook(os.path.join(config.folder, "usage.jsonl") if config is not None else "")
+        folder = config.folder if config is not None else ""
+        self.limits = DayBook(folder and os.path.join(folder, "limits.jsonl"), clock)
+        self.limiter = RateLimiter(clock, self.limits)
+        self.usage = UsageBook(folder and os.path.join(folder, "usage.jsonl"))
         self._history: Deque[Record] = deque(maxlen=0)
         self._circuits: Dict[str, Circuit] = {}
         self._slots: Dict[str, Slots] = {}
@@ -8777,7 +8884,8 @@ class Gateway:
     def _take_over(self, loaded: Loaded, broken: List[str]) -> None:
         self.origins = loaded.origins
         self.apply(loaded.settings)
-        problems = broken + loaded.problems + self.state.router.problems + self._idle_patterns() + self.usage.problems
+        problems = broken + loaded.problems + self.state.router.problems + self._idle_patterns()
+        problems += self.usage.problems + self.limits.problems
         problems += proxy_problems(loaded.settings, self.state.router.providers.values())
         for problem in problems:
             if problem not in self.problems:
@@ -9461,6 +9569,7 @@ class Gateway:
         self.upstream.close()
         self.usage.close()
         self.scale.close()
+        self.limits.close()
 
 
 # === 14. HTTP ================================================================
@@ -10373,10 +10482,11 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
     """
     prepare_process()
     settings = gateway.settings
-    if settings.usage:
-        gateway.usage.load()             # now, so that what is wrong with the file is said at the start
-        gateway.problems += [problem for problem in gateway.usage.problems if problem not in gateway.problems]
-        for problem in gateway.usage.problems:
+    books: List[LineFile] = [gateway.usage, gateway.limits] if settings.usage else [gateway.limits]
+    for book in books:
+        book.load()                      # now, so that what is wrong with the file is said at the start
+        for problem in book.problems:
+            gateway.problems += [problem] if problem not in gateway.problems else []
             log.warning("%s", one_line(problem, 500))
     return Server(gateway, settings.host if host is None else host, settings.port if port is None else port)
 

@@ -10957,7 +10957,7 @@ def test_whatever_fails_there_is_one_answer_and_few_calls(seed, upstreams_routes
 
 @pytest.mark.usefixtures("home_routes")
 def test_many_requests_leave_everything_where_it_was(upstreams_routes):
-    """Scaled down from 10 000: what grows with each request shows in a tenth of them, too."""
+    """Over HTTP, with real connections on both sides; ten thousand of them within the process are below."""
     plans = [lambda number, body, key, n=n: ("status", 500) if (number + n) % 7 == 0 else
              ("status", 429, {"Retry-After": "1"}) if (number + n) % 11 == 0 else ("ok",) for n in range(4)]
     ups = upstreams_routes(*plans)
@@ -11008,6 +11008,110 @@ def test_many_requests_leave_everything_where_it_was(upstreams_routes):
     used = gate.gateway.usage.report("key", 1, {})
     assert sum(row["requests"] for row in used) == 8 * 74 and {row["key"] for row in used} == {"k0", "k1", "k2"}
     server.close()
+
+
+class QuickUpstream:
+    """Keep-alive on bare sockets: `plan(number)` is the status of each answer, None hangs up without one."""
+    OK = ifl.dump_json(GOOD)
+    STREAM = sse_routes(CHUNKS) + b"data: [DONE]\n\n"
+
+    def __init__(self, plan):
+        self.plan, self.numbers, self.connections = plan, itertools.count(1), 0
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                peer = self.listener.accept()[0]
+                self.connections += 1
+                threading.Thread(target=self.serve, args=(peer,), daemon=True).start()
+
+    def serve(self, peer):
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with peer, contextlib.suppress(OSError):
+            while True:
+                data = b""
+                while b"\r\n\r\n" not in data or len(data.partition(b"\r\n\r\n")[2]) < self.length(data):
+                    more = peer.recv(65536)
+                    if not more:
+                        return
+                    data += more
+                status = self.plan(next(self.numbers))
+                if status is None:
+                    return
+                stream = b'"stream":true' in data.replace(b" ", b"")
+                body = (self.STREAM if stream else self.OK) if status == 200 else b'{"error":{"message":"no"}}'
+                kind = "text/event-stream" if stream and status == 200 else "application/json"
+                peer.sendall(head(status, [("Content-Type", kind), ("Content-Length", len(body)), ("Retry-After", "1")]) + body)
+
+    @staticmethod
+    def length(data):
+        return int(re.search(rb"(?i)content-length: *(\d+)", data).group(1))
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(home_routes):
+    """3 clients' keys, 4 providers of 3 keys each that fail in turn, 4 threads; kept connections and files on disk."""
+    ups = [QuickUpstream(lambda number, n=n: 500 if (number + n) % 17 == 0 else 429 if (number + n) % 29 == 0 else
+                         None if (number + n) % 101 == 0 else 200) for n in range(4)]
+    chosen = settings(ups, keys=[3, 3, 3, 3])
+    keys = [key_entry(f"k{n}", f"sk-{n}", rpd=10 ** 6, tpd=10 ** 9, concurrency=100) for n in range(3)]
+    providers = [{**provider, "concurrency": 3, "key_concurrency": 2} for provider in chosen.providers]
+    write_config(home_routes, providers=providers, aliases=chosen.aliases, client_keys=keys, log_level="error", history_size=50)
+    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={}, clock=RoutesClock())
+    gateway.limits.COMPACT_LINES = gateway.usage.COMPACT_LINES = 200
+    answered, failed, odd = [0] * 4, [0] * 4, []
+
+    def client(number, requests):
+        for turn in range(requests):
+            key = gateway.state.door.keys[turn % 3]
+            meters = [gateway.limiter.of_key(key), gateway.limiter.of_address(f"{turn % 40:08x}", {"rpd": 10 ** 6})]
+            body = {"model": "chain" if turn % 3 else f"m-{'abcd'[turn % 4]}", "messages": MESSAGES, "stream": (turn + number) % 2 == 0}
+            sink = Bytes()
+            try:
+                with gateway.limiter.hold(meters):
+                    gateway.answer(ifl.Call(ifl.CHAT, body, json.dumps(body), {}, "req_0123456789", key, meters), sink)
+                answered[number] += 1
+                if sink.sent.count(b"[DONE]") != body["stream"] or len(sink.replies) == body["stream"]:
+                    odd.append((sink.sent, sink.replies))
+            except ifl.GatewayError as exc:
+                failed[number] += 1
+                odd.extend([exc] if exc.status not in (429, 500, 502) else [])
+
+    def wave(requests):
+        threads = [threading.Thread(target=client, args=(number, requests)) for number in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join(120) for thread in threads]
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    wave(500)                            # pools, caches and tables are filled
+    before, threads_before = wave(200), threading.active_count()
+    after = wave(1800)
+    assert not odd and sum(answered) + sum(failed) == 10_000 and sum(answered) > 9000 and sum(failed) > 50
+    assert after - before < 2500, after - before                        # a block a request would be 7200
+    assert threading.active_count() <= threads_before + 2                # the upstreams' own, one a connection
+    assert gateway.in_flight == 0 and all(slots.load == 0 for slots in gateway._slots.values())
+    assert all(slots.load == 0 for ring in gateway._rings.values() for slots in ring._places.values())
+    assert all(meter.active == 0 for meter in [*gateway.limiter._keys.values(), *gateway.limiter._addresses.values()])
+    assert len(gateway.limiter._addresses) == 40 and len(gateway.history()) == 50
+    assert all(len(idle) <= 8 for idle in gateway.upstream._pool._idle.values())
+    assert sum(up.connections for up in ups) < 1500                      # kept, but for those that an upstream ended
+    used = gateway.usage.report("key", 2, {})
+    assert {row["key"] for row in used} == {"k0", "k1", "k2"} and sum(row["requests"] for row in used) == 10_000
+    assert sum(gateway.limiter.of_key(key).windows["rpd"].used(1000.0) for key in gateway.state.door.keys) == 10_000
+    for book in (gateway.usage, gateway.limits):
+        with open(book.path, "rb") as file:
+            assert len(file.read().splitlines()) < 1000 and not book.problems
+    gateway.close()
+    [up.close() for up in ups]
+    until_routes(lambda: threading.active_count() < threads_before, "the end of the upstreams' threads")
 
 
 # --- client keys -------------------------------------------------------------------
@@ -11171,6 +11275,128 @@ def test_tokens_a_day(upstreams_routes, client, clock_routes):
     assert int(ask.headers["retry-after"]) > 80000
     clock_routes.now += 86400 * 1.06
     assert ask(x_api_key="sk-bob")[0] == 200
+
+
+class Restarts:
+    """Limiters on one file, one process after the other: each with a monotonic clock of its own, wall time goes on."""
+
+    def __init__(self, path):
+        self.path, self.wall, self.started, self.book = str(path), RoutesClock(1.8e9), 0.0, None
+        self.start()
+
+    def start(self):
+        self.started = self.wall.now
+        self.book = ifl.DayBook(self.path, lambda: self.wall.now - self.started + 7, self.wall)
+        self.limiter = ifl.RateLimiter(self.book._clock, self.book)
+
+    def ask(self, key, tokens=0):
+        meter = self.limiter.of_key(key)
+        with self.limiter.hold([meter]):
+            pass
+        self.limiter.spend([meter], tokens)
+
+
+def key_of(name, secret, **limits):
+    return ifl.parse_client_key(key_entry(name, secret, **limits))
+
+
+def test_requests_a_day_survive_restarts_and_are_forgotten_a_day_later(home_routes):
+    runs, bob, eve = Restarts(home_routes / "limits.jsonl"), key_of("bob", "s", rpd=3, rpm=100), key_of("eve", "t", rpd=3)
+    for _ in range(3):
+        runs.ask(bob)
+        runs.wall.now += 3600
+        runs.start()                     # nobody closed the file: as after kill -9
+    with pytest.raises(ifl.RateLimited, match="3 requests a day") as refused:
+        runs.ask(bob)
+    assert 86400 - 3 * 3600 <= refused.value.retry_after_s <= 86400 - 3 * 3600 + 2
+    runs.ask(eve)                        # the other key's day is its own
+    assert dict(runs.limiter.headers([runs.limiter.of_key(bob)]))["x-ratelimit-remaining-requests"] == "0"
+    runs.wall.now += refused.value.retry_after_s
+    runs.start()
+    runs.ask(bob)
+    with pytest.raises(ifl.RateLimited):
+        runs.ask(bob)
+    runs.start()
+    runs.ask(key_of("bob", "a new key of the same name", rpd=3))
+
+
+def test_tokens_a_day_survive_a_restart(home_routes):
+    runs, bob = Restarts(home_routes / "limits.jsonl"), key_of("bob", "s", tpd=1000)
+    runs.ask(bob, 990)
+    runs.wall.now += 40000
+    runs.start()
+    runs.ask(bob, 50)
+    runs.start()
+    with pytest.raises(ifl.RateLimited, match="tokens a day"):
+        runs.ask(bob)
+    runs.wall.now += 86400 * 1.05 - 40000 + 2
+    runs.ask(bob)
+
+
+def test_the_file_of_days_stays_small_whatever_is_asked(home_routes):
+    path = home_routes / "limits.jsonl"
+    runs, keys = Restarts(path), [key_of(f"k{n}", f"s{n}", rpd=10 ** 6, tpd=10 ** 9) for n in range(3)]
+    runs.book.COMPACT_LINES = 100
+    for number in range(3000):
+        runs.ask(keys[number % 3], 10)
+        runs.wall.now += 100
+    assert len(path.read_bytes().splitlines()) <= 100 + 5 * 3 * 2 * 25
+    used = {name: [window.used(runs.book._clock()) for window in runs.limiter.of_key(key).windows.values()]
+            for name, key in zip("abc", keys)}
+    runs.start()
+    for name, key in zip("abc", keys):
+        again = [window.used(runs.book._clock()) for window in runs.limiter.of_key(key).windows.values()]
+        assert again == pytest.approx(used[name], rel=0.08) and 250 < again[0] < 330 and again[1] == 10 * again[0]
+    if os.name == "posix":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_clock_that_was_put_back_locks_no_key_out_for_longer_than_a_day(home_routes):
+    runs, bob = Restarts(home_routes / "limits.jsonl"), key_of("bob", "s", rpd=1)
+    runs.ask(bob)
+    runs.wall.now -= 40 * 365 * 86400    # a router without a clock of its own
+    runs.start()
+    with pytest.raises(ifl.RateLimited) as refused:
+        runs.ask(bob)
+    assert refused.value.retry_after_s <= 86400 * 1.05 + 1
+
+
+def test_rubbish_in_the_file_of_days_is_named_and_the_rest_counts(home_routes):
+    path = home_routes / ".iflow2api" / "limits.jsonl"
+    path.parent.mkdir()
+    bob = key_of("bob", "s", rpd=2)
+    good = json.dumps([bob.digest.hex()[:16], "rpd", int(time.time()), 1]).encode() + b"\n"
+    path.write_bytes(good + b'{"a": 1}\n["x", "rpd", "1", 1]\n["x", "rpd", 1, -1]\n["x", "odd", 1, 1]\nrubbish\n' + good + good[:9])
+    gateway = ifl.Gateway(config=ifl.ConfigFile(str(path.parent)), environ={})
+    with ifl.serve(gateway, port=0):
+        assert [re.search(r"line (\d)", p).group(1) for p in gateway.health()["problems"]] == ["2", "3", "4", "5", "6"]
+        with pytest.raises(ifl.RateLimited), gateway.limiter.hold([gateway.limiter.of_key(bob)]):
+            pass
+
+
+def test_a_restarted_server_remembers_the_day(upstreams_routes, client, home_routes):
+    up, = upstreams_routes(always("ok"))
+    keys = [key_entry("bob", "sk-bob", rpd=2)]
+    for expected in ([200, 200], [429, 429]):
+        write_config(home_routes, providers=settings([up]).providers, client_keys=keys, log_level="error")
+        gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
+        with ifl.serve(gateway, port=0) as server:
+            for status in expected:
+                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT_S_ROUTES)
+                connection.request("POST", "/v1/chat/completions", json.dumps({"model": "m-a", "messages": MESSAGES}), {"x-api-key": "sk-bob"})
+                answer = connection.getresponse()
+                assert answer.status == status, answer.read()
+                connection.close()
+    assert len(up.seen) == 2
+
+
+@pytest.mark.usefixtures("home_routes")
+def test_of_two_limits_that_are_used_up_the_longer_one_is_told(clock_routes):
+    meter = ifl.Meter("k")
+    meter.adopt({"rpm": 2, "rpd": 2})
+    for _ in range(2):
+        meter.count(clock_routes(), "rpm", 1), meter.count(clock_routes(), "rpd", 1)
+    assert dict(meter.headers(clock_routes()))["x-ratelimit-reset-requests"] == "86400.0s"
 
 
 @pytest.mark.usefixtures("home_routes")
