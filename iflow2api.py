@@ -1192,6 +1192,11 @@ def hash_key(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "replace")).digest()
 
 
+def hashes_of_header(text: str) -> Set[bytes]:
+    """The hashes of a key out of a header, which was read as latin-1: most clients send UTF-8, some mean latin-1."""
+    return {hash_key(text), hashlib.sha256(text.encode("latin-1", "replace")).digest()}
+
+
 def parse_expiry(text: Any) -> float:
     """Epoch seconds of `2027-01-31` (to the end of that day) or `2027-01-31T12:00:00Z`; UTC unless it says otherwise."""
     try:
@@ -1249,7 +1254,7 @@ class Doorkeeper:
     def find(self, given: Iterable[str]) -> Optional[ClientKey]:
         """The key that one of `given` is; every known one is compared, each in constant time."""
         known = [*([self._master] if self._master else []), *self.keys]
-        digests = [hash_key(text) for text in given if text]
+        digests = [digest for text in given if text for digest in hashes_of_header(text)]
         found = [key for key in known if any([hmac.compare_digest(key.digest, digest) for digest in digests])]
         return found[0] if found else None
 
@@ -1779,7 +1784,7 @@ class Router:
         """
         model = self.named(model)
         found = self._alias_of(model, asked)
-        return [self._locate(name, foreign)[0] for name in (found[1] if found else (model,))]
+        return [self._locate(name, foreign and not found)[0] for name in (found[1] if found else (model,))]
 
     def named(self, model: Optional[str]) -> str:
         """The name asked for, `default_model` where there is none; BadRequest."""
@@ -1818,7 +1823,7 @@ class Router:
             steps.append("no alias takes it" if steps else "no alias matches it")
         targets = []
         for wanted in found[1] if found else [name]:
-            target, reasons = self._locate(wanted, foreign)
+            target, reasons = self._locate(wanted, foreign and not found)
             targets.append(target)
             steps += [WHY[reason].format(model=wanted if number == 0 else target.model, provider=target.provider.name,
                                          default=self.default_model) for number, reason in enumerate(reasons)]
@@ -8738,6 +8743,11 @@ class AnswerSink(Caller):
         """The last part."""
 
 
+def tokens_of(header: str) -> Set[str]:
+    """The words of a header that lists some; those of Connection name further headers of this hop (RFC 9110, 7.6.1)."""
+    return {token.strip().lower() for token in header.split(",")}
+
+
 #: What `routes explain` is told of a request.
 _EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "images": bool, "thinking": bool,
                                "tools": bool}
@@ -8771,6 +8781,13 @@ def scale_name(target: Target) -> str:
     return f"{target.provider.name}/{target.model}"[:200]
 
 
+def own_log(level: str) -> logging.Logger:
+    """A logger with a level of its own in front of the program's; unregistered, so that it goes with its gateway."""
+    made = logging.Logger(log.name, level.upper())
+    made.parent = log
+    return made
+
+
 class State(NamedTuple):
     """What a request works on from its start to its end, whatever is changed meanwhile."""
     settings: Settings
@@ -8791,6 +8808,7 @@ class Gateway:
                  clock: Callable[[], float] = time.monotonic,
                  pause: Callable[[Caller, float], None] = wait_for) -> None:
         self.config, self.flags = config, dict(flags or {})
+        self.log, self._leads_log = own_log("info"), False
         self.environ = os.environ if environ is None else environ
         self.upstream, self.metrics = Upstream(), Metrics()
         self.reasoning = ReasoningCache()
@@ -8849,7 +8867,15 @@ class Gateway:
                                                                    for p in self.state.router.providers.values()]:
                 self._lists = {}
             self.state = State(settings, router, door)
-        log.setLevel(settings.log_level.upper())
+        if logging.getLevelName(self.log.level) != settings.log_level.upper():
+            self.log = own_log(settings.log_level)
+            if self._leads_log:
+                log.setLevel(self.log.level)
+
+    def lead_log(self) -> None:
+        """This gateway is the whole program: its log_level counts for what everything else has to say, too."""
+        self._leads_log = True
+        log.setLevel(self.log.level)
 
     def _equip(self, provider: Provider) -> None:
         """Places, keys and circuit of a provider, as far as they can stay those it had."""
@@ -8889,7 +8915,7 @@ class Gateway:
         problems += proxy_problems(loaded.settings, self.state.router.providers.values())
         for problem in problems:
             if problem not in self.problems:
-                log.warning("%s", one_line(problem, 500))
+                self.log.warning("%s", one_line(problem, 500))
         self.problems = problems
 
     def reload(self) -> None:
@@ -8902,7 +8928,7 @@ class Gateway:
             self.config_broken = True
             if [str(exc)] != self.problems:
                 self.problems = [str(exc)]
-                log.warning("%s (the settings in force stay)", one_line(exc, 500))
+                self.log.warning("%s (the settings in force stay)", one_line(exc, 500))
             before = self._login
             self._read_login()           # a login made meanwhile counts all the same
             if self._login != before:
@@ -8914,7 +8940,7 @@ class Gateway:
         if (loaded.settings, self._login) != before or self.config_broken or loaded.problems or broken or self.problems:
             self.config_broken = False
             self._take_over(loaded, broken)
-            log.info("settings taken over from %s", self.config.path)
+            self.log.info("settings taken over from %s", self.config.path)
 
     def _sound(self, loaded: Loaded) -> Loaded:
         """`loaded`, with what does not fit together in it (unknown providers, names taken twice) as it was."""
@@ -8974,7 +9000,7 @@ class Gateway:
                 self.change_config(lambda raw: raw.update(custom_api_key=key))
                 kept = self.settings.custom_api_key == key
             except OSError as exc:
-                log.warning("the new client key can't be stored in %s: %s", self.config.path, exc.strerror or exc)
+                self.log.warning("the new client key can't be stored in %s: %s", self.config.path, exc.strerror or exc)
         if not kept:
             self.flags["custom_api_key"] = key
             self.apply(replace(self.settings, custom_api_key=key))
@@ -9025,12 +9051,12 @@ class Gateway:
 
     def _announce_engines(self, found: Optional[State]) -> None:
         if found is None:
-            return log.info("no engine answers on this machine any more")
+            return self.log.info("no engine answers on this machine any more")
         with self._lock:
             for provider in found.router.providers.values():
                 self._equip(provider)
         for provider in found.router.providers.values():
-            log.info("found %s at %s: %s", provider.name, provider.base_url, one_line(", ".join(provider.models), 160))
+            self.log.info("found %s at %s: %s", provider.name, provider.base_url, one_line(", ".join(provider.models), 160))
 
     def _look_at(self, name: str, base_url: str, settings: Settings, entries: Dict[str, Json]) -> None:
         """Enter the engine into `entries` if one answers there that has a model; another iflow2api is none."""
@@ -9041,7 +9067,7 @@ class Gateway:
                 ours = exchange.headers.get("server", "").startswith("iflow2api")
                 models = parse_model_list(exchange.read_all(8 << 20)) if exchange.status == 200 and not ours else []
         except GatewayError as exc:
-            return log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
+            return self.log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
         models.sort(key=lambda model: "embed" in model.lower())  # the first one is the default model
         if models:
             entries[name] = {"name": name, "base_url": base_url, "models": models, "profile": PRESETS[name].profile}
@@ -9086,7 +9112,7 @@ class Gateway:
             pause_s = self._pause_s(state.settings, number, waiting, self._clock() - began)
             if pause_s is None:
                 raise error
-            log.info("%s trying again in %.1f s", call.request_id[4:12], pause_s)
+            self.log.info("%s trying again in %.1f s", call.request_id[4:12], pause_s)
             self._pause(sink, pause_s)
             now = self._clock() + 0.01   # clocks are grainy
             chain = [target for at, target in waiting if at <= now]
@@ -9122,7 +9148,7 @@ class Gateway:
                 if exc.status in RETRY_STATUS and exc.should_retry is not False and exc.overflow is None:
                     again.append((self._clock() + (exc.retry_after_s or 0), target))
                 if len(chain) > 1:
-                    log.info("%s %s failed (%s)", call.request_id[4:12], target.provider.name,
+                    self.log.info("%s %s failed (%s)", call.request_id[4:12], target.provider.name,
                              one_line(exc.message, 160))
         return error, again
 
@@ -9153,7 +9179,7 @@ class Gateway:
         limits = {**CIRCUIT, **settings.circuit}
         circuit.failed(limits["failures"], limits["rest_s"])
         if circuit.failures == limits["failures"]:
-            log.warning("%s failed %d times in a row and rests for %g s where there is another", target.provider.name,
+            self.log.warning("%s failed %d times in a row and rests for %g s where there is another", target.provider.name,
                         circuit.failures, limits["rest_s"])
 
     def _try_target(self, state: State, call: Call, target: Target, sink: AnswerSink, record: Record) -> None:
@@ -9288,13 +9314,15 @@ class Gateway:
             sink.returned = [(n, v) for n, v in exchange.headers.items() if header_returns(n) and v.isprintable()]
             if call.stream:
                 sink.stream = stream = turn.stream()
+            data = b""
             if call.stream and "json" not in exchange.content_type:
                 try:
-                    self._pump(exchange, stream, sink, record)
+                    data = self._pump(exchange, stream, sink, record)
                 finally:
                     record.usage = self._usage(stream.usage, call, stream.records)
-                return
-            data = exchange.read_all(ANSWER_LIMIT_BYTES)
+                if not data:
+                    return
+            data = data or exchange.read_all(ANSWER_LIMIT_BYTES)
             completion = self._parse_answer(data, call, exchange.status)
             record.usage = self._usage(usage_of(completion), call, len(data) // 5)
             if call.stream:              # a server that does not stream: its answer becomes one
@@ -9304,9 +9332,21 @@ class Gateway:
                 sink.reply(turn.reply(data, completion), content_type, sink.returned)
             record.first_s = time.monotonic() - record.started
 
-    def _pump(self, exchange: Exchange, stream: Any, sink: AnswerSink, record: Record) -> None:
-        """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole."""
+    def _pump(self, exchange: Exchange, stream: Any, sink: AnswerSink, record: Record) -> bytes:
+        """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole.
+
+        Returns the body where it is no event stream but a JSON object, whatever it calls itself, else b"".
+        """
+        first, body = True, bytearray()
+
         def move(payload: bytes) -> bool:
+            nonlocal first
+            if body or first and payload.lstrip()[:1] == b"{":
+                body.extend(payload)
+                if len(body) > ANSWER_LIMIT_BYTES:
+                    raise UpstreamGarbled(f"the upstream's answer is larger than {ANSWER_LIMIT_BYTES >> 20} MiB")
+                return True
+            first = False
             if stream.passes(payload):
                 sink.send(payload, exchange.framed)
                 return not stream.done
@@ -9322,9 +9362,12 @@ class Gateway:
         except UpstreamGarbled:
             if not stream.began:
                 raise
+        if body:
+            return bytes(body)
         sink.end(stream.close())         # raises, unless all of an answer came before the connection broke
         if stream.failed:
             record.status, record.error = 502, "the upstream broke off with an error"
+        return b""
 
     @staticmethod
     def _parse_answer(data: bytes, call: Call, status: int) -> Json:
@@ -9368,9 +9411,9 @@ class Gateway:
         if provider.kind == "iflow":
             headers.clear()              # its own, and nothing of the client's
         elif not call.dialect.foreign:
-            ours = settings.custom_auth_header.lower()
+            ours = {settings.custom_auth_header.lower(), *tokens_of(call.headers.get("connection", ""))}
             for name, value in call.headers.items():
-                if not header_stays(name) and name != ours and value.isprintable():
+                if not header_stays(name) and name not in ours and value.isprintable():
                     headers[name] = (name, value)
         if key:
             headers["authorization"] = ("Authorization", "Bearer " + key)
@@ -9406,8 +9449,8 @@ class Gateway:
             source = (("provider", provider), ("estimated", str(record.usage.estimated).lower()))
             self.metrics.count("tokens_total", (("direction", "in"), *source), record.usage.prompt)
             self.metrics.count("tokens_total", (("direction", "out"), *source), record.usage.completion)
-        if log.isEnabledFor(logging.INFO):
-            log.info("%s", record.line())
+        if self.log.isEnabledFor(logging.INFO):
+            self.log.info("%s", record.line())
 
     # what is there
 
@@ -9464,7 +9507,7 @@ class Gateway:
             names = self.fetch_models(provider)
             self._lists[provider.name] = (now + MODELS_TTL_S, names)
         except GatewayError as exc:
-            log.debug("no model list from %s: %s", provider.name, one_line(exc.message))
+            self.log.debug("no model list from %s: %s", provider.name, one_line(exc.message))
             kept = self._lists.get(provider.name, (0.0, []))[1]
             self._lists[provider.name] = (now + MODELS_TTL_S / 10, kept)
 
@@ -9517,7 +9560,7 @@ class Gateway:
         healthy = any(p["usable"] for p in providers) and not self.config_broken and not any(
             login["ended"] for login in logins.values())
         return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(),
-                "version": __version__,
+                "version": __version__, "default_model": self.current(look=False).router.default_model,
                 "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
                 "logins": logins,
                 "problems": [one_line(p) for p in self.problems]}
@@ -9732,9 +9775,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._serve()
         except GatewayError as exc:
             self.send_error_of(exc)
-            log.log(logging.INFO if self.sink is None and self.path != "/favicon.ico" else logging.DEBUG,
-                    "%s %s %s %d (%s)", self.request_id[4:12], self.command, one_line(self.path.split("?")[0], 80),
-                    self.endpoint.dialect.status(exc), one_line(exc.message, 200))
+            self.server.gateway.log.log(
+                logging.INFO if self.sink is None and self.path != "/favicon.ico" else logging.DEBUG,
+                "%s %s %s %d (%s)", self.request_id[4:12], self.command, one_line(self.path.split("?")[0], 80),
+                self.endpoint.dialect.status(exc), one_line(exc.message, 200))
         except socket.timeout:
             self._fail_reading(BadRequest("the request did not arrive in time", status=408, code="request_timeout"))
         except (ClientGone, OSError):
@@ -9742,8 +9786,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except RecursionError:
             self._fail_reading(BadRequest("the body is nested too deeply"))
         except Exception:                # the last resort: a defect of ours must not look like an answer
-            log.exception("%s failed", self.request_id)
+            self.server.gateway.log.exception("%s failed", self.request_id)
             self._fail_reading(GatewayError("iflow2api failed on this request; its log says why"))
+        if self._body_left and not self.close_connection:
+            self._skip_body()
         if self.close_connection:
             self._linger()
 
@@ -9789,21 +9835,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.server.gateway.state.door.limited:
                 self.meters = meters_of(self)
         self.endpoint.run(self)
-        if self._body_left:              # an endpoint that wants no body got one
-            self._skip_body()
 
     def _wants_close(self) -> bool:
-        tokens = {token.strip().lower() for token in self.headers.get("connection", "").split(",")}
+        tokens = tokens_of(self.headers.get("connection", ""))
         return "close" in tokens or self.request_version == "HTTP/1.0" and "keep-alive" not in tokens
 
     def _skip_body(self) -> None:
-        """Read a small body nobody wanted, so that the connection can be kept; otherwise it is closed."""
-        if 0 < self._body_left <= 65536 and not self._continue and not self.close_connection:
-            with contextlib.suppress(OSError, ClientGone):
-                self.reader.read_body(self._body_left, 1)
-                self._body_left = 0
-                return
-        self.close_connection = True
+        """After the answer: read a small body nobody wanted, so that the connection can be kept; otherwise it is closed."""
+        try:
+            self.reader.read_body(self._body_left, 1)
+            self._body_left = 0
+        except (OSError, ClientGone):
+            self.close_connection = True
 
     def read_body(self) -> bytes:
         """The request's body, unpacked; BadRequest 411, 413, 415 or 400 where it can't be had."""
@@ -9872,8 +9915,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def respond(self, status: int, body: bytes, content_type: str, headers: Iterable[Tuple[str, str]] = ()) -> None:
         """A whole answer in one write."""
-        if self._body_left:
-            self._skip_body()
+        if self._body_left and not (0 < self._body_left <= 65536 and not self._continue):
+            self.close_connection = True                 # nobody will read that to its end
         own = [] if status in (204, 304) else [("Content-Type", content_type), ("Content-Length", str(len(body)))]
         self.write(self.head(status, [*own, *headers]) + (b"" if self.command == "HEAD" else body))
 
@@ -9954,19 +9997,35 @@ def too_large(limit: int) -> BadRequest:
     return BadRequest(f"the body is larger than {limit} bytes (body_limit_bytes)", status=413, code="request_too_large")
 
 
+#: A gzip body may have several members, one after the other (RFC 1952, 2.2); bgzip makes one of each 64 KiB.
+GZIP_MEMBERS = 10_000
+
+
 def inflate(body: bytes, limit: int) -> bytes:
     """A gzip or deflate body unpacked, never beyond `limit` bytes; raw deflate is taken too, as browsers do."""
     for window in (47, -15):
-        unpacker = zlib.decompressobj(window)
-        try:
-            data = unpacker.decompress(body, limit + 1)
-        except zlib.error:
-            continue
-        if len(data) > limit:
-            raise too_large(limit)
-        if unpacker.eof:
-            return data
+        with contextlib.suppress(zlib.error):
+            return _inflate(memoryview(body), window, limit)
     raise BadRequest("the body can't be decompressed as its Content-Encoding says")
+
+
+def _inflate(body: memoryview, window: int, limit: int) -> bytes:
+    """zlib.error where it is something else, or cut short; in pieces, since what is left over is copied each time."""
+    parts, size, at = [], 0, 0
+    for _ in range(GZIP_MEMBERS):
+        unpacker = zlib.decompressobj(window)
+        while not unpacker.eof:
+            piece = body[at:at + 16384]
+            parts.append(unpacker.decompress(piece, limit + 1 - size))
+            size += len(parts[-1])
+            if size > limit:
+                raise too_large(limit)
+            if not piece:
+                raise zlib.error
+            at += len(piece) - len(unpacker.unused_data)
+        if body[at:at + 2] != b"\x1f\x8b":
+            return b"".join(parts)
+    raise zlib.error
 
 
 class Sink(AnswerSink):
@@ -10487,7 +10546,7 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
         book.load()                      # now, so that what is wrong with the file is said at the start
         for problem in book.problems:
             gateway.problems += [problem] if problem not in gateway.problems else []
-            log.warning("%s", one_line(problem, 500))
+            gateway.log.warning("%s", one_line(problem, 500))
     return Server(gateway, settings.host if host is None else host, settings.port if port is None else port)
 
 
@@ -12184,6 +12243,7 @@ def cmd_serve(args: Any) -> int:
         raise UsageError("--demo brings its own upstream: leave out --upstream and --api-key")
     demo = DemoUpstream() if args.demo else None
     gateway = Gateway(config=_config_of(args), flags={**(demo.settings() if demo else {}), **_flag_settings(args)})
+    gateway.lead_log()
     _log_to_file(gateway)
     had_key = gateway.state.door.required
     host, port = gateway.settings.host, gateway.settings.port
@@ -12432,13 +12492,18 @@ def cmd_status(args: Any) -> int:
         running = f"running, {health.get('status')}, version {health.get('version')}, {health.get('in_flight')} in flight"
     print(f"server    http://{settings.host}:{settings.port}  {running}")
     print(f"config    {gateway.config.path if gateway.config else '-'}")
-    for provider in router.providers.values():
+    others = _others_running(health, router)
+    for facts in others or ():
+        print(f"provider  {facts['name']}  {facts.get('problem') or 'in use'}{_rest_of(health, facts['name'])}")
+    if others is not None:
+        print("note      the running server has other providers than config.json names (--demo, --upstream, or found here)")
+    for provider in router.providers.values() if others is None else ():
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
         print(f"provider  {provider.name}{' (default)' if provider is router.default else ''}  {provider.problem or provider.base_url}"
               f"  {keys if not provider.problem else ''}{_rest_of(health, provider.name)}".rstrip())
     for account, login in {**gateway.login_report(), **(health or {}).get("logins", {})}.items():
         print(one_line(_login_line(account, login)))
-    if not router.providers:
+    if not router.providers and not others:
         print("provider  none; run `login` for iFlow, add one to `providers`, or start with --upstream URL")
     for variable, names in offered_presets(router, os.environ).items():
         either = " (or ".join(names) + ")" * (len(names) > 1)
@@ -12446,6 +12511,14 @@ def cmd_status(args: Any) -> int:
     for problem in gateway.problems:
         print(f"problem   {one_line(problem, 300)}")
     return 0 if health else 1
+
+
+def _others_running(health: Optional[Json], router: Router) -> Optional[List[Json]]:
+    """The providers of the running server where they are others than these; None: the same, or none runs."""
+    listed = health.get("providers") if health else None
+    if not isinstance(listed, list) or not all(isinstance(p, dict) and isinstance(p.get("name"), str) for p in listed):
+        return None
+    return listed if [p["name"] for p in listed] != list(router.providers) else None
 
 
 def _rest_of(health: Optional[Json], name: str) -> str:
@@ -12774,7 +12847,9 @@ def cmd_env(args: Any) -> int:
     settings, shell = gateway.settings, SHELLS[args.shell or _guess_shell()]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     key = settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed")
-    words = {"URL": f"http://{host}:{settings.port}", "KEY": key, "MODEL": gateway.current().router.default_model}
+    health = _ask_running(settings) if not args.default_model else None      # --demo and --upstream have their own
+    model = health["default_model"] if health and "default_model" in health else gateway.current().router.default_model
+    words = {"URL": f"http://{host}:{settings.port}", "KEY": key, "MODEL": str(model)}
 
     def filled(text: str) -> str:
         return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)

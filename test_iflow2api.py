@@ -1127,6 +1127,17 @@ def test_where_a_name_leads(model, foreign, targets):
     assert [f"{target.provider.name}/{target.model}" for target in found] == targets
 
 
+def test_targets_of_an_alias_are_taken_as_they_are():
+    """A name that clients insist on is what the user wrote there: nobody lists it, so the default provider gets it."""
+    providers = [provider("http://a", "a"), provider("http://b", "b", models=["gpt-b"])]
+    router = ifl.Router(ifl.Settings(providers=providers, aliases={"claude-*": ["gpt-5", "gpt-b", "b/o3"]}, default_model="glm-5"), {})
+    found = router.resolve("claude-x", True)
+    assert [f"{target.provider.name}/{target.model}" for target in found] == ["a/gpt-5", "b/gpt-b", "b/o3"]
+    steps, targets = router.explain("claude-x", True, ifl.Asked("messages"))
+    assert targets == found and not [step for step in steps if "default_model" in step]
+    assert router.resolve("gpt-5", True)[0].model == "glm-5"             # asked for by the client, it is the default
+
+
 @pytest.mark.parametrize("settings, model, target", [
     ({"default_provider": "b"}, "unknown", "b/unknown"), ({"default_provider": "b"}, None, "b/m2"),
     ({"default_provider": "gone"}, "unknown", "a/unknown"), ({}, None, "a/m1"),
@@ -2605,6 +2616,14 @@ def test_headers_of_the_client_that_go_upstream_and_those_that_stay(server, upst
     assert not {name.lower() for name in stay} & set(seen) - {"authorization", "content-type", "accept-encoding"}
 
 
+def test_headers_that_connection_names_stay(server, upstream):
+    """RFC 9110, 7.6.1: they are about this hop."""
+    with Client(server(upstream)) as client:
+        named = {"Connection": "keep-alive, X-Hop , x-other", "X-Hop": "1", "X-Other": "2", "X-Third": "3"}
+        assert client.post(chat(), headers=named).answer().status == 200
+    assert not {"x-hop", "x-other"} & set(upstream.last.headers) and upstream.last.headers["x-third"] == "3"
+
+
 @pytest.mark.parametrize("path, dialect", [("/v1/completions", "/v1/completions"),
                                            ("/v1/embeddings", "/v1/embeddings")])
 def test_completions_and_embeddings_are_passed_on(server, upstream, path, dialect):
@@ -2972,6 +2991,24 @@ def test_a_stream_for_http_1_0_is_not_chunked(server, upstream):
         status, headers = client.head()
         assert status == 200 and "transfer-encoding" not in headers and headers["connection"] == "close"
         assert records_of(client.file.read()) == HELLO
+
+
+@pytest.mark.parametrize("reply, status, said", [
+    (plain({"error": {"message": "quota is gone", "code": 402}}, content_type="text/plain"), 402, "quota is gone"),
+    (plain(b'  \n{"status":"435","msg":"model not supported"}', content_type="text/event-stream"), 404, "model not supported"),
+    (plain(b'{"error": "no"}', content_type=""), 502, "no"), (plain(b'{"cut', content_type="text/plain"), 502, "not JSON"),
+    (plain(b"Hello", content_type="text/plain"), 502, "empty"),
+    (Reply(head(200, [("Content-Type", "text/plain"), ("Transfer-Encoding", "chunked")]),
+           *(framed(bytes([byte])) for byte in b'{"error": {"message": "in pieces"}}'), b"0\r\n\r\n"), 502, "in pieces")])
+def test_an_error_that_does_not_call_itself_json_on_a_stream(server, upstream, reply, status, said):
+    upstream.plays(reply)
+    answer = post(server(upstream), chat(True))
+    assert answer.status == status and said in answer.error["message"]
+
+
+def test_a_plain_answer_that_does_not_call_itself_json_on_a_stream(server, upstream):
+    upstream.plays(plain(completion("Hi"), content_type="text/plain"))
+    assert text_of(records_of(post(server(upstream), chat(True)).body)) == "Hi"
 
 
 def test_a_server_that_does_not_stream(server, upstream):
@@ -3473,6 +3510,9 @@ def test_a_body_is_json_whatever_it_is_called(server, upstream, content_type):
 
 @pytest.mark.parametrize("encoding, pack", [
     ("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress), ("GZIP", gzip.compress),
+    ("gzip", lambda data: gzip.compress(data[:9]) + gzip.compress(b"") + gzip.compress(data[9:])),
+    ("gzip", lambda data: b"".join(gzip.compress(data[at:at + 1]) for at in range(len(data)))),
+    ("gzip", lambda data: gzip.compress(data) + bytes(512)),             # tape blocks, as gzip(1) takes them
     ("deflate", lambda data: zlib.compress(data)[2:-4]), ("identity", bytes), ("", bytes)])
 def test_a_compressed_body(server, upstream, encoding, pack):
     with Client(server(upstream)) as client:
@@ -3489,6 +3529,8 @@ BODY_FAULTS = [
     ("no gzip", {"Content-Encoding": "gzip"}, b"{}", 400, True),
     ("cut gzip", {"Content-Encoding": "gzip"}, gzip.compress(b"{}" * 50)[:-9], 400, True),
     ("gzip bomb", {"Content-Encoding": "gzip"}, gzip.compress(b" " * 500_000), 413, True),
+    ("bomb of members", {"Content-Encoding": "gzip"}, gzip.compress(b" " * 4_000) * 3, 413, True),
+    ("second member cut", {"Content-Encoding": "gzip"}, gzip.compress(b"{}") + gzip.compress(b" ")[:-3], 400, True),
     ("too large", {}, b" " * 20_000, 413, True),
     ("far too large", {}, b" " * 3_000_000, 413, False), ("not JSON", {}, b"{", 400, True),
     ("no messages", {}, b"{}", 400, True),
@@ -3508,6 +3550,28 @@ def test_faults_of_a_body(server, upstream, headers, body, status, stays):
         if stays:
             assert client.post(chat()).answer().status == 200
     assert is_well(running)
+
+
+def test_endless_members_are_given_up(monkeypatch):
+    monkeypatch.setattr(ifl, "GZIP_MEMBERS", 50)
+    assert ifl.inflate(gzip.compress(b"x") * 50, 1000) == b"x" * 50
+    with pytest.raises(ifl.BadRequest, match="decompressed"):
+        ifl.inflate(gzip.compress(b"x") * 51, 1000)
+
+
+@pytest.mark.parametrize("path, status", [("/v1/nothing", 404), ("/health", 405), ("/v1/models", 405)])
+def test_the_answer_does_not_wait_for_a_body_that_nobody_wants(server, path, status):
+    """It used to wait for up to a second; read here before the body is sent, and the connection stays."""
+    running = server(detect_local=False)
+    with Client(running, timeout_s=0.5) as client:
+        client.send(request_bytes(path=path, headers={"Content-Length": "5"}))
+        answer = client.answer()
+        assert answer.status == status and "connection" not in answer.headers
+        client.send(b"12345").request("GET", "/health", headers={"Content-Length": None})
+        assert client.answer().status == 200
+    with Client(running) as client:
+        client.send(request_bytes(path=path, headers={"Content-Length": "5"}))
+        assert client.answer().status == status and client.is_closed()           # nothing came within a second
 
 
 def test_too_large_is_said_before_the_body_was_sent(server):
@@ -4100,6 +4164,23 @@ def test_two_servers_in_one_process_know_nothing_of_each_other(server, upstreams
     assert post(two, {"messages": MESSAGES}).status == 200 and post(two, {"messages": MESSAGES}).status == 200
 
 
+def test_two_gateways_have_levels_of_their_own(server, upstreams, log_lines):
+    before = ifl.log.level
+    quiet, loud = server(upstreams(), log_level="error"), server(upstreams(), log_level="info")
+    assert post(quiet, chat()).status == post(loud, chat()).status == 200
+
+
+    def logged(status):
+        return [line for line in [record.getMessage() for record in log_lines] if f" {status} " in line]
+
+    until(lambda: logged(200), what="a line of the log")
+    assert is_well(quiet) and len(logged(200)) == 1
+    quiet.gateway.apply(ifl.replace(quiet.gateway.settings, log_level="info"))
+    assert post(quiet, chat()).status == 200 and post(loud, b"{").status == 400
+    until(lambda: len(logged(200)) == 2 and len(logged(400)) == 1, what="two more")
+    assert ifl.log.level == before
+
+
 def test_a_server_of_another_gateway_may_be_the_upstream(server, upstream):
     inner = server(upstream)
     outer = server(inner.url + "/v1")
@@ -4216,6 +4297,20 @@ def test_config_that_can_not_be_written(cli, config, home):
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_status_and_env_go_by_the_running_server(cli, config, server, upstream):
+    """--demo and --upstream leave config.json alone."""
+    running = server(provider(upstream, "demo", models=["demo-1"]))
+    put_config(config, {"port": running.port, "providers": [provider("http://127.0.0.1:1", "filed", models=["m-filed"])]})
+    status, out, err = cli("status")
+    assert status == 0 and "provider  demo  in use" in out and "filed" not in out and "other providers than config.json" in out
+    assert "demo-1" in cli("env", "codex", "--shell", "bash")[1]
+    assert "given" in cli("env", "codex", "--shell", "bash", "--model", "given")[1]
+    running.close()
+    status, out, err = cli("status")
+    assert status == 1 and "provider  filed (default)  http://127.0.0.1:1" in out and "demo" not in out
+    assert "m-filed" in cli("env", "codex", "--shell", "bash")[1]
+
+
 def test_status(cli, config, server, upstream):
     put_config(config, {"port": 1, "providers": [provider(upstream, api_keys=["sk-very-secret-key"])],
                         "queue_limit": -1})
@@ -4226,9 +4321,10 @@ def test_status(cli, config, server, upstream):
     put_config(config, {"port": running.port})
     status, out, err = cli("status")
     assert status == 0 and f"running, healthy, version {ifl.__version__}, 0 in flight" in out
-    assert "provider  none" in out
-    put_config(config, {"port": upstream.port})           # something else answers there
-    assert cli("status")[0] == 1
+    assert "provider  up  in use" in out and "other providers" in out
+    put_config(config, {"port": upstream.port, "detect_local": False})           # something else answers there
+    status, out, err = cli("status")
+    assert status == 1 and "provider  none" in out
 
 
 def test_models(cli, config, upstream):
@@ -8975,6 +9071,7 @@ def test_texts_are_whole():
         assert set(re.findall(r"\{(\w+)", zh)) - {"command"} == set(re.findall(r"\{(\w+)", en)) - {"command"}, key
     used = set(re.findall(r"""\btr\(["'](\w+)["'][,)]""", source)) | {group for group, _ in ifl.COMMAND_GROUPS}
     used |= {key for _, key in ifl._COMPLAINTS} | {"kind_" + kind for kind in ifl._KINDS}
+    used |= {f"encrypt_{mode}{end}" for mode in ("on", "off", "rotate") for end in ("", "_none")}
     assert used == set(ifl.TEXTS), used ^ set(ifl.TEXTS)
 
 
@@ -11425,6 +11522,16 @@ def test_addresses_behind_trusted_proxies(upstreams_routes, client, clock_routes
 
 
 @pytest.mark.usefixtures("home_routes")
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_key_beyond_ascii(upstreams_routes, client, encoding):
+    """HTTP has no charset for headers: most clients send UTF-8, some latin-1; both mean the same key."""
+    up, = upstreams_routes(always("ok"))
+    ask = client(Gate(settings([up], custom_api_key="schl\u00fcssel", client_keys=[key_entry("bob", "b\u00f6b")])))
+    for key, status in (("schl\u00fcssel", 200), ("b\u00f6b", 200), ("schlussel", 401)):
+        assert ask(x_api_key=key.encode(encoding))[0] == status
+        assert ask(authorization=b"Bearer " + key.encode(encoding))[0] == status
+
+
 def test_nobody_else_is_believed(upstreams_routes, client):
     up, = upstreams_routes(always("ok"))
     ask = client(Gate(settings([up], address_limits={"rpm": 1})))
