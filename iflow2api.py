@@ -555,11 +555,17 @@ def decode_base64(text: str) -> Optional[bytes]:
 class FileLock:
     """One holder at a time among processes and threads: each open file counts.  Who is killed holds no longer.
 
-    The file stays: removing it would let two processes lock two files of the same name.
+    The file stays: removing it would let two processes lock two files of the same name.  On a file system that knows
+    no locks a second file, which only one can make, says who holds it; one whose maker is gone is taken over.
     """
+    #: Nobody holds a lock for so long; nobody takes so long to write a line.
+    STALE_S, BLANK_S = 600.0, 10.0
+    _TOKEN = secrets.token_hex(4)        #: tells this process from an earlier one of its number (a container's 1)
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self.path, self._timeout_s, self._fd = path, timeout_s, -1
+        self._name, self._is_named = path + ".pid", False
+        self._mark = f"{socket.gethostname()} {os.getpid()} {self._TOKEN}"
 
     def __enter__(self) -> "FileLock":
         """OSError where the file can't be made; TimeoutError, which is one, when another holds it for too long."""
@@ -578,8 +584,7 @@ class FileLock:
                 os.close(fd)
         return self
 
-    @staticmethod
-    def _take(fd: int) -> bool:
+    def _take(self, fd: int) -> bool:
         try:
             if os.name == "nt":
                 import msvcrt
@@ -592,11 +597,75 @@ class FileLock:
                 return False
             if exc.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
                 raise                    # those four: a file system that knows no locks
+            return self._take_name()
         return True
+
+    def _take_name(self) -> bool:
+        try:
+            handle = os.open(self._name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            if self._is_stale():
+                self._take_over()
+            return False
+        with open(handle, "w") as file:
+            file.write(self._mark)
+        self._is_named = True
+        return True
+
+    def _holder(self) -> str:
+        try:
+            with open(self._name) as file:
+                return file.read(200)
+        except (OSError, UnicodeError):
+            return ""
+
+    def _is_stale(self) -> bool:
+        """Whether who made the file is gone, as far as can be seen from here, or it is older than any work takes."""
+        with contextlib.suppress(OSError):
+            age_s, holder = time.time() - os.stat(self._name).st_mtime, self._holder()
+            host, _, process = holder.partition(" ")
+            number, _, token = process.partition(" ")
+            if age_s > (self.STALE_S if holder else self.BLANK_S):
+                return True
+            if host == socket.gethostname() and number.isdigit():
+                return token != self._TOKEN if int(number) == os.getpid() else not _is_running(int(number))
+        return False
+
+    def _take_over(self) -> None:
+        """Remove a stale file.  One at a time, looking once more: the file of who was quicker must not be removed."""
+        guard = self._name + ".stale"
+        try:
+            os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            with contextlib.suppress(OSError):
+                if time.time() - os.stat(guard).st_mtime > self.BLANK_S:         # killed in these few lines
+                    os.unlink(guard)
+            return
+        with contextlib.suppress(OSError):
+            if self._is_stale():
+                os.unlink(self._name)
+        with contextlib.suppress(OSError):
+            os.unlink(guard)
 
     def __exit__(self, *exc: Any) -> None:
         fd, self._fd = self._fd, -1
+        if self._is_named and self._holder() == self._mark:
+            with contextlib.suppress(OSError):
+                os.unlink(self._name)
+        self._is_named = False
         os.close(fd)                     # lets go, too
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this machine lives; True where nobody can tell (on Windows signal 0 would end it)."""
+    try:
+        if os.name == "posix":
+            os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 # === 5. Settings =============================================================
@@ -993,9 +1062,9 @@ class ConfigFile:
 
     def read(self) -> Json:
         """The file, its secrets opened; ConfigBroken."""
-        return self._opened(read_json_file(self.path))
+        return self.opened(read_json_file(self.path))
 
-    def _opened(self, raw: Json) -> Json:
+    def opened(self, raw: Json) -> Json:
         locked: List[str] = []
 
         def open_it(place: str, secret: str) -> str:
@@ -1017,7 +1086,7 @@ class ConfigFile:
             return raw
         return map_secrets(raw, lambda place, secret: secret if is_sealed(secret) else self.vault.seal(secret))
 
-    def _sealed_if_possible(self, raw: Json) -> Json:
+    def sealed_if_possible(self, raw: Json) -> Json:
         """A key file that is damaged or can't be made must not keep anybody from changing a setting."""
         try:
             return self._sealed(raw)
@@ -1032,7 +1101,7 @@ class ConfigFile:
         except ConfigBroken as exc:
             problem = str(exc)
         try:
-            raw = self._opened(read_json_file(self.backup)) if os.path.exists(self.backup) else None
+            raw = self.opened(read_json_file(self.backup)) if os.path.exists(self.backup) else None
         except ConfigBroken:
             raw = None
         if raw is None:
@@ -1047,7 +1116,7 @@ class ConfigFile:
         with self._lock, self.lock():
             raw, problems = self.recover()
             edit(raw)
-            sealed = self._sealed_if_possible(raw)
+            sealed = self.sealed_if_possible(raw)
             if problems and os.path.isfile(self.path):
                 self._put_aside(f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
             elif os.path.isfile(self.path):
@@ -1079,7 +1148,7 @@ class ConfigFile:
             data = file.read()
         try:
             plain = read_json_file(self.path)
-            sealed = self._sealed_if_possible(plain)
+            sealed = self.sealed_if_possible(plain)
             write_file(self.backup, data if sealed == plain else self.to_bytes(sealed))
         except (OSError, ConfigBroken) as exc:
             log.warning("no backup of %s: %s", self.path, getattr(exc, "strerror", None) or exc)
@@ -1108,7 +1177,7 @@ class ConfigFile:
             locked: List[str] = []
             for path in (self.path, self.backup):
                 if os.path.isfile(path):
-                    contents[path] = self._opened(read_json_file(path))
+                    contents[path] = self.opened(read_json_file(path))
                     locked += [os.path.basename(path) + problem[len("config.json"):] for problem in self.locked]
             if mode == "rotate":
                 self.vault.renew()
@@ -7147,6 +7216,8 @@ class LoginFile:
             if config is None:
                 raise LoginFailed("accounts are kept in config.json, and there is none")
             self.path, self._lock_path = config.path, os.path.join(config.folder, "login.lock")
+        #: New tokens on their way into the file; see `keep_pending`.
+        self._pending_path = f"{self._lock_path}.{hash_key(self.account).hex()[:8]}.tokens"
 
     @property
     def is_default(self) -> bool:
@@ -7183,6 +7254,35 @@ class LoginFile:
         except OSError as exc:
             raise LoginFailed(f"{self.path} can't be written: {exc.strerror or exc}") from None
 
+    def keep_pending(self, tokens: Json, used: str) -> None:
+        """Before anything else tokens go into a small file of their own: the old ones, whose hash is `used`, are spent.
+
+        `update` may have to wait, to encrypt, or to write two larger files; a kill in that time must not cost a login.
+        """
+        pending = {"accounts": {self.account: tokens}, "used": used}
+        if not self.is_default and self._config is not None:
+            pending = self._config.sealed_if_possible(pending)
+        with contextlib.suppress(OSError):               # a full disk: `update` tells, the tokens stay in memory
+            write_file(self._pending_path, ConfigFile.to_bytes(pending))
+
+    def pending(self) -> Tuple[Json, str]:
+        """Tokens that a killed process left, and the hash of the refresh token they were got for; ({}, "") mostly."""
+        found: Json = {}
+        if os.path.exists(self._pending_path):
+            with contextlib.suppress(ConfigBroken, SealBroken):
+                found = map_secrets(read_json_file(self._pending_path), self._opened)
+        accounts, used = found.get("accounts"), found.get("used")
+        tokens = accounts.get(self.account) if isinstance(accounts, dict) else None
+        sound = isinstance(tokens, dict) and isinstance(used, str) and isinstance(tokens.get(REFRESH), str)
+        return (tokens, used) if sound else ({}, "")     # type: ignore[return-value]
+
+    def _opened(self, place: str, secret: str) -> str:
+        return self._config.vault.open(secret) if self._config is not None and is_sealed(secret) else secret
+
+    def drop_pending(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._pending_path)
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """For the time of the `with` nobody else refreshes this login, and the file can be written.
@@ -7216,7 +7316,10 @@ def login_end(login: Json) -> Optional[float]:
 
 @dataclass
 class Refreshed:
-    """How the refreshing of one account goes; `unsaved` are tokens, got for `unsaved_for`, that await being written."""
+    """How the refreshing of one account goes; `unsaved` are tokens that await being written.
+
+    `unsaved_for` is the hash of the refresh token that they were got for.
+    """
     at: Optional[float] = None
     ok: Optional[bool] = None
     message: str = ""
@@ -7287,6 +7390,8 @@ class Refresher:
             state = self.state(file.account)
             if state.dead_token and login.get(REFRESH) != state.dead_token:      # somebody logged in again
                 state = self._states[file.account] = Refreshed()
+            if not state.unsaved:
+                state.unsaved, state.unsaved_for = file.pending()
             due = self._is_due(login, state)
             if due and not self._closing:
                 self._refresh(file, None)
@@ -7363,9 +7468,14 @@ class Refresher:
     def _save_left_over(file: LoginFile, state: Refreshed) -> str:
         """Write tokens that an earlier refresh could not write, unless others lie there; the refresh token of them."""
         token = ""
-        if state.unsaved and file.read().get(REFRESH) == state.unsaved_for:
-            file.update(state.unsaved)
-            token = state.unsaved[REFRESH]
+        tokens, used = file.pending()
+        if not tokens:
+            tokens, used = state.unsaved, state.unsaved_for
+        if tokens and hash_key(str(file.read().get(REFRESH))).hex() == used:
+            file.update(tokens)
+            token = tokens[REFRESH]
+        if tokens:                       # else there is nothing, or something that can't be opened today
+            file.drop_pending()
         state.unsaved = {}
         return token
 
@@ -7373,8 +7483,10 @@ class Refresher:
         """The login with new tokens and the key that belongs to them, both written."""
         if refused_key or login.get(KEY_DUE) is not True or state.refused:
             tokens = {**self._oauth.refresh(login[REFRESH]), KEY_DUE: True}
-            state.unsaved, state.unsaved_for = tokens, login[REFRESH]
-            file.update(tokens)          # at once: the old ones are used up
+            state.unsaved, state.unsaved_for = tokens, hash_key(login[REFRESH]).hex()
+            file.keep_pending(tokens, state.unsaved_for)         # at once: the old ones are used up
+            file.update(tokens)
+            file.drop_pending()
             state.unsaved = {}
             login = {**login, **tokens}
         info = self._oauth.user_info(str(login.get(ACCESS)))
@@ -12992,6 +13104,7 @@ def cmd_logout(args: Any) -> int:
         if any(name in login for name in fields):
             with file.held():
                 file.update(dict.fromkeys(login if not file.is_default else fields))
+                file.drop_pending()
             gone = True
         if file.is_default and gateway.config and gateway.config.read().get("api_key"):
             gateway.config.change(lambda raw: raw.pop("api_key", None))

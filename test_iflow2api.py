@@ -846,6 +846,99 @@ def test_a_full_disk_leaves_the_old_file(home, monkeypatch):
     assert path.read_bytes() == b"old" and os.listdir(home) == ["file"]
 
 
+# --- locks ---------------------------------------------------------------------
+
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
+def lockless(request, monkeypatch):
+    """A file system that knows no locks."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(fd, operation):
+        raise OSError(request.param, os.strerror(request.param))
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def holds(path, timeout_s=0.05):
+    """Whether the lock can be had within the time."""
+    try:
+        with ifl.FileLock(path, timeout_s):
+            return True
+    except TimeoutError as exc:
+        assert str(exc).endswith(f"another process has held {path} for {timeout_s:g} s")
+        return False
+
+
+def test_one_holder_where_there_are_no_locks(home, lockless):
+    path, inside, most = str(home / "a.lock"), [0], [0]
+
+    def work():
+        for _ in range(20):
+            with ifl.FileLock(path, WAIT_S):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join(WAIT_S) for thread in threads]
+    assert most == [1] and inside == [0] and os.listdir(home) == ["a.lock"]
+    with ifl.FileLock(path, 1):
+        assert not holds(path)
+    assert holds(path)
+
+
+NO_PROCESS, THIS_HOST = 2 ** 22 + 1, socket.gethostname()          # a process number that none has
+
+
+@pytest.mark.parametrize("holder, age_s, stale", [
+    (f"{THIS_HOST} {NO_PROCESS} ab", 0, True), (f"{THIS_HOST} PID ab", 0, True), (f"{THIS_HOST} PID TOKEN", 0, False), (f"{THIS_HOST} 1 ab", 0, False),
+    (f"{THIS_HOST} 1 ab", 700, True), (f"elsewhere {NO_PROCESS} ab", 0, False), (f"elsewhere {NO_PROCESS} ab", 700, True),
+    ("", 0, False), ("", 20, True), ("rubbish", 0, False), ("rubbish", 700, True), (f"{THIS_HOST} {10 ** 30} ab", 0, False)])
+def test_the_lock_of_who_is_gone_is_taken_over(home, lockless, holder, age_s, stale):
+    path, name = str(home / "a.lock"), home / "a.lock.pid"
+    name.write_text(holder.replace("PID", str(os.getpid())).replace("TOKEN", ifl.FileLock._TOKEN))
+    os.utime(name, (time.time() - age_s,) * 2)
+    assert holds(path) == stale and name.exists() != stale
+    assert not (home / "a.lock.pid.stale").exists()
+
+
+def test_many_take_over_a_stale_lock_and_one_at_a_time_holds_it(home, lockless):
+    path, inside, most, total = str(home / "a.lock"), [0], [0], [0]
+    (home / "a.lock.pid").write_text(f"{THIS_HOST} {NO_PROCESS} ab")
+    (home / "a.lock.pid.stale").write_text("")           # whoever tried to before was killed in the middle of it
+    os.utime(home / "a.lock.pid.stale", (time.time() - 60,) * 2)
+
+    def work():
+        with ifl.FileLock(path, WAIT_S):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            total[0] += 1
+            threading.Event().wait(0.01)
+            inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join(WAIT_S) for thread in threads]
+    assert (most, total) == ([1], [8]) and os.listdir(home) == ["a.lock"]
+
+
+def test_a_lock_that_was_taken_from_us_is_not_given_back_for_another(home, lockless):
+    path, name = str(home / "a.lock"), home / "a.lock.pid"
+    with ifl.FileLock(path, 1):
+        name.write_text("elsewhere 5 cd")
+    assert name.read_text() == "elsewhere 5 cd"
+
+
+def test_other_errors_of_a_lock_are_raised(home, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(fd, operation):
+        raise OSError(errno.EIO, "broken")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="broken"):
+        ifl.FileLock(str(home / "a.lock"), 1).__enter__()
+
+
 # === 5. Settings ============================================================
 
 def load(raw=None, environ=None, flags=None, last=None):
@@ -9663,7 +9756,7 @@ def test_a_rotation_cut_short_anywhere_loses_nothing(sealed, monkeypatch):
             pass
         fresh = ifl.ConfigFile(sealed.folder, {})
         assert fresh.read() == {**SECRETS, "port": 1} and fresh.locked == []
-        assert fresh._opened(json.loads(text_of_login(sealed.backup)))["api_key"] == "sk-iflow-key"
+        assert fresh.opened(json.loads(text_of_login(sealed.backup)))["api_key"] == "sk-iflow-key"
 
 
 @pytest.mark.usefixtures("home_login")
@@ -10373,6 +10466,59 @@ def test_tokens_that_could_not_be_written_are_kept_and_written_later(home_login,
     refresher.look()
     assert login_of(home_login)["oauth_refresh_token"] == "R1" and login_of(home_login)["apiKey"] == "sk-key-1"
     assert host.count("/oauth/token") == 1
+
+
+def test_two_refresh_on_a_file_system_without_locks(home_login, host, config_login, gateways, lockless):
+    put_login(home_login)
+    found = []
+    gateways += [ifl.Gateway(config=config_login, environ={}) for _ in range(2)]
+    threads = [threading.Thread(target=lambda g=g: found.append(g.logins.refresher.renew("default", "sk-key-0", ifl.NOBODY)))
+               for g in gateways for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join(WAIT_S_LOGIN) for thread in threads]
+    assert found == ["sk-key-1"] * 6 and host.count("/oauth/token") == 1
+
+
+@posix_login
+@pytest.mark.parametrize("account", ["default", "work"])
+def test_a_kill_after_the_host_has_answered_costs_no_login(home_login, host, config_login, gateways, account):
+    """The refresh token is spent by then: the new ones are found in a file of their own."""
+    if account == "default":
+        put_login(home_login)
+    else:
+        config_login.change(lambda raw: raw.update(accounts={"work": {
+            "apiKey": "sk-work", "oauth_refresh_token": "R0", "oauth_expires_at": ifl.format_time(time.time())}}))
+    script = textwrap.dedent("""
+        import os, signal, sys; sys.path.insert(0, sys.argv[1])
+        import iflow2api as ifl
+        gateway = ifl.Gateway(config=ifl.ConfigFile(sys.argv[2]), environ={})
+        ifl.LoginFile.update = lambda *more: os.kill(os.getpid(), signal.SIGKILL)
+        gateway.logins.refresher.look()
+        """)
+    child = subprocess.run([sys.executable, "-c", script, os.path.dirname(PROGRAM_LOGIN), config_login.folder], timeout=60,
+                           env={**os.environ, "HOME": str(home_login)})
+    assert child.returncode == -signal.SIGKILL and host.count("/oauth/token") == 1
+    left, = [path for path in home_login.rglob("*.tokens")]
+    assert stat.S_IMODE(left.stat().st_mode) == 0o600 and ("R1" in left.read_text()) == (account == "default")
+    gateways.append(ifl.Gateway(config=config_login, environ={}))
+    gateways[-1].logins.refresher.look()
+    login = login_of(home_login) if account == "default" else config_login.read()["accounts"]["work"]
+    assert (login["oauth_refresh_token"], login["apiKey"], ifl.KEY_DUE in login) == ("R1", "sk-key-1", False)
+    assert host.count("/oauth/token") == 1 and not left.exists()
+
+
+def test_tokens_left_behind_do_not_replace_a_newer_login(home_login, host, gateway_login, refresher, config_login):
+    put_login(home_login)
+    file = ifl.LoginFile("", config_login)
+    file.keep_pending({"oauth_access_token": "A-old", "oauth_refresh_token": "R-old"}, ifl.hash_key("another").hex())
+    refresher.look()
+    assert login_of(home_login)["oauth_refresh_token"] == "R1" and file.pending() == ({}, "")
+    for rubbish in (b"{", b"[]", b'{"accounts": 5}', b'{"accounts": {"default": {"oauth_refresh_token": 5}}, "used": "x"}'):
+        with open(file._pending_path, "wb") as written:
+            written.write(rubbish)
+        assert file.pending() == ({}, "")
+    refresher.look()
+    assert login_of(home_login)["oauth_refresh_token"] == "R1"
 
 
 def test_a_file_that_can_not_be_written_costs_no_token(home_login, host, refresher, monkeypatch):
