@@ -9449,16 +9449,17 @@ class Gateway:
 
         Returns the body where it is no event stream but a JSON object, whatever it calls itself, else b"".
         """
-        first, body = True, bytearray()
+        kinds: Set[bool] = set()         # of the first payload: whether it begins as JSON does
+        body = bytearray()
 
         def move(payload: bytes) -> bool:
-            nonlocal first
-            if body or first and payload.lstrip()[:1] == b"{":
+            if not kinds:
+                kinds.add(payload.lstrip()[:1] == b"{")
+            if True in kinds:
                 body.extend(payload)
                 if len(body) > ANSWER_LIMIT_BYTES:
                     raise UpstreamGarbled(f"the upstream's answer is larger than {ANSWER_LIMIT_BYTES >> 20} MiB")
                 return True
-            first = False
             if stream.passes(payload):
                 sink.send(payload, exchange.framed)
                 return not stream.done
@@ -12209,6 +12210,8 @@ CHINESE: Dict[str, str] = {
     "the upstream's answer is encoded as {}, which nobody asked for": "上游的回答用了未请求的编码 {}",
     "the connection to the upstream broke: {}": "与上游的连接断开：{}",
     "the upstream's chunked answer is broken: {}": "上游的分块回答有错误：{}",
+    "no status line": "没有状态行", "too many headers": "头部字段过多", "its head is too large": "头部过大",
+    "no Content-Length": "没有 Content-Length",
     "no line end after a chunk": "块后没有换行", "no chunk size": "没有块长度", "endless trailers": "尾部过长",
     "the upstream closed the connection in the middle of its answer": "上游在回答中途断开了连接",
     "the upstream's answer can't be decompressed: {}": "上游的回答无法解压：{}",
