@@ -268,6 +268,8 @@ RETRY_STATUS = frozenset((408, 409, 425, 429)) | frozenset(range(500, 600))
 
 #: Seconds that the limits of a client key or an address look back: requests a minute, hour and day, tokens a day.
 LIMIT_SPANS = {"rpm": 60, "rph": 3600, "rpd": 86400, "tpd": 86400}
+#: Of these the keys' outlive a restart.
+LIMITS_A_DAY = ("rpd", "tpd")
 LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "requests a day", "tpd": "tokens a day",
                "concurrency": "requests at once"}
 
@@ -479,10 +481,11 @@ def is_loopback(host: str) -> bool:
 _IRREPLACEABLE = {getattr(errno, name, None) for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
 
 
-def write_file(path: str, data: bytes) -> None:
+def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
     """Write `data` so that a crash leaves the old file or the new one, readable by the owner alone.
 
-    A link is followed; a file that can't be replaced (bind mount) is written in place.
+    A link is followed; a file that can't be replaced (bind mount) is written in place, once there is a `.bak` of it,
+    which the caller may have made (`has_copy`).  OSError.
     """
     path = os.path.realpath(path)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -500,6 +503,9 @@ def write_file(path: str, data: bytes) -> None:
         if exc.errno not in _IRREPLACEABLE or not os.path.isfile(path):
             raise
         with open(path, "r+b") as file:
+            if not has_copy:
+                write_file(path + ".bak", file.read())
+                file.seek(0)
             file.write(data)
             file.truncate()
             file.flush()
@@ -576,11 +582,17 @@ def decode_base64(text: str) -> Optional[bytes]:
 class FileLock:
     """One holder at a time among processes and threads: each open file counts.  Who is killed holds no longer.
 
-    The file stays: removing it would let two processes lock two files of the same name.
+    The file stays: removing it would let two processes lock two files of the same name.  On a file system that knows
+    no locks a second file, which only one can make, says who holds it; one whose maker is gone is taken over.
     """
+    #: Nobody holds a lock for so long; nobody takes so long to write a line.
+    STALE_S, BLANK_S = 600.0, 10.0
+    _TOKEN = secrets.token_hex(4)        #: tells this process from an earlier one of its number (a container's 1)
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self.path, self._timeout_s, self._fd = path, timeout_s, -1
+        self._name, self._is_named = path + ".pid", False
+        self._mark = f"{socket.gethostname()} {os.getpid()} {self._TOKEN}"
 
     def __enter__(self) -> "FileLock":
         """OSError where the file can't be made; TimeoutError, which is one, when another holds it for too long."""
@@ -599,8 +611,7 @@ class FileLock:
                 os.close(fd)
         return self
 
-    @staticmethod
-    def _take(fd: int) -> bool:
+    def _take(self, fd: int) -> bool:
         try:
             if os.name == "nt":
                 import msvcrt
@@ -613,11 +624,75 @@ class FileLock:
                 return False
             if exc.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
                 raise                    # those four: a file system that knows no locks
+            return self._take_name()
         return True
+
+    def _take_name(self) -> bool:
+        try:
+            handle = os.open(self._name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            if self._is_stale():
+                self._take_over()
+            return False
+        with open(handle, "w") as file:
+            file.write(self._mark)
+        self._is_named = True
+        return True
+
+    def _holder(self) -> str:
+        try:
+            with open(self._name) as file:
+                return file.read(200)
+        except (OSError, UnicodeError):
+            return ""
+
+    def _is_stale(self) -> bool:
+        """Whether who made the file is gone, as far as can be seen from here, or it is older than any work takes."""
+        with contextlib.suppress(OSError):
+            age_s, holder = time.time() - os.stat(self._name).st_mtime, self._holder()
+            host, _, process = holder.partition(" ")
+            number, _, token = process.partition(" ")
+            if age_s > (self.STALE_S if holder else self.BLANK_S):
+                return True
+            if host == socket.gethostname() and number.isdigit():
+                return token != self._TOKEN if int(number) == os.getpid() else not _is_running(int(number))
+        return False
+
+    def _take_over(self) -> None:
+        """Remove a stale file.  One at a time, looking once more: the file of who was quicker must not be removed."""
+        guard = self._name + ".stale"
+        try:
+            os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            with contextlib.suppress(OSError):
+                if time.time() - os.stat(guard).st_mtime > self.BLANK_S:         # killed in these few lines
+                    os.unlink(guard)
+            return
+        with contextlib.suppress(OSError):
+            if self._is_stale():
+                os.unlink(self._name)
+        with contextlib.suppress(OSError):
+            os.unlink(guard)
 
     def __exit__(self, *exc: Any) -> None:
         fd, self._fd = self._fd, -1
+        if self._is_named and self._holder() == self._mark:
+            with contextlib.suppress(OSError):
+                os.unlink(self._name)
+        self._is_named = False
         os.close(fd)                     # lets go, too
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this machine lives; True where nobody can tell (on Windows signal 0 would end it)."""
+    try:
+        if os.name == "posix":
+            os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 # === 5. Settings =============================================================
@@ -1064,9 +1139,9 @@ class ConfigFile:
 
     def read(self) -> Json:
         """The file, its secrets opened; ConfigBroken."""
-        return self._opened(read_json_file(self.path))
+        return self.opened(read_json_file(self.path))
 
-    def _opened(self, raw: Json) -> Json:
+    def opened(self, raw: Json) -> Json:
         locked: List[str] = []
 
         def open_it(place: str, secret: str) -> str:
@@ -1088,7 +1163,7 @@ class ConfigFile:
             return raw
         return map_secrets(raw, lambda place, secret: secret if is_sealed(secret) else self.vault.seal(secret))
 
-    def _sealed_if_possible(self, raw: Json) -> Json:
+    def sealed_if_possible(self, raw: Json) -> Json:
         """A key file that is damaged or can't be made must not keep anybody from changing a setting."""
         try:
             return self._sealed(raw)
@@ -1103,7 +1178,7 @@ class ConfigFile:
         except ConfigBroken as exc:
             problem = str(exc)
         try:
-            raw = self._opened(read_json_file(self.backup)) if os.path.exists(self.backup) else None
+            raw = self.opened(read_json_file(self.backup)) if os.path.exists(self.backup) else None
         except ConfigBroken:
             raw = None
         if raw is None:
@@ -1118,12 +1193,12 @@ class ConfigFile:
         with self._lock, self.lock():
             raw, problems = self.recover()
             edit(raw)
-            sealed = self._sealed_if_possible(raw)
+            sealed = self.sealed_if_possible(raw)
             if problems and os.path.isfile(self.path):
                 self._put_aside(f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
             elif os.path.isfile(self.path):
                 self._back_up()
-            write_file(self.path, self.to_bytes(sealed))
+            write_file(self.path, self.to_bytes(sealed), has_copy=bool(problems) or os.path.isfile(self.backup))
 
     def lock(self) -> Any:
         """One writer at a time; where there is no place for a lock (a lone bind-mounted file), the thread's must do."""
@@ -1150,23 +1225,36 @@ class ConfigFile:
             data = file.read()
         try:
             plain = read_json_file(self.path)
-            sealed = self._sealed_if_possible(plain)
+            sealed = self.sealed_if_possible(plain)
             write_file(self.backup, data if sealed == plain else self.to_bytes(sealed))
         except (OSError, ConfigBroken) as exc:
             log.warning("no backup of %s: %s", self.path, getattr(exc, "strerror", None) or exc)
+
+    def count_secrets(self) -> int:
+        """In the file and its .bak, encrypted or not; ConfigBroken."""
+        places: List[str] = []
+        for path in (self.path, self.backup):
+            map_secrets(read_json_file(path), lambda place, secret: places.append(place) or secret)     # type: ignore
+        return len(places)
 
     def encrypt(self, mode: str) -> List[str]:
         """`on`, `off` or `rotate` for the file and its .bak at once; what can't be opened stays as it is and is named.
 
         A rotation first makes the new key lasting, then seals anew, then forgets the old key: wherever a crash cuts it
-        short, everything can still be read.  OSError, ConfigBroken.
+        short, everything can still be read.  OSError, ConfigBroken, SealBroken where there is nothing to rotate.
         """
         with self._lock, self.lock():
+            if mode == "rotate" and read_json_file(self.path).get("encrypt_secrets") is False:
+                raise SealBroken("encryption is off, so that there is no key to change; to turn it on: config encrypt on")
+            if mode == "rotate" and not self.count_secrets():
+                return []
+            if os.path.isfile(self.path) and not os.path.isfile(self.backup):
+                self._back_up()
             contents: Dict[str, Json] = {}
             locked: List[str] = []
             for path in (self.path, self.backup):
                 if os.path.isfile(path):
-                    contents[path] = self._opened(read_json_file(path))
+                    contents[path] = self.opened(read_json_file(path))
                     locked += [os.path.basename(path) + problem[len("config.json"):] for problem in self.locked]
             if mode == "rotate":
                 self.vault.renew()
@@ -1176,7 +1264,7 @@ class ConfigFile:
                 raw = {**raw, "encrypt_secrets": mode != "off"}
                 if mode != "off":
                     del raw["encrypt_secrets"]           # the default
-                write_file(path, self.to_bytes(self._sealed(raw)))
+                write_file(path, self.to_bytes(self._sealed(raw)), has_copy=os.path.isfile(self.backup))
             if mode == "rotate" and not locked:
                 self.vault.drop_old_keys()
             return locked
@@ -1289,6 +1377,11 @@ def hash_key(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "replace")).digest()
 
 
+def hashes_of_header(text: str) -> Set[bytes]:
+    """The hashes of a key out of a header, which was read as latin-1: most clients send UTF-8, some mean latin-1."""
+    return {hash_key(text), hashlib.sha256(text.encode("latin-1", "replace")).digest()}
+
+
 def parse_expiry(text: Any) -> float:
     """Epoch seconds of `2027-01-31` (to the end of that day) or `2027-01-31T12:00:00Z`; UTC unless it says otherwise."""
     try:
@@ -1355,7 +1448,7 @@ class Doorkeeper:
     def find(self, given: Iterable[str]) -> Optional[ClientKey]:
         """The key that one of `given` is; every known one is compared, each in constant time."""
         known = [*([self._master] if self._master else []), *self.keys]
-        digests = [hash_key(text) for text in given if text]
+        digests = [digest for text in given if text for digest in hashes_of_header(text)]
         found = [key for key in known if any([hmac.compare_digest(key.digest, digest) for digest in digests])]
         return found[0] if found else None
 
@@ -1925,7 +2018,7 @@ class Router:
         """
         model = self.named(model)
         found = self._alias_of(model, asked)
-        return [self._locate(name, foreign)[0] for name in (found[1] if found else (model,))]
+        return [self._locate(name, foreign and not found)[0] for name in (found[1] if found else (model,))]
 
     def named(self, model: Optional[str]) -> str:
         """The name asked for, `default_model` where there is none; BadRequest."""
@@ -1964,7 +2057,7 @@ class Router:
             steps.append("no alias takes it" if steps else "no alias matches it")
         targets = []
         for wanted in found[1] if found else [name]:
-            target, reasons = self._locate(wanted, foreign)
+            target, reasons = self._locate(wanted, foreign and not found)
             targets.append(target)
             steps += [WHY[reason].format(model=wanted if number == 0 else target.model, provider=target.provider.name,
                                          default=self.default_model) for number, reason in enumerate(reasons)]
@@ -7298,6 +7391,8 @@ class LoginFile:
             if config is None:
                 raise LoginFailed("accounts are kept in config.json, and there is none")
             self.path, self._lock_path = config.path, os.path.join(config.folder, "login.lock")
+        #: New tokens on their way into the file; see `keep_pending`.
+        self._pending_path = f"{self._lock_path}.{hash_key(self.account).hex()[:8]}.tokens"
 
     @property
     def is_default(self) -> bool:
@@ -7334,6 +7429,35 @@ class LoginFile:
         except OSError as exc:
             raise LoginFailed(f"{self.path} can't be written: {exc.strerror or exc}") from None
 
+    def keep_pending(self, tokens: Json, used: str) -> None:
+        """Before anything else tokens go into a small file of their own: the old ones, whose hash is `used`, are spent.
+
+        `update` may have to wait, to encrypt, or to write two larger files; a kill in that time must not cost a login.
+        """
+        pending = {"accounts": {self.account: tokens}, "used": used}
+        if not self.is_default and self._config is not None:
+            pending = self._config.sealed_if_possible(pending)
+        with contextlib.suppress(OSError):               # a full disk: `update` tells, the tokens stay in memory
+            write_file(self._pending_path, ConfigFile.to_bytes(pending))
+
+    def pending(self) -> Tuple[Json, str]:
+        """Tokens that a killed process left, and the hash of the refresh token they were got for; ({}, "") mostly."""
+        found: Json = {}
+        if os.path.exists(self._pending_path):
+            with contextlib.suppress(ConfigBroken, SealBroken):
+                found = map_secrets(read_json_file(self._pending_path), self._opened)
+        accounts, used = found.get("accounts"), found.get("used")
+        tokens = accounts.get(self.account) if isinstance(accounts, dict) else None
+        sound = isinstance(tokens, dict) and isinstance(used, str) and isinstance(tokens.get(REFRESH), str)
+        return (tokens, used) if sound else ({}, "")     # type: ignore[return-value]
+
+    def _opened(self, place: str, secret: str) -> str:
+        return self._config.vault.open(secret) if self._config is not None and is_sealed(secret) else secret
+
+    def drop_pending(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._pending_path)
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """For the time of the `with` nobody else refreshes this login, and the file can be written.
@@ -7367,7 +7491,10 @@ def login_end(login: Json) -> Optional[float]:
 
 @dataclass
 class Refreshed:
-    """How the refreshing of one account goes; `unsaved` are tokens, got for `unsaved_for`, that await being written."""
+    """How the refreshing of one account goes; `unsaved` are tokens that await being written.
+
+    `unsaved_for` is the hash of the refresh token that they were got for.
+    """
     at: Optional[float] = None
     ok: Optional[bool] = None
     message: str = ""
@@ -7438,6 +7565,8 @@ class Refresher:
             state = self.state(file.account)
             if state.dead_token and login.get(REFRESH) != state.dead_token:      # somebody logged in again
                 state = self._states[file.account] = Refreshed()
+            if not state.unsaved:
+                state.unsaved, state.unsaved_for = file.pending()
             due = self._is_due(login, state)
             if due and not self._closing:
                 self._refresh(file, None)
@@ -7514,9 +7643,14 @@ class Refresher:
     def _save_left_over(file: LoginFile, state: Refreshed) -> str:
         """Write tokens that an earlier refresh could not write, unless others lie there; the refresh token of them."""
         token = ""
-        if state.unsaved and file.read().get(REFRESH) == state.unsaved_for:
-            file.update(state.unsaved)
-            token = state.unsaved[REFRESH]
+        tokens, used = file.pending()
+        if not tokens:
+            tokens, used = state.unsaved, state.unsaved_for
+        if tokens and hash_key(str(file.read().get(REFRESH))).hex() == used:
+            file.update(tokens)
+            token = tokens[REFRESH]
+        if tokens:                       # else there is nothing, or something that can't be opened today
+            file.drop_pending()
         state.unsaved = {}
         return token
 
@@ -7524,8 +7658,10 @@ class Refresher:
         """The login with new tokens and the key that belongs to them, both written."""
         if refused_key or login.get(KEY_DUE) is not True or state.refused:
             tokens = {**self._oauth.refresh(login[REFRESH]), KEY_DUE: True}
-            state.unsaved, state.unsaved_for = tokens, login[REFRESH]
-            file.update(tokens)          # at once: the old ones are used up
+            state.unsaved, state.unsaved_for = tokens, hash_key(login[REFRESH]).hex()
+            file.keep_pending(tokens, state.unsaved_for)         # at once: the old ones are used up
+            file.update(tokens)
+            file.drop_pending()
             state.unsaved = {}
             login = {**login, **tokens}
         info = self._oauth.user_info(str(login.get(ACCESS)))
@@ -7648,6 +7784,10 @@ def listen_for_login(flow: "LoginFlow", port: int) -> List[_CallbackServer]:
     raise LoginFailed("no port of this machine can be listened on; log in with: python iflow2api.py login --paste")
 
 
+#: A code pasted without its address.
+_LOGIN_CODE = re.compile(r"(?:code=)?(?!.*" + OAUTH_PATH + r")([\w.~+/=-]{8,512})", re.ASCII)
+
+
 class LoginFlow:
     """One login, from the address to open to its end.  The listeners are gone with the end, whatever it is.
 
@@ -7686,25 +7826,31 @@ class LoginFlow:
 
     def paste(self, text: str) -> None:
         """The user gives the address the browser ended on, or the code in it.  LoginFailed says what was wrong."""
-        text = text.strip()
-        if re.fullmatch(r"[\w.~+/=-]{6,512}", text):
-            code = text
-        else:
-            query = (text.partition("?")[2] or text).partition("#")[0]
-            code = self._code(urllib.parse.parse_qs(query), False)
+        alone = _LOGIN_CODE.fullmatch(text.strip())
+        code = alone.group(1) if alone else self._code(self._pasted(text.strip()), False)
         try:
             self._finish(code, False)
         finally:
             self.settle()
 
+    @staticmethod
+    def _pasted(text: str) -> Mapping[str, List[str]]:
+        """The query in a pasted address, none where the address is not the one that a login ends on."""
+        address, mark, query = text.partition("?")
+        ours = re.fullmatch(r"((https?://)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?" + OAUTH_PATH + ")?/?", address)
+        return urllib.parse.parse_qs((query if ours else "" if mark else address).partition("#")[0])
+
     def _code(self, query: Mapping[str, List[str]], by_browser: bool) -> str:
         """The code of a callback; LoginFailed, `refused` where the login host says no."""
         facts = {name: values[-1] for name, values in query.items()}
-        if not {"code", "error"} & set(facts):
+        sound = re.fullmatch(r"[!-~]{1,2000}", facts.get("code", "")) or "error" in facts
+        if not {"code", "error"} & set(facts) or not sound and not by_browser:
             raise LoginFailed("this request is no answer to a login" if by_browser else
                               "that is neither the address the browser ended on nor the code in it; "
                               f"it looks like {self._redirect_uri}?code=…&state=…")
-        if not hmac.compare_digest(facts.get("state", "").encode("utf-8", "replace"), self._secret.encode()):
+        refused = "code" not in facts and not by_browser         # who pastes it means this login: no need of a state
+        if not refused and not hmac.compare_digest(facts.get("state", "").encode("utf-8", "replace"),
+                                                   self._secret.encode()):
             raise LoginFailed("this answer belongs to another login (its state is wrong): open the address of this one")
         if "code" not in facts:
             said = one_line(facts.get("error_description") or facts["error"], 200)
@@ -8070,13 +8216,23 @@ class Window:
             del marks[:2]
         return self._sum
 
-    def add(self, now: float, amount: int) -> None:
-        marks = self._marks
+    def add(self, now: float, amount: int) -> float:
+        """The mark that the amount went to: it counts from its end, so that never more than the limit passes."""
+        mark = now + self.span_s / 20 if self.limit > 20 else now
+        mark = self._marks[-2] if self._marks and now <= self._marks[-2] else mark
+        self.put(mark, amount)
+        return mark
+
+    def put(self, mark: float, amount: int) -> None:
+        """An amount that counts until a span after `mark`."""
         self._sum += amount
-        if marks and now <= marks[-2]:
-            marks[-1] += amount
-        else:                            # a mark counts from its end, so that never more than the limit passes
-            marks += [now + self.span_s / 20 if self.limit > 20 else now, amount]
+        if self._marks and mark <= self._marks[-2]:
+            self._marks[-1] += amount
+        else:
+            self._marks += [mark, amount]
+
+    def marks(self) -> List[Tuple[float, int]]:
+        return [(at, int(amount)) for at, amount in zip(self._marks[::2], self._marks[1::2])]
 
     def wait_s(self, now: float) -> float:
         """Seconds until there is room for one more, 0.0 where there is."""
@@ -8095,10 +8251,11 @@ class Window:
 
 
 class Meter:
-    """What one key or address has used of its limits."""
+    """What one key or address has used of its limits; `book` keeps those a day of the key `ident` over a restart."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, ident: str = "", book: Optional["DayBook"] = None) -> None:
         self.name, self.active = name, 0
+        self._ident, self._book = ident, book
         self.concurrency = 0
         self.windows: Dict[str, Window] = {}
         self.limits: Mapping[str, int] = {}
@@ -8106,11 +8263,21 @@ class Meter:
     def adopt(self, limits: Mapping[str, int]) -> None:
         """Measure by `limits` from now on; what was used stays used."""
         self.limits, self.concurrency = limits, limits.get("concurrency", 0)
-        windows = {name: self.windows.get(name) or Window(span_s, limits[name])
-                   for name, span_s in LIMIT_SPANS.items() if name in limits}
+        windows = {name: self.windows.get(name) or self._window(name) for name in LIMIT_SPANS if name in limits}
         for name, window in windows.items():
             window.limit = limits[name]
         self.windows = windows
+
+    def _window(self, name: str) -> Window:
+        if self._book is not None and name in LIMITS_A_DAY:
+            return self._book.window(self._ident, name)
+        return Window(LIMIT_SPANS[name], 0)
+
+    def count(self, now: float, name: str, amount: int) -> None:
+        if name in self.windows:
+            mark = self.windows[name].add(now, amount)
+            if self._book is not None and name in LIMITS_A_DAY:
+                self._book.note(self._ident, name, mark, amount)
 
     def check(self, now: float) -> None:
         """RateLimited where no further request fits in; Codex reads the time out of the text."""
@@ -8126,10 +8293,10 @@ class Meter:
                            retry_after_s=wait_s)
 
     def headers(self, now: float) -> List[Tuple[str, str]]:
-        """`x-ratelimit-…` as OpenAI's: of several windows for requests the one with least left."""
+        """`x-ratelimit-…` as OpenAI's: of several windows for requests the one with least left for longest."""
         found: List[Tuple[str, str]] = []
         requests = [window for name, window in self.windows.items() if name != "tpd"]
-        tightest = sorted(requests, key=lambda window: window.limit - window.used(now))[:1]
+        tightest = sorted(requests, key=lambda w: (max(0, w.limit - w.used(now)), -w.wait_s(now), -w.reset_s(now)))[:1]
         for what, windows in (("requests", tightest), ("tokens", [w for n, w in self.windows.items() if n == "tpd"])):
             for window in windows:
                 values = (window.limit, max(0, window.limit - window.used(now)), f"{window.reset_s(now):.1f}s")
@@ -8139,16 +8306,21 @@ class Meter:
 
 
 class RateLimiter:
-    """The meters of keys and addresses; of addresses a bounded number, the one not seen for longest goes first."""
+    """The meters of keys and addresses; of addresses a bounded number, the one not seen for longest goes first.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._lock = clock, threading.Lock()
+    `book` is where keys' limits a day are kept over a restart; those of addresses begin anew with it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, book: Optional["DayBook"] = None) -> None:
+        self._clock, self._lock, self._book = clock, threading.Lock(), book
         self._keys: Dict[str, Meter] = {}
         self._addresses: Dict[str, Meter] = {}
 
     def of_key(self, key: ClientKey) -> Meter:
         with self._lock:
-            return self._find(self._keys, key.name, f"the key {key.name}", key.limits)
+            if key.name not in self._keys:
+                self._keys[key.name] = Meter(f"the key {key.name}", key.digest.hex()[:16], self._book)
+            return self._find(self._keys, key.name, "", key.limits)
 
     def of_address(self, address: str, limits: Mapping[str, int]) -> Meter:
         with self._lock:
@@ -8191,9 +8363,9 @@ class RateLimiter:
                 meter.check(now)
             for meter in meters:
                 meter.active += 1
-                for name, window in meter.windows.items():
+                for name in meter.windows:
                     if name != "tpd":
-                        window.add(now, 1)
+                        meter.count(now, name, 1)
         try:
             yield
         finally:
@@ -8206,8 +8378,8 @@ class RateLimiter:
         with self._lock:
             now = self._clock()
             for meter in meters:
-                if "tpd" in meter.windows and tokens:
-                    meter.windows["tpd"].add(now, tokens)
+                if tokens:
+                    meter.count(now, "tpd", tokens)
 
     def headers(self, meters: Sequence[Meter]) -> List[Tuple[str, str]]:
         """Of the first meter that has any."""
@@ -8511,29 +8683,31 @@ def format_usage_line(names: UsageName, counts: Sequence[int]) -> bytes:
     return dump_json(row) + b"\n"
 
 
-class UsageBook:
-    """What was used, by day, model, provider and key; in a file of JSON lines where there is a folder.
+class LineFile:
+    """What is counted, kept in a file of JSON lines where there is a folder.
 
-    Each request appends a line in one write, so that a process that is killed loses none and another one's lines stay
-    whole; a torn last line is passed over.  Once there are many more lines than rows, the file is written anew.
+    Each count appends a line in one write, so that a process that is killed loses none and another one's lines stay
+    whole; a torn last line is passed over.  Once there are many more lines than needed, the file is written anew.
     """
     COMPACT_LINES = 2000
+    WHAT = ""                            #: what is counted, in words
 
-    def __init__(self, path: str = "", now: Callable[[], float] = time.time) -> None:
-        self.path, self._now = path, now
+    def __init__(self, path: str) -> None:
+        self.path = path
         self.problems: List[str] = []
-        self._rows: Dict[UsageName, List[int]] = {}
-        self._a_day: Dict[str, int] = {}
-        self._handle, self._lines, self._loaded = -1, 0, not path
-        self._day: Tuple[float, str] = (0.0, "")
+        self._handle, self._lines, self._needed, self._loaded = -1, 0, 0, not path
         self._lock = threading.Lock()
 
-    def today(self) -> str:
-        """The day by this machine's clock; looked up once a minute."""
-        now = self._now()
-        if not 0 <= now - self._day[0] < 60:
-            self._day = (now - now % 60, time.strftime("%Y-%m-%d", time.localtime(now)))
-        return self._day[1]
+    def _take(self, line: bytes) -> None:
+        """Count what a line says; ValueError where it makes no sense."""
+        raise NotImplementedError
+
+    def _reread(self) -> None:
+        """Before the file is written anew: take in what another process appended."""
+
+    def _compacted(self) -> Iterable[bytes]:
+        """The lines that say it all."""
+        raise NotImplementedError
 
     def load(self) -> None:
         """Read the file, once; what is wrong in it goes to `problems`, with its line."""
@@ -8548,23 +8722,130 @@ class UsageBook:
             with open(self.path, "rb") as file:
                 for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT), b""), 1):
                     self._lines = number
-                    self._take(number, line)
+                    self._read(number, line)
         except FileNotFoundError:
             pass
         except OSError as exc:
-            self.problems.append(f"{self.path}: {exc.strerror or exc} (usage is counted in memory only)")
-            self.path = ""
+            self._give_up(exc)
 
-    def _take(self, number: int, line: bytes) -> None:
+    def _read(self, number: int, line: bytes) -> None:
         if not line.endswith(b"\n") or not line.strip():         # torn when the process was killed
             return
         try:
-            names, counts = parse_usage_line(line)
+            self._take(line)
         except (ValueError, RecursionError):
             if len(self.problems) < 5:
-                self.problems.append(f"{self.path}: line {number} is no usage and does not count")
+                self.problems.append(f"{self.path}: line {number} is no {self.WHAT} and does not count")
+
+    def _give_up(self, exc: OSError) -> None:
+        self.problems.append(f"{self.path}: {exc.strerror or exc} ({self.WHAT} is counted in memory only)")
+        self.path = ""
+
+    def _append(self, line: bytes) -> None:
+        if not self.path:
             return
-        self._sum(names, counts)
+        try:
+            if self._handle < 0 or not os.fstat(self._handle).st_nlink:      # somebody removed or replaced the file
+                self._open()
+            os.write(self._handle, line)
+            self._lines += 1
+            if self._lines > self.COMPACT_LINES + 4 * self._needed:
+                self._compact()
+        except OSError as exc:
+            self._give_up(exc)
+            log.warning("%s", self.problems[-1])
+
+    def _open(self) -> None:
+        self._shut()
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
+        size = os.lseek(self._handle, 0, os.SEEK_END)
+        os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
+        if size and os.read(self._handle, 1) != b"\n":           # end the line that a kill has torn
+            os.write(self._handle, b"\n")
+
+    def _compact(self) -> None:
+        """Write each line that is needed once."""
+        self._shut()
+        self._reread()
+        lines = list(self._compacted())
+        write_file(self.path, b"".join(lines))
+        self._lines = self._needed = len(lines)
+
+    def _shut(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = -1
+
+    def close(self) -> None:
+        with self._lock:
+            self._shut()
+
+
+class DayBook(LineFile):
+    """What keys have used of their limits a day: lines of [key's id, limit, epoch seconds of the mark, amount].
+
+    The windows are the meters' own; a second server on the same file counts for itself.
+    """
+    WHAT = "limit a day"
+
+    def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic,
+                 now: Callable[[], float] = time.time) -> None:
+        super().__init__(path)
+        self._clock, self._now = clock, now
+        self._windows: Dict[Tuple[str, str], Window] = {}
+
+    def window(self, ident: str, name: str) -> Window:
+        """The window of a key's limit, with what was used before a restart."""
+        with self._lock:
+            self._load()
+            return self._windows.setdefault((ident, name), Window(LIMIT_SPANS[name], 0))
+
+    def note(self, ident: str, name: str, mark: float, amount: int) -> None:
+        with self._lock:
+            self._append(self._line(ident, name, mark, amount))
+
+    def _line(self, ident: str, name: str, mark: float, amount: int) -> bytes:
+        at = int(mark - self._clock() + self._now() + 0.999)
+        return dump_json([ident, name, at, amount]) + b"\n"
+
+    def _take(self, line: bytes) -> None:
+        ident, name, at, amount = json.loads(line)
+        if name not in LIMITS_A_DAY or type(ident) is not str or type(at) is not int or type(amount) is not int or amount < 0:
+            raise ValueError
+        ago_s = max(self._now() - at, -LIMIT_SPANS[name] / 20)   # a clock that was put back must not lock a key out for years
+        if ago_s < LIMIT_SPANS[name]:
+            window = self._windows.setdefault((ident, name), Window(LIMIT_SPANS[name], 0))
+            window.put(self._clock() - ago_s, amount)
+
+    def _compacted(self) -> Iterator[bytes]:
+        now = self._clock()
+        for (ident, name), window in self._windows.items():
+            window.used(now)
+            for mark, amount in window.marks():
+                yield self._line(ident, name, mark, amount)
+
+
+class UsageBook(LineFile):
+    """What was used, by day, model, provider and key."""
+    WHAT = "usage"
+
+    def __init__(self, path: str = "", now: Callable[[], float] = time.time) -> None:
+        super().__init__(path)
+        self._now, self._days = now, 92
+        self._rows: Dict[UsageName, List[int]] = {}
+        self._a_day: Dict[str, int] = {}
+        self._day: Tuple[float, str] = (0.0, "")
+
+    def today(self) -> str:
+        """The day by this machine's clock; looked up once a minute."""
+        now = self._now()
+        if not 0 <= now - self._day[0] < 60:
+            self._day = (now - now % 60, time.strftime("%Y-%m-%d", time.localtime(now)))
+        return self._day[1]
+
+    def _take(self, line: bytes) -> None:
+        self._sum(*parse_usage_line(line))
 
     def _sum(self, names: UsageName, counts: Sequence[int]) -> UsageName:
         """Add to a row; names beyond what a day or the table may hold are `other`."""
@@ -8584,44 +8865,21 @@ class UsageBook:
         """Count one request; `days` is how long rows are kept."""
         with self._lock:
             self._load()
-            day = self.today()
+            day, self._days = self.today(), days
             if day not in self._a_day:
                 self._forget(days)
             names = self._sum((day, model[:100], provider, key), counts)
-            if self.path:
-                self._append(format_usage_line(names, counts), days)
+            self._needed = len(self._rows)
+            self._append(format_usage_line(names, counts))
 
-    def _append(self, line: bytes, days: int) -> None:
-        try:
-            if self._handle < 0 or not os.fstat(self._handle).st_nlink:      # somebody removed or replaced the file
-                self._open()
-            os.write(self._handle, line)
-            self._lines += 1
-            if self._lines > self.COMPACT_LINES + 4 * len(self._rows):
-                self._compact(days)
-        except OSError as exc:
-            self.problems.append(f"{self.path}: {exc.strerror or exc} (usage is counted in memory only)")
-            log.warning("%s", self.problems[-1])
-            self.path = ""
-
-    def _open(self) -> None:
-        self._shut()
-        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
-        size = os.lseek(self._handle, 0, os.SEEK_END)
-        os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
-        if size and os.read(self._handle, 1) != b"\n":           # end the line that a kill has torn
-            os.write(self._handle, b"\n")
-
-    def _compact(self, days: int) -> None:
-        """Write each row once; lines that another process appended in the meantime are in the rows first."""
-        self._shut()
+    def _reread(self) -> None:
         self._rows, self._a_day, self._lines, self._loaded, self.problems = {}, {}, 0, False, []
         self._load()
-        self._forget(days)
-        write_file(self.path,
-                   b"".join(format_usage_line(names, counts) for names, counts in sorted(self._rows.items())))
-        self._lines = len(self._rows)
+
+    def _compacted(self) -> Iterator[bytes]:
+        self._forget(self._days)
+        for names, counts in sorted(self._rows.items()):
+            yield format_usage_line(names, counts)
 
     def _forget(self, days: int) -> None:
         oldest = time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
@@ -8652,15 +8910,6 @@ class UsageBook:
             cost = cost_of(names[1], names[2], dict(zip(USAGE_COUNTS, counts)), prices)
             total["cost"] = total["cost"] if cost is None else (total["cost"] or 0) + cost
         return sorted(found.values(), key=lambda row: (-row["input"] - row["output"], row[by]))
-
-    def _shut(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-        self._handle = -1
-
-    def close(self) -> None:
-        with self._lock:
-            self._shut()
 
 
 def cost_of(model: str, provider: str, counts: Mapping[str, int],
@@ -9073,6 +9322,11 @@ class AnswerSink(Caller):
         """The last part."""
 
 
+def tokens_of(header: str) -> Set[str]:
+    """The words of a header that lists some; those of Connection name further headers of this hop (RFC 9110, 7.6.1)."""
+    return {token.strip().lower() for token in header.split(",")}
+
+
 #: What `routes explain` is told of a request.
 _EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "images": bool, "thinking": bool,
                                "tools": bool, "aliases": dict}
@@ -9106,6 +9360,13 @@ def scale_name(target: Target) -> str:
     return f"{target.provider.name}/{target.model}"[:200]
 
 
+def own_log(level: str) -> logging.Logger:
+    """A logger with a level of its own in front of the program's; unregistered, so that it goes with its gateway."""
+    made = logging.Logger(log.name, level.upper())
+    made.parent = log
+    return made
+
+
 class State(NamedTuple):
     """What a request works on from its start to its end, whatever is changed meanwhile."""
     settings: Settings
@@ -9126,6 +9387,7 @@ class Gateway:
                  clock: Callable[[], float] = time.monotonic,
                  pause: Callable[[Caller, float], None] = wait_for) -> None:
         self.config, self.flags = config, dict(flags or {})
+        self.log, self._leads_log = own_log("info"), False
         self.environ = os.environ if environ is None else environ
         self.upstream, self.metrics = Upstream(), Metrics()
         self.reasoning = ReasoningCache()
@@ -9140,8 +9402,10 @@ class Gateway:
         self.problems: List[str] = []
         self.config_broken = self._must_have_key = False
         self._clock, self._pause = clock, pause
-        self.limiter = RateLimiter(clock)
-        self.usage = UsageBook(os.path.join(config.folder, "usage.jsonl") if config is not None else "")
+        folder = config.folder if config is not None else ""
+        self.limits = DayBook(folder and os.path.join(folder, "limits.jsonl"), clock)
+        self.limiter = RateLimiter(clock, self.limits)
+        self.usage = UsageBook(folder and os.path.join(folder, "usage.jsonl"))
         self.live, self.series = Live(), Series()
         self.sessions = Sessions(lambda: self.settings.admin_password, clock)
         self.versions = ConfigVersions()
@@ -9185,9 +9449,17 @@ class Gateway:
                                                                    for p in self.state.router.providers.values()]:
                 self._lists = {}
             self.state = State(settings, router, door)
-        log.setLevel(settings.log_level.upper())
+        if logging.getLevelName(self.log.level) != settings.log_level.upper():
+            self.log = own_log(settings.log_level)
+            if self._leads_log:
+                log.setLevel(self.log.level)
         for tell in self.listeners:
             tell()
+
+    def lead_log(self) -> None:
+        """This gateway is the whole program: its log_level counts for what everything else has to say, too."""
+        self._leads_log = True
+        log.setLevel(self.log.level)
 
     def _equip(self, provider: Provider) -> None:
         """Places, keys and circuit of a provider, as far as they can stay those it had."""
@@ -9222,11 +9494,12 @@ class Gateway:
     def _take_over(self, loaded: Loaded, broken: List[str]) -> None:
         self.origins = loaded.origins
         self.apply(loaded.settings)
-        problems = broken + loaded.problems + self.state.router.problems + self._idle_patterns() + self.usage.problems
+        problems = broken + loaded.problems + self.state.router.problems + self._idle_patterns()
+        problems += self.usage.problems + self.limits.problems
         problems += proxy_problems(loaded.settings, self.state.router.providers.values())
         for problem in problems:
             if problem not in self.problems:
-                log.warning("%s", one_line(problem, 500))
+                self.log.warning("%s", one_line(problem, 500))
         self.problems = problems
 
     def reload(self) -> None:
@@ -9239,7 +9512,7 @@ class Gateway:
             self.config_broken = True
             if [str(exc)] != self.problems:
                 self.problems = [str(exc)]
-                log.warning("%s (the settings in force stay)", one_line(exc, 500))
+                self.log.warning("%s (the settings in force stay)", one_line(exc, 500))
             before = self._login
             self._read_login()           # a login made meanwhile counts all the same
             if self._login != before:
@@ -9251,7 +9524,7 @@ class Gateway:
         if (loaded.settings, self._login) != before or self.config_broken or loaded.problems or broken or self.problems:
             self.config_broken = False
             self._take_over(loaded, broken)
-            log.info("settings taken over from %s", self.config.path)
+            self.log.info("settings taken over from %s", self.config.path)
 
     def _sound(self, loaded: Loaded) -> Loaded:
         """`loaded`, with what does not fit together in it (unknown providers, names taken twice) as it was."""
@@ -9325,7 +9598,7 @@ class Gateway:
                 self.change_config(lambda raw: raw.update(custom_api_key=key))
                 kept = self.settings.custom_api_key == key
             except OSError as exc:
-                log.warning("the new client key can't be stored in %s: %s", self.config.path, exc.strerror or exc)
+                self.log.warning("the new client key can't be stored in %s: %s", self.config.path, exc.strerror or exc)
         if not kept:
             self.flags["custom_api_key"] = key
             self.apply(replace(self.settings, custom_api_key=key))
@@ -9376,12 +9649,12 @@ class Gateway:
 
     def _announce_engines(self, found: Optional[State]) -> None:
         if found is None:
-            return log.info("no engine answers on this machine any more")
+            return self.log.info("no engine answers on this machine any more")
         with self._lock:
             for provider in found.router.providers.values():
                 self._equip(provider)
         for provider in found.router.providers.values():
-            log.info("found %s at %s: %s", provider.name, provider.base_url, one_line(", ".join(provider.models), 160))
+            self.log.info("found %s at %s: %s", provider.name, provider.base_url, one_line(", ".join(provider.models), 160))
 
     def _look_at(self, name: str, base_url: str, settings: Settings, entries: Dict[str, Json]) -> None:
         """Enter the engine into `entries` if one answers there that has a model; another iflow2api is none."""
@@ -9392,7 +9665,7 @@ class Gateway:
                 ours = exchange.headers.get("server", "").startswith("iflow2api")
                 models = parse_model_list(exchange.read_all(8 << 20)) if exchange.status == 200 and not ours else []
         except GatewayError as exc:
-            return log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
+            return self.log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
         models.sort(key=lambda model: "embed" in model.lower())  # the first one is the default model
         if models:
             entries[name] = {"name": name, "base_url": base_url, "models": models, "profile": PRESETS[name].profile}
@@ -9437,7 +9710,7 @@ class Gateway:
             pause_s = self._pause_s(state.settings, number, waiting, self._clock() - began)
             if pause_s is None:
                 raise error
-            log.info("%s trying again in %.1f s", call.request_id[4:12], pause_s)
+            self.log.info("%s trying again in %.1f s", call.request_id[4:12], pause_s)
             self._pause(sink, pause_s)
             now = self._clock() + 0.01   # clocks are grainy
             chain = [target for at, target in waiting if at <= now]
@@ -9473,7 +9746,7 @@ class Gateway:
                 if exc.status in RETRY_STATUS and exc.should_retry is not False and exc.overflow is None:
                     again.append((self._clock() + (exc.retry_after_s or 0), target))
                 if len(chain) > 1:
-                    log.info("%s %s failed (%s)", call.request_id[4:12], target.provider.name,
+                    self.log.info("%s %s failed (%s)", call.request_id[4:12], target.provider.name,
                              one_line(exc.message, 160))
         return error, again
 
@@ -9504,7 +9777,7 @@ class Gateway:
         limits = {**CIRCUIT, **settings.circuit}
         circuit.failed(limits["failures"], limits["rest_s"])
         if circuit.failures == limits["failures"]:
-            log.warning("%s failed %d times in a row and rests for %g s where there is another", target.provider.name,
+            self.log.warning("%s failed %d times in a row and rests for %g s where there is another", target.provider.name,
                         circuit.failures, limits["rest_s"])
 
     def _try_target(self, state: State, call: Call, target: Target, sink: AnswerSink, record: Record) -> None:
@@ -9641,13 +9914,15 @@ class Gateway:
             sink.returned = [(n, v) for n, v in exchange.headers.items() if header_returns(n) and v.isprintable()]
             if call.stream:
                 sink.stream = stream = turn.stream()
+            data = b""
             if call.stream and "json" not in exchange.content_type:
                 try:
-                    self._pump(exchange, stream, sink, record)
+                    data = self._pump(exchange, stream, sink, record)
                 finally:
                     record.usage = self._usage(stream.usage, call, stream.records)
-                return
-            data = exchange.read_all(ANSWER_LIMIT_BYTES)
+                if not data:
+                    return
+            data = data or exchange.read_all(ANSWER_LIMIT_BYTES)
             completion = self._parse_answer(data, call, exchange.status)
             record.usage = self._usage(usage_of(completion), call, len(data) // 5)
             if call.stream:              # a server that does not stream: its answer becomes one
@@ -9657,9 +9932,22 @@ class Gateway:
                 sink.reply(turn.reply(data, completion), content_type, sink.returned)
             record.first_s = time.monotonic() - record.started
 
-    def _pump(self, exchange: Exchange, stream: Any, sink: AnswerSink, record: Record) -> None:
-        """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole."""
+    def _pump(self, exchange: Exchange, stream: Any, sink: AnswerSink, record: Record) -> bytes:
+        """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole.
+
+        Returns the body where it is no event stream but a JSON object, whatever it calls itself, else b"".
+        """
+        kinds: Set[bool] = set()         # of the first payload: whether it begins as JSON does
+        body = bytearray()
+
         def move(payload: bytes) -> bool:
+            if not kinds:
+                kinds.add(payload.lstrip()[:1] == b"{")
+            if True in kinds:
+                body.extend(payload)
+                if len(body) > ANSWER_LIMIT_BYTES:
+                    raise UpstreamGarbled(f"the upstream's answer is larger than {ANSWER_LIMIT_BYTES >> 20} MiB")
+                return True
             if stream.passes(payload):
                 sink.send(payload, exchange.framed)
                 return not stream.done
@@ -9675,9 +9963,12 @@ class Gateway:
         except UpstreamGarbled:
             if not stream.began:
                 raise
+        if body:
+            return bytes(body)
         sink.end(stream.close())         # raises, unless all of an answer came before the connection broke
         if stream.failed:
             record.status, record.error = 502, "the upstream broke off with an error"
+        return b""
 
     @staticmethod
     def _parse_answer(data: bytes, call: Call, status: int) -> Json:
@@ -9721,9 +10012,9 @@ class Gateway:
         if provider.kind == "iflow":
             headers.clear()              # its own, and nothing of the client's
         elif not call.dialect.foreign:
-            ours = settings.custom_auth_header.lower()
+            ours = {settings.custom_auth_header.lower(), *tokens_of(call.headers.get("connection", ""))}
             for name, value in call.headers.items():
-                if not header_stays(name) and name != ours and value.isprintable():
+                if not header_stays(name) and name not in ours and value.isprintable():
                     headers[name] = (name, value)
         if key:
             headers["authorization"] = ("Authorization", "Bearer " + key)
@@ -9758,8 +10049,8 @@ class Gateway:
             source = (("provider", provider), ("estimated", str(record.usage.estimated).lower()))
             self.metrics.count("tokens_total", (("direction", "in"), *source), record.usage.prompt)
             self.metrics.count("tokens_total", (("direction", "out"), *source), record.usage.completion)
-        if log.isEnabledFor(logging.INFO):
-            log.info("%s", record.line())
+        if self.log.isEnabledFor(logging.INFO):
+            self.log.info("%s", record.line())
 
     # what is there
 
@@ -9816,7 +10107,7 @@ class Gateway:
             names = self.fetch_models(provider)
             self._lists[provider.name] = (now + MODELS_TTL_S, names)
         except GatewayError as exc:
-            log.debug("no model list from %s: %s", provider.name, one_line(exc.message))
+            self.log.debug("no model list from %s: %s", provider.name, one_line(exc.message))
             kept = self._lists.get(provider.name, (0.0, []))[1]
             self._lists[provider.name] = (now + MODELS_TTL_S / 10, kept)
 
@@ -9889,7 +10180,7 @@ class Gateway:
         healthy = any(p["usable"] for p in providers) and not self.config_broken and not any(
             login["ended"] for login in logins.values())
         return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(),
-                "version": __version__,
+                "version": __version__, "default_model": self.current(look=False).router.default_model,
                 "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
                 "logins": logins,
                 "problems": [one_line(p) for p in self.problems]}
@@ -9941,6 +10232,7 @@ class Gateway:
         self.upstream.close()
         self.usage.close()
         self.scale.close()
+        self.limits.close()
 
 
 # --- trying a provider ---------------------------------------------------------
@@ -10048,6 +10340,7 @@ def remove_login(gateway: Gateway, account: str) -> bool:
     if any(name in login for name in fields):
         with file.held():
             file.update(dict.fromkeys(login if not file.is_default else fields))
+            file.drop_pending()
         gone = True
     if file.is_default and gateway.config and gateway.config.read().get("api_key"):
         gateway.config.change(lambda raw: raw.pop("api_key", None))
@@ -10222,9 +10515,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._serve()
         except GatewayError as exc:
             self.send_error_of(exc)
-            log.log(logging.INFO if self.sink is None and self.path != "/favicon.ico" else logging.DEBUG,
-                    "%s %s %s %d (%s)", self.request_id[4:12], self.command, one_line(self.path.split("?")[0], 80),
-                    self.endpoint.dialect.status(exc), one_line(exc.message, 200))
+            self.server.gateway.log.log(
+                logging.INFO if self.sink is None and self.path != "/favicon.ico" else logging.DEBUG,
+                "%s %s %s %d (%s)", self.request_id[4:12], self.command, one_line(self.path.split("?")[0], 80),
+                self.endpoint.dialect.status(exc), one_line(exc.message, 200))
         except socket.timeout:
             self._fail_reading(BadRequest("the request did not arrive in time", status=408, code="request_timeout"))
         except (ClientGone, OSError):
@@ -10232,8 +10526,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except RecursionError:
             self._fail_reading(BadRequest("the body is nested too deeply"))
         except Exception:                # the last resort: a defect of ours must not look like an answer
-            log.exception("%s failed", self.request_id)
+            self.server.gateway.log.exception("%s failed", self.request_id)
             self._fail_reading(GatewayError("iflow2api failed on this request; its log says why"))
+        if self._body_left and not self.close_connection:
+            self._skip_body()
         if self.close_connection:
             self._linger()
 
@@ -10280,21 +10576,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.server.gateway.state.door.limited:
                 self.meters = meters_of(self)
         self.endpoint.run(self)
-        if self._body_left:              # an endpoint that wants no body got one
-            self._skip_body()
 
     def _wants_close(self) -> bool:
-        tokens = {token.strip().lower() for token in self.headers.get("connection", "").split(",")}
+        tokens = tokens_of(self.headers.get("connection", ""))
         return "close" in tokens or self.request_version == "HTTP/1.0" and "keep-alive" not in tokens
 
     def _skip_body(self) -> None:
-        """Read a small body nobody wanted, so that the connection can be kept; otherwise it is closed."""
-        if 0 < self._body_left <= 65536 and not self._continue and not self.close_connection:
-            with contextlib.suppress(OSError, ClientGone):
-                self.reader.read_body(self._body_left, 1)
-                self._body_left = 0
-                return
-        self.close_connection = True
+        """After the answer: read a small body nobody wanted, so that the connection can be kept; otherwise it is closed."""
+        try:
+            self.reader.read_body(self._body_left, 1)
+            self._body_left = 0
+        except (OSError, ClientGone):
+            self.close_connection = True
 
     def read_body(self, limit: int = 0) -> bytes:
         """The request's body, unpacked; BadRequest 411, 413, 415 or 400 where it can't be had."""
@@ -10369,8 +10662,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def respond(self, status: int, body: bytes, content_type: str, headers: Iterable[Tuple[str, str]] = ()) -> None:
         """A whole answer in one write."""
-        if self._body_left:
-            self._skip_body()
+        if self._body_left and not (0 < self._body_left <= 65536 and not self._continue):
+            self.close_connection = True                 # nobody will read that to its end
         own = [] if status in (204, 304) else [("Content-Type", content_type), ("Content-Length", str(len(body)))]
         self.write(self.head(status, [*own, *headers]) + (b"" if self.command == "HEAD" else body))
 
@@ -10451,19 +10744,35 @@ def too_large(limit: int) -> BadRequest:
     return BadRequest(f"the body is larger than {limit} bytes (body_limit_bytes)", status=413, code="request_too_large")
 
 
+#: A gzip body may have several members, one after the other (RFC 1952, 2.2); bgzip makes one of each 64 KiB.
+GZIP_MEMBERS = 10_000
+
+
 def inflate(body: bytes, limit: int) -> bytes:
     """A gzip or deflate body unpacked, never beyond `limit` bytes; raw deflate is taken too, as browsers do."""
     for window in (47, -15):
-        unpacker = zlib.decompressobj(window)
-        try:
-            data = unpacker.decompress(body, limit + 1)
-        except zlib.error:
-            continue
-        if len(data) > limit:
-            raise too_large(limit)
-        if unpacker.eof:
-            return data
+        with contextlib.suppress(zlib.error):
+            return _inflate(memoryview(body), window, limit)
     raise BadRequest("the body can't be decompressed as its Content-Encoding says")
+
+
+def _inflate(body: memoryview, window: int, limit: int) -> bytes:
+    """zlib.error where it is something else, or cut short; in pieces, since what is left over is copied each time."""
+    parts, size, at = [], 0, 0
+    for _ in range(GZIP_MEMBERS):
+        unpacker = zlib.decompressobj(window)
+        while not unpacker.eof:
+            piece = body[at:at + 16384]
+            parts.append(unpacker.decompress(piece, limit + 1 - size))
+            size += len(parts[-1])
+            if size > limit:
+                raise too_large(limit)
+            if not piece:
+                raise zlib.error
+            at += len(piece) - len(unpacker.unused_data)
+        if body[at:at + 2] != b"\x1f\x8b":
+            return b"".join(parts)
+    raise zlib.error
 
 
 class Sink(AnswerSink):
@@ -11003,11 +11312,12 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
     """
     prepare_process()
     settings = gateway.settings
-    if settings.usage:
-        gateway.usage.load()             # now, so that what is wrong with the file is said at the start
-        gateway.problems += [problem for problem in gateway.usage.problems if problem not in gateway.problems]
-        for problem in gateway.usage.problems:
-            log.warning("%s", one_line(problem, 500))
+    books: List[LineFile] = [gateway.usage, gateway.limits] if settings.usage else [gateway.limits]
+    for book in books:
+        book.load()                      # now, so that what is wrong with the file is said at the start
+        for problem in book.problems:
+            gateway.problems += [problem] if problem not in gateway.problems else []
+            gateway.log.warning("%s", one_line(problem, 500))
     return Server(gateway, settings.host if host is None else host, settings.port if port is None else port)
 
 
@@ -12879,15 +13189,18 @@ SHELLS = {
     "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
 
 
-def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
-    """What points one of CLIENTS at this server; `words` are URL, KEY (`$IFLOW2API_KEY`: the user has it) and MODEL."""
+def env_lines(client: str, shell: Shell, words: Mapping[str, str], said: Callable[[str], str] = str) -> List[str]:
+    """What points one of CLIENTS at this server; `words` are URL, KEY (`$IFLOW2API_KEY`: the user has it) and MODEL.
+
+    `said` puts a sentence into the user's language.
+    """
     def filled(text: str) -> str:
         return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
 
     variables, title = CLIENTS[client]
     theirs, lines = words["KEY"] == "$IFLOW2API_KEY", []
     if theirs:
-        lines.append(shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
+        lines.append(shell.comment.format(said("put your key into IFLOW2API_KEY first; `key add NAME` makes one")))
     for name, value in variables.items():
         if value == "KEY" and theirs:
             if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
@@ -12897,11 +13210,11 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
     if client == "codex":
         pairs = [(name, filled(value)) for name, value in CODEX_SETTINGS if filled(value)]
         lines.append(codex_command(shell, pairs))
-        lines.append(shell.comment.format("or for good, in ~/.codex/config.toml:"))
+        lines.append(shell.comment.format(said("or for good, in ~/.codex/config.toml:")))
         lines += [shell.comment.format(line) for line in codex_toml(pairs)]
     if not words["MODEL"]:
-        lines.append(shell.comment.format(f"{title} asks for models of its own; tell which one to use instead: "
-                                          "python iflow2api.py config set default_model NAME"))
+        lines.append(shell.comment.format(said(f"{title} asks for models of its own; tell which one to use instead: "
+                                               "python iflow2api.py config set default_model NAME")))
     return lines
 
 
@@ -16937,6 +17250,7 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "takes_no_value": ("{flag} 不带值，去掉 {value}", "{flag} takes no value; leave out {value}"),
     "bad_choice": ("{flag} 不能是 {value}；可选：{choices}{near}", "{flag} can't be {value}; one of {choices}{near}"),
     "no_number": ("{flag} 不能是 {value}；需要整数", "{flag} can't be {value}; a whole number expected"),
+    "no_float": ("{flag} 不能是 {value}；需要数字", "{flag} can't be {value}; a number expected"),
     "missing": ("{command} 还需要：{program} {command} {flag}", "{command} needs more: {program} {command} {flag}"),
     "bad_value": ("{where} 不能是 {value}；需要{expected}", "{where} can't be {value}; {expected} expected"),
     "key_shown": ("命令行上的密钥，本机其他用户都能看到；更好的写法：--api-key '$NAME'，或 -（标准输入）",
@@ -16967,6 +17281,12 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "password_length": ("密码需要 {least} 到 {most} 个字符", "a password has from {least} to {most} characters"),
     "password_set": ("页面密码已更改；所有已登录的会话都已结束", "the page's password is changed; whoever was signed in is signed out"),
     "password_above": ("环境变量 {variable} 优先于它", "the variable {variable} is set, and stands above it"),
+    "encrypt_on": ("{path} 中的密钥已加密", "secrets in {path} are encrypted"),
+    "encrypt_on_none": ("{path} 中还没有密钥；以后写入的会加密", "{path} holds no secret yet; those to come will be encrypted"),
+    "encrypt_off": ("{path} 中的密钥现在是明文", "secrets in {path} are plain text now"),
+    "encrypt_off_none": ("{path} 中没有密钥；以后写入的将是明文", "{path} holds no secret; those to come will be plain text"),
+    "encrypt_rotate": ("{path} 中的密钥已用新的密钥重新加密", "secrets in {path} are encrypted with a new key"),
+    "encrypt_rotate_none": ("{path} 中没有密钥，无需更换；没有改动", "{path} holds no secret, so nothing was changed"),
     # what a setting may be
     "kind_str": ("文字", "a string"),
     "kind_int": ("整数", "a whole number"),
@@ -16992,6 +17312,315 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "group_setup": ("设置", "Set up"),
     "group_look": ("查看", "Look"),
     "group_more": ("其他", "More"),
+}
+
+#: Sentences that come from anywhere in English -> the same in Chinese; {} is a part that is looked up by itself.  They are
+#: turned where they are shown (`local`), so that nothing above needs to know of languages, and HTTP stays English.
+CHINESE: Dict[str, str] = {
+    # files and settings
+    "line {}, column {}: {}": "第 {} 行第 {} 列：{}",
+    "not UTF-8 text": "不是 UTF-8 文本",
+    "an object expected": "需要 JSON 对象",
+    "Expecting value": "缺少值", "Extra data": "有多余的内容", "Expecting {} delimiter": "缺少 {}",
+    "Expecting property name enclosed in double quotes": "缺少双引号括起的名称",
+    "Unterminated string starting at": "字符串没有结束", "Invalid control character at": "字符串中有控制字符",
+    "Illegal trailing comma before end of object": "末尾有多余的逗号",
+    "Illegal trailing comma before end of array": "末尾有多余的逗号", "Invalid \\escape": "无效的转义",
+    "No such file or directory": "没有这个文件或文件夹", "Permission denied": "没有权限", "Is a directory": "这是一个文件夹",
+    "Not a directory": "不是文件夹", "Read-only file system": "文件系统只读", "No space left on device": "磁盘已满",
+    "File exists": "文件已存在", "Device or resource busy": "文件正被占用", "Operation not permitted": "不允许此操作",
+    "Cannot assign requested address": "本机没有这个地址", "Address already in use": "地址已被占用",
+    "Connection reset by peer": "连接被对方重置", "Network is unreachable": "网络不可达", "No route to host": "无法到达主机",
+    "Broken pipe": "连接已断开", "Name or service not known": "没有这个域名", "Temporary failure in name resolution": "暂时无法解析域名",
+    "No address associated with hostname": "这个域名没有地址",
+    "{} (running with {})": "{}（暂用 {}）", "{} (running with defaults)": "{}（暂用默认设置）",
+    "{} (what was in force stays)": "{}（沿用原来的设置）",
+    "{} (the settings in force stay)": "{}（沿用原来的设置）",
+    "{} (left as it is)": "{}（保持不变）",
+    "{} (the iFlow CLI's file; nothing is written to it)": "{}（这是 iFlow CLI 的文件，没有写入任何内容）",
+    "{}; did you mean {}?": "{}；您是不是要输入 {}？", "{} or {}": "{} 或 {}",
+    "{} expected": "需要{}", "{} expected, not {}": "需要{}，而不是 {}",
+    "a string": "文字", "a whole number": "整数", "a number": "数字", "true or false": " true 或 false", "a list": "列表",
+    "an object": "对象", "a list as JSON": " JSON 列表", "an object as JSON": " JSON 对象",
+    "one of {} expected": "需要以下之一：{}", "a number of seconds up to {} expected": "需要不超过 {} 的秒数",
+    "a number of {} at least": "不小于 {} 的数字",
+    "a number of {} at least, {} at most": " {} 到 {} 之间的数字",
+    "a whole number from {} to {} expected": "需要 {} 到 {} 的整数",
+    "a whole number from {} to {} expected, not {}": "需要 {} 到 {} 的整数，而不是 {}",
+    "a number from {} to {} expected, not {}": "需要 {} 到 {} 的数字，而不是 {}", "a whole number of 1 at least": "不小于 1 的整数",
+    "chat, messages or responses": " chat、messages 或 responses", "a model or a list of models": "模型名或模型列表",
+    "{} (leave it out for no limit)": "{}（不限就不要写这一项）",
+    "no such field; there are {}": "没有这一项；可用的有 {}",
+    "an object with input, output and cached": "含 input、output、cached 的对象",
+    "no such network": "没有这样的网段", "{} is no IP address": "{} 不是 IP 地址",
+    "{} is no address and no network": "{} 不是地址，也不是网段",
+    "a date such as 2027-01-31": "日期，如 2027-01-31",
+    "an object with a name without blanks, commas and slashes expected; `key add` makes one":
+        "需要带 name 的对象，名称不含空格、逗号和斜杠；可用 `key add` 生成",
+    "the key's SHA-256 in hex expected; `key add` makes one": "需要密钥的十六进制 SHA-256；可用 `key add` 生成",
+    "a list of names or patterns": "名称或模式的列表",
+    "the name {} is taken by an earlier one": "名称 {} 与前面的重复",
+    "client_keys: {}: models: {} matches nothing": "client_keys：{}：models：{} 匹配不到任何模型",
+    # secrets at rest
+    "config.json: {} can't be read: {}": "config.json：无法读取 {}：{}",
+    "config.json.bak: {} can't be read: {}": "config.json.bak：无法读取 {}：{}",
+    "it is damaged": "内容已损坏", "a newer version encrypted it, or it is damaged": "由更新的版本加密，或内容已损坏",
+    "it is encrypted with another passphrase, or damaged": "用别的口令加密，或内容已损坏",
+    "it is encrypted with another key than {} holds, or damaged": "加密所用的密钥不在 {} 中，或内容已损坏",
+    "its key can't be read: {}": "无法读取加密密钥：{}",
+    "it is encrypted with a passphrase: set {}": "用口令加密：请设置 {}",
+    "{} is damaged: 32 bytes expected": "{} 已损坏：应为 32 字节",
+    "encryption is off, so that there is no key to change; to turn it on: config encrypt on":
+        "尚未启用加密，没有密钥可换；启用：config encrypt on",
+    "secrets in {} stay unencrypted: {}": "{} 中的密钥未能加密：{}",
+    "no backup of {}: {}": "无法备份 {}：{}",
+    "another process has held {} for {} s": "{} 被另一个进程占用了 {} 秒",
+    # providers
+    "provider {} is disabled: {}": "上游 {} 已停用：{}",
+    "base_url {} is no http:// or https:// address": "base_url {} 不是 http:// 或 https:// 地址",
+    "base_url {} is no http:// or https:// address; write {} or {}": "base_url {} 不是 http:// 或 https:// 地址；请写成 {} 或 {}",
+    "base_url {}: no such port": "base_url {}：端口无效",
+    "base_url of {}: credentials, ? and # do not belong here; use api_keys and headers":
+        "{} 的 base_url：不能含用户名密码、? 和 #；请用 api_keys 和 headers",
+    "base_url contains blanks or control characters": "base_url 含有空白或控制字符",
+    "a secret of it is encrypted and can't be opened": "它的密钥是加密的，无法解开",
+    "the environment variable {} is not set": "没有设置环境变量 {}",
+    "a key is empty, or has blanks, line breaks or characters that no HTTP header may have":
+        "密钥为空，或含有 HTTP 头不允许的空白、换行或字符",
+    "a header value is empty, or has blanks, line breaks or characters that no HTTP header may have":
+        "请求头的值为空，或含有 HTTP 头不允许的空白、换行或字符",
+    "each provider needs a name without blanks, commas and slashes": "每个上游都需要名称（name），不含空格、逗号和斜杠",
+    "it is of the wrong type": "类型不对",
+    "concurrency, key_concurrency and timeout_s can't be negative": "concurrency、key_concurrency 和 timeout_s 不能为负",
+    "models: names expected, or objects as {}": "models：需要名称，或这样的对象：{}",
+    "{} makes no sense": "{} 没有意义", "headers: {} is no header name": "headers：{} 不是请求头名称",
+    "an address": "地址",
+    # routes
+    "no such condition; there are {}": "没有这个条件；可用的有 {}",
+    "alias {} is never reached: {} above it takes every such name": "别名 {} 永远用不到：前面的 {} 已匹配所有这样的名称",
+    "alias {} matches nothing: a request without a model means default_model": "别名 {} 匹配不到任何请求：不写模型时用 default_model",
+    "default_provider {} is no provider": "default_provider {} 不是已有的上游",
+    "there is no provider {}": "没有上游 {}",
+    "the request names no model, and default_model is not set": "没有写模型，也没有设置 default_model",
+    "no model named: default_model is {}": "没有写模型：default_model 是 {}",
+    "no alias takes it": "没有适用的别名", "no alias matches it": "没有匹配的别名",
+    "but {} is disabled: {}": "但 {} 已停用：{}",
+    "alias {}: {} if {}: yes": "别名 {}：{}，条件 {}：满足", "alias {}: {} if {}: no": "别名 {}：{}，条件 {}：不满足",
+    "alias {} makes it {}": "别名 {} 使它变为 {}", "{}, then {}": "{}，然后 {}",
+    "alias {} has nothing for such a request": "别名 {} 没有适合这种请求的目标",
+    "{}: its first part is the name of a provider": "{}：斜杠前是上游的名称",
+    "{}: {} lists it among its models": "{}：{} 的模型列表里有它",
+    "{}: a name of the client's own, which means default_model ({})": "{}：客户端自带的名称，即 default_model（{}）",
+    "{}: nobody claims it, so it goes to the default provider, {}, as it is": "{}：没有上游声明它，原样发给默认上游 {}",
+    "there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's key into IFLOW_API_KEY, "
+    "start with --upstream URL, or add one to `providers`":
+        "没有登录 iFlow，也没有其他上游：请运行 `python iflow2api.py login`，或把 iFlow 密钥放进 IFLOW_API_KEY，"
+        "或用 --upstream URL 启动，或在 `providers` 里添加一个",
+    # upstreams
+    "the upstream said nothing for {} s": "上游 {} 秒没有任何回应", "the upstream took nothing for {} s": "上游 {} 秒没有接收任何数据",
+    "the upstream's answer is encoded as {}, which nobody asked for": "上游的回答用了未请求的编码 {}",
+    "the connection to the upstream broke: {}": "与上游的连接断开：{}",
+    "the upstream's chunked answer is broken: {}": "上游的分块回答有错误：{}",
+    "no status line": "没有状态行", "too many headers": "头部字段过多", "its head is too large": "头部过大",
+    "no Content-Length": "没有 Content-Length",
+    "no line end after a chunk": "块后没有换行", "no chunk size": "没有块长度", "endless trailers": "尾部过长",
+    "the upstream closed the connection in the middle of its answer": "上游在回答中途断开了连接",
+    "the upstream's answer can't be decompressed: {}": "上游的回答无法解压：{}",
+    "the upstream's answer is larger than {} MiB": "上游的回答超过 {} MiB",
+    "the upstream's answer is not JSON": "上游的回答不是 JSON", "the upstream's answer is empty": "上游的回答是空的",
+    "the upstream's answer is no JSON object": "上游的回答不是 JSON 对象",
+    "the upstream redirects to {}; set base_url to where it really is": "上游重定向到 {}；请把 base_url 改为真正的地址",
+    "the upstream answered {}: {}": "上游返回 {}：{}", "an HTML page": "一个 HTML 网页", "no message": "没有说明",
+    "its /models is not JSON": "它的 /models 不是 JSON",
+    "it lists no models; name one in its `models`, or with --model": "它没有列出模型；请在它的 `models` 里或用 --model 指定一个",
+    "TLS failed: {}": "TLS 失败：{}",
+    "its certificate is not valid yet: is this machine's clock right?": "它的证书尚未生效：本机的时钟对吗？",
+    "its certificate has expired, or this machine's clock is wrong": "它的证书已过期，或本机的时钟不对",
+    "its certificate is self-signed: put it into a file and set `ca_file`": "它的证书是自签名的：请存成文件并设置 `ca_file`",
+    "its certificate chain ends in an unknown root: set `ca_file`, or install the CA certificates (ca-certificates)":
+        "它的证书链以未知的根证书结尾：请设置 `ca_file`，或安装 CA 证书（ca-certificates）",
+    "its issuer is unknown: install the CA certificates (ca-certificates, on OpenWrt ca-bundle), or set `ca_file`":
+        "不认识它的证书颁发者：请安装 CA 证书（ca-certificates，OpenWrt 上为 ca-bundle），或设置 `ca_file`",
+    "its certificate is for another host name": "它的证书属于别的域名",
+    "it does not speak TLS; should the address begin with http://?": "对方不使用 TLS；地址是不是该以 http:// 开头？",
+    "no connection within the time limit (connect_timeout_s)": "在时限内没有连上（connect_timeout_s）",
+    "unknown host ({})": "找不到主机（{}）", "connection refused; is it running?": "连接被拒绝；它在运行吗？",
+    "the answer is not HTTP ({})": "对方的回答不是 HTTP（{}）",
+    "{} closed the connection without an answer": "{} 没有回答就断开了连接",
+    "{} is this program's own address; set {}": "{} 是本程序自己的地址；请修改 {}",
+    "base_url to the real upstream": " base_url，填写真正的上游",
+    "upstream_proxy, or the provider's proxy, to a real one": " upstream_proxy 或上游的 proxy，填写真正的代理",
+    "ca_file {}: {}": "ca_file {}：{}",
+    "provider {} refused its key (HTTP {}: {}); {}, then run: python iflow2api.py test {}":
+        "上游 {} 拒绝了它的密钥（HTTP {}：{}）；{}，然后运行：python iflow2api.py test {}",
+    "provider {} refused a request without a key (HTTP {}: {}); {}, then run: python iflow2api.py test {}":
+        "上游 {} 拒绝了没有密钥的请求（HTTP {}：{}）；{}，然后运行：python iflow2api.py test {}",
+    "log in to iFlow again (python iflow2api.py login)": "请重新登录 iFlow（python iflow2api.py login）",
+    "check its api_keys in config.json": "请检查 config.json 中它的 api_keys",
+    "the model {} does not exist there: {}": "那里没有模型 {}：{}",
+    "{} is busy and {} requests wait already": "{} 繁忙，已有 {} 个请求在排队",
+    "no place at {} came free within {} s": "{} 在 {} 秒内没有空位",
+    # proxies
+    "a proxy address that begins with {} is not supported; write http://, socks5://, socks5h:// (or env)":
+        "不支持以 {} 开头的代理地址；请用 http://、socks5://、socks5h://（或 env）",
+    "a proxy address that begins like this is not supported; write http://, socks5://, socks5h:// (or env)":
+        "不支持这样开头的代理地址；请用 http://、socks5://、socks5h://（或 env）",
+    "the proxy's address can't be read; write {} or {}, with %40 for @, %2F for /, %3A for :, %23 for #":
+        "无法识别代理地址；请写成 {} 或 {}，其中 @ 写作 %40，/ 写作 %2F，: 写作 %3A，# 写作 %23",
+    "{} through the proxy {}": "{}（经代理 {}）", "provider {}: proxy": "上游 {}：代理", "the proxy {}": "代理 {}",
+    "is it an HTTP proxy?": "它是 HTTP 代理吗？", "is it a SOCKS5 proxy?": "它是 SOCKS5 代理吗？",
+    "it closed the connection without an answer; is it an HTTP proxy?": "它没有回答就断开了连接；它是 HTTP 代理吗？",
+    "it closed the connection without an answer; is it a SOCKS5 proxy?": "它没有回答就断开了连接；它是 SOCKS5 代理吗？",
+    "it does not allow this host or port": "它不允许这个主机或端口", "it can't reach the upstream": "它连不上上游",
+    "it failed for no stated reason": "它没有说明原因就失败了", "it does not allow this address": "它不允许这个地址",
+    "it can't reach that network": "它连不上那个网络", "the upstream refused the connection": "上游拒绝了连接",
+    "the upstream is too far away": "上游太远（TTL 用尽）", "it can't connect": "它无法建立连接",
+    "it does not take this kind of address": "它不支持这种地址", "it failed with code {}": "它失败了，代码 {}",
+    "the upstream's host name can't be encoded": "上游的域名无法编码", "the upstream's host name is too long": "上游的域名太长",
+    "what it answers is not HTTP; is it an HTTP proxy?": "它的回答不是 HTTP；它是 HTTP 代理吗？",
+    "what it answers is not HTTP/1.1; is it an HTTP proxy?": "它的回答不是 HTTP/1.1；它是 HTTP 代理吗？",
+    "it answers with a page of its own; is it an HTTP proxy?": "它用自己的网页回答；它是 HTTP 代理吗？",
+    "it refused CONNECT {} (HTTP {})": "它拒绝了 CONNECT {}（HTTP {}）",
+    "it refused CONNECT {} (HTTP {}: {})": "它拒绝了 CONNECT {}（HTTP {}：{}）",
+    "it refused the user and password in its address": "它拒绝了地址里的用户名和密码",
+    "it wants a user and a password; write {}": "它需要用户名和密码；请写成 {}",
+    "what it answers is not SOCKS5; {}": "它的回答不是 SOCKS5；{}", "it speaks HTTP: write http://": "它是 HTTP 代理：请写 http://",
+    "SOCKS5 takes a user and a password of 255 bytes at most": "SOCKS5 的用户名和密码最多 255 字节",
+    "{} can't be looked up here; with socks5h:// the proxy does it": "在这里解析不了 {}；用 socks5h:// 由代理解析",
+    # logging in
+    "iFlow knows the login, but has no API key for it: see at https://iflow.cn whether the account has one, then run: "
+    "python iflow2api.py login":
+        "iFlow 认可这个登录，但没有给出 API 密钥：请到 https://iflow.cn 查看账号是否有密钥，然后运行：python iflow2api.py login",
+    "{} is no address: see iflow_token_url and iflow_userinfo_url": "{} 不是地址：请检查 iflow_token_url 和 iflow_userinfo_url",
+    "{} has no valid port": "{} 的端口无效",
+    "iFlow's login host did not finish its answer within {} s": "iFlow 登录服务器没有在 {} 秒内答完",
+    "iFlow's login host ({}): {}": "iFlow 登录服务器（{}）：{}", "iFlow's login host ({})": "iFlow 登录服务器（{}）",
+    "{}; what is stored stays as it is": "{}；已保存的内容没有改动",
+    "iFlow's login host answered {} with {} instead of JSON": "iFlow 登录服务器返回 {}，内容是{}而不是 JSON",
+    "something else": "别的东西", "no reason": "没有说明原因",
+    "iFlow refused the login as used up or too old ({}); run: python iflow2api.py login":
+        "iFlow 拒绝了这个登录：已用过或已过期（{}）；请运行：python iflow2api.py login",
+    "iFlow's login host is overloaded or out of order ({}: {})": "iFlow 登录服务器过载或故障（{}：{}）",
+    "iFlow's login host gave no tokens ({}: {})": "iFlow 登录服务器没有给出令牌（{}：{}）",
+    "iFlow's login host gave no the API key ({}: {})": "iFlow 登录服务器没有给出 API 密钥（{}：{}）",
+    "accounts are kept in config.json, and there is none": "账号保存在 config.json 中，但没有这个文件",
+    "{}; repair the file or move it away, nothing was written to it": "{}；请修复或移走这个文件，没有写入任何内容",
+    "{} can't be written: {}": "无法写入 {}：{}",
+    "there is no home folder to keep the login in: set HOME": "没有可以保存登录的主目录：请设置 HOME",
+    "{} is a folder; move it away": "{} 是一个文件夹；请移走",
+    "{} is read-only, so the login can't be kept": "{} 是只读的，无法保存登录",
+    "no port of this machine can be listened on; log in with: python iflow2api.py login --paste":
+        "本机没有端口可以监听；请这样登录：python iflow2api.py login --paste",
+    "this request is no answer to a login": "这个请求不是登录的结果",
+    "that is neither the address the browser ended on nor the code in it; it looks like {}":
+        "这既不是浏览器最后停在的地址，也不是其中的 code；它应该像这样：{}",
+    "this answer belongs to another login (its state is wrong): open the address of this one":
+        "这是另一次登录的结果（state 不符）：请打开这一次的地址",
+    "iFlow did not log you in: {}; nothing was changed": "iFlow 没有让您登录：{}；没有改动",
+    "an account's name has letters, digits and . @ + - _ only, at most 64": "账号名只能有字母、数字和 . @ + - _，最多 64 个",
+    "another login was begun": "已开始另一次登录", "no login was begun": "还没有开始登录",
+    "the program ended before the login did; nothing was changed": "登录完成前程序已结束；没有改动",
+    "the input ended before the login did; nothing was changed": "登录完成前输入已结束；没有改动",
+    "nobody logged in within {} s; nothing was changed": "{} 秒内没有人登录；没有改动",
+    "logged in to iFlow": "已登录 iFlow", "logged in to iFlow as {}": "已登录 iFlow：{}",
+    "iFlow login {} refreshed": "iFlow 登录 {} 已刷新",
+    "the iFlow login {} has ended: {}": "iFlow 登录 {} 已失效：{}",
+    "the iFlow login {} could not be refreshed (next try in {} s): {}": "无法刷新 iFlow 登录 {}（{} 秒后再试）：{}",
+    # running
+    "{}: line {} is no usage and does not count": "{}：第 {} 行不是用量记录，不计入",
+    "{}: line {} is no limit a day and does not count": "{}：第 {} 行不是每日限额记录，不计入",
+    "{} (usage is counted in memory only)": "{}（用量只记在内存中）",
+    "{} (limit a day is counted in memory only)": "{}（每日限额只记在内存中）",
+    "the new client key can't be stored in {}: {}": "无法把新的客户端密钥保存到 {}：{}",
+    "settings taken over from {}": "已采用 {} 中的设置", "no engine answers on this machine any more": "本机的引擎都不再应答",
+    "found {} at {}: {}": "在 {1} 发现 {0}：{2}", "responses_file {} can't be written: {}": "无法写入 responses_file {}：{}",
+    "{} can't be written ({}): conversations lose their reasoning at a restart": "无法写入 {}（{}）：重启后会丢失对话的思考内容",
+    "{} failed {} times in a row and rests for {} s where there is another": "{} 连续失败 {} 次；有其他上游时，它将休息 {} 秒",
+    "{} trying again in {} s": "{} 将在 {} 秒后重试", "{} {} failed ({})": "{} {} 失败（{}）",
+    # what the commands say
+    "--demo brings its own upstream: leave out --upstream and --api-key": "--demo 自带上游：请去掉 --upstream 和 --api-key",
+    "not running": "未运行", "running, {}, version {}, {} in flight": "正在运行，{}，版本 {}，{} 个请求进行中",
+    "healthy": "正常", "degraded": "有问题",
+    "server": "服务", "config": "配置", "provider": "上游", "note": "说明", "offer": "建议", "problem": "问题", "login": "登录",
+    "error: {}": "错误：{}", "warning: {}": "警告：{}", "problem: {}": "问题：{}", "note: {}": "说明：{}",
+    "debug: {}": "调试：{}",
+    "in use": "使用中", "no key": "无密钥", "{} (default)": "{}（默认）", "{} (set)": "{}（已设置）", "{} models": "{} 个模型",
+    "the running server has other providers than config.json names (--demo, --upstream, or found here)":
+        "正在运行的服务用的不是 config.json 中的上游（--demo、--upstream，或在本机发现的引擎）",
+    "none; run `login` for iFlow, add one to `providers`, or start with --upstream URL":
+        "没有；用 `login` 登录 iFlow，用 `provider add` 添加，或用 --upstream URL 启动",
+    "{} is set: python iflow2api.py provider add {}": "已设置 {}，可运行：python iflow2api.py provider add {}",
+    "{} (or {})": "{}（或 {}）",
+    "keeps failing, rests": "一直失败，正在休息", "kept failing, is tried again": "曾一直失败，正在重试", "{} of its keys rest": "它有 {} 个密钥在休息",
+    "no models known: {}": "没有已知的模型：{}",
+    "no provider lists any; `status` shows the providers": "没有上游列出模型；`status` 显示各上游",
+    "no provider to test: add one to `providers`, or give --upstream URL": "没有可测试的上游：用 `provider add` 添加，或加上 --upstream URL",
+    "no provider to test: add one with `provider add NAME`": "没有可测试的上游：用 `provider add NAME` 添加",
+    "failed ({}): {}": "失败（{}）：{}", "ok, {} answered in {} s: {}": "正常，{} 用 {} 秒回答：{}",
+    "no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL":
+        "还没有上游：`provider add NAME`，NAME 取自 `provider presets`，或任取并加上 --base-url URL",
+    "add one with: python iflow2api.py provider add NAME --api-key '$VARIABLE'":
+        "添加：python iflow2api.py provider add NAME --api-key '$VARIABLE'",
+    "context {}": "上下文 {}", "output {}": "输出 {}", "images": "识图",
+    "there is no preset {}": "没有预设 {}",
+    "{} (`provider presets` lists them; any other server needs --base-url URL)": "{}（`provider presets` 列出全部；其他服务需要 --base-url URL）",
+    "--api-key is empty: the shell has replaced the variable; put it in single quotes: {}":
+        "--api-key 是空的：变量已被 shell 替换；请加单引号：{}",
+    "note: {} is not set here; set it where the server starts": "说明：这里没有设置 {}；请在启动服务的环境里设置",
+    "provider add needs a NAME: one of `provider presets`, or any with --base-url URL":
+        "provider add 需要 NAME：取自 `provider presets`，或任取并加上 --base-url URL",
+    "base_url {} is taken as {}": "base_url {} 按 {} 处理",
+    "there is a provider {} already; `provider remove {}` first, or choose another NAME":
+        "已有上游 {}；先运行 `provider remove {}`，或换一个 NAME",
+    "added {} ({}); try it: python iflow2api.py provider test {}": "已添加 {}（{}）；试一试：python iflow2api.py provider test {}",
+    "provider remove needs a NAME; `provider list` shows them": "provider remove 需要 NAME；`provider list` 列出全部",
+    "config.json has no provider {}": "config.json 中没有上游 {}",
+    "`providers` in config.json is no list; see `config unset providers`": "config.json 中的 `providers` 不是列表；可运行 `config unset providers`",
+    "{}; add it first: provider add {}": "{}；请先添加：provider add {}",
+    "{}: does not work, {}: {}": "{}：不能用，问题在{}：{}", "the key": "密钥", "the balance": "余额", "the model": "模型",
+    "the rate limit": "限流", "the connection": "连接", "its settings": "它的设置",
+    "key ok": "密钥正常", "needs no key": "无需密钥", "model {} ok ({} s)": "模型 {} 正常（{} 秒）", "stream ok": "流式正常", "tools ok": "工具正常",
+    "tools taken, but none called": "接受工具，但没有调用", "stream failed ({}: {})": "流式失败（{}：{}）", "tools failed ({}: {})": "工具失败（{}：{}）",
+    "put your key into IFLOW2API_KEY first; `key add NAME` makes one": "请先把您的密钥放进 IFLOW2API_KEY；`key add NAME` 可生成一个",
+    "{} asks for models of its own; tell which one to use instead: python iflow2api.py config set default_model NAME":
+        "{} 会请求它自带的模型名；请指定实际使用哪个：python iflow2api.py config set default_model NAME",
+    "or for good, in ~/.codex/config.toml:": "或永久写入 ~/.codex/config.toml：",
+    "open this address in a browser to log in to iFlow:": "请在浏览器中打开此地址登录 iFlow：",
+    "no browser was found here: open the address yourself; for a browser elsewhere there is login --paste":
+        "这里没有找到浏览器：请自行打开此地址；浏览器在别的机器上时，请用 login --paste",
+    "login given up; nothing was changed": "已放弃登录；没有改动",
+    "after logging in the browser ends on an address that begins with http://localhost; it need not show a page: paste that "
+    "address here": "登录后浏览器会停在以 http://localhost 开头的地址，页面打不开也没关系：请把那个地址粘贴到这里",
+    "after logging in the browser ends on an address that begins with http://localhost; if it shows no page, paste it here":
+        "登录后浏览器会停在以 http://localhost 开头的地址；如果页面打不开，请把地址粘贴到这里",
+    "paste it again, or leave with Ctrl-C:": "请重新粘贴，或按 Ctrl-C 退出：",
+    "stored in {}; a running server takes it over by itself": "已保存到 {}；正在运行的服务会自动采用",
+    "{} is set, too, and stands above this login": "还设置了 {}，它优先于这次登录", "api_key in config.json": " config.json 中的 api_key",
+    "--api-key: a key has no blanks, line breaks or characters beyond ASCII": "--api-key：密钥不能有空白、换行或非 ASCII 字符",
+    "stored the key {} as account {} in {}": "已把密钥 {} 存为账号 {}：{}",
+    "there is no account {}": "没有账号 {}", "logged out ({})": "已退出登录（{}）", "there was no login to remove ({})": "没有可移除的登录（{}）",
+    "ended: run python iflow2api.py login": "已失效：请运行 python iflow2api.py login", "until {}": "有效至 {}", "end unknown": "有效期未知",
+    "not refreshable": "不能刷新", "last refresh {} ok": "上次刷新 {} 成功", "last refresh {} failed": "上次刷新 {} 失败",
+    "--tokens {}: {}": "--tokens {}：{}", "then": "然后", "{} key": "{} 个密钥", "{} keys": "{} 个密钥",
+    "key {} needs a NAME": "key {} 需要 NAME", "expires: {} is over": "expires：{} 已经过去",
+    "key add {}: there is a key of this name; remove it first, or take another name": "key add {}：已有同名密钥；请先移除，或换个名称",
+    "this is the only time it is shown; clients send it as `Authorization: Bearer KEY`, or as x-api-key":
+        "密钥只显示这一次；客户端用 `Authorization: Bearer KEY` 或 x-api-key 发送",
+    "there is no key {}": "没有密钥 {}",
+    "no key is left, so whoever reaches this server's address may use it": "已没有任何密钥，能连到本服务地址的人都可以使用",
+    "no client keys; `key add NAME` makes one": "没有客户端密钥；`key add NAME` 生成一个", "no limits": "不限",
+    "{} requests a minute": "每分钟 {} 次", "{} requests an hour": "每小时 {} 次", "{} requests a day": "每天 {} 次",
+    "{} tokens a day": "每天 {} token", "{} requests at once": "同时 {} 个请求", "models {}": "模型 {}",
+    "expired {}": "已于 {} 过期", "expires {}": "{} 过期", "today {} requests, {} tokens": "今天 {} 次，{} token",
+    "usage is not being counted: config set usage true": "没有在记录用量；启用：config set usage true",
+    "nothing was used": "没有用量", "~ in part our estimate: the upstream did not count": "~ 含估计值：上游没有给出计数",
+    "model": "模型", "day": "日期", "requests": "请求", "errors": "错误", "input": "输入", "output": "输出", "cached": "缓存",
+    "reasoning": "思考", "first": "首字", "total": "总时间", "cost": "费用",
+    "# iflow2api completion for {}: put this into {}, or: {}": "# {} 的 iflow2api 补全：写入 {}，或：{}",
+    "# iflow2api completion for {}: put this into {}, or:": "# {} 的 iflow2api 补全：写入 {}，或：",
+    "# It serves the names iflow2api and iflow2api.py, also as an alias: {}": "# 适用于名称 iflow2api 和 iflow2api.py，也可作别名：{}",
+    "# It serves the names iflow2api and iflow2api.py: {}": "# 适用于名称 iflow2api 和 iflow2api.py：{}",
+    "; ": "；", "flag": "命令行", "environment": "环境变量", "file": "文件",
 }
 
 #: How this program is called in what it tells people to type.
@@ -17043,7 +17672,49 @@ CONSOLE = Console()
 
 def tr(key: str, /, **facts: Any) -> str:
     """TEXTS[key] in the console's language, filled in."""
+    facts = {name: fact if isinstance(fact, (int, float)) else local(fact) for name, fact in facts.items()}
     return CONSOLE.text(TEXTS[key]).format(program=PROGRAM, **facts)
+
+
+def local(text: Any) -> str:
+    """An English sentence in the console's language, as far as CHINESE knows it or its parts."""
+    return _in_chinese(str(text)) if CONSOLE.language == "zh" else str(text)
+
+
+#: CHINESE's sentences with parts, made when first needed: the longest literal piece, a pattern, the Chinese one, and
+#: whether it says too little to be tried on what can still be taken apart: `a: b expected`.
+_SENTENCES: List[Tuple[str, Any, str, bool]] = []
+
+
+def _in_chinese(text: str, is_part: bool = False) -> str:
+    if text in CHINESE and not (is_part and " " not in text):    # a part of one word may be somebody's name
+        return CHINESE[text]
+    for english in () if _SENTENCES else sorted(CHINESE, key=lambda known: len(known.replace("{}", "")), reverse=True):
+        if "{}" in english:
+            pattern = re.compile("(.+?)".join(map(re.escape, english.split("{}"))), re.DOTALL)
+            piece = max(english.split("{}"), key=len)
+            _SENTENCES.append((piece, pattern, CHINESE[english], english[:2] == "{}" and len(piece.strip()) < 14))
+    return (_sentence_in_chinese(text, False) or _parts_in_chinese(text, (("  ", "  "), (": ", "："), ("; ", "；")))
+            or _sentence_in_chinese(text, True) or _parts_in_chinese(text, ((", ", "，"),)) or text)
+
+
+def _sentence_in_chinese(text: str, vague: bool) -> str:
+    for piece, pattern, chinese, is_vague in _SENTENCES:
+        found = pattern.fullmatch(text) if piece in text and is_vague is vague else None
+        if found:
+            return chinese.format(*(_in_chinese(part, True) for part in found.groups()))
+    return ""
+
+
+def _parts_in_chinese(text: str, joints: Sequence[Tuple[str, str]]) -> str:
+    """What was put together of several, `where: what, and why`."""
+    for joint, wide in joints:
+        head, there, tail = text.partition(joint)
+        if there and head and tail:
+            parts = _in_chinese(head, True), _in_chinese(tail, True)
+            if parts != (head, tail):
+                return wide.join(parts)
+    return ""
 
 
 def _plain_characters(error: UnicodeError) -> Tuple[str, int]:
@@ -17152,7 +17823,13 @@ def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "",
 
 def _say(text: str) -> None:
     """Talk goes to stderr; stdout is for the answer."""
-    print(text, file=sys.stderr, flush=True)
+    print(local(text), file=sys.stderr, flush=True)
+
+
+def _row(label: str, *columns: str) -> None:
+    """A line of an answer: a label, and what there is to say."""
+    label, shown = local(label), [local(column) for column in columns if column]
+    print(label + " " * max(2, 10 - columns_of(label)) + "  ".join(shown))
 
 
 def _near(name: str, names: Iterable[str]) -> str:
@@ -17184,6 +17861,8 @@ def _parse_for(where: str, name: str, text: str) -> Any:
 
 def _read_key(text: str) -> str:
     """A key given on the command line: `$NAME`, `-` for standard input, or itself, with a warning."""
+    if not text:
+        raise UsageError("--api-key is empty: the shell has replaced the variable; put it in single quotes: '$NAME'")
     if text == "-":
         text = sys.stdin.readline().strip()
         if not text:
@@ -17204,7 +17883,7 @@ def _flag_settings(args: Any) -> Json:
         value = getattr(args, name, None)
         if value is not None and "flag" in item.metadata:
             flags[name] = _parse_for(item.metadata["flag"], name, value)
-    key = _read_key(args.api_key) if getattr(args, "api_key", None) else ""
+    key = _read_key(args.api_key) if getattr(args, "api_key", None) is not None else ""
     if getattr(args, "verbose", False):
         flags["log_level"] = "debug"
     if getattr(args, "upstream", None):
@@ -17235,6 +17914,7 @@ def cmd_serve(args: Any) -> int:
         raise UsageError("--demo brings its own upstream: leave out --upstream and --api-key")
     demo = DemoUpstream() if args.demo else None
     gateway = Gateway(config=_config_of(args), flags={**(demo.settings() if demo else {}), **_flag_settings(args)})
+    gateway.lead_log()
     _log_to_file(gateway)
     had_key = gateway.state.door.required
     host, port = gateway.settings.host, gateway.settings.port
@@ -17244,7 +17924,7 @@ def cmd_serve(args: Any) -> int:
         _say(tr("error", text=_bind_problem(host, port, exc)))
         return 1
     stopping = _heed_signals(gateway)
-    print(f"iflow2api {__version__} listening on {server.url}", flush=True)
+    print(f"iflow2api {__version__} listening on {server.url}", flush=True)      # scripts wait for this line
     _say("\n".join(["", *_card(gateway, server, had_key), ""]))
     _show_page(gateway, server, args.no_browser)
     gateway.watch_files()
@@ -17294,7 +17974,7 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
     if gateway.sessions.is_new:
         rows.append(("", tr("page_code", code=gateway.sessions.code()), "bold"))
     problems = [problem for problem in gateway.problems if not problem.startswith("provider ")]      # these stand above
-    rows += [(tr("problems"), one_line(problem, 200), "yellow") for problem in problems[:1]]
+    rows += [(tr("problems"), local(one_line(problem, 200)), "yellow") for problem in problems[:1]]
     step, *rest = _next_step(gateway, server).split("\n")
     rows += [(tr("next"), step, "bold"), *(("", line, "bold") for line in rest)]
     return lay_out(rows, CONSOLE.columns, "dim")
@@ -17364,7 +18044,7 @@ class _ConsoleFormat(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else record.levelname.lower() + ": "
-        text = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"
+        text = f"{self.formatTime(record, '%H:%M:%S')} {local(level + record.getMessage())}"
         text += "\n" + self.formatException(record.exc_info) if record.exc_info else ""
         return CONSOLE.paint(text, _LEVEL_COLOURS.get(record.levelno, ""))
 
@@ -17491,34 +18171,56 @@ def cmd_status(args: Any) -> int:
     gateway = _gateway_of(args)
     settings, router = gateway.settings, gateway.current().router
     health = _ask_running(settings)
-    running = "not running"
-    if health:
-        running = f"running, {health.get('status')}, version {health.get('version')}, {health.get('in_flight')} in flight"
-    print(f"server    http://{settings.host}:{settings.port}  {running}")
-    print(f"config    {gateway.config.path if gateway.config else '-'}")
-    for provider in router.providers.values():
+    _row("server", f"http://{settings.host}:{settings.port}", _how_it_runs(health))
+    _row("config", gateway.config.path if gateway.config else "-")
+    others = _others_running(health, router)
+    for facts in others or ():
+        _row("provider", facts["name"], facts.get("problem") or "in use", *_rest_of(health, facts["name"]))
+    if others is not None:
+        _row("note", "the running server has other providers than config.json names (--demo, --upstream, or found here)")
+    for provider in router.providers.values() if others is None else ():
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
-        print(f"provider  {provider.name}{' (default)' if provider is router.default else ''}  {provider.problem or provider.base_url}"
-              f"  {keys if not provider.problem else ''}{_rest_of(health, provider.name)}".rstrip())
+        _row("provider", f"{provider.name}{' (default)' if provider is router.default else ''}",
+             provider.problem or provider.base_url, keys if not provider.problem else "", *_rest_of(health, provider.name))
     for account, login in {**gateway.login_report(), **(health or {}).get("logins", {})}.items():
-        print(one_line(_login_line(account, login)))
-    if not router.providers:
-        print("provider  none; run `login` for iFlow, add one to `providers`, or start with --upstream URL")
+        _row("login", *map(one_line, _login_columns(account, login)))
+    if not router.providers and not others:
+        _row("provider", "none; run `login` for iFlow, add one to `providers`, or start with --upstream URL")
     for variable, names in offered_presets(router, os.environ).items():
         either = " (or ".join(names) + ")" * (len(names) > 1)
-        print(f"offer     {variable} is set: python iflow2api.py provider add {either}")
-    for problem in gateway.problems:
-        print(f"problem   {one_line(problem, 300)}")
+        _row("offer", f"{variable} is set: {PROGRAM} provider add {either}")
+    for problem in _further_problems(gateway.problems):
+        _row("problem", one_line(problem, 300))
     return 0 if health else 1
 
 
-def _rest_of(health: Optional[Json], name: str) -> str:
+def _further_problems(problems: Iterable[str]) -> List[str]:
+    """Those that are not said beside a provider's name."""
+    return [problem for problem in problems if not re.match(r"provider \S+ is disabled: ", problem)]
+
+
+def _how_it_runs(health: Optional[Json]) -> str:
+    if not health:
+        return "not running"
+    state = local(str(health.get("status")))
+    return f"running, {state}, version {health.get('version')}, {health.get('in_flight')} in flight"
+
+
+def _others_running(health: Optional[Json], router: Router) -> Optional[List[Json]]:
+    """The providers of the running server where they are others than these; None: the same, or none runs."""
+    listed = health.get("providers") if health else None
+    if not isinstance(listed, list) or not all(isinstance(p, dict) and isinstance(p.get("name"), str) for p in listed):
+        return None
+    return listed if [p["name"] for p in listed] != list(router.providers) else None
+
+
+def _rest_of(health: Optional[Json], name: str) -> List[str]:
     """What the running server says of a provider that is not quite well."""
     listed = health.get("providers") if health else None
     facts = next((p for p in listed or () if isinstance(p, dict) and p.get("name") == name), {})
     circuit, resting = facts.get("circuit", "closed"), facts.get("keys_resting", 0)
-    words = {"open": "  keeps failing, rests", "half-open": "  kept failing, is tried again"}.get(circuit, "")
-    return words + (f"  {resting} of its keys rest" if resting else "")
+    words = {"open": "keeps failing, rests", "half-open": "kept failing, is tried again"}.get(circuit, "")
+    return [words, f"{resting} of its keys rest" if resting else ""]
 
 
 def _ask_running(settings: Settings) -> Optional[Json]:
@@ -17559,7 +18261,7 @@ def cmd_test(args: Any) -> int:
     for name in [args.provider] if args.provider else providers:
         ok, line = _probe(gateway, providers[name])
         failed += not ok
-        print(f"{name}: {line}")
+        print(local(f"{name}: {line}"))
     return 1 if failed else 0
 
 
@@ -17599,8 +18301,8 @@ def _provider_list(args: Any) -> int:
         mark = " (default)" if provider is router.default else ""
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
         facts = f"{provider.base_url}  {keys}  {len(provider.models)} models"
-        print(f"{provider.name}{mark}  {provider.problem or facts}")
-    for problem in router.problems:
+        print(local(f"{provider.name}{mark}  {provider.problem or facts}"))
+    for problem in _further_problems(router.problems):
         _say(f"problem: {one_line(problem, 300)}")
     if not router.providers:
         _say("no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL")
@@ -17612,16 +18314,17 @@ def _provider_presets(args: Any) -> int:
         return _show_preset(args.name)
     for name, preset in PRESETS.items():
         state = " (set)" if os.environ.get(preset.key) else ""
-        print(f"{name:<15} {preset.base_url:<56} {preset.key and '$' + preset.key + state or 'no key'}")
+        print(f"{name:<15} {preset.base_url:<56} {local(preset.key and '$' + preset.key + state or 'no key')}")
     _say("add one with: python iflow2api.py provider add NAME --api-key '$VARIABLE'")
     return 0
 
 
 def _show_preset(name: str) -> int:
     preset = _preset(name)
-    print(f"{name}  {preset.base_url}  {preset.key and '$' + preset.key or 'no key'}")
+    print(f"{name}  {preset.base_url}  {local(preset.key and '$' + preset.key or 'no key')}")
     for model, context, limit, vision in preset.models:
-        print(f"  {model:<36} context {context or '?'}  output {limit or '?'}{'  images' if vision else ''}")
+        columns = [f"context {context or '?'}", f"output {limit or '?'}", *(["images"] if vision else [])]
+        print(f"  {model:<36} " + "  ".join(map(local, columns)))
     return 0
 
 
@@ -17722,7 +18425,7 @@ def _provider_test(args: Any) -> int:
         checks = examine(gateway, providers[name])
         broken = next((check.message for check in checks[:3] if check.ok is False), "")
         said = f"does not work, {broken}" if broken else ", ".join(c.message for c in checks if c.message)
-        print(f"{name}: {said}")
+        print(local(f"{name}: {said}"))
         failed += any(not check.ok for check in checks)
     return 1 if failed else 0
 
@@ -17740,8 +18443,10 @@ def cmd_env(args: Any) -> int:
     settings, shell = gateway.settings, SHELLS[args.shell or _guess_shell()]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     key = settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed")
-    words = {"URL": f"http://{host}:{settings.port}", "KEY": key, "MODEL": gateway.current().router.default_model}
-    print("\n".join(env_lines(args.client, shell, words)))
+    health = _ask_running(settings) if not args.default_model else None      # --demo and --upstream have their own
+    model = health["default_model"] if health and "default_model" in health else gateway.current().router.default_model
+    words = {"URL": f"http://{host}:{settings.port}", "KEY": key, "MODEL": str(model)}
+    print("\n".join(env_lines(args.client, shell, words, local)))
     return 0
 
 
@@ -17757,7 +18462,7 @@ def cmd_login(args: Any) -> int:
     """Log in by the browser, or store a key."""
     gateway = Gateway(config=_config_of(args))
     try:
-        if args.api_key:
+        if args.api_key is not None:
             return _store_key(gateway, args)
         paste = args.paste
         found = gateway.logins.start(args.account or "", paste, args.timeout)
@@ -17811,7 +18516,8 @@ def _read_pastes(flow: LoginFlow, fd: int, final: bool) -> None:
             try:
                 flow.paste(line)
             except LoginFailed as exc:
-                _say(f"error: {exc.message}")
+                if flow.state == "waiting":              # else it is said where the login's end is waited for
+                    _say(f"error: {exc.message}\npaste it again, or leave with Ctrl-C:")
         if not data:
             return flow.fail("the input ended before the login did; nothing was changed") if final else None
 
@@ -17854,15 +18560,15 @@ def cmd_logout(args: Any) -> int:
     return 0
 
 
-def _login_line(account: str, login: Json) -> str:
+def _login_columns(account: str, login: Json) -> List[str]:
     """A login for `status`."""
     state = "ended: run python iflow2api.py login" if login.get("ended") else \
         f"until {login['expires_at']}" if login.get("expires_at") else "end unknown"
     last = ""
     if login.get("refreshed_at"):
-        last = f"  last refresh {login['refreshed_at']} {'ok' if login.get('refresh_ok') else 'failed'}"
-    message = f" ({login['message']})" if login.get("message") else ""
-    return f"login     {account}  {state}{'' if login.get('renewable') else '  not refreshable'}{last}{message}"
+        last = f"last refresh {login['refreshed_at']} {'ok' if login.get('refresh_ok') else 'failed'}"
+    message = f"({local(login['message'])})" if login.get("message") else ""
+    return [account, state, "" if login.get("renewable") else "not refreshable", last, message]
 
 
 # --- config ------------------------------------------------------------------
@@ -17890,7 +18596,7 @@ def _config_list(args: Any) -> int:
     for name in SETTING:
         origin = gateway.origins.get(name)
         shown = _shown(name, getattr(gateway.settings, name), args)
-        print(f"{name} = {shown}" + (f"    # {origin}" if origin else ""))
+        print(f"{name} = {shown}" + (f"    # {local(origin)}" if origin else ""))
     for problem in gateway.problems:
         _say(f"problem: {one_line(problem, 300)}")
     return 0
@@ -17960,8 +18666,7 @@ def _config_encrypt(args: Any) -> int:
             locked = config.locked or (gateway.config.locked if gateway.config else [])
         else:
             locked = config.encrypt(mode)
-            _say({"on": "secrets in {} are encrypted", "off": "secrets in {} are plain text now",
-                  "rotate": "secrets in {} are encrypted with a new key"}[mode].format(config.path))
+            _say(tr(f"encrypt_{mode}" + ("" if config.count_secrets() else "_none"), path=config.path))
     except (OSError, ConfigBroken, SealBroken) as exc:
         _say(f"error: {getattr(exc, 'strerror', None) or exc}")
         return 1
@@ -18024,11 +18729,12 @@ def cmd_routes(args: Any) -> int:
         print(json.dumps(told, ensure_ascii=False, indent=2))
         return 0
     for number, step in enumerate(told["steps"], 1):
-        print(f"{number}. {one_line(step, 500)}")
+        print(f"{number}. {local(one_line(step, 500))}")
     for number, target in enumerate(told["chain"]):
-        state = one_line(target["problem"]) or f"{target['base_url']}  {target['keys']} key{'s' if target['keys'] != 1 else ''}"
-        print(f"{'then' if number else '=>'} {target['provider']}/{one_line(target['model'])}  {state}")
-    for problem in gateway.problems:
+        keys = f"{target['keys']} key{'s' if target['keys'] != 1 else ''}"
+        state = local(one_line(target["problem"])) or f"{target['base_url']}  {local(keys)}"
+        print(f"{local('then') if number else '=>'} {target['provider']}/{one_line(target['model'])}  {state}")
+    for problem in _further_problems(gateway.problems):
         _say(f"problem: {one_line(problem, 300)}")
     return 0
 
@@ -18071,7 +18777,7 @@ def _key_add(args: Any) -> int:
         return 1
     print(key)
     _say("this is the only time it is shown; clients send it as `Authorization: Bearer KEY`, or as x-api-key")
-    for problem in _gateway_of(args).problems:
+    for problem in _further_problems(_gateway_of(args).problems):
         _say(f"problem: {one_line(problem, 300)}")
     return 0
 
@@ -18105,8 +18811,8 @@ def _key_list(args: Any) -> int:
             over = "expired" if key.expires_at <= time.time() else "expires"
             facts.append(f"{over} {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(key.expires_at))}")
         facts += [f"today {row['requests']} requests, {row['input'] + row['output']} tokens"] if row else []
-        print(f"{key.name}  {key.digest.hex()[:8]}  {'; '.join(facts) or 'no limits'}")
-    for problem in gateway.problems:
+        print(f"{key.name}  {key.digest.hex()[:8]}  {local('; ').join(map(local, facts or ['no limits']))}")
+    for problem in _further_problems(gateway.problems):
         _say(f"problem: {one_line(problem, 300)}")
     if not gateway.settings.client_keys:
         _say("no client keys; `key add NAME` makes one")
@@ -18136,10 +18842,10 @@ def cmd_usage(args: Any) -> int:
 def _usage_table(by: str, rows: Sequence[Json]) -> str:
     """Aligned columns; `~` where the upstream did not count and we had to guess."""
     if not rows:
-        return "nothing was used"
+        return local("nothing was used")
     costs = any(row["cost"] is not None for row in rows)
-    table = [[by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total",
-              *(["cost"] if costs else [])]]
+    titles = [by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total", *(["cost"] if costs else [])]
+    table = [[local(title) for title in titles]]
     for row in rows:
         mark, count = "~" if row["estimated"] else "", row["requests"] or 1
         first = f"{row['first_ms'] / row['streams'] / 1000:.2f}s" if row["streams"] else "-"
@@ -18147,12 +18853,12 @@ def _usage_table(by: str, rows: Sequence[Json]) -> str:
         table.append([one_line(row[by], 60) or "-", str(row["requests"]), str(row["errors"]), f"{mark}{row['input']}",
                       f"{mark}{row['output']}", str(row["cached"]), str(row["reasoning"]), first,
                       f"{row['total_ms'] / count / 1000:.2f}s", *cost])
-    widths = [max(len(line[at]) for line in table) for at in range(len(table[0]))]
-    lines = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
-             for line in table]
-    return "\n".join([*lines,
-                      *(["~ in part our estimate: the upstream did not count"] if any(r["estimated"] for r in rows)
-                        else [])])
+    widths = [max(columns_of(line[at]) for line in table) for at in range(len(table[0]))]
+    rooms = [[" " * (width - columns_of(cell)) for cell, width in zip(line, widths)] for line in table]
+    lines = ["  ".join([line[0] + room[0], *(blank + cell for cell, blank in zip(line[1:], room[1:]))])
+             for line, room in zip(table, rooms)]
+    guess = "~ in part our estimate: the upstream did not count"
+    return "\n".join([*lines, *([local(guess)] if any(row["estimated"] for row in rows) else [])])
 
 
 # --- the parser --------------------------------------------------------------
@@ -18190,7 +18896,8 @@ SERVE_FLAGS: Tuple[Tuple[str, Json], ...] = (
 
 
 def cmd_completion(args: Any) -> int:
-    print(COMPLETERS[args.shell](CompletionWords()))
+    for line in COMPLETERS[args.shell](CompletionWords()).split("\n"):
+        print(local(line) if line.startswith("# ") else line)
     return 0
 
 
@@ -18358,6 +19065,7 @@ _COMPLAINTS = tuple((re.compile(pattern), key) for pattern, key in (
     (r"argument (?P<flag>.+?): expected .*arguments?", "needs_value"),
     (r"argument (?P<flag>.+?): invalid choice: (?P<value>.*?) \(choose from (?P<choices>.*)\)", "bad_choice"),
     (r"argument (?P<flag>.+?): invalid int value: (?P<value>.*)", "no_number"),
+    (r"argument (?P<flag>.+?): invalid float value: (?P<value>.*)", "no_float"),
     (r"argument (?P<flag>.+?): ignored explicit argument (?P<value>.*)", "takes_no_value"),
     (r"the following arguments are required: (?P<flag>.*)", "missing")))
 
@@ -18370,8 +19078,7 @@ def _complaint(message: str, command: str) -> str:
     facts = {name: one_line(value, 200) for name, value in found[0].groupdict().items()}     # type: ignore[union-attr]
     entries = dict(_arguments_of(command))
     if found[1] == "missing":
-        facts["flag"] = " ".join(_positional(name, entries[name]) if name in entries else name
-                                 for name in facts["flag"].split(", "))
+        facts["flag"] = " ".join(_positional(name, entry) for name, entry in entries.items() if name[0] != "-")
     if "choices" in facts:
         names = re.findall(r"[\w.-]+", facts["choices"])
         facts.update(choices=", ".join(names), near=_near(facts["value"].strip("'"), names))

@@ -805,7 +805,46 @@ def test_a_file_that_can_not_be_replaced_is_written_in_place(home, monkeypatch, 
     node = path.stat().st_ino
     refuse_to_replace(monkeypatch, "file", code)
     ifl.write_file(str(path), b"short")
-    assert (path.read_bytes(), path.stat().st_ino, os.listdir(home)) == (b"short", node, ["file"])
+    assert (path.read_bytes(), path.stat().st_ino, sorted(os.listdir(home))) == (b"short", node, ["file", "file.bak"])
+    assert (home / "file.bak").read_bytes() == b"something long"
+
+
+def test_a_file_is_not_written_in_place_without_a_copy_of_it(home, monkeypatch):
+    """Should the process end in the middle of that write, nothing whole would be left."""
+    path, real = home / "file", open
+    path.write_bytes(b"old")
+    refuse_to_replace(monkeypatch, "file")
+    refuse_to_replace(monkeypatch, "file.bak", errno.ENOSPC)
+    with pytest.raises(OSError):
+        ifl.write_file(str(path), b"new")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    refuse_to_replace(monkeypatch, "file")
+
+    def opened(name, mode="r", *more, **named):                  # the copy is there when the writing begins
+        if mode == "r+b":
+            file = real(name, mode, *more, **named)
+            return Watched(file)
+        return real(name, mode, *more, **named)
+
+    class Watched:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            if name == "write":
+                assert (home / "file.bak").read_bytes() == b"old"
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self.file.close()
+
+    monkeypatch.setattr(ifl, "open", opened, raising=False)
+    ifl.write_file(str(path), b"new")
+    assert path.read_bytes() == b"new"
 
 
 def test_a_full_disk_leaves_the_old_file(home, monkeypatch):
@@ -815,6 +854,99 @@ def test_a_full_disk_leaves_the_old_file(home, monkeypatch):
     with pytest.raises(OSError):
         ifl.write_file(str(path), b"new")
     assert path.read_bytes() == b"old" and os.listdir(home) == ["file"]
+
+
+# --- locks ---------------------------------------------------------------------
+
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
+def lockless(request, monkeypatch):
+    """A file system that knows no locks."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(fd, operation):
+        raise OSError(request.param, os.strerror(request.param))
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def holds(path, timeout_s=0.05):
+    """Whether the lock can be had within the time."""
+    try:
+        with ifl.FileLock(path, timeout_s):
+            return True
+    except TimeoutError as exc:
+        assert str(exc).endswith(f"another process has held {path} for {timeout_s:g} s")
+        return False
+
+
+def test_one_holder_where_there_are_no_locks(home, lockless):
+    path, inside, most = str(home / "a.lock"), [0], [0]
+
+    def work():
+        for _ in range(20):
+            with ifl.FileLock(path, WAIT_S):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join(WAIT_S) for thread in threads]
+    assert most == [1] and inside == [0] and os.listdir(home) == ["a.lock"]
+    with ifl.FileLock(path, 1):
+        assert not holds(path)
+    assert holds(path)
+
+
+NO_PROCESS, THIS_HOST = 2 ** 22 + 1, socket.gethostname()          # a process number that none has
+
+
+@pytest.mark.parametrize("holder, age_s, stale", [
+    (f"{THIS_HOST} {NO_PROCESS} ab", 0, True), (f"{THIS_HOST} PID ab", 0, True), (f"{THIS_HOST} PID TOKEN", 0, False), (f"{THIS_HOST} 1 ab", 0, False),
+    (f"{THIS_HOST} 1 ab", 700, True), (f"elsewhere {NO_PROCESS} ab", 0, False), (f"elsewhere {NO_PROCESS} ab", 700, True),
+    ("", 0, False), ("", 20, True), ("rubbish", 0, False), ("rubbish", 700, True), (f"{THIS_HOST} {10 ** 30} ab", 0, False)])
+def test_the_lock_of_who_is_gone_is_taken_over(home, lockless, holder, age_s, stale):
+    path, name = str(home / "a.lock"), home / "a.lock.pid"
+    name.write_text(holder.replace("PID", str(os.getpid())).replace("TOKEN", ifl.FileLock._TOKEN))
+    os.utime(name, (time.time() - age_s,) * 2)
+    assert holds(path) == stale and name.exists() != stale
+    assert not (home / "a.lock.pid.stale").exists()
+
+
+def test_many_take_over_a_stale_lock_and_one_at_a_time_holds_it(home, lockless):
+    path, inside, most, total = str(home / "a.lock"), [0], [0], [0]
+    (home / "a.lock.pid").write_text(f"{THIS_HOST} {NO_PROCESS} ab")
+    (home / "a.lock.pid.stale").write_text("")           # whoever tried to before was killed in the middle of it
+    os.utime(home / "a.lock.pid.stale", (time.time() - 60,) * 2)
+
+    def work():
+        with ifl.FileLock(path, WAIT_S):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            total[0] += 1
+            threading.Event().wait(0.01)
+            inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join(WAIT_S) for thread in threads]
+    assert (most, total) == ([1], [8]) and os.listdir(home) == ["a.lock"]
+
+
+def test_a_lock_that_was_taken_from_us_is_not_given_back_for_another(home, lockless):
+    path, name = str(home / "a.lock"), home / "a.lock.pid"
+    with ifl.FileLock(path, 1):
+        name.write_text("elsewhere 5 cd")
+    assert name.read_text() == "elsewhere 5 cd"
+
+
+def test_other_errors_of_a_lock_are_raised(home, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(fd, operation):
+        raise OSError(errno.EIO, "broken")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="broken"):
+        ifl.FileLock(str(home / "a.lock"), 1).__enter__()
 
 
 # === 5. Settings ============================================================
@@ -979,6 +1111,15 @@ def test_a_bind_mounted_config_json_is_written_in_place_after_its_backup(config,
     assert json.load(open(config.backup)) == {"port": 1}
 
 
+def test_a_bind_mounted_config_json_without_room_for_a_backup_stays(config, monkeypatch):
+    put_config(config, {"port": 1})
+    refuse_to_replace(monkeypatch, "config.json")
+    refuse_to_replace(monkeypatch, "config.json.bak", errno.ENOSPC)
+    with pytest.raises(OSError):
+        config.change(lambda raw: raw.update(port=2))
+    assert config.read() == {"port": 1}
+
+
 def test_a_broken_bind_mounted_config_json_is_kept_as_a_copy(config, monkeypatch):
     put_config(config, b"{broken")
     refuse_to_replace(monkeypatch, "config.json")
@@ -1087,6 +1228,17 @@ ROUTES_TABLE = [
 def test_where_a_name_leads(model, foreign, targets):
     found = ifl.Router(ROUTED, {}).resolve(model, foreign)
     assert [f"{target.provider.name}/{target.model}" for target in found] == targets
+
+
+def test_targets_of_an_alias_are_taken_as_they_are():
+    """A name that clients insist on is what the user wrote there: nobody lists it, so the default provider gets it."""
+    providers = [provider("http://a", "a"), provider("http://b", "b", models=["gpt-b"])]
+    router = ifl.Router(ifl.Settings(providers=providers, aliases={"claude-*": ["gpt-5", "gpt-b", "b/o3"]}, default_model="glm-5"), {})
+    found = router.resolve("claude-x", True)
+    assert [f"{target.provider.name}/{target.model}" for target in found] == ["a/gpt-5", "b/gpt-b", "b/o3"]
+    steps, targets = router.explain("claude-x", True, ifl.Asked("messages"))
+    assert targets == found and not [step for step in steps if "default_model" in step]
+    assert router.resolve("gpt-5", True)[0].model == "glm-5"             # asked for by the client, it is the default
 
 
 @pytest.mark.parametrize("settings, model, target", [
@@ -2618,6 +2770,14 @@ def test_headers_of_the_client_that_go_upstream_and_those_that_stay(server, upst
     assert not {name.lower() for name in stay} & set(seen) - {"authorization", "content-type", "accept-encoding"}
 
 
+def test_headers_that_connection_names_stay(server, upstream):
+    """RFC 9110, 7.6.1: they are about this hop."""
+    with Client(server(upstream)) as client:
+        named = {"Connection": "keep-alive, X-Hop , x-other", "X-Hop": "1", "X-Other": "2", "X-Third": "3"}
+        assert client.post(chat(), headers=named).answer().status == 200
+    assert not {"x-hop", "x-other"} & set(upstream.last.headers) and upstream.last.headers["x-third"] == "3"
+
+
 @pytest.mark.parametrize("path, dialect", [("/v1/completions", "/v1/completions"),
                                            ("/v1/embeddings", "/v1/embeddings")])
 def test_completions_and_embeddings_are_passed_on(server, upstream, path, dialect):
@@ -2638,7 +2798,7 @@ def test_completions_stream(server, upstream):
 PLAIN_FAULTS = [
     # id, reply, status, words in the message
     ("not JSON", plain(b"Hello", content_type="text/plain"), 502, "not JSON"), ("nothing", plain(b""), 502, "empty"),
-    ("html", plain(b"<html>", content_type="text/html"), 502, "not JSON"),
+    ("html", plain(b"<html>", content_type="text/html"), 502, "web page"),
     ("no choices", plain({"choices": []}), 502, "empty"),
     ("empty text", plain(completion("", usage={"prompt_tokens": 1})), 502, "empty"), ("list", plain([1]), 502, "empty"),
     ("error in a 200", plain({"error": {"message": "no such model", "code": 404}}), 404, "no such model"),
@@ -2985,6 +3145,24 @@ def test_a_stream_for_http_1_0_is_not_chunked(server, upstream):
         status, headers = client.head()
         assert status == 200 and "transfer-encoding" not in headers and headers["connection"] == "close"
         assert records_of(client.file.read()) == HELLO
+
+
+@pytest.mark.parametrize("reply, status, said", [
+    (plain({"error": {"message": "quota is gone", "code": 402}}, content_type="text/plain"), 402, "quota is gone"),
+    (plain(b'  \n{"status":"435","msg":"model not supported"}', content_type="text/event-stream"), 404, "model not supported"),
+    (plain(b'{"error": "no"}', content_type=""), 502, "no"), (plain(b'{"cut', content_type="text/plain"), 502, "not JSON"),
+    (plain(b"Hello", content_type="text/plain"), 502, "empty"),
+    (Reply(head(200, [("Content-Type", "text/plain"), ("Transfer-Encoding", "chunked")]),
+           *(framed(bytes([byte])) for byte in b'{"error": {"message": "in pieces"}}'), b"0\r\n\r\n"), 502, "in pieces")])
+def test_an_error_that_does_not_call_itself_json_on_a_stream(server, upstream, reply, status, said):
+    upstream.plays(reply)
+    answer = post(server(upstream), chat(True))
+    assert answer.status == status and said in answer.error["message"]
+
+
+def test_a_plain_answer_that_does_not_call_itself_json_on_a_stream(server, upstream):
+    upstream.plays(plain(completion("Hi"), content_type="text/plain"))
+    assert text_of(records_of(post(server(upstream), chat(True)).body)) == "Hi"
 
 
 def test_a_server_that_does_not_stream(server, upstream):
@@ -3486,6 +3664,9 @@ def test_a_body_is_json_whatever_it_is_called(server, upstream, content_type):
 
 @pytest.mark.parametrize("encoding, pack", [
     ("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress), ("GZIP", gzip.compress),
+    ("gzip", lambda data: gzip.compress(data[:9]) + gzip.compress(b"") + gzip.compress(data[9:])),
+    ("gzip", lambda data: b"".join(gzip.compress(data[at:at + 1]) for at in range(len(data)))),
+    ("gzip", lambda data: gzip.compress(data) + bytes(512)),             # tape blocks, as gzip(1) takes them
     ("deflate", lambda data: zlib.compress(data)[2:-4]), ("identity", bytes), ("", bytes)])
 def test_a_compressed_body(server, upstream, encoding, pack):
     with Client(server(upstream)) as client:
@@ -3502,6 +3683,8 @@ BODY_FAULTS = [
     ("no gzip", {"Content-Encoding": "gzip"}, b"{}", 400, True),
     ("cut gzip", {"Content-Encoding": "gzip"}, gzip.compress(b"{}" * 50)[:-9], 400, True),
     ("gzip bomb", {"Content-Encoding": "gzip"}, gzip.compress(b" " * 500_000), 413, True),
+    ("bomb of members", {"Content-Encoding": "gzip"}, gzip.compress(b" " * 4_000) * 3, 413, True),
+    ("second member cut", {"Content-Encoding": "gzip"}, gzip.compress(b"{}") + gzip.compress(b" ")[:-3], 400, True),
     ("too large", {}, b" " * 20_000, 413, True),
     ("far too large", {}, b" " * 3_000_000, 413, False), ("not JSON", {}, b"{", 400, True),
     ("no messages", {}, b"{}", 400, True),
@@ -3521,6 +3704,28 @@ def test_faults_of_a_body(server, upstream, headers, body, status, stays):
         if stays:
             assert client.post(chat()).answer().status == 200
     assert is_well(running)
+
+
+def test_endless_members_are_given_up(monkeypatch):
+    monkeypatch.setattr(ifl, "GZIP_MEMBERS", 50)
+    assert ifl.inflate(gzip.compress(b"x") * 50, 1000) == b"x" * 50
+    with pytest.raises(ifl.BadRequest, match="decompressed"):
+        ifl.inflate(gzip.compress(b"x") * 51, 1000)
+
+
+@pytest.mark.parametrize("path, status", [("/v1/nothing", 404), ("/health", 405), ("/v1/models", 405)])
+def test_the_answer_does_not_wait_for_a_body_that_nobody_wants(server, path, status):
+    """It used to wait for up to a second; read here before the body is sent, and the connection stays."""
+    running = server(detect_local=False)
+    with Client(running, timeout_s=0.5) as client:
+        client.send(request_bytes(path=path, headers={"Content-Length": "5"}))
+        answer = client.answer()
+        assert answer.status == status and "connection" not in answer.headers
+        client.send(b"12345").request("GET", "/health", headers={"Content-Length": None})
+        assert client.answer().status == 200
+    with Client(running) as client:
+        client.send(request_bytes(path=path, headers={"Content-Length": "5"}))
+        assert client.answer().status == status and client.is_closed()           # nothing came within a second
 
 
 def test_too_large_is_said_before_the_body_was_sent(server):
@@ -4113,6 +4318,23 @@ def test_two_servers_in_one_process_know_nothing_of_each_other(server, upstreams
     assert post(two, {"messages": MESSAGES}).status == 200 and post(two, {"messages": MESSAGES}).status == 200
 
 
+def test_two_gateways_have_levels_of_their_own(server, upstreams, log_lines):
+    before = ifl.log.level
+    quiet, loud = server(upstreams(), log_level="error"), server(upstreams(), log_level="info")
+    assert post(quiet, chat()).status == post(loud, chat()).status == 200
+
+
+    def logged(status):
+        return [line for line in [record.getMessage() for record in log_lines] if f" {status} " in line]
+
+    until(lambda: logged(200), what="a line of the log")
+    assert is_well(quiet) and len(logged(200)) == 1
+    quiet.gateway.apply(ifl.replace(quiet.gateway.settings, log_level="info"))
+    assert post(quiet, chat()).status == 200 and post(loud, b"{").status == 400
+    until(lambda: len(logged(200)) == 2 and len(logged(400)) == 1, what="two more")
+    assert ifl.log.level == before
+
+
 def test_a_server_of_another_gateway_may_be_the_upstream(server, upstream):
     inner = server(upstream)
     outer = server(inner.url + "/v1")
@@ -4521,6 +4743,20 @@ def test_config_that_can_not_be_written(cli, config, home):
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_status_and_env_go_by_the_running_server(cli, config, server, upstream):
+    """--demo and --upstream leave config.json alone."""
+    running = server(provider(upstream, "demo", models=["demo-1"]))
+    put_config(config, {"port": running.port, "providers": [provider("http://127.0.0.1:1", "filed", models=["m-filed"])]})
+    status, out, err = cli("status")
+    assert status == 0 and "provider  demo  in use" in out and "filed" not in out and "other providers than config.json" in out
+    assert "demo-1" in cli("env", "codex", "--shell", "bash")[1]
+    assert "given" in cli("env", "codex", "--shell", "bash", "--model", "given")[1]
+    running.close()
+    status, out, err = cli("status")
+    assert status == 1 and "provider  filed (default)  http://127.0.0.1:1" in out and "demo" not in out
+    assert "m-filed" in cli("env", "codex", "--shell", "bash")[1]
+
+
 def test_status(cli, config, server, upstream):
     put_config(config, {"port": 1, "providers": [provider(upstream, api_keys=["sk-very-secret-key"])],
                         "queue_limit": -1})
@@ -4531,9 +4767,10 @@ def test_status(cli, config, server, upstream):
     put_config(config, {"port": running.port})
     status, out, err = cli("status")
     assert status == 0 and f"running, healthy, version {ifl.__version__}, 0 in flight" in out
-    assert "provider  none" in out
-    put_config(config, {"port": upstream.port})           # something else answers there
-    assert cli("status")[0] == 1
+    assert "provider  up  in use" in out and "other providers" in out
+    put_config(config, {"port": upstream.port, "detect_local": False})           # something else answers there
+    status, out, err = cli("status")
+    assert status == 1 and "provider  none" in out
 
 
 def test_models(cli, config, upstream):
@@ -9280,7 +9517,190 @@ def test_texts_are_whole():
         assert set(re.findall(r"\{(\w+)", zh)) - {"command"} == set(re.findall(r"\{(\w+)", en)) - {"command"}, key
     used = set(re.findall(r"""\btr\(["'](\w+)["'][,)]""", source)) | {group for group, _ in ifl.COMMAND_GROUPS}
     used |= {key for _, key in ifl._COMPLAINTS} | {"kind_" + kind for kind in ifl._KINDS}
+    used |= {f"encrypt_{mode}{end}" for mode in ("on", "off", "rotate") for end in ("", "_none")}
     assert used == set(ifl.TEXTS), used ^ set(ifl.TEXTS)
+
+
+# --- Chinese -----------------------------------------------------------------
+
+#: Classes and functions whose sentences a user of the command line may meet, by the sections they are looked at in.
+SPEAKERS = {"ValueError", "ConfigBroken", "SealBroken", "LoginFailed", "UsageError", "UpstreamUnreachable", "UpstreamTimeout",
+            "UpstreamGarbled", "UpstreamRefused", "NotLoggedIn", "Busy", "_failed", "_blame", "_say", "fail"}
+SPOKEN_IN = (5, 10, 11, 17)
+CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
+
+
+def spoken(node) -> str:
+    """The sentence that an expression makes, X for each of its parts that is not written there."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+    if isinstance(node, ast.BinOp):
+        left, right = spoken(node.left), spoken(node.right)
+        return left + (right or "X" * left.endswith(": "))
+    return spoken(node.body) if isinstance(node, ast.IfExp) else ""
+
+
+def test_every_sentence_a_user_may_meet_is_known_in_chinese(monkeypatch):
+    """A new one fails here until it stands in CHINESE."""
+    monkeypatch.setattr(ifl.CONSOLE, "language", "zh")
+    starts = {number: SOURCE[:found.start()].count("\n") + 1 for found in re.finditer(r"(?m)^# === (\d+)\.", SOURCE)
+              for number in [int(found.group(1))]}
+    ends = dict(zip(starts, [*list(starts.values())[1:], 10 ** 6]))
+    said, unknown = 0, []
+    for node in ast.walk(tree()):
+        name = isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", ""))
+        if name not in SPEAKERS or not node.args or not any(starts[n] <= node.lineno < ends[n] for n in SPOKEN_IN):
+            continue
+        sentence = spoken(node.args[name == "_blame" and len(node.args) > 1])
+        sentence = sentence.replace("gave no X", "gave no tokens")
+        if re.fullmatch(r"[^a-z]*|.*: X|.*\n.*", sentence, re.DOTALL) or " " not in sentence:
+            continue
+        said += 1
+        unknown += [] if CHINESE_CHARACTER.search(ifl.local(sentence)) else [f"line {node.lineno}: {sentence}"]
+    assert said > 130 and not unknown, unknown
+
+
+#: In CHINESE, but not ours: what Python's json and the system say.
+THEIRS = re.compile("Expecting|Extra data|Unterminated|Invalid|Illegal|[A-Z][a-z-]+ [a-z -]+$")
+
+
+def test_chinese_sentences_have_their_parts_and_stand_for_something():
+    """Each has its longest words, or near half of them, still in the program's strings: none outlives what it translates."""
+    source = SOURCE[:SOURCE.index("CHINESE: Dict")] + SOURCE[SOURCE.index("#: How this program is called"):]
+    texts = "\0".join(spoken(node) for node in ast.walk(ast.parse(source))
+                      if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)))
+    stale = []
+    for english, chinese in ifl.CHINESE.items():
+        assert english.count("{}") == len(re.findall(r"\{\d?\}", chinese)), english
+        words = max(re.findall(r"[\w' ,;-]+", english), key=len, default="").strip(" ,;")
+        half = len(words) * 2 // 5
+        if words and not THEIRS.match(english) and not any(part in texts for part in (words[:half], words[-half:])):
+            stale.append((english, words))
+    assert not stale, "\n".join(map(str, stale))
+
+
+@pytest.mark.parametrize("english, chinese", [
+    ("config.json: port: a whole number expected, not 5", "config.json：port：需要整数，而不是 5"),
+    ("--days x: a whole number from 1 to 9999 expected", "--days x：需要 1 到 9999 的整数"),
+    ("/x y/config.json: line 3, column 7: Expecting value (running with config.json.bak)", "/x y/config.json：第 3 行第 7 列：缺少值（暂用 config.json.bak）"),
+    ("provider key is disabled: base_url 'h' is no http:// or https:// address; write http://h or https://h",
+     "上游 key 已停用：base_url 'h' 不是 http:// 或 https:// 地址；请写成 http://h 或 https://h"),
+    ("p: does not work, the connection: p (h:1): connection refused; is it running?", "p：不能用，问题在连接：p (h:1)：连接被拒绝；它在运行吗？"),
+    ("alias 'a'[0]: 'b/c': there is no provider 'b'; did you mean bb or bc?", "alias 'a'[0]：'b/c'：没有上游 'b'；您是不是要输入 bb 或 bc？"),
+    ("iFlow's login host (h): connection refused; is it running?; what is stored stays as it is",
+     "iFlow 登录服务器（h）：连接被拒绝；它在运行吗？；已保存的内容没有改动"),
+    ("found p at http://h: a, b", "在 http://h 发现 p：a, b"), ("usage", "用量记录"), ("something that nobody translated: {} %s", None),
+    ("", None), (": ", None), ("; ", "；"), ("  ", None), ("a; ", None), ("错误：已经是中文", None), ("x" * 100_000, None), ("a: " * 300, None)])
+def test_sentences_in_chinese(monkeypatch, english, chinese):
+    monkeypatch.setattr(ifl.CONSOLE, "language", "zh")
+    if english == "usage":
+        assert ifl._in_chinese("usage", True) == "usage"                 # somebody's name, as a part
+        return
+    assert ifl.local(english) == (english if chinese is None else chinese)
+    monkeypatch.setattr(ifl.CONSOLE, "language", "en")
+    assert ifl.local(english) == english
+
+
+#: What somebody types who has never seen it, in this order; {url} is an upstream, {dead} a port where nobody listens.
+WALK = """status | models | test | provider | provider presets | provider presets zhipu | provider presets zhipo | provider add
+provider add zhipu | provider add zhipu | provider add x --base-url h:80 | provider add x --base-url ftp://h | provider add a,b --base-url {url}
+provider add up --base-url {url} --models m1 | provider add down --base-url http://127.0.0.1:{dead}/v1 --api-key sk-literal-0123456789
+provider list | status | models | test | test up | test nobody | provider test up | provider test down | provider test nobody
+provider remove | provider remove nobody | provider remove zhipu | config | config get prt | config set | config set port
+config set port abc | config set port 99999 | config set language de | config set aliases {"a":5} | config set aliases {"a":"upp/x"}
+config set providers [{"name":"p"}] | config set providers [5] | config set upstream_proxy socks4://h | config set upstream_proxy socks5://h:1
+config set retry {"count":99} | config set retry {"odd":1} | config set prices {"m":1} | config set trusted_proxies ["x"] | config set detect_local maybe
+config set keepalive_s -1 | config set client_keys [{"name":"x"}] | config encrypt rotate | config encrypt off | config encrypt rotate
+config encrypt x | config encrypt on | config unset nosuch | config unset upstream_proxy | config set aliases {"fast":["up/m1",{"model":"m2","over_tokens":9}]}
+routes | routes explain | routes explain fast | routes explain fast --tokens x | routes explain claude-x --dialect messages | routes explain up/y --json
+key | key add | key add alice --rpm 0 | key add alice --rpm 20 --models glm-* --expires 2001-01-01 | key add alice --rpm 20 --tpd 9 --models nope
+key add alice | key list | key remove bob | key remove alice | usage | usage --days x | usage --by foo | usage --days 1 --by day
+logs | logs -n x | config set log_file a.log | logs | env | env claude --shell bash | env codex --shell bash | env clude
+login --timeout x | login --timeout 0.05 --no-browser | login --paste | login --api-key= | login --api-key -x- | login --account a/b
+logout | logout --account zz | completion | completion bash | completion zsh | completion fish | completion powershell | completion tcsh
+sttus | --prot 1 | --port | --port abc | --host 192.0.2.1 | --api-key $NOPE | --api-key - | --demo --upstream http://x | --upstream localhost:8000
+--upstream http://127.0.0.1:{dead} test | --upstream http://u:p@h test | serve extra | --log-level loud | --version=3 | version --help | serve --help"""
+
+
+def is_english_only(line) -> bool:
+    """Three English words in a row and no Chinese character; what is typed, and code, is no sentence."""
+    line = re.sub(r"`[^`]*`|https?://\S+|python iflow2api\.py.*", "", line)
+    return bool(re.search(r"\b[A-Za-z]{2,}[,:;]? [a-z]{2,}[,:;]? [a-z]{2,}\b", line)) and not CHINESE_CHARACTER.search(line)
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_every_command_speaks_one_language(home_console, monkeypatch, capsys, upstream, language):
+    """zh: no line of English alone; en: no Chinese but in names of ours.  In both what is wrong is said in one line."""
+    monkeypatch.setenv("IFLOW2API_LANGUAGE", language)
+    monkeypatch.setenv("IFLOW2API_DETECT_LOCAL", "false")
+    monkeypatch.setattr(ifl, "OAUTH_PORT", 0)
+    monkeypatch.setattr(ifl, "open_browser", lambda url, environ: False)
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        dead = free.getsockname()[1]
+    wrong, statuses = [], []
+    for line in re.split(r" \| |\n", WALK):
+        words = line.replace("{url}", upstream.url + "/v1").replace("{dead}", str(dead)).split(" ")
+        try:
+            statuses.append(ifl.main(words))
+        except SystemExit as help_shown:
+            statuses.append(help_shown.code)
+        out, err = capsys.readouterr()
+        code = words[0] == "completion" and statuses[-1] == 0
+        for said in (out + err).splitlines():
+            is_code = re.match(r"export |codex\(|\w+ = |\s*[\[{}\]\"]|  python", said) or code and not said.startswith("# ")
+            if is_code:
+                continue
+            if is_english_only(said) if language == "zh" else CHINESE_CHARACTER.search(said):
+                wrong.append(f"{line}: {said}")
+        if statuses[-1] == 2:
+            assert len(err.strip().splitlines()) <= 2 and not out, (line, err)
+    assert not wrong, "\n".join(wrong)
+    assert set(statuses) == {0, 1, 2} and statuses.count(2) > 50
+
+
+@pytest.mark.parametrize("reply, said", [
+    (plain({"error": {"message": "gone"}}, 401), "拒绝了没有密钥的请求（HTTP 401：gone）；请检查 config.json"),
+    (plain(b"<html><title>Bad Gateway</title>", 502, content_type="text/html"), "失败（502）：上游返回 502：Bad Gateway"),
+    (plain(b"Hello"), "上游的回答不是 JSON"), (plain({"choices": []}), "上游的回答是空的"), (Reply(RESET), "没有回答就断开了连接"),
+    (Reply(head(200, [("Content-Length", "500")]) + b'{"choices"', CLOSE), "上游在回答中途断开了连接"),
+    (Reply(head(302, [("Location", "https://else.where/"), ("Content-Length", "0")])), "上游重定向到 https://else.where/；请把 base_url")])
+def test_what_is_wrong_with_an_upstream_in_chinese(cli, config, upstream, monkeypatch, reply, said):
+    put_config(config, {"language": "zh", "providers": [provider(upstream, models=["m1"])]})
+    upstream.plays(reply)
+    status, out, err = cli("test")
+    assert status == 1 and said in out and not is_english_only(out), out
+
+
+def test_the_console_s_log_is_in_chinese_too(monkeypatch):
+    monkeypatch.setattr(ifl.CONSOLE, "language", "zh")
+    made = ifl.log.makeRecord("x", logging.WARNING, "", 0, "provider %s is disabled: %s", ("p", "base_url contains blanks or control characters"), None)
+    assert ifl._ConsoleFormat().format(made).endswith("警告：上游 p 已停用：base_url 含有空白或控制字符")
+    assert ifl._FileFormat().format(made).endswith("WARNING provider p is disabled: base_url contains blanks or control characters")
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_card_fits_into_80_columns(gateway, upstream, monkeypatch, language):
+    monkeypatch.setattr(ifl.CONSOLE, "language", language)
+    broken = provider("http://" + "very-long-name." * 9 + "example/v1", "long", api_keys=["$NOT_SET"])
+    for made in (gateway(), gateway(upstream, broken), gateway(upstream, custom_api_key="k" * 300)):
+        made.problems = ["config.json: port: a whole number of 1 at least expected, not " + "9" * 60]
+        with ifl.serve(made, port=0) as server:
+            lines = ifl._card(made, server, True)
+        assert all(ifl.columns_of(line) <= 80 for line in lines), lines
+    for name in ifl.COMMANDS:
+        assert all(ifl.columns_of(line) <= 80 or "python iflow2api.py" in line for line in ifl.command_help(name).splitlines()), name
+    assert all(ifl.columns_of(line) <= 80 for line in ifl.program_help().splitlines())
+
+
+def test_words_that_powershell_can_tell_apart():
+    """Keys of its tables are compared without case; twice the same one is a mistake of syntax there."""
+    words = ifl.CompletionWords()
+    for table in (words.words, words.flags, words.values):
+        assert len({name.lower() for name in table}) == len(table)
+        assert not any("'" in text for name, found in table.items() for text in [name, *found])
 
 
 # --- the log file ------------------------------------------------------------
@@ -9856,11 +10276,11 @@ def test_a_rotation_cut_short_anywhere_loses_nothing(sealed, monkeypatch):
     sealed.change(lambda raw: raw.update(port=1))
     real, left = ifl.write_file, [0]
 
-    def dying(path, data):
+    def dying(path, data, **more):
         if not left[0]:
             raise OSError(errno.EIO, "gone")
         left[0] -= 1
-        real(path, data)
+        real(path, data, **more)
 
     monkeypatch.setattr(ifl, "write_file", dying)
     for steps in range(5):
@@ -9871,7 +10291,7 @@ def test_a_rotation_cut_short_anywhere_loses_nothing(sealed, monkeypatch):
             pass
         fresh = ifl.ConfigFile(sealed.folder, {})
         assert fresh.read() == {**SECRETS, "port": 1} and fresh.locked == []
-        assert fresh._opened(json.loads(text_of_login(sealed.backup)))["api_key"] == "sk-iflow-key"
+        assert fresh.opened(json.loads(text_of_login(sealed.backup)))["api_key"] == "sk-iflow-key"
 
 
 @pytest.mark.usefixtures("home_login")
@@ -9940,12 +10360,49 @@ def test_the_commands_of_encryption(home_login, capsys, monkeypatch):
     assert ifl.main(["config", "encrypt", "off"]) == 0 and "sk-a-client-key-0123" in text_of_login(home_login / "c" / "config.json")
     assert ifl.main(["config", "encrypt", "on"]) == 0 and ifl.main(["config", "encrypt", "rotate"]) == 0
     assert ifl.main(["config", "encrypt", "maybe"]) == 2
+    assert "new key" in capsys.readouterr().err
     assert "sk-a-client" not in text_of_login(home_login / "c" / "config.json")
     capsys.readouterr()
     ifl.main(["config", "list"])
     assert "sk-a-client" not in capsys.readouterr().out
     ifl.main(["config", "get", "custom_api_key", "--show-secrets"])
     assert capsys.readouterr().out == "sk-a-client-key-0123\n"
+
+
+def test_encryption_says_when_there_is_nothing_to_encrypt(home_login, capsys, monkeypatch):
+    monkeypatch.setenv("IFLOW2API_CONFIG_DIR", str(home_login / "c"))
+    for mode, said in (("on", "holds no secret yet"), ("rotate", "nothing was changed"), ("off", "holds no secret;")):
+        assert ifl.main(["config", "encrypt", mode]) == 0 and said in capsys.readouterr().err
+    assert not (home_login / "c" / "secret.key").exists()
+
+
+def test_rotate_while_encryption_is_off_changes_nothing(home_login, capsys, monkeypatch):
+    monkeypatch.setenv("IFLOW2API_CONFIG_DIR", str(home_login / "c"))
+    ifl.main(["config", "encrypt", "off"])
+    ifl.main(["config", "set", "custom_api_key", "sk-a-client-key-0123"])
+    before = text_of_login(home_login / "c" / "config.json")
+    capsys.readouterr()
+    assert ifl.main(["config", "encrypt", "rotate"]) == 1 and "encryption is off" in capsys.readouterr().err
+    assert text_of_login(home_login / "c" / "config.json") == before and "sk-a-client-key-0123" in before
+    assert not (home_login / "c" / "secret.key").exists()
+    assert ifl.main(["config", "encrypt"]) == 0 and capsys.readouterr().out == "off\n"
+
+
+def test_a_bind_mounted_config_json_is_encrypted_with_its_backup(home_login, monkeypatch):
+    made = ifl.ConfigFile(str(home_login / "c"), {})
+    made.change(lambda raw: raw.update(encrypt_secrets=False, api_key="sk-plain"))
+    refuse_to_replace(monkeypatch, "config.json")
+    assert made.encrypt("on") == [] and made.read()["api_key"] == "sk-plain"
+    assert "sk-plain" not in text_of_login(made.path) + text_of_login(made.backup)
+
+
+def test_a_bind_mounted_login_is_written_in_place_after_its_backup(home_login, config_login, monkeypatch):
+    put_login(home_login)
+    before = text_of_login(cli_file(home_login))
+    refuse_to_replace(monkeypatch, "settings.json")
+    ifl.LoginFile("", config_login).update({"apiKey": "sk-new"})
+    assert login_of(home_login)["apiKey"] == "sk-new"
+    assert text_of_login(cli_file(home_login).parent / "settings.json.bak") == before
 
 
 @posix_login
@@ -10090,24 +10547,39 @@ def test_the_login_host_is_down(home_login, host, gateway_login):
     assert "connection refused" in page and login_of(home_login)["apiKey"] == "sk-key-0"
 
 
-def test_pasting(home_login, gateway_login):
+RUBBISH = ["", " ", "short", "hello world", "hello, world", "good-code!", "a" * 513, "\u4f60\u597d\u4f60\u597d\u4f60\u597d\u4f60\u597d", "?", "code=", "http://[",
+           "localhost:1/oauth2callback", "localhost/oauth2callback", "http://localhost:1/oauth2callback", "https://iflow.cn/oauth?state=STATE",
+           "http://x/?code=good-code&state=STATE", "http://localhost:1/other?code=good-code&state=STATE",
+           "http://localhost:1/oauth2callback?code=a b&state=STATE", "http://localhost.evil/oauth2callback?code=good-code&state=STATE",
+           "https://iflow.cn/oauth2callback?code=good-code&state=STATE", "error=", "python iflow2api.py login --paste"]
+
+
+def test_pasting(home_login, host, gateway_login):
     found = gateway_login.logins.start(paste=True)
-    flow = gateway_login.logins.flow
-    for rubbish in ("hello world", "http://localhost:1/oauth2callback", "?", "http://[", "http://x/?code=a b&state=c", "\u4f60\u597d"):
-        with pytest.raises(ifl.LoginFailed) as failed:
-            gateway_login.logins.paste(rubbish)
-        assert len(failed.value.message) < 300 and flow.state == "waiting"
+    flow, state = gateway_login.logins.flow, urllib.parse.parse_qs(found["url"])["state"][0]
+    for rubbish in RUBBISH:
+        with pytest.raises(ifl.LoginFailed, match="^that is neither the address .* it looks like http://localhost:.*$"):
+            gateway_login.logins.paste(rubbish.replace("STATE", state))
+        assert flow.state == "waiting", rubbish
+    for stated in ("&state=" + state, ""):
+        with pytest.raises(ifl.LoginFailed, match="^iFlow did not log you in: you said no; nothing was changed$"):
+            gateway_login.logins.paste("http://localhost:1/oauth2callback?error=access_denied&error_description=you+said+no" + stated)
+    with pytest.raises(ifl.LoginFailed, match="another login"):
+        gateway_login.logins.paste("http://localhost:1/oauth2callback?code=good-code&state=wrong")
+    assert flow.state == "waiting" and not host.seen          # nothing was sent anywhere
     with pytest.raises(ifl.LoginFailed, match="used up"):
         gateway_login.logins.paste("not-the-code")                              # may be typed again
     assert gateway_login.logins.paste("  " + callback_of(found["url"]) + "\n")["state"] == "done"
     assert login_of(home_login)["apiKey"] == "sk-key-1" and flow.ended.is_set()
 
 
-def test_pasting_the_code_alone_or_the_query(home_login, gateway_login):
-    gateway_login.logins.start(paste=True)
-    assert gateway_login.logins.paste("good-code")["state"] == "done"
+@pytest.mark.usefixtures("home_login")
+@pytest.mark.parametrize("text", ["good-code", "code=good-code", "QUERY", "?QUERY", "localhost:5/oauth2callback?QUERY#_=_",
+                                  "http://127.0.0.1:5/oauth2callback?QUERY", "http://[::1]:5/oauth2callback/?QUERY"])
+def test_pasting_the_code_alone_or_the_query_or_an_address_without_scheme(gateway_login, text):
     found = gateway_login.logins.start(paste=True)
-    assert gateway_login.logins.paste(urllib.parse.urlsplit(callback_of(found["url"])).query)["state"] == "done"
+    query = urllib.parse.urlsplit(callback_of(found["url"])).query
+    assert gateway_login.logins.paste(text.replace("QUERY", query))["state"] == "done"
 
 
 def test_a_login_that_nobody_finishes_times_out(home_login, gateway_login):
@@ -10229,6 +10701,16 @@ def test_login_by_paste(home_login, config_login, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", terminal)
     status, out, err = run_login(monkeypatch, capsys, ["--paste"], lambda url: terminal.type(f"what?\n{callback_of(url)}\n"))
     assert status == 0 and "neither the address" in err and login_of(home_login)["apiKey"] == "sk-key-1"
+    assert "paste it again" in err
+
+
+def test_a_login_host_that_is_down_is_said_once(home_login, host, config_login, capsys, monkeypatch):
+    host.server.shutdown()
+    host.server.server_close()
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdin", terminal)
+    status, out, err = run_login(monkeypatch, capsys, ["--paste"], lambda url: terminal.type(f"{callback_of(url)}\n"))
+    assert status == 1 and err.count("connection refused") == 1 and "paste it again" not in err
 
 
 def test_login_by_paste_at_the_end_of_input(home_login, config_login, capsys, monkeypatch):
@@ -10512,7 +10994,7 @@ def test_tokens_that_could_not_be_written_are_kept_and_written_later(home_login,
     put_login(home_login)
     real = ifl.write_file
 
-    def full(path, data):
+    def full(path, data, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(ifl, "write_file", full)
@@ -10522,6 +11004,59 @@ def test_tokens_that_could_not_be_written_are_kept_and_written_later(home_login,
     refresher.look()
     assert login_of(home_login)["oauth_refresh_token"] == "R1" and login_of(home_login)["apiKey"] == "sk-key-1"
     assert host.count("/oauth/token") == 1
+
+
+def test_two_refresh_on_a_file_system_without_locks(home_login, host, config_login, gateways, lockless):
+    put_login(home_login)
+    found = []
+    gateways += [ifl.Gateway(config=config_login, environ={}) for _ in range(2)]
+    threads = [threading.Thread(target=lambda g=g: found.append(g.logins.refresher.renew("default", "sk-key-0", ifl.NOBODY)))
+               for g in gateways for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join(WAIT_S_LOGIN) for thread in threads]
+    assert found == ["sk-key-1"] * 6 and host.count("/oauth/token") == 1
+
+
+@posix_login
+@pytest.mark.parametrize("account", ["default", "work"])
+def test_a_kill_after_the_host_has_answered_costs_no_login(home_login, host, config_login, gateways, account):
+    """The refresh token is spent by then: the new ones are found in a file of their own."""
+    if account == "default":
+        put_login(home_login)
+    else:
+        config_login.change(lambda raw: raw.update(accounts={"work": {
+            "apiKey": "sk-work", "oauth_refresh_token": "R0", "oauth_expires_at": ifl.format_time(time.time())}}))
+    script = textwrap.dedent("""
+        import os, signal, sys; sys.path.insert(0, sys.argv[1])
+        import iflow2api as ifl
+        gateway = ifl.Gateway(config=ifl.ConfigFile(sys.argv[2]), environ={})
+        ifl.LoginFile.update = lambda *more: os.kill(os.getpid(), signal.SIGKILL)
+        gateway.logins.refresher.look()
+        """)
+    child = subprocess.run([sys.executable, "-c", script, os.path.dirname(PROGRAM_LOGIN), config_login.folder], timeout=60,
+                           env={**os.environ, "HOME": str(home_login)})
+    assert child.returncode == -signal.SIGKILL and host.count("/oauth/token") == 1
+    left, = [path for path in home_login.rglob("*.tokens")]
+    assert stat.S_IMODE(left.stat().st_mode) == 0o600 and ("R1" in left.read_text()) == (account == "default")
+    gateways.append(ifl.Gateway(config=config_login, environ={}))
+    gateways[-1].logins.refresher.look()
+    login = login_of(home_login) if account == "default" else config_login.read()["accounts"]["work"]
+    assert (login["oauth_refresh_token"], login["apiKey"], ifl.KEY_DUE in login) == ("R1", "sk-key-1", False)
+    assert host.count("/oauth/token") == 1 and not left.exists()
+
+
+def test_tokens_left_behind_do_not_replace_a_newer_login(home_login, host, gateway_login, refresher, config_login):
+    put_login(home_login)
+    file = ifl.LoginFile("", config_login)
+    file.keep_pending({"oauth_access_token": "A-old", "oauth_refresh_token": "R-old"}, ifl.hash_key("another").hex())
+    refresher.look()
+    assert login_of(home_login)["oauth_refresh_token"] == "R1" and file.pending() == ({}, "")
+    for rubbish in (b"{", b"[]", b'{"accounts": 5}', b'{"accounts": {"default": {"oauth_refresh_token": 5}}, "used": "x"}'):
+        with open(file._pending_path, "wb") as written:
+            written.write(rubbish)
+        assert file.pending() == ({}, "")
+    refresher.look()
+    assert login_of(home_login)["oauth_refresh_token"] == "R1"
 
 
 def test_a_file_that_can_not_be_written_costs_no_token(home_login, host, refresher, monkeypatch):
@@ -11203,7 +11738,7 @@ def test_whatever_fails_there_is_one_answer_and_few_calls(seed, upstreams_routes
 
 @pytest.mark.usefixtures("home_routes")
 def test_many_requests_leave_everything_where_it_was(upstreams_routes):
-    """Scaled down from 10 000: what grows with each request shows in a tenth of them, too."""
+    """Over HTTP, with real connections on both sides; ten thousand of them within the process are below."""
     plans = [lambda number, body, key, n=n: ("status", 500) if (number + n) % 7 == 0 else
              ("status", 429, {"Retry-After": "1"}) if (number + n) % 11 == 0 else ("ok",) for n in range(4)]
     ups = upstreams_routes(*plans)
@@ -11254,6 +11789,110 @@ def test_many_requests_leave_everything_where_it_was(upstreams_routes):
     used = gate.gateway.usage.report("key", 1, {})
     assert sum(row["requests"] for row in used) == 8 * 74 and {row["key"] for row in used} == {"k0", "k1", "k2"}
     server.close()
+
+
+class QuickUpstream:
+    """Keep-alive on bare sockets: `plan(number)` is the status of each answer, None hangs up without one."""
+    OK = ifl.dump_json(GOOD)
+    STREAM = sse_routes(CHUNKS) + b"data: [DONE]\n\n"
+
+    def __init__(self, plan):
+        self.plan, self.numbers, self.connections = plan, itertools.count(1), 0
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                peer = self.listener.accept()[0]
+                self.connections += 1
+                threading.Thread(target=self.serve, args=(peer,), daemon=True).start()
+
+    def serve(self, peer):
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with peer, contextlib.suppress(OSError):
+            while True:
+                data = b""
+                while b"\r\n\r\n" not in data or len(data.partition(b"\r\n\r\n")[2]) < self.length(data):
+                    more = peer.recv(65536)
+                    if not more:
+                        return
+                    data += more
+                status = self.plan(next(self.numbers))
+                if status is None:
+                    return
+                stream = b'"stream":true' in data.replace(b" ", b"")
+                body = (self.STREAM if stream else self.OK) if status == 200 else b'{"error":{"message":"no"}}'
+                kind = "text/event-stream" if stream and status == 200 else "application/json"
+                peer.sendall(head(status, [("Content-Type", kind), ("Content-Length", len(body)), ("Retry-After", "1")]) + body)
+
+    @staticmethod
+    def length(data):
+        return int(re.search(rb"(?i)content-length: *(\d+)", data).group(1))
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(home_routes):
+    """3 clients' keys, 4 providers of 3 keys each that fail in turn, 4 threads; kept connections and files on disk."""
+    ups = [QuickUpstream(lambda number, n=n: 500 if (number + n) % 17 == 0 else 429 if (number + n) % 29 == 0 else
+                         None if (number + n) % 101 == 0 else 200) for n in range(4)]
+    chosen = settings(ups, keys=[3, 3, 3, 3])
+    keys = [key_entry(f"k{n}", f"sk-{n}", rpd=10 ** 6, tpd=10 ** 9, concurrency=100) for n in range(3)]
+    providers = [{**provider, "concurrency": 3, "key_concurrency": 2} for provider in chosen.providers]
+    write_config(home_routes, providers=providers, aliases=chosen.aliases, client_keys=keys, log_level="error", history_size=50)
+    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={}, clock=RoutesClock())
+    gateway.limits.COMPACT_LINES = gateway.usage.COMPACT_LINES = 200
+    answered, failed, odd = [0] * 4, [0] * 4, []
+
+    def client(number, requests):
+        for turn in range(requests):
+            key = gateway.state.door.keys[turn % 3]
+            meters = [gateway.limiter.of_key(key), gateway.limiter.of_address(f"{turn % 40:08x}", {"rpd": 10 ** 6})]
+            body = {"model": "chain" if turn % 3 else f"m-{'abcd'[turn % 4]}", "messages": MESSAGES, "stream": (turn + number) % 2 == 0}
+            sink = Bytes()
+            try:
+                with gateway.limiter.hold(meters):
+                    gateway.answer(ifl.Call(ifl.CHAT, body, json.dumps(body), {}, "req_0123456789", key, meters), sink)
+                answered[number] += 1
+                if sink.sent.count(b"[DONE]") != body["stream"] or len(sink.replies) == body["stream"]:
+                    odd.append((sink.sent, sink.replies))
+            except ifl.GatewayError as exc:
+                failed[number] += 1
+                odd.extend([exc] if exc.status not in (429, 500, 502) else [])
+
+    def wave(requests):
+        threads = [threading.Thread(target=client, args=(number, requests)) for number in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join(120) for thread in threads]
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    wave(500)                            # pools, caches and tables are filled
+    before, threads_before = wave(200), threading.active_count()
+    after = wave(1800)
+    assert not odd and sum(answered) + sum(failed) == 10_000 and sum(answered) > 9000 and sum(failed) > 50
+    assert after - before < 2500, after - before                        # a block a request would be 7200
+    assert threading.active_count() <= threads_before + 2                # the upstreams' own, one a connection
+    assert gateway.in_flight == 0 and all(slots.load == 0 for slots in gateway._slots.values())
+    assert all(slots.load == 0 for ring in gateway._rings.values() for slots in ring._places.values())
+    assert all(meter.active == 0 for meter in [*gateway.limiter._keys.values(), *gateway.limiter._addresses.values()])
+    assert len(gateway.limiter._addresses) == 40 and len(gateway.history()) == 50
+    assert all(len(idle) <= 8 for idle in gateway.upstream._pool._idle.values())
+    assert sum(up.connections for up in ups) < 1500                      # kept, but for those that an upstream ended
+    used = gateway.usage.report("key", 2, {})
+    assert {row["key"] for row in used} == {"k0", "k1", "k2"} and sum(row["requests"] for row in used) == 10_000
+    assert sum(gateway.limiter.of_key(key).windows["rpd"].used(1000.0) for key in gateway.state.door.keys) == 10_000
+    for book in (gateway.usage, gateway.limits):
+        with open(book.path, "rb") as file:
+            assert len(file.read().splitlines()) < 1000 and not book.problems
+    gateway.close()
+    [up.close() for up in ups]
+    until_routes(lambda: threading.active_count() < threads_before, "the end of the upstreams' threads")
 
 
 # --- client keys -------------------------------------------------------------------
@@ -11419,6 +12058,128 @@ def test_tokens_a_day(upstreams_routes, client, clock_routes):
     assert ask(x_api_key="sk-bob")[0] == 200
 
 
+class Restarts:
+    """Limiters on one file, one process after the other: each with a monotonic clock of its own, wall time goes on."""
+
+    def __init__(self, path):
+        self.path, self.wall, self.started, self.book = str(path), RoutesClock(1.8e9), 0.0, None
+        self.start()
+
+    def start(self):
+        self.started = self.wall.now
+        self.book = ifl.DayBook(self.path, lambda: self.wall.now - self.started + 7, self.wall)
+        self.limiter = ifl.RateLimiter(self.book._clock, self.book)
+
+    def ask(self, key, tokens=0):
+        meter = self.limiter.of_key(key)
+        with self.limiter.hold([meter]):
+            pass
+        self.limiter.spend([meter], tokens)
+
+
+def key_of(name, secret, **limits):
+    return ifl.parse_client_key(key_entry(name, secret, **limits))
+
+
+def test_requests_a_day_survive_restarts_and_are_forgotten_a_day_later(home_routes):
+    runs, bob, eve = Restarts(home_routes / "limits.jsonl"), key_of("bob", "s", rpd=3, rpm=100), key_of("eve", "t", rpd=3)
+    for _ in range(3):
+        runs.ask(bob)
+        runs.wall.now += 3600
+        runs.start()                     # nobody closed the file: as after kill -9
+    with pytest.raises(ifl.RateLimited, match="3 requests a day") as refused:
+        runs.ask(bob)
+    assert 86400 - 3 * 3600 <= refused.value.retry_after_s <= 86400 - 3 * 3600 + 2
+    runs.ask(eve)                        # the other key's day is its own
+    assert dict(runs.limiter.headers([runs.limiter.of_key(bob)]))["x-ratelimit-remaining-requests"] == "0"
+    runs.wall.now += refused.value.retry_after_s
+    runs.start()
+    runs.ask(bob)
+    with pytest.raises(ifl.RateLimited):
+        runs.ask(bob)
+    runs.start()
+    runs.ask(key_of("bob", "a new key of the same name", rpd=3))
+
+
+def test_tokens_a_day_survive_a_restart(home_routes):
+    runs, bob = Restarts(home_routes / "limits.jsonl"), key_of("bob", "s", tpd=1000)
+    runs.ask(bob, 990)
+    runs.wall.now += 40000
+    runs.start()
+    runs.ask(bob, 50)
+    runs.start()
+    with pytest.raises(ifl.RateLimited, match="tokens a day"):
+        runs.ask(bob)
+    runs.wall.now += 86400 * 1.05 - 40000 + 2
+    runs.ask(bob)
+
+
+def test_the_file_of_days_stays_small_whatever_is_asked(home_routes):
+    path = home_routes / "limits.jsonl"
+    runs, keys = Restarts(path), [key_of(f"k{n}", f"s{n}", rpd=10 ** 6, tpd=10 ** 9) for n in range(3)]
+    runs.book.COMPACT_LINES = 100
+    for number in range(3000):
+        runs.ask(keys[number % 3], 10)
+        runs.wall.now += 100
+    assert len(path.read_bytes().splitlines()) <= 100 + 5 * 3 * 2 * 25
+    used = {name: [window.used(runs.book._clock()) for window in runs.limiter.of_key(key).windows.values()]
+            for name, key in zip("abc", keys)}
+    runs.start()
+    for name, key in zip("abc", keys):
+        again = [window.used(runs.book._clock()) for window in runs.limiter.of_key(key).windows.values()]
+        assert again == pytest.approx(used[name], rel=0.08) and 250 < again[0] < 330 and again[1] == 10 * again[0]
+    if os.name == "posix":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_clock_that_was_put_back_locks_no_key_out_for_longer_than_a_day(home_routes):
+    runs, bob = Restarts(home_routes / "limits.jsonl"), key_of("bob", "s", rpd=1)
+    runs.ask(bob)
+    runs.wall.now -= 40 * 365 * 86400    # a router without a clock of its own
+    runs.start()
+    with pytest.raises(ifl.RateLimited) as refused:
+        runs.ask(bob)
+    assert refused.value.retry_after_s <= 86400 * 1.05 + 1
+
+
+def test_rubbish_in_the_file_of_days_is_named_and_the_rest_counts(home_routes):
+    path = home_routes / ".iflow2api" / "limits.jsonl"
+    path.parent.mkdir()
+    bob = key_of("bob", "s", rpd=2)
+    good = json.dumps([bob.digest.hex()[:16], "rpd", int(time.time()), 1]).encode() + b"\n"
+    path.write_bytes(good + b'{"a": 1}\n["x", "rpd", "1", 1]\n["x", "rpd", 1, -1]\n["x", "odd", 1, 1]\nrubbish\n' + good + good[:9])
+    gateway = ifl.Gateway(config=ifl.ConfigFile(str(path.parent)), environ={})
+    with ifl.serve(gateway, port=0):
+        assert [re.search(r"line (\d)", p).group(1) for p in gateway.health()["problems"]] == ["2", "3", "4", "5", "6"]
+        with pytest.raises(ifl.RateLimited), gateway.limiter.hold([gateway.limiter.of_key(bob)]):
+            pass
+
+
+def test_a_restarted_server_remembers_the_day(upstreams_routes, client, home_routes):
+    up, = upstreams_routes(always("ok"))
+    keys = [key_entry("bob", "sk-bob", rpd=2)]
+    for expected in ([200, 200], [429, 429]):
+        write_config(home_routes, providers=settings([up]).providers, client_keys=keys, log_level="error")
+        gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
+        with ifl.serve(gateway, port=0) as server:
+            for status in expected:
+                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT_S_ROUTES)
+                connection.request("POST", "/v1/chat/completions", json.dumps({"model": "m-a", "messages": MESSAGES}), {"x-api-key": "sk-bob"})
+                answer = connection.getresponse()
+                assert answer.status == status, answer.read()
+                connection.close()
+    assert len(up.seen) == 2
+
+
+@pytest.mark.usefixtures("home_routes")
+def test_of_two_limits_that_are_used_up_the_longer_one_is_told(clock_routes):
+    meter = ifl.Meter("k")
+    meter.adopt({"rpm": 2, "rpd": 2})
+    for _ in range(2):
+        meter.count(clock_routes(), "rpm", 1), meter.count(clock_routes(), "rpd", 1)
+    assert dict(meter.headers(clock_routes()))["x-ratelimit-reset-requests"] == "86400.0s"
+
+
 @pytest.mark.usefixtures("home_routes")
 def test_concurrency_of_a_key(upstreams_routes, client):
     go = threading.Event()
@@ -11445,6 +12206,16 @@ def test_addresses_behind_trusted_proxies(upstreams_routes, client, clock_routes
 
 
 @pytest.mark.usefixtures("home_routes")
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_key_beyond_ascii(upstreams_routes, client, encoding):
+    """HTTP has no charset for headers: most clients send UTF-8, some latin-1; both mean the same key."""
+    up, = upstreams_routes(always("ok"))
+    ask = client(Gate(settings([up], custom_api_key="schl\u00fcssel", client_keys=[key_entry("bob", "b\u00f6b")])))
+    for key, status in (("schl\u00fcssel", 200), ("b\u00f6b", 200), ("schlussel", 401)):
+        assert ask(x_api_key=key.encode(encoding))[0] == status
+        assert ask(authorization=b"Bearer " + key.encode(encoding))[0] == status
+
+
 def test_nobody_else_is_believed(upstreams_routes, client):
     up, = upstreams_routes(always("ok"))
     ask = client(Gate(settings([up], address_limits={"rpm": 1})))
