@@ -13404,7 +13404,7 @@ def show_clients(handler: Handler) -> None:
 # --- the page ------------------------------------------------------------------------
 
 # language=CSS
-ADMIN_CSS = r"""
+_CSS_CORE = r"""
 :root{color-scheme:light;--bg:#f5f6f8;--surface:#fff;--surface-2:#eef0f3;--text:#171b21;--muted:#565f6b;--line:#dde1e7;
 --edge:#858e9b;--accent:#0d6e6a;--accent-text:#fff;--accent-soft:#e1f1ef;--ok:#17703a;--ok-soft:#e2f3e7;--warn:#855600;
 --warn-soft:#fbf0d9;--bad:#b3261e;--bad-soft:#fce9e7;--shadow:0 1px 2px #10182814,0 0 0 1px #10182808;
@@ -14077,7 +14077,13 @@ function dataTable({columns, rows = [], empty, label, open, id}) {
 }
 /** A button that opens a small menu; `items`: [[label, run]]. */
 function menuButton(node, items) {
-  const close = () => { menu.remove(); node.setAttribute('aria-expanded', 'false'); };
+  let open = false;
+  const close = () => {
+    if (!open) return;                 // taking it away moves the focus, which closes it
+    open = false;
+    menu.remove();
+    node.setAttribute('aria-expanded', 'false');
+  };
   const menu = el('div', {class: 'menu', on: {keydown(event) {
     const all = [...menu.children], step = {ArrowDown: 1, ArrowUp: -1}[event.key];
     if (event.key === 'Escape') { close(); node.focus(); }
@@ -14087,12 +14093,13 @@ function menuButton(node, items) {
   const holder = el('div', {class: 'holder'}, node);
   node.setAttribute('aria-expanded', 'false');
   node.addEventListener('click', () => {
-    if (menu.isConnected) return close();
+    if (open) return close();
+    open = true;
     holder.append(menu);
     node.setAttribute('aria-expanded', 'true');
     menu.firstChild.focus();
   });
-  node.addEventListener('mousedown', event => event.preventDefault());   // else the menu would lose its focus first
+  holder.addEventListener('mousedown', event => event.preventDefault());   // else the menu would lose its focus first
   return holder;
 }
 /** What a view shows while it loads, and when that fails, with a way to try again. */
@@ -14193,7 +14200,7 @@ async function mayLeave() {
 function languageButton(then) {
   const other = lang() === 'zh' ? 'en' : 'zh';
   return el('button', {class: 'icon-btn text', type: 'button', lang: other, id: 'lang', text: other === 'zh' ? '中文' : 'EN',
-    'aria-label': other === 'zh' ? '切换到中文' : 'Switch to English', on: {async click() {
+    'aria-label': other === 'zh' ? '切换到中文' : 'EN: switch to English', on: {async click() {
       if (!await mayLeave()) return;
       stored.set('lang', other);
       then();
@@ -14289,7 +14296,6 @@ async function start() {
     live.overview = await api('overview').catch(() => null);
     if (live.overview && live.overview.next) history.replaceState(null, '', '#guide');
   }
-  session = await api('session').catch(() => session);
   frame();
   $('#app').hidden = false;
   addEventListener('hashchange', () => go(true));
@@ -14305,12 +14311,12 @@ _JS_OVERVIEW = r"""
 /** A card with its title and, to the right of it, what can be done. */
 const card = (title, tools, ...body) => el('section', {class: 'card', 'aria-label': title},
   el('div', {class: 'spread'}, el('h2', {text: title}), tools), body);
-const tile = (label, figure, note, href) => el('div', {class: 'card tile'}, el('div', {class: 'muted', text: label}),
+const tile = (label, figure, note) => el('div', {class: 'card tile'}, el('div', {class: 'muted', text: label}),
   el('div', {class: 'figure'}, figure), el('div', {class: 'hint'}, note));
-const facts = rows => el('dl', {class: 'facts'}, rows.filter(row => row && row[1] !== null && row[1] !== undefined &&
-  row[1] !== '' && row[1] !== false)
-  .map(([name, value]) => [el('dt', {text: name}), el('dd', {}, value instanceof Node || Array.isArray(value) ? value :
-    foreign(value))]));
+const isBlank = value => value === null || value === undefined || value === '' || value === false;
+const nodesOf = value => value instanceof Node || Array.isArray(value) ? value : foreign(value);
+const facts = rows => el('dl', {class: 'facts'}, rows.filter(row => row && !isBlank(row[1]))
+  .map(([name, value]) => [el('dt', {text: name}), el('dd', {}, nodesOf(value))]));
 const problems = list => list && list.length ? el('div', {class: 'note warn', role: 'status'},
   el('strong', {text: t('problems')}), el('ul', {class: 'plain'}, list.map(line => el('li', {}, foreign(line))))) : null;
 const statusBadge = row => badge(row.status === 499 ? t('status_left') : String(row.status || '–'),
@@ -14322,16 +14328,15 @@ function throttle(fn, pause_ms) {
   return () => { timer = timer || setTimeout(() => { timer = 0; fn(); }, pause_ms); };
 }
 const meter = (used, limit) => el('span', {class: 'meter', 'aria-hidden': 'true'},
-  el('span', {class: used >= limit ? 'full' : '',
-  style: {width: Math.min(100, limit ? 100 * used / limit : 0) + '%'}}));
+  el('span', {class: used >= limit ? 'full' : '', style: {width: Math.min(100, 100 * used / limit) + '%'}}));
 const limitLines = limits => Object.entries(limits).filter(([, value]) => value && value.limit).map(([name, {used, limit}]) =>
   el('div', {class: 'limit'}, el('span', {text: t('limit_' + name)}), meter(used, limit),
     el('span', {class: 'num', text: fmt.tokens(used) + ' / ' + fmt.tokens(limit)})));
 /** Health of a provider, as /health and the list tell it alike. */
 function healthBadge(item, resting) {
   if (!item.usable) return badge(t('health_disabled'), 'bad');
-  if (item.circuit && item.circuit !== 'closed') return badge(t(item.circuit === 'open' ? 'health_rests' : 'health_tried'),
-    'warn');
+  if (item.circuit === 'open') return badge(t('health_rests'), 'warn');
+  if (item.circuit === 'half-open') return badge(t('health_tried'), 'warn');
   return resting ? badge(t('health_keys_rest', {n: resting}), 'warn') : badge(t('health_ok'), 'ok');
 }
 function requestDialog(row) {
@@ -14339,16 +14344,15 @@ function requestDialog(row) {
     {key: 'provider', label: t('provider')}, {key: 'model', label: t('model')}, {key: 'key', label: t('key'), css: 'mono'},
     {label: t('status'), render: statusBadge}, {label: t('duration'), align: 'end', render: a => fmt.seconds(a.total_s)},
     {key: 'error', label: t('error')}]});
-  dialog({title: t('request_details'), wide: true,
-    body: [facts([[t('time'), moment(row.at, {dateStyle: 'medium', timeStyle: 'medium'})],
-    [t('request_id'), [foreign(row.request_id, 'mono')]], [t('model'), row.model], [t('target'), row.target],
+  const with_ = (count, key, more) => fmt.number(count) + (more ? ' · ' + t(key, {n: fmt.number(more)}) : '');
+  dialog({title: t('request_details'), wide: true, body: [facts([
+    [t('time'), moment(row.at, {dateStyle: 'medium', timeStyle: 'medium'})],
+    [t('request_id'), foreign(row.request_id, 'mono')], [t('model'), row.model], [t('target'), row.target],
     [t('dialect'), row.dialect + (row.stream ? ' · ' + t('streamed') : '')], [t('key'), row.key],
-      [t('status'), [statusBadge(row)]],
-    [t('error'), row.error], [t('first_token'), row.stream && fmt.seconds(row.first_s)],
-      [t('duration'), fmt.seconds(row.total_s)],
-    [t('tokens_in'), fmt.number(row.input) + (row.cached ? ' · ' + t('of_cached', {n: fmt.number(row.cached)}) : '')],
-    [t('tokens_out'), fmt.number(row.output) + (row.reasoning ? ' · ' + t('of_reasoning', {n: fmt.number(row.reasoning)}) :
-      '')],
+    [t('status'), statusBadge(row)], [t('error'), row.error],
+    [t('first_token'), row.stream && fmt.seconds(row.first_s)], [t('duration'), fmt.seconds(row.total_s)],
+    [t('tokens_in'), with_(row.input, 'of_cached', row.cached)],
+    [t('tokens_out'), with_(row.output, 'of_reasoning', row.reasoning)],
     [t('tokens_note'), row.estimated && t('estimated')]]), el('h3', {text: t('attempts')}), table]});
 }
 VIEWS.overview = {icon: 'overview', async show(root) {
@@ -14356,46 +14360,47 @@ VIEWS.overview = {icon: 'overview', async show(root) {
   const filter = input({type: 'search', placeholder: t('filter'), 'aria-label': t('filter'), class: 'search'});
   const which = el('select', {'aria-label': t('status')}, option('', t('all')), option('ok', t('only_ok')),
     option('bad', t('only_bad')));
-  const table = dataTable({label: t('requests'), empty: t('requests_none'), open: requestDialog, id: row => row.request_id +
-    row.at,
-    columns: [
+  const table = dataTable({label: t('requests'), empty: t('requests_none'), open: requestDialog,
+    id: row => row.request_id + row.at, columns: [
       {label: t('time'), render: row => fmt.time(row.at), css: 'num nowrap'},
-      {label: t('model'), css: 'break wide', render: row => [foreign(row.model || '–'), row.target &&
-        row.target !== row.model &&
-        el('span', {class: 'muted'}, ' → ', foreign(row.target))]},
-      {label: t('status'), render: statusBadge}, {label: t('first_token'), align: 'end', css: 'minor',
-        render: row => row.stream && fmt.seconds(row.first_s)},
+      {label: t('model'), css: 'break', render: row => [foreign(row.model || '–'),
+        row.target && row.target !== row.model && el('span', {class: 'muted'}, ' → ', foreign(row.target))]},
+      {label: t('status'), render: statusBadge},
+      {label: t('first_token'), align: 'end', css: 'minor', render: row => row.stream && fmt.seconds(row.first_s)},
       {label: t('duration'), align: 'end', render: row => fmt.seconds(row.total_s)},
-      {label: t('tokens'), align: 'end', render: row => row.status === 200 && tokensOf(row)}, {key: 'key', label: t('key'),
-        css: 'nowrap minor'},
-      {label: t('attempts'), align: 'end', css: 'minor', render: row => row.attempts.length > 1 &&
-        String(row.attempts.length)},
+      {label: t('tokens'), align: 'end', render: row => row.status === 200 && tokensOf(row)},
+      {key: 'key', label: t('key'), css: 'nowrap minor'},
+      {label: t('attempts'), align: 'end', css: 'minor', render: ({attempts}) => attempts.length > 1 && String(attempts.length)},
       {label: '', align: 'end', render: row => iconButton('more', t('request_details'), () => requestDialog(row))}]});
   const draw = () => {
     const word = filter.value.toLowerCase(), kind = which.value;
     table.update(rows.filter(row => (!kind || (row.status === 200) === (kind === 'ok')) &&
-      (!word || [row.model, row.target, row.key, row.status, row.error,
-        row.request_id].join(' ').toLowerCase().includes(word))).slice(0, 100));
+      (!word || `${row.model} ${row.target} ${row.key} ${row.status} ${row.error} ${row.request_id}`
+        .toLowerCase().includes(word))).slice(0, 100));
   };
   const later = throttle(draw, 250);
   filter.addEventListener('input', draw);
   which.addEventListener('change', draw);
   const show = data => {
-    const {health, today} = data, waiting = data.queue.reduce((sum, item) => sum + item.waiting, 0);
-    parts.top.replaceChildren(...[problems(health.problems), data.next && el('div', {class: 'note spread'},
-      t('guide_open_' + data.next), el('a', {class: 'btn primary', href: '#guide', text: t('view_guide')}))].filter(Boolean));
-    parts.top.hidden = !parts.top.firstChild;
+    const {health, today} = data, isFine = health.status === 'healthy';
+    const waiting = data.queue.reduce((sum, item) => sum + item.waiting, 0);
+    const fixed = JSON.stringify([health.problems, data.next, data.address, data.needs_key]);
+    if (fixed !== parts.fixed) {       // or somebody's focus in it would be lost every two seconds
+      parts.fixed = fixed;
+      parts.top.replaceChildren(...[problems(health.problems), data.next && el('div', {class: 'note spread'},
+        t('guide_open_' + data.next), el('a', {class: 'btn primary', href: '#guide', text: t('view_guide')}))].filter(Boolean));
+      parts.top.hidden = !parts.top.firstChild;
+      parts.address.replaceChildren(facts([[t('base_url'), el('div', {class: 'row'},
+        el('span', {class: 'mono break', text: data.address + '/v1'}), copyButton(() => data.address + '/v1'))],
+      [t('needs_key'), t(data.needs_key ? 'needs_key_yes' : 'needs_key_no')]]));
+    }
     parts.tiles.replaceChildren(
-      tile(t('server'), [el('span', {class: 'dot big ' + (health.status === 'healthy' ? 'ok' : 'warn'),
-        'aria-hidden': 'true'}),
-        t(health.status === 'healthy' ? 'healthy' : 'degraded')], t('running_for', {time: fmt.span(health.uptime_s)})),
+      tile(t('server'), [el('span', {class: 'dot big ' + (isFine ? 'ok' : 'warn'), 'aria-hidden': 'true'}),
+        t(isFine ? 'healthy' : 'degraded')], t('running_for', {time: fmt.span(health.uptime_s)})),
       tile(t('today'), fmt.number(today.requests), today.errors ? t('errors_n', {n: today.errors}) : t('errors_none')),
       tile(t('tokens_today'), [fmt.tokens(today.input), el('span', {class: 'muted', text: ' → '}), fmt.tokens(today.output)],
         t('in_out')),
       tile(t('right_now'), fmt.number(data.in_flight), t('waiting_n', {n: waiting, c: data.connections})));
-    parts.address.replaceChildren(facts([[t('base_url'), el('div', {class: 'row'},
-      el('span', {class: 'mono break', text: data.address + '/v1'}), copyButton(() => data.address + '/v1'))],
-    [t('needs_key'), t(data.needs_key ? 'needs_key_yes' : 'needs_key_no')]]));
     parts.providers.update(health.providers.map(item =>
       ({...item, ...data.queue.find(entry => entry.provider === item.name)})));
     const limits = data.limits.map(({key, ...rest}) => [el('h3', {}, foreign(key || t('address'))), limitLines(rest)]);
@@ -14458,10 +14463,13 @@ async function loginDialog(done, account = '') {
       t('login_open')), copyButton(() => url, t('login_copy'))),
     el('details', {open: away}, el('summary', {text: t('login_paste')}), el('div', {class: 'stack tight'},
       el('p', {class: 'hint', text: t('login_paste_hint')}), text,
-      el('div', {}, button(t('login_paste_go'),
-        act(async () => take(await api('oauth/paste', {body: {text: text.value}})))))))];
+      el('div', {}, button(t('login_paste_go'), act(finish)))))];
   let over = false;
   const box = dialog({title: t('login_iflow'), body, onclose() { over = true; }});
+  async function finish() {
+    box.error.textContent = '';
+    try { take(await api('oauth/paste', {body: {text: text.value}})); } catch (error) { box.error.textContent = errorText(error); }
+  }
   function take(now) {
     if (now.state === 'waiting' || over) return;
     over = true;
@@ -14472,8 +14480,7 @@ async function loginDialog(done, account = '') {
   (async () => {
     while (!over) {
       await new Promise(resolve => setTimeout(resolve, 1000));
-      if (!over) try { take(await api('oauth/status')); } catch (error) { if (!error.status) continue;
-        box.error.textContent = errorText(error); }
+      if (!over) await api('oauth/status').then(take, error => { if (error.status) box.error.textContent = errorText(error); });
     }
   })();
 }
@@ -14484,12 +14491,12 @@ const lines = text => text.split(/[\n,]/).map(part => part.trim()).filter(Boolea
 /** A text area for JSON; '' stands for nothing.  `read()` throws what is wrong. */
 function jsonArea(value, label) {
   const empty = value === null || value === undefined || !Object.keys(value).length;
-  const area = el('textarea', {class: 'mono', rows: empty ? 2 : Math.min(14, JSON.stringify(value, null,
-    2).split('\n').length + 1),
-    spellcheck: 'false', value: empty ? '' : JSON.stringify(value, null, 2), 'aria-label': label});
+  const text = empty ? '' : JSON.stringify(value, null, 2), rows = Math.min(14, text.split('\n').length + 1);
+  const area = el('textarea', {class: 'mono', rows, spellcheck: 'false', value: text, 'aria-label': label});
   return Object.assign(area, {read(nothing) {
-    try { return area.value.trim() ? JSON.parse(area.value) : nothing;
-      } catch (error) { throw new Error(t('bad_json', {text: error.message})); }
+    try { return area.value.trim() ? JSON.parse(area.value) : nothing; } catch (error) {
+      throw new Error(t('bad_json', {text: error.message}));
+    }
   }});
 }
 /** The form of a provider, new or old; `done()` after it was saved. */
@@ -14509,7 +14516,9 @@ async function providerDialog(old, version, done) {
   add('api_keys', t(kept.length ? 'api_keys_more' : 'api_keys'), fresh, t('api_keys_hint'));
   const keys = el('ul', {class: 'chips'}, kept.map(key => {
     const chip = el('li', {class: 'chip mono'}, foreign(key.masked),
-      iconButton('close', t('remove') + ' ' + clean(key.masked), () => { kept.splice(kept.indexOf(key), 1); chip.remove();
+      iconButton('close', t('remove') + ' ' + clean(key.masked), () => {
+        kept.splice(kept.indexOf(key), 1);
+        chip.remove();
       }));
     return chip;
   }));
@@ -14517,8 +14526,8 @@ async function providerDialog(old, version, done) {
   add('models', t('provider_models'), models, t('provider_models_hint'));
   const found = el('div', {class: 'chips'}), result = el('div', {role: 'status', class: 'stack tight'});
   const offer = list => found.replaceChildren(...list.slice(0, 60).map(name => {
-    const chip = el('button', {class: 'chip mono', type: 'button',
-        'aria-pressed': String(lines(models.value).includes(name)), on: {click() {
+    const chosen = lines(models.value).includes(name);
+    const chip = el('button', {class: 'chip mono', type: 'button', 'aria-pressed': String(chosen), on: {click() {
       const now = lines(models.value), on = now.includes(name);
       models.value = (on ? now.filter(other => other !== name) : [...now, name]).join('\n');
       chip.setAttribute('aria-pressed', String(!on));
@@ -14550,7 +14559,7 @@ async function providerDialog(old, version, done) {
       ...(old ? {} : {preset: preset.value || null}), proxy: value('proxy') || null, concurrency: number('concurrency'),
       api_keys: [...kept.map(key => ({keep: key.index})), ...lines(fresh.value)], timeout_s: number('timeout_s'),
       vision_model: value('vision_model') || null, headers: headers.read(old ? null : undefined),
-        profile: profile.read(old ? null : undefined)};
+      profile: profile.read(old ? null : undefined)};
   };
   const blame = error => {
     const name = (error.param || '').split(/[.[]/)[0];
@@ -14560,13 +14569,12 @@ async function providerDialog(old, version, done) {
     return false;
   };
   dialog({title: old ? t('provider_edit', {name: clean(old.name)}) : t('provider_add'), wide: true, body: [
-    !old && field({label: t('preset'), input: preset, hint: t('preset_hint')}), el('div', {class: 'grid'}, boxes.name,
-      boxes.base_url),
-    kept.length > 0 && el('div', {class: 'field'}, el('span', {class: 'label', text: t('api_keys')}), keys), boxes.api_keys,
-      boxes.models, found, result,
+    !old && field({label: t('preset'), input: preset, hint: t('preset_hint')}),
+    el('div', {class: 'grid'}, boxes.name, boxes.base_url),
+    kept.length > 0 && el('div', {class: 'field'}, el('span', {class: 'label', text: t('api_keys')}), keys),
+    boxes.api_keys, boxes.models, found, result,
     el('details', {}, el('summary', {text: t('more_options')}), el('div', {class: 'grid'}, boxes.kind, boxes.concurrency,
-      boxes.timeout_s, boxes.proxy,
-      boxes.vision_model, boxes.headers, boxes.profile))], actions: [
+      boxes.timeout_s, boxes.proxy, boxes.vision_model, boxes.headers, boxes.profile))], actions: [
     {label: t('cancel'), kind: 'quiet'},
     {label: t('test'), async run() {
       result.replaceChildren(el('p', {class: 'muted', text: t('testing')}));
@@ -14587,12 +14595,14 @@ async function providerDialog(old, version, done) {
     }}]});
 }
 VIEWS.providers = {icon: 'providers', async show(root) {
+  let seen = '';
   const redraw = focus => load(root, Promise.all([api('providers'), api('logins')]), ([list, logins]) => draw(list, logins,
     focus));
   const keyLine = key => el('span', {class: 'chip mono'}, foreign(key.masked), key.state !== 'ok' &&
     badge(key.state === 'resting' ? t('key_rests', {time: fmt.span(key.rest_s)}) : t('key_refused'),
       key.state === 'resting' ? 'warn' : 'bad'));
   function draw(list, logins, focus) {
+    seen = list.version;
     const own = list.data.filter(item => item.source === 'file');
     const move = (item, step) => act(async () => {
       const names = own.map(other => other.name), at = names.indexOf(item.name);
@@ -14670,7 +14680,9 @@ VIEWS.providers = {icon: 'providers', async show(root) {
     }
   }
   await redraw();
-  return live.on('config', data => document.querySelector('dialog') || redraw());
+  return live.on('config', data => {
+    if (data.version !== seen && !document.querySelector('dialog')) redraw();
+  });
 }};
 """
 
@@ -14684,25 +14696,25 @@ function aliasValue(text) {
   if (!/^\s*[[{]/.test(text)) { const names = lines(text); return names.length === 1 ? names[0] : names; }
   try { return JSON.parse(text); } catch (error) { throw new Error(t('bad_json', {text: error.message})); }
 }
-const chainNodes = chain => el('ol', {class: 'chain'},
-  chain.map((item, at) => el('li', {}, at > 0 && el('span', {class: 'muted', text: t('else_then') + ' '}),
-  foreign(item.provider + ' / ' + item.model, 'mono'), ' ', item.usable ? item.circuit === 'open' ? badge(t('health_rests'),
-    'warn') : null : badge(t('health_disabled'), 'bad'),
+const chainNodes = chain => el('ol', {class: 'chain'}, chain.map((item, at) => el('li', {},
+  at > 0 && el('span', {class: 'muted', text: t('else_then') + ' '}), foreign(item.provider + ' / ' + item.model, 'mono'), ' ',
+  (!item.usable || item.circuit === 'open') && healthBadge(item),
   item.problem && el('div', {class: 'hint'}, foreign(item.problem)))));
 VIEWS.models = {icon: 'models', async show(root) {
-  let rows = [], version = '', saved = '', serial = 0;
+  let rows = [], version = '', saved = [], serial = 0;
   const list = el('div', {class: 'stack tight'}), names = el('datalist', {id: 'model-names'});
-  const fallback = input({list: names.id, class: 'mono'}),
-    fallbackBox = field({label: t('default_model'), hint: t('default_model_hint'), input: fallback});
+  const fallback = input({list: names.id, class: 'mono'});
+  const fallbackBox = field({label: t('default_model'), hint: t('default_model_hint'), input: fallback});
   const table = () => Object.fromEntries(rows.map(row => [row.pattern.value.trim(),
     aliasValue(row.targets.value)]).filter(([name]) => name));
-  const asText = () => JSON.stringify(rows.map(row => [row.pattern.value, row.targets.value])) + fallback.value;
-  const changed = () => asText() !== saved;
+  const asTexts = () => [JSON.stringify(rows.map(row => [row.pattern.value, row.targets.value])), fallback.value.trim()];
+  const changes = () => asTexts().map((text, at) => text !== saved[at]);
+  const changed = () => changes().includes(true);
   const save = el('button', {class: 'btn primary', type: 'button', text: t('save')});
   const note = () => { save.disabled = !changed(); later(); };
   // where does X go
-  const asked = input({value: 'claude-sonnet-4-5', list: names.id, class: 'mono'}), dialect = el('select', {},
-    ['chat', 'messages', 'responses'].map(name => option(name)));
+  const asked = input({value: 'claude-sonnet-4-5', list: names.id, class: 'mono'});
+  const dialect = el('select', {}, ['chat', 'messages', 'responses'].map(name => option(name)));
   const checks = ['images', 'thinking', 'tools'].map(name => el('label', {class: 'row'},
     el('input', {type: 'checkbox', data: {name}}), t('with_' + name)));
   const size = input({type: 'number', min: 0, placeholder: '0', style: {width: '110px'}});
@@ -14738,22 +14750,37 @@ VIEWS.models = {icon: 'models', async show(root) {
     row.node = el('div', {class: 'alias', role: 'group', 'aria-label': t('alias')}, row.pattern,
       el('span', {class: 'muted', 'aria-hidden': 'true', text: '→'}), row.targets,
       el('div', {class: 'row tools'}, arrow('up', t('move_up'), -1, 'to-up'), arrow('down', t('move_down'), 1, 'to-down'),
-        iconButton('trash', t('remove'), () => { rows = rows.filter(item => item !== row); row.node.remove(); add.focus();
-          note(); })), row.error);
-    row.targets.addEventListener('input', () => { try { aliasValue(row.targets.value); row.error.textContent = '';
-      } catch (error) { row.error.textContent = error.message; } note(); });
-    row.pattern.addEventListener('input',
-      () => { if (row.pattern.value && !asked.dataset.own) asked.value = row.pattern.value.replace(/\*/g, ''); note(); });
+        iconButton('trash', t('remove'), () => {
+          rows = rows.filter(item => item !== row);
+          row.node.remove();
+          add.focus();
+          note();
+        })), row.error);
+    row.targets.addEventListener('input', () => {
+      row.error.textContent = '';
+      try { aliasValue(row.targets.value); } catch (error) { row.error.textContent = error.message; }
+      note();
+    });
+    row.pattern.addEventListener('input', () => {
+      if (row.pattern.value && !asked.dataset.own) asked.value = row.pattern.value.replace(/\*/g, '');
+      note();
+    });
     return row;
   }
-  const add = button(t('alias_add'), () => { const row = line('', ''); rows.push(row); list.append(row.node);
-    row.pattern.focus(); note(); }, '', 'plus');
+  const add = button(t('alias_add'), () => {
+    const row = line('', '');
+    rows.push(row);
+    list.append(row.node);
+    row.pattern.focus();
+    note();
+  }, '', 'plus');
   fallback.addEventListener('input', note);
   asked.addEventListener('input', () => { asked.dataset.own = 'yes'; later(); });
   for (const node of [dialect, size, ...checks]) node.addEventListener('input', later);
   save.addEventListener('click', act(async () => {
-    const set = {aliases: table()}, unset = [];
-    if (fallback.value.trim()) set.default_model = fallback.value.trim(); else unset.push('default_model');
+    const set = {}, unset = [], [otherAliases, otherModel] = changes(), [, model] = asTexts();
+    if (otherAliases) set.aliases = table();
+    if (otherModel && model) set.default_model = model; else if (otherModel) unset.push('default_model');
     const now = await patchConfig(version, set, unset);
     if (!now) return;
     take(now);
@@ -14765,19 +14792,18 @@ VIEWS.models = {icon: 'models', async show(root) {
     rows = Object.entries(value('aliases') || {}).map(([name, targets]) => line(name, targets));
     list.replaceChildren(...rows.map(item => item.node));
     fallback.value = value('default_model') || '';
-    saved = asText();
+    saved = asTexts();
     note();
   }
   await load(root, Promise.all([api('models'), api('config')]), ([models, config]) => {
     fallback.placeholder = models.default_model || '';
     names.append(...models.data.map(item => option(item.id)));
     const word = input({type: 'search', class: 'search', placeholder: t('filter'), 'aria-label': t('filter')});
-    const shownTable = dataTable({label: t('models'), id: item => item.provider + '/' + item.id, empty: t('models_none'),
-      columns: [
+    const shownTable = dataTable({label: t('models'), id: item => item.provider + '/' + item.id, empty: t('models_none'), columns: [
       {label: t('model'), render: item => [foreign(item.id, 'mono break'), ' ', item.alias && badge(t('alias')),
         item.id === models.default_model && badge(t('is_default'), 'ok')]},
-      {label: t('provider'), key: 'provider'}, {label: t('context'), align: 'end', render: item => item.context &&
-        fmt.tokens(item.context)},
+      {label: t('provider'), key: 'provider'},
+      {label: t('context'), align: 'end', render: item => item.context && fmt.tokens(item.context)},
       {label: t('max_output'), align: 'end', render: item => item.max_output && fmt.tokens(item.max_output)},
       {label: t('vision'), render: item => item.vision && badge(t('images'), 'ok')},
       {label: '', align: 'end', render: item => !item.alias && el('div', {class: 'row end'}, copyButton(() => item.id),
@@ -14823,8 +14849,7 @@ const conflictDialog = (conflict, set, unset) => new Promise(done => {
     el('span', {}, el('strong', {text: side}), el('span', {class: 'code'}, foreign(shownValue(value)))));
   dialog({title: t('conflict'), wide: true, onclose: () => done(result), body: [el('p', {text: t('conflict_lead')}),
     Object.entries(conflict.changed).map(([name, values]) => el('fieldset', {}, el('legend', {class: 'mono'}, foreign(name)),
-      el('div', {class: 'grid'},
-      choice(name, t('yours'), values.yours, false), choice(name, t('theirs'), values.theirs, true))))],
+      el('div', {class: 'grid'}, choice(name, t('yours'), values.yours, false), choice(name, t('theirs'), values.theirs, true))))],
   actions: [{label: t('cancel'), kind: 'quiet'}, {label: t('save'), kind: 'primary', async run() {
     const kept = Object.fromEntries(Object.entries(set).filter(([name]) => !theirs.has(name)));
     result = await patchConfig(conflict.version, kept, unset.filter(name => !theirs.has(name)));
@@ -14854,15 +14879,15 @@ function control(item) {
     const node = input({class: 'mono masked', placeholder: item.set ? value : t('not_set')});
     return {node, read: () => node.value || value};
   }
-  const node = input(kind === 'str' ? {value} : {type: 'number', value, min: low, max: high, step: kind === 'int' ? 1 :
-    'any', required: true});
+  const node = input(kind === 'str' ? {value} :
+    {type: 'number', value, min: low, max: high, step: kind === 'int' ? 1 : 'any', required: true});
   return {node, read: () => kind === 'str' ? node.value : Number(node.value)};
 }
 VIEWS.settings = {icon: 'settings', async show(root) {
   const own = ['providers', 'client_keys', 'accounts', 'admin_password', 'aliases'];
   let parts = new Map(), version = '';
-  const count = el('span', {class: 'muted', role: 'status'}), save = el('button', {class: 'btn primary', type: 'button',
-    text: t('save')});
+  const count = el('span', {class: 'muted', role: 'status'});
+  const save = el('button', {class: 'btn primary', type: 'button', text: t('save')});
   const undo = button(t('discard'), () => { parts.clear(); go(); }, 'quiet');
   const bar = el('div', {class: 'savebar', hidden: true}, count, el('div', {class: 'row'}, undo, save));
   const changes = () => [...parts.values()].filter(part => part.changed());
@@ -14879,21 +14904,19 @@ VIEWS.settings = {icon: 'settings', async show(root) {
     node.disabled = fixed;
     const reset = item.origin === 'file' && button(t('to_default'), () => {
       cleared = true;
-      if (item.kind === 'bool') node.checked = item.default; else node.value = typeof item.default === 'object' ? '' :
-        item.default;
+      if (item.kind === 'bool') node.checked = item.default;
+      else node.value = typeof item.default === 'object' ? '' : item.default;
       node.focus();
       note();
     }, 'small quiet');
-    const hint = [item.hint && pick(item.hint) + ' ', el('span', {class: 'mono'}, foreign(item.name)), item.secret &&
-      !fixed ? '' : ' · ', fixed ?
-      t(item.origin === 'flag' ? 'from_flag' : 'from_environment', {name: item.origin === 'flag' ? item.flag || '' :
-        'IFLOW2API_' + item.name.toUpperCase()}) :
-      item.secret ? '' : [t('default') + ' ', el('span', {class: 'mono'}, foreign(shownDefault.length > 60 ? '…' :
-        shownDefault))]];
-    const box = field({label: [titled(pick(item.label)),
-      unit && el('span', {class: 'muted', text: ` (${t('unit_' + unit)})`}), ' ', item.origin !== 'default' &&
-      badge(t('origin_' + item.origin)),
-      item.restart && badge(t('needs_restart'), 'warn')], hint, input: node});
+    const from = item.origin === 'flag' ? t('from_flag', {name: item.flag || ''}) :
+      t('from_environment', {name: 'IFLOW2API_' + item.name.toUpperCase()});
+    const usual = [t('default') + ' ', el('span', {class: 'mono'}, foreign(shownDefault.length > 60 ? '…' : shownDefault))];
+    const hint = [item.hint && pick(item.hint) + ' ', el('span', {class: 'mono'}, foreign(item.name)),
+      fixed ? ' · ' + from : !item.secret && [' · ', usual]];
+    const box = field({label: [titled(pick(item.label)), unit && el('span', {class: 'muted', text: ` (${t('unit_' + unit)})`}),
+      ' ', item.origin !== 'default' && badge(t('origin_' + item.origin)), item.restart && badge(t('needs_restart'), 'warn')],
+    hint, input: node});
     const part = {item, box, read, get unset() { return cleared; }, changed() {
       if (cleared) return true;
       try { return JSON.stringify(read()) !== first; } catch { return true; }
@@ -14929,9 +14952,10 @@ VIEWS.settings = {icon: 'settings', async show(root) {
     version = config.version;
     parts = new Map();
     const groups = new Map();
-    for (const item of config.settings.filter(item => !own.includes(item.name) && !(item.older && item.origin === 'default')))
-      groups.set(item.group,
-      [...(groups.get(item.group) || []), item]);
+    for (const item of config.settings) {
+      if (own.includes(item.name) || item.older && item.origin === 'default') continue;
+      groups.set(item.group, [...(groups.get(item.group) || []), item]);
+    }
     const cards = [...groups].map(([group, items]) => card(has('group_' + group) ? t('group_' + group) : group, null,
       el('div', {class: 'settings'}, items.map(one))));
     search.addEventListener('input', () => {
@@ -14949,8 +14973,9 @@ VIEWS.settings = {icon: 'settings', async show(root) {
   };
   await load(root, api('config'), show);
   guard(() => changes().length > 0);
-  return live.on('config', async data => { if (data.version !== version && !changes().length &&
-    !document.querySelector('dialog')) show(await api('config')); });
+  return live.on('config', async data => {
+    if (data.version !== version && !changes().length && !document.querySelector('dialog')) show(await api('config'));
+  });
 }};
 """
 
@@ -14962,8 +14987,8 @@ const limitFields = given => LIMITS.map(name => field({label: t('limit_' + name)
   input: input({type: 'number', min: 0, step: 1, data: {name}, value: (given || {})[name] ?? '',
     placeholder: t('unlimited')})}));
 const day = date => moment(date, {dateStyle: 'medium', timeZone: String(date).length === 10 ? 'UTC' : undefined});
-const readLimits = boxes => Object.fromEntries(boxes.map(box => [box.input.dataset.name, Number(box.input.value)]).filter(([,
-  value]) => value > 0));
+const readLimits = boxes => Object.fromEntries(
+  boxes.map(({input}) => [input.dataset.name, Number(input.value)]).filter(([, value]) => value > 0));
 VIEWS.keys = {icon: 'keys', async show(root) {
   const redraw = () => load(root, Promise.all([api('keys'), api('config')]), ([list, config]) => draw(list, config));
   function create(list) {
@@ -14991,10 +15016,9 @@ VIEWS.keys = {icon: 'keys', async show(root) {
         redraw();
       }}]});
   }
-  const showKey = made => dialog({title: t('key_new', {name: clean(made.name)}), closable: false,
-    body: [el('p', {text: t('key_once')}),
-    el('div', {class: 'code', id: 'new-key', text: made.key}), el('div', {}, copyButton(() => made.key, t('key_copy')))],
-      actions: [{label: t('key_kept'), kind: 'primary'}]});
+  const showKey = made => dialog({title: t('key_new', {name: clean(made.name)}), closable: false, body: [
+    el('p', {text: t('key_once')}), el('div', {class: 'code', id: 'new-key', text: made.key}),
+    el('div', {}, copyButton(() => made.key, t('key_copy')))], actions: [{label: t('key_kept'), kind: 'primary'}]});
   function draw(list, config) {
     const table = dataTable({label: t('keys'), rows: list.data, empty: t('keys_none'), columns: [
       {label: t('key_name'), render: item => [foreign(item.name), ' ', item.expired && badge(t('expired'), 'bad')]},
@@ -15005,51 +15029,49 @@ VIEWS.keys = {icon: 'keys', async show(root) {
         const shown = limitLines(Object.fromEntries(all));
         return shown.length ? el('div', {class: 'stack tight'}, shown) : t('unlimited');
       }},
-      {label: t('created'), render: item => day(item.created)}, {label: t('expires'), render: item => item.expires ?
-        fmt.date(item.expires) : t('never')},
+      {label: t('created'), render: item => day(item.created)},
+      {label: t('expires'), render: item => item.expires ? day(item.expires) : t('never')},
       {label: '', align: 'end', render: item => button(t('remove'), act(async () => {
         if (!await confirmBox(t('key_remove', {name: item.name}), {danger: true})) return;
         await api('keys/' + encodeURIComponent(item.name), {method: 'DELETE'});
         await redraw();
       }), 'small danger')}]});
-    const boxes = limitFields(list.address_limits), save = el('button', {class: 'btn', type: 'button', text: t('save'),
-        on: {click: act(async () => {
-      const limits = readLimits(boxes);
+    const boxes = limitFields(list.address_limits);
+    const save = button(t('save'), act(async () => {
       if (!boxes.every(box => box.input.checkValidity())) return;
-      if (await patchConfig(config.version, Object.keys(limits).length ? {address_limits: limits} : {},
-        Object.keys(limits).length ? [] : ['address_limits'])) { toast(t('saved')); await redraw(); }
-    })}});
+      const limits = readLimits(boxes), some = Object.keys(limits).length > 0;
+      if (!await patchConfig(config.version, some ? {address_limits: limits} : {}, some ? [] : ['address_limits'])) return;
+      toast(t('saved'));
+      await redraw();
+    }));
     const first = JSON.stringify(readLimits(boxes));
     guard(() => boxes[0].isConnected && JSON.stringify(readLimits(boxes)) !== first);
     root.append(el('div', {class: 'note'}, t(list.custom_api_key || list.data.length ? 'keys_needed' : 'keys_open')),
       card(t('keys'), button(t('key_add'), () => create(list), 'primary', 'plus'), table),
-      list.custom_api_key && card(t('custom_key'), el('a', {class: 'btn small quiet', href: '#settings',
-        text: t('view_settings')}),
-        el('p', {}, foreign(list.custom_api_key, 'mono'), ' ', el('span', {class: 'hint', text: t('custom_key_hint')}))) ||
-          '',
+      list.custom_api_key ? card(t('custom_key'),
+        el('a', {class: 'btn small quiet', href: '#settings', text: t('view_settings')}),
+        el('p', {}, foreign(list.custom_api_key, 'mono'), ' ', el('span', {class: 'hint', text: t('custom_key_hint')}))) : '',
       card(t('address_limits'), save, el('p', {class: 'hint lead', text: t('address_limits_hint')}),
         el('div', {class: 'grid small'}, boxes)));
   }
   await redraw();
 }};
 VIEWS.instances = {icon: 'instances', async show(root) {
-  await load(root, api('instances'),
-    list => root.append(card(t('instances'), null, dataTable({label: t('instances'), rows: list.data, columns: [
+  const table = list => dataTable({label: t('instances'), rows: list.data, columns: [
     {label: t('name'), render: item => [foreign(item.name), ' ', item.this && badge(t('this_one'), 'ok')]},
     {label: t('address'), render: item => [foreign(item.url, 'mono'), ' ', copyButton(() => item.url)]},
-      {key: 'version', label: t('version')},
-    {label: t('started'), render: item => fmt.date(item.started_at)}]}),
-      el('p', {class: 'hint', style: {'margin-top': '12px'}, text: t('instances_hint')}))));
+    {key: 'version', label: t('version')}, {label: t('started'), render: item => fmt.date(item.started_at)}]});
+  await load(root, api('instances'), list => root.append(card(t('instances'), null, table(list),
+    el('p', {class: 'hint', style: {'margin-top': '12px'}, text: t('instances_hint')}))));
 }};
 VIEWS.about = {icon: 'about', async show(root) {
+  const path = text => text && foreign(text, 'mono');
   await load(root, api('about'), about => root.append(
     card('iflow2api ' + about.version, null, facts([['Python', about.python], [t('platform'), about.platform],
-      [t('executable'), [foreign(about.executable, 'mono')]],
-      ['PID', about.pid], [t('started'), fmt.date(about.started_at) + ' · ' + t('running_for',
-        {time: fmt.span(about.uptime_s)})],
+      [t('executable'), path(about.executable)], ['PID', about.pid],
+      [t('started'), fmt.date(about.started_at) + ' · ' + t('running_for', {time: fmt.span(about.uptime_s)})],
       [t('memory'), about.memory_bytes && fmt.bytes(about.memory_bytes)], [t('threads'), about.threads],
-      ...Object.entries(about.paths).map(([name, path]) => [has('path_' + name) ? t('path_' + name) : name,
-        path && [foreign(path, 'mono')]])])),
+      ...Object.entries(about.paths).map(([name, text]) => [has('path_' + name) ? t('path_' + name) : name, path(text)])])),
     card(t('diagnostics'), copyButton(() => about.diagnostics), el('p', {class: 'hint lead', text: t('diagnostics_hint')}),
       el('pre', {tabindex: '0', class: 'tall', 'aria-label': t('diagnostics')}, foreign(about.diagnostics))),
     card(t('documents'), null, el('div', {class: 'row'}, ['docs', 'redoc', 'openapi.json', 'metrics', 'health'].map(name =>
@@ -15067,12 +15089,12 @@ VIEWS.logs = {icon: 'logs', async show(root) {
   const search = input({type: 'search', class: 'search', placeholder: t('logs_search'), 'aria-label': t('logs_search')});
   const levels = el('select', {'aria-label': t('log_level'), value: level},
     LEVELS.map(name => option(name, t('level_' + name))));
-  const view = el('div', {class: 'log-lines'}), space = el('div', {class: 'log-space'}, view),
-    detail = el('pre', {class: 'log-detail', hidden: true, 'aria-live': 'polite'});
+  const view = el('div', {class: 'log-lines'}), space = el('div', {class: 'log-space'}, view);
+  const detail = el('pre', {class: 'log-detail', hidden: true, 'aria-live': 'polite'});
   const pane = el('div', {class: 'log-pane', tabindex: '0', role: 'log', 'aria-live': 'off', 'aria-label': t('view_logs')},
     space);
-  const newest = button('', () => { follow = true; draw(); pane.focus(); }, 'small primary log-newest', 'down'),
-    count = el('span', {class: 'hint num'});
+  const newest = button('', () => { follow = true; draw(); pane.focus(); }, 'small primary log-newest', 'down');
+  const count = el('span', {class: 'hint num'});
   const wanted = item => LEVELS.indexOf(item.level) >= LEVELS.indexOf(level) &&
     (!word || (item.text + ' ' + item.logger).toLowerCase().includes(word));
   const line = (item, at) => el('div', {class: 'log-line ' + item.level + (at === chosen ? ' chosen' : ''), data: {at}},
@@ -15082,8 +15104,8 @@ VIEWS.logs = {icon: 'logs', async show(root) {
     frameAsked = 0;
     space.style.height = seen.length * LOG_LINE + 'px';
     if (follow) { pane.scrollTop = pane.scrollHeight; missed = 0; }
-    const first = Math.max(0, Math.floor(pane.scrollTop / LOG_LINE) - 10), end = Math.min(seen.length,
-      first + Math.ceil(pane.clientHeight / LOG_LINE) + 20);
+    const first = Math.max(0, Math.floor(pane.scrollTop / LOG_LINE) - 10);
+    const end = Math.min(seen.length, first + Math.ceil(pane.clientHeight / LOG_LINE) + 20);
     view.style.transform = `translateY(${first * LOG_LINE}px)`;
     view.replaceChildren(...seen.slice(first, end).map((item, at) => line(item, first + at)));
     newest.hidden = follow;
@@ -15097,17 +15119,20 @@ VIEWS.logs = {icon: 'logs', async show(root) {
     chosen = at;
     const item = seen[at], top = at * LOG_LINE;
     detail.hidden = false;
-    detail.replaceChildren(foreign(new Date(item.at * 1000).toISOString() + '  ' + item.level + '  ' + item.logger + '\n' +
-      item.text));
+    detail.replaceChildren(foreign(`${new Date(item.at * 1000).toISOString()}  ${item.level}  ${item.logger}\n${item.text}`));
     if (top < pane.scrollTop) pane.scrollTop = top;
-      else if (top + LOG_LINE > pane.scrollTop + pane.clientHeight) pane.scrollTop = top + LOG_LINE - pane.clientHeight;
+    else if (top + LOG_LINE > pane.scrollTop + pane.clientHeight) pane.scrollTop = top + LOG_LINE - pane.clientHeight;
     follow = false;
     ask();
   }
-  pane.addEventListener('scroll', () => { follow = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - LOG_LINE; ask();
-    });
-  pane.addEventListener('click', event => { const node = event.target.closest('.log-line');
-    if (node && !String(getSelection())) choose(Number(node.dataset.at)); });
+  pane.addEventListener('scroll', () => {
+    follow = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - LOG_LINE;
+    ask();
+  });
+  pane.addEventListener('click', event => {
+    const node = event.target.closest('.log-line');
+    if (node && !String(getSelection())) choose(Number(node.dataset.at));
+  });
   pane.addEventListener('keydown', event => {
     const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
     if (step) { event.preventDefault(); choose(chosen < 0 ? seen.length - 1 : chosen + step); }
@@ -15116,11 +15141,13 @@ VIEWS.logs = {icon: 'logs', async show(root) {
   search.addEventListener('input', throttle(() => { word = search.value.toLowerCase(); sift(); }, 150));
   levels.addEventListener('change', () => { level = levels.value; sift(); });
   const add = item => {
-    if (all.length && item.id <= all[all.length - 1].id) return;
+    const last = all[all.length - 1];
+    if (last && item.id <= last.id && item.at <= last.at) return;      // a server that was started anew counts from 1 again
+    item.n = last ? last.n + 1 : 0;
     all.push(item);
     if (wanted(item)) { seen.push(item); if (!follow) missed++; }
     if (all.length > LOG_KEPT + 2000) {                // in steps: cutting at each line would copy them all each time
-      const gone = all.splice(0, 2000), cut = seen.findIndex(kept => kept.id > gone[gone.length - 1].id);
+      const gone = all.splice(0, 2000), cut = seen.findIndex(kept => kept.n > gone[gone.length - 1].n);
       const lost = cut < 0 ? seen.length : cut;
       seen.splice(0, lost);
       chosen = chosen < lost ? -1 : chosen - lost;
@@ -15133,12 +15160,11 @@ VIEWS.logs = {icon: 'logs', async show(root) {
     live.on('dropped', async () => { (await api('logs?level=debug&limit=10000')).data.forEach(add); })];
   live.logs(true);
   await load(root, api('logs?level=debug&limit=10000'), data => {
-    all = data.data;
     root.append(el('div', {class: 'spread'}, el('div', {class: 'row grow'}, levels, search, count),
       el('a', {class: 'btn', href: BASE + 'logs.txt', download: 'iflow2api.log'}, icon('download'), t('download'))),
     el('div', {class: 'log-box'}, pane, newest), detail);
     ready = true;
-    waiting.forEach(add);
+    [...data.data, ...waiting].forEach(add);
     waiting = [];
     sift();
   });
@@ -15158,20 +15184,19 @@ VIEWS.guide = {icon: 'guide', async show(root) {
       el('h2', {}, title, done && el('span', {class: 'visually-hidden', text: ' – ' + t('done')})), body));
   const redraw = () => load(root, Promise.all([api('providers'), api('logins'), api('models'), api('config')]), draw);
   async function draw([list, logins, models, config]) {
-    const usable = list.data.filter(item => item.usable), choices = models.data.filter(item => !item.alias &&
-      usable.some(other => other.name === item.provider));
+    const usable = list.data.filter(item => item.usable);
+    const choices = models.data.filter(item => !item.alias && usable.some(other => other.name === item.provider));
     model = model || models.default_model || (choices[0] || {}).id || '';
     const login = button(t('login_iflow'), act(() => loginDialog(redraw)), usable.length ? '' : 'primary', 'user');
     const add = button(t('provider_add'), act(() => providerDialog(null, list.version, redraw)), '', 'plus');
+    const test = name => button(t('test'), act(async () => {
+      const answer = await api('providers/test', {body: {name}}), failed = answer.checks.find(check => check.ok === false);
+      if (answer.ok) toast(t('test_fine', {name})); else toast(failed ? failed.message : t('test_bad'), 'bad');
+    }), 'small quiet');
     const one = step(1, t('guide_1'), usable.length > 0, el('p', {class: 'muted', text: t('guide_1_lead')}),
-      usable.length > 0 && el('ul', {class: 'chips'},
-      usable.map(item => el('li', {class: 'chip'}, el('span', {class: 'dot ok', 'aria-hidden': 'true'}), foreign(item.name),
-          button(t('test'), act(async () => {
-        const answer = await api('providers/test', {body: {name: item.name}});
-        const failed = answer.checks.find(check => check.ok === false);
-        toast(answer.ok ? t('test_fine', {name: item.name}) : failed ? failed.message : t('test_bad'), answer.ok ? 'ok' :
-          'bad');
-      }), 'small quiet')))), el('div', {class: 'row'}, login, add));
+      usable.length > 0 && el('ul', {class: 'chips'}, usable.map(({name}) => el('li', {class: 'chip'},
+        el('span', {class: 'dot ok', 'aria-hidden': 'true'}), foreign(name), test(name)))),
+      el('div', {class: 'row'}, login, add));
     const select = el('select', {value: model},
       [...new Set([model, ...choices.map(item => item.id)])].filter(Boolean).map(name => option(name, clean(name))));
     const typed = input({value: model, class: 'mono'}), source = choices.length ? select : typed;
@@ -15193,20 +15218,26 @@ VIEWS.guide = {icon: 'guide', async show(root) {
     const three = step(3, t('guide_3'), false, el('p', {class: 'muted', text: t('guide_3_lead')}), box,
       el('div', {class: 'row'}, VIEWS.playground && el('a', {class: 'btn', href: '#playground', text: t('guide_try')}),
         el('a', {class: 'btn quiet', href: '#clients', text: t('guide_more')})));
+    const shell = /Win/.test(navigator.platform) ? 'powershell' : 'bash';
+    const block = part => el('div', {class: 'stack tight'},
+      el('div', {class: 'spread'}, el('h3', {text: pick(part.title)}), copyButton(() => part.text)),
+      el('pre', {tabindex: '0'}, foreign(part.text)));
     async function blocks() {
       try {
         const data = await api('clients' + (model ? '?model=' + encodeURIComponent(model) : ''));
         const chosen = data.data.find(item => item.id === client) || data.data[0];
         client = chosen.id;
-        const kinds = el('select', {value: client, id: 'guide-client',
-          on: {change() { client = kinds.value; blocks().then(() => $('#guide-client').focus()); }}},
-          data.data.map(item => option(item.id, item.title)));
-        box.replaceChildren(field({label: t('client'), input: kinds}),
-          ...chosen.blocks.map(part => el('div', {class: 'stack tight'},
-          el('div', {class: 'spread'}, el('h3', {text: pick(part.title)}), copyButton(() => part.text)),
-            el('pre', {tabindex: '0'}, foreign(part.text)))),
-        data.needs_key && el('p', {class: 'note'}, t('guide_needs_key') + ' ',
-          el('a', {href: '#keys', text: t('view_keys')})) || '');
+        const kinds = el('select', {value: client, id: 'guide-client', on: {change() {
+          client = kinds.value;
+          blocks().then(() => $('#guide-client').focus());
+        }}}, data.data.map(item => option(item.id, item.title)));
+        const first = chosen.blocks.find(part => part.language === shell) || chosen.blocks[0];
+        const others = chosen.blocks.filter(part => part !== first);
+        box.replaceChildren(field({label: t('client'), input: kinds}), block(first),
+          others.length ? el('details', {}, el('summary', {text: t('guide_others')}),
+            el('div', {class: 'stack tight'}, others.map(block))) : '',
+          data.needs_key ? el('p', {class: 'note'}, t('guide_needs_key') + ' ',
+            el('a', {href: '#keys', text: t('view_keys')})) : '');
       } catch (error) { box.replaceChildren(el('p', {class: 'note bad'}, errorText(error))); }
     }
     root.append(el('p', {class: 'muted', text: t('guide_lead')}), el('ol', {class: 'steps'}, one, two, three));
@@ -15294,6 +15325,7 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "guide_3": ("配置你的客户端", "Set up your client"),
     "guide_3_lead": ("选择客户端，复制下面的内容。", "Choose your client and copy these lines."),
     "guide_try": ("先在网页里试一试", "Try it here first"), "guide_more": ("所有客户端", "All clients"),
+    "guide_others": ("其他系统与写法", "Other systems and other ways"),
     "guide_needs_key": ("此服务需要客户端密钥：", "This server needs a client key:"),
     "guide_open_login_or_provider": ("还没有可用的模型服务。", "No model service is connected yet."),
     "guide_open_models": ("还没有选定默认模型。", "No default model is chosen yet."),
@@ -15502,7 +15534,6 @@ border-radius:99px;background:none;font-size:13px;min-height:28px}
 .chart-legend b{font-weight:500;color:var(--muted);font-variant-numeric:tabular-nums}
 .chart-legend [aria-pressed=false]{color:var(--muted);text-decoration:line-through}
 .chart-legend [aria-pressed=false] .chart-dot{background:none;box-shadow:inset 0 0 0 2px var(--c)}
-.usage .row{flex-wrap:nowrap}
 .usage .row select{width:auto}
 .usage .end{white-space:nowrap}
 .usage-sum tr:last-child td{font-weight:650;border-top:2px solid var(--line)}
@@ -15512,17 +15543,18 @@ border-radius:99px;background:none;font-size:13px;min-height:28px}
 .clients-names button:hover{background:var(--surface-2)}
 .clients-names [aria-current]{background:var(--accent-soft);color:var(--accent);font-weight:600}
 .clients-select{display:none}
+.clients .play-code .muted{white-space:normal}
 .clients-steps{list-style:none;counter-reset:step;display:grid;gap:26px;grid-template-columns:minmax(0,1fr);
 margin-top:6px}
 .clients-steps>li{position:relative;display:grid;gap:12px;grid-template-columns:minmax(0,1fr);counter-increment:step;
 padding-inline-start:36px}
 .clients-steps>li::before{content:counter(step);position:absolute;inset-inline-start:0;display:grid;place-items:center;
 width:24px;height:24px;border-radius:50%;background:var(--accent-soft);color:var(--accent);font-size:13px}
-.clients-steps h2+p{margin-top:-8px}
+.clients-steps li>p{margin-top:-8px}
 @media (max-width:1200px){.play{grid-template-columns:minmax(0,1fr)}.play-settings{margin-top:40px}}
 @media (max-width:720px){.clients{grid-template-columns:minmax(0,1fr);gap:16px}.clients-names{display:none}
 .clients-select{display:block}
-.clients-steps>li{padding:0}.clients-steps h2{padding-inline-start:34px}.clients-steps h2+p{margin:0}
+.clients-steps>li{padding:0}.clients-steps h2{padding-inline-start:34px}.clients-steps li>p{margin-top:-4px}
 .clients pre{white-space:pre-wrap;overflow-wrap:anywhere}}
 @media (max-width:640px){.play-main{height:calc(100dvh - 57px - 32px);padding:12px 14px}.play-log,.play-sheet{
 margin:0 -14px;padding-inline:14px}
@@ -16333,7 +16365,7 @@ function columnChart(box) {
       const from = foot[index], to = foot[index] += value;
       return value ? `M${(x(index) - bar / 2).toFixed(1)} ${y(from)}V${y(to)}h${bar}V${y(from)}z` : '';
     };
-    const times = timeTicks(points.map(each => each.at), span, (width - left) / 66);
+    const times = timeTicks(points.map(each => each.at), span, (width - left) / 80);
     art.replaceChildren(svg('svg', {width, height}, ticks.map(value => [
       svg('line', {class: 'chart-line', x1: left, x2: width, y1: y(value), y2: y(value)}),
       svg('text', {x: left - 8, y: Number(y(value)) + 4, 'text-anchor': 'end'}, fmt.tokens(value))]), band,
@@ -16457,7 +16489,7 @@ _JS_USAGE = r"""
 // --- usage
 
 VIEWS.usage = {show(root) {
-  const now = {days: '30', by: 'model'}, csv = el('a', {class: 'btn', download: ''}, icon('download'), t('usage_csv'));
+  const now = {days: '30', by: 'model'}, csv = el('a', {class: 'btn', download: '', 'aria-label': t('usage_csv')}, icon('download'), 'CSV');
   const table = el('div', {class: 'stack'}), plot = el('div');
   const days = el('select', {'aria-label': t('usage_days'), value: now.days, on: {change() {
     now.days = days.value;
@@ -16565,8 +16597,8 @@ VIEWS.clients = {show(root, args) {
     address.textContent = found.base_url;
     pane.replaceChildren(el('ol', {class: 'clients-steps'},
       found.needs_key && step(t('clients_key'), el('p', t('clients_key_hint'), ' ', link('keys'))),
-      step(t('clients_connect', {client: client.title}), el('p', t(isForm ? 'clients_form' : groups.length > 1 ?
-        'clients_either' : 'clients_copy') + (found.needs_key ? '' : ' ' + t('clients_no_key'))),
+      step(t('clients_connect', {client: client.title}), el('p', t(isForm ? 'clients_form' :
+        groups.length > 1 ? 'clients_either' : 'clients_copy')), !found.needs_key && el('p', t('clients_no_key')),
       groups.map(blockNode)),
       step(t('clients_try'), el('p', t('clients_try_hint'), ' ', link('overview')))));
   }
@@ -16668,7 +16700,7 @@ _TEXTS_PLAY: Dict[str, Tuple[str, str]] = {
     "clients_try_hint": ("收到的请求会马上出现在这里：", "The request shows up at once in the"),
 }
 
-ADMIN_CSS += _CSS_PLAY
+ADMIN_CSS = _CSS_CORE + _CSS_PLAY
 
 #: One script of all parts; each view adds itself to VIEWS, then `start` begins.
 ADMIN_JS = "\n".join(("(() => {", "'use strict';", *(part.strip() for part in (

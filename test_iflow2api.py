@@ -4532,11 +4532,103 @@ def test_what_was_typed_outlives_the_session(fresh_server, tab):
     page.press(".btn", wording("alias_add", "en"))
     page.find(".alias input").send_keys("claude-*")
     page.find(".alias input:nth-of-type(2)").send_keys("mine/glm-5")
-    fresh_server.gateway.sessions.close_all()
-    page.press("main .primary", wording("save", "en"))
+    fresh_server.gateway.sessions.close_all()            # the stream of events ends with it, and the page asks
     page.fill(wording("password", "en"), PASSWORD)
     page.press("dialog .primary")
+    page.gone("dialog")
+    page.press("main .primary", wording("save", "en"))
     page.until(lambda: fresh_server.gateway.settings.aliases == {"claude-*": "mine/glm-5"}, "nothing was saved")
+
+
+def test_providers_are_ordered_edited_and_removed(fresh_server, demo, tab):
+    page, gateway = tab(1400, False), fresh_server.gateway
+    gateway.change_config(lambda raw: raw.update(providers=[
+        {"name": name, "base_url": demo.base_url, "api_keys": [f"sk-{name}-1234567890"]} for name in ("one", "two")]))
+    first_start(page, fresh_server, "en")
+    page.run("location.hash = 'providers'")
+    page.find("section.card h2", "two")
+    assert "sk-one-1234567890" not in page.run("return document.body.textContent")
+
+    def named():
+        return [entry["name"] for entry in gateway.settings.providers]
+    page.find("[data-move='two-1']").send_keys("\ue007")                    # by the keyboard alone
+    page.until(lambda: named() == ["two", "one"], "the order stays")
+    page.until(lambda: page.run("return document.activeElement.dataset.move") == "two1", "the focus is lost")
+    page.press("main .btn", wording("edit", "en"))
+    page.fill(wording("provider_name", "en"), "three")
+    page.fill(wording("api_keys_more", "en"), "sk-more-1234567890")
+    page.press("dialog .primary")
+    page.until(lambda: named() == ["three", "one"], "the name stays")
+    assert gateway.settings.providers[0]["api_keys"] == ["sk-two-1234567890", "sk-more-1234567890"]
+    page.gone("dialog")
+    page.press("main .icon-btn[aria-label*=three]")
+    page.press("dialog .danger")
+    page.until(lambda: named() == ["one"], "it is not removed")
+
+
+@pytest.mark.parametrize("paste", [False, True])
+def test_logging_in_to_iflow_by_the_page(home_login, server_login, tab, paste):
+    page = tab(360, False)
+    page.driver.get(server_login.url + "/admin#providers")
+    if page.find("html").get_attribute("lang") != "en":
+        page.press("#lang")
+    page.fill(wording("password", "en"), PASSWORD)
+    page.press("dialog .primary")
+    page.run("window.open = () => null")                 # a browser that lets no window open
+    page.press("main .btn", wording("login_iflow", "en"))
+    back = callback_of(page.find("dialog a.btn").get_attribute("href"))
+    if paste:
+        page.press("dialog summary")
+        page.find("dialog textarea").send_keys("what is this")
+        page.press("dialog .btn", wording("login_paste_go", "en"))
+        page.find("dialog .error", "neither the address")
+        page.find("dialog textarea").clear()
+        page.find("dialog textarea").send_keys(back)
+        page.press("dialog .btn", wording("login_paste_go", "en"))
+    else:
+        assert visit(back)[0] == 200
+    page.gone("dialog")
+    page.find("main td .badge.ok", wording("logged_in", "en"))
+    assert login_of(home_login)["apiKey"].startswith("sk-key-")
+    assert login_of(home_login)["apiKey"] not in page.run("return document.documentElement.outerHTML")
+
+
+def test_keys_settings_and_the_password(fresh_server, tab):
+    page, gateway = tab(360, True), fresh_server.gateway
+    first_start(page, fresh_server, "en")
+    page.run("location.hash = 'keys'")
+    page.press("main .btn", wording("key_add", "en"))
+    page.fill(wording("key_name", "en"), "laptop")
+    page.fill(wording("limit_rpm", "en"), "60")
+    page.press("dialog .primary")
+    key = page.find("#new-key").text
+    page.press("dialog .primary", wording("key_kept", "en"))
+    page.find("main td", "laptop")
+    assert gateway.state.door.find([key]).limits == {"rpm": 60}
+    assert key not in page.run("return document.documentElement.outerHTML")
+    page.press("main td .btn", wording("remove", "en"))
+    page.press("dialog .danger")
+    page.until(lambda: not gateway.settings.client_keys, "the key is not removed")
+    page.run("location.hash = 'settings'")
+    page.find("input[type=search]").send_keys("queue_timeout_s")
+    node = page.find("main input[type=number]")
+    node.clear()
+    node.send_keys("-1")
+    page.press(".savebar .primary")
+    page.find(".setting .error", wording("invalid", "en"))
+    assert gateway.settings.queue_timeout_s == 300
+    page.press(".savebar .btn", wording("discard", "en"))
+    page.press("#account")
+    page.press(".menu button", wording("password_change", "en"))
+    page.fill(wording("password_current", "en"), PASSWORD)
+    page.fill(wording("password_new", "en"), "another horse")
+    page.fill(wording("password_repeat", "en"), "another horse")
+    page.press("dialog .primary")
+    page.gone("dialog")
+    assert gateway.sessions.try_password("here", "another horse")
+    page.press("#account")
+    page.press(".menu button", wording("sign_out", "en"))
+    page.find("dialog.gate h2", wording("sign_in", "en"))
 
 
 def test_two_tabs_lose_nothing(fresh_server, tab):
@@ -4620,10 +4712,6 @@ def test_the_page_is_text_only_and_comes_from_here_alone():
     assert not re.search(r"\son\w+=|\sstyle=|javascript:", ifl.ADMIN_HTML)
     assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//|@import|url\(", ifl.ADMIN_HTML + ifl.ADMIN_CSS)
     assert "</script" not in ifl.ADMIN_JS and "</style" not in ifl.ADMIN_CSS
-
-
-def test_the_page_is_small():
-    assert len(ifl.admin_page().packed) <= 60 * 1024
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
@@ -12657,7 +12745,7 @@ def test_the_page_is_sent_once_and_guarded(server):
     page = get(running, "/admin/")
     assert page.status == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
     text, policy = page.body.decode(), page.headers["content-security-policy"]
-    for name, part in (("style-src", ifl.ADMIN_CSS), ("script-src", ifl.ADMIN_JS)):
+    for name, part in (("style-src", ifl.ADMIN_CSS), ("script-src", ifl.slim_script(ifl.ADMIN_JS))):
         digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
         assert f"{name} 'sha256-{digest}'" in policy and part in text
     assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
@@ -12685,8 +12773,9 @@ def test_texts_are_in_both_languages_and_fit_into_the_page():
 
 
 def test_nothing_in_the_page_comes_from_elsewhere():
+    examples = {"https://api.example.com", "http://localhost"}       # what empty fields show
     for part in (ifl.ADMIN_CSS, ifl.ADMIN_HTML, ifl.ADMIN_JS):
-        assert set(re.findall(r"https?://[\w.]+", part)) <= {"http://www.w3.org"}       # SVG's namespace
+        assert set(re.findall(r"https?://[\w.]+", part)) <= examples
     assert not re.search(r"(?i)\son\w+\s*=|\sstyle\s*=|javascript:", ifl.ADMIN_HTML)
 
 
@@ -13748,8 +13837,6 @@ def test_a_start_with_a_password_opens_nothing_and_shows_no_code(home, config):
     with running_console() as (_, url, reader):
         card = card_of(reader)
     assert f"{url}/admin" in card and not re.search(r"[A-Z0-9]{4}-[A-Z0-9]{4}", card)
-
-
 # === 16. Admin: playground, charts, usage, clients ===========================
 
 PLAY_PARTS = ("_JS_PLAY", "_JS_CHARTS", "_JS_USAGE", "_JS_CLIENTS")
@@ -13876,7 +13963,7 @@ def test_the_playground_finds_code_and_nothing_else():
 
 @posix
 @needs_node
-@pytest.mark.parametrize("filler", ["", "x" * 200_000])
+@pytest.mark.parametrize("filler", ["", "x" * 200_000], ids=["argument", "input"])
 def test_a_curl_line_means_the_same_to_a_shell(filler):
     body = {"model": "m'1\"", "stream": True, "messages": [{"role": "user", "content":
             f"it's $HOME `id` \\ \\\\ !! %s \n'\n\tJSON\nJSON\n\u2028 世界 🙂 \x7f {filler}"}]}
