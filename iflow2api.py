@@ -12804,18 +12804,25 @@ def _next_step(gateway: Gateway, server: Server) -> str:
 
 
 def _heed_signals(gateway: Gateway) -> threading.Event:
-    """Set at the first SIGINT or SIGTERM; a second one ends the process at once, SIGHUP reloads."""
-    stopping = threading.Event()
+    """Set at the first SIGINT or SIGTERM; a second one ends the process at once, SIGHUP reloads.
+
+    By threads: what a signal interrupts may hold the very lock that is needed, such as the Event's own.
+    """
+    stopping, seen = threading.Event(), []
+
+    def by_thread(run: Callable[[], None]) -> None:
+        threading.Thread(target=run, daemon=True).start()
 
     def stop(number: int, frame: Any) -> None:
-        if stopping.is_set():
+        if seen:
             os._exit(130)
-        stopping.set()
+        seen.append(number)
+        by_thread(stopping.set)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: gateway.reload())
+        signal.signal(signal.SIGHUP, lambda number, frame: by_thread(gateway.reload))
     return stopping
 
 

@@ -4563,6 +4563,25 @@ def test_a_second_signal_ends_it_at_once(home, upstream):
 
 
 @posix
+def test_a_signal_in_the_middle_of_a_wait_is_no_deadlock():
+    """It interrupts the thread that may hold the Event's own lock just then."""
+    script = textwrap.dedent("""
+        import os, signal, sys; sys.path.insert(0, sys.argv[1])
+        import iflow2api as ifl
+        stopping = ifl._heed_signals(ifl.Gateway(ifl.Settings()))
+        with stopping._cond:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000): pass                   # the handler runs in here
+        print(stopping.wait(20))
+        """)
+    child = subprocess.Popen([sys.executable, "-c", script, os.path.dirname(PROGRAM)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.communicate(timeout=30)[0] == "True\n"
+    finally:
+        child.kill()
+
+
+@posix
 def test_sighup_takes_over_the_file(home, config, upstream):
     put_config(config, {"detect_local": False})
     running = Process("--port", "0", "--no-browser")
