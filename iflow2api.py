@@ -17350,6 +17350,9 @@ TEXTS: Dict[str, Tuple[str, str]] = {
 #: turned where they are shown (`local`), so that nothing above needs to know of languages, and HTTP stays English.
 CHINESE: Dict[str, str] = {
     # files and settings
+    "a password has from {} to {} characters": "密码需要 {} 到 {} 个字符",
+    "the upstream answered with a web page; is base_url its API, and not its site?":
+        "上游返回的是网页；base_url 是接口地址，而不是网站地址吗？",
     "line {}, column {}: {}": "第 {} 行第 {} 列：{}",
     "not UTF-8 text": "不是 UTF-8 文本",
     "an object expected": "需要 JSON 对象",
@@ -17583,10 +17586,12 @@ CHINESE: Dict[str, str] = {
         "没有；用 `login` 登录 iFlow，用 `provider add` 添加，或用 --upstream URL 启动",
     "{} is set: python iflow2api.py provider add {}": "已设置 {}，可运行：python iflow2api.py provider add {}",
     "{} (or {})": "{}（或 {}）",
-    "keeps failing, rests": "一直失败，正在休息", "kept failing, is tried again": "曾一直失败，正在重试", "{} of its keys rest": "它有 {} 个密钥在休息",
+    "keeps failing, rests": "一直失败，正在休息", "kept failing, is tried again": "曾一直失败，正在重试",
+    "{} of its keys rest": "它有 {} 个密钥在休息",
     "no models known: {}": "没有已知的模型：{}",
     "no provider lists any; `status` shows the providers": "没有上游列出模型；`status` 显示各上游",
-    "no provider to test: add one to `providers`, or give --upstream URL": "没有可测试的上游：用 `provider add` 添加，或加上 --upstream URL",
+    "no provider to test: add one to `providers`, or give --upstream URL":
+        "没有可测试的上游：用 `provider add` 添加，或加上 --upstream URL",
     "no provider to test: add one with `provider add NAME`": "没有可测试的上游：用 `provider add NAME` 添加",
     "failed ({}): {}": "失败（{}）：{}", "ok, {} answered in {} s: {}": "正常，{} 用 {} 秒回答：{}",
     "no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL":
@@ -17595,7 +17600,8 @@ CHINESE: Dict[str, str] = {
         "添加：python iflow2api.py provider add NAME --api-key '$VARIABLE'",
     "context {}": "上下文 {}", "output {}": "输出 {}", "images": "识图",
     "there is no preset {}": "没有预设 {}",
-    "{} (`provider presets` lists them; any other server needs --base-url URL)": "{}（`provider presets` 列出全部；其他服务需要 --base-url URL）",
+    "{} (`provider presets` lists them; any other server needs --base-url URL)":
+        "{}（`provider presets` 列出全部；其他服务需要 --base-url URL）",
     "--api-key is empty: the shell has replaced the variable; put it in single quotes: {}":
         "--api-key 是空的：变量已被 shell 替换；请加单引号：{}",
     "note: {} is not set here; set it where the server starts": "说明：这里没有设置 {}；请在启动服务的环境里设置",
@@ -17604,15 +17610,19 @@ CHINESE: Dict[str, str] = {
     "base_url {} is taken as {}": "base_url {} 按 {} 处理",
     "there is a provider {} already; `provider remove {}` first, or choose another NAME":
         "已有上游 {}；先运行 `provider remove {}`，或换一个 NAME",
-    "added {} ({}); try it: python iflow2api.py provider test {}": "已添加 {}（{}）；试一试：python iflow2api.py provider test {}",
+    "added {} ({}); try it: python iflow2api.py provider test {}":
+        "已添加 {}（{}）；试一试：python iflow2api.py provider test {}",
     "provider remove needs a NAME; `provider list` shows them": "provider remove 需要 NAME；`provider list` 列出全部",
     "config.json has no provider {}": "config.json 中没有上游 {}",
-    "`providers` in config.json is no list; see `config unset providers`": "config.json 中的 `providers` 不是列表；可运行 `config unset providers`",
+    "`providers` in config.json is no list; see `config unset providers`":
+        "config.json 中的 `providers` 不是列表；可运行 `config unset providers`",
     "{}; add it first: provider add {}": "{}；请先添加：provider add {}",
     "{}: does not work, {}: {}": "{}：不能用，问题在{}：{}", "the key": "密钥", "the balance": "余额", "the model": "模型",
     "the rate limit": "限流", "the connection": "连接", "its settings": "它的设置",
-    "key ok": "密钥正常", "needs no key": "无需密钥", "model {} ok ({} s)": "模型 {} 正常（{} 秒）", "stream ok": "流式正常", "tools ok": "工具正常",
-    "tools taken, but none called": "接受工具，但没有调用", "stream failed ({}: {})": "流式失败（{}：{}）", "tools failed ({}: {})": "工具失败（{}：{}）",
+    "key ok": "密钥正常", "needs no key": "无需密钥", "model {} ok ({} s)": "模型 {} 正常（{} 秒）", "stream ok": "流式正常",
+    "tools ok": "工具正常",
+    "tools taken, but none called": "接受工具，但没有调用", "stream failed ({}: {})": "流式失败（{}：{}）",
+    "tools failed ({}: {})": "工具失败（{}：{}）",
     "put your key into IFLOW2API_KEY first; `key add NAME` makes one": "请先把您的密钥放进 IFLOW2API_KEY；`key add NAME` 可生成一个",
     "{} asks for models of its own; tell which one to use instead: python iflow2api.py config set default_model NAME":
         "{} 会请求它自带的模型名；请指定实际使用哪个：python iflow2api.py config set default_model NAME",
@@ -17627,11 +17637,14 @@ CHINESE: Dict[str, str] = {
         "登录后浏览器会停在以 http://localhost 开头的地址；如果页面打不开，请把地址粘贴到这里",
     "paste it again, or leave with Ctrl-C:": "请重新粘贴，或按 Ctrl-C 退出：",
     "stored in {}; a running server takes it over by itself": "已保存到 {}；正在运行的服务会自动采用",
-    "{} is set, too, and stands above this login": "还设置了 {}，它优先于这次登录", "api_key in config.json": " config.json 中的 api_key",
+    "{} is set, too, and stands above this login": "还设置了 {}，它优先于这次登录",
+    "api_key in config.json": " config.json 中的 api_key",
     "--api-key: a key has no blanks, line breaks or characters beyond ASCII": "--api-key：密钥不能有空白、换行或非 ASCII 字符",
     "stored the key {} as account {} in {}": "已把密钥 {} 存为账号 {}：{}",
-    "there is no account {}": "没有账号 {}", "logged out ({})": "已退出登录（{}）", "there was no login to remove ({})": "没有可移除的登录（{}）",
-    "ended: run python iflow2api.py login": "已失效：请运行 python iflow2api.py login", "until {}": "有效至 {}", "end unknown": "有效期未知",
+    "there is no account {}": "没有账号 {}", "logged out ({})": "已退出登录（{}）",
+    "there was no login to remove ({})": "没有可移除的登录（{}）",
+    "ended: run python iflow2api.py login": "已失效：请运行 python iflow2api.py login", "until {}": "有效至 {}",
+    "end unknown": "有效期未知",
     "not refreshable": "不能刷新", "last refresh {} ok": "上次刷新 {} 成功", "last refresh {} failed": "上次刷新 {} 失败",
     "--tokens {}: {}": "--tokens {}：{}", "then": "然后", "{} key": "{} 个密钥", "{} keys": "{} 个密钥",
     "key {} needs a NAME": "key {} 需要 NAME", "expires: {} is over": "expires：{} 已经过去",
@@ -17650,7 +17663,8 @@ CHINESE: Dict[str, str] = {
     "reasoning": "思考", "first": "首字", "total": "总时间", "cost": "费用",
     "# iflow2api completion for {}: put this into {}, or: {}": "# {} 的 iflow2api 补全：写入 {}，或：{}",
     "# iflow2api completion for {}: put this into {}, or:": "# {} 的 iflow2api 补全：写入 {}，或：",
-    "# It serves the names iflow2api and iflow2api.py, also as an alias: {}": "# 适用于名称 iflow2api 和 iflow2api.py，也可作别名：{}",
+    "# It serves the names iflow2api and iflow2api.py, also as an alias: {}":
+        "# 适用于名称 iflow2api 和 iflow2api.py，也可作别名：{}",
     "# It serves the names iflow2api and iflow2api.py: {}": "# 适用于名称 iflow2api 和 iflow2api.py：{}",
     "; ": "；", "flag": "命令行", "environment": "环境变量", "file": "文件",
 }
@@ -17960,7 +17974,7 @@ def cmd_serve(args: Any) -> int:
     _say("\n".join(["", *_card(gateway, server, had_key), ""]))
     _show_page(gateway, server, args.no_browser)
     gateway.watch_files()
-    while not stopping.acquire(timeout=1 if os.name == "nt" else 3600):      # Windows: Ctrl-C ends no endless wait
+    while not stopping.wait(1 if os.name == "nt" else 3600):     # Windows: Ctrl-C does not end an endless wait
         pass
     _say(tr("stopping", seconds=gateway.settings.drain_s))
     server.close(gateway.settings.drain_s)
@@ -18050,21 +18064,26 @@ def _next_step(gateway: Gateway, server: Server) -> str:
     return tr("next_client", url=server.url)
 
 
-def _heed_signals(gateway: Gateway) -> Any:
-    """A lock that the first SIGINT or SIGTERM releases; a second one ends the process at once, SIGHUP reloads."""
-    stopping, seen = threading.Lock(), []        # an Event could be set while this same thread is inside of its wait()
-    stopping.acquire()
+def _heed_signals(gateway: Gateway) -> threading.Event:
+    """Set at the first SIGINT or SIGTERM; a second one ends the process at once, SIGHUP reloads.
+
+    By threads: what a signal interrupts may hold the very lock that is needed, such as the Event's own.
+    """
+    stopping, seen = threading.Event(), []
+
+    def by_thread(run: Callable[[], None]) -> None:
+        threading.Thread(target=run, daemon=True).start()
 
     def stop(number: int, frame: Any) -> None:
         if seen:
             os._exit(130)
         seen.append(number)
-        stopping.release()
+        by_thread(stopping.set)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: gateway.reload())
+        signal.signal(signal.SIGHUP, lambda number, frame: by_thread(gateway.reload))
     return stopping
 
 
@@ -18876,8 +18895,8 @@ def _usage_table(by: str, rows: Sequence[Json]) -> str:
     if not rows:
         return local("nothing was used")
     costs = any(row["cost"] is not None for row in rows)
-    titles = [by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total", *(["cost"] if costs else [])]
-    table = [[local(title) for title in titles]]
+    titles = (by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total", "cost")
+    table = [[local(title) for title in titles[:9 + costs]]]
     for row in rows:
         mark, count = "~" if row["estimated"] else "", row["requests"] or 1
         first = f"{row['first_ms'] / row['streams'] / 1000:.2f}s" if row["streams"] else "-"
