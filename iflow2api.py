@@ -5270,7 +5270,7 @@ class _Speech(_Item):
             event["logprobs"] = logprobs
         return event
 
-    def close(self) -> Iterator[Json]:
+    def close(self, cut: bool) -> Iterator[Json]:
         voice, text = self.voice, "".join(self._pieces)
         said = {"logprobs": self._logprobs} if voice.extra else {}
         part = {**voice.part, voice.text: text, **said}
@@ -5278,7 +5278,7 @@ class _Speech(_Item):
         yield self.stream.event(voice.part_events + ".done", {**self._place, "part": part})
         item = {**self._item, voice.parts: [part]}
         if voice.item is _MESSAGE:
-            item["status"] = "completed"
+            item["status"] = "incomplete" if cut else "completed"
         elif self.stream.turn.carries:
             value = {"reasoning": text, **({"details": self.details} if self.details else {})}
             item["encrypted_content"] = self.stream.turn.seal.close(value)
@@ -5343,7 +5343,7 @@ class _Call(_Item):
                 yield self.finish({**self._item, "status": "completed"})
                 return
             yield from self._open(_Tool("function", self._tool.name))    # lets the client tell the model
-        yield from self._end(cut and not self.whole)
+        yield from self._end(not self.whole and (cut or bool(self._is_object)))
 
     def _open(self, tool: _Tool) -> Iterator[Json]:
         self._tool, kind = tool, _TOOL_KINDS[tool.kind]
@@ -5368,8 +5368,11 @@ class _Call(_Item):
     def _end(self, cut: bool) -> Iterator[Json]:
         yield from self._send(self._reader.close(cut))
         name, text = _TOOL_KINDS[self._tool.kind].field, "".join(self._sent)
+        item = {**self._item, name: text, "status": "incomplete" if cut else "completed"}
+        if cut and self._tool.kind == "custom":      # Codex runs whatever is done, and half an input looks like a whole one
+            return self.stream.withhold(self.index, item)
         yield self._event("done", name, text)
-        yield self.finish({**self._item, name: text, "status": "incomplete" if cut else "completed"})
+        yield self.finish(item)
 
     def _event(self, step: str, name: str, text: str) -> Json:
         return self.stream.event(f"{_TOOL_KINDS[self._tool.kind].events}.{step}",
@@ -5420,6 +5423,7 @@ class ResponsesStream:
         self.finish_reason: Optional[str] = None
         self.items = 0                           #: how many were announced
         self.finished: Dict[int, Json] = {}
+        self._withheld = 0                       #: how many of them were never said to be done
         self._number = 0
         self._id, self._created_at = "", 0
         self._reasoning_voice = _SUMMARY if turn.summarises else _RAW
@@ -5451,14 +5455,27 @@ class ResponsesStream:
             yield from self._start({})
         if self._think_tags:
             yield from self._write_pieces(self._think_tags.close(), [])
-        reason = _INCOMPLETE.get(self.finish_reason or "")
-        yield from self._end_items(cut=reason is not None)
-        if reason == "max_output_tokens" and self.turn.codex:
-            reason = None                        # Codex takes `incomplete` for a broken stream and asks the same again
+        yield from self._end_items(cut=self.finish_reason in _INCOMPLETE)
+        reason = self._why_incomplete()
         details, status = {"reason": reason} if reason else None, "incomplete" if reason else "completed"
         usage = parse_usage(self.usage) if self.usage else self._estimate()
         yield self._terminal(status, incomplete_details=details, usage=_response_usage(usage),
                              completed_at=None if reason else max(self._created_at, int(self.turn.now)))
+
+    def _why_incomplete(self) -> Optional[str]:
+        """Why the answer is not whole, None where it is.
+
+        Codex takes `incomplete` for a broken stream and asks the same again: as long as there is something to show or
+        to do, it is told that this was all.
+        """
+        reason = _INCOMPLETE.get(self.finish_reason or "", "max_output_tokens" if self._withheld else None)
+        useful = sum(item["type"] != "reasoning" for item in self.finished.values()) > self._withheld
+        return None if self.turn.codex and useful else reason
+
+    def withhold(self, index: int, item: Json) -> None:
+        """An item that goes into the response, but was cut off and so is never done."""
+        self.finished[index] = item
+        self._withheld += 1
 
     def fail(self, exc: GatewayError) -> Iterator[Json]:
         """The end of a stream that broke."""
@@ -5534,10 +5551,10 @@ class ResponsesStream:
             yield from self._speech.open()
         yield self._speech.delta(text, logprobs)
 
-    def _end_speech(self) -> Iterator[Json]:
+    def _end_speech(self, cut: bool = False) -> Iterator[Json]:
         speech, self._speech, self._blank = self._speech, None, ""
         if speech:
-            yield from speech.close()
+            yield from speech.close(cut)
 
     def _take_calls(self, deltas: List[Any]) -> Iterator[Json]:
         for delta in deltas:
@@ -5583,7 +5600,7 @@ class ResponsesStream:
         self._open_calls = [call for call in self._open_calls if not call.done]
 
     def _end_items(self, cut: bool) -> Iterator[Json]:
-        yield from self._end_speech()
+        yield from self._end_speech(cut)
         for call in self._open_calls:
             yield from call.close(cut)
 
@@ -5607,8 +5624,9 @@ class _CompactionStream(ResponsesStream):
 
     def _end_items(self, cut: bool) -> Iterator[Json]:
         summary = "".join(self._written).strip()
-        if not summary:
-            raise UpstreamGarbled("the model wrote no summary")
+        if cut or not summary:
+            raise UpstreamGarbled(f"the model's summary was cut off: {self.finish_reason}" if cut else
+                                  "the model wrote no summary")
         sealed = self.turn.seal.close({"summary": summary})
         item, compaction = _Item(self), {"id": self.new_id("cmp_"), "type": "compaction", "encrypted_content": sealed}
         yield item.announce(compaction)

@@ -6290,7 +6290,10 @@ def broken_rules(events):
             if stem.endswith("output_text") and not isinstance(event["logprobs"], list):
                 bad.append("logprobs")
     last = events[-1]["response"]
-    if set(done) != set(items) or last["output"] != [done[index] for index in sorted(done)]:
+    if len(last["output"]) != len(items) or any(
+            item != done.get(index) if index in done else
+            (item["type"], item["id"], item["status"]) != ("custom_tool_call", items[index]["id"], "incomplete")
+            for index, item in enumerate(last["output"])):
         bad.append("output")
     if events[-1]["type"] != "response." + last["status"]:
         bad.append("end")
@@ -6490,7 +6493,7 @@ def test_events_in_full():
 
 ENDS_RESPONSES = [
     ("length", False, "incomplete", "max_output_tokens"), ("length", True, "completed", None),
-    ("content_filter", False, "incomplete", "content_filter"), ("content_filter", True, "incomplete", "content_filter"),
+    ("content_filter", False, "incomplete", "content_filter"), ("content_filter", True, "completed", None),
     ("sensitive", False, "incomplete", "content_filter"), ("stop", False, "completed", None), (None, False, "completed", None),
 ]
 
@@ -6501,6 +6504,33 @@ def test_ends(reason, codex, status, why):
     response = events[-1]["response"]
     assert broken_rules(events) == [] and brief(response["output"]) == ["cut"] and response["status"] == status
     assert (response["incomplete_details"] or {}).get("reason") == why
+    assert response["output"][0]["status"] == ("incomplete" if reason in ifl.MEANT_EMPTY else "completed")
+
+
+@pytest.mark.parametrize("chunks", [[delta_responses(reasoning_content="t")], [parts(part(0, "c1", "p", '{"input":"a'))]])
+def test_codex_is_not_told_of_success_where_nothing_came(chunks):
+    last = play_responses([*chunks, end("length")], HERE, codex=True)[-1]
+    assert last["type"] == "response.incomplete" and last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+TORN = [('{"input":"*** Begin', "*** Begin"), ('{"inp', ""), ('{"why":"w","input":"a', ""), ("", ""), ("*** Beg", "")]
+
+
+@pytest.mark.parametrize("reason", ["length", "tool_calls"])
+@pytest.mark.parametrize("arguments, sent", TORN)
+def test_half_an_input_is_never_done(arguments, sent, reason):
+    chunks = [parts(part(0, "c0", "p", '{"input":"a"}')), parts(part(1, "c1", "p", arguments)), end(reason)]
+    events = play_responses(chunks, HERE)
+    done = [event["item"]["call_id"] for event in events if event["type"] == "response.output_item.done"]
+    if reason == "tool_calls" and not arguments.startswith("{"):         # a whole input, though not as JSON
+        assert done == ["c0", "c1"] and events[-1]["type"] == "response.completed"
+        return
+    assert broken_rules(events) == [] and done == ["c0"] and events[-1]["type"] == "response.incomplete"
+    assert [(item["input"], item["status"]) for item in events[-1]["response"]["output"]] == [
+        ("a", "completed"), (sent, "incomplete")]
+    plain = make_turn({"input": "q", **HERE}).reply(as_completion(chunks), counter())
+    assert plain["status"] == "incomplete" and [item["status"] for item in plain["output"]] == ["completed", "incomplete"]
+    assert play_responses(chunks, HERE, codex=True)[-1]["type"] == "response.completed"       # c0 is to be done
 
 
 CUT = [("f", '{"x', '{"x'), ("f", "", ""), ("p", '{"input":"a\\', "a"), ("shell", '{"comm', '{"comm')]
@@ -6614,9 +6644,10 @@ def test_compact_endpoint():
     assert [(item["type"], item.get("role")) for item in made["output"]] == [("message", "user"), ("compaction", None)]
 
 
-def test_no_summary_is_no_success():
+@pytest.mark.parametrize("chunks", [[parts(part(0, "c1", "f", "{}")), end("stop")], [delta_responses(content="half a"), end("length")]])
+def test_no_summary_and_half_of_one_are_no_success(chunks):
     with pytest.raises(ifl.UpstreamGarbled):
-        play_responses([parts(part(0, "c1", "f", "{}")), end("stop")], {"input": [user_responses("q"), TRIGGER]})
+        play_responses(chunks, {"input": [user_responses("q"), TRIGGER]})
 
 
 # --- the seal
