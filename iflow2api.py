@@ -1278,6 +1278,7 @@ class ClientKey(NamedTuple):
     models: Tuple[str, ...] = ()         #: shell patterns of what it may ask for; () is everything
     limits: Mapping[str, int] = {}       #: LIMIT_FIELDS
     expires_at: float = float("inf")
+    shared: bool = False                 #: `custom_api_key`, which nobody has for himself
 
 
 def hash_key(key: str) -> bytes:
@@ -1344,8 +1345,8 @@ class Doorkeeper:
         #: Entries that can't be used demand a key all the same: closed by default.
         self.required = bool(settings.custom_api_key or settings.client_keys)
         self.limited = bool(settings.address_limits or any(key.limits for key in self.keys))
-        self._master = ClientKey("custom_api_key",
-                                 hash_key(settings.custom_api_key)) if settings.custom_api_key else None
+        self._master = ClientKey("custom_api_key", hash_key(settings.custom_api_key),
+                                 shared=True) if settings.custom_api_key else None
 
     def find(self, given: Iterable[str]) -> Optional[ClientKey]:
         """The key that one of `given` is; every known one is compared, each in constant time."""
@@ -5645,6 +5646,11 @@ class Context(NamedTuple):
     scale: Callable[[int], int] = int    #: an estimate of tokens as the target's model counts them
 
 
+def owner_of(key: Optional[ClientKey]) -> str:
+    """Whom kept responses belong to: the client key of that name; without one, and with `custom_api_key`, everybody."""
+    return "" if key is None or key.shared else key.name
+
+
 #: What clients name a conversation by: Claude Code, Codex, others.
 _SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id", "thread-id", "x-session-id")
 
@@ -5677,6 +5683,11 @@ class Call:
     @property
     def speaks(self) -> str:
         return self.dialect.name
+
+    @property
+    def owner(self) -> str:
+        """Whose the responses are that are kept."""
+        return owner_of(self.key)
 
     @property
     def size_tokens(self) -> int:
@@ -5836,7 +5847,7 @@ class ResponsesRoad(TranslatedTurn):
 
     def _kept(self, answer: Json) -> Json:
         if self._turn.store and answer.get("object") == "response":
-            self._context.store.keep(answer, self._turn.items)
+            self._context.store.keep(answer, self._turn.items, self._call.owner)
         return answer
 
 
@@ -5943,9 +5954,10 @@ class ResponsesDialect(ChatDialect):
     compact = False
 
     def turn(self, call: Call, target: Target, context: Context) -> Any:
-        store = context.store
+        store, owner = context.store, call.owner
         turn = ResponsesTurn(call.body, profile_of(target), target.model, now=context.now,
-                             recall=store.recall, item=store.item, seal=context.seal, codex=call.is_codex,
+                             recall=lambda ident: store.recall(ident, owner),
+                             item=lambda ident: store.item(ident, owner), seal=context.seal, codex=call.is_codex,
                              compact=self.compact)
         return (CompactRoad if self.compact else ResponsesRoad)(call, turn, target, context)
 
@@ -8309,16 +8321,31 @@ class TokenScale:
                 self._write()
 
 
+class _Kept(NamedTuple):
+    """A response in the store."""
+    at: float
+    size: int
+    response: Json
+    items: List[Json]
+    owner: str
+
+    def line(self) -> Json:
+        """It as a line of the file."""
+        return {"id": self.response["id"], "at": self.at, "response": self.response, "items": self.items,
+                **({"owner": self.owner} if self.owner else {})}
+
+
 class ResponseStore:
     """Answers of Responses with what they answered, for `previous_response_id`; bounded, the oldest go first.
 
-    With a `path` they outlive a restart: a JSON line for each, the file made anew when it has grown to twice the limit.
+    Each belongs to an owner (`owner_of`); nobody else finds it.  With a `path` they outlive a restart: a JSON line for
+    each, the file made anew when it has grown to twice the limit.
     """
     LIMIT, LIMIT_BYTES, KEPT_S = 1000, 32 << 20, 24 * 3600
 
     def __init__(self, path: str = "", clock: Callable[[], float] = time.time) -> None:
         self._clock, self._path = clock, os.path.expanduser(path)
-        self._kept: Dict[str, Tuple[float, int, Json, List[Json]]] = {}
+        self._kept: Dict[str, _Kept] = {}
         self._size, self._lock = 0, threading.Lock()
         self._written = 0
         if path:
@@ -8337,7 +8364,8 @@ class ResponseStore:
                 entry = json.loads(line)
                 self._drop(entry["id"])
                 if "response" in entry:
-                    self._kept[entry["id"]] = (float(entry["at"]), len(line), entry["response"], list(entry["items"]))
+                    self._kept[entry["id"]] = _Kept(float(entry["at"]), len(line), entry["response"],
+                                                    list(entry["items"]), str(entry.get("owner", "")))
                     self._size += len(line)
         self._trim()
 
@@ -8346,8 +8374,7 @@ class ResponseStore:
         line = dump_json(entry) + b"\n"
         try:
             if self._written + len(line) > 2 * self.LIMIT_BYTES:
-                lines = [dump_json({"id": ident, "at": at, "response": response, "items": items}) + b"\n"
-                         for ident, (at, _, response, items) in self._kept.items()]
+                lines = [dump_json(kept.line()) + b"\n" for kept in self._kept.values()]
                 write_file(self._path, b"".join(lines))
                 self._written = sum(map(len, lines))
                 return
@@ -8358,62 +8385,51 @@ class ResponseStore:
         except OSError as exc:
             log.warning("responses_file %s can't be written: %s", self._path, exc.strerror or exc)
 
-    def keep(self, response: Json, items: List[Json]) -> None:
+    def keep(self, response: Json, items: List[Json], owner: str = "") -> None:
         """`items` are the whole input, of earlier responses, too."""
         size = len(dump_json(response)) + len(dump_json(items))
         with self._lock:
-            now = self._clock()
-            self._kept[response["id"]] = (now, size, response, items)
+            kept = self._kept[response["id"]] = _Kept(self._clock(), size, response, items, owner)
             self._size += size
             self._trim()
             if self._path:
-                self._write({"id": response["id"], "at": now, "response": response, "items": items})
+                self._write(kept.line())
 
     def _trim(self) -> None:
         for ident in list(self._kept):
-            old = self._clock() - self._kept[ident][0] >= self.KEPT_S
+            old = self._clock() - self._kept[ident].at >= self.KEPT_S
             if len(self._kept) <= self.LIMIT and self._size <= self.LIMIT_BYTES and not old:
                 break
             self._drop(ident)
 
     def _drop(self, ident: str) -> bool:
         found = self._kept.pop(ident, None)
-        self._size -= found[1] if found else 0
+        self._size -= found.size if found else 0
         return found is not None
 
-    def drop(self, ident: str) -> bool:
-        """Forget it; False where there is nothing to forget."""
+    def drop(self, ident: str) -> None:
+        """Forget it."""
         with self._lock:
-            dropped = self._drop(ident)
-            if dropped and self._path:
+            if self._drop(ident) and self._path:
                 self._write({"id": ident})
-            return dropped
 
-    def _find(self, ident: str) -> Optional[Tuple[float, int, Json, List[Json]]]:
+    def find(self, ident: str, owner: str = "") -> Optional[_Kept]:
+        """What is kept under an id, None for another owner."""
         with self._lock:
             found = self._kept.get(ident)
-        return found if found and self._clock() - found[0] < self.KEPT_S else None
+        return found if found and found.owner == owner and self._clock() - found.at < self.KEPT_S else None
 
-    def response(self, ident: str) -> Optional[Json]:
-        found = self._find(ident)
-        return found[2] if found else None
-
-    def items(self, ident: str) -> Optional[List[Json]]:
-        """The input items of a response."""
-        found = self._find(ident)
-        return found[3] if found else None
-
-    def recall(self, ident: str) -> Optional[List[Json]]:
+    def recall(self, ident: str, owner: str = "") -> Optional[List[Json]]:
         """Input and output items of a response: the conversation up to it."""
-        found = self._find(ident)
-        return found[3] + found[2]["output"] if found else None
+        found = self.find(ident, owner)
+        return found.items + found.response["output"] if found else None
 
-    def item(self, ident: str) -> Optional[Json]:
+    def item(self, ident: str, owner: str = "") -> Optional[Json]:
         """One item by its id, for `item_reference`."""
         with self._lock:
-            kept = list(self._kept.values())
-        for _, _, response, items in reversed(kept):
-            for item in [*response["output"], *items]:
+            kept = [entry for entry in self._kept.values() if entry.owner == owner]
+        for entry in reversed(kept):
+            for item in [*entry.response["output"], *entry.items]:
                 if item.get("id") == ident:
                     return item
         return None
@@ -10689,13 +10705,13 @@ def kept_response(handler: Handler) -> None:
     """GET and DELETE /v1/responses/{id}, GET /v1/responses/{id}/input_items."""
     ident, _, rest = handler.argument.partition("/")
     store = handler.server.gateway.responses
-    response = store.response(ident) if rest in ("", "input_items") else None
-    if response is None:
+    kept = store.find(ident, owner_of(handler.key)) if rest in ("", "input_items") else None
+    if kept is None:
         raise NotFound(f"Response with id '{one_line(ident, 80)}' not found.", param="id")
     if handler.command == "DELETE":
         store.drop(ident)
         return handler.respond_json({"id": ident, "object": "response.deleted", "deleted": True})
-    handler.respond_json(item_page(store.items(ident) or [], handler.path) if rest else response)
+    handler.respond_json(item_page(kept.items, handler.path) if rest else kept.response)
 
 
 def item_page(items: List[Json], target: str) -> Json:

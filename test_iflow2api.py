@@ -7338,15 +7338,18 @@ def test_responses_outlive_a_restart(tmp_path):
     store.keep({"id": "a", "output": [{"id": "m", "x": 1}]}, [{"role": "user"}])
     store.keep({"id": "b", "output": []}, [])
     store.drop("b")
+    store.keep({"id": "c", "output": [{"id": "n"}]}, [], "alice")
     with open(path, "ab") as file:
         file.write(b'{"id": "torn", "resp')
     again = ifl.ResponseStore(path, lambda: now[0])
     assert again.recall("a") == [{"role": "user"}, {"id": "m", "x": 1}] and again.item("m")["x"] == 1
-    assert again.response("b") is None and again.response("torn") is None
+    assert again.item("n", "alice") and again.recall("c", "alice") and again.item("n") is again.recall("c") is None
+    assert again.item("m", "alice") is again.recall("a", "alice") is None
+    assert again.find("b") is None and again.find("torn") is None
     if os.name == "posix":
         assert os.stat(path).st_mode & 0o777 == 0o600
     now[0] += store.KEPT_S + 1
-    assert again.response("a") is None and ifl.ResponseStore(path, lambda: now[0]).response("a") is None
+    assert again.find("a") is None and ifl.ResponseStore(path, lambda: now[0]).find("a") is None
 
 
 def test_response_store_is_bounded(tmp_path, monkeypatch):
@@ -7356,9 +7359,37 @@ def test_response_store_is_bounded(tmp_path, monkeypatch):
     store = ifl.ResponseStore(str(path))
     for number in range(100):
         store.keep({"id": str(number), "output": []}, [{"text": "x" * 50}])
-    assert store.response("94") is None and store.response("95") and path.stat().st_size <= 4000 + 200
+    assert store.find("94") is None and store.find("95") and path.stat().st_size <= 4000 + 200
     store.keep({"id": "big", "output": []}, [{"text": "x" * 3000}])
-    assert store.response("99") is None and store._size <= 4000
+    assert store.find("99") is None and store._size <= 4000
+
+
+def test_kept_responses_belong_to_the_key_that_made_them(dialects):
+    fake, server = dialects
+    gateway = server.gateway
+    (alice, bob), entries = zip(*(ifl.make_client_key(name, {}) for name in ("alice", "custom_api_key")))
+    gateway.apply(ifl.replace(gateway.settings, custom_api_key="sk-common", client_keys=list(entries)))
+
+    def ask(key, path="/v1/responses", body=None, method="POST"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        connection.request(method, path, json.dumps({"model": "x", **body}) if body else None, {"authorization": f"Bearer {key}"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    _, made = ask(alice, body={"input": "secret"})
+    place = f"/v1/responses/{made['id']}"
+    following = {"input": "q", "previous_response_id": made["id"]}
+    item = {"input": [{"type": "item_reference", "id": made["output"][0]["id"]}, {"role": "user", "content": "q"}]}
+    for other in (bob, "sk-common"):
+        assert ask(other, body=following)[1]["error"]["code"] == "previous_response_not_found"
+        assert ask(other, body=item)[0] == 400
+        assert [ask(other, place + end, method=method)[0] for method, end in (
+            ("GET", ""), ("GET", "/input_items"), ("DELETE", ""))] == [404] * 3
+    assert ask(alice, body=following)[0] == ask(alice, body=item)[0] == ask(alice, place, method="GET")[0] == 200
+    assert ask(alice, place, method="DELETE")[0] == 200 and ask(alice, place, method="GET")[0] == 404
+    _, made = ask("sk-common", body={"input": "q"})
+    gateway.apply(ifl.replace(gateway.settings, custom_api_key="", client_keys=[]))
+    assert ask("any", f"/v1/responses/{made['id']}", method="GET")[0] == 200
 
 
 def test_the_three_dialects_reach_the_upstream_alike(dialects):
