@@ -1431,6 +1431,7 @@ class Provider:
     vision_model: str = ""
     preserve_reasoning_content: Optional[bool] = None
     problem: str = ""
+    slips: Tuple[str, ...] = ()           #: what of `profile` makes no sense; there the default is in force
 
     @property
     def places(self) -> int:
@@ -1528,8 +1529,48 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
     headers = tuple((_token(key), _header_safe(_resolve_secret(value, environ), "header value"))
                     for key, value in given.get("headers", {}).items())
     facts = dict(map(_parse_model, given.get("models", ())))
+    profile, slips = _parse_profile(given.get("profile", {}))
     return Provider(**{**given, "name": name, "base_url": clean_base_url(given.get("base_url", "")), "api_keys": keys,
-                       "headers": headers, "models": tuple(facts), "facts": facts})
+                       "headers": headers, "models": tuple(facts), "facts": facts, "profile": profile,
+                       "slips": tuple(slips)})
+
+
+#: What a profile (DEFAULT_PROFILE, section 6) may say: the values there are, or their types; anything else would be an
+#: error at each request.
+_PROFILE_VALUES: Dict[str, Tuple[Any, ...]] = {
+    "thinking_style": ("thinking_type", "enable_thinking", "chat_template_kwargs", "reasoning_effort", "none"),
+    "reasoning_field": ("reasoning_content", "reasoning", "reasoning_details", None), "mid_system": ("system", "user"),
+    "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None), "efforts": (list,),
+    "structured_output": ("json_schema", "json_object", "prompt"), "server_tools": ("drop", "error", dict),
+    "prefill": ("partial", "prefix", "continue_final_message", None), "max_output": (int,), "context": (int,),
+    **dict.fromkeys(("require_reasoning_on_tool_calls", "vision", "files", "top_k", "forced_tool_choice_with_thinking",
+                     "parallel_tool_calls", "stream_usage", "think_tags", "strict_tools"), (True, False))}
+
+
+def _parse_profile(profile: Json) -> Tuple[Json, List[str]]:
+    """The profile without values that make no sense, and a sentence for each of those; unknown names stay."""
+    good: Json = {}
+    slips = []
+    for name, value in profile.items():
+        allowed = _PROFILE_VALUES.get(name)
+        if allowed is None:
+            slips.append(f"profile.{one_line(name, 60)} is unknown" + nearest(name, _PROFILE_VALUES))
+        elif not _is_one_of(value, allowed) or name == "efforts" and not all(isinstance(word, str) for word in value):
+            words = [_TYPE_WORDS[word] if isinstance(word, type) else json.dumps(word) for word in allowed]
+            slips.append(f"profile.{name}: {one_line(json.dumps(value), 40)} makes no sense, the default is used; "
+                         f"expected: {', '.join(words)}")
+            continue
+        good[name] = value
+    return good, slips
+
+
+_TYPE_WORDS = {str: "a string", list: "a list of strings", dict: "an object", int: "a number"}
+
+
+def _is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
+    """Whether it is one of these values, or of these types; 1 is not true."""
+    return any(type(value) is word if isinstance(word, type) else value is word or isinstance(word, str) and value == word
+               for word in allowed)
 
 
 #: What may be said of a model in a provider's `models`.
@@ -1845,6 +1886,7 @@ class Router:
         for provider in self.providers.values():
             if provider.problem:
                 self.problems.append(f"provider {provider.name} is disabled: {provider.problem}")
+            self.problems += [f"provider {provider.name}: {slip}" for slip in provider.slips]
         self.default = self._default(settings.default_provider)
         self.aliases = self._parse_aliases(settings.aliases)
         self.default_model = settings.default_model or model_name or self._first_model()
@@ -12596,7 +12638,8 @@ def check_provider(entry: Json) -> Provider:
              "headers": {name: value for name, value in entry.get("headers", {}).items() if literal(value)}}
     try:
         provider = parse_provider(tried, {})
-        problem = provider.problem or "".join(proxy_problems(Settings(), [provider])[:1])
+        problem = provider.problem or "".join([*proxy_problems(Settings(), [provider]), *(
+            slip for slip in provider.slips if " makes no sense" in slip)][:1])
     except ValueError as exc:
         raise BadRequest(str(exc), param="name") from None
     if problem:
@@ -12724,7 +12767,7 @@ def order_providers(handler: Handler) -> None:
 
 
 #: Whose usage the page's own requests are.
-ADMIN_KEY = ClientKey("admin", b"")
+ADMIN_KEY = ClientKey("admin", b"", shared=True)
 
 
 def try_provider(handler: Handler) -> None:

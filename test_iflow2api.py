@@ -8364,6 +8364,30 @@ def test_presets_are_those_that_were_promised():
 
 
 @pytest.mark.usefixtures("own_home")
+@pytest.mark.parametrize("profile, told", [
+    ({"efforts": None}, "profile.efforts: null makes no sense"), ({"efforts": [1]}, "profile.efforts: [1] makes"),
+    ({"thinking_style": "zzz"}, 'profile.thinking_style: "zzz" makes no sense, the default is used; expected: "thinking_type", '),
+    ({"vision": "no"}, 'profile.vision: "no" makes no sense, the default is used; expected: true, false'),
+    ({"vision": 1}, "profile.vision: 1 makes"), ({"max_output": True}, "profile.max_output: true makes"),
+    ({"visoin": True}, "profile.visoin is unknown; did you mean vision?"),
+    ({"prefill": None, "reasoning_field": None, "server_tools": {"web_search": {}}}, "")])
+def test_what_makes_no_sense_in_a_profile_is_named(profile, told):
+    entry = {"name": "p", "base_url": "http://h/v1", "profile": {**profile, "top_k": True}}
+    router = ifl.Router(ifl.Settings(providers=[entry]), {})
+    assert [told in problem and problem.startswith("provider p: ") for problem in router.problems] == ([True] if told else [])
+    provider = router.providers["p"]
+    assert not provider.problem and provider.profile["top_k"] is True
+    turn = ifl.ResponsesTurn({"input": "q", "reasoning": {"effort": "low"}}, ifl.profile_of(ifl.Target(provider, "m")), "m", now=7,
+                             recall=None, item=None, seal=SEAL)
+    assert turn.chat["reasoning_effort"] == "low" and turn.chat["thinking"] == {"type": "enabled"}
+
+
+def test_profile_values_cover_the_defaults():
+    assert set(ifl.DEFAULT_PROFILE) <= set(ifl._PROFILE_VALUES)
+    assert ifl._parse_profile(ifl.DEFAULT_PROFILE) == (ifl.DEFAULT_PROFILE, [])
+    assert all(not ifl._parse_profile(preset.profile)[1] for preset in ifl.PRESETS.values())
+
+
 def test_facts_of_models_reach_the_profile():
     entry = {"name": "p", "base_url": "http://h/v1", "profile": {"vision": True, "top_k": True},
              "models": ["plain", {"id": "known", "context": 1000, "max_output": 100, "vision": False}]}
@@ -12507,6 +12531,7 @@ BAD_PROVIDERS = [
     ({"headers": {"X": 5}}, "headers"), ({"headers": {"a b": "x"}}, "headers"), ({"headers": {"X": "a\r\nb"}}, "headers"),
     ({"models": [5]}, "models"), ({"models": [{"context": 5}]}, "models"), ({"concurrency": -1}, "concurrency"),
     ({"concurrency": "2"}, "concurrency"), ({"proxy": "ftp://x"}, "proxy"), ({"preset": "nope"}, "preset"), ({"profile": []}, "profile"),
+    ({"profile": {"vision": "no"}}, "profile"),
     ({"no_such": 1}, "no_such")]
 
 
