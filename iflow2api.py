@@ -2552,6 +2552,23 @@ def find_overflow(status: int, message: Any, code: Any = None) -> Optional[Overf
     return (0, 0, 0) if str(code) in OVERFLOW_CODES else None
 
 
+#: "There is no such model" in the words of those who say it: OpenAI, vLLM, DeepSeek ("Model Not Exist"), Ollama, xAI;
+#: Moonshot; MiniMax, Mistral; OpenRouter; Gemini; Zhipu.
+_MISSING_MODEL = re.compile(
+    r"(?i)\bmodels?\b[^.;{}]{0,160}?\b(?:do(?:es)? not exist|not exist|(?:is |was )?not found|is not supported for)\b|"
+    r"not found the model|(?:unknown|invalid|no such) model\b|is not a valid model|模型不存在")
+
+#: Codes and types that say it: OpenAI, iFlow; Zhipu; Mistral; SiliconFlow; iFlow.
+_MISSING_MODEL_CODES = ("model_not_found", "1211", "invalid_model", "20012", "435")
+
+
+def is_missing_model(status: int, message: str, code: Any = None) -> bool:
+    """Whether an upstream's error means that it does not know the model; `code` may be a number."""
+    if status in (401, 403, 429):
+        return False
+    return str(code) in _MISSING_MODEL_CODES or status in (400, 404, 422) and bool(_MISSING_MODEL.search(message[:2000]))
+
+
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
     """Seconds from `retry-after-ms` or `retry-after` (a number or an HTTP date, RFC 9110, 10.2.3), None without."""
     value = headers.get("retry-after-ms", "")
@@ -5941,9 +5958,10 @@ class ChatDialect:
         return b": keep-alive\n\n"
 
     def error(self, exc: GatewayError, request_id: str) -> Json:
-        """The body of an error; an upstream's own error object is passed on with all its keys."""
+        """The body of an error; an upstream's own error object is passed on with all its keys, and the code we know."""
         if exc.body:
-            return exc.body
+            known = {"code": exc.code} if exc.code else {}
+            return {**exc.body, "error": {**exc.body["error"], **known}}
         return {"error": {"message": exc.message, "type": exc.type, "param": exc.param, "code": exc.code}}
 
     def status(self, exc: GatewayError) -> int:
@@ -9649,9 +9667,11 @@ class Gateway:
             if exc.overflow is not None:
                 prompt, limit, output = exc.overflow
                 exc.overflow = (prompt or turn.estimate, limit or profile_of(target).get("context", 0), output)
-                exc.code = exc.code or "context_length_exceeded"
-            elif exc.status == 404 and exc.code == "model_not_found" and target.model not in exc.message:
-                exc.message = f"the model {target.model} does not exist there: {exc.message}"
+                exc.code = "context_length_exceeded"
+            elif is_missing_model(exc.status, exc.message, exc.code or exc.body and exc.body["error"].get("code")):
+                exc.status, exc.code = 404, "model_not_found"
+                if target.model not in exc.message:
+                    exc.message = f"the model {target.model} does not exist there: {exc.message}"
         _forget_secrets(exc, target.provider)
         if exc.status == 429 and exc.retry_after_s is None:      # Codex gives up at once on a bare 429
             exc.retry_after_s = DEFAULT_RETRY_AFTER_S

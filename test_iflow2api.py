@@ -7257,7 +7257,38 @@ def test_overflow_reaches_each_client_in_its_words(dialects, error):
     assert status == 400 and re.search(r"prompt is too long: (9000|8500) tokens > 8192 maximum", text)
     for path in ("/v1/chat/completions", "/v1/responses"):
         status, _, data = iflow_post(server, ask, path)
-        assert status == 400 and json.loads(data)["error"]["message"] == error["error"]["message"]
+        assert status == 400 and json.loads(data)["error"] == {**error["error"], "code": "context_length_exceeded"}
+
+
+MISSING_MODELS = [
+    (404, {"object": "error", "message": "The model `m` does not exist.", "type": "NotFoundError", "param": None, "code": 404}),
+    (404, {"error": {"message": "model 'm' not found, try pulling it first"}}),
+    (400, {"error": {"message": "Model Not Exist", "type": "invalid_request_error", "code": "invalid_request_error"}}),
+    (400, {"error": {"code": "1211", "message": "模型不存在，请检查模型代码。"}}), (200, {"error": {"code": 1211, "message": "?"}}),
+    (404, {"error": {"message": "Not found the model m or Permission denied", "type": "resource_not_found_error"}}),
+    (400, {"error": {"message": "m is not a valid model ID", "code": 400}}), (200, {"status": "435", "msg": "no model"}),
+    (400, {"error": {"message": "The model `m` does not exist", "code": "other", "x": 1}})]
+
+
+@pytest.mark.parametrize("status, error", MISSING_MODELS)
+def test_a_model_the_upstream_does_not_know_is_a_404(dialects, status, error):
+    fake, server = dialects
+    fake.script = [(status, error)] * 3
+    ask = {"model": "x", "max_tokens": 9, "input": "q", "messages": [{"role": "user", "content": "q"}]}
+    for path in ("/v1/chat/completions", "/v1/responses"):
+        told = iflow_post(server, ask, path)
+        said = json.loads(told[2])["error"]
+        assert (told[0], said["code"]) == (404, "model_not_found") and said.get("x") == error.get("error", {}).get("x")
+    told = iflow_post(server, ask, "/v1/messages")
+    assert told[0] == 404 and json.loads(told[2])["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize("status, message, code", [
+    (429, "model m does not exist", "model_not_found"), (401, "model not found", None), (500, "model not found", None),
+    (400, "The model does not support images. The file was not found", None), (404, "404 page not found", None),
+    (400, "tool model_x not found", None)])
+def test_other_errors_are_no_missing_model(status, message, code):
+    assert not ifl.is_missing_model(status, message, code)
 
 
 def test_count_tokens_and_telemetry_need_no_upstream(dialects):
