@@ -401,6 +401,10 @@ class UpstreamRefused(UpstreamError):
     """An answer of the upstream that is an error: its status, message and body are passed on."""
 
 
+class UpstreamBroke(UpstreamRefused):
+    """It broke the answer off and said so, in the finish reason."""
+
+
 class UpstreamTimeout(UpstreamError):
     """It accepted the request and then said nothing for too long."""
     status, type = 504, "timeout_error"
@@ -2380,9 +2384,14 @@ def has_content(chunk: Json) -> bool:
 
 
 def is_answer(chunk: Json) -> bool:
-    """Whether a chunk or completion is, or belongs to, an answer: content, or the sign that none was meant."""
-    return has_content(chunk) or first_choice(chunk).get("finish_reason") in MEANT_EMPTY or (
+    """Whether a chunk or completion is, or belongs to, an answer: content, or the sign that none was meant or comes."""
+    return has_content(chunk) or first_choice(chunk).get("finish_reason") in (*MEANT_EMPTY, *FATAL_FINISH) or (
         parse_usage(usage_of(chunk)).completion > 0)
+
+
+def broken_off(reason: str) -> UpstreamBroke:
+    """The error that a fatal finish reason is."""
+    return UpstreamBroke(f"the model's server broke the answer off: {reason}", status=FATAL_FINISH[reason])
 
 
 def check_completion(completion: Any, status: int = 200) -> Json:
@@ -2709,6 +2718,7 @@ class ReasoningMerge:
     False: reasoning deltas become content deltas, a blank line before the answer's first.  True: fields as they came;
     where no content ever came, the reasoning once more as content at the end.
     """
+    fatal: Tuple[str, ...] = ()          #: finish reasons that are an error before anything was said: Chat passes all on
 
     def __init__(self, preserve: bool) -> None:
         self._preserve = preserve
@@ -3034,6 +3044,9 @@ class TranslatedStream:
     def _open(self, chunk: Json, out: List[bytes]) -> None:
         """Hold chunks back until there is an answer in one; then nothing is lost."""
         self._held.append(chunk)
+        reason = first_choice(chunk).get("finish_reason")
+        if reason in getattr(self._translator, "fatal", FATAL_FINISH):
+            raise broken_off(reason)
         if is_answer(chunk):
             self.began = True
             for held in self._held:
@@ -5503,7 +5516,7 @@ class ResponsesStream:
         if isinstance(reason, str) and reason:
             self.finish_reason = reason
             if reason in FATAL_FINISH:
-                raise UpstreamRefused(f"the model's server broke the answer off: {reason}", status=FATAL_FINISH[reason])
+                raise broken_off(reason)
         if not self._id:
             yield from self._start(chunk)
         delta = choice.get("delta")
@@ -10471,7 +10484,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error_of(self, exc: GatewayError) -> None:
         """The one place where an error becomes bytes: as an answer, or within a stream that has begun."""
-        if self.sink is not None and self.sink.open:
+        if self.sink is not None and (self.sink.open or self.sink.tells_within(exc)):
             return self.sink.fail(exc)
         status = self.endpoint.dialect.status(exc)
         headers: List[Tuple[str, str]] = []
@@ -10610,6 +10623,10 @@ class Sink(AnswerSink):
     def tick(self) -> None:
         if self._call.stream and time.monotonic() - self.wrote_at >= self.tick_s * 0.99:
             self._write(self._head() + self._frame(self._call.dialect.keepalive(self._call, self.began)))
+
+    def tells_within(self, exc: GatewayError) -> bool:
+        """Whether even an error before anything was sent is part of the stream: `response.failed`, where the model failed."""
+        return self._call.stream and self._call.dialect.name == "responses" and isinstance(exc, UpstreamBroke)
 
     def fail(self, exc: GatewayError) -> None:
         """An error in the dialect's own words within the stream; then the connection ends."""

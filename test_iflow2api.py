@@ -7227,6 +7227,36 @@ def test_error_after_a_keepalive_is_in_band(dialects, path, ping):
             records(rest)[-1][0] == "response.failed"
 
 
+@pytest.mark.parametrize("path, status, told", [
+    ("/v1/messages", 529, "overloaded_error"), ("/v1/responses", 503, "server_error"), ("/v1/chat/completions", 200, None)])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_breaks_off_before_its_first_word_is_not_taken_for_an_empty_one(dialects, path, status, told, stream):
+    fake, server = dialects
+    reason = "insufficient_system_resource"
+    plain = {**iflow_plain(None), "usage": {}}
+    plain["choices"][0]["finish_reason"] = reason
+    fake.script = [[iflow_chunk(role="assistant", content=""), iflow_chunk(reason), "[DONE]"] if stream else plain]
+    ask = {"model": "x", "max_tokens": 9, "input": "q", "messages": [{"role": "user", "content": "q"}], "stream": stream}
+    answer = iflow_post(server, ask, path)
+    assert reason in answer[2].decode()
+    if stream and path == "/v1/responses":
+        events = records(answer[2])
+        assert answer[0] == 200 and [name for name, _ in events] == ["response.created", "response.in_progress", "response.failed"]
+        assert events[-1][1]["response"]["error"]["code"] == "server_is_overloaded"
+        return
+    assert answer[0] == status
+    if status != 200:
+        assert json.loads(answer[2])["error"]["type"] == told
+
+
+def test_a_broken_answer_leaves_room_for_another_upstream(dialects):
+    fake, server = dialects
+    server.gateway.apply(ifl.replace(server.gateway.settings, aliases={"x": ["m", "n"]}))
+    fake.script = [[iflow_chunk(role="assistant"), iflow_chunk("network_error"), "[DONE]"], copy.deepcopy(TEXT)]
+    events = records(iflow_post(server, {"model": "x", "input": "q", "stream": True}, "/v1/responses")[2])
+    assert events[-1][0] == "response.completed" and [seen[1]["model"] for seen in fake.seen] == ["m", "n"]
+
+
 def test_codex_is_kept_awake_by_data(dialects):
     fake, server = dialects
     fake.gate.clear()
