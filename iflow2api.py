@@ -2148,6 +2148,7 @@ def set_thinking(chat: Json, profile: Json, on: Optional[bool], budget: Optional
 #: What a model is told where a conversation lacks something: the same words in each dialect keep prefixes alike.
 NO_RESULT = "[no output recorded for this call]"
 NO_IMAGE = "[an image was here; this model takes text only]"
+NO_PDF = "[a PDF ({}) was here; this model can't see it: use a tool to extract its text]"
 
 
 def short_name(name: str, limit: int = 64) -> str:
@@ -4681,13 +4682,33 @@ def _image_part(part: Json, profile: Json) -> Json:
 
 
 def _file_part(part: Json, profile: Json) -> Json:
-    if not profile["files"]:
-        raise BadRequest("this model takes no files: send their text", param="input", code="unsupported_value")
-    if not isinstance(part.get("file_data"), str):
-        raise BadRequest("an `input_file` needs `file_data`: files are neither kept nor fetched here", param="input",
+    """A file, its text or a note in its place: a 400 would come again with each later request of the conversation."""
+    name, data, url = (part.get(key) if isinstance(part.get(key), str) else "" for key in (
+        "filename", "file_data", "file_url"))
+    if not data and not url:
+        raise BadRequest("an `input_file` needs `file_data`: files are not kept here", param="input",
                          code="unsupported_value")
-    return {"type": "file", "file": {"filename": part.get("filename") or "document.pdf",
-                                     "file_data": part["file_data"]}}
+    if not data:
+        return {"type": "text", "text": f"[a file was here ({one_line(name or url)}); none is fetched by this server: "
+                                        "use a tool to read it]"}
+    if profile["files"]:
+        return {"type": "file", "file": {"filename": name or "document.pdf", "file_data": data}}
+    text = _text_of_file(data)
+    if text is None:
+        note = NO_PDF if name.endswith(".pdf") or not name else NO_PDF.replace("PDF", "file")
+        return {"type": "text", "text": note.format(name or "document.pdf")}
+    return {"type": "text", "text": f"File {name}:\n{text}" if name else text}
+
+
+def _text_of_file(data: str) -> Optional[str]:
+    """What a data URL or bare base64 says, None where it is no text: UTF-8, or what is called text."""
+    head, _, body = data.partition(",") if data.startswith("data:") else ("data:;base64", "", data)
+    try:
+        raw = base64.b64decode(body) if head.endswith(";base64") else urllib.parse.unquote_to_bytes(body)
+        text = raw.decode("utf-8-sig", "replace" if head.startswith("data:text/") else "strict")
+    except ValueError:
+        return None
+    return None if "\0" in text or text.startswith("%PDF-") else text
 
 
 def _audio_part(part: Json, profile: Json) -> Json:
@@ -4803,7 +4824,9 @@ def _pair_outputs(items: Sequence[Json]) -> Tuple[Dict[int, Json], Set[int]]:
     waiting = [(place, item) for place, item in enumerate(items) if _is_call(item)]
     by_id: Dict[str, List[int]] = {}
     for place, item in waiting:
-        by_id.setdefault(_call_id(item), []).append(place)
+        own = item.get("id") if item["type"] == "local_shell_call" else None     # its output may name either
+        for ident in {_call_id(item), own if isinstance(own, str) else _call_id(item)}:
+            by_id.setdefault(ident, []).append(place)
     paired: Dict[int, Json] = {}
     strays: Set[int] = set()
     for place, item in enumerate(items):

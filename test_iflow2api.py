@@ -5976,6 +5976,12 @@ MESSAGES_RESPONSES = [
                     "action": {"type": "exec", "command": ["ls"], "env": {}, "timeout_ms": None}},
         {"type": "local_shell_call_output", "id": "c1", "output": "x"}],
      [U, step(asked("local_shell", '{"command":["ls"],"env":{}}')), tool_responses("x")]),
+    ("local shell: the output names the call's item, or both", [
+        user_responses("q"), *({"type": "local_shell_call", "id": f"lsh_{n}", "call_id": f"c{n}",
+                                "action": {"type": "exec", "command": ["ls"]}} for n in (1, 2)),
+        {"type": "local_shell_call_output", "id": "lsh_2", "output": "y"},
+        {"type": "local_shell_call_output", "id": "lsh_1", "call_id": "c1", "output": "x"}],
+     [U, step(*(asked("local_shell", '{"command":["ls"]}', f"c{n}") for n in (1, 2))), tool_responses("x"), tool_responses("y", "c2")]),
     ("shell", [user_responses("q"), {"type": "shell_call", "call_id": "c1", "action": {"commands": ["ls", "x"], "timeout_ms": 5}},
                result_responses("c1", [{"stdout": "a\n", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}},
                              {"stdout": "", "stderr": "b", "outcome": {"type": "timeout"}}], "shell_call_output")],
@@ -6196,7 +6202,7 @@ BAD_RESPONSES = [
     ({"input": "q", "tools": [FUNCTION], "tool_choice": {"type": "function", "name": "z"}}, "tool_choice", "invalid_value"),
     ({"input": "q", "tools": [FUNCTION], "tool_choice": "any"}, "tool_choice", "invalid_value"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, "input", "unsupported_value"),
-    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "u"}]}]}, "input", "unsupported_value"),
+    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "u"}]}]}, "input", "unsupported_value"),
     ({"input": [{"type": "compaction", "encrypted_content": "gAAAA"}]}, "input", "invalid_encrypted_content"),
 ]
 
@@ -6209,10 +6215,33 @@ def test_responses_bad_input(body, param, code):
 
 
 def test_refused_by_profile():
-    for profile, body in (({"server_tools": "error"}, {"tools": [{"type": "web_search"}]}),
-                          ({"files": False}, {"input": [{"role": "user", "content": [{"type": "input_file", "file_data": "x"}]}]})):
-        with pytest.raises(ifl.BadRequest):
-            make_turn({"input": "q", **body}, profile)
+    with pytest.raises(ifl.BadRequest):
+        make_turn({"input": "q", "tools": [{"type": "web_search"}]}, {"server_tools": "error"})
+
+
+def b64(data):
+    return base64.b64encode(data).decode()
+
+
+FILES_RESPONSES = [
+    ({"filename": "a.txt", "file_data": "data:text/plain;base64," + b64("h\u00e9".encode())}, "File a.txt:\nh\u00e9"),
+    ({"filename": "a.py", "file_data": b64(b"x = 1")}, "File a.py:\nx = 1"), ({"file_data": "data:,a%20b"}, "a b"),
+    ({"filename": "l", "file_data": "data:text/plain;base64," + b64(b"\xe9")}, "File l:\n\ufffd"),
+    ({"filename": "a.pdf", "file_data": "data:application/pdf;base64," + b64(b"%PDF-1.7 x")}, ifl.NO_PDF.format("a.pdf")),
+    ({"filename": "a.zip", "file_data": b64(b"PK\0\xff")}, "[a file (a.zip) was here; this model can't see it: use a tool to extract its text]"),
+    ({"file_data": "not base64 \u00e9"}, ifl.NO_PDF.format("document.pdf")),
+    ({"file_url": "https://h/a.pdf"}, "[a file was here (https://h/a.pdf); none is fetched by this server: use a tool to read it]")]
+
+
+@pytest.mark.parametrize("facts, text", FILES_RESPONSES)
+def test_a_file_that_a_model_cannot_take_becomes_its_text_or_a_note(facts, text):
+    part = {"type": "input_file", **facts}
+    asked = {"input": [{"role": "user", "content": [part, {"type": "input_text", "text": "q"}]}]}
+    assert make_turn(asked, {"files": False}).chat["messages"] == [{"role": "user", "content": text + "\n\nq"}]
+    parts = make_turn(asked).chat["messages"][0]["content"]
+    assert parts == text + "\n\nq" if "file_url" in facts else parts[0]["file"]["file_data"] == facts["file_data"]
+    result = make_turn({"input": [user_responses("q"), call_responses("c1"), result_responses("c1", [part])]}, {"files": False})
+    assert result.chat["messages"][-1] == tool_responses(text)
 
 
 def test_earlier_response_and_item_references():
