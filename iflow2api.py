@@ -4565,11 +4565,7 @@ class _ResponseTools:
         if not isinstance(choice, dict):
             raise BadRequest(f"`tool_choice` {choice!r} is unknown", param="tool_choice", code="invalid_value")
         if choice.get("type") == "allowed_tools":
-            allowed = _objects(choice.get("tools"), "tool_choice")
-            names = {self._named(tool) for tool in allowed}
-            families = {_family(str(tool.get("type"))) for tool in allowed}
-            self._chat = {name: tool for name, tool in self._chat.items() if name in names}
-            self._native = {family: tool for family, tool in self._native.items() if family in families}
+            self._allow(_objects(choice.get("tools"), "tool_choice"))
             return choice.get("mode") or "auto"
         name = self._named(choice)
         if name in self._chat:
@@ -4578,6 +4574,18 @@ class _ResponseTools:
             raise BadRequest(f"`tool_choice` names a tool that is not in `tools`: {choice.get('name')!r}",
                              param="tool_choice", code="invalid_value")
         return "auto"                        # a tool of OpenAI's own
+
+    def _allow(self, allowed: List[Json]) -> None:
+        """Leave these alone; all, where none of them is known here (a connector's, say)."""
+        names = {self._named(tool) for tool in allowed}
+        spaces = {label for tool in allowed if tool.get("type") in ("namespace", "mcp")
+                  for label in (str(tool.get("name")), f"mcp__{tool.get('server_label')}")}
+        names |= {name for tool, name in self._names.items() if tool.namespace and tool.namespace in spaces}
+        families = {_family(str(tool.get("type"))) for tool in allowed}
+        chat = {name: tool for name, tool in self._chat.items() if name in names}
+        native = {family: tool for family, tool in self._native.items() if family in families}
+        if chat or native:
+            self._chat, self._native = chat, native
 
     def _named(self, tool: Json) -> Optional[str]:
         kind = str(tool.get("type"))
@@ -4673,6 +4681,8 @@ def _typed(item: Json, find: Callable[[str], Optional[Json]]) -> Json:
 def _image_part(part: Json, profile: Json) -> Json:
     if not profile["vision"]:
         return {"type": "text", "text": NO_IMAGE}
+    if isinstance(part.get("image_url"), dict):          # as in Chat
+        part = {**part["image_url"], "image_url": part["image_url"].get("url")}
     if not isinstance(part.get("image_url"), str):
         raise BadRequest("an `input_image` needs an `image_url`: files are not kept here", param="input",
                          code="unsupported_value")
@@ -4718,7 +4728,7 @@ def _audio_part(part: Json, profile: Json) -> Json:
 #: Which field of a part is its text; `encrypted_content` is Codex's for agent_message, plain text through us.
 _TEXT_FIELDS = {"input_text": "text", "output_text": "text", "text": "text", "summary_text": "text",
                 "reasoning_text": "text", "refusal": "refusal", "encrypted_content": "encrypted_content"}
-_OTHER_PARTS = {"input_image": _image_part, "input_file": _file_part, "input_audio": _audio_part}
+_OTHER_PARTS = {"input_image": _image_part, "image_url": _image_part, "input_file": _file_part, "input_audio": _audio_part}
 
 
 def _texts_of(content: Any) -> List[str]:
@@ -4739,6 +4749,23 @@ def _chat_parts(content: Any, profile: Json) -> List[Json]:
         else:
             parts += [{"type": "text", "text": text} for text in _texts_of([part] if isinstance(part, dict) else part)]
     return parts
+
+
+def _knows(parts: List[Any]) -> bool:
+    """Whether any of these parts is of a kind that can be told."""
+    return any(isinstance(part, str) or isinstance(part, dict) and (
+        str(part.get("type")) in {**_TEXT_FIELDS, **_OTHER_PARTS}) for part in parts)
+
+
+def _check_content(content: Any) -> None:
+    """BadRequest for a message of which nothing would be left; an unknown part beside others is passed over."""
+    if isinstance(content, list) and content and not _knows(content):
+        kind = content[0].get("type") if isinstance(content[0], dict) else content[0]
+        raise BadRequest(f"a message can't have content of type {one_line(json.dumps(kind), 60)}", param="input",
+                         code="invalid_value")
+    if content is not None and not isinstance(content, (str, list)):
+        raise BadRequest("the `content` of a message must be a string or a list of parts", param="input",
+                         code="invalid_type")
 
 
 def _chat_content(parts: List[Json]) -> Any:
@@ -4798,7 +4825,7 @@ def _output_content(item: Json) -> Any:
     output = item.get("output")
     if isinstance(output, str) or output is None:
         return output or ""
-    if isinstance(output, list) and all(isinstance(part, dict) and part.get("type") for part in output):
+    if isinstance(output, list) and all(isinstance(part, dict) for part in output) and (_knows(output) or not output):
         return output
     return dump_json(output).decode()
 
@@ -4890,6 +4917,7 @@ class _ItemHistory:
 
     def _add_message(self, item: Json) -> None:
         role = item.get("role")
+        _check_content(item.get("content"))
         if role == "assistant":
             step = self._current()
             step.spoke = True
@@ -5011,9 +5039,12 @@ class _ItemHistory:
 
 def _answer_format(form: Any, profile: Json) -> Tuple[Optional[Json], Optional[str]]:
     """response_format for Chat, and what to add to the system message where the provider can't do it."""
-    kind = form.get("type") if isinstance(form, dict) else None
-    if kind not in ("json_object", "json_schema"):
+    kind = form.get("type") if isinstance(form, dict) else form
+    if kind in (None, "text"):
         return None, None
+    if kind not in ("json_object", "json_schema"):
+        raise BadRequest(f"`text.format` can't be {one_line(json.dumps(kind), 60)}: text, json_object or json_schema "
+                         "expected", param="text.format", code="invalid_value")
     known = profile["structured_output"]
     as_object = {"type": "json_object"} if known != "prompt" else None
     if kind == "json_object":

@@ -6204,6 +6204,12 @@ BAD_RESPONSES = [
     ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, "input", "unsupported_value"),
     ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "u"}]}]}, "input", "unsupported_value"),
     ({"input": [{"type": "compaction", "encrypted_content": "gAAAA"}]}, "input", "invalid_encrypted_content"),
+    ({"input": [{"role": "user", "content": [{"type": "input_video"}]}]}, "input", "invalid_value"),
+    ({"input": [{"role": "user", "content": [{"type": []}]}]}, "input", "invalid_value"),
+    ({"input": [{"role": "user", "content": 5}]}, "input", "invalid_type"),
+    ({"input": [{"role": "system", "content": {"text": "x"}}]}, "input", "invalid_type"),
+    ({"input": "q", "text": {"format": {"type": "grammar"}}}, "text.format", "invalid_value"),
+    ({"input": "q", "text": {"format": "json"}}, "text.format", "invalid_value"),
 ]
 
 
@@ -6212,6 +6218,30 @@ def test_responses_bad_input(body, param, code):
     with pytest.raises(ifl.BadRequest) as caught:
         make_turn(body)
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
+
+
+def test_parts_of_other_kinds():
+    chat_image = {"type": "image_url", "image_url": {"url": "https://e.example/i.png", "detail": "low"}}
+    content = [chat_image, {"type": "input_video"}, {"type": "text", "text": "q"}]
+    made = make_turn({"input": [{"role": "user", "content": content}]}).chat["messages"][0]["content"]
+    assert made == [chat_image, {"type": "text", "text": "q"}]
+    body = {"input": [user_responses("q"), call_responses("c1"), result_responses("c1", [{"type": "video", "x": 1}])]}
+    assert make_turn(body).chat["messages"][-1] == tool_responses('[{"type":"video","x":1}]')
+    assert make_turn({"input": [{"role": "user", "content": None}, user_responses("q")]}).chat["messages"][-1] == U
+
+
+SPACES = [FUNCTION, {"type": "namespace", "name": "mcp__docs", "tools": [{"type": "function", "name": name} for name in ("a", "b")]}]
+
+
+@pytest.mark.parametrize("allowed, left", [
+    ({"type": "namespace", "name": "mcp__docs"}, ["mcp__docs__a", "mcp__docs__b"]),
+    ({"type": "mcp", "server_label": "docs"}, ["mcp__docs__a", "mcp__docs__b"]),
+    ({"type": "mcp", "server_label": "elsewhere"}, ["f", "mcp__docs__a", "mcp__docs__b"]),
+    ({"type": "function", "name": "a", "namespace": "mcp__docs"}, ["mcp__docs__a"])])
+def test_allowed_tools_of_a_namespace(allowed, left):
+    chat = make_turn({"input": "q", "tools": SPACES, "tool_choice": {
+        "type": "allowed_tools", "mode": "required", "tools": [allowed]}}).chat
+    assert [tool["function"]["name"] for tool in chat["tools"]] == left and chat["tool_choice"] == "required"
 
 
 def test_refused_by_profile():
