@@ -1544,7 +1544,7 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
 _PROFILE_VALUES: Dict[str, Tuple[Any, ...]] = {
     "thinking_style": ("thinking_type", "enable_thinking", "chat_template_kwargs", "reasoning_effort", "none"),
     "reasoning_field": ("reasoning_content", "reasoning", "reasoning_details", None), "mid_system": ("system", "user"),
-    "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None), "efforts": (list,),
+    "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None), "efforts": (list,), "extra_fields": (list,),
     "structured_output": ("json_schema", "json_object", "prompt"), "server_tools": ("drop", "error", dict),
     "prefill": ("partial", "prefix", "continue_final_message", None), "max_output": (int,), "context": (int,),
     **dict.fromkeys(("require_reasoning_on_tool_calls", "vision", "files", "top_k", "forced_tool_choice_with_thinking",
@@ -1559,7 +1559,7 @@ def _parse_profile(profile: Json) -> Tuple[Json, List[str]]:
         allowed = _PROFILE_VALUES.get(name)
         if allowed is None:
             slips.append(f"profile.{one_line(name, 60)} is unknown" + nearest(name, _PROFILE_VALUES))
-        elif not _is_one_of(value, allowed) or name == "efforts" and not all(isinstance(word, str) for word in value):
+        elif not _is_one_of(value, allowed) or allowed == (list,) and not all(isinstance(word, str) for word in value):
             words = [_TYPE_WORDS[word] if isinstance(word, type) else json.dumps(word) for word in allowed]
             slips.append(f"profile.{name}: {one_line(json.dumps(value), 40)} makes no sense, the default is used; "
                          f"expected: {', '.join(words)}")
@@ -1738,7 +1738,8 @@ PRESETS: Dict[str, Preset] = {
             ("nvidia/nemotron-3-super-120b-a12b", 262144, 0, False))),
     "openai": Preset("https://api.openai.com/v1", "OPENAI_API_KEY", {
         "thinking_style": "reasoning_effort", "efforts": ["none", "low", "medium", "high", "xhigh"],
-        "reasoning_field": None, "max_tokens_field": "max_completion_tokens", "user_field": "safety_identifier"}, (
+        "reasoning_field": None, "max_tokens_field": "max_completion_tokens", "user_field": "safety_identifier",
+        "extra_fields": ["user", "verbosity", "prompt_cache_key", "service_tier"]}, (
             ("gpt-5.6", 1_050_000, 128_000, True), ("gpt-5.5", 1_050_000, 128_000, True),
             ("gpt-5.4", 1_050_000, 128_000, True))),
     "ollama": Preset("http://127.0.0.1:11434/v1", "", {
@@ -2064,6 +2065,7 @@ DEFAULT_PROFILE: Json = {
     "efforts": ["low", "medium", "high", "xhigh", "max"],
     "top_k": False,
     "user_field": "user",
+    "extra_fields": [],                       #: what of user, verbosity, prompt_cache_key, service_tier it is told by Responses
     "forced_tool_choice_with_thinking": True,
     "parallel_tool_calls": True,
     "stream_usage": True,
@@ -5138,6 +5140,7 @@ class ResponsesTurn:
             if self.profile["stream_usage"]:
                 chat["stream_options"] = {"include_usage": True}
         self._put_sampling(chat)
+        self._put_extras(chat)
         set_thinking(chat, self.profile, thinking, effort=effort)
         if form:
             chat["response_format"] = form
@@ -5174,6 +5177,15 @@ class ResponsesTurn:
             chat["logprobs"] = True
             if self._body.get("top_logprobs") is not None:
                 chat["top_logprobs"] = self._body["top_logprobs"]
+
+    def _put_extras(self, chat: Json) -> None:
+        """What only some providers know: for whom it is, and what their machines want to be told."""
+        given, known = {**self._body, "verbosity": self._text.get("verbosity")}, self.profile["extra_fields"]
+        user = given.get("safety_identifier") or given.get("user")
+        if isinstance(user, str) and self.profile["user_field"] and "user" in known:
+            chat[self.profile["user_field"]] = user
+        chat.update((name, given[name]) for name in ("verbosity", "prompt_cache_key", "service_tier")
+                    if name in known and given.get(name) is not None)
 
     def _put_tools(self, chat: Json, thinking: Optional[bool]) -> None:
         choice = self.tools.choose(self._body.get("tool_choice")) if self.tools.listed() else None

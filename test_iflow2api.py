@@ -6244,6 +6244,17 @@ def test_allowed_tools_of_a_namespace(allowed, left):
     assert [tool["function"]["name"] for tool in chat["tools"]] == left and chat["tool_choice"] == "required"
 
 
+def test_fields_that_only_some_providers_know():
+    body = {"input": "q", "text": {"verbosity": "low"}, "prompt_cache_key": "k", "service_tier": "flex", "user": "u"}
+    openai = ifl.PRESETS["openai"].profile
+    assert make_turn(body, openai).chat.items() >= {
+        "verbosity": "low", "prompt_cache_key": "k", "service_tier": "flex", "safety_identifier": "u"}.items()
+    assert set(make_turn({"input": "q"}, openai).chat) == {"model", "messages"}
+    assert set(make_turn(body).chat) == {"model", "messages"}
+    assert make_turn({**body, "safety_identifier": "s"}, {"extra_fields": ["user"]}).chat["user"] == "s"
+    assert "user" not in make_turn(body, {"extra_fields": ["user"], "user_field": None}).chat
+
+
 def test_refused_by_profile():
     with pytest.raises(ifl.BadRequest):
         make_turn({"input": "q", "tools": [{"type": "web_search"}]}, {"server_tools": "error"})
