@@ -5073,6 +5073,7 @@ class ResponsesTurn:
         self.store = body.get("store") is not False
         self.model = body.get("model") or model
         self.now, self.seal, self.codex, self.profile = now, seal, codex, profile
+        self.carriers: Dict[str, Json] = {}  #: what to keep of reasoning beside what is shown, by its item
         self._body = body
         self._reasoning, self._text = self._configuration()
         include = body.get("include") or []
@@ -5088,6 +5089,13 @@ class ResponsesTurn:
     def call_ids(self) -> Set[str]:
         """Ids that earlier calls of the conversation have."""
         return {_call_id(item) for item in self.items if _is_call(item)}
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens the chat request takes."""
+        tools, form = self.chat.get("tools"), self.chat.get("response_format")
+        return sum(4 + _said_tokens(message) for message in self.chat["messages"]) + sum(
+            estimate_tokens(_compact(part)) for part in (tools, form) if part)
 
     def reply(self, completion: Json, new_id: Callable[[str], str]) -> Json:
         """The response object: what the last event of a stream of the same answer bears."""
@@ -5211,13 +5219,29 @@ def compact_reply(turn: ResponsesTurn, completion: Json, new_id: Callable[[str],
             "output": said + response["output"], "usage": response["usage"]}
 
 
-def count_response_tokens(body: Json) -> int:
-    """About how many tokens the request takes, for /v1/responses/input_tokens."""
-    items = body.get("input")
-    if isinstance(items, list):          # sealed reasoning would count twice and far too high
-        items = [{key: value for key, value in item.items() if key != "encrypted_content"} if isinstance(item, dict)
-                 else item for item in items]
-    return sum(estimate_tokens(part) for part in (items, body.get("instructions"), body.get("tools"), body.get("text")))
+#: Where the texts of messages and items are; the rest (ids, types, seals) no model reads.
+_SAID = ("content", "text", "refusal", "summary", "name", "arguments", "input", "output", "action", "operation", "function",
+         "tool_calls", "reasoning_content", "reasoning")
+
+
+def _said_tokens(value: Any) -> int:
+    """About how many tokens the texts of a message or an item take; pictures and files count as one picture."""
+    if isinstance(value, str):
+        return estimate_tokens(value)
+    if isinstance(value, list):
+        return sum(map(_said_tokens, value))
+    if not isinstance(value, dict):
+        return 0
+    if value.get("type") in (*_IMAGE_PARTS, "file"):
+        return 1500
+    return sum(estimate_tokens(_compact(said)) if isinstance(said, dict) and name != "function" else _said_tokens(said)
+               for name, said in ((name, value[name]) for name in _SAID if name in value))
+
+
+def count_response_tokens(body: Json, recall: Callable[[str], Optional[List[Json]]],
+                          item: Callable[[str], Optional[Json]], seal: Seal) -> int:
+    """About how many tokens the request takes, for /v1/responses/input_tokens; BadRequest as for the request itself."""
+    return ResponsesTurn({"input": "", **body}, DEFAULT_PROFILE, "", now=0, recall=recall, item=item, seal=seal).tokens
 
 
 # --- answer: arguments that arrive in pieces ---
@@ -5418,9 +5442,13 @@ class _Speech(_Item):
         item = {**self._item, voice.parts: [part]}
         if voice.item is _MESSAGE:
             item["status"] = "incomplete" if cut else "completed"
-        elif self.stream.turn.carries:
+        elif self.stream.turn.carries or self.details:
             value = {"reasoning": text, **({"details": self.details} if self.details else {})}
-            item["encrypted_content"] = self.stream.turn.seal.close(value)
+            carrier = {"encrypted_content": self.stream.turn.seal.close(value)}
+            if self.stream.turn.carries:
+                item.update(carrier)
+            else:
+                self.stream.turn.carriers[item["id"]] = carrier
         yield self.finish(item)
 
 
@@ -5646,10 +5674,7 @@ class ResponsesStream:
         return self.event(status, {"response": self._response(status, **facts)})
 
     def _estimate(self) -> Usage:
-        chat = self.turn.chat
-        return Usage(estimate_tokens(chat["messages"]) + estimate_tokens(chat.get("tools")),
-                     sum(estimate_tokens({**item, "encrypted_content": None}) for item in self.finished.values()),
-                     estimated=True)
+        return Usage(self.turn.tokens, sum(map(_said_tokens, self.finished.values())), estimated=True)
 
     def _take(self, delta: Json, choice: Json) -> Iterator[Json]:
         reasoning = reasoning_of(delta)
@@ -5985,7 +6010,7 @@ class ResponsesRoad(TranslatedTurn):
 
     def _kept(self, answer: Json) -> Json:
         if self._turn.store and answer.get("object") == "response":
-            self._context.store.keep(answer, self._turn.items, self._call.owner)
+            self._context.store.keep(answer, self._turn.items, self._call.owner, self._turn.carriers)
         return answer
 
 
@@ -8467,11 +8492,18 @@ class _Kept(NamedTuple):
     response: Json
     items: List[Json]
     owner: str
+    carriers: Json                       #: item id -> what of it is kept beside what is shown
+
+    @property
+    def conversation(self) -> List[Json]:
+        """Input and output items, the reasoning as the upstream wants it back."""
+        return self.items + [{**item, **self.carriers.get(item.get("id"), {})} for item in self.response["output"]]
 
     def line(self) -> Json:
         """It as a line of the file."""
         return {"id": self.response["id"], "at": self.at, "response": self.response, "items": self.items,
-                **({"owner": self.owner} if self.owner else {})}
+                **({"owner": self.owner} if self.owner else {}),
+                **({"carriers": self.carriers} if self.carriers else {})}
 
 
 class ResponseStore:
@@ -8504,7 +8536,8 @@ class ResponseStore:
                 self._drop(entry["id"])
                 if "response" in entry:
                     self._kept[entry["id"]] = _Kept(float(entry["at"]), len(line), entry["response"],
-                                                    list(entry["items"]), str(entry.get("owner", "")))
+                                                    list(entry["items"]), str(entry.get("owner", "")),
+                                                    dict(entry.get("carriers", {})))
                     self._size += len(line)
         self._trim()
 
@@ -8524,11 +8557,11 @@ class ResponseStore:
         except OSError as exc:
             log.warning("responses_file %s can't be written: %s", self._path, exc.strerror or exc)
 
-    def keep(self, response: Json, items: List[Json], owner: str = "") -> None:
+    def keep(self, response: Json, items: List[Json], owner: str = "", carriers: Optional[Json] = None) -> None:
         """`items` are the whole input, of earlier responses, too."""
-        size = len(dump_json(response)) + len(dump_json(items))
+        size = sum(len(dump_json(part)) for part in (response, items, carriers))
         with self._lock:
-            kept = self._kept[response["id"]] = _Kept(self._clock(), size, response, items, owner)
+            kept = self._kept[response["id"]] = _Kept(self._clock(), size, response, items, owner, carriers or {})
             self._size += size
             self._trim()
             if self._path:
@@ -8561,17 +8594,14 @@ class ResponseStore:
     def recall(self, ident: str, owner: str = "") -> Optional[List[Json]]:
         """Input and output items of a response: the conversation up to it."""
         found = self.find(ident, owner)
-        return found.items + found.response["output"] if found else None
+        return found.conversation if found else None
 
     def item(self, ident: str, owner: str = "") -> Optional[Json]:
         """One item by its id, for `item_reference`."""
         with self._lock:
             kept = [entry for entry in self._kept.values() if entry.owner == owner]
-        for entry in reversed(kept):
-            for item in [*entry.response["output"], *entry.items]:
-                if item.get("id") == ident:
-                    return item
-        return None
+        return next((item for entry in reversed(kept) for item in reversed(entry.conversation)
+                     if item.get("id") == ident), None)
 
 
 class Metrics:
@@ -10843,7 +10873,10 @@ def count_tokens(handler: Handler) -> None:
 
 def count_input_tokens(handler: Handler) -> None:
     body, _ = handler.read_json()
-    handler.respond_json({"object": "response.input_tokens", "input_tokens": count_response_tokens(body)})
+    gateway, owner = handler.server.gateway, owner_of(handler.key)
+    tokens = count_response_tokens(body, lambda ident: gateway.responses.recall(ident, owner),
+                                   lambda ident: gateway.responses.item(ident, owner), gateway.seal())
+    handler.respond_json({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 def kept_response(handler: Handler) -> None:
@@ -11465,7 +11498,8 @@ OPERATIONS: Dict[str, Operation] = {
         "countResponseTokens", "responses", ("估算 token 数", "Count tokens"),
         ("本机估算，不询问上游。", "An estimate made here; the upstream is not asked."), "TokenCount", "ResponsesRequest",
         example=lambda: {"object": "response.input_tokens",
-                         "input_tokens": count_response_tokens(REQUESTS["countResponseTokens"]["text"])}),
+                         "input_tokens": count_response_tokens(REQUESTS["countResponseTokens"]["text"], {}.get, {}.get,
+                                                               Seal(bytes(32)))}),
     "GET /v1/responses/{response}": Operation(
         "getResponse", "responses", ("已保存的回答", "A kept answer"), ("保存一天。", "Kept for a day."), "Response",
         params="response", example=lambda: _reply_to("createResponse")),

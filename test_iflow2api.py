@@ -6296,10 +6296,45 @@ def test_earlier_response_and_item_references():
 
 
 def test_count_response_tokens():
-    few = ifl.count_response_tokens({"input": "x" * 35})
-    assert few == 10 < ifl.count_response_tokens({"input": [user_responses("x" * 35)], "instructions": "y", "tools": [FUNCTION]})
-    sealed = [{"type": "reasoning", "encrypted_content": "x" * 9000}]
-    assert ifl.count_response_tokens({"input": sealed}) < 20 and ifl.count_response_tokens({}) == 0
+    def count(body, **kept):
+        return ifl.count_response_tokens(body, kept.get, kept.get, SEAL)
+
+    assert count({"input": "x" * 35}) == 14 == count({"input": [{"id": "msg_" + "1" * 90, "status": "completed", **user_responses("x" * 35)}]})
+    assert 14 < count({"input": "x" * 35, "instructions": "y"}) < count({"input": "x" * 35, "tools": [FUNCTION]}) < 60
+    sealed = [{"type": "reasoning", "summary": [], "encrypted_content": "x" * 9000}, said_responses("a")]
+    assert count({"input": sealed}) < 20 and count({}) == 4
+    assert count({"input": [{"role": "user", "content": [image_responses()]}]}) == 1504
+    assert count({"input": "q", "previous_response_id": "r"}, r=[user_responses("x" * 350)]) == 4 + 100 + 4 + 1
+    for wrong in ({"input": 5}, {"input": "q", "tools": "x"}, {"input": "q", "previous_response_id": "gone"}):
+        with pytest.raises(ifl.BadRequest):
+            count(wrong)
+
+
+def test_an_estimate_of_usage_counts_texts_alone():
+    text = "word " * 70
+    last = play_responses([delta_responses(content=text), parts(part(0, "call_" + "x" * 50, "f", '{"x":1}')), end("stop")],
+                          {"input": text, **HERE})[-1]["response"]
+    turn = make_turn({"input": text})
+    assert turn.tokens == 4 + 100 and last["usage"]["output_tokens"] == 5        # what the upstream says stands
+    events = play_responses([delta_responses(content=text), parts(part(0, "call_" + "x" * 50, "f", '{"x":1}'))], {"input": text})
+    usage = events[-1]["response"]["usage"]
+    assert usage["input_tokens"] == 104 and 100 < usage["output_tokens"] < 106
+
+
+def test_reasoning_details_come_back_through_previous_response_id(tmp_path):
+    details = [{"type": "reasoning.text", "index": 0, "text": "t", "signature": "s"}]
+    turn = make_turn({"input": "q"})
+    answer = {"choices": [{"message": {"reasoning_details": details, "tool_calls": [asked("f")]}}]}
+    response = turn.reply(answer, counter())
+    assert "encrypted_content" not in response["output"][0] and "signature" not in str(response)
+    path = str(tmp_path / "r")
+    ifl.ResponseStore(path).keep(response, turn.items, "", turn.carriers)
+    store = ifl.ResponseStore(path)
+    body = {"previous_response_id": response["id"], "input": [result_responses("c1")]}
+    for conversation in (store.recall(response["id"]), [turn.items[0], *map(store.item, (i["id"] for i in response["output"]))]):
+        message = make_turn(body, store={response["id"]: conversation}).chat["messages"][1]
+        assert message["reasoning_details"] == details and message["reasoning_content"] == "t"
+    assert store.find(response["id"]).response == response
 
 
 # --- streams
