@@ -9979,6 +9979,19 @@ class Gateway:
         return [{"id": model, "object": "model", "created": created, "owned_by": owner or "iflow2api"}
                 for model, owner in found.items()]
 
+    def model(self, name: str, key: Optional[ClientKey] = None) -> Optional[Json]:
+        """What is listed under a name, or as `provider/name` may be asked for as well; None where nothing is known of it."""
+        models, (head, _, rest) = self.models(key), name.partition("/")
+        listed = next((model for model in models if model["id"] == name), None)
+        target = self.state.router.claimed(name)
+        if listed or target is None or (target.provider.name, target.model) != (head, rest):
+            return listed
+        if key is not None and not may_use(key, name, [target]):
+            return None
+        its = [model["id"] for model in models if model["owned_by"] == head]
+        return None if its and rest not in its else {
+            "id": name, "object": "model", "created": int(self.started_at), "owned_by": head}
+
     def vision_models(self, key: Optional[ClientKey] = None) -> List[Json]:
         """Of models() those that are known to take images."""
         seeing = set()
@@ -10935,9 +10948,9 @@ def show_vision_models(handler: Handler) -> None:
 
 def show_model(handler: Handler) -> None:
     wanted = urllib.parse.unquote(handler.argument)
-    for model in handler.server.gateway.models(handler.key):
-        if model["id"] == wanted:
-            return handler.respond_json(anthropic_model(model) if "anthropic-version" in handler.headers else model)
+    model = handler.server.gateway.model(wanted, handler.key)
+    if model is not None:
+        return handler.respond_json(anthropic_model(model) if "anthropic-version" in handler.headers else model)
     raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
 
 

@@ -7273,6 +7273,14 @@ def dialects(tmp_path, monkeypatch):
     fake.server_close()
 
 
+def fetch(server, method, path):
+    """(status, body) of a request without a body."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request(method, path)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 TEXT = [iflow_chunk(role="assistant", content=""), iflow_chunk(content="Hel"), iflow_chunk(content="lo"), iflow_chunk("stop"), "[DONE]"]
 CALLING = [iflow_chunk(tool_calls=[{"index": 0, "id": "call_9", "type": "function", "function": {"name": "add", "arguments": ""}}]),
@@ -7571,6 +7579,22 @@ def test_the_three_dialects_reach_the_upstream_alike(dialects):
     for path, body in asks:
         assert iflow_post(server, {"model": "m", **body}, path)[0] == 200
     assert fake.seen[0][1] == fake.seen[1][1] == fake.seen[2][1]
+
+
+def test_a_model_is_found_under_each_name_that_leads_to_it(dialects):
+    fake, server = dialects
+    gateway = server.gateway
+    key, entry = ifl.make_client_key("alice", {"models": ["p/a"]})
+    providers = [{"name": name, "base_url": fake.base_url, "models": models} for name, models in (("p", ["a", "o/b"]), ("q", ["a"]))]
+    gateway.apply(ifl.replace(gateway.settings, providers=providers))
+    for name, owner in (("a", "p"), ("p/a", "p"), ("p/o/b", "p"), ("o/b", "p"), ("q/a", "q")):
+        model = gateway.model(name)
+        assert (model["id"], model["owned_by"]) == (name, owner)
+    assert gateway.model("p/zzz") is gateway.model("x/a") is gateway.model("p/") is None
+    status, data = fetch(server, "GET", "/v1/models/p%2Fa")
+    assert (status, json.loads(data)["id"]) == (200, "p/a") and fetch(server, "GET", "/v1/models/q/b")[0] == 404
+    alice = ifl.parse_client_key(entry)
+    assert gateway.model("p/a", alice) and gateway.model("q/a", alice) is None
 
 
 def test_compact(dialects):
