@@ -4665,10 +4665,17 @@ def _input_items(body: Json, recall: Callable[[str], Optional[List[Json]]],
                          code="previous_response_not_found")
     if isinstance(given, str):
         given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
-    return [*items, *(_typed(item, find) for item in _objects(given, "input"))]
+    given = _objects(given, "input")
+    here = [item["id"] for item in [*items, *given] if isinstance(item.get("id"), str) and not _refers(item)]
+    return [*items, *(_typed(item, find) for item in given if not (_refers(item) and item.get("id") in here))]
+
+
+def _refers(item: Json) -> bool:
+    return (item.get("type") or ("message" if "role" in item else "item_reference")) == "item_reference"
 
 
 def _typed(item: Json, find: Callable[[str], Optional[Json]]) -> Json:
+    """An item with its type; what it stands for, where it is a reference."""
     kind = item.get("type") or ("message" if "role" in item else "item_reference")
     if not isinstance(kind, str):
         raise BadRequest("the `type` of an item must be a string", param="input", code="invalid_type")
@@ -5797,6 +5804,48 @@ class _CompactionStream(ResponsesStream):
         yield item.finish(compaction)
 
 
+# --- answer: once more ---
+
+def replay_events(response: Json) -> Iterator[Json]:
+    """The events that tell a response that is over, each text and each call in one piece."""
+    for number, (name, fields) in enumerate(_retold(response)):
+        yield {"type": "response." + name, **fields, "sequence_number": number}
+
+
+def _retold(response: Json) -> Iterator[Tuple[str, Json]]:
+    begun = {**response, "status": "in_progress", "output": [], "usage": None, "error": None, "incomplete_details": None}
+    begun.pop("completed_at", None)
+    yield "created", {"response": begun}
+    yield "in_progress", {"response": begun}
+    for index, item in enumerate(response["output"]):
+        place = {"item_id": item["id"], "output_index": index}
+        empty = {**item, **({"status": "in_progress"} if "status" in item else {})}
+        steps: List[Tuple[str, Json]] = []
+        for voice in (_SUMMARY, _RAW, _TEXT, _REFUSAL):
+            parts = item.get(voice.parts, ()) if item["type"] == voice.item["type"] else ()
+            for number, part in enumerate(parts):
+                if part["type"] == voice.part["type"]:
+                    empty = {"id": item["id"], **voice.item}
+                    steps += _spoken(voice, {**place, voice.index: number}, part)
+        kind = _TOOL_KINDS.get(_KIND_OF_CALL.get(item["type"], ""))
+        if kind and kind.events:
+            said, empty[kind.field] = item[kind.field], ""
+            steps = [(kind.events + ".delta", {**place, "delta": said}), (kind.events + ".done", {**place, kind.field: said})]
+        yield "output_item.added", {"output_index": index, "item": empty}
+        yield from steps
+        yield "output_item.done", {"output_index": index, "item": item}
+    yield response["status"], {"response": response}
+
+
+def _spoken(voice: _Voice, place: Json, part: Json) -> List[Tuple[str, Json]]:
+    """Names and fields of the events of one part that runs."""
+    text = part[voice.text]
+    return [(voice.part_events + ".added", {**place, "part": {**part, voice.text: ""}}),
+            (voice.text_events + ".delta", {**place, "delta": text, **voice.extra}),
+            (voice.text_events + ".done", {**place, voice.text: text, **voice.extra}),
+            (voice.part_events + ".done", {**place, "part": part})]
+
+
 # === 9. Dialects (pure) ======================================================
 
 class Context(NamedTuple):
@@ -5988,7 +6037,7 @@ class TranslatedTurn:
         def error(exc: GatewayError) -> bytes:
             if fail is None:
                 return self._call.dialect.error_event(exc, self._call.request_id)
-            return b"".join(map(encode_event, fail(exc)))
+            return b"".join(map(self._encode, fail(exc)))
 
         return TranslatedStream(translator, self._encode, error, self._note())
 
@@ -6006,10 +6055,12 @@ class ResponsesRoad(TranslatedTurn):
         if event["type"] in ("response.completed", "response.incomplete"):
             self._kept(event["response"])
             return encode_event(event) + b"data: [DONE]\n\n"    # harmless, and some clients wait for it
+        if event["type"] == "response.failed":
+            self._kept(event["response"])
         return encode_event(event)
 
     def _kept(self, answer: Json) -> Json:
-        if self._turn.store and answer.get("object") == "response":
+        if self._turn.store:
             self._context.store.keep(answer, self._turn.items, self._call.owner, self._turn.carriers)
         return answer
 
@@ -6018,7 +6069,7 @@ class CompactRoad(ResponsesRoad):
     """POST /v1/responses/compact: the same request, answered by its summary."""
 
     def reply(self, data: bytes, completion: Json) -> bytes:
-        return dump_json(compact_reply(self._turn, completion, self._context.new_id))
+        return dump_json(self._kept(compact_reply(self._turn, completion, self._context.new_id)))
 
 
 def encode_event(event: Json) -> bytes:
@@ -6130,8 +6181,12 @@ class ResponsesDialect(ChatDialect):
 
 
 class CompactDialect(ResponsesDialect):
-    """POST /v1/responses/compact."""
+    """POST /v1/responses/compact, which does not stream."""
     compact = True
+
+    def check(self, body: Json) -> None:
+        super().check(body)
+        body.pop("stream", None)
 
 
 CHAT = ChatDialect("/chat/completions", needs="messages")
@@ -8496,8 +8551,9 @@ class _Kept(NamedTuple):
 
     @property
     def conversation(self) -> List[Json]:
-        """Input and output items, the reasoning as the upstream wants it back."""
-        return self.items + [{**item, **self.carriers.get(item.get("id"), {})} for item in self.response["output"]]
+        """Input and output items, the reasoning as the upstream wants it back; what was compacted stands for itself."""
+        output = [{**item, **self.carriers.get(item.get("id"), {})} for item in self.response["output"]]
+        return output if any(item.get("type") == "compaction" for item in output) else self.items + output
 
     def line(self) -> Json:
         """It as a line of the file."""
@@ -10893,16 +10949,26 @@ def count_input_tokens(handler: Handler) -> None:
 
 
 def kept_response(handler: Handler) -> None:
-    """GET and DELETE /v1/responses/{id}, GET /v1/responses/{id}/input_items."""
+    """GET and DELETE /v1/responses/{id}, GET …/input_items, POST …/cancel."""
     ident, _, rest = handler.argument.partition("/")
     store = handler.server.gateway.responses
-    kept = store.find(ident, owner_of(handler.key)) if rest in ("", "input_items") else None
+    wanted = {"GET": ("", "input_items"), "HEAD": ("", "input_items"), "DELETE": ("",), "POST": ("cancel",)}
+    kept = store.find(ident, owner_of(handler.key)) if rest in wanted[handler.command] else None
     if kept is None:
         raise NotFound(f"Response with id '{one_line(ident, 80)}' not found.", param="id")
+    if handler.command == "POST":
+        raise BadRequest("Cannot cancel a synchronous response.", param="id")
     if handler.command == "DELETE":
         store.drop(ident)
         return handler.respond_json({"id": ident, "object": "response.deleted", "deleted": True})
-    handler.respond_json(item_page(kept.items, handler.path) if rest else kept.response)
+    query = urllib.parse.parse_qs(handler.path.partition("?")[2])
+    if rest or query.get("stream") != ["true"] or kept.response["object"] != "response":
+        return handler.respond_json(item_page(kept.items, handler.path) if rest else kept.response)
+    after = query.get("starting_after", ["-1"])[-1]
+    if not re.fullmatch(r"-1|\d{1,9}", after):
+        raise BadRequest("starting_after: a number expected", param="starting_after")
+    events = [encode_event(event) for event in replay_events(kept.response) if event["sequence_number"] > int(after)]
+    handler.respond(200, b"".join(events), "text/event-stream; charset=utf-8")
 
 
 def item_page(items: List[Json], target: str) -> Json:
@@ -10914,6 +10980,8 @@ def item_page(items: List[Json], target: str) -> Json:
     named = [{**item, "id": item.get("id") or f"item_{number}"} for number, item in enumerate(items)]
     named = named if query.get("order", ["desc"])[-1] == "asc" else named[::-1]
     places = [number for number, item in enumerate(named) if item["id"] == query.get("after", [""])[-1]]
+    if "after" in query and not places:
+        raise BadRequest(f"after: there is no item '{one_line(query['after'][-1], 80)}'", param="after")
     page = named[places[0] + 1 if places else 0:]
     return {"object": "list", "data": page[:int(limit)], "has_more": len(page) > int(limit),
             "first_id": page[0]["id"] if page else None, "last_id": page[:int(limit)][-1]["id"] if page else None}
@@ -11036,7 +11104,7 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/responses": {"POST": Route(answer_call, RESPONSES)},
     "/responses/compact": {"POST": Route(answer_call, COMPACT)},
     "/responses/input_tokens": {"POST": Route(count_input_tokens, RESPONSES)},
-    "/responses/": {"GET": Route(kept_response, RESPONSES), "DELETE": Route(kept_response, RESPONSES)},
+    "/responses/": {method: Route(kept_response, RESPONSES) for method in ("GET", "DELETE", "POST")},
     "/api/event_logging/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
     "/api/event_logging/v2/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
 }
@@ -11356,6 +11424,8 @@ PARAMETERS: Dict[str, Tuple[str, str, str, str, Any]] = {
     "anthropic-version": ("header", "string", "出现时，列表和错误均为 Anthropic 格式",
                           "where it is sent, lists and errors have Anthropic's shape", "2023-06-01"),
     "anthropic-beta": ("header", "string", "任意值均可接受", "any value is accepted", "interleaved-thinking-2025-05-14"),
+    "stream": ("query", "=true", "以事件流重放", "told once more as a stream", "true"),
+    "starting_after": ("query", "integer", "从此序号的事件之后开始", "start after the event of this number", 0),
     "limit": ("query", "integer", "每页条数，默认 20", "entries of a page, 20 without it", 20),
     "after": ("query", "string", "从此条目之后开始", "start after this item", "item_0"),
     "order": ("query", "=asc,desc", "默认新的在前", "the newest first without it", "desc"),
@@ -11515,6 +11585,10 @@ OPERATIONS: Dict[str, Operation] = {
                                                                Seal(bytes(32)))}),
     "GET /v1/responses/{response}": Operation(
         "getResponse", "responses", ("已保存的回答", "A kept answer"), ("保存一天。", "Kept for a day."), "Response",
+        params="response stream starting_after", example=lambda: _reply_to("createResponse"), event="ResponsesEvent"),
+    "POST /v1/responses/{response}/cancel": Operation(
+        "cancelResponse", "responses", ("取消回答", "Cancel an answer"),
+        ("这里没有后台回答，因此总是 400 或 404。", "No answer is made in the background here: always a 400 or a 404."), "Response",
         params="response", example=lambda: _reply_to("createResponse")),
     "DELETE /v1/responses/{response}": Operation(
         "deleteResponse", "responses", ("删除回答", "Forget an answer"), ("立即删除。", "At once."), "Deleted",
@@ -11730,7 +11804,7 @@ def _curl(key: str, operation: Operation, scene: Scene, needs_key: bool) -> str:
     method, _, path = key.partition(" ")
     for name in operation.params.split():
         path = path.replace("{%s}" % name, str(PARAMETERS[name][4]))
-    lines = ["curl " + ("" if method in ("GET", "POST") else f"-X {method} ") + scene.url + path]
+    lines = ["curl " + ("" if method == "GET" or operation.asks else f"-X {method} ") + scene.url + path]
     if needs_key:
         lines.append('-H "Authorization: Bearer $IFLOW2API_KEY"')
     for example in list(_example_requests(operation).values())[:1]:

@@ -6742,6 +6742,39 @@ def test_compaction_trigger_gives_exactly_one_item():
     assert "the sum" in make_turn({"input": [item, user_responses("q")]}).chat["messages"][0]["content"]
 
 
+@pytest.mark.parametrize("body", [{}, {"reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"]}])
+@pytest.mark.parametrize("chunks", [case[1] for case in STREAMS_RESPONSES if case[0] in (
+    "refusal", "reasoning and text", "text after a call is a new message", "custom", "shell", "tool_search")])
+def test_a_response_can_be_told_once_more(chunks, body):
+    told = play_responses(chunks, {**HERE, **body})
+    again = list(ifl.replay_events(told[-1]["response"]))
+    assert broken_rules(again) == [] and again[-1]["response"] == told[-1]["response"]
+    assert again[0]["response"] == told[0]["response"]
+    assert {event["type"] for event in again} - {"response.custom_tool_call_input.delta"} <= {event["type"] for event in told}
+    frames = [[{**event, "sequence_number": 0} for event in events if event["type"].endswith((".added", ".done"))]
+              for events in (again, told)]
+    assert all(event in frames[1] for event in frames[0]) and len(frames[0]) == len(frames[1])
+
+
+def test_compaction_response_recalls_what_was_compacted_alone():
+    turn = make_turn({"input": [user_responses("long"), said_responses("talk"), TRIGGER]})
+    response = turn.reply({"choices": [{"message": {"content": "the sum"}}]}, counter())
+    store = ifl.ResponseStore()
+    store.keep(response, turn.items)
+    messages = make_turn({"input": "q", "previous_response_id": "r"}, store={"r": store.recall(response["id"])}).chat["messages"]
+    assert [message["content"] for message in messages] == ["Summary of the conversation so far:\n\nthe sum", "q"]
+    assert store.find(response["id"]).items == turn.items
+
+
+def test_a_reference_to_an_item_of_the_same_request():
+    said = {"id": "msg_1", **said_responses("a")}
+    reference = {"type": "item_reference", "id": "msg_1"}
+    wanted = [U, {"role": "assistant", "content": "a"}, U]
+    assert make_turn({"input": [user_responses("q"), said, reference, user_responses("q")]}).chat["messages"] == wanted
+    assert make_turn({"input": [{"id": "msg_1"}, user_responses("q")], "previous_response_id": "r"},
+                     store={"r": [user_responses("q"), said]}).chat["messages"] == wanted
+
+
 def test_compact_endpoint():
     turn = make_turn({"input": [{"role": "user", "content": "q"}, said_responses("a")]}, compact=True)
     made = ifl.compact_reply(turn, {"created": 3, "choices": [{"message": {"content": "sum"}}], "usage": USAGE_RESPONSES}, counter())
@@ -7498,6 +7531,35 @@ def test_responses_are_kept_and_dropped(dialects):
     assert call("GET", f"/v1/responses/{gone['id']}")[0] == 404
 
 
+def test_a_kept_response_is_streamed_once_more(dialects):
+    fake, server = dialects
+    fake.script = [copy.deepcopy(TEXT)]
+    told = records(iflow_post(server, {"model": "x", "input": "q", "stream": True}, "/v1/responses")[2])
+    place = f"/v1/responses/{told[-1][1]['response']['id']}"
+    again = records(fetch(server, "GET", place + "?stream=true")[1])
+    assert again[-1] == ("response.completed", {**told[-1][1], "sequence_number": again[-1][1]["sequence_number"]})
+    assert records(fetch(server, "GET", place + "?stream=true&starting_after=4")[1]) == again[5:]
+    assert fetch(server, "GET", place + "?stream=true&starting_after=x")[0] == 400
+    assert json.loads(fetch(server, "GET", place)[1]) == again[-1][1]["response"]
+
+
+def test_a_failed_response_is_kept(dialects):
+    fake, server = dialects
+    fake.script = [[iflow_chunk(content="Hi"), {"error": {"message": "broken", "code": 500}}]]
+    failed = records(iflow_post(server, {"model": "x", "input": "q", "stream": True}, "/v1/responses")[2])[-1][1]["response"]
+    assert json.loads(fetch(server, "GET", f"/v1/responses/{failed['id']}")[1]) == failed and failed["status"] == "failed"
+
+
+def test_what_can_be_done_to_a_kept_response(dialects):
+    fake, server = dialects
+    place = "/v1/responses/" + json.loads(iflow_post(server, {"model": "x", "input": "q"}, "/v1/responses")[2])["id"]
+    for method, path, status in (("POST", place + "/cancel", 400), ("POST", "/v1/responses/resp_no/cancel", 404), ("POST", place, 404),
+                                 ("GET", place + "/cancel", 404), ("DELETE", place + "/input_items", 404), ("GET", place, 200),
+                                 ("GET", place + "/input_items?after=item_0", 200), ("GET", place + "/input_items?after=no", 400)):
+        assert fetch(server, method, path)[0] == status, (method, path)
+    assert "synchronous" in fetch(server, "POST", place + "/cancel")[1].decode()
+
+
 @pytest.mark.parametrize("field", [{"background": True}, {"prompt": {"id": "p"}}, {"conversation": "c"},
                                    {"previous_response_id": "resp_x", "conversation": "c"}])
 def test_what_responses_cannot_do_is_refused(dialects, field):
@@ -7603,9 +7665,15 @@ def test_compact(dialects):
     status, _, data = iflow_post(server, {"model": "x", "input": [{"role": "user", "content": "long talk"}]}, "/v1/responses/compact")
     answer = json.loads(data)
     assert status == 200 and answer["object"] == "response.compaction" and answer["output"][-1]["type"] == "compaction"
-    fake.script = [iflow_plain("ok")]
-    iflow_post(server, {"model": "x", "input": [answer["output"][-1], {"role": "user", "content": "go on"}]}, "/v1/responses")
-    assert "the summary" in json.dumps(fake.seen[-1][1]["messages"])
+    fake.script = [iflow_plain("ok")] * 2
+    for body in ({"input": [answer["output"][-1], {"role": "user", "content": "go on"}]},
+                 {"input": "go on", "previous_response_id": answer["id"]}):
+        assert iflow_post(server, {"model": "x", **body}, "/v1/responses")[0] == 200
+        assert "the summary" in json.dumps(fake.seen[-1][1]["messages"])
+    fake.script = [iflow_plain("the summary")]
+    status, headers, data = iflow_post(server, {"model": "x", "stream": True, "input": "long talk"}, "/v1/responses/compact")
+    assert headers["content-type"] == "application/json" and json.loads(data)["object"] == "response.compaction"
+    assert not fake.seen[-1][1].get("stream")
 
 
 # --- the official SDKs -------------------------------------------------------
@@ -7833,7 +7901,7 @@ def test_the_document_is_sound(language):
         assert declared == set(re.findall(r"\{(\w+)\}", path)), name
         assert all("example" in row for row in operation["parameters"])
         assert any(content.get("examples") for content in operation["responses"]["200"]["content"].values()), name
-        assert ("requestBody" in operation) == (verb == "POST")
+        assert ("requestBody" in operation) == (verb == "POST" and name != "cancelResponse")
         assert operation["x-codeSamples"][0]["source"].startswith("curl ")
     used = {value.rpartition("/")[2] for path, value in walk_json(document)
             if path and path[-1] == "$ref" and isinstance(value, str)}
@@ -7846,7 +7914,7 @@ def test_examples_are_what_the_document_says(language):
     document = ifl.openapi(scene(language))
     checked = 0
     for name, (verb, path, operation) in operations_of(document).items():
-        bodies = [operation["requestBody"], *operation["responses"].values()] if verb == "POST" else [
+        bodies = [operation["requestBody"], *operation["responses"].values()] if "requestBody" in operation else [
             *operation["responses"].values()]
         for body in bodies:
             for media, content in deref(document, body)["content"].items():
