@@ -408,6 +408,10 @@ class UpstreamRefused(UpstreamError):
     """An answer of the upstream that is an error: its status, message and body are passed on."""
 
 
+class UpstreamBroke(UpstreamRefused):
+    """It broke the answer off and said so, in the finish reason."""
+
+
 class UpstreamTimeout(UpstreamError):
     """It accepted the request and then said nothing for too long."""
     status, type = 504, "timeout_error"
@@ -1371,6 +1375,7 @@ class ClientKey(NamedTuple):
     models: Tuple[str, ...] = ()         #: shell patterns of what it may ask for; () is everything
     limits: Mapping[str, int] = {}       #: LIMIT_FIELDS
     expires_at: float = float("inf")
+    shared: bool = False                 #: `custom_api_key`, which nobody has for himself
 
 
 def hash_key(key: str) -> bytes:
@@ -1442,8 +1447,8 @@ class Doorkeeper:
         #: Entries that can't be used demand a key all the same: closed by default.
         self.required = bool(settings.custom_api_key or settings.client_keys)
         self.limited = bool(settings.address_limits or any(key.limits for key in self.keys))
-        self._master = ClientKey("custom_api_key",
-                                 hash_key(settings.custom_api_key)) if settings.custom_api_key else None
+        self._master = ClientKey("custom_api_key", hash_key(settings.custom_api_key),
+                                 shared=True) if settings.custom_api_key else None
 
     def find(self, given: Iterable[str]) -> Optional[ClientKey]:
         """The key that one of `given` is; every known one is compared, each in constant time."""
@@ -1528,6 +1533,7 @@ class Provider:
     vision_model: str = ""
     preserve_reasoning_content: Optional[bool] = None
     problem: str = ""
+    slips: Tuple[str, ...] = ()           #: what of `profile` makes no sense; there the default is in force
 
     @property
     def places(self) -> int:
@@ -1625,8 +1631,48 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
     headers = tuple((_token(key), _header_safe(_resolve_secret(value, environ), "header value"))
                     for key, value in given.get("headers", {}).items())
     facts = dict(map(_parse_model, given.get("models", ())))
+    profile, slips = _parse_profile(given.get("profile", {}))
     return Provider(**{**given, "name": name, "base_url": clean_base_url(given.get("base_url", "")), "api_keys": keys,
-                       "headers": headers, "models": tuple(facts), "facts": facts})
+                       "headers": headers, "models": tuple(facts), "facts": facts, "profile": profile,
+                       "slips": tuple(slips)})
+
+
+#: What a profile (DEFAULT_PROFILE, section 6) may say: the values there are, or their types; anything else would be an
+#: error at each request.
+_PROFILE_VALUES: Dict[str, Tuple[Any, ...]] = {
+    "thinking_style": ("thinking_type", "enable_thinking", "chat_template_kwargs", "reasoning_effort", "none"),
+    "reasoning_field": ("reasoning_content", "reasoning", "reasoning_details", None), "mid_system": ("system", "user"),
+    "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None), "efforts": (list,), "extra_fields": (list,),
+    "structured_output": ("json_schema", "json_object", "prompt"), "server_tools": ("drop", "error", dict),
+    "prefill": ("partial", "prefix", "continue_final_message", None), "max_output": (int,), "context": (int,),
+    **dict.fromkeys(("require_reasoning_on_tool_calls", "vision", "files", "top_k", "forced_tool_choice_with_thinking",
+                     "parallel_tool_calls", "stream_usage", "think_tags", "strict_tools"), (True, False))}
+
+
+def _parse_profile(profile: Json) -> Tuple[Json, List[str]]:
+    """The profile without values that make no sense, and a sentence for each of those; unknown names stay."""
+    good: Json = {}
+    slips = []
+    for name, value in profile.items():
+        allowed = _PROFILE_VALUES.get(name)
+        if allowed is None:
+            slips.append(f"profile.{one_line(name, 60)} is unknown" + nearest(name, _PROFILE_VALUES))
+        elif not _is_one_of(value, allowed) or allowed == (list,) and not all(isinstance(word, str) for word in value):
+            words = [_TYPE_WORDS[word] if isinstance(word, type) else json.dumps(word) for word in allowed]
+            slips.append(f"profile.{name}: {one_line(json.dumps(value), 40)} makes no sense, the default is used; "
+                         f"expected: {', '.join(words)}")
+            continue
+        good[name] = value
+    return good, slips
+
+
+_TYPE_WORDS = {str: "a string", list: "a list of strings", dict: "an object", int: "a number"}
+
+
+def _is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
+    """Whether it is one of these values, or of these types; 1 is not true."""
+    return any(type(value) is word if isinstance(word, type) else value is word or isinstance(word, str) and value == word
+               for word in allowed)
 
 
 #: What may be said of a model in a provider's `models`.
@@ -1790,7 +1836,8 @@ PRESETS: Dict[str, Preset] = {
             ("nvidia/nemotron-3-super-120b-a12b", 262144, 0, False))),
     "openai": Preset("https://api.openai.com/v1", "OPENAI_API_KEY", {
         "thinking_style": "reasoning_effort", "efforts": ["none", "low", "medium", "high", "xhigh"],
-        "reasoning_field": None, "max_tokens_field": "max_completion_tokens", "user_field": "safety_identifier"}, (
+        "reasoning_field": None, "max_tokens_field": "max_completion_tokens", "user_field": "safety_identifier",
+        "extra_fields": ["user", "verbosity", "prompt_cache_key", "service_tier"]}, (
             ("gpt-5.6", 1_050_000, 128_000, True), ("gpt-5.5", 1_050_000, 128_000, True),
             ("gpt-5.4", 1_050_000, 128_000, True))),
     "ollama": Preset("http://127.0.0.1:11434/v1", "", {
@@ -1942,6 +1989,7 @@ class Router:
         for provider in self.providers.values():
             if provider.problem:
                 self.problems.append(f"provider {provider.name} is disabled: {provider.problem}")
+            self.problems += [f"provider {provider.name}: {slip}" for slip in provider.slips]
         self.default = self._default(settings.default_provider)
         self.aliases = self._parse_aliases(settings.aliases)
         self.default_model = settings.default_model or model_name or self._first_model()
@@ -2115,6 +2163,7 @@ DEFAULT_PROFILE: Json = {
     "efforts": ["low", "medium", "high", "xhigh", "max"],
     "top_k": False,
     "user_field": "user",
+    "extra_fields": [],                       #: what of user, verbosity, prompt_cache_key, service_tier it is told by Responses
     "forced_tool_choice_with_thinking": True,
     "parallel_tool_calls": True,
     "stream_usage": True,
@@ -2199,6 +2248,7 @@ def set_thinking(chat: Json, profile: Json, on: Optional[bool], budget: Optional
 #: What a model is told where a conversation lacks something: the same words in each dialect keep prefixes alike.
 NO_RESULT = "[no output recorded for this call]"
 NO_IMAGE = "[an image was here; this model takes text only]"
+NO_PDF = "[a PDF ({}) was here; this model can't see it: use a tool to extract its text]"
 
 
 def short_name(name: str, limit: int = 64) -> str:
@@ -2435,9 +2485,14 @@ def has_content(chunk: Json) -> bool:
 
 
 def is_answer(chunk: Json) -> bool:
-    """Whether a chunk or completion is, or belongs to, an answer: content, or the sign that none was meant."""
-    return has_content(chunk) or first_choice(chunk).get("finish_reason") in MEANT_EMPTY or (
+    """Whether a chunk or completion is, or belongs to, an answer: content, or the sign that none was meant or comes."""
+    return has_content(chunk) or first_choice(chunk).get("finish_reason") in (*MEANT_EMPTY, *FATAL_FINISH) or (
         parse_usage(usage_of(chunk)).completion > 0)
+
+
+def broken_off(reason: str) -> UpstreamBroke:
+    """The error that a fatal finish reason is."""
+    return UpstreamBroke(f"the model's server broke the answer off: {reason}", status=FATAL_FINISH[reason])
 
 
 def check_completion(completion: Any, status: int = 200) -> Json:
@@ -2607,6 +2662,23 @@ def find_overflow(status: int, message: Any, code: Any = None) -> Optional[Overf
     return (0, 0, 0) if str(code) in OVERFLOW_CODES else None
 
 
+#: "There is no such model" in the words of those who say it: OpenAI, vLLM, DeepSeek ("Model Not Exist"), Ollama, xAI;
+#: Moonshot; MiniMax, Mistral; OpenRouter; Gemini; Zhipu.
+_MISSING_MODEL = re.compile(
+    r"(?i)\bmodels?\b[^.;{}]{0,160}?\b(?:do(?:es)? not exist|not exist|(?:is |was )?not found|is not supported for)\b|"
+    r"not found the model|(?:unknown|invalid|no such) model\b|is not a valid model|模型不存在")
+
+#: Codes and types that say it: OpenAI, iFlow; Zhipu; Mistral; SiliconFlow; iFlow.
+_MISSING_MODEL_CODES = ("model_not_found", "1211", "invalid_model", "20012", "435")
+
+
+def is_missing_model(status: int, message: str, code: Any = None) -> bool:
+    """Whether an upstream's error means that it does not know the model; `code` may be a number."""
+    if status in (401, 403, 429):
+        return False
+    return str(code) in _MISSING_MODEL_CODES or status in (400, 404, 422) and bool(_MISSING_MODEL.search(message[:2000]))
+
+
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
     """Seconds from `retry-after-ms` or `retry-after` (a number or an HTTP date, RFC 9110, 10.2.3), None without."""
     value = headers.get("retry-after-ms", "")
@@ -2747,6 +2819,7 @@ class ReasoningMerge:
     False: reasoning deltas become content deltas, a blank line before the answer's first.  True: fields as they came;
     where no content ever came, the reasoning once more as content at the end.
     """
+    fatal: Tuple[str, ...] = ()          #: finish reasons that are an error before anything was said: Chat passes all on
 
     def __init__(self, preserve: bool) -> None:
         self._preserve = preserve
@@ -3072,6 +3145,9 @@ class TranslatedStream:
     def _open(self, chunk: Json, out: List[bytes]) -> None:
         """Hold chunks back until there is an answer in one; then nothing is lost."""
         self._held.append(chunk)
+        reason = first_choice(chunk).get("finish_reason")
+        if reason in getattr(self._translator, "fatal", FATAL_FINISH):
+            raise broken_off(reason)
         if is_answer(chunk):
             self.began = True
             for held in self._held:
@@ -4589,11 +4665,7 @@ class _ResponseTools:
         if not isinstance(choice, dict):
             raise BadRequest(f"`tool_choice` {choice!r} is unknown", param="tool_choice", code="invalid_value")
         if choice.get("type") == "allowed_tools":
-            allowed = _objects(choice.get("tools"), "tool_choice")
-            names = {self._named(tool) for tool in allowed}
-            families = {_family(str(tool.get("type"))) for tool in allowed}
-            self._chat = {name: tool for name, tool in self._chat.items() if name in names}
-            self._native = {family: tool for family, tool in self._native.items() if family in families}
+            self._allow(_objects(choice.get("tools"), "tool_choice"))
             return choice.get("mode") or "auto"
         name = self._named(choice)
         if name in self._chat:
@@ -4602,6 +4674,18 @@ class _ResponseTools:
             raise BadRequest(f"`tool_choice` names a tool that is not in `tools`: {choice.get('name')!r}",
                              param="tool_choice", code="invalid_value")
         return "auto"                        # a tool of OpenAI's own
+
+    def _allow(self, allowed: List[Json]) -> None:
+        """Leave these alone; all, where none of them is known here (a connector's, say)."""
+        names = {self._named(tool) for tool in allowed}
+        spaces = {label for tool in allowed if tool.get("type") in ("namespace", "mcp")
+                  for label in (str(tool.get("name")), f"mcp__{tool.get('server_label')}")}
+        names |= {name for tool, name in self._names.items() if tool.namespace and tool.namespace in spaces}
+        families = {_family(str(tool.get("type"))) for tool in allowed}
+        chat = {name: tool for name, tool in self._chat.items() if name in names}
+        native = {family: tool for family, tool in self._native.items() if family in families}
+        if chat or native:
+            self._chat, self._native = chat, native
 
     def _named(self, tool: Json) -> Optional[str]:
         kind = str(tool.get("type"))
@@ -4679,10 +4763,17 @@ def _input_items(body: Json, recall: Callable[[str], Optional[List[Json]]],
                          code="previous_response_not_found")
     if isinstance(given, str):
         given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
-    return [*items, *(_typed(item, find) for item in _objects(given, "input"))]
+    given = _objects(given, "input")
+    here = [item["id"] for item in [*items, *given] if isinstance(item.get("id"), str) and not _refers(item)]
+    return [*items, *(_typed(item, find) for item in given if not (_refers(item) and item.get("id") in here))]
+
+
+def _refers(item: Json) -> bool:
+    return (item.get("type") or ("message" if "role" in item else "item_reference")) == "item_reference"
 
 
 def _typed(item: Json, find: Callable[[str], Optional[Json]]) -> Json:
+    """An item with its type; what it stands for, where it is a reference."""
     kind = item.get("type") or ("message" if "role" in item else "item_reference")
     if not isinstance(kind, str):
         raise BadRequest("the `type` of an item must be a string", param="input", code="invalid_type")
@@ -4697,6 +4788,8 @@ def _typed(item: Json, find: Callable[[str], Optional[Json]]) -> Json:
 def _image_part(part: Json, profile: Json) -> Json:
     if not profile["vision"]:
         return {"type": "text", "text": NO_IMAGE}
+    if isinstance(part.get("image_url"), dict):          # as in Chat
+        part = {**part["image_url"], "image_url": part["image_url"].get("url")}
     if not isinstance(part.get("image_url"), str):
         raise BadRequest("an `input_image` needs an `image_url`: files are not kept here", param="input",
                          code="unsupported_value")
@@ -4706,13 +4799,33 @@ def _image_part(part: Json, profile: Json) -> Json:
 
 
 def _file_part(part: Json, profile: Json) -> Json:
-    if not profile["files"]:
-        raise BadRequest("this model takes no files: send their text", param="input", code="unsupported_value")
-    if not isinstance(part.get("file_data"), str):
-        raise BadRequest("an `input_file` needs `file_data`: files are neither kept nor fetched here", param="input",
+    """A file, its text or a note in its place: a 400 would come again with each later request of the conversation."""
+    name, data, url = (part.get(key) if isinstance(part.get(key), str) else "" for key in (
+        "filename", "file_data", "file_url"))
+    if not data and not url:
+        raise BadRequest("an `input_file` needs `file_data`: files are not kept here", param="input",
                          code="unsupported_value")
-    return {"type": "file", "file": {"filename": part.get("filename") or "document.pdf",
-                                     "file_data": part["file_data"]}}
+    if not data:
+        return {"type": "text", "text": f"[a file was here ({one_line(name or url)}); none is fetched by this server: "
+                                        "use a tool to read it]"}
+    if profile["files"]:
+        return {"type": "file", "file": {"filename": name or "document.pdf", "file_data": data}}
+    text = _text_of_file(data)
+    if text is None:
+        note = NO_PDF if name.endswith(".pdf") or not name else NO_PDF.replace("PDF", "file")
+        return {"type": "text", "text": note.format(name or "document.pdf")}
+    return {"type": "text", "text": f"File {name}:\n{text}" if name else text}
+
+
+def _text_of_file(data: str) -> Optional[str]:
+    """What a data URL or bare base64 says, None where it is no text: UTF-8, or what is called text."""
+    head, _, body = data.partition(",") if data.startswith("data:") else ("data:;base64", "", data)
+    try:
+        raw = base64.b64decode(body) if head.endswith(";base64") else urllib.parse.unquote_to_bytes(body)
+        text = raw.decode("utf-8-sig", "replace" if head.startswith("data:text/") else "strict")
+    except ValueError:
+        return None
+    return None if "\0" in text or text.startswith("%PDF-") else text
 
 
 def _audio_part(part: Json, profile: Json) -> Json:
@@ -4722,7 +4835,7 @@ def _audio_part(part: Json, profile: Json) -> Json:
 #: Which field of a part is its text; `encrypted_content` is Codex's for agent_message, plain text through us.
 _TEXT_FIELDS = {"input_text": "text", "output_text": "text", "text": "text", "summary_text": "text",
                 "reasoning_text": "text", "refusal": "refusal", "encrypted_content": "encrypted_content"}
-_OTHER_PARTS = {"input_image": _image_part, "input_file": _file_part, "input_audio": _audio_part}
+_OTHER_PARTS = {"input_image": _image_part, "image_url": _image_part, "input_file": _file_part, "input_audio": _audio_part}
 
 
 def _texts_of(content: Any) -> List[str]:
@@ -4743,6 +4856,23 @@ def _chat_parts(content: Any, profile: Json) -> List[Json]:
         else:
             parts += [{"type": "text", "text": text} for text in _texts_of([part] if isinstance(part, dict) else part)]
     return parts
+
+
+def _knows(parts: List[Any]) -> bool:
+    """Whether any of these parts is of a kind that can be told."""
+    return any(isinstance(part, str) or isinstance(part, dict) and (
+        str(part.get("type")) in {**_TEXT_FIELDS, **_OTHER_PARTS}) for part in parts)
+
+
+def _check_content(content: Any) -> None:
+    """BadRequest for a message of which nothing would be left; an unknown part beside others is passed over."""
+    if isinstance(content, list) and content and not _knows(content):
+        kind = content[0].get("type") if isinstance(content[0], dict) else content[0]
+        raise BadRequest(f"a message can't have content of type {one_line(json.dumps(kind), 60)}", param="input",
+                         code="invalid_value")
+    if content is not None and not isinstance(content, (str, list)):
+        raise BadRequest("the `content` of a message must be a string or a list of parts", param="input",
+                         code="invalid_type")
 
 
 def _chat_content(parts: List[Json]) -> Any:
@@ -4802,7 +4932,7 @@ def _output_content(item: Json) -> Any:
     output = item.get("output")
     if isinstance(output, str) or output is None:
         return output or ""
-    if isinstance(output, list) and all(isinstance(part, dict) and part.get("type") for part in output):
+    if isinstance(output, list) and all(isinstance(part, dict) for part in output) and (_knows(output) or not output):
         return output
     return dump_json(output).decode()
 
@@ -4828,7 +4958,9 @@ def _pair_outputs(items: Sequence[Json]) -> Tuple[Dict[int, Json], Set[int]]:
     waiting = [(place, item) for place, item in enumerate(items) if _is_call(item)]
     by_id: Dict[str, List[int]] = {}
     for place, item in waiting:
-        by_id.setdefault(_call_id(item), []).append(place)
+        own = item.get("id") if item["type"] == "local_shell_call" else None     # its output may name either
+        for ident in {_call_id(item), own if isinstance(own, str) else _call_id(item)}:
+            by_id.setdefault(ident, []).append(place)
     paired: Dict[int, Json] = {}
     strays: Set[int] = set()
     for place, item in enumerate(items):
@@ -4892,6 +5024,7 @@ class _ItemHistory:
 
     def _add_message(self, item: Json) -> None:
         role = item.get("role")
+        _check_content(item.get("content"))
         if role == "assistant":
             step = self._current()
             step.spoke = True
@@ -5013,9 +5146,12 @@ class _ItemHistory:
 
 def _answer_format(form: Any, profile: Json) -> Tuple[Optional[Json], Optional[str]]:
     """response_format for Chat, and what to add to the system message where the provider can't do it."""
-    kind = form.get("type") if isinstance(form, dict) else None
-    if kind not in ("json_object", "json_schema"):
+    kind = form.get("type") if isinstance(form, dict) else form
+    if kind in (None, "text"):
         return None, None
+    if kind not in ("json_object", "json_schema"):
+        raise BadRequest(f"`text.format` can't be {one_line(json.dumps(kind), 60)}: text, json_object or json_schema "
+                         "expected", param="text.format", code="invalid_value")
     known = profile["structured_output"]
     as_object = {"type": "json_object"} if known != "prompt" else None
     if kind == "json_object":
@@ -5042,6 +5178,7 @@ class ResponsesTurn:
         self.store = body.get("store") is not False
         self.model = body.get("model") or model
         self.now, self.seal, self.codex, self.profile = now, seal, codex, profile
+        self.carriers: Dict[str, Json] = {}  #: what to keep of reasoning beside what is shown, by its item
         self._body = body
         self._reasoning, self._text = self._configuration()
         include = body.get("include") or []
@@ -5057,6 +5194,13 @@ class ResponsesTurn:
     def call_ids(self) -> Set[str]:
         """Ids that earlier calls of the conversation have."""
         return {_call_id(item) for item in self.items if _is_call(item)}
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens the chat request takes."""
+        tools, form = self.chat.get("tools"), self.chat.get("response_format")
+        return sum(4 + _said_tokens(message) for message in self.chat["messages"]) + sum(
+            estimate_tokens(_compact(part)) for part in (tools, form) if part)
 
     def reply(self, completion: Json, new_id: Callable[[str], str]) -> Json:
         """The response object: what the last event of a stream of the same answer bears."""
@@ -5109,6 +5253,7 @@ class ResponsesTurn:
             if self.profile["stream_usage"]:
                 chat["stream_options"] = {"include_usage": True}
         self._put_sampling(chat)
+        self._put_extras(chat)
         set_thinking(chat, self.profile, thinking, effort=effort)
         if form:
             chat["response_format"] = form
@@ -5146,6 +5291,15 @@ class ResponsesTurn:
             if self._body.get("top_logprobs") is not None:
                 chat["top_logprobs"] = self._body["top_logprobs"]
 
+    def _put_extras(self, chat: Json) -> None:
+        """What only some providers know: for whom it is, and what their machines want to be told."""
+        given, known = {**self._body, "verbosity": self._text.get("verbosity")}, self.profile["extra_fields"]
+        user = given.get("safety_identifier") or given.get("user")
+        if isinstance(user, str) and self.profile["user_field"] and "user" in known:
+            chat[self.profile["user_field"]] = user
+        chat.update((name, given[name]) for name in ("verbosity", "prompt_cache_key", "service_tier")
+                    if name in known and given.get(name) is not None)
+
     def _put_tools(self, chat: Json, thinking: Optional[bool]) -> None:
         choice = self.tools.choose(self._body.get("tool_choice")) if self.tools.listed() else None
         listed = self.tools.listed()
@@ -5170,13 +5324,29 @@ def compact_reply(turn: ResponsesTurn, completion: Json, new_id: Callable[[str],
             "output": said + response["output"], "usage": response["usage"]}
 
 
-def count_response_tokens(body: Json) -> int:
-    """About how many tokens the request takes, for /v1/responses/input_tokens."""
-    items = body.get("input")
-    if isinstance(items, list):          # sealed reasoning would count twice and far too high
-        items = [{key: value for key, value in item.items() if key != "encrypted_content"} if isinstance(item, dict)
-                 else item for item in items]
-    return sum(estimate_tokens(part) for part in (items, body.get("instructions"), body.get("tools"), body.get("text")))
+#: Where the texts of messages and items are; the rest (ids, types, seals) no model reads.
+_SAID = ("content", "text", "refusal", "summary", "name", "arguments", "input", "output", "action", "operation", "function",
+         "tool_calls", "reasoning_content", "reasoning")
+
+
+def _said_tokens(value: Any) -> int:
+    """About how many tokens the texts of a message or an item take; pictures and files count as one picture."""
+    if isinstance(value, str):
+        return estimate_tokens(value)
+    if isinstance(value, list):
+        return sum(map(_said_tokens, value))
+    if not isinstance(value, dict):
+        return 0
+    if value.get("type") in (*_IMAGE_PARTS, "file"):
+        return 1500
+    return sum(estimate_tokens(_compact(said)) if isinstance(said, dict) and name != "function" else _said_tokens(said)
+               for name, said in ((name, value[name]) for name in _SAID if name in value))
+
+
+def count_response_tokens(body: Json, recall: Callable[[str], Optional[List[Json]]],
+                          item: Callable[[str], Optional[Json]], seal: Seal) -> int:
+    """About how many tokens the request takes, for /v1/responses/input_tokens; BadRequest as for the request itself."""
+    return ResponsesTurn({"input": "", **body}, DEFAULT_PROFILE, "", now=0, recall=recall, item=item, seal=seal).tokens
 
 
 # --- answer: arguments that arrive in pieces ---
@@ -5368,7 +5538,7 @@ class _Speech(_Item):
             event["logprobs"] = logprobs
         return event
 
-    def close(self) -> Iterator[Json]:
+    def close(self, cut: bool) -> Iterator[Json]:
         voice, text = self.voice, "".join(self._pieces)
         said = {"logprobs": self._logprobs} if voice.extra else {}
         part = {**voice.part, voice.text: text, **said}
@@ -5376,10 +5546,14 @@ class _Speech(_Item):
         yield self.stream.event(voice.part_events + ".done", {**self._place, "part": part})
         item = {**self._item, voice.parts: [part]}
         if voice.item is _MESSAGE:
-            item["status"] = "completed"
-        elif self.stream.turn.carries:
+            item["status"] = "incomplete" if cut else "completed"
+        elif self.stream.turn.carries or self.details:
             value = {"reasoning": text, **({"details": self.details} if self.details else {})}
-            item["encrypted_content"] = self.stream.turn.seal.close(value)
+            carrier = {"encrypted_content": self.stream.turn.seal.close(value)}
+            if self.stream.turn.carries:
+                item.update(carrier)
+            else:
+                self.stream.turn.carriers[item["id"]] = carrier
         yield self.finish(item)
 
 
@@ -5441,7 +5615,7 @@ class _Call(_Item):
                 yield self.finish({**self._item, "status": "completed"})
                 return
             yield from self._open(_Tool("function", self._tool.name))    # lets the client tell the model
-        yield from self._end(cut and not self.whole)
+        yield from self._end(not self.whole and (cut or bool(self._is_object)))
 
     def _open(self, tool: _Tool) -> Iterator[Json]:
         self._tool, kind = tool, _TOOL_KINDS[tool.kind]
@@ -5466,8 +5640,11 @@ class _Call(_Item):
     def _end(self, cut: bool) -> Iterator[Json]:
         yield from self._send(self._reader.close(cut))
         name, text = _TOOL_KINDS[self._tool.kind].field, "".join(self._sent)
+        item = {**self._item, name: text, "status": "incomplete" if cut else "completed"}
+        if cut and self._tool.kind == "custom":      # Codex runs whatever is done, and half an input looks like a whole one
+            return self.stream.withhold(self.index, item)
         yield self._event("done", name, text)
-        yield self.finish({**self._item, name: text, "status": "incomplete" if cut else "completed"})
+        yield self.finish(item)
 
     def _event(self, step: str, name: str, text: str) -> Json:
         return self.stream.event(f"{_TOOL_KINDS[self._tool.kind].events}.{step}",
@@ -5518,6 +5695,7 @@ class ResponsesStream:
         self.finish_reason: Optional[str] = None
         self.items = 0                           #: how many were announced
         self.finished: Dict[int, Json] = {}
+        self._withheld = 0                       #: how many of them were never said to be done
         self._number = 0
         self._id, self._created_at = "", 0
         self._reasoning_voice = _SUMMARY if turn.summarises else _RAW
@@ -5537,7 +5715,7 @@ class ResponsesStream:
         if isinstance(reason, str) and reason:
             self.finish_reason = reason
             if reason in FATAL_FINISH:
-                raise UpstreamRefused(f"the model's server broke the answer off: {reason}", status=FATAL_FINISH[reason])
+                raise broken_off(reason)
         if not self._id:
             yield from self._start(chunk)
         delta = choice.get("delta")
@@ -5549,14 +5727,27 @@ class ResponsesStream:
             yield from self._start({})
         if self._think_tags:
             yield from self._write_pieces(self._think_tags.close(), [])
-        reason = _INCOMPLETE.get(self.finish_reason or "")
-        yield from self._end_items(cut=reason is not None)
-        if reason == "max_output_tokens" and self.turn.codex:
-            reason = None                        # Codex takes `incomplete` for a broken stream and asks the same again
+        yield from self._end_items(cut=self.finish_reason in _INCOMPLETE)
+        reason = self._why_incomplete()
         details, status = {"reason": reason} if reason else None, "incomplete" if reason else "completed"
         usage = parse_usage(self.usage) if self.usage else self._estimate()
         yield self._terminal(status, incomplete_details=details, usage=_response_usage(usage),
                              completed_at=None if reason else max(self._created_at, int(self.turn.now)))
+
+    def _why_incomplete(self) -> Optional[str]:
+        """Why the answer is not whole, None where it is.
+
+        Codex takes `incomplete` for a broken stream and asks the same again: as long as there is something to show or
+        to do, it is told that this was all.
+        """
+        reason = _INCOMPLETE.get(self.finish_reason or "", "max_output_tokens" if self._withheld else None)
+        useful = sum(item["type"] != "reasoning" for item in self.finished.values()) > self._withheld
+        return None if self.turn.codex and useful else reason
+
+    def withhold(self, index: int, item: Json) -> None:
+        """An item that goes into the response, but was cut off and so is never done."""
+        self.finished[index] = item
+        self._withheld += 1
 
     def fail(self, exc: GatewayError) -> Iterator[Json]:
         """The end of a stream that broke."""
@@ -5588,10 +5779,7 @@ class ResponsesStream:
         return self.event(status, {"response": self._response(status, **facts)})
 
     def _estimate(self) -> Usage:
-        chat = self.turn.chat
-        return Usage(estimate_tokens(chat["messages"]) + estimate_tokens(chat.get("tools")),
-                     sum(estimate_tokens({**item, "encrypted_content": None}) for item in self.finished.values()),
-                     estimated=True)
+        return Usage(self.turn.tokens, sum(map(_said_tokens, self.finished.values())), estimated=True)
 
     def _take(self, delta: Json, choice: Json) -> Iterator[Json]:
         reasoning = reasoning_of(delta)
@@ -5632,10 +5820,10 @@ class ResponsesStream:
             yield from self._speech.open()
         yield self._speech.delta(text, logprobs)
 
-    def _end_speech(self) -> Iterator[Json]:
+    def _end_speech(self, cut: bool = False) -> Iterator[Json]:
         speech, self._speech, self._blank = self._speech, None, ""
         if speech:
-            yield from speech.close()
+            yield from speech.close(cut)
 
     def _take_calls(self, deltas: List[Any]) -> Iterator[Json]:
         for delta in deltas:
@@ -5681,7 +5869,7 @@ class ResponsesStream:
         self._open_calls = [call for call in self._open_calls if not call.done]
 
     def _end_items(self, cut: bool) -> Iterator[Json]:
-        yield from self._end_speech()
+        yield from self._end_speech(cut)
         for call in self._open_calls:
             yield from call.close(cut)
 
@@ -5705,12 +5893,55 @@ class _CompactionStream(ResponsesStream):
 
     def _end_items(self, cut: bool) -> Iterator[Json]:
         summary = "".join(self._written).strip()
-        if not summary:
-            raise UpstreamGarbled("the model wrote no summary")
+        if cut or not summary:
+            raise UpstreamGarbled(f"the model's summary was cut off: {self.finish_reason}" if cut else
+                                  "the model wrote no summary")
         sealed = self.turn.seal.close({"summary": summary})
         item, compaction = _Item(self), {"id": self.new_id("cmp_"), "type": "compaction", "encrypted_content": sealed}
         yield item.announce(compaction)
         yield item.finish(compaction)
+
+
+# --- answer: once more ---
+
+def replay_events(response: Json) -> Iterator[Json]:
+    """The events that tell a response that is over, each text and each call in one piece."""
+    for number, (name, fields) in enumerate(_retold(response)):
+        yield {"type": "response." + name, **fields, "sequence_number": number}
+
+
+def _retold(response: Json) -> Iterator[Tuple[str, Json]]:
+    begun = {**response, "status": "in_progress", "output": [], "usage": None, "error": None, "incomplete_details": None}
+    begun.pop("completed_at", None)
+    yield "created", {"response": begun}
+    yield "in_progress", {"response": begun}
+    for index, item in enumerate(response["output"]):
+        place = {"item_id": item["id"], "output_index": index}
+        empty = {**item, **({"status": "in_progress"} if "status" in item else {})}
+        steps: List[Tuple[str, Json]] = []
+        for voice in (_SUMMARY, _RAW, _TEXT, _REFUSAL):
+            parts = item.get(voice.parts, ()) if item["type"] == voice.item["type"] else ()
+            for number, part in enumerate(parts):
+                if part["type"] == voice.part["type"]:
+                    empty = {"id": item["id"], **voice.item}
+                    steps += _spoken(voice, {**place, voice.index: number}, part)
+        kind = _TOOL_KINDS.get(_KIND_OF_CALL.get(item["type"], ""))
+        if kind and kind.events:
+            said, empty[kind.field] = item[kind.field], ""
+            steps = [(kind.events + ".delta", {**place, "delta": said}), (kind.events + ".done", {**place, kind.field: said})]
+        yield "output_item.added", {"output_index": index, "item": empty}
+        yield from steps
+        yield "output_item.done", {"output_index": index, "item": item}
+    yield response["status"], {"response": response}
+
+
+def _spoken(voice: _Voice, place: Json, part: Json) -> List[Tuple[str, Json]]:
+    """Names and fields of the events of one part that runs."""
+    text = part[voice.text]
+    return [(voice.part_events + ".added", {**place, "part": {**part, voice.text: ""}}),
+            (voice.text_events + ".delta", {**place, "delta": text, **voice.extra}),
+            (voice.text_events + ".done", {**place, voice.text: text, **voice.extra}),
+            (voice.part_events + ".done", {**place, "part": part})]
 
 
 # === 9. Dialects (pure) ======================================================
@@ -5723,6 +5954,11 @@ class Context(NamedTuple):
     store: Any                           #: a ResponseStore
     reasoning: Any                       #: a ReasoningCache
     scale: Callable[[int], int] = int    #: an estimate of tokens as the target's model counts them
+
+
+def owner_of(key: Optional[ClientKey]) -> str:
+    """Whom kept responses belong to: the client key of that name; without one, and with `custom_api_key`, everybody."""
+    return "" if key is None or key.shared else key.name
 
 
 #: What clients name a conversation by: Claude Code, Codex, others.
@@ -5757,6 +5993,11 @@ class Call:
     @property
     def speaks(self) -> str:
         return self.dialect.name
+
+    @property
+    def owner(self) -> str:
+        """Whose the responses are that are kept."""
+        return owner_of(self.key)
 
     @property
     def size_tokens(self) -> int:
@@ -5894,7 +6135,7 @@ class TranslatedTurn:
         def error(exc: GatewayError) -> bytes:
             if fail is None:
                 return self._call.dialect.error_event(exc, self._call.request_id)
-            return b"".join(map(encode_event, fail(exc)))
+            return b"".join(map(self._encode, fail(exc)))
 
         return TranslatedStream(translator, self._encode, error, self._note())
 
@@ -5912,11 +6153,13 @@ class ResponsesRoad(TranslatedTurn):
         if event["type"] in ("response.completed", "response.incomplete"):
             self._kept(event["response"])
             return encode_event(event) + b"data: [DONE]\n\n"    # harmless, and some clients wait for it
+        if event["type"] == "response.failed":
+            self._kept(event["response"])
         return encode_event(event)
 
     def _kept(self, answer: Json) -> Json:
-        if self._turn.store and answer.get("object") == "response":
-            self._context.store.keep(answer, self._turn.items)
+        if self._turn.store:
+            self._context.store.keep(answer, self._turn.items, self._call.owner, self._turn.carriers)
         return answer
 
 
@@ -5924,7 +6167,7 @@ class CompactRoad(ResponsesRoad):
     """POST /v1/responses/compact: the same request, answered by its summary."""
 
     def reply(self, data: bytes, completion: Json) -> bytes:
-        return dump_json(compact_reply(self._turn, completion, self._context.new_id))
+        return dump_json(self._kept(compact_reply(self._turn, completion, self._context.new_id)))
 
 
 def encode_event(event: Json) -> bytes:
@@ -5968,9 +6211,10 @@ class ChatDialect:
         return b": keep-alive\n\n"
 
     def error(self, exc: GatewayError, request_id: str) -> Json:
-        """The body of an error; an upstream's own error object is passed on with all its keys."""
+        """The body of an error; an upstream's own error object is passed on with all its keys, and the code we know."""
         if exc.body:
-            return exc.body
+            known = {"code": exc.code} if exc.code else {}
+            return {**exc.body, "error": {**exc.body["error"], **known}}
         return {"error": {"message": exc.message, "type": exc.type, "param": exc.param, "code": exc.code}}
 
     def status(self, exc: GatewayError) -> int:
@@ -6023,9 +6267,10 @@ class ResponsesDialect(ChatDialect):
     compact = False
 
     def turn(self, call: Call, target: Target, context: Context) -> Any:
-        store = context.store
+        store, owner = context.store, call.owner
         turn = ResponsesTurn(call.body, profile_of(target), target.model, now=context.now,
-                             recall=store.recall, item=store.item, seal=context.seal, codex=call.is_codex,
+                             recall=lambda ident: store.recall(ident, owner),
+                             item=lambda ident: store.item(ident, owner), seal=context.seal, codex=call.is_codex,
                              compact=self.compact)
         return (CompactRoad if self.compact else ResponsesRoad)(call, turn, target, context)
 
@@ -6034,8 +6279,12 @@ class ResponsesDialect(ChatDialect):
 
 
 class CompactDialect(ResponsesDialect):
-    """POST /v1/responses/compact."""
+    """POST /v1/responses/compact, which does not stream."""
     compact = True
+
+    def check(self, body: Json) -> None:
+        super().check(body)
+        body.pop("stream", None)
 
 
 CHAT = ChatDialect("/chat/completions", needs="messages")
@@ -8478,16 +8727,39 @@ class TokenScale:
                 self._write()
 
 
+class _Kept(NamedTuple):
+    """A response in the store."""
+    at: float
+    size: int
+    response: Json
+    items: List[Json]
+    owner: str
+    carriers: Json                       #: item id -> what of it is kept beside what is shown
+
+    @property
+    def conversation(self) -> List[Json]:
+        """Input and output items, the reasoning as the upstream wants it back; what was compacted stands for itself."""
+        output = [{**item, **self.carriers.get(item.get("id"), {})} for item in self.response["output"]]
+        return output if any(item.get("type") == "compaction" for item in output) else self.items + output
+
+    def line(self) -> Json:
+        """It as a line of the file."""
+        return {"id": self.response["id"], "at": self.at, "response": self.response, "items": self.items,
+                **({"owner": self.owner} if self.owner else {}),
+                **({"carriers": self.carriers} if self.carriers else {})}
+
+
 class ResponseStore:
     """Answers of Responses with what they answered, for `previous_response_id`; bounded, the oldest go first.
 
-    With a `path` they outlive a restart: a JSON line for each, the file made anew when it has grown to twice the limit.
+    Each belongs to an owner (`owner_of`); nobody else finds it.  With a `path` they outlive a restart: a JSON line for
+    each, the file made anew when it has grown to twice the limit.
     """
     LIMIT, LIMIT_BYTES, KEPT_S = 1000, 32 << 20, 24 * 3600
 
     def __init__(self, path: str = "", clock: Callable[[], float] = time.time) -> None:
         self._clock, self._path = clock, os.path.expanduser(path)
-        self._kept: Dict[str, Tuple[float, int, Json, List[Json]]] = {}
+        self._kept: Dict[str, _Kept] = {}
         self._size, self._lock = 0, threading.Lock()
         self._written = 0
         if path:
@@ -8506,7 +8778,9 @@ class ResponseStore:
                 entry = json.loads(line)
                 self._drop(entry["id"])
                 if "response" in entry:
-                    self._kept[entry["id"]] = (float(entry["at"]), len(line), entry["response"], list(entry["items"]))
+                    self._kept[entry["id"]] = _Kept(float(entry["at"]), len(line), entry["response"],
+                                                    list(entry["items"]), str(entry.get("owner", "")),
+                                                    dict(entry.get("carriers", {})))
                     self._size += len(line)
         self._trim()
 
@@ -8515,8 +8789,7 @@ class ResponseStore:
         line = dump_json(entry) + b"\n"
         try:
             if self._written + len(line) > 2 * self.LIMIT_BYTES:
-                lines = [dump_json({"id": ident, "at": at, "response": response, "items": items}) + b"\n"
-                         for ident, (at, _, response, items) in self._kept.items()]
+                lines = [dump_json(kept.line()) + b"\n" for kept in self._kept.values()]
                 write_file(self._path, b"".join(lines))
                 self._written = sum(map(len, lines))
                 return
@@ -8527,65 +8800,51 @@ class ResponseStore:
         except OSError as exc:
             log.warning("responses_file %s can't be written: %s", self._path, exc.strerror or exc)
 
-    def keep(self, response: Json, items: List[Json]) -> None:
+    def keep(self, response: Json, items: List[Json], owner: str = "", carriers: Optional[Json] = None) -> None:
         """`items` are the whole input, of earlier responses, too."""
-        size = len(dump_json(response)) + len(dump_json(items))
+        size = sum(len(dump_json(part)) for part in (response, items, carriers))
         with self._lock:
-            now = self._clock()
-            self._kept[response["id"]] = (now, size, response, items)
+            kept = self._kept[response["id"]] = _Kept(self._clock(), size, response, items, owner, carriers or {})
             self._size += size
             self._trim()
             if self._path:
-                self._write({"id": response["id"], "at": now, "response": response, "items": items})
+                self._write(kept.line())
 
     def _trim(self) -> None:
         for ident in list(self._kept):
-            old = self._clock() - self._kept[ident][0] >= self.KEPT_S
+            old = self._clock() - self._kept[ident].at >= self.KEPT_S
             if len(self._kept) <= self.LIMIT and self._size <= self.LIMIT_BYTES and not old:
                 break
             self._drop(ident)
 
     def _drop(self, ident: str) -> bool:
         found = self._kept.pop(ident, None)
-        self._size -= found[1] if found else 0
+        self._size -= found.size if found else 0
         return found is not None
 
-    def drop(self, ident: str) -> bool:
-        """Forget it; False where there is nothing to forget."""
+    def drop(self, ident: str) -> None:
+        """Forget it."""
         with self._lock:
-            dropped = self._drop(ident)
-            if dropped and self._path:
+            if self._drop(ident) and self._path:
                 self._write({"id": ident})
-            return dropped
 
-    def _find(self, ident: str) -> Optional[Tuple[float, int, Json, List[Json]]]:
+    def find(self, ident: str, owner: str = "") -> Optional[_Kept]:
+        """What is kept under an id, None for another owner."""
         with self._lock:
             found = self._kept.get(ident)
-        return found if found and self._clock() - found[0] < self.KEPT_S else None
+        return found if found and found.owner == owner and self._clock() - found.at < self.KEPT_S else None
 
-    def response(self, ident: str) -> Optional[Json]:
-        found = self._find(ident)
-        return found[2] if found else None
-
-    def items(self, ident: str) -> Optional[List[Json]]:
-        """The input items of a response."""
-        found = self._find(ident)
-        return found[3] if found else None
-
-    def recall(self, ident: str) -> Optional[List[Json]]:
+    def recall(self, ident: str, owner: str = "") -> Optional[List[Json]]:
         """Input and output items of a response: the conversation up to it."""
-        found = self._find(ident)
-        return found[3] + found[2]["output"] if found else None
+        found = self.find(ident, owner)
+        return found.conversation if found else None
 
-    def item(self, ident: str) -> Optional[Json]:
+    def item(self, ident: str, owner: str = "") -> Optional[Json]:
         """One item by its id, for `item_reference`."""
         with self._lock:
-            kept = list(self._kept.values())
-        for _, _, response, items in reversed(kept):
-            for item in [*response["output"], *items]:
-                if item.get("id") == ident:
-                    return item
-        return None
+            kept = [entry for entry in self._kept.values() if entry.owner == owner]
+        return next((item for entry in reversed(kept) for item in reversed(entry.conversation)
+                     if item.get("id") == ident), None)
 
 
 class Metrics:
@@ -9861,9 +10120,11 @@ class Gateway:
             if exc.overflow is not None:
                 prompt, limit, output = exc.overflow
                 exc.overflow = (prompt or turn.estimate, limit or profile_of(target).get("context", 0), output)
-                exc.code = exc.code or "context_length_exceeded"
-            elif exc.status == 404 and exc.code == "model_not_found" and target.model not in exc.message:
-                exc.message = f"the model {target.model} does not exist there: {exc.message}"
+                exc.code = "context_length_exceeded"
+            elif is_missing_model(exc.status, exc.message, exc.code or exc.body and exc.body["error"].get("code")):
+                exc.status, exc.code = 404, "model_not_found"
+                if target.model not in exc.message:
+                    exc.message = f"the model {target.model} does not exist there: {exc.message}"
         _forget_secrets(exc, target.provider)
         if exc.status == 429 and exc.retry_after_s is None:      # Codex gives up at once on a bare 429
             exc.retry_after_s = DEFAULT_RETRY_AFTER_S
@@ -10081,6 +10342,19 @@ class Gateway:
             found = {model: owner for model, owner in found.items() if may_use(key, model, router.resolve(model))}
         return [{"id": model, "object": "model", "created": created, "owned_by": owner or "iflow2api"}
                 for model, owner in found.items()]
+
+    def model(self, name: str, key: Optional[ClientKey] = None) -> Optional[Json]:
+        """What is listed under a name, or as `provider/name` may be asked for as well; None where nothing is known of it."""
+        models, (head, _, rest) = self.models(key), name.partition("/")
+        listed = next((model for model in models if model["id"] == name), None)
+        target = self.state.router.claimed(name)
+        if listed or target is None or (target.provider.name, target.model) != (head, rest):
+            return listed
+        if key is not None and not may_use(key, name, [target]):
+            return None
+        its = [model["id"] for model in models if model["owned_by"] == head]
+        return None if its and rest not in its else {
+            "id": name, "object": "model", "created": int(self.started_at), "owned_by": head}
 
     def vision_models(self, key: Optional[ClientKey] = None) -> List[Json]:
         """Of models() those that are known to take images."""
@@ -10683,7 +10957,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error_of(self, exc: GatewayError) -> None:
         """The one place where an error becomes bytes: as an answer, or within a stream that has begun."""
-        if self.sink is not None and self.sink.open:
+        if self.sink is not None and (self.sink.open or self.sink.tells_within(exc)):
             return self.sink.fail(exc)
         status = self.endpoint.dialect.status(exc)
         headers: List[Tuple[str, str]] = []
@@ -10839,6 +11113,10 @@ class Sink(AnswerSink):
         if self._call.stream and time.monotonic() - self.wrote_at >= self.tick_s * 0.99:
             self._write(self._head() + self._frame(self._call.dialect.keepalive(self._call, self.began)))
 
+    def tells_within(self, exc: GatewayError) -> bool:
+        """Whether even an error before anything was sent is part of the stream: `response.failed`, where the model failed."""
+        return self._call.stream and self._call.dialect.name == "responses" and isinstance(exc, UpstreamBroke)
+
     def fail(self, exc: GatewayError) -> None:
         """An error in the dialect's own words within the stream; then the connection ends."""
         self._handler.close_connection = True
@@ -10988,20 +11266,33 @@ def count_tokens(handler: Handler) -> None:
 
 def count_input_tokens(handler: Handler) -> None:
     body, _ = handler.read_json()
-    handler.respond_json({"object": "response.input_tokens", "input_tokens": count_response_tokens(body)})
+    gateway, owner = handler.server.gateway, owner_of(handler.key)
+    tokens = count_response_tokens(body, lambda ident: gateway.responses.recall(ident, owner),
+                                   lambda ident: gateway.responses.item(ident, owner), gateway.seal())
+    handler.respond_json({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 def kept_response(handler: Handler) -> None:
-    """GET and DELETE /v1/responses/{id}, GET /v1/responses/{id}/input_items."""
+    """GET and DELETE /v1/responses/{id}, GET …/input_items, POST …/cancel."""
     ident, _, rest = handler.argument.partition("/")
     store = handler.server.gateway.responses
-    response = store.response(ident) if rest in ("", "input_items") else None
-    if response is None:
+    wanted = {"GET": ("", "input_items"), "HEAD": ("", "input_items"), "DELETE": ("",), "POST": ("cancel",)}
+    kept = store.find(ident, owner_of(handler.key)) if rest in wanted[handler.command] else None
+    if kept is None:
         raise NotFound(f"Response with id '{one_line(ident, 80)}' not found.", param="id")
+    if handler.command == "POST":
+        raise BadRequest("Cannot cancel a synchronous response.", param="id")
     if handler.command == "DELETE":
         store.drop(ident)
         return handler.respond_json({"id": ident, "object": "response.deleted", "deleted": True})
-    handler.respond_json(item_page(store.items(ident) or [], handler.path) if rest else response)
+    query = urllib.parse.parse_qs(handler.path.partition("?")[2])
+    if rest or query.get("stream") != ["true"] or kept.response["object"] != "response":
+        return handler.respond_json(item_page(kept.items, handler.path) if rest else kept.response)
+    after = query.get("starting_after", ["-1"])[-1]
+    if not re.fullmatch(r"-1|\d{1,9}", after):
+        raise BadRequest("starting_after: a number expected", param="starting_after")
+    events = [encode_event(event) for event in replay_events(kept.response) if event["sequence_number"] > int(after)]
+    handler.respond(200, b"".join(events), "text/event-stream; charset=utf-8")
 
 
 def item_page(items: List[Json], target: str) -> Json:
@@ -11013,6 +11304,8 @@ def item_page(items: List[Json], target: str) -> Json:
     named = [{**item, "id": item.get("id") or f"item_{number}"} for number, item in enumerate(items)]
     named = named if query.get("order", ["desc"])[-1] == "asc" else named[::-1]
     places = [number for number, item in enumerate(named) if item["id"] == query.get("after", [""])[-1]]
+    if "after" in query and not places:
+        raise BadRequest(f"after: there is no item '{one_line(query['after'][-1], 80)}'", param="after")
     page = named[places[0] + 1 if places else 0:]
     return {"object": "list", "data": page[:int(limit)], "has_more": len(page) > int(limit),
             "first_id": page[0]["id"] if page else None, "last_id": page[:int(limit)][-1]["id"] if page else None}
@@ -11047,9 +11340,9 @@ def show_vision_models(handler: Handler) -> None:
 
 def show_model(handler: Handler) -> None:
     wanted = urllib.parse.unquote(handler.argument)
-    for model in handler.server.gateway.models(handler.key):
-        if model["id"] == wanted:
-            return handler.respond_json(anthropic_model(model) if "anthropic-version" in handler.headers else model)
+    model = handler.server.gateway.model(wanted, handler.key)
+    if model is not None:
+        return handler.respond_json(anthropic_model(model) if "anthropic-version" in handler.headers else model)
     raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
 
 
@@ -11140,7 +11433,7 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/responses": {"POST": Route(answer_call, RESPONSES)},
     "/responses/compact": {"POST": Route(answer_call, COMPACT)},
     "/responses/input_tokens": {"POST": Route(count_input_tokens, RESPONSES)},
-    "/responses/": {"GET": Route(kept_response, RESPONSES), "DELETE": Route(kept_response, RESPONSES)},
+    "/responses/": {method: Route(kept_response, RESPONSES) for method in ("GET", "DELETE", "POST")},
     "/api/event_logging/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
     "/api/event_logging/v2/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
 }
@@ -11467,6 +11760,8 @@ PARAMETERS: Dict[str, Tuple[str, str, str, str, Any]] = {
     "anthropic-version": ("header", "string", "出现时，列表和错误均为 Anthropic 格式",
                           "where it is sent, lists and errors have Anthropic's shape", "2023-06-01"),
     "anthropic-beta": ("header", "string", "任意值均可接受", "any value is accepted", "interleaved-thinking-2025-05-14"),
+    "stream": ("query", "=true", "以事件流重放", "told once more as a stream", "true"),
+    "starting_after": ("query", "integer", "从此序号的事件之后开始", "start after the event of this number", 0),
     "limit": ("query", "integer", "每页条数，默认 20", "entries of a page, 20 without it", 20),
     "after": ("query", "string", "从此条目之后开始", "start after this item", "item_0"),
     "order": ("query", "=asc,desc", "默认新的在前", "the newest first without it", "desc"),
@@ -11622,9 +11917,14 @@ OPERATIONS: Dict[str, Operation] = {
         "countResponseTokens", "responses", ("估算 token 数", "Count tokens"),
         ("本机估算，不询问上游。", "An estimate made here; the upstream is not asked."), "TokenCount", "ResponsesRequest",
         example=lambda: {"object": "response.input_tokens",
-                         "input_tokens": count_response_tokens(REQUESTS["countResponseTokens"]["text"])}),
+                         "input_tokens": count_response_tokens(REQUESTS["countResponseTokens"]["text"], {}.get, {}.get,
+                                                               Seal(bytes(32)))}),
     "GET /v1/responses/{response}": Operation(
         "getResponse", "responses", ("已保存的回答", "A kept answer"), ("保存一天。", "Kept for a day."), "Response",
+        params="response stream starting_after", example=lambda: _reply_to("createResponse"), event="ResponsesEvent"),
+    "POST /v1/responses/{response}/cancel": Operation(
+        "cancelResponse", "responses", ("取消回答", "Cancel an answer"),
+        ("这里没有后台回答，因此总是 400 或 404。", "No answer is made in the background here: always a 400 or a 404."), "Response",
         params="response", example=lambda: _reply_to("createResponse")),
     "DELETE /v1/responses/{response}": Operation(
         "deleteResponse", "responses", ("删除回答", "Forget an answer"), ("立即删除。", "At once."), "Deleted",
@@ -11840,7 +12140,7 @@ def _curl(key: str, operation: Operation, scene: Scene, needs_key: bool) -> str:
     method, _, path = key.partition(" ")
     for name in operation.params.split():
         path = path.replace("{%s}" % name, str(PARAMETERS[name][4]))
-    lines = ["curl " + ("" if method in ("GET", "POST") else f"-X {method} ") + scene.url + path]
+    lines = ["curl " + ("" if method == "GET" or operation.asks else f"-X {method} ") + scene.url + path]
     if needs_key:
         lines.append('-H "Authorization: Bearer $IFLOW2API_KEY"')
     for example in list(_example_requests(operation).values())[:1]:
@@ -12898,7 +13198,8 @@ def check_provider(entry: Json) -> Provider:
              "headers": {name: value for name, value in entry.get("headers", {}).items() if literal(value)}}
     try:
         provider = parse_provider(tried, {})
-        problem = provider.problem or "".join(proxy_problems(Settings(), [provider])[:1])
+        problem = provider.problem or "".join([*proxy_problems(Settings(), [provider]), *(
+            slip for slip in provider.slips if " makes no sense" in slip)][:1])
     except ValueError as exc:
         raise BadRequest(str(exc), param="name") from None
     if problem:
@@ -13026,7 +13327,7 @@ def order_providers(handler: Handler) -> None:
 
 
 #: Whose usage the page's own requests are.
-ADMIN_KEY = ClientKey("admin", b"")
+ADMIN_KEY = ClientKey("admin", b"", shared=True)
 
 
 def try_provider(handler: Handler) -> None:

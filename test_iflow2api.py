@@ -6372,6 +6372,12 @@ MESSAGES_RESPONSES = [
                     "action": {"type": "exec", "command": ["ls"], "env": {}, "timeout_ms": None}},
         {"type": "local_shell_call_output", "id": "c1", "output": "x"}],
      [U, step(asked("local_shell", '{"command":["ls"],"env":{}}')), tool_responses("x")]),
+    ("local shell: the output names the call's item, or both", [
+        user_responses("q"), *({"type": "local_shell_call", "id": f"lsh_{n}", "call_id": f"c{n}",
+                                "action": {"type": "exec", "command": ["ls"]}} for n in (1, 2)),
+        {"type": "local_shell_call_output", "id": "lsh_2", "output": "y"},
+        {"type": "local_shell_call_output", "id": "lsh_1", "call_id": "c1", "output": "x"}],
+     [U, step(*(asked("local_shell", '{"command":["ls"]}', f"c{n}") for n in (1, 2))), tool_responses("x"), tool_responses("y", "c2")]),
     ("shell", [user_responses("q"), {"type": "shell_call", "call_id": "c1", "action": {"commands": ["ls", "x"], "timeout_ms": 5}},
                result_responses("c1", [{"stdout": "a\n", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}},
                              {"stdout": "", "stderr": "b", "outcome": {"type": "timeout"}}], "shell_call_output")],
@@ -6592,8 +6598,14 @@ BAD_RESPONSES = [
     ({"input": "q", "tools": [FUNCTION], "tool_choice": {"type": "function", "name": "z"}}, "tool_choice", "invalid_value"),
     ({"input": "q", "tools": [FUNCTION], "tool_choice": "any"}, "tool_choice", "invalid_value"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, "input", "unsupported_value"),
-    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "u"}]}]}, "input", "unsupported_value"),
+    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "u"}]}]}, "input", "unsupported_value"),
     ({"input": [{"type": "compaction", "encrypted_content": "gAAAA"}]}, "input", "invalid_encrypted_content"),
+    ({"input": [{"role": "user", "content": [{"type": "input_video"}]}]}, "input", "invalid_value"),
+    ({"input": [{"role": "user", "content": [{"type": []}]}]}, "input", "invalid_value"),
+    ({"input": [{"role": "user", "content": 5}]}, "input", "invalid_type"),
+    ({"input": [{"role": "system", "content": {"text": "x"}}]}, "input", "invalid_type"),
+    ({"input": "q", "text": {"format": {"type": "grammar"}}}, "text.format", "invalid_value"),
+    ({"input": "q", "text": {"format": "json"}}, "text.format", "invalid_value"),
 ]
 
 
@@ -6604,11 +6616,69 @@ def test_responses_bad_input(body, param, code):
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
 
 
+def test_parts_of_other_kinds():
+    chat_image = {"type": "image_url", "image_url": {"url": "https://e.example/i.png", "detail": "low"}}
+    content = [chat_image, {"type": "input_video"}, {"type": "text", "text": "q"}]
+    made = make_turn({"input": [{"role": "user", "content": content}]}).chat["messages"][0]["content"]
+    assert made == [chat_image, {"type": "text", "text": "q"}]
+    body = {"input": [user_responses("q"), call_responses("c1"), result_responses("c1", [{"type": "video", "x": 1}])]}
+    assert make_turn(body).chat["messages"][-1] == tool_responses('[{"type":"video","x":1}]')
+    assert make_turn({"input": [{"role": "user", "content": None}, user_responses("q")]}).chat["messages"][-1] == U
+
+
+SPACES = [FUNCTION, {"type": "namespace", "name": "mcp__docs", "tools": [{"type": "function", "name": name} for name in ("a", "b")]}]
+
+
+@pytest.mark.parametrize("allowed, left", [
+    ({"type": "namespace", "name": "mcp__docs"}, ["mcp__docs__a", "mcp__docs__b"]),
+    ({"type": "mcp", "server_label": "docs"}, ["mcp__docs__a", "mcp__docs__b"]),
+    ({"type": "mcp", "server_label": "elsewhere"}, ["f", "mcp__docs__a", "mcp__docs__b"]),
+    ({"type": "function", "name": "a", "namespace": "mcp__docs"}, ["mcp__docs__a"])])
+def test_allowed_tools_of_a_namespace(allowed, left):
+    chat = make_turn({"input": "q", "tools": SPACES, "tool_choice": {
+        "type": "allowed_tools", "mode": "required", "tools": [allowed]}}).chat
+    assert [tool["function"]["name"] for tool in chat["tools"]] == left and chat["tool_choice"] == "required"
+
+
+def test_fields_that_only_some_providers_know():
+    body = {"input": "q", "text": {"verbosity": "low"}, "prompt_cache_key": "k", "service_tier": "flex", "user": "u"}
+    openai = ifl.PRESETS["openai"].profile
+    assert make_turn(body, openai).chat.items() >= {
+        "verbosity": "low", "prompt_cache_key": "k", "service_tier": "flex", "safety_identifier": "u"}.items()
+    assert set(make_turn({"input": "q"}, openai).chat) == {"model", "messages"}
+    assert set(make_turn(body).chat) == {"model", "messages"}
+    assert make_turn({**body, "safety_identifier": "s"}, {"extra_fields": ["user"]}).chat["user"] == "s"
+    assert "user" not in make_turn(body, {"extra_fields": ["user"], "user_field": None}).chat
+
+
 def test_refused_by_profile():
-    for profile, body in (({"server_tools": "error"}, {"tools": [{"type": "web_search"}]}),
-                          ({"files": False}, {"input": [{"role": "user", "content": [{"type": "input_file", "file_data": "x"}]}]})):
-        with pytest.raises(ifl.BadRequest):
-            make_turn({"input": "q", **body}, profile)
+    with pytest.raises(ifl.BadRequest):
+        make_turn({"input": "q", "tools": [{"type": "web_search"}]}, {"server_tools": "error"})
+
+
+def b64(data):
+    return base64.b64encode(data).decode()
+
+
+FILES_RESPONSES = [
+    ({"filename": "a.txt", "file_data": "data:text/plain;base64," + b64("h\u00e9".encode())}, "File a.txt:\nh\u00e9"),
+    ({"filename": "a.py", "file_data": b64(b"x = 1")}, "File a.py:\nx = 1"), ({"file_data": "data:,a%20b"}, "a b"),
+    ({"filename": "l", "file_data": "data:text/plain;base64," + b64(b"\xe9")}, "File l:\n\ufffd"),
+    ({"filename": "a.pdf", "file_data": "data:application/pdf;base64," + b64(b"%PDF-1.7 x")}, ifl.NO_PDF.format("a.pdf")),
+    ({"filename": "a.zip", "file_data": b64(b"PK\0\xff")}, "[a file (a.zip) was here; this model can't see it: use a tool to extract its text]"),
+    ({"file_data": "not base64 \u00e9"}, ifl.NO_PDF.format("document.pdf")),
+    ({"file_url": "https://h/a.pdf"}, "[a file was here (https://h/a.pdf); none is fetched by this server: use a tool to read it]")]
+
+
+@pytest.mark.parametrize("facts, text", FILES_RESPONSES)
+def test_a_file_that_a_model_cannot_take_becomes_its_text_or_a_note(facts, text):
+    part = {"type": "input_file", **facts}
+    asked = {"input": [{"role": "user", "content": [part, {"type": "input_text", "text": "q"}]}]}
+    assert make_turn(asked, {"files": False}).chat["messages"] == [{"role": "user", "content": text + "\n\nq"}]
+    parts = make_turn(asked).chat["messages"][0]["content"]
+    assert parts == text + "\n\nq" if "file_url" in facts else parts[0]["file"]["file_data"] == facts["file_data"]
+    result = make_turn({"input": [user_responses("q"), call_responses("c1"), result_responses("c1", [part])]}, {"files": False})
+    assert result.chat["messages"][-1] == tool_responses(text)
 
 
 def test_earlier_response_and_item_references():
@@ -6622,10 +6692,45 @@ def test_earlier_response_and_item_references():
 
 
 def test_count_response_tokens():
-    few = ifl.count_response_tokens({"input": "x" * 35})
-    assert few == 10 < ifl.count_response_tokens({"input": [user_responses("x" * 35)], "instructions": "y", "tools": [FUNCTION]})
-    sealed = [{"type": "reasoning", "encrypted_content": "x" * 9000}]
-    assert ifl.count_response_tokens({"input": sealed}) < 20 and ifl.count_response_tokens({}) == 0
+    def count(body, **kept):
+        return ifl.count_response_tokens(body, kept.get, kept.get, SEAL)
+
+    assert count({"input": "x" * 35}) == 14 == count({"input": [{"id": "msg_" + "1" * 90, "status": "completed", **user_responses("x" * 35)}]})
+    assert 14 < count({"input": "x" * 35, "instructions": "y"}) < count({"input": "x" * 35, "tools": [FUNCTION]}) < 60
+    sealed = [{"type": "reasoning", "summary": [], "encrypted_content": "x" * 9000}, said_responses("a")]
+    assert count({"input": sealed}) < 20 and count({}) == 4
+    assert count({"input": [{"role": "user", "content": [image_responses()]}]}) == 1504
+    assert count({"input": "q", "previous_response_id": "r"}, r=[user_responses("x" * 350)]) == 4 + 100 + 4 + 1
+    for wrong in ({"input": 5}, {"input": "q", "tools": "x"}, {"input": "q", "previous_response_id": "gone"}):
+        with pytest.raises(ifl.BadRequest):
+            count(wrong)
+
+
+def test_an_estimate_of_usage_counts_texts_alone():
+    text = "word " * 70
+    last = play_responses([delta_responses(content=text), parts(part(0, "call_" + "x" * 50, "f", '{"x":1}')), end("stop")],
+                          {"input": text, **HERE})[-1]["response"]
+    turn = make_turn({"input": text})
+    assert turn.tokens == 4 + 100 and last["usage"]["output_tokens"] == 5        # what the upstream says stands
+    events = play_responses([delta_responses(content=text), parts(part(0, "call_" + "x" * 50, "f", '{"x":1}'))], {"input": text})
+    usage = events[-1]["response"]["usage"]
+    assert usage["input_tokens"] == 104 and 100 < usage["output_tokens"] < 106
+
+
+def test_reasoning_details_come_back_through_previous_response_id(tmp_path):
+    details = [{"type": "reasoning.text", "index": 0, "text": "t", "signature": "s"}]
+    turn = make_turn({"input": "q"})
+    answer = {"choices": [{"message": {"reasoning_details": details, "tool_calls": [asked("f")]}}]}
+    response = turn.reply(answer, counter())
+    assert "encrypted_content" not in response["output"][0] and "signature" not in str(response)
+    path = str(tmp_path / "r")
+    ifl.ResponseStore(path).keep(response, turn.items, "", turn.carriers)
+    store = ifl.ResponseStore(path)
+    body = {"previous_response_id": response["id"], "input": [result_responses("c1")]}
+    for conversation in (store.recall(response["id"]), [turn.items[0], *map(store.item, (i["id"] for i in response["output"]))]):
+        message = make_turn(body, store={response["id"]: conversation}).chat["messages"][1]
+        assert message["reasoning_details"] == details and message["reasoning_content"] == "t"
+    assert store.find(response["id"]).response == response
 
 
 # --- streams
@@ -6686,7 +6791,10 @@ def broken_rules(events):
             if stem.endswith("output_text") and not isinstance(event["logprobs"], list):
                 bad.append("logprobs")
     last = events[-1]["response"]
-    if set(done) != set(items) or last["output"] != [done[index] for index in sorted(done)]:
+    if len(last["output"]) != len(items) or any(
+            item != done.get(index) if index in done else
+            (item["type"], item["id"], item["status"]) != ("custom_tool_call", items[index]["id"], "incomplete")
+            for index, item in enumerate(last["output"])):
         bad.append("output")
     if events[-1]["type"] != "response." + last["status"]:
         bad.append("end")
@@ -6886,7 +6994,7 @@ def test_events_in_full():
 
 ENDS_RESPONSES = [
     ("length", False, "incomplete", "max_output_tokens"), ("length", True, "completed", None),
-    ("content_filter", False, "incomplete", "content_filter"), ("content_filter", True, "incomplete", "content_filter"),
+    ("content_filter", False, "incomplete", "content_filter"), ("content_filter", True, "completed", None),
     ("sensitive", False, "incomplete", "content_filter"), ("stop", False, "completed", None), (None, False, "completed", None),
 ]
 
@@ -6897,6 +7005,33 @@ def test_ends(reason, codex, status, why):
     response = events[-1]["response"]
     assert broken_rules(events) == [] and brief(response["output"]) == ["cut"] and response["status"] == status
     assert (response["incomplete_details"] or {}).get("reason") == why
+    assert response["output"][0]["status"] == ("incomplete" if reason in ifl.MEANT_EMPTY else "completed")
+
+
+@pytest.mark.parametrize("chunks", [[delta_responses(reasoning_content="t")], [parts(part(0, "c1", "p", '{"input":"a'))]])
+def test_codex_is_not_told_of_success_where_nothing_came(chunks):
+    last = play_responses([*chunks, end("length")], HERE, codex=True)[-1]
+    assert last["type"] == "response.incomplete" and last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+TORN = [('{"input":"*** Begin', "*** Begin"), ('{"inp', ""), ('{"why":"w","input":"a', ""), ("", ""), ("*** Beg", "")]
+
+
+@pytest.mark.parametrize("reason", ["length", "tool_calls"])
+@pytest.mark.parametrize("arguments, sent", TORN)
+def test_half_an_input_is_never_done(arguments, sent, reason):
+    chunks = [parts(part(0, "c0", "p", '{"input":"a"}')), parts(part(1, "c1", "p", arguments)), end(reason)]
+    events = play_responses(chunks, HERE)
+    done = [event["item"]["call_id"] for event in events if event["type"] == "response.output_item.done"]
+    if reason == "tool_calls" and not arguments.startswith("{"):         # a whole input, though not as JSON
+        assert done == ["c0", "c1"] and events[-1]["type"] == "response.completed"
+        return
+    assert broken_rules(events) == [] and done == ["c0"] and events[-1]["type"] == "response.incomplete"
+    assert [(item["input"], item["status"]) for item in events[-1]["response"]["output"]] == [
+        ("a", "completed"), (sent, "incomplete")]
+    plain = make_turn({"input": "q", **HERE}).reply(as_completion(chunks), counter())
+    assert plain["status"] == "incomplete" and [item["status"] for item in plain["output"]] == ["completed", "incomplete"]
+    assert play_responses(chunks, HERE, codex=True)[-1]["type"] == "response.completed"       # c0 is to be done
 
 
 CUT = [("f", '{"x', '{"x'), ("f", "", ""), ("p", '{"input":"a\\', "a"), ("shell", '{"comm', '{"comm')]
@@ -7003,6 +7138,39 @@ def test_compaction_trigger_gives_exactly_one_item():
     assert "the sum" in make_turn({"input": [item, user_responses("q")]}).chat["messages"][0]["content"]
 
 
+@pytest.mark.parametrize("body", [{}, {"reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"]}])
+@pytest.mark.parametrize("chunks", [case[1] for case in STREAMS_RESPONSES if case[0] in (
+    "refusal", "reasoning and text", "text after a call is a new message", "custom", "shell", "tool_search")])
+def test_a_response_can_be_told_once_more(chunks, body):
+    told = play_responses(chunks, {**HERE, **body})
+    again = list(ifl.replay_events(told[-1]["response"]))
+    assert broken_rules(again) == [] and again[-1]["response"] == told[-1]["response"]
+    assert again[0]["response"] == told[0]["response"]
+    assert {event["type"] for event in again} - {"response.custom_tool_call_input.delta"} <= {event["type"] for event in told}
+    frames = [[{**event, "sequence_number": 0} for event in events if event["type"].endswith((".added", ".done"))]
+              for events in (again, told)]
+    assert all(event in frames[1] for event in frames[0]) and len(frames[0]) == len(frames[1])
+
+
+def test_compaction_response_recalls_what_was_compacted_alone():
+    turn = make_turn({"input": [user_responses("long"), said_responses("talk"), TRIGGER]})
+    response = turn.reply({"choices": [{"message": {"content": "the sum"}}]}, counter())
+    store = ifl.ResponseStore()
+    store.keep(response, turn.items)
+    messages = make_turn({"input": "q", "previous_response_id": "r"}, store={"r": store.recall(response["id"])}).chat["messages"]
+    assert [message["content"] for message in messages] == ["Summary of the conversation so far:\n\nthe sum", "q"]
+    assert store.find(response["id"]).items == turn.items
+
+
+def test_a_reference_to_an_item_of_the_same_request():
+    said = {"id": "msg_1", **said_responses("a")}
+    reference = {"type": "item_reference", "id": "msg_1"}
+    wanted = [U, {"role": "assistant", "content": "a"}, U]
+    assert make_turn({"input": [user_responses("q"), said, reference, user_responses("q")]}).chat["messages"] == wanted
+    assert make_turn({"input": [{"id": "msg_1"}, user_responses("q")], "previous_response_id": "r"},
+                     store={"r": [user_responses("q"), said]}).chat["messages"] == wanted
+
+
 def test_compact_endpoint():
     turn = make_turn({"input": [{"role": "user", "content": "q"}, said_responses("a")]}, compact=True)
     made = ifl.compact_reply(turn, {"created": 3, "choices": [{"message": {"content": "sum"}}], "usage": USAGE_RESPONSES}, counter())
@@ -7010,9 +7178,10 @@ def test_compact_endpoint():
     assert [(item["type"], item.get("role")) for item in made["output"]] == [("message", "user"), ("compaction", None)]
 
 
-def test_no_summary_is_no_success():
+@pytest.mark.parametrize("chunks", [[parts(part(0, "c1", "f", "{}")), end("stop")], [delta_responses(content="half a"), end("length")]])
+def test_no_summary_and_half_of_one_are_no_success(chunks):
     with pytest.raises(ifl.UpstreamGarbled):
-        play_responses([parts(part(0, "c1", "f", "{}")), end("stop")], {"input": [user_responses("q"), TRIGGER]})
+        play_responses(chunks, {"input": [user_responses("q"), TRIGGER]})
 
 
 # --- the seal
@@ -7533,6 +7702,14 @@ def dialects(tmp_path, monkeypatch):
     fake.server_close()
 
 
+def fetch(server, method, path):
+    """(status, body) of a request without a body."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request(method, path)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 TEXT = [iflow_chunk(role="assistant", content=""), iflow_chunk(content="Hel"), iflow_chunk(content="lo"), iflow_chunk("stop"), "[DONE]"]
 CALLING = [iflow_chunk(tool_calls=[{"index": 0, "id": "call_9", "type": "function", "function": {"name": "add", "arguments": ""}}]),
@@ -7592,6 +7769,36 @@ def test_error_after_a_keepalive_is_in_band(dialects, path, ping):
             records(rest)[-1][0] == "response.failed"
 
 
+@pytest.mark.parametrize("path, status, told", [
+    ("/v1/messages", 529, "overloaded_error"), ("/v1/responses", 503, "server_error"), ("/v1/chat/completions", 200, None)])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_breaks_off_before_its_first_word_is_not_taken_for_an_empty_one(dialects, path, status, told, stream):
+    fake, server = dialects
+    reason = "insufficient_system_resource"
+    plain = {**iflow_plain(None), "usage": {}}
+    plain["choices"][0]["finish_reason"] = reason
+    fake.script = [[iflow_chunk(role="assistant", content=""), iflow_chunk(reason), "[DONE]"] if stream else plain]
+    ask = {"model": "x", "max_tokens": 9, "input": "q", "messages": [{"role": "user", "content": "q"}], "stream": stream}
+    answer = iflow_post(server, ask, path)
+    assert reason in answer[2].decode()
+    if stream and path == "/v1/responses":
+        events = records(answer[2])
+        assert answer[0] == 200 and [name for name, _ in events] == ["response.created", "response.in_progress", "response.failed"]
+        assert events[-1][1]["response"]["error"]["code"] == "server_is_overloaded"
+        return
+    assert answer[0] == status
+    if status != 200:
+        assert json.loads(answer[2])["error"]["type"] == told
+
+
+def test_a_broken_answer_leaves_room_for_another_upstream(dialects):
+    fake, server = dialects
+    server.gateway.apply(ifl.replace(server.gateway.settings, aliases={"x": ["m", "n"]}))
+    fake.script = [[iflow_chunk(role="assistant"), iflow_chunk("network_error"), "[DONE]"], copy.deepcopy(TEXT)]
+    events = records(iflow_post(server, {"model": "x", "input": "q", "stream": True}, "/v1/responses")[2])
+    assert events[-1][0] == "response.completed" and [seen[1]["model"] for seen in fake.seen] == ["m", "n"]
+
+
 def test_codex_is_kept_awake_by_data(dialects):
     fake, server = dialects
     fake.gate.clear()
@@ -7622,7 +7829,38 @@ def test_overflow_reaches_each_client_in_its_words(dialects, error):
     assert status == 400 and re.search(r"prompt is too long: (9000|8500) tokens > 8192 maximum", text)
     for path in ("/v1/chat/completions", "/v1/responses"):
         status, _, data = iflow_post(server, ask, path)
-        assert status == 400 and json.loads(data)["error"]["message"] == error["error"]["message"]
+        assert status == 400 and json.loads(data)["error"] == {**error["error"], "code": "context_length_exceeded"}
+
+
+MISSING_MODELS = [
+    (404, {"object": "error", "message": "The model `m` does not exist.", "type": "NotFoundError", "param": None, "code": 404}),
+    (404, {"error": {"message": "model 'm' not found, try pulling it first"}}),
+    (400, {"error": {"message": "Model Not Exist", "type": "invalid_request_error", "code": "invalid_request_error"}}),
+    (400, {"error": {"code": "1211", "message": "模型不存在，请检查模型代码。"}}), (200, {"error": {"code": 1211, "message": "?"}}),
+    (404, {"error": {"message": "Not found the model m or Permission denied", "type": "resource_not_found_error"}}),
+    (400, {"error": {"message": "m is not a valid model ID", "code": 400}}), (200, {"status": "435", "msg": "no model"}),
+    (400, {"error": {"message": "The model `m` does not exist", "code": "other", "x": 1}})]
+
+
+@pytest.mark.parametrize("status, error", MISSING_MODELS)
+def test_a_model_the_upstream_does_not_know_is_a_404(dialects, status, error):
+    fake, server = dialects
+    fake.script = [(status, error)] * 3
+    ask = {"model": "x", "max_tokens": 9, "input": "q", "messages": [{"role": "user", "content": "q"}]}
+    for path in ("/v1/chat/completions", "/v1/responses"):
+        told = iflow_post(server, ask, path)
+        said = json.loads(told[2])["error"]
+        assert (told[0], said["code"]) == (404, "model_not_found") and said.get("x") == error.get("error", {}).get("x")
+    told = iflow_post(server, ask, "/v1/messages")
+    assert told[0] == 404 and json.loads(told[2])["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize("status, message, code", [
+    (429, "model m does not exist", "model_not_found"), (401, "model not found", None), (500, "model not found", None),
+    (400, "The model does not support images. The file was not found", None), (404, "404 page not found", None),
+    (400, "tool model_x not found", None)])
+def test_other_errors_are_no_missing_model(status, message, code):
+    assert not ifl.is_missing_model(status, message, code)
 
 
 def test_count_tokens_and_telemetry_need_no_upstream(dialects):
@@ -7689,6 +7927,35 @@ def test_responses_are_kept_and_dropped(dialects):
     assert call("GET", f"/v1/responses/{gone['id']}")[0] == 404
 
 
+def test_a_kept_response_is_streamed_once_more(dialects):
+    fake, server = dialects
+    fake.script = [copy.deepcopy(TEXT)]
+    told = records(iflow_post(server, {"model": "x", "input": "q", "stream": True}, "/v1/responses")[2])
+    place = f"/v1/responses/{told[-1][1]['response']['id']}"
+    again = records(fetch(server, "GET", place + "?stream=true")[1])
+    assert again[-1] == ("response.completed", {**told[-1][1], "sequence_number": again[-1][1]["sequence_number"]})
+    assert records(fetch(server, "GET", place + "?stream=true&starting_after=4")[1]) == again[5:]
+    assert fetch(server, "GET", place + "?stream=true&starting_after=x")[0] == 400
+    assert json.loads(fetch(server, "GET", place)[1]) == again[-1][1]["response"]
+
+
+def test_a_failed_response_is_kept(dialects):
+    fake, server = dialects
+    fake.script = [[iflow_chunk(content="Hi"), {"error": {"message": "broken", "code": 500}}]]
+    failed = records(iflow_post(server, {"model": "x", "input": "q", "stream": True}, "/v1/responses")[2])[-1][1]["response"]
+    assert json.loads(fetch(server, "GET", f"/v1/responses/{failed['id']}")[1]) == failed and failed["status"] == "failed"
+
+
+def test_what_can_be_done_to_a_kept_response(dialects):
+    fake, server = dialects
+    place = "/v1/responses/" + json.loads(iflow_post(server, {"model": "x", "input": "q"}, "/v1/responses")[2])["id"]
+    for method, path, status in (("POST", place + "/cancel", 400), ("POST", "/v1/responses/resp_no/cancel", 404), ("POST", place, 404),
+                                 ("GET", place + "/cancel", 404), ("DELETE", place + "/input_items", 404), ("GET", place, 200),
+                                 ("GET", place + "/input_items?after=item_0", 200), ("GET", place + "/input_items?after=no", 400)):
+        assert fetch(server, method, path)[0] == status, (method, path)
+    assert "synchronous" in fetch(server, "POST", place + "/cancel")[1].decode()
+
+
 @pytest.mark.parametrize("field", [{"background": True}, {"prompt": {"id": "p"}}, {"conversation": "c"},
                                    {"previous_response_id": "resp_x", "conversation": "c"}])
 def test_what_responses_cannot_do_is_refused(dialects, field):
@@ -7703,15 +7970,18 @@ def test_responses_outlive_a_restart(tmp_path):
     store.keep({"id": "a", "output": [{"id": "m", "x": 1}]}, [{"role": "user"}])
     store.keep({"id": "b", "output": []}, [])
     store.drop("b")
+    store.keep({"id": "c", "output": [{"id": "n"}]}, [], "alice")
     with open(path, "ab") as file:
         file.write(b'{"id": "torn", "resp')
     again = ifl.ResponseStore(path, lambda: now[0])
     assert again.recall("a") == [{"role": "user"}, {"id": "m", "x": 1}] and again.item("m")["x"] == 1
-    assert again.response("b") is None and again.response("torn") is None
+    assert again.item("n", "alice") and again.recall("c", "alice") and again.item("n") is again.recall("c") is None
+    assert again.item("m", "alice") is again.recall("a", "alice") is None
+    assert again.find("b") is None and again.find("torn") is None
     if os.name == "posix":
         assert os.stat(path).st_mode & 0o777 == 0o600
     now[0] += store.KEPT_S + 1
-    assert again.response("a") is None and ifl.ResponseStore(path, lambda: now[0]).response("a") is None
+    assert again.find("a") is None and ifl.ResponseStore(path, lambda: now[0]).find("a") is None
 
 
 def test_response_store_is_bounded(tmp_path, monkeypatch):
@@ -7721,9 +7991,37 @@ def test_response_store_is_bounded(tmp_path, monkeypatch):
     store = ifl.ResponseStore(str(path))
     for number in range(100):
         store.keep({"id": str(number), "output": []}, [{"text": "x" * 50}])
-    assert store.response("94") is None and store.response("95") and path.stat().st_size <= 4000 + 200
+    assert store.find("94") is None and store.find("95") and path.stat().st_size <= 4000 + 200
     store.keep({"id": "big", "output": []}, [{"text": "x" * 3000}])
-    assert store.response("99") is None and store._size <= 4000
+    assert store.find("99") is None and store._size <= 4000
+
+
+def test_kept_responses_belong_to_the_key_that_made_them(dialects):
+    fake, server = dialects
+    gateway = server.gateway
+    (alice, bob), entries = zip(*(ifl.make_client_key(name, {}) for name in ("alice", "custom_api_key")))
+    gateway.apply(ifl.replace(gateway.settings, custom_api_key="sk-common", client_keys=list(entries)))
+
+    def ask(key, path="/v1/responses", body=None, method="POST"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        connection.request(method, path, json.dumps({"model": "x", **body}) if body else None, {"authorization": f"Bearer {key}"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    _, made = ask(alice, body={"input": "secret"})
+    place = f"/v1/responses/{made['id']}"
+    following = {"input": "q", "previous_response_id": made["id"]}
+    item = {"input": [{"type": "item_reference", "id": made["output"][0]["id"]}, {"role": "user", "content": "q"}]}
+    for other in (bob, "sk-common"):
+        assert ask(other, body=following)[1]["error"]["code"] == "previous_response_not_found"
+        assert ask(other, body=item)[0] == 400
+        assert [ask(other, place + end, method=method)[0] for method, end in (
+            ("GET", ""), ("GET", "/input_items"), ("DELETE", ""))] == [404] * 3
+    assert ask(alice, body=following)[0] == ask(alice, body=item)[0] == ask(alice, place, method="GET")[0] == 200
+    assert ask(alice, place, method="DELETE")[0] == 200 and ask(alice, place, method="GET")[0] == 404
+    _, made = ask("sk-common", body={"input": "q"})
+    gateway.apply(ifl.replace(gateway.settings, custom_api_key="", client_keys=[]))
+    assert ask("any", f"/v1/responses/{made['id']}", method="GET")[0] == 200
 
 
 def test_the_three_dialects_reach_the_upstream_alike(dialects):
@@ -7741,15 +8039,37 @@ def test_the_three_dialects_reach_the_upstream_alike(dialects):
     assert fake.seen[0][1] == fake.seen[1][1] == fake.seen[2][1]
 
 
+def test_a_model_is_found_under_each_name_that_leads_to_it(dialects):
+    fake, server = dialects
+    gateway = server.gateway
+    key, entry = ifl.make_client_key("alice", {"models": ["p/a"]})
+    providers = [{"name": name, "base_url": fake.base_url, "models": models} for name, models in (("p", ["a", "o/b"]), ("q", ["a"]))]
+    gateway.apply(ifl.replace(gateway.settings, providers=providers))
+    for name, owner in (("a", "p"), ("p/a", "p"), ("p/o/b", "p"), ("o/b", "p"), ("q/a", "q")):
+        model = gateway.model(name)
+        assert (model["id"], model["owned_by"]) == (name, owner)
+    assert gateway.model("p/zzz") is gateway.model("x/a") is gateway.model("p/") is None
+    status, data = fetch(server, "GET", "/v1/models/p%2Fa")
+    assert (status, json.loads(data)["id"]) == (200, "p/a") and fetch(server, "GET", "/v1/models/q/b")[0] == 404
+    alice = ifl.parse_client_key(entry)
+    assert gateway.model("p/a", alice) and gateway.model("q/a", alice) is None
+
+
 def test_compact(dialects):
     fake, server = dialects
     fake.script = [iflow_plain("the summary")]
     status, _, data = iflow_post(server, {"model": "x", "input": [{"role": "user", "content": "long talk"}]}, "/v1/responses/compact")
     answer = json.loads(data)
     assert status == 200 and answer["object"] == "response.compaction" and answer["output"][-1]["type"] == "compaction"
-    fake.script = [iflow_plain("ok")]
-    iflow_post(server, {"model": "x", "input": [answer["output"][-1], {"role": "user", "content": "go on"}]}, "/v1/responses")
-    assert "the summary" in json.dumps(fake.seen[-1][1]["messages"])
+    fake.script = [iflow_plain("ok")] * 2
+    for body in ({"input": [answer["output"][-1], {"role": "user", "content": "go on"}]},
+                 {"input": "go on", "previous_response_id": answer["id"]}):
+        assert iflow_post(server, {"model": "x", **body}, "/v1/responses")[0] == 200
+        assert "the summary" in json.dumps(fake.seen[-1][1]["messages"])
+    fake.script = [iflow_plain("the summary")]
+    status, headers, data = iflow_post(server, {"model": "x", "stream": True, "input": "long talk"}, "/v1/responses/compact")
+    assert headers["content-type"] == "application/json" and json.loads(data)["object"] == "response.compaction"
+    assert not fake.seen[-1][1].get("stream")
 
 
 # --- the official SDKs -------------------------------------------------------
@@ -7977,7 +8297,7 @@ def test_the_document_is_sound(language):
         assert declared == set(re.findall(r"\{(\w+)\}", path)), name
         assert all("example" in row for row in operation["parameters"])
         assert any(content.get("examples") for content in operation["responses"]["200"]["content"].values()), name
-        assert ("requestBody" in operation) == (verb == "POST")
+        assert ("requestBody" in operation) == (verb == "POST" and name != "cancelResponse")
         assert operation["x-codeSamples"][0]["source"].startswith("curl ")
     used = {value.rpartition("/")[2] for path, value in walk_json(document)
             if path and path[-1] == "$ref" and isinstance(value, str)}
@@ -7990,7 +8310,7 @@ def test_examples_are_what_the_document_says(language):
     document = ifl.openapi(scene(language))
     checked = 0
     for name, (verb, path, operation) in operations_of(document).items():
-        bodies = [operation["requestBody"], *operation["responses"].values()] if verb == "POST" else [
+        bodies = [operation["requestBody"], *operation["responses"].values()] if "requestBody" in operation else [
             *operation["responses"].values()]
         for body in bodies:
             for media, content in deref(document, body)["content"].items():
@@ -8698,6 +9018,30 @@ def test_presets_are_those_that_were_promised():
 
 
 @pytest.mark.usefixtures("own_home")
+@pytest.mark.parametrize("profile, told", [
+    ({"efforts": None}, "profile.efforts: null makes no sense"), ({"efforts": [1]}, "profile.efforts: [1] makes"),
+    ({"thinking_style": "zzz"}, 'profile.thinking_style: "zzz" makes no sense, the default is used; expected: "thinking_type", '),
+    ({"vision": "no"}, 'profile.vision: "no" makes no sense, the default is used; expected: true, false'),
+    ({"vision": 1}, "profile.vision: 1 makes"), ({"max_output": True}, "profile.max_output: true makes"),
+    ({"visoin": True}, "profile.visoin is unknown; did you mean vision?"),
+    ({"prefill": None, "reasoning_field": None, "server_tools": {"web_search": {}}}, "")])
+def test_what_makes_no_sense_in_a_profile_is_named(profile, told):
+    entry = {"name": "p", "base_url": "http://h/v1", "profile": {**profile, "top_k": True}}
+    router = ifl.Router(ifl.Settings(providers=[entry]), {})
+    assert [told in problem and problem.startswith("provider p: ") for problem in router.problems] == ([True] if told else [])
+    provider = router.providers["p"]
+    assert not provider.problem and provider.profile["top_k"] is True
+    turn = ifl.ResponsesTurn({"input": "q", "reasoning": {"effort": "low"}}, ifl.profile_of(ifl.Target(provider, "m")), "m", now=7,
+                             recall=None, item=None, seal=SEAL)
+    assert turn.chat["reasoning_effort"] == "low" and turn.chat["thinking"] == {"type": "enabled"}
+
+
+def test_profile_values_cover_the_defaults():
+    assert set(ifl.DEFAULT_PROFILE) <= set(ifl._PROFILE_VALUES)
+    assert ifl._parse_profile(ifl.DEFAULT_PROFILE) == (ifl.DEFAULT_PROFILE, [])
+    assert all(not ifl._parse_profile(preset.profile)[1] for preset in ifl.PRESETS.values())
+
+
 def test_facts_of_models_reach_the_profile():
     entry = {"name": "p", "base_url": "http://h/v1", "profile": {"vision": True, "top_k": True},
              "models": ["plain", {"id": "known", "context": 1000, "max_output": 100, "vision": False}]}
@@ -13376,6 +13720,7 @@ BAD_PROVIDERS = [
     ({"headers": {"X": 5}}, "headers"), ({"headers": {"a b": "x"}}, "headers"), ({"headers": {"X": "a\r\nb"}}, "headers"),
     ({"models": [5]}, "models"), ({"models": [{"context": 5}]}, "models"), ({"concurrency": -1}, "concurrency"),
     ({"concurrency": "2"}, "concurrency"), ({"proxy": "ftp://x"}, "proxy"), ({"preset": "nope"}, "preset"), ({"profile": []}, "profile"),
+    ({"profile": {"vision": "no"}}, "profile"),
     ({"no_such": 1}, "no_such")]
 
 
