@@ -2101,6 +2101,7 @@ def set_thinking(chat: Json, profile: Json, on: Optional[bool], budget: Optional
 #: What a model is told where a conversation lacks something: the same words in each dialect keep prefixes alike.
 NO_RESULT = "[no output recorded for this call]"
 NO_IMAGE = "[an image was here; this model takes text only]"
+NO_PDF = "[a PDF ({}) was here; this model can't see it: use a tool to extract its text]"
 
 
 def short_name(name: str, limit: int = 64) -> str:
@@ -3313,10 +3314,10 @@ class _History:
         if kind != "base64":
             raise BadRequest(f"{path}: a document must be given as 'base64', 'text' or 'content'; none is fetched here")
         data = _base64_data(source, ("application/pdf",), path)
-        if not self.profile["files"]:
-            raise BadRequest(f"{path}: this model takes no PDF; send its text")
         title = block.get("title")
         name = title if isinstance(title, str) and title else "document.pdf"
+        if not self.profile["files"]:                    # never a 400: it would come again with each later request
+            return [_text_part(NO_PDF.format(name))]
         return [{"type": "file", "file": {"filename": name, "file_data": data}}]
 
     def search_result(self, block: Json, path: str) -> List[Json]:
@@ -3519,8 +3520,8 @@ class _Tools:
 
     def _custom(self, name: str, tool: Json, path: str) -> None:
         schema = {} if tool.get("input_schema") is None else _field(tool, "input_schema", dict, path)
-        if not schema.get("type") or not isinstance(schema.get("properties"), dict):
-            schema = {**schema, "type": schema.get("type") or "object", "properties": {}}   # LM Studio refuses less
+        given = schema.get("properties")                 # LM Studio refuses less than both
+        schema = {**schema, "type": schema.get("type") or "object", "properties": given if isinstance(given, dict) else {}}
         function: Json = {"parameters": schema}
         if isinstance(tool.get("description"), str):
             function["description"] = tool["description"]

@@ -5081,6 +5081,9 @@ TOOLS = [
      {"tools": [function("get_weather", WEATHER["input_schema"], description="W", strict=True)]}),
     ([{**TIME, "strict": True}], {"strict_tools": False}, {"tools": [function("get_time")]}),
     ([{"name": "a", "type": None}], {}, {"tools": [function("a")]}),
+    ([{"name": "a", "input_schema": {"properties": {"x": {"type": "string"}}, "required": ["x"]}}], {},
+     {"tools": [function("a", {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]})]}),
+    ([{"name": "a", "input_schema": {"type": "object", "properties": None}}], {}, {"tools": [function("a")]}),
     ([SEARCH, TIME, {"name": "DeferredToolPlaceholder", "input_schema": {}}], {}, {"tools": [function("get_time")]}),
     ([SEARCH], {}, {}),
     ([SEARCH], {"server_tools": {"web_search": {"type": "web_search", "web_search": {"enable": True}}}},
@@ -5207,8 +5210,16 @@ def test_bad_input(body):
 def test_policies_that_refuse():
     with pytest.raises(ifl.BadRequest, match="web_search"):
         turn_of({"tools": [SEARCH]}, server_tools="error")
-    with pytest.raises(ifl.BadRequest, match="PDF"):
-        said(PDF, files=False)
+
+
+def test_a_pdf_that_a_model_cannot_see_does_not_end_the_session():
+    note = ifl.NO_PDF.format("a.pdf")
+    assert "extract" in note and said(PDF, text("Read"), files=False) == note + "\n\nRead"
+    call_and_result = [user("q"), assistant(use("t1")), user(result("t1", [text("page 1"), PDF]))]
+    messages = turn_of({"messages": call_and_result}, files=False).chat["messages"]
+    assert messages[2:] == [{"role": "tool", "tool_call_id": "t1", "content": "page 1\n\n" + note}]
+    with pytest.raises(ifl.BadRequest, match="base64"):          # what is no PDF at all is still said
+        said({**PDF, "source": {**PDF["source"], "data": "%%%"}}, files=False)
 
 
 # --- answers
