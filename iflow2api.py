@@ -2187,6 +2187,17 @@ def estimate_tokens(value: Any) -> int:
     return 0 if value is None else 1
 
 
+def parse_arguments(text: str) -> Json:
+    """Tool arguments as an object, whatever a model made of them; what is not JSON stays readable to the client."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
+        if isinstance(value, str):                 # encoded twice
+            value = json.loads(value, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return {"INVALID_JSON": text}
+    return {} if value is None else value if isinstance(value, dict) else {"INVALID_JSON": text}
+
+
 _OUTSIDE, _INSIDE = re.compile(r'[{}\[\]"]'), re.compile(r'["\\]')
 
 
@@ -2561,7 +2572,7 @@ def _refuses_thinking(chat: Json) -> bool:
         isinstance(thinking, dict) and thinking.get("type") == "disabled")
 
 
-def adapt_to_iflow(chat: Json, model: str, recall: Callable[[str], str]) -> Json:
+def adapt_to_iflow(chat: Json, model: str, recall: Callable[[Json], str]) -> Json:
     """A chat request as iFlow wants it; `recall` gives the reasoning that went with a tool call.  A new object."""
     chat = dict(chat)
     name = model.lower()
@@ -2579,26 +2590,45 @@ def adapt_to_iflow(chat: Json, model: str, recall: Callable[[str], str]) -> Json
         if known and isinstance(chat.get(key), int) and chat[key] > known.max_output:
             chat[key] = known.max_output
     if wants_reasoning_back(model) and isinstance(chat.get("messages"), list):
-        chat["messages"] = refill_reasoning(chat["messages"], recall)
+        chat["messages"] = refill_reasoning(chat, recall)
     return chat
 
 
-def refill_reasoning(messages: Any, recall: Callable[[str], str]) -> Any:
-    """Messages with the reasoning that their client dropped; the same object where there is nothing to add.
+def refill_reasoning(chat: Json, recall: Callable[[Json], str]) -> Any:
+    """The messages of `chat` with the reasoning that their client dropped; the same object where nothing is to be added.
 
-    DeepSeek, Kimi and some models of iFlow refuse a tool call without the reasoning that led to it.
+    DeepSeek, Kimi and some models of iFlow refuse a tool call without the reasoning that led to it; where nobody
+    knows it any more an empty one will do.
     """
-    filled = [_with_reasoning(message, recall) for message in messages] if isinstance(messages, list) else []
+    messages, wanted = chat.get("messages"), not _refuses_thinking(chat)
+    filled = [_with_reasoning(message, recall, wanted) for message in messages] if isinstance(messages, list) else []
     return filled if any(new is not old for new, old in zip(filled, messages or ())) else messages
 
 
-def _with_reasoning(message: Any, recall: Callable[[str], str]) -> Any:
+def _with_reasoning(message: Any, recall: Callable[[Json], str], wanted: bool) -> Any:
     calls = message.get("tool_calls") if isinstance(message, dict) else None
-    if not isinstance(calls, list) or not calls or message.get("reasoning_content"):
+    if not isinstance(calls, list) or not calls or reasoning_of(message):
         return message
-    ident = calls[0].get("id") if isinstance(calls[0], dict) else None
-    reasoning = recall(ident) if isinstance(ident, str) else ""
-    return {**message, "reasoning_content": reasoning} if reasoning else message
+    reasoning = recall(calls[0]) if isinstance(calls[0], dict) else ""
+    missing = wanted and message.get("reasoning_content") is None
+    return {**message, "reasoning_content": reasoning} if reasoning or missing else message
+
+
+def call_digest(scope: str, call: Json) -> str:
+    """What a call's reasoning is kept under.  An id alone is not enough: Kimi's `functions.t:0` is in each conversation."""
+    function = call.get("function") if isinstance(call.get("function"), dict) else {}
+    given = function.get("arguments")
+    given = parse_arguments(given) if isinstance(given, str) else given      # some clients write it anew
+    facts = json.dumps([scope, call.get("id"), function.get("name"), given or {}], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def opening_of(messages: Any) -> str:
+    """The first thing the user said: with it a conversation keeps its name, however it goes on."""
+    said = [message.get("content") for message in messages if isinstance(message, dict) and message.get("role") == "user"] \
+        if isinstance(messages, list) else []
+    parts = said[0] if said and isinstance(said[0], list) else said[:1]
+    return "\n".join(str(part.get("text") or part) if isinstance(part, dict) else str(part) for part in parts)
 
 
 def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
@@ -2620,10 +2650,11 @@ def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
 class ReasoningNote:
     """Listens to an answer and remembers which reasoning went with which tool calls."""
 
-    def __init__(self, keep: Callable[[str, str], None]) -> None:
+    def __init__(self, keep: Callable[[Json, str], None]) -> None:
         self._keep = keep
         self._reasoning: List[str] = []
-        self._ids: List[str] = []
+        self._calls: List[Json] = []              #: as they stand in a message
+        self._by_index: Dict[Any, Json] = {}
 
     def hear(self, chunk: Json) -> None:
         choice = first_choice(chunk)
@@ -2635,13 +2666,25 @@ class ReasoningNote:
             self._reasoning.append(reasoning)
         calls = message.get("tool_calls")
         for call in calls if isinstance(calls, list) else ():
-            if isinstance(call, dict) and isinstance(call.get("id"), str) and call["id"]:
-                self._ids.append(call["id"])
+            if isinstance(call, dict) and isinstance(call.get("function"), dict):
+                self._join(call.get("index"), call.get("id"), **call["function"])
 
-    def close(self) -> None:
+    def _join(self, index: Any, ident: Any, name: Any = None, arguments: Any = None, **_: Any) -> None:
+        """A piece of a call to the call that it belongs to."""
+        call = self._by_index.get(index) if index is not None else self._calls[-1] if self._calls and not name else None
+        if call is None or ident and call["id"] not in (None, ident):
+            call = self._by_index[index] = {"id": ident, "function": {"name": "", "arguments": ""}}
+            self._calls.append(call)
+        function, call["id"] = call["function"], call["id"] or ident
+        if isinstance(name, str) and name != function["name"]:
+            function["name"] += name
+        function["arguments"] += arguments if isinstance(arguments, str) else dump_json(arguments or {}).decode()
+
+    def close(self, ids: Sequence[str] = ()) -> None:
+        """`ids`: what the client knows the calls by, where it may differ from what the upstream said."""
         text = "".join(self._reasoning)
-        for ident in self._ids if text else ():
-            self._keep(ident, text)
+        for number, call in enumerate(self._calls if text else ()):
+            self._keep({**call, "id": ids[number]} if len(ids) == len(self._calls) else call, text)
 
 
 class ReasoningMerge:
@@ -2990,9 +3033,10 @@ class TranslatedStream:
             raise UpstreamGarbled("the upstream's answer is empty")
         if not self.done and not self.finish_reason:
             raise UpstreamGarbled("the upstream's answer was cut off")
+        out += b"".join(map(self._encode, self._translator.close()))
         if self._note is not None:
-            self._note.close()
-        return out + b"".join(map(self._encode, self._translator.close()))
+            self._note.close(getattr(self._translator, "call_ids", ()))
+        return out
 
 
 # === 7. Anthropic Messages (pure) ============================================
@@ -3777,17 +3821,6 @@ class MessagesTurn:
 
 # --- tool arguments
 
-def parse_arguments(text: str) -> Json:
-    """Tool arguments as an object, whatever a model made of them; what is not JSON stays readable to the client."""
-    try:
-        value = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
-        if isinstance(value, str):                 # encoded twice
-            value = json.loads(value, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return {"INVALID_JSON": text}
-    return {} if value is None else value if isinstance(value, dict) else {"INVALID_JSON": text}
-
-
 def partial_object(text: str) -> Json:
     """The most of an object that was cut off by the length limit."""
     closers, cuts, scan = "", [], re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.S)
@@ -3995,6 +4028,11 @@ class MessagesStream:
         yield {"type": "message_delta", "usage": self._usage(),
                "delta": {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}}
         yield {"type": "message_stop"}
+
+    @property
+    def call_ids(self) -> List[str]:
+        """What the calls are called when they come back."""
+        return [unwrap_id(call.id) for call in self.calls.all if call.opened]
 
     # --- the frame
 
@@ -5461,6 +5499,11 @@ class ResponsesStream:
         yield self._terminal(status, incomplete_details=details, usage=_response_usage(usage),
                              completed_at=None if reason else max(self._created_at, int(self.turn.now)))
 
+    @property
+    def call_ids(self) -> List[str]:
+        """What the calls are called when they come back."""
+        return [item["call_id"] for _, item in sorted(self.finished.items()) if "call_id" in item]
+
     def fail(self, exc: GatewayError) -> Iterator[Json]:
         """The end of a stream that broke."""
         if not self._id:
@@ -5634,6 +5677,18 @@ _SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id", "thr
 _BASE64_RUN = re.compile(r'(?:;base64,|"data": ?")[A-Za-z0-9+/=]{500,}')
 
 
+class ReasoningMemory(NamedTuple):
+    """The part of a ReasoningCache that belongs to one conversation of one client."""
+    cache: Any
+    scope: str
+
+    def keep(self, call: Json, text: str) -> None:
+        self.cache.keep(call_digest(self.scope, call), text)
+
+    def recall(self, call: Json) -> str:
+        return self.cache.recall(call_digest(self.scope, call))
+
+
 @dataclass
 class Call:
     """One request as its client made it."""
@@ -5696,6 +5751,11 @@ class Call:
             said = json.dumps(items[:2] if isinstance(items, list) else items)[:8000]
         return zlib.crc32(said.encode("utf-8", "replace"))
 
+    def memory(self, cache: Any, messages: Any) -> ReasoningMemory:
+        """What is remembered of this conversation of this client, known by its session and by what it began with."""
+        named = [self.headers.get(name) for name in (*_SESSION_HEADERS, "x-claude-code-agent-id")]
+        return ReasoningMemory(cache, json.dumps([self.key.name if self.key else "", named, opening_of(messages)]))
+
     @property
     def is_codex(self) -> bool:
         """Codex reads comments as silence, and a cut answer as an error (clients.md)."""
@@ -5710,17 +5770,16 @@ class ChatTurn:
     def __init__(self, call: Call, target: Target, context: Context) -> None:
         self._call, self._target, self._context = call, target, context
         self._is_iflow = target.provider.kind == "iflow" and call.dialect.judged
-        self._insists = call.dialect.judged and "tools" in call.body and bool(
-            profile_of(target)["require_reasoning_on_tool_calls"])
+        self._insists = call.dialect.judged and bool(profile_of(target)["require_reasoning_on_tool_calls"])
         self._preserve = target.provider.preserve_reasoning_content      #: None: reasoning passes untouched
 
     def encode(self) -> bytes:
         """The body for the upstream."""
         call, model = self._call, self._target.model
         if self._is_iflow:
-            return dump_json({**adapt_to_iflow(call.body, model, self._context.reasoning.recall), "model": model})
+            return dump_json({**adapt_to_iflow(call.body, model, self._memory.recall), "model": model})
         if self._insists:
-            messages = refill_reasoning(call.body.get("messages"), self._context.reasoning.recall)
+            messages = refill_reasoning(call.body, self._memory.recall)
             if messages is not call.body.get("messages"):
                 return dump_json({**call.body, "messages": messages, "model": model})
         return (call.text if call.model == model else splice_model(call.text, model)).encode()
@@ -5742,8 +5801,13 @@ class ChatTurn:
             return RelayStream(fail) if note is None else HeardStream(fail, note)
         return TranslatedStream(ReasoningMerge(bool(self._preserve)), encode_chunk, fail, note)
 
+    @cached_property
+    def _memory(self) -> ReasoningMemory:
+        return self._call.memory(self._context.reasoning, self._call.body.get("messages"))
+
     def _note(self) -> Optional[ReasoningNote]:
-        return ReasoningNote(self._context.reasoning.keep) if self._is_iflow or self._insists else None
+        wanted = self._is_iflow or self._insists and "tools" in self._call.body
+        return ReasoningNote(self._memory.keep) if wanted else None
 
 
 class TranslatedTurn:
@@ -5773,22 +5837,28 @@ class TranslatedTurn:
         return getattr(turn, "raw_estimate", 0) if known and not self._call.shows_images else 0
 
     def encode(self) -> bytes:
-        chat, recall = self._turn.chat, self._context.reasoning.recall
+        chat = self._turn.chat
         if self._is_iflow:
-            chat = adapt_to_iflow(chat, chat["model"], recall)
+            chat = adapt_to_iflow(chat, chat["model"], self._memory.recall)
         elif self._insists:
-            chat = {**chat, "messages": refill_reasoning(chat["messages"], recall)}
+            chat = {**chat, "messages": refill_reasoning(chat, self._memory.recall)}
         return dump_json(chat)
 
+    @cached_property
+    def _memory(self) -> ReasoningMemory:
+        return self._call.memory(self._context.reasoning, self._call.body.get("messages") or self._turn.chat["messages"])
+
     def _note(self) -> Optional[ReasoningNote]:
-        return ReasoningNote(self._context.reasoning.keep) if self._is_iflow or self._insists else None
+        return ReasoningNote(self._memory.keep) if self._is_iflow or self._insists else None
 
     def reply(self, data: bytes, completion: Json) -> bytes:
         note = self._note()
         if note is not None:
             note.hear(completion)
-            note.close()
-        return dump_json(self._kept(self._turn.reply(completion, self._context.new_id)))
+        answer = self._turn.reply(completion, self._context.new_id)
+        if note is not None:
+            note.close(call_ids(answer))
+        return dump_json(self._kept(answer))
 
     def stream(self) -> TranslatedStream:
         translator = self._turn.stream(self._context.new_id)
@@ -5828,6 +5898,12 @@ class CompactRoad(ResponsesRoad):
 
     def reply(self, data: bytes, completion: Json) -> bytes:
         return dump_json(compact_reply(self._turn, completion, self._context.new_id))
+
+
+def call_ids(answer: Json) -> List[str]:
+    """What the calls of a message or response are called when they come back."""
+    return [item.get("call_id") or unwrap_id(item["id"]) for item in answer.get("content") or answer.get("output") or ()
+            if "call_id" in item or item["type"] == "tool_use"]
 
 
 def encode_event(event: Json) -> bytes:
@@ -8206,7 +8282,7 @@ Labels = Tuple[Tuple[str, str], ...]
 
 
 class ReasoningCache:
-    """Reasoning by tool-call id, for clients that drop it; bounded, the oldest go first."""
+    """Reasoning by call_digest, for clients that drop it; bounded, the oldest go first."""
     LIMIT, LIMIT_CHARS = 2000, 8 << 20
 
     def __init__(self) -> None:

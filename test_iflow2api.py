@@ -2140,6 +2140,66 @@ def test_a_messages_client_that_drops_thinking_is_helped_out(server, upstream):
     assert upstream.last.json["messages"][1]["reasoning_content"] == "because"
 
 
+def test_reasoning_is_remembered_for_its_own_conversation_only(server, upstream):
+    """Kimi's ids recur, and so do calls; what somebody else's conversation thought must not come in."""
+    running = insisting(server, upstream)
+    kimi = {**CALLED, "id": "functions.look:0"}
+
+    def back(opening="go", made=kimi, **headers):
+        history = [{"role": "user", "content": opening}, {"role": "assistant", "content": None, "tool_calls": [made]},
+                   {"role": "tool", "tool_call_id": made["id"], "content": "seen"}]
+        post(running, {"model": "m1", "messages": history, "tools": [LOOK]}, **headers)
+        return upstream.last.json["messages"][1]["reasoning_content"]
+
+    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because", tool_calls=[kimi])))
+    post(running, {"model": "m1", "messages": [{"role": "user", "content": "go"}], "tools": [LOOK]})
+    assert back() == back([{"type": "text", "text": "go", "cache_control": {"type": "ephemeral"}}]) == "because"
+    spaced = {**kimi, "function": {"name": "look", "arguments": " { } "}}
+    assert back(made=spaced) == "because"                        # a client that wrote the arguments anew
+    assert back("come") == back(session_id="other") == back(made={**kimi, "id": "functions.look:1"}) == ""
+    assert back(made={**kimi, "function": {"name": "look", "arguments": '{"x": 1}'}}) == ""
+
+
+def test_reasoning_is_the_client_s_own(server, upstream):
+    running = server({"name": "up", "base_url": upstream.url, "models": ["m1"], "profile": INSISTS}, client_keys=[
+        key_entry(name, f"sk-{name}-123456789") for name in "ab"])
+    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because", tool_calls=[CALLED])))
+    ask = {"model": "m1", "messages": [{"role": "user", "content": "go"}], "tools": [LOOK]}
+    post(running, ask, Authorization="Bearer sk-a-123456789")
+    after = [*ask["messages"], {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+             {"role": "tool", "tool_call_id": "call_1", "content": "seen"}]
+    for key, known in (("b", ""), ("a", "because")):
+        post(running, {**ask, "messages": after}, Authorization=f"Bearer sk-{key}-123456789")
+        assert upstream.last.json["messages"][1]["reasoning_content"] == known
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_of_a_call_without_an_id_is_kept_under_ours(server, upstream, stream):
+    running = insisting(server, upstream)
+    nameless = {"type": "function", "function": CALLED["function"]}
+    upstream.plays(sse(chunk(None, reasoning_content="because"), chunk(None, tool_calls=[{"index": 0, **nameless}]),
+                       chunk(finish="tool_calls"), DONE) if stream else plain(
+        completion(None, "tool_calls", reasoning_content="because", tool_calls=[nameless])))
+    ask = {"model": "m1", "max_tokens": 9, "messages": [{"role": "user", "content": "go"}], "stream": stream,
+           "tools": [{"name": "look", "input_schema": {"type": "object", "properties": {}}}]}
+    answer = post(running, ask, "/v1/messages")
+    ident = re.search(rb'"id":"(toolu_\w+)"', answer.body).group(1).decode()
+    used = {"type": "tool_use", "id": ident, "name": "look", "input": {}}
+    after = [*ask["messages"], {"role": "assistant", "content": [used]}, {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": ident, "content": "seen"}]}]
+    post(running, {**ask, "messages": after, "stream": False}, "/v1/messages")
+    assert upstream.last.json["messages"][1]["reasoning_content"] == "because"
+
+
+@pytest.mark.parametrize("more, sent", [({}, ""), ({"thinking": {"type": "disabled"}}, None)])
+def test_an_insisting_provider_gets_the_field_even_where_nothing_is_known(server, upstream, more, sent):
+    running = insisting(server, upstream)
+    history = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+               {"role": "tool", "tool_call_id": "call_1", "content": "seen"}]
+    post(running, {"model": "m1", "messages": history, **more})
+    assert upstream.last.json["messages"][1].get("reasoning_content") == sent
+
+
 # --- what models count ---------------------------------------------------------
 
 def counted(tokens):
