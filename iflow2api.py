@@ -127,7 +127,7 @@ try:
     from email.utils import formatdate, parsedate_to_datetime
     from fnmatch import fnmatchcase
     from functools import cached_property, lru_cache
-    from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+    from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                         Sequence, Set, Tuple, Type, Union)
 except ImportError as exc:
     _missing = (exc.name or "").split(".")[0]
@@ -285,6 +285,9 @@ KEY_STATUS = (401, 403, 429)
 
 #: Names that Messages and Responses clients insist on; they become `default_model`.
 FOREIGN_MODELS = ("claude-*", "gpt-*", "codex-*", "o1*", "o3*", "o4*")
+
+#: Claude Code's tiers -> a name of each that it knows; its gateway discovery keeps only ids with claude or anthropic.
+CLAUDE_MODELS = {"OPUS": "claude-opus-4-5", "SONNET": "claude-sonnet-4-5", "HAIKU": "claude-haiku-4-5"}
 
 #: The page: sessions at once, how long one lasts, and how long when nobody uses it.
 SESSIONS_LIMIT, SESSION_S, SESSION_IDLE_S = 64, 30 * 86400, 7 * 86400
@@ -1929,6 +1932,14 @@ class Router:
                              code="missing_model")
         return model or self.default_model
 
+    def redirects(self, model: str) -> bool:
+        """Whether an alias takes the name, or Messages and Responses take it for default_model."""
+        return self._alias_of(model, Asked("messages")) is not None or self._means_default(model)
+
+    def _means_default(self, model: str) -> bool:
+        return bool(self.default_model) and not self.claimed(model) and any(
+            fnmatchcase(model, pattern) for pattern in FOREIGN_MODELS)
+
     def _alias_of(self, model: str, asked: Any) -> Optional[Tuple[str, List[str]]]:
         """The alias that takes a name, and the models it stands for in this request."""
         for pattern, branches in self.aliases:
@@ -1979,7 +1990,7 @@ class Router:
     def _locate(self, model: str, foreign: bool) -> Tuple[Target, Sequence[str]]:
         """Where one name goes, aliases aside, and why (WHY)."""
         found, why = self.claimed(model), ()
-        if not found and foreign and self.default_model and any(fnmatchcase(model, p) for p in FOREIGN_MODELS):
+        if foreign and self._means_default(model):
             model, why = self.default_model, ("foreign",)
             found = self.claimed(model)
         if found:
@@ -9823,13 +9834,14 @@ class Gateway:
 
     # what is there
 
-    def models(self, key: Optional[ClientKey] = None) -> List[Json]:
+    def models(self, key: Optional[ClientKey] = None, more: Collection[str] = ()) -> List[Json]:
         """All names that can be asked for, each with the provider it leads to; nothing that would not be routed.
 
-        With a client's `key` those that it may use.
+        With a client's `key` those that it may use.  `more`: names to list, too, if they are redirected.
         """
         router = self.current().router
-        found: Dict[str, str] = {}
+        found = {name: router.resolve(name, True)[0].provider.name for name in more
+                 if router.redirects(name) and router.default is not None}
         for pattern, branches in router.aliases:
             if not re.search(r"[*?\[]", pattern):
                 first = branches[0].models[0]
@@ -9847,9 +9859,16 @@ class Gateway:
                     found.setdefault(model if plain else f"{name}/{model}", name)
         created = int(self.started_at)
         if key is not None and key.models:
-            found = {model: owner for model, owner in found.items() if may_use(key, model, router.resolve(model))}
+            found = {model: owner for model, owner in found.items() if may_use(key, model, router.resolve(model, model in more))}
         return [{"id": model, "object": "model", "created": created, "owned_by": owner or "iflow2api"}
                 for model, owner in found.items()]
+
+    def target_of(self, name: str) -> Optional[Target]:
+        """Where a request of Messages for the model would go first."""
+        try:
+            return next(iter(self.current(look=False).router.resolve(name, True, Asked("messages"))), None)
+        except GatewayError:
+            return None
 
     def vision_models(self, key: Optional[ClientKey] = None) -> List[Json]:
         """Of models() those that are known to take images."""
@@ -10787,11 +10806,12 @@ def show_metrics(handler: Handler) -> None:
 
 def show_models(handler: Handler) -> None:
     """The list in the shape of who asks: Anthropic's for requests that bear `anthropic-version`."""
-    models = handler.server.gateway.models(handler.key)
+    gateway = handler.server.gateway
     if "anthropic-version" not in handler.headers:
-        return handler.respond_json({"object": "list", "data": models})
+        return handler.respond_json({"object": "list", "data": gateway.models(handler.key)})
     query = urllib.parse.parse_qs(handler.path.partition("?")[2])
-    handler.respond_json(anthropic_page([anthropic_model(m) for m in models], query))
+    models = gateway.models(handler.key, CLAUDE_MODELS.values())
+    handler.respond_json(anthropic_page([anthropic_model(m, gateway.target_of(m["id"])) for m in models], query))
 
 
 def show_vision_models(handler: Handler) -> None:
@@ -10799,18 +10819,25 @@ def show_vision_models(handler: Handler) -> None:
 
 
 def show_model(handler: Handler) -> None:
-    wanted = urllib.parse.unquote(handler.argument)
-    for model in handler.server.gateway.models(handler.key):
+    wanted, gateway = urllib.parse.unquote(handler.argument), handler.server.gateway
+    for model in gateway.models(handler.key, [wanted]):
         if model["id"] == wanted:
-            return handler.respond_json(anthropic_model(model) if "anthropic-version" in handler.headers else model)
+            return handler.respond_json(anthropic_model(model, gateway.target_of(wanted))
+                                        if "anthropic-version" in handler.headers else model)
     raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
 
 
-def anthropic_model(model: Json) -> Json:
-    """A model as Anthropic's API lists it (anthropic-messages.md section 9)."""
+def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
+    """A model as Anthropic's API lists it (anthropic-messages.md section 9); its display name says where it leads."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model["created"]))
-    return {"type": "model", "id": model["id"], "display_name": model["id"], "created_at": created,
-            "lifecycle": "active"}
+    told = {"type": "model", "id": model["id"], "display_name": model["id"], "created_at": created, "lifecycle": "active"}
+    if target is None:
+        return told
+    if target.model != model["id"] and f"{target.provider.name}/{target.model}" != model["id"]:
+        told["display_name"] = f"{model['id']} → {target.provider.name}/{target.model}"
+    facts = target.provider.facts.get(target.model, {})
+    limits = (("max_input_tokens", "context"), ("max_tokens", "max_output"))
+    return {**told, **{name: facts[fact] for name, fact in limits if facts.get(fact)}}
 
 
 def anthropic_page(models: List[Json], query: Mapping[str, List[str]]) -> Json:
@@ -11169,7 +11196,8 @@ SHAPES: Dict[str, Json] = {
     "Model": {"id*": "string", "object*": "=model", "created*": "integer",
               "owned_by*": ("string", "通往哪个上游", "the provider it leads to")},
     "ModelList": {"object*": "=list", "data*": "[#Model"},
-    "AnthropicModel": {"type*": "=model", "id*": "string", "display_name*": "string", "created_at*": "string"},
+    "AnthropicModel": {"type*": "=model", "id*": "string", "display_name*": "string", "created_at*": "string",
+                       "max_input_tokens": "integer", "max_tokens": "integer"},
     "AnthropicModelList": {"data*": "[#AnthropicModel", "has_more*": "boolean", "first_id": "string|null",
                            "last_id": "string|null"},
     "Health": {"status*": ("=healthy,degraded", "有可用的上游即为 healthy", "healthy where any provider can be used"),

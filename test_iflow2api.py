@@ -3961,8 +3961,9 @@ def test_models_in_both_shapes(server, upstream):
     assert all(set(model) == {"id", "object", "created",
                               "owned_by"} and model["object"] == "model" for model in listed["data"])
     other = get(running, "/v1/models", anthropic_version="2023-06-01").json
-    assert [model["id"] for model in other["data"]] == ["a", "b", "m1", "org/m2:free"]
-    assert (other["has_more"], other["first_id"], other["last_id"]) == (False, "a", "org/m2:free")
+    own = list(ifl.CLAUDE_MODELS.values())
+    assert [model["id"] for model in other["data"]] == [*own, "a", "b", "m1", "org/m2:free"]
+    assert (other["has_more"], other["first_id"], other["last_id"]) == (False, own[0], "org/m2:free")
     assert other["data"][0]["type"] == "model"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", other["data"][0]["created_at"])
 
@@ -3996,6 +3997,36 @@ def test_one_model(server, upstream):
     answer = get(running, "/v1/models/unknown")
     assert (answer.status, answer.error["code"]) == (404, "model_not_found")
     assert get(running, "/v1/models/unknown", anthropic_version="1").json["error"]["type"] == "not_found_error"
+
+
+def test_claude_s_names_are_listed_with_where_they_lead(server, upstream):
+    facts = [{"id": "big", "context": 200000, "max_output": 8192}, "small"]
+    running = server(provider(upstream, models=facts), default_model="big", aliases={
+        "claude-haiku*": "small", "opus-of-mine": "up/big", "claude-when-long": {"model": "big", "over_tokens": 9}})
+    listed = {m["id"]: m for m in get(running, "/v1/models?limit=1000", anthropic_version="1").json["data"]}
+    assert {name: m["display_name"] for name, m in listed.items() if "→" in m["display_name"]} == {
+        "claude-opus-4-5": "claude-opus-4-5 → up/big", "claude-sonnet-4-5": "claude-sonnet-4-5 → up/big",
+        "claude-haiku-4-5": "claude-haiku-4-5 → up/small", "opus-of-mine": "opus-of-mine → up/big",
+        "claude-when-long": "claude-when-long → up/big"}
+    assert all((listed[name]["max_input_tokens"], listed[name]["max_tokens"]) == (200000, 8192)
+               for name in ("big", "claude-opus-4-5", "opus-of-mine"))
+    assert "max_tokens" not in listed["claude-haiku-4-5"]
+    plain_list = [m["id"] for m in get(running, "/v1/models").json["data"]]
+    assert "opus-of-mine" in plain_list and "claude-opus-4-5" not in plain_list
+    for name in ("claude-haiku-9", "claude-anything", "gpt-9"):
+        assert get(running, "/v1/models/" + name, anthropic_version="1").json["id"] == name
+        assert get(running, "/v1/models/" + name).json["owned_by"] == "up"
+    assert get(running, "/v1/models/haiku-9", anthropic_version="1").status == 404
+
+
+def test_claude_s_names_are_not_listed_where_they_lead_nowhere(server, upstream):
+    running = server(detect_local=False)
+    assert get(running, "/v1/models", anthropic_version="1").json["data"] == []
+    assert get(running, "/v1/models/claude-x", anthropic_version="1").status == 404
+    limited = server(provider(upstream, models=["big", "small"]), aliases={"claude-haiku*": "small"},
+                     client_keys=[key_entry("a", "sk-a-123456789", models=["small"])])
+    listed = get(limited, "/v1/models", anthropic_version="1", Authorization="Bearer sk-a-123456789").json["data"]
+    assert [m["id"] for m in listed] == ["claude-haiku-4-5", "small"]
 
 
 def test_health(server, upstream):
