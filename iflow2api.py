@@ -1932,9 +1932,13 @@ class Router:
                              code="missing_model")
         return model or self.default_model
 
+    def has_alias(self, model: str) -> bool:
+        """Whether an alias takes the name when Messages asks for it."""
+        return self._alias_of(model, Asked("messages")) is not None
+
     def redirects(self, model: str) -> bool:
         """Whether an alias takes the name, or Messages and Responses take it for default_model."""
-        return self._alias_of(model, Asked("messages")) is not None or self._means_default(model)
+        return self.has_alias(model) or self._means_default(model)
 
     def _means_default(self, model: str) -> bool:
         return bool(self.default_model) and not self.claimed(model) and any(
@@ -10962,6 +10966,12 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
 
 # --- the server --------------------------------------------------------------
 
+def url_of(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server bound to `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host and host[0] != "[" else f"http://{host}:{port}"
+
+
 def stop_accepting(server: socketserver.BaseServer) -> None:
     """End the accept loop at once: it looks up every few seconds, or when somebody connects."""
     stopper = threading.Thread(target=server.shutdown, daemon=True)
@@ -11009,8 +11019,7 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where a client on this machine reaches it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.server_address[0], self.server_address[0])
-        return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}"
+        return url_of(self.server_address[0], self.port)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection; a few beyond the limit get a 503, the rest are closed."""
@@ -12919,9 +12928,13 @@ def steer_login(handler: Handler) -> None:
 
 # --- clients ---------------------------------------------------------------------------
 
-#: client -> (variables, what it is).  URL is the server's address, KEY the client key, MODEL the default model.
+#: client -> (variables, what it is).  URL is the server's address, KEY the client key, MODEL the default model; OPUS,
+#: SONNET, HAIKU and CONTEXT as claude_words tells.
 CLIENTS: Dict[str, Tuple[Dict[str, str], str]] = {
-    "claude": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY"}, "Claude Code"),
+    "claude": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY", "ANTHROPIC_MODEL": "SONNET",
+                "ANTHROPIC_DEFAULT_OPUS_MODEL": "OPUS", "ANTHROPIC_DEFAULT_SONNET_MODEL": "SONNET",
+                "ANTHROPIC_DEFAULT_HAIKU_MODEL": "HAIKU", "ANTHROPIC_SMALL_FAST_MODEL": "HAIKU",
+                "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT"}, "Claude Code"),
     "codex": ({"IFLOW2API_KEY": "KEY"}, "Codex CLI"),
     "openai": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY"}, "the OpenAI SDKs and what is built on them"),
     "anthropic": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_API_KEY": "KEY"}, "the Anthropic SDKs"),
@@ -12958,23 +12971,46 @@ SHELLS = {
     "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
 
 
-def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
-    """What points one of CLIENTS at this server; `words` are URL, KEY (`$IFLOW2API_KEY`: the user has it) and MODEL."""
-    def filled(text: str) -> str:
-        return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
+def claude_words(router: Router, model: str = "") -> Dict[str, str]:
+    """The models of Claude Code's tiers: `model`, else a name of its own where an alias takes that, else default_model.
 
-    variables, title = CLIENTS[client]
+    CONTEXT is the window of a model whose name says nothing to it; it would take it for 200 000 tokens.
+    """
+    words = {tier: model or (name if router.has_alias(name) else router.default_model)
+             for tier, name in CLAUDE_MODELS.items()}
+    target = router.claimed(words["SONNET"])
+    context = target.provider.facts.get(target.model, {}).get("context") if target else None
+    return {**words, "CONTEXT": str(context or "")}
+
+
+def filled(text: str, words: Mapping[str, str]) -> str:
+    """An entry of CLIENTS or CODEX_SETTINGS with its words replaced."""
+    return re.sub(r"\b[A-Z]+\b", lambda found: words.get(found.group(), found.group()), text)
+
+
+def env_values(client: str, words: Mapping[str, str]) -> Dict[str, str]:
+    """The variables of one of CLIENTS; those are left out whose model nobody knows."""
+    given = {name: filled(value, words) for name, value in CLIENTS[client][0].items()}
+    return {name: value for name, value in given.items() if value.strip("/") not in ("", "openai")}
+
+
+def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
+    """What points one of CLIENTS at this server; `words` are URL, KEY (`$IFLOW2API_KEY`: the user has it), MODEL, ….
+
+    Each word a CLIENTS entry or CODEX_SETTINGS may name.
+    """
+    title = CLIENTS[client][1]
     theirs, lines = words["KEY"] == "$IFLOW2API_KEY", []
     if theirs:
         lines.append(shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
-    for name, value in variables.items():
-        if value == "KEY" and theirs:
+    for name, value in env_values(client, words).items():
+        if value == "$IFLOW2API_KEY":
             if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
                 lines.append(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
-        elif filled(value).strip("/") not in ("", "openai"):        # no model is known
-            lines.append(shell.variable.format(name=name, value=shell.quote(filled(value))))
+        else:
+            lines.append(shell.variable.format(name=name, value=shell.quote(value)))
     if client == "codex":
-        pairs = [(name, filled(value)) for name, value in CODEX_SETTINGS if filled(value)]
+        pairs = [(name, filled(value, words)) for name, value in CODEX_SETTINGS if filled(value, words)]
         lines.append(codex_command(shell, pairs))
         lines.append(shell.comment.format("or for good, in ~/.codex/config.toml:"))
         lines += [shell.comment.format(line) for line in codex_toml(pairs)]
@@ -13004,11 +13040,11 @@ class Setup(NamedTuple):
     key: str
     shell_key: str
     model: str
-    asked: bool                          #: the model was asked for, so it is named even where nobody has to
+    tiers: Mapping[str, str]             #: claude_words
 
     def words(self) -> Dict[str, str]:
         """As env_lines takes them."""
-        return {"URL": self.base, "KEY": self.shell_key, "MODEL": self.model}
+        return {"URL": self.base, "KEY": self.shell_key, "MODEL": self.model, **self.tiers}
 
 
 def code_block(title: Union[str, Tuple[str, str]], language: str, text: str) -> Json:
@@ -13020,31 +13056,26 @@ def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2)
 
 
-def shell_blocks(client: str, setup: Setup, *more: Tuple[str, str]) -> List[Json]:
-    """The lines of `env` for each shell, and further variables; without its comments, which speak one language."""
+def shell_blocks(client: str, setup: Setup) -> List[Json]:
+    """The lines of `env` for each shell; without its comments, which speak one language."""
     blocks = []
     for name, shell in SHELLS.items():
         lines = [line for line in env_lines(client, shell, setup.words())
                  if not line.startswith(shell.comment.partition(" ")[0])]
         if setup.shell_key != setup.key:
             lines.insert(0, shell.variable.format(name="IFLOW2API_KEY", value=shell.quote(setup.key)))
-        lines += [shell.variable.format(name=variable, value=shell.quote(value)) for variable, value in more]
         blocks.append(code_block(name, name, "\n".join(lines)))
     return blocks
 
 
 def claude_blocks(setup: Setup) -> List[Json]:
-    model = [("ANTHROPIC_MODEL", setup.model)] if setup.asked else []
-    environ = {"ANTHROPIC_BASE_URL": setup.base, "ANTHROPIC_AUTH_TOKEN": setup.key, **dict(model)}
-    return [*shell_blocks("claude", setup, *model),
+    return [*shell_blocks("claude", setup),
             code_block(("长期设置：~/.claude/settings.json", "for good: ~/.claude/settings.json"), "json",
-                       json_text({"env": environ}))]
+                       json_text({"env": env_values("claude", {**setup.words(), "KEY": setup.key})}))]
 
 
 def codex_blocks(setup: Setup) -> List[Json]:
-    words = setup.words()
-    pairs = [(name, re.sub(r"\b(URL|MODEL)\b", lambda found: words[found.group()], value))
-             for name, value in CODEX_SETTINGS]
+    pairs = [(name, filled(value, setup.words())) for name, value in CODEX_SETTINGS]
     return [*shell_blocks("codex", setup), code_block("~/.codex/config.toml", "toml", "\n".join(codex_toml(pairs)))]
 
 
@@ -13162,7 +13193,7 @@ def show_clients(handler: Handler) -> None:
     model = re.sub(r'[\x00-\x1f\x7f"]', "", model)       # names come from upstreams, and these lines go into shells
     key = given or ("YOUR_KEY" if needs_key else "sk-none")
     setup = Setup(address_for(handler), key, given or ("$IFLOW2API_KEY" if needs_key else key), model or "MODEL",
-                  bool(query.get("model")) and model != router.default_model)
+                  claude_words(router, model if query.get("model") and model != router.default_model else ""))
     handler.respond_json({"base_url": setup.base, "model": model, "needs_key": needs_key, "data": [
         {"id": name, "title": title, "blocks": make(setup)} for name, (title, make) in CLIENT_SETUPS.items()]})
 
@@ -17814,11 +17845,22 @@ def cmd_version(args: Any) -> int:
 def cmd_env(args: Any) -> int:
     """Shell lines that point a client at this server: eval "$(python iflow2api.py env claude)"."""
     gateway = _gateway_of(args)
-    settings, shell = gateway.settings, SHELLS[args.shell or _guess_shell()]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    settings, router = gateway.settings, gateway.current().router
+    if not settings.port:
+        raise UsageError("the server takes a free port at each start (port 0): say with --port which one it has printed")
+    if _ask_running(settings) is None:
+        _say(f"no iflow2api answers at {url_of(settings.host, settings.port)} now; if it runs elsewhere, say so with "
+             "--host and --port")
     key = settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed")
-    words = {"URL": f"http://{host}:{settings.port}", "KEY": key, "MODEL": gateway.current().router.default_model}
-    print("\n".join(env_lines(args.client, shell, words)))
+    words = {"URL": url_of(settings.host, settings.port), "KEY": key, "MODEL": router.default_model,
+             **claude_words(router, args.default_model or "")}
+    if args.json:
+        if key == "$IFLOW2API_KEY":
+            _say("put a key instead of YOUR_KEY; `key add NAME` makes one")
+            words["KEY"] = "YOUR_KEY"
+        print(json_text({"env": env_values(args.client, words)}))
+    else:
+        print("\n".join(env_lines(args.client, SHELLS[args.shell or _guess_shell()], words)))
     return 0
 
 
@@ -18284,8 +18326,10 @@ COMMANDS: Dict[str, Command] = {
                     "help": ("客户端：" + ", ".join(CLIENTS), ", ".join(CLIENTS))}),
         ("--shell", {"choices": tuple(SHELLS), "help": ("哪种 shell；不写则看 $SHELL", "for which shell; by $SHELL without")}),
         ("--host", {"metavar": "ADDR", "help": ("服务的地址", "the server's address")}),
-        ("--port", {"metavar": "N", "help": ("服务的端口", "its port")}), RUN_FLAGS[2]),
-        ("env claude", "env codex --shell fish")),
+        ("--port", {"metavar": "N", "help": ("服务的端口", "its port")}), RUN_FLAGS[2],
+        ("--json", {"action": "store_true", "help": ("输出 JSON：Claude Code 的 settings.json",
+                                                     "as JSON, for Claude Code's settings.json")})),
+        ("env claude", "env claude --json", "env codex --shell fish")),
     "provider": Command(cmd_provider, ("管理和测试上游，查看预设", "list, add, remove and test upstreams; show the known ones"), (
         ("action", {"nargs": "?", "choices": ("list", "add", "remove", "test", "presets"),
                     "help": ("不写则为 list", "list without")}),

@@ -7575,6 +7575,49 @@ def test_env_prints_what_the_client_needs(tmp_path, monkeypatch, capsys, client,
     assert "sk-it" in out
 
 
+def env_json(capsys, tmp_path, config, *flags):
+    """(variables, what was said) of `env claude --json` with this config.json."""
+    (tmp_path / "config.json").write_text(json.dumps({"detect_local": False, **config}))
+    assert ifl.main(["env", "claude", "--json", "--config-dir", str(tmp_path), *flags]) == 0
+    said = capsys.readouterr()
+    return json.loads(said.out)["env"], said.err
+
+
+CLAUDE_ENV = [
+    ({}, {}),
+    ({"default_model": "m"}, dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m")),
+    ({"default_model": "m", "aliases": {"claude-haiku-*": "s"}},
+     {**dict.fromkeys("MODEL OPUS SONNET".split(), "m"), "HAIKU": "claude-haiku-4-5", "SMALL": "claude-haiku-4-5"}),
+    ({"default_model": "m", "aliases": {"claude-*": "s"}},
+     {"MODEL": "claude-sonnet-4-5", "OPUS": "claude-opus-4-5", "SONNET": "claude-sonnet-4-5", "HAIKU": "claude-haiku-4-5",
+      "SMALL": "claude-haiku-4-5"}),
+    ({"providers": [{"name": "p", "base_url": "http://h/v1", "models": [{"id": "m", "context": 65536}]}]},
+     {**dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m"), "CONTEXT": "65536"})]
+
+
+@pytest.mark.parametrize("config, models", CLAUDE_ENV)
+def test_env_claude_names_the_models_of_the_configuration(tmp_path, monkeypatch, capsys, config, models):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found, said = env_json(capsys, tmp_path, {**config, "host": "::1", "port": unused_port()}, *(
+        [] if models else ["--host", "0.0.0.0"]))
+    assert found.pop("ANTHROPIC_BASE_URL").startswith("http://[::1]:" if models else "http://127.0.0.1:")
+    assert found.pop("ANTHROPIC_AUTH_TOKEN") == "not-needed" and "no iflow2api answers" in said
+    short = {"ANTHROPIC_MODEL": "MODEL", "ANTHROPIC_SMALL_FAST_MODEL": "SMALL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT",
+             **{f"ANTHROPIC_DEFAULT_{tier}_MODEL": tier for tier in ifl.CLAUDE_MODELS}}
+    assert {short[name]: value for name, value in found.items()} == models
+
+
+def test_env_claude_of_a_running_server(tmp_path, monkeypatch, capsys, server, upstream):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    running = server(upstream)
+    found, said = env_json(capsys, tmp_path, {"client_keys": [key_entry("a", "sk-a-123456789")]}, "--port", str(running.port),
+                           "--model", "glm-5")
+    assert found["ANTHROPIC_BASE_URL"] == running.url and "answers" not in said
+    assert (found["ANTHROPIC_AUTH_TOKEN"], found["ANTHROPIC_DEFAULT_OPUS_MODEL"]) == ("YOUR_KEY", "glm-5")
+    assert ifl.main(["env", "claude", "--port", "0", "--config-dir", str(tmp_path)]) == 2
+    assert "--port" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
 def test_env_lines_survive_a_real_shell(tmp_path):
     import subprocess
