@@ -2536,6 +2536,18 @@ def find_overflow(status: int, message: Any, code: Any = None) -> Optional[Overf
     return (0, 0, 0) if str(code) in OVERFLOW_CODES else None
 
 
+#: "Range of max_tokens should be [1, 8192]" (DashScope, DeepSeek, Zhipu); OpenAI's "is too large: 32000. This model
+#: supports at most 16384 completion tokens"; "`max_tokens` must be less than or equal to `8192`" (Groq and others).
+_OUTPUT_CAP = re.compile(r"max_(?:\w+_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|\W+is too large: \d+\.\D{0,40}at most (\d+)|"
+                         r".{0,60}less than or equal to\W+(\d+))", re.I | re.S)
+
+
+def find_output_cap(status: int, message: str) -> int:
+    """The most output tokens a model gives, where a refusal of max_tokens says so; else 0."""
+    found = _OUTPUT_CAP.search(message[:10000]) if status in (400, 422) else None
+    return int(next(filter(None, found.groups())).replace(",", "")) if found else 0
+
+
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
     """Seconds from `retry-after-ms` or `retry-after` (a number or an HTTP date, RFC 9110, 10.2.3), None without."""
     value = headers.get("retry-after-ms", "")
@@ -9197,6 +9209,8 @@ class Gateway:
     """
     #: Where engines on this machine are looked for when no provider is set up; tests put their own here.
     local_engines: Mapping[str, str] = {name: PRESETS[name].base_url for name in LOCAL_ENGINES}
+    #: Models whose cap on max_tokens is remembered.
+    CAPS_LIMIT = 500
 
     def __init__(self, settings: Optional[Settings] = None, *, config: Optional[ConfigFile] = None,
                  environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None,
@@ -9207,6 +9221,7 @@ class Gateway:
         self.upstream, self.metrics = Upstream(), Metrics()
         self.reasoning = ReasoningCache()
         self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "")
+        self._caps: Dict[str, int] = {}  #: by scale_name: most output tokens, as refusals have told
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         oauth = OAuth(self.upstream, lambda: self.settings)
         self.logins = Logins(config, oauth, lambda: self.settings.accounts, self.reload)
@@ -9585,6 +9600,31 @@ class Gateway:
                         circuit.failures, limits["rest_s"])
 
     def _try_target(self, state: State, call: Call, target: Target, sink: AnswerSink, record: Record) -> None:
+        """One target; a max_tokens of our translation that is above the model's cap is lowered to it, once."""
+        try:
+            return self._try_keys(state, call, target, sink, record)
+        except UpstreamRefused as exc:
+            cap = find_output_cap(exc.status, exc.message) if call.dialect.foreign and exc.overflow is None else 0
+            name = scale_name(record.target or target)
+            if not cap or cap >= self._caps.get(name, cap + 1) or sink.began:
+                raise
+        with self._lock:
+            self._caps[name] = cap
+            if len(self._caps) > self.CAPS_LIMIT:
+                del self._caps[next(iter(self._caps))]
+        log.info("%s %s takes max_tokens up to %d; asking again", call.request_id[4:12], name, cap)
+        self._try_keys(state, call, target, sink, record)
+
+    def _capped(self, target: Target) -> Target:
+        """The target with what refusals have told of its longest answer."""
+        cap, facts = self._caps.get(scale_name(target)), target.provider.facts
+        if not cap:
+            return target
+        known = facts.get(target.model, {})
+        known = {**known, "max_output": min(cap, known.get("max_output") or cap)}
+        return Target(replace(target.provider, facts={**facts, target.model: known}), target.model)
+
+    def _try_keys(self, state: State, call: Call, target: Target, sink: AnswerSink, record: Record) -> None:
         """One target with each of its keys; a key that is refused or limited gives way to the next."""
         provider = target.provider
         if provider.problem:
@@ -9595,7 +9635,7 @@ class Gateway:
             target = record.target = Target(provider, provider.vision_model)
         context = Context(time.time(), new_id, self.seal(), self.responses, self.reasoning,
                           lambda estimate: self.scale.scaled(scale_name(target), estimate))
-        turn = call.dialect.turn(call, target, context)
+        turn = call.dialect.turn(call, self._capped(target) if call.dialect.foreign else target, context)
         if turn.local is not None:
             return sink.end(turn.local_events()) if call.stream else sink.reply(dump_json(turn.local),
                                                                                 "application/json", ())

@@ -5954,6 +5954,46 @@ def test_overflow_by_code_and_what_is_none(status, message, code, expected):
     assert ifl.find_overflow(status, message, code) == expected
 
 
+CAPS = [
+    ("Range of max_tokens should be [1, 8192]", 8192),
+    ("<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 65536]", 65536),
+    ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", 8192),
+    ("max_tokens is too large: 32000. This model supports at most 16384 completion tokens, whereas you provided 32000.",
+     16384),
+    ("max_tokens参数非法。限制数值范围[1,4095]", 4095),
+    ("`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is less than the "
+     "`context_window` for this model", 8192),
+    ("max_completion_tokens must be less than or equal to 4096", 4096),
+    ("Range of input length should be [1, 204800]", 0), ("temperature must be less than or equal to 2", 0), ("bad", 0)]
+
+
+@pytest.mark.parametrize("message, cap", CAPS, ids=lambda value: str(value)[:40])
+def test_the_cap_that_a_refusal_tells(message, cap):
+    assert ifl.find_output_cap(400, message) == cap and ifl.find_output_cap(500, message) == 0
+    assert not cap or ifl.find_overflow(400, message) is None
+
+
+@pytest.mark.parametrize("path, field", [("/v1/messages", "max_tokens"), ("/v1/responses", "max_output_tokens")])
+def test_max_tokens_above_the_cap_is_lowered_at_once_and_from_then_on(server, upstream, path, field):
+    running = server(provider(upstream, models=["m1"]))
+    upstream.plays(plain({"error": {"message": "Range of max_tokens should be [1, 8192]"}}, 400))
+    ask = {"model": "m1", field: 32000, "messages": [{"role": "user", "content": "q"}], "input": "q"}
+    assert [post(running, ask, path).status for _ in range(2)] == [200, 200]
+    assert [seen.json["max_tokens"] for seen in upstream.requests] == [32000, 8192, 8192]
+    post(running, {**ask, field: 100}, path)
+    assert upstream.last.json["max_tokens"] == 100
+
+
+def test_a_cap_that_does_not_help_is_told_and_chat_s_own_is_not_touched(server, upstream):
+    running = server(provider(upstream, models=["m1"]))
+    refusal = plain({"error": {"message": "Range of max_tokens should be [1, 8192]"}}, 400)
+    upstream.plays(refusal, refusal, refusal)
+    ask = {"model": "m1", "max_tokens": 32000, "messages": [{"role": "user", "content": "q"}]}
+    answer = post(running, ask, "/v1/messages")
+    assert answer.status == 400 and "8192" in answer.json["error"]["message"] and len(upstream.requests) == 2
+    assert post(running, ask).status == 400 and upstream.last.json["max_tokens"] == 32000
+
+
 @pytest.mark.parametrize("overflow, expected", [
     ((122942, 131072, 8192), "input length and `max_tokens` exceed context limit: 122942 + 8192 > 131072, "
                              "decrease input length or `max_tokens` and try again"),
