@@ -2476,8 +2476,12 @@ OVERFLOW_WORDS = (
     # Anthropic
     r"exceed context limit: PROMPT \+ OUTPUT > LIMIT",
     r"prompt is too long: PROMPT tokens > LIMIT",
-    # Moonshot: "Invalid request: Your request exceeded model token limit: 262144 (requested: 269030)"
-    r"exceeded model token limit: LIMIT(?: \(requested: PROMPT)?",
+    # Moonshot: "Invalid request: Your request exceeded model token limit: 262144 (requested: 269030)", max_tokens in it
+    r"exceeded model token limit: LIMIT(?: \(requested: TOTAL)?",
+    r"input token length too long(?:.{0,40}requested: PROMPT)?",
+    # vLLM's latest, with and without the output
+    r"you passed PROMPT input tokens and requested OUTPUT output tokens.{0,40}context length is only LIMIT tokens",
+    r"length is (?:only )?LIMIT tokens.{0,20}your request has PROMPT input tokens",
     # OpenAI: "However, your messages resulted in 8202 tokens"; Azure: "Input tokens exceed the configured limit of"
     r"(?:context length is|configured limit of) LIMIT tokens\..{0,20}your messages resulted in PROMPT tokens",
     r"context length is LIMIT tokens.{0,20}you requested (?:about )?PROMPT tokens",
@@ -2500,12 +2504,14 @@ OVERFLOW_WORDS = (
     r"token count of PROMPT exceeds the limit of LIMIT",
     # DashScope: "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 204800]"
     r"range of input length should be \[\d+, ?LIMIT\]",
+    r"token length must be less than LIMIT", r"token length exceeds? model limit \(LIMIT tokens",
     # LM Studio
     r"keep the first PROMPT tokens when context the overflows.*context length of only LIMIT",
     r"greater than the context length",
     # Ollama
     r"exceeded max context length by|(?:prompt|input) (?:length )?(?:is longer than|exceeds) the context length",
-    # Zhipu (code 1261); MiniMax; iFlow
+    # Zhipu (codes 1210, 1261); MiniMax; iFlow
+    r"tokens exceeds? the maximum:? ?LIMIT|input length too long",
     r"prompt exceeds max length|prompt ?超长|context window exceeds limit|内容长度超出",
     # whoever else
     r"(?:maximum|max) context length (?:is|of|:) ?LIMIT",
@@ -2517,10 +2523,11 @@ OVERFLOW_CODES = ("context_length_exceeded", "exceed_context_size_error", "model
                   "511", "413")
 
 
-def find_overflow(status: int, message: Any, code: Any = None) -> Optional[Overflow]:
+def find_overflow(status: int, message: Any, code: Any = None, asked: int = 0) -> Optional[Overflow]:
     """Whether an upstream's error means that the prompt is too long for the model; the numbers it tells.
 
-    `message` may be the error's text or its whole body. 429 is about speed ("tokens per min"), 401 and 403 about keys.
+    `message` may be the error's text or its whole body; `asked` is the max_tokens that a total includes which tells of
+    no parts.  429 is about speed ("tokens per min"), 401 and 403 about keys.
     """
     text = message[:10000] if isinstance(message, str) else ""
     if status in (401, 403, 404, 429):
@@ -2530,7 +2537,7 @@ def find_overflow(status: int, message: Any, code: Any = None) -> Optional[Overf
         found = re.search(named, text, re.I | re.S)
         if found:
             number = {name: int(value.replace(",", "")) for name, value in found.groupdict().items() if value}
-            output = number.get("OUTPUT", 0)
+            output = number.get("OUTPUT") or (asked if number.get("TOTAL", 0) > asked else 0)
             prompt = number.get("PROMPT", 0) or max(0, number.get("TOTAL", 0) - output)
             return prompt, number.get("LIMIT", 0), output
     return (0, 0, 0) if str(code) in OVERFLOW_CODES else None
@@ -5792,7 +5799,7 @@ class Call:
 class ChatTurn:
     """A chat request on its way to a chat upstream: every byte but the model's name as it came, where that will do."""
     local: Optional[Json] = None         #: an answer that needs no upstream
-    estimate = 0
+    estimate = max_output = 0            #: of the prompt's tokens; the most tokens it asks for; 0: not known
 
     def __init__(self, call: Call, target: Target, context: Context) -> None:
         self._call, self._target, self._context = call, target, context
@@ -5856,6 +5863,11 @@ class TranslatedTurn:
     @property
     def estimate(self) -> int:
         return getattr(self._turn, "estimate", 0)
+
+    @property
+    def max_output(self) -> int:
+        value = self._turn.chat.get("max_tokens") or self._turn.chat.get("max_completion_tokens")
+        return value if isinstance(value, int) else 0
 
     def raw_estimate(self, worth: bool) -> int:
         """The estimate to learn from; 0 where there is none, or only one that is not worth the time."""
@@ -9699,7 +9711,7 @@ class Gateway:
         """
         if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
             text = dump_json(exc.body).decode() if exc.body else exc.message
-            found = find_overflow(exc.status, text, exc.code)
+            found = find_overflow(exc.status, text, exc.code, turn.max_output)
             if found:
                 exc.overflow = found
             if exc.overflow is not None:

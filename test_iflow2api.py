@@ -5933,6 +5933,15 @@ OVERFLOWS = [
     ("This model's maximum prompt length is 131072 but the request contains 537812 tokens.", (537812, 131072, 0)),
     ("prompt is too long: 213462 tokens > 200000 maximum", (213462, 200000, 0)),
     ("The number of tokens to keep from the initial prompt is greater than the context length", (0, 0, 0)),
+    ("You passed 40000 input tokens and requested 100 output tokens. However, the model's context length is only 32768 "
+     "tokens, resulting in a maximum input length of 32668 tokens.", (40000, 32768, 100)),
+    ("This model's maximum context length is 32768 tokens. However, your request has 40000 input tokens. Please reduce "
+     "the length of the input messages.", (40000, 32768, 0)),
+    ("<400> InternalError.Algo.InvalidParameter: Input length too long or total message token length must be less than "
+     "30720", (0, 30720, 0)),
+    ("Total message token length exceed model limit (131072 tokens).", (0, 131072, 0)),
+    ("Invalid request: Input token length too long", (0, 0, 0)),
+    ("input tokens exceed the maximum: 202752", (0, 202752, 0)), ("input length too long", (0, 0, 0)),
 ]
 
 
@@ -5952,6 +5961,29 @@ def test_overflow_in_every_wording(message, expected):
     (400, "model not found", None, None)])
 def test_overflow_by_code_and_what_is_none(status, message, code, expected):
     assert ifl.find_overflow(status, message, code) == expected
+
+
+def test_a_total_without_its_parts_is_told_apart_by_what_was_asked_for():
+    """Moonshot's number has max_tokens in it: where the prompt alone would fit, Claude Code has to shrink that."""
+    said = "Your request exceeded model token limit: 8192 (requested: 9000)"
+    assert ifl.find_overflow(400, said, None, 4000) == (5000, 8192, 4000)
+    assert ifl.overflow_text(ifl.find_overflow(400, said, None, 100)) == "prompt is too long: 8900 tokens > 8192 maximum"
+
+
+@pytest.mark.parametrize("message, told", [
+    ("input length too long", "prompt is too long: {0} tokens > {1} maximum"),
+    ("Range of input length should be [1, 30]", "prompt is too long: {0} tokens > 30 maximum"),
+    ("Range of input length should be [1, 99999]", "prompt is too long: 100000 tokens > 99999 maximum"),
+    ("Your request exceeded model token limit: 8000 (requested: 8100)",
+     "input length and `max_tokens` exceed context limit: 7100 + 1000 > 8000, decrease input length or `max_tokens` and "
+     "try again")])
+def test_an_overflow_without_numbers_tells_our_own(server, upstream, message, told):
+    running = server(provider(upstream, models=["m1"]))
+    upstream.plays(plain({"error": {"message": message}}, 400))
+    ask = {"model": "m1", "max_tokens": 1000, "messages": [{"role": "user", "content": "word " * 100}]}
+    guess = post(running, ask, "/v1/messages/count_tokens").json["input_tokens"]
+    answer = post(running, ask, "/v1/messages")
+    assert (answer.status, answer.json["error"]["message"]) == (400, told.format(guess, guess - 1))
 
 
 CAPS = [
@@ -7365,7 +7397,7 @@ def test_overflow_reaches_each_client_in_its_words(dialects, error):
     ask = {"model": "x", "max_tokens": 9, "input": "q", "messages": [{"role": "user", "content": "q"}]}
     status, _, data = iflow_post(server, ask, "/v1/messages")
     text = json.loads(data)["error"]["message"]
-    assert status == 400 and re.search(r"prompt is too long: (9000|8500) tokens > 8192 maximum", text)
+    assert status == 400 and re.search(r"prompt is too long: (9000|8991|8500) tokens > 8192 maximum", text)
     for path in ("/v1/chat/completions", "/v1/responses"):
         status, _, data = iflow_post(server, ask, path)
         assert status == 400 and json.loads(data)["error"]["message"] == error["error"]["message"]
