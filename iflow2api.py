@@ -2891,8 +2891,9 @@ class RelayStream:
     begun, records are not parsed; how the answer ended is read from the tail.
     """
 
-    def __init__(self, fail: Callable[[GatewayError], bytes]) -> None:
+    def __init__(self, fail: Callable[[GatewayError], bytes], choices: int = 1) -> None:
         self.fail = fail                 #: an error as the last thing within the stream
+        self._choices = choices          #: how many answers were asked for
         self.began, self.done = False, False
         self.failed = False              #: the upstream itself told the client of an error
         self.finish_reason: Optional[str] = None
@@ -2941,6 +2942,10 @@ class RelayStream:
             raise UpstreamGarbled("the upstream's answer was cut off")
         return out if self.done or self.failed or not self.finish_reason else out + b"data: [DONE]\n\n"
 
+    def is_over(self) -> bool:
+        """Whether all answers have ended, though the upstream has not said [DONE]."""
+        return self.began and len(_FINISH.findall(self._tail)) >= self._choices
+
     @staticmethod
     def _is_whole(record: bytes) -> bool:
         """Whether a record without its blank line is all there."""
@@ -2978,8 +2983,8 @@ class RelayStream:
 class HeardStream(RelayStream):
     """The same, with an ear for what a later request has to bring back."""
 
-    def __init__(self, fail: Callable[[GatewayError], bytes], note: ReasoningNote) -> None:
-        super().__init__(fail)
+    def __init__(self, fail: Callable[[GatewayError], bytes], choices: int, note: ReasoningNote) -> None:
+        super().__init__(fail, choices)
         self._listener, self._ear = note, SSEDecoder()
 
     def _hear(self, payload: bytes) -> None:
@@ -3023,6 +3028,9 @@ class TranslatedStream:
     @property
     def finish_reason(self) -> Optional[str]:
         return self._translator.finish_reason
+
+    def is_over(self) -> bool:
+        return self.began and bool(self.finish_reason)
 
     def passes(self, payload: bytes) -> bool:
         return False
@@ -5832,7 +5840,9 @@ class ChatTurn:
 
         note = self._note()
         if self._preserve is None and not self._is_iflow:
-            return RelayStream(fail) if note is None else HeardStream(fail, note)
+            choices = self._call.body.get("n")
+            choices = choices if isinstance(choices, int) else 1
+            return RelayStream(fail, choices) if note is None else HeardStream(fail, choices, note)
         return TranslatedStream(ReasoningMerge(bool(self._preserve)), encode_chunk, fail, note)
 
     @cached_property
@@ -6569,9 +6579,12 @@ class Exchange:
 
 class Flow:
     """One stream on its way: what Upstream.move and the pump move.  `error` is what ended it before its time."""
+    AFTER_FINISH_S = 3.0                 #: silence after which nothing more is waited for, if the answer is over
 
-    def __init__(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool]) -> None:
+    def __init__(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool],
+                 is_over: Callable[[], bool]) -> None:
         self._exchange, self.caller, self.wire, self._move = exchange, caller, exchange.wire, move
+        self._is_over = is_over
         self._heard_at, self.idle = time.monotonic(), False      #: idle: all that had come is moved
         self.place: Optional[socket.socket] = None               #: the socket that a pump waits for
         self.due = 0.0                   #: when the pump has to heed it
@@ -6595,27 +6608,32 @@ class Flow:
                 break
         return True
 
-    def heed(self) -> float:
-        """Keep who waits awake; the moment to do so again.  UpstreamTimeout, ClientGone."""
+    def heed(self) -> Optional[float]:
+        """Keep who waits awake; the moment to do so again, None where all came but the end.  UpstreamTimeout, ClientGone."""
         caller, now = self.caller, time.monotonic()
         if caller.backlog:
             if caller.is_stuck(now):
                 raise ClientGone
             self._heard_at = now         # it is not the upstream that is slow
             return now + 1.0
-        self.wire.check_silence(now - self._heard_at)
+        quiet_s = now - self._heard_at
+        if quiet_s >= min(self.AFTER_FINISH_S, self.wire.timeout_s) - 0.001 and self._is_over():
+            return None
+        self.wire.check_silence(quiet_s)
         due = caller.wrote_at + caller.tick_s
         if due - now <= caller.tick_s * 0.01:
             caller.tick()
             due = now + caller.tick_s
         if self._exchange.next_timeout_s is not None:
             due = min(due, now + self._exchange.next_timeout_s)
+        if quiet_s < self.AFTER_FINISH_S:
+            due = min(due, self._heard_at + self.AFTER_FINISH_S)
         return min(due, self._heard_at + self.wire.timeout_s)
 
     def end(self, error: Optional[BaseException]) -> None:
         """Wake who waits for the end; nothing is kept for the pump, which may know of this flow for a while."""
         self.error, self.place = error, None
-        del self._exchange, self.caller, self.wire, self._move
+        del self._exchange, self.caller, self.wire, self._move, self._is_over
         self.ended.release()
 
 
@@ -6694,8 +6712,10 @@ class Pump:
 
     def _heed(self, flow: Flow) -> None:
         def act() -> bool:
-            self._plan(flow, flow.heed())
-            return True
+            due = flow.heed()
+            if due is not None:
+                self._plan(flow, due)
+            return due is not None
 
         if flow.place is not None:       # it may have ended meanwhile
             self._serve(flow, act)
@@ -7207,12 +7227,14 @@ class Upstream:
                 self._tls = (ca_file, context)
             return self._tls[1]
 
-    def move(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool]) -> None:
+    def move(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool],
+             is_over: Callable[[], bool] = lambda: False) -> None:
         """Give `move` each payload as it comes, until it says False or the answer has ended; raises what they raise.
 
+        Some upstreams do not close: where `is_over` says in silence that nothing of worth is missing, that is the end.
         What is there already is moved at once; then another thread does it, and nothing that is sent to `caller` waits.
         """
-        flow = Flow(exchange, caller, move)
+        flow = Flow(exchange, caller, move, is_over)
         while not flow.idle:
             if not flow.step():
                 return
@@ -9636,6 +9658,15 @@ class Gateway:
         known = {**known, "max_output": min(cap, known.get("max_output") or cap)}
         return Target(replace(target.provider, facts={**facts, target.model: known}), target.model)
 
+    @staticmethod
+    def _prepared(call: Call, target: Target, context: Context) -> Tuple[Any, bytes]:
+        """The way there and back, and the body to send; BadRequest, also where it could be parsed only just so."""
+        try:
+            turn = call.dialect.turn(call, target, context)
+            return turn, b"" if turn.local is not None else turn.encode()
+        except RecursionError:
+            raise BadRequest("the body is nested too deeply") from None
+
     def _try_keys(self, state: State, call: Call, target: Target, sink: AnswerSink, record: Record) -> None:
         """One target with each of its keys; a key that is refused or limited gives way to the next."""
         provider = target.provider
@@ -9647,12 +9678,11 @@ class Gateway:
             target = record.target = Target(provider, provider.vision_model)
         context = Context(time.time(), new_id, self.seal(), self.responses, self.reasoning,
                           lambda estimate: self.scale.scaled(scale_name(target), estimate))
-        turn = call.dialect.turn(call, self._capped(target) if call.dialect.foreign else target, context)
+        turn, body = self._prepared(call, self._capped(target) if call.dialect.foreign else target, context)
         if turn.local is not None:
             return sink.end(turn.local_events()) if call.stream else sink.reply(dump_json(turn.local),
                                                                                 "application/json", ())
         sink.stream = turn.stream()
-        body = turn.encode()
         ring = self._rings[provider.name]
         if ring.keys != provider.api_keys:       # reloaded meanwhile: new keys must not go to the old address
             ring = KeyRing(provider.api_keys, self._clock, provider.key_concurrency)
@@ -9798,7 +9828,7 @@ class Gateway:
             return not stream.done
 
         try:
-            self.upstream.move(exchange, sink, move)
+            self.upstream.move(exchange, sink, move, stream.is_over)
         except UpstreamGarbled:
             if not stream.began:
                 raise

@@ -2356,6 +2356,34 @@ def test_pumps_end_with_their_last_stream(server, upstream):
     until(lambda: not pump._thread.is_alive(), what="the end of the pump")
 
 
+ENDLESS = [("/v1/chat/completions", "data: [DONE]"), ("/v1/messages", "event: message_stop"),
+           ("/v1/responses", "event: response.completed")]
+
+
+@pytest.mark.parametrize("path, end", ENDLESS)
+@pytest.mark.parametrize("idle_s", [60, 0.05])
+def test_a_stream_that_has_finished_but_does_not_close(server, upstream, monkeypatch, path, end, idle_s):
+    monkeypatch.setattr(ifl.Flow, "AFTER_FINISH_S", 0.1)
+    running = server(upstream, idle_timeout_s=idle_s)
+    upstream.plays(sse(chunk("Hi"), chunk(finish="stop"), HOLD))
+    answer = post(running, {"model": "m1", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "q"}],
+                            "input": "q"}, path)
+    text = answer.body.decode()
+    assert answer.status == 200 and end in text and "Hi" in text and "error" not in text.replace('"error":null', "")
+    until(running.gateway.history)
+    assert running.gateway.history()[0]["status"] == 200
+
+
+@pytest.mark.parametrize("n, items", [(1, [chunk("Hi")]), (2, [chunk("Hi"), chunk(finish="stop")])])
+def test_a_stream_that_has_not_finished_is_waited_for(server, upstream, monkeypatch, n, items):
+    monkeypatch.setattr(ifl.Flow, "AFTER_FINISH_S", 0.01)
+    running = server(upstream, idle_timeout_s=0.1)
+    upstream.plays(sse(*items, HOLD))
+    answer = post(running, chat(True, n=n))
+    assert "said nothing for 0.1 s" in answer.body.decode() and "[DONE]" not in answer.body.decode()
+
+
+@pytest.fixture
 def without_poll(monkeypatch):
     monkeypatch.setattr(ifl, "Poller", ifl._SelectPoller)
 
