@@ -1635,6 +1635,13 @@ class Preset(NamedTuple):
 #: GLM takes json_object, no strict schemas, and tool_choice "auto" alone (docs.bigmodel.cn).
 _GLM_PROFILE: Json = {"thinking_style": "thinking_type", "structured_output": "json_object", "strict_tools": False,
                       "forced_tool_choice_with_thinking": False, "files": False}
+
+
+def _glm_search(engine: str) -> Json:
+    return {**_GLM_PROFILE, "server_tools": {"web_search": {"type": "web_search", "web_search": {
+        "enable": True, "search_engine": engine, "search_result": True}}}}
+
+
 _GLM = (("glm-5.2", 1_000_000, 131072, False), ("glm-5.3", 1_000_000, 131072, False),
         ("glm-5.1", 200_000, 131072, False), ("glm-5", 204800, 131072, False), ("glm-4.7", 204800, 131072, False),
         ("glm-4.7-flash", 200_000, 131072, False), ("glm-5v-turbo", 200_000, 131072, True),
@@ -1646,7 +1653,8 @@ _KIMI = (("kimi-k2.6", 262144, 262144, True), ("kimi-k3", 1_048_576, 262144, Tru
          ("kimi-k2.7-code", 262144, 262144, True), ("kimi-k2.5", 262144, 262144, True))
 #: A budget and an effort exclude each other there, so that the effort, which not all models know, stays away.
 _QWEN_PROFILE: Json = {"thinking_style": "enable_thinking", "top_k": True, "forced_tool_choice_with_thinking": False,
-                       "efforts": [], "strict_tools": False, "files": False}
+                       "efforts": [], "strict_tools": False, "files": False,
+                       "server_tools": {"web_search": {"fields": {"enable_search": True}}}}
 _QWEN = (("qwen3.7-plus", 1_000_000, 65536, True), ("qwen3.8-max", 1_000_000, 131072, True),
          ("qwen3.8-flash", 1_000_000, 131072, True), ("qwen3-coder-plus", 1_000_000, 65536, False),
          ("qwen3-vl-plus", 262144, 32768, True))
@@ -1663,8 +1671,8 @@ _ENGINE_PROFILE: Json = {"thinking_style": "chat_template_kwargs", "efforts": []
 
 #: By name; looked up in the makers' documentation and on models.dev, November 2026.
 PRESETS: Dict[str, Preset] = {
-    "zhipu": Preset("https://open.bigmodel.cn/api/paas/v4", "ZHIPU_API_KEY", _GLM_PROFILE, _GLM),
-    "zai": Preset("https://api.z.ai/api/paas/v4", "ZAI_API_KEY", _GLM_PROFILE, _GLM),
+    "zhipu": Preset("https://open.bigmodel.cn/api/paas/v4", "ZHIPU_API_KEY", _glm_search("search_std"), _GLM),
+    "zai": Preset("https://api.z.ai/api/paas/v4", "ZAI_API_KEY", _glm_search("search-prime"), _GLM),
     "moonshot-cn": Preset("https://api.moonshot.cn/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
     "moonshot": Preset("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
     "deepseek": Preset("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", {
@@ -2036,7 +2044,7 @@ DEFAULT_PROFILE: Json = {
     "parallel_tool_calls": True,
     "stream_usage": True,
     "think_tags": False,
-    "server_tools": "drop",
+    "server_tools": "drop",                   #: drop, error, or family -> its `tools` entry, or {"fields": {…}} for the request
     "strict_tools": True,
     "prefill": None,                          #: partial, prefix, continue_final_message
 }
@@ -2116,6 +2124,7 @@ def set_thinking(chat: Json, profile: Json, on: Optional[bool], budget: Optional
 #: What a model is told where a conversation lacks something: the same words in each dialect keep prefixes alike.
 NO_RESULT = "[no output recorded for this call]"
 NO_IMAGE = "[an image was here; this model takes text only]"
+NO_TOOL = "These tools are not available here: {}. Say so instead of guessing what they would give."
 NO_PDF = "[a PDF ({}) was here; this model can't see it: use a tool to extract its text]"
 
 
@@ -3577,6 +3586,8 @@ class _Tools:
     def __init__(self, profile: Json) -> None:
         self.profile = profile
         self.chat: List[Json] = []
+        self.fields: Json = {}                    #: what switches the provider's own tools on beside `tools`
+        self.missing: List[str] = []              #: tools nobody here runs
         self.names: Dict[str, str] = {}
         self.known: Dict[str, bool] = {}          #: name -> whether the model may be made to call it
 
@@ -3625,8 +3636,14 @@ class _Tools:
         if policy == "error":
             raise BadRequest(f"{path}.type: {kind} runs on Anthropic's servers and is not available here")
         family = next((family for family in SERVER_TOOLS if kind.startswith(family)), kind)
-        if isinstance(policy, dict) and isinstance(policy.get(family), dict):
-            self.chat.append(policy[family])
+        native = policy.get(family) if isinstance(policy, dict) else None
+        if not isinstance(native, dict):
+            if family not in ("tool_search_tool", "mcp_toolset"):        # all tools are listed anyway
+                self.missing.append(str(tool.get("name")))
+        elif isinstance(native.get("fields"), dict):
+            self.fields.update(native["fields"])
+        else:
+            self.chat.append(native)
 
     def choice(self, choice: Any, thinking: Optional[bool]) -> Json:
         """The chat fields for `tool_choice`."""
@@ -3717,7 +3734,11 @@ def _demand_schema(chat: Json, schema: Json, style: str) -> None:
     if style == "json_object":
         chat["response_format"] = {"type": "json_object"}
     rule = "Answer with nothing but JSON that fits this JSON Schema:\n" + _compact(schema)
-    messages = chat["messages"]
+    _instruct(chat["messages"], rule)
+
+
+def _instruct(messages: List[Json], rule: str) -> None:
+    """Add a rule to the system text."""
     if messages[0]["role"] == "system":
         messages[0] = {**messages[0], "content": messages[0]["content"] + "\n\n" + rule}
     else:
@@ -3818,6 +3839,9 @@ class MessagesTurn:
             tools.add(tool, f"tools.{i}")
         if tools.chat:
             chat["tools"] = tools.chat
+        if tools.missing and chat["messages"][0]["role"] == "system":    # else a model makes results up
+            _instruct(chat["messages"], NO_TOOL.format(", ".join(tools.missing)))
+        chat.update(tools.fields)
         chat.update(tools.choice(self.body.get("tool_choice"), thinking))
 
     @cached_property
@@ -4563,7 +4587,11 @@ class _ResponseTools:
         return self._tools.get(name) or self._tools.get(self._alike(name)) or _Tool("function", name)
 
     def listed(self) -> List[Json]:
-        return [*self._chat.values(), *self._native.values()]
+        return [*self._chat.values(), *(tool for tool in self._native.values() if "fields" not in tool)]
+
+    def fields(self) -> Json:
+        """What switches the provider's own tools on beside `tools`."""
+        return {name: value for tool in self._native.values() for name, value in tool.get("fields", {}).items()}
 
     def choose(self, choice: Any) -> Any:
         """tool_choice for Chat; `allowed_tools` shortens the list."""
@@ -5130,6 +5158,7 @@ class ResponsesTurn:
                 chat["top_logprobs"] = self._body["top_logprobs"]
 
     def _put_tools(self, chat: Json, thinking: Optional[bool]) -> None:
+        chat.update(self.tools.fields())
         choice = self.tools.choose(self._body.get("tool_choice")) if self.tools.listed() else None
         listed = self.tools.listed()
         if not listed:

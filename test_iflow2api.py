@@ -5209,6 +5209,10 @@ TOOLS = [
      {"tools": [{"type": "web_search", "web_search": {"enable": True}}]}),
     ([{"type": "web_fetch_20250910", "name": "web_fetch"}], {"server_tools": {"web_search": {"type": "web_search"}}},
      {}),
+    ([SEARCH], {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}, {"enable_search": True}),
+    ([SEARCH, TIME], ifl.PRESETS["dashscope"].profile, {"tools": [function("get_time")], "enable_search": True}),
+    ([SEARCH], ifl.PRESETS["zai"].profile, {"tools": [{"type": "web_search", "web_search": {
+        "enable": True, "search_engine": "search-prime", "search_result": True}}]}),
     ([{"type": "mcp_toolset", "mcp_server_name": "a"}, {"type": "mcp_toolset", "mcp_server_name": "b"}], {}, {}),
 ]
 
@@ -5217,6 +5221,20 @@ TOOLS = [
 def test_tools(tools, profile, expected):
     chat = turn_of({"tools": tools}, **profile).chat
     assert {name: chat[name] for name in chat if name not in ("model", "messages", "max_tokens")} == expected
+
+
+def test_a_tool_that_nobody_runs_is_told_to_the_model():
+    body = {"system": "Be brief.", "tools": [SEARCH, {"type": "tool_search_tool_regex_20251119", "name": "ts"}, TIME]}
+    assert turn_of(body).chat["messages"][0]["content"] == "Be brief.\n\n" + ifl.NO_TOOL.format("web_search")
+    native = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
+    assert turn_of(body, **native).chat["messages"][0]["content"] == "Be brief."
+
+
+def test_native_search_on_responses():
+    ask = {"model": "m", "input": "q", "tools": [{"type": "web_search"}]}
+    profile = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
+    chat = make_turn(ask, profile).chat
+    assert chat["enable_search"] is True and "tools" not in chat
 
 
 @pytest.mark.parametrize("kind, name, member, absent", [
