@@ -127,7 +127,7 @@ try:
     from email.utils import formatdate, parsedate_to_datetime
     from fnmatch import fnmatchcase
     from functools import cached_property, lru_cache
-    from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+    from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                         Sequence, Set, Tuple, Type, Union)
 except ImportError as exc:
     _missing = (exc.name or "").split(".")[0]
@@ -287,6 +287,9 @@ KEY_STATUS = (401, 403, 429)
 
 #: Names that Messages and Responses clients insist on; they become `default_model`.
 FOREIGN_MODELS = ("claude-*", "gpt-*", "codex-*", "o1*", "o3*", "o4*")
+
+#: Claude Code's tiers -> a name of each that it knows; its gateway discovery keeps only ids with claude or anthropic.
+CLAUDE_MODELS = {"OPUS": "claude-opus-4-5", "SONNET": "claude-sonnet-4-5", "HAIKU": "claude-haiku-4-5"}
 
 #: The page: sessions at once, how long one lasts, and how long when nobody uses it.
 SESSIONS_LIMIT, SESSION_S, SESSION_IDLE_S = 64, 30 * 86400, 7 * 86400
@@ -1776,6 +1779,13 @@ class Preset(NamedTuple):
 #: GLM takes json_object, no strict schemas, and tool_choice "auto" alone (docs.bigmodel.cn).
 _GLM_PROFILE: Json = {"thinking_style": "thinking_type", "structured_output": "json_object", "strict_tools": False,
                       "forced_tool_choice_with_thinking": False, "files": False}
+
+
+def _glm_search(engine: str) -> Json:
+    return {**_GLM_PROFILE, "server_tools": {"web_search": {"type": "web_search", "web_search": {
+        "enable": True, "search_engine": engine, "search_result": True}}}}
+
+
 _GLM = (("glm-5.2", 1_000_000, 131072, False), ("glm-5.3", 1_000_000, 131072, False),
         ("glm-5.1", 200_000, 131072, False), ("glm-5", 204800, 131072, False), ("glm-4.7", 204800, 131072, False),
         ("glm-4.7-flash", 200_000, 131072, False), ("glm-5v-turbo", 200_000, 131072, True),
@@ -1787,7 +1797,8 @@ _KIMI = (("kimi-k2.6", 262144, 262144, True), ("kimi-k3", 1_048_576, 262144, Tru
          ("kimi-k2.7-code", 262144, 262144, True), ("kimi-k2.5", 262144, 262144, True))
 #: A budget and an effort exclude each other there, so that the effort, which not all models know, stays away.
 _QWEN_PROFILE: Json = {"thinking_style": "enable_thinking", "top_k": True, "forced_tool_choice_with_thinking": False,
-                       "efforts": [], "strict_tools": False, "files": False}
+                       "efforts": [], "strict_tools": False, "files": False,
+                       "server_tools": {"web_search": {"fields": {"enable_search": True}}}}
 _QWEN = (("qwen3.7-plus", 1_000_000, 65536, True), ("qwen3.8-max", 1_000_000, 131072, True),
          ("qwen3.8-flash", 1_000_000, 131072, True), ("qwen3-coder-plus", 1_000_000, 65536, False),
          ("qwen3-vl-plus", 262144, 32768, True))
@@ -1804,8 +1815,8 @@ _ENGINE_PROFILE: Json = {"thinking_style": "chat_template_kwargs", "efforts": []
 
 #: By name; looked up in the makers' documentation and on models.dev, November 2026.
 PRESETS: Dict[str, Preset] = {
-    "zhipu": Preset("https://open.bigmodel.cn/api/paas/v4", "ZHIPU_API_KEY", _GLM_PROFILE, _GLM),
-    "zai": Preset("https://api.z.ai/api/paas/v4", "ZAI_API_KEY", _GLM_PROFILE, _GLM),
+    "zhipu": Preset("https://open.bigmodel.cn/api/paas/v4", "ZHIPU_API_KEY", _glm_search("search_std"), _GLM),
+    "zai": Preset("https://api.z.ai/api/paas/v4", "ZAI_API_KEY", _glm_search("search-prime"), _GLM),
     "moonshot-cn": Preset("https://api.moonshot.cn/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
     "moonshot": Preset("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
     "deepseek": Preset("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", {
@@ -2075,6 +2086,18 @@ class Router:
                              code="missing_model")
         return model or self.default_model
 
+    def has_alias(self, model: str) -> bool:
+        """Whether an alias takes the name when Messages asks for it."""
+        return self._alias_of(model, Asked("messages")) is not None
+
+    def redirects(self, model: str) -> bool:
+        """Whether an alias takes the name, or Messages and Responses take it for default_model."""
+        return self.has_alias(model) or self._means_default(model)
+
+    def _means_default(self, model: str) -> bool:
+        return bool(self.default_model) and not self.claimed(model) and any(
+            fnmatchcase(model, pattern) for pattern in FOREIGN_MODELS)
+
     def _alias_of(self, model: str, asked: Any) -> Optional[Tuple[str, List[str]]]:
         """The alias that takes a name, and the models it stands for in this request."""
         for pattern, branches in self.aliases:
@@ -2125,7 +2148,7 @@ class Router:
     def _locate(self, model: str, foreign: bool) -> Tuple[Target, Sequence[str]]:
         """Where one name goes, aliases aside, and why (WHY)."""
         found, why = self.claimed(model), ()
-        if not found and foreign and self.default_model and any(fnmatchcase(model, p) for p in FOREIGN_MODELS):
+        if foreign and self._means_default(model):
             model, why = self.default_model, ("foreign",)
             found = self.claimed(model)
         if found:
@@ -2168,7 +2191,7 @@ DEFAULT_PROFILE: Json = {
     "parallel_tool_calls": True,
     "stream_usage": True,
     "think_tags": False,
-    "server_tools": "drop",
+    "server_tools": "drop",                   #: drop, error, or family -> its `tools` entry, or {"fields": {…}} for the request
     "strict_tools": True,
     "prefill": None,                          #: partial, prefix, continue_final_message
 }
@@ -2248,6 +2271,7 @@ def set_thinking(chat: Json, profile: Json, on: Optional[bool], budget: Optional
 #: What a model is told where a conversation lacks something: the same words in each dialect keep prefixes alike.
 NO_RESULT = "[no output recorded for this call]"
 NO_IMAGE = "[an image was here; this model takes text only]"
+NO_TOOL = "These tools are not available here: {}. Say so instead of guessing what they would give."
 NO_PDF = "[a PDF ({}) was here; this model can't see it: use a tool to extract its text]"
 
 
@@ -2332,6 +2356,17 @@ def estimate_tokens(value: Any) -> int:
     if isinstance(value, list):
         return sum(estimate_tokens(item) for item in value)
     return 0 if value is None else 1
+
+
+def parse_arguments(text: str) -> Json:
+    """Tool arguments as an object, whatever a model made of them; what is not JSON stays readable to the client."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
+        if isinstance(value, str):                 # encoded twice
+            value = json.loads(value, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return {"INVALID_JSON": text}
+    return {} if value is None else value if isinstance(value, dict) else {"INVALID_JSON": text}
 
 
 _OUTSIDE, _INSIDE = re.compile(r'[{}\[\]"]'), re.compile(r'["\\]')
@@ -2602,8 +2637,12 @@ OVERFLOW_WORDS = (
     # Anthropic
     r"exceed context limit: PROMPT \+ OUTPUT > LIMIT",
     r"prompt is too long: PROMPT tokens > LIMIT",
-    # Moonshot: "Invalid request: Your request exceeded model token limit: 262144 (requested: 269030)"
-    r"exceeded model token limit: LIMIT(?: \(requested: PROMPT)?",
+    # Moonshot: "Invalid request: Your request exceeded model token limit: 262144 (requested: 269030)", max_tokens in it
+    r"exceeded model token limit: LIMIT(?: \(requested: TOTAL)?",
+    r"input token length too long(?:.{0,40}requested: PROMPT)?",
+    # vLLM's latest, with and without the output
+    r"you passed PROMPT input tokens and requested OUTPUT output tokens.{0,40}context length is only LIMIT tokens",
+    r"length is (?:only )?LIMIT tokens.{0,20}your request has PROMPT input tokens",
     # OpenAI: "However, your messages resulted in 8202 tokens"; Azure: "Input tokens exceed the configured limit of"
     r"(?:context length is|configured limit of) LIMIT tokens\..{0,20}your messages resulted in PROMPT tokens",
     r"context length is LIMIT tokens.{0,20}you requested (?:about )?PROMPT tokens",
@@ -2626,12 +2665,14 @@ OVERFLOW_WORDS = (
     r"token count of PROMPT exceeds the limit of LIMIT",
     # DashScope: "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 204800]"
     r"range of input length should be \[\d+, ?LIMIT\]",
+    r"token length must be less than LIMIT", r"token length exceeds? model limit \(LIMIT tokens",
     # LM Studio
     r"keep the first PROMPT tokens when context the overflows.*context length of only LIMIT",
     r"greater than the context length",
     # Ollama
     r"exceeded max context length by|(?:prompt|input) (?:length )?(?:is longer than|exceeds) the context length",
-    # Zhipu (code 1261); MiniMax; iFlow
+    # Zhipu (codes 1210, 1261); MiniMax; iFlow
+    r"tokens exceeds? the maximum:? ?LIMIT|input length too long",
     r"prompt exceeds max length|prompt ?超长|context window exceeds limit|内容长度超出",
     # whoever else
     r"(?:maximum|max) context length (?:is|of|:) ?LIMIT",
@@ -2643,10 +2684,11 @@ OVERFLOW_CODES = ("context_length_exceeded", "exceed_context_size_error", "model
                   "511", "413")
 
 
-def find_overflow(status: int, message: Any, code: Any = None) -> Optional[Overflow]:
+def find_overflow(status: int, message: Any, code: Any = None, asked: int = 0) -> Optional[Overflow]:
     """Whether an upstream's error means that the prompt is too long for the model; the numbers it tells.
 
-    `message` may be the error's text or its whole body. 429 is about speed ("tokens per min"), 401 and 403 about keys.
+    `message` may be the error's text or its whole body; `asked` is the max_tokens that a total includes which tells of
+    no parts.  429 is about speed ("tokens per min"), 401 and 403 about keys.
     """
     text = message[:10000] if isinstance(message, str) else ""
     if status in (401, 403, 404, 429):
@@ -2656,7 +2698,7 @@ def find_overflow(status: int, message: Any, code: Any = None) -> Optional[Overf
         found = re.search(named, text, re.I | re.S)
         if found:
             number = {name: int(value.replace(",", "")) for name, value in found.groupdict().items() if value}
-            output = number.get("OUTPUT", 0)
+            output = number.get("OUTPUT") or (asked if number.get("TOTAL", 0) > asked else 0)
             prompt = number.get("PROMPT", 0) or max(0, number.get("TOTAL", 0) - output)
             return prompt, number.get("LIMIT", 0), output
     return (0, 0, 0) if str(code) in OVERFLOW_CODES else None
@@ -2677,6 +2719,18 @@ def is_missing_model(status: int, message: str, code: Any = None) -> bool:
     if status in (401, 403, 429):
         return False
     return str(code) in _MISSING_MODEL_CODES or status in (400, 404, 422) and bool(_MISSING_MODEL.search(message[:2000]))
+
+
+#: "Range of max_tokens should be [1, 8192]" (DashScope, DeepSeek, Zhipu); OpenAI's "is too large: 32000. This model
+#: supports at most 16384 completion tokens"; "`max_tokens` must be less than or equal to `8192`" (Groq and others).
+_OUTPUT_CAP = re.compile(r"max_(?:\w+_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|\W+is too large: \d+\.\D{0,40}at most (\d+)|"
+                         r".{0,60}less than or equal to\W+(\d+))", re.I | re.S)
+
+
+def find_output_cap(status: int, message: str) -> int:
+    """The most output tokens a model gives, where a refusal of max_tokens says so; else 0."""
+    found = _OUTPUT_CAP.search(message[:10000]) if status in (400, 422) else None
+    return int(next(filter(None, found.groups())).replace(",", "")) if found else 0
 
 
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
@@ -2730,7 +2784,7 @@ def _refuses_thinking(chat: Json) -> bool:
         isinstance(thinking, dict) and thinking.get("type") == "disabled")
 
 
-def adapt_to_iflow(chat: Json, model: str, recall: Callable[[str], str]) -> Json:
+def adapt_to_iflow(chat: Json, model: str, recall: Callable[[Json], str]) -> Json:
     """A chat request as iFlow wants it; `recall` gives the reasoning that went with a tool call.  A new object."""
     chat = dict(chat)
     name = model.lower()
@@ -2748,26 +2802,45 @@ def adapt_to_iflow(chat: Json, model: str, recall: Callable[[str], str]) -> Json
         if known and isinstance(chat.get(key), int) and chat[key] > known.max_output:
             chat[key] = known.max_output
     if wants_reasoning_back(model) and isinstance(chat.get("messages"), list):
-        chat["messages"] = refill_reasoning(chat["messages"], recall)
+        chat["messages"] = refill_reasoning(chat, recall)
     return chat
 
 
-def refill_reasoning(messages: Any, recall: Callable[[str], str]) -> Any:
-    """Messages with the reasoning that their client dropped; the same object where there is nothing to add.
+def refill_reasoning(chat: Json, recall: Callable[[Json], str]) -> Any:
+    """The messages of `chat` with the reasoning that their client dropped; the same object where nothing is to be added.
 
-    DeepSeek, Kimi and some models of iFlow refuse a tool call without the reasoning that led to it.
+    DeepSeek, Kimi and some models of iFlow refuse a tool call without the reasoning that led to it; where nobody
+    knows it any more an empty one will do.
     """
-    filled = [_with_reasoning(message, recall) for message in messages] if isinstance(messages, list) else []
-    return filled if any(new is not old for new, old in zip(filled, messages or ())) else messages
+    messages, wanted = chat.get("messages"), not _refuses_thinking(chat)
+    complete = [_with_reasoning(message, recall, wanted) for message in messages] if isinstance(messages, list) else []
+    return complete if any(new is not old for new, old in zip(complete, messages or ())) else messages
 
 
-def _with_reasoning(message: Any, recall: Callable[[str], str]) -> Any:
+def _with_reasoning(message: Any, recall: Callable[[Json], str], wanted: bool) -> Any:
     calls = message.get("tool_calls") if isinstance(message, dict) else None
-    if not isinstance(calls, list) or not calls or message.get("reasoning_content"):
+    if not isinstance(calls, list) or not calls or reasoning_of(message):
         return message
-    ident = calls[0].get("id") if isinstance(calls[0], dict) else None
-    reasoning = recall(ident) if isinstance(ident, str) else ""
-    return {**message, "reasoning_content": reasoning} if reasoning else message
+    reasoning = recall(calls[0]) if isinstance(calls[0], dict) else ""
+    missing = wanted and message.get("reasoning_content") is None
+    return {**message, "reasoning_content": reasoning} if reasoning or missing else message
+
+
+def call_digest(scope: str, call: Json) -> str:
+    """What a call's reasoning is kept under.  An id alone is not enough: Kimi's `functions.t:0` is in each conversation."""
+    function = call.get("function") if isinstance(call.get("function"), dict) else {}
+    given = function.get("arguments")
+    given = parse_arguments(given) if isinstance(given, str) else given      # some clients write it anew
+    facts = json.dumps([scope, call.get("id"), function.get("name"), given or {}], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def opening_of(messages: Any) -> str:
+    """The first thing the user said: with it a conversation keeps its name, however it goes on."""
+    said = [message.get("content") for message in messages if isinstance(message, dict) and message.get("role") == "user"] \
+        if isinstance(messages, list) else []
+    parts = said[0] if said and isinstance(said[0], list) else said[:1]
+    return "\n".join(str(part.get("text") or part) if isinstance(part, dict) else str(part) for part in parts)
 
 
 def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
@@ -2789,10 +2862,11 @@ def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
 class ReasoningNote:
     """Listens to an answer and remembers which reasoning went with which tool calls."""
 
-    def __init__(self, keep: Callable[[str, str], None]) -> None:
+    def __init__(self, keep: Callable[[Json, str], None]) -> None:
         self._keep = keep
         self._reasoning: List[str] = []
-        self._ids: List[str] = []
+        self._calls: List[Json] = []              #: as they stand in a message
+        self._by_index: Dict[Any, Json] = {}
 
     def hear(self, chunk: Json) -> None:
         choice = first_choice(chunk)
@@ -2804,13 +2878,25 @@ class ReasoningNote:
             self._reasoning.append(reasoning)
         calls = message.get("tool_calls")
         for call in calls if isinstance(calls, list) else ():
-            if isinstance(call, dict) and isinstance(call.get("id"), str) and call["id"]:
-                self._ids.append(call["id"])
+            if isinstance(call, dict) and isinstance(call.get("function"), dict):
+                self._join(call.get("index"), call.get("id"), **call["function"])
 
-    def close(self) -> None:
+    def _join(self, index: Any, ident: Any, name: Any = None, arguments: Any = None, **_: Any) -> None:
+        """A piece of a call to the call that it belongs to."""
+        call = self._by_index.get(index) if index is not None else self._calls[-1] if self._calls and not name else None
+        if call is None or ident and call["id"] not in (None, ident):
+            call = self._by_index[index] = {"id": ident, "function": {"name": "", "arguments": ""}}
+            self._calls.append(call)
+        function, call["id"] = call["function"], call["id"] or ident
+        if isinstance(name, str) and name != function["name"]:
+            function["name"] += name
+        function["arguments"] += arguments if isinstance(arguments, str) else dump_json(arguments or {}).decode()
+
+    def close(self, ids: Sequence[str] = ()) -> None:
+        """`ids`: what the client knows the calls by, where it may differ from what the upstream said."""
         text = "".join(self._reasoning)
-        for ident in self._ids if text else ():
-            self._keep(ident, text)
+        for number, call in enumerate(self._calls if text else ()):
+            self._keep({**call, "id": ids[number]} if len(ids) == len(self._calls) else call, text)
 
 
 class ReasoningMerge:
@@ -2984,8 +3070,9 @@ class RelayStream:
     begun, records are not parsed; how the answer ended is read from the tail.
     """
 
-    def __init__(self, fail: Callable[[GatewayError], bytes]) -> None:
+    def __init__(self, fail: Callable[[GatewayError], bytes], choices: int = 1) -> None:
         self.fail = fail                 #: an error as the last thing within the stream
+        self._choices = choices          #: how many answers were asked for
         self.began, self.done = False, False
         self.failed = False              #: the upstream itself told the client of an error
         self.finish_reason: Optional[str] = None
@@ -3034,6 +3121,10 @@ class RelayStream:
             raise UpstreamGarbled("the upstream's answer was cut off")
         return out if self.done or self.failed or not self.finish_reason else out + b"data: [DONE]\n\n"
 
+    def is_over(self) -> bool:
+        """Whether all answers have ended, though the upstream has not said [DONE]."""
+        return self.began and len(_FINISH.findall(self._tail)) >= self._choices
+
     @staticmethod
     def _is_whole(record: bytes) -> bool:
         """Whether a record without its blank line is all there."""
@@ -3071,8 +3162,8 @@ class RelayStream:
 class HeardStream(RelayStream):
     """The same, with an ear for what a later request has to bring back."""
 
-    def __init__(self, fail: Callable[[GatewayError], bytes], note: ReasoningNote) -> None:
-        super().__init__(fail)
+    def __init__(self, fail: Callable[[GatewayError], bytes], choices: int, note: ReasoningNote) -> None:
+        super().__init__(fail, choices)
         self._listener, self._ear = note, SSEDecoder()
 
     def _hear(self, payload: bytes) -> None:
@@ -3116,6 +3207,9 @@ class TranslatedStream:
     @property
     def finish_reason(self) -> Optional[str]:
         return self._translator.finish_reason
+
+    def is_over(self) -> bool:
+        return self.began and bool(self.finish_reason)
 
     def passes(self, payload: bytes) -> bool:
         return False
@@ -3163,9 +3257,10 @@ class TranslatedStream:
             raise UpstreamGarbled("the upstream's answer is empty")
         if not self.done and not self.finish_reason:
             raise UpstreamGarbled("the upstream's answer was cut off")
+        out += b"".join(map(self._encode, self._translator.close()))
         if self._note is not None:
-            self._note.close()
-        return out + b"".join(map(self._encode, self._translator.close()))
+            self._note.close(getattr(self._translator, "call_ids", ()))
+        return out
 
 
 # === 7. Anthropic Messages (pure) ============================================
@@ -3487,10 +3582,10 @@ class _History:
         if kind != "base64":
             raise BadRequest(f"{path}: a document must be given as 'base64', 'text' or 'content'; none is fetched here")
         data = _base64_data(source, ("application/pdf",), path)
-        if not self.profile["files"]:
-            raise BadRequest(f"{path}: this model takes no PDF; send its text")
         title = block.get("title")
         name = title if isinstance(title, str) and title else "document.pdf"
+        if not self.profile["files"]:                    # never a 400: it would come again with each later request
+            return [_text_part(NO_PDF.format(name))]
         return [{"type": "file", "file": {"filename": name, "file_data": data}}]
 
     def search_result(self, block: Json, path: str) -> List[Json]:
@@ -3664,6 +3759,8 @@ class _Tools:
     def __init__(self, profile: Json) -> None:
         self.profile = profile
         self.chat: List[Json] = []
+        self.fields: Json = {}                    #: what switches the provider's own tools on beside `tools`
+        self.missing: List[str] = []              #: tools nobody here runs
         self.names: Dict[str, str] = {}
         self.known: Dict[str, bool] = {}          #: name -> whether the model may be made to call it
 
@@ -3693,8 +3790,8 @@ class _Tools:
 
     def _custom(self, name: str, tool: Json, path: str) -> None:
         schema = {} if tool.get("input_schema") is None else _field(tool, "input_schema", dict, path)
-        if not schema.get("type") or not isinstance(schema.get("properties"), dict):
-            schema = {**schema, "type": schema.get("type") or "object", "properties": {}}   # LM Studio refuses less
+        given = schema.get("properties")                 # LM Studio refuses less than both
+        schema = {**schema, "type": schema.get("type") or "object", "properties": given if isinstance(given, dict) else {}}
         function: Json = {"parameters": schema}
         if isinstance(tool.get("description"), str):
             function["description"] = tool["description"]
@@ -3712,8 +3809,14 @@ class _Tools:
         if policy == "error":
             raise BadRequest(f"{path}.type: {kind} runs on Anthropic's servers and is not available here")
         family = next((family for family in SERVER_TOOLS if kind.startswith(family)), kind)
-        if isinstance(policy, dict) and isinstance(policy.get(family), dict):
-            self.chat.append(policy[family])
+        native = policy.get(family) if isinstance(policy, dict) else None
+        if not isinstance(native, dict):
+            if family not in ("tool_search_tool", "mcp_toolset"):        # all tools are listed anyway
+                self.missing.append(str(tool.get("name")))
+        elif isinstance(native.get("fields"), dict):
+            self.fields.update(native["fields"])
+        else:
+            self.chat.append(native)
 
     def choice(self, choice: Any, thinking: Optional[bool]) -> Json:
         """The chat fields for `tool_choice`."""
@@ -3804,7 +3907,11 @@ def _demand_schema(chat: Json, schema: Json, style: str) -> None:
     if style == "json_object":
         chat["response_format"] = {"type": "json_object"}
     rule = "Answer with nothing but JSON that fits this JSON Schema:\n" + _compact(schema)
-    messages = chat["messages"]
+    _instruct(chat["messages"], rule)
+
+
+def _instruct(messages: List[Json], rule: str) -> None:
+    """Add a rule to the system text."""
     if messages[0]["role"] == "system":
         messages[0] = {**messages[0], "content": messages[0]["content"] + "\n\n" + rule}
     else:
@@ -3905,6 +4012,9 @@ class MessagesTurn:
             tools.add(tool, f"tools.{i}")
         if tools.chat:
             chat["tools"] = tools.chat
+        if tools.missing and chat["messages"][0]["role"] == "system":    # else a model makes results up
+            _instruct(chat["messages"], NO_TOOL.format(", ".join(tools.missing)))
+        chat.update(tools.fields)
         chat.update(tools.choice(self.body.get("tool_choice"), thinking))
 
     @cached_property
@@ -3949,17 +4059,6 @@ class MessagesTurn:
 
 
 # --- tool arguments
-
-def parse_arguments(text: str) -> Json:
-    """Tool arguments as an object, whatever a model made of them; what is not JSON stays readable to the client."""
-    try:
-        value = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
-        if isinstance(value, str):                 # encoded twice
-            value = json.loads(value, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return {"INVALID_JSON": text}
-    return {} if value is None else value if isinstance(value, dict) else {"INVALID_JSON": text}
-
 
 def partial_object(text: str) -> Json:
     """The most of an object that was cut off by the length limit."""
@@ -4168,6 +4267,11 @@ class MessagesStream:
         yield {"type": "message_delta", "usage": self._usage(),
                "delta": {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}}
         yield {"type": "message_stop"}
+
+    @property
+    def call_ids(self) -> List[str]:
+        """What the calls are called when they come back."""
+        return [unwrap_id(call.id) for call in self.calls.all if call.opened]
 
     # --- the frame
 
@@ -4656,7 +4760,11 @@ class _ResponseTools:
         return self._tools.get(name) or self._tools.get(self._alike(name)) or _Tool("function", name)
 
     def listed(self) -> List[Json]:
-        return [*self._chat.values(), *self._native.values()]
+        return [*self._chat.values(), *(tool for tool in self._native.values() if "fields" not in tool)]
+
+    def fields(self) -> Json:
+        """What switches the provider's own tools on beside `tools`."""
+        return {name: value for tool in self._native.values() for name, value in tool.get("fields", {}).items()}
 
     def choose(self, choice: Any) -> Any:
         """tool_choice for Chat; `allowed_tools` shortens the list."""
@@ -5301,6 +5409,7 @@ class ResponsesTurn:
                     if name in known and given.get(name) is not None)
 
     def _put_tools(self, chat: Json, thinking: Optional[bool]) -> None:
+        chat.update(self.tools.fields())
         choice = self.tools.choose(self._body.get("tool_choice")) if self.tools.listed() else None
         listed = self.tools.listed()
         if not listed:
@@ -5749,6 +5858,11 @@ class ResponsesStream:
         self.finished[index] = item
         self._withheld += 1
 
+    @property
+    def call_ids(self) -> List[str]:
+        """What the calls are called when they come back."""
+        return [item["call_id"] for _, item in sorted(self.finished.items()) if "call_id" in item]
+
     def fail(self, exc: GatewayError) -> Iterator[Json]:
         """The end of a stream that broke."""
         if not self._id:
@@ -5967,6 +6081,18 @@ _SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id", "thr
 _BASE64_RUN = re.compile(r'(?:;base64,|"data": ?")[A-Za-z0-9+/=]{500,}')
 
 
+class ReasoningMemory(NamedTuple):
+    """The part of a ReasoningCache that belongs to one conversation of one client."""
+    cache: Any
+    scope: str
+
+    def keep(self, call: Json, text: str) -> None:
+        self.cache.keep(call_digest(self.scope, call), text)
+
+    def recall(self, call: Json) -> str:
+        return self.cache.recall(call_digest(self.scope, call))
+
+
 @dataclass
 class Call:
     """One request as its client made it."""
@@ -6034,6 +6160,11 @@ class Call:
             said = json.dumps(items[:2] if isinstance(items, list) else items)[:8000]
         return zlib.crc32(said.encode("utf-8", "replace"))
 
+    def memory(self, cache: Any, messages: Any) -> ReasoningMemory:
+        """What is remembered of this conversation of this client, known by its session and by what it began with."""
+        named = [self.headers.get(name) for name in (*_SESSION_HEADERS, "x-claude-code-agent-id")]
+        return ReasoningMemory(cache, json.dumps([self.key.name if self.key else "", named, opening_of(messages)]))
+
     @property
     def is_codex(self) -> bool:
         """Codex reads comments as silence, and a cut answer as an error (clients.md)."""
@@ -6043,22 +6174,21 @@ class Call:
 class ChatTurn:
     """A chat request on its way to a chat upstream: every byte but the model's name as it came, where that will do."""
     local: Optional[Json] = None         #: an answer that needs no upstream
-    estimate = 0
+    estimate = max_output = 0            #: of the prompt's tokens; the most tokens it asks for; 0: not known
 
     def __init__(self, call: Call, target: Target, context: Context) -> None:
         self._call, self._target, self._context = call, target, context
         self._is_iflow = target.provider.kind == "iflow" and call.dialect.judged
-        self._insists = call.dialect.judged and "tools" in call.body and bool(
-            profile_of(target)["require_reasoning_on_tool_calls"])
+        self._insists = call.dialect.judged and bool(profile_of(target)["require_reasoning_on_tool_calls"])
         self._preserve = target.provider.preserve_reasoning_content      #: None: reasoning passes untouched
 
     def encode(self) -> bytes:
         """The body for the upstream."""
         call, model = self._call, self._target.model
         if self._is_iflow:
-            return dump_json({**adapt_to_iflow(call.body, model, self._context.reasoning.recall), "model": model})
+            return dump_json({**adapt_to_iflow(call.body, model, self._memory.recall), "model": model})
         if self._insists:
-            messages = refill_reasoning(call.body.get("messages"), self._context.reasoning.recall)
+            messages = refill_reasoning(call.body, self._memory.recall)
             if messages is not call.body.get("messages"):
                 return dump_json({**call.body, "messages": messages, "model": model})
         return (call.text if call.model == model else splice_model(call.text, model)).encode()
@@ -6077,11 +6207,18 @@ class ChatTurn:
 
         note = self._note()
         if self._preserve is None and not self._is_iflow:
-            return RelayStream(fail) if note is None else HeardStream(fail, note)
+            choices = self._call.body.get("n")
+            choices = choices if isinstance(choices, int) else 1
+            return RelayStream(fail, choices) if note is None else HeardStream(fail, choices, note)
         return TranslatedStream(ReasoningMerge(bool(self._preserve)), encode_chunk, fail, note)
 
+    @cached_property
+    def _memory(self) -> ReasoningMemory:
+        return self._call.memory(self._context.reasoning, self._call.body.get("messages"))
+
     def _note(self) -> Optional[ReasoningNote]:
-        return ReasoningNote(self._context.reasoning.keep) if self._is_iflow or self._insists else None
+        wanted = self._is_iflow or self._insists and "tools" in self._call.body
+        return ReasoningNote(self._memory.keep) if wanted else None
 
 
 class TranslatedTurn:
@@ -6104,6 +6241,11 @@ class TranslatedTurn:
     def estimate(self) -> int:
         return getattr(self._turn, "estimate", 0)
 
+    @property
+    def max_output(self) -> int:
+        value = self._turn.chat.get("max_tokens") or self._turn.chat.get("max_completion_tokens")
+        return value if isinstance(value, int) else 0
+
     def raw_estimate(self, worth: bool) -> int:
         """The estimate to learn from; 0 where there is none, or only one that is not worth the time."""
         turn = self._turn
@@ -6111,22 +6253,28 @@ class TranslatedTurn:
         return getattr(turn, "raw_estimate", 0) if known and not self._call.shows_images else 0
 
     def encode(self) -> bytes:
-        chat, recall = self._turn.chat, self._context.reasoning.recall
+        chat = self._turn.chat
         if self._is_iflow:
-            chat = adapt_to_iflow(chat, chat["model"], recall)
+            chat = adapt_to_iflow(chat, chat["model"], self._memory.recall)
         elif self._insists:
-            chat = {**chat, "messages": refill_reasoning(chat["messages"], recall)}
+            chat = {**chat, "messages": refill_reasoning(chat, self._memory.recall)}
         return dump_json(chat)
 
+    @cached_property
+    def _memory(self) -> ReasoningMemory:
+        return self._call.memory(self._context.reasoning, self._call.body.get("messages") or self._turn.chat["messages"])
+
     def _note(self) -> Optional[ReasoningNote]:
-        return ReasoningNote(self._context.reasoning.keep) if self._is_iflow or self._insists else None
+        return ReasoningNote(self._memory.keep) if self._is_iflow or self._insists else None
 
     def reply(self, data: bytes, completion: Json) -> bytes:
         note = self._note()
         if note is not None:
             note.hear(completion)
-            note.close()
-        return dump_json(self._kept(self._turn.reply(completion, self._context.new_id)))
+        answer = self._turn.reply(completion, self._context.new_id)
+        if note is not None:
+            note.close(call_ids(answer))
+        return dump_json(self._kept(answer))
 
     def stream(self) -> TranslatedStream:
         translator = self._turn.stream(self._context.new_id)
@@ -6168,6 +6316,12 @@ class CompactRoad(ResponsesRoad):
 
     def reply(self, data: bytes, completion: Json) -> bytes:
         return dump_json(self._kept(compact_reply(self._turn, completion, self._context.new_id)))
+
+
+def call_ids(answer: Json) -> List[str]:
+    """What the calls of a message or response are called when they come back."""
+    return [item.get("call_id") or unwrap_id(item["id"]) for item in answer.get("content") or answer.get("output") or ()
+            if "call_id" in item or item["type"] == "tool_use"]
 
 
 def encode_event(event: Json) -> bytes:
@@ -6806,9 +6960,12 @@ class Exchange:
 
 class Flow:
     """One stream on its way: what Upstream.move and the pump move.  `error` is what ended it before its time."""
+    AFTER_FINISH_S = 3.0                 #: silence after which nothing more is waited for, if the answer is over
 
-    def __init__(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool]) -> None:
+    def __init__(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool],
+                 is_over: Callable[[], bool]) -> None:
         self._exchange, self.caller, self.wire, self._move = exchange, caller, exchange.wire, move
+        self._is_over = is_over
         self._heard_at, self.idle = time.monotonic(), False      #: idle: all that had come is moved
         self.place: Optional[socket.socket] = None               #: the socket that a pump waits for
         self.due = 0.0                   #: when the pump has to heed it
@@ -6832,27 +6989,32 @@ class Flow:
                 break
         return True
 
-    def heed(self) -> float:
-        """Keep who waits awake; the moment to do so again.  UpstreamTimeout, ClientGone."""
+    def heed(self) -> Optional[float]:
+        """Keep who waits awake; the moment to do so again, None where all came but the end.  UpstreamTimeout, ClientGone."""
         caller, now = self.caller, time.monotonic()
         if caller.backlog:
             if caller.is_stuck(now):
                 raise ClientGone
             self._heard_at = now         # it is not the upstream that is slow
             return now + 1.0
-        self.wire.check_silence(now - self._heard_at)
+        quiet_s = now - self._heard_at
+        if quiet_s >= min(self.AFTER_FINISH_S, self.wire.timeout_s) - 0.001 and self._is_over():
+            return None
+        self.wire.check_silence(quiet_s)
         due = caller.wrote_at + caller.tick_s
         if due - now <= caller.tick_s * 0.01:
             caller.tick()
             due = now + caller.tick_s
         if self._exchange.next_timeout_s is not None:
             due = min(due, now + self._exchange.next_timeout_s)
+        if quiet_s < self.AFTER_FINISH_S:
+            due = min(due, self._heard_at + self.AFTER_FINISH_S)
         return min(due, self._heard_at + self.wire.timeout_s)
 
     def end(self, error: Optional[BaseException]) -> None:
         """Wake who waits for the end; nothing is kept for the pump, which may know of this flow for a while."""
         self.error, self.place = error, None
-        del self._exchange, self.caller, self.wire, self._move
+        del self._exchange, self.caller, self.wire, self._move, self._is_over
         self.ended.release()
 
 
@@ -6931,8 +7093,10 @@ class Pump:
 
     def _heed(self, flow: Flow) -> None:
         def act() -> bool:
-            self._plan(flow, flow.heed())
-            return True
+            due = flow.heed()
+            if due is not None:
+                self._plan(flow, due)
+            return due is not None
 
         if flow.place is not None:       # it may have ended meanwhile
             self._serve(flow, act)
@@ -7444,12 +7608,14 @@ class Upstream:
                 self._tls = (ca_file, context)
             return self._tls[1]
 
-    def move(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool]) -> None:
+    def move(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool],
+             is_over: Callable[[], bool] = lambda: False) -> None:
         """Give `move` each payload as it comes, until it says False or the answer has ended; raises what they raise.
 
+        Some upstreams do not close: where `is_over` says in silence that nothing of worth is missing, that is the end.
         What is there already is moved at once; then another thread does it, and nothing that is sent to `caller` waits.
         """
-        flow = Flow(exchange, caller, move)
+        flow = Flow(exchange, caller, move, is_over)
         while not flow.idle:
             if not flow.step():
                 return
@@ -8641,7 +8807,7 @@ Labels = Tuple[Tuple[str, str], ...]
 
 
 class ReasoningCache:
-    """Reasoning by tool-call id, for clients that drop it; bounded, the oldest go first."""
+    """Reasoning by call_digest, for clients that drop it; bounded, the oldest go first."""
     LIMIT, LIMIT_CHARS = 2000, 8 << 20
 
     def __init__(self) -> None:
@@ -9640,6 +9806,8 @@ class Gateway:
     """
     #: Where engines on this machine are looked for when no provider is set up; tests put their own here.
     local_engines: Mapping[str, str] = {name: PRESETS[name].base_url for name in LOCAL_ENGINES}
+    #: Models whose cap on max_tokens is remembered.
+    CAPS_LIMIT = 500
 
     def __init__(self, settings: Optional[Settings] = None, *, config: Optional[ConfigFile] = None,
                  environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None,
@@ -9651,6 +9819,7 @@ class Gateway:
         self.upstream, self.metrics = Upstream(), Metrics()
         self.reasoning = ReasoningCache()
         self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "")
+        self._caps: Dict[str, int] = {}  #: by scale_name: most output tokens, as refusals have told
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         oauth = OAuth(self.upstream, lambda: self.settings)
         self.logins = Logins(config, oauth, lambda: self.settings.accounts, self.reload)
@@ -10040,6 +10209,40 @@ class Gateway:
                         circuit.failures, limits["rest_s"])
 
     def _try_target(self, state: State, call: Call, target: Target, sink: AnswerSink, record: Record) -> None:
+        """One target; a max_tokens of our translation that is above the model's cap is lowered to it, once."""
+        try:
+            return self._try_keys(state, call, target, sink, record)
+        except UpstreamRefused as exc:
+            cap = find_output_cap(exc.status, exc.message) if call.dialect.foreign and exc.overflow is None else 0
+            name = scale_name(record.target or target)
+            if not cap or cap >= self._caps.get(name, cap + 1) or sink.began:
+                raise
+        with self._lock:
+            self._caps[name] = cap
+            if len(self._caps) > self.CAPS_LIMIT:
+                del self._caps[next(iter(self._caps))]
+        log.info("%s %s takes max_tokens up to %d; asking again", call.request_id[4:12], name, cap)
+        self._try_keys(state, call, target, sink, record)
+
+    def _capped(self, target: Target) -> Target:
+        """The target with what refusals have told of its longest answer."""
+        cap, facts = self._caps.get(scale_name(target)), target.provider.facts
+        if not cap:
+            return target
+        known = facts.get(target.model, {})
+        known = {**known, "max_output": min(cap, known.get("max_output") or cap)}
+        return Target(replace(target.provider, facts={**facts, target.model: known}), target.model)
+
+    @staticmethod
+    def _prepared(call: Call, target: Target, context: Context) -> Tuple[Any, bytes]:
+        """The way there and back, and the body to send; BadRequest, also where it could be parsed only just so."""
+        try:
+            turn = call.dialect.turn(call, target, context)
+            return turn, b"" if turn.local is not None else turn.encode()
+        except RecursionError:
+            raise BadRequest("the body is nested too deeply") from None
+
+    def _try_keys(self, state: State, call: Call, target: Target, sink: AnswerSink, record: Record) -> None:
         """One target with each of its keys; a key that is refused or limited gives way to the next."""
         provider = target.provider
         if provider.problem:
@@ -10050,12 +10253,11 @@ class Gateway:
             target = record.target = Target(provider, provider.vision_model)
         context = Context(time.time(), new_id, self.seal(), self.responses, self.reasoning,
                           lambda estimate: self.scale.scaled(scale_name(target), estimate))
-        turn = call.dialect.turn(call, target, context)
+        turn, body = self._prepared(call, self._capped(target) if call.dialect.foreign else target, context)
         if turn.local is not None:
             return sink.end(turn.local_events()) if call.stream else sink.reply(dump_json(turn.local),
                                                                                 "application/json", ())
         sink.stream = turn.stream()
-        body = turn.encode()
         ring = self._rings[provider.name]
         if ring.keys != provider.api_keys:       # reloaded meanwhile: new keys must not go to the old address
             ring = KeyRing(provider.api_keys, self._clock, provider.key_concurrency)
@@ -10114,7 +10316,7 @@ class Gateway:
         """
         if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
             text = dump_json(exc.body).decode() if exc.body else exc.message
-            found = find_overflow(exc.status, text, exc.code)
+            found = find_overflow(exc.status, text, exc.code, turn.max_output)
             if found:
                 exc.overflow = found
             if exc.overflow is not None:
@@ -10220,7 +10422,7 @@ class Gateway:
             return not stream.done
 
         try:
-            self.upstream.move(exchange, sink, move)
+            self.upstream.move(exchange, sink, move, stream.is_over)
         except UpstreamGarbled:
             if not stream.began:
                 raise
@@ -10315,13 +10517,14 @@ class Gateway:
 
     # what is there
 
-    def models(self, key: Optional[ClientKey] = None) -> List[Json]:
+    def models(self, key: Optional[ClientKey] = None, more: Collection[str] = ()) -> List[Json]:
         """All names that can be asked for, each with the provider it leads to; nothing that would not be routed.
 
-        With a client's `key` those that it may use.
+        With a client's `key` those that it may use.  `more`: names to list, too, if they are redirected.
         """
         router = self.current().router
-        found: Dict[str, str] = {}
+        found = {name: router.resolve(name, True)[0].provider.name for name in more
+                 if router.redirects(name) and router.default is not None}
         for pattern, branches in router.aliases:
             if not re.search(r"[*?\[]", pattern):
                 first = branches[0].models[0]
@@ -10339,7 +10542,7 @@ class Gateway:
                     found.setdefault(model if plain else f"{name}/{model}", name)
         created = int(self.started_at)
         if key is not None and key.models:
-            found = {model: owner for model, owner in found.items() if may_use(key, model, router.resolve(model))}
+            found = {model: owner for model, owner in found.items() if may_use(key, model, router.resolve(model, model in more))}
         return [{"id": model, "object": "model", "created": created, "owned_by": owner or "iflow2api"}
                 for model, owner in found.items()]
 
@@ -10355,6 +10558,13 @@ class Gateway:
         its = [model["id"] for model in models if model["owned_by"] == head]
         return None if its and rest not in its else {
             "id": name, "object": "model", "created": int(self.started_at), "owned_by": head}
+
+    def target_of(self, name: str) -> Optional[Target]:
+        """Where a request of Messages for the model would go first."""
+        try:
+            return next(iter(self.current(look=False).router.resolve(name, True, Asked("messages"))), None)
+        except GatewayError:
+            return None
 
     def vision_models(self, key: Optional[ClientKey] = None) -> List[Json]:
         """Of models() those that are known to take images."""
@@ -11327,11 +11537,12 @@ def show_metrics(handler: Handler) -> None:
 
 def show_models(handler: Handler) -> None:
     """The list in the shape of who asks: Anthropic's for requests that bear `anthropic-version`."""
-    models = handler.server.gateway.models(handler.key)
+    gateway = handler.server.gateway
     if "anthropic-version" not in handler.headers:
-        return handler.respond_json({"object": "list", "data": models})
+        return handler.respond_json({"object": "list", "data": gateway.models(handler.key)})
     query = urllib.parse.parse_qs(handler.path.partition("?")[2])
-    handler.respond_json(anthropic_page([anthropic_model(m) for m in models], query))
+    models = gateway.models(handler.key, CLAUDE_MODELS.values())
+    handler.respond_json(anthropic_page([anthropic_model(m, gateway.target_of(m["id"])) for m in models], query))
 
 
 def show_vision_models(handler: Handler) -> None:
@@ -11339,18 +11550,26 @@ def show_vision_models(handler: Handler) -> None:
 
 
 def show_model(handler: Handler) -> None:
-    wanted = urllib.parse.unquote(handler.argument)
-    model = handler.server.gateway.model(wanted, handler.key)
+    wanted, gateway = urllib.parse.unquote(handler.argument), handler.server.gateway
+    named = (model for model in gateway.models(handler.key, [wanted]) if model["id"] == wanted)
+    model = gateway.model(wanted, handler.key) or next(named, None)
     if model is not None:
-        return handler.respond_json(anthropic_model(model) if "anthropic-version" in handler.headers else model)
+        return handler.respond_json(anthropic_model(model, gateway.target_of(wanted))
+                                    if "anthropic-version" in handler.headers else model)
     raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
 
 
-def anthropic_model(model: Json) -> Json:
-    """A model as Anthropic's API lists it (anthropic-messages.md section 9)."""
+def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
+    """A model as Anthropic's API lists it (anthropic-messages.md section 9); its display name says where it leads."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model["created"]))
-    return {"type": "model", "id": model["id"], "display_name": model["id"], "created_at": created,
-            "lifecycle": "active"}
+    told = {"type": "model", "id": model["id"], "display_name": model["id"], "created_at": created, "lifecycle": "active"}
+    if target is None:
+        return told
+    if target.model != model["id"] and f"{target.provider.name}/{target.model}" != model["id"]:
+        told["display_name"] = f"{model['id']} → {target.provider.name}/{target.model}"
+    facts = target.provider.facts.get(target.model, {})
+    limits = (("max_input_tokens", "context"), ("max_tokens", "max_output"))
+    return {**told, **{name: facts[fact] for name, fact in limits if facts.get(fact)}}
 
 
 def anthropic_page(models: List[Json], query: Mapping[str, List[str]]) -> Json:
@@ -11480,6 +11699,12 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
 
 # --- the server --------------------------------------------------------------
 
+def url_of(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server bound to `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host and host[0] != "[" else f"http://{host}:{port}"
+
+
 def stop_accepting(server: socketserver.BaseServer) -> None:
     """End the accept loop at once: it looks up every few seconds, or when somebody connects."""
     stopper = threading.Thread(target=server.shutdown, daemon=True)
@@ -11528,8 +11753,7 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where a client on this machine reaches it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.server_address[0], self.server_address[0])
-        return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}"
+        return url_of(self.server_address[0], self.port)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection; a few beyond the limit get a 503, the rest are closed."""
@@ -11721,7 +11945,8 @@ SHAPES: Dict[str, Json] = {
     "Model": {"id*": "string", "object*": "=model", "created*": "integer",
               "owned_by*": ("string", "通往哪个上游", "the provider it leads to")},
     "ModelList": {"object*": "=list", "data*": "[#Model"},
-    "AnthropicModel": {"type*": "=model", "id*": "string", "display_name*": "string", "created_at*": "string"},
+    "AnthropicModel": {"type*": "=model", "id*": "string", "display_name*": "string", "created_at*": "string",
+                       "max_input_tokens": "integer", "max_tokens": "integer"},
     "AnthropicModelList": {"data*": "[#AnthropicModel", "has_more*": "boolean", "first_id": "string|null",
                            "last_id": "string|null"},
     "Health": {"status*": ("=healthy,degraded", "有可用的上游即为 healthy", "healthy where any provider can be used"),
@@ -13451,9 +13676,13 @@ def steer_login(handler: Handler) -> None:
 
 # --- clients ---------------------------------------------------------------------------
 
-#: client -> (variables, what it is).  URL is the server's address, KEY the client key, MODEL the default model.
+#: client -> (variables, what it is).  URL is the server's address, KEY the client key, MODEL the default model; OPUS,
+#: SONNET, HAIKU and CONTEXT as claude_words tells.
 CLIENTS: Dict[str, Tuple[Dict[str, str], str]] = {
-    "claude": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY"}, "Claude Code"),
+    "claude": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY", "ANTHROPIC_MODEL": "SONNET",
+                "ANTHROPIC_DEFAULT_OPUS_MODEL": "OPUS", "ANTHROPIC_DEFAULT_SONNET_MODEL": "SONNET",
+                "ANTHROPIC_DEFAULT_HAIKU_MODEL": "HAIKU", "ANTHROPIC_SMALL_FAST_MODEL": "HAIKU",
+                "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT"}, "Claude Code"),
     "codex": ({"IFLOW2API_KEY": "KEY"}, "Codex CLI"),
     "openai": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY"}, "the OpenAI SDKs and what is built on them"),
     "anthropic": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_API_KEY": "KEY"}, "the Anthropic SDKs"),
@@ -13490,26 +13719,46 @@ SHELLS = {
     "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
 
 
-def env_lines(client: str, shell: Shell, words: Mapping[str, str], said: Callable[[str], str] = str) -> List[str]:
-    """What points one of CLIENTS at this server; `words` are URL, KEY (`$IFLOW2API_KEY`: the user has it) and MODEL.
+def claude_words(router: Router, model: str = "") -> Dict[str, str]:
+    """The models of Claude Code's tiers: `model`, else a name of its own where an alias takes that, else default_model.
 
-    `said` puts a sentence into the user's language.
+    CONTEXT is the window of a model whose name says nothing to it; it would take it for 200 000 tokens.
     """
-    def filled(text: str) -> str:
-        return re.sub(r"\b(URL|KEY|MODEL)\b", lambda found: words[found.group()], text)
+    words = {tier: model or (name if router.has_alias(name) else router.default_model)
+             for tier, name in CLAUDE_MODELS.items()}
+    target = router.claimed(words["SONNET"])
+    context = target.provider.facts.get(target.model, {}).get("context") if target else None
+    return {**words, "CONTEXT": str(context or "")}
 
-    variables, title = CLIENTS[client]
+
+def filled(text: str, words: Mapping[str, str]) -> str:
+    """An entry of CLIENTS or CODEX_SETTINGS with its words replaced."""
+    return re.sub(r"\b[A-Z]+\b", lambda found: words.get(found.group(), found.group()), text)
+
+
+def env_values(client: str, words: Mapping[str, str]) -> Dict[str, str]:
+    """The variables of one of CLIENTS; those are left out whose model nobody knows."""
+    given = {name: filled(value, words) for name, value in CLIENTS[client][0].items()}
+    return {name: value for name, value in given.items() if value.strip("/") not in ("", "openai")}
+
+
+def env_lines(client: str, shell: Shell, words: Mapping[str, str], said: Callable[[str], str] = str) -> List[str]:
+    """What points one of CLIENTS at this server; `words` are URL, KEY (`$IFLOW2API_KEY`: the user has it), MODEL, ….
+
+    Each word a CLIENTS entry or CODEX_SETTINGS may name.  `said` puts a sentence into the user's language.
+    """
+    title = CLIENTS[client][1]
     theirs, lines = words["KEY"] == "$IFLOW2API_KEY", []
     if theirs:
         lines.append(shell.comment.format(said("put your key into IFLOW2API_KEY first; `key add NAME` makes one")))
-    for name, value in variables.items():
-        if value == "KEY" and theirs:
+    for name, value in env_values(client, words).items():
+        if value == "$IFLOW2API_KEY":
             if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
                 lines.append(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
-        elif filled(value).strip("/") not in ("", "openai"):        # no model is known
-            lines.append(shell.variable.format(name=name, value=shell.quote(filled(value))))
+        else:
+            lines.append(shell.variable.format(name=name, value=shell.quote(value)))
     if client == "codex":
-        pairs = [(name, filled(value)) for name, value in CODEX_SETTINGS if filled(value)]
+        pairs = [(name, filled(value, words)) for name, value in CODEX_SETTINGS if filled(value, words)]
         lines.append(codex_command(shell, pairs))
         lines.append(shell.comment.format(said("or for good, in ~/.codex/config.toml:")))
         lines += [shell.comment.format(line) for line in codex_toml(pairs)]
@@ -13539,11 +13788,11 @@ class Setup(NamedTuple):
     key: str
     shell_key: str
     model: str
-    asked: bool                          #: the model was asked for, so it is named even where nobody has to
+    tiers: Mapping[str, str]             #: claude_words
 
     def words(self) -> Dict[str, str]:
         """As env_lines takes them."""
-        return {"URL": self.base, "KEY": self.shell_key, "MODEL": self.model}
+        return {"URL": self.base, "KEY": self.shell_key, "MODEL": self.model, **self.tiers}
 
 
 def code_block(title: Union[str, Tuple[str, str]], language: str, text: str) -> Json:
@@ -13555,31 +13804,26 @@ def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2)
 
 
-def shell_blocks(client: str, setup: Setup, *more: Tuple[str, str]) -> List[Json]:
-    """The lines of `env` for each shell, and further variables; without its comments, which speak one language."""
+def shell_blocks(client: str, setup: Setup) -> List[Json]:
+    """The lines of `env` for each shell; without its comments, which speak one language."""
     blocks = []
     for name, shell in SHELLS.items():
         lines = [line for line in env_lines(client, shell, setup.words())
                  if not line.startswith(shell.comment.partition(" ")[0])]
         if setup.shell_key != setup.key:
             lines.insert(0, shell.variable.format(name="IFLOW2API_KEY", value=shell.quote(setup.key)))
-        lines += [shell.variable.format(name=variable, value=shell.quote(value)) for variable, value in more]
         blocks.append(code_block(name, name, "\n".join(lines)))
     return blocks
 
 
 def claude_blocks(setup: Setup) -> List[Json]:
-    model = [("ANTHROPIC_MODEL", setup.model)] if setup.asked else []
-    environ = {"ANTHROPIC_BASE_URL": setup.base, "ANTHROPIC_AUTH_TOKEN": setup.key, **dict(model)}
-    return [*shell_blocks("claude", setup, *model),
+    return [*shell_blocks("claude", setup),
             code_block(("长期设置：~/.claude/settings.json", "for good: ~/.claude/settings.json"), "json",
-                       json_text({"env": environ}))]
+                       json_text({"env": env_values("claude", {**setup.words(), "KEY": setup.key})}))]
 
 
 def codex_blocks(setup: Setup) -> List[Json]:
-    words = setup.words()
-    pairs = [(name, re.sub(r"\b(URL|MODEL)\b", lambda found: words[found.group()], value))
-             for name, value in CODEX_SETTINGS]
+    pairs = [(name, filled(value, setup.words())) for name, value in CODEX_SETTINGS]
     return [*shell_blocks("codex", setup), code_block("~/.codex/config.toml", "toml", "\n".join(codex_toml(pairs)))]
 
 
@@ -13697,7 +13941,7 @@ def show_clients(handler: Handler) -> None:
     model = re.sub(r'[\x00-\x1f\x7f"]', "", model)       # names come from upstreams, and these lines go into shells
     key = given or ("YOUR_KEY" if needs_key else "sk-none")
     setup = Setup(address_for(handler), key, given or ("$IFLOW2API_KEY" if needs_key else key), model or "MODEL",
-                  bool(query.get("model")) and model != router.default_model)
+                  claude_words(router, model if query.get("model") and model != router.default_model else ""))
     handler.respond_json({"base_url": setup.base, "model": model, "needs_key": needs_key, "data": [
         {"id": name, "title": title, "blocks": make(setup)} for name, (title, make) in CLIENT_SETUPS.items()]})
 
@@ -17651,6 +17895,11 @@ TEXTS: Dict[str, Tuple[str, str]] = {
 #: turned where they are shown (`local`), so that nothing above needs to know of languages, and HTTP stays English.
 CHINESE: Dict[str, str] = {
     # files and settings
+    "the server takes a free port at each start (port 0): say with --port which one it has printed":
+        "服务每次启动都选用空闲端口（port 0）：请用 --port 指定它打印出的端口",
+    "no iflow2api answers at {} now; if it runs elsewhere, say so with --host and --port":
+        "{} 现在没有 iflow2api 应答；如果它在别处运行，请用 --host 和 --port 指明",
+    "put a key instead of YOUR_KEY; `key add NAME` makes one": "请用密钥替换 YOUR_KEY；`key add NAME` 可生成一个",
     "a password has from {} to {} characters": "密码需要 {} 到 {} 个字符",
     "the upstream answered with a web page; is base_url its API, and not its site?":
         "上游返回的是网页；base_url 是接口地址，而不是网站地址吗？",
@@ -18792,13 +19041,25 @@ def cmd_version(args: Any) -> int:
 def cmd_env(args: Any) -> int:
     """Shell lines that point a client at this server: eval "$(python iflow2api.py env claude)"."""
     gateway = _gateway_of(args)
-    settings, shell = gateway.settings, SHELLS[args.shell or _guess_shell()]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    settings, router = gateway.settings, gateway.current().router
+    if not settings.port:
+        raise UsageError("the server takes a free port at each start (port 0): say with --port which one it has printed")
+    health = _ask_running(settings)
+    if health is None:
+        _say(local(f"no iflow2api answers at {url_of(settings.host, settings.port)} now; if it runs elsewhere, say so with "
+                   "--host and --port"))
+    its = str((health or {}).get("default_model") or "")     # with --demo and --upstream it has its own
+    model = args.default_model or (its if its != router.default_model else "")
     key = settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed")
-    health = _ask_running(settings) if not args.default_model else None      # --demo and --upstream have their own
-    model = health["default_model"] if health and "default_model" in health else gateway.current().router.default_model
-    words = {"URL": f"http://{host}:{settings.port}", "KEY": key, "MODEL": str(model)}
-    print("\n".join(env_lines(args.client, shell, words, local)))
+    words = {"URL": url_of(settings.host, settings.port), "KEY": key, "MODEL": model or router.default_model,
+             **claude_words(router, model)}
+    if args.json:
+        if key == "$IFLOW2API_KEY":
+            _say(local("put a key instead of YOUR_KEY; `key add NAME` makes one"))
+            words["KEY"] = "YOUR_KEY"
+        print(json_text({"env": env_values(args.client, words)}))
+    else:
+        print("\n".join(env_lines(args.client, SHELLS[args.shell or _guess_shell()], words, local)))
     return 0
 
 
@@ -19266,8 +19527,10 @@ COMMANDS: Dict[str, Command] = {
                     "help": ("客户端：" + ", ".join(CLIENTS), ", ".join(CLIENTS))}),
         ("--shell", {"choices": tuple(SHELLS), "help": ("哪种 shell；不写则看 $SHELL", "for which shell; by $SHELL without")}),
         ("--host", {"metavar": "ADDR", "help": ("服务的地址", "the server's address")}),
-        ("--port", {"metavar": "N", "help": ("服务的端口", "its port")}), RUN_FLAGS[2]),
-        ("env claude", "env codex --shell fish")),
+        ("--port", {"metavar": "N", "help": ("服务的端口", "its port")}), RUN_FLAGS[2],
+        ("--json", {"action": "store_true", "help": ("输出 JSON：Claude Code 的 settings.json",
+                                                     "as JSON, for Claude Code's settings.json")})),
+        ("env claude", "env claude --json", "env codex --shell fish")),
     "provider": Command(cmd_provider, ("管理和测试上游，查看预设", "list, add, remove and test upstreams; show the known ones"), (
         ("action", {"nargs": "?", "choices": ("list", "add", "remove", "test", "presets"),
                     "help": ("不写则为 list", "list without")}),
