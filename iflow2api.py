@@ -4432,7 +4432,12 @@ class _Tool(NamedTuple):
 
     @property
     def flat(self) -> str:
-        return f"{self.namespace}__{self.name}" if self.namespace else self.name
+        """A name as Chat allows it: letters, digits, _ and -, no more than 64."""
+        return short_name(_plain(f"{self.namespace}__{self.name}" if self.namespace else self.name))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
 class _Kind(NamedTuple):
@@ -4551,7 +4556,7 @@ class _ResponseTools:
         """What Chat calls `tool`, which may be one of an earlier turn and not listed any more."""
         if tool in self._names:
             return self._names[tool]
-        return self._alike(tool.name) if not tool.namespace and self._alike(tool.name) else short_name(tool.flat)
+        return (self._alike(tool.name) if not tool.namespace else "") or tool.flat
 
     def tool(self, name: str) -> _Tool:
         """What the client calls the function `name`."""
@@ -4597,7 +4602,7 @@ class _ResponseTools:
         return self._names.get(_Tool(kind, kind))
 
     def _define(self, key: _Tool, tool: Json) -> None:
-        name = self._names.get(key) or short_name(key.flat)
+        name = self._names.get(key) or key.flat
         if self._tools.get(name, key) != key:    # `a__b` and `b` of namespace `a`
             name = f"{name[:55]}_{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:8]}"
         function = {"name": name, **_describe(tool)}
@@ -4615,7 +4620,7 @@ class _ResponseTools:
 
     def _alike(self, name: str) -> str:
         """The one tool of that bare name in whatever namespace: models, and Codex in `functions`, leave that out."""
-        found = [known for tool, known in self._names.items() if tool.name == name]
+        found = [known for tool, known in self._names.items() if name in (tool.name, _plain(tool.name))]
         return found[0] if len(found) == 1 else ""
 
 
@@ -5422,6 +5427,7 @@ class _Speech(_Item):
         self._item = {"id": stream.new_id(voice.prefix), **voice.item}
         self._pieces: List[str] = []
         self._logprobs: List[Json] = []
+        self._annotations: List[Json] = []
         self._place: Json = {}
         self._delta: Json = {}
 
@@ -5440,10 +5446,15 @@ class _Speech(_Item):
             event["logprobs"] = logprobs
         return event
 
+    def annotate(self, annotation: Json) -> Json:
+        self._annotations.append(annotation)
+        return self.stream.event("output_text.annotation.added", {
+            **self._place, "annotation_index": len(self._annotations) - 1, "annotation": annotation})
+
     def close(self, cut: bool) -> Iterator[Json]:
         voice, text = self.voice, "".join(self._pieces)
         said = {"logprobs": self._logprobs} if voice.extra else {}
-        part = {**voice.part, voice.text: text, **said}
+        part = {**voice.part, voice.text: text, **said, **({"annotations": self._annotations} if voice.extra else {})}
         yield self.stream.event(voice.text_events + ".done", {**self._place, voice.text: text, **said})
         yield self.stream.event(voice.part_events + ".done", {**self._place, "part": part})
         item = {**self._item, voice.parts: [part]}
@@ -5588,6 +5599,14 @@ def _response_usage(usage: Usage) -> Json:
             "total_tokens": usage.prompt + usage.completion}
 
 
+def _citations(annotations: Any) -> List[Json]:
+    """Chat's url citations as Responses has them, where they are flat."""
+    found = [entry["url_citation"] for entry in annotations if isinstance(entry, dict) and isinstance(
+        entry.get("url_citation"), dict)] if isinstance(annotations, list) else []
+    return [{"type": "url_citation", "start_index": 0, "end_index": 0, "title": "", **cited} for cited in found
+            if isinstance(cited.get("url"), str)]
+
+
 class ResponsesStream:
     """Chat chunks in, Responses events out. One running text and any number of calls are open at a time."""
 
@@ -5603,6 +5622,7 @@ class ResponsesStream:
         self._reasoning_voice = _SUMMARY if turn.summarises else _RAW
         self._think_tags = ThinkTags() if turn.profile["think_tags"] else None
         self._speech: Optional[_Speech] = None
+        self._citations: List[Json] = []         #: that wait for their text
         self._blank = ""                         #: white space that may turn out to be no message
         self._calls: Dict[Any, _Call] = {}       #: by the upstream's index, or id
         self._open_calls: List[_Call] = []
@@ -5695,6 +5715,10 @@ class ResponsesStream:
             logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
             pieces = self._think_tags.feed(text) if self._think_tags else [("text", text)]
             yield from self._write_pieces(pieces, logprobs if isinstance(logprobs, list) else [])
+        self._citations += _citations(delta.get("annotations"))
+        if self._citations and self._speech and self._speech.voice is _TEXT:
+            yield from map(self._speech.annotate, self._citations)
+            self._citations = []
         if isinstance(delta.get("refusal"), str) and delta["refusal"]:
             yield from self._say(_REFUSAL, delta["refusal"], [])
         calls = delta.get("tool_calls")
@@ -5840,9 +5864,11 @@ def _retold(response: Json) -> Iterator[Tuple[str, Json]]:
 def _spoken(voice: _Voice, place: Json, part: Json) -> List[Tuple[str, Json]]:
     """Names and fields of the events of one part that runs."""
     text = part[voice.text]
-    return [(voice.part_events + ".added", {**place, "part": {**part, voice.text: ""}}),
-            (voice.text_events + ".delta", {**place, "delta": text, **voice.extra}),
-            (voice.text_events + ".done", {**place, voice.text: text, **voice.extra}),
+    cited = [(voice.text_events + ".annotation.added", {**place, "annotation_index": number, "annotation": annotation})
+             for number, annotation in enumerate(part.get("annotations", ()))]
+    return [(voice.part_events + ".added", {**place, "part": {**voice.part, voice.text: ""}}),
+            (voice.text_events + ".delta", {**place, "delta": text, **voice.extra}), *cited,
+            (voice.text_events + ".done", {**place, voice.text: text, **({"logprobs": part.get("logprobs", [])} if voice.extra else {})}),
             (voice.part_events + ".done", {**place, "part": part})]
 
 
