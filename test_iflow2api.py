@@ -8863,7 +8863,8 @@ def test_provider_test_says_what_works(capsys, demo):
 
 @pytest.mark.usefixtures("own_home")
 @pytest.mark.parametrize("script, status, words", [
-    ([ifl.DemoAnswer("no such model", status=404)], 1, "mine: does not work, the model: no such model"),
+    ([ifl.DemoAnswer("no such model", status=404)], 1,
+     "mine: does not work, the model: the model demo does not exist there: no such model"),
     ([ifl.DemoAnswer("Insufficient Balance", status=402)], 1, "mine: does not work, the balance: Insufficient Balance"),
     ([ifl.DemoAnswer("bad key", status=401)], 1, "mine: does not work, the key: "),
     ([ifl.DemoAnswer("hi"), ifl.DemoAnswer("no streams", status=400)], 1, "stream failed (400: no streams), tools ok"),
