@@ -1544,7 +1544,8 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
 _PROFILE_VALUES: Dict[str, Tuple[Any, ...]] = {
     "thinking_style": ("thinking_type", "enable_thinking", "chat_template_kwargs", "reasoning_effort", "none"),
     "reasoning_field": ("reasoning_content", "reasoning", "reasoning_details", None), "mid_system": ("system", "user"),
-    "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None), "efforts": (list,), "extra_fields": (list,),
+    "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None),
+    "efforts": (list,), "extra_fields": (list,),
     "structured_output": ("json_schema", "json_object", "prompt"), "server_tools": ("drop", "error", dict),
     "prefill": ("partial", "prefix", "continue_final_message", None), "max_output": (int,), "context": (int,),
     **dict.fromkeys(("require_reasoning_on_tool_calls", "vision", "files", "top_k", "forced_tool_choice_with_thinking",
@@ -1573,8 +1574,8 @@ _TYPE_WORDS = {str: "a string", list: "a list of strings", dict: "an object", in
 
 def _is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
     """Whether it is one of these values, or of these types; 1 is not true."""
-    return any(type(value) is word if isinstance(word, type) else value is word or isinstance(word, str) and value == word
-               for word in allowed)
+    return any(type(value) is word if isinstance(word, type) else
+               value is word or isinstance(word, str) and value == word for word in allowed)
 
 
 #: What may be said of a model in a provider's `models`.
@@ -2065,7 +2066,7 @@ DEFAULT_PROFILE: Json = {
     "efforts": ["low", "medium", "high", "xhigh", "max"],
     "top_k": False,
     "user_field": "user",
-    "extra_fields": [],                       #: what of user, verbosity, prompt_cache_key, service_tier it is told by Responses
+    "extra_fields": [],                       #: of user, verbosity, prompt_cache_key, service_tier what Responses tells it
     "forced_tool_choice_with_thinking": True,
     "parallel_tool_calls": True,
     "stream_usage": True,
@@ -2578,7 +2579,8 @@ def is_missing_model(status: int, message: str, code: Any = None) -> bool:
     """Whether an upstream's error means that it does not know the model; `code` may be a number."""
     if status in (401, 403, 429):
         return False
-    return str(code) in _MISSING_MODEL_CODES or status in (400, 404, 422) and bool(_MISSING_MODEL.search(message[:2000]))
+    return str(code) in _MISSING_MODEL_CODES or (
+        status in (400, 404, 422) and bool(_MISSING_MODEL.search(message[:2000])))
 
 
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
@@ -2721,7 +2723,7 @@ class ReasoningMerge:
     False: reasoning deltas become content deltas, a blank line before the answer's first.  True: fields as they came;
     where no content ever came, the reasoning once more as content at the end.
     """
-    fatal: Tuple[str, ...] = ()          #: finish reasons that are an error before anything was said: Chat passes all on
+    fatal: Tuple[str, ...] = ()          #: finish reasons that are an error before the first word: Chat passes all on
 
     def __init__(self, preserve: bool) -> None:
         self._preserve = preserve
@@ -4742,7 +4744,8 @@ def _audio_part(part: Json, profile: Json) -> Json:
 #: Which field of a part is its text; `encrypted_content` is Codex's for agent_message, plain text through us.
 _TEXT_FIELDS = {"input_text": "text", "output_text": "text", "text": "text", "summary_text": "text",
                 "reasoning_text": "text", "refusal": "refusal", "encrypted_content": "encrypted_content"}
-_OTHER_PARTS = {"input_image": _image_part, "image_url": _image_part, "input_file": _file_part, "input_audio": _audio_part}
+_OTHER_PARTS = {"input_image": _image_part, "image_url": _image_part,
+                "input_file": _file_part, "input_audio": _audio_part}
 
 
 def _texts_of(content: Any) -> List[str]:
@@ -5232,8 +5235,8 @@ def compact_reply(turn: ResponsesTurn, completion: Json, new_id: Callable[[str],
 
 
 #: Where the texts of messages and items are; the rest (ids, types, seals) no model reads.
-_SAID = ("content", "text", "refusal", "summary", "name", "arguments", "input", "output", "action", "operation", "function",
-         "tool_calls", "reasoning_content", "reasoning")
+_SAID = ("content", "text", "refusal", "summary", "name", "arguments", "input", "output", "action", "operation",
+         "function", "tool_calls", "reasoning_content", "reasoning")
 
 
 def _said_tokens(value: Any) -> int:
@@ -5554,7 +5557,7 @@ class _Call(_Item):
         yield from self._send(self._reader.close(cut))
         name, text = _TOOL_KINDS[self._tool.kind].field, "".join(self._sent)
         item = {**self._item, name: text, "status": "incomplete" if cut else "completed"}
-        if cut and self._tool.kind == "custom":      # Codex runs whatever is done, and half an input looks like a whole one
+        if cut and self._tool.kind == "custom":      # Codex runs what is done, and half an input looks whole
             return self.stream.withhold(self.index, item)
         yield self._event("done", name, text)
         yield self.finish(item)
@@ -5837,7 +5840,8 @@ def replay_events(response: Json) -> Iterator[Json]:
 
 
 def _retold(response: Json) -> Iterator[Tuple[str, Json]]:
-    begun = {**response, "status": "in_progress", "output": [], "usage": None, "error": None, "incomplete_details": None}
+    begun = {**response, "status": "in_progress", "output": [], "usage": None, "error": None,
+             "incomplete_details": None}
     begun.pop("completed_at", None)
     yield "created", {"response": begun}
     yield "in_progress", {"response": begun}
@@ -5854,7 +5858,8 @@ def _retold(response: Json) -> Iterator[Tuple[str, Json]]:
         kind = _TOOL_KINDS.get(_KIND_OF_CALL.get(item["type"], ""))
         if kind and kind.events:
             said, empty[kind.field] = item[kind.field], ""
-            steps = [(kind.events + ".delta", {**place, "delta": said}), (kind.events + ".done", {**place, kind.field: said})]
+            steps = [(kind.events + ".delta", {**place, "delta": said}),
+                     (kind.events + ".done", {**place, kind.field: said})]
         yield "output_item.added", {"output_index": index, "item": empty}
         yield from steps
         yield "output_item.done", {"output_index": index, "item": item}
@@ -5863,12 +5868,12 @@ def _retold(response: Json) -> Iterator[Tuple[str, Json]]:
 
 def _spoken(voice: _Voice, place: Json, part: Json) -> List[Tuple[str, Json]]:
     """Names and fields of the events of one part that runs."""
-    text = part[voice.text]
+    text, said = part[voice.text], {"logprobs": part.get("logprobs", [])} if voice.extra else {}
     cited = [(voice.text_events + ".annotation.added", {**place, "annotation_index": number, "annotation": annotation})
              for number, annotation in enumerate(part.get("annotations", ()))]
     return [(voice.part_events + ".added", {**place, "part": {**voice.part, voice.text: ""}}),
             (voice.text_events + ".delta", {**place, "delta": text, **voice.extra}), *cited,
-            (voice.text_events + ".done", {**place, voice.text: text, **({"logprobs": part.get("logprobs", [])} if voice.extra else {})}),
+            (voice.text_events + ".done", {**place, voice.text: text, **said}),
             (voice.part_events + ".done", {**place, "part": part})]
 
 
@@ -10062,7 +10067,7 @@ class Gateway:
                 for model, owner in found.items()]
 
     def model(self, name: str, key: Optional[ClientKey] = None) -> Optional[Json]:
-        """What is listed under a name, or as `provider/name` may be asked for as well; None where nothing is known of it."""
+        """What is listed under a name, or as `provider/name` may be asked for as well; None for what is unknown."""
         models, (head, _, rest) = self.models(key), name.partition("/")
         listed = next((model for model in models if model["id"] == name), None)
         target = self.state.router.claimed(name)
@@ -10816,7 +10821,7 @@ class Sink(AnswerSink):
             self._write(self._head() + self._frame(self._call.dialect.keepalive(self._call, self.began)))
 
     def tells_within(self, exc: GatewayError) -> bool:
-        """Whether even an error before anything was sent is part of the stream: `response.failed`, where the model failed."""
+        """Whether an error before the first word is part of the stream: `response.failed`, where the model failed."""
         return self._call.stream and self._call.dialect.name == "responses" and isinstance(exc, UpstreamBroke)
 
     def fail(self, exc: GatewayError) -> None:
