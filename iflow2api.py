@@ -1645,7 +1645,8 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
 _PROFILE_VALUES: Dict[str, Tuple[Any, ...]] = {
     "thinking_style": ("thinking_type", "enable_thinking", "chat_template_kwargs", "reasoning_effort", "none"),
     "reasoning_field": ("reasoning_content", "reasoning", "reasoning_details", None), "mid_system": ("system", "user"),
-    "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None), "efforts": (list,), "extra_fields": (list,),
+    "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None),
+    "efforts": (list,), "extra_fields": (list,),
     "structured_output": ("json_schema", "json_object", "prompt"), "server_tools": ("drop", "error", dict),
     "prefill": ("partial", "prefix", "continue_final_message", None), "max_output": (int,), "context": (int,),
     **dict.fromkeys(("require_reasoning_on_tool_calls", "vision", "files", "top_k", "forced_tool_choice_with_thinking",
@@ -1674,8 +1675,8 @@ _TYPE_WORDS = {str: "a string", list: "a list of strings", dict: "an object", in
 
 def _is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
     """Whether it is one of these values, or of these types; 1 is not true."""
-    return any(type(value) is word if isinstance(word, type) else value is word or isinstance(word, str) and value == word
-               for word in allowed)
+    return any(type(value) is word if isinstance(word, type) else
+               value is word or isinstance(word, str) and value == word for word in allowed)
 
 
 #: What may be said of a model in a provider's `models`.
@@ -2186,7 +2187,7 @@ DEFAULT_PROFILE: Json = {
     "efforts": ["low", "medium", "high", "xhigh", "max"],
     "top_k": False,
     "user_field": "user",
-    "extra_fields": [],                       #: what of user, verbosity, prompt_cache_key, service_tier it is told by Responses
+    "extra_fields": [],                       #: of user, verbosity, prompt_cache_key, service_tier what Responses tells it
     "forced_tool_choice_with_thinking": True,
     "parallel_tool_calls": True,
     "stream_usage": True,
@@ -2718,7 +2719,8 @@ def is_missing_model(status: int, message: str, code: Any = None) -> bool:
     """Whether an upstream's error means that it does not know the model; `code` may be a number."""
     if status in (401, 403, 429):
         return False
-    return str(code) in _MISSING_MODEL_CODES or status in (400, 404, 422) and bool(_MISSING_MODEL.search(message[:2000]))
+    return str(code) in _MISSING_MODEL_CODES or (
+        status in (400, 404, 422) and bool(_MISSING_MODEL.search(message[:2000])))
 
 
 #: "Range of max_tokens should be [1, 8192]" (DashScope, DeepSeek, Zhipu); OpenAI's "is too large: 32000. This model
@@ -2905,7 +2907,7 @@ class ReasoningMerge:
     False: reasoning deltas become content deltas, a blank line before the answer's first.  True: fields as they came;
     where no content ever came, the reasoning once more as content at the end.
     """
-    fatal: Tuple[str, ...] = ()          #: finish reasons that are an error before anything was said: Chat passes all on
+    fatal: Tuple[str, ...] = ()          #: finish reasons that are an error before the first word: Chat passes all on
 
     def __init__(self, preserve: bool) -> None:
         self._preserve = preserve
@@ -4634,7 +4636,12 @@ class _Tool(NamedTuple):
 
     @property
     def flat(self) -> str:
-        return f"{self.namespace}__{self.name}" if self.namespace else self.name
+        """A name as Chat allows it: letters, digits, _ and -, no more than 64."""
+        return short_name(_plain(f"{self.namespace}__{self.name}" if self.namespace else self.name))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
 class _Kind(NamedTuple):
@@ -4753,7 +4760,7 @@ class _ResponseTools:
         """What Chat calls `tool`, which may be one of an earlier turn and not listed any more."""
         if tool in self._names:
             return self._names[tool]
-        return self._alike(tool.name) if not tool.namespace and self._alike(tool.name) else short_name(tool.flat)
+        return (self._alike(tool.name) if not tool.namespace else "") or tool.flat
 
     def tool(self, name: str) -> _Tool:
         """What the client calls the function `name`."""
@@ -4803,7 +4810,7 @@ class _ResponseTools:
         return self._names.get(_Tool(kind, kind))
 
     def _define(self, key: _Tool, tool: Json) -> None:
-        name = self._names.get(key) or short_name(key.flat)
+        name = self._names.get(key) or key.flat
         if self._tools.get(name, key) != key:    # `a__b` and `b` of namespace `a`
             name = f"{name[:55]}_{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:8]}"
         function = {"name": name, **_describe(tool)}
@@ -4821,7 +4828,7 @@ class _ResponseTools:
 
     def _alike(self, name: str) -> str:
         """The one tool of that bare name in whatever namespace: models, and Codex in `functions`, leave that out."""
-        found = [known for tool, known in self._names.items() if tool.name == name]
+        found = [known for tool, known in self._names.items() if name in (tool.name, _plain(tool.name))]
         return found[0] if len(found) == 1 else ""
 
 
@@ -4943,7 +4950,8 @@ def _audio_part(part: Json, profile: Json) -> Json:
 #: Which field of a part is its text; `encrypted_content` is Codex's for agent_message, plain text through us.
 _TEXT_FIELDS = {"input_text": "text", "output_text": "text", "text": "text", "summary_text": "text",
                 "reasoning_text": "text", "refusal": "refusal", "encrypted_content": "encrypted_content"}
-_OTHER_PARTS = {"input_image": _image_part, "image_url": _image_part, "input_file": _file_part, "input_audio": _audio_part}
+_OTHER_PARTS = {"input_image": _image_part, "image_url": _image_part,
+                "input_file": _file_part, "input_audio": _audio_part}
 
 
 def _texts_of(content: Any) -> List[str]:
@@ -5434,8 +5442,8 @@ def compact_reply(turn: ResponsesTurn, completion: Json, new_id: Callable[[str],
 
 
 #: Where the texts of messages and items are; the rest (ids, types, seals) no model reads.
-_SAID = ("content", "text", "refusal", "summary", "name", "arguments", "input", "output", "action", "operation", "function",
-         "tool_calls", "reasoning_content", "reasoning")
+_SAID = ("content", "text", "refusal", "summary", "name", "arguments", "input", "output", "action", "operation",
+         "function", "tool_calls", "reasoning_content", "reasoning")
 
 
 def _said_tokens(value: Any) -> int:
@@ -5629,6 +5637,7 @@ class _Speech(_Item):
         self._item = {"id": stream.new_id(voice.prefix), **voice.item}
         self._pieces: List[str] = []
         self._logprobs: List[Json] = []
+        self._annotations: List[Json] = []
         self._place: Json = {}
         self._delta: Json = {}
 
@@ -5647,10 +5656,15 @@ class _Speech(_Item):
             event["logprobs"] = logprobs
         return event
 
+    def annotate(self, annotation: Json) -> Json:
+        self._annotations.append(annotation)
+        return self.stream.event("output_text.annotation.added", {
+            **self._place, "annotation_index": len(self._annotations) - 1, "annotation": annotation})
+
     def close(self, cut: bool) -> Iterator[Json]:
         voice, text = self.voice, "".join(self._pieces)
         said = {"logprobs": self._logprobs} if voice.extra else {}
-        part = {**voice.part, voice.text: text, **said}
+        part = {**voice.part, voice.text: text, **said, **({"annotations": self._annotations} if voice.extra else {})}
         yield self.stream.event(voice.text_events + ".done", {**self._place, voice.text: text, **said})
         yield self.stream.event(voice.part_events + ".done", {**self._place, "part": part})
         item = {**self._item, voice.parts: [part]}
@@ -5750,7 +5764,7 @@ class _Call(_Item):
         yield from self._send(self._reader.close(cut))
         name, text = _TOOL_KINDS[self._tool.kind].field, "".join(self._sent)
         item = {**self._item, name: text, "status": "incomplete" if cut else "completed"}
-        if cut and self._tool.kind == "custom":      # Codex runs whatever is done, and half an input looks like a whole one
+        if cut and self._tool.kind == "custom":      # Codex runs what is done, and half an input looks whole
             return self.stream.withhold(self.index, item)
         yield self._event("done", name, text)
         yield self.finish(item)
@@ -5795,6 +5809,14 @@ def _response_usage(usage: Usage) -> Json:
             "total_tokens": usage.prompt + usage.completion}
 
 
+def _citations(annotations: Any) -> List[Json]:
+    """Chat's url citations as Responses has them, where they are flat."""
+    found = [entry["url_citation"] for entry in annotations if isinstance(entry, dict) and isinstance(
+        entry.get("url_citation"), dict)] if isinstance(annotations, list) else []
+    return [{"type": "url_citation", "start_index": 0, "end_index": 0, "title": "", **cited} for cited in found
+            if isinstance(cited.get("url"), str)]
+
+
 class ResponsesStream:
     """Chat chunks in, Responses events out. One running text and any number of calls are open at a time."""
 
@@ -5810,6 +5832,7 @@ class ResponsesStream:
         self._reasoning_voice = _SUMMARY if turn.summarises else _RAW
         self._think_tags = ThinkTags() if turn.profile["think_tags"] else None
         self._speech: Optional[_Speech] = None
+        self._citations: List[Json] = []         #: that wait for their text
         self._blank = ""                         #: white space that may turn out to be no message
         self._calls: Dict[Any, _Call] = {}       #: by the upstream's index, or id
         self._open_calls: List[_Call] = []
@@ -5907,6 +5930,10 @@ class ResponsesStream:
             logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
             pieces = self._think_tags.feed(text) if self._think_tags else [("text", text)]
             yield from self._write_pieces(pieces, logprobs if isinstance(logprobs, list) else [])
+        self._citations += _citations(delta.get("annotations"))
+        if self._citations and self._speech and self._speech.voice is _TEXT:
+            yield from map(self._speech.annotate, self._citations)
+            self._citations = []
         if isinstance(delta.get("refusal"), str) and delta["refusal"]:
             yield from self._say(_REFUSAL, delta["refusal"], [])
         calls = delta.get("tool_calls")
@@ -6025,7 +6052,8 @@ def replay_events(response: Json) -> Iterator[Json]:
 
 
 def _retold(response: Json) -> Iterator[Tuple[str, Json]]:
-    begun = {**response, "status": "in_progress", "output": [], "usage": None, "error": None, "incomplete_details": None}
+    begun = {**response, "status": "in_progress", "output": [], "usage": None, "error": None,
+             "incomplete_details": None}
     begun.pop("completed_at", None)
     yield "created", {"response": begun}
     yield "in_progress", {"response": begun}
@@ -6042,7 +6070,8 @@ def _retold(response: Json) -> Iterator[Tuple[str, Json]]:
         kind = _TOOL_KINDS.get(_KIND_OF_CALL.get(item["type"], ""))
         if kind and kind.events:
             said, empty[kind.field] = item[kind.field], ""
-            steps = [(kind.events + ".delta", {**place, "delta": said}), (kind.events + ".done", {**place, kind.field: said})]
+            steps = [(kind.events + ".delta", {**place, "delta": said}),
+                     (kind.events + ".done", {**place, kind.field: said})]
         yield "output_item.added", {"output_index": index, "item": empty}
         yield from steps
         yield "output_item.done", {"output_index": index, "item": item}
@@ -6051,10 +6080,12 @@ def _retold(response: Json) -> Iterator[Tuple[str, Json]]:
 
 def _spoken(voice: _Voice, place: Json, part: Json) -> List[Tuple[str, Json]]:
     """Names and fields of the events of one part that runs."""
-    text = part[voice.text]
-    return [(voice.part_events + ".added", {**place, "part": {**part, voice.text: ""}}),
-            (voice.text_events + ".delta", {**place, "delta": text, **voice.extra}),
-            (voice.text_events + ".done", {**place, voice.text: text, **voice.extra}),
+    text, said = part[voice.text], {"logprobs": part.get("logprobs", [])} if voice.extra else {}
+    cited = [(voice.text_events + ".annotation.added", {**place, "annotation_index": number, "annotation": annotation})
+             for number, annotation in enumerate(part.get("annotations", ()))]
+    return [(voice.part_events + ".added", {**place, "part": {**voice.part, voice.text: ""}}),
+            (voice.text_events + ".delta", {**place, "delta": text, **voice.extra}), *cited,
+            (voice.text_events + ".done", {**place, voice.text: text, **said}),
             (voice.part_events + ".done", {**place, "part": part})]
 
 
@@ -10547,7 +10578,7 @@ class Gateway:
                 for model, owner in found.items()]
 
     def model(self, name: str, key: Optional[ClientKey] = None) -> Optional[Json]:
-        """What is listed under a name, or as `provider/name` may be asked for as well; None where nothing is known of it."""
+        """What is listed under a name, or as `provider/name` may be asked for as well; None for what is unknown."""
         models, (head, _, rest) = self.models(key), name.partition("/")
         listed = next((model for model in models if model["id"] == name), None)
         target = self.state.router.claimed(name)
@@ -11324,7 +11355,7 @@ class Sink(AnswerSink):
             self._write(self._head() + self._frame(self._call.dialect.keepalive(self._call, self.began)))
 
     def tells_within(self, exc: GatewayError) -> bool:
-        """Whether even an error before anything was sent is part of the stream: `response.failed`, where the model failed."""
+        """Whether an error before the first word is part of the stream: `response.failed`, where the model failed."""
         return self._call.stream and self._call.dialect.name == "responses" and isinstance(exc, UpstreamBroke)
 
     def fail(self, exc: GatewayError) -> None:

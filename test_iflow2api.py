@@ -7003,7 +7003,7 @@ def broken_rules(events):
             stem = name.rpartition(".")[0]
             if name.endswith(".delta"):
                 texts[index, stem] = texts.get((index, stem), "") + event["delta"]
-            elif not name.endswith(("part.added", "part.done")):
+            elif not name.endswith(("part.added", "part.done", "annotation.added")):
                 whole = next(event[key] for key in ("text", "refusal", "arguments", "input") if key in event)
                 if texts.get((index, stem), "") != whole:
                     bad.append("text of " + name)
@@ -7286,6 +7286,35 @@ def test_usage_and_logprobs():
     assert response["output"][0]["content"][0]["logprobs"] == [entry]
     guessed = play_responses([delta_responses(content="some words")])[-1]["response"]["usage"]
     assert guessed["input_tokens"] > 0 < guessed["output_tokens"]
+
+
+def test_citations_of_the_upstream_reach_the_client():
+    cited = {"url": "https://e.example/", "title": "E", "start_index": 0, "end_index": 1}
+    annotations = [{"type": "url_citation", "url_citation": cited}, {"type": "other"}, 5]
+    flat = {"type": "url_citation", **cited}
+    for chunks in ([delta_responses(content="a", annotations=annotations)], [delta_responses(content="a"), delta_responses(annotations=annotations)],
+                   [delta_responses(annotations=annotations), delta_responses(content="a")]):
+        events = play_responses([*chunks, end("stop")])
+        [added] = [event for event in events if event["type"] == "response.output_text.annotation.added"]
+        assert broken_rules(events) == [] and (added["annotation_index"], added["annotation"]) == (0, flat)
+        assert events[-1]["response"]["output"][0]["content"][0]["annotations"] == [flat]
+        again = ifl.replay_events(events[-1]["response"])
+        assert [e["annotation"] for e in again if "annotation" in e] == [flat]
+    plain = make_turn({"input": "q"}).reply({"choices": [{"message": {"content": "a", "annotations": annotations}}]}, counter())
+    assert plain["output"][0]["content"][0]["annotations"] == [flat]
+
+
+def test_names_are_made_fit_for_chat_and_come_back():
+    tools = [{"type": "namespace", "name": "mcp.srv/1", "tools": [{"type": "function", "name": name} for name in ("do it", "do_it")]},
+             {"type": "function", "name": "a.b"}, {"type": "function", "name": "\u00e9"}]
+    history = [user_responses("q"), call_responses("c1", "do it", namespace="mcp.srv/1"), result_responses("c1")]
+    turn = make_turn({"input": history, "tools": tools})
+    known = [tool["function"]["name"] for tool in turn.chat["tools"]]
+    assert known[0] == "mcp_srv_1__do_it" == turn.chat["messages"][1]["tool_calls"][0]["function"]["name"]
+    assert len(set(known)) == 4 and all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) for name in known)
+    answer = {"choices": [{"message": {"tool_calls": [asked(name, call_id=f"x{n}") for n, name in enumerate(known)]}}]}
+    calls = [(item.get("namespace"), item["name"]) for item in turn.reply(answer, counter())["output"]]
+    assert calls == [("mcp.srv/1", "do it"), ("mcp.srv/1", "do_it"), (None, "a.b"), (None, "\u00e9")]
 
 
 def test_reasoning_comes_back_word_for_word():
@@ -9492,7 +9521,8 @@ def test_provider_test_says_what_works(capsys, demo):
 
 @pytest.mark.usefixtures("own_home")
 @pytest.mark.parametrize("script, status, words", [
-    ([ifl.DemoAnswer("no such model", status=404)], 1, "mine: does not work, the model: the model demo does not exist there: no such model"),
+    ([ifl.DemoAnswer("no such model", status=404)], 1,
+     "mine: does not work, the model: the model demo does not exist there: no such model"),
     ([ifl.DemoAnswer("Insufficient Balance", status=402)], 1, "mine: does not work, the balance: Insufficient Balance"),
     ([ifl.DemoAnswer("bad key", status=401)], 1, "mine: does not work, the key: "),
     ([ifl.DemoAnswer("hi"), ifl.DemoAnswer("no streams", status=400)], 1, "stream failed (400: no streams), tools ok"),
