@@ -289,7 +289,7 @@ KEY_STATUS = (401, 403, 429)
 FOREIGN_MODELS = ("claude-*", "gpt-*", "codex-*", "o1*", "o3*", "o4*")
 
 #: Claude Code's tiers -> a name of each that it knows; its gateway discovery keeps only ids with claude or anthropic.
-CLAUDE_MODELS = {"OPUS": "claude-opus-4-5", "SONNET": "claude-sonnet-4-5", "HAIKU": "claude-haiku-4-5"}
+CLAUDE_MODELS = {"OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6", "HAIKU": "claude-haiku-4-5"}
 
 #: The page: sessions at once, how long one lasts, and how long when nobody uses it.
 SESSIONS_LIMIT, SESSION_S, SESSION_IDLE_S = 64, 30 * 86400, 7 * 86400
@@ -2735,6 +2735,16 @@ def find_output_cap(status: int, message: str) -> int:
     return int(next(filter(None, found.groups())).replace(",", "")) if found else 0
 
 
+#: What no waiting heals: a balance or quota that is used up (OpenAI, DeepSeek, Moonshot; Zhipu's 1113; DashScope).
+_SPENT = re.compile(r"insufficient[_ ](?:quota|balance|credits?|funds)|exceeded[_ ](?:your )?current[_ ]quota|余额不足|欠费|"
+                    r'arrearage|"code": ?"?1113\b', re.I)
+
+
+def is_spent(status: int, text: str) -> bool:
+    """Whether an upstream refuses because nothing is left to pay with."""
+    return status == 402 or status >= 400 and _SPENT.search(text[:10000]) is not None
+
+
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
     """Seconds from `retry-after-ms` or `retry-after` (a number or an HTTP date, RFC 9110, 10.2.3), None without."""
     value = headers.get("retry-after-ms", "")
@@ -3191,12 +3201,20 @@ class HeardStream(RelayStream):
         return out
 
 
+#: Events that say nothing of the answer yet.
+_LEADING = ("message_start", "response.created", "response.in_progress")
+
+
 class TranslatedStream:
-    """An upstream's event stream turned into a dialect's own events, as they come."""
+    """An upstream's event stream turned into a dialect's own events, as they come.
+
+    The first of them wait for one that tells something: until then another upstream may still answer instead.
+    """
 
     def __init__(self, translator: Any, encode: Callable[[Any], bytes], fail: Callable[[GatewayError], bytes],
                  note: Optional[ReasoningNote] = None) -> None:
-        self.fail, self._note, self.failed = fail, note, False
+        self._fail, self._note, self.failed = fail, note, False
+        self._lead: Optional[List[bytes]] = []           #: None: they are with the client
         self.began, self.done, self.records = False, False, 0
         self._decoder, self._held = SSEDecoder(), []
         self._broken: Optional[UpstreamError] = None     # raised once what came before it is with the client
@@ -3227,7 +3245,7 @@ class TranslatedStream:
                     self._note.hear(chunk)
                 if chunk is None:
                     self.done = True
-                elif self.began:
+                elif self._lead is None:
                     out.extend(map(self._encode, self._translator.feed(chunk)))
                 else:
                     self._open(chunk, out)
@@ -3235,6 +3253,7 @@ class TranslatedStream:
             if not out:
                 raise
             self.done, self._broken = True, exc
+        self.done = self.done or getattr(self._translator, "ended", False)
         self.records += len(records)
         return b"".join(out)
 
@@ -3244,11 +3263,25 @@ class TranslatedStream:
         reason = first_choice(chunk).get("finish_reason")
         if reason in getattr(self._translator, "fatal", FATAL_FINISH):
             raise broken_off(reason)
-        if is_answer(chunk):
-            self.began = True
-            for held in self._held:
-                out.extend(map(self._encode, self._translator.feed(held)))
-            self._held = []
+        self.began = self.began or is_answer(chunk)
+        if self.began:
+            held, self._held = self._held, []
+            for chunk in held:
+                self._lead_in(self._translator.feed(chunk), out)
+
+    def _lead_in(self, events: Iterator[Any], out: List[bytes]) -> None:
+        for event in events:
+            if self._lead is None:
+                out.append(self._encode(event))
+                continue
+            self._lead.append(self._encode(event))
+            if not isinstance(event, dict) or event.get("type") not in _LEADING:
+                out += self._lead
+                self._lead = None
+
+    def fail(self, exc: GatewayError) -> bytes:
+        """An error as the last thing within the stream."""
+        return b"".join(self._lead or ()) + self._fail(exc)
 
     def close(self) -> bytes:
         """The end of the answer; UpstreamGarbled where the upstream's end was none."""
@@ -3259,10 +3292,11 @@ class TranslatedStream:
             raise UpstreamGarbled("the upstream's answer is empty")
         if not self.done and not self.finish_reason:
             raise UpstreamGarbled("the upstream's answer was cut off")
-        out += b"".join(map(self._encode, self._translator.close()))
+        rest: List[bytes] = []
+        self._lead_in(self._translator.close(), rest)
         if self._note is not None:
             self._note.close(getattr(self._translator, "call_ids", ()))
-        return out
+        return out + b"".join(rest)
 
 
 # === 7. Anthropic Messages (pure) ============================================
@@ -3427,6 +3461,13 @@ def _joined(parts: List[Json]) -> Any:
     return "\n\n".join(texts) if len(texts) == len(parts) else parts
 
 
+def _merged(first: Json, second: Json) -> Json:
+    """Two user messages as one: some chat templates refuse them in a row."""
+    parts = [part for content in (first["content"], second["content"])
+             for part in ([_text_part(content)] if isinstance(content, str) else content)]
+    return {"role": "user", "content": _joined(parts)}
+
+
 def _enclosed(tag: str, block: Json, names: Sequence[str], inner: List[Json]) -> List[Json]:
     """`inner` between <tag …> and </tag>."""
     given = [(name, block.get(name)) for name in names]
@@ -3504,7 +3545,9 @@ class _History:
         rest: List[Json] = []
         for turn in turns:
             first = not (self.messages or rest)
-            rest += self._user(turn, waiting) if turn.role == "user" else self._system(turn, first)
+            for message in self._user(turn, waiting) if turn.role == "user" else self._system(turn, first):
+                neighbours = rest and rest[-1]["role"] == message["role"] == "user"      # a system text between them
+                rest.append(_merged(rest.pop(), message) if neighbours else message)
         self.messages += [_tool_message(unwrap_id(ident), NO_RESULT) for ident in waiting] + rest
 
     def _system(self, turn: _Turn, first: bool) -> List[Json]:
@@ -4132,13 +4175,14 @@ class _ToolCalls:
         self.ids, self.new_id = set(ids), new_id
         self.by_index: Dict[int, _ToolCall] = {}
         self.by_source: Dict[str, _ToolCall] = {}
+        self.touched: List[_ToolCall] = []        #: by the entries of this chunk
 
     @property
     def busy(self) -> bool:
         """Whether a call is still to be completed."""
         return not all(call.settled for call in self.all[self.current:])
 
-    def find(self, item: Json, function: Json, position: int) -> _ToolCall:
+    def find(self, item: Json, function: Json) -> _ToolCall:
         """The call a delta belongs to: by index, else by id, else the last one; or a new one."""
         index, source, name = item.get("index"), item.get("id"), function.get("name")
         index = index if isinstance(index, int) and not isinstance(index, bool) else None
@@ -4147,11 +4191,13 @@ class _ToolCalls:
             call = self.by_index.get(index)
         elif source:
             call = self.by_source.get(source)
-        else:                                      # two entries of one chunk are two calls
-            call = self.all[-1] if self.all and not (position and name) else None
-        if call is None or name and self._is_another(call, source, name):
+        else:
+            call = self.all[-1] if self.all else None
+        twice = name and not source and call in self.touched     # two entries of one chunk are two calls
+        if call is None or twice or name and self._is_another(call, source, function):
             call = _ToolCall(self._claim(source), source)
             self.all.append(call)
+        self.touched.append(call)
         if index is not None:
             self.by_index[index] = call
         if source:
@@ -4160,11 +4206,17 @@ class _ToolCalls:
         return call
 
     @staticmethod
-    def _is_another(call: _ToolCall, source: str, name: str) -> bool:
-        """Servers that send every call under index 0 show a new one by a new id, or a new name after the end."""
-        if source and source != call.source and (call.source or call.name and call.begun):
-            return True
-        return call.scanner.complete and bool(call.name) and name != call.name
+    def _is_another(call: _ToolCall, source: str, function: Json) -> bool:
+        """Servers that send every call under index 0 show a new one by a new id, or a new name after the end.
+
+        An id that comes late, with the name once more, is still the call's own.
+        """
+        if source and call.source:
+            return source != call.source
+        renamed = bool(call.name) and function["name"] != call.name
+        if call.scanner.complete:
+            return renamed or bool(source and call.name and function.get("arguments"))
+        return renamed and bool(source) and call.begun
 
     def _claim(self, source: str) -> str:
         """An id that is legal and new in this conversation: the upstream's if it is both."""
@@ -4259,9 +4311,7 @@ class MessagesStream:
             yield self._message_start()
         yield from self._flush_text()
         yield from self._advance(last=True)
-        held, self.held = self.held, []
-        for kind, text, details in held:
-            yield from self._text(text) if kind == "text" else self._thinking(text, details)
+        yield from self._release()
         if self.hidden and not self.spoke:
             yield from self._text("".join(self.hidden))
         yield from self._close_block()
@@ -4269,6 +4319,11 @@ class MessagesStream:
         yield {"type": "message_delta", "usage": self._usage(),
                "delta": {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}}
         yield {"type": "message_stop"}
+
+    @property
+    def ended(self) -> bool:
+        """Whether a stop sequence of ours was hit, after which the upstream talks to nobody."""
+        return self.watch is not None and bool(self.watch.hit)
 
     @property
     def call_ids(self) -> List[str]:
@@ -4404,15 +4459,24 @@ class MessagesStream:
     def _tool_calls(self, delta: Json) -> Iterator[Json]:
         yield from self._flush_text()
         items = delta.get("tool_calls") or [{"function": delta.get("function_call")}]
-        for position, item in enumerate(items if isinstance(items, list) else ()):
+        self.calls.touched = []
+        for item in items if isinstance(items, list) else ():
             function = item.get("function") if isinstance(item, dict) else None
             if isinstance(function, dict) or isinstance(item, dict) and item.get("id"):
                 function = function if isinstance(function, dict) else {}
-                call = self.calls.find(item, function, position)
+                call = self.calls.find(item, function)
                 before = len(call.pending)
                 call.add(function)
                 self.size += len(call.pending) - before
                 yield from self._advance(last=False)
+        if self.held and not self.calls.busy:
+            yield from self._release()
+
+    def _release(self) -> Iterator[Json]:
+        """What was said while a call was incomplete."""
+        held, self.held = self.held, []
+        for kind, text, details in held:
+            yield from self._text(text) if kind == "text" else self._thinking(text, details)
 
     def _advance(self, last: bool) -> Iterator[Json]:
         """Send what can be sent of the active call; go to the next one when it is complete and another waits."""
@@ -10348,6 +10412,8 @@ class Gateway:
         if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
             text = dump_json(exc.body).decode() if exc.body else exc.message
             found = find_overflow(exc.status, text, exc.code, turn.max_output)
+            if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
+                exc.should_retry = False
             if found:
                 exc.overflow = found
             if exc.overflow is not None:

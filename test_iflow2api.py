@@ -2559,6 +2559,20 @@ def test_an_upgrade_is_named_as_http_wants(server, upstream):
     assert answer.status == 426 and answer.headers["upgrade"] == "HTTP/1.1" and "Upgrade" in answer.headers["connection"]
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("begun", [[chunk(" ")], [chunk(None, tool_calls=[{"index": 0, "id": "a", "function": {"name": "look"}}])]])
+def test_another_upstream_may_answer_until_something_was_said(server, upstreams, path, begun):
+    bad, good = upstreams(), upstreams()
+    running = server(provider(bad, models=["m1"]), provider(good, "up2", models=["m2"]), aliases={"m": ["up/m1", "up2/m2"]})
+    ask = {"model": "m", "max_tokens": 9, "stream": True, "input": "q", "messages": [{"role": "user", "content": "q"}]}
+    for end in ([RESET], [{"error": {"message": "broken", "code": 500}}, DONE], []):
+        bad.plays(sse(*begun, *end))
+        text = post(running, ask, path).body.decode()
+        assert '"Hel"' in text and "broken" not in text
+        assert text.count("event: message_start") + text.count("event: response.created") == 1
+    assert len(bad.requests) == len(good.requests) == 3
+
+
 ENDLESS = [("/v1/chat/completions", "data: [DONE]"), ("/v1/messages", "event: message_stop"),
            ("/v1/responses", "event: response.completed")]
 
@@ -4288,14 +4302,14 @@ def test_claude_s_names_are_listed_with_where_they_lead(server, upstream):
         "claude-haiku*": "small", "opus-of-mine": "up/big", "claude-when-long": {"model": "big", "over_tokens": 9}})
     listed = {m["id"]: m for m in get(running, "/v1/models?limit=1000", anthropic_version="1").json["data"]}
     assert {name: m["display_name"] for name, m in listed.items() if "→" in m["display_name"]} == {
-        "claude-opus-4-5": "claude-opus-4-5 → up/big", "claude-sonnet-4-5": "claude-sonnet-4-5 → up/big",
+        "claude-opus-4-8": "claude-opus-4-8 → up/big", "claude-sonnet-4-6": "claude-sonnet-4-6 → up/big",
         "claude-haiku-4-5": "claude-haiku-4-5 → up/small", "opus-of-mine": "opus-of-mine → up/big",
         "claude-when-long": "claude-when-long → up/big"}
     assert all((listed[name]["max_input_tokens"], listed[name]["max_tokens"]) == (200000, 8192)
-               for name in ("big", "claude-opus-4-5", "opus-of-mine"))
+               for name in ("big", "claude-opus-4-8", "opus-of-mine"))
     assert "max_tokens" not in listed["claude-haiku-4-5"]
     plain_list = [m["id"] for m in get(running, "/v1/models").json["data"]]
-    assert "opus-of-mine" in plain_list and "claude-opus-4-5" not in plain_list
+    assert "opus-of-mine" in plain_list and "claude-opus-4-8" not in plain_list
     for name in ("claude-haiku-9", "claude-anything", "gpt-9"):
         assert get(running, "/v1/models/" + name, anthropic_version="1").json["id"] == name
         assert get(running, "/v1/models/" + name).json["owned_by"] == "up"
@@ -5520,7 +5534,7 @@ def test_histories(messages, expected):
 def test_system_messages_for_templates_with_one_at_the_top(first):
     messages = [user("q"), {"role": "system", "content": "French."}]
     got = turn_of({"messages": messages, **({"system": first} if first else {})}, mid_system="user").chat["messages"]
-    assert got[-1] == {"role": "user", "content": "<system>\nFrench.\n</system>"}
+    assert got[-1] == {"role": "user", "content": "q\n\n<system>\nFrench.\n</system>"}
 
 
 def test_a_system_message_may_set_the_effort_and_change_the_tools():
@@ -6091,6 +6105,17 @@ STREAMS_MESSAGES = {
                                      [F, use("b", "f", x=2)]),
     "always index 0, no ids": ([tools(tool(0, None, "f", '{"x":1}')), tools(tool(0, None, "g", '{"y":2}'))],
                                [use(gen(2), "f", x=1), use(gen(3), "g", y=2)]),
+    "index 0 twice in one chunk, no ids": ([tools(tool(0, None, "f", '{"x":1}'), tool(0, None, "f", '{"x":2}'))],
+                                           [use(gen(2), "f", x=1), use(gen(3), "f", x=2)]),
+    "index 0 twice, an id with the second": ([tools(tool(0, None, "f", '{"x":1}')), tools(tool(0, "b", "f", '{"x":2}'))],
+                                             [use(gen(2), "f", x=1), use("b", "f", x=2)]),
+    "the id comes later, with the name": ([tools(tool(0, None, "f", '{"x"')), tools(tool(0, "late", "f", ":1}"))],
+                                          [use(gen(2), "f", x=1)]),
+    "the id comes last, with the name": ([tools(tool(0, None, "f", '{"x":1}')), tools(tool(0, "late", "f", ""))],
+                                         [use(gen(2), "f", x=1)]),
+    "text between calls": ([tools(tool(0, "a", "f", '{"x"')), delta(content="by"), tools(tool(0, arguments=":1}")),
+                            delta(content=" the way"), tools(tool(1, "b", "g", '{"y":2}'))],
+                           [F, text("by the way"), G]),
     "no index": ([tools(tool(None, "a", "f", '{"x"')), tools(tool(arguments=":1}"))], [F]),
     "by id only": ([tools(tool(None, "a", "f", '{"x"')), tools(tool(None, "b", "g", '{"y"')),
                     tools(tool(None, "a", arguments=":1}")),
@@ -6183,7 +6208,7 @@ def split(chunks):
 
 SPLITTABLE = [name for name in STREAMS_MESSAGES if name not in (
     "reasoning aliases", "neither index nor id", "part lists", "shapes of nothing", "legacy function_call",
-    "two calls in one chunk")]
+    "two calls in one chunk", "index 0 twice in one chunk, no ids", "index 0 twice, an id with the second")]
 
 
 @pytest.mark.parametrize("name", SPLITTABLE)
@@ -6279,6 +6304,26 @@ def test_stop_sequences_beyond_the_fourth_are_watched(content, expected, sequenc
                                                                       if sequence else ("end_turn", None))
     assert fold(play([delta(content="one STO"), tools(tool(0, "a", "f", "{}"))],
                      body)[0])["content"] == [text("one STO"), use("a", "f")]
+
+
+def test_a_system_text_as_a_user_message_joins_its_neighbours():
+    """Templates that allow system at the top only mostly want user and assistant in turns, too."""
+    note = {"role": "system", "content": "note"}
+    told = "<system>\nnote\n</system>"
+    messages = [user("q"), note, user(image()), assistant(use("a")), user(result("a", "x")), note, user("and?")]
+    chat = turn_of({"messages": messages}, mid_system="user").chat["messages"]
+    assert [m["role"] for m in chat] == ["user", "assistant", "tool", "user"]
+    assert chat[0]["content"] == [text("q\n\n" + told), IMAGE_PART] and chat[3]["content"] == told + "\n\nand?"
+    assert [m["role"] for m in turn_of({"messages": messages}).chat["messages"]] == [
+        "user", "system", "user", "assistant", "tool", "system", "user"]
+
+
+def test_what_was_said_during_a_call_is_told_when_it_ends():
+    stream = turn_of({"stream": True}).stream(ids())
+    for piece in (tools(tool(0, "a", "f", '{"x"')), delta(content="by the way")):
+        list(stream.feed(piece))
+    told = [event for event in stream.feed(tools(tool(0, arguments=":1}")))]
+    assert told[-1]["delta"] == {"type": "text_delta", "text": "by the way"}
 
 
 # --- counting
@@ -6425,6 +6470,28 @@ def test_an_overflow_without_numbers_tells_our_own(server, upstream, message, to
     guess = post(running, ask, "/v1/messages/count_tokens").json["input_tokens"]
     answer = post(running, ask, "/v1/messages")
     assert (answer.status, answer.json["error"]["message"]) == (400, told.format(guess, guess - 1))
+
+
+@pytest.mark.parametrize("status, error, spent", [
+    (429, {"code": "1113", "message": "您的账户已欠费，请充值后重试"}, True), (429, {"code": 1113, "message": "no"}, True),
+    (429, {"code": "insufficient_quota", "message": "You exceeded your current quota"}, True),
+    (402, {"message": "Insufficient Balance"}, True), (400, {"code": "Arrearage", "message": "Access denied"}, True),
+    (429, {"message": "余额不足或无可用资源包"}, True), (429, {"message": "slow down", "code": "1302"}, False),
+    (500, {"message": "oops"}, False)])
+def test_what_no_waiting_heals_is_not_to_be_tried_again(server, upstream, status, error, spent):
+    running = server(upstream)
+    upstream.plays(plain({"error": error}, status))
+    answer = post(running, {"model": "m1", "max_tokens": 9, "messages": [{"role": "user", "content": "q"}]}, "/v1/messages")
+    assert answer.status == status and answer.headers.get("x-should-retry") == ("false" if spent else None)
+
+
+def test_a_stop_sequence_of_ours_ends_the_upstream_s_stream(server, upstream):
+    running = server(upstream, idle_timeout_s=60)
+    upstream.plays(sse(chunk("say EN"), chunk("D and more"), HOLD))
+    answer = post(running, {"model": "m1", "max_tokens": 9, "stream": True, "stop_sequences": ["1", "2", "3", "4", "END"],
+                            "messages": [{"role": "user", "content": "q"}]}, "/v1/messages")
+    assert b'"stop_sequence":"END"' in answer.body and b"message_stop" in answer.body and b"and more" not in answer.body
+    until(lambda: upstream.hung_up)
 
 
 CAPS = [
@@ -8451,7 +8518,7 @@ CLAUDE_ENV = [
     ({"default_model": "m", "aliases": {"claude-haiku-*": "s"}},
      {**dict.fromkeys("MODEL OPUS SONNET".split(), "m"), "HAIKU": "claude-haiku-4-5", "SMALL": "claude-haiku-4-5"}),
     ({"default_model": "m", "aliases": {"claude-*": "s"}},
-     {"MODEL": "claude-sonnet-4-5", "OPUS": "claude-opus-4-5", "SONNET": "claude-sonnet-4-5", "HAIKU": "claude-haiku-4-5",
+     {"MODEL": "claude-sonnet-4-6", "OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6", "HAIKU": "claude-haiku-4-5",
       "SMALL": "claude-haiku-4-5"}),
     ({"providers": [{"name": "p", "base_url": "http://h/v1", "models": [{"id": "m", "context": 65536}]}]},
      {**dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m"), "CONTEXT": "65536"})]
