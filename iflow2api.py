@@ -9794,6 +9794,7 @@ class Record:
     key: str = ""                        #: name of the client's key
     at: float = 0.0                      #: epoch seconds
     trail: List[Attempt] = field(default_factory=list)
+    spent: bool = False                  #: its tokens are counted against limits
 
     def counts(self) -> List[int]:
         """As USAGE_COUNTS; a client that leaves is no error."""
@@ -10214,9 +10215,9 @@ class Gateway:
             record.status, record.error = 499, "the client left"
             raise
         finally:
+            self._note(record, call)
             with self._lock:
                 self.in_flight -= 1
-            self._note(record, call)
 
     def _try_targets(self, state: State, call: Call, sink: AnswerSink, record: Record) -> None:
         """The chain of targets, and after a pause those again that may do better then, as often as `retry` allows."""
@@ -10477,7 +10478,7 @@ class Gateway:
             data = b""
             if call.stream and "json" not in exchange.content_type:
                 try:
-                    data = self._pump(exchange, stream, sink, record)
+                    data = self._pump(exchange, stream, sink, record, call)
                 finally:
                     record.usage = self._usage(stream.usage, call, stream.records)
                 if not data:
@@ -10485,6 +10486,7 @@ class Gateway:
             data = data or exchange.read_all(ANSWER_LIMIT_BYTES)
             completion = self._parse_answer(data, call, exchange.status)
             record.usage = self._usage(usage_of(completion), call, len(data) // 5)
+            self._spend(record, call)
             if call.stream:              # a server that does not stream: its answer becomes one
                 sink.end(stream.feed(completion_to_sse(completion)) + stream.close())
             else:
@@ -10492,7 +10494,7 @@ class Gateway:
                 sink.reply(turn.reply(data, completion), content_type, sink.returned)
             record.first_s = time.monotonic() - record.started
 
-    def _pump(self, exchange: Exchange, stream: Any, sink: AnswerSink, record: Record) -> bytes:
+    def _pump(self, exchange: Exchange, stream: Any, sink: AnswerSink, record: Record, call: Call) -> bytes:
         """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole.
 
         Returns the body where it is no event stream but a JSON object, whatever it calls itself, else b"".
@@ -10525,7 +10527,10 @@ class Gateway:
                 raise
         if body:
             return bytes(body)
-        sink.end(stream.close())         # raises, unless all of an answer came before the connection broke
+        last = stream.close()            # raises, unless all of an answer came before the connection broke
+        record.usage = self._usage(stream.usage, call, stream.records)
+        self._spend(record, call)
+        sink.end(last)
         if stream.failed:
             record.status, record.error = 502, "the upstream broke off with an error"
         return b""
@@ -10588,13 +10593,19 @@ class Gateway:
             return parse_usage(raw)
         return Usage(prompt=len(call.text) // 4, completion=records, estimated=True)
 
+    def _spend(self, record: Record, call: Call) -> None:
+        """Count the tokens against limits, once: before the answer's end, so that the next request finds them counted."""
+        if call.meters and not record.spent:
+            record.spent = True
+            real = record.status in (0, 200) or record.first_s is not None       # 0: it is about to end well
+            self.limiter.spend(call.meters, record.usage.prompt + record.usage.completion if real else 0)
+
     def _note(self, record: Record, call: Call) -> None:
         record.total_s = time.monotonic() - record.started
         settings = self.settings
         counts, target = record.counts(), record.target
         model, provider = (target.model[:100], target.provider.name) if target else ("", "")
-        if call.meters:
-            self.limiter.spend(call.meters, counts[2] + counts[3])
+        self._spend(record, call)
         if settings.usage:
             self.usage.add(model, provider, record.key, counts, settings.usage_days)
         self.series.add(model, provider, record.key, counts)

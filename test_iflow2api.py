@@ -14242,7 +14242,7 @@ def test_the_playground(admin, upstream, path, body):
     assert "cookie" not in upstream.requests[0].headers
     answer = browser("POST", "play/" + path, {**body, "stream": True})
     assert answer.status == 200 and answer.headers["content-type"].startswith("text/event-stream")
-    assert browser.get("usage?by=key")["rows"][0]["name"] == "admin"
+    assert until(lambda: browser.get("usage?by=key")["rows"])[0]["name"] == "admin"
     assert browser("POST", "play/" + path, {"model": 5}).status == 400
 
 
