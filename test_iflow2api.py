@@ -4288,14 +4288,14 @@ def test_claude_s_names_are_listed_with_where_they_lead(server, upstream):
         "claude-haiku*": "small", "opus-of-mine": "up/big", "claude-when-long": {"model": "big", "over_tokens": 9}})
     listed = {m["id"]: m for m in get(running, "/v1/models?limit=1000", anthropic_version="1").json["data"]}
     assert {name: m["display_name"] for name, m in listed.items() if "→" in m["display_name"]} == {
-        "claude-opus-4-5": "claude-opus-4-5 → up/big", "claude-sonnet-4-5": "claude-sonnet-4-5 → up/big",
+        "claude-opus-4-8": "claude-opus-4-8 → up/big", "claude-sonnet-4-6": "claude-sonnet-4-6 → up/big",
         "claude-haiku-4-5": "claude-haiku-4-5 → up/small", "opus-of-mine": "opus-of-mine → up/big",
         "claude-when-long": "claude-when-long → up/big"}
     assert all((listed[name]["max_input_tokens"], listed[name]["max_tokens"]) == (200000, 8192)
-               for name in ("big", "claude-opus-4-5", "opus-of-mine"))
+               for name in ("big", "claude-opus-4-8", "opus-of-mine"))
     assert "max_tokens" not in listed["claude-haiku-4-5"]
     plain_list = [m["id"] for m in get(running, "/v1/models").json["data"]]
-    assert "opus-of-mine" in plain_list and "claude-opus-4-5" not in plain_list
+    assert "opus-of-mine" in plain_list and "claude-opus-4-8" not in plain_list
     for name in ("claude-haiku-9", "claude-anything", "gpt-9"):
         assert get(running, "/v1/models/" + name, anthropic_version="1").json["id"] == name
         assert get(running, "/v1/models/" + name).json["owned_by"] == "up"
@@ -8422,7 +8422,7 @@ CLAUDE_ENV = [
     ({"default_model": "m", "aliases": {"claude-haiku-*": "s"}},
      {**dict.fromkeys("MODEL OPUS SONNET".split(), "m"), "HAIKU": "claude-haiku-4-5", "SMALL": "claude-haiku-4-5"}),
     ({"default_model": "m", "aliases": {"claude-*": "s"}},
-     {"MODEL": "claude-sonnet-4-5", "OPUS": "claude-opus-4-5", "SONNET": "claude-sonnet-4-5", "HAIKU": "claude-haiku-4-5",
+     {"MODEL": "claude-sonnet-4-6", "OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6", "HAIKU": "claude-haiku-4-5",
       "SMALL": "claude-haiku-4-5"}),
     ({"providers": [{"name": "p", "base_url": "http://h/v1", "models": [{"id": "m", "context": 65536}]}]},
      {**dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m"), "CONTEXT": "65536"})]
