@@ -3189,12 +3189,20 @@ class HeardStream(RelayStream):
         return out
 
 
+#: Events that say nothing of the answer yet.
+_LEADING = ("message_start", "response.created", "response.in_progress")
+
+
 class TranslatedStream:
-    """An upstream's event stream turned into a dialect's own events, as they come."""
+    """An upstream's event stream turned into a dialect's own events, as they come.
+
+    The first of them wait for one that tells something: until then another upstream may still answer instead.
+    """
 
     def __init__(self, translator: Any, encode: Callable[[Any], bytes], fail: Callable[[GatewayError], bytes],
                  note: Optional[ReasoningNote] = None) -> None:
-        self.fail, self._note, self.failed = fail, note, False
+        self._fail, self._note, self.failed = fail, note, False
+        self._lead: Optional[List[bytes]] = []           #: None: they are with the client
         self.began, self.done, self.records = False, False, 0
         self._decoder, self._held = SSEDecoder(), []
         self._broken: Optional[UpstreamError] = None     # raised once what came before it is with the client
@@ -3225,7 +3233,7 @@ class TranslatedStream:
                     self._note.hear(chunk)
                 if chunk is None:
                     self.done = True
-                elif self.began:
+                elif self._lead is None:
                     out.extend(map(self._encode, self._translator.feed(chunk)))
                 else:
                     self._open(chunk, out)
@@ -3242,11 +3250,25 @@ class TranslatedStream:
         reason = first_choice(chunk).get("finish_reason")
         if reason in getattr(self._translator, "fatal", FATAL_FINISH):
             raise broken_off(reason)
-        if is_answer(chunk):
-            self.began = True
-            for held in self._held:
-                out.extend(map(self._encode, self._translator.feed(held)))
-            self._held = []
+        self.began = self.began or is_answer(chunk)
+        if self.began:
+            held, self._held = self._held, []
+            for chunk in held:
+                self._lead_in(self._translator.feed(chunk), out)
+
+    def _lead_in(self, events: Iterator[Any], out: List[bytes]) -> None:
+        for event in events:
+            if self._lead is None:
+                out.append(self._encode(event))
+                continue
+            self._lead.append(self._encode(event))
+            if not isinstance(event, dict) or event.get("type") not in _LEADING:
+                out += self._lead
+                self._lead = None
+
+    def fail(self, exc: GatewayError) -> bytes:
+        """An error as the last thing within the stream."""
+        return b"".join(self._lead or ()) + self._fail(exc)
 
     def close(self) -> bytes:
         """The end of the answer; UpstreamGarbled where the upstream's end was none."""
@@ -3257,10 +3279,11 @@ class TranslatedStream:
             raise UpstreamGarbled("the upstream's answer is empty")
         if not self.done and not self.finish_reason:
             raise UpstreamGarbled("the upstream's answer was cut off")
-        out += b"".join(map(self._encode, self._translator.close()))
+        rest: List[bytes] = []
+        self._lead_in(self._translator.close(), rest)
         if self._note is not None:
             self._note.close(getattr(self._translator, "call_ids", ()))
-        return out
+        return out + b"".join(rest)
 
 
 # === 7. Anthropic Messages (pure) ============================================

@@ -2559,6 +2559,20 @@ def test_an_upgrade_is_named_as_http_wants(server, upstream):
     assert answer.status == 426 and answer.headers["upgrade"] == "HTTP/1.1" and "Upgrade" in answer.headers["connection"]
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("begun", [[chunk(" ")], [chunk(None, tool_calls=[{"index": 0, "id": "a", "function": {"name": "look"}}])]])
+def test_another_upstream_may_answer_until_something_was_said(server, upstreams, path, begun):
+    bad, good = upstreams(), upstreams()
+    running = server(provider(bad, models=["m1"]), provider(good, "up2", models=["m2"]), aliases={"m": ["up/m1", "up2/m2"]})
+    ask = {"model": "m", "max_tokens": 9, "stream": True, "input": "q", "messages": [{"role": "user", "content": "q"}]}
+    for end in ([RESET], [{"error": {"message": "broken", "code": 500}}, DONE], []):
+        bad.plays(sse(*begun, *end))
+        text = post(running, ask, path).body.decode()
+        assert '"Hel"' in text and "broken" not in text
+        assert text.count("event: message_start") + text.count("event: response.created") == 1
+    assert len(bad.requests) == len(good.requests) == 3
+
+
 ENDLESS = [("/v1/chat/completions", "data: [DONE]"), ("/v1/messages", "event: message_stop"),
            ("/v1/responses", "event: response.completed")]
 
