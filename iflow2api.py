@@ -4153,13 +4153,14 @@ class _ToolCalls:
         self.ids, self.new_id = set(ids), new_id
         self.by_index: Dict[int, _ToolCall] = {}
         self.by_source: Dict[str, _ToolCall] = {}
+        self.touched: List[_ToolCall] = []        #: by the entries of this chunk
 
     @property
     def busy(self) -> bool:
         """Whether a call is still to be completed."""
         return not all(call.settled for call in self.all[self.current:])
 
-    def find(self, item: Json, function: Json, position: int) -> _ToolCall:
+    def find(self, item: Json, function: Json) -> _ToolCall:
         """The call a delta belongs to: by index, else by id, else the last one; or a new one."""
         index, source, name = item.get("index"), item.get("id"), function.get("name")
         index = index if isinstance(index, int) and not isinstance(index, bool) else None
@@ -4168,11 +4169,13 @@ class _ToolCalls:
             call = self.by_index.get(index)
         elif source:
             call = self.by_source.get(source)
-        else:                                      # two entries of one chunk are two calls
-            call = self.all[-1] if self.all and not (position and name) else None
-        if call is None or name and self._is_another(call, source, name):
+        else:
+            call = self.all[-1] if self.all else None
+        twice = name and not source and call in self.touched     # two entries of one chunk are two calls
+        if call is None or twice or name and self._is_another(call, source, function):
             call = _ToolCall(self._claim(source), source)
             self.all.append(call)
+        self.touched.append(call)
         if index is not None:
             self.by_index[index] = call
         if source:
@@ -4181,11 +4184,17 @@ class _ToolCalls:
         return call
 
     @staticmethod
-    def _is_another(call: _ToolCall, source: str, name: str) -> bool:
-        """Servers that send every call under index 0 show a new one by a new id, or a new name after the end."""
-        if source and source != call.source and (call.source or call.name and call.begun):
-            return True
-        return call.scanner.complete and bool(call.name) and name != call.name
+    def _is_another(call: _ToolCall, source: str, function: Json) -> bool:
+        """Servers that send every call under index 0 show a new one by a new id, or a new name after the end.
+
+        An id that comes late, with the name once more, is still the call's own.
+        """
+        if source and call.source:
+            return source != call.source
+        renamed = bool(call.name) and function["name"] != call.name
+        if call.scanner.complete:
+            return renamed or bool(source and call.name and function.get("arguments"))
+        return renamed and bool(source) and call.begun
 
     def _claim(self, source: str) -> str:
         """An id that is legal and new in this conversation: the upstream's if it is both."""
@@ -4280,9 +4289,7 @@ class MessagesStream:
             yield self._message_start()
         yield from self._flush_text()
         yield from self._advance(last=True)
-        held, self.held = self.held, []
-        for kind, text, details in held:
-            yield from self._text(text) if kind == "text" else self._thinking(text, details)
+        yield from self._release()
         if self.hidden and not self.spoke:
             yield from self._text("".join(self.hidden))
         yield from self._close_block()
@@ -4425,15 +4432,24 @@ class MessagesStream:
     def _tool_calls(self, delta: Json) -> Iterator[Json]:
         yield from self._flush_text()
         items = delta.get("tool_calls") or [{"function": delta.get("function_call")}]
-        for position, item in enumerate(items if isinstance(items, list) else ()):
+        self.calls.touched = []
+        for item in items if isinstance(items, list) else ():
             function = item.get("function") if isinstance(item, dict) else None
             if isinstance(function, dict) or isinstance(item, dict) and item.get("id"):
                 function = function if isinstance(function, dict) else {}
-                call = self.calls.find(item, function, position)
+                call = self.calls.find(item, function)
                 before = len(call.pending)
                 call.add(function)
                 self.size += len(call.pending) - before
                 yield from self._advance(last=False)
+        if self.held and not self.calls.busy:
+            yield from self._release()
+
+    def _release(self) -> Iterator[Json]:
+        """What was said while a call was incomplete."""
+        held, self.held = self.held, []
+        for kind, text, details in held:
+            yield from self._text(text) if kind == "text" else self._thinking(text, details)
 
     def _advance(self, last: bool) -> Iterator[Json]:
         """Send what can be sent of the active call; go to the next one when it is complete and another waits."""

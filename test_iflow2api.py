@@ -6105,6 +6105,17 @@ STREAMS_MESSAGES = {
                                      [F, use("b", "f", x=2)]),
     "always index 0, no ids": ([tools(tool(0, None, "f", '{"x":1}')), tools(tool(0, None, "g", '{"y":2}'))],
                                [use(gen(2), "f", x=1), use(gen(3), "g", y=2)]),
+    "index 0 twice in one chunk, no ids": ([tools(tool(0, None, "f", '{"x":1}'), tool(0, None, "f", '{"x":2}'))],
+                                           [use(gen(2), "f", x=1), use(gen(3), "f", x=2)]),
+    "index 0 twice, an id with the second": ([tools(tool(0, None, "f", '{"x":1}')), tools(tool(0, "b", "f", '{"x":2}'))],
+                                             [use(gen(2), "f", x=1), use("b", "f", x=2)]),
+    "the id comes later, with the name": ([tools(tool(0, None, "f", '{"x"')), tools(tool(0, "late", "f", ":1}"))],
+                                          [use(gen(2), "f", x=1)]),
+    "the id comes last, with the name": ([tools(tool(0, None, "f", '{"x":1}')), tools(tool(0, "late", "f", ""))],
+                                         [use(gen(2), "f", x=1)]),
+    "text between calls": ([tools(tool(0, "a", "f", '{"x"')), delta(content="by"), tools(tool(0, arguments=":1}")),
+                            delta(content=" the way"), tools(tool(1, "b", "g", '{"y":2}'))],
+                           [F, text("by the way"), G]),
     "no index": ([tools(tool(None, "a", "f", '{"x"')), tools(tool(arguments=":1}"))], [F]),
     "by id only": ([tools(tool(None, "a", "f", '{"x"')), tools(tool(None, "b", "g", '{"y"')),
                     tools(tool(None, "a", arguments=":1}")),
@@ -6197,7 +6208,7 @@ def split(chunks):
 
 SPLITTABLE = [name for name in STREAMS_MESSAGES if name not in (
     "reasoning aliases", "neither index nor id", "part lists", "shapes of nothing", "legacy function_call",
-    "two calls in one chunk")]
+    "two calls in one chunk", "index 0 twice in one chunk, no ids", "index 0 twice, an id with the second")]
 
 
 @pytest.mark.parametrize("name", SPLITTABLE)
@@ -6293,6 +6304,14 @@ def test_stop_sequences_beyond_the_fourth_are_watched(content, expected, sequenc
                                                                       if sequence else ("end_turn", None))
     assert fold(play([delta(content="one STO"), tools(tool(0, "a", "f", "{}"))],
                      body)[0])["content"] == [text("one STO"), use("a", "f")]
+
+
+def test_what_was_said_during_a_call_is_told_when_it_ends():
+    stream = turn_of({"stream": True}).stream(ids())
+    for piece in (tools(tool(0, "a", "f", '{"x"')), delta(content="by the way")):
+        list(stream.feed(piece))
+    told = [event for event in stream.feed(tools(tool(0, arguments=":1}")))]
+    assert told[-1]["delta"] == {"type": "text_delta", "text": "by the way"}
 
 
 # --- counting
