@@ -2733,6 +2733,16 @@ def find_output_cap(status: int, message: str) -> int:
     return int(next(filter(None, found.groups())).replace(",", "")) if found else 0
 
 
+#: What no waiting heals: a balance or quota that is used up (OpenAI, DeepSeek, Moonshot; Zhipu's 1113; DashScope).
+_SPENT = re.compile(r"insufficient[_ ](?:quota|balance|credits?|funds)|exceeded[_ ](?:your )?current[_ ]quota|余额不足|欠费|"
+                    r'arrearage|"code": ?"?1113\b', re.I)
+
+
+def is_spent(status: int, text: str) -> bool:
+    """Whether an upstream refuses because nothing is left to pay with."""
+    return status == 402 or status >= 400 and _SPENT.search(text[:10000]) is not None
+
+
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
     """Seconds from `retry-after-ms` or `retry-after` (a number or an HTTP date, RFC 9110, 10.2.3), None without."""
     value = headers.get("retry-after-ms", "")
@@ -3241,6 +3251,7 @@ class TranslatedStream:
             if not out:
                 raise
             self.done, self._broken = True, exc
+        self.done = self.done or getattr(self._translator, "ended", False)
         self.records += len(records)
         return b"".join(out)
 
@@ -3448,6 +3459,13 @@ def _joined(parts: List[Json]) -> Any:
     return "\n\n".join(texts) if len(texts) == len(parts) else parts
 
 
+def _merged(first: Json, second: Json) -> Json:
+    """Two user messages as one: some chat templates refuse them in a row."""
+    parts = [part for content in (first["content"], second["content"])
+             for part in ([_text_part(content)] if isinstance(content, str) else content)]
+    return {"role": "user", "content": _joined(parts)}
+
+
 def _enclosed(tag: str, block: Json, names: Sequence[str], inner: List[Json]) -> List[Json]:
     """`inner` between <tag …> and </tag>."""
     given = [(name, block.get(name)) for name in names]
@@ -3525,7 +3543,9 @@ class _History:
         rest: List[Json] = []
         for turn in turns:
             first = not (self.messages or rest)
-            rest += self._user(turn, waiting) if turn.role == "user" else self._system(turn, first)
+            for message in self._user(turn, waiting) if turn.role == "user" else self._system(turn, first):
+                neighbours = rest and rest[-1]["role"] == message["role"] == "user"      # a system text between them
+                rest.append(_merged(rest.pop(), message) if neighbours else message)
         self.messages += [_tool_message(unwrap_id(ident), NO_RESULT) for ident in waiting] + rest
 
     def _system(self, turn: _Turn, first: bool) -> List[Json]:
@@ -4297,6 +4317,11 @@ class MessagesStream:
         yield {"type": "message_delta", "usage": self._usage(),
                "delta": {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}}
         yield {"type": "message_stop"}
+
+    @property
+    def ended(self) -> bool:
+        """Whether a stop sequence of ours was hit, after which the upstream talks to nobody."""
+        return self.watch is not None and bool(self.watch.hit)
 
     @property
     def call_ids(self) -> List[str]:
@@ -10356,6 +10381,8 @@ class Gateway:
         if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
             text = dump_json(exc.body).decode() if exc.body else exc.message
             found = find_overflow(exc.status, text, exc.code, turn.max_output)
+            if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
+                exc.should_retry = False
             if found:
                 exc.overflow = found
             if exc.overflow is not None:

@@ -5534,7 +5534,7 @@ def test_histories(messages, expected):
 def test_system_messages_for_templates_with_one_at_the_top(first):
     messages = [user("q"), {"role": "system", "content": "French."}]
     got = turn_of({"messages": messages, **({"system": first} if first else {})}, mid_system="user").chat["messages"]
-    assert got[-1] == {"role": "user", "content": "<system>\nFrench.\n</system>"}
+    assert got[-1] == {"role": "user", "content": "q\n\n<system>\nFrench.\n</system>"}
 
 
 def test_a_system_message_may_set_the_effort_and_change_the_tools():
@@ -6306,6 +6306,18 @@ def test_stop_sequences_beyond_the_fourth_are_watched(content, expected, sequenc
                      body)[0])["content"] == [text("one STO"), use("a", "f")]
 
 
+def test_a_system_text_as_a_user_message_joins_its_neighbours():
+    """Templates that allow system at the top only mostly want user and assistant in turns, too."""
+    note = {"role": "system", "content": "note"}
+    told = "<system>\nnote\n</system>"
+    messages = [user("q"), note, user(image()), assistant(use("a")), user(result("a", "x")), note, user("and?")]
+    chat = turn_of({"messages": messages}, mid_system="user").chat["messages"]
+    assert [m["role"] for m in chat] == ["user", "assistant", "tool", "user"]
+    assert chat[0]["content"] == [text("q\n\n" + told), IMAGE_PART] and chat[3]["content"] == told + "\n\nand?"
+    assert [m["role"] for m in turn_of({"messages": messages}).chat["messages"]] == [
+        "user", "system", "user", "assistant", "tool", "system", "user"]
+
+
 def test_what_was_said_during_a_call_is_told_when_it_ends():
     stream = turn_of({"stream": True}).stream(ids())
     for piece in (tools(tool(0, "a", "f", '{"x"')), delta(content="by the way")):
@@ -6458,6 +6470,28 @@ def test_an_overflow_without_numbers_tells_our_own(server, upstream, message, to
     guess = post(running, ask, "/v1/messages/count_tokens").json["input_tokens"]
     answer = post(running, ask, "/v1/messages")
     assert (answer.status, answer.json["error"]["message"]) == (400, told.format(guess, guess - 1))
+
+
+@pytest.mark.parametrize("status, error, spent", [
+    (429, {"code": "1113", "message": "您的账户已欠费，请充值后重试"}, True), (429, {"code": 1113, "message": "no"}, True),
+    (429, {"code": "insufficient_quota", "message": "You exceeded your current quota"}, True),
+    (402, {"message": "Insufficient Balance"}, True), (400, {"code": "Arrearage", "message": "Access denied"}, True),
+    (429, {"message": "余额不足或无可用资源包"}, True), (429, {"message": "slow down", "code": "1302"}, False),
+    (500, {"message": "oops"}, False)])
+def test_what_no_waiting_heals_is_not_to_be_tried_again(server, upstream, status, error, spent):
+    running = server(upstream)
+    upstream.plays(plain({"error": error}, status))
+    answer = post(running, {"model": "m1", "max_tokens": 9, "messages": [{"role": "user", "content": "q"}]}, "/v1/messages")
+    assert answer.status == status and answer.headers.get("x-should-retry") == ("false" if spent else None)
+
+
+def test_a_stop_sequence_of_ours_ends_the_upstream_s_stream(server, upstream):
+    running = server(upstream, idle_timeout_s=60)
+    upstream.plays(sse(chunk("say EN"), chunk("D and more"), HOLD))
+    answer = post(running, {"model": "m1", "max_tokens": 9, "stream": True, "stop_sequences": ["1", "2", "3", "4", "END"],
+                            "messages": [{"role": "user", "content": "q"}]}, "/v1/messages")
+    assert b'"stop_sequence":"END"' in answer.body and b"message_stop" in answer.body and b"and more" not in answer.body
+    until(lambda: upstream.hung_up)
 
 
 CAPS = [
