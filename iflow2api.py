@@ -2358,6 +2358,115 @@ def estimate_tokens(value: Any) -> int:
     return 0 if value is None else 1
 
 
+class ObjectMender:
+    """Passes a JSON object on as it comes; what was passed is always the beginning of valid JSON.
+
+    Mended on the way: line breaks and other control characters in strings, backslashes before what JSON does not know,
+    commas before a closing bracket, Python's constants.  At anything else nothing more is passed, and close() ends the
+    object with a member INVALID_JSON, which has all that came: clients tell their model instead of running the half.
+    """
+    #: Where it stands -> marks that may come there; `s` is a number or constant.
+    _MAY = {"start": "{", "first key": '"}', "key": '"', "colon": ":", "value": '"{[s', "first value": '"{[s]',
+            "next": ",}]"}
+    _STRING = re.compile(r'[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}')
+    _HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
+    _TOKEN = re.compile(r'[ \t\r\n]+|[{}\[\],:"]|[-+.\w]+')
+    _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
+    _PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+    def __init__(self) -> None:
+        self.complete = self._broken = False
+        self._raw: List[str] = []
+        self._closers: List[str] = []
+        self._state, self._in_string, self._in_key = "start", False, False
+        self._held, self._comma = "", ""          #: the end of what came, to be continued; a comma that waits
+
+    def feed(self, text: str) -> str:
+        """What may be passed now; what comes after the end of the object is ignored."""
+        self._raw.append(text)
+        text, self._held, at, out = self._held + text, "", 0, []
+        while at < len(text) and not self.complete and not self._broken:
+            at = self._read_string(text, at, out) if self._in_string else self._read_token(text, at, out)
+        return "".join(out)
+
+    def close(self, cut: bool = False) -> str:
+        """What ends the object; `cut`: it was cut off by a limit and stays as it is."""
+        held, out = self._held, []
+        if self.complete or cut:
+            return "" if self.complete else self._comma + held
+        if held and not self._in_string:
+            self._take("s", held, out)
+        self.complete = True
+        if self._state == "next" and not self._broken:
+            return "".join(out + self._closers[::-1])            # only the end was forgotten
+        return "".join(out) + self._give_up()
+
+    def _read_string(self, text: str, at: int, out: List[str]) -> int:
+        found = self._STRING.match(text, at)
+        if found:
+            out.append(found.group())
+            return found.end()
+        if text[at] == '"':
+            out.append('"')
+            self._in_string, self._state = False, "colon" if self._in_key else "next"
+        elif self._HALF_ESCAPE.match(text, at):
+            self._held = text[at:]
+            return len(text)
+        else:
+            out.append(json.dumps(text[at])[1:-1])
+        return at + 1
+
+    def _read_token(self, text: str, at: int, out: List[str]) -> int:
+        found = self._TOKEN.match(text, at)
+        token = found.group() if found else ""
+        if not found:
+            self._broken = True
+        elif token.isspace() and self._comma:
+            self._comma += token
+        elif token.isspace():
+            out.append(token)
+        elif token in '{}[],:"':
+            self._take(token, token, out)
+        elif found.end() == len(text):                           # a number may go on
+            self._held = token
+        else:
+            self._take("s", token, out)
+        return found.end() if found else len(text)
+
+    def _take(self, kind: str, token: str, out: List[str]) -> None:
+        """One token that is no blank."""
+        token, ends = self._PYTHON.get(token, token), kind in "}]"
+        stray_comma = ends and bool(self._comma)                 # [1,] and {"a":1,}
+        if not stray_comma and kind not in self._MAY[self._state] or ends and self._closers[-1] != kind or (
+                kind == "s" and not self._SCALAR.fullmatch(token)):
+            self._broken = True
+            return
+        out.append("" if ends else self._comma)
+        self._comma = token if kind == "," else ""
+        if kind in "{[":
+            self._closers.append("}" if kind == "{" else "]")
+            self._state = "first key" if kind == "{" else "first value"
+        elif kind == '"':
+            self._in_string, self._in_key = True, "key" in self._state
+        elif kind == ",":
+            self._state = "key" if self._closers[-1] == "}" else "value"
+            return
+        else:
+            self._state = "value" if kind == ":" else "next"
+            self.complete = ends and len(self._closers) == 1
+            del self._closers[len(self._closers) - ends:]
+        out.append(token)
+
+    def _give_up(self) -> str:
+        """The shortest way to the end of the object, with what came as it came."""
+        empty = self._state == "first key" and not self._in_string and len(self._closers) == 1
+        value = self._state == "value" and not self._comma and not self._in_string
+        end = ('"' if self._in_string else "") + (":" if self._in_string and self._in_key or self._state == "colon" else "")
+        end += "null" if end.endswith(":") or value else ""
+        start = "{" if not self._closers else "" if empty else ","
+        return end + "".join(self._closers[:0:-1]) + f'{start}"INVALID_JSON":{json.dumps("".join(self._raw))}}}'
+
+
 def parse_arguments(text: str) -> Json:
     """Tool arguments as an object, whatever a model made of them; what is not JSON stays readable to the client."""
     try:
@@ -2365,8 +2474,20 @@ def parse_arguments(text: str) -> Json:
         if isinstance(value, str):                 # encoded twice
             value = json.loads(value, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        return {"INVALID_JSON": text}
+        value = _mended(text)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     return {} if value is None else value if isinstance(value, dict) else {"INVALID_JSON": text}
+
+
+def _mended(text: str) -> Any:
+    """The object in `text` that is nearly JSON, perhaps between ```; False where there is none."""
+    text = re.sub(r"\A\s*```(?:json)?\s*(\{.*\})\s*```\s*\Z", r"\1", text, flags=re.S).strip()
+    mender = ObjectMender()
+    try:
+        return json.loads(mender.feed(text) + mender.close()) if text[:1] == "{" else False
+    except (ValueError, RecursionError):
+        return False
 
 
 _OUTSIDE, _INSIDE = re.compile(r'[{}\[\]"]'), re.compile(r'["\\]')
@@ -4095,7 +4216,7 @@ class MessagesTurn:
         stream = self.stream(new_id)
         events = list(stream.feed({"choices": [{**choice, "delta": {**message, "tool_calls": calls}}],
                                    "usage": usage_of(completion)}))
-        return _fold(events + list(stream.close()), cut=stream.finish_reason == "length")
+        return _fold(events + list(stream.close()), stream.cut)
 
     def stream(self, new_id: Callable[[str], str]) -> MessagesStream:
         return MessagesStream(self, new_id)
@@ -4138,30 +4259,32 @@ class _ToolCall:
         self.begun = False                #: an argument byte has come
         self.odd = False                  #: not an object (encoded twice, null, …): kept to the end and mended
         self.opened = False
-        self.scanner = ObjectScanner()
+        self.mender = ObjectMender()
 
     @property
     def settled(self) -> bool:
-        return self.opened and self.scanner.complete
+        return self.opened and self.mender.complete
 
     def add(self, function: Json) -> None:
         name, given = function.get("name"), function.get("arguments")
         if isinstance(name, str) and not self.opened and name != self.name:    # equal: some repeat it in each chunk
             self.name += name
         text = _compact(given) if isinstance(given, dict) else given
-        if not isinstance(text, str) or self.scanner.complete:
+        if not isinstance(text, str) or self.mender.complete:
             return
         if not self.begun:
             text = text.lstrip()
             self.begun, self.odd = bool(text), text[:1] not in ("", "{")
-        self.pending += text if self.odd else text[:self.scanner.feed(text)]
+        self.pending += text if self.odd else self.mender.feed(text)
 
-    def take(self, last: bool) -> str:
-        """The arguments to send now."""
+    def take(self, last: bool, cut: bool) -> str:
+        """The arguments to send now; `cut`: the last ones may be half."""
         if self.odd and not last:
             return ""
         text, self.pending = self.pending, ""
-        return _compact(parse_arguments(text)) if self.odd else text
+        if self.odd:
+            return _compact(parse_arguments(text))
+        return text + self.mender.close(cut) if last and self.begun else text
 
 
 class _ToolCalls:
@@ -4212,7 +4335,7 @@ class _ToolCalls:
         if source and call.source:
             return source != call.source
         renamed = bool(call.name) and function["name"] != call.name
-        if call.scanner.complete:
+        if call.mender.complete:
             return renamed or bool(source and call.name and function.get("arguments"))
         return renamed and bool(source) and call.begun
 
@@ -4317,6 +4440,11 @@ class MessagesStream:
         yield {"type": "message_delta", "usage": self._usage(),
                "delta": {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}}
         yield {"type": "message_stop"}
+
+    @property
+    def cut(self) -> bool:
+        """Whether the answer ended before its time, so that its last call may be half; no client may run that."""
+        return (self.finish_reason or "") in STOP_REASON
 
     @property
     def ended(self) -> bool:
@@ -4490,10 +4618,10 @@ class MessagesStream:
                 self.blank, self.spoke, call.opened = "", True, True
                 name = self.turn.names.get(call.name, call.name)
                 yield from self._open({"type": "tool_use", "id": call.id, "name": name, "input": {}})
-            text = call.take(last)
+            text = call.take(last, self.cut)
             if text:
                 yield self._delta("input_json_delta", "partial_json", text)
-            if not last and not (more and call.scanner.complete):
+            if not last and not (more and call.mender.complete):
                 return
             yield from self._close_block()
 
@@ -13797,14 +13925,14 @@ def claude_words(router: Router, model: str = "") -> Dict[str, str]:
     return {**words, "CONTEXT": str(context or "")}
 
 
-def filled(text: str, words: Mapping[str, str]) -> str:
+def fill_words(text: str, words: Mapping[str, str]) -> str:
     """An entry of CLIENTS or CODEX_SETTINGS with its words replaced."""
     return re.sub(r"\b[A-Z]+\b", lambda found: words.get(found.group(), found.group()), text)
 
 
 def env_values(client: str, words: Mapping[str, str]) -> Dict[str, str]:
     """The variables of one of CLIENTS; those are left out whose model nobody knows."""
-    given = {name: filled(value, words) for name, value in CLIENTS[client][0].items()}
+    given = {name: fill_words(value, words) for name, value in CLIENTS[client][0].items()}
     return {name: value for name, value in given.items() if value.strip("/") not in ("", "openai")}
 
 
@@ -13824,7 +13952,7 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str], said: Callabl
         else:
             lines.append(shell.variable.format(name=name, value=shell.quote(value)))
     if client == "codex":
-        pairs = [(name, filled(value, words)) for name, value in CODEX_SETTINGS if filled(value, words)]
+        pairs = [(name, fill_words(value, words)) for name, value in CODEX_SETTINGS if fill_words(value, words)]
         lines.append(codex_command(shell, pairs))
         lines.append(shell.comment.format(said("or for good, in ~/.codex/config.toml:")))
         lines += [shell.comment.format(line) for line in codex_toml(pairs)]
@@ -13889,7 +14017,7 @@ def claude_blocks(setup: Setup) -> List[Json]:
 
 
 def codex_blocks(setup: Setup) -> List[Json]:
-    pairs = [(name, filled(value, setup.words())) for name, value in CODEX_SETTINGS]
+    pairs = [(name, fill_words(value, setup.words())) for name, value in CODEX_SETTINGS]
     return [*shell_blocks("codex", setup), code_block("~/.codex/config.toml", "toml", "\n".join(codex_toml(pairs)))]
 
 
