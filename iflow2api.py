@@ -2170,6 +2170,386 @@ class Router:
         return None
 
 
+# --- sentences in Chinese ------------------------------------------------------
+
+#: Sentences that come from anywhere in English -> the same in Chinese; {} is a part that is looked up by itself.  They are
+#: turned where they are shown (the console's `local`, the page's API), so that nobody else needs to know of languages; HTTP stays English.
+CHINESE: Dict[str, str] = {
+    # files and settings
+    "the server takes a free port at each start (port 0): say with --port which one it has printed":
+        "服务每次启动都选用空闲端口（port 0）：请用 --port 指定它打印出的端口",
+    "no iflow2api answers at {} now; if it runs elsewhere, say so with --host and --port":
+        "{} 现在没有 iflow2api 应答；如果它在别处运行，请用 --host 和 --port 指明",
+    "put a key instead of YOUR_KEY; `key add NAME` makes one": "请用密钥替换 YOUR_KEY；`key add NAME` 可生成一个",
+    "a password has from {} to {} characters": "密码需要 {} 到 {} 个字符",
+    "the upstream answered with a web page; is base_url its API, and not its site?":
+        "上游返回的是网页；base_url 是接口地址，而不是网站地址吗？",
+    "line {}, column {}: {}": "第 {} 行第 {} 列：{}",
+    "not UTF-8 text": "不是 UTF-8 文本",
+    "an object expected": "需要 JSON 对象",
+    "Expecting value": "缺少值", "Extra data": "有多余的内容", "Expecting {} delimiter": "缺少 {}",
+    "Expecting property name enclosed in double quotes": "缺少双引号括起的名称",
+    "Unterminated string starting at": "字符串没有结束", "Invalid control character at": "字符串中有控制字符",
+    "Illegal trailing comma before end of object": "末尾有多余的逗号",
+    "Illegal trailing comma before end of array": "末尾有多余的逗号", "Invalid \\escape": "无效的转义",
+    "No such file or directory": "没有这个文件或文件夹", "Permission denied": "没有权限", "Is a directory": "这是一个文件夹",
+    "Not a directory": "不是文件夹", "Read-only file system": "文件系统只读", "No space left on device": "磁盘已满",
+    "File exists": "文件已存在", "Device or resource busy": "文件正被占用", "Operation not permitted": "不允许此操作",
+    "Cannot assign requested address": "本机没有这个地址", "Address already in use": "地址已被占用",
+    "Connection reset by peer": "连接被对方重置", "Network is unreachable": "网络不可达", "No route to host": "无法到达主机",
+    "Broken pipe": "连接已断开", "Name or service not known": "没有这个域名", "Temporary failure in name resolution": "暂时无法解析域名",
+    "No address associated with hostname": "这个域名没有地址",
+    "{} (running with {})": "{}（暂用 {}）", "{} (running with defaults)": "{}（暂用默认设置）",
+    "{} (what was in force stays)": "{}（沿用原来的设置）",
+    "{} (the settings in force stay)": "{}（沿用原来的设置）",
+    "{} (left as it is)": "{}（保持不变）",
+    "{} (the iFlow CLI's file; nothing is written to it)": "{}（这是 iFlow CLI 的文件，没有写入任何内容）",
+    "{}; did you mean {}?": "{}；您是不是要输入 {}？", "{} or {}": "{} 或 {}",
+    "{} expected": "需要{}", "{} expected, not {}": "需要{}，而不是 {}",
+    "a string": "文字", "a whole number": "整数", "a number": "数字", "true or false": " true 或 false", "a list": "列表",
+    "an object": "对象", "a list as JSON": " JSON 列表", "an object as JSON": " JSON 对象",
+    "one of {} expected": "需要以下之一：{}", "a number of seconds up to {} expected": "需要不超过 {} 的秒数",
+    "a number of {} at least": "不小于 {} 的数字",
+    "a number of {} at least, {} at most": " {} 到 {} 之间的数字",
+    "a whole number from {} to {} expected": "需要 {} 到 {} 的整数",
+    "a whole number from {} to {} expected, not {}": "需要 {} 到 {} 的整数，而不是 {}",
+    "a number from {} to {} expected, not {}": "需要 {} 到 {} 的数字，而不是 {}", "a whole number of 1 at least": "不小于 1 的整数",
+    "chat, messages or responses": " chat、messages 或 responses", "a model or a list of models": "模型名或模型列表",
+    "{} (leave it out for no limit)": "{}（不限就不要写这一项）",
+    "no such field; there are {}": "没有这一项；可用的有 {}",
+    "an object with input, output and cached": "含 input、output、cached 的对象",
+    "no such network": "没有这样的网段", "{} is no IP address": "{} 不是 IP 地址",
+    "{} is no address and no network": "{} 不是地址，也不是网段",
+    "a date such as 2027-01-31": "日期，如 2027-01-31",
+    "an object with a name without blanks, commas and slashes expected; `key add` makes one":
+        "需要带 name 的对象，名称不含空格、逗号和斜杠；可用 `key add` 生成",
+    "the key's SHA-256 in hex expected; `key add` makes one": "需要密钥的十六进制 SHA-256；可用 `key add` 生成",
+    "a list of names or patterns": "名称或模式的列表",
+    "the name {} is taken by an earlier one": "名称 {} 与前面的重复",
+    "client_keys: {}: models: {} matches nothing": "client_keys：{}：models：{} 匹配不到任何模型",
+    # secrets at rest
+    "config.json: {} can't be read: {}": "config.json：无法读取 {}：{}",
+    "config.json.bak: {} can't be read: {}": "config.json.bak：无法读取 {}：{}",
+    "it is damaged": "内容已损坏", "a newer version encrypted it, or it is damaged": "由更新的版本加密，或内容已损坏",
+    "it is encrypted with another passphrase, or damaged": "用别的口令加密，或内容已损坏",
+    "it is encrypted with another key than {} holds, or damaged": "加密所用的密钥不在 {} 中，或内容已损坏",
+    "its key can't be read: {}": "无法读取加密密钥：{}",
+    "it is encrypted with a passphrase: set {}": "用口令加密：请设置 {}",
+    "{} is damaged: 32 bytes expected": "{} 已损坏：应为 32 字节",
+    "encryption is off, so that there is no key to change; to turn it on: config encrypt on":
+        "尚未启用加密，没有密钥可换；启用：config encrypt on",
+    "secrets in {} stay unencrypted: {}": "{} 中的密钥未能加密：{}",
+    "no backup of {}: {}": "无法备份 {}：{}",
+    "another process has held {} for {} s": "{} 被另一个进程占用了 {} 秒",
+    # providers
+    "provider {} is disabled: {}": "上游 {} 已停用：{}",
+    "base_url {} is no http:// or https:// address": "base_url {} 不是 http:// 或 https:// 地址",
+    "base_url {} is no http:// or https:// address; write {} or {}": "base_url {} 不是 http:// 或 https:// 地址；请写成 {} 或 {}",
+    "base_url {}: no such port": "base_url {}：端口无效",
+    "base_url of {}: credentials, ? and # do not belong here; use api_keys and headers":
+        "{} 的 base_url：不能含用户名密码、? 和 #；请用 api_keys 和 headers",
+    "base_url contains blanks or control characters": "base_url 含有空白或控制字符",
+    "a secret of it is encrypted and can't be opened": "它的密钥是加密的，无法解开",
+    "the environment variable {} is not set": "没有设置环境变量 {}",
+    "a key is empty, or has blanks, line breaks or characters that no HTTP header may have":
+        "密钥为空，或含有 HTTP 头不允许的空白、换行或字符",
+    "a header value is empty, or has blanks, line breaks or characters that no HTTP header may have":
+        "请求头的值为空，或含有 HTTP 头不允许的空白、换行或字符",
+    "each provider needs a name without blanks, commas and slashes": "每个上游都需要名称（name），不含空格、逗号和斜杠",
+    "it is of the wrong type": "类型不对",
+    "concurrency, key_concurrency and timeout_s can't be negative": "concurrency、key_concurrency 和 timeout_s 不能为负",
+    "models: names expected, or objects as {}": "models：需要名称，或这样的对象：{}",
+    "{} makes no sense": "{} 没有意义", "headers: {} is no header name": "headers：{} 不是请求头名称",
+    "an address": "地址",
+    # routes
+    "no such condition; there are {}": "没有这个条件；可用的有 {}",
+    "alias {} is never reached: {} above it takes every such name": "别名 {} 永远用不到：前面的 {} 已匹配所有这样的名称",
+    "alias {} matches nothing: a request without a model means default_model": "别名 {} 匹配不到任何请求：不写模型时用 default_model",
+    "default_provider {} is no provider": "default_provider {} 不是已有的上游",
+    "there is no provider {}": "没有上游 {}",
+    "the request names no model, and default_model is not set": "没有写模型，也没有设置 default_model",
+    "no model named: default_model is {}": "没有写模型：default_model 是 {}",
+    "no alias takes it": "没有适用的别名", "no alias matches it": "没有匹配的别名",
+    "but {} is disabled: {}": "但 {} 已停用：{}",
+    "alias {}: {} if {}: yes": "别名 {}：{}，条件 {}：满足", "alias {}: {} if {}: no": "别名 {}：{}，条件 {}：不满足",
+    "alias {} makes it {}": "别名 {} 使它变为 {}", "{}, then {}": "{}，然后 {}",
+    "alias {} has nothing for such a request": "别名 {} 没有适合这种请求的目标",
+    "{}: its first part is the name of a provider": "{}：斜杠前是上游的名称",
+    "{}: {} lists it among its models": "{}：{} 的模型列表里有它",
+    "{}: a name of the client's own, which means default_model ({})": "{}：客户端自带的名称，即 default_model（{}）",
+    "{}: nobody claims it, so it goes to the default provider, {}, as it is": "{}：没有上游声明它，原样发给默认上游 {}",
+    "there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's key into IFLOW_API_KEY, "
+    "start with --upstream URL, or add one to `providers`":
+        "没有登录 iFlow，也没有其他上游：请运行 `python iflow2api.py login`，或把 iFlow 密钥放进 IFLOW_API_KEY，"
+        "或用 --upstream URL 启动，或在 `providers` 里添加一个",
+    # upstreams
+    "the upstream said nothing for {} s": "上游 {} 秒没有任何回应", "the upstream took nothing for {} s": "上游 {} 秒没有接收任何数据",
+    "the upstream's answer is encoded as {}, which nobody asked for": "上游的回答用了未请求的编码 {}",
+    "the connection to the upstream broke: {}": "与上游的连接断开：{}",
+    "the upstream's chunked answer is broken: {}": "上游的分块回答有错误：{}",
+    "no status line": "没有状态行", "too many headers": "头部字段过多", "its head is too large": "头部过大",
+    "no Content-Length": "没有 Content-Length",
+    "no line end after a chunk": "块后没有换行", "no chunk size": "没有块长度", "endless trailers": "尾部过长",
+    "the upstream closed the connection in the middle of its answer": "上游在回答中途断开了连接",
+    "the upstream's answer can't be decompressed: {}": "上游的回答无法解压：{}",
+    "the upstream's answer is larger than {} MiB": "上游的回答超过 {} MiB",
+    "the upstream's answer is not JSON": "上游的回答不是 JSON", "the upstream's answer is empty": "上游的回答是空的",
+    "the upstream's answer is no JSON object": "上游的回答不是 JSON 对象",
+    "the upstream redirects to {}; set base_url to where it really is": "上游重定向到 {}；请把 base_url 改为真正的地址",
+    "the upstream answered {}: {}": "上游返回 {}：{}", "an HTML page": "一个 HTML 网页", "no message": "没有说明",
+    "its /models is not JSON": "它的 /models 不是 JSON",
+    "it lists no models; name one in its `models`, or with --model": "它没有列出模型；请在它的 `models` 里或用 --model 指定一个",
+    "TLS failed: {}": "TLS 失败：{}",
+    "its certificate is not valid yet: is this machine's clock right?": "它的证书尚未生效：本机的时钟对吗？",
+    "its certificate has expired, or this machine's clock is wrong": "它的证书已过期，或本机的时钟不对",
+    "its certificate is self-signed: put it into a file and set `ca_file`": "它的证书是自签名的：请存成文件并设置 `ca_file`",
+    "its certificate chain ends in an unknown root: set `ca_file`, or install the CA certificates (ca-certificates)":
+        "它的证书链以未知的根证书结尾：请设置 `ca_file`，或安装 CA 证书（ca-certificates）",
+    "its issuer is unknown: install the CA certificates (ca-certificates, on OpenWrt ca-bundle), or set `ca_file`":
+        "不认识它的证书颁发者：请安装 CA 证书（ca-certificates，OpenWrt 上为 ca-bundle），或设置 `ca_file`",
+    "its certificate is for another host name": "它的证书属于别的域名",
+    "it does not speak TLS; should the address begin with http://?": "对方不使用 TLS；地址是不是该以 http:// 开头？",
+    "no connection within the time limit (connect_timeout_s)": "在时限内没有连上（connect_timeout_s）",
+    "unknown host ({})": "找不到主机（{}）", "connection refused; is it running?": "连接被拒绝；它在运行吗？",
+    "the answer is not HTTP ({})": "对方的回答不是 HTTP（{}）",
+    "{} closed the connection without an answer": "{} 没有回答就断开了连接",
+    "{} is this program's own address; set {}": "{} 是本程序自己的地址；请修改 {}",
+    "base_url to the real upstream": " base_url，填写真正的上游",
+    "upstream_proxy, or the provider's proxy, to a real one": " upstream_proxy 或上游的 proxy，填写真正的代理",
+    "ca_file {}: {}": "ca_file {}：{}",
+    "provider {} refused its key (HTTP {}: {}); {}, then run: python iflow2api.py test {}":
+        "上游 {} 拒绝了它的密钥（HTTP {}：{}）；{}，然后运行：python iflow2api.py test {}",
+    "provider {} refused a request without a key (HTTP {}: {}); {}, then run: python iflow2api.py test {}":
+        "上游 {} 拒绝了没有密钥的请求（HTTP {}：{}）；{}，然后运行：python iflow2api.py test {}",
+    "log in to iFlow again (python iflow2api.py login)": "请重新登录 iFlow（python iflow2api.py login）",
+    "check its api_keys in config.json": "请检查 config.json 中它的 api_keys",
+    "the model {} does not exist there: {}": "那里没有模型 {}：{}",
+    "{} is busy and {} requests wait already": "{} 繁忙，已有 {} 个请求在排队",
+    "no place at {} came free within {} s": "{} 在 {} 秒内没有空位",
+    # proxies
+    "a proxy address that begins with {} is not supported; write http://, socks5://, socks5h:// (or env)":
+        "不支持以 {} 开头的代理地址；请用 http://、socks5://、socks5h://（或 env）",
+    "a proxy address that begins like this is not supported; write http://, socks5://, socks5h:// (or env)":
+        "不支持这样开头的代理地址；请用 http://、socks5://、socks5h://（或 env）",
+    "the proxy's address can't be read; write {} or {}, with %40 for @, %2F for /, %3A for :, %23 for #":
+        "无法识别代理地址；请写成 {} 或 {}，其中 @ 写作 %40，/ 写作 %2F，: 写作 %3A，# 写作 %23",
+    "{} through the proxy {}": "{}（经代理 {}）", "provider {}: proxy": "上游 {}：代理", "the proxy {}": "代理 {}",
+    "is it an HTTP proxy?": "它是 HTTP 代理吗？", "is it a SOCKS5 proxy?": "它是 SOCKS5 代理吗？",
+    "it closed the connection without an answer; is it an HTTP proxy?": "它没有回答就断开了连接；它是 HTTP 代理吗？",
+    "it closed the connection without an answer; is it a SOCKS5 proxy?": "它没有回答就断开了连接；它是 SOCKS5 代理吗？",
+    "it does not allow this host or port": "它不允许这个主机或端口", "it can't reach the upstream": "它连不上上游",
+    "it failed for no stated reason": "它没有说明原因就失败了", "it does not allow this address": "它不允许这个地址",
+    "it can't reach that network": "它连不上那个网络", "the upstream refused the connection": "上游拒绝了连接",
+    "the upstream is too far away": "上游太远（TTL 用尽）", "it can't connect": "它无法建立连接",
+    "it does not take this kind of address": "它不支持这种地址", "it failed with code {}": "它失败了，代码 {}",
+    "the upstream's host name can't be encoded": "上游的域名无法编码", "the upstream's host name is too long": "上游的域名太长",
+    "what it answers is not HTTP; is it an HTTP proxy?": "它的回答不是 HTTP；它是 HTTP 代理吗？",
+    "what it answers is not HTTP/1.1; is it an HTTP proxy?": "它的回答不是 HTTP/1.1；它是 HTTP 代理吗？",
+    "it answers with a page of its own; is it an HTTP proxy?": "它用自己的网页回答；它是 HTTP 代理吗？",
+    "it refused CONNECT {} (HTTP {})": "它拒绝了 CONNECT {}（HTTP {}）",
+    "it refused CONNECT {} (HTTP {}: {})": "它拒绝了 CONNECT {}（HTTP {}：{}）",
+    "it refused the user and password in its address": "它拒绝了地址里的用户名和密码",
+    "it wants a user and a password; write {}": "它需要用户名和密码；请写成 {}",
+    "what it answers is not SOCKS5; {}": "它的回答不是 SOCKS5；{}", "it speaks HTTP: write http://": "它是 HTTP 代理：请写 http://",
+    "SOCKS5 takes a user and a password of 255 bytes at most": "SOCKS5 的用户名和密码最多 255 字节",
+    "{} can't be looked up here; with socks5h:// the proxy does it": "在这里解析不了 {}；用 socks5h:// 由代理解析",
+    # logging in
+    "iFlow knows the login, but has no API key for it: see at https://iflow.cn whether the account has one, then run: "
+    "python iflow2api.py login":
+        "iFlow 认可这个登录，但没有给出 API 密钥：请到 https://iflow.cn 查看账号是否有密钥，然后运行：python iflow2api.py login",
+    "{} is no address: see iflow_token_url and iflow_userinfo_url": "{} 不是地址：请检查 iflow_token_url 和 iflow_userinfo_url",
+    "{} has no valid port": "{} 的端口无效",
+    "iFlow's login host did not finish its answer within {} s": "iFlow 登录服务器没有在 {} 秒内答完",
+    "iFlow's login host ({}): {}": "iFlow 登录服务器（{}）：{}", "iFlow's login host ({})": "iFlow 登录服务器（{}）",
+    "{}; what is stored stays as it is": "{}；已保存的内容没有改动",
+    "iFlow's login host answered {} with {} instead of JSON": "iFlow 登录服务器返回 {}，内容是{}而不是 JSON",
+    "something else": "别的东西", "no reason": "没有说明原因",
+    "iFlow refused the login as used up or too old ({}); run: python iflow2api.py login":
+        "iFlow 拒绝了这个登录：已用过或已过期（{}）；请运行：python iflow2api.py login",
+    "iFlow's login host is overloaded or out of order ({}: {})": "iFlow 登录服务器过载或故障（{}：{}）",
+    "iFlow's login host gave no tokens ({}: {})": "iFlow 登录服务器没有给出令牌（{}：{}）",
+    "iFlow's login host gave no the API key ({}: {})": "iFlow 登录服务器没有给出 API 密钥（{}：{}）",
+    "accounts are kept in config.json, and there is none": "账号保存在 config.json 中，但没有这个文件",
+    "{}; repair the file or move it away, nothing was written to it": "{}；请修复或移走这个文件，没有写入任何内容",
+    "{} can't be written: {}": "无法写入 {}：{}",
+    "there is no home folder to keep the login in: set HOME": "没有可以保存登录的主目录：请设置 HOME",
+    "{} is a folder; move it away": "{} 是一个文件夹；请移走",
+    "{} is read-only, so the login can't be kept": "{} 是只读的，无法保存登录",
+    "no port of this machine can be listened on; log in with: python iflow2api.py login --paste":
+        "本机没有端口可以监听；请这样登录：python iflow2api.py login --paste",
+    "this request is no answer to a login": "这个请求不是登录的结果",
+    "that is neither the address the browser ended on nor the code in it; it looks like {}":
+        "这既不是浏览器最后停在的地址，也不是其中的 code；它应该像这样：{}",
+    "this answer belongs to another login (its state is wrong): open the address of this one":
+        "这是另一次登录的结果（state 不符）：请打开这一次的地址",
+    "iFlow did not log you in: {}; nothing was changed": "iFlow 没有让您登录：{}；没有改动",
+    "an account's name has letters, digits and . @ + - _ only, at most 64": "账号名只能有字母、数字和 . @ + - _，最多 64 个",
+    "another login was begun": "已开始另一次登录", "no login was begun": "还没有开始登录",
+    "the program ended before the login did; nothing was changed": "登录完成前程序已结束；没有改动",
+    "the input ended before the login did; nothing was changed": "登录完成前输入已结束；没有改动",
+    "nobody logged in within {} s; nothing was changed": "{} 秒内没有人登录；没有改动",
+    "logged in to iFlow": "已登录 iFlow", "logged in to iFlow as {}": "已登录 iFlow：{}",
+    "iFlow login {} refreshed": "iFlow 登录 {} 已刷新",
+    "the iFlow login {} has ended: {}": "iFlow 登录 {} 已失效：{}",
+    "the iFlow login {} could not be refreshed (next try in {} s): {}": "无法刷新 iFlow 登录 {}（{} 秒后再试）：{}",
+    # running
+    "{}: line {} is no usage and does not count": "{}：第 {} 行不是用量记录，不计入",
+    "{}: line {} is no limit a day and does not count": "{}：第 {} 行不是每日限额记录，不计入",
+    "{} (usage is counted in memory only)": "{}（用量只记在内存中）",
+    "{} (limit a day is counted in memory only)": "{}（每日限额只记在内存中）",
+    "the new client key can't be stored in {}: {}": "无法把新的客户端密钥保存到 {}：{}",
+    "settings taken over from {}": "已采用 {} 中的设置", "no engine answers on this machine any more": "本机的引擎都不再应答",
+    "found {} at {}: {}": "在 {1} 发现 {0}：{2}", "responses_file {} can't be written: {}": "无法写入 responses_file {}：{}",
+    "{} can't be written ({}): conversations lose their reasoning at a restart": "无法写入 {}（{}）：重启后会丢失对话的思考内容",
+    "{} failed {} times in a row and rests for {} s where there is another": "{} 连续失败 {} 次；有其他上游时，它将休息 {} 秒",
+    "{} trying again in {} s": "{} 将在 {} 秒后重试", "{} {} failed ({})": "{} {} 失败（{}）",
+    # what the commands say
+    "--demo brings its own upstream: leave out --upstream and --api-key": "--demo 自带上游：请去掉 --upstream 和 --api-key",
+    "not running": "未运行", "running, {}, version {}, {} in flight": "正在运行，{}，版本 {}，{} 个请求进行中",
+    "healthy": "正常", "degraded": "有问题",
+    "server": "服务", "config": "配置", "provider": "上游", "note": "说明", "offer": "建议", "problem": "问题", "login": "登录",
+    "error: {}": "错误：{}", "warning: {}": "警告：{}", "problem: {}": "问题：{}", "note: {}": "说明：{}",
+    "debug: {}": "调试：{}",
+    "in use": "使用中", "no key": "无密钥", "{} (default)": "{}（默认）", "{} (set)": "{}（已设置）", "{} models": "{} 个模型",
+    "the running server has other providers than config.json names (--demo, --upstream, or found here)":
+        "正在运行的服务用的不是 config.json 中的上游（--demo、--upstream，或在本机发现的引擎）",
+    "none; run `login` for iFlow, add one to `providers`, or start with --upstream URL":
+        "没有；用 `login` 登录 iFlow，用 `provider add` 添加，或用 --upstream URL 启动",
+    "{} is set: python iflow2api.py provider add {}": "已设置 {}，可运行：python iflow2api.py provider add {}",
+    "{} (or {})": "{}（或 {}）",
+    "keeps failing, rests": "一直失败，正在休息", "kept failing, is tried again": "曾一直失败，正在重试",
+    "{} of its keys rest": "它有 {} 个密钥在休息",
+    "no models known: {}": "没有已知的模型：{}",
+    "no provider lists any; `status` shows the providers": "没有上游列出模型；`status` 显示各上游",
+    "no provider to test: add one to `providers`, or give --upstream URL":
+        "没有可测试的上游：用 `provider add` 添加，或加上 --upstream URL",
+    "no provider to test: add one with `provider add NAME`": "没有可测试的上游：用 `provider add NAME` 添加",
+    "failed ({}): {}": "失败（{}）：{}", "ok, {} answered in {} s: {}": "正常，{} 用 {} 秒回答：{}",
+    "no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL":
+        "还没有上游：`provider add NAME`，NAME 取自 `provider presets`，或任取并加上 --base-url URL",
+    "add one with: python iflow2api.py provider add NAME --api-key '$VARIABLE'":
+        "添加：python iflow2api.py provider add NAME --api-key '$VARIABLE'",
+    "context {}": "上下文 {}", "output {}": "输出 {}", "images": "识图",
+    "there is no preset {}": "没有预设 {}",
+    "{} (`provider presets` lists them; any other server needs --base-url URL)":
+        "{}（`provider presets` 列出全部；其他服务需要 --base-url URL）",
+    "--api-key is empty: the shell has replaced the variable; put it in single quotes: {}":
+        "--api-key 是空的：变量已被 shell 替换；请加单引号：{}",
+    "note: {} is not set here; set it where the server starts": "说明：这里没有设置 {}；请在启动服务的环境里设置",
+    "provider add needs a NAME: one of `provider presets`, or any with --base-url URL":
+        "provider add 需要 NAME：取自 `provider presets`，或任取并加上 --base-url URL",
+    "base_url {} is taken as {}": "base_url {} 按 {} 处理",
+    "there is a provider {} already; `provider remove {}` first, or choose another NAME":
+        "已有上游 {}；先运行 `provider remove {}`，或换一个 NAME",
+    "added {} ({}); try it: python iflow2api.py provider test {}":
+        "已添加 {}（{}）；试一试：python iflow2api.py provider test {}",
+    "provider remove needs a NAME; `provider list` shows them": "provider remove 需要 NAME；`provider list` 列出全部",
+    "config.json has no provider {}": "config.json 中没有上游 {}",
+    "`providers` in config.json is no list; see `config unset providers`":
+        "config.json 中的 `providers` 不是列表；可运行 `config unset providers`",
+    "{}; add it first: provider add {}": "{}；请先添加：provider add {}",
+    "{}: does not work, {}: {}": "{}：不能用，问题在{}：{}", "the key": "密钥", "the balance": "余额", "the model": "模型",
+    "the rate limit": "限流", "the connection": "连接", "its settings": "它的设置",
+    "key ok": "密钥正常", "needs no key": "无需密钥", "model {} ok ({} s)": "模型 {} 正常（{} 秒）", "stream ok": "流式正常",
+    "tools ok": "工具正常",
+    "tools taken, but none called": "接受工具，但没有调用", "stream failed ({}: {})": "流式失败（{}：{}）",
+    "tools failed ({}: {})": "工具失败（{}：{}）",
+    "put your key into IFLOW2API_KEY first; `key add NAME` makes one": "请先把您的密钥放进 IFLOW2API_KEY；`key add NAME` 可生成一个",
+    "{} asks for models of its own; tell which one to use instead: python iflow2api.py config set default_model NAME":
+        "{} 会请求它自带的模型名；请指定实际使用哪个：python iflow2api.py config set default_model NAME",
+    "or for good, in ~/.codex/config.toml:": "或永久写入 ~/.codex/config.toml：",
+    "open this address in a browser to log in to iFlow:": "请在浏览器中打开此地址登录 iFlow：",
+    "no browser was found here: open the address yourself; for a browser elsewhere there is login --paste":
+        "这里没有找到浏览器：请自行打开此地址；浏览器在别的机器上时，请用 login --paste",
+    "login given up; nothing was changed": "已放弃登录；没有改动",
+    "after logging in the browser ends on an address that begins with http://localhost; it need not show a page: paste that "
+    "address here": "登录后浏览器会停在以 http://localhost 开头的地址，页面打不开也没关系：请把那个地址粘贴到这里",
+    "after logging in the browser ends on an address that begins with http://localhost; if it shows no page, paste it here":
+        "登录后浏览器会停在以 http://localhost 开头的地址；如果页面打不开，请把地址粘贴到这里",
+    "paste it again, or leave with Ctrl-C:": "请重新粘贴，或按 Ctrl-C 退出：",
+    "stored in {}; a running server takes it over by itself": "已保存到 {}；正在运行的服务会自动采用",
+    "{} is set, too, and stands above this login": "还设置了 {}，它优先于这次登录",
+    "api_key in config.json": " config.json 中的 api_key",
+    "--api-key: a key has no blanks, line breaks or characters beyond ASCII": "--api-key：密钥不能有空白、换行或非 ASCII 字符",
+    "stored the key {} as account {} in {}": "已把密钥 {} 存为账号 {}：{}",
+    "there is no account {}": "没有账号 {}", "logged out ({})": "已退出登录（{}）",
+    "there was no login to remove ({})": "没有可移除的登录（{}）",
+    "ended: run python iflow2api.py login": "已失效：请运行 python iflow2api.py login", "until {}": "有效至 {}",
+    "end unknown": "有效期未知",
+    "not refreshable": "不能刷新", "last refresh {} ok": "上次刷新 {} 成功", "last refresh {} failed": "上次刷新 {} 失败",
+    "--tokens {}: {}": "--tokens {}：{}", "then": "然后", "{} key": "{} 个密钥", "{} keys": "{} 个密钥",
+    "key {} needs a NAME": "key {} 需要 NAME", "expires: {} is over": "expires：{} 已经过去",
+    "key add {}: there is a key of this name; remove it first, or take another name": "key add {}：已有同名密钥；请先移除，或换个名称",
+    "this is the only time it is shown; clients send it as `Authorization: Bearer KEY`, or as x-api-key":
+        "密钥只显示这一次；客户端用 `Authorization: Bearer KEY` 或 x-api-key 发送",
+    "there is no key {}": "没有密钥 {}",
+    "no key is left, so whoever reaches this server's address may use it": "已没有任何密钥，能连到本服务地址的人都可以使用",
+    "no client keys; `key add NAME` makes one": "没有客户端密钥；`key add NAME` 生成一个", "no limits": "不限",
+    "{} requests a minute": "每分钟 {} 次", "{} requests an hour": "每小时 {} 次", "{} requests a day": "每天 {} 次",
+    "{} tokens a day": "每天 {} token", "{} requests at once": "同时 {} 个请求", "models {}": "模型 {}",
+    "expired {}": "已于 {} 过期", "expires {}": "{} 过期", "today {} requests, {} tokens": "今天 {} 次，{} token",
+    "usage is not being counted: config set usage true": "没有在记录用量；启用：config set usage true",
+    "nothing was used": "没有用量", "~ in part our estimate: the upstream did not count": "~ 含估计值：上游没有给出计数",
+    "model": "模型", "day": "日期", "requests": "请求", "errors": "错误", "input": "输入", "output": "输出", "cached": "缓存",
+    "reasoning": "思考", "first": "首字", "total": "总时间", "cost": "费用",
+    "# iflow2api completion for {}: put this into {}, or: {}": "# {} 的 iflow2api 补全：写入 {}，或：{}",
+    "# iflow2api completion for {}: put this into {}, or:": "# {} 的 iflow2api 补全：写入 {}，或：",
+    "# It serves the names iflow2api and iflow2api.py, also as an alias: {}":
+        "# 适用于名称 iflow2api 和 iflow2api.py，也可作别名：{}",
+    "# It serves the names iflow2api and iflow2api.py: {}": "# 适用于名称 iflow2api 和 iflow2api.py：{}",
+    "; ": "；", "flag": "命令行", "environment": "环境变量", "file": "文件",
+}
+
+
+#: CHINESE's sentences with parts, made when first needed: the longest literal piece, a pattern, the Chinese one, and
+#: whether it says too little to be tried on what can still be taken apart: `a: b expected`.
+_SENTENCES: List[Tuple[str, Any, str, bool]] = []
+
+
+def in_chinese(text: str, is_part: bool = False) -> str:
+    if text in CHINESE and not (is_part and " " not in text):    # a part of one word may be somebody's name
+        return CHINESE[text]
+    for english in () if _SENTENCES else sorted(CHINESE, key=lambda known: len(known.replace("{}", "")), reverse=True):
+        if "{}" in english:
+            pattern = re.compile("(.+?)".join(map(re.escape, english.split("{}"))), re.DOTALL)
+            piece = max(english.split("{}"), key=len)
+            _SENTENCES.append((piece, pattern, CHINESE[english], english[:2] == "{}" and len(piece.strip()) < 14))
+    return (_sentence_in_chinese(text, False) or _parts_in_chinese(text, (("  ", "  "), (": ", "："), ("; ", "；")))
+            or _sentence_in_chinese(text, True) or _parts_in_chinese(text, ((", ", "，"),)) or text)
+
+
+def _sentence_in_chinese(text: str, vague: bool) -> str:
+    for piece, pattern, chinese, is_vague in _SENTENCES:
+        found = pattern.fullmatch(text) if piece in text and is_vague is vague else None
+        if found:
+            return chinese.format(*(in_chinese(part, True) for part in found.groups()))
+    return ""
+
+
+def _parts_in_chinese(text: str, joints: Sequence[Tuple[str, str]]) -> str:
+    """What was put together of several, `where: what, and why`."""
+    for joint, wide in joints:
+        head, there, tail = text.partition(joint)
+        if there and head and tail:
+            parts = in_chinese(head, True), in_chinese(tail, True)
+            if parts != (head, tail):
+                return wide.join(parts)
+    return ""
+
+
+#: Members of the page's JSON that hold sentences.
+SPOKEN = frozenset(("message", "problem", "problems", "steps"))
+
+
+def spoken_in_chinese(value: Any, speaks: bool = False) -> Any:
+    """A JSON value with the sentences in its SPOKEN members in Chinese."""
+    if isinstance(value, dict):
+        return {name: spoken_in_chinese(item, name in SPOKEN) for name, item in value.items()}
+    if isinstance(value, list):
+        return [spoken_in_chinese(item, speaks) for item in value]
+    return in_chinese(value) if speaks and isinstance(value, str) else value
+
+
 # === 6. Chat and SSE (pure) ==================================================
 #
 # Sections 6 to 9 know no socket, clock, file, thread or log: ids and the time come in as arguments.
@@ -2359,6 +2739,115 @@ def estimate_tokens(value: Any) -> int:
     return 0 if value is None else 1
 
 
+class ObjectMender:
+    """Passes a JSON object on as it comes; what was passed is always the beginning of valid JSON.
+
+    Mended on the way: line breaks and other control characters in strings, backslashes before what JSON does not know,
+    commas before a closing bracket, Python's constants.  At anything else nothing more is passed, and close() ends the
+    object with a member INVALID_JSON, which has all that came: clients tell their model instead of running the half.
+    """
+    #: Where it stands -> marks that may come there; `s` is a number or constant.
+    _MAY = {"start": "{", "first key": '"}', "key": '"', "colon": ":", "value": '"{[s', "first value": '"{[s]',
+            "next": ",}]"}
+    _STRING = re.compile(r'[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}')
+    _HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
+    _TOKEN = re.compile(r'[ \t\r\n]+|[{}\[\],:"]|[-+.\w]+')
+    _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
+    _PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+    def __init__(self) -> None:
+        self.complete = self._broken = False
+        self._raw: List[str] = []
+        self._closers: List[str] = []
+        self._state, self._in_string, self._in_key = "start", False, False
+        self._held, self._comma = "", ""          #: the end of what came, to be continued; a comma that waits
+
+    def feed(self, text: str) -> str:
+        """What may be passed now; what comes after the end of the object is ignored."""
+        self._raw.append(text)
+        text, self._held, at, out = self._held + text, "", 0, []
+        while at < len(text) and not self.complete and not self._broken:
+            at = self._read_string(text, at, out) if self._in_string else self._read_token(text, at, out)
+        return "".join(out)
+
+    def close(self, cut: bool = False) -> str:
+        """What ends the object; `cut`: it was cut off by a limit and stays as it is."""
+        held, out = self._held, []
+        if self.complete or cut:
+            return "" if self.complete else self._comma + held
+        if held and not self._in_string:
+            self._take("s", held, out)
+        self.complete = True
+        if self._state == "next" and not self._broken:
+            return "".join(out + self._closers[::-1])            # only the end was forgotten
+        return "".join(out) + self._give_up()
+
+    def _read_string(self, text: str, at: int, out: List[str]) -> int:
+        found = self._STRING.match(text, at)
+        if found:
+            out.append(found.group())
+            return found.end()
+        if text[at] == '"':
+            out.append('"')
+            self._in_string, self._state = False, "colon" if self._in_key else "next"
+        elif self._HALF_ESCAPE.match(text, at):
+            self._held = text[at:]
+            return len(text)
+        else:
+            out.append(json.dumps(text[at])[1:-1])
+        return at + 1
+
+    def _read_token(self, text: str, at: int, out: List[str]) -> int:
+        found = self._TOKEN.match(text, at)
+        token = found.group() if found else ""
+        if not found:
+            self._broken = True
+        elif token.isspace() and self._comma:
+            self._comma += token
+        elif token.isspace():
+            out.append(token)
+        elif token in '{}[],:"':
+            self._take(token, token, out)
+        elif found.end() == len(text):                           # a number may go on
+            self._held = token
+        else:
+            self._take("s", token, out)
+        return found.end() if found else len(text)
+
+    def _take(self, kind: str, token: str, out: List[str]) -> None:
+        """One token that is no blank."""
+        token, ends = self._PYTHON.get(token, token), kind in "}]"
+        stray_comma = ends and bool(self._comma)                 # [1,] and {"a":1,}
+        if not stray_comma and kind not in self._MAY[self._state] or ends and self._closers[-1] != kind or (
+                kind == "s" and not self._SCALAR.fullmatch(token)):
+            self._broken = True
+            return
+        out.append("" if ends else self._comma)
+        self._comma = token if kind == "," else ""
+        if kind in "{[":
+            self._closers.append("}" if kind == "{" else "]")
+            self._state = "first key" if kind == "{" else "first value"
+        elif kind == '"':
+            self._in_string, self._in_key = True, "key" in self._state
+        elif kind == ",":
+            self._state = "key" if self._closers[-1] == "}" else "value"
+            return
+        else:
+            self._state = "value" if kind == ":" else "next"
+            self.complete = ends and len(self._closers) == 1
+            del self._closers[len(self._closers) - ends:]
+        out.append(token)
+
+    def _give_up(self) -> str:
+        """The shortest way to the end of the object, with what came as it came."""
+        empty = self._state == "first key" and not self._in_string and len(self._closers) == 1
+        value = self._state == "value" and not self._comma and not self._in_string
+        end = ('"' if self._in_string else "") + (":" if self._in_string and self._in_key or self._state == "colon" else "")
+        end += "null" if end.endswith(":") or value else ""
+        start = "{" if not self._closers else "" if empty else ","
+        return end + "".join(self._closers[:0:-1]) + f'{start}"INVALID_JSON":{json.dumps("".join(self._raw))}}}'
+
+
 def parse_arguments(text: str) -> Json:
     """Tool arguments as an object, whatever a model made of them; what is not JSON stays readable to the client."""
     try:
@@ -2366,8 +2855,20 @@ def parse_arguments(text: str) -> Json:
         if isinstance(value, str):                 # encoded twice
             value = json.loads(value, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        return {"INVALID_JSON": text}
+        value = _mended(text)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     return {} if value is None else value if isinstance(value, dict) else {"INVALID_JSON": text}
+
+
+def _mended(text: str) -> Any:
+    """The object in `text` that is nearly JSON, perhaps between ```; False where there is none."""
+    text = re.sub(r"\A\s*```(?:json)?\s*(\{.*\})\s*```\s*\Z", r"\1", text, flags=re.S).strip()
+    mender = ObjectMender()
+    try:
+        return json.loads(mender.feed(text) + mender.close()) if text[:1] == "{" else False
+    except (ValueError, RecursionError):
+        return False
 
 
 _OUTSIDE, _INSIDE = re.compile(r'[{}\[\]"]'), re.compile(r'["\\]')
@@ -4097,7 +4598,7 @@ class MessagesTurn:
         stream = self.stream(new_id)
         events = list(stream.feed({"choices": [{**choice, "delta": {**message, "tool_calls": calls}}],
                                    "usage": usage_of(completion)}))
-        return _fold(events + list(stream.close()), cut=stream.finish_reason == "length")
+        return _fold(events + list(stream.close()), stream.cut)
 
     def stream(self, new_id: Callable[[str], str]) -> MessagesStream:
         return MessagesStream(self, new_id)
@@ -4140,30 +4641,32 @@ class _ToolCall:
         self.begun = False                #: an argument byte has come
         self.odd = False                  #: not an object (encoded twice, null, …): kept to the end and mended
         self.opened = False
-        self.scanner = ObjectScanner()
+        self.mender = ObjectMender()
 
     @property
     def settled(self) -> bool:
-        return self.opened and self.scanner.complete
+        return self.opened and self.mender.complete
 
     def add(self, function: Json) -> None:
         name, given = function.get("name"), function.get("arguments")
         if isinstance(name, str) and not self.opened and name != self.name:    # equal: some repeat it in each chunk
             self.name += name
         text = _compact(given) if isinstance(given, dict) else given
-        if not isinstance(text, str) or self.scanner.complete:
+        if not isinstance(text, str) or self.mender.complete:
             return
         if not self.begun:
             text = text.lstrip()
             self.begun, self.odd = bool(text), text[:1] not in ("", "{")
-        self.pending += text if self.odd else text[:self.scanner.feed(text)]
+        self.pending += text if self.odd else self.mender.feed(text)
 
-    def take(self, last: bool) -> str:
-        """The arguments to send now."""
+    def take(self, last: bool, cut: bool) -> str:
+        """The arguments to send now; `cut`: the last ones may be half."""
         if self.odd and not last:
             return ""
         text, self.pending = self.pending, ""
-        return _compact(parse_arguments(text)) if self.odd else text
+        if self.odd:
+            return _compact(parse_arguments(text))
+        return text + self.mender.close(cut) if last and self.begun else text
 
 
 class _ToolCalls:
@@ -4214,7 +4717,7 @@ class _ToolCalls:
         if source and call.source:
             return source != call.source
         renamed = bool(call.name) and function["name"] != call.name
-        if call.scanner.complete:
+        if call.mender.complete:
             return renamed or bool(source and call.name and function.get("arguments"))
         return renamed and bool(source) and call.begun
 
@@ -4319,6 +4822,11 @@ class MessagesStream:
         yield {"type": "message_delta", "usage": self._usage(),
                "delta": {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}}
         yield {"type": "message_stop"}
+
+    @property
+    def cut(self) -> bool:
+        """Whether the answer ended before its time, so that its last call may be half; no client may run that."""
+        return (self.finish_reason or "") in STOP_REASON
 
     @property
     def ended(self) -> bool:
@@ -4492,10 +5000,10 @@ class MessagesStream:
                 self.blank, self.spoke, call.opened = "", True, True
                 name = self.turn.names.get(call.name, call.name)
                 yield from self._open({"type": "tool_use", "id": call.id, "name": name, "input": {}})
-            text = call.take(last)
+            text = call.take(last, self.cut)
             if text:
                 yield self._delta("input_json_delta", "partial_json", text)
-            if not last and not (more and call.scanner.complete):
+            if not last and not (more and call.mender.complete):
                 return
             yield from self._close_block()
 
@@ -11259,7 +11767,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         own = [] if status in (204, 304) else [("Content-Type", content_type), ("Content-Length", str(len(body)))]
         self.write(self.head(status, [*own, *headers]) + (b"" if self.command == "HEAD" else body))
 
+    @property
+    def is_chinese_page(self) -> bool:
+        """Whether the page asks, and shows itself in Chinese."""
+        return self.endpoint.admin and self.headers.get("accept-language", "").startswith("zh")
+
     def respond_json(self, value: Json, status: int = 200, headers: Iterable[Tuple[str, str]] = ()) -> None:
+        value = spoken_in_chinese(value) if self.is_chinese_page else value
         self.respond(status, dump_json(value), "application/json", headers)
 
     def respond_static(self, body: bytes, content_type: str, headers: Iterable[Tuple[str, str]] = ()) -> None:
@@ -13178,9 +13692,9 @@ class Viewer:
     The id of an event is `START-REQUESTS-LOGS`, how far the rings were read, of a server that started at START.
     """
 
-    def __init__(self, server: Server, logs: bool, last_id: str) -> None:
+    def __init__(self, server: Server, logs: bool, last_id: str, chinese: bool) -> None:
         gateway = server.gateway
-        self._server, self._gateway, self._logs = server, gateway, logs
+        self._server, self._gateway, self._logs, self._chinese = server, gateway, logs, chinese
         self._start = int(gateway.started_at * 1000)
         self._requests, self._lines = gateway.live.requests.count, gateway.live.logs.count
         found = re.fullmatch(r"(\d{1,15})-(\d{1,15})-(\d{1,15})", last_id)
@@ -13221,7 +13735,7 @@ class Viewer:
         overview = overview_of(self._server)
         essence = {**overview, "health": {**overview["health"], "uptime_s": 0}}
         if essence != self._overview or now - self._told_at >= LIFE_S:
-            events.append(("overview", overview))
+            events.append(("overview", spoken_in_chinese(overview) if self._chinese else overview))
             self._told_at = now
         self._version, self._overview = version, essence
         return events
@@ -13232,7 +13746,8 @@ def stream_events(handler: Handler) -> None:
     server, session, query = handler.server, handler.session, query_of(handler)
     gateway, logs = server.gateway, query.get("logs") == "1"
     live = gateway.live
-    viewer = Viewer(server, logs, handler.headers.get("last-event-id", query.get("last_event_id", "")))
+    viewer = Viewer(server, logs, handler.headers.get("last-event-id", query.get("last_event_id", "")),
+                    handler.is_chinese_page)
     with live.viewer(logs):
         handler.close_connection = True                  # no length, no chunks: the end is the end
         handler.write(handler.head(200, [("Content-Type", "text/event-stream; charset=utf-8"),
@@ -13839,14 +14354,14 @@ def claude_words(router: Router, model: str = "") -> Dict[str, str]:
     return {**words, "CONTEXT": str(context or "")}
 
 
-def filled(text: str, words: Mapping[str, str]) -> str:
+def fill_words(text: str, words: Mapping[str, str]) -> str:
     """An entry of CLIENTS or CODEX_SETTINGS with its words replaced."""
     return re.sub(r"\b[A-Z]+\b", lambda found: words.get(found.group(), found.group()), text)
 
 
 def env_values(client: str, words: Mapping[str, str]) -> Dict[str, str]:
     """The variables of one of CLIENTS; those are left out whose model nobody knows."""
-    given = {name: filled(value, words) for name, value in CLIENTS[client][0].items()}
+    given = {name: fill_words(value, words) for name, value in CLIENTS[client][0].items()}
     return {name: value for name, value in given.items() if value.strip("/") not in ("", "openai")}
 
 
@@ -13866,7 +14381,7 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str], said: Callabl
         else:
             lines.append(shell.variable.format(name=name, value=shell.quote(value)))
     if client == "codex":
-        pairs = [(name, filled(value, words)) for name, value in CODEX_SETTINGS if filled(value, words)]
+        pairs = [(name, fill_words(value, words)) for name, value in CODEX_SETTINGS if fill_words(value, words)]
         lines.append(codex_command(shell, pairs))
         lines.append(shell.comment.format(said("or for good, in ~/.codex/config.toml:")))
         lines += [shell.comment.format(line) for line in codex_toml(pairs)]
@@ -13931,7 +14446,7 @@ def claude_blocks(setup: Setup) -> List[Json]:
 
 
 def codex_blocks(setup: Setup) -> List[Json]:
-    pairs = [(name, filled(value, setup.words())) for name, value in CODEX_SETTINGS]
+    pairs = [(name, fill_words(value, setup.words())) for name, value in CODEX_SETTINGS]
     return [*shell_blocks("codex", setup), code_block("~/.codex/config.toml", "toml", "\n".join(codex_toml(pairs)))]
 
 
@@ -14507,7 +15022,7 @@ async function request(path, {method, body, signal, headers = {}} = {}) {
     let response;
     try {
       response = await fetch(BASE + path, {method: method || (body === undefined ? 'GET' : 'POST'), signal, cache: 'no-store',
-        headers: body === undefined ? headers : {'content-type': 'application/json', ...headers},
+        headers: {'accept-language': lang(), ...(body === undefined ? {} : {'content-type': 'application/json'}), ...headers},
         body: body === undefined ? undefined : JSON.stringify(body)});
     } catch (error) {
       throw error.name === 'AbortError' ? error : new ApiError(0, {error: {message: t('error_offline')}});
@@ -17999,334 +18514,6 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "group_more": ("其他", "More"),
 }
 
-#: Sentences that come from anywhere in English -> the same in Chinese; {} is a part that is looked up by itself.  They are
-#: turned where they are shown (`local`), so that nothing above needs to know of languages, and HTTP stays English.
-CHINESE: Dict[str, str] = {
-    # files and settings
-    "the server takes a free port at each start (port 0): say with --port which one it has printed":
-        "服务每次启动都选用空闲端口（port 0）：请用 --port 指定它打印出的端口",
-    "no iflow2api answers at {} now; if it runs elsewhere, say so with --host and --port":
-        "{} 现在没有 iflow2api 应答；如果它在别处运行，请用 --host 和 --port 指明",
-    "put a key instead of YOUR_KEY; `key add NAME` makes one": "请用密钥替换 YOUR_KEY；`key add NAME` 可生成一个",
-    "a password has from {} to {} characters": "密码需要 {} 到 {} 个字符",
-    "the upstream answered with a web page; is base_url its API, and not its site?":
-        "上游返回的是网页；base_url 是接口地址，而不是网站地址吗？",
-    "line {}, column {}: {}": "第 {} 行第 {} 列：{}",
-    "not UTF-8 text": "不是 UTF-8 文本",
-    "an object expected": "需要 JSON 对象",
-    "Expecting value": "缺少值", "Extra data": "有多余的内容", "Expecting {} delimiter": "缺少 {}",
-    "Expecting property name enclosed in double quotes": "缺少双引号括起的名称",
-    "Unterminated string starting at": "字符串没有结束", "Invalid control character at": "字符串中有控制字符",
-    "Illegal trailing comma before end of object": "末尾有多余的逗号",
-    "Illegal trailing comma before end of array": "末尾有多余的逗号", "Invalid \\escape": "无效的转义",
-    "No such file or directory": "没有这个文件或文件夹", "Permission denied": "没有权限", "Is a directory": "这是一个文件夹",
-    "Not a directory": "不是文件夹", "Read-only file system": "文件系统只读", "No space left on device": "磁盘已满",
-    "File exists": "文件已存在", "Device or resource busy": "文件正被占用", "Operation not permitted": "不允许此操作",
-    "Cannot assign requested address": "本机没有这个地址", "Address already in use": "地址已被占用",
-    "Connection reset by peer": "连接被对方重置", "Network is unreachable": "网络不可达", "No route to host": "无法到达主机",
-    "Broken pipe": "连接已断开", "Name or service not known": "没有这个域名", "Temporary failure in name resolution": "暂时无法解析域名",
-    "No address associated with hostname": "这个域名没有地址",
-    "{} (running with {})": "{}（暂用 {}）", "{} (running with defaults)": "{}（暂用默认设置）",
-    "{} (what was in force stays)": "{}（沿用原来的设置）",
-    "{} (the settings in force stay)": "{}（沿用原来的设置）",
-    "{} (left as it is)": "{}（保持不变）",
-    "{} (the iFlow CLI's file; nothing is written to it)": "{}（这是 iFlow CLI 的文件，没有写入任何内容）",
-    "{}; did you mean {}?": "{}；您是不是要输入 {}？", "{} or {}": "{} 或 {}",
-    "{} expected": "需要{}", "{} expected, not {}": "需要{}，而不是 {}",
-    "a string": "文字", "a whole number": "整数", "a number": "数字", "true or false": " true 或 false", "a list": "列表",
-    "an object": "对象", "a list as JSON": " JSON 列表", "an object as JSON": " JSON 对象",
-    "one of {} expected": "需要以下之一：{}", "a number of seconds up to {} expected": "需要不超过 {} 的秒数",
-    "a number of {} at least": "不小于 {} 的数字",
-    "a number of {} at least, {} at most": " {} 到 {} 之间的数字",
-    "a whole number from {} to {} expected": "需要 {} 到 {} 的整数",
-    "a whole number from {} to {} expected, not {}": "需要 {} 到 {} 的整数，而不是 {}",
-    "a number from {} to {} expected, not {}": "需要 {} 到 {} 的数字，而不是 {}", "a whole number of 1 at least": "不小于 1 的整数",
-    "chat, messages or responses": " chat、messages 或 responses", "a model or a list of models": "模型名或模型列表",
-    "{} (leave it out for no limit)": "{}（不限就不要写这一项）",
-    "no such field; there are {}": "没有这一项；可用的有 {}",
-    "an object with input, output and cached": "含 input、output、cached 的对象",
-    "no such network": "没有这样的网段", "{} is no IP address": "{} 不是 IP 地址",
-    "{} is no address and no network": "{} 不是地址，也不是网段",
-    "a date such as 2027-01-31": "日期，如 2027-01-31",
-    "an object with a name without blanks, commas and slashes expected; `key add` makes one":
-        "需要带 name 的对象，名称不含空格、逗号和斜杠；可用 `key add` 生成",
-    "the key's SHA-256 in hex expected; `key add` makes one": "需要密钥的十六进制 SHA-256；可用 `key add` 生成",
-    "a list of names or patterns": "名称或模式的列表",
-    "the name {} is taken by an earlier one": "名称 {} 与前面的重复",
-    "client_keys: {}: models: {} matches nothing": "client_keys：{}：models：{} 匹配不到任何模型",
-    # secrets at rest
-    "config.json: {} can't be read: {}": "config.json：无法读取 {}：{}",
-    "config.json.bak: {} can't be read: {}": "config.json.bak：无法读取 {}：{}",
-    "it is damaged": "内容已损坏", "a newer version encrypted it, or it is damaged": "由更新的版本加密，或内容已损坏",
-    "it is encrypted with another passphrase, or damaged": "用别的口令加密，或内容已损坏",
-    "it is encrypted with another key than {} holds, or damaged": "加密所用的密钥不在 {} 中，或内容已损坏",
-    "its key can't be read: {}": "无法读取加密密钥：{}",
-    "it is encrypted with a passphrase: set {}": "用口令加密：请设置 {}",
-    "{} is damaged: 32 bytes expected": "{} 已损坏：应为 32 字节",
-    "encryption is off, so that there is no key to change; to turn it on: config encrypt on":
-        "尚未启用加密，没有密钥可换；启用：config encrypt on",
-    "secrets in {} stay unencrypted: {}": "{} 中的密钥未能加密：{}",
-    "no backup of {}: {}": "无法备份 {}：{}",
-    "another process has held {} for {} s": "{} 被另一个进程占用了 {} 秒",
-    # providers
-    "provider {} is disabled: {}": "上游 {} 已停用：{}",
-    "base_url {} is no http:// or https:// address": "base_url {} 不是 http:// 或 https:// 地址",
-    "base_url {} is no http:// or https:// address; write {} or {}": "base_url {} 不是 http:// 或 https:// 地址；请写成 {} 或 {}",
-    "base_url {}: no such port": "base_url {}：端口无效",
-    "base_url of {}: credentials, ? and # do not belong here; use api_keys and headers":
-        "{} 的 base_url：不能含用户名密码、? 和 #；请用 api_keys 和 headers",
-    "base_url contains blanks or control characters": "base_url 含有空白或控制字符",
-    "a secret of it is encrypted and can't be opened": "它的密钥是加密的，无法解开",
-    "the environment variable {} is not set": "没有设置环境变量 {}",
-    "a key is empty, or has blanks, line breaks or characters that no HTTP header may have":
-        "密钥为空，或含有 HTTP 头不允许的空白、换行或字符",
-    "a header value is empty, or has blanks, line breaks or characters that no HTTP header may have":
-        "请求头的值为空，或含有 HTTP 头不允许的空白、换行或字符",
-    "each provider needs a name without blanks, commas and slashes": "每个上游都需要名称（name），不含空格、逗号和斜杠",
-    "it is of the wrong type": "类型不对",
-    "concurrency, key_concurrency and timeout_s can't be negative": "concurrency、key_concurrency 和 timeout_s 不能为负",
-    "models: names expected, or objects as {}": "models：需要名称，或这样的对象：{}",
-    "{} makes no sense": "{} 没有意义", "headers: {} is no header name": "headers：{} 不是请求头名称",
-    "an address": "地址",
-    # routes
-    "no such condition; there are {}": "没有这个条件；可用的有 {}",
-    "alias {} is never reached: {} above it takes every such name": "别名 {} 永远用不到：前面的 {} 已匹配所有这样的名称",
-    "alias {} matches nothing: a request without a model means default_model": "别名 {} 匹配不到任何请求：不写模型时用 default_model",
-    "default_provider {} is no provider": "default_provider {} 不是已有的上游",
-    "there is no provider {}": "没有上游 {}",
-    "the request names no model, and default_model is not set": "没有写模型，也没有设置 default_model",
-    "no model named: default_model is {}": "没有写模型：default_model 是 {}",
-    "no alias takes it": "没有适用的别名", "no alias matches it": "没有匹配的别名",
-    "but {} is disabled: {}": "但 {} 已停用：{}",
-    "alias {}: {} if {}: yes": "别名 {}：{}，条件 {}：满足", "alias {}: {} if {}: no": "别名 {}：{}，条件 {}：不满足",
-    "alias {} makes it {}": "别名 {} 使它变为 {}", "{}, then {}": "{}，然后 {}",
-    "alias {} has nothing for such a request": "别名 {} 没有适合这种请求的目标",
-    "{}: its first part is the name of a provider": "{}：斜杠前是上游的名称",
-    "{}: {} lists it among its models": "{}：{} 的模型列表里有它",
-    "{}: a name of the client's own, which means default_model ({})": "{}：客户端自带的名称，即 default_model（{}）",
-    "{}: nobody claims it, so it goes to the default provider, {}, as it is": "{}：没有上游声明它，原样发给默认上游 {}",
-    "there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's key into IFLOW_API_KEY, "
-    "start with --upstream URL, or add one to `providers`":
-        "没有登录 iFlow，也没有其他上游：请运行 `python iflow2api.py login`，或把 iFlow 密钥放进 IFLOW_API_KEY，"
-        "或用 --upstream URL 启动，或在 `providers` 里添加一个",
-    # upstreams
-    "the upstream said nothing for {} s": "上游 {} 秒没有任何回应", "the upstream took nothing for {} s": "上游 {} 秒没有接收任何数据",
-    "the upstream's answer is encoded as {}, which nobody asked for": "上游的回答用了未请求的编码 {}",
-    "the connection to the upstream broke: {}": "与上游的连接断开：{}",
-    "the upstream's chunked answer is broken: {}": "上游的分块回答有错误：{}",
-    "no status line": "没有状态行", "too many headers": "头部字段过多", "its head is too large": "头部过大",
-    "no Content-Length": "没有 Content-Length",
-    "no line end after a chunk": "块后没有换行", "no chunk size": "没有块长度", "endless trailers": "尾部过长",
-    "the upstream closed the connection in the middle of its answer": "上游在回答中途断开了连接",
-    "the upstream's answer can't be decompressed: {}": "上游的回答无法解压：{}",
-    "the upstream's answer is larger than {} MiB": "上游的回答超过 {} MiB",
-    "the upstream's answer is not JSON": "上游的回答不是 JSON", "the upstream's answer is empty": "上游的回答是空的",
-    "the upstream's answer is no JSON object": "上游的回答不是 JSON 对象",
-    "the upstream redirects to {}; set base_url to where it really is": "上游重定向到 {}；请把 base_url 改为真正的地址",
-    "the upstream answered {}: {}": "上游返回 {}：{}", "an HTML page": "一个 HTML 网页", "no message": "没有说明",
-    "its /models is not JSON": "它的 /models 不是 JSON",
-    "it lists no models; name one in its `models`, or with --model": "它没有列出模型；请在它的 `models` 里或用 --model 指定一个",
-    "TLS failed: {}": "TLS 失败：{}",
-    "its certificate is not valid yet: is this machine's clock right?": "它的证书尚未生效：本机的时钟对吗？",
-    "its certificate has expired, or this machine's clock is wrong": "它的证书已过期，或本机的时钟不对",
-    "its certificate is self-signed: put it into a file and set `ca_file`": "它的证书是自签名的：请存成文件并设置 `ca_file`",
-    "its certificate chain ends in an unknown root: set `ca_file`, or install the CA certificates (ca-certificates)":
-        "它的证书链以未知的根证书结尾：请设置 `ca_file`，或安装 CA 证书（ca-certificates）",
-    "its issuer is unknown: install the CA certificates (ca-certificates, on OpenWrt ca-bundle), or set `ca_file`":
-        "不认识它的证书颁发者：请安装 CA 证书（ca-certificates，OpenWrt 上为 ca-bundle），或设置 `ca_file`",
-    "its certificate is for another host name": "它的证书属于别的域名",
-    "it does not speak TLS; should the address begin with http://?": "对方不使用 TLS；地址是不是该以 http:// 开头？",
-    "no connection within the time limit (connect_timeout_s)": "在时限内没有连上（connect_timeout_s）",
-    "unknown host ({})": "找不到主机（{}）", "connection refused; is it running?": "连接被拒绝；它在运行吗？",
-    "the answer is not HTTP ({})": "对方的回答不是 HTTP（{}）",
-    "{} closed the connection without an answer": "{} 没有回答就断开了连接",
-    "{} is this program's own address; set {}": "{} 是本程序自己的地址；请修改 {}",
-    "base_url to the real upstream": " base_url，填写真正的上游",
-    "upstream_proxy, or the provider's proxy, to a real one": " upstream_proxy 或上游的 proxy，填写真正的代理",
-    "ca_file {}: {}": "ca_file {}：{}",
-    "provider {} refused its key (HTTP {}: {}); {}, then run: python iflow2api.py test {}":
-        "上游 {} 拒绝了它的密钥（HTTP {}：{}）；{}，然后运行：python iflow2api.py test {}",
-    "provider {} refused a request without a key (HTTP {}: {}); {}, then run: python iflow2api.py test {}":
-        "上游 {} 拒绝了没有密钥的请求（HTTP {}：{}）；{}，然后运行：python iflow2api.py test {}",
-    "log in to iFlow again (python iflow2api.py login)": "请重新登录 iFlow（python iflow2api.py login）",
-    "check its api_keys in config.json": "请检查 config.json 中它的 api_keys",
-    "the model {} does not exist there: {}": "那里没有模型 {}：{}",
-    "{} is busy and {} requests wait already": "{} 繁忙，已有 {} 个请求在排队",
-    "no place at {} came free within {} s": "{} 在 {} 秒内没有空位",
-    # proxies
-    "a proxy address that begins with {} is not supported; write http://, socks5://, socks5h:// (or env)":
-        "不支持以 {} 开头的代理地址；请用 http://、socks5://、socks5h://（或 env）",
-    "a proxy address that begins like this is not supported; write http://, socks5://, socks5h:// (or env)":
-        "不支持这样开头的代理地址；请用 http://、socks5://、socks5h://（或 env）",
-    "the proxy's address can't be read; write {} or {}, with %40 for @, %2F for /, %3A for :, %23 for #":
-        "无法识别代理地址；请写成 {} 或 {}，其中 @ 写作 %40，/ 写作 %2F，: 写作 %3A，# 写作 %23",
-    "{} through the proxy {}": "{}（经代理 {}）", "provider {}: proxy": "上游 {}：代理", "the proxy {}": "代理 {}",
-    "is it an HTTP proxy?": "它是 HTTP 代理吗？", "is it a SOCKS5 proxy?": "它是 SOCKS5 代理吗？",
-    "it closed the connection without an answer; is it an HTTP proxy?": "它没有回答就断开了连接；它是 HTTP 代理吗？",
-    "it closed the connection without an answer; is it a SOCKS5 proxy?": "它没有回答就断开了连接；它是 SOCKS5 代理吗？",
-    "it does not allow this host or port": "它不允许这个主机或端口", "it can't reach the upstream": "它连不上上游",
-    "it failed for no stated reason": "它没有说明原因就失败了", "it does not allow this address": "它不允许这个地址",
-    "it can't reach that network": "它连不上那个网络", "the upstream refused the connection": "上游拒绝了连接",
-    "the upstream is too far away": "上游太远（TTL 用尽）", "it can't connect": "它无法建立连接",
-    "it does not take this kind of address": "它不支持这种地址", "it failed with code {}": "它失败了，代码 {}",
-    "the upstream's host name can't be encoded": "上游的域名无法编码", "the upstream's host name is too long": "上游的域名太长",
-    "what it answers is not HTTP; is it an HTTP proxy?": "它的回答不是 HTTP；它是 HTTP 代理吗？",
-    "what it answers is not HTTP/1.1; is it an HTTP proxy?": "它的回答不是 HTTP/1.1；它是 HTTP 代理吗？",
-    "it answers with a page of its own; is it an HTTP proxy?": "它用自己的网页回答；它是 HTTP 代理吗？",
-    "it refused CONNECT {} (HTTP {})": "它拒绝了 CONNECT {}（HTTP {}）",
-    "it refused CONNECT {} (HTTP {}: {})": "它拒绝了 CONNECT {}（HTTP {}：{}）",
-    "it refused the user and password in its address": "它拒绝了地址里的用户名和密码",
-    "it wants a user and a password; write {}": "它需要用户名和密码；请写成 {}",
-    "what it answers is not SOCKS5; {}": "它的回答不是 SOCKS5；{}", "it speaks HTTP: write http://": "它是 HTTP 代理：请写 http://",
-    "SOCKS5 takes a user and a password of 255 bytes at most": "SOCKS5 的用户名和密码最多 255 字节",
-    "{} can't be looked up here; with socks5h:// the proxy does it": "在这里解析不了 {}；用 socks5h:// 由代理解析",
-    # logging in
-    "iFlow knows the login, but has no API key for it: see at https://iflow.cn whether the account has one, then run: "
-    "python iflow2api.py login":
-        "iFlow 认可这个登录，但没有给出 API 密钥：请到 https://iflow.cn 查看账号是否有密钥，然后运行：python iflow2api.py login",
-    "{} is no address: see iflow_token_url and iflow_userinfo_url": "{} 不是地址：请检查 iflow_token_url 和 iflow_userinfo_url",
-    "{} has no valid port": "{} 的端口无效",
-    "iFlow's login host did not finish its answer within {} s": "iFlow 登录服务器没有在 {} 秒内答完",
-    "iFlow's login host ({}): {}": "iFlow 登录服务器（{}）：{}", "iFlow's login host ({})": "iFlow 登录服务器（{}）",
-    "{}; what is stored stays as it is": "{}；已保存的内容没有改动",
-    "iFlow's login host answered {} with {} instead of JSON": "iFlow 登录服务器返回 {}，内容是{}而不是 JSON",
-    "something else": "别的东西", "no reason": "没有说明原因",
-    "iFlow refused the login as used up or too old ({}); run: python iflow2api.py login":
-        "iFlow 拒绝了这个登录：已用过或已过期（{}）；请运行：python iflow2api.py login",
-    "iFlow's login host is overloaded or out of order ({}: {})": "iFlow 登录服务器过载或故障（{}：{}）",
-    "iFlow's login host gave no tokens ({}: {})": "iFlow 登录服务器没有给出令牌（{}：{}）",
-    "iFlow's login host gave no the API key ({}: {})": "iFlow 登录服务器没有给出 API 密钥（{}：{}）",
-    "accounts are kept in config.json, and there is none": "账号保存在 config.json 中，但没有这个文件",
-    "{}; repair the file or move it away, nothing was written to it": "{}；请修复或移走这个文件，没有写入任何内容",
-    "{} can't be written: {}": "无法写入 {}：{}",
-    "there is no home folder to keep the login in: set HOME": "没有可以保存登录的主目录：请设置 HOME",
-    "{} is a folder; move it away": "{} 是一个文件夹；请移走",
-    "{} is read-only, so the login can't be kept": "{} 是只读的，无法保存登录",
-    "no port of this machine can be listened on; log in with: python iflow2api.py login --paste":
-        "本机没有端口可以监听；请这样登录：python iflow2api.py login --paste",
-    "this request is no answer to a login": "这个请求不是登录的结果",
-    "that is neither the address the browser ended on nor the code in it; it looks like {}":
-        "这既不是浏览器最后停在的地址，也不是其中的 code；它应该像这样：{}",
-    "this answer belongs to another login (its state is wrong): open the address of this one":
-        "这是另一次登录的结果（state 不符）：请打开这一次的地址",
-    "iFlow did not log you in: {}; nothing was changed": "iFlow 没有让您登录：{}；没有改动",
-    "an account's name has letters, digits and . @ + - _ only, at most 64": "账号名只能有字母、数字和 . @ + - _，最多 64 个",
-    "another login was begun": "已开始另一次登录", "no login was begun": "还没有开始登录",
-    "the program ended before the login did; nothing was changed": "登录完成前程序已结束；没有改动",
-    "the input ended before the login did; nothing was changed": "登录完成前输入已结束；没有改动",
-    "nobody logged in within {} s; nothing was changed": "{} 秒内没有人登录；没有改动",
-    "logged in to iFlow": "已登录 iFlow", "logged in to iFlow as {}": "已登录 iFlow：{}",
-    "iFlow login {} refreshed": "iFlow 登录 {} 已刷新",
-    "the iFlow login {} has ended: {}": "iFlow 登录 {} 已失效：{}",
-    "the iFlow login {} could not be refreshed (next try in {} s): {}": "无法刷新 iFlow 登录 {}（{} 秒后再试）：{}",
-    # running
-    "{}: line {} is no usage and does not count": "{}：第 {} 行不是用量记录，不计入",
-    "{}: line {} is no limit a day and does not count": "{}：第 {} 行不是每日限额记录，不计入",
-    "{} (usage is counted in memory only)": "{}（用量只记在内存中）",
-    "{} (limit a day is counted in memory only)": "{}（每日限额只记在内存中）",
-    "the new client key can't be stored in {}: {}": "无法把新的客户端密钥保存到 {}：{}",
-    "settings taken over from {}": "已采用 {} 中的设置", "no engine answers on this machine any more": "本机的引擎都不再应答",
-    "found {} at {}: {}": "在 {1} 发现 {0}：{2}", "responses_file {} can't be written: {}": "无法写入 responses_file {}：{}",
-    "{} can't be written ({}): conversations lose their reasoning at a restart": "无法写入 {}（{}）：重启后会丢失对话的思考内容",
-    "{} failed {} times in a row and rests for {} s where there is another": "{} 连续失败 {} 次；有其他上游时，它将休息 {} 秒",
-    "{} trying again in {} s": "{} 将在 {} 秒后重试", "{} {} failed ({})": "{} {} 失败（{}）",
-    # what the commands say
-    "--demo brings its own upstream: leave out --upstream and --api-key": "--demo 自带上游：请去掉 --upstream 和 --api-key",
-    "not running": "未运行", "running, {}, version {}, {} in flight": "正在运行，{}，版本 {}，{} 个请求进行中",
-    "healthy": "正常", "degraded": "有问题",
-    "server": "服务", "config": "配置", "provider": "上游", "note": "说明", "offer": "建议", "problem": "问题", "login": "登录",
-    "error: {}": "错误：{}", "warning: {}": "警告：{}", "problem: {}": "问题：{}", "note: {}": "说明：{}",
-    "debug: {}": "调试：{}",
-    "in use": "使用中", "no key": "无密钥", "{} (default)": "{}（默认）", "{} (set)": "{}（已设置）", "{} models": "{} 个模型",
-    "the running server has other providers than config.json names (--demo, --upstream, or found here)":
-        "正在运行的服务用的不是 config.json 中的上游（--demo、--upstream，或在本机发现的引擎）",
-    "none; run `login` for iFlow, add one to `providers`, or start with --upstream URL":
-        "没有；用 `login` 登录 iFlow，用 `provider add` 添加，或用 --upstream URL 启动",
-    "{} is set: python iflow2api.py provider add {}": "已设置 {}，可运行：python iflow2api.py provider add {}",
-    "{} (or {})": "{}（或 {}）",
-    "keeps failing, rests": "一直失败，正在休息", "kept failing, is tried again": "曾一直失败，正在重试",
-    "{} of its keys rest": "它有 {} 个密钥在休息",
-    "no models known: {}": "没有已知的模型：{}",
-    "no provider lists any; `status` shows the providers": "没有上游列出模型；`status` 显示各上游",
-    "no provider to test: add one to `providers`, or give --upstream URL":
-        "没有可测试的上游：用 `provider add` 添加，或加上 --upstream URL",
-    "no provider to test: add one with `provider add NAME`": "没有可测试的上游：用 `provider add NAME` 添加",
-    "failed ({}): {}": "失败（{}）：{}", "ok, {} answered in {} s: {}": "正常，{} 用 {} 秒回答：{}",
-    "no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL":
-        "还没有上游：`provider add NAME`，NAME 取自 `provider presets`，或任取并加上 --base-url URL",
-    "add one with: python iflow2api.py provider add NAME --api-key '$VARIABLE'":
-        "添加：python iflow2api.py provider add NAME --api-key '$VARIABLE'",
-    "context {}": "上下文 {}", "output {}": "输出 {}", "images": "识图",
-    "there is no preset {}": "没有预设 {}",
-    "{} (`provider presets` lists them; any other server needs --base-url URL)":
-        "{}（`provider presets` 列出全部；其他服务需要 --base-url URL）",
-    "--api-key is empty: the shell has replaced the variable; put it in single quotes: {}":
-        "--api-key 是空的：变量已被 shell 替换；请加单引号：{}",
-    "note: {} is not set here; set it where the server starts": "说明：这里没有设置 {}；请在启动服务的环境里设置",
-    "provider add needs a NAME: one of `provider presets`, or any with --base-url URL":
-        "provider add 需要 NAME：取自 `provider presets`，或任取并加上 --base-url URL",
-    "base_url {} is taken as {}": "base_url {} 按 {} 处理",
-    "there is a provider {} already; `provider remove {}` first, or choose another NAME":
-        "已有上游 {}；先运行 `provider remove {}`，或换一个 NAME",
-    "added {} ({}); try it: python iflow2api.py provider test {}":
-        "已添加 {}（{}）；试一试：python iflow2api.py provider test {}",
-    "provider remove needs a NAME; `provider list` shows them": "provider remove 需要 NAME；`provider list` 列出全部",
-    "config.json has no provider {}": "config.json 中没有上游 {}",
-    "`providers` in config.json is no list; see `config unset providers`":
-        "config.json 中的 `providers` 不是列表；可运行 `config unset providers`",
-    "{}; add it first: provider add {}": "{}；请先添加：provider add {}",
-    "{}: does not work, {}: {}": "{}：不能用，问题在{}：{}", "the key": "密钥", "the balance": "余额", "the model": "模型",
-    "the rate limit": "限流", "the connection": "连接", "its settings": "它的设置",
-    "key ok": "密钥正常", "needs no key": "无需密钥", "model {} ok ({} s)": "模型 {} 正常（{} 秒）", "stream ok": "流式正常",
-    "tools ok": "工具正常",
-    "tools taken, but none called": "接受工具，但没有调用", "stream failed ({}: {})": "流式失败（{}：{}）",
-    "tools failed ({}: {})": "工具失败（{}：{}）",
-    "put your key into IFLOW2API_KEY first; `key add NAME` makes one": "请先把您的密钥放进 IFLOW2API_KEY；`key add NAME` 可生成一个",
-    "{} asks for models of its own; tell which one to use instead: python iflow2api.py config set default_model NAME":
-        "{} 会请求它自带的模型名；请指定实际使用哪个：python iflow2api.py config set default_model NAME",
-    "or for good, in ~/.codex/config.toml:": "或永久写入 ~/.codex/config.toml：",
-    "open this address in a browser to log in to iFlow:": "请在浏览器中打开此地址登录 iFlow：",
-    "no browser was found here: open the address yourself; for a browser elsewhere there is login --paste":
-        "这里没有找到浏览器：请自行打开此地址；浏览器在别的机器上时，请用 login --paste",
-    "login given up; nothing was changed": "已放弃登录；没有改动",
-    "after logging in the browser ends on an address that begins with http://localhost; it need not show a page: paste that "
-    "address here": "登录后浏览器会停在以 http://localhost 开头的地址，页面打不开也没关系：请把那个地址粘贴到这里",
-    "after logging in the browser ends on an address that begins with http://localhost; if it shows no page, paste it here":
-        "登录后浏览器会停在以 http://localhost 开头的地址；如果页面打不开，请把地址粘贴到这里",
-    "paste it again, or leave with Ctrl-C:": "请重新粘贴，或按 Ctrl-C 退出：",
-    "stored in {}; a running server takes it over by itself": "已保存到 {}；正在运行的服务会自动采用",
-    "{} is set, too, and stands above this login": "还设置了 {}，它优先于这次登录",
-    "api_key in config.json": " config.json 中的 api_key",
-    "--api-key: a key has no blanks, line breaks or characters beyond ASCII": "--api-key：密钥不能有空白、换行或非 ASCII 字符",
-    "stored the key {} as account {} in {}": "已把密钥 {} 存为账号 {}：{}",
-    "there is no account {}": "没有账号 {}", "logged out ({})": "已退出登录（{}）",
-    "there was no login to remove ({})": "没有可移除的登录（{}）",
-    "ended: run python iflow2api.py login": "已失效：请运行 python iflow2api.py login", "until {}": "有效至 {}",
-    "end unknown": "有效期未知",
-    "not refreshable": "不能刷新", "last refresh {} ok": "上次刷新 {} 成功", "last refresh {} failed": "上次刷新 {} 失败",
-    "--tokens {}: {}": "--tokens {}：{}", "then": "然后", "{} key": "{} 个密钥", "{} keys": "{} 个密钥",
-    "key {} needs a NAME": "key {} 需要 NAME", "expires: {} is over": "expires：{} 已经过去",
-    "key add {}: there is a key of this name; remove it first, or take another name": "key add {}：已有同名密钥；请先移除，或换个名称",
-    "this is the only time it is shown; clients send it as `Authorization: Bearer KEY`, or as x-api-key":
-        "密钥只显示这一次；客户端用 `Authorization: Bearer KEY` 或 x-api-key 发送",
-    "there is no key {}": "没有密钥 {}",
-    "no key is left, so whoever reaches this server's address may use it": "已没有任何密钥，能连到本服务地址的人都可以使用",
-    "no client keys; `key add NAME` makes one": "没有客户端密钥；`key add NAME` 生成一个", "no limits": "不限",
-    "{} requests a minute": "每分钟 {} 次", "{} requests an hour": "每小时 {} 次", "{} requests a day": "每天 {} 次",
-    "{} tokens a day": "每天 {} token", "{} requests at once": "同时 {} 个请求", "models {}": "模型 {}",
-    "expired {}": "已于 {} 过期", "expires {}": "{} 过期", "today {} requests, {} tokens": "今天 {} 次，{} token",
-    "usage is not being counted: config set usage true": "没有在记录用量；启用：config set usage true",
-    "nothing was used": "没有用量", "~ in part our estimate: the upstream did not count": "~ 含估计值：上游没有给出计数",
-    "model": "模型", "day": "日期", "requests": "请求", "errors": "错误", "input": "输入", "output": "输出", "cached": "缓存",
-    "reasoning": "思考", "first": "首字", "total": "总时间", "cost": "费用",
-    "# iflow2api completion for {}: put this into {}, or: {}": "# {} 的 iflow2api 补全：写入 {}，或：{}",
-    "# iflow2api completion for {}: put this into {}, or:": "# {} 的 iflow2api 补全：写入 {}，或：",
-    "# It serves the names iflow2api and iflow2api.py, also as an alias: {}":
-        "# 适用于名称 iflow2api 和 iflow2api.py，也可作别名：{}",
-    "# It serves the names iflow2api and iflow2api.py: {}": "# 适用于名称 iflow2api 和 iflow2api.py：{}",
-    "; ": "；", "flag": "命令行", "environment": "环境变量", "file": "文件",
-}
-
 #: How this program is called in what it tells people to type.
 PROGRAM = "python iflow2api.py"
 
@@ -18382,43 +18569,7 @@ def tr(key: str, /, **facts: Any) -> str:
 
 def local(text: Any) -> str:
     """An English sentence in the console's language, as far as CHINESE knows it or its parts."""
-    return _in_chinese(str(text)) if CONSOLE.language == "zh" else str(text)
-
-
-#: CHINESE's sentences with parts, made when first needed: the longest literal piece, a pattern, the Chinese one, and
-#: whether it says too little to be tried on what can still be taken apart: `a: b expected`.
-_SENTENCES: List[Tuple[str, Any, str, bool]] = []
-
-
-def _in_chinese(text: str, is_part: bool = False) -> str:
-    if text in CHINESE and not (is_part and " " not in text):    # a part of one word may be somebody's name
-        return CHINESE[text]
-    for english in () if _SENTENCES else sorted(CHINESE, key=lambda known: len(known.replace("{}", "")), reverse=True):
-        if "{}" in english:
-            pattern = re.compile("(.+?)".join(map(re.escape, english.split("{}"))), re.DOTALL)
-            piece = max(english.split("{}"), key=len)
-            _SENTENCES.append((piece, pattern, CHINESE[english], english[:2] == "{}" and len(piece.strip()) < 14))
-    return (_sentence_in_chinese(text, False) or _parts_in_chinese(text, (("  ", "  "), (": ", "："), ("; ", "；")))
-            or _sentence_in_chinese(text, True) or _parts_in_chinese(text, ((", ", "，"),)) or text)
-
-
-def _sentence_in_chinese(text: str, vague: bool) -> str:
-    for piece, pattern, chinese, is_vague in _SENTENCES:
-        found = pattern.fullmatch(text) if piece in text and is_vague is vague else None
-        if found:
-            return chinese.format(*(_in_chinese(part, True) for part in found.groups()))
-    return ""
-
-
-def _parts_in_chinese(text: str, joints: Sequence[Tuple[str, str]]) -> str:
-    """What was put together of several, `where: what, and why`."""
-    for joint, wide in joints:
-        head, there, tail = text.partition(joint)
-        if there and head and tail:
-            parts = _in_chinese(head, True), _in_chinese(tail, True)
-            if parts != (head, tail):
-                return wide.join(parts)
-    return ""
+    return in_chinese(str(text)) if CONSOLE.language == "zh" else str(text)
 
 
 def _plain_characters(error: UnicodeError) -> Tuple[str, int]:

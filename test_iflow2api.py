@@ -5823,11 +5823,41 @@ ARGUMENTS = [
     ("", {}), (None, {}), ("  ", {}), ("null", {}), ('{"a": 1}', {"a": 1}), ({"a": 1}, {"a": 1}),
     ('"{\\"a\\": 1}"', {"a": 1}),
     ('{"a":1}{"a":1}', {"a": 1}), ('{"a":1}\n', {"a": 1}),
-    ('{"cmd": "ls" -la}', {"INVALID_JSON": '{"cmd": "ls" -la}'}),
+    ('{"cmd": "ls" -la}', {"cmd": "ls", "INVALID_JSON": '{"cmd": "ls" -la}'}),
+    ("{'cmd': 1}", {"INVALID_JSON": "{'cmd': 1}"}), ('{"cmd": "l', {"cmd": "l", "INVALID_JSON": '{"cmd": "l'}),
+    ('{"a": [1, 2,], "b": {"c": 3,},}', {"a": [1, 2], "b": {"c": 3}}), ('{"a": "x\ny\tz"}', {"a": "x\ny\tz"}),
+    ('{"re": "\\d+\\.", "on": True, "off": None}', {"re": "\\d+\\.", "on": True, "off": None}),
+    ('{"a": {"b": [1, 2]', {"a": {"b": [1, 2]}}), ('[{"a": 1}]', {"a": 1}),
+    ('```json\n{"a": "`b`",}\n```', {"a": "`b`"}), ('```\n{"a": 1}```', {"a": 1}),
     ("[1]", {"INVALID_JSON": "[1]"}), ("nonsense", {"INVALID_JSON": "nonsense"}),
-    ('{"a": NaN}', {"INVALID_JSON": '{"a": NaN}'}),
+    ('{"a": NaN}', {"a": None, "INVALID_JSON": '{"a": NaN}'}),
     ('{"a":"}{"}', {"a": "}{"}), ('{"a":"\\"}"}', {"a": '"}'}), ("[" * 50000, {"INVALID_JSON": "[" * 50000}),
 ]
+
+
+@pytest.mark.parametrize("given, expected", [row for row in ARGUMENTS if isinstance(row[0], str)],
+                         ids=lambda value: str(value)[:30])
+def test_broken_arguments_are_the_same_in_a_stream(given, expected):
+    """Whatever comes of them can be parsed: what was sent can't be taken back, and an SDK raises on half JSON."""
+    for pieces in ([given], [given[:at] for at in (1,)] + [given[1:]], list(given[:200]) + [given[200:]]):
+        chunks = [tools(tool(0, "a", "get_time", ""))] + [tools(tool(0, arguments=piece)) for piece in pieces]
+        block, = fold(play([*chunks, delta("tool_calls")])[0])["content"]
+        assert block["input"] == expected
+
+
+@pytest.mark.parametrize("given", ['{"a":1', '{"a":"x', '{"a":[1,2', '{"a":{"b":"c'])
+def test_arguments_cut_off_by_the_limit_are_not_completed(given):
+    events, _ = play([tools(tool(0, "a", "f", given)), delta("length")])
+    sent = "".join(e["delta"]["partial_json"] for e in events if e["type"] == "content_block_delta")
+    assert sent == given and events[-2]["delta"]["stop_reason"] == "max_tokens"
+
+
+def test_mending_leaves_json_as_it_is():
+    text = json.dumps({"a": [1.5e-7, True, None, "é\\\"\n😀\u2028"], "b": {}, "c": [], "": {"x": [[], {}]}}, indent=1)
+    for size in range(1, 12):
+        mender = ifl.ObjectMender()
+        assert "".join(mender.feed(text[at:at + size]) for at in range(0, len(text), size)) == text and mender.complete
+        assert mender.close() == "" == mender.feed("more")
 
 
 @pytest.mark.parametrize("given, expected", ARGUMENTS, ids=lambda value: str(value)[:30])
@@ -10379,7 +10409,7 @@ THEIRS = re.compile("Expecting|Extra data|Unterminated|Invalid|Illegal|[A-Z][a-z
 
 def test_chinese_sentences_have_their_parts_and_stand_for_something():
     """Each has its longest words, or near half of them, still in the program's strings: none outlives what it translates."""
-    source = SOURCE[:SOURCE.index("CHINESE: Dict")] + SOURCE[SOURCE.index("#: How this program is called"):]
+    source = SOURCE[:SOURCE.index("CHINESE: Dict")] + SOURCE[SOURCE.index("#: CHINESE's sentences with parts"):]
     texts = "\0".join(spoken(node) for node in ast.walk(ast.parse(source))
                       if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)))
     stale = []
@@ -10407,7 +10437,7 @@ def test_chinese_sentences_have_their_parts_and_stand_for_something():
 def test_sentences_in_chinese(monkeypatch, english, chinese):
     monkeypatch.setattr(ifl.CONSOLE, "language", "zh")
     if english == "usage":
-        assert ifl._in_chinese("usage", True) == "usage"                 # somebody's name, as a part
+        assert ifl.in_chinese("usage", True) == "usage"                 # somebody's name, as a part
         return
     assert ifl.local(english) == (english if chinese is None else chinese)
     monkeypatch.setattr(ifl.CONSOLE, "language", "en")
@@ -14244,6 +14274,17 @@ def test_the_playground(admin, upstream, path, body):
     assert answer.status == 200 and answer.headers["content-type"].startswith("text/event-stream")
     assert until(lambda: browser.get("usage?by=key")["rows"])[0]["name"] == "admin"
     assert browser("POST", "play/" + path, {"model": 5}).status == 400
+
+
+def test_a_chinese_page_is_answered_in_chinese(admin, upstream):
+    browser = admin(upstream)
+    ask = {"model": "claude-x", "dialect": "messages"}
+    told = browser("POST", "routes/explain", ask, **{"Accept-Language": "zh"}).json
+    assert told["steps"] and all(CHINESE_CHARACTER.search(step) for step in told["steps"])
+    plain_told = browser("POST", "routes/explain", ask).json
+    assert not any(CHINESE_CHARACTER.search(step) for step in plain_told["steps"])
+    refused = browser("POST", "oauth/paste", {"text": "x"}, **{"Accept-Language": "zh"})
+    assert refused.status >= 400 and CHINESE_CHARACTER.search(refused.error["message"])
 
 
 # --- lines for clients ---------------------------------------------------------------------
