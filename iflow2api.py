@@ -13692,7 +13692,7 @@ class Viewer:
     The id of an event is `START-REQUESTS-LOGS`, how far the rings were read, of a server that started at START.
     """
 
-    def __init__(self, server: Server, logs: bool, last_id: str, chinese: bool) -> None:
+    def __init__(self, server: Server, logs: bool, last_id: str, chinese: bool = False) -> None:
         gateway = server.gateway
         self._server, self._gateway, self._logs, self._chinese = server, gateway, logs, chinese
         self._start = int(gateway.started_at * 1000)
