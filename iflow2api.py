@@ -1644,11 +1644,13 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
 #: error at each request.
 _PROFILE_VALUES: Dict[str, Tuple[Any, ...]] = {
     "thinking_style": ("thinking_type", "enable_thinking", "chat_template_kwargs", "reasoning_effort", "none"),
+    "thinking_extra": (dict,), "template_switch": ("enable_thinking", "thinking"),
+    "require_reasoning_on_tool_calls": (True, False, "all"),
     "reasoning_field": ("reasoning_content", "reasoning", "reasoning_details", None), "mid_system": ("system", "user"),
     "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None), "efforts": (list,), "extra_fields": (list,),
     "structured_output": ("json_schema", "json_object", "prompt"), "server_tools": ("drop", "error", dict),
     "prefill": ("partial", "prefix", "continue_final_message", None), "max_output": (int,), "context": (int,),
-    **dict.fromkeys(("require_reasoning_on_tool_calls", "vision", "files", "top_k", "forced_tool_choice_with_thinking",
+    **dict.fromkeys(("vision", "files", "top_k", "forced_tool_choice", "forced_tool_choice_with_thinking",
                      "parallel_tool_calls", "stream_usage", "think_tags", "strict_tools"), (True, False))}
 
 
@@ -1778,7 +1780,7 @@ class Preset(NamedTuple):
 #: The first model of each is the default one: one that may think and need not, as agents want both.
 #: GLM takes json_object, no strict schemas, and tool_choice "auto" alone (docs.bigmodel.cn).
 _GLM_PROFILE: Json = {"thinking_style": "thinking_type", "structured_output": "json_object", "strict_tools": False,
-                      "forced_tool_choice_with_thinking": False, "files": False}
+                      "forced_tool_choice": False, "files": False, "thinking_extra": {"clear_thinking": False}}
 
 
 def _glm_search(engine: str) -> Json:
@@ -2176,8 +2178,10 @@ class Router:
 #: How an upstream's Chat differs from the plain one (anthropic-messages.md section 10); a provider's `profile` overrides.
 DEFAULT_PROFILE: Json = {
     "thinking_style": "thinking_type",        #: thinking_type, enable_thinking, chat_template_kwargs, reasoning_effort, none
+    "thinking_extra": {},                     #: beside type "enabled": GLM {"clear_thinking": false}, Kimi {"keep": "all"}
+    "template_switch": "enable_thinking",     #: in chat_template_kwargs; other templates: thinking
     "reasoning_field": "reasoning_content",   #: where earlier reasoning goes back; None: nowhere
-    "require_reasoning_on_tool_calls": False,  #: DeepSeek, Kimi: 400 without it
+    "require_reasoning_on_tool_calls": False,  #: DeepSeek, Kimi: 400 without it; "all": in each assistant message
     "vision": True,
     "files": True,
     "mid_system": "system",                   #: "user" for templates that allow system at the top only
@@ -2187,6 +2191,7 @@ DEFAULT_PROFILE: Json = {
     "top_k": False,
     "user_field": "user",
     "extra_fields": [],                       #: what of user, verbosity, prompt_cache_key, service_tier it is told by Responses
+    "forced_tool_choice": True,               #: False: it knows tool_choice "auto" alone
     "forced_tool_choice_with_thinking": True,
     "parallel_tool_calls": True,
     "stream_usage": True,
@@ -2249,13 +2254,13 @@ def set_thinking(chat: Json, profile: Json, on: Optional[bool], budget: Optional
     style = profile["thinking_style"]
     if on is not None:
         if style == "thinking_type":
-            chat["thinking"] = {"type": "enabled" if on else "disabled"}
+            chat["thinking"] = {"type": "enabled", **profile["thinking_extra"]} if on else {"type": "disabled"}
         elif style == "enable_thinking":
             chat["enable_thinking"] = on
             if on and budget:
                 chat["thinking_budget"] = budget
         elif style == "chat_template_kwargs":
-            chat["chat_template_kwargs"] = {"enable_thinking": on}
+            chat["chat_template_kwargs"] = {profile["template_switch"]: on}
         elif style == "reasoning_effort" and not on:
             effort = None
             if "none" in profile["efforts"]:
@@ -2566,12 +2571,16 @@ class ThinkTags:
 
 
 def merge_details(known: List[Json], fresh: Any) -> None:
-    """Join streamed pieces of `reasoning_details` (OpenRouter, MiniMax) to the entries they belong to."""
-    for piece in fresh if isinstance(fresh, list) else ():
+    """Join streamed pieces of `reasoning_details` (OpenRouter, MiniMax) to the entries they belong to.
+
+    Entries of one chunk, or of a plain answer, are different ones unless they say the same index.
+    """
+    for number, piece in enumerate(fresh if isinstance(fresh, list) else ()):
         last = known[-1] if known else {}
         if not isinstance(piece, dict):
             continue
-        if not last or any(last.get(name) != piece.get(name) for name in ("type", "index")):
+        if not last or number and piece.get("index") is None or any(
+                last.get(name) != piece.get(name) for name in ("type", "index")):
             known.append(dict(piece))
             continue
         for name, value in piece.items():
@@ -3546,6 +3555,8 @@ def _turns(messages: Any) -> List[_Turn]:
         if role not in ("user", "assistant", "system"):
             raise BadRequest(f"messages.{i}.role: Input should be 'user', 'assistant' or 'system'")
         blocks = _blocks(message.get("content"), f"messages.{i}.content")
+        if role == "user" and not any(block.get("text") or block.get("type") != "text" for _, block in blocks):
+            raise BadRequest(f"messages.{i}: user messages must have non-empty content")
         if turns and turns[-1].role == role != "system":
             turns[-1].blocks += blocks
         else:
@@ -3717,6 +3728,8 @@ class _History:
         reader = _PART_READERS.get(kind) if isinstance(kind, str) else None
         if reader:
             return reader(self, block, path)
+        if isinstance(kind, str) and kind.endswith("_tool_result"):      # a server tool's, outside an assistant's turn
+            return [_text_part(text) for text in [_readable(block.get("content"))] if text]
         self.skipped.append(str(kind))
         return []
 
@@ -3770,13 +3783,23 @@ class _History:
         text = _readable(block.get("content"))
         return [_text_part(text)] if text else []
 
+    def strange_call(self, block: Json, path: str) -> List[Json]:
+        """A call that a user claims to have made: as text, for no tool message may follow."""
+        return [_text_part(f"[call of {_field(block, 'name', str, path)} {_compact(block.get('input') or {})}]")]
+
+    def strange_result(self, block: Json, path: str) -> List[Json]:
+        """A result where none can stand, in an assistant's turn or a document."""
+        content = block.get("content")
+        head = _text_part(f"[result of tool call {unwrap_id(str(block.get('tool_use_id')))}]")
+        return [head, *([] if content is None else self.parts(content, f"{path}.content"))]
+
 
 #: Blocks of users, tool results and documents.
 _PART_READERS: Dict[str, Callable[[_History, Json, str], List[Json]]] = {
     "text": _History.text, "image": _History.image, "document": _History.document,
     "search_result": _History.search_result, "tool_reference": _History.tool_reference,
     "browser_state": _History.browser_state, "container_upload": _History.container_upload,
-    "compaction": _History.compaction}
+    "compaction": _History.compaction, "tool_use": _History.strange_call, "tool_result": _History.strange_result}
 
 
 class _AssistantTurn:
@@ -3847,7 +3870,8 @@ class _AssistantTurn:
             message["reasoning_details"] = self.details
         elif field == "reasoning_details" and thought:
             message["reasoning_details"] = [{"type": "reasoning.text", "text": thought}]
-        required = self.calls and profile["require_reasoning_on_tool_calls"] and self.history.thinking is not False
+        wish = profile["require_reasoning_on_tool_calls"]
+        required = (self.calls and wish or wish == "all") and self.history.thinking is not False
         if field and field != "reasoning_details" and (thought or required):
             message[field] = thought
         return message
@@ -3996,8 +4020,9 @@ class _Tools:
                 raise BadRequest(f"tool_choice.name: Tool {name!r} not found in provided tools")
             if self.known[name]:
                 fields["tool_choice"] = {"type": "function", "function": {"name": short_name(name)}}
-        free = thinking and not self.profile["forced_tool_choice_with_thinking"] or not any(self.known.values())
-        if free and kind in ("any", "tool"):
+        profile = self.profile
+        free = thinking and not profile["forced_tool_choice_with_thinking"] or not any(self.known.values())
+        if (free or not profile["forced_tool_choice"]) and kind in ("any", "tool"):
             fields["tool_choice"] = "auto"
         if choice.get("disable_parallel_tool_use") is True and self.profile["parallel_tool_calls"]:
             fields["parallel_tool_calls"] = False
@@ -4180,6 +4205,8 @@ class MessagesTurn:
             _instruct(chat["messages"], NO_TOOL.format(", ".join(tools.missing)))
         chat.update(tools.fields)
         chat.update(tools.choice(self.body.get("tool_choice"), thinking))
+        if chat.get("tool_choice") == "none" and not self.profile["forced_tool_choice"]:
+            del chat["tools"], chat["tool_choice"]               # there is no other way to say it
 
     @cached_property
     def raw_estimate(self) -> int:
@@ -5607,7 +5634,8 @@ class ResponsesTurn:
         if not listed:
             return
         forced = choice not in (None, "none", "auto")
-        if forced and thinking and not self.profile["forced_tool_choice_with_thinking"]:
+        if forced and not (self.profile["forced_tool_choice"] and (
+                self.profile["forced_tool_choice_with_thinking"] or not thinking)):
             choice = "auto"
         chat["tools"] = listed
         if choice is not None:
@@ -6367,6 +6395,7 @@ class ChatTurn:
     """A chat request on its way to a chat upstream: every byte but the model's name as it came, where that will do."""
     local: Optional[Json] = None         #: an answer that needs no upstream
     estimate = max_output = 0            #: of the prompt's tokens; the most tokens it asks for; 0: not known
+    skipped: Sequence[str] = ()
 
     def __init__(self, call: Call, target: Target, context: Context) -> None:
         self._call, self._target, self._context = call, target, context
@@ -6432,6 +6461,11 @@ class TranslatedTurn:
     @property
     def estimate(self) -> int:
         return getattr(self._turn, "estimate", 0)
+
+    @property
+    def skipped(self) -> Sequence[str]:
+        """Types of what in the request nobody here knows."""
+        return getattr(self._turn, "skipped", ())
 
     @property
     def max_output(self) -> int:
@@ -10012,6 +10046,7 @@ class Gateway:
         self.reasoning = ReasoningCache()
         self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "")
         self._caps: Dict[str, int] = {}  #: by scale_name: most output tokens, as refusals have told
+        self._skipped: Set[str] = set()  #: types of blocks that were logged as skipped
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         oauth = OAuth(self.upstream, lambda: self.settings)
         self.logins = Logins(config, oauth, lambda: self.settings.accounts, self.reload)
@@ -10446,6 +10481,10 @@ class Gateway:
         context = Context(time.time(), new_id, self.seal(), self.responses, self.reasoning,
                           lambda estimate: self.scale.scaled(scale_name(target), estimate))
         turn, body = self._prepared(call, self._capped(target) if call.dialect.foreign else target, context)
+        for kind in set(turn.skipped) - self._skipped if len(self._skipped) < 50 else ():       # once each
+            self._skipped.add(kind)
+            log.info("%s content of the type %r means nothing here and is left out", call.request_id[4:12],
+                     one_line(kind, 60))
         if turn.local is not None:
             return sink.end(turn.local_events()) if call.stream else sink.reply(dump_json(turn.local),
                                                                                 "application/json", ())

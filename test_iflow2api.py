@@ -5530,6 +5530,71 @@ def test_histories(messages, expected):
     assert turn_of({"messages": messages}).chat["messages"] == expected
 
 
+def test_blocks_in_strange_places_are_not_lost():
+    image_result = result("t9", [text("seen"), image()])
+    chat = turn_of({"messages": [user(text("q"), use("x", "f", a=1)), assistant(text("so"), image_result),
+                                 user({"type": "web_search_tool_result", "content": [{"url": "http://u", "title": "T"}]})]}).chat
+    assert [m["content"] for m in chat["messages"]] == [
+        'q\n\n[call of f {"a":1}]', "so\n\n[result of tool call t9]\n\nseen\n\n[tool_result]", "- T (http://u)"]
+
+
+@pytest.mark.parametrize("content", [[], "", [text("")], [text(""), text("")]])
+def test_an_empty_user_message_is_refused_as_anthropic_does(content):
+    for messages in ([{"role": "user", "content": content}], [user("q"), assistant(text("a")), {"role": "user", "content": content}]):
+        with pytest.raises(ifl.BadRequest, match=f"messages.{len(messages) - 1}: user messages must have non-empty content"):
+            turn_of({"messages": messages})
+
+
+def test_skipped_blocks_are_logged_once_by_type(server, upstream, log_lines):
+    running = server(upstream)
+    ask = {"model": "m1", "max_tokens": 9, "messages": [user(text("q"), {"type": "hologram", "data": "secret"})]}
+    for _ in range(2):
+        assert post(running, ask, "/v1/messages").status == 200
+    lines = [record.getMessage() for record in log_lines]
+    assert len([line for line in lines if "hologram" in line]) == 1 and "secret" not in "".join(lines)
+
+
+@pytest.mark.parametrize("profile, on, off", [
+    ({"thinking_extra": {"clear_thinking": False}}, {"thinking": {"type": "enabled", "clear_thinking": False}},
+     {"thinking": {"type": "disabled"}}),
+    ({"thinking_style": "chat_template_kwargs", "template_switch": "thinking"},
+     {"chat_template_kwargs": {"thinking": True}}, {"chat_template_kwargs": {"thinking": False}})])
+def test_thinking_switches_of_a_profile(profile, on, off):
+    for kind, expected in (("adaptive", on), ("disabled", off)):
+        chat = turn_of({"thinking": {"type": kind}}, **profile).chat
+        assert {name: chat[name] for name in ("thinking", "chat_template_kwargs") if name in chat} == expected
+
+
+def test_reasoning_in_each_assistant_message_where_a_provider_keeps_all():
+    messages = [user("q"), assistant(text("a")), user("r"), assistant(use("t")), user(result("t", "x"))]
+    for wish, fields in (("all", ["", ""]), (True, [None, ""]), (False, [None, None])):
+        chat = turn_of({"messages": messages}, require_reasoning_on_tool_calls=wish).chat["messages"]
+        assert [m.get("reasoning_content") for m in chat if m["role"] == "assistant"] == fields
+
+
+@pytest.mark.parametrize("choice, expected", [({"type": "any"}, "auto"), ({"type": "tool", "name": "get_time"}, "auto"),
+                                              ({"type": "auto"}, "auto"), ({"type": "none"}, None), (None, None)])
+def test_glm_knows_tool_choice_auto_alone(choice, expected):
+    chat = turn_of({"tools": [TIME], "tool_choice": choice}, **ifl.PRESETS["zhipu"].profile).chat
+    assert chat.get("tool_choice") == expected and ("tools" in chat) is (choice != {"type": "none"})
+    if choice and choice["type"] == "any":
+        asked = {"model": "m", "input": "q", "tools": [{"type": "function", "name": "f", "parameters": {}}],
+                 "tool_choice": "required"}
+        assert make_turn(asked, {"forced_tool_choice": False}).chat["tool_choice"] == "auto"
+
+
+def test_reasoning_details_of_a_plain_answer_stay_apart():
+    given = [{"type": "reasoning.text", "text": "a"}, {"type": "reasoning.text", "text": "b"},
+             {"type": "reasoning.encrypted", "data": "c"}]
+    block, _ = reply(content="x", reasoning_details=given)["content"]
+    assert ifl.read_signature(block["signature"])["details"] == given
+    known: List[Any] = []
+    for piece in ([{"type": "t", "text": "a"}], [{"type": "t", "text": "b"}],
+                  [{"type": "t", "text": "c", "index": 1}, {"type": "t", "text": "d", "index": 1}]):
+        ifl.merge_details(known, piece)
+    assert known == [{"type": "t", "text": "ab"}, {"type": "t", "text": "cd", "index": 1}]
+
+
 @pytest.mark.parametrize("first", ["S", None])
 def test_system_messages_for_templates_with_one_at_the_top(first):
     messages = [user("q"), {"role": "system", "content": "French."}]
