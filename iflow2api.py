@@ -2999,14 +2999,36 @@ def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
         overflow=(0, 0, 0) if meant == 400 else None, retry_after_s=DEFAULT_RETRY_AFTER_S if meant == 429 else None)
 
 
+class CallPieces:
+    """Calls that arrive in pieces, as they stand in a message."""
+
+    def __init__(self) -> None:
+        self.calls: List[Json] = []
+        self._by_index: Dict[Any, Json] = {}
+
+    def add(self, pieces: Any) -> None:
+        for piece in pieces if isinstance(pieces, list) else ():
+            if isinstance(piece, dict) and isinstance(piece.get("function"), dict):
+                self._join(piece.get("index"), piece.get("id"), **piece["function"])
+
+    def _join(self, index: Any, ident: Any, name: Any = None, arguments: Any = None, **_: Any) -> None:
+        call = self._by_index.get(index) if index is not None else self.calls[-1] if self.calls and not name else None
+        if call is None or ident and call["id"] not in (None, ident):
+            call = self._by_index[index] = {"id": ident, "type": "function", "function": {"name": "", "arguments": ""}}
+            self.calls.append(call)
+        function, call["id"] = call["function"], call["id"] or ident
+        if isinstance(name, str) and name != function["name"]:
+            function["name"] += name
+        function["arguments"] += arguments if isinstance(arguments, str) else dump_json(arguments).decode() if arguments else ""
+
+
 class ReasoningNote:
     """Listens to an answer and remembers which reasoning went with which tool calls."""
 
     def __init__(self, keep: Callable[[Json, str], None]) -> None:
         self._keep = keep
         self._reasoning: List[str] = []
-        self._calls: List[Json] = []              #: as they stand in a message
-        self._by_index: Dict[Any, Json] = {}
+        self._pieces = CallPieces()
 
     def hear(self, chunk: Json) -> None:
         choice = first_choice(chunk)
@@ -3016,27 +3038,13 @@ class ReasoningNote:
         reasoning = reasoning_of(message)
         if reasoning:
             self._reasoning.append(reasoning)
-        calls = message.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            if isinstance(call, dict) and isinstance(call.get("function"), dict):
-                self._join(call.get("index"), call.get("id"), **call["function"])
-
-    def _join(self, index: Any, ident: Any, name: Any = None, arguments: Any = None, **_: Any) -> None:
-        """A piece of a call to the call that it belongs to."""
-        call = self._by_index.get(index) if index is not None else self._calls[-1] if self._calls and not name else None
-        if call is None or ident and call["id"] not in (None, ident):
-            call = self._by_index[index] = {"id": ident, "function": {"name": "", "arguments": ""}}
-            self._calls.append(call)
-        function, call["id"] = call["function"], call["id"] or ident
-        if isinstance(name, str) and name != function["name"]:
-            function["name"] += name
-        function["arguments"] += arguments if isinstance(arguments, str) else dump_json(arguments or {}).decode()
+        self._pieces.add(message.get("tool_calls"))
 
     def close(self, ids: Sequence[str] = ()) -> None:
         """`ids`: what the client knows the calls by, where it may differ from what the upstream said."""
-        text = "".join(self._reasoning)
-        for number, call in enumerate(self._calls if text else ()):
-            self._keep({**call, "id": ids[number]} if len(ids) == len(self._calls) else call, text)
+        text, calls = "".join(self._reasoning), self._pieces.calls
+        for number, call in enumerate(calls if text else ()):
+            self._keep({**call, "id": ids[number]} if len(ids) == len(calls) else call, text)
 
 
 class ReasoningMerge:
@@ -3191,6 +3199,41 @@ def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
             raise refusal
         if isinstance(chunk, dict):
             yield chunk
+
+
+def fold_stream(data: bytes) -> Json:
+    """The completion that an event stream amounts to: some servers stream whatever they are asked.  UpstreamError."""
+    decoder = SSEDecoder()
+    whole: Json = {"object": "chat.completion"}
+    choices: Dict[Any, Tuple[Json, CallPieces]] = {}
+    done = False
+    for chunk in read_records([*decoder.feed(data), *decoder.close()]):
+        done = done or chunk is None
+        for name in ("id", "created", "model", "usage"):
+            whole.update({name: chunk[name]} if chunk and chunk.get(name) else {})
+        for choice in (chunk.get("choices") if chunk else None) or ():
+            if isinstance(choice, dict):
+                kept, pieces = choices.setdefault(choice.get("index", 0), ({"message": {"role": "assistant"}}, CallPieces()))
+                kept.update((name, value) for name, value in choice.items() if name != "delta" and value is not None)
+                _add_delta(kept["message"], pieces, choice.get("delta"))
+    if not done and not any(choice.get("finish_reason") for choice, _ in choices.values()):
+        raise UpstreamGarbled("the upstream's answer was cut off")
+    return {**whole, "choices": [choice for choice, _ in choices.values()]}
+
+
+def _add_delta(message: Json, pieces: CallPieces, delta: Any) -> None:
+    """One delta to the message that it is a piece of."""
+    for name, value in delta.items() if isinstance(delta, dict) else ():
+        if name == "tool_calls":
+            pieces.add(value)
+            message[name] = pieces.calls
+        elif name == "reasoning_details":
+            merge_details(message.setdefault(name, []), value)
+        elif isinstance(value, str) and name != "role":
+            message[name] = (message.get(name) or "") + value
+        elif value is not None:
+            message[name] = value
+    message.setdefault("content", None)
 
 
 #: Enough of a stream's end to hold the last records: finish_reason, usage, [DONE].
@@ -3617,7 +3660,9 @@ def _base64_data(source: Json, types: Sequence[str], path: str) -> str:
     kind, data = _field(source, "media_type", str, path), _field(source, "data", str, path)
     if kind not in types:
         raise BadRequest(f"{path}.media_type: Input should be " + " or ".join(repr(name) for name in types))
-    if not data or data.encode("utf-8", "replace").translate(None, _BASE64):
+    body = data.rstrip("=\r\n")
+    odd = "=" in body or (len(body) - body.count("\n") - body.count("\r")) % 4 == 1      # no bytes have that length
+    if not data or odd or data.encode("utf-8", "replace").translate(None, _BASE64):
         raise BadRequest(f"{path}.data: Input should be valid base64")
     return f"data:{kind};base64,{data}"
 
@@ -3837,6 +3882,8 @@ class _AssistantTurn:
     def tool_use(self, block: Json, path: str) -> None:
         ident, name = _field(block, "id", str, path), _field(block, "name", str, path)
         given = {} if block.get("input") is None else _field(block, "input", dict, path)
+        if ident in self.ids:
+            raise BadRequest(f"{path}.id: `tool_use` ids must be unique")
         self.ids.append(ident)
         self.history.ids.add(ident)
         self.calls.append({"id": unwrap_id(ident), "type": "function",
@@ -3934,6 +3981,8 @@ _CLIENT_TOOLS: Dict[str, Callable[[Json, int], Tuple[str, Json]]] = {
     "bash": _bash_tool, "text_editor": _editor_tool, "memory": _memory_tool, "computer": _computer_tool}
 _CLIENT_TOOL = re.compile(r"(bash|text_editor|memory|computer)_(\d{8})")
 
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+
 #: Tools Anthropic's servers run; profile["server_tools"] says what becomes of them, by these names.
 SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "tool_search_tool", "advisor", "mcp_toolset")
 
@@ -3963,6 +4012,8 @@ class _Tools:
         name = "" if kind == "mcp_toolset" else _field(tool, "name", str, path)
         if not served and not name:
             raise BadRequest(f"{path}.name: String should have at least 1 character")
+        if not served and not _TOOL_NAME.fullmatch(name):
+            raise BadRequest(f"{path}.name: String should match pattern '^[a-zA-Z0-9_-]{{1,128}}$'")
         if name and name in self.known:
             raise BadRequest(f"tools: Tool names must be unique; {name!r} is there twice")
         if name == PLACEHOLDER_TOOL:
@@ -4048,7 +4099,7 @@ def _changed_tools(tools: Sequence[Any], changes: Sequence[Json]) -> List[Any]:
 
 _USER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _THINKING = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}
-_COPIED = ("temperature", "top_p", "top_k")
+_COPIED = {"temperature": "number", "top_p": "number", "top_k": "integer"}
 
 
 def _max_tokens(body: Json, profile: Json) -> int:
@@ -4073,8 +4124,8 @@ def _refuse(body: Json) -> None:
 
 def _stop_sequences(body: Json) -> List[str]:
     given = _optional(body, "stop_sequences", list) or []
-    if not all(isinstance(text, str) and text for text in given):
-        raise BadRequest("stop_sequences: each stop sequence must be a non-empty string")
+    if not all(isinstance(text, str) and text.strip() for text in given):
+        raise BadRequest("stop_sequences: each stop sequence must contain non-whitespace")
     return given
 
 
@@ -4129,7 +4180,7 @@ class MessagesTurn:
         self.max_tokens = _max_tokens(body, profile)
         self.stop_sequences = _stop_sequences(body)
         self.hide_reasoning = False
-        self.omit_thinking = False
+        self.omit_thinking = self.unfence = False
         self.scale: Callable[[int], int] = int     #: estimated tokens -> as this model counts them
         self.chat = self._to_chat(model)
 
@@ -4156,6 +4207,7 @@ class MessagesTurn:
         schema = _answer_schema(config, body)
         if schema is not None:
             _demand_schema(chat, schema, profile["structured_output"])
+            self.unfence = profile["structured_output"] == "prompt"      # such models like to put ``` around it
         return chat
 
     def _thinking(self) -> Tuple[Optional[bool], Optional[int]]:
@@ -4181,9 +4233,12 @@ class MessagesTurn:
 
     def _set_options(self, chat: Json) -> None:
         body, profile = self.body, self.profile
-        for name in _COPIED:
-            if body.get(name) is not None and (name != "top_k" or profile["top_k"]):
-                chat[name] = body[name]
+        for name, noun in _COPIED.items():
+            value = body.get(name)
+            if isinstance(value, bool) or not isinstance(value, (int, float if noun == "number" else int, type(None))):
+                raise BadRequest(f"{name}: Input should be a valid {noun}")
+            if value is not None and (name != "top_k" or profile["top_k"]):
+                chat[name] = value
         if self.stop_sequences:
             chat["stop"] = self.stop_sequences[:STOP_LIMIT]
         if body.get("stream") is True:
@@ -4401,6 +4456,34 @@ class _StopWatch:
         return text
 
 
+class _Unfence:
+    """Takes the ``` from around a text that is one fenced block; any other text passes as it is."""
+    _HEAD = re.compile(r"\s*```[a-zA-Z]*[ \t]*\n")
+    _MAYBE = re.compile(r"\s*(?:`{0,2}|```[a-zA-Z]*[ \t]*)")
+    _TAIL = re.compile(r"\s*`{0,3}\s*\Z")
+
+    def __init__(self) -> None:
+        self.fenced: Optional[bool] = None
+        self.held = ""
+
+    def feed(self, text: str) -> str:
+        text, self.held = self.held + text, ""
+        if self.fenced is None:
+            head = self._HEAD.match(text)
+            if not head and self._MAYBE.fullmatch(text):
+                self.held = text
+                return ""
+            self.fenced, text = head is not None, text[head.end() if head else 0:]
+        if self.fenced:                            # the last blanks and ` may be its end
+            at = self._TAIL.search(text).start()
+            text, self.held = text[:at], text[at:]
+        return text
+
+    def close(self) -> str:
+        text, self.held = self.held, ""
+        return "" if self.fenced and "```" in text else text
+
+
 def _content_text(content: Any) -> str:
     """The text of a `content` that is a part list."""
     parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
@@ -4430,6 +4513,7 @@ class MessagesStream:
         self.held: List[Tuple[str, str, Any]] = []  #: said while a call was incomplete
         self.calls = _ToolCalls(turn.ids, new_id)
         self.tags = ThinkTags() if turn.profile["think_tags"] else None
+        self.fence = _Unfence() if turn.unfence else None
         self.watch = _StopWatch(turn.stop_sequences[STOP_LIMIT:]) if turn.stop_sequences[STOP_LIMIT:] else None
 
     def feed(self, chunk: Json) -> Iterator[Json]:
@@ -4560,12 +4644,16 @@ class MessagesStream:
             yield from self._answer(piece) if kind == "text" else self._thinking(piece, None)
 
     def _answer(self, text: str) -> Iterator[Json]:
+        text = self.fence.feed(text) if self.fence else text
         yield from self._text(self.watch.feed(text) if self.watch else text)
 
     def _flush_text(self) -> Iterator[Json]:
-        """Let go what the tag splitter and the stop watch hold back."""
+        """Let go what the tag splitter, the fence and the stop watch hold back."""
         for kind, piece in self.tags.close() if self.tags else ():
             yield from self._answer(piece) if kind == "text" else self._thinking(piece, None)
+        if self.fence:
+            rest = self.fence.close()
+            yield from self._text(self.watch.feed(rest) if self.watch else rest)
         if self.watch:
             yield from self._text(self.watch.close())
 
@@ -10619,12 +10707,15 @@ class Gateway:
                 if not data:
                     return
             data = data or exchange.read_all(ANSWER_LIMIT_BYTES)
+            streamed = call.dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:", b":"))
+            data = dump_json(fold_stream(data)) if streamed else data
             completion = self._parse_answer(data, call, exchange.status)
             record.usage = self._usage(usage_of(completion), call, len(data) // 5)
-            if call.stream:              # a server that does not stream: its answer becomes one
+            if call.stream:              # a server that does not stream: its answer becomes a stream
                 sink.end(stream.feed(completion_to_sse(completion)) + stream.close())
             else:
-                content_type = "application/json" if call.dialect.foreign else exchange.content_type or "application/json"
+                plain = call.dialect.foreign or streamed or not exchange.content_type
+                content_type = "application/json" if plain else exchange.content_type
                 sink.reply(turn.reply(data, completion), content_type, sink.returned)
             record.first_s = time.monotonic() - record.started
 

@@ -2911,7 +2911,7 @@ PLAIN_FAULTS = [
     ("reset", Reply(RESET), 502, "without an answer"),
     ("no content", Reply(head(204)), 502, "empty"), ("deep", plain(b'{"a":' * 100_000), 502, "not JSON"),
     ("latin-1", plain(b'{"a":"\xe9"}'), 502, "not JSON"),
-    ("SSE", sse(*HELLO), 502, "not JSON"), ("404", plain({"error": {"message": "gone"}}, 404), 404, "gone"),
+    ("404", plain({"error": {"message": "gone"}}, 404), 404, "gone"),
     ("418", plain({"error": "tea"}, 418), 418, "tea"),
     ("huge number", plain(b'{"error":{"message":"inf","n":1e999}}', 400), 400, "inf"),
     ("deep error", plain(b'{"error":{"message":"deep","n":' + b"[" * 700 + b"]" * 700 + b"}}", 400), 400, "deep"),
@@ -5804,7 +5804,12 @@ BAD = [
     {"thinking": "on"}, {"thinking": {"type": "sometimes"}}, {"thinking": {"type": []}},
     {"thinking": {"type": "enabled", "budget_tokens": "x"}},
     {"mcp_servers": [{"url": "https://m"}]}, {"thread": {"id": "t"}}, {"compaction": {"type": "summarize"}},
-    {"stop_sequences": "x"}, {"stop_sequences": [5]}, {"output_config": []},
+    {"stop_sequences": "x"}, {"stop_sequences": [5]}, {"stop_sequences": [" \n"]}, {"output_config": []},
+    {"temperature": "x"}, {"top_p": True}, {"top_k": 1.5}, {"temperature": [1]},
+    {"messages": [user(image(type="base64", media_type="image/png", data="AAAAA"))]},
+    {"messages": [user(image(type="base64", media_type="image/png", data="AA=A"))]},
+    {"messages": [user("q"), assistant(use("a"), use("a")), user(result("a"))]},
+    {"tools": [{"name": "a.b"}]}, {"tools": [{"name": "a b"}]}, {"tools": [{"name": "a" * 129}]}, {"tools": [{"name": "天气"}]},
     {"output_config": {"format": {"type": "xml"}}},
     {"output_config": {"format": {"type": "json_schema"}}},
 ]
@@ -5816,6 +5821,65 @@ def test_bad_input(body):
         turn_of(body)
     error = ifl.messages_error(caught.value, "req_1")["error"]
     assert error["type"] == "invalid_request_error" and error["message"]
+
+
+def test_what_is_odd_but_works_stays():
+    body = {"temperature": 1, "top_p": 0.5, "top_k": 3, "stop_sequences": ["\n\nHuman:"], "messages": [
+        user(image(type="base64", media_type="image/png", data="QUJD\r\nRA==\n")), assistant(use("a")), user(result("a")),
+        assistant(use("a")), user(result("a"))], "tools": [{"name": "a" * 128}]}
+    chat = turn_of(body).chat
+    assert [m["role"] for m in chat["messages"]] == ["user", "assistant", "tool", "assistant", "tool"]
+    assert (chat["temperature"], chat["stop"], len(chat["tools"][0]["function"]["name"])) == (1, ["\n\nHuman:"], 64)
+
+
+FENCED = [
+    ('```json\n{"a": 1}\n```', '{"a": 1}'), ("```\n[1]\n```\n", "[1]"), ('\n```JSON \n{"a": "```"}\n```', '{"a": "```"}'),
+    ('{"a": 1}', '{"a": 1}'), ("``x", "``x"), ("Here:\n```json\n{}\n```", "Here:\n```json\n{}\n```"),
+    ('```json\n{"a": 1}', '{"a": 1}'), ("```json\n{}\n```\nSo.", "{}\n```\nSo."), ("`", "`"), ("x  \n", "x  \n")]
+
+
+@pytest.mark.parametrize("said, expected", FENCED)
+def test_fenced_json_is_unwrapped_where_a_prompt_is_all_that_asks_for_it(said, expected):
+    config = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}
+    assert reply(config, profile={"structured_output": "prompt"}, content=said)["content"] == [plain_messages(expected)]
+    for size in (1, 2, 3, 7):
+        chunks = [delta(content=said[at:at + size]) for at in range(0, len(said), size)]
+        assert fold(play(chunks, config, structured_output="prompt")[0])["content"] == [text(expected)]
+    assert reply(config, content=said)["content"][0]["text"] == said == reply(
+        profile={"structured_output": "prompt"}, content=said)["content"][0]["text"]
+
+
+STREAMED_PLAIN = [
+    (HELLO, completion("Hello")["choices"][0]["message"], "stop"),
+    ([chunk(None, reasoning_content="be"), chunk(None, reasoning_content="cause"),
+      chunk(None, tool_calls=[{"index": 0, "id": "a", "type": "function", "function": {"name": "look", "arguments": ""}}]),
+      chunk(None, tool_calls=[{"index": 1, "id": "b", "function": {"name": "see", "arguments": "{}"}}]),
+      chunk(None, tool_calls=[{"index": 0, "function": {"arguments": '{"x":'}}]),
+      chunk(None, tool_calls=[{"index": 0, "function": {"arguments": "1}"}}]), chunk(finish="tool_calls")],
+     {"role": "assistant", "content": None, "reasoning_content": "because", "tool_calls": [
+         call("a", "look", '{"x":1}'), call("b", "see", "{}")]}, "tool_calls")]
+
+
+@pytest.mark.parametrize("items, message, finish", STREAMED_PLAIN)
+def test_a_stream_that_nobody_asked_for_becomes_a_plain_answer(server, upstream, items, message, finish):
+    running = server(upstream)
+    for kind in ("text/event-stream", "application/json", ""):
+        body = b": hello\n\n" * (kind == "") + wire_of(items)
+        upstream.plays(*[Reply(head(200, [("Content-Type", kind), ("Content-Length", str(len(body)))]) + body)] * 2)
+        answer = post(running, chat())
+        assert answer.headers["content-type"] == "application/json" and answer.json["object"] == "chat.completion"
+        assert answer.json["choices"] == [{"message": message, "index": 0, "finish_reason": finish}]
+        told = post(running, {"model": "m1", "max_tokens": 9, "messages": [user("q")]}, "/v1/messages").json
+        assert told["stop_reason"] == ("end_turn" if finish == "stop" else "tool_use")
+
+
+@pytest.mark.parametrize("items, status, said", [
+    ([chunk("Hi")], 502, "cut off"), ([{"error": {"message": "slow", "code": 429}}], 429, "slow"), ([DONE], 502, "empty")])
+def test_a_stream_that_nobody_asked_for_may_be_a_failure(server, upstream, items, status, said):
+    running = server(upstream)
+    upstream.plays(sse(*items))
+    answer = post(running, chat())
+    assert answer.status == status and said in answer.error["message"]
 
 
 def test_policies_that_refuse():
