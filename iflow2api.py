@@ -1644,12 +1644,14 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
 #: error at each request.
 _PROFILE_VALUES: Dict[str, Tuple[Any, ...]] = {
     "thinking_style": ("thinking_type", "enable_thinking", "chat_template_kwargs", "reasoning_effort", "none"),
+    "thinking_extra": (dict,), "template_switch": ("enable_thinking", "thinking"),
+    "require_reasoning_on_tool_calls": (True, False, "all"),
     "reasoning_field": ("reasoning_content", "reasoning", "reasoning_details", None), "mid_system": ("system", "user"),
     "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None),
     "efforts": (list,), "extra_fields": (list,),
     "structured_output": ("json_schema", "json_object", "prompt"), "server_tools": ("drop", "error", dict),
     "prefill": ("partial", "prefix", "continue_final_message", None), "max_output": (int,), "context": (int,),
-    **dict.fromkeys(("require_reasoning_on_tool_calls", "vision", "files", "top_k", "forced_tool_choice_with_thinking",
+    **dict.fromkeys(("vision", "files", "top_k", "forced_tool_choice", "forced_tool_choice_with_thinking",
                      "parallel_tool_calls", "stream_usage", "think_tags", "strict_tools"), (True, False))}
 
 
@@ -1779,7 +1781,7 @@ class Preset(NamedTuple):
 #: The first model of each is the default one: one that may think and need not, as agents want both.
 #: GLM takes json_object, no strict schemas, and tool_choice "auto" alone (docs.bigmodel.cn).
 _GLM_PROFILE: Json = {"thinking_style": "thinking_type", "structured_output": "json_object", "strict_tools": False,
-                      "forced_tool_choice_with_thinking": False, "files": False}
+                      "forced_tool_choice": False, "files": False, "thinking_extra": {"clear_thinking": False}}
 
 
 def _glm_search(engine: str) -> Json:
@@ -2557,8 +2559,10 @@ def spoken_in_chinese(value: Any, speaks: bool = False) -> Any:
 #: How an upstream's Chat differs from the plain one (anthropic-messages.md section 10); a provider's `profile` overrides.
 DEFAULT_PROFILE: Json = {
     "thinking_style": "thinking_type",        #: thinking_type, enable_thinking, chat_template_kwargs, reasoning_effort, none
+    "thinking_extra": {},                     #: beside type "enabled": GLM {"clear_thinking": false}, Kimi {"keep": "all"}
+    "template_switch": "enable_thinking",     #: in chat_template_kwargs; other templates: thinking
     "reasoning_field": "reasoning_content",   #: where earlier reasoning goes back; None: nowhere
-    "require_reasoning_on_tool_calls": False,  #: DeepSeek, Kimi: 400 without it
+    "require_reasoning_on_tool_calls": False,  #: DeepSeek, Kimi: 400 without it; "all": in each assistant message
     "vision": True,
     "files": True,
     "mid_system": "system",                   #: "user" for templates that allow system at the top only
@@ -2568,6 +2572,7 @@ DEFAULT_PROFILE: Json = {
     "top_k": False,
     "user_field": "user",
     "extra_fields": [],                       #: of user, verbosity, prompt_cache_key, service_tier what Responses tells it
+    "forced_tool_choice": True,               #: False: it knows tool_choice "auto" alone
     "forced_tool_choice_with_thinking": True,
     "parallel_tool_calls": True,
     "stream_usage": True,
@@ -2630,13 +2635,13 @@ def set_thinking(chat: Json, profile: Json, on: Optional[bool], budget: Optional
     style = profile["thinking_style"]
     if on is not None:
         if style == "thinking_type":
-            chat["thinking"] = {"type": "enabled" if on else "disabled"}
+            chat["thinking"] = {"type": "enabled", **profile["thinking_extra"]} if on else {"type": "disabled"}
         elif style == "enable_thinking":
             chat["enable_thinking"] = on
             if on and budget:
                 chat["thinking_budget"] = budget
         elif style == "chat_template_kwargs":
-            chat["chat_template_kwargs"] = {"enable_thinking": on}
+            chat["chat_template_kwargs"] = {profile["template_switch"]: on}
         elif style == "reasoning_effort" and not on:
             effort = None
             if "none" in profile["efforts"]:
@@ -2947,12 +2952,16 @@ class ThinkTags:
 
 
 def merge_details(known: List[Json], fresh: Any) -> None:
-    """Join streamed pieces of `reasoning_details` (OpenRouter, MiniMax) to the entries they belong to."""
-    for piece in fresh if isinstance(fresh, list) else ():
+    """Join streamed pieces of `reasoning_details` (OpenRouter, MiniMax) to the entries they belong to.
+
+    Entries of one chunk, or of a plain answer, are different ones unless they say the same index.
+    """
+    for number, piece in enumerate(fresh if isinstance(fresh, list) else ()):
         last = known[-1] if known else {}
         if not isinstance(piece, dict):
             continue
-        if not last or any(last.get(name) != piece.get(name) for name in ("type", "index")):
+        if not last or number and piece.get("index") is None or any(
+                last.get(name) != piece.get(name) for name in ("type", "index")):
             known.append(dict(piece))
             continue
         for name, value in piece.items():
@@ -3372,14 +3381,36 @@ def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
         overflow=(0, 0, 0) if meant == 400 else None, retry_after_s=DEFAULT_RETRY_AFTER_S if meant == 429 else None)
 
 
+class CallPieces:
+    """Calls that arrive in pieces, as they stand in a message."""
+
+    def __init__(self) -> None:
+        self.calls: List[Json] = []
+        self._by_index: Dict[Any, Json] = {}
+
+    def add(self, pieces: Any) -> None:
+        for piece in pieces if isinstance(pieces, list) else ():
+            if isinstance(piece, dict) and isinstance(piece.get("function"), dict):
+                self._join(piece.get("index"), piece.get("id"), **piece["function"])
+
+    def _join(self, index: Any, ident: Any, name: Any = None, arguments: Any = None, **_: Any) -> None:
+        call = self._by_index.get(index) if index is not None else self.calls[-1] if self.calls and not name else None
+        if call is None or ident and call["id"] not in (None, ident):
+            call = self._by_index[index] = {"id": ident, "type": "function", "function": {"name": "", "arguments": ""}}
+            self.calls.append(call)
+        function, call["id"] = call["function"], call["id"] or ident
+        if isinstance(name, str) and name != function["name"]:
+            function["name"] += name
+        function["arguments"] += arguments if isinstance(arguments, str) else dump_json(arguments).decode() if arguments else ""
+
+
 class ReasoningNote:
     """Listens to an answer and remembers which reasoning went with which tool calls."""
 
     def __init__(self, keep: Callable[[Json, str], None]) -> None:
         self._keep = keep
         self._reasoning: List[str] = []
-        self._calls: List[Json] = []              #: as they stand in a message
-        self._by_index: Dict[Any, Json] = {}
+        self._pieces = CallPieces()
 
     def hear(self, chunk: Json) -> None:
         choice = first_choice(chunk)
@@ -3389,27 +3420,13 @@ class ReasoningNote:
         reasoning = reasoning_of(message)
         if reasoning:
             self._reasoning.append(reasoning)
-        calls = message.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            if isinstance(call, dict) and isinstance(call.get("function"), dict):
-                self._join(call.get("index"), call.get("id"), **call["function"])
-
-    def _join(self, index: Any, ident: Any, name: Any = None, arguments: Any = None, **_: Any) -> None:
-        """A piece of a call to the call that it belongs to."""
-        call = self._by_index.get(index) if index is not None else self._calls[-1] if self._calls and not name else None
-        if call is None or ident and call["id"] not in (None, ident):
-            call = self._by_index[index] = {"id": ident, "function": {"name": "", "arguments": ""}}
-            self._calls.append(call)
-        function, call["id"] = call["function"], call["id"] or ident
-        if isinstance(name, str) and name != function["name"]:
-            function["name"] += name
-        function["arguments"] += arguments if isinstance(arguments, str) else dump_json(arguments or {}).decode()
+        self._pieces.add(message.get("tool_calls"))
 
     def close(self, ids: Sequence[str] = ()) -> None:
         """`ids`: what the client knows the calls by, where it may differ from what the upstream said."""
-        text = "".join(self._reasoning)
-        for number, call in enumerate(self._calls if text else ()):
-            self._keep({**call, "id": ids[number]} if len(ids) == len(self._calls) else call, text)
+        text, calls = "".join(self._reasoning), self._pieces.calls
+        for number, call in enumerate(calls if text else ()):
+            self._keep({**call, "id": ids[number]} if len(ids) == len(calls) else call, text)
 
 
 class ReasoningMerge:
@@ -3564,6 +3581,41 @@ def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
             raise refusal
         if isinstance(chunk, dict):
             yield chunk
+
+
+def fold_stream(data: bytes) -> Json:
+    """The completion that an event stream amounts to: some servers stream whatever they are asked.  UpstreamError."""
+    decoder = SSEDecoder()
+    whole: Json = {"object": "chat.completion"}
+    choices: Dict[Any, Tuple[Json, CallPieces]] = {}
+    done = False
+    for chunk in read_records([*decoder.feed(data), *decoder.close()]):
+        done = done or chunk is None
+        for name in ("id", "created", "model", "usage"):
+            whole.update({name: chunk[name]} if chunk and chunk.get(name) else {})
+        for choice in (chunk.get("choices") if chunk else None) or ():
+            if isinstance(choice, dict):
+                kept, pieces = choices.setdefault(choice.get("index", 0), ({"message": {"role": "assistant"}}, CallPieces()))
+                kept.update((name, value) for name, value in choice.items() if name != "delta" and value is not None)
+                _add_delta(kept["message"], pieces, choice.get("delta"))
+    if not done and not any(choice.get("finish_reason") for choice, _ in choices.values()):
+        raise UpstreamGarbled("the upstream's answer was cut off")
+    return {**whole, "choices": [choice for choice, _ in choices.values()]}
+
+
+def _add_delta(message: Json, pieces: CallPieces, delta: Any) -> None:
+    """One delta to the message that it is a piece of."""
+    for name, value in delta.items() if isinstance(delta, dict) else ():
+        if name == "tool_calls":
+            pieces.add(value)
+            message[name] = pieces.calls
+        elif name == "reasoning_details":
+            merge_details(message.setdefault(name, []), value)
+        elif isinstance(value, str) and name != "role":
+            message[name] = (message.get(name) or "") + value
+        elif value is not None:
+            message[name] = value
+    message.setdefault("content", None)
 
 
 #: Enough of a stream's end to hold the last records: finish_reason, usage, [DONE].
@@ -3928,6 +3980,8 @@ def _turns(messages: Any) -> List[_Turn]:
         if role not in ("user", "assistant", "system"):
             raise BadRequest(f"messages.{i}.role: Input should be 'user', 'assistant' or 'system'")
         blocks = _blocks(message.get("content"), f"messages.{i}.content")
+        if role == "user" and not any(block.get("text") or block.get("type") != "text" for _, block in blocks):
+            raise BadRequest(f"messages.{i}: user messages must have non-empty content")
         if turns and turns[-1].role == role != "system":
             turns[-1].blocks += blocks
         else:
@@ -3988,7 +4042,9 @@ def _base64_data(source: Json, types: Sequence[str], path: str) -> str:
     kind, data = _field(source, "media_type", str, path), _field(source, "data", str, path)
     if kind not in types:
         raise BadRequest(f"{path}.media_type: Input should be " + " or ".join(repr(name) for name in types))
-    if not data or data.encode("utf-8", "replace").translate(None, _BASE64):
+    body = data.rstrip("=\r\n")
+    odd = "=" in body or (len(body) - body.count("\n") - body.count("\r")) % 4 == 1      # no bytes have that length
+    if not data or odd or data.encode("utf-8", "replace").translate(None, _BASE64):
         raise BadRequest(f"{path}.data: Input should be valid base64")
     return f"data:{kind};base64,{data}"
 
@@ -4099,6 +4155,8 @@ class _History:
         reader = _PART_READERS.get(kind) if isinstance(kind, str) else None
         if reader:
             return reader(self, block, path)
+        if isinstance(kind, str) and kind.endswith("_tool_result"):      # a server tool's, outside an assistant's turn
+            return [_text_part(text) for text in [_readable(block.get("content"))] if text]
         self.skipped.append(str(kind))
         return []
 
@@ -4152,13 +4210,23 @@ class _History:
         text = _readable(block.get("content"))
         return [_text_part(text)] if text else []
 
+    def strange_call(self, block: Json, path: str) -> List[Json]:
+        """A call that a user claims to have made: as text, for no tool message may follow."""
+        return [_text_part(f"[call of {_field(block, 'name', str, path)} {_compact(block.get('input') or {})}]")]
+
+    def strange_result(self, block: Json, path: str) -> List[Json]:
+        """A result where none can stand, in an assistant's turn or a document."""
+        content = block.get("content")
+        head = _text_part(f"[result of tool call {unwrap_id(str(block.get('tool_use_id')))}]")
+        return [head, *([] if content is None else self.parts(content, f"{path}.content"))]
+
 
 #: Blocks of users, tool results and documents.
 _PART_READERS: Dict[str, Callable[[_History, Json, str], List[Json]]] = {
     "text": _History.text, "image": _History.image, "document": _History.document,
     "search_result": _History.search_result, "tool_reference": _History.tool_reference,
     "browser_state": _History.browser_state, "container_upload": _History.container_upload,
-    "compaction": _History.compaction}
+    "compaction": _History.compaction, "tool_use": _History.strange_call, "tool_result": _History.strange_result}
 
 
 class _AssistantTurn:
@@ -4196,6 +4264,8 @@ class _AssistantTurn:
     def tool_use(self, block: Json, path: str) -> None:
         ident, name = _field(block, "id", str, path), _field(block, "name", str, path)
         given = {} if block.get("input") is None else _field(block, "input", dict, path)
+        if ident in self.ids:
+            raise BadRequest(f"{path}.id: `tool_use` ids must be unique")
         self.ids.append(ident)
         self.history.ids.add(ident)
         self.calls.append({"id": unwrap_id(ident), "type": "function",
@@ -4229,7 +4299,8 @@ class _AssistantTurn:
             message["reasoning_details"] = self.details
         elif field == "reasoning_details" and thought:
             message["reasoning_details"] = [{"type": "reasoning.text", "text": thought}]
-        required = self.calls and profile["require_reasoning_on_tool_calls"] and self.history.thinking is not False
+        wish = profile["require_reasoning_on_tool_calls"]
+        required = (self.calls and wish or wish == "all") and self.history.thinking is not False
         if field and field != "reasoning_details" and (thought or required):
             message[field] = thought
         return message
@@ -4292,6 +4363,8 @@ _CLIENT_TOOLS: Dict[str, Callable[[Json, int], Tuple[str, Json]]] = {
     "bash": _bash_tool, "text_editor": _editor_tool, "memory": _memory_tool, "computer": _computer_tool}
 _CLIENT_TOOL = re.compile(r"(bash|text_editor|memory|computer)_(\d{8})")
 
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+
 #: Tools Anthropic's servers run; profile["server_tools"] says what becomes of them, by these names.
 SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "tool_search_tool", "advisor", "mcp_toolset")
 
@@ -4321,6 +4394,8 @@ class _Tools:
         name = "" if kind == "mcp_toolset" else _field(tool, "name", str, path)
         if not served and not name:
             raise BadRequest(f"{path}.name: String should have at least 1 character")
+        if not served and not _TOOL_NAME.fullmatch(name):
+            raise BadRequest(f"{path}.name: String should match pattern '^[a-zA-Z0-9_-]{{1,128}}$'")
         if name and name in self.known:
             raise BadRequest(f"tools: Tool names must be unique; {name!r} is there twice")
         if name == PLACEHOLDER_TOOL:
@@ -4378,8 +4453,9 @@ class _Tools:
                 raise BadRequest(f"tool_choice.name: Tool {name!r} not found in provided tools")
             if self.known[name]:
                 fields["tool_choice"] = {"type": "function", "function": {"name": short_name(name)}}
-        free = thinking and not self.profile["forced_tool_choice_with_thinking"] or not any(self.known.values())
-        if free and kind in ("any", "tool"):
+        profile = self.profile
+        free = thinking and not profile["forced_tool_choice_with_thinking"] or not any(self.known.values())
+        if (free or not profile["forced_tool_choice"]) and kind in ("any", "tool"):
             fields["tool_choice"] = "auto"
         if choice.get("disable_parallel_tool_use") is True and self.profile["parallel_tool_calls"]:
             fields["parallel_tool_calls"] = False
@@ -4405,7 +4481,7 @@ def _changed_tools(tools: Sequence[Any], changes: Sequence[Json]) -> List[Any]:
 
 _USER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _THINKING = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}
-_COPIED = ("temperature", "top_p", "top_k")
+_COPIED = {"temperature": "number", "top_p": "number", "top_k": "integer"}
 
 
 def _max_tokens(body: Json, profile: Json) -> int:
@@ -4430,8 +4506,8 @@ def _refuse(body: Json) -> None:
 
 def _stop_sequences(body: Json) -> List[str]:
     given = _optional(body, "stop_sequences", list) or []
-    if not all(isinstance(text, str) and text for text in given):
-        raise BadRequest("stop_sequences: each stop sequence must be a non-empty string")
+    if not all(isinstance(text, str) and text.strip() for text in given):
+        raise BadRequest("stop_sequences: each stop sequence must contain non-whitespace")
     return given
 
 
@@ -4486,7 +4562,7 @@ class MessagesTurn:
         self.max_tokens = _max_tokens(body, profile)
         self.stop_sequences = _stop_sequences(body)
         self.hide_reasoning = False
-        self.omit_thinking = False
+        self.omit_thinking = self.unfence = False
         self.scale: Callable[[int], int] = int     #: estimated tokens -> as this model counts them
         self.chat = self._to_chat(model)
 
@@ -4513,6 +4589,7 @@ class MessagesTurn:
         schema = _answer_schema(config, body)
         if schema is not None:
             _demand_schema(chat, schema, profile["structured_output"])
+            self.unfence = profile["structured_output"] == "prompt"      # such models like to put ``` around it
         return chat
 
     def _thinking(self) -> Tuple[Optional[bool], Optional[int]]:
@@ -4538,9 +4615,12 @@ class MessagesTurn:
 
     def _set_options(self, chat: Json) -> None:
         body, profile = self.body, self.profile
-        for name in _COPIED:
-            if body.get(name) is not None and (name != "top_k" or profile["top_k"]):
-                chat[name] = body[name]
+        for name, noun in _COPIED.items():
+            value = body.get(name)
+            if isinstance(value, bool) or not isinstance(value, (int, float if noun == "number" else int, type(None))):
+                raise BadRequest(f"{name}: Input should be a valid {noun}")
+            if value is not None and (name != "top_k" or profile["top_k"]):
+                chat[name] = value
         if self.stop_sequences:
             chat["stop"] = self.stop_sequences[:STOP_LIMIT]
         if body.get("stream") is True:
@@ -4562,6 +4642,8 @@ class MessagesTurn:
             _instruct(chat["messages"], NO_TOOL.format(", ".join(tools.missing)))
         chat.update(tools.fields)
         chat.update(tools.choice(self.body.get("tool_choice"), thinking))
+        if chat.get("tool_choice") == "none" and not self.profile["forced_tool_choice"]:
+            del chat["tools"], chat["tool_choice"]               # there is no other way to say it
 
     @cached_property
     def raw_estimate(self) -> int:
@@ -4756,6 +4838,34 @@ class _StopWatch:
         return text
 
 
+class _Unfence:
+    """Takes the ``` from around a text that is one fenced block; any other text passes as it is."""
+    _HEAD = re.compile(r"\s*```[a-zA-Z]*[ \t]*\n")
+    _MAYBE = re.compile(r"\s*(?:`{0,2}|```[a-zA-Z]*[ \t]*)")
+    _TAIL = re.compile(r"\s*`{0,3}\s*\Z")
+
+    def __init__(self) -> None:
+        self.fenced: Optional[bool] = None
+        self.held = ""
+
+    def feed(self, text: str) -> str:
+        text, self.held = self.held + text, ""
+        if self.fenced is None:
+            head = self._HEAD.match(text)
+            if not head and self._MAYBE.fullmatch(text):
+                self.held = text
+                return ""
+            self.fenced, text = head is not None, text[head.end() if head else 0:]
+        if self.fenced:                            # the last blanks and ` may be its end
+            at = self._TAIL.search(text).start()
+            text, self.held = text[:at], text[at:]
+        return text
+
+    def close(self) -> str:
+        text, self.held = self.held, ""
+        return "" if self.fenced and "```" in text else text
+
+
 def _content_text(content: Any) -> str:
     """The text of a `content` that is a part list."""
     parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
@@ -4785,6 +4895,7 @@ class MessagesStream:
         self.held: List[Tuple[str, str, Any]] = []  #: said while a call was incomplete
         self.calls = _ToolCalls(turn.ids, new_id)
         self.tags = ThinkTags() if turn.profile["think_tags"] else None
+        self.fence = _Unfence() if turn.unfence else None
         self.watch = _StopWatch(turn.stop_sequences[STOP_LIMIT:]) if turn.stop_sequences[STOP_LIMIT:] else None
 
     def feed(self, chunk: Json) -> Iterator[Json]:
@@ -4915,12 +5026,16 @@ class MessagesStream:
             yield from self._answer(piece) if kind == "text" else self._thinking(piece, None)
 
     def _answer(self, text: str) -> Iterator[Json]:
+        text = self.fence.feed(text) if self.fence else text
         yield from self._text(self.watch.feed(text) if self.watch else text)
 
     def _flush_text(self) -> Iterator[Json]:
-        """Let go what the tag splitter and the stop watch hold back."""
+        """Let go what the tag splitter, the fence and the stop watch hold back."""
         for kind, piece in self.tags.close() if self.tags else ():
             yield from self._answer(piece) if kind == "text" else self._thinking(piece, None)
+        if self.fence:
+            rest = self.fence.close()
+            yield from self._text(self.watch.feed(rest) if self.watch else rest)
         if self.watch:
             yield from self._text(self.watch.close())
 
@@ -5995,7 +6110,8 @@ class ResponsesTurn:
         if not listed:
             return
         forced = choice not in (None, "none", "auto")
-        if forced and thinking and not self.profile["forced_tool_choice_with_thinking"]:
+        if forced and not (self.profile["forced_tool_choice"] and (
+                self.profile["forced_tool_choice_with_thinking"] or not thinking)):
             choice = "auto"
         chat["tools"] = listed
         if choice is not None:
@@ -6778,6 +6894,7 @@ class ChatTurn:
     """A chat request on its way to a chat upstream: every byte but the model's name as it came, where that will do."""
     local: Optional[Json] = None         #: an answer that needs no upstream
     estimate = max_output = 0            #: of the prompt's tokens; the most tokens it asks for; 0: not known
+    skipped: Sequence[str] = ()
 
     def __init__(self, call: Call, target: Target, context: Context) -> None:
         self._call, self._target, self._context = call, target, context
@@ -6843,6 +6960,11 @@ class TranslatedTurn:
     @property
     def estimate(self) -> int:
         return getattr(self._turn, "estimate", 0)
+
+    @property
+    def skipped(self) -> Sequence[str]:
+        """Types of what in the request nobody here knows."""
+        return getattr(self._turn, "skipped", ())
 
     @property
     def max_output(self) -> int:
@@ -10424,6 +10546,7 @@ class Gateway:
         self.reasoning = ReasoningCache()
         self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "")
         self._caps: Dict[str, int] = {}  #: by scale_name: most output tokens, as refusals have told
+        self._skipped: Set[str] = set()  #: types of blocks that were logged as skipped
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         oauth = OAuth(self.upstream, lambda: self.settings)
         self.logins = Logins(config, oauth, lambda: self.settings.accounts, self.reload)
@@ -10858,6 +10981,10 @@ class Gateway:
         context = Context(time.time(), new_id, self.seal(), self.responses, self.reasoning,
                           lambda estimate: self.scale.scaled(scale_name(target), estimate))
         turn, body = self._prepared(call, self._capped(target) if call.dialect.foreign else target, context)
+        for kind in set(turn.skipped) - self._skipped if len(self._skipped) < 50 else ():       # once each
+            self._skipped.add(kind)
+            log.info("%s content of the type %r means nothing here and is left out", call.request_id[4:12],
+                     one_line(kind, 60))
         if turn.local is not None:
             return sink.end(turn.local_events()) if call.stream else sink.reply(dump_json(turn.local),
                                                                                 "application/json", ())
@@ -10992,13 +11119,16 @@ class Gateway:
                 if not data:
                     return
             data = data or exchange.read_all(ANSWER_LIMIT_BYTES)
+            streamed = call.dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:", b":"))
+            data = dump_json(fold_stream(data)) if streamed else data
             completion = self._parse_answer(data, call, exchange.status)
             record.usage = self._usage(usage_of(completion), call, len(data) // 5)
             self._spend(record, call)
-            if call.stream:              # a server that does not stream: its answer becomes one
+            if call.stream:              # a server that does not stream: its answer becomes a stream
                 sink.end(stream.feed(completion_to_sse(completion)) + stream.close())
             else:
-                content_type = "application/json" if call.dialect.foreign else exchange.content_type or "application/json"
+                plain = call.dialect.foreign or streamed or not exchange.content_type
+                content_type = "application/json" if plain else exchange.content_type
                 sink.reply(turn.reply(data, completion), content_type, sink.returned)
             record.first_s = time.monotonic() - record.started
 

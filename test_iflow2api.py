@@ -2911,7 +2911,7 @@ PLAIN_FAULTS = [
     ("reset", Reply(RESET), 502, "without an answer"),
     ("no content", Reply(head(204)), 502, "empty"), ("deep", plain(b'{"a":' * 100_000), 502, "not JSON"),
     ("latin-1", plain(b'{"a":"\xe9"}'), 502, "not JSON"),
-    ("SSE", sse(*HELLO), 502, "not JSON"), ("404", plain({"error": {"message": "gone"}}, 404), 404, "gone"),
+    ("404", plain({"error": {"message": "gone"}}, 404), 404, "gone"),
     ("418", plain({"error": "tea"}, 418), 418, "tea"),
     ("huge number", plain(b'{"error":{"message":"inf","n":1e999}}', 400), 400, "inf"),
     ("deep error", plain(b'{"error":{"message":"deep","n":' + b"[" * 700 + b"]" * 700 + b"}}", 400), 400, "deep"),
@@ -5530,6 +5530,71 @@ def test_histories(messages, expected):
     assert turn_of({"messages": messages}).chat["messages"] == expected
 
 
+def test_blocks_in_strange_places_are_not_lost():
+    image_result = result("t9", [text("seen"), image()])
+    chat = turn_of({"messages": [user(text("q"), use("x", "f", a=1)), assistant(text("so"), image_result),
+                                 user({"type": "web_search_tool_result", "content": [{"url": "http://u", "title": "T"}]})]}).chat
+    assert [m["content"] for m in chat["messages"]] == [
+        'q\n\n[call of f {"a":1}]', "so\n\n[result of tool call t9]\n\nseen\n\n[tool_result]", "- T (http://u)"]
+
+
+@pytest.mark.parametrize("content", [[], "", [text("")], [text(""), text("")]])
+def test_an_empty_user_message_is_refused_as_anthropic_does(content):
+    for messages in ([{"role": "user", "content": content}], [user("q"), assistant(text("a")), {"role": "user", "content": content}]):
+        with pytest.raises(ifl.BadRequest, match=f"messages.{len(messages) - 1}: user messages must have non-empty content"):
+            turn_of({"messages": messages})
+
+
+def test_skipped_blocks_are_logged_once_by_type(server, upstream, log_lines):
+    running = server(upstream)
+    ask = {"model": "m1", "max_tokens": 9, "messages": [user(text("q"), {"type": "hologram", "data": "secret"})]}
+    for _ in range(2):
+        assert post(running, ask, "/v1/messages").status == 200
+    lines = [record.getMessage() for record in log_lines]
+    assert len([line for line in lines if "hologram" in line]) == 1 and "secret" not in "".join(lines)
+
+
+@pytest.mark.parametrize("profile, on, off", [
+    ({"thinking_extra": {"clear_thinking": False}}, {"thinking": {"type": "enabled", "clear_thinking": False}},
+     {"thinking": {"type": "disabled"}}),
+    ({"thinking_style": "chat_template_kwargs", "template_switch": "thinking"},
+     {"chat_template_kwargs": {"thinking": True}}, {"chat_template_kwargs": {"thinking": False}})])
+def test_thinking_switches_of_a_profile(profile, on, off):
+    for kind, expected in (("adaptive", on), ("disabled", off)):
+        chat = turn_of({"thinking": {"type": kind}}, **profile).chat
+        assert {name: chat[name] for name in ("thinking", "chat_template_kwargs") if name in chat} == expected
+
+
+def test_reasoning_in_each_assistant_message_where_a_provider_keeps_all():
+    messages = [user("q"), assistant(text("a")), user("r"), assistant(use("t")), user(result("t", "x"))]
+    for wish, fields in (("all", ["", ""]), (True, [None, ""]), (False, [None, None])):
+        chat = turn_of({"messages": messages}, require_reasoning_on_tool_calls=wish).chat["messages"]
+        assert [m.get("reasoning_content") for m in chat if m["role"] == "assistant"] == fields
+
+
+@pytest.mark.parametrize("choice, expected", [({"type": "any"}, "auto"), ({"type": "tool", "name": "get_time"}, "auto"),
+                                              ({"type": "auto"}, "auto"), ({"type": "none"}, None), (None, None)])
+def test_glm_knows_tool_choice_auto_alone(choice, expected):
+    chat = turn_of({"tools": [TIME], "tool_choice": choice}, **ifl.PRESETS["zhipu"].profile).chat
+    assert chat.get("tool_choice") == expected and ("tools" in chat) is (choice != {"type": "none"})
+    if choice and choice["type"] == "any":
+        asked = {"model": "m", "input": "q", "tools": [{"type": "function", "name": "f", "parameters": {}}],
+                 "tool_choice": "required"}
+        assert make_turn(asked, {"forced_tool_choice": False}).chat["tool_choice"] == "auto"
+
+
+def test_reasoning_details_of_a_plain_answer_stay_apart():
+    given = [{"type": "reasoning.text", "text": "a"}, {"type": "reasoning.text", "text": "b"},
+             {"type": "reasoning.encrypted", "data": "c"}]
+    block, _ = reply(content="x", reasoning_details=given)["content"]
+    assert ifl.read_signature(block["signature"])["details"] == given
+    known: List[Any] = []
+    for piece in ([{"type": "t", "text": "a"}], [{"type": "t", "text": "b"}],
+                  [{"type": "t", "text": "c", "index": 1}, {"type": "t", "text": "d", "index": 1}]):
+        ifl.merge_details(known, piece)
+    assert known == [{"type": "t", "text": "ab"}, {"type": "t", "text": "cd", "index": 1}]
+
+
 @pytest.mark.parametrize("first", ["S", None])
 def test_system_messages_for_templates_with_one_at_the_top(first):
     messages = [user("q"), {"role": "system", "content": "French."}]
@@ -5739,7 +5804,12 @@ BAD = [
     {"thinking": "on"}, {"thinking": {"type": "sometimes"}}, {"thinking": {"type": []}},
     {"thinking": {"type": "enabled", "budget_tokens": "x"}},
     {"mcp_servers": [{"url": "https://m"}]}, {"thread": {"id": "t"}}, {"compaction": {"type": "summarize"}},
-    {"stop_sequences": "x"}, {"stop_sequences": [5]}, {"output_config": []},
+    {"stop_sequences": "x"}, {"stop_sequences": [5]}, {"stop_sequences": [" \n"]}, {"output_config": []},
+    {"temperature": "x"}, {"top_p": True}, {"top_k": 1.5}, {"temperature": [1]},
+    {"messages": [user(image(type="base64", media_type="image/png", data="AAAAA"))]},
+    {"messages": [user(image(type="base64", media_type="image/png", data="AA=A"))]},
+    {"messages": [user("q"), assistant(use("a"), use("a")), user(result("a"))]},
+    {"tools": [{"name": "a.b"}]}, {"tools": [{"name": "a b"}]}, {"tools": [{"name": "a" * 129}]}, {"tools": [{"name": "天气"}]},
     {"output_config": {"format": {"type": "xml"}}},
     {"output_config": {"format": {"type": "json_schema"}}},
 ]
@@ -5751,6 +5821,65 @@ def test_bad_input(body):
         turn_of(body)
     error = ifl.messages_error(caught.value, "req_1")["error"]
     assert error["type"] == "invalid_request_error" and error["message"]
+
+
+def test_what_is_odd_but_works_stays():
+    body = {"temperature": 1, "top_p": 0.5, "top_k": 3, "stop_sequences": ["\n\nHuman:"], "messages": [
+        user(image(type="base64", media_type="image/png", data="QUJD\r\nRA==\n")), assistant(use("a")), user(result("a")),
+        assistant(use("a")), user(result("a"))], "tools": [{"name": "a" * 128}]}
+    chat = turn_of(body).chat
+    assert [m["role"] for m in chat["messages"]] == ["user", "assistant", "tool", "assistant", "tool"]
+    assert (chat["temperature"], chat["stop"], len(chat["tools"][0]["function"]["name"])) == (1, ["\n\nHuman:"], 64)
+
+
+FENCED = [
+    ('```json\n{"a": 1}\n```', '{"a": 1}'), ("```\n[1]\n```\n", "[1]"), ('\n```JSON \n{"a": "```"}\n```', '{"a": "```"}'),
+    ('{"a": 1}', '{"a": 1}'), ("``x", "``x"), ("Here:\n```json\n{}\n```", "Here:\n```json\n{}\n```"),
+    ('```json\n{"a": 1}', '{"a": 1}'), ("```json\n{}\n```\nSo.", "{}\n```\nSo."), ("`", "`"), ("x  \n", "x  \n")]
+
+
+@pytest.mark.parametrize("said, expected", FENCED)
+def test_fenced_json_is_unwrapped_where_a_prompt_is_all_that_asks_for_it(said, expected):
+    config = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}
+    assert reply(config, profile={"structured_output": "prompt"}, content=said)["content"] == [plain_messages(expected)]
+    for size in (1, 2, 3, 7):
+        chunks = [delta(content=said[at:at + size]) for at in range(0, len(said), size)]
+        assert fold(play(chunks, config, structured_output="prompt")[0])["content"] == [text(expected)]
+    assert reply(config, content=said)["content"][0]["text"] == said == reply(
+        profile={"structured_output": "prompt"}, content=said)["content"][0]["text"]
+
+
+STREAMED_PLAIN = [
+    (HELLO, completion("Hello")["choices"][0]["message"], "stop"),
+    ([chunk(None, reasoning_content="be"), chunk(None, reasoning_content="cause"),
+      chunk(None, tool_calls=[{"index": 0, "id": "a", "type": "function", "function": {"name": "look", "arguments": ""}}]),
+      chunk(None, tool_calls=[{"index": 1, "id": "b", "function": {"name": "see", "arguments": "{}"}}]),
+      chunk(None, tool_calls=[{"index": 0, "function": {"arguments": '{"x":'}}]),
+      chunk(None, tool_calls=[{"index": 0, "function": {"arguments": "1}"}}]), chunk(finish="tool_calls")],
+     {"role": "assistant", "content": None, "reasoning_content": "because", "tool_calls": [
+         call("a", "look", '{"x":1}'), call("b", "see", "{}")]}, "tool_calls")]
+
+
+@pytest.mark.parametrize("items, message, finish", STREAMED_PLAIN)
+def test_a_stream_that_nobody_asked_for_becomes_a_plain_answer(server, upstream, items, message, finish):
+    running = server(upstream)
+    for kind in ("text/event-stream", "application/json", ""):
+        body = b": hello\n\n" * (kind == "") + wire_of(items)
+        upstream.plays(*[Reply(head(200, [("Content-Type", kind), ("Content-Length", str(len(body)))]) + body)] * 2)
+        answer = post(running, chat())
+        assert answer.headers["content-type"] == "application/json" and answer.json["object"] == "chat.completion"
+        assert answer.json["choices"] == [{"message": message, "index": 0, "finish_reason": finish}]
+        told = post(running, {"model": "m1", "max_tokens": 9, "messages": [user("q")]}, "/v1/messages").json
+        assert told["stop_reason"] == ("end_turn" if finish == "stop" else "tool_use")
+
+
+@pytest.mark.parametrize("items, status, said", [
+    ([chunk("Hi")], 502, "cut off"), ([{"error": {"message": "slow", "code": 429}}], 429, "slow"), ([DONE], 502, "empty")])
+def test_a_stream_that_nobody_asked_for_may_be_a_failure(server, upstream, items, status, said):
+    running = server(upstream)
+    upstream.plays(sse(*items))
+    answer = post(running, chat())
+    assert answer.status == status and said in answer.error["message"]
 
 
 def test_policies_that_refuse():
