@@ -8598,6 +8598,58 @@ def test_anthropic_sdk_errors(dialects):
             stream.get_final_message()
 
 
+def test_anthropic_sdk_thinking_and_parallel_calls(dialects):
+    """What it accumulates from a stream goes back as it is, with the results, and reaches the upstream in order."""
+    anthropic = sdk_iflow("anthropic")
+    fake, server = dialects
+    client = anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
+    ask = {"model": "claude-x", "max_tokens": 5000, "thinking": {"type": "enabled", "budget_tokens": 1024},
+           "tools": [{"name": "add", "input_schema": {"type": "object"}}]}
+    calls = [{"index": i, "id": ident, "type": "function", "function": {"name": "add", "arguments": ""}}
+             for i, ident in enumerate(["one", "functions.add:1"])]
+    fake.script = [[iflow_chunk(reasoning_content="be"), iflow_chunk(reasoning_content="cause"), iflow_chunk(content="so"),
+                    iflow_chunk(tool_calls=[calls[0]]), iflow_chunk(tool_calls=[calls[1]]),
+                    iflow_chunk(tool_calls=[{"index": 1, "function": {"arguments": '{"b": 2}'}}]),
+                    iflow_chunk(tool_calls=[{"index": 0, "function": {"arguments": '{"a": 1,}'}}]),
+                    iflow_chunk("tool_calls"), "[DONE]"]]
+    question = {"role": "user", "content": "q"}
+    with client.messages.stream(**ask, messages=[question]) as stream:
+        message = stream.get_final_message()
+    assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
+    thought, _, *uses = message.content
+    assert thought.thinking == "because" and thought.signature and [u.input for u in uses] == [{"a": 1}, {"b": 2}]
+    assert message.stop_reason == "tool_use" and re.fullmatch("[A-Za-z0-9_-]+", uses[1].id)
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+    results = [{"type": "tool_result", "tool_use_id": uses[0].id, "content": [{"type": "text", "text": "3"}, picture]},
+               {"type": "tool_result", "tool_use_id": uses[1].id, "content": "no", "is_error": True}]
+    fake.script = [iflow_plain("done")]
+    client.messages.create(**ask, messages=[question, {"role": "assistant", "content": message.content},
+                                            {"role": "user", "content": results}])
+    _, said, first, second, rest = fake.seen[-1][1]["messages"]
+    assert said["reasoning_content"] == "because" and said["content"] == "so"
+    assert [c["id"] for c in said["tool_calls"]] == ["one", "functions.add:1"] == [first["tool_call_id"], second["tool_call_id"]]
+    assert first["content"].startswith("3") and second["content"] == "[tool error] no"
+    assert rest["content"][-1]["image_url"]["url"] == "data:image/png;base64,AAAA"
+
+
+def test_anthropic_sdk_hears_of_overflow_and_when_to_come_back(dialects):
+    anthropic = sdk_iflow("anthropic")
+    fake, server = dialects
+    client = anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
+    ask = {"model": "claude-x", "max_tokens": 50, "messages": [{"role": "user", "content": "q"}]}
+    fake.script = [(400, {"error": {"message": "Range of input length should be [1, 30720]"}})]
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: 30721 tokens > 30720 maximum"):
+        client.messages.create(**ask)
+    fake.script = [(429, {"error": {"message": "slow down"}})]
+    with pytest.raises(anthropic.RateLimitError) as caught:
+        client.messages.create(**ask)
+    assert caught.value.response.headers["retry-after"] == str(ifl.DEFAULT_RETRY_AFTER_S)
+    fake.script = [(429, {"error": {"message": "no", "code": "insufficient_quota"}})] * 2
+    with pytest.raises(anthropic.RateLimitError):
+        client.with_options(max_retries=3).messages.create(**ask)
+    assert len(fake.script) == 1 and [m.id for m in client.models.list()][:3] == list(ifl.CLAUDE_MODELS.values())
+
+
 def test_openai_sdk_responses(dialects):
     openai = sdk_iflow("openai")
     fake, server = dialects
