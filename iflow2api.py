@@ -18908,13 +18908,13 @@ def cmd_serve(args: Any) -> int:
     except OSError as exc:
         _say(tr("error", text=_bind_problem(host, port, exc)))
         return 1
-    stopping = _heed_signals(gateway)
+    signals = _Signals()
     print(f"iflow2api {__version__} listening on {server.url}", flush=True)      # scripts wait for this line
     _say("\n".join(["", *_card(gateway, server, had_key), ""]))
     _show_page(gateway, server, args.no_browser)
     gateway.watch_files()
-    while not stopping.wait(1 if os.name == "nt" else 3600):     # Windows: Ctrl-C does not end an endless wait
-        pass
+    while signals.wait() == "reload":
+        gateway.reload()
     _say(tr("stopping", seconds=gateway.settings.drain_s))
     server.close(gateway.settings.drain_s)
     if demo is not None:
@@ -19003,27 +19003,34 @@ def _next_step(gateway: Gateway, server: Server) -> str:
     return tr("next_client", url=server.url)
 
 
-def _heed_signals(gateway: Gateway) -> threading.Event:
-    """Set at the first SIGINT or SIGTERM; a second one ends the process at once, SIGHUP reloads.
+class _Signals:
+    """What signals ask for: SIGINT and SIGTERM to stop (a second one ends the process at once), SIGHUP to reload.
 
-    By threads: what a signal interrupts may hold the very lock that is needed, such as the Event's own.
+    A handler interrupts the main thread wherever it is: it takes no lock and starts no thread, which takes one, too.
     """
-    stopping, seen = threading.Event(), []
 
-    def by_thread(run: Callable[[], None]) -> None:
-        threading.Thread(target=run, daemon=True).start()
+    def __init__(self) -> None:
+        self._bell, self._asked = threading.Lock(), []
+        self._bell.acquire()
+        for name, what in (("SIGINT", "stop"), ("SIGTERM", "stop"), ("SIGHUP", "reload")):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda number, frame, what=what: self._ask(what))
 
-    def stop(number: int, frame: Any) -> None:
-        if seen:
+    def _ask(self, what: str) -> None:
+        if "stop" in self._asked and what == "stop":
             os._exit(130)
-        seen.append(number)
-        by_thread(stopping.set)
+        self._asked.append(what)
+        if self._bell.locked():
+            self._bell.release()
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: by_thread(gateway.reload))
-    return stopping
+    def wait(self) -> str:
+        """Until one comes; `stop` or `reload`."""
+        while not self._asked:
+            self._bell.acquire(timeout=1 if os.name == "nt" else 3600)   # Windows: Ctrl-C does not end an endless wait
+        if "stop" in self._asked:
+            return "stop"
+        self._asked.remove("reload")
+        return "reload"
 
 
 _LEVEL_COLOURS = {logging.DEBUG: "dim", logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
