@@ -5990,7 +5990,9 @@ class ResponsesTurn:
         summary = self._reasoning.get("summary") or self._reasoning.get("generate_summary")
         self.summarises = summary not in (None, "none")
         self.echo = self._echoed(summary)
-        self.tools = _ResponseTools(profile)
+        # Codex lists web_search in each request: a maker's own search would be made, and paid, each time
+        searches = codex and isinstance(profile["server_tools"], dict)
+        self.tools = _ResponseTools({**profile, "server_tools": "drop"} if searches else profile)
         self.chat = self._convert(model)
 
     @property
@@ -18009,47 +18011,27 @@ ADMIN_JS = "\n".join(("(() => {", "'use strict';", *(part.strip() for part in (
 ADMIN_TEXTS: Dict[str, Tuple[str, str]] = {**_TEXTS_CORE, **_TEXTS_VIEWS, **_TEXTS_PLAY}
 
 
-_HTML = "text/html; charset=utf-8"
-
-
-class Page(NamedTuple):
-    """A page made once: its bytes, the same packed, its ETag, and the headers it goes out with."""
-    body: bytes
-    packed: bytes
-    etag: str
-    headers: Tuple[Tuple[str, str], ...]
-
-
 def slim_script(script: str) -> str:
     """Without indents, empty lines, and comments that fill lines: a tenth of what the page takes on its way."""
     return re.sub(r"^(?: *(?://.*|/\*\*(?:(?!\*/)[\s\S])*\*/)?\n| +)", "", script, flags=re.M)
 
 
-@lru_cache(maxsize=None)
-def admin_page() -> Page:
-    """The page with style, texts and script in their places; its policy admits those two blocks and nothing else."""
+@lru_cache(1)
+def admin_page() -> Tuple[bytes, str]:
+    """The page with style, texts and script in their places, and its policy, which admits those two blocks and nothing else."""
     texts = json.dumps(ADMIN_TEXTS, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     code = slim_script(ADMIN_JS)
     body = ADMIN_HTML.replace("@CSS@", ADMIN_CSS).replace("@TEXTS@", texts).replace("@JS@", code).encode()
     style, script = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (ADMIN_CSS, code))
-    policy = ("default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
-              f"style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
-              "form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    etag = f'"{hashlib.sha256(body).hexdigest()[:24]}"'
-    return Page(body, packer.compress(body) + packer.flush(), etag, (
-        ("Content-Security-Policy", policy), ("X-Frame-Options", "DENY"), ("X-Content-Type-Options", "nosniff"),
-        ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"), ("Vary", "Accept-Encoding"), ("ETag", etag)))
+    return body, ("default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
+                  f"style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+                  "form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
 
 
 def show_page(handler: Handler) -> None:
     """GET /admin: the page, to anybody who may reach this server; it holds nothing but itself."""
-    page, headers = admin_page(), handler.headers
-    if page.etag in headers.get("if-none-match", ""):
-        return handler.respond(304, b"", "", page.headers)
-    if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", headers.get("accept-encoding", "")):
-        return handler.respond(200, page.packed, _HTML, [*page.headers, ("Content-Encoding", "gzip")])
-    handler.respond(200, page.body, _HTML, page.headers)
+    body, policy = admin_page()
+    handler.respond_static(body, "text/html; charset=utf-8", (("Content-Security-Policy", policy), ("X-Frame-Options", "DENY")))
 
 
 #: path below /admin/api/ -> method -> what it does; all but the public ones want a session.

@@ -6974,6 +6974,13 @@ def test_server_tools(profile, tools):
     assert chat.get("tools") == tools and chat.get("tool_choice") == ("auto" if tools else None)
 
 
+def test_codex_starts_no_search_of_the_maker_by_listing_it():
+    profile = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
+    ask = {"input": "q", "tools": [{"type": "web_search"}]}
+    assert make_turn(ask, profile).chat["enable_search"] is True
+    assert "enable_search" not in make_turn(ask, profile, codex=True).chat
+
+
 NAMED = {"type": "function", "function": {"name": "f"}}
 CHOICES_RESPONSES = [
     ("auto", {}, "auto"), ("required", {}, "required"), ("none", {}, "none"), (None, {}, None),
@@ -10989,16 +10996,6 @@ WAIT_S_LOGIN = 10.0
 posix_login = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 
 
-def until_login(condition, seconds=WAIT_S_LOGIN, what="it"):
-    pause, deadline = threading.Event(), time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"{what} did not happen"
-        pause.wait(0.01)
-
-
 class FakeHost:
     """iFlow's login host and its model API.  `script`: path -> answers to give first, (status, type, body) or callable."""
 
@@ -11471,7 +11468,7 @@ def test_a_login_through_the_browser(home_login, host, gateway_login):
     assert (login["apiKey"], login["oauth_refresh_token"], login["foreign"]) == ("sk-key-1", "R1", {"kept": [1]})
     assert login["searchApiKey"] == "web" and abs(ifl.parse_time(login["oauth_expires_at"]) - time.time() - 7 * 86400) < 60
     assert gateway_login.state.router.providers["iflow"].api_keys == ("sk-key-1",)     # at once
-    until_login(lambda: not is_listening(urllib.parse.urlsplit(callback).port), what="the listener's end")
+    until(lambda: not is_listening(urllib.parse.urlsplit(callback).port), what="the listener's end")
     form = urllib.parse.parse_qs(host.seen[0][1])
     assert form["redirect_uri"] == query["redirect"] and form["client_secret"] and host.seen[0][2]["authorization"].startswith("Basic ")
     assert host.seen[0][2]["content-type"] == "application/x-www-form-urlencoded"
@@ -11520,7 +11517,7 @@ def test_an_error_callback_ends_the_login(home_login, gateway_login):
     status, page = visit(callback)
     assert status == 400 and "&lt;b&gt;no" in page and gateway_login.logins.flow.ended.wait(WAIT_S_LOGIN)
     assert gateway_login.logins.status()["state"] == "failed" and login_of(home_login)["apiKey"] == "sk-key-0"
-    until_login(lambda: not is_listening(urllib.parse.urlsplit(callback).port))
+    until(lambda: not is_listening(urllib.parse.urlsplit(callback).port))
 
 
 @pytest.mark.usefixtures("home_login")
@@ -11559,7 +11556,7 @@ def test_failures_of_the_login_host(home_login, host, gateway_login, name, monke
     status, page = visit(callback)
     assert status == 400 and word in page and "good-code" not in page and "Traceback" not in page
     assert gateway_login.logins.flow.ended.wait(WAIT_S_LOGIN) and cli_file(home_login).read_bytes() == before
-    until_login(lambda: not is_listening(urllib.parse.urlsplit(callback).port))
+    until(lambda: not is_listening(urllib.parse.urlsplit(callback).port))
 
 
 def test_the_login_host_is_down(home_login, host, gateway_login):
@@ -11608,7 +11605,7 @@ def test_pasting_the_code_alone_or_the_query_or_an_address_without_scheme(gatewa
 def test_a_login_that_nobody_finishes_times_out(home_login, gateway_login):
     callback = callback_of(gateway_login.logins.start(timeout_s=0.05)["url"])
     assert gateway_login.logins.flow.ended.wait(WAIT_S_LOGIN) and "nobody logged in" in gateway_login.logins.status()["message"]
-    until_login(lambda: not is_listening(urllib.parse.urlsplit(callback).port))
+    until(lambda: not is_listening(urllib.parse.urlsplit(callback).port))
     assert not cli_file(home_login).exists()
 
 
@@ -12134,7 +12131,7 @@ def test_an_account_of_ours_is_refreshed_in_config_json(home_login, host, config
 def test_the_refresh_thread_starts_and_ends(home_login, host, gateway_login):
     put_login(home_login)
     gateway_login.watch_files()
-    until_login(lambda: login_of(home_login)["apiKey"] == "sk-key-1", what="a refresh")
+    until(lambda: login_of(home_login)["apiKey"] == "sk-key-1", what="a refresh")
     gateway_login.close()
     assert not gateway_login.logins.refresher._thread.is_alive()
 
@@ -12237,13 +12234,6 @@ def home_routes(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     return tmp_path
-
-
-def until_routes(condition, what="it"):
-    deadline, pause = time.monotonic() + WAIT_S_ROUTES, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen"
-        pause.wait(0.005)
 
 
 # --- scripted upstreams -------------------------------------------------------
@@ -12715,7 +12705,7 @@ def test_never_more_at_an_account_than_its_places(upstreams_routes):
     gate = Gate(chosen)
     threads = [threading.Thread(target=gate.ask) for _ in range(20)]
     [thread.start() for thread in threads]
-    until_routes(lambda: len(up.seen) >= 2 and gate.gateway._slots["a"].load == 20, "the queue")
+    until(lambda: len(up.seen) >= 2 and gate.gateway._slots["a"].load == 20, what="the queue")
     go.set()
     [thread.join(WAIT_S_ROUTES) for thread in threads]
     assert len(up.seen) == 20 and set(most.values()) == {1} and len(most) == 3
@@ -12791,12 +12781,12 @@ def test_many_requests_leave_everything_where_it_was(upstreams_routes):
         threads = [threading.Thread(target=client, args=(number, requests)) for number in range(8)]
         [thread.start() for thread in threads]
         [thread.join(60) for thread in threads]
-        until_routes(lambda: not server._handlers and gate.gateway.in_flight == 0, "the end of all requests")
+        until(lambda: not server._handlers and gate.gateway.in_flight == 0, what="the end of all requests")
         for up in ups:
             up.seen.clear()
 
     wave(12)
-    until_routes(lambda: all(up.active == 0 for up in ups))
+    until(lambda: all(up.active == 0 for up in ups))
     threads_before = threading.active_count()
     tracemalloc.start()
     wave(12)
@@ -12805,7 +12795,7 @@ def test_many_requests_leave_everything_where_it_was(upstreams_routes):
     grown = tracemalloc.get_traced_memory()[0] - small
     tracemalloc.stop()
     assert not failures and grown < 400_000, (failures[:3], grown)
-    until_routes(lambda: threading.active_count() <= threads_before, "the end of threads")
+    until(lambda: threading.active_count() <= threads_before, what="the end of threads")
     assert all(slots.load == 0 for slots in gate.gateway._slots.values())
     assert all(meter.active == 0 for meter in [*gate.gateway.limiter._keys.values(), *gate.gateway.limiter._addresses.values()])
     assert len(gate.gateway.history()) == 50
@@ -12915,7 +12905,7 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
             assert len(file.read().splitlines()) < 1000 and not book.problems
     gateway.close()
     [up.close() for up in ups]
-    until_routes(lambda: threading.active_count() < threads_before, "the end of the upstreams' threads")
+    until(lambda: threading.active_count() < threads_before, what="the end of the upstreams' threads")
 
 
 # --- client keys -------------------------------------------------------------------
@@ -13211,11 +13201,11 @@ def test_concurrency_of_a_key(upstreams_routes, client):
     results = []
     thread = threading.Thread(target=lambda: results.append(ask(x_api_key="sk-bob")[0]))
     thread.start()
-    until_routes(lambda: up.seen)
+    until(lambda: up.seen)
     assert ask(x_api_key="sk-bob")[0] == 429 and ask.headers["retry-after"] == "1"
     go.set()
     thread.join(WAIT_S_ROUTES)
-    until_routes(lambda: ask(x_api_key="sk-bob")[0] == 200)          # the place comes back just after the answer
+    until(lambda: ask(x_api_key="sk-bob")[0] == 200)          # the place comes back just after the answer
     assert results == [200] and ask(x_api_key="sk-eve")[0] == 200
 
 
@@ -13481,7 +13471,7 @@ def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     results = []
     thread = threading.Thread(target=lambda: results.append(gate.ask("m", stream=True)))
     thread.start()
-    until_routes(lambda: up.seen)
+    until(lambda: up.seen)
     gateway._rings["a"].rest("k2", 500)
     write_config(home_routes, providers=[{**entry, "api_keys": ["k1", "k2", "k3"]}], log_level="error", sticky=True)
     gateway.reload()
@@ -13703,7 +13693,7 @@ def test_the_page_may_be_reached_from_elsewhere_but_says_nothing(server):
 
 def test_texts_are_in_both_languages_and_fit_into_the_page():
     assert all(len(pair) == 2 and all(text.strip() for text in pair) for pair in ifl.ADMIN_TEXTS.values())
-    block = re.search(r'<script type="application/json" id="texts">(.*?)</script>', ifl.admin_page().body.decode(), re.S)
+    block = re.search(r'<script type="application/json" id="texts">(.*?)</script>', ifl.admin_page()[0].decode(), re.S)
     assert json.loads(block.group(1)) == {key: list(pair) for key, pair in ifl.ADMIN_TEXTS.items()}
 
 
@@ -14972,7 +14962,7 @@ def test_the_views_load_nothing_from_elsewhere_and_make_no_markup():
 
 def test_the_page_travels_light():
     """First load 60 KB at most; what is left out of the script are comments and blanks at the beginning of lines."""
-    assert len(ifl.admin_page().packed) <= 60_000
+    assert len(ifl.pack_static(ifl.admin_page()[0])[1]) <= 60_000
     kept = iter(ifl.slim_script(ifl.ADMIN_JS).splitlines())
     following, is_comment = next(kept), False
     for line in map(str.strip, ifl.ADMIN_JS.splitlines()):
