@@ -2158,7 +2158,7 @@ class Router:
             return found, (*why, "listed" if model in found.provider.models else "named")
         if self.default is None:
             raise NotLoggedIn("there is no iFlow login and no other provider: run `python iflow2api.py login`, put "
-                              "iFlow's key into IFLOW_API_KEY, start with --upstream URL, or add one to `providers`")
+                              "iFlow's key into IFLOW_API_KEY, start with --upstream URL, or add one with `provider add`")
         return Target(self.default, model), (*why, "default")
 
     def claimed(self, model: str) -> Optional[Target]:
@@ -2281,7 +2281,7 @@ CHINESE: Dict[str, str] = {
     "{}: a name of the client's own, which means default_model ({})": "{}：客户端自带的名称，即 default_model（{}）",
     "{}: nobody claims it, so it goes to the default provider, {}, as it is": "{}：没有上游声明它，原样发给默认上游 {}",
     "there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's key into IFLOW_API_KEY, "
-    "start with --upstream URL, or add one to `providers`":
+    "start with --upstream URL, or add one with `provider add`":
         "没有登录 iFlow，也没有其他上游：请运行 `python iflow2api.py login`，或把 iFlow 密钥放进 IFLOW_API_KEY，"
         "或用 --upstream URL 启动，或在 `providers` 里添加一个",
     # upstreams
@@ -2415,7 +2415,7 @@ CHINESE: Dict[str, str] = {
     "in use": "使用中", "no key": "无密钥", "{} (default)": "{}（默认）", "{} (set)": "{}（已设置）", "{} models": "{} 个模型",
     "the running server has other providers than config.json names (--demo, --upstream, or found here)":
         "正在运行的服务用的不是 config.json 中的上游（--demo、--upstream，或在本机发现的引擎）",
-    "none; run `login` for iFlow, add one to `providers`, or start with --upstream URL":
+    "none; run `login` for iFlow, add one with `provider add`, or start with --upstream URL":
         "没有；用 `login` 登录 iFlow，用 `provider add` 添加，或用 --upstream URL 启动",
     "{} is set: python iflow2api.py provider add {}": "已设置 {}，可运行：python iflow2api.py provider add {}",
     "{} (or {})": "{}（或 {}）",
@@ -2423,7 +2423,7 @@ CHINESE: Dict[str, str] = {
     "{} of its keys rest": "它有 {} 个密钥在休息",
     "no models known: {}": "没有已知的模型：{}",
     "no provider lists any; `status` shows the providers": "没有上游列出模型；`status` 显示各上游",
-    "no provider to test: add one to `providers`, or give --upstream URL":
+    "no provider to test: add one with `provider add`, or give --upstream URL":
         "没有可测试的上游：用 `provider add` 添加，或加上 --upstream URL",
     "no provider to test: add one with `provider add NAME`": "没有可测试的上游：用 `provider add NAME` 添加",
     "failed ({}): {}": "失败（{}）：{}", "ok, {} answered in {} s: {}": "正常，{} 用 {} 秒回答：{}",
@@ -19164,7 +19164,7 @@ def cmd_status(args: Any) -> int:
     for account, login in {**gateway.login_report(), **(health or {}).get("logins", {})}.items():
         _row("login", *map(one_line, _login_columns(account, login)))
     if not router.providers and not others:
-        _row("provider", "none; run `login` for iFlow, add one to `providers`, or start with --upstream URL")
+        _row("provider", "none; run `login` for iFlow, add one with `provider add`, or start with --upstream URL")
     for variable, names in offered_presets(router, os.environ).items():
         either = " (or ".join(names) + ")" * (len(names) > 1)
         _row("offer", f"{variable} is set: {PROGRAM} provider add {either}")
@@ -19234,7 +19234,7 @@ def cmd_test(args: Any) -> int:
     if args.provider and args.provider not in providers:
         raise UsageError(f"there is no provider {args.provider!r}" + nearest(args.provider, providers))
     if not providers:
-        _say("no provider to test: add one to `providers`, or give --upstream URL")
+        _say("no provider to test: add one with `provider add`, or give --upstream URL")
         return 1
     failed = 0
     for name in [args.provider] if args.provider else providers:
