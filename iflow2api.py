@@ -18989,11 +18989,16 @@ class _Signals:
     """What signals ask for: SIGINT and SIGTERM to stop (a second one ends the process at once), SIGHUP to reload.
 
     A handler interrupts the main thread wherever it is: it takes no lock and starts no thread, which takes one, too.
+    One that comes while the main thread is about to wait would be heeded only when the wait ends; a byte in a socket,
+    which Python writes at once, ends it (signal.set_wakeup_fd).
     """
 
     def __init__(self) -> None:
-        self._bell, self._asked = threading.Lock(), []
-        self._bell.acquire()
+        self._asked: List[str] = []
+        self._ear, self._bell = socket.socketpair()
+        for end in (self._ear, self._bell):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
         for name, what in (("SIGINT", "stop"), ("SIGTERM", "stop"), ("SIGHUP", "reload")):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda number, frame, what=what: self._ask(what))
@@ -19002,13 +19007,13 @@ class _Signals:
         if "stop" in self._asked and what == "stop":
             os._exit(130)
         self._asked.append(what)
-        if self._bell.locked():
-            self._bell.release()
 
     def wait(self) -> str:
         """Until one comes; `stop` or `reload`."""
         while not self._asked:
-            self._bell.acquire(timeout=1 if os.name == "nt" else 3600)   # Windows: Ctrl-C does not end an endless wait
+            select.select([self._ear], [], [])
+            with contextlib.suppress(BlockingIOError):
+                self._ear.recv(4096)
         if "stop" in self._asked:
             return "stop"
         self._asked.remove("reload")

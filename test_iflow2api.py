@@ -5137,6 +5137,27 @@ def test_a_second_signal_ends_it_at_once(home, upstream):
 
 
 @posix
+def test_a_signal_that_the_main_thread_does_not_get_ends_its_wait():
+    """As one that comes in the moment before the wait begins."""
+    script = textwrap.dedent("""
+        import os, signal, sys, threading; sys.path.insert(0, sys.argv[1])
+        import iflow2api as ifl
+        signals = ifl._Signals()
+        begun = threading.Event()
+        def elsewhere():
+            begun.wait()
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        begun.set()
+        print(signals.wait())
+        """)
+    child = subprocess.run([sys.executable, "-c", script, os.path.dirname(PROGRAM)], stdout=subprocess.PIPE, text=True,
+                           timeout=WAIT_S)
+    assert child.stdout == "stop\n"
+
+
+@posix
 def test_a_signal_is_no_deadlock_whatever_it_interrupts():
     """The main thread may hold any lock just then: its own, or the one that starting a thread takes."""
     script = textwrap.dedent("""
@@ -12790,8 +12811,10 @@ def test_many_requests_leave_everything_where_it_was(upstreams_routes):
     threads_before = threading.active_count()
     tracemalloc.start()
     wave(12)
+    gc.collect()
     small = tracemalloc.get_traced_memory()[0]
     wave(50)
+    gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - small
     tracemalloc.stop()
     assert not failures and grown < 400_000, (failures[:3], grown)
