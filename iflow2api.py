@@ -627,8 +627,8 @@ class FileLock:
                 import fcntl
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
-            if exc.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                return False
+            if not exc.errno or exc.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                return False             # Wine gives no number
             if exc.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
                 raise                    # those four: a file system that knows no locks
             return self._take_name()
@@ -7206,6 +7206,7 @@ _HANGUP = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | geta
 
 class _SelectPoller:
     """The part of select.poll that we use, for Windows, which lacks it."""
+    ROOM = 500                           #: Winsock's select() takes 512 sockets
 
     def __init__(self) -> None:
         self._wanted: Dict[int, int] = {}
@@ -7214,13 +7215,21 @@ class _SelectPoller:
         self._wanted[fd] = events
 
     def poll(self, timeout_ms: float) -> List[Tuple[int, int]]:
-        reads = [fd for fd, events in self._wanted.items() if events & _POLLIN]
-        writes = [fd for fd, events in self._wanted.items() if events & _POLLOUT]
-        ready = select.select(reads, writes, reads + writes, timeout_ms / 1000)
-        return [(fd, 1) for fd in set(ready[0] + ready[1] + ready[2])]
+        found: Set[int] = set()
+        wanted = list(self._wanted.items())
+        for start in range(0, len(wanted), self.ROOM):   # a wait is for one socket; many are only looked at
+            part = wanted[start:start + self.ROOM]
+            reads = [fd for fd, events in part if events & _POLLIN]
+            writes = [fd for fd, events in part if events & _POLLOUT]
+            found.update(*select.select(reads, writes, reads + writes, timeout_ms / 1000))
+        return [(fd, 1) for fd in found]
 
 
 Poller = getattr(select, "poll", _SelectPoller)
+
+#: The longest wait in one piece.  Where there is poll(), shutting a socket down wakes who waits for it; Winsock tells
+#: the other side only, so whoever may be cut off has to look up now and then.
+LOOK_UP_S = 3600.0 if hasattr(select, "poll") else 0.5
 
 
 def has_left(sock: socket.socket, hung_up: bool = False) -> bool:
@@ -7395,8 +7404,19 @@ class Wire(HeadReader):
             data = self._receive_some(0)
             if data is not None:
                 return data
-            if self._blocking or not self._poller.poll(self._slice_s * 1000):
+            if self._blocking or not self._comes():
                 self._pass_silence()
+
+    def _comes(self) -> bool:
+        """Whether something may have come before the slice of silence is over."""
+        until = time.monotonic() + self._slice_s
+        while self.cut_by is None:
+            left_s = until - time.monotonic()
+            if self._poller.poll(max(0.0, min(left_s, LOOK_UP_S)) * 1000):
+                return True
+            if left_s <= LOOK_UP_S:
+                break
+        return False
 
     def take_now(self) -> Optional[bytes]:
         """What `take` gives, None where nothing has come."""
@@ -7719,6 +7739,8 @@ class Flow:
     def heed(self) -> Optional[float]:
         """Keep who waits awake; the moment to do so again, None where all came but the end.  UpstreamTimeout, ClientGone."""
         caller, now = self.caller, time.monotonic()
+        if self.wire.cut_by is not None:
+            raise self.wire.cut_by
         if caller.backlog:
             if caller.is_stuck(now):
                 raise ClientGone
@@ -7736,7 +7758,7 @@ class Flow:
             due = min(due, now + self._exchange.next_timeout_s)
         if quiet_s < self.AFTER_FINISH_S:
             due = min(due, self._heard_at + self.AFTER_FINISH_S)
-        return min(due, self._heard_at + self.wire.timeout_s)
+        return min(due, self._heard_at + self.wire.timeout_s, now + LOOK_UP_S)
 
     def end(self, error: Optional[BaseException]) -> None:
         """Wake who waits for the end; nothing is kept for the pump, which may know of this flow for a while."""
@@ -11607,7 +11629,12 @@ class ClientReader(HeadReader):
         if self._poller is None:
             self._poller = Poller()
             self._poller.register(self._sock.fileno(), _POLLIN)
-        return bool(self._poller.poll(max(0.0, self.deadline - time.monotonic()) * 1000))
+        left_s = self.deadline - time.monotonic()
+        return bool(self._poller.poll(max(0.0, min(left_s, LOOK_UP_S)) * 1000)) or left_s > LOOK_UP_S
+
+    def give_up(self) -> None:
+        """Let who waits for the client, on another thread, wait no more."""
+        self.deadline = 0.0
 
     def read_request_head(self) -> bytes:
         """A request's head; BadRequest, ClientGone.  Stray empty lines after a body are skipped (RFC 9112, 2.2)."""
@@ -12566,6 +12593,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             handlers = [handler for handler in self._handlers if wanted(handler)]
         for handler in handlers:
+            handler.rfile.give_up()
             with contextlib.suppress(OSError):
                 handler.connection.shutdown(socket.SHUT_RDWR)
 
