@@ -20329,7 +20329,7 @@ end"""
 _POWERSHELL = r"""# iflow2api completion for PowerShell: put this into $PROFILE, or:
 #   python iflow2api.py completion powershell | Out-String | Invoke-Expression
 # It serves the names iflow2api and iflow2api.py: function iflow2api { python C:\path\to\iflow2api.py @args }
-Register-ArgumentCompleter -Native -CommandName iflow2api, iflow2api.py -ScriptBlock {
+Register-ArgumentCompleter -Native -CommandName @('iflow2api', 'iflow2api.py') -ScriptBlock {
     param($wordToComplete, $commandAst, $cursorPosition)
     $words = @{
 @WORDS@
