@@ -2620,6 +2620,33 @@ def dump_json(value: Any) -> bytes:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
+class KnownMessage(dict):
+    """A chat message that is written once; the next request of its conversation brings it again."""
+    __slots__ = ("data",)
+
+
+class KnownTools(list):
+    """A chat request's tools, written once."""
+    __slots__ = ("data",)
+
+
+def _dump_known(value: Any) -> bytes:
+    if not isinstance(value, (KnownMessage, KnownTools)):
+        return dump_json(value)
+    if not hasattr(value, "data"):
+        value.data = dump_json(value)
+    return value.data
+
+
+def dump_chat(chat: Json) -> bytes:
+    """dump_json for a chat request, parts of which may have been written before."""
+    fields = []
+    for name, value in chat.items():
+        written = b"[" + b",".join(map(_dump_known, value)) + b"]" if name == "messages" else _dump_known(value)
+        fields.append(dump_json(name) + b":" + written)
+    return b"{" + b",".join(fields) + b"}"
+
+
 def clamp_effort(effort: str, allowed: Sequence[str]) -> Optional[str]:
     """The strongest allowed effort not above the wish, else the weakest allowed; None where none is."""
     known = [name for name in EFFORTS if name in allowed]
@@ -2972,12 +2999,83 @@ def merge_details(known: List[Json], fresh: Any) -> None:
 
 # --- requests ----------------------------------------------------------------
 
-def parse_body(data: bytes) -> Tuple[Json, str]:
-    """The JSON object of a request body and the text it was read from; BadRequest says where it goes wrong."""
+class Remembered:
+    """What a long request was parsed to and what it became, for the next one of its conversation.
+
+    Claude Code sends hundreds of kilobytes with each turn, all but the last few as before: to parse, convert and write
+    it anew took most of the time of a request.  Nobody changes what is parsed, so requests can share it.
+    """
+
+    def __init__(self) -> None:
+        self.lists: Dict[str, List[Tuple[str, Any]]] = {}        #: of each list in it the items, as written and parsed
+        self.turns: Dict[str, Any] = {}  #: a translator's own, by the upstream's model
+
+    def parse(self, text: str) -> Json:
+        """What json.loads gives for an object; items that stood in their place before are not read again.
+
+        ValueError, IndexError where it is none; what exactly is wrong the ordinary parser tells.
+        """
+        body: Json = {}
+        lists: Dict[str, List[Tuple[str, Any]]] = {}
+        at = _past(text, _BLANK.match(text).end(), "{")
+        while text[at] != "}":
+            if text[at] != '"':
+                raise ValueError(f"no name at {at}")
+            name, at = json.decoder.scanstring(text, at + 1)
+            at = _past(text, _BLANK.match(text, at).end(), ":")
+            if text[at] == "[":
+                lists[name], at = _items(text, at, self.lists.get(name, ()))
+                body[name] = [value for _, value in lists[name]]
+            else:
+                body[name], at = _DECODER.raw_decode(text, at)
+            at = _next_item(text, at, "}")
+        if _BLANK.match(text, at + 1).end() != len(text):
+            raise ValueError("more follows")
+        self.lists = lists
+        return body
+
+
+def _past(text: str, at: int, mark: str) -> int:
+    """The place behind `mark`, which has to be at `at`, and the blanks behind it."""
+    if text[at] != mark:
+        raise ValueError(f"no {mark} at {at}")
+    return _BLANK.match(text, at + 1).end()
+
+
+def _next_item(text: str, at: int, end: str) -> int:
+    """Where the next item of a list or object begins, or its `end` stands."""
+    gap = _GAP.match(text, at)
+    if ("," in gap.group()) == (text[gap.end()] == end):
+        raise ValueError(f"a comma missing or too many at {at}")
+    return gap.end()
+
+
+def _items(text: str, at: int, known: Sequence[Tuple[str, Any]]) -> Tuple[List[Tuple[str, Any]], int]:
+    """The items of the list at `at`, as written and parsed, and where it ends."""
+    items: List[Tuple[str, Any]] = []
+    at = _past(text, at, "[")
+    while text[at] != "]":
+        item = known[len(items)] if len(items) < len(known) else None
+        if item is None or not text.startswith(item[0], at):
+            value, end = _DECODER.raw_decode(text, at)
+            item = text[at:end], value
+        items.append(item)
+        at = _next_item(text, at + len(item[0]), "]")
+    return items, at + 1
+
+
+def decode_body(data: bytes) -> str:
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise BadRequest(f"the body is not UTF-8: byte {exc.start} is 0x{exc.object[exc.start]:02x}") from None
+
+
+def parse_body(text: str, known: Optional[Remembered] = None) -> Json:
+    """The JSON object of a request body; BadRequest says where it goes wrong."""
+    if known is not None:
+        with contextlib.suppress(ValueError, IndexError, RecursionError):
+            return known.parse(text)
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as exc:
@@ -2988,11 +3086,15 @@ def parse_body(data: bytes) -> Tuple[Json, str]:
         raise BadRequest(f"the body is not JSON: {one_line(exc, 80)} is no JSON value") from None
     if not isinstance(value, dict):
         raise BadRequest("the body must be a JSON object")
-    return value, text
+    return value
 
 
-def splice_model(text: str, model: str) -> str:
-    """`text`, a JSON object, with the value of its `model` replaced and every other byte as it was."""
+def splice_model(text: str, body: Json, model: str) -> str:
+    """`text`, which parses to `body`, with the value of its `model` replaced and every other byte as it was."""
+    found = _MODEL_FIELD.search(text) if "model" in body and text.count('"model"') == 1 and "\\u00" not in text else None
+    if found:                            # no other place can be it, so a long text need not be read once more
+        end = _DECODER.raw_decode(text, found.end())[1]
+        return text[:found.end()] + json.dumps(model) + text[end:]
     pieces, written, at = [], 0, text.index("{") + 1
     while True:
         at = _BLANK.match(text, at).end()
@@ -3013,7 +3115,8 @@ def splice_model(text: str, model: str) -> str:
     return "".join(pieces) + text[written:]
 
 
-_BLANK = re.compile(r"[ \t\r\n]*")
+_BLANK, _GAP = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
+_MODEL_FIELD = re.compile(r'"model"[ \t\r\n]*:[ \t\r\n]*')
 
 
 # --- answers -----------------------------------------------------------------
@@ -3956,6 +4059,7 @@ class _Turn:
     role: str
     blocks: List[Tuple[str, Json]]
     message: Json
+    length: int = 1                      #: how many messages it was made of
 
 
 def _blocks(content: Any, path: str) -> List[Tuple[str, Json]]:
@@ -3969,11 +4073,12 @@ def _blocks(content: Any, path: str) -> List[Tuple[str, Json]]:
     return [(f"{path}.{i}", block) for i, block in enumerate(content)]
 
 
-def _turns(messages: Any) -> List[_Turn]:
+def _turns(messages: Any, start: int = 0) -> List[_Turn]:
+    """The turns from message `start` on, which is 0 or the beginning of an assistant's turn."""
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages: at least one message is required")
     turns: List[_Turn] = []
-    for i, message in enumerate(messages):
+    for i, message in enumerate(messages[start:], start):
         if not isinstance(message, dict):
             raise BadRequest(f"messages.{i}: Input should be a valid dictionary")
         role = message.get("role")
@@ -3984,9 +4089,10 @@ def _turns(messages: Any) -> List[_Turn]:
             raise BadRequest(f"messages.{i}: user messages must have non-empty content")
         if turns and turns[-1].role == role != "system":
             turns[-1].blocks += blocks
+            turns[-1].length += 1
         else:
             turns.append(_Turn(role, blocks, message))
-    if next((turn.role for turn in turns if turn.role != "system"), "") != "user":
+    if not start and next((turn.role for turn in turns if turn.role != "system"), "") != "user":
         raise BadRequest("messages: the first message must use the 'user' role")
     users = [i for i, turn in enumerate(turns) if turn.role == "user"]
     return [turn for i, turn in enumerate(turns)
@@ -4069,6 +4175,13 @@ def _readable(value: Any) -> str:
     return "\n".join(filter(None, lines + [_readable(value.get(name)) for name in _READABLE]))
 
 
+class _Round(NamedTuple):
+    """An assistant turn and what answers it (or what stands before the first), and what they became."""
+    given: List[Json]
+    chat: List[Json]
+    ids: List[str]
+
+
 class _History:
     """Anthropic's turns as chat messages.
 
@@ -4082,23 +4195,50 @@ class _History:
         self.tool_changes: List[Json] = []        #: tool_addition and tool_removal blocks
         self.effort: Any = None                   #: of the last system message that bears one
         self.skipped: List[str] = []              #: block types nobody here knows, for the log
+        self.rounds: List[_Round] = []            #: those that the next request will begin with
 
-    def add(self, turns: Sequence[_Turn]) -> None:
+    def add(self, messages: Any, known: Sequence[_Round]) -> List[_Turn]:
+        """Read a request's `messages`, those of `known` rounds without another look; the turns that had to be read."""
+        start = self._take_over(messages, known) if known and isinstance(messages, list) else 0
+        turns = _turns(messages, start)
+        lasting = not any(isinstance(message, dict) and "clear_at" in message for message in messages)
         at = 0
         while at < len(turns):
             end = at + 1
             while end < len(turns) and turns[end].role != "assistant":
                 end += 1
-            self._round(turns[at:end])
-            at = end
+            length, before = sum(turn.length for turn in turns[at:end]), len(self.messages)
+            ids = self._round(turns[at:end])
+            lasting = lasting and end < len(turns) and not (self.tool_changes or self.effort or self.skipped)
+            if lasting:
+                self.messages[before:] = map(KnownMessage, self.messages[before:])
+                self.rounds.append(_Round(messages[start:start + length], self.messages[before:], ids))
+            start, at = start + length, end
+        return turns
 
-    def _round(self, turns: Sequence[_Turn]) -> None:
-        """An assistant turn and what answers it (or what stands before the first)."""
+    def _take_over(self, messages: List[Any], known: Sequence[_Round]) -> int:
+        """What the rounds that `messages` begin with became; how many messages that are."""
+        at = 0
+        for part in known:
+            end = at + len(part.given)
+            after = messages[end] if end < len(messages) else None
+            ends = isinstance(after, dict) and after.get("role") == "assistant" and "clear_at" not in after
+            if not ends or messages[at:end] != part.given:
+                break
+            self.rounds.append(part)
+            self.messages += part.chat
+            self.ids.update(part.ids)
+            at = end
+        return at
+
+    def _round(self, turns: Sequence[_Turn]) -> List[str]:
+        """Read one round; the ids of its calls."""
         waiting: List[str] = []
+        ids: List[str] = []
         if turns[0].role == "assistant":
             said = _AssistantTurn(self, turns[0].blocks)
             self.messages.append(said.message())
-            waiting, turns = said.ids, turns[1:]
+            waiting, ids, turns = said.ids, list(said.ids), turns[1:]
         rest: List[Json] = []
         for turn in turns:
             first = not (self.messages or rest)
@@ -4106,6 +4246,7 @@ class _History:
                 neighbours = rest and rest[-1]["role"] == message["role"] == "user"      # a system text between them
                 rest.append(_merged(rest.pop(), message) if neighbours else message)
         self.messages += [_tool_message(unwrap_id(ident), NO_RESULT) for ident in waiting] + rest
+        return ids
 
     def _system(self, turn: _Turn, first: bool) -> List[Json]:
         config = turn.message.get("output_config")
@@ -4375,15 +4516,17 @@ TOOLSETS = ("computer_toolset", "browser_toolset")
 class _Tools:
     """The request's tools as Chat's; `names` maps shortened names back."""
 
-    def __init__(self, profile: Json) -> None:
+    def __init__(self, profile: Json, tools: Sequence[Any]) -> None:
         self.profile = profile
-        self.chat: List[Json] = []
+        self.chat = KnownTools()
         self.fields: Json = {}                    #: what switches the provider's own tools on beside `tools`
         self.missing: List[str] = []              #: tools nobody here runs
         self.names: Dict[str, str] = {}
         self.known: Dict[str, bool] = {}          #: name -> whether the model may be made to call it
+        for i, tool in enumerate(tools):
+            self._add(tool, f"tools.{i}")
 
-    def add(self, tool: Any, path: str) -> None:
+    def _add(self, tool: Any, path: str) -> None:
         if not isinstance(tool, dict):
             raise BadRequest(f"{path}: Input should be a valid dictionary")
         kind = str(tool.get("type") or "custom")
@@ -4548,6 +4691,19 @@ def _user_of(body: Json) -> Optional[str]:
     return hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()    # Claude Code: a JSON document
 
 
+class Conversation(NamedTuple):
+    """What a request became, for the next one: what equals what was given before need not be converted again.
+
+    (To Python 1, 1.0 and true are equal: a client that rewrites its history in nothing but that is not heard.)
+    """
+    profile: Json
+    thinking: Optional[bool]
+    system: Optional[Json]
+    tools_given: Any
+    tools: _Tools
+    rounds: Sequence[_Round]
+
+
 class MessagesTurn:
     """One Messages request: its chat request, and its answers in Anthropic's shape.
 
@@ -4555,7 +4711,7 @@ class MessagesTurn:
     `estimate` may be replaced by a better one; it seeds message_start and stands in for a missing count.
     """
 
-    def __init__(self, body: Json, profile: Json, model: str) -> None:
+    def __init__(self, body: Json, profile: Json, model: str, known: Optional[Conversation] = None) -> None:
         _refuse(body)
         self.body, self.profile = body, profile
         self.model = body["model"] if isinstance(body.get("model"), str) else model
@@ -4564,26 +4720,30 @@ class MessagesTurn:
         self.hide_reasoning = False
         self.omit_thinking = self.unfence = False
         self.scale: Callable[[int], int] = int     #: estimated tokens -> as this model counts them
-        self.chat = self._to_chat(model)
+        self.chat = self._to_chat(model, known)
 
-    def _to_chat(self, model: str) -> Json:
+    def _to_chat(self, model: str, known: Optional[Conversation]) -> Json:
         body, profile = self.body, self.profile
         config, (thinking, budget) = _optional(body, "output_config", dict) or {}, self._thinking()
+        known = known if known and (known.profile, known.thinking) == (profile, thinking) else None
         history = _History(profile, thinking)
         system = body.get("system")
         if isinstance(system, str) and system.startswith(BILLING_HEADER):
             system = system.partition("\n")[2]
         top = _system_text(_blocks(system, "system")) if system is not None else ""
-        if top:
-            history.messages.append({"role": "system", "content": top})
-        turns = _turns(body.get("messages"))
-        history.add(turns)
+        first = known.system if known and known.system and known.system["content"] == top else \
+            KnownMessage(role="system", content=top) if top else None
+        if first:
+            history.messages.append(first)
+        turns = history.add(body.get("messages"), known.rounds if known else ())
         self.ids, self.skipped = history.ids, history.skipped
         chat: Json = {"model": model, "messages": history.messages, profile["max_tokens_field"]: self.max_tokens}
         if turns[-1].role == "assistant" and history.messages[-1]["role"] == "assistant":
             self._prefill(chat)
         self._set_options(chat)
-        self._set_tools(chat, history, thinking)
+        tools = self._set_tools(chat, history, thinking, known)
+        self.conversation = Conversation(profile, thinking, first, None if history.tool_changes else body.get("tools"),
+                                         tools, history.rounds)
         effort = history.effort or config.get("effort")
         set_thinking(chat, profile, thinking, budget, effort if isinstance(effort, str) else None)
         schema = _answer_schema(config, body)
@@ -4631,11 +4791,11 @@ class MessagesTurn:
         if user and profile["user_field"]:
             chat[profile["user_field"]] = user
 
-    def _set_tools(self, chat: Json, history: _History, thinking: Optional[bool]) -> None:
-        tools = _Tools(self.profile)
+    def _set_tools(self, chat: Json, history: _History, thinking: Optional[bool], known: Optional[Conversation]) -> _Tools:
+        given = _optional(self.body, "tools", list) or []
+        tools = known.tools if known and known.tools_given == given and not history.tool_changes else \
+            _Tools(self.profile, _changed_tools(given, history.tool_changes))
         self.names = tools.names
-        for i, tool in enumerate(_changed_tools(_optional(self.body, "tools", list) or [], history.tool_changes)):
-            tools.add(tool, f"tools.{i}")
         if tools.chat:
             chat["tools"] = tools.chat
         if tools.missing and chat["messages"][0]["role"] == "system":    # else a model makes results up
@@ -4644,6 +4804,7 @@ class MessagesTurn:
         chat.update(tools.choice(self.body.get("tool_choice"), thinking))
         if chat.get("tool_choice") == "none" and not self.profile["forced_tool_choice"]:
             del chat["tools"], chat["tool_choice"]               # there is no other way to say it
+        return tools
 
     @cached_property
     def raw_estimate(self) -> int:
@@ -6799,6 +6960,11 @@ def owner_of(key: Optional[ClientKey]) -> str:
 #: What clients name a conversation by: Claude Code, Codex, others.
 _SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id", "thread-id", "x-session-id")
 
+
+def conversation_names(headers: Mapping[str, str]) -> List[Optional[str]]:
+    return [headers.get(name) for name in (*_SESSION_HEADERS, "x-claude-code-agent-id")]
+
+
 _BASE64_RUN = re.compile(r'(?:;base64,|"data": ?")[A-Za-z0-9+/=]{500,}')
 
 
@@ -6824,6 +6990,7 @@ class Call:
     request_id: str
     key: Optional[ClientKey] = None      #: whose request it is, None where none is needed
     meters: Sequence[Any] = ()           #: Meters that its tokens count on
+    known: Optional[Remembered] = None   #: what is known of it from the one before
 
     @property
     def model(self) -> Optional[str]:
@@ -6883,8 +7050,8 @@ class Call:
 
     def memory(self, cache: Any, messages: Any) -> ReasoningMemory:
         """What is remembered of this conversation of this client, known by its session and by what it began with."""
-        named = [self.headers.get(name) for name in (*_SESSION_HEADERS, "x-claude-code-agent-id")]
-        return ReasoningMemory(cache, json.dumps([self.key.name if self.key else "", named, opening_of(messages)]))
+        facts = [self.key.name if self.key else "", conversation_names(self.headers), opening_of(messages)]
+        return ReasoningMemory(cache, json.dumps(facts))
 
     @property
     def is_codex(self) -> bool:
@@ -6913,7 +7080,7 @@ class ChatTurn:
             messages = refill_reasoning(call.body, self._memory.recall)
             if messages is not call.body.get("messages"):
                 return dump_json({**call.body, "messages": messages, "model": model})
-        return (call.text if call.model == model else splice_model(call.text, model)).encode()
+        return (call.text if call.model == model else splice_model(call.text, call.body, model)).encode()
 
     def reply(self, data: bytes, completion: Json) -> bytes:
         """The plain answer for the client, out of the upstream's bytes and what they parse to."""
@@ -6985,7 +7152,7 @@ class TranslatedTurn:
             chat = adapt_to_iflow(chat, chat["model"], self._memory.recall)
         elif self._insists:
             chat = {**chat, "messages": refill_reasoning(chat, self._memory.recall)}
-        return dump_json(chat)
+        return dump_chat(chat)
 
     @cached_property
     def _memory(self) -> ReasoningMemory:
@@ -7120,7 +7287,11 @@ class MessagesDialect(ChatDialect):
     foreign = True
 
     def turn(self, call: Call, target: Target, context: Context) -> Any:
-        turn = MessagesTurn(call.body, profile_of(target), target.model)
+        turns = call.known.turns if call.known else {}
+        turn = MessagesTurn(call.body, profile_of(target), target.model, turns.get(target.model))
+        if len(turns) > 3:               # as a rule it is always the same model
+            turns.clear()
+        turns[target.model] = turn.conversation
         thinking = call.body.get("thinking")
         asked = isinstance(thinking, dict) and thinking.get("type") != "disabled"
         turn.hide_reasoning = target.provider.kind == "iflow" and not asked
@@ -9574,6 +9745,29 @@ class ReasoningCache:
         return self._texts.get(ident, "")
 
 
+class Conversations:
+    """What is remembered of long requests, by how they begin; bounded, what was not asked for longest goes first."""
+    #: Characters of requests: of one that is worth it, of all; in memory it is up to five times as much.
+    LEAST_CHARS, LIMIT_CHARS = 8000, 2 << 20
+
+    def __init__(self) -> None:
+        self._kept: Dict[Tuple, Tuple[Remembered, int]] = {}
+        self._size, self._lock = 0, threading.Lock()
+
+    def of(self, text: str, names: Sequence[Optional[str]]) -> Optional[Remembered]:
+        """What the request `text` of a conversation with these names finds, and leaves its own in; None: nothing."""
+        if not self.LEAST_CHARS <= len(text) <= self.LIMIT_CHARS:
+            return None
+        name = (text[:2000], *names)
+        with self._lock:
+            known, size = self._kept.pop(name, None) or (Remembered(), 0)
+            self._kept[name] = known, len(text)
+            self._size += len(text) - size
+            while self._size > self.LIMIT_CHARS:
+                self._size -= self._kept.pop(next(iter(self._kept)))[1]
+        return known
+
+
 class TokenScale:
     """What models count for what we estimate: learnt from each answer's prompt_tokens, kept over a restart.
 
@@ -10567,7 +10761,7 @@ class Gateway:
         self.log, self._leads_log = own_log("info"), False
         self.environ = os.environ if environ is None else environ
         self.upstream, self.metrics = Upstream(), Metrics()
-        self.reasoning = ReasoningCache()
+        self.reasoning, self.conversations = ReasoningCache(), Conversations()
         self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "")
         self._caps: Dict[str, int] = {}  #: by scale_name: most output tokens, as refusals have told
         self._skipped: Set[str] = set()  #: types of blocks that were logged as skipped
@@ -11895,8 +12089,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def has_body(self) -> bool:
         return self._body_left != 0
 
-    def read_json(self) -> Tuple[Json, str]:
-        return parse_body(self.read_body())
+    def read_json(self) -> Json:
+        return parse_body(decode_body(self.read_body()))
 
     # answers
 
@@ -12240,23 +12434,25 @@ def answer_call(handler: Handler) -> None:
     """Chat, completions, embeddings, whatever dialect the endpoint speaks."""
     with handler.server.gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
         dialect = handler.endpoint.dialect
-        body, text = handler.read_json()
+        text = decode_body(handler.read_body())
+        known = handler.server.gateway.conversations.of(text, conversation_names(handler.headers))
+        body = parse_body(text, known)
         dialect.check(body)
-        call = Call(dialect, body, text, handler.headers, handler.request_id, handler.key, handler.meters)
+        call = Call(dialect, body, text, handler.headers, handler.request_id, handler.key, handler.meters, known)
         handler.sink = Sink(handler, call)
         handler.server.gateway.answer(call, handler.sink)
 
 
 def count_tokens(handler: Handler) -> None:
     """POST /v1/messages/count_tokens: an estimate, never a request to the upstream (anthropic-messages.md section 9)."""
-    body, _ = handler.read_json()
+    body = handler.read_json()
     if not isinstance(body.get("messages"), list) or not body["messages"]:
         raise BadRequest("messages: a list with at least one message is required", param="messages")
     handler.respond_json({"input_tokens": handler.server.gateway.count_tokens(body, count_message_tokens(body))})
 
 
 def count_input_tokens(handler: Handler) -> None:
-    body, _ = handler.read_json()
+    body = handler.read_json()
     gateway, owner = handler.server.gateway, owner_of(handler.key)
     tokens = count_response_tokens(body, lambda ident: gateway.responses.recall(ident, owner),
                                    lambda ident: gateway.responses.item(ident, owner), gateway.seal())
@@ -13543,7 +13739,7 @@ def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> st
 
 def read_fields(handler: Handler, kinds: Mapping[str, str]) -> Json:
     """The fields of a request's body, each of its kind (as of settings) or null; BadRequest names the bad one."""
-    body = parse_body(handler.read_body(ADMIN_BODY_BYTES))[0]
+    body = parse_body(decode_body(handler.read_body(ADMIN_BODY_BYTES)))
     for name, value in body.items():
         if name not in kinds:
             raise BadRequest(f"{one_line(name, 60)}: no such field" + nearest(name, kinds), param=one_line(name, 60))
@@ -14012,7 +14208,7 @@ def show_admin_models(handler: Handler) -> None:
 
 def explain_route(handler: Handler) -> None:
     """POST /admin/api/routes/explain; with `aliases` as they would be after a save."""
-    handler.respond_json(handler.server.gateway.explain(parse_body(handler.read_body(ADMIN_BODY_BYTES))[0]))
+    handler.respond_json(handler.server.gateway.explain(parse_body(decode_body(handler.read_body(ADMIN_BODY_BYTES)))))
 
 
 def show_keys(handler: Handler) -> None:
@@ -18473,7 +18669,7 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         try:
-            body = parse_body(self.rfile.read(int(self.headers.get("Content-Length") or 0)))[0]
+            body = parse_body(decode_body(self.rfile.read(int(self.headers.get("Content-Length") or 0))))
             if not self._enters(body):
                 return
             if self.path.endswith("/embeddings"):

@@ -1279,7 +1279,8 @@ def test_a_bad_alias_is_named_and_left_out(targets):
 # --- requests ----------------------------------------------------------------
 
 def test_parse_body_returns_the_object_and_its_text():
-    assert ifl.parse_body(b'\xef\xbb\xbf {"a": 1.0}\n') == ({"a": 1.0}, ' {"a": 1.0}\n')
+    assert ifl.decode_body(b'\xef\xbb\xbf {"a": 1.0}\n') == ' {"a": 1.0}\n'
+    assert ifl.parse_body(' {"a": 1.0}\n') == {"a": 1.0}
 
 
 BAD_BODIES = [
@@ -1302,7 +1303,7 @@ def test_a_body_that_is_no_json_object_is_refused(data, said):
     if said is None and sys.version_info < (3, 11):
         return                                            # older Pythons read numbers of any length
     with pytest.raises(ifl.BadRequest) as refused:
-        ifl.parse_body(data)
+        ifl.parse_body(ifl.decode_body(data))
     assert refused.value.status == 400 and re.search(said or "", refused.value.message), refused.value.message
     assert len(refused.value.message) < 400
 
@@ -1310,7 +1311,56 @@ def test_a_body_that_is_no_json_object_is_refused(data, said):
 def test_a_thousand_levels_are_passed_on_or_refused():
     for levels in (500, 900, 1000, 1100, 5000):
         with contextlib.suppress(ifl.BadRequest):
-            assert ifl.parse_body(b'{"a":' + b"[" * levels + b"]" * levels + b"}")[0]["a"] is not None
+            assert ifl.parse_body('{"a":' + "[" * levels + "]" * levels + "}")["a"] is not None
+
+
+WRITTEN = ['{"a":[{"b":[1,2]},"x",3, 4.0,true ,null],"c":{"d":[]},"e":[]}', ' { "a" : [ {"b":[1,2]} , "x" ,\n3,4.0 ] , "m":"\\u4e2d" }\n',
+           '{"a":[{"b":[1,2,3]},"xy",33,40.0,true],"a":[1]}', "{}", '{"a":[1],"c":[[],[[1]],{}]}']
+
+
+@pytest.mark.parametrize("before", WRITTEN)
+def test_what_is_remembered_of_a_request_changes_nothing(before):
+    for text in WRITTEN:
+        known = ifl.Remembered()
+        assert repr(ifl.parse_body(before, known)) == repr(json.loads(before)), "at first"
+        assert repr(ifl.parse_body(text, known)) == repr(json.loads(text)), "then"
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_what_is_remembered_finds_the_same_faults(text):
+    """Each place cut off, doubled, or with a mark too many."""
+    for at in range(len(text) + 1):
+        for wrong in (text[:at], text[:at] + text[at - 1:], *(text[:at] + mark + text[at:] for mark in ',]}"1:')):
+            known = ifl.Remembered()
+            known.parse(text)
+            try:
+                right = repr(ifl.parse_body(wrong))
+            except ifl.BadRequest as exc:
+                with pytest.raises(ifl.BadRequest, match=re.escape(exc.message)):
+                    ifl.parse_body(wrong, known)
+                with pytest.raises((ValueError, IndexError)):
+                    known.parse(wrong)
+            else:
+                assert repr(ifl.parse_body(wrong, known)) == right
+
+
+def test_items_in_their_place_are_parsed_once():
+    known, text = ifl.Remembered(), '{"messages":[{"a":1},{"b":2}],"model":"m"}'
+    first, second = known.parse(text), known.parse(text.replace('{"b":2}', '{"b":2},{"c":3}'))
+    assert all(new is old for new, old in zip(second["messages"], first["messages"])) and second["messages"][2] == {"c": 3}
+    third = known.parse('{"messages":[{"a":1},{"b":22}],"model":"m"}')
+    assert third["messages"][0] is first["messages"][0] and third["messages"][1] == {"b": 22}
+
+
+def test_conversations_are_bounded_and_told_apart(monkeypatch):
+    monkeypatch.setattr(ifl.Conversations, "LIMIT_CHARS", 30_000)
+    kept, text = ifl.Conversations(), "a" * 9000
+    assert kept.of("a" * 7999, []) is None is kept.of("a" * 30_001, [])
+    known = kept.of(text, ["s"])
+    assert kept.of(text + "b", ["s"]) is known and kept.of(text, ["t"]) is not known is not kept.of("b" + text, ["s"])
+    assert kept.of(text, ["s"]) is known
+    kept.of(text, ["u"])                                  # the oldest but this goes
+    assert kept.of(text, ["s"]) is known and len(kept._kept) == 3 and kept._size == 27_001
 
 
 SPLICES = [
@@ -1321,6 +1371,8 @@ SPLICES = [
     ('{"model":"a","x":"\\"model\\":\\"q\\"","model":"b"}', '{"model":"NEW","x":"\\"model\\":\\"q\\"","model":"NEW"}'),
     ('{"model":null}', '{"model":"NEW"}'), ('{"model":"a\\"}b{"}', '{"model":"NEW"}'),
     ('{"m\\u006fdel":"a"}', '{"m\\u006fdel":"NEW"}'),
+    ('{"x":{"model":"y"},"m\\u006fdel":"a"}', '{"x":{"model":"y"},"m\\u006fdel":"NEW"}'),
+    ('{"x":"\\"model","model":"a"}', '{"x":"\\"model","model":"NEW"}'), ('{"x":{"model":"y"}}', '{"model":"NEW","x":{"model":"y"}}'),
     ('{"b":"中文😀\\ud83d","model":"模型","n":12345678901234567890,"f":1e5,"g":1.00}',
      '{"b":"中文😀\\ud83d","model":"NEW","n":12345678901234567890,"f":1e5,"g":1.00}'),
     ('{}', '{"model":"NEW"}'), ('{ }', '{"model":"NEW" }'), ('{"b":null}', '{"model":"NEW","b":null}'),
@@ -1331,13 +1383,13 @@ SPLICES = [
 
 @pytest.mark.parametrize("text, spliced", SPLICES)
 def test_splice_model_changes_nothing_else(text, spliced):
-    assert ifl.splice_model(text, "NEW") == spliced
-    assert json.loads(ifl.splice_model(text, 'q"\\中')) == {**json.loads(text), "model": 'q"\\中'}
+    assert ifl.splice_model(text, json.loads(text), "NEW") == spliced
+    assert json.loads(ifl.splice_model(text, json.loads(text), 'q"\\中')) == {**json.loads(text), "model": 'q"\\中'}
 
 
 @pytest.mark.parametrize("model", ["a", "模型", 'q"\\', "a/b:c", "\ud83d"])
 def test_splice_model_writes_any_name(model):
-    assert json.loads(ifl.splice_model('{"model":"x","b":1}', model)) == {"model": model, "b": 1}
+    assert json.loads(ifl.splice_model('{"model":"x","b":1}', {"model": "x"}, model)) == {"model": model, "b": 1}
 
 
 # --- numbers -----------------------------------------------------------------
@@ -5371,6 +5423,105 @@ USAGE_MESSAGES = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 1
 def turn_of(body, **profile):
     body = {"model": "m1", "max_tokens": 256, "messages": [{"role": "user", "content": "q"}], **body}
     return ifl.MessagesTurn(body, {**ifl.DEFAULT_PROFILE, **profile}, "up")
+
+
+def says(role, *blocks, **fields):
+    return {"role": role, "content": [{"type": "text", "text": block} if isinstance(block, str) else block for block in blocks],
+            **fields}
+
+
+def tool_use(ident, **given):
+    return {"type": "tool_use", "id": ident, "name": LONG, "input": given}
+
+
+def tool_result(ident, content="ok", **fields):
+    return {"type": "tool_result", "tool_use_id": ident, "content": content, **fields}
+
+
+#: A conversation with a bit of everything; each beginning of it that ends with the user is a request.
+LONG_TALK = [
+    says("user", "look at this", {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}),
+    says("assistant", {"type": "thinking", "thinking": "hm", "signature": "foreign"}, "I will", tool_use("t1", path="a"), tool_use("t2")),
+    says("user", tool_result("t2", is_error=True), tool_result("t1", [{"type": "text", "text": "é中"}]), "go on"),
+    {"role": "assistant", "content": "done"}, says("user", "and now?"), says("user", "well?"),
+    says("assistant", tool_use("t3", n=1)), says("user", "no result comes"),
+    says("assistant", "a"), says("assistant", "b", tool_use("toolu_x_raw_ZnVuY3Rpb25zLmE6MA")),
+    says("user", tool_result("toolu_x_raw_ZnVuY3Rpb25zLmE6MA"), tool_result("nobody")),
+    {"role": "system", "content": "be brief"}, says("assistant", "ok"), says("user", "thanks"),
+    says("assistant", tool_use("t4")), says("user", tool_result("t4")), says("assistant", "bye"), says("user", "bye")]
+
+
+def in_both_ways(body, known, **profile):
+    """A body converted with what is known of its conversation and without: the same; what is known afterwards."""
+    body = {"model": "m1", "max_tokens": 256, **body}
+    profile = {**ifl.DEFAULT_PROFILE, **profile}
+    plain, quick = ifl.MessagesTurn(body, profile, "up"), ifl.MessagesTurn(body, profile, "up", known)
+    assert json.loads(ifl.dump_chat(quick.chat)) == json.loads(ifl.dump_json(plain.chat)) == plain.chat
+    assert (quick.ids, quick.names, sorted(quick.skipped)) == (plain.ids, plain.names, sorted(plain.skipped))
+    return quick.conversation
+
+
+def requests_of(talk):
+    return [talk[:end] for end in range(1, len(talk) + 1) if talk[end - 1]["role"] == "user"]
+
+
+@pytest.mark.parametrize("profile", [{}, {"vision": False, "mid_system": "user"}, {"require_reasoning_on_tool_calls": True}])
+def test_a_conversation_that_is_known_becomes_the_same(profile):
+    known = None
+    for messages in requests_of(LONG_TALK):
+        known = in_both_ways({"messages": messages, "system": "You are", "tools": [WEATHER, TIME]}, known, **profile)
+    assert len(known.rounds) == 7                         # all but the last
+    again = in_both_ways({"messages": messages, "system": "You are", "tools": [WEATHER, TIME]}, known, **profile)
+    assert all(new is old for new, old in zip(again.rounds, known.rounds)) and again.tools is known.tools
+
+
+@pytest.mark.parametrize("place", range(len(LONG_TALK)))
+def test_a_history_that_was_edited_is_read_anew(place):
+    known = in_both_ways({"messages": LONG_TALK}, None)
+    for edit in ([], [says(LONG_TALK[place]["role"], "something else")], [LONG_TALK[place], LONG_TALK[place]],
+                 [{**LONG_TALK[place], "clear_at": "next_user_message"}], [{**LONG_TALK[place], "cache_control": {"type": "ephemeral"}}]):
+        messages = LONG_TALK[:place] + edit + LONG_TALK[place + 1:]
+        try:
+            ifl.MessagesTurn({"model": "m", "max_tokens": 1, "messages": messages}, ifl.DEFAULT_PROFILE, "up")
+        except ifl.BadRequest as exc:
+            with pytest.raises(ifl.BadRequest, match=re.escape(exc.message)):
+                in_both_ways({"messages": messages}, known)
+        else:
+            in_both_ways({"messages": messages}, known)
+
+
+@pytest.mark.parametrize("change", [
+    {"system": "You are not"}, {"system": None}, {"tools": [TIME]}, {"tools": None}, {"thinking": {"type": "disabled"}},
+    {"thinking": {"type": "enabled", "budget_tokens": 2000}}, {"tool_choice": {"type": "any"}}, {"max_tokens": 7},
+    {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}])
+def test_what_else_changes_between_requests_is_heeded(change):
+    body = {"messages": LONG_TALK, "system": "You are", "tools": [WEATHER, TIME]}
+    known = in_both_ways(body, None)
+    changed = {name: value for name, value in {**body, **change}.items() if value is not None}
+    in_both_ways(body, in_both_ways(changed, known))
+    in_both_ways(body, known, strict_tools=True, vision=False)
+
+
+@pytest.mark.parametrize("block", [
+    {"type": "tool_addition", "tool": {**WEATHER, "name": "added"}}, {"type": "tool_removal", "tool": TIME}, {"type": "unheard_of"}])
+def test_what_changes_more_than_messages_is_not_remembered(block):
+    talk = LONG_TALK[:4] + [says("user", "x"), says("system", block, output_config={"effort": "low"})] + LONG_TALK[6:]
+    known = None
+    for messages in [*requests_of(talk), LONG_TALK]:
+        known = in_both_ways({"messages": messages, "tools": [WEATHER, TIME]}, known)
+
+
+def test_a_long_conversation_reaches_the_upstream_as_if_nothing_were_known(server, upstream):
+    long = server(upstream, vision_mode="pass")
+    for messages in [*requests_of(LONG_TALK), LONG_TALK[:1] + LONG_TALK[-1:], LONG_TALK]:
+        body = {"model": "m1", "max_tokens": 256, "system": "You are " * 1100, "tools": [WEATHER, TIME], "messages": messages}
+        fresh = server(upstream, vision_mode="pass")
+        for running in (long, fresh, long):
+            assert post(running, body, path="/v1/messages").status == 200
+        assert upstream.requests[-3].json == upstream.requests[-2].json == upstream.requests[-1].json
+        assert upstream.requests[-3].body == upstream.requests[-2].body
+    (known, _), = long.gateway.conversations._kept.values()
+    assert len(known.lists["messages"]) == len(LONG_TALK) and len(known.turns["m1"].rounds) == 7
 
 
 def ids():
