@@ -60,12 +60,14 @@ if sys.version_info < (3, 9):
 def _serve_from_byte_code(code: Any, source: str) -> None:
     """Replace a process that is about to serve by one that runs this file's byte code: it takes 10 MB less.
 
-    Python caches no script, only imports, and keeps a script's syntax tree until it ends.  The byte code lies in our
-    own folder.  Without `site`, which nothing here needs, the second start is nearly free.  Where any of it can't be
-    had (Windows, a read-only home) the program goes on as it is.
+    Python caches no script, only imports and what `-m` runs, and keeps a script's syntax tree until it ends.  The byte
+    code lies in our own folder.  Without `site`, which nothing here needs, the second start is nearly free.  Where any
+    of it can't be had (Windows, a read-only home) the program goes on as it is.
     """
     if os.name != "posix" or source.endswith(".pyc") or sys.flags.interactive:
         return
+    if __spec__ is not None and os.path.exists(__spec__.cached or ""):
+        return                           # by -m, from byte code
     folder = os.environ.get("IFLOW2API_CONFIG_DIR") or os.path.join("~", ".iflow2api")
     for word, following in zip(sys.argv, sys.argv[1:] + [""]):
         if word.partition("=")[0] == "--config-dir":

@@ -14994,6 +14994,26 @@ def test_the_first_start_opens_the_page_and_shows_the_code(home, tmp_path, argv,
         os.close(reader)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a process is not replaced there")
+@pytest.mark.parametrize("argv, replaced", [(["iflow2api.py"], True), (["-m", "iflow2api"], False)])
+def test_a_server_runs_from_byte_code(home, tmp_path, argv, replaced):
+    shutil.copy(PROGRAM, tmp_path / "iflow2api.py")
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen([sys.executable, *argv, "--demo", "--port", "0", "--no-browser"], cwd=tmp_path, env=environ,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        url = process.stdout.readline().decode().split()[-1]
+        with contextlib.closing(http.client.HTTPConnection(url.partition("//")[2], timeout=WAIT_S)) as client:
+            client.request("GET", "/health")
+            assert client.getresponse().status == 200
+        kept = list((home / ".iflow2api" / "cache").glob("*/iflow2api.pyc"))
+        assert (bool(kept), bool(list(tmp_path.glob("__pycache__/*.pyc")))) == (replaced, not replaced)
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
+
+
 def test_a_start_with_a_password_opens_nothing_and_shows_no_code(home, config):
     put_config(config, {"admin_password": PASSWORD_HASH})
     with running_console() as (_, url, reader):
