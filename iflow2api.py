@@ -10745,6 +10745,394 @@ class State(NamedTuple):
     door: Doorkeeper
 
 
+def read_refusal(exchange: Exchange, provider: Provider) -> UpstreamError:
+    """What an answer with an error status stands for; 429 always says when to come back."""
+    if exchange.status < 400:
+        place = one_line(exchange.headers.get("location", "nowhere"), 120)
+        return UpstreamGarbled(f"the upstream redirects to {place}; set base_url to where it really is")
+    try:
+        data = exchange.read_all(REFUSAL_LIMIT_BYTES)
+    except UpstreamError:
+        data = b""
+    refusal = parse_refusal(exchange.status, exchange.content_type, data)
+    if refusal.status == 406 and provider.kind == "iflow":   # unsigned, or a model this key may not use
+        refusal.status, refusal.body = 403, None
+    said = parse_retry_after(exchange.headers, time.time())
+    refusal.retry_after_s = refusal.retry_after_s if said is None else said
+    verdict = exchange.headers.get("x-should-retry", "").lower()
+    refusal.should_retry = {"true": True, "false": False}.get(verdict)
+    return refusal
+
+
+class Journey:
+    """One call on its way: the targets of its route, with their keys, again after a pause, until one has answered."""
+
+    def __init__(self, gateway: Any, call: Call, sink: AnswerSink) -> None:
+        self.gateway, self.log, self.call, self.sink = gateway, gateway.log, call, sink
+        self.record = Record(call.request_id, call.dialect.name, (call.model or "")[:200], call.stream,
+                             time.monotonic(), key=call.key.name if call.key else "", at=time.time())
+
+    def run(self) -> None:
+        """Raises GatewayError, with nothing sent or (`sink.began`) in mid-answer, and ClientGone."""
+        record = self.record
+        try:
+            self.state: State = self.gateway.current()
+            self.settings = self.state.settings
+            self._try_targets()
+            record.status = record.status or 200
+        except GatewayError as exc:
+            record.status, record.error = self.call.dialect.status(exc), exc.message
+            raise
+        except ClientGone:
+            record.status, record.error = 499, "the client left"
+            raise
+        finally:
+            record.total_s = time.monotonic() - record.started
+            self._spend()
+            self.gateway.note(record)
+
+    def _try_targets(self) -> None:
+        """The chain of targets, and after a pause those again that may do better then, as often as `retry` allows."""
+        chain = self.state.router.resolve(self.call.model, self.call.dialect.foreign, self.call)
+        if self.call.key is not None and not may_use(self.call.key, self.state.router.named(self.call.model), chain):
+            raise Forbidden(f"the key {self.call.key.name} may not use the model {one_line(self.call.model, 100)}; "
+                            "it may use " + ", ".join(self.call.key.models), code="model_not_allowed", param="model")
+        began, waiting = self.gateway.clock(), []
+        for number in range(RETRY_FIELDS["count"][2] + 1):
+            error, again = self._try_chain(chain)
+            if error is None:
+                return
+            waiting += again
+            pause_s = self._pause_s(number, waiting, self.gateway.clock() - began)
+            if pause_s is None:
+                raise error
+            self.log.info("%s trying again in %.1f s", self.call.request_id[4:12], pause_s)
+            self.gateway.pause(self.sink, pause_s)
+            now = self.gateway.clock() + 0.01        # clocks are grainy
+            chain = [target for at, target in waiting if at <= now]
+            waiting = [(at, target) for at, target in waiting if at > now]
+
+    def _pause_s(self, retries: int, waiting: Sequence[Tuple[float, Target]], spent_s: float) -> Optional[float]:
+        """Seconds until the next retry: the backoff, or what the upstreams asked for; None where there shall be none."""
+        retry = {**RETRY, **self.settings.retry}
+        if retries >= retry["count"] or not waiting:
+            return None
+        backoff_s = min(retry["max_backoff_s"],
+                        retry["backoff_s"] * 2 ** retries) * (0.5 + secrets.randbelow(500) / 1000)
+        pause_s = max(backoff_s, min(at for at, _ in waiting) - self.gateway.clock())
+        return pause_s if spent_s + pause_s <= retry["total_s"] else None
+
+    def _try_chain(self, chain: Sequence[Target]) -> Tuple[Optional[GatewayError], List[Tuple[float, Target]]]:
+        """Each target in turn until one answers: None then, else the last error, and who may be asked again from when on."""
+        error: Optional[GatewayError] = None
+        again: List[Tuple[float, Target]] = []
+        for target in self._in_turn(chain):
+            self.record.target = target
+            try:
+                self._try_target(target)
+                self.gateway.circuits[target.provider.name].succeeded()
+                return None, []
+            except (UpstreamError, Busy) as exc:
+                self._judge(target, exc)
+                if self.sink.began or exc.status not in FALLBACK_STATUS:
+                    raise
+                error = exc
+                if exc.status in RETRY_STATUS and exc.should_retry is not False and exc.overflow is None:
+                    again.append((self.gateway.clock() + (exc.retry_after_s or 0), target))
+                if len(chain) > 1:
+                    self.log.info("%s %s failed (%s)", self.call.request_id[4:12], target.provider.name,
+                             one_line(exc.message, 160))
+        return error, again
+
+    def _in_turn(self, chain: Sequence[Target]) -> Iterator[Target]:
+        """The chain, with upstreams that rest at its end: when nobody else answers, they are still worth a try.
+
+        A route of one upstream is never rested: a local engine that has just been started should answer at once.
+        """
+        if len(chain) == 1:
+            yield chain[0]
+            return
+        resting = []
+        rest_s = {**CIRCUIT, **self.settings.circuit}["rest_s"]
+        for target in chain:
+            if self.gateway.circuits[target.provider.name].admits(rest_s):
+                yield target
+            else:
+                resting.append(target)
+        yield from resting
+
+    def _judge(self, target: Target, exc: GatewayError) -> None:
+        """What a failure says of the upstream: out of order, or alive and refusing; our own full queue says nothing."""
+        circuit = self.gateway.circuits[target.provider.name]
+        if isinstance(exc, Busy) or target.provider.problem:
+            return
+        if exc.status != 408 and exc.status < 500 or exc.overflow is not None:
+            return circuit.succeeded()
+        limits = {**CIRCUIT, **self.settings.circuit}
+        circuit.failed(limits["failures"], limits["rest_s"])
+        if circuit.failures == limits["failures"]:
+            self.log.warning("%s failed %d times in a row and rests for %g s where there is another",
+                             target.provider.name, circuit.failures, limits["rest_s"])
+
+    def _try_target(self, target: Target) -> None:
+        """One target; a max_tokens of our translation that is above the model's cap is lowered to it, once."""
+        try:
+            return self._try_keys(target)
+        except UpstreamRefused as exc:
+            cap = find_output_cap(exc.status, exc.message) if self.call.dialect.foreign and exc.overflow is None else 0
+            name = scale_name(self.record.target or target)
+            if not cap or cap >= self.gateway.caps.get(name, cap + 1) or self.sink.began:
+                raise
+        self.gateway.remember_cap(name, cap)
+        self.log.info("%s %s takes max_tokens up to %d; asking again", self.call.request_id[4:12], name, cap)
+        self._try_keys(target)
+
+    def _capped(self, target: Target) -> Target:
+        """The target with what refusals have told of its longest answer."""
+        cap, facts = self.gateway.caps.get(scale_name(target)), target.provider.facts
+        if not cap:
+            return target
+        known = facts.get(target.model, {})
+        known = {**known, "max_output": min(cap, known.get("max_output") or cap)}
+        return Target(replace(target.provider, facts={**facts, target.model: known}), target.model)
+
+    def _prepared(self, target: Target, context: Context) -> Tuple[Any, bytes]:
+        """The way there and back, and the body to send; BadRequest, also where it could be parsed only just so."""
+        try:
+            turn = self.call.dialect.turn(self.call, target, context)
+            return turn, b"" if turn.local is not None else turn.encode()
+        except RecursionError:
+            raise BadRequest("the body is nested too deeply") from None
+
+    def _try_keys(self, target: Target) -> None:
+        """One target with each of its keys; a key that is refused or limited gives way to the next."""
+        provider = target.provider
+        if provider.problem:
+            raise UpstreamRefused(f"provider {provider.name} is disabled: {provider.problem}", status=403,
+                                  type="permission_error", should_retry=False)
+        if provider.vision_model and provider.vision_model != target.model and self.call.shows_images and (
+                not profile_of(target)["vision"]):
+            target = self.record.target = Target(provider, provider.vision_model)
+        context = Context(time.time(), new_id, self.gateway.seal(), self.gateway.responses, self.gateway.reasoning,
+                          lambda estimate: self.gateway.scale.scaled(scale_name(target), estimate))
+        turn, body = self._prepared(self._capped(target) if self.call.dialect.foreign else target, context)
+        self.gateway.tell_skipped(turn.skipped, self.call)
+        if turn.local is not None:
+            return self.sink.end(turn.local_events()) if self.call.stream else \
+                self.sink.reply(dump_json(turn.local), "application/json", ())
+        self.sink.stream = turn.stream()
+        ring = self.gateway.rings[provider.name]
+        if ring.keys != provider.api_keys:       # reloaded meanwhile: new keys must not go to the old address
+            ring = KeyRing(provider.api_keys, self.gateway.clock, provider.key_concurrency)
+        with self.gateway.slots[provider.name].hold(self.sink, self.settings, provider.name):
+            sticky = self.settings.sticky if provider.sticky is None else provider.sticky
+            keys = ring.order(self.call.conversation if sticky and len(ring.keys) > 1 else None)
+            for key in keys:
+                self.record.attempts += 1
+                started = time.monotonic()
+                try:
+                    with ring.hold(key, self.sink, self.settings, provider.name):
+                        self._attempt_with_login(target, key, turn, body)
+                    self._learn(target, turn)
+                    self.record.trail.append(Attempt(provider.name, target.model, mask(key), 200, "",
+                                                     time.monotonic() - started))
+                    return ring.revive(key)
+                except UpstreamError as exc:
+                    self.record.trail.append(Attempt(provider.name, target.model, mask(key), exc.status,
+                                                     one_line(exc.message), time.monotonic() - started))
+                    self.gateway.metrics.count("upstream_errors_total",
+                                               (("provider", provider.name), ("status", str(exc.status))))
+                    if exc.status in KEY_STATUS and not self.sink.began:
+                        rest_s = REFUSED_KEY_REST_S if exc.status != 429 else min(
+                            exc.retry_after_s or LIMITED_KEY_REST_S, LONGEST_REST_S)
+                        ring.rest(key, rest_s, exc.status != 429)
+                        if key != keys[-1]:
+                            continue
+                    raise self._explained(exc, target, turn) from None
+
+    def _learn(self, target: Target, turn: Any) -> None:
+        """Compare what was estimated with what the upstream counted."""
+        usage, scale = self.record.usage, self.gateway.scale
+        if usage.prompt and not usage.estimated and isinstance(turn, TranslatedTurn):
+            name = scale_name(target)
+            estimate = turn.raw_estimate(scale.is_worth(name))
+            if estimate:
+                scale.learn(name, estimate, usage.prompt)
+            else:
+                scale.pass_over(name)
+
+    def _explained(self, exc: UpstreamError, target: Target, turn: Any) -> UpstreamError:
+        """An upstream's error as clients have to hear it.
+
+        A prompt too long is recognised, whatever the words.  A refused key is the operator's trouble, not the client's:
+        401 and 403 become a 403 that says what to do (Claude Code repeats a 401 for over a minute and shows a 403 at once).
+        """
+        if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
+            text = dump_json(exc.body).decode() if exc.body else exc.message
+            found = find_overflow(exc.status, text, exc.code, turn.max_output)
+            if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
+                exc.should_retry = False
+            if found:
+                exc.overflow = found
+            if exc.overflow is not None:
+                prompt, limit, output = exc.overflow
+                exc.overflow = (prompt or turn.estimate, limit or profile_of(target).get("context", 0), output)
+                exc.code = "context_length_exceeded"
+            elif is_missing_model(exc.status, exc.message, exc.code or exc.body and exc.body["error"].get("code")):
+                exc.status, exc.code = 404, "model_not_found"
+                if target.model not in exc.message:
+                    exc.message = f"the model {target.model} does not exist there: {exc.message}"
+        _forget_secrets(exc, target.provider)
+        if exc.status == 429 and exc.retry_after_s is None:      # Codex gives up at once on a bare 429
+            exc.retry_after_s = DEFAULT_RETRY_AFTER_S
+        provider = target.provider
+        if exc.status not in (401, 403):
+            return exc
+        keys = "its key" if provider.api_keys else "a request without a key"
+        cure = "log in to iFlow again (python iflow2api.py login)" if provider.name == "iflow" else \
+            "check its api_keys in config.json"
+        return UpstreamRefused(
+            f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}, "
+            f"then run: python iflow2api.py test {provider.name}", status=403, type="permission_error",
+            should_retry=False)
+
+    def _attempt_with_login(self, target: Target, key: str, turn: Any, body: bytes) -> None:
+        """An attempt; where iFlow says that the key has ended, the login is refreshed and it is made again."""
+        try:
+            return self._attempt(target, key, turn, body)
+        except UpstreamRefused as exc:
+            account = self.gateway.account_of(target.provider, key)
+            if exc.status != 401 or self.sink.began or account is None:
+                raise
+            fresh = self.gateway.logins.refresher.renew(account, key, self.sink)
+            if not fresh:
+                raise
+        self.record.attempts += 1
+        self._attempt(target, fresh, turn, body)
+
+    def _attempt(self, target: Target, key: str, turn: Any, body: bytes) -> None:
+        headers = self._headers(target.provider, key)
+        if target.provider.kind == "iflow":
+            headers = [*headers, *self.gateway.upstream.identity.headers(key, time.time())]
+        with self.gateway.upstream.open(target.provider, self.settings, "POST", self.call.dialect.path, headers, body,
+                                        self.sink) as exchange:
+            if exchange.status >= 300:
+                raise read_refusal(exchange, target.provider)
+            if "html" in exchange.content_type:
+                raise UpstreamGarbled("the upstream answered with a web page; is base_url its API, and not its site?")
+            self.sink.returned = [(n, v) for n, v in exchange.headers.items() if header_returns(n) and v.isprintable()]
+            if self.call.stream:
+                self.sink.stream = stream = turn.stream()
+            data = b""
+            if self.call.stream and "json" not in exchange.content_type:
+                try:
+                    data = self._pump(exchange, stream)
+                finally:
+                    self.record.usage = self._usage(stream.usage, stream.records)
+                if not data:
+                    return
+            data = data or exchange.read_all(ANSWER_LIMIT_BYTES)
+            streamed = self.call.dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:", b":"))
+            data = dump_json(fold_stream(data)) if streamed else data
+            completion = self._parse_answer(data, exchange.status)
+            self.record.usage = self._usage(usage_of(completion), len(data) // 5)
+            self._spend()
+            if self.call.stream:         # a server that does not stream: its answer becomes a stream
+                self.sink.end(stream.feed(completion_to_sse(completion)) + stream.close())
+            else:
+                plain = self.call.dialect.foreign or streamed or not exchange.content_type
+                content_type = "application/json" if plain else exchange.content_type
+                self.sink.reply(turn.reply(data, completion), content_type, self.sink.returned)
+            self.record.first_s = time.monotonic() - self.record.started
+
+    def _pump(self, exchange: Exchange, stream: Any) -> bytes:
+        """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole.
+
+        Returns the body where it is no event stream but a JSON object, whatever it calls itself, else b"".
+        """
+        sink, record = self.sink, self.record
+        kinds: Set[bool] = set()         # of the first payload: whether it begins as JSON does
+        body = bytearray()
+
+        def move(payload: bytes) -> bool:
+            if not kinds:
+                kinds.add(payload.lstrip()[:1] == b"{")
+            if True in kinds:
+                body.extend(payload)
+                if len(body) > ANSWER_LIMIT_BYTES:
+                    raise UpstreamGarbled(f"the upstream's answer is larger than {ANSWER_LIMIT_BYTES >> 20} MiB")
+                return True
+            if stream.passes(payload):
+                sink.send(payload, exchange.framed)
+                return not stream.done
+            out = stream.feed(payload)
+            if out:
+                if record.first_s is None:
+                    record.first_s = time.monotonic() - record.started
+                sink.send(out)
+            return not stream.done
+
+        try:
+            self.gateway.upstream.move(exchange, sink, move, stream.is_over)
+        except UpstreamGarbled:
+            if not stream.began:
+                raise
+        if body:
+            return bytes(body)
+        last = stream.close()            # raises, unless all of an answer came before the connection broke
+        record.usage = self._usage(stream.usage, stream.records)
+        self._spend()
+        sink.end(last)
+        if stream.failed:
+            record.status, record.error = 502, "the upstream broke off with an error"
+        return b""
+
+    def _parse_answer(self, data: bytes, status: int) -> Json:
+        """A plain answer's JSON, once it is known to be an answer."""
+        judged = self.call.dialect.judged
+        try:
+            decode = _DECODER.decode if judged else json.loads   # embeddings: floats by the thousand
+            completion = decode(data.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            raise UpstreamGarbled("the upstream's answer is not JSON" if data.strip() else
+                                  "the upstream's answer is empty") from None
+        if judged:
+            return check_completion(completion, status)
+        refusal = refusal_in(completion, status)
+        if refusal or not isinstance(completion, dict):
+            raise refusal or UpstreamGarbled("the upstream's answer is no JSON object")
+        return completion
+
+    def _headers(self, provider: Provider, key: str) -> List[Tuple[str, str]]:
+        """The provider's own headers, the key, and of a chat client's what is meant for the upstream."""
+        headers: Dict[str, Tuple[str, str]] = {"user-agent": ("User-Agent", f"iflow2api/{__version__}")}
+        if provider.kind == "iflow":
+            headers.clear()              # its own, and nothing of the client's
+        elif not self.call.dialect.foreign:
+            ours = {self.settings.custom_auth_header.lower(), *tokens_of(self.call.headers.get("connection", ""))}
+            for name, value in self.call.headers.items():
+                if not header_stays(name) and name not in ours and value.isprintable():
+                    headers[name] = (name, value)
+        if key:
+            headers["authorization"] = ("Authorization", "Bearer " + key)
+        headers.update((name.lower(), (name, value)) for name, value in provider.headers)
+        return list(headers.values())
+
+    def _usage(self, raw: Optional[Json], records: int) -> Usage:
+        """The upstream's counts, else an estimate that is marked as one: a record is about a token."""
+        if raw:
+            return parse_usage(raw)
+        return Usage(prompt=len(self.call.text) // 4, completion=records, estimated=True)
+
+    def _spend(self) -> None:
+        """Count the tokens against limits, once: before the answer's end, so that the next request finds them counted."""
+        record, usage = self.record, self.record.usage
+        if self.call.meters and not record.spent:
+            record.spent = True
+            real = record.status in (0, 200) or record.first_s is not None      # 0: it is about to end well
+            self.gateway.limiter.spend(self.call.meters, usage.prompt + usage.completion if real else 0)
+
+
 class Gateway:
     """Routes calls to upstreams and answers back; knows no HTTP server.
 
@@ -10765,7 +11153,7 @@ class Gateway:
         self.upstream, self.metrics = Upstream(), Metrics()
         self.reasoning, self.conversations = ReasoningCache(), Conversations()
         self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "")
-        self._caps: Dict[str, int] = {}  #: by scale_name: most output tokens, as refusals have told
+        self.caps: Dict[str, int] = {}  #: by scale_name: most output tokens, as refusals have told
         self._skipped: Set[str] = set()  #: types of blocks that were logged as skipped
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         oauth = OAuth(self.upstream, lambda: self.settings)
@@ -10776,7 +11164,7 @@ class Gateway:
         self.origins: Dict[str, str] = {}
         self.problems: List[str] = []
         self.config_broken = self._must_have_key = False
-        self._clock, self._pause = clock, pause
+        self.clock, self.pause = clock, pause
         folder = config.folder if config is not None else ""
         self.limits = DayBook(folder and os.path.join(folder, "limits.jsonl"), clock)
         self.limiter = RateLimiter(clock, self.limits)
@@ -10786,9 +11174,9 @@ class Gateway:
         self.versions = ConfigVersions()
         #: called whenever settings have been taken over
         self.listeners: List[Callable[[], None]] = [self.live.ring]
-        self._circuits: Dict[str, Circuit] = {}
-        self._slots: Dict[str, Slots] = {}
-        self._rings: Dict[str, KeyRing] = {}
+        self.circuits: Dict[str, Circuit] = {}
+        self.slots: Dict[str, Slots] = {}
+        self.rings: Dict[str, KeyRing] = {}
         self._lists: Dict[str, Tuple[float, List[str]]] = {}
         self._lock = threading.Lock()
         self._watch: Optional[FileWatch] = None
@@ -10839,14 +11227,14 @@ class Gateway:
     def _equip(self, provider: Provider) -> None:
         """Places, keys and circuit of a provider, as far as they can stay those it had."""
         name = provider.name
-        self._slots.setdefault(name, Slots(provider.places)).resize(provider.places)
-        ring = self._rings.get(name)
+        self.slots.setdefault(name, Slots(provider.places)).resize(provider.places)
+        ring = self.rings.get(name)
         if ring is None or (ring.keys, ring.each) != (provider.api_keys, provider.key_concurrency):
-            fresh = KeyRing(provider.api_keys, self._clock, provider.key_concurrency)
-            self._rings[name] = fresh.inherit(ring) if ring else fresh
+            fresh = KeyRing(provider.api_keys, self.clock, provider.key_concurrency)
+            self.rings[name] = fresh.inherit(ring) if ring else fresh
         before = self.state.router.providers.get(name)
-        if name not in self._circuits or before is None or before.base_url != provider.base_url:
-            self._circuits[name] = Circuit(self._clock)
+        if name not in self.circuits or before is None or before.base_url != provider.base_url:
+            self.circuits[name] = Circuit(self.clock)
 
     def routed(self, settings: Settings) -> Router:
         """The routes that `settings` would make."""
@@ -11048,422 +11436,20 @@ class Gateway:
     # answering
 
     def answer(self, call: Call, sink: AnswerSink) -> None:
-        """Serve one call: each target of its route in turn, until one has answered.
-
-        Raises GatewayError, with nothing sent or (`sink.began`) in mid-answer, and ClientGone.
-        """
-        record = Record(call.request_id, call.dialect.name, (call.model or "")[:200], call.stream, time.monotonic(),
-                        key=call.key.name if call.key else "", at=time.time())
+        """Serve one call; what Journey.run raises."""
         with self._lock:
             self.in_flight += 1
         try:
-            self._try_targets(self.current(), call, sink, record)
-            record.status = record.status or 200
-        except GatewayError as exc:
-            record.status, record.error = call.dialect.status(exc), exc.message
-            raise
-        except ClientGone:
-            record.status, record.error = 499, "the client left"
-            raise
+            Journey(self, call, sink).run()
         finally:
-            self._note(record, call)
             with self._lock:
                 self.in_flight -= 1
 
-    def _try_targets(self, state: State, call: Call, sink: AnswerSink, record: Record) -> None:
-        """The chain of targets, and after a pause those again that may do better then, as often as `retry` allows."""
-        chain = state.router.resolve(call.model, call.dialect.foreign, call)
-        if call.key is not None and not may_use(call.key, state.router.named(call.model), chain):
-            raise Forbidden(f"the key {call.key.name} may not use the model {one_line(call.model, 100)}; it may use "
-                            + ", ".join(call.key.models), code="model_not_allowed", param="model")
-        began, waiting = self._clock(), []
-        for number in range(RETRY_FIELDS["count"][2] + 1):
-            error, again = self._try_chain(state, call, chain, sink, record)
-            if error is None:
-                return
-            waiting += again
-            pause_s = self._pause_s(state.settings, number, waiting, self._clock() - began)
-            if pause_s is None:
-                raise error
-            self.log.info("%s trying again in %.1f s", call.request_id[4:12], pause_s)
-            self._pause(sink, pause_s)
-            now = self._clock() + 0.01   # clocks are grainy
-            chain = [target for at, target in waiting if at <= now]
-            waiting = [(at, target) for at, target in waiting if at > now]
-
-    def _pause_s(self, settings: Settings, retries: int, waiting: Sequence[Tuple[float, Target]],
-                 spent_s: float) -> Optional[float]:
-        """Seconds until the next retry: the backoff, or what the upstreams asked for; None where there shall be none."""
-        retry = {**RETRY, **settings.retry}
-        if retries >= retry["count"] or not waiting:
-            return None
-        backoff_s = min(retry["max_backoff_s"],
-                        retry["backoff_s"] * 2 ** retries) * (0.5 + secrets.randbelow(500) / 1000)
-        pause_s = max(backoff_s, min(at for at, _ in waiting) - self._clock())
-        return pause_s if spent_s + pause_s <= retry["total_s"] else None
-
-    def _try_chain(self, state: State, call: Call, chain: Sequence[Target], sink: AnswerSink,
-                   record: Record) -> Tuple[Optional[GatewayError], List[Tuple[float, Target]]]:
-        """Each target in turn until one answers: None then, else the last error, and who may be asked again from when on."""
-        error: Optional[GatewayError] = None
-        again: List[Tuple[float, Target]] = []
-        for target in self._in_turn(state.settings, chain):
-            record.target = target
-            try:
-                self._try_target(state, call, target, sink, record)
-                self._circuits[target.provider.name].succeeded()
-                return None, []
-            except (UpstreamError, Busy) as exc:
-                self._judge(state.settings, target, exc)
-                if sink.began or exc.status not in FALLBACK_STATUS:
-                    raise
-                error = exc
-                if exc.status in RETRY_STATUS and exc.should_retry is not False and exc.overflow is None:
-                    again.append((self._clock() + (exc.retry_after_s or 0), target))
-                if len(chain) > 1:
-                    self.log.info("%s %s failed (%s)", call.request_id[4:12], target.provider.name,
-                             one_line(exc.message, 160))
-        return error, again
-
-    def _in_turn(self, settings: Settings, chain: Sequence[Target]) -> Iterator[Target]:
-        """The chain, with upstreams that rest at its end: when nobody else answers, they are still worth a try.
-
-        A route of one upstream is never rested: a local engine that has just been started should answer at once.
-        """
-        if len(chain) == 1:
-            yield chain[0]
-            return
-        resting = []
-        rest_s = {**CIRCUIT, **settings.circuit}["rest_s"]
-        for target in chain:
-            if self._circuits[target.provider.name].admits(rest_s):
-                yield target
-            else:
-                resting.append(target)
-        yield from resting
-
-    def _judge(self, settings: Settings, target: Target, exc: GatewayError) -> None:
-        """What a failure says of the upstream: out of order, or alive and refusing; our own full queue says nothing."""
-        circuit = self._circuits[target.provider.name]
-        if isinstance(exc, Busy) or target.provider.problem:
-            return
-        if exc.status != 408 and exc.status < 500 or exc.overflow is not None:
-            return circuit.succeeded()
-        limits = {**CIRCUIT, **settings.circuit}
-        circuit.failed(limits["failures"], limits["rest_s"])
-        if circuit.failures == limits["failures"]:
-            self.log.warning("%s failed %d times in a row and rests for %g s where there is another", target.provider.name,
-                        circuit.failures, limits["rest_s"])
-
-    def _try_target(self, state: State, call: Call, target: Target, sink: AnswerSink, record: Record) -> None:
-        """One target; a max_tokens of our translation that is above the model's cap is lowered to it, once."""
-        try:
-            return self._try_keys(state, call, target, sink, record)
-        except UpstreamRefused as exc:
-            cap = find_output_cap(exc.status, exc.message) if call.dialect.foreign and exc.overflow is None else 0
-            name = scale_name(record.target or target)
-            if not cap or cap >= self._caps.get(name, cap + 1) or sink.began:
-                raise
-        with self._lock:
-            self._caps[name] = cap
-            if len(self._caps) > self.CAPS_LIMIT:
-                del self._caps[next(iter(self._caps))]
-        log.info("%s %s takes max_tokens up to %d; asking again", call.request_id[4:12], name, cap)
-        self._try_keys(state, call, target, sink, record)
-
-    def _capped(self, target: Target) -> Target:
-        """The target with what refusals have told of its longest answer."""
-        cap, facts = self._caps.get(scale_name(target)), target.provider.facts
-        if not cap:
-            return target
-        known = facts.get(target.model, {})
-        known = {**known, "max_output": min(cap, known.get("max_output") or cap)}
-        return Target(replace(target.provider, facts={**facts, target.model: known}), target.model)
-
-    @staticmethod
-    def _prepared(call: Call, target: Target, context: Context) -> Tuple[Any, bytes]:
-        """The way there and back, and the body to send; BadRequest, also where it could be parsed only just so."""
-        try:
-            turn = call.dialect.turn(call, target, context)
-            return turn, b"" if turn.local is not None else turn.encode()
-        except RecursionError:
-            raise BadRequest("the body is nested too deeply") from None
-
-    def _try_keys(self, state: State, call: Call, target: Target, sink: AnswerSink, record: Record) -> None:
-        """One target with each of its keys; a key that is refused or limited gives way to the next."""
-        provider = target.provider
-        if provider.problem:
-            raise UpstreamRefused(f"provider {provider.name} is disabled: {provider.problem}", status=403,
-                                  type="permission_error", should_retry=False)
-        if provider.vision_model and provider.vision_model != target.model and call.shows_images and (
-                not profile_of(target)["vision"]):
-            target = record.target = Target(provider, provider.vision_model)
-        context = Context(time.time(), new_id, self.seal(), self.responses, self.reasoning,
-                          lambda estimate: self.scale.scaled(scale_name(target), estimate))
-        turn, body = self._prepared(call, self._capped(target) if call.dialect.foreign else target, context)
-        for kind in set(turn.skipped) - self._skipped if len(self._skipped) < 50 else ():       # once each
-            self._skipped.add(kind)
-            log.info("%s content of the type %r means nothing here and is left out", call.request_id[4:12],
-                     one_line(kind, 60))
-        if turn.local is not None:
-            return sink.end(turn.local_events()) if call.stream else sink.reply(dump_json(turn.local),
-                                                                                "application/json", ())
-        sink.stream = turn.stream()
-        ring = self._rings[provider.name]
-        if ring.keys != provider.api_keys:       # reloaded meanwhile: new keys must not go to the old address
-            ring = KeyRing(provider.api_keys, self._clock, provider.key_concurrency)
-        with self._slots[provider.name].hold(sink, state.settings, provider.name):
-            sticky = state.settings.sticky if provider.sticky is None else provider.sticky
-            keys = ring.order(call.conversation if sticky and len(ring.keys) > 1 else None)
-            for key in keys:
-                record.attempts += 1
-                started = time.monotonic()
-                try:
-                    with ring.hold(key, sink, state.settings, provider.name):
-                        self._attempt_with_login(state, call, target, key, turn, body, sink, record)
-                    self._learn(target, turn, record.usage)
-                    record.trail.append(Attempt(provider.name, target.model, mask(key), 200, "",
-                                                time.monotonic() - started))
-                    return ring.revive(key)
-                except UpstreamError as exc:
-                    record.trail.append(Attempt(provider.name, target.model, mask(key), exc.status,
-                                                one_line(exc.message),
-                                                time.monotonic() - started))
-                    self.metrics.count("upstream_errors_total",
-                                       (("provider", provider.name), ("status", str(exc.status))))
-                    if exc.status in KEY_STATUS and not sink.began:
-                        rest_s = REFUSED_KEY_REST_S if exc.status != 429 else min(
-                            exc.retry_after_s or LIMITED_KEY_REST_S, LONGEST_REST_S)
-                        ring.rest(key, rest_s, exc.status != 429)
-                        if key != keys[-1]:
-                            continue
-                    raise self._explained(exc, target, turn) from None
-
-    def _learn(self, target: Target, turn: Any, usage: Usage) -> None:
-        """Compare what was estimated with what the upstream counted."""
-        if usage.prompt and not usage.estimated and isinstance(turn, TranslatedTurn):
-            name = scale_name(target)
-            estimate = turn.raw_estimate(self.scale.is_worth(name))
-            if estimate:
-                self.scale.learn(name, estimate, usage.prompt)
-            else:
-                self.scale.pass_over(name)
-
-    def count_tokens(self, body: Json, estimate: int) -> int:
-        """`estimate` for a Messages request, as the model counts it that the request would go to."""
-        try:
-            model = body.get("model")
-            chain = self.current(look=False).router.resolve(model if isinstance(model, str) else None, True)
-        except GatewayError:
-            return estimate
-        return self.scale.scaled(scale_name(chain[0]), estimate) if chain else estimate
-
-    @staticmethod
-    def _explained(exc: UpstreamError, target: Target, turn: Any) -> UpstreamError:
-        """An upstream's error as clients have to hear it.
-
-        A prompt too long is recognised, whatever the words.  A refused key is the operator's trouble, not the client's:
-        401 and 403 become a 403 that says what to do (Claude Code repeats a 401 for over a minute and shows a 403 at once).
-        """
-        if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
-            text = dump_json(exc.body).decode() if exc.body else exc.message
-            found = find_overflow(exc.status, text, exc.code, turn.max_output)
-            if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
-                exc.should_retry = False
-            if found:
-                exc.overflow = found
-            if exc.overflow is not None:
-                prompt, limit, output = exc.overflow
-                exc.overflow = (prompt or turn.estimate, limit or profile_of(target).get("context", 0), output)
-                exc.code = "context_length_exceeded"
-            elif is_missing_model(exc.status, exc.message, exc.code or exc.body and exc.body["error"].get("code")):
-                exc.status, exc.code = 404, "model_not_found"
-                if target.model not in exc.message:
-                    exc.message = f"the model {target.model} does not exist there: {exc.message}"
-        _forget_secrets(exc, target.provider)
-        if exc.status == 429 and exc.retry_after_s is None:      # Codex gives up at once on a bare 429
-            exc.retry_after_s = DEFAULT_RETRY_AFTER_S
-        provider = target.provider
-        if exc.status not in (401, 403):
-            return exc
-        keys = "its key" if provider.api_keys else "a request without a key"
-        cure = "log in to iFlow again (python iflow2api.py login)" if provider.name == "iflow" else \
-            "check its api_keys in config.json"
-        return UpstreamRefused(
-            f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}, "
-            f"then run: python iflow2api.py test {provider.name}", status=403, type="permission_error",
-            should_retry=False)
-
-    def _attempt_with_login(self, state: State, call: Call, target: Target, key: str, turn: Any, body: bytes,
-                            sink: AnswerSink, record: Record) -> None:
-        """An attempt; where iFlow says that the key has ended, the login is refreshed and it is made again."""
-        try:
-            return self._attempt(state, call, target, key, turn, body, sink, record)
-        except UpstreamRefused as exc:
-            account = self._account_of(target.provider, key)
-            if exc.status != 401 or sink.began or account is None:
-                raise
-            fresh = self.logins.refresher.renew(account, key, sink)
-            if not fresh:
-                raise
-        record.attempts += 1
-        self._attempt(state, call, target, fresh, turn, body, sink, record)
-
-    def _account_of(self, provider: Provider, key: str) -> Optional[str]:
-        """The login that a key of the provider iflow comes from, None where it comes from elsewhere."""
-        if self.config is None or provider.name != "iflow" or provider.kind != "iflow":
-            return None
-        keys = {**account_keys(self.settings.accounts), **account_keys({DEFAULT_ACCOUNT: self._login})}
-        return next((name for name, known in keys.items() if known.strip() == key), None)
-
-    def _attempt(self, state: State, call: Call, target: Target, key: str, turn: Any, body: bytes, sink: AnswerSink,
-                 record: Record) -> None:
-        headers = self._headers(state.settings, call, target.provider, key)
-        if target.provider.kind == "iflow":
-            headers = [*headers, *self.upstream.identity.headers(key, time.time())]
-        with self.upstream.open(target.provider, state.settings, "POST", call.dialect.path, headers, body,
-                                sink) as exchange:
-            if exchange.status >= 300:
-                raise self._refusal(exchange, target.provider)
-            if "html" in exchange.content_type:
-                raise UpstreamGarbled("the upstream answered with a web page; is base_url its API, and not its site?")
-            sink.returned = [(n, v) for n, v in exchange.headers.items() if header_returns(n) and v.isprintable()]
-            if call.stream:
-                sink.stream = stream = turn.stream()
-            data = b""
-            if call.stream and "json" not in exchange.content_type:
-                try:
-                    data = self._pump(exchange, stream, sink, record, call)
-                finally:
-                    record.usage = self._usage(stream.usage, call, stream.records)
-                if not data:
-                    return
-            data = data or exchange.read_all(ANSWER_LIMIT_BYTES)
-            streamed = call.dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:", b":"))
-            data = dump_json(fold_stream(data)) if streamed else data
-            completion = self._parse_answer(data, call, exchange.status)
-            record.usage = self._usage(usage_of(completion), call, len(data) // 5)
-            self._spend(record, call)
-            if call.stream:              # a server that does not stream: its answer becomes a stream
-                sink.end(stream.feed(completion_to_sse(completion)) + stream.close())
-            else:
-                plain = call.dialect.foreign or streamed or not exchange.content_type
-                content_type = "application/json" if plain else exchange.content_type
-                sink.reply(turn.reply(data, completion), content_type, sink.returned)
-            record.first_s = time.monotonic() - record.started
-
-    def _pump(self, exchange: Exchange, stream: Any, sink: AnswerSink, record: Record, call: Call) -> bytes:
-        """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole.
-
-        Returns the body where it is no event stream but a JSON object, whatever it calls itself, else b"".
-        """
-        kinds: Set[bool] = set()         # of the first payload: whether it begins as JSON does
-        body = bytearray()
-
-        def move(payload: bytes) -> bool:
-            if not kinds:
-                kinds.add(payload.lstrip()[:1] == b"{")
-            if True in kinds:
-                body.extend(payload)
-                if len(body) > ANSWER_LIMIT_BYTES:
-                    raise UpstreamGarbled(f"the upstream's answer is larger than {ANSWER_LIMIT_BYTES >> 20} MiB")
-                return True
-            if stream.passes(payload):
-                sink.send(payload, exchange.framed)
-                return not stream.done
-            out = stream.feed(payload)
-            if out:
-                if record.first_s is None:
-                    record.first_s = time.monotonic() - record.started
-                sink.send(out)
-            return not stream.done
-
-        try:
-            self.upstream.move(exchange, sink, move, stream.is_over)
-        except UpstreamGarbled:
-            if not stream.began:
-                raise
-        if body:
-            return bytes(body)
-        last = stream.close()            # raises, unless all of an answer came before the connection broke
-        record.usage = self._usage(stream.usage, call, stream.records)
-        self._spend(record, call)
-        sink.end(last)
-        if stream.failed:
-            record.status, record.error = 502, "the upstream broke off with an error"
-        return b""
-
-    @staticmethod
-    def _parse_answer(data: bytes, call: Call, status: int) -> Json:
-        """A plain answer's JSON, once it is known to be an answer."""
-        try:
-            decode = _DECODER.decode if call.dialect.judged else json.loads      # embeddings: floats by the thousand
-            completion = decode(data.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            raise UpstreamGarbled("the upstream's answer is not JSON" if data.strip() else
-                                  "the upstream's answer is empty") from None
-        if call.dialect.judged:
-            return check_completion(completion, status)
-        refusal = refusal_in(completion, status)
-        if refusal or not isinstance(completion, dict):
-            raise refusal or UpstreamGarbled("the upstream's answer is no JSON object")
-        return completion
-
-    @staticmethod
-    def _refusal(exchange: Exchange, provider: Provider) -> UpstreamError:
-        """What an answer with an error status stands for; 429 always says when to come back."""
-        if exchange.status < 400:
-            place = one_line(exchange.headers.get("location", "nowhere"), 120)
-            return UpstreamGarbled(f"the upstream redirects to {place}; set base_url to where it really is")
-        try:
-            data = exchange.read_all(REFUSAL_LIMIT_BYTES)
-        except UpstreamError:
-            data = b""
-        refusal = parse_refusal(exchange.status, exchange.content_type, data)
-        if refusal.status == 406 and provider.kind == "iflow":   # unsigned, or a model this key may not use
-            refusal.status, refusal.body = 403, None
-        said = parse_retry_after(exchange.headers, time.time())
-        refusal.retry_after_s = refusal.retry_after_s if said is None else said
-        verdict = exchange.headers.get("x-should-retry", "").lower()
-        refusal.should_retry = {"true": True, "false": False}.get(verdict)
-        return refusal
-
-    @staticmethod
-    def _headers(settings: Settings, call: Call, provider: Provider, key: str) -> List[Tuple[str, str]]:
-        """The provider's own headers, the key, and of a chat client's what is meant for the upstream."""
-        headers: Dict[str, Tuple[str, str]] = {"user-agent": ("User-Agent", f"iflow2api/{__version__}")}
-        if provider.kind == "iflow":
-            headers.clear()              # its own, and nothing of the client's
-        elif not call.dialect.foreign:
-            ours = {settings.custom_auth_header.lower(), *tokens_of(call.headers.get("connection", ""))}
-            for name, value in call.headers.items():
-                if not header_stays(name) and name not in ours and value.isprintable():
-                    headers[name] = (name, value)
-        if key:
-            headers["authorization"] = ("Authorization", "Bearer " + key)
-        headers.update((name.lower(), (name, value)) for name, value in provider.headers)
-        return list(headers.values())
-
-    @staticmethod
-    def _usage(raw: Optional[Json], call: Call, records: int) -> Usage:
-        """The upstream's counts, else an estimate that is marked as one: a record is about a token."""
-        if raw:
-            return parse_usage(raw)
-        return Usage(prompt=len(call.text) // 4, completion=records, estimated=True)
-
-    def _spend(self, record: Record, call: Call) -> None:
-        """Count the tokens against limits, once: before the answer's end, so that the next request finds them counted."""
-        if call.meters and not record.spent:
-            record.spent = True
-            real = record.status in (0, 200) or record.first_s is not None       # 0: it is about to end well
-            self.limiter.spend(call.meters, record.usage.prompt + record.usage.completion if real else 0)
-
-    def _note(self, record: Record, call: Call) -> None:
-        record.total_s = time.monotonic() - record.started
+    def note(self, record: Record) -> None:
+        """What came of a call: for usage, metrics, the page and the log."""
         settings = self.settings
         counts, target = record.counts(), record.target
         model, provider = (target.model[:100], target.provider.name) if target else ("", "")
-        self._spend(record, call)
         if settings.usage:
             self.usage.add(model, provider, record.key, counts, settings.usage_days)
         self.series.add(model, provider, record.key, counts)
@@ -11480,6 +11466,36 @@ class Gateway:
             self.metrics.count("tokens_total", (("direction", "out"), *source), record.usage.completion)
         if self.log.isEnabledFor(logging.INFO):
             self.log.info("%s", record.line())
+
+    def remember_cap(self, name: str, tokens: int) -> None:
+        """How many tokens a model may be asked for at most, as it has just told."""
+        with self._lock:
+            self.caps[name] = tokens
+            if len(self.caps) > self.CAPS_LIMIT:
+                del self.caps[next(iter(self.caps))]
+
+    def tell_skipped(self, kinds: Sequence[str], call: Call) -> None:
+        """Log types of content that nobody here knows, once each."""
+        for kind in set(kinds) - self._skipped if len(self._skipped) < 50 else ():
+            self._skipped.add(kind)
+            self.log.info("%s content of the type %r means nothing here and is left out", call.request_id[4:12],
+                          one_line(kind, 60))
+
+    def count_tokens(self, body: Json, estimate: int) -> int:
+        """`estimate` for a Messages request, as the model counts it that the request would go to."""
+        try:
+            model = body.get("model")
+            chain = self.current(look=False).router.resolve(model if isinstance(model, str) else None, True)
+        except GatewayError:
+            return estimate
+        return self.scale.scaled(scale_name(chain[0]), estimate) if chain else estimate
+
+    def account_of(self, provider: Provider, key: str) -> Optional[str]:
+        """The login that a key of the provider iflow comes from, None where it comes from elsewhere."""
+        if self.config is None or provider.name != "iflow" or provider.kind != "iflow":
+            return None
+        keys = {**account_keys(self.settings.accounts), **account_keys({DEFAULT_ACCOUNT: self._login})}
+        return next((name for name, known in keys.items() if known.strip() == key), None)
 
     # what is there
 
@@ -11564,12 +11580,12 @@ class Gateway:
     def fetch_models(self, provider: Provider) -> List[str]:
         """The provider's own `/models`; UpstreamError."""
         settings = replace(self.settings, connect_timeout_s=min(self.settings.connect_timeout_s, MODELS_TIMEOUT_S))
-        key = self._rings[provider.name].order()[0] if provider.name in self._rings else ""
+        key = self.rings[provider.name].order()[0] if provider.name in self.rings else ""
         headers = [*provider.headers, *([("Authorization", "Bearer " + key)] if key else [])]
         with self.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY,
                                 MODELS_TIMEOUT_S) as exchange:
             if exchange.status != 200:
-                raise self._refusal(exchange, provider)
+                raise read_refusal(exchange, provider)
             return parse_model_list(exchange.read_all(8 << 20))
 
     def explain(self, body: Json) -> Json:
@@ -11600,21 +11616,21 @@ class Gateway:
         provider = target.provider
         return {"provider": provider.name, "model": target.model, "base_url": provider.base_url,
                 "usable": not provider.problem,
-                "problem": provider.problem, "circuit": self._circuits[provider.name].state,
+                "problem": provider.problem, "circuit": self.circuits[provider.name].state,
                 "keys": len(provider.api_keys),
-                "keys_resting": self._rings[provider.name].resting, "vision_model": provider.vision_model}
+                "keys_resting": self.rings[provider.name].resting, "vision_model": provider.vision_model}
 
     def queues(self) -> List[Json]:
         """Who is asked and who waits, at each upstream."""
         return [{"provider": name, "active": slots.active, "waiting": slots.waiting, "limit": slots.limit}
-                for name, slots in self._slots.items() if name in self.current(look=False).router.providers]
+                for name, slots in self.slots.items() if name in self.current(look=False).router.providers]
 
     def circuit_of(self, provider: Provider) -> str:
-        return self._circuits[provider.name].state
+        return self.circuits[provider.name].state
 
     def key_states(self, provider: Provider) -> List[Tuple[str, float]]:
         """KeyRing.state of each of its keys."""
-        return [self._rings[provider.name].state(key) for key in provider.api_keys]
+        return [self.rings[provider.name].state(key) for key in provider.api_keys]
 
     def history(self) -> List[Json]:
         """The last requests, the newest first: route, attempts, counts; no bodies."""
@@ -11624,7 +11640,7 @@ class Gateway:
         """The body of /health: nothing in it is secret."""
         providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem,
                       **({"problem": p.problem} if p.problem else {}),
-                      "circuit": self._circuits[p.name].state, "keys_resting": self._rings[p.name].resting,
+                      "circuit": self.circuits[p.name].state, "keys_resting": self.rings[p.name].resting,
                       "models": len(p.models)} for p in self.current(look=False).router.providers.values()]
         logins = self.login_report()
         healthy = any(p["usable"] for p in providers) and not self.config_broken and not any(
@@ -11647,13 +11663,13 @@ class Gateway:
         for family, text, attribute in (("upstream_active", "Requests at an upstream.", "active"),
                                         ("upstream_waiting", "Requests queued for an upstream.", "waiting")):
             gauges += [(family, text, {"provider": name}, getattr(slots, attribute)) for name,
-                       slots in self._slots.items()]
+                       slots in self.slots.items()]
         gauges += [("keys_resting", "Keys put to rest.", {"provider": name}, ring.resting) for name,
-                   ring in self._rings.items()]
+                   ring in self.rings.items()]
         gauges += [("upstream_rested",
                     "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
                     {"provider": name}, {"closed": 0, "half-open": 0.5, "open": 1}[circuit.state])
-                   for name, circuit in self._circuits.items()]
+                   for name, circuit in self.circuits.items()]
         return self.metrics.render(gauges + self._login_gauges())
 
     def login_report(self) -> Dict[str, Json]:
