@@ -709,7 +709,7 @@ def _is_running(process: int) -> bool:
 def setting(kind: str, default: Any, zh: str, en: str, **facts: Any) -> Any:
     """A field of `Settings`; its metadata serve file, environment, flags, help and forms alike.
 
-    `kind`: str, int, float, bool, list or dict.  `facts`: flag, low, high, choices, secret, restart
+    `kind`: str, int, float, bool, list or dict.  `facts`: hint (zh, en), flag, low, high, choices, secret, restart
     (takes effect at the next start), older (a name of the older program, kept for it).
     """
     metadata = {"kind": kind, "label": (zh, en), **facts}
@@ -721,85 +721,142 @@ def setting(kind: str, default: Any, zh: str, en: str, **facts: Any) -> Any:
 @dataclass(frozen=True)
 class Settings:
     """Everything the user can change.  Frozen: a request works on the snapshot it started with."""
-    host: str = setting("str", "127.0.0.1", "监听地址", "address to listen on", flag="--host", restart=True)
-    port: int = setting("int", 28000, "端口，0 表示自动选择", "port; 0 picks a free one", flag="--port", low=0, high=65535,
-                        restart=True)
-    providers: List[Any] = setting("list", [], "上游列表", "upstreams: name, base_url, api_keys, …")
-    default_provider: str = setting("str", "", "默认上游", "where names go that nothing else claims")
+    host: str = setting("str", "127.0.0.1", "监听地址", "Address to listen on", flag="--host", restart=True,
+                        hint=("127.0.0.1 仅限本机；0.0.0.0 允许其他机器访问，此时需要客户端密钥。",
+                              "127.0.0.1 serves this machine only; 0.0.0.0 serves others too, with a client key."))
+    port: int = setting("int", 28000, "端口", "Port", flag="--port", low=0, high=65535, restart=True,
+                        hint=("0 表示自动选一个空闲端口。", "0 picks a free one."))
+    providers: List[Any] = setting("list", [], "上游列表", "Providers: name, base_url, api_keys, …")
+    default_provider: str = setting("str", "", "默认上游", "Default provider",
+                                    hint=("没有别名匹配、也没有上游列出的模型名发到这里；留空则为第一个。",
+                                          "Gets models that no alias and no provider knows. Empty: the first one."))
     aliases: Dict[str, Any] = setting("dict", {}, "模型别名",
-                                      "shell pattern -> model, or list of models to try, with conditions")
-    default_model: str = setting("str", "", "默认模型", "for requests without a model and for foreign names",
-                                 flag="--model")
-    api_concurrency: int = setting("int", 1, "每个 iFlow 账号的并发数，0 为不限",
-                                   "requests at once for each iFlow account; 0: no limit",
-                                   low=0)
-    retry: Dict[str, Any] = setting("dict", {}, "重试",
-                                    "count, backoff_s, max_backoff_s, total_s: asking a failed upstream again")
-    circuit: Dict[str, Any] = setting("dict", {}, "熔断",
-                                      "failures in a row after which an upstream rests for rest_s; 0: never")
-    sticky: bool = setting("bool", False, "同一会话使用同一密钥", "keys by conversation instead of in turn, for the prefix cache")
-    client_keys: List[Any] = setting("list", [], "客户端密钥列表",
-                                     "keys for clients, made by `key add`: name, sha256, models, limits")
-    address_limits: Dict[str, Any] = setting("dict", {}, "按地址限流",
-                                             "limits of each address: rpm, rph, rpd, tpd, concurrency")
-    usage: bool = setting("bool", True, "记录用量", "count tokens and requests, in usage.jsonl")
-    usage_days: int = setting("int", 92, "用量保留天数", "days that usage is kept", low=1, high=3660)
-    prices: Dict[str, Any] = setting("dict", {}, "价格", "model pattern -> {input, output, cached} for a million tokens")
-    history_size: int = setting("int", 200, "请求历史条数", "requests remembered, without their bodies", low=0, high=10000)
-    custom_api_key: str = setting("str", "", "客户端密钥", "the key that clients must send", secret=True)
-    admin_password: str = setting("str", "", "管理页面密码", "of the page: a hash, made there or by `admin reset-password`",
-                                  secret=True)
-    custom_auth_header: str = setting("str", "", "额外读取密钥的请求头", "an extra header to read the client key from")
-    allowed_hosts: List[Any] = setting("list", [], "允许的 Host", "Host names allowed besides this machine's own")
-    allowed_origins: List[Any] = setting("list", [], "允许的 Origin", "web origins that may call without a key")
-    trusted_proxies: List[Any] = setting("list", [], "可信代理", "addresses whose X-Forwarded-For is believed")
-    preserve_reasoning_content: bool = setting("bool", False, "保留 reasoning_content",
-                                               "iFlow: keep reasoning in its own field")
-    vision_model: str = setting("str", "qwen-vl-max", "识图模型", "iFlow: takes requests with images")
-    vision_mode: str = setting("str", "route", "识图方式", "iFlow: route images to vision_model, or pass them on",
-                               choices=("route", "pass"))
-    upstream_proxy: str = setting("str", "", "上游代理", "http://, socks5://, socks5h:// or env", secret=True)
-    upstream_proxy_enabled: bool = setting("bool", False, "启用上游代理", "use upstream_proxy")
-    ca_file: str = setting("str", "", "额外的 CA 证书", "a file with further trust anchors (PEM)")
-    connect_timeout_s: float = setting("float", 10, "连接超时", "upstream: to connect", low=0.1)
-    first_byte_timeout_s: float = setting("float", 300, "首字节超时", "upstream: to the first byte of an answer", low=0.1)
-    idle_timeout_s: float = setting("float", 300, "空闲超时", "upstream: silence within an answer", low=0.1)
-    header_timeout_s: float = setting("float", 15, "请求头超时", "client: to send a request's head", low=0.1)
-    body_timeout_s: float = setting("float", 60, "请求体超时", "client: to send a body, plus a second for each 16 KiB",
-                                    low=0.1)
-    write_timeout_s: float = setting("float", 60, "写超时", "client: to take what we send", low=0.1)
-    body_limit_bytes: int = setting("int", 64 << 20, "请求体上限", "largest request body", low=1024)
-    max_connections: int = setting("int", 2000, "最大连接数", "client connections at once", low=1)
-    queue_limit: int = setting("int", 64, "排队上限", "requests waiting for a place at one upstream", low=0)
-    queue_timeout_s: float = setting("float", 300, "排队超时", "longest wait for a place", low=0.1)
-    keepalive_s: float = setting("float", 10, "保活间隔", "silence on a stream before a keep-alive", low=0.05)
-    drain_s: float = setting("float", 10, "退出等待", "time for running answers to end when stopping", low=0)
-    detect_local: bool = setting("bool", True, "自动发现本地引擎", "look for local engines when nothing else is there")
-    docs_cdn: bool = setting("bool", True, "文档页使用 CDN",
-                             "/docs and /redoc: Swagger UI and ReDoc from jsdelivr; else the built-in reader alone")
-    language: str = setting("str", "", "语言", "zh or en; empty: by locale", choices=("", "zh", "en"))
-    theme_mode: str = setting("str", "system", "主题", "of the page", choices=("system", "light", "dark"))
-    log_level: str = setting("str", "info", "日志级别", "debug, info, warning or error", flag="--log-level",
+                                      "Model aliases: pattern -> model, or models to try in order")
+    default_model: str = setting("str", "", "默认模型", "Default model", flag="--model",
+                                 hint=("请求没有指定模型，或用了 claude-*、gpt-* 等别家的模型名时使用。",
+                                       "For requests without a model, or with a foreign name like claude-* or gpt-*."))
+    api_concurrency: int = setting("int", 1, "每个 iFlow 账号的并发数", "Requests at once per iFlow account", low=0,
+                                   hint=("0 为不限。", "0: no limit."))
+    retry: Dict[str, Any] = setting("dict", {}, "失败重试", "Retries of a failed provider",
+                                    hint=('JSON，例如 {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}：'
+                                          "次数、首次等待、最长等待、总时限（秒）。默认不重试。",
+                                          'JSON: {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}: '
+                                          "how often, first and longest pause, time for all (seconds). Default: none."))
+    circuit: Dict[str, Any] = setting("dict", {}, "熔断", "Rest for a failing provider",
+                                      hint=('JSON，例如 {"failures": 5, "rest_s": 30}：连续失败 5 次后暂停 30 秒（默认）；'
+                                            "failures 为 0 则从不暂停。",
+                                            'JSON such as {"failures": 5, "rest_s": 30}: after 5 failures in a row it '
+                                            "rests for 30 s (the default); 0 failures: never."))
+    sticky: bool = setting("bool", False, "同一会话使用同一密钥", "Same API key for a whole conversation",
+                           hint=("有利于命中上游的前缀缓存；关闭时密钥轮流使用。",
+                                 "Helps the provider's prefix cache. Off: the keys take turns."))
+    client_keys: List[Any] = setting("list", [], "客户端密钥列表", "Client keys, made by `key add`")
+    address_limits: Dict[str, Any] = setting("dict", {}, "每个地址的限额", "Limits per client address",
+                                             hint=('JSON，可含 rpm、rph、rpd、tpd、concurrency；在“密钥与限额”里填写更方便。',
+                                                   "JSON: rpm, rph, rpd, tpd, concurrency; easier in Keys & limits."))
+    usage: bool = setting("bool", True, "记录用量", "Record usage",
+                          hint=("请求数与 token 数写入 usage.jsonl，不含内容。",
+                                "Counts requests and tokens in usage.jsonl, never their content."))
+    usage_days: int = setting("int", 92, "用量保留时间", "Keep usage for", low=1, high=3660)
+    prices: Dict[str, Any] = setting("dict", {}, "价格", "Prices",
+                                     hint=('JSON，每百万 token，例如 {"glm-*": {"input": 2, "output": 8, "cached": 0.5}}。',
+                                           'JSON, for a million tokens: {"glm-*": {"input": 2, "output": 8}}; also cached.'))
+    history_size: int = setting("int", 200, "保留的最近请求数", "Recent requests to remember", low=0, high=10000,
+                                hint=("显示在概览里，不含内容。", "Shown in the overview, without their content."))
+    custom_api_key: str = setting("str", "", "固定的客户端密钥", "Fixed client key", secret=True,
+                                  hint=("设置后，客户端可用它或“密钥与限额”里的密钥。",
+                                        "Once set, clients must send it, or a key made under Keys & limits."))
+    admin_password: str = setting("str", "", "管理页面密码", "Password of the admin page, as a hash", secret=True)
+    custom_auth_header: str = setting("str", "", "额外读取密钥的请求头", "Extra header that carries the client key",
+                                      hint=("除 Authorization、x-api-key、api-key 之外，例如 X-Gateway-Key。",
+                                            "Besides Authorization, x-api-key and api-key; for example X-Gateway-Key."))
+    allowed_hosts: List[Any] = setting("list", [], "允许的 Host", "Allowed host names",
+                                       hint=("访问时用的域名，例如反向代理的 api.example.com；本机名称无需填写。",
+                                             "Names this server is reached by, such as api.example.com behind a proxy. "
+                                             "This machine's own need no entry."))
+    allowed_origins: List[Any] = setting("list", [], "允许的网页来源", "Allowed web origins",
+                                         hint=("这些网页无需密钥即可调用，例如 https://chat.example.com。",
+                                               "Web pages that may call without a key, as https://chat.example.com."))
+    trusted_proxies: List[Any] = setting("list", [], "可信代理", "Trusted proxies",
+                                         hint=("信任其 X-Forwarded-For 的地址或网段，例如 10.0.0.0/8。",
+                                               "Addresses or networks whose X-Forwarded-For counts: 10.0.0.0/8."))
+    preserve_reasoning_content: bool = setting("bool", False, "保留 reasoning_content", "Keep reasoning_content apart",
+                                               hint=("仅 iFlow：思考内容放在单独的字段里，不并入正文。",
+                                                     "iFlow only: thinking stays in its own field, not in the text."))
+    vision_model: str = setting("str", "qwen-vl-max", "识图模型", "Model for images",
+                                hint=("带图片的 iFlow 请求改用它。", "Takes iFlow requests that carry images."))
+    vision_mode: str = setting("str", "route", "图片的处理", "What happens to images", choices=("route", "pass"),
+                               hint=("route：改用识图模型；pass：原样发给所请求的模型。",
+                                     "route: the model for images answers. pass: the requested model gets them."))
+    upstream_proxy: str = setting("str", "", "上游代理", "Proxy to the providers", secret=True,
+                                  hint=("http://、socks5://、socks5h:// 地址，或 env（按环境变量）；需同时启用。",
+                                        "An http://, socks5:// or socks5h:// address, or env for the environment's. "
+                                        "Turn it on as well."))
+    upstream_proxy_enabled: bool = setting("bool", False, "启用上游代理", "Use the proxy to the providers")
+    ca_file: str = setting("str", "", "额外的 CA 证书", "Additional CA certificates",
+                           hint=("PEM 文件的路径，用于自签名或公司内部的证书。",
+                                 "Path of a PEM file, for self-signed or company certificates."))
+    connect_timeout_s: float = setting("float", 10, "连接上游的时限", "Time to connect to a provider", low=0.1)
+    first_byte_timeout_s: float = setting("float", 300, "等待上游首字节的时限", "Longest wait for an answer to begin",
+                                          low=0.1)
+    idle_timeout_s: float = setting("float", 300, "回答中断的时限", "Longest silence within an answer", low=0.1)
+    header_timeout_s: float = setting("float", 15, "接收请求头的时限", "Time for a client to send its headers", low=0.1)
+    body_timeout_s: float = setting("float", 60, "接收请求体的时限", "Time for a client to send its body", low=0.1,
+                                    hint=("每 16 KiB 另加 1 秒。", "Plus a second for each 16 KiB."))
+    write_timeout_s: float = setting("float", 60, "客户端接收数据的时限", "Time for a client to take what is sent",
+                                     low=0.1)
+    body_limit_bytes: int = setting("int", 64 << 20, "请求体上限", "Largest request body", low=1024)
+    max_connections: int = setting("int", 2000, "最大连接数", "Client connections at once", low=1)
+    queue_limit: int = setting("int", 64, "排队上限", "Queue length per provider", low=0,
+                               hint=("上游并发已满时最多排队的请求数，更多的会收到 429。",
+                                     "Requests that may wait when a provider is busy; further ones get 429."))
+    queue_timeout_s: float = setting("float", 300, "最长排队时间", "Longest wait in the queue", low=0.1)
+    keepalive_s: float = setting("float", 10, "保活间隔", "Keep-alive interval of streams", low=0.05,
+                                 hint=("流式回答静默这么久后发一次保活，避免客户端超时。",
+                                       "After such a silence a sign of life is sent, so that clients don't give up."))
+    drain_s: float = setting("float", 10, "退出前的等待", "Time to finish when stopping", low=0,
+                             hint=("停止时让进行中的回答有时间结束。", "Running answers may end before the program does."))
+    detect_local: bool = setting("bool", True, "自动发现本地引擎", "Find local engines by itself",
+                                 hint=("没有配置上游时，查找本机的 Ollama、LM Studio 等。",
+                                       "Looks for Ollama, LM Studio and the like when no provider is set up."))
+    docs_cdn: bool = setting("bool", True, "文档页使用 CDN", "API documents from a CDN",
+                             hint=("/docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭则只用内置阅读器。",
+                                   "/docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: built-in reader."))
+    language: str = setting("str", "", "语言", "Language", choices=("", "zh", "en"),
+                            hint=("zh 中文，en 英文；自动则按系统或浏览器。",
+                                  "zh: Chinese, en: English. Automatic follows the system or browser."))
+    theme_mode: str = setting("str", "system", "主题", "Theme of this page", choices=("system", "light", "dark"))
+    log_level: str = setting("str", "info", "日志级别", "Log level", flag="--log-level",
                              choices=("debug", "info", "warning", "error"))
-    log_file: str = setting("str", "", "日志文件", "a file to log to as well", restart=True)
-    responses_file: str = setting("str", "", "Responses 存档文件", "keep answers of Responses over a restart in this file",
-                                  restart=True)
-    iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", "iFlow 授权地址", "iFlow: where the browser logs in")
-    iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", "iFlow 令牌地址", "iFlow: where tokens come from")
+    log_file: str = setting("str", "", "日志文件", "Log file", restart=True,
+                            hint=("填写路径后，日志也写入这个文件。", "With a path here, the log goes to that file as well."))
+    responses_file: str = setting("str", "", "Responses 存档文件", "File for stored Responses", restart=True,
+                                  hint=("填写路径后，previous_response_id 在重启后仍可用。",
+                                        "With a path here, previous_response_id works across restarts."))
+    iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", "iFlow 授权地址", "iFlow login page")
+    iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", "iFlow 令牌地址", "iFlow token address")
     iflow_userinfo_url: str = setting("str", "https://iflow.cn/api/oauth/getUserInfo", "iFlow 用户信息地址",
-                                      "iFlow: where the API key comes from")
-    oauth_client_id: str = setting("str", "10009311001", "OAuth 客户端 ID", "iFlow: id of the installed application")
+                                      "iFlow account address",
+                                      hint=("登录后从这里取得 API 密钥。", "Where the API key comes from after the login."))
+    oauth_client_id: str = setting("str", "10009311001", "OAuth 客户端 ID", "OAuth client ID")
     oauth_client_secret: str = setting("str", "4Z3YjXycVsQvyGF1etiNlIBB4RsqSDtW", "OAuth 客户端密钥",
-                                       "iFlow: published in every copy of its CLI (RFC 8252, 8.5)", secret=True)
-    accounts: Dict[str, Any] = setting("dict", {}, "更多 iFlow 账号", "iFlow: what `login --account` keeps")
-    encrypt_secrets: bool = setting("bool", True, "加密保存密钥", "keep keys and tokens encrypted in config.json")
-    api_key: str = setting("str", "", "iFlow 密钥", "iFlow: key of the model API", secret=True)
-    base_url: str = setting("str", "", "iFlow 接口地址", "iFlow: its chat API")
-    auth_type: str = setting("str", "", "iFlow 登录方式", "iFlow: openai-compatible makes it a plain provider", older=True)
-    auto_start: bool = setting("bool", False, "开机启动", "of the older program", older=True)
-    start_minimized: bool = setting("bool", False, "最小化启动", "of the older program", older=True)
-    close_action: str = setting("str", "", "关闭窗口时", "of the older program", older=True)
-    check_update_on_startup: bool = setting("bool", False, "启动时检查更新", "of the older program", older=True)
+                                       "OAuth client secret", secret=True,      # published in its CLI (RFC 8252, 8.5)
+                                       hint=("iFlow CLI 公开的值，一般无需修改。",
+                                             "Published with iFlow's CLI; rarely needs a change."))
+    accounts: Dict[str, Any] = setting("dict", {}, "更多 iFlow 账号", "Further iFlow accounts, kept by `login --account`")
+    encrypt_secrets: bool = setting("bool", True, "加密保存密钥", "Encrypt stored secrets",
+                                    hint=("config.json 里的密钥和令牌。", "Keys and tokens in config.json."))
+    api_key: str = setting("str", "", "iFlow 密钥", "iFlow API key", secret=True,
+                           hint=("登录 iFlow 后无需填写。", "Not needed once you are logged in to iFlow."))
+    base_url: str = setting("str", "", "iFlow 接口地址", "iFlow API address",
+                            hint=("留空则用 iFlow 自己的地址。", "Empty: iFlow's own."))
+    auth_type: str = setting("str", "", "iFlow 登录方式", "iFlow login type; openai-compatible: a plain provider",
+                             older=True)
+    auto_start: bool = setting("bool", False, "开机启动", "Start with the system (of the older program)", older=True)
+    start_minimized: bool = setting("bool", False, "最小化启动", "Start minimized (of the older program)", older=True)
+    close_action: str = setting("str", "", "关闭窗口时", "When the window closes (of the older program)", older=True)
+    check_update_on_startup: bool = setting("bool", False, "启动时检查更新", "Check for updates (of the older program)",
+                                            older=True)
 
 
 SETTING = {item.name: item for item in fields(Settings)}
@@ -14151,6 +14208,8 @@ def told_setting(gateway: Gateway, name: str) -> Json:
                   "origin": gateway.origins.get(name, "default"), "secret": secret,
                   "restart": bool(facts.get("restart"))}
     told.update((key, facts[key]) for key in ("choices", "low", "high", "flag", "older") if key in facts)
+    if "hint" in facts:
+        told["hint"] = dict(zip(("zh", "en"), facts["hint"]))
     return {**told, **({"set": bool(value)} if secret else {})}
 
 
@@ -16379,9 +16438,9 @@ async function patchConfig(version, set, unset = []) {
   }
 }
 const shownValue = value => value === undefined || value === null ? t('unset') :
+  typeof value === 'boolean' ? t(value ? 'on' : 'off') :
   value === '' || typeof value === 'object' && !Object.keys(value).length ? t('empty') :
     typeof value === 'string' ? value : JSON.stringify(value, null, 1);
-const titled = text => /^[a-z]+[ ,;]/.test(text) ? text[0].toUpperCase() + text.slice(1) : text;
 const conflictDialog = (conflict, set, unset) => new Promise(done => {
   const theirs = new Set();
   let result = null;
@@ -16451,13 +16510,14 @@ VIEWS.settings = {icon: 'settings', async show(root) {
       node.focus();
       note();
     }, 'small quiet');
-    const from = item.origin === 'flag' ? t('from_flag', {name: item.flag || ''}) :
+    const from = item.origin === 'flag' ? t('from_flag', {name: item.flag || '--…'}) :
       t('from_environment', {name: 'IFLOW2API_' + item.name.toUpperCase()});
     const usual = [t('default') + ' ', el('span', {class: 'mono'}, foreign(shownDefault.length > 60 ? '…' : shownDefault))];
     const hint = [item.hint && pick(item.hint) + ' ', el('span', {class: 'mono'}, foreign(item.name)),
       fixed ? ' · ' + from : !item.secret && [' · ', usual]];
-    const box = field({label: [titled(pick(item.label)), unit && el('span', {class: 'muted', text: ` (${t('unit_' + unit)})`}),
-      ' ', item.origin !== 'default' && badge(t('origin_' + item.origin)), item.restart && badge(t('needs_restart'), 'warn')],
+    const box = field({label: [pick(item.label), unit && el('span', {class: 'muted', text: ` (${t('unit_' + unit)})`}),
+      ' ', item.origin !== 'default' && badge(t('origin_' + item.origin)), ' ',
+      item.restart && badge(t('needs_restart'), 'warn')],
     hint, input: node});
     const part = {item, box, read, get unset() { return cleared; }, changed() {
       if (cleared) return true;
@@ -16465,8 +16525,8 @@ VIEWS.settings = {icon: 'settings', async show(root) {
     }};
     node.addEventListener('input', () => { cleared = false; note(); });
     parts.set(item.name, part);
-    return el('div', {class: 'setting', data: {words: [item.name, item.label.zh, item.label.en].join(' ').toLowerCase()}},
-      box, reset);
+    const words = [item.name, ...[item.label, item.hint || {}].flatMap(Object.values)];
+    return el('div', {class: 'setting', data: {words: words.join(' ').toLowerCase()}}, box, reset);
   }
   save.addEventListener('click', act(async () => {
     const set = {}, unset = [];
@@ -16976,11 +17036,12 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "group_logs": ("日志与用量", "Logs and usage"), "group_appearance": ("界面", "Appearance"),
     "unit_s": ("秒", "seconds"), "unit_bytes": ("字节", "bytes"), "unit_days": ("天", "days"),
     "automatic": ("自动", "automatic"), "one_a_line": ("每行一个", "One a line"), "not_set": ("未设置", "not set"),
-    "empty": ("空", "empty"), "unset": ("未设置", "not set"), "default": ("默认", "default"), "to_default": ("恢复默认", "Use the default"),
+    "empty": ("空", "empty"), "on": ("开启", "on"), "off": ("关闭", "off"), "unset": ("未设置", "not set"),
+    "default": ("默认", "default"), "to_default": ("恢复默认", "Use the default"),
     "origin_file": ("已修改", "changed"), "origin_environment": ("环境变量", "environment"), "origin_flag": ("命令行", "flag"),
     "from_flag": ("由命令行参数 {name} 指定，此处不能修改", "Given by the flag {name}; it can't be changed here"),
     "from_environment": ("由环境变量 {name} 指定，此处不能修改", "Given by the variable {name}; it can't be changed here"),
-    "needs_restart": ("需重启", "restart"), "changes_n": ("{n} 项未保存", "{n} unsaved {n:change|changes}"),
+    "needs_restart": ("需重启", "needs restart"), "changes_n": ("{n} 项未保存", "{n} unsaved {n:change|changes}"),
     "saved_restart": ("已保存，重启后生效", "Saved; some of it takes effect after a restart"),
     "conflict": ("同时有人改了相同的设置", "Somebody else changed the same"),
     "conflict_lead": ("请逐项选择保留哪一个，没有内容会丢失。", "Choose for each which one to keep. Nothing is lost."),

@@ -959,6 +959,9 @@ def test_every_setting_has_its_facts():
     for name, item in ifl.SETTING.items():
         facts = item.metadata
         assert facts["kind"] in ("str", "int", "float", "bool", "list", "dict") and all(facts["label"]), name
+        assert all(len(pair) == 2 and all(pair) for pair in (facts["label"], facts.get("hint", "--"))), name
+        assert facts["label"][1][0].isupper() or facts["label"][1].startswith("iFlow"), name
+        assert facts["kind"] != "dict" or "hint" in facts or name in ("aliases", "accounts"), f"{name}: what JSON is it?"
         assert ifl.check_setting(name, ifl.default_of(name)) == ifl.default_of(name)
 
 
@@ -14328,7 +14331,8 @@ def test_the_config_as_a_form(admin):
     assert {name: settings[name]["origin"] for name in ("port", "host", "log_level", "drain_s", "detect_local", "retry")} == {
         "port": "environment", "host": "flag", "log_level": "file", "drain_s": "default", "detect_local": "file", "retry": "default"}
     assert settings["custom_api_key"] == {
-        "name": "custom_api_key", "kind": "str", "label": {"zh": "客户端密钥", "en": "the key that clients must send"},
+        "name": "custom_api_key", "kind": "str", "label": dict(zip(("zh", "en"), ifl.SETTING["custom_api_key"].metadata["label"])),
+        "hint": dict(zip(("zh", "en"), ifl.SETTING["custom_api_key"].metadata["hint"])),
         "group": "clients", "value": "sk-…cdef", "default": "", "origin": "file", "secret": True, "restart": False, "set": True}
     assert settings["port"]["low"] == 0 and settings["port"]["restart"] and settings["theme_mode"]["choices"][0] == "system"
     assert settings["admin_password"]["value"] == "…" and settings["admin_password"]["set"]
