@@ -14874,7 +14874,7 @@ def shell_blocks(client: str, setup: Setup) -> List[Json]:
 
 def claude_blocks(setup: Setup) -> List[Json]:
     return [*shell_blocks("claude", setup),
-            code_block(("长期设置：~/.claude/settings.json", "for good: ~/.claude/settings.json"), "json",
+            code_block(("长期设置：~/.claude/settings.json", "For good: ~/.claude/settings.json"), "json",
                        json_text({"env": env_values("claude", {**setup.words(), "KEY": setup.key})}))]
 
 
@@ -15010,7 +15010,7 @@ _CSS_CORE = r"""
 --edge:#858e9b;--accent:#0d6e6a;--accent-text:#fff;--accent-soft:#e1f1ef;--ok:#17703a;--ok-soft:#e2f3e7;--warn:#855600;
 --warn-soft:#fbf0d9;--bad:#b3261e;--bad-soft:#fce9e7;--shadow:0 1px 2px #10182814,0 0 0 1px #10182808;
 --shadow-2:0 12px 32px #10182833,0 2px 6px #1018281f;--series-1:#0e7f79;--series-2:#c76a06;--series-3:#3d63dd;
---series-4:#b13a92;--series-5:#5b8a16;--series-6:#7c53e0;--series-7:#c43a31;--series-8:#6b7480;--radius:10px;--gap:16px;
+--series-4:#b13a92;--series-5:#5b8a16;--series-6:#7c53e0;--series-7:#c43a31;--series-8:#8a5a3c;--radius:10px;--gap:16px;
 --font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans","PingFang SC","Microsoft YaHei",
 "Noto Sans CJK SC","WenQuanYi Micro Hei",sans-serif;
 --mono:ui-monospace,SFMono-Regular,"SF Mono",Menlo,Consolas,"Liberation Mono","DejaVu Sans Mono",monospace}
@@ -15018,14 +15018,14 @@ _CSS_CORE = r"""
 --muted:#9ba5b3;--line:#2a313b;--edge:#6f7a89;--accent:#4cc9bd;--accent-text:#04211f;--accent-soft:#143633;--ok:#56c97a;
 --ok-soft:#15311f;--warn:#e3b34f;--warn-soft:#352a12;--bad:#ff8a80;--bad-soft:#3c1c1a;--shadow:0 0 0 1px #ffffff0d;
 --shadow-2:0 16px 40px #000a,0 0 0 1px #ffffff1a;--series-1:#2fc4b6;--series-2:#f0a045;--series-3:#86a2fb;
---series-4:#e681cc;--series-5:#a4cc5c;--series-6:#b39bfa;--series-7:#f3867e;--series-8:#9aa4b2}
+--series-4:#e681cc;--series-5:#a4cc5c;--series-6:#b39bfa;--series-7:#f3867e;--series-8:#c9a27e}
 *,*::before,*::after{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;font:14px/1.55 var(--font);color:var(--text);background:var(--bg)}
 h1,h2,h3,p,ul,ol,dl,dd,pre,figure{margin:0;padding:0}
 h1{font-size:20px;font-weight:650;letter-spacing:-.01em;line-height:1.3}
 h2{font-size:15px;font-weight:650;line-height:1.4}
-h3{font-size:14px;font-weight:600}
+h3{font-size:14px;font-weight:650}
 a{color:var(--accent);text-underline-offset:2px}
 button,input,select,textarea{font:inherit;color:inherit}
 button{cursor:pointer}
@@ -15086,6 +15086,8 @@ font-weight:500;white-space:nowrap;transition:background-color .12s,border-color
 .btn.quiet,.icon-btn{border-color:transparent;background:none}
 .btn.quiet:hover,.icon-btn:hover{background:var(--surface-2)}
 .btn.small{min-height:28px;padding:2px 9px;font-size:13px}
+a.btn.quiet,.chip .btn{color:var(--accent)}
+.card>.spread:first-child>.quiet:last-child{margin-inline-end:-9px}
 .icon-btn{width:34px;padding:0;flex:none;color:var(--muted)}
 .icon-btn:hover{color:var(--text)}
 .icon-btn.text{width:auto;min-width:34px;padding:0 8px;font-size:13px}
@@ -15138,9 +15140,12 @@ border-bottom:1px solid var(--line);padding:6px 10px}
 .data th:last-child,.data td:last-child{padding-inline-end:0}
 .data .end{text-align:end}
 .data tr.open{cursor:pointer}
+.data .row.end{flex-wrap:nowrap}
 .data .icon-btn{width:26px;min-height:24px;margin:-1px 0}
 .data tr.open:hover td{background:var(--surface-2)}
 .empty{padding:28px 12px;text-align:center;color:var(--muted);text-wrap:balance}
+.empty .btn{margin-top:12px}
+.chips:empty{display:none}
 .code,pre{font:13px/1.6 var(--mono);background:var(--surface-2);border-radius:8px;padding:12px 14px;overflow:auto;
 white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;margin:0}
 .tabs{display:flex;flex-wrap:wrap;gap:2px;padding:3px;border-radius:9px;background:var(--surface-2);width:fit-content;
@@ -15179,7 +15184,8 @@ box-shadow:var(--shadow-2);overflow-wrap:anywhere;border-inline-start:4px solid 
 /* views */
 .card h3{margin:6px 0 2px}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr))}
-.tile{display:grid;gap:2px}
+.tile{display:grid;gap:2px;align-content:start}
+.offline .tile{opacity:.5}
 .tile .figure{display:flex;align-items:baseline;gap:8px;flex-wrap:wrap}
 .grid.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));align-items:start}
 .grid.small{grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr))}
@@ -15201,7 +15207,7 @@ button.chip:hover{border-color:var(--accent)}
 button.chip[aria-pressed=true]{background:var(--accent-soft);border-color:var(--accent);color:var(--accent)}
 .checks{list-style:none;display:grid;gap:6px;padding:10px 12px;border-radius:8px;background:var(--surface-2)}
 .checks li{display:grid;grid-template-columns:auto minmax(0,1fr);gap:10px;align-items:baseline}
-.checks .badge{min-width:64px;justify-content:center}
+.checks .badge{min-width:84px;justify-content:center}
 .card>.checks,.card>div>.checks,.card>.note{margin-block:10px}
 summary{cursor:pointer;color:var(--muted);font-weight:500;padding:4px 0;border-radius:6px;width:fit-content}
 summary:hover{color:var(--text)}
@@ -15217,6 +15223,7 @@ animation:spin .8s linear infinite}
 .settings{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:20px 28px}
 .setting{display:flex;flex-direction:column;align-items:flex-start;gap:2px;min-width:0}
 .setting .field{width:100%}
+.setting>.btn{margin-inline-start:-9px;color:var(--accent)}
 .savebar{position:sticky;bottom:14px;z-index:4;display:flex;flex-wrap:wrap;align-items:center;justify-content:space-between;gap:8px;
 padding:10px 10px 10px 16px;border-radius:12px;background:var(--surface);box-shadow:var(--shadow-2)}
 fieldset{border:1px solid var(--line);border-radius:10px;padding:10px 14px;margin:0;min-width:0}
@@ -15235,7 +15242,7 @@ color:var(--accent);font-weight:650}
 .row.bottom .field{flex:1 1 200px;max-width:340px}
 .tall{max-height:420px}
 .log-box{position:relative}
-.log-pane{height:max(300px,calc(100dvh - 250px));overflow:auto;background:var(--surface);border:1px solid var(--line);
+.log-pane{height:max(300px,calc(100dvh - 190px));overflow:auto;background:var(--surface);border:1px solid var(--line);
 border-radius:var(--radius);font:12.5px/22px var(--mono);overflow-anchor:none}
 .log-space{position:relative;overflow:hidden}
 .log-lines{position:absolute;inset:0 0 auto}
@@ -15248,6 +15255,9 @@ border-radius:var(--radius);font:12.5px/22px var(--mono);overflow-anchor:none}
 .log-line.error{font-size:inherit;color:inherit}
 .log-newest{position:absolute;inset:auto 0 14px;margin:auto;width:fit-content;border-radius:99px}
 .log-detail{max-height:240px}
+.log-bar .btn{margin-inline-start:auto}
+.log-box .empty{position:absolute;inset:0}
+@media (min-width:641px){.data td .btn.small{margin-block:-3px}}
 @media (min-width:1180px){.grid.uneven{grid-template-columns:minmax(0,3fr) minmax(0,2fr)}}
 @media (max-width:900px){
 #app{grid-template-columns:minmax(0,1fr)}
@@ -15264,6 +15274,8 @@ visibility:hidden;transition:transform .18s ease,visibility .18s;box-shadow:var(
 h1{font-size:17px}
 #top h1{white-space:normal;line-height:1.2}
 .row>.search{width:auto!important;flex:1 1 200px}
+.log-bar .search,.log-bar .hint{order:1}
+.log-bar select{flex:0 1 180px;min-width:0}
 .live span:not(.dot){position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .btn,.icon-btn,input:not([type=checkbox],[type=radio],[type=range]),select{min-height:38px}
 input,select,textarea{font-size:16px!important}
@@ -15273,7 +15285,7 @@ input,select,textarea{font-size:16px!important}
 .data thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .data tr{display:grid;grid-template-columns:minmax(0,1fr);gap:2px;padding:10px 0;border-bottom:1px solid var(--line)}
 .data tr:last-child{border-bottom:0}
-.data td,.data .end{display:flex;justify-content:space-between;gap:14px;padding:1px 0;border:0;text-align:end;
+.data td{display:flex;justify-content:space-between;gap:14px;padding:1px 0;border:0;text-align:end;
 align-items:baseline}
 .data td>*{min-width:0}
 .data td::before{content:attr(data-label);color:var(--muted);font-size:13px;text-align:start;flex:none}
@@ -15294,7 +15306,7 @@ align-items:baseline}
 .step{flex-direction:column;gap:10px}
 .limit{grid-template-columns:minmax(0,1fr) auto}.limit .meter{grid-row:2;grid-column:1/-1}
 .log-line{gap:8px;padding:0 8px}.log-line>span:first-child{display:none}
-.log-pane{height:max(300px,calc(100dvh - 320px))}
+.log-pane{height:max(300px,calc(100dvh - 230px))}
 #toasts{inset-inline:16px}
 }
 @media (prefers-reduced-motion:reduce){*,*::before,*::after{animation-duration:.01s!important;transition:none!important;
@@ -15838,6 +15850,7 @@ function frame() {
 function pulse() {
   const open = live.state === 'open', box = $('#live');
   if (!box) return;
+  document.body.classList.toggle('offline', !open);
   box.replaceChildren(el('span', {class: 'dot ' + (open ? 'ok' : 'warn')}),
     el('span', {text: t(open ? 'live_on' : 'live_off')}));
 }
@@ -15997,7 +16010,7 @@ VIEWS.overview = {icon: 'overview', async show(root) {
     }
     parts.tiles.replaceChildren(
       tile(t('server'), [el('span', {class: 'dot big ' + (isFine ? 'ok' : 'warn'), 'aria-hidden': 'true'}),
-        t(isFine ? 'healthy' : 'degraded')], t('running_for', {time: fmt.span(health.uptime_s)})),
+        t(isFine ? 'healthy' : data.next ? 'not_ready' : 'degraded')], t('running_for', {time: fmt.span(health.uptime_s)})),
       tile(t('today'), fmt.number(today.requests), today.errors ? t('errors_n', {n: today.errors}) : t('errors_none')),
       tile(t('tokens_today'), [fmt.tokens(today.input), el('span', {class: 'muted', text: ' → '}), fmt.tokens(today.output)],
         t('in_out')),
@@ -16086,8 +16099,9 @@ async function loginDialog(done, account = '') {
   })();
 }
 const checkList = checks => el('ul', {class: 'checks'}, checks.map(check => el('li', {},
-  badge(t('check_' + check.what), check.ok === null ? '' : check.ok ? 'ok' : 'bad'), el('span', {}, foreign(check.message),
-    check.took_s > 0 && el('span', {class: 'muted num', text: ' · ' + fmt.seconds(check.took_s)})))));
+  badge(t('check_' + check.what), check.ok === null ? '' : check.ok ? 'ok' : 'bad'), el('span', {},
+    foreign(check.message || t(check.ok ? 'check_fine' : 'check_skipped')), check.took_s > 0 && !/[(（]\d/.test(check.message) &&
+    el('span', {class: 'muted num', text: ' · ' + fmt.seconds(check.took_s)})))));
 const lines = text => text.split(/[\n,]/).map(part => part.trim()).filter(Boolean);
 /** A text area for JSON; '' stands for nothing.  `read()` throws what is wrong. */
 function jsonArea(value, label) {
@@ -16235,8 +16249,8 @@ VIEWS.providers = {icon: 'providers', async show(root) {
             await redraw();
           }))])),
       item.problem && el('p', {class: 'note bad'}, foreign(item.problem)),
-      el('p', {class: 'hint lead'}, foreign(item.base_url, 'mono'),
-        ' · ' + (item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any')),
+      el('p', {class: 'hint lead'}, item.base_url && [foreign(item.base_url, 'mono'), ' · '],
+        (item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any')),
         item.source !== 'file' && ' · ' + t('source_' + item.source)),
       facts([[t('api_keys'), item.keys.length ? el('div', {class: 'chips'}, item.keys.map(keyLine)) : t('none')],
         [t('provider_models'), item.models.length ? el('div', {class: 'chips'},
@@ -16329,7 +16343,10 @@ VIEWS.models = {icon: 'models', async show(root) {
       const {steps, chain} = await api('routes/explain', {body: {...body, aliases: table()}});
       nodes = [chain.length ? chainNodes(chain) : '', el('ul', {class: 'plain hint'},
         steps.map(step => el('li', {}, foreign(step))))];
-    } catch (error) { nodes = [el('p', {class: 'note bad'}, errorText(error))]; }
+    } catch (error) {
+      nodes = [error.status === 403 ? el('p', {class: 'note'}, el('a', {href: '#guide', text: t('providers_none')})) :
+        el('p', {class: 'note bad'}, errorText(error))];
+    }
     if (mine === serial) answer.replaceChildren(...nodes);
   };
   const later = throttle(explain, 300);
@@ -16407,7 +16424,7 @@ VIEWS.models = {icon: 'models', async show(root) {
       {label: t('context'), align: 'end', render: item => item.context && fmt.tokens(item.context)},
       {label: t('max_output'), align: 'end', render: item => item.max_output && fmt.tokens(item.max_output)},
       {label: t('vision'), render: item => item.vision && badge(t('images'), 'ok')},
-      {label: '', align: 'end', render: item => !item.alias && el('div', {class: 'row end'}, copyButton(() => item.id),
+      {label: '', align: 'end', render: item => el('div', {class: 'row end'}, copyButton(() => item.id),
         el('a', {class: 'btn small', href: '#playground/' + encodeURIComponent(item.id), text: t('try')}))}]});
     const draw = () => shownTable.update(models.data.filter(item =>
       (item.id + ' ' + item.provider).toLowerCase().includes(word.value.toLowerCase())));
@@ -16513,8 +16530,8 @@ VIEWS.settings = {icon: 'settings', async show(root) {
     const from = item.origin === 'flag' ? t('from_flag', {name: item.flag || '--…'}) :
       t('from_environment', {name: 'IFLOW2API_' + item.name.toUpperCase()});
     const usual = [t('default') + ' ', el('span', {class: 'mono'}, foreign(shownDefault.length > 60 ? '…' : shownDefault))];
-    const hint = [item.hint && pick(item.hint) + ' ', el('span', {class: 'mono'}, foreign(item.name)),
-      fixed ? ' · ' + from : !item.secret && [' · ', usual]];
+    const hint = [item.hint && el('div', {text: pick(item.hint)}), el('span', {class: 'mono'}, foreign(item.name)),
+      fixed ? ' · ' + from : !item.secret && shownDefault !== t('empty') && [' · ', usual]];
     const box = field({label: [pick(item.label), unit && el('span', {class: 'muted', text: ` (${t('unit_' + unit)})`}),
       ' ', item.origin !== 'default' && badge(t('origin_' + item.origin)), ' ',
       item.restart && badge(t('needs_restart'), 'warn')],
@@ -16595,7 +16612,7 @@ VIEWS.keys = {icon: 'keys', async show(root) {
   const redraw = () => load(root, Promise.all([api('keys'), api('config')]), ([list, config]) => draw(list, config));
   function create(list) {
     const name = field({label: t('key_name'), hint: t('key_name_hint'),
-      input: input({required: true, maxlength: 64, placeholder: 'laptop'})});
+      input: input({required: true, maxlength: 64, placeholder: 'laptop', pattern: '[^\\s,\\/]+'})});
     const models = field({label: t('key_models'), hint: t('key_models_hint'),
       input: input({class: 'mono', placeholder: 'glm-*, deepseek-chat'})});
     const expires = field({label: t('expires'), hint: t('key_expires_hint'),
@@ -16696,7 +16713,7 @@ VIEWS.logs = {icon: 'logs', async show(root) {
   const pane = el('div', {class: 'log-pane', tabindex: '0', role: 'log', 'aria-live': 'off', 'aria-label': t('view_logs')},
     space);
   const newest = button('', () => { follow = true; draw(); pane.focus(); }, 'small primary log-newest', 'down');
-  const count = el('span', {class: 'hint num'});
+  const count = el('span', {class: 'hint num'}), none = el('p', {class: 'empty', text: t('logs_none'), hidden: true});
   const wanted = item => LEVELS.indexOf(item.level) >= LEVELS.indexOf(level) &&
     (!word || (item.text + ' ' + item.logger).toLowerCase().includes(word));
   const line = (item, at) => el('div', {class: 'log-line ' + item.level + (at === chosen ? ' chosen' : ''), data: {at}},
@@ -16711,6 +16728,7 @@ VIEWS.logs = {icon: 'logs', async show(root) {
     view.style.transform = `translateY(${first * LOG_LINE}px)`;
     view.replaceChildren(...seen.slice(first, end).map((item, at) => line(item, first + at)));
     newest.hidden = follow;
+    none.hidden = seen.length > 0;
     newest.lastChild.textContent = missed ? t('logs_new', {n: missed}) : t('logs_newest');
     count.textContent = t('logs_count', {n: fmt.number(seen.length)});
   }
@@ -16762,9 +16780,9 @@ VIEWS.logs = {icon: 'logs', async show(root) {
     live.on('dropped', async () => { (await api('logs?level=debug&limit=10000')).data.forEach(add); })];
   live.logs(true);
   await load(root, api('logs?level=debug&limit=10000'), data => {
-    root.append(el('div', {class: 'spread'}, el('div', {class: 'row grow'}, levels, search, count),
+    root.append(el('div', {class: 'row log-bar'}, levels, search, count,
       el('a', {class: 'btn', href: BASE + 'logs.txt', download: 'iflow2api.log'}, icon('download'), t('download'))),
-    el('div', {class: 'log-box'}, pane, newest), detail);
+    el('div', {class: 'log-box'}, pane, none, newest), detail);
     ready = true;
     [...data.data, ...waiting].forEach(add);
     waiting = [];
@@ -16808,7 +16826,10 @@ VIEWS.guide = {icon: 'guide', async show(root) {
       toast(t('saved'));
       await redraw();
     }));
-    const offer = () => keep.classList.toggle('primary', usable.length > 0 && models.default_model !== source.value.trim());
+    const offer = () => {
+      keep.disabled = models.default_model === source.value.trim();
+      keep.classList.toggle('primary', usable.length > 0 && !keep.disabled);
+    };
     source.addEventListener('input', offer);
     source.addEventListener('change', () => { model = source.value.trim(); blocks(); });
     offer();
@@ -16866,11 +16887,11 @@ _TEXTS_CORE: Dict[str, Tuple[str, str]] = {
     "sign_in_wrong": ("密码不对。忘记了？在服务器上运行 admin reset-password。",
                       "That password is wrong. Forgotten? Run admin reset-password on the server."),
     "sign_in_slow": ("尝试太频繁，请在 {time} 后再试。", "Too many attempts. Try again in {time}."),
-    "password": ("密码", "Password"), "password_new": ("新密码", "New password"), "password_repeat": ("再输一次", "Repeat it"),
+    "password": ("密码", "Password"), "password_new": ("新密码", "New password"), "password_repeat": ("再输一次", "Repeat the password"),
     "password_hint": ("至少 8 个字符", "At least 8 characters"),
     "password_differ": ("两次输入的密码不一致", "The two passwords differ"),
     "password_current": ("当前密码", "Current password"), "password_change": ("修改密码", "Change password"),
-    "password_others_end": ("其他设备上的登录会随之失效。", "Other sessions will end."),
+    "password_others_end": ("其他设备上的登录会随之失效。", "You will be signed out on other devices."),
     "password_changed": ("密码已修改", "Password changed"),
     "setup_title": ("欢迎使用 iflow2api", "Welcome to iflow2api"),
     "setup_lead": ("先给这个管理页面设一个密码，只需一次。", "First, set a password for this page. You do this once."),
@@ -16894,7 +16915,7 @@ _TEXTS_CORE: Dict[str, Tuple[str, str]] = {
 _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     # figures, requests, state
     "problems": ("需要留意", "Needs attention"), "status_left": ("已断开", "client left"), "server": ("服务", "Server"),
-    "healthy": ("正常", "Healthy"), "degraded": ("异常", "Degraded"), "running_for": ("已运行 {time}", "up for {time}"),
+    "healthy": ("正常", "Healthy"), "degraded": ("异常", "Degraded"), "not_ready": ("待配置", "Not set up"), "running_for": ("已运行 {time}", "up for {time}"),
     "today": ("今日请求", "Requests today"), "errors_n": ("{n} 次失败", "{n} failed"), "errors_none": ("没有失败", "none failed"),
     "tokens_today": ("今日 token", "Tokens today"), "in_out": ("输入 → 输出", "in → out"), "right_now": ("进行中", "In flight"),
     "waiting_n": ("{n} 个排队 · {c} 个连接", "{n} waiting · {c} {c:connection|connections}"),
@@ -16928,7 +16949,7 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "guide_3_lead": ("选择客户端，复制下面的内容。", "Choose your client and copy these lines."),
     "guide_try": ("先在网页里试一试", "Try it here first"), "guide_more": ("所有客户端", "All clients"),
     "guide_others": ("其他系统与写法", "Other systems and other ways"),
-    "guide_needs_key": ("此服务需要客户端密钥：", "This server needs a client key:"),
+    "guide_needs_key": ("把 YOUR_KEY 换成你的客户端密钥，可在这里创建：", "Put your client key for YOUR_KEY. Create one under"),
     "guide_open_login_or_provider": ("还没有可用的模型服务。", "No model service is connected yet."),
     "guide_open_models": ("还没有选定默认模型。", "No default model is chosen yet."),
     "guide_open_client": ("一切就绪，只差客户端。", "All is ready; only a client is missing."), "client": ("客户端", "Client"),
@@ -16946,7 +16967,7 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
                            "The browser blocked the new window. Open the login page with the button below."),
     "login_waiting": ("等待登录完成…", "Waiting for the login…"), "login_open": ("打开登录页", "Open the login page"),
     "login_copy": ("复制地址", "Copy the address"),
-    "login_paste": ("最后停在打不开的页面？", "It ends on a page that does not load?"),
+    "login_paste": ("最后停在打不开的页面？", "Did it end on a page that does not load?"),
     "login_paste_hint": ("把那个页面的完整地址（或其中的 code）粘贴到这里。",
                          "Paste the full address of that page here, or the code in it."),
     "login_paste_label": ("回跳地址", "Address it ended on"), "login_paste_go": ("完成登录", "Finish the login"),
@@ -16960,30 +16981,30 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "providers_none": ("还没有上游，从这里开始", "No provider yet. Start here"),
     "providers_empty": ("还没有上游。登录 iFlow，或添加一个。", "No provider yet. Log in to iFlow or add one."),
     "provider_add": ("添加上游", "Add a provider"), "provider_edit": ("编辑 {name}", "Edit {name}"),
-    "provider_name": ("名称", "Name"), "provider_name_hint": ("用于 名称/模型 的写法", "Used as name/model"),
+    "provider_name": ("名称", "Name"), "provider_name_hint": ("客户端可用“名称/模型”指定这个上游", "Clients can ask for name/model to get this one"),
     "provider_models": ("模型", "Models"),
-    "provider_models_hint": ("每行一个。列出的模型会直接发到这里；点「测试」可获取列表。",
-                             "One a line. Listed models come here directly; Test fetches what there is."),
+    "provider_models_hint": ("每行一个。请求这些模型时会发到这里；点“测试”可获取列表。",
+                             "One per line. Requests for these models come here; Test fetches the list."),
     "provider_remove": ("删除上游 {name}？它的密钥也会一并删除。", "Remove the provider {name}? Its keys are removed with it."),
     "preset": ("服务商", "Service"), "preset_none": ("自定义", "Custom"),
-    "preset_hint": ("选一个常见服务商，地址和兼容选项会自动填好", "Fills in the address and what is special about it"),
+    "preset_hint": ("选一个常见服务商，地址和兼容选项会自动填好", "Choose a common one and its address and options are filled in"),
     "api_keys": ("API 密钥", "API keys"), "api_keys_more": ("再加密钥", "More API keys"),
     "api_keys_hint": ("每行一个；多个密钥轮流使用。本地引擎可留空。",
-                      "One a line; several take turns. Local engines need none."),
+                      "One per line; several take turns. Local engines need none."),
     "kind": ("类型", "Kind"), "concurrency": ("并发上限", "Requests at once"), "concurrency_hint": ("0 为不限", "0: no limit"),
     "timeout_s": ("超时", "Timeout"), "seconds": ("秒", "Seconds"), "proxy": ("代理", "Proxy"),
-    "proxy_hint": ("留空则按全局设置", "Empty: as in the settings"), "vision_model": ("识图模型", "Vision model"),
+    "proxy_hint": ("留空则按全局设置", "Empty: the one in the settings"), "vision_model": ("识图模型", "Vision model"),
     "vision_model_hint": ("带图片的请求改用它", "Takes requests with images"), "headers": ("附加请求头", "Extra headers"),
     "headers_hint": ('JSON，例如 {"X-Team": "blue"}', 'JSON, such as {"X-Team": "blue"}'), "profile": ("兼容选项", "Profile"),
     "profile_hint": ("JSON；一般由服务商预设填好", "JSON; the presets fill it in"), "more_options": ("更多选项", "More options"),
     "order_hint": ("同名模型由排在前面的上游提供。", "Where several list the same model, the first one gets it."),
     "move_up": ("上移", "Move up"), "move_down": ("下移", "Move down"), "test": ("测试", "Test"),
     "testing": ("正在发送真实的小请求…", "Sending small real requests…"), "edit": ("编辑", "Edit"), "saved": ("已保存", "Saved"),
-    "check_reach": ("连接", "Reach"), "check_key": ("密钥", "Key"), "check_model": ("模型", "Model"),
-    "check_stream": ("流式", "Stream"), "check_tools": ("工具", "Tools"),
+    "check_reach": ("连接", "Connection"), "check_key": ("密钥", "Key"), "check_model": ("模型", "Model"),
+    "check_fine": ("正常", "ok"), "check_skipped": ("未测试", "not tested"), "check_stream": ("流式", "Stream"), "check_tools": ("工具", "Tools"),
     "key_rests": ("暂停 {time}", "rests {time}"), "key_refused": ("被拒绝", "refused"), "none": ("无", "none"),
     "unlimited": ("不限", "no limit"),
-    "at_once": ("并发 {n}", "{n} at once"), "at_once_any": ("并发不限", "no limit at once"), "is_default": ("默认", "default"),
+    "at_once": ("并发 {n}", "{n} at once"), "at_once_any": ("并发不限", "any number at once"), "is_default": ("默认", "default"),
     "source_flag": ("命令行参数", "command-line flag"), "source_detected": ("自动发现的本地引擎", "local engine, found by itself"),
     "source_login": ("iFlow 登录", "iFlow login"), "bad_json": ("JSON 有误：{text}", "Not valid JSON: {text}"),
     # models and routes
@@ -16991,13 +17012,15 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "max_output": ("最大输出", "Max output"), "vision": ("识图", "Vision"), "images": ("图片", "images"), "try": ("试一试", "Try"),
     "alias": ("别名", "alias"), "alias_add": ("添加别名", "Add an alias"), "alias_name": ("客户端用的名字", "Name that clients use"),
     "alias_targets": ("依次尝试的模型", "Models to try, in order"), "routes": ("别名与备用", "Aliases and fallbacks"),
-    "routes_hint": ("客户端用的名字（可含 *）→ 依次尝试的模型，用逗号分隔；从上往下第一个匹配的生效。需要按条件分流时写 JSON。",
-                    "A name that clients use, * allowed → the models to try, with commas between. The first match counts. "
-                    "For conditions, write JSON."),
-    "default_model": ("默认模型", "Default model"), "default_model_hint": ("没有指定模型，或没有人认领的客户端模型名",
-                                                                "For requests without a model, and for foreign names"),
-    "where": ("请求会去哪里？", "Where does it go?"), "where_label": ("客户端请求的模型", "Model a client asks for"),
-    "where_more": ("请求的条件", "What the request is like"), "where_tokens": ("输入 token", "Input tokens"),
+    "routes_hint": ("左边是客户端用的名字（可含 *），右边是依次尝试的模型，用逗号分隔；从上往下第一个匹配的生效。"
+                    "需要按条件分流时写 JSON。",
+                    "Left: a name that clients use, * allowed. Right: the models to try in order, separated by commas. "
+                    "The first row that matches counts. For conditions, write JSON."),
+    "default_model": ("默认模型", "Default model"), "default_model_hint": (
+        "请求没有指定模型，或用了 claude-*、gpt-* 等别家的名字时使用",
+        "For requests without a model, or with a foreign name such as claude-* or gpt-*"),
+    "where": ("请求会去哪里？", "Where does a request go?"), "where_label": ("客户端请求的模型", "Model a client asks for"),
+    "where_more": ("请求的条件", "Conditions of the request"), "where_tokens": ("输入 token", "Input tokens"),
     "with_images": ("含图片", "Images"), "with_thinking": ("开启思考", "Thinking"), "with_tools": ("带工具", "Tools"),
     "else_then": ("失败则", "else"),
     # keys and limits
@@ -17005,27 +17028,30 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "keys_open": ("现在不需要密钥，只有本机可以访问。添加第一个密钥后，所有请求都要带密钥。",
                   "No key is needed now, and only this machine has access. Once there is a key, every request needs one."),
     "keys_needed": ("所有请求都要带上下面的一个密钥。", "Every request must carry one of these keys."),
-    "key_add": ("添加密钥", "Add a key"), "key_create": ("生成密钥", "Make the key"), "key_name": ("名称", "Name"),
-    "key_name_hint": ("给谁或什么用的", "Who or what it is for"), "key_models": ("可用模型", "Models"),
-    "key_models_hint": ("用逗号分隔，可含 *；留空为全部", "With commas between, * allowed; empty is all"),
-    "all_models": ("全部", "all"), "key_expires_hint": ("当天结束时失效；留空则长期有效", "At the end of that day; empty: never"),
-    "key_new": ("{name} 的新密钥", "The new key of {name}"),
+    "key_add": ("添加密钥", "Add a key"), "key_create": ("生成密钥", "Create the key"), "key_name": ("名称", "Name"),
+    "key_name_hint": ("给谁或什么用的；不能含空格、逗号和斜杠", "Who or what it is for; no spaces, commas or slashes"), "key_models": ("可用模型", "Models"),
+    "key_models_hint": ("用逗号分隔，可含 *；留空为全部", "Separated by commas, * allowed. Empty: all models"),
+    "all_models": ("全部", "all"), "key_expires_hint": ("当天结束时失效；留空则长期有效", "At the end of that day. Empty: never"),
+    "key_new": ("{name} 的新密钥", "New key for {name}"),
     "key_once": ("请现在复制：只保存了它的摘要，以后无法再次显示。",
                  "Copy it now: only its hash is kept, so it can't be shown again."),
-    "key_copy": ("复制密钥", "Copy the key"), "key_kept": ("我已保存", "I have kept it"),
+    "key_copy": ("复制密钥", "Copy the key"), "key_kept": ("我已保存", "I have saved it"),
     "key_remove": ("删除密钥 {name}？使用它的客户端会立即失去访问权限。",
                    "Remove the key {name}? Clients that use it lose access at once."),
     "custom_key": ("固定密钥", "Fixed key"), "custom_key_hint": ("设置项 custom_api_key", "the setting custom_api_key"),
     "expired": ("已过期", "expired"), "expires": ("到期", "Expires"), "created": ("创建于", "Created"), "never": ("永不", "never"),
     "limits": ("限额", "Limits"), "limit_rpm": ("每分钟请求", "Requests / minute"), "limit_rph": ("每小时请求", "Requests / hour"),
     "limit_rpd": ("每天请求", "Requests / day"), "limit_tpd": ("每天 token", "Tokens / day"), "limit_concurrency": ("并发", "At once"),
-    "address_limits": ("每个地址的限额", "Limits of each address"),
+    "address_limits": ("每个地址的限额", "Limits per address"),
     "address_limits_hint": ("对每个客户端 IP 分别计算，与密钥无关。", "Counted for each client address, whatever its key."),
     # instances, about
-    "instances": ("实例", "Instances"), "instances_hint": ("这个服务目前单独运行。", "This server runs on its own."),
+    "instances": ("实例", "Instances"), "instances_hint": (
+        "这个服务单独运行。要再开一个，请用另外的 --port 和 --config-dir 启动 iflow2api。",
+        "This server runs on its own. To run another one, start iflow2api with a --port and --config-dir of its own."),
     "name": ("名称", "Name"), "this_one": ("当前", "this one"), "version": ("版本", "Version"), "started": ("启动于", "Started"),
     "platform": ("平台", "Platform"), "executable": ("解释器", "Executable"), "memory": ("内存", "Memory"),
-    "threads": ("线程", "Threads"), "path_config": ("配置文件", "Configuration"), "path_usage": ("用量记录", "Usage book"),
+    "threads": ("线程", "Threads"), "path_program": ("程序", "Program"), "path_iflow": ("iFlow CLI 设置", "iFlow CLI settings"),
+    "path_config": ("配置文件", "Configuration"), "path_usage": ("用量记录", "Usage book"),
     "path_log": ("日志文件", "Log file"), "diagnostics": ("诊断信息", "Diagnostics"),
     "diagnostics_hint": ("反馈问题时请附上，其中不含密钥。", "For bug reports. There are no secrets in it."),
     "documents": ("接口文档", "API documents"),
@@ -17035,7 +17061,7 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "group_clients": ("客户端与访问", "Clients and access"), "group_iflow": ("iFlow", "iFlow"),
     "group_logs": ("日志与用量", "Logs and usage"), "group_appearance": ("界面", "Appearance"),
     "unit_s": ("秒", "seconds"), "unit_bytes": ("字节", "bytes"), "unit_days": ("天", "days"),
-    "automatic": ("自动", "automatic"), "one_a_line": ("每行一个", "One a line"), "not_set": ("未设置", "not set"),
+    "automatic": ("自动", "automatic"), "one_a_line": ("每行一个", "One per line"), "not_set": ("未设置", "not set"),
     "empty": ("空", "empty"), "on": ("开启", "on"), "off": ("关闭", "off"), "unset": ("未设置", "not set"),
     "default": ("默认", "default"), "to_default": ("恢复默认", "Use the default"),
     "origin_file": ("已修改", "changed"), "origin_environment": ("环境变量", "environment"), "origin_flag": ("命令行", "flag"),
@@ -17043,14 +17069,14 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "from_environment": ("由环境变量 {name} 指定，此处不能修改", "Given by the variable {name}; it can't be changed here"),
     "needs_restart": ("需重启", "needs restart"), "changes_n": ("{n} 项未保存", "{n} unsaved {n:change|changes}"),
     "saved_restart": ("已保存，重启后生效", "Saved; some of it takes effect after a restart"),
-    "conflict": ("同时有人改了相同的设置", "Somebody else changed the same"),
+    "conflict": ("同时有人改了相同的设置", "Somebody else changed these settings too"),
     "conflict_lead": ("请逐项选择保留哪一个，没有内容会丢失。", "Choose for each which one to keep. Nothing is lost."),
     "yours": ("你的", "Yours"), "theirs": ("对方的", "Theirs"),
     # logs
     "logs_search": ("搜索日志…", "Search the log…"), "log_level": ("级别", "Level"), "level_debug": ("调试及以上", "Debug and above"),
     "level_info": ("信息及以上", "Info and above"), "level_warning": ("警告及以上", "Warnings and errors"),
     "level_error": ("仅错误", "Errors only"), "logs_new": ("{n} 条新日志", "{n} new {n:line|lines}"),
-    "logs_newest": ("回到最新", "Newest"), "logs_count": ("{n} 行", "{n} lines"), "download": ("下载", "Download"),
+    "logs_newest": ("回到最新", "Newest"), "logs_count": ("{n} 行", "{n} lines"), "logs_none": ("没有匹配的日志", "No line matches"), "download": ("下载", "Download"),
 }
 
 #: The playground, charts, usage and client setup: what the core has no look for.
@@ -17102,6 +17128,8 @@ padding:3px;background:var(--surface)}
 .play-settings>.stack{margin-top:14px}
 .play-pair{display:grid;grid-template-columns:1fr 1fr;gap:12px}
 .picker{position:relative;flex:1 1 220px;max-width:420px}
+.picker>input{padding-inline-end:28px;background:linear-gradient(45deg,transparent 50%,var(--muted) 50%) right 14px center/5px 5px,
+linear-gradient(135deg,var(--muted) 50%,transparent 50%) right 9px center/5px 5px,var(--surface);background-repeat:no-repeat}
 .picker-list{position:absolute;z-index:4;inset:calc(100% + 4px) 0 auto;max-height:min(320px,50vh);overflow-y:auto;
 padding:6px;
 list-style:none;background:var(--surface);border-radius:10px;box-shadow:var(--shadow-2);min-width:260px}
@@ -17877,6 +17905,7 @@ VIEWS.playground = {show(root) {
   api('models').then(({data, default_model: usual}) => {
     talk.model = talk.model || usual || '';
     picker.fill(data, talk.model);
+    if (!data.length) $('.empty', log)?.append(' ', el('a', {href: '#guide', text: t('providers_none')}));
   }).catch(error => error.name === 'AbortError' || toast(errorText(error), 'bad'));
   redraw();
   addEventListener('pagehide', keepTalk);
@@ -18110,7 +18139,7 @@ VIEWS.usage = {show(root) {
 
   const column = (key, render) => ({key, label: t('usage_' + key), align: 'end', render});
   const tokens = key => column(key, row => el('span', {title: fmt.number(row[key])},
-    (row.estimated && /put/.test(key) ? '~' : '') + fmt.tokens(row[key] || 0)));
+    (row.estimated && /put/.test(key) ? '≈ ' : '') + fmt.tokens(row[key] || 0)));
   const isPriced = row => row.cost !== null && row.cost !== undefined;
   const columns = priced => [{key: 'name', label: t('usage_by_' + now.by), css: 'break',
     render: row => row.sum ? t('usage_sum') : foreign(row.name || t('chart_nameless'), 'mono')},
@@ -18250,7 +18279,7 @@ _TEXTS_PLAY: Dict[str, Tuple[str, str]] = {
     "play_garbled": ("回答不是 JSON", "The answer is not JSON"), "play_first": ("首字 {time}", "first token {time}"),
     "play_total": ("共 {time}", "total {time}"),
     "play_tokens": ("输入 {input}，输出 {output} token", "{input} in, {output} out"),
-    "play_cached": ("缓存命中 {n}", "{n} cached"), "play_reasoning": ("思考 {n}", "{n} for thinking"),
+    "play_cached": ("缓存命中 {n}", "{n} cached"), "play_reasoning": ("思考 {n}", "{n} thinking"),
     "play_speed": ("{n} token/秒", "{n} tokens/s"), "play_stop_reason": ("结束原因：{reason}", "ended by: {reason}"),
     "play_settings": ("参数", "Parameters"), "play_system": ("系统提示词", "System prompt"),
     "play_temperature": ("温度", "Temperature"), "play_top_p": ("Top P", "Top P"),
@@ -18283,21 +18312,21 @@ _TEXTS_PLAY: Dict[str, Tuple[str, str]] = {
     "usage_first_s": ("平均首字", "First token"), "usage_total_s": ("平均耗时", "Duration"), "usage_cost": ("费用", "Cost"),
     "usage_sum": ("合计", "Total"), "usage_none": ("这段时间没有用量", "Nothing was used in this period"),
     "usage_off": ("用量记录已在设置里关闭。", "Usage is not recorded: it is off in the settings."),
-    "usage_estimated": ("~ 表示含估算：上游没有返回 token 数。", "~ is in part an estimate: the provider did not count the tokens."),
+    "usage_estimated": ("≈ 表示含估算：上游没有返回 token 数。", "≈ includes estimates: the provider did not report its tokens."),
     "usage_cost_hint": ("费用按设置里的价格（每百万 token）算出，币种与价格一致。",
-                        "Costs follow the prices in the settings (for a million tokens), in their currency."),
+                        "Costs come from the prices in the settings (per million tokens), in the same currency."),
     "usage_no_prices": ("在设置里填上价格，就能看到费用。", "Set prices in the settings to see costs here."),
     "clients_list": ("客户端", "Clients"), "clients_model": ("模型", "Model"), "clients_shell": ("系统或终端", "System or shell"),
-    "clients_address": ("服务地址：", "Address of the server:"), "clients_key": ("准备一个客户端密钥", "Have a client key ready"),
+    "clients_address": ("服务地址：", "Address of the server:"), "clients_key": ("准备一个客户端密钥", "Get a client key"),
     "clients_key_hint": ("下面的 YOUR_KEY 要换成它，变量 IFLOW2API_KEY 里放的也是它。还没有的话，在这里创建：",
-                         "It goes where YOUR_KEY stands below, or into the variable IFLOW2API_KEY. Make one under"),
+                         "It goes where YOUR_KEY stands below, or into the variable IFLOW2API_KEY. Create one under"),
     "clients_no_key": ("不需要密钥，里面的占位密钥照抄即可。", "No key is needed: leave the one in there as it is."),
     "clients_connect": ("接入 {client}", "Connect {client}"), "clients_copy": ("复制下面的内容。", "Copy what is below."),
     "clients_either": ("下面的方式任选一种。", "Any one of these will do."),
     "clients_form": ("在客户端里找到对应的位置，逐项填入。", "Find these places in the client and fill them in."),
     "clients_terminal": ("在终端里运行", "In a terminal"),
     "clients_window": ("只对当前终端窗口有效，请接着在同一个窗口里操作。",
-                       "It holds for this terminal window only; go on in the same one."),
+                       "It holds for this terminal window only: start the client in the same one."),
     "clients_file": ("合并到这个文件里。", "Merge it into this file."),
     "clients_try": ("发一条消息试试", "Send a message"),
     "clients_try_hint": ("收到的请求会马上出现在这里：", "The request shows up at once in the"),
