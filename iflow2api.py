@@ -14087,7 +14087,8 @@ def show_about(handler: Handler) -> None:
     """GET /admin/api/about; `diagnostics` is for bug reports and holds no secret."""
     server = handler.server
     gateway, config = server.gateway, server.gateway.config
-    paths = {"program": os.path.abspath(__file__), "iflow": os.path.expanduser(IFLOW_FILE)}
+    source = show_about.__code__.co_filename                     # __file__ may be its byte code
+    paths = {"program": os.path.abspath(source), "iflow": os.path.expanduser(IFLOW_FILE)}
     if config is not None:
         paths.update(config=config.path, usage=os.path.join(config.folder, "usage.jsonl"), log=log_path(gateway))
     facts = {"version": __version__, "python": sys.version.split()[0], "platform": sys.platform,
