@@ -467,15 +467,10 @@ def one_line(text: Any, limit: int = 300) -> str:
     return line if len(line) <= limit else line[:limit - 1] + "…"
 
 
-def near_names(name: str, names: Iterable[str], cutoff: float = 0.5) -> List[str]:
-    """The up to three of `names` that a mistyped `name` may have meant."""
-    import difflib                       # only on the way to an error message
-    return difflib.get_close_matches(name, list(names), 3, cutoff)
-
-
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
     """`; did you mean …?` for a mistyped name, empty where nothing is near."""
-    near = near_names(name, names, cutoff)
+    import difflib                       # only on the way to an error message
+    near = difflib.get_close_matches(name, list(names), 3, cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -2265,7 +2260,7 @@ CHINESE: Dict[str, str] = {
     "{} (the settings in force stay)": "{}（沿用原来的设置）",
     "{} (left as it is)": "{}（保持不变）",
     "{} (the iFlow CLI's file; nothing is written to it)": "{}（这是 iFlow CLI 的文件，没有写入任何内容）",
-    "{}; did you mean {}?": "{}；您是不是要输入 {}？", "{} or {}": "{} 或 {}",
+    "; did you mean {}?": "；您是不是要输入 {}？", "{}; did you mean {}?": "{}；您是不是要输入 {}？", "{} or {}": "{} 或 {}",
     "{} expected": "需要{}", "{} expected, not {}": "需要{}，而不是 {}",
     "a string": "文字", "a whole number": "整数", "a number": "数字", "true or false": " true 或 false", "a list": "列表",
     "an object": "对象", "a list as JSON": " JSON 列表", "an object as JSON": " JSON 对象",
@@ -18847,8 +18842,6 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 TEXTS: Dict[str, Tuple[str, str]] = {
     "error": ("错误：{text}", "error: {text}"),
     "warning": ("警告：{text}", "warning: {text}"),
-    "near": ("；您是不是要输入 {names}？", "; did you mean {names}?"),
-    "or": (" 或 ", " or "),
     "see": ("（用法：{program} {command}--help）", " (see: {program} {command}--help)"),
     # the card
     "address": ("地址", "address"),
@@ -18868,8 +18861,6 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "no_key": ("本机访问无需密钥", "need no key on this machine"),
     "logged_in": ("iFlow 已登录", "iFlow: logged in"),
     "not_logged_in": ("iFlow 未登录；登录：{program} login", "iFlow: not logged in; to log in: {program} login"),
-    "next_provider": ("指定一个上游：\n{program} --upstream URL --api-key '$NAME'",
-                      "stop it and give it a model:\n{program} --upstream URL --api-key '$NAME'"),
     "next_preset": ("添加一个上游：\n{program} provider presets", "add a provider:\n{program} provider presets"),
     "next_repair": ("检查上游：\n{program} test", "see what is wrong:\n{program} test"),
     "next_client": ("在客户端填写 {url}/v1\n（Anthropic 客户端填 {url}）",
@@ -19132,12 +19123,6 @@ def _row(label: str, *columns: str) -> None:
     print(label + " " * max(2, 10 - columns_of(label)) + "  ".join(shown))
 
 
-def _near(name: str, names: Iterable[str]) -> str:
-    """What a mistyped name may have meant, as the end of a sentence."""
-    near = near_names(name, names)
-    return tr("near", names=tr("or").join(near)) if near else ""
-
-
 def _expected(name: str) -> str:
     """What a setting may be, in words."""
     facts = SETTING[name].metadata
@@ -19301,18 +19286,15 @@ def _card_access(gateway: Gateway, had_key: bool) -> List[Tuple[str, str, str]]:
         rows = [(tr("clients"), tr("new_key", host=gateway.settings.host), ""), ("", key, "bold")]
     else:
         rows = [(tr("clients"), tr("key_needed", key=mask(key)) if key else tr("no_key"), "")]
-    if gateway.health()["iflow_logged_in"]:
-        rows.append((tr("login"), tr("logged_in"), ""))
-    elif "login" in COMMANDS:
-        rows.append((tr("login"), tr("not_logged_in"), ""))
-    return rows
+    logged_in = gateway.health()["iflow_logged_in"]
+    return [*rows, (tr("login"), tr("logged_in") if logged_in else tr("not_logged_in"), "")]
 
 
 def _next_step(gateway: Gateway, server: Server) -> str:
     """The one thing to do now."""
     providers = gateway.state.router.providers.values()
     if not providers:
-        return tr("next_preset") if "provider" in COMMANDS else tr("next_provider")
+        return tr("next_preset")
     if all(provider.problem for provider in providers):
         return tr("next_repair")
     return tr("next_client", url=server.url)
@@ -19911,7 +19893,7 @@ def _setting_name(args: Any) -> str:
     if not args.key:
         raise UsageError(tr("config_no_key", action=args.action))
     if args.key not in SETTING:
-        raise UsageError(tr("no_setting", name=args.key, near=_near(args.key, SETTING)))
+        raise UsageError(tr("no_setting", name=args.key, near=nearest(args.key, SETTING)))
     return args.key
 
 
@@ -20322,12 +20304,12 @@ COMMANDS: Dict[str, Command] = {
     "version": Command(cmd_version, ("显示版本", "print the version")),
 }
 
-#: The groups of the help text, in which commands stand in this order; one that is named nowhere is among the last.
+#: The groups of the help text, in which commands stand in this order.
 COMMAND_GROUPS: Tuple[Tuple[str, Tuple[str, ...]], ...] = (
-    ("group_run", ("serve", "stop", "restart", "instance")),
+    ("group_run", ("serve",)),
     ("group_setup", ("login", "logout", "provider", "config", "key", "routes", "env", "admin")),
-    ("group_look", ("status", "models", "test", "usage", "logs", "gui")),
-    ("group_more", ("autostart", "service", "docker", "update", "completion", "version")))
+    ("group_look", ("status", "models", "test", "usage", "logs")),
+    ("group_more", ("completion", "version")))
 
 
 def _flag_rows(arguments: Iterable[Tuple[str, Json]]) -> List[Tuple[str, str]]:
@@ -20336,20 +20318,14 @@ def _flag_rows(arguments: Iterable[Tuple[str, Json]]) -> List[Tuple[str, str]]:
     for flag, facts in arguments:
         names = f"{facts['short']}, {flag}" if "short" in facts else flag
         value = facts.get("metavar") or "|".join(facts.get("choices", ()))
-        names += f" {value}" if value and _takes_value(facts) else ""
-        rows.append((names, CONSOLE.text(facts.get("help", ""))))
+        rows.append((f"{names} {value}" if value else names, CONSOLE.text(facts["help"])))
     return rows
 
 
-def _takes_value(facts: Json) -> bool:
-    return not str(facts.get("action", "")).startswith(("store_", "count", "append_const"))
-
-
-def _positional(name: str, facts: Json) -> str:
+def _positional(facts: Json) -> str:
     """An argument without a flag as the usage line shows it."""
-    text = "|".join(facts.get("choices", ())) or facts.get("metavar") or name.upper()
-    many = "..." if facts.get("nargs") in ("*", "+") else ""
-    return f"[{text}{many}]" if facts.get("nargs") in ("?", "*") else text + many
+    text = "|".join(facts.get("choices", ())) or facts["metavar"]
+    return f"[{text}]" if "nargs" in facts else text
 
 
 def _section(title: str, rows: Sequence[Tuple[str, str]], width: int = 0) -> List[str]:
@@ -20365,12 +20341,12 @@ def _examples(examples: Sequence[str]) -> List[str]:
 def command_help(name: str) -> str:
     """`NAME --help`."""
     command = COMMANDS[name]
-    places = [(flag, facts) for flag, facts in command.arguments if flag[0] != "-"]
+    places = [facts for flag, facts in command.arguments if flag[0] != "-"]
     flags = [(flag, facts) for flag, facts in command.arguments if flag[0] == "-"]
-    usage = " ".join([PROGRAM, name, *(_positional(*place) for place in places), "[FLAGS]"])
+    usage = " ".join([PROGRAM, name, *map(_positional, places), "[FLAGS]"])
     lines = [f"iflow2api {name}: {CONSOLE.text(command.help)}", "", *wrap(f"{tr('usage')}: {usage}", CONSOLE.columns)]
-    lines += _section(tr("arguments"), [(_positional(name, facts).strip("[]"), CONSOLE.text(facts.get("help", "")))
-                                        for name, facts in places])
+    lines += _section(tr("arguments"), [(_positional(facts).strip("[]"), CONSOLE.text(facts["help"]))
+                                        for facts in places])
     lines += _section(tr("flags"), [*_flag_rows(flags), ("--config-dir DIR", tr("config_dir"))])
     return "\n".join(lines + _examples(command.examples)) + "\n"
 
@@ -20378,12 +20354,8 @@ def command_help(name: str) -> str:
 def program_help() -> str:
     """`--help`: every command in its group, and the flags of serve, which is the command where none is named."""
     lines = [f"iflow2api {__version__}: {tr('about')}", "", f"{tr('usage')}: {PROGRAM} [COMMAND] [FLAGS]"]
-    placed = {name for group, names in COMMAND_GROUPS for name in names}
     for group, names in COMMAND_GROUPS:
-        shown = [name for name in names if name in COMMANDS]
-        if group == COMMAND_GROUPS[-1][0]:
-            shown += [name for name in COMMANDS if name not in placed]
-        rows = [(name, CONSOLE.text(COMMANDS[name].help)) for name in shown]
+        rows = [(name, CONSOLE.text(COMMANDS[name].help)) for name in names]
         lines += _section(tr(group), rows, max(map(len, COMMANDS)))
     flags = [*_flag_rows(COMMANDS["serve"].arguments), ("--config-dir DIR", tr("config_dir")),
              ("-h, --help", tr("help_flag"))]
@@ -20409,10 +20381,10 @@ def _complaint(message: str, command: str) -> str:
     facts = {name: one_line(value, 200) for name, value in found[0].groupdict().items()}     # type: ignore[union-attr]
     entries = dict(_arguments_of(command))
     if found[1] == "missing":
-        facts["flag"] = " ".join(_positional(name, entry) for name, entry in entries.items() if name[0] != "-")
+        facts["flag"] = " ".join(_positional(entry) for name, entry in entries.items() if name[0] != "-")
     if "choices" in facts:
         names = re.findall(r"[\w.-]+", facts["choices"])
-        facts.update(choices=", ".join(names), near=_near(facts["value"].strip("'"), names))
+        facts.update(choices=", ".join(names), near=nearest(facts["value"].strip("'"), names))
     facts["flag"] = facts["flag"].split("/")[-1]
     return tr(found[1], command=command, metavar=entries.get(facts["flag"], {}).get("metavar", "VALUE"), **facts)
 
@@ -20420,7 +20392,18 @@ def _complaint(message: str, command: str) -> str:
 def _arguments_of(command: str) -> List[Tuple[str, Json]]:
     """A command's arguments with those that every command has."""
     arguments = COMMANDS[command].arguments if command in COMMANDS else ()
-    return [*arguments, ("--config-dir", {"metavar": "DIR"}), ("--help", {"action": "store_true", "short": "-h"})]
+    return [*arguments, ("--config-dir", {"metavar": "DIR"}), ("--help", {"action": "help", "short": "-h"})]
+
+
+def _flags_of(command: str) -> Dict[str, Json]:
+    """Every spelling of a command's flags; those with an `action` take no value."""
+    return {name: facts for flag, facts in _arguments_of(command) if flag[0] == "-"
+            for name in (flag, facts.get("short")) if name}
+
+
+def _misuse(text: str, command: str = "") -> UsageError:
+    """An error that ends on where to read how it is done."""
+    return UsageError(text + tr("see", command=command + " " if command else ""))
 
 
 def build_parser() -> Any:
@@ -20430,7 +20413,7 @@ def build_parser() -> Any:
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             command = self.prog.partition(" ")[2]
-            raise UsageError(_complaint(message, command) + tr("see", command=command + " " if command else ""))
+            raise _misuse(_complaint(message, command), command)
 
         def format_help(self) -> str:
             command = self.prog.partition(" ")[2]
@@ -20439,10 +20422,9 @@ def build_parser() -> Any:
     parser = Parser(prog="iflow2api.py", allow_abbrev=False)
     parser.add_argument("--version", action="store_true")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        child = commands.add_parser(name, allow_abbrev=False)
-        child.add_argument("--config-dir", metavar="DIR")
-        for flag, facts in command.arguments:
+    for name in COMMANDS:
+        child = commands.add_parser(name, allow_abbrev=False, add_help=False)
+        for flag, facts in _arguments_of(name):
             names = [facts["short"], flag] if "short" in facts else [flag]
             child.add_argument(*names, **{key: value for key, value in facts.items() if key not in ("help", "short")})
     return parser
@@ -20452,8 +20434,7 @@ def _in_order(argv: Sequence[str]) -> List[str]:
     """`argv` as command, arguments, flags.  argparse takes a flag for the end of optional arguments."""
     words: List[str] = []
     flags: List[str] = []
-    valued = {name for command in COMMANDS for flag, facts in _arguments_of(command) if _takes_value(facts)
-              for name in (flag, facts.get("short")) if name and name[0] == "-"}
+    valued = {name for command in COMMANDS for name, facts in _flags_of(command).items() if "action" not in facts}
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -20474,23 +20455,21 @@ def _parse_args(argv: Sequence[str]) -> Any:
     words = _in_order(argv)
     if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
         if argv and argv[0][:1] != "-":
-            text = tr("no_command", name=one_line(argv[0], 60), near=_near(argv[0], COMMANDS))
-            raise UsageError(text + tr("see", command=""))
+            raise _misuse(tr("no_command", name=one_line(argv[0], 60), near=nearest(argv[0], COMMANDS)))
         words.insert(0, "serve")
     args, stray = build_parser().parse_known_args(words)
     if stray:
         worst = next((word for word in stray if word[0:1] == "-"), stray[0])
-        command = args.command or ""
-        raise UsageError(_stray_word(worst, command) + tr("see", command=command + " " if command else ""))
+        raise _misuse(_stray_word(worst, args.command or ""), args.command or "")
     return args
 
 
 def _stray_word(word: str, command: str) -> str:
     if word[:1] != "-":
-        return tr("stray", command=command, word=one_line(word, 60), near=_near(word, COMMANDS))
+        return tr("stray", command=command, word=one_line(word, 60), near=nearest(word, COMMANDS))
     flag = word.partition("=")[0]
     return tr("unknown_flag", command=command, flag=one_line(flag, 60),
-              near=_near(flag, [name for name, facts in _arguments_of(command) if name[0] == "-"]))
+              near=nearest(flag, [name for name, facts in _arguments_of(command) if name[0] == "-"]))
 
 
 # --- completion --------------------------------------------------------------
@@ -20500,34 +20479,27 @@ class CompletionWords:
 
     def __init__(self) -> None:
         #: flags by command; "" is what serve takes without being named
-        self.flags = {name: [word for flag, facts in _arguments_of(name) for word in (flag, facts.get("short"))
-                             if word and word[0] == "-"] for name in COMMANDS}
+        self.flags = {name: list(_flags_of(name)) for name in COMMANDS}
         self.flags[""] = self.flags["serve"]
         #: words by the words before them: "config get" -> names of settings
         self.words: Dict[str, List[str]] = {"": list(COMMANDS)}
         #: values by flag, [] where nobody knows them
         self.values: Dict[str, List[str]] = {}
-        for name in COMMANDS:
-            self._add(name)
-        for action in ("get", "set", "unset") if "config" in COMMANDS else ():
+        for name, command in COMMANDS.items():
+            first = next((facts for word, facts in command.arguments if word[0] != "-"), {})
+            if "choices" in first:
+                self.words[name] = list(first["choices"])
+            for flag, facts in _flags_of(name).items():
+                if "action" not in facts:
+                    item = SETTING.get(facts.get("dest", flag.strip("-").replace("-", "_")))
+                    choices = facts.get("choices") or (item.metadata.get("choices") if item else ())
+                    self.values[flag] = list(choices or ())
+        for action in ("get", "set", "unset"):
             self.words[f"config {action}"] = list(SETTING)
         for name, item in SETTING.items():
             choices = item.metadata.get("choices") or (("true", "false") if item.metadata["kind"] == "bool" else ())
             if choices:
                 self.words[f"config set {name}"] = [choice for choice in choices if choice]
-
-    def _add(self, command: str) -> None:
-        first = True
-        for flag, facts in _arguments_of(command):
-            if flag[0] == "-" and _takes_value(facts):
-                item = SETTING.get(facts.get("dest", flag.strip("-").replace("-", "_")))
-                choices = facts.get("choices") or (item.metadata.get("choices") if item else ())
-                self.values.update((name, list(choices or ())) for name in (flag, facts.get("short")) if name)
-            elif flag[0] != "-" and first:
-                self.words[command] = list(facts.get("choices", ()))
-                first = False
-        if not self.words.get(command):
-            self.words.pop(command, None)
 
     def sets(self) -> List[Tuple[str, List[str]]]:
         """The values of flags that have known ones."""
