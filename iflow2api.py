@@ -1331,6 +1331,17 @@ class ConfigFile:
             return locked
 
 
+def entries_of(raw: Json, name: str) -> List[Any]:
+    """A list in config.json, [] where it is none."""
+    return raw[name] if isinstance(raw.get(name), list) else []
+
+
+def name_of(entry: Any) -> str:
+    """The name of an entry of `providers` or `client_keys`, "" where it has none."""
+    name = entry.get("name") if isinstance(entry, dict) else None
+    return name if isinstance(name, str) else ""
+
+
 class ConfigVersions:
     """What config.json held whenever it was shown, so that who writes learns what somebody else has changed since.
 
@@ -1349,8 +1360,8 @@ class ConfigVersions:
 
         found = {name: digest(value) for name, value in raw.items()}
         for name in ("providers", "client_keys"):
-            entries = raw.get(name) if isinstance(raw.get(name), list) else []
-            found.update((f"{name}/{entry.get('name')}", digest(entry)) for entry in entries if isinstance(entry, dict))
+            found.update((f"{name}/{entry.get('name')}", digest(entry)) for entry in entries_of(raw, name)
+                         if isinstance(entry, dict))
         return found
 
     def note(self, raw: Json) -> str:
@@ -1456,7 +1467,7 @@ def parse_expiry(text: Any) -> float:
 
 def parse_client_key(entry: Any) -> ClientKey:
     """One entry of `client_keys`; ValueError says what is wrong with it."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not _NAME.fullmatch(entry["name"]):
+    if not _NAME.fullmatch(name_of(entry)):
         raise ValueError("an object with a name without blanks, commas and slashes expected; `key add` makes one")
     unknown = sorted(set(entry) - {"name", "sha256", "models", "expires", "created", *LIMIT_FIELDS})
     if unknown:
@@ -1645,7 +1656,7 @@ def _resolve_secret(text: Any, environ: Mapping[str, str]) -> str:
         raise ValueError("a secret of it is encrypted and can't be opened")
     if text.startswith("$$"):
         return text[1:]
-    if re.fullmatch(r"\$[A-Za-z_]\w*", text):
+    if _REFERENCE.fullmatch(text):
         if not environ.get(text[1:]):
             raise ValueError(f"the environment variable {text[1:]} is not set")
         text = environ[text[1:]]
@@ -1664,16 +1675,15 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
 
     ValueError where there is not even a name to call it by.
     """
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not _NAME.fullmatch(entry["name"]):
+    if not _NAME.fullmatch(name_of(entry)):
         raise ValueError("each provider needs a name without blanks, commas and slashes")
-    name = entry["name"]
     try:
-        return _parse_provider(name, entry, environ)
+        return _parse_provider(entry, environ)
     except ValueError as exc:
-        return Provider(name, problem=str(exc))
+        return Provider(entry["name"], problem=str(exc))
 
 
-def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provider:
+def _parse_provider(entry: Json, environ: Mapping[str, str]) -> Provider:
     for key, kind in _PROVIDER_KINDS.items():
         value = entry.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)):
@@ -1689,7 +1699,7 @@ def _parse_provider(name: str, entry: Json, environ: Mapping[str, str]) -> Provi
                     for key, value in given.get("headers", {}).items())
     facts = dict(map(_parse_model, given.get("models", ())))
     profile, slips = _parse_profile(given.get("profile", {}))
-    return Provider(**{**given, "name": name, "base_url": clean_base_url(given.get("base_url", "")), "api_keys": keys,
+    return Provider(**{**given, "base_url": clean_base_url(given.get("base_url", "")), "api_keys": keys,
                        "headers": headers, "models": tuple(facts), "facts": facts, "profile": profile,
                        "slips": tuple(slips)})
 
@@ -1958,7 +1968,7 @@ def hide_secrets(name: str, value: Any) -> Any:
 
 def _hide_in_provider(entry: Json) -> Json:
     def hide(text: Any) -> Any:
-        return text if isinstance(text, str) and re.fullmatch(r"\$\w+", text) else mask(str(text))
+        return text if isinstance(text, str) and _REFERENCE.fullmatch(text) else mask(str(text))
 
     shown = dict(entry)
     for name, value in entry.items():
@@ -19144,10 +19154,10 @@ def _parse_for(where: str, name: str, text: str) -> Any:
         raise UsageError(tr("bad_value", where=where, value=shown, expected=_expected(name))) from None
 
 
-def _read_key(text: str) -> str:
+def _read_key(text: str, variable: str = "NAME") -> str:
     """A key given on the command line: `$NAME`, `-` for standard input, or itself, with a warning."""
     if not text:
-        raise UsageError("--api-key is empty: the shell has replaced the variable; put it in single quotes: '$NAME'")
+        raise UsageError(f"--api-key is empty: the shell has replaced the variable; put it in single quotes: '${variable}'")
     if text == "-":
         text = sys.stdin.readline().strip()
         if not text:
@@ -19498,6 +19508,11 @@ def _further_problems(problems: Iterable[str]) -> List[str]:
     return [problem for problem in problems if not re.match(r"provider \S+ is disabled: ", problem)]
 
 
+def _say_problems(problems: Iterable[str]) -> None:
+    for problem in problems:
+        _say(f"problem: {one_line(problem, 300)}")
+
+
 def _how_it_runs(health: Optional[Json]) -> str:
     if not health:
         return "not running"
@@ -19549,19 +19564,24 @@ def cmd_models(args: Any) -> int:
 
 def cmd_test(args: Any) -> int:
     """One tiny real request to each provider, or to the one named."""
-    gateway = _gateway_of(args)
+    return _test_each(_gateway_of(args), args.provider, _probe,
+                      "no provider to test: add one with `provider add`, or give --upstream URL")
+
+
+def _test_each(gateway: Gateway, name: Optional[str], test: Callable[[Gateway, Provider], Tuple[bool, str]],
+               none: str) -> int:
+    """What a test says of each provider, or of the one named, a line each; `none` is said where there is none."""
     providers = gateway.current().router.providers
-    if args.provider and args.provider not in providers:
-        raise UsageError(f"there is no provider {args.provider!r}" + nearest(args.provider, providers))
-    if not providers:
-        _say("no provider to test: add one with `provider add`, or give --upstream URL")
-        return 1
-    failed = 0
-    for name in [args.provider] if args.provider else providers:
-        ok, line = _probe(gateway, providers[name])
-        failed += not ok
+    if name and name not in providers:
+        raise UsageError(f"there is no provider {name!r}" + nearest(name, providers))
+    failed = not providers
+    if failed:
+        _say(none)
+    for name in [name] if name else providers:
+        ok, line = test(gateway, providers[name])
         print(local(f"{name}: {line}"))
-    return 1 if failed else 0
+        failed |= not ok
+    return int(failed)
 
 
 def _probe(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
@@ -19601,8 +19621,7 @@ def _provider_list(args: Any) -> int:
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
         facts = f"{provider.base_url}  {keys}  {len(provider.models)} models"
         print(local(f"{provider.name}{mark}  {provider.problem or facts}"))
-    for problem in _further_problems(router.problems):
-        _say(f"problem: {one_line(problem, 300)}")
+    _say_problems(_further_problems(router.problems))
     if not router.providers:
         _say("no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL")
     return 0
@@ -19636,14 +19655,11 @@ def _preset(name: str) -> Preset:
 
 def _stored_key(text: str, variable: str) -> str:
     """A key as config.json is to hold it: `$NAME` stays `$NAME`, so that the secret itself is not in the file."""
-    if not text:
-        raise UsageError("--api-key is empty: the shell has replaced the variable; put it in single quotes: "
-                         f"'${variable or 'NAME'}'")
-    if re.fullmatch(r"\$[A-Za-z_]\w*", text):
+    if _REFERENCE.fullmatch(text):
         if not os.environ.get(text[1:]):
             _say(f"note: {text[1:]} is not set here; set it where the server starts")
         return text
-    key = _read_key(text) if not text.startswith("$") else text
+    key = text if text.startswith("$") else _read_key(text, variable or "NAME")
     return "$" + key if text == "-" and key.startswith("$") else key
 
 
@@ -19657,7 +19673,7 @@ def _new_provider(args: Any) -> Json:
     variable = preset.key if preset else ""
     key = args.api_key if args.api_key is not None else "$" + variable if variable else None
     entry["api_keys"] = [] if key is None else [_stored_key(key, variable)]
-    literal = [key for key in entry["api_keys"] if not re.fullmatch(r"\$\w+", key)]
+    literal = [key for key in entry["api_keys"] if not _REFERENCE.fullmatch(key)]
     try:
         provider = parse_provider({**entry, "api_keys": literal}, os.environ)
     except ValueError as exc:
@@ -19674,7 +19690,7 @@ def _provider_add(args: Any) -> int:
 
     def add(raw: Json) -> None:
         providers = _raw_providers(raw)
-        if any(isinstance(known, dict) and known.get("name") == args.name for known in providers):
+        if args.name in map(name_of, providers):
             raise UsageError(f"there is a provider {args.name} already; `provider remove {args.name}` first, "
                              "or choose another NAME")
         raw["providers"] = providers + [entry]
@@ -19691,11 +19707,9 @@ def _provider_remove(args: Any) -> int:
 
     def remove(raw: Json) -> None:
         providers = _raw_providers(raw)
-        names = [known.get("name") for known in providers if isinstance(known, dict)]
-        if args.name not in names:
-            raise UsageError(f"config.json has no provider {args.name!r}" + nearest(args.name, filter(None, names)))
-        raw["providers"] = [known for known in providers
-                            if not isinstance(known, dict) or known.get("name") != args.name]
+        if args.name not in map(name_of, providers):
+            raise UsageError(f"config.json has no provider {args.name!r}" + nearest(args.name, map(name_of, providers)))
+        raw["providers"] = [known for known in providers if name_of(known) != args.name]
         if raw.get("default_provider") == args.name:
             del raw["default_provider"]
 
@@ -19712,21 +19726,16 @@ def _raw_providers(raw: Json) -> List[Any]:
 def _provider_test(args: Any) -> int:
     """One line for each provider: what works, what does not, and why."""
     gateway = _gateway_of(args)
-    providers = gateway.current().router.providers
-    if args.name and args.name not in providers:
-        hint = f"; add it first: provider add {args.name}" if args.name in PRESETS else nearest(args.name, providers)
-        raise UsageError(f"there is no provider {args.name!r}{hint}")
-    if not providers:
-        _say("no provider to test: add one with `provider add NAME`")
-        return 1
-    failed = 0
-    for name in [args.name] if args.name else providers:
-        checks = examine(gateway, providers[name])
-        broken = next((check.message for check in checks[:3] if check.ok is False), "")
-        said = f"does not work, {broken}" if broken else ", ".join(c.message for c in checks if c.message)
-        print(local(f"{name}: {said}"))
-        failed += any(not check.ok for check in checks)
-    return 1 if failed else 0
+    if args.name in PRESETS and args.name not in gateway.current().router.providers:
+        raise UsageError(f"there is no provider {args.name!r}; add it first: provider add {args.name}")
+    return _test_each(gateway, args.name, _examined, "no provider to test: add one with `provider add NAME`")
+
+
+def _examined(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
+    checks = examine(gateway, provider)
+    broken = next((check.message for check in checks[:3] if check.ok is False), "")
+    said = f"does not work, {broken}" if broken else ", ".join(check.message for check in checks if check.message)
+    return all(check.ok for check in checks), said
 
 
 def cmd_version(args: Any) -> int:
@@ -19744,8 +19753,8 @@ def cmd_env(args: Any) -> int:
         raise UsageError("the server takes a free port at each start (port 0): say with --port which one it has printed")
     health = _ask_running(settings)
     if health is None:
-        _say(local(f"no iflow2api answers at {url_of(settings.host, settings.port)} now; if it runs elsewhere, say so with "
-                   "--host and --port"))
+        _say(f"no iflow2api answers at {url_of(settings.host, settings.port)} now; if it runs elsewhere, say so with "
+             "--host and --port")
     its = str((health or {}).get("default_model") or "")     # with --demo and --upstream it has its own
     model = args.default_model or (its if its != router.default_model else "")
     key = settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed")
@@ -19753,7 +19762,7 @@ def cmd_env(args: Any) -> int:
              **claude_words(router, model)}
     if args.json:
         if key == "$IFLOW2API_KEY":
-            _say(local("put a key instead of YOUR_KEY; `key add NAME` makes one"))
+            _say("put a key instead of YOUR_KEY; `key add NAME` makes one")
             words["KEY"] = "YOUR_KEY"
         print(json_text({"env": env_values(args.client, words)}))
     else:
@@ -19908,8 +19917,7 @@ def _config_list(args: Any) -> int:
         origin = gateway.origins.get(name)
         shown = _shown(name, getattr(gateway.settings, name), args)
         print(f"{name} = {shown}" + (f"    # {local(origin)}" if origin else ""))
-    for problem in gateway.problems:
-        _say(f"problem: {one_line(problem, 300)}")
+    _say_problems(gateway.problems)
     return 0
 
 
@@ -20045,8 +20053,7 @@ def cmd_routes(args: Any) -> int:
         keys = f"{target['keys']} key{'s' if target['keys'] != 1 else ''}"
         state = local(one_line(target["problem"])) or f"{target['base_url']}  {local(keys)}"
         print(f"{local('then') if number else '=>'} {target['provider']}/{one_line(target['model'])}  {state}")
-    for problem in _further_problems(gateway.problems):
-        _say(f"problem: {one_line(problem, 300)}")
+    _say_problems(_further_problems(gateway.problems))
     return 0
 
 
@@ -20060,9 +20067,8 @@ def _key_name(args: Any) -> str:
     return args.name
 
 
-def _key_entries(config: ConfigFile) -> List[Any]:
-    entries = config.recover()[0].get("client_keys")
-    return entries if isinstance(entries, list) else []
+def _key_names(args: Any) -> List[str]:
+    return list(map(name_of, entries_of(_config_of(args).recover()[0], "client_keys")))
 
 
 def _key_add(args: Any) -> int:
@@ -20077,35 +20083,27 @@ def _key_add(args: Any) -> int:
             facts[limit] = int(text) if re.fullmatch(r"-?\d{1,15}", text) else text
     if args.expires:
         facts["expires"] = args.expires
-    entries = _key_entries(_config_of(args))
+    taken = _key_names(args)
     try:
         key, entry = make_client_key(name, facts)
     except ValueError as exc:
         raise UsageError(f"key add {name}: {exc}") from None
-    if any(isinstance(known, dict) and known.get("name") == name for known in entries):
+    if name in taken:
         raise UsageError(f"key add {name}: there is a key of this name; remove it first, or take another name")
-    if _change_config(args, lambda raw: raw.update(client_keys=[*_listed(raw), entry])):
+    if _change_config(args, lambda raw: raw.update(client_keys=[*entries_of(raw, "client_keys"), entry])):
         return 1
     print(key)
     _say("this is the only time it is shown; clients send it as `Authorization: Bearer KEY`, or as x-api-key")
-    for problem in _further_problems(_gateway_of(args).problems):
-        _say(f"problem: {one_line(problem, 300)}")
+    _say_problems(_further_problems(_gateway_of(args).problems))
     return 0
-
-
-def _listed(raw: Json) -> List[Any]:
-    """The keys in config.json, which a running server or another command may have changed meanwhile."""
-    return raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
 
 
 def _key_remove(args: Any) -> int:
     name = _key_name(args)
-    names = [entry.get("name") for entry in _key_entries(_config_of(args)) if isinstance(entry, dict)]
-    if name not in names:
-        raise UsageError(f"there is no key {name!r}" + nearest(name, [known for known in names
-                                                                      if isinstance(known, str)]))
+    if name not in _key_names(args):
+        raise UsageError(f"there is no key {name!r}" + nearest(name, _key_names(args)))
     failed = _change_config(args, lambda raw: raw.update(
-        client_keys=[entry for entry in _listed(raw) if not isinstance(entry, dict) or entry.get("name") != name]))
+        client_keys=[entry for entry in entries_of(raw, "client_keys") if name_of(entry) != name]))
     if not failed and not _gateway_of(args).state.door.required:
         _say("warning: no key is left, so whoever reaches this server's address may use it")
     return failed
@@ -20123,8 +20121,7 @@ def _key_list(args: Any) -> int:
             facts.append(f"{over} {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(key.expires_at))}")
         facts += [f"today {row['requests']} requests, {row['input'] + row['output']} tokens"] if row else []
         print(f"{key.name}  {key.digest.hex()[:8]}  {local('; ').join(map(local, facts or ['no limits']))}")
-    for problem in _further_problems(gateway.problems):
-        _say(f"problem: {one_line(problem, 300)}")
+    _say_problems(_further_problems(gateway.problems))
     if not gateway.settings.client_keys:
         _say("no client keys; `key add NAME` makes one")
     return 0
@@ -20136,8 +20133,7 @@ def cmd_usage(args: Any) -> int:
     if not re.fullmatch(r"[1-9]\d{0,3}", args.days):
         raise UsageError(f"--days {args.days}: a whole number from 1 to 9999 expected")
     rows = gateway.usage.report(args.by, int(args.days), gateway.settings.prices)
-    for problem in gateway.usage.problems:
-        _say(f"problem: {one_line(problem, 300)}")
+    _say_problems(gateway.usage.problems)
     if not gateway.settings.usage:
         _say("usage is not being counted: config set usage true")
     for row in rows:

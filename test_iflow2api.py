@@ -9980,6 +9980,16 @@ def test_provider_names_are_taken_once_and_removed_by_name(capsys):
     assert run_demo(capsys, "provider", "remove", "ollama")[0] == 0
     assert config_demo() == {"providers": []}
     assert run_demo(capsys, "provider", "remove")[0] == 2
+    run_demo(capsys, "config", "set", "providers", '[{"name": 3}, 4]')
+    assert run_demo(capsys, "provider", "remove", "x")[2].strip().endswith("no provider 'x'")
+
+
+def test_a_secret_is_shown_in_full_only_where_it_names_a_variable():
+    """`$1…` is a key as it stands, since no variable can be called so."""
+    secret = "$1very-secret-1234567890"
+    entry = {"name": "x", "api_keys": ["$NAME", secret], "headers": {"x-token": secret}}
+    shown = json.dumps(ifl.hide_secrets("providers", [entry]))
+    assert "$NAME" in shown and secret not in shown
 
 
 @pytest.mark.usefixtures("own_home")
