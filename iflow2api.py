@@ -123,7 +123,7 @@ try:
     import urllib.parse
     import zlib
     from bisect import bisect_left
-    from collections import deque
+    from collections import Counter, deque
     from dataclasses import dataclass, field, fields, replace
     from datetime import datetime, timezone
     from email.utils import formatdate, parsedate_to_datetime
@@ -472,6 +472,14 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
     import difflib                       # only on the way to an error message
     near = difflib.get_close_matches(name, list(names), 3, cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def remember(table: Dict[Any, Any], name: Any, value: Any, limit: int) -> None:
+    """Put a value last into a table; beyond `limit` the one that was put there longest ago goes."""
+    table.pop(name, None)
+    table[name] = value
+    if len(table) > limit:
+        del table[next(iter(table))]
 
 
 def is_loopback(host: str) -> bool:
@@ -1369,10 +1377,7 @@ class ConfigVersions:
         places = self.places(raw)
         version = hashlib.sha256(repr(sorted(places.items())).encode()).hexdigest()[:16]
         with self._lock:
-            self._seen.pop(version, None)
-            self._seen[version] = places
-            while len(self._seen) > self.LIMIT:
-                del self._seen[next(iter(self._seen))]
+            remember(self._seen, version, places, self.LIMIT)
         return version
 
     def has_changed(self, version: str, raw: Json, place: str) -> bool:
@@ -9410,13 +9415,9 @@ class Slots:
     """Places at one upstream, first come first served; `limit` 0 is no limit."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self.active = limit, 0
+        self.limit, self.active = limit, 0
         self._waiting: Deque[threading.Event] = deque()
         self._lock = threading.Lock()
-
-    @property
-    def limit(self) -> int:
-        return self._limit
 
     @property
     def waiting(self) -> int:
@@ -9428,7 +9429,7 @@ class Slots:
 
     def resize(self, limit: int) -> None:
         with self._lock:
-            self._limit = limit
+            self.limit = limit
             self._hand_over()
 
     @contextlib.contextmanager
@@ -9436,7 +9437,7 @@ class Slots:
         """A place for the time of the `with`; Busy when the queue is full or the wait too long, ClientGone."""
         turn: Optional[threading.Event] = None
         with self._lock:
-            if not self._limit or self.active < self._limit and not self._waiting:
+            if not self.limit or self.active < self.limit and not self._waiting:
                 self.active += 1
             elif len(self._waiting) >= settings.queue_limit:
                 raise Busy(f"{name} is busy and {len(self._waiting)} requests wait already",
@@ -9457,7 +9458,7 @@ class Slots:
                 self._hand_over()
 
     def _hand_over(self) -> None:
-        while self._waiting and (not self._limit or self.active < self._limit):
+        while self._waiting and (not self.limit or self.active < self.limit):
             self.active += 1
             self._waiting.popleft().set()
 
@@ -9659,13 +9660,14 @@ class Meter:
         self.windows: Dict[str, Window] = {}
         self.limits: Mapping[str, int] = {}
 
-    def adopt(self, limits: Mapping[str, int]) -> None:
+    def adopt(self, limits: Mapping[str, int]) -> "Meter":
         """Measure by `limits` from now on; what was used stays used."""
-        self.limits, self.concurrency = limits, limits.get("concurrency", 0)
-        windows = {name: self.windows.get(name) or self._window(name) for name in LIMIT_SPANS if name in limits}
-        for name, window in windows.items():
-            window.limit = limits[name]
-        self.windows = windows
+        if limits != self.limits:
+            self.limits, self.concurrency = limits, limits.get("concurrency", 0)
+            self.windows = {name: self.windows.get(name) or self._window(name) for name in LIMIT_SPANS if name in limits}
+            for name, window in self.windows.items():
+                window.limit = limits[name]
+        return self
 
     def _window(self, name: str) -> Window:
         if self._book is not None and name in LIMITS_A_DAY:
@@ -9695,12 +9697,13 @@ class Meter:
         """`x-ratelimit-…` as OpenAI's: of several windows for requests the one with least left for longest."""
         found: List[Tuple[str, str]] = []
         requests = [window for name, window in self.windows.items() if name != "tpd"]
-        tightest = sorted(requests, key=lambda w: (max(0, w.limit - w.used(now)), -w.wait_s(now), -w.reset_s(now)))[:1]
-        for what, windows in (("requests", tightest), ("tokens", [w for n, w in self.windows.items() if n == "tpd"])):
-            for window in windows:
-                values = (window.limit, max(0, window.limit - window.used(now)), f"{window.reset_s(now):.1f}s")
-                found += [(f"x-ratelimit-{word}-{what}", str(v)) for word,
-                          v in zip(("limit", "remaining", "reset"), values)]
+        tightest = min(requests, default=None, key=lambda window: (
+            max(0, window.limit - window.used(now)), -window.wait_s(now), -window.reset_s(now)))
+        for what, window in (("requests", tightest), ("tokens", self.windows.get("tpd"))):
+            if window is not None:
+                found += [(f"x-ratelimit-limit-{what}", str(window.limit)),
+                          (f"x-ratelimit-remaining-{what}", str(max(0, window.limit - window.used(now)))),
+                          (f"x-ratelimit-reset-{what}", f"{window.reset_s(now):.1f}s")]
         return found
 
 
@@ -9719,17 +9722,13 @@ class RateLimiter:
         with self._lock:
             if key.name not in self._keys:
                 self._keys[key.name] = Meter(f"the key {key.name}", key.digest.hex()[:16], self._book)
-            return self._find(self._keys, key.name, "", key.limits)
+            return self._keys[key.name].adopt(key.limits)
 
     def of_address(self, address: str, limits: Mapping[str, int]) -> Meter:
         with self._lock:
-            found = self._addresses.pop(address, None)
-            if found is not None:
-                self._addresses[address] = found         # seen last
-            meter = self._find(self._addresses, address, "your address", limits)
-            if len(self._addresses) > ADDRESSES_LIMIT:
-                del self._addresses[next(iter(self._addresses))]
-            return meter
+            meter = self._addresses.get(address) or Meter("your address")
+            remember(self._addresses, address, meter, ADDRESSES_LIMIT)
+            return meter.adopt(limits)
 
     def used(self, key: ClientKey) -> Dict[str, int]:
         """What a key has used of each of its limits."""
@@ -9738,15 +9737,6 @@ class RateLimiter:
             now = self._clock()
             used = {name: window.used(now) for name, window in meter.windows.items()}
         return {**used, **({"concurrency": meter.active} if meter.concurrency else {})}
-
-    @staticmethod
-    def _find(meters: Dict[str, Meter], name: str, words: str, limits: Mapping[str, int]) -> Meter:
-        meter = meters.get(name)
-        if meter is None:
-            meter = meters[name] = Meter(words)
-        if meter.limits != limits:
-            meter.adopt(limits)
-        return meter
 
     def keep_keys(self, names: Iterable[str]) -> None:
         """Forget the meters of keys that are gone."""
@@ -9776,9 +9766,8 @@ class RateLimiter:
         """Count tokens once they are known: the request that goes over a limit is answered, the next one is not."""
         with self._lock:
             now = self._clock()
-            for meter in meters:
-                if tokens:
-                    meter.count(now, "tpd", tokens)
+            for meter in meters if tokens else ():
+                meter.count(now, "tpd", tokens)
 
     def headers(self, meters: Sequence[Meter]) -> List[Tuple[str, str]]:
         """Of the first meter that has any."""
@@ -9876,10 +9865,9 @@ class TokenScale:
 
     def learn(self, model: str, estimate: int, counted: int) -> None:
         with self._lock:
-            estimated, real, answers = self._sums.pop(model, (0.0, 0.0, 0.0))
-            self._sums[model] = [estimated * self.FADE + estimate, real * self.FADE + counted, answers + 1]
-            if len(self._sums) > self.LIMIT:
-                del self._sums[next(iter(self._sums))]
+            estimated, real, answers = self._sums.get(model, (0.0, 0.0, 0.0))
+            sums = [estimated * self.FADE + estimate, real * self.FADE + counted, answers + 1]
+            remember(self._sums, model, sums, self.LIMIT)
             self._dirty = True
             if self._clock() - self._written_at >= self.WRITE_S:
                 self._write()
@@ -10083,8 +10071,8 @@ class Metrics:
 
     @staticmethod
     def _labels(series: Iterable[Tuple[str, Any]]) -> str:
-        quoted = [name + '="' + one_line(value, 100).replace("\\", "\\\\").replace('"', '\\"') + '"' for name,
-                  value in series]
+        quoted = [name + '="' + one_line(value, 100).replace("\\", "\\\\").replace('"', '\\"') + '"'
+                  for name, value in series]
         return "{" + ",".join(quoted) + "}" if quoted else ""
 
 
@@ -10103,8 +10091,7 @@ def parse_usage_line(line: bytes) -> Tuple[UsageName, List[int]]:
         raise ValueError("no usage")
     names = tuple(row.get(name, "") for name in USAGE_NAMES)
     counts = [row.get(name, 0) for name in USAGE_COUNTS]
-    if not all(isinstance(name, str) for name in names) or not all(type(count) is int and count >= 0
-                                                                   for count in counts):
+    if any(type(name) is not str for name in names) or any(type(count) is not int or count < 0 for count in counts):
         raise ValueError("no usage")
     return names, counts             # type: ignore[return-value]
 
@@ -10243,12 +10230,12 @@ class DayBook(LineFile):
 
     def _take(self, line: bytes) -> None:
         ident, name, at, amount = json.loads(line)
-        if name not in LIMITS_A_DAY or type(ident) is not str or type(at) is not int or type(amount) is not int or amount < 0:
+        if name not in LIMITS_A_DAY or [type(ident), type(at), type(amount)] != [str, int, int] or amount < 0:
             raise ValueError
-        ago_s = max(self._now() - at, -LIMIT_SPANS[name] / 20)   # a clock that was put back must not lock a key out for years
-        if ago_s < LIMIT_SPANS[name]:
-            window = self._windows.setdefault((ident, name), Window(LIMIT_SPANS[name], 0))
-            window.put(self._clock() - ago_s, amount)
+        span_s = LIMIT_SPANS[name]
+        ago_s = max(self._now() - at, -span_s / 20)      # a clock that was put back must not lock a key out for years
+        if ago_s < span_s:
+            self._windows.setdefault((ident, name), Window(span_s, 0)).put(self._clock() - ago_s, amount)
 
     def _compacted(self) -> Iterator[bytes]:
         now = self._clock()
@@ -10266,7 +10253,7 @@ class UsageBook(LineFile):
         super().__init__(path)
         self._now, self._days = now, 92
         self._rows: Dict[UsageName, List[int]] = {}
-        self._a_day: Dict[str, int] = {}
+        self._a_day: Counter[str] = Counter()            #: rows of each day
         self._day: Tuple[float, str] = (0.0, "")
 
     def today(self) -> str:
@@ -10282,15 +10269,14 @@ class UsageBook(LineFile):
     def _sum(self, names: UsageName, counts: Sequence[int]) -> UsageName:
         """Add to a row; names beyond what a day or the table may hold are `other`."""
         row = self._rows.get(names)
-        if row is None and (self._a_day.get(names[0], 0) >= USAGE_ROWS_A_DAY or len(self._rows) >= USAGE_ROWS):
+        if row is None and (self._a_day[names[0]] >= USAGE_ROWS_A_DAY or len(self._rows) >= USAGE_ROWS):
             names = (names[0], "other", "other", "other")
             row = self._rows.get(names)
         if row is None:
             row = self._rows[names] = [0] * len(USAGE_COUNTS)
-            self._a_day[names[0]] = self._a_day.get(names[0], 0) + 1
+            self._a_day[names[0]] += 1
         for at, count in enumerate(counts):
-            if count:
-                row[at] += count
+            row[at] += count
         return names
 
     def add(self, model: str, provider: str, key: str, counts: Sequence[int], days: int) -> None:
@@ -10305,7 +10291,7 @@ class UsageBook(LineFile):
             self._append(format_usage_line(names, counts))
 
     def _reread(self) -> None:
-        self._rows, self._a_day, self._lines, self._loaded, self.problems = {}, {}, 0, False, []
+        self._rows, self._a_day, self._lines, self._loaded, self.problems = {}, Counter(), 0, False, []
         self._load()
 
     def _compacted(self) -> Iterator[bytes]:
@@ -10313,12 +10299,14 @@ class UsageBook(LineFile):
         for names, counts in sorted(self._rows.items()):
             yield format_usage_line(names, counts)
 
+    def _oldest(self, days: int) -> str:
+        """The first of the last `days`."""
+        return time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
+
     def _forget(self, days: int) -> None:
-        oldest = time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
+        oldest = self._oldest(days)
         self._rows = {names: counts for names, counts in self._rows.items() if names[0] >= oldest}
-        self._a_day = {}
-        for names in self._rows:
-            self._a_day[names[0]] = self._a_day.get(names[0], 0) + 1
+        self._a_day = Counter(names[0] for names in self._rows)
 
     @property
     def is_empty(self) -> bool:
@@ -10326,13 +10314,13 @@ class UsageBook(LineFile):
 
     def rows(self, days: int) -> List[Tuple[UsageName, List[int]]]:
         """The rows of the last `days`."""
-        oldest = time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
+        oldest = self._oldest(days)
         with self._lock:
             self._load()
             return [(names, list(counts)) for names, counts in self._rows.items() if names[0] >= oldest]
 
     def report(self, by: str, days: int, prices: Mapping[str, Mapping[str, float]]) -> List[Json]:
-        """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost` where there are prices."""
+        """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost` where it has a price."""
         found: Dict[str, Json] = {}
         for names, counts in self.rows(days):
             name = names[USAGE_NAMES.index(by)]
@@ -10350,8 +10338,8 @@ def cost_of(model: str, provider: str, counts: Mapping[str, int],
     for pattern, price in prices.items():
         if fnmatchcase(f"{provider}/{model}", pattern) or fnmatchcase(model, pattern):
             cached = min(counts["cached"], counts["input"])
-            return ((counts["input"] - cached) * price.get("input", 0) + cached * price.get("cached",
-                                                                                            price.get("input", 0))
+            full = price.get("input", 0)
+            return ((counts["input"] - cached) * full + cached * price.get("cached", full)
                     + counts["output"] * price.get("output", 0)) / 1e6
     return None
 
@@ -10559,10 +10547,7 @@ class Sessions:
                                   code="too_many_attempts")
             if is_right():
                 return True
-            self._tries.pop(address, None)
-            self._tries[address] = windows[1]            # seen last
-            while len(self._tries) > SIGN_IN_ADDRESSES:
-                del self._tries[next(iter(self._tries))]
+            remember(self._tries, address, windows[1], SIGN_IN_ADDRESSES)
             for window in windows:
                 window.add(now, 1)
             return False
