@@ -130,7 +130,7 @@ try:
     from fnmatch import fnmatchcase
     from functools import cached_property, lru_cache
     from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                        Sequence, Set, Tuple, Type, Union)
+                        Sequence, Set, Tuple, Union)
 except ImportError as exc:
     _missing = (exc.name or "").split(".")[0]
     sys.exit("iflow2api needs the Python module '%s'. On OpenWrt install it with: opkg install %s (or apk add); "
@@ -261,7 +261,7 @@ MODELS_TIMEOUT_S = 5
 LOCAL_TTL_S = 30
 LOCAL_TIMEOUT_S = 1
 
-#: What `retry` and `circuit` are without the user's word.  No retries: clients make their own, and ours would multiply them.
+#: What `retry` and `circuit` are without the user's word.  No retries: clients make their own, ours would multiply them.
 RETRY = {"count": 0, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}
 CIRCUIT = {"failures": 5, "rest_s": 30}
 
@@ -886,6 +886,11 @@ _KIND_NAME = {"str": "a string", "int": "a whole number", "float": "a number", "
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
+def has_type(value: Any, kind: Any) -> bool:
+    """Like isinstance, but true is no number."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
 def default_of(name: str) -> Any:
     """The default value of a setting, a fresh one where it is a list or an object."""
     return getattr(Settings(), name)
@@ -895,10 +900,10 @@ def check_setting(name: str, value: Any) -> Any:
     """`value` as the setting's kind; ValueError says what was expected instead."""
     facts = SETTING[name].metadata
     kind = facts["kind"]
-    if not isinstance(value, _KINDS[kind]) or isinstance(value, bool) is not (kind == "bool"):
+    if not has_type(value, _KINDS[kind]):
         hidden = facts.get("secret") or isinstance(value, (list, dict))      # problems are shown on /health
-        raise ValueError(f"{_KIND_NAME[kind]} expected" + ("" if hidden
-                                                           else f", not {one_line(json.dumps(value), 60)}"))
+        found = "" if hidden else f", not {one_line(json.dumps(value), 60)}"
+        raise ValueError(f"{_KIND_NAME[kind]} expected{found}")
     if "choices" in facts and value not in facts["choices"]:
         raise ValueError(f"one of {', '.join(c or chr(34) * 2 for c in facts['choices'])} expected")
     if kind == "float" and not abs(value) <= LONGEST_S:
@@ -1061,7 +1066,9 @@ class Vault:
             parameters = self._parameters = self._parameters or f"p{self.iterations()}-{secrets.token_hex(16)}"
             key = self._keys(parameters)[0]
         else:
-            key = (self._filed_keys() or [self._make_key()])[0]
+            if not self._filed_keys():
+                self.renew()
+            key = self._filed_keys()[0]
         data = Cipher(key, self.PURPOSE + parameters.encode()).seal(secret.encode("utf-8", "surrogatepass"))
         return f"{SEALED}v1:{parameters}.{self._id(key)}.{encode_base64(data)}"
 
@@ -1111,11 +1118,6 @@ class Vault:
         if not data or len(data) % 32:
             raise OSError(errno.EINVAL, f"{self.key_path} is damaged: 32 bytes expected")
         return [data[at:at + 32] for at in range(0, len(data), 32)]
-
-    def _make_key(self) -> bytes:
-        key = secrets.token_bytes(32)
-        write_file(self.key_path, key)
-        return key
 
     @classmethod
     def iterations(cls) -> int:
@@ -1246,13 +1248,11 @@ class ConfigFile:
             return self.read(), []
         except ConfigBroken as exc:
             problem = str(exc)
-        try:
-            raw = self.opened(read_json_file(self.backup)) if os.path.exists(self.backup) else None
-        except ConfigBroken:
-            raw = None
-        if raw is None:
-            return {}, [problem + " (running with defaults)"]
-        return raw, [problem + f" (running with {os.path.basename(self.backup)})"]
+        with contextlib.suppress(ConfigBroken):
+            if os.path.exists(self.backup):
+                opened = self.opened(read_json_file(self.backup))
+                return opened, [f"{problem} (running with {os.path.basename(self.backup)})"]
+        return {}, [problem + " (running with defaults)"]
 
     def change(self, edit: Callable[[Json], None]) -> None:
         """Let `edit` change the object in the file and write it; a file that did not parse is moved aside, not lost.
@@ -1271,10 +1271,9 @@ class ConfigFile:
 
     def lock(self) -> Any:
         """One writer at a time; where there is no place for a lock (a lone bind-mounted file), the thread's must do."""
-        lock = FileLock(os.path.join(self.folder, "config.lock"), 30.0)
         if os.path.isdir(self.folder) and not os.access(self.folder, os.W_OK):
             return contextlib.nullcontext()
-        return lock
+        return FileLock(os.path.join(self.folder, "config.lock"), 30.0)
 
     @staticmethod
     def to_bytes(raw: Json) -> bytes:
@@ -1314,7 +1313,8 @@ class ConfigFile:
         """
         with self._lock, self.lock():
             if mode == "rotate" and read_json_file(self.path).get("encrypt_secrets") is False:
-                raise SealBroken("encryption is off, so that there is no key to change; to turn it on: config encrypt on")
+                raise SealBroken("encryption is off, so that there is no key to change; "
+                                 "to turn it on: config encrypt on")
             if mode == "rotate" and not self.count_secrets():
                 return []
             if os.path.isfile(self.path) and not os.path.isfile(self.backup):
@@ -1404,10 +1404,11 @@ def check_numbers(value: Mapping[str, Any], known: Numbers, where: str = "") -> 
         if name not in known:
             raise ValueError(f"{where}{name}: no such field; there are {', '.join(known)}")
         kind, low, high = known[name]
-        if not isinstance(number, kind) or isinstance(number, bool) or not low <= number <= high:
+        if not has_type(number, kind) or not low <= number <= high:
             what = "a whole number" if kind is int else "a number"
             hint = " (leave it out for no limit)" if number == 0 and low else ""
-            raise ValueError(f"{where}{name}: {what} from {low} to {high} expected, not {one_line(json.dumps(number), 40)}{hint}")
+            raise ValueError(f"{where}{name}: {what} from {low} to {high} expected, "
+                             f"not {one_line(json.dumps(number), 40)}{hint}")
 
 
 def check_prices(value: Json) -> None:
@@ -1442,7 +1443,7 @@ INNER_CHECKS: Dict[str, Callable[[Any], None]] = {
 # --- client keys --------------------------------------------------------------
 
 class ClientKey(NamedTuple):
-    """A key that clients may send.  Only its hash is kept: SHA-256 without salt or rounds is enough for 192 random bits."""
+    """A key that clients may send.  Only its hash is kept: plain SHA-256 is enough for 192 random bits."""
     name: str
     digest: bytes
     models: Tuple[str, ...] = ()         #: shell patterns of what it may ask for; () is everything
@@ -1461,7 +1462,7 @@ def hashes_of_header(text: str) -> Set[bytes]:
 
 
 def parse_expiry(text: Any) -> float:
-    """Epoch seconds of `2027-01-31` (to the end of that day) or `2027-01-31T12:00:00Z`; UTC unless it says otherwise."""
+    """Epoch seconds of `2027-01-31` (to its end) or `2027-01-31T12:00:00Z`; UTC unless it says otherwise."""
     try:
         moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
         moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
@@ -1474,9 +1475,10 @@ def parse_client_key(entry: Any) -> ClientKey:
     """One entry of `client_keys`; ValueError says what is wrong with it."""
     if not _NAME.fullmatch(name_of(entry)):
         raise ValueError("an object with a name without blanks, commas and slashes expected; `key add` makes one")
-    unknown = sorted(set(entry) - {"name", "sha256", "models", "expires", "created", *LIMIT_FIELDS})
+    known = ("name", "sha256", "models", "expires", *LIMIT_FIELDS)
+    unknown = sorted(set(entry) - {*known, "created"})
     if unknown:
-        raise ValueError(f"{unknown[0]}: no such field; there are name, sha256, models, expires, {', '.join(LIMIT_FIELDS)}")
+        raise ValueError(f"{unknown[0]}: no such field; there are {', '.join(known)}")
     if not isinstance(entry.get("sha256"), str) or not re.fullmatch(r"[0-9a-fA-F]{64}", entry["sha256"]):
         raise ValueError("sha256: the key's SHA-256 in hex expected; `key add` makes one")
     models = entry.get("models", [])
@@ -1616,10 +1618,8 @@ class Provider:
 
 KINDS = ("openai", "iflow")
 _PROVIDER_KINDS = {"name": str, "base_url": str, "kind": str, "api_keys": list, "models": list, "headers": dict,
-                   "proxy": str,
-                   "timeout_s": (int, float), "concurrency": int, "key_concurrency": int, "sticky": bool,
-                   "profile": dict, "vision_model": str,
-                   "preserve_reasoning_content": bool}
+                   "proxy": str, "timeout_s": (int, float), "concurrency": int, "key_concurrency": int, "sticky": bool,
+                   "profile": dict, "vision_model": str, "preserve_reasoning_content": bool}
 _NAME = re.compile(r"[^\s/,]{1,64}")
 
 
@@ -1641,8 +1641,8 @@ def clean_base_url(url: str) -> str:
     except ValueError:
         raise ValueError(f"base_url {one_line(url, 80)!r}: no such port") from None
     if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(f"base_url of {one_line(parts.hostname, 80)}: credentials, ? and # do not belong here; use api_keys "
-                         "and headers")
+        raise ValueError(f"base_url of {one_line(parts.hostname, 80)}: credentials, ? and # do not belong here; "
+                         "use api_keys and headers")
     if re.search(r"[\s\x00-\x1f\x7f]", url):
         raise ValueError("base_url contains blanks or control characters")
     path = parts.path.rstrip("/")
@@ -1691,13 +1691,13 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
 def _parse_provider(entry: Json, environ: Mapping[str, str]) -> Provider:
     for key, kind in _PROVIDER_KINDS.items():
         value = entry.get(key)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)):
+        if value is not None and not has_type(value, kind):
             raise ValueError(f"{key}: it is of the wrong type")
     given = {key: entry[key] for key in _PROVIDER_KINDS if entry.get(key) is not None}
     if given.get("kind", "openai") not in KINDS:
         raise ValueError(f"kind {given['kind']!r}: one of {', '.join(KINDS)} expected")
-    if min(given.get("concurrency", 0), given.get("key_concurrency", 0)) < 0 or not 0 < given.get("timeout_s",
-                                                                                                  1) <= LONGEST_S:
+    at_once = min(given.get("concurrency", 0), given.get("key_concurrency", 0))
+    if at_once < 0 or not 0 < given.get("timeout_s", 1) <= LONGEST_S:
         raise ValueError("concurrency, key_concurrency and timeout_s can't be negative")
     keys = tuple(_header_safe(_resolve_secret(key, environ), "key") for key in given.get("api_keys", ()))
     headers = tuple((_token(key), _header_safe(_resolve_secret(value, environ), "header value"))
@@ -1761,7 +1761,7 @@ def _parse_model(entry: Any) -> Tuple[str, Json]:
         raise ValueError('models: names expected, or objects as {"id": "name", "max_output": 8192}')
     facts = {key: known[key] for key in _MODEL_FACTS if known.get(key) is not None}
     for key, value in facts.items():
-        if not isinstance(value, _MODEL_FACTS[key]) or isinstance(value, bool) is not (key == "vision") or value < 0:
+        if not has_type(value, _MODEL_FACTS[key]) or value < 0:
             raise ValueError(f"models: {known['id']}: {key}: {one_line(json.dumps(value), 40)} makes no sense")
     return known["id"], {key: value for key, value in facts.items() if key == "vision" or value}
 
@@ -2003,14 +2003,15 @@ class Asked(NamedTuple):
     has_tools: bool = False
 
 
+_TRUE_OR_FALSE = ("true or false", lambda value: isinstance(value, bool))
+
 #: Condition of a route -> what its value may be, in words, whether it is so, and whether a request meets it.
 CONDITIONS: Dict[str, Tuple[str, Callable[[Any], bool], Callable[[Any, Any], bool]]] = {
     "over_tokens": ("a whole number of 1 at least", lambda value: type(value) is int and value > 0,
                     lambda asked, value: asked.size_tokens > value),
-    "images": ("true or false", lambda value: isinstance(value, bool), lambda asked,
-               value: asked.shows_images is value),
-    "thinking": ("true or false", lambda value: isinstance(value, bool), lambda asked, value: asked.thinks is value),
-    "tools": ("true or false", lambda value: isinstance(value, bool), lambda asked, value: asked.has_tools is value),
+    "images": (*_TRUE_OR_FALSE, lambda asked, value: asked.shows_images is value),
+    "thinking": (*_TRUE_OR_FALSE, lambda asked, value: asked.thinks is value),
+    "tools": (*_TRUE_OR_FALSE, lambda asked, value: asked.has_tools is value),
     "dialect": ("chat, messages or responses", lambda value: value in ("chat", "messages", "responses"),
                 lambda asked, value: asked.speaks == value)}
 
@@ -2132,8 +2133,8 @@ class Router:
         if not slash or not rest or self.claimed(model):
             return ""
         near = nearest(head, self.providers, 0.8)
-        plain = self.default is not None and self.default.models and not any("/" in name
-                                                                             for name in self.default.models)
+        models = self.default.models if self.default else ()
+        plain = models and not any("/" in name for name in models)
         return f"there is no provider {one_line(head, 60)!r}{near}" if plain or near else ""
 
     def _default(self, name: str) -> Optional[Provider]:
@@ -2142,7 +2143,7 @@ class Router:
         return self.providers.get(name) or next(iter(self.providers.values()), None)
 
     def resolve(self, model: Optional[str], foreign: bool = False, asked: Any = Asked()) -> List[Target]:
-        """The chain of targets for `model`; `foreign`: asked by Messages or Responses, whose own names mean the default.
+        """The chain of targets; `foreign`: asked by Messages or Responses, whose own names mean the default.
 
         `asked` answers the questions of conditions (Asked, Call).  BadRequest without any model, NotLoggedIn without
         any provider.
@@ -2226,8 +2227,8 @@ class Router:
         if found:
             return found, (*why, "listed" if model in found.provider.models else "named")
         if self.default is None:
-            raise NotLoggedIn("there is no iFlow login and no other provider: run `python iflow2api.py login`, put "
-                              "iFlow's key into IFLOW_API_KEY, start with --upstream URL, or add one with `provider add`")
+            raise NotLoggedIn("there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's "
+                              "key into IFLOW_API_KEY, start with --upstream URL, or add one with `provider add`")
         return Target(self.default, model), (*why, "default")
 
     def claimed(self, model: str) -> Optional[Target]:
@@ -2243,8 +2244,9 @@ class Router:
 
 # --- sentences in Chinese ------------------------------------------------------
 
-#: Sentences that come from anywhere in English -> the same in Chinese; {} is a part that is looked up by itself.  They are
-#: turned where they are shown (the console's `local`, the page's API), so that nobody else needs to know of languages; HTTP stays English.
+#: Sentences that come from anywhere in English -> the same in Chinese; {} is a part that is looked up by itself.  They
+#: are turned where they are shown (the console's `local`, the page's API), so that nobody else needs to know of
+#: languages; HTTP stays English.
 CHINESE: Dict[str, str] = {
     # files and settings
     "the server takes a free port at each start (port 0): say with --port which one it has printed":
@@ -2349,8 +2351,8 @@ CHINESE: Dict[str, str] = {
     "{}: {} lists it among its models": "{}：{} 的模型列表里有它",
     "{}: a name of the client's own, which means default_model ({})": "{}：客户端自带的名称，即 default_model（{}）",
     "{}: nobody claims it, so it goes to the default provider, {}, as it is": "{}：没有上游声明它，原样发给默认上游 {}",
-    "there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's key into IFLOW_API_KEY, "
-    "start with --upstream URL, or add one with `provider add`":
+    "there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's key into "
+    "IFLOW_API_KEY, start with --upstream URL, or add one with `provider add`":
         "没有登录 iFlow，也没有其他上游：请运行 `python iflow2api.py login`，或把 iFlow 密钥放进 IFLOW_API_KEY，"
         "或用 --upstream URL 启动，或在 `providers` 里添加一个",
     # upstreams
@@ -2533,10 +2535,10 @@ CHINESE: Dict[str, str] = {
     "no browser was found here: open the address yourself; for a browser elsewhere there is login --paste":
         "这里没有找到浏览器：请自行打开此地址；浏览器在别的机器上时，请用 login --paste",
     "login given up; nothing was changed": "已放弃登录；没有改动",
-    "after logging in the browser ends on an address that begins with http://localhost; it need not show a page: paste that "
-    "address here": "登录后浏览器会停在以 http://localhost 开头的地址，页面打不开也没关系：请把那个地址粘贴到这里",
-    "after logging in the browser ends on an address that begins with http://localhost; if it shows no page, paste it here":
-        "登录后浏览器会停在以 http://localhost 开头的地址；如果页面打不开，请把地址粘贴到这里",
+    "after logging in the browser ends on an address that begins with http://localhost; it need not show a page: "
+    "paste that address here": "登录后浏览器会停在以 http://localhost 开头的地址，页面打不开也没关系：请把那个地址粘贴到这里",
+    "after logging in the browser ends on an address that begins with http://localhost; "
+    "if it shows no page, paste it here": "登录后浏览器会停在以 http://localhost 开头的地址；如果页面打不开，请把地址粘贴到这里",
     "paste it again, or leave with Ctrl-C:": "请重新粘贴，或按 Ctrl-C 退出：",
     "stored in {}; a running server takes it over by itself": "已保存到 {}；正在运行的服务会自动采用",
     "{} is set, too, and stands above this login": "还设置了 {}，它优先于这次登录",
@@ -2625,10 +2627,10 @@ def spoken_in_chinese(value: Any, speaks: bool = False) -> Any:
 #
 # Sections 6 to 9 know no socket, clock, file, thread or log: ids and the time come in as arguments.
 
-#: How an upstream's Chat differs from the plain one (anthropic-messages.md section 10); a provider's `profile` overrides.
+#: How an upstream's Chat differs from the plain one; a provider's `profile` overrides.
 DEFAULT_PROFILE: Json = {
-    "thinking_style": "thinking_type",        #: thinking_type, enable_thinking, chat_template_kwargs, reasoning_effort, none
-    "thinking_extra": {},                     #: beside type "enabled": GLM {"clear_thinking": false}, Kimi {"keep": "all"}
+    "thinking_style": "thinking_type",        #: or enable_thinking, chat_template_kwargs, reasoning_effort, none
+    "thinking_extra": {},                     #: beside "enabled": GLM {"clear_thinking": false}, Kimi {"keep": "all"}
     "template_switch": "enable_thinking",     #: in chat_template_kwargs; other templates: thinking
     "reasoning_field": "reasoning_content",   #: where earlier reasoning goes back; None: nowhere
     "require_reasoning_on_tool_calls": False,  #: DeepSeek, Kimi: 400 without it; "all": in each assistant message
@@ -2640,13 +2642,13 @@ DEFAULT_PROFILE: Json = {
     "efforts": ["low", "medium", "high", "xhigh", "max"],
     "top_k": False,
     "user_field": "user",
-    "extra_fields": [],                       #: of user, verbosity, prompt_cache_key, service_tier what Responses tells it
+    "extra_fields": [],                       #: of Responses: user, verbosity, prompt_cache_key, service_tier
     "forced_tool_choice": True,               #: False: it knows tool_choice "auto" alone
     "forced_tool_choice_with_thinking": True,
     "parallel_tool_calls": True,
     "stream_usage": True,
     "think_tags": False,
-    "server_tools": "drop",                   #: drop, error, or family -> its `tools` entry, or {"fields": {…}} for the request
+    "server_tools": "drop",                   #: drop, error, or family -> its `tools` entry or the request's {"fields": …}
     "strict_tools": True,
     "prefill": None,                          #: partial, prefix, continue_final_message
 }
@@ -2813,7 +2815,8 @@ def parse_usage(raw: Any) -> Usage:
     made = raw.get("completion_tokens_details")
     given, made = (given if isinstance(given, dict) else {}), (made if isinstance(made, dict) else {})
     prompt, completion = count(raw.get("prompt_tokens")), count(raw.get("completion_tokens"))
-    cached = count(given.get("cached_tokens")) or count(raw.get("prompt_cache_hit_tokens")) or count(raw.get("cached_tokens"))
+    cached = (count(given.get("cached_tokens")) or count(raw.get("prompt_cache_hit_tokens"))
+              or count(raw.get("cached_tokens")))
     write = count(given.get("cache_write_tokens")) or count(raw.get("cache_creation_input_tokens"))
     reasoning = count(made["reasoning_tokens"]) if made.get("reasoning_tokens") is not None else None
     if reasoning and count(raw.get("total_tokens")) == prompt + completion + reasoning:
@@ -2943,7 +2946,8 @@ class ObjectMender:
         """The shortest way to the end of the object, with what came as it came."""
         empty = self._state == "first key" and not self._in_string and len(self._closers) == 1
         value = self._state == "value" and not self._comma and not self._in_string
-        end = ('"' if self._in_string else "") + (":" if self._in_string and self._in_key or self._state == "colon" else "")
+        end = '"' if self._in_string else ""
+        end += ":" if self._in_string and self._in_key or self._state == "colon" else ""
         end += "null" if end.endswith(":") or value else ""
         start = "{" if not self._closers else "" if empty else ","
         return end + "".join(self._closers[:0:-1]) + f'{start}"INVALID_JSON":{json.dumps("".join(self._raw))}}}'
@@ -3179,8 +3183,8 @@ def splice_model(text: str, body: Json, model: str) -> str:
             pieces += [text[written:value_at], json.dumps(model)]
             written = at
     if not written:                      # there was none: the default model was meant
-        return "{" + f'"model":{json.dumps(model)}' + ("," if text[_BLANK.match(text, text.index("{") + 1).end()] != "}" else "") \
-            + text[text.index("{") + 1:]
+        rest = text.partition("{")[2]
+        return '{"model":' + json.dumps(model) + ("" if rest[_BLANK.match(rest).end()] == "}" else ",") + rest
     return "".join(pieces) + text[written:]
 
 
@@ -3407,7 +3411,8 @@ def is_missing_model(status: int, message: str, code: Any = None) -> bool:
 
 #: "Range of max_tokens should be [1, 8192]" (DashScope, DeepSeek, Zhipu); OpenAI's "is too large: 32000. This model
 #: supports at most 16384 completion tokens"; "`max_tokens` must be less than or equal to `8192`" (Groq and others).
-_OUTPUT_CAP = re.compile(r"max_(?:\w+_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|\W+is too large: \d+\.\D{0,40}at most (\d+)|"
+_OUTPUT_CAP = re.compile(r"max_(?:\w+_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|"
+                         r"\W+is too large: \d+\.\D{0,40}at most (\d+)|"
                          r".{0,60}less than or equal to\W+(\d+))", re.I | re.S)
 
 
@@ -3460,7 +3465,7 @@ IFLOW_REMOVED = (("qwen*4b*", ("thinking_mode", "reasoning", "chat_template_kwar
 #: Models that want their earlier reasoning back in multi-turn tool use.
 REASONING_BACK = ("glm-4*", "glm-5*", "kimi-*thinking*", "kimi-k2.5*", "minimax-*", "deepseek*")
 
-#: Business codes in bodies, also under HTTP 200 -> the status they stand for.  401 and 403 become the 403 about our key.
+#: Business codes in bodies, also under HTTP 200 -> what status they mean.  401 and 403 become the 403 about our key.
 IFLOW_CODES = {434: 401, 438: 403, 439: 401, 435: 404, 429: 429, 449: 429, 8211: 429, 511: 400, 413: 400, 514: 502,
                406: 403}
 
@@ -3501,7 +3506,7 @@ def adapt_to_iflow(chat: Json, model: str, recall: Callable[[Json], str]) -> Jso
 
 
 def refill_reasoning(chat: Json, recall: Callable[[Json], str]) -> Any:
-    """The messages of `chat` with the reasoning that their client dropped; the same object where nothing is to be added.
+    """The messages of `chat` with the reasoning that their client dropped; the same object where there is none to add.
 
     DeepSeek, Kimi and some models of iFlow refuse a tool call without the reasoning that led to it; where nobody
     knows it any more an empty one will do.
@@ -3521,7 +3526,7 @@ def _with_reasoning(message: Any, recall: Callable[[Json], str], wanted: bool) -
 
 
 def call_digest(scope: str, call: Json) -> str:
-    """What a call's reasoning is kept under.  An id alone is not enough: Kimi's `functions.t:0` is in each conversation."""
+    """What a call's reasoning is kept under; not the id alone: Kimi's `functions.t:0` is in each conversation."""
     function = call.get("function") if isinstance(call.get("function"), dict) else {}
     given = function.get("arguments")
     given = parse_arguments(given) if isinstance(given, str) else given      # some clients write it anew
@@ -3531,8 +3536,8 @@ def call_digest(scope: str, call: Json) -> str:
 
 def opening_of(messages: Any) -> str:
     """The first thing the user said: with it a conversation keeps its name, however it goes on."""
-    said = [message.get("content") for message in messages if isinstance(message, dict) and message.get("role") == "user"] \
-        if isinstance(messages, list) else []
+    said = [message.get("content") for message in (messages if isinstance(messages, list) else ())
+            if isinstance(message, dict) and message.get("role") == "user"]
     parts = said[0] if said and isinstance(said[0], list) else said[:1]
     return "\n".join(str(part.get("text") or part) if isinstance(part, dict) else str(part) for part in parts)
 
@@ -3573,7 +3578,8 @@ class CallPieces:
         function, call["id"] = call["function"], call["id"] or ident
         if isinstance(name, str) and name != function["name"]:
             function["name"] += name
-        function["arguments"] += arguments if isinstance(arguments, str) else dump_json(arguments).decode() if arguments else ""
+        if arguments:
+            function["arguments"] += arguments if isinstance(arguments, str) else dump_json(arguments).decode()
 
 
 class ReasoningNote:
@@ -3692,7 +3698,7 @@ def has_images(value: Any) -> bool:
 class SSEDecoder:
     """Bytes of an event stream in, the data of whole records out.
 
-    Accepts any line end but a bare CR, `data:` with and without a blank, several data lines, comments, a byte order mark.
+    Accepts any line end but a bare CR, `data:` with and without a blank, several data lines, comments, a BOM.
     """
 
     def __init__(self) -> None:
@@ -3767,7 +3773,8 @@ def fold_stream(data: bytes) -> Json:
             whole.update({name: chunk[name]} if chunk and chunk.get(name) else {})
         for choice in (chunk.get("choices") if chunk else None) or ():
             if isinstance(choice, dict):
-                kept, pieces = choices.setdefault(choice.get("index", 0), ({"message": {"role": "assistant"}}, CallPieces()))
+                fresh = {"message": {"role": "assistant"}}, CallPieces()
+                kept, pieces = choices.setdefault(choice.get("index", 0), fresh)
                 kept.update((name, value) for name, value in choice.items() if name != "delta" and value is not None)
                 _add_delta(kept["message"], pieces, choice.get("delta"))
     if not done and not any(choice.get("finish_reason") for choice, _ in choices.values()):
@@ -7084,7 +7091,7 @@ class Call:
 
     @property
     def size_tokens(self) -> int:
-        """About how long it is: four bytes a token (CJK in UTF-8: 0.75 each), pictures apart.  For routes, not for bills."""
+        """About how long it is: four bytes a token (CJK in UTF-8: 0.75 each), pictures apart.  For routes, not bills."""
         pictures = [found.end() - found.start() for found in _BASE64_RUN.finditer(self.text)]
         return (len(self.text.encode("utf-8", "replace")) - sum(pictures)) // 4 + 1500 * len(pictures)
 
@@ -7225,7 +7232,8 @@ class TranslatedTurn:
 
     @cached_property
     def _memory(self) -> ReasoningMemory:
-        return self._call.memory(self._context.reasoning, self._call.body.get("messages") or self._turn.chat["messages"])
+        messages = self._call.body.get("messages") or self._turn.chat["messages"]
+        return self._call.memory(self._context.reasoning, messages)
 
     def _note(self) -> Optional[ReasoningNote]:
         return ReasoningNote(self._memory.keep) if self._is_iflow or self._insists else None
@@ -7726,7 +7734,7 @@ class Dechunker:
 
     def __init__(self) -> None:
         self.done = False
-        self.whole = False               #: the last feed was whole chunks and not the end: it can be forwarded as it came
+        self.whole = False               #: the last feed was whole chunks and not the end: it can be forwarded as is
         self._rest, self._left = b"", 0  # unread framing; payload bytes left of the current chunk, and its CRLF
 
     def feed(self, data: bytes) -> bytes:
@@ -7803,7 +7811,7 @@ class AnswerHead(NamedTuple):
 
 
 def parse_answer_head(head: bytes, method: str) -> AnswerHead:
-    """Read an answer's head as leniently as browsers do; ValueError where it is no HTTP/1 (RFC 9112, 6.3 for the framing).
+    """Read an answer's head as leniently as browsers do; ValueError where it is no HTTP/1 (RFC 9112, 6.3: framing).
 
     http.client's parser, which is the one for e-mail, took a fifth of the time of a plain request.
     """
@@ -7814,7 +7822,9 @@ def parse_answer_head(head: bytes, method: str) -> AnswerHead:
     if rest.count("\n") >= HEADERS_LIMIT:
         raise ValueError("too many headers")
     headers: Dict[str, str] = {}
-    for name, value in _ANSWER_FIELD.findall(re.sub(r"\r?\n[ \t]+", " ", rest) if "\n " in rest or "\n\t" in rest else rest):
+    if "\n " in rest or "\n\t" in rest:
+        rest = re.sub(r"\r?\n[ \t]+", " ", rest)
+    for name, value in _ANSWER_FIELD.findall(rest):
         name = name.lower()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     status, token = int(found.group(2)), headers.get("connection", "").lower()
@@ -7834,7 +7844,8 @@ def parse_answer_head(head: bytes, method: str) -> AnswerHead:
 class Exchange:
     """One request to an upstream and its answer; closing it gives the connection back, or ends it."""
 
-    def __init__(self, release: Callable[[Wire, bool], None], wire: Wire, head: AnswerHead, idle_timeout_s: float) -> None:
+    def __init__(self, release: Callable[[Wire, bool], None], wire: Wire, head: AnswerHead,
+                 idle_timeout_s: float) -> None:
         self.status, self.headers = head.status, head.headers
         self.content_type = head.headers.get("content-type", "").lower()
         self.framed: Optional[bytes] = None       #: the last read with its chunk framing, where it can be forwarded so
@@ -7850,7 +7861,8 @@ class Exchange:
         if encoding in ("identity", ""):
             return None
         if encoding not in ("gzip", "x-gzip", "deflate"):
-            raise UpstreamGarbled(f"the upstream's answer is encoded as {one_line(encoding, 40)}, which nobody asked for")
+            raise UpstreamGarbled(f"the upstream's answer is encoded as {one_line(encoding, 40)}, "
+                                  "which nobody asked for")
         return zlib.decompressobj(47)    # 32 + 15: gzip or zlib, told apart by the header
 
     def read(self) -> bytes:
@@ -7977,7 +7989,7 @@ class Flow:
         return True
 
     def heed(self) -> Optional[float]:
-        """Keep who waits awake; the moment to do so again, None where all came but the end.  UpstreamTimeout, ClientGone."""
+        """Keep who waits awake; when to do so again, None where all came but the end.  UpstreamTimeout, ClientGone."""
         caller, now = self.caller, time.monotonic()
         if self.wire.cut_by is not None:
             raise self.wire.cut_by
@@ -8166,7 +8178,8 @@ _VERIFY_HINT = {
     9: "its certificate is not valid yet: is this machine's clock right?",
     10: "its certificate has expired, or this machine's clock is wrong",
     18: "its certificate is self-signed: put it into a file and set `ca_file`",
-    19: "its certificate chain ends in an unknown root: set `ca_file`, or install the CA certificates (ca-certificates)",
+    19: "its certificate chain ends in an unknown root: set `ca_file`, "
+        "or install the CA certificates (ca-certificates)",
     20: "its issuer is unknown: install the CA certificates (ca-certificates, on OpenWrt ca-bundle), or set `ca_file`",
     62: "its certificate is for another host name"}
 
@@ -8179,8 +8192,8 @@ def _transport_error(exc: Exception, where: str) -> UpstreamError:
     if isinstance(exc, socket.timeout):
         return UpstreamTimeout(f"{where}: no connection within the time limit (connect_timeout_s)")
     if isinstance(exc, ssl.SSLError):
-        hint = "it does not speak TLS; should the address begin with http://?" if "WRONG_VERSION" in str(exc.reason) else \
-            exc.reason or str(exc)
+        is_plain = "WRONG_VERSION" in str(exc.reason)
+        hint = "it does not speak TLS; should the address begin with http://?" if is_plain else exc.reason or str(exc)
         return UpstreamUnreachable(f"{where}: TLS failed: {hint}")
     if isinstance(exc, (socket.gaierror, UnicodeError)):
         return UpstreamUnreachable(f"{where}: unknown host ({getattr(exc, 'strerror', None) or exc})")
@@ -8215,8 +8228,8 @@ class Endpoint(NamedTuple):
 
 def uuid4() -> str:
     """A random UUID (RFC 9562, 5.4); the uuid module is a package of its own on OpenWrt."""
-    digits = secrets.token_hex(16)
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
+    digits, variant = secrets.token_hex(16), secrets.choice("89ab")
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 class IFlowIdentity:
@@ -8592,8 +8605,8 @@ class Upstream:
                 if ca_file:
                     try:
                         context.load_verify_locations(os.path.expanduser(ca_file))
-                    except (OSError, ssl.SSLError) as exc:
-                        raise UpstreamUnreachable(f"ca_file {ca_file}: {getattr(exc, 'strerror', None) or exc}") from None
+                    except OSError as exc:           # ssl.SSLError is one
+                        raise UpstreamUnreachable(f"ca_file {ca_file}: {exc.strerror or exc}") from None
                 self._tls = (ca_file, context)
             return self._tls[1]
 
@@ -9602,7 +9615,7 @@ class Circuit:
 
 
 class Window:
-    """How much there was in the last `span_s` seconds, exact for small limits, to a twentieth of the span for others."""
+    """How much there was in the last `span_s` seconds: exact for small limits, else to a twentieth of the span."""
 
     def __init__(self, span_s: float, limit: int) -> None:
         self.span_s, self.limit = span_s, limit
@@ -9664,7 +9677,8 @@ class Meter:
         """Measure by `limits` from now on; what was used stays used."""
         if limits != self.limits:
             self.limits, self.concurrency = limits, limits.get("concurrency", 0)
-            self.windows = {name: self.windows.get(name) or self._window(name) for name in LIMIT_SPANS if name in limits}
+            self.windows = {name: self.windows.get(name) or self._window(name)
+                            for name in LIMIT_SPANS if name in limits}
             for name, window in self.windows.items():
                 window.limit = limits[name]
         return self
@@ -9879,7 +9893,8 @@ class TokenScale:
                 write_file(self._path, dump_json({name: [round(number, 1) for number in row]
                                                   for name, row in self._sums.items()}))
             except OSError as exc:
-                log.warning("%s: %s (what was learnt of token counts lasts for this run)", self._path, exc.strerror or exc)
+                log.warning("%s: %s (what was learnt of token counts lasts for this run)", self._path,
+                            exc.strerror or exc)
                 self._path = ""
 
     def close(self) -> None:
@@ -10320,7 +10335,7 @@ class UsageBook(LineFile):
             return [(names, list(counts)) for names, counts in self._rows.items() if names[0] >= oldest]
 
     def report(self, by: str, days: int, prices: Mapping[str, Mapping[str, float]]) -> List[Json]:
-        """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost` where it has a price."""
+        """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost` by the prices."""
         found: Dict[str, Json] = {}
         for names, counts in self.rows(days):
             name = names[USAGE_NAMES.index(by)]
@@ -13355,15 +13370,14 @@ def _security_schemes(scene: Scene) -> Json:
 
 
 def _asked_for(operation: Operation) -> List[Json]:
-    rows = [(name, *PARAMETERS[name]) for name in operation.params.split()]
     return [{"name": name, "in": place, "required": place == "path", "description": (zh, en), "schema": _shape(short),
-             "example": example} for name, place, short, zh, en, example in rows]
+             "example": example}
+            for name in operation.params.split() for place, short, zh, en, example in [PARAMETERS[name]]]
 
 
 def _example_requests(operation: Operation) -> Json:
     """Name -> {"summary", "value"}; with a model where the shape has one."""
-    shape = SHAPES.get(operation.asks, {})
-    model = {"model": _EXAMPLE_MODEL} if "model" in shape else {}
+    model = {"model": _EXAMPLE_MODEL} if "model" in SHAPES.get(operation.asks, {}) else {}
     return {name: {"summary": _TITLES[name], "value": {**model, **body}}
             for name, body in REQUESTS.get(operation.name, {}).items()}
 
@@ -13422,9 +13436,9 @@ def _operation(key: str, operation: Operation, scene: Scene) -> Json:
     needs_key = scene.needs_key and not route.public
     statuses = {403, *([404] if "{" in key else []), *([] if route.public else [401]),
                 *(_STATUS_OF_BODY if operation.asks else []), *(_STATUS_OF_CALL if route.run is answer_call else [])}
-    family, dialect = ("messages" if route.dialect is MESSAGES else "openai"), route.dialect
+    family = "messages" if route.dialect is MESSAGES else "openai"
     answers: Json = {"200": {"description": ("成功", "done"), "content": _answer_content(operation)}}
-    for status in sorted(dialect.status(GatewayError("", status=status)) for status in statuses):
+    for status in sorted(route.dialect.status(GatewayError("", status=status)) for status in statuses):
         answers[str(status)] = {"$ref": f"#/components/responses/{family}_{status}"}
     if route.run is answer_call:
         answers["default"] = {"description": ("上游的其他状态，原样传回", "any other status of the upstream, passed on"),
@@ -13648,9 +13662,8 @@ def _example_folds(examples: Json) -> List[Markup]:
 class Reader:
     """The document as a page that needs no script."""
 
-    def __init__(self, document: Json, language: str) -> None:
-        self._document = document
-        self._words = {name: text[language == "en"] for name, text in READER_TEXTS.items()}
+    def __init__(self, document: Json, words: Mapping[str, str]) -> None:
+        self._document, self._words = document, words
 
     def page(self) -> Markup:
         document, words = self._document, self._words
@@ -13725,7 +13738,7 @@ def reader_page(scene: Scene, name: str, plain: bool, cdn: bool) -> Tuple[bytes,
     nothing of the admin page within reach.  Without the CDN there is no script at all.
     """
     document, language = openapi(scene), scene.language
-    words = {key: text[language == "en"] for key, text in READER_TEXTS.items()}
+    words = _said(READER_TEXTS, language)
     title, files = READERS[name]
     urls = {CDN + path: "sha384-" + digest for path, digest in files.items()} if cdn and not plain else {}
     links = {"openapi.json": "/openapi.json?"}
@@ -13745,7 +13758,7 @@ def reader_page(scene: Scene, name: str, plain: bool, cdn: bool) -> Tuple[bytes,
     head = node("head", node("meta", charset="utf-8"), node("title", "iflow2api API"), node(
         "meta", name="viewport", content="width=device-width, initial-scale=1"), node("style", Markup(BAR_CSS)),
         node("style", Markup(READER_CSS), id="look"), wakes)
-    body = node("body", bar, node("div", id="ui"), Reader(document, language).page(), script)
+    body = node("body", bar, node("div", id="ui"), Reader(document, words).page(), script)
     page = node("html", head, body, lang=language, class_="wait" if urls else None, data_page=name,
                 data_theme=scene.theme)
     digest = base64.b64encode(hashlib.sha256(READER_JS.encode()).digest()).decode()
@@ -18399,8 +18412,7 @@ _LOOKS = re.compile(r"(?i)get|list|read|search|find|look|fetch|weather|time|glob
 #: Arguments that harm nothing, by a word of their name.
 _DEMO_VALUES = {"command": "echo hello from the demo", "cmd": "echo hello from the demo", "file": "README.md",
                 "path": ".", "pattern": "*", "city": "Paris", "location": "Paris", "url": "https://example.com/",
-                "lang": "en",
-                "unit": "celsius", "date": "2026-01-01", "zone": "UTC"}
+                "lang": "en", "unit": "celsius", "date": "2026-01-01", "zone": "UTC"}
 
 _DEMO_PIECE = re.compile(r"[\u2e80-\uffff]|[^\s\u2e80-\uffff]+\s*|\s+")
 _CHINESE = re.compile(r"[\u2e80-\uffff]")
@@ -18630,12 +18642,10 @@ def demo_chunks(body: Json, answer: DemoAnswer, base: Json) -> Iterator[Json]:
     """The chunks of a streamed answer; usage where it was asked for."""
     chat = "messages" in body
     base = {**base, "object": "chat.completion.chunk" if chat else "text_completion"}
-    if chat:
-        for delta in demo_deltas(answer):
-            yield {**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-    else:
-        for piece in demo_pieces(answer.text):
-            yield {**base, "choices": [{"index": 0, "text": piece, "logprobs": None, "finish_reason": None}]}
+    pieces = [{"delta": delta} for delta in demo_deltas(answer)] if chat else [
+        {"text": piece, "logprobs": None} for piece in demo_pieces(answer.text)]
+    for piece in pieces:
+        yield {**base, "choices": [{"index": 0, **piece, "finish_reason": None}]}
     nothing: Json = {"delta": {}} if chat else {"text": ""}
     yield {**base, "choices": [{"index": 0, **nothing, "finish_reason": answer.finish_reason}]}
     options = body.get("stream_options")
@@ -18676,7 +18686,7 @@ class DemoRequest(NamedTuple):
     body: Json
 
 
-class DemoUpstream(http.server.ThreadingHTTPServer):
+class DemoUpstream(socketserver.ThreadingTCPServer):
     """A small OpenAI-compatible server on a loopback port.
 
     `pace_s` lies between two pieces of a stream, `first_s` before an answer; `key` is demanded where given.  `script`
@@ -18684,7 +18694,7 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
     takes over.  `requests` are the latest that came.
     """
     daemon_threads, block_on_close = True, False
-    request_queue_size = 128
+    allow_reuse_address, request_queue_size = True, 128
 
     def __init__(self, pace_s: float = 0.03, first_s: float = 0.3, key: str = "",
                  script: Iterable[Union[DemoAnswer, Callable[[Json], DemoAnswer]]] = (), port: int = 0) -> None:
@@ -18696,14 +18706,9 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _DemoHandler)
         threading.Thread(target=self.serve_forever, args=(5,), name="demo", daemon=True).start()
 
-    def server_bind(self) -> None:
-        """Without HTTPServer's reverse DNS lookup."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
     @property
     def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def entry(self, name: str = "demo") -> Json:
         """It as an entry of `providers`."""
@@ -18726,7 +18731,7 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
 
     def pause(self, seconds: float) -> bool:
         """Wait; False when the server is closing."""
-        return not self.closing.wait(seconds) if seconds else not self.closing.is_set()
+        return not self.closing.wait(seconds)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("the demo upstream lost a client", exc_info=True)
@@ -19142,7 +19147,8 @@ def _parse_for(where: str, name: str, text: str) -> Any:
 def _read_key(text: str, variable: str = "NAME") -> str:
     """A key given on the command line: `$NAME`, `-` for standard input, or itself, with a warning."""
     if not text:
-        raise UsageError(f"--api-key is empty: the shell has replaced the variable; put it in single quotes: '${variable}'")
+        raise UsageError("--api-key is empty: the shell has replaced the variable; "
+                         f"put it in single quotes: '${variable}'")
     if text == "-":
         text = sys.stdin.readline().strip()
         if not text:
@@ -19471,11 +19477,13 @@ def cmd_status(args: Any) -> int:
     for facts in others or ():
         _row("provider", facts["name"], facts.get("problem") or "in use", *_rest_of(health, facts["name"]))
     if others is not None:
-        _row("note", "the running server has other providers than config.json names (--demo, --upstream, or found here)")
+        _row("note", "the running server has other providers than config.json names "
+                     "(--demo, --upstream, or found here)")
     for provider in router.providers.values() if others is None else ():
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
-        _row("provider", f"{provider.name}{' (default)' if provider is router.default else ''}",
-             provider.problem or provider.base_url, keys if not provider.problem else "", *_rest_of(health, provider.name))
+        mark = " (default)" if provider is router.default else ""
+        _row("provider", provider.name + mark, provider.problem or provider.base_url,
+             "" if provider.problem else keys, *_rest_of(health, provider.name))
     for account, login in {**gateway.login_report(), **(health or {}).get("logins", {})}.items():
         _row("login", *map(one_line, _login_columns(account, login)))
     if not router.providers and not others:
@@ -19735,7 +19743,8 @@ def cmd_env(args: Any) -> int:
     gateway = _gateway_of(args)
     settings, router = gateway.settings, gateway.current().router
     if not settings.port:
-        raise UsageError("the server takes a free port at each start (port 0): say with --port which one it has printed")
+        raise UsageError("the server takes a free port at each start (port 0): "
+                         "say with --port which one it has printed")
     health = _ask_running(settings)
     if health is None:
         _say(f"no iflow2api answers at {url_of(settings.host, settings.port)} now; if it runs elsewhere, say so with "
