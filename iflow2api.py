@@ -128,7 +128,7 @@ try:
     from datetime import datetime, timezone
     from email.utils import formatdate, parsedate_to_datetime
     from fnmatch import fnmatchcase
-    from functools import cached_property, lru_cache
+    from functools import cached_property, lru_cache, partial
     from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                         Sequence, Set, Tuple, Union)
 except ImportError as exc:
@@ -20175,25 +20175,38 @@ class Command(NamedTuple):
     examples: Tuple[str, ...] = ()
 
 
-#: Settings of this run that any command understands which looks at providers.
-RUN_FLAGS: Tuple[Tuple[str, Json], ...] = (
-    ("--upstream", {"metavar": "URL", "help": ("只用这个 OpenAI 兼容服务，不看 config.json",
-                                               "use this OpenAI-compatible server alone, whatever config.json says")}),
-    ("--api-key", {"metavar": "KEY", "help": ("它的密钥（或 iFlow 的）：$NAME、-（标准输入）或密钥本身",
-                                              "its key, or iFlow's: $NAME, - (standard input), or the key itself")}),
-    ("--model", {"metavar": "MODEL", "dest": "default_model",
-                 "help": ("本次运行的 default_model", "default_model for this run")}))
+def arg(spelling: str, zh: str, en: str, **facts: Any) -> Tuple[str, Json]:
+    """An argument and what argparse has to know of it.
 
-SERVE_FLAGS: Tuple[Tuple[str, Json], ...] = (
-    ("--host", {"metavar": "ADDR", "help": ("监听地址（127.0.0.1）", "address to listen on (127.0.0.1)")}),
-    ("--port", {"metavar": "N", "help": ("端口（28000；0 为自动选择）", "port to listen on (28000; 0: a free one)")}),
+    `--port N` takes a value, `--json` none unless there are `choices`; `-f, --follow` has a short form.  `MODEL` is
+    told by its place, `[NAME]` may be left out; one that is spelled small has the name that the code knows it by.
+    """
+    short, _, flag = spelling.rpartition(", ")
+    name, _, value = flag.strip("[]").partition(" ")
+    is_switch = flag[0] == "-" and not value and "choices" not in facts
+    told = {"short": short, "metavar": name if name.isupper() else value, "nargs": "?" if flag[0] == "[" else "",
+            "action": "store_true" if is_switch else ""}
+    return name.lower(), {"help": (zh, en), **{key: fact for key, fact in told.items() if fact}, **facts}
+
+
+#: Settings of this run that any command understands which looks at providers.
+MODEL_FLAG = arg("--model MODEL", "本次运行的 default_model", "default_model for this run", dest="default_model")
+RUN_FLAGS = (
+    arg("--upstream URL", "只用这个 OpenAI 兼容服务，不看 config.json",
+        "use this OpenAI-compatible server alone, whatever config.json says"),
+    arg("--api-key KEY", "它的密钥（或 iFlow 的）：$NAME、-（标准输入）或密钥本身",
+        "its key, or iFlow's: $NAME, - (standard input), or the key itself"),
+    MODEL_FLAG)
+
+SERVE_FLAGS = (
+    arg("--host ADDR", "监听地址（127.0.0.1）", "address to listen on (127.0.0.1)"),
+    arg("--port N", "端口（28000；0 为自动选择）", "port to listen on (28000; 0: a free one)"),
     *RUN_FLAGS,
-    ("--demo", {"action": "store_true", "help": ("由内置的小模型应答：不要账号，不要网络",
-                                                 "answer from a small model built in: no account, no network")}),
-    ("--no-browser", {"action": "store_true", "help": ("不打开网页", "do not open the page")}),
-    ("--log-level", {"metavar": "LEVEL", "help": ("debug、info、warning 或 error", "debug, info, warning or error")}),
-    ("--verbose", {"action": "store_true", "help": ("等于 --log-level debug", "the same as --log-level debug")}),
-    ("--version", {"action": "store_true", "help": ("显示版本", "print the version")}))
+    arg("--demo", "由内置的小模型应答：不要账号，不要网络", "answer from a small model built in: no account, no network"),
+    arg("--no-browser", "不打开网页", "do not open the page"),
+    arg("--log-level LEVEL", "debug、info、warning 或 error", "debug, info, warning or error"),
+    arg("--verbose", "等于 --log-level debug", "the same as --log-level debug"),
+    arg("--version", "显示版本", "print the version"))
 
 
 def cmd_completion(args: Any) -> int:
@@ -20208,87 +20221,72 @@ COMMANDS: Dict[str, Command] = {
     "status": Command(cmd_status, ("是否在运行、有哪些上游、有什么问题", "is it running, with what, and what is wrong")),
     "models": Command(cmd_models, ("列出可用的模型", "list the models that can be asked for"), RUN_FLAGS),
     "test": Command(cmd_test, ("向上游发一个极小的真实请求", "one tiny real request to a provider, or to each"), (
-        ("provider", {"nargs": "?", "metavar": "PROVIDER", "help": ("上游名称；不写则全部", "its name; all without")}),
-        *RUN_FLAGS), ("test", "test --upstream http://127.0.0.1:11434/v1")),
+        arg("[PROVIDER]", "上游名称；不写则全部", "its name; all without"), *RUN_FLAGS),
+        ("test", "test --upstream http://127.0.0.1:11434/v1")),
     "env": Command(cmd_env, ("输出让客户端指向本服务的 shell 语句", "shell lines that point a client at this server"), (
-        ("client", {"choices": tuple(CLIENTS), "metavar": "CLIENT",
-                    "help": ("客户端：" + ", ".join(CLIENTS), ", ".join(CLIENTS))}),
-        ("--shell", {"choices": tuple(SHELLS), "help": ("哪种 shell；不写则看 $SHELL", "for which shell; by $SHELL without")}),
-        ("--host", {"metavar": "ADDR", "help": ("服务的地址", "the server's address")}),
-        ("--port", {"metavar": "N", "help": ("服务的端口", "its port")}), RUN_FLAGS[2],
-        ("--json", {"action": "store_true", "help": ("输出 JSON：Claude Code 的 settings.json",
-                                                     "as JSON, for Claude Code's settings.json")})),
+        arg("CLIENT", "客户端：" + ", ".join(CLIENTS), ", ".join(CLIENTS), choices=tuple(CLIENTS)),
+        arg("--shell", "哪种 shell；不写则看 $SHELL", "for which shell; by $SHELL without", choices=tuple(SHELLS)),
+        arg("--host ADDR", "服务的地址", "the server's address"), arg("--port N", "服务的端口", "its port"), MODEL_FLAG,
+        arg("--json", "输出 JSON：Claude Code 的 settings.json", "as JSON, for Claude Code's settings.json")),
         ("env claude", "env claude --json", "env codex --shell fish")),
     "provider": Command(cmd_provider, ("管理和测试上游，查看预设", "list, add, remove and test upstreams; show the known ones"), (
-        ("action", {"nargs": "?", "choices": ("list", "add", "remove", "test", "presets"),
-                    "help": ("不写则为 list", "list without")}),
-        ("name", {"nargs": "?", "metavar": "NAME",
-                  "help": ("名称；add 时写预设名即可", "a preset's name is all that `add` needs")}),
-        ("--base-url", {"metavar": "URL", "help": ("add：OpenAI 兼容服务的地址", "add: where an OpenAI-compatible server is")}),
-        ("--api-key", {"metavar": "KEY", "help": ("add：'$NAME'（原样保存）、-（标准输入）或密钥",
-                                                  "add: '$NAME' (stored as such), - (standard input), or the key")}),
-        ("--models", {"metavar": "A,B", "help": ("add：模型，第一个为默认", "add: models it serves; the first is its default")}),
-        ("--preset", {"metavar": "PRESET",
-                      "help": ("add：用别的名称套用此预设", "add: take the facts of this preset under another name")}),
-        ("--kind", {"choices": KINDS, "help": ("add：不写则为 openai", "add: openai without")})),
+        arg("[action]", "不写则为 list", "list without", choices=("list", "add", "remove", "test", "presets")),
+        arg("[NAME]", "名称；add 时写预设名即可", "a preset's name is all that `add` needs"),
+        arg("--base-url URL", "add：OpenAI 兼容服务的地址", "add: where an OpenAI-compatible server is"),
+        arg("--api-key KEY", "add：'$NAME'（原样保存）、-（标准输入）或密钥",
+            "add: '$NAME' (stored as such), - (standard input), or the key"),
+        arg("--models A,B", "add：模型，第一个为默认", "add: models it serves; the first is its default"),
+        arg("--preset PRESET", "add：用别的名称套用此预设", "add: take the facts of this preset under another name"),
+        arg("--kind", "add：不写则为 openai", "add: openai without", choices=KINDS)),
         ("provider presets", "provider add zhipu --api-key '$ZHIPU_API_KEY'", "provider test zhipu")),
     "login": Command(cmd_login, ("用浏览器登录 iFlow", "log in to iFlow in the browser"), (
-        ("--paste", {"action": "store_true", "help": ("用于 SSH 和容器：粘贴浏览器最后停在的地址",
-                                                      "for SSH and containers: paste the address the browser ends on")}),
-        ("--no-browser", {"action": "store_true", "help": ("只显示要打开的地址", "only print the address to open")}),
-        ("--api-key", {"metavar": "KEY", "help": ("改为保存此密钥：$NAME、-（标准输入）或密钥本身",
-                                                  "store this key instead: $NAME, - (standard input), or itself")}),
-        ("--account", {"metavar": "NAME", "help": ("另一个账号；请求在各账号间轮换",
-                                                   "a further account; requests take turns among all of them")}),
-        ("--timeout", {"metavar": "S", "type": float, "default": LOGIN_TIMEOUT_S,
-                       "help": ("最多等待的秒数（300）", "seconds to wait (300)")})), ("login", "login --paste")),
+        arg("--paste", "用于 SSH 和容器：粘贴浏览器最后停在的地址", "for SSH and containers: paste the address the browser ends on"),
+        arg("--no-browser", "只显示要打开的地址", "only print the address to open"),
+        arg("--api-key KEY", "改为保存此密钥：$NAME、-（标准输入）或密钥本身",
+            "store this key instead: $NAME, - (standard input), or itself"),
+        arg("--account NAME", "另一个账号；请求在各账号间轮换", "a further account; requests take turns among all of them"),
+        arg("--timeout S", "最多等待的秒数（300）", "seconds to wait (300)", type=float, default=LOGIN_TIMEOUT_S)),
+        ("login", "login --paste")),
     "logout": Command(cmd_logout, ("移除 iFlow 登录", "remove the iFlow login"), (
-        ("--account", {"metavar": "NAME", "help": ("哪个账号", "of this account")}),)),
+        arg("--account NAME", "哪个账号", "of this account"),)),
     "config": Command(cmd_config, ("查看和修改设置", "show and change settings"), (
-        ("action", {"nargs": "?", "choices": ("list", "get", "set", "unset", "path", "encrypt"),
-                    "help": ("不写则为 list", "list without")}),
-        ("key", {"nargs": "?", "metavar": "KEY", "help": ("设置的名称", "name of a setting")}),
-        ("value", {"nargs": "?", "metavar": "VALUE",
-                   "help": ("新的值；列表和对象写成 JSON", "its value; lists and objects as JSON")}),
-        ("--show-secrets", {"action": "store_true", "help": ("完整显示密钥", "show keys in full")})),
+        arg("[action]", "不写则为 list", "list without", choices=("list", "get", "set", "unset", "path", "encrypt")),
+        arg("[KEY]", "设置的名称", "name of a setting"),
+        arg("[VALUE]", "新的值；列表和对象写成 JSON", "its value; lists and objects as JSON"),
+        arg("--show-secrets", "完整显示密钥", "show keys in full")),
         ("config list", "config set port 8080", "config set upstream_proxy socks5h://127.0.0.1:1080")),
     "admin": Command(cmd_admin, ("重设管理页面的密码", "set the page's password anew"), (
-        ("action", {"choices": ("reset-password",), "help": ("重设密码", "set it")}),
-        ("password", {"nargs": "?", "metavar": "-", "help": ("- 表示从标准输入读取", "-: read it from standard input")})),
+        arg("action", "重设密码", "set it", choices=("reset-password",)),
+        arg("[password]", "- 表示从标准输入读取", "-: read it from standard input", metavar="-")),
         ("admin reset-password", "admin reset-password - < FILE")),
     "routes": Command(cmd_routes, ("说明某个模型名会去哪里、为什么", "say where a model's name goes, and why"), (
-        ("action", {"choices": ("explain",), "help": ("说明去向", "say where it goes")}),
-        ("name", {"metavar": "MODEL", "help": ("模型名", "the model's name")}),
-        ("--dialect", {"choices": ("chat", "messages", "responses"), "default": "chat",
-                       "help": ("客户端的接口（chat）", "the client's API (chat)")}),
-        ("--tokens", {"metavar": "N", "default": "0", "help": ("请求的大小", "size of the request")}),
-        ("--images", {"action": "store_true", "help": ("带有图片", "it shows an image")}),
-        ("--thinking", {"action": "store_true", "help": ("要求思考", "it asks for reasoning")}),
-        ("--tools", {"action": "store_true", "help": ("提供工具", "it offers tools")}),
-        ("--json", {"action": "store_true", "help": ("输出 JSON", "as JSON")}), *RUN_FLAGS),
+        arg("action", "说明去向", "say where it goes", choices=("explain",)),
+        arg("name", "模型名", "the model's name", metavar="MODEL"),
+        arg("--dialect", "客户端的接口（chat）", "the client's API (chat)", choices=("chat", "messages", "responses"),
+            default="chat"),
+        arg("--tokens N", "请求的大小", "size of the request", default="0"),
+        arg("--images", "带有图片", "it shows an image"), arg("--thinking", "要求思考", "it asks for reasoning"),
+        arg("--tools", "提供工具", "it offers tools"), arg("--json", "输出 JSON", "as JSON"), *RUN_FLAGS),
         ("routes explain claude-sonnet-4 --dialect messages",)),
     "key": Command(cmd_key, ("客户端的密钥，各有模型和限额", "keys of clients: each with its models and limits"), (
-        ("action", {"nargs": "?", "choices": ("list", "add", "remove"), "help": ("不写则为 list", "list without")}),
-        ("name", {"nargs": "?", "metavar": "NAME", "help": ("密钥的名称", "name of the key")}),
-        ("--models", {"metavar": "A,B", "help": ("可用的模型或模式", "models it may use, or patterns")}),
-        *((f"--{name}", {"metavar": "N", "help": (f"{name} 上限", f"most {words}")}) for name,
-          words in LIMIT_WORDS.items()),
-        ("--expires", {"metavar": "DATE", "help": ("最后一天，如 2027-01-31", "last day, such as 2027-01-31")})),
+        arg("[action]", "不写则为 list", "list without", choices=("list", "add", "remove")),
+        arg("[NAME]", "密钥的名称", "name of the key"),
+        arg("--models A,B", "可用的模型或模式", "models it may use, or patterns"),
+        *(arg(f"--{name} N", f"{name} 上限", f"most {words}") for name, words in LIMIT_WORDS.items()),
+        arg("--expires DATE", "最后一天，如 2027-01-31", "last day, such as 2027-01-31")),
         ("key add alice --rpm 20 --models 'glm-*'", "key remove alice")),
     "usage": Command(cmd_usage, ("用量：按模型、密钥或上游", "tokens and requests, by model, key or provider"), (
-        ("--days", {"metavar": "N", "default": "30", "help": ("最近 N 天（30）", "the last N days (30)")}),
-        ("--by", {"choices": ("model", "key", "provider", "day"), "default": "model",
-                  "help": ("按什么汇总（model）", "a row for each (model)")}),
-        ("--json", {"action": "store_true", "help": ("输出 JSON", "as JSON")}),
-        ("--csv", {"action": "store_true", "help": ("输出 CSV", "as CSV")})), ("usage --by key --days 7",)),
+        arg("--days N", "最近 N 天（30）", "the last N days (30)", default="30"),
+        arg("--by", "按什么汇总（model）", "a row for each (model)", choices=("model", "key", "provider", "day"),
+            default="model"),
+        arg("--json", "输出 JSON", "as JSON"), arg("--csv", "输出 CSV", "as CSV")), ("usage --by key --days 7",)),
     "logs": Command(cmd_logs, ("显示日志文件（log_file）的末尾", "show the end of log_file"), (
-        ("-n", {"metavar": "N", "type": int, "default": 50, "dest": "lines",
-                "help": ("行数（50）", "number of lines (50)")}),
-        ("--follow", {"action": "store_true", "short": "-f", "help": ("持续显示新的行", "go on with what is added")}),
-        ("--level", {"choices": LOG_LEVELS, "default": "debug", "help": ("只显示此级别及以上", "this level and above")})),
+        arg("-n N", "行数（50）", "number of lines (50)", type=int, default=50, dest="lines"),
+        arg("-f, --follow", "持续显示新的行", "go on with what is added"),
+        arg("--level", "只显示此级别及以上", "this level and above", choices=LOG_LEVELS, default="debug")),
         ("logs -f", "logs -n 200 --level warning")),
     "completion": Command(cmd_completion, ("输出 shell 的自动补全脚本", "print a script that completes commands in a shell"), (
-        ("shell", {"choices": ("bash", "zsh", "fish", "powershell"), "help": ("哪种 shell", "which shell")}),), (
+        arg("shell", "哪种 shell", "which shell", choices=("bash", "zsh", "fish", "powershell")),), (
         "completion bash >> ~/.bashrc", "completion zsh >> ~/.zshrc",
         "completion fish >> ~/.config/fish/config.fish", "completion powershell >> $PROFILE")),
     "version": Command(cmd_version, ("显示版本", "print the version")),
@@ -20500,20 +20498,19 @@ class CompletionWords:
         return [flag for flag, values in self.values.items() if not values and flag != "--config-dir"]
 
 
-_BASH = r"""# iflow2api completion for bash: put this into ~/.bashrc, or: eval "$(python iflow2api.py completion bash)"
+_POSIX = r"""# iflow2api completion for @SHELL@: put this into ~/.@SHELL@rc, or: eval "$(python iflow2api.py completion @SHELL@)"
 # It serves the names iflow2api and iflow2api.py, also as an alias: alias iflow2api='python /path/to/iflow2api.py'
 _iflow2api() {
-    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} line="" words="" i
-    for ((i = 1; i < COMP_CWORD; i++)); do
-        case ${COMP_WORDS[i]} in
+    local cur=${@TYPED@[@AT@]} prev=${@TYPED@[@AT@-1]} line="" @BEGIN@
+    for ((i = @FIRST@; i < @AT@; i++)); do
+        case ${@TYPED@[i]} in
             @VALUED@) ((i++)) ;;
             -*) ;;
-            *) line+="${line:+ }${COMP_WORDS[i]}" ;;
+            *) line+="${line:+ }${@TYPED@[i]}" ;;
         esac
     done
-    COMPREPLY=()
     case $prev in
-            --config-dir) COMPREPLY=($(compgen -d -- "$cur")); return ;;
+            --config-dir) @FOLDERS@; return ;;
 @VALUES@
             @FREE@) return ;;
     esac
@@ -20528,38 +20525,17 @@ _iflow2api() {
     fi
     @SHOW@
 }
-complete -F _iflow2api iflow2api iflow2api.py"""
+@END@"""
 
-_ZSH = r"""# iflow2api completion for zsh: put this into ~/.zshrc, or: eval "$(python iflow2api.py completion zsh)"
-# It serves the names iflow2api and iflow2api.py, also as an alias: alias iflow2api='python /path/to/iflow2api.py'
-_iflow2api() {
-    local cur=${words[CURRENT]} prev=${words[CURRENT-1]} line="" i
-    local -a found
-    for ((i = 2; i < CURRENT; i++)); do
-        case ${words[i]} in
-            @VALUED@) ((i++)) ;;
-            -*) ;;
-            *) line+="${line:+ }${words[i]}" ;;
-        esac
-    done
-    case $prev in
-            --config-dir) _files -/; return ;;
-@VALUES@
-            @FREE@) return ;;
-    esac
-    if [[ $cur == -* ]]; then
-        case ${line%% *} in
-@FLAGS@
-        esac
-    else
-        case $line in
-@WORDS@
-        esac
-    fi
-    @SHOW@
-}
-(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -u }
-compdef _iflow2api iflow2api iflow2api.py"""
+#: What _POSIX says in each shell: `typed` are the words up to number `at`, `take` picks those that `show` offers.
+_POSIX_SHELLS: Dict[str, Dict[str, str]] = {
+    "bash": {"typed": "COMP_WORDS", "at": "COMP_CWORD", "first": "1", "begin": 'words="" i\n    COMPREPLY=()',
+             "take": 'words="%s"', "show": 'COMPREPLY=($(compgen -W "$words" -- "$cur"))',
+             "folders": 'COMPREPLY=($(compgen -d -- "$cur"))', "end": "complete -F _iflow2api iflow2api iflow2api.py"},
+    "zsh": {"typed": "words", "at": "CURRENT", "first": "2", "begin": "i\n    local -a found",
+            "take": "found=(%s)", "show": "compadd -- $found", "folders": "_files -/",
+            "end": "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -u }\n"
+                   "compdef _iflow2api iflow2api iflow2api.py"}}
 
 _FISH = r"""# iflow2api completion for fish: put this into ~/.config/fish/config.fish, or:
 #   python iflow2api.py completion fish | source
@@ -20631,14 +20607,15 @@ def _fill_in(script: str, **parts: str) -> str:
     return script
 
 
-def _posix_completion(script: str, form: str, show: str, words: CompletionWords) -> str:
-    """bash's or zsh's; `form` is how a list of words is assigned, `show` how it is handed over."""
-    def cases(table: Iterable[Tuple[str, List[str]]], end: str = "") -> str:
-        return "\n".join(f'            "{name}") {form % " ".join(found)}{end} ;;' for name, found in table)
+def _posix_completion(shell: str, words: CompletionWords) -> str:
+    own = _POSIX_SHELLS[shell]
 
-    return _fill_in(script, valued="|".join(words.values), free="|".join(words.free()), show=show,
-                    values=cases(words.sets(), f"; {show}; return"), flags=cases(words.flags.items()),
-                    words=cases(words.words.items()))
+    def cases(table: Iterable[Tuple[str, List[str]]], end: str = "") -> str:
+        return "\n".join(f'            "{name}") {own["take"] % " ".join(found)}{end} ;;' for name, found in table)
+
+    return _fill_in(_POSIX, valued="|".join(words.values), free="|".join(words.free()), shell=shell,
+                    values=cases(words.sets(), f"; {own['show']}; return"), flags=cases(words.flags.items()),
+                    words=cases(words.words.items()), **own)
 
 
 def _fish_completion(words: CompletionWords) -> str:
@@ -20674,8 +20651,7 @@ def _powershell_completion(words: CompletionWords) -> str:
 
 
 COMPLETERS: Dict[str, Callable[[CompletionWords], str]] = {
-    "bash": lambda words: _posix_completion(_BASH, 'words="%s"', 'COMPREPLY=($(compgen -W "$words" -- "$cur"))', words),
-    "zsh": lambda words: _posix_completion(_ZSH, "found=(%s)", "compadd -- $found", words),
+    **{shell: partial(_posix_completion, shell) for shell in _POSIX_SHELLS},
     "fish": _fish_completion, "powershell": _powershell_completion}
 
 
