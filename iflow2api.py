@@ -903,7 +903,7 @@ def check_setting(name: str, value: Any) -> Any:
     if not has_type(value, _KINDS[kind]):
         hidden = facts.get("secret") or isinstance(value, (list, dict))      # problems are shown on /health
         found = "" if hidden else f", not {one_line(json.dumps(value), 60)}"
-        raise ValueError(f"{_KIND_NAME[kind]} expected{found}")
+        raise ValueError(f"{_KIND_NAME[kind]} expected" + found)
     if "choices" in facts and value not in facts["choices"]:
         raise ValueError(f"one of {', '.join(c or chr(34) * 2 for c in facts['choices'])} expected")
     if kind == "float" and not abs(value) <= LONGEST_S:
@@ -10066,8 +10066,7 @@ class Metrics:
                 lines += [f"# HELP iflow2api_{family} {text}", f"# TYPE iflow2api_{family} {kind}"]
                 for series, value in self._values[family].items():
                     lines += self._histogram(family, series, value) if kind == "histogram" else [
-                        f"iflow2api_{family}{self._labels(series)} {value:g}" if value < 1e6 else
-                        f"iflow2api_{family}{self._labels(series)} {int(value)}"]
+                        f"iflow2api_{family}{self._labels(series)} {value:.16g}"]
         seen: Set[str] = set()
         for family, text, labels, value in gauges:
             if family not in seen:
@@ -19410,17 +19409,14 @@ class LogReader:
     """Lines of a log at a level or above.  The file is open for moments only: Windows can't rotate an open one."""
 
     def __init__(self, path: str, level: str) -> None:
-        self.path, self._wanted = path, {name.upper() for name in LOG_LEVELS[LOG_LEVELS.index(level):]} | {"CRITICAL"}
+        self.path, self._level = path, level
+        self._wanted = {name.upper() for name in LOG_LEVELS[LOG_LEVELS.index(level):]} | {"CRITICAL"}
         self._offset, self._inode, self._rest, self._shown = 0, 0, b"", True
 
     def tail(self, count: int) -> List[str]:
         """The last `count` lines there are, some perhaps from the file before; OSError where there is no file."""
-        lines: List[str] = []
-        if os.path.exists(self.path + ".1"):
-            older = LogReader(self.path + ".1", "debug")
-            older._wanted = self._wanted
-            lines = older.fresh()
-        lines += self.fresh()
+        older = LogReader(self.path + ".1", self._level).fresh() if os.path.exists(self.path + ".1") else []
+        lines = older + self.fresh()
         return lines[-count:] if count else []
 
     def fresh(self) -> List[str]:
@@ -19484,7 +19480,7 @@ def cmd_status(args: Any) -> int:
         mark = " (default)" if provider is router.default else ""
         _row("provider", provider.name + mark, provider.problem or provider.base_url,
              "" if provider.problem else keys, *_rest_of(health, provider.name))
-    for account, login in {**gateway.login_report(), **(health or {}).get("logins", {})}.items():
+    for account, login in {**gateway.login_report(), **health.get("logins", {})}.items():
         _row("login", *map(one_line, _login_columns(account, login)))
     if not router.providers and not others:
         _row("provider", "none; run `login` for iFlow, add one with `provider add`, or start with --upstream URL")
@@ -19506,42 +19502,40 @@ def _say_problems(problems: Iterable[str]) -> None:
         _say(f"problem: {one_line(problem, 300)}")
 
 
-def _how_it_runs(health: Optional[Json]) -> str:
+def _how_it_runs(health: Json) -> str:
     if not health:
         return "not running"
     state = local(str(health.get("status")))
     return f"running, {state}, version {health.get('version')}, {health.get('in_flight')} in flight"
 
 
-def _others_running(health: Optional[Json], router: Router) -> Optional[List[Json]]:
+def _others_running(health: Json, router: Router) -> Optional[List[Json]]:
     """The providers of the running server where they are others than these; None: the same, or none runs."""
-    listed = health.get("providers") if health else None
-    if not isinstance(listed, list) or not all(isinstance(p, dict) and isinstance(p.get("name"), str) for p in listed):
-        return None
-    return listed if [p["name"] for p in listed] != list(router.providers) else None
+    listed = [facts for facts in entries_of(health, "providers") if name_of(facts)]
+    is_known = "providers" in health and [facts["name"] for facts in listed] != list(router.providers)
+    return listed if is_known else None
 
 
-def _rest_of(health: Optional[Json], name: str) -> List[str]:
+def _rest_of(health: Json, name: str) -> List[str]:
     """What the running server says of a provider that is not quite well."""
-    listed = health.get("providers") if health else None
-    facts = next((p for p in listed or () if isinstance(p, dict) and p.get("name") == name), {})
+    facts = next((facts for facts in entries_of(health, "providers") if name_of(facts) == name), {})
     circuit, resting = facts.get("circuit", "closed"), facts.get("keys_resting", 0)
     words = {"open": "keeps failing, rests", "half-open": "kept failing, is tried again"}.get(circuit, "")
     return [words, f"{resting} of its keys rest" if resting else ""]
 
 
-def _ask_running(settings: Settings) -> Optional[Json]:
-    """/health of the server that these settings describe, None where none answers."""
+def _ask_running(settings: Settings) -> Json:
+    """/health of the server that these settings describe, {} where none answers."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     connection = http.client.HTTPConnection(host, settings.port, timeout=2)
     try:
         connection.request("GET", "/health")
         value = json.loads(connection.getresponse().read(1 << 20))
     except (OSError, http.client.HTTPException, ValueError):
-        return None
+        return {}
     finally:
         connection.close()
-    return value if isinstance(value, dict) and "iflow_logged_in" in value else None
+    return value if isinstance(value, dict) and "iflow_logged_in" in value else {}
 
 
 def cmd_models(args: Any) -> int:
@@ -19746,10 +19740,10 @@ def cmd_env(args: Any) -> int:
         raise UsageError("the server takes a free port at each start (port 0): "
                          "say with --port which one it has printed")
     health = _ask_running(settings)
-    if health is None:
+    if not health:
         _say(f"no iflow2api answers at {url_of(settings.host, settings.port)} now; if it runs elsewhere, say so with "
              "--host and --port")
-    its = str((health or {}).get("default_model") or "")     # with --demo and --upstream it has its own
+    its = str(health.get("default_model") or "")     # with --demo and --upstream it has its own
     model = args.default_model or (its if its != router.default_model else "")
     key = settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed")
     words = {"URL": url_of(settings.host, settings.port), "KEY": key, "MODEL": model or router.default_model,
@@ -19949,10 +19943,9 @@ def _check_proxy(args: Any, proxy: str) -> None:
 
 
 def _config_unset(args: Any) -> int:
-    name = args.key or _setting_name(args)               # a key we do not know may be removed, too
-    if name not in SETTING and name not in _config_of(args).recover()[0]:
-        return _setting_name(args) and 2
-    return _change_config(args, lambda raw: raw.pop(name, None))
+    if args.key not in _config_of(args).recover()[0]:    # a key we do not know may be removed, too
+        _setting_name(args)
+    return _change_config(args, lambda raw: raw.pop(args.key, None))
 
 
 def _change_config(args: Any, edit: Callable[[Json], Any]) -> int:
@@ -20363,18 +20356,19 @@ _COMPLAINTS = tuple((re.compile(pattern), key) for pattern, key in (
 
 def _complaint(message: str, command: str) -> str:
     """What argparse found wrong, in our words and the user's language."""
-    found = next(((known.fullmatch(message), key) for known, key in _COMPLAINTS if known.fullmatch(message)), None)
+    found, key = next(((found, key) for known, key in _COMPLAINTS for found in [known.fullmatch(message)] if found),
+                      (None, ""))
     if found is None:
         return message
-    facts = {name: one_line(value, 200) for name, value in found[0].groupdict().items()}     # type: ignore[union-attr]
+    facts = {name: one_line(value, 200) for name, value in found.groupdict().items()}
     entries = dict(_arguments_of(command))
-    if found[1] == "missing":
+    if key == "missing":
         facts["flag"] = " ".join(_positional(entry) for name, entry in entries.items() if name[0] != "-")
     if "choices" in facts:
         names = re.findall(r"[\w.-]+", facts["choices"])
         facts.update(choices=", ".join(names), near=nearest(facts["value"].strip("'"), names))
     facts["flag"] = facts["flag"].split("/")[-1]
-    return tr(found[1], command=command, metavar=entries.get(facts["flag"], {}).get("metavar", "VALUE"), **facts)
+    return tr(key, command=command, metavar=entries.get(facts["flag"], {}).get("metavar", "VALUE"), **facts)
 
 
 def _arguments_of(command: str) -> List[Tuple[str, Json]]:
