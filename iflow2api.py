@@ -881,8 +881,7 @@ SETTING_GROUPS: Dict[str, Tuple[str, ...]] = {
     "appearance": ("language", "theme_mode", "docs_cdn")}
 _KINDS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
 _KIND_NAME = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false",
-              "list": "a list",
-              "dict": "an object"}
+              "list": "a list", "dict": "an object"}
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -13415,10 +13414,9 @@ def _answer_content(operation: Operation) -> Json:
     return content
 
 
-def _curl(key: str, operation: Operation, scene: Scene, needs_key: bool) -> str:
+def _curl(method: str, path: str, operation: Operation, scene: Scene, needs_key: bool) -> str:
     """A line for a POSIX shell that asks the first example."""
     import shlex
-    method, _, path = key.partition(" ")
     for name in operation.params.split():
         path = path.replace("{%s}" % name, str(PARAMETERS[name][4]))
     lines = ["curl " + ("" if method == "GET" or operation.asks else f"-X {method} ") + scene.url + path]
@@ -13429,11 +13427,11 @@ def _curl(key: str, operation: Operation, scene: Scene, needs_key: bool) -> str:
     return " \\\n  ".join(lines)
 
 
-def _operation(key: str, operation: Operation, scene: Scene) -> Json:
+def _operation(method: str, path: str, operation: Operation, scene: Scene) -> Json:
     """One operation of the document: what ROUTES knows of it, and what OPERATIONS says."""
-    route, _ = find_endpoint(key.partition(" ")[0], key.partition(" ")[2].replace("{", "").replace("}", ""), {})
+    route, _ = find_endpoint(method, re.sub("[{}]", "", path), {})
     needs_key = scene.needs_key and not route.public
-    statuses = {403, *([404] if "{" in key else []), *([] if route.public else [401]),
+    statuses = {403, *([404] if "{" in path else []), *([] if route.public else [401]),
                 *(_STATUS_OF_BODY if operation.asks else []), *(_STATUS_OF_CALL if route.run is answer_call else [])}
     family = "messages" if route.dialect is MESSAGES else "openai"
     answers: Json = {"200": {"description": ("成功", "done"), "content": _answer_content(operation)}}
@@ -13445,7 +13443,7 @@ def _operation(key: str, operation: Operation, scene: Scene) -> Json:
     found: Json = {"operationId": operation.name, "tags": [operation.tag], "summary": operation.title,
                    "description": operation.text, "parameters": _asked_for(operation), "responses": answers,
                    "x-codeSamples": [{"lang": "Shell", "label": "curl",
-                                      "source": _curl(key, operation, scene, needs_key)}]}
+                                      "source": _curl(method, path, operation, scene, needs_key)}]}
     if operation.asks:
         shape = _shape(operation.asks if operation.asks == "object" else "#" + operation.asks)
         found["requestBody"] = {"required": True, "content": {"application/json": {
@@ -13476,7 +13474,7 @@ def openapi(scene: Scene) -> Json:
     paths: Json = {}
     for key, operation in OPERATIONS.items():
         method, _, path = key.partition(" ")
-        paths.setdefault(path, {})[method.lower()] = _operation(key, operation, scene)
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation, scene)
     info = {"title": "iflow2api", "version": __version__, "description": _introduction(),
             "license": {"name": "MIT", "identifier": "MIT"}}
     document = {"openapi": "3.1.0", "info": info, "servers": [{"url": scene.url}], "paths": paths,
@@ -20032,7 +20030,7 @@ def cmd_routes(args: Any) -> int:
         _say(f"error: {exc.message}")
         return 1
     if args.json:
-        print(json.dumps(told, ensure_ascii=False, indent=2))
+        print(json_text(told))
         return 0
     for number, step in enumerate(told["steps"], 1):
         print(f"{number}. {local(one_line(step, 500))}")
@@ -20126,7 +20124,7 @@ def cmd_usage(args: Any) -> int:
     for row in rows:
         row["cost"] = None if row["cost"] is None else round(row["cost"], 6)
     if args.json:
-        print(json.dumps({"by": args.by, "days": int(args.days), "rows": rows}, ensure_ascii=False, indent=2))
+        print(json_text({"by": args.by, "days": int(args.days), "rows": rows}))
         return 0
     names = [args.by, *USAGE_COUNTS, "cost"]
     print(csv_of(rows, names) if args.csv else _usage_table(args.by, rows))
