@@ -19466,7 +19466,7 @@ def cmd_status(args: Any) -> int:
     settings, router = gateway.settings, gateway.current().router
     health = _ask_running(settings)
     _row("server", f"http://{settings.host}:{settings.port}", _how_it_runs(health))
-    _row("config", gateway.config.path if gateway.config else "-")
+    _row("config", _config_of(args).path)
     others = _others_running(health, router)
     for facts in others or ():
         _row("provider", facts["name"], facts.get("problem") or "in use", *_rest_of(health, facts["name"]))
@@ -19638,6 +19638,11 @@ def _preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def _listed(text: str) -> List[str]:
+    """`a, b` as a list."""
+    return list(filter(None, map(str.strip, text.split(","))))
+
+
 def _stored_key(text: str, variable: str) -> str:
     """A key as config.json is to hold it: `$NAME` stays `$NAME`, so that the secret itself is not in the file."""
     if _REFERENCE.fullmatch(text):
@@ -19653,8 +19658,7 @@ def _new_provider(args: Any) -> Json:
     if not args.name:
         raise UsageError("provider add needs a NAME: one of `provider presets`, or any with --base-url URL")
     preset = _preset(args.preset or args.name) if args.preset or args.name in PRESETS or not args.base_url else None
-    entry = entry_for(args.name, args.kind, args.base_url or "", preset,
-                      filter(None, map(str.strip, (args.models or "").split(","))))
+    entry = entry_for(args.name, args.kind, args.base_url or "", preset, _listed(args.models or ""))
     variable = preset.key if preset else ""
     key = args.api_key if args.api_key is not None else "$" + variable if variable else None
     entry["api_keys"] = [] if key is None else [_stored_key(key, variable)]
@@ -19967,7 +19971,7 @@ def _config_encrypt(args: Any) -> int:
         if not mode:
             gateway = _gateway_of(args)
             print("on" if gateway.settings.encrypt_secrets else "off")
-            locked = config.locked or (gateway.config.locked if gateway.config else [])
+            locked = gateway.config.locked if gateway.config else []
         else:
             locked = config.encrypt(mode)
             _say(tr(f"encrypt_{mode}" + ("" if config.count_secrets() else "_none"), path=config.path))
@@ -20059,21 +20063,18 @@ def _key_names(args: Any) -> List[str]:
 def _key_add(args: Any) -> int:
     """Make a key: it is printed once, only its hash is kept."""
     name = _key_name(args)
-    facts: Json = {}
-    if args.models:
-        facts["models"] = [model.strip() for model in args.models.split(",") if model.strip()]
+    facts: Json = {"models": _listed(args.models)} if args.models else {}
     for limit in LIMIT_FIELDS:
         text = getattr(args, limit)
         if text is not None:
             facts[limit] = int(text) if re.fullmatch(r"-?\d{1,15}", text) else text
     if args.expires:
         facts["expires"] = args.expires
-    taken = _key_names(args)
     try:
         key, entry = make_client_key(name, facts)
     except ValueError as exc:
         raise UsageError(f"key add {name}: {exc}") from None
-    if name in taken:
+    if name in _key_names(args):
         raise UsageError(f"key add {name}: there is a key of this name; remove it first, or take another name")
     if _change_config(args, lambda raw: raw.update(client_keys=[*entries_of(raw, "client_keys"), entry])):
         return 1
