@@ -2148,8 +2148,8 @@ class Router:
         any provider.
         """
         model = self.named(model)
-        found = self._alias_of(model, asked)
-        return [self._locate(name, foreign and not found)[0] for name in (found[1] if found else (model,))]
+        names = self._alias_of(model, asked)
+        return [self._locate(name, foreign and not names)[0] for name in names or [model]]
 
     def named(self, model: Optional[str]) -> str:
         """The name asked for, `default_model` where there is none; BadRequest."""
@@ -2160,7 +2160,7 @@ class Router:
 
     def has_alias(self, model: str) -> bool:
         """Whether an alias takes the name when Messages asks for it."""
-        return self._alias_of(model, Asked("messages")) is not None
+        return bool(self._alias_of(model, Asked("messages")))
 
     def redirects(self, model: str) -> bool:
         """Whether an alias takes the name, or Messages and Responses take it for default_model."""
@@ -2170,14 +2170,14 @@ class Router:
         return bool(self.default_model) and not self.claimed(model) and any(
             fnmatchcase(model, pattern) for pattern in FOREIGN_MODELS)
 
-    def _alias_of(self, model: str, asked: Any) -> Optional[Tuple[str, List[str]]]:
-        """The alias that takes a name, and the models it stands for in this request."""
+    def _alias_of(self, model: str, asked: Any) -> List[str]:
+        """The models that an alias makes of a name in this request, none where no alias takes it."""
         for pattern, branches in self.aliases:
             if model == pattern or fnmatchcase(model, pattern):      # `m[1m]` is a name before it is a pattern
                 names = self._chain(branches, asked)
                 if names:
-                    return pattern, names
-        return None
+                    return names
+        return []
 
     @staticmethod
     def _chain(branches: Sequence[Branch], asked: Any) -> List[str]:
@@ -2195,12 +2195,12 @@ class Router:
                 steps += self._told(pattern, branches, asked)
                 if self._chain(branches, asked):
                     break
-        found = self._alias_of(name, asked)
-        if found is None:
+        names = self._alias_of(name, asked)
+        if not names:
             steps.append("no alias takes it" if steps else "no alias matches it")
         targets = []
-        for wanted in found[1] if found else [name]:
-            target, reasons = self._locate(wanted, foreign and not found)
+        for wanted in names or [name]:
+            target, reasons = self._locate(wanted, foreign and not names)
             targets.append(target)
             steps += [WHY[reason].format(model=wanted if number == 0 else target.model, provider=target.provider.name,
                                          default=self.default_model) for number, reason in enumerate(reasons)]
@@ -20146,7 +20146,7 @@ def _usage_table(by: str, rows: Sequence[Json]) -> str:
         table.append([one_line(row[by], 60) or "-", str(row["requests"]), str(row["errors"]), f"{mark}{row['input']}",
                       f"{mark}{row['output']}", str(row["cached"]), str(row["reasoning"]), first,
                       f"{row['total_ms'] / count / 1000:.2f}s", *cost])
-    widths = [max(columns_of(line[at]) for line in table) for at in range(len(table[0]))]
+    widths = [max(map(columns_of, column)) for column in zip(*table)]
     rooms = [[" " * (width - columns_of(cell)) for cell, width in zip(line, widths)] for line in table]
     lines = ["  ".join([line[0] + room[0], *(blank + cell for cell, blank in zip(line[1:], room[1:]))])
              for line, room in zip(table, rooms)]
