@@ -1262,8 +1262,9 @@ class ConfigFile:
             raw, problems = self.recover()
             edit(raw)
             sealed = self.sealed_if_possible(raw)
-            if problems and os.path.isfile(self.path):
-                self._put_aside(f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
+            if problems and os.path.isfile(self.path):   # a copy: the disk may be full when the new one is written
+                with open(self.path, "rb") as file:
+                    write_file(f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}", file.read())
             elif os.path.isfile(self.path):
                 self._back_up()
             write_file(self.path, self.to_bytes(sealed), has_copy=bool(problems) or os.path.isfile(self.backup))
@@ -1280,11 +1281,6 @@ class ConfigFile:
         if re.search("[\ud800-\udfff]", text):                  # JSON may carry them, UTF-8 may not
             text = json.dumps(raw, indent=2)
         return text.encode() + b"\n"
-
-    def _put_aside(self, path: str) -> None:
-        """A copy of the broken file; it stays where it is until the new one replaces it, should the disk be full."""
-        with open(self.path, "rb") as file:
-            write_file(path, file.read())
 
     def _back_up(self) -> None:
         """Keep the last good file; where only the file itself may be written (bind mount) there is no place for one."""
