@@ -3159,7 +3159,8 @@ def parse_body(text: str, known: Optional[Remembered] = None) -> Json:
 
 def splice_model(text: str, body: Json, model: str) -> str:
     """`text`, which parses to `body`, with the value of its `model` replaced and every other byte as it was."""
-    found = _MODEL_FIELD.search(text) if "model" in body and text.count('"model"') == 1 and "\\u00" not in text else None
+    is_plain = "model" in body and text.count('"model"') == 1 and "\\u00" not in text
+    found = _MODEL_FIELD.search(text) if is_plain else None
     if found:                            # no other place can be it, so a long text need not be read once more
         end = _DECODER.raw_decode(text, found.end())[1]
         return text[:found.end()] + json.dumps(model) + text[end:]
@@ -4862,7 +4863,8 @@ class MessagesTurn:
         if user and profile["user_field"]:
             chat[profile["user_field"]] = user
 
-    def _set_tools(self, chat: Json, history: _History, thinking: Optional[bool], known: Optional[Conversation]) -> _Tools:
+    def _set_tools(self, chat: Json, history: _History, thinking: Optional[bool],
+                   known: Optional[Conversation]) -> _Tools:
         given = _optional(self.body, "tools", list) or []
         tools = known.tools if known and known.tools_given == given and not history.tool_changes else \
             _Tools(self.profile, _changed_tools(given, history.tool_changes))
@@ -11088,7 +11090,8 @@ class Journey:
                 if not data:
                     return
             data = data or exchange.read_all(ANSWER_LIMIT_BYTES)
-            streamed = self.call.dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:", b":"))
+            streamed = self.call.dialect.path == CHAT.path and \
+                data[:64].lstrip().startswith((b"data:", b"event:", b":"))
             data = dump_json(fold_stream(data)) if streamed else data
             completion = self._parse_answer(data, exchange.status)
             self.record.usage = self._usage(usage_of(completion), len(data) // 5)
@@ -11526,9 +11529,7 @@ class Gateway:
     def remember_cap(self, name: str, tokens: int) -> None:
         """How many tokens a model may be asked for at most, as it has just told."""
         with self._lock:
-            self.caps[name] = tokens
-            if len(self.caps) > self.CAPS_LIMIT:
-                del self.caps[next(iter(self.caps))]
+            remember(self.caps, name, tokens, self.CAPS_LIMIT)
 
     def tell_skipped(self, kinds: Sequence[str], call: Call) -> None:
         """Log types of content that nobody here knows, once each."""
@@ -16912,7 +16913,8 @@ _TEXTS_CORE: Dict[str, Tuple[str, str]] = {
 _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     # figures, requests, state
     "problems": ("需要留意", "Needs attention"), "status_left": ("已断开", "client left"), "server": ("服务", "Server"),
-    "healthy": ("正常", "Healthy"), "degraded": ("异常", "Degraded"), "not_ready": ("待配置", "Not set up"), "running_for": ("已运行 {time}", "up for {time}"),
+    "healthy": ("正常", "Healthy"), "degraded": ("异常", "Degraded"),
+    "not_ready": ("待配置", "Not set up"), "running_for": ("已运行 {time}", "up for {time}"),
     "today": ("今日请求", "Requests today"), "errors_n": ("{n} 次失败", "{n} failed"), "errors_none": ("没有失败", "none failed"),
     "tokens_today": ("今日 token", "Tokens today"), "in_out": ("输入 → 输出", "in → out"), "right_now": ("进行中", "In flight"),
     "waiting_n": ("{n} 个排队 · {c} 个连接", "{n} waiting · {c} {c:connection|connections}"),
@@ -17073,7 +17075,8 @@ _TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
     "logs_search": ("搜索日志…", "Search the log…"), "log_level": ("级别", "Level"), "level_debug": ("调试及以上", "Debug and above"),
     "level_info": ("信息及以上", "Info and above"), "level_warning": ("警告及以上", "Warnings and errors"),
     "level_error": ("仅错误", "Errors only"), "logs_new": ("{n} 条新日志", "{n} new {n:line|lines}"),
-    "logs_newest": ("回到最新", "Newest"), "logs_count": ("{n} 行", "{n} lines"), "logs_none": ("没有匹配的日志", "No line matches"), "download": ("下载", "Download"),
+    "logs_newest": ("回到最新", "Newest"), "logs_count": ("{n} 行", "{n} lines"),
+    "logs_none": ("没有匹配的日志", "No line matches"), "download": ("下载", "Download"),
 }
 
 #: The playground, charts, usage and client setup: what the core has no look for.
