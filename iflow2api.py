@@ -2706,11 +2706,11 @@ def _dump_known(value: Any) -> bytes:
 
 def dump_chat(chat: Json) -> bytes:
     """dump_json for a chat request, parts of which may have been written before."""
-    fields = []
-    for name, value in chat.items():
-        written = b"[" + b",".join(map(_dump_known, value)) + b"]" if name == "messages" else _dump_known(value)
-        fields.append(dump_json(name) + b":" + written)
-    return b"{" + b",".join(fields) + b"}"
+    parts = [dump_json({name: value for name, value in chat.items() if name not in ("messages", "tools")})[:-1],
+             b',"messages":[', b",".join(map(_dump_known, chat["messages"])), b"]"]
+    if "tools" in chat:
+        parts += [b',"tools":', _dump_known(chat["tools"])]
+    return b"".join([*parts, b"}"])
 
 
 def clamp_effort(effort: str, allowed: Sequence[str]) -> Optional[str]:
@@ -10120,12 +10120,14 @@ class LineFile:
     whole; a torn last line is passed over.  Once there are many more lines than needed, the file is written anew.
     """
     COMPACT_LINES = 2000
+    LOOK_S = 1.0                         #: a file that was removed or replaced is noticed after so long
     WHAT = ""                            #: what is counted, in words
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.problems: List[str] = []
         self._handle, self._lines, self._needed, self._loaded = -1, 0, 0, not path
+        self._looked_at = -1e9           #: when the file was last seen to be there
         self._lock = threading.Lock()
 
     def _take(self, line: bytes) -> None:
@@ -10175,8 +10177,11 @@ class LineFile:
         if not self.path:
             return
         try:
-            if self._handle < 0 or not os.fstat(self._handle).st_nlink:      # somebody removed or replaced the file
-                self._open()
+            now = time.monotonic()
+            if now - self._looked_at > self.LOOK_S:
+                if self._handle < 0 or not os.fstat(self._handle).st_nlink:      # somebody removed or replaced it
+                    self._open()
+                self._looked_at = now
             os.write(self._handle, line)
             self._lines += 1
             if self._lines > self.COMPACT_LINES + 4 * self._needed:
@@ -10205,7 +10210,7 @@ class LineFile:
     def _shut(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)
-        self._handle = -1
+        self._handle, self._looked_at = -1, -1e9
 
     def close(self) -> None:
         with self._lock:
