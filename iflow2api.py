@@ -3075,7 +3075,8 @@ class Remembered:
     """
 
     def __init__(self) -> None:
-        self.lists: Dict[str, List[Tuple[str, Any]]] = {}        #: of each list in it the items, as written and parsed
+        #: of each list of objects in it the items, as written and parsed
+        self.lists: Dict[str, List[Tuple[str, Any]]] = {}
         self.turns: Dict[str, Any] = {}  #: a translator's own, by the upstream's model
 
     def parse(self, text: str) -> Json:
@@ -3091,7 +3092,7 @@ class Remembered:
                 raise ValueError(f"no name at {at}")
             name, at = json.decoder.scanstring(text, at + 1)
             at = _past(text, _BLANK.match(text, at).end(), ":")
-            if text[at] == "[":
+            if _OBJECTS.match(text, at):         # one by one, numbers by the thousand would take longer than all at once
                 lists[name], at = _items(text, at, self.lists.get(name, ()))
                 body[name] = [value for _, value in lists[name]]
             else:
@@ -3185,6 +3186,7 @@ def splice_model(text: str, body: Json, model: str) -> str:
 
 
 _BLANK, _GAP = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
+_OBJECTS = re.compile(r"\[[ \t\r\n]*\{")
 _MODEL_FIELD = re.compile(r'"model"[ \t\r\n]*:[ \t\r\n]*')
 
 
@@ -12515,7 +12517,8 @@ def answer_call(handler: Handler) -> None:
     with handler.server.gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
         dialect = handler.endpoint.dialect
         text = decode_body(handler.read_body())
-        known = handler.server.gateway.conversations.of(text, conversation_names(handler.headers))
+        talks = dialect.path == CHAT.path        # embeddings come in bulk, and never again
+        known = handler.server.gateway.conversations.of(text, conversation_names(handler.headers)) if talks else None
         body = parse_body(text, known)
         dialect.check(body)
         call = Call(dialect, body, text, handler.headers, handler.request_id, handler.key, handler.meters, known)

@@ -1351,8 +1351,19 @@ def test_items_in_their_place_are_parsed_once():
     known, text = ifl.Remembered(), '{"messages":[{"a":1},{"b":2}],"model":"m"}'
     first, second = known.parse(text), known.parse(text.replace('{"b":2}', '{"b":2},{"c":3}'))
     assert all(new is old for new, old in zip(second["messages"], first["messages"])) and second["messages"][2] == {"c": 3}
-    third = known.parse('{"messages":[{"a":1},{"b":22}],"model":"m"}')
+    third = known.parse('{"messages":[{"a":1},{"b":22}],"model":"m","input":[1,2,3]}')
+    assert list(known.lists) == ["messages"]              # a hundred thousand numbers are not looked at one by one
     assert third["messages"][0] is first["messages"][0] and third["messages"][1] == {"b": 22}
+
+
+def test_only_what_talks_is_remembered(server, upstream):
+    running = server(upstream)
+    long = "word " * 2000
+    for path, body in (("/v1/embeddings", {"model": "m1", "input": [long]}), ("/v1/completions", {"model": "m1", "prompt": long})):
+        post(running, body, path=path)
+        assert not running.gateway.conversations._kept
+    post(running, chat(pad=long))
+    assert len(running.gateway.conversations._kept) == 1
 
 
 def test_conversations_are_bounded_and_told_apart(monkeypatch):
