@@ -10122,14 +10122,12 @@ class LineFile:
     whole; a torn last line is passed over.  Once there are many more lines than needed, the file is written anew.
     """
     COMPACT_LINES = 2000
-    LOOK_S = 1.0                         #: a file that was removed or replaced is noticed after so long
     WHAT = ""                            #: what is counted, in words
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.problems: List[str] = []
         self._handle, self._lines, self._needed, self._loaded = -1, 0, 0, not path
-        self._looked_at = -1e9           #: when the file was last seen to be there
         self._lock = threading.Lock()
 
     def _take(self, line: bytes) -> None:
@@ -10179,11 +10177,8 @@ class LineFile:
         if not self.path:
             return
         try:
-            now = time.monotonic()
-            if now - self._looked_at > self.LOOK_S:
-                if self._handle < 0 or not os.fstat(self._handle).st_nlink:      # somebody removed or replaced it
-                    self._open()
-                self._looked_at = now
+            if self._handle < 0 or not os.fstat(self._handle).st_nlink:      # somebody removed or replaced the file
+                self._open()
             os.write(self._handle, line)
             self._lines += 1
             if self._lines > self.COMPACT_LINES + 4 * self._needed:
@@ -10212,7 +10207,7 @@ class LineFile:
     def _shut(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)
-        self._handle, self._looked_at = -1, -1e9
+        self._handle = -1
 
     def close(self) -> None:
         with self._lock:
