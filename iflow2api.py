@@ -2819,6 +2819,9 @@ def parse_usage(raw: Any) -> Usage:
     return Usage(prompt, completion, cached, write, reasoning)
 
 
+_CJK = re.compile("[\u2e80-\U0010ffff]+")
+
+
 def estimate_tokens(value: Any) -> int:
     """About how many tokens `value` (text, or any JSON) takes: 3.5 characters each, CJK about one and a half each.
 
@@ -2827,7 +2830,7 @@ def estimate_tokens(value: Any) -> int:
     if isinstance(value, str):
         if value.startswith("data:") and ";base64," in value[:100]:
             return 1500
-        wide = 0 if value.isascii() else sum(1 for char in value if char > "\u2e7f")
+        wide = 0 if value.isascii() else len(value) - len(_CJK.sub("", value))
         return int((len(value) - wide) / 3.5 + wide / 1.5 + 0.99)
     if isinstance(value, dict):
         if value.get("type") == "base64" and isinstance(value.get("data"), str):
