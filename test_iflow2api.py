@@ -14821,31 +14821,36 @@ def test_events_as_they_happen(admin, upstream, monkeypatch):
 
 def test_a_stream_resumes_where_it_broke(admin, upstream):
     browser = admin(upstream, history_size=5)
+    ring = browser.server.gateway.live.requests
+
+    def ask(*names):                                      # a request is noted after its client has the answer
+        before = ring.count
+        for name in names:
+            post(browser.server, chat(model=name))
+        until(lambda: ring.count == before + len(names), what="the notes")
+
     watcher = Watcher(browser)
     post(browser.server, chat(model="one"))
     assert watcher.next("request")[1]["model"] == "one"
     ident = watcher.ident
     watcher.close()
-    for name in ("two", "three"):
-        post(browser.server, chat(model=name))
+    ask("two", "three")
     again = Watcher(browser, "?last_event_id=ignored", Last_Event_ID=ident)
     assert [again.next("request", "dropped")[1]["model"] for _ in range(2)] == ["two", "three"]
     again.close()
-    for number in range(8):
-        post(browser.server, chat(model=f"n{number}"))
+    ask(*(f"n{number}" for number in range(8)))
     again = Watcher(browser, Last_Event_ID=ident)
     assert again.next("dropped", "request") == ("dropped", {"count": 5})     # ten since then, five are remembered
     assert [again.next("request")[1]["model"] for _ in range(5)] == [f"n{number}" for number in range(3, 8)]
     again.close()
     for odd, expected in (("1-2-3", "n3"), ("rubbish", "fresh"), ("9" * 99, "fresh")):         # an earlier run's; no id at all
         other = Watcher(browser, Last_Event_ID=odd)
-        post(browser.server, chat(model="fresh"))
+        ask("fresh")
         assert other.next("request")[1]["model"] == expected
         other.close()
-        browser.server.gateway.live.requests.resize(0)
-        browser.server.gateway.live.requests.resize(5)
-        for number in range(3, 8):
-            post(browser.server, chat(model=f"n{number}"))
+        ring.resize(0)
+        ring.resize(5)
+        ask(*(f"n{number}" for number in range(3, 8)))
 
 
 def test_who_is_slow_is_told_how_much_was_lost(gateway):
