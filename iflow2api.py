@@ -3080,7 +3080,7 @@ class Remembered:
     def __init__(self) -> None:
         #: of each list of objects in it the items, as written and parsed
         self.lists: Dict[str, List[Tuple[str, Any]]] = {}
-        self.turns: Dict[str, Any] = {}  #: a translator's own, by the upstream's model
+        self.turns: Dict[str, Any] = {}  #: a translator's own (KnownTurn), by the upstream's model
 
     def parse(self, text: str) -> Json:
         """What json.loads gives for an object; items that stood in their place before are not read again.
@@ -4719,7 +4719,7 @@ def _max_tokens(body: Json, profile: Json) -> int:
 def _refuse(body: Json) -> None:
     """Fields that ask for something only Anthropic's servers can do; silence would change the answer."""
     for name, why in (("thread", "history kept on the server"), ("compaction", "compaction on the server"),
-                      ("mcp_servers", "MCP calls from the server")):
+                      ("mcp_servers", "calling MCP servers")):
         if body.get(name):
             raise BadRequest(f"{name}: {why} is not available here")
 
@@ -4768,7 +4768,7 @@ def _user_of(body: Json) -> Optional[str]:
     return hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()    # Claude Code: a JSON document
 
 
-class Conversation(NamedTuple):
+class KnownTurn(NamedTuple):
     """What a request became, for the next one: what equals what was given before need not be converted again.
 
     (To Python 1, 1.0 and true are equal: a client that rewrites its history in nothing but that is not heard.)
@@ -4788,7 +4788,7 @@ class MessagesTurn:
     `estimate` may be replaced by a better one; it seeds message_start and stands in for a missing count.
     """
 
-    def __init__(self, body: Json, profile: Json, model: str, known: Optional[Conversation] = None) -> None:
+    def __init__(self, body: Json, profile: Json, model: str, known: Optional[KnownTurn] = None) -> None:
         _refuse(body)
         self.body, self.profile = body, profile
         self.model = body["model"] if isinstance(body.get("model"), str) else model
@@ -4799,7 +4799,7 @@ class MessagesTurn:
         self.scale: Callable[[int], int] = int     #: estimated tokens -> as this model counts them
         self.chat = self._to_chat(model, known)
 
-    def _to_chat(self, model: str, known: Optional[Conversation]) -> Json:
+    def _to_chat(self, model: str, known: Optional[KnownTurn]) -> Json:
         body, profile = self.body, self.profile
         config, (thinking, budget) = _optional(body, "output_config", dict) or {}, self._thinking()
         known = known if known and (known.profile, known.thinking) == (profile, thinking) else None
@@ -4819,8 +4819,8 @@ class MessagesTurn:
             self._prefill(chat)
         self._set_options(chat)
         tools = self._set_tools(chat, history, thinking, known)
-        self.conversation = Conversation(profile, thinking, first, None if history.tool_changes else body.get("tools"),
-                                         tools, history.rounds)
+        self.known = KnownTurn(profile, thinking, first, None if history.tool_changes else body.get("tools"), tools,
+                               history.rounds)
         effort = history.effort or config.get("effort")
         set_thinking(chat, profile, thinking, budget, effort if isinstance(effort, str) else None)
         schema = _answer_schema(config, body)
@@ -4869,7 +4869,7 @@ class MessagesTurn:
             chat[profile["user_field"]] = user
 
     def _set_tools(self, chat: Json, history: _History, thinking: Optional[bool],
-                   known: Optional[Conversation]) -> _Tools:
+                   known: Optional[KnownTurn]) -> _Tools:
         given = _optional(self.body, "tools", list) or []
         tools = known.tools if known and known.tools_given == given and not history.tool_changes else \
             _Tools(self.profile, _changed_tools(given, history.tool_changes))
@@ -7368,9 +7368,9 @@ class MessagesDialect(ChatDialect):
     def turn(self, call: Call, target: Target, context: Context) -> Any:
         turns = call.known.turns if call.known else {}
         turn = MessagesTurn(call.body, profile_of(target), target.model, turns.get(target.model))
-        if len(turns) > 3:               # as a rule it is always the same model
+        if len(turns) > 3:               # as a rule it is always the same model; clear() needs no lock
             turns.clear()
-        turns[target.model] = turn.conversation
+        turns[target.model] = turn.known
         thinking = call.body.get("thinking")
         asked = isinstance(thinking, dict) and thinking.get("type") != "disabled"
         turn.hide_reasoning = target.provider.kind == "iflow" and not asked

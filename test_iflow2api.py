@@ -5473,7 +5473,7 @@ def in_both_ways(body, known, **profile):
     plain, quick = ifl.MessagesTurn(body, profile, "up"), ifl.MessagesTurn(body, profile, "up", known)
     assert json.loads(ifl.dump_chat(quick.chat)) == json.loads(ifl.dump_json(plain.chat)) == plain.chat
     assert (quick.ids, quick.names, sorted(quick.skipped)) == (plain.ids, plain.names, sorted(plain.skipped))
-    return quick.conversation
+    return quick.known
 
 
 def requests_of(talk):
