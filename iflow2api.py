@@ -149,13 +149,16 @@ log.addHandler(logging.NullHandler())
 THREAD_STACK_BYTES = 2 << 20
 
 
+@lru_cache(maxsize=None)
+def _offer_idna() -> None:
+    """For OpenWrt without python3-codecs: getaddrinfo and ssl ask for idna.  Where Python has it, its own comes first."""
+    codecs.register(lambda name: codecs.lookup("ascii") if name == "idna" else None)
+
+
 def prepare_process() -> None:
     """What a server needs of its process; called by `serve` and `main`, so that an import changes nothing."""
     threading.stack_size(max(threading.stack_size(), THREAD_STACK_BYTES))
-    try:
-        "a".encode("idna")
-    except LookupError:                  # OpenWrt without python3-codecs: getaddrinfo and ssl ask for idna
-        codecs.register(lambda name: codecs.lookup("ascii") if name == "idna" else None)
+    _offer_idna()
     try:
         import resource
     except ImportError:                  # Windows
@@ -2819,7 +2822,8 @@ def parse_usage(raw: Any) -> Usage:
     return Usage(prompt, completion, cached, write, reasoning)
 
 
-_CJK = re.compile("[\u2e80-\U0010ffff]+")
+#: Said by what it is not: Python takes milliseconds to compile a set of so many characters.
+_CJK = re.compile("[^\0-\u2e7f]+")
 
 
 def estimate_tokens(value: Any) -> int:
@@ -18416,8 +18420,7 @@ _DEMO_VALUES = {"command": "echo hello from the demo", "cmd": "echo hello from t
                 "path": ".", "pattern": "*", "city": "Paris", "location": "Paris", "url": "https://example.com/",
                 "lang": "en", "unit": "celsius", "date": "2026-01-01", "zone": "UTC"}
 
-_DEMO_PIECE = re.compile(r"[\u2e80-\uffff]|[^\s\u2e80-\uffff]+\s*|\s+")
-_CHINESE = re.compile(r"[\u2e80-\uffff]")
+_DEMO_PIECE = re.compile(r"[^\0-\u2e7f]|(?:(?!\s)[\0-\u2e7f])+\s*|\s+")
 
 
 class DemoAnswer(NamedTuple):
@@ -18442,7 +18445,7 @@ def demo_answer(body: Json) -> DemoAnswer:
     fresh = messages[spoken + 1:]        # what the model has not seen yet
     asked = next((_texts_of(m.get("content"))[-1] for m in reversed(messages)
                   if m.get("role") == "user" and _texts_of(m.get("content"))), "")
-    chinese = bool(_CHINESE.search(asked))
+    chinese = bool(_CJK.search(asked))
     tool = _demo_tool(body, messages, fresh, asked)
     if tool:
         name, parameters = tool
@@ -19071,11 +19074,13 @@ def _takes_ansi(stream: Any) -> bool:
 
 def columns_of(text: str) -> int:
     """How many columns of a terminal `text` takes."""
-    return len(text) + len(re.findall(f"[{_WIDE}]", text))
+    return len(text) if text.isascii() else len(text) + len(re.findall(f"[{_WIDE}]", text))
 
 
 def wrap(text: str, columns: int) -> List[str]:
     """Lines that fit, broken at blanks and beside wide characters; what is too long for a line is cut into pieces."""
+    if columns_of(text) <= columns:
+        return [text.rstrip()]
     lines, line = [], ""
     for piece in re.findall(rf"\s+|[{_WIDE}][，。；：、？！）]*|[^\s{_WIDE}]+[，。；：、？！）]*", text):
         if columns_of(line + piece.rstrip()) <= columns:
@@ -20349,19 +20354,19 @@ def program_help() -> str:
 
 
 #: argparse's complaints (all versions), and ours instead, which say what to type.
-_COMPLAINTS = tuple((re.compile(pattern), key) for pattern, key in (
+_COMPLAINTS = (
     (r"argument (?P<flag>.+?): expected .*arguments?", "needs_value"),
     (r"argument (?P<flag>.+?): invalid choice: (?P<value>.*?) \(choose from (?P<choices>.*)\)", "bad_choice"),
     (r"argument (?P<flag>.+?): invalid int value: (?P<value>.*)", "no_number"),
     (r"argument (?P<flag>.+?): invalid float value: (?P<value>.*)", "no_float"),
     (r"argument (?P<flag>.+?): ignored explicit argument (?P<value>.*)", "takes_no_value"),
-    (r"the following arguments are required: (?P<flag>.*)", "missing")))
+    (r"the following arguments are required: (?P<flag>.*)", "missing"))
 
 
 def _complaint(message: str, command: str) -> str:
     """What argparse found wrong, in our words and the user's language."""
-    found, key = next(((found, key) for known, key in _COMPLAINTS for found in [known.fullmatch(message)] if found),
-                      (None, ""))
+    found, key = next(((found, key) for pattern, key in _COMPLAINTS
+                       for found in [re.fullmatch(pattern, message)] if found), (None, ""))
     if found is None:
         return message
     facts = {name: one_line(value, 200) for name, value in found.groupdict().items()}
@@ -20392,27 +20397,25 @@ def _misuse(text: str, command: str = "") -> UsageError:
     return UsageError(text + tr("see", command=command + " " if command else ""))
 
 
-def build_parser() -> Any:
-    """argparse's parser for COMMANDS; errors are UsageError, help and complaints are ours."""
+def build_parser(command: str) -> Any:
+    """argparse's parser for what follows a command, "" for none; errors are UsageError, help and complaints are ours.
+
+    One of argparse's own parsers with all commands below it takes longer to make than the rest of a start.
+    """
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            command = self.prog.partition(" ")[2]
             raise _misuse(_complaint(message, command), command)
 
         def format_help(self) -> str:
-            command = self.prog.partition(" ")[2]
             return command_help(command) if command else program_help()
 
-    parser = Parser(prog="iflow2api.py", allow_abbrev=False)
-    parser.add_argument("--version", action="store_true")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name in COMMANDS:
-        child = commands.add_parser(name, allow_abbrev=False, add_help=False)
-        for flag, facts in _arguments_of(name):
-            names = [facts["short"], flag] if "short" in facts else [flag]
-            child.add_argument(*names, **{key: value for key, value in facts.items() if key not in ("help", "short")})
+    parser = Parser(allow_abbrev=False, add_help=False)
+    for flag, facts in _arguments_of(command):
+        names = [facts["short"], flag] if "short" in facts else [flag]
+        parser.add_argument(*names, **{key: value for key, value in facts.items() if key not in ("help", "short")})
+    parser.set_defaults(command=command)
     return parser
 
 
@@ -20439,14 +20442,16 @@ def _in_order(argv: Sequence[str]) -> List[str]:
 def _parse_args(argv: Sequence[str]) -> Any:
     """The namespace of `argv`, where `serve` may be left out; UsageError."""
     words = _in_order(argv)
-    if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
-        if argv and argv[0][:1] != "-":
-            raise _misuse(tr("no_command", name=one_line(argv[0], 60), near=nearest(argv[0], COMMANDS)))
-        words.insert(0, "serve")
-    args, stray = build_parser().parse_known_args(words)
+    if words and words[0] in COMMANDS:
+        command = words.pop(0)
+    elif argv and argv[0][:1] != "-":
+        raise _misuse(tr("no_command", name=one_line(argv[0], 60), near=nearest(argv[0], COMMANDS)))
+    else:
+        command = "" if words[:1] in (["-h"], ["--help"]) else "serve"
+    args, stray = build_parser(command).parse_known_args(words)
     if stray:
         worst = next((word for word in stray if word[0:1] == "-"), stray[0])
-        raise _misuse(_stray_word(worst, args.command or ""), args.command or "")
+        raise _misuse(_stray_word(worst, command), command)
     return args
 
 
