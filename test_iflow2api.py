@@ -731,9 +731,21 @@ def test_errors_carry_status_code_and_facts():
 
 # === 4. Small tools =========================================================
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_ids_of_a_child_are_not_its_parents():
+    program = ("import os, iflow2api as ifl\n"
+               "ifl.new_id('req_'); reader, writer = os.pipe(); child = os.fork()\n"
+               "mine = ifl.new_id('req_')\n"
+               "if not child: os.write(writer, mine.encode()); os._exit(0)\n"
+               "os.waitpid(child, 0); print(os.read(reader, 100).decode() != mine)\n")
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=os.path.dirname(os.path.abspath(ifl.__file__)),
+                         capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == "True\n"
+
+
 def test_ids_are_long_and_differ():
-    names = {ifl.new_id("req_") for _ in range(100)}
-    assert len(names) == 100 and all(re.fullmatch(r"req_[0-9a-f]{24}", name) for name in names)
+    names = {ifl.new_id("req_") for _ in range(500)}
+    assert len(names) == 500 and all(re.fullmatch(r"req_[0-9a-f]{24}", name) for name in names)
 
 
 @pytest.mark.parametrize("secret, shown", [("", ""), ("short", "…"), ("sk-0123456789abcdef", "sk-…cdef")])
@@ -13642,6 +13654,52 @@ def test_two_processes_share_the_file(home_routes):
         add(one), add(two)
     one.close(), two.close()
     assert ifl.UsageBook(str(path)).report("model", 1, {})[0]["requests"] == 60
+
+
+def test_lines_of_a_busy_server_are_written_together(home_routes, monkeypatch):
+    path, writes, real = home_routes / "usage.jsonl", [], os.write
+    monkeypatch.setattr(ifl.LineFile, "GATHER_S", 60)
+    monkeypatch.setattr(os, "write", lambda handle, data: writes.append(data.count(b"\n")) or real(handle, data))
+    book = ifl.UsageBook(str(path))
+    for _ in range(7):
+        book.add("m", "p", "k", [1] * 10, 92, waits=True)
+    assert writes == [] and book.report("model", 1, {})[0]["requests"] == 7      # the count itself waits for nothing
+    add(book)                            # the only call that runs: all of it is on disk at once
+    assert writes == [8] and len(path.read_bytes().splitlines()) == 8
+    book.add("m", "p", "k", [1] * 10, 92, waits=True)
+    book.close()
+    assert writes == [8, 1] and book._timer is None
+    assert ifl.UsageBook(str(path)).report("model", 1, {})[0]["requests"] == 9
+
+
+def test_a_line_waits_for_others_a_moment_only(home_routes):
+    path = home_routes / "usage.jsonl"
+    book = ifl.UsageBook(str(path))
+    book.add("m", "p", "k", [1] * 10, 92, waits=True)
+    until(lambda: path.exists() and path.read_bytes().endswith(b"\n"))
+    book.add("m", "p", "k", [1] * 10, 92, waits=True)
+    until(lambda: len(path.read_bytes().splitlines()) == 2)
+    book.close()
+
+
+def test_waiting_lines_outlive_an_end_that_closes_nothing(home_routes):
+    path = home_routes / "usage.jsonl"
+    program = ("import iflow2api as ifl\n"
+               f"book = ifl.UsageBook({str(path)!r})\n"
+               "for _ in range(5): book.add('m', 'p', 'k', [1] * 10, 92, waits=True)\n")
+    subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(os.path.abspath(ifl.__file__)), check=True, timeout=60)
+    assert len(path.read_bytes().splitlines()) == 5
+
+
+def test_waiting_lines_that_can_not_be_written_cost_nothing_else(home_routes):
+    (home_routes / "file").write_text("")
+    book = ifl.UsageBook()
+    book.path = str(home_routes / "file" / "usage.jsonl")
+    book.add("m", "p", "k", [1] * 10, 92, waits=True)
+    book.close()
+    assert book.path == "" and "in memory only" in book.problems[0]
+    book.add("m", "p", "k", [1] * 10, 92, waits=True)
+    assert book.report("model", 1, {})[0]["requests"] == 2 and book._timer is None
 
 
 @pytest.mark.usefixtures("home_routes")
