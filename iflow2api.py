@@ -1639,12 +1639,14 @@ def clean_base_url(url: str) -> str:
     A bare host gets /v1, where nearly every server keeps its API; a pasted full endpoint loses its end.
     """
     url = url.strip()
+    if not url:
+        raise ValueError("base_url is missing (`provider presets` lists known ones)")
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError as exc:            # http://[
         raise ValueError(f"base_url {one_line(url, 80)!r}: {exc}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        hint = f"; write http://{url} or https://{url}" if url and "://" not in url else ""
+        hint = f"; write http://{url} or https://{url}" if "://" not in url else ""
         raise ValueError(f"base_url {one_line(url, 80)!r} is no http:// or https:// address{hint}")
     try:
         parts.port
@@ -2326,6 +2328,7 @@ CHINESE: Dict[str, str] = {
     "another process has held {} for {} s": "{} 被另一个进程占用了 {} 秒",
     # providers
     "provider {} is disabled: {}": "上游 {} 已停用：{}",
+    "base_url is missing (`provider presets` lists known ones)": "缺少 base_url（`provider presets` 列出已知的服务）",
     "base_url {} is no http:// or https:// address": "base_url {} 不是 http:// 或 https:// 地址",
     "base_url {} is no http:// or https:// address; write {} or {}": "base_url {} 不是 http:// 或 https:// 地址；请写成 {} 或 {}",
     "base_url {}: no such port": "base_url {}：端口无效",

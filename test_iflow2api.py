@@ -1166,7 +1166,7 @@ def test_clean_base_url(url, clean):
 
 
 @pytest.mark.parametrize("url, said", [
-    ("", "no http"), ("host:8080", "write http://host:8080"), ("ftp://host", "no http"), ("http://", "no http"),
+    ("", "base_url is missing"), (" ", "provider presets"), ("host:8080", "write http://host:8080"), ("ftp://host", "no http"), ("http://", "no http"),
     ("http://host:99999", "no such port"), ("http://user:pw@host", "credentials"),
     ("http://host/v1?x=1", "credentials"),
     ("http://host/#x", "credentials"), ("http://ho st/", "blanks|no http"), ("http://host/\r\nX: y", "blanks|no http")])
@@ -1191,7 +1191,7 @@ def test_keys_and_headers_may_name_a_variable(key, environ, result):
     ({"headers": {"a b": "c"}}, "no header name"), ({"headers": {"a": "\u4e2d"}}, "characters"),
     ({"kind": "other"}, "kind"),
     ({"models": [5]}, "names expected"), ({"concurrency": -1}, "negative"), ({"concurrency": True}, "wrong type"),
-    ({"timeout_s": 0}, "negative"), ({"base_url": "nope"}, "no http"), ({"base_url": 5}, "wrong type")])
+    ({"timeout_s": 0}, "negative"), ({"base_url": "nope"}, "no http"), ({"base_url": 5}, "wrong type"), ({"base_url": None}, "base_url is missing")])
 def test_a_provider_that_can_not_work_says_why(entry, said):
     made = ifl.parse_provider({**provider("http://h"), **entry}, {"EMPTY": ""})
     assert made.name == "up" and re.search(said, made.problem), made.problem
