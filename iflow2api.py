@@ -20400,7 +20400,8 @@ def program_help() -> str:
 #: argparse's complaints (all versions), and ours instead, which say what to type.
 _COMPLAINTS = (
     (r"argument (?P<flag>.+?): expected .*arguments?", "needs_value"),
-    (r"argument (?P<flag>.+?): invalid choice: (?P<value>.*?) \(choose from (?P<choices>.*)\)", "bad_choice"),
+    (r"argument (?P<flag>.+?): invalid choice: (?P<value>.*?)(?:, maybe you meant .*)? \(choose from (?P<choices>.*)\)",
+     "bad_choice"),
     (r"argument (?P<flag>.+?): invalid int value: (?P<value>.*)", "no_number"),
     (r"argument (?P<flag>.+?): invalid float value: (?P<value>.*)", "no_float"),
     (r"argument (?P<flag>.+?): ignored explicit argument (?P<value>.*)", "takes_no_value"),

@@ -11119,6 +11119,13 @@ ERRORS = [
     (["--upstream", "foo"], "write http://foo", "http://foo")]
 
 
+@pytest.mark.parametrize("message", [                        # of 3.9, 3.12 and 3.15
+    "argument shell: invalid choice: 'zhs' (choose from 'bash', 'zsh')", "argument shell: invalid choice: 'zhs' (choose from bash, zsh)",
+    "argument shell: invalid choice: 'zhs', maybe you meant 'zsh'? (choose from 'bash', 'zsh')"])
+def test_a_wrong_choice_is_told_alike_by_every_python(message):
+    assert ifl._complaint(message, "completion") == "shell can't be 'zhs'; one of bash, zsh; did you mean zsh?"
+
+
 @pytest.mark.usefixtures("home_console")
 @pytest.mark.skipif(os.name == "nt", reason="export is a word of other shells")
 @pytest.mark.parametrize("locale", ["C.UTF-8", "zh_CN.UTF-8"])
