@@ -658,9 +658,7 @@ class FileLock:
         try:
             handle = os.open(self._name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
-            if self._is_stale():
-                self._take_over()
-            return False
+            return self._is_stale() and self._take_over() and self._take_name()
         with open(handle, "w") as file:
             file.write(self._mark)
         self._is_named = True
@@ -685,7 +683,7 @@ class FileLock:
                 return token != self._TOKEN if int(number) == os.getpid() else not _is_running(int(number))
         return False
 
-    def _take_over(self) -> None:
+    def _take_over(self) -> bool:
         """Remove a stale file.  One at a time, looking once more: the file of who was quicker must not be removed."""
         guard = self._name + ".stale"
         try:
@@ -694,12 +692,15 @@ class FileLock:
             with contextlib.suppress(OSError):
                 if time.time() - os.stat(guard).st_mtime > self.BLANK_S:         # killed in these few lines
                     os.unlink(guard)
-            return
+            return False
+        removed = False
         with contextlib.suppress(OSError):
             if self._is_stale():
                 os.unlink(self._name)
+                removed = True
         with contextlib.suppress(OSError):
             os.unlink(guard)
+        return removed
 
     def __exit__(self, *exc: Any) -> None:
         fd, self._fd = self._fd, -1
