@@ -10205,11 +10205,13 @@ class LineFile:
         if not self.path:
             return
         self._waiting.append(line)
-        if not waits:
+        if waits and self._timer is None:
+            timer = threading.Timer(self.GATHER_S, self._gathered)
+            with contextlib.suppress(RuntimeError):      # no thread to be had
+                timer.start()            # no daemon: a process that ends waits for it
+                self._timer = timer
+        if not waits or self._timer is None:
             self._write()
-        elif self._timer is None:
-            self._timer = threading.Timer(self.GATHER_S, self._gathered)
-            self._timer.start()          # no daemon: a process that ends waits for it
 
     def _gathered(self) -> None:
         with self._lock:

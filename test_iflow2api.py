@@ -13689,6 +13689,19 @@ def test_a_line_waits_for_others_a_moment_only(home_routes):
     book.close()
 
 
+def test_no_line_waits_where_no_thread_is_to_be_had(home_routes, monkeypatch):
+    def no_thread(timer):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", no_thread)
+    path = home_routes / "usage.jsonl"
+    book = ifl.UsageBook(str(path))
+    for number in (1, 2):
+        book.add("m", "p", "k", [1] * 10, 92, waits=True)
+        assert len(path.read_bytes().splitlines()) == number
+    book.close()
+
+
 def test_waiting_lines_outlive_an_end_that_closes_nothing(home_routes):
     path = home_routes / "usage.jsonl"
     program = ("import iflow2api as ifl\n"
