@@ -5418,9 +5418,7 @@ def _fill(block: Json, text: str, cut: bool) -> None:
         if cut and "INVALID_JSON" in block["input"]:
             block["input"] = partial_object(text)
         return
-    block[block["type"]] = text
-    if block["type"] == "text":
-        block["citations"] = None
+    block[block["type"]] = text          # and no `citations`: @ai-sdk/anthropic 3.0 refuses an answer where it is null
 
 
 # --- counting
