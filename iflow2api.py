@@ -12131,10 +12131,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True                     # until the framing is known to be sound
         length = check_framing(self.headers, self.request_version)
         self._body_left = -1 if length is None else length
+        self._continue = self.headers.get("expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0"
         if not self.path.startswith("/") or self.path.startswith("//"):
             raise BadRequest("the request target must be a path")
         self.close_connection = self._wants_close()
-        self._continue = self.headers.get("expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0"
         if self.headers.get("upgrade", "").lower() == "websocket":
             raise BadRequest("this server speaks no WebSocket; use plain HTTP", status=426, should_retry=False)
         if self.server.closing.is_set() or self.is_surplus:

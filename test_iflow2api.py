@@ -3821,9 +3821,12 @@ def test_an_unknown_path_is_404_in_the_words_of_who_asks(server, path):
 @pytest.mark.parametrize("target", ["http://127.0.0.1/health", "https://x/", "*", "//evil/health", "health",
                                     "127.0.0.1:80"])
 def test_a_target_that_is_no_path_is_refused(server, target):
-    with Client(server(detect_local=False)) as client:
+    running = server(detect_local=False)
+    with Client(running) as client:
         answer = client.request("GET", target).answer()
         assert answer.status == 400 and "path" in answer.error["message"] and client.is_closed()
+    answer = post(running, chat(), target)
+    assert answer.status == 400 and "path" in answer.error["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/health", "/nothing"])
