@@ -8697,14 +8697,19 @@ LOGIN_FIELDS = (*LOGIN_SECRETS, "oauth_expires_at", "api_key_expires_at", KEY_DU
 
 
 def parse_time(value: Any) -> Optional[float]:
-    """Epoch seconds of an ISO 8601 text (without a zone: local time, as in JavaScript) or of a number."""
-    import datetime
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value / 1000 if value > 1e11 else float(value)
+    """Epoch seconds of an ISO 8601 text (without a zone: local time, as in JavaScript), or of a number of them.
+
+    Numbers beyond 1e11 are milliseconds.  None for what is no time, or one that no calendar has.
+    """
     try:
-        return datetime.datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value.strip())).timestamp()
+        if has_type(value, (int, float)):
+            at = value / 1000 if value > 1e11 else float(value)
+        else:
+            at = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value.strip())).timestamp()
+        format_time(at)
     except (AttributeError, TypeError, ValueError, OverflowError, OSError):
         return None
+    return at
 
 
 def format_time(at: float) -> str:
@@ -8761,7 +8766,7 @@ class OAuth:
             tokens[REFRESH] = answer["refresh_token"]
         try:
             lasts_s = float(answer.get("expires_in"))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             lasts_s = 0.0
         tokens["oauth_expires_at"] = format_time(self._clock() + lasts_s) if 0 < lasts_s < 1e9 else None
         return tokens

@@ -12209,6 +12209,21 @@ def test_times(text):
     assert ifl.format_time(ifl.parse_time(text)) == "2027-01-02T03:04:05Z"
 
 
+@pytest.mark.parametrize("value", [1e30, -1e30, float("inf"), float("nan"), 10 ** 400, True, None, []],
+                         ids=lambda value: str(value)[:9])
+def test_a_time_that_no_calendar_has_is_none(home_login, gateway_login, value):
+    put_login(home_login, oauth_expires_at=value)
+    gateway_login.reload()
+    assert gateway_login.health()["logins"]["default"]["expires_at"] is None and gateway_login.metrics_text()
+
+
+def test_a_life_that_no_number_can_tell_is_left_out(home_login, host, gateway_login, refresher):
+    put_login(home_login)
+    host.script["/oauth/token"] = [(200, "application/json", {"access_token": "A1", "refresh_token": "R1", "expires_in": 10 ** 400})]
+    refresher.look()
+    assert login_of(home_login)["apiKey"] == "sk-key-1" and "oauth_expires_at" not in login_of(home_login)
+
+
 def test_an_overloaded_host_is_asked_again_later_and_nothing_is_lost(home_login, host, gateway_login, refresher, caplog):
     put_login(home_login)
     before = cli_file(home_login).read_bytes()
