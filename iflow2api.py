@@ -14292,8 +14292,13 @@ def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str
             "circuit": gateway.circuit_of(provider), "source": source}
 
 
+def by_name(entries: Iterable[Any]) -> Dict[str, Json]:
+    """Entries of `providers` or `client_keys` by their names, without those that have none."""
+    return {name_of(entry): entry for entry in entries if name_of(entry)}
+
+
 def told_providers(gateway: Gateway) -> List[Json]:
-    entries = {entry.get("name"): entry for entry in gateway.settings.providers if isinstance(entry, dict)}
+    entries = by_name(gateway.settings.providers)
     source = {"environment": "flag", "default": "file"}.get(gateway.origins.get("providers", "file"), "")
     source = source or gateway.origins.get("providers", "file")
     return [told_provider(gateway, provider, entries.get(provider.name, {}), source if provider.name in entries else
@@ -14341,7 +14346,7 @@ def explain_route(handler: Handler) -> None:
 
 def show_keys(handler: Handler) -> None:
     gateway, data = handler.server.gateway, []
-    entries = {entry.get("name"): entry for entry in gateway.settings.client_keys if isinstance(entry, dict)}
+    entries = by_name(gateway.settings.client_keys)
     for key in gateway.state.door.keys:
         entry = entries.get(key.name, {})
         data.append({"name": key.name, "created": entry.get("created"), "expires": entry.get("expires"),
@@ -14646,8 +14651,7 @@ def order_providers(handler: Handler) -> None:
 
     def edit(raw: Json) -> None:
         entries = raw.get("providers") if isinstance(raw.get("providers"), list) else []
-        known = {entry["name"]: entry for entry in entries
-                 if isinstance(entry, dict) and isinstance(entry.get("name"), str)}
+        known = by_name(entries)
         if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(known):
             if gateway.versions.has_changed(needed(body, "version"), raw, "providers"):
                 raise conflict(gateway, raw, {"providers": {"yours": names, "theirs": list(known)}})
@@ -14671,8 +14675,7 @@ def try_provider(handler: Handler) -> None:
         if name not in providers:
             raise NotFound(f"there is no provider {one_line(name, 60)!r}" + nearest(name, providers), param="name")
         return handler.respond_json(trial_of(gateway, providers[name]))
-    known = {entry.get("name"): entry for entry in gateway.settings.providers if isinstance(entry, dict)}
-    entry = provider_entry({**body, "name": name}, known.get(name, {}))
+    entry = provider_entry({**body, "name": name}, by_name(gateway.settings.providers).get(name, {}))
     alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={}, default_model="",
                             accounts={}, api_key="", client_keys=[], usage=False, responses_file=""),
                     environ=gateway.environ)

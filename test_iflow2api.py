@@ -14636,6 +14636,16 @@ def test_bad_providers_change_nothing(admin, upstream, facts, param):
     assert open(browser.server.gateway.config.path).read() == before and upstream.requests == []
 
 
+def test_entries_without_a_proper_name_are_no_obstacle(admin, config, upstream):
+    browser = admin(provider(upstream, "x"), {"name": ["y"]}, {"base_url": "http://h"}, {"name": ""},
+                    client_keys=[key_entry("bob", "sk-bob"), {"name": ["y"]}])
+    assert [row["name"] for row in browser.get("providers")["data"]] == ["x"]
+    assert [row["name"] for row in browser.get("keys")["data"]] == ["bob"]
+    assert browser("POST", "providers/test", {"name": "draft", "base_url": upstream.url}).json["ok"]
+    assert browser("POST", "providers/order", {"version": browser.version, "names": ["x"]}).status == 200
+    assert len(config.read()["providers"]) == 4
+
+
 def test_a_provider_that_somebody_else_changed(admin, config, upstream):
     browser = admin(provider(upstream, "x", api_keys=["sk-0123456789abcdef"]), provider(upstream, "y"))
     version = browser.version
