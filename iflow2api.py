@@ -14476,7 +14476,8 @@ def provider_entry(body: Json, before: Json) -> Json:
         raise BadRequest("base_url: it is missing; or name a preset", param="base_url")
     entry = before or entry_for("", body.get("kind") or "", body.get("base_url") or "", preset, ())
     given = {name: body[name] for name in PROVIDER_FIELDS if name in body and name != "preset"}
-    facts = {model["id"]: model for model in entry.get("models") or () if isinstance(model, dict) and "id" in model}
+    facts = {model["id"]: model for model in entries_of(entry, "models")
+             if isinstance(model, dict) and isinstance(model.get("id"), str)}
     if given.get("models"):
         given["models"] = [facts.get(model, model) if isinstance(model, str) else model for model in given["models"]]
     if given.get("base_url"):            # a bare host of a known API gets its path
@@ -14531,8 +14532,11 @@ def check_provider(entry: Json) -> Provider:
     def literal(text: Any) -> bool:
         return not (isinstance(text, str) and (_REFERENCE.fullmatch(text) or is_sealed(text)))
 
-    tried = {**entry, "api_keys": [key for key in entry.get("api_keys", ()) if literal(key)],
-             "headers": {name: value for name, value in entry.get("headers", {}).items() if literal(value)}}
+    tried = dict(entry)                  # what is of the wrong type stays, for parse_provider to name it
+    if isinstance(entry.get("api_keys"), list):
+        tried["api_keys"] = [key for key in entry["api_keys"] if literal(key)]
+    if isinstance(entry.get("headers"), dict):
+        tried["headers"] = {name: value for name, value in entry["headers"].items() if literal(value)}
     try:
         provider = parse_provider(tried, {})
         problem = provider.problem or "".join([*proxy_problems(Settings(), [provider]), *(

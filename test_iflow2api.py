@@ -14636,6 +14636,18 @@ def test_bad_providers_change_nothing(admin, upstream, facts, param):
     assert open(browser.server.gateway.config.path).read() == before and upstream.requests == []
 
 
+@pytest.mark.parametrize("facts, cure", [
+    ({"headers": "x"}, {}), ({"api_keys": "sk-x"}, ["sk-y"]), ({"api_keys": 5}, []), ({"models": 5}, ["m"]),
+    ({"models": [{"id": ["m"]}]}, ["m"]), ({"models": "m"}, ["m"])], ids=str)
+def test_what_is_of_the_wrong_type_in_config_json_can_be_mended_on_the_page(admin, config, upstream, facts, cure):
+    browser, (name,) = admin({**provider(upstream, "x"), **facts}), facts
+    assert browser.get("providers")["data"][0]["problem"]
+    answer = browser("PUT", "providers/x", {"version": browser.version, "concurrency": 2})
+    assert (answer.status, answer.error["param"]) == (400, name), answer
+    assert browser("PUT", "providers/x", {"version": browser.version, name: cure}).status == 200
+    assert config.read()["providers"][0][name] == cure and not browser.get("providers")["data"][0]["problem"]
+
+
 def test_entries_without_a_proper_name_are_no_obstacle(admin, config, upstream):
     browser = admin(provider(upstream, "x"), {"name": ["y"]}, {"base_url": "http://h"}, {"name": ""},
                     client_keys=[key_entry("bob", "sk-bob"), {"name": ["y"]}])
