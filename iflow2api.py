@@ -14617,7 +14617,7 @@ def edit_provider(handler: Handler) -> None:
 
 
 def rename_provider(raw: Json, old: str, new: str) -> None:
-    """Let whatever names a provider in config.json name it anew."""
+    """Let whatever names a provider in config.json name it anew; a price of the old name stays, for the days before."""
     def renamed(value: Any) -> Any:
         if isinstance(value, list):
             return [renamed(item) for item in value]
@@ -14631,6 +14631,11 @@ def rename_provider(raw: Json, old: str, new: str) -> None:
         raw["aliases"] = {pattern: renamed(value) for pattern, value in raw["aliases"].items()}
     if "default_model" in raw:
         raw["default_model"] = renamed(raw["default_model"])
+    for entry in entries_of(raw, "client_keys"):
+        if isinstance(entry, dict) and "models" in entry:
+            entry["models"] = renamed(entry["models"])
+    if isinstance(raw.get("prices"), dict):
+        raw["prices"] = {name: price for pattern, price in raw["prices"].items() for name in (pattern, renamed(pattern))}
 
 
 def remove_provider(handler: Handler) -> None:

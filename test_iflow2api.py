@@ -14610,6 +14610,18 @@ def test_providers_are_added_edited_ordered_and_removed(admin, config, upstream)
     assert "default_provider" not in config.read() and len(config.read()["providers"]) == 1
 
 
+def test_a_renamed_provider_keeps_its_clients_and_its_price(admin, config, upstream):
+    browser = admin(provider(upstream, "old"), client_keys=[key_entry("bob", "sk-bob", models=["old/*", "m9"])],
+                    prices={"old/m1": {"input": 2}, "*": {"input": 1}})
+    ask = functools.partial(post, browser.server, Authorization="Bearer sk-bob")
+    assert ask(chat(model="old/m1")).status == 200
+    assert browser("PUT", "providers/old", {"version": browser.version, "name": "new"}).status == 200
+    assert ask(chat(model="new/m1")).status == 200
+    raw = config.read()
+    assert raw["client_keys"][0]["models"] == ["new/*", "m9"]
+    assert list(raw["prices"]) == ["old/m1", "new/m1", "*"] and raw["prices"]["new/m1"] == {"input": 2}
+
+
 BAD_PROVIDERS = [
     ({"name": ""}, "name"), ({"name": "a b"}, "name"), ({"name": "a/b"}, "name"), ({"name": 5}, "name"), ({"base_url": None}, "base_url"),
     ({"base_url": "ftp://x"}, "base_url"), ({"base_url": "http://u:p@x"}, "base_url"), ({"base_url": "http://["}, "base_url"),
