@@ -11668,23 +11668,22 @@ class Gateway:
 
     def _fetch_lists(self, providers: Sequence[Provider]) -> Dict[str, List[str]]:
         """What the providers themselves list, from the cache where it is fresh; a provider that fails lists nothing."""
-        now = time.monotonic()
-        missing = [p for p in providers if self._lists.get(p.name, (0.0,))[0] < now]
-        threads = [threading.Thread(target=self._fetch_list, args=(p, now), daemon=True) for p in missing]
+        now, lists = time.monotonic(), self._lists       # other providers begin another: what comes late is not theirs
+        threads = [threading.Thread(target=self._fetch_list, args=(provider, lists, now), daemon=True)
+                   for provider in providers if lists.get(provider.name, (0.0,))[0] < now]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(2 * MODELS_TIMEOUT_S)
-        return {p.name: self._lists[p.name][1] for p in providers if p.name in self._lists}
+        return {provider.name: lists[provider.name][1] for provider in providers if provider.name in lists}
 
-    def _fetch_list(self, provider: Provider, now: float) -> None:
+    def _fetch_list(self, provider: Provider, lists: Dict[str, Tuple[float, List[str]]], now: float) -> None:
         try:
-            names = self.fetch_models(provider)
-            self._lists[provider.name] = (now + MODELS_TTL_S, names)
+            lists[provider.name] = (now + MODELS_TTL_S, self.fetch_models(provider))
         except GatewayError as exc:
             self.log.debug("no model list from %s: %s", provider.name, one_line(exc.message))
-            kept = self._lists.get(provider.name, (0.0, []))[1]
-            self._lists[provider.name] = (now + MODELS_TTL_S / 10, kept)
+            kept = lists.get(provider.name, (0.0, []))[1]
+            lists[provider.name] = (now + MODELS_TTL_S / 10, kept)
 
     def fetch_models(self, provider: Provider) -> List[str]:
         """The provider's own `/models`; UpstreamError."""

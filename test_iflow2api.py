@@ -3639,6 +3639,19 @@ def test_the_names_that_can_be_asked_for(gateway, upstreams):
     assert len(first.requests) == len(second.requests) == 1        # the lists are kept
 
 
+def test_a_list_that_comes_after_its_provider_has_moved_is_not_the_new_one_s(gateway, upstreams):
+    go = threading.Event()
+    old, new = upstreams(Reply(go, *plain({"data": [{"id": "old"}]}).steps)), upstreams(plain({"data": [{"id": "new"}]}))
+    made = gateway(old)
+    asking = threading.Thread(target=made.models)
+    asking.start()
+    until(lambda: old.requests)
+    made.apply(settings_for([new]))
+    go.set()
+    asking.join(WAIT_S)
+    assert [model["id"] for model in made.models()] == ["new"]
+
+
 @pytest.mark.parametrize("reply", [error_reply(500), plain(b"nope"), plain([1]),
                                    plain({"data": [5, {"id": 5}, {"id": "ok"}]}), Reply(RESET),
                                    plain(b'{"a":' * 100_000)])
