@@ -11641,7 +11641,7 @@ class Gateway:
         """What is listed under a name, or as `provider/name` may be asked for as well; None for what is unknown."""
         models, (head, _, rest) = self.models(key), name.partition("/")
         listed = next((model for model in models if model["id"] == name), None)
-        target = self.state.router.claimed(name)
+        target = self.current(look=False).router.claimed(name)
         if listed or target is None or (target.provider.name, target.model) != (head, rest):
             return listed
         if key is not None and not may_use(key, name, [target]):

@@ -10153,6 +10153,7 @@ def test_an_engine_is_found_at_the_first_request(demo, engines, caplog):
         assert len(looks(demo)) == 1                     # the second request came within 30 seconds
         assert call_demo(url, "/health")[1]["providers"][0]["name"] == "ollama"
         assert "demo" in [m["id"] for m in call_demo(url, "/v1/models")[1]["data"]]
+        assert call_demo(url, "/v1/models/ollama/demo")[1]["owned_by"] == "ollama"
     assert any(r.getMessage().startswith(f"found ollama at {demo.base_url}: demo") for r in caplog.records)
     assert ifl.LOCAL_TTL_S == 30
 
