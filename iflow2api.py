@@ -11319,8 +11319,9 @@ class Gateway:
                 self._equip(provider)
             self.limiter.keep_keys(key.name for key in door.keys)
             self.live.requests.resize(settings.history_size)
-            if [p.base_url for p in router.providers.values()] != [p.base_url
-                                                                   for p in self.state.router.providers.values()]:
+            before = self.state.router.providers
+            if {name: provider.base_url for name, provider in router.providers.items()} != {
+                    name: provider.base_url for name, provider in before.items()}:
                 self._lists = {}
             self.state = State(settings, router, door)
         if logging.getLevelName(self.log.level) != settings.log_level.upper():

@@ -3652,6 +3652,15 @@ def test_a_list_that_comes_after_its_provider_has_moved_is_not_the_new_one_s(gat
     assert [model["id"] for model in made.models()] == ["new"]
 
 
+def test_providers_that_swap_their_names_do_not_swap_their_lists(gateway, upstreams):
+    upper, lower = upstreams(plain({"data": [{"id": "a"}]})), upstreams(plain({"data": [{"id": "b"}]}))
+    made = gateway(provider(upper, "one"), provider(lower, "two"))
+    made.models()
+    made.apply(settings_for([provider(upper.plays(plain({"data": [{"id": "a"}]})), "two"),
+                             provider(lower.plays(plain({"data": [{"id": "b"}]})), "one")]))
+    assert {model["id"]: model["owned_by"] for model in made.models()} == {"a": "two", "one/b": "one"}
+
+
 @pytest.mark.parametrize("reply", [error_reply(500), plain(b"nope"), plain([1]),
                                    plain({"data": [5, {"id": 5}, {"id": "ok"}]}), Reply(RESET),
                                    plain(b'{"a":' * 100_000)])
