@@ -7963,7 +7963,7 @@ class Exchange:
     def _read_terminator(self) -> None:
         """After [DONE] only the last chunk is missing; it is mostly there already."""
         self.wire.set_timeout(0.05)
-        with contextlib.suppress(UpstreamError, ClientGone):
+        with contextlib.suppress(GatewayError, ClientGone):      # Stopping is no UpstreamError
             self.read()
 
     def __enter__(self) -> "Exchange":

@@ -1999,6 +1999,15 @@ def test_a_connection_is_used_again(transport, upstream):
     assert upstream.connections == 1
 
 
+def test_a_connection_cut_off_after_its_answer_is_closed_in_silence(transport, upstream):
+    upstream.plays(sse("a", HOLD, end=False))
+    target = ifl.parse_provider(provider(upstream), {})
+    with transport.open(target, QUICK, "POST", "/chat/completions", [], b"{}") as exchange:
+        assert exchange.read()
+        exchange.wire.cut(ifl.Stopping("the server is shutting down"))
+    assert exchange.wire.sock.fileno() == -1
+
+
 @pytest.mark.parametrize("reply", [
     Reply(head(200, [("Content-Length", "5"), ("Connection", "close")]) + b"hello"), Reply(head(200) + b"hello", CLOSE),
     Reply(head(200, [("Content-Length", "5")], "HTTP/1.0") + b"hello"),
