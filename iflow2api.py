@@ -7498,6 +7498,13 @@ Poller = getattr(select, "poll", _SelectPoller)
 LOOK_UP_S = 3600.0 if hasattr(select, "poll") else 0.5
 
 
+def is_writable(sock: socket.socket, timeout_s: float) -> bool:
+    """Whether the peer takes something in time."""
+    poller = Poller()
+    poller.register(sock.fileno(), _POLLOUT)
+    return bool(poller.poll(timeout_s * 1000))
+
+
 def has_left(sock: socket.socket, hung_up: bool = False) -> bool:
     """Whether the peer closed.  Behind a pipelined request only a hang-up can be seen."""
     try:
@@ -7606,16 +7613,15 @@ class HeadReader:
             self._buffer += more
 
 
-def _timeval(seconds: float) -> bytes:
-    """A C `struct timeval` for SO_RCVTIMEO."""
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+#: C's `struct timeval`: seconds and microseconds.
+_TIMEVAL = struct.Struct("@ll")
 
 
-def _set_kernel_timeout(sock: socket.socket, option: int, seconds: float) -> bool:
-    """Let the kernel end a wait; False where it did not take it (Windows, 32-bit musl with 64-bit times)."""
+def _set_kernel_timeout(sock: socket.socket, seconds: float) -> bool:
+    """Let the kernel end a wait for data; False where it did not take it (Windows, 32-bit musl with 64-bit times)."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, option, _timeval(seconds))
-        taken = struct.unpack("@ll", sock.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("@ll")))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6)))
+        taken = _TIMEVAL.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.size))
     except (OSError, struct.error):
         return False
     return os.name == "posix" and abs(taken[0] + taken[1] / 1e6 - seconds) < 0.1
@@ -7634,7 +7640,7 @@ class Wire(HeadReader):
         self.cut_by: Optional[Exception] = None
         self._poller = Poller()
         self._poller.register(sock.fileno(), _POLLIN)
-        self._blocking = not isinstance(sock, ssl.SSLSocket) and _set_kernel_timeout(sock, socket.SO_RCVTIMEO, 60)
+        self._blocking = not isinstance(sock, ssl.SSLSocket) and _set_kernel_timeout(sock, 60)
         self._now = socket.MSG_DONTWAIT if self._blocking else 0
         sock.setblocking(self._blocking)
 
@@ -7652,7 +7658,7 @@ class Wire(HeadReader):
         if seconds != self._slice_s:
             self._slice_s = seconds
             if self._blocking:
-                _set_kernel_timeout(self.sock, socket.SO_RCVTIMEO, seconds)
+                _set_kernel_timeout(self.sock, seconds)
 
     def is_stale(self) -> bool:
         """Whether an idle connection was closed by the other side, or babbles."""
@@ -7661,9 +7667,8 @@ class Wire(HeadReader):
     def cut(self, reason: Exception) -> None:
         """End the wait, whoever is in it, with `reason`: ClientGone, or what the caller has to be told."""
         self.cut_by = reason
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock,
-                                   socket.SHUT_RDWR)      # not TLS's own, which would pull the rug from the reader
+        with contextlib.suppress(OSError):               # not TLS's own, which would pull the rug from the reader
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def _receive(self) -> bytes:
         while True:
@@ -7725,9 +7730,7 @@ class Wire(HeadReader):
             raise UpstreamTimeout(f"the upstream said nothing for {self.timeout_s:g} s")
 
     def _wait_writable(self) -> None:
-        poller = Poller()
-        poller.register(self.sock.fileno(), _POLLOUT)
-        if not poller.poll(self.timeout_s * 1000):
+        if not is_writable(self.sock, self.timeout_s):
             raise UpstreamTimeout(f"the upstream took nothing for {self.timeout_s:g} s")
 
     def sendall(self, data: bytes) -> None:
@@ -7815,6 +7818,15 @@ class Dechunker:
         return self._rest if self.done else b""
 
 
+def join_headers(pairs: Iterable[Tuple[str, str]]) -> Dict[str, str]:
+    """Headers of a head, their names in lower case, repeated ones joined (RFC 9110, 5.3)."""
+    headers: Dict[str, str] = {}
+    for name, value in pairs:
+        name = name.lower()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
 _ANSWER_FIELD = re.compile(r"(?m)^([^:\s]+)[ \t]*:[ \t]*([^\n]*?)[ \t\r]*$")
 
@@ -7822,7 +7834,7 @@ _ANSWER_FIELD = re.compile(r"(?m)^([^:\s]+)[ \t]*:[ \t]*([^\n]*?)[ \t\r]*$")
 class AnswerHead(NamedTuple):
     """What an upstream's head says.  `length` None: chunked, or up to the end of the connection."""
     status: int
-    headers: Dict[str, str]              #: names in lower case, repeated ones joined
+    headers: Dict[str, str]              #: of join_headers
     chunked: bool
     length: Optional[int]
     reusable: bool
@@ -7839,12 +7851,9 @@ def parse_answer_head(head: bytes, method: str) -> AnswerHead:
         raise ValueError("no status line")
     if rest.count("\n") >= HEADERS_LIMIT:
         raise ValueError("too many headers")
-    headers: Dict[str, str] = {}
     if "\n " in rest or "\n\t" in rest:
         rest = re.sub(r"\r?\n[ \t]+", " ", rest)
-    for name, value in _ANSWER_FIELD.findall(rest):
-        name = name.lower()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    headers = join_headers(_ANSWER_FIELD.findall(rest))
     status, token = int(found.group(2)), headers.get("connection", "").lower()
     chunked = headers.get("transfer-encoding", "").lower().rpartition(",")[2].strip() == "chunked"
     length: Optional[int] = None
@@ -7945,14 +7954,12 @@ class Exchange:
     def read_all(self, limit: int) -> bytes:
         """The whole body; UpstreamGarbled above `limit` bytes."""
         parts, size = [], 0
-        while True:
-            payload = self.read()
-            if not payload:
-                return b"".join(parts)
+        for payload in iter(self.read, b""):
             parts.append(payload)
             size += len(payload)
             if size > limit:
                 raise UpstreamGarbled(f"the upstream's answer is larger than {limit >> 20} MiB")
+        return b"".join(parts)
 
     def close(self) -> None:
         """Keep the connection if the answer was read to its end."""
@@ -8224,6 +8231,11 @@ def _transport_error(exc: Exception, where: str) -> UpstreamError:
     return UpstreamUnreachable(f"{where}: {exc}")
 
 
+def bracketed(host: str) -> str:
+    """A host as it stands in front of a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 class Endpoint(NamedTuple):
     """Where a base URL leads."""
     scheme: str
@@ -8240,7 +8252,7 @@ class Endpoint(NamedTuple):
 
     @property
     def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = bracketed(self.host)
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
 
@@ -8280,7 +8292,7 @@ class Proxy(NamedTuple):
     password: str = ""
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+        return f"{self.scheme}://{bracketed(self.host)}:{self.port}"
 
 
 def parse_proxy(text: str) -> Proxy:
@@ -8333,18 +8345,16 @@ def proxy_for(provider: Provider, settings: Settings, endpoint: Endpoint) -> str
 def _environment_proxy(endpoint: Endpoint) -> str:
     """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY in either case; else what Windows or macOS is set to."""
     from urllib.request import getproxies, proxy_bypass      # takes 2 MB: only for who asks for it
-    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-    if proxy_bypass(f"{host}:{endpoint.port}"):
+    if proxy_bypass(f"{bracketed(endpoint.host)}:{endpoint.port}"):
         return ""
     proxies = getproxies()
     return proxies.get(endpoint.scheme) or proxies.get("all") or ""
 
 
 #: What a proxy means by refusing CONNECT; any other status is shown as it is.
-_CONNECT_HINT = {
-    400: "is it an HTTP proxy?", 404: "is it an HTTP proxy?", 405: "is it an HTTP proxy?", 501: "is it an HTTP proxy?",
-    403: "it does not allow this host or port", 502: "it can't reach the upstream", 503: "it can't reach the upstream",
-    504: "it can't reach the upstream"}
+_CONNECT_HINT = {**dict.fromkeys((400, 404, 405, 501), "is it an HTTP proxy?"),
+                 403: "it does not allow this host or port",
+                 **dict.fromkeys((502, 503, 504), "it can't reach the upstream")}
 
 #: SOCKS5 reply codes (RFC 1928, 6).
 _SOCKS_REPLY = {
@@ -8363,6 +8373,7 @@ class ProxyTalk:
 
     def __init__(self, sock: socket.socket, proxy: Proxy, where: str, until: float) -> None:
         self._sock, self._proxy, self._where, self._until = sock, proxy, where, until
+        self._has_login = bool(proxy.user or proxy.password)
 
     def open(self, endpoint: Endpoint) -> None:
         """Have the proxy connect to `endpoint`; UpstreamUnreachable, OSError."""
@@ -8400,10 +8411,9 @@ class ProxyTalk:
     # HTTP
 
     def _open_http(self, endpoint: Endpoint) -> None:
-        host = self._encoded_host(endpoint.host).decode()
-        place = f"{f'[{host}]' if ':' in host else host}:{endpoint.port}"
+        place = f"{bracketed(self._encoded_host(endpoint.host).decode())}:{endpoint.port}"
         head = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\nUser-Agent: iflow2api/{__version__}\r\n"
-        if self._proxy.user or self._proxy.password:
+        if self._has_login:
             token = base64.b64encode(f"{self._proxy.user}:{self._proxy.password}".encode()).decode()
             head += f"Proxy-Authorization: Basic {token}\r\n"
         self._sock.sendall(head.encode() + b"\r\n")
@@ -8428,7 +8438,7 @@ class ProxyTalk:
         raise self._failed(f"it refused CONNECT {place} (HTTP {status}{f': {hint}' if hint else ''})")
 
     def _wants_login(self) -> UpstreamUnreachable:
-        if self._proxy.user or self._proxy.password:
+        if self._has_login:
             return self._failed("it refused the user and password in its address", False)
         address = str(self._proxy).replace("://", "://USER:PASSWORD@")
         return self._failed(f"it wants a user and a password; write {address}", False)
@@ -8437,13 +8447,12 @@ class ProxyTalk:
 
     def _open_socks(self, endpoint: Endpoint) -> None:
         address = self._socks_address(endpoint)
-        has_login = bool(self._proxy.user or self._proxy.password)
-        self._sock.sendall(b"\5\2\0\2" if has_login else b"\5\1\0")
+        self._sock.sendall(b"\5\2\0\2" if self._has_login else b"\5\1\0")
         version, method = self._receive_exactly(2)
         if version != 5:
             hint = "it speaks HTTP: write http://" if bytes((version, method)) == b"HT" else "is it a SOCKS5 proxy?"
             raise self._failed(f"what it answers is not SOCKS5; {hint}", False)
-        if method == 2 and has_login:
+        if method == 2 and self._has_login:
             self._send_login()
         elif method != 0:
             raise self._wants_login()
@@ -12000,7 +12009,7 @@ _FIELD = re.compile(r"(?m)^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00\r\n]*?)[ 
 
 
 def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
-    """Method, target, version and headers (names in lower case, repeated ones joined) of a request; BadRequest.
+    """Method, target, version and headers (join_headers) of a request; BadRequest.
 
     Stricter than http.server, whose parser for e-mail lets folded lines and blanks before the colon pass: what a
     proxy before us might read in another way is refused.
@@ -12017,11 +12026,7 @@ def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
     pairs = _FIELD.findall(rest)
     if len(pairs) != lines:              # no line may be anything else
         raise BadRequest("the request's head is malformed")
-    headers: Dict[str, str] = {}
-    for name, value in pairs:
-        name = name.lower()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return found.group(1), found.group(2), "HTTP/1." + found.group(3), headers
+    return found.group(1), found.group(2), "HTTP/1." + found.group(3), join_headers(pairs)
 
 
 def check_framing(headers: Mapping[str, str], version: str) -> Optional[int]:
@@ -12310,20 +12315,11 @@ def send_now(sock: socket.socket, data: bytes) -> bytes:
 
 def send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
     """Write all to a non-blocking socket; ClientGone when it is closed or takes nothing."""
-    rest = send_now(sock, data)
-    if rest:
-        poller = Poller()
-        poller.register(sock.fileno(), _POLLOUT)
-    view = memoryview(rest)
-    while view:
-        if not poller.poll(timeout_s * 1000):
+    rest = memoryview(send_now(sock, data))              # whose slices are no copies
+    while rest:
+        if not is_writable(sock, timeout_s):
             raise ClientGone
-        try:
-            view = view[sock.send(view):]
-        except BlockingIOError:
-            continue
-        except OSError:
-            raise ClientGone from None
+        rest = send_now(sock, rest)
 
 
 def too_large(limit: int) -> BadRequest:
@@ -12807,7 +12803,7 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
 def url_of(host: str, port: int) -> str:
     """Where a client on this machine reaches a server bound to `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host and host[0] != "[" else f"http://{host}:{port}"
+    return f"http://{bracketed(host.strip('[]'))}:{port}"
 
 
 def stop_accepting(server: socketserver.BaseServer) -> None:
