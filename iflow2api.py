@@ -8722,6 +8722,7 @@ def parse_time(value: Any) -> Optional[float]:
 
 
 def format_time(at: float) -> str:
+    """Epoch seconds as ISO 8601, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
 
 
@@ -8752,8 +8753,8 @@ class OAuth:
         url = self._settings().iflow_userinfo_url
         query = urllib.parse.urlencode({"accessToken": access_token})
         status, answer = self._ask("GET", f"{url}{'&' if '?' in url else '?'}{query}", None, [])
-        data = answer.get("data")
-        key = data.get("apiKey") if isinstance(data, dict) else None
+        data = _object(answer.get("data"))
+        key = data.get("apiKey")
         if status != 200 or answer.get("success") is False:
             raise self._refusal("the API key", status, answer, access_token)
         if not isinstance(key, str) or not account_keys({"": {"apiKey": key.strip()}}):
@@ -8826,6 +8827,10 @@ class OAuth:
         return LoginFailed(f"iFlow's login host gave no {wanted} ({status}: {said})", refused=400 <= status < 500)
 
 
+def _object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
 class LoginFile:
     """Where one account's login lies: in the iFlow CLI's own file, or in `accounts` of config.json.
 
@@ -8855,8 +8860,7 @@ class LoginFile:
             accounts = self._config.read().get("accounts") if self._config else None
         except ConfigBroken as exc:
             raise LoginFailed(f"{exc}; repair the file or move it away, nothing was written to it") from None
-        login = accounts.get(self.account) if isinstance(accounts, dict) else None
-        return login if isinstance(login, dict) else {}
+        return _object(_object(accounts).get(self.account))
 
     def update(self, changes: Json) -> None:
         """Change fields of the login; None takes one away."""
@@ -8864,11 +8868,9 @@ class LoginFile:
             return {name: value for name, value in {**login, **changes}.items() if value is not None}
 
         def edit(raw: Json) -> None:
-            accounts = raw.get("accounts") if isinstance(raw.get("accounts"), dict) else {}
-            known = accounts.get(self.account)
-            login = merge(known if isinstance(known, dict) else {})
-            raw["accounts"] = {**{name: value for name, value in accounts.items() if name != self.account},
-                               **({self.account: login} if login else {})}
+            accounts = _object(raw.get("accounts"))
+            login = merge(_object(accounts.pop(self.account, None)))
+            raw["accounts"] = {**accounts, **({self.account: login} if login else {})}
 
         try:
             if self.is_default:
@@ -8895,10 +8897,8 @@ class LoginFile:
         if os.path.exists(self._pending_path):
             with contextlib.suppress(ConfigBroken, SealBroken):
                 found = map_secrets(read_json_file(self._pending_path), self._opened)
-        accounts, used = found.get("accounts"), found.get("used")
-        tokens = accounts.get(self.account) if isinstance(accounts, dict) else None
-        sound = isinstance(tokens, dict) and isinstance(used, str) and isinstance(tokens.get(REFRESH), str)
-        return (tokens, used) if sound else ({}, "")     # type: ignore[return-value]
+        tokens, used = _object(_object(found.get("accounts")).get(self.account)), found.get("used")
+        return (tokens, used) if isinstance(used, str) and isinstance(tokens.get(REFRESH), str) else ({}, "")
 
     def _opened(self, place: str, secret: str) -> str:
         return self._config.vault.open(secret) if self._config is not None and is_sealed(secret) else secret
@@ -8915,19 +8915,16 @@ class LoginFile:
         """
         if self.path.startswith("~"):
             raise LoginFailed("there is no home folder to keep the login in: set HOME")
-        lock = FileLock(self._lock_path, OAUTH_LOCK_S)
-        try:
-            lock.__enter__()
-        except OSError as exc:
-            raise LoginFailed(f"{os.path.dirname(self.path)} can't be written: {exc.strerror or exc}") from None
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(FileLock(self._lock_path, OAUTH_LOCK_S))
+            except OSError as exc:
+                raise LoginFailed(f"{os.path.dirname(self.path)} can't be written: {exc.strerror or exc}") from None
             if os.path.isdir(self.path):
                 raise LoginFailed(f"{self.path} is a folder; move it away")
             if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
                 raise LoginFailed(f"{self.path} is read-only, so the login can't be kept")
             yield
-        finally:
-            lock.__exit__()
 
 
 def login_end(login: Json) -> Optional[float]:
@@ -9016,19 +9013,21 @@ class Refresher:
                 state = self._states[file.account] = Refreshed()
             if not state.unsaved:
                 state.unsaved, state.unsaved_for = file.pending()
-            due = self._is_due(login, state)
-            if due and not self._closing:
+            if self._is_due(login, state) and not self._closing:
                 self._refresh(file, None)
             if state.failures:
                 wait_s = min(wait_s, max(1.0, state.next_at - self._monotonic()))
         return wait_s
 
     def _is_due(self, login: Json, state: Refreshed) -> bool:
-        token, end = login.get(REFRESH), login_end(login)
-        if not isinstance(token, str) or not token or token == state.dead_token or self._monotonic() < state.next_at:
-            return False
+        end = login_end(login)
         ends_soon = end is not None and end - self._clock() < self.AHEAD_S
-        return login.get(KEY_DUE) is True or bool(state.unsaved) or ends_soon
+        return self._may_ask(login, state) and (login.get(KEY_DUE) is True or bool(state.unsaved) or ends_soon)
+
+    def _may_ask(self, login: Json, state: Refreshed) -> bool:
+        """Whether there is a token to ask the host with: it lives, and it was not asked just now."""
+        token = login.get(REFRESH)
+        return isinstance(token, str) and token not in ("", state.dead_token) and self._monotonic() >= state.next_at
 
     def renew(self, account: str, key: str, caller: Caller) -> str:
         """The key to use instead of `key`, which the API refused; "" where a refresh brings none.
@@ -9038,24 +9037,18 @@ class Refresher:
         found: List[str] = []
         done = threading.Event()
 
-        def _run() -> None:
+        def refresh() -> None:
             try:
-                found.append(self._renew(account, key))
+                found.extend(self._refresh(file, key) for file in self._files() if file.account == account)
             finally:
                 done.set()
 
-        threading.Thread(target=_run, name="login-renew", daemon=True).start()
+        threading.Thread(target=refresh, name="login-renew", daemon=True).start()
         while not done.wait(min(caller.tick_s, 0.5)):
             if caller.sock is not None and has_left(caller.sock):
                 raise ClientGone
             caller.tick()
         return "".join(found)
-
-    def _renew(self, account: str, key: str) -> str:
-        for file in self._files():
-            if file.account == account:
-                return self._refresh(file, key)
-        return ""
 
     def _refresh(self, file: LoginFile, stale: Optional[str]) -> str:
         """Refresh one login, unless somebody else just did; its key, "" if that failed.  `stale`: a refused key."""
@@ -9063,7 +9056,7 @@ class Refresher:
         try:
             before = file.read()
             token = before.get(REFRESH) or ""
-            if stale is not None and not self._may_renew(before, state):
+            if stale is not None and not self._may_ask(before, state):
                 return self._key_of(before) if state.ok or self._key_of(before) != stale else ""
             with file.held():
                 token = self._save_left_over(file, state) or token
@@ -9077,11 +9070,6 @@ class Refresher:
             return ""
         self._changed()
         return self._key_of(login)
-
-    def _may_renew(self, login: Json, state: Refreshed) -> bool:
-        """Whether a refused key is a reason to ask the host: the token lives, and it was not asked just now."""
-        token = login.get(REFRESH)
-        return isinstance(token, str) and token not in ("", state.dead_token) and self._monotonic() >= state.next_at
 
     @staticmethod
     def _key_of(login: Json) -> str:
@@ -9131,8 +9119,7 @@ class Refresher:
             state.dead_token, state.failures, state.next_at = token, 0, 0.0
             log.warning("the iFlow login %s has ended: %s", file.account, state.message)
         else:
-            tries = len(self.BACKOFF_S)
-            delay_s = self.BACKOFF_S[state.failures - 1] if state.failures <= tries else self.LOOK_S
+            delay_s = (*self.BACKOFF_S, self.LOOK_S)[min(state.failures - 1, len(self.BACKOFF_S))]
             state.next_at = self._monotonic() + delay_s
             log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s", file.account, delay_s,
                         state.message)
@@ -9190,24 +9177,30 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         """Not logged: the request line holds the code."""
 
 
-class _CallbackServer(http.server.ThreadingHTTPServer):
-    """One of the two listeners, 127.0.0.1 and ::1: `localhost` may mean either to a browser."""
+class Listener(http.server.ThreadingHTTPServer):
+    """What our servers have in common: a thread for each connection, and a port that is theirs alone."""
     daemon_threads, block_on_close = True, False
-    allow_reuse_address = os.name == "posix"
+    allow_reuse_address = os.name == "posix"             # on Windows it would let two servers share the port
+    ipv6_only = True                     #: else `::` takes IPv4 as well, where the system can
+
+    def server_bind(self) -> None:
+        """Like HTTPServer's, without its reverse DNS lookup."""
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if self.address_family == socket.AF_INET6:
+            with contextlib.suppress(OSError, AttributeError):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.ipv6_only)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+
+class _CallbackServer(Listener):
+    """One of the two listeners, 127.0.0.1 and ::1: `localhost` may mean either to a browser."""
 
     def __init__(self, family: int, address: Tuple[str, int], flow: "LoginFlow") -> None:
         self.address_family, self.flow = family, flow
         super().__init__(address, _CallbackHandler)
         threading.Thread(target=self.serve_forever, args=(0.1,), name="login-callback", daemon=True).start()
-
-    def server_bind(self) -> None:
-        """Without HTTPServer's reverse DNS lookup, and for nobody else."""
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a connection to the login's port failed")
@@ -12816,12 +12809,10 @@ def stop_accepting(server: socketserver.BaseServer) -> None:
     server.server_close()
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(Listener):
     """The listening socket and its connections, one thread each."""
-    daemon_threads, block_on_close = True, False
-    request_queue_size = 1024
+    request_queue_size, ipv6_only = 1024, False
     LAST_WORDS_S = 0.5                   #: for telling clients that their answer ends here
-    allow_reuse_address = os.name == "posix"             # on Windows it would let two servers share the port
 
     def __init__(self, gateway: Gateway, host: str, port: int) -> None:
         self.gateway, self.closing = gateway, threading.Event()
@@ -12836,16 +12827,6 @@ class Server(http.server.ThreadingHTTPServer):
         log.addHandler(gateway.live.log_handler)
         self._thread = threading.Thread(target=self.serve_forever, args=(5,), name="accept", daemon=True)
         self._thread.start()
-
-    def server_bind(self) -> None:
-        """Like HTTPServer's, without its reverse DNS lookup; `::` takes IPv4 as well where the system can."""
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        if self.address_family == socket.AF_INET6:
-            with contextlib.suppress(OSError, AttributeError):
-                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
 
     @property
     def port(self) -> int:
