@@ -11733,8 +11733,9 @@ class Gateway:
 
     def queues(self) -> List[Json]:
         """Who is asked and who waits, at each upstream."""
+        known = self.current(look=False).router.providers
         return [{"provider": name, "active": slots.active, "waiting": slots.waiting, "limit": slots.limit}
-                for name, slots in self.slots.items() if name in self.current(look=False).router.providers]
+                for name, slots in list(self.slots.items()) if name in known]
 
     def circuit_of(self, provider: Provider) -> str:
         return self.circuits[provider.name].state
@@ -11771,16 +11772,17 @@ class Gateway:
             ("info", "The program.", {"version": __version__}, 1),
             ("start_time_seconds", "When it started.", {}, self.started_at),
             ("in_flight", "Requests being answered.", {}, self.in_flight)]
-        for family, text, attribute in (("upstream_active", "Requests at an upstream.", "active"),
-                                        ("upstream_waiting", "Requests queued for an upstream.", "waiting")):
-            gauges += [(family, text, {"provider": name}, getattr(slots, attribute)) for name,
-                       slots in self.slots.items()]
-        gauges += [("keys_resting", "Keys put to rest.", {"provider": name}, ring.resting) for name,
-                   ring in self.rings.items()]
+        slots = list(self.slots.items())                 # a reload may add some meanwhile
+        gauges += [("upstream_active", "Requests at an upstream.", {"provider": name}, its.active)
+                   for name, its in slots]
+        gauges += [("upstream_waiting", "Requests queued for an upstream.", {"provider": name}, its.waiting)
+                   for name, its in slots]
+        gauges += [("keys_resting", "Keys put to rest.", {"provider": name}, ring.resting)
+                   for name, ring in list(self.rings.items())]
         gauges += [("upstream_rested",
                     "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
                     {"provider": name}, {"closed": 0, "half-open": 0.5, "open": 1}[circuit.state])
-                   for name, circuit in self.circuits.items()]
+                   for name, circuit in list(self.circuits.items())]
         return self.metrics.render(gauges + self._login_gauges())
 
     def login_report(self) -> Dict[str, Json]:

@@ -3632,6 +3632,18 @@ def test_metrics_of_requests(server, upstream):
     assert values["iflow2api_in_flight"] == 0 and values['iflow2api_upstream_waiting{provider="up"}'] == 0
 
 
+def test_a_provider_added_while_they_are_told_does_no_harm_to_metrics_and_queues(gateway, upstream, monkeypatch):
+    made = gateway(upstream)
+
+    def busy(slots):
+        made.slots.setdefault(f"up{len(made.slots) + 1}", ifl.Slots(0))
+        return 0
+
+    monkeypatch.setattr(ifl.Slots, "active", property(busy, lambda slots, value: None), raising=False)
+    assert 'upstream_waiting{provider="up"} 0' in made.metrics_text()
+    assert made.queues() == [{"provider": "up", "active": 0, "waiting": 0, "limit": 0}]
+
+
 def test_the_names_that_can_be_asked_for(gateway, upstreams):
     """Each leads to where the list says; what would lead elsewhere is listed with its provider."""
     first, second = upstreams(), upstreams()
