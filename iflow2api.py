@@ -8705,6 +8705,11 @@ KEY_DUE = "iflow2api_key_due"
 LOGIN_FIELDS = (*LOGIN_SECRETS, "oauth_expires_at", "api_key_expires_at", KEY_DUE)
 
 
+def object_of(value: Any) -> Json:
+    """`value` where it is a JSON object, else {}."""
+    return value if isinstance(value, dict) else {}
+
+
 def parse_time(value: Any) -> Optional[float]:
     """Epoch seconds of an ISO 8601 text (without a zone: local time, as in JavaScript), or of a number of them.
 
@@ -8753,7 +8758,7 @@ class OAuth:
         url = self._settings().iflow_userinfo_url
         query = urllib.parse.urlencode({"accessToken": access_token})
         status, answer = self._ask("GET", f"{url}{'&' if '?' in url else '?'}{query}", None, [])
-        data = _object(answer.get("data"))
+        data = object_of(answer.get("data"))
         key = data.get("apiKey")
         if status != 200 or answer.get("success") is False:
             raise self._refusal("the API key", status, answer, access_token)
@@ -8827,10 +8832,6 @@ class OAuth:
         return LoginFailed(f"iFlow's login host gave no {wanted} ({status}: {said})", refused=400 <= status < 500)
 
 
-def _object(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
 class LoginFile:
     """Where one account's login lies: in the iFlow CLI's own file, or in `accounts` of config.json.
 
@@ -8860,7 +8861,7 @@ class LoginFile:
             accounts = self._config.read().get("accounts") if self._config else None
         except ConfigBroken as exc:
             raise LoginFailed(f"{exc}; repair the file or move it away, nothing was written to it") from None
-        return _object(_object(accounts).get(self.account))
+        return object_of(object_of(accounts).get(self.account))
 
     def update(self, changes: Json) -> None:
         """Change fields of the login; None takes one away."""
@@ -8868,8 +8869,8 @@ class LoginFile:
             return {name: value for name, value in {**login, **changes}.items() if value is not None}
 
         def edit(raw: Json) -> None:
-            accounts = _object(raw.get("accounts"))
-            login = merge(_object(accounts.pop(self.account, None)))
+            accounts = object_of(raw.get("accounts"))
+            login = merge(object_of(accounts.pop(self.account, None)))
             raw["accounts"] = {**accounts, **({self.account: login} if login else {})}
 
         try:
@@ -8897,7 +8898,7 @@ class LoginFile:
         if os.path.exists(self._pending_path):
             with contextlib.suppress(ConfigBroken, SealBroken):
                 found = map_secrets(read_json_file(self._pending_path), self._opened)
-        tokens, used = _object(_object(found.get("accounts")).get(self.account)), found.get("used")
+        tokens, used = object_of(object_of(found.get("accounts")).get(self.account)), found.get("used")
         return (tokens, used) if isinstance(used, str) and isinstance(tokens.get(REFRESH), str) else ({}, "")
 
     def _opened(self, place: str, secret: str) -> str:
@@ -10712,8 +10713,8 @@ def _lasting_key(path: str) -> bytes:
     try:
         write_file(path, key)
     except OSError as exc:
-        log.warning("%s can't be written (%s): conversations lose their reasoning at a restart", path, exc.strerror
-                    or exc)
+        log.warning("%s can't be written (%s): conversations lose their reasoning at a restart", path,
+                    exc.strerror or exc)
     return key
 
 
@@ -10723,9 +10724,8 @@ def parse_model_list(data: bytes) -> List[str]:
         listed = json.loads(data)
     except (ValueError, RecursionError):
         raise UpstreamGarbled("its /models is not JSON") from None
-    items = listed.get("data") if isinstance(listed, dict) else None
-    return [m["id"] for m in (items if isinstance(items, list) else ())
-            if isinstance(m, dict) and isinstance(m.get("id"), str) and m["id"]]
+    names = [object_of(model).get("id") for model in entries_of(object_of(listed), "data")]
+    return [name for name in names if isinstance(name, str) and name]
 
 
 class Attempt(NamedTuple):
@@ -10758,41 +10758,44 @@ class Record:
     trail: List[Attempt] = field(default_factory=list)
     spent: bool = False                  #: its tokens are counted against limits
 
+    @property
+    def where(self) -> str:
+        """`provider/model` of the last target, "" where there was none."""
+        return f"{self.target.provider.name}/{self.target.model}" if self.target else ""
+
     def counts(self) -> List[int]:
         """As USAGE_COUNTS; a client that leaves is no error."""
-        usage = self.usage if self.status == 200 or self.first_s is not None else Usage()
         timed = self.first_s is not None
-        return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached, usage.reasoning
-                or 0,
-                int(usage.estimated), int(timed), int((self.first_s or 0.0) * 1000), int(self.total_s * 1000)]
+        usage = self.usage if self.status == 200 or timed else Usage()
+        return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached,
+                usage.reasoning or 0, int(usage.estimated), int(timed), int((self.first_s or 0.0) * 1000),
+                int(self.total_s * 1000)]
 
     def facts(self) -> Json:
         """For the history of requests."""
         usage = self.usage
         return {"at": self.at, "request_id": self.request_id, "dialect": self.dialect, "model": self.model,
-                "stream": self.stream,
-                "key": self.key, "status": self.status, "error": one_line(self.error), "first_s": self.first_s,
-                "total_s": self.total_s, "input": usage.prompt, "output": usage.completion, "cached": usage.cached,
-                "reasoning": usage.reasoning, "estimated": usage.estimated,
-                "target": f"{self.target.provider.name}/{self.target.model}" if self.target else "",
-                "attempts": [attempt._asdict() for attempt in self.trail]}
+                "stream": self.stream, "key": self.key, "status": self.status, "error": one_line(self.error),
+                "first_s": self.first_s, "total_s": self.total_s, "input": usage.prompt, "output": usage.completion,
+                "cached": usage.cached, "reasoning": usage.reasoning, "estimated": usage.estimated,
+                "target": self.where, "attempts": [attempt._asdict() for attempt in self.trail]}
 
     def line(self) -> str:
         """`model → provider/model 200 first 0.4s total 2.1s in 12 out 340`; `~` marks an estimate."""
-        where = f"{self.target.provider.name}/{self.target.model}" if self.target else "-"
+        names = f"{one_line(self.model, 64) or '-'} → {one_line(self.where or '-', 100)}"
         first = f" first {self.first_s:.2f}s" if self.first_s is not None and self.stream else ""
         mark = "~" if self.usage.estimated else ""
         tokens = f" in {mark}{self.usage.prompt} out {mark}{self.usage.completion}" if self.status == 200 else ""
         tries = f" attempts {self.attempts}" if self.attempts > 1 else ""
         error = f" ({one_line(self.error, 200)})" if self.error else ""
-        return (f"{self.request_id[4:12]} {one_line(self.model, 64) or '-'} → {one_line(where, 100)} {self.status}{first} "
-                f"total {self.total_s:.2f}s{tokens}{tries}{error}")
+        return (f"{self.request_id[4:12]} {names} {self.status}{first} total {self.total_s:.2f}s"
+                f"{tokens}{tries}{error}")
 
 
 class AnswerSink(Caller):
     """Where an answer goes.  The HTTP section writes it to a socket."""
     began = False                        #: something of the answer was sent: no other target may be tried any more
-    stream: Any = None                   #: what the answer goes through at the moment; it knows how to say that it failed
+    stream: Any = None                   #: what the answer goes through now; it knows how to say that it failed
     returned: Sequence[Tuple[str, str]] = ()     #: headers of the upstream that the client gets
 
     def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
@@ -10925,17 +10928,17 @@ class Journey:
             waiting = [(at, target) for at, target in waiting if at > now]
 
     def _pause_s(self, retries: int, waiting: Sequence[Tuple[float, Target]], spent_s: float) -> Optional[float]:
-        """Seconds until the next retry: the backoff, or what the upstreams asked for; None where there shall be none."""
+        """Seconds until the next retry: the backoff, or what the upstreams asked for; None: there shall be none."""
         retry = {**RETRY, **self.settings.retry}
         if retries >= retry["count"] or not waiting:
             return None
-        backoff_s = min(retry["max_backoff_s"],
-                        retry["backoff_s"] * 2 ** retries) * (0.5 + secrets.randbelow(500) / 1000)
+        backoff_s = min(retry["max_backoff_s"], retry["backoff_s"] * 2 ** retries)
+        backoff_s *= 0.5 + secrets.randbelow(500) / 1000
         pause_s = max(backoff_s, min(at for at, _ in waiting) - self.gateway.clock())
         return pause_s if spent_s + pause_s <= retry["total_s"] else None
 
     def _try_chain(self, chain: Sequence[Target]) -> Tuple[Optional[GatewayError], List[Tuple[float, Target]]]:
-        """Each target in turn until one answers: None then, else the last error, and who may be asked again from when on."""
+        """Each target in turn until one answers: None then, else the last error, and who may be asked again and when."""
         error: Optional[GatewayError] = None
         again: List[Tuple[float, Target]] = []
         for target in self._in_turn(chain):
@@ -10953,7 +10956,7 @@ class Journey:
                     again.append((self.gateway.clock() + (exc.retry_after_s or 0), target))
                 if len(chain) > 1:
                     self.log.info("%s %s failed (%s)", self.call.request_id[4:12], target.provider.name,
-                             one_line(exc.message, 160))
+                                  one_line(exc.message, 160))
         return error, again
 
     def _in_turn(self, chain: Sequence[Target]) -> Iterator[Target]:
@@ -11077,7 +11080,7 @@ class Journey:
         """An upstream's error as clients have to hear it.
 
         A prompt too long is recognised, whatever the words.  A refused key is the operator's trouble, not the client's:
-        401 and 403 become a 403 that says what to do (Claude Code repeats a 401 for over a minute and shows a 403 at once).
+        401 and 403 become a 403 that says what to do (Claude Code repeats a 401 for over a minute, and shows a 403).
         """
         if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
             text = dump_json(exc.body).decode() if exc.body else exc.message
@@ -11238,7 +11241,7 @@ class Journey:
         return Usage(prompt=len(self.call.text) // 4, completion=records, estimated=True)
 
     def _spend(self) -> None:
-        """Count the tokens against limits, once: before the answer's end, so that the next request finds them counted."""
+        """Count the tokens against limits, once: before the answer's end, so that the next request finds them."""
         record, usage = self.record, self.record.usage
         if self.call.meters and not record.spent:
             record.spent = True
@@ -11482,7 +11485,7 @@ class Gateway:
         return key, kept
 
     def seal(self) -> Seal:
-        """What reasoning is sealed with on its way through clients; the key outlives a restart where there is a folder."""
+        """What reasoning is sealed with on its way through clients; its key outlives a restart where there is a folder."""
         if self._seal is None:
             path = os.path.join(self.config.folder, "seal.key") if self.config is not None else ""
             self._seal = Seal(_lasting_key(path) if path else secrets.token_bytes(32))
@@ -11531,7 +11534,8 @@ class Gateway:
             for provider in found.router.providers.values():
                 self._equip(provider)
         for provider in found.router.providers.values():
-            self.log.info("found %s at %s: %s", provider.name, provider.base_url, one_line(", ".join(provider.models), 160))
+            models = one_line(", ".join(provider.models), 160)
+            self.log.info("found %s at %s: %s", provider.name, provider.base_url, models)
 
     def _look_at(self, name: str, base_url: str, settings: Settings, entries: Dict[str, Json]) -> None:
         """Enter the engine into `entries` if one answers there that has a model; another iflow2api is none."""
@@ -11634,11 +11638,13 @@ class Gateway:
                 plain = router.default is not None and name == router.default.name and not router.claimed(model)
                 if plain or model not in router.providers[name].models:
                     found.setdefault(model if plain else f"{name}/{model}", name)
-        created = int(self.started_at)
         if key is not None and key.models:
-            found = {model: owner for model, owner in found.items() if may_use(key, model, router.resolve(model, model in more))}
-        return [{"id": model, "object": "model", "created": created, "owned_by": owner or "iflow2api"}
-                for model, owner in found.items()]
+            found = {model: owner for model, owner in found.items()
+                     if may_use(key, model, router.resolve(model, model in more))}
+        return [self._listed(model, owner or "iflow2api") for model, owner in found.items()]
+
+    def _listed(self, name: str, owner: str) -> Json:
+        return {"id": name, "object": "model", "created": int(self.started_at), "owned_by": owner}
 
     def model(self, name: str, key: Optional[ClientKey] = None) -> Optional[Json]:
         """What is listed under a name, or as `provider/name` may be asked for as well; None for what is unknown."""
@@ -11650,8 +11656,7 @@ class Gateway:
         if key is not None and not may_use(key, name, [target]):
             return None
         its = [model["id"] for model in models if model["owned_by"] == head]
-        return None if its and rest not in its else {
-            "id": name, "object": "model", "created": int(self.started_at), "owned_by": head}
+        return None if its and rest not in its else self._listed(name, head)
 
     def target_of(self, name: str) -> Optional[Target]:
         """Where a request of Messages for the model would go first."""
@@ -11700,35 +11705,32 @@ class Gateway:
             return parse_model_list(exchange.read_all(8 << 20))
 
     def explain(self, body: Json) -> Json:
-        """Where a model's name goes, step by step; `body` has `model` and what conditions ask: dialect, tokens, images, …
+        """Where a model's name goes, step by step; `body` has `model`, and what conditions ask: dialect, tokens, ….
 
         With `aliases` it says where the name would go with those, and `problems` what is wrong with them.
         """
-        wrong = [name for name, kind in _EXPLAINED.items() if name in body and (
-            not isinstance(body[name], kind) or isinstance(body[name], bool) is not (kind is bool))]
-        if wrong:
-            raise BadRequest(f"{wrong[0]}: {_KIND_NAME[_EXPLAINED[wrong[0]].__name__]} expected", param=wrong[0])
+        for name, kind in _EXPLAINED.items():
+            if name in body and not has_type(body[name], kind):
+                raise BadRequest(f"{name}: {_KIND_NAME[kind.__name__]} expected", param=name)
         dialect = body.get("dialect", "chat")
         if dialect not in ("chat", "messages", "responses"):
             raise BadRequest("dialect: chat, messages or responses expected", param="dialect")
         asked = Asked(dialect, body.get("tokens", 0), body.get("images", False), body.get("thinking", False),
                       body.get("tools", False))
         state = self.current(look=False)
-        router = state.router
+        router, told = state.router, {"model": body.get("model")}
         if "aliases" in body:
             router = self.routed(replace(state.settings, aliases=body["aliases"]))
+            told["problems"] = [problem for problem in router.problems if problem not in state.router.problems]
         steps, targets = router.explain(body.get("model"), dialect != "chat", asked)
-        told = {"model": body.get("model"), "steps": steps, "chain": [self._told(target) for target in targets]}
-        return {**told, **({"problems": [p for p in router.problems if p not in state.router.problems]}
-                           if "aliases" in body else {})}
+        return {**told, "steps": steps, "chain": [self._told(target) for target in targets]}
 
     def _told(self, target: Target) -> Json:
         """What there is to know of a target before anybody asks it."""
         provider = target.provider
         return {"provider": provider.name, "model": target.model, "base_url": provider.base_url,
-                "usable": not provider.problem,
-                "problem": provider.problem, "circuit": self.circuits[provider.name].state,
-                "keys": len(provider.api_keys),
+                "usable": not provider.problem, "problem": provider.problem,
+                "circuit": self.circuits[provider.name].state, "keys": len(provider.api_keys),
                 "keys_resting": self.rings[provider.name].resting, "vision_model": provider.vision_model}
 
     def queues(self) -> List[Json]:
@@ -11736,9 +11738,6 @@ class Gateway:
         known = self.current(look=False).router.providers
         return [{"provider": name, "active": slots.active, "waiting": slots.waiting, "limit": slots.limit}
                 for name, slots in list(self.slots.items()) if name in known]
-
-    def circuit_of(self, provider: Provider) -> str:
-        return self.circuits[provider.name].state
 
     def key_states(self, provider: Provider) -> List[Tuple[str, float]]:
         """KeyRing.state of each of its keys."""
@@ -11750,18 +11749,17 @@ class Gateway:
 
     def health(self) -> Json:
         """The body of /health: nothing in it is secret."""
+        router, logins = self.current(look=False).router, self.login_report()
         providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem,
                       **({"problem": p.problem} if p.problem else {}),
                       "circuit": self.circuits[p.name].state, "keys_resting": self.rings[p.name].resting,
-                      "models": len(p.models)} for p in self.current(look=False).router.providers.values()]
-        logins = self.login_report()
+                      "models": len(p.models)} for p in router.providers.values()]
         healthy = any(p["usable"] for p in providers) and not self.config_broken and not any(
             login["ended"] for login in logins.values())
         return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(),
-                "version": __version__, "default_model": self.current(look=False).router.default_model,
+                "version": __version__, "default_model": router.default_model,
                 "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
-                "logins": logins,
-                "problems": [one_line(p) for p in self.problems]}
+                "logins": logins, "problems": [one_line(problem) for problem in self.problems]}
 
     def _is_logged_in(self) -> bool:
         iflow = self.state.router.providers.get("iflow")
@@ -11787,7 +11785,7 @@ class Gateway:
 
     def login_report(self) -> Dict[str, Json]:
         """Refresher.report for the logins in force."""
-        accounts = {name: login for name, login in self.settings.accounts.items() if isinstance(login, dict)}
+        accounts = {name: object_of(login) for name, login in self.settings.accounts.items()}
         in_force = {DEFAULT_ACCOUNT: self._login, **accounts} if "providers" not in self.flags else {}
         return self.logins.refresher.report(in_force)
 
@@ -11884,8 +11882,9 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
         model = model_to_try(gateway, provider)
         ask_provider(gateway, provider, model, key)
     except GatewayError as exc:
-        failed, fault = ("reach", "its settings") if provider.problem else FAULTS.get(exc.status, (
-            "model", f"HTTP {exc.status}"))
+        failed, fault = FAULTS.get(exc.status, ("model", f"HTTP {exc.status}"))
+        if provider.problem:
+            failed, fault = "reach", "its settings"
         at = CHECKS.index(failed)
         return [*(Check(what, True) for what in CHECKS[:at]),
                 Check(failed, False, f"{fault}: {one_line(exc.message, 300)}", time.monotonic() - started),
@@ -14268,7 +14267,7 @@ def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str
             "timeout_s": provider.timeout_s, "profile": provider.profile, "vision_model": provider.vision_model,
             "sticky": provider.sticky, "preserve_reasoning_content": provider.preserve_reasoning_content,
             "usable": not provider.problem, "problem": provider.problem,
-            "circuit": gateway.circuit_of(provider), "source": source}
+            "circuit": gateway.circuits[provider.name].state, "source": source}
 
 
 def by_name(entries: Iterable[Any]) -> Dict[str, Json]:
