@@ -10938,7 +10938,7 @@ class Journey:
         return pause_s if spent_s + pause_s <= retry["total_s"] else None
 
     def _try_chain(self, chain: Sequence[Target]) -> Tuple[Optional[GatewayError], List[Tuple[float, Target]]]:
-        """Each target in turn until one answers: None then, else the last error, and who may be asked again and when."""
+        """Each target in turn until one answers: None then, else the last error, and who may be asked again when."""
         error: Optional[GatewayError] = None
         again: List[Tuple[float, Target]] = []
         for target in self._in_turn(chain):
@@ -11362,7 +11362,7 @@ class Gateway:
         return Router(settings, self.environ, iflow, name if iflow and isinstance(name, str) else "")
 
     def _read_login(self) -> List[str]:
-        """Take over the iFlow CLI's file; what is wrong with it, a sentence.  A bad one leaves the last good in force."""
+        """Take over the iFlow CLI's file; what is wrong with it, a sentence.  A bad one leaves the last in force."""
         if self.config is None or "providers" in self.flags:
             return []
         try:
@@ -11485,7 +11485,7 @@ class Gateway:
         return key, kept
 
     def seal(self) -> Seal:
-        """What reasoning is sealed with on its way through clients; its key outlives a restart where there is a folder."""
+        """What reasoning is sealed with on its way through clients; where there is a folder, its key is kept there."""
         if self._seal is None:
             path = os.path.join(self.config.folder, "seal.key") if self.config is not None else ""
             self._seal = Seal(_lasting_key(path) if path else secrets.token_bytes(32))
@@ -11647,8 +11647,8 @@ class Gateway:
         return {"id": name, "object": "model", "created": int(self.started_at), "owned_by": owner}
 
     def model(self, name: str, key: Optional[ClientKey] = None) -> Optional[Json]:
-        """What is listed under a name, or as `provider/name` may be asked for as well; None for what is unknown."""
-        models, (head, _, rest) = self.models(key), name.partition("/")
+        """What a name stands for: listed, redirected, or `provider/name` of a listed one; None for what is unknown."""
+        models, (head, _, rest) = self.models(key, [name]), name.partition("/")
         listed = next((model for model in models if model["id"] == name), None)
         target = self.current(look=False).router.claimed(name)
         if listed or target is None or (target.provider.name, target.model) != (head, rest):
@@ -12161,7 +12161,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "close" in tokens or self.request_version == "HTTP/1.0" and "keep-alive" not in tokens
 
     def _skip_body(self) -> None:
-        """After the answer: read a small body nobody wanted, so that the connection can be kept; otherwise it is closed."""
+        """After the answer: read a small body nobody wanted, so that the connection can be kept; else it is closed."""
         try:
             self.reader.read_body(self._body_left, 1)
             self._body_left = 0
@@ -12169,7 +12169,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
     def read_body(self, limit: int = 0) -> bytes:
-        """The request's body, unpacked; BadRequest 411, 413, 415 or 400 where it can't be had."""
+        """The request's body, unpacked, of at most `limit` bytes (0: body_limit_bytes); BadRequest (411, 413, …)."""
         limit = limit or self.server.gateway.settings.body_limit_bytes
         if self.headers.get("content-type", "").lower().startswith("multipart/"):
             raise BadRequest("a JSON body is expected, not multipart", status=415)
@@ -12215,8 +12215,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def has_body(self) -> bool:
         return self._body_left != 0
 
-    def read_json(self) -> Json:
-        return parse_body(decode_body(self.read_body()))
+    def read_json(self, limit: int = 0) -> Json:
+        return parse_body(decode_body(self.read_body(limit)))
 
     # answers
 
@@ -12438,13 +12438,13 @@ def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> N
     if server.is_local and not door.required and not (
             is_loopback(name) or name in ("host.docker.internal", "")
             or name in [str(host).lower() for host in settings.allowed_hosts]):
-        raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to `allowed_hosts`, or set custom_api_key",
-                        code="host_not_allowed")
+        raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to `allowed_hosts`, "
+                        "or set custom_api_key", code="host_not_allowed")
     origin = headers.get("origin")
     if origin is None or method == "OPTIONS" or origin in settings.allowed_origins or "*" in settings.allowed_origins:
         return
-    if origin.partition("://")[2].lower() == host.lower() or door.required and door.find(client_keys(settings,
-                                                                                                     headers)):
+    is_own = origin.partition("://")[2].lower() == host.lower()
+    if is_own or door.required and door.find(client_keys(settings, headers)):
         return
     raise Forbidden(f"the web page at {one_line(origin, 80)} may not call this server; add it to `allowed_origins`"
                     + (", or send the key" if door.required else ""), code="origin_not_allowed")
@@ -12538,14 +12538,35 @@ def cors_lines(headers: Mapping[str, str], path: str, preflight: bool) -> List[s
              "Access-Control-Expose-Headers: x-request-id, request-id, retry-after, x-should-retry"]
     if preflight:
         wanted = headers.get("access-control-request-headers", "")
+        wanted = wanted if wanted and wanted.isprintable() else "authorization, content-type"
         lines += ["Access-Control-Allow-Methods: GET, HEAD, POST, DELETE, OPTIONS", "Access-Control-Max-Age: 600",
-                  f"Access-Control-Allow-Headers: {wanted if wanted and wanted.isprintable() else 'authorization, content-type'}"]
+                  f"Access-Control-Allow-Headers: {wanted}"]
         if headers.get("access-control-request-private-network"):
             lines.append("Access-Control-Allow-Private-Network: true")
     return lines
 
 
 # --- endpoints ---------------------------------------------------------------
+
+def query_of(handler: Handler) -> Dict[str, str]:
+    """The query of a request's target, the last of each name."""
+    found = urllib.parse.parse_qs(handler.path.partition("?")[2], keep_blank_values=True)
+    return {name: values[-1] for name, values in found.items()}
+
+
+def number_in(query: Mapping[str, str], name: str, default: int, high: int) -> int:
+    """A whole number of a query, from 1 to `high`; BadRequest."""
+    text = query.get(name, "") or str(default)
+    if not re.fullmatch(r"\d{1,16}", text) or not 1 <= int(text) <= high:
+        raise BadRequest(f"{name}: a whole number from 1 to {high} expected", param=name)
+    return int(text)
+
+
+def page_of(data: List[Json], more: bool) -> Json:
+    """A part of a list, and whether there is more of it, as both APIs tell it."""
+    ends = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"data": data, "has_more": more, "first_id": ends[0], "last_id": ends[1]}
+
 
 def answer_call(handler: Handler) -> None:
     """Chat, completions, embeddings, whatever dialect the endpoint speaks."""
@@ -12562,7 +12583,7 @@ def answer_call(handler: Handler) -> None:
 
 
 def count_tokens(handler: Handler) -> None:
-    """POST /v1/messages/count_tokens: an estimate, never a request to the upstream (anthropic-messages.md section 9)."""
+    """POST /v1/messages/count_tokens: an estimate, never a request upstream (anthropic-messages.md section 9)."""
     body = handler.read_json()
     if not isinstance(body.get("messages"), list) or not body["messages"]:
         raise BadRequest("messages: a list with at least one message is required", param="messages")
@@ -12590,30 +12611,26 @@ def kept_response(handler: Handler) -> None:
     if handler.command == "DELETE":
         store.drop(ident)
         return handler.respond_json({"id": ident, "object": "response.deleted", "deleted": True})
-    query = urllib.parse.parse_qs(handler.path.partition("?")[2])
-    if rest or query.get("stream") != ["true"] or kept.response["object"] != "response":
-        return handler.respond_json(item_page(kept.items, handler.path) if rest else kept.response)
-    after = query.get("starting_after", ["-1"])[-1]
+    query = query_of(handler)
+    if rest or query.get("stream") != "true" or kept.response["object"] != "response":
+        return handler.respond_json(item_page(kept.items, query) if rest else kept.response)
+    after = query.get("starting_after") or "-1"
     if not re.fullmatch(r"-1|\d{1,9}", after):
         raise BadRequest("starting_after: a number expected", param="starting_after")
     events = [encode_event(event) for event in replay_events(kept.response) if event["sequence_number"] > int(after)]
     handler.respond(200, b"".join(events), "text/event-stream; charset=utf-8")
 
 
-def item_page(items: List[Json], target: str) -> Json:
+def item_page(items: List[Json], query: Mapping[str, str]) -> Json:
     """A page of input items, the newest first unless `order=asc`; `limit` (20), `after` an item's id."""
-    query = urllib.parse.parse_qs(target.partition("?")[2])
-    limit = query.get("limit", ["20"])[-1]
-    if not re.fullmatch(r"\d{1,3}", limit) or not 1 <= int(limit) <= 100:
-        raise BadRequest("limit: a number from 1 to 100 expected", param="limit")
+    limit, after = number_in(query, "limit", 20, 100), query.get("after")
     named = [{**item, "id": item.get("id") or f"item_{number}"} for number, item in enumerate(items)]
-    named = named if query.get("order", ["desc"])[-1] == "asc" else named[::-1]
-    places = [number for number, item in enumerate(named) if item["id"] == query.get("after", [""])[-1]]
-    if "after" in query and not places:
-        raise BadRequest(f"after: there is no item '{one_line(query['after'][-1], 80)}'", param="after")
-    page = named[places[0] + 1 if places else 0:]
-    return {"object": "list", "data": page[:int(limit)], "has_more": len(page) > int(limit),
-            "first_id": page[0]["id"] if page else None, "last_id": page[:int(limit)][-1]["id"] if page else None}
+    named = named if query.get("order") == "asc" else named[::-1]
+    names = [item["id"] for item in named]
+    if after and after not in names:
+        raise BadRequest(f"after: there is no item '{one_line(after, 80)}'", param="after")
+    rest = named[names.index(after) + 1:] if after else named
+    return {"object": "list", **page_of(rest[:limit], len(rest) > limit)}
 
 
 def drop_events(handler: Handler) -> None:
@@ -12635,9 +12652,9 @@ def show_models(handler: Handler) -> None:
     gateway = handler.server.gateway
     if "anthropic-version" not in handler.headers:
         return handler.respond_json({"object": "list", "data": gateway.models(handler.key)})
-    query = urllib.parse.parse_qs(handler.path.partition("?")[2])
-    models = gateway.models(handler.key, CLAUDE_MODELS.values())
-    handler.respond_json(anthropic_page([anthropic_model(m, gateway.target_of(m["id"])) for m in models], query))
+    models = [anthropic_model(model, gateway.target_of(model["id"]))
+              for model in gateway.models(handler.key, CLAUDE_MODELS.values())]
+    handler.respond_json(anthropic_page(models, query_of(handler)))
 
 
 def show_vision_models(handler: Handler) -> None:
@@ -12646,43 +12663,38 @@ def show_vision_models(handler: Handler) -> None:
 
 def show_model(handler: Handler) -> None:
     wanted, gateway = urllib.parse.unquote(handler.argument), handler.server.gateway
-    named = (model for model in gateway.models(handler.key, [wanted]) if model["id"] == wanted)
-    model = gateway.model(wanted, handler.key) or next(named, None)
-    if model is not None:
-        return handler.respond_json(anthropic_model(model, gateway.target_of(wanted))
-                                    if "anthropic-version" in handler.headers else model)
-    raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
+    model = gateway.model(wanted, handler.key)
+    if model is None:
+        raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
+    anthropic = "anthropic-version" in handler.headers
+    handler.respond_json(anthropic_model(model, gateway.target_of(wanted)) if anthropic else model)
 
 
 def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
     """A model as Anthropic's API lists it (anthropic-messages.md section 9); its display name says where it leads."""
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model["created"]))
-    told = {"type": "model", "id": model["id"], "display_name": model["id"], "created_at": created, "lifecycle": "active"}
+    name = model["id"]
+    told = {"type": "model", "id": name, "display_name": name, "created_at": format_time(model["created"]),
+            "lifecycle": "active"}
     if target is None:
         return told
-    if target.model != model["id"] and f"{target.provider.name}/{target.model}" != model["id"]:
-        told["display_name"] = f"{model['id']} → {target.provider.name}/{target.model}"
+    where = f"{target.provider.name}/{target.model}"
+    if name not in (target.model, where):
+        told["display_name"] = f"{name} → {where}"
     facts = target.provider.facts.get(target.model, {})
     limits = (("max_input_tokens", "context"), ("max_tokens", "max_output"))
     return {**told, **{name: facts[fact] for name, fact in limits if facts.get(fact)}}
 
 
-def anthropic_page(models: List[Json], query: Mapping[str, List[str]]) -> Json:
+def anthropic_page(models: List[Json], query: Mapping[str, str]) -> Json:
     """One page of the list: `limit` (1 to 1000, 20 without), `after_id`, `before_id`; BadRequest on another limit."""
-    limit = query.get("limit", ["20"])[-1]
-    if not re.fullmatch(r"\d{1,4}", limit) or not 1 <= int(limit) <= 1000:
-        raise BadRequest("limit: a number from 1 to 1000 expected", param="limit")
-    names = [model["id"] for model in models]
-    after, before = query.get("after_id", [""])[-1], query.get("before_id", [""])[-1]
+    limit, names = number_in(query, "limit", 20, 1000), [model["id"] for model in models]
+    after, before = query.get("after_id"), query.get("before_id")
     if after in names:
         models = models[names.index(after) + 1:]
     if before in names:
-        page = models[:names.index(before)][-int(limit):]
-        more = names.index(before) > len(page)
-    else:
-        page, more = models[:int(limit)], len(models) > int(limit)
-    return {"data": page, "has_more": more, "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None}
+        page = models[:names.index(before)][-limit:]
+        return page_of(page, names.index(before) > len(page))
+    return page_of(models[:limit], len(models) > limit)
 
 
 CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -12751,6 +12763,7 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/api/event_logging/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
     "/api/event_logging/v2/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
 }
+
 
 def dialect_of(target: str, headers: Mapping[str, str]) -> Route:
     """The route that errors before routing speak for: the dialect of the path, else of the client."""
@@ -13241,7 +13254,7 @@ OPERATIONS: Dict[str, Operation] = {
     "GET /v1/responses/{response}/input_items": Operation(
         "listInputItems", "responses", ("回答的输入", "What an answer answered"), ("分页列出。", "In pages."), "ItemList",
         params="response limit order after", example=lambda: item_page([
-            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Say hello."}]}], "")),
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Say hello."}]}], {})),
     "GET /v1/models": Operation(
         "listModels", "models", ("模型列表", "List models"),
         ("一切可以请求的名字。带 `anthropic-version` 时为 Anthropic 格式，并分页。",
@@ -13819,20 +13832,6 @@ ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)},
 
 # --- what a request says --------------------------------------------------------
 
-def query_of(handler: Handler) -> Dict[str, str]:
-    """The query of a request's target, the last of each name."""
-    found = urllib.parse.parse_qs(handler.path.partition("?")[2], keep_blank_values=True)
-    return {name: values[-1] for name, values in found.items()}
-
-
-def number_in(query: Mapping[str, str], name: str, default: int, high: int) -> int:
-    """A whole number of a query, from 1 to `high`; BadRequest."""
-    text = query.get(name, "") or str(default)
-    if not re.fullmatch(r"\d{1,16}", text) or not 1 <= int(text) <= high:
-        raise BadRequest(f"{name}: a whole number from 1 to {high} expected", param=name)
-    return int(text)
-
-
 def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
     """One of `choices`, the first where the query names none; BadRequest."""
     if query.get(name, choices[0]) not in choices:
@@ -13842,7 +13841,7 @@ def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> st
 
 def read_fields(handler: Handler, kinds: Mapping[str, str]) -> Json:
     """The fields of a request's body, each of its kind (as of settings) or null; BadRequest names the bad one."""
-    body = parse_body(decode_body(handler.read_body(ADMIN_BODY_BYTES)))
+    body = handler.read_json(ADMIN_BODY_BYTES)
     for name, value in body.items():
         if name not in kinds:
             raise BadRequest(f"{one_line(name, 60)}: no such field" + nearest(name, kinds), param=one_line(name, 60))
@@ -14319,7 +14318,7 @@ def show_admin_models(handler: Handler) -> None:
 
 def explain_route(handler: Handler) -> None:
     """POST /admin/api/routes/explain; with `aliases` as they would be after a save."""
-    handler.respond_json(handler.server.gateway.explain(parse_body(decode_body(handler.read_body(ADMIN_BODY_BYTES)))))
+    handler.respond_json(handler.server.gateway.explain(handler.read_json(ADMIN_BODY_BYTES)))
 
 
 def show_keys(handler: Handler) -> None:
@@ -14613,7 +14612,8 @@ def rename_provider(raw: Json, old: str, new: str) -> None:
         if isinstance(entry, dict) and "models" in entry:
             entry["models"] = renamed(entry["models"])
     if isinstance(raw.get("prices"), dict):
-        raw["prices"] = {name: price for pattern, price in raw["prices"].items() for name in (pattern, renamed(pattern))}
+        raw["prices"] = {name: price for pattern, price in raw["prices"].items()
+                         for name in (pattern, renamed(pattern))}
 
 
 def remove_provider(handler: Handler) -> None:

@@ -4410,7 +4410,7 @@ PAGES = [
 
 @pytest.mark.parametrize("query, ids, more", PAGES)
 def test_pages_of_the_list(query, ids, more):
-    page = ifl.anthropic_page([{"id": name} for name in "abcd"], ifl.urllib.parse.parse_qs(query))
+    page = ifl.anthropic_page([{"id": name} for name in "abcd"], dict(ifl.urllib.parse.parse_qsl(query)))
     assert [model["id"] for model in page["data"]] == ids and page["has_more"] is more
     assert (page["first_id"], page["last_id"]) == ((ids[0], ids[-1]) if ids else (None, None))
 
