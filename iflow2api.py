@@ -14252,8 +14252,7 @@ def show_config(handler: Handler) -> None:
 
 def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str) -> Json:
     """A provider with its keys' state; `entry` is what stands in the settings, {} where it stems from elsewhere."""
-    given = entry.get("api_keys") if isinstance(entry.get("api_keys"), list) else None
-    masked = _hide_in_provider({"api_keys": provider.api_keys if given is None else given})["api_keys"]
+    masked = _hide_in_provider({"api_keys": entries_of(entry, "api_keys") or list(provider.api_keys)})["api_keys"]
     states = gateway.key_states(provider) if len(provider.api_keys) == len(masked) else []
     keys = [{"index": index, "masked": text, "state": states[index][0] if states else "ok",
              "rest_s": round(states[index][1], 1) if states else 0} for index, text in enumerate(masked)]

@@ -14704,6 +14704,13 @@ def test_what_is_of_the_wrong_type_in_config_json_can_be_mended_on_the_page(admi
     assert config.read()["providers"][0][name] == cure and not browser.get("providers")["data"][0]["problem"]
 
 
+def test_the_key_of_the_login_is_one_row(iflow):
+    _, start = iflow
+    browser = Admin(start({"apiKey": "sk-0123456789abcdef"}, admin_password=PASSWORD_HASH))
+    assert browser.sign_in().status == 204
+    assert browser.get("providers")["data"][0]["keys"] == [{"index": 0, "masked": "sk-…cdef", "state": "ok", "rest_s": 0}]
+
+
 def test_entries_without_a_proper_name_are_no_obstacle(admin, config, upstream):
     browser = admin(provider(upstream, "x"), {"name": ["y"]}, {"base_url": "http://h"}, {"name": ""},
                     client_keys=[key_entry("bob", "sk-bob"), {"name": ["y"]}])
