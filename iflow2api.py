@@ -13845,10 +13845,8 @@ def read_fields(handler: Handler, kinds: Mapping[str, str]) -> Json:
     for name, value in body.items():
         if name not in kinds:
             raise BadRequest(f"{one_line(name, 60)}: no such field" + nearest(name, kinds), param=one_line(name, 60))
-        wanted = kinds[name]
-        if value is not None and (not isinstance(value, _KINDS[wanted])
-                                  or isinstance(value, bool) is not (wanted == "bool")):
-            raise BadRequest(f"{name}: {_KIND_NAME[wanted]} expected", param=name)
+        if value is not None and not has_type(value, _KINDS[kinds[name]]):
+            raise BadRequest(f"{name}: {_KIND_NAME[kinds[name]]} expected", param=name)
     return body
 
 
@@ -14025,17 +14023,15 @@ def month_of(gateway: Gateway, days: int = 31) -> List[Tuple[int, List[Tuple[Tup
 
 
 def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
-    """By what, of how many days, and the rows; times are averages in seconds, null where there are none."""
+    """By what, of how many days, and the rows of UsageBook.report, days in their order."""
     query, gateway = query_of(handler), handler.server.gateway
-    by, days = choice_in(query, "by", ("model", "provider", "key", "day")), number_in(query, "days", 30, 3660)
+    by, days = choice_in(query, "by", (*SERIES_BY, "day")), number_in(query, "days", 30, 3660)
     rows = gateway.usage.report(by, days, gateway.settings.prices)
-    if by == "day":
-        rows.sort(key=lambda row: row["day"])
-    return by, days, [told_usage(row.pop(by), row) for row in rows]
+    return by, days, sorted(rows, key=lambda row: row["day"]) if by == "day" else rows
 
 
 def told_usage(name: str, row: Mapping[str, Any]) -> Json:
-    """A row of UsageBook.report for the page."""
+    """A row of UsageBook.report for the page; times are averages in seconds, null where there are none."""
     counts = {count: row[count] for count in USAGE_COUNTS if count not in ("streams", "first_ms", "total_ms")}
     return {"name": name, **counts, "first_s": row["first_ms"] / row["streams"] / 1000 if row["streams"] else None,
             "total_s": row["total_ms"] / row["requests"] / 1000 if row["requests"] else None,
@@ -14044,15 +14040,11 @@ def told_usage(name: str, row: Mapping[str, Any]) -> Json:
 
 def show_usage(handler: Handler) -> None:
     by, days, rows = usage_rows(handler)
-    gateway = handler.server.gateway
-    total: Dict[str, Any] = dict.fromkeys((*USAGE_COUNTS, "cost"), 0)
-    reports = gateway.usage.report(by, days, gateway.settings.prices)
-    for row in reports:
-        for name in USAGE_COUNTS:
-            total[name] += row[name]
-    costs = [row["cost"] for row in reports if row["cost"] is not None]
-    handler.respond_json({"by": by, "days": days, "rows": rows, "enabled": gateway.settings.usage,
-                          "total": told_usage("", {**total, "cost": sum(costs) if costs else None})})
+    total: Json = {name: sum(row[name] for row in rows) for name in USAGE_COUNTS}
+    costs = [row["cost"] for row in rows if row["cost"] is not None]
+    total["cost"] = sum(costs) if costs else None
+    handler.respond_json({"by": by, "days": days, "rows": [told_usage(row[by], row) for row in rows],
+                          "enabled": handler.server.gateway.settings.usage, "total": told_usage("", total)})
 
 
 def csv_field(text: str) -> str:
@@ -14075,12 +14067,8 @@ def download(handler: Handler, text: str, content_type: str, name: str) -> None:
 def download_usage(handler: Handler) -> None:
     by, days, rows = usage_rows(handler)
     names = [*told_usage("", {**dict.fromkeys(USAGE_COUNTS, 0), "cost": None})]
-    text = csv_of(rows, names).replace("name,", by + ",", 1)
+    text = csv_of([told_usage(row[by], row) for row in rows], names).replace("name,", by + ",", 1)
     download(handler, "\ufeff" + text + "\n", "text/csv", f"iflow2api-usage-{days}d.csv")       # Excel wants the mark
-
-
-def log_lines_of(ring: Ring) -> List[Json]:
-    return [told_log(number, line) for number, line in ring.after(0, LOG_LINES)[1]]
 
 
 def show_logs(handler: Handler) -> None:
@@ -14096,8 +14084,9 @@ def show_logs(handler: Handler) -> None:
 
 
 def download_logs(handler: Handler) -> None:
+    told = [told_log(number, line) for number, line in handler.server.gateway.live.logs.after(0, LOG_LINES)[1]]
     lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(line['at']))} {line['level'].upper()} {line['text']}"
-             for line in log_lines_of(handler.server.gateway.live.logs)]
+             for line in told]
     download(handler, "\n".join(lines) + "\n", "text/plain", "iflow2api.log")
 
 
@@ -14423,10 +14412,9 @@ def check_together(gateway: Gateway, values: Json) -> None:
     if {"aliases", "default_provider"} & set(values):
         router = gateway.routed(replace(settings, providers=gateway.current(look=False).settings.providers))
         problems = [problem for problem in router.problems if problem not in known.problems]
-        if problems and router.faults - known.faults:
-            raise BadRequest(problems[0], param=next(iter(router.faults - known.faults)))
         if problems:
-            raise BadRequest(problems[0], param="aliases" if "aliases" in values else "default_provider")
+            param = "aliases" if "aliases" in values else "default_provider"
+            raise BadRequest(problems[0], param=next(iter(router.faults - known.faults), param))
     if values.get("upstream_proxy"):
         problems = proxy_problems(Settings(upstream_proxy=values["upstream_proxy"], upstream_proxy_enabled=True), ())
         if problems:
@@ -14470,7 +14458,7 @@ def provider_entry(body: Json, before: Json) -> Json:
 
 def kept_key(key: Any, place: int, before: Json) -> str:
     """A key as it is to be stored; new ones may be no references to the environment."""
-    old = before.get("api_keys") if isinstance(before.get("api_keys"), list) else []
+    old = entries_of(before, "api_keys")
     if isinstance(key, dict):
         index = key.get("keep")
         if type(index) is not int or not 0 <= index < len(old):
@@ -14487,7 +14475,7 @@ def kept_key(key: Any, place: int, before: Json) -> str:
 
 
 def kept_header(name: str, value: Any, before: Json) -> str:
-    headers = before.get("headers") if isinstance(before.get("headers"), dict) else {}
+    headers = object_of(before.get("headers"))
     if not isinstance(value, str):
         raise BadRequest(f"headers: {one_line(name, 60)}: a string expected", param="headers")
     if name in headers and value == _hide_in_provider({"headers": headers})["headers"][name]:
@@ -14528,21 +14516,16 @@ def check_provider(entry: Json) -> Provider:
 
 def place_of(raw: Json, name: str) -> int:
     """Where a provider stands in config.json; NotFound."""
-    for place, entry in enumerate(raw.get("providers") if isinstance(raw.get("providers"), list) else ()):
-        if isinstance(entry, dict) and entry.get("name") == name:
-            return place
-    raise NotFound(f"config.json has no provider {one_line(name, 60)!r}", code="not_found", param="name")
+    names = [name_of(entry) for entry in entries_of(raw, "providers")]
+    if name not in names:
+        raise NotFound(f"config.json has no provider {one_line(name, 60)!r}", code="not_found", param="name")
+    return names.index(name)
 
 
-def has_provider(raw: Json, name: str) -> bool:
-    try:
-        return place_of(raw, name) >= 0
-    except NotFound:
-        return False
-
-
-def name_taken(name: str) -> Conflict:
-    return Conflict(f"the name {one_line(name, 60)} is taken", code="name_taken", param="name")
+def check_free(raw: Json, where: str, name: str) -> None:
+    """Conflict where an entry of `where` (providers, client_keys) has the name already."""
+    if name in map(name_of, entries_of(raw, where)):
+        raise Conflict(f"the name {one_line(name, 60)} is taken", code="name_taken", param="name")
 
 
 def shown_provider(handler: Handler, name: str, status: int) -> None:
@@ -14560,9 +14543,8 @@ def add_provider(handler: Handler) -> None:
     entry = provider_entry(body, {})
 
     def edit(raw: Json) -> None:
-        if has_provider(raw, name):
-            raise name_taken(name)
-        raw["providers"] = [*(raw["providers"] if isinstance(raw.get("providers"), list) else []), entry]
+        check_free(raw, "providers", name)
+        raw["providers"] = [*entries_of(raw, "providers"), entry]
 
     change_config(gateway, edit)
     shown_provider(handler, name, 201)
@@ -14582,8 +14564,8 @@ def edit_provider(handler: Handler) -> None:
             yours = {field_name: value for field_name, value in body.items() if field_name not in ("version", "preset")}
             raise conflict(gateway, raw, {name: {"yours": _hide_in_provider(yours),
                                                  "theirs": _hide_in_provider(before)}})
-        if wanted != name and has_provider(raw, wanted):
-            raise name_taken(wanted)
+        if wanted != name:
+            check_free(raw, "providers", wanted)
         raw["providers"][place] = provider_entry({**body, "name": wanted}, before)
         if wanted != name:
             rename_provider(raw, name, wanted)
@@ -14603,16 +14585,16 @@ def rename_provider(raw: Json, old: str, new: str) -> None:
 
     if raw.get("default_provider") == old:
         raw["default_provider"] = new
-    if isinstance(raw.get("aliases"), dict):
-        raw["aliases"] = {pattern: renamed(value) for pattern, value in raw["aliases"].items()}
     if "default_model" in raw:
         raw["default_model"] = renamed(raw["default_model"])
-    for entry in entries_of(raw, "client_keys"):
-        if isinstance(entry, dict) and "models" in entry:
-            entry["models"] = renamed(entry["models"])
+    if isinstance(raw.get("aliases"), dict):
+        raw["aliases"] = {pattern: renamed(value) for pattern, value in raw["aliases"].items()}
     if isinstance(raw.get("prices"), dict):
         raw["prices"] = {name: price for pattern, price in raw["prices"].items()
                          for name in (pattern, renamed(pattern))}
+    for entry in entries_of(raw, "client_keys"):
+        if "models" in object_of(entry):
+            entry["models"] = renamed(entry["models"])
 
 
 def remove_provider(handler: Handler) -> None:
@@ -14636,7 +14618,7 @@ def order_providers(handler: Handler) -> None:
     names = needed(body, "names")
 
     def edit(raw: Json) -> None:
-        entries = raw.get("providers") if isinstance(raw.get("providers"), list) else []
+        entries = entries_of(raw, "providers")
         known = by_name(entries)
         if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(known):
             if gateway.versions.has_changed(needed(body, "version"), raw, "providers"):
@@ -14697,10 +14679,8 @@ def add_key(handler: Handler) -> None:
         raise BadRequest(str(exc), param=param) from None
 
     def edit(raw: Json) -> None:
-        entries = raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
-        if any(isinstance(known, dict) and known.get("name") == name for known in entries):
-            raise name_taken(name)
-        raw["client_keys"] = [*entries, entry]
+        check_free(raw, "client_keys", name)
+        raw["client_keys"] = [*entries_of(raw, "client_keys"), entry]
 
     change_config(gateway, edit)
     handler.respond_json({"name": name, "key": key, "version": gateway.config_version()}, 201)
@@ -14712,8 +14692,8 @@ def remove_key(handler: Handler) -> None:
     check_ours(gateway, "client_keys")
 
     def edit(raw: Json) -> None:
-        entries = raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
-        kept = [entry for entry in entries if not isinstance(entry, dict) or entry.get("name") != name]
+        entries = entries_of(raw, "client_keys")
+        kept = [entry for entry in entries if name_of(entry) != name]
         if len(kept) == len(entries):
             raise NotFound(f"there is no key {one_line(name, 60)!r}", code="not_found", param="name")
         raw["client_keys"] = kept
@@ -14750,10 +14730,9 @@ def play(handler: Handler) -> None:
 # --- logging in at iFlow --------------------------------------------------------------
 
 def show_logins(handler: Handler) -> None:
-    gateway = handler.server.gateway
-    data = [{"account": account, "keys": 1, "message": "", **login}
-            for account, login in gateway.login_report().items()]
-    handler.respond_json({"data": data})
+    logins = handler.server.gateway.login_report()
+    handler.respond_json({"data": [{"account": account, "keys": 1, "message": "", **login}
+                                   for account, login in logins.items()]})
 
 
 def steer_login(handler: Handler) -> None:
@@ -14766,8 +14745,8 @@ def steer_login(handler: Handler) -> None:
         return handler.respond_json(logins.start(body.get("account") or "", body.get("paste") is True))
     if action == "status":
         return handler.respond_json(logins.status())
-    text = body.get("text") or "" if action == "paste" else body.get("query") or ""
-    handler.respond_json(logins.paste(text) if action == "paste" else logins.callback(text))
+    handler.respond_json(logins.paste(body.get("text") or "") if action == "paste" else
+                         logins.callback(body.get("query") or ""))
 
 
 # --- clients ---------------------------------------------------------------------------
@@ -14810,7 +14789,8 @@ SHELLS = {
     "fish": Shell("set -gx {name} {value}", "# {}", "function codex; command codex {flags} $argv; end",
                   lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
     "powershell": Shell("$env:{name} = {value}", "# {}",
-                        "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) {flags} @args }}",
+                        "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) "
+                        "{flags} @args }}",
                         lambda text: "'" + text.replace("'", "''") + "'", "$env:{}"),
     "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
 
@@ -14839,36 +14819,31 @@ def env_values(client: str, words: Mapping[str, str]) -> Dict[str, str]:
 
 
 def env_lines(client: str, shell: Shell, words: Mapping[str, str], said: Callable[[str], str] = str) -> List[str]:
-    """What points one of CLIENTS at this server; `words` are URL, KEY (`$IFLOW2API_KEY`: the user has it), MODEL, ….
+    """What points one of CLIENTS at this server; `said` puts a sentence into the user's language.
 
-    Each word a CLIENTS entry or CODEX_SETTINGS may name.  `said` puts a sentence into the user's language.
+    `words` are all that CLIENTS and CODEX_SETTINGS may name: URL, KEY (`$IFLOW2API_KEY`: the user has it), MODEL, ….
     """
-    title = CLIENTS[client][1]
-    theirs, lines = words["KEY"] == "$IFLOW2API_KEY", []
-    if theirs:
+    lines = []
+    if words["KEY"] == "$IFLOW2API_KEY":
         lines.append(shell.comment.format(said("put your key into IFLOW2API_KEY first; `key add NAME` makes one")))
     for name, value in env_values(client, words).items():
-        if value == "$IFLOW2API_KEY":
-            if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
-                lines.append(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
-        else:
+        if value != "$IFLOW2API_KEY":
             lines.append(shell.variable.format(name=name, value=shell.quote(value)))
+        elif name != "IFLOW2API_KEY":    # a variable of the shell's, not its name in quotes
+            lines.append(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
     if client == "codex":
         pairs = [(name, fill_words(value, words)) for name, value in CODEX_SETTINGS if fill_words(value, words)]
         lines.append(codex_command(shell, pairs))
         lines.append(shell.comment.format(said("or for good, in ~/.codex/config.toml:")))
         lines += [shell.comment.format(line) for line in codex_toml(pairs)]
     if not words["MODEL"]:
-        lines.append(shell.comment.format(said(f"{title} asks for models of its own; tell which one to use instead: "
+        lines.append(shell.comment.format(said(f"{CLIENTS[client][1]} asks for models of its own; tell which one to use instead: "
                                                "python iflow2api.py config set default_model NAME")))
     return lines
 
 
 def codex_command(shell: Shell, pairs: Sequence[Tuple[str, str]]) -> str:
-    flags = " ".join("-c " + shell.quote(f'{name}="{value}"') for name, value in pairs)
-    if shell is SHELLS["cmd"]:
-        flags = " ".join(f'-c {name}="{value}"' for name, value in pairs)
-    return shell.command.format(flags=flags)
+    return shell.command.format(flags=" ".join("-c " + shell.quote(f'{name}="{value}"') for name, value in pairs))
 
 
 def codex_toml(pairs: Sequence[Tuple[str, str]]) -> Iterator[str]:
@@ -14926,9 +14901,10 @@ def codex_blocks(setup: Setup) -> List[Json]:
 def python_blocks(setup: Setup) -> List[Json]:
     base, key, model = map(json.dumps, (setup.base + "/v1", setup.key, setup.model))
     return [code_block("pip install openai", "python", "from openai import OpenAI\n\n"
-                  f"client = OpenAI(base_url={base}, api_key={key})\n"
-                  f"answer = client.chat.completions.create(\n    model={model},\n"
-                  '    messages=[{"role": "user", "content": "Hello"}])\nprint(answer.choices[0].message.content)'),
+                       f"client = OpenAI(base_url={base}, api_key={key})\n"
+                       f"answer = client.chat.completions.create(\n    model={model},\n"
+                       '    messages=[{"role": "user", "content": "Hello"}])\n'
+                       "print(answer.choices[0].message.content)"),
             *shell_blocks("openai", setup)]
 
 
@@ -14973,7 +14949,7 @@ def form_blocks(setup: Setup, zh: str, en: str, base: str) -> List[Json]:
 def environ_blocks(variables: Mapping[str, str]) -> List[Json]:
     """Variables for a container's environment; there this machine has another name."""
     return [code_block(("环境变量（自行部署）", "environment (self-hosted)"), "text",
-                  "\n".join(f"{name}={value}" for name, value in variables.items()))]
+                       "\n".join(f"{name}={value}" for name, value in variables.items()))]
 
 
 def seen_from_container(base: str) -> str:
@@ -14984,10 +14960,10 @@ def webui_blocks(setup: Setup) -> List[Json]:
     base = seen_from_container(setup.base) + "/v1"
     quote = SHELLS["bash"].quote
     return [code_block("Docker", "bash", "docker run -d -p 3000:8080 --add-host=host.docker.internal:host-gateway \\\n"
-                  f"  -e OPENAI_API_BASE_URL={quote(base)} \\\n  -e OPENAI_API_KEY={quote(setup.key)} \\\n"
-                  "  -v open-webui:/app/backend/data --name open-webui ghcr.io/open-webui/open-webui:main"),
-            *form_blocks(setup, "管理员面板 → 设置 → 外部连接 → OpenAI API", "Admin Panel → Settings → Connections → OpenAI API",
-                         setup.base + "/v1")]
+                       f"  -e OPENAI_API_BASE_URL={quote(base)} \\\n  -e OPENAI_API_KEY={quote(setup.key)} \\\n"
+                       "  -v open-webui:/app/backend/data --name open-webui ghcr.io/open-webui/open-webui:main"),
+            *form_blocks(setup, "管理员面板 → 设置 → 外部连接 → OpenAI API",
+                         "Admin Panel → Settings → Connections → OpenAI API", setup.base + "/v1")]
 
 
 def continue_blocks(setup: Setup) -> List[Json]:
@@ -18392,7 +18368,7 @@ def slim_script(script: str) -> str:
 
 @lru_cache(1)
 def admin_page() -> Tuple[bytes, str]:
-    """The page with style, texts and script in their places, and its policy, which admits those two blocks and nothing else."""
+    """The page with style, texts and script in their places, and its policy, which admits those two blocks alone."""
     texts = json.dumps(ADMIN_TEXTS, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     code = slim_script(ADMIN_JS)
     body = ADMIN_HTML.replace("@CSS@", ADMIN_CSS).replace("@TEXTS@", texts).replace("@JS@", code).encode()
@@ -18405,7 +18381,8 @@ def admin_page() -> Tuple[bytes, str]:
 def show_page(handler: Handler) -> None:
     """GET /admin: the page, to anybody who may reach this server; it holds nothing but itself."""
     body, policy = admin_page()
-    handler.respond_static(body, "text/html; charset=utf-8", (("Content-Security-Policy", policy), ("X-Frame-Options", "DENY")))
+    handler.respond_static(body, "text/html; charset=utf-8",
+                           (("Content-Security-Policy", policy), ("X-Frame-Options", "DENY")))
 
 
 #: path below /admin/api/ -> method -> what it does; all but the public ones want a session.
