@@ -14647,6 +14647,7 @@ def try_provider(handler: Handler) -> None:
     alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={}, default_model="",
                             accounts={}, api_key="", client_keys=[], usage=False, responses_file=""),
                     environ=gateway.environ)
+    alone.upstream.own_ports |= gateway.upstream.own_ports
     try:
         told = trial_of(alone, alone.state.router.providers[name])
     finally:

@@ -14704,6 +14704,12 @@ def test_what_is_of_the_wrong_type_in_config_json_can_be_mended_on_the_page(admi
     assert config.read()["providers"][0][name] == cure and not browser.get("providers")["data"][0]["problem"]
 
 
+def test_a_draft_that_is_this_server_itself_does_not_work(admin, upstream):
+    browser = admin(provider(upstream, "x"))
+    told = browser("POST", "providers/test", {"name": "me", "base_url": browser.server.url + "/v1"}).json
+    assert not told["ok"] and "this program's own address" in told["checks"][0]["message"] and not upstream.requests
+
+
 def test_the_key_of_the_login_is_one_row(iflow):
     _, start = iflow
     browser = Admin(start({"apiKey": "sk-0123456789abcdef"}, admin_password=PASSWORD_HASH))
