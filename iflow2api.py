@@ -11624,7 +11624,7 @@ class Gateway:
         found = {name: router.resolve(name, True)[0].provider.name for name in more
                  if router.redirects(name) and router.default is not None}
         for pattern, branches in router.aliases:
-            if not re.search(r"[*?\[]", pattern):
+            if pattern and not re.search(r"[*?\[]", pattern):
                 first = branches[0].models[0]
                 found.setdefault(pattern, first.partition("/")[0] if "/" in first else "")
         lists = self._fetch_lists([p for p in router.providers.values() if not p.problem and p.kind != "iflow"])
@@ -14293,7 +14293,10 @@ def show_admin_models(handler: Handler) -> None:
     router, data = gateway.current().router, []
     aliases = {pattern for pattern, _ in router.aliases}
     for model in gateway.models():
-        target = router.resolve(model["id"])[0]
+        try:
+            target = router.resolve(model["id"])[0]
+        except GatewayError:             # an alias, and no provider that it could lead to
+            target = Target(Provider(""), model["id"])
         facts = target.provider.facts.get(target.model, {})
         sees = facts.get("vision") or target.model == target.provider.vision_model or None
         data.append({"id": model["id"], "provider": target.provider.name, "context": facts.get("context"),

@@ -14710,6 +14710,11 @@ def test_a_draft_that_is_this_server_itself_does_not_work(admin, upstream):
     assert not told["ok"] and "this program's own address" in told["checks"][0]["message"] and not upstream.requests
 
 
+def test_aliases_are_listed_before_there_is_a_provider(admin):
+    row, = admin(aliases={"fast": "glm-5", "": "glm-5"}).get("models")["data"]         # '' matches nothing
+    assert row["alias"] and (row["id"], row["provider"], row["context"], row["vision"]) == ("fast", "", None, None)
+
+
 def test_the_key_of_the_login_is_one_row(iflow):
     _, start = iflow
     browser = Admin(start({"apiKey": "sk-0123456789abcdef"}, admin_password=PASSWORD_HASH))
