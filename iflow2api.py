@@ -7500,6 +7500,13 @@ Poller = getattr(select, "poll", _SelectPoller)
 LOOK_UP_S = 3600.0 if hasattr(select, "poll") else 0.5
 
 
+def is_writable(sock: socket.socket, timeout_s: float) -> bool:
+    """Whether the peer takes something in time."""
+    poller = Poller()
+    poller.register(sock.fileno(), _POLLOUT)
+    return bool(poller.poll(timeout_s * 1000))
+
+
 def has_left(sock: socket.socket, hung_up: bool = False) -> bool:
     """Whether the peer closed.  Behind a pipelined request only a hang-up can be seen."""
     try:
@@ -7608,16 +7615,15 @@ class HeadReader:
             self._buffer += more
 
 
-def _timeval(seconds: float) -> bytes:
-    """A C `struct timeval` for SO_RCVTIMEO."""
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+#: C's `struct timeval`: seconds and microseconds.
+_TIMEVAL = struct.Struct("@ll")
 
 
-def _set_kernel_timeout(sock: socket.socket, option: int, seconds: float) -> bool:
-    """Let the kernel end a wait; False where it did not take it (Windows, 32-bit musl with 64-bit times)."""
+def _set_kernel_timeout(sock: socket.socket, seconds: float) -> bool:
+    """Let the kernel end a wait for data; False where it did not take it (Windows, 32-bit musl with 64-bit times)."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, option, _timeval(seconds))
-        taken = struct.unpack("@ll", sock.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("@ll")))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6)))
+        taken = _TIMEVAL.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.size))
     except (OSError, struct.error):
         return False
     return os.name == "posix" and abs(taken[0] + taken[1] / 1e6 - seconds) < 0.1
@@ -7636,7 +7642,7 @@ class Wire(HeadReader):
         self.cut_by: Optional[Exception] = None
         self._poller = Poller()
         self._poller.register(sock.fileno(), _POLLIN)
-        self._blocking = not isinstance(sock, ssl.SSLSocket) and _set_kernel_timeout(sock, socket.SO_RCVTIMEO, 60)
+        self._blocking = not isinstance(sock, ssl.SSLSocket) and _set_kernel_timeout(sock, 60)
         self._now = socket.MSG_DONTWAIT if self._blocking else 0
         sock.setblocking(self._blocking)
 
@@ -7654,7 +7660,7 @@ class Wire(HeadReader):
         if seconds != self._slice_s:
             self._slice_s = seconds
             if self._blocking:
-                _set_kernel_timeout(self.sock, socket.SO_RCVTIMEO, seconds)
+                _set_kernel_timeout(self.sock, seconds)
 
     def is_stale(self) -> bool:
         """Whether an idle connection was closed by the other side, or babbles."""
@@ -7663,9 +7669,8 @@ class Wire(HeadReader):
     def cut(self, reason: Exception) -> None:
         """End the wait, whoever is in it, with `reason`: ClientGone, or what the caller has to be told."""
         self.cut_by = reason
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock,
-                                   socket.SHUT_RDWR)      # not TLS's own, which would pull the rug from the reader
+        with contextlib.suppress(OSError):               # not TLS's own, which would pull the rug from the reader
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def _receive(self) -> bytes:
         while True:
@@ -7727,9 +7732,7 @@ class Wire(HeadReader):
             raise UpstreamTimeout(f"the upstream said nothing for {self.timeout_s:g} s")
 
     def _wait_writable(self) -> None:
-        poller = Poller()
-        poller.register(self.sock.fileno(), _POLLOUT)
-        if not poller.poll(self.timeout_s * 1000):
+        if not is_writable(self.sock, self.timeout_s):
             raise UpstreamTimeout(f"the upstream took nothing for {self.timeout_s:g} s")
 
     def sendall(self, data: bytes) -> None:
@@ -7817,6 +7820,15 @@ class Dechunker:
         return self._rest if self.done else b""
 
 
+def join_headers(pairs: Iterable[Tuple[str, str]]) -> Dict[str, str]:
+    """Headers of a head, their names in lower case, repeated ones joined (RFC 9110, 5.3)."""
+    headers: Dict[str, str] = {}
+    for name, value in pairs:
+        name = name.lower()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
 _ANSWER_FIELD = re.compile(r"(?m)^([^:\s]+)[ \t]*:[ \t]*([^\n]*?)[ \t\r]*$")
 
@@ -7824,7 +7836,7 @@ _ANSWER_FIELD = re.compile(r"(?m)^([^:\s]+)[ \t]*:[ \t]*([^\n]*?)[ \t\r]*$")
 class AnswerHead(NamedTuple):
     """What an upstream's head says.  `length` None: chunked, or up to the end of the connection."""
     status: int
-    headers: Dict[str, str]              #: names in lower case, repeated ones joined
+    headers: Dict[str, str]              #: of join_headers
     chunked: bool
     length: Optional[int]
     reusable: bool
@@ -7841,12 +7853,9 @@ def parse_answer_head(head: bytes, method: str) -> AnswerHead:
         raise ValueError("no status line")
     if rest.count("\n") >= HEADERS_LIMIT:
         raise ValueError("too many headers")
-    headers: Dict[str, str] = {}
     if "\n " in rest or "\n\t" in rest:
         rest = re.sub(r"\r?\n[ \t]+", " ", rest)
-    for name, value in _ANSWER_FIELD.findall(rest):
-        name = name.lower()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    headers = join_headers(_ANSWER_FIELD.findall(rest))
     status, token = int(found.group(2)), headers.get("connection", "").lower()
     chunked = headers.get("transfer-encoding", "").lower().rpartition(",")[2].strip() == "chunked"
     length: Optional[int] = None
@@ -7947,14 +7956,12 @@ class Exchange:
     def read_all(self, limit: int) -> bytes:
         """The whole body; UpstreamGarbled above `limit` bytes."""
         parts, size = [], 0
-        while True:
-            payload = self.read()
-            if not payload:
-                return b"".join(parts)
+        for payload in iter(self.read, b""):
             parts.append(payload)
             size += len(payload)
             if size > limit:
                 raise UpstreamGarbled(f"the upstream's answer is larger than {limit >> 20} MiB")
+        return b"".join(parts)
 
     def close(self) -> None:
         """Keep the connection if the answer was read to its end."""
@@ -7965,7 +7972,7 @@ class Exchange:
     def _read_terminator(self) -> None:
         """After [DONE] only the last chunk is missing; it is mostly there already."""
         self.wire.set_timeout(0.05)
-        with contextlib.suppress(UpstreamError, ClientGone):
+        with contextlib.suppress(GatewayError, ClientGone):      # Stopping is no UpstreamError
             self.read()
 
     def __enter__(self) -> "Exchange":
@@ -8226,6 +8233,11 @@ def _transport_error(exc: Exception, where: str) -> UpstreamError:
     return UpstreamUnreachable(f"{where}: {exc}")
 
 
+def bracketed(host: str) -> str:
+    """A host as it stands in front of a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 class Endpoint(NamedTuple):
     """Where a base URL leads."""
     scheme: str
@@ -8242,7 +8254,7 @@ class Endpoint(NamedTuple):
 
     @property
     def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = bracketed(self.host)
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
 
@@ -8282,7 +8294,7 @@ class Proxy(NamedTuple):
     password: str = ""
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+        return f"{self.scheme}://{bracketed(self.host)}:{self.port}"
 
 
 def parse_proxy(text: str) -> Proxy:
@@ -8335,18 +8347,16 @@ def proxy_for(provider: Provider, settings: Settings, endpoint: Endpoint) -> str
 def _environment_proxy(endpoint: Endpoint) -> str:
     """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY in either case; else what Windows or macOS is set to."""
     from urllib.request import getproxies, proxy_bypass      # takes 2 MB: only for who asks for it
-    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-    if proxy_bypass(f"{host}:{endpoint.port}"):
+    if proxy_bypass(f"{bracketed(endpoint.host)}:{endpoint.port}"):
         return ""
     proxies = getproxies()
     return proxies.get(endpoint.scheme) or proxies.get("all") or ""
 
 
 #: What a proxy means by refusing CONNECT; any other status is shown as it is.
-_CONNECT_HINT = {
-    400: "is it an HTTP proxy?", 404: "is it an HTTP proxy?", 405: "is it an HTTP proxy?", 501: "is it an HTTP proxy?",
-    403: "it does not allow this host or port", 502: "it can't reach the upstream", 503: "it can't reach the upstream",
-    504: "it can't reach the upstream"}
+_CONNECT_HINT = {**dict.fromkeys((400, 404, 405, 501), "is it an HTTP proxy?"),
+                 403: "it does not allow this host or port",
+                 **dict.fromkeys((502, 503, 504), "it can't reach the upstream")}
 
 #: SOCKS5 reply codes (RFC 1928, 6).
 _SOCKS_REPLY = {
@@ -8365,6 +8375,7 @@ class ProxyTalk:
 
     def __init__(self, sock: socket.socket, proxy: Proxy, where: str, until: float) -> None:
         self._sock, self._proxy, self._where, self._until = sock, proxy, where, until
+        self._has_login = bool(proxy.user or proxy.password)
 
     def open(self, endpoint: Endpoint) -> None:
         """Have the proxy connect to `endpoint`; UpstreamUnreachable, OSError."""
@@ -8402,10 +8413,9 @@ class ProxyTalk:
     # HTTP
 
     def _open_http(self, endpoint: Endpoint) -> None:
-        host = self._encoded_host(endpoint.host).decode()
-        place = f"{f'[{host}]' if ':' in host else host}:{endpoint.port}"
+        place = f"{bracketed(self._encoded_host(endpoint.host).decode())}:{endpoint.port}"
         head = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\nUser-Agent: iflow2api/{__version__}\r\n"
-        if self._proxy.user or self._proxy.password:
+        if self._has_login:
             token = base64.b64encode(f"{self._proxy.user}:{self._proxy.password}".encode()).decode()
             head += f"Proxy-Authorization: Basic {token}\r\n"
         self._sock.sendall(head.encode() + b"\r\n")
@@ -8430,7 +8440,7 @@ class ProxyTalk:
         raise self._failed(f"it refused CONNECT {place} (HTTP {status}{f': {hint}' if hint else ''})")
 
     def _wants_login(self) -> UpstreamUnreachable:
-        if self._proxy.user or self._proxy.password:
+        if self._has_login:
             return self._failed("it refused the user and password in its address", False)
         address = str(self._proxy).replace("://", "://USER:PASSWORD@")
         return self._failed(f"it wants a user and a password; write {address}", False)
@@ -8439,13 +8449,12 @@ class ProxyTalk:
 
     def _open_socks(self, endpoint: Endpoint) -> None:
         address = self._socks_address(endpoint)
-        has_login = bool(self._proxy.user or self._proxy.password)
-        self._sock.sendall(b"\5\2\0\2" if has_login else b"\5\1\0")
+        self._sock.sendall(b"\5\2\0\2" if self._has_login else b"\5\1\0")
         version, method = self._receive_exactly(2)
         if version != 5:
             hint = "it speaks HTTP: write http://" if bytes((version, method)) == b"HT" else "is it a SOCKS5 proxy?"
             raise self._failed(f"what it answers is not SOCKS5; {hint}", False)
-        if method == 2 and has_login:
+        if method == 2 and self._has_login:
             self._send_login()
         elif method != 0:
             raise self._wants_login()
@@ -8698,18 +8707,29 @@ KEY_DUE = "iflow2api_key_due"
 LOGIN_FIELDS = (*LOGIN_SECRETS, "oauth_expires_at", "api_key_expires_at", KEY_DUE)
 
 
+def object_of(value: Any) -> Json:
+    """`value` where it is a JSON object, else {}."""
+    return value if isinstance(value, dict) else {}
+
+
 def parse_time(value: Any) -> Optional[float]:
-    """Epoch seconds of an ISO 8601 text (without a zone: local time, as in JavaScript) or of a number."""
-    import datetime
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value / 1000 if value > 1e11 else float(value)
+    """Epoch seconds of an ISO 8601 text (without a zone: local time, as in JavaScript), or of a number of them.
+
+    Numbers beyond 1e11 are milliseconds.  None for what is no time, or one that no calendar has.
+    """
     try:
-        return datetime.datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value.strip())).timestamp()
+        if has_type(value, (int, float)):
+            at = value / 1000 if value > 1e11 else float(value)
+        else:
+            at = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value.strip())).timestamp()
+        format_time(at)
     except (AttributeError, TypeError, ValueError, OverflowError, OSError):
         return None
+    return at
 
 
 def format_time(at: float) -> str:
+    """Epoch seconds as ISO 8601, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
 
 
@@ -8740,8 +8760,8 @@ class OAuth:
         url = self._settings().iflow_userinfo_url
         query = urllib.parse.urlencode({"accessToken": access_token})
         status, answer = self._ask("GET", f"{url}{'&' if '?' in url else '?'}{query}", None, [])
-        data = answer.get("data")
-        key = data.get("apiKey") if isinstance(data, dict) else None
+        data = object_of(answer.get("data"))
+        key = data.get("apiKey")
         if status != 200 or answer.get("success") is False:
             raise self._refusal("the API key", status, answer, access_token)
         if not isinstance(key, str) or not account_keys({"": {"apiKey": key.strip()}}):
@@ -8763,7 +8783,7 @@ class OAuth:
             tokens[REFRESH] = answer["refresh_token"]
         try:
             lasts_s = float(answer.get("expires_in"))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             lasts_s = 0.0
         tokens["oauth_expires_at"] = format_time(self._clock() + lasts_s) if 0 < lasts_s < 1e9 else None
         return tokens
@@ -8843,8 +8863,7 @@ class LoginFile:
             accounts = self._config.read().get("accounts") if self._config else None
         except ConfigBroken as exc:
             raise LoginFailed(f"{exc}; repair the file or move it away, nothing was written to it") from None
-        login = accounts.get(self.account) if isinstance(accounts, dict) else None
-        return login if isinstance(login, dict) else {}
+        return object_of(object_of(accounts).get(self.account))
 
     def update(self, changes: Json) -> None:
         """Change fields of the login; None takes one away."""
@@ -8852,11 +8871,9 @@ class LoginFile:
             return {name: value for name, value in {**login, **changes}.items() if value is not None}
 
         def edit(raw: Json) -> None:
-            accounts = raw.get("accounts") if isinstance(raw.get("accounts"), dict) else {}
-            known = accounts.get(self.account)
-            login = merge(known if isinstance(known, dict) else {})
-            raw["accounts"] = {**{name: value for name, value in accounts.items() if name != self.account},
-                               **({self.account: login} if login else {})}
+            accounts = object_of(raw.get("accounts"))
+            login = merge(object_of(accounts.pop(self.account, None)))
+            raw["accounts"] = {**accounts, **({self.account: login} if login else {})}
 
         try:
             if self.is_default:
@@ -8883,10 +8900,8 @@ class LoginFile:
         if os.path.exists(self._pending_path):
             with contextlib.suppress(ConfigBroken, SealBroken):
                 found = map_secrets(read_json_file(self._pending_path), self._opened)
-        accounts, used = found.get("accounts"), found.get("used")
-        tokens = accounts.get(self.account) if isinstance(accounts, dict) else None
-        sound = isinstance(tokens, dict) and isinstance(used, str) and isinstance(tokens.get(REFRESH), str)
-        return (tokens, used) if sound else ({}, "")     # type: ignore[return-value]
+        tokens, used = object_of(object_of(found.get("accounts")).get(self.account)), found.get("used")
+        return (tokens, used) if isinstance(used, str) and isinstance(tokens.get(REFRESH), str) else ({}, "")
 
     def _opened(self, place: str, secret: str) -> str:
         return self._config.vault.open(secret) if self._config is not None and is_sealed(secret) else secret
@@ -8903,19 +8918,16 @@ class LoginFile:
         """
         if self.path.startswith("~"):
             raise LoginFailed("there is no home folder to keep the login in: set HOME")
-        lock = FileLock(self._lock_path, OAUTH_LOCK_S)
-        try:
-            lock.__enter__()
-        except OSError as exc:
-            raise LoginFailed(f"{os.path.dirname(self.path)} can't be written: {exc.strerror or exc}") from None
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(FileLock(self._lock_path, OAUTH_LOCK_S))
+            except OSError as exc:
+                raise LoginFailed(f"{os.path.dirname(self.path)} can't be written: {exc.strerror or exc}") from None
             if os.path.isdir(self.path):
                 raise LoginFailed(f"{self.path} is a folder; move it away")
             if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
                 raise LoginFailed(f"{self.path} is read-only, so the login can't be kept")
             yield
-        finally:
-            lock.__exit__()
 
 
 def login_end(login: Json) -> Optional[float]:
@@ -9004,19 +9016,21 @@ class Refresher:
                 state = self._states[file.account] = Refreshed()
             if not state.unsaved:
                 state.unsaved, state.unsaved_for = file.pending()
-            due = self._is_due(login, state)
-            if due and not self._closing:
+            if self._is_due(login, state) and not self._closing:
                 self._refresh(file, None)
             if state.failures:
                 wait_s = min(wait_s, max(1.0, state.next_at - self._monotonic()))
         return wait_s
 
     def _is_due(self, login: Json, state: Refreshed) -> bool:
-        token, end = login.get(REFRESH), login_end(login)
-        if not isinstance(token, str) or not token or token == state.dead_token or self._monotonic() < state.next_at:
-            return False
+        end = login_end(login)
         ends_soon = end is not None and end - self._clock() < self.AHEAD_S
-        return login.get(KEY_DUE) is True or bool(state.unsaved) or ends_soon
+        return self._may_ask(login, state) and (login.get(KEY_DUE) is True or bool(state.unsaved) or ends_soon)
+
+    def _may_ask(self, login: Json, state: Refreshed) -> bool:
+        """Whether there is a token to ask the host with: it lives, and it was not asked just now."""
+        token = login.get(REFRESH)
+        return isinstance(token, str) and token not in ("", state.dead_token) and self._monotonic() >= state.next_at
 
     def renew(self, account: str, key: str, caller: Caller) -> str:
         """The key to use instead of `key`, which the API refused; "" where a refresh brings none.
@@ -9026,24 +9040,18 @@ class Refresher:
         found: List[str] = []
         done = threading.Event()
 
-        def _run() -> None:
+        def refresh() -> None:
             try:
-                found.append(self._renew(account, key))
+                found.extend(self._refresh(file, key) for file in self._files() if file.account == account)
             finally:
                 done.set()
 
-        threading.Thread(target=_run, name="login-renew", daemon=True).start()
+        threading.Thread(target=refresh, name="login-renew", daemon=True).start()
         while not done.wait(min(caller.tick_s, 0.5)):
             if caller.sock is not None and has_left(caller.sock):
                 raise ClientGone
             caller.tick()
         return "".join(found)
-
-    def _renew(self, account: str, key: str) -> str:
-        for file in self._files():
-            if file.account == account:
-                return self._refresh(file, key)
-        return ""
 
     def _refresh(self, file: LoginFile, stale: Optional[str]) -> str:
         """Refresh one login, unless somebody else just did; its key, "" if that failed.  `stale`: a refused key."""
@@ -9051,7 +9059,7 @@ class Refresher:
         try:
             before = file.read()
             token = before.get(REFRESH) or ""
-            if stale is not None and not self._may_renew(before, state):
+            if stale is not None and not self._may_ask(before, state):
                 return self._key_of(before) if state.ok or self._key_of(before) != stale else ""
             with file.held():
                 token = self._save_left_over(file, state) or token
@@ -9065,11 +9073,6 @@ class Refresher:
             return ""
         self._changed()
         return self._key_of(login)
-
-    def _may_renew(self, login: Json, state: Refreshed) -> bool:
-        """Whether a refused key is a reason to ask the host: the token lives, and it was not asked just now."""
-        token = login.get(REFRESH)
-        return isinstance(token, str) and token not in ("", state.dead_token) and self._monotonic() >= state.next_at
 
     @staticmethod
     def _key_of(login: Json) -> str:
@@ -9119,8 +9122,7 @@ class Refresher:
             state.dead_token, state.failures, state.next_at = token, 0, 0.0
             log.warning("the iFlow login %s has ended: %s", file.account, state.message)
         else:
-            tries = len(self.BACKOFF_S)
-            delay_s = self.BACKOFF_S[state.failures - 1] if state.failures <= tries else self.LOOK_S
+            delay_s = (*self.BACKOFF_S, self.LOOK_S)[min(state.failures - 1, len(self.BACKOFF_S))]
             state.next_at = self._monotonic() + delay_s
             log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s", file.account, delay_s,
                         state.message)
@@ -9178,24 +9180,30 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         """Not logged: the request line holds the code."""
 
 
-class _CallbackServer(http.server.ThreadingHTTPServer):
-    """One of the two listeners, 127.0.0.1 and ::1: `localhost` may mean either to a browser."""
+class Listener(http.server.ThreadingHTTPServer):
+    """What our servers have in common: a thread for each connection, and a port that is theirs alone."""
     daemon_threads, block_on_close = True, False
-    allow_reuse_address = os.name == "posix"
+    allow_reuse_address = os.name == "posix"             # on Windows it would let two servers share the port
+    ipv6_only = True                     #: else `::` takes IPv4 as well, where the system can
+
+    def server_bind(self) -> None:
+        """Like HTTPServer's, without its reverse DNS lookup."""
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if self.address_family == socket.AF_INET6:
+            with contextlib.suppress(OSError, AttributeError):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.ipv6_only)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+
+class _CallbackServer(Listener):
+    """One of the two listeners, 127.0.0.1 and ::1: `localhost` may mean either to a browser."""
 
     def __init__(self, family: int, address: Tuple[str, int], flow: "LoginFlow") -> None:
         self.address_family, self.flow = family, flow
         super().__init__(address, _CallbackHandler)
         threading.Thread(target=self.serve_forever, args=(0.1,), name="login-callback", daemon=True).start()
-
-    def server_bind(self) -> None:
-        """Without HTTPServer's reverse DNS lookup, and for nobody else."""
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a connection to the login's port failed")
@@ -10709,8 +10717,8 @@ def _lasting_key(path: str) -> bytes:
     try:
         write_file(path, key)
     except OSError as exc:
-        log.warning("%s can't be written (%s): conversations lose their reasoning at a restart", path, exc.strerror
-                    or exc)
+        log.warning("%s can't be written (%s): conversations lose their reasoning at a restart", path,
+                    exc.strerror or exc)
     return key
 
 
@@ -10720,9 +10728,8 @@ def parse_model_list(data: bytes) -> List[str]:
         listed = json.loads(data)
     except (ValueError, RecursionError):
         raise UpstreamGarbled("its /models is not JSON") from None
-    items = listed.get("data") if isinstance(listed, dict) else None
-    return [m["id"] for m in (items if isinstance(items, list) else ())
-            if isinstance(m, dict) and isinstance(m.get("id"), str) and m["id"]]
+    names = [object_of(model).get("id") for model in entries_of(object_of(listed), "data")]
+    return [name for name in names if isinstance(name, str) and name]
 
 
 class Attempt(NamedTuple):
@@ -10755,41 +10762,44 @@ class Record:
     trail: List[Attempt] = field(default_factory=list)
     spent: bool = False                  #: its tokens are counted against limits
 
+    @property
+    def where(self) -> str:
+        """`provider/model` of the last target, "" where there was none."""
+        return f"{self.target.provider.name}/{self.target.model}" if self.target else ""
+
     def counts(self) -> List[int]:
         """As USAGE_COUNTS; a client that leaves is no error."""
-        usage = self.usage if self.status == 200 or self.first_s is not None else Usage()
         timed = self.first_s is not None
-        return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached, usage.reasoning
-                or 0,
-                int(usage.estimated), int(timed), int((self.first_s or 0.0) * 1000), int(self.total_s * 1000)]
+        usage = self.usage if self.status == 200 or timed else Usage()
+        return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached,
+                usage.reasoning or 0, int(usage.estimated), int(timed), int((self.first_s or 0.0) * 1000),
+                int(self.total_s * 1000)]
 
     def facts(self) -> Json:
         """For the history of requests."""
         usage = self.usage
         return {"at": self.at, "request_id": self.request_id, "dialect": self.dialect, "model": self.model,
-                "stream": self.stream,
-                "key": self.key, "status": self.status, "error": one_line(self.error), "first_s": self.first_s,
-                "total_s": self.total_s, "input": usage.prompt, "output": usage.completion, "cached": usage.cached,
-                "reasoning": usage.reasoning, "estimated": usage.estimated,
-                "target": f"{self.target.provider.name}/{self.target.model}" if self.target else "",
-                "attempts": [attempt._asdict() for attempt in self.trail]}
+                "stream": self.stream, "key": self.key, "status": self.status, "error": one_line(self.error),
+                "first_s": self.first_s, "total_s": self.total_s, "input": usage.prompt, "output": usage.completion,
+                "cached": usage.cached, "reasoning": usage.reasoning, "estimated": usage.estimated,
+                "target": self.where, "attempts": [attempt._asdict() for attempt in self.trail]}
 
     def line(self) -> str:
         """`model → provider/model 200 first 0.4s total 2.1s in 12 out 340`; `~` marks an estimate."""
-        where = f"{self.target.provider.name}/{self.target.model}" if self.target else "-"
+        names = f"{one_line(self.model, 64) or '-'} → {one_line(self.where or '-', 100)}"
         first = f" first {self.first_s:.2f}s" if self.first_s is not None and self.stream else ""
         mark = "~" if self.usage.estimated else ""
         tokens = f" in {mark}{self.usage.prompt} out {mark}{self.usage.completion}" if self.status == 200 else ""
         tries = f" attempts {self.attempts}" if self.attempts > 1 else ""
         error = f" ({one_line(self.error, 200)})" if self.error else ""
-        return (f"{self.request_id[4:12]} {one_line(self.model, 64) or '-'} → {one_line(where, 100)} {self.status}{first} "
-                f"total {self.total_s:.2f}s{tokens}{tries}{error}")
+        return (f"{self.request_id[4:12]} {names} {self.status}{first} total {self.total_s:.2f}s"
+                f"{tokens}{tries}{error}")
 
 
 class AnswerSink(Caller):
     """Where an answer goes.  The HTTP section writes it to a socket."""
     began = False                        #: something of the answer was sent: no other target may be tried any more
-    stream: Any = None                   #: what the answer goes through at the moment; it knows how to say that it failed
+    stream: Any = None                   #: what the answer goes through now; it knows how to say that it failed
     returned: Sequence[Tuple[str, str]] = ()     #: headers of the upstream that the client gets
 
     def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
@@ -10922,17 +10932,17 @@ class Journey:
             waiting = [(at, target) for at, target in waiting if at > now]
 
     def _pause_s(self, retries: int, waiting: Sequence[Tuple[float, Target]], spent_s: float) -> Optional[float]:
-        """Seconds until the next retry: the backoff, or what the upstreams asked for; None where there shall be none."""
+        """Seconds until the next retry: the backoff, or what the upstreams asked for; None: there shall be none."""
         retry = {**RETRY, **self.settings.retry}
         if retries >= retry["count"] or not waiting:
             return None
-        backoff_s = min(retry["max_backoff_s"],
-                        retry["backoff_s"] * 2 ** retries) * (0.5 + secrets.randbelow(500) / 1000)
+        backoff_s = min(retry["max_backoff_s"], retry["backoff_s"] * 2 ** retries)
+        backoff_s *= 0.5 + secrets.randbelow(500) / 1000
         pause_s = max(backoff_s, min(at for at, _ in waiting) - self.gateway.clock())
         return pause_s if spent_s + pause_s <= retry["total_s"] else None
 
     def _try_chain(self, chain: Sequence[Target]) -> Tuple[Optional[GatewayError], List[Tuple[float, Target]]]:
-        """Each target in turn until one answers: None then, else the last error, and who may be asked again from when on."""
+        """Each target in turn until one answers: None then, else the last error, and who may be asked again when."""
         error: Optional[GatewayError] = None
         again: List[Tuple[float, Target]] = []
         for target in self._in_turn(chain):
@@ -10950,7 +10960,7 @@ class Journey:
                     again.append((self.gateway.clock() + (exc.retry_after_s or 0), target))
                 if len(chain) > 1:
                     self.log.info("%s %s failed (%s)", self.call.request_id[4:12], target.provider.name,
-                             one_line(exc.message, 160))
+                                  one_line(exc.message, 160))
         return error, again
 
     def _in_turn(self, chain: Sequence[Target]) -> Iterator[Target]:
@@ -11074,7 +11084,7 @@ class Journey:
         """An upstream's error as clients have to hear it.
 
         A prompt too long is recognised, whatever the words.  A refused key is the operator's trouble, not the client's:
-        401 and 403 become a 403 that says what to do (Claude Code repeats a 401 for over a minute and shows a 403 at once).
+        401 and 403 become a 403 that says what to do (Claude Code repeats a 401 for over a minute, and shows a 403).
         """
         if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
             text = dump_json(exc.body).decode() if exc.body else exc.message
@@ -11235,7 +11245,7 @@ class Journey:
         return Usage(prompt=len(self.call.text) // 4, completion=records, estimated=True)
 
     def _spend(self) -> None:
-        """Count the tokens against limits, once: before the answer's end, so that the next request finds them counted."""
+        """Count the tokens against limits, once: before the answer's end, so that the next request finds them."""
         record, usage = self.record, self.record.usage
         if self.call.meters and not record.spent:
             record.spent = True
@@ -11318,8 +11328,9 @@ class Gateway:
                 self._equip(provider)
             self.limiter.keep_keys(key.name for key in door.keys)
             self.live.requests.resize(settings.history_size)
-            if [p.base_url for p in router.providers.values()] != [p.base_url
-                                                                   for p in self.state.router.providers.values()]:
+            before = self.state.router.providers
+            if {name: provider.base_url for name, provider in router.providers.items()} != {
+                    name: provider.base_url for name, provider in before.items()}:
                 self._lists = {}
             self.state = State(settings, router, door)
         if logging.getLevelName(self.log.level) != settings.log_level.upper():
@@ -11355,7 +11366,7 @@ class Gateway:
         return Router(settings, self.environ, iflow, name if iflow and isinstance(name, str) else "")
 
     def _read_login(self) -> List[str]:
-        """Take over the iFlow CLI's file; what is wrong with it, a sentence.  A bad one leaves the last good in force."""
+        """Take over the iFlow CLI's file; what is wrong with it, a sentence.  A bad one leaves the last in force."""
         if self.config is None or "providers" in self.flags:
             return []
         try:
@@ -11478,7 +11489,7 @@ class Gateway:
         return key, kept
 
     def seal(self) -> Seal:
-        """What reasoning is sealed with on its way through clients; the key outlives a restart where there is a folder."""
+        """What reasoning is sealed with on its way through clients; where there is a folder, its key is kept there."""
         if self._seal is None:
             path = os.path.join(self.config.folder, "seal.key") if self.config is not None else ""
             self._seal = Seal(_lasting_key(path) if path else secrets.token_bytes(32))
@@ -11527,7 +11538,8 @@ class Gateway:
             for provider in found.router.providers.values():
                 self._equip(provider)
         for provider in found.router.providers.values():
-            self.log.info("found %s at %s: %s", provider.name, provider.base_url, one_line(", ".join(provider.models), 160))
+            models = one_line(", ".join(provider.models), 160)
+            self.log.info("found %s at %s: %s", provider.name, provider.base_url, models)
 
     def _look_at(self, name: str, base_url: str, settings: Settings, entries: Dict[str, Json]) -> None:
         """Enter the engine into `entries` if one answers there that has a model; another iflow2api is none."""
@@ -11616,7 +11628,7 @@ class Gateway:
         found = {name: router.resolve(name, True)[0].provider.name for name in more
                  if router.redirects(name) and router.default is not None}
         for pattern, branches in router.aliases:
-            if not re.search(r"[*?\[]", pattern):
+            if pattern and not re.search(r"[*?\[]", pattern):
                 first = branches[0].models[0]
                 found.setdefault(pattern, first.partition("/")[0] if "/" in first else "")
         lists = self._fetch_lists([p for p in router.providers.values() if not p.problem and p.kind != "iflow"])
@@ -11630,24 +11642,25 @@ class Gateway:
                 plain = router.default is not None and name == router.default.name and not router.claimed(model)
                 if plain or model not in router.providers[name].models:
                     found.setdefault(model if plain else f"{name}/{model}", name)
-        created = int(self.started_at)
         if key is not None and key.models:
-            found = {model: owner for model, owner in found.items() if may_use(key, model, router.resolve(model, model in more))}
-        return [{"id": model, "object": "model", "created": created, "owned_by": owner or "iflow2api"}
-                for model, owner in found.items()]
+            found = {model: owner for model, owner in found.items()
+                     if may_use(key, model, router.resolve(model, model in more))}
+        return [self._listed(model, owner or "iflow2api") for model, owner in found.items()]
+
+    def _listed(self, name: str, owner: str) -> Json:
+        return {"id": name, "object": "model", "created": int(self.started_at), "owned_by": owner}
 
     def model(self, name: str, key: Optional[ClientKey] = None) -> Optional[Json]:
-        """What is listed under a name, or as `provider/name` may be asked for as well; None for what is unknown."""
-        models, (head, _, rest) = self.models(key), name.partition("/")
+        """What a name stands for: listed, redirected, or `provider/name` of a listed one; None for what is unknown."""
+        models, (head, _, rest) = self.models(key, [name]), name.partition("/")
         listed = next((model for model in models if model["id"] == name), None)
-        target = self.state.router.claimed(name)
+        target = self.current(look=False).router.claimed(name)
         if listed or target is None or (target.provider.name, target.model) != (head, rest):
             return listed
         if key is not None and not may_use(key, name, [target]):
             return None
         its = [model["id"] for model in models if model["owned_by"] == head]
-        return None if its and rest not in its else {
-            "id": name, "object": "model", "created": int(self.started_at), "owned_by": head}
+        return None if its and rest not in its else self._listed(name, head)
 
     def target_of(self, name: str) -> Optional[Target]:
         """Where a request of Messages for the model would go first."""
@@ -11667,23 +11680,22 @@ class Gateway:
 
     def _fetch_lists(self, providers: Sequence[Provider]) -> Dict[str, List[str]]:
         """What the providers themselves list, from the cache where it is fresh; a provider that fails lists nothing."""
-        now = time.monotonic()
-        missing = [p for p in providers if self._lists.get(p.name, (0.0,))[0] < now]
-        threads = [threading.Thread(target=self._fetch_list, args=(p, now), daemon=True) for p in missing]
+        now, lists = time.monotonic(), self._lists       # other providers begin another: what comes late is not theirs
+        threads = [threading.Thread(target=self._fetch_list, args=(provider, lists, now), daemon=True)
+                   for provider in providers if lists.get(provider.name, (0.0,))[0] < now]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(2 * MODELS_TIMEOUT_S)
-        return {p.name: self._lists[p.name][1] for p in providers if p.name in self._lists}
+        return {provider.name: lists[provider.name][1] for provider in providers if provider.name in lists}
 
-    def _fetch_list(self, provider: Provider, now: float) -> None:
+    def _fetch_list(self, provider: Provider, lists: Dict[str, Tuple[float, List[str]]], now: float) -> None:
         try:
-            names = self.fetch_models(provider)
-            self._lists[provider.name] = (now + MODELS_TTL_S, names)
+            lists[provider.name] = (now + MODELS_TTL_S, self.fetch_models(provider))
         except GatewayError as exc:
             self.log.debug("no model list from %s: %s", provider.name, one_line(exc.message))
-            kept = self._lists.get(provider.name, (0.0, []))[1]
-            self._lists[provider.name] = (now + MODELS_TTL_S / 10, kept)
+            kept = lists.get(provider.name, (0.0, []))[1]
+            lists[provider.name] = (now + MODELS_TTL_S / 10, kept)
 
     def fetch_models(self, provider: Provider) -> List[str]:
         """The provider's own `/models`; UpstreamError."""
@@ -11697,44 +11709,39 @@ class Gateway:
             return parse_model_list(exchange.read_all(8 << 20))
 
     def explain(self, body: Json) -> Json:
-        """Where a model's name goes, step by step; `body` has `model` and what conditions ask: dialect, tokens, images, …
+        """Where a model's name goes, step by step; `body` has `model`, and what conditions ask: dialect, tokens, ….
 
         With `aliases` it says where the name would go with those, and `problems` what is wrong with them.
         """
-        wrong = [name for name, kind in _EXPLAINED.items() if name in body and (
-            not isinstance(body[name], kind) or isinstance(body[name], bool) is not (kind is bool))]
-        if wrong:
-            raise BadRequest(f"{wrong[0]}: {_KIND_NAME[_EXPLAINED[wrong[0]].__name__]} expected", param=wrong[0])
+        for name, kind in _EXPLAINED.items():
+            if name in body and not has_type(body[name], kind):
+                raise BadRequest(f"{name}: {_KIND_NAME[kind.__name__]} expected", param=name)
         dialect = body.get("dialect", "chat")
         if dialect not in ("chat", "messages", "responses"):
             raise BadRequest("dialect: chat, messages or responses expected", param="dialect")
         asked = Asked(dialect, body.get("tokens", 0), body.get("images", False), body.get("thinking", False),
                       body.get("tools", False))
         state = self.current(look=False)
-        router = state.router
+        router, told = state.router, {"model": body.get("model")}
         if "aliases" in body:
             router = self.routed(replace(state.settings, aliases=body["aliases"]))
+            told["problems"] = [problem for problem in router.problems if problem not in state.router.problems]
         steps, targets = router.explain(body.get("model"), dialect != "chat", asked)
-        told = {"model": body.get("model"), "steps": steps, "chain": [self._told(target) for target in targets]}
-        return {**told, **({"problems": [p for p in router.problems if p not in state.router.problems]}
-                           if "aliases" in body else {})}
+        return {**told, "steps": steps, "chain": [self._told(target) for target in targets]}
 
     def _told(self, target: Target) -> Json:
         """What there is to know of a target before anybody asks it."""
         provider = target.provider
         return {"provider": provider.name, "model": target.model, "base_url": provider.base_url,
-                "usable": not provider.problem,
-                "problem": provider.problem, "circuit": self.circuits[provider.name].state,
-                "keys": len(provider.api_keys),
+                "usable": not provider.problem, "problem": provider.problem,
+                "circuit": self.circuits[provider.name].state, "keys": len(provider.api_keys),
                 "keys_resting": self.rings[provider.name].resting, "vision_model": provider.vision_model}
 
     def queues(self) -> List[Json]:
         """Who is asked and who waits, at each upstream."""
+        known = self.current(look=False).router.providers
         return [{"provider": name, "active": slots.active, "waiting": slots.waiting, "limit": slots.limit}
-                for name, slots in self.slots.items() if name in self.current(look=False).router.providers]
-
-    def circuit_of(self, provider: Provider) -> str:
-        return self.circuits[provider.name].state
+                for name, slots in list(self.slots.items()) if name in known]
 
     def key_states(self, provider: Provider) -> List[Tuple[str, float]]:
         """KeyRing.state of each of its keys."""
@@ -11746,18 +11753,17 @@ class Gateway:
 
     def health(self) -> Json:
         """The body of /health: nothing in it is secret."""
+        router, logins = self.current(look=False).router, self.login_report()
         providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem,
                       **({"problem": p.problem} if p.problem else {}),
                       "circuit": self.circuits[p.name].state, "keys_resting": self.rings[p.name].resting,
-                      "models": len(p.models)} for p in self.current(look=False).router.providers.values()]
-        logins = self.login_report()
+                      "models": len(p.models)} for p in router.providers.values()]
         healthy = any(p["usable"] for p in providers) and not self.config_broken and not any(
             login["ended"] for login in logins.values())
         return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(),
-                "version": __version__, "default_model": self.current(look=False).router.default_model,
+                "version": __version__, "default_model": router.default_model,
                 "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
-                "logins": logins,
-                "problems": [one_line(p) for p in self.problems]}
+                "logins": logins, "problems": [one_line(problem) for problem in self.problems]}
 
     def _is_logged_in(self) -> bool:
         iflow = self.state.router.providers.get("iflow")
@@ -11768,21 +11774,22 @@ class Gateway:
             ("info", "The program.", {"version": __version__}, 1),
             ("start_time_seconds", "When it started.", {}, self.started_at),
             ("in_flight", "Requests being answered.", {}, self.in_flight)]
-        for family, text, attribute in (("upstream_active", "Requests at an upstream.", "active"),
-                                        ("upstream_waiting", "Requests queued for an upstream.", "waiting")):
-            gauges += [(family, text, {"provider": name}, getattr(slots, attribute)) for name,
-                       slots in self.slots.items()]
-        gauges += [("keys_resting", "Keys put to rest.", {"provider": name}, ring.resting) for name,
-                   ring in self.rings.items()]
+        slots = list(self.slots.items())                 # a reload may add some meanwhile
+        gauges += [("upstream_active", "Requests at an upstream.", {"provider": name}, its.active)
+                   for name, its in slots]
+        gauges += [("upstream_waiting", "Requests queued for an upstream.", {"provider": name}, its.waiting)
+                   for name, its in slots]
+        gauges += [("keys_resting", "Keys put to rest.", {"provider": name}, ring.resting)
+                   for name, ring in list(self.rings.items())]
         gauges += [("upstream_rested",
                     "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
                     {"provider": name}, {"closed": 0, "half-open": 0.5, "open": 1}[circuit.state])
-                   for name, circuit in self.circuits.items()]
+                   for name, circuit in list(self.circuits.items())]
         return self.metrics.render(gauges + self._login_gauges())
 
     def login_report(self) -> Dict[str, Json]:
         """Refresher.report for the logins in force."""
-        accounts = {name: login for name, login in self.settings.accounts.items() if isinstance(login, dict)}
+        accounts = {name: object_of(login) for name, login in self.settings.accounts.items()}
         in_force = {DEFAULT_ACCOUNT: self._login, **accounts} if "providers" not in self.flags else {}
         return self.logins.refresher.report(in_force)
 
@@ -11879,8 +11886,9 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
         model = model_to_try(gateway, provider)
         ask_provider(gateway, provider, model, key)
     except GatewayError as exc:
-        failed, fault = ("reach", "its settings") if provider.problem else FAULTS.get(exc.status, (
-            "model", f"HTTP {exc.status}"))
+        failed, fault = FAULTS.get(exc.status, ("model", f"HTTP {exc.status}"))
+        if provider.problem:
+            failed, fault = "reach", "its settings"
         at = CHECKS.index(failed)
         return [*(Check(what, True) for what in CHECKS[:at]),
                 Check(failed, False, f"{fault}: {one_line(exc.message, 300)}", time.monotonic() - started),
@@ -11999,7 +12007,7 @@ _FIELD = re.compile(r"(?m)^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00\r\n]*?)[ 
 
 
 def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
-    """Method, target, version and headers (names in lower case, repeated ones joined) of a request; BadRequest.
+    """Method, target, version and headers (join_headers) of a request; BadRequest.
 
     Stricter than http.server, whose parser for e-mail lets folded lines and blanks before the colon pass: what a
     proxy before us might read in another way is refused.
@@ -12016,11 +12024,7 @@ def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
     pairs = _FIELD.findall(rest)
     if len(pairs) != lines:              # no line may be anything else
         raise BadRequest("the request's head is malformed")
-    headers: Dict[str, str] = {}
-    for name, value in pairs:
-        name = name.lower()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return found.group(1), found.group(2), "HTTP/1." + found.group(3), headers
+    return found.group(1), found.group(2), "HTTP/1." + found.group(3), join_headers(pairs)
 
 
 def check_framing(headers: Mapping[str, str], version: str) -> Optional[int]:
@@ -12135,10 +12139,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True                     # until the framing is known to be sound
         length = check_framing(self.headers, self.request_version)
         self._body_left = -1 if length is None else length
+        self._continue = self.headers.get("expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0"
         if not self.path.startswith("/") or self.path.startswith("//"):
             raise BadRequest("the request target must be a path")
         self.close_connection = self._wants_close()
-        self._continue = self.headers.get("expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0"
         if self.headers.get("upgrade", "").lower() == "websocket":
             raise BadRequest("this server speaks no WebSocket; use plain HTTP", status=426, should_retry=False)
         if self.server.closing.is_set() or self.is_surplus:
@@ -12161,7 +12165,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "close" in tokens or self.request_version == "HTTP/1.0" and "keep-alive" not in tokens
 
     def _skip_body(self) -> None:
-        """After the answer: read a small body nobody wanted, so that the connection can be kept; otherwise it is closed."""
+        """After the answer: read a small body nobody wanted, so that the connection can be kept; else it is closed."""
         try:
             self.reader.read_body(self._body_left, 1)
             self._body_left = 0
@@ -12169,7 +12173,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
     def read_body(self, limit: int = 0) -> bytes:
-        """The request's body, unpacked; BadRequest 411, 413, 415 or 400 where it can't be had."""
+        """The request's body, unpacked, of at most `limit` bytes (0: body_limit_bytes); BadRequest (411, 413, …)."""
         limit = limit or self.server.gateway.settings.body_limit_bytes
         if self.headers.get("content-type", "").lower().startswith("multipart/"):
             raise BadRequest("a JSON body is expected, not multipart", status=415)
@@ -12215,8 +12219,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def has_body(self) -> bool:
         return self._body_left != 0
 
-    def read_json(self) -> Json:
-        return parse_body(decode_body(self.read_body()))
+    def read_json(self, limit: int = 0) -> Json:
+        return parse_body(decode_body(self.read_body(limit)))
 
     # answers
 
@@ -12309,20 +12313,11 @@ def send_now(sock: socket.socket, data: bytes) -> bytes:
 
 def send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
     """Write all to a non-blocking socket; ClientGone when it is closed or takes nothing."""
-    rest = send_now(sock, data)
-    if rest:
-        poller = Poller()
-        poller.register(sock.fileno(), _POLLOUT)
-    view = memoryview(rest)
-    while view:
-        if not poller.poll(timeout_s * 1000):
+    rest = memoryview(send_now(sock, data))              # whose slices are no copies
+    while rest:
+        if not is_writable(sock, timeout_s):
             raise ClientGone
-        try:
-            view = view[sock.send(view):]
-        except BlockingIOError:
-            continue
-        except OSError:
-            raise ClientGone from None
+        rest = send_now(sock, rest)
 
 
 def too_large(limit: int) -> BadRequest:
@@ -12447,13 +12442,13 @@ def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> N
     if server.is_local and not door.required and not (
             is_loopback(name) or name in ("host.docker.internal", "")
             or name in [str(host).lower() for host in settings.allowed_hosts]):
-        raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to `allowed_hosts`, or set custom_api_key",
-                        code="host_not_allowed")
+        raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to `allowed_hosts`, "
+                        "or set custom_api_key", code="host_not_allowed")
     origin = headers.get("origin")
     if origin is None or method == "OPTIONS" or origin in settings.allowed_origins or "*" in settings.allowed_origins:
         return
-    if origin.partition("://")[2].lower() == host.lower() or door.required and door.find(client_keys(settings,
-                                                                                                     headers)):
+    is_own = origin.partition("://")[2].lower() == host.lower()
+    if is_own or door.required and door.find(client_keys(settings, headers)):
         return
     raise Forbidden(f"the web page at {one_line(origin, 80)} may not call this server; add it to `allowed_origins`"
                     + (", or send the key" if door.required else ""), code="origin_not_allowed")
@@ -12547,14 +12542,35 @@ def cors_lines(headers: Mapping[str, str], path: str, preflight: bool) -> List[s
              "Access-Control-Expose-Headers: x-request-id, request-id, retry-after, x-should-retry"]
     if preflight:
         wanted = headers.get("access-control-request-headers", "")
+        wanted = wanted if wanted and wanted.isprintable() else "authorization, content-type"
         lines += ["Access-Control-Allow-Methods: GET, HEAD, POST, DELETE, OPTIONS", "Access-Control-Max-Age: 600",
-                  f"Access-Control-Allow-Headers: {wanted if wanted and wanted.isprintable() else 'authorization, content-type'}"]
+                  f"Access-Control-Allow-Headers: {wanted}"]
         if headers.get("access-control-request-private-network"):
             lines.append("Access-Control-Allow-Private-Network: true")
     return lines
 
 
 # --- endpoints ---------------------------------------------------------------
+
+def query_of(handler: Handler) -> Dict[str, str]:
+    """The query of a request's target, the last of each name."""
+    found = urllib.parse.parse_qs(handler.path.partition("?")[2], keep_blank_values=True)
+    return {name: values[-1] for name, values in found.items()}
+
+
+def number_in(query: Mapping[str, str], name: str, default: int, high: int) -> int:
+    """A whole number of a query, from 1 to `high`; BadRequest."""
+    text = query.get(name, "") or str(default)
+    if not re.fullmatch(r"\d{1,16}", text) or not 1 <= int(text) <= high:
+        raise BadRequest(f"{name}: a whole number from 1 to {high} expected", param=name)
+    return int(text)
+
+
+def page_of(data: List[Json], more: bool) -> Json:
+    """A part of a list, and whether there is more of it, as both APIs tell it."""
+    ends = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"data": data, "has_more": more, "first_id": ends[0], "last_id": ends[1]}
+
 
 def answer_call(handler: Handler) -> None:
     """Chat, completions, embeddings, whatever dialect the endpoint speaks."""
@@ -12571,7 +12587,7 @@ def answer_call(handler: Handler) -> None:
 
 
 def count_tokens(handler: Handler) -> None:
-    """POST /v1/messages/count_tokens: an estimate, never a request to the upstream (anthropic-messages.md section 9)."""
+    """POST /v1/messages/count_tokens: an estimate, never a request upstream (anthropic-messages.md section 9)."""
     body = handler.read_json()
     if not isinstance(body.get("messages"), list) or not body["messages"]:
         raise BadRequest("messages: a list with at least one message is required", param="messages")
@@ -12599,30 +12615,26 @@ def kept_response(handler: Handler) -> None:
     if handler.command == "DELETE":
         store.drop(ident)
         return handler.respond_json({"id": ident, "object": "response.deleted", "deleted": True})
-    query = urllib.parse.parse_qs(handler.path.partition("?")[2])
-    if rest or query.get("stream") != ["true"] or kept.response["object"] != "response":
-        return handler.respond_json(item_page(kept.items, handler.path) if rest else kept.response)
-    after = query.get("starting_after", ["-1"])[-1]
+    query = query_of(handler)
+    if rest or query.get("stream") != "true" or kept.response["object"] != "response":
+        return handler.respond_json(item_page(kept.items, query) if rest else kept.response)
+    after = query.get("starting_after") or "-1"
     if not re.fullmatch(r"-1|\d{1,9}", after):
         raise BadRequest("starting_after: a number expected", param="starting_after")
     events = [encode_event(event) for event in replay_events(kept.response) if event["sequence_number"] > int(after)]
     handler.respond(200, b"".join(events), "text/event-stream; charset=utf-8")
 
 
-def item_page(items: List[Json], target: str) -> Json:
+def item_page(items: List[Json], query: Mapping[str, str]) -> Json:
     """A page of input items, the newest first unless `order=asc`; `limit` (20), `after` an item's id."""
-    query = urllib.parse.parse_qs(target.partition("?")[2])
-    limit = query.get("limit", ["20"])[-1]
-    if not re.fullmatch(r"\d{1,3}", limit) or not 1 <= int(limit) <= 100:
-        raise BadRequest("limit: a number from 1 to 100 expected", param="limit")
+    limit, after = number_in(query, "limit", 20, 100), query.get("after")
     named = [{**item, "id": item.get("id") or f"item_{number}"} for number, item in enumerate(items)]
-    named = named if query.get("order", ["desc"])[-1] == "asc" else named[::-1]
-    places = [number for number, item in enumerate(named) if item["id"] == query.get("after", [""])[-1]]
-    if "after" in query and not places:
-        raise BadRequest(f"after: there is no item '{one_line(query['after'][-1], 80)}'", param="after")
-    page = named[places[0] + 1 if places else 0:]
-    return {"object": "list", "data": page[:int(limit)], "has_more": len(page) > int(limit),
-            "first_id": page[0]["id"] if page else None, "last_id": page[:int(limit)][-1]["id"] if page else None}
+    named = named if query.get("order") == "asc" else named[::-1]
+    names = [item["id"] for item in named]
+    if after and after not in names:
+        raise BadRequest(f"after: there is no item '{one_line(after, 80)}'", param="after")
+    rest = named[names.index(after) + 1:] if after else named
+    return {"object": "list", **page_of(rest[:limit], len(rest) > limit)}
 
 
 def drop_events(handler: Handler) -> None:
@@ -12644,9 +12656,9 @@ def show_models(handler: Handler) -> None:
     gateway = handler.server.gateway
     if "anthropic-version" not in handler.headers:
         return handler.respond_json({"object": "list", "data": gateway.models(handler.key)})
-    query = urllib.parse.parse_qs(handler.path.partition("?")[2])
-    models = gateway.models(handler.key, CLAUDE_MODELS.values())
-    handler.respond_json(anthropic_page([anthropic_model(m, gateway.target_of(m["id"])) for m in models], query))
+    models = [anthropic_model(model, gateway.target_of(model["id"]))
+              for model in gateway.models(handler.key, CLAUDE_MODELS.values())]
+    handler.respond_json(anthropic_page(models, query_of(handler)))
 
 
 def show_vision_models(handler: Handler) -> None:
@@ -12655,43 +12667,38 @@ def show_vision_models(handler: Handler) -> None:
 
 def show_model(handler: Handler) -> None:
     wanted, gateway = urllib.parse.unquote(handler.argument), handler.server.gateway
-    named = (model for model in gateway.models(handler.key, [wanted]) if model["id"] == wanted)
-    model = gateway.model(wanted, handler.key) or next(named, None)
-    if model is not None:
-        return handler.respond_json(anthropic_model(model, gateway.target_of(wanted))
-                                    if "anthropic-version" in handler.headers else model)
-    raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
+    model = gateway.model(wanted, handler.key)
+    if model is None:
+        raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
+    anthropic = "anthropic-version" in handler.headers
+    handler.respond_json(anthropic_model(model, gateway.target_of(wanted)) if anthropic else model)
 
 
 def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
     """A model as Anthropic's API lists it (anthropic-messages.md section 9); its display name says where it leads."""
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model["created"]))
-    told = {"type": "model", "id": model["id"], "display_name": model["id"], "created_at": created, "lifecycle": "active"}
+    name = model["id"]
+    told = {"type": "model", "id": name, "display_name": name, "created_at": format_time(model["created"]),
+            "lifecycle": "active"}
     if target is None:
         return told
-    if target.model != model["id"] and f"{target.provider.name}/{target.model}" != model["id"]:
-        told["display_name"] = f"{model['id']} → {target.provider.name}/{target.model}"
+    where = f"{target.provider.name}/{target.model}"
+    if name not in (target.model, where):
+        told["display_name"] = f"{name} → {where}"
     facts = target.provider.facts.get(target.model, {})
     limits = (("max_input_tokens", "context"), ("max_tokens", "max_output"))
     return {**told, **{name: facts[fact] for name, fact in limits if facts.get(fact)}}
 
 
-def anthropic_page(models: List[Json], query: Mapping[str, List[str]]) -> Json:
+def anthropic_page(models: List[Json], query: Mapping[str, str]) -> Json:
     """One page of the list: `limit` (1 to 1000, 20 without), `after_id`, `before_id`; BadRequest on another limit."""
-    limit = query.get("limit", ["20"])[-1]
-    if not re.fullmatch(r"\d{1,4}", limit) or not 1 <= int(limit) <= 1000:
-        raise BadRequest("limit: a number from 1 to 1000 expected", param="limit")
-    names = [model["id"] for model in models]
-    after, before = query.get("after_id", [""])[-1], query.get("before_id", [""])[-1]
+    limit, names = number_in(query, "limit", 20, 1000), [model["id"] for model in models]
+    after, before = query.get("after_id"), query.get("before_id")
     if after in names:
         models = models[names.index(after) + 1:]
     if before in names:
-        page = models[:names.index(before)][-int(limit):]
-        more = names.index(before) > len(page)
-    else:
-        page, more = models[:int(limit)], len(models) > int(limit)
-    return {"data": page, "has_more": more, "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None}
+        page = models[:names.index(before)][-limit:]
+        return page_of(page, names.index(before) > len(page))
+    return page_of(models[:limit], len(models) > limit)
 
 
 CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -12761,6 +12768,7 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/api/event_logging/v2/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
 }
 
+
 def dialect_of(target: str, headers: Mapping[str, str]) -> Route:
     """The route that errors before routing speak for: the dialect of the path, else of the client."""
     path = normal_path(target)
@@ -12806,7 +12814,7 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
 def url_of(host: str, port: int) -> str:
     """Where a client on this machine reaches a server bound to `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host and host[0] != "[" else f"http://{host}:{port}"
+    return f"http://{bracketed(host.strip('[]'))}:{port}"
 
 
 def stop_accepting(server: socketserver.BaseServer) -> None:
@@ -12819,12 +12827,10 @@ def stop_accepting(server: socketserver.BaseServer) -> None:
     server.server_close()
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(Listener):
     """The listening socket and its connections, one thread each."""
-    daemon_threads, block_on_close = True, False
-    request_queue_size = 1024
+    request_queue_size, ipv6_only = 1024, False
     LAST_WORDS_S = 0.5                   #: for telling clients that their answer ends here
-    allow_reuse_address = os.name == "posix"             # on Windows it would let two servers share the port
 
     def __init__(self, gateway: Gateway, host: str, port: int) -> None:
         self.gateway, self.closing = gateway, threading.Event()
@@ -12839,16 +12845,6 @@ class Server(http.server.ThreadingHTTPServer):
         log.addHandler(gateway.live.log_handler)
         self._thread = threading.Thread(target=self.serve_forever, args=(5,), name="accept", daemon=True)
         self._thread.start()
-
-    def server_bind(self) -> None:
-        """Like HTTPServer's, without its reverse DNS lookup; `::` takes IPv4 as well where the system can."""
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        if self.address_family == socket.AF_INET6:
-            with contextlib.suppress(OSError, AttributeError):
-                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
 
     @property
     def port(self) -> int:
@@ -13262,7 +13258,7 @@ OPERATIONS: Dict[str, Operation] = {
     "GET /v1/responses/{response}/input_items": Operation(
         "listInputItems", "responses", ("回答的输入", "What an answer answered"), ("分页列出。", "In pages."), "ItemList",
         params="response limit order after", example=lambda: item_page([
-            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Say hello."}]}], "")),
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Say hello."}]}], {})),
     "GET /v1/models": Operation(
         "listModels", "models", ("模型列表", "List models"),
         ("一切可以请求的名字。带 `anthropic-version` 时为 Anthropic 格式，并分页。",
@@ -13840,20 +13836,6 @@ ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)},
 
 # --- what a request says --------------------------------------------------------
 
-def query_of(handler: Handler) -> Dict[str, str]:
-    """The query of a request's target, the last of each name."""
-    found = urllib.parse.parse_qs(handler.path.partition("?")[2], keep_blank_values=True)
-    return {name: values[-1] for name, values in found.items()}
-
-
-def number_in(query: Mapping[str, str], name: str, default: int, high: int) -> int:
-    """A whole number of a query, from 1 to `high`; BadRequest."""
-    text = query.get(name, "") or str(default)
-    if not re.fullmatch(r"\d{1,16}", text) or not 1 <= int(text) <= high:
-        raise BadRequest(f"{name}: a whole number from 1 to {high} expected", param=name)
-    return int(text)
-
-
 def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
     """One of `choices`, the first where the query names none; BadRequest."""
     if query.get(name, choices[0]) not in choices:
@@ -13863,14 +13845,12 @@ def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> st
 
 def read_fields(handler: Handler, kinds: Mapping[str, str]) -> Json:
     """The fields of a request's body, each of its kind (as of settings) or null; BadRequest names the bad one."""
-    body = parse_body(decode_body(handler.read_body(ADMIN_BODY_BYTES)))
+    body = handler.read_json(ADMIN_BODY_BYTES)
     for name, value in body.items():
         if name not in kinds:
             raise BadRequest(f"{one_line(name, 60)}: no such field" + nearest(name, kinds), param=one_line(name, 60))
-        wanted = kinds[name]
-        if value is not None and (not isinstance(value, _KINDS[wanted])
-                                  or isinstance(value, bool) is not (wanted == "bool")):
-            raise BadRequest(f"{name}: {_KIND_NAME[wanted]} expected", param=name)
+        if value is not None and not has_type(value, _KINDS[kinds[name]]):
+            raise BadRequest(f"{name}: {_KIND_NAME[kinds[name]]} expected", param=name)
     return body
 
 
@@ -14047,17 +14027,15 @@ def month_of(gateway: Gateway, days: int = 31) -> List[Tuple[int, List[Tuple[Tup
 
 
 def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
-    """By what, of how many days, and the rows; times are averages in seconds, null where there are none."""
+    """By what, of how many days, and the rows of UsageBook.report, days in their order."""
     query, gateway = query_of(handler), handler.server.gateway
-    by, days = choice_in(query, "by", ("model", "provider", "key", "day")), number_in(query, "days", 30, 3660)
+    by, days = choice_in(query, "by", (*SERIES_BY, "day")), number_in(query, "days", 30, 3660)
     rows = gateway.usage.report(by, days, gateway.settings.prices)
-    if by == "day":
-        rows.sort(key=lambda row: row["day"])
-    return by, days, [told_usage(row.pop(by), row) for row in rows]
+    return by, days, sorted(rows, key=lambda row: row["day"]) if by == "day" else rows
 
 
 def told_usage(name: str, row: Mapping[str, Any]) -> Json:
-    """A row of UsageBook.report for the page."""
+    """A row of UsageBook.report for the page; times are averages in seconds, null where there are none."""
     counts = {count: row[count] for count in USAGE_COUNTS if count not in ("streams", "first_ms", "total_ms")}
     return {"name": name, **counts, "first_s": row["first_ms"] / row["streams"] / 1000 if row["streams"] else None,
             "total_s": row["total_ms"] / row["requests"] / 1000 if row["requests"] else None,
@@ -14066,15 +14044,11 @@ def told_usage(name: str, row: Mapping[str, Any]) -> Json:
 
 def show_usage(handler: Handler) -> None:
     by, days, rows = usage_rows(handler)
-    gateway = handler.server.gateway
-    total: Dict[str, Any] = dict.fromkeys((*USAGE_COUNTS, "cost"), 0)
-    reports = gateway.usage.report(by, days, gateway.settings.prices)
-    for row in reports:
-        for name in USAGE_COUNTS:
-            total[name] += row[name]
-    costs = [row["cost"] for row in reports if row["cost"] is not None]
-    handler.respond_json({"by": by, "days": days, "rows": rows, "enabled": gateway.settings.usage,
-                          "total": told_usage("", {**total, "cost": sum(costs) if costs else None})})
+    total: Json = {name: sum(row[name] for row in rows) for name in USAGE_COUNTS}
+    costs = [row["cost"] for row in rows if row["cost"] is not None]
+    total["cost"] = sum(costs) if costs else None
+    handler.respond_json({"by": by, "days": days, "rows": [told_usage(row[by], row) for row in rows],
+                          "enabled": handler.server.gateway.settings.usage, "total": told_usage("", total)})
 
 
 def csv_field(text: str) -> str:
@@ -14097,12 +14071,8 @@ def download(handler: Handler, text: str, content_type: str, name: str) -> None:
 def download_usage(handler: Handler) -> None:
     by, days, rows = usage_rows(handler)
     names = [*told_usage("", {**dict.fromkeys(USAGE_COUNTS, 0), "cost": None})]
-    text = csv_of(rows, names).replace("name,", by + ",", 1)
+    text = csv_of([told_usage(row[by], row) for row in rows], names).replace("name,", by + ",", 1)
     download(handler, "\ufeff" + text + "\n", "text/csv", f"iflow2api-usage-{days}d.csv")       # Excel wants the mark
-
-
-def log_lines_of(ring: Ring) -> List[Json]:
-    return [told_log(number, line) for number, line in ring.after(0, LOG_LINES)[1]]
 
 
 def show_logs(handler: Handler) -> None:
@@ -14118,8 +14088,9 @@ def show_logs(handler: Handler) -> None:
 
 
 def download_logs(handler: Handler) -> None:
+    told = [told_log(number, line) for number, line in handler.server.gateway.live.logs.after(0, LOG_LINES)[1]]
     lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(line['at']))} {line['level'].upper()} {line['text']}"
-             for line in log_lines_of(handler.server.gateway.live.logs)]
+             for line in told]
     download(handler, "\n".join(lines) + "\n", "text/plain", "iflow2api.log")
 
 
@@ -14274,8 +14245,7 @@ def show_config(handler: Handler) -> None:
 
 def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str) -> Json:
     """A provider with its keys' state; `entry` is what stands in the settings, {} where it stems from elsewhere."""
-    given = entry.get("api_keys") if isinstance(entry.get("api_keys"), list) else None
-    masked = _hide_in_provider({"api_keys": provider.api_keys if given is None else given})["api_keys"]
+    masked = _hide_in_provider({"api_keys": entries_of(entry, "api_keys") or list(provider.api_keys)})["api_keys"]
     states = gateway.key_states(provider) if len(provider.api_keys) == len(masked) else []
     keys = [{"index": index, "masked": text, "state": states[index][0] if states else "ok",
              "rest_s": round(states[index][1], 1) if states else 0} for index, text in enumerate(masked)]
@@ -14288,11 +14258,16 @@ def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str
             "timeout_s": provider.timeout_s, "profile": provider.profile, "vision_model": provider.vision_model,
             "sticky": provider.sticky, "preserve_reasoning_content": provider.preserve_reasoning_content,
             "usable": not provider.problem, "problem": provider.problem,
-            "circuit": gateway.circuit_of(provider), "source": source}
+            "circuit": gateway.circuits[provider.name].state, "source": source}
+
+
+def by_name(entries: Iterable[Any]) -> Dict[str, Json]:
+    """Entries of `providers` or `client_keys` by their names, without those that have none."""
+    return {name_of(entry): entry for entry in entries if name_of(entry)}
 
 
 def told_providers(gateway: Gateway) -> List[Json]:
-    entries = {entry.get("name"): entry for entry in gateway.settings.providers if isinstance(entry, dict)}
+    entries = by_name(gateway.settings.providers)
     source = {"environment": "flag", "default": "file"}.get(gateway.origins.get("providers", "file"), "")
     source = source or gateway.origins.get("providers", "file")
     return [told_provider(gateway, provider, entries.get(provider.name, {}), source if provider.name in entries else
@@ -14322,7 +14297,10 @@ def show_admin_models(handler: Handler) -> None:
     router, data = gateway.current().router, []
     aliases = {pattern for pattern, _ in router.aliases}
     for model in gateway.models():
-        target = router.resolve(model["id"])[0]
+        try:
+            target = router.resolve(model["id"])[0]
+        except GatewayError:             # an alias, and no provider that it could lead to
+            target = Target(Provider(""), model["id"])
         facts = target.provider.facts.get(target.model, {})
         sees = facts.get("vision") or target.model == target.provider.vision_model or None
         data.append({"id": model["id"], "provider": target.provider.name, "context": facts.get("context"),
@@ -14335,12 +14313,12 @@ def show_admin_models(handler: Handler) -> None:
 
 def explain_route(handler: Handler) -> None:
     """POST /admin/api/routes/explain; with `aliases` as they would be after a save."""
-    handler.respond_json(handler.server.gateway.explain(parse_body(decode_body(handler.read_body(ADMIN_BODY_BYTES)))))
+    handler.respond_json(handler.server.gateway.explain(handler.read_json(ADMIN_BODY_BYTES)))
 
 
 def show_keys(handler: Handler) -> None:
     gateway, data = handler.server.gateway, []
-    entries = {entry.get("name"): entry for entry in gateway.settings.client_keys if isinstance(entry, dict)}
+    entries = by_name(gateway.settings.client_keys)
     for key in gateway.state.door.keys:
         entry = entries.get(key.name, {})
         data.append({"name": key.name, "created": entry.get("created"), "expires": entry.get("expires"),
@@ -14441,10 +14419,9 @@ def check_together(gateway: Gateway, values: Json) -> None:
     if {"aliases", "default_provider"} & set(values):
         router = gateway.routed(replace(settings, providers=gateway.current(look=False).settings.providers))
         problems = [problem for problem in router.problems if problem not in known.problems]
-        if problems and router.faults - known.faults:
-            raise BadRequest(problems[0], param=next(iter(router.faults - known.faults)))
         if problems:
-            raise BadRequest(problems[0], param="aliases" if "aliases" in values else "default_provider")
+            param = "aliases" if "aliases" in values else "default_provider"
+            raise BadRequest(problems[0], param=next(iter(router.faults - known.faults), param))
     if values.get("upstream_proxy"):
         problems = proxy_problems(Settings(upstream_proxy=values["upstream_proxy"], upstream_proxy_enabled=True), ())
         if problems:
@@ -14470,7 +14447,8 @@ def provider_entry(body: Json, before: Json) -> Json:
         raise BadRequest("base_url: it is missing; or name a preset", param="base_url")
     entry = before or entry_for("", body.get("kind") or "", body.get("base_url") or "", preset, ())
     given = {name: body[name] for name in PROVIDER_FIELDS if name in body and name != "preset"}
-    facts = {model["id"]: model for model in entry.get("models") or () if isinstance(model, dict) and "id" in model}
+    facts = {model["id"]: model for model in entries_of(entry, "models")
+             if isinstance(model, dict) and isinstance(model.get("id"), str)}
     if given.get("models"):
         given["models"] = [facts.get(model, model) if isinstance(model, str) else model for model in given["models"]]
     if given.get("base_url"):            # a bare host of a known API gets its path
@@ -14487,7 +14465,7 @@ def provider_entry(body: Json, before: Json) -> Json:
 
 def kept_key(key: Any, place: int, before: Json) -> str:
     """A key as it is to be stored; new ones may be no references to the environment."""
-    old = before.get("api_keys") if isinstance(before.get("api_keys"), list) else []
+    old = entries_of(before, "api_keys")
     if isinstance(key, dict):
         index = key.get("keep")
         if type(index) is not int or not 0 <= index < len(old):
@@ -14504,7 +14482,7 @@ def kept_key(key: Any, place: int, before: Json) -> str:
 
 
 def kept_header(name: str, value: Any, before: Json) -> str:
-    headers = before.get("headers") if isinstance(before.get("headers"), dict) else {}
+    headers = object_of(before.get("headers"))
     if not isinstance(value, str):
         raise BadRequest(f"headers: {one_line(name, 60)}: a string expected", param="headers")
     if name in headers and value == _hide_in_provider({"headers": headers})["headers"][name]:
@@ -14525,8 +14503,11 @@ def check_provider(entry: Json) -> Provider:
     def literal(text: Any) -> bool:
         return not (isinstance(text, str) and (_REFERENCE.fullmatch(text) or is_sealed(text)))
 
-    tried = {**entry, "api_keys": [key for key in entry.get("api_keys", ()) if literal(key)],
-             "headers": {name: value for name, value in entry.get("headers", {}).items() if literal(value)}}
+    tried = dict(entry)                  # what is of the wrong type stays, for parse_provider to name it
+    if isinstance(entry.get("api_keys"), list):
+        tried["api_keys"] = [key for key in entry["api_keys"] if literal(key)]
+    if isinstance(entry.get("headers"), dict):
+        tried["headers"] = {name: value for name, value in entry["headers"].items() if literal(value)}
     try:
         provider = parse_provider(tried, {})
         problem = provider.problem or "".join([*proxy_problems(Settings(), [provider]), *(
@@ -14542,21 +14523,16 @@ def check_provider(entry: Json) -> Provider:
 
 def place_of(raw: Json, name: str) -> int:
     """Where a provider stands in config.json; NotFound."""
-    for place, entry in enumerate(raw.get("providers") if isinstance(raw.get("providers"), list) else ()):
-        if isinstance(entry, dict) and entry.get("name") == name:
-            return place
-    raise NotFound(f"config.json has no provider {one_line(name, 60)!r}", code="not_found", param="name")
+    names = [name_of(entry) for entry in entries_of(raw, "providers")]
+    if name not in names:
+        raise NotFound(f"config.json has no provider {one_line(name, 60)!r}", code="not_found", param="name")
+    return names.index(name)
 
 
-def has_provider(raw: Json, name: str) -> bool:
-    try:
-        return place_of(raw, name) >= 0
-    except NotFound:
-        return False
-
-
-def name_taken(name: str) -> Conflict:
-    return Conflict(f"the name {one_line(name, 60)} is taken", code="name_taken", param="name")
+def check_free(raw: Json, where: str, name: str) -> None:
+    """Conflict where an entry of `where` (providers, client_keys) has the name already."""
+    if name in map(name_of, entries_of(raw, where)):
+        raise Conflict(f"the name {one_line(name, 60)} is taken", code="name_taken", param="name")
 
 
 def shown_provider(handler: Handler, name: str, status: int) -> None:
@@ -14574,9 +14550,8 @@ def add_provider(handler: Handler) -> None:
     entry = provider_entry(body, {})
 
     def edit(raw: Json) -> None:
-        if has_provider(raw, name):
-            raise name_taken(name)
-        raw["providers"] = [*(raw["providers"] if isinstance(raw.get("providers"), list) else []), entry]
+        check_free(raw, "providers", name)
+        raw["providers"] = [*entries_of(raw, "providers"), entry]
 
     change_config(gateway, edit)
     shown_provider(handler, name, 201)
@@ -14596,8 +14571,8 @@ def edit_provider(handler: Handler) -> None:
             yours = {field_name: value for field_name, value in body.items() if field_name not in ("version", "preset")}
             raise conflict(gateway, raw, {name: {"yours": _hide_in_provider(yours),
                                                  "theirs": _hide_in_provider(before)}})
-        if wanted != name and has_provider(raw, wanted):
-            raise name_taken(wanted)
+        if wanted != name:
+            check_free(raw, "providers", wanted)
         raw["providers"][place] = provider_entry({**body, "name": wanted}, before)
         if wanted != name:
             rename_provider(raw, name, wanted)
@@ -14607,7 +14582,7 @@ def edit_provider(handler: Handler) -> None:
 
 
 def rename_provider(raw: Json, old: str, new: str) -> None:
-    """Let whatever names a provider in config.json name it anew."""
+    """Let whatever names a provider in config.json name it anew; a price of the old name stays, for the days before."""
     def renamed(value: Any) -> Any:
         if isinstance(value, list):
             return [renamed(item) for item in value]
@@ -14617,10 +14592,16 @@ def rename_provider(raw: Json, old: str, new: str) -> None:
 
     if raw.get("default_provider") == old:
         raw["default_provider"] = new
-    if isinstance(raw.get("aliases"), dict):
-        raw["aliases"] = {pattern: renamed(value) for pattern, value in raw["aliases"].items()}
     if "default_model" in raw:
         raw["default_model"] = renamed(raw["default_model"])
+    if isinstance(raw.get("aliases"), dict):
+        raw["aliases"] = {pattern: renamed(value) for pattern, value in raw["aliases"].items()}
+    if isinstance(raw.get("prices"), dict):
+        raw["prices"] = {name: price for pattern, price in raw["prices"].items()
+                         for name in (pattern, renamed(pattern))}
+    for entry in entries_of(raw, "client_keys"):
+        if "models" in object_of(entry):
+            entry["models"] = renamed(entry["models"])
 
 
 def remove_provider(handler: Handler) -> None:
@@ -14644,9 +14625,8 @@ def order_providers(handler: Handler) -> None:
     names = needed(body, "names")
 
     def edit(raw: Json) -> None:
-        entries = raw.get("providers") if isinstance(raw.get("providers"), list) else []
-        known = {entry["name"]: entry for entry in entries
-                 if isinstance(entry, dict) and isinstance(entry.get("name"), str)}
+        entries = entries_of(raw, "providers")
+        known = by_name(entries)
         if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(known):
             if gateway.versions.has_changed(needed(body, "version"), raw, "providers"):
                 raise conflict(gateway, raw, {"providers": {"yours": names, "theirs": list(known)}})
@@ -14670,11 +14650,11 @@ def try_provider(handler: Handler) -> None:
         if name not in providers:
             raise NotFound(f"there is no provider {one_line(name, 60)!r}" + nearest(name, providers), param="name")
         return handler.respond_json(trial_of(gateway, providers[name]))
-    known = {entry.get("name"): entry for entry in gateway.settings.providers if isinstance(entry, dict)}
-    entry = provider_entry({**body, "name": name}, known.get(name, {}))
+    entry = provider_entry({**body, "name": name}, by_name(gateway.settings.providers).get(name, {}))
     alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={}, default_model="",
                             accounts={}, api_key="", client_keys=[], usage=False, responses_file=""),
                     environ=gateway.environ)
+    alone.upstream.own_ports |= gateway.upstream.own_ports
     try:
         told = trial_of(alone, alone.state.router.providers[name])
     finally:
@@ -14707,10 +14687,8 @@ def add_key(handler: Handler) -> None:
         raise BadRequest(str(exc), param=param) from None
 
     def edit(raw: Json) -> None:
-        entries = raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
-        if any(isinstance(known, dict) and known.get("name") == name for known in entries):
-            raise name_taken(name)
-        raw["client_keys"] = [*entries, entry]
+        check_free(raw, "client_keys", name)
+        raw["client_keys"] = [*entries_of(raw, "client_keys"), entry]
 
     change_config(gateway, edit)
     handler.respond_json({"name": name, "key": key, "version": gateway.config_version()}, 201)
@@ -14722,8 +14700,8 @@ def remove_key(handler: Handler) -> None:
     check_ours(gateway, "client_keys")
 
     def edit(raw: Json) -> None:
-        entries = raw["client_keys"] if isinstance(raw.get("client_keys"), list) else []
-        kept = [entry for entry in entries if not isinstance(entry, dict) or entry.get("name") != name]
+        entries = entries_of(raw, "client_keys")
+        kept = [entry for entry in entries if name_of(entry) != name]
         if len(kept) == len(entries):
             raise NotFound(f"there is no key {one_line(name, 60)!r}", code="not_found", param="name")
         raw["client_keys"] = kept
@@ -14760,10 +14738,9 @@ def play(handler: Handler) -> None:
 # --- logging in at iFlow --------------------------------------------------------------
 
 def show_logins(handler: Handler) -> None:
-    gateway = handler.server.gateway
-    data = [{"account": account, "keys": 1, "message": "", **login}
-            for account, login in gateway.login_report().items()]
-    handler.respond_json({"data": data})
+    logins = handler.server.gateway.login_report()
+    handler.respond_json({"data": [{"account": account, "keys": 1, "message": "", **login}
+                                   for account, login in logins.items()]})
 
 
 def steer_login(handler: Handler) -> None:
@@ -14776,8 +14753,8 @@ def steer_login(handler: Handler) -> None:
         return handler.respond_json(logins.start(body.get("account") or "", body.get("paste") is True))
     if action == "status":
         return handler.respond_json(logins.status())
-    text = body.get("text") or "" if action == "paste" else body.get("query") or ""
-    handler.respond_json(logins.paste(text) if action == "paste" else logins.callback(text))
+    handler.respond_json(logins.paste(body.get("text") or "") if action == "paste" else
+                         logins.callback(body.get("query") or ""))
 
 
 # --- clients ---------------------------------------------------------------------------
@@ -14820,7 +14797,8 @@ SHELLS = {
     "fish": Shell("set -gx {name} {value}", "# {}", "function codex; command codex {flags} $argv; end",
                   lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
     "powershell": Shell("$env:{name} = {value}", "# {}",
-                        "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) {flags} @args }}",
+                        "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) "
+                        "{flags} @args }}",
                         lambda text: "'" + text.replace("'", "''") + "'", "$env:{}"),
     "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
 
@@ -14849,36 +14827,31 @@ def env_values(client: str, words: Mapping[str, str]) -> Dict[str, str]:
 
 
 def env_lines(client: str, shell: Shell, words: Mapping[str, str], said: Callable[[str], str] = str) -> List[str]:
-    """What points one of CLIENTS at this server; `words` are URL, KEY (`$IFLOW2API_KEY`: the user has it), MODEL, ….
+    """What points one of CLIENTS at this server; `said` puts a sentence into the user's language.
 
-    Each word a CLIENTS entry or CODEX_SETTINGS may name.  `said` puts a sentence into the user's language.
+    `words` are all that CLIENTS and CODEX_SETTINGS may name: URL, KEY (`$IFLOW2API_KEY`: the user has it), MODEL, ….
     """
-    title = CLIENTS[client][1]
-    theirs, lines = words["KEY"] == "$IFLOW2API_KEY", []
-    if theirs:
+    lines = []
+    if words["KEY"] == "$IFLOW2API_KEY":
         lines.append(shell.comment.format(said("put your key into IFLOW2API_KEY first; `key add NAME` makes one")))
     for name, value in env_values(client, words).items():
-        if value == "$IFLOW2API_KEY":
-            if name != "IFLOW2API_KEY":                  # a variable of the shell's, not its name in quotes
-                lines.append(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
-        else:
+        if value != "$IFLOW2API_KEY":
             lines.append(shell.variable.format(name=name, value=shell.quote(value)))
+        elif name != "IFLOW2API_KEY":    # a variable of the shell's, not its name in quotes
+            lines.append(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
     if client == "codex":
         pairs = [(name, fill_words(value, words)) for name, value in CODEX_SETTINGS if fill_words(value, words)]
         lines.append(codex_command(shell, pairs))
         lines.append(shell.comment.format(said("or for good, in ~/.codex/config.toml:")))
         lines += [shell.comment.format(line) for line in codex_toml(pairs)]
     if not words["MODEL"]:
-        lines.append(shell.comment.format(said(f"{title} asks for models of its own; tell which one to use instead: "
+        lines.append(shell.comment.format(said(f"{CLIENTS[client][1]} asks for models of its own; tell which one to use instead: "
                                                "python iflow2api.py config set default_model NAME")))
     return lines
 
 
 def codex_command(shell: Shell, pairs: Sequence[Tuple[str, str]]) -> str:
-    flags = " ".join("-c " + shell.quote(f'{name}="{value}"') for name, value in pairs)
-    if shell is SHELLS["cmd"]:
-        flags = " ".join(f'-c {name}="{value}"' for name, value in pairs)
-    return shell.command.format(flags=flags)
+    return shell.command.format(flags=" ".join("-c " + shell.quote(f'{name}="{value}"') for name, value in pairs))
 
 
 def codex_toml(pairs: Sequence[Tuple[str, str]]) -> Iterator[str]:
@@ -14936,9 +14909,10 @@ def codex_blocks(setup: Setup) -> List[Json]:
 def python_blocks(setup: Setup) -> List[Json]:
     base, key, model = map(json.dumps, (setup.base + "/v1", setup.key, setup.model))
     return [code_block("pip install openai", "python", "from openai import OpenAI\n\n"
-                  f"client = OpenAI(base_url={base}, api_key={key})\n"
-                  f"answer = client.chat.completions.create(\n    model={model},\n"
-                  '    messages=[{"role": "user", "content": "Hello"}])\nprint(answer.choices[0].message.content)'),
+                       f"client = OpenAI(base_url={base}, api_key={key})\n"
+                       f"answer = client.chat.completions.create(\n    model={model},\n"
+                       '    messages=[{"role": "user", "content": "Hello"}])\n'
+                       "print(answer.choices[0].message.content)"),
             *shell_blocks("openai", setup)]
 
 
@@ -14983,7 +14957,7 @@ def form_blocks(setup: Setup, zh: str, en: str, base: str) -> List[Json]:
 def environ_blocks(variables: Mapping[str, str]) -> List[Json]:
     """Variables for a container's environment; there this machine has another name."""
     return [code_block(("环境变量（自行部署）", "environment (self-hosted)"), "text",
-                  "\n".join(f"{name}={value}" for name, value in variables.items()))]
+                       "\n".join(f"{name}={value}" for name, value in variables.items()))]
 
 
 def seen_from_container(base: str) -> str:
@@ -14994,10 +14968,10 @@ def webui_blocks(setup: Setup) -> List[Json]:
     base = seen_from_container(setup.base) + "/v1"
     quote = SHELLS["bash"].quote
     return [code_block("Docker", "bash", "docker run -d -p 3000:8080 --add-host=host.docker.internal:host-gateway \\\n"
-                  f"  -e OPENAI_API_BASE_URL={quote(base)} \\\n  -e OPENAI_API_KEY={quote(setup.key)} \\\n"
-                  "  -v open-webui:/app/backend/data --name open-webui ghcr.io/open-webui/open-webui:main"),
-            *form_blocks(setup, "管理员面板 → 设置 → 外部连接 → OpenAI API", "Admin Panel → Settings → Connections → OpenAI API",
-                         setup.base + "/v1")]
+                       f"  -e OPENAI_API_BASE_URL={quote(base)} \\\n  -e OPENAI_API_KEY={quote(setup.key)} \\\n"
+                       "  -v open-webui:/app/backend/data --name open-webui ghcr.io/open-webui/open-webui:main"),
+            *form_blocks(setup, "管理员面板 → 设置 → 外部连接 → OpenAI API",
+                         "Admin Panel → Settings → Connections → OpenAI API", setup.base + "/v1")]
 
 
 def continue_blocks(setup: Setup) -> List[Json]:
@@ -18402,7 +18376,7 @@ def slim_script(script: str) -> str:
 
 @lru_cache(1)
 def admin_page() -> Tuple[bytes, str]:
-    """The page with style, texts and script in their places, and its policy, which admits those two blocks and nothing else."""
+    """The page with style, texts and script in their places, and its policy, which admits those two blocks alone."""
     texts = json.dumps(ADMIN_TEXTS, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     code = slim_script(ADMIN_JS)
     body = ADMIN_HTML.replace("@CSS@", ADMIN_CSS).replace("@TEXTS@", texts).replace("@JS@", code).encode()
@@ -18415,7 +18389,8 @@ def admin_page() -> Tuple[bytes, str]:
 def show_page(handler: Handler) -> None:
     """GET /admin: the page, to anybody who may reach this server; it holds nothing but itself."""
     body, policy = admin_page()
-    handler.respond_static(body, "text/html; charset=utf-8", (("Content-Security-Policy", policy), ("X-Frame-Options", "DENY")))
+    handler.respond_static(body, "text/html; charset=utf-8",
+                           (("Content-Security-Policy", policy), ("X-Frame-Options", "DENY")))
 
 
 #: path below /admin/api/ -> method -> what it does; all but the public ones want a session.

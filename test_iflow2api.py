@@ -1999,6 +1999,15 @@ def test_a_connection_is_used_again(transport, upstream):
     assert upstream.connections == 1
 
 
+def test_a_connection_cut_off_after_its_answer_is_closed_in_silence(transport, upstream):
+    upstream.plays(sse("a", HOLD, end=False))
+    target = ifl.parse_provider(provider(upstream), {})
+    with transport.open(target, QUICK, "POST", "/chat/completions", [], b"{}") as exchange:
+        assert exchange.read()
+        exchange.wire.cut(ifl.Stopping("the server is shutting down"))
+    assert exchange.wire.sock.fileno() == -1
+
+
 @pytest.mark.parametrize("reply", [
     Reply(head(200, [("Content-Length", "5"), ("Connection", "close")]) + b"hello"), Reply(head(200) + b"hello", CLOSE),
     Reply(head(200, [("Content-Length", "5")], "HTTP/1.0") + b"hello"),
@@ -3623,6 +3632,18 @@ def test_metrics_of_requests(server, upstream):
     assert values["iflow2api_in_flight"] == 0 and values['iflow2api_upstream_waiting{provider="up"}'] == 0
 
 
+def test_a_provider_added_while_they_are_told_does_no_harm_to_metrics_and_queues(gateway, upstream, monkeypatch):
+    made = gateway(upstream)
+
+    def busy(slots):
+        made.slots.setdefault(f"up{len(made.slots) + 1}", ifl.Slots(0))
+        return 0
+
+    monkeypatch.setattr(ifl.Slots, "active", property(busy, lambda slots, value: None), raising=False)
+    assert 'upstream_waiting{provider="up"} 0' in made.metrics_text()
+    assert made.queues() == [{"provider": "up", "active": 0, "waiting": 0, "limit": 0}]
+
+
 def test_the_names_that_can_be_asked_for(gateway, upstreams):
     """Each leads to where the list says; what would lead elsewhere is listed with its provider."""
     first, second = upstreams(), upstreams()
@@ -3637,6 +3658,28 @@ def test_the_names_that_can_be_asked_for(gateway, upstreams):
         assert router.resolve(name)[0].provider.name == owner, name
     made.models()
     assert len(first.requests) == len(second.requests) == 1        # the lists are kept
+
+
+def test_a_list_that_comes_after_its_provider_has_moved_is_not_the_new_one_s(gateway, upstreams):
+    go = threading.Event()
+    old, new = upstreams(Reply(go, *plain({"data": [{"id": "old"}]}).steps)), upstreams(plain({"data": [{"id": "new"}]}))
+    made = gateway(old)
+    asking = threading.Thread(target=made.models)
+    asking.start()
+    until(lambda: old.requests)
+    made.apply(settings_for([new]))
+    go.set()
+    asking.join(WAIT_S)
+    assert [model["id"] for model in made.models()] == ["new"]
+
+
+def test_providers_that_swap_their_names_do_not_swap_their_lists(gateway, upstreams):
+    upper, lower = upstreams(plain({"data": [{"id": "a"}]})), upstreams(plain({"data": [{"id": "b"}]}))
+    made = gateway(provider(upper, "one"), provider(lower, "two"))
+    made.models()
+    made.apply(settings_for([provider(upper.plays(plain({"data": [{"id": "a"}]})), "two"),
+                             provider(lower.plays(plain({"data": [{"id": "b"}]})), "one")]))
+    assert {model["id"]: model["owned_by"] for model in made.models()} == {"a": "two", "one/b": "one"}
 
 
 @pytest.mark.parametrize("reply", [error_reply(500), plain(b"nope"), plain([1]),
@@ -3821,9 +3864,12 @@ def test_an_unknown_path_is_404_in_the_words_of_who_asks(server, path):
 @pytest.mark.parametrize("target", ["http://127.0.0.1/health", "https://x/", "*", "//evil/health", "health",
                                     "127.0.0.1:80"])
 def test_a_target_that_is_no_path_is_refused(server, target):
-    with Client(server(detect_local=False)) as client:
+    running = server(detect_local=False)
+    with Client(running) as client:
         answer = client.request("GET", target).answer()
         assert answer.status == 400 and "path" in answer.error["message"] and client.is_closed()
+    answer = post(running, chat(), target)
+    assert answer.status == 400 and "path" in answer.error["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/health", "/nothing"])
@@ -4364,7 +4410,7 @@ PAGES = [
 
 @pytest.mark.parametrize("query, ids, more", PAGES)
 def test_pages_of_the_list(query, ids, more):
-    page = ifl.anthropic_page([{"id": name} for name in "abcd"], ifl.urllib.parse.parse_qs(query))
+    page = ifl.anthropic_page([{"id": name} for name in "abcd"], dict(ifl.urllib.parse.parse_qsl(query)))
     assert [model["id"] for model in page["data"]] == ids and page["has_more"] is more
     assert (page["first_id"], page["last_id"]) == ((ids[0], ids[-1]) if ids else (None, None))
 
@@ -10132,6 +10178,7 @@ def test_an_engine_is_found_at_the_first_request(demo, engines, caplog):
         assert len(looks(demo)) == 1                     # the second request came within 30 seconds
         assert call_demo(url, "/health")[1]["providers"][0]["name"] == "ollama"
         assert "demo" in [m["id"] for m in call_demo(url, "/v1/models")[1]["data"]]
+        assert call_demo(url, "/v1/models/ollama/demo")[1]["owned_by"] == "ollama"
     assert any(r.getMessage().startswith(f"found ollama at {demo.base_url}: demo") for r in caplog.records)
     assert ifl.LOCAL_TTL_S == 30
 
@@ -12206,6 +12253,21 @@ def test_what_is_not_refreshed(home_login, host, refresher, login):
                                   1798859045000])
 def test_times(text):
     assert ifl.format_time(ifl.parse_time(text)) == "2027-01-02T03:04:05Z"
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, float("inf"), float("nan"), 10 ** 400, True, None, []],
+                         ids=lambda value: str(value)[:9])
+def test_a_time_that_no_calendar_has_is_none(home_login, gateway_login, value):
+    put_login(home_login, oauth_expires_at=value)
+    gateway_login.reload()
+    assert gateway_login.health()["logins"]["default"]["expires_at"] is None and gateway_login.metrics_text()
+
+
+def test_a_life_that_no_number_can_tell_is_left_out(home_login, host, gateway_login, refresher):
+    put_login(home_login)
+    host.script["/oauth/token"] = [(200, "application/json", {"access_token": "A1", "refresh_token": "R1", "expires_in": 10 ** 400})]
+    refresher.look()
+    assert login_of(home_login)["apiKey"] == "sk-key-1" and "oauth_expires_at" not in login_of(home_login)
 
 
 def test_an_overloaded_host_is_asked_again_later_and_nothing_is_lost(home_login, host, gateway_login, refresher, caplog):
@@ -14607,6 +14669,18 @@ def test_providers_are_added_edited_ordered_and_removed(admin, config, upstream)
     assert "default_provider" not in config.read() and len(config.read()["providers"]) == 1
 
 
+def test_a_renamed_provider_keeps_its_clients_and_its_price(admin, config, upstream):
+    browser = admin(provider(upstream, "old"), client_keys=[key_entry("bob", "sk-bob", models=["old/*", "m9"])],
+                    prices={"old/m1": {"input": 2}, "*": {"input": 1}})
+    ask = functools.partial(post, browser.server, Authorization="Bearer sk-bob")
+    assert ask(chat(model="old/m1")).status == 200
+    assert browser("PUT", "providers/old", {"version": browser.version, "name": "new"}).status == 200
+    assert ask(chat(model="new/m1")).status == 200
+    raw = config.read()
+    assert raw["client_keys"][0]["models"] == ["new/*", "m9"]
+    assert list(raw["prices"]) == ["old/m1", "new/m1", "*"] and raw["prices"]["new/m1"] == {"input": 2}
+
+
 BAD_PROVIDERS = [
     ({"name": ""}, "name"), ({"name": "a b"}, "name"), ({"name": "a/b"}, "name"), ({"name": 5}, "name"), ({"base_url": None}, "base_url"),
     ({"base_url": "ftp://x"}, "base_url"), ({"base_url": "http://u:p@x"}, "base_url"), ({"base_url": "http://["}, "base_url"),
@@ -14631,6 +14705,46 @@ def test_bad_providers_change_nothing(admin, upstream, facts, param):
         answer = browser("PUT", "providers/x", {"version": version, **facts})
         assert (answer.status, answer.error["param"]) == (400, param), answer
     assert open(browser.server.gateway.config.path).read() == before and upstream.requests == []
+
+
+@pytest.mark.parametrize("facts, cure", [
+    ({"headers": "x"}, {}), ({"api_keys": "sk-x"}, ["sk-y"]), ({"api_keys": 5}, []), ({"models": 5}, ["m"]),
+    ({"models": [{"id": ["m"]}]}, ["m"]), ({"models": "m"}, ["m"])], ids=str)
+def test_what_is_of_the_wrong_type_in_config_json_can_be_mended_on_the_page(admin, config, upstream, facts, cure):
+    browser, (name,) = admin({**provider(upstream, "x"), **facts}), facts
+    assert browser.get("providers")["data"][0]["problem"]
+    answer = browser("PUT", "providers/x", {"version": browser.version, "concurrency": 2})
+    assert (answer.status, answer.error["param"]) == (400, name), answer
+    assert browser("PUT", "providers/x", {"version": browser.version, name: cure}).status == 200
+    assert config.read()["providers"][0][name] == cure and not browser.get("providers")["data"][0]["problem"]
+
+
+def test_a_draft_that_is_this_server_itself_does_not_work(admin, upstream):
+    browser = admin(provider(upstream, "x"))
+    told = browser("POST", "providers/test", {"name": "me", "base_url": browser.server.url + "/v1"}).json
+    assert not told["ok"] and "this program's own address" in told["checks"][0]["message"] and not upstream.requests
+
+
+def test_aliases_are_listed_before_there_is_a_provider(admin):
+    row, = admin(aliases={"fast": "glm-5", "": "glm-5"}).get("models")["data"]         # '' matches nothing
+    assert row["alias"] and (row["id"], row["provider"], row["context"], row["vision"]) == ("fast", "", None, None)
+
+
+def test_the_key_of_the_login_is_one_row(iflow):
+    _, start = iflow
+    browser = Admin(start({"apiKey": "sk-0123456789abcdef"}, admin_password=PASSWORD_HASH))
+    assert browser.sign_in().status == 204
+    assert browser.get("providers")["data"][0]["keys"] == [{"index": 0, "masked": "sk-…cdef", "state": "ok", "rest_s": 0}]
+
+
+def test_entries_without_a_proper_name_are_no_obstacle(admin, config, upstream):
+    browser = admin(provider(upstream, "x"), {"name": ["y"]}, {"base_url": "http://h"}, {"name": ""},
+                    client_keys=[key_entry("bob", "sk-bob"), {"name": ["y"]}])
+    assert [row["name"] for row in browser.get("providers")["data"]] == ["x"]
+    assert [row["name"] for row in browser.get("keys")["data"]] == ["bob"]
+    assert browser("POST", "providers/test", {"name": "draft", "base_url": upstream.url}).json["ok"]
+    assert browser("POST", "providers/order", {"version": browser.version, "names": ["x"]}).status == 200
+    assert len(config.read()["providers"]) == 4
 
 
 def test_a_provider_that_somebody_else_changed(admin, config, upstream):
