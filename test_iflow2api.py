@@ -9,6 +9,7 @@ for with an answer to something that comes after it.
 """
 import array
 import ast
+import atexit
 import base64
 import contextlib
 import copy
@@ -25,6 +26,7 @@ import itertools
 import json
 import logging
 import os
+import py_compile
 import random
 import re
 import select
@@ -36,6 +38,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -66,6 +69,17 @@ SOURCE = open(PROGRAM, encoding="utf-8").read()
 def tree() -> ast.Module:
     """The program's syntax."""
     return ast.parse(SOURCE)
+
+
+@functools.lru_cache(maxsize=None)
+def byte_code() -> str:
+    """The program as a file that a process runs at once, in a folder to import it from: a script is compiled anew each time.
+
+    Tests of the script itself, as users start it, run PROGRAM.
+    """
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return py_compile.compile(PROGRAM, os.path.join(folder, "iflow2api.pyc"), PROGRAM, doraise=True)
 
 
 #: Whatever has to happen happens within this; only a failing test takes so long.
@@ -611,7 +625,7 @@ def is_well(server) -> bool:
 def run(*argv, timeout_s=30, **facts):
     """The program in a process of its own."""
     return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=timeout_s,
-                          cwd=os.path.dirname(PROGRAM), encoding="utf-8", **facts)
+                          cwd=os.path.dirname(byte_code()), encoding="utf-8", **facts)
 
 
 # === 1. Preamble ============================================================
@@ -638,7 +652,7 @@ sys.path.insert(0, {folder!r})
 def run_light(code, *names):
     """`code` in a process where only `names` of OpenWrt's split packages are installed."""
     return run("-S", "-E", "-B", "-c", LIGHT.format(names=names,
-                                                    folder=os.path.dirname(PROGRAM)) + textwrap.dedent(code))
+                                                    folder=os.path.dirname(byte_code())) + textwrap.dedent(code))
 
 
 def test_the_syntax_can_be_read_by_python_3_8():
@@ -738,9 +752,7 @@ def test_ids_of_a_child_are_not_its_parents():
                "mine = ifl.new_id('req_')\n"
                "if not child: os.write(writer, mine.encode()); os._exit(0)\n"
                "os.waitpid(child, 0); print(os.read(reader, 100).decode() != mine)\n")
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=os.path.dirname(os.path.abspath(ifl.__file__)),
-                         capture_output=True, text=True, timeout=60, check=True)
-    assert ran.stdout == "True\n"
+    assert run("-W", "ignore", "-c", program).stdout == "True\n"
 
 
 def test_ids_are_long_and_differ():
@@ -5183,7 +5195,7 @@ def test_an_address_that_is_not_ours_is_one_line(cli):
 def test_output_into_a_closed_pipe(home):
     if os.name != "posix":
         pytest.skip("POSIX only")
-    done = subprocess.run(f"{sys.executable} {PROGRAM} config list | head -1", shell=True, capture_output=True,
+    done = subprocess.run(f"{sys.executable} {byte_code()} config list | head -1", shell=True, capture_output=True,
                           text=True, timeout=30)
     assert done.stdout == "host = 127.0.0.1\n" and done.stderr == ""
 
@@ -5191,7 +5203,7 @@ def test_output_into_a_closed_pipe(home):
 def test_output_in_a_small_character_set(home, config):
     put_config(config, {"default_model": "模型😀"})
     environ = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = run(PROGRAM, "config", "get", "default_model", env=environ)
+    done = run(byte_code(), "config", "get", "default_model", env=environ)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout == "\\u6a21\\u578b\\U0001f600\n"
 
 
@@ -5204,10 +5216,9 @@ def test_version_without_a_warning(home):
 class Process:
     """The program serving in a process of its own."""
 
-    def __init__(self, *argv, options=()) -> None:
-        self.process = subprocess.Popen([sys.executable, *options, PROGRAM, *argv], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE,
-                                        text=True, encoding="utf-8", cwd=os.path.dirname(PROGRAM))
+    def __init__(self, *argv) -> None:
+        self.process = subprocess.Popen([sys.executable, byte_code(), *argv], stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, encoding="utf-8")
         line = self.process.stdout.readline()
         found = re.fullmatch(r"iflow2api \S+ listening on http://127\.0\.0\.1:(\d+)\n", line)
         if not found:
@@ -5280,7 +5291,7 @@ def test_a_signal_that_the_main_thread_does_not_get_ends_its_wait():
         begun.set()
         print(signals.wait())
         """)
-    child = subprocess.run([sys.executable, "-c", script, os.path.dirname(PROGRAM)], stdout=subprocess.PIPE, text=True,
+    child = subprocess.run([sys.executable, "-c", script, os.path.dirname(byte_code())], stdout=subprocess.PIPE, text=True,
                            timeout=WAIT_S)
     assert child.stdout == "stop\n"
 
@@ -5298,7 +5309,7 @@ def test_a_signal_is_no_deadlock_whatever_it_interrupts():
             for _ in range(1000): pass                   # the handlers run in here
         print(signals.wait() == "stop")
         """)
-    child = subprocess.Popen([sys.executable, "-c", script, os.path.dirname(PROGRAM)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", script, os.path.dirname(byte_code())], stdout=subprocess.PIPE, text=True)
     try:
         assert child.communicate(timeout=30)[0] == "True\n"
     finally:
@@ -9016,10 +9027,7 @@ def test_env_claude_of_a_running_server(tmp_path, monkeypatch, capsys, server, u
 
 @pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
 def test_env_lines_survive_a_real_shell(tmp_path):
-    import subprocess
-    import sys
-    program = os.path.join(os.path.dirname(os.path.abspath(ifl.__file__)), "iflow2api.py")
-    script = f'eval "$({sys.executable} {program} env codex --model glm-5 --config-dir {tmp_path})"; ' \
+    script = f'eval "$({sys.executable} {byte_code()} env codex --model glm-5 --config-dir {tmp_path})"; ' \
              'codex_path=1; printf "%s|" "$IFLOW2API_KEY"; declare -f codex'
     environ = {**os.environ, "HOME": str(tmp_path), "IFLOW2API_CUSTOM_API_KEY": "a'b $c"}
     done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, env=environ, timeout=60)
@@ -9426,7 +9434,6 @@ def test_a_browser_shows_what_the_cdn_has_or_else_our_own_reader(server, upstrea
 
 # === 17. Demo upstream, presets, local engines ===============================
 
-HERE_DEMO = os.path.dirname(os.path.abspath(__file__))
 WEATHER_DEMO = {"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": {
     "type": "object", "required": ["city", "unit"],
     "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["celsius", "kelvin"]}}}}}
@@ -9743,7 +9750,7 @@ def test_demo_keeps_a_pace(demo):
 @contextlib.contextmanager
 def running(tmp_path, *flags):
     """`serve` as a process on a free port; its URL."""
-    command = [sys.executable, os.path.join(HERE_DEMO, "iflow2api.py"), "serve", "--port", "0", "--config-dir", str(tmp_path)]
+    command = [sys.executable, byte_code(), "serve", "--port", "0", "--config-dir", str(tmp_path)]
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         yield process, process.stdout.readline().split()[-1]
@@ -10224,10 +10231,6 @@ def test_env_names_the_model_of_a_found_engine(capsys, demo, engines):
 
 # === 18. Proxies, console, completion ========================================
 
-HERE_CONSOLE = os.path.dirname(os.path.abspath(__file__))
-PROGRAM_CONSOLE = os.path.join(HERE_CONSOLE, "iflow2api.py")
-
-
 @pytest.fixture
 def home_console(tmp_path, monkeypatch):
     """A home of its own, and an environment in which nothing speaks Chinese or knows a proxy."""
@@ -10663,7 +10666,7 @@ def test_redaction_hides_credentials_and_leaves_ports(text, shown):
 
 def run_console(*argv, **environ):
     """The program as a process: (status, stdout, stderr)."""
-    done = subprocess.run([sys.executable, PROGRAM_CONSOLE, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+    done = subprocess.run([sys.executable, byte_code(), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
                           env={**os.environ, "PYTHONIOENCODING": "utf-8", **environ}, stdin=subprocess.DEVNULL)
     return done.returncode, done.stdout.decode().replace(os.linesep, "\n"), done.stderr.decode().replace(os.linesep, "\n")
 
@@ -10678,7 +10681,7 @@ def main(capsys, *argv):
 def running_console(*argv, terminal=False, **environ):
     """`serve` as a process, its first line read; on a pseudo terminal if wanted.  Yields (process, url, rest of stderr's fd)."""
     reader, writer = __import__("pty").openpty() if terminal else os.pipe()
-    process = subprocess.Popen([sys.executable, PROGRAM_CONSOLE, "--port", "0", *argv], stdout=subprocess.PIPE, stderr=writer,
+    process = subprocess.Popen([sys.executable, byte_code(), "--port", "0", *argv], stdout=subprocess.PIPE, stderr=writer,
                                env={**os.environ, "PYTHONIOENCODING": "utf-8", **environ})
     os.close(writer)
     try:
@@ -10774,7 +10777,7 @@ def test_language_by_setting(tmp_path, argv, text, language):
 def test_a_console_that_lacks_characters():
     status, out, err = run_console("nope", LC_ALL="zh_CN.UTF-8", PYTHONIOENCODING="ascii")
     assert status == 2 and err.startswith("error: there is no command")
-    done = subprocess.run([sys.executable, PROGRAM_CONSOLE, "nope"], stderr=subprocess.PIPE, timeout=60,
+    done = subprocess.run([sys.executable, byte_code(), "nope"], stderr=subprocess.PIPE, timeout=60,
                           env={**os.environ, "LC_ALL": "zh_CN.GBK", "PYTHONIOENCODING": "gbk"})
     assert done.stderr.decode("gbk").startswith("错误：")
     for encoding, shown in (("ascii", "a -> b... \\u4e2d (x)"), ("gbk", "a → b… 中（x）"), ("cp437", "a -> b... \\u4e2d (x)")):
@@ -10800,11 +10803,10 @@ def test_cutting_and_widths():
 
 @pytest.mark.usefixtures("home_console")
 def test_texts_are_whole():
-    source = open(PROGRAM_CONSOLE, encoding="utf-8").read()
     for key, (zh, en) in ifl.TEXTS.items():
         assert zh.strip() and en.strip()
         assert set(re.findall(r"\{(\w+)", zh)) - {"command"} == set(re.findall(r"\{(\w+)", en)) - {"command"}, key
-    used = set(re.findall(r"""\btr\(["'](\w+)["'][,)]""", source)) | {group for group, _ in ifl.COMMAND_GROUPS}
+    used = set(re.findall(r"""\btr\(["'](\w+)["'][,)]""", SOURCE)) | {group for group, _ in ifl.COMMAND_GROUPS}
     used |= {key for _, key in ifl._COMPLAINTS} | {"kind_" + kind for kind in ifl._KINDS}
     used |= {f"encrypt_{mode}{end}" for mode in ("on", "off", "rotate") for end in ("", "_none")}
     assert used == set(ifl.TEXTS), used ^ set(ifl.TEXTS)
@@ -11044,7 +11046,7 @@ def test_logs_says_what_to_set(home_console, capsys, monkeypatch):
 def test_logs_follow_over_a_rotation(home_console):
     path = home_console / "a.log"
     path.write_text("2026-01-01 00:00:01 INFO one\n")
-    process = subprocess.Popen([sys.executable, PROGRAM_CONSOLE, "logs", "-f", "--level", "info"], stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, byte_code(), "logs", "-f", "--level", "info"], stdout=subprocess.PIPE,
                                env={**os.environ, "IFLOW2API_LOG_FILE": str(path)})
     try:
         assert process.stdout.readline().split()[-1] == b"one"
@@ -11158,7 +11160,7 @@ def test_a_port_in_use_names_a_free_one():
 def test_importing_and_serving_stay_light(tmp_path):
     code = ("import sys; sys.path.insert(0, %r); import iflow2api as i; g = i.Gateway(i.Settings()); s = i.serve(g, port=0); s.close();"
             "print([n for n in ('urllib.request', 'logging.handlers', 'argparse', 'ctypes', 'difflib')"
-            " if n in sys.modules])") % HERE_CONSOLE
+            " if n in sys.modules])") % os.path.dirname(byte_code())
     done = subprocess.run([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, timeout=60)
     assert done.stdout.strip() == b"[]"
 
@@ -11239,9 +11241,7 @@ def test_completion_knows_every_command_and_flag(capsys):
 
 @pytest.mark.usefixtures("home_console")
 def test_house_rules():
-    source = open(PROGRAM_CONSOLE, encoding="utf-8").read()
-    tree = ast.parse(source, feature_version=(3, 8))
-    for node in ast.walk(tree):
+    for node in ast.walk(tree()):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno < 60, node.name
             arguments = [a for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
@@ -11250,7 +11250,6 @@ def test_house_rules():
 
 # === 11. Credentials =========================================================
 
-PROGRAM_LOGIN = os.path.abspath(ifl.__file__)
 WAIT_S_LOGIN = 10.0
 posix_login = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 
@@ -11702,7 +11701,7 @@ def test_kill_9_in_the_middle_of_a_write_leaves_a_readable_file(home_login):
         """)
     put_login(home_login)
     for _ in range(6):
-        child = subprocess.Popen([sys.executable, "-c", script, os.path.dirname(PROGRAM_LOGIN), str(home_login / "c")], stdout=subprocess.PIPE)
+        child = subprocess.Popen([sys.executable, "-c", script, os.path.dirname(byte_code()), str(home_login / "c")], stdout=subprocess.PIPE)
         child.stdout.readline()
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -12069,7 +12068,7 @@ def test_logout_keeps_what_is_not_ours(home_login, config_login, capsys):
 
 @posix_login
 def test_ctrl_c_leaves_nothing_behind(home_login, config_login):
-    child = subprocess.Popen([sys.executable, "-X", "dev", PROGRAM_LOGIN, "login", "--no-browser"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    child = subprocess.Popen([sys.executable, "-X", "dev", byte_code(), "login", "--no-browser"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              stdin=subprocess.DEVNULL, text=True, env={**os.environ, "HOME": str(home_login)})
     port = urllib.parse.urlsplit(callback_of(child.stdout.readline().strip())).port
     assert is_listening(port)
@@ -12313,7 +12312,7 @@ def test_a_kill_after_the_host_has_answered_costs_no_login(home_login, host, con
         ifl.LoginFile.update = lambda *more: os.kill(os.getpid(), signal.SIGKILL)
         gateway.logins.refresher.look()
         """)
-    child = subprocess.run([sys.executable, "-c", script, os.path.dirname(PROGRAM_LOGIN), config_login.folder], timeout=60,
+    child = subprocess.run([sys.executable, "-c", script, os.path.dirname(byte_code()), config_login.folder], timeout=60,
                            env={**os.environ, "HOME": str(home_login)})
     assert child.returncode == -signal.SIGKILL and host.count("/oauth/token") == 1
     left, = [path for path in home_login.rglob("*.tokens")]
@@ -12367,7 +12366,7 @@ def test_two_processes_use_a_refresh_token_once(home_login, host, config_login):
         gateway.logins.refresher.look()
         print(gateway.state.router.providers["iflow"].api_keys[0], gateway.health()["status"], flush=True)
         """)
-    children = [subprocess.Popen([sys.executable, "-c", script, os.path.dirname(PROGRAM_LOGIN), config_login.folder], text=True,
+    children = [subprocess.Popen([sys.executable, "-c", script, os.path.dirname(byte_code()), config_login.folder], text=True,
                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "HOME": str(home_login)})
                 for _ in range(2)]
     assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
@@ -13606,7 +13605,7 @@ def test_usage_survives_a_kill_and_a_torn_line(home_routes):
                f"book = ifl.UsageBook({str(path)!r})\n"
                "for _ in range(50): book.add('m', 'p', 'k', [1, 0, 7, 3, 0, 0, 0, 1, 5, 9], 92)\n"
                "os.kill(os.getpid(), signal.SIGKILL if hasattr(signal, 'SIGKILL') else signal.SIGTERM)\n")
-    subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(os.path.abspath(ifl.__file__)), check=False, timeout=60)
+    run("-c", program)
     with open(path, "ab") as file:
         file.write(b'{"day":"2026-01-01","mod')
     book = ifl.UsageBook(str(path))
@@ -13687,7 +13686,7 @@ def test_waiting_lines_outlive_an_end_that_closes_nothing(home_routes):
     program = ("import iflow2api as ifl\n"
                f"book = ifl.UsageBook({str(path)!r})\n"
                "for _ in range(5): book.add('m', 'p', 'k', [1] * 10, 92, waits=True)\n")
-    subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(os.path.abspath(ifl.__file__)), check=True, timeout=60)
+    run("-c", program)
     assert len(path.read_bytes().splitlines()) == 5
 
 
@@ -15016,9 +15015,10 @@ def test_reset_password(home, capsys, monkeypatch, config):
 def test_reset_password_at_the_terminal(home, config):
     import pty
     replies = [(b"new password", b"typed at the terminal\n"), (b"again", b"typed at the terminal\n")]
+    command = [sys.executable, byte_code(), "admin", "reset-password"]
     pid, fd = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, PROGRAM, "admin", "reset-password"])
+        os.execv(sys.executable, command)
     said = b""
     for word, reply in replies:
         while word not in said:
