@@ -9176,6 +9176,16 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         """Not logged: the request line holds the code."""
 
 
+def stop_accepting(server: socketserver.BaseServer) -> None:
+    """End the accept loop at once: it looks up every few seconds, or when somebody connects."""
+    stopper = threading.Thread(target=server.shutdown, daemon=True)
+    stopper.start()
+    with contextlib.suppress(OSError):
+        socket.create_connection(server.server_address[:2], 0.2).close()
+    stopper.join()
+    server.server_close()
+
+
 class _CallbackServer(http.server.ThreadingHTTPServer):
     """One of the two listeners, 127.0.0.1 and ::1: `localhost` may mean either to a browser."""
     daemon_threads, block_on_close = True, False
@@ -9199,8 +9209,7 @@ class _CallbackServer(http.server.ThreadingHTTPServer):
         log.debug("a connection to the login's port failed")
 
     def close(self) -> None:
-        self.shutdown()
-        self.server_close()
+        stop_accepting(self)
 
 
 def listen_for_login(flow: "LoginFlow", port: int) -> List[_CallbackServer]:
@@ -12803,16 +12812,6 @@ def url_of(host: str, port: int) -> str:
     """Where a client on this machine reaches a server bound to `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host and host[0] != "[" else f"http://{host}:{port}"
-
-
-def stop_accepting(server: socketserver.BaseServer) -> None:
-    """End the accept loop at once: it looks up every few seconds, or when somebody connects."""
-    stopper = threading.Thread(target=server.shutdown, daemon=True)
-    stopper.start()
-    with contextlib.suppress(OSError):
-        socket.create_connection(server.server_address[:2], 0.2).close()
-    stopper.join()
-    server.server_close()
 
 
 class Server(http.server.ThreadingHTTPServer):
