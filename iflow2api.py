@@ -9180,6 +9180,16 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         """Not logged: the request line holds the code."""
 
 
+def stop_accepting(server: socketserver.BaseServer) -> None:
+    """End the accept loop at once: it looks up every few seconds, or when somebody connects."""
+    stopper = threading.Thread(target=server.shutdown, daemon=True)
+    stopper.start()
+    with contextlib.suppress(OSError):
+        socket.create_connection(server.server_address[:2], 0.2).close()
+    stopper.join()
+    server.server_close()
+
+
 class Listener(http.server.ThreadingHTTPServer):
     """What our servers have in common: a thread for each connection, and a port that is theirs alone."""
     daemon_threads, block_on_close = True, False
@@ -9209,8 +9219,7 @@ class _CallbackServer(Listener):
         log.debug("a connection to the login's port failed")
 
     def close(self) -> None:
-        self.shutdown()
-        self.server_close()
+        stop_accepting(self)
 
 
 def listen_for_login(flow: "LoginFlow", port: int) -> List[_CallbackServer]:
@@ -12815,16 +12824,6 @@ def url_of(host: str, port: int) -> str:
     """Where a client on this machine reaches a server bound to `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{bracketed(host.strip('[]'))}:{port}"
-
-
-def stop_accepting(server: socketserver.BaseServer) -> None:
-    """End the accept loop at once: it looks up every few seconds, or when somebody connects."""
-    stopper = threading.Thread(target=server.shutdown, daemon=True)
-    stopper.start()
-    with contextlib.suppress(OSError):
-        socket.create_connection(server.server_address[:2], 0.2).close()
-    stopper.join()
-    server.server_close()
 
 
 class Server(Listener):
