@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# -*- coding: utf-8 -*-
 """iflow2api: one file between any AI client and any OpenAI-compatible model.
 
     curl -O https://raw.githubusercontent.com/iflow2api/iflow2api/main/iflow2api.py
@@ -48,7 +49,8 @@ Embedding: `server = serve(Gateway(Settings(providers=[…])), port=0)`, then se
 """
 # === 1. Preamble =============================================================
 
-from __future__ import annotations
+# Python 2.7 and 3.6 can't read this file; what they show of it, the line that stopped them, says why.
+from __future__ import annotations  # iflow2api needs Python 3.9 or newer
 
 import os
 import sys
@@ -57,7 +59,7 @@ if sys.version_info < (3, 9):
     sys.exit("iflow2api needs Python 3.9 or newer; this is %d.%d." % sys.version_info[:2])
 
 
-def _serve_from_byte_code(code: Any, source: str) -> None:
+def _serve_from_byte_code(code: Any, source: str) -> None:   # iflow2api needs Python 3.9 or newer
     """Replace a process that is about to serve by one that runs this file's byte code: it takes 10 MB less.
 
     Python caches no script, only imports and what `-m` runs, and keeps a script's syntax tree until it ends.  The byte
@@ -422,7 +424,7 @@ class UpstreamBroke(UpstreamRefused):
 
 class UpstreamTimeout(UpstreamError):
     """It accepted the request and then said nothing for too long."""
-    status, type = 504, "timeout_error"
+    status = 504
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -2404,12 +2406,13 @@ CHINESE: Dict[str, str] = {
     "base_url to the real upstream": " base_url，填写真正的上游",
     "upstream_proxy, or the provider's proxy, to a real one": " upstream_proxy 或上游的 proxy，填写真正的代理",
     "ca_file {}: {}": "ca_file {}：{}",
-    "provider {} refused its key (HTTP {}: {}); {}, then run: python iflow2api.py test {}":
-        "上游 {} 拒绝了它的密钥（HTTP {}：{}）；{}，然后运行：python iflow2api.py test {}",
-    "provider {} refused a request without a key (HTTP {}: {}); {}, then run: python iflow2api.py test {}":
-        "上游 {} 拒绝了没有密钥的请求（HTTP {}：{}）；{}，然后运行：python iflow2api.py test {}",
-    "log in to iFlow again (python iflow2api.py login)": "请重新登录 iFlow（python iflow2api.py login）",
-    "check its api_keys in config.json": "请检查 config.json 中它的 api_keys",
+    "provider {} refused {} (HTTP {}: {}); {}": "上游 {} 拒绝了{}（HTTP {}：{}）；{}",
+    "its key": "它的密钥", "a request without a key": "没有密钥的请求",
+    "log in to iFlow again (python iflow2api.py login), then run: python iflow2api.py test iflow":
+        "请重新登录 iFlow（python iflow2api.py login），然后运行：python iflow2api.py test iflow",
+    "check its api_keys in config.json, then run: python iflow2api.py test {}":
+        "请检查 config.json 中它的 api_keys，然后运行：python iflow2api.py test {}",
+    "give another --api-key": "请换一个 --api-key",
     "the model {} does not exist there: {}": "那里没有模型 {}：{}",
     "{} is busy and {} requests wait already": "{} 繁忙，已有 {} 个请求在排队",
     "no place at {} came free within {} s": "{} 在 {} 秒内没有空位",
@@ -3320,7 +3323,7 @@ def parse_refusal(status: int, content_type: str, data: bytes) -> UpstreamRefuse
 
 #: OpenAI's `type` for a status (openai-chat.md section 5).
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error",
-               503: "service_unavailable_error", 504: "timeout_error"}
+               503: "service_unavailable_error"}
 
 
 def error_type(status: int) -> str:
@@ -3851,7 +3854,7 @@ class RelayStream:
             return False
         self.records += 1
         self._tail = (self._tail + payload)[-TAIL_BYTES:]
-        if b"[DONE]" in payload[-64:] or b'"error"' in payload[:24] or len(payload) > TAIL_BYTES:
+        if b"[DONE]" in payload[-64:] or b'"error"' in payload or len(payload) > TAIL_BYTES:
             self._look_for_end(payload)
         return True
 
@@ -10831,15 +10834,27 @@ _EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "ima
                                "tools": bool, "aliases": dict}
 
 
+def _secrets_of(provider: Provider) -> List[str]:
+    """What no client may see; what is as short as "none" or "EMPTY" is no secret."""
+    return [secret for secret in (*provider.api_keys, *(value for _, value in provider.headers)) if len(secret) >= 8]
+
+
 def _forget_secrets(exc: GatewayError, provider: Provider) -> None:
     """Some upstreams repeat the key they refuse; it is not the client's."""
-    for secret in (*provider.api_keys, *(value for _, value in provider.headers)):
-        if len(secret) < 8:              # "none", "EMPTY": what local engines are given is no secret
-            continue
-        if secret in exc.message:
-            exc.message = exc.message.replace(secret, mask(secret))
-        if exc.body and secret in dump_json(exc.body).decode():
-            exc.body = json.loads(dump_json(exc.body).decode().replace(secret, mask(secret)))
+    for secret in _secrets_of(provider):
+        for name in ("message", "type", "param", "code"):
+            value = getattr(exc, name)
+            if isinstance(value, str) and secret in value:
+                setattr(exc, name, value.replace(secret, mask(secret)))
+        if exc.body:
+            exc.body = json.loads(_without_secrets(dump_json(exc.body), provider))
+
+
+def _without_secrets(data: bytes, provider: Provider) -> bytes:
+    """JSON text that tells of an error, with the keys in it masked."""
+    for secret in _secrets_of(provider):
+        data = data.replace(dump_json(secret)[1:-1], dump_json(mask(secret))[1:-1])
+    return data
 
 
 @lru_cache(1024)
@@ -11117,12 +11132,13 @@ class Journey:
         if exc.status not in (401, 403):
             return exc
         keys = "its key" if provider.api_keys else "a request without a key"
-        cure = "log in to iFlow again (python iflow2api.py login)" if provider.name == "iflow" else \
-            "check its api_keys in config.json"
-        return UpstreamRefused(
-            f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}, "
-            f"then run: python iflow2api.py test {provider.name}", status=403, type="permission_error",
-            should_retry=False)
+        cure = f"check its api_keys in config.json, then run: python iflow2api.py test {provider.name}"
+        if provider.name == "iflow":
+            cure = "log in to iFlow again (python iflow2api.py login), then run: python iflow2api.py test iflow"
+        elif "providers" in self.gateway.flags:          # --upstream
+            cure = "give another --api-key"
+        return UpstreamRefused(f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}",
+                               status=403, type="permission_error", should_retry=False)
 
     def _attempt_with_login(self, target: Target, key: str, turn: Any, body: bytes) -> None:
         """An attempt; where iFlow says that the key has ended, the login is refreshed and it is made again."""
@@ -11154,7 +11170,7 @@ class Journey:
             data = b""
             if self.call.stream and "json" not in exchange.content_type:
                 try:
-                    data = self._pump(exchange, stream)
+                    data = self._pump(exchange, target, stream)
                 finally:
                     self.record.usage = self._usage(stream.usage, stream.records)
                 if not data:
@@ -11174,12 +11190,12 @@ class Journey:
                 self.sink.reply(turn.reply(data, completion), content_type, self.sink.returned)
             self.record.first_s = time.monotonic() - self.record.started
 
-    def _pump(self, exchange: Exchange, stream: Any) -> bytes:
+    def _pump(self, exchange: Exchange, target: Target, stream: Any) -> bytes:
         """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole.
 
         Returns the body where it is no event stream but a JSON object, whatever it calls itself, else b"".
         """
-        sink, record = self.sink, self.record
+        sink, record, provider = self.sink, self.record, target.provider
         kinds: Set[bool] = set()         # of the first payload: whether it begins as JSON does
         body = bytearray()
 
@@ -11191,11 +11207,13 @@ class Journey:
                 if len(body) > ANSWER_LIMIT_BYTES:
                     raise UpstreamGarbled(f"the upstream's answer is larger than {ANSWER_LIMIT_BYTES >> 20} MiB")
                 return True
-            if stream.passes(payload):
-                sink.send(payload, exchange.framed)
-                return not stream.done
-            out = stream.feed(payload)
-            if out:
+            passes = stream.passes(payload)
+            out = payload if passes else stream.feed(payload)
+            if stream.failed:            # on Chat an error goes out as it came, but for a key in it
+                out, passes = _without_secrets(out, provider), False
+            if passes:
+                sink.send(out, exchange.framed)
+            elif out:
                 if record.first_s is None:
                     record.first_s = time.monotonic() - record.started
                 sink.send(out)
@@ -11993,18 +12011,23 @@ class ClientReader(HeadReader):
         return bool(self._buffer)
 
     def read_body(self, size: int, timeout_s: float) -> bytes:
-        """Exactly `size` bytes; the time allowed grows with what came.  BadRequest when the client stops."""
+        """`size` bytes, fewer where the client sends no more; the time allowed grows with what came."""
         parts, got, start = [], 0, time.monotonic()
         while got < size:
             self.deadline = start + timeout_s + got / BODY_BYTES_PER_S
             piece = self.take()
             if not piece:
-                raise ClientGone
+                break
             parts.append(piece)
             got += len(piece)
         body = b"".join(parts)
         self.put_back(body[size:])
         return body[:size] if len(body) > size else body
+
+    @property
+    def read_ahead(self) -> bytes:
+        """What was received and not taken yet."""
+        return self._buffer
 
     def put_back(self, data: bytes) -> None:
         """What was read too much: it belongs to the next request."""
@@ -12034,6 +12057,12 @@ def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
     if len(pairs) != lines:              # no line may be anything else
         raise BadRequest("the request's head is malformed")
     return found.group(1), found.group(2), "HTTP/1." + found.group(3), join_headers(pairs)
+
+
+def find_target(head: bytes) -> str:
+    """The target in a head that is no sound one, "" where it can't be told: the error speaks for its path."""
+    words = head.partition(b"\n")[0].split(b" ", 2)
+    return words[1].decode("latin-1") if len(words) == 3 else ""
 
 
 def check_framing(headers: Mapping[str, str], version: str) -> Optional[int]:
@@ -12099,18 +12128,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.session: Optional[Session] = None
         self.meters: Sequence[Meter] = ()
         self.sink: Optional[Sink] = None
-        started = time.monotonic()
+        head, started = b"", time.monotonic()
         try:
             self.reader.deadline = started + self.server.gateway.settings.header_timeout_s
             head = self.reader.read_request_head()
             self.command, self.path, self.request_version, self.headers = parse_head(head)
             self._serve()
         except GatewayError as exc:
+            if not self.path:            # the head is what was refused
+                self.path = find_target(head or self.reader.read_ahead)
+                self.endpoint = dialect_of(self.path, {})
             self.send_error_of(exc)
-            self.server.gateway.log.log(
-                logging.INFO if self.sink is None and self.path != "/favicon.ico" else logging.DEBUG,
-                "%s %s %s %d (%s)", self.request_id[4:12], self.command, one_line(self.path.split("?")[0], 80),
-                self.endpoint.dialect.status(exc), one_line(exc.message, 200))
+            self._log_refusal(exc)
         except socket.timeout:
             self._fail_reading(BadRequest("the request did not arrive in time", status=408, code="request_timeout"))
         except (ClientGone, OSError):
@@ -12127,8 +12156,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _fail_reading(self, exc: GatewayError) -> None:
         self.close_connection = True
+        self._log_refusal(exc)
         with contextlib.suppress(OSError, ClientGone):
             self.send_error_of(exc)
+
+    def _log_refusal(self, exc: GatewayError) -> None:
+        """A line for what no call was noted for."""
+        self.server.gateway.log.log(
+            logging.INFO if self.sink is None and self.path != "/favicon.ico" else logging.DEBUG,
+            "%s %s %s %d (%s)", self.request_id[4:12], self.command or "-", one_line(self.path.split("?")[0], 80),
+            self.endpoint.dialect.status(exc), one_line(exc.message, 200))
 
     def log_message(self, format: str, *args: Any) -> None:
         """http.server's own log lines; ours are written where an answer ends."""
@@ -12176,7 +12213,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _skip_body(self) -> None:
         """After the answer: read a small body nobody wanted, so that the connection can be kept; else it is closed."""
         try:
-            self.reader.read_body(self._body_left, 1)
+            if len(self.reader.read_body(self._body_left, 1)) < self._body_left:
+                self.close_connection = True
             self._body_left = 0
         except (OSError, ClientGone):
             self.close_connection = True
@@ -12200,6 +12238,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         timeout_s = self.server.gateway.settings.body_timeout_s
         body = self._read_chunked(limit, timeout_s) if self._body_left < 0 else \
             self.reader.read_body(self._body_left, timeout_s)
+        if len(body) < self._body_left:
+            raise self._distrust(BadRequest("the body ended before its Content-Length"))
         self._body_left = 0
         return body if encoding in ("identity", "") else inflate(body, limit)
 
@@ -12209,7 +12249,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reader.deadline = start + timeout_s + size / BODY_BYTES_PER_S
             data = self.reader.take()
             if not data:
-                raise ClientGone
+                raise self._distrust(BadRequest("the body ended before its last chunk"))
             try:
                 parts.append(dechunker.feed(data))
             except ValueError as exc:
@@ -12836,10 +12876,10 @@ class Server(Listener):
         self._handlers: Set[Handler] = set()
         self._lock = threading.Lock()
         self.is_local = is_loopback(host)
-        if not self.is_local:
-            gateway.open_to_network()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host.strip("[]"), port), Handler)
+        if not self.is_local:            # now that the address is ours: a start that fails must make no key
+            gateway.open_to_network()
         gateway.upstream.own_ports.add(self.port)
         log.addHandler(gateway.live.log_handler)
         self._thread = threading.Thread(target=self.serve_forever, args=(5,), name="accept", daemon=True)
@@ -19018,7 +19058,7 @@ class Console:
 CONSOLE = Console()
 
 
-def tr(key: str, /, **facts: Any) -> str:
+def tr(key: str, **facts: Any) -> str:
     """TEXTS[key] in the console's language, filled in."""
     facts = {name: fact if isinstance(fact, (int, float)) else local(fact) for name, fact in facts.items()}
     return CONSOLE.text(TEXTS[key]).format(program=PROGRAM, **facts)

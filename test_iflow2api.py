@@ -67,8 +67,8 @@ SOURCE = open(PROGRAM, encoding="utf-8").read()
 
 @functools.lru_cache(maxsize=None)
 def tree() -> ast.Module:
-    """The program's syntax, which has to be Python 3.8's."""
-    return ast.parse(SOURCE, feature_version=(3, 8))
+    """The program's syntax, which has to be Python 3.7's, so that 3.7 and 3.8 reach the sentence for them."""
+    return ast.parse(SOURCE, feature_version=(3, 7))
 
 
 @functools.lru_cache(maxsize=None)
@@ -656,8 +656,16 @@ def run_light(code, *names):
                                                     folder=os.path.dirname(byte_code())) + textwrap.dedent(code))
 
 
-def test_the_syntax_can_be_read_by_python_3_8():
+def test_the_syntax_can_be_read_by_python_3_7():
     assert tree().body
+
+
+def test_the_lines_that_stop_the_oldest_pythons_say_why():
+    """2.7 stops at the first annotation, 3.6 at the import from the future: both show the line."""
+    lines = SOURCE.splitlines()
+    first = {start: next(line for line in lines if line.startswith(start)) for start in ("def ", "from __future__")}
+    assert all(line.endswith("# iflow2api needs Python 3.9 or newer") for line in first.values())
+    assert "coding: utf-8" in lines[1]   # else 2.7 complains of a character
 
 
 @pytest.mark.parametrize("version", [(3, 8, 18), (3, 6, 15), (2, 7, 18)])
@@ -3220,6 +3228,40 @@ def test_a_key_in_the_words_of_an_upstream_is_taken_out(server, upstream):
         assert key.encode() not in post(running, chat()).body
 
 
+def test_a_key_that_a_flag_brought_is_not_looked_for_in_the_file(server, upstream, config):
+    upstream.plays(error_reply(401))
+    flags = ifl._flag_settings(ifl._parse_args(["--upstream", upstream.url, "--api-key", "wrong-key-1"]))
+    message = post(server(gateway=ifl.Gateway(config=config, flags=flags, environ={})), chat()).error["message"]
+    assert message.endswith("; give another --api-key") and "config.json" not in message
+
+
+KEY_IN_WORDS = "provider-key-0123456789"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("field", ["code", "type", "param", "extra"])
+def test_a_key_in_any_field_of_an_error_is_taken_out(server, upstream, field, stream):
+    error = {"error": {"message": "no", field: f"bad {KEY_IN_WORDS}"}}
+    upstream.plays(sse(error) if stream else plain(error, 400))
+    running = server(provider(upstream, api_keys=[KEY_IN_WORDS], headers={"X-Other": "other-secret-9876"}))
+    answer = post(running, chat(stream))
+    assert answer.status >= 400 and KEY_IN_WORDS.encode() not in answer.body and b"no" in answer.body
+
+
+@pytest.mark.parametrize("cut", [0, 30, 200])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_key_in_an_error_within_a_stream_is_taken_out(server, upstream, path, cut):
+    """Also where the error comes with text before it in one read, or in two pieces."""
+    parts = record(chunk("hello")) + record({"error": {"message": f"bad {KEY_IN_WORDS}", "code": f"x {KEY_IN_WORDS}"}})
+    begin = head(200, [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")])
+    pieces = [framed(piece) for piece in (record(chunk("hi")), parts[:cut], parts[cut:]) if piece]
+    upstream.plays(Reply(begin, *pieces, b"0\r\n\r\n"))
+    running = server(provider(upstream, api_keys=[KEY_IN_WORDS]))
+    body = {"model": "m", "stream": True, "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], "input": "hi"}
+    answer = post(running, body, path=path)
+    assert KEY_IN_WORDS.encode() not in answer.body and b"bad pro" in answer.body and b"hi" in answer.body
+
+
 def test_an_error_that_is_not_about_the_key_is_not_tried_with_another(server, upstream):
     upstream.plays(error_reply(500), error_reply(400))
     running = server(provider(upstream, api_keys=["k1", "k2"]))
@@ -4114,11 +4156,37 @@ def test_a_length_that_lies(server, upstream):
     with Client(running) as client:
         client.send(request_bytes(body=chat(), headers={"Content-Length": "5000"}))
         client.sock.shutdown(socket.SHUT_WR)
-        assert client.is_closed()
+        answer = client.answer()
+        assert answer.status == 400 and "ended before" in answer.error["message"] and client.is_closed()
     with Client(running) as client:
         client.send(request_bytes(body=chat(), headers={"Content-Length": "2"}) + b"\r\n\r\n")
         assert [client.answer().status for _ in range(2)] == [400, 400] and client.is_closed()
     assert upstream.requests == [] and is_well(running)
+
+
+@pytest.mark.parametrize("data, status", [
+    (b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nX y: 1\r\n\r\n", 400), (b"POST /v1/messages HTTP/1.1\r\nHost: h\r\n folded\r\n\r\n", 400),
+    (b"POST /v1/messages HTTP/1.1\r\nTransfer-Encoding : chunked\r\n\r\n", 400),
+    (b"POST /v1/messages HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 413), (b"POST /v1/messages HTTP/1.1\r\n" + b"X: y\r\n" * 300 + b"\r\n", 413),
+    (b"POST /v1/messages?" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n", 413), (b"POST /v1/messages HTTP/3\r\n\r\n", 400)])
+def test_a_refused_head_is_told_in_the_dialect_of_its_path(server, log_lines, data, status):
+    running = server(detect_local=False)
+    with Client(running) as client:
+        answer = client.send(data).answer()
+        assert answer.json["type"] == "error" and answer.json["error"]["type"] and answer.status in (status, 431, 414, 505)
+        assert answer.headers["request-id"] == answer.headers["x-request-id"] and client.is_closed()
+    until(lambda: any(answer.headers["request-id"][4:12] in record.getMessage() for record in log_lines))
+    assert is_well(running)
+
+
+@pytest.mark.parametrize("part, path", [(b"GET /he", "-"), (request_bytes(headers={"Content-Length": "50"}) + b"{", "/v1/chat/completions")])
+def test_a_request_that_does_not_arrive_in_time_is_logged(server, log_lines, part, path):
+    running = server(detect_local=False, header_timeout_s=0.2, body_timeout_s=0.2)
+    with Client(running) as client:
+        answer = client.send(part).answer()
+        assert answer.status == 408
+    until(lambda: any(answer.headers["x-request-id"][4:12] in record.getMessage() and " 408 " in record.getMessage()
+                      for record in log_lines))
 
 
 @pytest.mark.parametrize("data, status", [
@@ -5234,6 +5302,14 @@ def test_a_port_that_is_taken_is_one_line_with_a_free_one(cli, server):
     assert (status, out) == (1, "") and re.fullmatch(
         rf"error: port {running.port} on 127\.0\.0\.1 is taken by another program; port (\d+) is free: add --port \1\n",
         err)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "0.0.0.0"])
+def test_a_start_that_fails_makes_no_key(cli, server, config, host):
+    """It would lock out who is served already, with a key that nobody has seen."""
+    running = server(detect_local=False, host="0.0.0.0")
+    status, out, err = cli("serve", "--host", host, "--port", running.port)
+    assert status == 1 and not os.path.exists(config.path) and "sk-" not in out + err
 
 
 def test_an_address_that_is_not_ours_is_one_line(cli):
@@ -11167,7 +11243,8 @@ ERRORS = [
 @pytest.mark.parametrize("message", [                        # of 3.9, 3.12 and 3.15
     "argument shell: invalid choice: 'zhs' (choose from 'bash', 'zsh')", "argument shell: invalid choice: 'zhs' (choose from bash, zsh)",
     "argument shell: invalid choice: 'zhs', maybe you meant 'zsh'? (choose from 'bash', 'zsh')"])
-def test_a_wrong_choice_is_told_alike_by_every_python(message):
+def test_a_wrong_choice_is_told_alike_by_every_python(monkeypatch, message):
+    monkeypatch.setattr(ifl.CONSOLE, "language", "en")
     assert ifl._complaint(message, "completion") == "shell can't be 'zhs'; one of bash, zsh; did you mean zsh?"
 
 
@@ -12379,7 +12456,7 @@ def test_a_kill_after_the_host_has_answered_costs_no_login(home_login, host, con
                            env={**os.environ, "HOME": str(home_login)})
     assert child.returncode == -signal.SIGKILL and host.count("/oauth/token") == 1
     left, = [path for path in home_login.rglob("*.tokens")]
-    assert stat.S_IMODE(left.stat().st_mode) == 0o600 and ("R1" in left.read_text()) == (account == "default")
+    assert stat.S_IMODE(left.stat().st_mode) == 0o600 and ('"R1"' in left.read_text()) == (account == "default")
     gateways.append(ifl.Gateway(config=config_login, environ={}))
     gateways[-1].logins.refresher.look()
     login = login_of(home_login) if account == "default" else config_login.read()["accounts"]["work"]
