@@ -475,6 +475,12 @@ def server(gateway):
 
 
 @pytest.fixture
+def looks_often(monkeypatch):
+    """A client that has left is noticed soon instead of within half a second."""
+    monkeypatch.setattr(ifl.Lookout, "EVERY_S", 0.02)
+
+
+@pytest.fixture
 def config(home):
     """The ConfigFile in HOME."""
     return ifl.ConfigFile(str(home / ".iflow2api"))
@@ -2271,7 +2277,7 @@ def test_a_ca_file_that_is_not_there(transport, upstream, home):
 
 
 def test_a_silent_tls_upstream_times_out(transport, tls_upstream, certificate):
-    settings = ifl.replace(with_ca(certificate), first_byte_timeout_s=0.3, idle_timeout_s=0.3)
+    settings = ifl.replace(with_ca(certificate), first_byte_timeout_s=0.1, idle_timeout_s=0.1)
     tls_upstream.plays(Reply(HOLD), sse("a", HOLD))
     for _ in range(2):
         with pytest.raises(ifl.UpstreamTimeout):
@@ -2325,8 +2331,7 @@ def test_who_waits_is_kept_awake(transport, upstream, caller):
 @pytest.mark.parametrize("reply", [Reply(HOLD), Reply(head(200, [("Content-Length", "9")]) + b"x", HOLD)],
                          ids=["head", "body"])
 @pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
-def test_who_has_left_is_not_waited_for(transport, upstreams, caller, monkeypatch, reply, secure, request):
-    monkeypatch.setattr(ifl.Lookout, "EVERY_S", 0.02)
+def test_who_has_left_is_not_waited_for(transport, upstreams, caller, looks_often, reply, secure, request):
     fake = (request.getfixturevalue("tls_upstream") if secure else upstreams()).plays(reply)
     settings = with_ca(request.getfixturevalue("certificate")) if secure else ifl.Settings()
     leaver = threading.Thread(target=lambda: (fake.wait(), caller.client.close()), daemon=True)
@@ -2710,10 +2715,9 @@ def test_more_sockets_than_select_takes_are_looked_at_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("lacks", [without_poll, without_kernel_timeouts])
-def test_systems_that_lack_something(server, upstream, monkeypatch, lacks):
+def test_systems_that_lack_something(server, upstream, monkeypatch, looks_often, lacks):
     """Windows has no select.poll, and waits of its sockets end in another way."""
     lacks(monkeypatch)
-    monkeypatch.setattr(ifl.Lookout, "EVERY_S", 0.02)
     running = server(upstream, keepalive_s=0.03, first_byte_timeout_s=0.3, idle_timeout_s=0.3, body_timeout_s=0.2)
     assert post(running, chat(pad="x" * 3_000_000)).status == 200 and upstream.last.json["pad"] == "x" * 3_000_000
     assert records_of(post(running, chat(True)).body) == HELLO
@@ -3077,7 +3081,7 @@ def test_a_limit_within_a_200_says_when_to_come_back(server, upstream):
 
 def test_timeouts_and_missing_upstreams(server, upstream):
     running = server(upstream, provider("http://127.0.0.1:9", "gone"), provider(upstream, "off", api_keys=["$NOT_SET"]),
-                     first_byte_timeout_s=0.2)
+                     first_byte_timeout_s=0.1)
     upstream.plays(Reply(HOLD), Reply(HOLD))
     for stream in (False, True):
         assert post(running, chat(stream)).status == 504
@@ -3285,7 +3289,7 @@ def test_a_busy_target_gives_way_to_the_next(server, upstreams):
         client.answer()
 
 
-def test_a_long_wait_in_the_queue_ends(server, upstream):
+def test_a_long_wait_in_the_queue_ends(server, upstream, looks_often):
     running = server(provider(upstream, concurrency=1), queue_timeout_s=0.1, keepalive_s=0.03)
     upstream.plays(Reply(HOLD))
     with Client(running) as client:
@@ -3522,11 +3526,10 @@ LEAVING = [("before the head", Reply(HOLD), 0), ("before the first token", sse(R
     (True, False, False), (True, False, True), (True, True, True), (False, False, True), (False, True, True)],
                          ids=["as it is", "stream, closed", "stream, reset", "plain, closed", "plain, reset"])
 @pytest.mark.parametrize("reply, pieces", [row[1:] for row in LEAVING], ids=[row[0] for row in LEAVING])
-def test_a_client_that_hangs_up_stops_the_upstream(server, upstream, monkeypatch, reply, pieces, stream, reset,
-                                                   often):
+def test_a_client_that_hangs_up_stops_the_upstream(server, upstream, request, reply, pieces, stream, reset, often):
     """Even while it is silent, within a second; and its place is free again."""
     if often:
-        monkeypatch.setattr(ifl.Lookout, "EVERY_S", 0.02)
+        request.getfixturevalue("looks_often")
     upstream.plays(reply)
     running = server(provider(upstream, concurrency=1))
     client = Client(running).post(chat(stream))
@@ -3540,7 +3543,7 @@ def test_a_client_that_hangs_up_stops_the_upstream(server, upstream, monkeypatch
     assert post(running, chat()).status == 200 and is_well(running)
 
 
-def test_a_client_that_hangs_up_in_the_queue_leaves_it(server, upstream):
+def test_a_client_that_hangs_up_in_the_queue_leaves_it(server, upstream, looks_often):
     running = server(provider(upstream, concurrency=1))
     slots = running.gateway.slots["up"]
     upstream.plays(Reply(HOLD))
@@ -3568,7 +3571,7 @@ def test_a_client_that_stops_reading_is_cut_off(server, upstream):
     assert is_well(running)
 
 
-def test_pipelined_bytes_do_not_hide_a_client_that_hangs_up(server, upstream):
+def test_pipelined_bytes_do_not_hide_a_client_that_hangs_up(server, upstream, looks_often):
     upstream.plays(Reply(HOLD))
     running = server(upstream)
     client = Client(running).post(chat(True)).request("GET", "/health")
@@ -4536,7 +4539,7 @@ def test_closing_cuts_off_what_does_not_end(server, upstream):
 
 
 @pytest.fixture
-def like_winsock(monkeypatch):
+def like_winsock(monkeypatch, looks_often):
     """Shutting a socket down tells its peer, and wakes nobody on this side."""
     monkeypatch.setattr(socket, "SHUT_RDWR", socket.SHUT_WR)
     monkeypatch.setattr(ifl, "_set_kernel_timeout", lambda *_: False)
@@ -9769,7 +9772,7 @@ def test_serve_demo_needs_nothing(tmp_path):
     with running(tmp_path, "--demo") as (process, url):
         assert [m["id"] for m in call_demo(url, "/v1/models")[1]["data"]][:2] == ["demo", "demo-vision"]
         assert "demo model" in message_of(chat_demo(url, "hi"))["content"]
-        body = {"model": "claude-opus-4-1", "max_tokens": 90, "stream": True, "messages": [user_demo("hi")]}
+        body = {"model": "claude-opus-4-1", "max_tokens": 9, "stream": True, "messages": [user_demo("hi")]}
         events = call_demo(url, "/v1/messages", body)[1]
         assert events[0]["type"] == "message_start" and events[-1]["type"] == "message_stop"
         if os.name == "posix":
@@ -13955,8 +13958,9 @@ class Admin:
 
 @pytest.fixture
 def admin_server(config, server, monkeypatch):
-    """admin_server(*providers, **settings): serving, with a config.json, a clock to crank, and a quick password."""
+    """admin_server(*providers, **settings): serving, with a config.json, a clock to crank, a quick password and events."""
     monkeypatch.setattr(ifl.Vault, "ITERATIONS", (10, 10))
+    monkeypatch.setattr(ifl, "EVENTS_GAP_S", 0.01)
     clocks = []
 
     def make(*providers, environ=None, flags=None, **settings):
