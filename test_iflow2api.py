@@ -3597,15 +3597,13 @@ def test_many_streams_at_once(server, upstream):
 # --- records, metrics, models, health ----------------------------------------
 
 def test_one_line_a_request(server, upstream, log_lines):
-    running = server(upstream)
-    answer = post(running, chat(model="up/m1"))
-    post(running, chat(True))
-    upstream.plays(error_reply(400), sse(ROLE, chunk("x"), DONE))
-    post(running, chat())
-    post(running, chat(True))
-    is_well(running)
+    running, answers = server(upstream), []
+    upstream.plays(usual_reply, usual_reply, error_reply(400), sse(ROLE, chunk("x"), DONE))
+    for number, body in enumerate((chat(model="up/m1"), chat(True), chat(), chat(True)), 1):
+        answers.append(post(running, body))
+        until(lambda: len(log_lines) >= number, what="the line, which is written after the answer")
     lines = [record.getMessage() for record in log_lines]
-    assert re.fullmatch(rf"{answer.headers['x-request-id'][4:12]} up/m1 → up/m1 200 total \d\.\d\ds in 12 out 3",
+    assert re.fullmatch(rf"{answers[0].headers['x-request-id'][4:12]} up/m1 → up/m1 200 total \d\.\d\ds in 12 out 3",
                         lines[0]), lines
     assert re.fullmatch(r"[0-9a-f]{8} m1 → up/m1 200 first \d\.\d\ds total \d\.\d\ds in 12 out 3", lines[1])
     assert re.fullmatch(r"[0-9a-f]{8} m1 → up/m1 400 total \d\.\d\ds \(status 400\)", lines[2])
