@@ -14307,6 +14307,7 @@ def test_the_overview_leads_the_way(admin, upstream):
     assert found["next"] == "client" and found["needs_key"] and found["address"] == browser.server.url
     assert found["queue"] == [{"provider": "up", "active": 0, "waiting": 0, "limit": 3}]
     assert post(browser.server, chat(), Authorization="Bearer sk-bob").status == 200
+    until(lambda: browser.server.gateway.in_flight == 0, what="the note, which follows the answer")
     found = browser.get("overview")
     assert found["next"] == "" and found["today"] == {"requests": 1, "errors": 0, "input": USAGE["prompt_tokens"],
                                                       "output": USAGE["completion_tokens"]}
@@ -14317,7 +14318,9 @@ def test_the_overview_leads_the_way(admin, upstream):
 def test_requests_series_and_usage(admin, upstream):
     browser = admin(upstream)
     upstream.script.extend([plain(completion()), plain({"error": {"message": HOSTILE}}, 400)])
-    assert post(browser.server, chat()).status == 200 and post(browser.server, chat(model=HOSTILE)).status == 400
+    for name, status in (("m1", 200), (HOSTILE, 400)):
+        assert post(browser.server, chat(model=name)).status == status
+        until(lambda: browser.server.gateway.in_flight == 0, what="the note, which follows the answer")
     bad, good = browser.get("requests")["data"]
     assert good["target"] == "up/m1" and bad["status"] == 400 and bad["model"] == HOSTILE
     assert len(browser.get("requests?limit=1")["data"]) == 1
