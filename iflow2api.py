@@ -9187,9 +9187,10 @@ def stop_accepting(server: socketserver.BaseServer) -> None:
     """End the accept loop at once: it looks up every few seconds, or when somebody connects."""
     stopper = threading.Thread(target=server.shutdown, daemon=True)
     stopper.start()
-    with contextlib.suppress(OSError):
-        socket.create_connection(server.server_address[:2], 0.2).close()
-    stopper.join()
+    while stopper.is_alive():            # once is enough, unless the loop was quicker than the stopper
+        with contextlib.suppress(OSError):
+            socket.create_connection(server.server_address[:2], 0.2).close()
+        stopper.join(0.1)
     server.server_close()
 
 
@@ -9518,7 +9519,7 @@ class Slots:
     @staticmethod
     def _wait(turn: threading.Event, caller: Caller, settings: Settings, name: str) -> None:
         until = time.monotonic() + settings.queue_timeout_s
-        while not turn.wait(min(caller.tick_s, 0.5)):
+        while not turn.wait(min(caller.tick_s, 0.5, max(0.0, until - time.monotonic()))):
             if caller.sock is not None and has_left(caller.sock):
                 raise ClientGone
             if time.monotonic() >= until:
