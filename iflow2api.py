@@ -497,6 +497,17 @@ def remember(table: Dict[Any, Any], name: Any, value: Any, limit: int) -> None:
         del table[next(iter(table))]
 
 
+def fits(name: str, pattern: str) -> bool:
+    """Whether a shell pattern takes a name; `m[1m]` is a name before it is a pattern.
+
+    A range that runs backwards, `[z-a]`, takes nothing; before Python 3.10 fnmatch makes an error of it.
+    """
+    try:
+        return name == pattern or fnmatchcase(name, pattern)
+    except re.error:
+        return False
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host` (a literal or localhost name, without port) can only be this machine."""
     host = host.strip("[]").lower().rstrip(".")
@@ -1547,7 +1558,7 @@ class Doorkeeper:
 def may_use(key: ClientKey, model: str, chain: Sequence[Target]) -> bool:
     """Whether the key covers the name asked for, or else every place that it leads to."""
     def covered(name: str) -> bool:
-        return any(name == pattern or fnmatchcase(name, pattern) for pattern in key.models)
+        return any(fits(name, pattern) for pattern in key.models)
 
     return not key.models or covered(model) or all(
         covered(target.model) or covered(f"{target.provider.name}/{target.model}") for target in chain)
@@ -2137,7 +2148,7 @@ class Router:
     @staticmethod
     def _hides(pattern: str, branches: Sequence[Branch], later: str) -> bool:
         """Whether an alias takes every name that a later one could; `?` and `[` are not judged."""
-        return not re.search(r"[?\[]", pattern) and fnmatchcase(later, pattern) and (
+        return not re.search(r"[?\[]", pattern) and fits(later, pattern) and (
             any(not branch.conditions for branch in branches))
 
     def _stray(self, model: str) -> str:
@@ -2187,7 +2198,7 @@ class Router:
     def _alias_of(self, model: str, asked: Any) -> List[str]:
         """The models that an alias makes of a name in this request, none where no alias takes it."""
         for pattern, branches in self.aliases:
-            if model == pattern or fnmatchcase(model, pattern):      # `m[1m]` is a name before it is a pattern
+            if fits(model, pattern):
                 names = self._chain(branches, asked)
                 if names:
                     return names
@@ -2205,7 +2216,7 @@ class Router:
         name = self.named(model)
         steps = [] if model else [f"no model named: default_model is {name}"]
         for pattern, branches in self.aliases:
-            if name == pattern or fnmatchcase(name, pattern):
+            if fits(name, pattern):
                 steps += self._told(pattern, branches, asked)
                 if self._chain(branches, asked):
                     break
@@ -10398,7 +10409,7 @@ def cost_of(model: str, provider: str, counts: Mapping[str, int],
             prices: Mapping[str, Mapping[str, float]]) -> Optional[float]:
     """What a row costs by the first price whose pattern matches `provider/model` or `model`; None without one."""
     for pattern, price in prices.items():
-        if fnmatchcase(f"{provider}/{model}", pattern) or fnmatchcase(model, pattern):
+        if fits(f"{provider}/{model}", pattern) or fits(model, pattern):
             cached = min(counts["cached"], counts["input"])
             full = price.get("input", 0)
             return ((counts["input"] - cached) * full + cached * price.get("cached", full)
@@ -11419,8 +11430,8 @@ class Gateway:
         patterns = [*FOREIGN_MODELS, *(pattern for pattern, _ in aliases)]
         return [f"client_keys: {key.name}: models: {wish!r} matches nothing" + nearest(wish, names)
                 for key in self.state.door.keys for wish in key.models
-                if not any(fnmatchcase(name, wish) for name in [*names, *patterns])
-                and not any(fnmatchcase(wish, pattern) for pattern in patterns)]
+                if not any(fits(name, wish) for name in [*names, *patterns])
+                and not any(fits(wish, pattern) for pattern in patterns)]
 
     def watch_files(self) -> None:
         """Reload when config.json or the CLI's file changes on disk, and keep logins fresh."""

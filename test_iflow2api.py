@@ -13795,6 +13795,21 @@ def test_a_pattern_that_matches_no_model_is_named(home_routes):
     assert gateway.problems == ["client_keys: bob: models: 'gml-5' matches nothing; did you mean glm-5 or a/glm-5?"]
 
 
+def test_a_range_that_runs_backwards_is_no_error(home_routes, capsys, monkeypatch):
+    def early(name, pattern):                                # what fnmatch does before Python 3.10
+        raise re.error("bad character range z-a")
+    monkeypatch.setattr(ifl, "fnmatchcase", lambda name, pattern: early(name, pattern) if "[z-a]" in pattern else name == pattern)
+    config = write_config(
+        home_routes, providers=[{"name": "a", "base_url": "http://h", "models": ["m"]}], aliases={"x[z-a]": "m", "y": "m"},
+        prices={"[z-a]": {"input": 1}, "m": {"input": 2}}, client_keys=[key_entry("bob", "s", models=["[z-a]"])])
+    gateway = ifl.Gateway(config=config, environ={})
+    assert gateway.problems == ["client_keys: bob: models: '[z-a]' matches nothing"]
+    assert [gateway.state.router.resolve(name)[0].model for name in ("y", "x[z-a]", "z")] == ["m", "m", "z"]
+    assert not ifl.may_use(gateway.state.door.keys[0], "m", gateway.state.router.resolve("m"))
+    assert ifl.cost_of("m", "a", {"input": 10, "cached": 0, "output": 0}, gateway.settings.prices) == 20 / 1e6
+    assert run_routes(capsys, "routes", "explain", "q")[0] == 0
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
