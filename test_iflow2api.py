@@ -13810,6 +13810,12 @@ def test_a_range_that_runs_backwards_is_no_error(home_routes, capsys, monkeypatc
     assert run_routes(capsys, "routes", "explain", "q")[0] == 0
 
 
+def test_an_empty_upstream_is_a_mistake_and_its_key_goes_nowhere_else(home_routes, capsys):
+    for argv in (("serve", "--port", "0"), ("models",), ("test",), ("routes", "explain", "m")):
+        code, out, err = run_routes(capsys, *argv, "--upstream", "", "--api-key", "sk-of-another-service")
+        assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: --upstream: base_url is missing"), argv
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
