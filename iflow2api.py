@@ -499,6 +499,17 @@ def remember(table: Dict[Any, Any], name: Any, value: Any, limit: int) -> None:
         del table[next(iter(table))]
 
 
+def fits(name: str, pattern: str) -> bool:
+    """Whether a shell pattern takes a name; `m[1m]` is a name before it is a pattern.
+
+    A range that runs backwards, `[z-a]`, takes nothing; before Python 3.10 fnmatch makes an error of it.
+    """
+    try:
+        return name == pattern or fnmatchcase(name, pattern)
+    except re.error:
+        return False
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host` (a literal or localhost name, without port) can only be this machine."""
     host = host.strip("[]").lower().rstrip(".")
@@ -1549,7 +1560,7 @@ class Doorkeeper:
 def may_use(key: ClientKey, model: str, chain: Sequence[Target]) -> bool:
     """Whether the key covers the name asked for, or else every place that it leads to."""
     def covered(name: str) -> bool:
-        return any(name == pattern or fnmatchcase(name, pattern) for pattern in key.models)
+        return any(fits(name, pattern) for pattern in key.models)
 
     return not key.models or covered(model) or all(
         covered(target.model) or covered(f"{target.provider.name}/{target.model}") for target in chain)
@@ -2139,7 +2150,7 @@ class Router:
     @staticmethod
     def _hides(pattern: str, branches: Sequence[Branch], later: str) -> bool:
         """Whether an alias takes every name that a later one could; `?` and `[` are not judged."""
-        return not re.search(r"[?\[]", pattern) and fnmatchcase(later, pattern) and (
+        return not re.search(r"[?\[]", pattern) and fits(later, pattern) and (
             any(not branch.conditions for branch in branches))
 
     def _stray(self, model: str) -> str:
@@ -2189,7 +2200,7 @@ class Router:
     def _alias_of(self, model: str, asked: Any) -> List[str]:
         """The models that an alias makes of a name in this request, none where no alias takes it."""
         for pattern, branches in self.aliases:
-            if model == pattern or fnmatchcase(model, pattern):      # `m[1m]` is a name before it is a pattern
+            if fits(model, pattern):
                 names = self._chain(branches, asked)
                 if names:
                     return names
@@ -2207,7 +2218,7 @@ class Router:
         name = self.named(model)
         steps = [] if model else [f"no model named: default_model is {name}"]
         for pattern, branches in self.aliases:
-            if name == pattern or fnmatchcase(name, pattern):
+            if fits(name, pattern):
                 steps += self._told(pattern, branches, asked)
                 if self._chain(branches, asked):
                     break
@@ -2268,6 +2279,8 @@ CHINESE: Dict[str, str] = {
         "服务每次启动都选用空闲端口（port 0）：请用 --port 指定它打印出的端口",
     "no iflow2api answers at {} now; if it runs elsewhere, say so with --host and --port":
         "{} 现在没有 iflow2api 应答；如果它在别处运行，请用 --host 和 --port 指明",
+    "standard input": "标准输入",
+    "login --paste: there is no standard input to paste an address into": "login --paste：没有标准输入可供粘贴地址",
     "put a key instead of YOUR_KEY; `key add NAME` makes one": "请用密钥替换 YOUR_KEY；`key add NAME` 可生成一个",
     "a password has from {} to {} characters": "密码需要 {} 到 {} 个字符",
     "the upstream answered with a web page; is base_url its API, and not its site?":
@@ -10419,7 +10432,7 @@ def cost_of(model: str, provider: str, counts: Mapping[str, int],
             prices: Mapping[str, Mapping[str, float]]) -> Optional[float]:
     """What a row costs by the first price whose pattern matches `provider/model` or `model`; None without one."""
     for pattern, price in prices.items():
-        if fnmatchcase(f"{provider}/{model}", pattern) or fnmatchcase(model, pattern):
+        if fits(f"{provider}/{model}", pattern) or fits(model, pattern):
             cached = min(counts["cached"], counts["input"])
             full = price.get("input", 0)
             return ((counts["input"] - cached) * full + cached * price.get("cached", full)
@@ -11458,8 +11471,8 @@ class Gateway:
         patterns = [*FOREIGN_MODELS, *(pattern for pattern, _ in aliases)]
         return [f"client_keys: {key.name}: models: {wish!r} matches nothing" + nearest(wish, names)
                 for key in self.state.door.keys for wish in key.models
-                if not any(fnmatchcase(name, wish) for name in [*names, *patterns])
-                and not any(fnmatchcase(wish, pattern) for pattern in patterns)]
+                if not any(fits(name, wish) for name in [*names, *patterns])
+                and not any(fits(wish, pattern) for pattern in patterns)]
 
     def watch_files(self) -> None:
         """Reload when config.json or the CLI's file changes on disk, and keep logins fresh."""
@@ -18994,6 +19007,7 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "kind_dict": (" JSON 对象", "an object as JSON"),
     "kind_choice": ("以下之一：{choices}", "one of {choices}"),
     "at_least": ("，不小于 {low:g}", " of at least {low:g}"),
+    "above": ("，大于 {low:g}", " above {low:g}"),
     "between": ("，{low:g} 到 {high:g}", " from {low:g} to {high:g}"),
     # help
     "about": ("连接任意 AI 客户端与任意 OpenAI 兼容模型的单文件网关", "one file between any AI client and any OpenAI-compatible model"),
@@ -19177,8 +19191,9 @@ def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "",
 
 
 def _say(text: str) -> None:
-    """Talk goes to stderr; stdout is for the answer."""
-    print(local(text), file=sys.stderr, flush=True)
+    """Talk goes to stderr; stdout is for the answer.  A terminal that is gone must not end a server."""
+    with contextlib.suppress(OSError):
+        print(local(text), file=sys.stderr, flush=True)
 
 
 def _row(label: str, *columns: str) -> None:
@@ -19208,13 +19223,23 @@ def _parse_for(where: str, name: str, text: str) -> Any:
         raise UsageError(tr("bad_value", where=where, value=shown, expected=_expected(name))) from None
 
 
+def _input_line() -> str:
+    """A line of standard input without its end, "" where there is none; UsageError where it is no text."""
+    try:
+        line = sys.stdin.readline().rstrip("\r\n") if sys.stdin is not None else ""
+        line.encode()                    # Python may have let bytes through that are none
+    except UnicodeError:
+        raise UsageError("standard input: not UTF-8 text") from None
+    return line
+
+
 def _read_key(text: str, variable: str = "NAME") -> str:
     """A key given on the command line: `$NAME`, `-` for standard input, or itself, with a warning."""
     if not text:
         raise UsageError("--api-key is empty: the shell has replaced the variable; "
                          f"put it in single quotes: '${variable}'")
     if text == "-":
-        text = sys.stdin.readline().strip()
+        text = _input_line().strip()
         if not text:
             raise UsageError(tr("key_no_input"))
         return text
@@ -19236,7 +19261,7 @@ def _flag_settings(args: Any) -> Json:
     key = _read_key(args.api_key) if getattr(args, "api_key", None) is not None else ""
     if getattr(args, "verbose", False):
         flags["log_level"] = "debug"
-    if getattr(args, "upstream", None):
+    if getattr(args, "upstream", None) is not None:      # an empty one is a variable that was not set
         entry = {**entry_at(args.upstream), "name": "upstream",
                  "api_keys": ["$" + key if key.startswith("$") else key] if key else []}
         problem = parse_provider(entry, {}).problem
@@ -19260,7 +19285,7 @@ def _gateway_of(args: Any) -> Gateway:
 
 def cmd_serve(args: Any) -> int:
     _log_to_console()
-    if args.demo and (args.upstream or args.api_key):
+    if args.demo and (args.upstream is not None or args.api_key):
         raise UsageError("--demo brings its own upstream: leave out --upstream and --api-key")
     demo = DemoUpstream() if args.demo else None
     gateway = Gateway(config=_config_of(args), flags={**(demo.settings() if demo else {}), **_flag_settings(args)})
@@ -19298,7 +19323,7 @@ def _show_page(gateway: Gateway, server: Server, stay: bool) -> None:
             _say(tr("page_code", code=code))
 
     gateway.listeners.append(say_code)
-    if said[0] and not stay and sys.stdout.isatty():
+    if said[0] and not stay and sys.stdout is not None and sys.stdout.isatty():
         threading.Thread(target=open_browser, args=(server.url + "/admin", os.environ), daemon=True).start()
 
 
@@ -19840,11 +19865,16 @@ def _guess_shell() -> str:
 
 def cmd_login(args: Any) -> int:
     """Log in by the browser, or store a key."""
+    if not args.timeout > 0:
+        raise UsageError(tr("bad_value", where="--timeout", value=f"{args.timeout:g}",
+                            expected=tr("kind_float") + tr("above", low=0)))
     gateway = Gateway(config=_config_of(args))
     try:
         if args.api_key is not None:
             return _store_key(gateway, args)
         paste = args.paste
+        if paste and sys.stdin is None:
+            raise UsageError("login --paste: there is no standard input to paste an address into")
         found = gateway.logins.start(args.account or "", paste, args.timeout)
         _say("open this address in a browser to log in to iFlow:")
         print(found["url"], flush=True)
@@ -20064,7 +20094,7 @@ def cmd_admin(args: Any) -> int:
     """`admin reset-password`: a running server takes it over, and ends the sessions of before."""
     if args.password not in (None, "-"):
         raise UsageError(tr("password_shown"))
-    password = sys.stdin.readline().rstrip("\r\n") if args.password else _ask_password()
+    password = _input_line() if args.password else _ask_password()
     try:
         stored = hash_password(password)
     except ValueError:

@@ -13939,6 +13939,69 @@ def test_a_pattern_that_matches_no_model_is_named(home_routes):
     assert gateway.problems == ["client_keys: bob: models: 'gml-5' matches nothing; did you mean glm-5 or a/glm-5?"]
 
 
+def test_a_range_that_runs_backwards_is_no_error(home_routes, capsys, monkeypatch):
+    def early(name, pattern):                                # what fnmatch does before Python 3.10
+        raise re.error("bad character range z-a")
+    monkeypatch.setattr(ifl, "fnmatchcase", lambda name, pattern: early(name, pattern) if "[z-a]" in pattern else name == pattern)
+    config = write_config(
+        home_routes, providers=[{"name": "a", "base_url": "http://h", "models": ["m"]}], aliases={"x[z-a]": "m", "y": "m"},
+        prices={"[z-a]": {"input": 1}, "m": {"input": 2}}, client_keys=[key_entry("bob", "s", models=["[z-a]"])])
+    gateway = ifl.Gateway(config=config, environ={})
+    assert gateway.problems == ["client_keys: bob: models: '[z-a]' matches nothing"]
+    assert [gateway.state.router.resolve(name)[0].model for name in ("y", "x[z-a]", "z")] == ["m", "m", "z"]
+    assert not ifl.may_use(gateway.state.door.keys[0], "m", gateway.state.router.resolve("m"))
+    assert ifl.cost_of("m", "a", {"input": 10, "cached": 0, "output": 0}, gateway.settings.prices) == 20 / 1e6
+    assert run_routes(capsys, "routes", "explain", "q")[0] == 0
+
+
+def test_an_empty_upstream_is_a_mistake_and_its_key_goes_nowhere_else(home_routes, capsys):
+    for argv in (("serve", "--port", "0"), ("models",), ("test",), ("routes", "explain", "m")):
+        code, out, err = run_routes(capsys, *argv, "--upstream", "", "--api-key", "sk-of-another-service")
+        assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: --upstream: base_url is missing"), argv
+
+
+@pytest.mark.parametrize("argv", [("login", "--paste"), ("login", "--api-key", "-"), ("admin", "reset-password", "-"),
+                                  ("config", "set", "api_key", "-")])
+def test_a_standard_input_that_is_closed_or_no_text_is_told(home_routes, capsys, monkeypatch, argv):
+    stdins = [None] + [io.TextIOWrapper(io.BytesIO(b"\\xff12345678\\n"), "utf-8", errors) for errors in ("strict", "surrogateescape")]
+    for stdin in stdins[:1] if "--paste" in argv else stdins:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code = ifl.main(list(argv))
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "") and err.startswith("error: ") and "Traceback" not in err
+    assert not os.path.exists(home_routes / ".iflow2api" / "config.json")
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
+def test_a_login_needs_time(home_routes, capsys, seconds):
+    code, out, err = run_routes(capsys, "login", "--no-browser", f"--timeout={seconds}")
+    assert (code, out, err) == (2, "", f"error: --timeout can't be {seconds}; a number above 0 expected\\n")
+
+
+@posix
+def test_a_terminal_that_is_gone_keeps_no_answer_from_ending(home_routes):
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, PROGRAM, "--demo", "--port", "0"], stdout=subprocess.PIPE, stderr=writer,
+                               env={**os.environ, "IFLOW2API_LOG_FILE": str(home_routes / "log")})
+    os.close(writer)
+    try:
+        url = process.stdout.readline().decode().split()[-1]
+        while b"/v1\\n" not in os.read(reader, 65536):         # the card is out, and now nobody reads any more
+            pass
+        os.close(reader)
+        with contextlib.closing(http.client.HTTPConnection(url[7:], timeout=WAIT_S)) as client:
+            client.request("POST", "/v1/chat/completions", json.dumps({"model": "demo", "stream": True, "messages": [
+                {"role": "user", "content": "hi"}]}))
+            answer = client.getresponse()
+            process.terminate()
+            assert answer.read().endswith(b"data: [DONE]\\n\\n")
+        assert process.wait(WAIT_S) in (0, 120)                # 120: Python could not empty stderr at the end
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
