@@ -1282,21 +1282,24 @@ class ConfigFile:
                 return opened, [f"{problem} (running with {os.path.basename(self.backup)})"]
         return {}, [problem + " (running with defaults)"]
 
-    def change(self, edit: Callable[[Json], None]) -> None:
+    def change(self, edit: Callable[[Json], None]) -> List[str]:
         """Let `edit` change the object in the file and write it; a file that did not parse is moved aside, not lost.
 
-        Raises OSError where nothing can be written.
+        Returns what was wrong, a sentence each.  Raises OSError where nothing can be written.
         """
         with self._lock, self.lock():
             raw, problems = self.recover()
             edit(raw)
             sealed = self.sealed_if_possible(raw)
             if problems and os.path.isfile(self.path):   # a copy: the disk may be full when the new one is written
+                kept = f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}"
                 with open(self.path, "rb") as file:
-                    write_file(f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}", file.read())
+                    write_file(kept, file.read())
+                problems.append(f"what the broken file held is in {kept}")
             elif os.path.isfile(self.path):
                 self._back_up()
             write_file(self.path, self.to_bytes(sealed), has_copy=bool(problems) or os.path.isfile(self.backup))
+        return problems
 
     def lock(self) -> Any:
         """One writer at a time; where there is no place for a lock (a lone bind-mounted file), the thread's must do."""
@@ -1450,6 +1453,25 @@ def check_networks(value: Sequence[Any]) -> None:
             raise ValueError(f"[{number}]: {one_line(json.dumps(text), 60)} is no address and no network") from None
 
 
+def check_texts(value: Sequence[Any]) -> None:
+    for number, text in enumerate(value):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"[{number}]: {one_line(json.dumps(text), 60)} is no text")
+
+
+def check_host(value: str) -> None:
+    if not value.strip():                # the system takes it for every address
+        raise ValueError("an address expected; 0.0.0.0 stands for all of this machine's")
+
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+
+def check_header(value: str) -> None:
+    if value and not _HEADER_NAME.fullmatch(value):
+        raise ValueError(f"{one_line(value, 60)!r} is no header name")
+
+
 def check_client_keys(value: Sequence[Any]) -> None:
     problems = parse_client_keys(value)[1]
     if problems:
@@ -1461,7 +1483,8 @@ INNER_CHECKS: Dict[str, Callable[[Any], None]] = {
     "retry": lambda value: check_numbers(value, RETRY_FIELDS),
     "circuit": lambda value: check_numbers(value, CIRCUIT_FIELDS),
     "address_limits": lambda value: check_numbers(value, LIMIT_FIELDS), "prices": check_prices,
-    "trusted_proxies": check_networks, "client_keys": check_client_keys, "admin_password": check_password_hash}
+    "trusted_proxies": check_networks, "client_keys": check_client_keys, "admin_password": check_password_hash,
+    "host": check_host, "custom_auth_header": check_header, "allowed_hosts": check_texts, "allowed_origins": check_texts}
 
 
 # --- client keys --------------------------------------------------------------
@@ -1793,7 +1816,7 @@ def _parse_model(entry: Any) -> Tuple[str, Json]:
 
 
 def _token(name: str) -> str:
-    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+    if not _HEADER_NAME.fullmatch(name):
         raise ValueError(f"headers: {name!r} is no header name")
     return name
 
@@ -2320,7 +2343,10 @@ CHINESE: Dict[str, str] = {
     "no such field; there are {}": "没有这一项；可用的有 {}",
     "an object with input, output and cached": "含 input、output、cached 的对象",
     "no such network": "没有这样的网段", "{} is no IP address": "{} 不是 IP 地址",
-    "{} is no address and no network": "{} 不是地址，也不是网段",
+    "{} is no address and no network": "{} 不是地址，也不是网段", "{} is no text": "{} 不是文字",
+    "what the broken file held is in {}": "原文件的内容保存在 {}",
+    "{}: a folder expected": "{}：需要一个文件夹",
+    "an address expected; 0.0.0.0 stands for all of this machine's": "需要一个地址；0.0.0.0 表示本机的所有地址",
     "a date such as 2027-01-31": "日期，如 2027-01-31",
     "an object with a name without blanks, commas and slashes expected; `key add` makes one":
         "需要带 name 的对象，名称不含空格、逗号和斜杠；可用 `key add` 生成",
@@ -2362,6 +2388,7 @@ CHINESE: Dict[str, str] = {
     "concurrency, key_concurrency and timeout_s can't be negative": "concurrency、key_concurrency 和 timeout_s 不能为负",
     "models: names expected, or objects as {}": "models：需要名称，或这样的对象：{}",
     "{} makes no sense": "{} 没有意义", "headers: {} is no header name": "headers：{} 不是请求头名称",
+    "{} is no header name": "{} 不是请求头名称",
     "an address": "地址",
     # routes
     "no such condition; there are {}": "没有这个条件；可用的有 {}",
@@ -19217,7 +19244,8 @@ def _parse_for(where: str, name: str, text: str) -> Any:
         return parse_setting(name, text)
     except ValueError as exc:
         facts = SETTING[name].metadata
-        if facts.get("secret") or facts["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{"):
+        if facts.get("secret") or facts["kind"] == "str" and name in INNER_CHECKS or (
+                facts["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{")):
             raise UsageError(f"{where}: {exc}") from None        # which part of it, and why
         shown = one_line(text, 60) or '""'
         raise UsageError(tr("bad_value", where=where, value=shown, expected=_expected(name))) from None
@@ -19274,6 +19302,8 @@ def _flag_settings(args: Any) -> Json:
 
 
 def _config_of(args: Any) -> ConfigFile:
+    if args.config_dir == "":            # an unset variable: the current folder is not what was meant
+        raise UsageError("--config-dir: a folder expected")
     return ConfigFile(args.config_dir or os.environ.get(ENV_PREFIX + "CONFIG_DIR") or CONFIG_DIR)
 
 
@@ -19695,13 +19725,14 @@ def offered_presets(router: Router, environ: Mapping[str, str]) -> Dict[str, Lis
 
 
 def _provider_list(args: Any) -> int:
-    router = _gateway_of(args).current().router
+    gateway = _gateway_of(args)
+    router = gateway.current().router
     for provider in router.providers.values():
         mark = " (default)" if provider is router.default else ""
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
         facts = f"{provider.base_url}  {keys}  {len(provider.models)} models"
         print(local(f"{provider.name}{mark}  {provider.problem or facts}"))
-    _say_problems(_further_problems(router.problems))
+    _say_problems(_further_problems(gateway.problems))
     if not router.providers:
         _say("no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL")
     return 0
@@ -20012,8 +20043,9 @@ def _config_list(args: Any) -> int:
 
 
 def _config_get(args: Any) -> int:
-    name = _setting_name(args)
-    print(_shown(name, getattr(_gateway_of(args).settings, name), args))
+    name, gateway = _setting_name(args), _gateway_of(args)
+    print(_shown(name, getattr(gateway.settings, name), args))
+    _say_problems(_further_problems(gateway.problems))
     return 0
 
 
@@ -20053,7 +20085,7 @@ def _config_unset(args: Any) -> int:
 def _change_config(args: Any, edit: Callable[[Json], Any]) -> int:
     config = _config_of(args)
     try:
-        config.change(edit)
+        _say_problems(config.change(edit))
     except OSError as exc:
         _say(tr("error", text=tr("cannot_write", path=config.path, reason=exc.strerror or exc)))
         return 1

@@ -5305,6 +5305,37 @@ def test_a_port_that_is_taken_is_one_line_with_a_free_one(cli, server):
         err)
 
 
+BROKEN_CONFIG = b'{"providers": [{"name": "p", "base_url": "http://x/v1"}],}'
+
+
+@pytest.mark.parametrize("argv", [("config", "get", "port"), ("provider", "list"), ("config", "set", "port", "5"),
+                                  ("provider", "add", "q", "--base-url", "http://q/v1"), ("key", "list"), ("config", "unset", "port")])
+def test_every_command_on_a_broken_file_names_what_is_wrong(cli, config, argv):
+    put_config(config, BROKEN_CONFIG)
+    status, out, err = cli(*argv)
+    assert "problem: " in err and re.search(r"line 1, column 5[78]: ", err) and config.path in err
+    kept = [name for name in os.listdir(config.folder) if ".broken-" in name]
+    assert bool(kept) == (argv[1] in ("set", "add", "unset")) == ("what the broken file held is in" in err)
+    for name in kept:
+        with open(os.path.join(config.folder, name), "rb") as file:
+            assert file.read() == BROKEN_CONFIG and name in err
+
+
+def test_config_get_names_a_bad_variable(cli, monkeypatch):
+    monkeypatch.setenv("IFLOW2API_PORT", "zz")
+    status, out, err = cli("config", "get", "port")
+    assert (status, out) == (0, "28000\n") and "IFLOW2API_PORT" in err
+
+
+@pytest.mark.parametrize("argv, said", [
+    (("--host", ""), "--host"), (("--host=",), "an address expected"), (("--config-dir=",), "--config-dir: a folder expected"),
+    (("config", "set", "host", ""), "an address expected"), (("config", "set", "custom_auth_header", "bad header:"), "no header name"),
+    (("config", "set", "allowed_origins", "[1]"), "[0]: 1 is no text"), (("config", "set", "allowed_hosts", '["a", ""]'), "[1]")])
+def test_values_that_make_no_sense_are_a_mistake(cli, argv, said):
+    status, out, err = cli(*argv)
+    assert (status, out) == (2, "") and said in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "0.0.0.0"])
 def test_a_start_that_fails_makes_no_key(cli, server, config, host):
     """It would lock out who is served already, with a key that nobody has seen."""
