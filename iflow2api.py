@@ -2792,6 +2792,18 @@ def reasoning_of(message: Json) -> str:
     return ""
 
 
+def choices_of(chunk: Json) -> List[Json]:
+    """The choices of a chunk or completion, as far as they are objects."""
+    choices = chunk.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def choice_index(choice: Json) -> int:
+    """Which of several answers a choice belongs to: the first one, where it does not say."""
+    index = choice.get("index")
+    return index if isinstance(index, int) else 0
+
+
 def first_choice(chunk: Json) -> Json:
     """choices[0] of a chunk or completion, {} where there is none."""
     choices = chunk.get("choices")
@@ -3217,13 +3229,11 @@ _MODEL_FIELD = re.compile(r'"model"[ \t\r\n]*:[ \t\r\n]*')
 
 def has_content(chunk: Json) -> bool:
     """Whether a chunk or completion holds anything of an answer: text, reasoning, a call, a refusal."""
-    choices = chunk.get("choices")
-    for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict):
-            message = choice.get("delta") or choice.get("message")
-            if choice.get("text") or isinstance(message, dict) and any(
-                    value for key, value in message.items() if key != "role"):
-                return True
+    for choice in choices_of(chunk):
+        message = choice.get("delta") or choice.get("message")
+        if choice.get("text") or isinstance(message, dict) and any(
+                value for key, value in message.items() if key != "role"):
+            return True
     return False
 
 
@@ -3253,7 +3263,7 @@ def completion_to_sse(completion: Json) -> bytes:
     chunk = {**completion, "object": "chat.completion.chunk"}
     chunk["choices"] = [
         {**{k: v for k, v in choice.items() if k != "message"}, "delta": choice.get("message") or {}}
-        for choice in completion.get("choices") or () if isinstance(choice, dict)]
+        for choice in choices_of(completion)]
     for choice in chunk["choices"]:
         calls = choice["delta"].get("tool_calls") if isinstance(choice["delta"], dict) else None
         for index, call in enumerate(calls if isinstance(calls, list) else ()):
@@ -3589,9 +3599,11 @@ class CallPieces:
     def add(self, pieces: Any) -> None:
         for piece in pieces if isinstance(pieces, list) else ():
             if isinstance(piece, dict) and isinstance(piece.get("function"), dict):
-                self._join(piece.get("index"), piece.get("id"), **piece["function"])
+                index = piece.get("index")
+                self._join(index if isinstance(index, int) else None, piece.get("id"), piece["function"])
 
-    def _join(self, index: Any, ident: Any, name: Any = None, arguments: Any = None, **_: Any) -> None:
+    def _join(self, index: Optional[int], ident: Any, piece: Json) -> None:
+        name, arguments = piece.get("name"), piece.get("arguments")
         call = self._by_index.get(index) if index is not None else self.calls[-1] if self.calls and not name else None
         if call is None or ident and call["id"] not in (None, ident):
             call = self._by_index[index] = {"id": ident, "type": "function", "function": {"name": "", "arguments": ""}}
@@ -3645,18 +3657,16 @@ class ReasoningMerge:
 
     def feed(self, chunk: Json) -> Iterator[Any]:
         self.usage = usage_of(chunk) or self.usage
-        choices = chunk.get("choices")
-        for choice in choices if isinstance(choices, list) else ():
-            if isinstance(choice, dict):
-                self._merge(choice)
-                self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        for choice in choices_of(chunk):
+            self._merge(choice)
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
         yield chunk
 
     def close(self) -> Iterator[Any]:
         yield "[DONE]"
 
     def _merge(self, choice: Json) -> None:
-        delta, index = choice.get("delta"), choice.get("index", 0)
+        delta, index = choice.get("delta"), choice_index(choice)
         if not isinstance(delta, dict):
             delta = {}
         content = delta.get("content")
@@ -3681,8 +3691,8 @@ class ReasoningMerge:
 
 def merge_reasoning(completion: Json, preserve: bool) -> Json:
     """The same for a plain answer: reasoning, blank line and answer in `content`, or both fields filled."""
-    for choice in completion.get("choices") or ():
-        message = choice.get("message") if isinstance(choice, dict) else None
+    for choice in choices_of(completion):
+        message = choice.get("message")
         if not isinstance(message, dict):
             continue
         reasoning, content = reasoning_of(message), message.get("content")
@@ -3792,12 +3802,12 @@ def fold_stream(data: bytes) -> Json:
         done = done or chunk is None
         for name in ("id", "created", "model", "usage"):
             whole.update({name: chunk[name]} if chunk and chunk.get(name) else {})
-        for choice in (chunk.get("choices") if chunk else None) or ():
-            if isinstance(choice, dict):
-                fresh = {"message": {"role": "assistant"}}, CallPieces()
-                kept, pieces = choices.setdefault(choice.get("index", 0), fresh)
-                kept.update((name, value) for name, value in choice.items() if name != "delta" and value is not None)
-                _add_delta(kept["message"], pieces, choice.get("delta"))
+        for choice in choices_of(chunk or {}):
+            fresh = {"message": {"role": "assistant"}}, CallPieces()
+            kept, pieces = choices.setdefault(choice_index(choice), fresh)
+            kept.update((name, value) for name, value in choice.items() if name != "delta" and value is not None and (
+                name != "message" or isinstance(value, dict)))
+            _add_delta(kept["message"], pieces, choice.get("delta"))
     if not done and not any(choice.get("finish_reason") for choice, _ in choices.values()):
         raise UpstreamGarbled("the upstream's answer was cut off")
     return {**whole, "choices": [choice for choice, _ in choices.values()]}
@@ -3806,15 +3816,16 @@ def fold_stream(data: bytes) -> Json:
 def _add_delta(message: Json, pieces: CallPieces, delta: Any) -> None:
     """One delta to the message that it is a piece of."""
     for name, value in delta.items() if isinstance(delta, dict) else ():
+        known = message.get(name)
         if name == "tool_calls":
             pieces.add(value)
             message[name] = pieces.calls
         elif name == "reasoning_details":
-            merge_details(message.setdefault(name, []), value)
-        elif isinstance(value, str) and name != "role":
-            message[name] = (message.get(name) or "") + value
+            message[name] = known if isinstance(known, list) else []
+            merge_details(message[name], value)
         elif value is not None:
-            message[name] = value
+            grows = name != "role" and isinstance(value, (str, list)) and isinstance(known, type(value))
+            message[name] = known + value if grows else value
     message.setdefault("content", None)
 
 
@@ -4014,7 +4025,7 @@ class TranslatedStream:
         """Hold chunks back until there is an answer in one; then nothing is lost."""
         self._held.append(chunk)
         reason = first_choice(chunk).get("finish_reason")
-        if reason in getattr(self._translator, "fatal", FATAL_FINISH):
+        if isinstance(reason, str) and reason in getattr(self._translator, "fatal", FATAL_FINISH):
             raise broken_off(reason)
         self.began = self.began or is_answer(chunk)
         if self.began:

@@ -1497,9 +1497,40 @@ def test_a_plain_answer_as_a_stream():
     assert [call["index"] for call in choice["delta"]["tool_calls"]] == [0, 1]
 
 
-@pytest.mark.parametrize("odd", [{}, {"choices": None}, {"choices": [{"message": None}]}, {"choices": [None]}])
+@pytest.mark.parametrize("odd", [{}, {"choices": None}, {"choices": [{"message": None}]}, {"choices": [None]},
+                                 {"choices": 5}])
 def test_an_odd_answer_as_a_stream(odd):
     assert records_of(ifl.completion_to_sse(odd))[-1] == DONE
+    assert ifl.merge_reasoning(odd, True) is odd
+
+
+ODD = [5, 0.5, "x", [1], {"a": 1}, True]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("field", ["choices", "index", "finish_reason", "delta", "message", "content", "call index", "function"])
+def test_a_stream_with_a_value_of_the_wrong_type_is_still_read(field, odd):
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
+    if field == "function":
+        call["function"].update(self=odd, index=odd, ident=odd)
+    elif field == "call index":
+        call["index"] = odd
+    choice = {"index": 0, "delta": {"content": "a", "tool_calls": [call]}}
+    if field == "content":
+        choice["delta"]["content"] = odd
+    elif field != "choices":
+        choice[field] = odd
+    chunks = [{"choices": odd if field == "choices" else [choice]}, {"choices": [choice]}, chunk("b"), chunk(finish="stop")]
+    data = b"".join(map(ifl.encode_chunk, [*chunks, "[DONE]"]))
+    assert any(choice["message"]["content"][-1] == "b" for choice in ifl.fold_stream(data)["choices"])
+    stream = ifl.TranslatedStream(ifl.ReasoningMerge(True), ifl.encode_chunk, None, ifl.ReasoningNote(None))
+    assert (stream.feed(data) + stream.close()).count(b'"b"') == 1
+
+
+def test_a_folded_stream_joins_lists_as_well():
+    parts = [[{"type": "text", "text": letter}] for letter in "ab"]
+    data = b"".join(map(ifl.encode_chunk, [chunk(part) for part in parts] + [chunk(finish="stop"), "[DONE]"]))
+    assert ifl.fold_stream(data)["choices"][0]["message"]["content"] == parts[0] + parts[1]
 
 
 # --- refusals ----------------------------------------------------------------
