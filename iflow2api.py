@@ -4202,9 +4202,9 @@ def _turns(messages: Any, start: int = 0) -> List[_Turn]:
             turns.append(_Turn(role, blocks, message))
     if not start and next((turn.role for turn in turns if turn.role != "system"), "") != "user":
         raise BadRequest("messages: the first message must use the 'user' role")
-    users = [i for i, turn in enumerate(turns) if turn.role == "user"]
+    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=0)
     return [turn for i, turn in enumerate(turns)
-            if not (turn.message.get("clear_at") == "next_user_message" and i < users[-1])]
+            if not (turn.message.get("clear_at") == "next_user_message" and i < last)]
 
 
 def _system_text(blocks: Sequence[Tuple[str, Json]]) -> str:

@@ -5533,6 +5533,12 @@ def test_a_conversation_that_is_known_becomes_the_same(profile):
     assert all(new is old for new, old in zip(again.rounds, known.rounds)) and again.tools is known.tools
 
 
+def test_a_known_conversation_that_ends_in_a_passing_system_message():
+    known = in_both_ways({"messages": LONG_TALK}, None)
+    ending = [*LONG_TALK[:2], {"role": "system", "content": "hush", "clear_at": "next_user_message"}]
+    in_both_ways({"messages": ending}, known)
+
+
 @pytest.mark.parametrize("place", range(len(LONG_TALK)))
 def test_a_history_that_was_edited_is_read_anew(place):
     known = in_both_ways({"messages": LONG_TALK}, None)
