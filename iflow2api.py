@@ -6220,7 +6220,7 @@ def _answer_format(form: Any, profile: Json) -> Tuple[Optional[Json], Optional[s
     kind = form.get("type") if isinstance(form, dict) else form
     if kind in (None, "text"):
         return None, None
-    if kind not in ("json_object", "json_schema"):
+    if kind not in ("json_object", "json_schema") or form == "json_schema":        # nothing says which schema
         raise BadRequest(f"`text.format` can't be {one_line(json.dumps(kind), 60)}: text, json_object or json_schema "
                          "expected", param="text.format", code="invalid_value")
     known = profile["structured_output"]

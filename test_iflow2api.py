@@ -7339,6 +7339,7 @@ BAD_RESPONSES = [
     ({"input": [{"role": "system", "content": {"text": "x"}}]}, "input", "invalid_type"),
     ({"input": "q", "text": {"format": {"type": "grammar"}}}, "text.format", "invalid_value"),
     ({"input": "q", "text": {"format": "json"}}, "text.format", "invalid_value"),
+    ({"input": "q", "text": {"format": "json_schema"}}, "text.format", "invalid_value"),
 ]
 
 
