@@ -3576,7 +3576,7 @@ def opening_of(messages: Any) -> str:
 def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
     """iFlow's `{"status": "439", "msg": "…", "body": null}` (or `error_code`), None where it is something else."""
     code = str(payload.get("error_code") or payload.get("status") or "")
-    if "choices" in payload or not code.isdigit() or not ("msg" in payload or "error_code" in payload):
+    if "choices" in payload or not re.fullmatch("[0-9]{1,9}", code) or not ("msg" in payload or "error_code" in payload):
         return None
     number = int(code)
     if number in (0, 200):

@@ -1556,6 +1556,8 @@ REFUSALS = [
     ("msg", 500, {"msg": "bad", "code": 5}, (500, "bad", "server_error", None)),
     ("empty object", 500, {}, (500, "{}", "server_error", None)),
     ("superscript", 200, {"error": {"message": "bad", "code": "²"}}, (502, "bad", "server_error", "²")),
+    ("superscript status", 500, {"status": "²", "msg": "bad"}, (500, "bad", "server_error", None)),
+    ("long status", 500, {"status": "9" * 5000, "msg": "bad"}, (500, "bad", "server_error", None)),
     ("long code", 200, {"error": {"message": "bad", "code": "9" * 5000}}, (502, "bad", "server_error", "9" * 5000)),
     ("arabic digits", 200, {"error": {"message": "bad", "code": "٤٢٩"}}, (502, "bad", "server_error", "٤٢٩"))]
 
