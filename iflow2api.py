@@ -2986,9 +2986,9 @@ class ObjectMender:
 def parse_arguments(text: str) -> Json:
     """Tool arguments as an object, whatever a model made of them; what is not JSON stays readable to the client."""
     try:
-        value = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
+        value = _DECODER.decode(text) if text.strip() else {}
         if isinstance(value, str):                 # encoded twice
-            value = json.loads(value, parse_constant=_no_constant)
+            value = _DECODER.decode(value)
     except (ValueError, RecursionError):
         value = _mended(text)
     if isinstance(value, list) and len(value) == 1:
@@ -3001,7 +3001,7 @@ def _mended(text: str) -> Any:
     text = re.sub(r"\A\s*```(?:json)?\s*(\{.*\})\s*```\s*\Z", r"\1", text, flags=re.S).strip()
     mender = ObjectMender()
     try:
-        return json.loads(mender.feed(text) + mender.close()) if text[:1] == "{" else False
+        return _DECODER.decode(mender.feed(text) + mender.close()) if text[:1] == "{" else False
     except (ValueError, RecursionError):
         return False
 
@@ -4133,7 +4133,7 @@ def read_signature(signature: Any) -> Json:
     if not isinstance(signature, str) or not signature.startswith(SIGNATURE_PREFIX):
         return {}
     try:
-        state = json.loads(base64.b64decode(signature[len(SIGNATURE_PREFIX):]))
+        state = _DECODER.decode(base64.b64decode(signature[len(SIGNATURE_PREFIX):]).decode())
     except (ValueError, RecursionError):
         return {}
     return state if isinstance(state, dict) else {}
@@ -4976,7 +4976,7 @@ def partial_object(text: str) -> Json:
             cuts.append((found.start(), closers))
     for end, closing in [(len(text), tail + closers), *reversed(cuts[-4:])]:
         try:
-            value = json.loads(text[:end] + closing, parse_constant=_no_constant)
+            value = _DECODER.decode(text[:end] + closing)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):

@@ -6431,7 +6431,15 @@ def test_omitted_thinking_travels_in_the_signature(display):
                                      user("r")]}).chat["messages"][1]["reasoning_content"] == "plan"
 
 
+@pytest.mark.parametrize("arguments", ['{"x": 1e999}', '"{\\"x\\": 1e999}"', '{"x": 1e999,}'])
+def test_a_number_too_large_to_be_written_again_stays_readable(arguments):
+    answer = reply(tool_calls=[call("c", arguments=arguments)], content=None)
+    assert json.loads(ifl.dump_json(answer))["content"][0]["input"].keys() == {"INVALID_JSON"}
+    assert ifl.partial_object('{"x": 1e999, "y": "a') == {}
+
+
 @pytest.mark.parametrize("signature", ["", None, 5, "EqMDCk…", ifl.SIGNATURE_PREFIX + "!!",
+                                       ifl.SIGNATURE_PREFIX + base64.b64encode(b'{"details": [NaN]}').decode(),
                                        ifl.SIGNATURE_PREFIX + "W10=", ifl.SIGNATURE_PREFIX + "eA=="])
 def test_foreign_signatures(signature):
     assert ifl.read_signature(signature) == {}
