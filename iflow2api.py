@@ -5112,7 +5112,6 @@ class _Unfence:
     """Takes the ``` from around a text that is one fenced block; any other text passes as it is."""
     _HEAD = re.compile(r"\s*```[a-zA-Z]*[ \t]*\n")
     _MAYBE = re.compile(r"\s*(?:`{0,2}|```[a-zA-Z]*[ \t]*)")
-    _TAIL = re.compile(r"\s*`{0,3}\s*\Z")
 
     def __init__(self) -> None:
         self.fenced: Optional[bool] = None
@@ -5127,7 +5126,9 @@ class _Unfence:
                 return ""
             self.fenced, text = head is not None, text[head.end() if head else 0:]
         if self.fenced:                            # the last blanks and ` may be its end
-            at = self._TAIL.search(text).start()
+            body = text.rstrip()
+            marks = min(3, len(body) - len(body.rstrip("`")))
+            at = len(body[:len(body) - marks].rstrip())
             text, self.held = text[:at], text[at:]
         return text
 
