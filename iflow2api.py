@@ -5959,7 +5959,7 @@ def _loads(text: Any) -> Any:
     try:
         value = _DECODER.decode(text)
         return _DECODER.decode(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 

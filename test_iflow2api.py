@@ -7320,6 +7320,14 @@ def test_names_are_short_distinct_and_come_back():
         ("function_call", LONG_RESPONSES + "1", "a"), ("function_call", LONG_RESPONSES + "2", "a"), ("custom_tool_call", "a__b", None)]
 
 
+def test_arguments_that_are_nested_too_deeply_stay_what_they_are():
+    deep = '{"a":' + "[" * 200_000 + "]" * 200_000 + "}"
+    chat = make_turn({"input": [{"role": "user", "content": "q"}, call_responses("c1", "f", deep)]}).chat
+    arguments = chat["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert json.loads(arguments) == {"INVALID_JSON": deep}
+    assert ifl._payload("shell", deep) is None
+
+
 # --- bad input and the store
 
 BAD_RESPONSES = [
