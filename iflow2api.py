@@ -4960,8 +4960,8 @@ class MessagesTurn:
 
 def partial_object(text: str) -> Json:
     """The most of an object that was cut off by the length limit."""
-    closers, cuts, scan = "", [], re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.S)
-    tail = ""
+    closers, tail, scan = "", "", re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.S)
+    cuts: Deque[Tuple[int, str]] = deque(maxlen=4)       # more are not tried
     for found in scan.finditer(text):
         mark = found.group()
         if mark == '"':                            # a string without an end
@@ -4974,7 +4974,7 @@ def partial_object(text: str) -> Json:
             closers = closers[1:]
         elif mark == ",":
             cuts.append((found.start(), closers))
-    for end, closing in [(len(text), tail + closers), *reversed(cuts[-4:])]:
+    for end, closing in [(len(text), tail + closers), *reversed(cuts)]:
         try:
             value = _DECODER.decode(text[:end] + closing)
         except (ValueError, RecursionError):

@@ -6432,6 +6432,15 @@ def test_omitted_thinking_travels_in_the_signature(display):
                                      user("r")]}).chat["messages"][1]["reasoning_content"] == "plan"
 
 
+def test_a_cut_call_of_nothing_but_brackets_takes_little_memory():
+    tracemalloc.start()
+    try:
+        assert ifl.partial_object('{"a":' + "[" * 20_000) == {}
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("arguments", ['{"x": 1e999}', '"{\\"x\\": 1e999}"', '{"x": 1e999,}'])
 def test_a_number_too_large_to_be_written_again_stays_readable(arguments):
     answer = reply(tool_calls=[call("c", arguments=arguments)], content=None)
