@@ -2835,6 +2835,18 @@ def reasoning_of(message: Json) -> str:
     return ""
 
 
+def choices_of(chunk: Json) -> List[Json]:
+    """The choices of a chunk or completion, as far as they are objects."""
+    choices = chunk.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def choice_index(choice: Json) -> int:
+    """Which of several answers a choice belongs to: the first one, where it does not say."""
+    index = choice.get("index")
+    return index if isinstance(index, int) else 0
+
+
 def first_choice(chunk: Json) -> Json:
     """choices[0] of a chunk or completion, {} where there is none."""
     choices = chunk.get("choices")
@@ -3017,9 +3029,9 @@ class ObjectMender:
 def parse_arguments(text: str) -> Json:
     """Tool arguments as an object, whatever a model made of them; what is not JSON stays readable to the client."""
     try:
-        value = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
+        value = _DECODER.decode(text) if text.strip() else {}
         if isinstance(value, str):                 # encoded twice
-            value = json.loads(value, parse_constant=_no_constant)
+            value = _DECODER.decode(value)
     except (ValueError, RecursionError):
         value = _mended(text)
     if isinstance(value, list) and len(value) == 1:
@@ -3032,7 +3044,7 @@ def _mended(text: str) -> Any:
     text = re.sub(r"\A\s*```(?:json)?\s*(\{.*\})\s*```\s*\Z", r"\1", text, flags=re.S).strip()
     mender = ObjectMender()
     try:
-        return json.loads(mender.feed(text) + mender.close()) if text[:1] == "{" else False
+        return _DECODER.decode(mender.feed(text) + mender.close()) if text[:1] == "{" else False
     except (ValueError, RecursionError):
         return False
 
@@ -3260,13 +3272,11 @@ _MODEL_FIELD = re.compile(r'"model"[ \t\r\n]*:[ \t\r\n]*')
 
 def has_content(chunk: Json) -> bool:
     """Whether a chunk or completion holds anything of an answer: text, reasoning, a call, a refusal."""
-    choices = chunk.get("choices")
-    for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict):
-            message = choice.get("delta") or choice.get("message")
-            if choice.get("text") or isinstance(message, dict) and any(
-                    value for key, value in message.items() if key != "role"):
-                return True
+    for choice in choices_of(chunk):
+        message = choice.get("delta") or choice.get("message")
+        if choice.get("text") or isinstance(message, dict) and any(
+                value for key, value in message.items() if key != "role"):
+            return True
     return False
 
 
@@ -3296,7 +3306,7 @@ def completion_to_sse(completion: Json) -> bytes:
     chunk = {**completion, "object": "chat.completion.chunk"}
     chunk["choices"] = [
         {**{k: v for k, v in choice.items() if k != "message"}, "delta": choice.get("message") or {}}
-        for choice in completion.get("choices") or () if isinstance(choice, dict)]
+        for choice in choices_of(completion)]
     for choice in chunk["choices"]:
         calls = choice["delta"].get("tool_calls") if isinstance(choice["delta"], dict) else None
         for index, call in enumerate(calls if isinstance(calls, list) else ()):
@@ -3609,7 +3619,7 @@ def opening_of(messages: Any) -> str:
 def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
     """iFlow's `{"status": "439", "msg": "…", "body": null}` (or `error_code`), None where it is something else."""
     code = str(payload.get("error_code") or payload.get("status") or "")
-    if "choices" in payload or not code.isdigit() or not ("msg" in payload or "error_code" in payload):
+    if "choices" in payload or not re.fullmatch("[0-9]{1,9}", code) or not ("msg" in payload or "error_code" in payload):
         return None
     number = int(code)
     if number in (0, 200):
@@ -3632,9 +3642,11 @@ class CallPieces:
     def add(self, pieces: Any) -> None:
         for piece in pieces if isinstance(pieces, list) else ():
             if isinstance(piece, dict) and isinstance(piece.get("function"), dict):
-                self._join(piece.get("index"), piece.get("id"), **piece["function"])
+                index = piece.get("index")
+                self._join(index if isinstance(index, int) else None, piece.get("id"), piece["function"])
 
-    def _join(self, index: Any, ident: Any, name: Any = None, arguments: Any = None, **_: Any) -> None:
+    def _join(self, index: Optional[int], ident: Any, piece: Json) -> None:
+        name, arguments = piece.get("name"), piece.get("arguments")
         call = self._by_index.get(index) if index is not None else self.calls[-1] if self.calls and not name else None
         if call is None or ident and call["id"] not in (None, ident):
             call = self._by_index[index] = {"id": ident, "type": "function", "function": {"name": "", "arguments": ""}}
@@ -3688,18 +3700,16 @@ class ReasoningMerge:
 
     def feed(self, chunk: Json) -> Iterator[Any]:
         self.usage = usage_of(chunk) or self.usage
-        choices = chunk.get("choices")
-        for choice in choices if isinstance(choices, list) else ():
-            if isinstance(choice, dict):
-                self._merge(choice)
-                self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        for choice in choices_of(chunk):
+            self._merge(choice)
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
         yield chunk
 
     def close(self) -> Iterator[Any]:
         yield "[DONE]"
 
     def _merge(self, choice: Json) -> None:
-        delta, index = choice.get("delta"), choice.get("index", 0)
+        delta, index = choice.get("delta"), choice_index(choice)
         if not isinstance(delta, dict):
             delta = {}
         content = delta.get("content")
@@ -3724,8 +3734,8 @@ class ReasoningMerge:
 
 def merge_reasoning(completion: Json, preserve: bool) -> Json:
     """The same for a plain answer: reasoning, blank line and answer in `content`, or both fields filled."""
-    for choice in completion.get("choices") or ():
-        message = choice.get("message") if isinstance(choice, dict) else None
+    for choice in choices_of(completion):
+        message = choice.get("message")
         if not isinstance(message, dict):
             continue
         reasoning, content = reasoning_of(message), message.get("content")
@@ -3835,12 +3845,12 @@ def fold_stream(data: bytes) -> Json:
         done = done or chunk is None
         for name in ("id", "created", "model", "usage"):
             whole.update({name: chunk[name]} if chunk and chunk.get(name) else {})
-        for choice in (chunk.get("choices") if chunk else None) or ():
-            if isinstance(choice, dict):
-                fresh = {"message": {"role": "assistant"}}, CallPieces()
-                kept, pieces = choices.setdefault(choice.get("index", 0), fresh)
-                kept.update((name, value) for name, value in choice.items() if name != "delta" and value is not None)
-                _add_delta(kept["message"], pieces, choice.get("delta"))
+        for choice in choices_of(chunk or {}):
+            fresh = {"message": {"role": "assistant"}}, CallPieces()
+            kept, pieces = choices.setdefault(choice_index(choice), fresh)
+            kept.update((name, value) for name, value in choice.items() if name != "delta" and value is not None and (
+                name != "message" or isinstance(value, dict)))
+            _add_delta(kept["message"], pieces, choice.get("delta"))
     if not done and not any(choice.get("finish_reason") for choice, _ in choices.values()):
         raise UpstreamGarbled("the upstream's answer was cut off")
     return {**whole, "choices": [choice for choice, _ in choices.values()]}
@@ -3849,15 +3859,16 @@ def fold_stream(data: bytes) -> Json:
 def _add_delta(message: Json, pieces: CallPieces, delta: Any) -> None:
     """One delta to the message that it is a piece of."""
     for name, value in delta.items() if isinstance(delta, dict) else ():
+        known = message.get(name)
         if name == "tool_calls":
             pieces.add(value)
             message[name] = pieces.calls
         elif name == "reasoning_details":
-            merge_details(message.setdefault(name, []), value)
-        elif isinstance(value, str) and name != "role":
-            message[name] = (message.get(name) or "") + value
+            message[name] = known if isinstance(known, list) else []
+            merge_details(message[name], value)
         elif value is not None:
-            message[name] = value
+            grows = name != "role" and isinstance(value, (str, list)) and isinstance(known, type(value))
+            message[name] = known + value if grows else value
     message.setdefault("content", None)
 
 
@@ -4057,7 +4068,7 @@ class TranslatedStream:
         """Hold chunks back until there is an answer in one; then nothing is lost."""
         self._held.append(chunk)
         reason = first_choice(chunk).get("finish_reason")
-        if reason in getattr(self._translator, "fatal", FATAL_FINISH):
+        if isinstance(reason, str) and reason in getattr(self._translator, "fatal", FATAL_FINISH):
             raise broken_off(reason)
         self.began = self.began or is_answer(chunk)
         if self.began:
@@ -4165,7 +4176,7 @@ def read_signature(signature: Any) -> Json:
     if not isinstance(signature, str) or not signature.startswith(SIGNATURE_PREFIX):
         return {}
     try:
-        state = json.loads(base64.b64decode(signature[len(SIGNATURE_PREFIX):]))
+        state = _DECODER.decode(base64.b64decode(signature[len(SIGNATURE_PREFIX):]).decode())
     except (ValueError, RecursionError):
         return {}
     return state if isinstance(state, dict) else {}
@@ -4234,9 +4245,9 @@ def _turns(messages: Any, start: int = 0) -> List[_Turn]:
             turns.append(_Turn(role, blocks, message))
     if not start and next((turn.role for turn in turns if turn.role != "system"), "") != "user":
         raise BadRequest("messages: the first message must use the 'user' role")
-    users = [i for i, turn in enumerate(turns) if turn.role == "user"]
+    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=0)
     return [turn for i, turn in enumerate(turns)
-            if not (turn.message.get("clear_at") == "next_user_message" and i < users[-1])]
+            if not (turn.message.get("clear_at") == "next_user_message" and i < last)]
 
 
 def _system_text(blocks: Sequence[Tuple[str, Json]]) -> str:
@@ -4992,8 +5003,8 @@ class MessagesTurn:
 
 def partial_object(text: str) -> Json:
     """The most of an object that was cut off by the length limit."""
-    closers, cuts, scan = "", [], re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.S)
-    tail = ""
+    closers, tail, scan = "", "", re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.S)
+    cuts: Deque[Tuple[int, str]] = deque(maxlen=4)       # more are not tried
     for found in scan.finditer(text):
         mark = found.group()
         if mark == '"':                            # a string without an end
@@ -5006,9 +5017,9 @@ def partial_object(text: str) -> Json:
             closers = closers[1:]
         elif mark == ",":
             cuts.append((found.start(), closers))
-    for end, closing in [(len(text), tail + closers), *reversed(cuts[-4:])]:
+    for end, closing in [(len(text), tail + closers), *reversed(cuts)]:
         try:
-            value = json.loads(text[:end] + closing, parse_constant=_no_constant)
+            value = _DECODER.decode(text[:end] + closing)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
@@ -5144,7 +5155,6 @@ class _Unfence:
     """Takes the ``` from around a text that is one fenced block; any other text passes as it is."""
     _HEAD = re.compile(r"\s*```[a-zA-Z]*[ \t]*\n")
     _MAYBE = re.compile(r"\s*(?:`{0,2}|```[a-zA-Z]*[ \t]*)")
-    _TAIL = re.compile(r"\s*`{0,3}\s*\Z")
 
     def __init__(self) -> None:
         self.fenced: Optional[bool] = None
@@ -5159,7 +5169,9 @@ class _Unfence:
                 return ""
             self.fenced, text = head is not None, text[head.end() if head else 0:]
         if self.fenced:                            # the last blanks and ` may be its end
-            at = self._TAIL.search(text).start()
+            body = text.rstrip()
+            marks = min(3, len(body) - len(body.rstrip("`")))
+            at = len(body[:len(body) - marks].rstrip())
             text, self.held = text[:at], text[at:]
         return text
 
@@ -5990,7 +6002,7 @@ def _loads(text: Any) -> Any:
     try:
         value = _DECODER.decode(text)
         return _DECODER.decode(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 
@@ -6252,7 +6264,7 @@ def _answer_format(form: Any, profile: Json) -> Tuple[Optional[Json], Optional[s
     kind = form.get("type") if isinstance(form, dict) else form
     if kind in (None, "text"):
         return None, None
-    if kind not in ("json_object", "json_schema"):
+    if kind not in ("json_object", "json_schema") or form == "json_schema":        # nothing says which schema
         raise BadRequest(f"`text.format` can't be {one_line(json.dumps(kind), 60)}: text, json_object or json_schema "
                          "expected", param="text.format", code="invalid_value")
     known = profile["structured_output"]

@@ -1524,9 +1524,40 @@ def test_a_plain_answer_as_a_stream():
     assert [call["index"] for call in choice["delta"]["tool_calls"]] == [0, 1]
 
 
-@pytest.mark.parametrize("odd", [{}, {"choices": None}, {"choices": [{"message": None}]}, {"choices": [None]}])
+@pytest.mark.parametrize("odd", [{}, {"choices": None}, {"choices": [{"message": None}]}, {"choices": [None]},
+                                 {"choices": 5}])
 def test_an_odd_answer_as_a_stream(odd):
     assert records_of(ifl.completion_to_sse(odd))[-1] == DONE
+    assert ifl.merge_reasoning(odd, True) is odd
+
+
+ODD = [5, 0.5, "x", [1], {"a": 1}, True]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("field", ["choices", "index", "finish_reason", "delta", "message", "content", "call index", "function"])
+def test_a_stream_with_a_value_of_the_wrong_type_is_still_read(field, odd):
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
+    if field == "function":
+        call["function"].update(self=odd, index=odd, ident=odd)
+    elif field == "call index":
+        call["index"] = odd
+    choice = {"index": 0, "delta": {"content": "a", "tool_calls": [call]}}
+    if field == "content":
+        choice["delta"]["content"] = odd
+    elif field != "choices":
+        choice[field] = odd
+    chunks = [{"choices": odd if field == "choices" else [choice]}, {"choices": [choice]}, chunk("b"), chunk(finish="stop")]
+    data = b"".join(map(ifl.encode_chunk, [*chunks, "[DONE]"]))
+    assert any(choice["message"]["content"][-1] == "b" for choice in ifl.fold_stream(data)["choices"])
+    stream = ifl.TranslatedStream(ifl.ReasoningMerge(True), ifl.encode_chunk, None, ifl.ReasoningNote(None))
+    assert (stream.feed(data) + stream.close()).count(b'"b"') == 1
+
+
+def test_a_folded_stream_joins_lists_as_well():
+    parts = [[{"type": "text", "text": letter}] for letter in "ab"]
+    data = b"".join(map(ifl.encode_chunk, [chunk(part) for part in parts] + [chunk(finish="stop"), "[DONE]"]))
+    assert ifl.fold_stream(data)["choices"][0]["message"]["content"] == parts[0] + parts[1]
 
 
 # --- refusals ----------------------------------------------------------------
@@ -1552,6 +1583,8 @@ REFUSALS = [
     ("msg", 500, {"msg": "bad", "code": 5}, (500, "bad", "server_error", None)),
     ("empty object", 500, {}, (500, "{}", "server_error", None)),
     ("superscript", 200, {"error": {"message": "bad", "code": "²"}}, (502, "bad", "server_error", "²")),
+    ("superscript status", 500, {"status": "²", "msg": "bad"}, (500, "bad", "server_error", None)),
+    ("long status", 500, {"status": "9" * 5000, "msg": "bad"}, (500, "bad", "server_error", None)),
     ("long code", 200, {"error": {"message": "bad", "code": "9" * 5000}}, (502, "bad", "server_error", "9" * 5000)),
     ("arabic digits", 200, {"error": {"message": "bad", "code": "٤٢٩"}}, (502, "bad", "server_error", "٤٢٩"))]
 
@@ -5670,6 +5703,12 @@ def test_a_conversation_that_is_known_becomes_the_same(profile):
     assert all(new is old for new, old in zip(again.rounds, known.rounds)) and again.tools is known.tools
 
 
+def test_a_known_conversation_that_ends_in_a_passing_system_message():
+    known = in_both_ways({"messages": LONG_TALK}, None)
+    ending = [*LONG_TALK[:2], {"role": "system", "content": "hush", "clear_at": "next_user_message"}]
+    in_both_ways({"messages": ending}, known)
+
+
 @pytest.mark.parametrize("place", range(len(LONG_TALK)))
 def test_a_history_that_was_edited_is_read_anew(place):
     known = in_both_ways({"messages": LONG_TALK}, None)
@@ -6252,7 +6291,8 @@ def test_what_is_odd_but_works_stays():
 FENCED = [
     ('```json\n{"a": 1}\n```', '{"a": 1}'), ("```\n[1]\n```\n", "[1]"), ('\n```JSON \n{"a": "```"}\n```', '{"a": "```"}'),
     ('{"a": 1}', '{"a": 1}'), ("``x", "``x"), ("Here:\n```json\n{}\n```", "Here:\n```json\n{}\n```"),
-    ('```json\n{"a": 1}', '{"a": 1}'), ("```json\n{}\n```\nSo.", "{}\n```\nSo."), ("`", "`"), ("x  \n", "x  \n")]
+    ('```json\n{"a": 1}', '{"a": 1}'), ("```json\n{}\n```\nSo.", "{}\n```\nSo."), ("```\n[]` ```` \n", "[]` `"),
+    ("```\n[" + " " * 20000 + "]\n```", "[" + " " * 20000 + "]"), ("`", "`"), ("x  \n", "x  \n")]
 
 
 @pytest.mark.parametrize("said, expected", FENCED)
@@ -6560,7 +6600,24 @@ def test_omitted_thinking_travels_in_the_signature(display):
                                      user("r")]}).chat["messages"][1]["reasoning_content"] == "plan"
 
 
+def test_a_cut_call_of_nothing_but_brackets_takes_little_memory():
+    tracemalloc.start()
+    try:
+        assert ifl.partial_object('{"a":' + "[" * 20_000) == {}
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("arguments", ['{"x": 1e999}', '"{\\"x\\": 1e999}"', '{"x": 1e999,}'])
+def test_a_number_too_large_to_be_written_again_stays_readable(arguments):
+    answer = reply(tool_calls=[call("c", arguments=arguments)], content=None)
+    assert json.loads(ifl.dump_json(answer))["content"][0]["input"].keys() == {"INVALID_JSON"}
+    assert ifl.partial_object('{"x": 1e999, "y": "a') == {}
+
+
 @pytest.mark.parametrize("signature", ["", None, 5, "EqMDCk…", ifl.SIGNATURE_PREFIX + "!!",
+                                       ifl.SIGNATURE_PREFIX + base64.b64encode(b'{"details": [NaN]}').decode(),
                                        ifl.SIGNATURE_PREFIX + "W10=", ifl.SIGNATURE_PREFIX + "eA=="])
 def test_foreign_signatures(signature):
     assert ifl.read_signature(signature) == {}
@@ -7440,6 +7497,14 @@ def test_names_are_short_distinct_and_come_back():
         ("function_call", LONG_RESPONSES + "1", "a"), ("function_call", LONG_RESPONSES + "2", "a"), ("custom_tool_call", "a__b", None)]
 
 
+def test_arguments_that_are_nested_too_deeply_stay_what_they_are():
+    deep = '{"a":' + "[" * 200_000 + "]" * 200_000 + "}"
+    chat = make_turn({"input": [{"role": "user", "content": "q"}, call_responses("c1", "f", deep)]}).chat
+    arguments = chat["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert json.loads(arguments) == {"INVALID_JSON": deep}
+    assert ifl._payload("shell", deep) is None
+
+
 # --- bad input and the store
 
 BAD_RESPONSES = [
@@ -7470,6 +7535,7 @@ BAD_RESPONSES = [
     ({"input": [{"role": "system", "content": {"text": "x"}}]}, "input", "invalid_type"),
     ({"input": "q", "text": {"format": {"type": "grammar"}}}, "text.format", "invalid_value"),
     ({"input": "q", "text": {"format": "json"}}, "text.format", "invalid_value"),
+    ({"input": "q", "text": {"format": "json_schema"}}, "text.format", "invalid_value"),
 ]
 
 
