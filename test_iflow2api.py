@@ -13810,6 +13810,24 @@ def test_a_range_that_runs_backwards_is_no_error(home_routes, capsys, monkeypatc
     assert run_routes(capsys, "routes", "explain", "q")[0] == 0
 
 
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_a_text_that_no_file_name_may_hold_is_named_and_not_used(home_routes, capsys, text):
+    names = ("host", "responses_file", "log_file", "ca_file", "base_url")
+    write_config(home_routes, **dict.fromkeys(names, text), custom_api_key=text)
+    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
+    assert sorted(gateway.problems) == sorted(f"config.json: {name}: a string without NUL and lone surrogates expected" for name in names)
+    assert gateway.settings.host == "127.0.0.1" and gateway.state.door.required
+    for command in ("status", "logs", "usage"):
+        assert run_routes(capsys, command)[0] in (0, 1)
+
+
+@pytest.mark.parametrize("host", ["\udcff", "é..", "a b"])
+def test_a_host_that_can_be_no_name_is_told_in_one_line(home_routes, capsys, host):
+    code, _, err = run_routes(capsys, "serve", "--port", "0", "--host", host)
+    assert code == 1 and "can't listen on" in err
+    assert run_routes(capsys, "env", "openai", "--host", host)[0] == 0       # nobody answers there
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
