@@ -19239,7 +19239,7 @@ def _flag_settings(args: Any) -> Json:
     key = _read_key(args.api_key) if getattr(args, "api_key", None) is not None else ""
     if getattr(args, "verbose", False):
         flags["log_level"] = "debug"
-    if getattr(args, "upstream", None):
+    if getattr(args, "upstream", None) is not None:      # an empty one is a variable that was not set
         entry = {**entry_at(args.upstream), "name": "upstream",
                  "api_keys": ["$" + key if key.startswith("$") else key] if key else []}
         problem = parse_provider(entry, {}).problem
@@ -19263,7 +19263,7 @@ def _gateway_of(args: Any) -> Gateway:
 
 def cmd_serve(args: Any) -> int:
     _log_to_console()
-    if args.demo and (args.upstream or args.api_key):
+    if args.demo and (args.upstream is not None or args.api_key):
         raise UsageError("--demo brings its own upstream: leave out --upstream and --api-key")
     demo = DemoUpstream() if args.demo else None
     gateway = Gateway(config=_config_of(args), flags={**(demo.settings() if demo else {}), **_flag_settings(args)})

@@ -13828,6 +13828,12 @@ def test_a_host_that_can_be_no_name_is_told_in_one_line(home_routes, capsys, hos
     assert run_routes(capsys, "env", "openai", "--host", host)[0] == 0       # nobody answers there
 
 
+def test_an_empty_upstream_is_a_mistake_and_its_key_goes_nowhere_else(home_routes, capsys):
+    for argv in (("serve", "--port", "0"), ("models",), ("test",), ("routes", "explain", "m")):
+        code, out, err = run_routes(capsys, *argv, "--upstream", "", "--api-key", "sk-of-another-service")
+        assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: --upstream: base_url is missing"), argv
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
