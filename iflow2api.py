@@ -2281,6 +2281,8 @@ CHINESE: Dict[str, str] = {
         "服务每次启动都选用空闲端口（port 0）：请用 --port 指定它打印出的端口",
     "no iflow2api answers at {} now; if it runs elsewhere, say so with --host and --port":
         "{} 现在没有 iflow2api 应答；如果它在别处运行，请用 --host 和 --port 指明",
+    "standard input": "标准输入",
+    "login --paste: there is no standard input to paste an address into": "login --paste：没有标准输入可供粘贴地址",
     "put a key instead of YOUR_KEY; `key add NAME` makes one": "请用密钥替换 YOUR_KEY；`key add NAME` 可生成一个",
     "a password has from {} to {} characters": "密码需要 {} 到 {} 个字符",
     "the upstream answered with a web page; is base_url its API, and not its site?":
@@ -18997,6 +18999,7 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "kind_dict": (" JSON 对象", "an object as JSON"),
     "kind_choice": ("以下之一：{choices}", "one of {choices}"),
     "at_least": ("，不小于 {low:g}", " of at least {low:g}"),
+    "above": ("，大于 {low:g}", " above {low:g}"),
     "between": ("，{low:g} 到 {high:g}", " from {low:g} to {high:g}"),
     # help
     "about": ("连接任意 AI 客户端与任意 OpenAI 兼容模型的单文件网关", "one file between any AI client and any OpenAI-compatible model"),
@@ -19211,13 +19214,23 @@ def _parse_for(where: str, name: str, text: str) -> Any:
         raise UsageError(tr("bad_value", where=where, value=shown, expected=_expected(name))) from None
 
 
+def _input_line() -> str:
+    """A line of standard input without its end, "" where there is none; UsageError where it is no text."""
+    try:
+        line = sys.stdin.readline().rstrip("\r\n") if sys.stdin is not None else ""
+        line.encode()                    # Python may have let bytes through that are none
+    except UnicodeError:
+        raise UsageError("standard input: not UTF-8 text") from None
+    return line
+
+
 def _read_key(text: str, variable: str = "NAME") -> str:
     """A key given on the command line: `$NAME`, `-` for standard input, or itself, with a warning."""
     if not text:
         raise UsageError("--api-key is empty: the shell has replaced the variable; "
                          f"put it in single quotes: '${variable}'")
     if text == "-":
-        text = sys.stdin.readline().strip()
+        text = _input_line().strip()
         if not text:
             raise UsageError(tr("key_no_input"))
         return text
@@ -19301,7 +19314,7 @@ def _show_page(gateway: Gateway, server: Server, stay: bool) -> None:
             _say(tr("page_code", code=code))
 
     gateway.listeners.append(say_code)
-    if said[0] and not stay and sys.stdout.isatty():
+    if said[0] and not stay and sys.stdout is not None and sys.stdout.isatty():
         threading.Thread(target=open_browser, args=(server.url + "/admin", os.environ), daemon=True).start()
 
 
@@ -19841,11 +19854,16 @@ def _guess_shell() -> str:
 
 def cmd_login(args: Any) -> int:
     """Log in by the browser, or store a key."""
+    if not args.timeout > 0:
+        raise UsageError(tr("bad_value", where="--timeout", value=f"{args.timeout:g}",
+                            expected=tr("kind_float") + tr("above", low=0)))
     gateway = Gateway(config=_config_of(args))
     try:
         if args.api_key is not None:
             return _store_key(gateway, args)
         paste = args.paste
+        if paste and sys.stdin is None:
+            raise UsageError("login --paste: there is no standard input to paste an address into")
         found = gateway.logins.start(args.account or "", paste, args.timeout)
         _say("open this address in a browser to log in to iFlow:")
         print(found["url"], flush=True)
@@ -20065,7 +20083,7 @@ def cmd_admin(args: Any) -> int:
     """`admin reset-password`: a running server takes it over, and ends the sessions of before."""
     if args.password not in (None, "-"):
         raise UsageError(tr("password_shown"))
-    password = sys.stdin.readline().rstrip("\r\n") if args.password else _ask_password()
+    password = _input_line() if args.password else _ask_password()
     try:
         stored = hash_password(password)
     except ValueError:

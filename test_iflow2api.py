@@ -13834,6 +13834,24 @@ def test_an_empty_upstream_is_a_mistake_and_its_key_goes_nowhere_else(home_route
         assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: --upstream: base_url is missing"), argv
 
 
+@pytest.mark.parametrize("argv", [("login", "--paste"), ("login", "--api-key", "-"), ("admin", "reset-password", "-"),
+                                  ("config", "set", "api_key", "-")])
+def test_a_standard_input_that_is_closed_or_no_text_is_told(home_routes, capsys, monkeypatch, argv):
+    stdins = [None] + [io.TextIOWrapper(io.BytesIO(b"\xff12345678\n"), "utf-8", errors) for errors in ("strict", "surrogateescape")]
+    for stdin in stdins[:1] if "--paste" in argv else stdins:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code = ifl.main(list(argv))
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "") and err.startswith("error: ") and "Traceback" not in err
+    assert not os.path.exists(home_routes / ".iflow2api" / "config.json")
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
+def test_a_login_needs_time(home_routes, capsys, seconds):
+    code, out, err = run_routes(capsys, "login", "--no-browser", f"--timeout={seconds}")
+    assert (code, out, err) == (2, "", f"error: --timeout can't be {seconds}; a number above 0 expected\n")
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
