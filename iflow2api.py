@@ -19183,8 +19183,9 @@ def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "",
 
 
 def _say(text: str) -> None:
-    """Talk goes to stderr; stdout is for the answer."""
-    print(local(text), file=sys.stderr, flush=True)
+    """Talk goes to stderr; stdout is for the answer.  A terminal that is gone must not end a server."""
+    with contextlib.suppress(OSError):
+        print(local(text), file=sys.stderr, flush=True)
 
 
 def _row(label: str, *columns: str) -> None:

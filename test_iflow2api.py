@@ -13852,6 +13852,33 @@ def test_a_login_needs_time(home_routes, capsys, seconds):
     assert (code, out, err) == (2, "", f"error: --timeout can't be {seconds}; a number above 0 expected\n")
 
 
+@posix
+def test_a_terminal_that_is_gone_keeps_no_answer_from_ending(home_routes):
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, PROGRAM, "--demo", "--port", "0"], stdout=subprocess.PIPE, stderr=writer,
+                               env={**os.environ, "IFLOW2API_LOG_FILE": str(home_routes / "log")})
+    os.close(writer)
+    try:
+        url = process.stdout.readline().decode().split()[-1]
+        card = b""
+        while b"next" not in card:                             # the card is out, and now nobody reads any more
+            piece = os.read(reader, 65536)
+            assert piece, card
+            card += piece
+        os.close(reader)
+        with contextlib.closing(http.client.HTTPConnection(url[7:], timeout=WAIT_S)) as client:
+            client.request("POST", "/v1/chat/completions", json.dumps({"model": "demo", "stream": True, "messages": [
+                {"role": "user", "content": "hi"}]}))
+            answer = client.getresponse()
+            process.terminate()
+            assert answer.read().endswith(b"data: [DONE]\n\n")
+        assert process.wait(WAIT_S) in (0, 120)                # 120: Python could not empty stderr at the end
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
