@@ -10142,7 +10142,7 @@ def parse_usage_line(line: bytes) -> Tuple[UsageName, List[int]]:
         raise ValueError("no usage")
     names = tuple(row.get(name, "") for name in USAGE_NAMES)
     counts = [row.get(name, 0) for name in USAGE_COUNTS]
-    if any(type(name) is not str for name in names) or any(type(count) is not int or count < 0 for count in counts):
+    if any(type(name) is not str for name in names) or any(type(count) is not int or not 0 <= count < 10 ** 15 for count in counts):
         raise ValueError("no usage")
     return names, counts             # type: ignore[return-value]
 
@@ -10208,7 +10208,7 @@ class LineFile:
             return
         try:
             self._take(line)
-        except (ValueError, RecursionError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             if len(self.problems) < 5:
                 self.problems.append(f"{self.path}: line {number} is no {self.WHAT} and does not count")
 

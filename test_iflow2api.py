@@ -13879,6 +13879,17 @@ def test_a_terminal_that_is_gone_keeps_no_answer_from_ending(home_routes):
         process.stdout.close()
 
 
+def test_numbers_and_shapes_that_nobody_wrote_into_the_books_are_named(home_routes, capsys):
+    folder = home_routes / ".iflow2api"
+    write_config(home_routes)
+    (folder / "limits.jsonl").write_text(f'5\nnull\n["x", "rpd", {10 ** 400}, 1]\n')
+    (folder / "usage.jsonl").write_text(f'{{"day": "{time.strftime("%Y-%m-%d")}", "model": "m", "requests": 1, "input": {10 ** 400}}}\n')
+    with ifl.serve(ifl.Gateway(config=ifl.ConfigFile(str(folder)), environ={}), port=0) as server:
+        assert len(server.gateway.health()["problems"]) == 4
+    code, out, err = run_routes(capsys, "usage")
+    assert code == 0 and "nothing was used" in out and "line 1 is no usage" in err
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
