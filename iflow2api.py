@@ -8719,7 +8719,8 @@ def parse_time(value: Any) -> Optional[float]:
     """Epoch seconds of an ISO 8601 text (without a zone: local time, as in JavaScript) or of a number."""
     import datetime
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value / 1000 if value > 1e11 else float(value)
+        seconds = value / 1000 if 1e11 < value < 1e18 else value
+        return float(seconds) if 0 <= seconds < 253402300800 else None       # to the year 9999, as texts; NaN is none
     try:
         return datetime.datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value.strip())).timestamp()
     except (AttributeError, TypeError, ValueError, OverflowError, OSError):

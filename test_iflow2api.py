@@ -13890,6 +13890,16 @@ def test_numbers_and_shapes_that_nobody_wrote_into_the_books_are_named(home_rout
     assert code == 0 and "nothing was used" in out and "line 1 is no usage" in err
 
 
+@pytest.mark.parametrize("end", ["1e999", "NaN", "-1e999", "1e30", "1" + "0" * 400])
+def test_a_login_that_ends_at_no_time_is_shown_all_the_same(home_routes, capsys, end):
+    write_config(home_routes)
+    (home_routes / ".iflow2api" / "config.json").write_text(
+        '{"accounts": {"w": {"apiKey": "kk", "oauth_refresh_token": "r", "oauth_expires_at": %s}}}' % end)
+    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
+    assert gateway.health()["logins"]["w"]["expires_at"] is None
+    assert "end unknown" in run_routes(capsys, "status")[1]
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
