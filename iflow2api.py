@@ -10380,8 +10380,9 @@ class UsageBook(LineFile):
             yield format_usage_line(names, counts)
 
     def _oldest(self, days: int) -> str:
-        """The first of the last `days`."""
-        return time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
+        """The first of the last `days`, from noon: with daylight saving a day has 23 or 25 hours."""
+        noon = time.mktime((*time.localtime(self._now())[:3], 12, 0, 0, 0, 0, -1))
+        return time.strftime("%Y-%m-%d", time.localtime(noon - (days - 1) * 86400))
 
     def _forget(self, days: int) -> None:
         oldest = self._oldest(days)

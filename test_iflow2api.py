@@ -13900,6 +13900,18 @@ def test_a_login_that_ends_at_no_time_is_shown_all_the_same(home_routes, capsys,
     assert "end unknown" in run_routes(capsys, "status")[1]
 
 
+@posix
+@pytest.mark.parametrize("now, oldest", [(1793593800, "2026-10-31"), (1774823400, "2026-03-29")])
+def test_yesterday_is_a_day_ago_also_when_a_day_has_25_hours_or_23(monkeypatch, now, oldest):
+    monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0" if now > 1.79e9 else "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        assert ifl.UsageBook(now=lambda: now)._oldest(2) == oldest
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
