@@ -911,6 +911,8 @@ SETTING_GROUPS: Dict[str, Tuple[str, ...]] = {
 _KINDS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
 _KIND_NAME = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false",
               "list": "a list", "dict": "an object"}
+#: What no file name and no host may hold; a bad secret must not count as none, and is compared as it is.
+_UNUSABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")       # \udc80 and on: bytes of the environment that are no UTF-8
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -932,6 +934,8 @@ def check_setting(name: str, value: Any) -> Any:
         hidden = facts.get("secret") or isinstance(value, (list, dict))      # problems are shown on /health
         found = "" if hidden else f", not {one_line(json.dumps(value), 60)}"
         raise ValueError(f"{_KIND_NAME[kind]} expected" + found)
+    if kind == "str" and not facts.get("secret") and _UNUSABLE.search(value):
+        raise ValueError("a string without NUL and lone surrogates expected")
     if "choices" in facts and value not in facts["choices"]:
         raise ValueError(f"one of {', '.join(c or chr(34) * 2 for c in facts['choices'])} expected")
     if kind == "float" and not abs(value) <= LONGEST_S:
@@ -2332,7 +2336,7 @@ CHINESE: Dict[str, str] = {
     "{} expected": "需要{}", "{} expected, not {}": "需要{}，而不是 {}",
     "a string": "文字", "a whole number": "整数", "a number": "数字", "true or false": " true 或 false", "a list": "列表",
     "an object": "对象", "a list as JSON": " JSON 列表", "an object as JSON": " JSON 对象",
-    "one of {} expected": "需要以下之一：{}", "a number of seconds up to {} expected": "需要不超过 {} 的秒数",
+    "one of {} expected": "需要以下之一：{}", "a string without NUL and lone surrogates": "不含 NUL 和半个代理字符的文字", "a number of seconds up to {} expected": "需要不超过 {} 的秒数",
     "a number of {} at least": "不小于 {} 的数字",
     "a number of {} at least, {} at most": " {} 到 {} 之间的数字",
     "a whole number from {} to {} expected": "需要 {} 到 {} 的整数",
@@ -9259,7 +9263,10 @@ class Listener(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError, AttributeError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.ipv6_only)
-        socketserver.TCPServer.server_bind(self)
+        try:
+            socketserver.TCPServer.server_bind(self)
+        except (TypeError, UnicodeError):                # a name that can't be one in any encoding
+            raise OSError(errno.EINVAL, "Name or service not known") from None
         self.server_name, self.server_port = self.server_address[:2]
 
 
@@ -10198,7 +10205,7 @@ def parse_usage_line(line: bytes) -> Tuple[UsageName, List[int]]:
         raise ValueError("no usage")
     names = tuple(row.get(name, "") for name in USAGE_NAMES)
     counts = [row.get(name, 0) for name in USAGE_COUNTS]
-    if any(type(name) is not str for name in names) or any(type(count) is not int or count < 0 for count in counts):
+    if any(type(name) is not str for name in names) or any(type(count) is not int or not 0 <= count < 10 ** 15 for count in counts):
         raise ValueError("no usage")
     return names, counts             # type: ignore[return-value]
 
@@ -10264,7 +10271,7 @@ class LineFile:
             return
         try:
             self._take(line)
-        except (ValueError, RecursionError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             if len(self.problems) < 5:
                 self.problems.append(f"{self.path}: line {number} is no {self.WHAT} and does not count")
 
@@ -10435,8 +10442,9 @@ class UsageBook(LineFile):
             yield format_usage_line(names, counts)
 
     def _oldest(self, days: int) -> str:
-        """The first of the last `days`."""
-        return time.strftime("%Y-%m-%d", time.localtime(self._now() - (days - 1) * 86400))
+        """The first of the last `days`, from noon: with daylight saving a day has 23 or 25 hours."""
+        noon = time.mktime((*time.localtime(self._now())[:3], 12, 0, 0, 0, 0, -1))
+        return time.strftime("%Y-%m-%d", time.localtime(noon - (days - 1) * 86400))
 
     def _forget(self, days: int) -> None:
         oldest = self._oldest(days)
@@ -19662,14 +19670,12 @@ def _rest_of(health: Json, name: str) -> List[str]:
 def _ask_running(settings: Settings) -> Json:
     """/health of the server that these settings describe, {} where none answers."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    connection = http.client.HTTPConnection(host, settings.port, timeout=2)
     try:
-        connection.request("GET", "/health")
-        value = json.loads(connection.getresponse().read(1 << 20))
-    except (OSError, http.client.HTTPException, ValueError):
+        with contextlib.closing(http.client.HTTPConnection(host, settings.port, timeout=2)) as connection:
+            connection.request("GET", "/health")
+            value = json.loads(connection.getresponse().read(1 << 20))
+    except (OSError, http.client.HTTPException, ValueError, RecursionError):
         return {}
-    finally:
-        connection.close()
     return value if isinstance(value, dict) and "iflow_logged_in" in value else {}
 
 

@@ -14051,6 +14051,24 @@ def test_a_range_that_runs_backwards_is_no_error(home_routes, capsys, monkeypatc
     assert run_routes(capsys, "routes", "explain", "q")[0] == 0
 
 
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_a_text_that_no_file_name_may_hold_is_named_and_not_used(home_routes, capsys, text):
+    names = ("host", "responses_file", "log_file", "ca_file", "base_url")
+    write_config(home_routes, **dict.fromkeys(names, text), custom_api_key=text)
+    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
+    assert sorted(gateway.problems) == sorted(f"config.json: {name}: a string without NUL and lone surrogates expected" for name in names)
+    assert gateway.settings.host == "127.0.0.1" and gateway.state.door.required
+    for command in ("status", "logs", "usage"):
+        assert run_routes(capsys, command)[0] in (0, 1)
+
+
+@pytest.mark.parametrize("host", ["\udcff", "é..", "a b"])
+def test_a_host_that_can_be_no_name_is_told_in_one_line(home_routes, capsys, host):
+    code, _, err = run_routes(capsys, "serve", "--port", "0", "--host", host)
+    assert code == 1 and "can't listen on" in err
+    assert run_routes(capsys, "env", "openai", "--host", host)[0] == 0       # nobody answers there
+
+
 def test_an_empty_upstream_is_a_mistake_and_its_key_goes_nowhere_else(home_routes, capsys):
     for argv in (("serve", "--port", "0"), ("models",), ("test",), ("routes", "explain", "m")):
         code, out, err = run_routes(capsys, *argv, "--upstream", "", "--api-key", "sk-of-another-service")
@@ -14060,7 +14078,7 @@ def test_an_empty_upstream_is_a_mistake_and_its_key_goes_nowhere_else(home_route
 @pytest.mark.parametrize("argv", [("login", "--paste"), ("login", "--api-key", "-"), ("admin", "reset-password", "-"),
                                   ("config", "set", "api_key", "-")])
 def test_a_standard_input_that_is_closed_or_no_text_is_told(home_routes, capsys, monkeypatch, argv):
-    stdins = [None] + [io.TextIOWrapper(io.BytesIO(b"\\xff12345678\\n"), "utf-8", errors) for errors in ("strict", "surrogateescape")]
+    stdins = [None] + [io.TextIOWrapper(io.BytesIO(b"\xff12345678\n"), "utf-8", errors) for errors in ("strict", "surrogateescape")]
     for stdin in stdins[:1] if "--paste" in argv else stdins:
         monkeypatch.setattr(sys, "stdin", stdin)
         code = ifl.main(list(argv))
@@ -14072,7 +14090,7 @@ def test_a_standard_input_that_is_closed_or_no_text_is_told(home_routes, capsys,
 @pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
 def test_a_login_needs_time(home_routes, capsys, seconds):
     code, out, err = run_routes(capsys, "login", "--no-browser", f"--timeout={seconds}")
-    assert (code, out, err) == (2, "", f"error: --timeout can't be {seconds}; a number above 0 expected\\n")
+    assert (code, out, err) == (2, "", f"error: --timeout can't be {seconds}; a number above 0 expected\n")
 
 
 @posix
@@ -14083,20 +14101,56 @@ def test_a_terminal_that_is_gone_keeps_no_answer_from_ending(home_routes):
     os.close(writer)
     try:
         url = process.stdout.readline().decode().split()[-1]
-        while b"/v1\\n" not in os.read(reader, 65536):         # the card is out, and now nobody reads any more
-            pass
+        card = b""
+        while b"next" not in card:                             # the card is out, and now nobody reads any more
+            piece = os.read(reader, 65536)
+            assert piece, card
+            card += piece
         os.close(reader)
         with contextlib.closing(http.client.HTTPConnection(url[7:], timeout=WAIT_S)) as client:
             client.request("POST", "/v1/chat/completions", json.dumps({"model": "demo", "stream": True, "messages": [
                 {"role": "user", "content": "hi"}]}))
             answer = client.getresponse()
             process.terminate()
-            assert answer.read().endswith(b"data: [DONE]\\n\\n")
+            assert answer.read().endswith(b"data: [DONE]\n\n")
         assert process.wait(WAIT_S) in (0, 120)                # 120: Python could not empty stderr at the end
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_numbers_and_shapes_that_nobody_wrote_into_the_books_are_named(home_routes, capsys):
+    folder = home_routes / ".iflow2api"
+    write_config(home_routes)
+    (folder / "limits.jsonl").write_text(f'5\nnull\n["x", "rpd", {10 ** 400}, 1]\n')
+    (folder / "usage.jsonl").write_text(f'{{"day": "{time.strftime("%Y-%m-%d")}", "model": "m", "requests": 1, "input": {10 ** 400}}}\n')
+    with ifl.serve(ifl.Gateway(config=ifl.ConfigFile(str(folder)), environ={}), port=0) as server:
+        assert len(server.gateway.health()["problems"]) == 4
+    code, out, err = run_routes(capsys, "usage")
+    assert code == 0 and "nothing was used" in out and "line 1 is no usage" in err
+
+
+@pytest.mark.parametrize("end", ["1e999", "NaN", "-1e999", "1e30", "1" + "0" * 400])
+def test_a_login_that_ends_at_no_time_is_shown_all_the_same(home_routes, capsys, end):
+    write_config(home_routes)
+    (home_routes / ".iflow2api" / "config.json").write_text(
+        '{"accounts": {"w": {"apiKey": "kk", "oauth_refresh_token": "r", "oauth_expires_at": %s}}}' % end)
+    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
+    assert gateway.health()["logins"]["w"]["expires_at"] is None
+    assert "end unknown" in run_routes(capsys, "status")[1]
+
+
+@posix
+@pytest.mark.parametrize("now, oldest", [(1793593800, "2026-10-31"), (1774823400, "2026-03-29")])
+def test_yesterday_is_a_day_ago_also_when_a_day_has_25_hours_or_23(monkeypatch, now, oldest):
+    monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0" if now > 1.79e9 else "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        assert ifl.UsageBook(now=lambda: now)._oldest(2) == oldest
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
