@@ -542,6 +542,8 @@ def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
             os.unlink(temp)
         if exc.errno not in _IRREPLACEABLE or not os.path.isfile(path):
             raise
+        with contextlib.suppress(OSError):               # somebody else's file, or a system without such rights
+            os.chmod(path, 0o600)
         with open(path, "r+b") as file:
             if not has_copy:
                 write_file(path + ".bak", file.read())

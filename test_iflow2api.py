@@ -845,6 +845,7 @@ def test_a_file_that_can_not_be_replaced_is_written_in_place(home, monkeypatch, 
     refuse_to_replace(monkeypatch, "file", code)
     ifl.write_file(str(path), b"short")
     assert (path.read_bytes(), path.stat().st_ino, sorted(os.listdir(home))) == (b"short", node, ["file", "file.bak"])
+    assert os.name == "nt" or stat.S_IMODE(path.stat().st_mode) == 0o600
     assert (home / "file.bak").read_bytes() == b"something long"
 
 
