@@ -6845,6 +6845,7 @@ class ResponsesStream:
         self._calls: Dict[Any, _Call] = {}       #: by the upstream's index, or id
         self._open_calls: List[_Call] = []
         self._last_call: Any = None              #: its key
+        self._touched: List[_Call] = []          #: by the entries of this chunk
         self._call_ids = turn.call_ids
 
     def feed(self, chunk: Json) -> Iterator[Json]:
@@ -6975,6 +6976,7 @@ class ResponsesStream:
             yield from speech.close(cut)
 
     def _take_calls(self, deltas: List[Any]) -> Iterator[Json]:
+        self._touched = []
         for delta in deltas:
             if not isinstance(delta, dict):
                 continue
@@ -6985,6 +6987,7 @@ class ResponsesStream:
                 yield from self._end_speech()
                 self._begin_call(key, delta.get("id"))
             self._last_call, call = key, self._calls[key]
+            self._touched.append(call)
             if begins or key != before:
                 yield from self._settle(call)
             if not call.done:
@@ -6998,7 +7001,7 @@ class ResponsesStream:
         if call is None:
             return 0 if key is None else key
         renamed = ident and call.upstream_id and ident != call.upstream_id     # all calls under index 0
-        repeated = index is None and not ident and call.whole                  # neither index nor id
+        repeated = index is None and not ident and (call.whole or call in self._touched)   # neither index nor id
         if function.get("name") and (renamed or repeated):
             del self._calls[key]
         return key

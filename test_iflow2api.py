@@ -7498,6 +7498,13 @@ def test_names_are_short_distinct_and_come_back():
         ("function_call", LONG_RESPONSES + "1", "a"), ("function_call", LONG_RESPONSES + "2", "a"), ("custom_tool_call", "a__b", None)]
 
 
+def test_two_calls_of_one_chunk_without_index_id_or_arguments_are_two_calls():
+    calls = [{"function": {"name": name, "arguments": ""}} for name in ("a", "b")]
+    stream = make_turn({"input": "q"}).stream(counter())
+    events = [*stream.feed({"choices": [{"delta": {"tool_calls": calls}}]}), *stream.close()]
+    assert [(item["name"], item["arguments"]) for item in events[-1]["response"]["output"]] == [("a", "{}"), ("b", "{}")]
+
+
 def test_arguments_that_are_nested_too_deeply_stay_what_they_are():
     deep = '{"a":' + "[" * 200_000 + "]" * 200_000 + "}"
     chat = make_turn({"input": [{"role": "user", "content": "q"}, call_responses("c1", "f", deep)]}).chat
