@@ -2581,8 +2581,7 @@ CHINESE: Dict[str, str] = {
         "已添加 {}（{}）；试一试：python iflow2api.py provider test {}",
     "provider remove needs a NAME; `provider list` shows them": "provider remove 需要 NAME；`provider list` 列出全部",
     "config.json has no provider {}": "config.json 中没有上游 {}",
-    "`providers` in config.json is no list; see `config unset providers`":
-        "config.json 中的 `providers` 不是列表；可运行 `config unset providers`",
+    "`{}` in config.json is no list; see `config unset {}`": "config.json 中的 `{}` 不是列表；可运行 `config unset {}`",
     "{}; add it first: provider add {}": "{}；请先添加：provider add {}",
     "{}: does not work, {}: {}": "{}：不能用，问题在{}：{}", "the key": "密钥", "the balance": "余额", "the model": "模型",
     "the rate limit": "限流", "the connection": "连接", "its settings": "它的设置",
@@ -19827,7 +19826,7 @@ def _provider_add(args: Any) -> int:
     entry = _new_provider(args)
 
     def add(raw: Json) -> None:
-        providers = _raw_providers(raw)
+        providers = _raw_list(raw, "providers")
         if args.name in map(name_of, providers):
             raise UsageError(f"there is a provider {args.name} already; `provider remove {args.name}` first, "
                              "or choose another NAME")
@@ -19844,7 +19843,7 @@ def _provider_remove(args: Any) -> int:
         raise UsageError("provider remove needs a NAME; `provider list` shows them")
 
     def remove(raw: Json) -> None:
-        providers = _raw_providers(raw)
+        providers = _raw_list(raw, "providers")
         if args.name not in map(name_of, providers):
             raise UsageError(f"config.json has no provider {args.name!r}" + nearest(args.name, map(name_of, providers)))
         raw["providers"] = [known for known in providers if name_of(known) != args.name]
@@ -19854,11 +19853,12 @@ def _provider_remove(args: Any) -> int:
     return _change_config(args, remove)
 
 
-def _raw_providers(raw: Json) -> List[Any]:
-    providers = raw.get("providers", [])
-    if not isinstance(providers, list):
-        raise UsageError("`providers` in config.json is no list; see `config unset providers`")
-    return providers
+def _raw_list(raw: Json, name: str) -> List[Any]:
+    """A list to add to; UsageError where there is something else, which would be lost."""
+    value = raw.get(name, [])
+    if not isinstance(value, list):
+        raise UsageError(f"`{name}` in config.json is no list; see `config unset {name}`")
+    return value
 
 
 def _provider_test(args: Any) -> int:
@@ -20229,9 +20229,14 @@ def _key_add(args: Any) -> int:
         key, entry = make_client_key(name, facts)
     except ValueError as exc:
         raise UsageError(f"key add {name}: {exc}") from None
-    if name in _key_names(args):
-        raise UsageError(f"key add {name}: there is a key of this name; remove it first, or take another name")
-    if _change_config(args, lambda raw: raw.update(client_keys=[*entries_of(raw, "client_keys"), entry])):
+
+    def add(raw: Json) -> None:
+        keys = _raw_list(raw, "client_keys")
+        if name in map(name_of, keys):   # looked up here, where nobody else writes
+            raise UsageError(f"key add {name}: there is a key of this name; remove it first, or take another name")
+        raw["client_keys"] = [*keys, entry]
+
+    if _change_config(args, add):
         return 1
     print(key)
     _say("this is the only time it is shown; clients send it as `Authorization: Bearer KEY`, or as x-api-key")

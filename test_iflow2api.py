@@ -14161,6 +14161,14 @@ def test_yesterday_is_a_day_ago_also_when_a_day_has_25_hours_or_23(monkeypatch, 
         time.tzset()
 
 
+def test_key_add_writes_over_nothing_that_is_no_list(home_routes, capsys):
+    path = home_routes / ".iflow2api" / "config.json"
+    write_config(home_routes, client_keys=key_entry("bob", "s"))
+    before = path.read_bytes()
+    code, out, err = run_routes(capsys, "key", "add", "eve")
+    assert (code, out) == (2, "") and "`client_keys` in config.json is no list" in err and path.read_bytes() == before
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
