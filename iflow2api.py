@@ -446,7 +446,8 @@ class ClientGone(Exception):
 # === 4. Small tools ==========================================================
 
 _SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
-_USERINFO = re.compile(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(?=@)")     # user and password in a URL, not its port
+#: User and password in a URL, not its port; bounded, or a header full of :// would take a minute.
+_USERINFO = re.compile(r"://([^/\s:@]{0,255}:)?[^\s\"'&,;@]{0,600}(?=@)")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 

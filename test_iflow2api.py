@@ -14169,6 +14169,14 @@ def test_key_add_writes_over_nothing_that_is_no_list(home_routes, capsys):
     assert (code, out) == (2, "") and "`client_keys` in config.json is no list" in err and path.read_bytes() == before
 
 
+def test_redaction_takes_its_time_by_the_length_of_the_text_alone():
+    text = "://" * 20000 + " @"          # an Origin may be as long, and needs no key
+    started = time.thread_time()
+    assert ifl.redact(text) == text
+    assert time.thread_time() - started < 5
+    assert ifl.redact("http://u:" + "p" * 500 + "@h") == "http://u:…@h"
+
+
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
