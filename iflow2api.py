@@ -2339,7 +2339,9 @@ CHINESE: Dict[str, str] = {
     "{} expected": "需要{}", "{} expected, not {}": "需要{}，而不是 {}",
     "a string": "文字", "a whole number": "整数", "a number": "数字", "true or false": " true 或 false", "a list": "列表",
     "an object": "对象", "a list as JSON": " JSON 列表", "an object as JSON": " JSON 对象",
-    "one of {} expected": "需要以下之一：{}", "a string without NUL and lone surrogates": "不含 NUL 和半个代理字符的文字", "a number of seconds up to {} expected": "需要不超过 {} 的秒数",
+    "one of {} expected": "需要以下之一：{}",
+    "a string without NUL and lone surrogates": "不含 NUL 和半个代理字符的文字",
+    "a number of seconds up to {} expected": "需要不超过 {} 的秒数",
     "a number of {} at least": "不小于 {} 的数字",
     "a number of {} at least, {} at most": " {} 到 {} 之间的数字",
     "a whole number from {} to {} expected": "需要 {} 到 {} 的整数",
@@ -19125,10 +19127,10 @@ class Console:
 CONSOLE = Console()
 
 
-def tr(key: str, **facts: Any) -> str:
-    """TEXTS[key] in the console's language, filled in."""
+def tr(sentence: str, **facts: Any) -> str:
+    """TEXTS[sentence] in the console's language, filled in."""
     facts = {name: fact if isinstance(fact, (int, float)) else local(fact) for name, fact in facts.items()}
-    return CONSOLE.text(TEXTS[key]).format(program=PROGRAM, **facts)
+    return CONSOLE.text(TEXTS[sentence]).format(program=PROGRAM, **facts)
 
 
 def local(text: Any) -> str:
