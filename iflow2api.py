@@ -446,8 +446,9 @@ class ClientGone(Exception):
 # === 4. Small tools ==========================================================
 
 _SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
-#: User and password in a URL, not its port; bounded, or a header full of :// would take a minute.
-_USERINFO = re.compile(r"://([^/\s:@]{0,255}:)?[^\s\"'&,;@]{0,600}(?=@)")
+#: User and password in a URL, not its port.  What is none (no @) is taken as well, and left: a search that went on
+#: from each :// in it would take a minute for a header full of them.
+_USERINFO = re.compile(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(@?)")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
@@ -475,7 +476,8 @@ def mask(secret: str) -> str:
 def redact(text: str) -> str:
     """`text` without what looks like a credential."""
     text = _SECRET.sub(lambda found: found.group(1) + "…", text)
-    return _USERINFO.sub(lambda found: f"://{found.group(1) or ''}…", text) if "@" in text else text
+    return _USERINFO.sub(lambda found: f"://{found.group(1) or ''}…@" if found.group(2) else found.group(),
+                         text) if "@" in text else text
 
 
 def one_line(text: Any, limit: int = 300) -> str:

@@ -782,7 +782,7 @@ def test_a_masked_key_can_not_be_used(secret, shown):
 
 @pytest.mark.parametrize("text, hidden", [
     ("Authorization: Bearer abcdefgh12", "abcdefgh12"), ("key sk-abcdefgh1234 refused", "abcdefgh1234"),
-    ("http://user:pa55word@host/", "pa55word"), ('{"api_key": "abcd1234"}', "abcd1234"),
+    ("http://user:pa55word@host/", "pa55word"), ("http://user:" + "x" * 5000 + "pa55word@host/", "pa55word"), ('{"api_key": "abcd1234"}', "abcd1234"),
     ("api-key=abcd1234&x=1", "abcd1234"), ("access_token=abcd1234", "abcd1234")])
 def test_credentials_are_taken_out_of_texts(text, hidden):
     assert hidden not in ifl.redact(text) and "…" in ifl.redact(text)
