@@ -30,20 +30,22 @@ Contents
     2  Constants         names, limits and their reasons
     3  Errors            one tree
     4  Small tools       ids, redaction, files
-    5  Settings          settings, config.json, providers, routes
-    6  Chat and SSE      the hub: parsing, holding back, usage (pure)
-    7  Anthropic Messages  requests, answers, streams, errors (pure)
-    8  OpenAI Responses  the other API, and what Codex needs of it (pure)
-    9  Dialects          what an endpoint speaks (pure)
-    10 Upstream          connections, TLS, proxies, waiting
-    11 Credentials       logging in, refreshing, accounts, the browser
-    12 Services          slots, keys, metrics, file watching
-    13 Gateway           owns 5 and 10 to 12; one call from route to answer
-    14 HTTP              server, handler, routes of the URL space, errors as bytes
-    15 Documents         OpenAPI 3.1 and its readers
-    16 Admin             the page, who may see it, and its JSON API
-    17 Demo upstream     what `--demo` talks to, and the tests
-    18 Command line      one cmd_* each
+    5  Settings          settings, config.json, secrets, client keys, providers
+    6  Routes            from a model's name to the targets that may answer (pure)
+    7  Chat and SSE      the hub: parsing, holding back, usage (pure)
+    8  Anthropic Messages  requests, answers, streams, errors (pure)
+    9  OpenAI Responses  the other API, and what Codex needs of it (pure)
+    10 Dialects          what an endpoint speaks (pure)
+    11 Upstream          connections, TLS, proxies, waiting
+    12 Credentials       logging in, refreshing, accounts, the browser
+    13 Services          slots, keys, metrics, file watching
+    14 Gateway           owns 5 and 11 to 13; one call from route to answer
+    15 HTTP              server, handler, routes of the URL space, errors as bytes
+    16 Documents         OpenAPI 3.1 and its readers
+    17 The page's API    who may see the page, and its JSON API
+    18 The page          style, markup, script and texts
+    19 Demo upstream     what `--demo` talks to, and the tests
+    20 Command line      one cmd_* each
 
 Embedding: `server = serve(Gateway(Settings(providers=[…])), port=0)`, then server.url, server.close().
 """
@@ -1589,15 +1591,6 @@ class Doorkeeper:
         return found[0] if found else None
 
 
-def may_use(key: ClientKey, model: str, chain: Sequence[Target]) -> bool:
-    """Whether the key covers the name asked for, or else every place that it leads to."""
-    def covered(name: str) -> bool:
-        return any(fits(name, pattern) for pattern in key.models)
-
-    return not key.models or covered(model) or all(
-        covered(target.model) or covered(f"{target.provider.name}/{target.model}") for target in chain)
-
-
 # --- addresses ----------------------------------------------------------------
 
 def parse_address(text: str) -> bytes:
@@ -2044,262 +2037,6 @@ def _hide_in_provider(entry: Json) -> Json:
     return shown
 
 
-# --- routes ------------------------------------------------------------------
-
-class Target(NamedTuple):
-    """One place a request may go: a provider and the name of the model there."""
-    provider: Provider
-    model: str
-
-
-class Asked(NamedTuple):
-    """What conditions ask of a request; a Call answers the same questions, each when it is asked."""
-    speaks: str = "chat"
-    size_tokens: int = 0
-    shows_images: bool = False
-    thinks: bool = False
-    has_tools: bool = False
-
-
-_TRUE_OR_FALSE = ("true or false", lambda value: isinstance(value, bool))
-
-#: Condition of a route -> what its value may be, in words, whether it is so, and whether a request meets it.
-CONDITIONS: Dict[str, Tuple[str, Callable[[Any], bool], Callable[[Any, Any], bool]]] = {
-    "over_tokens": ("a whole number of 1 at least", lambda value: type(value) is int and value > 0,
-                    lambda asked, value: asked.size_tokens > value),
-    "images": (*_TRUE_OR_FALSE, lambda asked, value: asked.shows_images is value),
-    "thinking": (*_TRUE_OR_FALSE, lambda asked, value: asked.thinks is value),
-    "tools": (*_TRUE_OR_FALSE, lambda asked, value: asked.has_tools is value),
-    "dialect": ("chat, messages or responses", lambda value: value in ("chat", "messages", "responses"),
-                lambda asked, value: asked.speaks == value)}
-
-
-class Branch(NamedTuple):
-    """An entry of an alias: models to try, and what a request must be like for them."""
-    models: Tuple[str, ...]
-    conditions: Tuple[Tuple[str, Any], ...] = ()
-
-    def holds(self, asked: Any) -> bool:
-        return all(CONDITIONS[name][2](asked, value) for name, value in self.conditions)
-
-
-def parse_branch(entry: Any) -> Branch:
-    """`"glm-5"` or `{"model": "glm-5", "over_tokens": 60000}`; ValueError, empty where it is nothing of the kind."""
-    if isinstance(entry, str) and entry:
-        return Branch((entry,))
-    named = entry.get("model") if isinstance(entry, dict) else None
-    models = [named] if isinstance(named, str) else named
-    if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
-        raise ValueError
-    conditions = [(name, value) for name, value in entry.items() if name != "model"]
-    for name, value in conditions:
-        if name not in CONDITIONS:
-            raise ValueError(f"{name}: no such condition; there are {', '.join(CONDITIONS)}")
-        if not CONDITIONS[name][1](value):
-            raise ValueError(f"{name}: {CONDITIONS[name][0]} expected, not {one_line(json.dumps(value), 40)}")
-    return Branch(tuple(models), tuple(conditions))
-
-
-#: Why a name goes where it goes.
-WHY = {"named": "{model}: its first part is the name of a provider",
-       "listed": "{model}: {provider} lists it among its models",
-       "foreign": "{model}: a name of the client's own, which means default_model ({default})",
-       "default": "{model}: nobody claims it, so it goes to the default provider, {provider}, as it is"}
-
-
-class Router:
-    """Names to targets, out of one snapshot of the settings (DESIGN: providers and resolution).  Pure."""
-
-    def __init__(self, settings: Settings, environ: Mapping[str, str], iflow: Optional[Provider] = None,
-                 model_name: str = "") -> None:
-        """`iflow` and `model_name` are the CLI's login and the model it is set to."""
-        self.providers: Dict[str, Provider] = {}
-        self.problems: List[str] = []
-        self.faults: Set[str] = set()    #: settings that do not fit together; a reload leaves what was in force
-        for number, entry in enumerate(settings.providers):
-            try:
-                provider = parse_provider(entry, environ)
-            except ValueError as exc:
-                self._blame("providers", f"providers[{number}]: {exc}")
-                continue
-            if provider.name in self.providers:
-                self._blame("providers", f"providers[{number}]: the name {provider.name} is taken by an earlier one")
-                continue
-            self.providers[provider.name] = with_iflow_facts(provider, settings)
-        if iflow is not None:
-            self.providers.setdefault("iflow", iflow)
-        for provider in self.providers.values():
-            if provider.problem:
-                self.problems.append(f"provider {provider.name} is disabled: {provider.problem}")
-            self.problems += [f"provider {provider.name}: {slip}" for slip in provider.slips]
-        self.default = self._default(settings.default_provider)
-        self.aliases = self._parse_aliases(settings.aliases)
-        self.default_model = settings.default_model or model_name or self._first_model()
-
-    def _first_model(self) -> str:
-        if self.default is None:
-            return ""
-        if self.default.kind == "iflow" and "glm-5" in self.default.models:
-            return "glm-5"
-        return self.default.models[0] if self.default.models else ""
-
-    def _blame(self, name: str, problem: str) -> None:
-        self.problems.append(problem)
-        self.faults.add(name)
-
-    def _parse_aliases(self, aliases: Json) -> List[Tuple[str, List[Branch]]]:
-        parsed: List[Tuple[str, List[Branch]]] = []
-        for pattern, entries in aliases.items():
-            branches = self._parse_alias(f"alias {pattern!r}", entries if isinstance(entries, list) else [entries])
-            taken = next((known for known, earlier in parsed if self._hides(known, earlier, pattern)), None)
-            if taken is not None:
-                self._blame("aliases", f"alias {pattern!r} is never reached: {taken!r} above it takes every such name")
-            if not pattern:
-                self._blame("aliases", "alias '' matches nothing: a request without a model means default_model")
-            if branches:
-                parsed.append((pattern, branches))
-        return parsed
-
-    def _parse_alias(self, where: str, entries: Sequence[Any]) -> List[Branch]:
-        """The branches of one alias, none where it is of no use; a target that can't be reached is left out."""
-        try:
-            branches = [parse_branch(entry) for entry in entries]
-            if not branches:
-                raise ValueError
-        except ValueError as exc:
-            self._blame("aliases", f"{where}: {str(exc) or 'a model or a list of models expected'}")
-            return []
-        found: List[Branch] = []
-        for number, branch in enumerate(branches):
-            strays = {model: self._stray(model) for model in branch.models}
-            for model, reason in strays.items():
-                if reason:
-                    self._blame("aliases", f"{where}[{number}]: {one_line(model, 80)!r}: {reason}")
-            models = tuple(model for model in branch.models if not strays[model])
-            found += [branch._replace(models=models)] if models else []
-        return found
-
-    @staticmethod
-    def _hides(pattern: str, branches: Sequence[Branch], later: str) -> bool:
-        """Whether an alias takes every name that a later one could; `?` and `[` are not judged."""
-        return not re.search(r"[?\[]", pattern) and fits(later, pattern) and (
-            any(not branch.conditions for branch in branches))
-
-    def _stray(self, model: str) -> str:
-        """Why `provider/model` leads nowhere; empty where it may well be a name of the default provider's own."""
-        head, slash, rest = model.partition("/")
-        if not slash or not rest or self.claimed(model):
-            return ""
-        near = nearest(head, self.providers, 0.8)
-        models = self.default.models if self.default else ()
-        plain = models and not any("/" in name for name in models)
-        return f"there is no provider {one_line(head, 60)!r}{near}" if plain or near else ""
-
-    def _default(self, name: str) -> Optional[Provider]:
-        if name and name not in self.providers:
-            self._blame("default_provider", f"default_provider {name!r} is no provider" + nearest(name, self.providers))
-        return self.providers.get(name) or next(iter(self.providers.values()), None)
-
-    def resolve(self, model: Optional[str], foreign: bool = False, asked: Any = Asked()) -> List[Target]:
-        """The chain of targets; `foreign`: asked by Messages or Responses, whose own names mean the default.
-
-        `asked` answers the questions of conditions (Asked, Call).  BadRequest without any model, NotLoggedIn without
-        any provider.
-        """
-        model = self.named(model)
-        names = self._alias_of(model, asked)
-        return [self._locate(name, foreign and not names)[0] for name in names or [model]]
-
-    def named(self, model: Optional[str]) -> str:
-        """The name asked for, `default_model` where there is none; BadRequest."""
-        if not model and not self.default_model:
-            raise BadRequest("the request names no model, and default_model is not set", param="model",
-                             code="missing_model")
-        return model or self.default_model
-
-    def has_alias(self, model: str) -> bool:
-        """Whether an alias takes the name when Messages asks for it."""
-        return bool(self._alias_of(model, Asked("messages")))
-
-    def redirects(self, model: str) -> bool:
-        """Whether an alias takes the name, or Messages and Responses take it for default_model."""
-        return self.has_alias(model) or self._means_default(model)
-
-    def _means_default(self, model: str) -> bool:
-        return bool(self.default_model) and not self.claimed(model) and any(
-            fnmatchcase(model, pattern) for pattern in FOREIGN_MODELS)
-
-    def _alias_of(self, model: str, asked: Any) -> List[str]:
-        """The models that an alias makes of a name in this request, none where no alias takes it."""
-        for pattern, branches in self.aliases:
-            if fits(model, pattern):
-                names = self._chain(branches, asked)
-                if names:
-                    return names
-        return []
-
-    @staticmethod
-    def _chain(branches: Sequence[Branch], asked: Any) -> List[str]:
-        """The first branch whose conditions all hold, then those without; each model once."""
-        first = next((branch for branch in branches if branch.conditions and branch.holds(asked)), None)
-        names = [name for branch in branches if not branch.conditions for name in branch.models]
-        return [*first.models, *(name for name in names if name not in first.models)] if first else names
-
-    def explain(self, model: Optional[str], foreign: bool, asked: Asked) -> Tuple[List[str], List[Target]]:
-        """What `resolve` does with a name, step by step, and what comes of it."""
-        name = self.named(model)
-        steps = [] if model else [f"no model named: default_model is {name}"]
-        for pattern, branches in self.aliases:
-            if fits(name, pattern):
-                steps += self._told(pattern, branches, asked)
-                if self._chain(branches, asked):
-                    break
-        names = self._alias_of(name, asked)
-        if not names:
-            steps.append("no alias takes it" if steps else "no alias matches it")
-        targets = []
-        for wanted in names or [name]:
-            target, reasons = self._locate(wanted, foreign and not names)
-            targets.append(target)
-            steps += [WHY[reason].format(model=wanted if number == 0 else target.model, provider=target.provider.name,
-                                         default=self.default_model) for number, reason in enumerate(reasons)]
-            if target.provider.problem:
-                steps.append(f"but {target.provider.name} is disabled: {target.provider.problem}")
-        return steps, targets
-
-    def _told(self, pattern: str, branches: Sequence[Branch], asked: Asked) -> Iterator[str]:
-        """What one alias that matches makes of a request, in sentences."""
-        for branch in branches:
-            if branch.conditions:
-                wish = ", ".join(f"{name} {json.dumps(value)}" for name, value in branch.conditions)
-                yield f"alias {pattern}: {', '.join(branch.models)} if {wish}: {'yes' if branch.holds(asked) else 'no'}"
-        names = self._chain(branches, asked)
-        yield f"alias {pattern} " + (f"makes it {', then '.join(names)}" if names else "has nothing for such a request")
-
-    def _locate(self, model: str, foreign: bool) -> Tuple[Target, Sequence[str]]:
-        """Where one name goes, aliases aside, and why (WHY)."""
-        found, why = self.claimed(model), ()
-        if foreign and self._means_default(model):
-            model, why = self.default_model, ("foreign",)
-            found = self.claimed(model)
-        if found:
-            return found, (*why, "listed" if model in found.provider.models else "named")
-        if self.default is None:
-            raise NotLoggedIn("there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's "
-                              "key into IFLOW_API_KEY, start with --upstream URL, or add one with `provider add`")
-        return Target(self.default, model), (*why, "default")
-
-    def claimed(self, model: str) -> Optional[Target]:
-        """`provider/model`, or the first provider that lists the model."""
-        head, slash, rest = model.partition("/")
-        if slash and rest and head in self.providers:
-            return Target(self.providers[head], rest)
-        for provider in self.providers.values():
-            if model in provider.models:
-                return Target(provider, model)
-        return None
-
-
 # --- sentences in Chinese ------------------------------------------------------
 
 #: Sentences that come from anywhere in English -> the same in Chinese; {} is a part that is looked up by itself.  They
@@ -2690,7 +2427,272 @@ def spoken_in_chinese(value: Any, speaks: bool = False) -> Any:
     return in_chinese(value) if speaks and isinstance(value, str) else value
 
 
-# === 6. Chat and SSE (pure) ==================================================
+# === 6. Routes (pure) ========================================================
+
+class Target(NamedTuple):
+    """One place a request may go: a provider and the name of the model there."""
+    provider: Provider
+    model: str
+
+
+class Asked(NamedTuple):
+    """What conditions ask of a request; a Call answers the same questions, each when it is asked."""
+    speaks: str = "chat"
+    size_tokens: int = 0
+    shows_images: bool = False
+    thinks: bool = False
+    has_tools: bool = False
+
+
+_TRUE_OR_FALSE = ("true or false", lambda value: isinstance(value, bool))
+
+#: Condition of a route -> what its value may be, in words, whether it is so, and whether a request meets it.
+CONDITIONS: Dict[str, Tuple[str, Callable[[Any], bool], Callable[[Any, Any], bool]]] = {
+    "over_tokens": ("a whole number of 1 at least", lambda value: type(value) is int and value > 0,
+                    lambda asked, value: asked.size_tokens > value),
+    "images": (*_TRUE_OR_FALSE, lambda asked, value: asked.shows_images is value),
+    "thinking": (*_TRUE_OR_FALSE, lambda asked, value: asked.thinks is value),
+    "tools": (*_TRUE_OR_FALSE, lambda asked, value: asked.has_tools is value),
+    "dialect": ("chat, messages or responses", lambda value: value in ("chat", "messages", "responses"),
+                lambda asked, value: asked.speaks == value)}
+
+
+class Branch(NamedTuple):
+    """An entry of an alias: models to try, and what a request must be like for them."""
+    models: Tuple[str, ...]
+    conditions: Tuple[Tuple[str, Any], ...] = ()
+
+    def holds(self, asked: Any) -> bool:
+        return all(CONDITIONS[name][2](asked, value) for name, value in self.conditions)
+
+
+def parse_branch(entry: Any) -> Branch:
+    """`"glm-5"` or `{"model": "glm-5", "over_tokens": 60000}`; ValueError, empty where it is nothing of the kind."""
+    if isinstance(entry, str) and entry:
+        return Branch((entry,))
+    named = entry.get("model") if isinstance(entry, dict) else None
+    models = [named] if isinstance(named, str) else named
+    if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
+        raise ValueError
+    conditions = [(name, value) for name, value in entry.items() if name != "model"]
+    for name, value in conditions:
+        if name not in CONDITIONS:
+            raise ValueError(f"{name}: no such condition; there are {', '.join(CONDITIONS)}")
+        if not CONDITIONS[name][1](value):
+            raise ValueError(f"{name}: {CONDITIONS[name][0]} expected, not {one_line(json.dumps(value), 40)}")
+    return Branch(tuple(models), tuple(conditions))
+
+
+#: Why a name goes where it goes.
+WHY = {"named": "{model}: its first part is the name of a provider",
+       "listed": "{model}: {provider} lists it among its models",
+       "foreign": "{model}: a name of the client's own, which means default_model ({default})",
+       "default": "{model}: nobody claims it, so it goes to the default provider, {provider}, as it is"}
+
+
+class Router:
+    """Names to targets, out of one snapshot of the settings (DESIGN: providers and resolution).  Pure."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str], iflow: Optional[Provider] = None,
+                 model_name: str = "") -> None:
+        """`iflow` and `model_name` are the CLI's login and the model it is set to."""
+        self.providers: Dict[str, Provider] = {}
+        self.problems: List[str] = []
+        self.faults: Set[str] = set()    #: settings that do not fit together; a reload leaves what was in force
+        for number, entry in enumerate(settings.providers):
+            try:
+                provider = parse_provider(entry, environ)
+            except ValueError as exc:
+                self._blame("providers", f"providers[{number}]: {exc}")
+                continue
+            if provider.name in self.providers:
+                self._blame("providers", f"providers[{number}]: the name {provider.name} is taken by an earlier one")
+                continue
+            self.providers[provider.name] = with_iflow_facts(provider, settings)
+        if iflow is not None:
+            self.providers.setdefault("iflow", iflow)
+        for provider in self.providers.values():
+            if provider.problem:
+                self.problems.append(f"provider {provider.name} is disabled: {provider.problem}")
+            self.problems += [f"provider {provider.name}: {slip}" for slip in provider.slips]
+        self.default = self._default(settings.default_provider)
+        self.aliases = self._parse_aliases(settings.aliases)
+        self.default_model = settings.default_model or model_name or self._first_model()
+
+    def _first_model(self) -> str:
+        if self.default is None:
+            return ""
+        if self.default.kind == "iflow" and "glm-5" in self.default.models:
+            return "glm-5"
+        return self.default.models[0] if self.default.models else ""
+
+    def _blame(self, name: str, problem: str) -> None:
+        self.problems.append(problem)
+        self.faults.add(name)
+
+    def _parse_aliases(self, aliases: Json) -> List[Tuple[str, List[Branch]]]:
+        parsed: List[Tuple[str, List[Branch]]] = []
+        for pattern, entries in aliases.items():
+            branches = self._parse_alias(f"alias {pattern!r}", entries if isinstance(entries, list) else [entries])
+            taken = next((known for known, earlier in parsed if self._hides(known, earlier, pattern)), None)
+            if taken is not None:
+                self._blame("aliases", f"alias {pattern!r} is never reached: {taken!r} above it takes every such name")
+            if not pattern:
+                self._blame("aliases", "alias '' matches nothing: a request without a model means default_model")
+            if branches:
+                parsed.append((pattern, branches))
+        return parsed
+
+    def _parse_alias(self, where: str, entries: Sequence[Any]) -> List[Branch]:
+        """The branches of one alias, none where it is of no use; a target that can't be reached is left out."""
+        try:
+            branches = [parse_branch(entry) for entry in entries]
+            if not branches:
+                raise ValueError
+        except ValueError as exc:
+            self._blame("aliases", f"{where}: {str(exc) or 'a model or a list of models expected'}")
+            return []
+        found: List[Branch] = []
+        for number, branch in enumerate(branches):
+            strays = {model: self._stray(model) for model in branch.models}
+            for model, reason in strays.items():
+                if reason:
+                    self._blame("aliases", f"{where}[{number}]: {one_line(model, 80)!r}: {reason}")
+            models = tuple(model for model in branch.models if not strays[model])
+            found += [branch._replace(models=models)] if models else []
+        return found
+
+    @staticmethod
+    def _hides(pattern: str, branches: Sequence[Branch], later: str) -> bool:
+        """Whether an alias takes every name that a later one could; `?` and `[` are not judged."""
+        return not re.search(r"[?\[]", pattern) and fits(later, pattern) and (
+            any(not branch.conditions for branch in branches))
+
+    def _stray(self, model: str) -> str:
+        """Why `provider/model` leads nowhere; empty where it may well be a name of the default provider's own."""
+        head, slash, rest = model.partition("/")
+        if not slash or not rest or self.claimed(model):
+            return ""
+        near = nearest(head, self.providers, 0.8)
+        models = self.default.models if self.default else ()
+        plain = models and not any("/" in name for name in models)
+        return f"there is no provider {one_line(head, 60)!r}{near}" if plain or near else ""
+
+    def _default(self, name: str) -> Optional[Provider]:
+        if name and name not in self.providers:
+            self._blame("default_provider", f"default_provider {name!r} is no provider" + nearest(name, self.providers))
+        return self.providers.get(name) or next(iter(self.providers.values()), None)
+
+    def resolve(self, model: Optional[str], foreign: bool = False, asked: Any = Asked()) -> List[Target]:
+        """The chain of targets; `foreign`: asked by Messages or Responses, whose own names mean the default.
+
+        `asked` answers the questions of conditions (Asked, Call).  BadRequest without any model, NotLoggedIn without
+        any provider.
+        """
+        model = self.named(model)
+        names = self._alias_of(model, asked)
+        return [self._locate(name, foreign and not names)[0] for name in names or [model]]
+
+    def named(self, model: Optional[str]) -> str:
+        """The name asked for, `default_model` where there is none; BadRequest."""
+        if not model and not self.default_model:
+            raise BadRequest("the request names no model, and default_model is not set", param="model",
+                             code="missing_model")
+        return model or self.default_model
+
+    def has_alias(self, model: str) -> bool:
+        """Whether an alias takes the name when Messages asks for it."""
+        return bool(self._alias_of(model, Asked("messages")))
+
+    def redirects(self, model: str) -> bool:
+        """Whether an alias takes the name, or Messages and Responses take it for default_model."""
+        return self.has_alias(model) or self._means_default(model)
+
+    def _means_default(self, model: str) -> bool:
+        return bool(self.default_model) and not self.claimed(model) and any(
+            fnmatchcase(model, pattern) for pattern in FOREIGN_MODELS)
+
+    def _alias_of(self, model: str, asked: Any) -> List[str]:
+        """The models that an alias makes of a name in this request, none where no alias takes it."""
+        for pattern, branches in self.aliases:
+            if fits(model, pattern):
+                names = self._chain(branches, asked)
+                if names:
+                    return names
+        return []
+
+    @staticmethod
+    def _chain(branches: Sequence[Branch], asked: Any) -> List[str]:
+        """The first branch whose conditions all hold, then those without; each model once."""
+        first = next((branch for branch in branches if branch.conditions and branch.holds(asked)), None)
+        names = [name for branch in branches if not branch.conditions for name in branch.models]
+        return [*first.models, *(name for name in names if name not in first.models)] if first else names
+
+    def explain(self, model: Optional[str], foreign: bool, asked: Asked) -> Tuple[List[str], List[Target]]:
+        """What `resolve` does with a name, step by step, and what comes of it."""
+        name = self.named(model)
+        steps = [] if model else [f"no model named: default_model is {name}"]
+        for pattern, branches in self.aliases:
+            if fits(name, pattern):
+                steps += self._told(pattern, branches, asked)
+                if self._chain(branches, asked):
+                    break
+        names = self._alias_of(name, asked)
+        if not names:
+            steps.append("no alias takes it" if steps else "no alias matches it")
+        targets = []
+        for wanted in names or [name]:
+            target, reasons = self._locate(wanted, foreign and not names)
+            targets.append(target)
+            steps += [WHY[reason].format(model=wanted if number == 0 else target.model, provider=target.provider.name,
+                                         default=self.default_model) for number, reason in enumerate(reasons)]
+            if target.provider.problem:
+                steps.append(f"but {target.provider.name} is disabled: {target.provider.problem}")
+        return steps, targets
+
+    def _told(self, pattern: str, branches: Sequence[Branch], asked: Asked) -> Iterator[str]:
+        """What one alias that matches makes of a request, in sentences."""
+        for branch in branches:
+            if branch.conditions:
+                wish = ", ".join(f"{name} {json.dumps(value)}" for name, value in branch.conditions)
+                yield f"alias {pattern}: {', '.join(branch.models)} if {wish}: {'yes' if branch.holds(asked) else 'no'}"
+        names = self._chain(branches, asked)
+        yield f"alias {pattern} " + (f"makes it {', then '.join(names)}" if names else "has nothing for such a request")
+
+    def _locate(self, model: str, foreign: bool) -> Tuple[Target, Sequence[str]]:
+        """Where one name goes, aliases aside, and why (WHY)."""
+        found, why = self.claimed(model), ()
+        if foreign and self._means_default(model):
+            model, why = self.default_model, ("foreign",)
+            found = self.claimed(model)
+        if found:
+            return found, (*why, "listed" if model in found.provider.models else "named")
+        if self.default is None:
+            raise NotLoggedIn("there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's "
+                              "key into IFLOW_API_KEY, start with --upstream URL, or add one with `provider add`")
+        return Target(self.default, model), (*why, "default")
+
+    def claimed(self, model: str) -> Optional[Target]:
+        """`provider/model`, or the first provider that lists the model."""
+        head, slash, rest = model.partition("/")
+        if slash and rest and head in self.providers:
+            return Target(self.providers[head], rest)
+        for provider in self.providers.values():
+            if model in provider.models:
+                return Target(provider, model)
+        return None
+
+
+def may_use(key: ClientKey, model: str, chain: Sequence[Target]) -> bool:
+    """Whether the key covers the name asked for, or else every place that it leads to."""
+    def covered(name: str) -> bool:
+        return any(fits(name, pattern) for pattern in key.models)
+
+    return not key.models or covered(model) or all(
+        covered(target.model) or covered(f"{target.provider.name}/{target.model}") for target in chain)
+
+
+# === 7. Chat and SSE (pure) ==================================================
 #
 # Sections 6 to 9 know no socket, clock, file, thread or log: ids and the time come in as arguments.
 
@@ -4116,7 +4118,7 @@ class TranslatedStream:
         return out + b"".join(rest)
 
 
-# === 7. Anthropic Messages (pure) ============================================
+# === 8. Anthropic Messages (pure) ============================================
 #
 # A Messages request becomes a chat request, a completion a message, chunks become events. The plain
 # answer is the stream of the same completion, folded: one state machine tells both stories.
@@ -5589,7 +5591,7 @@ def messages_error(exc: GatewayError, request_id: str) -> Json:
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
-# === 8. OpenAI Responses (pure) ==============================================
+# === 9. OpenAI Responses (pure) ==============================================
 #
 # The rules and their sources: openai-responses.md; what Codex does with an answer: clients.md.
 
@@ -7106,7 +7108,7 @@ def _spoken(voice: _Voice, place: Json, part: Json) -> List[Tuple[str, Json]]:
             (voice.part_events + ".done", {**place, "part": part})]
 
 
-# === 9. Dialects (pure) ======================================================
+# === 10. Dialects (pure) =====================================================
 
 class Context(NamedTuple):
     """What a conversion needs of the world, passed in so that it stays pure."""
@@ -7514,7 +7516,7 @@ RESPONSES = ResponsesDialect("/chat/completions")
 COMPACT = CompactDialect("/chat/completions")
 
 
-# === 10. Upstream ============================================================
+# === 11. Upstream ============================================================
 
 class Caller:
     """Who waits for an upstream's answer: somebody who may leave, and who may have to be kept awake."""
@@ -8751,7 +8753,7 @@ class Upstream:
             self._pumps = []
 
 
-# === 11. Credentials =========================================================
+# === 12. Credentials =========================================================
 #
 # iFlow's login; what is known of it and of its host's ways to fail: iflow.md.
 
@@ -9533,7 +9535,7 @@ def open_browser(url: str, environ: Mapping[str, str], run: Callable[[Sequence[s
     return any(run((*command, url)) for command in BROWSERS[browser_platform(environ, system)])
 
 
-# === 12. Services ============================================================
+# === 13. Services ============================================================
 
 class Slots:
     """Places at one upstream, first come first served; `limit` 0 is no limit."""
@@ -10788,7 +10790,7 @@ class FileWatch:
         self._thread.join(5)
 
 
-# === 13. Gateway =============================================================
+# === 14. Gateway =============================================================
 
 def _lasting_key(path: str) -> bytes:
     """32 random bytes, kept in `path` where that can be done."""
@@ -12035,7 +12037,7 @@ def log_path(gateway: Gateway) -> str:
     return os.path.join(gateway.config.folder if gateway.config is not None else "", path) if path else ""
 
 
-# === 14. HTTP ================================================================
+# === 15. HTTP ================================================================
 
 class ClientReader(HeadReader):
     """A client's bytes, with a moment by which they have to come: http.server's rfile."""
@@ -13050,7 +13052,7 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
     return Server(gateway, settings.host if host is None else host, settings.port if port is None else port)
 
 
-# === 15. Documents ===========================================================
+# === 16. Documents ===========================================================
 #
 # /openapi.json and its readers, built when first asked for.  ROUTES says what there is, OPERATIONS what it is for;
 # answers and errors in examples come from the code that answers: the document promises what the program does.
@@ -13941,7 +13943,7 @@ ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)},
                **{f"/{name}": {"GET": Route(show_docs, public=True)} for name in READERS}})
 
 
-# === 16. Admin ===============================================================
+# === 17. The page's API ======================================================
 #
 # The page at /admin and its API.  The page is static; all that it shows comes from /admin/api/… as JSON.
 
@@ -15137,7 +15139,7 @@ def show_clients(handler: Handler) -> None:
         {"id": name, "title": title, "blocks": make(setup)} for name, (title, make) in CLIENT_SETUPS.items()]})
 
 
-# --- the page ------------------------------------------------------------------------
+# === 18. The page ============================================================
 
 # language=CSS
 _CSS_CORE = r"""
@@ -18529,7 +18531,7 @@ ROUTES.update({
     "/admin/api/password": {"POST": Route(set_password, public=True, admin=True)}})
 
 
-# === 17. Demo upstream =======================================================
+# === 19. Demo upstream =======================================================
 #
 # A small upstream built in: `--demo` runs the program against it, without account or network, and the tests use the
 # same one with a script.  What it says is pure; only the two classes at the end know sockets and clocks.
@@ -18967,7 +18969,7 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
 
-# === 18. Command line ========================================================
+# === 20. Command line ========================================================
 
 # --- the console -------------------------------------------------------------
 
