@@ -303,9 +303,11 @@ CLAUDE_MODELS = {"OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6", "HAIK
 #: The page: sessions at once, how long one lasts, and how long when nobody uses it.
 SESSIONS_LIMIT, SESSION_S, SESSION_IDLE_S = 64, 30 * 86400, 7 * 86400
 
-#: Wrong passwords within SIGN_IN_SPAN_S seconds after which an address, and everybody, has to wait.
-SIGN_IN_SPAN_S, SIGN_IN_TRIES, SIGN_IN_TRIES_OF_ALL = 300, 10, 60
-SIGN_IN_ADDRESSES = 1000
+#: Wrong passwords or codes of one address before it may only try once a second; addresses that are remembered.
+SIGN_IN_TRIES, SIGN_IN_ADDRESSES = 10, 1000
+
+#: How long the code for the first password is valid.
+CODE_LIFE_S = 900
 
 #: Characters of a password: below the first anybody guesses it, beyond the second nobody types it.
 PASSWORD_LENGTH = (8, 1024)
@@ -10644,6 +10646,21 @@ class Session:
     used_at: float
 
 
+class Guesser:
+    """An address that tries passwords or codes: how many wrong ones, and one try at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()     #: a password takes a fifth of a second of one processor, not of all
+        self._forgiven_at = 0.0          #: when none of its wrong tries counts any more: each counts for a second
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until it may try again, 0.0 where it may at once."""
+        return max(0.0, self._forgiven_at - now - (SIGN_IN_TRIES - 1))
+
+    def was_wrong(self, now: float) -> None:
+        self._forgiven_at = max(now, self._forgiven_at) + 1
+
+
 class Sessions:
     """Who may use the page.
 
@@ -10656,36 +10673,41 @@ class Sessions:
         self._password, self._clock = password, clock
         self._kept: Dict[bytes, Session] = {}            #: by hash of the token
         self._basic: Tuple[bytes, str] = (b"", "")       #: hash of the last good Authorization, and its password's
-        self._code = ""
-        self._everybody = Window(SIGN_IN_SPAN_S, SIGN_IN_TRIES_OF_ALL)
-        self._tries: Dict[str, Window] = {}
-        self._lock, self._judging = threading.Lock(), threading.Lock()
+        self._code, self._code_ends_at = "", 0.0
+        self._guessers: Dict[str, Guesser] = {}          #: by address
+        self._lock = threading.Lock()
+        self.on_new_code: Callable[[], None] = lambda: None      #: called when a code has taken an old one's place
 
     @property
     def is_new(self) -> bool:
         return not self._password()
 
     def code(self) -> str:
-        """The code that sets the first password, "" where there is a password."""
+        """The code that sets the first password, made anew after CODE_LIFE_S; "" where there is a password."""
         with self._lock:
+            now, old = self._clock(), self._code
             if not self.is_new:
                 self._code = ""
-            elif not self._code:
+            elif not old or now >= self._code_ends_at:
                 letters = "".join(secrets.choice(CODE_LETTERS) for _ in range(8))
-                self._code = f"{letters[:4]}-{letters[4:]}"
-            return self._code
+                self._code, self._code_ends_at = f"{letters[:4]}-{letters[4:]}", now + CODE_LIFE_S
+            code = self._code
+        if old and code not in ("", old):
+            self.on_new_code()
+        return code
 
     def try_code(self, address: str, code: str) -> bool:
         """Whether it is the code, which is used up by this; RateLimited."""
         def ours() -> bool:
-            known = self.code().replace("-", "")
+            known = self.code()
             given = re.sub(r"[\s-]", "", code).upper()
-            return bool(known) and hmac.compare_digest(hash_key(given), hash_key(known))
+            if not known or not hmac.compare_digest(hash_key(given), hash_key(known.replace("-", ""))):
+                return False
+            with self._lock:             # of two at once, one has it
+                fresh, self._code = self._code == known, ""
+                return fresh
 
-        if not self._judge(address, ours):
-            return False
-        self._code = ""
-        return True
+        return self._judge(address, ours)
 
     def try_password(self, address: str, password: str) -> bool:
         """RateLimited."""
@@ -10693,20 +10715,19 @@ class Sessions:
         return self._judge(address, lambda: len(password) <= PASSWORD_LENGTH[1] and is_password(password, stored))
 
     def _judge(self, address: str, is_right: Callable[[], bool]) -> bool:
-        """One at a time: a guess takes a fifth of a second of a processor, and nobody shall take more than one."""
-        with self._judging:
-            now = self._clock()
-            windows = (self._everybody, self._tries.get(address) or Window(SIGN_IN_SPAN_S, SIGN_IN_TRIES))
-            wait_s = max(window.wait_s(now) for window in windows)
+        """Whether a guess is right; RateLimited.  Each address waits for itself alone: nobody can lock others out."""
+        with self._lock:
+            guesser = self._guessers.get(address) or Guesser()
+            remember(self._guessers, address, guesser, SIGN_IN_ADDRESSES)
+        with guesser.lock:
+            wait_s = guesser.wait_s(self._clock())
             if wait_s > 0:
-                raise RateLimited(f"too many wrong attempts; try again in {wait_s:.0f} s", retry_after_s=wait_s,
+                raise RateLimited(f"too many wrong attempts; try again in {wait_s:.1f} s", retry_after_s=wait_s,
                                   code="too_many_attempts")
-            if is_right():
-                return True
-            remember(self._tries, address, windows[1], SIGN_IN_ADDRESSES)
-            for window in windows:
-                window.add(now, 1)
-            return False
+            right = is_right()
+            if not right:
+                guesser.was_wrong(self._clock())
+            return right
 
     def open(self) -> str:
         """A new session's token; beyond SESSIONS_LIMIT the one not used for longest ends."""
@@ -13994,6 +14015,7 @@ def cookie_header(handler: Handler, token: str) -> Tuple[str, str]:
 def show_session(handler: Handler) -> None:
     """GET /admin/api/session: whether somebody is signed in, and what the page needs before."""
     gateway, state = handler.server.gateway, "new"
+    gateway.sessions.code()              # an expired one is made anew and shown on the console, before it is asked for
     if not gateway.sessions.is_new:
         try:
             check_session(handler)
@@ -19386,6 +19408,7 @@ def _show_page(gateway: Gateway, server: Server, stay: bool) -> None:
             _say(tr("page_code", code=code))
 
     gateway.listeners.append(say_code)
+    gateway.sessions.on_new_code = say_code
     if said[0] and not stay and sys.stdout is not None and sys.stdout.isatty():
         threading.Thread(target=open_browser, args=(server.url + "/admin", os.environ), daemon=True).start()
 

@@ -11935,38 +11935,65 @@ def test_scripts_sign_in_by_basic(admin_server):
     assert get(running, "/admin/api/overview", Authorization=BASIC).status == 401
 
 
-def test_guessing_is_slowed_down(admin_server):
-    running = admin_server(trusted_proxies=["127.0.0.1"])
+def guess_code(browser, code="AAAA-AAAA", **headers):
+    return browser("POST", "password", {"code": code, "password": "correct horse"}, **headers)
+
+
+def guess_password(browser, password="wrong one", **headers):
+    return browser("POST", "session", {"user": "admin", "password": password}, **headers)
+
+
+@pytest.mark.parametrize("guess, wrong", [(guess_code, 403), (guess_password, 401)])
+def test_each_address_has_ten_guesses_and_then_one_a_second(admin_server, guess, wrong):
+    running = admin_server(trusted_proxies=["127.0.0.1"], **({"admin_password": None} if guess is guess_code else {}))
+    right = running.gateway.sessions.code() or PASSWORD
     browser = Admin(running)
-    for _ in range(ifl.SIGN_IN_TRIES):
-        assert browser.sign_in("wrong one").status == 401
-    answer = browser.sign_in()                           # even the right one
-    assert (answer.status, answer.error["code"]) == (429, "too_many_attempts") and int(answer.headers["retry-after"]) > 200
-    assert get(running, "/admin/api/overview", Authorization=BASIC).status == 429
-    other = Admin(running, X_Forwarded_For="10.0.0.1")
-    other.headers = {"X-Forwarded-For": "10.0.0.1"}
-    assert other.sign_in().status == 204                 # another address
-    running.clock.now += 2 * ifl.SIGN_IN_SPAN_S
-    assert browser.sign_in().status == 204
-    for number in range(ifl.SIGN_IN_TRIES_OF_ALL):
-        browser.headers = {"X-Forwarded-For": f"10.0.{number}.7"}
-        assert browser.sign_in("wrong one").status == 401
-    assert other.sign_in().status == 429                 # everybody together
-    assert other("GET", "overview").status == 200        # who is in stays in
-    running.clock.now += 2 * ifl.SIGN_IN_SPAN_S
-    assert other.sign_in().status == 204
+
+    def of(address):
+        return {"X_Forwarded_For": address}
+
+    for origin in ("http://evil.example", "null"):               # what another page sends is not counted
+        for _ in range(12):
+            assert guess(browser, Origin=origin, **of("10.0.0.1")).status == 403
+    for _ in range(10):
+        assert guess(browser, **of("10.0.0.1")).status == wrong
+    for _ in range(3):
+        answer = guess(browser, right, **of("10.0.0.1"))         # even the right one
+        assert (answer.status, answer.error["code"]) == (429, "too_many_attempts")
+        assert answer.headers["retry-after"] == "1"
+    running.clock.now += 1
+    assert [guess(browser, **of("10.0.0.1")).status for _ in range(2)] == [wrong, 429]
+    for _ in range(10):                                          # a subscriber's /64 is one address
+        assert guess(browser, **of("2001:db8:1:2::7")).status == wrong
+    assert guess(browser, **of("2001:db8:1:2:f::8")).status == 429
+    for number in range(200):                                    # many addresses block nobody else
+        assert guess(browser, **of(f"10.1.{number}.1")).status == wrong
+    assert guess(browser, right, **of("2001:db8:1:3::7")).status == 204
+    running.clock.now += 10                                      # ten seconds without a guess, ten guesses
+    if guess is guess_password:
+        assert [guess(browser, **of("10.0.0.1")).status for _ in range(11)] == [wrong] * 10 + [429]
+        assert get(running, "/admin/api/overview", Authorization=BASIC, **of("10.0.0.1")).status == 429
+        running.clock.now += 1
+        assert get(running, "/admin/api/overview", Authorization=BASIC, **of("10.0.0.1")).status == 200
 
 
-def test_guesses_at_the_code_are_slowed_down_and_forgotten(clock):
+def test_a_code_lives_for_a_quarter_of_an_hour(admin_server):
+    running = admin_server(admin_password=None)
+    browser, sessions, told = Admin(running), running.gateway.sessions, []
+    sessions.on_new_code = lambda: told.append(sessions.code())
+    first = sessions.code()
+    running.clock.now += 899
+    assert sessions.code() == first and browser.get("session")["state"] == "new" and not told
+    running.clock.now += 2
+    assert guess_code(browser, first).status == 403 and told == [sessions.code()] != [first]     # the console shows it
+    assert guess_code(browser, told[0]).status == 204 and sessions.code() == "" and len(told) == 1
+
+
+def test_guessers_are_bounded(clock):
     sessions = ifl.Sessions(lambda: "", clock)
-    for number in range(ifl.SIGN_IN_TRIES):
-        assert not sessions.try_code("a", "AAAA-AAAA")
-    with pytest.raises(ifl.RateLimited):
-        sessions.try_code("a", sessions.code())
     for number in range(3 * ifl.SIGN_IN_ADDRESSES):
-        clock.now += ifl.SIGN_IN_SPAN_S / 20
         sessions.try_code(str(number), "x")
-    assert len(sessions._tries) <= ifl.SIGN_IN_ADDRESSES
+    assert len(sessions._guessers) <= ifl.SIGN_IN_ADDRESSES
 
 
 def test_the_names_of_the_host_count_for_the_page_too(admin_server):
