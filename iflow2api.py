@@ -491,11 +491,16 @@ def one_line(text: Any, limit: int = 300) -> str:
     return line if len(line) <= limit else line[:limit - 1] + "…"
 
 
-def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
-    """`; did you mean …?` for a mistyped name, empty where nothing is near."""
+def alike(name: str, names: Iterable[str], cutoff: float = 0.65) -> List[str]:
+    """The names that a mistyped one may have been meant for: `stop` is no `test`."""
     import difflib                       # only on the way to an error message
-    near = difflib.get_close_matches(name, list(names), 3, cutoff)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return difflib.get_close_matches(name, list(names), 3, cutoff)
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.65) -> str:
+    """`; did you mean …?` for a mistyped name, empty where nothing is near."""
+    found = alike(name, names, cutoff)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def remember(table: Dict[Any, Any], name: Any, value: Any, limit: int) -> None:
@@ -2037,396 +2042,6 @@ def _hide_in_provider(entry: Json) -> Json:
         elif re.search(r"(?i)keys?$|token|secret|password|headers", name):
             shown[name] = [hide(key) for key in value] if isinstance(value, list) else hide(value)
     return shown
-
-
-# --- sentences in Chinese ------------------------------------------------------
-
-#: Sentences that come from anywhere in English -> the same in Chinese; {} is a part that is looked up by itself.  They
-#: are turned where they are shown (the console's `local`, the page's API), so that nobody else needs to know of
-#: languages; HTTP stays English.
-CHINESE: Dict[str, str] = {
-    # files and settings
-    "the server takes a free port at each start (port 0): say with --port which one it has printed":
-        "服务每次启动都选用空闲端口（port 0）：请用 --port 指定它打印出的端口",
-    "no iflow2api answers at {} now; if it runs elsewhere, say so with --host and --port":
-        "{} 现在没有 iflow2api 应答；如果它在别处运行，请用 --host 和 --port 指明",
-    "standard input": "标准输入",
-    "login --paste: there is no standard input to paste an address into": "login --paste：没有标准输入可供粘贴地址",
-    "put a key instead of YOUR_KEY; `key add NAME` makes one": "请用密钥替换 YOUR_KEY；`key add NAME` 可生成一个",
-    "a password has from {} to {} characters": "密码需要 {} 到 {} 个字符",
-    "the upstream answered with a web page; is base_url its API, and not its site?":
-        "上游返回的是网页；base_url 是接口地址，而不是网站地址吗？",
-    "line {}, column {}: {}": "第 {} 行第 {} 列：{}",
-    "not UTF-8 text": "不是 UTF-8 文本",
-    "an object expected": "需要 JSON 对象",
-    "Expecting value": "缺少值", "Extra data": "有多余的内容", "Expecting {} delimiter": "缺少 {}",
-    "Expecting property name enclosed in double quotes": "缺少双引号括起的名称",
-    "Unterminated string starting at": "字符串没有结束", "Invalid control character at": "字符串中有控制字符",
-    "Illegal trailing comma before end of object": "末尾有多余的逗号",
-    "Illegal trailing comma before end of array": "末尾有多余的逗号", "Invalid \\escape": "无效的转义",
-    "No such file or directory": "没有这个文件或文件夹", "Permission denied": "没有权限", "Is a directory": "这是一个文件夹",
-    "Not a directory": "不是文件夹", "Read-only file system": "文件系统只读", "No space left on device": "磁盘已满",
-    "File exists": "文件已存在", "Device or resource busy": "文件正被占用", "Operation not permitted": "不允许此操作",
-    "Cannot assign requested address": "本机没有这个地址", "Address already in use": "地址已被占用",
-    "Connection reset by peer": "连接被对方重置", "Network is unreachable": "网络不可达", "No route to host": "无法到达主机",
-    "Broken pipe": "连接已断开", "Name or service not known": "没有这个域名", "Temporary failure in name resolution": "暂时无法解析域名",
-    "No address associated with hostname": "这个域名没有地址",
-    "{} (running with {})": "{}（暂用 {}）", "{} (running with defaults)": "{}（暂用默认设置）",
-    "{} (what was in force stays)": "{}（沿用原来的设置）",
-    "{} (the settings in force stay)": "{}（沿用原来的设置）",
-    "{} (left as it is)": "{}（保持不变）",
-    "{} (the iFlow CLI's file; nothing is written to it)": "{}（这是 iFlow CLI 的文件，没有写入任何内容）",
-    "; did you mean {}?": "；您是不是要输入 {}？", "{}; did you mean {}?": "{}；您是不是要输入 {}？", "{} or {}": "{} 或 {}",
-    "{} expected": "需要{}", "{} expected, not {}": "需要{}，而不是 {}",
-    "a string": "文字", "a whole number": "整数", "a number": "数字", "true or false": " true 或 false", "a list": "列表",
-    "an object": "对象", "a list as JSON": " JSON 列表", "an object as JSON": " JSON 对象",
-    "one of {} expected": "需要以下之一：{}",
-    "a string without NUL and lone surrogates": "不含 NUL 和半个代理字符的文字",
-    "a number of seconds up to {} expected": "需要不超过 {} 的秒数",
-    "a number of {} at least": "不小于 {} 的数字",
-    "a number of {} at least, {} at most": " {} 到 {} 之间的数字",
-    "a whole number from {} to {} expected": "需要 {} 到 {} 的整数",
-    "a whole number from {} to {} expected, not {}": "需要 {} 到 {} 的整数，而不是 {}",
-    "a number from {} to {} expected, not {}": "需要 {} 到 {} 的数字，而不是 {}", "a whole number of 1 at least": "不小于 1 的整数",
-    "chat, messages or responses": " chat、messages 或 responses", "a model or a list of models": "模型名或模型列表",
-    "{} (leave it out for no limit)": "{}（不限就不要写这一项）",
-    "no such field; there are {}": "没有这一项；可用的有 {}",
-    "an object with input, output and cached": "含 input、output、cached 的对象",
-    "no such network": "没有这样的网段", "{} is no IP address": "{} 不是 IP 地址",
-    "{} is no address and no network": "{} 不是地址，也不是网段", "{} is no text": "{} 不是文字",
-    "what the broken file held is in {}": "原文件的内容保存在 {}",
-    "{}: a folder expected": "{}：需要一个文件夹",
-    "an address expected; 0.0.0.0 stands for all of this machine's": "需要一个地址；0.0.0.0 表示本机的所有地址",
-    "a date such as 2027-01-31": "日期，如 2027-01-31",
-    "an object with a name without blanks, commas and slashes expected; `key add` makes one":
-        "需要带 name 的对象，名称不含空格、逗号和斜杠；可用 `key add` 生成",
-    "the key's SHA-256 in hex expected; `key add` makes one": "需要密钥的十六进制 SHA-256；可用 `key add` 生成",
-    "a list of names or patterns": "名称或模式的列表",
-    "the name {} is taken by an earlier one": "名称 {} 与前面的重复",
-    "client_keys: {}: models: {} matches nothing": "client_keys：{}：models：{} 匹配不到任何模型",
-    # secrets at rest
-    "config.json: {} can't be read: {}": "config.json：无法读取 {}：{}",
-    "config.json.bak: {} can't be read: {}": "config.json.bak：无法读取 {}：{}",
-    "it is damaged": "内容已损坏", "a newer version encrypted it, or it is damaged": "由更新的版本加密，或内容已损坏",
-    "it is encrypted with another passphrase, or damaged": "用别的口令加密，或内容已损坏",
-    "it is encrypted with another key than {} holds, or damaged": "加密所用的密钥不在 {} 中，或内容已损坏",
-    "its key can't be read: {}": "无法读取加密密钥：{}",
-    "it is encrypted with a passphrase: set {}": "用口令加密：请设置 {}",
-    "{} is damaged: 32 bytes expected": "{} 已损坏：应为 32 字节",
-    "encryption is off, so that there is no key to change; to turn it on: config encrypt on":
-        "尚未启用加密，没有密钥可换；启用：config encrypt on",
-    "secrets in {} stay unencrypted: {}": "{} 中的密钥未能加密：{}",
-    "no backup of {}: {}": "无法备份 {}：{}",
-    "another process has held {} for {} s": "{} 被另一个进程占用了 {} 秒",
-    # providers
-    "provider {} is disabled: {}": "上游 {} 已停用：{}",
-    "base_url is missing (`provider presets` lists known ones)": "缺少 base_url（`provider presets` 列出已知的服务）",
-    "base_url {} is no http:// or https:// address": "base_url {} 不是 http:// 或 https:// 地址",
-    "base_url {} is no http:// or https:// address; write {} or {}": "base_url {} 不是 http:// 或 https:// 地址；请写成 {} 或 {}",
-    "base_url {}: no such port": "base_url {}：端口无效",
-    "base_url of {}: credentials, ? and # do not belong here; use api_keys and headers":
-        "{} 的 base_url：不能含用户名密码、? 和 #；请用 api_keys 和 headers",
-    "base_url contains blanks or control characters": "base_url 含有空白或控制字符",
-    "a secret of it is encrypted and can't be opened": "它的密钥是加密的，无法解开",
-    "the environment variable {} is not set": "没有设置环境变量 {}",
-    "a key is empty, or has blanks, line breaks or characters that no HTTP header may have":
-        "密钥为空，或含有 HTTP 头不允许的空白、换行或字符",
-    "a header value is empty, or has blanks, line breaks or characters that no HTTP header may have":
-        "请求头的值为空，或含有 HTTP 头不允许的空白、换行或字符",
-    "each provider needs a name without blanks, commas and slashes": "每个上游都需要名称（name），不含空格、逗号和斜杠",
-    "it is of the wrong type": "类型不对",
-    "concurrency, key_concurrency and timeout_s can't be negative": "concurrency、key_concurrency 和 timeout_s 不能为负",
-    "models: names expected, or objects as {}": "models：需要名称，或这样的对象：{}",
-    "{} makes no sense": "{} 没有意义", "headers: {} is no header name": "headers：{} 不是请求头名称",
-    "{} is no header name": "{} 不是请求头名称",
-    "an address": "地址",
-    # routes
-    "no such condition; there are {}": "没有这个条件；可用的有 {}",
-    "alias {} is never reached: {} above it takes every such name": "别名 {} 永远用不到：前面的 {} 已匹配所有这样的名称",
-    "alias {} matches nothing: a request without a model means default_model": "别名 {} 匹配不到任何请求：不写模型时用 default_model",
-    "default_provider {} is no provider": "default_provider {} 不是已有的上游",
-    "there is no provider {}": "没有上游 {}",
-    "the request names no model, and default_model is not set": "没有写模型，也没有设置 default_model",
-    "no model named: default_model is {}": "没有写模型：default_model 是 {}",
-    "no alias takes it": "没有适用的别名", "no alias matches it": "没有匹配的别名",
-    "but {} is disabled: {}": "但 {} 已停用：{}",
-    "alias {}: {} if {}: yes": "别名 {}：{}，条件 {}：满足", "alias {}: {} if {}: no": "别名 {}：{}，条件 {}：不满足",
-    "alias {} makes it {}": "别名 {} 使它变为 {}", "{}, then {}": "{}，然后 {}",
-    "alias {} has nothing for such a request": "别名 {} 没有适合这种请求的目标",
-    "{}: its first part is the name of a provider": "{}：斜杠前是上游的名称",
-    "{}: {} lists it among its models": "{}：{} 的模型列表里有它",
-    "{}: a name of the client's own, which means default_model ({})": "{}：客户端自带的名称，即 default_model（{}）",
-    "{}: nobody claims it, so it goes to the default provider, {}, as it is": "{}：没有上游声明它，原样发给默认上游 {}",
-    "there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's key into "
-    "IFLOW_API_KEY, start with --upstream URL, or add one with `provider add`":
-        "没有登录 iFlow，也没有其他上游：请运行 `python iflow2api.py login`，或把 iFlow 密钥放进 IFLOW_API_KEY，"
-        "或用 --upstream URL 启动，或在 `providers` 里添加一个",
-    # upstreams
-    "the upstream said nothing for {} s": "上游 {} 秒没有任何回应", "the upstream took nothing for {} s": "上游 {} 秒没有接收任何数据",
-    "the upstream's answer is encoded as {}, which nobody asked for": "上游的回答用了未请求的编码 {}",
-    "the connection to the upstream broke: {}": "与上游的连接断开：{}",
-    "the upstream's chunked answer is broken: {}": "上游的分块回答有错误：{}",
-    "no status line": "没有状态行", "too many headers": "头部字段过多", "its head is too large": "头部过大",
-    "no Content-Length": "没有 Content-Length",
-    "no line end after a chunk": "块后没有换行", "no chunk size": "没有块长度", "endless trailers": "尾部过长",
-    "the upstream closed the connection in the middle of its answer": "上游在回答中途断开了连接",
-    "the upstream's answer can't be decompressed: {}": "上游的回答无法解压：{}",
-    "the upstream's answer is larger than {} MiB": "上游的回答超过 {} MiB",
-    "the upstream's answer is not JSON": "上游的回答不是 JSON", "the upstream's answer is empty": "上游的回答是空的",
-    "the upstream's answer is no JSON object": "上游的回答不是 JSON 对象",
-    "the upstream redirects to {}; set base_url to where it really is": "上游重定向到 {}；请把 base_url 改为真正的地址",
-    "the upstream answered {}: {}": "上游返回 {}：{}", "an HTML page": "一个 HTML 网页", "no message": "没有说明",
-    "its /models is not JSON": "它的 /models 不是 JSON",
-    "it lists no models; name one in its `models`, or with --model": "它没有列出模型；请在它的 `models` 里或用 --model 指定一个",
-    "TLS failed: {}": "TLS 失败：{}",
-    "its certificate is not valid yet: is this machine's clock right?": "它的证书尚未生效：本机的时钟对吗？",
-    "its certificate has expired, or this machine's clock is wrong": "它的证书已过期，或本机的时钟不对",
-    "its certificate is self-signed: put it into a file and set `ca_file`": "它的证书是自签名的：请存成文件并设置 `ca_file`",
-    "its certificate chain ends in an unknown root: set `ca_file`, or install the CA certificates (ca-certificates)":
-        "它的证书链以未知的根证书结尾：请设置 `ca_file`，或安装 CA 证书（ca-certificates）",
-    "its issuer is unknown: install the CA certificates (ca-certificates, on OpenWrt ca-bundle), or set `ca_file`":
-        "不认识它的证书颁发者：请安装 CA 证书（ca-certificates，OpenWrt 上为 ca-bundle），或设置 `ca_file`",
-    "its certificate is for another host name": "它的证书属于别的域名",
-    "it does not speak TLS; should the address begin with http://?": "对方不使用 TLS；地址是不是该以 http:// 开头？",
-    "no connection within the time limit (connect_timeout_s)": "在时限内没有连上（connect_timeout_s）",
-    "unknown host ({})": "找不到主机（{}）", "connection refused; is it running?": "连接被拒绝；它在运行吗？",
-    "the answer is not HTTP ({})": "对方的回答不是 HTTP（{}）",
-    "{} closed the connection without an answer": "{} 没有回答就断开了连接",
-    "{} is this program's own address; set {}": "{} 是本程序自己的地址；请修改 {}",
-    "base_url to the real upstream": " base_url，填写真正的上游",
-    "upstream_proxy, or the provider's proxy, to a real one": " upstream_proxy 或上游的 proxy，填写真正的代理",
-    "ca_file {}: {}": "ca_file {}：{}",
-    "provider {} refused {} (HTTP {}: {}); {}": "上游 {} 拒绝了{}（HTTP {}：{}）；{}",
-    "its key": "它的密钥", "a request without a key": "没有密钥的请求",
-    "log in to iFlow again (python iflow2api.py login), then run: python iflow2api.py test iflow":
-        "请重新登录 iFlow（python iflow2api.py login），然后运行：python iflow2api.py test iflow",
-    "check its api_keys in config.json, then run: python iflow2api.py test {}":
-        "请检查 config.json 中它的 api_keys，然后运行：python iflow2api.py test {}",
-    "give another --api-key": "请换一个 --api-key",
-    "the model {} does not exist there: {}": "那里没有模型 {}：{}",
-    "{} is busy and {} requests wait already": "{} 繁忙，已有 {} 个请求在排队",
-    "no place at {} came free within {} s": "{} 在 {} 秒内没有空位",
-    # proxies
-    "a proxy address that begins with {} is not supported; write http://, socks5://, socks5h:// (or env)":
-        "不支持以 {} 开头的代理地址；请用 http://、socks5://、socks5h://（或 env）",
-    "a proxy address that begins like this is not supported; write http://, socks5://, socks5h:// (or env)":
-        "不支持这样开头的代理地址；请用 http://、socks5://、socks5h://（或 env）",
-    "the proxy's address can't be read; write {} or {}, with %40 for @, %2F for /, %3A for :, %23 for #":
-        "无法识别代理地址；请写成 {} 或 {}，其中 @ 写作 %40，/ 写作 %2F，: 写作 %3A，# 写作 %23",
-    "{} through the proxy {}": "{}（经代理 {}）", "provider {}: proxy": "上游 {}：代理", "the proxy {}": "代理 {}",
-    "is it an HTTP proxy?": "它是 HTTP 代理吗？", "is it a SOCKS5 proxy?": "它是 SOCKS5 代理吗？",
-    "it closed the connection without an answer; is it an HTTP proxy?": "它没有回答就断开了连接；它是 HTTP 代理吗？",
-    "it closed the connection without an answer; is it a SOCKS5 proxy?": "它没有回答就断开了连接；它是 SOCKS5 代理吗？",
-    "it does not allow this host or port": "它不允许这个主机或端口", "it can't reach the upstream": "它连不上上游",
-    "it failed for no stated reason": "它没有说明原因就失败了", "it does not allow this address": "它不允许这个地址",
-    "it can't reach that network": "它连不上那个网络", "the upstream refused the connection": "上游拒绝了连接",
-    "the upstream is too far away": "上游太远（TTL 用尽）", "it can't connect": "它无法建立连接",
-    "it does not take this kind of address": "它不支持这种地址", "it failed with code {}": "它失败了，代码 {}",
-    "the upstream's host name can't be encoded": "上游的域名无法编码", "the upstream's host name is too long": "上游的域名太长",
-    "what it answers is not HTTP; is it an HTTP proxy?": "它的回答不是 HTTP；它是 HTTP 代理吗？",
-    "what it answers is not HTTP/1.1; is it an HTTP proxy?": "它的回答不是 HTTP/1.1；它是 HTTP 代理吗？",
-    "it answers with a page of its own; is it an HTTP proxy?": "它用自己的网页回答；它是 HTTP 代理吗？",
-    "it refused CONNECT {} (HTTP {})": "它拒绝了 CONNECT {}（HTTP {}）",
-    "it refused CONNECT {} (HTTP {}: {})": "它拒绝了 CONNECT {}（HTTP {}：{}）",
-    "it refused the user and password in its address": "它拒绝了地址里的用户名和密码",
-    "it wants a user and a password; write {}": "它需要用户名和密码；请写成 {}",
-    "what it answers is not SOCKS5; {}": "它的回答不是 SOCKS5；{}", "it speaks HTTP: write http://": "它是 HTTP 代理：请写 http://",
-    "SOCKS5 takes a user and a password of 255 bytes at most": "SOCKS5 的用户名和密码最多 255 字节",
-    "{} can't be looked up here; with socks5h:// the proxy does it": "在这里解析不了 {}；用 socks5h:// 由代理解析",
-    # logging in
-    "iFlow knows the login, but has no API key for it: see at https://iflow.cn whether the account has one, then run: "
-    "python iflow2api.py login":
-        "iFlow 认可这个登录，但没有给出 API 密钥：请到 https://iflow.cn 查看账号是否有密钥，然后运行：python iflow2api.py login",
-    "{} is no address: see iflow_token_url and iflow_userinfo_url": "{} 不是地址：请检查 iflow_token_url 和 iflow_userinfo_url",
-    "{} has no valid port": "{} 的端口无效",
-    "iFlow's login host did not finish its answer within {} s": "iFlow 登录服务器没有在 {} 秒内答完",
-    "iFlow's login host ({}): {}": "iFlow 登录服务器（{}）：{}", "iFlow's login host ({})": "iFlow 登录服务器（{}）",
-    "{}; what is stored stays as it is": "{}；已保存的内容没有改动",
-    "iFlow's login host answered {} with {} instead of JSON": "iFlow 登录服务器返回 {}，内容是{}而不是 JSON",
-    "something else": "别的东西", "no reason": "没有说明原因",
-    "iFlow refused the login as used up or too old ({}); run: python iflow2api.py login":
-        "iFlow 拒绝了这个登录：已用过或已过期（{}）；请运行：python iflow2api.py login",
-    "iFlow's login host is overloaded or out of order ({}: {})": "iFlow 登录服务器过载或故障（{}：{}）",
-    "iFlow's login host gave no tokens ({}: {})": "iFlow 登录服务器没有给出令牌（{}：{}）",
-    "iFlow's login host gave no the API key ({}: {})": "iFlow 登录服务器没有给出 API 密钥（{}：{}）",
-    "accounts are kept in config.json, and there is none": "账号保存在 config.json 中，但没有这个文件",
-    "{}; repair the file or move it away, nothing was written to it": "{}；请修复或移走这个文件，没有写入任何内容",
-    "{} can't be written: {}": "无法写入 {}：{}",
-    "there is no home folder to keep the login in: set HOME": "没有可以保存登录的主目录：请设置 HOME",
-    "{} is a folder; move it away": "{} 是一个文件夹；请移走",
-    "{} is read-only, so the login can't be kept": "{} 是只读的，无法保存登录",
-    "no port of this machine can be listened on; log in with: python iflow2api.py login --paste":
-        "本机没有端口可以监听；请这样登录：python iflow2api.py login --paste",
-    "this request is no answer to a login": "这个请求不是登录的结果",
-    "that is neither the address the browser ended on nor the code in it; it looks like {}":
-        "这既不是浏览器最后停在的地址，也不是其中的 code；它应该像这样：{}",
-    "this answer belongs to another login (its state is wrong): open the address of this one":
-        "这是另一次登录的结果（state 不符）：请打开这一次的地址",
-    "iFlow did not log you in: {}; nothing was changed": "iFlow 没有让您登录：{}；没有改动",
-    "an account's name has letters, digits and . @ + - _ only, at most 64": "账号名只能有字母、数字和 . @ + - _，最多 64 个",
-    "another login was begun": "已开始另一次登录", "no login was begun": "还没有开始登录",
-    "the program ended before the login did; nothing was changed": "登录完成前程序已结束；没有改动",
-    "the input ended before the login did; nothing was changed": "登录完成前输入已结束；没有改动",
-    "nobody logged in within {} s; nothing was changed": "{} 秒内没有人登录；没有改动",
-    "logged in to iFlow": "已登录 iFlow", "logged in to iFlow as {}": "已登录 iFlow：{}",
-    "iFlow login {} refreshed": "iFlow 登录 {} 已刷新",
-    "the iFlow login {} has ended: {}": "iFlow 登录 {} 已失效：{}",
-    "the iFlow login {} could not be refreshed (next try in {} s): {}": "无法刷新 iFlow 登录 {}（{} 秒后再试）：{}",
-    # running
-    "{}: line {} is no usage and does not count": "{}：第 {} 行不是用量记录，不计入",
-    "{}: line {} is no limit a day and does not count": "{}：第 {} 行不是每日限额记录，不计入",
-    "{} (usage is counted in memory only)": "{}（用量只记在内存中）",
-    "{} (limit a day is counted in memory only)": "{}（每日限额只记在内存中）",
-    "the new client key can't be stored in {}: {}": "无法把新的客户端密钥保存到 {}：{}",
-    "settings taken over from {}": "已采用 {} 中的设置", "no engine answers on this machine any more": "本机的引擎都不再应答",
-    "found {} at {}: {}": "在 {1} 发现 {0}：{2}", "responses_file {} can't be written: {}": "无法写入 responses_file {}：{}",
-    "{} can't be written ({}): conversations lose their reasoning at a restart": "无法写入 {}（{}）：重启后会丢失对话的思考内容",
-    "{} failed {} times in a row and rests for {} s where there is another": "{} 连续失败 {} 次；有其他上游时，它将休息 {} 秒",
-    "{} trying again in {} s": "{} 将在 {} 秒后重试", "{} {} failed ({})": "{} {} 失败（{}）",
-    # what the commands say
-    "--demo brings its own upstream: leave out --upstream and --api-key": "--demo 自带上游：请去掉 --upstream 和 --api-key",
-    "not running": "未运行", "running, {}, version {}, {} in flight": "正在运行，{}，版本 {}，{} 个请求进行中",
-    "healthy": "正常", "degraded": "有问题",
-    "server": "服务", "config": "配置", "provider": "上游", "note": "说明", "offer": "建议", "problem": "问题", "login": "登录",
-    "error: {}": "错误：{}", "warning: {}": "警告：{}", "problem: {}": "问题：{}", "note: {}": "说明：{}",
-    "debug: {}": "调试：{}",
-    "in use": "使用中", "no key": "无密钥", "{} (default)": "{}（默认）", "{} (set)": "{}（已设置）", "{} models": "{} 个模型",
-    "the running server has other providers than config.json names (--demo, --upstream, or found here)":
-        "正在运行的服务用的不是 config.json 中的上游（--demo、--upstream，或在本机发现的引擎）",
-    "none; run `login` for iFlow, add one with `provider add`, or start with --upstream URL":
-        "没有；用 `login` 登录 iFlow，用 `provider add` 添加，或用 --upstream URL 启动",
-    "{} is set: python iflow2api.py provider add {}": "已设置 {}，可运行：python iflow2api.py provider add {}",
-    "{} (or {})": "{}（或 {}）",
-    "keeps failing, rests": "一直失败，正在休息", "kept failing, is tried again": "曾一直失败，正在重试",
-    "{} of its keys rest": "它有 {} 个密钥在休息",
-    "no models known: {}": "没有已知的模型：{}",
-    "no provider lists any; `status` shows the providers": "没有上游列出模型；`status` 显示各上游",
-    "no provider to test: add one with `provider add`, or give --upstream URL":
-        "没有可测试的上游：用 `provider add` 添加，或加上 --upstream URL",
-    "no provider to test: add one with `provider add NAME`": "没有可测试的上游：用 `provider add NAME` 添加",
-    "failed ({}): {}": "失败（{}）：{}", "ok, {} answered in {} s: {}": "正常，{} 用 {} 秒回答：{}",
-    "no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL":
-        "还没有上游：`provider add NAME`，NAME 取自 `provider presets`，或任取并加上 --base-url URL",
-    "add one with: python iflow2api.py provider add NAME --api-key '$VARIABLE'":
-        "添加：python iflow2api.py provider add NAME --api-key '$VARIABLE'",
-    "context {}": "上下文 {}", "output {}": "输出 {}", "images": "识图",
-    "there is no preset {}": "没有预设 {}",
-    "{} (`provider presets` lists them; any other server needs --base-url URL)":
-        "{}（`provider presets` 列出全部；其他服务需要 --base-url URL）",
-    "--api-key is empty: the shell has replaced the variable; put it in single quotes: {}":
-        "--api-key 是空的：变量已被 shell 替换；请加单引号：{}",
-    "note: {} is not set here; set it where the server starts": "说明：这里没有设置 {}；请在启动服务的环境里设置",
-    "provider add needs a NAME: one of `provider presets`, or any with --base-url URL":
-        "provider add 需要 NAME：取自 `provider presets`，或任取并加上 --base-url URL",
-    "base_url {} is taken as {}": "base_url {} 按 {} 处理",
-    "there is a provider {} already; `provider remove {}` first, or choose another NAME":
-        "已有上游 {}；先运行 `provider remove {}`，或换一个 NAME",
-    "added {} ({}); try it: python iflow2api.py provider test {}":
-        "已添加 {}（{}）；试一试：python iflow2api.py provider test {}",
-    "provider remove needs a NAME; `provider list` shows them": "provider remove 需要 NAME；`provider list` 列出全部",
-    "config.json has no provider {}": "config.json 中没有上游 {}",
-    "`{}` in config.json is no list; see `config unset {}`": "config.json 中的 `{}` 不是列表；可运行 `config unset {}`",
-    "{}; add it first: provider add {}": "{}；请先添加：provider add {}",
-    "{}: does not work, {}: {}": "{}：不能用，问题在{}：{}", "the key": "密钥", "the balance": "余额", "the model": "模型",
-    "the rate limit": "限流", "the connection": "连接", "its settings": "它的设置",
-    "key ok": "密钥正常", "needs no key": "无需密钥", "model {} ok ({} s)": "模型 {} 正常（{} 秒）", "stream ok": "流式正常",
-    "tools ok": "工具正常",
-    "tools taken, but none called": "接受工具，但没有调用", "stream failed ({}: {})": "流式失败（{}：{}）",
-    "tools failed ({}: {})": "工具失败（{}：{}）",
-    "put your key into IFLOW2API_KEY first; `key add NAME` makes one": "请先把您的密钥放进 IFLOW2API_KEY；`key add NAME` 可生成一个",
-    "{} asks for models of its own; tell which one to use instead: python iflow2api.py config set default_model NAME":
-        "{} 会请求它自带的模型名；请指定实际使用哪个：python iflow2api.py config set default_model NAME",
-    "or for good, in ~/.codex/config.toml:": "或永久写入 ~/.codex/config.toml：",
-    "open this address in a browser to log in to iFlow:": "请在浏览器中打开此地址登录 iFlow：",
-    "no browser was found here: open the address yourself; for a browser elsewhere there is login --paste":
-        "这里没有找到浏览器：请自行打开此地址；浏览器在别的机器上时，请用 login --paste",
-    "login given up; nothing was changed": "已放弃登录；没有改动",
-    "after logging in the browser ends on an address that begins with http://localhost; it need not show a page: "
-    "paste that address here": "登录后浏览器会停在以 http://localhost 开头的地址，页面打不开也没关系：请把那个地址粘贴到这里",
-    "after logging in the browser ends on an address that begins with http://localhost; "
-    "if it shows no page, paste it here": "登录后浏览器会停在以 http://localhost 开头的地址；如果页面打不开，请把地址粘贴到这里",
-    "paste it again, or leave with Ctrl-C:": "请重新粘贴，或按 Ctrl-C 退出：",
-    "stored in {}; a running server takes it over by itself": "已保存到 {}；正在运行的服务会自动采用",
-    "{} is set, too, and stands above this login": "还设置了 {}，它优先于这次登录",
-    "api_key in config.json": " config.json 中的 api_key",
-    "--api-key: a key has no blanks, line breaks or characters beyond ASCII": "--api-key：密钥不能有空白、换行或非 ASCII 字符",
-    "stored the key {} as account {} in {}": "已把密钥 {} 存为账号 {}：{}",
-    "there is no account {}": "没有账号 {}", "logged out ({})": "已退出登录（{}）",
-    "there was no login to remove ({})": "没有可移除的登录（{}）",
-    "ended: run python iflow2api.py login": "已失效：请运行 python iflow2api.py login", "until {}": "有效至 {}",
-    "end unknown": "有效期未知",
-    "not refreshable": "不能刷新", "last refresh {} ok": "上次刷新 {} 成功", "last refresh {} failed": "上次刷新 {} 失败",
-    "--tokens {}: {}": "--tokens {}：{}", "then": "然后", "{} key": "{} 个密钥", "{} keys": "{} 个密钥",
-    "key {} needs a NAME": "key {} 需要 NAME", "expires: {} is over": "expires：{} 已经过去",
-    "key add {}: there is a key of this name; remove it first, or take another name": "key add {}：已有同名密钥；请先移除，或换个名称",
-    "this is the only time it is shown; clients send it as `Authorization: Bearer KEY`, or as x-api-key":
-        "密钥只显示这一次；客户端用 `Authorization: Bearer KEY` 或 x-api-key 发送",
-    "there is no key {}": "没有密钥 {}",
-    "no key is left, so whoever reaches this server's address may use it": "已没有任何密钥，能连到本服务地址的人都可以使用",
-    "no client keys; `key add NAME` makes one": "没有客户端密钥；`key add NAME` 生成一个", "no limits": "不限",
-    "{} requests a minute": "每分钟 {} 次", "{} requests an hour": "每小时 {} 次", "{} requests a day": "每天 {} 次",
-    "{} tokens a day": "每天 {} token", "{} requests at once": "同时 {} 个请求", "models {}": "模型 {}",
-    "expired {}": "已于 {} 过期", "expires {}": "{} 过期", "today {} requests, {} tokens": "今天 {} 次，{} token",
-    "usage is not being counted: config set usage true": "没有在记录用量；启用：config set usage true",
-    "nothing was used": "没有用量", "~ in part our estimate: the upstream did not count": "~ 含估计值：上游没有给出计数",
-    "model": "模型", "day": "日期", "requests": "请求", "errors": "错误", "input": "输入", "output": "输出", "cached": "缓存",
-    "reasoning": "思考", "first": "首字", "total": "总时间", "cost": "费用",
-    "# iflow2api completion for {}: put this into {}, or: {}": "# {} 的 iflow2api 补全：写入 {}，或：{}",
-    "# iflow2api completion for {}: put this into {}, or:": "# {} 的 iflow2api 补全：写入 {}，或：",
-    "# It serves the names iflow2api and iflow2api.py, also as an alias: {}":
-        "# 适用于名称 iflow2api 和 iflow2api.py，也可作别名：{}",
-    "# It serves the names iflow2api and iflow2api.py: {}": "# 适用于名称 iflow2api 和 iflow2api.py：{}",
-    "; ": "；", "flag": "命令行", "environment": "环境变量", "file": "文件",
-}
-
-
-#: CHINESE's sentences with parts, made when first needed: the longest literal piece, a pattern, the Chinese one, and
-#: whether it says too little to be tried on what can still be taken apart: `a: b expected`.
-_SENTENCES: List[Tuple[str, Any, str, bool]] = []
-
-
-def in_chinese(text: str, is_part: bool = False) -> str:
-    if text in CHINESE and not (is_part and " " not in text):    # a part of one word may be somebody's name
-        return CHINESE[text]
-    for english in () if _SENTENCES else sorted(CHINESE, key=lambda known: len(known.replace("{}", "")), reverse=True):
-        if "{}" in english:
-            pattern = re.compile("(.+?)".join(map(re.escape, english.split("{}"))), re.DOTALL)
-            piece = max(english.split("{}"), key=len)
-            _SENTENCES.append((piece, pattern, CHINESE[english], english[:2] == "{}" and len(piece.strip()) < 14))
-    return (_sentence_in_chinese(text, False) or _parts_in_chinese(text, (("  ", "  "), (": ", "："), ("; ", "；")))
-            or _sentence_in_chinese(text, True) or _parts_in_chinese(text, ((", ", "，"),)) or text)
-
-
-def _sentence_in_chinese(text: str, vague: bool) -> str:
-    for piece, pattern, chinese, is_vague in _SENTENCES:
-        found = pattern.fullmatch(text) if piece in text and is_vague is vague else None
-        if found:
-            return chinese.format(*(in_chinese(part, True) for part in found.groups()))
-    return ""
-
-
-def _parts_in_chinese(text: str, joints: Sequence[Tuple[str, str]]) -> str:
-    """What was put together of several, `where: what, and why`."""
-    for joint, wide in joints:
-        head, there, tail = text.partition(joint)
-        if there and head and tail:
-            parts = in_chinese(head, True), in_chinese(tail, True)
-            if parts != (head, tail):
-                return wide.join(parts)
-    return ""
-
-
-#: Members of the page's JSON that hold sentences.
-SPOKEN = frozenset(("message", "problem", "problems", "steps"))
-
-
-def spoken_in_chinese(value: Any, speaks: bool = False) -> Any:
-    """A JSON value with the sentences in its SPOKEN members in Chinese."""
-    if isinstance(value, dict):
-        return {name: spoken_in_chinese(item, name in SPOKEN) for name, item in value.items()}
-    if isinstance(value, list):
-        return [spoken_in_chinese(item, speaks) for item in value]
-    return in_chinese(value) if speaks and isinstance(value, str) else value
 
 
 # === 6. Routes (pure) ========================================================
@@ -12394,13 +12009,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         own = [] if status in (204, 304) else [("Content-Type", content_type), ("Content-Length", str(len(body)))]
         self.write(self.head(status, [*own, *headers]) + (b"" if self.command == "HEAD" else body))
 
-    @property
-    def is_chinese_page(self) -> bool:
-        """Whether the page asks, and shows itself in Chinese."""
-        return self.endpoint.admin and self.headers.get("accept-language", "").startswith("zh")
-
     def respond_json(self, value: Json, status: int = 200, headers: Iterable[Tuple[str, str]] = ()) -> None:
-        value = spoken_in_chinese(value) if self.is_chinese_page else value
         self.respond(status, dump_json(value), "application/json", headers)
 
     def respond_static(self, body: bytes, content_type: str, headers: Iterable[Tuple[str, str]] = ()) -> None:
@@ -14279,9 +13888,9 @@ class Viewer:
     The id of an event is `START-REQUESTS-LOGS`, how far the rings were read, of a server that started at START.
     """
 
-    def __init__(self, server: Server, logs: bool, last_id: str, chinese: bool = False) -> None:
+    def __init__(self, server: Server, logs: bool, last_id: str) -> None:
         gateway = server.gateway
-        self._server, self._gateway, self._logs, self._chinese = server, gateway, logs, chinese
+        self._server, self._gateway, self._logs = server, gateway, logs
         self._start = int(gateway.started_at * 1000)
         self._requests, self._lines = gateway.live.requests.count, gateway.live.logs.count
         found = re.fullmatch(r"(\d{1,15})-(\d{1,15})-(\d{1,15})", last_id)
@@ -14322,7 +13931,7 @@ class Viewer:
         overview = overview_of(self._server)
         essence = {**overview, "health": {**overview["health"], "uptime_s": 0}}
         if essence != self._overview or now - self._told_at >= LIFE_S:
-            events.append(("overview", spoken_in_chinese(overview) if self._chinese else overview))
+            events.append(("overview", overview))
             self._told_at = now
         self._version, self._overview = version, essence
         return events
@@ -14333,8 +13942,7 @@ def stream_events(handler: Handler) -> None:
     server, session, query = handler.server, handler.session, query_of(handler)
     gateway, logs = server.gateway, query.get("logs") == "1"
     live = gateway.live
-    viewer = Viewer(server, logs, handler.headers.get("last-event-id", query.get("last_event_id", "")),
-                    handler.is_chinese_page)
+    viewer = Viewer(server, logs, handler.headers.get("last-event-id", query.get("last_event_id", "")))
     with live.viewer(logs):
         handler.close_connection = True                  # no length, no chunks: the end is the end
         handler.write(handler.head(200, [("Content-Type", "text/event-stream; charset=utf-8"),
@@ -14961,14 +14569,14 @@ def env_values(client: str, words: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in given.items() if value.strip("/") not in ("", "openai")}
 
 
-def env_lines(client: str, shell: Shell, words: Mapping[str, str], said: Callable[[str], str] = str) -> List[str]:
-    """What points one of CLIENTS at this server; `said` puts a sentence into the user's language.
+def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
+    """What points one of CLIENTS at this server.
 
     `words` are all that CLIENTS and CODEX_SETTINGS may name: URL, KEY (`$IFLOW2API_KEY`: the user has it), MODEL, ….
     """
     lines = []
     if words["KEY"] == "$IFLOW2API_KEY":
-        lines.append(shell.comment.format(said("put your key into IFLOW2API_KEY first; `key add NAME` makes one")))
+        lines.append(shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
     for name, value in env_values(client, words).items():
         if value != "$IFLOW2API_KEY":
             lines.append(shell.variable.format(name=name, value=shell.quote(value)))
@@ -14977,11 +14585,12 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str], said: Callabl
     if client == "codex":
         pairs = [(name, fill_words(value, words)) for name, value in CODEX_SETTINGS if fill_words(value, words)]
         lines.append(codex_command(shell, pairs))
-        lines.append(shell.comment.format(said("or for good, in ~/.codex/config.toml:")))
+        lines.append(shell.comment.format("or for good, in ~/.codex/config.toml:"))
         lines += [shell.comment.format(line) for line in codex_toml(pairs)]
     if not words["MODEL"]:
-        lines.append(shell.comment.format(said(f"{CLIENTS[client][1]} asks for models of its own; tell which one to use instead: "
-                                               "python iflow2api.py config set default_model NAME")))
+        lines.append(shell.comment.format(
+            f"{CLIENTS[client][1]} asks for models of its own; tell which one to use instead: "
+            "python iflow2api.py config set default_model NAME"))
     return lines
 
 
@@ -19009,10 +18618,9 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "page_code": ("一次性验证码，用于设置页面密码：{code}", "one-time code, to set its password: {code}"),
     "next": ("下一步", "next"),
     "default": ("（默认）", " (default)"),
-    "disabled": ("已停用：{problem}", "disabled: {problem}"),
+    "disabled": ("已停用：", "disabled:"),
     "more": ("还有 {count} 个：{program} status", "{count} more: {program} status"),
     "none": ("无", "none"),
-    "problems": ("注意", "problems"),
     "new_key": ("需要密钥（因对外监听 {host} 而新生成）：", "need this key, made because {host} is open to the network:"),
     "key_needed": ("需要密钥 {key}（custom_api_key）", "need the key {key} (custom_api_key)"),
     "no_key": ("本机访问无需密钥", "need no key on this machine"),
@@ -19036,6 +18644,8 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "log_missing": ("还没有日志文件 {path}：{reason}；服务启动后才会写入",
                     "no log at {path}: {reason}; it is written once the gateway runs"),
     # mistakes
+    "near": ("；您是不是要输入 {names}？", "; did you mean {names}?"),
+    "or": (" 或 ", " or "),
     "no_command": ("没有命令 {name}{near}", "there is no command {name!r}{near}"),
     "unknown_flag": ("{command} 没有参数 {flag}{near}", "{command} has no flag {flag}{near}"),
     "stray": ("{command} 不接受多余的 {word!r}{near}", "{command} has no use for {word!r}{near}"),
@@ -19080,6 +18690,15 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "encrypt_off_none": ("{path} 中没有密钥；以后写入的将是明文", "{path} holds no secret; those to come will be plain text"),
     "encrypt_rotate": ("{path} 中的密钥已用新的密钥重新加密", "secrets in {path} are encrypted with a new key"),
     "encrypt_rotate_none": ("{path} 中没有密钥，无需更换；没有改动", "{path} holds no secret, so nothing was changed"),
+    # what the system says is in English
+    "ENOENT": ("没有这个文件或文件夹", "no such file or folder"),
+    "EACCES": ("没有权限", "permission denied"),
+    "ENOTDIR": ("路径中有一部分不是文件夹", "a part of the path is no folder"),
+    "EISDIR": ("这是一个文件夹", "it is a folder"),
+    "EEXIST": ("同名的文件已存在", "a file of this name is there"),
+    "EROFS": ("文件系统是只读的", "the file system is read-only"),
+    "ENOSPC": ("磁盘已满", "the disk is full"),
+    "EADDRNOTAVAIL": ("本机没有这个地址", "this machine has no such address"),
     # what a setting may be
     "kind_str": ("文字", "a string"),
     "kind_int": ("整数", "a whole number"),
@@ -19157,13 +18776,25 @@ CONSOLE = Console()
 
 def tr(sentence: str, **facts: Any) -> str:
     """TEXTS[sentence] in the console's language, filled in."""
-    facts = {name: fact if isinstance(fact, (int, float)) else local(fact) for name, fact in facts.items()}
     return CONSOLE.text(TEXTS[sentence]).format(program=PROGRAM, **facts)
 
 
-def local(text: Any) -> str:
-    """An English sentence in the console's language, as far as CHINESE knows it or its parts."""
-    return in_chinese(str(text)) if CONSOLE.language == "zh" else str(text)
+def reason_of(exc: OSError) -> str:
+    """What the system says, where it says it, in the console's language."""
+    name = errno.errorcode.get(exc.errno or 0, "")
+    return tr(name) if name in TEXTS else name if CONSOLE.language == "zh" and name else exc.strerror or str(exc)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`nearest` in the console's language."""
+    found = alike(name, names)
+    return tr("near", names=tr("or").join(found)) if found else ""
+
+
+def marked(mark: str, text: Any) -> str:
+    """`error: …` or `warning: …`, the mark in the language of the text: rare sentences are there in English alone."""
+    zh, en = TEXTS[mark]
+    return (en if columns_of(str(text)) == len(str(text)) else zh).format(text=text)
 
 
 def _plain_characters(error: UnicodeError) -> Tuple[str, int]:
@@ -19275,13 +18906,12 @@ def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "",
 def _say(text: str) -> None:
     """Talk goes to stderr; stdout is for the answer.  A terminal that is gone must not end a server."""
     with contextlib.suppress(OSError):
-        print(local(text), file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _row(label: str, *columns: str) -> None:
     """A line of an answer: a label, and what there is to say."""
-    label, shown = local(label), [local(column) for column in columns if column]
-    print(label + " " * max(2, 10 - columns_of(label)) + "  ".join(shown))
+    print(label + " " * max(2, 10 - columns_of(label)) + "  ".join(filter(None, columns)))
 
 
 def _expected(name: str) -> str:
@@ -19327,7 +18957,7 @@ def _read_key(text: str, variable: str = "NAME") -> str:
             raise UsageError(tr("key_no_input"))
         return text
     if not text.startswith("$"):
-        _say(tr("warning", text=tr("key_shown")))
+        _say(marked("warning", tr("key_shown")))
         return text
     if not os.environ.get(text[1:]):
         raise UsageError(tr("key_undefined", name=text, variable=text[1:], verb="set" if os.name == "nt" else "export"))
@@ -19381,7 +19011,7 @@ def cmd_serve(args: Any) -> int:
     try:
         server = serve(gateway)
     except OSError as exc:
-        _say(tr("error", text=_bind_problem(host, port, exc)))
+        _say(marked("error", _bind_problem(host, port, exc)))
         return 1
     signals = _Signals()
     print(f"iflow2api {__version__} listening on {server.url}", flush=True)      # scripts wait for this line
@@ -19416,7 +19046,7 @@ def _show_page(gateway: Gateway, server: Server, stay: bool) -> None:
 def _bind_problem(host: str, port: int, exc: OSError) -> str:
     """Why the address can't be had, in one line, with a port that can."""
     if exc.errno not in (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", -1)):
-        return tr("cannot_listen", host=host, port=port, reason=exc.strerror or exc)
+        return tr("cannot_listen", host=host, port=port, reason=reason_of(exc))
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host.strip("[]"), 0))
         free = probe.getsockname()[1]
@@ -19435,7 +19065,7 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
     if gateway.sessions.is_new:
         rows.append(("", tr("page_code", code=gateway.sessions.code()), "bold"))
     problems = [problem for problem in gateway.problems if not problem.startswith("provider ")]      # these stand above
-    rows += [(tr("problems"), local(one_line(problem, 200)), "yellow") for problem in problems[:1]]
+    rows += [("!", one_line(problem, 200), "yellow") for problem in problems[:1]]
     step, *rest = _next_step(gateway, server).split("\n")
     rows += [(tr("next"), step, "bold"), *(("", line, "bold") for line in rest)]
     return lay_out(rows, CONSOLE.columns, "dim")
@@ -19446,7 +19076,8 @@ def _card_providers(router: Router, room: int) -> List[Tuple[str, str, str]]:
     for provider in list(router.providers.values())[:CARD_PROVIDERS]:
         mark = tr("default") if provider is router.default else ""
         if provider.problem:
-            rows.append(("", f"{provider.name}{mark}  {tr('disabled', problem=one_line(provider.problem))}", "yellow"))
+            rows.append(("", f"{provider.name}{mark}  {tr('disabled')}", "yellow"))
+            rows.append(("", one_line(provider.problem), "yellow"))
         else:
             rows.append(("", cut_to(f"{provider.name}{mark}  {provider.base_url}", room), ""))
     if len(router.providers) > CARD_PROVIDERS:
@@ -19519,7 +19150,7 @@ class _ConsoleFormat(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else record.levelname.lower() + ": "
-        text = f"{self.formatTime(record, '%H:%M:%S')} {local(level + record.getMessage())}"
+        text = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"
         text += "\n" + self.formatException(record.exc_info) if record.exc_info else ""
         return CONSOLE.paint(text, _LEVEL_COLOURS.get(record.levelno, ""))
 
@@ -19562,7 +19193,7 @@ def _log_to_file(gateway: Gateway) -> None:
     try:
         handler = _open_log(path)
     except OSError as exc:
-        return _say(tr("warning", text=tr("no_log", path=path, reason=exc.strerror or exc)))
+        return _say(marked("warning", tr("no_log", path=path, reason=reason_of(exc))))
     log.addHandler(handler)
     notes = [(logging.INFO, f"iflow2api {__version__} starts")]
     for level, text in notes + [(logging.WARNING, one_line(problem, 500)) for problem in gateway.problems]:
@@ -19627,7 +19258,7 @@ def cmd_logs(args: Any) -> int:
     try:
         lines = reader.tail(args.lines)
     except OSError as exc:
-        _say(tr("log_missing", path=path, reason=exc.strerror or exc))
+        _say(tr("log_missing", path=path, reason=reason_of(exc)))
         return 1
     pause = threading.Event()
     while True:
@@ -19684,8 +19315,7 @@ def _say_problems(problems: Iterable[str]) -> None:
 def _how_it_runs(health: Json) -> str:
     if not health:
         return "not running"
-    state = local(str(health.get("status")))
-    return f"running, {state}, version {health.get('version')}, {health.get('in_flight')} in flight"
+    return f"running, {health.get('status')}, version {health.get('version')}, {health.get('in_flight')} in flight"
 
 
 def _others_running(health: Json, router: Router) -> Optional[List[Json]]:
@@ -19743,7 +19373,7 @@ def _test_each(gateway: Gateway, name: Optional[str], test: Callable[[Gateway, P
         _say(none)
     for name in [name] if name else providers:
         ok, line = test(gateway, providers[name])
-        print(local(f"{name}: {line}"))
+        print(f"{name}: {line}")
         failed |= not ok
     return int(failed)
 
@@ -19785,7 +19415,7 @@ def _provider_list(args: Any) -> int:
         mark = " (default)" if provider is router.default else ""
         keys = ", ".join(map(mask, provider.api_keys)) or "no key"
         facts = f"{provider.base_url}  {keys}  {len(provider.models)} models"
-        print(local(f"{provider.name}{mark}  {provider.problem or facts}"))
+        print(f"{provider.name}{mark}  {provider.problem or facts}")
     _say_problems(_further_problems(gateway.problems))
     if not router.providers:
         _say("no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL")
@@ -19797,17 +19427,17 @@ def _provider_presets(args: Any) -> int:
         return _show_preset(args.name)
     for name, preset in PRESETS.items():
         state = " (set)" if os.environ.get(preset.key) else ""
-        print(f"{name:<15} {preset.base_url:<56} {local(preset.key and '$' + preset.key + state or 'no key')}")
+        print(f"{name:<15} {preset.base_url:<56} {preset.key and '$' + preset.key + state or 'no key'}")
     _say("add one with: python iflow2api.py provider add NAME --api-key '$VARIABLE'")
     return 0
 
 
 def _show_preset(name: str) -> int:
     preset = _preset(name)
-    print(f"{name}  {preset.base_url}  {local(preset.key and '$' + preset.key or 'no key')}")
+    print(f"{name}  {preset.base_url}  {preset.key and '$' + preset.key or 'no key'}")
     for model, context, limit, vision in preset.models:
         columns = [f"context {context or '?'}", f"output {limit or '?'}", *(["images"] if vision else [])]
-        print(f"  {model:<36} " + "  ".join(map(local, columns)))
+        print(f"  {model:<36} " + "  ".join(columns))
     return 0
 
 
@@ -19937,7 +19567,7 @@ def cmd_env(args: Any) -> int:
             words["KEY"] = "YOUR_KEY"
         print(json_text({"env": env_values(args.client, words)}))
     else:
-        print("\n".join(env_lines(args.client, SHELLS[args.shell or _guess_shell()], words, local)))
+        print("\n".join(env_lines(args.client, SHELLS[args.shell or _guess_shell()], words)))
     return 0
 
 
@@ -20063,7 +19693,7 @@ def _login_columns(account: str, login: Json) -> List[str]:
     last = ""
     if login.get("refreshed_at"):
         last = f"last refresh {login['refreshed_at']} {'ok' if login.get('refresh_ok') else 'failed'}"
-    message = f"({local(login['message'])})" if login.get("message") else ""
+    message = f"({login['message']})" if login.get("message") else ""
     return [account, state, "" if login.get("renewable") else "not refreshable", last, message]
 
 
@@ -20078,7 +19708,7 @@ def _setting_name(args: Any) -> str:
     if not args.key:
         raise UsageError(tr("config_no_key", action=args.action))
     if args.key not in SETTING:
-        raise UsageError(tr("no_setting", name=args.key, near=nearest(args.key, SETTING)))
+        raise UsageError(tr("no_setting", name=args.key, near=did_you_mean(args.key, SETTING)))
     return args.key
 
 
@@ -20092,7 +19722,7 @@ def _config_list(args: Any) -> int:
     for name in SETTING:
         origin = gateway.origins.get(name)
         shown = _shown(name, getattr(gateway.settings, name), args)
-        print(f"{name} = {shown}" + (f"    # {local(origin)}" if origin else ""))
+        print(f"{name} = {shown}" + (f"    # {origin}" if origin else ""))
     _say_problems(gateway.problems)
     return 0
 
@@ -20142,7 +19772,7 @@ def _change_config(args: Any, edit: Callable[[Json], Any]) -> int:
     try:
         _say_problems(config.change(edit))
     except OSError as exc:
-        _say(tr("error", text=tr("cannot_write", path=config.path, reason=exc.strerror or exc)))
+        _say(marked("error", tr("cannot_write", path=config.path, reason=reason_of(exc))))
         return 1
     _say(tr("saved", path=config.path))
     return 0
@@ -20191,7 +19821,7 @@ def cmd_admin(args: Any) -> int:
     if not failed:
         _say(tr("password_set"))
     if os.environ.get(ENV_PREFIX + "ADMIN_PASSWORD"):
-        _say(tr("warning", text=tr("password_above", variable=ENV_PREFIX + "ADMIN_PASSWORD")))
+        _say(marked("warning", tr("password_above", variable=ENV_PREFIX + "ADMIN_PASSWORD")))
     return failed
 
 
@@ -20224,11 +19854,11 @@ def cmd_routes(args: Any) -> int:
         print(json_text(told))
         return 0
     for number, step in enumerate(told["steps"], 1):
-        print(f"{number}. {local(one_line(step, 500))}")
+        print(f"{number}. {one_line(step, 500)}")
     for number, target in enumerate(told["chain"]):
         keys = f"{target['keys']} key{'s' if target['keys'] != 1 else ''}"
-        state = local(one_line(target["problem"])) or f"{target['base_url']}  {local(keys)}"
-        print(f"{local('then') if number else '=>'} {target['provider']}/{one_line(target['model'])}  {state}")
+        state = one_line(target["problem"]) or f"{target['base_url']}  {keys}"
+        print(f"{'then' if number else '=>'} {target['provider']}/{one_line(target['model'])}  {state}")
     _say_problems(_further_problems(gateway.problems))
     return 0
 
@@ -20298,7 +19928,7 @@ def _key_list(args: Any) -> int:
             over = "expired" if key.expires_at <= time.time() else "expires"
             facts.append(f"{over} {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(key.expires_at))}")
         facts += [f"today {row['requests']} requests, {row['input'] + row['output']} tokens"] if row else []
-        print(f"{key.name}  {key.digest.hex()[:8]}  {local('; ').join(map(local, facts or ['no limits']))}")
+        print(f"{key.name}  {key.digest.hex()[:8]}  {'; '.join(facts or ['no limits'])}")
     _say_problems(_further_problems(gateway.problems))
     if not gateway.settings.client_keys:
         _say("no client keys; `key add NAME` makes one")
@@ -20327,10 +19957,10 @@ def cmd_usage(args: Any) -> int:
 def _usage_table(by: str, rows: Sequence[Json]) -> str:
     """Aligned columns; `~` where the upstream did not count and we had to guess."""
     if not rows:
-        return local("nothing was used")
+        return "nothing was used"
     costs = any(row["cost"] is not None for row in rows)
     titles = (by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total", "cost")
-    table = [[local(title) for title in titles[:9 + costs]]]
+    table = [list(titles[:9 + costs])]
     for row in rows:
         mark, count = "~" if row["estimated"] else "", row["requests"] or 1
         first = f"{row['first_ms'] / row['streams'] / 1000:.2f}s" if row["streams"] else "-"
@@ -20343,7 +19973,7 @@ def _usage_table(by: str, rows: Sequence[Json]) -> str:
     lines = ["  ".join([line[0] + room[0], *(blank + cell for cell, blank in zip(line[1:], room[1:]))])
              for line, room in zip(table, rooms)]
     guess = "~ in part our estimate: the upstream did not count"
-    return "\n".join([*lines, *([local(guess)] if any(row["estimated"] for row in rows) else [])])
+    return "\n".join([*lines, *([guess] if any(row["estimated"] for row in rows) else [])])
 
 
 # --- the parser --------------------------------------------------------------
@@ -20395,7 +20025,7 @@ SERVE_FLAGS = (
 
 def cmd_completion(args: Any) -> int:
     for line in COMPLETERS[args.shell](CompletionWords()).split("\n"):
-        print(local(line) if line.startswith("# ") else line)
+        print(line)
     return 0
 
 
@@ -20558,7 +20188,7 @@ def _complaint(message: str, command: str) -> str:
         facts["flag"] = " ".join(_positional(entry) for name, entry in entries.items() if name[0] != "-")
     if "choices" in facts:
         names = re.findall(r"[\w.-]+", facts["choices"])
-        facts.update(choices=", ".join(names), near=nearest(facts["value"].strip("'"), names))
+        facts.update(choices=", ".join(names), near=did_you_mean(facts["value"].strip("'"), names))
     facts["flag"] = facts["flag"].split("/")[-1]
     return tr(key, command=command, metavar=entries.get(facts["flag"], {}).get("metavar", "VALUE"), **facts)
 
@@ -20628,7 +20258,7 @@ def _parse_args(argv: Sequence[str]) -> Any:
     if words and words[0] in COMMANDS:
         command = words.pop(0)
     elif argv and argv[0][:1] != "-":
-        raise _misuse(tr("no_command", name=one_line(argv[0], 60), near=nearest(argv[0], COMMANDS)))
+        raise _misuse(tr("no_command", name=one_line(argv[0], 60), near=did_you_mean(argv[0], COMMANDS)))
     else:
         command = "" if words[:1] in (["-h"], ["--help"]) else "serve"
     args, stray = build_parser(command).parse_known_args(words)
@@ -20640,10 +20270,10 @@ def _parse_args(argv: Sequence[str]) -> Any:
 
 def _stray_word(word: str, command: str) -> str:
     if word[:1] != "-":
-        return tr("stray", command=command, word=one_line(word, 60), near=nearest(word, COMMANDS))
+        return tr("stray", command=command, word=one_line(word, 60), near=did_you_mean(word, COMMANDS))
     flag = word.partition("=")[0]
     return tr("unknown_flag", command=command, flag=one_line(flag, 60),
-              near=nearest(flag, [name for name, facts in _arguments_of(command) if name[0] == "-"]))
+              near=did_you_mean(flag, [name for name, facts in _arguments_of(command) if name[0] == "-"]))
 
 
 # --- completion --------------------------------------------------------------
@@ -20852,7 +20482,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         args = _parse_args(argv)
         return cmd_version(args) if getattr(args, "version", False) else COMMANDS[args.command].run(args)
     except UsageError as exc:
-        _say(tr("error", text=exc))
+        _say(marked("error", exc))
         return 2
     except KeyboardInterrupt:
         return 130
