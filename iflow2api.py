@@ -20023,12 +20023,6 @@ SERVE_FLAGS = (
     arg("--version", "显示版本", "print the version"))
 
 
-def cmd_completion(args: Any) -> int:
-    for line in COMPLETERS[args.shell](CompletionWords()).split("\n"):
-        print(line)
-    return 0
-
-
 COMMANDS: Dict[str, Command] = {
     "serve": Command(cmd_serve, ("运行网关（不写命令时也是它）", "run the gateway (also without any command)"), SERVE_FLAGS,
                      ("", "--port 8080", "--upstream https://api.deepseek.com --api-key '$KEY'")),
@@ -20099,10 +20093,6 @@ COMMANDS: Dict[str, Command] = {
         arg("-f, --follow", "持续显示新的行", "go on with what is added"),
         arg("--level", "只显示此级别及以上", "this level and above", choices=LOG_LEVELS, default="debug")),
         ("logs -f", "logs -n 200 --level warning")),
-    "completion": Command(cmd_completion, ("输出 shell 的自动补全脚本", "print a script that completes commands in a shell"), (
-        arg("shell", "哪种 shell", "which shell", choices=("bash", "zsh", "fish", "powershell")),), (
-        "completion bash >> ~/.bashrc", "completion zsh >> ~/.zshrc",
-        "completion fish >> ~/.config/fish/config.fish", "completion powershell >> $PROFILE")),
     "version": Command(cmd_version, ("显示版本", "print the version")),
 }
 
@@ -20111,7 +20101,7 @@ COMMAND_GROUPS: Tuple[Tuple[str, Tuple[str, ...]], ...] = (
     ("group_run", ("serve",)),
     ("group_setup", ("login", "logout", "provider", "config", "key", "routes", "env", "admin")),
     ("group_look", ("status", "models", "test", "usage", "logs")),
-    ("group_more", ("completion", "version")))
+    ("group_more", ("version",)))
 
 
 def _flag_rows(arguments: Iterable[Tuple[str, Json]]) -> List[Tuple[str, str]]:
@@ -20274,201 +20264,6 @@ def _stray_word(word: str, command: str) -> str:
     flag = word.partition("=")[0]
     return tr("unknown_flag", command=command, flag=one_line(flag, 60),
               near=did_you_mean(flag, [name for name, facts in _arguments_of(command) if name[0] == "-"]))
-
-
-# --- completion --------------------------------------------------------------
-
-class CompletionWords:
-    """What the shells' scripts are made of, all of it out of COMMANDS and the settings."""
-
-    def __init__(self) -> None:
-        #: flags by command; "" is what serve takes without being named
-        self.flags = {name: list(_flags_of(name)) for name in COMMANDS}
-        self.flags[""] = self.flags["serve"]
-        #: words by the words before them: "config get" -> names of settings
-        self.words: Dict[str, List[str]] = {"": list(COMMANDS)}
-        #: values by flag, [] where nobody knows them
-        self.values: Dict[str, List[str]] = {}
-        for name, command in COMMANDS.items():
-            first = next((facts for word, facts in command.arguments if word[0] != "-"), {})
-            if "choices" in first:
-                self.words[name] = list(first["choices"])
-            for flag, facts in _flags_of(name).items():
-                if "action" not in facts:
-                    item = SETTING.get(facts.get("dest", flag.strip("-").replace("-", "_")))
-                    choices = facts.get("choices") or (item.metadata.get("choices") if item else ())
-                    self.values[flag] = list(choices or ())
-        for action in ("get", "set", "unset"):
-            self.words[f"config {action}"] = list(SETTING)
-        for name, item in SETTING.items():
-            choices = item.metadata.get("choices") or (("true", "false") if item.metadata["kind"] == "bool" else ())
-            if choices:
-                self.words[f"config set {name}"] = [choice for choice in choices if choice]
-
-    def sets(self) -> List[Tuple[str, List[str]]]:
-        """The values of flags that have known ones."""
-        return [(flag, values) for flag, values in self.values.items() if values]
-
-    def free(self) -> List[str]:
-        """Flags whose value nobody knows; folders are `--config-dir`'s."""
-        return [flag for flag, values in self.values.items() if not values and flag != "--config-dir"]
-
-
-_POSIX = r"""# iflow2api completion for @SHELL@: put this into ~/.@SHELL@rc, or: eval "$(python iflow2api.py completion @SHELL@)"
-# It serves the names iflow2api and iflow2api.py, also as an alias: alias iflow2api='python /path/to/iflow2api.py'
-_iflow2api() {
-    local cur=${@TYPED@[@AT@]} prev=${@TYPED@[@AT@-1]} line="" @BEGIN@
-    for ((i = @FIRST@; i < @AT@; i++)); do
-        case ${@TYPED@[i]} in
-            @VALUED@) ((i++)) ;;
-            -*) ;;
-            *) line+="${line:+ }${@TYPED@[i]}" ;;
-        esac
-    done
-    case $prev in
-            --config-dir) @FOLDERS@; return ;;
-@VALUES@
-            @FREE@) return ;;
-    esac
-    if [[ $cur == -* ]]; then
-        case ${line%% *} in
-@FLAGS@
-        esac
-    else
-        case $line in
-@WORDS@
-        esac
-    fi
-    @SHOW@
-}
-@END@"""
-
-#: What _POSIX says in each shell: `typed` are the words up to number `at`, `take` picks those that `show` offers.
-_POSIX_SHELLS: Dict[str, Dict[str, str]] = {
-    "bash": {"typed": "COMP_WORDS", "at": "COMP_CWORD", "first": "1", "begin": 'words="" i\n    COMPREPLY=()',
-             "take": 'words="%s"', "show": 'COMPREPLY=($(compgen -W "$words" -- "$cur"))',
-             "folders": 'COMPREPLY=($(compgen -d -- "$cur"))', "end": "complete -F _iflow2api iflow2api iflow2api.py"},
-    "zsh": {"typed": "words", "at": "CURRENT", "first": "2", "begin": "i\n    local -a found",
-            "take": "found=(%s)", "show": "compadd -- $found", "folders": "_files -/",
-            "end": "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -u }\n"
-                   "compdef _iflow2api iflow2api iflow2api.py"}}
-
-_FISH = r"""# iflow2api completion for fish: put this into ~/.config/fish/config.fish, or:
-#   python iflow2api.py completion fish | source
-# It serves the names iflow2api and iflow2api.py, also as an alias: alias iflow2api 'python /path/to/iflow2api.py'
-function __iflow2api_line
-    set -l words (commandline -opc)
-    set -e words[1]
-    set -l line
-    set -l skip 0
-    for word in $words
-        if test $skip = 1
-            set skip 0
-        else if contains -- $word @VALUED@
-            set skip 1
-        else if not string match -q -- '-*' $word
-            set -a line $word
-        end
-    end
-    echo "$line"
-end
-function __iflow2api_after
-    set -l line (__iflow2api_line)
-    test "$line" = "$argv[1]"
-end
-function __iflow2api_of
-    set -l words (__iflow2api_line | string split ' ')
-    test "$words[1]" = "$argv[1]"
-end
-for name in iflow2api iflow2api.py
-    complete -c $name -f
-@LINES@
-end"""
-
-_POWERSHELL = r"""# iflow2api completion for PowerShell: put this into $PROFILE, or:
-#   python iflow2api.py completion powershell | Out-String | Invoke-Expression
-# It serves the names iflow2api and iflow2api.py: function iflow2api { python C:\path\to\iflow2api.py @args }
-Register-ArgumentCompleter -Native -CommandName @('iflow2api', 'iflow2api.py') -ScriptBlock {
-    param($wordToComplete, $commandAst, $cursorPosition)
-    $words = @{
-@WORDS@
-    }
-    $flags = @{
-@FLAGS@
-    }
-    $values = @{
-@VALUES@
-    }
-    $before = @($commandAst.CommandElements | Select-Object -Skip 1 |
-        Where-Object { $_.Extent.EndOffset -lt $cursorPosition } | ForEach-Object { $_.Extent.Text })
-    $line = @()
-    $last = ''
-    foreach ($word in $before) {
-        if (-not $values.ContainsKey($last) -and -not $word.StartsWith('-')) { $line += $word }
-        $last = $word
-    }
-    if ($values.ContainsKey($last)) { $found = $values[$last] }
-    elseif ($wordToComplete.StartsWith('-')) { $found = $flags[[string]($line | Select-Object -First 1)] }
-    else { $found = $words[$line -join ' '] }
-    $found | Where-Object { $_ -and $_.StartsWith($wordToComplete) } | ForEach-Object {
-        [System.Management.Automation.CompletionResult]::new($_, $_, 'ParameterValue', $_)
-    }
-}"""
-
-
-def _fill_in(script: str, **parts: str) -> str:
-    """`script` with its @MARKS@ replaced; the shells have a use for every kind of bracket."""
-    for name, part in parts.items():
-        script = script.replace(f"@{name.upper()}@", part)
-    return script
-
-
-def _posix_completion(shell: str, words: CompletionWords) -> str:
-    own = _POSIX_SHELLS[shell]
-
-    def cases(table: Iterable[Tuple[str, List[str]]], end: str = "") -> str:
-        return "\n".join(f'            "{name}") {own["take"] % " ".join(found)}{end} ;;' for name, found in table)
-
-    return _fill_in(_POSIX, valued="|".join(words.values), free="|".join(words.free()), shell=shell,
-                    values=cases(words.sets(), f"; {own['show']}; return"), flags=cases(words.flags.items()),
-                    words=cases(words.words.items()), **own)
-
-
-def _fish_completion(words: CompletionWords) -> str:
-    def quoted(text: str) -> str:
-        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-    lines = []
-    for line, found in words.words.items():
-        test = quoted(f'__iflow2api_after "{line}"')
-        for word in found:
-            about = CONSOLE.text(COMMANDS[word].help) if not line else CONSOLE.text(SETTING[word].metadata["label"]) \
-                if line in ("config get", "config set", "config unset") else ""
-            about = f" -d {quoted(about)}" if about else ""
-            lines.append(f"    complete -c $name -n {test} -a {quoted(word)}{about}")
-    for command, flags in words.flags.items():
-        test = quoted(f'__iflow2api_of "{command}"')
-        helps = {name: CONSOLE.text(facts.get("help", "")) for name, facts in _arguments_of(command or "serve")}
-        for flag in flags:
-            kind = "-l" if flag[:2] == "--" else "-s"
-            value = "" if flag not in words.values else " -x -a " + quoted(
-                " ".join(words.values[flag]) or ("(__fish_complete_directories)" if flag == "--config-dir" else ""))
-            about = f" -d {quoted(helps[flag])}" if helps.get(flag) else ""
-            lines.append(f"    complete -c $name -n {test} {kind} {flag.lstrip('-')}{value}{about}")
-    return _fill_in(_FISH, valued=" ".join(words.values), lines="\n".join(lines))
-
-
-def _powershell_completion(words: CompletionWords) -> str:
-    def rows(table: Iterable[Tuple[str, List[str]]]) -> str:
-        return "\n".join(f"        '{name}' = @({', '.join(repr(word) for word in found)})" for name, found in table)
-
-    return _fill_in(_POWERSHELL, words=rows(words.words.items()), flags=rows(words.flags.items()),
-                    values=rows(words.values.items()))
-
-
-COMPLETERS: Dict[str, Callable[[CompletionWords], str]] = {
-    **{shell: partial(_posix_completion, shell) for shell in _POSIX_SHELLS},
-    "fish": _fish_completion, "powershell": _powershell_completion}
 
 
 # --- main --------------------------------------------------------------------

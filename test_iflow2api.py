@@ -14656,7 +14656,7 @@ def test_sighup_takes_over_the_file(home, config, upstream):
     assert running.process.returncode == 0
 
 
-# === 20. Proxies, console, completion ========================================
+# === 20. Proxies, console ====================================================
 
 @pytest.fixture
 def home_console(tmp_path, monkeypatch):
@@ -15261,7 +15261,7 @@ key | key add | key add alice --rpm 0 | key add alice --rpm 20 --models glm-* --
 key add alice | key list | key remove bob | key remove alice | usage | usage --days x | usage --by foo | usage --days 1 --by day
 logs | logs -n x | config set log_file a.log | logs | env | env claude --shell bash | env codex --shell bash | env clude
 login --timeout x | login --timeout 0.05 --no-browser | login --paste | login --api-key= | login --api-key -x- | login --account a/b
-logout | logout --account zz | completion | completion bash | completion zsh | completion fish | completion powershell | completion tcsh
+logout | logout --account zz | completion | stop
 sttus | --prot 1 | --port | --port abc | --host 192.0.2.1 | --api-key $NOPE | --api-key - | --demo --upstream http://x | --upstream localhost:8000
 --upstream http://127.0.0.1:{dead} test | --upstream http://u:p@h test | serve extra | --log-level loud | --version=3 | version --help | serve --help"""
 
@@ -15290,9 +15290,8 @@ def test_every_command_speaks_one_language(home_console, monkeypatch, capsys, up
         except SystemExit as help_shown:
             statuses.append(help_shown.code)
         out, err = capsys.readouterr()
-        code = words[0] == "completion" and statuses[-1] == 0
         for said in (out + err).splitlines():
-            is_code = re.match(r"export |codex\(|\w+ = |\s*[\[{}\]\"]|  python", said) or code and not said.startswith("# ")
+            is_code = re.match(r"export |codex\(|\w+ = |\s*[\[{}\]\"]|  python", said)
             if is_code:
                 continue
             if CHINESE_CHARACTER.search(said) and (language == "en" or is_english(said)):
@@ -15315,14 +15314,6 @@ def test_the_card_fits_into_80_columns(gateway, upstream, monkeypatch, language)
     for name in ifl.COMMANDS:
         assert all(ifl.columns_of(line) <= 80 or "python iflow2api.py" in line for line in ifl.command_help(name).splitlines()), name
     assert all(ifl.columns_of(line) <= 80 for line in ifl.program_help().splitlines())
-
-
-def test_words_that_powershell_can_tell_apart():
-    """Keys of its tables are compared without case; twice the same one is a mistake of syntax there."""
-    words = ifl.CompletionWords()
-    for table in (words.words, words.flags, words.values):
-        assert len({name.lower() for name in table}) == len(table)
-        assert not any("'" in text for name, found in table.items() for text in [name, *found])
 
 
 # --- the log file ------------------------------------------------------------
@@ -15445,19 +15436,19 @@ ERRORS = [
     (["config", "set", "upstream_proxy", "ftp://me:hunter2@x"], "socks5h://", "socks5h://"),
     (["test", "a", "b"], "no use for 'b'", "'b'"), (["logs", "-n", "x"], "a whole number", "整数"),
     (["logs", "--level", "loud"], "warning", "warning"), (["logs", "--folow"], "--follow", "--follow"),
-    (["completion"], "completion bash|zsh|fish|powershell", "completion bash|zsh|fish|powershell"),
-    (["completion", "zhs"], "did you mean zsh", "zsh"), (["--verbose=1"], "takes no value", "不带值"),
+    (["env"], "env claude|codex|openai", "env claude|codex|openai"), (["env", "coedx"], "did you mean codex", "codex"),
+    (["--verbose=1"], "takes no value", "不带值"),
     (["--port", "80", "stats"], "did you mean status?", "status"), (["status", "--no-browser"], "status has no flag", "status 没有"),
     (["--api-key", "$NOPE"], "export NOPE=", "export NOPE="), (["--api-key", "-"], "--api-key - < FILE", "--api-key - <"),
     (["--upstream", "foo"], "write http://foo", "http://foo")]
 
 
 @pytest.mark.parametrize("message", [                        # of 3.9, 3.12 and 3.15
-    "argument shell: invalid choice: 'zhs' (choose from 'bash', 'zsh')", "argument shell: invalid choice: 'zhs' (choose from bash, zsh)",
-    "argument shell: invalid choice: 'zhs', maybe you meant 'zsh'? (choose from 'bash', 'zsh')"])
+    "argument CLIENT: invalid choice: 'coedx' (choose from 'claude', 'codex')", "argument CLIENT: invalid choice: 'coedx' (choose from claude, codex)",
+    "argument CLIENT: invalid choice: 'coedx', maybe you meant 'codex'? (choose from 'claude', 'codex')"])
 def test_a_wrong_choice_is_told_alike_by_every_python(monkeypatch, message):
     monkeypatch.setattr(ifl.CONSOLE, "language", "en")
-    assert ifl._complaint(message, "completion") == "shell can't be 'zhs'; one of bash, zsh; did you mean zsh?"
+    assert ifl._complaint(message, "env") == "CLIENT can't be 'coedx'; one of claude, codex; did you mean codex?"
 
 
 @pytest.mark.usefixtures("home_console")
@@ -15503,78 +15494,6 @@ def test_importing_and_serving_stay_light(tmp_path):
             " if n in sys.modules])") % os.path.dirname(byte_code())
     done = subprocess.run([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, timeout=60)
     assert done.stdout.strip() == b"[]"
-
-
-# --- completion --------------------------------------------------------------
-
-COMPLETIONS = [
-    ("iflow2api st", {"status"}), ("iflow2api config ", {"list", "get", "set", "unset", "path", "encrypt"}),
-    ("iflow2api config get upstream", {"upstream_proxy", "upstream_proxy_enabled"}),
-    ("iflow2api config unset drain", {"drain_s"}), ("iflow2api config set language ", {"zh", "en"}),
-    ("iflow2api --log-level d", {"debug"}), ("iflow2api --log-level debug --ver", {"--verbose", "--version"}),
-    ("iflow2api --config-dir x config pa", {"path"}), ("iflow2api config --config-dir x unset host", {"host"}),
-    ("iflow2api logs --f", {"--follow"}), ("iflow2api completion ", {"bash", "zsh", "fish", "powershell"}),
-    ("iflow2api --po", {"--port"}), ("iflow2api serve --po", {"--port"}), ("iflow2api --port ", set())]
-
-
-@pytest.fixture(scope="module")
-def scripts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("completion")
-    for shell in ifl.COMPLETERS:
-        (folder / shell).write_text(ifl.COMPLETERS[shell](ifl.CompletionWords()), encoding="utf-8")
-    return folder
-
-
-def shell(*argv):
-    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, env={**os.environ, "LC_ALL": "C.UTF-8"})
-    assert done.returncode == 0 and not done.stderr, done.stderr.decode()
-    return done.stdout.decode()
-
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
-@pytest.mark.parametrize("line,words", COMPLETIONS)
-def test_bash_completes(scripts, line, words):
-    code = ('source "$1"; COMP_WORDS=($2); [[ $2 == *" " ]] && COMP_WORDS+=(""); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _iflow2api;'
-            'printf "%s\\n" "${COMPREPLY[@]}"')
-    assert set(shell("bash", "-c", code, "bash", str(scripts / "bash"), line).split()) == words
-
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh here")
-@pytest.mark.parametrize("line,words", COMPLETIONS)
-def test_zsh_completes(scripts, line, words):
-    code = ('compdef() { : }; source "$1"; compadd() { shift; print -l -- "$@" }; words=(${=2}); [[ $2 == *" " ]] && words+=("");'
-            'CURRENT=$#words; _iflow2api')
-    offered = shell("zsh", "-f", "-c", code, "zsh", str(scripts / "zsh"), line).split()
-    assert {word for word in offered if word.startswith(line.rpartition(" ")[2])} == words
-
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.skipif(not shutil.which("fish"), reason="no fish here")
-@pytest.mark.parametrize("line,words", COMPLETIONS)
-def test_fish_completes(scripts, line, words):
-    offered = shell("fish", "--no-config", "-c", 'source $argv[1]; complete -C $argv[2]', str(scripts / "fish"), line)
-    assert {each.split("\t")[0] for each in offered.splitlines()} == words
-
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.skipif(not shutil.which("pwsh"), reason="no PowerShell here")
-@pytest.mark.parametrize("line,words", COMPLETIONS)
-def test_powershell_completes(scripts, line, words):
-    code = (f". {{ {(scripts / 'powershell').read_text()} }}; "
-            f"(TabExpansion2 '{line}' {len(line)}).CompletionMatches | ForEach-Object CompletionText")
-    assert set(shell("pwsh", "-NoProfile", "-Command", code).split()) == words
-
-
-@pytest.mark.usefixtures("home_console")
-def test_completion_knows_every_command_and_flag(capsys):
-    for name in ifl.COMPLETERS:
-        status, out, err = main(capsys, "completion", name)
-        assert status == 0 and not err and not re.search(r"@[A-Z]+@", out)
-        for command, facts in ifl.COMMANDS.items():
-            assert command in out and all(flag.lstrip("-") in out for flag, _ in facts.arguments if flag[0] == "-")
-        assert all(key in out for key in ifl.SETTING)
 
 
 # --- house rules -------------------------------------------------------------
