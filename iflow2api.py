@@ -866,8 +866,8 @@ class Settings:
                                  hint=("没有配置上游时，查找本机的 Ollama、LM Studio 等。",
                                        "Looks for Ollama, LM Studio and the like when no provider is set up."))
     docs_cdn: bool = setting("bool", True, "文档页使用 CDN", "API documents from a CDN",
-                             hint=("/docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭则只用内置阅读器。",
-                                   "/docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: built-in reader."))
+                             hint=("/docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭则只显示路径列表。",
+                                   "/docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: a plain list."))
     language: str = setting("str", "", "语言", "Language", choices=("", "zh", "en"),
                             hint=("zh 中文，en 英文；自动则按系统或浏览器。",
                                   "zh: Chinese, en: English. Automatic follows the system or browser."))
@@ -12684,894 +12684,226 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
 
 # === 16. Documents ===========================================================
 #
-# /openapi.json and its readers, built when first asked for.  ROUTES says what there is, OPERATIONS what it is for;
-# answers and errors in examples come from the code that answers: the document promises what the program does.
+# /openapi.json and the two pages that show it: ROUTES says what there is, OPERATIONS what for.
 
-Text = Tuple[str, str]                   #: 中文, English; a tuple in the tables below is always that
+#: Name, then the fields of a body as `name:type`, `*` for what has to be there; others are allowed.
+SHAPES = """
+ChatRequest model:string messages*:array stream:boolean max_tokens:integer temperature:number stop \
+tools:array tool_choice response_format:object reasoning_effort:string thinking:object
+ChatCompletion id*:string object*:string created*:integer model*:string choices*:array usage:object
+CompletionRequest model:string prompt* suffix:string max_tokens:integer stop stream:boolean
+EmbeddingRequest model:string input* encoding_format:string dimensions:integer
+MessagesRequest model:string max_tokens*:integer messages*:array system stream:boolean tools:array \
+tool_choice:object thinking:object stop_sequences:array temperature:number output_config:object
+Message id*:string type*:string role*:string model*:string content*:array stop_reason usage*:object
+CountRequest model:string messages*:array system tools:array
+TokenCount input_tokens*:integer
+ResponsesRequest model:string input* instructions:string stream:boolean store:boolean text:object \
+previous_response_id:string tools:array tool_choice reasoning:object max_output_tokens:integer
+Response id*:string object*:string created_at*:integer output*:array model:string status:string
+Deleted id*:string object*:string deleted*:boolean
+List data*:array object:string has_more:boolean
+Model id*:string object:string created:integer owned_by:string
+Health status*:string version*:string iflow_logged_in*:boolean providers*:array
+Card name*:string version*:string base_url*:string docs:string endpoints*:array
+Dropped accepted_count*:integer rejected_count*:integer
+Error error*:object
+AnthropicError type*:string error*:object request_id:string"""
 
-#: Shapes of bodies, in short: a type, `[` a list of, `#` another shape, `|` or, `=` one of these words; `*` after a
-#: name: always there; a tuple adds what it means.  Fields that are not listed are allowed everywhere.
-SHAPES: Dict[str, Json] = {
-    "ChatRequest": {
-        "model": ("string", "模型名、别名或 provider/model；省略时用 default_model",
-                  "a model, an alias or provider/model; default_model where there is none"),
-        "messages*": "[#ChatMessage",
-        "stream": ("boolean", "以 SSE 逐段返回", "answer in pieces, as server-sent events"),
-        "stream_options": ("object", "`include_usage`：最后一段带用量", "`include_usage`: the last chunk holds the usage"),
-        "max_tokens": "integer", "max_completion_tokens": "integer", "temperature": "number", "top_p": "number",
-        "stop": "string|[string", "tools": "[#ChatTool",
-        "tool_choice": ("string|object", "none、auto、required 或指定某个函数", "none, auto, required, or one function"),
-        "parallel_tool_calls": "boolean",
-        "response_format": ("object", "text、json_object 或 json_schema", "text, json_object or json_schema"),
-        "reasoning_effort": "=none,minimal,low,medium,high,xhigh,max",
-        "thinking": ("object", "思考开关；各家的其他字段也会原样转发",
-                     "the switch for thinking; other makers' fields pass untouched, too")},
-    "ChatMessage": {
-        "role*": "=system,developer,user,assistant,tool,function", "content": "string|[#ChatPart|null",
-        "tool_calls": "[#ChatCall", "tool_call_id": "string",
-        "reasoning_content": ("string", "模型的思考", "what the model thought")},
-    "ChatPart": {"type*": "=text,image_url,input_audio,file", "text": "string",
-                 "image_url": ("object", "url（https: 或 data:）、detail", "url (https: or data:), detail")},
-    "ChatTool": {"type*": "string", "function": ("object", "name、description、parameters（JSON Schema）",
-                                                 "name, description, parameters (JSON Schema)")},
-    "ChatCall": {"id*": "string", "type*": "string", "function": ("object", "name、arguments（JSON 文本）",
-                                                                  "name, arguments (JSON as text)")},
-    "ChatCompletion": {"id*": "string", "object*": "=chat.completion", "created*": "integer", "model*": "string",
-                       "choices*": "[#ChatChoice", "usage": "#ChatUsage"},
-    "ChatChoice": {"index*": "integer", "message*": "#ChatMessage",
-                   "finish_reason": ("string|null", "stop、length、tool_calls、content_filter……",
-                                     "stop, length, tool_calls, content_filter, …")},
-    "ChatChunk": {"id*": "string", "object*": "=chat.completion.chunk", "created*": "integer", "model*": "string",
-                  "choices*": ("[#ChatChunkChoice", "末尾带用量的一段为空", "empty in the last one, which has the usage"),
-                  "usage": "#ChatUsage|null"},
-    "ChatChunkChoice": {"index*": "integer", "delta*": "object", "finish_reason": "string|null"},
-    "ChatUsage": {"prompt_tokens*": "integer", "completion_tokens*": "integer", "total_tokens*": "integer",
-                  "prompt_tokens_details": "object", "completion_tokens_details": "object"},
-    "CompletionRequest": {"model": "string", "prompt*": "string|array|null", "suffix": "string",
-                          "max_tokens": "integer", "temperature": "number", "stop": "string|[string",
-                          "stream": "boolean"},
-    "Completion": {"id*": "string", "object*": "=text_completion", "created*": "integer", "model*": "string",
-                   "choices*": ("array", "index、text、finish_reason", "index, text, finish_reason"),
-                   "usage": "#ChatUsage"},
-    "EmbeddingRequest": {"model": "string", "input*": "string|array", "encoding_format": "=float,base64",
-                         "dimensions": "integer"},
-    "EmbeddingList": {"object*": "=list", "model": "string", "usage": "object",
-                      "data*": ("array", "object、index、embedding（数组或 base64）",
-                                "object, index, embedding (numbers or base64)")},
-    "MessagesRequest": {
-        "model": "string", "max_tokens*": ("integer", "会按模型上限收紧", "clamped to what the model can"),
-        "messages*": "[#Message", "system": "string|[#Block", "stream": "boolean", "tools": "[#MessagesTool",
-        "tool_choice": ("object", "type：auto、any、tool、none", "type: auto, any, tool, none"),
-        "thinking": ("object", "type：enabled、adaptive、disabled；budget_tokens",
-                     "type: enabled, adaptive, disabled; budget_tokens"),
-        "stop_sequences": "[string", "temperature": "number", "top_p": "number", "top_k": "integer",
-        "metadata": "object", "output_config": ("object", "effort、format", "effort, format")},
-    "CountTokensRequest": {"model": "string", "messages*": "[#Message", "system": "string|[#Block",
-                           "tools": "[#MessagesTool"},
-    "Message": {"role*": "=user,assistant,system", "content*": "string|[#Block"},
-    "Block": {"type*": ("string", "text、image、document、thinking、tool_use、tool_result……",
-                        "text, image, document, thinking, tool_use, tool_result, …"),
-              "text": "string", "source": ("object", "图片或文档：base64、url、text", "image or document: base64, url, text"),
-              "id": "string", "name": "string", "input": "object", "tool_use_id": "string",
-              "content": "string|[#Block"},
-    "MessagesTool": {"name*": "string", "description": "string", "input_schema": "object"},
-    "MessagesAnswer": {"id*": "string", "type*": "=message", "role*": "=assistant", "model*": "string",
-                       "content*": "[#Block", "stop_reason*": "string|null", "stop_sequence": "string|null",
-                       "usage*": ("object", "input_tokens（不含缓存）、output_tokens、cache_read_input_tokens……",
-                                  "input_tokens (without cached ones), output_tokens, cache_read_input_tokens, …")},
-    "MessagesEvent": {"type*": ("string", "message_start、content_block_delta、message_delta、message_stop、ping、error……",
-                                "message_start, content_block_delta, message_delta, message_stop, ping, error, …")},
-    "TokenCount": {"input_tokens*": "integer", "object": "=response.input_tokens"},
-    "ResponsesRequest": {
-        "model": "string", "input*": "string|[#Item",
-        "instructions": ("string", "系统提示", "the system prompt"), "stream": "boolean",
-        "previous_response_id": ("string", "接着已保存的回答继续", "carries on from an answer that was kept"),
-        "store": ("boolean", "保存回答，默认 true", "keep the answer; true by default"), "max_output_tokens": "integer",
-        "tools": ("[object", "function、custom、namespace、local_shell……", "function, custom, namespace, local_shell, …"),
-        "tool_choice": "string|object", "reasoning": ("object", "effort、summary", "effort, summary"),
-        "text": ("object", "format、verbosity", "format, verbosity"), "include": "[string", "metadata": "object",
-        "temperature": "number", "top_p": "number"},
-    "Item": {"type": ("string", "message、reasoning、function_call、function_call_output……",
-                      "message, reasoning, function_call, function_call_output, …"),
-             "id": "string", "role": "string", "content": "string|array|null", "call_id": "string", "name": "string",
-             "arguments": "string", "output": "string|array"},
-    "Response": {"id*": "string", "object*": "=response", "created_at*": "integer", "model*": "string",
-                 "status*": "=completed,incomplete,failed,in_progress", "output*": "[#Item", "usage": "object|null",
-                 "error": "object|null", "incomplete_details": "object|null", "previous_response_id": "string|null"},
-    "ResponsesEvent": {"type*": ("string", "response.created、response.output_text.delta、response.completed……",
-                                 "response.created, response.output_text.delta, response.completed, …"),
-                       "sequence_number": "integer"},
-    "Compaction": {"id*": "string", "object*": "=response.compaction", "created_at*": "integer", "output*": "[#Item",
-                   "usage": "object"},
-    "Deleted": {"id*": "string", "object*": "=response.deleted", "deleted*": "boolean"},
-    "ItemList": {"object*": "=list", "data*": "[#Item", "has_more*": "boolean", "first_id": "string|null",
-                 "last_id": "string|null"},
-    "Model": {"id*": "string", "object*": "=model", "created*": "integer",
-              "owned_by*": ("string", "通往哪个上游", "the provider it leads to")},
-    "ModelList": {"object*": "=list", "data*": "[#Model"},
-    "AnthropicModel": {"type*": "=model", "id*": "string", "display_name*": "string", "created_at*": "string",
-                       "max_input_tokens": "integer", "max_tokens": "integer"},
-    "AnthropicModelList": {"data*": "[#AnthropicModel", "has_more*": "boolean", "first_id": "string|null",
-                           "last_id": "string|null"},
-    "Health": {"status*": ("=healthy,degraded", "有可用的上游即为 healthy", "healthy where any provider can be used"),
-               "version*": "string", "iflow_logged_in*": "boolean", "uptime_s": "integer", "in_flight": "integer",
-               "providers*": "[object", "logins": "object", "problems": "[string"},
-    "Card": {"name*": "string", "version*": "string", "base_url*": "string", "docs": "string", "endpoints*": "[string"},
-    "Dropped": {"accepted_count*": "integer", "rejected_count*": "integer"},
-    "openai_error": {"error*": ("object", "message、type、param、code；上游给出的其他字段会保留",
-                                "message, type, param, code, and whatever the upstream said beyond")},
-    "messages_error": {"type*": "=error", "request_id*": "string",
-                       "error*": ("object", "type、message", "type, message")},
-}
+#: Method, path, shapes of the body and of the answer, what it is in both languages.  `+`: with
+#: `stream` the answer comes as server-sent events.  A line without a method begins a group.
+OPERATIONS = """
+OpenAI Chat 及旧接口 | OpenAI Chat and its kin
+POST /v1/chat/completions | ChatRequest | ChatCompletion+ | 对话 | Chat completion
+POST /v1/completions | CompletionRequest | ChatCompletion+ | 文本补全，原样转发 | Text completion, passed on
+POST /v1/embeddings | EmbeddingRequest | List | 向量，原样转发 | Embeddings, passed on
+Anthropic Messages | Anthropic Messages
+POST /v1/messages | MessagesRequest | Message+ | 消息（Claude Code 用它） | Message, for Claude Code
+POST /v1/messages/count_tokens | CountRequest | TokenCount | 估算 token 数 | Estimate tokens
+OpenAI Responses | OpenAI Responses
+POST /v1/responses | ResponsesRequest | Response+ | 回答（Codex 用它） | Response, for Codex
+POST /v1/responses/compact | ResponsesRequest | Response | 压缩对话 | Compact a conversation
+POST /v1/responses/input_tokens | ResponsesRequest | TokenCount | 估算 token 数 | Estimate tokens
+GET /v1/responses/{id} | | Response | 已保存的回答 | A stored response
+DELETE /v1/responses/{id} | | Deleted | 删除已保存的回答 | Delete a stored response
+GET /v1/responses/{id}/input_items | | List | 它的输入，分页 | Its input, in pages
+模型 | Models
+GET /v1/models | | List | 模型列表，格式随客户端 | Models, in the client's own shape
+GET /v1/models/{model} | | Model | 一个模型 | One model
+GET /v1/vision-models | | List | 能看图的模型 | Models that take images
+服务 | The service
+GET /health | | Health | 状态，总是 200 | Health, always 200
+GET /metrics | | text/plain | Prometheus 指标 | Metrics for Prometheus
+GET / | | Card | 服务名片 | Service card
+GET /openapi.json | | object | 本文档 | This document
+GET /docs | | text/html | 用 Swagger UI 阅读 | This document in Swagger UI
+GET /redoc | | text/html | 用 ReDoc 阅读 | This document in ReDoc
+POST /api/event_logging/batch | object | Dropped | 遥测，收下即丢弃 | Telemetry, dropped
+POST /api/event_logging/v2/batch | object | Dropped | 遥测，收下即丢弃 (v2) | Telemetry, dropped (v2)"""
+
+_ABOUT = (
+    "每个 API 路径不带 /v1、以 /api/v1 开头或末尾带斜杠也可访问。未列出的字段照样转发。",
+    "Every API path also answers without /v1, with /api/v1 and with a slash at its end. "
+    "Fields that are not listed are passed on, too.")
 
 
-class Operation(NamedTuple):
-    """What the document says of a route beyond the route itself."""
-    name: str                            #: operationId
-    tag: str
-    title: Text
-    text: Text
-    gives: str                           #: shapes of the answer, `|` between them, or a media type
-    asks: str = ""                       #: shape of the body
-    params: str = ""                     #: names in PARAMETERS
-    example: Any = None                  #: of an answer; a function makes it when it is needed
-    event: str = ""                      #: shape of what a stream consists of
+def _shape_schema(fields: Sequence[str]) -> Json:
+    pairs = [field.partition(":")[::2] for field in fields]
+    return {"type": "object", "required": [name[:-1] for name, _ in pairs if name[-1] == "*"],
+            "properties": {name.rstrip("*"): {"type": kind} if kind else {}
+                           for name, kind in pairs}}
 
 
-TAGS: Dict[str, Text] = {
-    "chat": ("OpenAI Chat 及旧接口", "OpenAI Chat and its kin"), "messages": ("Anthropic Messages", "Anthropic Messages"),
-    "responses": ("OpenAI Responses", "OpenAI Responses"), "models": ("模型", "Models"), "service": ("服务", "The service")}
-
-#: name -> where it stands, its type, what it means, an example.
-PARAMETERS: Dict[str, Tuple[str, str, str, str, Any]] = {
-    "response": ("path", "string", "回答的 id", "the answer's id", "resp_0001"),
-    "model": ("path", "string", "模型名；可含 `/` 和 `:`", "the model's name; `/` and `:` are allowed", "glm-5"),
-    "anthropic-version": ("header", "string", "出现时，列表和错误均为 Anthropic 格式",
-                          "where it is sent, lists and errors have Anthropic's shape", "2023-06-01"),
-    "anthropic-beta": ("header", "string", "任意值均可接受", "any value is accepted", "interleaved-thinking-2025-05-14"),
-    "stream": ("query", "=true", "以事件流重放", "told once more as a stream", "true"),
-    "starting_after": ("query", "integer", "从此序号的事件之后开始", "start after the event of this number", 0),
-    "limit": ("query", "integer", "每页条数，默认 20", "entries of a page, 20 without it", 20),
-    "after": ("query", "string", "从此条目之后开始", "start after this item", "item_0"),
-    "order": ("query", "=asc,desc", "默认新的在前", "the newest first without it", "desc"),
-    "after_id": ("query", "string", "仅 Anthropic 格式：此模型之后", "Anthropic's shape only: after this model", "glm-5"),
-    "before_id": ("query", "string", "仅 Anthropic 格式：此模型之前", "Anthropic's shape only: before this model", "glm-5"),
-    "lang": ("query", "=zh,en", "语言；省略时按设置或浏览器", "language; the setting's or the browser's without it", "en"),
-    "plain": ("query", "=1", "只用内置阅读页，不访问 CDN", "the built-in reader alone, no CDN", "1"),
-}
-
-_QUESTION, _SEEN = "What is the weather in Paris?", "What is in this picture?"
-_WEATHER: Json = {"name": "get_weather", "description": "The weather of a city.", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
-_PNG = ("iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAgMAAADXB5lNAAAACVBMVEXlSE0/Y9J4vnj1/2qiAAAAGUlEQVR42mNggIJQKGAYFRgVGBUYFSBO"
-        "AACxOqoBr7vMrgAAAABJRU5ErkJggg==")             # 64 x 64, left half red, right half blue
-_HI, _ASKED = [{"role": "user", "content": "Say hello."}], {"role": "user", "content": _QUESTION}
-_CALLED: Json = {"name": "get_weather", "arguments": "{\"city\":\"Paris\"}"}
-_CHAT_TOOLS, _TOOLS = [{"type": "function", "function": _WEATHER}], [{"type": "function", **_WEATHER}]
-_MESSAGES_TOOLS = [{"name": "get_weather", "input_schema": _WEATHER["parameters"]}]
-_EXAMPLE_MODEL = "glm-5"
-
-#: What examples are called; the first word of a name picks the answer in STORIES.
-_TITLES: Dict[str, Text] = {"text": ("最简单的请求", "the simplest"), "text_stream": ("流式", "as a stream"),
-                            "tools": ("带工具", "with tools"), "tools_stream": ("带工具，流式", "with tools, as a stream"),
-                            "tools_result": ("交回工具结果", "a tool's result"), "image": ("带图片", "with a picture"),
-                            "thinking": ("带思考", "with thinking"), "fill": ("补全中间", "fill in the middle"),
-                            "base64": ("base64 向量", "packed in base64"), "answer": ("回答", "the answer"),
-                            "anthropic": ("带 anthropic-version 时", "with anthropic-version")}
-
-#: operationId -> example requests by name; each is answered as it is.
-REQUESTS: Dict[str, Dict[str, Json]] = {
-    "createChatCompletion": {
-        "text": {"messages": _HI},
-        "text_stream": {"messages": _HI, "stream": True, "stream_options": {"include_usage": True}},
-        "tools": {"messages": [_ASKED], "tools": _CHAT_TOOLS},
-        "tools_result": {"tools": _CHAT_TOOLS, "messages": [
-            _ASKED, {"role": "assistant", "content": None, "tool_calls": [
-                {"id": "call_1", "type": "function", "function": _CALLED}]},
-            {"role": "tool", "tool_call_id": "call_1", "content": "18 °C, sunny"}]},
-        "image": {"messages": [{"role": "user", "content": [
-            {"type": "text", "text": _SEEN},
-            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + _PNG}}]}]},
-        "thinking": {"messages": _HI, "thinking": {"type": "enabled"}, "stream": True}},
-    "createCompletion": {"text": {"prompt": "Once upon a time", "max_tokens": 20},
-                         "fill": {"prompt": "def add(a, b):\n", "suffix": "\n    return c", "max_tokens": 40}},
-    "createEmbedding": {"text": {"input": ["Hello", "世界"]}, "base64": {"input": "Hello", "encoding_format": "base64"}},
-    "createMessage": {
-        "text": {"max_tokens": 1024, "messages": _HI},
-        "text_stream": {"max_tokens": 1024, "system": "Be brief.", "messages": _HI, "stream": True},
-        "tools_stream": {"max_tokens": 1024, "messages": [_ASKED], "stream": True, "tools": _MESSAGES_TOOLS},
-        "tools_result": {"max_tokens": 1024, "tools": _MESSAGES_TOOLS, "messages": [
-            _ASKED, {"role": "assistant", "content": [
-                {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Paris"}}]},
-            {"role": "user", "content": [
-                {"type": "tool_result", "tool_use_id": "toolu_1", "content": "18 °C, sunny"}]}]},
-        "image": {"max_tokens": 1024, "messages": [{"role": "user", "content": [
-            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": _PNG}},
-            {"type": "text", "text": _SEEN}]}]},
-        "thinking": {"max_tokens": 4096, "messages": _HI, "thinking": {"type": "enabled", "budget_tokens": 2048}}},
-    "countMessageTokens": {"text": {"messages": _HI}},
-    "createResponse": {
-        "text": {"input": "Say hello."},
-        "text_stream": {"input": "Say hello.", "instructions": "Be brief.", "stream": True},
-        "tools": {"input": _QUESTION, "tools": _TOOLS},
-        "tools_result": {"tools": _TOOLS, "input": [
-            _ASKED, {"type": "function_call", "call_id": "call_1", **_CALLED},
-            {"type": "function_call_output", "call_id": "call_1", "output": "18 °C, sunny"}]},
-        "image": {"input": [{"role": "user", "content": [
-            {"type": "input_text", "text": _SEEN},
-            {"type": "input_image", "image_url": "data:image/png;base64," + _PNG}]}]},
-        "thinking": {"input": "Say hello.", "reasoning": {"effort": "low", "summary": "auto"}, "stream": True}},
-    "compactResponse": {"text": {"input": [{"role": "user", "content": "Let us build a boat."},
-                                           {"role": "assistant", "content": "Oak or pine?"}]}},
-    "countResponseTokens": {"text": {"input": "Say hello."}},
-    **{name: {"text": {"events": []}} for name in ("dropEvents", "dropEventsV2")},
-}
-
-#: What an upstream says to the examples: message, finish_reason.
-STORIES: Dict[str, Tuple[Json, str]] = {
-    "text": ({"content": "Hello!"}, "stop"), "image": ({"content": "Red on the left, blue on the right."}, "stop"),
-    "thinking": ({"reasoning_content": "A greeting will do.", "content": "Hello!"}, "stop"),
-    "tools_result": ({"content": "It is sunny in Paris, 18 °C."}, "stop"),
-    "tools": ({"content": None, "tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": _CALLED}]},
-              "tool_calls")}
-_HEAD: Json = {"id": "chatcmpl-1", "created": 1790000000, "model": _EXAMPLE_MODEL}
-_USED: Json = {"usage": {"prompt_tokens": 12, "completion_tokens": 5, "total_tokens": 17}}
-_MODEL_CARD: Json = {"id": _EXAMPLE_MODEL, "object": "model", "created": 1790000000, "owned_by": "zhipu"}
+def _content(shape: str) -> Json:
+    """A body or an answer of this shape, by media type."""
+    name = shape.rstrip("+")
+    if "/" in name:
+        return {name: {"schema": {"type": "string"}}}
+    schema = {"type": "object"} if name == "object" else {"$ref": "#/components/schemas/" + name}
+    stream = {"text/event-stream": {"schema": {"type": "string"}}} if name != shape else {}
+    return {"application/json": {"schema": schema}, **stream}
 
 
-def _reply_to(name: str, story: str = "text") -> Any:
-    """What REQUESTS[name][story] is answered with: an object, or the text of a stream."""
-    body = {"model": _EXAMPLE_MODEL, **REQUESTS[name][story]}
-    dialect = {"createChatCompletion": CHAT, "createMessage": MESSAGES, "createResponse": RESPONSES,
-               "compactResponse": COMPACT}[name]
-    numbers = iter(range(1, 1000))
-    context = Context(_HEAD["created"], lambda prefix: f"{prefix}{next(numbers):04d}", Seal(bytes(32)), ResponseStore(),
-                      ReasoningCache())
-    call = Call(dialect, body, dump_json(body).decode(), {}, "req_0001")
-    turn = dialect.turn(call, Target(Provider("example"), _EXAMPLE_MODEL), context)
-    said, finish = STORIES.get(story) or STORIES[story.partition("_")[0]]
-    if not call.stream:
-        whole = {**_HEAD, "object": "chat.completion", **_USED, "choices": [
-            {"index": 0, "message": {"role": "assistant", **said}, "finish_reason": finish}]}
-        return json.loads(turn.reply(dump_json(whole), whole))
-    deltas: List[Tuple[Json, Optional[str]]] = [({"role": "assistant", name: part}, None)
-                                                for name, part in said.items() if part]
-    chunks: List[Json] = [{**_HEAD, "object": "chat.completion.chunk", "choices": [
-        {"index": 0, "delta": delta, "finish_reason": end}]} for delta, end in [*deltas, ({}, finish)]]
-    last = {**_HEAD, "object": "chat.completion.chunk", "choices": [], **_USED}
-    stream = turn.stream()
-    data = b"".join(stream.feed(b"data: " + dump_json(chunk) + b"\n\n") for chunk in [*chunks, last])
-    return (data + stream.feed(b"data: [DONE]\n\n") + stream.close()).decode()
-
-
-#: What there is, as it is documented: `METHOD /path`.  Each public row of ROUTES is in here (a test sees to it).
-OPERATIONS: Dict[str, Operation] = {
-    "POST /v1/chat/completions": Operation(
-        "createChatCompletion", "chat", ("对话", "Chat completion"),
-        ("请求原样转发，只替换模型名；未列出的字段照样通过。流式回答中的空闲以注释行保活，中途的错误是一条 `error` 记录，其后没有 `[DONE]`。",
-         "The request passes as it came but for the model's name; fields not listed pass, too. A silent stream is kept "
-         "alive with comment lines; an error within it is a record `error` without a `[DONE]` after it."),
-        "ChatCompletion", "ChatRequest", event="ChatChunk"),
-    "POST /v1/completions": Operation(
-        "createCompletion", "chat", ("文本补全（旧接口）", "Text completion (legacy)"),
-        ("原样转发给上游。", "Passed on to the upstream as it is."), "Completion", "CompletionRequest",
-        example=lambda: {**_HEAD, "id": "cmpl-1", "object": "text_completion", **_USED, "choices": [
-            {"index": 0, "text": " there was a gateway.", "finish_reason": "stop", "logprobs": None}]},
-        event="Completion"),
-    "POST /v1/embeddings": Operation(
-        "createEmbedding", "chat", ("向量", "Embeddings"), ("原样转发给上游。", "Passed on to the upstream as it is."),
-        "EmbeddingList", "EmbeddingRequest", example=lambda: {
-            "object": "list", "model": "embedding-3", "usage": {"prompt_tokens": 2, "total_tokens": 2},
-            "data": [{"object": "embedding", "index": 0, "embedding": [0.0023, -0.0093]}]}),
-    "POST /v1/messages": Operation(
-        "createMessage", "messages", ("消息", "Message"),
-        ("Claude Code 及 Anthropic SDK 使用的接口。`claude-*` 之类的模型名会变成 default_model，除非另有别名。",
-         "What Claude Code and Anthropic's SDKs use. Names like `claude-*` become default_model unless an alias says "
-         "otherwise."),
-        "MessagesAnswer", "MessagesRequest", "anthropic-version anthropic-beta", event="MessagesEvent"),
-    "POST /v1/messages/count_tokens": Operation(
-        "countMessageTokens", "messages", ("估算 token 数", "Count tokens"),
-        ("本机估算，不询问上游。", "An estimate made here; the upstream is not asked."), "TokenCount", "CountTokensRequest",
-        "anthropic-version", lambda: {"input_tokens": count_message_tokens(REQUESTS["countMessageTokens"]["text"])}),
-    "POST /v1/responses": Operation(
-        "createResponse", "responses", ("回答", "Response"),
-        ("Codex 使用的接口。回答保存一天，供 `previous_response_id` 使用；`background`、`conversation` 和 `prompt` 返回 400。",
-         "What Codex uses. Answers are kept for a day, for `previous_response_id`; `background`, `conversation` and "
-         "`prompt` are a 400."), "Response", "ResponsesRequest", event="ResponsesEvent"),
-    "POST /v1/responses/compact": Operation(
-        "compactResponse", "responses", ("压缩对话", "Compact a conversation"),
-        ("用户的消息原样保留，其余变成一段密封的摘要。", "The user's messages as they are, the rest as a sealed summary."),
-        "Compaction", "ResponsesRequest"),
-    "POST /v1/responses/input_tokens": Operation(
-        "countResponseTokens", "responses", ("估算 token 数", "Count tokens"),
-        ("本机估算，不询问上游。", "An estimate made here; the upstream is not asked."), "TokenCount", "ResponsesRequest",
-        example=lambda: {"object": "response.input_tokens",
-                         "input_tokens": count_response_tokens(REQUESTS["countResponseTokens"]["text"], {}.get, {}.get,
-                                                               Seal(bytes(32)))}),
-    "GET /v1/responses/{response}": Operation(
-        "getResponse", "responses", ("已保存的回答", "A kept answer"), ("保存一天。", "Kept for a day."), "Response",
-        params="response stream starting_after", example=lambda: _reply_to("createResponse"), event="ResponsesEvent"),
-    "POST /v1/responses/{response}/cancel": Operation(
-        "cancelResponse", "responses", ("取消回答", "Cancel an answer"),
-        ("这里没有后台回答，因此总是 400 或 404。", "No answer is made in the background here: always a 400 or a 404."), "Response",
-        params="response", example=lambda: _reply_to("createResponse")),
-    "DELETE /v1/responses/{response}": Operation(
-        "deleteResponse", "responses", ("删除回答", "Forget an answer"), ("立即删除。", "At once."), "Deleted",
-        params="response", example={"id": "resp_0001", "object": "response.deleted", "deleted": True}),
-    "GET /v1/responses/{response}/input_items": Operation(
-        "listInputItems", "responses", ("回答的输入", "What an answer answered"), ("分页列出。", "In pages."), "ItemList",
-        params="response limit order after", example=lambda: item_page([
-            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Say hello."}]}], {})),
-    "GET /v1/models": Operation(
-        "listModels", "models", ("模型列表", "List models"),
-        ("一切可以请求的名字。带 `anthropic-version` 时为 Anthropic 格式，并分页。",
-         "Every name that can be asked for. In Anthropic's shape, and in pages, where `anthropic-version` is sent."),
-        "ModelList|AnthropicModelList", params="anthropic-version limit after_id before_id",
-        example=lambda: {"object": "list", "data": [_MODEL_CARD]}),
-    "GET /v1/models/{model}": Operation(
-        "getModel", "models", ("一个模型", "One model"), ("未知的名字返回 404。", "404 for a name that is not known."),
-        "Model|AnthropicModel", params="model anthropic-version", example=_MODEL_CARD),
-    "GET /v1/vision-models": Operation(
-        "listVisionModels", "models", ("能看图的模型", "Models that take pictures"),
-        ("列表中已知能看图的那些。", "Those of the list that are known to."), "ModelList",
-        example={"object": "list", "data": [{**_MODEL_CARD, "id": "glm-4.6v"}]}),
-    "GET /health": Operation(
-        "getHealth", "service", ("状态", "Health"), ("总是 200；不含任何秘密。", "Always a 200, and nothing secret in it."),
-        "Health", example={"status": "healthy", "iflow_logged_in": False, "version": __version__, "uptime_s": 3600,
-                           "in_flight": 0, "providers": [{"name": "zhipu", "kind": "openai", "usable": True,
-                                                          "circuit": "closed", "keys_resting": 0, "models": 2}],
-                           "logins": {}, "problems": []}),
-    "GET /metrics": Operation("getMetrics", "service", ("指标", "Metrics"),
-                              ("Prometheus 文本格式。", "As Prometheus reads them."), "text/plain",
-                              example="# TYPE iflow2api_in_flight gauge\niflow2api_in_flight 0\n"),
-    "GET /": Operation("getCard", "service", ("服务名片", "Card"),
-                       ("`Accept` 含 text/html 时为网页。", "A small page where `Accept` asks for text/html."), "Card",
-                       example={"name": "iflow2api", "version": __version__, "base_url": "http://127.0.0.1:28000/v1",
-                                "docs": "http://127.0.0.1:28000/docs", "endpoints": ["/chat/completions", "…"]}),
-    **{f"POST /api/event_logging{path}/batch": Operation(
-        name, "service", (f"丢弃客户端遥测{more}", f"Telemetry, dropped{more}"),
-        ("Anthropic 客户端会发到这里；收下即丢弃。", "Anthropic's clients post here; it is taken and forgotten."), "Dropped", "object",
-        example={"accepted_count": 0, "rejected_count": 0})
-       for path, name, more in (("", "dropEvents", ""), ("/v2", "dropEventsV2", " (v2)"))},
-    "GET /openapi.json": Operation("getOpenapi", "service", ("本文档", "This document"), ("OpenAPI 3.1。", "OpenAPI 3.1."),
-                                   "object", params="lang", example={"openapi": "3.1.0", "info": {}, "paths": {}}),
-    "GET /docs": Operation("getDocs", "service", ("Swagger UI", "Swagger UI"),
-                           ("CDN 不可用或 `docs_cdn` 为 false 时为内置阅读页。",
-                            "The built-in reader where the CDN can't be had, or `docs_cdn` is false."),
-                           "text/html", params="lang plain", example="<!doctype html>…"),
-    "GET /redoc": Operation("getRedoc", "service", ("ReDoc", "ReDoc"), ("同上。", "The same as /docs."), "text/html",
-                            params="lang plain", example="<!doctype html>…"),
-}
-
-
-def _causes() -> List[Tuple[GatewayError, Text]]:
-    """Why a request fails (DESIGN's table of statuses), each with an error that will be dressed by its dialect."""
-    return [
-        (BadRequest("`messages` is missing", param="messages", code="missing_required_parameter"),
-         ("请求有误，或超出模型的上下文长度", "the request is wrong, or longer than the model's context")),
-        (Unauthorized("the API key is wrong; it must be this server's custom_api_key"),
-         ("缺少或错误的客户端密钥", "this server's key is missing or wrong")),
-        (NotLoggedIn("the upstream zhipu refused its API key; check it with: iflow2api test zhipu"),
-         ("没有可用的上游或登录，或上游拒绝了网关的密钥", "no provider or login can serve it, or the upstream refused our key")),
-        (Forbidden("the web page at null may not call this server; add it to `allowed_origins`",
-                   code="origin_not_allowed"),
-         ("不允许的 Host 或 Origin", "a Host or Origin that is not allowed")),
-        (NotFound("the model 'none' does not exist", code="model_not_found", param="model"),
-         ("没有这个模型或对象", "no such model or object")),
-        (BadRequest("the request did not arrive in time", status=408, code="request_timeout"),
-         ("请求没有按时到达", "the request did not arrive in time")),
-        (BadRequest("Content-Length or Transfer-Encoding: chunked is needed", status=411),
-         ("没有说明请求体长度", "neither a length nor chunked")),
-        (too_large(default_of("body_limit_bytes")), ("请求体过大", "the body is too large")),
-        (BadRequest("a JSON body is expected, not multipart", status=415),
-         ("multipart，或未知的 Content-Encoding", "multipart, or an unknown Content-Encoding")),
-        (RateLimited("60 requests a minute are allowed"), ("限流（网关的或上游的）", "a rate limit, ours or the upstream's")),
-        (GatewayError("iflow2api failed on this request; its log says why"), ("网关自身的缺陷", "a defect of this gateway")),
-        (UpstreamGarbled("zhipu: the upstream's answer was cut off"),
-         ("无法连接上游，或其回答损坏、为空、中断", "the upstream can't be reached, or its answer is garbled, empty or cut off")),
-        (Busy("too many requests are waiting"), ("队列或连接已满，或正在停止", "queue or connections are full, or it is stopping")),
-        (UpstreamTimeout("zhipu said nothing for 300 s"), ("上游超时", "the upstream took too long"))]
-
-
-#: Statuses by what a route does; those of an upstream come on top of a body's.
-_STATUS_OF_BODY, _STATUS_OF_CALL = {400, 408, 411, 413, 415}, {404, 429, 500, 502, 503, 504}
-
-
-class Scene(NamedTuple):
-    """What a document depends on."""
-    language: str
-    url: str                             #: where the client reaches this server
-    key_header: str                      #: custom_auth_header
-    needs_key: bool
-    theme: str
-
-
-def _scene_of(handler: Handler) -> Scene:
-    """The address is the asked one, https where a trusted proxy says so; the language `?lang=`, the setting's, the
-    browser's."""
-    settings, headers = handler.server.gateway.settings, handler.headers
-    host, peer = headers.get("host", ""), parse_address(handler.client_address[0])
-    trusted = any(is_within(peer, parse_network(text)) for text in settings.trusted_proxies)
-    scheme = "https" if trusted and headers.get("x-forwarded-proto", "").strip().lower() == "https" else "http"
-    url = f"{scheme}://{host}" if re.fullmatch(r"[\w.:\[\]-]{1,255}", host) else handler.server.url
-    asked = urllib.parse.parse_qs(handler.path.partition("?")[2]).get("lang", [""])[-1]
-    first = headers.get("accept-language", "").strip().lower()[:2]
-    language = next((word for word in (asked, settings.language, first) if word in ("zh", "en")), "en")
-    return Scene(language, url, settings.custom_auth_header.lower(), handler.server.gateway.state.door.required,
-                 settings.theme_mode)
-
-
-def _said(value: Any, language: str) -> Any:
-    """A table's value in one language."""
-    if isinstance(value, tuple):
-        return value[language == "en"]
-    if isinstance(value, dict):
-        return {name: _said(part, language) for name, part in value.items()}
-    return [_said(part, language) for part in value] if isinstance(value, list) else value
-
-
-def _shape(short: Any) -> Json:
-    """A JSON Schema out of an entry of SHAPES or a type in it."""
-    if isinstance(short, tuple):
-        return {**_shape(short[0]), "description": short[1:]}
-    if isinstance(short, dict):
-        must = [name[:-1] for name in short if name[-1] == "*"]
-        return {"type": "object", **({"required": must} if must else {}),
-                "properties": {name.rstrip("*"): _shape(part) for name, part in short.items()}}
-    if "|" in short:
-        return {"anyOf": [_shape(part) for part in short.split("|")]}
-    if short[0] == "[":
-        return {"type": "array", "items": _shape(short[1:])}
-    if short[0] in "#=":
-        return {"$ref": "#/components/schemas/" + short[1:]} if short[0] == "#" else {
-            "type": "string", "enum": short[1:].split(",")}
-    return {"type": short}
-
-
-def _error_components() -> Json:
-    """`openai_401` and the like: every cause in both vocabularies, by the dialects' own words."""
-    found: Json = {}
-    for dialect in (CHAT, MESSAGES):
-        family = "messages" if dialect is MESSAGES else "openai"
-        for number, (exc, cause) in enumerate(_causes()):
-            status = dialect.status(exc)
-            entry = found.setdefault(f"{family}_{status}", {"description": cause, "headers": {
-                "x-request-id": {"schema": {"type": "string"}, "example": "req_0001"}},
-                "content": {"application/json": {"schema": _shape(f"#{family}_error"), "examples": {}}}})
-            if entry["description"] is not cause:
-                entry["description"] = tuple(f"{one}; {two}" for one, two in zip(entry["description"], cause))
-            entry["content"]["application/json"]["examples"][f"cause_{number}"] = {
-                "summary": cause, "value": dialect.error(exc, "req_0001")}
-            if exc.retry_after_s:
-                entry["headers"]["Retry-After"] = {"schema": {"type": "integer"}, "example": int(exc.retry_after_s)}
-            if exc.should_retry is not None:
-                entry["headers"]["x-should-retry"] = {"schema": {"type": "string"}, "example": "false"}
-    return found
-
-
-def _security_schemes(scene: Scene) -> Json:
-    names = ["x-api-key", "api-key", *([scene.key_header] if scene.key_header else [])]
-    return {"bearer": {"type": "http", "scheme": "bearer"},
-            **{name: {"type": "apiKey", "in": "header", "name": name} for name in names}}
-
-
-def _asked_for(operation: Operation) -> List[Json]:
-    return [{"name": name, "in": place, "required": place == "path", "description": (zh, en), "schema": _shape(short),
-             "example": example}
-            for name in operation.params.split() for place, short, zh, en, example in [PARAMETERS[name]]]
-
-
-def _example_requests(operation: Operation) -> Json:
-    """Name -> {"summary", "value"}; with a model where the shape has one."""
-    model = {"model": _EXAMPLE_MODEL} if "model" in SHAPES.get(operation.asks, {}) else {}
-    return {name: {"summary": _TITLES[name], "value": {**model, **body}}
-            for name, body in REQUESTS.get(operation.name, {}).items()}
-
-
-def _example_answers(operation: Operation) -> Json:
-    """The same of answers, under the names of their requests."""
-    if operation.example is None:
-        return {name: {"summary": _TITLES[name], "value": _reply_to(operation.name, name)}
-                for name in REQUESTS[operation.name]}
-    value = operation.example() if callable(operation.example) else operation.example
-    answers = {"answer": {"summary": _TITLES["answer"], "value": value}}
-    if "Anthropic" in operation.gives:
-        model = anthropic_model(_MODEL_CARD)
-        answers["anthropic"] = {"summary": _TITLES["anthropic"], "value":
-                                model if operation.name == "getModel" else anthropic_page([model], {})}
-    return answers
-
-
-def _answer_content(operation: Operation) -> Json:
-    """Media types of the 200, with their examples."""
-    answers = _example_answers(operation)
-    if "/" in operation.gives:
-        return {operation.gives: {"schema": {"type": "string"}, "examples": answers}}
-    shapes = "|".join(part if part == "object" else "#" + part for part in operation.gives.split("|"))
-    streams = {name: answer for name, answer in answers.items() if isinstance(answer["value"], str)}
-    plain = {name: answer for name, answer in answers.items() if name not in streams}
-    content: Json = {"application/json": {"schema": _shape(shapes), "examples": plain}}
-    if operation.event:
-        content["text/event-stream"] = {"schema": {
-            "type": "string", "contentMediaType": "application/json", "contentSchema": _shape("#" + operation.event),
-            "description": ("`stream` 为 true 时：每条记录的 `data:` 如此", "with `stream`: the `data:` of each record is this")}}
-        if streams:
-            content["text/event-stream"]["examples"] = streams
-    if operation.name == "getCard":
-        content["text/html"] = {"schema": {"type": "string"}}
-    return content
-
-
-def _curl(method: str, path: str, operation: Operation, scene: Scene, needs_key: bool) -> str:
-    """A line for a POSIX shell that asks the first example."""
-    import shlex
-    for name in operation.params.split():
-        path = path.replace("{%s}" % name, str(PARAMETERS[name][4]))
-    lines = ["curl " + ("" if method == "GET" or operation.asks else f"-X {method} ") + scene.url + path]
-    if needs_key:
-        lines.append('-H "Authorization: Bearer $IFLOW2API_KEY"')
-    for example in list(_example_requests(operation).values())[:1]:
-        lines.append("-d " + shlex.quote(json.dumps(example["value"], ensure_ascii=False, indent=2)))
-    return " \\\n  ".join(lines)
-
-
-def _operation(method: str, path: str, operation: Operation, scene: Scene) -> Json:
-    """One operation of the document: what ROUTES knows of it, and what OPERATIONS says."""
-    route, _ = find_endpoint(method, re.sub("[{}]", "", path), {})
-    needs_key = scene.needs_key and not route.public
-    statuses = {403, *([404] if "{" in path else []), *([] if route.public else [401]),
-                *(_STATUS_OF_BODY if operation.asks else []), *(_STATUS_OF_CALL if route.run is answer_call else [])}
-    family = "messages" if route.dialect is MESSAGES else "openai"
-    answers: Json = {"200": {"description": ("成功", "done"), "content": _answer_content(operation)}}
-    for status in sorted(route.dialect.status(GatewayError("", status=status)) for status in statuses):
-        answers[str(status)] = {"$ref": f"#/components/responses/{family}_{status}"}
-    if route.run is answer_call:
-        answers["default"] = {"description": ("上游的其他状态，原样传回", "any other status of the upstream, passed on"),
-                              "content": {"application/json": {"schema": _shape(f"#{family}_error")}}}
-    found: Json = {"operationId": operation.name, "tags": [operation.tag], "summary": operation.title,
-                   "description": operation.text, "parameters": _asked_for(operation), "responses": answers,
-                   "x-codeSamples": [{"lang": "Shell", "label": "curl",
-                                      "source": _curl(method, path, operation, scene, needs_key)}]}
-    if operation.asks:
-        shape = _shape(operation.asks if operation.asks == "object" else "#" + operation.asks)
-        found["requestBody"] = {"required": True, "content": {"application/json": {
-            "schema": shape, "examples": _example_requests(operation)}}}
-    if needs_key:
-        found["security"] = [{name: []} for name in _security_schemes(scene)]
-    return found
-
-
-def _introduction() -> Text:
-    """Markdown: what it is, and the table of statuses."""
-    rows = ["".join(f"| {word} " for word in (str(CHAT.status(exc)), str(MESSAGES.status(exc)), cause)) + "|"
-            for exc, causes in _causes() for cause in causes]
-    return ("一个网关，任何客户端接任何 OpenAI 兼容的模型：OpenAI Chat、Anthropic Messages、OpenAI Responses 都能听懂。\n\n"
-            "每个 API 路径不带 `/v1`、以 `/api/v1` 开头、末尾带斜杠也可访问；`GET` 处也可用 `HEAD`。"
-            "上游的状态码和消息会传到客户端，网关自己的见下表。\n\n"
-            "| OpenAI | Messages | 原因 |\n|---|---|---|\n" + "\n".join(rows[::2]),
-            "One gateway between any client and any OpenAI-compatible model: it understands OpenAI Chat, Anthropic "
-            "Messages and OpenAI Responses, whatever the model speaks.\n\n"
-            "Every API path also answers without `/v1`, with `/api/v1`, and with a slash at its end; `HEAD` answers "
-            "wherever `GET` does. An upstream's own status and message reach the client; ours are these.\n\n"
-            "| OpenAI | Messages | cause |\n|---|---|---|\n" + "\n".join(rows[1::2]))
+def _operation(method: str, path: str, asks: str, gives: str) -> Json:
+    """One operation of the document: what follows from its route and its shapes."""
+    route, _ = find_endpoint(method, path, {})
+    error = _content("AnthropicError" if route.dialect is MESSAGES else "Error")
+    body = {"requestBody": {"required": True, "content": _content(asks)}} if asks else {}
+    names = re.findall(r"{(\w+)}", path)
+    return {"operationId": method.lower() + re.sub(r"\W+", "_", path.rstrip("}")), **body,
+            **({"security": []} if route.public else {}),
+            "parameters": [{"name": name, "in": "path", "required": True,
+                            "schema": {"type": "string"}} for name in names],
+            "responses": {"200": {"description": "OK", "content": _content(gives)},
+                          "4XX": {"description": "refused", "content": error},
+                          "5XX": {"description": "failed", "content": error}}}
 
 
 @lru_cache(4)
-def openapi(scene: Scene) -> Json:
-    """The OpenAPI 3.1 document of the public endpoints."""
+def openapi(language: int, key_header: str, needs_key: bool) -> Json:
+    """The OpenAPI 3.1 document of the public endpoints in Chinese (0) or English (1)."""
+    tags: List[str] = []
     paths: Json = {}
-    for key, operation in OPERATIONS.items():
-        method, _, path = key.partition(" ")
-        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation, scene)
-    info = {"title": "iflow2api", "version": __version__, "description": _introduction(),
-            "license": {"name": "MIT", "identifier": "MIT"}}
-    document = {"openapi": "3.1.0", "info": info, "servers": [{"url": scene.url}], "paths": paths,
-                "tags": [{"name": name, "x-displayName": text, "description": text} for name, text in TAGS.items()],
-                "components": {"schemas": {name: _shape(shape) for name, shape in SHAPES.items()},
-                               "responses": _error_components(), "securitySchemes": _security_schemes(scene)}}
-    return _said(document, scene.language)
+    for line in OPERATIONS.strip().split("\n"):
+        head, *rest = [part.strip() for part in line.split("|")]
+        if len(rest) == 1:
+            tags.append([head, *rest][language])
+            continue
+        method, path = head.split()
+        paths.setdefault(path, {})[method.lower()] = {
+            **_operation(method, path, *rest[:2]), "summary": rest[2 + language], "tags": tags[-1:]}
+    schemes = {"bearer": {"type": "http", "scheme": "bearer"}, **{
+        name: {"type": "apiKey", "in": "header", "name": name}
+        for name in ("x-api-key", "api-key", key_header) if name}}
+    shapes = [line.split() for line in SHAPES.strip().split("\n")]
+    return {"openapi": "3.1.0", "servers": [{"url": "/"}], "paths": paths,
+            "info": {"title": "iflow2api", "version": __version__, "description": _ABOUT[language],
+                     "license": {"name": "MIT", "identifier": "MIT"}},
+            "tags": [{"name": tag, "description": tag} for tag in tags],
+            "security": [{name: []} for name in schemes] if needs_key else [],
+            "components": {"schemas": {name: _shape_schema(fields)
+                                       for name, *fields in shapes},
+                           "securitySchemes": schemes}}
 
 
-# --- the readers -------------------------------------------------------------
-
-#: What the CDN serves is what npm has: `npm pack swagger-ui-dist@5.35.0 redoc@2.5.4`, unpacked, then
-#: `openssl dgst -sha384 -binary FILE | base64`.  Path below CDN -> the hash that a browser insists on.
+#: Page -> path below CDN -> the hash of that file.  The CDN serves what npm has: `npm pack
+#: swagger-ui-dist@5.35.0 redoc@2.5.4`, unpacked, then `openssl dgst -sha384 -binary FILE | base64`.
 CDN = "https://cdn.jsdelivr.net/npm/"
-READERS: Dict[str, Tuple[str, Dict[str, str]]] = {
-    "docs": ("Swagger UI", {
-        "swagger-ui-dist@5.35.0/swagger-ui.css": "WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I",
+READERS: Dict[str, Dict[str, str]] = {
+    "docs": {
+        "swagger-ui-dist@5.35.0/swagger-ui.css":
+            "WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I",
         "swagger-ui-dist@5.35.0/swagger-ui-bundle.js":
-            "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"}),
-    "redoc": ("ReDoc", {
-        "redoc@2.5.4/bundles/redoc.standalone.js": "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5"})}
+            "gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"},
+    "redoc": {
+        "redoc@2.5.4/bundles/redoc.standalone.js":
+            "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5"}}
 
-READER_TEXTS: Dict[str, Text] = {
-    "contents": ("目录", "Contents"), "request": ("请求", "Request"), "answers": ("回答", "Answers"),
-    "parameters": ("参数", "Parameters"), "key": ("需要密钥", "needs a key"), "required": ("必填", "required"),
-    "shapes": ("结构", "Shapes"), "other": ("English", "中文"),
-    "wait": ("正在从 cdn.jsdelivr.net 载入 {}……", "Fetching {} from cdn.jsdelivr.net …"),
-    "late": ("{} 已载入，打开", "{} has come: show it"), "plain": ("内置阅读页", "Built-in reader"),
-    "note": ("此页与管理页隔离，只供阅读，不能发送请求：请复制 curl，或用管理页的操练场。",
-             "This page is kept apart from the admin page and sends no requests: copy a curl line, or use the "
-             "playground there.")}
+# language=HTML
+DOCS_HTML = r"""<!doctype html><html lang="@LANG@"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>iflow2api API</title>
+@STYLES@<style>:root{color-scheme:light dark}body{margin:0;font:15px/1.5 system-ui,sans-serif}
+#list{max-width:52rem;margin:2rem auto;padding:0 1rem}dt{margin-top:.8rem;overflow-wrap:anywhere}
+dt code{font:14px ui-monospace,monospace}dd{margin:0;opacity:.75}
+.wait #list{animation:appear 0s 1.5s backwards}@keyframes appear{from{visibility:hidden}}
+.shown{color-scheme:light}.shown #list,.shown a[href*="redocly.com"]{display:none}</style></head>
+<body><div id="ui"></div><main id="list"><h1>iflow2api API</h1><p>@ABOUT@
+<a href="/openapi.json">/openapi.json</a></p><dl>@LIST@</dl></main>@SCRIPTS@</body></html>"""
 
-# language=CSS
-BAR_CSS = r"""
-:root{color-scheme:light dark;--bg:light-dark(#fff,#14171c);--side:light-dark(#f6f7f9,#1a1e25);
---text:light-dark(#1b1f24,#e4e7eb);--muted:light-dark(#57606a,#a0a9b4);--line:light-dark(#d9dee4,#2f363f);
---link:light-dark(#0b5cad,#7cb8ff);--get:light-dark(#14713a,#7ee2a0);--post:light-dark(#0b5cad,#7cb8ff);
---delete:light-dark(#b3261e,#ff9c94)}
-[data-theme=light]{color-scheme:light}[data-theme=dark]{color-scheme:dark}
-body{margin:0;background:var(--bg);color:var(--text)}[hidden]{display:none!important}
-#bar{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;align-items:baseline;padding:.6rem 1.2rem;background:var(--side);
-border-bottom:1px solid var(--line);font:14px/1.5 system-ui,sans-serif;color:var(--muted)}
-#bar b{color:var(--text);font-size:16px}#bar .note{flex:1 1 20rem}#bar button{font:inherit}
-#bar a{color:var(--link);text-decoration:none}#bar a:hover{text-decoration:underline}
-:focus-visible{outline:2px solid var(--link);outline-offset:2px}
-.wait #reader{visibility:hidden;animation:appear 0s 2.5s forwards}@keyframes appear{to{visibility:visible}}
-#waiting{display:none}.wait #waiting{display:inline}.mounted #reader{display:none}
-.swagger-ui .scheme-container .auth-wrapper{display:none!important}
-.mounted{color-scheme:light}.mounted.dark-mode{color-scheme:dark}
-"""
-
-READER_CSS = r"""
-*{box-sizing:border-box}a{color:var(--link)}nav a{text-decoration:none}nav a:hover{text-decoration:underline}
-#reader{font:16px/1.6 system-ui,sans-serif;display:grid;grid-template-columns:18rem minmax(0,1fr);max-width:90rem;
-margin:auto}
-#reader nav{position:sticky;top:0;max-height:100vh;overflow:auto;padding:1.2rem;font-size:14px;line-height:1.4}
-nav ul{list-style:none;margin:.2rem 0 .8rem;padding:0}nav li{margin:.35rem 0}nav summary{font-weight:600}
-main{padding:1.2rem 1.5rem 6rem;min-width:0}h2{margin:2.5rem 0 0}h3{margin:0;font-size:1.05rem;overflow-wrap:anywhere}
-h4{margin:1.1rem 0 .3rem;font-size:.9rem;color:var(--muted)}section{border-top:1px solid var(--line);padding:1.3rem 0}
-h3 a{color:inherit;text-decoration:none}section p{margin:.4rem 0}.muted{color:var(--muted);font-size:14px}
-.verb{font:600 12px ui-monospace,monospace;border:1px solid;border-radius:4px;padding:1px 5px;margin-right:.4rem}
-.get{color:var(--get)}.post{color:var(--post)}.delete{color:var(--delete)}
-code,pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-pre{background:var(--side);border:1px solid var(--line);border-radius:6px;padding:.7rem;overflow:auto;max-height:28rem;
-margin:.4rem 0}
-.curl{user-select:all}summary{cursor:pointer;padding:.15rem 0}details details{margin-left:1rem}
-[id^=shape-]{scroll-margin-top:3rem}table{border-collapse:collapse;font-size:14px}main p{max-width:52rem}
-td,th{border-bottom:1px solid var(--line);padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:top}
-@media(max-width:50rem){#reader{display:block}main{padding:1rem}
-.facts tr{display:block;padding:.3rem 0;border-bottom:1px solid var(--line)}
-.facts td{display:inline;border:0;overflow-wrap:anywhere}
-#reader nav{position:static;max-height:40vh;border-bottom:1px solid var(--line)}}
-"""
-
+#: The list stays where the script of the CDN did not come.
 # language=JavaScript
-READER_JS = r"""
-(() => {
-  "use strict";
-  const root = document.documentElement, classes = root.classList, byId = (id) => document.getElementById(id);
-  const read = (id) => JSON.parse(byId(id).textContent), late = byId("late"), page = root.dataset.page;
-  const dark = () => root.dataset.theme === "dark"
-    || root.dataset.theme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches;
-  const MOUNT = {
-    docs(spec, domNode) {
-      classes.toggle("dark-mode", dark());
-      SwaggerUIBundle({spec, domNode, deepLinking: true, supportedSubmitMethods: [], validatorUrl: null,
-        defaultModelsExpandDepth: 0, docExpansion: "list"});
-    },
-    redoc(spec, domNode) {
-      // Its footer's logo would come from yet another host; one that can't be shown is left out.
-      const set = Element.prototype.setAttribute, own = (value) => String(value).startsWith("data:") ? value : "data:,";
-      Object.defineProperty(HTMLImageElement.prototype, "src", {set(value) { set.call(this, "src", own(value)); }});
-      Redoc.init(spec, {untrustedSpec: true, hideLoading: true}, domNode);
-    },
-  };
-  const mount = () => {
-    classes.remove("wait");
-    classes.add("mounted");
-    late.hidden = byId("look").disabled = true;
-    MOUNT[page](read("document"), byId("ui"));
-  };
-  const load = ([href, integrity]) => new Promise((done, failed) => {
-    const style = href.endsWith(".css"), node = document.createElement(style ? "link" : "script");
-    Object.assign(node, style ? {rel: "stylesheet", href} : {src: href},
-      {integrity, crossOrigin: "anonymous", onload: done, onerror: failed});
-    document.head.append(node);
-  });
-  const reader = () => classes.remove("wait");
-  const timer = setTimeout(reader, 2000);
-  Promise.all(Object.entries(read("files")).map(load)).then(() => {
-    clearTimeout(timer);
-    if (classes.contains("wait")) return mount();
-    late.hidden = false;
-    late.addEventListener("click", mount);
-  }, reader);
-})();
+DOCS_JS = r"""
+const spec = JSON.parse(document.getElementById('spec').textContent);
+const domNode = document.getElementById('ui'), {classList} = document.documentElement;
+classList.toggle('shown', Boolean(window.SwaggerUIBundle || window.Redoc));
+classList.remove('wait');
+if (window.SwaggerUIBundle) {
+  classList.toggle('dark-mode', matchMedia('(prefers-color-scheme: dark)').matches);
+  SwaggerUIBundle({spec, domNode, deepLinking: true, supportedSubmitMethods: [],
+    validatorUrl: null});
+} else if (window.Redoc) Redoc.init(spec, {untrustedSpec: true, hideLoading: true}, domNode);
 """
 
 
-class Markup(str):
-    """HTML; any other string is escaped on its way into it."""
+def _docs_policy(urls: Iterable[str]) -> str:
+    """`sandbox` without allow-same-origin gives the page an origin of its own, which is nobody's:
+    no cookie, no storage, nothing of the admin page within reach."""
+    digest = base64.b64encode(hashlib.sha256(DOCS_JS.encode()).digest()).decode()
+    scripts = " ".join(url for url in urls if url.endswith(".js"))
+    styles = " ".join(url for url in urls if url.endswith(".css"))
+    closed = ("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+              f"style-src 'unsafe-inline' {styles}; sandbox")
+    return closed if not scripts else (
+        closed + " allow-scripts allow-popups allow-popups-to-escape-sandbox; img-src data:; "
+        f"font-src data:; worker-src blob:; script-src 'sha256-{digest}' {scripts}")
 
 
-def node(tag: str, *inner: Any, **facts: Any) -> Markup:
-    """An element: `inner` are strings, Markup, or lists of both; of `facts` those that are None are left out."""
-    import html
-    parts = [part for item in inner for part in (item if isinstance(item, list) else [item])]
-    said = "".join(part if isinstance(part, Markup) else html.escape(part, quote=False) for part in parts)
-    named = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
-                    for name, value in facts.items() if value is not None)
-    return Markup(f"<{tag}{named}>{said}" + ("" if tag in ("meta", "input") else f"</{tag}>"))
+@lru_cache(8)
+def docs_page(name: str, cdn: bool, language: int, *access: Any) -> Tuple[bytes, str]:
+    """/docs or /redoc, and its policy; without the CDN it is a list, and has no script at all."""
+    document = openapi(language, *access)
+    spec = dump_json(document).decode().replace("<", "\\u003c")
+    pinned = 'crossorigin="anonymous" integrity="sha384-{}"'.format
+    urls = {CDN + path: digest for path, digest in READERS[name].items()} if cdn else {}
+    styles = [f'<link rel="stylesheet" {pinned(digest)} href="{url}">\n'
+              for url, digest in urls.items() if url.endswith(".css")]
+    scripts = [f'<script type="application/json" id="spec">{spec}</script>',
+               *(f'<script {pinned(digest)} src="{url}"></script>'
+                 for url, digest in urls.items() if url.endswith(".js")),
+               f"<script>{DOCS_JS}</script>"]
+    rows = [f"<dt><code>{method.upper()} {path}</code></dt><dd>{operation['summary']}</dd>\n"
+            for path, methods in document["paths"].items() for method, operation in methods.items()]
+    parts = {"LANG": ["zh", "en"][language] + ('" class="wait' if cdn else ""),
+             "ABOUT": _ABOUT[language], "LIST": "".join(rows), "STYLES": "".join(styles),
+             "SCRIPTS": "".join(scripts) if cdn else ""}
+    page = re.sub("@([A-Z]+)@", lambda found: parts[found.group(1)], DOCS_HTML)
+    return page.encode(), _docs_policy(urls)
 
 
-def _code_spans(text: str) -> List[str]:
-    """Text with what stands in backticks as code."""
-    return [node("code", part) if number % 2 else part for number, part in enumerate(text.split("`"))]
-
-
-def _table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> Markup:
-    lines = [node("tr", [node("td", cell) for cell in row]) for row in rows]
-    return node("table", [node("tr", [node("th", cell) for cell in head])] if head else [], lines,
-                class_=None if head else "facts")
-
-
-def _markdown(text: str) -> List[Markup]:
-    """As much of Markdown as our texts use: paragraphs, code, tables."""
-    blocks = []
-    for block in text.split("\n\n"):
-        head, _, *rows = [[_code_spans(cell.strip()) for cell in line.strip("|").split("|")]
-                          for line in f"{block}\n".split("\n")]
-        blocks.append(_table(rows[:-1], head) if block.startswith("|") else node("p", _code_spans(block)))
-    return blocks
-
-
-def _type_words(schema: Json) -> List[str]:
-    """A schema in a few words, with links to the shapes it names."""
-    if "$ref" in schema:
-        name = schema["$ref"].rpartition("/")[2]
-        return [node("a", name, href=f"#shape-{name}")]
-    if "anyOf" in schema:
-        parts = [_type_words(part) for part in schema["anyOf"]]
-        return [word for part in parts for word in [" | ", *part]][1:]
-    if "enum" in schema:
-        return [" | ".join(map(json.dumps, schema["enum"]))]
-    return ["[ ", *_type_words(schema["items"]), " ]"] if "items" in schema else [schema.get("type", "any")]
-
-
-def _code(text: str, class_: Optional[str] = None) -> Markup:
-    return node("pre", node("code", text), tabindex="0", class_=class_)
-
-
-def _example_folds(examples: Json) -> List[Markup]:
-    """Examples of a media type, each folded away."""
-    shown = []
-    for example in examples.values():
-        value = example["value"]
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)
-        shown.append(node("details", node("summary", example["summary"]), _code(text)))
-    return shown
-
-
-class Reader:
-    """The document as a page that needs no script."""
-
-    def __init__(self, document: Json, words: Mapping[str, str]) -> None:
-        self._document, self._words = document, words
-
-    def page(self) -> Markup:
-        document, words = self._document, self._words
-        operations: Dict[str, List[Tuple[str, str, Json]]] = {}
-        for path, methods in document["paths"].items():
-            for verb, operation in methods.items():
-                operations.setdefault(operation["tags"][0], []).append((verb, path, operation))
-        listed, told = [], []
-        for tag in document["tags"]:
-            entries = operations[tag["name"]]
-            listed += [node("b", tag["description"]), node("ul", [node("li", node(
-                "a", operation["summary"], href="#" + operation["operationId"], title=f"{verb.upper()} {path}"))
-                for verb, path, operation in entries])]
-            told += [node("h2", tag["description"], id=tag["name"]), *(self._operation(*entry) for entry in entries)]
-        nav = node("nav", node("details", node("summary", words["contents"]), listed,
-                               node("a", words["shapes"], href="#shapes"), open=""), aria_label=words["contents"])
-        intro = [node("h1", f"{document['info']['title']} {document['info']['version']}"),
-                 node("p", node("code", document["servers"][0]["url"])), *_markdown(document["info"]["description"])]
-        return node("div", nav, node("main", intro, told, self._shapes()), id="reader")
-
-    def _operation(self, verb: str, path: str, operation: Json) -> Markup:
-        words, name = self._words, operation["operationId"]
-        key = " · " + words["key"] if "security" in operation else ""
-        parts = [node("h3", node("span", verb.upper(), class_="verb " + verb),
-                      node("a", node("code", path), href="#" + name)), node("p", node("b", operation["summary"]), key),
-                 *_markdown(operation["description"])]
-        if operation["parameters"]:
-            rows = [[node("code", row["name"]), row["in"], _type_words(row["schema"]),
-                     row["description"], node("code", str(row["example"]))] for row in operation["parameters"]]
-            parts += [node("h4", words["parameters"]), _table(rows)]
-        parts.append(node("h4", words["request"]))
-        for content in operation.get("requestBody", {}).get("content", {}).values():
-            parts += [node("p", _type_words(content["schema"])), *_example_folds(content["examples"])]
-        parts.append(_code(operation["x-codeSamples"][0]["source"], "curl"))
-        parts.append(node("h4", words["answers"]))
-        parts += [self._answer(status, answer) for status, answer in operation["responses"].items()]
-        return node("section", parts, id=name)
-
-    def _answer(self, status: str, answer: Json) -> Markup:
-        if "$ref" in answer:
-            answer = self._document["components"]["responses"][answer["$ref"].rpartition("/")[2]]
-        inside: List[Any] = []
-        for media, content in answer["content"].items():
-            shape = content["schema"].get("contentSchema", content["schema"])
-            inside += [node("p", node("code", media), " · ", _type_words(shape)),
-                       *_example_folds(content.get("examples", {}))]
-        return node("details", node("summary", node("code", status), " " + answer["description"]), inside)
-
-    def _shapes(self) -> List[Markup]:
-        """Every schema, folded; a link to one opens it, since its name stands inside."""
-        shapes = [node("h2", self._words["shapes"], id="shapes")]
-        for name, schema in self._document["components"]["schemas"].items():
-            must = schema.get("required", ())
-            rows = [[node("code", field_name), _type_words(part), self._words["required"] if field_name in must else "",
-                     part.get("description", "")] for field_name, part in schema.get("properties", {}).items()]
-            inside = _table(rows) if rows else node("p", _type_words(schema))
-            shapes.append(node("details", node("summary", name), node("div", inside, id="shape-" + name)))
-        return shapes
-
-
-def _json_block(ident: str, value: Any) -> Markup:
-    """Data for a script; `<` is escaped, so that nothing in it ends the element."""
-    return Markup(f'<script type="application/json" id="{ident}">'
-                  + dump_json(value).decode().replace("<", "\\u003c") + "</script>")
-
-
-@lru_cache(4)
-def reader_page(scene: Scene, name: str, plain: bool, cdn: bool) -> Tuple[bytes, str]:
-    """/docs or /redoc, and its Content-Security-Policy; `plain`: by the built-in reader though the `cdn` may be used.
-
-    `sandbox` without allow-same-origin gives the page an origin of its own, which is nobody's: no cookie, no storage,
-    nothing of the admin page within reach.  Without the CDN there is no script at all.
-    """
-    document, language = openapi(scene), scene.language
-    words = _said(READER_TEXTS, language)
-    title, files = READERS[name]
-    urls = {CDN + path: "sha384-" + digest for path, digest in files.items()} if cdn and not plain else {}
-    links = {"openapi.json": "/openapi.json?"}
-    if cdn:
-        links.update({READERS[other][0]: f"/{other}?" for other in READERS if other != name or plain})
-        links.update({words["plain"]: f"/{name}?plain=1&"} if urls else {})
-    links = {word: f"{path}lang={language}" for word, path in links.items()}
-    links[words["other"]] = f"/{name}?{'plain=1&' if plain else ''}lang={'zh' if language == 'en' else 'en'}"
-    bar = node("header", node("b", "iflow2api API"), node("span", words["note"], class_="note"),
-               [node("a", word, href=href) for word, href in links.items()],
-               [node("span", words["wait"].format(title), id="waiting", role="status"),
-                node("button", words["late"].format(title), id="late", type="button", hidden="")] if urls else [],
-               id="bar")
-    script = [_json_block("document", document), _json_block("files", urls),
-              node("script", Markup(READER_JS))] if urls else []
-    wakes = node("noscript", node("style", Markup(".wait #reader{visibility:visible}.wait #waiting{display:none}")))
-    head = node("head", node("meta", charset="utf-8"), node("title", "iflow2api API"), node(
-        "meta", name="viewport", content="width=device-width, initial-scale=1"), node("style", Markup(BAR_CSS)),
-        node("style", Markup(READER_CSS), id="look"), wakes)
-    body = node("body", bar, node("div", id="ui"), Reader(document, words).page(), script)
-    page = node("html", head, body, lang=language, class_="wait" if urls else None, data_page=name,
-                data_theme=scene.theme)
-    digest = base64.b64encode(hashlib.sha256(READER_JS.encode()).digest()).decode()
-    scripts, styles = ([url for url in urls if url.endswith(end)] for end in (".js", ".css"))
-    policy = "; ".join([
-        "default-src 'none'", " ".join(["style-src 'unsafe-inline'", *styles]),
-        *([f"script-src 'sha256-{digest}' {' '.join(scripts)}", "img-src data:", "font-src data:", "worker-src blob:"]
-          if urls else []), "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
-        "sandbox" + (" allow-scripts allow-popups allow-popups-to-escape-sandbox allow-downloads" if urls else "")])
-    return b"<!doctype html>" + page.encode(), policy
+def document_facts(handler: Handler) -> Tuple[int, str, bool]:
+    """What the document depends on: its language (`?lang=`, the setting's, the browser's), keys."""
+    gateway, headers = handler.server.gateway, handler.headers
+    wanted = (query_of(handler).get("lang"), gateway.settings.language,
+              headers.get("accept-language", "").strip().lower()[:2])
+    language = next((word for word in wanted if word in ("zh", "en")), "en")
+    return (("zh", "en").index(language), gateway.settings.custom_auth_header.lower(),
+            gateway.state.door.required)
 
 
 def show_openapi(handler: Handler) -> None:
-    handler.respond_static(dump_json(openapi(_scene_of(handler))), "application/json", (("Vary", "Accept-Language"),))
+    handler.respond_static(dump_json(openapi(*document_facts(handler))), "application/json",
+                           [("Vary", "Accept-Language")])
 
 
 def show_docs(handler: Handler) -> None:
-    """/docs and /redoc; `?plain` is the built-in reader alone."""
-    query = urllib.parse.parse_qs(handler.path.partition("?")[2])
-    page, policy = reader_page(_scene_of(handler), normal_path(handler.path)[1:], "plain" in query,
-                               handler.server.gateway.settings.docs_cdn)
-    handler.respond_static(page, "text/html; charset=utf-8", (
-        ("Vary", "Accept-Language"), ("Content-Security-Policy", policy)))
+    page, policy = docs_page(normal_path(handler.path)[1:],
+                             handler.server.gateway.settings.docs_cdn, *document_facts(handler))
+    handler.respond_static(page, "text/html; charset=utf-8",
+                           [("Vary", "Accept-Language"), ("Content-Security-Policy", policy)])
 
 
 ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)},
                **{f"/{name}": {"GET": Route(show_docs, public=True)} for name in READERS}})
-
 
 # === 17. The page's API ======================================================
 #
