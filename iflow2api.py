@@ -17496,285 +17496,155 @@ ROUTES.update({
 
 # === 19. Demo upstream =======================================================
 #
-# A small upstream built in: `--demo` runs the program against it, without account or network, and the tests use the
-# same one with a script.  What it says is pure; only the two classes at the end know sockets and clocks.
+# A small upstream built in: `--demo` runs the program against it, without account or network, and
+# the tests use the same one with a script.  What it says is pure; the server comes after it.
 
-#: demo-text shows what becomes of images for a model that can't see; any other name is answered, too.
+#: demo-text shows what becomes of images for a model that can't see; any other name is answered.
 DEMO_MODELS: Tuple[Json, ...] = (
     {"id": "demo", "context": 131072, "max_output": 16384, "vision": True},
     {"id": "demo-vision", "context": 131072, "max_output": 16384, "vision": True},
-    {"id": "demo-text", "context": 32768, "max_output": 4096, "vision": False}, {"id": "demo-embedding"})
+    {"id": "demo-text", "context": 32768, "max_output": 4096, "vision": False})
 
-#: Of many tools one is tried that only looks; a word of its name tells.
-_LOOKS = re.compile(r"(?i)get|list|read|search|find|look|fetch|weather|time|glob|grep|^ls$|view|status|query|calc")
+#: Of many tools one is called that only reads; a word of its name tells.
+_READS = ("get", "list", "read", "search", "find", "look", "fetch", "glob", "grep", "view",
+          "weather")
 
-#: Arguments that harm nothing, by a word of their name.
-_DEMO_VALUES = {"command": "echo hello from the demo", "cmd": "echo hello from the demo", "file": "README.md",
-                "path": ".", "pattern": "*", "city": "Paris", "location": "Paris", "url": "https://example.com/",
-                "lang": "en", "unit": "celsius", "date": "2026-01-01", "zone": "UTC"}
-
-_DEMO_PIECE = re.compile(r"[^\0-\u2e7f]|(?:(?!\s)[\0-\u2e7f])+\s*|\s+")
+#: Arguments that harm nothing, by name, else by type.
+_DEMO_VALUES: Json = {"command": "echo hello from the demo", "path": ".", "file_path": "README.md",
+                      "pattern": "*", "city": "Paris", "location": "Paris", "integer": 1,
+                      "number": 1, "boolean": False, "array": [], "object": {}}
 
 
 class DemoAnswer(NamedTuple):
-    """What the demo model says to one request; a `status` other than 200 makes `text` the message of an error."""
+    """What the demo model says; with a `status` other than 200, `text` is an error's message."""
     text: str = ""
     reasoning: str = ""
     calls: Tuple[Tuple[str, Json], ...] = ()      #: name and arguments of each
-    finish: str = ""                              #: finish_reason; "": by what there is
+    finish: str = ""                              #: finish_reason where it is not the usual one
     status: int = 200
 
-    @property
-    def finish_reason(self) -> str:
-        return self.finish or ("tool_calls" if self.calls else "stop")
-
-
-# --- what it says
 
 def demo_answer(body: Json) -> DemoAnswer:
-    """Think, call an offered tool once, say what came of it; describe images; else say what was asked."""
-    messages = [message for message in body.get("messages") or () if isinstance(message, dict)]
-    spoken = max([at for at, message in enumerate(messages) if message.get("role") == "assistant"], default=-1)
-    fresh = messages[spoken + 1:]        # what the model has not seen yet
-    asked = next((_texts_of(m.get("content"))[-1] for m in reversed(messages)
-                  if m.get("role") == "user" and _texts_of(m.get("content"))), "")
-    chinese = bool(_CJK.search(asked))
-    tool = _demo_tool(body, messages, fresh, asked)
-    if tool:
-        name, parameters = tool
-        thought = f"有一个工具 {name} 可用，先调用它。" if chinese else f"The tool {name} is offered; calling it, to see it work. "
-        return _demo_bounded(body, DemoAnswer("", thought, ((name, _sample(parameters, parameters, name)),)))
-    thought = f"问题是：“{one_line(asked, 60)}”。" if chinese else f"Let me see. I was asked: “{one_line(asked, 60)}”. "
-    text = (_demo_json(body) or _demo_result(messages, fresh, chinese) or _demo_images(fresh, chinese)
-            or _demo_echo(asked, chinese))
-    return _demo_bounded(body, DemoAnswer(text, thought))
+    """Think, call an offered tool once, tell its result, that images came, or what was asked."""
+    messages = body["messages"]
+    spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    fresh = messages[spoken[-1] + 1:] if spoken else messages         # what it has not seen yet
+    asked = next((text for message in reversed(messages) if message["role"] == "user"
+                  for text in _demo_texts(message)[-1:]), "")
+    quoted, chinese = one_line(asked, 200), bool(re.search("[\u3400-\u9fff]", asked))
+    call = _demo_call(body, messages, fresh, asked)
+    results = [one_line(" ".join(_demo_texts(message)), 400) for message in fresh
+               if message["role"] == "tool"]
+    images = sum(part["type"] == "image_url" for message in fresh
+                 if isinstance(message["content"], list) for part in message["content"])
+    if call:
+        text = ""
+    elif (body.get("response_format") or {}).get("type", "text") != "text":
+        text = '{"answer": "demo"}'
+    elif results:
+        text = ("工具返回：" if chinese else "The tool answered: ") + "\n".join(results)
+    elif images:
+        text = f"收到了 {images} 张图片。" if chinese else f"Images that I got: {images}."
+    elif chinese:
+        text = (f"这是 iflow2api 内置的演示模型，不需要账号，也不联网。您说：“{quoted}”。"
+                "接入真正的模型：python iflow2api.py provider add zhipu")
+    else:
+        text = ("This is the demo model built into iflow2api: no account, no network. You said: "
+                f"“{quoted}”. For a real model: python iflow2api.py provider add zhipu")
+    thought = f"问题是：“{quoted}”。" if chinese else f"Let me see. I was asked: “{quoted}”. "
+    return _demo_limited(body, DemoAnswer(text, thought, (call,) if call else ()))
 
 
-def _demo_bounded(body: Json, answer: DemoAnswer) -> DemoAnswer:
-    """The answer as the thinking switches, `stop` and the token limit leave it."""
-    thinking, template = body.get("thinking"), body.get("chat_template_kwargs")
-    off = (body.get("enable_thinking") is False or body.get("reasoning_effort") == "none"
-           or isinstance(thinking, dict) and thinking.get("type") == "disabled"
-           or isinstance(template, dict) and template.get("enable_thinking") is False)
-    text = answer.text
-    for stop in body["stop"] if isinstance(body.get("stop"), list) else [body.get("stop")]:
-        text = text.partition(stop)[0] if isinstance(stop, str) and stop else text
-    answer = answer._replace(text=text, reasoning="" if off else answer.reasoning)
-    limit = body.get("max_completion_tokens") or body.get("max_tokens")
-    thought, said = demo_pieces(answer.reasoning), demo_pieces(text)
-    if not isinstance(limit, int) or answer.calls or len(thought) + len(said) <= limit:
-        return answer
-    thought = thought[:limit // 2]       # a short limit leaves room for some of the answer itself
-    return DemoAnswer("".join(said[:max(1, limit - len(thought))]), "".join(thought), finish="length")
+def _demo_texts(message: Json) -> List[str]:
+    content = message["content"]
+    return [content] if isinstance(content, str) else [
+        part["text"] for part in content or () if part.get("text")]
+
+
+def _demo_call(body: Json, messages: List[Json], fresh: List[Json],
+               asked: str) -> Optional[Tuple[str, Json]]:
+    """The tool to call, once in a conversation: the demanded, named, reading or first one."""
+    choice = body.get("tool_choice")
+    known = {tool["function"]["name"]: tool["function"].get("parameters") or {}
+             for tool in body.get("tools") or ()}
+    demanded = choice["function"]["name"] if isinstance(choice, dict) else ""
+    looked_at = fresh if demanded or choice == "required" else messages
+    if not known or choice == "none" or any(message["role"] == "tool" for message in looked_at):
+        return None
+    name = min(known, key=lambda name: (name != demanded, name.lower() not in asked.lower(),
+                                        not any(word in name.lower() for word in _READS)))
+    schemas = known[name].get("properties") or {}
+    required = known[name].get("required") or list(schemas)[:1]
+    return name, {field: _demo_value(field, schemas.get(field) or {}) for field in required}
+
+
+def _demo_value(name: str, schema: Json) -> Any:
+    kind = schema.get("type", "string")
+    usual = _DEMO_VALUES.get(name if kind == "string" else str(kind), "demo")
+    return (schema.get("enum") or [usual])[0]
+
+
+def _demo_limited(body: Json, answer: DemoAnswer) -> DemoAnswer:
+    """The answer as the switches for thinking and the limit of tokens leave it."""
+    template = body.get("chat_template_kwargs") or {}
+    off = (body.get("reasoning_effort") == "none"
+           or (body.get("thinking") or {}).get("type") == "disabled"
+           or False in (body.get("enable_thinking"), template.get("enable_thinking")))
+    thought, said = [] if off else demo_pieces(answer.reasoning), demo_pieces(answer.text)
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(thought) + len(said)
+    cut = len(thought) + len(said) > limit
+    if cut and not answer.calls:         # a short limit leaves room for some of the answer itself
+        thought = thought[:limit // 2]
+        return DemoAnswer("".join(said[:limit - len(thought)]), "".join(thought), finish="length")
+    return answer._replace(reasoning="".join(thought))
 
 
 def demo_pieces(text: str) -> List[str]:
     """`text` as a model would stream it: words, or single Chinese characters."""
-    return _DEMO_PIECE.findall(text)
+    return re.findall("[\u2e80-\uffff]|[^\\s\u2e80-\uffff]+\\s*|\\s+", text)
 
 
-def _demo_echo(asked: str, chinese: bool) -> str:
-    quoted = one_line(asked, 200)
-    if chinese:
-        return f"这是 iflow2api 内置的演示模型，不需要账号，也不联网。您说：“{quoted}”。接入真正的模型：python iflow2api.py provider add zhipu"
-    return (f"This is the demo model built into iflow2api: no account, no network. You said: “{quoted}”. "
-            "For a real model: python iflow2api.py provider add zhipu")
-
-
-def _demo_result(messages: List[Json], fresh: List[Json], chinese: bool) -> str:
-    """What the tools answered, "" where none did."""
-    names = {call["id"]: call["function"]["name"] for message in messages for call in message.get("tool_calls") or ()}
-    said = []
-    for message in fresh:
-        if message.get("role") == "tool":
-            name = names.get(message.get("tool_call_id"), "?")
-            result = one_line(" ".join(_texts_of(message.get("content"))), 400)
-            said.append(f"工具 {name} 返回：{result}" if chinese else f"The tool {name} answered: {result}")
-    return "\n".join(said)
-
-
-def _demo_images(fresh: List[Json], chinese: bool) -> str:
-    """Type and size of each image, "" where there is none."""
-    parts = [part for message in fresh if isinstance(message.get("content"), list) for part in message["content"]
-             if part.get("type") == "image_url"]
-    urls = [part["image_url"] if isinstance(part["image_url"], str) else part["image_url"]["url"] for part in parts]
-    listed = ", ".join(map(_describe_image, urls))
-    if not urls:
-        return ""
-    return f"我看到 {len(urls)} 张图片：{listed}" if chinese else f"I see {len(urls)} image{'s' * (len(urls) > 1)}: {listed}"
-
-
-def _describe_image(url: str) -> str:
-    """`PNG 640 × 480`; a link is not followed: the demo needs no network."""
-    head, comma, data = url.partition(",")
-    if not head.startswith("data:") or not comma:
-        return "a link to " + one_line(url, 80)
-    kind = re.sub(r"data:(image/)?|;.*", "", head).upper() or "IMAGE"
-    size = image_size(data)
-    return f"{kind} {size[0]} × {size[1]}" if size else f"{kind} of unknown size"
-
-
-# --- tools and schemas
-
-def _demo_tool(body: Json, messages: List[Json], fresh: List[Json], asked: str) -> Optional[Tuple[str, Json]]:
-    """Name and parameters of the tool to call, once in a conversation: the demanded, named, harmless or first one."""
-    choice = body.get("tool_choice")
-    functions = [tool["function"] for tool in body.get("tools") or () if tool.get("type") == "function"]
-    known = {function["name"]: function.get("parameters") or {} for function in functions}
-    demanded = choice["function"]["name"] if isinstance(choice, dict) and "function" in choice else None
-    called = any(message.get("role") == "tool" for message in (fresh if demanded or choice == "required" else messages))
-    if not known or choice == "none" or called:
-        return None
-    named = [name for name in known if name.lower() in asked.lower()]
-    harmless = [name for name in known if _LOOKS.search(name)]
-    name = demanded if demanded in known else (named + harmless + list(known))[0]
-    return name, known[name]
-
-
-def _demo_json(body: Json) -> str:
-    """An answer that fits `response_format`, "" where none is asked for."""
-    form = body.get("response_format")
-    kind = form.get("type") if isinstance(form, dict) else None
-    if kind == "json_schema":
-        schema = (form.get("json_schema") or {}).get("schema")
-        return json.dumps(_sample(schema if isinstance(schema, dict) else {}, schema, "answer"), ensure_ascii=False)
-    return '{"answer": "demo"}' if kind == "json_object" else ""
-
-
-def _sample(schema: Any, root: Any, name: str, depth: int = 0) -> Any:
-    """A value that fits a JSON Schema, as small and as harmless as can be."""
-    schema = schema if isinstance(schema, dict) and depth < 12 else {}
-    if isinstance(schema.get("$ref"), str):
-        return _sample(_follow(root, schema["$ref"]), root, name, depth + 1)
-    for key in ("const", "default"):
-        if key in schema:
-            return schema[key]
-    for key in ("enum", "examples"):
-        if isinstance(schema.get(key), list) and schema[key]:
-            return schema[key][0]
-    for key in ("anyOf", "oneOf", "allOf"):
-        if isinstance(schema.get(key), list) and schema[key]:
-            return _sample(schema[key][0], root, name, depth + 1)
-    kinds = schema.get("type", "object" if "properties" in schema or not depth else "string")
-    kind = next((k for k in kinds if k != "null"), "null") if isinstance(kinds, list) else kinds
-    return _SAMPLES.get(str(kind), _sample_text)(schema, root, name, depth)
-
-
-def _follow(root: Any, reference: str) -> Any:
-    """What `#/$defs/name` points at."""
-    for step in reference.lstrip("#/").split("/"):
-        root = root.get(step) if isinstance(root, dict) else None
-    return root
-
-
-def _sample_object(schema: Json, root: Any, name: str, depth: int) -> Json:
-    known = schema.get("properties") if isinstance(schema.get("properties"), dict) else {}
-    required = schema.get("required") if isinstance(schema.get("required"), list) else list(known)[:1]
-    return {key: _sample(known.get(key), root, key, depth + 1) for key in required if isinstance(key, str)}
-
-
-def _sample_array(schema: Json, root: Any, name: str, depth: int) -> List[Any]:
-    if name.lower() in ("command", "cmd"):
-        return ["echo", "hello from the demo"]
-    return [_sample(schema.get("items"), root, name, depth + 1)] * min(schema.get("minItems") or 1, 8)
-
-
-def _sample_text(schema: Json, root: Any, name: str, depth: int) -> str:
-    return next((value for word, value in _DEMO_VALUES.items() if word in name.lower()), "demo")
-
-
-def _sample_number(schema: Json, root: Any, name: str, depth: int) -> Any:
-    value = (schema.get("minimum") or schema.get("exclusiveMinimum") or 0) + 1
-    return min(value, schema.get("maximum", value))
-
-
-_SAMPLES: Dict[str, Callable[[Json, Any, str, int], Any]] = {
-    "object": _sample_object, "array": _sample_array, "string": _sample_text, "integer": _sample_number,
-    "number": _sample_number, "boolean": lambda *_: False, "null": lambda *_: None}
-
-
-# --- how it says it
-
-def demo_usage(body: Json, answer: DemoAnswer) -> Json:
-    """Tokens as an upstream counts them: estimated for what came in, pieces for what goes out."""
-    given = estimate_tokens([body.get(key) for key in ("messages", "tools", "prompt", "input")])
-    thought = len(demo_pieces(answer.reasoning))
-    made = thought + len(demo_pieces(answer.text)) + sum(8 + len(json.dumps(c[1])) // 4 for c in answer.calls)
-    return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made,
-            "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": {"reasoning_tokens": thought}}
-
-
-def demo_calls(answer: DemoAnswer) -> List[Json]:
-    return [{"id": new_id("call_"), "type": "function",
-             "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
-            for name, arguments in answer.calls]
-
-
-def demo_completion(body: Json, answer: DemoAnswer, base: Json) -> Json:
-    """The plain answer, of /completions where there is a prompt."""
-    if "messages" not in body:
-        choice: Json = {"index": 0, "text": answer.text, "logprobs": None, "finish_reason": answer.finish_reason}
-        return {**base, "object": "text_completion", "choices": [choice], "usage": demo_usage(body, answer)}
+def demo_completion(body: Json, answer: DemoAnswer, created: int) -> Json:
+    """The plain answer."""
+    calls = [{"id": new_id("call_"), "type": "function",
+              "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+             for name, arguments in answer.calls]
     message = {"role": "assistant", "content": answer.text or None,
                **({"reasoning_content": answer.reasoning} if answer.reasoning else {}),
-               **({"tool_calls": demo_calls(answer)} if answer.calls else {})}
-    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
-    return {**base, "object": "chat.completion", "choices": [choice], "usage": demo_usage(body, answer)}
+               **({"tool_calls": calls} if calls else {})}
+    given, thought = len(dump_json(body["messages"])) // 4, len(demo_pieces(answer.reasoning))
+    made = thought + len(demo_pieces(answer.text)) + len(dump_json(calls)) // 4
+    usage = {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made,
+             "completion_tokens_details": {"reasoning_tokens": thought}}
+    finish = answer.finish or ("tool_calls" if calls else "stop")
+    return {"id": new_id("chatcmpl-"), "object": "chat.completion", "created": created,
+            "model": body.get("model"), "usage": usage,
+            "choices": [{"index": 0, "message": message, "finish_reason": finish}]}
 
 
-def demo_deltas(answer: DemoAnswer) -> Iterator[Json]:
-    """The deltas of a streamed answer, arguments in pieces too."""
-    yield {"role": "assistant", "content": ""}
-    for piece in demo_pieces(answer.reasoning):
-        yield {"reasoning_content": piece}
-    for piece in demo_pieces(answer.text):
-        yield {"content": piece}
-    for index, call in enumerate(demo_calls(answer)):
-        arguments = call["function"].pop("arguments")
-        yield {"tool_calls": [{"index": index, **call, "function": {**call["function"], "arguments": ""}}]}
-        for at in range(0, len(arguments), 12):
-            yield {"tool_calls": [{"index": index, "function": {"arguments": arguments[at:at + 12]}}]}
+def demo_chunks(body: Json, whole: Json) -> Iterator[Json]:
+    """The plain answer as a stream of chunks; with usage where it was asked for."""
+    choice = whole["choices"][0]
+    message, base = choice["message"], {**whole, "object": "chat.completion.chunk"}
+    usage = base.pop("usage")
 
+    def chunk(delta: Json, finish: Optional[str] = None) -> Json:
+        return {**base, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
 
-def demo_chunks(body: Json, answer: DemoAnswer, base: Json) -> Iterator[Json]:
-    """The chunks of a streamed answer; usage where it was asked for."""
-    chat = "messages" in body
-    base = {**base, "object": "chat.completion.chunk" if chat else "text_completion"}
-    pieces = [{"delta": delta} for delta in demo_deltas(answer)] if chat else [
-        {"text": piece, "logprobs": None} for piece in demo_pieces(answer.text)]
-    for piece in pieces:
-        yield {**base, "choices": [{"index": 0, **piece, "finish_reason": None}]}
-    nothing: Json = {"delta": {}} if chat else {"text": ""}
-    yield {**base, "choices": [{"index": 0, **nothing, "finish_reason": answer.finish_reason}]}
-    options = body.get("stream_options")
-    if isinstance(options, dict) and options.get("include_usage"):
-        yield {**base, "choices": [], "usage": demo_usage(body, answer)}
+    yield chunk({"role": "assistant", "content": ""})
+    for field in ("reasoning_content", "content"):
+        yield from (chunk({field: piece}) for piece in demo_pieces(message.get(field) or ""))
+    for index, call in enumerate(message.get("tool_calls", ())):
+        function = call["function"]
+        head = {"index": index, **call, "function": {"name": function["name"], "arguments": ""}}
+        yield chunk({"tool_calls": [head]})
+        for at in range(0, len(function["arguments"]), 12):
+            piece = {"arguments": function["arguments"][at:at + 12]}
+            yield chunk({"tool_calls": [{"index": index, "function": piece}]})
+    yield chunk({}, choice["finish_reason"])
+    if (body.get("stream_options") or {}).get("include_usage"):
+        yield {**base, "choices": [], "usage": usage}
 
-
-def demo_embeddings(body: Json) -> Json:
-    """Small vectors of length 1, the same for the same text."""
-    given = body.get("input")
-    texts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
-    size = body.get("dimensions") if isinstance(body.get("dimensions"), int) and 0 < body["dimensions"] <= 4096 else 32
-    data = []
-    for index, text in enumerate(texts):
-        vector = _demo_vector(json.dumps(text), size)
-        packed = base64.b64encode(struct.pack(f"<{size}f", *vector)).decode()
-        data.append({"object": "embedding", "index": index,
-                     "embedding": packed if body.get("encoding_format") == "base64" else vector})
-    count = estimate_tokens(given)
-    return {"object": "list", "data": data, "model": body.get("model"),
-            "usage": {"prompt_tokens": count, "total_tokens": count}}
-
-
-def _demo_vector(text: str, size: int) -> List[float]:
-    noise = hashlib.shake_128(text.encode("utf-8", "replace")).digest(2 * size)
-    raw = [value / 32768 - 1 for value in struct.unpack(f"<{size}H", noise)]
-    length = sum(value * value for value in raw) ** 0.5 or 1.0
-    return [value / length for value in raw]
-
-
-# --- the server
 
 class DemoRequest(NamedTuple):
     """What reached the demo upstream; for tests."""
@@ -17784,151 +17654,99 @@ class DemoRequest(NamedTuple):
     body: Json
 
 
-class DemoUpstream(socketserver.ThreadingTCPServer):
+class DemoUpstream(http.server.ThreadingHTTPServer):
     """A small OpenAI-compatible server on a loopback port.
 
-    `pace_s` lies between two pieces of a stream, `first_s` before an answer; `key` is demanded where given.  `script`
-    holds what to answer to the first requests: DemoAnswers, or functions that make one of the body; then `demo_answer`
-    takes over.  `requests` are the latest that came.
+    `pace_s` lies between two pieces of a stream, `first_s` before an answer.  `script` has the
+    first answers, DemoAnswers or functions of the body; then comes `demo_answer`.
     """
-    daemon_threads, block_on_close = True, False
-    allow_reuse_address, request_queue_size = True, 128
+    daemon_threads, block_on_close, request_queue_size = True, False, 128
 
-    def __init__(self, pace_s: float = 0.03, first_s: float = 0.3, key: str = "",
-                 script: Iterable[Union[DemoAnswer, Callable[[Json], DemoAnswer]]] = (), port: int = 0) -> None:
-        self.pace_s, self.first_s, self.key = pace_s, first_s, key
-        self._script: Iterator[Any] = iter(script)
+    def __init__(self, pace_s: float = 0.03, first_s: float = 0.3,
+                 script: Iterable[Any] = ()) -> None:
+        self.pace_s, self.first_s, self.script = pace_s, first_s, iter(script)
         self.requests: Deque[DemoRequest] = deque(maxlen=100)
-        self.connections: Set[socket.socket] = set()
-        self.closing, self._lock = threading.Event(), threading.Lock()
-        super().__init__(("127.0.0.1", port), _DemoHandler)
+        self.closing = threading.Event()
+        super().__init__(("127.0.0.1", 0), _DemoHandler)
         threading.Thread(target=self.serve_forever, args=(5,), name="demo", daemon=True).start()
 
     @property
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
-    def entry(self, name: str = "demo") -> Json:
-        """It as an entry of `providers`."""
-        return {"name": name, "base_url": self.base_url, "models": list(DEMO_MODELS),
-                **({"api_keys": [self.key]} if self.key else {})}
-
     def settings(self, model: str = "demo") -> Json:
         """Settings that lead everything to it, whatever config.json says."""
-        return {"providers": [self.entry()], "aliases": {}, "default_provider": "demo", "default_model": model,
-                "api_key": ""}
-
-    def answer(self, body: Json) -> DemoAnswer:
-        """The next of the script, else what the demo model says; to a prompt without thinking and tools."""
-        with self._lock:
-            said = next(self._script, demo_answer)
-        if "messages" not in body:
-            body = {"messages": [{"role": "user", "content": str(body.get("prompt") or "")}], "enable_thinking": False,
-                    **{key: body[key] for key in ("max_tokens", "stop") if key in body}}
-        return said(body) if callable(said) else said
-
-    def pause(self, seconds: float) -> bool:
-        """Wait; False when the server is closing."""
-        return not self.closing.wait(seconds)
+        entry = {"name": "demo", "base_url": self.base_url, "models": list(DEMO_MODELS)}
+        return {"providers": [entry], "aliases": {}, "default_provider": "demo",
+                "default_model": model, "api_key": ""}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("the demo upstream lost a client", exc_info=True)
 
     def close(self) -> None:
-        """Stop, and cut off who is connected, so that nothing answers any more."""
-        self.closing.set()
+        self.closing.set()               # ends streams; no other connection outlives its answer
         stop_accepting(self)
-        for connection in list(self.connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
 
 
 class _DemoHandler(http.server.BaseHTTPRequestHandler):
     """One connection to the demo upstream."""
     server: DemoUpstream
-    protocol_version, server_version, sys_version = "HTTP/1.1", "demo", ""
-    disable_nagle_algorithm, timeout = True, 75
-
-    def setup(self) -> None:
-        super().setup()
-        self.server.connections.add(self.connection)
-
-    def finish(self) -> None:
-        self.server.connections.discard(self.connection)
-        super().finish()
+    server_version, sys_version, disable_nagle_algorithm, timeout = "demo", "", True, 75
 
     def log_message(self, format: str, *args: Any) -> None:
         """Hops that lie in this process need no log."""
 
+    def _note(self, body: Json) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.requests.append(DemoRequest(self.command, self.path, headers, body))
+
     def do_GET(self) -> None:
-        if not self._enters({}):
-            return
-        if not self.path.endswith("/models"):
-            return self._fail(404, f"the demo has nothing at {self.path}")
-        data = [{"id": model["id"], "object": "model", "created": 1767225600, "owned_by": "demo"}
-                for model in DEMO_MODELS]
-        self._send(200, {"object": "list", "data": data})
+        self._note({})
+        models = [{"id": model["id"], "object": "model", "created": 1767225600, "owned_by": "demo"}
+                  for model in DEMO_MODELS]
+        if self.path.endswith("/models"):
+            return self._send(200, {"object": "list", "data": models})
+        self._fail(404, f"the demo has nothing at {self.path}")
 
     def do_POST(self) -> None:
+        size = int(self.headers.get("Content-Length") or 0)
         try:
-            body = parse_body(decode_body(self.rfile.read(int(self.headers.get("Content-Length") or 0))))
-            if not self._enters(body):
-                return
-            if self.path.endswith("/embeddings"):
-                return self._send(200, demo_embeddings(body))
-            if not self.path.endswith("/completions"):
+            body = parse_body(decode_body(self.rfile.read(size)))
+            self._note(body)
+            if not self.path.endswith("/chat/completions"):
                 return self._fail(404, f"the demo has nothing at {self.path}")
-            answer = self.server.answer(body)
-        except BadRequest as exc:
-            return self._fail(400, exc.message)
-        except (TypeError, ValueError, KeyError, AttributeError) as exc:     # the demo checks nothing beforehand
-            return self._fail(400, f"the demo can't make sense of this request ({one_line(exc, 80)})")
-        self._say(body, answer)
-
-    def _say(self, body: Json, answer: DemoAnswer) -> None:
-        base = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": body.get("model")}
-        self.server.pause(self.server.first_s)
+            said = next(self.server.script, demo_answer)
+            answer = said(body) if callable(said) else said
+            whole = demo_completion(body, answer, int(time.time()))
+        except (BadRequest, TypeError, ValueError, KeyError, AttributeError) as exc:
+            return self._fail(400, f"the demo can't read this request ({one_line(exc, 80)})")
+        self.server.closing.wait(self.server.first_s)
         if answer.status != 200:
             self._fail(answer.status, answer.text)
         elif body.get("stream") is True:
-            self._stream(demo_chunks(body, answer, base))
+            self._stream(demo_chunks(body, whole))
         else:
-            self._send(200, demo_completion(body, answer, base))
-
-    def _enters(self, body: Json) -> bool:
-        """Note the request; refuse one without the key."""
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.requests.append(DemoRequest(self.command, self.path, headers, body))
-        if self.server.key and headers.get("authorization") != "Bearer " + self.server.key:
-            self._fail(401, "the demo was given a wrong key")
-            return False
-        return True
+            self._send(200, whole)
 
     def _stream(self, chunks: Iterable[Json]) -> None:
-        self._head(200, "text/event-stream", ("Transfer-Encoding", "chunked"))
+        self._head(200, "text/event-stream")
         for chunk in chunks:
-            self._write_chunk(b"data: " + dump_json(chunk) + b"\n\n")
-            if not self.server.pause(self.server.pace_s):
-                self.close_connection = True
+            self.wfile.write(b"data: %s\n\n" % dump_json(chunk))
+            if self.server.closing.wait(self.server.pace_s):
                 return
-        self._write_chunk(b"data: [DONE]\n\n")
-        self.wfile.write(b"0\r\n\r\n")
-
-    def _write_chunk(self, data: bytes) -> None:
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def _fail(self, status: int, message: str) -> None:
-        self._send(status, {"error": {"message": message, "type": error_type(status), "param": None, "code": None}})
+        self._send(status, {"error": {"message": message, "type": error_type(status),
+                                      "param": None, "code": None}})
 
     def _send(self, status: int, value: Json) -> None:
-        data = dump_json(value)
-        self._head(status, "application/json", ("Content-Length", str(len(data))))
-        self.wfile.write(data)
+        self._head(status, "application/json")
+        self.wfile.write(dump_json(value))
 
-    def _head(self, status: int, content_type: str, framing: Tuple[str, str]) -> None:
+    def _head(self, status: int, content_type: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", content_type)
-        self.send_header(*framing)
         self.end_headers()
 
 
