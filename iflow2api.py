@@ -11020,7 +11020,7 @@ class Gateway:
         self.in_flight = 0
         self.origins: Dict[str, str] = {}
         self.problems: List[str] = []
-        self.config_broken = self._must_have_key = False
+        self.config_broken = False
         self.clock, self.pause = clock, pause
         folder = config.folder if config is not None else ""
         self.limits = DayBook(folder and os.path.join(folder, "limits.jsonl"), clock)
@@ -11057,8 +11057,6 @@ class Gateway:
 
     def apply(self, settings: Settings) -> None:
         """Work with `settings` from the next request on; running ones keep theirs."""
-        if self._must_have_key and not settings.custom_api_key and self.settings.custom_api_key:
-            settings = replace(settings, custom_api_key=self.settings.custom_api_key)
         router, door = self.routed(settings), Doorkeeper(settings)
         with self._lock:
             for provider in router.providers.values():
@@ -11201,11 +11199,6 @@ class Gateway:
         if self.settings.admin_password != stored:
             self.flags["admin_password"] = stored
             self.apply(replace(self.settings, admin_password=stored))
-
-    def open_to_network(self) -> None:
-        """From here on there is always a client key, whatever becomes of config.json."""
-        self._must_have_key = True
-        self.ensure_client_key()
 
     def ensure_client_key(self) -> Tuple[str, bool]:
         """The client key, made if there is none, and whether it could be kept for the next start."""
@@ -11911,7 +11904,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             check_own_page(self.headers)
             self.session = None if self.endpoint.public else check_session(self)
         elif not self.endpoint.public:
-            self.key = check_key(self.server.gateway.state, self.headers)
+            self.key = check_key(self.server, self.headers)
             if self.server.gateway.state.door.limited:
                 self.meters = meters_of(self)
         self.endpoint.run(self)
@@ -12219,10 +12212,18 @@ def client_keys(settings: Settings, headers: Mapping[str, str]) -> Iterator[str]
             yield value.partition(" ")[2].strip()        # a custom header may say Bearer too
 
 
-def check_key(state: State, headers: Mapping[str, str]) -> Optional[ClientKey]:
+#: What clients hear, and /health says, once the last key is removed from a server that others reach.
+NO_KEY_LEFT = ("this server is reached from other machines and has no client key, so it answers nobody; "
+               "on its machine, `key add NAME` makes one, or set custom_api_key")
+
+
+def check_key(server: "Server", headers: Mapping[str, str]) -> Optional[ClientKey]:
     """Whose request it is, None where no key is needed; Unauthorized."""
-    if not state.door.required:
+    state = server.gateway.state
+    if not server.needs_key:
         return None
+    if not state.door.required:
+        raise Unauthorized(NO_KEY_LEFT, code="no_client_key")
     given = list(client_keys(state.settings, headers))
     key = state.door.find(given)
     ours = "custom_api_key" if state.settings.custom_api_key else "keys (`key add NAME` makes one)"
@@ -12397,7 +12398,7 @@ def drop_events(handler: Handler) -> None:
 
 
 def show_health(handler: Handler) -> None:
-    handler.respond_json(handler.server.gateway.health())
+    handler.respond_json(handler.server.health())
 
 
 def show_metrics(handler: Handler) -> None:
@@ -12579,11 +12580,12 @@ class Server(Listener):
         self.gateway, self.closing = gateway, threading.Event()
         self._handlers: Set[Handler] = set()
         self._lock = threading.Lock()
-        self.is_local = is_loopback(host)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host.strip("[]"), port), Handler)
+        #: Whether only this machine reaches it: by the address itself, whatever name stood for it.
+        self.is_local = is_loopback(str(self.server_address[0]))
         if not self.is_local:            # now that the address is ours: a start that fails must make no key
-            gateway.open_to_network()
+            gateway.ensure_client_key()
         gateway.upstream.own_ports.add(self.port)
         log.addHandler(gateway.live.log_handler)
         self._thread = threading.Thread(target=self.serve_forever, args=(5,), name="accept", daemon=True)
@@ -12597,6 +12599,18 @@ class Server(Listener):
     def url(self) -> str:
         """Where a client on this machine reaches it."""
         return url_of(self.server_address[0], self.port)
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether clients have to send a key: where one is set, and always where others reach us."""
+        return not self.is_local or self.gateway.state.door.required
+
+    def health(self) -> Json:
+        """Gateway.health, and what it means for clients at this address."""
+        told = self.gateway.health()
+        if self.needs_key and not self.gateway.state.door.required:
+            told["problems"] = [NO_KEY_LEFT, *told["problems"]]
+        return {**told, "needs_key": self.needs_key}
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection; a few beyond the limit get a 503, the rest are closed."""
@@ -13045,7 +13059,7 @@ def next_step(gateway: Gateway) -> str:
 
 def overview_of(server: Server) -> Json:
     gateway = server.gateway
-    return {"health": gateway.health(), "address": server.url, "needs_key": gateway.state.door.required,
+    return {"health": server.health(), "address": server.url, "needs_key": server.needs_key,
             "queue": gateway.queues(), "connections": server.connections, "in_flight": gateway.in_flight,
             "today": today_of(gateway), "limits": limits_of(gateway), "next": next_step(gateway)}
 
@@ -14090,7 +14104,7 @@ def address_for(handler: Handler) -> str:
 def show_clients(handler: Handler) -> None:
     """GET /admin/api/clients: what to copy into each client.  No key is in there, only where it goes."""
     query, gateway = query_of(handler), handler.server.gateway
-    router, needs_key = gateway.current().router, gateway.state.door.required
+    router, needs_key = gateway.current().router, handler.server.needs_key
     model, given = query.get("model") or router.default_model, query.get("key", "")
     if not re.fullmatch(r"[\x21-\x7e]{0,200}", given):
         raise BadRequest("key: printable characters without blanks expected", param="key")
@@ -17773,6 +17787,7 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "none": ("无", "none"),
     "new_key": ("需要密钥（因对外监听 {host} 而新生成）：", "need this key, made because {host} is open to the network:"),
     "key_needed": ("需要密钥 {key}（custom_api_key）", "need the key {key} (custom_api_key)"),
+    "a_key_needed": ("需要客户端密钥（{program} key list）", "need a client key ({program} key list)"),
     "no_key": ("本机访问无需密钥", "need no key on this machine"),
     "logged_in": ("iFlow 已登录", "iFlow: logged in"),
     "not_logged_in": ("iFlow 未登录；登录：{program} login", "iFlow: not logged in; to log in: {program} login"),
@@ -18210,7 +18225,7 @@ CARD_PROVIDERS = 8
 def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
     """What somebody who has just started it has to know, in the lines of a narrow terminal."""
     rows = [(tr("address"), server.url, "green"), *_card_providers(gateway.state.router, CONSOLE.columns - 14),
-            *_card_access(gateway, had_key)]
+            *_card_access(gateway, server, had_key)]
     rows.append((tr("page"), server.url + "/admin", ""))
     if gateway.sessions.is_new:
         rows.append(("", tr("page_code", code=gateway.sessions.code()), "bold"))
@@ -18236,13 +18251,14 @@ def _card_providers(router: Router, room: int) -> List[Tuple[str, str, str]]:
     return [(tr("providers"), *rows[0][1:]), *rows[1:]]
 
 
-def _card_access(gateway: Gateway, had_key: bool) -> List[Tuple[str, str, str]]:
+def _card_access(gateway: Gateway, server: Server, had_key: bool) -> List[Tuple[str, str, str]]:
     """Who may use it, and whether we are logged in at iFlow.  A key made just now is shown once, in full."""
     key = gateway.settings.custom_api_key
     if key and not had_key:
         rows = [(tr("clients"), tr("new_key", host=gateway.settings.host), ""), ("", key, "bold")]
     else:
-        rows = [(tr("clients"), tr("key_needed", key=mask(key)) if key else tr("no_key"), "")]
+        known = tr("key_needed", key=mask(key)) if key else tr("a_key_needed")
+        rows = [(tr("clients"), known if server.needs_key else tr("no_key"), "")]
     logged_in = gateway.health()["iflow_logged_in"]
     return [*rows, (tr("login"), tr("logged_in") if logged_in else tr("not_logged_in"), "")]
 
@@ -19063,7 +19079,8 @@ def _key_remove(args: Any) -> int:
     failed = _change_config(args, lambda raw: raw.update(
         client_keys=[entry for entry in entries_of(raw, "client_keys") if name_of(entry) != name]))
     if not failed and not _gateway_of(args).state.door.required:
-        _say("warning: no key is left, so whoever reaches this server's address may use it")
+        _say("warning: no key is left: clients on this machine need none; a server that others reach "
+             "answers nobody until there is one")
     return failed
 
 

@@ -9696,11 +9696,10 @@ def best_us(work, count=2000):
     return min(times) / count * 1e6
 
 
-def test_what_is_not_used_costs_next_to_nothing(home_routes):
+def test_what_is_not_used_costs_next_to_nothing(home_routes, server):
     """Generous by a factor of ten or so: this is about a lock or a file too many, not about the machine."""
-    state = ifl.State(ifl.Settings(), routed({}), ifl.Doorkeeper(ifl.Settings()))
-    circuit = ifl.Circuit()
-    assert best_us(lambda: ifl.check_key(state, {})) < 10
+    circuit, running = ifl.Circuit(), server(detect_local=False)
+    assert best_us(lambda: ifl.check_key(running, {})) < 10
     assert best_us(lambda: circuit.admits(1)) < 10
     book = ifl.UsageBook(str(home_routes / "usage.jsonl"))
     assert best_us(lambda: add(book), 300) < 300
@@ -10327,17 +10326,65 @@ def test_an_open_address_without_a_config_gets_a_key(server):
     assert running.gateway.settings.custom_api_key and get(running, "/v1/models").status == 401
 
 
-def test_an_open_address_never_loses_its_key(server, config):
-    """The key taken out of config.json must not open the server to the network."""
+@pytest.mark.parametrize("keys", [
+    {"custom_api_key": "sk-only"}, {"client_keys": [key_entry("bob", "sk-only")]}], ids=["custom", "named"])
+@pytest.mark.parametrize("way", ["by hand", "by command", "by the page"])
+def test_an_open_address_without_a_key_any_more_answers_nobody(server, config, upstream, keys, way):
+    """Whoever took the last key away, and nothing is written in answer to it."""
+    rest = {"providers": [provider(upstream)], "admin_password": PASSWORD_HASH, "x": 1}
+    put_config(config, {**rest, **keys})
     running = server(gateway=ifl.Gateway(config=config, environ={}), host="0.0.0.0")
-    key = running.gateway.settings.custom_api_key
-    put_config(config, {"default_model": "x"})
+    assert post(running, chat(), x_api_key="sk-only").status == 200
+    if way == "by hand":
+        put_config(config, rest)
+    elif way == "by the page" and "client_keys" in keys:
+        assert get(running, "/admin/api/keys/bob", "DELETE", Authorization=BASIC).status == 204
+    elif way == "by command" and "client_keys" in keys:
+        assert ifl.main(["key", "remove", "bob"]) == 0
+    elif way == "by command":
+        assert ifl.main(["config", "unset", "custom_api_key"]) == 0
+    else:
+        running.gateway.change_config(lambda raw: [raw.pop(name) for name in keys])
     running.gateway.reload()
-    assert running.gateway.settings.default_model == "x"
-    assert get(running, "/v1/models").status == 401
-    running.gateway.change_config(lambda raw: raw.update(custom_api_key="another-key"))
-    assert get(running, "/v1/models", X_Api_Key="another-key").status == 200
-    assert get(running, "/v1/models", X_Api_Key=key).status == 401
+    written = config.read()
+    for given in ({}, {"x_api_key": "sk-only"}, {"Host": "elsewhere.example"}):
+        refused = post(running, chat(), **given)
+        assert refused.status == 401 and "`key add NAME`" in refused.error["message"], given
+        assert get(running, "/metrics", **given).status == 401
+    health = get(running, "/health").json
+    assert health["needs_key"] and "no client key" in health["problems"][0]
+    assert config.read() == written and not {"custom_api_key"} & set(written)
+    put_config(config, {**written, "client_keys": [key_entry("eve", "sk-new")]})
+    running.gateway.reload()
+    assert post(running, chat(), x_api_key="sk-new").status == 200
+    assert post(running, chat(), x_api_key="sk-only").status == 401
+    assert not get(running, "/health").json["problems"]
+
+
+def test_each_server_decides_by_its_own_address(server, gateway, upstream):
+    made = gateway(upstream)
+    local, open_to_all = server(gateway=made), server(gateway=made, host="0.0.0.0")
+    key = made.settings.custom_api_key
+    assert post(local, chat()).status == post(open_to_all, chat()).status == 401
+    assert post(open_to_all, chat(), x_api_key=key).status == 200
+    made.apply(settings_for([upstream]))
+    assert post(local, chat()).status == 200
+    assert post(open_to_all, chat(), x_api_key=key).status == 401
+
+
+@pytest.mark.parametrize("host, keys, said", [
+    ("127.0.0.1", {}, "need no key"),
+    ("127.0.0.1", {"custom_api_key": "sk-long-secret-key"}, "need the key sk-…"),
+    ("127.0.0.1", {"client_keys": [key_entry("bob", "sk-bob")]}, "need a client key"),
+    ("0.0.0.0", {"client_keys": [key_entry("bob", "sk-bob")]}, "need a client key"),
+    ("0.0.0.0", {"custom_api_key": "sk-long-secret-key"}, "need the key sk-…")])
+def test_card_health_and_page_say_alike_whether_a_key_is_needed(server, gateway, host, keys, said):
+    running = server(gateway=gateway("http://127.0.0.1:9", **keys), host=host)
+    card = "\n".join(ifl._card(running.gateway, running, True))
+    assert said in card and ("need no key" in card) == (not running.needs_key)
+    told = [get(running, "/health").json["needs_key"], ifl.overview_of(running)["needs_key"]]
+    assert told == [running.needs_key] * 2
+    assert get(running, "/v1/models").status == (401 if running.needs_key else 200)
 
 
 # --- endpoints ---------------------------------------------------------------
@@ -12530,13 +12577,10 @@ def test_a_stream_resumes_where_it_broke(admin, upstream):
         ask(*(f"n{number}" for number in range(3, 8)))
 
 
-def test_who_is_slow_is_told_how_much_was_lost(gateway):
-    running = gateway(detect_local=False)
-
-    class Pretend:
-        def __init__(self, gateway):
-            self.gateway, self.url, self.connections = gateway, "http://x", 0
-    viewer = ifl.Viewer(Pretend(running), True, "")
+def test_who_is_slow_is_told_how_much_was_lost(server):
+    serving = server(detect_local=False)
+    running = serving.gateway
+    viewer = ifl.Viewer(serving, True, "")
     viewer.news()
     for number in range(ifl.LOG_LINES + 500):
         running.live.logs.add((1.0, logging.INFO, "x", f"line {number}"))
