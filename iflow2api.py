@@ -61,96 +61,41 @@ if sys.version_info < (3, 9):
     sys.exit("iflow2api needs Python 3.9 or newer; this is %d.%d." % sys.version_info[:2])
 
 
-#: One arena, and large blocks given back at once: memory falls after large requests.  For glibc; others ignore them.
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+def _serve_from_byte_code(code: Any, source: str) -> None:   # iflow2api needs Python 3.9 or newer
+    """Replace a process that is about to serve by one that runs this file's byte code: it takes 10 MB less.
 
-#: In the environment of a process that was restarted: which variables were added for it.
-RESTARTED = "_IFLOW2API_RESTARTED"
-
-#: Letters of the interpreter's flags, by their names in sys.flags.
-INTERPRETER_FLAGS = {"debug": "d", "dont_write_bytecode": "B", "ignore_environment": "E",
-                     "isolated": "I", "no_user_site": "s", "safe_path": "P", "optimize": "O",
-                     "verbose": "v", "bytes_warning": "b", "quiet": "q"}
-
-#: Runs the code in a descriptor.  It imports built-in modules alone: with -c the current folder comes first in sys.path.
-LOADER = """import sys, marshal, posix
-fd, folder, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-code = marshal.loads(b"".join(iter(lambda: posix.read(fd, 1 << 20), b"")))
-posix.close(fd)
-if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    sys.path[0] = folder
-__file__ = sys.argv[0]
-del fd, folder, marshal, posix
-exec(globals().pop("code"))
-"""
-
-
-def _interpreter_flags() -> List[str]:   # iflow2api needs Python 3.9 or newer
-    """The flags that this interpreter was started with."""
-    given = [(letter, int(getattr(sys.flags, name, 0))) for name, letter in INTERPRETER_FLAGS.items()]
-    flags = ["-" + letter * times for letter, times in given if times]
-    flags += ["-u"] if getattr(sys.stdout, "write_through", False) else []
-    flags += ["-W" + option for option in sys.warnoptions]
-    return flags + ["-X" + (name if value is True else f"{name}={value}")
-                    for name, value in sys._xoptions.items()]
-
-
-def _hand_over(data: bytes) -> int:
-    """A descriptor that the next program inherits and reads `data` from; no path leads to it.  OSError."""
-    try:
-        fd = os.memfd_create("iflow2api")
-    except (AttributeError, OSError):    # not Linux, or an old or sandboxed one
-        path = os.path.join(os.environ.get("TMPDIR") or "/tmp", ".iflow2api-" + os.urandom(16).hex())
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.unlink(path)
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(data)
-        os.lseek(fd, 0, os.SEEK_SET)
-        os.set_inheritable(fd, True)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _restart_as_server(frame: Any) -> None:
-    """Replace a process that is about to serve by one that runs the code of `frame`, this module's: it takes less memory.
-
-    Python keeps what compiling a script took until the process ends.  The code is handed over in memory; without
-    `site`, which nothing here needs, the second start is nearly free.  By -m, where Python had byte code, it is for
-    MALLOC alone.  Where it can't be done (Windows, a debugger) the program goes on as it is.
+    Python caches no script, only imports and what `-m` runs, and keeps a script's syntax tree until it ends.  The byte
+    code lies in our own folder.  Without `site`, which nothing here needs, the second start is nearly free.  Where any
+    of it can't be had (Windows, a read-only home) the program goes on as it is.
     """
-    if RESTARTED in os.environ:
-        for name in os.environ.pop(RESTARTED).split(","):
-            os.environ.pop(name, None)   # not for programs that we start
+    if os.name != "posix" or source.endswith(".pyc") or sys.flags.interactive:
         return
-    is_module = __spec__ is not None
-    if (os.name != "posix" or not sys.executable or sys.flags.interactive or sys.flags.inspect
-            or __file__.endswith(".pyc") or not os.path.isfile(__file__) or not is_module and frame.f_back):
-        return
-    added = {name: value for name, value in MALLOC.items() if name not in os.environ}
-    environ = {**os.environ, **added, RESTARTED: ",".join(added)}
-    command = [sys.executable, *_interpreter_flags()]
-    fd = -1
+    if __spec__ is not None and os.path.exists(__spec__.cached or ""):
+        return                           # by -m, from byte code
+    folder = os.environ.get("IFLOW2API_CONFIG_DIR") or os.path.join("~", ".iflow2api")
+    for word, following in zip(sys.argv, sys.argv[1:] + [""]):
+        if word.partition("=")[0] == "--config-dir":
+            folder = word.partition("=")[2] or following
+    cached = os.path.join(os.path.expanduser(folder), "cache", str(sys.implementation.cache_tag), "iflow2api.pyc")
     try:
-        if is_module and os.path.exists(__spec__.cached or ""):
-            command += ["-m", __spec__.name]
-        else:
-            import marshal
-            fd = _hand_over(marshal.dumps(frame.f_code))
-            folder = os.path.dirname(os.path.realpath(__file__))
-            command += ["-S", "-c", LOADER, str(fd), folder, __file__]
-        if added or fd >= 0:
-            os.execve(sys.executable, [*command, *sys.argv[1:]], environ)
-    except (OSError, ValueError):
-        if fd >= 0:
-            os.close(fd)
+        import marshal
+        from importlib.util import MAGIC_NUMBER
+        facts = os.stat(source)
+        head = MAGIC_NUMBER + bytes(4) + (int(facts.st_mtime) & 0xFFFFFFFF).to_bytes(4, "little") + (
+            facts.st_size & 0xFFFFFFFF).to_bytes(4, "little")
+        if not os.path.exists(cached) or open(cached, "rb").read(16) != head or os.stat(cached).st_uid != os.getuid():
+            os.makedirs(os.path.dirname(cached), mode=0o700, exist_ok=True)
+            with open(f"{cached}.{os.getpid()}", "wb") as file:
+                file.write(head + marshal.dumps(code))
+            os.replace(f"{cached}.{os.getpid()}", cached)
+        os.execv(sys.executable, [sys.executable, "-S", cached, *sys.argv[1:]])
+    except (OSError, ValueError, ImportError):
+        return
 
 
 if __name__ == "__main__" and (not sys.argv[1:] or sys.argv[1] == "serve" or sys.argv[1][:2] == "--") and not (
         {"-h", "--help", "--version"} & set(sys.argv)):
-    _restart_as_server(sys._getframe())
+    _serve_from_byte_code(sys._getframe().f_code, __file__)
 
 #: Modules that OpenWrt's python3-light leaves to packages of their own (package lists of 21.02 to 25.12).
 OPENWRT_PACKAGE = {"urllib": "python3-urllib", "email": "python3-urllib", "_ssl": "python3-openssl",
@@ -187,7 +132,7 @@ try:
     from datetime import datetime, timezone
     from email.utils import formatdate, parsedate_to_datetime
     from fnmatch import fnmatchcase
-    from functools import cached_property, lru_cache
+    from functools import cached_property, lru_cache, partial
     from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                         Sequence, Set, Tuple, Union)
 except ImportError as exc:
@@ -619,6 +564,13 @@ def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
             file.truncate()
             file.flush()
             os.fsync(file.fileno())
+
+
+def close_to_others(path: str) -> None:
+    """Take a file's permissions from everybody but its owner, as files of ours had been made before."""
+    with contextlib.suppress(OSError):   # no file yet, somebody else's, or a system without such rights
+        if os.stat(path).st_mode & 0o077:
+            os.chmod(path, 0o600)
 
 
 def _sync_folder(folder: str) -> None:
@@ -2183,6 +2135,8 @@ class Router:
             self.providers[provider.name] = with_iflow_facts(provider, settings)
         if iflow is not None:
             self.providers.setdefault("iflow", iflow)
+        self._listing = {model: provider for provider in reversed(list(self.providers.values()))
+                         for model in provider.models}       #: model -> the first that lists it
         for provider in self.providers.values():
             if provider.problem:
                 self.problems.append(f"provider {provider.name} is disabled: {provider.problem}")
@@ -2349,19 +2303,36 @@ class Router:
         head, slash, rest = model.partition("/")
         if slash and rest and head in self.providers:
             return Target(self.providers[head], rest)
-        for provider in self.providers.values():
-            if model in provider.models:
-                return Target(provider, model)
-        return None
+        lister = self._listing.get(model)
+        return Target(lister, model) if lister is not None else None
+
+    def place_of(self, model: str) -> Target:
+        """Where one name goes, aliases and the client's own names aside; NotLoggedIn."""
+        return self._locate(model, False)[0]
 
 
-def may_use(key: ClientKey, model: str, chain: Sequence[Target]) -> bool:
-    """Whether the key covers the name asked for, or else every place that it leads to."""
-    def covered(name: str) -> bool:
+def may_use(router: Router, key: ClientKey, model: str, chain: Sequence[Target],
+            others: Sequence[Any] = ()) -> bool:
+    """Whether the key covers the name asked for, or else every place that it leads to.
+
+    A plain name among its models stands for the one place where that name leads: `m` is not
+    `other/m`.  `others` are names that the upstream may choose from; each has to be covered.
+    """
+    def covers(name: str) -> bool:
         return any(fits(name, pattern) for pattern in key.models)
 
-    return not key.models or covered(model) or all(
-        covered(target.model) or covered(f"{target.provider.name}/{target.model}") for target in chain)
+    def covers_place(provider: Provider, name: Any) -> bool:
+        if not isinstance(name, str):
+            return False
+        return covers(f"{provider.name}/{name}") or (
+            covers(name) and router.place_of(name).provider is provider)
+
+    if not key.models:
+        return True
+    named = covers(model) or all(covers_place(*target) for target in chain)
+    providers = {target.provider.name: target.provider for target in chain}
+    return named and all(
+        covers_place(provider, name) for provider in providers.values() for name in others)
 
 
 # === 7. Chat and SSE (pure) ==================================================
@@ -8711,10 +8682,11 @@ class Refresher:
     RENEWED_S = 60.0                     #: a key refused again so soon is not an old one
 
     def __init__(self, oauth: OAuth, files: Callable[[], List[LoginFile]], changed: Callable[[], None],
-                 clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic,
+                 log: logging.Logger = log) -> None:
         """`files` are the logins to look after, `changed` is called when one of them was written."""
         self._oauth, self._files, self._changed = oauth, files, changed
-        self._clock, self._monotonic = clock, monotonic
+        self._clock, self._monotonic, self._log = clock, monotonic, log
         self._states: Dict[str, Refreshed] = {}
         self._wake, self._closing = threading.Event(), False
         self._thread: Optional[threading.Thread] = None
@@ -8740,7 +8712,7 @@ class Refresher:
             try:
                 wait_s = self.look()
             except Exception:            # a thread body: logins must be kept whatever happens
-                log.exception("looking after the iFlow login failed")
+                self._log.exception("looking after the iFlow login failed")
             self._wake.wait(wait_s)
             self._wake.clear()
 
@@ -8861,14 +8833,14 @@ class Refresher:
         state.failures = state.failures + 1 if failure else 0
         if failure is None:
             state.next_at = self._monotonic() + self.RENEWED_S
-            log.info("iFlow login %s refreshed", file.account)
+            self._log.info("iFlow login %s refreshed", file.account)
         elif failure.dead:
             state.dead_token, state.failures, state.next_at = token, 0, 0.0
-            log.warning("the iFlow login %s has ended: %s", file.account, state.message)
+            self._log.warning("the iFlow login %s has ended: %s", file.account, state.message)
         else:
             delay_s = (*self.BACKOFF_S, self.LOOK_S)[min(state.failures - 1, len(self.BACKOFF_S))]
             state.next_at = self._monotonic() + delay_s
-            log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s", file.account, delay_s,
+            self._log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s", file.account, delay_s,
                         state.message)
 
     def report(self, logins: Mapping[str, Json]) -> Dict[str, Json]:
@@ -9108,9 +9080,9 @@ class Logins:
     """Logging in, for the command line and the admin page alike; one attempt at a time."""
 
     def __init__(self, config: Optional[ConfigFile], oauth: OAuth, accounts: Callable[[], Iterable[str]],
-                 changed: Callable[[], None]) -> None:
+                 changed: Callable[[], None], log: logging.Logger = log) -> None:
         self._config, self._oauth, self._accounts, self._taken_over = config, oauth, accounts, changed
-        self.refresher = Refresher(oauth, self.files, changed)
+        self.refresher = Refresher(oauth, self.files, changed, log=log)
         self.flow: Optional[LoginFlow] = None
 
     def files(self) -> List[LoginFile]:
@@ -9408,10 +9380,11 @@ class Window:
         self._sum = 0
 
     def used(self, now: float) -> int:
-        marks = self._marks
-        while marks and marks[0] <= now - self.span_s:
-            self._sum -= int(marks[1])
-            del marks[:2]
+        marks, gone = self._marks, 0
+        while gone < len(marks) and marks[gone] <= now - self.span_s:
+            self._sum -= int(marks[gone + 1])
+            gone += 2
+        del marks[:gone]                 # at once: a journal may have left any number of them
         return self._sum
 
     def add(self, now: float, amount: int) -> float:
@@ -9620,6 +9593,10 @@ class Conversations:
         return known
 
 
+#: A model's name is kept under so many of its characters.
+SCALE_NAME_CHARS = 200
+
+
 class TokenScale:
     """What models count for what we estimate: learnt from each answer's prompt_tokens, kept over a restart.
 
@@ -9631,19 +9608,23 @@ class TokenScale:
     SURE, EVERY = 10, 8                  #: after so many answers only each EVERYth is estimated for this alone
     WRITE_S = 5.0
 
-    def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic,
+                 log: logging.Logger = log) -> None:
         self._path, self._clock, self._written_at, self._dirty = path, clock, -1e9, False
+        self._log = log
         self._lock = threading.Lock()
         self._sums: Dict[str, List[float]] = self._load()        #: model -> estimated, counted, answers
 
     def _load(self) -> Dict[str, List[float]]:
+        close_to_others(self._path)
         try:
             raw = read_json_file(self._path) if self._path else {}
         except ConfigBroken:             # it will be learnt again
             return {}
-        return {name: [float(number) for number in row] for name, row in raw.items()
-                if isinstance(row, list) and len(row) == 3
-                and all(isinstance(number, (int, float)) and 0 < number < 1e12 for number in row)}
+        sound = {name[:SCALE_NAME_CHARS]: [float(number) for number in row] for name, row in raw.items()
+                 if isinstance(row, list) and len(row) == 3
+                 and all(isinstance(number, (int, float)) and 0 < number < 1e12 for number in row)}
+        return dict(list(sound.items())[-self.LIMIT:])
 
     def scaled(self, model: str, estimate: int) -> int:
         """`estimate` as the model would count it."""
@@ -9678,7 +9659,7 @@ class TokenScale:
                 write_file(self._path, dump_json({name: [round(number, 1) for number in row]
                                                   for name, row in self._sums.items()}))
             except OSError as exc:
-                log.warning("%s: %s (what was learnt of token counts lasts for this run)", self._path,
+                self._log.warning("%s: %s (what was learnt of token counts lasts for this run)", self._path,
                             exc.strerror or exc)
                 self._path = ""
 
@@ -9718,12 +9699,15 @@ class ResponseStore:
     """
     LIMIT, LIMIT_BYTES, KEPT_S = 1000, 32 << 20, 24 * 3600
 
-    def __init__(self, path: str = "", clock: Callable[[], float] = time.time) -> None:
-        self._clock, self._path = clock, os.path.expanduser(path)
+    def __init__(self, path: str = "", clock: Callable[[], float] = time.time,
+                 log: logging.Logger = log) -> None:
+        self._clock, self._path, self._log = clock, os.path.expanduser(path), log
         self._kept: Dict[str, _Kept] = {}
         self._size, self._lock = 0, threading.Lock()
+        self._items: Dict[str, Dict[str, Json]] = {}     #: owner -> item id -> item, as of the last look
         self._written = 0
         if path:
+            close_to_others(self._path)
             self._load()
 
     def _load(self) -> None:
@@ -9759,7 +9743,7 @@ class ResponseStore:
                 file.write(line)
             self._written += len(line)
         except OSError as exc:
-            log.warning("responses_file %s can't be written: %s", self._path, exc.strerror or exc)
+            self._log.warning("responses_file %s can't be written: %s", self._path, exc.strerror or exc)
 
     def keep(self, response: Json, items: List[Json], owner: str = "", carriers: Optional[Json] = None) -> None:
         """`items` are the whole input, of earlier responses, too."""
@@ -9767,6 +9751,7 @@ class ResponseStore:
         with self._lock:
             kept = self._kept[response["id"]] = _Kept(self._clock(), size, response, items, owner, carriers or {})
             self._size += size
+            self._items = {}
             self._trim()
             if self._path:
                 self._write(kept.line())
@@ -9779,7 +9764,7 @@ class ResponseStore:
             self._drop(ident)
 
     def _drop(self, ident: str) -> bool:
-        found = self._kept.pop(ident, None)
+        found, self._items = self._kept.pop(ident, None), {}
         self._size -= found.size if found else 0
         return found is not None
 
@@ -9803,9 +9788,11 @@ class ResponseStore:
     def item(self, ident: str, owner: str = "") -> Optional[Json]:
         """One item by its id, for `item_reference`."""
         with self._lock:
-            kept = [entry for entry in self._kept.values() if entry.owner == owner]
-        return next((item for entry in reversed(kept) for item in reversed(entry.conversation)
-                     if item.get("id") == ident), None)
+            if owner not in self._items:         # a request may name any number of them
+                self._items[owner] = {
+                    item["id"]: item for entry in self._kept.values() if entry.owner == owner
+                    for item in entry.conversation if isinstance(item.get("id"), str)}
+            return self._items[owner].get(ident)
 
 
 class Metrics:
@@ -9879,6 +9866,8 @@ class Metrics:
 USAGE_COUNTS = ("requests", "errors", "input", "output", "cached", "reasoning", "estimated", "streams", "first_ms",
                 "total_ms")
 USAGE_NAMES = ("day", "model", "provider", "key")
+#: Of a name that a client or a file made up so many characters count.
+USAGE_NAME_CHARS = 100
 
 UsageName = Tuple[str, str, str, str]
 
@@ -9892,7 +9881,7 @@ def parse_usage_line(line: bytes) -> Tuple[UsageName, List[int]]:
     counts = [row.get(name, 0) for name in USAGE_COUNTS]
     if any(type(name) is not str for name in names) or any(type(count) is not int or not 0 <= count < 10 ** 15 for count in counts):
         raise ValueError("no usage")
-    return names, counts             # type: ignore[return-value]
+    return tuple(name[:USAGE_NAME_CHARS] for name in names), counts      # type: ignore[return-value]
 
 
 def format_usage_line(names: UsageName, counts: Sequence[int]) -> bytes:
@@ -9914,7 +9903,7 @@ class LineFile:
     WHAT = ""                            #: what is counted, in words
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path, self.log = path, log
         self.problems: List[str] = []
         self._handle, self._lines, self._needed, self._loaded = -1, 0, 0, not path
         self._waiting: List[bytes] = []
@@ -9941,6 +9930,7 @@ class LineFile:
         if self._loaded:
             return
         self._loaded = True
+        close_to_others(self.path)
         try:
             with open(self.path, "rb") as file:
                 for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT), b""), 1):
@@ -9995,7 +9985,7 @@ class LineFile:
                 self._compact()
         except OSError as exc:
             self._give_up(exc)
-            log.warning("%s", self.problems[-1])
+            self.log.warning("%s", self.problems[-1])
 
     def _open(self) -> None:
         self._shut()
@@ -10242,6 +10232,20 @@ class Ring:
         return lost, list(enumerate(found, number + lost + 1))
 
 
+class GatewayLog(logging.Logger):
+    """The log of one gateway, with a level of its own; its lines go on to the program's log.
+
+    It is not registered anywhere, so that it goes with its gateway and no other one writes into it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(log.name, logging.INFO)
+        self.parent = log
+
+    def isEnabledFor(self, level: int) -> bool:
+        return level >= self.level       # Logger's own remembers the answer, here even for ever
+
+
 class LogRing(logging.Handler):
     """The last lines of the log, for the page: (epoch seconds, level, logger, text); redacted when they are read."""
 
@@ -10456,8 +10460,9 @@ class Sessions:
 class FileWatch:
     """Calls back, on a thread of its own, when one of some files has changed on disk."""
 
-    def __init__(self, paths: Sequence[str], changed: Callable[[], None], every_s: float = 2.0) -> None:
-        self._paths, self._changed, self._every_s = paths, changed, every_s
+    def __init__(self, paths: Sequence[str], changed: Callable[[], None], every_s: float = 2.0,
+                 log: logging.Logger = log) -> None:
+        self._paths, self._changed, self._every_s, self._log = paths, changed, every_s, log
         self._stamps = self._look()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="file-watch", daemon=True)
@@ -10474,7 +10479,7 @@ class FileWatch:
                 try:
                     self._changed()
                 except Exception:        # a thread body: it must outlive whatever a file makes of it
-                    log.exception("taking over a changed file failed")
+                    self._log.exception("taking over a changed file failed")
 
     def close(self) -> None:
         self._stop.set()
@@ -10483,11 +10488,12 @@ class FileWatch:
 
 # === 14. Gateway =============================================================
 
-def _lasting_key(path: str) -> bytes:
+def _lasting_key(path: str, log: logging.Logger) -> bytes:
     """32 random bytes, kept in `path` where that can be done."""
+    close_to_others(path)
     with contextlib.suppress(OSError):
         with open(path, "rb") as file:
-            key = file.read()
+            key = file.read(33)
         if len(key) == 32:
             return key
     key = secrets.token_bytes(32)
@@ -10636,14 +10642,7 @@ def header_returns(name: str) -> bool:
 
 def scale_name(target: Target) -> str:
     """What token counts are kept under."""
-    return f"{target.provider.name}/{target.model}"[:200]
-
-
-def own_log(level: str) -> logging.Logger:
-    """A logger with a level of its own in front of the program's; unregistered, so that it goes with its gateway."""
-    made = logging.Logger(log.name, level.upper())
-    made.parent = log
-    return made
+    return f"{target.provider.name}/{target.model}"[:SCALE_NAME_CHARS]
 
 
 class State(NamedTuple):
@@ -10651,6 +10650,36 @@ class State(NamedTuple):
     settings: Settings
     router: Router
     door: Doorkeeper
+
+    def chain_for(self, call: Call) -> List[Target]:
+        """The targets of a call; BadRequest, NotLoggedIn, Forbidden where its key may not use the model."""
+        chain, key = self.router.resolve(call.model, call.dialect.foreign, call), call.key
+        if key is None or not key.models:
+            return chain
+        others = [] if call.dialect.foreign or "models" not in call.body else models_in(call.text)
+        if may_use(self.router, key, self.router.named(call.model), chain, others):
+            return chain
+        also = " with these `models`" if others else ""
+        raise Forbidden(f"the key {key.name} may not use the model {one_line(call.model, 100)}{also}; "
+                        "it may use " + ", ".join(key.models), code="model_not_allowed", param="model")
+
+
+def models_in(text: str) -> List[Any]:
+    """The entries of OpenRouter's `models` in a body: names that the upstream may choose from.
+
+    Of a field that stands there twice all count: who reads it next may take the first or the last.
+    """
+    found: List[Any] = []
+
+    def note(pairs: List[Tuple[str, Any]]) -> None:      # called for the outermost object last
+        found[:] = [value for name, value in pairs if name == "models"]
+
+    try:
+        json.loads(text, object_pairs_hook=note)
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    return [name for value in found if value is not None
+            for name in (value if isinstance(value, list) else [value])]
 
 
 def read_refusal(exchange: Exchange, provider: Provider) -> UpstreamError:
@@ -10701,10 +10730,7 @@ class Journey:
 
     def _try_targets(self) -> None:
         """The chain of targets, and after a pause those again that may do better then, as often as `retry` allows."""
-        chain = self.state.router.resolve(self.call.model, self.call.dialect.foreign, self.call)
-        if self.call.key is not None and not may_use(self.call.key, self.state.router.named(self.call.model), chain):
-            raise Forbidden(f"the key {self.call.key.name} may not use the model {one_line(self.call.model, 100)}; "
-                            "it may use " + ", ".join(self.call.key.models), code="model_not_allowed", param="model")
+        chain = self.state.chain_for(self.call)
         began, waiting = self.gateway.clock(), []
         for number in range(RETRY_FIELDS["count"][2] + 1):
             error, again = self._try_chain(chain)
@@ -11060,16 +11086,19 @@ class Gateway:
                  clock: Callable[[], float] = time.monotonic,
                  pause: Callable[[Caller, float], None] = wait_for) -> None:
         self.config, self.flags = config, dict(flags or {})
-        self.log, self._leads_log = own_log("info"), False
+        self.log, self._leads_log = GatewayLog(), False
         self.environ = os.environ if environ is None else environ
+        self.live = Live()
+        self.log.addHandler(self.live.log_handler)
         self.upstream, self.metrics = Upstream(), Metrics()
         self.reasoning, self.conversations = ReasoningCache(), Conversations()
-        self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "")
+        self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "",
+                                log=self.log)
         self.caps: Dict[str, int] = {}  #: by scale_name: most output tokens, as refusals have told
         self._skipped: Set[str] = set()  #: types of blocks that were logged as skipped
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         oauth = OAuth(self.upstream, lambda: self.settings)
-        self.logins = Logins(config, oauth, lambda: self.settings.accounts, self.reload)
+        self.logins = Logins(config, oauth, lambda: self.settings.accounts, self.reload, self.log)
         self._seal: Optional[Seal] = None
         self.started_at = time.time()
         self.in_flight = 0
@@ -11081,7 +11110,8 @@ class Gateway:
         self.limits = DayBook(folder and os.path.join(folder, "limits.jsonl"), clock)
         self.limiter = RateLimiter(clock, self.limits)
         self.usage = UsageBook(folder and os.path.join(folder, "usage.jsonl"))
-        self.live, self.series = Live(), Series()
+        self.limits.log = self.usage.log = self.log
+        self.series = Series()
         self.sessions = Sessions(lambda: self.settings.admin_password, clock)
         self.versions = ConfigVersions()
         #: called whenever settings have been taken over
@@ -11102,7 +11132,7 @@ class Gateway:
             raw, broken = config.recover()
             self.config_broken = bool(broken)
             self._take_over(load_settings(raw, self.environ, self.flags), broken + config.locked + self._read_login())
-        self.responses = ResponseStore(self.settings.responses_file)
+        self.responses = ResponseStore(self.settings.responses_file, log=self.log)
 
     @property
     def settings(self) -> Settings:
@@ -11123,16 +11153,17 @@ class Gateway:
                     name: provider.base_url for name, provider in before.items()}:
                 self._lists = {}
             self.state = State(settings, router, door)
-        if logging.getLevelName(self.log.level) != settings.log_level.upper():
-            self.log = own_log(settings.log_level)
-            if self._leads_log:
-                log.setLevel(self.log.level)
+        self.log.setLevel(settings.log_level.upper())
+        if self._leads_log:
+            log.setLevel(self.log.level)
         for tell in self.listeners:
             tell()
 
     def lead_log(self) -> None:
-        """This gateway is the whole program: its log_level counts for what everything else has to say, too."""
+        """This gateway is the whole program: its level and its page are for all that is logged."""
         self._leads_log = True
+        self.log.removeHandler(self.live.log_handler)
+        log.addHandler(self.live.log_handler)
         log.setLevel(self.log.level)
 
     def _equip(self, provider: Provider) -> None:
@@ -11226,7 +11257,8 @@ class Gateway:
     def watch_files(self) -> None:
         """Reload when config.json or the CLI's file changes on disk, and keep logins fresh."""
         if self.config is not None and self._watch is None:
-            self._watch = FileWatch([self.config.path, os.path.expanduser(IFLOW_FILE)], self._files_changed)
+            self._watch = FileWatch([self.config.path, os.path.expanduser(IFLOW_FILE)], self._files_changed,
+                                    log=self.log)
             if "providers" not in self.flags:
                 self.logins.refresher.start()
 
@@ -11250,7 +11282,7 @@ class Gateway:
         try:
             self.change_config(lambda raw: raw.update(admin_password=stored))
         except OSError as exc:
-            log.warning("the page's password can't be stored: %s", exc.strerror or exc)
+            self.log.warning("the page's password can't be stored: %s", exc.strerror or exc)
         if self.settings.admin_password != stored:
             self.flags["admin_password"] = stored
             self.apply(replace(self.settings, admin_password=stored))
@@ -11277,7 +11309,7 @@ class Gateway:
         """What reasoning is sealed with on its way through clients; where there is a folder, its key is kept there."""
         if self._seal is None:
             path = os.path.join(self.config.folder, "seal.key") if self.config is not None else ""
-            self._seal = Seal(_lasting_key(path) if path else secrets.token_bytes(32))
+            self._seal = Seal(_lasting_key(path, self.log) if path else secrets.token_bytes(32))
         return self._seal
 
     # engines on this machine
@@ -11381,19 +11413,26 @@ class Gateway:
 
     def tell_skipped(self, kinds: Sequence[str], call: Call) -> None:
         """Log types of content that nobody here knows, once each."""
-        for kind in set(kinds) - self._skipped if len(self._skipped) < 50 else ():
+        shown = {kind[:60] for kind in kinds} if len(self._skipped) < 50 else set()
+        for kind in shown - self._skipped:
             self._skipped.add(kind)
             self.log.info("%s content of the type %r means nothing here and is left out", call.request_id[4:12],
                           one_line(kind, 60))
 
-    def count_tokens(self, body: Json, estimate: int) -> int:
-        """`estimate` for a Messages request, as the model counts it that the request would go to."""
+    def check_count(self, call: Call) -> Optional[Target]:
+        """Where a request would go whose tokens are to be counted; Forbidden.  None where it leads nowhere."""
+        if call.model is not None and not isinstance(call.model, str):
+            return None
         try:
-            model = body.get("model")
-            chain = self.current(look=False).router.resolve(model if isinstance(model, str) else None, True)
+            return next(iter(self.current(look=False).chain_for(call)), None)
+        except Forbidden:
+            raise
         except GatewayError:
-            return estimate
-        return self.scale.scaled(scale_name(chain[0]), estimate) if chain else estimate
+            return None
+
+    def scaled(self, target: Optional[Target], estimate: int) -> int:
+        """`estimate` as the model counts at its provider, as far as that is known."""
+        return self.scale.scaled(scale_name(target), estimate) if target is not None else estimate
 
     def account_of(self, provider: Provider, key: str) -> Optional[str]:
         """The login that a key of the provider iflow comes from, None where it comes from elsewhere."""
@@ -11429,7 +11468,7 @@ class Gateway:
                     found.setdefault(model if plain else f"{name}/{model}", name)
         if key is not None and key.models:
             found = {model: owner for model, owner in found.items()
-                     if may_use(key, model, router.resolve(model, model in more))}
+                     if may_use(router, key, model, router.resolve(model, model in more))}
         return [self._listed(model, owner or "iflow2api") for model, owner in found.items()]
 
     def _listed(self, name: str, owner: str) -> Json:
@@ -11439,10 +11478,11 @@ class Gateway:
         """What a name stands for: listed, redirected, or `provider/name` of a listed one; None for what is unknown."""
         models, (head, _, rest) = self.models(key, [name]), name.partition("/")
         listed = next((model for model in models if model["id"] == name), None)
-        target = self.current(look=False).router.claimed(name)
+        router = self.current(look=False).router
+        target = router.claimed(name)
         if listed or target is None or (target.provider.name, target.model) != (head, rest):
             return listed
-        if key is not None and not may_use(key, name, [target]):
+        if key is not None and not may_use(router, key, name, [target]):
             return None
         its = [model["id"] for model in models if model["owned_by"] == head]
         return None if its and rest not in its else self._listed(name, head)
@@ -11592,6 +11632,7 @@ class Gateway:
         return gauges
 
     def close(self) -> None:
+        log.removeHandler(self.live.log_handler)
         if self._watch is not None:
             self._watch.close()
         self.logins.close()
@@ -12396,19 +12437,24 @@ def answer_call(handler: Handler) -> None:
 
 
 def count_tokens(handler: Handler) -> None:
-    """POST /v1/messages/count_tokens: an estimate, never a request upstream (anthropic-messages.md section 9)."""
-    body = handler.read_json()
-    if not isinstance(body.get("messages"), list) or not body["messages"]:
-        raise BadRequest("messages: a list with at least one message is required", param="messages")
-    handler.respond_json({"input_tokens": handler.server.gateway.count_tokens(body, count_message_tokens(body))})
+    """POST …/count_tokens and …/input_tokens: an estimate, never a request upstream.
 
-
-def count_input_tokens(handler: Handler) -> None:
-    body = handler.read_json()
+    It counts as a request and keeps to the key's models (anthropic-messages.md section 9).
+    """
     gateway, owner = handler.server.gateway, owner_of(handler.key)
-    tokens = count_response_tokens(body, lambda ident: gateway.responses.recall(ident, owner),
-                                   lambda ident: gateway.responses.item(ident, owner), gateway.seal())
-    handler.respond_json({"object": "response.input_tokens", "input_tokens": tokens})
+    with gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
+        text = decode_body(handler.read_body())
+        body = parse_body(text)
+        call = Call(handler.endpoint.dialect, body, text, handler.headers, handler.request_id, handler.key)
+        target = gateway.check_count(call)
+        if call.dialect is RESPONSES:
+            tokens = count_response_tokens(
+                body, lambda ident: gateway.responses.recall(ident, owner),
+                lambda ident: gateway.responses.item(ident, owner), gateway.seal())
+            return handler.respond_json({"object": "response.input_tokens", "input_tokens": tokens})
+        if not isinstance(body.get("messages"), list) or not body["messages"]:
+            raise BadRequest("messages: a list with at least one message is required", param="messages")
+        handler.respond_json({"input_tokens": gateway.scaled(target, count_message_tokens(body))})
 
 
 def kept_response(handler: Handler) -> None:
@@ -12571,7 +12617,7 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/messages/count_tokens": {"POST": Route(count_tokens, MESSAGES)},
     "/responses": {"POST": Route(answer_call, RESPONSES)},
     "/responses/compact": {"POST": Route(answer_call, COMPACT)},
-    "/responses/input_tokens": {"POST": Route(count_input_tokens, RESPONSES)},
+    "/responses/input_tokens": {"POST": Route(count_tokens, RESPONSES)},
     "/responses/": {method: Route(kept_response, RESPONSES) for method in ("GET", "DELETE", "POST")},
     "/api/event_logging/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
     "/api/event_logging/v2/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
@@ -12642,7 +12688,6 @@ class Server(Listener):
         if not self.is_local:            # now that the address is ours: a start that fails must make no key
             gateway.ensure_client_key()
         gateway.upstream.own_ports.add(self.port)
-        log.addHandler(gateway.live.log_handler)
         self._thread = threading.Thread(target=self.serve_forever, args=(5,), name="accept", daemon=True)
         self._thread.start()
 
@@ -12699,7 +12744,7 @@ class Server(Listener):
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.exception("a connection failed")
+        self.gateway.log.exception("a connection failed")
 
     def close(self, drain_s: float = 0.0) -> None:
         """Accept nothing more, let running answers end for `drain_s`, then cut them off."""
@@ -12711,7 +12756,6 @@ class Server(Listener):
         self.gateway.upstream.end_all(Stopping("the server is shutting down"))
         self._wait_for_handlers(self.LAST_WORDS_S)
         self._cut(lambda handler: True)
-        log.removeHandler(self.gateway.live.log_handler)
         self.gateway.upstream.own_ports.discard(self.port)
         self.gateway.close()
 
@@ -12956,7 +13000,7 @@ def document_facts(handler: Handler) -> Tuple[int, str, bool]:
               headers.get("accept-language", "").strip().lower()[:2])
     language = next((word for word in wanted if word in ("zh", "en")), "en")
     return (("zh", "en").index(language), gateway.settings.custom_auth_header.lower(),
-            gateway.state.door.required)
+            handler.server.needs_key)
 
 
 def show_openapi(handler: Handler) -> None:

@@ -748,153 +748,6 @@ def test_a_program_from_standard_input_says_what_is_wrong(home):
     assert done.returncode == 2 and "--port" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-# --- starting ----------------------------------------------------------------
-
-#: The program's preamble, and then what it has become.
-PROBE = SOURCE[:SOURCE.index("#: Modules that OpenWrt")] + """
-import base64, json
-flags = {name: getattr(sys.flags, name) for name in dir(sys.flags) if name[0] != "_"}
-print(json.dumps({"flags": {name: value for name, value in flags.items() if isinstance(value, int)},
-                  "argv": sys.argv, "file": __file__, "path": sys.path[0], "name": __name__, "base64": base64.__file__,
-                  "warn": sys.warnoptions, "unbuffered": sys.stdout.write_through, "is_loaded": "site" not in sys.modules,
-                  "malloc": {name: value for name, value in os.environ.items() if "MALLOC" in name or "RESTART" in name},
-                  "open": os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []}))
-"""
-
-
-@pytest.fixture
-def probe(tmp_path):
-    """probe(*interpreter flags, …) -> what PROBE prints, started as a user starts the program."""
-    folder = tmp_path / "place with blank"
-    folder.mkdir()
-    path = folder / "probe.py"
-
-    def start(*flags, argv=("--port", "1"), text=PROBE, by_module=False, cwd=None, **environ):
-        path.write_text(text, encoding="utf-8")
-        own = {name: value for name, value in os.environ.items() if name not in (
-            "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")}
-        started = ["-m", "probe"] if by_module else [str(path)]
-        done = subprocess.run([sys.executable, *flags, *started, *argv], capture_output=True, text=True, timeout=30,
-                              cwd=str(cwd or folder), env={**own, **environ}, stdin=subprocess.DEVNULL)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    start.path = path
-    return start
-
-
-@posix
-def test_a_start_hands_its_code_over(probe):
-    """In memory: nothing is written, and what the process sees is what a script sees."""
-    found = probe()
-    assert found["is_loaded"] and found["name"] == "__main__"
-    assert found["argv"] == [str(probe.path), "--port", "1"] and found["file"] == str(probe.path)
-    assert found["path"] == str(probe.path.parent) and os.listdir(probe.path.parent) == ["probe.py"]
-    assert len(found["open"]) <= 4                       # 0 to 2, and the listing
-    assert not probe(argv=["status"])["is_loaded"] and not probe(argv=["--help"])["is_loaded"]
-
-
-@posix
-@pytest.mark.parametrize("flags, held", [
-    (["-I"], {"isolated": 1}), (["-B"], {"dont_write_bytecode": 1}), (["-u"], {}), (["-OO"], {"optimize": 2}),
-    (["-E", "-s"], {"ignore_environment": 1, "no_user_site": 1}), (["-X", "utf8", "-bb"], {"utf8_mode": 1, "bytes_warning": 2}),
-    (["-W", "error::ResourceWarning", "-X", "dev"], {"dev_mode": True}),
-    pytest.param(["-P"], {"safe_path": True}, marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="new in 3.11"))])
-def test_the_interpreters_flags_are_kept(probe, flags, held):
-    found = probe(*flags)
-    assert found["is_loaded"] and {name: found["flags"][name] for name in held} == held
-    assert found["unbuffered"] == ("-u" in flags)
-    assert ("error::ResourceWarning" in found["warn"]) == ("-W" in flags)
-    safe = bool(found["flags"].get("safe_path") or found["flags"]["isolated"])
-    assert (found["path"] == str(probe.path.parent)) != safe
-
-
-@posix
-@pytest.mark.parametrize("has_memfd", [True, False])
-def test_no_folder_that_others_write_is_imported_from(probe, tmp_path, has_memfd):
-    hostile = tmp_path / "hostile"
-    hostile.mkdir()
-    for name in ("base64", "os", "marshal", "posix", "sys", "site", "re", "encodings"):
-        (hostile / f"{name}.py").write_text("import os; os._exit(66)\n")
-    without = PROBE.replace("import sys\n", "import sys\nvars(os).pop('memfd_create', None)\n", 1)
-    text = PROBE if has_memfd else without
-    before = sorted(os.listdir(hostile))
-    found = probe(text=text, cwd=hostile, TMPDIR=str(hostile))
-    assert found["is_loaded"] and not found["base64"].startswith(str(hostile)) and sorted(os.listdir(hostile)) == before
-
-
-@posix
-@pytest.mark.parametrize("hindrance", ["vars(os).pop('memfd_create', None); os.environ['TMPDIR'] = '/no/such/folder'",
-                                       "sys.executable = ''", "sys.executable = '/no/such/python'", "os.name = 'nt'",
-                                       "os.set_inheritable = lambda *_: os.stat('/no/such/file')"])
-def test_a_start_that_can_not_be_replaced_goes_on(probe, hindrance):
-    found = probe(text=PROBE.replace("import sys\n", f"import sys\n{hindrance}\n", 1))
-    assert not found["is_loaded"] and found["malloc"] == {} and len(found["open"]) <= 4
-
-
-@posix
-def test_an_edited_file_is_run_as_it_is_now(probe):
-    """Of the same size and time, and after one that could not be read to its end."""
-    for text in ("one", "two"):
-        os.utime(probe.path, (1, 1)) if probe.path.exists() else None
-        assert probe(text=PROBE.replace('"name": __name__', f'"name": "{text}"'))["name"] == text
-    with pytest.raises(AssertionError, match="SyntaxError"):
-        probe(text=PROBE[:-40])
-    assert probe()["name"] == "__main__"
-
-
-@posix
-@pytest.mark.parametrize("by_module", [False, True])
-def test_malloc_is_told_for_this_process_alone(probe, by_module):
-    look = PROBE + "print(open('/proc/self/environ').read().count('MALLOC_'), file=sys.stderr)\n"
-    assert probe(by_module=by_module)["malloc"] == {}
-    own = probe(by_module=by_module, MALLOC_ARENA_MAX="4")["malloc"]
-    assert own == {"MALLOC_ARENA_MAX": "4"}              # the user's
-    if os.path.exists("/proc/self/environ"):
-        done = subprocess.run([sys.executable, "-", "--x"], input=look, capture_output=True, text=True, timeout=30)
-        assert done.stderr == "0\n"                      # no file, so no start of our own
-        probe.path.write_text(look)
-        done = subprocess.run([sys.executable, str(probe.path)], capture_output=True, text=True, timeout=30)
-        assert done.stderr == "4\n"                      # twice in the one that says which are ours
-
-
-@posix
-def test_by_module_it_starts_by_module_again(probe):
-    found = probe(by_module=True)
-    assert not found["is_loaded"] and found["argv"] == [str(probe.path), "--port", "1"]
-    assert probe("-B", by_module=True, PYTHONPYCACHEPREFIX=str(probe.path.parent / "none"))["is_loaded"]
-
-
-@posix
-def test_a_traceback_names_the_source(probe):
-    with pytest.raises(AssertionError, match=r'probe\.py", line \d+, in <module>(?s:.*)ZeroDivisionError'):
-        probe(text=PROBE + "1 / 0\n")
-
-
-@linux
-def test_a_server_is_small_with_a_home_that_can_not_be_written(home):
-    """And `ps` names the file."""
-    with started(PROGRAM, "--demo", "--port", "0", "--no-browser", HOME="/proc/1") as (process, url):
-        assert json.loads(urllib.request.urlopen(url + "/health").read())["status"] == "healthy"
-        with open(f"/proc/{process.pid}/cmdline", "rb") as file:
-            assert PROGRAM.encode() in file.read()
-        with open(f"/proc/{process.pid}/statm") as file:
-            assert int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") < 34 << 20
-
-
-@contextlib.contextmanager
-def started(*argv, **environ):
-    """The program in a process of its own, and its address."""
-    process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               env={**os.environ, **environ})
-    try:
-        yield process, process.stdout.readline().decode().split()[-1]
-    finally:
-        process.terminate()
-        process.wait(WAIT_S)
-        process.stdout.close()
-
-
 # === 3. Errors ===============================================================
 
 def test_errors_carry_status_code_and_facts():
@@ -7365,6 +7218,102 @@ def test_a_watch_outlives_what_a_file_makes_of_it(home, log_lines):
     log_lines.clear()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+@pytest.mark.parametrize("name", ["usage.jsonl", "limits.jsonl", "tokens.json", "seal.key"])
+def test_a_file_that_others_could_read_is_closed_to_them(server, home, config, upstream, name):
+    keys = [key_entry("bob", "sk", rpd=9)]
+    put_config(config, {"providers": [provider(upstream)], "client_keys": keys})
+    path = home / ".iflow2api" / name
+    path.write_bytes({"tokens.json": b"{}", "seal.key": b"k" * 32}.get(name, b""))
+    path.chmod(0o644)
+    running = server(gateway=ifl.Gateway(config=config, environ={}))
+    running.gateway.seal()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+# --- time is linear ----------------------------------------------------------
+
+def _journal(line):
+    def made(size, home):
+        path = home / f"{size}.jsonl"
+        path.write_bytes(b"".join(line(number) for number in range(size)))
+        return str(path)
+    return made
+
+
+def _usage_line(number):
+    return b'{"day":"2026-01-01","model":"m%d","provider":"p","key":"","requests":1}\n' % number
+
+
+def _read_usage(path):
+    ifl.UsageBook(path).load()
+
+
+def _limit_line(number):
+    return b'["key","rpd",%d,1]\n' % (time.time() - 80_000 + number / 10)
+
+
+def _read_limits(path):
+    window = ifl.DayBook(path).window("key", "rpd")
+    window.used(time.monotonic() + 86_400)
+    return window
+
+
+def _list_router(size, home):
+    entry = provider("http://h", models=[f"m{number}" for number in range(size)])
+    return entry, [f"m{number}" for number in range(0, size, 2)]
+
+
+def _route_all(made):
+    router = ifl.Router(ifl.Settings(providers=[made[0]]), {})
+    return [router.claimed(name) for name in made[1]]
+
+
+def _stored(size, home):
+    store = ifl.ResponseStore()
+    items = [{"type": "message", "id": f"msg_{number}"} for number in range(size)]
+    store.keep({"id": "resp_1", "output": []}, items)
+    return store, [f"msg_{number}" for number in range(size)]
+
+
+def _openrouter(size, home):
+    key = ifl.parse_client_keys([key_entry("bob", "s", models=["up/m*", "*a*a*b", "m*"])])[0][0]
+    text = '{"models": [%s]}' % ", ".join(f'"m{"a" * 30}{number}"' for number in range(size))
+    return ifl.Router(ifl.Settings(providers=[provider("http://h")]), {}), key, text
+
+
+def _check_openrouter(made):
+    router, key, text = made
+    assert ifl.may_use(router, key, "m", router.resolve("m"), ifl.models_in(text))
+
+
+#: What grows with what comes from outside: id, size of the base, its maker, what is done with it.
+GROWTH_OF_SERVICES = [
+    ("usage of any names", 4000, _journal(_usage_line), _read_usage),
+    ("no usage at all", 4000, _journal(lambda number: b"[" * 60 + b"\n"), _read_usage),
+    ("one line without an end", 200_000, _journal(lambda number: b'{"day": "x" '), _read_usage),
+    ("a limit used again and again", 8000, _journal(_limit_line), _read_limits),
+    ("an engine with many models", 10_000, _list_router, _route_all),
+    ("references to items", 10_000, _stored, lambda made: [made[0].item(name) for name in made[1]]),
+    ("openrouter's models", 12_000, _openrouter, _check_openrouter),
+]
+
+
+@pytest.mark.parametrize("size, make, use", [row[1:] for row in GROWTH_OF_SERVICES],
+                         ids=[row[0] for row in GROWTH_OF_SERVICES])
+def test_services_take_linear_time(home, size, make, use):
+    def best_s(size):
+        spent = []
+        for _ in range(3):
+            made = make(size, home)
+            began = time.thread_time()
+            use(made)
+            spent.append(time.thread_time() - began)
+        return min(spent)
+    base_s = best_s(size)
+    assert best_s(4 * size) <= 6 * base_s, base_s
+
+
 # === 14. Gateway =============================================================
 
 # --- plain answers -----------------------------------------------------------
@@ -8193,7 +8142,7 @@ def following(config):
 def test_a_change_on_disk_is_taken_over(following, config, monkeypatch):
     made = following({"default_model": "a"})
     watch = ifl.FileWatch
-    monkeypatch.setattr(ifl, "FileWatch", lambda paths, changed: watch(paths, changed, 0.01))
+    monkeypatch.setattr(ifl, "FileWatch", lambda *facts, log: watch(*facts, 0.01, log))
     made.watch_files()
     put_config(config, {"default_model": "bb"})
     until(lambda: made.settings.default_model == "bb")
@@ -9042,6 +8991,64 @@ def test_a_key_sees_and_uses_its_models_alone(upstreams_routes, client):
     assert ask("/v1/models/m-b", x_api_key="sk-bob")[0] == 404 and ask("/v1/models/m-a", x_api_key="sk-bob")[0] == 200
 
 
+#: A key's models, what it is refused, what it gets, of two providers that both serve `demo-text`.
+MODELS_OF_A_KEY = [
+    (["demo-text"], ["other/demo-text", "other/x", "far", ""], ["demo-text", "one/demo-text", "near"]),
+    (["other/demo-text"], ["demo-text", "one/demo-text", "near"], ["other/demo-text", "far"]),
+    (["other/*"], ["demo-text", "near", "one/x"], ["other/demo-text", "other/x", "far", "only-other"]),
+    (["*"], [], ["demo-text", "other/demo-text", "far", "anything", ""]),
+    (["f*"], ["demo-text", "other/demo-text"], ["far", "free"]),
+    (["demo-text", "x"], ["other/x", "only-other"], ["x", "one/x", "demo-text"])]
+
+
+@pytest.mark.parametrize("mine, refused, granted", MODELS_OF_A_KEY,
+                         ids=[row[0][0] for row in MODELS_OF_A_KEY])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses",
+                                  "/v1/completions", "/v1/messages/count_tokens",
+                                  "/v1/responses/input_tokens"])
+def test_a_plain_name_of_a_key_is_one_place(server, upstreams, path, mine, refused, granted):
+    one, other = upstreams(usual_reply), upstreams(usual_reply)
+    running = server(provider(one, "one", models=["demo-text", "z"]),
+                     provider(other, "other", models=["demo-text", "only-other"]), default_model="z",
+                     client_keys=[key_entry("bob", "sk-bob", models=mine)],
+                     aliases={"far": "other/demo-text", "near": "demo-text"})
+    for model in refused + granted:
+        body = {"input": "hi"} if "responses" in path else {**chat(), "max_tokens": 9, "prompt": "hi"}
+        body["model"] = model or None
+        answer = post(running, body, path, x_api_key="sk-bob")
+        assert answer.status == (403 if model in refused else 200), (model, answer.body)
+    assert len(one.requests) + len(other.requests) == (0 if "token" in path else len(granted))
+
+
+@pytest.mark.parametrize("models, status", [
+    ('["m1", "one/m1"]', 200), ("[]", 200), ("null", 200), ('["m1", "m2"]', 403), ('"m2"', 403),
+    ("5", 403),
+    ('[{"id": "m1"}]', 403), ('["other/m1"]', 403), ('["m2"], "models": ["m1"]', 403),
+    ('["m1"], "models": ["m2"]', 403), ('["m2"], "models": null', 403), ('[["m1"]]', 403)])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
+def test_a_key_s_models_are_those_of_openrouter_s_list_too(server, upstream, path, models, status):
+    """The upstream may answer by any of them, and may read the first or the last of two lists."""
+    other = provider("http://127.0.0.1:9", "other", models=["m1"])
+    keys = [key_entry("bob", "sk-bob", models=["one/m1"]), key_entry("eve", "sk-eve")]
+    running = server(provider(upstream, "one"), other, client_keys=keys)
+    body = b'{"model": "one/m1", "messages": [{"role": "user", "content": "hi"}], "models": %s}'
+    body %= models.encode()
+    answer = post(running, body, path, x_api_key="sk-bob")
+    assert answer.status == status and len(upstream.requests) == (status == 200), answer.body
+    assert status == 200 or "models" in answer.error["message"]
+    assert post(running, body, path, x_api_key="sk-eve").status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/v1/responses/input_tokens"])
+def test_counting_tokens_is_a_request(server, upstream, path):
+    running = server(upstream, client_keys=[key_entry("bob", "sk-bob", rpm=2)])
+    body = {"model": "m1", "messages": MESSAGES, "input": "hi"}
+    answers = [post(running, body, path, x_api_key="sk-bob") for _ in range(3)]
+    assert [answer.status for answer in answers] == [200, 200, 429] and not upstream.requests
+    assert answers[0].headers["x-ratelimit-remaining-requests"] == "1"
+    assert post(running, chat(), x_api_key="sk-bob").status == 429
+
+
 @pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("entry, said", [
     (None, "an object with a name"), ({"name": "a b", "sha256": "0" * 64}, "name"), ({"name": "x"}, "sha256"),
@@ -9598,7 +9605,8 @@ def test_a_range_that_runs_backwards_is_no_error(home_routes, capsys, monkeypatc
     gateway = ifl.Gateway(config=config, environ={})
     assert gateway.problems == ["client_keys: bob: models: '[z-a]' matches nothing"]
     assert [gateway.state.router.resolve(name)[0].model for name in ("y", "x[z-a]", "z")] == ["m", "m", "z"]
-    assert not ifl.may_use(gateway.state.door.keys[0], "m", gateway.state.router.resolve("m"))
+    router = gateway.state.router
+    assert not ifl.may_use(router, gateway.state.door.keys[0], "m", router.resolve("m"))
     assert ifl.cost_of("m", "a", {"input": 10, "cached": 0, "output": 0}, gateway.settings.prices) == 20 / 1e6
     assert run_routes(capsys, "routes", "explain", "q")[0] == 0
 
@@ -12140,8 +12148,9 @@ def test_many_models_are_eight_and_the_rest(admin, upstream):
 
 def test_logs_are_kept_without_secrets(admin, log_lines):
     browser = admin()
-    ifl.log.info("hello %s", HOSTILE)
-    ifl.log.warning("Authorization: Bearer sk-0123456789abcdef of http://me:hunter2@host/")
+    log = browser.server.gateway.log
+    log.info("hello %s", HOSTILE)
+    log.warning("Authorization: Bearer sk-0123456789abcdef of http://me:hunter2@host/")
     found = browser.get("logs?search=BEARER")["data"]
     assert len(found) == 1 and found[0]["level"] == "warning" and "0123456789" not in found[0]["text"] + str(browser.get("logs"))
     assert "hunter2" not in found[0]["text"] and abs(found[0]["at"] - time.time()) < WAIT_S
@@ -12154,20 +12163,35 @@ def test_logs_are_kept_without_secrets(admin, log_lines):
     assert "0123456789" not in answer.body.decode() and "WARNING" in answer.body.decode()
     assert answer.headers["content-type"].startswith("text/plain") and "attachment" in answer.headers["content-disposition"]
     for number in range(ifl.LOG_LINES + 10):
-        ifl.log.info("line %d", number)
+        log.info("line %d", number)
     found = browser.get("logs?limit=10000")
     assert len(found["data"]) == ifl.LOG_LINES and found["last"] - found["first"] == ifl.LOG_LINES - 1
-    ifl.log.info("x" * 100_000)
+    log.info("x" * 100_000)
     assert len(browser.get("logs?limit=1")["data"][0]["text"]) == ifl.LOG_LINE_CHARS
     log_lines.clear()
 
 
-def test_logs_belong_to_a_server_that_runs(server):
-    running = server(detect_local=False)
-    handler = running.gateway.live.log_handler
-    assert handler in ifl.log.handlers
-    running.close()
-    assert handler not in ifl.log.handlers
+def test_each_server_of_a_process_has_a_log_of_its_own(server, upstreams, config, log_lines):
+    """Its lines, its level: nothing of one is seen on the other's page."""
+    put_config(config, {"providers": [provider(upstreams())], "log_level": "debug"})
+    loud = server(gateway=ifl.Gateway(config=config, environ={}))
+    quiet, silent = server(upstreams()), server(upstreams(), log_level="error")
+    running = {"loud": loud, "quiet": quiet, "silent": silent}
+    for name, one in running.items():
+        assert post(one, chat(model=f"call-{name}")).status == 200 and is_well(one)
+        one.gateway.usage.log.warning("journal-%s", name)
+        one.gateway.log.error("error-%s", name)
+
+    def text_of(one):
+        return "\n".join(line[3] for _, line in one.gateway.live.logs.after(0)[1])
+    for name, one in running.items():
+        seen = {word for word in re.findall(r"(?:call|journal|error)-\w+", text_of(one))}
+        assert seen == {f"{what}-{name}" for what in
+                        (["error"] if one is silent else ["call", "journal", "error"])}
+    quiet.gateway.apply(ifl.replace(quiet.gateway.settings, log_level="error"))
+    assert post(quiet, chat(model="call-later")).status == 200 and is_well(quiet)
+    assert "later" not in text_of(quiet)
+    log_lines.clear()
 
 
 def test_about_and_instances_hold_no_secret(admin, upstream, home):
@@ -12904,6 +12928,26 @@ def test_the_first_start_opens_the_page_and_shows_the_code(home, tmp_path, argv,
         process.terminate()
         process.wait(20)
         os.close(reader)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process is not replaced there")
+@pytest.mark.parametrize("argv, replaced", [(["iflow2api.py"], True), (["-m", "iflow2api"], False)])
+def test_a_server_runs_from_byte_code(home, tmp_path, argv, replaced):
+    shutil.copy(PROGRAM, tmp_path / "iflow2api.py")
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen([sys.executable, *argv, "--demo", "--port", "0", "--no-browser"], cwd=tmp_path, env=environ,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        url = process.stdout.readline().decode().split()[-1]
+        with contextlib.closing(http.client.HTTPConnection(url.partition("//")[2], timeout=WAIT_S)) as client:
+            client.request("GET", "/health")
+            assert client.getresponse().status == 200
+        kept = list((home / ".iflow2api" / "cache").glob("*/iflow2api.pyc"))
+        assert (bool(kept), bool(list(tmp_path.glob("__pycache__/*.pyc")))) == (replaced, not replaced)
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
 
 
 def test_a_start_with_a_password_opens_nothing_and_shows_no_code(home, config):
