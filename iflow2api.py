@@ -61,41 +61,96 @@ if sys.version_info < (3, 9):
     sys.exit("iflow2api needs Python 3.9 or newer; this is %d.%d." % sys.version_info[:2])
 
 
-def _serve_from_byte_code(code: Any, source: str) -> None:   # iflow2api needs Python 3.9 or newer
-    """Replace a process that is about to serve by one that runs this file's byte code: it takes 10 MB less.
+#: One arena, and large blocks given back at once: memory falls after large requests.  For glibc; others ignore them.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
 
-    Python caches no script, only imports and what `-m` runs, and keeps a script's syntax tree until it ends.  The byte
-    code lies in our own folder.  Without `site`, which nothing here needs, the second start is nearly free.  Where any
-    of it can't be had (Windows, a read-only home) the program goes on as it is.
-    """
-    if os.name != "posix" or source.endswith(".pyc") or sys.flags.interactive:
-        return
-    if __spec__ is not None and os.path.exists(__spec__.cached or ""):
-        return                           # by -m, from byte code
-    folder = os.environ.get("IFLOW2API_CONFIG_DIR") or os.path.join("~", ".iflow2api")
-    for word, following in zip(sys.argv, sys.argv[1:] + [""]):
-        if word.partition("=")[0] == "--config-dir":
-            folder = word.partition("=")[2] or following
-    cached = os.path.join(os.path.expanduser(folder), "cache", str(sys.implementation.cache_tag), "iflow2api.pyc")
+#: In the environment of a process that was restarted: which variables were added for it.
+RESTARTED = "_IFLOW2API_RESTARTED"
+
+#: Letters of the interpreter's flags, by their names in sys.flags.
+INTERPRETER_FLAGS = {"debug": "d", "dont_write_bytecode": "B", "ignore_environment": "E",
+                     "isolated": "I", "no_user_site": "s", "safe_path": "P", "optimize": "O",
+                     "verbose": "v", "bytes_warning": "b", "quiet": "q"}
+
+#: Runs the code in a descriptor.  It imports built-in modules alone: with -c the current folder comes first in sys.path.
+LOADER = """import sys, marshal, posix
+fd, folder, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+code = marshal.loads(b"".join(iter(lambda: posix.read(fd, 1 << 20), b"")))
+posix.close(fd)
+if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    sys.path[0] = folder
+__file__ = sys.argv[0]
+del fd, folder, marshal, posix
+exec(globals().pop("code"))
+"""
+
+
+def _interpreter_flags() -> List[str]:   # iflow2api needs Python 3.9 or newer
+    """The flags that this interpreter was started with."""
+    given = [(letter, int(getattr(sys.flags, name, 0))) for name, letter in INTERPRETER_FLAGS.items()]
+    flags = ["-" + letter * times for letter, times in given if times]
+    flags += ["-u"] if getattr(sys.stdout, "write_through", False) else []
+    flags += ["-W" + option for option in sys.warnoptions]
+    return flags + ["-X" + (name if value is True else f"{name}={value}")
+                    for name, value in sys._xoptions.items()]
+
+
+def _hand_over(data: bytes) -> int:
+    """A descriptor that the next program inherits and reads `data` from; no path leads to it.  OSError."""
     try:
-        import marshal
-        from importlib.util import MAGIC_NUMBER
-        facts = os.stat(source)
-        head = MAGIC_NUMBER + bytes(4) + (int(facts.st_mtime) & 0xFFFFFFFF).to_bytes(4, "little") + (
-            facts.st_size & 0xFFFFFFFF).to_bytes(4, "little")
-        if not os.path.exists(cached) or open(cached, "rb").read(16) != head or os.stat(cached).st_uid != os.getuid():
-            os.makedirs(os.path.dirname(cached), mode=0o700, exist_ok=True)
-            with open(f"{cached}.{os.getpid()}", "wb") as file:
-                file.write(head + marshal.dumps(code))
-            os.replace(f"{cached}.{os.getpid()}", cached)
-        os.execv(sys.executable, [sys.executable, "-S", cached, *sys.argv[1:]])
-    except (OSError, ValueError, ImportError):
+        fd = os.memfd_create("iflow2api")
+    except (AttributeError, OSError):    # not Linux, or an old or sandboxed one
+        path = os.path.join(os.environ.get("TMPDIR") or "/tmp", ".iflow2api-" + os.urandom(16).hex())
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.unlink(path)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+        os.set_inheritable(fd, True)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _restart_as_server(frame: Any) -> None:
+    """Replace a process that is about to serve by one that runs the code of `frame`, this module's: it takes less memory.
+
+    Python keeps what compiling a script took until the process ends.  The code is handed over in memory; without
+    `site`, which nothing here needs, the second start is nearly free.  By -m, where Python had byte code, it is for
+    MALLOC alone.  Where it can't be done (Windows, a debugger) the program goes on as it is.
+    """
+    if RESTARTED in os.environ:
+        for name in os.environ.pop(RESTARTED).split(","):
+            os.environ.pop(name, None)   # not for programs that we start
         return
+    is_module = __spec__ is not None
+    if (os.name != "posix" or not sys.executable or sys.flags.interactive or sys.flags.inspect
+            or __file__.endswith(".pyc") or not os.path.isfile(__file__) or not is_module and frame.f_back):
+        return
+    added = {name: value for name, value in MALLOC.items() if name not in os.environ}
+    environ = {**os.environ, **added, RESTARTED: ",".join(added)}
+    command = [sys.executable, *_interpreter_flags()]
+    fd = -1
+    try:
+        if is_module and os.path.exists(__spec__.cached or ""):
+            command += ["-m", __spec__.name]
+        else:
+            import marshal
+            fd = _hand_over(marshal.dumps(frame.f_code))
+            folder = os.path.dirname(os.path.realpath(__file__))
+            command += ["-S", "-c", LOADER, str(fd), folder, __file__]
+        if added or fd >= 0:
+            os.execve(sys.executable, [*command, *sys.argv[1:]], environ)
+    except (OSError, ValueError):
+        if fd >= 0:
+            os.close(fd)
 
 
 if __name__ == "__main__" and (not sys.argv[1:] or sys.argv[1] == "serve" or sys.argv[1][:2] == "--") and not (
         {"-h", "--help", "--version"} & set(sys.argv)):
-    _serve_from_byte_code(sys._getframe().f_code, __file__)
+    _restart_as_server(sys._getframe())
 
 #: Modules that OpenWrt's python3-light leaves to packages of their own (package lists of 21.02 to 25.12).
 OPENWRT_PACKAGE = {"urllib": "python3-urllib", "email": "python3-urllib", "_ssl": "python3-openssl",
@@ -132,7 +187,7 @@ try:
     from datetime import datetime, timezone
     from email.utils import formatdate, parsedate_to_datetime
     from fnmatch import fnmatchcase
-    from functools import cached_property, lru_cache, partial
+    from functools import cached_property, lru_cache
     from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                         Sequence, Set, Tuple, Union)
 except ImportError as exc:

@@ -748,6 +748,153 @@ def test_a_program_from_standard_input_says_what_is_wrong(home):
     assert done.returncode == 2 and "--port" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+# --- starting ----------------------------------------------------------------
+
+#: The program's preamble, and then what it has become.
+PROBE = SOURCE[:SOURCE.index("#: Modules that OpenWrt")] + """
+import base64, json
+flags = {name: getattr(sys.flags, name) for name in dir(sys.flags) if name[0] != "_"}
+print(json.dumps({"flags": {name: value for name, value in flags.items() if isinstance(value, int)},
+                  "argv": sys.argv, "file": __file__, "path": sys.path[0], "name": __name__, "base64": base64.__file__,
+                  "warn": sys.warnoptions, "unbuffered": sys.stdout.write_through, "is_loaded": "site" not in sys.modules,
+                  "malloc": {name: value for name, value in os.environ.items() if "MALLOC" in name or "RESTART" in name},
+                  "open": os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []}))
+"""
+
+
+@pytest.fixture
+def probe(tmp_path):
+    """probe(*interpreter flags, …) -> what PROBE prints, started as a user starts the program."""
+    folder = tmp_path / "place with blank"
+    folder.mkdir()
+    path = folder / "probe.py"
+
+    def start(*flags, argv=("--port", "1"), text=PROBE, by_module=False, cwd=None, **environ):
+        path.write_text(text, encoding="utf-8")
+        own = {name: value for name, value in os.environ.items() if name not in (
+            "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")}
+        started = ["-m", "probe"] if by_module else [str(path)]
+        done = subprocess.run([sys.executable, *flags, *started, *argv], capture_output=True, text=True, timeout=30,
+                              cwd=str(cwd or folder), env={**own, **environ}, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    start.path = path
+    return start
+
+
+@posix
+def test_a_start_hands_its_code_over(probe):
+    """In memory: nothing is written, and what the process sees is what a script sees."""
+    found = probe()
+    assert found["is_loaded"] and found["name"] == "__main__"
+    assert found["argv"] == [str(probe.path), "--port", "1"] and found["file"] == str(probe.path)
+    assert found["path"] == str(probe.path.parent) and os.listdir(probe.path.parent) == ["probe.py"]
+    assert len(found["open"]) <= 4                       # 0 to 2, and the listing
+    assert not probe(argv=["status"])["is_loaded"] and not probe(argv=["--help"])["is_loaded"]
+
+
+@posix
+@pytest.mark.parametrize("flags, held", [
+    (["-I"], {"isolated": 1}), (["-B"], {"dont_write_bytecode": 1}), (["-u"], {}), (["-OO"], {"optimize": 2}),
+    (["-E", "-s"], {"ignore_environment": 1, "no_user_site": 1}), (["-X", "utf8", "-bb"], {"utf8_mode": 1, "bytes_warning": 2}),
+    (["-W", "error::ResourceWarning", "-X", "dev"], {"dev_mode": True}),
+    pytest.param(["-P"], {"safe_path": True}, marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="new in 3.11"))])
+def test_the_interpreters_flags_are_kept(probe, flags, held):
+    found = probe(*flags)
+    assert found["is_loaded"] and {name: found["flags"][name] for name in held} == held
+    assert found["unbuffered"] == ("-u" in flags)
+    assert ("error::ResourceWarning" in found["warn"]) == ("-W" in flags)
+    safe = bool(found["flags"].get("safe_path") or found["flags"]["isolated"])
+    assert (found["path"] == str(probe.path.parent)) != safe
+
+
+@posix
+@pytest.mark.parametrize("has_memfd", [True, False])
+def test_no_folder_that_others_write_is_imported_from(probe, tmp_path, has_memfd):
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for name in ("base64", "os", "marshal", "posix", "sys", "site", "re", "encodings"):
+        (hostile / f"{name}.py").write_text("import os; os._exit(66)\n")
+    without = PROBE.replace("import sys\n", "import sys\nvars(os).pop('memfd_create', None)\n", 1)
+    text = PROBE if has_memfd else without
+    before = sorted(os.listdir(hostile))
+    found = probe(text=text, cwd=hostile, TMPDIR=str(hostile))
+    assert found["is_loaded"] and not found["base64"].startswith(str(hostile)) and sorted(os.listdir(hostile)) == before
+
+
+@posix
+@pytest.mark.parametrize("hindrance", ["vars(os).pop('memfd_create', None); os.environ['TMPDIR'] = '/no/such/folder'",
+                                       "sys.executable = ''", "sys.executable = '/no/such/python'", "os.name = 'nt'",
+                                       "os.set_inheritable = lambda *_: os.stat('/no/such/file')"])
+def test_a_start_that_can_not_be_replaced_goes_on(probe, hindrance):
+    found = probe(text=PROBE.replace("import sys\n", f"import sys\n{hindrance}\n", 1))
+    assert not found["is_loaded"] and found["malloc"] == {} and len(found["open"]) <= 4
+
+
+@posix
+def test_an_edited_file_is_run_as_it_is_now(probe):
+    """Of the same size and time, and after one that could not be read to its end."""
+    for text in ("one", "two"):
+        os.utime(probe.path, (1, 1)) if probe.path.exists() else None
+        assert probe(text=PROBE.replace('"name": __name__', f'"name": "{text}"'))["name"] == text
+    with pytest.raises(AssertionError, match="SyntaxError"):
+        probe(text=PROBE[:-40])
+    assert probe()["name"] == "__main__"
+
+
+@posix
+@pytest.mark.parametrize("by_module", [False, True])
+def test_malloc_is_told_for_this_process_alone(probe, by_module):
+    look = PROBE + "print(open('/proc/self/environ').read().count('MALLOC_'), file=sys.stderr)\n"
+    assert probe(by_module=by_module)["malloc"] == {}
+    own = probe(by_module=by_module, MALLOC_ARENA_MAX="4")["malloc"]
+    assert own == {"MALLOC_ARENA_MAX": "4"}              # the user's
+    if os.path.exists("/proc/self/environ"):
+        done = subprocess.run([sys.executable, "-", "--x"], input=look, capture_output=True, text=True, timeout=30)
+        assert done.stderr == "0\n"                      # no file, so no start of our own
+        probe.path.write_text(look)
+        done = subprocess.run([sys.executable, str(probe.path)], capture_output=True, text=True, timeout=30)
+        assert done.stderr == "4\n"                      # twice in the one that says which are ours
+
+
+@posix
+def test_by_module_it_starts_by_module_again(probe):
+    found = probe(by_module=True)
+    assert not found["is_loaded"] and found["argv"] == [str(probe.path), "--port", "1"]
+    assert probe("-B", by_module=True, PYTHONPYCACHEPREFIX=str(probe.path.parent / "none"))["is_loaded"]
+
+
+@posix
+def test_a_traceback_names_the_source(probe):
+    with pytest.raises(AssertionError, match=r'probe\.py", line \d+, in <module>(?s:.*)ZeroDivisionError'):
+        probe(text=PROBE + "1 / 0\n")
+
+
+@linux
+def test_a_server_is_small_with_a_home_that_can_not_be_written(home):
+    """And `ps` names the file."""
+    with started(PROGRAM, "--demo", "--port", "0", "--no-browser", HOME="/proc/1") as (process, url):
+        assert json.loads(urllib.request.urlopen(url + "/health").read())["status"] == "healthy"
+        with open(f"/proc/{process.pid}/cmdline", "rb") as file:
+            assert PROGRAM.encode() in file.read()
+        with open(f"/proc/{process.pid}/statm") as file:
+            assert int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") < 34 << 20
+
+
+@contextlib.contextmanager
+def started(*argv, **environ):
+    """The program in a process of its own, and its address."""
+    process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               env={**os.environ, **environ})
+    try:
+        yield process, process.stdout.readline().decode().split()[-1]
+    finally:
+        process.terminate()
+        process.wait(WAIT_S)
+        process.stdout.close()
+
+
 # === 3. Errors ===============================================================
 
 def test_errors_carry_status_code_and_facts():
@@ -12928,26 +13075,6 @@ def test_the_first_start_opens_the_page_and_shows_the_code(home, tmp_path, argv,
         process.terminate()
         process.wait(20)
         os.close(reader)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="a process is not replaced there")
-@pytest.mark.parametrize("argv, replaced", [(["iflow2api.py"], True), (["-m", "iflow2api"], False)])
-def test_a_server_runs_from_byte_code(home, tmp_path, argv, replaced):
-    shutil.copy(PROGRAM, tmp_path / "iflow2api.py")
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    process = subprocess.Popen([sys.executable, *argv, "--demo", "--port", "0", "--no-browser"], cwd=tmp_path, env=environ,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    try:
-        url = process.stdout.readline().decode().split()[-1]
-        with contextlib.closing(http.client.HTTPConnection(url.partition("//")[2], timeout=WAIT_S)) as client:
-            client.request("GET", "/health")
-            assert client.getresponse().status == 200
-        kept = list((home / ".iflow2api" / "cache").glob("*/iflow2api.pyc"))
-        assert (bool(kept), bool(list(tmp_path.glob("__pycache__/*.pyc")))) == (replaced, not replaced)
-    finally:
-        process.terminate()
-        process.wait(20)
-        process.stdout.close()
 
 
 def test_a_start_with_a_password_opens_nothing_and_shows_no_code(home, config):
