@@ -1457,42 +1457,6 @@ def name_of(entry: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
-class ConfigVersions:
-    """What config.json held whenever it was shown, so that who writes learns what somebody else has changed since.
-
-    A place is a setting, `providers/NAME` or `client_keys/NAME`; only digests are kept.
-    """
-    LIMIT = 64
-
-    def __init__(self) -> None:
-        self._seen: Dict[str, Dict[str, str]] = {}
-        self._lock = threading.Lock()
-
-    @staticmethod
-    def places(raw: Json) -> Dict[str, str]:
-        def digest(value: Any) -> str:
-            return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
-
-        found = {name: digest(value) for name, value in raw.items()}
-        for name in ("providers", "client_keys"):
-            found.update((f"{name}/{entry.get('name')}", digest(entry)) for entry in entries_of(raw, name)
-                         if isinstance(entry, dict))
-        return found
-
-    def note(self, raw: Json) -> str:
-        """Remember what `raw` holds; the name of this version: the same for the same content."""
-        places = self.places(raw)
-        version = hashlib.sha256(repr(sorted(places.items())).encode()).hexdigest()[:16]
-        with self._lock:
-            remember(self._seen, version, places, self.LIMIT)
-        return version
-
-    def has_changed(self, version: str, raw: Json, place: str) -> bool:
-        """Whether `raw` holds something else at `place` than `version` did; also where nobody remembers it."""
-        before = self._seen.get(version)
-        return before is None or before.get(place) != self.places(raw).get(place)
-
-
 # --- what is inside of settings -----------------------------------------------
 
 #: Field -> its type, the least and the most it may be.
@@ -11168,7 +11132,6 @@ class Gateway:
         self.limits.log = self.usage.log = self.log
         self.series = Series()
         self.sessions = Sessions(lambda: self.settings.admin_password, clock)
-        self.versions = ConfigVersions()
         #: called whenever settings have been taken over
         self.listeners: List[Callable[[], None]] = [self.live.ring]
         self.circuits: Dict[str, Circuit] = {}
@@ -11328,9 +11291,12 @@ class Gateway:
         self.config.change(edit)
         self.reload()
 
-    def config_version(self) -> str:
-        """The version of what config.json holds now (ConfigVersions)."""
-        return self.versions.note(self.config.recover()[0] if self.config is not None else {})
+    def config_version(self, raw: Optional[Json] = None) -> str:
+        """What tells one content of config.json from another, but for logins, which renew themselves."""
+        if raw is None:
+            raw = self.config.recover()[0] if self.config is not None else {}
+        told = {name: value for name, value in raw.items() if name != "accounts"}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def set_password(self, stored: str) -> None:
         """Take `stored` for admin_password; where it can't be kept, for this run."""
@@ -13227,37 +13193,33 @@ def show_requests(handler: Handler) -> None:
     handler.respond_json({"data": handler.server.gateway.history()[:limit]})
 
 
-#: Groups that a chart shows apart; the rest together are `…`.
+#: Models that a chart shows apart; the rest together are `…`.
 CHART_GROUPS = 8
-
-SERIES_BY = ("model", "provider", "key")
 
 
 def show_series(handler: Handler) -> None:
-    """GET /admin/api/series: the last hour and day out of the memory, the last month out of the usage book."""
-    query, gateway = query_of(handler), handler.server.gateway
-    span = choice_in(query, "span", ("hour", "day", "month"))
-    place = SERIES_BY.index(choice_in(query, "by", SERIES_BY))
+    """GET /admin/api/series: what each model used in each hour of the last day or day of the last month."""
+    gateway = handler.server.gateway
+    span = choice_in(query_of(handler), "span", ("day", "month"))
     steps = month_of(gateway) if span == "month" else gateway.series.steps(span)
     totals: Dict[str, int] = {}
     for _, rows in steps:
-        for names, counts in rows:
-            totals[names[place]] = totals.get(names[place], 0) + sum(counts)
+        for (model, *_), counts in rows:
+            totals[model] = totals.get(model, 0) + sum(counts)
     shown = sorted(totals, key=lambda name: -totals[name])[:CHART_GROUPS]
     points = []
     for at, rows in steps:
         groups: Dict[str, Json] = {}
-        for names, counts in rows:
-            name = names[place] if names[place] in shown else Series.OTHER
-            row = groups.setdefault(name, dict.fromkeys(Series.COUNTS, 0))
+        for (model, *_), counts in rows:
+            row = groups.setdefault(model if model in shown else Series.OTHER,
+                                    dict.fromkeys(Series.COUNTS, 0))
             for field_name, count in zip(Series.COUNTS, counts):
                 row[field_name] += count
         points.append({"at": at, "groups": groups})
-    step_s = 86400 if span == "month" else Series.SPANS[span][0]
-    handler.respond_json({"span": span, "step_s": step_s, "start": points[0]["at"], "points": points})
+    handler.respond_json({"span": span, "points": points})
 
 
-def month_of(gateway: Gateway, days: int = 31) -> List[Tuple[int, List[Tuple[Tuple[str, ...], List[int]]]]]:
+def month_of(gateway: Gateway, days: int = 30) -> List[Tuple[int, List[Tuple[Tuple[str, ...], List[int]]]]]:
     """Like Series.steps, a step for each of the last days; the book's names are day, model, provider, key."""
     today = time.localtime()
     steps: Dict[str, Tuple[int, List[Any]]] = {}
@@ -13273,7 +13235,7 @@ def month_of(gateway: Gateway, days: int = 31) -> List[Tuple[int, List[Tuple[Tup
 def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
     """By what, of how many days, and the rows of UsageBook.report, days in their order."""
     query, gateway = query_of(handler), handler.server.gateway
-    by, days = choice_in(query, "by", (*SERIES_BY, "day")), number_in(query, "days", 30, 3660)
+    by, days = choice_in(query, "by", ("model", "provider", "key", "day")), number_in(query, "days", 30, 3660)
     rows = gateway.usage.report(by, days, gateway.settings.prices)
     return by, days, sorted(rows, key=lambda row: row["day"]) if by == "day" else rows
 
@@ -13568,7 +13530,7 @@ def show_keys(handler: Handler) -> None:
                      "expired": key.expires_at <= time.time(), "models": list(key.models), "limits": dict(key.limits),
                      "used": gateway.limiter.used(key) if key.limits else {}})
     handler.respond_json({"version": gateway.config_version(), "data": data,
-                          "address_limits": gateway.settings.address_limits,
+                          "needs_key": handler.server.needs_key, "address_limits": gateway.settings.address_limits,
                           "custom_api_key": mask(gateway.settings.custom_api_key)})
 
 
@@ -13597,30 +13559,21 @@ def check_ours(gateway: Gateway, name: str) -> None:
         raise Conflict(f"{name} is set by {where}, which stands above config.json", code="set_elsewhere", param=name)
 
 
-def conflict(gateway: Gateway, raw: Json, changed: Json) -> Conflict:
-    """What tells a writer that somebody else was faster: name -> what he wanted, what is there now (no secrets)."""
-    message = f"changed by somebody else in the meantime: {', '.join(map(one_line, changed))}"
-    exc = Conflict(message, code="changed_meanwhile")
-    exc.body = {"error": {"message": message, "type": exc.type, "param": next(iter(changed)), "code": exc.code},
-                "version": gateway.versions.note(raw), "changed": changed}
-    return exc
+def check_version(gateway: Gateway, raw: Json, version: str) -> None:
+    """Conflict where config.json is another one than the one that the page showed."""
+    if version != gateway.config_version(raw):
+        raise Conflict("the configuration was changed elsewhere; reload it", code="changed_meanwhile")
 
 
 def save_config(handler: Handler) -> None:
-    """PATCH /admin/api/config: `set` and `unset` settings, unless another one has changed them since `version`."""
+    """PATCH /admin/api/config: `set` and `unset` settings of the `version` that was shown."""
     gateway = handler.server.gateway
     body = read_fields(handler, {"version": "str", "set": "dict", "unset": "list"})
     version = needed(body, "version")
     values = checked_settings(gateway, body.get("set") or {}, body.get("unset") or [])
 
     def edit(raw: Json) -> None:
-        changed = {}
-        for name, (value, keep) in values.items():
-            theirs = raw.get(name, default_of(name))
-            if gateway.versions.has_changed(version, raw, name) and (theirs != value or keep != (name in raw)):
-                changed[name] = {"yours": hide_secrets(name, value), "theirs": hide_secrets(name, theirs)}
-        if changed:
-            raise conflict(gateway, raw, changed)
+        check_version(gateway, raw, version)
         for name, (value, keep) in values.items():
             raw.pop(name, None)
             if keep:
@@ -13808,12 +13761,9 @@ def edit_provider(handler: Handler) -> None:
     version, wanted = needed(body, "version"), body.get("name") or name
 
     def edit(raw: Json) -> None:
+        check_version(gateway, raw, version)
         place = place_of(raw, name)
         before = raw["providers"][place]
-        if gateway.versions.has_changed(version, raw, f"providers/{name}"):
-            yours = {field_name: value for field_name, value in body.items() if field_name not in ("version", "preset")}
-            raise conflict(gateway, raw, {name: {"yours": _hide_in_provider(yours),
-                                                 "theirs": _hide_in_provider(before)}})
         if wanted != name:
             check_free(raw, "providers", wanted)
         raw["providers"][place] = provider_entry({**body, "name": wanted}, before)
@@ -13865,14 +13815,13 @@ def order_providers(handler: Handler) -> None:
     """POST /admin/api/providers/order: all names in their new order; the first is the default, unless one is chosen."""
     gateway, body = handler.server.gateway, read_fields(handler, {"version": "str", "names": "list"})
     check_ours(gateway, "providers")
-    names = needed(body, "names")
+    version, names = needed(body, "version"), needed(body, "names")
 
     def edit(raw: Json) -> None:
+        check_version(gateway, raw, version)
         entries = entries_of(raw, "providers")
         known = by_name(entries)
         if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(known):
-            if gateway.versions.has_changed(needed(body, "version"), raw, "providers"):
-                raise conflict(gateway, raw, {"providers": {"yours": names, "theirs": list(known)}})
             raise BadRequest("names: every provider of config.json once expected", param="names")
         raw["providers"] = [*(known[name] for name in names), *(e for e in entries if e not in known.values())]
 
@@ -13968,13 +13917,9 @@ def end_login(handler: Handler) -> None:
     no_content(handler)
 
 
-PLAYED = {"chat": CHAT, "messages": MESSAGES, "responses": RESPONSES}
-
-
 def play(handler: Handler) -> None:
-    """The playground: a dialect's own endpoint, for who is signed in instead of for a client's key."""
-    dialect = PLAYED[normal_path(handler.path).rpartition("/")[2]]
-    handler.key, handler.endpoint = ADMIN_KEY, handler.endpoint._replace(dialect=dialect)
+    """The playground: the Chat API for who is signed in instead of for a client's key."""
+    handler.key = ADMIN_KEY
     answer_call(handler)
 
 
@@ -14273,131 +14218,117 @@ def show_clients(handler: Handler) -> None:
 # === 18. The page ============================================================
 
 # language=CSS
-_CSS_CORE = r"""
-:root{color-scheme:light;--bg:#f5f6f8;--surface:#fff;--surface-2:#eef0f3;--text:#171b21;--muted:#565f6b;--line:#dde1e7;
---edge:#858e9b;--accent:#0d6e6a;--accent-text:#fff;--accent-soft:#e1f1ef;--ok:#17703a;--ok-soft:#e2f3e7;--warn:#855600;
---warn-soft:#fbf0d9;--bad:#b3261e;--bad-soft:#fce9e7;--shadow:0 1px 2px #10182814,0 0 0 1px #10182808;
---shadow-2:0 12px 32px #10182833,0 2px 6px #1018281f;--series-1:#0e7f79;--series-2:#c76a06;--series-3:#3d63dd;
---series-4:#b13a92;--series-5:#5b8a16;--series-6:#7c53e0;--series-7:#c43a31;--series-8:#8a5a3c;--radius:10px;--gap:16px;
---font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans","PingFang SC","Microsoft YaHei",
-"Noto Sans CJK SC","WenQuanYi Micro Hei",sans-serif;
---mono:ui-monospace,SFMono-Regular,"SF Mono",Menlo,Consolas,"Liberation Mono","DejaVu Sans Mono",monospace}
-:root[data-theme=dark]{color-scheme:dark;--bg:#0e1116;--surface:#161a21;--surface-2:#20262f;--text:#e7eaef;
---muted:#9ba5b3;--line:#2a313b;--edge:#6f7a89;--accent:#4cc9bd;--accent-text:#04211f;--accent-soft:#143633;--ok:#56c97a;
---ok-soft:#15311f;--warn:#e3b34f;--warn-soft:#352a12;--bad:#ff8a80;--bad-soft:#3c1c1a;--shadow:0 0 0 1px #ffffff0d;
---shadow-2:0 16px 40px #000a,0 0 0 1px #ffffff1a;--series-1:#2fc4b6;--series-2:#f0a045;--series-3:#86a2fb;
---series-4:#e681cc;--series-5:#a4cc5c;--series-6:#b39bfa;--series-7:#f3867e;--series-8:#c9a27e}
-*,*::before,*::after{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
+PAGE_CSS = r"""
+:root{color-scheme:light;--bg:#f5f6f8;--surface:#fff;--surface-2:#eef0f3;--text:#171b21;
+--muted:#565f6b;--line:#dde1e7;--edge:#858e9b;--accent:#0d6e6a;--accent-text:#fff;
+--accent-soft:#e1f1ef;--ok:#17703a;--ok-soft:#e2f3e7;--warn:#855600;--warn-soft:#fbf0d9;
+--bad:#b3261e;--bad-soft:#fce9e7;--shadow:0 1px 2px #10182814,0 0 0 1px #10182808;
+--shadow-2:0 12px 32px #10182833,0 2px 6px #1018281f;--series-1:#0e7f79;--series-2:#c76a06;
+--series-3:#3d63dd;--series-4:#b13a92;--series-5:#5b8a16;--series-6:#7c53e0;--series-7:#c43a31;
+--series-8:#8a5a3c;--radius:10px;--gap:16px;
+--font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans","PingFang SC",
+"Microsoft YaHei","Noto Sans CJK SC","WenQuanYi Micro Hei",sans-serif;
+--mono:ui-monospace,SFMono-Regular,"SF Mono",Menlo,Consolas,"Liberation Mono","DejaVu Sans Mono",
+monospace}
+:root[data-theme=dark]{color-scheme:dark;--bg:#0e1116;--surface:#161a21;--surface-2:#20262f;
+--text:#e7eaef;--muted:#9ba5b3;--line:#2a313b;--edge:#6f7a89;--accent:#4cc9bd;--accent-text:#04211f;
+--accent-soft:#143633;--ok:#56c97a;--ok-soft:#15311f;--warn:#e3b34f;--warn-soft:#352a12;
+--bad:#ff8a80;--bad-soft:#3c1c1a;--shadow:0 0 0 1px #ffffff0d;
+--shadow-2:0 16px 40px #000a,0 0 0 1px #ffffff1a;--series-1:#2fc4b6;--series-2:#f0a045;
+--series-3:#86a2fb;--series-4:#e681cc;--series-5:#a4cc5c;--series-6:#b39bfa;--series-7:#f3867e;
+--series-8:#c9a27e}*,*::before,*::after{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
 body{margin:0;font:14px/1.55 var(--font);color:var(--text);background:var(--bg)}
 h1,h2,h3,p,ul,ol,dl,dd,pre,figure{margin:0;padding:0}
 h1{font-size:20px;font-weight:650;letter-spacing:-.01em;line-height:1.3}
-h2{font-size:15px;font-weight:650;line-height:1.4}
-h3{font-size:14px;font-weight:650}
+h2{font-size:15px;font-weight:650;line-height:1.4}h3{font-size:14px;font-weight:650}
 a{color:var(--accent);text-underline-offset:2px}
-button,input,select,textarea{font:inherit;color:inherit}
-button{cursor:pointer}
-[hidden]{display:none!important}
-:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+button,input,select,textarea{font:inherit;color:inherit}button{cursor:pointer}
+[hidden]{display:none!important}:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 ::selection{background:var(--accent);color:var(--accent-text)}
 ::placeholder{color:var(--muted);opacity:1}
-.visually-hidden{position:absolute!important;width:1px!important;height:1px!important;min-height:0!important;padding:0!important;
-border:0!important;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
-.skip{position:fixed;left:12px;top:-60px;z-index:30;padding:8px 14px;border-radius:8px;background:var(--accent);
-color:var(--accent-text)}
-.skip:focus{top:12px}
-.icon{width:18px;height:18px;flex:none;fill:none;stroke:currentColor;stroke-width:1.8;stroke-linecap:round;
-stroke-linejoin:round}
-#mark{width:28px;height:28px;flex:none}
-/* the frame */
+.visually-hidden{position:absolute!important;width:1px!important;height:1px!important;
+min-height:0!important;padding:0!important;border:0!important;overflow:hidden;clip-path:inset(50%);
+white-space:nowrap}
+.skip{position:fixed;left:12px;top:-60px;z-index:30;padding:8px 14px;border-radius:8px;
+background:var(--accent);color:var(--accent-text)}.skip:focus{top:12px}
+.icon{width:18px;height:18px;flex:none;fill:none;stroke:currentColor;stroke-width:1.8;
+stroke-linecap:round;stroke-linejoin:round}#mark{width:28px;height:28px;flex:none}
 #app{display:grid;grid-template:auto 1fr/236px minmax(0,1fr);min-height:100vh}
-#nav{grid-row:1/3;position:sticky;top:0;height:100vh;overflow-y:auto;padding:14px 12px;background:var(--surface);
-border-inline-end:1px solid var(--line);display:flex;flex-direction:column;gap:2px}
-.brand{display:flex;align-items:center;gap:10px;padding:2px 8px 12px;font-weight:680;font-size:16px;color:inherit;
-text-decoration:none;letter-spacing:-.01em}
-.brand small{font-weight:400;font-size:12px;color:var(--muted);margin-inline-start:auto;letter-spacing:0}
-#nav h2{font-size:12px;font-weight:600;color:var(--muted);padding:14px 10px 4px}
+#nav{grid-row:1/3;position:sticky;top:0;height:100vh;overflow-y:auto;padding:14px 12px;
+background:var(--surface);border-inline-end:1px solid var(--line);display:flex;
+flex-direction:column;gap:2px}
+.brand{display:flex;align-items:center;gap:10px;padding:2px 8px 12px;font-weight:680;font-size:16px;
+color:inherit;text-decoration:none;letter-spacing:-.01em}
+.brand small{font-weight:400;font-size:12px;color:var(--muted);margin-inline-start:auto;
+letter-spacing:0}#nav h2{font-size:12px;font-weight:600;color:var(--muted);padding:14px 10px 4px}
 #nav ul{list-style:none;display:grid;gap:1px}
-#nav li a{display:flex;align-items:center;gap:10px;padding:6px 10px;border-radius:8px;color:inherit;text-decoration:none}
-#nav li a:hover{background:var(--surface-2)}
+#nav li a{display:flex;align-items:center;gap:10px;padding:6px 10px;border-radius:8px;color:inherit;
+text-decoration:none}#nav li a:hover{background:var(--surface-2)}
 #nav li a[aria-current]{background:var(--accent-soft);color:var(--accent);font-weight:500}
 #nav .icon{opacity:.8}
-#top{position:sticky;top:0;z-index:5;display:flex;align-items:center;gap:6px;min-height:56px;padding:8px 28px;
-background:var(--bg);border-bottom:1px solid var(--line)}
+#top{position:sticky;top:0;z-index:5;display:flex;align-items:center;gap:6px;min-height:56px;
+padding:8px 28px;background:var(--bg);border-bottom:1px solid var(--line)}
 #top h1{flex:1;min-width:0;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
-#burger{display:none}
-#main{padding:24px 28px 64px;outline:none;min-width:0}
+#burger{display:none}#main{padding:24px 28px 64px;outline:none;min-width:0}
 #main>*{max-width:1240px;margin-inline:auto}
-#main>.page-lead{color:var(--muted);margin-bottom:18px;max-width:1240px}
-.stack{display:grid;gap:var(--gap);grid-template-columns:minmax(0,1fr)}
-.stack.tight{gap:8px}
+.stack{display:grid;gap:var(--gap);grid-template-columns:minmax(0,1fr)}.stack.tight{gap:8px}
 #veil{display:none}
-.live{display:inline-flex;align-items:center;gap:6px;padding:0 8px;font-size:12.5px;color:var(--muted);white-space:nowrap}
+.live{display:inline-flex;align-items:center;gap:6px;padding:0 8px;font-size:12.5px;
+color:var(--muted);white-space:nowrap}
 .dot{width:8px;height:8px;border-radius:50%;background:var(--muted);flex:none}
 .dot.ok{background:var(--ok)}.dot.warn{background:var(--warn)}.dot.bad{background:var(--bad)}
-/* parts */
-.card{background:var(--surface);border:1px solid var(--line);border-radius:var(--radius);padding:16px 18px;min-width:0}
-.card>.spread:first-child,.card>h2:first-child{margin-bottom:12px}
-.grid{display:grid;gap:var(--gap);grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr))}
-.row{display:flex;flex-wrap:wrap;align-items:center;gap:8px}
-.row.end{justify-content:flex-end}
+.card{background:var(--surface);border:1px solid var(--line);border-radius:var(--radius);
+padding:16px 18px;min-width:0}.card>.spread:first-child,.card>h2:first-child{margin-bottom:12px}
+.grid{display:grid;gap:var(--gap);
+grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr))}
+.row{display:flex;flex-wrap:wrap;align-items:center;gap:8px}.row.end{justify-content:flex-end}
 .spread{display:flex;flex-wrap:wrap;align-items:center;justify-content:space-between;gap:8px 12px}
 .grow{flex:1;min-width:0}
-.btn,.icon-btn{display:inline-flex;align-items:center;justify-content:center;gap:7px;min-height:34px;padding:5px 13px;
-border:1px solid var(--line);border-radius:8px;background:var(--surface);text-decoration:none;color:inherit;
-font-weight:500;white-space:nowrap;transition:background-color .12s,border-color .12s}
+.btn,.icon-btn{display:inline-flex;align-items:center;justify-content:center;gap:7px;
+min-height:34px;padding:5px 13px;border:1px solid var(--line);border-radius:8px;
+background:var(--surface);text-decoration:none;color:inherit;font-weight:500;white-space:nowrap;
+transition:background-color .12s,border-color .12s}
 .btn:hover,.icon-btn:hover{background:var(--surface-2)}
 .btn.primary{background:var(--accent);border-color:var(--accent);color:var(--accent-text)}
 .btn.primary:hover{background:color-mix(in srgb,var(--accent) 88%,var(--text))}
-.btn.danger{color:var(--bad)}
-.btn.danger:hover{background:var(--bad-soft);border-color:var(--bad)}
+.btn.danger{color:var(--bad)}.btn.danger:hover{background:var(--bad-soft);border-color:var(--bad)}
 .btn.quiet,.icon-btn{border-color:transparent;background:none}
 .btn.quiet:hover,.icon-btn:hover{background:var(--surface-2)}
 .btn.small{min-height:28px;padding:2px 9px;font-size:13px}
 a.btn.quiet,.chip .btn{color:var(--accent)}
 .card>.spread:first-child>.quiet:last-child{margin-inline-end:-9px}
-.icon-btn{width:34px;padding:0;flex:none;color:var(--muted)}
-.icon-btn:hover{color:var(--text)}
+.icon-btn{width:34px;padding:0;flex:none;color:var(--muted)}.icon-btn:hover{color:var(--text)}
 .icon-btn.text{width:auto;min-width:34px;padding:0 8px;font-size:13px}
 .btn:disabled,.icon-btn:disabled{opacity:.55;cursor:default}
-.btn[aria-busy]::before{content:"";width:13px;height:13px;border-radius:50%;border:2px solid;border-right-color:transparent;
-animation:spin .8s linear infinite}
+.btn[aria-busy]::before{content:"";width:13px;height:13px;border-radius:50%;border:2px solid;
+border-right-color:transparent;animation:spin .8s linear infinite}
 @keyframes spin{to{transform:rotate(1turn)}}
 .field{display:grid;gap:4px;align-content:start;min-width:0}
 .field>label,.field>.label{font-weight:500}
 .field.check{grid-template-columns:auto 1fr;column-gap:9px;align-items:center}
-.field.check>.hint,.field.check>.error{grid-column:2}
-.hint{font-size:13px;color:var(--muted)}
-.field .error,.error{font-size:13px;color:var(--bad)}
-.error:empty{display:none}
-input:not([type=checkbox],[type=radio],[type=range],[type=file],[type=color]),select,textarea{width:100%;min-height:34px;
-padding:5px 10px;border:1px solid var(--edge);border-radius:8px;background:var(--surface);min-width:0}
-input[type=checkbox],input[type=radio]{width:16px;height:16px;margin:0;accent-color:var(--accent);flex:none}
-textarea{resize:vertical;line-height:1.5;min-height:56px}
-select{padding-inline-end:6px}
-input:focus-visible,select:focus-visible,textarea:focus-visible{outline-offset:-1px;border-color:var(--accent)}
-[aria-invalid=true]{border-color:var(--bad)!important}
-input:disabled,select:disabled,textarea:disabled{background:var(--surface-2);color:var(--muted);border-color:var(--line)}
-.search{max-width:320px}
-.row>input,.row>select{width:auto!important}
+.field.check>.hint,.field.check>.error{grid-column:2}.hint{font-size:13px;color:var(--muted)}
+.field .error,.error{font-size:13px;color:var(--bad)}.error:empty{display:none}
+input:not([type=checkbox],[type=radio],[type=range],[type=file],[type=color]),select,textarea{
+width:100%;min-height:34px;padding:5px 10px;border:1px solid var(--edge);border-radius:8px;
+background:var(--surface);min-width:0}
+input[type=checkbox],input[type=radio]{width:16px;height:16px;margin:0;accent-color:var(--accent);
+flex:none}textarea{resize:vertical;line-height:1.5;min-height:56px}select{padding-inline-end:6px}
+input:focus-visible,select:focus-visible,textarea:focus-visible{outline-offset:-1px;
+border-color:var(--accent)}[aria-invalid=true]{border-color:var(--bad)!important}
+input:disabled,select:disabled,textarea:disabled{background:var(--surface-2);color:var(--muted);
+border-color:var(--line)}.search{max-width:320px}.row>input,.row>select{width:auto!important}
 .row>.search{width:220px!important;flex:0 1 220px}
-.badge{display:inline-flex;align-items:center;gap:5px;padding:1px 8px;border-radius:99px;background:var(--surface-2);
-color:var(--muted);font-size:12px;font-weight:500;white-space:nowrap;line-height:1.6}
-.badge.ok{background:var(--ok-soft);color:var(--ok)}
+.badge{display:inline-flex;align-items:center;gap:5px;padding:1px 8px;border-radius:99px;
+background:var(--surface-2);color:var(--muted);font-size:12px;font-weight:500;white-space:nowrap;
+line-height:1.6}.badge.ok{background:var(--ok-soft);color:var(--ok)}
 .badge.warn{background:var(--warn-soft);color:var(--warn)}
 .badge.bad{background:var(--bad-soft);color:var(--bad)}
 .note{padding:10px 14px;border-radius:8px;background:var(--surface-2);overflow-wrap:anywhere}
-.note.ok{background:var(--ok-soft)}.note.warn{background:var(--warn-soft)}.note.bad{background:var(--bad-soft)}
-.mono{font-family:var(--mono);font-size:.93em}
-.muted{color:var(--muted)}
-.num{font-variant-numeric:tabular-nums}
-.break{overflow-wrap:anywhere}
-bdi{overflow-wrap:anywhere}
-.data td{overflow-wrap:break-word}
-.data td bdi{overflow-wrap:inherit}
-.data .break,.data td.break{overflow-wrap:anywhere}
-.nowrap,.data .end{white-space:nowrap}
-kbd{font:12px var(--mono);padding:1px 5px;border:1px solid var(--line);border-radius:5px;background:var(--surface-2)}
+.note.ok{background:var(--ok-soft)}.note.warn{background:var(--warn-soft)}
+.note.bad{background:var(--bad-soft)}.mono{font-family:var(--mono);font-size:.93em}
+.muted{color:var(--muted)}.num{font-variant-numeric:tabular-nums}.break{overflow-wrap:anywhere}
+bdi{overflow-wrap:anywhere}.data td{overflow-wrap:break-word}.data td bdi{overflow-wrap:inherit}
+.data .break,.data td.break{overflow-wrap:anywhere}.nowrap,.data .end{white-space:nowrap}
 .scroll{overflow-x:auto;margin:0 -18px;padding:0 18px;scrollbar-width:thin}
 table.data{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
 .data th{text-align:start;font-size:12.5px;font-weight:500;color:var(--muted);white-space:nowrap;
@@ -14405,185 +14336,179 @@ border-bottom:1px solid var(--line);padding:6px 10px}
 .data td{padding:7px 10px;border-bottom:1px solid var(--line);vertical-align:top}
 .data tr:last-child td{border-bottom:0}
 .data th:first-child,.data td:first-child{padding-inline-start:0}
-.data th:last-child,.data td:last-child{padding-inline-end:0}
-.data .end{text-align:end}
-.data tr.open{cursor:pointer}
-.data .row.end{flex-wrap:nowrap}
+.data th:last-child,.data td:last-child{padding-inline-end:0}.data .end{text-align:end}
+.data tr.open{cursor:pointer}.data .row.end{flex-wrap:nowrap}
 .data .icon-btn{width:26px;min-height:24px;margin:-1px 0}
 .data tr.open:hover td{background:var(--surface-2)}
 .empty{padding:28px 12px;text-align:center;color:var(--muted);text-wrap:balance}
-.empty .btn{margin-top:12px}
-.chips:empty{display:none}
-.code,pre{font:13px/1.6 var(--mono);background:var(--surface-2);border-radius:8px;padding:12px 14px;overflow:auto;
-white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;margin:0}
-.tabs{display:flex;flex-wrap:wrap;gap:2px;padding:3px;border-radius:9px;background:var(--surface-2);width:fit-content;
-max-width:100%}
-.tabs>*{border:0;border-radius:7px;padding:4px 12px;background:none;color:var(--muted);font-weight:500;min-height:28px}
-.tabs>:hover{color:var(--text)}
-.tabs>[aria-selected=true],.tabs>[aria-pressed=true]{background:var(--surface);color:var(--text);box-shadow:var(--shadow)}
+.empty .btn{margin-top:12px}.chips:empty{display:none}
+.code,pre{font:13px/1.6 var(--mono);background:var(--surface-2);border-radius:8px;padding:12px 14px;
+overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;margin:0}
+.tabs{display:flex;flex-wrap:wrap;gap:2px;padding:3px;border-radius:9px;background:var(--surface-2);
+width:fit-content;max-width:100%}
+.tabs>*{border:0;border-radius:7px;padding:4px 12px;background:none;color:var(--muted);
+font-weight:500;min-height:28px}.tabs>:hover{color:var(--text)}
+.tabs>[aria-selected=true],.tabs>[aria-pressed=true]{background:var(--surface);color:var(--text);
+box-shadow:var(--shadow)}
 .facts{display:grid;grid-template-columns:minmax(90px,max-content) minmax(0,1fr);gap:6px 18px}
-.facts dt{color:var(--muted)}
-.facts dd{overflow-wrap:anywhere;min-width:0}
-.figure{font-size:24px;font-weight:650;letter-spacing:-.02em;line-height:1.25;font-variant-numeric:tabular-nums}
-.menu{position:absolute;inset-inline-end:0;top:calc(100% + 6px);z-index:20;display:grid;min-width:210px;padding:6px;
-background:var(--surface);border-radius:10px;box-shadow:var(--shadow-2)}
+.facts dt{color:var(--muted)}.facts dd{overflow-wrap:anywhere;min-width:0}
+.figure{font-size:24px;font-weight:650;letter-spacing:-.02em;line-height:1.25;
+font-variant-numeric:tabular-nums}
+.menu{position:absolute;inset-inline-end:0;top:calc(100% + 6px);z-index:20;display:grid;
+min-width:210px;padding:6px;background:var(--surface);border-radius:10px;box-shadow:var(--shadow-2)}
 .menu button{padding:7px 10px;border:0;border-radius:6px;background:none;text-align:start}
-.menu button:hover{background:var(--surface-2)}
-.holder{position:relative}
-/* dialogs, toasts */
-dialog{width:min(560px,calc(100vw - 24px));max-height:calc(100dvh - 32px);padding:0;border:0;border-radius:14px;color:inherit;
-background:var(--surface);box-shadow:var(--shadow-2)}
-dialog.wide{width:min(860px,calc(100vw - 24px))}
-dialog::backdrop{background:#0b0f1480}
-dialog.gate::backdrop{background:var(--bg)}
-dialog.over::backdrop{background:#0b0f1480}
+.menu button:hover{background:var(--surface-2)}.holder{position:relative}
+dialog{width:min(560px,calc(100vw - 24px));max-height:calc(100dvh - 32px);padding:0;border:0;
+border-radius:14px;color:inherit;background:var(--surface);box-shadow:var(--shadow-2)}
+dialog.wide{width:min(860px,calc(100vw - 24px))}dialog::backdrop{background:#0b0f1480}
+dialog.gate::backdrop{background:var(--bg)}dialog.over::backdrop{background:#0b0f1480}
 dialog form{display:flex;flex-direction:column;max-height:calc(100dvh - 32px)}
 dialog header,dialog footer{display:flex;align-items:center;gap:8px;padding:14px 20px;flex:none}
 dialog header h2{flex:1;font-size:16px}
 dialog footer{flex-wrap:wrap;justify-content:flex-end;border-top:1px solid var(--line)}
-.dialog-body{padding:2px 20px 18px;overflow-y:auto;display:grid;gap:14px;grid-template-columns:minmax(0,1fr)}
-.gate header{padding-top:26px}
-#toasts{position:fixed;inset:auto 16px 16px auto;z-index:40;display:grid;gap:8px;max-width:min(420px,calc(100vw - 32px));
-margin:0;padding:0;border:0;background:none;overflow:visible;color:inherit}
-.toast{display:flex;align-items:flex-start;gap:10px;padding:10px 12px 10px 14px;border-radius:10px;background:var(--surface);
-box-shadow:var(--shadow-2);overflow-wrap:anywhere;border-inline-start:4px solid var(--ok)}
-.toast.bad{border-color:var(--bad)}
-.toast .icon-btn{width:24px;min-height:24px}
-/* views */
-.card h3{margin:6px 0 2px}
+.dialog-body{padding:2px 20px 18px;overflow-y:auto;display:grid;gap:14px;
+grid-template-columns:minmax(0,1fr)}.gate header{padding-top:26px}
+#toasts{position:fixed;inset:auto 16px 16px auto;z-index:40;display:grid;gap:8px;
+max-width:min(420px,calc(100vw - 32px));margin:0;padding:0;border:0;background:none;
+overflow:visible;color:inherit}
+.toast{display:flex;align-items:flex-start;gap:10px;padding:10px 12px 10px 14px;border-radius:10px;
+background:var(--surface);box-shadow:var(--shadow-2);overflow-wrap:anywhere;
+border-inline-start:4px solid var(--ok)}.toast.bad{border-color:var(--bad)}
+.toast .icon-btn{width:24px;min-height:24px}.card h3{margin:6px 0 2px}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr))}
-.tile{display:grid;gap:2px;align-content:start}
-.offline .tile{opacity:.5}
+.tile{display:grid;gap:2px;align-content:start}.offline .tile{opacity:.5}
 .tile .figure{display:flex;align-items:baseline;gap:8px;flex-wrap:wrap}
 .grid.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));align-items:start}
 .grid.small{grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr))}
-.dot.big{width:11px;height:11px;align-self:center}
-.lead{margin-bottom:12px}
+.dot.big{width:11px;height:11px;align-self:center}.lead{margin-bottom:12px}
 ul.plain{list-style:none;display:grid;gap:2px}
-.limit{display:grid;grid-template-columns:minmax(0,1fr) minmax(50px,120px) minmax(96px,auto);gap:10px;align-items:center;font-size:13px}
-.limit .num{text-align:end}
+.limit{display:grid;grid-template-columns:minmax(0,1fr) minmax(50px,120px) minmax(96px,auto);
+gap:10px;align-items:center;font-size:13px}.limit .num{text-align:end}
 .meter{height:6px;border-radius:3px;background:var(--surface-2);overflow:hidden;display:block}
 .meter span{display:block;height:100%;border-radius:3px;background:var(--accent)}
 .meter .full{background:var(--bad)}
 .chips{display:flex;flex-wrap:wrap;gap:6px;list-style:none;margin:0;padding:0;min-width:0}
-.chip{display:inline-flex;align-items:center;gap:6px;padding:2px 9px;border:1px solid var(--line);border-radius:99px;
-background:none;font-size:12.5px;max-width:100%;min-height:26px}
+.chip{display:inline-flex;align-items:center;gap:6px;padding:2px 9px;border:1px solid var(--line);
+border-radius:99px;background:none;font-size:12.5px;max-width:100%;min-height:26px}
 .chip .icon-btn{width:22px;min-height:22px;margin-inline-end:-6px}
-.chip .icon{width:14px;height:14px}
-.chip .btn{margin-inline-end:-8px;min-height:24px}
+.chip .icon{width:14px;height:14px}.chip .btn{margin-inline-end:-8px;min-height:24px}
 button.chip:hover{border-color:var(--accent)}
-button.chip[aria-pressed=true]{background:var(--accent-soft);border-color:var(--accent);color:var(--accent)}
-.checks{list-style:none;display:grid;gap:6px;padding:10px 12px;border-radius:8px;background:var(--surface-2)}
+button.chip[aria-pressed=true]{background:var(--accent-soft);border-color:var(--accent);
+color:var(--accent)}
+.checks{list-style:none;display:grid;gap:6px;padding:10px 12px;border-radius:8px;
+background:var(--surface-2)}
 .checks li{display:grid;grid-template-columns:auto minmax(0,1fr);gap:10px;align-items:baseline}
 .checks .badge{min-width:84px;justify-content:center}
 .card>.checks,.card>div>.checks,.card>.note{margin-block:10px}
-summary{cursor:pointer;color:var(--muted);font-weight:500;padding:4px 0;border-radius:6px;width:fit-content}
-summary:hover{color:var(--text)}
-details[open]>summary{margin-bottom:8px}
-.spin{width:14px;height:14px;border-radius:50%;border:2px solid var(--accent);border-right-color:transparent;
-animation:spin .8s linear infinite}
+summary{cursor:pointer;color:var(--muted);font-weight:500;padding:4px 0;border-radius:6px;
+width:fit-content}summary:hover{color:var(--text)}details[open]>summary{margin-bottom:8px}
+.spin{width:14px;height:14px;border-radius:50%;border:2px solid var(--accent);
+border-right-color:transparent;animation:spin .8s linear infinite}
 .masked:not(:focus){-webkit-text-security:disc}
-.alias{display:grid;grid-template-columns:minmax(80px,1fr) auto minmax(110px,2fr) auto;gap:4px 8px;align-items:center}
-.alias .tools{gap:0;flex-wrap:nowrap}
-.alias .error{grid-column:1/-1}
+.alias{display:grid;grid-template-columns:minmax(80px,1fr) auto minmax(110px,2fr) auto;gap:4px 8px;
+align-items:center}.alias .tools{gap:0;flex-wrap:nowrap}.alias .error{grid-column:1/-1}
 .chain{list-style:none;display:grid;gap:6px;margin-top:4px}
 .chain li{padding:8px 12px;border-radius:8px;background:var(--surface-2)}
-.settings{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:20px 28px}
+.settings{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));
+gap:20px 28px}
 .setting{display:flex;flex-direction:column;align-items:flex-start;gap:2px;min-width:0}
-.setting .field{width:100%}
-.setting>.btn{margin-inline-start:-9px;color:var(--accent)}
-.savebar{position:sticky;bottom:14px;z-index:4;display:flex;flex-wrap:wrap;align-items:center;justify-content:space-between;gap:8px;
-padding:10px 10px 10px 16px;border-radius:12px;background:var(--surface);box-shadow:var(--shadow-2)}
-fieldset{border:1px solid var(--line);border-radius:10px;padding:10px 14px;margin:0;min-width:0}
-.choice{display:flex;gap:10px;align-items:flex-start}
-.choice>span{display:grid;gap:4px;flex:1;min-width:0}
-.choice input{margin-top:4px}
-.choice .code{max-height:180px}
+.setting .field{width:100%}.setting>.btn{margin-inline-start:-9px;color:var(--accent)}
+.savebar{position:sticky;bottom:14px;z-index:4;display:flex;flex-wrap:wrap;align-items:center;
+justify-content:space-between;gap:8px;padding:10px 10px 10px 16px;border-radius:12px;
+background:var(--surface);box-shadow:var(--shadow-2)}
 .steps{max-width:900px;list-style:none;display:grid;gap:var(--gap);counter-reset:step}
 .step{display:flex;gap:16px}
-.step-n{display:grid;place-items:center;width:30px;height:30px;flex:none;border-radius:50%;background:var(--accent-soft);
-color:var(--accent);font-weight:650}
-.step.done .step-n{background:var(--ok-soft);color:var(--ok)}
-.step .stack{gap:10px}
-.step h2{font-size:16px}
-.row.bottom{align-items:flex-end}
-.row.bottom .field{flex:1 1 200px;max-width:340px}
-.tall{max-height:420px}
-.log-box{position:relative}
-.log-pane{height:max(300px,calc(100dvh - 190px));overflow:auto;background:var(--surface);border:1px solid var(--line);
-border-radius:var(--radius);font:12.5px/22px var(--mono);overflow-anchor:none}
-.log-space{position:relative;overflow:hidden}
+.step-n{display:grid;place-items:center;width:30px;height:30px;flex:none;border-radius:50%;
+background:var(--accent-soft);color:var(--accent);font-weight:650}
+.step.done .step-n{background:var(--ok-soft);color:var(--ok)}.step .stack{gap:10px}
+.step h2{font-size:16px}.row.bottom{align-items:flex-end}
+.row.bottom .field{flex:1 1 200px;max-width:340px}.tall{max-height:420px}.log-box{position:relative}
+.log-pane{height:max(300px,calc(100dvh - 190px));overflow:auto;background:var(--surface);
+border:1px solid var(--line);border-radius:var(--radius);font:12.5px/22px var(--mono);
+overflow-anchor:none}.log-space{position:relative;overflow:hidden}
 .log-lines{position:absolute;inset:0 0 auto}
 .log-line{display:flex;gap:12px;height:22px;padding:0 12px;white-space:pre;cursor:default}
 .log-line bdi{flex:1;min-width:0;overflow:hidden;text-overflow:ellipsis}
-.log-line:hover{background:var(--surface-2)}
-.log-line.chosen{background:var(--accent-soft)}
-.level{width:58px;flex:none;color:var(--muted)}
-.warning .level{color:var(--warn)}.error .level{color:var(--bad)}
-.log-line.error{font-size:inherit;color:inherit}
+.log-line:hover{background:var(--surface-2)}.log-line.chosen{background:var(--accent-soft)}
+.level{width:58px;flex:none;color:var(--muted)}.warning .level{color:var(--warn)}
+.error .level{color:var(--bad)}.log-line.error{font-size:inherit;color:inherit}
 .log-newest{position:absolute;inset:auto 0 14px;margin:auto;width:fit-content;border-radius:99px}
-.log-detail{max-height:240px}
-.log-bar .btn{margin-inline-start:auto}
-.log-box .empty{position:absolute;inset:0}
-@media (min-width:641px){.data td .btn.small{margin-block:-3px}}
-@media (min-width:1180px){.grid.uneven{grid-template-columns:minmax(0,3fr) minmax(0,2fr)}}
+.log-detail{max-height:240px}.log-bar .btn{margin-inline-start:auto}
+.log-box .empty{position:absolute;inset:0}.below{margin:10px 0 16px}
+.version{margin:auto 10px 0;padding-top:16px}.narrow{max-width:760px}
+.card .stack>.row>.grow{min-width:200px}
+.play{display:flex;flex-direction:column;gap:12px;height:calc(100dvh - 130px);min-height:440px}
+.play-log{flex:1;min-height:0;overflow-y:auto;display:flex;flex-direction:column;gap:16px;
+padding:16px 2px;border-block:1px solid var(--line)}.play-log>.empty{margin:auto;max-width:44ch}
+.play-text{white-space:pre-wrap;overflow-wrap:anywhere}
+.play-user{align-self:flex-end;max-width:min(86%,720px);display:grid;gap:8px;padding:9px 14px;
+border-radius:14px 14px 4px 14px;background:var(--accent-soft)}.play-answer{max-width:860px}
+.play-fold{border-inline-start:3px solid var(--line);padding-inline-start:12px;font-size:13px}
+.play-composer{display:grid;gap:8px}.play-composer textarea{max-height:34vh;field-sizing:content}
+.play-thumb{display:inline-flex;align-items:center;gap:4px;max-width:260px;overflow:hidden}
+.play-thumb img{height:56px;max-width:140px;object-fit:cover;border-radius:6px}
+.chart-art{display:block;width:100%;height:auto;margin-bottom:10px}
+.chart-art text{font-size:12px;fill:var(--muted)}.chart-art line{stroke:var(--line)}
+.chart-art rect{fill:var(--c)}
+.chart-dot{width:10px;height:10px;border-radius:3px;background:var(--c);flex:none}
+.series-1{--c:var(--series-1)}.series-2{--c:var(--series-2)}.series-3{--c:var(--series-3)}
+.series-4{--c:var(--series-4)}.series-5{--c:var(--series-5)}.series-6{--c:var(--series-6)}
+.series-7{--c:var(--series-7)}.series-8{--c:var(--series-8)}
+.usage-sum tr:last-child td{font-weight:650;border-top:2px solid var(--line)}
+@media (min-width:641px){
+.data td .btn.small{margin-block:-3px}
+}
+@media (min-width:1180px){
+.grid.uneven{grid-template-columns:minmax(0,3fr) minmax(0,2fr)}
+}
 @media (max-width:900px){
 #app{grid-template-columns:minmax(0,1fr)}
-#nav{position:fixed;inset:0 auto 0 0;z-index:11;width:260px;height:auto;grid-row:auto;transform:translateX(-105%);
-visibility:hidden;transition:transform .18s ease,visibility .18s;box-shadow:var(--shadow-2)}
-#nav.open{transform:none;visibility:visible}
+#nav{position:fixed;inset:0 auto 0 0;z-index:11;width:260px;height:auto;grid-row:auto;
+transform:translateX(-105%);visibility:hidden;transition:transform .18s ease,visibility .18s;
+box-shadow:var(--shadow-2)}#nav.open{transform:none;visibility:visible}
 #nav.open~#veil{display:block;position:fixed;inset:0;z-index:10;background:#0b0f1480}
-#nav li a{padding-block:9px}
-#burger{display:inline-flex;margin-inline-start:-8px}
-#top{padding:8px 16px}
-#main{padding:16px 16px 56px}
+#nav li a{padding-block:9px}#burger{display:inline-flex;margin-inline-start:-8px}
+#top{padding:8px 16px}#main{padding:16px 16px 56px}
 }
 @media (max-width:640px){
-h1{font-size:17px}
-#top h1{white-space:normal;line-height:1.2}
-.row>.search{width:auto!important;flex:1 1 200px}
-.log-bar .search,.log-bar .hint{order:1}
+h1{font-size:17px}#top h1{white-space:normal;line-height:1.2}
+.row>.search{width:auto!important;flex:1 1 200px}.log-bar .search,.log-bar .hint{order:1}
 .log-bar select{flex:0 1 180px;min-width:0}
 .live span:not(.dot){position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .btn,.icon-btn,input:not([type=checkbox],[type=radio],[type=range]),select{min-height:38px}
-input,select,textarea{font-size:16px!important}
-.card{padding:14px}
-.scroll{margin:0;padding:0;overflow:visible}
-.data,.data tbody{display:block}
+input,select,textarea{font-size:16px!important}.card{padding:14px}
+.scroll{margin:0;padding:0;overflow:visible}.data,.data tbody{display:block}
 .data thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-.data tr{display:grid;grid-template-columns:minmax(0,1fr);gap:2px;padding:10px 0;border-bottom:1px solid var(--line)}
-.data tr:last-child{border-bottom:0}
+.data tr{display:grid;grid-template-columns:minmax(0,1fr);gap:2px;padding:10px 0;
+border-bottom:1px solid var(--line)}.data tr:last-child{border-bottom:0}
 .data td{display:flex;justify-content:space-between;gap:14px;padding:1px 0;border:0;text-align:end;
-align-items:baseline}
-.data td>*{min-width:0}
-.data td::before{content:attr(data-label);color:var(--muted);font-size:13px;text-align:start;flex:none}
-.data td:first-child::before,.data td.bare::before{content:none}
-.data td:first-child{font-weight:600;text-align:start}
-.data td.blank,.data .minor{display:none}
-.data tr.open{position:relative}
-.data tr.open td.bare{position:absolute;inset:4px 0 auto auto}
-.tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
-.tile .figure{font-size:18px;gap:5px}
-.spread>.row:has(.search){width:100%}
-.facts{grid-template-columns:minmax(0,1fr);gap:0}
-.facts dd{margin-bottom:8px}
-.search{max-width:none}
-.alias{grid-template-columns:minmax(0,1fr) auto;padding-bottom:10px;border-bottom:1px solid var(--line)}
-.alias>:nth-child(2){display:none}
-.alias>:nth-child(3){grid-column:1/-1;grid-row:2}
-.step{flex-direction:column;gap:10px}
+align-items:baseline}.data td>*{min-width:0}
+.data td::before{content:attr(data-label);color:var(--muted);font-size:13px;text-align:start;
+flex:none}.data td:first-child::before,.data td.bare::before{content:none}
+.data td:first-child{font-weight:600;text-align:start}.data td.blank,.data .minor{display:none}
+.data tr.open{position:relative}.data tr.open td.bare{position:absolute;inset:4px 0 auto auto}
+.tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}.tile .figure{font-size:18px;gap:5px}
+.spread>.row:has(.search){width:100%}.facts{grid-template-columns:minmax(0,1fr);gap:0}
+.facts dd{margin-bottom:8px}.search{max-width:none}
+.alias{grid-template-columns:minmax(0,1fr) auto;padding-bottom:10px;
+border-bottom:1px solid var(--line)}.alias>:nth-child(2){display:none}
+.alias>:nth-child(3){grid-column:1/-1;grid-row:2}.step{flex-direction:column;gap:10px}
 .limit{grid-template-columns:minmax(0,1fr) auto}.limit .meter{grid-row:2;grid-column:1/-1}
 .log-line{gap:8px;padding:0 8px}.log-line>span:first-child{display:none}
-.log-pane{height:max(300px,calc(100dvh - 230px))}
-#toasts{inset-inline:16px}
+.log-pane{height:max(300px,calc(100dvh - 230px))}#toasts{inset-inline:16px}
+.chart-art text{font-size:24px}.play{height:calc(100dvh - 100px)}
 }
-@media (prefers-reduced-motion:reduce){*,*::before,*::after{animation-duration:.01s!important;transition:none!important;
-scroll-behavior:auto!important}}
-@media (forced-colors:active){.badge,.tabs>[aria-pressed=true]{border:1px solid}.dot{forced-color-adjust:none}}
+@media (prefers-reduced-motion:reduce){
+*,*::before,*::after{animation-duration:.01s!important;transition:none!important;
+scroll-behavior:auto!important}
+}
+@media (forced-colors:active){
+.badge,.tabs>[aria-pressed=true]{border:1px solid}.dot{forced-color-adjust:none}
+}
 """
 
 # language=HTML
-ADMIN_HTML = r"""<!doctype html>
+PAGE_HTML = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -14612,71 +14537,89 @@ ADMIN_HTML = r"""<!doctype html>
 </html>
 """
 
-#: What every view is made of: nodes, words, figures, the server, parts, the way in, the frame.
+#: What every view is made of: nodes, words, the server, parts, the way in, the frame.
 # language=JavaScript
 _JS_CORE = r"""
 const $ = (selector, root = document) => root.querySelector(selector);
 const TEXTS = JSON.parse($('#texts').textContent);
-const SVG = $('#mark').namespaceURI;               // as the parser knows it: no address in this page
+const SVG = $('#mark').namespaceURI;               // as the parser knows it: no address here
 const BASE = location.pathname.replace(/\/+$/, '') + '/api/';
-const isNarrow = matchMedia('(max-width: 900px)'), isDark = matchMedia('(prefers-color-scheme: dark)');
+const isDark = matchMedia('(prefers-color-scheme: dark)');
+/** name -> {needs: what the API is asked first, draw(root, answers, arguments) -> what ends it}. */
 const VIEWS = {};
 const NAV = [['', ['overview', 'guide']], ['use', ['playground', 'clients', 'usage']],
-  ['setup', ['providers', 'models', 'keys', 'instances', 'settings']], ['system', ['logs', 'about']]];
-let session = {language: '', theme_mode: 'system', version: ''};
+  ['setup', ['providers', 'models', 'keys', 'instances', 'settings']],
+  ['system', ['logs', 'about']]];
+let session = {language: '', theme_mode: 'system', version: '', base_url: ''};
 
-// --- nodes: text only, never markup; of styles `style: {…}` alone, for the page's policy forbids the attribute
+// --- nodes: text only, never markup; no style attribute, which the page's policy forbids
 
 function fill(node, props, children) {
-  let value = null;
-  for (const [name, given] of Object.entries(props)) {
-    if (name === 'text') node.textContent = given;
-    else if (name === 'on') for (const type in given) node.addEventListener(type, given[type]);
-    else if (name === 'data') Object.assign(node.dataset, given);
-    else if (name === 'style') for (const part in given) node.style.setProperty(part, given[part]);
-    else if (name === 'value') value = given;
-    else if (given !== null && given !== undefined && given !== false) node.setAttribute(name, given === true ? '' : given);
-  }
-  node.append(...children.flat(9).filter(child => child !== null && child !== undefined && child !== false));
-  if (value !== null && value !== undefined) node.value = value;         // after the options of a select
+  const {text, on, data, style, value, ...attributes} = props;
+  if (text !== undefined) node.textContent = text;
+  for (const type in on) node.addEventListener(type, on[type]);
+  Object.assign(node.dataset, data);
+  for (const part in style) node.style.setProperty(part, style[part]);
+  for (const [name, given] of Object.entries(attributes))
+    if (given !== null && given !== undefined && given !== false)
+      node.setAttribute(name, given === true ? '' : given);
+  node.append(...children.flat(9).filter(child => child || child === 0));
+  if (value !== null && value !== undefined) node.value = value;         // after a select's options
   return node;
 }
-const isProps = value => value !== null && typeof value === 'object' && !(value instanceof Node) && !Array.isArray(value);
-const make = create => (tag, props, ...children) =>
-  isProps(props) || props === undefined || props === null ? fill(create(tag), props || {}, children) :
-    fill(create(tag), {}, [props, ...children]);
+const isProps = value => value && typeof value === 'object' && !(value instanceof Node) &&
+  !Array.isArray(value);
+const make = create => (tag, first, ...rest) => isProps(first) ?
+  fill(create(tag), first, rest) : fill(create(tag), {}, [first, ...rest]);
 const el = make(tag => document.createElement(tag));
 const svg = make(tag => document.createElementNS(SVG, tag));
 
 const ICONS = {                                    // strokes in a square of 24
-  overview: 'M3 12h4l3-8 4 16 3-8h4', guide: 'M5 21V4h11l-2 4 2 4H5', clients: 'M8 8l-4 4 4 4M16 8l4 4-4 4M13 5l-2 14',
-  playground: 'M4 5h16v11H9l-5 4z', usage: 'M5 20V11M12 20V4M19 20v-6', keys: 'M14.5 14a5 5 0 1 0-4.6-3L3 18v3h4v-3h3v-3z',
-  providers: 'M4 4h16v6H4zM4 14h16v6H4zM8 7h.01M8 17h.01', models: 'M12 3l8 4.5v9L12 21l-8-4.5v-9zM4 7.5l8 4.5 8-4.5M12 12v9',
-  instances: 'M8 8h12v12H8zM4 16V4h12', settings: 'M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5',
-  logs: 'M4 6h16M4 11h11M4 16h16M4 21h8', about: 'M12 21a9 9 0 1 0 0-18 9 9 0 0 0 0 18zM12 11v5M12 8h.01',
-  menu: 'M4 7h16M4 12h16M4 17h16', close: 'M6 6l12 12M18 6L6 18', up: 'M12 19V5M6 11l6-6 6 6', down: 'M12 5v14M6 13l6 6 6-6',
-  plus: 'M12 5v14M5 12h14', edit: 'M4 20h4L19 9l-4-4L4 16z', trash: 'M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13',
-    more: 'M9 6l6 6-6 6',
+  overview: 'M3 12h4l3-8 4 16 3-8h4', guide: 'M5 21V4h11l-2 4 2 4H5',
+  clients: 'M8 8l-4 4 4 4M16 8l4 4-4 4M13 5l-2 14', playground: 'M4 5h16v11H9l-5 4z',
+  usage: 'M5 20V11M12 20V4M19 20v-6',
+  keys: 'M14.5 14a5 5 0 1 0-4.6-3L3 18v3h4v-3h3v-3z',
+  providers: 'M4 4h16v6H4zM4 14h16v6H4zM8 7h.01M8 17h.01',
+  models: 'M12 3l8 4.5v9L12 21l-8-4.5v-9zM4 7.5l8 4.5 8-4.5M12 12v9',
+  instances: 'M8 8h12v12H8zM4 16V4h12',
+  settings: 'M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5',
+  logs: 'M4 6h16M4 11h11M4 16h16M4 21h8',
+  about: 'M12 21a9 9 0 1 0 0-18 9 9 0 0 0 0 18zM12 11v5M12 8h.01',
+  menu: 'M4 7h16M4 12h16M4 17h16', close: 'M6 6l12 12M18 6L6 18',
+  up: 'M12 19V5M6 11l6-6 6 6', down: 'M12 5v14M6 13l6 6 6-6', plus: 'M12 5v14M5 12h14',
+  trash: 'M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13', more: 'M9 6l6 6-6 6',
   copy: 'M9 9h11v11H9zM5 15H4V4h11v1', check: 'M5 13l4 4L19 7',
   user: 'M12 12a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM5 20c1-4 4-5 7-5s6 1 7 5',
   system: 'M3 5h18v11H3zM9 20h6', dark: 'M20 14.5A8.5 8.5 0 1 1 9.5 4a7 7 0 0 0 10.5 10.5z',
-  light: 'M12 16a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM12 2v2M12 20v2M2 12h2M20 12h2M5 5l1 1M18 18l1 1M5 19l1-1M18 6l1-1',
-  play: 'M7 4l13 8-13 8z', image: 'M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M9 9h.01',
-  stop: 'M6 6h12v12H6z', download: 'M12 4v11M7 11l5 5 5-5M4 20h16', link: 'M10 14L20 4M14 4h6v6M18 14v6H4V6h6'};
+  light: 'M12 16a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM12 2v2M12 20v2M2 12h2M20 12h2M5 5l1 1M18 18l1 1' +
+    'M5 19l1-1M18 6l1-1',
+  image: 'M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M9 9h.01', download: 'M12 4v11M7 11l5 5 5-5M4 20h16',
+  link: 'M10 14L20 4M14 4h6v6M18 14v6H4V6h6'};
 const icon = name => svg('svg', {class: 'icon', viewBox: '0 0 24 24', 'aria-hidden': 'true'},
-  svg('path', {d: ICONS[name] || ''}));
-const button = (label, run, kind = '', image = '') =>
-  el('button', {class: 'btn ' + kind, type: 'button', on: {click: run}}, image && icon(image), label);
-const iconButton = (image, label, run) =>
-  el('button', {class: 'icon-btn', type: 'button', 'aria-label': label, title: label, on: {click: run}}, icon(image));
+  svg('path', {d: ICONS[name]}));
+const button = (label, click, kind = '', image = '') =>
+  el('button', {class: 'btn ' + kind, type: 'button', on: {click}}, image && icon(image), label);
+const iconButton = (image, label, click, props = {}) => el('button', {class: 'icon-btn',
+  type: 'button', 'aria-label': label, title: label, on: {click}, ...props}, icon(image));
+const link = (label, href, kind = '') => el('a', {class: 'btn ' + kind, href, text: label});
 const badge = (text, kind = '') => el('span', {class: 'badge ' + kind, text});
+const hint = (...parts) => el('p', {class: 'hint'}, parts);
+const note = (kind, ...parts) => el('div', {class: 'note ' + kind}, parts);
+/** A card with its title and, to the right of it, what can be done. */
+const card = (title, tools, ...body) => el('section', {class: 'card', 'aria-label': title},
+  el('div', {class: 'spread'}, el('h2', {text: title}), tools), body);
+const isBlank = value => value === null || value === undefined || value === '' || value === false;
+const facts = rows => el('dl', {class: 'facts'}, rows.filter(row => row && !isBlank(row[1]))
+  .map(([name, value]) => [el('dt', {text: name}), el('dd', nodesOf(value))]));
 
 // --- words and figures
 
-const stored = {
-  get(name) { try { return localStorage.getItem('iflow2api.' + name) || ''; } catch { return ''; } },
-  set(name, value) { try { localStorage.setItem('iflow2api.' + name, value); } catch { /* private windows */ } }};
-const lang = () => stored.get('lang') || session.language || (/^zh/i.test(navigator.language) ? 'zh' : 'en');
+const stored = {                                   // private windows may forbid it
+  get(name) { try { return localStorage.getItem('iflow2api.' + name) ||
+    ''; } catch { return ''; } },
+  set(name, value) { try { localStorage.setItem('iflow2api.' + name, value); } catch { /* */ } }};
+const lang = () => stored.get('lang') || session.language ||
+  (/^zh/i.test(navigator.language) ? 'zh' : 'en');
 const theme = () => stored.get('theme') || session.theme_mode || 'system';
 const pick = pair => pair[lang()] || pair.en || pair.zh || '';
 /** The text of a key; `{name}` is put in, `{n:line|lines}` chooses by number. */
@@ -14685,37 +14628,37 @@ function t(key, vars = {}) {
   return text.replace(/\{(\w+)(?::([^|}]*)\|([^}]*))?\}/g, (all, name, one, many) =>
     !(name in vars) ? all : one === undefined ? vars[name] : Number(vars[name]) === 1 ? one : many);
 }
-const has = key => key in TEXTS;
-/** Foreign text with what can't be seen, or would turn the line around, made visible. */
-const clean = text => String(text ?? '').replace(
-  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g,
-  c => '⟨' + c.charCodeAt(0).toString(16).toUpperCase().padStart(2, '0') + '⟩');
+const unseen = new RegExp('[\\0-\\x08\\v-\\x1f\\x7f-\\x9f\\u061c\\u200b\\u200e\\u200f' +
+  '\\u2028-\\u202e\\u2060-\\u2069\\ufeff]', 'g');
+/** Foreign text; what can't be seen, or would turn the line around, is made visible. */
+const clean = text => String(text ?? '').replace(unseen, c =>
+  '\u27e8' + c.charCodeAt(0).toString(16).toUpperCase().padStart(2, '0') + '\u27e9');
 const foreign = (text, css) => el('bdi', {class: css, text: clean(text)});
+const nodesOf = value => value instanceof Node || Array.isArray(value) ? value : foreign(value);
 const locale = () => lang() === 'zh' ? 'zh-CN' : 'en-GB';
+const UNITS = [['second', 1, 90], ['minute', 60, 5400], ['hour', 3600, 129600], ['day', 86400]];
+const unitOf = s => UNITS.find(([, , most]) => !(s >= most));
 /** Epoch seconds, of ISO 8601 too. */
 const epochOf = when => typeof when === 'string' ? Date.parse(when) / 1000 : when;
-const moment = (when, style) => epochOf(when) ? new Intl.DateTimeFormat(locale(), style).format(epochOf(when) * 1000) : '–';
+const moment = (when, style) => epochOf(when) ?
+  new Intl.DateTimeFormat(locale(), style).format(epochOf(when) * 1000) : '\u2013';
+const CLOCK = {hour: '2-digit', minute: '2-digit', hour12: false};
 const fmt = {
-  number: n => n === null || n === undefined ? '–' : new Intl.NumberFormat(locale()).format(n),
-  tokens: n => n === null || n === undefined ? '–' : n < 10000 ? fmt.number(n) :
-    n < 1e6 ? (n / 1e3).toFixed(n < 1e5 ? 1 : 0) + 'k' :
-      n < 1e9 ? (n / 1e6).toFixed(n < 1e8 ? 1 : 0) + 'M' : (n / 1e9).toFixed(1) + 'G',
-  time: epoch => moment(epoch, {hour: '2-digit', minute: '2-digit', second: '2-digit', hour12: false}),
-  date: epoch => moment(epoch, {year: 'numeric', month: 'short', day: 'numeric', hour: '2-digit', minute: '2-digit',
-    hour12: false}),
-  seconds: s => s === null || s === undefined ? '–' : s < 0.9995 ? Math.round(s * 1000) + ' ms' :
+  number: n => isBlank(n) ? '\u2013' : new Intl.NumberFormat(locale()).format(n),
+  tokens: n => isBlank(n) || n < 10000 ? fmt.number(n) : n < 1e6 ?
+    (n / 1e3).toFixed(n < 1e5 ? 1 : 0) + 'k' : (n / 1e6).toFixed(n < 1e8 ? 1 : 0) + 'M',
+  time: when => moment(when, {...CLOCK, second: '2-digit'}),
+  date: when => moment(when, {...CLOCK, year: 'numeric', month: 'short', day: 'numeric'}),
+  seconds: s => isBlank(s) ? '\u2013' : s < 0.9995 ? Math.round(s * 1000) + ' ms' :
     s < 99.95 ? s.toFixed(s < 9.95 ? 2 : 1) + ' s' : fmt.span(s),
-  bytes: n => n < 1 << 20 ? Math.round(n / 1024) + ' KiB' : (n / (1 << 20)).toFixed(1) + ' MiB',
   span(s) {
-    const [unit, size] = s < 90 ? ['second', 1] : s < 5400 ? ['minute', 60] : s < 129600 ? ['hour', 3600] : ['day', 86400];
-    return new Intl.NumberFormat(locale(), {style: 'unit', unit, unitDisplay: 'long',
-      maximumFractionDigits: 0}).format(s / size);
+    const [unit, size] = unitOf(s), style = {style: 'unit', unit, unitDisplay: 'long'};
+    return new Intl.NumberFormat(locale(), {...style, maximumFractionDigits: 0}).format(s / size);
   },
   ago(when) {
-    const epoch = epochOf(when), s = epoch - Date.now() / 1000, far = Math.abs(s);
-    const [unit, size] = far < 90 ? ['second', 1] : far < 5400 ? ['minute', 60] : far < 129600 ? ['hour', 3600] :
-      ['day', 86400];
-    return epoch ? new Intl.RelativeTimeFormat(locale(), {numeric: 'auto'}).format(Math.round(s / size), unit) : '–';
+    const s = epochOf(when) - Date.now() / 1000, [unit, size] = unitOf(Math.abs(s));
+    return new Intl.RelativeTimeFormat(locale(), {numeric: 'auto'}).format(Math.round(s / size),
+      unit);
   }};
 
 // --- the server
@@ -14724,26 +14667,25 @@ class ApiError extends Error {
   constructor(status, body) {
     const error = (body && body.error) || {};
     super(error.message || t('error_status', {status}));
-    Object.assign(this, {status, body, code: error.code || '', param: error.param || ''});
+    Object.assign(this, {status, code: error.code || '', param: error.param || ''});
   }
 }
-const errorText = error => error instanceof ApiError ? clean(error.message) : t('error_page',
-  {text: clean(error.message || error)});
-/** A Response that is fine, else ApiError.  Where the session has ended it waits for the sign-in and asks once more. */
-async function request(path, {method, body, signal, headers = {}} = {}) {
+const errorText = error => error.code === 'changed_meanwhile' ? t('conflict') :
+  error instanceof ApiError ? clean(error.message) :
+    t('error_page', {text: clean(error.message || error)});
+/** A Response that is fine, else ApiError; signs in again where the session has ended. */
+async function request(path, {method, body, signal} = {}) {
+  const headers = {'accept-language': lang(), 'content-type': 'application/json'};
   for (;;) {
-    let response;
-    try {
-      response = await fetch(BASE + path, {method: method || (body === undefined ? 'GET' : 'POST'), signal, cache: 'no-store',
-        headers: {'accept-language': lang(), ...(body === undefined ? {} : {'content-type': 'application/json'}), ...headers},
-        body: body === undefined ? undefined : JSON.stringify(body)});
-    } catch (error) {
-      throw error.name === 'AbortError' ? error : new ApiError(0, {error: {message: t('error_offline')}});
-    }
+    const response = await fetch(BASE + path, {method: method || (body ? 'POST' : 'GET'), signal,
+      cache: 'no-store', headers, body: body && JSON.stringify(body)}).catch(error => {
+      throw error.name === 'AbortError' ? error :
+        new ApiError(0, {error: {message: t('error_offline')}});
+    });
     if (response.ok) return response;
     const failure = new ApiError(response.status, await response.json().catch(() => null));
     failure.retryAfter = Number(response.headers.get('retry-after')) || 0;
-    if (response.status !== 401 || !/^(no_session|session_expired)$/.test(failure.code)) throw failure;
+    if (!/^(no_session|session_expired)$/.test(failure.code)) throw failure;
     await signIn();
   }
 }
@@ -14752,72 +14694,57 @@ async function api(path, options) {
   return response.status === 204 ? null : response.json();
 }
 
-/** The one stream of events: comes back after a pause, goes on where it was, sleeps with a hidden page. */
+/** The one stream of events; the browser resumes it where it broke, a hidden page lets it go. */
 const live = (() => {
   const listeners = {};
-  let wanted = false, withLogs = false, last = '', control = null, timer = 0, pause = 500, state = '';
-  const emit = (event, data) => { for (const fn of [...(listeners[event] || [])]) fn(data); };
+  let source = null, withLogs = false, wanted = false, state = '', timer = 0, hidden = 0;
+  const emit = (name, data) => [...(listeners[name] || [])].forEach(fn => fn(data));
   const turn = now => { if (state !== now) emit('state', state = now); };
-  function take(record) {
-    const fields = {event: 'message', data: ''};
-    for (const line of record.split('\n')) {
-      const [, name, value] = line.match(/^(\w+): ?(.*)$/) || [];
-      if (name === 'data') fields.data += value;
-      else if (name) fields[name] = value;
-    }
-    if (fields.id) last = fields.id;
-    if (!fields.data) return;
-    const data = JSON.parse(fields.data);
-    if (fields.event === 'overview') live.overview = data;
-    emit(fields.event, data);
+  function stop() {
+    clearTimeout(timer);
+    if (source) source.close();
+    source = null;
   }
-  async function read() {
-    const mine = control = new AbortController();
-    let watch, text = '';
-    const alive = () => { clearTimeout(watch); watch = setTimeout(() => mine.abort(), 45000); };
-    try {
-      const response = await request('events' + (withLogs ? '?logs=1' : ''),
-        {signal: mine.signal, headers: last ? {'last-event-id': last} : {}});
-      const reader = response.body.getReader(), decoder = new TextDecoder();
-      turn('open');
-      for (pause = 500, alive(); ;alive()) {
-        const {value, done} = await reader.read();
-        if (done) break;
-        const records = (text + decoder.decode(value, {stream: true}).replace(/\r\n?/g, '\n')).split('\n\n');
-        text = records.pop();
-        records.forEach(take);
-      }
-    } catch (error) {
-      if (error.name !== 'AbortError' && !(error instanceof ApiError)) console.warn(error);
-    }
-    clearTimeout(watch);
-    if (control !== mine || !wanted) return;
-    turn('closed');
-    timer = setTimeout(read, pause = Math.min(pause * 1.7, 15000));
+  function start() {
+    stop();
+    source = new EventSource(BASE + 'events' + (withLogs ? '?logs=1' : ''));
+    for (const name of ['overview', 'request', 'log', 'dropped', 'config'])
+      source.addEventListener(name, event => emit(name, JSON.parse(event.data)));
+    source.onopen = () => turn('open');
+    source.onerror = () => {
+      turn('closed');
+      if (source.readyState !== EventSource.CLOSED) return;
+      stop();                          // refused: where the session has ended, overview tells
+      timer = setTimeout(() => api('overview').then(start, start), 1500);
+    };
   }
-  function stop() { const old = control; control = null; clearTimeout(timer); if (old) old.abort(); }
-  function restart() { stop(); if (wanted) { pause = 500; read(); } }
-  let hidden;
   document.addEventListener('visibilitychange', () => {
     clearTimeout(hidden);              // a browser has six connections for all tabs of one server
-    if (document.hidden) hidden = setTimeout(() => { if (wanted) { stop(); turn('closed'); } }, 20000);
-    else if (wanted && !control) restart();
+    if (document.hidden) hidden = setTimeout(() => { stop(); turn('closed'); }, 20000);
+    else if (wanted && !source) start();
   });
-  addEventListener('pagehide', stop);                  // nor may a page that is kept for going back hold one
-  addEventListener('pageshow', event => { if (event.persisted) restart(); });
-  return {overview: null, start() { if (!wanted) { wanted = true; restart(); } }, stop() { wanted = false; stop(); },
-    on(event, fn) { (listeners[event] = listeners[event] || new Set()).add(fn); return () => listeners[event].delete(fn); },
-    logs(on) { if (withLogs !== on) { withLogs = on; restart(); } }, get state() { return state; }};
+  return {start() { wanted = true; start(); }, stop() { wanted = false; stop(); },
+    on(name, fn) {
+      (listeners[name] = listeners[name] || new Set()).add(fn);
+      return () => listeners[name].delete(fn);
+    },
+    logs(on) { if (withLogs !== on) { withLogs = on; if (source) start(); } },
+    get state() { return state; }};
 })();
 
 // --- parts
 
 function toast(text, kind = 'ok') {
-  const box = $('#toasts'), item = el('div', {class: 'toast ' + kind}, el('span', {class: 'grow', text: clean(text)}),
-    iconButton('close', t('close'), () => item.remove()));
+  const box = $('#toasts'), item = el('div', {class: 'toast ' + kind},
+    el('span', {class: 'grow', text: clean(text)}),
+      iconButton('close', t('close'), () => item.remove()));
   box.append(item);
   while (box.children.length > 4) box.firstChild.remove();
-  if (box.showPopover) { box.popover = 'manual'; if (box.matches(':popover-open')) box.hidePopover(); box.showPopover(); }
+  if (box.showPopover) {               // above a dialog
+    box.popover = 'manual';
+    if (box.matches(':popover-open')) box.hidePopover();
+    box.showPopover();
+  }
   setTimeout(() => item.remove(), kind === 'bad' ? 12000 : 5000);
 }
 /** While `promise` runs the button turns and can't be pressed. */
@@ -14834,122 +14761,183 @@ async function busy(node, promise) {
 /** A handler for clicks: busy while it runs, an error becomes a toast. */
 const act = run => event => busy(event.currentTarget, Promise.resolve().then(() => run(event)))
   .catch(error => error.name === 'AbortError' || toast(errorText(error), 'bad'));
-/** `actions`: [{label, kind, run}]; a `run` that returns false, or throws, leaves it open.  Enter presses the last one. */
-function dialog({title, body, actions = [], wide, closable = true, css = '', onclose}) {
-  const error = el('p', {class: 'error', role: 'alert'});
-  const close = () => { if (node.open) node.close(); };
-  const press = async (action, node_) => {
+/** `actions`: [label, kind, run]; a `run` that gives false, or throws, leaves it open. */
+function dialog({title, body, actions = [], wide, gate, onclose}) {
+  const error = el('p', {class: 'error', role: 'alert'}), close = () => node.open && node.close();
+  const press = async (node_, run) => {
     error.textContent = '';
-    try { if (!action.run || await busy(node_, Promise.resolve(action.run())) !== false) close(); } catch (failure) {
-      if (failure.name !== 'AbortError') { error.textContent = errorText(failure); error.scrollIntoView({block: 'nearest'}); }
+    try { if (!run || await busy(node_,
+      Promise.resolve(run())) !== false) close(); } catch (failure) {
+      error.textContent = errorText(failure);
+      error.scrollIntoView({block: 'nearest'});
     }
   };
-  const buttons = actions.map(action => el('button', {class: 'btn ' + (action.kind || ''), text: action.label,
-    type: action === actions[actions.length - 1] ? 'submit' : 'button',
-    on: {click(event) { event.preventDefault(); if (!action.run || this.form.reportValidity()) press(action, this); }}}));
+  const buttons = actions.map(([label, kind, run], at) => el('button', {class: 'btn ' + kind,
+    text: label, type: at === actions.length - 1 ? 'submit' : 'button', on: {click(event) {
+      event.preventDefault();
+      if (!run || this.form.reportValidity()) press(this, run);
+    }}}));
   const heading = el('h2', {text: title, id: uid()});
-  const form = el('form', {method: 'dialog', on: {submit(event) { event.preventDefault(); }}},
-    el('header', heading, closable ? iconButton('close', t('close'), close) : !shown &&
-      languageButton(() => location.reload())),
+  const form = el('form', {method: 'dialog', on: {submit: event => event.preventDefault()}},
+    el('header', heading, !gate ? iconButton('close', t('close'), close) :
+      !shown && languageButton(() => location.reload())),
     el('div', {class: 'dialog-body'}, body, error), buttons.length > 0 && el('footer', buttons));
-  const node = el('dialog', {class: css + (wide ? ' wide' : ''), 'aria-labelledby': heading.id, on: {
-    cancel(event) { if (!closable) event.preventDefault(); },
-    keydown(event) { if (!closable && event.key === 'Escape') event.preventDefault(); },
-    close() { node.remove(); if (onclose) onclose(); }}}, form);
+  const node = el('dialog', {class: (wide ? 'wide ' : '') + (gate ? 'gate' : '') + (shown ?
+    ' over' : ''),
+    'aria-labelledby': heading.id, on: {
+      cancel(event) { if (gate) event.preventDefault(); },
+      keydown(event) { if (gate && event.key === 'Escape') event.preventDefault(); },
+      close() { node.remove(); if (onclose) onclose(); }}}, form);
   document.body.append(node);
   node.showModal();
-  (form.querySelector('[autofocus], .dialog-body :is(input:not([tabindex]),select,textarea,a,button)') ||
-    buttons[buttons.length - 1] ||
-    form).focus();
+  (form.querySelector('.dialog-body :is(input:not([tabindex]),select,textarea,a,button)') ||
+    buttons[buttons.length - 1] || form).focus();
   return {close, node, error};
 }
-const confirmBox = (text, {danger, title, action} = {}) => new Promise(done => {
-  let answer = false;
-  dialog({title: title || t('confirm'), body: el('p', {class: 'break', text: clean(text)}), onclose: () => done(answer),
-    actions: [
-    {label: t('cancel'), kind: 'quiet'},
-    {label: action || (danger ? t('remove') : t('ok')), kind: danger ? 'danger' : 'primary', run: () => { answer = true;
-      }}]});
+const CANCEL = () => [t('cancel'), 'quiet'];
+const confirmBox = (text, action = t('remove'), title = t('confirm')) => new Promise(done => {
+  dialog({title, body: el('p', {class: 'break', text: clean(text)}), onclose: () => done(false),
+    actions: [CANCEL(), [action, 'danger', () => done(true)]]});
 });
+/** Asks, then deletes what the API has there. */
+const removal = (question, path, label, small = 'small danger') => button(label || t('remove'),
+  act(async () => {
+    if (!await confirmBox(question, label)) return;
+    await api(path, {method: 'DELETE'});
+    await redraw();
+  }), small);
 let ids = 0;
 const uid = () => 'i' + ++ids;
 /** A control with its label; `.fail(text)` shows what is wrong with it. */
-function field({label, hint, error, input}) {
+function field(label, input, hintText) {
   const id = input.id || (input.id = uid()), isCheck = input.type === 'checkbox';
-  const hintNode = hint && el('div', {class: 'hint', id: id + 'h'}, hint);
-  const errorNode = el('div', {class: 'error', id: id + 'e', role: 'alert'});
+  const error = el('div', {class: 'error', id: id + 'e', role: 'alert'});
   const name = el('label', {for: id}, label);
-  const node = el('div', {class: 'field' + (isCheck ? ' check' : '')}, isCheck ? [input, name] : [name, input], hintNode,
-    errorNode);
-  input.setAttribute('aria-describedby', (hint ? id + 'h ' : '') + id + 'e');
+  const node = el('div', {class: 'field' + (isCheck ? ' check' : '')},
+    isCheck ? [input, name] : [name, input],
+    hintText && el('div', {class: 'hint', id: id + 'h'}, hintText), error);
+  input.setAttribute('aria-describedby', (hintText ? id + 'h ' : '') + id + 'e');
+  node.input = input;
   node.fail = text => {
-    errorNode.textContent = text ? clean(text) : '';
+    error.textContent = clean(text);
     input.setAttribute('aria-invalid', Boolean(text));
     if (text) input.focus();
+    return false;
   };
-  node.input = input;
-  input.addEventListener('input', () => errorNode.textContent && node.fail(''));
+  input.addEventListener('input', () => error.textContent && node.fail(''));
   input.addEventListener('invalid', event => {     // in the page's language, not the browser's
-    const {valueMissing, tooShort} = input.validity;
     event.preventDefault();
-    node.fail(valueMissing ? t('invalid_missing') : tooShort ? t('password_hint') : t('invalid'));
+    node.fail(t(input.validity.valueMissing ? 'invalid_missing' :
+      input.validity.tooShort ? 'password_hint' : 'invalid'));
   });
-  if (error) node.fail(error);
   return node;
 }
+/** Fields by name, of rows [name, label, control, hint]. */
+function form(rows) {
+  const boxes = {};
+  for (const [name, label, control, hintText] of rows) boxes[name] = field(label, control,
+    hintText);
+  const text = name => boxes[name].input.value.trim();
+  return {...boxes, boxes: Object.values(boxes), text,
+    number: name => text(name) === '' ? null : Number(text(name)),
+    /** Shows an error at its field, and throws one that has none. */
+    blame(error) {
+      const box = boxes[(error.param || '').split(/[.[]/)[0]];
+      if (!box) throw error;
+      const fold = box.closest('details');
+      if (fold) fold.open = true;
+      return box.fail(errorText(error));
+    }};
+}
 const option = (value, text = value) => el('option', {value, text});
-const input = (props = {}) => el('input', {type: 'text', autocomplete: 'off', spellcheck: 'false', ...props});
+const select = (props, options) => el('select', props, options);
+const input = (props = {}) => el('input', {type: 'text', autocomplete: 'off', spellcheck: 'false',
+  ...props});
+const area = (props = {}) => el('textarea', {class: 'mono', rows: 2, autocomplete: 'off',
+  spellcheck: 'false', ...props});
+const search = (label, on, props = {}) => input({type: 'search', class: 'search',
+  placeholder: label, 'aria-label': label,
+    on: {input: event => on(event.target.value.toLowerCase())},
+  ...props});
+/** Buttons of which one is pressed; `choices`: {key: text}. */
+function segments(label, choices, value, onPick) {
+  const press = key => nodes.forEach(node => node.setAttribute('aria-pressed',
+    node.dataset.key === key));
+  const nodes = Object.entries(choices).map(([key, text]) => el('button', {type: 'button', text,
+    data: {key}, on: {click() { press(key); onPick(key); }}}));
+  press(value);
+  return el('div', {class: 'tabs', role: 'group', 'aria-label': label}, nodes);
+}
+const lines = text => text.split(/[\n,]/).map(part => part.trim()).filter(Boolean);
+function parseJson(text) {
+  try { return JSON.parse(text); } catch (error) {
+    throw new Error(t('bad_json', {text: error.message}));
+  }
+}
+const isEmpty = value => isBlank(value) || typeof value === 'object' && !Object.keys(value).length;
+/** A text area for JSON; empty text stands for `nothing`.  `read()` throws what is wrong. */
+function jsonArea(value, nothing) {
+  const text = isEmpty(value) ? '' : JSON.stringify(value, null, 2);
+  const node = area({rows: Math.min(14, text.split('\n').length + 1), value: text});
+  return Object.assign(node, {read: () => node.value.trim() ? parseJson(node.value) : nothing});
+}
 /** Also where there is no clipboard: plain http beyond this machine. */
 async function copyText(text, near) {
   try { await navigator.clipboard.writeText(text); } catch {
-    const area = el('textarea', {class: 'visually-hidden', value: text, 'aria-hidden': 'true'});
-    near.after(area);
-    area.select();
+    const box = el('textarea', {class: 'visually-hidden', value: text, 'aria-hidden': 'true'});
+    near.after(box);
+    box.select();
     const done = document.execCommand('copy');
-    area.remove();
+    box.remove();
     near.focus();
     if (!done) throw new Error(t('copy_failed'));
   }
 }
 function copyButton(text, label = t('copy')) {
-  const word = el('span', {text: label});
+  const word = el('span', {text: label, 'aria-live': 'polite'});
   return el('button', {class: 'btn small', type: 'button', on: {async click(event) {
     const node = event.currentTarget;
     try { await copyText(text(), node); } catch (error) { return toast(errorText(error), 'bad'); }
     word.textContent = t('copied');
     node.firstChild.replaceWith(icon('check'));
-    setTimeout(() => { word.textContent = label; node.firstChild.replaceWith(icon('copy')); }, 1600);
-  }}}, icon('copy'), el('span', {'aria-live': 'polite'}, word));
+    setTimeout(() => { word.textContent = label; node.firstChild.replaceWith(icon('copy')); },
+      1600);
+  }}}, icon('copy'), word);
 }
-/** A table; `.update(rows)` keeps the lines whose `id(row)` stays.  `render` may return text or a node. */
-function dataTable({columns, rows = [], empty, label, open, id}) {
-  const body = el('tbody'), table = el('table', {class: 'data', 'aria-label': label},
-    el('thead', el('tr', columns.map(column => el('th', {scope: 'col', class: column.align},
-      column.label || el('span', {class: 'visually-hidden', text: t('actions')}))))), body);
-  const nothing = el('div', {class: 'empty'}, empty || t('nothing'));
-  const box = el('div', {class: 'scroll', tabindex: '0', role: 'group', 'aria-label': label || t('table')}, table);
-  const press = row => ({click: event => event.target.closest('button,a,input') || open(row)});
-  const line = row => el('tr', {class: open && 'open', on: open && press(row)},
-    columns.map(column => {
-      const value = column.render ? column.render(row) : row[column.key];
-      const blank = value === null || value === undefined || value === '' || value === false;
-      return el('td', {class: [column.align, blank && 'blank', !column.label && 'bare', column.css].filter(Boolean).join(' '),
-        'data-label': column.label || null}, blank ? null : el('div', {}, value instanceof Node || Array.isArray(value) ?
-          value : foreign(value)));
-    }));
-  let kept = new Map();
+const codeBlock = (title, text) => el('div', {class: 'stack tight'}, el('div', {class: 'spread'},
+  el('h3', {text: title}), copyButton(() => text)), el('pre', {tabindex: '0', 'aria-label': title},
+  foreign(text)));
+/** Columns are [label, render(row), class]; lines of the same `id(row)` and row stay. */
+function table({label, columns, rows = [], empty, open, id}) {
+  const head = ([text, , css]) => el('th', {scope: 'col', class: css},
+    text || el('span', {class: 'visually-hidden', text: t('actions')}));
+  const body = el('tbody'), nothing = el('div', {class: 'empty'}, empty || t('nothing'));
+  const box = el('div', {class: 'scroll', tabindex: '0', role: 'group', 'aria-label': label},
+    el('table', {class: 'data', 'aria-label': label}, el('thead', el('tr', columns.map(head))),
+      body));
+  const cell = (row, [text, render, css]) => {
+    const value = render(row), kind = isBlank(value) ? ' blank' : text ? '' : ' bare';
+    return el('td', {class: (css || '') + kind, 'data-label': text || null},
+      isBlank(value) ? null : el('div', nodesOf(value)));
+  };
+  const line = row => el('tr', {class: open && 'open', on: open && {
+    click: event => event.target.closest('button,a,input') || open(row)}},
+  columns.map(column => cell(row, column)));
   const root = el('div', box, nothing);
+  let kept = new Map();
   root.update = list => {
-    const now = new Map(list.map((row, number) => [id ? id(row) : number, row]));
-    const nodes = new Map();
-    for (const [key, row] of now) {
-      const old = kept.get(key);
-      nodes.set(key, old && old.row === row ? old : {row, node: line(row)});
+    const now = new Map();
+    list.forEach((row, at) => {
+      const key = id ? id(row) : at, old = kept.get(key);
+      now.set(key, old && old.row === row ? old : {row, node: line(row)});
+    });
+    let at = 0;
+    for (const {node} of now.values()) {               // what is in its place keeps the focus
+      if (node !== body.children[at]) body.insertBefore(node, body.children[at] || null);
+      at++;
     }
-    for (const [key, old] of kept) if (nodes.get(key) !== old) old.node.remove();
-    let place = body.firstChild;
-    for (const {node} of nodes.values()) if (node === place) place = place.nextSibling; else body.insertBefore(node, place);
-    kept = nodes;
+    while (body.children.length > at) body.lastChild.remove();
+    kept = now;
     box.hidden = !list.length;
     nothing.hidden = list.length > 0;
   };
@@ -14958,109 +14946,90 @@ function dataTable({columns, rows = [], empty, label, open, id}) {
 }
 /** A button that opens a small menu; `items`: [[label, run]]. */
 function menuButton(node, items) {
-  let open = false;
-  const close = () => {
-    if (!open) return;                 // taking it away moves the focus, which closes it
-    open = false;
-    menu.remove();
-    node.setAttribute('aria-expanded', 'false');
-  };
-  const menu = el('div', {class: 'menu', on: {keydown(event) {
-    const all = [...menu.children], step = {ArrowDown: 1, ArrowUp: -1}[event.key];
-    if (event.key === 'Escape') { close(); node.focus(); }
-    if (step) { event.preventDefault(); all[(all.indexOf(document.activeElement) + step + all.length) % all.length].focus(); }
-  }, focusout(event) { if (!holder.contains(event.relatedTarget)) close(); }}},
-  items.map(([label, run]) => el('button', {type: 'button', text: label, on: {click() { close(); node.focus(); run(); }}})));
-  const holder = el('div', {class: 'holder'}, node);
+  const close = () => { menu.hidden = true; node.setAttribute('aria-expanded', 'false'); };
+  const menu = el('div', {class: 'menu', hidden: true}, items.map(([label, run]) => el('button',
+    {type: 'button', text: label, on: {click() { close(); node.focus(); run(); }}})));
+  const holder = el('div', {class: 'holder', on: {
+    keydown(event) {
+      const all = [...menu.children], step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+      if (event.key === 'Escape') { close(); node.focus(); }
+      if (!step || menu.hidden) return;
+      event.preventDefault();
+      all[(all.indexOf(document.activeElement) + step + all.length) % all.length].focus();
+    },
+    focusout(event) { if (!holder.contains(event.relatedTarget)) close(); },
+    mousedown(event) { event.preventDefault(); }}}, node, menu);         // the menu keeps its focus
   node.setAttribute('aria-expanded', 'false');
   node.addEventListener('click', () => {
-    if (open) return close();
-    open = true;
-    holder.append(menu);
-    node.setAttribute('aria-expanded', 'true');
-    menu.firstChild.focus();
+    menu.hidden = !menu.hidden;
+    node.setAttribute('aria-expanded', !menu.hidden);
+    if (!menu.hidden) menu.firstChild.focus();
   });
-  holder.addEventListener('mousedown', event => event.preventDefault());   // else the menu would lose its focus first
   return holder;
 }
-/** What a view shows while it loads, and when that fails, with a way to try again. */
-async function load(root, promise, show) {
-  const wait = setTimeout(() => root.append(el('p', {class: 'empty', role: 'status', text: t('loading')})), 150);
-  const route = shown;
-  try {
-    const data = await promise;
-    if (route !== shown) return;
-    root.textContent = '';
-    show(data);
-  } catch (error) {
-    if (error.name === 'AbortError' || route !== shown) return;
-    root.textContent = '';
-    root.append(el('div', {class: 'card empty', role: 'alert'}, el('p', foreign(errorText(error))),
-      button(t('retry'), () => go())));
-    if (!(error instanceof ApiError)) console.error(error);
-  } finally { clearTimeout(wait); }
+/** Calls `fn` at most every `pause_ms`, and once more at the end. */
+function throttle(fn, pause_ms) {
+  let timer = 0;
+  return () => { timer = timer || setTimeout(() => { timer = 0; fn(); }, pause_ms); };
 }
 
 // --- the way in
 
-const password = (props = {}) => input({type: 'password', required: true, minlength: 8, maxlength: 200, ...props});
-const userName = () => el('input', {class: 'visually-hidden', autocomplete: 'username', value: 'admin', tabindex: '-1',
-  'aria-hidden': 'true', readonly: true});     // for password managers
+const password = (props = {}) =>
+  input({type: 'password', required: true, maxlength: 200, ...props});
+const currentPassword = () => password({autocomplete: 'current-password'});
+const newPassword = () => password({autocomplete: 'new-password', minlength: 8});
+const userName = () => el('input', {class: 'visually-hidden', autocomplete: 'username',
+  value: 'admin', tabindex: '-1', 'aria-hidden': 'true', readonly: true});   // password managers
 let signingIn = null;
 /** Asks for the password above whatever is there; what was typed below stays. */
-function signIn() {
-  return signingIn = signingIn || new Promise(done => {
-    const word = password({autocomplete: 'current-password', minlength: null}),
-      box = field({label: t('password'), input: word});
-    dialog({title: t('sign_in'), closable: false, css: 'gate' + (shown ? ' over' : ''), onclose() { signingIn = null; done();
-      },
-      body: [el('p', {class: 'muted', text: shown ? t('sign_in_again') : t('sign_in_lead')}), userName(), box],
-      actions: [{label: t('sign_in'), kind: 'primary', async run() {
-        try { await api('session', {body: {user: 'admin', password: word.value}}); } catch (error) {
-          word.select();
-          return box.fail(error.status === 429 ? t('sign_in_slow', {time: fmt.span(error.retryAfter || 1)}) :
-            error.status === 401 ? t('sign_in_wrong') : errorText(error)), false;
-        }
-      }}]});
-  });
-}
-const twoPasswords = () => {
-  const first = password({autocomplete: 'new-password'}), second = password({autocomplete: 'new-password'});
-  const boxes = [field({label: t('password_new'), hint: t('password_hint'), input: first}),
-    field({label: t('password_repeat'), input: second})];
-  return {boxes, get value() { return first.value; },
-    check: () => first.value === second.value || (boxes[1].fail(t('password_differ')), false)};
-};
-const firstPassword = () => new Promise(done => {
-  const code = input({required: true, maxlength: 16, autocomplete: 'one-time-code', autocapitalize: 'characters',
-    placeholder: 'ABCD-EFGH', class: 'mono'});
-  const box = field({label: t('setup_code'), hint: t('setup_code_hint'), input: code}), words = twoPasswords();
-  dialog({title: t('setup_title'), closable: false, css: 'gate', onclose: done,
-    body: [el('p', {class: 'muted', text: t('setup_lead')}), box, userName(), words.boxes],
-    actions: [{label: t('setup_go'), kind: 'primary', async run() {
-      if (!words.check()) return false;
+const signIn = () => signingIn = signingIn || new Promise(done => {
+  const ask = form([['password', t('password'), currentPassword()]]);
+  dialog({title: t('sign_in'), gate: true, onclose() { signingIn = null; done(); },
+    body: [el('p', {class: 'muted', text: t(shown ? 'sign_in_again' : 'sign_in_lead')}), userName(),
+      ask.boxes],
+    actions: [[t('sign_in'), 'primary', async () => {
       try {
-        await api('password', {body: {code: code.value.trim().toUpperCase(), password: words.value}});
+        await api('session', {body: {user: 'admin', password: ask.password.input.value}});
       } catch (error) {
-        if (error.status === 429 || !/code/.test(error.param + error.code)) throw error;
-        return box.fail(errorText(error)), false;
+        ask.password.input.select();
+        return ask.password.fail(error.status === 401 ? t('sign_in_wrong') : error.status === 429 ?
+          t('sign_in_slow', {time: fmt.span(error.retryAfter || 1)}) : errorText(error));
       }
-    }}]});
+    }]]});
+});
+/** Fields for a new password, after one that shows who may set it. */
+function passwordForm(...first) {
+  const ask = form([first, ['password', t('password_new'), newPassword(), t('password_hint')],
+    ['again', t('password_repeat'), newPassword()]]);
+  return {...ask, async save() {
+    const [name] = first, text = ask.password.input.value;
+    if (text !== ask.again.input.value) return ask.again.fail(t('password_differ'));
+    try {
+      await api('password', {body: {[name]: ask[name].input.value.trim(), password: text}});
+    } catch (error) { return ask.blame(error); }
+  }};
+}
+const firstPassword = () => new Promise(done => {
+  const ask = passwordForm('code', t('setup_code'), input({required: true, maxlength: 16,
+    autocomplete: 'one-time-code', autocapitalize: 'characters', placeholder: 'ABCD-EFGH',
+    class: 'mono'}), t('setup_code_hint'));
+  dialog({title: t('setup_title'), gate: true, onclose: done, body: [
+    el('p', {class: 'muted', text: t('setup_lead')}), ask.code, userName(), ask.password,
+      ask.again],
+  actions: [[t('setup_go'), 'primary', ask.save]]});
 });
 function changePassword() {
-  const current = password({autocomplete: 'current-password', minlength: null}), words = twoPasswords();
-  const box = field({label: t('password_current'), input: current});
-  const hint = el('p', {class: 'hint', text: t('password_others_end')});
-  dialog({title: t('password_change'), body: [userName(), box, words.boxes, hint], actions: [
-    {label: t('cancel'), kind: 'quiet'}, {label: t('save'), kind: 'primary', async run() {
-      if (!words.check()) return false;
-      await api('password', {body: {current: current.value, password: words.value}});
+  const ask = passwordForm('current', t('password_current'), currentPassword());
+  dialog({title: t('password_change'),
+    body: [userName(), ask.boxes, hint(t('password_others_end'))],
+    actions: [CANCEL(), [t('save'), 'primary', async () => {
+      if (await ask.save() === false) return false;
       toast(t('password_changed'));
-    }}]});
+    }]]});
 }
 async function signOut(everywhere) {
-  await api('session', {method: 'DELETE', body: everywhere ? {everywhere: true} : undefined});
-  live.stop();
+  await api('session', {method: 'DELETE', body: {everywhere}});
   dirty = () => false;
   location.reload();
 }
@@ -15068,58 +15037,53 @@ async function signOut(everywhere) {
 // --- the frame
 
 let shown = null, dirty = () => false, here = '';
-/** While `fn()` is true, leaving the view asks first. */
+/** While `fn()` is true, leaving the view asks first, and nothing draws over what was typed. */
 const guard = fn => { dirty = fn; };
+const mayLeave = async () => !dirty() ||
+  confirmBox(t('unsaved'), t('discard'), t('unsaved_title'));
 function paint() {
-  const now = theme();
-  document.documentElement.dataset.theme = now === 'system' ? (isDark.matches ? 'dark' : 'light') : now;
-  document.documentElement.lang = lang() === 'zh' ? 'zh-CN' : 'en';
-}
-async function mayLeave() {
-  return !dirty() || confirmBox(t('unsaved'), {title: t('unsaved_title'), action: t('discard'), danger: true});
+  const now = theme(), root = document.documentElement;
+  root.dataset.theme = now === 'system' ? (isDark.matches ? 'dark' : 'light') : now;
+  root.lang = lang() === 'zh' ? 'zh-CN' : 'en';
 }
 function languageButton(then) {
-  const other = lang() === 'zh' ? 'en' : 'zh';
-  return el('button', {class: 'icon-btn text', type: 'button', lang: other, id: 'lang', text: other === 'zh' ? '中文' : 'EN',
-    'aria-label': other === 'zh' ? '切换到中文' : 'EN: switch to English', on: {async click() {
+  const at = lang() === 'zh' ? 1 : 0, other = ['zh', 'en'][at];
+  return el('button', {class: 'icon-btn text', type: 'button', lang: other, id: 'lang',
+    text: TEXTS.lang[at], 'aria-label': TEXTS.lang_label[at], on: {async click() {
       if (!await mayLeave()) return;
       stored.set('lang', other);
       then();
     }}});
 }
+function navGroup([group, names]) {
+  const list = el('ul', {'aria-labelledby': group && 'nav-' + group}, names.map(name => el('li',
+    el('a', {href: '#' + name, data: {view: name}}, icon(name), t('view_' + name)))));
+  return group ? [el('h2', {text: t('nav_' + group), id: 'nav-' + group}), list] : [list];
+}
 function frame() {
   paint();
   $('#skip').textContent = t('skip');
-  const nav = $('#nav'), top = $('#top');
+  const nav = $('#nav'), next = {system: 'light', light: 'dark', dark: 'system'}[theme()];
   nav.setAttribute('aria-label', t('nav'));
-  nav.replaceChildren(nav.firstChild, ...NAV.flatMap(([group, all]) => {
-    const names = all.filter(name => VIEWS[name]);
-    if (!names.length) return [];
-    const head = group && el('h2', {text: t('nav_' + group), id: 'nav-' + group});
-    const list = el('ul', {'aria-labelledby': head ? head.id : null}, names.map(name =>
-      el('li', el('a', {href: '#' + name, data: {view: name}}, icon(VIEWS[name].icon || name), t('view_' + name)))));
-    return head ? [head, list] : [list];
-  }), el('p', {class: 'hint', style: {margin: 'auto 10px 0', 'padding-top': '16px'}, text: 'v' + session.version}));
-  const next = {system: 'light', light: 'dark', dark: 'system'}[theme()];
-  top.replaceChildren(
-    el('button', {class: 'icon-btn', id: 'burger', type: 'button', 'aria-label': t('nav'), 'aria-expanded': 'false',
-      'aria-controls': 'nav', on: {click: () => drawer(!nav.classList.contains('open'))}}, icon('menu')),
+  nav.replaceChildren(nav.firstChild, ...NAV.flatMap(navGroup),
+    el('p', {class: 'hint version', text: 'v' + session.version}));
+  const switchTheme = () => { stored.set('theme', next); frame(); mark(); $('#theme').focus(); };
+  $('#top').replaceChildren(
+    iconButton('menu', t('nav'), () => drawer(!nav.classList.contains('open')),
+      {id: 'burger', 'aria-expanded': 'false', 'aria-controls': 'nav'}),
     el('h1', {id: 'title'}), el('div', {class: 'live', id: 'live', role: 'status'}),
-    languageButton(async () => { frame(); await go(); $('#lang').focus(); }),
-    fill(iconButton(theme(), t('theme', {now: t('theme_' + theme()), next: t('theme_' + next)}), () => {
-      stored.set('theme', next);
-      const title = $('#title').textContent;
-      frame(); mark(title); $('#theme').focus(); }), {id: 'theme'}, []),
-    menuButton(fill(iconButton('user', t('account')), {id: 'account'}, []), [[t('password_change'), changePassword],
-      [t('sign_out'), () => signOut(false)], [t('sign_out_everywhere'), () => signOut(true)]]));
+    languageButton(async () => { frame(); await redraw(); $('#lang').focus(); }),
+    iconButton(theme(), t('theme', {now: t('theme_' + theme()), next: t('theme_' + next)}),
+      switchTheme, {id: 'theme'}),
+    menuButton(iconButton('user', t('account'), null, {id: 'account'}), [
+      [t('password_change'), changePassword], [t('sign_out'), () => signOut(false)],
+      [t('sign_out_everywhere'), () => signOut(true)]]));
   pulse();
-  mark('');
 }
 function pulse() {
-  const open = live.state === 'open', box = $('#live');
-  if (!box) return;
+  const open = live.state === 'open';
   document.body.classList.toggle('offline', !open);
-  box.replaceChildren(el('span', {class: 'dot ' + (open ? 'ok' : 'warn')}),
+  $('#live').replaceChildren(el('span', {class: 'dot ' + (open ? 'ok' : 'warn')}),
     el('span', {text: t(open ? 'live_on' : 'live_off')}));
 }
 function drawer(open) {
@@ -15127,91 +15091,130 @@ function drawer(open) {
   $('#burger').setAttribute('aria-expanded', open);
   if (open) ($('#nav [aria-current]') || $('#nav a')).focus();
 }
-function mark(title) {
-  const name = here.split('/')[0];
-  for (const link of document.querySelectorAll('#nav li a'))
-    if (link.dataset.view === name) link.setAttribute('aria-current', 'page'); else link.removeAttribute('aria-current');
+function mark() {
+  const name = here.split('/')[0], title = t('view_' + name);
+  for (const item of document.querySelectorAll('#nav li a'))
+    if (item.dataset.view === name) item.setAttribute('aria-current', 'page');
+    else item.removeAttribute('aria-current');
   $('#title').textContent = title;
-  document.title = (title ? title + ' · ' : '') + 'iflow2api';
+  document.title = title + ' \u00b7 iflow2api';
 }
-/** Shows what location.hash says: `#view/argument/…`. */
-async function go(focus = false) {
+/** Shows what location.hash says: `#view/argument/\u2026`. */
+async function go() {
   let wanted = location.hash.slice(1) || 'overview';
-  if (wanted !== here && !await mayLeave()) return void history.replaceState(null, '', '#' + here);
+  if (wanted === here) return;
+  if (!await mayLeave()) return void history.replaceState(null, '', '#' + here);
   if (!VIEWS[wanted.split('/')[0]]) history.replaceState(null, '', '#' + (wanted = 'overview'));
-  dirty = () => false;
-  drawer(false);
-  if (shown && shown.cleanup) shown.cleanup();
+  const first = !here;
   here = wanted;
+  drawer(false);
+  scrollTo(0, 0);
+  await redraw();
+  if (!first) $('#main').focus({preventScroll: true});
+}
+/** Draws the view anew where it was; the first `data-key` of `keys` has the focus. */
+async function redraw(...keys) {
   const plain = part => { try { return decodeURIComponent(part); } catch { return part; } };
-  const [name, ...args] = wanted.split('/').map(plain);
-  const root = el('div', {class: 'stack'}), mine = shown = {};
-  mark(t('view_' + name));
-  $('#main').replaceChildren(root);
-  if (focus) { scrollTo(0, 0); $('#main').focus({preventScroll: true}); }
-  const cleanup = await VIEWS[name].show(root, args);
-  if (typeof cleanup === 'function') { if (shown === mine) mine.cleanup = cleanup; else cleanup(); }
+  const [name, ...args] = here.split('/').map(plain), view = VIEWS[name], main = $('#main');
+  if (shown && shown.end) shown.end();
+  dirty = () => false;
+  const mine = shown = {}, root = el('div', {class: 'stack'});
+  const loading = el('p', {class: 'empty', role: 'status', text: t('loading')});
+  mark();
+  const wait = setTimeout(() => main.replaceChildren(loading),
+    main.dataset.view === name ? 1500 : 150);
+  try {
+    const data = await Promise.all((view.needs || []).map(path => api(path)));
+    if (mine !== shown) return;
+    const place = scrollY, {key = ''} = document.activeElement.dataset;
+    main.replaceChildren(root);
+    main.dataset.view = name;
+    mine.version = (data.find(each => each.version) || {}).version;
+    mine.end = view.draw(root, data, args);
+    scrollTo(0, place);
+    const held = [...keys, key].map(name => name && root.querySelector(
+      `[data-key="${CSS.escape(name)}"]:enabled`)).find(Boolean);
+    if (held) held.focus();
+  } catch (error) {
+    if (mine !== shown) return;
+    main.replaceChildren(el('div', {class: 'card empty', role: 'alert'},
+      el('p', foreign(errorText(error))),
+      button(t('retry'), () => redraw())));
+    if (!(error instanceof ApiError)) console.error(error);
+  } finally { clearTimeout(wait); }
+}
+/** Saves settings; the new document.  What somebody else changed meanwhile is not written over. */
+const patchConfig = (version, set, unset = []) =>
+  api('config', {method: 'PATCH', body: {version, set, unset}}).catch(error => {
+    if (error.code === 'changed_meanwhile') tellOfChange();
+    throw error;
+  });
+function tellOfChange() {
+  const main = $('#main');
+  if (!$('#elsewhere')) main.prepend(el('div',
+    {class: 'note warn spread', id: 'elsewhere', role: 'alert'},
+    t('conflict'), button(t('reload'), () => redraw())));
+  scrollTo(0, 0);
+}
+/** The configuration is another one: draw it, but never over what was typed. */
+function followConfig({version}) {
+  if (!shown || !shown.version || shown.version === version || $('dialog')) return;
+  if (dirty()) tellOfChange(); else redraw();
 }
 async function start() {
+  const nav = $('#nav'), isNarrow = matchMedia('(max-width: 900px)');
   $('#skip').addEventListener('click', event => { event.preventDefault(); $('#main').focus(); });
   $('#veil').addEventListener('click', () => drawer(false));
-  $('#nav').addEventListener('keydown', event => { if (event.key === 'Escape') { drawer(false); $('#burger').focus(); } });
-  $('#nav').addEventListener('focusout', event => {
-    if (isNarrow.matches && event.relatedTarget && !$('#nav').contains(event.relatedTarget)) drawer(false); });
+  nav.addEventListener('keydown', event => {
+    if (event.key === 'Escape') { drawer(false); $('#burger').focus(); }
+  });
+  nav.addEventListener('focusout', event => {
+    if (isNarrow.matches && event.relatedTarget &&
+      !nav.contains(event.relatedTarget)) drawer(false);
+  });
   const picture = new XMLSerializer().serializeToString($('#mark'));
-  document.head.append(el('link', {rel: 'icon', href: 'data:image/svg+xml,' + encodeURIComponent(picture)}));
+  document.head.append(el('link', {rel: 'icon',
+    href: 'data:image/svg+xml,' + encodeURIComponent(picture)}));
   isDark.addEventListener('change', paint);
   addEventListener('beforeunload', event => { if (dirty()) event.preventDefault(); });
   paint();
-  for (;;) {
-    try { session = await api('session'); break; } catch (error) {
-      await new Promise(done => dialog({title: 'iflow2api', closable: false, css: 'gate', onclose: done,
-        body: el('p', {text: errorText(error)}), actions: [{label: t('retry'), kind: 'primary'}]}));
+  while (!session.state) {
+    try { session = await api('session'); } catch (error) {
+      await new Promise(done => dialog({title: 'iflow2api', gate: true, onclose: done,
+        body: el('p', {text: errorText(error)}), actions: [[t('retry'), 'primary']]}));
     }
   }
   paint();
-  const isNew = session.state === 'new';
-  if (isNew) await firstPassword();
+  if (session.state === 'new') await firstPassword();
   else if (session.state !== 'signed_in') await signIn();
-  if (isNew) history.replaceState(null, '', '#guide');
-  else if (!location.hash) {
-    live.overview = await api('overview').catch(() => null);
-    if (live.overview && live.overview.next) history.replaceState(null, '', '#guide');
-  }
+  const {next} = await api('overview').catch(() => ({}));
+  if (session.state === 'new' || !location.hash && next) history.replaceState(null, '', '#guide');
   frame();
   $('#app').hidden = false;
-  addEventListener('hashchange', () => go(true));
+  addEventListener('hashchange', go);
   live.on('state', pulse);
+  live.on('config', followConfig);
   live.start();
   await go();
 }
 """
 
-#: State, figures, requests as they happen.
+#: State, figures, requests as they happen, and the chart.
 # language=JavaScript
 _JS_OVERVIEW = r"""
-/** A card with its title and, to the right of it, what can be done. */
-const card = (title, tools, ...body) => el('section', {class: 'card', 'aria-label': title},
-  el('div', {class: 'spread'}, el('h2', {text: title}), tools), body);
-const tile = (label, figure, note) => el('div', {class: 'card tile'}, el('div', {class: 'muted', text: label}),
-  el('div', {class: 'figure'}, figure), el('div', {class: 'hint'}, note));
-const isBlank = value => value === null || value === undefined || value === '' || value === false;
-const nodesOf = value => value instanceof Node || Array.isArray(value) ? value : foreign(value);
-const facts = rows => el('dl', {class: 'facts'}, rows.filter(row => row && !isBlank(row[1]))
-  .map(([name, value]) => [el('dt', {text: name}), el('dd', {}, nodesOf(value))]));
-const problems = list => list && list.length ? el('div', {class: 'note warn', role: 'status'},
-  el('strong', {text: t('problems')}), el('ul', {class: 'plain'}, list.map(line => el('li', {}, foreign(line))))) : null;
-const statusBadge = row => badge(row.status === 499 ? t('status_left') : String(row.status || '–'),
-  row.status === 200 ? 'ok' : row.status === 499 ? '' : row.status === 429 ? 'warn' : 'bad');
-const tokensOf = row => (row.estimated ? '≈ ' : '') + fmt.tokens(row.input) + ' → ' + fmt.tokens(row.output);
-/** Calls `fn` at most every `pause_ms`, and once more at the end. */
-function throttle(fn, pause_ms) {
-  let timer = 0;
-  return () => { timer = timer || setTimeout(() => { timer = 0; fn(); }, pause_ms); };
-}
+const statusBadge = ({status}) => badge(status === 499 ? t('status_left') :
+  String(status || '\u2013'),
+  {200: 'ok', 499: '', 429: 'warn'}[status] ?? 'bad');
+const tile = (label, figure, below) => el('div', {class: 'card tile'},
+  el('div', {class: 'muted', text: label}), el('div', {class: 'figure'}, figure), hint(below));
+const problems = list => list && list.length > 0 && el('div', {class: 'note warn', role: 'status'},
+  el('strong', {text: t('problems')}),
+    el('ul', {class: 'plain'}, list.map(line => el('li', foreign(line)))));
 const meter = (used, limit) => el('span', {class: 'meter', 'aria-hidden': 'true'},
-  el('span', {class: used >= limit ? 'full' : '', style: {width: Math.min(100, 100 * used / limit) + '%'}}));
-const limitLines = limits => Object.entries(limits).filter(([, value]) => value && value.limit).map(([name, {used, limit}]) =>
+  el('span', {class: used >= limit && 'full',
+    style: {width: Math.min(100, 100 * used / limit) + '%'}}));
+/** `limits`: {rpm: {used, limit}, \u2026}. */
+const limitLines = limits => Object.entries(limits).map(([name, {used, limit}]) =>
   el('div', {class: 'limit'}, el('span', {text: t('limit_' + name)}), meter(used, limit),
     el('span', {class: 'num', text: fmt.tokens(used) + ' / ' + fmt.tokens(limit)})));
 /** Health of a provider, as /health and the list tell it alike. */
@@ -15222,647 +15225,691 @@ function healthBadge(item, resting) {
   return resting ? badge(t('health_keys_rest', {n: resting}), 'warn') : badge(t('health_ok'), 'ok');
 }
 function requestDialog(row) {
-  const table = dataTable({label: t('attempts'), rows: row.attempts, columns: [
-    {key: 'provider', label: t('provider')}, {key: 'model', label: t('model')}, {key: 'key', label: t('key'), css: 'mono'},
-    {label: t('status'), render: statusBadge}, {label: t('duration'), align: 'end', render: a => fmt.seconds(a.total_s)},
-    {key: 'error', label: t('error')}]});
-  const with_ = (count, key, more) => fmt.number(count) + (more ? ' · ' + t(key, {n: fmt.number(more)}) : '');
+  const with_ = (n, key, more) =>
+    fmt.number(n) + (more ? ' \u00b7 ' + t(key, {n: fmt.number(more)}) : '');
   dialog({title: t('request_details'), wide: true, body: [facts([
     [t('time'), moment(row.at, {dateStyle: 'medium', timeStyle: 'medium'})],
-    [t('request_id'), foreign(row.request_id, 'mono')], [t('model'), row.model], [t('target'), row.target],
-    [t('dialect'), row.dialect + (row.stream ? ' · ' + t('streamed') : '')], [t('key'), row.key],
-    [t('status'), statusBadge(row)], [t('error'), row.error],
-    [t('first_token'), row.stream && fmt.seconds(row.first_s)], [t('duration'), fmt.seconds(row.total_s)],
+    [t('request_id'), foreign(row.request_id, 'mono')], [t('model'), row.model],
+    [t('target'), row.target], [t('key'), row.key], [t('status'), statusBadge(row)],
+    [t('dialect'), row.dialect + (row.stream ? ' \u00b7 ' + t('streamed') : '')],
+      [t('error'), row.error],
+    [t('first_token'), row.stream && fmt.seconds(row.first_s)],
+    [t('duration'), fmt.seconds(row.total_s)],
     [t('tokens_in'), with_(row.input, 'of_cached', row.cached)],
     [t('tokens_out'), with_(row.output, 'of_reasoning', row.reasoning)],
-    [t('tokens_note'), row.estimated && t('estimated')]]), el('h3', {text: t('attempts')}), table]});
+    [t('tokens_note'), row.estimated && t('estimated')]]), el('h3', {text: t('attempts')}),
+  table({label: t('attempts'), rows: row.attempts, columns: [
+    [t('provider'), item => item.provider], [t('model'), item => item.model],
+    [t('key'), item => item.key, 'mono'], [t('status'), statusBadge],
+    [t('duration'), item => fmt.seconds(item.total_s), 'end'],
+      [t('error'), item => item.error]]})]});
 }
-VIEWS.overview = {icon: 'overview', async show(root) {
-  const parts = {}, rows = [];
-  const filter = input({type: 'search', placeholder: t('filter'), 'aria-label': t('filter'), class: 'search'});
-  const which = el('select', {'aria-label': t('status')}, option('', t('all')), option('ok', t('only_ok')),
-    option('bad', t('only_bad')));
-  const table = dataTable({label: t('requests'), empty: t('requests_none'), open: requestDialog,
-    id: row => row.request_id + row.at, columns: [
-      {label: t('time'), render: row => fmt.time(row.at), css: 'num nowrap'},
-      {label: t('model'), css: 'break', render: row => [foreign(row.model || '–'),
-        row.target && row.target !== row.model && el('span', {class: 'muted'}, ' → ', foreign(row.target))]},
-      {label: t('status'), render: statusBadge},
-      {label: t('first_token'), align: 'end', css: 'minor', render: row => row.stream && fmt.seconds(row.first_s)},
-      {label: t('duration'), align: 'end', render: row => fmt.seconds(row.total_s)},
-      {label: t('tokens'), align: 'end', render: row => row.status === 200 && tokensOf(row)},
-      {key: 'key', label: t('key'), css: 'nowrap minor'},
-      {label: t('attempts'), align: 'end', css: 'minor', render: ({attempts}) => attempts.length > 1 && String(attempts.length)},
-      {label: '', align: 'end', render: row => iconButton('more', t('request_details'), () => requestDialog(row))}]});
-  const draw = () => {
-    const word = filter.value.toLowerCase(), kind = which.value;
-    table.update(rows.filter(row => (!kind || (row.status === 200) === (kind === 'ok')) &&
-      (!word || `${row.model} ${row.target} ${row.key} ${row.status} ${row.error} ${row.request_id}`
-        .toLowerCase().includes(word))).slice(0, 100));
-  };
-  const later = throttle(draw, 250);
-  filter.addEventListener('input', draw);
-  which.addEventListener('change', draw);
-  const show = data => {
+const requestTable = () => table({label: t('requests'), empty: t('requests_none'),
+  open: requestDialog, id: row => row.request_id + row.at, columns: [
+    [t('time'), row => fmt.time(row.at), 'num nowrap'],
+    [t('model'), row => [foreign(row.model || '\u2013'), row.target && row.target !== row.model &&
+      el('span', {class: 'muted'}, ' \u2192 ', foreign(row.target))], 'break'],
+    [t('status'), statusBadge],
+    [t('first_token'), row => row.stream && fmt.seconds(row.first_s), 'end minor'],
+    [t('duration'), row => fmt.seconds(row.total_s), 'end'],
+    [t('tokens'), row => row.status === 200 &&
+      (row.estimated ? '\u2248 ' : '') + fmt.tokens(row.input) +
+      ' \u2192 ' + fmt.tokens(row.output), 'end'],
+    [t('key'), row => row.key, 'nowrap minor'],
+    [t('attempts'), ({attempts}) => attempts.length > 1 && String(attempts.length), 'end minor'],
+    ['', row => iconButton('more', t('request_details'), () => requestDialog(row)), 'end']]});
+VIEWS.overview = {needs: ['overview', 'requests?limit=200'], draw(root, [first, {data: rows}]) {
+  const parts = {}, div = (name, css) => parts[name] = el('div', {class: css});
+  let word = '', last = '';
+  const which = select({'aria-label': t('status'), on: {change: () => draw()}}, [
+    option('', t('all')), option('ok', t('only_ok')), option('bad', t('only_bad'))]);
+  const requests = requestTable();
+  const fields = ['model', 'target', 'key', 'status', 'error', 'request_id'];
+  const draw = () => requests.update(rows.filter(row =>
+    (!which.value || (row.status === 200) === (which.value === 'ok')) &&
+    fields.map(name => row[name]).join(' ').toLowerCase().includes(word)).slice(0, 100));
+  const providers = table({label: t('providers'), id: item => item.name,
+    empty: el('a', {href: '#guide', text: t('providers_none')}), columns: [
+      [t('provider'), item => [foreign(item.name), item.problem && hint(foreign(item.problem))]],
+      [t('state'), item => healthBadge(item, item.keys_resting)],
+      [t('active_waiting'), item => (item.active || 0) + (item.limit ? ' / ' + item.limit : '') +
+        (item.waiting ? ' \u00b7 ' + t('waiting', {n: item.waiting}) : ''), 'end']]});
+  const chart = usageChart('day');
+  root.append(div('top', 'stack'), div('tiles', 'grid tiles'), chart,
+    el('div', {class: 'grid wide'},
+    card(t('providers'), link(t('manage'), '#providers', 'small quiet'), providers, div('logins')),
+    card(t('connect'), link(t('view_clients'), '#clients', 'small quiet'), div('address'),
+      div('limits', 'stack tight'))),
+  card(t('requests'), el('div', {class: 'row'},
+    search(t('filter'), text => { word = text; draw(); }),
+    which), requests));
+  /** What does not move is drawn when it changes, or somebody's focus in it would be lost. */
+  function showFixed({health, next, address, needs_key}) {
+    const now = JSON.stringify([health.problems, health.logins, next, address, needs_key]);
+    if (now === last) return;
+    last = now;
+    parts.top.replaceChildren(problems(health.problems) || '',
+      next ? el('div', {class: 'note spread'},
+      t('guide_open_' + next), link(t('view_guide'), '#guide', 'primary')) : '');
+    parts.address.replaceChildren(facts([[t('base_url'), el('div', {class: 'row'},
+      el('span', {class: 'mono break', text: address + '/v1'}), copyButton(() => address + '/v1'))],
+    [t('needs_key'), t(needs_key ? 'needs_key_yes' : 'needs_key_no')]]));
+    parts.logins.replaceChildren(...Object.entries(health.logins ||
+      {}).filter(([, login]) => login.ended)
+      .map(([name]) => note('bad', t('login_ended', {name: clean(name)}))));
+  }
+  function show(data) {
     const {health, today} = data, isFine = health.status === 'healthy';
     const waiting = data.queue.reduce((sum, item) => sum + item.waiting, 0);
-    const fixed = JSON.stringify([health.problems, data.next, data.address, data.needs_key]);
-    if (fixed !== parts.fixed) {       // or somebody's focus in it would be lost every two seconds
-      parts.fixed = fixed;
-      parts.top.replaceChildren(...[problems(health.problems), data.next && el('div', {class: 'note spread'},
-        t('guide_open_' + data.next), el('a', {class: 'btn primary', href: '#guide', text: t('view_guide')}))].filter(Boolean));
-      parts.top.hidden = !parts.top.firstChild;
-      parts.address.replaceChildren(facts([[t('base_url'), el('div', {class: 'row'},
-        el('span', {class: 'mono break', text: data.address + '/v1'}), copyButton(() => data.address + '/v1'))],
-      [t('needs_key'), t(data.needs_key ? 'needs_key_yes' : 'needs_key_no')]]));
-    }
+    showFixed(data);
     parts.tiles.replaceChildren(
-      tile(t('server'), [el('span', {class: 'dot big ' + (isFine ? 'ok' : 'warn'), 'aria-hidden': 'true'}),
-        t(isFine ? 'healthy' : data.next ? 'not_ready' : 'degraded')], t('running_for', {time: fmt.span(health.uptime_s)})),
-      tile(t('today'), fmt.number(today.requests), today.errors ? t('errors_n', {n: today.errors}) : t('errors_none')),
-      tile(t('tokens_today'), [fmt.tokens(today.input), el('span', {class: 'muted', text: ' → '}), fmt.tokens(today.output)],
-        t('in_out')),
-      tile(t('right_now'), fmt.number(data.in_flight), t('waiting_n', {n: waiting, c: data.connections})));
-    parts.providers.update(health.providers.map(item =>
+      tile(t('server'), [el('span', {class: 'dot big ' + (isFine ? 'ok' : 'warn')}),
+        t(isFine ? 'healthy' : data.next ? 'not_ready' : 'degraded')],
+      t('running_for', {time: fmt.span(health.uptime_s)})),
+      tile(t('today'), fmt.number(today.requests),
+        today.errors ? t('errors_n', {n: today.errors}) : t('errors_none')),
+      tile(t('tokens_today'), [fmt.tokens(today.input),
+        el('span', {class: 'muted', text: ' \u2192 '}),
+        fmt.tokens(today.output)], t('in_out')),
+      tile(t('right_now'), fmt.number(data.in_flight),
+        t('waiting_n', {n: waiting, c: data.connections})));
+    providers.update(health.providers.map(item =>
       ({...item, ...data.queue.find(entry => entry.provider === item.name)})));
-    const limits = data.limits.map(({key, ...rest}) => [el('h3', {}, foreign(key || t('address'))), limitLines(rest)]);
-    parts.limits.replaceChildren(...limits.flat(2));
-    parts.limitCard.hidden = !limits.length;
-  };
-  await load(root, Promise.all([api('overview'), api('requests?limit=200')]), ([data, list]) => {
-    rows.push(...list.data);
-    const logins = Object.entries(data.health.logins || {});
-    parts.providers = dataTable({label: t('providers'), empty: el('a', {href: '#guide', text: t('providers_none')}),
-      id: item => item.name, columns: [
-      {label: t('provider'), render: item => [foreign(item.name), item.problem && el('div', {class: 'hint'},
-        foreign(item.problem))]},
-      {label: t('state'), render: item => healthBadge(item, item.keys_resting)},
-      {label: t('active_waiting'), align: 'end', render: item => (item.active || 0) + (item.limit ? ' / ' + item.limit : '') +
-        (item.waiting ? ' · ' + t('waiting', {n: item.waiting}) : '')}]});
-    root.append(parts.top = el('div', {class: 'stack'}), parts.tiles = el('div', {class: 'grid tiles'}));
-    if (typeof charts !== 'undefined') parts.stop = charts.series(root);
-    root.append(el('div', {class: 'grid wide'},
-      card(t('providers'), el('a', {class: 'btn small quiet', href: '#providers', text: t('manage')}), parts.providers,
-        logins.map(([name, login]) => login.ended && el('p', {class: 'note bad'}, t('login_ended', {name: clean(name)})))),
-      card(t('connect'), el('a', {class: 'btn small quiet', href: '#clients', text: t('view_clients')}),
-        parts.address = el('div'),
-        parts.limitCard = el('div', {class: 'stack tight', style: {'margin-top': '16px'}}, el('h3', {text: t('limits')}),
-          parts.limits = el('div', {class: 'stack tight'})))));
-    root.append(card(t('requests'), el('div', {class: 'row'}, filter, which), table));
-    show(data);
-    draw();
-  });
-  const stops = [live.on('overview', data => parts.top && show(data)), live.on('request', row => {
+    parts.limits.replaceChildren(...data.limits.flatMap(({key, ...rest}) => isEmpty(rest) ? [] : [
+      el('h3', {}, foreign(key)), ...limitLines(rest)]));
+  }
+  show(first);
+  draw();
+  const later = throttle(draw, 250);
+  const ends = [chart.end, live.on('overview', show), live.on('request', row => {
     if (rows.some(old => old.request_id === row.request_id && old.at === row.at)) return;
     rows.unshift(row);
     rows.length = Math.min(rows.length, 300);
     later();
   })];
-  return () => { stops.forEach(stop => stop()); if (typeof parts.stop === 'function') parts.stop(); };
+  return () => ends.forEach(end => end());
+}};
+
+// --- tokens over time, by model
+
+/** Round steps from 0 to at least `max`, about four: 1, 2 or 5 times a power of ten. */
+function niceTicks(max) {
+  const top = Math.max(max, 1), power = 10 ** Math.floor(Math.log10(top / 4));
+  const step = Math.max(1, [1, 2, 5, 10].find(each => each * power * 4 >= top) * power);
+  return Array.from({length: Math.ceil(top / step) + 1}, (_, at) => at * step);
+}
+const CHART = {width: 900, height: 210, left: 54, top: 8, base: 182};
+/** Stacked columns of `series`: [{name, color, values}]. */
+function chartArt(labels, series) {
+  const {width, height, left, top, base} = CHART, slot = (width - left) / labels.length;
+  const sums = labels.map((_, at) => series.reduce((sum, each) => sum + each.values[at], 0));
+  const ticks = niceTicks(Math.max(...sums)), max = ticks[ticks.length - 1];
+  const y = value => base - (base - top) * value / max, feet = labels.map(() => 0);
+  const bar = ({name, color, values}) => values.map((value, at) => value > 0 && svg('rect', {
+    class: 'series-' + color, x: left + slot * (at + 0.12), width: slot * 0.76,
+    y: y(feet[at] += value), height: base - y(value)},
+  svg('title', {text: `${labels[at]} \u00b7 ${name}: ${fmt.number(value)}`})));
+  const stride = Math.ceil(labels.length / 8);
+  return svg('svg', {viewBox: `0 0 ${width} ${height}`, class: 'chart-art', 'aria-hidden': 'true'},
+    ticks.map(value => [svg('line', {x1: left, x2: width, y1: y(value), y2: y(value)}),
+      svg('text', {x: left - 8, y: y(value) + 4, 'text-anchor': 'end'}, fmt.tokens(value))]),
+    series.map(bar), labels.map((label, at) => at % stride === 0 && svg('text', {
+      x: left + slot * (at + 0.5), y: height - 8, 'text-anchor': 'middle', text: label})),
+    !sums.some(Boolean) && svg('text', {x: width / 2, y: height / 2, 'text-anchor': 'middle'},
+      t('chart_none')));
+}
+/** A card with the tokens of 24 hours or 30 days; its `end()` stops it. */
+function usageChart(span) {
+  const art = el('div'), legend = el('ul', {class: 'chips'});
+  const words = el('div', {class: 'visually-hidden'});
+  const spans = segments(t('chart_span'), {day: t('chart_day'), month: t('chart_month')}, span,
+    key => { span = key; draw(); });
+  const box = el('section', {class: 'card', 'aria-label': t('chart_title')},
+    el('div', {class: 'spread'}, el('h2', {text: t('chart_title')}), spans), art, legend, words);
+  let turn = 0;
+  async function draw() {
+    const mine = ++turn, {points} = await api('series?span=' + span);
+    if (mine !== turn) return;
+    const sums = new Map(), tokens = row => row ? row.input + row.output : 0;
+    const isRest = name => name === '\u2026';
+    for (const {groups} of points) for (const name in groups)
+      sums.set(name, (sums.get(name) || 0) + tokens(groups[name]));
+    const labels = points.map(({at}) => span === 'day' ? moment(at, CLOCK) :
+      moment(at + 43200, {month: 'short', day: 'numeric'}));           // a day is the server's
+    const series = [...sums].sort((a, b) => isRest(a[0]) - isRest(b[0]) || b[1] - a[1])
+      .map(([name, sum], at) => ({name: isRest(name) ? t('chart_rest') : clean(name) || t('none'),
+        sum,
+        color: at % 8 + 1, values: points.map(({groups}) => tokens(groups[name]))}));
+    art.replaceChildren(chartArt(labels, series));
+    legend.replaceChildren(...series.map(each => el('li', {class: 'chip'},
+      el('i', {class: 'chart-dot series-' + each.color}), each.name,
+      el('span', {class: 'muted num', text: fmt.tokens(each.sum)}))));
+    words.replaceChildren(table({label: t('chart_title'),
+      rows: labels.map((label, at) => ({label, at})),
+      columns: [[t('time'), row => row.label], ...series.map(each =>
+        [each.name, row => fmt.number(each.values[row.at])])]}));
+  }
+  const tell = error => art.replaceChildren(note('bad', errorText(error)));
+  const again = throttle(() => turn >= 0 && draw().catch(tell), 1500);
+  const stop = live.on('request', again), timer = setInterval(again, 60000);
+  draw().catch(tell);
+  return Object.assign(box, {end() { turn = NaN; stop(); clearInterval(timer); }});
+}
+"""
+
+#: Usage by model, key, provider or day.
+# language=JavaScript
+_JS_USAGE = r"""
+const usage = {days: '30', by: 'model'};             // stays while other views are shown
+VIEWS.usage = {draw(root) {
+  const result = el('div', {class: 'stack'}), chart = usageChart('month');
+  const csv = el('a', {class: 'btn', download: '', 'aria-label': t('usage_csv')}, icon('download'),
+    'CSV');
+  const choices = (prefix, names) =>
+    Object.fromEntries(names.map(name => [name, t(prefix + name)]));
+  const by = segments(t('usage_by'), choices('usage_by_', ['model', 'key', 'provider', 'day']),
+    usage.by,
+    key => { usage.by = key; draw(); });
+  const days = select({'aria-label': t('usage_days'), value: usage.days, on: {change() {
+    usage.days = days.value;
+    draw();
+  }}}, ['1', '7', '30', '90', '365'].map(n => option(n, t('usage_days_' + n))));
+  const isPriced = row => !isBlank(row.cost);
+  const column = (key, render) => [t('usage_' + key), render, 'end'];
+  const tokens = key => column(key, row => el('span', {title: fmt.number(row[key])},
+    (row.estimated && /put/.test(key) ? '\u2248 ' : '') + fmt.tokens(row[key] || 0)));
+  const columns = priced => [[t('usage_by_' + usage.by), row => row.sum ? t('usage_sum') :
+    foreign(row.name || t('none'), 'mono'), 'break'],
+  column('requests', row => fmt.number(row.requests)),
+  column('errors', row => row.errors ? badge(fmt.number(row.errors), 'bad') : '0'),
+  ...['input', 'output', 'cached', 'reasoning'].map(tokens),
+  ...['first_s', 'total_s'].map(key => column(key, row => fmt.seconds(row[key]))),
+  ...(priced ? [column('cost', row => isPriced(row) ? row.cost.toFixed(row.cost < 1 ? 4 : 2) :
+    '\u2013')] : [])];
+  let turn = 0;
+  async function draw() {
+    const mine = ++turn, query = `days=${usage.days}&by=${usage.by}`;
+    csv.href = BASE + 'usage.csv?' + query;
+    const {rows, total, enabled} = await api('usage?' + query);
+    if (mine !== turn) return;
+    const priced = rows.some(isPriced);
+    const hints = [rows.some(row => row.estimated) && 'usage_estimated',
+      priced ? 'usage_cost_hint' : rows.length > 0 && 'usage_no_prices'];
+    result.replaceChildren(enabled === false ? note('', t('usage_off')) : '',
+      table({columns: columns(priced), label: t('usage_by_' + usage.by), empty: t('usage_none'),
+        rows: rows.length > 1 ? [...rows, {...total, sum: true}] : rows}),
+      ...hints.filter(Boolean).map(key => hint(t(key))));
+    result.classList.toggle('usage-sum', rows.length > 1);
+  }
+  root.append(chart, el('section', {class: 'card'},
+    el('div', {class: 'spread'}, by, el('div', {class: 'row'}, days, csv)), result));
+  draw().catch(error => result.replaceChildren(note('bad', errorText(error))));
+  return () => { turn = NaN; chart.end(); };
 }};
 """
 
 #: Accounts of iFlow and providers: log in, add, edit, test, order, remove.
 # language=JavaScript
 _JS_PROVIDERS = r"""
-/** iFlow's login: opens its page in a window of its own, waits, shows what came of it.  `done()` after a login. */
-async function loginDialog(done, account = '') {
-  const away = !/^(localhost|127\.|\[::1\])/.test(location.hostname);   // the way back then leads to another machine
-  const tab = window.open('about:blank');                               // within the click, or it would be blocked
-  let status;
-  try { status = await api('oauth/start', {body: {account, paste: away}}); } catch (error) {
+/** iFlow's login: opens its page in a window of its own, waits, shows what came of it. */
+async function loginDialog(account = '') {
+  const away = !/^(localhost|127\.|\[::1\])/.test(location.hostname);     // the way back then, too
+  const tab = window.open('about:blank');            // within the click, or it would be blocked
+  const {url} = await api('oauth/start', {body: {account, paste: away}}).catch(error => {
     if (tab) tab.close();
     throw error;
-  }
-  if (tab) { tab.opener = null; tab.location = status.url; }
-  const url = status.url, text = el('textarea', {rows: 3, class: 'mono', 'aria-label': t('login_paste_label'),
-    placeholder: 'http://localhost:…/oauth2callback?code=…'});
-  const word = el('p', {role: 'status', class: 'row'}, el('span', {class: 'spin', 'aria-hidden': 'true'}),
+  });
+  if (tab) { tab.opener = null; tab.location = url; }
+  const text = area({rows: 3, 'aria-label': t('login_paste_label'),
+    placeholder: 'http://localhost:\u2026/oauth2callback?code=\u2026'});
+  const word = el('p', {role: 'status', class: 'row'}, el('span', {class: 'spin'}),
     t('login_waiting'));
-  const body = [el('p', {text: t(tab ? 'login_lead' : 'login_lead_blocked')}), word,
-    el('div', {class: 'row'}, el('a', {class: tab ? 'btn' : 'btn primary', href: url, target: '_blank',
-      rel: 'noreferrer noopener'}, icon('link'),
-      t('login_open')), copyButton(() => url, t('login_copy'))),
-    el('details', {open: away}, el('summary', {text: t('login_paste')}), el('div', {class: 'stack tight'},
-      el('p', {class: 'hint', text: t('login_paste_hint')}), text,
-      el('div', {}, button(t('login_paste_go'), act(finish)))))];
   let over = false;
-  const box = dialog({title: t('login_iflow'), body, onclose() { over = true; }});
-  async function finish() {
-    box.error.textContent = '';
-    try { take(await api('oauth/paste', {body: {text: text.value}})); } catch (error) { box.error.textContent = errorText(error); }
-  }
-  function take(now) {
-    if (now.state === 'waiting' || over) return;
+  const tell = error => { box.error.textContent = errorText(error); };
+  const finish = () => { tell(''); return api('oauth/paste', {body: {text: text.value}}).then(take,
+    tell); };
+  const box = dialog({title: t('login_iflow'), onclose() { over = true; }, body: [
+    el('p', {text: t(tab ? 'login_lead' : 'login_lead_blocked')}), word,
+    el('div', {class: 'row'}, el('a', {class: 'btn ' + (tab ? '' : 'primary'), href: url,
+      target: '_blank', rel: 'noreferrer noopener'}, icon('link'), t('login_open')),
+    copyButton(() => url, t('login_copy'))),
+    el('details', {open: away}, el('summary', {text: t('login_paste')}),
+      el('div', {class: 'stack tight'},
+      hint(t('login_paste_hint')), text, el('div', button(t('login_paste_go'), act(finish)))))]});
+  function take({state, message}) {
+    if (state === 'waiting' || over) return;
     over = true;
-    const fine = now.state === 'done';
-    if (fine) { box.close(); toast(now.message || t('login_done')); done(); }
-    else { word.replaceChildren(badge(t('login_failed'), 'bad'), foreign(now.message)); word.className = 'note bad'; }
+    if (state === 'done') { box.close(); toast(message || t('login_done')); return redraw(); }
+    word.replaceChildren(badge(t('login_failed'), 'bad'), foreign(message));
+    word.className = 'note bad';
   }
   (async () => {
     while (!over) {
       await new Promise(resolve => setTimeout(resolve, 1000));
-      if (!over) await api('oauth/status').then(take, error => { if (error.status) box.error.textContent = errorText(error); });
+      if (!over) await api('oauth/status').then(take, tell);
     }
   })();
 }
-const checkList = checks => el('ul', {class: 'checks'}, checks.map(check => el('li', {},
-  badge(t('check_' + check.what), check.ok === null ? '' : check.ok ? 'ok' : 'bad'), el('span', {},
-    foreign(check.message || t(check.ok ? 'check_fine' : 'check_skipped')), check.took_s > 0 && !/[(（]\d/.test(check.message) &&
-    el('span', {class: 'muted num', text: ' · ' + fmt.seconds(check.took_s)})))));
-const lines = text => text.split(/[\n,]/).map(part => part.trim()).filter(Boolean);
-/** A text area for JSON; '' stands for nothing.  `read()` throws what is wrong. */
-function jsonArea(value, label) {
-  const empty = value === null || value === undefined || !Object.keys(value).length;
-  const text = empty ? '' : JSON.stringify(value, null, 2), rows = Math.min(14, text.split('\n').length + 1);
-  const area = el('textarea', {class: 'mono', rows, spellcheck: 'false', value: text, 'aria-label': label});
-  return Object.assign(area, {read(nothing) {
-    try { return area.value.trim() ? JSON.parse(area.value) : nothing; } catch (error) {
-      throw new Error(t('bad_json', {text: error.message}));
-    }
-  }});
+const checkList = checks => el('ul', {class: 'checks'},
+  checks.map(({what, ok, message, took_s: s}) =>
+  el('li', badge(t('check_' + what), ok === null ? '' : ok ? 'ok' : 'bad'), el('span',
+    foreign(message || t(ok ? 'check_fine' : 'check_skipped')),
+      s > 0 && !/[(\uff08]\d/.test(message) &&
+    el('span', {class: 'muted num', text: ' \u00b7 ' + fmt.seconds(s)})))));
+/** Tries a provider, or a draft of one, and shows in `place` what came of it. */
+async function tryProvider(body, place) {
+  place.replaceChildren(hint(t('testing')));
+  try {
+    const answer = await api('providers/test', {body});
+    place.replaceChildren(checkList(answer.checks));
+    return answer;
+  } catch (error) { place.textContent = ''; throw error; }
 }
-/** The form of a provider, new or old; `done()` after it was saved. */
-async function providerDialog(old, version, done) {
-  const presets = old ? [] : (await api('presets')).data;
-  const draft = old || {name: '', base_url: '', keys: [], models: [], kind: 'openai', headers: {}, profile: {},
-    concurrency: null};
-  const boxes = {}, kept = draft.keys.map(key => ({...key}));
-  const add = (name, label, control, hint) => boxes[name] = field({label, hint, input: control});
-  const preset = el('select', {}, option('', t('preset_none')), presets.map(item => option(item.name, item.title)));
-  add('name', t('provider_name'), input({value: draft.name, required: true, maxlength: 64, autofocus: Boolean(old)}),
-    t('provider_name_hint'));
-  add('base_url', t('base_url'), input({type: 'url', value: draft.base_url, required: true,
-    placeholder: 'https://api.example.com/v1'}));
-  const fresh = el('textarea', {rows: 2, class: 'mono masked', autocomplete: 'off', spellcheck: 'false',
-    placeholder: 'sk-…'});
-  add('api_keys', t(kept.length ? 'api_keys_more' : 'api_keys'), fresh, t('api_keys_hint'));
-  const keys = el('ul', {class: 'chips'}, kept.map(key => {
-    const chip = el('li', {class: 'chip mono'}, foreign(key.masked),
-      iconButton('close', t('remove') + ' ' + clean(key.masked), () => {
-        kept.splice(kept.indexOf(key), 1);
-        chip.remove();
-      }));
+/** Masked keys that are kept until they are taken away: {node, indexes()}. */
+function keptKeys(keys) {
+  let kept = keys.map((key, index) => index);
+  const node = el('ul', {class: 'chips'}, keys.map(({masked}, index) => {
+    const chip = el('li', {class: 'chip mono'}, foreign(masked), iconButton('close',
+      t('remove') + ' ' + clean(masked),
+        () => { kept = kept.filter(at => at !== index); chip.remove(); }));
     return chip;
   }));
-  const models = el('textarea', {rows: 2, class: 'mono', value: draft.models.join('\n'), spellcheck: 'false'});
-  add('models', t('provider_models'), models, t('provider_models_hint'));
-  const found = el('div', {class: 'chips'}), result = el('div', {role: 'status', class: 'stack tight'});
-  const offer = list => found.replaceChildren(...list.slice(0, 60).map(name => {
-    const chosen = lines(models.value).includes(name);
-    const chip = el('button', {class: 'chip mono', type: 'button', 'aria-pressed': String(chosen), on: {click() {
-      const now = lines(models.value), on = now.includes(name);
-      models.value = (on ? now.filter(other => other !== name) : [...now, name]).join('\n');
-      chip.setAttribute('aria-pressed', String(!on));
+  return {node, indexes: () => kept};
+}
+/** Buttons that put models into a text area, or take them out. */
+const modelChips = (names, box) => names.slice(0, 60).map(name => {
+  const now = () => lines(box.value);
+  const chip = el('button', {class: 'chip mono', type: 'button',
+    'aria-pressed': String(now().includes(name)), on: {click() {
+      const without = now().filter(other => other !== name), on = without.length === now().length;
+      box.value = (on ? [...without, name] : without).join('\n');
+      chip.setAttribute('aria-pressed', String(on));
     }}}, foreign(name));
-    return chip;
-  }));
-  add('kind', t('kind'), el('select', {value: draft.kind}, option('openai', 'OpenAI'), option('iflow', 'iFlow')));
-  add('concurrency', t('concurrency'), input({type: 'number', min: 0, value: draft.concurrency ?? '', placeholder: '0'}),
-    t('concurrency_hint'));
-  add('timeout_s', t('timeout_s'), input({type: 'number', min: 1, step: 'any', value: draft.timeout_s ?? ''}), t('seconds'));
-  add('proxy', t('proxy'), input({value: draft.proxy || '', placeholder: 'socks5h://127.0.0.1:1080'}), t('proxy_hint'));
-  add('vision_model', t('vision_model'), input({value: draft.vision_model || ''}), t('vision_model_hint'));
-  const headers = jsonArea(draft.headers), profile = jsonArea(draft.profile);
-  add('headers', t('headers'), headers, t('headers_hint'));
-  add('profile', t('profile'), profile, t('profile_hint'));
-  preset.addEventListener('change', () => {
+  return chip;
+});
+/** The form of a provider, new or old. */
+async function providerDialog(old, version) {
+  const presets = old ? [] : (await api('presets')).data;
+  const draft = old || {name: '', base_url: '', keys: [], models: [], kind: 'openai'};
+  const kept = keptKeys(draft.keys);
+  const nothing = old ? null : undefined;     // null takes away what was
+  const found = el('div', {class: 'chips'}), result = el('div', {role: 'status'});
+  const fresh = area({class: 'mono masked', placeholder: 'sk-\u2026'});
+  const models = area({value: draft.models.join('\n')});
+  const headers = jsonArea(draft.headers, nothing), profile = jsonArea(draft.profile, nothing);
+  const number = (name, props) => input({type: 'number', value: draft[name] ?? '', ...props});
+  const offer = names => found.replaceChildren(...modelChips(names, models));
+  const ask = form([
+    ['name', t('provider_name'), input({value: draft.name, required: true, maxlength: 64}),
+      t('provider_name_hint')],
+    ['base_url', t('base_url'), input({type: 'url', value: draft.base_url, required: true,
+      placeholder: 'https://api.example.com/v1'})],
+    ['api_keys', t(old ? 'api_keys_more' : 'api_keys'), fresh, t('api_keys_hint')],
+    ['models', t('provider_models'), models, t('provider_models_hint')],
+    ['kind', t('kind'), select({value: draft.kind},
+      [option('openai', 'OpenAI'), option('iflow', 'iFlow')])],
+    ['concurrency', t('concurrency'), number('concurrency', {min: 0, placeholder: '0'}),
+      t('concurrency_hint')],
+    ['timeout_s', t('timeout_s'), number('timeout_s', {min: 1, step: 'any'}), t('seconds')],
+    ['proxy', t('proxy'), input({value: draft.proxy || '',
+      placeholder: 'socks5h://127.0.0.1:1080'}),
+      t('proxy_hint')],
+    ['vision_model', t('vision_model'), input({value: draft.vision_model || ''}),
+      t('vision_model_hint')],
+    ['headers', t('headers'), headers, t('headers_hint')],
+    ['profile', t('profile'), profile, t('profile_hint')]]);
+  const preset = select({on: {change() {
     const chosen = presets.find(item => item.name === preset.value);
     if (!chosen) return;
-    boxes.name.input.value = chosen.name;
-    boxes.base_url.input.value = chosen.base_url;
-    models.value = chosen.models.map(item => item.id).join('\n');
-    offer(chosen.models.map(item => item.id));
-    (chosen.key_variable ? fresh : boxes.name.input).focus();
-  });
-  const read = () => {                 // null takes away what there was
-    const value = name => boxes[name].input.value.trim(), number = name => value(name) === '' ? null : Number(value(name));
-    return {name: value('name'), base_url: value('base_url'), kind: value('kind'),
-      models: old || models.value.trim() ? lines(models.value) : undefined,
-      ...(old ? {} : {preset: preset.value || null}), proxy: value('proxy') || null, concurrency: number('concurrency'),
-      api_keys: [...kept.map(key => ({keep: key.index})), ...lines(fresh.value)], timeout_s: number('timeout_s'),
-      vision_model: value('vision_model') || null, headers: headers.read(old ? null : undefined),
-      profile: profile.read(old ? null : undefined)};
-  };
-  const blame = error => {
-    const name = (error.param || '').split(/[.[]/)[0];
-    if (!boxes[name]) throw error;
-    boxes[name].closest('details')?.setAttribute('open', '');
-    boxes[name].fail(errorText(error));
-    return false;
-  };
-  dialog({title: old ? t('provider_edit', {name: clean(old.name)}) : t('provider_add'), wide: true, body: [
-    !old && field({label: t('preset'), input: preset, hint: t('preset_hint')}),
-    el('div', {class: 'grid'}, boxes.name, boxes.base_url),
-    kept.length > 0 && el('div', {class: 'field'}, el('span', {class: 'label', text: t('api_keys')}), keys),
-    boxes.api_keys, boxes.models, found, result,
-    el('details', {}, el('summary', {text: t('more_options')}), el('div', {class: 'grid'}, boxes.kind, boxes.concurrency,
-      boxes.timeout_s, boxes.proxy, boxes.vision_model, boxes.headers, boxes.profile))], actions: [
-    {label: t('cancel'), kind: 'quiet'},
-    {label: t('test'), async run() {
-      result.replaceChildren(el('p', {class: 'muted', text: t('testing')}));
+    const names = chosen.models.map(item => item.id);
+    [ask.name.input.value, ask.base_url.input.value] = [chosen.name, chosen.base_url];
+    models.value = names.join('\n');
+    offer(names);
+    (chosen.key_variable ? fresh : ask.name.input).focus();
+  }}}, [option('', t('preset_none')), ...presets.map(item => option(item.name, item.title))]);
+  const read = () => ({...Object.fromEntries(['name', 'base_url',
+    'kind'].map(name => [name, ask.text(name)])),
+    ...Object.fromEntries(['proxy', 'vision_model'].map(name => [name, ask.text(name) || null])),
+    concurrency: ask.number('concurrency'), timeout_s: ask.number('timeout_s'),
+    preset: preset.value || undefined, headers: headers.read(), profile: profile.read(),
+    models: old || models.value.trim() ? lines(models.value) : undefined,
+    api_keys: [...kept.indexes().map(index => ({keep: index})), ...lines(fresh.value)]});
+  const {name, base_url: url, api_keys: keys, models: names, boxes: [, , , , ...more]} = ask;
+  dialog({title: old ? t('provider_edit', {name: clean(old.name)}) : t('provider_add'), wide: true,
+    body: [
+    !old && field(t('preset'), preset, t('preset_hint')), el('div', {class: 'grid'}, name, url),
+    draft.keys.length > 0 && el('div', {class: 'field'},
+      el('span', {class: 'label', text: t('api_keys')}), kept.node),
+    keys, names, found, result, el('details', el('summary', {text: t('more_options')}),
+      el('div', {class: 'grid'}, more))], actions: [CANCEL(),
+    [t('test'), '', async () => {
       try {
-        const answer = await api('providers/test', {body: {...read(), ...(old ? {name: old.name} : {})}});
-        result.replaceChildren(checkList(answer.checks));
-        if (answer.models && answer.models.length) offer(answer.models);
-      } catch (error) { result.textContent = ''; return blame(error); }
+        offer((await tryProvider({...read(), ...(old && {name: old.name})}, result)).models || []);
+      } catch (error) { ask.blame(error); }
       return false;
-    }},
-    {label: t('save'), kind: 'primary', async run() {
+    }],
+    [t('save'), 'primary', async () => {
+      const path = 'providers' + (old ? '/' + encodeURIComponent(old.name) : '');
       try {
-        await api(old ? 'providers/' + encodeURIComponent(old.name) : 'providers', {method: old ? 'PUT' : 'POST',
-          body: {version, ...read()}});
-      } catch (error) { return blame(error); }
+        await api(path, {method: old ? 'PUT' : 'POST', body: {version, ...read()}});
+      } catch (error) { return ask.blame(error); }
       toast(t('saved'));
-      done();
-    }}]});
+      redraw();
+    }]]});
 }
-VIEWS.providers = {icon: 'providers', async show(root) {
-  let seen = '';
-  const redraw = focus => load(root, Promise.all([api('providers'), api('logins')]), ([list, logins]) => draw(list, logins,
-    focus));
-  const keyLine = key => el('span', {class: 'chip mono'}, foreign(key.masked), key.state !== 'ok' &&
-    badge(key.state === 'resting' ? t('key_rests', {time: fmt.span(key.rest_s)}) : t('key_refused'),
-      key.state === 'resting' ? 'warn' : 'bad'));
-  function draw(list, logins, focus) {
-    seen = list.version;
-    const own = list.data.filter(item => item.source === 'file');
-    const move = (item, step) => act(async () => {
-      const names = own.map(other => other.name), at = names.indexOf(item.name);
-      names.splice(at + step, 0, ...names.splice(at, 1));
-      await api('providers/order', {body: {version: list.version, names}});
-      await redraw([item.name, step]);
-    });
-    const one = item => {
-      const at = own.indexOf(item), result = el('div', {role: 'status'});
-      const test = act(async () => {
-        result.replaceChildren(el('p', {class: 'muted', text: t('testing')}));
-        try { result.replaceChildren(checkList((await api('providers/test', {body: {name: item.name}})).checks)); }
-        catch (error) { result.textContent = ''; throw error; }
-      });
-      const arrow = (step, image, label, off) => { const node = iconButton(image, label, move(item, step));
-        node.disabled = off;
-        node.dataset.move = item.name + step; return node; };
-      return el('section', {class: 'card', 'aria-label': clean(item.name)}, el('div', {class: 'spread'},
-        el('div', {class: 'row'}, el('h2', {}, foreign(item.name)),
-          healthBadge(item, item.keys.filter(key => key.state !== 'ok').length),
-          item.name === list.default_provider && badge(t('is_default'))),
-        el('div', {class: 'row'}, button(t('test'), test, 'small'), at >= 0 && [
-          button(t('edit'), act(() => providerDialog(item, list.version, redraw)), 'small'),
-          own.length > 1 && [arrow(-1, 'up', t('move_up'), at === 0), arrow(1, 'down', t('move_down'),
-            at === own.length - 1)],
-          iconButton('trash', t('remove') + ' ' + clean(item.name), act(async () => {
-            if (!await confirmBox(t('provider_remove', {name: item.name}), {danger: true})) return;
-            await api('providers/' + encodeURIComponent(item.name), {method: 'DELETE', body: {version: list.version}});
-            await redraw();
-          }))])),
-      item.problem && el('p', {class: 'note bad'}, foreign(item.problem)),
-      el('p', {class: 'hint lead'}, item.base_url && [foreign(item.base_url, 'mono'), ' · '],
-        (item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any')),
-        item.source !== 'file' && ' · ' + t('source_' + item.source)),
-      facts([[t('api_keys'), item.keys.length ? el('div', {class: 'chips'}, item.keys.map(keyLine)) : t('none')],
-        [t('provider_models'), item.models.length ? el('div', {class: 'chips'},
-          item.models.slice(0, 12).map(name => el('span', {class: 'chip mono'}, foreign(name))),
-          item.models.length > 12 && badge('+' + (item.models.length - 12))) : null],
-        [t('proxy'), item.proxy], [t('vision_model'), item.vision_model]]), result);
-    };
-    const begin = act(async () => {
-      if (!logins.data.length) return loginDialog(redraw);
-      const name = input({placeholder: 'work', maxlength: 64, pattern: '[\\w.@+\\-]*'});
-      dialog({title: t('login_iflow'), body: field({label: t('account_name'), hint: t('account_name_hint'), input: name}),
-        actions: [{label: t('cancel'), kind: 'quiet'}, {label: t('login_begin'), kind: 'primary',
-          run: () => void loginDialog(redraw, name.value.trim())
-          .catch(error => toast(errorText(error), 'bad'))}]});
-    });
-    const table = dataTable({label: t('accounts'), rows: logins.data, columns: [
-      {label: t('account'), render: item => foreign(item.account === 'default' ? t('account_default') : item.account)},
-      {label: t('state'), render: item => [item.ended ? badge(t('login_over'), 'bad') : item.refresh_ok === false ?
-        badge(t('refresh_failed'), 'warn') :
-        badge(t('logged_in'), 'ok'), item.message && el('div', {class: 'hint'}, foreign(item.message))]},
-      {label: t('expires'), render: item => item.expires_at && fmt.ago(item.expires_at)},
-      {label: t('refreshed'), render: item => item.refreshed_at && fmt.ago(item.refreshed_at)},
-      {label: '', align: 'end', render: item => el('div', {class: 'row end'}, item.ended && button(t('login_again'),
-        act(() => loginDialog(redraw, item.account === 'default' ? '' : item.account)), 'small'),
-        button(t('log_out'), act(async () => {
-          if (!await confirmBox(t('log_out_sure', {name: item.account}), {danger: true, action: t('log_out')})) return;
-          await api('logins/' + encodeURIComponent(item.account), {method: 'DELETE'});
-          await redraw();
-        }), 'small danger'))}]});
-    root.append(card(t('iflow_accounts'), button(t(logins.data.length ? 'login_another' : 'login_iflow'), begin,
-      logins.data.length ? '' : 'primary', 'user'),
-      logins.data.length ? table : el('p', {class: 'muted', text: t('iflow_lead')})),
-    el('div', {class: 'spread'}, el('h2', {text: t('providers')}), button(t('provider_add'),
-      act(() => providerDialog(null, list.version, redraw)), 'primary', 'plus')),
-    own.length > 1 && el('p', {class: 'hint', text: t('order_hint')}) || '',
-    ...list.data.map(one));
-    if (!list.data.length) root.append(el('div', {class: 'card empty', text: t('providers_empty')}));
-    if (focus) {
-      const wanted = [focus[1], -focus[1]].map(step =>
-        root.querySelector(`[data-move="${CSS.escape(focus[0] + step)}"]`)).find(node => node && !node.disabled);
-      if (wanted) wanted.focus();
-    }
-  }
-  await redraw();
-  return live.on('config', data => {
-    if (data.version !== seen && !document.querySelector('dialog')) redraw();
+function providerCard(item, list) {
+  const result = el('div', {role: 'status'});
+  const names = list.data.filter(other => other.source === 'file')
+    .map(other => other.name), at = names.indexOf(item.name);
+  const arrow = (step, image) => iconButton(image, t('move_' + image), act(async () => {
+    names.splice(at + step, 0, ...names.splice(at, 1));
+    await api('providers/order', {body: {version: list.version, names}});
+    await redraw(item.name + step, item.name + -step);
+  }), {disabled: !(at + step in names), data: {move: item.name + step, key: item.name + step}});
+  const keyChip = key => el('span', {class: 'chip mono'}, foreign(key.masked), key.state !== 'ok' &&
+    (key.state === 'resting' ? badge(t('key_rests', {time: fmt.span(key.rest_s)}), 'warn') :
+      badge(t('key_refused'), 'bad')));
+  const more = item.models.length - 12;
+  return el('section', {class: 'card', 'aria-label': clean(item.name)}, el('div', {class: 'spread'},
+    el('div', {class: 'row'}, el('h2', foreign(item.name)),
+      healthBadge(item, item.keys.filter(key => key.state !== 'ok').length),
+      item.name === list.default_provider && badge(t('is_default'))),
+    el('div', {class: 'row'}, button(t('test'), act(() => tryProvider({name: item.name}, result)),
+      'small'),
+      at >= 0 && [button(t('edit'), act(() => providerDialog(item, list.version)), 'small'),
+        names.length > 1 && [arrow(-1, 'up'), arrow(1, 'down')],
+        fill(removal(t('provider_remove', {name: item.name}),
+          'providers/' + encodeURIComponent(item.name)),
+          {'aria-label': t('remove') + ' ' + clean(item.name)}, [])])),
+  item.problem && note('bad', foreign(item.problem)),
+  el('p', {class: 'hint lead'}, item.base_url && [foreign(item.base_url, 'mono'), ' \u00b7 '],
+    item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any'),
+    item.source !== 'file' && ' \u00b7 ' + t('source_' + item.source)),
+  facts([[t('api_keys'), item.keys.length ? el('div', {class: 'chips'}, item.keys.map(keyChip)) :
+    t('none')],
+    [t('provider_models'), item.models.length > 0 && el('div', {class: 'chips'},
+      item.models.slice(0, 12).map(name => el('span', {class: 'chip mono'}, foreign(name))),
+      more > 0 && badge('+' + more))],
+    [t('proxy'), item.proxy], [t('vision_model'), item.vision_model]]), result);
+}
+function accountsCard(logins) {
+  const begin = act(() => {
+    if (!logins.length) return loginDialog();
+    const ask = form([['name', t('account_name'), input({placeholder: 'work', maxlength: 64}),
+      t('account_name_hint')]]);
+    dialog({title: t('login_iflow'), body: ask.boxes, actions: [CANCEL(),
+      [t('login_begin'), 'primary', () => loginDialog(ask.text('name'))]]});
   });
+  const state = item => item.ended ? badge(t('login_over'), 'bad') : item.refresh_ok === false ?
+    badge(t('refresh_failed'), 'warn') : badge(t('logged_in'), 'ok');
+  const isDefault = item => item.account === 'default';
+  return card(t('iflow_accounts'), button(t(logins.length ? 'login_another' : 'login_iflow'), begin,
+    logins.length ? '' : 'primary', 'user'),
+  !logins.length ? el('p', {class: 'muted', text: t('iflow_lead')}) :
+    table({label: t('accounts'), rows: logins, columns: [
+      [t('account'), item => isDefault(item) ? t('account_default') : item.account],
+      [t('state'), item => [state(item), item.message && hint(foreign(item.message))]],
+      [t('expires'), item => item.expires_at && fmt.ago(item.expires_at)],
+      [t('refreshed'), item => item.refreshed_at && fmt.ago(item.refreshed_at)],
+      ['', item => el('div', {class: 'row end'}, item.ended && button(t('login_again'),
+        act(() => loginDialog(isDefault(item) ? '' : item.account)), 'small'),
+      removal(t('log_out_sure', {name: item.account}), 'logins/' + encodeURIComponent(item.account),
+        t('log_out'))), 'end']]}));
+}
+VIEWS.providers = {needs: ['providers', 'logins'], draw(root, [list, logins]) {
+  const own = list.data.filter(item => item.source === 'file');
+  root.append(accountsCard(logins.data),
+    el('div', {class: 'spread'}, el('h2', {text: t('providers')}),
+    button(t('provider_add'), act(() => providerDialog(null, list.version)), 'primary', 'plus')),
+  own.length > 1 ? hint(t('order_hint')) : '', ...list.data.map(item => providerCard(item, list)),
+  list.data.length ? '' : el('div', {class: 'card empty', text: t('providers_empty')}));
 }};
 """
 
 #: Models, aliases and chains, and where a name goes.
 # language=JavaScript
 _JS_MODELS = r"""
-/** An alias's value as text: names with commas between; where it has conditions it is JSON.  And back; throws. */
-const isPlain = value => typeof value === 'string' || Array.isArray(value) && value.every(item => typeof item === 'string');
-const aliasText = value => [value].flat().join(', ');
+/** An alias's value as text: names with commas between, JSON where it has conditions.  And back. */
+const isPlain = value => [value].flat().every(item => typeof item === 'string');
 function aliasValue(text) {
-  if (!/^\s*[[{]/.test(text)) { const names = lines(text); return names.length === 1 ? names[0] : names; }
-  try { return JSON.parse(text); } catch (error) { throw new Error(t('bad_json', {text: error.message})); }
+  if (/^\s*[[{]/.test(text)) return parseJson(text);
+  const names = lines(text);
+  return names.length === 1 ? names[0] : names;
 }
-const chainNodes = chain => el('ol', {class: 'chain'}, chain.map((item, at) => el('li', {},
-  at > 0 && el('span', {class: 'muted', text: t('else_then') + ' '}), foreign(item.provider + ' / ' + item.model, 'mono'), ' ',
+const chainNodes = chain => el('ol', {class: 'chain'}, chain.map((item, at) => el('li',
+  at > 0 && el('span', {class: 'muted', text: t('else_then') + ' '}),
+  foreign(item.provider + ' / ' + item.model, 'mono'), ' ',
   (!item.usable || item.circuit === 'open') && healthBadge(item),
-  item.problem && el('div', {class: 'hint'}, foreign(item.problem)))));
-VIEWS.models = {icon: 'models', async show(root) {
-  let rows = [], version = '', saved = [], serial = 0;
-  const list = el('div', {class: 'stack tight'}), names = el('datalist', {id: 'model-names'});
-  const fallback = input({list: names.id, class: 'mono'});
-  const fallbackBox = field({label: t('default_model'), hint: t('default_model_hint'), input: fallback});
-  const table = () => Object.fromEntries(rows.map(row => [row.pattern.value.trim(),
-    aliasValue(row.targets.value)]).filter(([name]) => name));
-  const asTexts = () => [JSON.stringify(rows.map(row => [row.pattern.value, row.targets.value])), fallback.value.trim()];
-  const changes = () => asTexts().map((text, at) => text !== saved[at]);
-  const changed = () => changes().includes(true);
-  const save = el('button', {class: 'btn primary', type: 'button', text: t('save')});
-  const note = () => { save.disabled = !changed(); later(); };
-  // where does X go
-  const asked = input({value: 'claude-sonnet-4-5', list: names.id, class: 'mono'});
-  const dialect = el('select', {}, ['chat', 'messages', 'responses'].map(name => option(name)));
-  const checks = ['images', 'thinking', 'tools'].map(name => el('label', {class: 'row'},
-    el('input', {type: 'checkbox', data: {name}}), t('with_' + name)));
-  const size = input({type: 'number', min: 0, placeholder: '0', style: {width: '110px'}});
+  item.problem && hint(foreign(item.problem)))));
+/** The rows of aliases: {node, value(), text()}; `changed()` is told of each change. */
+function aliasEditor(aliases, changed) {
+  const list = el('div', {class: 'stack tight'});
+  const rows = () => [...list.children].map(node => node.row);
+  function add(name, value) {
+    const props = {class: 'mono', placeholder: 'glm-5, deepseek/deepseek-chat',
+      'aria-label': t('alias_targets')}, error = el('div', {class: 'error', role: 'alert'});
+    const pattern = input({value: name, class: 'mono', placeholder: 'claude-*',
+      'aria-label': t('alias_name'), on: {input: () => changed(pattern.value)}});
+    const targets = isPlain(value) ?
+      input({...props, value: [value].flat().join(', '), list: 'model-names'}) :
+      area({...props, value: JSON.stringify(value, null, 1), rows: 5});
+    targets.addEventListener('input', () => {
+      error.textContent = '';
+      try { aliasValue(targets.value); } catch (failure) { error.textContent = failure.message; }
+      changed();
+    });
+    const move = (step, image) => iconButton(image, t('move_' + image), event => {
+      const other = step < 0 ? node.previousSibling : node.nextSibling;
+      if (other) list.insertBefore(step < 0 ? node : other, step < 0 ? other : node);
+      event.currentTarget.focus();
+      changed();
+    });
+    const node = el('div', {class: 'alias', role: 'group', 'aria-label': t('alias')}, pattern,
+      el('span', {class: 'muted', 'aria-hidden': 'true', text: '\u2192'}), targets,
+      el('div', {class: 'row tools'}, move(-1, 'up'), move(1, 'down'),
+        iconButton('trash', t('remove'), () => { node.remove(); more.focus(); changed(); })),
+          error);
+    node.row = {pattern, targets};
+    list.append(node);
+    return pattern;
+  }
+  const more = button(t('alias_add'), () => { add('', '').focus(); changed(); }, '', 'plus');
+  Object.entries(aliases).forEach(pair => add(...pair));
+  return {nodes: [list, el('div', {class: 'row below'}, more)],
+    value: () => Object.fromEntries(rows().map(({pattern, targets}) =>
+      [pattern.value.trim(), aliasValue(targets.value)]).filter(([name]) => name)),
+    text: () => JSON.stringify(rows().map(({pattern, targets}) => [pattern.value, targets.value]))};
+}
+/** Where a request goes, with the aliases as they stand in the form: {node, ask(model)}. */
+function routeCard(aliases) {
   const answer = el('div', {'aria-live': 'polite', class: 'stack tight'});
-  const explain = async () => {
-    const mine = ++serial, body = {model: asked.value.trim() || undefined, dialect: dialect.value,
-      tokens: Number(size.value) || 0};
-    for (const label of checks) body[label.firstChild.dataset.name] = label.firstChild.checked;
+  const model = input({value: 'claude-sonnet-4-5', list: 'model-names', class: 'mono'});
+  const dialect = select({}, ['chat', 'messages', 'responses'].map(name => option(name)));
+  const size = input({type: 'number', min: 0, placeholder: '0'});
+  const checks = ['images', 'thinking', 'tools'].map(name =>
+    [name, el('input', {type: 'checkbox', id: uid()})]);
+  let turn = 0, own = false;
+  async function explain() {
+    const mine = ++turn;
     let nodes;
     try {
-      const {steps, chain} = await api('routes/explain', {body: {...body, aliases: table()}});
-      nodes = [chain.length ? chainNodes(chain) : '', el('ul', {class: 'plain hint'},
-        steps.map(step => el('li', {}, foreign(step))))];
+      const {steps, chain} = await api('routes/explain', {body: {aliases: aliases(),
+        model: model.value.trim() || undefined, dialect: dialect.value,
+          tokens: Number(size.value) || 0,
+        ...Object.fromEntries(checks.map(([name, box]) => [name, box.checked]))}});
+      nodes = [chain.length ? chainNodes(chain) : '',
+        el('ul', {class: 'plain hint'}, steps.map(step => el('li', foreign(step))))];
     } catch (error) {
-      nodes = [error.status === 403 ? el('p', {class: 'note'}, el('a', {href: '#guide', text: t('providers_none')})) :
-        el('p', {class: 'note bad'}, errorText(error))];
+      nodes = [error.status === 403 ?
+        note('', el('a', {href: '#guide', text: t('providers_none')})) :
+        note('bad', errorText(error))];
     }
-    if (mine === serial) answer.replaceChildren(...nodes);
-  };
+    if (mine === turn) answer.replaceChildren(...nodes);
+  }
   const later = throttle(explain, 300);
-  function line(name, value) {
-    const props = {class: 'mono', placeholder: 'glm-5, deepseek/deepseek-chat', 'aria-label': t('alias_targets')};
-    const row = {pattern: input({value: name, class: 'mono', placeholder: 'claude-*', 'aria-label': t('alias_name')}),
-      targets: isPlain(value) ? input({value: aliasText(value), list: names.id, ...props}) :
-        el('textarea', {value: JSON.stringify(value, null, 1), rows: 5, spellcheck: 'false', ...props}),
-      error: el('div', {class: 'error', role: 'alert'})};
-    const move = step => () => {
-      const at = rows.indexOf(row), to = at + step;
-      if (to < 0 || to >= rows.length) return;
-      rows.splice(to, 0, ...rows.splice(at, 1));
-      list.replaceChildren(...rows.map(item => item.node));
-      row.node.querySelector(step < 0 ? '.to-up' : '.to-down').focus();
-      note();
-    };
-    const arrow = (image, label, step, css) => fill(iconButton(image, label, move(step)), {class: 'icon-btn ' + css}, []);
-    row.node = el('div', {class: 'alias', role: 'group', 'aria-label': t('alias')}, row.pattern,
-      el('span', {class: 'muted', 'aria-hidden': 'true', text: '→'}), row.targets,
-      el('div', {class: 'row tools'}, arrow('up', t('move_up'), -1, 'to-up'), arrow('down', t('move_down'), 1, 'to-down'),
-        iconButton('trash', t('remove'), () => {
-          rows = rows.filter(item => item !== row);
-          row.node.remove();
-          add.focus();
-          note();
-        })), row.error);
-    row.targets.addEventListener('input', () => {
-      row.error.textContent = '';
-      try { aliasValue(row.targets.value); } catch (error) { row.error.textContent = error.message; }
-      note();
-    });
-    row.pattern.addEventListener('input', () => {
-      if (row.pattern.value && !asked.dataset.own) asked.value = row.pattern.value.replace(/\*/g, '');
-      note();
-    });
-    return row;
-  }
-  const add = button(t('alias_add'), () => {
-    const row = line('', '');
-    rows.push(row);
-    list.append(row.node);
-    row.pattern.focus();
-    note();
-  }, '', 'plus');
-  fallback.addEventListener('input', note);
-  asked.addEventListener('input', () => { asked.dataset.own = 'yes'; later(); });
-  for (const node of [dialect, size, ...checks]) node.addEventListener('input', later);
-  save.addEventListener('click', act(async () => {
-    const set = {}, unset = [], [otherAliases, otherModel] = changes(), [, model] = asTexts();
-    if (otherAliases) set.aliases = table();
-    if (otherModel && model) set.default_model = model; else if (otherModel) unset.push('default_model');
-    const now = await patchConfig(version, set, unset);
-    if (!now) return;
-    take(now);
+  model.addEventListener('input', () => { own = true; });
+  for (const node of [model, dialect, size, ...checks.map(([, box]) => box)])
+    node.addEventListener('input', later);
+  const node = card(t('where'), null,
+    el('div', {class: 'stack tight'}, field(t('where_label'), model),
+    el('details', el('summary', {text: t('where_more')}), el('div', {class: 'grid small'},
+      field(t('dialect'), dialect), field(t('where_tokens'), size),
+      checks.map(([name, box]) => field(t('with_' + name), box)))), answer));
+  return {node, ask(pattern) {
+    if (pattern && !own) model.value = pattern.replace(/\*/g, '');
+    later();
+  }};
+}
+function modelTable({data, default_model: usual}) {
+  const rows = table({label: t('models'), id: item => item.provider + '/' + item.id,
+    empty: t('models_none'), columns: [
+      [t('model'), item => [foreign(item.id, 'mono break'), ' ', item.alias && badge(t('alias')),
+        item.id === usual && badge(t('is_default'), 'ok')]],
+      [t('provider'), item => item.provider],
+      [t('context'), item => item.context && fmt.tokens(item.context), 'end'],
+      [t('max_output'), item => item.max_output && fmt.tokens(item.max_output), 'end'],
+      [t('vision'), item => item.vision && badge(t('images'), 'ok')],
+      ['', item => el('div', {class: 'row end'}, copyButton(() => item.id),
+        link(t('try'), '#playground/' + encodeURIComponent(item.id), 'small')), 'end']]});
+  const draw = word => rows.update(data.filter(item =>
+    (item.id + ' ' + item.provider).toLowerCase().includes(word)));
+  draw('');
+  return card(t('models'), search(t('filter'), draw), rows);
+}
+const modelNames = models => el('datalist', {id: 'model-names'},
+  models.map(item => option(item.id)));
+const settingOf = (config, name) => (config.settings.find(item => item.name === name) || {}).value;
+VIEWS.models = {needs: ['models', 'config'], draw(root, [models, config]) {
+  const usual = settingOf(config, 'default_model') || '';
+  const fallback = input({list: 'model-names', class: 'mono', value: usual,
+    placeholder: models.default_model || '', on: {input: () => changed()}});
+  const save = button(t('save'), act(async () => {
+    const set = isAliased() ? {aliases: aliases.value()} : {}, name = fallback.value.trim();
+    if (name && name !== usual) set.default_model = name;
+    await patchConfig(config.version, set, !name && usual ? ['default_model'] : []);
     toast(t('saved'));
-  }));
-  function take(config) {
-    const value = name => (config.settings.find(item => item.name === name) || {}).value;
-    version = config.version;
-    rows = Object.entries(value('aliases') || {}).map(([name, targets]) => line(name, targets));
-    list.replaceChildren(...rows.map(item => item.node));
-    fallback.value = value('default_model') || '';
-    saved = asTexts();
-    note();
-  }
-  await load(root, Promise.all([api('models'), api('config')]), ([models, config]) => {
-    fallback.placeholder = models.default_model || '';
-    names.append(...models.data.map(item => option(item.id)));
-    const word = input({type: 'search', class: 'search', placeholder: t('filter'), 'aria-label': t('filter')});
-    const shownTable = dataTable({label: t('models'), id: item => item.provider + '/' + item.id, empty: t('models_none'), columns: [
-      {label: t('model'), render: item => [foreign(item.id, 'mono break'), ' ', item.alias && badge(t('alias')),
-        item.id === models.default_model && badge(t('is_default'), 'ok')]},
-      {label: t('provider'), key: 'provider'},
-      {label: t('context'), align: 'end', render: item => item.context && fmt.tokens(item.context)},
-      {label: t('max_output'), align: 'end', render: item => item.max_output && fmt.tokens(item.max_output)},
-      {label: t('vision'), render: item => item.vision && badge(t('images'), 'ok')},
-      {label: '', align: 'end', render: item => el('div', {class: 'row end'}, copyButton(() => item.id),
-        el('a', {class: 'btn small', href: '#playground/' + encodeURIComponent(item.id), text: t('try')}))}]});
-    const draw = () => shownTable.update(models.data.filter(item =>
-      (item.id + ' ' + item.provider).toLowerCase().includes(word.value.toLowerCase())));
-    word.addEventListener('input', draw);
-    draw();
-    root.append(names, el('div', {class: 'grid wide uneven'},
-      card(t('routes'), save, el('p', {class: 'hint lead', text: t('routes_hint')}), list,
-        el('div', {class: 'row', style: {margin: '10px 0 16px'}}, add), fallbackBox),
-      card(t('where'), null, el('div', {class: 'stack tight'}, field({label: t('where_label'), input: asked}),
-        el('details', {}, el('summary', {text: t('where_more')}), el('div', {class: 'row'},
-          field({label: t('dialect'), input: dialect}), field({label: t('where_tokens'), input: size})),
-          el('div', {class: 'row', style: {'margin-top': '8px'}}, checks)), answer))),
-    card(t('models'), word, shownTable));
-    take(config);
-  });
-  guard(changed);
+    await redraw();
+  }), 'primary');
+  const changed = pattern => { save.disabled = !isChanged(); route.ask(pattern); };
+  const aliases = aliasEditor(settingOf(config, 'aliases') || {}, changed), first = aliases.text();
+  const route = routeCard(aliases.value), isAliased = () => aliases.text() !== first;
+  const isChanged = () => isAliased() || fallback.value.trim() !== usual;
+  root.append(modelNames(models.data), el('div', {class: 'grid wide uneven'},
+    card(t('routes'), save, el('p', {class: 'hint lead', text: t('routes_hint')}), aliases.nodes,
+      field(t('default_model'), fallback, t('default_model_hint'))), route.node),
+        modelTable(models));
+  changed();
+  guard(isChanged);
 }};
 """
 
-#: The form made of the settings' metadata; a conflict loses nothing.
+#: The form made of the settings' metadata.
 # language=JavaScript
 _JS_SETTINGS = r"""
-/** Saves; where somebody else changed the same meanwhile, asks for each which is to hold.  The new document, or null. */
-async function patchConfig(version, set, unset = []) {
-  try { return await api('config', {method: 'PATCH', body: {version, set, unset}}); } catch (error) {
-    if (error.status !== 409 || !error.body.changed) throw error;
-    return conflictDialog(error.body, set, unset);
-  }
-}
-const shownValue = value => value === undefined || value === null ? t('unset') :
-  typeof value === 'boolean' ? t(value ? 'on' : 'off') :
-  value === '' || typeof value === 'object' && !Object.keys(value).length ? t('empty') :
-    typeof value === 'string' ? value : JSON.stringify(value, null, 1);
-const conflictDialog = (conflict, set, unset) => new Promise(done => {
-  const theirs = new Set();
-  let result = null;
-  const choice = (name, side, value, isTheirs) => el('label', {class: 'choice'},
-    el('input', {type: 'radio', name: 'conflict-' + name, checked: !isTheirs,
-      on: {change: () => isTheirs ? theirs.add(name) : theirs.delete(name)}}),
-    el('span', {}, el('strong', {text: side}), el('span', {class: 'code'}, foreign(shownValue(value)))));
-  dialog({title: t('conflict'), wide: true, onclose: () => done(result), body: [el('p', {text: t('conflict_lead')}),
-    Object.entries(conflict.changed).map(([name, values]) => el('fieldset', {}, el('legend', {class: 'mono'}, foreign(name)),
-      el('div', {class: 'grid'}, choice(name, t('yours'), values.yours, false), choice(name, t('theirs'), values.theirs, true))))],
-  actions: [{label: t('cancel'), kind: 'quiet'}, {label: t('save'), kind: 'primary', async run() {
-    const kept = Object.fromEntries(Object.entries(set).filter(([name]) => !theirs.has(name)));
-    result = await patchConfig(conflict.version, kept, unset.filter(name => !theirs.has(name)));
-  }}]});
-});
-/** How each kind of setting is asked for: {node, read() -> value, throws}. */
-function control(item) {
-  const {kind, value, choices, low, high, secret} = item;
+const shownValue = value => isBlank(value) && value !== false ? t('empty') :
+  typeof value === 'boolean' ? t(value ? 'on' : 'off') : isEmpty(value) ? t('empty') :
+    typeof value === 'string' ? value : JSON.stringify(value);
+/** How each kind of setting is asked for: a control, and what reads its value, which may throw. */
+function control({kind, value, choices, low, high, secret, set}) {
   if (kind === 'bool') {
     const node = el('input', {type: 'checkbox', checked: Boolean(value)});
-    return {node, read: () => node.checked};
+    return [node, () => node.checked];
   }
   if (choices) {
-    const node = el('select', {value}, choices.map(name => option(name, name || t('automatic'))));
-    return {node, read: () => node.value};
+    const node = select({value}, choices.map(name => option(name, name || t('automatic'))));
+    return [node, () => node.value];
   }
   if (kind === 'list' && value.every(entry => typeof entry === 'string')) {
-    const node = el('textarea', {class: 'mono', rows: Math.max(2, value.length), value: value.join('\n'),
-      spellcheck: 'false', placeholder: t('one_a_line')});
-    return {node, read: () => node.value.split('\n').map(line => line.trim()).filter(Boolean)};
+    const node = area({rows: Math.max(2, value.length), value: value.join('\n'),
+      placeholder: t('one_a_line')});
+    return [node, () => node.value.split('\n').map(line => line.trim()).filter(Boolean)];
   }
   if (kind === 'list' || kind === 'dict') {
-    const node = jsonArea(value);
-    return {node, read: () => node.read(kind === 'list' ? [] : {})};
+    const node = jsonArea(value, kind === 'list' ? [] : {});
+    return [node, node.read];
   }
   if (secret) {
-    const node = input({class: 'mono masked', placeholder: item.set ? value : t('not_set')});
-    return {node, read: () => node.value || value};
+    const node = input({class: 'mono masked', placeholder: set ? value : t('empty')});
+    return [node, () => node.value || value];
   }
-  const node = input(kind === 'str' ? {value} :
-    {type: 'number', value, min: low, max: high, step: kind === 'int' ? 1 : 'any', required: true});
-  return {node, read: () => kind === 'str' ? node.value : Number(node.value)};
+  const node = input(kind === 'str' ? {value} : {type: 'number', value, min: low, max: high,
+    step: kind === 'int' ? 1 : 'any', required: true});
+  return [node, () => kind === 'str' ? node.value : Number(node.value)];
 }
-VIEWS.settings = {icon: 'settings', async show(root) {
-  const own = ['providers', 'client_keys', 'accounts', 'admin_password', 'aliases'];
-  let parts = new Map(), version = '';
+/** One setting of the form; `changed()` is told of each change. */
+function settingPart(item, changed) {
+  const [node, read] = control(item), first = JSON.stringify(item.value);
+  const usual = shownValue(item.default);
+  const elsewhere = item.file_only ? t('by_file_only') : item.origin === 'flag' ?
+    t('from_flag', {name: item.flag || '--\u2026'}) : item.origin === 'environment' &&
+    t('from_environment', {name: 'IFLOW2API_' + item.name.toUpperCase()});
+  const [, unit] = item.name.match(/_(s|bytes|days)$/) || [];
+  const part = {item, read, cleared: false, isChanged() {
+    try { return part.cleared || JSON.stringify(read()) !== first; } catch { return true; }
+  }};
+  const reset = item.origin === 'file' && !elsewhere && button(t('to_default'), () => {
+    if (item.kind === 'bool') node.checked = item.default;
+    else node.value = typeof item.default === 'object' ? '' : item.default;
+    part.cleared = true;
+    node.focus();
+    changed();
+  }, 'small quiet');
+  node.disabled = Boolean(elsewhere);
+  node.addEventListener('input', () => { part.cleared = false; changed(); });
+  part.box = field([pick(item.label),
+    unit && el('span', {class: 'muted', text: ` (${t('unit_' + unit)})`}),
+    ' ', item.origin !== 'default' && badge(t('origin_' + item.origin)), ' ',
+    item.restart && badge(t('needs_restart'), 'warn')], node,
+  [item.hint && el('div', {text: pick(item.hint)}), el('span', {class: 'mono'}, foreign(item.name)),
+    elsewhere ? ' \u00b7 ' + elsewhere : !item.secret && !isEmpty(item.default) &&
+      [' \u00b7 ' + t('default') + ' ', el('span', {class: 'mono'},
+        foreign(usual.length > 60 ? '\u2026' : usual))]]);
+  const words = [item.name, ...[item.label, item.hint || {}].flatMap(Object.values)].join(' ');
+  part.node = el('div', {class: 'setting', data: {words: words.toLowerCase()}}, part.box, reset);
+  return part;
+}
+VIEWS.settings = {needs: ['config'], draw(root, [config]) {
+  const own = ['providers', 'client_keys', 'accounts', 'admin_password', 'aliases'], groups = {};
   const count = el('span', {class: 'muted', role: 'status'});
-  const save = el('button', {class: 'btn primary', type: 'button', text: t('save')});
-  const undo = button(t('discard'), () => { parts.clear(); go(); }, 'quiet');
-  const bar = el('div', {class: 'savebar', hidden: true}, count, el('div', {class: 'row'}, undo, save));
-  const changes = () => [...parts.values()].filter(part => part.changed());
-  const note = () => {
-    const n = changes().length;
-    bar.hidden = !n;
-    count.textContent = t('changes_n', {n});
-  };
-  function one(item) {
-    const {node, read} = control(item), fixed = item.origin === 'environment' || item.origin === 'flag';
-    const first = JSON.stringify(item.value), shownDefault = shownValue(item.default);
-    let cleared = false;
-    const [, unit] = item.name.match(/_(s|bytes|days)$/) || [];
-    node.disabled = fixed;
-    const reset = item.origin === 'file' && button(t('to_default'), () => {
-      cleared = true;
-      if (item.kind === 'bool') node.checked = item.default;
-      else node.value = typeof item.default === 'object' ? '' : item.default;
-      node.focus();
-      note();
-    }, 'small quiet');
-    const from = item.origin === 'flag' ? t('from_flag', {name: item.flag || '--…'}) :
-      t('from_environment', {name: 'IFLOW2API_' + item.name.toUpperCase()});
-    const usual = [t('default') + ' ', el('span', {class: 'mono'}, foreign(shownDefault.length > 60 ? '…' : shownDefault))];
-    const hint = [item.hint && el('div', {text: pick(item.hint)}), el('span', {class: 'mono'}, foreign(item.name)),
-      fixed ? ' · ' + from : !item.secret && shownDefault !== t('empty') && [' · ', usual]];
-    const box = field({label: [pick(item.label), unit && el('span', {class: 'muted', text: ` (${t('unit_' + unit)})`}),
-      ' ', item.origin !== 'default' && badge(t('origin_' + item.origin)), ' ',
-      item.restart && badge(t('needs_restart'), 'warn')],
-    hint, input: node});
-    const part = {item, box, read, get unset() { return cleared; }, changed() {
-      if (cleared) return true;
-      try { return JSON.stringify(read()) !== first; } catch { return true; }
-    }};
-    node.addEventListener('input', () => { cleared = false; note(); });
-    parts.set(item.name, part);
-    const words = [item.name, ...[item.label, item.hint || {}].flatMap(Object.values)];
-    return el('div', {class: 'setting', data: {words: words.join(' ').toLowerCase()}}, box, reset);
-  }
-  save.addEventListener('click', act(async () => {
-    const set = {}, unset = [];
-    for (const {item, box, read, unset: cleared} of changes()) {
+  const bar = el('div', {class: 'savebar'}, count, el('div', {class: 'row'},
+    button(t('discard'), () => redraw(), 'quiet'), button(t('save'), act(save), 'primary')));
+  const note_ = () => { bar.hidden = !changes().length; count.textContent = t('changes_n',
+    {n: changes().length}); };
+  const parts = config.settings.filter(item => !own.includes(item.name) &&
+    !(item.older && item.origin === 'default')).map(item => settingPart(item, note_));
+  const changes = () => parts.filter(part => part.isChanged());
+  for (const part of parts) (groups[part.item.group] = groups[part.item.group] ||
+    []).push(part.node);
+  const cards = Object.entries(groups).map(([name, nodes]) => card(t('group_' + name), null,
+    el('div', {class: 'settings'}, nodes)));
+  const sift = word => cards.forEach(section => {
+    const nodes = [...section.querySelectorAll('.setting')];
+    for (const node of nodes) node.hidden = !node.dataset.words.includes(word);
+    section.hidden = nodes.every(node => node.hidden);
+    none.hidden = cards.some(each => !each.hidden);
+  });
+  const none = el('div', {class: 'card empty', hidden: true, text: t('nothing_found')});
+  async function save() {
+    const set = {}, unset = [], list = changes();
+    for (const {item, box, read, cleared} of list) {
       if (cleared) { unset.push(item.name); continue; }
       if (!box.input.checkValidity()) return;
       try { set[item.name] = read(); } catch (error) { return box.fail(error.message); }
     }
-    let now;
-    try { now = await patchConfig(version, set, unset); } catch (error) {
-      const part = parts.get((error.param || '').split('.')[0]);
+    try { await patchConfig(config.version, set, unset); } catch (error) {
+      const part = parts.find(({item}) => item.name === (error.param || '').split('.')[0]);
       if (!part) throw error;
-      part.box.closest('section').hidden = false;
+      sift('');
       return part.box.fail(errorText(error));
     }
-    if (!now) return;
-    const restart = [...Object.keys(set), ...unset].some(name => parts.get(name).item.restart);
-    parts.clear();
-    await show(now);
-    toast(restart ? t('saved_restart') : t('saved'));
-  }));
-  const show = config => {
-    const at = scrollY, search = input({type: 'search', class: 'search', placeholder: t('settings_search'),
-      'aria-label': t('settings_search')});
-    version = config.version;
-    parts = new Map();
-    const groups = new Map();
-    for (const item of config.settings) {
-      if (own.includes(item.name) || item.older && item.origin === 'default') continue;
-      groups.set(item.group, [...(groups.get(item.group) || []), item]);
-    }
-    const cards = [...groups].map(([group, items]) => card(has('group_' + group) ? t('group_' + group) : group, null,
-      el('div', {class: 'settings'}, items.map(one))));
-    search.addEventListener('input', () => {
-      for (const section of cards) {
-        const found = [...section.querySelectorAll('.setting')].filter(node =>
-          !(node.hidden = !node.dataset.words.includes(search.value.toLowerCase())));
-        section.hidden = !found.length;
-      }
-    });
-    root.replaceChildren(el('div', {class: 'spread'}, el('p', {class: 'hint'}, t('settings_path') + ' ',
-      el('span', {class: 'mono break'}, foreign(config.path))), search),
-      problems(config.problems) || '', ...cards, bar);
-    scrollTo(0, at);
-    note();
-  };
-  await load(root, api('config'), show);
+    await redraw();
+    toast(t(list.some(({item}) => item.restart) ? 'saved_restart' : 'saved'));
+  }
+  root.append(el('div', {class: 'spread'}, hint(t('settings_path') + ' ',
+    el('span', {class: 'mono break'}, foreign(config.path))), search(t('settings_search'), sift)),
+  problems(config.problems) || '', ...cards, none, bar);
+  note_();
   guard(() => changes().length > 0);
-  return live.on('config', async data => {
-    if (data.version !== version && !changes().length && !document.querySelector('dialog')) show(await api('config'));
-  });
 }};
 """
 
@@ -15870,99 +15917,94 @@ VIEWS.settings = {icon: 'settings', async show(root) {
 # language=JavaScript
 _JS_KEYS = r"""
 const LIMITS = ['rpm', 'rph', 'rpd', 'tpd', 'concurrency'];
-const limitFields = given => LIMITS.map(name => field({label: t('limit_' + name),
-  input: input({type: 'number', min: 0, step: 1, data: {name}, value: (given || {})[name] ?? '',
-    placeholder: t('unlimited')})}));
-const day = date => moment(date, {dateStyle: 'medium', timeZone: String(date).length === 10 ? 'UTC' : undefined});
-const readLimits = boxes => Object.fromEntries(
-  boxes.map(({input}) => [input.dataset.name, Number(input.value)]).filter(([, value]) => value > 0));
-VIEWS.keys = {icon: 'keys', async show(root) {
-  const redraw = () => load(root, Promise.all([api('keys'), api('config')]), ([list, config]) => draw(list, config));
-  function create(list) {
-    const name = field({label: t('key_name'), hint: t('key_name_hint'),
-      input: input({required: true, maxlength: 64, placeholder: 'laptop', pattern: '[^\\s,\\/]+'})});
-    const models = field({label: t('key_models'), hint: t('key_models_hint'),
-      input: input({class: 'mono', placeholder: 'glm-*, deepseek-chat'})});
-    const expires = field({label: t('expires'), hint: t('key_expires_hint'),
-      input: input({type: 'date', min: new Date().toISOString().slice(0, 10)})});
-    const limits = limitFields();
-    dialog({title: t('key_add'), wide: true, body: [el('div', {class: 'grid'}, name, expires), models,
-      el('h3', {text: t('limits')}), el('div', {class: 'grid small'}, limits)], actions: [
-      {label: t('cancel'), kind: 'quiet'}, {label: t('key_create'), kind: 'primary', async run() {
-        const until = expires.input.value;
-        let made;
-        try {
-          made = await api('keys', {body: {version: list.version, name: name.input.value.trim(),
-            models: lines(models.input.value), ...readLimits(limits), ...(until ? {expires: until} : {})}});
-        } catch (error) {
-          const box = {name, models, expires}[error.param] || limits.find(item => item.input.dataset.name === error.param);
-          if (!box) throw error;
-          return box.fail(errorText(error)), false;
-        }
-        showKey(made);
-        redraw();
-      }}]});
-  }
-  const showKey = made => dialog({title: t('key_new', {name: clean(made.name)}), closable: false, body: [
-    el('p', {text: t('key_once')}), el('div', {class: 'code', id: 'new-key', text: made.key}),
-    el('div', {}, copyButton(() => made.key, t('key_copy')))], actions: [{label: t('key_kept'), kind: 'primary'}]});
-  function draw(list, config) {
-    const table = dataTable({label: t('keys'), rows: list.data, empty: t('keys_none'), columns: [
-      {label: t('key_name'), render: item => [foreign(item.name), ' ', item.expired && badge(t('expired'), 'bad')]},
-      {label: t('key_models'), render: item => item.models.length ? foreign(item.models.join(', '), 'mono') :
-        t('all_models')},
-      {label: t('limits'), render: item => {
-        const all = Object.entries(item.limits).map(([name, limit]) => [name, {used: (item.used || {})[name] || 0, limit}]);
-        const shown = limitLines(Object.fromEntries(all));
-        return shown.length ? el('div', {class: 'stack tight'}, shown) : t('unlimited');
-      }},
-      {label: t('created'), render: item => day(item.created)},
-      {label: t('expires'), render: item => item.expires ? day(item.expires) : t('never')},
-      {label: '', align: 'end', render: item => button(t('remove'), act(async () => {
-        if (!await confirmBox(t('key_remove', {name: item.name}), {danger: true})) return;
-        await api('keys/' + encodeURIComponent(item.name), {method: 'DELETE'});
-        await redraw();
-      }), 'small danger')}]});
-    const boxes = limitFields(list.address_limits);
-    const save = button(t('save'), act(async () => {
-      if (!boxes.every(box => box.input.checkValidity())) return;
-      const limits = readLimits(boxes), some = Object.keys(limits).length > 0;
-      if (!await patchConfig(config.version, some ? {address_limits: limits} : {}, some ? [] : ['address_limits'])) return;
-      toast(t('saved'));
-      await redraw();
-    }));
-    const first = JSON.stringify(readLimits(boxes));
-    guard(() => boxes[0].isConnected && JSON.stringify(readLimits(boxes)) !== first);
-    root.append(el('div', {class: 'note'}, t(list.custom_api_key || list.data.length ? 'keys_needed' : 'keys_open')),
-      card(t('keys'), button(t('key_add'), () => create(list), 'primary', 'plus'), table),
-      list.custom_api_key ? card(t('custom_key'),
-        el('a', {class: 'btn small quiet', href: '#settings', text: t('view_settings')}),
-        el('p', {}, foreign(list.custom_api_key, 'mono'), ' ', el('span', {class: 'hint', text: t('custom_key_hint')}))) : '',
-      card(t('address_limits'), save, el('p', {class: 'hint lead', text: t('address_limits_hint')}),
-        el('div', {class: 'grid small'}, boxes)));
-  }
-  await redraw();
+const limitForm = given => form(LIMITS.map(name => [name, t('limit_' + name),
+  input({type: 'number', min: 0, step: 1, value: (given || {})[name] ?? '',
+    placeholder: t('unlimited')})]));
+const readLimits = ask => Object.fromEntries(LIMITS.map(name => [name, ask.number(name)])
+  .filter(([, value]) => value > 0));
+const day = date => moment(date, {dateStyle: 'medium',
+  timeZone: String(date).length === 10 ? 'UTC' : undefined});
+function keyDialog(version) {
+  const ask = form([
+    ['name', t('key_name'), input({required: true, maxlength: 64, placeholder: 'laptop',
+      pattern: '[^\\s,\\/]+'}), t('key_name_hint')],
+    ['expires', t('expires'), input({type: 'date', min: new Date().toISOString().slice(0, 10)}),
+      t('key_expires_hint')],
+    ['models', t('key_models'), input({class: 'mono', placeholder: 'glm-*, deepseek-chat'}),
+      t('key_models_hint')]]), limits = limitForm();
+  dialog({title: t('key_add'), wide: true, body: [el('div', {class: 'grid'}, ask.name, ask.expires),
+    ask.models, el('h3', {text: t('limits')}), el('div', {class: 'grid small'}, limits.boxes)],
+  actions: [CANCEL(), [t('key_create'), 'primary', async () => {
+    let made;
+    try {
+      made = await api('keys', {body: {version, name: ask.text('name'),
+        models: lines(ask.text('models')),
+        ...readLimits(limits), expires: ask.text('expires') || undefined}});
+    } catch (error) { return (LIMITS.includes(error.param) ? limits : ask).blame(error); }
+    dialog({title: t('key_new', {name: clean(made.name)}), gate: true, onclose: () => redraw(),
+      body: [
+      el('p', {text: t('key_once')}), el('div', {class: 'code', id: 'new-key', text: made.key}),
+      el('div', copyButton(() => made.key, t('key_copy')))],
+        actions: [[t('key_kept'), 'primary']]});
+  }]]});
+}
+VIEWS.keys = {needs: ['keys', 'config'], draw(root, [list, config]) {
+  const limitsOf = item => Object.fromEntries(Object.entries(item.limits).map(([name, limit]) =>
+    [name, {used: (item.used || {})[name] || 0, limit}]));
+  const keys = table({label: t('keys'), rows: list.data, empty: t('keys_none'), columns: [
+    [t('key_name'), item => [foreign(item.name), ' ', item.expired && badge(t('expired'), 'bad')]],
+    [t('key_models'), item => item.models.length ? foreign(item.models.join(', '), 'mono') :
+      t('all_models')],
+    [t('limits'), item => isEmpty(item.limits) ? t('unlimited') :
+      el('div', {class: 'stack tight'}, limitLines(limitsOf(item)))],
+    [t('created'), item => day(item.created)],
+    [t('expires'), item => item.expires ? day(item.expires) : t('never')],
+    ['', item => removal(t('key_remove', {name: item.name}),
+      'keys/' + encodeURIComponent(item.name)),
+      'end']]});
+  const limits = limitForm(list.address_limits), now = () => JSON.stringify(readLimits(limits));
+  const first = now(), save = button(t('save'), act(async () => {
+    if (!limits.boxes.every(box => box.input.checkValidity())) return;
+    const set = readLimits(limits);
+    await patchConfig(config.version, isEmpty(set) ? {} : {address_limits: set},
+      isEmpty(set) ? ['address_limits'] : []);
+    toast(t('saved'));
+    await redraw();
+  }));
+  root.append(note('', t(list.needs_key ? list.data.length || list.custom_api_key ? 'keys_needed' :
+    'keys_missing' : 'keys_open')),
+  card(t('keys'), button(t('key_add'), () => keyDialog(list.version), 'primary', 'plus'), keys),
+  list.custom_api_key ? card(t('custom_key'), link(t('view_settings'), '#settings', 'small quiet'),
+    el('p', foreign(list.custom_api_key, 'mono'), ' ', el('span', {class: 'hint',
+      text: t('custom_key_hint')}))) : '',
+  card(t('address_limits'), save, el('p', {class: 'hint lead', text: t('address_limits_hint')}),
+    el('div', {class: 'grid small'}, limits.boxes)));
+  guard(() => now() !== first);
 }};
-VIEWS.instances = {icon: 'instances', async show(root) {
-  const table = list => dataTable({label: t('instances'), rows: list.data, columns: [
-    {label: t('name'), render: item => [foreign(item.name), ' ', item.this && badge(t('this_one'), 'ok')]},
-    {label: t('address'), render: item => [foreign(item.url, 'mono'), ' ', copyButton(() => item.url)]},
-    {key: 'version', label: t('version')}, {label: t('started'), render: item => fmt.date(item.started_at)}]});
-  await load(root, api('instances'), list => root.append(card(t('instances'), null, table(list),
-    el('p', {class: 'hint', style: {'margin-top': '12px'}, text: t('instances_hint')}))));
+VIEWS.instances = {needs: ['instances'], draw(root, [{data}]) {
+  root.append(card(t('instances'), null, table({label: t('instances'), rows: data, columns: [
+    [t('name'), item => [foreign(item.name), ' ', item.this && badge(t('this_one'), 'ok')]],
+    [t('address'), item => [foreign(item.url, 'mono'), ' ', copyButton(() => item.url)]],
+    [t('version'), item => item.version], [t('started'), item => fmt.date(item.started_at)]]}),
+  hint(t('instances_hint'))));
 }};
-VIEWS.about = {icon: 'about', async show(root) {
-  const path = text => text && foreign(text, 'mono');
-  await load(root, api('about'), about => root.append(
-    card('iflow2api ' + about.version, null, facts([['Python', about.python], [t('platform'), about.platform],
-      [t('executable'), path(about.executable)], ['PID', about.pid],
-      [t('started'), fmt.date(about.started_at) + ' · ' + t('running_for', {time: fmt.span(about.uptime_s)})],
-      [t('memory'), about.memory_bytes && fmt.bytes(about.memory_bytes)], [t('threads'), about.threads],
-      ...Object.entries(about.paths).map(([name, text]) => [has('path_' + name) ? t('path_' + name) : name, path(text)])])),
-    card(t('diagnostics'), copyButton(() => about.diagnostics), el('p', {class: 'hint lead', text: t('diagnostics_hint')}),
-      el('pre', {tabindex: '0', class: 'tall', 'aria-label': t('diagnostics')}, foreign(about.diagnostics))),
-    card(t('documents'), null, el('div', {class: 'row'}, ['docs', 'redoc', 'openapi.json', 'metrics', 'health'].map(name =>
-      el('a', {class: 'btn', href: '/' + name, target: '_blank', rel: 'noopener', text: '/' + name}))))));
+VIEWS.about = {needs: ['about'], draw(root, [about]) {
+  const mono = text => text && foreign(text, 'mono');
+  root.append(card('iflow2api ' + about.version, null, facts([['Python', about.python],
+    [t('platform'), about.platform], [t('executable'), mono(about.executable)], ['PID', about.pid],
+    [t('started'), fmt.date(about.started_at) + ' \u00b7 ' + t('running_for',
+      {time: fmt.span(about.uptime_s)})],
+    [t('memory'), about.memory_bytes && (about.memory_bytes / (1 << 20)).toFixed(1) + ' MiB'],
+    [t('threads'), about.threads],
+    ...Object.entries(about.paths).map(([name, text]) => [t('path_' + name), mono(text)])])),
+  card(t('diagnostics'), copyButton(() => about.diagnostics),
+    el('p', {class: 'hint lead', text: t('diagnostics_hint')}),
+    el('pre', {tabindex: '0', class: 'tall', 'aria-label': t('diagnostics')},
+      foreign(about.diagnostics))),
+  card(t('documents'), null, el('div', {class: 'row'},
+    ['docs', 'redoc', 'openapi.json', 'metrics', 'health']
+    .map(name => el('a', {class: 'btn', href: '/' + name, target: '_blank', rel: 'noopener',
+      text: '/' + name})))));
 }};
 """
 
@@ -15971,1661 +16013,633 @@ VIEWS.about = {icon: 'about', async show(root) {
 _JS_LOGS = r"""
 const LOG_KEPT = 20000, LOG_LINE = 22, LEVELS = ['debug', 'info', 'warning', 'error'];
 /** The lines are kept in an array; only those in sight are nodes, each of the same height. */
-VIEWS.logs = {icon: 'logs', async show(root) {
-  let all = [], seen = [], follow = true, chosen = -1, missed = 0, frameAsked = 0, word = '', level = 'info';
-  const search = input({type: 'search', class: 'search', placeholder: t('logs_search'), 'aria-label': t('logs_search')});
-  const levels = el('select', {'aria-label': t('log_level'), value: level},
+VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}]) {
+  let all = [], seen = [], follow = true, chosen = null, missed = 0, asked = 0, word = '';
+  const level = select({'aria-label': t('log_level'), value: 'info', on: {change: () => sift()}},
     LEVELS.map(name => option(name, t('level_' + name))));
   const view = el('div', {class: 'log-lines'}), space = el('div', {class: 'log-space'}, view);
   const detail = el('pre', {class: 'log-detail', hidden: true, 'aria-live': 'polite'});
-  const pane = el('div', {class: 'log-pane', tabindex: '0', role: 'log', 'aria-live': 'off', 'aria-label': t('view_logs')},
-    space);
-  const newest = button('', () => { follow = true; draw(); pane.focus(); }, 'small primary log-newest', 'down');
-  const count = el('span', {class: 'hint num'}), none = el('p', {class: 'empty', text: t('logs_none'), hidden: true});
-  const wanted = item => LEVELS.indexOf(item.level) >= LEVELS.indexOf(level) &&
+  const newest = button('', () => { follow = true; draw(); pane.focus(); },
+    'small primary log-newest', 'down');
+  const count = el('span', {class: 'hint num'});
+  const none = el('p', {class: 'empty', text: t('logs_none')});
+  const pane = el('div', {class: 'log-pane', tabindex: '0', role: 'log', 'aria-live': 'off',
+    'aria-label': t('view_logs'), on: {
+      scroll() {
+        follow = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - LOG_LINE;
+        ask();
+      },
+      click({target}) {
+        const node = target.closest('.log-line');
+        if (node && !String(getSelection())) choose(Number(node.dataset.at));
+      },
+      keydown(event) {
+        const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+        if (event.key === 'End') follow = true;
+        if (!step) return;
+        event.preventDefault();
+        choose(chosen ? seen.indexOf(chosen) + step : seen.length - 1);
+      }}}, space);
+  const wanted = item => LEVELS.indexOf(item.level) >= LEVELS.indexOf(level.value) &&
     (!word || (item.text + ' ' + item.logger).toLowerCase().includes(word));
-  const line = (item, at) => el('div', {class: 'log-line ' + item.level + (at === chosen ? ' chosen' : ''), data: {at}},
-    el('span', {class: 'muted', text: fmt.time(item.at)}), el('span', {class: 'level', text: item.level}),
-      foreign(item.text.replace(/\n/g, ' ⏎ ')));
+  const line = (item, at) => el('div',
+    {class: `log-line ${item.level}${item === chosen ? ' chosen' : ''}`,
+    data: {at}}, el('span', {class: 'muted', text: fmt.time(item.at)}),
+  el('span', {class: 'level', text: item.level}), foreign(item.text.replace(/\n/g, ' \u23ce ')));
   function draw() {
-    frameAsked = 0;
+    asked = 0;
     space.style.height = seen.length * LOG_LINE + 'px';
     if (follow) { pane.scrollTop = pane.scrollHeight; missed = 0; }
-    const first = Math.max(0, Math.floor(pane.scrollTop / LOG_LINE) - 10);
-    const end = Math.min(seen.length, first + Math.ceil(pane.clientHeight / LOG_LINE) + 20);
-    view.style.transform = `translateY(${first * LOG_LINE}px)`;
-    view.replaceChildren(...seen.slice(first, end).map((item, at) => line(item, first + at)));
-    newest.hidden = follow;
-    none.hidden = seen.length > 0;
+    const start = Math.max(0, Math.floor(pane.scrollTop / LOG_LINE) - 10);
+    const end = Math.min(seen.length, start + Math.ceil(pane.clientHeight / LOG_LINE) + 20);
+    view.style.transform = `translateY(${start * LOG_LINE}px)`;
+    view.replaceChildren(...seen.slice(start, end).map((item, at) => line(item, start + at)));
+    [newest.hidden, none.hidden] = [follow, seen.length > 0];
     newest.lastChild.textContent = missed ? t('logs_new', {n: missed}) : t('logs_newest');
     count.textContent = t('logs_count', {n: fmt.number(seen.length)});
   }
-  const ask = () => { frameAsked = frameAsked || requestAnimationFrame(draw); };
-  const sift = () => { seen = all.filter(wanted); chosen = -1; detail.hidden = true; follow = true; ask(); };
+  const ask = () => { asked = asked || requestAnimationFrame(draw); };
+  function sift() {
+    [seen, chosen, detail.hidden, follow] = [all.filter(wanted), null, true, true];
+    ask();
+  }
   function choose(at) {
-    if (at < 0 || at >= seen.length) return;
-    chosen = at;
-    const item = seen[at], top = at * LOG_LINE;
-    detail.hidden = false;
-    detail.replaceChildren(foreign(`${new Date(item.at * 1000).toISOString()}  ${item.level}  ${item.logger}\n${item.text}`));
-    if (top < pane.scrollTop) pane.scrollTop = top;
-    else if (top + LOG_LINE > pane.scrollTop + pane.clientHeight) pane.scrollTop = top + LOG_LINE - pane.clientHeight;
-    follow = false;
+    if (!seen[at]) return;
+    chosen = seen[at];
+    detail.hidden = follow = false;
+    const when = new Date(chosen.at * 1000).toISOString();
+    const head = [when, chosen.level, chosen.logger].join('  ');
+    detail.replaceChildren(foreign(head + '\n' + chosen.text));
+    pane.scrollTop = Math.min(at * LOG_LINE,
+      Math.max(pane.scrollTop, (at + 1) * LOG_LINE - pane.clientHeight));
     ask();
   }
-  pane.addEventListener('scroll', () => {
-    follow = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - LOG_LINE;
-    ask();
-  });
-  pane.addEventListener('click', event => {
-    const node = event.target.closest('.log-line');
-    if (node && !String(getSelection())) choose(Number(node.dataset.at));
-  });
-  pane.addEventListener('keydown', event => {
-    const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
-    if (step) { event.preventDefault(); choose(chosen < 0 ? seen.length - 1 : chosen + step); }
-    if (event.key === 'End') follow = true;
-  });
-  search.addEventListener('input', throttle(() => { word = search.value.toLowerCase(); sift(); }, 150));
-  levels.addEventListener('change', () => { level = levels.value; sift(); });
-  const add = item => {
+  function add(item) {
     const last = all[all.length - 1];
-    if (last && item.id <= last.id && item.at <= last.at) return;      // a server that was started anew counts from 1 again
-    item.n = last ? last.n + 1 : 0;
+    if (last && item.id <= last.id && item.at <= last.at) return;      // a new server counts from 1
     all.push(item);
-    if (wanted(item)) { seen.push(item); if (!follow) missed++; }
-    if (all.length > LOG_KEPT + 2000) {                // in steps: cutting at each line would copy them all each time
-      const gone = all.splice(0, 2000), cut = seen.findIndex(kept => kept.n > gone[gone.length - 1].n);
-      const lost = cut < 0 ? seen.length : cut;
-      seen.splice(0, lost);
-      chosen = chosen < lost ? -1 : chosen - lost;
-      if (!follow) pane.scrollTop -= lost * LOG_LINE;
+    if (wanted(item)) { seen.push(item); missed += !follow; }
+    if (all.length > LOG_KEPT + 2000) {            // in steps: each cut copies them all
+      all = all.slice(2000);
+      const before = seen.length;
+      seen = seen.filter(kept => kept.at > all[0].at || kept.id >= all[0].id);
+      if (!follow) pane.scrollTop -= (before - seen.length) * LOG_LINE;
     }
     ask();
-  };
-  let waiting = [], ready = false;
-  const stops = [live.on('log', item => ready ? add(item) : waiting.push(item)),
-    live.on('dropped', async () => { (await api('logs?level=debug&limit=10000')).data.forEach(add); })];
+  }
+  const more = async () => (await api('logs?level=debug&limit=10000')).data.forEach(add);
+  const ends = [live.on('log', add), live.on('dropped', more), () => live.logs(false),
+    () => removeEventListener('resize', ask)];
   live.logs(true);
-  await load(root, api('logs?level=debug&limit=10000'), data => {
-    root.append(el('div', {class: 'row log-bar'}, levels, search, count,
-      el('a', {class: 'btn', href: BASE + 'logs.txt', download: 'iflow2api.log'}, icon('download'), t('download'))),
-    el('div', {class: 'log-box'}, pane, none, newest), detail);
-    ready = true;
-    [...data.data, ...waiting].forEach(add);
-    waiting = [];
-    sift();
-  });
   addEventListener('resize', ask);
-  return () => { stops.forEach(stop => stop()); live.logs(false); removeEventListener('resize', ask); };
+  root.append(el('div', {class: 'row log-bar'}, level,
+    search(t('logs_search'), throttle(() => sift(), 150), {on: {input(event) {
+      word = event.target.value.toLowerCase();
+      sift();
+    }}}), count, el('a', {class: 'btn', href: BASE + 'logs.txt', download: 'iflow2api.log'},
+      icon('download'), t('download'))), el('div', {class: 'log-box'}, pane, none, newest), detail);
+  first.forEach(add);
+  return () => ends.forEach(end => end());
 }};
 """
 
-#: The first start in three steps.
-# language=JavaScript
-_JS_GUIDE = r"""
-VIEWS.guide = {icon: 'guide', async show(root) {
-  let model = '', client = '';
-  const step = (n, title, done, ...body) => el('li', {class: 'card step' + (done ? ' done' : '')},
-    el('span', {class: 'step-n', 'aria-hidden': 'true'}, done ? icon('check') : String(n)),
-    el('div', {class: 'grow stack tight'},
-      el('h2', {}, title, done && el('span', {class: 'visually-hidden', text: ' – ' + t('done')})), body));
-  const redraw = () => load(root, Promise.all([api('providers'), api('logins'), api('models'), api('config')]), draw);
-  async function draw([list, logins, models, config]) {
-    const usable = list.data.filter(item => item.usable);
-    const choices = models.data.filter(item => !item.alias && usable.some(other => other.name === item.provider));
-    model = model || models.default_model || (choices[0] || {}).id || '';
-    const login = button(t('login_iflow'), act(() => loginDialog(redraw)), usable.length ? '' : 'primary', 'user');
-    const add = button(t('provider_add'), act(() => providerDialog(null, list.version, redraw)), '', 'plus');
-    const test = name => button(t('test'), act(async () => {
-      const answer = await api('providers/test', {body: {name}}), failed = answer.checks.find(check => check.ok === false);
-      if (answer.ok) toast(t('test_fine', {name})); else toast(failed ? failed.message : t('test_bad'), 'bad');
-    }), 'small quiet');
-    const one = step(1, t('guide_1'), usable.length > 0, el('p', {class: 'muted', text: t('guide_1_lead')}),
-      usable.length > 0 && el('ul', {class: 'chips'}, usable.map(({name}) => el('li', {class: 'chip'},
-        el('span', {class: 'dot ok', 'aria-hidden': 'true'}), foreign(name), test(name)))),
-      el('div', {class: 'row'}, login, add));
-    const select = el('select', {value: model},
-      [...new Set([model, ...choices.map(item => item.id)])].filter(Boolean).map(name => option(name, clean(name))));
-    const typed = input({value: model, class: 'mono'}), source = choices.length ? select : typed;
-    const keep = button(t('guide_2_keep'), act(async () => {
-      model = source.value.trim();
-      if (!model || !await patchConfig(config.version, {default_model: model})) return;
-      toast(t('saved'));
-      await redraw();
-    }));
-    const offer = () => {
-      keep.disabled = models.default_model === source.value.trim();
-      keep.classList.toggle('primary', usable.length > 0 && !keep.disabled);
-    };
-    source.addEventListener('input', offer);
-    source.addEventListener('change', () => { model = source.value.trim(); blocks(); });
-    offer();
-    const two = step(2, t('guide_2'), usable.length > 0 && Boolean(models.default_model),
-      el('p', {class: 'muted', text: t('guide_2_lead')}),
-      el('div', {class: 'row bottom'}, field({label: t('model'), input: source}), keep,
-        el('a', {class: 'btn quiet', href: '#models', text: t('guide_2_more')})));
-    const box = el('div', {class: 'stack tight'});
-    const three = step(3, t('guide_3'), false, el('p', {class: 'muted', text: t('guide_3_lead')}), box,
-      el('div', {class: 'row'}, VIEWS.playground && el('a', {class: 'btn', href: '#playground', text: t('guide_try')}),
-        el('a', {class: 'btn quiet', href: '#clients', text: t('guide_more')})));
-    const shell = /Win/.test(navigator.platform) ? 'powershell' : 'bash';
-    const block = part => el('div', {class: 'stack tight'},
-      el('div', {class: 'spread'}, el('h3', {text: pick(part.title)}), copyButton(() => part.text)),
-      el('pre', {tabindex: '0'}, foreign(part.text)));
-    async function blocks() {
-      try {
-        const data = await api('clients' + (model ? '?model=' + encodeURIComponent(model) : ''));
-        const chosen = data.data.find(item => item.id === client) || data.data[0];
-        client = chosen.id;
-        const kinds = el('select', {value: client, id: 'guide-client', on: {change() {
-          client = kinds.value;
-          blocks().then(() => $('#guide-client').focus());
-        }}}, data.data.map(item => option(item.id, item.title)));
-        const first = chosen.blocks.find(part => part.language === shell) || chosen.blocks[0];
-        const others = chosen.blocks.filter(part => part !== first);
-        box.replaceChildren(field({label: t('client'), input: kinds}), block(first),
-          others.length ? el('details', {}, el('summary', {text: t('guide_others')}),
-            el('div', {class: 'stack tight'}, others.map(block))) : '',
-          data.needs_key ? el('p', {class: 'note'}, t('guide_needs_key') + ' ',
-            el('a', {href: '#keys', text: t('view_keys')})) : '');
-      } catch (error) { box.replaceChildren(el('p', {class: 'note bad'}, errorText(error))); }
-    }
-    root.append(el('p', {class: 'muted', text: t('guide_lead')}), el('ol', {class: 'steps'}, one, two, three));
-    await blocks();
-  }
-  await redraw();
-}};
-"""
-
-_TEXTS_CORE: Dict[str, Tuple[str, str]] = {
-    "skip": ("跳到内容", "Skip to the content"), "nav": ("导航", "Navigation"), "nav_use": ("使用", "Use"),
-    "nav_setup": ("配置", "Set up"), "nav_system": ("系统", "System"), "view_guide": ("快速开始", "Get started"),
-    "view_overview": ("概览", "Overview"), "view_playground": ("试一试", "Playground"),
-    "view_providers": ("账号与上游", "Accounts & providers"), "view_models": ("模型与路由", "Models & routes"),
-    "view_keys": ("密钥与限额", "Keys & limits"), "view_usage": ("用量", "Usage"), "view_instances": ("实例", "Instances"),
-    "view_settings": ("设置", "Settings"), "view_logs": ("日志", "Logs"), "view_clients": ("接入客户端", "Client setup"),
-    "view_about": ("关于", "About"), "theme": ("主题：{now}，点击切换为{next}", "Theme: {now}. Switch to {next}"),
-    "theme_system": ("跟随系统", "system"), "theme_light": ("浅色", "light"), "theme_dark": ("深色", "dark"),
-    "account": ("账户", "Account"), "sign_in": ("登录", "Sign in"), "sign_out": ("退出登录", "Sign out"),
-    "sign_out_everywhere": ("在所有设备上退出", "Sign out everywhere"),
-    "sign_in_lead": ("输入管理密码，用户名是 admin。", "Enter the admin password. The user is admin."),
-    "sign_in_again": ("登录已过期。重新登录后可以接着做，已填写的内容都还在。",
-                      "Your session has ended. Sign in to go on; everything you typed is still here."),
-    "sign_in_wrong": ("密码不对。忘记了？在服务器上运行 admin reset-password。",
-                      "That password is wrong. Forgotten? Run admin reset-password on the server."),
-    "sign_in_slow": ("尝试太频繁，请在 {time} 后再试。", "Too many attempts. Try again in {time}."),
-    "password": ("密码", "Password"), "password_new": ("新密码", "New password"), "password_repeat": ("再输一次", "Repeat the password"),
-    "password_hint": ("至少 8 个字符", "At least 8 characters"),
-    "password_differ": ("两次输入的密码不一致", "The two passwords differ"),
-    "password_current": ("当前密码", "Current password"), "password_change": ("修改密码", "Change password"),
-    "password_others_end": ("其他设备上的登录会随之失效。", "You will be signed out on other devices."),
-    "password_changed": ("密码已修改", "Password changed"),
-    "setup_title": ("欢迎使用 iflow2api", "Welcome to iflow2api"),
-    "setup_lead": ("先给这个管理页面设一个密码，只需一次。", "First, set a password for this page. You do this once."),
-    "setup_code": ("一次性代码", "One-time code"),
-    "setup_code_hint": ("启动 iflow2api 的终端窗口里印着它", "It is printed in the terminal where iflow2api was started"),
-    "setup_go": ("设置密码并继续", "Set the password and continue"),
-    "live_on": ("实时", "Live"), "live_off": ("正在重新连接…", "Reconnecting…"),
-    "error_status": ("服务器返回了 {status}", "The server answered {status}"),
-    "error_offline": ("连不上 iflow2api，它可能已停止", "iflow2api does not answer; it may have stopped"),
-    "error_page": ("页面出错：{text}", "The page failed: {text}"), "retry": ("重试", "Try again"),
-    "loading": ("加载中…", "Loading…"), "nothing": ("暂无内容", "Nothing here yet"), "actions": ("操作", "Actions"), "table": ("表格", "Table"),
-    "copy": ("复制", "Copy"), "copied": ("已复制", "Copied"),
-    "copy_failed": ("浏览器不允许复制，请手动选中复制", "The browser does not allow copying; select the text instead"),
-    "close": ("关闭", "Close"), "cancel": ("取消", "Cancel"), "ok": ("确定", "OK"), "save": ("保存", "Save"),
-    "remove": ("删除", "Remove"), "confirm": ("请确认", "Please confirm"), "discard": ("放弃更改", "Discard changes"),
-    "unsaved_title": ("有未保存的更改", "Unsaved changes"),
-    "unsaved": ("离开后这些更改会丢失。", "They will be lost if you leave."),
-    "invalid_missing": ("请填写此项", "This is needed"), "invalid": ("这个值不对", "This value does not fit"),
-}
-
-_TEXTS_VIEWS: Dict[str, Tuple[str, str]] = {
-    # figures, requests, state
-    "problems": ("需要留意", "Needs attention"), "status_left": ("已断开", "client left"), "server": ("服务", "Server"),
-    "healthy": ("正常", "Healthy"), "degraded": ("异常", "Degraded"),
-    "not_ready": ("待配置", "Not set up"), "running_for": ("已运行 {time}", "up for {time}"),
-    "today": ("今日请求", "Requests today"), "errors_n": ("{n} 次失败", "{n} failed"), "errors_none": ("没有失败", "none failed"),
-    "tokens_today": ("今日 token", "Tokens today"), "in_out": ("输入 → 输出", "in → out"), "right_now": ("进行中", "In flight"),
-    "waiting_n": ("{n} 个排队 · {c} 个连接", "{n} waiting · {c} {c:connection|connections}"),
-    "waiting": ("{n} 个排队", "{n} waiting"), "address": ("地址", "Address"), "base_url": ("接口地址", "Base URL"),
-    "needs_key": ("客户端密钥", "Client key"), "needs_key_yes": ("需要", "required"),
-    "needs_key_no": ("不需要（仅限本机访问）", "not needed (this machine only)"), "connect": ("连接", "Connect"),
-    "manage": ("管理", "Manage"), "filter": ("筛选…", "Filter…"), "all": ("全部", "All"), "only_ok": ("成功", "Succeeded"),
-    "only_bad": ("失败", "Failed"), "requests": ("最近请求", "Recent requests"),
-    "requests_none": ("还没有请求。把客户端指向上面的接口地址，请求会实时出现在这里。",
-                      "No requests yet. Point a client at the base URL above and they appear here as they happen."),
-    "request_details": ("请求详情", "Request details"), "request_id": ("请求 ID", "Request ID"), "time": ("时间", "Time"),
-    "model": ("模型", "Model"), "target": ("发往", "Sent to"), "dialect": ("协议", "Dialect"), "streamed": ("流式", "streamed"),
-    "key": ("密钥", "Key"), "status": ("状态", "Status"), "error": ("错误", "Error"), "first_token": ("首字", "First token"),
-    "duration": ("耗时", "Duration"), "tokens": ("token", "Tokens"), "tokens_in": ("输入 token", "Tokens in"),
-    "tokens_out": ("输出 token", "Tokens out"), "of_cached": ("缓存命中 {n}", "{n} cached"),
-    "of_reasoning": ("其中思考 {n}", "{n} reasoning"), "tokens_note": ("说明", "Note"),
-    "estimated": ("上游没有报告用量，此为估算", "Estimated: the upstream reported no usage"), "attempts": ("尝试", "Attempts"),
-    "state": ("状态", "State"), "active_waiting": ("占用", "In use"), "health_ok": ("可用", "usable"),
-    "health_disabled": ("不可用", "disabled"), "health_rests": ("暂停中", "resting"), "health_tried": ("试探中", "being tried"),
-    "health_keys_rest": ("{n} 个密钥暂停", "{n} {n:key|keys} resting"),
-    # first start
-    "guide_lead": ("三步，从零到能用。", "Three steps, from nothing to a working client."),
-    "guide_1": ("接入模型服务", "Connect to a model service"),
-    "guide_1_lead": ("登录 iFlow 账号，或者添加任何兼容 OpenAI 的服务商。两个都用也可以。",
-                     "Log in to iFlow, or add any OpenAI-compatible provider. You can have both."),
-    "guide_2": ("选择默认模型", "Pick the default model"),
-    "guide_2_lead": ("客户端没有指定模型，或使用自己的模型名（如 claude-*、gpt-*）时，就用它。",
-                     "It answers when a client names no model, or one of its own such as claude-* or gpt-*."),
-    "guide_2_keep": ("设为默认", "Make it the default"), "guide_2_more": ("别名与备用模型", "Aliases and fallbacks"),
-    "guide_3": ("配置你的客户端", "Set up your client"),
-    "guide_3_lead": ("选择客户端，复制下面的内容。", "Choose your client and copy these lines."),
-    "guide_try": ("先在网页里试一试", "Try it here first"), "guide_more": ("所有客户端", "All clients"),
-    "guide_others": ("其他系统与写法", "Other systems and other ways"),
-    "guide_needs_key": ("把 YOUR_KEY 换成你的客户端密钥，可在这里创建：", "Put your client key for YOUR_KEY. Create one under"),
-    "guide_open_login_or_provider": ("还没有可用的模型服务。", "No model service is connected yet."),
-    "guide_open_models": ("还没有选定默认模型。", "No default model is chosen yet."),
-    "guide_open_client": ("一切就绪，只差客户端。", "All is ready; only a client is missing."), "client": ("客户端", "Client"),
-    "done": ("已完成", "done"), "test_fine": ("{name} 工作正常", "{name} works"), "test_bad": ("测试未通过", "The test failed"),
-    # accounts and providers
-    "iflow_accounts": ("iFlow 账号", "iFlow accounts"), "accounts": ("账号", "Accounts"),
-    "iflow_lead": ("登录后，iFlow 的模型就能直接使用，令牌会自动续期。",
-                   "After logging in, iFlow's models are ready to use, and the token renews itself."),
-    "login_iflow": ("登录 iFlow", "Log in to iFlow"), "login_another": ("添加账号", "Add an account"),
-    "login_begin": ("去登录", "Go to the login"), "account_name": ("账号名称", "Name of the account"),
-    "account_name_hint": ("自己取名，便于区分；留空则替换默认账号", "Yours to choose; empty replaces the default account"),
-    "account_default": ("默认", "Default"), "login_lead": ("iFlow 的登录页已在新窗口打开，请在那里完成登录。",
-                                                       "iFlow's login page has opened in a new window. Finish there."),
-    "login_lead_blocked": ("浏览器拦截了新窗口，请点下面的按钮打开登录页。",
-                           "The browser blocked the new window. Open the login page with the button below."),
-    "login_waiting": ("等待登录完成…", "Waiting for the login…"), "login_open": ("打开登录页", "Open the login page"),
-    "login_copy": ("复制地址", "Copy the address"),
-    "login_paste": ("最后停在打不开的页面？", "Did it end on a page that does not load?"),
-    "login_paste_hint": ("把那个页面的完整地址（或其中的 code）粘贴到这里。",
-                         "Paste the full address of that page here, or the code in it."),
-    "login_paste_label": ("回跳地址", "Address it ended on"), "login_paste_go": ("完成登录", "Finish the login"),
-    "login_done": ("登录成功", "Logged in"), "login_failed": ("登录失败", "Login failed"), "login_over": ("已失效", "ended"),
-    "login_again": ("重新登录", "Log in again"), "logged_in": ("已登录", "logged in"),
-    "login_ended": ("iFlow 账号 {name} 的登录已失效，请重新登录。", "The iFlow login {name} has ended. Log in again."),
-    "refresh_failed": ("续期失败", "renewal failed"), "refreshed": ("上次续期", "Renewed"), "log_out": ("退出", "Log out"),
-    "log_out_sure": ("退出 iFlow 账号 {name}？它的令牌会从本机删除。",
-                     "Log out of the iFlow account {name}? Its tokens are removed from this machine."),
-    "provider": ("上游", "Provider"), "providers": ("上游", "Providers"),
-    "providers_none": ("还没有上游，从这里开始", "No provider yet. Start here"),
-    "providers_empty": ("还没有上游。登录 iFlow，或添加一个。", "No provider yet. Log in to iFlow or add one."),
-    "provider_add": ("添加上游", "Add a provider"), "provider_edit": ("编辑 {name}", "Edit {name}"),
-    "provider_name": ("名称", "Name"), "provider_name_hint": ("客户端可用“名称/模型”指定这个上游", "Clients can ask for name/model to get this one"),
-    "provider_models": ("模型", "Models"),
-    "provider_models_hint": ("每行一个。请求这些模型时会发到这里；点“测试”可获取列表。",
-                             "One per line. Requests for these models come here; Test fetches the list."),
-    "provider_remove": ("删除上游 {name}？它的密钥也会一并删除。", "Remove the provider {name}? Its keys are removed with it."),
-    "preset": ("服务商", "Service"), "preset_none": ("自定义", "Custom"),
-    "preset_hint": ("选一个常见服务商，地址和兼容选项会自动填好", "Choose a common one and its address and options are filled in"),
-    "api_keys": ("API 密钥", "API keys"), "api_keys_more": ("再加密钥", "More API keys"),
-    "api_keys_hint": ("每行一个；多个密钥轮流使用。本地引擎可留空。",
-                      "One per line; several take turns. Local engines need none."),
-    "kind": ("类型", "Kind"), "concurrency": ("并发上限", "Requests at once"), "concurrency_hint": ("0 为不限", "0: no limit"),
-    "timeout_s": ("超时", "Timeout"), "seconds": ("秒", "Seconds"), "proxy": ("代理", "Proxy"),
-    "proxy_hint": ("留空则按全局设置", "Empty: the one in the settings"), "vision_model": ("识图模型", "Vision model"),
-    "vision_model_hint": ("带图片的请求改用它", "Takes requests with images"), "headers": ("附加请求头", "Extra headers"),
-    "headers_hint": ('JSON，例如 {"X-Team": "blue"}', 'JSON, such as {"X-Team": "blue"}'), "profile": ("兼容选项", "Profile"),
-    "profile_hint": ("JSON；一般由服务商预设填好", "JSON; the presets fill it in"), "more_options": ("更多选项", "More options"),
-    "order_hint": ("同名模型由排在前面的上游提供。", "Where several list the same model, the first one gets it."),
-    "move_up": ("上移", "Move up"), "move_down": ("下移", "Move down"), "test": ("测试", "Test"),
-    "testing": ("正在发送真实的小请求…", "Sending small real requests…"), "edit": ("编辑", "Edit"), "saved": ("已保存", "Saved"),
-    "check_reach": ("连接", "Connection"), "check_key": ("密钥", "Key"), "check_model": ("模型", "Model"),
-    "check_fine": ("正常", "ok"), "check_skipped": ("未测试", "not tested"), "check_stream": ("流式", "Stream"), "check_tools": ("工具", "Tools"),
-    "key_rests": ("暂停 {time}", "rests {time}"), "key_refused": ("被拒绝", "refused"), "none": ("无", "none"),
-    "unlimited": ("不限", "no limit"),
-    "at_once": ("并发 {n}", "{n} at once"), "at_once_any": ("并发不限", "any number at once"), "is_default": ("默认", "default"),
-    "source_flag": ("命令行参数", "command-line flag"), "source_detected": ("自动发现的本地引擎", "local engine, found by itself"),
-    "source_login": ("iFlow 登录", "iFlow login"), "bad_json": ("JSON 有误：{text}", "Not valid JSON: {text}"),
-    # models and routes
-    "models": ("模型", "Models"), "models_none": ("没有模型", "No models"), "context": ("上下文", "Context"),
-    "max_output": ("最大输出", "Max output"), "vision": ("识图", "Vision"), "images": ("图片", "images"), "try": ("试一试", "Try"),
-    "alias": ("别名", "alias"), "alias_add": ("添加别名", "Add an alias"), "alias_name": ("客户端用的名字", "Name that clients use"),
-    "alias_targets": ("依次尝试的模型", "Models to try, in order"), "routes": ("别名与备用", "Aliases and fallbacks"),
-    "routes_hint": ("左边是客户端用的名字（可含 *），右边是依次尝试的模型，用逗号分隔；从上往下第一个匹配的生效。"
-                    "需要按条件分流时写 JSON。",
-                    "Left: a name that clients use, * allowed. Right: the models to try in order, separated by commas. "
-                    "The first row that matches counts. For conditions, write JSON."),
-    "default_model": ("默认模型", "Default model"), "default_model_hint": (
-        "请求没有指定模型，或用了 claude-*、gpt-* 等别家的名字时使用",
-        "For requests without a model, or with a foreign name such as claude-* or gpt-*"),
-    "where": ("请求会去哪里？", "Where does a request go?"), "where_label": ("客户端请求的模型", "Model a client asks for"),
-    "where_more": ("请求的条件", "Conditions of the request"), "where_tokens": ("输入 token", "Input tokens"),
-    "with_images": ("含图片", "Images"), "with_thinking": ("开启思考", "Thinking"), "with_tools": ("带工具", "Tools"),
-    "else_then": ("失败则", "else"),
-    # keys and limits
-    "keys": ("客户端密钥", "Client keys"), "keys_none": ("还没有客户端密钥", "No client keys yet"),
-    "keys_open": ("现在不需要密钥，只有本机可以访问。添加第一个密钥后，所有请求都要带密钥。",
-                  "No key is needed now, and only this machine has access. Once there is a key, every request needs one."),
-    "keys_needed": ("所有请求都要带上下面的一个密钥。", "Every request must carry one of these keys."),
-    "key_add": ("添加密钥", "Add a key"), "key_create": ("生成密钥", "Create the key"), "key_name": ("名称", "Name"),
-    "key_name_hint": ("给谁或什么用的；不能含空格、逗号和斜杠", "Who or what it is for; no spaces, commas or slashes"), "key_models": ("可用模型", "Models"),
-    "key_models_hint": ("用逗号分隔，可含 *；留空为全部", "Separated by commas, * allowed. Empty: all models"),
-    "all_models": ("全部", "all"), "key_expires_hint": ("当天结束时失效；留空则长期有效", "At the end of that day. Empty: never"),
-    "key_new": ("{name} 的新密钥", "New key for {name}"),
-    "key_once": ("请现在复制：只保存了它的摘要，以后无法再次显示。",
-                 "Copy it now: only its hash is kept, so it can't be shown again."),
-    "key_copy": ("复制密钥", "Copy the key"), "key_kept": ("我已保存", "I have saved it"),
-    "key_remove": ("删除密钥 {name}？使用它的客户端会立即失去访问权限。",
-                   "Remove the key {name}? Clients that use it lose access at once."),
-    "custom_key": ("固定密钥", "Fixed key"), "custom_key_hint": ("设置项 custom_api_key", "the setting custom_api_key"),
-    "expired": ("已过期", "expired"), "expires": ("到期", "Expires"), "created": ("创建于", "Created"), "never": ("永不", "never"),
-    "limits": ("限额", "Limits"), "limit_rpm": ("每分钟请求", "Requests / minute"), "limit_rph": ("每小时请求", "Requests / hour"),
-    "limit_rpd": ("每天请求", "Requests / day"), "limit_tpd": ("每天 token", "Tokens / day"), "limit_concurrency": ("并发", "At once"),
-    "address_limits": ("每个地址的限额", "Limits per address"),
-    "address_limits_hint": ("对每个客户端 IP 分别计算，与密钥无关。", "Counted for each client address, whatever its key."),
-    # instances, about
-    "instances": ("实例", "Instances"), "instances_hint": (
-        "这个服务单独运行。要再开一个，请用另外的 --port 和 --config-dir 启动 iflow2api。",
-        "This server runs on its own. To run another one, start iflow2api with a --port and --config-dir of its own."),
-    "name": ("名称", "Name"), "this_one": ("当前", "this one"), "version": ("版本", "Version"), "started": ("启动于", "Started"),
-    "platform": ("平台", "Platform"), "executable": ("解释器", "Executable"), "memory": ("内存", "Memory"),
-    "threads": ("线程", "Threads"), "path_program": ("程序", "Program"), "path_iflow": ("iFlow CLI 设置", "iFlow CLI settings"),
-    "path_config": ("配置文件", "Configuration"), "path_usage": ("用量记录", "Usage book"),
-    "path_log": ("日志文件", "Log file"), "diagnostics": ("诊断信息", "Diagnostics"),
-    "diagnostics_hint": ("反馈问题时请附上，其中不含密钥。", "For bug reports. There are no secrets in it."),
-    "documents": ("接口文档", "API documents"),
-    # settings
-    "settings_search": ("搜索设置…", "Search settings…"), "settings_path": ("保存在", "Kept in"),
-    "group_server": ("服务", "Server"), "group_upstream": ("上游与路由", "Upstreams and routes"),
-    "group_clients": ("客户端与访问", "Clients and access"), "group_iflow": ("iFlow", "iFlow"),
-    "group_logs": ("日志与用量", "Logs and usage"), "group_appearance": ("界面", "Appearance"),
-    "unit_s": ("秒", "seconds"), "unit_bytes": ("字节", "bytes"), "unit_days": ("天", "days"),
-    "automatic": ("自动", "automatic"), "one_a_line": ("每行一个", "One per line"), "not_set": ("未设置", "not set"),
-    "empty": ("空", "empty"), "on": ("开启", "on"), "off": ("关闭", "off"), "unset": ("未设置", "not set"),
-    "default": ("默认", "default"), "to_default": ("恢复默认", "Use the default"),
-    "origin_file": ("已修改", "changed"), "origin_environment": ("环境变量", "environment"), "origin_flag": ("命令行", "flag"),
-    "from_flag": ("由命令行参数 {name} 指定，此处不能修改", "Given by the flag {name}; it can't be changed here"),
-    "from_environment": ("由环境变量 {name} 指定，此处不能修改", "Given by the variable {name}; it can't be changed here"),
-    "needs_restart": ("需重启", "needs restart"), "changes_n": ("{n} 项未保存", "{n} unsaved {n:change|changes}"),
-    "saved_restart": ("已保存，重启后生效", "Saved; some of it takes effect after a restart"),
-    "conflict": ("同时有人改了相同的设置", "Somebody else changed these settings too"),
-    "conflict_lead": ("请逐项选择保留哪一个，没有内容会丢失。", "Choose for each which one to keep. Nothing is lost."),
-    "yours": ("你的", "Yours"), "theirs": ("对方的", "Theirs"),
-    # logs
-    "logs_search": ("搜索日志…", "Search the log…"), "log_level": ("级别", "Level"), "level_debug": ("调试及以上", "Debug and above"),
-    "level_info": ("信息及以上", "Info and above"), "level_warning": ("警告及以上", "Warnings and errors"),
-    "level_error": ("仅错误", "Errors only"), "logs_new": ("{n} 条新日志", "{n} new {n:line|lines}"),
-    "logs_newest": ("回到最新", "Newest"), "logs_count": ("{n} 行", "{n} lines"),
-    "logs_none": ("没有匹配的日志", "No line matches"), "download": ("下载", "Download"),
-}
-
-#: The playground, charts, usage and client setup: what the core has no look for.
-# language=CSS
-_CSS_PLAY = r"""
-.play{display:grid;grid-template-columns:minmax(0,1fr) 300px;gap:var(--gap);align-items:start}
-.play-main{display:flex;flex-direction:column;gap:12px;height:calc(100dvh - 57px - 48px);min-height:440px;
-margin-bottom:-40px}
-.play-main>.spread:first-child{margin:0}
-.play-log,.play-sheet{flex:1;min-height:0;overflow-y:auto;overscroll-behavior:contain;margin:0 -18px;padding:4px 18px;
-border-block:1px solid var(--line)}
-.play-log{display:flex;flex-direction:column;gap:18px;padding-block:16px}
-.play-log>.empty{margin:auto;max-width:44ch}
-.play-log:focus-visible{outline-offset:-2px}
-.play-text{white-space:pre-wrap;overflow-wrap:anywhere}
-.play-parts{display:grid;gap:10px;grid-template-columns:minmax(0,1fr);margin-bottom:8px}
-.play-user{align-self:flex-end;max-width:min(86%,720px);display:grid;gap:2px;justify-items:end}
-.play-bubble{padding:9px 14px;border-radius:14px 14px 4px 14px;background:var(--accent-soft);display:grid;gap:8px;
-max-width:100%;grid-template-columns:minmax(0,1fr)}
-.play-acts{gap:0;margin-inline:-8px}
-@media (hover:hover){.play-user .play-acts:not(:focus-within){opacity:0}.play-user:hover .play-acts{
-opacity:1!important}}
-.play-log .btn.small{border-color:transparent;background:none;color:var(--muted);min-height:26px;padding:1px 8px}
-.play-log .btn.small:hover{color:var(--text);background:var(--surface-2)}
-.play-answer{max-width:860px;width:100%}
-.play-meta{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12.5px;color:var(--muted);
-font-variant-numeric:tabular-nums}
-.play-fold{border:1px solid var(--line);border-radius:8px;padding:0 12px}
-.play-fold>summary{padding:6px 0;cursor:pointer;color:var(--muted);font-size:13px}
-.play-fold>summary b{color:var(--text)}
-.play-fold>.play-text{color:var(--muted);font-size:13px;padding-bottom:10px;max-height:340px;overflow:auto}
-.play-fold>.field{margin:10px 0 12px}
-.play-code{background:var(--surface-2);border-radius:8px;min-width:0}
-.play-code>.spread{padding:3px 4px 3px 14px;font-size:12.5px;border-bottom:1px solid var(--line);flex-wrap:nowrap}
-.play-code>.spread .muted{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;min-width:0}
-.play-code .btn.small{border-color:transparent;background:none;min-height:26px}
-.play-code>pre{scrollbar-width:thin;background:none;white-space:pre;overflow-wrap:normal;max-height:60vh}
-.play-sheet .play-code{margin-block:12px}
-.play-sheet .play-code>pre{scrollbar-width:thin;white-space:pre-wrap;overflow-wrap:anywhere;max-height:none}
-.play-composer{display:grid;gap:8px;border-radius:10px}
-.play-composer.drop{outline:2px dashed var(--accent);outline-offset:6px}
-.play-composer textarea{min-height:58px;max-height:34vh;field-sizing:content}
-.play-thumb{display:inline-flex;align-items:center;gap:4px;max-width:260px;border:1px solid var(--line);
-border-radius:8px;
-padding:3px;background:var(--surface)}
-.play-thumb img{height:56px;max-width:140px;object-fit:cover;border-radius:6px;display:block}
-.play-thumb .mono{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;padding:4px 6px}
-.play-settings>summary{cursor:pointer;font-weight:650;font-size:15px}
-.play-settings>.stack{margin-top:14px}
-.play-pair{display:grid;grid-template-columns:1fr 1fr;gap:12px}
-.picker{position:relative;flex:1 1 220px;max-width:420px}
-.picker>input{padding-inline-end:28px;background:linear-gradient(45deg,transparent 50%,var(--muted) 50%) right 14px center/5px 5px,
-linear-gradient(135deg,var(--muted) 50%,transparent 50%) right 9px center/5px 5px,var(--surface);background-repeat:no-repeat}
-.picker-list{position:absolute;z-index:4;inset:calc(100% + 4px) 0 auto;max-height:min(320px,50vh);overflow-y:auto;
-padding:6px;
-list-style:none;background:var(--surface);border-radius:10px;box-shadow:var(--shadow-2);min-width:260px}
-.picker-list li{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 12px;padding:6px 10px;
-border-radius:6px;cursor:pointer}
-.picker-list li .muted{font-size:12.5px}
-.picker-list li:hover,.picker-list [aria-selected=true]{background:var(--surface-2)}
-.picker-list [aria-selected=true]{box-shadow:inset 3px 0 var(--accent)}
-.chart{display:grid;gap:12px;grid-template-columns:minmax(0,1fr)}
-.chart-plot{position:relative;height:200px;border-radius:6px;touch-action:pan-y}
-.chart-art svg{display:block}
-.chart-art text{font-size:12px;fill:var(--muted);font-variant-numeric:tabular-nums}
-.chart-line{stroke:var(--line);shape-rendering:crispEdges}
-.chart-band{fill:var(--surface-2)}
-.chart-bar{stroke:var(--surface);stroke-width:1}
-.series-1{--c:var(--series-1)}.series-2{--c:var(--series-2)}.series-3{--c:var(--series-3)}.series-4{--c:var(--series-4)}
-.series-5{--c:var(--series-5)}.series-6{--c:var(--series-6)}.series-7{--c:var(--series-7)}.series-8{--c:var(--series-8)}
-.series-rest{--c:var(--muted)}
-.chart-bar{fill:var(--c)}
-.chart-dot{display:inline-block;width:10px;height:10px;border-radius:3px;background:var(--c);flex:none}
-.chart-tip{position:absolute;top:4px;z-index:3;min-width:150px;max-width:min(320px,64%);padding:8px 10px;
-border-radius:8px;
-background:var(--surface);box-shadow:var(--shadow-2);font-size:12.5px;pointer-events:none;
-font-variant-numeric:tabular-nums}
-.chart-tip .spread{flex-wrap:nowrap;gap:14px}
-.chart-tip .spread>span:first-child{display:flex;align-items:center;gap:6px;min-width:0}
-.chart-tip span>span,.chart-legend span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.chart-legend{display:flex;flex-wrap:wrap;gap:4px;margin-inline:-9px}
-.chart-legend button{display:inline-flex;align-items:center;gap:7px;max-width:100%;padding:2px 9px;
-border:1px solid transparent;
-border-radius:99px;background:none;font-size:13px;min-height:28px}
-.chart-legend button:hover{background:var(--surface-2)}
-.chart-legend b{font-weight:500;color:var(--muted);font-variant-numeric:tabular-nums}
-.chart-legend [aria-pressed=false]{color:var(--muted);text-decoration:line-through}
-.chart-legend [aria-pressed=false] .chart-dot{background:none;box-shadow:inset 0 0 0 2px var(--c)}
-.usage .row select{width:auto}
-.usage .end{white-space:nowrap}
-.usage-sum tr:last-child td{font-weight:650;border-top:2px solid var(--line)}
-.clients{display:grid;grid-template-columns:200px minmax(0,1fr);gap:24px}
-.clients-names{display:grid;gap:1px}
-.clients-names button{padding:6px 10px;border:0;border-radius:8px;background:none;text-align:start}
-.clients-names button:hover{background:var(--surface-2)}
-.clients-names [aria-current]{background:var(--accent-soft);color:var(--accent);font-weight:600}
-.clients-select{display:none}
-.clients .play-code .muted{white-space:normal}
-.clients-steps{list-style:none;counter-reset:step;display:grid;gap:26px;grid-template-columns:minmax(0,1fr);
-margin-top:6px}
-.clients-steps>li{position:relative;display:grid;gap:12px;grid-template-columns:minmax(0,1fr);counter-increment:step;
-padding-inline-start:36px}
-.clients-steps>li::before{content:counter(step);position:absolute;inset-inline-start:0;display:grid;place-items:center;
-width:24px;height:24px;border-radius:50%;background:var(--accent-soft);color:var(--accent);font-size:13px}
-.clients-steps li>p{margin-top:-8px}
-@media (max-width:1200px){.play{grid-template-columns:minmax(0,1fr)}.play-settings{margin-top:40px}}
-@media (max-width:720px){.clients{grid-template-columns:minmax(0,1fr);gap:16px}.clients-names{display:none}
-.clients-select{display:block}
-.clients-steps>li{padding:0}.clients-steps h2{padding-inline-start:34px}.clients-steps li>p{margin-top:-4px}
-.clients pre{white-space:pre-wrap;overflow-wrap:anywhere}}
-@media (max-width:640px){.play-main{height:calc(100dvh - 57px - 32px);padding:12px 14px}.play-log,.play-sheet{
-margin:0 -14px;padding-inline:14px}
-.play-composer .btn.quiet{font-size:0;gap:0;width:40px;padding:0}
-.play-main .tabs>*{padding-inline:9px;font-size:13px}.play-log .btn.small,.play-code .btn.small{min-height:32px}
-.play-user{max-width:94%}
-.picker{max-width:none}}
-"""
-
-#: The playground: requests and streams of the three dialects first, which know nothing of the page; then the view.
-# language=JavaScript
-_JS_PLAY = r"""
-// --- the three dialects: requests, streams, curl (pure: tests run this part alone) ---
-
-/** Server-sent events out of text that is cut anywhere: each call gives [{event, data}]. */
-function sseReader() {
-  let rest = '', event = '', data = [];
-  return text => {
-    const found = [], lines = (rest + text).split(/\r\n|\n|\r(?!$)/);      // a CR at the end may get its LF yet
-    rest = lines.pop();
-    for (const line of lines) {
-      const [, name, value] = /^([^:]*):? ?([^]*)$/.exec(line);
-      if (!line) {
-        if (data.length) found.push({event, data: data.join('\n')});
-        [event, data] = ['', []];
-      } else if (name === 'data') data.push(value);
-      else if (name === 'event') event = value;
-    }
-    return found;
-  };
-}
-
-const newAnswer = () => ({role: 'assistant', parts: [], usage: null, stop: '', error: '', ended: false});
-const partsOf = (turn, kind) => turn.parts.filter(part => part.kind === kind);
-const textOf = (turn, kind) => partsOf(turn, kind).map(part => part.text).join('\n\n');
-const words = value => typeof value === 'string' ? value
-  : Array.isArray(value) ? value.map(part => part && (part.text || part.refusal || '')).join('') : '';
-const jsonText = value => typeof value === 'string' ? value : JSON.stringify(value);
-const parseJson = (text, otherwise) => { try { return JSON.parse(text); } catch { return otherwise; } };
-const errorOf = body => body.error ? words(body.error.message) || jsonText(body.error)
-  : words(body.message) || words(body.detail) || JSON.stringify(body);
-
-/** The part an answer goes on with: the one of `key`, without a key the last one if it is of this kind. */
-function partOf(answer, kind, key) {
-  const {parts} = answer;
-  let part = key === undefined ? parts[parts.length - 1] : parts.find(each => each.key === key);
-  if (!part || part.kind !== kind) parts.push(part = {kind, key, text: ''});
-  return part;
-}
-
-function chatDelta(answer, delta) {
-  const thought = words(delta.reasoning_content) || words(delta.reasoning) || words(delta.reasoning_details);
-  if (thought) partOf(answer, 'thinking').text += thought;
-  const text = words(delta.content) || words(delta.refusal);
-  if (text) partOf(answer, 'text').text += text;
-  const calls = delta.tool_calls || (delta.function_call ? [{function: delta.function_call}] : []);
-  calls.forEach((call, at) => {
-    const key = call.index ?? at, said = call.function || call.custom || {};
-    let part = partOf(answer, 'call', key);
-    if (call.id && part.id && call.id !== part.id) {         // servers that give every call the index 0
-      part.key = null;
-      part = partOf(answer, 'call', key);
-    }
-    part.id = part.id || call.id;
-    if (said.name && said.name !== part.name) part.name = (part.name || '') + said.name;
-    part.text += jsonText(said.arguments ?? said.input ?? '');
-  });
-}
-
-function chatUsage(usage) {
-  const {prompt_tokens_details: sent, completion_tokens_details: made} = usage;
-  return {input: usage.prompt_tokens, output: usage.completion_tokens, reasoning: made && made.reasoning_tokens,
-    cached: sent?.cached_tokens ?? usage.prompt_cache_hit_tokens ?? usage.cached_tokens};
-}
-
-/** Anthropic counts what came out of the cache apart from input_tokens; we show the whole. */
-function messagesUsage(usage) {
-  const cached = usage.cache_read_input_tokens || 0;
-  return {input: (usage.input_tokens || 0) + cached + (usage.cache_creation_input_tokens || 0), cached,
-    output: usage.output_tokens, reasoning: usage.output_tokens_details?.thinking_tokens};
-}
-
-function responsesUsage(usage) {
-  return {input: usage.input_tokens, output: usage.output_tokens, cached: usage.input_tokens_details?.cached_tokens,
-    reasoning: usage.output_tokens_details?.reasoning_tokens};
-}
-
-const BLOCKS = {text: 'text', thinking: 'thinking', tool_use: 'call', server_tool_use: 'call'};
-function messagesBlock(answer, block, key) {
-  const part = partOf(answer, BLOCKS[block.type] || 'call', key);
-  part.text += block.text || block.thinking || '';
-  if (block.signature) part.signature = block.signature;
-  if (part.kind !== 'call') return;
-  [part.id, part.name] = [block.id, block.name || block.type];
-  if (!BLOCKS[block.type]) part.text += JSON.stringify(block.content);
-  else if (block.input && Object.keys(block.input).length) part.text += JSON.stringify(block.input);
-}
-
-const MESSAGES = {
-  message_start(answer, {message}) { answer.counts = message.usage; },
-  content_block_start(answer, {index, content_block: block}) { messagesBlock(answer, block, index); },
-  content_block_delta(answer, {index, delta}) {
-    const part = answer.parts.find(each => each.key === index);
-    if (!part) return;
-    part.text += delta.text || delta.thinking || delta.partial_json || '';
-    if (delta.signature) part.signature = delta.signature;
-  },
-  message_delta(answer, {delta, usage}) {
-    answer.stop = delta.stop_reason || answer.stop;
-    answer.usage = messagesUsage(answer.counts = {...answer.counts, ...usage});
-  },
-  message_stop(answer) { answer.ended = true; },
-  error(answer, data) { answer.error = errorOf(data); }
-};
-
-/** An item of an answer that is complete: fills what did not come as deltas. */
-function responsesItem(answer, item, at) {
-  if (item.type === 'message') {
-    (item.content || []).forEach((piece, index) => {
-      const part = partOf(answer, 'text', at + '.' + index);
-      part.text = part.text || piece.text || piece.refusal || '';
-    });
-  } else if (item.type === 'reasoning') {
-    const part = partOf(answer, 'thinking', at);
-    part.text = part.text || words(item.summary) || words(item.content);
-    if (item.encrypted_content) part.item = item;
-  } else {
-    const part = partOf(answer, 'call', at), {id, type, status, ...rest} = item;
-    part.id = item.call_id || id;
-    part.name = item.namespace ? item.namespace + '.' + item.name : item.name || type;
-    part.text = part.text || jsonText(item.arguments ?? item.input ?? item.action ?? rest);
-  }
-}
-
-function responsesEnd(answer, {response}) {
-  answer.ended = true;
-  answer.stop = response.incomplete_details?.reason || response.status || '';
-  answer.usage = response.usage ? responsesUsage(response.usage) : null;
-  if (response.error) answer.error = errorOf(response);
-}
-
-const grows = kind => (answer, data) => {
-  const key = kind === 'text' ? data.output_index + '.' + data.content_index : data.output_index;
-  const part = partOf(answer, kind, key), piece = data.summary_index ?? data.content_index;
-  if (kind === 'thinking' && part.text && part.piece !== piece) part.text += '\n\n';
-  part.piece = piece;
-  part.text += data.delta;
-};
-const RESPONSES = {
-  'output_item.added': (answer, {item, output_index: at}) => item.type !== 'message' && item.type !== 'reasoning'
-    && responsesItem(answer, {...item, arguments: item.arguments || ''}, at),
-  'output_item.done': (answer, data) => responsesItem(answer, data.item, data.output_index),
-  'output_text.delta': grows('text'), 'refusal.delta': grows('text'),
-  'reasoning_summary_text.delta': grows('thinking'), 'reasoning_text.delta': grows('thinking'),
-  'function_call_arguments.delta': grows('call'), 'custom_tool_call_input.delta': grows('call'),
-  completed: responsesEnd, incomplete: responsesEnd, failed: responsesEnd
-};
-
-/** What is sent again of an answer: its text, and the calls whose results are there. */
-function saidBefore(turn) {
-  const calls = partsOf(turn, 'call').filter(call => call.result);
-  return {calls, text: textOf(turn, 'text'), thoughts: calls.length ? partsOf(turn, 'thinking') : []};
-}
-
-const withImages = (turn, text, image) => [...turn.images.map(image), ...(turn.text ? [text(turn.text)] : [])];
-
-function chatTurn(turn) {
-  if (turn.role === 'user') {
-    return [{role: 'user', content: turn.images.length ? withImages(turn, text => ({type: 'text', text}),
-      url => ({type: 'image_url', image_url: {url}})) : turn.text}];
-  }
-  const {calls, text, thoughts} = saidBefore(turn);
-  const message = {role: 'assistant', content: text || null};
-  if (thoughts.length) message.reasoning_content = thoughts.map(part => part.text).join('\n\n');
-  if (calls.length) {
-    message.tool_calls = calls.map(({id, name, text}) => ({id, type: 'function', function: {name, arguments: text}}));
-  }
-  return [...(text || calls.length ? [message] : []),
-    ...calls.map(call => ({role: 'tool', tool_call_id: call.id, content: call.result}))];
-}
-
-function messagesTurn(turn) {
-  if (turn.role === 'user') {
-    return [{role: 'user', content: turn.images.length ? withImages(turn, text => ({type: 'text', text}), url => {
-      const [, media_type, data] = /^data:([^;,]+);base64,([^]*)$/.exec(url) || [];
-      return {type: 'image', source: data ? {type: 'base64', media_type, data} : {type: 'url', url}};
-    }) : turn.text}];
-  }
-  const {calls, text, thoughts} = saidBefore(turn);
-  const content = [...thoughts.filter(part => part.signature).map(part => ({type: 'thinking', thinking: part.text,
-    signature: part.signature})), ...(text ? [{type: 'text', text}] : []),
-  ...calls.map(({id, name, text}) => ({type: 'tool_use', id, name, input: parseJson(text, {})}))];
-  return [...(content.length ? [{role: 'assistant', content}] : []), ...(calls.length ? [{role: 'user',
-    content: calls.map(call => ({type: 'tool_result', tool_use_id: call.id, content: call.result}))}] : [])];
-}
-
-function responsesTurn(turn) {
-  if (turn.role === 'user') {
-    return [{role: 'user', content: turn.images.length ? withImages(turn, text => ({type: 'input_text', text}),
-      image_url => ({type: 'input_image', image_url})) : turn.text}];
-  }
-  const {calls, text, thoughts} = saidBefore(turn);
-  return [...thoughts.filter(part => part.item).map(part => part.item),
-    ...(text ? [{role: 'assistant', content: [{type: 'output_text', text}]}] : []),
-    ...calls.map(({id, name, text}) => ({type: 'function_call', call_id: id, name, arguments: text})),
-    ...calls.map(call => ({type: 'function_call_output', call_id: call.id, output: call.result}))];
-}
-
-/** talk: {model, system, stream, turns, temperature, top_p, max_tokens, effort, extra}; what is undefined stays out. */
-const DIALECTS = {
-  chat: {
-    path: '/v1/chat/completions', headers: ['Authorization: Bearer YOUR_KEY'],
-    build: talk => ({model: talk.model,
-      messages: [...(talk.system ? [{role: 'system', content: talk.system}] : []), ...talk.turns.flatMap(chatTurn)],
-      stream: talk.stream, stream_options: talk.stream ? {include_usage: true} : undefined,
-      temperature: talk.temperature, top_p: talk.top_p, max_tokens: talk.max_tokens, reasoning_effort: talk.effort,
-      ...talk.extra}),
-    event(answer, data) {
-      if (data.error) { answer.error = errorOf(data); return; }
-      const choice = (data.choices || [])[0] || {};
-      chatDelta(answer, choice.delta || choice.message || {});
-      answer.stop = choice.finish_reason || answer.stop;
-      answer.ended = answer.ended || !!choice.finish_reason;
-      if (data.usage || choice.usage) answer.usage = chatUsage(data.usage || choice.usage);
-    },
-    reply(answer, body) { this.event(answer, body); answer.ended = true; }
-  },
-  messages: {
-    path: '/v1/messages', headers: ['x-api-key: YOUR_KEY', 'anthropic-version: 2023-06-01'],
-    build: talk => ({model: talk.model, max_tokens: talk.max_tokens || 8192, system: talk.system || undefined,
-      messages: talk.turns.flatMap(messagesTurn), stream: talk.stream, temperature: talk.temperature, top_p: talk.top_p,
-      thinking: talk.effort && {type: talk.effort === 'none' ? 'disabled' : 'adaptive'},
-      output_config: talk.effort && talk.effort !== 'none' ? {effort: talk.effort} : undefined, ...talk.extra}),
-    event(answer, data) { MESSAGES[data.type]?.(answer, data); },
-    reply(answer, body) {
-      (body.content || []).forEach((block, at) => messagesBlock(answer, block, at));
-      MESSAGES.message_delta(answer, {delta: body, usage: body.usage});
-      answer.ended = true;
-    }
-  },
-  responses: {
-    path: '/v1/responses', headers: ['Authorization: Bearer YOUR_KEY'],
-    build: talk => ({model: talk.model, instructions: talk.system || undefined,
-      input: talk.turns.flatMap(responsesTurn), stream: talk.stream, temperature: talk.temperature, top_p: talk.top_p,
-      max_output_tokens: talk.max_tokens, reasoning: talk.effort && {effort: talk.effort, summary: 'auto'},
-      store: false, ...talk.extra}),
-    event(answer, data) {
-      if (data.type === 'error') answer.error = errorOf(data);
-      else RESPONSES[String(data.type).replace(/^response\./, '')]?.(answer, data);
-    },
-    reply(answer, body) {
-      (body.output || []).forEach((item, at) => responsesItem(answer, item, at));
-      responsesEnd(answer, {response: body});
-    }
-  }
-};
-
-const shellQuote = text => "'" + text.replace(/'/g, "'\\''") + "'";
-/** A command for any POSIX shell; what is too long for an argument (128 KiB on Linux) goes through standard input. */
-function asCurl(url, headers, body) {
-  const data = JSON.stringify(body, null, 2), long = data.length > 30000;
-  return [`curl ${body.stream ? '-N ' : ''}${shellQuote(url)}`, "-H 'Content-Type: application/json'",
-    ...headers.map(each => '-H ' + shellQuote(each)),
-    long ? `--data-binary @- <<'JSON'\n${data}\nJSON` : '-d ' + shellQuote(data)].join(' \\\n  ');
-}
-
-/** Code fences in text that streams in, nothing else: ['text', s], ['open', language], ['code', s], ['close']. */
-function fences() {
-  let rest = '', fence = '', gap = '', middle = false, fresh = true;
-  return (text, last) => {
-    const ops = [];
-    const emit = piece => {
-      const all = gap + piece, body = all.replace(/\n+$/, ''), kind = fence ? 'code' : 'text';
-      gap = all.slice(body.length);                     // line ends wait: beside a fence they say nothing
-      const more = fresh && !fence ? body.replace(/^\n+/, '') : body, before = ops[ops.length - 1];
-      if (!more) return;
-      fresh = false;
-      if (before && before[0] === kind) before[1] += more; else ops.push([kind, more]);
-    };
-    rest += text;
-    while (rest) {
-      const at = rest.indexOf('\n'), line = at < 0 ? rest : rest.slice(0, at);
-      const mark = !middle && /^[ \t]*(`{3,}|~{3,})([^`]*)$/.exec(line);
-      const whole = at >= 0 || last;
-      if (!whole && !middle && (mark || /^[ \t]*(`{0,2}|~{0,2})$/.test(line))) break;      // may become a fence
-      if (mark && !fence) {
-        [fence, gap, fresh] = [mark[1], '', true];
-        ops.push(['open', mark[2].trim().split(/\s/)[0]]);
-      } else if (mark && mark[1].startsWith(fence) && !mark[2].trim()) {
-        [fence, gap, fresh] = ['', '', true];
-        ops.push(['close']);
-      } else emit(at < 0 ? line : line + '\n');
-      middle = at < 0;
-      rest = at < 0 ? '' : rest.slice(at + 1);
-    }
-    return ops;
-  };
-}
-
-// --- playground
-
-const EFFORTS = ['none', 'low', 'medium', 'high', 'xhigh', 'max'];
-const IMAGE_TYPES = ['image/png', 'image/jpeg', 'image/webp', 'image/gif'], IMAGE_LIMIT = 15e6;
-/** What the view shows; it outlives the view, so an answer goes on while another one is looked at. */
-const talk = {dialect: 'chat', model: '', system: '', stream: true, temperature: '', top_p: '', max_tokens: '',
-  effort: '', extra: '', draft: '', images: [], turns: [], sent: null, raw: null, abort: null, show: null};
-
-/** For a reload of this tab: nothing of the wire, and images only if there is room. */
-function keepTalk() {
-  const {sent, raw, abort, show, ...kept} = talk;
-  for (const most of [1e6, 1e5, 0]) {
-    const small = url => url.length <= most || !url.startsWith('data:');
-    const text = JSON.stringify(kept, (key, value) => key === 'images' ? value.filter(small) : value);
-    try { return sessionStorage.setItem('iflow2api.talk', text); } catch { /* full: with fewer images */ }
-  }
-}
-function recallTalk() {
-  try { Object.assign(talk, JSON.parse(sessionStorage.getItem('iflow2api.talk'))); } catch { /* private windows */ }
-  for (const turn of talk.turns) if (turn.role === 'assistant') turn.finished = true;
-}
-
-/** The body as it is sent now; throws what to show where the extra JSON is none. */
-function talkBody(turns) {
-  const number = text => text === '' ? undefined : Number(text), extra = parseJson(talk.extra.trim() || '{}', null);
-  if (!isProps(extra)) throw new Error(t('play_extra_bad'));
-  return DIALECTS[talk.dialect].build({...talk, turns, extra, effort: talk.effort || undefined,
-    temperature: number(talk.temperature), top_p: number(talk.top_p), max_tokens: number(talk.max_tokens)});
-}
-
-/** Sends `turns`; the answer grows in `answer`, what came over the wire in talk.raw. */
-async function runTalk(turns, answer) {
-  const dialect = DIALECTS[talk.dialect], body = talkBody(turns), abort = new AbortController();
-  const began = performance.now(), since = () => (performance.now() - began) / 1000;
-  Object.assign(answer, {model: body.model, dialect: talk.dialect, streamed: body.stream === true});
-  Object.assign(talk, {sent: {dialect: talk.dialect, body}, raw: {head: '', text: ''}, abort});
-  try {
-    const reply = await request('play/' + talk.dialect, {body, signal: abort.signal});
-    talk.raw.head = `HTTP ${reply.status}\n${[...reply.headers].map(pair => pair.join(': ')).join('\n')}`;
-    const isStream = /event-stream/.test(reply.headers.get('content-type')), read = sseReader();
-    const reader = reply.body.getReader(), decoder = new TextDecoder();
-    for (let done = false, value; !done;) {
-      ({done, value} = await reader.read());
-      const text = done ? decoder.decode() : decoder.decode(value, {stream: true});
-      talk.raw.text += text;
-      if (isStream) for (const {data} of read(done ? text + '\n\n' : text))
-        if (data !== '[DONE]') dialect.event(answer, parseJson(data, {}));
-      if (answer.first_s === undefined && answer.parts.length) answer.first_s = since();
-      if (talk.show) talk.show();
-    }
-    if (!isStream) dialect.reply(answer, parseJson(talk.raw.text, {error: {message: t('play_garbled')}}));
-    else if (!answer.ended && !answer.error) answer.error = t('play_cut');
-  } catch (error) {
-    if (error.name === 'AbortError') answer.stopped = true;
-    else answer.error = (error.status ? error.status + ': ' : '') + errorText(error);
-    if (error.status) talk.raw = {head: 'HTTP ' + error.status, text: JSON.stringify(error.body, null, 2)};
-  }
-  Object.assign(answer, {total_s: since(), finished: true});
-  talk.abort = null;
-  keepTalk();
-  if (talk.show) talk.show();
-}
-
-/** How a part of each kind goes into `box`: a function to call when its text has grown, and a last time. */
-const PART = {
-  text(box, part) {
-    const feed = fences();
-    let seen = 0, prose = null, code = null;
-    const ops = {
-      text: text => text.split(/\n{2,}/).forEach((piece, at) => {      // of paragraphs only the last is laid out anew
-        if (at || !prose) box.append(prose = el('p', {class: 'play-text', dir: 'auto'}));
-        prose.append(piece);
-      }),
-      open(language) {
-        const mine = code = el('code'), name = language || t('play_code');
-        box.append(codeBox(name, mine, () => mine.textContent));
-      },
-      code: text => code.append(text), close() { prose = null; }
-    };
-    return last => {
-      for (const [op, text] of feed(part.text.slice(seen), last)) ops[op](text);
-      seen = part.text.length;
-    };
-  },
-  thinking(box, part) {
-    const text = el('div', {class: 'play-text', dir: 'auto'}), title = el('span');
-    let seen = 0;
-    part.began = part.began || performance.now();
-    box.append(el('details', {class: 'play-fold'}, el('summary', title), text));
-    return (last, isDone) => {
-      text.append(part.text.slice(seen));
-      seen = part.text.length;
-      if (last && !isDone && !part.took_s) part.took_s = (performance.now() - part.began) / 1000;
-      title.textContent = !last ? t('play_thinks') :
-        part.took_s > 0.05 ? t('play_thought_for', {time: fmt.seconds(part.took_s)}) : t('play_thought');
-    };
-  },
-  call(box, part) {
-    const name = el('b', {class: 'mono'}), code = el('code');
-    const fold = el('details', {class: 'play-fold', open: true}, el('summary', t('play_call'), ' ', name),
-      codeBox(t('play_arguments'), code, () => code.textContent));
-    let seen = 0;
-    box.append(fold);
-    return (last, isDone) => {
-      name.textContent = part.name || '…';
-      code.append(part.text.slice(seen));
-      seen = part.text.length;
-      if (!isDone) return;
-      code.textContent = parseJson(part.text) === undefined ? part.text : JSON.stringify(parseJson(part.text), null, 2);
-      fold.append(field({label: t('play_result'), hint: t('play_result_hint'), input: el('textarea', {rows: 2,
-        class: 'mono', value: part.result || '', on: {input() { part.result = this.value; keepTalk(); }}})}));
-    };
-  }
-};
-const codeBox = (name, code, text) => el('div', {class: 'play-code'},
-  el('div', {class: 'spread'}, el('span', {class: 'muted'}, name), copyButton(text)),
-  el('pre', {tabindex: 0, role: 'group', 'aria-label': name}, code));
-
-function metaLine(turn) {
-  const {usage, first_s: first, total_s: total} = turn, made = usage && usage.output;
-  const spent = turn.streamed && first !== undefined ? total - first : total;
-  const count = (key, n) => n ? t(key, {n: fmt.number(n)}) : null;
-  return el('p', {class: 'play-meta'}, [clean(turn.model), t('play_dialect_' + turn.dialect),
-    turn.streamed && first !== undefined && t('play_first', {time: fmt.seconds(first)}),
-    t('play_total', {time: fmt.seconds(total)}),
-    usage && t('play_tokens', {input: fmt.number(usage.input || 0), output: fmt.number(made || 0)}),
-    usage && count('play_cached', usage.cached), usage && count('play_reasoning', usage.reasoning),
-    made > 1 && spent > 0.001 && !turn.stopped && count('play_speed', Math.round(made / spent)),
-    turn.stop && !/^(stop|end_turn|completed)$/.test(turn.stop) && t('play_stop_reason', {reason: clean(turn.stop)})]
-    .filter(Boolean).map(fact => el('span', {text: fact})));
-}
-
-/** One answer: grow() puts in what has come since, and the rest when it is over. */
-function answerNode(turn, again) {
-  const parts = el('div', {class: 'play-parts'}), foot = el('div', {class: 'stack tight'}), made = [];
-  const wait = el('p', {class: 'muted play-wait', text: t('play_waiting')});
-  const note = (key, css = 'muted') => foot.append(el('p', {class: css, text: t(key)}));
-  let isOver = false;
-  function grow() {
-    if (isOver) return;
-    turn.parts.forEach((part, at) => {
-      made[at] = made[at] || PART[part.kind](parts, part);
-      made[at](turn.finished || at < turn.parts.length - 1, turn.finished);
-    });
-    if (!turn.parts.length && !turn.finished) parts.append(wait); else wait.remove();
-    if (!(isOver = turn.finished)) return;
-    if (turn.stopped) note('play_stopped');
-    else if (!turn.error && !turn.parts.length) note('play_empty');
-    const failed = turn.error && [el('b', t('play_error')), ' ', clean(turn.error)];
-    if (failed) foot.append(el('p', {class: 'note bad', role: 'alert'}, failed));
-    foot.append(el('div', {class: 'spread'}, metaLine(turn), el('div', {class: 'row play-acts'},
-      textOf(turn, 'text') ? copyButton(() => textOf(turn, 'text')) : null, button(t('play_again'), again, 'small'))));
-  }
-  return {node: el('article', {class: 'play-answer', 'aria-label': t('play_answer')}, parts, foot), grow};
-}
-
-function userNode(turn, edit) {
-  const bubble = el('div', {class: 'play-bubble'},
-    turn.images.length > 0 && el('div', {class: 'row'}, turn.images.map(url => thumbnail(url))),
-    turn.text && el('p', {class: 'play-text', dir: 'auto', text: turn.text}));
-  const acts = el('div', {class: 'row play-acts'}, turn.text && copyButton(() => turn.text),
-    button(t('play_edit'), edit, 'small'));
-  return {grow() {}, node: el('article', {class: 'play-user', 'aria-label': t('play_you')}, bubble, acts)};
-}
-
-/** Pictures from elsewhere are named, not loaded. */
-const thumbnail = (url, remove) => el('span', {class: 'play-thumb'},
-  url.startsWith('data:') ? el('img', {src: url, alt: t('play_image')}) : foreign(url.replace(/^https?:../, ''), 'mono'),
-  remove && iconButton('close', t('play_remove_image'), remove));
-
-const pictures = files => Promise.all([...files].map(file => new Promise(done => {
-  const wrong = !IMAGE_TYPES.includes(file.type) ? 'play_image_type' : file.size > IMAGE_LIMIT && 'play_image_large';
-  if (wrong) return done(toast(t(wrong, {name: file.name}), 'bad'));
-  const reader = new FileReader();
-  reader.onload = reader.onerror = () => done(reader.result);
-  reader.readAsDataURL(file);
-}))).then(urls => urls.filter(Boolean));
-
-/** A text field with a list that is searched while one types; any other text is fine, too. */
-function modelPicker(value, onPick) {
-  const named = {id: uid(), 'aria-label': t('play_model')};
-  const list = el('ul', {...named, class: 'picker-list', role: 'listbox', hidden: true});
-  let models = [], active = -1;
-  const keys = {ArrowDown: () => list.hidden ? open('') : move(active + 1),
-    ArrowUp: () => list.hidden ? open('') : move(active < 0 ? -2 : active - 1),
-    Enter: () => pick(active < 0 || list.hidden ? entry.value.trim() : list.children[active].dataset.id),
-    Escape() { entry.value = value; show(false); }};
-  const entry = input({...named, id: uid(), class: 'mono', role: 'combobox', 'aria-expanded': 'false',
-    'aria-autocomplete': 'list', 'aria-controls': list.id, placeholder: t('play_model'), value, on: {
-      focus() { entry.select(); open(''); }, click() { if (list.hidden) open(''); },
-      input: () => open(entry.value), blur: () => pick(entry.value.trim()), keydown(event) {
-        if (!keys[event.key] || event.isComposing) return;
-        event.preventDefault();
-        keys[event.key]();
-      }}});
-
-  function open(text) {
-    const asked = text.toLowerCase().split(/\s+/), textOf = model => `${model.id} ${model.provider}`.toLowerCase();
-    const found = models.filter(model => asked.every(word => textOf(model).includes(word))).slice(0, 200);
-    list.replaceChildren(...found.map(model => {
-      const facts = [model.provider, model.context && fmt.tokens(model.context), model.vision && t('play_sees')];
-      return el('li', {role: 'option', id: uid(), data: {id: model.id}, on: {mousedown(event) {
-        event.preventDefault();
-        pick(model.id);
-      }}}, foreign(model.id, 'mono'), el('span', {class: 'muted'}, facts.filter(Boolean).join(' · ')));
-    }));
-    show(found.length > 0);
-  }
-  function show(on) {
-    list.hidden = !on;
-    entry.setAttribute('aria-expanded', on);
-    move(-1);
-  }
-  function move(to) {
-    const rows = [...list.children];
-    active = to < -1 ? rows.length - 1 : to >= rows.length ? 0 : to;
-    rows.forEach((row, at) => row.setAttribute('aria-selected', at === active));
-    entry.setAttribute('aria-activedescendant', active < 0 ? '' : rows[active].id);
-    if (active >= 0) rows[active].scrollIntoView({block: 'nearest'});
-  }
-  function pick(id) {
-    entry.value = id;
-    show(false);
-    if (id !== value) onPick(value = id);
-  }
-  return {entry, node: el('div', {class: 'picker'}, entry, list), fill(found, chosen) {
-    models = found;
-    if (!entry.value) entry.value = value = chosen || '';
-  }};
-}
-
-function talkSettings(changed) {
-  const keep = name => ({input() { talk[name] = this.value; changed(); }});
-  const area = (name, props) => field({label: t('play_' + name), hint: name === 'extra' && t('play_extra_hint'),
-    input: el('textarea', {...props, value: talk[name], on: keep(name)})});
-  const number = (name, max, step) => field({label: t('play_' + name), input: el('input', {type: 'number', min: 0, max,
-    step, placeholder: t('play_default'), value: talk[name], on: keep(name)})});
-  const effort = el('select', {value: talk.effort, on: keep('effort')}, option('', t('play_default')),
-    EFFORTS.map(name => option(name, name === 'none' ? t('play_effort_none') : name)));
-  const stream = el('input', {type: 'checkbox', checked: talk.stream, on: {change() {
-    talk.stream = this.checked;
-    changed();
-  }}});
-  return el('details', {class: 'card play-settings', open: innerWidth > 1200}, el('summary', t('play_settings')),
-    el('div', {class: 'stack'}, area('system', {rows: 4}), el('div', {class: 'play-pair'},
-      number('temperature', 2, 0.1), number('top_p', 1, 0.05), number('max_tokens', null, 1),
-      field({label: t('play_effort'), input: effort})),
-    field({label: t('play_stream'), input: stream}),
-    area('extra', {rows: 3, class: 'mono', spellcheck: 'false', placeholder: '{"seed": 7}'})));
-}
-
-/** What the tabs beside the conversation show: the request that waits to be sent, else the last one. */
-function talkSheet(tab, turns) {
-  const isNew = !talk.sent || turns !== talk.turns, key = isNew ? 'play_unsent' : 'play_sent';
-  const sheet = (title, text, whole = text) => codeBox(title, el('code', text), () => whole);
-  if (tab === 'raw') return talk.raw ? sheet(t('play_raw'), `${talk.raw.head}\n\n${talk.raw.text}`)
-    : el('p', {class: 'empty', text: t('play_raw_none')});
-  const {dialect, body} = isNew ? {dialect: talk.dialect, body: talkBody(turns)} : talk.sent;
-  const {path, headers} = DIALECTS[dialect], address = location.origin + BASE.replace('/admin/api/', path);
-  if (tab === 'curl') return sheet(`${t(key)}. ${t('play_curl_hint')}`, asCurl(address, headers, body));
-  const short = (name, value) => typeof value === 'string' && value.length > 400 && /^(data:|[\w+/]{200})/.test(value) ?
-    `${value.slice(0, 60)}… (${fmt.number(value.length)})` : value;
-  return sheet(`${t(key)}: POST ${path}`, JSON.stringify(body, short, 2), JSON.stringify(body, null, 2));
-}
-
-VIEWS.playground = {show(root) {
-  if (!talk.turns.length && !talk.draft) recallTalk();
-  let nodes = [], tab = 'chat', frame = 0, said = 0, saidAt = 0, rawSeen = 0, keeping = 0;
-  const log = el('div', {class: 'play-log', tabindex: '0', role: 'region', 'aria-label': t('play_tab_chat')});
-  const voice = el('div', {class: 'visually-hidden', role: 'log', 'aria-live': 'polite'});
-  const sheet = el('div', {class: 'play-sheet', hidden: true}), thumbs = el('div', {class: 'row'});
-  const text = el('textarea', {rows: 2, 'aria-label': t('play_message'), placeholder: t('play_placeholder'),
-    value: talk.draft, on: {input() { talk.draft = text.value; changed(); }, keydown(event) {
-      if (event.key === 'Escape' && talk.abort) talk.abort.abort();
-      const isTyping = event.isComposing || event.keyCode === 229;       // Enter ends a word in an input method
-      if (event.key !== 'Enter' || event.shiftKey || isTyping) return;
-      event.preventDefault();
-      if (!talk.abort) submit();
-    }, paste(event) {
-      if (event.clipboardData.files.length) { event.preventDefault(); attach(event.clipboardData.files); }
-    }}});
-  const file = el('input', {type: 'file', accept: IMAGE_TYPES.join(), multiple: true, hidden: true,
-    on: {async change() { await attach(file.files); file.value = ''; }}});
-  const send = el('button', {type: 'submit'}), clear = button(t('play_clear'), forget, 'quiet small', 'trash');
-  const picker = modelPicker(talk.model, id => { talk.model = id; changed(); });
-  const composer = el('form', {class: 'play-composer', on: {submit(event) {
-    event.preventDefault();
-    if (talk.abort) talk.abort.abort(); else submit();
-  }}}, thumbs, text, el('div', {class: 'spread'}, el('div', {class: 'row'},
-    button(t('play_attach'), () => file.click(), 'quiet small', 'image'),
-    button(t('play_url'), askUrl, 'quiet small', 'link'), clear, file), send));
-  const hasImage = ({dataTransfer: {types}}) => types.includes('Files') || types.includes('text/uri-list');
-  const drop = {dragleave() { composer.classList.remove('drop'); }, dragover(event) {
-    if (!hasImage(event)) return;
-    event.preventDefault();
-    composer.classList.add('drop');
-  }, drop(event) {
-    const {files} = event.dataTransfer, url = event.dataTransfer.getData('text/uri-list').split(/\r?\n/)[0];
-    if (hasImage(event)) event.preventDefault();
-    composer.classList.remove('drop');
-    if (files.length) attach(files); else if (/^https?:/.test(url)) { talk.images.push(url); redraw(); }
-  }};
-  const dialects = segments(t('play_dialect'), choicesOf('play_dialect_', Object.keys(DIALECTS)), talk.dialect, key => {
-    talk.dialect = key;
-    changed();
-  });
-  root.append(el('div', {class: 'play', on: drop}, el('div', {class: 'play-main card'},
-    el('div', {class: 'spread'}, picker.node, dialects),
-  segments(t('play_shown'), choicesOf('play_tab_', ['chat', 'request', 'raw', 'curl']), tab,
-    key => { tab = key; showTab(); }), log, sheet, composer, voice), talkSettings(changed)));
-
-  const waiting = () => talk.draft.trim() || talk.images.length ?
-    [...talk.turns, {role: 'user', text: talk.draft, images: talk.images}] : talk.turns;
-  function changed() {
-    clearTimeout(keeping);
-    keeping = setTimeout(keepTalk, 400);
-    if (tab !== 'chat') showTab();
-  }
-  function showTab() {
-    [log.hidden, sheet.hidden, rawSeen] = [tab !== 'chat', tab === 'chat', talk.raw ? talk.raw.text.length : 0];
-    if (tab === 'chat') return void (log.scrollTop = log.scrollHeight);
-    try { sheet.replaceChildren(talkSheet(tab, waiting())); } catch (error) {
-      sheet.replaceChildren(el('p', {class: 'note bad', role: 'alert', text: error.message}));
-    }
-  }
-
-  /** Sentences that are complete are read out every few seconds, the rest at the end. */
-  function speak(answer) {
-    const whole = textOf(answer, 'text'), now = performance.now();
-    const end = answer.finished ? whole.length : whole.search(/[^.!?。！？\n]*$/);
-    if (end <= said || !answer.finished && now - saidAt < 4000) return;
-    voice.append(el('p', whole.slice(said, end)));
-    [said, saidAt] = [end, now];
-  }
-  /** At most once in a frame, however fast the answer comes. */
-  talk.show = () => {
-    frame = frame || requestAnimationFrame(() => {
-      const answer = talk.turns[talk.turns.length - 1], node = nodes[nodes.length - 1];
-      frame = 0;
-      if (!answer || !node) return;
-      const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60, code = sheet.querySelector('code');
-      node.grow();
-      if (isAtEnd) log.scrollTop = log.scrollHeight;
-      if (tab === 'raw') if (rawSeen && code) code.append(talk.raw.text.slice(rawSeen)); else showTab();
-      if (talk.raw) rawSeen = talk.raw.text.length;
-      if (answer.role === 'assistant') speak(answer);
-      buttons();
-    });
-  };
-  function buttons() {
-    const isBusy = Boolean(talk.abort);
-    clear.disabled = isBusy || !talk.turns.length;
-    if (send.dataset.busy === String(isBusy)) return;
-    send.dataset.busy = isBusy;
-    send.className = 'btn ' + (isBusy ? 'danger' : 'primary');
-    send.replaceChildren(icon(isBusy ? 'stop' : 'play'), t(isBusy ? 'play_stop' : 'play_send'));
-  }
-  function redraw() {
-    nodes = talk.turns.map((turn, at) => turn.role === 'user' ? userNode(turn, () => edit(at)) :
-      answerNode(turn, () => talk.abort || ask(talk.turns.slice(0, at))));
-    log.replaceChildren(...nodes.map(each => each.node));
-    nodes.forEach(each => each.grow());
-    if (!nodes.length) log.append(el('p', {class: 'empty', text: t('play_start')}));
-    log.scrollTop = log.scrollHeight;
-    thumbs.replaceChildren(...talk.images.map((url, at) => thumbnail(url, () => {
-      talk.images.splice(at, 1);
-      redraw();
-    })));
-    thumbs.hidden = !talk.images.length;
-    buttons();
-    changed();
-  }
-
-  function ask(turns) {
-    if (!talk.model) return picker.entry.focus(), toast(t('play_no_model'), 'bad');
-    try { talkBody(turns); } catch (error) { return toast(error.message, 'bad'); }
-    const answer = newAnswer();
-    if (turns.length > talk.turns.length) Object.assign(talk, {draft: text.value = '', images: []});
-    talk.turns = [...turns, answer];
-    [said, saidAt] = [0, performance.now()];
-    voice.replaceChildren(el('p', t('play_waiting')));
-    runTalk(turns, answer);
-    redraw();
-  }
-  function submit() {
-    const turns = waiting(), last = turns[turns.length - 1];
-    const isReady = last && (last.role === 'user' || partsOf(last, 'call').some(call => call.result));
-    if (isReady) ask(turns); else text.focus();
-  }
-  function edit(at) {
-    if (talk.abort) return;
-    const {text: draft, images} = talk.turns[at];
-    Object.assign(talk, {draft, images, turns: talk.turns.slice(0, at)});
-    text.value = draft;
-    redraw();
-    text.focus();
-  }
-  async function forget() {
-    if (!await confirmBox(t('play_clear_sure'), {danger: true, action: t('play_clear')})) return;
-    Object.assign(talk, {turns: [], sent: null, raw: null});
-    redraw();
-    text.focus();
-  }
-  async function attach(files) {
-    talk.images = [...talk.images, ...await pictures(files)];
-    redraw();
-  }
-  function askUrl() {
-    const url = input({type: 'url', required: true, placeholder: 'https://…/image.png'});
-    const box = field({label: t('play_url_label'), hint: t('play_url_hint'), input: url});
-    dialog({title: t('play_url'), body: box, actions: [{label: t('play_add'), kind: 'primary', run() {
-      if (!/^(https?:\/\/|data:image\/)/.test(url.value)) return box.fail(t('invalid')), false;
-      talk.images.push(url.value);
-      redraw();
-    }}]});
-  }
-
-  api('models').then(({data, default_model: usual}) => {
-    talk.model = talk.model || usual || '';
-    picker.fill(data, talk.model);
-    if (!data.length) $('.empty', log)?.append(' ', el('a', {href: '#guide', text: t('providers_none')}));
-  }).catch(error => error.name === 'AbortError' || toast(errorText(error), 'bad'));
-  redraw();
-  addEventListener('pagehide', keepTalk);
-  return () => {
-    cancelAnimationFrame(frame);
-    clearTimeout(keeping);
-    keepTalk();
-    removeEventListener('pagehide', keepTalk);
-    talk.show = null;
-  };
-}};
-"""
-
-#: `charts.series(root)`, for the overview and the usage.
-# language=JavaScript
-_JS_CHARTS = r"""
-// --- charts: ticks (pure, as above)
-
-/** Nice steps from 0 to at least `max`, about `count` of them: 1, 2 or 5 times a power of ten. */
-function niceTicks(max, count = 4) {
-  const top = Math.max(max, 1), power = 10 ** Math.floor(Math.log10(top / count));
-  const step = Math.max(1, [1, 2, 5, 10].find(each => each * power * count >= top) * power);
-  return Array.from({length: Math.ceil(top / step) + 1}, (_, at) => at * step);
-}
-
-const CLOCK = {hour: '2-digit', minute: '2-digit', hour12: false}, DATE = {month: 'short', day: 'numeric'};
-const SPANS = {                                    // what a step is counted in, and how many may lie between two labels
-  hour: {unit: at => new Date(at * 1000).getMinutes(), strides: [1, 2, 5, 10, 15, 30], label: CLOCK},
-  day: {unit: at => new Date(at * 1000).getHours(), strides: [1, 2, 3, 4, 6, 12], label: CLOCK},
-  month: {unit: (at, index, count) => count - 1 - index, strides: [1, 2, 3, 5, 7, 10, 15], label: DATE}};
-/** Indexes of the steps that get a label: round times, no more than `room` of them where that can be had. */
-function timeTicks(times, span, room) {
-  const {unit, strides} = SPANS[span];
-  const stride = strides.find(each => times.length / each <= room) || strides[strides.length - 1];
-  return times.map((_, at) => at).filter(at => unit(times[at], at, times.length) % stride === 0);
-}
-// --- charts: drawing
-
-/** A day is the server's: its noon has the same date nearly everywhere. */
-const timeLabel = (at, span, style = SPANS[span].label) => moment(span === 'month' ? at + 43200 : at, style);
-
-/** Buttons of which one is pressed; `choices`: {key: text}. */
-function segments(label, choices, value, onPick) {
-  const press = key => buttons.forEach(each => each.setAttribute('aria-pressed', each.dataset.key === key));
-  const buttons = Object.entries(choices).map(([key, text]) => el('button', {type: 'button', text, data: {key},
-    on: {click() { press(key); onPick(key); }}}));
-  press(value);
-  return el('div', {class: 'tabs', role: 'group', 'aria-label': label}, buttons);
-}
-const choicesOf = (prefix, keys) => Object.fromEntries(keys.map(key => [key, t(prefix + key)]));
-
-const dot = series => el('i', {class: 'chart-dot ' + series.color});
-
-/** Stacked columns over time.  One stop for the keyboard: arrows go through the steps, as on a slider. */
-function columnChart(box) {
-  const art = el('div', {class: 'chart-art', 'aria-hidden': 'true'});
-  const tip = el('div', {class: 'chart-tip', hidden: true});
-  const steps = {ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -6, PageUp: 6, Home: -99, End: 99};
-  const plot = el('div', {class: 'chart-plot', role: 'slider', tabindex: 0, 'aria-valuemin': 0, on: {
-    keydown(event) {
-      if (!shown || !steps[event.key] && event.key !== 'Escape') return;
-      event.preventDefault();
-      point(event.key === 'Escape' ? -1 : keep((at < 0 ? shown.points.length - 1 : at) + steps[event.key]));
-    },
-    pointermove(event) {
-      if (shown) point(keep(Math.floor((event.clientX - plot.getBoundingClientRect().left - place.left) / place.slot)));
-    },
-    focus() { if (shown && at < 0 && plot.matches(':focus-visible')) point(shown.points.length - 1); },
-    pointerleave() { if (shown) point(-1); }, blur() { if (shown) point(-1); }}}, art, tip);
-  const table = el('div', {class: 'visually-hidden'}), resized = new ResizeObserver(() => shown && draw());
-  const keep = index => Math.min(Math.max(index, 0), shown.points.length - 1);
-  let shown = null, at = -1, place = null;
-  box.append(plot, table);
-  resized.observe(plot);
-
-  const when = index => timeLabel(shown.points[index].at, shown.span,
-    shown.span === 'day' ? {...DATE, ...CLOCK} : undefined);
-  const visible = () => shown.series.filter(each => !each.hidden);
-  const sum = index => visible().reduce((all, each) => all + each.values[index], 0);
-
-  function draw() {
-    const {points, span} = shown, width = Math.max(plot.clientWidth, 200), left = 50, top = 8, height = 200, base = 176;
-    const ticks = niceTicks(Math.max(...points.map((_, index) => sum(index)))), max = ticks[ticks.length - 1];
-    const slot = (width - left - 4) / points.length, bar = Math.max(1, Math.min(28, slot * 0.74)).toFixed(1);
-    const y = value => (base - (base - top) * value / max).toFixed(1), x = index => left + slot * (index + 0.5);
-    const band = svg('rect', {class: 'chart-band', y: top, height: base - top, width: slot});
-    const foot = points.map(() => 0);
-    const column = (value, index) => {
-      const from = foot[index], to = foot[index] += value;
-      return value ? `M${(x(index) - bar / 2).toFixed(1)} ${y(from)}V${y(to)}h${bar}V${y(from)}z` : '';
-    };
-    const times = timeTicks(points.map(each => each.at), span, (width - left) / 80);
-    art.replaceChildren(svg('svg', {width, height}, ticks.map(value => [
-      svg('line', {class: 'chart-line', x1: left, x2: width, y1: y(value), y2: y(value)}),
-      svg('text', {x: left - 8, y: Number(y(value)) + 4, 'text-anchor': 'end'}, fmt.tokens(value))]), band,
-    visible().map(each => svg('path', {class: 'chart-bar ' + each.color, d: each.values.map(column).join('')})),
-    times.map(index => svg('text', {x: x(index) > width - 28 ? width : x(index), y: height - 6,
-      'text-anchor': x(index) > width - 28 ? 'end' : 'middle'}, timeLabel(points[index].at, span))),
-    !foot.some(Boolean) && svg('text', {x: width / 2, y: height / 2, 'text-anchor': 'middle'}, t('chart_none'))));
-    place = {left, slot, width, band};
-    plot.setAttribute('aria-label', shown.label);
-    plot.setAttribute('aria-valuemax', points.length - 1);
-    point(Math.min(at, points.length - 1));
-  }
-
-  /** Marks a step and says what is in it; -1: none. */
-  function point(index) {
-    const now = index < 0 ? shown.points.length - 1 : index;
-    const parts = visible().filter(each => each.values[now]).reverse();
-    const line = (name, value, tag) => el('div', {class: 'spread'}, el(tag, name), el(tag, fmt.number(value)));
-    at = index;
-    plot.setAttribute('aria-valuenow', now);
-    plot.setAttribute('aria-valuetext', `${when(now)}: ${fmt.number(sum(now))}` +
-      parts.map(each => `; ${each.name} ${fmt.number(each.values[now])}`).join(''));
-    tip.hidden = index < 0;
-    place.band.setAttribute('visibility', index < 0 ? 'hidden' : 'visible');
-    if (index < 0) return;
-    const x = place.left + place.slot * index;
-    place.band.setAttribute('x', x);
-    tip.replaceChildren(line(when(index), sum(index), 'b'), ...parts.map(each =>
-      line([dot(each), el('span', each.name)], each.values[index], 'span')));
-    const right = x + place.slot + 8, isLeft = right + tip.offsetWidth > place.width;
-    tip.style.left = Math.max(0, isLeft ? x - 8 - tip.offsetWidth : right) + 'px';
-  }
-
-  /** {points: [{at}], span, label, series: [{name, color, values, hidden}]} */
-  function show(what) {
-    shown = what;
-    draw();
-    const rows = what.points.map((_, index) => index).filter(index => what.series.some(each => each.values[index]));
-    table.replaceChildren(el('table', el('caption', what.label), el('thead', el('tr',
-      [t('chart_time'), ...what.series.map(each => each.name)].map(name => el('th', {scope: 'col'}, name)))),
-    el('tbody', rows.map(index => el('tr', el('th', {scope: 'row'}, when(index)),
-      what.series.map(each => el('td', fmt.number(each.values[index]))))))));
-  }
-  return {show, close: () => resized.disconnect()};
-}
-
-const METRICS = {tokens: row => row.input + row.output, requests: row => row.requests, errors: row => row.errors};
-const charts = {
-  /** Tokens, requests or errors over time.  `options`: {span, by, fixed}; fixed: whoever asked has the choice of `by`.
-      Gives a function that ends it, which bears `by(name)`. */
-  series(root, {span = 'day', by = 'model', fixed} = {}) {
-    let metric = 'tokens';
-    const note = el('p', {class: 'error', role: 'status'}), colors = new Map(), hidden = new Set();
-    const legend = el('div', {class: 'chart-legend', role: 'group', 'aria-label': t('chart_legend')});
-    const choose = (name, prefix, keys, value, pick) => segments(t(name), choicesOf(prefix, keys), value, pick);
-    const box = el('section', {class: 'card chart'}, el('div', {class: 'spread'}, el('h2', t('chart_title')),
-      el('div', {class: 'row'},
-        choose('chart_metric', 'chart_', Object.keys(METRICS), metric, key => { metric = key; show(); }),
-        !fixed && choose('chart_by', 'chart_by_', ['model', 'key', 'provider'], by, group),
-        choose('chart_span', 'chart_', Object.keys(SPANS), span, key => { span = key; fetchAll(); }))));
-    const chart = columnChart(box), isRest = name => name === '…';
-    let data = null, turn = 0, timer = 0, soon = 0;
-    box.append(legend, note);
-    root.append(box);
-
-    function colorOf(name) {                       // a name keeps its colour as long as the chart is there
-      if (!colors.has(name)) colors.set(name, isRest(name) ? 'series-rest' : 'series-' + (colors.size % 8 + 1));
-      return colors.get(name);
-    }
-    function show() {
-      if (!data) return;
-      const sums = new Map(), value = (point, name) => point.groups[name] ? METRICS[metric](point.groups[name]) : 0;
-      for (const point of data.points)
-        for (const name in point.groups) sums.set(name, (sums.get(name) || 0) + value(point, name));
-      const order = [...sums].sort((a, b) => isRest(a[0]) - isRest(b[0]) || b[1] - a[1]);
-      const series = order.map(([name]) => ({name: isRest(name) ? t('chart_rest') : clean(name) || t('chart_nameless'),
-        color: colorOf(name), hidden: hidden.has(name), values: data.points.map(point => value(point, name))}));
-      chart.show({points: data.points, span: data.span, series, label: t('chart_label', {metric: t('chart_' + metric),
-        by: t('chart_by_' + by), span: t('chart_' + data.span)})});
-      const held = legend.contains(document.activeElement) ? document.activeElement.dataset.name : null;
-      legend.replaceChildren(...order.map(([name, total], at) => el('button', {type: 'button', title: t('chart_toggle'),
-        'aria-pressed': String(!hidden.has(name)), data: {name}, on: {click() {
-          if (!hidden.delete(name)) hidden.add(name);
-          show();
-        }}}, dot(series[at]), el('span', series[at].name), el('b', fmt.tokens(total)))));
-      if (held !== null) for (const each of legend.children) if (each.dataset.name === held) each.focus();
-    }
-    async function fetchAll() {
-      const mine = ++turn;
-      clearTimeout(timer);
-      timer = setTimeout(fetchAll, 60000);
-      try {
-        const found = await api(`series?span=${span}&by=${by}`);
-        if (mine !== turn) return;
-        data = found;
-        note.textContent = '';
-        show();
-      } catch (error) { if (mine === turn) note.textContent = errorText(error); }
-    }
-    function group(name) {
-      by = name;
-      colors.clear();
-      hidden.clear();
-      fetchAll();
-    }
-    const stop = live.on('request', () => { soon = soon || setTimeout(() => { soon = 0; fetchAll(); }, 1500); });
-    fetchAll();
-    const end = () => {
-      turn = NaN;
-      [timer, soon].forEach(clearTimeout);
-      stop();
-      chart.close();
-    };
-    return Object.assign(end, {by: group});
-  }
-};
-"""
-
-# language=JavaScript
-_JS_USAGE = r"""
-// --- usage
-
-VIEWS.usage = {show(root) {
-  const now = {days: '30', by: 'model'}, csv = el('a', {class: 'btn', download: '', 'aria-label': t('usage_csv')}, icon('download'), 'CSV');
-  const table = el('div', {class: 'stack'}), plot = el('div');
-  const days = el('select', {'aria-label': t('usage_days'), value: now.days, on: {change() {
-    now.days = days.value;
-    fetchAll();
-  }}}, ['1', '7', '30', '90', '365'].map(count => option(count, t('usage_days_' + count))));
-  const by = segments(t('usage_by'), choicesOf('usage_by_', ['model', 'key', 'provider', 'day']), now.by, key => {
-    now.by = key;
-    if (key !== 'day') stop.by(key);
-    fetchAll();
-  });
-  let turn = 0;
-  root.append(plot, el('section', {class: 'card usage'},
-    el('div', {class: 'spread'}, by, el('div', {class: 'row'}, days, csv)), table));
-  const stop = charts.series(plot, {span: 'month', fixed: true});
-
-  const column = (key, render) => ({key, label: t('usage_' + key), align: 'end', render});
-  const tokens = key => column(key, row => el('span', {title: fmt.number(row[key])},
-    (row.estimated && /put/.test(key) ? '≈ ' : '') + fmt.tokens(row[key] || 0)));
-  const isPriced = row => row.cost !== null && row.cost !== undefined;
-  const columns = priced => [{key: 'name', label: t('usage_by_' + now.by), css: 'break',
-    render: row => row.sum ? t('usage_sum') : foreign(row.name || t('chart_nameless'), 'mono')},
-  column('requests', row => fmt.number(row.requests)),
-  column('errors', row => row.errors ? badge(fmt.number(row.errors), 'bad') : '0'),
-  ...['input', 'output', 'cached', 'reasoning'].map(tokens),
-  ...['first_s', 'total_s'].map(key => column(key, row => fmt.seconds(row[key]))),
-  ...(priced ? [column('cost', row => isPriced(row) ? row.cost.toFixed(row.cost < 1 ? 4 : 2) : '–')] : [])];
-
-  async function fetchAll() {
-    const mine = ++turn, query = `days=${now.days}&by=${now.by}`;
-    csv.href = `${BASE}usage.csv?${query}`;
-    await load(table, api('usage?' + query), ({rows, total, enabled}) => {
-      if (mine !== turn) return;
-      const priced = rows.some(isPriced), hints = [rows.some(row => row.estimated) && 'usage_estimated',
-        priced ? 'usage_cost_hint' : rows.length && 'usage_no_prices'].filter(Boolean);
-      if (enabled === false) table.append(el('p', {class: 'note', text: t('usage_off')}));
-      table.append(fill(dataTable({columns: columns(priced), empty: t('usage_none'), label: t('usage_by_' + now.by),
-        rows: rows.length > 1 ? [...rows, {...total, sum: true}] : rows}), {class: rows.length > 1 && 'usage-sum'}, []),
-      ...hints.map(key => el('p', {class: 'hint', text: t(key)})));
-    });
-  }
-  fetchAll();
-  return () => { turn = -1; stop(); };
-}};
-"""
-
+#: The lines of each client, and the first start in three steps.
 # language=JavaScript
 _JS_CLIENTS = r"""
-// --- client setup
-
-const SHELLS = {bash: 'macOS · Linux', fish: 'fish', powershell: 'PowerShell', cmd: 'cmd'};
-const HINTS = {json: 'clients_file', toml: 'clients_file', yaml: 'clients_file'};
-const setup = {client: '', model: '', shell: /Win/.test(navigator.platform) ? 'powershell' : 'bash'};
-
-/** Blocks that say the same for several shells follow each other: they become one with a choice of the shell. */
-function groupBlocks(blocks) {
-  const groups = [];
-  for (const block of blocks) {
-    const last = groups[groups.length - 1] || [{}], isNew = last.every(each => each.language !== block.language);
-    if (SHELLS[block.language] && SHELLS[last[0].language] && isNew) last.push(block); else groups.push([block]);
-  }
-  return groups;
+const setup = {client: '', model: '',
+  shell: /Win/.test(navigator.platform) ? 'powershell' : 'bash'};
+const SHELLS = {bash: 'macOS \u00b7 Linux', fish: 'fish', powershell: 'PowerShell', cmd: 'cmd'};
+/** The lines of one client: those for a shell first, with a choice of the shell. */
+function clientBlocks(blocks, again) {
+  const shells = blocks.filter(block => SHELLS[block.language]);
+  const shown = shells.find(block => block.language === setup.shell) || shells[0];
+  const choices = Object.fromEntries(shells.map(({language}) => [language, SHELLS[language]]));
+  return [shells.length > 1 && segments(t('clients_shell'), choices, shown.language,
+    language => { setup.shell = language; again(); }),
+  shown && [hint(t('clients_window')), codeBlock(t('clients_terminal'), shown.text)],
+  blocks.filter(block => !shells.includes(block))
+    .map(block => codeBlock(pick(block.title), block.text))];
 }
-
-VIEWS.clients = {show(root, args) {
-  const names = el('div', {class: 'clients-names', role: 'group', 'aria-label': t('clients_list')});
-  const select = el('select', {class: 'clients-select', 'aria-label': t('clients_list'),
-    on: {change: () => choose(select.value)}});
-  const picker = modelPicker(setup.model, model => { setup.model = model; fetchAll().catch(fail); });
-  const pane = el('div', {class: 'stack'}), address = el('code', {class: 'mono'});
-  const fail = error => toast(errorText(error), 'bad');
+/** A choice of the client, and its lines below: {node, ask(model)}. */
+function clientSetup() {
+  const box = el('div', {class: 'stack'}), which = select({on: {change() {
+    setup.client = which.value;
+    draw();
+  }}}, []), chooser = field(t('client'), which);
   let found = null, turn = 0;
-  setup.client = args[0] || setup.client;
-  root.append(el('section', {class: 'card clients'}, el('div', select, names), el('div', {class: 'stack'},
-    el('div', {class: 'field'}, el('label', {for: picker.entry.id}, t('clients_model')), picker.node),
-    el('p', {class: 'hint'}, t('clients_address') + ' ', address), pane)));
-
-  function choose(id) {
-    setup.client = id;
-    history.replaceState(null, '', '#' + (here = 'clients/' + id));
-    draw();
-  }
-  function blockNode(group) {
-    const shown = group.find(block => block.language === setup.shell) || group[0], code = el('code', shown.text);
-    const shells = Object.fromEntries(group.map(block => [block.language, SHELLS[block.language]]));
-    const title = pick(shown.title), isPlain = title === shown.language, hint = HINTS[shown.language];
-    if (shown.language === 'text') return codeBox(title, code, () => shown.text);
-    return el('div', {class: 'stack tight'}, el('h3', isPlain ? t('clients_terminal') : title),
-      (isPlain || hint) && el('p', {class: 'hint'}, t(isPlain ? 'clients_window' : hint)),
-      group.length > 1 && segments(t('clients_shell'), shells, shown.language, language => {
-        setup.shell = language;
-        draw();
-        $(`[data-key=${language}]`, pane).focus();
-      }), codeBox(shown.language, code, () => shown.text));
-  }
   function draw() {
-    const client = found.data.find(each => each.id === setup.client) || found.data[0];
-    const groups = groupBlocks(client.blocks), isForm = groups.some(group => group[0].language === 'text');
-    const link = view => el('a', {href: '#' + view}, t('view_' + view));
-    const step = (title, ...body) => el('li', el('h2', title), ...body), held = names.contains(document.activeElement);
-    names.replaceChildren(...found.data.map(each => el('button', {type: 'button', text: each.title,
-      'aria-current': each === client && 'true', on: {click: () => choose(each.id)}})));
-    if (held) $('[aria-current]', names).focus();
-    select.replaceChildren();
-    fill(select, {value: client.id}, found.data.map(each => option(each.id, each.title)));
-    address.textContent = found.base_url;
-    pane.replaceChildren(el('ol', {class: 'clients-steps'},
-      found.needs_key && step(t('clients_key'), el('p', t('clients_key_hint'), ' ', link('keys'))),
-      step(t('clients_connect', {client: client.title}), el('p', t(isForm ? 'clients_form' :
-        groups.length > 1 ? 'clients_either' : 'clients_copy')), !found.needs_key && el('p', t('clients_no_key')),
-      groups.map(blockNode)),
-      step(t('clients_try'), el('p', t('clients_try_hint'), ' ', link('overview')))));
+    const client = found.data.find(item => item.id === setup.client) || found.data[0];
+    which.replaceChildren(...found.data.map(item => option(item.id, item.title)));
+    which.value = client.id;
+    box.replaceChildren(...[clientBlocks(client.blocks, draw)].flat(9).filter(Boolean),
+      found.needs_key ?
+      note('', t('clients_key') + ' ', el('a', {href: '#keys', text: t('view_keys')})) :
+        hint(t('clients_no_key')));
   }
-  async function fetchAll() {
-    const mine = ++turn, answer = await api('clients?model=' + encodeURIComponent(setup.model));
+  return {node: el('div', {class: 'stack'}, chooser, box), async ask(model) {
+    const mine = ++turn, answer = await api('clients?model=' + encodeURIComponent(model || ''));
     if (mine !== turn) return;
-    [found, setup.model] = [answer, setup.model || answer.model];
+    found = answer;
     draw();
+  }};
+}
+VIEWS.clients = {needs: ['models'], draw(root, [models], [wanted]) {
+  setup.client = wanted || setup.client;
+  const lines_ = clientSetup(), tell = error => toast(errorText(error), 'bad');
+  const ask = () => lines_.ask(setup.model).catch(tell);
+  const model = input({class: 'mono', list: 'model-names', value: setup.model,
+    placeholder: models.default_model, on: {input: throttle(() => {
+      setup.model = model.value.trim();
+      ask();
+    }, 300)}});
+  root.append(modelNames(models.data),
+    card(t('view_clients'), null, el('div', {class: 'stack narrow'},
+    facts([[t('base_url'), el('div', {class: 'row'}, el('span', {class: 'mono break',
+      text: session.base_url + '/v1'}), copyButton(() => session.base_url + '/v1'))]]),
+    hint(t('clients_other')), field(t('clients_model'), model), lines_.node)));
+  ask();
+}};
+VIEWS.guide = {needs: ['providers', 'models', 'config'], draw(root, [list, models, config]) {
+  const step = (n, title, done, ...body) => el('li', {class: 'card step' + (done ? ' done' : '')},
+    el('span', {class: 'step-n', 'aria-hidden': 'true'}, done ? icon('check') : String(n)),
+    el('div', {class: 'grow stack tight'}, el('h2', title,
+      done && el('span', {class: 'visually-hidden', text: ' \u2013 ' + t('done')})), body));
+  const lead = key => el('p', {class: 'muted', text: t(key)});
+  const usable = list.data.filter(item => item.usable), has = usable.length > 0;
+  const usual = settingOf(config, 'default_model') || models.default_model || '';
+  const names = models.data.filter(item => !item.alias &&
+    usable.some(({name}) => name === item.provider))
+    .map(item => item.id);
+  const test = name => button(t('test'), act(async () => {
+    const {ok, checks} = await api('providers/test', {body: {name}});
+    const failed = checks.find(check => check.ok === false);
+    if (ok) toast(t('test_fine', {name})); else toast(failed ? failed.message : t('test_bad'),
+      'bad');
+  }), 'small quiet');
+  const one = step(1, t('guide_1'), has, lead('guide_1_lead'), has && el('ul', {class: 'chips'},
+    usable.map(({name}) => el('li', {class: 'chip'}, el('span', {class: 'dot ok'}), foreign(name),
+      test(name)))),
+  el('div', {class: 'row'}, button(t('login_iflow'), act(() => loginDialog()), has ? '' : 'primary',
+    'user'),
+    button(t('provider_add'), act(() => providerDialog(null, list.version)), '', 'plus')));
+  const model = names.length ? select({value: usual || names[0]}, [...new Set([usual, ...names])]
+    .filter(Boolean).map(name => option(name, clean(name)))) : input({value: usual, class: 'mono'});
+  const chosen = () => model.value.trim(), isKept = () => models.default_model === chosen();
+  const keep = button(t('guide_2_keep'), act(async () => {
+    await patchConfig(config.version, {default_model: chosen()});
+    toast(t('saved'));
+    await redraw();
+  }));
+  const lines_ = clientSetup();
+  function offer() {
+    keep.disabled = isKept() || !chosen();
+    keep.classList.toggle('primary', has && !keep.disabled);
+    lines_.ask(chosen()).catch(error => lines_.node.append(note('bad', errorText(error))));
   }
-  load(pane, Promise.all([fetchAll(), api('models')]), ([, models]) => {
-    picker.fill(models.data, setup.model);
-    draw();
-  });
-  return () => { turn = NaN; };
+  model.addEventListener(names.length ? 'change' : 'input', throttle(offer, 100));
+  const two = step(2, t('guide_2'), has && Boolean(models.default_model), lead('guide_2_lead'),
+    el('div', {class: 'row bottom'}, field(t('model'), model), keep,
+      link(t('guide_2_more'), '#models', 'quiet')));
+  const three = step(3, t('guide_3'), false, lead('guide_3_lead'), lines_.node,
+    el('div', {class: 'row'}, link(t('guide_try'), '#playground')));
+  root.append(lead('guide_lead'), el('ol', {class: 'steps'}, one, two, three));
+  offer();
 }};
 """
 
-_TEXTS_PLAY: Dict[str, Tuple[str, str]] = {
-    "play_model": ("模型", "Model"), "play_sees": ("可看图", "sees images"), "play_dialect": ("接口格式", "API"),
-    "play_dialect_chat": ("Chat", "Chat"), "play_dialect_messages": ("Messages", "Messages"),
-    "play_dialect_responses": ("Responses", "Responses"), "play_shown": ("显示内容", "What is shown"),
-    "play_tab_chat": ("对话", "Conversation"), "play_tab_request": ("请求", "Request"), "play_tab_raw": ("原文", "Raw"),
-    "play_tab_curl": ("curl", "curl"), "play_clear": ("清空", "Clear"),
-    "play_clear_sure": ("要清空整段对话吗？清空后无法恢复。", "Clear the whole conversation? It can't be brought back."),
-    "play_start": ("选一个模型，说点什么。可以贴图片，也可以随时换模型或接口格式接着聊。",
-                   "Choose a model and say something. You can paste images, and change model and API at any time."),
-    "play_message": ("消息", "Message"),
-    "play_placeholder": ("输入消息。回车发送，Shift+回车换行", "Your message. Enter sends, Shift+Enter makes a new line"),
-    "play_attach": ("图片", "Image"), "play_url": ("图片链接", "Image link"),
-    "play_url_label": ("图片地址", "Address of the image"),
-    "play_url_hint": ("由上游去下载，本页不会加载它", "The provider fetches it; this page does not load it"),
-    "play_add": ("添加", "Add"), "play_image": ("附带的图片", "Attached image"),
-    "play_remove_image": ("移除图片", "Remove the image"),
-    "play_image_type": ("{name}：只支持 PNG、JPEG、WebP 和 GIF 图片", "{name}: only PNG, JPEG, WebP and GIF images can be sent"),
-    "play_image_large": ("{name} 超过 15 MB，太大了", "{name} is larger than 15 MB"),
-    "play_send": ("发送", "Send"), "play_stop": ("停止", "Stop"), "play_no_model": ("请先选一个模型", "Choose a model first"),
-    "play_you": ("你", "You"), "play_answer": ("回答", "Answer"), "play_edit": ("编辑", "Edit"),
-    "play_again": ("重新生成", "Regenerate"),
-    "play_waiting": ("等待回答…", "Waiting for the answer…"), "play_thinks": ("思考中…", "Thinking…"),
-    "play_thought": ("思考过程", "Thoughts"),
-    "play_thought_for": ("思考了 {time}", "Thought for {time}"), "play_call": ("调用工具", "Tool call"),
-    "play_arguments": ("参数", "Arguments"), "play_result": ("工具结果", "Result of the tool"),
-    "play_result_hint": ("填好后点“发送”，模型会接着回答", "Fill it in and press Send: the model goes on with it"),
-    "play_code": ("代码", "Code"), "play_stopped": ("已停止", "Stopped"), "play_empty": ("回答是空的", "The answer is empty"),
-    "play_error": ("出错了：", "Failed:"), "play_cut": ("回答中途断开，没有正常结束", "The answer broke off before its end"),
-    "play_garbled": ("回答不是 JSON", "The answer is not JSON"), "play_first": ("首字 {time}", "first token {time}"),
-    "play_total": ("共 {time}", "total {time}"),
-    "play_tokens": ("输入 {input}，输出 {output} token", "{input} in, {output} out"),
-    "play_cached": ("缓存命中 {n}", "{n} cached"), "play_reasoning": ("思考 {n}", "{n} thinking"),
-    "play_speed": ("{n} token/秒", "{n} tokens/s"), "play_stop_reason": ("结束原因：{reason}", "ended by: {reason}"),
-    "play_settings": ("参数", "Parameters"), "play_system": ("系统提示词", "System prompt"),
-    "play_temperature": ("温度", "Temperature"), "play_top_p": ("Top P", "Top P"),
-    "play_max_tokens": ("最大 token 数", "Max tokens"),
-    "play_effort": ("思考强度", "Thinking"), "play_effort_none": ("关闭", "off"), "play_default": ("默认", "default"),
-    "play_stream": ("流式输出", "Stream the answer"), "play_extra": ("附加 JSON", "Extra JSON"),
-    "play_extra_hint": ("并入请求体，同名字段以此为准", "Merged into the request; wins over the fields above"),
-    "play_extra_bad": ("附加 JSON 不是一个 JSON 对象", "The extra JSON is not a JSON object"),
-    "play_sent": ("上次发出的请求", "The last request"), "play_unsent": ("将要发出的请求", "The request as it would be sent"),
-    "play_curl_hint": ("把 YOUR_KEY 换成你的客户端密钥", "Put your client key for YOUR_KEY"),
-    "play_raw": ("收到的原文", "As it came over the wire"), "play_raw_none": ("还没有发过请求", "Nothing has been sent yet"),
-    "chart_title": ("用量走势", "Traffic"), "chart_metric": ("指标", "Figure"), "chart_tokens": ("Token", "Tokens"),
-    "chart_requests": ("请求", "Requests"),
-    "chart_errors": ("失败", "Errors"), "chart_by": ("分组", "Grouped by"), "chart_by_model": ("模型", "Model"),
-    "chart_by_key": ("密钥", "Key"),
-    "chart_by_provider": ("上游", "Provider"), "chart_span": ("时间范围", "Period"), "chart_hour": ("1 小时", "Hour"),
-    "chart_day": ("24 小时", "Day"), "chart_month": ("31 天", "Month"), "chart_time": ("时间", "Time"),
-    "chart_rest": ("其他", "others"), "chart_none": ("这段时间没有请求", "No requests in this period"),
-    "chart_nameless": ("（无）", "(none)"),
-    "chart_legend": ("图例，点击可隐藏或显示", "Legend; each entry can be hidden"), "chart_toggle": ("点击隐藏或显示", "Hide or show"),
-    "chart_label": ("{metric}（按{by}，{span}），用方向键逐项查看", "{metric} by {by}, {span}; arrow keys move through it"),
-    "usage_csv": ("下载 CSV", "Download CSV"), "usage_days": ("时间范围", "Period"), "usage_days_1": ("今天", "Today"),
-    "usage_days_7": ("最近 7 天", "Last 7 days"), "usage_days_30": ("最近 30 天", "Last 30 days"),
-    "usage_days_90": ("最近 90 天", "Last 90 days"), "usage_days_365": ("最近一年", "Last year"),
-    "usage_by": ("分组", "Grouped by"),
-    "usage_by_model": ("模型", "Model"), "usage_by_key": ("密钥", "Key"), "usage_by_provider": ("上游", "Provider"),
-    "usage_by_day": ("日期", "Day"), "usage_requests": ("请求", "Requests"), "usage_errors": ("失败", "Errors"),
-    "usage_input": ("输入", "Input"),
-    "usage_output": ("输出", "Output"), "usage_cached": ("缓存命中", "Cached"), "usage_reasoning": ("思考", "Thinking"),
-    "usage_first_s": ("平均首字", "First token"), "usage_total_s": ("平均耗时", "Duration"), "usage_cost": ("费用", "Cost"),
-    "usage_sum": ("合计", "Total"), "usage_none": ("这段时间没有用量", "Nothing was used in this period"),
-    "usage_off": ("用量记录已在设置里关闭。", "Usage is not recorded: it is off in the settings."),
-    "usage_estimated": ("≈ 表示含估算：上游没有返回 token 数。", "≈ includes estimates: the provider did not report its tokens."),
-    "usage_cost_hint": ("费用按设置里的价格（每百万 token）算出，币种与价格一致。",
-                        "Costs come from the prices in the settings (per million tokens), in the same currency."),
-    "usage_no_prices": ("在设置里填上价格，就能看到费用。", "Set prices in the settings to see costs here."),
-    "clients_list": ("客户端", "Clients"), "clients_model": ("模型", "Model"), "clients_shell": ("系统或终端", "System or shell"),
-    "clients_address": ("服务地址：", "Address of the server:"), "clients_key": ("准备一个客户端密钥", "Get a client key"),
-    "clients_key_hint": ("下面的 YOUR_KEY 要换成它，变量 IFLOW2API_KEY 里放的也是它。还没有的话，在这里创建：",
-                         "It goes where YOUR_KEY stands below, or into the variable IFLOW2API_KEY. Create one under"),
-    "clients_no_key": ("不需要密钥，里面的占位密钥照抄即可。", "No key is needed: leave the one in there as it is."),
-    "clients_connect": ("接入 {client}", "Connect {client}"), "clients_copy": ("复制下面的内容。", "Copy what is below."),
-    "clients_either": ("下面的方式任选一种。", "Any one of these will do."),
-    "clients_form": ("在客户端里找到对应的位置，逐项填入。", "Find these places in the client and fill them in."),
-    "clients_terminal": ("在终端里运行", "In a terminal"),
-    "clients_window": ("只对当前终端窗口有效，请接着在同一个窗口里操作。",
-                       "It holds for this terminal window only: start the client in the same one."),
-    "clients_file": ("合并到这个文件里。", "Merge it into this file."),
-    "clients_try": ("发一条消息试试", "Send a message"),
-    "clients_try_hint": ("收到的请求会马上出现在这里：", "The request shows up at once in the"),
+#: The playground: one chat by the Chat API.
+# language=JavaScript
+_JS_PLAY = r"""
+/** One conversation with a model by the Chat API; it stays while other views are shown. */
+const talk = {model: '', stream: true, messages: [], images: [], draft: '', nodes: []};
+/** The JSON of each record of a stream of server-sent events, without [DONE]. */
+async function* recordsOf(response) {
+  const reader = response.body.getReader(), decoder = new TextDecoder();
+  for (let rest = '', done = false; !done;) {
+    const piece = await reader.read();
+    done = piece.done;
+    const found = (rest + decoder.decode(piece.value, {stream: !done})).split(/\r?\n/);
+    rest = found.pop();
+    for (const line of found) if (/^data: ?\{/.test(line)) yield JSON.parse(line.slice(5));
+  }
 }
+const asCurl = body => `curl -N ${session.base_url}/v1/chat/completions \\\n` +
+  "  -H 'Authorization: Bearer YOUR_KEY' -H 'Content-Type: application/json' -d @- <<'EOF'\n" +
+  JSON.stringify(body) + '\nEOF\n';
+const thumb = (url, tools) => el('span', {class: 'play-thumb'}, /^data:/.test(url) ?
+  el('img', {src: url, alt: t('play_image')}) : foreign(url, 'mono'), tools);
+/** The node of an answer that grows: {node, take(delta), end(facts)}. */
+function answerNode() {
+  const thought = el('div', {class: 'play-text muted'}), text = el('div', {class: 'play-text'});
+  const fold = el('details', {class: 'play-fold', hidden: true},
+    el('summary', {text: t('play_thought')}),
+    thought), foot = el('p', {class: 'hint', role: 'status', text: t('play_waiting')});
+  return {node: el('div', {class: 'play-answer stack tight'}, fold, text, foot), text: '',
+    thought: '',
+    take(delta) {
+      this.thought += delta.reasoning_content || delta.reasoning || '';
+      this.text += delta.content || '';
+      for (const call of delta.tool_calls || []) this.text += JSON.stringify(call.function);
+      fold.hidden = !this.thought;
+      thought.textContent = clean(this.thought);
+      text.textContent = clean(this.text);
+    },
+    end(nodes) { foot.replaceChildren(...nodes); }};
+}
+async function answerTalk(answer, body, signal) {
+  const began = performance.now(), elapsed = () => (performance.now() - began) / 1000;
+  let first, usage, finish;
+  const take = chunk => {
+    if (chunk.error) throw new ApiError(0, chunk);
+    const [choice] = chunk.choices || [];
+    usage = chunk.usage || usage;
+    if (!choice) return;
+    finish = choice.finish_reason || finish;
+    answer.take(choice.delta || choice.message || {});
+    if (answer.text || answer.thought) first = first || elapsed();
+  };
+  const response = await request('play/chat', {body, signal});
+  if (body.stream) for await (const record of recordsOf(response)) take(record);
+  else take(await response.json());
+  if (!finish) throw new Error(t('play_cut'));
+  return [clean(body.model), body.stream && first && t('play_first', {time: fmt.seconds(first)}),
+    t('play_total', {time: fmt.seconds(elapsed())}), usage && t('play_tokens', {
+      input: fmt.number(usage.prompt_tokens), output: fmt.number(usage.completion_tokens)})]
+    .filter(Boolean).join(' \u00b7 ');
+}
+const readFile = file => new Promise((done, failed) => {
+  const reader = new FileReader();
+  Object.assign(reader, {onload: () => done(reader.result), onerror: () => failed(reader.error)});
+  reader.readAsDataURL(file);
+});
+VIEWS.playground = {needs: ['models'], draw(root, [models], [wanted]) {
+  const log = el('div', {class: 'play-log', tabindex: '0', role: 'log',
+    'aria-label': t('play_log')});
+  const thumbs = el('div', {class: 'row'});
+  const send = el('button', {class: 'btn primary', type: 'submit'});
+  const model = input({list: 'model-names', class: 'mono grow', 'aria-label': t('model'),
+    placeholder: models.default_model || t('model'),
+    value: wanted || talk.model || models.default_model || ''});
+  const stream = el('input', {type: 'checkbox', checked: talk.stream, id: uid()});
+  const text = el('textarea', {rows: 2, 'aria-label': t('play_message'), value: talk.draft,
+    placeholder: t('play_placeholder'), on: {
+      input() { talk.draft = text.value; },
+      paste({clipboardData}) { attach(clipboardData.files); },
+      keydown(event) {
+        if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
+        event.preventDefault();
+        submit();
+      }}});
+  const file = el('input', {type: 'file', accept: 'image/*', multiple: true, hidden: true, on: {
+    change() { attach(file.files); file.value = ''; }}});
+  const user = () => ({role: 'user', content: talk.images.length ? [
+    ...talk.draft ? [{type: 'text', text: talk.draft}] : [],
+    ...talk.images.map(url => ({type: 'image_url', image_url: {url}}))] : talk.draft});
+  const asks = () => Boolean(talk.draft.trim() || talk.images.length);
+  const body = () => ({model: model.value.trim(), stream: stream.checked,
+    messages: [...talk.messages, ...asks() ? [user()] : []],
+    ...stream.checked ? {stream_options: {include_usage: true}} : {}});
+  async function attach(files) {
+    for (const each of files) {
+      if (!/^image\//.test(each.type) ||
+        each.size > 15e6) toast(t('play_image_bad', {name: each.name}), 'bad');
+      else talk.images.push(await readFile(each));
+    }
+    draw();
+  }
+  function draw() {
+    thumbs.replaceChildren(...talk.images.map((url, at) => thumb(url, iconButton('close',
+      t('play_remove_image'), () => { talk.images.splice(at, 1); draw(); }))));
+    log.replaceChildren(...talk.nodes.length ? talk.nodes :
+      [el('p', {class: 'empty', text: t('play_start')})]);
+    log.scrollTop = log.scrollHeight;
+    send.textContent = t(talk.running ? 'play_stop' : 'play_send');
+  }
+  async function submit() {
+    if (talk.running) return talk.running.abort();
+    if (!asks()) return;
+    if (!model.value.trim()) return toast(t('play_no_model'), 'bad');
+    const answer = answerNode(), sent = body(), {draft, images} = talk;
+    talk.nodes.push(el('div', {class: 'play-user'}, foreign(draft, 'play-text'),
+      images.map(url => thumb(url))),
+      answer.node);
+    Object.assign(talk, {draft: '', images: [], running: new AbortController(),
+      model: sent.model, stream: sent.stream});
+    text.value = '';
+    draw();
+    const follow = setInterval(() => { log.scrollTop = log.scrollHeight; }, 200);
+    try {
+      answer.end([await answerTalk(answer, sent, talk.running.signal)]);
+    } catch (error) {
+      answer.end([error.name === 'AbortError' ? t('play_stopped') :
+        el('span', {class: 'error', role: 'alert', text: errorText(error)})]);
+    }
+    clearInterval(follow);
+    talk.running = null;
+    if (answer.text) talk.messages = [...sent.messages, {role: 'assistant', content: answer.text}];
+    else {                               // it can be sent again
+      if (!talk.draft) Object.assign(talk, {draft, images});
+      text.value = talk.draft;
+    }
+    draw();
+  }
+  const showCurl = () => dialog({title: 'curl', wide: true,
+    body: [hint(t('play_curl_hint')), codeBlock('bash', asCurl(body()))]});
+  const clear = () => { Object.assign(talk, {messages: [], nodes: []}); draw(); text.focus(); };
+  root.append(modelNames(models.data), el('section', {class: 'card play'},
+    el('div', {class: 'row'}, model, field(t('play_stream'), stream),
+      button(t('play_curl'), showCurl, 'small'), button(t('play_clear'), clear, 'small')), log,
+    el('form', {class: 'play-composer', on: {submit(event) { event.preventDefault(); submit(); }}},
+      thumbs, text, el('div', {class: 'spread'},
+        button(t('play_attach'), () => file.click(), 'quiet small', 'image'), file, send))));
+  draw();
+  if (!matchMedia('(pointer: coarse)').matches) text.focus();
+}};
+"""
 
-ADMIN_CSS = _CSS_CORE + _CSS_PLAY
+#: What the page says: `key = Chinese = English`, several in a line with ` | ` between.
+PAGE_TEXTS = """
+# the frame, signing in, what every view says
+lang = 中文 = EN | lang_label = 切换到中文 = EN: switch to English
+skip = 跳到内容 = Skip to the content | nav = 导航 = Navigation | nav_use = 使用 = Use
+nav_setup = 配置 = Set up | nav_system = 系统 = System | view_guide = 快速开始 = Get started
+view_overview = 概览 = Overview | view_playground = 试一试 = Playground
+view_providers = 账号与上游 = Accounts & providers | view_models = 模型与路由 = Models & routes
+view_keys = 密钥与限额 = Keys & limits | view_usage = 用量 = Usage | view_instances = 实例 = Instances
+view_settings = 设置 = Settings | view_logs = 日志 = Logs | view_clients = 接入客户端 = Client setup
+view_about = 关于 = About | theme = 主题：{now}，点击切换为{next} = Theme: {now}. Switch to {next}
+theme_system = 跟随系统 = system | theme_light = 浅色 = light | theme_dark = 深色 = dark
+account = 账户 = Account | sign_in = 登录 = Sign in | sign_out = 退出登录 = Sign out
+sign_out_everywhere = 在所有设备上退出 = Sign out everywhere
+sign_in_lead = 输入管理密码，用户名是 admin。 = Enter the admin password. The user is admin.
+sign_in_again = 登录已过期。重新登录后可以接着做，已填写的内容都还在。 = Your session has ended. Sign in to go on; \
+everything you typed is still here.
+sign_in_wrong = 密码不对。忘记了？在服务器上运行 admin reset-password。 = That password is wrong. Forgotten? Run \
+admin reset-password on the server.
+sign_in_slow = 尝试太频繁，请在 {time} 后再试。 = Too many attempts. Try again in {time}.
+password = 密码 = Password | password_new = 新密码 = New password
+password_repeat = 再输一次 = Repeat the password | password_hint = 至少 8 个字符 = At least 8 characters
+password_differ = 两次输入的密码不一致 = The two passwords differ | password_current = 当前密码 = Current password
+password_change = 修改密码 = Change password
+password_others_end = 其他设备上的登录会随之失效。 = You will be signed out on other devices.
+password_changed = 密码已修改 = Password changed | setup_title = 欢迎使用 iflow2api = Welcome to iflow2api
+setup_lead = 先给这个管理页面设一个密码，只需一次。 = First, set a password for this page. You do this once.
+setup_code = 一次性代码 = One-time code
+setup_code_hint = 启动 iflow2api 的终端窗口里印着它 = It is printed in the terminal where iflow2api was started
+setup_go = 设置密码并继续 = Set the password and continue | live_on = 实时 = Live
+live_off = 正在重新连接… = Reconnecting… | error_status = 服务器返回了 {status} = The server answered {status}
+error_offline = 连不上 iflow2api，它可能已停止 = iflow2api does not answer; it may have stopped
+error_page = 页面出错：{text} = The page failed: {text} | retry = 重试 = Try again | reload = 重新载入 = Reload
+loading = 加载中… = Loading… | nothing = 暂无内容 = Nothing here yet | actions = 操作 = Actions
+table = 表格 = Table | copy = 复制 = Copy | copied = 已复制 = Copied
+copy_failed = 浏览器不允许复制，请手动选中复制 = The browser does not allow copying; select the text instead
+close = 关闭 = Close | cancel = 取消 = Cancel | save = 保存 = Save | remove = 删除 = Remove
+confirm = 请确认 = Please confirm | discard = 放弃更改 = Discard changes
+unsaved_title = 有未保存的更改 = Unsaved changes | unsaved = 离开后这些更改会丢失。 = They will be lost if you leave.
+invalid_missing = 请填写此项 = This is needed | invalid = 这个值不对 = This value does not fit
+# overview
+problems = 需要留意 = Needs attention | status_left = 已断开 = client left | server = 服务 = Server
+healthy = 正常 = Healthy | degraded = 异常 = Degraded | not_ready = 待配置 = Not set up
+running_for = 已运行 {time} = up for {time} | today = 今日请求 = Requests today
+errors_n = {n} 次失败 = {n} failed | errors_none = 没有失败 = none failed
+tokens_today = 今日 token = Tokens today | in_out = 输入 → 输出 = in → out | right_now = 进行中 = In flight
+waiting_n = {n} 个排队 · {c} 个连接 = {n} waiting · {c} {c:connection|connections}
+waiting = {n} 个排队 = {n} waiting | address = 地址 = Address | base_url = 接口地址 = Base URL
+needs_key = 客户端密钥 = Client key | needs_key_yes = 需要 = required
+needs_key_no = 不需要（仅限本机访问） = not needed (this machine only) | connect = 连接 = Connect
+manage = 管理 = Manage | filter = 筛选… = Filter… | all = 全部 = All | only_ok = 成功 = Succeeded
+only_bad = 失败 = Failed | requests = 最近请求 = Recent requests
+requests_none = 还没有请求。把客户端指向上面的接口地址，请求会实时出现在这里。 = No requests yet. Point a client at the base \
+URL above and they appear here as they happen.
+request_details = 请求详情 = Request details | request_id = 请求 ID = Request ID | time = 时间 = Time
+model = 模型 = Model | target = 发往 = Sent to | dialect = 协议 = Dialect | streamed = 流式 = streamed
+key = 密钥 = Key | status = 状态 = Status | error = 错误 = Error | first_token = 首字 = First token
+duration = 耗时 = Duration | tokens = token = Tokens | tokens_in = 输入 token = Tokens in
+tokens_out = 输出 token = Tokens out | of_cached = 缓存命中 {n} = {n} cached
+of_reasoning = 其中思考 {n} = {n} reasoning | tokens_note = 说明 = Note
+estimated = 上游没有报告用量，此为估算 = Estimated: the upstream reported no usage | attempts = 尝试 = Attempts
+state = 状态 = State | active_waiting = 占用 = In use | health_ok = 可用 = usable
+health_disabled = 不可用 = disabled | health_rests = 暂停中 = resting | health_tried = 试探中 = being tried
+health_keys_rest = {n} 个密钥暂停 = {n} {n:key|keys} resting
+# first start
+guide_lead = 三步，从零到能用。 = Three steps, from nothing to a working client.
+guide_1 = 接入模型服务 = Connect to a model service
+guide_1_lead = 登录 iFlow 账号，或者添加任何兼容 OpenAI 的服务商。两个都用也可以。 = Log in to iFlow, or add any \
+OpenAI-compatible provider. You can have both.
+guide_2 = 选择默认模型 = Pick the default model
+guide_2_lead = 客户端没有指定模型，或使用自己的模型名（如 claude-*、gpt-*）时，就用它。 = It answers when a client names no \
+model, or one of its own such as claude-* or gpt-*.
+guide_2_keep = 设为默认 = Make it the default | guide_2_more = 别名与备用模型 = Aliases and fallbacks
+guide_3 = 配置你的客户端 = Set up your client
+guide_3_lead = 选择客户端，复制下面的内容。 = Choose your client and copy these lines.
+guide_try = 先在网页里试一试 = Try it here first
+guide_open_login_or_provider = 还没有可用的模型服务。 = No model service is connected yet.
+guide_open_models = 还没有选定默认模型。 = No default model is chosen yet.
+guide_open_client = 一切就绪，只差客户端。 = All is ready; only a client is missing. | client = 客户端 = Client
+done = 已完成 = done | test_fine = {name} 工作正常 = {name} works | test_bad = 测试未通过 = The test failed
+# accounts and providers
+iflow_accounts = iFlow 账号 = iFlow accounts | accounts = 账号 = Accounts
+iflow_lead = 登录后，iFlow 的模型就能直接使用，令牌会自动续期。 = After logging in, iFlow's models are ready to use, \
+and the token renews itself.
+login_iflow = 登录 iFlow = Log in to iFlow | login_another = 添加账号 = Add an account
+login_begin = 去登录 = Go to the login | account_name = 账号名称 = Name of the account
+account_name_hint = 自己取名，便于区分；留空则替换默认账号 = Yours to choose; empty replaces the default account
+account_default = 默认 = Default
+login_lead = iFlow 的登录页已在新窗口打开，请在那里完成登录。 = iFlow's login page has opened in a new window. Finish \
+there.
+login_lead_blocked = 浏览器拦截了新窗口，请点下面的按钮打开登录页。 = The browser blocked the new window. Open the \
+login page with the button below.
+login_waiting = 等待登录完成… = Waiting for the login… | login_open = 打开登录页 = Open the login page
+login_copy = 复制地址 = Copy the address
+login_paste = 最后停在打不开的页面？ = Did it end on a page that does not load?
+login_paste_hint = 把那个页面的完整地址（或其中的 code）粘贴到这里。 = Paste the full address of that page here, or \
+the code in it.
+login_paste_label = 回跳地址 = Address it ended on | login_paste_go = 完成登录 = Finish the login
+login_done = 登录成功 = Logged in | login_failed = 登录失败 = Login failed | login_over = 已失效 = ended
+login_again = 重新登录 = Log in again | logged_in = 已登录 = logged in
+login_ended = iFlow 账号 {name} 的登录已失效，请重新登录。 = The iFlow login {name} has ended. Log in again.
+refresh_failed = 续期失败 = renewal failed | refreshed = 上次续期 = Renewed | log_out = 退出 = Log out
+log_out_sure = 退出 iFlow 账号 {name}？它的令牌会从本机删除。 = Log out of the iFlow account {name}? Its tokens \
+are removed from this machine.
+provider = 上游 = Provider | providers = 上游 = Providers
+providers_none = 还没有上游，从这里开始 = No provider yet. Start here
+providers_empty = 还没有上游。登录 iFlow，或添加一个。 = No provider yet. Log in to iFlow or add one.
+provider_add = 添加上游 = Add a provider | provider_edit = 编辑 {name} = Edit {name}
+provider_name = 名称 = Name
+provider_name_hint = 客户端可用“名称/模型”指定这个上游 = Clients can ask for name/model to get this one
+provider_models = 模型 = Models
+provider_models_hint = 每行一个。请求这些模型时会发到这里；点“测试”可获取列表。 = One per line. Requests for these models \
+come here; Test fetches the list.
+provider_remove = 删除上游 {name}？它的密钥也会一并删除。 = Remove the provider {name}? Its keys are removed \
+with it.
+preset = 服务商 = Service | preset_none = 自定义 = Custom
+preset_hint = 选一个常见服务商，地址和兼容选项会自动填好 = Choose a common one and its address and options are filled in
+api_keys = API 密钥 = API keys | api_keys_more = 再加密钥 = More API keys
+api_keys_hint = 每行一个；多个密钥轮流使用。本地引擎可留空。 = One per line; several take turns. Local engines need none.
+kind = 类型 = Kind | concurrency = 并发上限 = Requests at once | concurrency_hint = 0 为不限 = 0: no limit
+timeout_s = 超时 = Timeout | seconds = 秒 = Seconds | proxy = 代理 = Proxy
+proxy_hint = 留空则按全局设置 = Empty: the one in the settings | vision_model = 识图模型 = Vision model
+vision_model_hint = 带图片的请求改用它 = Takes requests with images | headers = 附加请求头 = Extra headers
+headers_hint = JSON，例如 {"X-Team": "blue"} = JSON, such as {"X-Team": "blue"}
+profile = 兼容选项 = Profile | profile_hint = JSON；一般由服务商预设填好 = JSON; the presets fill it in
+more_options = 更多选项 = More options
+order_hint = 同名模型由排在前面的上游提供。 = Where several list the same model, the first one gets it.
+move_up = 上移 = Move up | move_down = 下移 = Move down | test = 测试 = Test
+testing = 正在发送真实的小请求… = Sending small real requests… | edit = 编辑 = Edit | saved = 已保存 = Saved
+check_reach = 连接 = Connection | check_key = 密钥 = Key | check_model = 模型 = Model
+check_fine = 正常 = ok | check_skipped = 未测试 = not tested | check_stream = 流式 = Stream
+check_tools = 工具 = Tools | key_rests = 暂停 {time} = rests {time} | key_refused = 被拒绝 = refused
+none = 无 = none | unlimited = 不限 = no limit | at_once = 并发 {n} = {n} at once
+at_once_any = 并发不限 = any number at once | is_default = 默认 = default
+source_flag = 命令行参数 = command-line flag
+source_detected = 自动发现的本地引擎 = local engine, found by itself | source_login = iFlow 登录 = iFlow login
+bad_json = JSON 有误：{text} = Not valid JSON: {text}
+# models and routes
+models = 模型 = Models | models_none = 没有模型 = No models | context = 上下文 = Context
+max_output = 最大输出 = Max output | vision = 识图 = Vision | images = 图片 = images | try = 试一试 = Try
+alias = 别名 = alias | alias_add = 添加别名 = Add an alias | alias_name = 客户端用的名字 = Name that clients use
+alias_targets = 依次尝试的模型 = Models to try, in order | routes = 别名与备用 = Aliases and fallbacks
+routes_hint = 左边是客户端用的名字（可含 *），右边是依次尝试的模型，用逗号分隔；从上往下第一个匹配的生效。需要按条件分流时写 JSON。 = Left: a name that \
+clients use, * allowed. Right: the models to try in order, separated by commas. The first row \
+that matches counts. For conditions, write JSON.
+default_model = 默认模型 = Default model
+default_model_hint = 请求没有指定模型，或用了 claude-*、gpt-* 等别家的名字时使用 = For requests without a model, or \
+with a foreign name such as claude-* or gpt-*
+where = 请求会去哪里？ = Where does a request go? | where_label = 客户端请求的模型 = Model a client asks for
+where_more = 请求的条件 = Conditions of the request | where_tokens = 输入 token = Input tokens
+with_images = 含图片 = Images | with_thinking = 开启思考 = Thinking | with_tools = 带工具 = Tools
+else_then = 失败则 = else
+# keys and limits
+keys = 客户端密钥 = Client keys | keys_none = 还没有客户端密钥 = No client keys yet
+keys_open = 现在不需要密钥，只有本机可以访问。添加第一个密钥后，所有请求都要带密钥。 = No key is needed now, and only this machine \
+has access. Once there is a key, every request needs one.
+keys_needed = 所有请求都要带上下面的一个密钥。 = Every request must carry one of these keys.
+keys_missing = 现在所有请求都会被拒绝：其他机器能访问这个地址，所以必须有密钥。请添加一个。 = Every request is refused now: others \
+reach this address, so a key is needed. Add one.
+key_add = 添加密钥 = Add a key | key_create = 生成密钥 = Create the key | key_name = 名称 = Name
+key_name_hint = 给谁或什么用的；不能含空格、逗号和斜杠 = Who or what it is for; no spaces, commas or slashes
+key_models = 可用模型 = Models
+key_models_hint = 用逗号分隔，可含 *；留空为全部 = Separated by commas, * allowed. Empty: all models
+all_models = 全部 = all | key_expires_hint = 当天结束时失效；留空则长期有效 = At the end of that day. Empty: never
+key_new = {name} 的新密钥 = New key for {name}
+key_once = 请现在复制：只保存了它的摘要，以后无法再次显示。 = Copy it now: only its hash is kept, so it can't be shown \
+again.
+key_copy = 复制密钥 = Copy the key | key_kept = 我已保存 = I have saved it
+key_remove = 删除密钥 {name}？使用它的客户端会立即失去访问权限。 = Remove the key {name}? Clients that use it lose \
+access at once.
+custom_key = 固定密钥 = Fixed key | custom_key_hint = 设置项 custom_api_key = the setting custom_api_key
+expired = 已过期 = expired | expires = 到期 = Expires | created = 创建于 = Created | never = 永不 = never
+limits = 限额 = Limits | limit_rpm = 每分钟请求 = Requests / minute | limit_rph = 每小时请求 = Requests / hour
+limit_rpd = 每天请求 = Requests / day | limit_tpd = 每天 token = Tokens / day
+limit_concurrency = 并发 = At once | address_limits = 每个地址的限额 = Limits per address
+address_limits_hint = 对每个客户端 IP 分别计算，与密钥无关。 = Counted for each client address, whatever its key.
+# instances, about
+instances = 实例 = Instances
+instances_hint = 这个服务单独运行。要再开一个，请用另外的 --port 和 --config-dir 启动 iflow2api。 = This server runs on \
+its own. To run another one, start iflow2api with a --port and --config-dir of its own.
+name = 名称 = Name | this_one = 当前 = this one | version = 版本 = Version | started = 启动于 = Started
+platform = 平台 = Platform | executable = 解释器 = Executable | memory = 内存 = Memory
+threads = 线程 = Threads | path_program = 程序 = Program
+path_iflow = iFlow CLI 设置 = iFlow CLI settings | path_config = 配置文件 = Configuration
+path_usage = 用量记录 = Usage book | path_log = 日志文件 = Log file | diagnostics = 诊断信息 = Diagnostics
+diagnostics_hint = 反馈问题时请附上，其中不含密钥。 = For bug reports. There are no secrets in it.
+documents = 接口文档 = API documents
+# settings
+settings_search = 搜索设置… = Search settings… | nothing_found = 没有匹配的设置 = No setting matches
+settings_path = 保存在 = Kept in | group_server = 服务 = Server
+group_upstream = 上游与路由 = Upstreams and routes | group_clients = 客户端与访问 = Clients and access
+group_iflow = iFlow = iFlow | group_logs = 日志与用量 = Logs and usage
+group_appearance = 界面 = Appearance | unit_s = 秒 = seconds | unit_bytes = 字节 = bytes
+unit_days = 天 = days | automatic = 自动 = automatic | one_a_line = 每行一个 = One per line
+empty = 空 = empty | on = 开启 = on | off = 关闭 = off | default = 默认 = default
+to_default = 恢复默认 = Use the default | origin_file = 已修改 = changed
+origin_environment = 环境变量 = environment | origin_flag = 命令行 = flag
+from_flag = 由命令行参数 {name} 指定，此处不能修改 = Given by the flag {name}; it can't be changed here
+from_environment = 由环境变量 {name} 指定，此处不能修改 = Given by the variable {name}; it can't be changed here
+by_file_only = 只能用命令行（config set）或在 config.json 中修改 = Set by the command line (config set) or in \
+config.json only
+needs_restart = 需重启 = needs restart | changes_n = {n} 项未保存 = {n} unsaved {n:change|changes}
+saved_restart = 已保存，重启后生效 = Saved; some of it takes effect after a restart
+conflict = 配置已在别处被修改。你填写的内容还在；重新载入可看到新的配置。 = The configuration was changed elsewhere. What you \
+typed is still here; reload to see the new one.
+# logs
+logs_search = 搜索日志… = Search the log… | log_level = 级别 = Level
+level_debug = 调试及以上 = Debug and above | level_info = 信息及以上 = Info and above
+level_warning = 警告及以上 = Warnings and errors | level_error = 仅错误 = Errors only
+logs_new = {n} 条新日志 = {n} new {n:line|lines} | logs_newest = 回到最新 = Newest
+logs_count = {n} 行 = {n} lines | logs_none = 没有匹配的日志 = No line matches | download = 下载 = Download
+# playground
+play_clear = 清空 = Clear
+play_start = 选一个模型，说点什么。可以粘贴图片。 = Choose a model and say something. Images can be pasted.
+play_message = 消息 = Message
+play_placeholder = 输入消息。回车发送，Shift+回车换行 = Your message. Enter sends, Shift+Enter makes a new line
+play_attach = 图片 = Image | play_image = 附带的图片 = Attached image
+play_remove_image = 移除图片 = Remove the image | play_send = 发送 = Send | play_stop = 停止 = Stop
+play_no_model = 请先选一个模型 = Choose a model first | play_waiting = 等待回答… = Waiting for the answer…
+play_thought = 思考过程 = Thoughts | play_stopped = 已停止 = Stopped
+play_cut = 回答中途断开，没有正常结束 = The answer broke off before its end
+play_first = 首字 {time} = first token {time} | play_total = 共 {time} = total {time}
+play_tokens = 输入 {input}，输出 {output} token = {input} in, {output} out | play_stream = 流式 = Stream
+play_curl_hint = 把 YOUR_KEY 换成你的客户端密钥 = Put your client key for YOUR_KEY
+play_log = 对话 = Conversation
+play_image_bad = {name}：只能附带 15 MB 以内的图片 = {name}: only images of at most 15 MB can be attached
+play_curl = 转为 curl = As curl
+# chart and usage
+chart_title = token 用量 = Tokens | chart_span = 时间范围 = Period | chart_day = 24 小时 = 24 hours
+chart_month = 30 天 = 30 days | chart_rest = 其他 = others
+chart_none = 这段时间没有请求 = No requests in this period | usage_csv = 下载 CSV = Download CSV
+usage_days = 时间范围 = Period | usage_days_1 = 今天 = Today | usage_days_7 = 最近 7 天 = Last 7 days
+usage_days_30 = 最近 30 天 = Last 30 days | usage_days_90 = 最近 90 天 = Last 90 days
+usage_days_365 = 最近一年 = Last year | usage_by = 分组 = Grouped by | usage_by_model = 模型 = Model
+usage_by_key = 密钥 = Key | usage_by_provider = 上游 = Provider | usage_by_day = 日期 = Day
+usage_requests = 请求 = Requests | usage_errors = 失败 = Errors | usage_input = 输入 = Input
+usage_output = 输出 = Output | usage_cached = 缓存命中 = Cached | usage_reasoning = 思考 = Thinking
+usage_first_s = 平均首字 = First token | usage_total_s = 平均耗时 = Duration | usage_cost = 费用 = Cost
+usage_sum = 合计 = Total | usage_none = 这段时间没有用量 = Nothing was used in this period
+usage_off = 用量记录已在设置里关闭。 = Usage is not recorded: it is off in the settings.
+usage_estimated = ≈ 表示含估算：上游没有返回 token 数。 = ≈ includes estimates: the provider did not report \
+its tokens.
+usage_cost_hint = 费用按设置里的价格（每百万 token）算出，币种与价格一致。 = Costs come from the prices in the settings \
+(per million tokens), in the same currency.
+usage_no_prices = 在设置里填上价格，就能看到费用。 = Set prices in the settings to see costs here.
+# clients
+clients_model = 模型 = Model | clients_shell = 系统或终端 = System or shell
+clients_key = 把 YOUR_KEY 换成你的客户端密钥，可在这里创建： = Put your client key for YOUR_KEY. Create one under
+clients_no_key = 不需要密钥，里面的占位密钥照抄即可。 = No key is needed: leave the one in there as it is.
+clients_terminal = 在终端里运行 = In a terminal
+clients_window = 只对当前终端窗口有效，请接着在同一个窗口里操作。 = It holds for this terminal window only: start the \
+client in the same one.
+clients_other = 其他程序：填入上面的接口地址、密钥和模型即可。 = Any other program: give it the base URL above, a key \
+and a model.
+"""
 
-#: One script of all parts; each view adds itself to VIEWS, then `start` begins.
-ADMIN_JS = "\n".join(("(() => {", "'use strict';", *(part.strip() for part in (
-    _JS_CORE, _JS_CHARTS, _JS_PLAY, _JS_USAGE, _JS_CLIENTS,
-    _JS_OVERVIEW, _JS_PROVIDERS, _JS_MODELS, _JS_SETTINGS, _JS_KEYS, _JS_LOGS, _JS_GUIDE)), "start();", "})();"))
 
-#: What the page says: key -> (Chinese, English).
-ADMIN_TEXTS: Dict[str, Tuple[str, str]] = {**_TEXTS_CORE, **_TEXTS_VIEWS, **_TEXTS_PLAY}
+@lru_cache(1)
+def page_texts() -> Dict[str, List[str]]:
+    """key -> [Chinese, English]."""
+    lines = [line for line in PAGE_TEXTS.strip().split("\n") if not line.startswith("#")]
+    entries = [entry.split(" = ") for line in lines for entry in line.split(" | ")]
+    return {key: pair for key, *pair in entries}
 
 
-def slim_script(script: str) -> str:
-    """Without indents, empty lines, and comments that fill lines: a tenth of what the page takes on its way."""
+@lru_cache(1)
+def page_script() -> str:
+    """One script of all views; comments that fill lines, and indents, stay here."""
+    parts = (_JS_CORE, _JS_OVERVIEW, _JS_USAGE, _JS_PROVIDERS, _JS_MODELS, _JS_SETTINGS, _JS_KEYS,
+             _JS_LOGS, _JS_CLIENTS, _JS_PLAY)
+    script = "".join(("(() => {\n'use strict';", *parts, "start();\n})();"))
     return re.sub(r"^(?: *(?://.*|/\*\*(?:(?!\*/)[\s\S])*\*/)?\n| +)", "", script, flags=re.M)
 
 
 @lru_cache(1)
 def admin_page() -> Tuple[bytes, str]:
-    """The page with style, texts and script in their places, and its policy, which admits those two blocks alone."""
-    texts = json.dumps(ADMIN_TEXTS, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    code = slim_script(ADMIN_JS)
-    body = ADMIN_HTML.replace("@CSS@", ADMIN_CSS).replace("@TEXTS@", texts).replace("@JS@", code).encode()
-    style, script = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (ADMIN_CSS, code))
-    return body, ("default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
+    """The page, and its policy, which admits its own style and script alone."""
+    texts = json.dumps(page_texts(), ensure_ascii=False, separators=(",", ":"))
+    parts = {"CSS": PAGE_CSS, "JS": page_script(), "TEXTS": texts.replace("</", "<\\/")}
+    body = re.sub("@(CSS|JS|TEXTS)@", lambda found: parts[found.group(1)], PAGE_HTML).encode()
+    style, script = (base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode()
+                     for name in ("CSS", "JS"))
+    return body, ("default-src 'none'; connect-src 'self'; img-src 'self' data:; "
                   f"style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
                   "form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
 
@@ -17656,7 +16670,7 @@ ROUTES.update({f"/admin/api/{path}": {method: Route(run, admin=True) for method,
                for path, methods in _ADMIN_ROUTES.items()})
 ROUTES.update({
     "/admin": {"GET": Route(show_page, public=True)},
-    **{f"/admin/api/play/{name}": {"POST": Route(play, admin=True)} for name in PLAYED},
+    "/admin/api/play/chat": {"POST": Route(play, admin=True)},
     "/admin/api/session": {"GET": Route(show_session, public=True, admin=True),
                            "POST": Route(sign_in, public=True, admin=True), "DELETE": Route(sign_out, admin=True)},
     "/admin/api/password": {"POST": Route(set_password, public=True, admin=True)}})
