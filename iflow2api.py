@@ -332,7 +332,7 @@ RETRY_STATUS = frozenset((408, 409, 425, 429)) | frozenset(range(500, 600))
 
 #: Seconds that the limits of a client key or an address look back: requests a minute, hour and day, tokens a day.
 LIMIT_SPANS = {"rpm": 60, "rph": 3600, "rpd": 86400, "tpd": 86400}
-#: Of these the keys' outlive a restart.
+#: Of these the keys' outlive a restart: the ledger knows what was used.
 LIMITS_A_DAY = ("rpd", "tpd")
 LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "requests a day", "tpd": "tokens a day",
                "concurrency": "requests at once"}
@@ -340,8 +340,8 @@ LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "re
 #: Addresses whose requests are counted; beyond it the one not seen for longest is forgotten.
 ADDRESSES_LIMIT = 10_000
 
-#: Rows of the usage table: names come from clients, so beyond these a day's rest is counted as "other".
-USAGE_ROWS_A_DAY, USAGE_ROWS = 500, 20_000
+#: Rows of the ledger: names come from clients, so beyond these an hour's rest is counted as "other".
+USAGE_ROWS_AN_HOUR, USAGE_ROWS = 500, 20_000
 
 #: The next target of a chain is tried on these; 401 and 403 mean that all keys were refused.
 FALLBACK_STATUS = frozenset((401, 402, 403, 408, 409, 425, 429)) | frozenset(range(500, 600))
@@ -9440,36 +9440,39 @@ class Window:
         return max(0.0, self._marks[-2] + self.span_s - now) if self.used(now) else 0.0
 
 
-class Meter:
-    """What one key or address has used of its limits; `book` keeps those a day of the key `ident` over a restart."""
+#: Seconds since the end of an hour, and the requests and tokens of it.
+Spent = List[Tuple[float, int, int]]
 
-    def __init__(self, name: str, ident: str = "", book: Optional["DayBook"] = None) -> None:
+
+class Meter:
+    """What one key or address has used of its limits; `spent` is what it had used before the start."""
+
+    def __init__(self, name: str, spent: Callable[[], Spent] = list) -> None:
         self.name, self.active = name, 0
-        self._ident, self._book = ident, book
+        self._spent = spent
         self.concurrency = 0
         self.windows: Dict[str, Window] = {}
         self.limits: Mapping[str, int] = {}
 
-    def adopt(self, limits: Mapping[str, int]) -> "Meter":
+    def adopt(self, limits: Mapping[str, int], now: float) -> "Meter":
         """Measure by `limits` from now on; what was used stays used."""
         if limits != self.limits:
             self.limits, self.concurrency = limits, limits.get("concurrency", 0)
-            self.windows = {name: self.windows.get(name) or self._window(name)
+            self.windows = {name: self.windows.get(name) or self._window(name, now)
                             for name in LIMIT_SPANS if name in limits}
             for name, window in self.windows.items():
                 window.limit = limits[name]
         return self
 
-    def _window(self, name: str) -> Window:
-        if self._book is not None and name in LIMITS_A_DAY:
-            return self._book.window(self._ident, name)
-        return Window(LIMIT_SPANS[name], 0)
+    def _window(self, name: str, now: float) -> Window:
+        window = Window(LIMIT_SPANS[name], 0)
+        for ago_s, requests, tokens in self._spent() if name in LIMITS_A_DAY else ():
+            window.put(now - ago_s, requests if name == "rpd" else tokens)
+        return window
 
     def count(self, now: float, name: str, amount: int) -> None:
         if name in self.windows:
-            mark = self.windows[name].add(now, amount)
-            if self._book is not None and name in LIMITS_A_DAY:
-                self._book.note(self._ident, name, mark, amount)
+            self.windows[name].add(now, amount)
 
     def check(self, now: float) -> None:
         """RateLimited where no further request fits in; Codex reads the time out of the text."""
@@ -9501,25 +9504,26 @@ class Meter:
 class RateLimiter:
     """The meters of keys and addresses; of addresses a bounded number, the one not seen for longest goes first.
 
-    `book` is where keys' limits a day are kept over a restart; those of addresses begin anew with it.
+    `spent` tells what a key had used of its day before a restart; those of addresses begin anew with it.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, book: Optional["DayBook"] = None) -> None:
-        self._clock, self._lock, self._book = clock, threading.Lock(), book
+    def __init__(self, clock: Callable[[], float] = time.monotonic,
+                 spent: Callable[[str], Spent] = lambda key: []) -> None:
+        self._clock, self._lock, self._spent = clock, threading.Lock(), spent
         self._keys: Dict[str, Meter] = {}
         self._addresses: Dict[str, Meter] = {}
 
     def of_key(self, key: ClientKey) -> Meter:
         with self._lock:
             if key.name not in self._keys:
-                self._keys[key.name] = Meter(f"the key {key.name}", key.digest.hex()[:16], self._book)
-            return self._keys[key.name].adopt(key.limits)
+                self._keys[key.name] = Meter(f"the key {key.name}", lambda: self._spent(key.name))
+            return self._keys[key.name].adopt(key.limits, self._clock())
 
     def of_address(self, address: str, limits: Mapping[str, int]) -> Meter:
         with self._lock:
             meter = self._addresses.get(address) or Meter("your address")
             remember(self._addresses, address, meter, ADDRESSES_LIMIT)
-            return meter.adopt(limits)
+            return meter.adopt(limits, self._clock())
 
     def used(self, key: ClientKey) -> Dict[str, int]:
         """What a key has used of each of its limits."""
@@ -9565,9 +9569,6 @@ class RateLimiter:
         with self._lock:
             now = self._clock()
             return next((lines for lines in (meter.headers(now) for meter in meters) if lines), [])
-
-
-Labels = Tuple[Tuple[str, str], ...]
 
 
 class ReasoningCache:
@@ -9814,102 +9815,189 @@ class ResponseStore:
             return self._items[owner].get(ident)
 
 
-class Metrics:
-    """Counters for `/metrics` in Prometheus' text format 0.0.4; the number of series is bounded."""
+class Attempt(NamedTuple):
+    """One request to an upstream: where, with which key (masked), and what came of it."""
+    provider: str
+    model: str
+    key: str
+    status: int
+    error: str
+    total_s: float
 
-    #: family -> (type, help)
-    FAMILIES = {
-        "requests_total": ("counter", "Requests answered, by dialect, provider and status."),
-        "tokens_total": ("counter", "Tokens as the upstreams counted them; estimated=\"true\" where they did not."),
-        "upstream_errors_total": ("counter", "Attempts at an upstream that failed, by provider and status."),
-        "request_duration_seconds": ("histogram", "Time to the end of an answer."),
-        "first_token_seconds": ("histogram", "Time to the first byte of an answer.")}
+
+@dataclass
+class Record:
+    """What is noted of one call: for its log line, the metrics, usage and history.  No content."""
+    request_id: str
+    dialect: str
+    model: str
+    stream: bool
+    started: float
+    target: Optional[Target] = None
+    attempts: int = 0
+    status: int = 0
+    first_s: Optional[float] = None
+    total_s: float = 0.0
+    usage: Usage = Usage()
+    error: str = ""
+    key: str = ""                        #: name of the client's key
+    at: float = 0.0                      #: epoch seconds
+    trail: List[Attempt] = field(default_factory=list)
+    spent: bool = False                  #: its tokens are counted against limits
+
+    @property
+    def where(self) -> str:
+        """`provider/model` of the last target, "" where there was none."""
+        return f"{self.target.provider.name}/{self.target.model}" if self.target else ""
+
+    @property
+    def place(self) -> Tuple[str, str]:
+        """Model and provider that were asked last, empty where there was none."""
+        return (self.target.model, self.target.provider.name) if self.target else ("", "")
+
+    def counts(self) -> List[int]:
+        """As LEDGER_COUNTS; a client that leaves is no error."""
+        timed = self.first_s is not None
+        usage = self.usage if self.status == 200 or timed else Usage()
+        return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached,
+                usage.reasoning or 0, int(usage.estimated), int(timed), int((self.first_s or 0.0) * 1000),
+                int(self.total_s * 1000), usage.prompt * usage.estimated, usage.completion * usage.estimated]
+
+    def facts(self) -> Json:
+        """For the history of requests."""
+        usage = self.usage
+        return {"at": self.at, "request_id": self.request_id, "dialect": self.dialect, "model": self.model,
+                "stream": self.stream, "key": self.key, "status": self.status, "error": one_line(self.error),
+                "first_s": self.first_s, "total_s": self.total_s, "input": usage.prompt, "output": usage.completion,
+                "cached": usage.cached, "reasoning": usage.reasoning, "estimated": usage.estimated,
+                "target": self.where, "attempts": [attempt._asdict() for attempt in self.trail]}
+
+    def line(self) -> str:
+        """`model → provider/model 200 first 0.4s total 2.1s in 12 out 340`; `~` marks an estimate."""
+        names = f"{one_line(self.model, 64) or '-'} → {one_line(self.where or '-', 100)}"
+        first = f" first {self.first_s:.2f}s" if self.first_s is not None and self.stream else ""
+        mark = "~" if self.usage.estimated else ""
+        tokens = f" in {mark}{self.usage.prompt} out {mark}{self.usage.completion}" if self.status == 200 else ""
+        tries = f" attempts {self.attempts}" if self.attempts > 1 else ""
+        error = f" ({one_line(self.error, 200)})" if self.error else ""
+        return (f"{self.request_id[4:12]} {names} {self.status}{first} total {self.total_s:.2f}s"
+                f"{tokens}{tries}{error}")
+
+
+Labels = Tuple[Tuple[str, str], ...]
+
+#: A family of metrics: name, type, help and samples: (suffix of the name, labels, value).
+Family = Tuple[str, str, str, Iterable[Tuple[str, Labels, float]]]
+
+
+def prometheus_text(families: Iterable[Family]) -> str:
+    """The text format 0.0.4."""
+    lines: List[str] = []
+    for name, kind, text, samples in families:
+        lines += [f"# HELP iflow2api_{name} {text}", f"# TYPE iflow2api_{name} {kind}"]
+        lines += [f"iflow2api_{name}{suffix}{_labels_text(labels)} {value:.16g}"
+                  for suffix, labels, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+def _labels_text(labels: Labels) -> str:
+    quoted = [name + '="' + one_line(value, 100).replace("\\", "\\\\").replace('"', '\\"') + '"'
+              for name, value in labels]
+    return "{" + ",".join(quoted) + "}" if quoted else ""
+
+
+def add_bounded(table: Dict[Labels, Any], labels: Labels, amount: float) -> None:
+    """Add to a series; beyond METRIC_SERIES_LIMIT of them to one that is called `other`."""
+    if labels not in table and len(table) >= METRIC_SERIES_LIMIT:
+        labels = tuple((name, "other") for name, _ in labels)
+    table[labels] = table.get(labels, 0) + amount
+
+
+class Histogram:
+    """How long something took, for each set of labels."""
     BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
     def __init__(self) -> None:
-        self._values: Dict[str, Dict[Tuple, Any]] = {family: {} for family in self.FAMILIES}
-        self._lock = threading.Lock()
+        self._rows: Dict[Labels, List[float]] = {}       #: a count for each bucket, the sum last
 
-    def count(self, family: str, series: Labels, amount: float = 1) -> None:
-        values = self._values[family]
-        with self._lock:
-            series = self._bounded(values, series)
-            values[series] = values.get(series, 0) + amount
+    def observe(self, labels: Labels, seconds: float) -> None:
+        row = self._rows.get(labels)
+        if row is None:
+            row = self._rows[labels] = [0] * (len(self.BUCKETS) + 1) + [0.0]
+        row[bisect_left(self.BUCKETS, seconds)] += 1
+        row[-1] += seconds
 
-    def observe(self, family: str, series: Labels, value: float) -> None:
-        with self._lock:
-            values = self._values[family]
-            row = values.setdefault(self._bounded(values, series), [0] * (len(self.BUCKETS) + 1) + [0.0])
-            row[bisect_left(self.BUCKETS, value)] += 1
-            row[-1] += value
-
-    @staticmethod
-    def _bounded(values: Dict[Labels, Any], series: Labels) -> Labels:
-        if series in values or len(values) < METRIC_SERIES_LIMIT:
-            return series
-        return tuple((name, "other") for name, _ in series)
-
-    def render(self, gauges: Iterable[Tuple[str, str, Mapping[str, Any], float]]) -> str:
-        """The text; `gauges` are (family, help, labels, value) of the moment."""
-        lines: List[str] = []
-        with self._lock:
-            for family, (kind, text) in self.FAMILIES.items():
-                lines += [f"# HELP iflow2api_{family} {text}", f"# TYPE iflow2api_{family} {kind}"]
-                for series, value in self._values[family].items():
-                    lines += self._histogram(family, series, value) if kind == "histogram" else [
-                        f"iflow2api_{family}{self._labels(series)} {value:.16g}"]
-        seen: Set[str] = set()
-        for family, text, labels, value in gauges:
-            if family not in seen:
-                lines += [f"# HELP iflow2api_{family} {text}", f"# TYPE iflow2api_{family} gauge"]
-                seen.add(family)
-            lines.append(f"iflow2api_{family}{self._labels(tuple(labels.items()))} {value:.16g}")
-        return "\n".join(lines) + "\n"
-
-    def _histogram(self, family: str, series: Labels, row: List[float]) -> Iterator[str]:
-        total = 0
-        for edge, number in zip([*map(str, self.BUCKETS), "+Inf"], row):
-            total += int(number)
-            yield f"iflow2api_{family}_bucket{self._labels(series + (('le', edge),))} {total}"
-        yield f"iflow2api_{family}_sum{self._labels(series)} {row[-1]:.6f}"
-        yield f"iflow2api_{family}_count{self._labels(series)} {total}"
-
-    @staticmethod
-    def _labels(series: Iterable[Tuple[str, Any]]) -> str:
-        quoted = [name + '="' + one_line(value, 100).replace("\\", "\\\\").replace('"', '\\"') + '"'
-                  for name, value in series]
-        return "{" + ",".join(quoted) + "}" if quoted else ""
+    def samples(self) -> Iterator[Tuple[str, Labels, float]]:
+        for labels, row in self._rows.items():
+            total = 0.0
+            for edge, number in zip([*map(str, self.BUCKETS), "+Inf"], row):
+                total += number
+                yield "_bucket", (*labels, ("le", edge)), total
+            yield "_sum", labels, round(row[-1], 6)
+            yield "_count", labels, total
 
 
-#: What is counted of each row of usage; times in milliseconds, `first_ms` over `streams` answers.
+#: What is counted of the calls of a row; times in milliseconds, `first_ms` over `streams` answers.
 USAGE_COUNTS = ("requests", "errors", "input", "output", "cached", "reasoning", "estimated", "streams", "first_ms",
                 "total_ms")
+#: A row's counts: those, and how many of its tokens are an estimate of ours.
+LEDGER_COUNTS = (*USAGE_COUNTS, "input_guessed", "output_guessed")
+#: What a row is about; `hour`: when it began, in epoch seconds.
+LEDGER_NAMES = ("hour", "model", "provider", "key", "dialect", "status")
+#: What usage can be grouped by.
 USAGE_NAMES = ("day", "model", "provider", "key")
 #: Of a name that a client or a file made up so many characters count.
 USAGE_NAME_CHARS = 100
 
-UsageName = Tuple[str, str, str, str]
+LedgerNames = Tuple[int, str, str, str, str, int]
+LedgerRow = Tuple[LedgerNames, List[int]]
 
 
-def parse_usage_line(line: bytes) -> Tuple[UsageName, List[int]]:
-    """A row of usage.jsonl; ValueError."""
+@lru_cache(4096)
+def day_of(at: float) -> str:
+    """The day by this machine's clock, as 2026-01-31."""
+    return time.strftime("%Y-%m-%d", time.localtime(at))
+
+
+@lru_cache(4096)
+def midnight_of(at: float, days: int = 0) -> int:
+    """When its day began, or the day so many days later: mktime knows months and summer time."""
+    year, month, day = time.localtime(at)[:3]
+    return int(time.mktime((year, month, day + days, 0, 0, 0, 0, 0, -1)))
+
+
+def hour_of(at: float) -> int:
+    """When its hour began by this machine's clock."""
+    return int(at) - (int(at) - midnight_of(int(at))) % 3600
+
+
+def parse_ledger_line(line: bytes) -> LedgerRow:
+    """A row of usage.jsonl; ValueError.  An older version wrote rows of a whole `day`, without dialect and status."""
     row = json.loads(line)
-    if not isinstance(row, dict) or not re.fullmatch(r"\d{4}-\d\d-\d\d", str(row.get("day"))):
+    if not isinstance(row, dict):
         raise ValueError("no usage")
-    names = tuple(row.get(name, "") for name in USAGE_NAMES)
-    counts = [row.get(name, 0) for name in USAGE_COUNTS]
-    if any(type(name) is not str for name in names) or any(type(count) is not int or not 0 <= count < 10 ** 15 for count in counts):
+    names = [row.get(name, "") for name in LEDGER_NAMES]
+    if "day" in row:
+        if not isinstance(row["day"], str):
+            raise ValueError("no usage")
+        names[0] = int(time.mktime((*time.strptime(row["day"][:10], "%Y-%m-%d")[:3], 0, 0, 0, 0, 0, -1)))
+        names[5] = 0
+    counts = [row.get(name, 0) for name in LEDGER_COUNTS]
+    if [type(name) for name in names] != [int, str, str, str, str, int] or any(
+            type(count) is not int or not 0 <= count < 10 ** 15 for count in counts):
         raise ValueError("no usage")
-    return tuple(name[:USAGE_NAME_CHARS] for name in names), counts      # type: ignore[return-value]
+    day_of(names[0])                     # raises where there is no such time
+    named = (name[:USAGE_NAME_CHARS] if isinstance(name, str) else name for name in names)
+    return tuple(named), counts          # type: ignore[return-value]
 
 
-def format_usage_line(names: UsageName, counts: Sequence[int]) -> bytes:
-    row: Json = dict(zip(USAGE_NAMES, names))
-    row.update((name, count) for name, count in zip(USAGE_COUNTS, counts) if count)
+def format_ledger_line(names: LedgerNames, counts: Sequence[int]) -> bytes:
+    row: Json = dict(zip(LEDGER_NAMES, names))
+    row.update((name, count) for name, count in zip(LEDGER_COUNTS, counts) if count)
     return dump_json(row) + b"\n"
 
 
-class LineFile:
+class Journal:
     """What is counted, kept in a file of JSON lines where there is a folder.
 
     Each count appends a line in one write, so that a process that is killed loses none and another one's lines stay
@@ -9919,10 +10007,9 @@ class LineFile:
     """
     COMPACT_LINES = 2000
     GATHER_S = 0.05                      #: how long a line may wait for others
-    WHAT = ""                            #: what is counted, in words
 
-    def __init__(self, path: str) -> None:
-        self.path, self.log = path, log
+    def __init__(self, path: str, log: logging.Logger = log) -> None:
+        self.path, self._log = path, log
         self.problems: List[str] = []
         self._handle, self._lines, self._needed, self._loaded = -1, 0, 0, not path
         self._waiting: List[bytes] = []
@@ -9933,11 +10020,8 @@ class LineFile:
         """Count what a line says; ValueError where it makes no sense."""
         raise NotImplementedError
 
-    def _reread(self) -> None:
-        """Before the file is written anew: take in what another process appended."""
-
-    def _compacted(self) -> Iterable[bytes]:
-        """The lines that say it all."""
+    def _reread(self) -> Iterable[bytes]:
+        """The lines that say it all, with what another process appended."""
         raise NotImplementedError
 
     def load(self) -> None:
@@ -9965,12 +10049,12 @@ class LineFile:
             return
         try:
             self._take(line)
-        except (ValueError, TypeError, OverflowError, RecursionError):
+        except (ValueError, TypeError, OverflowError, RecursionError, OSError):
             if len(self.problems) < 5:
-                self.problems.append(f"{self.path}: line {number} is no {self.WHAT} and does not count")
+                self.problems.append(f"{self.path}: line {number} is no usage and does not count")
 
     def _give_up(self, exc: OSError) -> None:
-        self.problems.append(f"{self.path}: {exc.strerror or exc} ({self.WHAT} is counted in memory only)")
+        self.problems.append(f"{self.path}: {exc.strerror or exc} (usage is counted in memory only)")
         self.path = ""
 
     def _append(self, line: bytes, waits: bool = False) -> None:
@@ -10004,12 +10088,13 @@ class LineFile:
                 self._compact()
         except OSError as exc:
             self._give_up(exc)
-            self.log.warning("%s", self.problems[-1])
+            self._log.warning("%s", self.problems[-1])
 
     def _open(self) -> None:
         self._shut()
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        self._handle = os.open(self.path, flags, 0o600)
         size = os.lseek(self._handle, 0, os.SEEK_END)
         os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
         if size and os.read(self._handle, 1) != b"\n":           # end the line that a kill has torn
@@ -10018,8 +10103,7 @@ class LineFile:
     def _compact(self) -> None:
         """Write each line that is needed once."""
         self._shut()
-        self._reread()
-        lines = list(self._compacted())
+        lines = list(self._reread())
         write_file(self.path, b"".join(lines))
         self._lines = self._needed = len(lines)
 
@@ -10037,121 +10121,98 @@ class LineFile:
             self._shut()
 
 
-class DayBook(LineFile):
-    """What keys have used of their limits a day: lines of [key's id, limit, epoch seconds of the mark, amount].
+class Ledger(Journal):
+    """Every finished call, counted once, in a row of its hour, model, provider, key, dialect and status.
 
-    The windows are the meters' own; a second server on the same file counts for itself.
+    Usage, the chart, /metrics and the limits a day read it.  Of days that are over a row loses hour, dialect and
+    status.  Names come from clients: those beyond what an hour may hold are counted together as `other`.
     """
-    WHAT = "limit a day"
+    HOURS_KEPT = 48
 
-    def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic,
-                 now: Callable[[], float] = time.time) -> None:
-        super().__init__(path)
-        self._clock, self._now = clock, now
-        self._windows: Dict[Tuple[str, str], Window] = {}
+    def __init__(self, path: str = "", now: Callable[[], float] = time.time, log: logging.Logger = log) -> None:
+        super().__init__(path, log)
+        self._now, self._days, self._hour = now, 92, 0
+        self._rows: Dict[LedgerNames, List[int]] = {}
+        self._an_hour: Counter[int] = Counter()          #: rows of each hour
+        self._faded: Dict[Tuple[str, str, int], List[int]] = {}  #: counts of rows that are no more, for /metrics
+        self._failures: Dict[Labels, int] = {}
+        self._took, self._first = Histogram(), Histogram()
 
-    def window(self, ident: str, name: str) -> Window:
-        """The window of a key's limit, with what was used before a restart."""
+    # counting
+
+    def add(self, record: Record, days: int = 92, waits: bool = False, writes: bool = True) -> None:
+        """Count a finished call; `days` is how long rows are kept.
+
+        `waits`: others are about to be counted as well; `writes` False: for this run only.
+        """
+        model, provider = record.place
+        counts, labels = record.counts(), (("dialect", record.dialect), ("provider", provider))
         with self._lock:
             self._load()
-            return self._windows.setdefault((ident, name), Window(LIMIT_SPANS[name], 0))
-
-    def note(self, ident: str, name: str, mark: float, amount: int) -> None:
-        with self._lock:
-            self._append(self._line(ident, name, mark, amount))
-
-    def _line(self, ident: str, name: str, mark: float, amount: int) -> bytes:
-        at = int(mark - self._clock() + self._now() + 0.999)
-        return dump_json([ident, name, at, amount]) + b"\n"
-
-    def _take(self, line: bytes) -> None:
-        ident, name, at, amount = json.loads(line)
-        if name not in LIMITS_A_DAY or [type(ident), type(at), type(amount)] != [str, int, int] or amount < 0:
-            raise ValueError
-        span_s = LIMIT_SPANS[name]
-        ago_s = max(self._now() - at, -span_s / 20)      # a clock that was put back must not lock a key out for years
-        if ago_s < span_s:
-            self._windows.setdefault((ident, name), Window(span_s, 0)).put(self._clock() - ago_s, amount)
-
-    def _compacted(self) -> Iterator[bytes]:
-        now = self._clock()
-        for (ident, name), window in self._windows.items():
-            window.used(now)
-            for mark, amount in window.marks():
-                yield self._line(ident, name, mark, amount)
-
-
-class UsageBook(LineFile):
-    """What was used, by day, model, provider and key."""
-    WHAT = "usage"
-
-    def __init__(self, path: str = "", now: Callable[[], float] = time.time) -> None:
-        super().__init__(path)
-        self._now, self._days = now, 92
-        self._rows: Dict[UsageName, List[int]] = {}
-        self._a_day: Counter[str] = Counter()            #: rows of each day
-        self._day: Tuple[float, str] = (0.0, "")
-
-    def today(self) -> str:
-        """The day by this machine's clock; looked up once a minute."""
-        now = self._now()
-        if not 0 <= now - self._day[0] < 60:
-            self._day = (now - now % 60, time.strftime("%Y-%m-%d", time.localtime(now)))
-        return self._day[1]
+            now = self._now()
+            if not 0 <= now - self._hour < 3600:
+                self._hour, self._days = hour_of(now), days
+                self._forget()
+            names = self._sum((self._hour, model[:USAGE_NAME_CHARS], provider, record.key, record.dialect,
+                               record.status), counts)
+            self._needed = len(self._rows)
+            self._took.observe(labels, record.total_s)
+            if record.first_s is not None:
+                self._first.observe(labels, record.first_s)
+            for attempt in record.trail:
+                if attempt.status != 200:
+                    failed = (("provider", attempt.provider), ("status", str(attempt.status)))
+                    add_bounded(self._failures, failed, 1)
+            if writes:
+                self._append(format_ledger_line(names, counts), waits)
 
     def _take(self, line: bytes) -> None:
-        self._sum(*parse_usage_line(line))
+        self._sum(*parse_ledger_line(line))
 
-    def _sum(self, names: UsageName, counts: Sequence[int]) -> UsageName:
-        """Add to a row; names beyond what a day or the table may hold are `other`."""
+    def _sum(self, names: LedgerNames, counts: Sequence[int]) -> LedgerNames:
+        """Add to a row, and return which."""
         row = self._rows.get(names)
-        if row is None and (self._a_day[names[0]] >= USAGE_ROWS_A_DAY or len(self._rows) >= USAGE_ROWS):
-            names = (names[0], "other", "other", "other")
+        if row is None and (self._an_hour[names[0]] >= USAGE_ROWS_AN_HOUR or len(self._rows) >= USAGE_ROWS):
+            names = (names[0], "other", "other", "other", *names[4:])
             row = self._rows.get(names)
         if row is None:
-            row = self._rows[names] = [0] * len(USAGE_COUNTS)
-            self._a_day[names[0]] += 1
+            row = self._rows[names] = [0] * len(LEDGER_COUNTS)
+            self._an_hour[names[0]] += 1
         for at, count in enumerate(counts):
             row[at] += count
         return names
 
-    def add(self, model: str, provider: str, key: str, counts: Sequence[int], days: int, waits: bool = False) -> None:
-        """Count one request; `days` is how long rows are kept, `waits`: others are about to be counted as well."""
-        with self._lock:
-            self._load()
-            day, self._days = self.today(), days
-            if day not in self._a_day:
-                self._forget(days)
-            names = self._sum((day, model[:100], provider, key), counts)
-            self._needed = len(self._rows)
-            self._append(format_usage_line(names, counts), waits)
+    def _forget(self) -> None:
+        """Drop what is older than the days kept, and sum the hours of days that are over."""
+        now = self._now()
+        fine = now - self.HOURS_KEPT * 3600
+        oldest = min(fine, midnight_of(int(now), 1 - self._days))
+        rows, self._rows, self._an_hour = self._rows, {}, Counter()
+        for names, counts in rows.items():
+            hour, *whose, dialect, status = names
+            if hour < fine and dialect:
+                faded = self._faded.setdefault((dialect, names[2], status), [0] * len(LEDGER_COUNTS))
+                faded[:] = map(int.__add__, faded, counts)
+                names = (midnight_of(hour), *whose, "", 0)       # type: ignore[assignment]
+            if hour >= oldest:
+                self._sum(names, counts)
 
-    def _reread(self) -> None:
-        self._rows, self._a_day, self._lines, self._loaded, self.problems = {}, Counter(), 0, False, []
+    def _reread(self) -> Iterator[bytes]:
+        self._rows, self._an_hour, self._lines, self._loaded, self.problems = {}, Counter(), 0, False, []
         self._load()
-
-    def _compacted(self) -> Iterator[bytes]:
-        self._forget(self._days)
+        self._forget()
         for names, counts in sorted(self._rows.items()):
-            yield format_usage_line(names, counts)
+            yield format_ledger_line(names, counts)
 
-    def _oldest(self, days: int) -> str:
-        """The first of the last `days`, from noon: with daylight saving a day has 23 or 25 hours."""
-        noon = time.mktime((*time.localtime(self._now())[:3], 12, 0, 0, 0, 0, -1))
-        return time.strftime("%Y-%m-%d", time.localtime(noon - (days - 1) * 86400))
-
-    def _forget(self, days: int) -> None:
-        oldest = self._oldest(days)
-        self._rows = {names: counts for names, counts in self._rows.items() if names[0] >= oldest}
-        self._a_day = Counter(names[0] for names in self._rows)
+    # reading
 
     @property
     def is_empty(self) -> bool:
         return not self._rows
 
-    def rows(self, days: int) -> List[Tuple[UsageName, List[int]]]:
+    def rows(self, days: int) -> List[LedgerRow]:
         """The rows of the last `days`."""
-        oldest = self._oldest(days)
+        oldest = midnight_of(int(self._now()), 1 - days)
         with self._lock:
             self._load()
             return [(names, list(counts)) for names, counts in self._rows.items() if names[0] >= oldest]
@@ -10160,13 +10221,71 @@ class UsageBook(LineFile):
         """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost` by the prices."""
         found: Dict[str, Json] = {}
         for names, counts in self.rows(days):
-            name = names[USAGE_NAMES.index(by)]
+            name = (day_of(names[0]), *names[1:])[USAGE_NAMES.index(by)]
             total = found.setdefault(name, {by: name, **dict.fromkeys(USAGE_COUNTS, 0), "cost": None})
             for field_name, count in zip(USAGE_COUNTS, counts):
                 total[field_name] += count
             cost = cost_of(names[1], names[2], dict(zip(USAGE_COUNTS, counts)), prices)
             total["cost"] = total["cost"] if cost is None else (total["cost"] or 0) + cost
         return sorted(found.values(), key=lambda row: (-row["input"] - row["output"], row[by]))
+
+    def steps(self, span: str) -> List[Tuple[int, List[LedgerRow]]]:
+        """The hours of the last `day` or the days of the last `month`: when each began, and its rows."""
+        now = self._now()
+        if span == "month":
+            found: Dict[int, List[LedgerRow]] = {midnight_of(int(now), back): [] for back in range(-29, 1)}
+            for names, counts in self.rows(30):
+                found.get(midnight_of(names[0]), []).append((names, counts))
+        else:
+            hour = hour_of(now)
+            found = {at: [] for at in range(hour - 23 * 3600, hour + 1, 3600)}
+            for names, counts in self.rows(2):
+                if names[4]:             # what an older version wrote has no hour
+                    found.get(names[0], []).append((names, counts))
+        return list(found.items())
+
+    def spent(self, key: str) -> List[Tuple[float, int, int]]:
+        """What a key's calls of the last day came to: seconds since the end of each hour, requests, tokens."""
+        now = self._now()
+        sums: Dict[int, List[int]] = {}
+        for (hour, _, _, name, *_), counts in self.rows(2):
+            if name == key and hour > now - 90_000:
+                row = sums.setdefault(hour, [0, 0])
+                row[0] += counts[0]
+                row[1] += counts[2] + counts[3]
+        return [(max(0.0, now - hour - 3600), *sums[hour]) for hour in sorted(sums)]
+
+    def families(self) -> List[Family]:
+        """Counters and histograms for /metrics."""
+        requests: Dict[Labels, int] = {}
+        tokens: Dict[Labels, int] = {}
+        with self._lock:
+            self._load()
+            sums = [*self._faded.items(), *(((names[4], names[2], names[5]), counts)
+                                            for names, counts in self._rows.items() if names[4])]
+            for (dialect, provider, status), counts in sums:
+                labels = (("dialect", dialect), ("provider", provider), ("status", str(status)))
+                add_bounded(requests, labels, counts[0])
+                for direction, whole, guessed in (("in", counts[2], counts[-2]), ("out", counts[3], counts[-1])):
+                    for mark, amount in (("false", whole - guessed), ("true", guessed)):
+                        if status == 200 and amount:
+                            add_bounded(tokens, (("direction", direction), ("provider", provider),
+                                                 ("estimated", mark)), amount)
+            return [
+                ("requests_total", "counter", "Requests answered, by dialect, provider and status.",
+                 _samples_of(requests)),
+                ("tokens_total", "counter",
+                 'Tokens as the upstreams counted them; estimated="true" where they did not.', _samples_of(tokens)),
+                ("upstream_errors_total", "counter",
+                 "Attempts at an upstream that failed, by provider and status.", _samples_of(self._failures)),
+                ("request_duration_seconds", "histogram", "Time to the end of an answer.",
+                 list(self._took.samples())),
+                ("first_token_seconds", "histogram", "Time to the first byte of an answer.",
+                 list(self._first.samples()))]
+
+
+def _samples_of(values: Mapping[Labels, float]) -> List[Tuple[str, Labels, float]]:
+    return [("", labels, value) for labels, value in values.items()]
 
 
 def cost_of(model: str, provider: str, counts: Mapping[str, int],
@@ -10179,46 +10298,6 @@ def cost_of(model: str, provider: str, counts: Mapping[str, int],
             return ((counts["input"] - cached) * full + cached * price.get("cached", full)
                     + counts["output"] * price.get("output", 0)) / 1e6
     return None
-
-
-class Series:
-    """Requests, errors and tokens of the last hour by minute and of the last day by hour.
-
-    Names come from clients: in each step those beyond GROUPS are counted together.
-    """
-    #: span -> seconds of a step, number of steps
-    SPANS = {"hour": (60, 60), "day": (3600, 24)}
-    COUNTS = ("requests", "errors", "input", "output")
-    GROUPS, OTHER = 64, "…"
-
-    def __init__(self, now: Callable[[], float] = time.time) -> None:
-        self._now, self._lock = now, threading.Lock()
-        self._steps: Dict[str, Dict[int, Dict[Tuple[str, ...], List[int]]]] = {span: {} for span in self.SPANS}
-
-    def add(self, model: str, provider: str, key: str, counts: Sequence[int]) -> None:
-        """Count a request; `counts` begin with COUNTS."""
-        now = self._now()
-        with self._lock:
-            for span, (step_s, number) in self.SPANS.items():
-                at, steps = int(now // step_s * step_s), self._steps[span]
-                if at not in steps:
-                    kept = range(at - step_s * number + 1, at)       # a clock that was put back keeps nothing
-                    steps = self._steps[span] = {old: rows for old, rows in steps.items() if old in kept}
-                    steps[at] = {}
-                names = (model, provider, key)
-                if names not in steps[at] and len(steps[at]) >= self.GROUPS:
-                    names = (self.OTHER,) * 3
-                row = steps[at].setdefault(names, [0] * len(self.COUNTS))
-                for place in range(len(row)):
-                    row[place] += counts[place]
-
-    def steps(self, span: str) -> List[Tuple[int, List[Tuple[Tuple[str, ...], List[int]]]]]:
-        """Every step of a span, the oldest first: its beginning, and rows of (model, provider, key) and COUNTS."""
-        step_s, number = self.SPANS[span]
-        last = int(self._now() // step_s * step_s)
-        with self._lock:
-            return [(at, [(names, list(row)) for names, row in self._steps[span].get(at, {}).items()])
-                    for at in range(last - step_s * (number - 1), last + 1, step_s)]
 
 
 class Ring:
@@ -10534,70 +10613,6 @@ def parse_model_list(data: bytes) -> List[str]:
     return [name for name in names if isinstance(name, str) and name]
 
 
-class Attempt(NamedTuple):
-    """One request to an upstream: where, with which key (masked), and what came of it."""
-    provider: str
-    model: str
-    key: str
-    status: int
-    error: str
-    total_s: float
-
-
-@dataclass
-class Record:
-    """What is noted of one call: for its log line, the metrics, usage and history.  No content."""
-    request_id: str
-    dialect: str
-    model: str
-    stream: bool
-    started: float
-    target: Optional[Target] = None
-    attempts: int = 0
-    status: int = 0
-    first_s: Optional[float] = None
-    total_s: float = 0.0
-    usage: Usage = Usage()
-    error: str = ""
-    key: str = ""                        #: name of the client's key
-    at: float = 0.0                      #: epoch seconds
-    trail: List[Attempt] = field(default_factory=list)
-    spent: bool = False                  #: its tokens are counted against limits
-
-    @property
-    def where(self) -> str:
-        """`provider/model` of the last target, "" where there was none."""
-        return f"{self.target.provider.name}/{self.target.model}" if self.target else ""
-
-    def counts(self) -> List[int]:
-        """As USAGE_COUNTS; a client that leaves is no error."""
-        timed = self.first_s is not None
-        usage = self.usage if self.status == 200 or timed else Usage()
-        return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached,
-                usage.reasoning or 0, int(usage.estimated), int(timed), int((self.first_s or 0.0) * 1000),
-                int(self.total_s * 1000)]
-
-    def facts(self) -> Json:
-        """For the history of requests."""
-        usage = self.usage
-        return {"at": self.at, "request_id": self.request_id, "dialect": self.dialect, "model": self.model,
-                "stream": self.stream, "key": self.key, "status": self.status, "error": one_line(self.error),
-                "first_s": self.first_s, "total_s": self.total_s, "input": usage.prompt, "output": usage.completion,
-                "cached": usage.cached, "reasoning": usage.reasoning, "estimated": usage.estimated,
-                "target": self.where, "attempts": [attempt._asdict() for attempt in self.trail]}
-
-    def line(self) -> str:
-        """`model → provider/model 200 first 0.4s total 2.1s in 12 out 340`; `~` marks an estimate."""
-        names = f"{one_line(self.model, 64) or '-'} → {one_line(self.where or '-', 100)}"
-        first = f" first {self.first_s:.2f}s" if self.first_s is not None and self.stream else ""
-        mark = "~" if self.usage.estimated else ""
-        tokens = f" in {mark}{self.usage.prompt} out {mark}{self.usage.completion}" if self.status == 200 else ""
-        tries = f" attempts {self.attempts}" if self.attempts > 1 else ""
-        error = f" ({one_line(self.error, 200)})" if self.error else ""
-        return (f"{self.request_id[4:12]} {names} {self.status}{first} total {self.total_s:.2f}s"
-                f"{tokens}{tries}{error}")
-
-
 class AnswerSink(Caller):
     """Where an answer goes.  The HTTP section writes it to a socket."""
     began = False                        #: something of the answer was sent: no other target may be tried any more
@@ -10893,8 +10908,6 @@ class Journey:
                 except UpstreamError as exc:
                     self.record.trail.append(Attempt(provider.name, target.model, mask(key), exc.status,
                                                      one_line(exc.message), time.monotonic() - started))
-                    self.gateway.metrics.count("upstream_errors_total",
-                                               (("provider", provider.name), ("status", str(exc.status))))
                     if exc.status in KEY_STATUS and not self.sink.began:
                         rest_s = REFUSED_KEY_REST_S if exc.status != 429 else min(
                             exc.retry_after_s or LIMITED_KEY_REST_S, LONGEST_REST_S)
@@ -11109,7 +11122,7 @@ class Gateway:
         self.environ = os.environ if environ is None else environ
         self.live = Live()
         self.log.addHandler(self.live.log_handler)
-        self.upstream, self.metrics = Upstream(), Metrics()
+        self.upstream = Upstream()
         self.reasoning, self.conversations = ReasoningCache(), Conversations()
         self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "",
                                 log=self.log)
@@ -11126,11 +11139,8 @@ class Gateway:
         self.config_broken = False
         self.clock, self.pause = clock, pause
         folder = config.folder if config is not None else ""
-        self.limits = DayBook(folder and os.path.join(folder, "limits.jsonl"), clock)
-        self.limiter = RateLimiter(clock, self.limits)
-        self.usage = UsageBook(folder and os.path.join(folder, "usage.jsonl"))
-        self.limits.log = self.usage.log = self.log
-        self.series = Series()
+        self.ledger = Ledger(folder and os.path.join(folder, "usage.jsonl"), log=self.log)
+        self.limiter = RateLimiter(clock, self.ledger.spent)
         self.sessions = Sessions(lambda: self.settings.admin_password, clock)
         #: called whenever settings have been taken over
         self.listeners: List[Callable[[], None]] = [self.live.ring]
@@ -11218,7 +11228,7 @@ class Gateway:
         self.origins = loaded.origins
         self.apply(loaded.settings)
         problems = broken + loaded.problems + self.state.router.problems + self._idle_patterns()
-        problems += self.usage.problems + self.limits.problems
+        problems += self.ledger.problems
         problems += proxy_problems(loaded.settings, self.state.router.providers.values())
         for problem in problems:
             if problem not in self.problems:
@@ -11407,23 +11417,10 @@ class Gateway:
 
     def note(self, record: Record) -> None:
         """What came of a call: for usage, metrics, the page and the log."""
-        settings = self.settings
-        counts, target = record.counts(), record.target
-        model, provider = (target.model[:100], target.provider.name) if target else ("", "")
-        if settings.usage:
-            self.usage.add(model, provider, record.key, counts, settings.usage_days, self.in_flight > 1)
-        self.series.add(model, provider, record.key, counts)
+        settings, door = self.state.settings, self.state.door
+        self.ledger.add(record, settings.usage_days, self.in_flight > 1, settings.usage or door.limited)
         self.live.requests.add(record)
         self.live.ring()
-        labels = (("dialect", record.dialect), ("provider", provider))
-        self.metrics.count("requests_total", (*labels, ("status", str(record.status))))
-        self.metrics.observe("request_duration_seconds", labels, record.total_s)
-        if record.first_s is not None:
-            self.metrics.observe("first_token_seconds", labels, record.first_s)
-        if record.status == 200:
-            source = (("provider", provider), ("estimated", str(record.usage.estimated).lower()))
-            self.metrics.count("tokens_total", (("direction", "in"), *source), record.usage.prompt)
-            self.metrics.count("tokens_total", (("direction", "out"), *source), record.usage.completion)
         if self.log.isEnabledFor(logging.INFO):
             self.log.info("%s", record.line())
 
@@ -11616,22 +11613,25 @@ class Gateway:
         return iflow is not None and not iflow.problem and bool(iflow.api_keys)
 
     def metrics_text(self) -> str:
-        gauges: List[Tuple[str, str, Mapping[str, Any], float]] = [
-            ("info", "The program.", {"version": __version__}, 1),
-            ("start_time_seconds", "When it started.", {}, self.started_at),
-            ("in_flight", "Requests being answered.", {}, self.in_flight)]
+        """The body of /metrics."""
         slots = list(self.slots.items())                 # a reload may add some meanwhile
-        gauges += [("upstream_active", "Requests at an upstream.", {"provider": name}, its.active)
-                   for name, its in slots]
-        gauges += [("upstream_waiting", "Requests queued for an upstream.", {"provider": name}, its.waiting)
-                   for name, its in slots]
-        gauges += [("keys_resting", "Keys put to rest.", {"provider": name}, ring.resting)
-                   for name, ring in list(self.rings.items())]
-        gauges += [("upstream_rested",
-                    "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
-                    {"provider": name}, {"closed": 0, "half-open": 0.5, "open": 1}[circuit.state])
-                   for name, circuit in list(self.circuits.items())]
-        return self.metrics.render(gauges + self._login_gauges())
+        rested = {"closed": 0, "half-open": 0.5, "open": 1}
+        gauges = [
+            ("info", "The program.", [("version", __version__, 1)]),
+            ("start_time_seconds", "When it started.", [("", "", self.started_at)]),
+            ("in_flight", "Requests being answered.", [("", "", self.in_flight)]),
+            ("upstream_active", "Requests at an upstream.",
+             [("provider", name, its.active) for name, its in slots]),
+            ("upstream_waiting", "Requests queued for an upstream.",
+             [("provider", name, its.waiting) for name, its in slots]),
+            ("keys_resting", "Keys put to rest.",
+             [("provider", name, ring.resting) for name, ring in list(self.rings.items())]),
+            ("upstream_rested", "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
+             [("provider", name, rested[circuit.state]) for name, circuit in list(self.circuits.items())]),
+            *self._login_gauges()]
+        return prometheus_text([*self.ledger.families(), *(
+            (name, "gauge", text, [("", ((label, of),) if label else (), value) for label, of, value in samples])
+            for name, text, samples in gauges if samples)])
 
     def login_report(self) -> Dict[str, Json]:
         """Refresher.report for the logins in force."""
@@ -11639,18 +11639,17 @@ class Gateway:
         in_force = {DEFAULT_ACCOUNT: self._login, **accounts} if "providers" not in self.flags else {}
         return self.logins.refresher.report(in_force)
 
-    def _login_gauges(self) -> List[Tuple[str, str, Mapping[str, Any], float]]:
-        gauges: List[Tuple[str, str, Mapping[str, Any], float]] = []
+    def _login_gauges(self) -> Iterator[Tuple[str, str, List[Tuple[str, str, float]]]]:
         report = self.login_report()
-        for family, text, name in (("login_expires_at_seconds", "When a login has to be refreshed.", "expires_at"),
-                                   ("login_refreshed_at_seconds", "When a refresh was last tried.", "refreshed_at"),
-                                   ("login_refresh_ok", "Whether the last refresh worked.", "refresh_ok"),
-                                   ("login_ended", "Whether only a new login helps.", "ended")):
-            for account, login in report.items():
-                value = parse_time(login[name]) if name.endswith("_at") else login[name]
-                if value is not None:
-                    gauges.append((family, text, {"account": account}, float(value)))
-        return gauges
+        for family, text, name in (
+                ("login_expires_at_seconds", "When a login has to be refreshed.", "expires_at"),
+                ("login_refreshed_at_seconds", "When a refresh was last tried.", "refreshed_at"),
+                ("login_refresh_ok", "Whether the last refresh worked.", "refresh_ok"),
+                ("login_ended", "Whether only a new login helps.", "ended")):
+            values = {account: parse_time(login[name]) if name.endswith("_at") else login[name]
+                      for account, login in report.items()}
+            yield family, text, [("account", account, float(value))
+                                 for account, value in values.items() if value is not None]
 
     def close(self) -> None:
         log.removeHandler(self.live.log_handler)
@@ -11658,9 +11657,8 @@ class Gateway:
             self._watch.close()
         self.logins.close()
         self.upstream.close()
-        self.usage.close()
+        self.ledger.close()
         self.scale.close()
-        self.limits.close()
 
 
 # --- trying a provider ---------------------------------------------------------
@@ -12807,12 +12805,10 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
     """
     prepare_process()
     settings = gateway.settings
-    books: List[LineFile] = [gateway.usage, gateway.limits] if settings.usage else [gateway.limits]
-    for book in books:
-        book.load()                      # now, so that what is wrong with the file is said at the start
-        for problem in book.problems:
-            gateway.problems += [problem] if problem not in gateway.problems else []
-            gateway.log.warning("%s", one_line(problem, 500))
+    gateway.ledger.load()                # now, so that what is wrong with the file is said at the start
+    for problem in gateway.ledger.problems:
+        gateway.problems += [problem] if problem not in gateway.problems else []
+        gateway.log.warning("%s", one_line(problem, 500))
     return Server(gateway, settings.host if host is None else host, settings.port if port is None else port)
 
 
@@ -13160,11 +13156,14 @@ def limits_of(gateway: Gateway) -> List[Json]:
     return rows
 
 
+#: What the chart and today's figures show of a row.
+SERIES_COUNTS = USAGE_COUNTS[:4]
+
+
 def today_of(gateway: Gateway) -> Json:
-    """Requests, errors and tokens since midnight, or of the last day where usage is not kept."""
-    rows = [counts for _, counts in gateway.usage.rows(1)] if gateway.settings.usage else [
-        counts for _, step in gateway.series.steps("day") for _, counts in step]
-    return {name: sum(row[place] for row in rows) for place, name in enumerate(Series.COUNTS)}
+    """Requests, errors and tokens since midnight."""
+    rows = [counts for _, counts in gateway.ledger.rows(1)]
+    return {name: sum(row[place] for row in rows) for place, name in enumerate(SERIES_COUNTS)}
 
 
 def next_step(gateway: Gateway) -> str:
@@ -13174,7 +13173,7 @@ def next_step(gateway: Gateway) -> str:
         return "login_or_provider"
     if not router.default_model and not router.aliases:
         return "models"
-    return "" if gateway.live.requests.count or not gateway.usage.is_empty else "client"
+    return "" if gateway.live.requests.count or not gateway.ledger.is_empty else "client"
 
 
 def overview_of(server: Server) -> Json:
@@ -13201,47 +13200,33 @@ def show_series(handler: Handler) -> None:
     """GET /admin/api/series: what each model used in each hour of the last day or day of the last month."""
     gateway = handler.server.gateway
     span = choice_in(query_of(handler), "span", ("day", "month"))
-    steps = month_of(gateway) if span == "month" else gateway.series.steps(span)
+    steps = gateway.ledger.steps(span)
     totals: Dict[str, int] = {}
     for _, rows in steps:
-        for (model, *_), counts in rows:
-            totals[model] = totals.get(model, 0) + sum(counts)
+        for (_, model, *_), counts in rows:
+            totals[model] = totals.get(model, 0) + sum(counts[:len(SERIES_COUNTS)])
     shown = sorted(totals, key=lambda name: -totals[name])[:CHART_GROUPS]
     points = []
     for at, rows in steps:
         groups: Dict[str, Json] = {}
-        for (model, *_), counts in rows:
-            row = groups.setdefault(model if model in shown else Series.OTHER,
-                                    dict.fromkeys(Series.COUNTS, 0))
-            for field_name, count in zip(Series.COUNTS, counts):
+        for (_, model, *_), counts in rows:
+            row = groups.setdefault(model if model in shown else "…", dict.fromkeys(SERIES_COUNTS, 0))
+            for field_name, count in zip(SERIES_COUNTS, counts):
                 row[field_name] += count
         points.append({"at": at, "groups": groups})
     handler.respond_json({"span": span, "points": points})
 
 
-def month_of(gateway: Gateway, days: int = 30) -> List[Tuple[int, List[Tuple[Tuple[str, ...], List[int]]]]]:
-    """Like Series.steps, a step for each of the last days; the book's names are day, model, provider, key."""
-    today = time.localtime()
-    steps: Dict[str, Tuple[int, List[Any]]] = {}
-    for back in range(days - 1, -1, -1):                 # mktime knows what the 0th of a month is, and summer time
-        at = int(time.mktime((today.tm_year, today.tm_mon, today.tm_mday - back, 0, 0, 0, 0, 0, -1)))
-        steps[time.strftime("%Y-%m-%d", time.localtime(at))] = (at, [])
-    for names, counts in gateway.usage.rows(days):
-        if names[0] in steps:
-            steps[names[0]][1].append((names[1:], counts))
-    return list(steps.values())
-
-
 def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
-    """By what, of how many days, and the rows of UsageBook.report, days in their order."""
+    """By what, of how many days, and the rows of Ledger.report, days in their order."""
     query, gateway = query_of(handler), handler.server.gateway
     by, days = choice_in(query, "by", ("model", "provider", "key", "day")), number_in(query, "days", 30, 3660)
-    rows = gateway.usage.report(by, days, gateway.settings.prices)
+    rows = gateway.ledger.report(by, days, gateway.settings.prices)
     return by, days, sorted(rows, key=lambda row: row["day"]) if by == "day" else rows
 
 
 def told_usage(name: str, row: Mapping[str, Any]) -> Json:
-    """A row of UsageBook.report for the page; times are averages in seconds, null where there are none."""
+    """A row of Ledger.report for the page; times are averages in seconds, null where there are none."""
     counts = {count: row[count] for count in USAGE_COUNTS if count not in ("streams", "first_ms", "total_ms")}
     return {"name": name, **counts, "first_s": row["first_ms"] / row["streams"] / 1000 if row["streams"] else None,
             "total_s": row["total_ms"] / row["requests"] / 1000 if row["requests"] else None,
@@ -18254,7 +18239,7 @@ def _key_remove(args: Any) -> int:
 
 def _key_list(args: Any) -> int:
     gateway = _gateway_of(args)
-    used = {row["key"]: row for row in gateway.usage.report("key", 1, {})}
+    used = {row["key"]: row for row in gateway.ledger.report("key", 1, {})}
     for key in gateway.state.door.keys:
         row = used.get(key.name)
         facts = [f"{limit} {LIMIT_WORDS[name]}" for name, limit in key.limits.items()]
@@ -18275,8 +18260,8 @@ def cmd_usage(args: Any) -> int:
     gateway = _gateway_of(args)
     if not re.fullmatch(r"[1-9]\d{0,3}", args.days):
         raise UsageError(f"--days {args.days}: a whole number from 1 to 9999 expected")
-    rows = gateway.usage.report(args.by, int(args.days), gateway.settings.prices)
-    _say_problems(gateway.usage.problems)
+    rows = gateway.ledger.report(args.by, int(args.days), gateway.settings.prices)
+    _say_problems(gateway.ledger.problems)
     if not gateway.settings.usage:
         _say("usage is not being counted: config set usage true")
     for row in rows:

@@ -7308,27 +7308,54 @@ def check_prometheus(text):
     return values
 
 
+def call_record(model="m", provider="p", key="k", dialect="chat", status=200, tokens=1, **facts):
+    """The record of a call that has ended."""
+    facts = {"usage": ifl.Usage(prompt=tokens, completion=tokens), "first_s": 0.005, "total_s": 0.009, **facts}
+    return ifl.Record("req_0", dialect, model, False, 0.0, ifl.Target(ifl.Provider(provider), model),
+                      status=status, key=key, **facts)
+
+
+def metrics_of(ledger):
+    return check_prometheus(ifl.prometheus_text(ledger.families()))
+
+
 def test_metrics_in_the_text_format():
-    metrics = ifl.Metrics()
-    metrics.count("requests_total", (("dialect", "chat"), ("provider", 'a"\\\n'), ("status", "200")))
-    metrics.count("tokens_total", (("direction", "in"),), 123_456_789)
-    for value in (0.01, 0.3, 1000):
-        metrics.observe("request_duration_seconds", (("dialect", "chat"),), value)
-    values = check_prometheus(metrics.render([("in_flight", "Now.", {}, 3), ("x", "X.", {"p": "a"}, 1),
-                                              ("x", "X.", {"p": "b"}, 2)]))
-    assert values['iflow2api_tokens_total{direction="in"}'] == 123_456_789 and values["iflow2api_in_flight"] == 3
-    buckets = [value for series, value in values.items() if "_bucket" in series]
-    assert buckets == sorted(buckets) and buckets[-1] == 3 and buckets[0] == 1
-    assert values['iflow2api_request_duration_seconds_sum{dialect="chat"}'] == pytest.approx(1000.31)
+    ledger = ifl.Ledger()
+    for number, total_s in enumerate((0.01, 0.3, 1000)):
+        ledger.add(call_record(provider='a"\\\n', tokens=123_456_789 if number else 1, total_s=total_s))
+    ledger.add(call_record(usage=ifl.Usage(7, 8, estimated=True), trail=[
+        ifl.Attempt("p", "m", "", status, "", 0.0) for status in (429, 429, 200)]))
+    values = metrics_of(ledger)
+    assert values['iflow2api_tokens_total{direction="in",provider="p",estimated="true"}'] == 7
+    assert sum(value for series, value in values.items() if "requests_total" in series) == 4
+    assert values['iflow2api_upstream_errors_total{provider="p",status="429"}'] == 2
+    seconds = {series: value for series, value in values.items()
+               if "request_duration_seconds" in series and 'provider="a' in series}
+    buckets = [value for series, value in seconds.items() if "_bucket" in series]
+    assert buckets == sorted(buckets) and (buckets[0], buckets[-1]) == (1, 3)
+    assert [value for series, value in seconds.items() if "_sum" in series] == [pytest.approx(1000.31)]
 
 
 def test_the_number_of_series_is_bounded():
-    metrics = ifl.Metrics()
+    ledger = ifl.Ledger()
     for number in range(3 * ifl.METRIC_SERIES_LIMIT):
-        metrics.count("requests_total", (("provider", str(number)),))
-    values = check_prometheus(metrics.render([]))
-    assert len(values) <= ifl.METRIC_SERIES_LIMIT + 1
-    assert values['iflow2api_requests_total{provider="other"}'] == 2 * ifl.METRIC_SERIES_LIMIT
+        ledger.add(call_record(status=number))
+    values = metrics_of(ledger)
+    found = {series: value for series, value in values.items() if "requests_total" in series}
+    assert len(found) <= ifl.METRIC_SERIES_LIMIT + 1 and sum(found.values()) == 3 * ifl.METRIC_SERIES_LIMIT
+    assert found['iflow2api_requests_total{dialect="other",provider="other",status="other"}'] > 0
+
+
+def test_counters_survive_a_restart_and_never_fall(home, clock):
+    clock.now = 1.8e9
+    path, name = str(home / "usage.jsonl"), 'iflow2api_requests_total{dialect="chat",provider="p",status="200"}'
+    ledger = ifl.Ledger(path, clock)
+    for number in range(1, 200):
+        ledger.add(call_record(), days=3)
+        assert metrics_of(ledger)[name] == number
+        clock.now += 3000
+    ledger.close()
+    assert 0 < metrics_of(ifl.Ledger(path, clock))[name] <= 199
 
 
 # --- files -------------------------------------------------------------------
@@ -7366,7 +7393,7 @@ def test_a_watch_outlives_what_a_file_makes_of_it(home, log_lines):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
-@pytest.mark.parametrize("name", ["usage.jsonl", "limits.jsonl", "tokens.json", "seal.key"])
+@pytest.mark.parametrize("name", ["usage.jsonl", "tokens.json", "seal.key"])
 def test_a_file_that_others_could_read_is_closed_to_them(server, home, config, upstream, name):
     keys = [key_entry("bob", "sk", rpd=9)]
     put_config(config, {"providers": [provider(upstream)], "client_keys": keys})
@@ -7393,17 +7420,14 @@ def _usage_line(number):
 
 
 def _read_usage(path):
-    ifl.UsageBook(path).load()
+    ifl.Ledger(path).load()
 
 
-def _limit_line(number):
-    return b'["key","rpd",%d,1]\n' % (time.time() - 80_000 + number / 10)
-
-
-def _read_limits(path):
-    window = ifl.DayBook(path).window("key", "rpd")
-    window.used(time.monotonic() + 86_400)
-    return window
+def _use_windows(size):
+    window = ifl.Window(86_400, 10 ** 9)
+    for number in range(size):
+        window.put(number, 1)
+    assert window.used(2e9) == 0
 
 
 def _list_router(size, home):
@@ -7439,7 +7463,7 @@ GROWTH_OF_SERVICES = [
     ("usage of any names", 4000, _journal(_usage_line), _read_usage),
     ("no usage at all", 4000, _journal(lambda number: b"[" * 60 + b"\n"), _read_usage),
     ("one line without an end", 200_000, _journal(lambda number: b'{"day": "x" '), _read_usage),
-    ("a limit used again and again", 8000, _journal(_limit_line), _read_limits),
+    ("a limit used again and again", 20_000, lambda size, home: size, _use_windows),
     ("an engine with many models", 10_000, _list_router, _route_all),
     ("references to items", 10_000, _stored, lambda made: [made[0].item(name) for name in made[1]]),
     ("openrouter's models", 12_000, _openrouter, _check_openrouter),
@@ -8997,7 +9021,7 @@ def test_many_requests_leave_everything_where_it_was():
     assert all(slots.load == 0 for slots in gate.gateway.slots.values())
     assert all(meter.active == 0 for meter in [*gate.gateway.limiter._keys.values(), *gate.gateway.limiter._addresses.values()])
     assert len(gate.gateway.history()) == 50
-    used = gate.gateway.usage.report("key", 1, {})
+    used = gate.gateway.ledger.report("key", 1, {})
     assert sum(row["requests"] for row in used) == 8 * 74 and {row["key"] for row in used} == {"k0", "k1", "k2"}
     server.close()
     [up.close() for up in ups]
@@ -9012,7 +9036,7 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
     providers = [{**provider, "concurrency": 3, "key_concurrency": 2} for provider in chosen.providers]
     write_config(home_routes, providers=providers, aliases=chosen.aliases, client_keys=keys, log_level="error", history_size=50)
     gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={}, clock=RoutesClock())
-    gateway.limits.COMPACT_LINES = gateway.usage.COMPACT_LINES = 200
+    gateway.ledger.COMPACT_LINES = 200
     answered, failed, odd = [0] * 4, [0] * 4, []
 
     def client(number, requests):
@@ -9050,12 +9074,11 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
     assert len(gateway.limiter._addresses) == 40 and len(gateway.history()) == 50
     assert all(len(idle) <= 8 for idle in gateway.upstream._pool._idle.values())
     assert sum(up.connections for up in ups) < 1500                      # kept, but for those that an upstream ended
-    used = gateway.usage.report("key", 2, {})
+    used = gateway.ledger.report("key", 2, {})
     assert {row["key"] for row in used} == {"k0", "k1", "k2"} and sum(row["requests"] for row in used) == 10_000
     assert sum(gateway.limiter.of_key(key).windows["rpd"].used(1000.0) for key in gateway.state.door.keys) == 10_000
-    for book in (gateway.usage, gateway.limits):
-        with open(book.path, "rb") as file:
-            assert len(file.read().splitlines()) < 1000 and not book.problems
+    with open(gateway.ledger.path, "rb") as file:
+        assert len(file.read().splitlines()) < 1000 and not gateway.ledger.problems
     gateway.close()
     [up.close() for up in ups]
     until(lambda: threading.active_count() < threads_before, what="the end of the upstreams' threads")
@@ -9283,22 +9306,23 @@ def test_tokens_a_day(upstreams_routes, client, clock_routes):
 
 
 class Restarts:
-    """Limiters on one file, one process after the other: each with a monotonic clock of its own, wall time goes on."""
+    """Limiters on one ledger, one process after the other: each with a monotonic clock of its own, wall time goes on."""
 
     def __init__(self, path):
-        self.path, self.wall, self.started, self.book = str(path), RoutesClock(1.8e9), 0.0, None
+        self.path, self.wall, self.started = str(path), RoutesClock(1.8e9 + 1800), 0.0
         self.start()
 
     def start(self):
         self.started = self.wall.now
-        self.book = ifl.DayBook(self.path, lambda: self.wall.now - self.started + 7, self.wall)
-        self.limiter = ifl.RateLimiter(self.book._clock, self.book)
+        self.ledger = ifl.Ledger(self.path, self.wall)
+        self.limiter = ifl.RateLimiter(lambda: self.wall.now - self.started + 7, self.ledger.spent)
 
     def ask(self, key, tokens=0):
         meter = self.limiter.of_key(key)
         with self.limiter.hold([meter]):
             pass
         self.limiter.spend([meter], tokens)
+        self.ledger.add(call_record(key=key.name, usage=ifl.Usage(prompt=tokens)))
 
 
 def key_of(name, secret, **limits):
@@ -9306,14 +9330,15 @@ def key_of(name, secret, **limits):
 
 
 def test_requests_a_day_survive_restarts_and_are_forgotten_a_day_later(home_routes):
-    runs, bob, eve = Restarts(home_routes / "limits.jsonl"), key_of("bob", "s", rpd=3, rpm=100), key_of("eve", "t", rpd=3)
+    """To the hour: one that began before the restart counts until a day after its end."""
+    runs, bob, eve = Restarts(home_routes / "usage.jsonl"), key_of("bob", "s", rpd=3, rpm=100), key_of("eve", "t", rpd=3)
     for _ in range(3):
         runs.ask(bob)
         runs.wall.now += 3600
         runs.start()                     # nobody closed the file: as after kill -9
     with pytest.raises(ifl.RateLimited, match="3 requests a day") as refused:
         runs.ask(bob)
-    assert 86400 - 3 * 3600 <= refused.value.retry_after_s <= 86400 - 3 * 3600 + 2
+    assert 86400 - 3 * 3600 <= refused.value.retry_after_s <= 86400 - 2 * 3600
     runs.ask(eve)                        # the other key's day is its own
     assert dict(runs.limiter.headers([runs.limiter.of_key(bob)]))["x-ratelimit-remaining-requests"] == "0"
     runs.wall.now += refused.value.retry_after_s
@@ -9321,12 +9346,10 @@ def test_requests_a_day_survive_restarts_and_are_forgotten_a_day_later(home_rout
     runs.ask(bob)
     with pytest.raises(ifl.RateLimited):
         runs.ask(bob)
-    runs.start()
-    runs.ask(key_of("bob", "a new key of the same name", rpd=3))
 
 
 def test_tokens_a_day_survive_a_restart(home_routes):
-    runs, bob = Restarts(home_routes / "limits.jsonl"), key_of("bob", "s", tpd=1000)
+    runs, bob = Restarts(home_routes / "usage.jsonl"), key_of("bob", "s", tpd=1000)
     runs.ask(bob, 990)
     runs.wall.now += 40000
     runs.start()
@@ -9334,49 +9357,26 @@ def test_tokens_a_day_survive_a_restart(home_routes):
     runs.start()
     with pytest.raises(ifl.RateLimited, match="tokens a day"):
         runs.ask(bob)
-    runs.wall.now += 86400 * 1.05 - 40000 + 2
+    runs.wall.now += 86400 + 3600 - 40000 + 2
     runs.ask(bob)
 
 
-def test_the_file_of_days_stays_small_whatever_is_asked(home_routes):
-    path = home_routes / "limits.jsonl"
-    runs, keys = Restarts(path), [key_of(f"k{n}", f"s{n}", rpd=10 ** 6, tpd=10 ** 9) for n in range(3)]
-    runs.book.COMPACT_LINES = 100
-    for number in range(3000):
-        runs.ask(keys[number % 3], 10)
-        runs.wall.now += 100
-    assert len(path.read_bytes().splitlines()) <= 100 + 5 * 3 * 2 * 25
-    used = {name: [window.used(runs.book._clock()) for window in runs.limiter.of_key(key).windows.values()]
-            for name, key in zip("abc", keys)}
-    runs.start()
-    for name, key in zip("abc", keys):
-        again = [window.used(runs.book._clock()) for window in runs.limiter.of_key(key).windows.values()]
-        assert again == pytest.approx(used[name], rel=0.08) and 250 < again[0] < 330 and again[1] == 10 * again[0]
-    if os.name == "posix":
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+def test_a_limit_that_is_set_later_knows_what_was_used_today(home_routes):
+    runs = Restarts(home_routes / "usage.jsonl")
+    for _ in range(5):
+        runs.ask(key_of("bob", "s"))
+    with pytest.raises(ifl.RateLimited):
+        runs.ask(key_of("bob", "s", rpd=5))
 
 
 def test_a_clock_that_was_put_back_locks_no_key_out_for_longer_than_a_day(home_routes):
-    runs, bob = Restarts(home_routes / "limits.jsonl"), key_of("bob", "s", rpd=1)
+    runs, bob = Restarts(home_routes / "usage.jsonl"), key_of("bob", "s", rpd=1)
     runs.ask(bob)
     runs.wall.now -= 40 * 365 * 86400    # a router without a clock of its own
     runs.start()
     with pytest.raises(ifl.RateLimited) as refused:
         runs.ask(bob)
     assert refused.value.retry_after_s <= 86400 * 1.05 + 1
-
-
-def test_rubbish_in_the_file_of_days_is_named_and_the_rest_counts(home_routes):
-    path = home_routes / ".iflow2api" / "limits.jsonl"
-    path.parent.mkdir()
-    bob = key_of("bob", "s", rpd=2)
-    good = json.dumps([bob.digest.hex()[:16], "rpd", int(time.time()), 1]).encode() + b"\n"
-    path.write_bytes(good + b'{"a": 1}\n["x", "rpd", "1", 1]\n["x", "rpd", 1, -1]\n["x", "odd", 1, 1]\nrubbish\n' + good + good[:9])
-    gateway = ifl.Gateway(config=ifl.ConfigFile(str(path.parent)), environ={})
-    with ifl.serve(gateway, port=0):
-        assert [re.search(r"line (\d)", p).group(1) for p in gateway.health()["problems"]] == ["2", "3", "4", "5", "6"]
-        with pytest.raises(ifl.RateLimited), gateway.limiter.hold([gateway.limiter.of_key(bob)]):
-            pass
 
 
 def test_a_restarted_server_remembers_the_day(upstreams_routes, client, home_routes):
@@ -9398,7 +9398,7 @@ def test_a_restarted_server_remembers_the_day(upstreams_routes, client, home_rou
 @pytest.mark.usefixtures("home_routes")
 def test_of_two_limits_that_are_used_up_the_longer_one_is_told(clock_routes):
     meter = ifl.Meter("k")
-    meter.adopt({"rpm": 2, "rpd": 2})
+    meter.adopt({"rpm": 2, "rpd": 2}, clock_routes())
     for _ in range(2):
         meter.count(clock_routes(), "rpm", 1), meter.count(clock_routes(), "rpd", 1)
     assert dict(meter.headers(clock_routes()))["x-ratelimit-reset-requests"] == "86400.0s"
@@ -9514,14 +9514,14 @@ def test_usage_by_model_provider_key_and_day(upstreams_routes, client):
     ask(x_api_key="sk-bob")
     ask(body={"model": "m-a", "stream": True, "messages": [{"role": "user", "content": "hi"}]}, x_api_key="sk-eve")
     ask(body={"model": "m-b", "messages": [{"role": "user", "content": "hi"}]}, x_api_key="sk-eve")
-    book, prices = gate.gateway.usage, {"a/*": {"input": 2, "cached": 1, "output": 10}}
+    book, prices = gate.gateway.ledger, {"a/*": {"input": 2, "cached": 1, "output": 10}}
     by = {name: {row[name]: row for row in book.report(name, 1, prices)} for name in ifl.USAGE_NAMES}
     a = by["model"]["m-a"]
     assert [a[n] for n in ("requests", "errors", "input", "output", "cached", "reasoning", "estimated")] == [2, 0, 24, 6, 8, 4, 0]
     assert a["cost"] == pytest.approx((16 * 2 + 8 + 6 * 10) / 1e6)
     b = by["provider"]["b"]
     assert (b["requests"], b["errors"], b["input"], b["cost"]) == (1, 1, 0, None)
-    assert by["key"]["eve"]["requests"] == 2 and by["key"]["bob"]["requests"] == 1 and list(by["day"]) == [book.today()]
+    assert by["key"]["eve"]["requests"] == 2 and by["key"]["bob"]["requests"] == 1 and list(by["day"]) == [time.strftime("%Y-%m-%d")]
 
 
 @pytest.mark.usefixtures("home_routes")
@@ -9536,99 +9536,139 @@ def test_estimates_are_marked(upstreams_routes):
         gate.ask()
     finally:
         GOOD.update(original)
-    row, = gate.gateway.usage.report("model", 1, {})
+    row, = gate.gateway.ledger.report("model", 1, {})
     assert row["estimated"] == 1 and row["input"] > 0
     assert "~" in ifl._usage_table("model", [row])
 
 
-def book_at(path, now):
-    return ifl.UsageBook(str(path), now)
-
-
-def add(book, model="m", key="k", days=92, tokens=1):
-    book.add(model, "p", key, [1, 0, tokens, tokens, 0, 0, 0, 1, 5, 9], days)
+def used_in(ledger, days=30):
+    return sum(row["requests"] for row in ledger.report("model", days, {}))
 
 
 def test_usage_survives_a_kill_and_a_torn_line(home_routes):
     path = home_routes / "usage.jsonl"
     program = ("import os, signal, iflow2api as ifl\n"
-               f"book = ifl.UsageBook({str(path)!r})\n"
-               "for _ in range(50): book.add('m', 'p', 'k', [1, 0, 7, 3, 0, 0, 0, 1, 5, 9], 92)\n"
+               f"ledger = ifl.Ledger({str(path)!r})\n"
+               "call = ifl.Record('r', 'chat', 'm', False, 0.0, status=200, usage=ifl.Usage(7, 3))\n"
+               "for _ in range(50): ledger.add(call)\n"
                "os.kill(os.getpid(), signal.SIGKILL if hasattr(signal, 'SIGKILL') else signal.SIGTERM)\n")
     run("-c", program)
     with open(path, "ab") as file:
-        file.write(b'{"day":"2026-01-01","mod')
-    book = ifl.UsageBook(str(path))
-    row, = book.report("model", 30, {})
-    assert (row["requests"], row["input"], book.problems) == (50, 350, [])
-    add(book)
-    book.close()
-    again = ifl.UsageBook(str(path))
-    assert again.report("model", 30, {})[0]["requests"] == 51
+        file.write(b'{"hour":1700000000,"mod')
+    ledger = ifl.Ledger(str(path))
+    row, = ledger.report("model", 30, {})
+    assert (row["requests"], row["input"], ledger.problems) == (50, 350, [])
+    ledger.add(call_record())
+    ledger.close()
+    assert used_in(ifl.Ledger(str(path))) == 51
 
 
-def test_a_broken_usage_file_is_named_line_by_line(home_routes):
+#: Lines of a ledger, and whether they count.
+LEDGER_LINES = [
+    ('{"day": "TODAY", "model": "m", "provider": "p", "key": "", "requests": 2}', True),
+    ('{"hour": NOW, "model": "m", "provider": "p", "key": "k", "dialect": "chat", "status": 200, "requests": 2}', True),
+    ("rubbish", False), ('{"day": 5}', False), ("[" * 5000, False), ("5", False), ("null", False),
+    ('{"day": "2026-99-99", "model": "m", "requests": 1}', False), ('{"hour": "x", "requests": 2}', False),
+    ('{"hour": 1e9, "model": "m", "requests": 2}', False), ('{"hour": %d, "requests": 2}' % 10 ** 400, False),
+    ('{"hour": NOW, "model": ["m"], "status": 200, "requests": 1}', False),
+    ('{"hour": NOW, "model": "m", "status": 200, "requests": -1}', False),
+    ('{"day": "TODAY", "model": "m", "requests": 1, "input": %d}' % 10 ** 400, False),
+    ('["key", "rpd", 1700000000, 1]', False), ('{"a": 1}', False)]
+
+
+@pytest.mark.parametrize("line, counts", LEDGER_LINES)
+def test_a_line_of_the_ledger_counts_or_is_named(home_routes, line, counts):
     path = home_routes / ".iflow2api" / "usage.jsonl"
     path.parent.mkdir()
-    day = time.strftime("%Y-%m-%d")
-    good = json.dumps({"day": day, "model": "m", "provider": "p", "key": "", "requests": 2}).encode() + b"\n"
-    path.write_bytes(good + b"rubbish\n" + b"\xff\xfe\n" + b'{"day": 5}\n' + b"[" * 5000 + b"\n\n" + good)
+    line = line.replace("TODAY", time.strftime("%Y-%m-%d")).replace("NOW", str(int(time.time())))
+    path.write_bytes(line.encode() + b"\n\n" + line.encode()[:-1])
     gateway = ifl.Gateway(config=ifl.ConfigFile(str(path.parent)), environ={})
-    server = ifl.serve(gateway, port=0)
-    assert [re.search(r"line (\d+)", p).group(1) for p in gateway.health()["problems"]] == ["2", "3", "4", "5"]
-    assert gateway.usage.report("model", 1, {})[0]["requests"] == 4
-    server.close()
+    with ifl.serve(gateway, port=0):
+        said = [problem for problem in gateway.health()["problems"] if "usage.jsonl" in problem]
+        assert len(said) == (not counts) and (counts or "line 1 is no usage" in said[0])
+        assert used_in(gateway.ledger, 1) == (2 if counts else 0)
+
+
+def test_what_an_older_version_counted_is_there(home_routes, clock_routes):
+    """By the day, without dialect and status: in usage and the month, not among the hours."""
+    clock_routes.now = time.mktime((2026, 5, 17, 15, 30, 0, 0, 0, -1))
+    path = home_routes / "usage.jsonl"
+    path.write_text("".join('{"day":"2026-05-%d","model":"m","provider":"p","key":"k","requests":3}\n' % day
+                            for day in (1, 16, 17)))
+    ledger = ifl.Ledger(str(path), clock_routes)
+    ledger.add(call_record(dialect="messages"))
+    assert [used_in(ledger, days) for days in (1, 2, 30)] == [4, 7, 10] and not ledger.problems
+    assert [row["day"] for row in ledger.report("day", 30, {})] == ["2026-05-17", "2026-05-01", "2026-05-16"]
+    month, day = ledger.steps("month"), ledger.steps("day")
+    assert [sum(counts[0] for _, counts in rows) for _, rows in month][-17:] == [3] + [0] * 14 + [3, 4]
+    assert [sum(counts[0] for _, counts in rows) for _, rows in day] == [0] * 23 + [1]
+    ledger._compact()
+    again = ifl.Ledger(str(path), clock_routes)
+    assert [used_in(again, days) for days in (1, 2, 30)] == [4, 7, 10]
+
+
+def test_the_hours_survive_a_restart(home_routes, clock_routes):
+    clock_routes.now, path = time.mktime((2026, 5, 17, 23, 59, 59, 0, 0, -1)), str(home_routes / "usage.jsonl")
+    for hours in (3, 1, 1):
+        ledger = ifl.Ledger(path, clock_routes)
+        ledger.add(call_record(model=f"m{hours}"))
+        clock_routes.now += hours * 3600
+    steps = [[(names[1], counts[0]) for names, counts in rows]
+             for _, rows in ifl.Ledger(path, clock_routes).steps("day")]
+    assert len(steps) == 24 and steps[-6:] == [[("m3", 1)], [], [], [("m1", 1)], [("m1", 1)], []]
 
 
 def test_the_file_is_compacted_and_old_days_go(home_routes):
     clock_routes, path = RoutesClock(1.8e9), home_routes / "usage.jsonl"
-    book = book_at(path, clock_routes)
-    book.COMPACT_LINES = 20
-    for number in range(200):
-        add(book, model=f"m{number % 3}", days=3)
+    ledger = ifl.Ledger(str(path), clock_routes)
+    ledger.COMPACT_LINES = 20
+    for number in range(400):
+        ledger.add(call_record(model=f"m{number % 3}"), days=5)
         clock_routes.now += 86400 / 25
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-    assert len(rows) < 80 and len({row["day"] for row in rows}) <= 6
-    total = sum(row["requests"] for row in book.report("model", 3, {}))
-    assert 50 <= total <= 76
-    book.close()
-    assert sum(row["requests"] for row in book_at(path, clock_routes).report("model", 3, {})) == total
+    assert len(rows) < 300 and len({ifl.day_of(row["hour"]) for row in rows}) <= 13
+    assert len(ledger._rows) <= 3 * (5 + 2) + 50 + 3
+    total = used_in(ledger, 5)
+    assert 100 <= total <= 126
+    ledger.close()
+    assert used_in(ifl.Ledger(str(path), clock_routes), 5) == total
+    if os.name == "posix":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_two_processes_share_the_file(home_routes):
     path = home_routes / "usage.jsonl"
-    one, two = ifl.UsageBook(str(path)), ifl.UsageBook(str(path))
+    one, two = ifl.Ledger(str(path)), ifl.Ledger(str(path))
     one.COMPACT_LINES = 10
     for _ in range(30):
-        add(one), add(two)
+        one.add(call_record()), two.add(call_record())
     one.close(), two.close()
-    assert ifl.UsageBook(str(path)).report("model", 1, {})[0]["requests"] == 60
+    assert used_in(ifl.Ledger(str(path))) == 60
 
 
 def test_lines_of_a_busy_server_are_written_together(home_routes, monkeypatch):
     path, writes, real = home_routes / "usage.jsonl", [], os.write
-    monkeypatch.setattr(ifl.LineFile, "GATHER_S", 60)
+    monkeypatch.setattr(ifl.Journal, "GATHER_S", 60)
     monkeypatch.setattr(os, "write", lambda handle, data: writes.append(data.count(b"\n")) or real(handle, data))
-    book = ifl.UsageBook(str(path))
+    ledger = ifl.Ledger(str(path))
     for _ in range(7):
-        book.add("m", "p", "k", [1] * 10, 92, waits=True)
-    assert writes == [] and book.report("model", 1, {})[0]["requests"] == 7      # the count itself waits for nothing
-    add(book)                            # the only call that runs: all of it is on disk at once
+        ledger.add(call_record(), waits=True)
+    assert writes == [] and used_in(ledger) == 7         # the count itself waits for nothing
+    ledger.add(call_record())               # the only call that runs: all of it is on disk at once
     assert writes == [8] and len(path.read_bytes().splitlines()) == 8
-    book.add("m", "p", "k", [1] * 10, 92, waits=True)
-    book.close()
-    assert writes == [8, 1] and book._timer is None
-    assert ifl.UsageBook(str(path)).report("model", 1, {})[0]["requests"] == 9
+    ledger.add(call_record(), waits=True)
+    ledger.close()
+    assert writes == [8, 1] and ledger._timer is None
+    assert used_in(ifl.Ledger(str(path))) == 9
 
 
 def test_a_line_waits_for_others_a_moment_only(home_routes):
     path = home_routes / "usage.jsonl"
-    book = ifl.UsageBook(str(path))
-    book.add("m", "p", "k", [1] * 10, 92, waits=True)
-    until(lambda: path.exists() and path.read_bytes().endswith(b"\n"))
-    book.add("m", "p", "k", [1] * 10, 92, waits=True)
-    until(lambda: len(path.read_bytes().splitlines()) == 2)
-    book.close()
+    ledger = ifl.Ledger(str(path))
+    for number in (1, 2):
+        ledger.add(call_record(), waits=True)
+        until(lambda: path.exists() and len(path.read_bytes().splitlines()) == number)
+    ledger.close()
 
 
 def test_no_line_waits_where_no_thread_is_to_be_had(home_routes, monkeypatch):
@@ -9637,73 +9677,73 @@ def test_no_line_waits_where_no_thread_is_to_be_had(home_routes, monkeypatch):
 
     monkeypatch.setattr(threading.Timer, "start", no_thread)
     path = home_routes / "usage.jsonl"
-    book = ifl.UsageBook(str(path))
+    ledger = ifl.Ledger(str(path))
     for number in (1, 2):
-        book.add("m", "p", "k", [1] * 10, 92, waits=True)
+        ledger.add(call_record(), waits=True)
         assert len(path.read_bytes().splitlines()) == number
-    book.close()
+    ledger.close()
 
 
 def test_waiting_lines_outlive_an_end_that_closes_nothing(home_routes):
     path = home_routes / "usage.jsonl"
     program = ("import iflow2api as ifl\n"
-               f"book = ifl.UsageBook({str(path)!r})\n"
-               "for _ in range(5): book.add('m', 'p', 'k', [1] * 10, 92, waits=True)\n")
+               f"ledger = ifl.Ledger({str(path)!r})\n"
+               "call = ifl.Record('r', 'chat', 'm', False, 0.0, status=200)\n"
+               "for _ in range(5): ledger.add(call, waits=True)\n")
     run("-c", program)
     assert len(path.read_bytes().splitlines()) == 5
 
 
-def test_waiting_lines_that_can_not_be_written_cost_nothing_else(home_routes):
+def test_lines_that_can_not_be_written_cost_nothing_else(home_routes, log_lines):
     (home_routes / "file").write_text("")
-    book = ifl.UsageBook()
-    book.path = str(home_routes / "file" / "usage.jsonl")
-    book.add("m", "p", "k", [1] * 10, 92, waits=True)
-    book.close()
-    assert book.path == "" and "in memory only" in book.problems[0]
-    book.add("m", "p", "k", [1] * 10, 92, waits=True)
-    assert book.report("model", 1, {})[0]["requests"] == 2 and book._timer is None
+    ledger = ifl.Ledger(str(home_routes / "file" / "usage.jsonl"))
+    for number in (1, 2):
+        ledger.add(call_record(), waits=True)
+        assert used_in(ledger) == number
+    ledger.close()
+    assert ledger.path == "" and "in memory only" in ledger.problems[0] and ledger._timer is None
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_names_from_clients_are_bounded(monkeypatch):
-    monkeypatch.setattr(ifl, "USAGE_ROWS_A_DAY", 10)
-    book = ifl.UsageBook()
+    monkeypatch.setattr(ifl, "USAGE_ROWS_AN_HOUR", 10)
+    ledger = ifl.Ledger()
     for number in range(100):
-        add(book, model="x" * 500 + str(number), key=str(number))
-    rows = book.report("key", 1, {})
+        ledger.add(call_record(model="x" * 500 + str(number), key=str(number)))
+    rows = ledger.report("key", 1, {})
     assert len(rows) == 11 and {row["key"]: row["requests"] for row in rows}["other"] == 90
+    assert {len(row["model"]) for row in ledger.report("model", 1, {})} == {100, 5}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a file in use can't be removed there")
 def test_usage_of_a_removed_file_goes_into_a_new_one(home_routes):
     path = home_routes / "usage.jsonl"
-    book = ifl.UsageBook(str(path))
+    ledger = ifl.Ledger(str(path))
     for _ in range(2):
-        add(book)
+        ledger.add(call_record())
         assert len(path.read_bytes().splitlines()) == 1
         path.unlink()
-    book.close()
+    ledger.close()
 
 
-def test_usage_off_and_history_bounded(upstreams_routes, home_routes):
+@pytest.mark.parametrize("more, written", [({"usage": False}, False), ({}, True), (
+    {"usage": False, "client_keys": [key_entry("bob", "sk-bob", rpd=9)]}, True)])
+def test_usage_off_is_not_written_but_for_limits(server, config, upstream, home, more, written):
+    put_config(config, {"providers": [provider(upstream)], **more})
+    running = server(gateway=ifl.Gateway(config=config, environ={}))
+    assert post(running, chat(), x_api_key="sk-bob").status == 200 and is_well(running)
+    assert used_in(running.gateway.ledger) == 1
+    assert (home / ".iflow2api" / "usage.jsonl").exists() == written
+
+
+def test_the_history_is_bounded_and_holds_no_content(upstreams_routes, home_routes):
     up, = upstreams_routes(always("ok"))
-    gate = Gate(settings([up], usage=False, history_size=3))
+    gate = Gate(settings([up], history_size=3))
     for _ in range(5):
         gate.ask()
-    assert gate.gateway.usage.report("model", 1, {}) == [] and len(gate.gateway.history()) == 3
-    assert not list(home_routes.iterdir())
+    assert len(gate.gateway.history()) == 3 and not list(home_routes.iterdir())
     record = gate.gateway.history()[0]
     assert (record["model"], record["target"], record["status"], record["input"]) == ("chain", "a/m-a", 200, 12)
     assert "hi" not in json.dumps(record["attempts"]) and "a-key-0" not in json.dumps(record)
-
-
-def test_a_folder_that_takes_no_file_costs_no_request(upstreams_routes, home_routes):
-    up, = upstreams_routes(always("ok"))
-    gate = Gate(settings([up]))
-    (home_routes / "file").write_text("")
-    gate.gateway.usage.path, gate.gateway.usage._loaded = str(home_routes / "file" / "usage.jsonl"), True
-    assert gate.ask().replies and gate.ask().replies
-    assert gate.gateway.usage.report("model", 1, {})[0]["requests"] == 2 and "in memory only" in gate.gateway.usage.problems[0]
 
 
 # --- reload ------------------------------------------------------------------------------
@@ -9827,17 +9867,6 @@ def test_a_terminal_that_is_gone_keeps_no_answer_from_ending(home_routes):
         process.stdout.close()
 
 
-def test_numbers_and_shapes_that_nobody_wrote_into_the_books_are_named(home_routes, capsys):
-    folder = home_routes / ".iflow2api"
-    write_config(home_routes)
-    (folder / "limits.jsonl").write_text(f'5\nnull\n["x", "rpd", {10 ** 400}, 1]\n')
-    (folder / "usage.jsonl").write_text(f'{{"day": "{time.strftime("%Y-%m-%d")}", "model": "m", "requests": 1, "input": {10 ** 400}}}\n')
-    with ifl.serve(ifl.Gateway(config=ifl.ConfigFile(str(folder)), environ={}), port=0) as server:
-        assert len(server.gateway.health()["problems"]) == 4
-    code, out, err = run_routes(capsys, "usage")
-    assert code == 0 and "nothing was used" in out and "line 1 is no usage" in err
-
-
 @pytest.mark.parametrize("end", ["1e999", "NaN", "-1e999", "1e30", "1" + "0" * 400])
 def test_a_login_that_ends_at_no_time_is_shown_all_the_same(home_routes, capsys, end):
     write_config(home_routes)
@@ -9854,7 +9883,8 @@ def test_yesterday_is_a_day_ago_also_when_a_day_has_25_hours_or_23(monkeypatch, 
     monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0" if now > 1.79e9 else "CET-1CEST,M3.5.0,M10.5.0/3")
     time.tzset()
     try:
-        assert ifl.UsageBook(now=lambda: now)._oldest(2) == oldest
+        ifl.day_of.cache_clear(), ifl.midnight_of.cache_clear()
+        assert ifl.day_of(ifl.midnight_of(now, -1)) == oldest
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -9973,9 +10003,9 @@ def test_the_endpoint_explains_to_who_may_ask(upstreams_routes, client):
 def test_the_usage_command(home_routes, capsys):
     write_config(home_routes, prices={"glm*": {"input": 1, "output": 2}})
     assert "nothing was used" in run_routes(capsys, "usage")[1]
-    book = ifl.UsageBook(str(home_routes / ".iflow2api" / "usage.jsonl"))
-    book.add("glm-5", "z", "bob", [1, 0, 1000, 500, 0, 0, 0, 1, 1500, 3000], 92)
-    book.add('=cmd|"x",1', "z", "eve", [1, 1, 0, 0, 0, 0, 1, 0, 0, 0], 92)
+    ledger = ifl.Ledger(str(home_routes / ".iflow2api" / "usage.jsonl"))
+    ledger.add(call_record("glm-5", "z", "bob", usage=ifl.Usage(1000, 500), first_s=1.5, total_s=3.0))
+    ledger.add(call_record('=cmd|"x",1', "z", "eve", status=429, usage=ifl.Usage(estimated=True), total_s=0.0))
     out = run_routes(capsys, "usage", "--by", "key")[1]
     assert re.search(r"^bob +1 +0 +1000 +500 +0 +0 +1\.50s +3\.00s +0\.0020$", out, re.M) and "~" in out
     told = json.loads(run_routes(capsys, "usage", "--json", "--days", "7")[1])
@@ -10003,9 +10033,9 @@ def test_what_is_not_used_costs_next_to_nothing(home_routes, server):
     circuit, running = ifl.Circuit(), server(detect_local=False)
     assert best_us(lambda: ifl.check_key(running, {})) < 10
     assert best_us(lambda: circuit.admits(1)) < 10
-    book = ifl.UsageBook(str(home_routes / "usage.jsonl"))
-    assert best_us(lambda: add(book), 300) < 300
-    assert best_us(lambda: add(ifl.UsageBook()), 300) < 300
+    ledger, call = ifl.Ledger(str(home_routes / "usage.jsonl")), call_record()
+    assert best_us(lambda: ledger.add(call), 300) < 300
+    assert best_us(lambda: ifl.Ledger().add(call), 300) < 300
 
 
 # === 15. HTTP ================================================================
@@ -12252,28 +12282,10 @@ def test_requests_series_and_usage(admin, upstream):
         assert answer.status == 400 and answer.error["param"] == re.search(r"\?(\w+)", path).group(1)
 
 
-def test_groups_of_a_chart_are_bounded():
-    now = [7200.0]
-    series = ifl.Series(lambda: now[0])
-    for number in range(3 * series.GROUPS):
-        series.add(f"m{number}", "p", "", [1, 0, 2, 3])
-    at, rows = series.steps("hour")[-1]
-    assert at == 7200 and len(rows) == series.GROUPS + 1
-    assert sum(counts[0] for _, counts in rows) == 3 * series.GROUPS and dict(rows)[("…",) * 3][2] == 2 * (2 * series.GROUPS)
-    now[0] += 59 * 60
-    series.add("late", "p", "", [1, 1, 0, 0])
-    assert [bool(rows) for _, rows in series.steps("hour")] == [True] + [False] * 58 + [True]
-    now[0] += 60
-    assert [bool(rows) for _, rows in series.steps("hour")].count(True) == 1
-    for now[0] in (10 ** 9, 50.0, 10 ** 9):              # a clock that is put
-        series.add("x", "p", "", [1, 0, 0, 0])
-        assert all(len(steps) <= 60 for steps in series._steps.values())
-
-
 def test_many_models_are_eight_and_the_rest(admin, upstream):
     browser = admin(upstream, usage=False)
     for number in range(12):
-        browser.server.gateway.series.add(f"m{number}", "up", "", [1, 0, number, 0])
+        browser.server.gateway.ledger.add(call_record(f"m{number}", "up", "", usage=ifl.Usage(prompt=number)))
     groups = {name for point in browser.get("series?span=day")["points"] for name in point["groups"]}
     assert groups == {*(f"m{number}" for number in range(4, 12)), "…"}
     assert browser.get("overview")["today"]["requests"] == 12
@@ -12312,7 +12324,7 @@ def test_each_server_of_a_process_has_a_log_of_its_own(server, upstreams, config
     running = {"loud": loud, "quiet": quiet, "silent": silent}
     for name, one in running.items():
         assert post(one, chat(model=f"call-{name}")).status == 200 and is_well(one)
-        one.gateway.usage.log.warning("journal-%s", name)
+        one.gateway.ledger._log.warning("journal-%s", name)
         one.gateway.log.error("error-%s", name)
 
     def text_of(one):
@@ -12940,7 +12952,8 @@ def test_nobody_looking_costs_next_to_nothing(gateway):
     running = gateway(detect_local=False)
     record = logging.LogRecord("x", logging.INFO, "", 0, "a line of %d", (5,), None)
     assert best_us(lambda: running.live.log_handler.emit(record)) < 50
-    assert best_us(lambda: running.series.add("m", "p", "k", [1, 0, 1, 1])) < 100
+    call = call_record()
+    assert best_us(lambda: running.ledger.add(call)) < 100
 
 
 # --- the command line ---------------------------------------------------------------------
