@@ -13417,7 +13417,7 @@ def told_setting(gateway: Gateway, name: str) -> Json:
                   "group": next(group for group, names in SETTING_GROUPS.items() if name in names),
                   "value": hide_secrets(name, value), "default": hide_secrets(name, default),
                   "origin": gateway.origins.get(name, "default"), "secret": secret,
-                  "restart": bool(facts.get("restart"))}
+                  "restart": bool(facts.get("restart")), "file_only": name in FILE_ONLY}
     told.update((key, facts[key]) for key in ("choices", "low", "high", "flag", "older") if key in facts)
     if "hint" in facts:
         told["hint"] = dict(zip(("zh", "en"), facts["hint"]))
@@ -13525,6 +13525,12 @@ def show_keys(handler: Handler) -> None:
 SET_ELSEWHERE = ("admin_password", "providers", "client_keys", "accounts")
 
 
+#: Set by file and command line only: what names files, whom to trust and where logins go would make
+#: whoever has the page's password the master of this machine.
+FILE_ONLY = ("host", "log_file", "ca_file", "iflow_auth_url", "iflow_token_url", "iflow_userinfo_url",
+             "oauth_client_id", "oauth_client_secret")
+
+
 def change_config(gateway: Gateway, edit: Callable[[Json], None]) -> None:
     """Gateway.change_config, its failures in words for the page.  Where `edit` raises, nothing is written."""
     if gateway.config is None:
@@ -13580,6 +13586,10 @@ def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[Any]) -> D
             raise BadRequest(f"there is no setting {shown!r}" + nearest(shown, SETTING), param=shown)
         if name in SET_ELSEWHERE:
             raise BadRequest(f"{name} is not changed here", param=name, code="set_elsewhere")
+        if name in FILE_ONLY and (name not in given or given[name] != hide_secrets(
+                name, getattr(gateway.settings, name))):
+            raise Forbidden(f"{name} is set by the command line (config set) or in config.json only",
+                            param=name, code="file_only", should_retry=None)
         if name not in given:
             values[name] = (default_of(name), False)
             continue
@@ -13590,8 +13600,23 @@ def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[Any]) -> D
         current = getattr(gateway.settings, name)
         if not (SETTING[name].metadata.get("secret") and value and value == hide_secrets(name, current)):
             values[name] = (value, True)
+    check_addresses(gateway, {name: value for name, (value, kept) in values.items() if kept})
     check_together(gateway, {name: value for name, (value, _) in values.items()})
     return values
+
+
+def check_addresses(gateway: Gateway, values: Json) -> None:
+    """BadRequest where an address that was typed in would get secrets that are stored."""
+    settings, change = gateway.settings, "does not go to another address"
+    new_key = bool(values.get("api_key")) and not gateway.login_report()
+    if leads_elsewhere(settings.base_url, values.get("base_url")) and not new_key:
+        raise BadRequest(f"base_url: the iFlow key that is stored {change}; type api_key in again, or use "
+                         "the command line (config set)", param="base_url", code="address_changed")
+    readable = [name for name, provider in gateway.state.router.providers.items()
+                if provider.base_url.startswith("http:") and (provider.api_keys or provider.headers)]
+    if leads_elsewhere(settings.upstream_proxy, values.get("upstream_proxy")) and readable:
+        raise BadRequest(f"upstream_proxy: this proxy could read the keys of {', '.join(readable)}; set it "
+                         "by the command line (config set)", param="upstream_proxy", code="address_changed")
 
 
 def check_together(gateway: Gateway, values: Json) -> None:
@@ -13628,6 +13653,8 @@ def provider_entry(body: Json, before: Json) -> Json:
         raise BadRequest("base_url: it is missing; or name a preset", param="base_url")
     entry = before or entry_for("", body.get("kind") or "", body.get("base_url") or "", preset, ())
     given = {name: body[name] for name in PROVIDER_FIELDS if name in body and name != "preset"}
+    if any(leads_elsewhere(before.get(name), given.get(name)) for name in ("base_url", "proxy")):
+        check_nothing_kept(given, before)
     facts = {model["id"]: model for model in entries_of(entry, "models")
              if isinstance(model, dict) and isinstance(model.get("id"), str)}
     if given.get("models"):
@@ -13642,6 +13669,27 @@ def provider_entry(body: Json, before: Json) -> Json:
         given["proxy"] = before["proxy"]
     made = {name: value for name, value in {**entry, **given}.items() if value is not None}
     return {**made, "base_url": check_provider(made).base_url}
+
+
+def leads_elsewhere(old: Any, new: Any) -> bool:
+    """Whether a URL that replaces another one has another scheme, host or port."""
+    def place(url: Any) -> Tuple[str, str]:
+        scheme, _, rest = str(url or "").partition("://")
+        return scheme.lower(), re.split("[/?#]", rest)[0].rpartition("@")[2].lower()
+    return bool(new) and place(old) != place(new)
+
+
+def check_nothing_kept(given: Json, before: Json) -> None:
+    """BadRequest where an address that was typed in would get keys or headers that are stored."""
+    shown = _hide_in_provider({"api_keys": entries_of(before, "api_keys"),
+                               "headers": object_of(before.get("headers"))})
+    keys, headers = given.get("api_keys", shown["api_keys"]), given.get("headers", shown["headers"])
+    kept = {"api_keys": any(isinstance(key, dict) or key in shown["api_keys"] for key in keys or ()),
+            "headers": any(shown["headers"].get(name) == value for name, value in (headers or {}).items())}
+    for name, is_kept in kept.items():
+        if is_kept:
+            raise BadRequest(f"{name}: what is stored does not go to another address; type it in again",
+                             param=name, code="address_changed")
 
 
 def kept_key(key: Any, place: int, before: Json) -> str:
@@ -14655,8 +14703,8 @@ class ApiError extends Error {
     Object.assign(this, {status, code: error.code || '', param: error.param || ''});
   }
 }
-const errorText = error => error.code === 'changed_meanwhile' ? t('conflict') :
-  error instanceof ApiError ? clean(error.message) :
+const SAID = {changed_meanwhile: 'conflict', address_changed: 'address_changed'};
+const errorText = error => SAID[error.code] ? t(SAID[error.code]) : error instanceof ApiError ? clean(error.message) :
     t('error_page', {text: clean(error.message || error)});
 /** A Response that is fine, else ApiError; signs in again where the session has ended. */
 async function request(path, {method, body, signal} = {}) {
@@ -16541,6 +16589,8 @@ to_default = 恢复默认 = Use the default | origin_file = 已修改 = changed
 origin_environment = 环境变量 = environment | origin_flag = 命令行 = flag
 from_flag = 由命令行参数 {name} 指定，此处不能修改 = Given by the flag {name}; it can't be changed here
 from_environment = 由环境变量 {name} 指定，此处不能修改 = Given by the variable {name}; it can't be changed here
+address_changed = 已保存的密钥和请求头不会发往另一个地址，请重新填写。 = What is stored does not go to another \
+address. Type it in again.
 by_file_only = 只能用命令行（config set）或在 config.json 中修改 = Set by the command line (config set) or in \
 config.json only
 needs_restart = 需重启 = needs restart | changes_n = {n} 项未保存 = {n} unsaved {n:change|changes}

@@ -12364,7 +12364,8 @@ def test_the_config_as_a_form(admin):
     assert settings["custom_api_key"] == {
         "name": "custom_api_key", "kind": "str", "label": dict(zip(("zh", "en"), ifl.SETTING["custom_api_key"].metadata["label"])),
         "hint": dict(zip(("zh", "en"), ifl.SETTING["custom_api_key"].metadata["hint"])),
-        "group": "clients", "value": "sk-…cdef", "default": "", "origin": "file", "secret": True, "restart": False, "set": True}
+        "group": "clients", "value": "sk-…cdef", "default": "", "origin": "file", "secret": True, "restart": False,
+        "file_only": False, "set": True}
     assert settings["port"]["low"] == 0 and settings["port"]["restart"] and settings["theme_mode"]["choices"][0] == "system"
     assert settings["admin_password"]["value"] == "…" and settings["admin_password"]["set"]
     assert any("IFLOW2API_DRAIN_S" in problem for problem in found["problems"])
@@ -12693,10 +12694,65 @@ def test_trying_what_is_not_there(admin, upstream):
 
 
 def test_a_draft_may_use_the_keys_that_are_kept(admin, upstream):
-    browser = admin(provider("http://127.0.0.1:1/v1", "x", api_keys=["sk-0123456789abcdef"]))
-    found = browser("POST", "providers/test", {"name": "x", "base_url": upstream.url, "models": ["m1"], "api_keys": ["sk-…cdef"]}).json
-    assert found["checks"][2]["ok"] and upstream.requests[0].headers["authorization"] == "Bearer sk-0123456789abcdef"
+    browser = admin(provider(upstream, "x", api_keys=["sk-0123456789abcdef"]))
+    for keys in (["sk-…cdef"], [{"keep": 0}]):
+        draft = {"name": "x", "base_url": upstream.url + "/", "models": ["m1"], "api_keys": keys}
+        assert browser("POST", "providers/test", draft).json["checks"][2]["ok"]
+        sent = upstream.requests[-1].headers["authorization"]
+        assert sent == "Bearer sk-0123456789abcdef"
     assert browser.get("usage?by=key")["total"]["requests"] == 0
+
+
+#: What an edit gives again of what is stored, at another address; and the field that is refused.
+KEPT_ELSEWHERE = [
+    ({}, "api_keys"), ({"api_keys": [{"keep": 0}]}, "api_keys"), ({"api_keys": ["$MY_KEY"]}, "api_keys"),
+    ({"api_keys": ["sk-new-new-new-new", {"keep": 1}]}, "api_keys"),
+    ({"api_keys": ["sk-new-new-new-new", "sk-…cdef"]}, "api_keys"),
+    ({"api_keys": ["sk-new-new-new-new"]}, "headers"),
+    ({"api_keys": [], "headers": {"X-A": "$MY_KEY"}}, "headers"),
+    ({"api_keys": None, "headers": {"X-B": "…"}}, "headers")]
+
+
+@pytest.mark.parametrize("facts, param", KEPT_ELSEWHERE)
+@pytest.mark.parametrize("place", ["base_url", "scheme", "proxy"])
+def test_what_is_stored_does_not_leave_to_another_address(admin, config, upstreams, facts, param, place):
+    """Not even to test a draft: whoever may use the page must not read the keys."""
+    upstream, thief = upstreams(), upstreams()
+    browser = admin(provider(upstream, "x", api_keys=["$MY_KEY", "sk-0123456789abcdef"], models=["m1"],
+                             headers={"X-A": "$MY_KEY", "X-B": "tok"}), environ={"MY_KEY": "sk-e"})
+    new = {"base_url": {"base_url": thief.url}, "proxy": {"proxy": thief.url[:-3]},
+           "scheme": {"base_url": upstream.url.replace("http:", "https:")}}[place]
+    before = config.read()
+    for method, path, more in (("PUT", "providers/x", {"version": browser.version}),
+                               ("POST", "providers/test", {"name": "x"})):
+        answer = browser(method, path, {**more, **new, **facts})
+        assert (answer.status, answer.error["code"]) == (400, "address_changed")
+        assert answer.error["param"] == param
+    assert config.read() == before and not thief.requests
+    fresh = {"api_keys": ["sk-new-new-new-new"], "headers": {"X-B": "typed again"}}
+    assert browser("PUT", "providers/x", {"version": browser.version, **new, **fresh}).status == 200
+
+
+@pytest.mark.parametrize("settings, param", [
+    ({"base_url": "http://127.0.0.1:9/v1"}, "base_url"), ({"upstream_proxy": "http://127.0.0.1:9"}, "upstream_proxy"),
+    ({"base_url": "http://127.0.0.1:9/v1", "api_key": "sk-…cdef"}, "base_url")])
+def test_nor_do_stored_secrets_by_a_setting(admin, config, upstream, settings, param):
+    browser = admin(provider(upstream, "x", api_keys=["sk-0123456789abcdef"]), api_key="sk-0123456789abcdef")
+    before = config.read()
+    answer = browser("PATCH", "config", {"version": browser.version, "set": settings})
+    assert (answer.status, answer.error["param"]) == (400, param) and config.read() == before
+
+
+@pytest.mark.parametrize("name", ["host", "log_file", "ca_file", "iflow_auth_url", "iflow_token_url",
+                                  "iflow_userinfo_url", "oauth_client_id", "oauth_client_secret"])
+def test_settings_that_would_make_the_page_a_shell_are_only_shown(admin, config, name):
+    browser = admin()
+    before = config.read()
+    for body in ({"set": {name: "/tmp/x" if "file" in name else "http://127.0.0.1:9"}}, {"unset": [name]}):
+        answer = browser("PATCH", "config", {"version": browser.version, **body})
+        assert (answer.status, answer.error["code"]) == (403, "file_only") and config.read() == before
+    row, = [item for item in browser.get("config")["settings"] if item["name"] == name]
+    assert row["file_only"]
 
 
 # --- writing: keys, logins, playground ---------------------------------------------------
