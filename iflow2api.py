@@ -13980,18 +13980,49 @@ def steer_login(handler: Handler) -> None:
 
 # --- clients ---------------------------------------------------------------------------
 
-#: client -> (variables, what it is).  URL is the server's address, KEY the client key, MODEL the default model; OPUS,
-#: SONNET, HAIKU and CONTEXT as claude_words tells.
-CLIENTS: Dict[str, Tuple[Dict[str, str], str]] = {
-    "claude": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY", "ANTHROPIC_MODEL": "SONNET",
-                "ANTHROPIC_DEFAULT_OPUS_MODEL": "OPUS", "ANTHROPIC_DEFAULT_SONNET_MODEL": "SONNET",
-                "ANTHROPIC_DEFAULT_HAIKU_MODEL": "HAIKU", "ANTHROPIC_SMALL_FAST_MODEL": "HAIKU",
-                "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT"}, "Claude Code"),
-    "codex": ({"IFLOW2API_KEY": "KEY"}, "Codex CLI"),
-    "openai": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY"}, "the OpenAI SDKs and what is built on them"),
-    "anthropic": ({"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_API_KEY": "KEY"}, "the Anthropic SDKs"),
-    "aider": ({"OPENAI_API_BASE": "URL/v1", "OPENAI_API_KEY": "KEY", "AIDER_MODEL": "openai/MODEL"}, "aider"),
-    "qwen": ({"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY", "OPENAI_MODEL": "MODEL"}, "Qwen Code")}
+class ClientSetup(NamedTuple):
+    """How a program is pointed at this server.
+
+    In all of it URL stands for the server's address, KEY for the client key, MODEL for the default
+    model; OPUS, SONNET, HAIKU and CONTEXT as claude_words tells.
+    """
+    title: str
+    variables: Dict[str, str]
+    file: str = ""                       #: where `text` belongs, or what `text` is
+    language: str = ""
+    text: str = ""                       #: words are filled in within double quotes, as JSON
+
+
+_OPENAI_VARIABLES = {"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY"}
+
+_OPENCODE = """{"$schema": "https://opencode.ai/config.json", "model": "iflow2api/MODEL",
+ "provider": {"iflow2api": {
+  "npm": "@ai-sdk/openai-compatible", "name": "iflow2api",
+  "options": {"baseURL": "URL/v1", "apiKey": "KEY"},
+  "models": {"MODEL": {}}}}}"""
+
+_PYTHON = """from openai import OpenAI
+
+client = OpenAI(base_url="URL/v1", api_key="KEY")
+answer = client.chat.completions.create(
+    model="MODEL", messages=[{"role": "user", "content": "Hello"}])
+print(answer.choices[0].message.content)"""
+
+#: For the page and for `env`; any other program is given the base URL, a key and a model.
+CLIENTS: Dict[str, ClientSetup] = {
+    "claude": ClientSetup("Claude Code", {
+        "ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY", "ANTHROPIC_MODEL": "SONNET",
+        "ANTHROPIC_DEFAULT_OPUS_MODEL": "OPUS", "ANTHROPIC_DEFAULT_SONNET_MODEL": "SONNET",
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": "HAIKU", "ANTHROPIC_SMALL_FAST_MODEL": "HAIKU",
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT"}, "~/.claude/settings.json", "json"),
+    "codex": ClientSetup("Codex", {"IFLOW2API_KEY": "KEY"}, "~/.codex/config.toml", "toml"),
+    "opencode": ClientSetup("opencode", {"OPENCODE_CONFIG_CONTENT": _OPENCODE}, "opencode.json",
+                            "json", _OPENCODE),
+    "qwen": ClientSetup("Qwen Code", {**_OPENAI_VARIABLES, "OPENAI_MODEL": "MODEL"}),
+    "aider": ClientSetup("aider", {"OPENAI_API_BASE": "URL/v1", "OPENAI_API_KEY": "KEY",
+                                   "AIDER_MODEL": "openai/MODEL"}),
+    "openai": ClientSetup("OpenAI SDK", _OPENAI_VARIABLES, "Python", "python", _PYTHON),
+    "curl": ClientSetup("curl", {})}
 
 #: Codex takes its provider from config.toml or from -c flags, never from a variable.
 CODEX_SETTINGS = (("model", "MODEL"), ("model_provider", "iflow2api"), ("model_providers.iflow2api.name", "iflow2api"),
@@ -14041,9 +14072,18 @@ def fill_words(text: str, words: Mapping[str, str]) -> str:
     return re.sub(r"\b[A-Z]+\b", lambda found: words.get(found.group(), found.group()), text)
 
 
+def fill_text(text: str, words: Mapping[str, str]) -> str:
+    """A file of a client: words within double quotes are replaced, and quoted as JSON does."""
+    return re.sub('"([^"\n]*)"', lambda found: json.dumps(fill_words(found.group(1), words),
+                                                          ensure_ascii=False), text)
+
+
 def env_values(client: str, words: Mapping[str, str]) -> Dict[str, str]:
     """The variables of one of CLIENTS; those are left out whose model nobody knows."""
-    given = {name: fill_words(value, words) for name, value in CLIENTS[client][0].items()}
+    key = words["KEY"].replace("$IFLOW2API_KEY", "{env:IFLOW2API_KEY}")        # as opencode names it
+    given = {name: fill_words(value, words) if value[0] != "{" else
+             " ".join(fill_text(value, {**words, "KEY": key}).split("\n"))
+             for name, value in CLIENTS[client].variables.items()}
     return {name: value for name, value in given.items() if value.strip("/") not in ("", "openai")}
 
 
@@ -14060,6 +14100,8 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
             lines.append(shell.variable.format(name=name, value=shell.quote(value)))
         elif name != "IFLOW2API_KEY":    # a variable of the shell's, not its name in quotes
             lines.append(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
+    if client == "curl":
+        lines.append(curl_line(shell, words))
     if client == "codex":
         pairs = [(name, fill_words(value, words)) for name, value in CODEX_SETTINGS if fill_words(value, words)]
         lines.append(codex_command(shell, pairs))
@@ -14067,7 +14109,7 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
         lines += [shell.comment.format(line) for line in codex_toml(pairs)]
     if not words["MODEL"]:
         lines.append(shell.comment.format(
-            f"{CLIENTS[client][1]} asks for models of its own; tell which one to use instead: "
+            f"{CLIENTS[client].title} asks for models of its own; tell which one to use instead: "
             "python iflow2api.py config set default_model NAME"))
     return lines
 
@@ -14083,147 +14125,44 @@ def codex_toml(pairs: Sequence[Tuple[str, str]]) -> Iterator[str]:
         yield f'{name.rpartition(".")[2]} = {json.dumps(value, ensure_ascii=False)}'
 
 
-class Setup(NamedTuple):
-    """What a client's lines are made of; `key` for files, `shell_key` for shells, where a variable may hold it."""
-    base: str
-    key: str
-    shell_key: str
-    model: str
-    tiers: Mapping[str, str]             #: claude_words
-
-    def words(self) -> Dict[str, str]:
-        """As env_lines takes them."""
-        return {"URL": self.base, "KEY": self.shell_key, "MODEL": self.model, **self.tiers}
-
-
-def code_block(title: Union[str, Tuple[str, str]], language: str, text: str) -> Json:
-    zh, en = (title, title) if isinstance(title, str) else title
-    return {"title": {"zh": zh, "en": en}, "language": language, "text": text}
+def curl_line(shell: Shell, words: Mapping[str, str]) -> str:
+    """One request; PowerShell would take the quotes of an argument away, so it gets the body piped."""
+    body = json.dumps({"model": words["MODEL"], "messages": [{"role": "user", "content": "Hello"}]})
+    bearer = shell.quote("Authorization: Bearer " + words["KEY"])
+    if words["KEY"] == "$IFLOW2API_KEY":
+        bearer = '"Authorization: Bearer ' + shell.reference.strip('"').format("IFLOW2API_KEY") + '"'
+    line = f"{shell.quote(words['URL'] + '/v1/chat/completions')} -H {bearer}"
+    line += " -H " + shell.quote("Content-Type: application/json")
+    if shell is SHELLS["powershell"]:
+        return f"{shell.quote(body)} | curl.exe {line} -d '@-'"
+    return f"curl {line} -d {shell.quote(body)}"
 
 
 def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2)
 
 
-def shell_blocks(client: str, setup: Setup) -> List[Json]:
-    """The lines of `env` for each shell; without its comments, which speak one language."""
+def file_text(client: str, words: Mapping[str, str]) -> str:
+    """What goes into the file of a client, "" where it needs none."""
+    if client == "claude":
+        return json_text({"env": env_values(client, words)})
+    if client == "codex":
+        return "\n".join(codex_toml([(name, fill_words(value, words)) for name, value in CODEX_SETTINGS]))
+    return fill_text(CLIENTS[client].text, words)
+
+
+def client_blocks(client: str, key: str, words: Mapping[str, str]) -> List[Json]:
+    """The lines of `env` for each shell, without its comments, and the file of a client, with `key`."""
     blocks = []
     for name, shell in SHELLS.items():
-        lines = [line for line in env_lines(client, shell, setup.words())
+        lines = [line for line in env_lines(client, shell, words)
                  if not line.startswith(shell.comment.partition(" ")[0])]
-        if setup.shell_key != setup.key:
-            lines.insert(0, shell.variable.format(name="IFLOW2API_KEY", value=shell.quote(setup.key)))
-        blocks.append(code_block(name, name, "\n".join(lines)))
-    return blocks
-
-
-def claude_blocks(setup: Setup) -> List[Json]:
-    return [*shell_blocks("claude", setup),
-            code_block(("长期设置：~/.claude/settings.json", "For good: ~/.claude/settings.json"), "json",
-                       json_text({"env": env_values("claude", {**setup.words(), "KEY": setup.key})}))]
-
-
-def codex_blocks(setup: Setup) -> List[Json]:
-    pairs = [(name, fill_words(value, setup.words())) for name, value in CODEX_SETTINGS]
-    return [*shell_blocks("codex", setup), code_block("~/.codex/config.toml", "toml", "\n".join(codex_toml(pairs)))]
-
-
-def python_blocks(setup: Setup) -> List[Json]:
-    base, key, model = map(json.dumps, (setup.base + "/v1", setup.key, setup.model))
-    return [code_block("pip install openai", "python", "from openai import OpenAI\n\n"
-                       f"client = OpenAI(base_url={base}, api_key={key})\n"
-                       f"answer = client.chat.completions.create(\n    model={model},\n"
-                       '    messages=[{"role": "user", "content": "Hello"}])\n'
-                       "print(answer.choices[0].message.content)"),
-            *shell_blocks("openai", setup)]
-
-
-def javascript_blocks(setup: Setup) -> List[Json]:
-    base, key, model = map(json.dumps, (setup.base + "/v1", setup.key, setup.model))
-    lines = ['import OpenAI from "openai";', "", f"const client = new OpenAI({{ baseURL: {base}, apiKey: {key} }});",
-             "const answer = await client.chat.completions.create({", f"  model: {model},",
-             '  messages: [{ role: "user", content: "Hello" }],', "});",
-             "console.log(answer.choices[0].message.content);"]
-    return [code_block("npm install openai", "javascript", "\n".join(lines)), *shell_blocks("openai", setup)]
-
-
-def curl_blocks(setup: Setup) -> List[Json]:
-    body = json.dumps({"model": setup.model, "messages": [{"role": "user", "content": "Hello"}]})
-    url, blocks = setup.base + "/v1/chat/completions", []
-    for name, token in (("bash", "$IFLOW2API_KEY"), ("powershell", "$env:IFLOW2API_KEY")):
-        quote = SHELLS[name].quote
-        bearer = f'"Authorization: Bearer {token}"' if setup.shell_key[:1] == "$" else \
-            quote(f"Authorization: Bearer {setup.shell_key}")
-        flags = f"{quote(url)} -H {bearer} -H 'Content-Type: application/json' -d"
-        text = f"curl {flags} {quote(body)}" if name == "bash" else f"{quote(body)} | curl.exe {flags} '@-'"
-        blocks.append(code_block(name, name, text))
-    return blocks
-
-
-def opencode_blocks(setup: Setup) -> List[Json]:
-    key = "{env:IFLOW2API_KEY}" if setup.shell_key[:1] == "$" else setup.key
-    return [code_block("opencode.json", "json", json_text({
-        "$schema": "https://opencode.ai/config.json", "model": f"iflow2api/{setup.model}",
-        "provider": {"iflow2api": {"npm": "@ai-sdk/openai-compatible", "name": "iflow2api",
-                                   "options": {"baseURL": setup.base + "/v1", "apiKey": key},
-                                   "models": {setup.model: {"name": setup.model}}}}}))]
-
-
-def form_blocks(setup: Setup, zh: str, en: str, base: str) -> List[Json]:
-    """What goes into the fields of a form, which is found at `zh`, `en`."""
-    values = (((f"{zh} → 接口地址", f"{en} → Base URL"), base), (("API 密钥", "API key"), setup.key),
-              (("模型", "model"), setup.model))
-    return [code_block(title, "text", value) for title, value in values]
-
-
-def environ_blocks(variables: Mapping[str, str]) -> List[Json]:
-    """Variables for a container's environment; there this machine has another name."""
-    return [code_block(("环境变量（自行部署）", "environment (self-hosted)"), "text",
-                       "\n".join(f"{name}={value}" for name, value in variables.items()))]
-
-
-def seen_from_container(base: str) -> str:
-    return re.sub(r"//(localhost|127\.0\.0\.1|\[::1\])(?=:|$)", "//host.docker.internal", base)
-
-
-def webui_blocks(setup: Setup) -> List[Json]:
-    base = seen_from_container(setup.base) + "/v1"
-    quote = SHELLS["bash"].quote
-    return [code_block("Docker", "bash", "docker run -d -p 3000:8080 --add-host=host.docker.internal:host-gateway \\\n"
-                       f"  -e OPENAI_API_BASE_URL={quote(base)} \\\n  -e OPENAI_API_KEY={quote(setup.key)} \\\n"
-                       "  -v open-webui:/app/backend/data --name open-webui ghcr.io/open-webui/open-webui:main"),
-            *form_blocks(setup, "管理员面板 → 设置 → 外部连接 → OpenAI API",
-                         "Admin Panel → Settings → Connections → OpenAI API", setup.base + "/v1")]
-
-
-def continue_blocks(setup: Setup) -> List[Json]:
-    model, base, key = map(json.dumps, (setup.model, setup.base + "/v1", setup.key))
-    return [code_block("~/.continue/config.yaml", "yaml", "name: iflow2api\nversion: 1.0.0\nschema: v1\nmodels:\n"
-                       f"  - name: {model}\n    provider: openai\n    model: {model}\n    apiBase: {base}\n"
-                       f"    apiKey: {key}\n    roles: [chat, edit, apply]")]
-
-
-#: id -> title and what makes its blocks.
-CLIENT_SETUPS: Dict[str, Tuple[str, Callable[[Setup], List[Json]]]] = {
-    "claude-code": ("Claude Code", claude_blocks), "codex": ("Codex", codex_blocks),
-    "openai-python": ("OpenAI SDK (Python)", python_blocks),
-    "openai-js": ("OpenAI SDK (JavaScript)", javascript_blocks),
-    "curl": ("curl", curl_blocks), "opencode": ("opencode", opencode_blocks),
-    "aider": ("aider", lambda setup: shell_blocks("aider", setup)),
-    "cherry-studio": ("Cherry Studio", lambda setup: form_blocks(
-        setup, "设置 → 模型服务 → 添加 → 提供商类型 OpenAI", "Settings → Model Provider → Add → provider type OpenAI", setup.base)),
-    "lobechat": ("LobeChat", lambda setup: [
-        *form_blocks(setup, "设置 → AI 服务商 → OpenAI", "Settings → AI Service Provider → OpenAI", setup.base + "/v1"),
-        *environ_blocks({"OPENAI_PROXY_URL": seen_from_container(setup.base) + "/v1", "OPENAI_API_KEY": setup.key,
-                         "OPENAI_MODEL_LIST": f"+{setup.model}"})]),
-    "chatgpt-next-web": ("ChatGPT-Next-Web (NextChat)", lambda setup: [
-        *form_blocks(setup, "设置 → 自定义接口 → OpenAI", "Settings → Custom Endpoint → OpenAI", setup.base),
-        *environ_blocks({"BASE_URL": seen_from_container(setup.base), "OPENAI_API_KEY": setup.key,
-                         "CUSTOM_MODELS": f"+{setup.model}", "DEFAULT_MODEL": setup.model})]),
-    "open-webui": ("Open WebUI", webui_blocks), "continue": ("Continue", continue_blocks),
-    "cline": ("Cline", lambda setup: form_blocks(
-        setup, "Cline 设置 → API Provider → OpenAI Compatible", "Cline settings → API Provider → OpenAI Compatible",
-        setup.base + "/v1"))}
+        if words["KEY"] == "$IFLOW2API_KEY":
+            lines.insert(0, shell.variable.format(name="IFLOW2API_KEY", value=shell.quote(key)))
+        blocks.append({"title": name, "language": name, "text": "\n".join(lines)})
+    setup = CLIENTS[client]
+    return blocks + ([{"title": setup.file, "language": setup.language,
+                       "text": file_text(client, {**words, "KEY": key})}] if setup.file else [])
 
 
 def address_for(handler: Handler) -> str:
@@ -14242,10 +14181,12 @@ def show_clients(handler: Handler) -> None:
         raise BadRequest("key: printable characters without blanks expected", param="key")
     model = re.sub(r'[\x00-\x1f\x7f"]', "", model)       # names come from upstreams, and these lines go into shells
     key = given or ("YOUR_KEY" if needs_key else "sk-none")
-    setup = Setup(address_for(handler), key, given or ("$IFLOW2API_KEY" if needs_key else key), model or "MODEL",
-                  claude_words(router, model if query.get("model") and model != router.default_model else ""))
-    handler.respond_json({"base_url": setup.base, "model": model, "needs_key": needs_key, "data": [
-        {"id": name, "title": title, "blocks": make(setup)} for name, (title, make) in CLIENT_SETUPS.items()]})
+    base, chosen = address_for(handler), query.get("model") and model != router.default_model
+    words = {"URL": base, "KEY": "$IFLOW2API_KEY" if needs_key and not given else key,
+             "MODEL": model or "MODEL", **claude_words(router, model if chosen else "")}
+    handler.respond_json({"base_url": base, "model": model, "needs_key": needs_key, "data": [
+        {"id": name, "title": setup.title, "blocks": client_blocks(name, key, words)}
+        for name, setup in CLIENTS.items()]})
 
 
 # === 18. The page ============================================================
@@ -14480,7 +14421,7 @@ border-radius:14px 14px 4px 14px;background:var(--accent-soft)}.play-answer{max-
 .play-composer{display:grid;gap:8px}.play-composer textarea{max-height:34vh;field-sizing:content}
 .play-thumb{display:inline-flex;align-items:center;gap:4px;max-width:260px;overflow:hidden}
 .play-thumb img{height:56px;max-width:140px;object-fit:cover;border-radius:6px}
-.chart-art{display:block;width:100%;height:auto;margin-bottom:10px}
+.chart-art{display:block;margin-bottom:10px}
 .chart-art text{font-size:12px;fill:var(--muted)}.chart-art line{stroke:var(--line)}
 .chart-art rect{fill:var(--c)}
 .chart-dot{width:10px;height:10px;border-radius:3px;background:var(--c);flex:none}
@@ -14529,7 +14470,7 @@ border-bottom:1px solid var(--line)}.alias>:nth-child(2){display:none}
 .limit{grid-template-columns:minmax(0,1fr) auto}.limit .meter{grid-row:2;grid-column:1/-1}
 .log-line{gap:8px;padding:0 8px}.log-line>span:first-child{display:none}
 .log-pane{height:max(300px,calc(100dvh - 230px))}#toasts{inset-inline:16px}
-.chart-art text{font-size:24px}.play{height:calc(100dvh - 100px)}
+.play{height:calc(100dvh - 100px)}
 }
 @media (prefers-reduced-motion:reduce){
 *,*::before,*::after{animation-duration:.01s!important;transition:none!important;
@@ -14704,7 +14645,8 @@ class ApiError extends Error {
   }
 }
 const SAID = {changed_meanwhile: 'conflict', address_changed: 'address_changed'};
-const errorText = error => SAID[error.code] ? t(SAID[error.code]) : error instanceof ApiError ? clean(error.message) :
+const errorText = error => SAID[error.code] ? t(SAID[error.code]) :
+  error instanceof ApiError ? clean(error.message) :
     t('error_page', {text: clean(error.message || error)});
 /** A Response that is fine, else ApiError; signs in again where the session has ended. */
 async function request(path, {method, body, signal} = {}) {
@@ -15371,10 +15313,9 @@ function niceTicks(max) {
   const step = Math.max(1, [1, 2, 5, 10].find(each => each * power * 4 >= top) * power);
   return Array.from({length: Math.ceil(top / step) + 1}, (_, at) => at * step);
 }
-const CHART = {width: 900, height: 210, left: 54, top: 8, base: 182};
 /** Stacked columns of `series`: [{name, color, values}]. */
-function chartArt(labels, series) {
-  const {width, height, left, top, base} = CHART, slot = (width - left) / labels.length;
+function chartArt(labels, series, width) {
+  const [height, left, top, base] = [210, 50, 8, 182], slot = (width - left) / labels.length;
   const sums = labels.map((_, at) => series.reduce((sum, each) => sum + each.values[at], 0));
   const ticks = niceTicks(Math.max(...sums)), max = ticks[ticks.length - 1];
   const y = value => base - (base - top) * value / max, feet = labels.map(() => 0);
@@ -15382,8 +15323,8 @@ function chartArt(labels, series) {
     class: 'series-' + color, x: left + slot * (at + 0.12), width: slot * 0.76,
     y: y(feet[at] += value), height: base - y(value)},
   svg('title', {text: `${labels[at]} \u00b7 ${name}: ${fmt.number(value)}`})));
-  const stride = Math.ceil(labels.length / 8);
-  return svg('svg', {viewBox: `0 0 ${width} ${height}`, class: 'chart-art', 'aria-hidden': 'true'},
+  const stride = Math.ceil(labels.length / (width / 90));
+  return svg('svg', {width, height, class: 'chart-art', 'aria-hidden': 'true'},
     ticks.map(value => [svg('line', {x1: left, x2: width, y1: y(value), y2: y(value)}),
       svg('text', {x: left - 8, y: y(value) + 4, 'text-anchor': 'end'}, fmt.tokens(value))]),
     series.map(bar), labels.map((label, at) => at % stride === 0 && svg('text', {
@@ -15399,7 +15340,8 @@ function usageChart(span) {
     key => { span = key; draw(); });
   const box = el('section', {class: 'card', 'aria-label': t('chart_title')},
     el('div', {class: 'spread'}, el('h2', {text: t('chart_title')}), spans), art, legend, words);
-  let turn = 0;
+  let turn = 0, paint = () => {};
+  const resized = new ResizeObserver(() => paint());
   async function draw() {
     const mine = ++turn, {points} = await api('series?span=' + span);
     if (mine !== turn) return;
@@ -15411,9 +15353,9 @@ function usageChart(span) {
       moment(at + 43200, {month: 'short', day: 'numeric'}));           // a day is the server's
     const series = [...sums].sort((a, b) => isRest(a[0]) - isRest(b[0]) || b[1] - a[1])
       .map(([name, sum], at) => ({name: isRest(name) ? t('chart_rest') : clean(name) || t('none'),
-        sum,
-        color: at % 8 + 1, values: points.map(({groups}) => tokens(groups[name]))}));
-    art.replaceChildren(chartArt(labels, series));
+        sum, color: at % 8 + 1, values: points.map(({groups}) => tokens(groups[name]))}));
+    paint = () => art.replaceChildren(chartArt(labels, series, Math.max(art.clientWidth, 240)));
+    paint();
     legend.replaceChildren(...series.map(each => el('li', {class: 'chip'},
       el('i', {class: 'chart-dot series-' + each.color}), each.name,
       el('span', {class: 'muted num', text: fmt.tokens(each.sum)}))));
@@ -15425,8 +15367,14 @@ function usageChart(span) {
   const tell = error => art.replaceChildren(note('bad', errorText(error)));
   const again = throttle(() => turn >= 0 && draw().catch(tell), 1500);
   const stop = live.on('request', again), timer = setInterval(again, 60000);
+  resized.observe(art);
   draw().catch(tell);
-  return Object.assign(box, {end() { turn = NaN; stop(); clearInterval(timer); }});
+  return Object.assign(box, {end() {
+    turn = NaN;
+    resized.disconnect();
+    stop();
+    clearInterval(timer);
+  }});
 }
 """
 
@@ -16151,7 +16099,7 @@ function clientBlocks(blocks, again) {
     language => { setup.shell = language; again(); }),
   shown && [hint(t('clients_window')), codeBlock(t('clients_terminal'), shown.text)],
   blocks.filter(block => !shells.includes(block))
-    .map(block => codeBlock(pick(block.title), block.text))];
+    .map(block => codeBlock(block.title, block.text))];
 }
 /** A choice of the client, and its lines below: {node, ask(model)}. */
 function clientSetup() {

@@ -12805,43 +12805,47 @@ def test_the_playground(admin, upstream):
 # --- lines for clients ---------------------------------------------------------------------
 
 def blocks_of(found, client):
-    return next(row for row in found["data"] if row["id"] == client)["blocks"]
+    return {block["language"]: block["text"] for row in found["data"] if row["id"] == client
+            for block in row["blocks"]}
 
 
-@pytest.mark.parametrize("settings, shell_key, key", [({}, "sk-none", "sk-none"), ({"custom_api_key": "sk-0123456789abcdef"}, '"$IFLOW2API_KEY"', "YOUR_KEY")])
+@pytest.mark.parametrize("settings, shell_key, key", [
+    ({}, "sk-none", "sk-none"),
+    ({"custom_api_key": "sk-0123456789abcdef"}, '"$IFLOW2API_KEY"', "YOUR_KEY")])
 def test_lines_for_every_client(admin, upstream, settings, shell_key, key):
     browser = admin(provider(upstream, "up", models=["m1"]), **settings)
     found = browser.get("clients")
-    assert [row["id"] for row in found["data"]] == ["claude-code", "codex", "openai-python", "openai-js", "curl", "opencode", "aider",
-                                                    "cherry-studio", "lobechat", "chatgpt-next-web", "open-webui", "continue", "cline"]
-    assert found["model"] == "m1" and found["needs_key"] is bool(settings) and "0123456789" not in str(found)
-    for row in found["data"]:
-        assert row["title"] and row["blocks"]
-        for block in row["blocks"]:
-            assert set(block) == {"title", "language", "text"} and set(block["title"]) == {"zh", "en"} and block["text"]
-            if block["language"] == "json":
-                json.loads(block["text"])
-            if block["language"] == "python":
-                compile(block["text"], "block", "exec")
-            if block["language"] == "toml" and sys.version_info >= (3, 11):
-                assert __import__("tomllib").loads(block["text"])["model_providers"]["iflow2api"]["wire_api"] == "responses"
-        texts = "".join(block["text"] for block in row["blocks"])
-        assert found["base_url"] in texts and ("m1" in texts or row["id"] == "claude-code"), row["id"]
-    bash = blocks_of(found, "openai-python")[1]["text"]
-    assert f"OPENAI_API_KEY={shell_key}" in bash and key in blocks_of(found, "continue")[0]["text"]
+    assert [row["id"] for row in found["data"]] == list(ifl.CLIENTS) == [
+        "claude", "codex", "opencode", "qwen", "aider", "openai", "curl"]
+    assert found["model"] == "m1" and found["needs_key"] is bool(settings)
+    assert "0123456789" not in str(found)
+    for client, setup in ifl.CLIENTS.items():
+        blocks = blocks_of(found, client)
+        assert set(blocks) == {*ifl.SHELLS, *([setup.language] if setup.file else [])}
+        assert all(found["base_url"] in text for text in blocks.values())
+        assert client in ("claude", "openai") or all("m1" in text for text in blocks.values())
+    assert f"OPENAI_API_KEY={shell_key}" in blocks_of(found, "openai")["bash"]
+    assert json.loads(blocks_of(found, "claude")["json"])["env"]["ANTHROPIC_AUTH_TOKEN"] == key
+    opencode = json.loads(blocks_of(found, "opencode")["json"])
+    assert opencode["provider"]["iflow2api"]["options"]["apiKey"] == key
+    compile(blocks_of(found, "openai")["python"], "block", "exec")
+    if sys.version_info >= (3, 11):
+        codex = __import__("tomllib").loads(blocks_of(found, "codex")["toml"])
+        assert codex["model_providers"]["iflow2api"]["wire_api"] == "responses"
 
 
 @pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
 def test_the_lines_of_shells_and_names_of_models(admin, upstream, tmp_path):
     """Names come from upstreams: whatever is in them, the lines set variables and do nothing else."""
-    browser = admin(upstream)
-    evil = "m'\n\"; touch " + str(tmp_path / "gotcha") + " #`touch " + str(tmp_path / "gotcha") + "`$(touch " + str(tmp_path / "gotcha") + ")"
+    browser, touch = admin(upstream), "touch " + str(tmp_path / "gotcha")
+    evil = f"m'\n\"; {touch} #`{touch}`$({touch})"
     found = browser.get("clients?model=" + urllib.parse.quote(evil) + "&key=mine")
-    for client in ("claude-code", "codex", "aider", "openai-js"):
-        script = next(block["text"] for block in blocks_of(found, client) if block["language"] == "bash")
-        done = subprocess.run(["/bin/bash", "-c", script + "\necho end $IFLOW2API_KEY $OPENAI_API_KEY $ANTHROPIC_AUTH_TOKEN"],
-                              capture_output=True, text=True, timeout=60, env={"PATH": os.environ["PATH"]})
-        assert done.stdout.startswith("end mine"), (client, done)
+    said = "\necho end $IFLOW2API_KEY $OPENAI_API_KEY $ANTHROPIC_AUTH_TOKEN $OPENCODE_CONFIG_CONTENT"
+    for client in ifl.CLIENTS:
+        script = "curl() { echo end mine $#; }\n" + blocks_of(found, client)["bash"] + said
+        done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, timeout=60,
+                              env={"PATH": os.environ["PATH"]})
+        assert done.stdout.startswith(("end mine", 'end {"$schema"')), (client, done)
     assert not (tmp_path / "gotcha").exists()
 
 
@@ -15376,7 +15380,7 @@ ERRORS = [
     (["config", "set", "upstream_proxy", "ftp://me:hunter2@x"], "socks5h://", "socks5h://"),
     (["test", "a", "b"], "no use for 'b'", "'b'"), (["logs", "-n", "x"], "a whole number", "整数"),
     (["logs", "--level", "loud"], "warning", "warning"), (["logs", "--folow"], "--follow", "--follow"),
-    (["env"], "env claude|codex|openai", "env claude|codex|openai"), (["env", "coedx"], "did you mean codex", "codex"),
+    (["env"], "env claude|codex|", "env claude|codex|"), (["env", "coedx"], "did you mean codex", "codex"),
     (["--verbose=1"], "takes no value", "不带值"),
     (["--port", "80", "stats"], "did you mean status?", "status"), (["status", "--no-browser"], "status has no flag", "status 没有"),
     (["--api-key", "$NOPE"], "export NOPE=", "export NOPE="), (["--api-key", "-"], "--api-key - < FILE", "--api-key - <"),
