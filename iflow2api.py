@@ -2089,14 +2089,15 @@ class Asked(NamedTuple):
 
 _TRUE_OR_FALSE = ("true or false", lambda value: isinstance(value, bool))
 
-#: Condition of a route -> what its value may be, in words, whether it is so, and whether a request meets it.
+#: Condition of a route -> its values in words, whether a value is one, whether a request meets it.
 CONDITIONS: Dict[str, Tuple[str, Callable[[Any], bool], Callable[[Any, Any], bool]]] = {
     "over_tokens": ("a whole number of 1 at least", lambda value: type(value) is int and value > 0,
                     lambda asked, value: asked.size_tokens > value),
     "images": (*_TRUE_OR_FALSE, lambda asked, value: asked.shows_images is value),
     "thinking": (*_TRUE_OR_FALSE, lambda asked, value: asked.thinks is value),
     "tools": (*_TRUE_OR_FALSE, lambda asked, value: asked.has_tools is value),
-    "dialect": ("chat, messages or responses", lambda value: value in ("chat", "messages", "responses"),
+    "dialect": ("chat, messages or responses",
+                lambda value: value in ("chat", "messages", "responses"),
                 lambda asked, value: asked.speaks == value)}
 
 
@@ -2110,48 +2111,52 @@ class Branch(NamedTuple):
 
 
 def parse_branch(entry: Any) -> Branch:
-    """`"glm-5"` or `{"model": "glm-5", "over_tokens": 60000}`; ValueError, empty where it is nothing of the kind."""
+    """`"glm-5"` or `{"model": "glm-5", "over_tokens": 60000}`; ValueError, empty for anything else."""
     if isinstance(entry, str) and entry:
         return Branch((entry,))
     named = entry.get("model") if isinstance(entry, dict) else None
     models = [named] if isinstance(named, str) else named
-    if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
+    if not isinstance(models, list) or not models or not all(
+            isinstance(model, str) and model for model in models):
         raise ValueError
     conditions = [(name, value) for name, value in entry.items() if name != "model"]
     for name, value in conditions:
         if name not in CONDITIONS:
             raise ValueError(f"{name}: no such condition; there are {', '.join(CONDITIONS)}")
         if not CONDITIONS[name][1](value):
-            raise ValueError(f"{name}: {CONDITIONS[name][0]} expected, not {one_line(json.dumps(value), 40)}")
+            shown = one_line(json.dumps(value), 40)
+            raise ValueError(f"{name}: {CONDITIONS[name][0]} expected, not {shown}")
     return Branch(tuple(models), tuple(conditions))
 
 
-#: Why a name goes where it goes.
-WHY = {"named": "{model}: its first part is the name of a provider",
+#: Why a name goes where it goes, for Router.explain.
+WHY = {"unnamed": "no model named: default_model is {model}",
+       "condition": "alias {pattern}: {models} if {wish}: {answer}",
+       "alias": "alias {pattern} makes it {models}",
+       "no branch": "alias {pattern} has nothing for such a request",
+       "untaken": "no alias takes it",
+       "unmatched": "no alias matches it",
+       "named": "{model}: its first part is the name of a provider",
        "listed": "{model}: {provider} lists it among its models",
        "foreign": "{model}: a name of the client's own, which means default_model ({default})",
-       "default": "{model}: nobody claims it, so it goes to the default provider, {provider}, as it is"}
+       "default": "{model}: nobody claims it, so it goes to the default provider, {provider}, as it is",
+       "disabled": "but {provider} is disabled: {problem}"}
+
+#: Takes a key of WHY and the facts of its sentence.
+Tell = Callable[..., Any]
 
 
 class Router:
-    """Names to targets, out of one snapshot of the settings (DESIGN: providers and resolution).  Pure."""
+    """Names to targets, from one snapshot of the settings (DESIGN: providers and resolution)."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str], iflow: Optional[Provider] = None,
-                 model_name: str = "") -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str],
+                 iflow: Optional[Provider] = None, model_name: str = "") -> None:
         """`iflow` and `model_name` are the CLI's login and the model it is set to."""
         self.providers: Dict[str, Provider] = {}
         self.problems: List[str] = []
-        self.faults: Set[str] = set()    #: settings that do not fit together; a reload leaves what was in force
+        self.faults: Set[str] = set()    #: settings that contradict others; a reload keeps the old ones
         for number, entry in enumerate(settings.providers):
-            try:
-                provider = parse_provider(entry, environ)
-            except ValueError as exc:
-                self._blame("providers", f"providers[{number}]: {exc}")
-                continue
-            if provider.name in self.providers:
-                self._blame("providers", f"providers[{number}]: the name {provider.name} is taken by an earlier one")
-                continue
-            self.providers[provider.name] = with_iflow_facts(provider, settings)
+            self._add_provider(f"providers[{number}]", entry, environ, settings)
         if iflow is not None:
             self.providers.setdefault("iflow", iflow)
         self._listing = {model: provider for provider in reversed(list(self.providers.values()))
@@ -2163,6 +2168,16 @@ class Router:
         self.default = self._default(settings.default_provider)
         self.aliases = self._parse_aliases(settings.aliases)
         self.default_model = settings.default_model or model_name or self._first_model()
+
+    def _add_provider(self, where: str, entry: Any, environ: Mapping[str, str],
+                      settings: Settings) -> None:
+        try:
+            provider = parse_provider(entry, environ)
+        except ValueError as exc:
+            return self._blame("providers", f"{where}: {exc}")
+        if provider.name in self.providers:
+            return self._blame("providers", f"{where}: the name {provider.name} is taken by an earlier one")
+        self.providers[provider.name] = with_iflow_facts(provider, settings)
 
     def _first_model(self) -> str:
         if self.default is None:
@@ -2178,18 +2193,22 @@ class Router:
     def _parse_aliases(self, aliases: Json) -> List[Tuple[str, List[Branch]]]:
         parsed: List[Tuple[str, List[Branch]]] = []
         for pattern, entries in aliases.items():
-            branches = self._parse_alias(f"alias {pattern!r}", entries if isinstance(entries, list) else [entries])
-            taken = next((known for known, earlier in parsed if self._hides(known, earlier, pattern)), None)
+            entries = entries if isinstance(entries, list) else [entries]
+            branches = self._parse_alias(f"alias {pattern!r}", entries)
+            taken = next((known for known, earlier in parsed if self._hides(known, earlier, pattern)),
+                         None)
             if taken is not None:
-                self._blame("aliases", f"alias {pattern!r} is never reached: {taken!r} above it takes every such name")
+                self._blame("aliases", f"alias {pattern!r} is never reached: {taken!r} above it takes "
+                                       "every such name")
             if not pattern:
-                self._blame("aliases", "alias '' matches nothing: a request without a model means default_model")
+                self._blame("aliases", "alias '' matches nothing: a request without a model means "
+                                       "default_model")
             if branches:
                 parsed.append((pattern, branches))
         return parsed
 
     def _parse_alias(self, where: str, entries: Sequence[Any]) -> List[Branch]:
-        """The branches of one alias, none where it is of no use; a target that can't be reached is left out."""
+        """The branches of one alias, none where it is invalid; unreachable targets are left out."""
         try:
             branches = [parse_branch(entry) for entry in entries]
             if not branches:
@@ -2199,11 +2218,11 @@ class Router:
             return []
         found: List[Branch] = []
         for number, branch in enumerate(branches):
-            strays = {model: self._stray(model) for model in branch.models}
-            for model, reason in strays.items():
+            reasons = {model: self._unreachable(model) for model in branch.models}
+            for model, reason in reasons.items():
                 if reason:
                     self._blame("aliases", f"{where}[{number}]: {one_line(model, 80)!r}: {reason}")
-            models = tuple(model for model in branch.models if not strays[model])
+            models = tuple(model for model in branch.models if not reasons[model])
             found += [branch._replace(models=models)] if models else []
         return found
 
@@ -2213,8 +2232,8 @@ class Router:
         return not re.search(r"[?\[]", pattern) and fits(later, pattern) and (
             any(not branch.conditions for branch in branches))
 
-    def _stray(self, model: str) -> str:
-        """Why `provider/model` leads nowhere; empty where it may well be a name of the default provider's own."""
+    def _unreachable(self, model: str) -> str:
+        """Why `provider/model` leads nowhere; "" where it may be a name of the default provider's."""
         head, slash, rest = model.partition("/")
         if not slash or not rest or self.claimed(model):
             return ""
@@ -2225,18 +2244,32 @@ class Router:
 
     def _default(self, name: str) -> Optional[Provider]:
         if name and name not in self.providers:
-            self._blame("default_provider", f"default_provider {name!r} is no provider" + nearest(name, self.providers))
+            near = nearest(name, self.providers)
+            self._blame("default_provider", f"default_provider {name!r} is no provider{near}")
         return self.providers.get(name) or next(iter(self.providers.values()), None)
 
-    def resolve(self, model: Optional[str], foreign: bool = False, asked: Any = Asked()) -> List[Target]:
-        """The chain of targets; `foreign`: asked by Messages or Responses, whose own names mean the default.
+    # names to targets
 
-        `asked` answers the questions of conditions (Asked, Call).  BadRequest without any model, NotLoggedIn without
-        any provider.
+    def resolve(self, model: Optional[str], foreign: bool = False, asked: Any = Asked(),
+                tell: Optional[Tell] = None) -> List[Target]:
+        """The chain of targets; `foreign`: a dialect asks whose own names mean default_model.
+
+        `asked` answers the questions of conditions (Asked, Call).  BadRequest without any model,
+        NotLoggedIn without any provider.
         """
-        model = self.named(model)
-        names = self._alias_of(model, asked)
-        return [self._locate(name, foreign and not names)[0] for name in names or [model]]
+        name = self.named(model)
+        if tell and not model:
+            tell("unnamed", model=name)
+        names = self._alias_of(name, asked, tell)
+        return [self._locate(each, foreign and not names, tell) for each in names or [name]]
+
+    def explain(self, model: Optional[str], foreign: bool,
+                asked: Asked) -> Tuple[List[str], List[Target]]:
+        """What `resolve` tells on its way, in sentences, and what it returns."""
+        steps: List[str] = []
+        targets = self.resolve(model, foreign, asked,
+                               lambda why, **facts: steps.append(WHY[why].format(**facts)))
+        return steps, targets
 
     def named(self, model: Optional[str]) -> str:
         """The name asked for, `default_model` where there is none; BadRequest."""
@@ -2257,65 +2290,60 @@ class Router:
         return bool(self.default_model) and not self.claimed(model) and any(
             fnmatchcase(model, pattern) for pattern in FOREIGN_MODELS)
 
-    def _alias_of(self, model: str, asked: Any) -> List[str]:
+    def _alias_of(self, model: str, asked: Any, tell: Optional[Tell] = None) -> List[str]:
         """The models that an alias makes of a name in this request, none where no alias takes it."""
+        why = "unmatched"
         for pattern, branches in self.aliases:
             if fits(model, pattern):
-                names = self._chain(branches, asked)
+                why, names = "untaken", self._chain(pattern, branches, asked, tell)
                 if names:
                     return names
+        if tell:
+            tell(why)
         return []
 
     @staticmethod
-    def _chain(branches: Sequence[Branch], asked: Any) -> List[str]:
+    def _chain(pattern: str, branches: Sequence[Branch], asked: Any,
+               tell: Optional[Tell]) -> List[str]:
         """The first branch whose conditions all hold, then those without; each model once."""
-        first = next((branch for branch in branches if branch.conditions and branch.holds(asked)), None)
-        names = [name for branch in branches if not branch.conditions for name in branch.models]
-        return [*first.models, *(name for name in names if name not in first.models)] if first else names
-
-    def explain(self, model: Optional[str], foreign: bool, asked: Asked) -> Tuple[List[str], List[Target]]:
-        """What `resolve` does with a name, step by step, and what comes of it."""
-        name = self.named(model)
-        steps = [] if model else [f"no model named: default_model is {name}"]
-        for pattern, branches in self.aliases:
-            if fits(name, pattern):
-                steps += self._told(pattern, branches, asked)
-                if self._chain(branches, asked):
-                    break
-        names = self._alias_of(name, asked)
-        if not names:
-            steps.append("no alias takes it" if steps else "no alias matches it")
-        targets = []
-        for wanted in names or [name]:
-            target, reasons = self._locate(wanted, foreign and not names)
-            targets.append(target)
-            steps += [WHY[reason].format(model=wanted if number == 0 else target.model, provider=target.provider.name,
-                                         default=self.default_model) for number, reason in enumerate(reasons)]
-            if target.provider.problem:
-                steps.append(f"but {target.provider.name} is disabled: {target.provider.problem}")
-        return steps, targets
-
-    def _told(self, pattern: str, branches: Sequence[Branch], asked: Asked) -> Iterator[str]:
-        """What one alias that matches makes of a request, in sentences."""
+        first: Tuple[str, ...] = ()
         for branch in branches:
-            if branch.conditions:
-                wish = ", ".join(f"{name} {json.dumps(value)}" for name, value in branch.conditions)
-                yield f"alias {pattern}: {', '.join(branch.models)} if {wish}: {'yes' if branch.holds(asked) else 'no'}"
-        names = self._chain(branches, asked)
-        yield f"alias {pattern} " + (f"makes it {', then '.join(names)}" if names else "has nothing for such a request")
+            if branch.conditions and (tell or not first):
+                holds = branch.holds(asked)
+                first = first or (branch.models if holds else ())
+                if tell:
+                    wish = ", ".join(f"{name} {json.dumps(value)}" for name, value in branch.conditions)
+                    tell("condition", pattern=pattern, models=", ".join(branch.models), wish=wish,
+                         answer="yes" if holds else "no")
+        names = [*first, *(name for branch in branches if not branch.conditions
+                           for name in branch.models if name not in first)]
+        if tell:
+            tell("alias" if names else "no branch", pattern=pattern, models=", then ".join(names))
+        return names
 
-    def _locate(self, model: str, foreign: bool) -> Tuple[Target, Sequence[str]]:
-        """Where one name goes, aliases aside, and why (WHY)."""
-        found, why = self.claimed(model), ()
+    def _locate(self, model: str, foreign: bool, tell: Optional[Tell] = None) -> Target:
+        """Where one name goes, aliases aside; NotLoggedIn."""
         if foreign and self._means_default(model):
-            model, why = self.default_model, ("foreign",)
-            found = self.claimed(model)
-        if found:
-            return found, (*why, "listed" if model in found.provider.models else "named")
-        if self.default is None:
-            raise NotLoggedIn("there is no iFlow login and no other provider: run `python iflow2api.py login`, put iFlow's "
-                              "key into IFLOW_API_KEY, start with --upstream URL, or add one with `provider add`")
-        return Target(self.default, model), (*why, "default")
+            if tell:
+                tell("foreign", model=model, default=self.default_model)
+            model = self.default_model
+        found = self.claimed(model)
+        if found is None and self.default is None:
+            raise NotLoggedIn(
+                "there is no iFlow login and no other provider: run `python iflow2api.py login`, put "
+                "iFlow's key into IFLOW_API_KEY, start with --upstream URL, or add one with `provider add`")
+        target = found or Target(self.default, model)        # type: ignore[arg-type]
+        if tell:
+            provider = target.provider
+            why = "default" if not found else "listed" if model in provider.models else "named"
+            tell(why, model=model, provider=provider.name)
+            if provider.problem:
+                tell("disabled", provider=provider.name, problem=provider.problem)
+        return target
+
+    def place_of(self, model: str) -> Target:
+        """Where one name goes, aliases and the client's own names aside; NotLoggedIn."""
+        return self._locate(model, False)
 
     def claimed(self, model: str) -> Optional[Target]:
         """`provider/model`, or the first provider that lists the model."""
@@ -2324,10 +2352,6 @@ class Router:
             return Target(self.providers[head], rest)
         lister = self._listing.get(model)
         return Target(lister, model) if lister is not None else None
-
-    def place_of(self, model: str) -> Target:
-        """Where one name goes, aliases and the client's own names aside; NotLoggedIn."""
-        return self._locate(model, False)[0]
 
 
 def may_use(router: Router, key: ClientKey, model: str, chain: Sequence[Target],
@@ -2352,6 +2376,181 @@ def may_use(router: Router, key: ClientKey, model: str, chain: Sequence[Target],
     providers = {target.provider.name: target.provider for target in chain}
     return named and all(
         covers_place(provider, name) for provider in providers.values() for name in others)
+
+
+# --- what to ask next --------------------------------------------------------
+
+class Rests:
+    """What is passed over for a while: a key of one provider, or (None) the provider itself.
+
+    A provider that keeps failing is `open` until its rest is over, then `half-open`: one request is let
+    through, and how that ends decides; should it never end, another may try after a further rest.
+    Threads share it: every change is a single operation on a dictionary.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._until: Dict[Optional[str], float] = {}
+        self._refused: Dict[str, bool] = {}              #: keys that rest because they were refused
+        self.failures = 0                                #: of the provider, in a row
+
+    def rest(self, what: Optional[str], seconds: float, refused: bool = False) -> None:
+        self._until[what] = self._clock() + seconds
+        if what is not None:
+            self._refused[what] = refused
+
+    def fail(self, limit: int, rest_s: float) -> bool:
+        """One more failure of the provider; whether this is the one that begins its rest."""
+        self.failures += 1
+        if limit and self.failures >= limit:
+            self.rest(None, rest_s)
+        return self.failures == limit
+
+    def ok(self, what: Optional[str]) -> None:
+        """It works again."""
+        self._until.pop(what, None)
+        if what is None:
+            self.failures = 0
+
+    def admits(self, rest_s: float) -> bool:
+        """Whether a request may go to the provider now."""
+        until = self._until.get(None)
+        if until is None:
+            return True
+        if self._clock() < until:
+            return False
+        self.rest(None, rest_s)
+        return True
+
+    def left_s(self, what: Optional[str]) -> float:
+        until = self._until.get(what)
+        return 0.0 if until is None else max(0.0, until - self._clock())
+
+    def key_state(self, key: str) -> str:
+        """`ok`, `resting` or `refused`."""
+        return "ok" if not self.left_s(key) else "refused" if self._refused.get(key) else "resting"
+
+    @property
+    def state(self) -> str:
+        """The provider's: `closed`, `open` or `half-open`."""
+        return "closed" if None not in self._until else "open" if self.left_s(None) else "half-open"
+
+    @property
+    def resting(self) -> int:
+        """How many keys rest."""
+        return sum(key is not None and self.left_s(key) > 0 for key in list(self._until))
+
+
+class Step(NamedTuple):
+    """Where the next attempt goes: to another target after a pause, or to the same one with another key."""
+    target: Target
+    wait_s: float = 0.0
+    is_same: bool = False
+
+
+class Plan:
+    """The attempts of one call: each target of its chain with each of its keys, until one answers.
+
+    Targets that rest come last.  When all have failed, those that may do better later are asked again
+    after a pause, as often as `retry` allows.
+    """
+
+    def __init__(self, chain: Sequence[Target], keys: Callable[[Target], Sequence[str]],
+                 rests: Callable[[Target], Rests], retry: Mapping[str, float],
+                 circuit: Mapping[str, float], clock: Callable[[], float],
+                 jitter: Callable[[], float] = lambda: 1.0) -> None:
+        """`keys` gives a target's keys in the order to try; `jitter` a factor of 0.5 to 1 for pauses."""
+        self._keys_of, self._rests_of, self._retry, self._circuit = keys, rests, retry, circuit
+        self._clock, self._jitter, self._began = clock, jitter, clock()
+        self._round: List[Target] = list(chain)          #: targets to ask before the next pause
+        self._late: List[Target] = []                    #: those that rest
+        self._only = len(chain) == 1                     #: a route of one provider never rests
+        self._later: List[Tuple[float, Target]] = []     #: to be asked again, and not before when
+        self._rounds = 0
+        self._error: Optional[GatewayError] = None
+        self.target: Any = None                         #: the one being asked
+        self._keys: Optional[List[str]] = None           #: its keys not tried yet; None: not looked up yet
+        self.key = ""                                    #: the one being tried
+
+    def next(self) -> Step:
+        """Where the next attempt goes; raises the last error where there is none."""
+        if self.target is not None:
+            return Step(self.target, is_same=True)
+        self.target = self._next_target()
+        wait_s = 0.0
+        if self.target is None:
+            wait_s = self._begin_round()
+            self.target = self._next_target()
+        return Step(self.target, wait_s)
+
+    def take_key(self) -> str:
+        """The key for it, to be asked for when there is a place: until then others may have put it to rest."""
+        if self._keys is None:
+            self._keys = list(self._keys_of(self.target))
+        self.key = self._keys.pop(0)
+        return self.key
+
+    def _next_target(self) -> Optional[Target]:
+        while self._round:
+            target = self._round.pop(0)
+            if self._only or self._rests_of(target).admits(self._circuit["rest_s"]):
+                return target
+            self._late.append(target)
+        return self._late.pop(0) if self._late else None
+
+    def _begin_round(self) -> float:
+        """Seconds until the targets that are worth it are asked again: the backoff, or what they asked for."""
+        retry, now = self._retry, self._clock()
+        if self._rounds >= retry["count"] or not self._later:
+            raise self._error                            # type: ignore[misc]
+        backoff_s = min(retry["max_backoff_s"], retry["backoff_s"] * 2 ** self._rounds) * self._jitter()
+        wait_s = max(backoff_s, min(at for at, _ in self._later) - now)
+        if now - self._began + wait_s > retry["total_s"]:
+            raise self._error                            # type: ignore[misc]
+        due = now + wait_s + 0.01                        # clocks are grainy
+        self._round = [target for at, target in self._later if at <= due]
+        self._later = [(at, target) for at, target in self._later if at > due]
+        self._only = len(self._round) == 1
+        self._rounds += 1
+        return wait_s
+
+    def repeat(self, key: Optional[str] = None) -> None:
+        """Ask the same target once more, with a fresh key or a mended request; nobody is to blame."""
+        self._keys = [self.key if key is None else key, *(self._keys or ())]
+
+    def succeeded(self) -> None:
+        rests = self._rests_of(self.target)
+        rests.ok(None)
+        rests.ok(self.key)
+
+    def failed(self, exc: GatewayError, began: bool, status: int = 0) -> bool:
+        """Note how the attempt failed; raises `exc` where nobody else may be asked.
+
+        `began`: the client has a part of the answer.  `status`: the upstream's own, where `exc` has
+        another for the client.  Returns whether the provider rests from now on.
+        """
+        target, status = self.target, status or exc.status
+        rests = self._rests_of(target)
+        ours = isinstance(exc, Busy)                     # our own full queue says nothing of the upstream
+        if status in KEY_STATUS and self._keys is not None and not began and not ours:
+            asked_s = exc.retry_after_s or LIMITED_KEY_REST_S
+            rest_s = min(asked_s, LONGEST_REST_S) if status == 429 else REFUSED_KEY_REST_S
+            rests.rest(self.key, rest_s, refused=status != 429)
+            if self._keys:
+                return False
+        self.target = self._keys = None
+        opened = False
+        if not ours and not target.provider.problem:
+            if exc.overflow is None and (exc.status == 408 or exc.status >= 500):
+                opened = rests.fail(int(self._circuit["failures"]), self._circuit["rest_s"])
+            else:                        # it is alive, and refuses
+                rests.ok(None)
+        if began or exc.status not in FALLBACK_STATUS:
+            raise exc
+        self._error = exc
+        if exc.status in RETRY_STATUS and exc.should_retry is not False and exc.overflow is None:
+            self._later.append((self._clock() + (exc.retry_after_s or 0), target))
+        return opened
 
 
 # === 7. Chat and SSE (pure) ==================================================
@@ -9273,123 +9472,6 @@ def wait_for(caller: Caller, seconds: float) -> None:
         caller.tick()
 
 
-class KeyRing:
-    """The keys of one provider, in turn; one that was refused or limited rests while others are left."""
-
-    def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.monotonic, each: int = 0) -> None:
-        """`each`: requests at once for every key; 0: no limit."""
-        self.keys = tuple(keys)
-        self._clock, self._next = clock, 0
-        self._rests_until: Dict[str, float] = {}
-        self._refused: Set[str] = set()  #: of those that rest
-        self._places = {key: Slots(each) for key in self.keys} if each else {}
-        self.each = each
-        self._lock = threading.Lock()
-
-    def order(self, conversation: Optional[int] = None) -> List[str]:
-        """Keys in the order to try them, [""] where the provider needs none; when all rest, the one nearest its end.
-
-        A `conversation` keeps to its key, as long as that is awake and has a place.
-        """
-        if not self.keys:
-            return [""]
-        with self._lock:
-            start = (self._next if conversation is None else conversation) % len(self.keys)
-            self._next += conversation is None
-            now = self._clock()
-            turn = self.keys[start:] + self.keys[:start]
-            awake = [key for key in turn if self._rests_until.get(key, 0) <= now]
-            if self._places:
-                awake.sort(key=lambda key: max(0, self._places[key].load - self.each + 1))
-            return awake or [min(turn, key=lambda key: self._rests_until[key])]
-
-    def hold(self, key: str, caller: Caller, settings: Settings, name: str) -> Any:
-        """A place at the key for the time of a `with`; Busy, ClientGone."""
-        places = self._places.get(key)
-        return places.hold(caller, settings, f"a key of {name}") if places is not None else _NO_WAIT
-
-    def rest(self, key: str, seconds: float, refused: bool = False) -> None:
-        with self._lock:
-            self._rests_until[key] = self._clock() + seconds
-            (self._refused.add if refused else self._refused.discard)(key)
-
-    def state(self, key: str) -> Tuple[str, float]:
-        """`ok`, `resting` or `refused`, and for how many seconds it still rests."""
-        rests_s = max(0.0, self._rests_until.get(key, 0.0) - self._clock()) if key in self._rests_until else 0.0
-        return ("ok" if not rests_s else "refused" if key in self._refused else "resting"), rests_s
-
-    def revive(self, key: str) -> None:
-        if self._rests_until:
-            with self._lock:
-                self._rests_until.pop(key, None)
-
-    def inherit(self, earlier: "KeyRing") -> "KeyRing":
-        """Let keys that rested in an earlier ring rest on: a reload is no pardon."""
-        with earlier._lock:
-            self._rests_until = {key: until for key, until in earlier._rests_until.items() if key in self.keys}
-            self._refused = earlier._refused & set(self.keys)
-            self._places = {key: earlier._places.get(key, slots) for key, slots in self._places.items()}
-        for slots in self._places.values():
-            slots.resize(self.each)
-        return self
-
-    @property
-    def resting(self) -> int:
-        now = self._clock()
-        return sum(until > now for until in list(self._rests_until.values()))
-
-    @property
-    def active(self) -> int:
-        """Requests that hold a key; only where each key has a limit."""
-        return sum(slots.active for slots in self._places.values())
-
-
-_NO_WAIT = contextlib.nullcontext()
-
-
-class Circuit:
-    """Whether an upstream that keeps failing is asked.
-
-    `closed`: it is.  `open`: it rests, others are asked first.  `half-open`: its rest is over, one request is let
-    through, and how that ends decides; should it never end, another one may try after a further rest.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._lock = clock, threading.Lock()
-        self.failures, self._until = 0, 0.0
-
-    def admits(self, rest_s: float) -> bool:
-        """Whether the request that asks may go there now."""
-        if not self._until:
-            return True
-        with self._lock:
-            now = self._clock()
-            if now < self._until:
-                return False
-            self._until = now + rest_s
-            return True
-
-    def succeeded(self) -> None:
-        if self.failures or self._until:
-            with self._lock:
-                self.failures, self._until = 0, 0.0
-
-    def failed(self, limit: int, rest_s: float) -> None:
-        """One more failure in a row; at `limit` of them it rests."""
-        with self._lock:
-            self.failures += 1
-            if limit and self.failures >= limit:
-                self._until = self._clock() + rest_s
-
-    @property
-    def rests_s(self) -> float:
-        return max(0.0, self._until - self._clock()) if self._until else 0.0
-
-    @property
-    def state(self) -> str:
-        return "closed" if not self._until else "open" if self.rests_s else "half-open"
-
-
 class Window:
     """How much there was in the last `span_s` seconds: exact for small limits, else to a twentieth of the span."""
 
@@ -9687,6 +9769,86 @@ class TokenScale:
         with self._lock:
             if self._dirty:
                 self._write()
+
+
+class Lane:
+    """What the calls to one provider share: places, the turn of its keys, what rests, what it has told."""
+    CAPS_LIMIT = 500                     #: models whose cap on max_tokens is remembered
+
+    def __init__(self, provider: Provider, clock: Callable[[], float], scale: TokenScale) -> None:
+        self.provider, self.rests, self._scale = provider, Rests(clock), scale
+        self.slots = Slots(0)
+        self._key_slots: Dict[str, Slots] = {}           #: where each key has a limit of its own
+        self._turn = 0
+        self.listed: Tuple[float, List[str]] = (0.0, [])         #: its /models, and until when that counts
+        self._caps: Dict[str, int] = {}                  #: by model: most output tokens, as refusals have told
+        self._lock = threading.Lock()
+        self.adopt(provider)
+
+    def adopt(self, provider: Provider) -> None:
+        """Work with these settings from now on; what rests and what is under way stays."""
+        if provider.base_url != self.provider.base_url:
+            self.rests.ok(None)
+            self.listed, self._caps = (0.0, []), {}
+        self.provider, each = provider, provider.key_concurrency
+        self.slots.resize(provider.places)
+        self._key_slots = {key: self._key_slots.get(key) or Slots(each)
+                           for key in provider.api_keys} if each else {}
+        for slots in self._key_slots.values():
+            slots.resize(each)
+
+    def keys(self, known: Sequence[str], conversation: Optional[int] = None) -> List[str]:
+        """Of `known` keys those to try, in order; when all rest, the one nearest its end.
+
+        They take turns, but a `conversation` keeps to its key while that is awake and has a place.
+        A provider without keys has the key "".
+        """
+        if not known:
+            return [""]
+        with self._lock:
+            start = (self._turn if conversation is None else conversation) % len(known)
+            self._turn += conversation is None
+        turn = [*known[start:], *known[:start]]
+        awake = [key for key in turn if not self.rests.left_s(key)]
+        slots = self._key_slots
+        awake.sort(key=lambda key: max(0, slots[key].load - slots[key].limit + 1) if key in slots else 0)
+        return awake or [min(turn, key=self.rests.left_s)]
+
+    def hold_key(self, key: str, client: Caller, settings: Settings) -> Any:
+        """A place at the key for the time of a `with`; Busy, ClientGone."""
+        slots = self._key_slots.get(key)
+        return slots.hold(client, settings, f"a key of {self.provider.name}") if slots else _NO_WAIT
+
+    @property
+    def key_load(self) -> int:
+        """Requests that hold a key or wait for one; only where each key has a limit."""
+        return sum(slots.load for slots in self._key_slots.values())
+
+    # what is known of its models
+
+    def cap(self, model: str) -> int:
+        """The most tokens of output that it allows, as a refusal has told; 0: not known."""
+        return self._caps.get(model, 0)
+
+    def learn_cap(self, model: str, tokens: int) -> None:
+        with self._lock:
+            remember(self._caps, model[:SCALE_NAME_CHARS], tokens, self.CAPS_LIMIT)
+
+    def scaled(self, model: str, estimate: int) -> int:
+        """Our estimate of tokens as the model counts them."""
+        return self._scale.scaled(f"{self.provider.name}/{model}"[:SCALE_NAME_CHARS], estimate)
+
+    def learn_count(self, model: str, estimate_of: Callable[[bool], int], counted: int) -> None:
+        """Compare an estimate with what was counted; `estimate_of` takes whether it is worth making one."""
+        name = f"{self.provider.name}/{model}"[:SCALE_NAME_CHARS]
+        estimate = estimate_of(self._scale.is_worth(name))
+        if estimate:
+            self._scale.learn(name, estimate, counted)
+        else:
+            self._scale.pass_over(name)
+
+
+_NO_WAIT = contextlib.nullcontext()
 
 
 class _Kept(NamedTuple):
@@ -10674,11 +10836,6 @@ def header_returns(name: str) -> bool:
     return HEADER_RETURNS.fullmatch(name) is not None
 
 
-def scale_name(target: Target) -> str:
-    """What token counts are kept under."""
-    return f"{target.provider.name}/{target.model}"[:SCALE_NAME_CHARS]
-
-
 class State(NamedTuple):
     """What a request works on from its start to its end, whatever is changed meanwhile."""
     settings: Settings
@@ -10735,11 +10892,12 @@ def read_refusal(exchange: Exchange, provider: Provider) -> UpstreamError:
     return refusal
 
 
-class Journey:
-    """One call on its way: the targets of its route, with their keys, again after a pause, until one has answered."""
+class Attempts:
+    """One call on its way: asks what its plan says next, until somebody has answered."""
 
     def __init__(self, gateway: Any, call: Call, sink: AnswerSink) -> None:
         self.gateway, self.log, self.call, self.sink = gateway, gateway.log, call, sink
+        self._fresh_key = ""             #: of a login that was refreshed for this call
         self.record = Record(call.request_id, call.dialect.name, (call.model or "")[:200], call.stream,
                              time.monotonic(), key=call.key.name if call.key else "", at=time.time())
 
@@ -10749,7 +10907,7 @@ class Journey:
         try:
             self.state: State = self.gateway.current()
             self.settings = self.state.settings
-            self._try_targets()
+            self._follow_plan()
             record.status = record.status or 200
         except GatewayError as exc:
             record.status, record.error = self.call.dialect.status(exc), exc.message
@@ -10762,196 +10920,157 @@ class Journey:
             self._spend()
             self.gateway.note(record)
 
-    def _try_targets(self) -> None:
-        """The chain of targets, and after a pause those again that may do better then, as often as `retry` allows."""
+    def _follow_plan(self) -> None:
         chain = self.state.chain_for(self.call)
-        began, waiting = self.gateway.clock(), []
-        for number in range(RETRY_FIELDS["count"][2] + 1):
-            error, again = self._try_chain(chain)
-            if error is None:
-                return
-            waiting += again
-            pause_s = self._pause_s(number, waiting, self.gateway.clock() - began)
-            if pause_s is None:
-                raise error
-            self.log.info("%s trying again in %.1f s", self.call.request_id[4:12], pause_s)
-            self.gateway.pause(self.sink, pause_s)
-            now = self.gateway.clock() + 0.01        # clocks are grainy
-            chain = [target for at, target in waiting if at <= now]
-            waiting = [(at, target) for at, target in waiting if at > now]
+        plan = Plan(chain, self._keys, lambda target: self.gateway.lane(target.provider).rests,
+                    {**RETRY, **self.settings.retry}, {**CIRCUIT, **self.settings.circuit},
+                    self.gateway.clock, lambda: 0.5 + secrets.randbelow(500) / 1000)
+        with contextlib.ExitStack() as place:            # at the target that is being asked
+            while True:
+                step = plan.next()
+                if not step.is_same:
+                    place.close()
+                    self._pause(step.wait_s)
+                try:
+                    if self._ask(step, plan, place):
+                        return plan.succeeded()
+                    return
+                except (UpstreamError, Busy) as exc:
+                    status = exc.status
+                    told = self._explained(exc) if isinstance(exc, UpstreamError) else exc
+                    if not self._mend(plan, status, told):
+                        self._give_up(plan, status, told, len(chain) > 1)
 
-    def _pause_s(self, retries: int, waiting: Sequence[Tuple[float, Target]], spent_s: float) -> Optional[float]:
-        """Seconds until the next retry: the backoff, or what the upstreams asked for; None: there shall be none."""
-        retry = {**RETRY, **self.settings.retry}
-        if retries >= retry["count"] or not waiting:
-            return None
-        backoff_s = min(retry["max_backoff_s"], retry["backoff_s"] * 2 ** retries)
-        backoff_s *= 0.5 + secrets.randbelow(500) / 1000
-        pause_s = max(backoff_s, min(at for at, _ in waiting) - self.gateway.clock())
-        return pause_s if spent_s + pause_s <= retry["total_s"] else None
-
-    def _try_chain(self, chain: Sequence[Target]) -> Tuple[Optional[GatewayError], List[Tuple[float, Target]]]:
-        """Each target in turn until one answers: None then, else the last error, and who may be asked again when."""
-        error: Optional[GatewayError] = None
-        again: List[Tuple[float, Target]] = []
-        for target in self._in_turn(chain):
-            self.record.target = target
-            try:
-                self._try_target(target)
-                self.gateway.circuits[target.provider.name].succeeded()
-                return None, []
-            except (UpstreamError, Busy) as exc:
-                self._judge(target, exc)
-                if self.sink.began or exc.status not in FALLBACK_STATUS:
-                    raise
-                error = exc
-                if exc.status in RETRY_STATUS and exc.should_retry is not False and exc.overflow is None:
-                    again.append((self.gateway.clock() + (exc.retry_after_s or 0), target))
-                if len(chain) > 1:
-                    self.log.info("%s %s failed (%s)", self.call.request_id[4:12], target.provider.name,
-                                  one_line(exc.message, 160))
-        return error, again
-
-    def _in_turn(self, chain: Sequence[Target]) -> Iterator[Target]:
-        """The chain, with upstreams that rest at its end: when nobody else answers, they are still worth a try.
-
-        A route of one upstream is never rested: a local engine that has just been started should answer at once.
-        """
-        if len(chain) == 1:
-            yield chain[0]
-            return
-        resting = []
-        rest_s = {**CIRCUIT, **self.settings.circuit}["rest_s"]
-        for target in chain:
-            if self.gateway.circuits[target.provider.name].admits(rest_s):
-                yield target
-            else:
-                resting.append(target)
-        yield from resting
-
-    def _judge(self, target: Target, exc: GatewayError) -> None:
-        """What a failure says of the upstream: out of order, or alive and refusing; our own full queue says nothing."""
-        circuit = self.gateway.circuits[target.provider.name]
-        if isinstance(exc, Busy) or target.provider.problem:
-            return
-        if exc.status != 408 and exc.status < 500 or exc.overflow is not None:
-            return circuit.succeeded()
-        limits = {**CIRCUIT, **self.settings.circuit}
-        circuit.failed(limits["failures"], limits["rest_s"])
-        if circuit.failures == limits["failures"]:
-            self.log.warning("%s failed %d times in a row and rests for %g s where there is another",
-                             target.provider.name, circuit.failures, limits["rest_s"])
-
-    def _try_target(self, target: Target) -> None:
-        """One target; a max_tokens of our translation that is above the model's cap is lowered to it, once."""
-        try:
-            return self._try_keys(target)
-        except UpstreamRefused as exc:
-            cap = find_output_cap(exc.status, exc.message) if self.call.dialect.foreign and exc.overflow is None else 0
-            name = scale_name(self.record.target or target)
-            if not cap or cap >= self.gateway.caps.get(name, cap + 1) or self.sink.began:
-                raise
-        self.gateway.remember_cap(name, cap)
-        self.log.info("%s %s takes max_tokens up to %d; asking again", self.call.request_id[4:12], name, cap)
-        self._try_keys(target)
-
-    def _capped(self, target: Target) -> Target:
-        """The target with what refusals have told of its longest answer."""
-        cap, facts = self.gateway.caps.get(scale_name(target)), target.provider.facts
-        if not cap:
-            return target
-        known = facts.get(target.model, {})
-        known = {**known, "max_output": min(cap, known.get("max_output") or cap)}
-        return Target(replace(target.provider, facts={**facts, target.model: known}), target.model)
-
-    def _prepared(self, target: Target, context: Context) -> Tuple[Any, bytes]:
-        """The way there and back, and the body to send; BadRequest, also where it could be parsed only just so."""
-        try:
-            turn = self.call.dialect.turn(self.call, target, context)
-            return turn, b"" if turn.local is not None else turn.encode()
-        except RecursionError:
-            raise BadRequest("the body is nested too deeply") from None
-
-    def _try_keys(self, target: Target) -> None:
-        """One target with each of its keys; a key that is refused or limited gives way to the next."""
+    def _keys(self, target: Target) -> List[str]:
         provider = target.provider
+        sticky = self.settings.sticky if provider.sticky is None else provider.sticky
+        conversation = self.call.conversation if sticky and len(provider.api_keys) > 1 else None
+        return self.gateway.lane(provider).keys(provider.api_keys, conversation)
+
+    def _pause(self, seconds: float) -> None:
+        if seconds:
+            self.log.info("%s trying again in %.1f s", self.call.request_id[4:12], seconds)
+            self.gateway.pause(self.sink, seconds)
+
+    def _ask(self, step: Step, plan: Plan, place: contextlib.ExitStack) -> bool:
+        """Make an attempt; False where no upstream was needed."""
+        provider = step.target.provider
+        if not step.is_same:
+            self._aim(step.target)
+            if self.turn.local is not None:
+                self._answer_locally()
+                return False
+            place.enter_context(self.lane.slots.hold(self.sink, self.settings, provider.name))
+        key, started = plan.take_key(), time.monotonic()
+        self.record.attempts += 1
+        attempt = Attempt(provider.name, self.target.model, mask(key), 200, "", 0.0)
+        try:
+            with self.lane.hold_key(key, self.sink, self.settings):
+                self._exchange(key)
+        except UpstreamError as exc:
+            attempt = attempt._replace(status=exc.status, error=one_line(exc.message))
+            self.record.trail.append(attempt._replace(total_s=time.monotonic() - started))
+            raise
+        self._learn()
+        self.record.trail.append(attempt._replace(total_s=time.monotonic() - started))
+        return True
+
+    def _aim(self, target: Target) -> None:
+        """Translate the call for a target.  UpstreamRefused where it is disabled, BadRequest."""
+        provider = target.provider
+        self.target = self.record.target = target
+        self.lane: Lane = self.gateway.lane(provider)
         if provider.problem:
             raise UpstreamRefused(f"provider {provider.name} is disabled: {provider.problem}", status=403,
                                   type="permission_error", should_retry=False)
         if provider.vision_model and provider.vision_model != target.model and self.call.shows_images and (
                 not profile_of(target)["vision"]):
-            target = self.record.target = Target(provider, provider.vision_model)
-        context = Context(time.time(), new_id, self.gateway.seal(), self.gateway.responses, self.gateway.reasoning,
-                          lambda estimate: self.gateway.scale.scaled(scale_name(target), estimate))
-        turn, body = self._prepared(self._capped(target) if self.call.dialect.foreign else target, context)
-        self.gateway.tell_skipped(turn.skipped, self.call)
-        if turn.local is not None:
-            return self.sink.end(turn.local_events()) if self.call.stream else \
-                self.sink.reply(dump_json(turn.local), "application/json", ())
-        self.sink.stream = turn.stream()
-        ring = self.gateway.rings[provider.name]
-        if ring.keys != provider.api_keys:       # reloaded meanwhile: new keys must not go to the old address
-            ring = KeyRing(provider.api_keys, self.gateway.clock, provider.key_concurrency)
-        with self.gateway.slots[provider.name].hold(self.sink, self.settings, provider.name):
-            sticky = self.settings.sticky if provider.sticky is None else provider.sticky
-            keys = ring.order(self.call.conversation if sticky and len(ring.keys) > 1 else None)
-            for key in keys:
-                self.record.attempts += 1
-                started = time.monotonic()
-                try:
-                    with ring.hold(key, self.sink, self.settings, provider.name):
-                        self._attempt_with_login(target, key, turn, body)
-                    self._learn(target, turn)
-                    self.record.trail.append(Attempt(provider.name, target.model, mask(key), 200, "",
-                                                     time.monotonic() - started))
-                    return ring.revive(key)
-                except UpstreamError as exc:
-                    self.record.trail.append(Attempt(provider.name, target.model, mask(key), exc.status,
-                                                     one_line(exc.message), time.monotonic() - started))
-                    if exc.status in KEY_STATUS and not self.sink.began:
-                        rest_s = REFUSED_KEY_REST_S if exc.status != 429 else min(
-                            exc.retry_after_s or LIMITED_KEY_REST_S, LONGEST_REST_S)
-                        ring.rest(key, rest_s, exc.status != 429)
-                        if key != keys[-1]:
-                            continue
-                    raise self._explained(exc, target, turn) from None
+            self.target = self.record.target = Target(provider, provider.vision_model)
+        self._translate()
 
-    def _learn(self, target: Target, turn: Any) -> None:
+    def _translate(self) -> None:
+        gateway, lane, target = self.gateway, self.lane, self.target
+        context = Context(time.time(), new_id, gateway.seal(), gateway.responses, gateway.reasoning,
+                          lambda estimate: lane.scaled(target.model, estimate))
+        cap, facts = lane.cap(target.model), target.provider.facts
+        if cap and self.call.dialect.foreign:            # what refusals have told of its longest answer
+            known = facts.get(target.model, {})
+            known = {**known, "max_output": min(cap, known.get("max_output") or cap)}
+            target = Target(replace(target.provider, facts={**facts, target.model: known}), target.model)
+        try:
+            self.turn = self.call.dialect.turn(self.call, target, context)
+            self.body = b"" if self.turn.local is not None else self.turn.encode()
+        except RecursionError:
+            raise BadRequest("the body is nested too deeply") from None
+        gateway.tell_skipped(self.turn.skipped, self.call)
+        if self.turn.local is None:
+            self.sink.stream = self.turn.stream()
+
+    def _answer_locally(self) -> None:
+        if self.call.stream:
+            return self.sink.end(self.turn.local_events())
+        self.sink.reply(dump_json(self.turn.local), "application/json", ())
+
+    def _learn(self) -> None:
         """Compare what was estimated with what the upstream counted."""
-        usage, scale = self.record.usage, self.gateway.scale
-        if usage.prompt and not usage.estimated and isinstance(turn, TranslatedTurn):
-            name = scale_name(target)
-            estimate = turn.raw_estimate(scale.is_worth(name))
-            if estimate:
-                scale.learn(name, estimate, usage.prompt)
-            else:
-                scale.pass_over(name)
+        usage = self.record.usage
+        if usage.prompt and not usage.estimated and isinstance(self.turn, TranslatedTurn):
+            self.lane.learn_count(self.target.model, self.turn.raw_estimate, usage.prompt)
 
-    def _explained(self, exc: UpstreamError, target: Target, turn: Any) -> UpstreamError:
+    # when it failed
+
+    def _mend(self, plan: Plan, status: int, exc: GatewayError) -> bool:
+        """Whether the attempt can be made again at once: its login refreshed, or max_tokens lowered."""
+        if self.sink.began or not isinstance(exc, UpstreamRefused):
+            return False
+        if status == 401:
+            return self._renew_login(plan)
+        cap = find_output_cap(exc.status, exc.message) if exc.overflow is None else 0
+        model = self.target.model
+        if not self.call.dialect.foreign or not cap or cap >= (self.lane.cap(model) or cap + 1):
+            return False
+        self.lane.learn_cap(model, cap)
+        self.log.info("%s %s/%s takes max_tokens up to %d; asking again", self.call.request_id[4:12],
+                      self.lane.provider.name, model, cap)
+        self._translate()
+        plan.repeat()
+        return True
+
+    def _renew_login(self, plan: Plan) -> bool:
+        """Where iFlow says that the key has ended, its login is refreshed, once."""
+        account = self.gateway.account_of(self.target.provider, plan.key)
+        if account is None or plan.key == self._fresh_key:
+            return False
+        self._fresh_key = self.gateway.logins.refresher.renew(account, plan.key, self.sink) or ""
+        if self._fresh_key:
+            plan.repeat(self._fresh_key)
+        return bool(self._fresh_key)
+
+    def _give_up(self, plan: Plan, status: int, exc: GatewayError, has_others: bool) -> None:
+        """Tell the plan; raises where nobody else may be asked."""
+        name = self.target.provider.name
+        if plan.failed(exc, self.sink.began, status):
+            circuit = {**CIRCUIT, **self.settings.circuit}
+            self.log.warning("%s failed %d times in a row and rests for %g s where there is another",
+                             name, circuit["failures"], circuit["rest_s"])
+        if has_others and plan.target is None:
+            self.log.info("%s %s failed (%s)", self.call.request_id[4:12], name, one_line(exc.message, 160))
+
+    def _explained(self, exc: UpstreamError) -> UpstreamError:
         """An upstream's error as clients have to hear it.
 
-        A prompt too long is recognised, whatever the words.  A refused key is the operator's trouble, not the client's:
-        401 and 403 become a 403 that says what to do (Claude Code repeats a 401 for over a minute, and shows a 403).
+        A prompt too long is recognised, whatever the words.  A refused key is the operator's trouble, not the
+        client's: 401 and 403 become a 403 that says what to do (Claude Code repeats a 401 for over a minute, and
+        shows a 403).
         """
+        provider, model = self.target.provider, self.target.model
+        if provider.problem:             # our own words
+            return exc
         if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
-            text = dump_json(exc.body).decode() if exc.body else exc.message
-            found = find_overflow(exc.status, text, exc.code, turn.max_output)
-            if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
-                exc.should_retry = False
-            if found:
-                exc.overflow = found
-            if exc.overflow is not None:
-                prompt, limit, output = exc.overflow
-                exc.overflow = (prompt or turn.estimate, limit or profile_of(target).get("context", 0), output)
-                exc.code = "context_length_exceeded"
-            elif is_missing_model(exc.status, exc.message, exc.code or exc.body and exc.body["error"].get("code")):
-                exc.status, exc.code = 404, "model_not_found"
-                if target.model not in exc.message:
-                    exc.message = f"the model {target.model} does not exist there: {exc.message}"
-        _forget_secrets(exc, target.provider)
+            self._classify(exc, model)
+        _forget_secrets(exc, provider)
         if exc.status == 429 and exc.retry_after_s is None:      # Codex gives up at once on a bare 429
             exc.retry_after_s = DEFAULT_RETRY_AFTER_S
-        provider = target.provider
         if exc.status not in (401, 403):
             return exc
         keys = "its key" if provider.api_keys else "a request without a key"
@@ -10960,65 +11079,75 @@ class Journey:
             cure = "log in to iFlow again (python iflow2api.py login), then run: python iflow2api.py test iflow"
         elif "providers" in self.gateway.flags:          # --upstream
             cure = "give another --api-key"
-        return UpstreamRefused(f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}",
-                               status=403, type="permission_error", should_retry=False)
+        return UpstreamRefused(
+            f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}",
+            status=403, type="permission_error", should_retry=False)
 
-    def _attempt_with_login(self, target: Target, key: str, turn: Any, body: bytes) -> None:
-        """An attempt; where iFlow says that the key has ended, the login is refreshed and it is made again."""
-        try:
-            return self._attempt(target, key, turn, body)
-        except UpstreamRefused as exc:
-            account = self.gateway.account_of(target.provider, key)
-            if exc.status != 401 or self.sink.began or account is None:
-                raise
-            fresh = self.gateway.logins.refresher.renew(account, key, self.sink)
-            if not fresh:
-                raise
-        self.record.attempts += 1
-        self._attempt(target, fresh, turn, body)
+    def _classify(self, exc: UpstreamRefused, model: str) -> None:
+        """Recognise a prompt too long, a quota that is spent and a model that is missing by their words."""
+        text = dump_json(exc.body).decode() if exc.body else exc.message
+        found = find_overflow(exc.status, text, exc.code, self.turn.max_output)
+        if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
+            exc.should_retry = False
+        exc.overflow = found or exc.overflow
+        if exc.overflow is not None:
+            prompt, limit, output = exc.overflow
+            exc.overflow = (prompt or self.turn.estimate, limit or profile_of(self.target).get("context", 0), output)
+            exc.code = "context_length_exceeded"
+        elif is_missing_model(exc.status, exc.message, exc.code or exc.body and exc.body["error"].get("code")):
+            exc.status, exc.code = 404, "model_not_found"
+            if model not in exc.message:
+                exc.message = f"the model {model} does not exist there: {exc.message}"
 
-    def _attempt(self, target: Target, key: str, turn: Any, body: bytes) -> None:
-        headers = self._headers(target.provider, key)
-        if target.provider.kind == "iflow":
+    # one exchange with the upstream
+
+    def _exchange(self, key: str) -> None:
+        """Send the request and pass the answer on."""
+        provider, sink = self.target.provider, self.sink
+        headers = self._headers(provider, key)
+        if provider.kind == "iflow":
             headers = [*headers, *self.gateway.upstream.identity.headers(key, time.time())]
-        with self.gateway.upstream.open(target.provider, self.settings, "POST", self.call.dialect.path, headers, body,
-                                        self.sink) as exchange:
+        with self.gateway.upstream.open(provider, self.settings, "POST", self.call.dialect.path, headers, self.body,
+                                        sink) as exchange:
             if exchange.status >= 300:
-                raise read_refusal(exchange, target.provider)
+                raise read_refusal(exchange, provider)
             if "html" in exchange.content_type:
                 raise UpstreamGarbled("the upstream answered with a web page; is base_url its API, and not its site?")
-            self.sink.returned = [(n, v) for n, v in exchange.headers.items() if header_returns(n) and v.isprintable()]
-            if self.call.stream:
-                self.sink.stream = stream = turn.stream()
+            sink.returned = [(n, v) for n, v in exchange.headers.items() if header_returns(n) and v.isprintable()]
             data = b""
-            if self.call.stream and "json" not in exchange.content_type:
-                try:
-                    data = self._pump(exchange, target, stream)
-                finally:
-                    self.record.usage = self._usage(stream.usage, stream.records)
-                if not data:
-                    return
-            data = data or exchange.read_all(ANSWER_LIMIT_BYTES)
-            streamed = self.call.dialect.path == CHAT.path and \
-                data[:64].lstrip().startswith((b"data:", b"event:", b":"))
-            data = dump_json(fold_stream(data)) if streamed else data
-            completion = self._parse_answer(data, exchange.status)
-            self.record.usage = self._usage(usage_of(completion), len(data) // 5)
-            self._spend()
-            if self.call.stream:         # a server that does not stream: its answer becomes a stream
-                self.sink.end(stream.feed(completion_to_sse(completion)) + stream.close())
-            else:
-                plain = self.call.dialect.foreign or streamed or not exchange.content_type
-                content_type = "application/json" if plain else exchange.content_type
-                self.sink.reply(turn.reply(data, completion), content_type, self.sink.returned)
-            self.record.first_s = time.monotonic() - self.record.started
+            if self.call.stream:
+                sink.stream = stream = self.turn.stream()
+                if "json" not in exchange.content_type:
+                    try:
+                        data = self._stream(exchange, stream)
+                    finally:
+                        self.record.usage = self._usage(stream.usage, stream.records)
+                    if not data:
+                        return
+            self._reply(exchange, data or exchange.read_all(ANSWER_LIMIT_BYTES))
 
-    def _pump(self, exchange: Exchange, target: Target, stream: Any) -> bytes:
+    def _reply(self, exchange: Exchange, data: bytes) -> None:
+        """Pass a plain answer on; one that came as a stream is folded, and the other way round."""
+        dialect, sink = self.call.dialect, self.sink
+        streamed = dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:", b":"))
+        data = dump_json(fold_stream(data)) if streamed else data
+        completion = self._parse_answer(data, exchange.status)
+        self.record.usage = self._usage(usage_of(completion), len(data) // 5)
+        self._spend()
+        if self.call.stream:             # a server that does not stream: its answer becomes a stream
+            sink.end(sink.stream.feed(completion_to_sse(completion)) + sink.stream.close())
+        else:
+            plain = dialect.foreign or streamed or not exchange.content_type
+            content_type = "application/json" if plain else exchange.content_type
+            sink.reply(self.turn.reply(data, completion), content_type, sink.returned)
+        self.record.first_s = time.monotonic() - self.record.started
+
+    def _stream(self, exchange: Exchange, stream: Any) -> bytes:
         """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole.
 
         Returns the body where it is no event stream but a JSON object, whatever it calls itself, else b"".
         """
-        sink, record, provider = self.sink, self.record, target.provider
+        sink, record, provider = self.sink, self.record, self.target.provider
         kinds: Set[bool] = set()         # of the first payload: whether it begins as JSON does
         body = bytearray()
 
@@ -11110,8 +11239,6 @@ class Gateway:
     """
     #: Where engines on this machine are looked for when no provider is set up; tests put their own here.
     local_engines: Mapping[str, str] = {name: PRESETS[name].base_url for name in LOCAL_ENGINES}
-    #: Models whose cap on max_tokens is remembered.
-    CAPS_LIMIT = 500
 
     def __init__(self, settings: Optional[Settings] = None, *, config: Optional[ConfigFile] = None,
                  environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None,
@@ -11126,7 +11253,6 @@ class Gateway:
         self.reasoning, self.conversations = ReasoningCache(), Conversations()
         self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "",
                                 log=self.log)
-        self.caps: Dict[str, int] = {}  #: by scale_name: most output tokens, as refusals have told
         self._skipped: Set[str] = set()  #: types of blocks that were logged as skipped
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         oauth = OAuth(self.upstream, lambda: self.settings)
@@ -11144,10 +11270,7 @@ class Gateway:
         self.sessions = Sessions(lambda: self.settings.admin_password, clock)
         #: called whenever settings have been taken over
         self.listeners: List[Callable[[], None]] = [self.live.ring]
-        self.circuits: Dict[str, Circuit] = {}
-        self.slots: Dict[str, Slots] = {}
-        self.rings: Dict[str, KeyRing] = {}
-        self._lists: Dict[str, Tuple[float, List[str]]] = {}
+        self.lanes: Dict[str, Lane] = {}
         self._lock = threading.Lock()
         self._watch: Optional[FileWatch] = None
         self._looking = threading.Lock()
@@ -11172,14 +11295,9 @@ class Gateway:
         """Work with `settings` from the next request on; running ones keep theirs."""
         router, door = self.routed(settings), Doorkeeper(settings)
         with self._lock:
-            for provider in router.providers.values():
-                self._equip(provider)
+            self._equip(router)
             self.limiter.keep_keys(key.name for key in door.keys)
             self.live.requests.resize(settings.history_size)
-            before = self.state.router.providers
-            if {name: provider.base_url for name, provider in router.providers.items()} != {
-                    name: provider.base_url for name, provider in before.items()}:
-                self._lists = {}
             self.state = State(settings, router, door)
         self.log.setLevel(settings.log_level.upper())
         if self._leads_log:
@@ -11194,17 +11312,17 @@ class Gateway:
         log.addHandler(self.live.log_handler)
         log.setLevel(self.log.level)
 
-    def _equip(self, provider: Provider) -> None:
-        """Places, keys and circuit of a provider, as far as they can stay those it had."""
-        name = provider.name
-        self.slots.setdefault(name, Slots(provider.places)).resize(provider.places)
-        ring = self.rings.get(name)
-        if ring is None or (ring.keys, ring.each) != (provider.api_keys, provider.key_concurrency):
-            fresh = KeyRing(provider.api_keys, self.clock, provider.key_concurrency)
-            self.rings[name] = fresh.inherit(ring) if ring else fresh
-        before = self.state.router.providers.get(name)
-        if name not in self.circuits or before is None or before.base_url != provider.base_url:
-            self.circuits[name] = Circuit(self.clock)
+    def _equip(self, router: Router) -> None:
+        """A lane for each provider, its own if it had one; others may still be in use, and go with their calls."""
+        lanes = {}
+        for name, provider in router.providers.items():
+            lanes[name] = self.lanes.get(name) or Lane(provider, self.clock, self.scale)
+            lanes[name].adopt(provider)
+        self.lanes = lanes
+
+    def lane(self, provider: Provider) -> Lane:
+        """The provider's lane; one of its own for a provider that has just been taken away."""
+        return self.lanes.get(provider.name) or Lane(provider, self.clock, self.scale)
 
     def routed(self, settings: Settings) -> Router:
         """The routes that `settings` would make."""
@@ -11383,8 +11501,7 @@ class Gateway:
         if found is None:
             return self.log.info("no engine answers on this machine any more")
         with self._lock:
-            for provider in found.router.providers.values():
-                self._equip(provider)
+            self._equip(found.router)
         for provider in found.router.providers.values():
             models = one_line(", ".join(provider.models), 160)
             self.log.info("found %s at %s: %s", provider.name, provider.base_url, models)
@@ -11406,11 +11523,11 @@ class Gateway:
     # answering
 
     def answer(self, call: Call, sink: AnswerSink) -> None:
-        """Serve one call; what Journey.run raises."""
+        """Serve one call; what Attempts.run raises."""
         with self._lock:
             self.in_flight += 1
         try:
-            Journey(self, call, sink).run()
+            Attempts(self, call, sink).run()
         finally:
             with self._lock:
                 self.in_flight -= 1
@@ -11423,11 +11540,6 @@ class Gateway:
         self.live.ring()
         if self.log.isEnabledFor(logging.INFO):
             self.log.info("%s", record.line())
-
-    def remember_cap(self, name: str, tokens: int) -> None:
-        """How many tokens a model may be asked for at most, as it has just told."""
-        with self._lock:
-            remember(self.caps, name, tokens, self.CAPS_LIMIT)
 
     def tell_skipped(self, kinds: Sequence[str], call: Call) -> None:
         """Log types of content that nobody here knows, once each."""
@@ -11450,7 +11562,7 @@ class Gateway:
 
     def scaled(self, target: Optional[Target], estimate: int) -> int:
         """`estimate` as the model counts at its provider, as far as that is known."""
-        return self.scale.scaled(scale_name(target), estimate) if target is not None else estimate
+        return self.lane(target.provider).scaled(target.model, estimate) if target is not None else estimate
 
     def account_of(self, provider: Provider, key: str) -> Optional[str]:
         """The login that a key of the provider iflow comes from, None where it comes from elsewhere."""
@@ -11522,28 +11634,30 @@ class Gateway:
         return [model for model in self.models(key) if model["id"] in seeing]
 
     def _fetch_lists(self, providers: Sequence[Provider]) -> Dict[str, List[str]]:
-        """What the providers themselves list, from the cache where it is fresh; a provider that fails lists nothing."""
-        now, lists = time.monotonic(), self._lists       # other providers begin another: what comes late is not theirs
-        threads = [threading.Thread(target=self._fetch_list, args=(provider, lists, now), daemon=True)
-                   for provider in providers if lists.get(provider.name, (0.0,))[0] < now]
+        """What the providers themselves list, kept for a while; one that fails lists what it did before."""
+        now = time.monotonic()
+        stale = [lane for lane in map(self.lane, providers) if lane.listed[0] < now]
+        threads = [threading.Thread(target=self._fetch_list, args=(lane, now), daemon=True) for lane in stale]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(2 * MODELS_TIMEOUT_S)
-        return {provider.name: lists[provider.name][1] for provider in providers if provider.name in lists}
+        return {provider.name: self.lane(provider).listed[1] for provider in providers}
 
-    def _fetch_list(self, provider: Provider, lists: Dict[str, Tuple[float, List[str]]], now: float) -> None:
+    def _fetch_list(self, lane: Lane, now: float) -> None:
+        provider, found = lane.provider, (now + MODELS_TTL_S / 10, lane.listed[1])
         try:
-            lists[provider.name] = (now + MODELS_TTL_S, self.fetch_models(provider))
+            found = (now + MODELS_TTL_S, self.fetch_models(provider))
         except GatewayError as exc:
             self.log.debug("no model list from %s: %s", provider.name, one_line(exc.message))
-            kept = lists.get(provider.name, (0.0, []))[1]
-            lists[provider.name] = (now + MODELS_TTL_S / 10, kept)
+        if lane.provider.base_url == provider.base_url:  # else it has moved meanwhile
+            lane.listed = found
 
     def fetch_models(self, provider: Provider) -> List[str]:
         """The provider's own `/models`; UpstreamError."""
-        settings = replace(self.settings, connect_timeout_s=min(self.settings.connect_timeout_s, MODELS_TIMEOUT_S))
-        key = self.rings[provider.name].order()[0] if provider.name in self.rings else ""
+        limit_s = min(self.settings.connect_timeout_s, MODELS_TIMEOUT_S)
+        settings = replace(self.settings, connect_timeout_s=limit_s)
+        key = self.lane(provider).keys(provider.api_keys)[0]
         headers = [*provider.headers, *([("Authorization", "Bearer " + key)] if key else [])]
         with self.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY,
                                 MODELS_TIMEOUT_S) as exchange:
@@ -11577,18 +11691,18 @@ class Gateway:
         provider = target.provider
         return {"provider": provider.name, "model": target.model, "base_url": provider.base_url,
                 "usable": not provider.problem, "problem": provider.problem,
-                "circuit": self.circuits[provider.name].state, "keys": len(provider.api_keys),
-                "keys_resting": self.rings[provider.name].resting, "vision_model": provider.vision_model}
+                "circuit": self.lane(provider).rests.state, "keys": len(provider.api_keys),
+                "keys_resting": self.lane(provider).rests.resting, "vision_model": provider.vision_model}
 
     def queues(self) -> List[Json]:
         """Who is asked and who waits, at each upstream."""
-        known = self.current(look=False).router.providers
-        return [{"provider": name, "active": slots.active, "waiting": slots.waiting, "limit": slots.limit}
-                for name, slots in list(self.slots.items()) if name in known]
+        return [{"provider": name, "active": lane.slots.active, "waiting": lane.slots.waiting,
+                 "limit": lane.slots.limit} for name, lane in self.lanes.items()]
 
     def key_states(self, provider: Provider) -> List[Tuple[str, float]]:
-        """KeyRing.state of each of its keys."""
-        return [self.rings[provider.name].state(key) for key in provider.api_keys]
+        """Of each of its keys `ok`, `resting` or `refused`, and the seconds that it still rests."""
+        rests = self.lane(provider).rests
+        return [(rests.key_state(key), rests.left_s(key)) for key in provider.api_keys]
 
     def history(self) -> List[Json]:
         """The last requests, the newest first: route, attempts, counts; no bodies."""
@@ -11599,7 +11713,7 @@ class Gateway:
         router, logins = self.current(look=False).router, self.login_report()
         providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem,
                       **({"problem": p.problem} if p.problem else {}),
-                      "circuit": self.circuits[p.name].state, "keys_resting": self.rings[p.name].resting,
+                      "circuit": self.lane(p).rests.state, "keys_resting": self.lane(p).rests.resting,
                       "models": len(p.models)} for p in router.providers.values()]
         healthy = any(p["usable"] for p in providers) and not self.config_broken and not any(
             login["ended"] for login in logins.values())
@@ -11614,20 +11728,20 @@ class Gateway:
 
     def metrics_text(self) -> str:
         """The body of /metrics."""
-        slots = list(self.slots.items())                 # a reload may add some meanwhile
         rested = {"closed": 0, "half-open": 0.5, "open": 1}
+
+        def of_lanes(value: Callable[[Lane], float]) -> List[Tuple[str, str, float]]:
+            return [("provider", name, value(lane)) for name, lane in self.lanes.items()]
+
         gauges = [
             ("info", "The program.", [("version", __version__, 1)]),
             ("start_time_seconds", "When it started.", [("", "", self.started_at)]),
             ("in_flight", "Requests being answered.", [("", "", self.in_flight)]),
-            ("upstream_active", "Requests at an upstream.",
-             [("provider", name, its.active) for name, its in slots]),
-            ("upstream_waiting", "Requests queued for an upstream.",
-             [("provider", name, its.waiting) for name, its in slots]),
-            ("keys_resting", "Keys put to rest.",
-             [("provider", name, ring.resting) for name, ring in list(self.rings.items())]),
+            ("upstream_active", "Requests at an upstream.", of_lanes(lambda lane: lane.slots.active)),
+            ("upstream_waiting", "Requests queued for an upstream.", of_lanes(lambda lane: lane.slots.waiting)),
+            ("keys_resting", "Keys put to rest.", of_lanes(lambda lane: lane.rests.resting)),
             ("upstream_rested", "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
-             [("provider", name, rested[circuit.state]) for name, circuit in list(self.circuits.items())]),
+             of_lanes(lambda lane: rested[lane.rests.state])),
             *self._login_gauges()]
         return prometheus_text([*self.ledger.families(), *(
             (name, "gauge", text, [("", ((label, of),) if label else (), value) for label, of, value in samples])
@@ -13448,7 +13562,7 @@ def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str
             "timeout_s": provider.timeout_s, "profile": provider.profile, "vision_model": provider.vision_model,
             "sticky": provider.sticky, "preserve_reasoning_content": provider.preserve_reasoning_content,
             "usable": not provider.problem, "problem": provider.problem,
-            "circuit": gateway.circuits[provider.name].state, "source": source}
+            "circuit": gateway.lane(provider).rests.state, "source": source}
 
 
 def by_name(entries: Iterable[Any]) -> Dict[str, Json]:

@@ -5921,7 +5921,7 @@ def test_one_request_at_a_time(iflow, concurrency):
     assert fake.arrived.acquire(timeout=10)
     threads[1].start()
     if concurrency:
-        slots = server.gateway.slots["iflow"]
+        slots = server.gateway.lanes["iflow"].slots
         deadline = time.monotonic() + 10
         while slots.waiting != 1 and time.monotonic() < deadline:
             threading.Event().wait(0.01)
@@ -5933,9 +5933,9 @@ def test_one_request_at_a_time(iflow, concurrency):
         thread.join(10)
     assert [status for status, _, _ in answers] == [200, 200]
     deadline = time.monotonic() + 10
-    while server.gateway.slots["iflow"].active and time.monotonic() < deadline:
+    while server.gateway.lanes["iflow"].slots.active and time.monotonic() < deadline:
         threading.Event().wait(0.01)
-    assert server.gateway.slots["iflow"].active == 0
+    assert server.gateway.lanes["iflow"].slots.active == 0
 
 
 def test_reasoning_on_messages(iflow):
@@ -7265,26 +7265,44 @@ def test_a_place_is_free_again_after_an_error():
 
 # --- keys --------------------------------------------------------------------
 
+def lane_of(clock, *keys, **more):
+    return ifl.Lane(ifl.Provider("p", api_keys=keys, **more), clock, ifl.TokenScale())
+
+
 def test_keys_take_turns_and_rest(clock):
-    ring = ifl.KeyRing(["a", "b", "c"], clock)
-    assert [ring.order() for _ in range(4)] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
-    ring.rest("b", 10)
-    assert ring.order() == ["c", "a"] and ring.resting == 1
+    lane, keys = lane_of(clock), ["a", "b", "c"]
+    assert [lane.keys(keys) for _ in range(4)] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+    lane.rests.rest("b", 10)
+    assert lane.keys(keys) == ["c", "a"] and lane.rests.resting == 1
     clock.now += 10
-    assert sorted(ring.order()) == ["a", "b", "c"] and ring.resting == 0
+    assert sorted(lane.keys(keys)) == keys and lane.rests.resting == 0
 
 
 def test_when_all_keys_rest_the_one_nearest_its_end_is_tried(clock):
-    ring = ifl.KeyRing(["a", "b"], clock)
-    ring.rest("a", 20)
-    ring.rest("b", 10)
-    assert [ring.order() for _ in range(3)] == [["b"]] * 3
-    ring.revive("a")
-    assert ring.order() == ["a"]
+    lane = lane_of(clock)
+    lane.rests.rest("a", 20)
+    lane.rests.rest("b", 10, refused=True)
+    assert [lane.keys(["a", "b"]) for _ in range(3)] == [["b"]] * 3
+    assert [lane.rests.key_state(key) for key in "abc"] == ["resting", "refused", "ok"]
+    lane.rests.ok("a")
+    assert lane.keys(["a", "b"]) == ["a"]
 
 
-def test_no_keys_means_a_request_without_one():
-    assert ifl.KeyRing([]).order() == [""]
+def test_no_keys_means_a_request_without_one(clock):
+    assert lane_of(clock).keys([]) == [""]
+
+
+def test_a_lane_that_moves_forgets_what_was_true_of_the_old_address(clock):
+    lane = lane_of(clock, "a", base_url="http://old")
+    for moved in (False, True):
+        lane.rests.fail(1, 60)
+        lane.learn_cap("m", 100)
+        lane.listed = (1e9, ["m"])
+        lane.rests.rest("a", 60)
+        lane.adopt(ifl.replace(lane.provider, base_url="http://new" if moved else "http://old", concurrency=3))
+        assert (lane.rests.state, lane.cap("m"), lane.listed[1]) == (
+            ("closed", 0, []) if moved else ("open", 100, ["m"]))
+        assert lane.rests.resting == 1 and lane.slots.limit == 3
 
 
 # --- metrics -----------------------------------------------------------------
@@ -7752,7 +7770,7 @@ def test_a_limited_key_does_not_rest_for_ever(server, upstream):
     upstream.plays(plain({"error": "x"}, 429, [("Retry-After", "9999999")]))
     running = server(provider(upstream, api_keys=["k1", "k2"]))
     assert post(running, chat()).status == 200
-    until_s = max(running.gateway.rings["up"]._rests_until.values())
+    until_s = max(running.gateway.lanes["up"].rests._until.values())
     assert until_s - time.monotonic() <= 3600
 
 
@@ -7835,7 +7853,7 @@ def test_requests_beyond_the_concurrency_wait_in_order(server, upstream):
     goes = [threading.Event() for _ in range(4)]
     upstream.plays(*(sse(chunk("x"), go, chunk(finish="stop"), DONE) for go in goes))
     running = server(provider(upstream, concurrency=1))
-    slots = running.gateway.slots["up"]
+    slots = running.gateway.lanes["up"].slots
     with contextlib.ExitStack() as stack:
         clients = []
         for number in range(4):
@@ -7853,7 +7871,7 @@ def test_a_full_queue_is_busy(server, upstream):
     go = threading.Event()
     upstream.plays(sse(chunk("x"), go, DONE))
     running = server(provider(upstream, concurrency=1), queue_limit=1)
-    slots = running.gateway.slots["up"]
+    slots = running.gateway.lanes["up"].slots
     with Client(running) as first, Client(running) as second:
         first.post(chat(True))
         until(lambda: slots.active == 1)
@@ -8130,13 +8148,13 @@ def test_a_client_that_hangs_up_stops_the_upstream(server, upstream, request, re
         client.piece()
     client.hang_up(reset)
     until(lambda: upstream.hung_up == 1, 1, "the end of the upstream's connection")
-    until(lambda: running.gateway.slots["up"].active == 0, 1, "the place")
+    until(lambda: running.gateway.lanes["up"].slots.active == 0, 1, "the place")
     assert post(running, chat()).status == 200 and is_well(running)
 
 
 def test_a_client_that_hangs_up_in_the_queue_leaves_it(server, upstream, looks_often):
     running = server(provider(upstream, concurrency=1))
-    slots = running.gateway.slots["up"]
+    slots = running.gateway.lanes["up"].slots
     upstream.plays(Reply(HOLD))
     with Client(running) as first:
         first.post(chat(True))
@@ -8158,7 +8176,7 @@ def test_a_client_that_stops_reading_is_cut_off(server, upstream):
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.post(chat(True))
         upstream.wait()
-        until(lambda: running.gateway.slots["up"].active == 0, 5)
+        until(lambda: running.gateway.lanes["up"].slots.active == 0, 5)
     assert is_well(running)
 
 
@@ -8225,18 +8243,6 @@ def test_metrics_of_requests(server, upstream):
     assert values['iflow2api_tokens_total{direction="out",provider="up",estimated="true"}'] >= 1
     assert values['iflow2api_first_token_seconds_count{dialect="chat",provider="up"}'] >= 2
     assert values["iflow2api_in_flight"] == 0 and values['iflow2api_upstream_waiting{provider="up"}'] == 0
-
-
-def test_a_provider_added_while_they_are_told_does_no_harm_to_metrics_and_queues(gateway, upstream, monkeypatch):
-    made = gateway(upstream)
-
-    def busy(slots):
-        made.slots.setdefault(f"up{len(made.slots) + 1}", ifl.Slots(0))
-        return 0
-
-    monkeypatch.setattr(ifl.Slots, "active", property(busy, lambda slots, value: None), raising=False)
-    assert 'upstream_waiting{provider="up"} 0' in made.metrics_text()
-    assert made.queues() == [{"provider": "up", "active": 0, "waiting": 0, "limit": 0}]
 
 
 def test_the_names_that_can_be_asked_for(gateway, upstreams):
@@ -8656,6 +8662,141 @@ def test_conditions_are_asked_for_only_where_there_are_any(monkeypatch, upstream
     assert Gate(settings([up])).ask().replies
 
 
+# --- plans ----------------------------------------------------------------------
+
+class Followed:
+    """A plan of providers that each have some keys, and the answers that its attempts get."""
+
+    def __init__(self, chain, keys=(), **retry):
+        self.clock, self.rests, self.steps = RoutesClock(), {}, []
+        self.keys = {name: [f"{name}{n}" for n in range(1, dict(keys).get(name, 1) + 1)] for name in chain}
+        self.chain, self.retry = chain, {**ifl.RETRY, **retry}
+
+    def rests_of(self, target):
+        return self.rests.setdefault(target.provider.name, ifl.Rests(self.clock))
+
+    def follow(self, *answers, began=False, **facts):
+        """The steps of one call, `raises STATUS` where it ends in an error; the answers are its attempts'."""
+        plan = ifl.Plan([ifl.Target(ifl.Provider(name), "m") for name in self.chain],
+                        lambda target: [key for key in self.keys[target.provider.name]
+                                        if not self.rests_of(target).left_s(key)] or ["last"],
+                        self.rests_of, self.retry, {"failures": 2, "rest_s": 30}, self.clock)
+        steps, left = [], list(answers)
+        try:
+            while True:
+                step = plan.next()
+                self.clock.now += step.wait_s
+                steps.append(plan.take_key() + (f" after {step.wait_s:g}" if step.wait_s else ""))
+                answer = left.pop(0) if left else 200
+                if answer == 200:
+                    plan.succeeded()
+                    return steps
+                status, after_s = answer if isinstance(answer, tuple) else (answer, None)
+                plan.failed(ifl.UpstreamRefused("no", status=status, retry_after_s=after_s, **facts), began)
+        except ifl.UpstreamRefused as exc:
+            return [*steps, f"raises {exc.status}"]
+
+
+#: id, chain, number of keys, retries, answers of the attempts, the steps that come of them.
+PLANS = [
+    ("the first one answers", "ab", {}, 0, [200], ["a1"]),
+    ("the next one is asked", "abc", {}, 0, [503, 429, 200], ["a1", "b1", "c1"]),
+    ("nobody is left", "ab", {}, 0, [503, 429], ["a1", "b1", "raises 429"]),
+    ("a refused key gives way", "ab", {"a": 3}, 0, [401, 429, 200], ["a1", "a2", "a3"]),
+    ("all keys are refused", "ab", {"a": 2}, 0, [401, 403, 200], ["a1", "a2", "b1"]),
+    ("not the fault of a key", "ab", {"a": 2}, 0, [500, 200], ["a1", "b1"]),
+    ("no balance is no key's fault", "ab", {"a": 2}, 0, [402, 200], ["a1", "b1"]),
+    ("the request is at fault", "ab", {"a": 2}, 5, [400], ["a1", "raises 400"]),
+    ("no such model", "ab", {}, 5, [404], ["a1", "raises 404"]),
+    ("again after the backoff", "a", {}, 2, [503, 503, 200], ["a1", "a1 after 0.5", "a1 after 1"]),
+    ("again, and no more", "a", {}, 1, [503, 500], ["a1", "a1 after 0.5", "raises 500"]),
+    ("what was asked for", "a", {}, 1, [(529, 7), 200], ["a1", "a1 after 7"]),
+    ("longer than the total", "a", {}, 1, [(529, 61)], ["a1", "raises 529"]),
+    ("a refusal is final", "a", {}, 3, [403], ["a1", "raises 403"]),
+    ("who asked for longer comes later", "ab", {}, 2, [(529, 9), 503, 503, 200],
+     ["a1", "b1", "b1 after 0.5", "b1 after 1"]),
+    ("each at its time", "ab", {}, 3, [(529, 2), (503, 1), 503, 503, 200],
+     ["a1", "b1", "b1 after 1", "a1 after 1", "b1"]),
+    ("a limited key that rests", "a", {}, 1, [(429, 4), 200], ["a1", "a1 after 4"]),
+]
+
+
+@pytest.mark.parametrize("chain, keys, count, answers, steps", [row[1:] for row in PLANS],
+                         ids=[row[0] for row in PLANS])
+def test_plans(chain, keys, count, answers, steps):
+    assert Followed(chain, keys, count=count).follow(*answers) == steps
+
+
+@pytest.mark.parametrize("facts, steps", [
+    ({"should_retry": False}, ["a1", "raises 503"]), ({"overflow": (1, 2, 3)}, ["a1", "raises 503"]),
+    ({}, ["a1", "a1 after 0.5"])])
+def test_what_is_not_worth_a_retry(facts, steps):
+    assert Followed("a", count=1).follow(503, **facts) == steps
+
+
+def test_nobody_else_is_asked_once_the_answer_has_begun():
+    plan = Followed("ab", {"a": 2}, count=3)
+    for status in (401, 429, 500, 503):
+        assert plan.follow(status, began=True)[-1] == f"raises {status}"
+    assert not plan.rests["a"].resting and "b" not in plan.rests
+
+
+def test_a_provider_that_keeps_failing_comes_last_and_is_tried_again():
+    plan = Followed("ab")
+    assert [plan.follow(status) for status in (503, 408)] == [["a1", "b1"]] * 2
+    assert plan.rests["a"].state == "open" and plan.follow() == ["b1"]
+    assert plan.follow(503) == ["b1", "a1"]              # nobody else: it is worth a try, and works
+    assert plan.rests["a"].state == "closed"
+    plan.follow(503), plan.follow(503)
+    plan.clock.now += 30
+    assert plan.rests["a"].state == "half-open"
+    assert plan.follow(503) == ["a1", "b1"] and plan.follow() == ["b1"]
+    plan.clock.now += 30
+    assert plan.rests["a"].admits(30) and not plan.rests["a"].admits(30)      # one is let through
+    plan.clock.now += 30
+    assert plan.follow() == ["a1"] == plan.follow() and plan.rests["a"].state == "closed"
+
+
+@pytest.mark.parametrize("answer", [400, 401, 404, 422, 429])
+def test_a_refusal_shows_that_a_provider_is_alive(answer):
+    plan = Followed("a")
+    plan.follow(503)
+    plan.follow(answer)
+    assert plan.rests["a"].failures == 0
+
+
+def test_a_provider_without_another_never_rests():
+    plan = Followed("a")
+    for _ in range(5):
+        assert plan.follow(503) == ["a1", "raises 503"]
+    assert plan.rests["a"].state == "open" and plan.follow() == ["a1"]
+
+
+def test_a_mended_request_goes_to_the_same_place_with_the_same_key_or_a_fresh_one():
+    target = ifl.Target(ifl.Provider("a"), "m")
+    plan = ifl.Plan([target], lambda target: ["k1", "k2"], lambda target: ifl.Rests(time.monotonic),
+                    ifl.RETRY, ifl.CIRCUIT, time.monotonic)
+    assert plan.next() == (target, 0, False) and plan.take_key() == "k1"
+    plan.repeat()
+    assert plan.next() == (target, 0, True) and plan.take_key() == "k1"
+    plan.repeat("fresh")
+    assert [plan.take_key(), plan.take_key()] == ["fresh", "k2"]
+
+
+def test_our_own_full_queue_says_nothing_of_the_provider():
+    plan = Followed("ab")
+    for name in "ab":
+        plan.rests[name] = ifl.Rests(plan.clock)
+    made = ifl.Plan([ifl.Target(ifl.Provider(name), "m") for name in "ab"], lambda target: ["k"], plan.rests_of,
+                    ifl.RETRY, {"failures": 1, "rest_s": 30}, plan.clock)
+    for name in "ab":
+        assert made.next().target.provider.name == name
+        assert not made.failed(ifl.Busy("full"), False)
+    with pytest.raises(ifl.Busy):
+        made.next()
+    assert {rests.state for rests in plan.rests.values()} == {"closed"}
+
+
 # --- fallback, retries, rest ----------------------------------------------------
 
 FAILURES_ROUTES = {"drop": ("drop",), "html": ("html",), "garbage": ("garbage",), "empty": ("empty",), "cut": ("cut",),
@@ -8780,7 +8921,7 @@ def test_a_resting_upstream_is_the_last_resort_and_never_the_only_ones_loss(upst
         error_of(gate)
     assert gate.ask().replies            # the others failed: it is asked although it rests
     bad.plan = always("ok")
-    gate.gateway.circuits["a"].failed(1, 100)
+    gate.gateway.lanes["a"].rests.fail(1, 100)
     assert gate.ask("m-a").replies       # a route of its own
 
 
@@ -8790,7 +8931,7 @@ def test_refusals_do_not_open_the_circuit(upstreams_routes):
     gate = Gate(settings([bad, good], circuit={"failures": 2}))
     for _ in range(5):
         gate.ask()
-    assert gate.gateway.circuits["a"].state == "closed" and len(bad.seen) == 5
+    assert gate.gateway.lanes["a"].rests.state == "closed" and len(bad.seen) == 5
 
 
 @pytest.mark.usefixtures("home_routes")
@@ -8800,11 +8941,11 @@ def test_keys_take_turns_rest_and_revive(upstreams_routes, clock_routes):
     for _ in range(6):
         gate.ask()
     used = [key for _, key in up.seen]
-    assert used.count("a-key-1") == 1 and gate.gateway.rings["a"].resting == 1
+    assert used.count("a-key-1") == 1 and gate.gateway.lanes["a"].rests.resting == 1
     clock_routes.now += ifl.REFUSED_KEY_REST_S
     for _ in range(3):
         gate.ask()
-    assert [key for _, key in up.seen].count("a-key-1") == 2 and gate.gateway.rings["a"].resting == 0
+    assert [key for _, key in up.seen].count("a-key-1") == 2 and gate.gateway.lanes["a"].rests.resting == 0
 
 
 @pytest.mark.usefixtures("home_routes")
@@ -8823,7 +8964,7 @@ def test_a_conversation_keeps_its_key(upstreams_routes, clock_routes):
         gate.ask(headers={"session-id": f"s{index % 4}"})
     keys = [key for _, key in up.seen]
     assert keys[:4] * 3 == keys and len(set(keys)) > 1
-    gate.gateway.rings["a"].rest(keys[0], 60)
+    gate.gateway.lanes["a"].rests.rest(keys[0], 60)
     gate.ask(headers={"session-id": "s0"})
     assert up.seen[-1][1] != keys[0]
     clock_routes.now += 60
@@ -8847,12 +8988,13 @@ def test_accounts_have_places_of_their_own():
     entry = {"name": "i", "kind": "iflow", "base_url": "http://h", "api_keys": ["k1", "k2", "k3"]}
     provider = ifl.Router(ifl.Settings(providers=[entry], api_concurrency=2), {}).providers["i"]
     assert (provider.places, provider.key_concurrency) == (6, 2)
-    ring = ifl.KeyRing(provider.api_keys, each=1)
-    with ring.hold("k1", ifl.NOBODY, ifl.Settings(), "i"):
-        assert [ring.order()[0] for _ in range(3)] == ["k2", "k2", "k3"] and ring.active == 1
-        with ring.hold("k2", ifl.NOBODY, ifl.Settings(), "i"):
-            assert ring.order(0)[0] == "k3"
-    assert ring.active == 0 and ring.order(0)[0] == "k1"
+    lane = ifl.Lane(ifl.replace(provider, key_concurrency=1), time.monotonic, ifl.TokenScale())
+    with lane.hold_key("k1", ifl.NOBODY, ifl.Settings()):
+        first = [lane.keys(provider.api_keys)[0] for _ in range(3)]
+        assert first == ["k2", "k2", "k3"] and lane.key_load == 1
+        with lane.hold_key("k2", ifl.NOBODY, ifl.Settings()):
+            assert lane.keys(provider.api_keys, 0)[0] == "k3"
+    assert lane.key_load == 0 and lane.keys(provider.api_keys, 0)[0] == "k1"
 
 
 @pytest.mark.usefixtures("home_routes")
@@ -8874,11 +9016,11 @@ def test_never_more_at_an_account_than_its_places(upstreams_routes):
     gate = Gate(chosen)
     threads = [threading.Thread(target=gate.ask) for _ in range(20)]
     [thread.start() for thread in threads]
-    until(lambda: len(up.seen) >= 2 and gate.gateway.slots["a"].load == 20, what="the queue")
+    until(lambda: len(up.seen) >= 2 and gate.gateway.lanes["a"].slots.load == 20, what="the queue")
     go.set()
     [thread.join(WAIT_S_ROUTES) for thread in threads]
     assert len(up.seen) == 20 and set(most.values()) == {1} and len(most) == 3
-    assert gate.gateway.slots["a"].load == 0 == gate.gateway.rings["a"].active
+    assert gate.gateway.lanes["a"].slots.load == 0 == gate.gateway.lanes["a"].key_load
 
 
 # --- the property -----------------------------------------------------------------
@@ -8915,7 +9057,7 @@ def test_whatever_fails_there_is_one_answer_and_few_calls(seed, upstreams_routes
             assert len(up.seen) - start <= (count + 1) * number
         gate.clock.now += rnd.choice((0, 5, 400))
     assert len(gate.gateway.history()) == 6 and gate.gateway.in_flight == 0
-    assert all(slots.load == 0 for slots in gate.gateway.slots.values())
+    assert all(slots.load == 0 for slots in [lane.slots for lane in gate.gateway.lanes.values()])
 
 
 class QuickUpstream:
@@ -9018,7 +9160,7 @@ def test_many_requests_leave_everything_where_it_was():
     tracemalloc.stop()
     assert not failures and grown < 400_000, (failures[:3], grown)
     until(lambda: threading.active_count() <= threads_before, what="the end of threads")
-    assert all(slots.load == 0 for slots in gate.gateway.slots.values())
+    assert all(slots.load == 0 for slots in [lane.slots for lane in gate.gateway.lanes.values()])
     assert all(meter.active == 0 for meter in [*gate.gateway.limiter._keys.values(), *gate.gateway.limiter._addresses.values()])
     assert len(gate.gateway.history()) == 50
     used = gate.gateway.ledger.report("key", 1, {})
@@ -9068,8 +9210,8 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
     assert not odd and sum(answered) + sum(failed) == 10_000 and sum(answered) > 9000 and sum(failed) > 50
     assert after - before < 2500, after - before                        # a block a request would be 7200
     assert threading.active_count() <= threads_before + 8                # the upstreams' own, one a connection
-    assert gateway.in_flight == 0 and all(slots.load == 0 for slots in gateway.slots.values())
-    assert all(slots.load == 0 for ring in gateway.rings.values() for slots in ring._places.values())
+    assert gateway.in_flight == 0 and all(lane.slots.load == 0 for lane in gateway.lanes.values())
+    assert all(lane.key_load == 0 for lane in gateway.lanes.values())
     assert all(meter.active == 0 for meter in [*gateway.limiter._keys.values(), *gateway.limiter._addresses.values()])
     assert len(gateway.limiter._addresses) == 40 and len(gateway.history()) == 50
     assert all(len(idle) <= 8 for idle in gateway.upstream._pool._idle.values())
@@ -9917,14 +10059,14 @@ def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     thread = threading.Thread(target=lambda: results.append(gate.ask("m", stream=True)))
     thread.start()
     until(lambda: up.seen)
-    gateway.rings["a"].rest("k2", 500)
+    gateway.lanes["a"].rests.rest("k2", 500)
     write_config(home_routes, providers=[{**entry, "api_keys": ["k1", "k2", "k3"]}], log_level="error", sticky=True)
     gateway.reload()
-    ring = gateway.rings["a"]
-    assert ring.keys == ("k1", "k2", "k3") and ring.resting == 1 and ring.active == 1
+    lane = gateway.lanes["a"]
+    assert lane.provider.api_keys == ("k1", "k2", "k3") and lane.rests.resting == 1 and lane.key_load == 1
     go.set()
     thread.join(WAIT_S_ROUTES)
-    assert results[0].sent.count(b"[DONE]") == 1 and ring.active == 0 and gateway.slots["a"].load == 0
+    assert results[0].sent.count(b"[DONE]") == 1 and lane.key_load == 0 and lane.slots.load == 0
     gateway.close()
 
 
@@ -10030,9 +10172,9 @@ def best_us(work, count=2000):
 
 def test_what_is_not_used_costs_next_to_nothing(home_routes, server):
     """Generous by a factor of ten or so: this is about a lock or a file too many, not about the machine."""
-    circuit, running = ifl.Circuit(), server(detect_local=False)
+    rests, running = ifl.Rests(time.monotonic), server(detect_local=False)
     assert best_us(lambda: ifl.check_key(running, {})) < 10
-    assert best_us(lambda: circuit.admits(1)) < 10
+    assert best_us(lambda: rests.admits(1)) < 10
     ledger, call = ifl.Ledger(str(home_routes / "usage.jsonl")), call_record()
     assert best_us(lambda: ledger.add(call), 300) < 300
     assert best_us(lambda: ifl.Ledger().add(call), 300) < 300
@@ -12643,13 +12785,13 @@ def test_providers_of_the_command_line_are_not_ours_to_change(admin, upstream):
 
 def test_states_of_keys(admin, upstream):
     browser = admin(provider(upstream, "x", api_keys=["sk-a", "sk-b", "sk-c"]))
-    ring = browser.server.gateway.rings["x"]
-    ring.rest("sk-a", 30)
-    ring.rest("sk-b", 300, refused=True)
+    rests = browser.server.gateway.lanes["x"].rests
+    rests.rest("sk-a", 30)
+    rests.rest("sk-b", 300, refused=True)
     keys = browser.get("providers")["data"][0]["keys"]
     assert [(key["state"], key["rest_s"]) for key in keys] == [("resting", 30), ("refused", 300), ("ok", 0)]
     browser.server.clock.now += 31
-    ring.revive("sk-b")
+    rests.ok("sk-b")
     assert [key["state"] for key in browser.get("providers")["data"][0]["keys"]] == ["ok"] * 3
 
 
