@@ -13151,7 +13151,8 @@ ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)},
 
 # === 17. The page's API ======================================================
 #
-# The page at /admin and its API.  The page is static; all that it shows comes from /admin/api/… as JSON.
+# The page at /admin and its API.  The page is static; all that it shows comes from /admin/api/… as
+# JSON.
 
 # --- what a request says --------------------------------------------------------
 
@@ -13163,11 +13164,13 @@ def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> st
 
 
 def read_fields(handler: Handler, kinds: Mapping[str, str]) -> Json:
-    """The fields of a request's body, each of its kind (as of settings) or null; BadRequest names the bad one."""
+    """The fields of a request's body, each of its kind (as of settings) or null; BadRequest names
+    the bad one."""
     body = handler.read_json(ADMIN_BODY_BYTES)
     for name, value in body.items():
         if name not in kinds:
-            raise BadRequest(f"{one_line(name, 60)}: no such field" + nearest(name, kinds), param=one_line(name, 60))
+            raise BadRequest(f"{one_line(name, 60)}: no such field" + nearest(name, kinds),
+                             param=one_line(name, 60))
         if value is not None and not has_type(value, _KINDS[kinds[name]]):
             raise BadRequest(f"{name}: {_KIND_NAME[kinds[name]]} expected", param=name)
     return body
@@ -13193,14 +13196,16 @@ def no_content(handler: Handler, *headers: Tuple[str, str]) -> None:
 def cookie_header(handler: Handler, token: str) -> Tuple[str, str]:
     """A session's cookie; without a token the one that takes it away."""
     secure = "; Secure" if address_for(handler).startswith("https:") else ""
-    return "Set-Cookie", (f"{session_cookie(handler.server)}={token}; Path=/admin; HttpOnly; SameSite=Strict; "
-                          f"Max-Age={SESSION_S if token else 0}{secure}")
+    return "Set-Cookie", (
+        f"{session_cookie(handler.server)}={token}; Path=/admin; HttpOnly; SameSite=Strict; "
+        f"Max-Age={SESSION_S if token else 0}{secure}")
 
 
 def show_session(handler: Handler) -> None:
     """GET /admin/api/session: whether somebody is signed in, and what the page needs before."""
     gateway, state = handler.server.gateway, "new"
-    gateway.sessions.code()              # an expired one is made anew and shown on the console, before it is asked for
+    # an expired one is made anew and shown on the console, before it is asked for
+    gateway.sessions.code()
     if not gateway.sessions.is_new:
         try:
             check_session(handler)
@@ -13208,17 +13213,20 @@ def show_session(handler: Handler) -> None:
         except Unauthorized:
             state = "signed_out"
     settings = gateway.settings
-    handler.respond_json({"state": state, "user": "admin", "version": __version__, "language": settings.language,
+    handler.respond_json({"state": state, "user": "admin", "version": __version__,
+                          "language": settings.language,
                           "theme_mode": settings.theme_mode, "base_url": address_for(handler)})
 
 
 def sign_in(handler: Handler) -> None:
     """POST /admin/api/session."""
-    body, sessions = read_fields(handler, {"user": "str", "password": "str"}), handler.server.gateway.sessions
+    body = read_fields(handler, {"user": "str", "password": "str"})
+    sessions = handler.server.gateway.sessions
     password = needed(body, "password")
     if sessions.is_new:
-        raise Unauthorized("there is no password yet; the code on the server's console lets you set one",
-                           code="no_password")
+        raise Unauthorized(
+            "there is no password yet; the code on the server's console lets you set one",
+            code="no_password")
     right = sessions.try_password(address_of(handler), password)
     if not right or body.get("user") not in (None, "admin"):
         raise Unauthorized("user or password is wrong", code="wrong_password")
@@ -13237,23 +13245,28 @@ def sign_out(handler: Handler) -> None:
 
 
 def set_password(handler: Handler) -> None:
-    """POST /admin/api/password: the first one by the console's code, another one by who is signed in."""
+    """POST /admin/api/password: the first one by the console's code, another one by who is signed
+    in."""
     body = read_fields(handler, {"code": "str", "current": "str", "password": "str"})
     gateway, address = handler.server.gateway, address_of(handler)
     password = needed(body, "password")
     if gateway.origins.get("admin_password") == "environment":
-        raise Conflict(f"{ENV_PREFIX}ADMIN_PASSWORD sets the password; change it there", code="set_elsewhere")
+        raise Conflict(f"{ENV_PREFIX}ADMIN_PASSWORD sets the password; change it there",
+                       code="set_elsewhere")
     if not gateway.sessions.is_new:
         check_session(handler)
     least, most = PASSWORD_LENGTH
     if not least <= len(password) <= most:               # before the code is used up
-        raise BadRequest(f"a password has from {least} to {most} characters", param="password", code="bad_password")
+        raise BadRequest(f"a password has from {least} to {most} characters", param="password",
+                         code="bad_password")
     if gateway.sessions.is_new:
         if not gateway.sessions.try_code(address, needed(body, "code")):
-            raise Forbidden("the code is wrong; it stands on the server's console", code="wrong_code", param="code",
+            raise Forbidden("the code is wrong; it stands on the server's console",
+                            code="wrong_code", param="code",
                             should_retry=None)
     elif not gateway.sessions.try_password(address, needed(body, "current")):
-        raise Forbidden("the current password is wrong", code="wrong_password", param="current", should_retry=None)
+        raise Forbidden("the current password is wrong", code="wrong_password", param="current",
+                        should_retry=None)
     gateway.set_password(hash_password(password))
     no_content(handler, cookie_header(handler, gateway.sessions.open()))
 
@@ -13293,7 +13306,8 @@ def next_step(gateway: Gateway) -> str:
 def overview_of(server: Server) -> Json:
     gateway = server.gateway
     return {"health": server.health(), "address": server.url, "needs_key": server.needs_key,
-            "queue": gateway.queues(), "connections": server.connections, "in_flight": gateway.in_flight,
+            "queue": gateway.queues(), "connections": server.connections,
+            "in_flight": gateway.in_flight,
             "today": today_of(gateway), "limits": limits_of(gateway), "next": next_step(gateway)}
 
 
@@ -13311,7 +13325,8 @@ CHART_GROUPS = 8
 
 
 def show_series(handler: Handler) -> None:
-    """GET /admin/api/series: what each model used in each hour of the last day or day of the last month."""
+    """GET /admin/api/series: what each model used in each hour of the last day or day of the last
+    month."""
     gateway = handler.server.gateway
     span = choice_in(query_of(handler), "span", ("day", "month"))
     steps = gateway.ledger.steps(span)
@@ -13324,7 +13339,8 @@ def show_series(handler: Handler) -> None:
     for at, rows in steps:
         groups: Dict[str, Json] = {}
         for (_, model, *_), counts in rows:
-            row = groups.setdefault(model if model in shown else "…", dict.fromkeys(SERIES_COUNTS, 0))
+            row = groups.setdefault(model if model in shown else "…",
+                                    dict.fromkeys(SERIES_COUNTS, 0))
             for field_name, count in zip(SERIES_COUNTS, counts):
                 row[field_name] += count
         points.append({"at": at, "groups": groups})
@@ -13334,15 +13350,19 @@ def show_series(handler: Handler) -> None:
 def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
     """By what, of how many days, and the rows of Ledger.report, days in their order."""
     query, gateway = query_of(handler), handler.server.gateway
-    by, days = choice_in(query, "by", ("model", "provider", "key", "day")), number_in(query, "days", 30, 3660)
+    by = choice_in(query, "by", ("model", "provider", "key", "day"))
+    days = number_in(query, "days", 30, 3660)
     rows = gateway.ledger.report(by, days, gateway.settings.prices)
     return by, days, sorted(rows, key=lambda row: row["day"]) if by == "day" else rows
 
 
 def told_usage(name: str, row: Mapping[str, Any]) -> Json:
-    """A row of Ledger.report for the page; times are averages in seconds, null where there are none."""
-    counts = {count: row[count] for count in USAGE_COUNTS if count not in ("streams", "first_ms", "total_ms")}
-    return {"name": name, **counts, "first_s": row["first_ms"] / row["streams"] / 1000 if row["streams"] else None,
+    """A row of Ledger.report for the page; times are averages in seconds, null where there are
+    none."""
+    counts = {count: row[count] for count in USAGE_COUNTS
+              if count not in ("streams", "first_ms", "total_ms")}
+    return {"name": name, **counts,
+            "first_s": row["first_ms"] / row["streams"] / 1000 if row["streams"] else None,
             "total_s": row["total_ms"] / row["requests"] / 1000 if row["requests"] else None,
             "cost": None if row["cost"] is None else round(row["cost"], 6)}
 
@@ -13352,19 +13372,23 @@ def show_usage(handler: Handler) -> None:
     total: Json = {name: sum(row[name] for row in rows) for name in USAGE_COUNTS}
     costs = [row["cost"] for row in rows if row["cost"] is not None]
     total["cost"] = sum(costs) if costs else None
-    handler.respond_json({"by": by, "days": days, "rows": [told_usage(row[by], row) for row in rows],
-                          "enabled": handler.server.gateway.settings.usage, "total": told_usage("", total)})
+    handler.respond_json({"by": by, "days": days,
+                          "rows": [told_usage(row[by], row) for row in rows],
+                          "enabled": handler.server.gateway.settings.usage,
+                          "total": told_usage("", total)})
 
 
 def csv_field(text: str) -> str:
-    """RFC 4180; what a spreadsheet would take for a formula (names come from clients) begins with a quote."""
+    """RFC 4180; what a spreadsheet would take for a formula (names come from clients) begins with
+    a quote."""
     text = "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
     return '"' + text.replace('"', '""') + '"' if re.search(r'[",\r\n]', text) else text
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """Lines of the fields `names`, and a head; null is empty."""
-    lines = [list(names), *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
+    lines = [list(names),
+             *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
     return "\n".join(",".join(map(csv_field, line)) for line in lines)
 
 
@@ -13377,25 +13401,32 @@ def download_usage(handler: Handler) -> None:
     by, days, rows = usage_rows(handler)
     names = [*told_usage("", {**dict.fromkeys(USAGE_COUNTS, 0), "cost": None})]
     text = csv_of([told_usage(row[by], row) for row in rows], names).replace("name,", by + ",", 1)
-    download(handler, "\ufeff" + text + "\n", "text/csv", f"iflow2api-usage-{days}d.csv")       # Excel wants the mark
+    download(handler, "\ufeff" + text + "\n", "text/csv",
+             f"iflow2api-usage-{days}d.csv")       # Excel wants the mark
 
 
 def show_logs(handler: Handler) -> None:
-    """GET /admin/api/logs: the last lines at a level or above that hold `search`, the oldest first."""
+    """GET /admin/api/logs: the last lines at a level or above that hold `search`, the oldest
+    first."""
     query, ring = query_of(handler), handler.server.gateway.live.logs
-    level = getattr(logging, choice_in(query, "level", ("debug", "info", "warning", "error")).upper())
-    limit, before = number_in(query, "limit", 1000, LOG_LINES), number_in(query, "before", 10 ** 15, 10 ** 15)
+    level = getattr(logging,
+                    choice_in(query, "level", ("debug", "info", "warning", "error")).upper())
+    limit = number_in(query, "limit", 1000, LOG_LINES)
+    before = number_in(query, "before", 10 ** 15, 10 ** 15)
     wanted = query.get("search", "").lower()
-    found = [pair for pair in ring.after(0, LOG_LINES)[1] if pair[0] < before and pair[1][1] >= level]
+    found = [pair for pair in ring.after(0, LOG_LINES)[1]
+             if pair[0] < before and pair[1][1] >= level]
     lines = [told_log(number, line) for number, line in (found if wanted else found[-limit:])]
     lines = [line for line in lines if wanted in line["text"].lower()]
-    handler.respond_json({"data": lines[-limit:], "first": ring.count - len(ring) + 1, "last": ring.count})
+    handler.respond_json({"data": lines[-limit:], "first": ring.count - len(ring) + 1,
+                          "last": ring.count})
 
 
 def download_logs(handler: Handler) -> None:
-    told = [told_log(number, line) for number, line in handler.server.gateway.live.logs.after(0, LOG_LINES)[1]]
-    lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(line['at']))} {line['level'].upper()} {line['text']}"
-             for line in told]
+    told = [told_log(number, line)
+            for number, line in handler.server.gateway.live.logs.after(0, LOG_LINES)[1]]
+    lines = [" ".join((time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line["at"])),
+                       line["level"].upper(), line["text"])) for line in told]
     download(handler, "\n".join(lines) + "\n", "text/plain", "iflow2api.log")
 
 
@@ -13415,20 +13446,26 @@ def show_about(handler: Handler) -> None:
     source = show_about.__code__.co_filename                     # __file__ may be its byte code
     paths = {"program": os.path.abspath(source), "iflow": os.path.expanduser(IFLOW_FILE)}
     if config is not None:
-        paths.update(config=config.path, usage=os.path.join(config.folder, "usage.jsonl"), log=log_path(gateway))
+        paths.update(config=config.path, usage=os.path.join(config.folder, "usage.jsonl"),
+                     log=log_path(gateway))
     facts = {"version": __version__, "python": sys.version.split()[0], "platform": sys.platform,
              "executable": sys.executable, "pid": os.getpid(), "started_at": gateway.started_at,
-             "uptime_s": int(time.time() - gateway.started_at), "paths": {n: path for n, path in paths.items() if path},
+             "uptime_s": int(time.time() - gateway.started_at),
+             "paths": {n: path for n, path in paths.items() if path},
              "threads": threading.active_count(), "memory_bytes": memory_bytes()}
-    lines = [f"iflow2api {__version__}, Python {sys.version}, {sys.platform}, {ssl.OPENSSL_VERSION}",
-             *(f"{name}: {value}" for name, value in facts.items() if name not in ("version", "python", "paths")),
-             *(f"{name}: {path}" for name, path in facts["paths"].items()), "health: " + json.dumps(gateway.health())]
+    lines = [
+        f"iflow2api {__version__}, Python {sys.version}, {sys.platform}, {ssl.OPENSSL_VERSION}",
+        *(f"{name}: {value}" for name, value in facts.items()
+          if name not in ("version", "python", "paths")),
+        *(f"{name}: {path}" for name, path in facts["paths"].items()),
+        "health: " + json.dumps(gateway.health())]
     for name, origin in gateway.origins.items():
         shown = hide_secrets(name, getattr(gateway.settings, name))
         lines.append(f"{name} ({origin}): {json.dumps(shown, ensure_ascii=False)}")
     home = os.path.expanduser("~")
     text = redact("\n".join(lines))
-    handler.respond_json({**facts, "diagnostics": text.replace(home, "~") if len(home) > 1 else text})
+    handler.respond_json({**facts,
+                          "diagnostics": text.replace(home, "~") if len(home) > 1 else text})
 
 
 def show_instances(handler: Handler) -> None:
@@ -13439,14 +13476,16 @@ def show_instances(handler: Handler) -> None:
 
 # --- live --------------------------------------------------------------------------
 
-#: A viewer gets news at most every EVENTS_GAP_S, the overview every OVERVIEW_S while it changes, and a sign of life.
+#: A viewer gets news at most every EVENTS_GAP_S, the overview every OVERVIEW_S while it changes,
+#: and a sign of life.
 EVENTS_GAP_S, OVERVIEW_S, LIFE_S = 0.1, 2.0, 15.0
 
 
 class Viewer:
     """One open page: how far it has read, and what it has to be told next.
 
-    The id of an event is `START-REQUESTS-LOGS`, how far the rings were read, of a server that started at START.
+    The id of an event is `START-REQUESTS-LOGS`, how far the rings were read, of a server that
+    started at START.
     """
 
     def __init__(self, server: Server, logs: bool, last_id: str) -> None:
@@ -13484,7 +13523,8 @@ class Viewer:
                         for name, value in events)
 
     def _state(self, now: float) -> List[Tuple[str, Json]]:
-        """The overview, if it has changed or nothing was said for long; the config's version, if that has changed."""
+        """The overview, if it has changed or nothing was said for long; the config's version, if
+        that has changed."""
         events: List[Tuple[str, Json]] = []
         version = self._gateway.config_version()
         if version != self._version:
@@ -13499,11 +13539,13 @@ class Viewer:
 
 
 def stream_events(handler: Handler) -> None:
-    """GET /admin/api/events: what happens, until the session ends, the page leaves or the server stops."""
+    """GET /admin/api/events: what happens, until the session ends, the page leaves or the server
+    stops."""
     server, session, query = handler.server, handler.session, query_of(handler)
     gateway, logs = server.gateway, query.get("logs") == "1"
     live = gateway.live
-    viewer = Viewer(server, logs, handler.headers.get("last-event-id", query.get("last_event_id", "")))
+    viewer = Viewer(server, logs,
+                    handler.headers.get("last-event-id", query.get("last_event_id", "")))
     with live.viewer(logs):
         handler.close_connection = True                  # no length, no chunks: the end is the end
         handler.write(handler.head(200, [("Content-Type", "text/event-stream; charset=utf-8"),
@@ -13527,20 +13569,24 @@ def told_setting(gateway: Gateway, name: str) -> Json:
     """A setting with what a form needs to know of it."""
     facts, default = SETTING[name].metadata, default_of(name)
     value, secret = getattr(gateway.settings, name), bool(facts.get("secret"))
-    told: Json = {"name": name, "kind": facts["kind"], "label": dict(zip(("zh", "en"), facts["label"])),
+    told: Json = {"name": name, "kind": facts["kind"],
+                  "label": dict(zip(("zh", "en"), facts["label"])),
                   "group": next(group for group, names in SETTING_GROUPS.items() if name in names),
                   "value": hide_secrets(name, value), "default": hide_secrets(name, default),
                   "origin": gateway.origins.get(name, "default"), "secret": secret,
                   "restart": bool(facts.get("restart")), "file_only": name in FILE_ONLY}
-    told.update((key, facts[key]) for key in ("choices", "low", "high", "flag", "older") if key in facts)
+    told.update((key, facts[key]) for key in ("choices", "low", "high", "flag", "older")
+                if key in facts)
     if "hint" in facts:
         told["hint"] = dict(zip(("zh", "en"), facts["hint"]))
     return {**told, **({"set": bool(value)} if secret else {})}
 
 
 def config_document(gateway: Gateway) -> Json:
-    return {"version": gateway.config_version(), "path": gateway.config.path if gateway.config else "",
-            "settings": [told_setting(gateway, name) for name in SETTING], "problems": list(gateway.problems)}
+    return {"version": gateway.config_version(),
+            "path": gateway.config.path if gateway.config else "",
+            "settings": [told_setting(gateway, name) for name in SETTING],
+            "problems": list(gateway.problems)}
 
 
 def show_config(handler: Handler) -> None:
@@ -13548,19 +13594,27 @@ def show_config(handler: Handler) -> None:
 
 
 def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str) -> Json:
-    """A provider with its keys' state; `entry` is what stands in the settings, {} where it stems from elsewhere."""
-    masked = _hide_in_provider({"api_keys": entries_of(entry, "api_keys") or list(provider.api_keys)})["api_keys"]
+    """A provider with its keys' state; `entry` is what stands in the settings, {} where it stems
+    from elsewhere."""
+    masked = _hide_in_provider({"api_keys": entries_of(entry, "api_keys")
+                                or list(provider.api_keys)})["api_keys"]
     states = gateway.key_states(provider) if len(provider.api_keys) == len(masked) else []
     keys = [{"index": index, "masked": text, "state": states[index][0] if states else "ok",
-             "rest_s": round(states[index][1], 1) if states else 0} for index, text in enumerate(masked)]
+             "rest_s": round(states[index][1], 1) if states else 0}
+            for index, text in enumerate(masked)]
     shown = _hide_in_provider({"headers": entry.get("headers") or {},
                                "proxy": provider.proxy or entry.get("proxy") or ""})
-    preset = next((name for name, known in PRESETS.items() if known.base_url == provider.base_url), "")
-    return {"name": provider.name, "kind": provider.kind, "base_url": provider.base_url or entry.get("base_url", ""),
-            "preset": preset, "models": list(provider.models), "facts": dict(provider.facts), "keys": keys, **shown,
+    preset = next((name for name, known in PRESETS.items() if known.base_url == provider.base_url),
+                  "")
+    return {"name": provider.name, "kind": provider.kind,
+            "base_url": provider.base_url or entry.get("base_url", ""),
+            "preset": preset, "models": list(provider.models), "facts": dict(provider.facts),
+            "keys": keys, **shown,
             "concurrency": provider.concurrency, "key_concurrency": provider.key_concurrency,
-            "timeout_s": provider.timeout_s, "profile": provider.profile, "vision_model": provider.vision_model,
-            "sticky": provider.sticky, "preserve_reasoning_content": provider.preserve_reasoning_content,
+            "timeout_s": provider.timeout_s, "profile": provider.profile,
+            "vision_model": provider.vision_model,
+            "sticky": provider.sticky,
+            "preserve_reasoning_content": provider.preserve_reasoning_content,
             "usable": not provider.problem, "problem": provider.problem,
             "circuit": gateway.lane(provider).rests.state, "source": source}
 
@@ -13572,9 +13626,11 @@ def by_name(entries: Iterable[Any]) -> Dict[str, Json]:
 
 def told_providers(gateway: Gateway) -> List[Json]:
     entries = by_name(gateway.settings.providers)
-    source = {"environment": "flag", "default": "file"}.get(gateway.origins.get("providers", "file"), "")
+    source = {"environment": "flag",
+              "default": "file"}.get(gateway.origins.get("providers", "file"), "")
     source = source or gateway.origins.get("providers", "file")
-    return [told_provider(gateway, provider, entries.get(provider.name, {}), source if provider.name in entries else
+    return [told_provider(gateway, provider, entries.get(provider.name, {}),
+                          source if provider.name in entries else
                           "login" if provider.name == "iflow" else "detected")
             for provider in gateway.current(look=False).router.providers.values()]
 
@@ -13582,7 +13638,8 @@ def told_providers(gateway: Gateway) -> List[Json]:
 def show_providers(handler: Handler) -> None:
     gateway = handler.server.gateway
     default = gateway.current(look=False).router.default
-    handler.respond_json({"version": gateway.config_version(), "default_provider": default.name if default else "",
+    handler.respond_json({"version": gateway.config_version(),
+                          "default_provider": default.name if default else "",
                           "data": told_providers(gateway)})
 
 
@@ -13591,12 +13648,15 @@ def show_presets(handler: Handler) -> None:
     handler.respond_json({"data": [
         {"name": name, "title": name, "base_url": preset.base_url, "key_variable": preset.key,
          "key_set": bool(preset.key and environ.get(preset.key)), "local": name in LOCAL_ENGINES,
-         "models": [{"id": model, "context": context or None, "max_output": limit or None, "vision": vision}
-                    for model, context, limit, vision in preset.models]} for name, preset in PRESETS.items()]})
+         "models": [{"id": model, "context": context or None, "max_output": limit or None,
+                     "vision": vision}
+                    for model, context, limit, vision in preset.models]}
+                    for name, preset in PRESETS.items()]})
 
 
 def show_admin_models(handler: Handler) -> None:
-    """GET /admin/api/models: every name that can be asked for, and what is known of the model behind it."""
+    """GET /admin/api/models: every name that can be asked for, and what is known of the model
+    behind it."""
     gateway = handler.server.gateway
     router, data = gateway.current().router, []
     aliases = {pattern for pattern, _ in router.aliases}
@@ -13607,11 +13667,13 @@ def show_admin_models(handler: Handler) -> None:
             target = Target(Provider(""), model["id"])
         facts = target.provider.facts.get(target.model, {})
         sees = facts.get("vision") or target.model == target.provider.vision_model or None
-        data.append({"id": model["id"], "provider": target.provider.name, "context": facts.get("context"),
+        data.append({"id": model["id"], "provider": target.provider.name,
+                     "context": facts.get("context"),
                      "max_output": facts.get("max_output"), "vision": facts.get("vision", sees),
                      "listed": "config" if target.model in target.provider.models else "provider",
                      "alias": model["id"] in aliases})
-    handler.respond_json({"data": data, "default_model": router.default_model, "aliases": gateway.settings.aliases,
+    handler.respond_json({"data": data, "default_model": router.default_model,
+                          "aliases": gateway.settings.aliases,
                           "version": gateway.config_version()})
 
 
@@ -13625,11 +13687,14 @@ def show_keys(handler: Handler) -> None:
     entries = by_name(gateway.settings.client_keys)
     for key in gateway.state.door.keys:
         entry = entries.get(key.name, {})
-        data.append({"name": key.name, "created": entry.get("created"), "expires": entry.get("expires"),
-                     "expired": key.expires_at <= time.time(), "models": list(key.models), "limits": dict(key.limits),
+        data.append({"name": key.name, "created": entry.get("created"),
+                     "expires": entry.get("expires"),
+                     "expired": key.expires_at <= time.time(), "models": list(key.models),
+                     "limits": dict(key.limits),
                      "used": gateway.limiter.used(key) if key.limits else {}})
     handler.respond_json({"version": gateway.config_version(), "data": data,
-                          "needs_key": handler.server.needs_key, "address_limits": gateway.settings.address_limits,
+                          "needs_key": handler.server.needs_key,
+                          "address_limits": gateway.settings.address_limits,
                           "custom_api_key": mask(gateway.settings.custom_api_key)})
 
 
@@ -13641,33 +13706,40 @@ SET_ELSEWHERE = ("admin_password", "providers", "client_keys", "accounts")
 
 #: Set by file and command line only: what names files, whom to trust and where logins go would make
 #: whoever has the page's password the master of this machine.
-FILE_ONLY = ("host", "log_file", "ca_file", "iflow_auth_url", "iflow_token_url", "iflow_userinfo_url",
+FILE_ONLY = ("host", "log_file", "ca_file", "iflow_auth_url", "iflow_token_url",
+             "iflow_userinfo_url",
              "oauth_client_id", "oauth_client_secret")
 
 
 def change_config(gateway: Gateway, edit: Callable[[Json], None]) -> None:
-    """Gateway.change_config, its failures in words for the page.  Where `edit` raises, nothing is written."""
+    """Gateway.change_config, its failures in words for the page.  Where `edit` raises, nothing is
+    written."""
     if gateway.config is None:
-        raise Conflict("this server has no config.json, so nothing can be changed here", code="no_config")
+        raise Conflict("this server has no config.json, so nothing can be changed here",
+                       code="no_config")
     try:
         gateway.change_config(edit)
     except OSError as exc:
         reason = exc.strerror or exc
-        raise GatewayError(f"{gateway.config.path} can't be written: {reason}", code="cannot_write") from None
+        raise GatewayError(f"{gateway.config.path} can't be written: {reason}",
+                           code="cannot_write") from None
 
 
 def check_ours(gateway: Gateway, name: str) -> None:
-    """Conflict where a setting comes from the environment or a flag: what the file says would not count."""
+    """Conflict where a setting comes from the environment or a flag: what the file says would not
+    count."""
     origin = gateway.origins.get(name)
     if origin in ("environment", "flag"):
         where = ENV_PREFIX + name.upper() if origin == "environment" else "a flag of this run"
-        raise Conflict(f"{name} is set by {where}, which stands above config.json", code="set_elsewhere", param=name)
+        raise Conflict(f"{name} is set by {where}, which stands above config.json",
+                       code="set_elsewhere", param=name)
 
 
 def check_version(gateway: Gateway, raw: Json, version: str) -> None:
     """Conflict where config.json is another one than the one that the page showed."""
     if version != gateway.config_version(raw):
-        raise Conflict("the configuration was changed elsewhere; reload it", code="changed_meanwhile")
+        raise Conflict("the configuration was changed elsewhere; reload it",
+                       code="changed_meanwhile")
 
 
 def save_config(handler: Handler) -> None:
@@ -13688,8 +13760,10 @@ def save_config(handler: Handler) -> None:
     handler.respond_json(config_document(gateway))
 
 
-def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[Any]) -> Dict[str, Tuple[Any, bool]]:
-    """name -> (value, whether it is to stand in the file) of what shall change; BadRequest names the bad one.
+def checked_settings(gateway: Gateway, given: Json,
+                     dropped: Sequence[Any]) -> Dict[str, Tuple[Any, bool]]:
+    """name -> (value, whether it is to stand in the file) of what shall change; BadRequest names
+    the bad one.
 
     A secret that comes as it is shown, masked, is left alone.
     """
@@ -13697,13 +13771,15 @@ def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[Any]) -> D
     for name in [*given, *dropped]:
         shown = one_line(name, 60)
         if not isinstance(name, str) or name not in SETTING:
-            raise BadRequest(f"there is no setting {shown!r}" + nearest(shown, SETTING), param=shown)
+            raise BadRequest(f"there is no setting {shown!r}" + nearest(shown, SETTING),
+                             param=shown)
         if name in SET_ELSEWHERE:
             raise BadRequest(f"{name} is not changed here", param=name, code="set_elsewhere")
         if name in FILE_ONLY and (name not in given or given[name] != hide_secrets(
                 name, getattr(gateway.settings, name))):
-            raise Forbidden(f"{name} is set by the command line (config set) or in config.json only",
-                            param=name, code="file_only", should_retry=None)
+            raise Forbidden(
+                f"{name} is set by the command line (config set) or in config.json only",
+                param=name, code="file_only", should_retry=None)
         if name not in given:
             values[name] = (default_of(name), False)
             continue
@@ -13712,7 +13788,8 @@ def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[Any]) -> D
         except ValueError as exc:
             raise BadRequest(f"{name}: {exc}", param=name) from None
         current = getattr(gateway.settings, name)
-        if not (SETTING[name].metadata.get("secret") and value and value == hide_secrets(name, current)):
+        if not (SETTING[name].metadata.get("secret") and value
+                and value == hide_secrets(name, current)):
             values[name] = (value, True)
     check_addresses(gateway, {name: value for name, (value, kept) in values.items() if kept})
     check_together(gateway, {name: value for name, (value, _) in values.items()})
@@ -13724,39 +13801,47 @@ def check_addresses(gateway: Gateway, values: Json) -> None:
     settings, change = gateway.settings, "does not go to another address"
     new_key = bool(values.get("api_key")) and not gateway.login_report()
     if leads_elsewhere(settings.base_url, values.get("base_url")) and not new_key:
-        raise BadRequest(f"base_url: the iFlow key that is stored {change}; type api_key in again, or use "
-                         "the command line (config set)", param="base_url", code="address_changed")
+        raise BadRequest(
+            f"base_url: the iFlow key that is stored {change}; type api_key in again, or use "
+            "the command line (config set)", param="base_url", code="address_changed")
     readable = [name for name, provider in gateway.state.router.providers.items()
-                if provider.base_url.startswith("http:") and (provider.api_keys or provider.headers)]
+                if provider.base_url.startswith("http:")
+                and (provider.api_keys or provider.headers)]
     if leads_elsewhere(settings.upstream_proxy, values.get("upstream_proxy")) and readable:
-        raise BadRequest(f"upstream_proxy: this proxy could read the keys of {', '.join(readable)}; set it "
-                         "by the command line (config set)", param="upstream_proxy", code="address_changed")
+        raise BadRequest(
+            f"upstream_proxy: this proxy could read the keys of {', '.join(readable)}; set it "
+            "by the command line (config set)", param="upstream_proxy", code="address_changed")
 
 
 def check_together(gateway: Gateway, values: Json) -> None:
     """BadRequest for settings that are sound by themselves, but not with the others."""
     known, settings = gateway.state.router, replace(gateway.settings, **values)
     if {"aliases", "default_provider"} & set(values):
-        router = gateway.routed(replace(settings, providers=gateway.current(look=False).settings.providers))
+        router = gateway.routed(replace(settings,
+                                        providers=gateway.current(look=False).settings.providers))
         problems = [problem for problem in router.problems if problem not in known.problems]
         if problems:
             param = "aliases" if "aliases" in values else "default_provider"
             raise BadRequest(problems[0], param=next(iter(router.faults - known.faults), param))
     if values.get("upstream_proxy"):
-        problems = proxy_problems(Settings(upstream_proxy=values["upstream_proxy"], upstream_proxy_enabled=True), ())
+        problems = proxy_problems(Settings(upstream_proxy=values["upstream_proxy"],
+                                           upstream_proxy_enabled=True), ())
         if problems:
             raise BadRequest(problems[0], param="upstream_proxy")
 
 
 #: What a provider is made of, as the page sends it.
-PROVIDER_FIELDS = {"name": "str", "preset": "str", "base_url": "str", "api_keys": "list", "models": "list",
-                   "kind": "str", "concurrency": "int", "key_concurrency": "int", "timeout_s": "float", "proxy": "str",
+PROVIDER_FIELDS = {"name": "str", "preset": "str", "base_url": "str", "api_keys": "list",
+                   "models": "list",
+                   "kind": "str", "concurrency": "int", "key_concurrency": "int",
+                   "timeout_s": "float", "proxy": "str",
                    "headers": "dict", "profile": "dict", "vision_model": "str", "sticky": "bool",
                    "preserve_reasoning_content": "bool"}
 
 
 def provider_entry(body: Json, before: Json) -> Json:
-    """The entry of `providers` that a request describes; of `before` what the request does not name.  BadRequest.
+    """The entry of `providers` that a request describes; of `before` what the request does not
+    name.  BadRequest.
 
     What comes masked, or as {"keep": index}, is what `before` has there; null takes a field away.
     """
@@ -13772,13 +13857,16 @@ def provider_entry(body: Json, before: Json) -> Json:
     facts = {model["id"]: model for model in entries_of(entry, "models")
              if isinstance(model, dict) and isinstance(model.get("id"), str)}
     if given.get("models"):
-        given["models"] = [facts.get(model, model) if isinstance(model, str) else model for model in given["models"]]
+        given["models"] = [facts.get(model, model) if isinstance(model, str) else model
+                           for model in given["models"]]
     if given.get("base_url"):            # a bare host of a known API gets its path
         given["base_url"] = entry_at(given["base_url"])["base_url"]
     if given.get("api_keys"):
-        given["api_keys"] = [kept_key(key, place, before) for place, key in enumerate(given["api_keys"])]
+        given["api_keys"] = [kept_key(key, place, before)
+                             for place, key in enumerate(given["api_keys"])]
     if given.get("headers"):
-        given["headers"] = {name: kept_header(name, value, before) for name, value in given["headers"].items()}
+        given["headers"] = {name: kept_header(name, value, before)
+                            for name, value in given["headers"].items()}
     if given.get("proxy") and given["proxy"] == _hide_in_provider(before).get("proxy"):
         given["proxy"] = before["proxy"]
     made = {name: value for name, value in {**entry, **given}.items() if value is not None}
@@ -13798,12 +13886,15 @@ def check_nothing_kept(given: Json, before: Json) -> None:
     shown = _hide_in_provider({"api_keys": entries_of(before, "api_keys"),
                                "headers": object_of(before.get("headers"))})
     keys, headers = given.get("api_keys", shown["api_keys"]), given.get("headers", shown["headers"])
-    kept = {"api_keys": any(isinstance(key, dict) or key in shown["api_keys"] for key in keys or ()),
-            "headers": any(shown["headers"].get(name) == value for name, value in (headers or {}).items())}
+    kept = {"api_keys": any(isinstance(key, dict) or key in shown["api_keys"]
+                            for key in keys or ()),
+            "headers": any(shown["headers"].get(name) == value
+                           for name, value in (headers or {}).items())}
     for name, is_kept in kept.items():
         if is_kept:
-            raise BadRequest(f"{name}: what is stored does not go to another address; type it in again",
-                             param=name, code="address_changed")
+            raise BadRequest(
+                f"{name}: what is stored does not go to another address; type it in again",
+                param=name, code="address_changed")
 
 
 def kept_key(key: Any, place: int, before: Json) -> str:
@@ -13812,7 +13903,8 @@ def kept_key(key: Any, place: int, before: Json) -> str:
     if isinstance(key, dict):
         index = key.get("keep")
         if type(index) is not int or not 0 <= index < len(old):
-            raise BadRequest(f"api_keys[{place}]: no key is at {one_line(json.dumps(index), 40)}", param="api_keys")
+            raise BadRequest(f"api_keys[{place}]: no key is at {one_line(json.dumps(index), 40)}",
+                             param="api_keys")
         return old[index]
     if not isinstance(key, str) or not key.strip():
         raise BadRequest(f"api_keys[{place}]: a string expected", param="api_keys")
@@ -13820,7 +13912,8 @@ def kept_key(key: Any, place: int, before: Json) -> str:
     if key in masked:
         return old[place] if place < len(old) and masked[place] == key else old[masked.index(key)]
     if "…" in key:
-        raise BadRequest(f"api_keys[{place}]: this masked key is none of those there are", param="api_keys")
+        raise BadRequest(f"api_keys[{place}]: this masked key is none of those there are",
+                         param="api_keys")
     return new_secret(key.strip(), "api_keys")
 
 
@@ -13834,23 +13927,28 @@ def kept_header(name: str, value: Any, before: Json) -> str:
 
 
 def new_secret(text: str, param: str) -> str:
-    """A secret as providers keep it; `$NAME` would read the server's environment, which the page may not."""
+    """A secret as providers keep it; `$NAME` would read the server's environment, which the page
+    may not."""
     if _REFERENCE.fullmatch(text) or is_sealed(text):
-        raise BadRequest(f"{param}: {one_line(text, 40)} can't be added here; put it into config.json, or use "
-                         "`provider add` on the command line", param=param, code="reference")
+        raise BadRequest(
+            f"{param}: {one_line(text, 40)} can't be added here; put it into config.json, or use "
+            "`provider add` on the command line", param=param, code="reference")
     return "$" + text if text.startswith("$$") else text
 
 
 def check_provider(entry: Json) -> Provider:
-    """BadRequest for an entry that can't work; whether its variables are set is not the page's business."""
+    """BadRequest for an entry that can't work; whether its variables are set is not the page's
+    business."""
     def literal(text: Any) -> bool:
         return not (isinstance(text, str) and (_REFERENCE.fullmatch(text) or is_sealed(text)))
 
-    tried = dict(entry)                  # what is of the wrong type stays, for parse_provider to name it
+    tried = dict(
+        entry)                  # what is of the wrong type stays, for parse_provider to name it
     if isinstance(entry.get("api_keys"), list):
         tried["api_keys"] = [key for key in entry["api_keys"] if literal(key)]
     if isinstance(entry.get("headers"), dict):
-        tried["headers"] = {name: value for name, value in entry["headers"].items() if literal(value)}
+        tried["headers"] = {name: value for name, value in entry["headers"].items()
+                            if literal(value)}
     try:
         provider = parse_provider(tried, {})
         problem = provider.problem or "".join([*proxy_problems(Settings(), [provider]), *(
@@ -13868,7 +13966,8 @@ def place_of(raw: Json, name: str) -> int:
     """Where a provider stands in config.json; NotFound."""
     names = [name_of(entry) for entry in entries_of(raw, "providers")]
     if name not in names:
-        raise NotFound(f"config.json has no provider {one_line(name, 60)!r}", code="not_found", param="name")
+        raise NotFound(f"config.json has no provider {one_line(name, 60)!r}", code="not_found",
+                       param="name")
     return names.index(name)
 
 
@@ -13887,7 +13986,8 @@ def shown_provider(handler: Handler, name: str, status: int) -> None:
 
 def add_provider(handler: Handler) -> None:
     """POST /admin/api/providers."""
-    gateway, body = handler.server.gateway, read_fields(handler, {**PROVIDER_FIELDS, "version": "str"})
+    gateway = handler.server.gateway
+    body = read_fields(handler, {**PROVIDER_FIELDS, "version": "str"})
     check_ours(gateway, "providers")
     name = needed(body, "name")
     entry = provider_entry(body, {})
@@ -13922,13 +14022,16 @@ def edit_provider(handler: Handler) -> None:
 
 
 def rename_provider(raw: Json, old: str, new: str) -> None:
-    """Let whatever names a provider in config.json name it anew; a price of the old name stays, for the days before."""
+    """Let whatever names a provider in config.json name it anew; a price of the old name stays,
+    for the days before."""
     def renamed(value: Any) -> Any:
         if isinstance(value, list):
             return [renamed(item) for item in value]
         if isinstance(value, dict):
             return {**value, "model": renamed(value.get("model"))}
-        return f"{new}/{value[len(old) + 1:]}" if isinstance(value, str) and value.startswith(old + "/") else value
+        if isinstance(value, str) and value.startswith(old + "/"):
+            return f"{new}/{value[len(old) + 1:]}"
+        return value
 
     if raw.get("default_provider") == old:
         raw["default_provider"] = new
@@ -13959,8 +14062,10 @@ def remove_provider(handler: Handler) -> None:
 
 
 def order_providers(handler: Handler) -> None:
-    """POST /admin/api/providers/order: all names in their new order; the first is the default, unless one is chosen."""
-    gateway, body = handler.server.gateway, read_fields(handler, {"version": "str", "names": "list"})
+    """POST /admin/api/providers/order: all names in their new order; the first is the default,
+    unless one is chosen."""
+    gateway = handler.server.gateway
+    body = read_fields(handler, {"version": "str", "names": "list"})
     check_ours(gateway, "providers")
     version, names = needed(body, "version"), needed(body, "names")
 
@@ -13970,7 +14075,8 @@ def order_providers(handler: Handler) -> None:
         known = by_name(entries)
         if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(known):
             raise BadRequest("names: every provider of config.json once expected", param="names")
-        raw["providers"] = [*(known[name] for name in names), *(e for e in entries if e not in known.values())]
+        raw["providers"] = [*(known[name] for name in names),
+                            *(e for e in entries if e not in known.values())]
 
     change_config(gateway, edit)
     show_providers(handler)
@@ -13981,17 +14087,22 @@ ADMIN_KEY = ClientKey("admin", b"", shared=True)
 
 
 def try_provider(handler: Handler) -> None:
-    """POST /admin/api/providers/test: one there is, by its name, or a draft; `provider test` says the same."""
+    """POST /admin/api/providers/test: one there is, by its name, or a draft; `provider test` says
+    the same."""
     gateway, body = handler.server.gateway, read_fields(handler, PROVIDER_FIELDS)
     providers = gateway.current().router.providers
     name = body.get("name") or "draft"
     if set(body) == {"name"}:
         if name not in providers:
-            raise NotFound(f"there is no provider {one_line(name, 60)!r}" + nearest(name, providers), param="name")
+            raise NotFound(f"there is no provider {one_line(name, 60)!r}"
+                           + nearest(name, providers), param="name")
         return handler.respond_json(trial_of(gateway, providers[name]))
-    entry = provider_entry({**body, "name": name}, by_name(gateway.settings.providers).get(name, {}))
-    alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={}, default_model="",
-                            accounts={}, api_key="", client_keys=[], usage=False, responses_file=""),
+    entry = provider_entry({**body, "name": name},
+                           by_name(gateway.settings.providers).get(name, {}))
+    alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={},
+                            default_model="",
+                            accounts={}, api_key="", client_keys=[], usage=False,
+                            responses_file=""),
                     environ=gateway.environ)
     alone.upstream.own_ports |= gateway.upstream.own_ports
     try:
@@ -14007,14 +14118,16 @@ def trial_of(gateway: Gateway, provider: Provider) -> Json:
     if all(check.ok for check in checks[:2]):
         with contextlib.suppress(GatewayError):
             models = gateway.fetch_models(provider) or models
-    return {"ok": all(check.ok for check in checks), "checks": [check._asdict() for check in checks], "models": models}
+    return {"ok": all(check.ok for check in checks),
+            "checks": [check._asdict() for check in checks], "models": models}
 
 
 def add_key(handler: Handler) -> None:
     """POST /admin/api/keys: the key is in the answer, and nowhere else."""
     gateway = handler.server.gateway
-    body = read_fields(handler, {"version": "str", "name": "str", "models": "list", "expires": "str",
-                                 **dict.fromkeys(LIMIT_FIELDS, "int")})
+    body = read_fields(handler,
+                       {"version": "str", "name": "str", "models": "list", "expires": "str",
+                        **dict.fromkeys(LIMIT_FIELDS, "int")})
     check_ours(gateway, "client_keys")
     name = needed(body, "name")
     facts = {field_name: value for field_name, value in body.items()
@@ -14042,7 +14155,8 @@ def remove_key(handler: Handler) -> None:
         entries = entries_of(raw, "client_keys")
         kept = [entry for entry in entries if name_of(entry) != name]
         if len(kept) == len(entries):
-            raise NotFound(f"there is no key {one_line(name, 60)!r}", code="not_found", param="name")
+            raise NotFound(f"there is no key {one_line(name, 60)!r}", code="not_found",
+                           param="name")
         raw["client_keys"] = kept
 
     change_config(gateway, edit)
@@ -14053,7 +14167,8 @@ def end_login(handler: Handler) -> None:
     """DELETE /admin/api/logins/ACCOUNT."""
     gateway, account = handler.server.gateway, named_in(handler)
     if account not in (DEFAULT_ACCOUNT, *gateway.settings.accounts) or gateway.config is None:
-        raise NotFound(f"there is no account {one_line(account, 60)!r}", code="not_found", param="account")
+        raise NotFound(f"there is no account {one_line(account, 60)!r}", code="not_found",
+                       param="account")
     try:
         gone = remove_login(gateway, account)
     except (ConfigBroken, OSError) as exc:
@@ -14079,13 +14194,16 @@ def show_logins(handler: Handler) -> None:
 
 
 def steer_login(handler: Handler) -> None:
-    """/admin/api/oauth/start, callback, paste (POST) and status (GET): a login, as the page drives it."""
+    """/admin/api/oauth/start, callback, paste (POST) and status (GET): a login, as the page drives
+    it."""
     logins = handler.server.gateway.logins
     action = normal_path(handler.path).rpartition("/")[2]
-    body = read_fields(handler, {"account": "str", "text": "str", "query": "str", "paste": "bool"}) \
+    body = read_fields(handler,
+                       {"account": "str", "text": "str", "query": "str", "paste": "bool"}) \
         if handler.command == "POST" else {}
     if action == "start":
-        return handler.respond_json(logins.start(body.get("account") or "", body.get("paste") is True))
+        return handler.respond_json(logins.start(body.get("account") or "",
+                                                 body.get("paste") is True))
     if action == "status":
         return handler.respond_json(logins.status())
     handler.respond_json(logins.paste(body.get("text") or "") if action == "paste" else
@@ -14139,7 +14257,8 @@ CLIENTS: Dict[str, ClientSetup] = {
     "curl": ClientSetup("curl", {})}
 
 #: Codex takes its provider from config.toml or from -c flags, never from a variable.
-CODEX_SETTINGS = (("model", "MODEL"), ("model_provider", "iflow2api"), ("model_providers.iflow2api.name", "iflow2api"),
+CODEX_SETTINGS = (("model", "MODEL"), ("model_provider", "iflow2api"),
+                  ("model_providers.iflow2api.name", "iflow2api"),
                   ("model_providers.iflow2api.base_url", "URL/v1"),
                   ("model_providers.iflow2api.env_key", "IFLOW2API_KEY"),
                   ("model_providers.iflow2api.wire_api", "responses"))
@@ -14155,18 +14274,22 @@ class Shell(NamedTuple):
 
 
 def _quote_posix(text: str) -> str:
-    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else "'" + text.replace("'", "'\"'\"'") + "'"
+    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else "'" + text.replace("'",
+            "'\"'\"'") + "'"
 
 
 SHELLS = {
-    "bash": Shell("export {name}={value}", "# {}", "codex() {{ command codex {flags} \"$@\"; }}", _quote_posix),
-    "fish": Shell("set -gx {name} {value}", "# {}", "function codex; command codex {flags} $argv; end",
+    "bash": Shell("export {name}={value}", "# {}", "codex() {{ command codex {flags} \"$@\"; }}",
+                  _quote_posix),
+    "fish": Shell("set -gx {name} {value}", "# {}",
+                  "function codex; command codex {flags} $argv; end",
                   lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
     "powershell": Shell("$env:{name} = {value}", "# {}",
                         "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) "
                         "{flags} @args }}",
                         lambda text: "'" + text.replace("'", "''") + "'", "$env:{}"),
-    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*", lambda text: text, "%{}%")}
+    "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*",
+                 lambda text: text, "%{}%")}
 
 
 def claude_words(router: Router, model: str = "") -> Dict[str, str]:
@@ -14194,7 +14317,8 @@ def fill_text(text: str, words: Mapping[str, str]) -> str:
 
 def env_values(client: str, words: Mapping[str, str]) -> Dict[str, str]:
     """The variables of one of CLIENTS; those are left out whose model nobody knows."""
-    key = words["KEY"].replace("$IFLOW2API_KEY", "{env:IFLOW2API_KEY}")        # as opencode names it
+    key = words["KEY"].replace("$IFLOW2API_KEY",
+                               "{env:IFLOW2API_KEY}")        # as opencode names it
     given = {name: fill_words(value, words) if value[0] != "{" else
              " ".join(fill_text(value, {**words, "KEY": key}).split("\n"))
              for name, value in CLIENTS[client].variables.items()}
@@ -14208,16 +14332,19 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
     """
     lines = []
     if words["KEY"] == "$IFLOW2API_KEY":
-        lines.append(shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
+        lines.append(
+            shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
     for name, value in env_values(client, words).items():
         if value != "$IFLOW2API_KEY":
             lines.append(shell.variable.format(name=name, value=shell.quote(value)))
         elif name != "IFLOW2API_KEY":    # a variable of the shell's, not its name in quotes
-            lines.append(shell.variable.format(name=name, value=shell.reference.format("IFLOW2API_KEY")))
+            lines.append(shell.variable.format(name=name,
+                                               value=shell.reference.format("IFLOW2API_KEY")))
     if client == "curl":
         lines.append(curl_line(shell, words))
     if client == "codex":
-        pairs = [(name, fill_words(value, words)) for name, value in CODEX_SETTINGS if fill_words(value, words)]
+        pairs = [(name, fill_words(value, words)) for name, value in CODEX_SETTINGS
+                 if fill_words(value, words)]
         lines.append(codex_command(shell, pairs))
         lines.append(shell.comment.format("or for good, in ~/.codex/config.toml:"))
         lines += [shell.comment.format(line) for line in codex_toml(pairs)]
@@ -14229,7 +14356,8 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
 
 
 def codex_command(shell: Shell, pairs: Sequence[Tuple[str, str]]) -> str:
-    return shell.command.format(flags=" ".join("-c " + shell.quote(f'{name}="{value}"') for name, value in pairs))
+    return shell.command.format(flags=" ".join("-c " + shell.quote(f'{name}="{value}"')
+                                               for name, value in pairs))
 
 
 def codex_toml(pairs: Sequence[Tuple[str, str]]) -> Iterator[str]:
@@ -14244,7 +14372,8 @@ def curl_line(shell: Shell, words: Mapping[str, str]) -> str:
     body = json.dumps({"model": words["MODEL"], "messages": [{"role": "user", "content": "Hello"}]})
     bearer = shell.quote("Authorization: Bearer " + words["KEY"])
     if words["KEY"] == "$IFLOW2API_KEY":
-        bearer = '"Authorization: Bearer ' + shell.reference.strip('"').format("IFLOW2API_KEY") + '"'
+        bearer = '"Authorization: Bearer ' + shell.reference.strip('"').format(
+            "IFLOW2API_KEY") + '"'
     line = f"{shell.quote(words['URL'] + '/v1/chat/completions')} -H {bearer}"
     line += " -H " + shell.quote("Content-Type: application/json")
     if shell is SHELLS["powershell"]:
@@ -14261,7 +14390,8 @@ def file_text(client: str, words: Mapping[str, str]) -> str:
     if client == "claude":
         return json_text({"env": env_values(client, words)})
     if client == "codex":
-        return "\n".join(codex_toml([(name, fill_words(value, words)) for name, value in CODEX_SETTINGS]))
+        return "\n".join(
+            codex_toml([(name, fill_words(value, words)) for name, value in CODEX_SETTINGS]))
     return fill_text(CLIENTS[client].text, words)
 
 
@@ -14282,7 +14412,8 @@ def client_blocks(client: str, key: str, words: Mapping[str, str]) -> List[Json]
 def address_for(handler: Handler) -> str:
     """This server's address as whoever asks knows it: behind a proxy or on another machine it is not ours."""
     host, scheme = handler.headers.get("host", ""), handler.headers.get("x-forwarded-proto", "http")
-    fits = re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host) and scheme in ("http", "https")
+    fits = re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host) and scheme in ("http",
+            "https")
     return f"{scheme}://{host}" if fits else handler.server.url
 
 
@@ -14293,7 +14424,8 @@ def show_clients(handler: Handler) -> None:
     model, given = query.get("model") or router.default_model, query.get("key", "")
     if not re.fullmatch(r"[\x21-\x7e]{0,200}", given):
         raise BadRequest("key: printable characters without blanks expected", param="key")
-    model = re.sub(r'[\x00-\x1f\x7f"]', "", model)       # names come from upstreams, and these lines go into shells
+    model = re.sub(r'[\x00-\x1f\x7f"]', "",
+                   model)       # names come from upstreams, and these lines go into shells
     key = given or ("YOUR_KEY" if needs_key else "sk-none")
     base, chosen = address_for(handler), query.get("model") and model != router.default_model
     words = {"URL": base, "KEY": "$IFLOW2API_KEY" if needs_key and not given else key,
@@ -14611,9 +14743,11 @@ PAGE_HTML = r"""<!doctype html>
 <noscript><p>This page needs JavaScript. Without it: <code>python iflow2api.py --help</code>.</p>
 <p lang="zh">此页面需要 JavaScript。没有它也可以用命令行：<code>python iflow2api.py --help</code>。</p></noscript>
 <div id="app" hidden>
-<nav id="nav"><a class="brand" href="#overview"><svg id="mark" viewBox="0 0 32 32" aria-hidden="true"><rect
- width="32" height="32" rx="8" fill="#0d6e6a"/><path d="M7 9h4c6 0 4 7 9 7h5M7 23h4c6 0 4-7 9-7M7 16h9" fill="none"
- stroke="#fff" stroke-width="2.6" stroke-linecap="round" stroke-linejoin="round"/></svg><span>iflow2api</span></a></nav>
+<nav id="nav"><a class="brand" href="#overview">
+<svg id="mark" viewBox="0 0 32 32" aria-hidden="true"><rect width="32" height="32" rx="8"
+ fill="#0d6e6a"/><path d="M7 9h4c6 0 4 7 9 7h5M7 23h4c6 0 4-7 9-7M7 16h9" fill="none" stroke="#fff"
+ stroke-width="2.6" stroke-linecap="round" stroke-linejoin="round"/></svg>
+<span>iflow2api</span></a></nav>
 <div id="veil"></div>
 <header id="top"></header>
 <main id="main" tabindex="-1"></main>
@@ -15154,7 +15288,7 @@ function frame() {
   $('#skip').textContent = t('skip');
   const nav = $('#nav'), next = {system: 'light', light: 'dark', dark: 'system'}[theme()];
   nav.setAttribute('aria-label', t('nav'));
-  nav.replaceChildren(nav.firstChild, ...NAV.flatMap(navGroup),
+  nav.replaceChildren(nav.firstElementChild, ...NAV.flatMap(navGroup),
     el('p', {class: 'hint version', text: 'v' + session.version}));
   const switchTheme = () => { stored.set('theme', next); frame(); mark(); $('#theme').focus(); };
   $('#top').replaceChildren(
@@ -16750,26 +16884,32 @@ def show_page(handler: Handler) -> None:
 
 #: path below /admin/api/ -> method -> what it does; all but the public ones want a session.
 _ADMIN_ROUTES: Dict[str, Dict[str, Callable[[Handler], None]]] = {
-    "overview": {"GET": show_overview}, "events": {"GET": stream_events}, "requests": {"GET": show_requests},
-    "series": {"GET": show_series}, "usage": {"GET": show_usage}, "usage.csv": {"GET": download_usage},
+    "overview": {"GET": show_overview}, "events": {"GET": stream_events},
+    "requests": {"GET": show_requests}, "series": {"GET": show_series},
+    "usage": {"GET": show_usage}, "usage.csv": {"GET": download_usage},
     "config": {"GET": show_config, "PATCH": save_config}, "presets": {"GET": show_presets},
-    "providers": {"GET": show_providers, "POST": add_provider}, "providers/test": {"POST": try_provider},
+    "providers": {"GET": show_providers, "POST": add_provider},
+    "providers/test": {"POST": try_provider},
     "providers/order": {"POST": order_providers},
     "providers/": {"PUT": edit_provider, "DELETE": remove_provider},
     "models": {"GET": show_admin_models}, "routes/explain": {"POST": explain_route},
     "keys": {"GET": show_keys, "POST": add_key}, "keys/": {"DELETE": remove_key},
     "logins": {"GET": show_logins}, "logins/": {"DELETE": end_login},
     **{f"oauth/{action}": {"POST": steer_login} for action in ("start", "callback", "paste")},
-    "oauth/status": {"GET": steer_login}, "logs": {"GET": show_logs}, "logs.txt": {"GET": download_logs},
-    "clients": {"GET": show_clients}, "about": {"GET": show_about}, "instances": {"GET": show_instances}}
+    "oauth/status": {"GET": steer_login}, "logs": {"GET": show_logs},
+    "logs.txt": {"GET": download_logs},
+    "clients": {"GET": show_clients}, "about": {"GET": show_about},
+    "instances": {"GET": show_instances}}
 
-ROUTES.update({f"/admin/api/{path}": {method: Route(run, admin=True) for method, run in methods.items()}
-               for path, methods in _ADMIN_ROUTES.items()})
+ROUTES.update(
+    {f"/admin/api/{path}": {method: Route(run, admin=True) for method, run in methods.items()}
+     for path, methods in _ADMIN_ROUTES.items()})
 ROUTES.update({
     "/admin": {"GET": Route(show_page, public=True)},
     "/admin/api/play/chat": {"POST": Route(play, admin=True)},
     "/admin/api/session": {"GET": Route(show_session, public=True, admin=True),
-                           "POST": Route(sign_in, public=True, admin=True), "DELETE": Route(sign_out, admin=True)},
+                           "POST": Route(sign_in, public=True, admin=True),
+                           "DELETE": Route(sign_out, admin=True)},
     "/admin/api/password": {"POST": Route(set_password, public=True, admin=True)}})
 
 
