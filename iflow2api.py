@@ -280,8 +280,14 @@ LINE_LIMIT = 65536
 HEAD_LIMIT_BYTES = 65536
 HEADERS_LIMIT = 200
 
+#: Answers with 1xx before the one that counts.
+INTERIM_ANSWERS = 1000
+
 #: An upstream's plain answer; embeddings of a large batch stay below it.
 ANSWER_LIMIT_BYTES = 256 << 20
+
+#: A compressed one, which nobody asked for, is unpacked this far, and in parts of this size.
+UNPACKED_LIMIT_BYTES, UNPACKED_AT_ONCE = 64 << 20, 1 << 18
 
 #: An upstream's error page is read this far.
 REFUSAL_LIMIT_BYTES = 1 << 20
@@ -298,11 +304,11 @@ CLIENT_IDLE_S = 75
 #: A kept upstream connection is not used again after this: most servers close theirs at 60 s or later.
 UPSTREAM_IDLE_S = 45
 
-#: One that was used within this time is taken as it is: a closed one is found out soon enough, and replaced.
-FRESH_S = 1.0
-
 #: How long a client that still sends is listened to after its answer: closing at once could destroy that.
 LINGER_S = 2
+
+#: What needs no key takes bodies up to the first and keeps none; a sign-in's are kept, up to the second.
+PUBLIC_BODY_BYTES, PUBLIC_KEPT_BYTES = 1 << 20, 128 << 10
 
 #: Slowest body that is not taken for a slow loris, beyond `body_timeout_s`.
 BODY_BYTES_PER_S = 16 << 10
@@ -376,12 +382,14 @@ ADMIN_BODY_BYTES, VIEWERS_LIMIT, LOG_LINES, LOG_LINE_CHARS = 1 << 20, 16, 10_000
 #: Label sets of a metric family beyond this are counted as "other": names come from clients.
 METRIC_SERIES_LIMIT = 500
 
-#: A client's header reaches a chat upstream unless its name says that it is hop-by-hop (RFC 9110, 7.6.1), ours,
-#: a proxy's, a browser's, or looks like a secret.
-HEADER_STAYS = re.compile(
-    r"(connection|keep-alive|te|trailer|transfer-encoding|upgrade|host|expect|via|forwarded|origin|referer|accept.*|"
-    r"content-.*|proxy-.*|x-forwarded-.*|x-real-ip|cf-.*|sec-.*|access-control-.*|anthropic-.*|originator|"
-    r".*(auth|cookie|secret|token|password|credential|session|api-?key|signature).*)")
+#: Of a client's headers these alone reach a chat upstream, and all that begin with the prefix.
+HEADERS_FORWARDED = frozenset((
+    "anthropic-version", "anthropic-beta", "openai-beta", "openai-organization", "openai-project", "accept-language",
+    "http-referer", "x-title", "x-request-id", "x-client-request-id"))
+HEADER_FORWARDED_PREFIX = "x-stainless-"
+
+#: A header's name and value beyond these lengths go nowhere.
+HEADER_NAME_CHARS, HEADER_VALUE_CHARS = 100, 1000
 
 #: Of an upstream's answer these reach the client.
 HEADER_RETURNS = re.compile(r"(x-ratelimit-.*|openai-.*|retry-after(-ms)?|x-should-retry)")
@@ -500,6 +508,13 @@ class UsageError(Exception):
 
 class ClientGone(Exception):
     """The client hung up; nobody is left to be told."""
+
+
+def forget_trace(exc: Optional[BaseException]) -> None:
+    """Let go of the frames that an error has passed: some hold it in turn, and with it all of a request."""
+    while exc is not None:
+        exc.__traceback__ = None
+        exc = exc.__cause__ or exc.__context__
 
 
 # === 4. Small tools ==========================================================
@@ -7510,12 +7525,9 @@ class Lookout:
                     wire.cut(ClientGone())
 
 
-_HEAD_END = re.compile(rb"\r?\n\r?\n")
-
-
 class HeadReader:
     """Reads heads, and what follows them, on top of `_receive`."""
-    _buffer = b""
+    _buffer = b""                        #: received and not taken yet
 
     def _receive(self) -> bytes:
         """The next bytes of the connection, b"" at its end."""
@@ -7531,21 +7543,38 @@ class HeadReader:
     def read_head(self, stray: bytes = b"") -> Optional[bytes]:
         """A head without the blank line that ends it; b"" when the connection ends before, None when it is too large.
 
-        Bytes of `stray` before it are skipped.
+        Bytes of `stray` before it are skipped.  What has been searched is not searched again.
         """
-        while True:
-            if stray:
-                self._buffer = self._buffer.lstrip(stray)
-            found = _HEAD_END.search(self._buffer)
-            if found and found.start() <= HEAD_LIMIT_BYTES:
-                head, self._buffer = self._buffer[:found.start()], self._buffer[found.end():]
-                return head
-            if len(self._buffer) > HEAD_LIMIT_BYTES:
+        head, searched = bytearray(), 0
+        more: bytes = self._buffer or self._receive()
+        while more:
+            self._buffer = b""
+            head += more if head else more.lstrip(stray)
+            end, size = self._find_end(head, searched)
+            if end is not None and end <= HEAD_LIMIT_BYTES:
+                self._buffer = bytes(head[end + size:])
+                return bytes(head[:end])
+            if len(head) > HEAD_LIMIT_BYTES:
+                self._buffer = bytes(head)
                 return None
+            self.check_head(head)
+            searched = max(0, len(head) - 3)
             more = self._receive()
-            if not more:
-                return b""
-            self._buffer += more
+        self._buffer = bytes(head)
+        return b""
+
+    def check_head(self, head: bytearray) -> None:
+        """Called with a head that is not complete yet; raises what need not be waited for."""
+
+    @staticmethod
+    def _find_end(head: bytearray, start: int) -> Tuple[Optional[int], int]:
+        """Where the first blank line begins, and its length, both line ends counted; None: there is none."""
+        found = [(at, len(end)) for end in (b"\r\n\r\n", b"\n\n", b"\n\r\n")
+                 for at in (head.find(end, start),) if at >= 0]
+        if not found:
+            return None, 0
+        end, size = min(found)
+        return (end - 1, size + 1) if size < 4 and head[end - 1:end] == b"\r" else (end, size)
 
 
 #: C's `struct timeval`: seconds and microseconds.
@@ -7571,6 +7600,7 @@ class Wire(HeadReader):
     def __init__(self, sock: socket.socket) -> None:
         self.sock, self.caller = sock, NOBODY
         self.timeout_s, self.received, self.idle_since = 60.0, False, 0.0
+        self.answer_by: Optional[float] = None           #: when all of the answer's head has to be there
         self._quiet_s, self._slice_s = 0.0, 0.0
         self.cut_by: Optional[Exception] = None
         self._poller = Poller()
@@ -7588,6 +7618,16 @@ class Wire(HeadReader):
         self.timeout_s, self._quiet_s = timeout_s, 0.0
         self._set_slice(min(self.caller.tick_s, timeout_s))
 
+    def _heed_head(self) -> None:
+        """A head that comes in pieces, or behind others: the time for all of it is limited, who waits is kept awake."""
+        if self.answer_by is None or not self.received:
+            return
+        left_s = self.answer_by - time.monotonic()
+        if left_s <= 0:
+            raise UpstreamTimeout(f"the upstream gave no complete head of an answer within {self.timeout_s:g} s")
+        self.caller.tick()
+        self._set_slice(max(0.001, min(self.caller.tick_s, left_s)))
+
     def _set_slice(self, seconds: float) -> None:
         """How long one wait may take before somebody has to be heeded."""
         if seconds != self._slice_s:
@@ -7596,8 +7636,8 @@ class Wire(HeadReader):
                 _set_kernel_timeout(self.sock, seconds)
 
     def is_stale(self) -> bool:
-        """Whether an idle connection was closed by the other side, or babbles."""
-        return bool(self._buffer) or bool(self._poller.poll(0))
+        """Whether an idle connection was closed by the other side, or has said what nobody asked for."""
+        return bool(self._buffer) or self.holds_more() or bool(self._poller.poll(0))
 
     def cut(self, reason: Exception) -> None:
         """End the wait, whoever is in it, with `reason`: ClientGone, or what the caller has to be told."""
@@ -7607,6 +7647,7 @@ class Wire(HeadReader):
 
     def _receive(self) -> bytes:
         while True:
+            self._heed_head()
             data = self._receive_some(0)
             if data is not None:
                 return data
@@ -7665,8 +7706,14 @@ class Wire(HeadReader):
             raise UpstreamTimeout(f"the upstream said nothing for {self.timeout_s:g} s")
 
     def _wait_writable(self) -> None:
-        if not is_writable(self.sock, self.timeout_s):
-            raise UpstreamTimeout(f"the upstream took nothing for {self.timeout_s:g} s")
+        until = time.monotonic() + self.timeout_s
+        while not is_writable(self.sock, max(0.0, min(until - time.monotonic(), self.caller.tick_s, LOOK_UP_S))):
+            if self.cut_by is not None:
+                raise self.cut_by
+            if time.monotonic() >= until:
+                raise UpstreamTimeout(f"the upstream took nothing for {self.timeout_s:g} s")
+            self.caller.tick()
+        self.caller.tick()
 
     def sendall(self, data: bytes) -> None:
         view = memoryview(data)
@@ -7682,7 +7729,8 @@ class Wire(HeadReader):
             self.sock.close()
 
 
-_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
+#: What a chunk's size is written in.
+_HEX = b"0123456789abcdefABCDEF"
 
 
 class Dechunker:
@@ -7691,13 +7739,16 @@ class Dechunker:
     def __init__(self) -> None:
         self.done = False
         self.whole = False               #: the last feed was whole chunks and not the end: it can be forwarded as is
-        self._rest, self._left = b"", 0  # unread framing; payload bytes left of the current chunk, and its CRLF
+        self.surplus = b""               #: what came after the end
+        self._line = bytearray()         #: the beginning of a line of framing
+        self._left = 0                   #: payload bytes left of the current chunk, and its CRLF
+        self._in_trailers, self._trailer_bytes = False, 0
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`; ValueError when it is no chunked framing."""
-        if not self._rest and not self._left:            # the usual case: one whole chunk a read
+        if not (self._left or self._line or self._in_trailers):      # as a rule one whole chunk a read
             end = data.find(b"\r\n")
-            if 0 < end < 9 and not data[:end].translate(None, b"0123456789abcdefABCDEF"):
+            if 0 < end < 9 and not data[:end].translate(None, _HEX):
                 size = int(data[:end], 16)
                 if size and len(data) == end + size + 4 and data[-2:] == b"\r\n":
                     self.whole = True
@@ -7705,12 +7756,8 @@ class Dechunker:
         return self._feed_slowly(data)
 
     def _feed_slowly(self, data: bytes) -> bytes:
-        if self.done:
-            self._rest += data
-            return b""
-        clean = not self._rest and not self._left
-        data, self._rest, out = self._rest + data, b"", []
-        at = 0
+        clean = not (self._left or self._line or self._in_trailers or self.done)
+        at, out = 0, []
         while at < len(data) and not self.done:
             if self._left > 2:
                 piece = data[at:at + self._left - 2]
@@ -7723,34 +7770,35 @@ class Dechunker:
                     raise ValueError("no line end after a chunk")
                 self._left, at = self._left - len(piece), at + len(piece)
             else:
-                at = self._read_size(data, at)
-        self.whole = clean and not self.done and not self._left and not self._rest
+                at = self._read_line(data, at)
+        self.surplus += data[at:]
+        self.whole = clean and not (self.done or self._left or self._line or self._in_trailers)
         return b"".join(out)
 
-    def _read_size(self, data: bytes, at: int) -> int:
-        found = _CHUNK_SIZE.match(data, at)
-        if not found:
-            self._rest = data[at:]
-            if b"\n" in self._rest or len(self._rest) > LINE_LIMIT:
-                raise ValueError("no chunk size")
-            return len(data)
-        size = int(found.group(1), 16)
-        if size:
-            self._left = size + 2
-            return found.end()
-        end = re.compile(rb"(?:[^\r\n]+\r\n)*\r\n").match(data, found.end())     # trailers
-        if not end:
-            self._rest = data[at:]
-            if len(self._rest) > LINE_LIMIT:
-                raise ValueError("endless trailers")
-            return len(data)
-        self.done, self._rest = True, data[end.end():]
-        return len(data)
+    def _read_line(self, data: bytes, at: int) -> int:
+        """Read a line of framing as far as it has come; where what follows begins."""
+        end = data.find(b"\n", at) + 1 or len(data)
+        self._line += data[at:end]
+        if len(self._line) > LINE_LIMIT:
+            raise ValueError("an endless line")
+        if self._line.endswith(b"\n"):
+            line, self._line = bytes(self._line), bytearray()
+            (self._end_trailer if self._in_trailers else self._begin_chunk)(line)
+        return end
 
-    @property
-    def surplus(self) -> bytes:
-        """What came after the end."""
-        return self._rest if self.done else b""
+    def _begin_chunk(self, line: bytes) -> None:
+        size = line[:-2].partition(b";")[0].rstrip(b" \t")
+        if line[-2:] != b"\r\n" or b"\r" in line[:-2] or not 0 < len(size) < 16 or size.translate(None, _HEX):
+            raise ValueError("no chunk size")
+        self._left = int(size, 16)
+        self._left += 2 if self._left else 0
+        self._in_trailers = not self._left
+
+    def _end_trailer(self, line: bytes) -> None:
+        self._trailer_bytes += len(line)
+        if line[-2:] != b"\r\n" or b"\r" in line[:-2] or self._trailer_bytes > LINE_LIMIT:
+            raise ValueError("broken or endless trailers")
+        self.done = line == b"\r\n"
 
 
 def join_headers(pairs: Iterable[Tuple[str, str]]) -> Dict[str, str]:
@@ -7762,8 +7810,19 @@ def join_headers(pairs: Iterable[Tuple[str, str]]) -> Dict[str, str]:
     return headers
 
 
+#: What is stripped off a header's value, a bare CR included.
+BLANKS = " \t\r"
+
+#: What a header's name consists of (RFC 9110, 5.6.2).
+_TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
-_ANSWER_FIELD = re.compile(r"(?m)^([^:\s]+)[ \t]*:[ \t]*([^\n]*?)[ \t\r]*$")
+
+
+def is_sound_header(name: str, value: str) -> bool:
+    """Whether a header can be sent on: no control characters, and of a bearable length."""
+    return (0 < len(name) <= HEADER_NAME_CHARS and not name.encode("latin-1", "replace").translate(None, _TOKEN)
+            and len(value) <= HEADER_VALUE_CHARS and value.isprintable())
 
 
 class AnswerHead(NamedTuple):
@@ -7775,20 +7834,33 @@ class AnswerHead(NamedTuple):
     reusable: bool
 
 
+def _answer_fields(lines: Iterable[bytes]) -> List[Tuple[str, str]]:
+    """Names and values in the lines of a head; a line without a sound name is left out, a folded one is unfolded."""
+    pairs: List[Tuple[str, str]] = []
+    for line in lines:
+        if line[:1] in (b" ", b"\t"):
+            if pairs:
+                pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]} {line.decode('latin-1').strip(BLANKS)}")
+            continue
+        name, colon, value = line.partition(b":")
+        name = name.rstrip(b" \t")
+        if colon and name and not name.translate(None, _TOKEN):
+            pairs.append((name.decode("ascii"), value.decode("latin-1").strip(BLANKS)))
+    return pairs
+
+
 def parse_answer_head(head: bytes, method: str) -> AnswerHead:
     """Read an answer's head as leniently as browsers do; ValueError where it is no HTTP/1 (RFC 9112, 6.3: framing).
 
     http.client's parser, which is the one for e-mail, took a fifth of the time of a plain request.
     """
-    first, _, rest = head.decode("latin-1").partition("\n")
-    found = _STATUS_LINE.fullmatch(first.rstrip("\r"))
+    first, *lines = head.split(b"\n")
+    found = _STATUS_LINE.fullmatch(first.decode("latin-1").rstrip("\r"))
     if not found:
         raise ValueError("no status line")
-    if rest.count("\n") >= HEADERS_LIMIT:
+    if len(lines) > HEADERS_LIMIT:
         raise ValueError("too many headers")
-    if "\n " in rest or "\n\t" in rest:
-        rest = re.sub(r"\r?\n[ \t]+", " ", rest)
-    headers = join_headers(_ANSWER_FIELD.findall(rest))
+    headers = join_headers(_answer_fields(lines))
     status, token = int(found.group(2)), headers.get("connection", "").lower()
     chunked = headers.get("transfer-encoding", "").lower().rpartition(",")[2].strip() == "chunked"
     length: Optional[int] = None
@@ -7809,13 +7881,15 @@ class Exchange:
     def __init__(self, release: Callable[[Wire, bool], None], wire: Wire, head: AnswerHead,
                  idle_timeout_s: float) -> None:
         self.status, self.headers = head.status, head.headers
-        self.content_type = head.headers.get("content-type", "").lower()
+        content_type = head.headers.get("content-type", "").lower()
+        self.content_type = content_type if is_sound_header("content-type", content_type) else ""
         self.framed: Optional[bytes] = None       #: the last read with its chunk framing, where it can be forwarded so
         self._release, self.wire = release, wire
         self._chunks = Dechunker() if head.chunked else None
         self._left, self._will_close = head.length, not head.reusable
         self.next_timeout_s: Optional[float] = idle_timeout_s     #: for the body, until it begins
-        self.complete = self._left == 0           #: all of the answer was read
+        self._received_all = self._left == 0
+        self._packed, self._unpacked = b"", 0     #: received and not unpacked yet; bytes that came of the rest
         self._inflate = self._decoder(head.headers.get("content-encoding", "identity").lower())
 
     @staticmethod
@@ -7827,6 +7901,16 @@ class Exchange:
                                   "which nobody asked for")
         return zlib.decompressobj(47)    # 32 + 15: gzip or zlib, told apart by the header
 
+    @property
+    def complete(self) -> bool:
+        """Whether all of the answer was read."""
+        return self._received_all and not self._packed
+
+    @property
+    def holds_more(self) -> bool:
+        """Whether there is something to read although the socket is silent."""
+        return bool(self._packed) or self.wire.holds_more()
+
     def read(self) -> bytes:
         """Payload of the next network read, b"" at the proper end; UpstreamGarbled when it is cut off."""
         return self._read(self.wire.take) or b""
@@ -7837,33 +7921,41 @@ class Exchange:
 
     def _read(self, take: Callable[[], Optional[bytes]]) -> Optional[bytes]:
         while not self.complete:
-            try:
-                data = take()
-            except OSError as exc:
-                self._will_close = True
-                raise UpstreamGarbled(f"the connection to the upstream broke: {exc.strerror or exc}") from None
-            if data is None:
-                return None
-            if self.next_timeout_s is not None:                 # the first byte of the body is here
-                self.wire.set_timeout(self.next_timeout_s)
-                self.next_timeout_s = None
-            if not data:
-                self._end_of_connection()
-                break
-            payload = self._unframe(data)
-            if self._inflate is not None:
-                self.framed = None
-                payload = self._decompress(payload)
+            if self._packed:
+                payload = self._unpack()
+            else:
+                data = self._take(take)
+                if data is None:
+                    return None
+                if not data:
+                    self._end_of_connection()
+                    break
+                payload = self._unframe(data)
+                if self._inflate is not None:
+                    self.framed, self._packed, payload = None, payload, b""
             if payload:
                 return payload
+        if self._unpacked and not self._inflate.eof:
+            raise UpstreamGarbled("the upstream's compressed answer is cut off")
         return b""
+
+    def _take(self, take: Callable[[], Optional[bytes]]) -> Optional[bytes]:
+        try:
+            data = take()
+        except OSError as exc:
+            self._will_close = True
+            raise UpstreamGarbled(f"the connection to the upstream broke: {exc.strerror or exc}") from None
+        if data is not None and self.next_timeout_s is not None:     # the first byte of the body is here
+            self.wire.set_timeout(self.next_timeout_s)
+            self.next_timeout_s = None
+        return data
 
     def _unframe(self, data: bytes) -> bytes:
         if self._chunks is None:
             if self._left is not None:
                 data, surplus = data[:self._left], data[self._left:]
                 self._left -= len(data)
-                self.complete, self._will_close = not self._left, self._will_close or bool(surplus)
+                self._received_all, self._will_close = not self._left, self._will_close or bool(surplus)
             return data
         try:
             payload = self._chunks.feed(data)
@@ -7871,24 +7963,30 @@ class Exchange:
             self._will_close = True
             raise UpstreamGarbled(f"the upstream's chunked answer is broken: {exc}") from None
         self.framed = data if self._chunks.whole else None
-        self.complete, self._will_close = self._chunks.done, self._will_close or bool(self._chunks.surplus)
+        self._received_all = self._chunks.done
+        self._will_close = self._will_close or bool(self._chunks.surplus)
         return payload
 
     def _end_of_connection(self) -> None:
         self._will_close = True
         if self._chunks is not None or self._left:
             raise UpstreamGarbled("the upstream closed the connection in the middle of its answer")
-        self.complete = True
+        self._received_all = True
 
-    def _decompress(self, payload: bytes) -> bytes:
+    def _unpack(self) -> bytes:
+        """The next part of what is packed, of a bearable size whatever it swells to."""
         try:
-            return self._inflate.decompress(payload)
+            payload = self._inflate.decompress(self._packed, UNPACKED_AT_ONCE)
         except zlib.error as exc:
             raise UpstreamGarbled(f"the upstream's answer can't be decompressed: {exc}") from None
+        self._packed = self._inflate.unconsumed_tail
+        self._unpacked += len(payload)
+        return payload
 
     def read_all(self, limit: int) -> bytes:
         """The whole body; UpstreamGarbled above `limit` bytes."""
         parts, size = [], 0
+        limit = min(limit, UNPACKED_LIMIT_BYTES) if self._inflate is not None else limit
         for payload in iter(self.read, b""):
             parts.append(payload)
             size += len(payload)
@@ -7944,7 +8042,7 @@ class Flow:
             if not payload or not self._move(payload) or self._exchange.complete:
                 return False
             self._heard_at = time.monotonic()
-            if not self.wire.holds_more():
+            if not self._exchange.holds_more:
                 break
         return True
 
@@ -8110,8 +8208,7 @@ class Pool:
                 if not idle:
                     return None
                 wire = idle.pop()
-            idle_s = time.monotonic() - wire.idle_since
-            if idle_s < UPSTREAM_IDLE_S and (idle_s < FRESH_S or not wire.is_stale()):
+            if time.monotonic() - wire.idle_since < UPSTREAM_IDLE_S and not wire.is_stale():
                 return wire
             wire.hang_up()
 
@@ -8481,9 +8578,15 @@ class Upstream:
         except (BrokenPipeError, ConnectionResetError):
             if not wire.is_stale():      # it may have answered (413, 401) without reading the body
                 raise
+        wire.answer_by = time.monotonic() + first_s
         answer = self._read_head(wire, method)
-        while answer.status < 200:       # 103 Early Hints and the like come before the answer
-            answer = self._read_head(wire, method)
+        for _ in range(INTERIM_ANSWERS):
+            if answer.status >= 200:
+                break
+            answer = self._read_head(wire, method)       # 103 Early Hints and the like come before the answer
+        else:
+            raise ValueError("it says nothing but 1xx")
+        wire.answer_by = None
 
         def release(wire: Wire, reusable: bool) -> None:
             self._part(wire)             # from here on nobody cuts it
@@ -8589,7 +8692,10 @@ class Upstream:
         finally:
             caller.pumped = False
         if flow.error is not None:
-            raise flow.error
+            try:
+                raise flow.error
+            finally:
+                del flow                 # else the error would hold the frame that holds it
 
     def _pump(self) -> Pump:
         with self._lock:
@@ -9114,14 +9220,13 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         """Not logged: the request line holds the code."""
 
 
-def stop_accepting(server: socketserver.BaseServer) -> None:
-    """End the accept loop at once: it looks up every few seconds, or when somebody connects."""
-    stopper = threading.Thread(target=server.shutdown, daemon=True)
-    stopper.start()
-    while stopper.is_alive():            # once is enough, unless the loop was quicker than the stopper
-        with contextlib.suppress(OSError):
+def stop_accepting(server: "Listener") -> None:
+    """End the accept loop at once.  Needs no thread: a full system must be able to stop, too."""
+    server.stopping, stopped = True, False
+    while not stopped:
+        with contextlib.suppress(OSError):               # the loop wakes up when somebody connects
             socket.create_connection(server.server_address[:2], 0.2).close()
-        stopper.join(0.1)
+        stopped = server.stopped.wait(0.1)
     server.server_close()
 
 
@@ -9130,9 +9235,20 @@ class Listener(http.server.ThreadingHTTPServer):
     daemon_threads, block_on_close = True, False
     allow_reuse_address = os.name == "posix"             # on Windows it would let two servers share the port
     ipv6_only = True                     #: else `::` takes IPv4 as well, where the system can
+    stopping = False
+
+    def serve_forever(self, poll_interval: float = 5.0) -> None:
+        """Accept connections until stop_accepting()."""
+        poller = Poller()
+        poller.register(self.fileno(), _POLLIN)
+        while not self.stopping:
+            if poller.poll(poll_interval * 1000) and not self.stopping:
+                self._handle_request_noblock()           # type: ignore[attr-defined]
+        self.stopped.set()
 
     def server_bind(self) -> None:
         """Like HTTPServer's, without its reverse DNS lookup."""
+        self.stopped = threading.Event()
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         if self.address_family == socket.AF_INET6:
@@ -10824,16 +10940,15 @@ def _without_secrets(data: bytes, provider: Provider) -> bytes:
     return data
 
 
-@lru_cache(1024)
-def header_stays(name: str) -> bool:
-    """Whether a client's header (its name in lower case) is not for the upstream."""
-    return HEADER_STAYS.fullmatch(name) is not None
+def is_forwarded(name: str, value: str) -> bool:
+    """Whether a client's header (its name in lower case) is for the upstream."""
+    known = name in HEADERS_FORWARDED or name.startswith(HEADER_FORWARDED_PREFIX)
+    return known and is_sound_header(name, value)
 
 
-@lru_cache(1024)
-def header_returns(name: str) -> bool:
+def is_returned(name: str, value: str) -> bool:
     """Whether a header of an upstream's answer is for the client."""
-    return HEADER_RETURNS.fullmatch(name) is not None
+    return HEADER_RETURNS.fullmatch(name) is not None and is_sound_header(name, value)
 
 
 class State(NamedTuple):
@@ -10938,6 +11053,7 @@ class Attempts:
                 except (UpstreamError, Busy) as exc:
                     status = exc.status
                     told = self._explained(exc) if isinstance(exc, UpstreamError) else exc
+                    forget_trace(exc)    # the plan keeps errors
                     if not self._mend(plan, status, told):
                         self._give_up(plan, status, told, len(chain) > 1)
 
@@ -11113,7 +11229,7 @@ class Attempts:
                 raise read_refusal(exchange, provider)
             if "html" in exchange.content_type:
                 raise UpstreamGarbled("the upstream answered with a web page; is base_url its API, and not its site?")
-            sink.returned = [(n, v) for n, v in exchange.headers.items() if header_returns(n) and v.isprintable()]
+            sink.returned = [pair for pair in exchange.headers.items() if is_returned(*pair)]
             data = b""
             if self.call.stream:
                 sink.stream = stream = self.turn.stream()
@@ -11210,7 +11326,7 @@ class Attempts:
         elif not self.call.dialect.foreign:
             ours = {self.settings.custom_auth_header.lower(), *tokens_of(self.call.headers.get("connection", ""))}
             for name, value in self.call.headers.items():
-                if not header_stays(name) and name not in ours and value.isprintable():
+                if is_forwarded(name, value) and name not in ours:
                     headers[name] = (name, value)
         if key:
             headers["authorization"] = ("Authorization", "Bearer " + key)
@@ -11932,6 +12048,13 @@ class ClientReader(HeadReader):
             raise ClientGone
         return head
 
+    def check_head(self, head: bytearray) -> None:
+        """BadRequest at once for what can't become a request: TLS waits for an answer, and sends no line end."""
+        if head[:1] == b"\x16":
+            raise BadRequest("this port speaks plain HTTP; write http://, not https://")
+        if head and not head[:1].isupper():
+            raise BadRequest("the request line is malformed or too long")
+
     def wait(self, seconds: float) -> bool:
         """Whether a first byte comes in time; False at the end of the connection, too."""
         self.deadline = time.monotonic() + seconds
@@ -11942,19 +12065,20 @@ class ClientReader(HeadReader):
                 return False
         return bool(self._buffer)
 
-    def read_body(self, size: int, timeout_s: float) -> bytes:
-        """`size` bytes, fewer where the client sends no more; the time allowed grows with what came."""
-        parts, got, start = [], 0, time.monotonic()
+    def read_body(self, size: int, timeout_s: float, use: Callable[[bytes], Any]) -> int:
+        """Hand `size` bytes to `use` as they come; how many there were.  The time allowed grows with what came."""
+        got, start = 0, time.monotonic()
         while got < size:
             self.deadline = start + timeout_s + got / BODY_BYTES_PER_S
             piece = self.take()
             if not piece:
                 break
-            parts.append(piece)
+            if len(piece) > size - got:
+                piece, rest = piece[:size - got], piece[size - got:]
+                self.put_back(rest)
+            use(piece)
             got += len(piece)
-        body = b"".join(parts)
-        self.put_back(body[size:])
-        return body[:size] if len(body) > size else body
+        return got
 
     @property
     def read_ahead(self) -> bytes:
@@ -11967,7 +12091,6 @@ class ClientReader(HeadReader):
 
 
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (\S{1,16000}) HTTP/1\.([01])")
-_FIELD = re.compile(r"(?m)^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00\r\n]*?)[ \t]*\r?$")
 
 
 def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
@@ -11976,18 +12099,21 @@ def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
     Stricter than http.server, whose parser for e-mail lets folded lines and blanks before the colon pass: what a
     proxy before us might read in another way is refused.
     """
-    first, _, rest = head.decode("latin-1").partition("\n")
-    found = _REQUEST_LINE.fullmatch(first.rstrip("\r"))
+    first_line, *lines = head.replace(b"\r\n", b"\n").split(b"\n")
+    first = first_line.decode("latin-1")
+    found = _REQUEST_LINE.fullmatch(first)
     if not found:
-        if re.search(r" HTTP/\d", first) and not re.search(r" HTTP/1\.[01]\r?$", first):
+        if re.search(r" HTTP/\d", first) and not first.endswith((" HTTP/1.0", " HTTP/1.1")):
             raise BadRequest("this server speaks HTTP/1.1", status=505)
         raise BadRequest("the request line is malformed or too long", status=414 if len(first) > 16000 else 400)
-    lines = rest.count("\n") + bool(rest)
-    if lines > HEADERS_LIMIT:
+    if len(lines) > HEADERS_LIMIT:
         raise BadRequest("too many headers", status=431)
-    pairs = _FIELD.findall(rest)
-    if len(pairs) != lines:              # no line may be anything else
+    fields = [line.partition(b":") for line in lines]
+    names = b"".join(name for name, _, _ in fields)
+    if b"\r" in head.replace(b"\r\n", b"") or b"\0" in head or names.translate(None, _TOKEN) or not all(
+            name and colon for name, colon, _ in fields):
         raise BadRequest("the request's head is malformed")
+    pairs = [(name.decode("ascii"), value.decode("latin-1").strip(" \t")) for name, _, value in fields]
     return found.group(1), found.group(2), "HTTP/1." + found.group(3), join_headers(pairs)
 
 
@@ -12042,7 +12168,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             wait_s = self.server.gateway.settings.header_timeout_s
             while self.reader.wait(wait_s) and not self.server.closing.is_set():
                 self.busy = True
-                self.handle_one_request()
+                try:
+                    self.handle_one_request()
+                finally:
+                    self._forget_request()
+                self._settle_body()
                 self.busy = False
                 if self.close_connection or self.server.closing.is_set():
                     break
@@ -12072,19 +12202,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.endpoint = dialect_of(self.path, {})
             self.send_error_of(exc)
             self._log_refusal(exc)
+            forget_trace(exc)
         except socket.timeout:
             self._fail_reading(BadRequest("the request did not arrive in time", status=408, code="request_timeout"))
-        except (ClientGone, OSError):
+        except (ClientGone, OSError) as exc:
             self.close_connection = True
+            forget_trace(exc)
         except RecursionError:
             self._fail_reading(BadRequest("the body is nested too deeply"))
         except Exception:                # the last resort: a defect of ours must not look like an answer
             self.server.gateway.log.exception("%s failed", self.request_id)
             self._fail_reading(GatewayError("iflow2api failed on this request; its log says why"))
-        if self._body_left and not self.close_connection:
-            self._skip_body()
-        if self.close_connection:
-            self._linger()
+
+    def _forget_request(self) -> None:
+        """What belongs to a request must not live as long as its connection."""
+        if self.sink is not None:
+            self.sink.forget()
+        self.headers, self.key, self.session, self.sink, self.meters = {}, None, None, None, ()
 
     def _fail_reading(self, exc: GatewayError) -> None:
         self.close_connection = True
@@ -12142,10 +12276,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         tokens = tokens_of(self.headers.get("connection", ""))
         return "close" in tokens or self.request_version == "HTTP/1.0" and "keep-alive" not in tokens
 
+    def _settle_body(self) -> None:
+        """After the answer: nothing of the request's body may be taken for the next request."""
+        if self._body_left and not self.close_connection:
+            self._skip_body()
+        if self.close_connection:
+            self._linger()
+
     def _skip_body(self) -> None:
         """After the answer: read a small body nobody wanted, so that the connection can be kept; else it is closed."""
         try:
-            if len(self.reader.read_body(self._body_left, 1)) < self._body_left:
+            if self.reader.read_body(self._body_left, 1, len) < self._body_left:
                 self.close_connection = True
             self._body_left = 0
         except (OSError, ClientGone):
@@ -12154,12 +12295,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_body(self, limit: int = 0) -> bytes:
         """The request's body, unpacked, of at most `limit` bytes (0: body_limit_bytes); BadRequest (411, 413, …)."""
         limit = limit or self.server.gateway.settings.body_limit_bytes
+        limit = min(limit, PUBLIC_KEPT_BYTES) if self.endpoint.public else limit
+        packed = self.headers.get("content-encoding", "identity").strip().lower() not in ("identity", "")
+        parts: List[bytes] = []
+        self._check_body()
+        self._read_pieces(limit, parts.append)
+        body = b"".join(parts)
+        return inflate(body, limit) if packed else body
+
+    def drop_body(self, limit: int) -> None:
+        """Read the request's body, of at most `limit` bytes as they are, and keep nothing of it; BadRequest (411, 413)."""
+        self._read_pieces(limit, len)
+
+    def _check_body(self) -> None:
+        """BadRequest for a body that is no JSON or in an unknown encoding."""
         if self.headers.get("content-type", "").lower().startswith("multipart/"):
             raise BadRequest("a JSON body is expected, not multipart", status=415)
         encoding = self.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
             raise BadRequest(f"Content-Encoding {one_line(encoding, 40)} is not known; gzip and deflate are",
                              status=415)
+        if self.endpoint.public and encoding not in ("identity", ""):
+            raise BadRequest("what needs no key takes no compressed body", status=415)
+
+    def _read_pieces(self, limit: int, take: Callable[[bytes], Any]) -> None:
+        """Hand a body to `take` as it comes, without its framing; BadRequest."""
         if "content-length" not in self.headers and self._body_left >= 0:
             raise self._distrust(BadRequest("Content-Length or Transfer-Encoding: chunked is needed", status=411))
         if self._body_left > limit:
@@ -12168,29 +12328,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._continue = False
         timeout_s = self.server.gateway.settings.body_timeout_s
-        body = self._read_chunked(limit, timeout_s) if self._body_left < 0 else \
-            self.reader.read_body(self._body_left, timeout_s)
-        if len(body) < self._body_left:
+        if self._body_left < 0:
+            self._read_chunked(limit, timeout_s, take)
+        elif self.reader.read_body(self._body_left, timeout_s, take) < self._body_left:
             raise self._distrust(BadRequest("the body ended before its Content-Length"))
         self._body_left = 0
-        return body if encoding in ("identity", "") else inflate(body, limit)
 
-    def _read_chunked(self, limit: int, timeout_s: float) -> bytes:
-        dechunker, parts, size, start = Dechunker(), [], 0, time.monotonic()
+    def _read_chunked(self, limit: int, timeout_s: float, take: Callable[[bytes], Any]) -> None:
+        dechunker, size, start = Dechunker(), 0, time.monotonic()
         while not dechunker.done:
             self.reader.deadline = start + timeout_s + size / BODY_BYTES_PER_S
             data = self.reader.take()
             if not data:
                 raise self._distrust(BadRequest("the body ended before its last chunk"))
             try:
-                parts.append(dechunker.feed(data))
+                payload = dechunker.feed(data)
             except ValueError as exc:
                 raise self._distrust(BadRequest(f"the chunked body is broken: {exc}")) from None
-            size += len(parts[-1])
+            size += len(payload)
             if size > limit:
                 raise self._distrust(too_large(limit))
+            take(payload)
         self.reader.put_back(dechunker.surplus)
-        return b"".join(parts)
 
     def _distrust(self, exc: BadRequest) -> BadRequest:
         self.close_connection = True
@@ -12241,7 +12400,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), *headers]
         if tag in self.headers.get("if-none-match", ""):
             return self.respond(304, b"", "", own)
-        if re.search(r"\bgzip\b(?!\s*;\s*q=0(?![.\d]*[1-9]))", self.headers.get("accept-encoding", "")):
+        if accepts_gzip(self.headers.get("accept-encoding", "")):
             body, own = packed, [*own, ("Content-Encoding", "gzip")]
         self.respond(200, body, content_type, own)
 
@@ -12266,6 +12425,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def write(self, data: bytes) -> None:
         """Everything to the client, or ClientGone."""
         send_all(self.connection, data, self.server.gateway.settings.write_timeout_s)
+
+
+def accepts_gzip(header: str) -> bool:
+    """Whether an Accept-Encoding names gzip, and not with q=0 (RFC 9110, 12.5.3)."""
+    for part in header.lower().split(","):
+        name, _, weight = part.partition(";")
+        if name.strip() == "gzip":
+            weight = weight.strip().replace("q=", "", 1)
+            return not weight or weight.strip("0.") != ""
+    return False
 
 
 @lru_cache(8)
@@ -12296,7 +12465,8 @@ def send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
 
 
 def too_large(limit: int) -> BadRequest:
-    return BadRequest(f"the body is larger than {limit} bytes (body_limit_bytes)", status=413, code="request_too_large")
+    name = "" if limit in (PUBLIC_BODY_BYTES, PUBLIC_KEPT_BYTES) else " (body_limit_bytes)"
+    return BadRequest(f"the body is larger than {limit} bytes{name}", status=413, code="request_too_large")
 
 
 #: A gzip body may have several members, one after the other (RFC 1952, 2.2); bgzip makes one of each 64 KiB.
@@ -12390,6 +12560,11 @@ class Sink(AnswerSink):
         self.began = True
         self._handler.respond(200, data, content_type, headers)
 
+    def forget(self) -> None:
+        """The call is over: nothing of it may stay for the collector, which large requests do not wake."""
+        del self._handler, self._call
+        self.stream = None
+
     def tick(self) -> None:
         if self._call.stream and time.monotonic() - self.wrote_at >= self.tick_s * 0.99:
             self._write(self._head() + self._frame(self._call.dialect.keepalive(self._call, self.began)))
@@ -12412,13 +12587,14 @@ def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> N
     """Forbidden for a Host that is not this machine's (DNS rebinding) and for a foreign web page without a key."""
     settings = server.gateway.settings
     host = headers.get("host", "")
-    name = (re.sub(r":\d*$", "", host) if not host.startswith("[") else host.partition("]")[0] + "]").lower()
+    name = host.partition("]")[0] + "]" if host.startswith("[") else host.rpartition(":")[0] or host
+    name = name.lower()
     door = server.gateway.state.door
-    if server.is_local and not door.required and not (
+    if server.is_local and not (
             is_loopback(name) or name in ("host.docker.internal", "")
             or name in [str(host).lower() for host in settings.allowed_hosts]):
-        raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to `allowed_hosts`, "
-                        "or set custom_api_key", code="host_not_allowed")
+        raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to `allowed_hosts`",
+                        code="host_not_allowed")
     origin = headers.get("origin")
     if origin is None or method == "OPTIONS" or origin in settings.allowed_origins or "*" in settings.allowed_origins:
         return
@@ -12626,8 +12802,8 @@ def item_page(items: List[Json], query: Mapping[str, str]) -> Json:
 
 
 def drop_events(handler: Handler) -> None:
-    """Where Anthropic's clients send their telemetry: taken, and forgotten."""
-    handler.read_body()
+    """Where Anthropic's clients send their telemetry: read, and dropped as it comes."""
+    handler.drop_body(PUBLIC_BODY_BYTES)
     handler.respond_json({"accepted_count": 0, "rejected_count": 0})
 
 
@@ -12735,6 +12911,9 @@ PREFLIGHT = Route(answer_preflight, public=True)
 UNKNOWN = Route(_no_endpoint)
 UNKNOWN_MESSAGES = Route(_no_endpoint, MESSAGES)
 
+#: No route has more parts than this.
+ROUTE_PARTS = 8
+
 #: path without /v1 -> method -> what it does; HEAD comes with GET.  A path that ends in a slash takes what follows it.
 ROUTES: Dict[str, Dict[str, Route]] = {
     "/": {"GET": Route(show_card, public=True)},
@@ -12779,10 +12958,12 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
     argument = ""
     methods = ROUTES.get(path)
     if methods is None:
-        base = path
-        while methods is None and base.count("/") > 1:
-            base = base.rpartition("/")[0]
-            methods, argument = ROUTES.get(base + "/"), path[len(base) + 1:]
+        parts = path.split("/", ROUTE_PARTS)             # the longest route that takes what follows it
+        for count in range(len(parts) - 1, 1, -1):
+            base = "/".join(parts[:count]) + "/"
+            methods, argument = ROUTES.get(base), path[len(base):]
+            if methods is not None:
+                break
     unknown = UNKNOWN_MESSAGES if "anthropic-version" in headers else UNKNOWN
     if methods is None:
         return unknown, ""
@@ -17073,13 +17254,13 @@ class DemoRequest(NamedTuple):
     body: Json
 
 
-class DemoUpstream(http.server.ThreadingHTTPServer):
+class DemoUpstream(Listener):
     """A small OpenAI-compatible server on a loopback port.
 
     `pace_s` lies between two pieces of a stream, `first_s` before an answer.  `script` has the
     first answers, DemoAnswers or functions of the body; then comes `demo_answer`.
     """
-    daemon_threads, block_on_close, request_queue_size = True, False, 128
+    request_queue_size = 128
 
     def __init__(self, pace_s: float = 0.03, first_s: float = 0.3,
                  script: Iterable[Any] = ()) -> None:

@@ -256,6 +256,7 @@ class Step:
 HOLD = Step("hold")                        # say nothing until the peer hangs up; noted in FakeUpstream.hung_up
 RESET = Step("reset")                      # end the connection with an RST
 CLOSE = Step("close")                      # end it properly
+PAUSE = Step("pause")                      # 20 ms, or until the peer hangs up
 
 
 class Reply:
@@ -339,6 +340,8 @@ class _FakeHandler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True
+        elif step is PAUSE:
+            fake.closing.wait(0.02)
         elif step is CLOSE:
             self.connection.shutdown(socket.SHUT_WR)
             self.close_connection = True
@@ -361,7 +364,7 @@ class FakeUpstream:
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._sockets: List[socket.socket] = []
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _FakeHandler)
+        self._server = ifl.Listener(("127.0.0.1", 0), _FakeHandler)
         self._server.daemon_threads, self._server.fake = True, self
         if context is not None:
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True,
@@ -4807,6 +4810,80 @@ def test_an_idle_connection_gets_old(transport, upstream, monkeypatch):
     assert upstream.connections == 2
 
 
+UNASKED = plain(completion("POISON")).steps[0]
+
+
+@pytest.mark.parametrize("stray", [b"garbage", UNASKED, b"\r\n", b"HTTP/1.1 408 Request Timeout\r\n\r\n"])
+def test_what_an_upstream_says_unasked_is_nobodys_answer(server, upstream, stray):
+    """A kept connection is looked at before each use: bytes on it that nobody asked for would be the next answer."""
+    running, go = server(upstream), threading.Event()
+    for reply in (Reply(plain(completion("one")).steps[0], go, stray), Reply(*sse(*HELLO).steps, go, stray)):
+        upstream.plays(reply)
+        go.clear()
+        assert post(running, chat()).status == 200
+        go.set()
+        pool = running.gateway.upstream._pool
+        until(lambda: any(wire.is_stale() for idle in pool._idle.values() for wire in idle), what="the stray bytes")
+        answer = post(running, chat())
+        assert answer.status == 200 and answer.json["choices"][0]["message"]["content"] == "Hello"
+    assert upstream.connections == 3
+
+
+def test_a_head_has_one_time_limit_in_all(server, upstream):
+    """Each byte is in time, the head is not; who waits is kept awake all the while."""
+    running = server(upstream, first_byte_timeout_s=0.4, keepalive_s=0.1)
+    drip = itertools.chain([b"HTTP/1.1 200 OK\r\nX: "], (PAUSE if n % 2 else b"y" for n in range(200)))
+    upstream.plays(Reply(*drip))
+    found = records_of(post(running, chat(True)).body)
+    assert found[:2] == [": keep-alive"] * 2 and "head" in found[-1]["error"]["message"]
+
+
+def test_interim_answers_are_bounded(server, upstream):
+    running, interim = server(upstream, first_byte_timeout_s=0.4, keepalive_s=0.1), head(103, [("Link", "x")])
+    upstream.plays(Reply(head(100), interim, *plain(completion("after all")).steps))
+    assert "after all" in post(running, chat()).body.decode()
+    upstream.plays(Reply(*(interim for _ in range(ifl.INTERIM_ANSWERS + 2))))
+    assert post(running, chat()).status == 502
+    upstream.plays(Reply(*(PAUSE if n % 2 else interim for n in range(200))))
+    found = records_of(post(running, chat(True)).body)
+    assert found[:2] == [": keep-alive"] * 2 and "head" in found[-1]["error"]["message"]
+
+
+@linux
+def test_who_waits_is_kept_awake_while_a_large_body_is_sent(server):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        running = server(f"http://127.0.0.1:{listener.getsockname()[1]}", keepalive_s=0.05)
+        with Client(running).post(chat(True, pad="x" * (16 << 20))) as client:
+            upstream, _ = listener.accept()
+            assert client.head()[0] == 200 and client.piece() == client.piece() == b": keep-alive\n\n"
+            upstream.close()
+
+
+def test_a_compressed_answer_has_a_limit_of_its_own(transport, upstream, monkeypatch):
+    monkeypatch.setattr(ifl, "UNPACKED_LIMIT_BYTES", 1 << 19)
+    packed = gzip.compress(b" " * (200 << 20))
+    upstream.plays(plain(packed, headers=[("Content-Encoding", "gzip")]))
+    tracemalloc.start()
+    with pytest.raises(ifl.UpstreamGarbled, match="larger than"):
+        ask_upstream(transport, upstream)
+    assert tracemalloc.get_traced_memory()[1] < 3 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("Content-Type", "text/\rplain"), ("Content-Type", "text/\0plain"), ("Content-Type", "a" * 30_000),
+    ("x-ratelimit-\r", "1"), ("x-ratelimit-\0", "1"), ("x-ratelimit-a b", "1"), ("x-ratelimit-" + "a" * 30_000, "1"),
+    ("x-ratelimit-a", "1\r2"), ("x-ratelimit-a", "1\0"), ("x-ratelimit-a", "1" * 30_000)])
+def test_headers_that_no_client_may_get(server, upstream, name, value):
+    data = ifl.dump_json(completion("fine"))
+    fields = [(name, value), ("Content-Length", str(len(data)))]
+    upstream.plays(Reply(head(200, fields) + data))
+    answer = post(server(upstream), chat())
+    assert answer.status == 200 and answer.headers["content-type"] == "application/json"
+    assert not any(each.startswith("x-ratelimit") for each in answer.headers)
+
+
 FAULTS = [
     # id, reply, error class, words
     ("silent", Reply(HOLD), ifl.UpstreamTimeout, "said nothing for 0.3 s"),
@@ -5485,7 +5562,7 @@ def test_endpoints_of_base_urls():
 
 # === 11. iFlow as an upstream ================================================
 
-class IFlowFake(http.server.ThreadingHTTPServer):
+class IFlowFake(ifl.Listener):
     """iFlow as iflow.md describes it: `script` is what the next answers are, `seen` what came."""
     daemon_threads = True
 
@@ -5978,7 +6055,7 @@ class FakeHost:
             def log_message(self, *args):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ifl.Listener(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -7535,28 +7612,31 @@ def test_a_request_reaches_the_upstream_byte_for_byte(server, upstream):
 
 def test_headers_of_the_client_that_go_upstream_and_those_that_stay(server, upstream):
     running = server(provider(upstream, api_keys=["key-1"]), custom_api_key="client-key", custom_auth_header="X-Mine")
-    kept = {"X-Stainless-Lang": "python", "OpenAI-Beta": "x=1", "User-Agent": "me/1", "X-Title": "t"}
+    kept = {"X-Stainless-Lang": "python", "OpenAI-Beta": "x=1", "OpenAI-Organization": "o",
+            "OpenAI-Project": "p", "X-Title": "t", "HTTP-Referer": "https://app", "Accept-Language": "zh",
+            "anthropic-version": "1", "anthropic-beta": "b", "X-Request-Id": "r"}
     stay = {"Authorization": "Bearer client-key", "X-Api-Key": "client-key", "Api-Key": "client-key",
             "X-Mine": "client-key", "Cookie": "a=b",
             "X-Forwarded-For": "1.2.3.4", "Via": "x", "Accept": "x/y", "Accept-Encoding": "br", "Referer": "x",
             "Sec-Fetch-Mode": "cors",
             "Connection": "keep-alive", "TE": "trailers", "X-Auth-Token": "s", "Content-Type": "text/plain",
-            "anthropic-version": "1"}
+            "X-Key": "s", "DPoP": "s", "Range": "bytes=0-1", "If-None-Match": "x", "X-Anything": "y"}
     with Client(running) as client:
         assert client.post(chat(), headers={**kept, **stay}).answer().status == 200
     seen = upstream.last.headers
     assert {name: seen.get(name.lower()) for name in kept} == kept
     assert seen["authorization"] == "Bearer key-1" and seen["content-type"] == "application/json"
-    assert seen["accept-encoding"] == "identity"
+    assert seen["accept-encoding"] == "identity" and seen["user-agent"].startswith("iflow2api/")
     assert not {name.lower() for name in stay} & set(seen) - {"authorization", "content-type", "accept-encoding"}
 
 
 def test_headers_that_connection_names_stay(server, upstream):
     """RFC 9110, 7.6.1: they are about this hop."""
     with Client(server(upstream)) as client:
-        named = {"Connection": "keep-alive, X-Hop , x-other", "X-Hop": "1", "X-Other": "2", "X-Third": "3"}
+        named = {"Connection": "keep-alive, OpenAI-Beta , x-request-id", "OpenAI-Beta": "1", "X-Request-Id": "2", "X-Title": "3"}
         assert client.post(chat(), headers=named).answer().status == 200
-    assert not {"x-hop", "x-other"} & set(upstream.last.headers) and upstream.last.headers["x-third"] == "3"
+    assert not {"openai-beta", "x-request-id"} & set(upstream.last.headers)
+    assert upstream.last.headers["x-title"] == "3"
 
 
 @pytest.mark.parametrize("path, dialect", [("/v1/completions", "/v1/completions"),
@@ -8489,7 +8569,7 @@ class Upstream:
             def log_message(self, *args):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ifl.Listener(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.server.handle_error = lambda *args: None
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -10212,6 +10292,79 @@ def test_a_head_that_is_refused(head, status):
     assert refused.value.status == status
 
 
+# --- time is linear ----------------------------------------------------------
+
+class Pieces(ifl.HeadReader):
+    """A connection that brings `pieces`."""
+
+    def __init__(self, pieces):
+        self._pieces = iter(pieces)
+
+    def _receive(self):
+        return next(self._pieces, b"")
+
+
+def each_byte(data):
+    return [data[at:at + 1] for at in range(len(data))]
+
+
+def often(use, *more, times=10):
+    """What uses an input several times: one large enough to take long alone would not fit into the caches."""
+    def used(data):
+        for _ in range(times):
+            with contextlib.suppress(ifl.BadRequest, ValueError):
+                use(data, *more)
+    return used
+
+
+def find(path):
+    for _ in range(50):
+        ifl.find_endpoint("GET", path, {})
+
+
+HEAD = b"GET / HTTP/1.1\r\n"
+ANSWER_HEAD = b"HTTP/1.1 200 OK\r\n"
+
+#: what, n, maker of an input of size n, its use
+GROWTH_OF_HTTP = [
+    ("blanks before a NUL", 200_000, lambda n: HEAD + b"A:" + b" " * n + b"\0", often(ifl.parse_head, times=100)),
+    ("blanks within a value", 50_000, lambda n: HEAD + b"A: a" + b" \t" * n + b"b", often(ifl.parse_head, times=100)),
+    ("one endless line", 200_000, lambda n: b"G" * n, often(ifl.parse_head, times=100)),
+    ("blanks in an answer", 100_000, lambda n: ANSWER_HEAD + b"A: a" + b" \r" * n + b"b",
+     often(ifl.parse_answer_head, "GET", times=100)),
+    ("blanks before an answer's colon", 1_000_000, lambda n: ANSWER_HEAD + b"A" + b" " * n + b": b",
+     often(ifl.parse_answer_head, "GET")),
+    ("a folded answer", 45, lambda n: ANSWER_HEAD + b"A: b" + (b"\r\n" + b" " * n * 100) * 150 + b"c",
+     often(ifl.parse_answer_head, "GET")),
+    ("a head byte by byte", 15_000, lambda n: each_byte(b"A" * n + b"\r\n\r\n"), lambda d: Pieces(d).read_head()),
+    ("a head of line ends", 15_000, lambda n: each_byte(b"A\r\n" * (n // 3) + b"\r\n"), lambda d: Pieces(d).read_head()),
+    ("empty lines before a head", 10_000, lambda n: each_byte(b"\r\n" * n + b"A\n\n"),
+     lambda d: Pieces(d).read_head(b"\r\n")),
+    ("a chunk's extension byte by byte", 15_000, lambda n: each_byte(b"1;" + b"x" * n + b"\r\na\r\n"), lambda d: dechunk(d)),
+    ("trailers byte by byte", 15_000, lambda n: each_byte(b"0\r\n" + b"a:b\r\n" * (n // 5) + b"\r\n"), lambda d: dechunk(d)),
+    ("small chunks in one read", 10_000, lambda n: [b"1\r\na\r\n" * n], lambda d: dechunk(d)),
+    ("one chunk byte by byte", 20_000, lambda n: each_byte(b"%x\r\n" % n + b"x" * n), lambda d: dechunk(d)),
+    ("a path of slashes", 20_000, lambda n: "/" * n + "x", often(find)),
+    ("a path of parts", 5_000, lambda n: "/models" * n, often(find)),
+    ("an Accept-Encoding", 50_000, lambda n: "gzip ;q=0." + "0" * n + ", gzip;q=0, " * n, ifl.accepts_gzip),
+    ("a body in members", 2_000, lambda n: gzip.compress(b"x" * 999) * n, lambda d: ifl.inflate(d, 1 << 30)),
+    ("an Origin", 1_000_000, lambda n: {"origin": "://" * n}, lambda d: ifl.cors_lines(d, "/v1/models", True)),
+]
+
+
+@pytest.mark.parametrize("size, make, use", [row[1:] for row in GROWTH_OF_HTTP], ids=[row[0] for row in GROWTH_OF_HTTP])
+def test_http_takes_linear_time(size, make, use):
+    def best_s(size):
+        data, spent = make(size), []
+        for _ in range(3):
+            began = time.thread_time()
+            use(data)
+            spent.append(time.thread_time() - began)
+        return min(spent)
+    base_s = best_s(size)
+    assert best_s(4 * size) <= 6 * base_s, base_s
+
+
 # --- paths and methods -------------------------------------------------------
 
 @pytest.mark.parametrize("prefix", ["", "/v1", "/api/v1"])
@@ -10551,6 +10704,82 @@ def test_heads_that_are_no_heads(server, data, status):
     assert is_well(running)
 
 
+def test_tls_on_the_plain_port_is_answered_at_once(server):
+    running = server(detect_local=False)
+    for hello, words in ((b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "http://"), (b"\0", "malformed")):
+        with Client(running).send(hello) as client:
+            answer = client.answer()
+            assert answer.status == 400 and words in answer.error["message"] and client.is_closed()
+
+
+@pytest.mark.parametrize("path", ["/api/event_logging/batch", "/api/event_logging/v2/batch"])
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_what_needs_no_key_keeps_nothing_of_a_body(server, path, framing):
+    running = server(detect_local=False, custom_api_key="k" * 20)
+    packed = gzip.compress(b" " * (50 << 20))
+    with Client(running) as client:
+        for body in (b"x" * (1 << 20), packed, b"", b"{"):
+            data = request_bytes(path=path, body=body, headers={"Content-Encoding": "gzip"})
+            if framing == "chunked":
+                data = request_bytes(path=path, headers={"Transfer-Encoding": "chunked", "Content-Length": None})
+                data += (framed(body) if body else b"") + b"0\r\n\r\n"
+            tracemalloc.start()
+            client.send(data)
+            assert client.answer().status == 200
+            peak, _ = tracemalloc.get_traced_memory()[1], tracemalloc.stop()
+            assert peak < 600_000, peak
+    with Client(running) as client:
+        if framing == "length":
+            client.send(request_bytes(path=path, headers={"Content-Length": str((1 << 20) + 1)}))
+        else:
+            client.send(request_bytes(path=path, headers={"Transfer-Encoding": "chunked", "Content-Length": None}))
+            with contextlib.suppress(OSError):
+                client.send(framed(b"x" * (1 << 20)) + framed(b"x"))
+        answer = client.answer()
+        assert answer.status == 413 and answer.headers["connection"] == "close"
+
+
+def test_a_server_stops_where_the_system_has_no_thread_to_give(server, monkeypatch):
+    running = server(detect_local=False)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with Client(running).request("GET", "/health") as client:
+        assert client.is_closed()
+    running.close()
+    with pytest.raises(OSError):
+        Client(running)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+def test_a_request_is_forgotten_when_it_has_ended(server, upstream, monkeypatch, path, stream):
+    """At once, also where it failed: a collector that runs now and then would let large requests pile up."""
+    calls = []
+
+    def remember(call, *args, **facts):
+        make(call, *args, **facts)
+        calls.append(weakref.ref(call))
+    make = ifl.Call.__init__
+    monkeypatch.setattr(ifl.Call, "__init__", remember)
+    running = server(upstream, first_byte_timeout_s=0.1, retry={"count": 1, "backoff_s": 0.01})
+    body = {"model": "m", "max_tokens": 9, "input": "q", "messages": MESSAGES, "stream": stream}
+    gc.disable()
+    try:
+        with Client(running) as client:
+            for reply in (usual_reply, plain({"error": {"message": "no"}}, 500), Reply(HOLD), Reply(b"no HTTP", CLOSE),
+                          plain(b"{}"), sse(chunk("a"), RESET)):
+                upstream.plays(reply, reply)
+                if client.post(body, path=path).answer().headers.get("connection") == "close" or stream:
+                    client.hang_up()
+                    client.__init__(running)
+                until(lambda: calls and not any(call() for call in calls), what="the end of the request's memory")
+                upstream.script.clear()
+    finally:
+        gc.enable()
+
+
 # --- connections -------------------------------------------------------------
 
 def test_a_connection_is_kept_after_answers_and_errors(server, upstream):
@@ -10689,9 +10918,11 @@ def test_names_that_are_ours(server, host, allowed, answered):
             assert answer.headers["x-should-retry"] == "false"
 
 
-def test_with_a_key_any_name_will_do(server):
-    running = server(detect_local=False, custom_api_key="secret-client-key")
-    assert get(running, "/v1/models", Host="any.example", Authorization="Bearer secret-client-key").status == 200
+@pytest.mark.parametrize("host, status", [("any.example", 403), ("127.0.0.1:9", 200), ("mine.example", 200)])
+def test_a_name_is_looked_at_also_where_a_key_is_sent(server, host, status):
+    running = server(detect_local=False, custom_api_key="secret-client-key", allowed_hosts=["mine.example"])
+    answer = get(running, "/v1/models", Host=host, Authorization="Bearer secret-client-key")
+    assert answer.status == status
 
 
 ORIGINS = [
@@ -11940,7 +12171,7 @@ def cdn(monkeypatch):
             def log_message(self, format, *args):
                 pass
 
-        listening = ThreadingHTTPServer(("127.0.0.1", 0), Files)
+        listening = ifl.Listener(("127.0.0.1", 0), Files)
         servers.append(listening)
         threading.Thread(target=listening.serve_forever, args=(0.05,), daemon=True).start()
         digest = base64.b64encode(hashlib.sha384(expected).digest()).decode()
@@ -14783,7 +15014,7 @@ class Hello(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hello():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hello)
+    server = ifl.Listener(("127.0.0.1", 0), Hello)
     server.daemon_threads, server.connections = True, 0
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
