@@ -17,12 +17,12 @@ The way of one request:
     3 Handler.admit                          Host, Origin, client key -> 401 / 403
     4 Router.resolve(model)                  the chain of (provider, model) to try
     5 dialect.turn(call, target)             the bytes for this upstream; pure
-    6 Upstream.open(…) -> Exchange           waits on the upstream and on the client at once
+    6 Upstream.open(…) -> UpstreamResponse           waits on the upstream and on the client at once
     7 turn.stream().feed(payload)            bytes for the client; pure
-    8 Sink.send(bytes)                       a client that is gone closes hop 6
+    8 ResponseWriter.send(bytes)                       a client that is gone closes hop 6
 
 A plain answer takes the same road with turn.reply() in place of 7.  An error is an exception until
-it reaches Handler.send_error_of (or Sink.fail, once an answer has begun): only there it becomes bytes.
+it reaches Handler.send_error_of (or ResponseWriter.fail, once an answer has begun): only there it becomes bytes.
 
 Contents
 
@@ -187,7 +187,7 @@ try:
     from datetime import datetime, timezone
     from email.utils import formatdate, parsedate_to_datetime
     from fnmatch import fnmatchcase
-    from functools import cached_property, lru_cache
+    from functools import cached_property, lru_cache, partial
     from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                         Sequence, Set, Tuple, Union)
 except ImportError as exc:
@@ -7394,26 +7394,78 @@ COMPACT = CompactDialect("/chat/completions")
 
 # === 11. Upstream ============================================================
 
-class Caller:
-    """Who waits for an upstream's answer: somebody who may leave, and who may have to be kept awake."""
-    sock: Optional[socket.socket] = None  #: watched for the end of the connection
-    tick_s = 3600.0
-    pumped = False                       #: what he is sent must not block: the rest waits in `backlog`
-    backlog = b""
-    wrote_at = 0.0                       #: when he last took something, on the monotonic clock
+class Client:
+    """Client side of a call: it may disconnect, and in silence it may need keep-alives.
 
-    def tick(self) -> None:
-        """Called in silence, about every `tick_s`."""
+    `watching` says for how long the loop looks after both; everybody else waits plainly, by `wait` or
+    with `on_leave` set.  This class stands for our own requests, which nobody can leave.
+    """
+    sock: Optional[socket.socket] = None  #: watched for the end of the connection
+    keepalive_s = 3600.0                 #: silence that is broken by `tick`
+    began = False                        #: something of the answer was sent: no other target may be tried
+    stream: Any = None                   #: the Translation's stream; it knows how to say that it failed
+    returned: Sequence[Tuple[str, str]] = ()     #: headers of the upstream that the client gets
+    nonblocking = False                  #: the loop sends: what does not go at once waits in `backlog`
+    backlog = b""
+    left: Optional[Exception] = None     #: why nobody needs the answer any more
+    _on_leave: Optional[Callable[[Exception], None]] = None
+
+    def __init__(self) -> None:
+        self._leaving = threading.Lock()
+
+    def on_leave(self, wake: Optional[Callable[[Exception], None]]) -> None:
+        """From here on `wake(reason)` ends the wait of who works for this client; raises `left`."""
+        if self.sock is not None:
+            with self._leaving:
+                self._on_leave = wake
+                if wake is not None and self.left is not None:
+                    raise self.left
+
+    def leave(self, reason: Exception) -> None:
+        """The client is gone (ClientGone), or the server stops (Stopping)."""
+        with self._leaving:
+            self.left = self.left or reason
+            if self._on_leave is not None:
+                self._on_leave(self.left)
+
+    def wait(self, event: threading.Event, seconds: Optional[float] = None) -> bool:
+        """Whether `event` is set in time; raises `left`."""
+        gone: List[Exception] = []
+
+        def wake(reason: Exception) -> None:
+            gone.append(reason)
+            event.set()
+
+        self.on_leave(wake)
+        try:
+            came = event.wait(seconds)
+        finally:
+            self.on_leave(None)
+        if gone:
+            raise gone[0]
+        return came
+
+    def tick(self, now: float) -> None:
+        """Called by the loop now and then: send a keep-alive where it is time, without waiting."""
 
     def flush(self) -> None:
         """Send what goes of `backlog` without waiting; ClientGone."""
 
     def is_stuck(self, now: float) -> bool:
-        """Whether he has taken nothing of `backlog` for too long."""
+        """Whether the client has taken nothing of `backlog` for too long."""
         return False
 
+    def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
+        """The whole of a plain answer."""
 
-NOBODY = Caller()                        #: for our own requests
+    def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
+        """A part of a stream: whole records, and the same in HTTP chunks if it came so."""
+
+    def end(self, payload: bytes) -> None:
+        """The last part."""
+
+
+NOBODY = Client()                        #: for our own requests
 
 _POLLIN = getattr(select, "POLLIN", 1)
 _POLLOUT = getattr(select, "POLLOUT", 4)
@@ -7463,66 +7515,6 @@ def has_left(sock: socket.socket, hung_up: bool = False) -> bool:
         return False
     except OSError:
         return True
-
-
-class Lookout:
-    """One thread that looks at all waiting clients twice a second and cuts off the wire of one who left.
-
-    So who waits for an upstream waits for one socket only, and a stream costs two system calls a chunk.
-    """
-    EVERY_S = 0.5
-
-    def __init__(self) -> None:
-        self._wires: Dict[int, Wire] = {}
-        self._lock = threading.Lock()
-        self._wanted, self._closed = threading.Event(), threading.Event()
-        self._thread: Optional[threading.Thread] = None
-
-    def watch(self, wire: Wire, sock: socket.socket) -> None:
-        fd = sock.fileno()
-        if fd < 0:
-            raise ClientGone
-        with self._lock:
-            self._wires[fd] = wire
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="lookout", daemon=True)
-                self._thread.start()
-        if not self._wanted.is_set():
-            self._wanted.set()
-
-    def forget(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._wires.pop(sock.fileno(), None)
-
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            if not self._wires:
-                self._wanted.clear()
-            if self._wires or self._wanted.wait(60):
-                self._closed.wait(self.EVERY_S)
-                try:
-                    self._look()
-                except Exception:        # a thread body: without it nobody would notice who leaves
-                    log.exception("looking after waiting clients failed")
-
-    def end_all(self, reason: Exception) -> None:
-        with self._lock:
-            for wire in self._wires.values():
-                wire.cut(reason)
-
-    def close(self) -> None:
-        self._closed.set()
-        self._wanted.set()
-
-    def _look(self) -> None:
-        with self._lock:                 # so that no wire goes back to the pool meanwhile
-            poller = Poller()
-            for fd in self._wires:
-                poller.register(fd, _POLLIN | _HANGUP)
-            for fd, events in poller.poll(0) if self._wires else ():
-                wire = self._wires.get(fd)
-                if wire is not None and has_left(wire.caller.sock, bool(events & _HANGUP)):
-                    wire.cut(ClientGone())
 
 
 class HeadReader:
@@ -7589,144 +7581,6 @@ def _set_kernel_timeout(sock: socket.socket, seconds: float) -> bool:
     except (OSError, struct.error):
         return False
     return os.name == "posix" and abs(taken[0] + taken[1] / 1e6 - seconds) < 0.1
-
-
-class Wire(HeadReader):
-    """A socket to an upstream, whose reader may be called upon to keep its caller awake, or be cut off when he left.
-
-    `timeout_s` is the longest silence.  Reading raises UpstreamTimeout, ClientGone, OSError.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.caller = sock, NOBODY
-        self.timeout_s, self.received, self.idle_since = 60.0, False, 0.0
-        self.answer_by: Optional[float] = None           #: when all of the answer's head has to be there
-        self._quiet_s, self._slice_s = 0.0, 0.0
-        self.cut_by: Optional[Exception] = None
-        self._poller = Poller()
-        self._poller.register(sock.fileno(), _POLLIN)
-        self._blocking = not isinstance(sock, ssl.SSLSocket) and _set_kernel_timeout(sock, 60)
-        self._now = socket.MSG_DONTWAIT if self._blocking else 0
-        sock.setblocking(self._blocking)
-
-    def attach(self, caller: Caller, timeout_s: float) -> None:
-        """From here on `caller` is who waits."""
-        self.caller, self.received = caller, False
-        self.set_timeout(timeout_s)
-
-    def set_timeout(self, timeout_s: float) -> None:
-        self.timeout_s, self._quiet_s = timeout_s, 0.0
-        self._set_slice(min(self.caller.tick_s, timeout_s))
-
-    def _heed_head(self) -> None:
-        """A head that comes in pieces, or behind others: the time for all of it is limited, who waits is kept awake."""
-        if self.answer_by is None or not self.received:
-            return
-        left_s = self.answer_by - time.monotonic()
-        if left_s <= 0:
-            raise UpstreamTimeout(f"the upstream gave no complete head of an answer within {self.timeout_s:g} s")
-        self.caller.tick()
-        self._set_slice(max(0.001, min(self.caller.tick_s, left_s)))
-
-    def _set_slice(self, seconds: float) -> None:
-        """How long one wait may take before somebody has to be heeded."""
-        if seconds != self._slice_s:
-            self._slice_s = seconds
-            if self._blocking:
-                _set_kernel_timeout(self.sock, seconds)
-
-    def is_stale(self) -> bool:
-        """Whether an idle connection was closed by the other side, or has said what nobody asked for."""
-        return bool(self._buffer) or self.holds_more() or bool(self._poller.poll(0))
-
-    def cut(self, reason: Exception) -> None:
-        """End the wait, whoever is in it, with `reason`: ClientGone, or what the caller has to be told."""
-        self.cut_by = reason
-        with contextlib.suppress(OSError):               # not TLS's own, which would pull the rug from the reader
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-
-    def _receive(self) -> bytes:
-        while True:
-            self._heed_head()
-            data = self._receive_some(0)
-            if data is not None:
-                return data
-            if self._blocking or not self._comes():
-                self._pass_silence()
-
-    def _comes(self) -> bool:
-        """Whether something may have come before the slice of silence is over."""
-        until = time.monotonic() + self._slice_s
-        while self.cut_by is None:
-            left_s = until - time.monotonic()
-            if self._poller.poll(max(0.0, min(left_s, LOOK_UP_S)) * 1000):
-                return True
-            if left_s <= LOOK_UP_S:
-                break
-        return False
-
-    def take_now(self) -> Optional[bytes]:
-        """What `take` gives, None where nothing has come."""
-        return self.take() if self._buffer else self._receive_some(self._now)
-
-    def _receive_some(self, flags: int) -> Optional[bytes]:
-        try:
-            data = self.sock.recv(65536, flags)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return None
-        except ssl.SSLWantWriteError:
-            self._wait_writable()
-            return None
-        except OSError as exc:
-            if self.cut_by is not None:
-                raise self.cut_by from None
-            if isinstance(exc, ssl.SSLEOFError):                 # no close_notify: as good as an end
-                return b""
-            raise
-        if self.cut_by is not None:
-            raise self.cut_by
-        self.received, self._quiet_s = self.received or bool(data), 0.0
-        return data
-
-    def holds_more(self) -> bool:
-        """Whether TLS has read ahead: then the socket is silent although there is something to take."""
-        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
-
-    def _pass_silence(self) -> None:
-        """A slice of silence is over: who waits is kept awake, or it was too much."""
-        if self.cut_by is not None:
-            raise self.cut_by
-        self._quiet_s += self._slice_s
-        self.check_silence(self._quiet_s)
-        self.caller.tick()
-        self._set_slice(max(0.001, min(self.caller.tick_s, self.timeout_s - self._quiet_s)))
-
-    def check_silence(self, quiet_s: float) -> None:
-        if quiet_s >= self.timeout_s - 0.001:
-            raise UpstreamTimeout(f"the upstream said nothing for {self.timeout_s:g} s")
-
-    def _wait_writable(self) -> None:
-        until = time.monotonic() + self.timeout_s
-        while not is_writable(self.sock, max(0.0, min(until - time.monotonic(), self.caller.tick_s, LOOK_UP_S))):
-            if self.cut_by is not None:
-                raise self.cut_by
-            if time.monotonic() >= until:
-                raise UpstreamTimeout(f"the upstream took nothing for {self.timeout_s:g} s")
-            self.caller.tick()
-        self.caller.tick()
-
-    def sendall(self, data: bytes) -> None:
-        view = memoryview(data)
-        flags = (getattr(socket, "MSG_DONTWAIT", 0),) if self._blocking else ()
-        while view:
-            try:
-                view = view[self.sock.send(view[:1 << 18], *flags):]
-            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                self._wait_writable()
-
-    def hang_up(self) -> None:
-        with contextlib.suppress(OSError):
-            self.sock.close()
 
 
 #: What a chunk's size is written in.
@@ -7875,16 +7729,158 @@ def parse_answer_head(head: bytes, method: str) -> AnswerHead:
     return AnswerHead(status, headers, chunked, length, keeps and (chunked or length is not None))
 
 
-class Exchange:
+class UpstreamConnection(HeadReader):
+    """A socket to an upstream.  Reading raises UpstreamTimeout, OSError, and what it was cut with."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock, self.received, self.idle_since = sock, False, 0.0
+        self.timeout_s = 60.0                            #: longest silence, and time for all of a head
+        self._head_until: Optional[float] = None
+        self._kernel_s = 60.0
+        self.cut_by: Optional[Exception] = None
+        self._poller = Poller()
+        self._poller.register(sock.fileno(), _POLLIN)
+        self._blocking = not isinstance(sock, ssl.SSLSocket) and _set_kernel_timeout(sock, 60)
+        self._now = socket.MSG_DONTWAIT if self._blocking else 0
+        sock.setblocking(self._blocking)
+
+    def begin(self, timeout_s: float) -> None:
+        """Another request and its answer."""
+        self.received = False
+        self.set_timeout(timeout_s)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        self.timeout_s, self._head_until = timeout_s, None
+        self._let_kernel_wait(timeout_s)
+
+    def _let_kernel_wait(self, seconds: float) -> None:
+        if self._blocking and seconds != self._kernel_s:
+            self._kernel_s = seconds
+            _set_kernel_timeout(self.sock, seconds)
+
+    def is_stale(self) -> bool:
+        """Whether an idle connection was closed by the other side, or has said what nobody asked for."""
+        return bool(self._buffer) or self.holds_more() or bool(self._poller.poll(0))
+
+    def cut(self, reason: Exception) -> None:
+        """End the wait of whoever reads or writes, with `reason`."""
+        self.cut_by = reason
+        with contextlib.suppress(OSError):               # not TLS's own, whose state the reader uses
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def read_answer_head(self, method: str) -> AnswerHead:
+        """The head of an answer, all of it within `timeout_s`; ValueError where it is none."""
+        self._head_until = time.monotonic() + self.timeout_s
+        for _ in range(INTERIM_ANSWERS):                 # 103 Early Hints and the like come before it
+            head = self.read_head()
+            if head is None:
+                raise ValueError("its head is too large")
+            if not head:
+                if not b"HTTP/".startswith(self.take()[:5]):
+                    raise ValueError("no status line")
+                raise ConnectionResetError("closed before the end of the head")
+            answer = parse_answer_head(head, method)
+            if answer.status >= 200:
+                self._head_until = None
+                return answer
+        raise ValueError("it says nothing but 1xx")
+
+    def _receive(self) -> bytes:
+        while True:
+            left_s = self.timeout_s
+            if self._head_until is not None and self.received:
+                left_s = self._head_until - time.monotonic()
+                self._let_kernel_wait(max(0.001, left_s))
+            data = self._receive_some(0) if left_s > 0 else None
+            if data is not None:
+                return data
+            if self._blocking or not self._comes(left_s):
+                if self._head_until is not None and self.received and self.cut_by is None:
+                    raise UpstreamTimeout(f"the upstream gave no complete head in {self.timeout_s:g} s")
+                self.check_silence(self.timeout_s)
+
+    def _comes(self, left_s: float) -> bool:
+        """Whether something may have come within `left_s`."""
+        until = time.monotonic() + left_s
+        while self.cut_by is None:
+            left_s = until - time.monotonic()
+            if self._poller.poll(max(0.0, min(left_s, LOOK_UP_S)) * 1000):
+                return True
+            if left_s <= LOOK_UP_S:
+                break
+        return False
+
+    def take_now(self) -> Optional[bytes]:
+        """What `take` gives, None where nothing has come."""
+        return self.take() if self._buffer else self._receive_some(self._now)
+
+    def _receive_some(self, flags: int) -> Optional[bytes]:
+        try:
+            data = self.sock.recv(65536, flags)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return None
+        except ssl.SSLWantWriteError:
+            self._wait_writable()
+            return None
+        except OSError as exc:
+            if self.cut_by is not None:
+                raise self.cut_by from None
+            if isinstance(exc, ssl.SSLEOFError):         # no close_notify: as good as an end
+                return b""
+            raise
+        if self.cut_by is not None:
+            raise self.cut_by
+        self.received = self.received or bool(data)
+        return data
+
+    def holds_more(self) -> bool:
+        """Whether TLS has read ahead: then the socket is silent although there is something to take."""
+        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
+
+    def check_silence(self, quiet_s: float) -> None:
+        if self.cut_by is not None:
+            raise self.cut_by
+        if quiet_s >= self.timeout_s - 0.001:
+            raise UpstreamTimeout(f"the upstream said nothing for {self.timeout_s:g} s")
+
+    def _wait_writable(self) -> None:
+        until = time.monotonic() + self.timeout_s
+        while not is_writable(self.sock, max(0.0, min(until - time.monotonic(), LOOK_UP_S))):
+            if self.cut_by is None and time.monotonic() >= until:
+                raise UpstreamTimeout(f"the upstream took nothing for {self.timeout_s:g} s")
+            if self.cut_by is not None:
+                raise self.cut_by
+
+    def sendall(self, data: bytes) -> None:
+        view = memoryview(data)
+        flags = (getattr(socket, "MSG_DONTWAIT", 0),) if self._blocking else ()
+        while view:
+            try:
+                view = view[self.sock.send(view[:1 << 18], *flags):]
+            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                self._wait_writable()
+            except (BrokenPipeError, ConnectionResetError):
+                if self.cut_by is not None:
+                    raise self.cut_by from None
+                if not self.is_stale():  # it may have answered (413, 401) without reading the body
+                    raise
+                return
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+class UpstreamResponse:
     """One request to an upstream and its answer; closing it gives the connection back, or ends it."""
 
-    def __init__(self, release: Callable[[Wire, bool], None], wire: Wire, head: AnswerHead,
-                 idle_timeout_s: float) -> None:
+    def __init__(self, release: Callable[[UpstreamConnection, bool], None], connection: UpstreamConnection,
+                 head: AnswerHead, idle_timeout_s: float) -> None:
         self.status, self.headers = head.status, head.headers
         content_type = head.headers.get("content-type", "").lower()
         self.content_type = content_type if is_sound_header("content-type", content_type) else ""
         self.framed: Optional[bytes] = None       #: the last read with its chunk framing, where it can be forwarded so
-        self._release, self.wire = release, wire
+        self._release, self.connection = release, connection
         self._chunks = Dechunker() if head.chunked else None
         self._left, self._will_close = head.length, not head.reusable
         self.next_timeout_s: Optional[float] = idle_timeout_s     #: for the body, until it begins
@@ -7909,15 +7905,15 @@ class Exchange:
     @property
     def holds_more(self) -> bool:
         """Whether there is something to read although the socket is silent."""
-        return bool(self._packed) or self.wire.holds_more()
+        return bool(self._packed) or self.connection.holds_more()
 
     def read(self) -> bytes:
         """Payload of the next network read, b"" at the proper end; UpstreamGarbled when it is cut off."""
-        return self._read(self.wire.take) or b""
+        return self._read(self.connection.take) or b""
 
     def read_now(self) -> Optional[bytes]:
         """The same, None where nothing has come."""
-        return self._read(self.wire.take_now)
+        return self._read(self.connection.take_now)
 
     def _read(self, take: Callable[[], Optional[bytes]]) -> Optional[bytes]:
         while not self.complete:
@@ -7946,7 +7942,7 @@ class Exchange:
             self._will_close = True
             raise UpstreamGarbled(f"the connection to the upstream broke: {exc.strerror or exc}") from None
         if data is not None and self.next_timeout_s is not None:     # the first byte of the body is here
-            self.wire.set_timeout(self.next_timeout_s)
+            self.connection.set_timeout(self.next_timeout_s)
             self.next_timeout_s = None
         return data
 
@@ -7998,15 +7994,15 @@ class Exchange:
         """Keep the connection if the answer was read to its end."""
         if not self.complete and self._chunks is not None and not self._will_close:
             self._read_terminator()
-        self._release(self.wire, self.complete and not self._will_close)
+        self._release(self.connection, self.complete and not self._will_close)
 
     def _read_terminator(self) -> None:
         """After [DONE] only the last chunk is missing; it is mostly there already."""
-        self.wire.set_timeout(0.05)
+        self.connection.set_timeout(0.05)
         with contextlib.suppress(GatewayError, ClientGone):      # Stopping is no UpstreamError
             self.read()
 
-    def __enter__(self) -> "Exchange":
+    def __enter__(self) -> "UpstreamResponse":
         return self
 
     def __exit__(self, kind: Any, exc: Any, trace: Any) -> None:
@@ -8015,181 +8011,238 @@ class Exchange:
         self.close()
 
 
-class Flow:
-    """One stream on its way: what Upstream.move and the pump move.  `error` is what ended it before its time."""
+class MovedStream:
+    """One stream on its way from an upstream to a client.  `error` is what ended it before its time."""
     AFTER_FINISH_S = 3.0                 #: silence after which nothing more is waited for, if the answer is over
 
-    def __init__(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool],
+    def __init__(self, response: UpstreamResponse, client: Client, move: Callable[[bytes], bool],
                  is_over: Callable[[], bool]) -> None:
-        self._exchange, self.caller, self.wire, self._move = exchange, caller, exchange.wire, move
-        self._is_over = is_over
+        self._response, self.client, self._move, self._is_over = response, client, move, is_over
+        self.connection = response.connection
         self._heard_at, self.idle = time.monotonic(), False      #: idle: all that had come is moved
-        self.place: Optional[socket.socket] = None               #: the socket that a pump waits for
-        self.due = 0.0                   #: when the pump has to heed it
+        self.place: Optional[socket.socket] = None               #: the socket that the loop waits for
+        self.due = 0.0                   #: when the loop has to check it
         self.ended, self.error = threading.Lock(), None
         self.ended.acquire()
 
     def step(self) -> bool:
         """Move what has come; whether there may be more.  Raises what reading and moving raise."""
-        caller = self.caller
-        if caller.backlog:
-            caller.flush()
-        while not caller.backlog:
-            payload = self._exchange.read_now()
+        client = self.client
+        if client.backlog:
+            client.flush()
+        while not client.backlog:
+            payload = self._response.read_now()
             if payload is None:
                 self.idle = True
                 break
-            if not payload or not self._move(payload) or self._exchange.complete:
+            if not payload or not self._move(payload) or self._response.complete:
                 return False
             self._heard_at = time.monotonic()
-            if not self._exchange.holds_more:
+            if not self._response.holds_more:
                 break
         return True
 
-    def heed(self) -> Optional[float]:
-        """Keep who waits awake; when to do so again, None where all came but the end.  UpstreamTimeout, ClientGone."""
-        caller, now = self.caller, time.monotonic()
-        if self.wire.cut_by is not None:
-            raise self.wire.cut_by
-        if caller.backlog:
-            if caller.is_stuck(now):
+    def check(self) -> Optional[float]:
+        """When to check again, None where all came but the end; UpstreamTimeout, ClientGone."""
+        client, now, timeout_s = self.client, time.monotonic(), self.connection.timeout_s
+        self.connection.check_silence(0.0)
+        if client.backlog:
+            if client.is_stuck(now):
                 raise ClientGone
             self._heard_at = now         # it is not the upstream that is slow
             return now + 1.0
         quiet_s = now - self._heard_at
-        if quiet_s >= min(self.AFTER_FINISH_S, self.wire.timeout_s) - 0.001 and self._is_over():
+        if quiet_s >= min(self.AFTER_FINISH_S, timeout_s) - 0.001 and self._is_over():
             return None
-        self.wire.check_silence(quiet_s)
-        due = caller.wrote_at + caller.tick_s
-        if due - now <= caller.tick_s * 0.01:
-            caller.tick()
-            due = now + caller.tick_s
-        if self._exchange.next_timeout_s is not None:
-            due = min(due, now + self._exchange.next_timeout_s)
+        self.connection.check_silence(quiet_s)
+        due = self._heard_at + timeout_s
         if quiet_s < self.AFTER_FINISH_S:
             due = min(due, self._heard_at + self.AFTER_FINISH_S)
-        return min(due, self._heard_at + self.wire.timeout_s, now + LOOK_UP_S)
+        if self._response.next_timeout_s is not None:
+            due = min(due, now + self._response.next_timeout_s)
+        return min(due, now + LOOK_UP_S)
 
     def end(self, error: Optional[BaseException]) -> None:
-        """Wake who waits for the end; nothing is kept for the pump, which may know of this flow for a while."""
+        """Wake who waits for the end; the loop may know of this stream for a while, and keeps nothing of it."""
         self.error, self.place = error, None
-        del self._exchange, self.caller, self.wire, self._move, self._is_over
+        del self._response, self.client, self.connection, self._move, self._is_over
         self.ended.release()
 
 
-class Pump:
-    """One thread that moves the streams of all requests, whose own threads sleep until theirs has ended.
+class StreamLoop:
+    """One thread that moves the streams of all calls, keeps their clients awake and notices who left.
 
-    Threads that each wait for their own upstream fight over the interpreter's lock at each chunk: with 32 streams that
-    took more than half of the time of a chunk, whatever `sys.setswitchinterval` says.
+    Threads that each wait for their own upstream fight over the interpreter's lock at each chunk: with 32
+    streams that took more than half of the time of a chunk, whatever `sys.setswitchinterval` says.
     """
+    #: How often all clients are looked at.
+    LOOK_EVERY_S = 0.5
     #: select(), where there is nothing better (Windows), takes 512 sockets.
     ROOM = 500 if selectors.DefaultSelector is selectors.SelectSelector else 1 << 20
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._fresh: Deque[Flow] = deque()
-        self._due: List[Tuple[float, int, Flow]] = []    #: a heap: when somebody has to be heeded
+        self._fresh: Deque[MovedStream] = deque()
+        self._due: List[Tuple[float, int, MovedStream]] = []     #: a heap: when which has to be checked
         self._number, self._load, self._closing, self._lock = 0, 0, False, threading.Lock()
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ear.setblocking(False)
-        self._selector.register(self._ear, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name="pump", daemon=True)
+        self._clients: Dict[int, Client] = {}                    #: by file descriptor
+        self._look_at, self._look_every_s = 0.0, 0.0             #: 0: nobody is to be looked at
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
         self._thread.start()
 
+    # clients
+
+    @contextlib.contextmanager
+    def watching(self, client: Client) -> Iterator[None]:
+        """For the time of the `with` a client is kept awake, and told to `leave` when it has."""
+        fd = client.sock.fileno() if client.sock is not None else -1
+        if fd < 0:
+            raise ClientGone
+        with self._lock:
+            self._clients[fd] = client
+            every_s = min(self.LOOK_EVERY_S, client.keepalive_s)
+            is_late = not self._look_at or every_s < self._look_every_s
+            if is_late:
+                self._look_every_s, self._look_at = every_s, time.monotonic() + every_s
+        if is_late:
+            self._wake_up()
+        try:
+            yield
+        finally:
+            with self._lock:             # from here on no keep-alive is sent
+                del self._clients[fd]
+
+    def _look(self) -> None:
+        """Look at all clients, which stay as long as the lock is held."""
+        with self._lock:
+            if not self._clients:
+                self._look_at = 0.0
+                return
+            poller, now = Poller(), time.monotonic()
+            for fd in self._clients:
+                poller.register(fd, _POLLIN | _HANGUP)
+            for fd, events in poller.poll(0):
+                client = self._clients[fd]
+                if has_left(client.sock, bool(events & _HANGUP)):
+                    client.leave(ClientGone())
+            for client in self._clients.values():
+                client.tick(now)
+            self._look_every_s = min(self.LOOK_EVERY_S, *(c.keepalive_s for c in self._clients.values()))
+            self._look_at = now + self._look_every_s
+
+    def end_all(self, reason: Exception) -> None:
+        """Let all clients leave, who are told the reason."""
+        with self._lock:
+            for client in self._clients.values():
+                client.leave(reason)
+
+    # streams
+
     def admit(self) -> bool:
-        """Take a place for one more flow, if there is one."""
+        """Take a place for one more stream, if there is one."""
         with self._lock:
             free = self._load < self.ROOM and not self._closing
             self._load += free
             return free
 
-    def run(self, flow: Flow) -> None:
-        """Move a flow that was admitted, until it has ended."""
-        wire = flow.wire
-        self._fresh.append(flow)
-        self._ring()
+    def run(self, stream: MovedStream) -> None:
+        """Move a stream that was admitted, until it has ended."""
+        connection = stream.connection
+        self._fresh.append(stream)
+        self._wake_up()
         try:
-            flow.ended.acquire()
-        except BaseException:            # a signal, in a main thread: the wire must not be let go while it is watched
-            wire.cut(ClientGone())
-            flow.ended.acquire()
+            stream.ended.acquire()
+        except BaseException:            # a signal, in a main thread: the loop still reads the connection
+            connection.cut(ClientGone())
+            stream.ended.acquire()
             raise
 
-    def _ring(self) -> None:
+    def _wake_up(self) -> None:
         with contextlib.suppress(OSError):               # full: it will wake up
-            self._bell.send(b"!")
+            self._waker.send(b"!")
 
     def close(self) -> None:
-        """End once the last flow has."""
+        """End once the last stream has."""
         with self._lock:
             self._closing = True
-        self._ring()
+        self._wake_up()
 
     def _run(self) -> None:
         while not self._closing or self._load:
-            wait_s = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
-            for key, _ in self._selector.select(wait_s):
+            for key, _ in self._selector.select(self._wait_s()):
                 if key.data is None:
                     self._let_in()
                 else:
                     self._serve(key.data, key.data.step)
+            if self._look_at and self._look_at <= time.monotonic():
+                try:
+                    self._look()
+                except Exception:        # without this thread no stream would move any more
+                    log.exception("looking after waiting clients failed")
             while self._due and self._due[0][0] <= time.monotonic():
-                due, _, flow = heapq.heappop(self._due)
-                if due == flow.due:      # else it was planned anew
-                    self._heed(flow)
+                due, _, stream = heapq.heappop(self._due)
+                if due == stream.due:    # else it was planned anew
+                    self._check(stream)
         self._selector.close()
-        self._bell.close()
-        self._ear.close()
+        self._waker.close()
+        self._woken.close()
+
+    def _wait_s(self) -> Optional[float]:
+        due = self._due[0][0] if self._due else 0.0
+        first = min(due, self._look_at) if due and self._look_at else due or self._look_at
+        return max(0.0, first - time.monotonic()) if first else None
 
     def _let_in(self) -> None:
         with contextlib.suppress(OSError):
-            self._ear.recv(4096)
+            self._woken.recv(4096)
         while self._fresh:
             self._serve(self._fresh[0], lambda: True)
-            self._heed(self._fresh.popleft())
+            self._check(self._fresh.popleft())
 
-    def _heed(self, flow: Flow) -> None:
+    def _check(self, stream: MovedStream) -> None:
         def act() -> bool:
-            due = flow.heed()
+            due = stream.check()
             if due is not None:
-                self._plan(flow, due)
+                self._plan(stream, due)
             return due is not None
 
-        if flow.place is not None:       # it may have ended meanwhile
-            self._serve(flow, act)
+        if stream.place is not None:     # it may have ended meanwhile
+            self._serve(stream, act)
 
-    def _plan(self, flow: Flow, due: float) -> None:
+    def _plan(self, stream: MovedStream, due: float) -> None:
         self._number += 1
-        flow.due = due
-        heapq.heappush(self._due, (due, self._number, flow))
+        stream.due = due
+        heapq.heappush(self._due, (due, self._number, stream))
 
-    def _serve(self, flow: Flow, act: Callable[[], bool]) -> None:
-        """Let a flow act, and wait for its upstream, or for a slow client, until the next time; or it has ended."""
+    def _serve(self, stream: MovedStream, act: Callable[[], bool]) -> None:
+        """Let a stream act, and wait for its upstream, or for a slow client, until the next time; or it has ended."""
         error: Optional[BaseException] = None
         try:
             if act():
-                return self._wait_for(flow)
+                return self._wait_for(stream)
         except BaseException as exc:     # whatever it is, it belongs to the request's own thread
             error = exc
-        if flow.place is not None:
-            self._selector.unregister(flow.place)
+        if stream.place is not None:
+            self._selector.unregister(stream.place)
         with self._lock:
             self._load -= 1
-        flow.end(error)
+        stream.end(error)
 
-    def _wait_for(self, flow: Flow) -> None:
-        slow = bool(flow.caller.backlog)
-        place = flow.caller.sock if slow else flow.wire.sock
-        if place is not flow.place:
-            if flow.place is not None:
-                self._selector.unregister(flow.place)
-                flow.place = None
-            self._selector.register(place, selectors.EVENT_WRITE if slow else selectors.EVENT_READ, flow)
-            flow.place = place
-            if slow and flow.due > time.monotonic() + 1:
-                self._plan(flow, time.monotonic() + 1)
+    def _wait_for(self, stream: MovedStream) -> None:
+        is_slow = bool(stream.client.backlog)
+        place = stream.client.sock if is_slow else stream.connection.sock
+        if place is not stream.place:
+            if stream.place is not None:
+                self._selector.unregister(stream.place)
+                stream.place = None
+            self._selector.register(place, selectors.EVENT_WRITE if is_slow else selectors.EVENT_READ, stream)
+            stream.place = place
+            if is_slow and stream.due > time.monotonic() + 1:
+                self._plan(stream, time.monotonic() + 1)
 
 
 class Pool:
@@ -8197,37 +8250,37 @@ class Pool:
     SIZE = 128                           #: for each key
 
     def __init__(self) -> None:
-        self._idle: Dict[Tuple, Deque[Wire]] = {}
+        self._idle: Dict[Tuple, Deque[UpstreamConnection]] = {}
         self._lock = threading.Lock()
         self._closed = False
 
-    def take(self, key: Tuple) -> Optional[Wire]:
+    def take(self, key: Tuple) -> Optional[UpstreamConnection]:
         while True:
             with self._lock:
                 idle = self._idle.get(key)
                 if not idle:
                     return None
-                wire = idle.pop()
-            if time.monotonic() - wire.idle_since < UPSTREAM_IDLE_S and not wire.is_stale():
-                return wire
-            wire.hang_up()
+                connection = idle.pop()
+            if time.monotonic() - connection.idle_since < UPSTREAM_IDLE_S and not connection.is_stale():
+                return connection
+            connection.hang_up()
 
-    def give(self, key: Tuple, wire: Wire) -> None:
-        wire.idle_since = time.monotonic()
+    def give(self, key: Tuple, connection: UpstreamConnection) -> None:
+        connection.idle_since = time.monotonic()
         with self._lock:
             idle = self._idle.setdefault(key, deque())
-            idle.append(wire)
+            idle.append(connection)
             too_old = idle.popleft() if len(idle) > self.SIZE or self._closed else None
         if too_old:
             too_old.hang_up()
 
     def clear(self, final: bool = False) -> None:
         with self._lock:
-            wires = [wire for idle in self._idle.values() for wire in idle]
+            connections = [connection for idle in self._idle.values() for connection in idle]
             self._idle.clear()
             self._closed = final
-        for wire in wires:
-            wire.hang_up()
+        for connection in connections:
+            connection.hang_up()
 
 
 #: OpenSSL's verify codes that have a cause a user can act on.
@@ -8526,20 +8579,20 @@ class Upstream:
     """All HTTP that goes out: connections are kept, TLS is set up once, errors are UpstreamErrors."""
 
     def __init__(self) -> None:
-        self._pool, self._lookout = Pool(), Lookout()
-        self._pumps: List[Pump] = []
+        self._pool = Pool()
+        self._loops: List[StreamLoop] = []
         self._tls: Tuple[str, Optional[ssl.SSLContext]] = ("", None)
         self._lock = threading.Lock()
         self.identity = IFlowIdentity()
         self.own_ports: Set[int] = set()     #: ports this process listens on: never an upstream
 
-    def open(self, provider: Provider, settings: Settings, method: str, path: str, headers: Iterable[Tuple[str, str]],
-             body: Optional[bytes], caller: Caller = NOBODY, timeout_s: Optional[float] = None,
-             content_type: str = "application/json") -> Exchange:
+    def open(self, provider: Provider, settings: Settings, method: str, path: str,
+             headers: Iterable[Tuple[str, str]], body: Optional[bytes], client: Client = NOBODY,
+             timeout_s: Optional[float] = None, content_type: str = "application/json") -> UpstreamResponse:
         """Send one request, return its answer once the head is there.
 
-        Raises UpstreamError (unreachable, TLS, silent, no HTTP) and ClientGone.  A kept connection that turns out
-        to be closed before a byte was received is replaced by a new one, once.
+        Raises UpstreamError (unreachable, TLS, silent, no HTTP) and ClientGone.  A kept connection that turns
+        out to be closed before a byte was received is replaced by a new one, once.
         """
         endpoint = Endpoint.of(provider.base_url)
         request = self._head(endpoint, method, path, headers, body, content_type) + (body or b"")
@@ -8548,70 +8601,36 @@ class Upstream:
         proxy = proxy_for(provider, settings, endpoint)
         key = (endpoint.scheme, endpoint.host, endpoint.port, proxy)
         where = f"{provider.name} ({endpoint.authority})"
-        wire = self._pool.take(key)
+        connection = self._pool.take(key)
         while True:
-            kept = wire is not None
-            if wire is None:
-                wire = self._connect(endpoint, settings, where, proxy)
+            kept = connection is not None
+            if connection is None:
+                connection = self._connect(endpoint, settings, where, proxy)
             try:
-                return self._exchange(key, wire, request, method, caller, first_s, idle_s)
+                connection.begin(first_s)
+                client.on_leave(connection.cut)
+                connection.sendall(request)
+                answer = connection.read_answer_head(method)
+                return UpstreamResponse(partial(self._release, key, client), connection, answer, idle_s)
             except (OSError, ValueError) as exc:
-                self._part(wire)
-                wire.hang_up()
-                if not kept or wire.received:
+                client.on_leave(None)
+                connection.hang_up()
+                if not kept or connection.received:
                     if isinstance(exc, ConnectionError):
                         raise UpstreamUnreachable(f"{where} closed the connection without an answer") from None
                     raise _transport_error(exc, where) from exc
-                wire = None
+                connection = None
             except BaseException:
-                self._part(wire)
-                wire.hang_up()
+                client.on_leave(None)
+                connection.hang_up()
                 raise
 
-    def _exchange(self, key: Tuple, wire: Wire, request: bytes, method: str, caller: Caller, first_s: float,
-                  idle_s: float) -> Exchange:
-        wire.attach(caller, first_s)
-        if caller.sock is not None:
-            self._lookout.watch(wire, caller.sock)
-        try:
-            wire.sendall(request)
-        except (BrokenPipeError, ConnectionResetError):
-            if not wire.is_stale():      # it may have answered (413, 401) without reading the body
-                raise
-        wire.answer_by = time.monotonic() + first_s
-        answer = self._read_head(wire, method)
-        for _ in range(INTERIM_ANSWERS):
-            if answer.status >= 200:
-                break
-            answer = self._read_head(wire, method)       # 103 Early Hints and the like come before the answer
+    def _release(self, key: Tuple, client: Client, connection: UpstreamConnection, reusable: bool) -> None:
+        client.on_leave(None)            # from here on nobody cuts it
+        if reusable and connection.cut_by is None:
+            self._pool.give(key, connection)
         else:
-            raise ValueError("it says nothing but 1xx")
-        wire.answer_by = None
-
-        def release(wire: Wire, reusable: bool) -> None:
-            self._part(wire)             # from here on nobody cuts it
-            if reusable and wire.cut_by is None:
-                self._pool.give(key, wire)
-            else:
-                wire.hang_up()
-
-        return Exchange(release, wire, answer, idle_s)
-
-    @staticmethod
-    def _read_head(wire: Wire, method: str) -> AnswerHead:
-        head = wire.read_head()
-        if head is None:
-            raise ValueError("its head is too large")
-        if not head:
-            if not b"HTTP/".startswith(wire.take()[:5]):
-                raise ValueError("no status line")
-            raise ConnectionResetError("closed before the end of the head")
-        return parse_answer_head(head, method)
-
-    def _part(self, wire: Wire) -> None:
-        if wire.caller.sock is not None:
-            self._lookout.forget(wire.caller.sock)
-        wire.caller = NOBODY
+            connection.hang_up()
 
     @staticmethod
     def _head(endpoint: Endpoint, method: str, path: str, headers: Iterable[Tuple[str, str]], body: Optional[bytes],
@@ -8622,7 +8641,7 @@ class Upstream:
         lines += [f"{name}: {value}" for name, value in headers]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
-    def _connect(self, endpoint: Endpoint, settings: Settings, where: str, address: str) -> Wire:
+    def _connect(self, endpoint: Endpoint, settings: Settings, where: str, address: str) -> UpstreamConnection:
         """A connection to `endpoint`, through the proxy at `address` unless that is empty."""
         sock, proxy = None, self._read_proxy(address, where)
         place, until = proxy or endpoint, time.monotonic() + settings.connect_timeout_s
@@ -8638,7 +8657,7 @@ class Upstream:
                 sock.settimeout(settings.connect_timeout_s)
             if endpoint.scheme == "https":
                 sock = self._context(settings.ca_file).wrap_socket(sock, server_hostname=endpoint.host)
-            return Wire(sock)
+            return UpstreamConnection(sock)
         except Exception as exc:
             if sock is not None:
                 sock.close()
@@ -8675,49 +8694,59 @@ class Upstream:
                 self._tls = (ca_file, context)
             return self._tls[1]
 
-    def move(self, exchange: Exchange, caller: Caller, move: Callable[[bytes], bool],
+    @contextlib.contextmanager
+    def watching(self, client: Client) -> Iterator[None]:
+        """For the time of a call its client is kept awake, and those who work for it hear when it leaves."""
+        with self._loop().watching(client) if client.sock is not None else contextlib.nullcontext():
+            yield
+
+    def move(self, response: UpstreamResponse, client: Client, move: Callable[[bytes], bool],
              is_over: Callable[[], bool] = lambda: False) -> None:
         """Give `move` each payload as it comes, until it says False or the answer has ended; raises what they raise.
 
-        Some upstreams do not close: where `is_over` says in silence that nothing of worth is missing, that is the end.
-        What is there already is moved at once; then another thread does it, and nothing that is sent to `caller` waits.
+        Some upstreams do not close: where `is_over` says in silence that nothing of worth is missing, that is
+        the end.  What is there already is moved at once; then the loop does it, and nothing that is sent to
+        `client` waits.
         """
-        flow = Flow(exchange, caller, move, is_over)
-        while not flow.idle:
-            if not flow.step():
+        stream = MovedStream(response, client, move, is_over)
+        while not stream.idle:
+            if not stream.step():
                 return
-        caller.pumped = True
+        client.nonblocking = True
         try:
-            self._pump().run(flow)
+            self._loop(True).run(stream)
         finally:
-            caller.pumped = False
-        if flow.error is not None:
+            client.nonblocking = False
+        if stream.error is not None:
             try:
-                raise flow.error
+                raise stream.error
             finally:
-                del flow                 # else the error would hold the frame that holds it
+                del stream               # else the error would hold the frame that holds it
 
-    def _pump(self) -> Pump:
+    def _loop(self, admitted: bool = False) -> StreamLoop:
+        """The loop that looks after clients, or (`admitted`) one that has room for a stream."""
         with self._lock:
-            for pump in self._pumps:
-                if pump.admit():
-                    return pump
-            pump = Pump()
-            pump.admit()
-            self._pumps.append(pump)
-            return pump
+            for loop in self._loops:
+                if not admitted or loop.admit():
+                    return loop
+            self._loops.append(StreamLoop())
+            if admitted:
+                self._loops[-1].admit()
+            return self._loops[-1]
 
     def end_all(self, reason: Exception) -> None:
         """Cut off what is still on its way to clients, who are told the reason."""
-        self._lookout.end_all(reason)
+        with self._lock:
+            loops = list(self._loops)
+        for loop in loops:
+            loop.end_all(reason)
 
     def close(self) -> None:
-        self._lookout.close()
         self._pool.clear(final=True)
         with self._lock:
-            for pump in self._pumps:
-                pump.close()
-            self._pumps = []
+            for loop in self._loops:
+                loop.close()
+            self._loops = []
 
 
 # === 12. Credentials =========================================================
@@ -9072,10 +9101,10 @@ class Refresher:
         token = login.get(REFRESH)
         return isinstance(token, str) and token not in ("", state.dead_token) and self._monotonic() >= state.next_at
 
-    def renew(self, account: str, key: str, caller: Caller) -> str:
+    def renew(self, account: str, key: str, client: Client) -> str:
         """The key to use instead of `key`, which the API refused; "" where a refresh brings none.
 
-        On a thread of its own: a client that leaves, for which `caller` is watched, must not cut a refresh in half.
+        On a thread of its own: a client that leaves must not cut a refresh in half.
         """
         found: List[str] = []
         done = threading.Event()
@@ -9087,10 +9116,7 @@ class Refresher:
                 done.set()
 
         threading.Thread(target=refresh, name="login-renew", daemon=True).start()
-        while not done.wait(min(caller.tick_s, 0.5)):
-            if caller.sock is not None and has_left(caller.sock):
-                raise ClientGone
-            caller.tick()
+        client.wait(done)
         return "".join(found)
 
     def _refresh(self, file: LoginFile, stale: Optional[str]) -> str:
@@ -9515,12 +9541,17 @@ def open_browser(url: str, environ: Mapping[str, str], run: Callable[[Sequence[s
 
 # === 13. Services ============================================================
 
+class _Ticket(threading.Event):
+    """Set when a place is granted, or when nobody needs it any more."""
+    granted = False
+
+
 class Slots:
     """Places at one upstream, first come first served; `limit` 0 is no limit."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.active = limit, 0
-        self._waiting: Deque[threading.Event] = deque()
+        self._waiting: Deque[_Ticket] = deque()
         self._lock = threading.Lock()
 
     @property
@@ -9537,9 +9568,9 @@ class Slots:
             self._hand_over()
 
     @contextlib.contextmanager
-    def hold(self, caller: Caller, settings: Settings, name: str) -> Iterator[None]:
+    def hold(self, client: Client, settings: Settings, name: str) -> Iterator[None]:
         """A place for the time of the `with`; Busy when the queue is full or the wait too long, ClientGone."""
-        turn: Optional[threading.Event] = None
+        ticket: Optional[_Ticket] = None
         with self._lock:
             if not self.limit or self.active < self.limit and not self._waiting:
                 self.active += 1
@@ -9547,45 +9578,32 @@ class Slots:
                 raise Busy(f"{name} is busy and {len(self._waiting)} requests wait already",
                            retry_after_s=DEFAULT_RETRY_AFTER_S)
             else:
-                turn = threading.Event()
-                self._waiting.append(turn)
+                ticket = _Ticket()
+                self._waiting.append(ticket)
         try:
-            if turn is not None:
-                self._wait(turn, caller, settings, name)
+            if ticket is not None and not client.wait(ticket, settings.queue_timeout_s):
+                raise Busy(f"no place at {name} came free within {settings.queue_timeout_s:g} s",
+                           retry_after_s=DEFAULT_RETRY_AFTER_S)
             yield
         finally:
             with self._lock:
-                if turn is None or turn.is_set():
+                if ticket is None or ticket.granted:
                     self.active -= 1
                 else:
-                    self._waiting.remove(turn)
+                    self._waiting.remove(ticket)
                 self._hand_over()
 
     def _hand_over(self) -> None:
         while self._waiting and (not self.limit or self.active < self.limit):
             self.active += 1
-            self._waiting.popleft().set()
-
-    @staticmethod
-    def _wait(turn: threading.Event, caller: Caller, settings: Settings, name: str) -> None:
-        until = time.monotonic() + settings.queue_timeout_s
-        while not turn.wait(min(caller.tick_s, 0.5, max(0.0, until - time.monotonic()))):
-            if caller.sock is not None and has_left(caller.sock):
-                raise ClientGone
-            if time.monotonic() >= until:
-                raise Busy(f"no place at {name} came free within {settings.queue_timeout_s:g} s",
-                           retry_after_s=DEFAULT_RETRY_AFTER_S)
-            caller.tick()
+            ticket = self._waiting.popleft()
+            ticket.granted = True
+            ticket.set()
 
 
-def wait_for(caller: Caller, seconds: float) -> None:
-    """Let time pass before a retry and keep the client awake; ClientGone as soon as it leaves."""
-    until, pause = time.monotonic() + seconds, threading.Event()
-    while time.monotonic() < until:
-        pause.wait(min(max(0.001, until - time.monotonic()), caller.tick_s, 0.5))
-        if caller.sock is not None and has_left(caller.sock):
-            raise ClientGone
-        caller.tick()
+def wait_for(client: Client, seconds: float) -> None:
+    """Let time pass before a retry; raises when the client leaves."""
+    client.wait(threading.Event(), seconds)
 
 
 class Window:
@@ -9930,7 +9948,7 @@ class Lane:
         awake.sort(key=lambda key: max(0, slots[key].load - slots[key].limit + 1) if key in slots else 0)
         return awake or [min(turn, key=self.rests.left_s)]
 
-    def hold_key(self, key: str, client: Caller, settings: Settings) -> Any:
+    def hold_key(self, key: str, client: Client, settings: Settings) -> Any:
         """A place at the key for the time of a `with`; Busy, ClientGone."""
         slots = self._key_slots.get(key)
         return slots.hold(client, settings, f"a key of {self.provider.name}") if slots else _NO_WAIT
@@ -10891,22 +10909,6 @@ def parse_model_list(data: bytes) -> List[str]:
     return [name for name in names if isinstance(name, str) and name]
 
 
-class AnswerSink(Caller):
-    """Where an answer goes.  The HTTP section writes it to a socket."""
-    began = False                        #: something of the answer was sent: no other target may be tried any more
-    stream: Any = None                   #: what the answer goes through now; it knows how to say that it failed
-    returned: Sequence[Tuple[str, str]] = ()     #: headers of the upstream that the client gets
-
-    def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
-        """The whole of a plain answer."""
-
-    def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
-        """A part of a stream: whole records, and the same in HTTP chunks if it came so."""
-
-    def end(self, payload: bytes) -> None:
-        """The last part."""
-
-
 def tokens_of(header: str) -> Set[str]:
     """The words of a header that lists some; those of Connection name further headers of this hop (RFC 9110, 7.6.1)."""
     return {token.strip().lower() for token in header.split(",")}
@@ -10988,21 +10990,21 @@ def models_in(text: str) -> List[Any]:
             for name in (value if isinstance(value, list) else [value])]
 
 
-def read_refusal(exchange: Exchange, provider: Provider) -> UpstreamError:
+def read_refusal(response: UpstreamResponse, provider: Provider) -> UpstreamError:
     """What an answer with an error status stands for; 429 always says when to come back."""
-    if exchange.status < 400:
-        place = one_line(exchange.headers.get("location", "nowhere"), 120)
+    if response.status < 400:
+        place = one_line(response.headers.get("location", "nowhere"), 120)
         return UpstreamGarbled(f"the upstream redirects to {place}; set base_url to where it really is")
     try:
-        data = exchange.read_all(REFUSAL_LIMIT_BYTES)
+        data = response.read_all(REFUSAL_LIMIT_BYTES)
     except UpstreamError:
         data = b""
-    refusal = parse_refusal(exchange.status, exchange.content_type, data)
+    refusal = parse_refusal(response.status, response.content_type, data)
     if refusal.status == 406 and provider.kind == "iflow":   # unsigned, or a model this key may not use
         refusal.status, refusal.body = 403, None
-    said = parse_retry_after(exchange.headers, time.time())
+    said = parse_retry_after(response.headers, time.time())
     refusal.retry_after_s = refusal.retry_after_s if said is None else said
-    verdict = exchange.headers.get("x-should-retry", "").lower()
+    verdict = response.headers.get("x-should-retry", "").lower()
     refusal.should_retry = {"true": True, "false": False}.get(verdict)
     return refusal
 
@@ -11010,14 +11012,14 @@ def read_refusal(exchange: Exchange, provider: Provider) -> UpstreamError:
 class Attempts:
     """One call on its way: asks what its plan says next, until somebody has answered."""
 
-    def __init__(self, gateway: Any, call: Call, sink: AnswerSink) -> None:
-        self.gateway, self.log, self.call, self.sink = gateway, gateway.log, call, sink
+    def __init__(self, gateway: Any, call: Call, client: Client) -> None:
+        self.gateway, self.log, self.call, self.client = gateway, gateway.log, call, client
         self._fresh_key = ""             #: of a login that was refreshed for this call
         self.record = Record(call.request_id, call.dialect.name, (call.model or "")[:200], call.stream,
                              time.monotonic(), key=call.key.name if call.key else "", at=time.time())
 
     def run(self) -> None:
-        """Raises GatewayError, with nothing sent or (`sink.began`) in mid-answer, and ClientGone."""
+        """Raises GatewayError, with nothing sent or (`client.began`) in mid-answer, and ClientGone."""
         record = self.record
         try:
             self.state: State = self.gateway.current()
@@ -11066,7 +11068,7 @@ class Attempts:
     def _pause(self, seconds: float) -> None:
         if seconds:
             self.log.info("%s trying again in %.1f s", self.call.request_id[4:12], seconds)
-            self.gateway.pause(self.sink, seconds)
+            self.gateway.pause(self.client, seconds)
 
     def _ask(self, step: Step, plan: Plan, place: contextlib.ExitStack) -> bool:
         """Make an attempt; False where no upstream was needed."""
@@ -11076,13 +11078,13 @@ class Attempts:
             if self.turn.local is not None:
                 self._answer_locally()
                 return False
-            place.enter_context(self.lane.slots.hold(self.sink, self.settings, provider.name))
+            place.enter_context(self.lane.slots.hold(self.client, self.settings, provider.name))
         key, started = plan.take_key(), time.monotonic()
         self.record.attempts += 1
         attempt = Attempt(provider.name, self.target.model, mask(key), 200, "", 0.0)
         try:
-            with self.lane.hold_key(key, self.sink, self.settings):
-                self._exchange(key)
+            with self.lane.hold_key(key, self.client, self.settings):
+                self._ask_upstream(key)
         except UpstreamError as exc:
             attempt = attempt._replace(status=exc.status, error=one_line(exc.message))
             self.record.trail.append(attempt._replace(total_s=time.monotonic() - started))
@@ -11120,12 +11122,12 @@ class Attempts:
             raise BadRequest("the body is nested too deeply") from None
         gateway.tell_skipped(self.turn.skipped, self.call)
         if self.turn.local is None:
-            self.sink.stream = self.turn.stream()
+            self.client.stream = self.turn.stream()
 
     def _answer_locally(self) -> None:
         if self.call.stream:
-            return self.sink.end(self.turn.local_events())
-        self.sink.reply(dump_json(self.turn.local), "application/json", ())
+            return self.client.end(self.turn.local_events())
+        self.client.reply(dump_json(self.turn.local), "application/json", ())
 
     def _learn(self) -> None:
         """Compare what was estimated with what the upstream counted."""
@@ -11137,7 +11139,7 @@ class Attempts:
 
     def _mend(self, plan: Plan, status: int, exc: GatewayError) -> bool:
         """Whether the attempt can be made again at once: its login refreshed, or max_tokens lowered."""
-        if self.sink.began or not isinstance(exc, UpstreamRefused):
+        if self.client.began or not isinstance(exc, UpstreamRefused):
             return False
         if status == 401:
             return self._renew_login(plan)
@@ -11157,7 +11159,7 @@ class Attempts:
         account = self.gateway.account_of(self.target.provider, plan.key)
         if account is None or plan.key == self._fresh_key:
             return False
-        self._fresh_key = self.gateway.logins.refresher.renew(account, plan.key, self.sink) or ""
+        self._fresh_key = self.gateway.logins.refresher.renew(account, plan.key, self.client) or ""
         if self._fresh_key:
             plan.repeat(self._fresh_key)
         return bool(self._fresh_key)
@@ -11165,7 +11167,7 @@ class Attempts:
     def _give_up(self, plan: Plan, status: int, exc: GatewayError, has_others: bool) -> None:
         """Tell the plan; raises where nobody else may be asked."""
         name = self.target.provider.name
-        if plan.failed(exc, self.sink.began, status):
+        if plan.failed(exc, self.client.began, status):
             circuit = {**CIRCUIT, **self.settings.circuit}
             self.log.warning("%s failed %d times in a row and rests for %g s where there is another",
                              name, circuit["failures"], circuit["rest_s"])
@@ -11217,53 +11219,53 @@ class Attempts:
 
     # one exchange with the upstream
 
-    def _exchange(self, key: str) -> None:
+    def _ask_upstream(self, key: str) -> None:
         """Send the request and pass the answer on."""
-        provider, sink = self.target.provider, self.sink
+        provider, client = self.target.provider, self.client
         headers = self._headers(provider, key)
         if provider.kind == "iflow":
             headers = [*headers, *self.gateway.upstream.identity.headers(key, time.time())]
         with self.gateway.upstream.open(provider, self.settings, "POST", self.call.dialect.path, headers, self.body,
-                                        sink) as exchange:
-            if exchange.status >= 300:
-                raise read_refusal(exchange, provider)
-            if "html" in exchange.content_type:
+                                        client) as response:
+            if response.status >= 300:
+                raise read_refusal(response, provider)
+            if "html" in response.content_type:
                 raise UpstreamGarbled("the upstream answered with a web page; is base_url its API, and not its site?")
-            sink.returned = [pair for pair in exchange.headers.items() if is_returned(*pair)]
+            client.returned = [pair for pair in response.headers.items() if is_returned(*pair)]
             data = b""
             if self.call.stream:
-                sink.stream = stream = self.turn.stream()
-                if "json" not in exchange.content_type:
+                client.stream = stream = self.turn.stream()
+                if "json" not in response.content_type:
                     try:
-                        data = self._stream(exchange, stream)
+                        data = self._stream(response, stream)
                     finally:
                         self.record.usage = self._usage(stream.usage, stream.records)
                     if not data:
                         return
-            self._reply(exchange, data or exchange.read_all(ANSWER_LIMIT_BYTES))
+            self._reply(response, data or response.read_all(ANSWER_LIMIT_BYTES))
 
-    def _reply(self, exchange: Exchange, data: bytes) -> None:
+    def _reply(self, response: UpstreamResponse, data: bytes) -> None:
         """Pass a plain answer on; one that came as a stream is folded, and the other way round."""
-        dialect, sink = self.call.dialect, self.sink
+        dialect, client = self.call.dialect, self.client
         streamed = dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:", b":"))
         data = dump_json(fold_stream(data)) if streamed else data
-        completion = self._parse_answer(data, exchange.status)
+        completion = self._parse_answer(data, response.status)
         self.record.usage = self._usage(usage_of(completion), len(data) // 5)
         self._spend()
         if self.call.stream:             # a server that does not stream: its answer becomes a stream
-            sink.end(sink.stream.feed(completion_to_sse(completion)) + sink.stream.close())
+            client.end(client.stream.feed(completion_to_sse(completion)) + client.stream.close())
         else:
-            plain = dialect.foreign or streamed or not exchange.content_type
-            content_type = "application/json" if plain else exchange.content_type
-            sink.reply(self.turn.reply(data, completion), content_type, sink.returned)
+            plain = dialect.foreign or streamed or not response.content_type
+            content_type = "application/json" if plain else response.content_type
+            client.reply(self.turn.reply(data, completion), content_type, client.returned)
         self.record.first_s = time.monotonic() - self.record.started
 
-    def _stream(self, exchange: Exchange, stream: Any) -> bytes:
+    def _stream(self, response: UpstreamResponse, stream: Any) -> bytes:
         """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole.
 
         Returns the body where it is no event stream but a JSON object, whatever it calls itself, else b"".
         """
-        sink, record, provider = self.sink, self.record, self.target.provider
+        client, record, provider = self.client, self.record, self.target.provider
         kinds: Set[bool] = set()         # of the first payload: whether it begins as JSON does
         body = bytearray()
 
@@ -11280,15 +11282,15 @@ class Attempts:
             if stream.failed:            # on Chat an error goes out as it came, but for a key in it
                 out, passes = _without_secrets(out, provider), False
             if passes:
-                sink.send(out, exchange.framed)
+                client.send(out, response.framed)
             elif out:
                 if record.first_s is None:
                     record.first_s = time.monotonic() - record.started
-                sink.send(out)
+                client.send(out)
             return not stream.done
 
         try:
-            self.gateway.upstream.move(exchange, sink, move, stream.is_over)
+            self.gateway.upstream.move(response, client, move, stream.is_over)
         except UpstreamGarbled:
             if not stream.began:
                 raise
@@ -11297,7 +11299,7 @@ class Attempts:
         last = stream.close()            # raises, unless all of an answer came before the connection broke
         record.usage = self._usage(stream.usage, stream.records)
         self._spend()
-        sink.end(last)
+        client.end(last)
         if stream.failed:
             record.status, record.error = 502, "the upstream broke off with an error"
         return b""
@@ -11359,7 +11361,7 @@ class Gateway:
     def __init__(self, settings: Optional[Settings] = None, *, config: Optional[ConfigFile] = None,
                  environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None,
                  clock: Callable[[], float] = time.monotonic,
-                 pause: Callable[[Caller, float], None] = wait_for) -> None:
+                 pause: Callable[[Client, float], None] = wait_for) -> None:
         self.config, self.flags = config, dict(flags or {})
         self.log, self._leads_log = GatewayLog(), False
         self.environ = os.environ if environ is None else environ
@@ -11627,9 +11629,9 @@ class Gateway:
         quick = replace(settings, connect_timeout_s=min(settings.connect_timeout_s, LOCAL_TIMEOUT_S))
         try:
             with self.upstream.open(Provider(name, base_url), quick, "GET", "/models", (), None, NOBODY,
-                                    LOCAL_TIMEOUT_S) as exchange:
-                ours = exchange.headers.get("server", "").startswith("iflow2api")
-                models = parse_model_list(exchange.read_all(8 << 20)) if exchange.status == 200 and not ours else []
+                                    LOCAL_TIMEOUT_S) as response:
+                ours = response.headers.get("server", "").startswith("iflow2api")
+                models = parse_model_list(response.read_all(8 << 20)) if response.status == 200 and not ours else []
         except GatewayError as exc:
             return self.log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
         models.sort(key=lambda model: "embed" in model.lower())  # the first one is the default model
@@ -11638,12 +11640,13 @@ class Gateway:
 
     # answering
 
-    def answer(self, call: Call, sink: AnswerSink) -> None:
+    def answer(self, call: Call, client: Client) -> None:
         """Serve one call; what Attempts.run raises."""
         with self._lock:
             self.in_flight += 1
         try:
-            Attempts(self, call, sink).run()
+            with self.upstream.watching(client):
+                Attempts(self, call, client).run()
         finally:
             with self._lock:
                 self.in_flight -= 1
@@ -11776,10 +11779,10 @@ class Gateway:
         key = self.lane(provider).keys(provider.api_keys)[0]
         headers = [*provider.headers, *([("Authorization", "Bearer " + key)] if key else [])]
         with self.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY,
-                                MODELS_TIMEOUT_S) as exchange:
-            if exchange.status != 200:
-                raise read_refusal(exchange, provider)
-            return parse_model_list(exchange.read_all(8 << 20))
+                                MODELS_TIMEOUT_S) as response:
+            if response.status != 200:
+                raise read_refusal(response, provider)
+            return parse_model_list(response.read_all(8 << 20))
 
     def explain(self, body: Json) -> Json:
         """Where a model's name goes, step by step; `body` has `model`, and what conditions ask: dialect, tokens, ….
@@ -11893,7 +11896,7 @@ class Gateway:
 
 # --- trying a provider ---------------------------------------------------------
 
-class Collect(AnswerSink):
+class Collect(Client):
     """Keeps an answer: for our own requests."""
     data = b""
 
@@ -11913,9 +11916,9 @@ def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional
     limit = profile_of(Target(provider, model))["max_tokens_field"]
     body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
             "messages": [{"role": "user", "content": "Say hi."}], **more}
-    sink = Collect()
-    gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_"), key), sink)
-    return {} if body.get("stream") else first_choice(json.loads(sink.data)).get("message") or {}
+    client = Collect()
+    gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_"), key), client)
+    return {} if body.get("stream") else first_choice(json.loads(client.data)).get("message") or {}
 
 
 def model_to_try(gateway: Gateway, provider: Provider) -> str:
@@ -12189,7 +12192,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.key: Optional[ClientKey] = None
         self.session: Optional[Session] = None
         self.meters: Sequence[Meter] = ()
-        self.sink: Optional[Sink] = None
+        self.writer: Optional[ResponseWriter] = None
         head, started = b"", time.monotonic()
         try:
             self.reader.deadline = started + self.server.gateway.settings.header_timeout_s
@@ -12216,9 +12219,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _forget_request(self) -> None:
         """What belongs to a request must not live as long as its connection."""
-        if self.sink is not None:
-            self.sink.forget()
-        self.headers, self.key, self.session, self.sink, self.meters = {}, None, None, None, ()
+        self.headers, self.key, self.session, self.writer, self.meters = {}, None, None, None, ()
 
     def _fail_reading(self, exc: GatewayError) -> None:
         self.close_connection = True
@@ -12229,7 +12230,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _log_refusal(self, exc: GatewayError) -> None:
         """A line for what no call was noted for."""
         self.server.gateway.log.log(
-            logging.INFO if self.sink is None and self.path != "/favicon.ico" else logging.DEBUG,
+            logging.INFO if self.writer is None and self.path != "/favicon.ico" else logging.DEBUG,
             "%s %s %s %d (%s)", self.request_id[4:12], self.command or "-", one_line(self.path.split("?")[0], 80),
             self.endpoint.dialect.status(exc), one_line(exc.message, 200))
 
@@ -12406,8 +12407,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error_of(self, exc: GatewayError) -> None:
         """The one place where an error becomes bytes: as an answer, or within a stream that has begun."""
-        if self.sink is not None and (self.sink.open or self.sink.tells_within(exc)):
-            return self.sink.fail(exc)
+        if self.writer is not None and (self.writer.open or self.writer.tells_within(exc)):
+            return self.writer.fail(exc)
         status = self.endpoint.dialect.status(exc)
         headers: List[Tuple[str, str]] = []
         if exc.retry_after_s is not None:
@@ -12500,17 +12501,19 @@ def _inflate(body: memoryview, window: int, limit: int) -> bytes:
     raise zlib.error
 
 
-class Sink(AnswerSink):
-    """The client's side of one answer.  The head of a stream goes out with its first bytes, be it a keep-alive."""
+class ResponseWriter(Client):
+    """Writes one answer to the client.  The head of a stream goes out with its first bytes, be it a keep-alive."""
 
     def __init__(self, handler: Handler, call: Call) -> None:
+        super().__init__()
         settings = handler.server.gateway.settings
         self._handler, self._call = handler, call
         self.sock = handler.connection
-        self.tick_s = settings.keepalive_s if call.stream else 3600.0
+        self.keepalive_s = settings.keepalive_s if call.stream else LONGEST_S
         self._timeout_s = settings.write_timeout_s
         self._chunked = handler.request_version != "HTTP/1.0"
-        self.open = False                #: the head is out, and with it the chance of a status
+        self._writing = threading.Lock()
+        self.open, self._over = False, False     #: the head is out, and with it the chance of a status; all is out
         self.wrote_at = time.monotonic()
 
     def _head(self) -> bytes:
@@ -12528,13 +12531,15 @@ class Sink(AnswerSink):
         return b"%x\r\n%b\r\n" % (len(payload), payload) if self._chunked and payload else payload
 
     def _write(self, data: bytes) -> None:
-        data = self.backlog + data if self.backlog else data
-        if self.pumped:
-            self.backlog = send_now(self.sock, data)
-        else:
-            self.backlog = b""
-            send_all(self.sock, data, self._timeout_s)
-        self.wrote_at = time.monotonic()
+        with self._writing:
+            data = self._head() + data if not self.open else data
+            data = self.backlog + data if self.backlog else data
+            if self.nonblocking:
+                self.backlog = send_now(self.sock, data)
+            else:
+                self.backlog = b""
+                send_all(self.sock, data, self._timeout_s)
+            self.wrote_at = time.monotonic()
 
     def flush(self) -> None:
         rest = send_now(self.sock, self.backlog)
@@ -12545,29 +12550,30 @@ class Sink(AnswerSink):
         return now - self.wrote_at >= self._timeout_s
 
     def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
-        if self.began:
-            self._write(framed if framed is not None and self._chunked else self._frame(payload))
-            return
         self.began = True
-        self._write(self._head() + self._frame(payload))
+        self._write(framed if framed is not None and self._chunked else self._frame(payload))
 
     def end(self, payload: bytes) -> None:
-        self.began = True
-        last = b"0\r\n\r\n" if self._chunked else b""
-        self._write(self._head() + self._frame(payload) + last)
+        self.began = self._over = True
+        self._write(self._frame(payload) + (b"0\r\n\r\n" if self._chunked else b""))
 
     def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
-        self.began = True
+        self.began = self._over = True
         self._handler.respond(200, data, content_type, headers)
 
-    def forget(self) -> None:
-        """The call is over: nothing of it may stay for the collector, which large requests do not wake."""
-        del self._handler, self._call
-        self.stream = None
-
-    def tick(self) -> None:
-        if self._call.stream and time.monotonic() - self.wrote_at >= self.tick_s * 0.99:
-            self._write(self._head() + self._frame(self._call.dialect.keepalive(self._call, self.began)))
+    def tick(self, now: float) -> None:
+        """A keep-alive, unless something is being written or waits to be."""
+        if now - self.wrote_at < self.keepalive_s * 0.99 or not self._writing.acquire(False):
+            return
+        try:
+            if not self.backlog and not self._over:
+                keepalive = self._frame(self._call.dialect.keepalive(self._call, self.began))
+                self.backlog = send_now(self.sock, self._head() + keepalive)
+                self.wrote_at = now
+        except ClientGone as exc:
+            self.leave(exc)
+        finally:
+            self._writing.release()
 
     def tells_within(self, exc: GatewayError) -> bool:
         """Whether an error before the first word is part of the stream: `response.failed`, where the model failed."""
@@ -12741,8 +12747,8 @@ def answer_call(handler: Handler) -> None:
         body = parse_body(text, known)
         dialect.check(body)
         call = Call(dialect, body, text, handler.headers, handler.request_id, handler.key, handler.meters, known)
-        handler.sink = Sink(handler, call)
-        handler.server.gateway.answer(call, handler.sink)
+        handler.writer = ResponseWriter(handler, call)
+        handler.server.gateway.answer(call, handler.writer)
 
 
 def count_tokens(handler: Handler) -> None:

@@ -480,7 +480,7 @@ def server(gateway):
 @pytest.fixture
 def looks_often(monkeypatch):
     """A client that has left is noticed soon instead of within half a second."""
-    monkeypatch.setattr(ifl.Lookout, "EVERY_S", 0.02)
+    monkeypatch.setattr(ifl.StreamLoop, "LOOK_EVERY_S", 0.02)
 
 
 @pytest.fixture
@@ -4731,8 +4731,9 @@ def ask_upstream(transport, fake, body=b"{}", settings=QUICK, method="POST", pat
     """One request by way of the transport: status, payload."""
     target = ifl.parse_provider(provider(fake, **facts), {})
     assert not target.problem
-    with transport.open(target, settings, method, path, [("X-Test", "é")], body, caller) as exchange:
-        return exchange.status, exchange.read_all(1 << 20)
+    with transport.watching(caller), transport.open(target, settings, method, path, [("X-Test", "é")], body,
+                                                    caller) as response:
+        return response.status, response.read_all(1 << 20)
 
 
 def test_what_an_upstream_is_asked(transport, upstream):
@@ -4756,8 +4757,8 @@ def test_a_connection_cut_off_after_its_answer_is_closed_in_silence(transport, u
     target = ifl.parse_provider(provider(upstream), {})
     with transport.open(target, QUICK, "POST", "/chat/completions", [], b"{}") as exchange:
         assert exchange.read()
-        exchange.wire.cut(ifl.Stopping("the server is shutting down"))
-    assert exchange.wire.sock.fileno() == -1
+        exchange.connection.cut(ifl.Stopping("the server is shutting down"))
+    assert exchange.connection.sock.fileno() == -1
 
 
 @pytest.mark.parametrize("reply", [
@@ -5112,16 +5113,17 @@ def test_first_byte_and_silence_have_limits_of_their_own(transport, upstream):
         ask_upstream(transport, upstream, settings=ifl.Settings(first_byte_timeout_s=60, idle_timeout_s=0.1))
 
 
-class Waiting(ifl.Caller):
-    """A caller on one end of a socket pair, counting the ticks."""
-    tick_s = 0.02
+class Waiting(ifl.Client):
+    """A client on one end of a socket pair, counting how often the loop looks after it."""
+    keepalive_s = 0.02
 
     def __init__(self) -> None:
+        super().__init__()
         self.sock, self.client = socket.socketpair()
         self.sock.setblocking(False)
         self.ticks = 0
 
-    def tick(self) -> None:
+    def tick(self, now) -> None:
         self.ticks += 1
 
     def close(self) -> None:
@@ -5139,7 +5141,7 @@ def caller():
 def test_who_waits_is_kept_awake(transport, upstream, caller):
     go = threading.Event()
     upstream.plays(Reply(go, head(200, [("Content-Length", "2")]), b"ok"))
-    caller.tick = lambda: (Waiting.tick(caller), caller.ticks >= 3 and go.set())
+    caller.tick = lambda now: (Waiting.tick(caller, now), caller.ticks >= 3 and go.set())
     assert ask_upstream(transport, upstream, settings=ifl.Settings(), caller=caller) == (200, b"ok")
     assert caller.ticks >= 3
 
@@ -5364,25 +5366,25 @@ def test_a_client_that_takes_nothing_is_given_up(server, upstream):
         assert is_well(running)
 
 
-def test_as_many_pumps_as_select_needs(server, upstream, monkeypatch):
-    monkeypatch.setattr(ifl.Pump, "ROOM", 1)
+def test_as_many_loops_as_select_needs(server, upstream, monkeypatch):
+    monkeypatch.setattr(ifl.StreamLoop, "ROOM", 1)
     running, go = server(upstream), threading.Event()
     upstream.plays(*[sse(chunk("a"), go, chunk("b"), chunk(finish="stop"), DONE)] * 3)
     clients = [begin_stream(running) for _ in range(3)]
-    until(lambda: sum(pump._load for pump in running.gateway.upstream._pumps) == 3, what="three streams on their way")
-    assert len(running.gateway.upstream._pumps) == 3
+    until(lambda: sum(loop._load for loop in running.gateway.upstream._loops) == 3, what="three streams on their way")
+    assert len(running.gateway.upstream._loops) == 3
     go.set()
     for client in clients:
         assert b"[DONE]" in client.pieces()
         client.hang_up()
-    assert is_well(running) and not any(pump._load for pump in running.gateway.upstream._pumps)
+    assert is_well(running) and not any(loop._load for loop in running.gateway.upstream._loops)
 
 
-def test_a_stream_that_ended_is_forgotten_by_the_pump(transport, upstream, caller):
+def test_a_stream_that_ended_is_forgotten_by_the_loop(transport, upstream, caller):
     upstream.plays(sse(chunk("a"), chunk("b"), DONE))
     provider = ifl.Provider("up", upstream.url)
     got = []
-    caller.tick_s = 60
+    caller.keepalive_s = 60
     with transport.open(provider, ifl.Settings(), "POST", "/chat/completions", [], b"{}", caller) as exchange:
         flow = weakref.ref(exchange)
         transport.move(exchange, caller, lambda payload: got.append(payload) or True)
@@ -5401,32 +5403,33 @@ def test_what_goes_wrong_while_a_stream_moves_reaches_its_own_request(transport,
         go.set()
         return True
 
-    with pytest.raises(LookupError, match="pump"), transport.open(
+    with pytest.raises(LookupError, match="streams"), transport.open(
             ifl.Provider("up", upstream.url), ifl.Settings(), "POST", "/chat/completions", [], b"{}", caller) as exchange:
         transport.move(exchange, caller, move)
     until(lambda: upstream.hung_up == 1, what="the end of the upstream's connection")
 
 
-def test_pumps_end_with_their_last_stream(server, upstream):
+def test_loops_end_with_their_last_stream(server, upstream):
     running, go = server(upstream), threading.Event()
     upstream.plays(sse(chunk("a"), go, chunk(finish="stop"), DONE))
     client = begin_stream(running)
-    until(lambda: running.gateway.upstream._pumps and running.gateway.upstream._pumps[0]._load, what="the pump")
-    pump = running.gateway.upstream._pumps[0]
+    loop = running.gateway.upstream._loops[0]
+    until(lambda: loop._load, what="the stream")
     running.gateway.upstream.close()
     go.set()
     assert b"[DONE]" in client.pieces()
     client.hang_up()
-    until(lambda: not pump._thread.is_alive(), what="the end of the pump")
+    until(lambda: not loop._thread.is_alive(), what="the end of the loop")
 
 
 def test_a_connection_that_was_cut_is_not_used_again(transport, upstream, caller):
     """The client leaves when the answer is read, but before its connection went back."""
     provider = ifl.Provider("up", upstream.url)
-    with transport.open(provider, ifl.Settings(), "POST", "/chat/completions", [], b"{}", caller) as exchange:
-        exchange.read_all(1 << 20)
+    with transport.watching(caller), transport.open(
+            provider, ifl.Settings(), "POST", "/chat/completions", [], b"{}", caller) as response:
+        response.read_all(1 << 20)
         caller.client.close()
-        transport._lookout._look()
+        until(lambda: caller.left)
     assert ask_upstream(transport, upstream)[0] == 200 and upstream.connections == 2
 
 
@@ -5492,7 +5495,7 @@ ENDLESS = [("/v1/chat/completions", "data: [DONE]"), ("/v1/messages", "event: me
 @pytest.mark.parametrize("path, end", ENDLESS)
 @pytest.mark.parametrize("idle_s", [60, 0.05])
 def test_a_stream_that_has_finished_but_does_not_close(server, upstream, monkeypatch, path, end, idle_s):
-    monkeypatch.setattr(ifl.Flow, "AFTER_FINISH_S", 0.1)
+    monkeypatch.setattr(ifl.MovedStream, "AFTER_FINISH_S", 0.1)
     running = server(upstream, idle_timeout_s=idle_s)
     upstream.plays(sse(chunk("Hi"), chunk(finish="stop"), HOLD))
     answer = post(running, {"model": "m1", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "q"}],
@@ -5505,7 +5508,7 @@ def test_a_stream_that_has_finished_but_does_not_close(server, upstream, monkeyp
 
 @pytest.mark.parametrize("n, items", [(1, [chunk("Hi")]), (2, [chunk("Hi"), chunk(finish="stop")])])
 def test_a_stream_that_has_not_finished_is_waited_for(server, upstream, monkeypatch, n, items):
-    monkeypatch.setattr(ifl.Flow, "AFTER_FINISH_S", 0.01)
+    monkeypatch.setattr(ifl.MovedStream, "AFTER_FINISH_S", 0.01)
     running = server(upstream, idle_timeout_s=0.1)
     upstream.plays(sse(*items, HOLD))
     answer = post(running, chat(True, n=n))
@@ -7313,7 +7316,7 @@ def test_a_full_queue_and_a_long_wait():
                 pass
         waiter.close()
         order, goes, threads = hold_slots(slots, 0)
-        slots._waiting.append(threading.Event())
+        slots._waiting.append(ifl._Ticket())
         with pytest.raises(ifl.Busy, match="requests wait already") as full:
             with slots.hold(ifl.NOBODY, settings, "up"):
                 pass
@@ -7321,9 +7324,9 @@ def test_a_full_queue_and_a_long_wait():
     assert late.value.retry_after_s and full.value.retry_after_s and slots.active == 0
 
 
-def test_who_leaves_the_queue_frees_his_place_in_it(caller):
+def test_who_leaves_the_queue_frees_his_place_in_it(transport, caller):
     slots = ifl.Slots(1)
-    with slots.hold(ifl.NOBODY, ifl.Settings(), "up"):
+    with transport.watching(caller), slots.hold(ifl.NOBODY, ifl.Settings(), "up"):
         caller.client.close()
         with pytest.raises(ifl.ClientGone):
             with slots.hold(caller, ifl.Settings(), "up"):
@@ -8627,7 +8630,7 @@ class Gate:
         return sink
 
 
-class Bytes(ifl.AnswerSink):
+class Bytes(ifl.Client):
     def __init__(self):
         self.sent, self.ends, self.replies = b"", 0, []
 
@@ -8953,22 +8956,11 @@ def test_who_asked_for_longer_is_not_asked_sooner(upstreams_routes):
 
 @pytest.mark.usefixtures("home_routes")
 def test_a_client_that_leaves_ends_the_pause():
-    import socket
-    ours, theirs = socket.socketpair()
-
-    class Leaving(ifl.Caller):
-        sock, tick_s, ticks = ours, 0.01, 0
-
-        def tick(self):
-            self.ticks += 1
-            theirs.close()
-
-    ours.setblocking(False)
-    caller = Leaving()
-    with pytest.raises(ifl.ClientGone):
-        ifl.wait_for(caller, 60)
-    assert caller.ticks == 1
-    ours.close()
+    transport, client = ifl.Upstream(), Waiting()
+    client.tick = lambda now: client.client.close()
+    with contextlib.closing(transport), contextlib.closing(client), transport.watching(client):
+        with pytest.raises(ifl.ClientGone):
+            ifl.wait_for(client, 60)
 
 
 @pytest.mark.usefixtures("home_routes")
@@ -11279,7 +11271,7 @@ def like_winsock(monkeypatch, looks_often):
     """Shutting a socket down tells its peer, and wakes nobody on this side."""
     monkeypatch.setattr(socket, "SHUT_RDWR", socket.SHUT_WR)
     monkeypatch.setattr(ifl, "_set_kernel_timeout", lambda *_: False)
-    monkeypatch.setattr(ifl.Flow, "AFTER_FINISH_S", 600.0)
+    monkeypatch.setattr(ifl.MovedStream, "AFTER_FINISH_S", 600.0)
     monkeypatch.setattr(ifl, "LOOK_UP_S", 0.05)
 
 
