@@ -346,6 +346,9 @@ LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "re
 #: Addresses whose requests are counted; beyond it the one not seen for longest is forgotten.
 ADDRESSES_LIMIT = 10_000
 
+#: Finished requests that are remembered for the page, without their content.
+HISTORY_SIZE = 200
+
 #: Rows of the ledger: names come from clients, so beyond these an hour's rest is counted as "other".
 USAGE_ROWS_AN_HOUR, USAGE_ROWS = 500, 20_000
 
@@ -603,6 +606,10 @@ def is_loopback(host: str) -> bool:
 _IRREPLACEABLE = {getattr(errno, name, None) for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
 
 
+#: No write takes longer: a temporary file that is older belongs to nobody, whoever has its process id now.
+TEMP_FILE_S = 60
+
+
 def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
     """Write `data` so that a crash leaves the old file or the new one, readable by the owner alone.
 
@@ -619,6 +626,7 @@ def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
             os.fsync(file.fileno())
         os.replace(temp, path)
         _sync_folder(os.path.dirname(path))
+        _drop_leftovers(path)
     except OSError as exc:
         with contextlib.suppress(OSError):
             os.unlink(temp)
@@ -641,6 +649,31 @@ def close_to_others(path: str) -> None:
     with contextlib.suppress(OSError):   # no file yet, somebody else's, or a system without such rights
         if os.stat(path).st_mode & 0o077:
             os.chmod(path, 0o600)
+
+
+def _drop_leftovers(path: str) -> None:
+    """Remove what processes that were killed while they wrote `path` have left beside it."""
+    folder, name = os.path.split(path)
+    with contextlib.suppress(OSError):   # another process may do the same
+        for entry in os.listdir(folder):
+            found = re.fullmatch(r"\.(\d{1,10})-[0-9a-f]{8}\.tmp", entry[len(name):])
+            if found and entry.startswith(name):
+                temp = os.path.join(folder, entry)
+                if time.time() - os.stat(temp).st_mtime > TEMP_FILE_S or not _is_running(int(found.group(1))):
+                    os.unlink(temp)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether there is such a process, as far as that can be told."""
+    if os.name != "posix":
+        return True                      # os.kill would end it there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
 
 
 def _sync_folder(folder: str) -> None:
@@ -884,8 +917,6 @@ class Settings:
     prices: Dict[str, Any] = setting("dict", {}, "价格", "Prices",
                                      hint=('JSON，每百万 token，例如 {"glm-*": {"input": 2, "output": 8, "cached": 0.5}}。',
                                            'JSON, for a million tokens: {"glm-*": {"input": 2, "output": 8}}; also cached.'))
-    history_size: int = setting("int", 200, "保留的最近请求数", "Recent requests to remember", low=0, high=10000,
-                                hint=("显示在概览里，不含内容。", "Shown in the overview, without their content."))
     custom_api_key: str = setting("str", "", "固定的客户端密钥", "Fixed client key", secret=True,
                                   hint=("设置后，客户端可用它或“密钥与限额”里的密钥。",
                                         "Once set, clients must send it, or a key made under Keys & limits."))
@@ -953,9 +984,6 @@ class Settings:
                              choices=("debug", "info", "warning", "error"))
     log_file: str = setting("str", "", "日志文件", "Log file", restart=True,
                             hint=("填写路径后，日志也写入这个文件。", "With a path here, the log goes to that file as well."))
-    responses_file: str = setting("str", "", "Responses 存档文件", "File for stored Responses", restart=True,
-                                  hint=("填写路径后，previous_response_id 在重启后仍可用。",
-                                        "With a path here, previous_response_id works across restarts."))
     iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", "iFlow 授权地址", "iFlow login page")
     iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", "iFlow 令牌地址", "iFlow token address")
     iflow_userinfo_url: str = setting("str", "https://iflow.cn/api/oauth/getUserInfo", "iFlow 用户信息地址",
@@ -993,11 +1021,11 @@ SETTING_GROUPS: Dict[str, Tuple[str, ...]] = {
                  "upstream_proxy", "upstream_proxy_enabled", "ca_file", "connect_timeout_s", "first_byte_timeout_s",
                  "idle_timeout_s", "queue_limit", "queue_timeout_s", "detect_local"),
     "clients": ("custom_api_key", "custom_auth_header", "client_keys", "address_limits", "allowed_hosts",
-                "allowed_origins", "trusted_proxies", "responses_file"),
+                "allowed_origins", "trusted_proxies"),
     "iflow": ("api_key", "base_url", "auth_type", "accounts", "api_concurrency", "preserve_reasoning_content",
               "vision_model", "vision_mode", "iflow_auth_url", "iflow_token_url", "iflow_userinfo_url",
               "oauth_client_id", "oauth_client_secret"),
-    "logs": ("log_level", "log_file", "history_size", "usage", "usage_days", "prices"),
+    "logs": ("log_level", "log_file", "usage", "usage_days", "prices"),
     "appearance": ("language", "theme_mode", "docs_cdn")}
 _KINDS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
 _KIND_NAME = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false",
@@ -1699,7 +1727,7 @@ class Provider:
     proxy: str = ""
     timeout_s: Optional[float] = None     #: instead of first_byte_timeout_s and idle_timeout_s
     concurrency: int = 0                  #: requests at once; 0: no limit
-    key_concurrency: int = 0              #: requests at once for each key
+    key_concurrency: int = 0              #: requests at once for each iFlow account (api_concurrency)
     sticky: Optional[bool] = None         #: instead of the setting of that name
     profile: Json = field(default_factory=dict)
     vision_model: str = ""
@@ -1715,7 +1743,7 @@ class Provider:
 
 KINDS = ("openai", "iflow")
 _PROVIDER_KINDS = {"name": str, "base_url": str, "kind": str, "api_keys": list, "models": list, "headers": dict,
-                   "proxy": str, "timeout_s": (int, float), "concurrency": int, "key_concurrency": int, "sticky": bool,
+                   "proxy": str, "timeout_s": (int, float), "concurrency": int, "sticky": bool,
                    "profile": dict, "vision_model": str, "preserve_reasoning_content": bool}
 _NAME = re.compile(r"[^\s/,]{1,64}")
 
@@ -1795,9 +1823,8 @@ def _parse_provider(entry: Json, environ: Mapping[str, str]) -> Provider:
     given = {key: entry[key] for key in _PROVIDER_KINDS if entry.get(key) is not None}
     if given.get("kind", "openai") not in KINDS:
         raise ValueError(f"kind {given['kind']!r}: one of {', '.join(KINDS)} expected")
-    at_once = min(given.get("concurrency", 0), given.get("key_concurrency", 0))
-    if at_once < 0 or not 0 < given.get("timeout_s", 1) <= LONGEST_S:
-        raise ValueError("concurrency, key_concurrency and timeout_s can't be negative")
+    if given.get("concurrency", 0) < 0 or not 0 < given.get("timeout_s", 1) <= LONGEST_S:
+        raise ValueError("concurrency and timeout_s can't be negative")
     keys = tuple(_header_safe(_resolve_secret(key, environ), "key") for key in given.get("api_keys", ()))
     headers = tuple((_token(key), _header_safe(_resolve_secret(value, environ), "header value"))
                     for key, value in given.get("headers", {}).items())
@@ -1909,9 +1936,9 @@ def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapp
     entry = {"name": "iflow", "kind": "openai" if plain else "iflow",
              "api_keys": ["$" + key if key[0] == "$" else key for key in keys],
              "base_url": first("base_url", IFLOW_URL_VARIABLES, filed_url, IFLOW_BASE_URL),
-             "models": [text("modelName")] if plain and text("modelName") else [],
-             "key_concurrency": settings.api_concurrency}
-    return with_iflow_facts(parse_provider(entry, {}), settings)
+             "models": [text("modelName")] if plain and text("modelName") else []}
+    provider = replace(parse_provider(entry, {}), key_concurrency=settings.api_concurrency)
+    return with_iflow_facts(provider, settings)
 
 
 def with_iflow_facts(provider: Provider, settings: Settings) -> Provider:
@@ -10000,95 +10027,41 @@ class _Kept(NamedTuple):
         output = [{**item, **self.carriers.get(item.get("id"), {})} for item in self.response["output"]]
         return output if any(item.get("type") == "compaction" for item in output) else self.items + output
 
-    def line(self) -> Json:
-        """It as a line of the file."""
-        return {"id": self.response["id"], "at": self.at, "response": self.response, "items": self.items,
-                **({"owner": self.owner} if self.owner else {}),
-                **({"carriers": self.carriers} if self.carriers else {})}
-
 
 class ResponseStore:
     """Answers of Responses with what they answered, for `previous_response_id`; bounded, the oldest go first.
 
-    Each belongs to an owner (`owner_of`); nobody else finds it.  With a `path` they outlive a restart: a JSON line for
-    each, the file made anew when it has grown to twice the limit.
+    Each belongs to an owner (`owner_of`); nobody else finds it.
     """
     LIMIT, LIMIT_BYTES, KEPT_S = 1000, 32 << 20, 24 * 3600
 
-    def __init__(self, path: str = "", clock: Callable[[], float] = time.time,
-                 log: logging.Logger = log) -> None:
-        self._clock, self._path, self._log = clock, os.path.expanduser(path), log
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._kept: Dict[str, _Kept] = {}
         self._size, self._lock = 0, threading.Lock()
         self._items: Dict[str, Dict[str, Json]] = {}     #: owner -> item id -> item, as of the last look
-        self._written = 0
-        if path:
-            close_to_others(self._path)
-            self._load()
-
-    def _load(self) -> None:
-        """Read the file; a line that a crash tore is left out."""
-        try:
-            with open(self._path, "rb") as file:
-                lines = file.readlines()
-        except OSError:
-            return
-        for line in lines:
-            self._written += len(line)
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                entry = json.loads(line)
-                self._drop(entry["id"])
-                if "response" in entry:
-                    self._kept[entry["id"]] = _Kept(float(entry["at"]), len(line), entry["response"],
-                                                    list(entry["items"]), str(entry.get("owner", "")),
-                                                    dict(entry.get("carriers", {})))
-                    self._size += len(line)
-        self._trim()
-
-    def _write(self, entry: Json) -> None:
-        """Add a line, or make the file anew from what is kept."""
-        line = dump_json(entry) + b"\n"
-        try:
-            if self._written + len(line) > 2 * self.LIMIT_BYTES:
-                lines = [dump_json(kept.line()) + b"\n" for kept in self._kept.values()]
-                write_file(self._path, b"".join(lines))
-                self._written = sum(map(len, lines))
-                return
-            os.makedirs(os.path.dirname(os.path.abspath(self._path)), mode=0o700, exist_ok=True)
-            with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-                file.write(line)
-            self._written += len(line)
-        except OSError as exc:
-            self._log.warning("responses_file %s can't be written: %s", self._path, exc.strerror or exc)
 
     def keep(self, response: Json, items: List[Json], owner: str = "", carriers: Optional[Json] = None) -> None:
         """`items` are the whole input, of earlier responses, too."""
         size = sum(len(dump_json(part)) for part in (response, items, carriers))
         with self._lock:
-            kept = self._kept[response["id"]] = _Kept(self._clock(), size, response, items, owner, carriers or {})
+            self._drop(response["id"])
+            self._kept[response["id"]] = _Kept(self._clock(), size, response, items, owner, carriers or {})
             self._size += size
-            self._items = {}
-            self._trim()
-            if self._path:
-                self._write(kept.line())
+            for ident in list(self._kept):
+                old = self._clock() - self._kept[ident].at >= self.KEPT_S
+                if len(self._kept) <= self.LIMIT and self._size <= self.LIMIT_BYTES and not old:
+                    break
+                self._drop(ident)
 
-    def _trim(self) -> None:
-        for ident in list(self._kept):
-            old = self._clock() - self._kept[ident].at >= self.KEPT_S
-            if len(self._kept) <= self.LIMIT and self._size <= self.LIMIT_BYTES and not old:
-                break
-            self._drop(ident)
-
-    def _drop(self, ident: str) -> bool:
+    def _drop(self, ident: str) -> None:
         found, self._items = self._kept.pop(ident, None), {}
         self._size -= found.size if found else 0
-        return found is not None
 
     def drop(self, ident: str) -> None:
         """Forget it."""
         with self._lock:
-            if self._drop(ident) and self._path:
-                self._write({"id": ident})
+            self._drop(ident)
 
     def find(self, ident: str, owner: str = "") -> Optional[_Kept]:
         """What is kept under an id, None for another owner."""
@@ -10669,7 +10642,7 @@ class Live:
     """
 
     def __init__(self) -> None:
-        self.requests, self.logs = Ring(0), Ring(LOG_LINES)
+        self.requests, self.logs = Ring(HISTORY_SIZE), Ring(LOG_LINES)
         self.log_handler = LogRing(self.logs, lambda: self.ring(True))
         self.closed = False
         self._viewers: Dict[bool, int] = {False: 0, True: 0}     #: by whether they want logs
@@ -11401,7 +11374,7 @@ class Gateway:
             raw, broken = config.recover()
             self.config_broken = bool(broken)
             self._take_over(load_settings(raw, self.environ, self.flags), broken + config.locked + self._read_login())
-        self.responses = ResponseStore(self.settings.responses_file, log=self.log)
+        self.responses = ResponseStore()
 
     @property
     def settings(self) -> Settings:
@@ -11415,7 +11388,6 @@ class Gateway:
         with self._lock:
             self._equip(router)
             self.limiter.keep_keys(key.name for key in door.keys)
-            self.live.requests.resize(settings.history_size)
             self.state = State(settings, router, door)
         self.log.setLevel(settings.log_level.upper())
         if self._leads_log:
@@ -13797,7 +13769,7 @@ def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str
             "base_url": provider.base_url or entry.get("base_url", ""),
             "preset": preset, "models": list(provider.models), "facts": dict(provider.facts),
             "keys": keys, **shown,
-            "concurrency": provider.concurrency, "key_concurrency": provider.key_concurrency,
+            "concurrency": provider.concurrency,
             "timeout_s": provider.timeout_s, "profile": provider.profile,
             "vision_model": provider.vision_model,
             "sticky": provider.sticky,
@@ -14020,7 +13992,7 @@ def check_together(gateway: Gateway, values: Json) -> None:
 #: What a provider is made of, as the page sends it.
 PROVIDER_FIELDS = {"name": "str", "preset": "str", "base_url": "str", "api_keys": "list",
                    "models": "list",
-                   "kind": "str", "concurrency": "int", "key_concurrency": "int",
+                   "kind": "str", "concurrency": "int",
                    "timeout_s": "float", "proxy": "str",
                    "headers": "dict", "profile": "dict", "vision_model": "str", "sticky": "bool",
                    "preserve_reasoning_content": "bool"}
@@ -14288,8 +14260,7 @@ def try_provider(handler: Handler) -> None:
                            by_name(gateway.settings.providers).get(name, {}))
     alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={},
                             default_model="",
-                            accounts={}, api_key="", client_keys=[], usage=False,
-                            responses_file=""),
+                            accounts={}, api_key="", client_keys=[], usage=False),
                     environ=gateway.environ)
     alone.upstream.own_ports |= gateway.upstream.own_ports
     try:

@@ -4065,15 +4065,14 @@ def test_an_estimate_of_usage_counts_texts_alone():
     assert usage["input_tokens"] == 104 and 100 < usage["output_tokens"] < 106
 
 
-def test_reasoning_details_come_back_through_previous_response_id(tmp_path):
+def test_reasoning_details_come_back_through_previous_response_id():
     details = [{"type": "reasoning.text", "index": 0, "text": "t", "signature": "s"}]
     turn = make_turn({"input": "q"})
     answer = {"choices": [{"message": {"reasoning_details": details, "tool_calls": [asked("f")]}}]}
     response = turn.reply(answer, counter())
     assert "encrypted_content" not in response["output"][0] and "signature" not in str(response)
-    path = str(tmp_path / "r")
-    ifl.ResponseStore(path).keep(response, turn.items, "", turn.carriers)
-    store = ifl.ResponseStore(path)
+    store = ifl.ResponseStore()
+    store.keep(response, turn.items, "", turn.carriers)
     body = {"previous_response_id": response["id"], "input": [result_responses("c1")]}
     for conversation in (store.recall(response["id"]), [turn.items[0], *map(store.item, (i["id"] for i in response["output"]))]):
         message = make_turn(body, store={response["id"]: conversation}).chat["messages"][1]
@@ -7490,6 +7489,33 @@ def test_a_watch_outlives_what_a_file_makes_of_it(home, log_lines):
     log_lines.clear()
 
 
+@posix
+def test_what_killed_writers_left_goes_at_the_next_write(home):
+    path, old = home / "usage.jsonl", time.time() - 3600
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine, gone = f"usage.jsonl.{os.getpid()}", f"usage.jsonl.{ended.pid}"
+    names = {f"{gone}-0123abcd.tmp": False, f"{mine}-0123abcd.tmp": True, f"{mine}-00000000.tmp": False,
+             f"{gone}-0123abcd.txt": True, f"other.jsonl.{ended.pid}-0123abcd.tmp": True,
+             "usage.jsonl.tmp": True, f"{gone}-0123ABCD.tmp": True, "usage.jsonl.99999999999-0123abcd.tmp": True}
+    for name in names:
+        (home / name).write_text("")
+    os.utime(home / f"{mine}-00000000.tmp", (old, old))
+    ifl.write_file(str(path), b"{}")
+    assert {name: (home / name).exists() for name in names} == names and path.read_bytes() == b"{}"
+
+
+def test_a_config_with_settings_that_are_gone_starts_and_keeps_them(config, upstream):
+    gone = {"history_size": 7, "responses_file": "/x", "key_concurrency": 3}
+    entry = {**provider(upstream), "key_concurrency": 2}
+    put_config(config, {"providers": [entry], **gone})
+    made = ifl.Gateway(config=config, environ={})
+    assert made.problems == [] and made.lanes["up"].slots.limit == 0
+    made.change_config(lambda raw: raw.update(default_model="m"))
+    assert config.read() == {"providers": [entry], **gone, "default_model": "m"}
+    made.close()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
 @pytest.mark.parametrize("name", ["usage.jsonl", "tokens.json", "seal.key"])
 def test_a_file_that_others_could_read_is_closed_to_them(server, home, config, upstream, name):
@@ -9084,8 +9110,8 @@ def test_never_more_at_an_account_than_its_places(upstreams_routes):
 
     up, = upstreams_routes(plan)
     chosen = settings([up], keys=[3])
-    chosen.providers[0]["key_concurrency"] = 1
-    gate = Gate(chosen)
+    chosen.providers[0]["kind"] = "iflow"
+    gate = Gate(ifl.replace(chosen, api_concurrency=1))
     threads = [threading.Thread(target=gate.ask) for _ in range(20)]
     [thread.start() for thread in threads]
     until(lambda: len(up.seen) >= 2 and gate.gateway.lanes["a"].slots.load == 20, what="the queue")
@@ -9193,7 +9219,7 @@ def test_many_requests_leave_everything_where_it_was():
     secrets = ["sk-one", "sk-two", "sk-three"]
     keys = [{"name": f"k{n}", "sha256": ifl.hash_key(secret).hex(), "rpm": 10 ** 6, "concurrency": 10 ** 6}
             for n, secret in enumerate(secrets)]
-    gate = Gate(settings(ups, keys=[3, 3, 3, 3], client_keys=keys, history_size=50, address_limits={"rpm": 10 ** 6}))
+    gate = Gate(settings(ups, keys=[3, 3, 3, 3], client_keys=keys, address_limits={"rpm": 10 ** 6}))
     server = ifl.serve(gate.gateway, port=0)
     failures = []
 
@@ -9234,7 +9260,7 @@ def test_many_requests_leave_everything_where_it_was():
     until(lambda: threading.active_count() <= threads_before, what="the end of threads")
     assert all(slots.load == 0 for slots in [lane.slots for lane in gate.gateway.lanes.values()])
     assert all(meter.active == 0 for meter in [*gate.gateway.limiter._keys.values(), *gate.gateway.limiter._addresses.values()])
-    assert len(gate.gateway.history()) == 50
+    assert len(gate.gateway.history()) == ifl.HISTORY_SIZE
     used = gate.gateway.ledger.report("key", 1, {})
     assert sum(row["requests"] for row in used) == 8 * 74 and {row["key"] for row in used} == {"k0", "k1", "k2"}
     server.close()
@@ -9247,8 +9273,8 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
                          None if (number + n) % 101 == 0 else 200) for n in range(4)]
     chosen = settings(ups, keys=[3, 3, 3, 3])
     keys = [key_entry(f"k{n}", f"sk-{n}", rpd=10 ** 6, tpd=10 ** 9, concurrency=100) for n in range(3)]
-    providers = [{**provider, "concurrency": 3, "key_concurrency": 2} for provider in chosen.providers]
-    write_config(home_routes, providers=providers, aliases=chosen.aliases, client_keys=keys, log_level="error", history_size=50)
+    providers = [{**provider, "concurrency": 3} for provider in chosen.providers]
+    write_config(home_routes, providers=providers, aliases=chosen.aliases, client_keys=keys, log_level="error")
     gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={}, clock=RoutesClock())
     gateway.ledger.COMPACT_LINES = 200
     answered, failed, odd = [0] * 4, [0] * 4, []
@@ -9285,7 +9311,7 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
     assert gateway.in_flight == 0 and all(lane.slots.load == 0 for lane in gateway.lanes.values())
     assert all(lane.key_load == 0 for lane in gateway.lanes.values())
     assert all(meter.active == 0 for meter in [*gateway.limiter._keys.values(), *gateway.limiter._addresses.values()])
-    assert len(gateway.limiter._addresses) == 40 and len(gateway.history()) == 50
+    assert len(gateway.limiter._addresses) == 40 and len(gateway.history()) == ifl.HISTORY_SIZE
     assert all(len(idle) <= 8 for idle in gateway.upstream._pool._idle.values())
     assert sum(up.connections for up in ups) < 1500                      # kept, but for those that an upstream ended
     used = gateway.ledger.report("key", 2, {})
@@ -9707,7 +9733,7 @@ def test_changed_limits_keep_what_was_used(clock_routes):
     ("address_limits", {"rpm": 0}, "rpm.*leave it out"), ("address_limits", {"rps": 1}, "rps: no such field"), ("retry", {"count": 11}, "count"),
     ("retry", {"count": -1}, "count"), ("retry", {"backoff_s": "x"}, "backoff_s"), ("circuit", {"rest_s": 0}, "rest_s"),
     ("prices", {"m": 5}, "m: an object"), ("prices", {"m": {"input": -1}}, "m.input"), ("trusted_proxies", ["nope"], "\\[0\\]"),
-    ("trusted_proxies", ["1.2.3.4", "10.0.0.0/40"], "\\[1\\]"), ("usage_days", 0, "1 at least"), ("history_size", -1, "0 at least")])
+    ("trusted_proxies", ["1.2.3.4", "10.0.0.0/40"], "\\[1\\]"), ("usage_days", 0, "1 at least")])
 def test_bad_settings_are_named_with_their_place(name, value, said, home_routes, capsys):
     with pytest.raises(ValueError, match=said):
         ifl.check_setting(name, value)
@@ -9951,7 +9977,8 @@ def test_usage_off_is_not_written_but_for_limits(server, config, upstream, home,
 
 def test_the_history_is_bounded_and_holds_no_content(upstreams_routes, home_routes):
     up, = upstreams_routes(always("ok"))
-    gate = Gate(settings([up], history_size=3))
+    gate = Gate(settings([up]))
+    gate.gateway.live.requests.resize(3)
     for _ in range(5):
         gate.ask()
     assert len(gate.gateway.history()) == 3 and not list(home_routes.iterdir())
@@ -10014,7 +10041,7 @@ def test_a_range_that_runs_backwards_is_no_error(home_routes, capsys, monkeypatc
 
 @pytest.mark.parametrize("text", ["a\0b", "\ud800"])
 def test_a_text_that_no_file_name_may_hold_is_named_and_not_used(home_routes, capsys, text):
-    names = ("host", "responses_file", "log_file", "ca_file", "base_url")
+    names = ("host", "log_file", "ca_file", "base_url")
     write_config(home_routes, **dict.fromkeys(names, text), custom_api_key=text)
     gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
     assert sorted(gateway.problems) == sorted(f"config.json: {name}: a string without NUL and lone surrogates expected" for name in names)
@@ -10123,7 +10150,7 @@ def test_redaction_takes_its_time_by_the_length_of_the_text_alone():
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
-    entry = {"name": "a", "base_url": up.url, "api_keys": ["k1", "k2"], "models": ["m"], "key_concurrency": 1}
+    entry = {"name": "a", "base_url": up.url, "api_keys": ["k1", "k2"], "models": ["m"], "kind": "iflow"}
     gateway = ifl.Gateway(config=write_config(home_routes, providers=[entry], log_level="error"), environ={})
     gate = Gate.__new__(Gate)
     gate.gateway = gateway
@@ -11629,36 +11656,31 @@ def test_what_responses_cannot_do_is_refused(dialects, field):
     assert status == 400 and json.loads(data)["error"]["type"] == "invalid_request_error" and not fake.seen
 
 
-def test_responses_outlive_a_restart(tmp_path):
-    path, now = str(tmp_path / "deep" / "responses.jsonl"), [1000.0]
-    store = ifl.ResponseStore(path, lambda: now[0])
+def test_the_response_store(clock):
+    store = ifl.ResponseStore(clock)
     store.keep({"id": "a", "output": [{"id": "m", "x": 1}]}, [{"role": "user"}])
-    store.keep({"id": "b", "output": []}, [])
+    store.keep({"id": "b", "output": [{"id": "only"}]}, [])
+    assert store.item("only")["id"] == "only"
     store.drop("b")
     store.keep({"id": "c", "output": [{"id": "n"}]}, [], "alice")
-    with open(path, "ab") as file:
-        file.write(b'{"id": "torn", "resp')
-    again = ifl.ResponseStore(path, lambda: now[0])
-    assert again.recall("a") == [{"role": "user"}, {"id": "m", "x": 1}] and again.item("m")["x"] == 1
-    assert again.item("n", "alice") and again.recall("c", "alice") and again.item("n") is again.recall("c") is None
-    assert again.item("m", "alice") is again.recall("a", "alice") is None
-    assert again.find("b") is None and again.find("torn") is None
-    if os.name == "posix":
-        assert os.stat(path).st_mode & 0o777 == 0o600
-    now[0] += store.KEPT_S + 1
-    assert again.find("a") is None and ifl.ResponseStore(path, lambda: now[0]).find("a") is None
+    assert store.recall("a") == [{"role": "user"}, {"id": "m", "x": 1}] and store.item("m")["x"] == 1
+    assert store.item("n", "alice") and store.recall("c", "alice") and store.item("n") is store.recall("c") is None
+    assert store.item("m", "alice") is store.recall("a", "alice") is None
+    assert store.find("b") is store.item("only") is None
+    clock.now += store.KEPT_S + 1
+    assert store.find("a") is None
 
 
-def test_response_store_is_bounded(tmp_path, monkeypatch):
+def test_the_response_store_is_bounded(monkeypatch):
     monkeypatch.setattr(ifl.ResponseStore, "LIMIT", 5)
     monkeypatch.setattr(ifl.ResponseStore, "LIMIT_BYTES", 2000)
-    path = tmp_path / "r"
-    store = ifl.ResponseStore(str(path))
+    store = ifl.ResponseStore()
     for number in range(100):
         store.keep({"id": str(number), "output": []}, [{"text": "x" * 50}])
-    assert store.find("94") is None and store.find("95") and path.stat().st_size <= 4000 + 200
+        store.keep({"id": str(number), "output": []}, [{"text": "x" * 50}])
+    assert store.find("94") is None and store.find("95") and 0 < store._size < 700
     store.keep({"id": "big", "output": []}, [{"text": "x" * 3000}])
-    assert store.find("99") is None and store._size <= 4000
+    assert store.find("99") is store.find("big") is None and store._size == 0
 
 
 def test_kept_responses_belong_to_the_key_that_made_them(dialects):
@@ -13270,8 +13292,9 @@ def test_events_as_they_happen(admin, upstream, monkeypatch):
 
 
 def test_a_stream_resumes_where_it_broke(admin, upstream):
-    browser = admin(upstream, history_size=5)
+    browser = admin(upstream)
     ring = browser.server.gateway.live.requests
+    ring.resize(5)
 
     def ask(*names):                                      # a request is noted after its client has the answer
         before = ring.count
@@ -13325,7 +13348,7 @@ def test_rings():
     assert ring.after(4) == (0, [(5, "e")]) and ring.after(5) == (0, []) and ring.after(99) == (0, [])
     ring.resize(1)
     assert ring.after(3) == (1, [(5, "e")])
-    nothing = ifl.Ring(0)                                # history_size 0: nothing is kept, and nothing is said to be lost
+    nothing = ifl.Ring(0)                # nothing is kept, and nothing is said to be lost
     nothing.add("a")
     assert nothing.after(0) == (0, [])
 
