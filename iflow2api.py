@@ -310,7 +310,8 @@ LINGER_S = 2
 #: What needs no key takes bodies up to the first and keeps none; a sign-in's are kept, up to the second.
 PUBLIC_BODY_BYTES, PUBLIC_KEPT_BYTES = 1 << 20, 128 << 10
 
-#: Slowest body that is not taken for a slow loris, beyond `body_timeout_s`.
+#: Time that a client has to send a head, a body (and a second more for each 16 KiB), and to take what is sent.
+HEAD_TIME_S, BODY_TIME_S, SEND_TIME_S = 15, 60, 60
 BODY_BYTES_PER_S = 16 << 10
 
 #: A key that was refused, or that ran into a limit without saying for how long, rests.
@@ -559,7 +560,7 @@ def redact(text: str) -> str:
 
 def one_line(text: Any, limit: int = 300) -> str:
     """`text` fit for a log line or an error: no control or direction characters, not too long, no credential."""
-    line = redact(str(text))
+    line = redact(str(text)[:1 << 16])
     line = (line if line.isprintable() else _CONTROL.sub(" ", line)).strip()
     return line if len(line) <= limit else line[:limit - 1] + "…"
 
@@ -567,7 +568,7 @@ def one_line(text: Any, limit: int = 300) -> str:
 def alike(name: str, names: Iterable[str], cutoff: float = 0.65) -> List[str]:
     """The names that a mistyped one may have been meant for: `stop` is no `test`."""
     import difflib                       # only on the way to an error message
-    return difflib.get_close_matches(name, list(names), 3, cutoff)
+    return difflib.get_close_matches(name[:100], list(names), 3, cutoff)      # its time grows with the square
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.65) -> str:
@@ -602,6 +603,21 @@ def is_loopback(host: str) -> bool:
         re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None)
 
 
+def make_folder(path: str) -> None:
+    """Make a folder and those above it that are missing, each for its owner alone whatever the umask says.  OSError."""
+    path, missing = os.path.abspath(path), []
+    while not os.path.isdir(path) and os.path.dirname(path) != path:
+        missing.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(missing):
+        try:
+            os.mkdir(folder, 0o700)
+            os.chmod(folder, 0o700)      # a umask may take from the owner, too
+        except FileExistsError:          # somebody else was faster
+            if not os.path.isdir(folder):
+                raise
+
+
 #: Why a file can't be replaced but may be written: a bind mount, another device, a folder that is not ours.
 _IRREPLACEABLE = {getattr(errno, name, None) for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
 
@@ -617,7 +633,7 @@ def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
     which the caller may have made (`has_copy`).  OSError.
     """
     path = os.path.realpath(path)
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    make_folder(os.path.dirname(path))
     temp = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -744,23 +760,19 @@ def decode_base64(text: str) -> Optional[bytes]:
 
 
 class FileLock:
-    """One holder at a time among processes and threads: each open file counts.  Who is killed holds no longer.
+    """One holder at a time among processes and threads: each open file counts.  Released when its holder dies.
 
     The file stays: removing it would let two processes lock two files of the same name.  On a file system that knows
-    no locks a second file, which only one can make, says who holds it; one whose maker is gone is taken over.
+    no locks there is a warning, once a file, and no protection.
     """
-    #: Nobody holds a lock for so long; nobody takes so long to write a line.
-    STALE_S, BLANK_S = 600.0, 10.0
-    _TOKEN = secrets.token_hex(4)        #: tells this process from an earlier one of its number (a container's 1)
+    _unprotected: Set[str] = set()       #: files that were warned of
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self.path, self._timeout_s, self._fd = path, timeout_s, -1
-        self._name, self._is_named = path + ".pid", False
-        self._mark = f"{socket.gethostname()} {os.getpid()} {self._TOKEN}"
 
     def __enter__(self) -> "FileLock":
         """OSError where the file can't be made; TimeoutError, which is one, when another holds it for too long."""
-        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        make_folder(os.path.dirname(self.path))
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         until, pause = time.monotonic() + self._timeout_s, threading.Event()
         try:
@@ -787,77 +799,16 @@ class FileLock:
             if not exc.errno or exc.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 return False             # Wine gives no number
             if exc.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-                raise                    # those four: a file system that knows no locks
-            return self._take_name()
+                raise
+            if self.path not in self._unprotected:
+                self._unprotected.add(self.path)
+                log.warning("this file system knows no locks: only one process may write in %s",
+                            os.path.dirname(self.path))
         return True
-
-    def _take_name(self) -> bool:
-        try:
-            handle = os.open(self._name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return self._is_stale() and self._take_over() and self._take_name()
-        with open(handle, "w") as file:
-            file.write(self._mark)
-        self._is_named = True
-        return True
-
-    def _holder(self) -> str:
-        try:
-            with open(self._name) as file:
-                return file.read(200)
-        except (OSError, UnicodeError):
-            return ""
-
-    def _is_stale(self) -> bool:
-        """Whether who made the file is gone, as far as can be seen from here, or it is older than any work takes."""
-        with contextlib.suppress(OSError):
-            age_s, holder = time.time() - os.stat(self._name).st_mtime, self._holder()
-            host, _, process = holder.partition(" ")
-            number, _, token = process.partition(" ")
-            if age_s > (self.STALE_S if holder else self.BLANK_S):
-                return True
-            if host == socket.gethostname() and number.isdigit():
-                return token != self._TOKEN if int(number) == os.getpid() else not _is_running(int(number))
-        return False
-
-    def _take_over(self) -> bool:
-        """Remove a stale file.  One at a time, looking once more: the file of who was quicker must not be removed."""
-        guard = self._name + ".stale"
-        try:
-            os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        except FileExistsError:
-            with contextlib.suppress(OSError):
-                if time.time() - os.stat(guard).st_mtime > self.BLANK_S:         # killed in these few lines
-                    os.unlink(guard)
-            return False
-        removed = False
-        with contextlib.suppress(OSError):
-            if self._is_stale():
-                os.unlink(self._name)
-                removed = True
-        with contextlib.suppress(OSError):
-            os.unlink(guard)
-        return removed
 
     def __exit__(self, *exc: Any) -> None:
         fd, self._fd = self._fd, -1
-        if self._is_named and self._holder() == self._mark:
-            with contextlib.suppress(OSError):
-                os.unlink(self._name)
-        self._is_named = False
         os.close(fd)                     # lets go, too
-
-
-def _is_running(process: int) -> bool:
-    """Whether a process of this machine lives; True where nobody can tell (on Windows signal 0 would end it)."""
-    try:
-        if os.name == "posix":
-            os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
 
 
 # === 5. Settings =============================================================
@@ -866,7 +817,9 @@ def setting(kind: str, default: Any, zh: str, en: str, **facts: Any) -> Any:
     """A field of `Settings`; its metadata serve file, environment, flags, help and forms alike.
 
     `kind`: str, int, float, bool, list or dict.  `facts`: hint (zh, en), flag, low, high, choices, secret, restart
-    (takes effect at the next start), older (a name of the older program, kept for it).
+    (takes effect at the next start), older (a name of the older program, kept for it), file_only (set by file and
+    command line only: what names files, whom to trust and where logins go would make whoever has the page's password
+    the master of this machine).
     """
     metadata = {"kind": kind, "label": (zh, en), **facts}
     if isinstance(default, (list, dict)):
@@ -877,7 +830,7 @@ def setting(kind: str, default: Any, zh: str, en: str, **facts: Any) -> Any:
 @dataclass(frozen=True)
 class Settings:
     """Everything the user can change.  Frozen: a request works on the snapshot it started with."""
-    host: str = setting("str", "127.0.0.1", "监听地址", "Address to listen on", flag="--host", restart=True,
+    host: str = setting("str", "127.0.0.1", "监听地址", "Address to listen on", file_only=True, flag="--host", restart=True,
                         hint=("127.0.0.1 仅限本机；0.0.0.0 允许其他机器访问，此时需要客户端密钥。",
                               "127.0.0.1 serves this machine only; 0.0.0.0 serves others too, with a client key."))
     port: int = setting("int", 28000, "端口", "Port", flag="--port", low=0, high=65535, restart=True,
@@ -947,18 +900,13 @@ class Settings:
                                         "An http://, socks5:// or socks5h:// address, or env for the environment's. "
                                         "Turn it on as well."))
     upstream_proxy_enabled: bool = setting("bool", False, "启用上游代理", "Use the proxy to the providers")
-    ca_file: str = setting("str", "", "额外的 CA 证书", "Additional CA certificates",
+    ca_file: str = setting("str", "", "额外的 CA 证书", "Additional CA certificates", file_only=True,
                            hint=("PEM 文件的路径，用于自签名或公司内部的证书。",
                                  "Path of a PEM file, for self-signed or company certificates."))
     connect_timeout_s: float = setting("float", 10, "连接上游的时限", "Time to connect to a provider", low=0.1)
     first_byte_timeout_s: float = setting("float", 300, "等待上游首字节的时限", "Longest wait for an answer to begin",
                                           low=0.1)
     idle_timeout_s: float = setting("float", 300, "回答中断的时限", "Longest silence within an answer", low=0.1)
-    header_timeout_s: float = setting("float", 15, "接收请求头的时限", "Time for a client to send its headers", low=0.1)
-    body_timeout_s: float = setting("float", 60, "接收请求体的时限", "Time for a client to send its body", low=0.1,
-                                    hint=("每 16 KiB 另加 1 秒。", "Plus a second for each 16 KiB."))
-    write_timeout_s: float = setting("float", 60, "客户端接收数据的时限", "Time for a client to take what is sent",
-                                     low=0.1)
     body_limit_bytes: int = setting("int", 64 << 20, "请求体上限", "Largest request body", low=1024)
     max_connections: int = setting("int", 2000, "最大连接数", "Client connections at once", low=1)
     queue_limit: int = setting("int", 64, "排队上限", "Queue length per provider", low=0,
@@ -982,16 +930,16 @@ class Settings:
     theme_mode: str = setting("str", "system", "主题", "Theme of this page", choices=("system", "light", "dark"))
     log_level: str = setting("str", "info", "日志级别", "Log level", flag="--log-level",
                              choices=("debug", "info", "warning", "error"))
-    log_file: str = setting("str", "", "日志文件", "Log file", restart=True,
+    log_file: str = setting("str", "", "日志文件", "Log file", file_only=True, restart=True,
                             hint=("填写路径后，日志也写入这个文件。", "With a path here, the log goes to that file as well."))
-    iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", "iFlow 授权地址", "iFlow login page")
-    iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", "iFlow 令牌地址", "iFlow token address")
+    iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", "iFlow 授权地址", "iFlow login page", file_only=True)
+    iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", "iFlow 令牌地址", "iFlow token address", file_only=True)
     iflow_userinfo_url: str = setting("str", "https://iflow.cn/api/oauth/getUserInfo", "iFlow 用户信息地址",
-                                      "iFlow account address",
+                                      "iFlow account address", file_only=True,
                                       hint=("登录后从这里取得 API 密钥。", "Where the API key comes from after the login."))
-    oauth_client_id: str = setting("str", "10009311001", "OAuth 客户端 ID", "OAuth client ID")
+    oauth_client_id: str = setting("str", "10009311001", "OAuth 客户端 ID", "OAuth client ID", file_only=True)
     oauth_client_secret: str = setting("str", "4Z3YjXycVsQvyGF1etiNlIBB4RsqSDtW", "OAuth 客户端密钥",
-                                       "OAuth client secret", secret=True,      # published in its CLI (RFC 8252, 8.5)
+                                       "OAuth client secret", file_only=True, secret=True,      # published in its CLI (RFC 8252, 8.5)
                                        hint=("iFlow CLI 公开的值，一般无需修改。",
                                              "Published with iFlow's CLI; rarely needs a change."))
     accounts: Dict[str, Any] = setting("dict", {}, "更多 iFlow 账号", "Further iFlow accounts, kept by `login --account`")
@@ -1003,20 +951,14 @@ class Settings:
                             hint=("留空则用 iFlow 自己的地址。", "Empty: iFlow's own."))
     auth_type: str = setting("str", "", "iFlow 登录方式", "iFlow login type; openai-compatible: a plain provider",
                              older=True)
-    auto_start: bool = setting("bool", False, "开机启动", "Start with the system (of the older program)", older=True)
-    start_minimized: bool = setting("bool", False, "最小化启动", "Start minimized (of the older program)", older=True)
-    close_action: str = setting("str", "", "关闭窗口时", "When the window closes (of the older program)", older=True)
-    check_update_on_startup: bool = setting("bool", False, "启动时检查更新", "Check for updates (of the older program)",
-                                            older=True)
 
 
 SETTING = {item.name: item for item in fields(Settings)}
 
 #: Where a form shows each setting.
 SETTING_GROUPS: Dict[str, Tuple[str, ...]] = {
-    "server": ("host", "port", "admin_password", "header_timeout_s", "body_timeout_s", "write_timeout_s",
-               "body_limit_bytes", "max_connections", "keepalive_s", "drain_s", "encrypt_secrets", "auto_start",
-               "start_minimized", "close_action", "check_update_on_startup"),
+    "server": ("host", "port", "admin_password", "body_limit_bytes", "max_connections", "keepalive_s", "drain_s",
+               "encrypt_secrets"),
     "upstream": ("providers", "default_provider", "aliases", "default_model", "retry", "circuit", "sticky",
                  "upstream_proxy", "upstream_proxy_enabled", "ca_file", "connect_timeout_s", "first_byte_timeout_s",
                  "idle_timeout_s", "queue_limit", "queue_timeout_s", "detect_local"),
@@ -1218,22 +1160,10 @@ class Vault:
             key = self._keys(parameters)[0]
         else:
             if not self._filed_keys():
-                self.renew()
+                write_file(self.key_path, secrets.token_bytes(32))
             key = self._filed_keys()[0]
         data = Cipher(key, self.PURPOSE + parameters.encode()).seal(secret.encode("utf-8", "surrogatepass"))
         return f"{SEALED}v1:{parameters}.{self._id(key)}.{encode_base64(data)}"
-
-    def renew(self) -> None:
-        """A new key for what is sealed from now on; the old ones still open what they sealed."""
-        self._parameters = ""
-        if not self._environ.get(ENV_PREFIX + "PASSPHRASE"):
-            write_file(self.key_path, secrets.token_bytes(32) + b"".join(self._filed_keys()))
-
-    def drop_old_keys(self) -> None:
-        """Once nothing is sealed with them any more."""
-        keys = self._filed_keys()
-        if len(keys) > 1:
-            write_file(self.key_path, keys[0])
 
     @staticmethod
     def _id(key: bytes) -> str:
@@ -1359,6 +1289,13 @@ class ConfigFile:
         self.locked: List[str] = []      #: the secrets that the last reading could not open, a sentence each
         self._lock = threading.RLock()
 
+    def warning(self) -> str:
+        """A sentence where others may write the folder, and with it set `log_file` and whom to trust; else ""."""
+        with contextlib.suppress(OSError):
+            if os.name == "posix" and os.stat(self.folder).st_mode & 0o022:
+                return f"others may write the folder {self.folder}: run: chmod 700 {self.folder}"
+        return ""
+
     def read(self) -> Json:
         """The file, its secrets opened; ConfigBroken."""
         return self.opened(read_json_file(self.path))
@@ -1455,37 +1392,25 @@ class ConfigFile:
             map_secrets(read_json_file(path), lambda place, secret: places.append(place) or secret)     # type: ignore
         return len(places)
 
-    def encrypt(self, mode: str) -> List[str]:
-        """`on`, `off` or `rotate` for the file and its .bak at once; what can't be opened stays as it is and is named.
+    def encrypt(self, on: bool) -> List[str]:
+        """The file and its .bak encrypted or not, at once; what can't be opened stays as it is and is named.
 
-        A rotation first makes the new key lasting, then seals anew, then forgets the old key: wherever a crash cuts it
-        short, everything can still be read.  OSError, ConfigBroken, SealBroken where there is nothing to rotate.
+        OSError, ConfigBroken, SealBroken.
         """
         with self._lock, self.lock():
-            if mode == "rotate" and read_json_file(self.path).get("encrypt_secrets") is False:
-                raise SealBroken("encryption is off, so that there is no key to change; "
-                                 "to turn it on: config encrypt on")
-            if mode == "rotate" and not self.count_secrets():
-                return []
             if os.path.isfile(self.path) and not os.path.isfile(self.backup):
                 self._back_up()
-            contents: Dict[str, Json] = {}
+            contents: Dict[str, Json] = {} if on else {self.path: {}}
             locked: List[str] = []
             for path in (self.path, self.backup):
                 if os.path.isfile(path):
                     contents[path] = self.opened(read_json_file(path))
                     locked += [os.path.basename(path) + problem[len("config.json"):] for problem in self.locked]
-            if mode == "rotate":
-                self.vault.renew()
-            if mode == "off":
-                contents.setdefault(self.path, {})
             for path, raw in contents.items():
-                raw = {**raw, "encrypt_secrets": mode != "off"}
-                if mode != "off":
+                raw = {**raw, "encrypt_secrets": on}
+                if on:
                     del raw["encrypt_secrets"]           # the default
                 write_file(path, self.to_bytes(self._sealed(raw)), has_copy=os.path.isfile(self.backup))
-            if mode == "rotate" and not locked:
-                self.vault.drop_old_keys()
             return locked
 
 
@@ -1687,7 +1612,7 @@ def parse_network(text: Any) -> Tuple[bytes, int]:
         raise ValueError("an address expected")
     address, slash, bits = text.partition("/")
     packed = parse_address(address)
-    if slash and not (bits.isdigit() and int(bits) <= 8 * len(packed)):
+    if slash and not (bits.isdigit() and len(bits) <= 3 and int(bits) <= 8 * len(packed)):
         raise ValueError("no such network")
     return packed, int(bits) if slash else 8 * len(packed)
 
@@ -2079,6 +2004,22 @@ def entry_for(name: str, kind: str, base_url: str, preset: Optional[Preset], mod
     known = {model["id"]: model for model in entry.get("models", ())}
     wanted = [known.get(model, model) if isinstance(model, str) else model for model in models]
     return {**entry, "models": wanted} if wanted else entry
+
+
+# --- what receives secrets ------------------------------------------------------
+
+#: Fields of a provider that say where its keys and headers go.
+SECRET_ROADS = ("base_url", "messages_url", "responses_url", "proxy")
+
+
+def leads_elsewhere(old: Any, new: Any) -> bool:
+    """Whether a URL that replaces another one has another scheme, host or port: secrets that are stored do not go there."""
+    def place(url: Any) -> Tuple[str, str]:
+        scheme, _, rest = str(url or "").strip().lower().partition("://")
+        host = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+        standard = {"http": ":80", "https": ":443"}.get(scheme, "")
+        return scheme, host[:-len(standard)] if standard and host.endswith(standard) else host
+    return bool(new) and place(old) != place(new)
 
 
 # --- what may be shown ---------------------------------------------------------
@@ -8943,7 +8884,7 @@ class LoginFile:
             if config is None:
                 raise LoginFailed("accounts are kept in config.json, and there is none")
             self.path, self._lock_path = config.path, os.path.join(config.folder, "login.lock")
-        #: New tokens on their way into the file; see `keep_pending`.
+        #: An earlier version wrote new tokens here first.
         self._pending_path = f"{self._lock_path}.{hash_key(self.account).hex()[:8]}.tokens"
 
     @property
@@ -8978,19 +8919,11 @@ class LoginFile:
         except OSError as exc:
             raise LoginFailed(f"{self.path} can't be written: {exc.strerror or exc}") from None
 
-    def keep_pending(self, tokens: Json, used: str) -> None:
-        """Before anything else tokens go into a small file of their own: the old ones, whose hash is `used`, are spent.
-
-        `update` may have to wait, to encrypt, or to write two larger files; a kill in that time must not cost a login.
-        """
-        pending = {"accounts": {self.account: tokens}, "used": used}
-        if not self.is_default and self._config is not None:
-            pending = self._config.sealed_if_possible(pending)
-        with contextlib.suppress(OSError):               # a full disk: `update` tells, the tokens stay in memory
-            write_file(self._pending_path, ConfigFile.to_bytes(pending))
-
     def pending(self) -> Tuple[Json, str]:
-        """Tokens that a killed process left, and the hash of the refresh token they were got for; ({}, "") mostly."""
+        """Tokens that a killed process of an earlier version left, and the hash of the refresh token they were got for.
+
+        ({}, "") where there are none.
+        """
         found: Json = {}
         if os.path.exists(self._pending_path):
             with contextlib.suppress(ConfigBroken, SealBroken):
@@ -9192,9 +9125,7 @@ class Refresher:
         if refused_key or login.get(KEY_DUE) is not True or state.refused:
             tokens = {**self._oauth.refresh(login[REFRESH]), KEY_DUE: True}
             state.unsaved, state.unsaved_for = tokens, hash_key(login[REFRESH]).hex()
-            file.keep_pending(tokens, state.unsaved_for)         # at once: the old ones are used up
-            file.update(tokens)
-            file.drop_pending()
+            file.update(tokens)          # at once: the old ones are used up
             state.unsaved = {}
             login = {**login, **tokens}
         info = self._oauth.user_info(str(login.get(ACCESS)))
@@ -9215,7 +9146,8 @@ class Refresher:
             state.dead_token, state.failures, state.next_at = token, 0, 0.0
             self._log.warning("the iFlow login %s has ended: %s", file.account, state.message)
         else:
-            delay_s = (*self.BACKOFF_S, self.LOOK_S)[min(state.failures - 1, len(self.BACKOFF_S))]
+            failures = 1 if state.unsaved else min(state.failures, 1 + len(self.BACKOFF_S))
+            delay_s = (*self.BACKOFF_S, self.LOOK_S)[failures - 1]
             state.next_at = self._monotonic() + delay_s
             self._log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s", file.account, delay_s,
                         state.message)
@@ -10361,7 +10293,7 @@ class Journal:
 
     def _open(self) -> None:
         self._shut()
-        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        make_folder(os.path.dirname(self.path))
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         self._handle = os.open(self.path, flags, 0o600)
         size = os.lseek(self._handle, 0, os.SEEK_END)
@@ -12140,7 +12072,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         try:
-            wait_s = self.server.gateway.settings.header_timeout_s
+            wait_s = HEAD_TIME_S
             while self.reader.wait(wait_s) and not self.server.closing.is_set():
                 self.busy = True
                 try:
@@ -12167,7 +12099,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.writer: Optional[ResponseWriter] = None
         head, started = b"", time.monotonic()
         try:
-            self.reader.deadline = started + self.server.gateway.settings.header_timeout_s
+            self.reader.deadline = started + HEAD_TIME_S
             head = self.reader.read_request_head()
             self.command, self.path, self.request_version, self.headers = parse_head(head)
             self._serve()
@@ -12300,7 +12232,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self._continue:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._continue = False
-        timeout_s = self.server.gateway.settings.body_timeout_s
+        timeout_s = BODY_TIME_S
         if self._body_left < 0:
             self._read_chunked(limit, timeout_s, take)
         elif self.reader.read_body(self._body_left, timeout_s, take) < self._body_left:
@@ -12397,7 +12329,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def write(self, data: bytes) -> None:
         """Everything to the client, or ClientGone."""
-        send_all(self.connection, data, self.server.gateway.settings.write_timeout_s)
+        send_all(self.connection, data, SEND_TIME_S)
 
 
 def accepts_gzip(header: str) -> bool:
@@ -12482,7 +12414,7 @@ class ResponseWriter(Client):
         self._handler, self._call = handler, call
         self.sock = handler.connection
         self.keepalive_s = settings.keepalive_s if call.stream else LONGEST_S
-        self._timeout_s = settings.write_timeout_s
+        self._timeout_s = SEND_TIME_S
         self._chunked = handler.request_version != "HTTP/1.0"
         self._writing = threading.Lock()
         self.open, self._over = False, False     #: the head is out, and with it the chance of a status; all is out
@@ -13079,6 +13011,8 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
     prepare_process()
     settings = gateway.settings
     gateway.ledger.load()                # now, so that what is wrong with the file is said at the start
+    if gateway.config is not None and gateway.config.warning():
+        gateway.log.warning("%s", gateway.config.warning())
     for problem in gateway.ledger.problems:
         gateway.problems += [problem] if problem not in gateway.problems else []
         gateway.log.warning("%s", one_line(problem, 500))
@@ -13733,7 +13667,7 @@ def told_setting(gateway: Gateway, name: str) -> Json:
                   "group": next(group for group, names in SETTING_GROUPS.items() if name in names),
                   "value": hide_secrets(name, value), "default": hide_secrets(name, default),
                   "origin": gateway.origins.get(name, "default"), "secret": secret,
-                  "restart": bool(facts.get("restart")), "file_only": name in FILE_ONLY}
+                  "restart": bool(facts.get("restart")), "file_only": bool(facts.get("file_only"))}
     told.update((key, facts[key]) for key in ("choices", "low", "high", "flag", "older")
                 if key in facts)
     if "hint" in facts:
@@ -13863,13 +13797,6 @@ def show_keys(handler: Handler) -> None:
 SET_ELSEWHERE = ("admin_password", "providers", "client_keys", "accounts")
 
 
-#: Set by file and command line only: what names files, whom to trust and where logins go would make
-#: whoever has the page's password the master of this machine.
-FILE_ONLY = ("host", "log_file", "ca_file", "iflow_auth_url", "iflow_token_url",
-             "iflow_userinfo_url",
-             "oauth_client_id", "oauth_client_secret")
-
-
 def change_config(gateway: Gateway, edit: Callable[[Json], None]) -> None:
     """Gateway.change_config, its failures in words for the page.  Where `edit` raises, nothing is
     written."""
@@ -13934,7 +13861,7 @@ def checked_settings(gateway: Gateway, given: Json,
                              param=shown)
         if name in SET_ELSEWHERE:
             raise BadRequest(f"{name} is not changed here", param=name, code="set_elsewhere")
-        if name in FILE_ONLY and (name not in given or given[name] != hide_secrets(
+        if SETTING[name].metadata.get("file_only") and (name not in given or given[name] != hide_secrets(
                 name, getattr(gateway.settings, name))):
             raise Forbidden(
                 f"{name} is set by the command line (config set) or in config.json only",
@@ -13959,7 +13886,7 @@ def check_addresses(gateway: Gateway, values: Json) -> None:
     """BadRequest where an address that was typed in would get secrets that are stored."""
     settings, change = gateway.settings, "does not go to another address"
     new_key = bool(values.get("api_key")) and not gateway.login_report()
-    if leads_elsewhere(settings.base_url, values.get("base_url")) and not new_key:
+    if leads_elsewhere(settings.base_url or IFLOW_BASE_URL, values.get("base_url")) and not new_key:
         raise BadRequest(
             f"base_url: the iFlow key that is stored {change}; type api_key in again, or use "
             "the command line (config set)", param="base_url", code="address_changed")
@@ -14011,7 +13938,7 @@ def provider_entry(body: Json, before: Json) -> Json:
         raise BadRequest("base_url: it is missing; or name a preset", param="base_url")
     entry = before or entry_for("", body.get("kind") or "", body.get("base_url") or "", preset, ())
     given = {name: body[name] for name in PROVIDER_FIELDS if name in body and name != "preset"}
-    if any(leads_elsewhere(before.get(name), given.get(name)) for name in ("base_url", "proxy")):
+    if any(leads_elsewhere(before.get(name), given.get(name)) for name in SECRET_ROADS):
         check_nothing_kept(given, before)
     facts = {model["id"]: model for model in entries_of(entry, "models")
              if isinstance(model, dict) and isinstance(model.get("id"), str)}
@@ -14030,14 +13957,6 @@ def provider_entry(body: Json, before: Json) -> Json:
         given["proxy"] = before["proxy"]
     made = {name: value for name, value in {**entry, **given}.items() if value is not None}
     return {**made, "base_url": check_provider(made).base_url}
-
-
-def leads_elsewhere(old: Any, new: Any) -> bool:
-    """Whether a URL that replaces another one has another scheme, host or port."""
-    def place(url: Any) -> Tuple[str, str]:
-        scheme, _, rest = str(url or "").partition("://")
-        return scheme.lower(), re.split("[/?#]", rest)[0].rpartition("@")[2].lower()
-    return bool(new) and place(old) != place(new)
 
 
 def check_nothing_kept(given: Json, before: Json) -> None:
@@ -17416,8 +17335,6 @@ TEXTS: Dict[str, Tuple[str, str]] = {
     "encrypt_on_none": ("{path} 中还没有密钥；以后写入的会加密", "{path} holds no secret yet; those to come will be encrypted"),
     "encrypt_off": ("{path} 中的密钥现在是明文", "secrets in {path} are plain text now"),
     "encrypt_off_none": ("{path} 中没有密钥；以后写入的将是明文", "{path} holds no secret; those to come will be plain text"),
-    "encrypt_rotate": ("{path} 中的密钥已用新的密钥重新加密", "secrets in {path} are encrypted with a new key"),
-    "encrypt_rotate_none": ("{path} 中没有密钥，无需更换；没有改动", "{path} holds no secret, so nothing was changed"),
     # what the system says is in English
     "ENOENT": ("没有这个文件或文件夹", "no such file or folder"),
     "EACCES": ("没有权限", "permission denied"),
@@ -17938,7 +17855,7 @@ def _open_log(path: str) -> logging.Handler:
             return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace",
                         opener=lambda name, flags: os.open(name, flags, 0o600))
 
-    os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+    make_folder(os.path.dirname(os.path.abspath(path)))
     handler = PrivateFile(path, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8")
     handler.setFormatter(_FileFormat())
     return handler
@@ -18508,18 +18425,18 @@ def _change_config(args: Any, edit: Callable[[Json], Any]) -> int:
 
 
 def _config_encrypt(args: Any) -> int:
-    """`on`, `off`, `rotate`; without, how it stands."""
+    """`on` or `off`; without, how it stands."""
     config = _config_of(args)
     mode = args.key or ""
-    if mode not in ("", "on", "off", "rotate"):
-        raise UsageError(f"config encrypt {mode}: one of on, off, rotate expected")
+    if mode not in ("", "on", "off"):
+        raise UsageError(f"config encrypt {mode}: on or off expected")
     try:
         if not mode:
             gateway = _gateway_of(args)
             print("on" if gateway.settings.encrypt_secrets else "off")
             locked = gateway.config.locked if gateway.config else []
         else:
-            locked = config.encrypt(mode)
+            locked = config.encrypt(mode == "on")
             _say(tr(f"encrypt_{mode}" + ("" if config.count_secrets() else "_none"), path=config.path))
     except (OSError, ConfigBroken, SealBroken) as exc:
         _say(f"error: {getattr(exc, 'strerror', None) or exc}")

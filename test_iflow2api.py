@@ -26,6 +26,7 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 import py_compile
 import random
 import re
@@ -968,6 +969,35 @@ def test_write_file_is_private_and_leaves_nothing_behind(home):
 
 
 @posix
+@pytest.mark.parametrize("umask", [0, 0o022, 0o777])
+def test_each_folder_that_is_made_is_its_owners_alone(home, umask):
+    (home / "there").mkdir(mode=0o755)
+    before = os.umask(umask)
+    try:
+        ifl.write_file(str(home / "there" / "a" / "b" / "file"), b"")
+        ifl.make_folder(str(home / "there" / "a" / "b"))
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((home / "there" / name).stat().st_mode) for name in ("", "a", "a/b")]
+    assert modes == [0o755, 0o700, 0o700]
+    (home / "file").write_text("")
+    with pytest.raises(OSError):
+        ifl.make_folder(str(home / "file" / "x"))
+
+
+@posix
+@pytest.mark.parametrize("mode, said", [(0o700, False), (0o755, False), (0o775, True), (0o777, True)])
+def test_a_config_folder_that_others_may_write_is_named_at_the_start(home, mode, said, log_lines):
+    config = ifl.ConfigFile(str(home / "c"), {})
+    config.change(lambda raw: None)
+    os.chmod(config.folder, mode)
+    ifl.serve(ifl.Gateway(config=config, environ={}), port=0).close()
+    lines = [record.getMessage() for record in log_lines]
+    assert any("others may write" in line and f"chmod 700 {config.folder}" in line for line in lines) == said
+    log_lines.clear()
+
+
+@posix
 def test_write_file_follows_a_link(home):
     (home / "real").mkdir()
     (home / "real" / "file").write_bytes(b"old")
@@ -1048,7 +1078,8 @@ def test_a_full_disk_leaves_the_old_file(home, monkeypatch):
 
 # --- locks ---------------------------------------------------------------------
 
-@pytest.fixture(params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL],
+                ids=errno.errorcode.get)
 def lockless(request, monkeypatch):
     """A file system that knows no locks."""
     fcntl = pytest.importorskip("fcntl")
@@ -1068,8 +1099,8 @@ def holds(path, timeout_s=0):
         return False
 
 
-def test_one_holder_where_there_are_no_locks(home, lockless):
-    path, inside, most = str(home / "a.lock"), [0], [0]
+def test_one_holder_at_a_time(home):
+    path, inside, most = str(home / "deep" / "a.lock"), [0], [0]
 
     def work():
         for _ in range(20):
@@ -1081,52 +1112,17 @@ def test_one_holder_where_there_are_no_locks(home, lockless):
     threads = [threading.Thread(target=work) for _ in range(4)]
     [thread.start() for thread in threads]
     [thread.join(WAIT_S) for thread in threads]
-    assert most == [1] and inside == [0] and os.listdir(home) == ["a.lock"]
+    assert most == [1] and inside == [0] and os.listdir(home / "deep") == ["a.lock"]
     with ifl.FileLock(path, 1):
         assert not holds(path)
     assert holds(path)
 
 
-NO_PROCESS, THIS_HOST = 2 ** 22 + 1, socket.gethostname()          # a process number that none has
-
-
-@pytest.mark.parametrize("holder, age_s, stale", [
-    (f"{THIS_HOST} {NO_PROCESS} ab", 0, True), (f"{THIS_HOST} PID ab", 0, True), (f"{THIS_HOST} PID TOKEN", 0, False), (f"{THIS_HOST} 1 ab", 0, False),
-    (f"{THIS_HOST} 1 ab", 700, True), (f"elsewhere {NO_PROCESS} ab", 0, False), (f"elsewhere {NO_PROCESS} ab", 700, True),
-    ("", 0, False), ("", 20, True), ("rubbish", 0, False), ("rubbish", 700, True), (f"{THIS_HOST} {10 ** 30} ab", 0, False)])
-def test_the_lock_of_who_is_gone_is_taken_over(home, lockless, holder, age_s, stale):
-    path, name = str(home / "a.lock"), home / "a.lock.pid"
-    name.write_text(holder.replace("PID", str(os.getpid())).replace("TOKEN", ifl.FileLock._TOKEN))
-    os.utime(name, (time.time() - age_s,) * 2)
-    assert holds(path, 0) == stale and name.exists() != stale        # without waiting, too
-    assert not (home / "a.lock.pid.stale").exists()
-
-
-def test_many_take_over_a_stale_lock_and_one_at_a_time_holds_it(home, lockless):
-    path, inside, most, total = str(home / "a.lock"), [0], [0], [0]
-    (home / "a.lock.pid").write_text(f"{THIS_HOST} {NO_PROCESS} ab")
-    (home / "a.lock.pid.stale").write_text("")           # whoever tried to before was killed in the middle of it
-    os.utime(home / "a.lock.pid.stale", (time.time() - 60,) * 2)
-
-    def work():
-        with ifl.FileLock(path, WAIT_S):
-            inside[0] += 1
-            most[0] = max(most[0], inside[0])
-            total[0] += 1
-            threading.Event().wait(0.01)
-            inside[0] -= 1
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    [thread.start() for thread in threads]
-    [thread.join(WAIT_S) for thread in threads]
-    assert (most, total) == ([1], [8]) and os.listdir(home) == ["a.lock"]
-
-
-def test_a_lock_that_was_taken_from_us_is_not_given_back_for_another(home, lockless):
-    path, name = str(home / "a.lock"), home / "a.lock.pid"
-    with ifl.FileLock(path, 1):
-        name.write_text("elsewhere 5 cd")
-    assert name.read_text() == "elsewhere 5 cd"
+def test_where_there_are_no_locks_a_warning_says_so_once(home, lockless, caplog):
+    for _ in range(3):
+        with ifl.FileLock(str(home / "a.lock"), 0):
+            pass
+    assert caplog.text.count(f"only one process may write in {home}") == 1
 
 
 def test_other_errors_of_a_lock_are_raised(home, monkeypatch):
@@ -1465,6 +1461,70 @@ def test_a_bad_alias_is_named_and_left_out(targets):
     router = ifl.Router(ifl.Settings(providers=[provider("http://a")], aliases={"x": targets, "y": "z"}), {})
     assert router.problems == ["alias 'x': a model or a list of models expected"]
     assert router.resolve("x")[0].model == "x" and router.resolve("y")[0].model == "z"
+
+
+# --- time is linear ----------------------------------------------------------
+
+def many(use, *more, times=4):
+    """What uses an input several times: a larger one would not fit into the caches."""
+    def used(text):
+        for _ in range(times):
+            with contextlib.suppress(ValueError, ifl.LoginFailed, ifl.GatewayError):
+                use(text, *more)
+    return used
+
+
+NO_FLOW = ifl.LoginFlow.__new__(ifl.LoginFlow)
+NO_FLOW._redirect_uri, NO_FLOW._secret = "http://localhost", "s"
+DEAD = {"name": "p", "base_url": "http://h"}
+
+#: what, n, maker of an input of size n, its use
+GROWTH_OF_SETTINGS = [
+    ("a text full of ://", 10_000, lambda n: "://a" * n, many(ifl.redact)),
+    ("users without an end", 10_000, lambda n: "://a:" + "b:" * n + "@", many(ifl.redact)),
+    ("keys without a value", 5_000, lambda n: "api_key=: " * n + "sk-" * n, many(ifl.redact)),
+    ("bearers and blanks", 2_500, lambda n: "bearer " + " " * n + "bearer\t" * n, many(ifl.redact, times=5)),
+    ("control characters", 2_500, lambda n: "a\0\n" * n, many(ifl.one_line)),
+    ("a mistyped name", 5_000, lambda n: "ab" * n, many(ifl.nearest, ["glm-5", "ab" * 40], times=40)),
+    ("an address", 10_000, lambda n: "1." * n, many(ifl.parse_address)),
+    ("an address in brackets", 10_000, lambda n: "[" + ":" * n, many(ifl.parse_address)),
+    ("a network of many bits", 10_000, lambda n: "10.0.0.0/" + "9" * n, many(ifl.parse_network, times=100)),
+    ("forwarded by many", 4_000, lambda n: "10.0.0.1," * n,
+     lambda text: ifl.client_address("10.0.0.1", text, ["10.0.0.0/8"])),
+    ("forwarded commas", 100_000, lambda n: "," * n, lambda text: ifl.client_address("10.0.0.1", text, ["10.0.0.0/8"])),
+    ("a base URL of slashes", 50_000, lambda n: "http://h" + "/" * n, many(ifl.clean_base_url)),
+    ("a base URL without scheme", 5_000, lambda n: "a:" * n, many(ifl.clean_base_url)),
+    ("another address", 50_000, lambda n: "http://" + "a@" * n, many(ifl.leads_elsewhere, "http://b:80")),
+    ("a pattern of stars", 50_000, lambda n: "a" * n, many(ifl.fits, "*a*a*a*b")),
+    ("a damaged secret", 50_000, lambda n: "enc:v1:" + "k" * n + "." + "." * n,
+     many(ifl.Vault("/nonexistent", {}).open)),
+    ("a key in a header", 100_000, lambda n: "k" * n, many(ifl.hashes_of_header)),
+    ("a password's hash", 100_000, lambda n: "pbkdf2-sha256$" + "1" * n, many(lambda text: ifl.is_password("x", text))),
+    ("a provider's headers", 4_000, lambda n: {**DEAD, "headers": {f"X-{at}": "v" for at in range(n)}},
+     lambda entry: ifl.parse_provider(entry, {})),
+    ("a provider's models", 4_000, lambda n: {**DEAD, "models": [f"m{at}" for at in range(n)]},
+     lambda entry: ifl.parse_provider(entry, {})),
+    ("client keys", 400, lambda n: [{"name": f"k{at}", "sha256": "0" * 64} for at in range(n)],
+     ifl.parse_client_keys),
+    ("a pasted text", 10_000, lambda n: "/oauth2callbac" * n, many(lambda text: ifl.LoginFlow.paste(NO_FLOW, text), times=5)),
+    ("a pasted query", 5_000, lambda n: "a=b&" * n, lambda text: NO_FLOW._pasted("?" + text)),
+    ("a callback's code", 50_000, lambda n: {"code": ["c" * n]}, many(lambda query: NO_FLOW._code(query, True))),
+    ("a date of blanks", 100_000, lambda n: " " * n + "z" * n, many(ifl.parse_time)),
+]
+
+
+@pytest.mark.parametrize("size, make, use", [row[1:] for row in GROWTH_OF_SETTINGS],
+                         ids=[row[0] for row in GROWTH_OF_SETTINGS])
+def test_settings_and_logins_take_linear_time(size, make, use):
+    def best_s(size):
+        data, spent = make(size), []
+        for _ in range(3):
+            began = time.thread_time()
+            use(data)
+            spent.append(time.thread_time() - began)
+        return min(spent)
+    base_s = best_s(size)
+    assert best_s(4 * size) <= 6 * max(base_s, 0.001), base_s
 
 
 # === 7. Chat and SSE =========================================================
@@ -5357,8 +5417,9 @@ def test_a_slow_client_holds_up_nobody_and_gets_all_of_it(server, upstream):
     assert is_well(running)
 
 
-def test_a_client_that_takes_nothing_is_given_up(server, upstream):
-    running = server(upstream, write_timeout_s=0.2)
+def test_a_client_that_takes_nothing_is_given_up(server, upstream, monkeypatch):
+    monkeypatch.setattr(ifl, "SEND_TIME_S", 0.2)
+    running = server(upstream)
     upstream.plays(sse(*LOTS, HOLD))
     with begin_stream(running):
         until(lambda: running.gateway.in_flight == 0, what="the end of the call")
@@ -5536,7 +5597,8 @@ def test_more_sockets_than_select_takes_are_looked_at_in_parts(monkeypatch):
 def test_systems_that_lack_something(server, upstream, monkeypatch, looks_often, lacks):
     """Windows has no select.poll, and waits of its sockets end in another way."""
     lacks(monkeypatch)
-    running = server(upstream, keepalive_s=0.03, first_byte_timeout_s=0.3, idle_timeout_s=0.3, body_timeout_s=0.2)
+    monkeypatch.setattr(ifl, "BODY_TIME_S", 0.2)
+    running = server(upstream, keepalive_s=0.03, first_byte_timeout_s=0.3, idle_timeout_s=0.3)
     assert post(running, chat(pad="x" * 3_000_000)).status == 200 and upstream.last.json["pad"] == "x" * 3_000_000
     assert records_of(post(running, chat(True)).body) == HELLO
     upstream.plays(Reply(HOLD), sse(chunk("x" * 900_000), HOLD))
@@ -6317,41 +6379,30 @@ def test_a_plain_file_of_the_user_gets_a_sealed_backup(home_login):
 
 
 @pytest.mark.usefixtures("home_login")
-def test_encrypt_off_on_and_rotate(sealed):
+def test_encrypt_off_and_on(sealed):
     sealed.change(lambda raw: raw.update(port=1))
-    assert sealed.encrypt("off") == [] and json.loads(text_of_login(sealed.path)) == {**SECRETS, "port": 1, "encrypt_secrets": False}
+    assert sealed.encrypt(False) == []
+    assert json.loads(text_of_login(sealed.path)) == {**SECRETS, "port": 1, "encrypt_secrets": False}
     assert "sk-p-one" in text_of_login(sealed.backup)
     sealed.change(lambda raw: raw.update(port=3))
     assert "sk-p-one" in text_of_login(sealed.path)
-    assert sealed.encrypt("on") == [] and "sk-p-one" not in text_of_login(sealed.path) + text_of_login(sealed.backup)
-    before, key = text_of_login(sealed.path), bytes_of(sealed.vault.key_path)
-    assert sealed.encrypt("rotate") == []
-    assert text_of_login(sealed.path) != before and bytes_of(sealed.vault.key_path) != key
-    assert len(bytes_of(sealed.vault.key_path)) == 32
+    assert sealed.encrypt(True) == []
+    assert "sk-p-one" not in text_of_login(sealed.path) + text_of_login(sealed.backup)
     assert sealed.read() == {**SECRETS, "port": 3}
 
 
 @pytest.mark.usefixtures("home_login")
-def test_a_rotation_cut_short_anywhere_loses_nothing(sealed, monkeypatch):
-    sealed.change(lambda raw: raw.update(port=1))
-    real, left = ifl.write_file, [0]
-
-    def dying(path, data, **more):
-        if not left[0]:
-            raise OSError(errno.EIO, "gone")
-        left[0] -= 1
-        real(path, data, **more)
-
-    monkeypatch.setattr(ifl, "write_file", dying)
-    for steps in range(5):
-        left[0] = steps
-        try:
-            sealed.encrypt("rotate")
-        except OSError:
-            pass
-        fresh = ifl.ConfigFile(sealed.folder, {})
-        assert fresh.read() == {**SECRETS, "port": 1} and fresh.locked == []
-        assert fresh.opened(json.loads(text_of_login(sealed.backup)))["api_key"] == "sk-iflow-key"
+def test_a_key_file_of_several_keys_opens_with_all_and_encrypts_with_the_first(sealed):
+    """An earlier version could rotate keys."""
+    old = bytes_of(sealed.vault.key_path)
+    with open(sealed.vault.key_path, "wb") as file:
+        file.write(KEY + old)
+    assert sealed.read() == SECRETS and sealed.locked == []
+    sealed.change(lambda raw: raw.update(api_key="sk-another"))
+    written = json.loads(text_of_login(sealed.path))["api_key"]
+    with open(sealed.vault.key_path, "wb") as file:
+        file.write(KEY)
+    assert sealed.vault.open(written) == "sk-another"
 
 
 @pytest.mark.usefixtures("home_login")
@@ -6367,7 +6418,7 @@ def test_a_lost_key_is_named_and_nothing_is_overwritten(sealed, gateways):
     assert gateway_login.state.router.providers["p"].problem and not gateway_login.state.router.providers["q"].problem
     assert gateway_login.settings.custom_api_key.startswith("enc:")         # a key is still wanted, of everybody
     assert gateway_login.ensure_client_key()[0].startswith("enc:")
-    assert config_login.encrypt("rotate")
+    assert config_login.encrypt(True)
     config_login.change(lambda raw: raw.update(port=9))
     after = json.loads(text_of_login(sealed.path))
     assert after == {**before, "port": 9}
@@ -6395,7 +6446,7 @@ def test_a_damaged_key_file_stops_no_other_change(sealed, caplog):
     assert json.loads(text_of_login(sealed.path))["port"] == 7 and bytes_of(sealed.vault.key_path) == b"short"
     assert "stay unencrypted" in caplog.text and "sk-new-one" not in caplog.text
     with pytest.raises(OSError):
-        sealed.encrypt("rotate")
+        sealed.encrypt(True)
 
 
 def test_a_passphrase_instead_of_a_key_file(home_login):
@@ -6408,8 +6459,6 @@ def test_a_passphrase_instead_of_a_key_file(home_login):
     for environ, word in (({}, "set IFLOW2API_PASSPHRASE"), ({"IFLOW2API_PASSPHRASE": "wrong"}, "another passphrase")):
         other = ifl.ConfigFile(config_login.folder, environ)
         assert other.read()["api_key"].startswith("enc:") and word in other.locked[0]
-    before = text_of_login(config_login.path)
-    assert config_login.encrypt("rotate") == [] and text_of_login(config_login.path) != before and config_login.read()["api_key"] == "sk-iflow-key"
 
 
 def test_the_commands_of_encryption(home_login, capsys, monkeypatch):
@@ -6418,9 +6467,9 @@ def test_the_commands_of_encryption(home_login, capsys, monkeypatch):
     assert "sk-a-client" not in text_of_login(home_login / "c" / "config.json")
     assert ifl.main(["config", "encrypt"]) == 0 and capsys.readouterr().out == "on\n"
     assert ifl.main(["config", "encrypt", "off"]) == 0 and "sk-a-client-key-0123" in text_of_login(home_login / "c" / "config.json")
-    assert ifl.main(["config", "encrypt", "on"]) == 0 and ifl.main(["config", "encrypt", "rotate"]) == 0
-    assert ifl.main(["config", "encrypt", "maybe"]) == 2
-    assert "new key" in capsys.readouterr().err
+    assert ifl.main(["config", "encrypt", "on"]) == 0
+    assert ifl.main(["config", "encrypt", "maybe"]) == ifl.main(["config", "encrypt", "rotate"]) == 2
+    assert "on or off expected" in capsys.readouterr().err
     assert "sk-a-client" not in text_of_login(home_login / "c" / "config.json")
     capsys.readouterr()
     ifl.main(["config", "list"])
@@ -6431,28 +6480,16 @@ def test_the_commands_of_encryption(home_login, capsys, monkeypatch):
 
 def test_encryption_says_when_there_is_nothing_to_encrypt(home_login, capsys, monkeypatch):
     monkeypatch.setenv("IFLOW2API_CONFIG_DIR", str(home_login / "c"))
-    for mode, said in (("on", "holds no secret yet"), ("rotate", "nothing was changed"), ("off", "holds no secret;")):
+    for mode, said in (("on", "holds no secret yet"), ("off", "holds no secret;")):
         assert ifl.main(["config", "encrypt", mode]) == 0 and said in capsys.readouterr().err
     assert not (home_login / "c" / "secret.key").exists()
-
-
-def test_rotate_while_encryption_is_off_changes_nothing(home_login, capsys, monkeypatch):
-    monkeypatch.setenv("IFLOW2API_CONFIG_DIR", str(home_login / "c"))
-    ifl.main(["config", "encrypt", "off"])
-    ifl.main(["config", "set", "custom_api_key", "sk-a-client-key-0123"])
-    before = text_of_login(home_login / "c" / "config.json")
-    capsys.readouterr()
-    assert ifl.main(["config", "encrypt", "rotate"]) == 1 and "encryption is off" in capsys.readouterr().err
-    assert text_of_login(home_login / "c" / "config.json") == before and "sk-a-client-key-0123" in before
-    assert not (home_login / "c" / "secret.key").exists()
-    assert ifl.main(["config", "encrypt"]) == 0 and capsys.readouterr().out == "off\n"
 
 
 def test_a_bind_mounted_config_json_is_encrypted_with_its_backup(home_login, monkeypatch):
     made = ifl.ConfigFile(str(home_login / "c"), {})
     made.change(lambda raw: raw.update(encrypt_secrets=False, api_key="sk-plain"))
     refuse_to_replace(monkeypatch, "config.json")
-    assert made.encrypt("on") == [] and made.read()["api_key"] == "sk-plain"
+    assert made.encrypt(True) == [] and made.read()["api_key"] == "sk-plain"
     assert "sk-plain" not in text_of_login(made.path) + text_of_login(made.backup)
 
 
@@ -7064,7 +7101,7 @@ def test_a_key_that_could_not_be_asked_for_is_asked_for_later_without_a_refresh(
     assert login_of(home_login)["apiKey"] == "sk-key-1" and host.count("/oauth/token") == 1
 
 
-def test_tokens_that_could_not_be_written_are_kept_and_written_later(home_login, host, refresher, monkeypatch):
+def test_tokens_that_could_not_be_written_are_tried_again_every_30_s(home_login, host, refresher, monkeypatch):
     put_login(home_login)
     real = ifl.write_file
 
@@ -7072,65 +7109,47 @@ def test_tokens_that_could_not_be_written_are_kept_and_written_later(home_login,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(ifl, "write_file", full)
-    assert refresher.look() == 30 and login_of(home_login)["oauth_refresh_token"] == "R0"
+    for _ in range(4):
+        assert refresher.look() == 30 and login_of(home_login)["oauth_refresh_token"] == "R0"
+        refresher._monotonic.at += 30
     monkeypatch.setattr(ifl, "write_file", real)
-    refresher._monotonic.at += 30
     refresher.look()
     assert login_of(home_login)["oauth_refresh_token"] == "R1" and login_of(home_login)["apiKey"] == "sk-key-1"
     assert host.count("/oauth/token") == 1
 
 
-def test_two_refresh_on_a_file_system_without_locks(home_login, host, config_login, gateways, lockless):
-    put_login(home_login)
-    found = []
-    gateways += [ifl.Gateway(config=config_login, environ={}) for _ in range(2)]
-    threads = [threading.Thread(target=lambda g=g: found.append(g.logins.refresher.renew("default", "sk-key-0", ifl.NOBODY)))
-               for g in gateways for _ in range(3)]
-    [thread.start() for thread in threads]
-    [thread.join(WAIT_S_LOGIN) for thread in threads]
-    assert found == ["sk-key-1"] * 6 and host.count("/oauth/token") == 1
-
-
 @posix_login
 @pytest.mark.parametrize("account", ["default", "work"])
-def test_a_kill_after_the_host_has_answered_costs_no_login(home_login, host, config_login, gateways, account):
-    """The refresh token is spent by then: the new ones are found in a file of their own."""
-    if account == "default":
-        put_login(home_login)
-    else:
-        config_login.change(lambda raw: raw.update(accounts={"work": {
-            "apiKey": "sk-work", "oauth_refresh_token": "R0", "oauth_expires_at": ifl.format_time(time.time())}}))
-    script = textwrap.dedent("""
-        import os, signal, sys; sys.path.insert(0, sys.argv[1])
-        import iflow2api as ifl
-        gateway = ifl.Gateway(config=ifl.ConfigFile(sys.argv[2]), environ={})
-        ifl.LoginFile.update = lambda *more: os.kill(os.getpid(), signal.SIGKILL)
-        gateway.logins.refresher.look()
-        """)
-    child = subprocess.run([sys.executable, "-c", script, os.path.dirname(byte_code()), config_login.folder], timeout=60,
-                           env={**os.environ, "HOME": str(home_login)})
-    assert child.returncode == -signal.SIGKILL and host.count("/oauth/token") == 1
-    left, = [path for path in home_login.rglob("*.tokens")]
-    assert stat.S_IMODE(left.stat().st_mode) == 0o600 and ('"R1"' in left.read_text()) == (account == "default")
+def test_tokens_that_a_killed_older_version_left_are_used_once(home_login, host, config_login, gateways, account):
+    """It wrote new tokens into a file of their own first; the refresh token in the other one was spent by then."""
+    login = {"apiKey": "sk-work", "oauth_refresh_token": "R-spent",
+             "oauth_expires_at": ifl.format_time(time.time())}
+    put_login(home_login, **login)
+    config_login.change(lambda raw: raw.update(accounts={"work": login}))
+    file = ifl.LoginFile("" if account == "default" else account, config_login)
+    tokens = {"oauth_access_token": "A9", "oauth_refresh_token": "R9", ifl.KEY_DUE: True}
+    left = {"accounts": {account: tokens}, "used": ifl.hash_key("R-spent").hex()}
+    if account == "work":
+        left = config_login.sealed_if_possible(left)
+        assert "R9" not in json.dumps(left)
+    for rubbish in (b"{", b"[]", b'{"accounts": 5}', b'{"accounts": {"default": {"oauth_refresh_token": 5}}, "used": "x"}'):
+        pathlib.Path(file._pending_path).write_bytes(rubbish)
+        assert file.pending() == ({}, "")
+    pathlib.Path(file._pending_path).write_text(json.dumps(left))
     gateways.append(ifl.Gateway(config=config_login, environ={}))
-    gateways[-1].logins.refresher.look()
-    login = login_of(home_login) if account == "default" else config_login.read()["accounts"]["work"]
-    assert (login["oauth_refresh_token"], login["apiKey"], ifl.KEY_DUE in login) == ("R1", "sk-key-1", False)
-    assert host.count("/oauth/token") == 1 and not left.exists()
+    gateways[-1].logins.refresher._refresh(file, None)
+    assert file.read()["oauth_refresh_token"] == "R9" and file.read()["apiKey"].startswith("sk-key-")
+    assert host.count("/oauth/token") == 0 and not os.path.exists(file._pending_path)
 
 
 def test_tokens_left_behind_do_not_replace_a_newer_login(home_login, host, gateway_login, refresher, config_login):
     put_login(home_login)
     file = ifl.LoginFile("", config_login)
-    file.keep_pending({"oauth_access_token": "A-old", "oauth_refresh_token": "R-old"}, ifl.hash_key("another").hex())
+    tokens = {"oauth_access_token": "A-old", "oauth_refresh_token": "R-old"}
+    pathlib.Path(file._pending_path).write_text(json.dumps(
+        {"accounts": {"default": tokens}, "used": ifl.hash_key("another").hex()}))
     refresher.look()
     assert login_of(home_login)["oauth_refresh_token"] == "R1" and file.pending() == ({}, "")
-    for rubbish in (b"{", b"[]", b'{"accounts": 5}', b'{"accounts": {"default": {"oauth_refresh_token": 5}}, "used": "x"}'):
-        with open(file._pending_path, "wb") as written:
-            written.write(rubbish)
-        assert file.pending() == ({}, "")
-    refresher.look()
-    assert login_of(home_login)["oauth_refresh_token"] == "R1"
 
 
 def test_a_file_that_can_not_be_written_costs_no_token(home_login, host, refresher, monkeypatch):
@@ -8276,11 +8295,12 @@ def test_a_client_that_hangs_up_in_the_queue_leaves_it(server, upstream, looks_o
     until(lambda: slots.active == 0, 1.5)
 
 
-def test_a_client_that_stops_reading_is_cut_off(server, upstream):
-    """Its place comes free after write_timeout_s, though the upstream would go on for ever."""
+def test_a_client_that_stops_reading_is_cut_off(server, upstream, monkeypatch):
+    """Its place comes free after SEND_TIME_S, though the upstream would go on for ever."""
     flood = [record(chunk("x" * 60_000))] * 400
     upstream.plays(sse(chunk("x"), *flood, HOLD))
-    running = server(provider(upstream, concurrency=1), write_timeout_s=0.3)
+    monkeypatch.setattr(ifl, "SEND_TIME_S", 0.3)
+    running = server(provider(upstream, concurrency=1))
     with Client(running) as client:
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.post(chat(True))
@@ -10665,9 +10685,10 @@ def test_framing_that_two_servers_might_read_in_two_ways(server, upstream, lines
     assert upstream.requests == [] and is_well(running)
 
 
-def test_a_length_that_lies(server, upstream):
+def test_a_length_that_lies(server, upstream, monkeypatch):
     """Too long: the rest never comes.  Too short: the rest is the next request, and no good one."""
-    running = server(upstream, body_timeout_s=0.2)
+    monkeypatch.setattr(ifl, "BODY_TIME_S", 0.2)
+    running = server(upstream)
     with Client(running) as client:
         client.send(request_bytes(body=chat(), headers={"Content-Length": "5000"}))
         assert client.answer().status == 408 and client.is_closed()
@@ -10698,8 +10719,10 @@ def test_a_refused_head_is_told_in_the_dialect_of_its_path(server, log_lines, da
 
 
 @pytest.mark.parametrize("part, path", [(b"GET /he", "-"), (request_bytes(headers={"Content-Length": "50"}) + b"{", "/v1/chat/completions")])
-def test_a_request_that_does_not_arrive_in_time_is_logged(server, log_lines, part, path):
-    running = server(detect_local=False, header_timeout_s=0.2, body_timeout_s=0.2)
+def test_a_request_that_does_not_arrive_in_time_is_logged(server, log_lines, part, path, monkeypatch):
+    monkeypatch.setattr(ifl, "HEAD_TIME_S", 0.2)
+    monkeypatch.setattr(ifl, "BODY_TIME_S", 0.2)
+    running = server(detect_local=False)
     with Client(running) as client:
         answer = client.send(part).answer()
         assert answer.status == 408
@@ -10850,8 +10873,10 @@ def test_http_1_0_needs_no_host(server):
                                                            "Content-Length": None}) + b"5000\r\nhe"],
                          ids=["head", "body", "chunks"])
 @pytest.mark.parametrize("drips", [False, True], ids=["silent", "dripping"])
-def test_a_slow_loris_is_cut_off(server, slowly, drips):
-    running = server(detect_local=False, header_timeout_s=0.15, body_timeout_s=0.15)
+def test_a_slow_loris_is_cut_off(server, slowly, drips, monkeypatch):
+    monkeypatch.setattr(ifl, "HEAD_TIME_S", 0.15)
+    monkeypatch.setattr(ifl, "BODY_TIME_S", 0.15)
+    running = server(detect_local=False)
     started = time.monotonic()
     with Client(running) as client:
         client.send(slowly)
@@ -10867,7 +10892,8 @@ def test_a_slow_loris_is_cut_off(server, slowly, drips):
 
 def test_a_connection_without_a_request_is_closed(server, monkeypatch):
     monkeypatch.setattr(ifl, "CLIENT_IDLE_S", 0.1)
-    running = server(detect_local=False, header_timeout_s=0.1)
+    monkeypatch.setattr(ifl, "HEAD_TIME_S", 0.1)
+    running = server(detect_local=False)
     with Client(running) as client:
         assert client.is_closed()
     with Client(running) as client:
@@ -15568,7 +15594,7 @@ def test_texts_are_whole():
     used = set(re.findall(r"""\b(?:tr|marked)\(["'](\w+)["'][,)]""", SOURCE)) | {group for group, _ in ifl.COMMAND_GROUPS}
     used |= set(errno.errorcode.values()) & set(ifl.TEXTS)
     used |= {key for _, key in ifl._COMPLAINTS} | {"kind_" + kind for kind in ifl._KINDS}
-    used |= {f"encrypt_{mode}{end}" for mode in ("on", "off", "rotate") for end in ("", "_none")}
+    used |= {f"encrypt_{mode}{end}" for mode in ("on", "off") for end in ("", "_none")}
     assert used == set(ifl.TEXTS), used ^ set(ifl.TEXTS)
 
 
@@ -15586,7 +15612,7 @@ provider remove | provider remove nobody | provider remove zhipu | config | conf
 config set port abc | config set port 99999 | config set language de | config set aliases {"a":5} | config set aliases {"a":"upp/x"}
 config set providers [{"name":"p"}] | config set providers [5] | config set upstream_proxy socks4://h | config set upstream_proxy socks5://h:1
 config set retry {"count":99} | config set retry {"odd":1} | config set prices {"m":1} | config set trusted_proxies ["x"] | config set detect_local maybe
-config set keepalive_s -1 | config set client_keys [{"name":"x"}] | config encrypt rotate | config encrypt off | config encrypt rotate
+config set keepalive_s -1 | config set client_keys [{"name":"x"}] | config encrypt rotate | config encrypt off | config encrypt on
 config encrypt x | config encrypt on | config unset nosuch | config unset upstream_proxy | config set aliases {"fast":["up/m1",{"model":"m2","over_tokens":9}]}
 routes | routes explain | routes explain fast | routes explain fast --tokens x | routes explain claude-x --dialect messages | routes explain up/y --json
 key | key add | key add alice --rpm 0 | key add alice --rpm 20 --models glm-* --expires 2001-01-01 | key add alice --rpm 20 --tpd 9 --models nope
