@@ -675,11 +675,11 @@ def _drop_leftovers(path: str) -> None:
             found = re.fullmatch(r"\.(\d{1,10})-[0-9a-f]{8}\.tmp", entry[len(name):])
             if found and entry.startswith(name):
                 temp = os.path.join(folder, entry)
-                if time.time() - os.stat(temp).st_mtime > TEMP_FILE_S or not _is_running(int(found.group(1))):
+                if time.time() - os.stat(temp).st_mtime > TEMP_FILE_S or not has_process(int(found.group(1))):
                     os.unlink(temp)
 
 
-def _is_running(pid: int) -> bool:
+def has_process(pid: int) -> bool:
     """Whether there is such a process, as far as that can be told."""
     if os.name != "posix":
         return True                      # os.kill would end it there
@@ -9912,6 +9912,10 @@ class Lane:
         slots = self._key_slots.get(key)
         return slots.hold(client, settings, f"a key of {self.provider.name}") if slots else _NO_WAIT
 
+    def key_states(self) -> List[Tuple[str, float]]:
+        """Of each key `ok`, `resting` or `refused`, and the seconds that it still rests."""
+        return [(self.rests.key_state(key), self.rests.left_s(key)) for key in self.provider.api_keys]
+
     @property
     def key_load(self) -> int:
         """Requests that hold a key or wait for one; only where each key has a limit."""
@@ -11255,6 +11259,85 @@ class Attempts:
             self.gateway.limiter.spend(self.call.meters, usage.prompt + usage.completion if real else 0)
 
 
+class LocalEngines:
+    """Engines on this machine, for a gateway without providers; what was found serves for LOCAL_TTL_S."""
+
+    def __init__(self, gateway: Any) -> None:
+        self._gateway, self._lock = gateway, threading.Lock()
+        self._base: Optional[State] = None               #: the state without engines that was looked for
+        self._until, self._found = 0.0, None             #: how long that counts, the state with engines
+        self._found: Optional[State]
+
+    def state(self, base: State, look: bool) -> State:
+        """`base` with what was found; `look` False takes what was found last."""
+        if look:
+            with self._lock:
+                if self._base is not base or time.monotonic() >= self._until:
+                    self._look(base)
+        return self._found if self._found is not None and self._base is base else base
+
+    def _look(self, base: State) -> None:
+        """Ask all of them at once."""
+        gateway, entries = self._gateway, {}
+        own = gateway.upstream.own_ports | {base.settings.port}
+        threads = [threading.Thread(target=self._ask, args=(name, url, base.settings, entries), daemon=True)
+                   for name, url in gateway.local_engines.items() if Endpoint.of(url).port not in own]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * LOCAL_TIMEOUT_S)
+        providers = [entries[name] for name in gateway.local_engines if name in entries]
+        found = self._found if self._base is base else None
+        if providers != (found.settings.providers if found else []):
+            found = None
+            if providers:
+                settings = replace(base.settings, providers=providers)
+                found = State(settings, Router(settings, gateway.environ), base.door)
+            self._announce(found)
+        self._base, self._until, self._found = base, time.monotonic() + LOCAL_TTL_S, found
+
+    def _announce(self, found: Optional[State]) -> None:
+        log = self._gateway.log
+        if found is None:
+            return log.info("no engine answers on this machine any more")
+        self._gateway.equip(found.router)
+        for provider in found.router.providers.values():
+            models = one_line(", ".join(provider.models), 160)
+            log.info("found %s at %s: %s", provider.name, provider.base_url, models)
+
+    def _ask(self, name: str, base_url: str, settings: Settings, entries: Dict[str, Json]) -> None:
+        """Enter the engine into `entries` if one answers that has a model; another iflow2api is none."""
+        limit_s = min(settings.connect_timeout_s, LOCAL_TIMEOUT_S)
+        try:
+            with self._gateway.upstream.open(
+                    Provider(name, base_url), replace(settings, connect_timeout_s=limit_s), "GET", "/models", (),
+                    None, NOBODY, LOCAL_TIMEOUT_S) as response:
+                ours = response.headers.get("server", "").startswith("iflow2api")
+                models = []
+                if response.status == 200 and not ours:
+                    models = parse_model_list(response.read_all(8 << 20))
+        except GatewayError as exc:
+            self._gateway.log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
+            return
+        models.sort(key=lambda model: "embed" in model.lower())  # the first one is the default model
+        if models:
+            entries[name] = {"name": name, "base_url": base_url, "models": models,
+                             "profile": PRESETS[name].profile}
+
+
+def idle_patterns(router: Router, keys: Sequence[ClientKey]) -> List[str]:
+    """Patterns of client keys that match nothing, where each provider says what it serves."""
+    providers = router.providers.values()
+    if not providers or not all(provider.models for provider in providers):
+        return []
+    names = {name for p in providers for model in p.models for name in (model, f"{p.name}/{model}")}
+    patterns = [*FOREIGN_MODELS, *(pattern for pattern, _ in router.aliases)]
+    return [f"client_keys: {key.name}: models: {wish!r} matches nothing" + nearest(wish, names)
+            for key in keys for wish in key.models
+            if not any(fits(name, wish) for name in [*names, *patterns])
+            and not any(fits(wish, pattern) for pattern in patterns)]
+
+
 class Gateway:
     """Routes calls to upstreams and answers back; knows no HTTP server.
 
@@ -11296,9 +11379,7 @@ class Gateway:
         self.lanes: Dict[str, Lane] = {}
         self._lock = threading.Lock()
         self._watch: Optional[FileWatch] = None
-        self._looking = threading.Lock()
-        #: the state without engines, until when the last look counts, the state with those that were found
-        self._local: Tuple[Optional[State], float, Optional[State]] = (None, 0.0, None)
+        self._engines = LocalEngines(self)
         self.state = State(Settings(), Router(Settings(), {}), Doorkeeper(Settings()))
         if config is None:
             self.apply(settings or Settings())
@@ -11317,8 +11398,8 @@ class Gateway:
     def apply(self, settings: Settings) -> None:
         """Work with `settings` from the next request on; running ones keep theirs."""
         router, door = self.routed(settings), Doorkeeper(settings)
+        self.equip(router)
         with self._lock:
-            self._equip(router)
             self.limiter.keep_keys(key.name for key in door.keys)
             self.state = State(settings, router, door)
         self.log.setLevel(settings.log_level.upper())
@@ -11334,13 +11415,14 @@ class Gateway:
         log.addHandler(self.live.log_handler)
         log.setLevel(self.log.level)
 
-    def _equip(self, router: Router) -> None:
+    def equip(self, router: Router) -> None:
         """A lane for each provider, its own if it had one; others may still be in use, and go with their calls."""
-        lanes = {}
-        for name, provider in router.providers.items():
-            lanes[name] = self.lanes.get(name) or Lane(provider, self.clock, self.scale)
-            lanes[name].adopt(provider)
-        self.lanes = lanes
+        with self._lock:
+            lanes = {name: self.lanes.get(name) or Lane(provider, self.clock, self.scale)
+                     for name, provider in router.providers.items()}
+            for name, lane in lanes.items():
+                lane.adopt(router.providers[name])
+            self.lanes = lanes
 
     def lane(self, provider: Provider) -> Lane:
         """The provider's lane; one of its own for a provider that has just been taken away."""
@@ -11367,7 +11449,8 @@ class Gateway:
     def _take_over(self, loaded: Loaded, broken: List[str]) -> None:
         self.origins = loaded.origins
         self.apply(loaded.settings)
-        problems = broken + loaded.problems + self.state.router.problems + self._idle_patterns()
+        problems = broken + loaded.problems + self.state.router.problems
+        problems += idle_patterns(self.state.router, self.state.door.keys)
         problems += self.ledger.problems
         problems += proxy_problems(loaded.settings, self.state.router.providers.values())
         for problem in problems:
@@ -11409,18 +11492,6 @@ class Gateway:
                     if problem not in known.problems]
         kept = replace(loaded.settings, **{name: getattr(self.settings, name) for name in bad})
         return Loaded(kept, loaded.origins, loaded.problems + problems)
-
-    def _idle_patterns(self) -> List[str]:
-        """Patterns of client keys that match nothing, where each provider says what it serves."""
-        providers, aliases = self.state.router.providers.values(), self.state.router.aliases
-        if not providers or not all(provider.models for provider in providers):
-            return []
-        names = {name for p in providers for model in p.models for name in (model, f"{p.name}/{model}")}
-        patterns = [*FOREIGN_MODELS, *(pattern for pattern, _ in aliases)]
-        return [f"client_keys: {key.name}: models: {wish!r} matches nothing" + nearest(wish, names)
-                for key in self.state.door.keys for wish in key.models
-                if not any(fits(name, wish) for name in [*names, *patterns])
-                and not any(fits(wish, pattern) for pattern in patterns)]
 
     def watch_files(self) -> None:
         """Reload when config.json or the CLI's file changes on disk, and keep logins fresh."""
@@ -11483,66 +11554,17 @@ class Gateway:
             self._seal = Seal(_lasting_key(path, self.log) if path else secrets.token_bytes(32))
         return self._seal
 
-    # engines on this machine
+    # answering
 
     def current(self, look: bool = True) -> State:
-        """What a request starts from: the settings, or, where they lead nowhere, the engines found on this machine.
+        """What a request starts from: the settings, or, where they lead nowhere, the engines of this machine.
 
         `look` False takes what was found last.
         """
         state = self.state
         if state.router.default is not None or not state.settings.detect_local:
             return state
-        if look:
-            with self._looking:
-                if self._local[0] is not state or time.monotonic() >= self._local[1]:
-                    self._look_for_engines(state)
-        base, _, found = self._local
-        return found if found is not None and base is state else state
-
-    def _look_for_engines(self, state: State) -> None:
-        """Ask all of them at once; what is found serves until the next look."""
-        entries: Dict[str, Json] = {}
-        own = self.upstream.own_ports | {state.settings.port}
-        threads = [threading.Thread(target=self._look_at, args=(name, base_url, state.settings, entries), daemon=True)
-                   for name, base_url in self.local_engines.items() if Endpoint.of(base_url).port not in own]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(2 * LOCAL_TIMEOUT_S)
-        providers = [entries[name] for name in self.local_engines if name in entries]
-        before = self._local[2].settings.providers if self._local[0] is state and self._local[2] else []
-        found = self._local[2] if before else None
-        if providers != before:
-            settings = replace(state.settings, providers=providers)
-            found = State(settings, Router(settings, self.environ), state.door) if providers else None
-            self._announce_engines(found)
-        self._local = (state, time.monotonic() + LOCAL_TTL_S, found)
-
-    def _announce_engines(self, found: Optional[State]) -> None:
-        if found is None:
-            return self.log.info("no engine answers on this machine any more")
-        with self._lock:
-            self._equip(found.router)
-        for provider in found.router.providers.values():
-            models = one_line(", ".join(provider.models), 160)
-            self.log.info("found %s at %s: %s", provider.name, provider.base_url, models)
-
-    def _look_at(self, name: str, base_url: str, settings: Settings, entries: Dict[str, Json]) -> None:
-        """Enter the engine into `entries` if one answers there that has a model; another iflow2api is none."""
-        quick = replace(settings, connect_timeout_s=min(settings.connect_timeout_s, LOCAL_TIMEOUT_S))
-        try:
-            with self.upstream.open(Provider(name, base_url), quick, "GET", "/models", (), None, NOBODY,
-                                    LOCAL_TIMEOUT_S) as response:
-                ours = response.headers.get("server", "").startswith("iflow2api")
-                models = parse_model_list(response.read_all(8 << 20)) if response.status == 200 and not ours else []
-        except GatewayError as exc:
-            return self.log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
-        models.sort(key=lambda model: "embed" in model.lower())  # the first one is the default model
-        if models:
-            entries[name] = {"name": name, "base_url": base_url, "models": models, "profile": PRESETS[name].profile}
-
-    # answering
+        return self._engines.state(state, look)
 
     def answer(self, call: Call, client: Client) -> None:
         """Serve one call; what Attempts.run raises."""
@@ -11572,164 +11594,12 @@ class Gateway:
             self.log.info("%s content of the type %r means nothing here and is left out", call.request_id[4:12],
                           one_line(kind, 60))
 
-    def check_count(self, call: Call) -> Optional[Target]:
-        """Where a request would go whose tokens are to be counted; Forbidden.  None where it leads nowhere."""
-        if call.model is not None and not isinstance(call.model, str):
-            return None
-        try:
-            return next(iter(self.current(look=False).chain_for(call)), None)
-        except Forbidden:
-            raise
-        except GatewayError:
-            return None
-
-    def scaled(self, target: Optional[Target], estimate: int) -> int:
-        """`estimate` as the model counts at its provider, as far as that is known."""
-        return self.lane(target.provider).scaled(target.model, estimate) if target is not None else estimate
-
     def account_of(self, provider: Provider, key: str) -> Optional[str]:
         """The login that a key of the provider iflow comes from, None where it comes from elsewhere."""
         if self.config is None or provider.name != "iflow" or provider.kind != "iflow":
             return None
         keys = {**account_keys(self.settings.accounts), **account_keys({DEFAULT_ACCOUNT: self._login})}
         return next((name for name, known in keys.items() if known.strip() == key), None)
-
-    # what is there
-
-    def models(self, key: Optional[ClientKey] = None, more: Collection[str] = ()) -> List[Json]:
-        """All names that can be asked for, each with the provider it leads to; nothing that would not be routed.
-
-        With a client's `key` those that it may use.  `more`: names to list, too, if they are redirected.
-        """
-        router = self.current().router
-        found = {name: router.resolve(name, True)[0].provider.name for name in more
-                 if router.redirects(name) and router.default is not None}
-        for pattern, branches in router.aliases:
-            if pattern and not re.search(r"[*?\[]", pattern):
-                first = branches[0].models[0]
-                found.setdefault(pattern, first.partition("/")[0] if "/" in first else "")
-        lists = self._fetch_lists([p for p in router.providers.values() if not p.problem and p.kind != "iflow"])
-        for provider in router.providers.values():
-            for model in provider.models:
-                claimed = router.claimed(model)
-                plain = claimed is not None and claimed.provider is provider
-                found.setdefault(model if plain else f"{provider.name}/{model}", provider.name)
-        for name, models in lists.items():
-            for model in models:
-                plain = router.default is not None and name == router.default.name and not router.claimed(model)
-                if plain or model not in router.providers[name].models:
-                    found.setdefault(model if plain else f"{name}/{model}", name)
-        if key is not None and key.models:
-            found = {model: owner for model, owner in found.items()
-                     if may_use(router, key, model, router.resolve(model, model in more))}
-        return [self._listed(model, owner or "iflow2api") for model, owner in found.items()]
-
-    def _listed(self, name: str, owner: str) -> Json:
-        return {"id": name, "object": "model", "created": int(self.started_at), "owned_by": owner}
-
-    def model(self, name: str, key: Optional[ClientKey] = None) -> Optional[Json]:
-        """What a name stands for: listed, redirected, or `provider/name` of a listed one; None for what is unknown."""
-        models, (head, _, rest) = self.models(key, [name]), name.partition("/")
-        listed = next((model for model in models if model["id"] == name), None)
-        router = self.current(look=False).router
-        target = router.claimed(name)
-        if listed or target is None or (target.provider.name, target.model) != (head, rest):
-            return listed
-        if key is not None and not may_use(router, key, name, [target]):
-            return None
-        its = [model["id"] for model in models if model["owned_by"] == head]
-        return None if its and rest not in its else self._listed(name, head)
-
-    def target_of(self, name: str) -> Optional[Target]:
-        """Where a request of Messages for the model would go first."""
-        try:
-            return next(iter(self.current(look=False).router.resolve(name, True, Asked("messages"))), None)
-        except GatewayError:
-            return None
-
-    def vision_models(self, key: Optional[ClientKey] = None) -> List[Json]:
-        """Of models() those that are known to take images."""
-        seeing = set()
-        for provider in self.state.router.providers.values():
-            for model in provider.models:
-                if provider.facts.get(model, {}).get("vision") or model == provider.vision_model:
-                    seeing |= {model, f"{provider.name}/{model}"}
-        return [model for model in self.models(key) if model["id"] in seeing]
-
-    def _fetch_lists(self, providers: Sequence[Provider]) -> Dict[str, List[str]]:
-        """What the providers themselves list, kept for a while; one that fails lists what it did before."""
-        now = time.monotonic()
-        stale = [lane for lane in map(self.lane, providers) if lane.listed[0] < now]
-        threads = [threading.Thread(target=self._fetch_list, args=(lane, now), daemon=True) for lane in stale]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(2 * MODELS_TIMEOUT_S)
-        return {provider.name: self.lane(provider).listed[1] for provider in providers}
-
-    def _fetch_list(self, lane: Lane, now: float) -> None:
-        provider, found = lane.provider, (now + MODELS_TTL_S / 10, lane.listed[1])
-        try:
-            found = (now + MODELS_TTL_S, self.fetch_models(provider))
-        except GatewayError as exc:
-            self.log.debug("no model list from %s: %s", provider.name, one_line(exc.message))
-        if lane.provider.base_url == provider.base_url:  # else it has moved meanwhile
-            lane.listed = found
-
-    def fetch_models(self, provider: Provider) -> List[str]:
-        """The provider's own `/models`; UpstreamError."""
-        limit_s = min(self.settings.connect_timeout_s, MODELS_TIMEOUT_S)
-        settings = replace(self.settings, connect_timeout_s=limit_s)
-        key = self.lane(provider).keys(provider.api_keys)[0]
-        headers = [*provider.headers, *([("Authorization", "Bearer " + key)] if key else [])]
-        with self.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY,
-                                MODELS_TIMEOUT_S) as response:
-            if response.status != 200:
-                raise read_refusal(response, provider)
-            return parse_model_list(response.read_all(8 << 20))
-
-    def explain(self, body: Json) -> Json:
-        """Where a model's name goes, step by step; `body` has `model`, and what conditions ask: dialect, tokens, ….
-
-        With `aliases` it says where the name would go with those, and `problems` what is wrong with them.
-        """
-        for name, kind in _EXPLAINED.items():
-            if name in body and not has_type(body[name], kind):
-                raise BadRequest(f"{name}: {_KIND_NAME[kind.__name__]} expected", param=name)
-        dialect = body.get("dialect", "chat")
-        if dialect not in ("chat", "messages", "responses"):
-            raise BadRequest("dialect: chat, messages or responses expected", param="dialect")
-        asked = Asked(dialect, body.get("tokens", 0), body.get("images", False), body.get("thinking", False),
-                      body.get("tools", False))
-        state = self.current(look=False)
-        router, told = state.router, {"model": body.get("model")}
-        if "aliases" in body:
-            router = self.routed(replace(state.settings, aliases=body["aliases"]))
-            told["problems"] = [problem for problem in router.problems if problem not in state.router.problems]
-        steps, targets = router.explain(body.get("model"), dialect != "chat", asked)
-        return {**told, "steps": steps, "chain": [self._told(target) for target in targets]}
-
-    def _told(self, target: Target) -> Json:
-        """What there is to know of a target before anybody asks it."""
-        provider = target.provider
-        return {"provider": provider.name, "model": target.model, "base_url": provider.base_url,
-                "usable": not provider.problem, "problem": provider.problem,
-                "circuit": self.lane(provider).rests.state, "keys": len(provider.api_keys),
-                "keys_resting": self.lane(provider).rests.resting, "vision_model": provider.vision_model}
-
-    def queues(self) -> List[Json]:
-        """Who is asked and who waits, at each upstream."""
-        return [{"provider": name, "active": lane.slots.active, "waiting": lane.slots.waiting,
-                 "limit": lane.slots.limit} for name, lane in self.lanes.items()]
-
-    def key_states(self, provider: Provider) -> List[Tuple[str, float]]:
-        """Of each of its keys `ok`, `resting` or `refused`, and the seconds that it still rests."""
-        rests = self.lane(provider).rests
-        return [(rests.key_state(key), rests.left_s(key)) for key in provider.api_keys]
-
-    def history(self) -> List[Json]:
-        """The last requests, the newest first: route, attempts, counts; no bodies."""
-        return [record.facts() for _, record in reversed(self.live.requests.after(0, 10 ** 6)[1])]
 
     def health(self) -> Json:
         """The body of /health: nothing in it is secret."""
@@ -11749,44 +11619,11 @@ class Gateway:
         iflow = self.state.router.providers.get("iflow")
         return iflow is not None and not iflow.problem and bool(iflow.api_keys)
 
-    def metrics_text(self) -> str:
-        """The body of /metrics."""
-        rested = {"closed": 0, "half-open": 0.5, "open": 1}
-
-        def of_lanes(value: Callable[[Lane], float]) -> List[Tuple[str, str, float]]:
-            return [("provider", name, value(lane)) for name, lane in self.lanes.items()]
-
-        gauges = [
-            ("info", "The program.", [("version", __version__, 1)]),
-            ("start_time_seconds", "When it started.", [("", "", self.started_at)]),
-            ("in_flight", "Requests being answered.", [("", "", self.in_flight)]),
-            ("upstream_active", "Requests at an upstream.", of_lanes(lambda lane: lane.slots.active)),
-            ("upstream_waiting", "Requests queued for an upstream.", of_lanes(lambda lane: lane.slots.waiting)),
-            ("keys_resting", "Keys put to rest.", of_lanes(lambda lane: lane.rests.resting)),
-            ("upstream_rested", "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
-             of_lanes(lambda lane: rested[lane.rests.state])),
-            *self._login_gauges()]
-        return prometheus_text([*self.ledger.families(), *(
-            (name, "gauge", text, [("", ((label, of),) if label else (), value) for label, of, value in samples])
-            for name, text, samples in gauges if samples)])
-
     def login_report(self) -> Dict[str, Json]:
         """Refresher.report for the logins in force."""
         accounts = {name: object_of(login) for name, login in self.settings.accounts.items()}
         in_force = {DEFAULT_ACCOUNT: self._login, **accounts} if "providers" not in self.flags else {}
         return self.logins.refresher.report(in_force)
-
-    def _login_gauges(self) -> Iterator[Tuple[str, str, List[Tuple[str, str, float]]]]:
-        report = self.login_report()
-        for family, text, name in (
-                ("login_expires_at_seconds", "When a login has to be refreshed.", "expires_at"),
-                ("login_refreshed_at_seconds", "When a refresh was last tried.", "refreshed_at"),
-                ("login_refresh_ok", "Whether the last refresh worked.", "refresh_ok"),
-                ("login_ended", "Whether only a new login helps.", "ended")):
-            values = {account: parse_time(login[name]) if name.endswith("_at") else login[name]
-                      for account, login in report.items()}
-            yield family, text, [("account", account, float(value))
-                                 for account, value in values.items() if value is not None]
 
     def close(self) -> None:
         log.removeHandler(self.live.log_handler)
@@ -11796,6 +11633,206 @@ class Gateway:
         self.upstream.close()
         self.ledger.close()
         self.scale.close()
+
+
+# --- what there is -------------------------------------------------------------
+
+def fetch_models(gateway: Gateway, provider: Provider) -> List[str]:
+    """The provider's own `/models`; UpstreamError."""
+    limit_s = min(gateway.settings.connect_timeout_s, MODELS_TIMEOUT_S)
+    settings = replace(gateway.settings, connect_timeout_s=limit_s)
+    key = gateway.lane(provider).keys(provider.api_keys)[0]
+    headers = [*provider.headers, *([("Authorization", "Bearer " + key)] if key else [])]
+    with gateway.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY,
+                            MODELS_TIMEOUT_S) as response:
+        if response.status != 200:
+            raise read_refusal(response, provider)
+        return parse_model_list(response.read_all(8 << 20))
+
+
+def _fetch_list(gateway: Gateway, lane: Lane, now: float) -> None:
+    provider, found = lane.provider, (now + MODELS_TTL_S / 10, lane.listed[1])
+    try:
+        found = (now + MODELS_TTL_S, fetch_models(gateway, provider))
+    except GatewayError as exc:
+        gateway.log.debug("no model list from %s: %s", provider.name, one_line(exc.message))
+    if lane.provider.base_url == provider.base_url:  # else it has moved meanwhile
+        lane.listed = found
+
+
+def _fetch_lists(gateway: Gateway, providers: Sequence[Provider]) -> Dict[str, List[str]]:
+    """What the providers themselves list, kept for a while; one that fails lists what it did before."""
+    now = time.monotonic()
+    stale = [lane for lane in map(gateway.lane, providers) if lane.listed[0] < now]
+    threads = [threading.Thread(target=_fetch_list, args=(gateway, lane, now), daemon=True) for lane in stale]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * MODELS_TIMEOUT_S)
+    return {provider.name: gateway.lane(provider).listed[1] for provider in providers}
+
+
+def models_of(gateway: Gateway, key: Optional[ClientKey] = None, more: Collection[str] = ()) -> List[Json]:
+    """All names that can be asked for, each with the provider it leads to; nothing that would not be routed.
+
+    With a client's `key` those that it may use.  `more`: names to list, too, if they are redirected.
+    """
+    router = gateway.current().router
+    found = {name: router.resolve(name, True)[0].provider.name for name in more
+             if router.redirects(name) and router.default is not None}
+    for pattern, branches in router.aliases:
+        if pattern and not re.search(r"[*?\[]", pattern):
+            first = branches[0].models[0]
+            found.setdefault(pattern, first.partition("/")[0] if "/" in first else "")
+    lists = _fetch_lists(gateway, [provider for provider in router.providers.values()
+                                   if not provider.problem and provider.kind != "iflow"])
+    for provider in router.providers.values():
+        for model in provider.models:
+            plain = router.place_of(model).provider is provider
+            found.setdefault(model if plain else f"{provider.name}/{model}", provider.name)
+    for name, models in lists.items():
+        known = set(router.providers[name].models)
+        for model in models:
+            plain = router.default is not None and name == router.default.name and not router.claimed(model)
+            if plain or model not in known:
+                found.setdefault(model if plain else f"{name}/{model}", name)
+    if key is not None and key.models:
+        found = {model: owner for model, owner in found.items()
+                 if may_use(router, key, model, router.resolve(model, model in more))}
+    return [_model_entry(gateway, model, owner or "iflow2api") for model, owner in found.items()]
+
+
+def _model_entry(gateway: Gateway, name: str, owner: str) -> Json:
+    return {"id": name, "object": "model", "created": int(gateway.started_at), "owned_by": owner}
+
+
+def find_model(gateway: Gateway, name: str, key: Optional[ClientKey] = None) -> Optional[Json]:
+    """What a name stands for: listed, redirected, or `provider/name` of a listed one; None: unknown."""
+    models, (head, _, rest) = models_of(gateway, key, [name]), name.partition("/")
+    listed = next((model for model in models if model["id"] == name), None)
+    router = gateway.current(look=False).router
+    target = router.claimed(name)
+    if listed or target is None or (target.provider.name, target.model) != (head, rest):
+        return listed
+    if key is not None and not may_use(router, key, name, [target]):
+        return None
+    its = [model["id"] for model in models if model["owned_by"] == head]
+    return None if its and rest not in its else _model_entry(gateway, name, head)
+
+
+def target_of(gateway: Gateway, name: str) -> Optional[Target]:
+    """Where a request of Messages for the model would go first."""
+    try:
+        chain = gateway.current(look=False).router.resolve(name, True, Asked("messages"))
+    except GatewayError:
+        return None
+    return chain[0] if chain else None
+
+
+def vision_models_of(gateway: Gateway, key: Optional[ClientKey] = None) -> List[Json]:
+    """Of models_of those that are known to take images."""
+    seeing = set()
+    for provider in gateway.state.router.providers.values():
+        for model in provider.models:
+            if provider.facts.get(model, {}).get("vision") or model == provider.vision_model:
+                seeing |= {model, f"{provider.name}/{model}"}
+    return [model for model in models_of(gateway, key) if model["id"] in seeing]
+
+
+def target_to_count(gateway: Gateway, call: Call) -> Optional[Target]:
+    """Where a request would go whose tokens are to be counted; Forbidden.  None where it leads nowhere."""
+    if call.model is not None and not isinstance(call.model, str):
+        return None
+    try:
+        return next(iter(gateway.current(look=False).chain_for(call)), None)
+    except Forbidden:
+        raise
+    except GatewayError:
+        return None
+
+
+def scaled_count(gateway: Gateway, target: Optional[Target], estimate: int) -> int:
+    """`estimate` as the target's model counts, as far as that is known."""
+    return gateway.lane(target.provider).scaled(target.model, estimate) if target is not None else estimate
+
+
+# --- what it tells of itself ---------------------------------------------------
+
+def _target_facts(gateway: Gateway, target: Target) -> Json:
+    """What there is to know of a target before anybody asks it."""
+    provider = target.provider
+    return {"provider": provider.name, "model": target.model, "base_url": provider.base_url,
+            "usable": not provider.problem, "problem": provider.problem,
+            "circuit": gateway.lane(provider).rests.state, "keys": len(provider.api_keys),
+            "keys_resting": gateway.lane(provider).rests.resting, "vision_model": provider.vision_model}
+
+
+def explain(gateway: Gateway, body: Json) -> Json:
+    """Where a model's name goes, step by step; `body` has `model`, and what conditions ask: dialect, tokens, ….
+
+    With `aliases` it says where the name would go with those, and `problems` what is wrong with them.
+    """
+    for name, kind in _EXPLAINED.items():
+        if name in body and not has_type(body[name], kind):
+            raise BadRequest(f"{name}: {_KIND_NAME[kind.__name__]} expected", param=name)
+    dialect = body.get("dialect", "chat")
+    if dialect not in ("chat", "messages", "responses"):
+        raise BadRequest("dialect: chat, messages or responses expected", param="dialect")
+    asked = Asked(dialect, body.get("tokens", 0), body.get("images", False), body.get("thinking", False),
+                  body.get("tools", False))
+    state = gateway.current(look=False)
+    router, told = state.router, {"model": body.get("model")}
+    if "aliases" in body:
+        router = gateway.routed(replace(state.settings, aliases=body["aliases"]))
+        told["problems"] = [problem for problem in router.problems if problem not in state.router.problems]
+    steps, targets = router.explain(body.get("model"), dialect != "chat", asked)
+    return {**told, "steps": steps, "chain": [_target_facts(gateway, target) for target in targets]}
+
+
+def queues_of(gateway: Gateway) -> List[Json]:
+    """Who is asked and who waits, at each upstream."""
+    return [{"provider": name, "active": lane.slots.active, "waiting": lane.slots.waiting,
+             "limit": lane.slots.limit} for name, lane in gateway.lanes.items()]
+
+
+def history_of(gateway: Gateway) -> List[Json]:
+    """The last requests, the newest first: route, attempts, counts; no bodies."""
+    return [record.facts() for _, record in reversed(gateway.live.requests.after(0, 10 ** 6)[1])]
+
+
+def _login_gauges(gateway: Gateway) -> Iterator[Tuple[str, str, List[Tuple[str, str, float]]]]:
+    report = gateway.login_report()
+    for family, text, name in (
+            ("login_expires_at_seconds", "When a login has to be refreshed.", "expires_at"),
+            ("login_refreshed_at_seconds", "When a refresh was last tried.", "refreshed_at"),
+            ("login_refresh_ok", "Whether the last refresh worked.", "refresh_ok"),
+            ("login_ended", "Whether only a new login helps.", "ended")):
+        values = {account: parse_time(login[name]) if name.endswith("_at") else login[name]
+                  for account, login in report.items()}
+        yield family, text, [("account", account, float(value))
+                             for account, value in values.items() if value is not None]
+
+
+def metrics_text(gateway: Gateway) -> str:
+    """The body of /metrics."""
+    rested = {"closed": 0, "half-open": 0.5, "open": 1}
+
+    def of_lanes(value: Callable[[Lane], float]) -> List[Tuple[str, str, float]]:
+        return [("provider", name, value(lane)) for name, lane in gateway.lanes.items()]
+
+    gauges = [
+        ("info", "The program.", [("version", __version__, 1)]),
+        ("start_time_seconds", "When it started.", [("", "", gateway.started_at)]),
+        ("in_flight", "Requests being answered.", [("", "", gateway.in_flight)]),
+        ("upstream_active", "Requests at an upstream.", of_lanes(lambda lane: lane.slots.active)),
+        ("upstream_waiting", "Requests queued for an upstream.", of_lanes(lambda lane: lane.slots.waiting)),
+        ("keys_resting", "Keys put to rest.", of_lanes(lambda lane: lane.rests.resting)),
+        ("upstream_rested", "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
+         of_lanes(lambda lane: rested[lane.rests.state])),
+        *_login_gauges(gateway)]
+    return prometheus_text([*gateway.ledger.families(), *(
+        (name, "gauge", text, [("", ((label, of),) if label else (), value) for label, of, value in samples])
+        for name, text, samples in gauges if samples)])
 
 
 # --- trying a provider ---------------------------------------------------------
@@ -11835,7 +11872,7 @@ def model_to_try(gateway: Gateway, provider: Provider) -> str:
         return rest if slash and head == provider.name else router.default_model
     if provider.models:
         return provider.models[0]
-    listed = [model for model in gateway.fetch_models(provider) if "embed" not in model]
+    listed = [model for model in fetch_models(gateway, provider) if "embed" not in model]
     if not listed:
         raise UpstreamGarbled("it lists no models; name one in its `models`, or with --model")
     return listed[0]
@@ -12665,7 +12702,7 @@ def count_tokens(handler: Handler) -> None:
         text = decode_body(handler.read_body())
         body = parse_body(text)
         call = Call(handler.endpoint.dialect, body, text, handler.headers, handler.request_id, handler.key)
-        target = gateway.check_count(call)
+        target = target_to_count(gateway, call)
         if call.dialect is RESPONSES:
             tokens = count_response_tokens(
                 body, lambda ident: gateway.responses.recall(ident, owner),
@@ -12673,7 +12710,7 @@ def count_tokens(handler: Handler) -> None:
             return handler.respond_json({"object": "response.input_tokens", "input_tokens": tokens})
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise BadRequest("messages: a list with at least one message is required", param="messages")
-        handler.respond_json({"input_tokens": gateway.scaled(target, count_message_tokens(body))})
+        handler.respond_json({"input_tokens": scaled_count(gateway, target, count_message_tokens(body))})
 
 
 def kept_response(handler: Handler) -> None:
@@ -12722,30 +12759,30 @@ def show_health(handler: Handler) -> None:
 
 
 def show_metrics(handler: Handler) -> None:
-    handler.respond(200, handler.server.gateway.metrics_text().encode(), "text/plain; version=0.0.4; charset=utf-8")
+    handler.respond(200, metrics_text(handler.server.gateway).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def show_models(handler: Handler) -> None:
     """The list in the shape of who asks: Anthropic's for requests that bear `anthropic-version`."""
     gateway = handler.server.gateway
     if "anthropic-version" not in handler.headers:
-        return handler.respond_json({"object": "list", "data": gateway.models(handler.key)})
-    models = [anthropic_model(model, gateway.target_of(model["id"]))
-              for model in gateway.models(handler.key, CLAUDE_MODELS.values())]
+        return handler.respond_json({"object": "list", "data": models_of(gateway, handler.key)})
+    models = [anthropic_model(model, target_of(gateway, model["id"]))
+              for model in models_of(gateway, handler.key, CLAUDE_MODELS.values())]
     handler.respond_json(anthropic_page(models, query_of(handler)))
 
 
 def show_vision_models(handler: Handler) -> None:
-    handler.respond_json({"object": "list", "data": handler.server.gateway.vision_models(handler.key)})
+    handler.respond_json({"object": "list", "data": vision_models_of(handler.server.gateway, handler.key)})
 
 
 def show_model(handler: Handler) -> None:
     wanted, gateway = urllib.parse.unquote(handler.argument), handler.server.gateway
-    model = gateway.model(wanted, handler.key)
+    model = find_model(gateway, wanted, handler.key)
     if model is None:
         raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
     anthropic = "anthropic-version" in handler.headers
-    handler.respond_json(anthropic_model(model, gateway.target_of(wanted)) if anthropic else model)
+    handler.respond_json(anthropic_model(model, target_of(gateway, wanted)) if anthropic else model)
 
 
 def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
@@ -13399,7 +13436,7 @@ def next_step(gateway: Gateway) -> str:
 def overview_of(server: Server) -> Json:
     gateway = server.gateway
     return {"health": server.health(), "address": server.url, "needs_key": server.needs_key,
-            "queue": gateway.queues(), "connections": server.connections,
+            "queue": queues_of(gateway), "connections": server.connections,
             "in_flight": gateway.in_flight,
             "today": today_of(gateway), "limits": limits_of(gateway), "next": next_step(gateway)}
 
@@ -13410,7 +13447,7 @@ def show_overview(handler: Handler) -> None:
 
 def show_requests(handler: Handler) -> None:
     limit = number_in(query_of(handler), "limit", 200, 10_000)
-    handler.respond_json({"data": handler.server.gateway.history()[:limit]})
+    handler.respond_json({"data": history_of(handler.server.gateway)[:limit]})
 
 
 #: Models that a chart shows apart; the rest together are `…`.
@@ -13691,7 +13728,7 @@ def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str
     from elsewhere."""
     masked = _hide_in_provider({"api_keys": entries_of(entry, "api_keys")
                                 or list(provider.api_keys)})["api_keys"]
-    states = gateway.key_states(provider) if len(provider.api_keys) == len(masked) else []
+    states = gateway.lane(provider).key_states() if len(provider.api_keys) == len(masked) else []
     keys = [{"index": index, "masked": text, "state": states[index][0] if states else "ok",
              "rest_s": round(states[index][1], 1) if states else 0}
             for index, text in enumerate(masked)]
@@ -13753,7 +13790,7 @@ def show_admin_models(handler: Handler) -> None:
     gateway = handler.server.gateway
     router, data = gateway.current().router, []
     aliases = {pattern for pattern, _ in router.aliases}
-    for model in gateway.models():
+    for model in models_of(gateway):
         try:
             target = router.resolve(model["id"])[0]
         except GatewayError:             # an alias, and no provider that it could lead to
@@ -13772,7 +13809,7 @@ def show_admin_models(handler: Handler) -> None:
 
 def explain_route(handler: Handler) -> None:
     """POST /admin/api/routes/explain; with `aliases` as they would be after a save."""
-    handler.respond_json(handler.server.gateway.explain(handler.read_json(ADMIN_BODY_BYTES)))
+    handler.respond_json(explain(handler.server.gateway, handler.read_json(ADMIN_BODY_BYTES)))
 
 
 def show_keys(handler: Handler) -> None:
@@ -14194,7 +14231,7 @@ def trial_of(gateway: Gateway, provider: Provider) -> Json:
     models = list(provider.models)
     if all(check.ok for check in checks[:2]):
         with contextlib.suppress(GatewayError):
-            models = gateway.fetch_models(provider) or models
+            models = fetch_models(gateway, provider) or models
     return {"ok": all(check.ok for check in checks),
             "checks": [check._asdict() for check in checks], "models": models}
 
@@ -17993,7 +18030,7 @@ def _ask_running(settings: Settings) -> Json:
 
 def cmd_models(args: Any) -> int:
     gateway = _gateway_of(args)
-    models = gateway.models()
+    models = models_of(gateway)
     for model in models:
         print(f"{model['id']}  ({model['owned_by']})")
     if not models:
@@ -18492,7 +18529,7 @@ def cmd_routes(args: Any) -> int:
     asked.update(model=args.name, dialect=args.dialect, tokens=int(args.tokens))
     gateway = _gateway_of(args)
     try:
-        told = gateway.explain(asked)
+        told = explain(gateway, asked)
     except GatewayError as exc:
         _say(f"error: {exc.message}")
         return 1
