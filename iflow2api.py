@@ -10,19 +10,20 @@
 Chat Completions is the hub.  A dialect turns its request into a chat request and chat chunks into
 its own events; nothing else in the file knows that there is more than one.
 
-The way of one request:
+The path of one request:
 
-    1 socket -> Handler.handle_one_request   head, body: bounded, timed, strict
-    2 ROUTES[method, path] -> endpoint       names its dialect
-    3 Handler.admit                          Host, Origin, client key -> 401 / 403
-    4 Router.resolve(model)                  the chain of (provider, model) to try
-    5 dialect.turn(call, target)             the bytes for this upstream; pure
-    6 Upstream.open(…) -> UpstreamResponse           waits on the upstream and on the client at once
-    7 turn.stream().feed(payload)            bytes for the client; pure
-    8 ResponseWriter.send(bytes)                       a client that is gone closes hop 6
+    Handler._serve -> Call            head and body: bounded, timed, strict; Host, Origin, client key
+    Gateway.answer(call, client)      counts it; Attempts.run follows the plan and books the record
+    State.chain_for(call) -> Targets  Router.resolve: the models that may answer
+    Plan.next(), Plan.take_key()      the next target and key, or the last error; pure
+    dialect.turn(call, target, …)     the request for this upstream, and the way back; pure
+    Upstream.open(…) -> response      the loop alone watches the client and keeps it awake
+    turn.stream().feed(payload)       bytes for the client; pure
+    client.send(…), client.end(…)     a client that is gone ends the response
+    Ledger.add(record)                usage, chart, metrics and limits read it
 
-A plain answer takes the same road with turn.reply() in place of 7.  An error is an exception until
-it reaches Handler.send_error_of (or ResponseWriter.fail, once an answer has begun): only there it becomes bytes.
+A plain answer takes turn.reply() in place of the stream.  An error is an exception until it reaches
+Handler.send_error_of (or the client's `fail`, once an answer has begun): there it becomes bytes.
 
 Contents
 
@@ -2062,7 +2063,8 @@ class Target(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What conditions ask of a request; a Call answers the same questions, each when it is asked."""
+    """What conditions ask of a request; a Call answers the same questions, each when it is asked.
+    """
     speaks: str = "chat"
     size_tokens: int = 0
     shows_images: bool = False
@@ -2094,7 +2096,8 @@ class Branch(NamedTuple):
 
 
 def parse_branch(entry: Any) -> Branch:
-    """`"glm-5"` or `{"model": "glm-5", "over_tokens": 60000}`; ValueError, empty for anything else."""
+    """`"glm-5"` or `{"model": "glm-5", "over_tokens": 60000}`; ValueError, empty for anything else.
+    """
     if isinstance(entry, str) and entry:
         return Branch((entry,))
     named = entry.get("model") if isinstance(entry, dict) else None
@@ -2122,7 +2125,8 @@ WHY = {"unnamed": "no model named: default_model is {model}",
        "named": "{model}: its first part is the name of a provider",
        "listed": "{model}: {provider} lists it among its models",
        "foreign": "{model}: a name of the client's own, which means default_model ({default})",
-       "default": "{model}: nobody claims it, so it goes to the default provider, {provider}, as it is",
+       "default": "{model}: nobody claims it, so it goes to the default provider, "
+                  "{provider}, as it is",
        "disabled": "but {provider} is disabled: {problem}"}
 
 #: Takes a key of WHY and the facts of its sentence.
@@ -2137,7 +2141,8 @@ class Router:
         """`iflow` and `model_name` are the CLI's login and the model it is set to."""
         self.providers: Dict[str, Provider] = {}
         self.problems: List[str] = []
-        self.faults: Set[str] = set()    #: settings that contradict others; a reload keeps the old ones
+        #: settings that contradict others; a reload keeps the old ones
+        self.faults: Set[str] = set()
         for number, entry in enumerate(settings.providers):
             self._add_provider(f"providers[{number}]", entry, environ, settings)
         if iflow is not None:
@@ -2159,7 +2164,8 @@ class Router:
         except ValueError as exc:
             return self._blame("providers", f"{where}: {exc}")
         if provider.name in self.providers:
-            return self._blame("providers", f"{where}: the name {provider.name} is taken by an earlier one")
+            return self._blame("providers",
+                               f"{where}: the name {provider.name} is taken by an earlier one")
         self.providers[provider.name] = with_iflow_facts(provider, settings)
 
     def _first_model(self) -> str:
@@ -2178,10 +2184,12 @@ class Router:
         for pattern, entries in aliases.items():
             entries = entries if isinstance(entries, list) else [entries]
             branches = self._parse_alias(f"alias {pattern!r}", entries)
-            taken = next((known for known, earlier in parsed if self._hides(known, earlier, pattern)),
+            taken = next((known for known, earlier in parsed
+                          if self._hides(known, earlier, pattern)),
                          None)
             if taken is not None:
-                self._blame("aliases", f"alias {pattern!r} is never reached: {taken!r} above it takes "
+                self._blame("aliases",
+                            f"alias {pattern!r} is never reached: {taken!r} above it takes "
                                        "every such name")
             if not pattern:
                 self._blame("aliases", "alias '' matches nothing: a request without a model means "
@@ -2216,7 +2224,8 @@ class Router:
             any(not branch.conditions for branch in branches))
 
     def _unreachable(self, model: str) -> str:
-        """Why `provider/model` leads nowhere; "" where it may be a name of the default provider's."""
+        """Why `provider/model` leads nowhere; "" where it may be a name of the default provider's.
+        """
         head, slash, rest = model.partition("/")
         if not slash or not rest or self.claimed(model):
             return ""
@@ -2257,7 +2266,8 @@ class Router:
     def named(self, model: Optional[str]) -> str:
         """The name asked for, `default_model` where there is none; BadRequest."""
         if not model and not self.default_model:
-            raise BadRequest("the request names no model, and default_model is not set", param="model",
+            raise BadRequest("the request names no model, and default_model is not set",
+                             param="model",
                              code="missing_model")
         return model or self.default_model
 
@@ -2274,7 +2284,8 @@ class Router:
             fnmatchcase(model, pattern) for pattern in FOREIGN_MODELS)
 
     def _alias_of(self, model: str, asked: Any, tell: Optional[Tell] = None) -> List[str]:
-        """The models that an alias makes of a name in this request, none where no alias takes it."""
+        """The models that an alias makes of a name in this request, none where no alias takes it.
+        """
         why = "unmatched"
         for pattern, branches in self.aliases:
             if fits(model, pattern):
@@ -2295,7 +2306,8 @@ class Router:
                 holds = branch.holds(asked)
                 first = first or (branch.models if holds else ())
                 if tell:
-                    wish = ", ".join(f"{name} {json.dumps(value)}" for name, value in branch.conditions)
+                    wish = ", ".join(f"{name} {json.dumps(value)}"
+                                     for name, value in branch.conditions)
                     tell("condition", pattern=pattern, models=", ".join(branch.models), wish=wish,
                          answer="yes" if holds else "no")
         names = [*first, *(name for branch in branches if not branch.conditions
@@ -2313,8 +2325,9 @@ class Router:
         found = self.claimed(model)
         if found is None and self.default is None:
             raise NotLoggedIn(
-                "there is no iFlow login and no other provider: run `python iflow2api.py login`, put "
-                "iFlow's key into IFLOW_API_KEY, start with --upstream URL, or add one with `provider add`")
+                "there is no iFlow login and no other provider: run `python iflow2api.py login`, "
+                "put iFlow's key into IFLOW_API_KEY, start with --upstream URL, or add one with "
+                "`provider add`")
         target = found or Target(self.default, model)        # type: ignore[arg-type]
         if tell:
             provider = target.provider
@@ -2366,9 +2379,9 @@ def may_use(router: Router, key: ClientKey, model: str, chain: Sequence[Target],
 class Rests:
     """What is passed over for a while: a key of one provider, or (None) the provider itself.
 
-    A provider that keeps failing is `open` until its rest is over, then `half-open`: one request is let
-    through, and how that ends decides; should it never end, another may try after a further rest.
-    Threads share it: every change is a single operation on a dictionary.
+    A provider that keeps failing is `open` until its rest is over, then `half-open`: one request is
+    let through, and how that ends decides; should it never end, another may try after a further
+    rest.  Threads share it: every change is a single operation on a dictionary.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -2425,7 +2438,9 @@ class Rests:
 
 
 class Step(NamedTuple):
-    """Where the next attempt goes: to another target after a pause, or to the same one with another key."""
+    """Where the next attempt goes: to another target after a pause, or to the same one with another
+    key.
+    """
     target: Target
     wait_s: float = 0.0
     is_same: bool = False
@@ -2434,15 +2449,17 @@ class Step(NamedTuple):
 class Plan:
     """The attempts of one call: each target of its chain with each of its keys, until one answers.
 
-    Targets that rest come last.  When all have failed, those that may do better later are asked again
-    after a pause, as often as `retry` allows.
+    Targets that rest come last.  When all have failed, those that may do better later are asked
+    again after a pause, as often as `retry` allows.
     """
 
     def __init__(self, chain: Sequence[Target], keys: Callable[[Target], Sequence[str]],
                  rests: Callable[[Target], Rests], retry: Mapping[str, float],
                  circuit: Mapping[str, float], clock: Callable[[], float],
                  jitter: Callable[[], float] = lambda: 1.0) -> None:
-        """`keys` gives a target's keys in the order to try; `jitter` a factor of 0.5 to 1 for pauses."""
+        """`keys` gives a target's keys in the order to try; `jitter` a factor of 0.5 to 1 for
+        pauses.
+        """
         self._keys_of, self._rests_of, self._retry, self._circuit = keys, rests, retry, circuit
         self._clock, self._jitter, self._began = clock, jitter, clock()
         self._round: List[Target] = list(chain)          #: targets to ask before the next pause
@@ -2452,7 +2469,8 @@ class Plan:
         self._rounds = 0
         self._error: Optional[GatewayError] = None
         self.target: Any = None                         #: the one being asked
-        self._keys: Optional[List[str]] = None           #: its keys not tried yet; None: not looked up yet
+        #: its keys not tried yet; None: not looked up yet
+        self._keys: Optional[List[str]] = None
         self.key = ""                                    #: the one being tried
 
     def next(self) -> Step:
@@ -2467,7 +2485,9 @@ class Plan:
         return Step(self.target, wait_s)
 
     def take_key(self) -> str:
-        """The key for it, to be asked for when there is a place: until then others may have put it to rest."""
+        """The key for it, to be asked for when there is a place: until then others may have put it
+        to rest.
+        """
         if self._keys is None:
             self._keys = list(self._keys_of(self.target))
         self.key = self._keys.pop(0)
@@ -2482,11 +2502,14 @@ class Plan:
         return self._late.pop(0) if self._late else None
 
     def _begin_round(self) -> float:
-        """Seconds until the targets that are worth it are asked again: the backoff, or what they asked for."""
+        """Seconds until the targets that are worth it are asked again: the backoff, or what they
+        asked for.
+        """
         retry, now = self._retry, self._clock()
         if self._rounds >= retry["count"] or not self._later:
             raise self._error                            # type: ignore[misc]
-        backoff_s = min(retry["max_backoff_s"], retry["backoff_s"] * 2 ** self._rounds) * self._jitter()
+        backoff_s = min(retry["max_backoff_s"],
+                        retry["backoff_s"] * 2 ** self._rounds) * self._jitter()
         wait_s = max(backoff_s, min(at for at, _ in self._later) - now)
         if now - self._began + wait_s > retry["total_s"]:
             raise self._error                            # type: ignore[misc]
@@ -2498,7 +2521,8 @@ class Plan:
         return wait_s
 
     def repeat(self, key: Optional[str] = None) -> None:
-        """Ask the same target once more, with a fresh key or a mended request; nobody is to blame."""
+        """Ask the same target once more, with a fresh key or a mended request; nobody is to blame.
+        """
         self._keys = [self.key if key is None else key, *(self._keys or ())]
 
     def succeeded(self) -> None:
@@ -2514,7 +2538,8 @@ class Plan:
         """
         target, status = self.target, status or exc.status
         rests = self._rests_of(target)
-        ours = isinstance(exc, Busy)                     # our own full queue says nothing of the upstream
+        # our own full queue says nothing of the upstream
+        ours = isinstance(exc, Busy)
         if status in KEY_STATUS and self._keys is not None and not began and not ours:
             asked_s = exc.retry_after_s or LIMITED_KEY_REST_S
             rest_s = min(asked_s, LONGEST_REST_S) if status == 429 else REFUSED_KEY_REST_S
@@ -9521,6 +9546,11 @@ class Slots:
     def load(self) -> int:
         return self.active + len(self._waiting)
 
+    @property
+    def surplus(self) -> int:
+        """How many would wait if one more came."""
+        return max(0, self.load - self.limit + 1)
+
     def resize(self, limit: int) -> None:
         with self._lock:
             self.limit = limit
@@ -9528,7 +9558,9 @@ class Slots:
 
     @contextlib.contextmanager
     def hold(self, client: Client, settings: Settings, name: str) -> Iterator[None]:
-        """A place for the time of the `with`; Busy when the queue is full or the wait too long, ClientGone."""
+        """A place for the time of the `with`; Busy when the queue is full or the wait too long,
+        ClientGone.
+        """
         ticket: Optional[_Ticket] = None
         with self._lock:
             if not self.limit or self.active < self.limit and not self._waiting:
@@ -9566,11 +9598,14 @@ def wait_for(client: Client, seconds: float) -> None:
 
 
 class Window:
-    """How much there was in the last `span_s` seconds: exact for small limits, else to a twentieth of the span."""
+    """How much there was in the last `span_s` seconds: exact for small limits, else to a twentieth
+    of the span.
+    """
 
     def __init__(self, span_s: float, limit: int) -> None:
         self.span_s, self.limit = span_s, limit
-        self._marks: List[float] = []    #: time, amount, time, amount, …: half the memory of a list of pairs
+        #: time, amount, time, amount, …: half the memory of a list of pairs
+        self._marks: List[float] = []
         self._sum = 0
 
     def used(self, now: float) -> int:
@@ -9582,7 +9617,9 @@ class Window:
         return self._sum
 
     def add(self, now: float, amount: int) -> float:
-        """The mark that the amount went to: it counts from its end, so that never more than the limit passes."""
+        """The mark that the amount went to: it counts from its end, so that never more than the
+        limit passes.
+        """
         mark = now + self.span_s / 20 if self.limit > 20 else now
         mark = self._marks[-2] if self._marks and now <= self._marks[-2] else mark
         self.put(mark, amount)
@@ -9620,7 +9657,8 @@ Spent = List[Tuple[float, int, int]]
 
 
 class Meter:
-    """What one key or address has used of its limits; `spent` is what it had used before the start."""
+    """What one key or address has used of its limits; `spent` is what it had used before the start.
+    """
 
     def __init__(self, name: str, spent: Callable[[], Spent] = list) -> None:
         self.name, self.active = name, 0
@@ -9659,11 +9697,13 @@ class Meter:
                 raise self._refusal(name, window.limit, wait_s)
 
     def _refusal(self, name: str, limit: int, wait_s: float) -> RateLimited:
-        return RateLimited(f"rate limit of {self.name}: {limit} {LIMIT_WORDS[name]}; try again in {wait_s:.1f}s",
-                           retry_after_s=wait_s)
+        return RateLimited(f"rate limit of {self.name}: {limit} {LIMIT_WORDS[name]}; "
+                           f"try again in {wait_s:.1f}s", retry_after_s=wait_s)
 
     def headers(self, now: float) -> List[Tuple[str, str]]:
-        """`x-ratelimit-…` as OpenAI's: of several windows for requests the one with least left for longest."""
+        """`x-ratelimit-…` as OpenAI's: of several windows for requests the one with least left for
+        longest.
+        """
         found: List[Tuple[str, str]] = []
         requests = [window for name, window in self.windows.items() if name != "tpd"]
         tightest = min(requests, default=None, key=lambda window: (
@@ -9671,15 +9711,18 @@ class Meter:
         for what, window in (("requests", tightest), ("tokens", self.windows.get("tpd"))):
             if window is not None:
                 found += [(f"x-ratelimit-limit-{what}", str(window.limit)),
-                          (f"x-ratelimit-remaining-{what}", str(max(0, window.limit - window.used(now)))),
+                          (f"x-ratelimit-remaining-{what}",
+                           str(max(0, window.limit - window.used(now)))),
                           (f"x-ratelimit-reset-{what}", f"{window.reset_s(now):.1f}s")]
         return found
 
 
 class RateLimiter:
-    """The meters of keys and addresses; of addresses a bounded number, the one not seen for longest goes first.
+    """The meters of keys and addresses; of addresses a bounded number, the one not seen for longest
+    goes first.
 
-    `spent` tells what a key had used of its day before a restart; those of addresses begin anew with it.
+    `spent` tells what a key had used of its day before a restart; those of addresses begin anew
+    with it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic,
@@ -9733,7 +9776,9 @@ class RateLimiter:
                     meter.active -= 1
 
     def spend(self, meters: Sequence[Meter], tokens: int) -> None:
-        """Count tokens once they are known: the request that goes over a limit is answered, the next one is not."""
+        """Count tokens once they are known: the request that goes over a limit is answered, the
+        next one is not.
+        """
         with self._lock:
             now = self._clock()
             for meter in meters if tokens else ():
@@ -9766,8 +9811,11 @@ class ReasoningCache:
 
 
 class Conversations:
-    """What is remembered of long requests, by how they begin; bounded, what was not asked for longest goes first."""
-    #: Characters of requests: of one that is worth it, of all; in memory it is up to five times as much.
+    """What is remembered of long requests, by how they begin; bounded, what was not asked for
+    longest goes first.
+    """
+    #: Characters of requests: of one that is worth it, of all; in memory it is up to five times as
+    #: much.
     LEAST_CHARS, LIMIT_CHARS = 8000, 2 << 20
 
     def __init__(self) -> None:
@@ -9775,7 +9823,9 @@ class Conversations:
         self._size, self._lock = 0, threading.Lock()
 
     def of(self, text: str, names: Sequence[Optional[str]]) -> Optional[Remembered]:
-        """What the request `text` of a conversation with these names finds, and leaves its own in; None: nothing."""
+        """What the request `text` of a conversation with these names finds, and leaves its own in;
+        None: nothing.
+        """
         if not self.LEAST_CHARS <= len(text) <= self.LIMIT_CHARS:
             return None
         name = (text[:2000], *names)
@@ -9793,14 +9843,18 @@ SCALE_NAME_CHARS = 200
 
 
 class TokenScale:
-    """What models count for what we estimate: learnt from each answer's prompt_tokens, kept over a restart.
+    """What models count for what we estimate: learnt from each answer's prompt_tokens, kept over a
+    restart.
 
-    Of a model it knows two sums in which older answers fade, so that the latest tens of thousands of tokens decide.
+    Of a model it knows two sums in which older answers fade, so that the latest tens of thousands
+    of tokens decide.
     """
-    LIMIT = 500                          #: models; the one that was not heard of for longest goes first
+    #: models; the one that was not heard of for longest goes first
+    LIMIT = 500
     FADE = 0.85                          #: of the sums, at each answer
     BOUNDS = (0.2, 5.0)                  #: beyond these it is not the counting that differs
-    SURE, EVERY = 10, 8                  #: after so many answers only each EVERYth is estimated for this alone
+    #: after so many answers only each EVERYth is estimated for this alone
+    SURE, EVERY = 10, 8
     WRITE_S = 5.0
 
     def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic,
@@ -9808,7 +9862,8 @@ class TokenScale:
         self._path, self._clock, self._written_at, self._dirty = path, clock, -1e9, False
         self._log = log
         self._lock = threading.Lock()
-        self._sums: Dict[str, List[float]] = self._load()        #: model -> estimated, counted, answers
+        #: model -> estimated, counted, answers
+        self._sums: Dict[str, List[float]] = self._load()
 
     def _load(self) -> Dict[str, List[float]]:
         close_to_others(self._path)
@@ -9816,8 +9871,8 @@ class TokenScale:
             raw = read_json_file(self._path) if self._path else {}
         except ConfigBroken:             # it will be learnt again
             return {}
-        sound = {name[:SCALE_NAME_CHARS]: [float(number) for number in row] for name, row in raw.items()
-                 if isinstance(row, list) and len(row) == 3
+        sound = {name[:SCALE_NAME_CHARS]: [float(number) for number in row]
+                 for name, row in raw.items() if isinstance(row, list) and len(row) == 3
                  and all(isinstance(number, (int, float)) and 0 < number < 1e12 for number in row)}
         return dict(list(sound.items())[-self.LIMIT:])
 
@@ -9854,7 +9909,8 @@ class TokenScale:
                 write_file(self._path, dump_json({name: [round(number, 1) for number in row]
                                                   for name, row in self._sums.items()}))
             except OSError as exc:
-                self._log.warning("%s: %s (what was learnt of token counts lasts for this run)", self._path,
+                self._log.warning("%s: %s (what was learnt of token counts lasts for this run)",
+                                  self._path,
                             exc.strerror or exc)
                 self._path = ""
 
@@ -9865,7 +9921,9 @@ class TokenScale:
 
 
 class Lane:
-    """What the calls to one provider share: places, the turn of its keys, what rests, what it has told."""
+    """What the calls to one provider share: places, the turn of its keys, what rests, what it has
+    told.
+    """
     CAPS_LIMIT = 500                     #: models whose cap on max_tokens is remembered
 
     def __init__(self, provider: Provider, clock: Callable[[], float], scale: TokenScale) -> None:
@@ -9873,8 +9931,10 @@ class Lane:
         self.slots = Slots(0)
         self._key_slots: Dict[str, Slots] = {}           #: where each key has a limit of its own
         self._turn = 0
-        self.listed: Tuple[float, List[str]] = (0.0, [])         #: its /models, and until when that counts
-        self._caps: Dict[str, int] = {}                  #: by model: most output tokens, as refusals have told
+        #: its /models, and until when that counts
+        self.listed: Tuple[float, List[str]] = (0.0, [])
+        #: by model: most output tokens, as refusals have told
+        self._caps: Dict[str, int] = {}
         self._lock = threading.Lock()
         self.adopt(provider)
 
@@ -9904,7 +9964,7 @@ class Lane:
         turn = [*known[start:], *known[:start]]
         awake = [key for key in turn if not self.rests.left_s(key)]
         slots = self._key_slots
-        awake.sort(key=lambda key: max(0, slots[key].load - slots[key].limit + 1) if key in slots else 0)
+        awake.sort(key=lambda key: slots[key].surplus if key in slots else 0)
         return awake or [min(turn, key=self.rests.left_s)]
 
     def hold_key(self, key: str, client: Client, settings: Settings) -> Any:
@@ -9914,7 +9974,8 @@ class Lane:
 
     def key_states(self) -> List[Tuple[str, float]]:
         """Of each key `ok`, `resting` or `refused`, and the seconds that it still rests."""
-        return [(self.rests.key_state(key), self.rests.left_s(key)) for key in self.provider.api_keys]
+        return [(self.rests.key_state(key), self.rests.left_s(key))
+                for key in self.provider.api_keys]
 
     @property
     def key_load(self) -> int:
@@ -9936,7 +9997,9 @@ class Lane:
         return self._scale.scaled(f"{self.provider.name}/{model}"[:SCALE_NAME_CHARS], estimate)
 
     def learn_count(self, model: str, estimate_of: Callable[[bool], int], counted: int) -> None:
-        """Compare an estimate with what was counted; `estimate_of` takes whether it is worth making one."""
+        """Compare an estimate with what was counted; `estimate_of` takes whether it is worth making
+        one.
+        """
         name = f"{self.provider.name}/{model}"[:SCALE_NAME_CHARS]
         estimate = estimate_of(self._scale.is_worth(name))
         if estimate:
@@ -9959,13 +10022,18 @@ class _Kept(NamedTuple):
 
     @property
     def conversation(self) -> List[Json]:
-        """Input and output items, the reasoning as the upstream wants it back; what was compacted stands for itself."""
-        output = [{**item, **self.carriers.get(item.get("id"), {})} for item in self.response["output"]]
-        return output if any(item.get("type") == "compaction" for item in output) else self.items + output
+        """Input and output items, the reasoning as the upstream wants it back; what was compacted
+        stands for itself.
+        """
+        output = [{**item, **self.carriers.get(item.get("id"), {})}
+                  for item in self.response["output"]]
+        is_compacted = any(item.get("type") == "compaction" for item in output)
+        return output if is_compacted else self.items + output
 
 
 class ResponseStore:
-    """Answers of Responses with what they answered, for `previous_response_id`; bounded, the oldest go first.
+    """Answers of Responses with what they answered, for `previous_response_id`; bounded, the oldest
+    go first.
 
     Each belongs to an owner (`owner_of`); nobody else finds it.
     """
@@ -9975,14 +10043,17 @@ class ResponseStore:
         self._clock = clock
         self._kept: Dict[str, _Kept] = {}
         self._size, self._lock = 0, threading.Lock()
-        self._items: Dict[str, Dict[str, Json]] = {}     #: owner -> item id -> item, as of the last look
+        #: owner -> item id -> item, as of the last look
+        self._items: Dict[str, Dict[str, Json]] = {}
 
-    def keep(self, response: Json, items: List[Json], owner: str = "", carriers: Optional[Json] = None) -> None:
+    def keep(self, response: Json, items: List[Json], owner: str = "",
+             carriers: Optional[Json] = None) -> None:
         """`items` are the whole input, of earlier responses, too."""
         size = sum(len(dump_json(part)) for part in (response, items, carriers))
         with self._lock:
             self._drop(response["id"])
-            self._kept[response["id"]] = _Kept(self._clock(), size, response, items, owner, carriers or {})
+            self._kept[response["id"]] = _Kept(self._clock(), size, response, items, owner,
+                                               carriers or {})
             self._size += size
             for ident in list(self._kept):
                 old = self._clock() - self._kept[ident].at >= self.KEPT_S
@@ -10003,7 +10074,9 @@ class ResponseStore:
         """What is kept under an id, None for another owner."""
         with self._lock:
             found = self._kept.get(ident)
-        return found if found and found.owner == owner and self._clock() - found.at < self.KEPT_S else None
+        if found is None or found.owner != owner or self._clock() - found.at >= self.KEPT_S:
+            return None
+        return found
 
     def recall(self, ident: str, owner: str = "") -> Optional[List[Json]]:
         """Input and output items of a response: the conversation up to it."""
@@ -10065,24 +10138,28 @@ class Record:
         timed = self.first_s is not None
         usage = self.usage if self.status == 200 or timed else Usage()
         return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached,
-                usage.reasoning or 0, int(usage.estimated), int(timed), int((self.first_s or 0.0) * 1000),
-                int(self.total_s * 1000), usage.prompt * usage.estimated, usage.completion * usage.estimated]
+                usage.reasoning or 0, int(usage.estimated), int(timed),
+                int((self.first_s or 0.0) * 1000), int(self.total_s * 1000),
+                usage.prompt * usage.estimated, usage.completion * usage.estimated]
 
     def facts(self) -> Json:
         """For the history of requests."""
         usage = self.usage
-        return {"at": self.at, "request_id": self.request_id, "dialect": self.dialect, "model": self.model,
-                "stream": self.stream, "key": self.key, "status": self.status, "error": one_line(self.error),
-                "first_s": self.first_s, "total_s": self.total_s, "input": usage.prompt, "output": usage.completion,
+        return {"at": self.at, "request_id": self.request_id, "dialect": self.dialect,
+                "model": self.model, "stream": self.stream, "key": self.key, "status": self.status,
+                "error": one_line(self.error), "first_s": self.first_s, "total_s": self.total_s,
+                "input": usage.prompt, "output": usage.completion,
                 "cached": usage.cached, "reasoning": usage.reasoning, "estimated": usage.estimated,
                 "target": self.where, "attempts": [attempt._asdict() for attempt in self.trail]}
 
     def line(self) -> str:
-        """`model → provider/model 200 first 0.4s total 2.1s in 12 out 340`; `~` marks an estimate."""
+        """`model → provider/model 200 first 0.4s total 2.1s in 12 out 340`; `~` marks an estimate.
+        """
         names = f"{one_line(self.model, 64) or '-'} → {one_line(self.where or '-', 100)}"
         first = f" first {self.first_s:.2f}s" if self.first_s is not None and self.stream else ""
         mark = "~" if self.usage.estimated else ""
-        tokens = f" in {mark}{self.usage.prompt} out {mark}{self.usage.completion}" if self.status == 200 else ""
+        tokens = f" in {mark}{self.usage.prompt} out {mark}{self.usage.completion}"
+        tokens = tokens if self.status == 200 else ""
         tries = f" attempts {self.attempts}" if self.attempts > 1 else ""
         error = f" ({one_line(self.error, 200)})" if self.error else ""
         return (f"{self.request_id[4:12]} {names} {self.status}{first} total {self.total_s:.2f}s"
@@ -10143,8 +10220,8 @@ class Histogram:
 
 
 #: What is counted of the calls of a row; times in milliseconds, `first_ms` over `streams` answers.
-USAGE_COUNTS = ("requests", "errors", "input", "output", "cached", "reasoning", "estimated", "streams", "first_ms",
-                "total_ms")
+USAGE_COUNTS = ("requests", "errors", "input", "output", "cached", "reasoning", "estimated",
+                "streams", "first_ms", "total_ms")
 #: A row's counts: those, and how many of its tokens are an estimate of ours.
 LEDGER_COUNTS = (*USAGE_COUNTS, "input_guessed", "output_guessed")
 #: What a row is about; `hour`: when it began, in epoch seconds.
@@ -10177,7 +10254,9 @@ def hour_of(at: float) -> int:
 
 
 def parse_ledger_line(line: bytes) -> LedgerRow:
-    """A row of usage.jsonl; ValueError.  An older version wrote rows of a whole `day`, without dialect and status."""
+    """A row of usage.jsonl; ValueError.  An older version wrote rows of a whole `day`, without
+    dialect and status.
+    """
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError("no usage")
@@ -10185,7 +10264,8 @@ def parse_ledger_line(line: bytes) -> LedgerRow:
     if "day" in row:
         if not isinstance(row["day"], str):
             raise ValueError("no usage")
-        names[0] = int(time.mktime((*time.strptime(row["day"][:10], "%Y-%m-%d")[:3], 0, 0, 0, 0, 0, -1)))
+        date = time.strptime(row["day"][:10], "%Y-%m-%d")[:3]
+        names[0] = int(time.mktime((*date, 0, 0, 0, 0, 0, -1)))
         names[5] = 0
     counts = [row.get(name, 0) for name in LEDGER_COUNTS]
     if [type(name) for name in names] != [int, str, str, str, str, int] or any(
@@ -10205,10 +10285,10 @@ def format_ledger_line(names: LedgerNames, counts: Sequence[int]) -> bytes:
 class Journal:
     """What is counted, kept in a file of JSON lines where there is a folder.
 
-    Each count appends a line in one write, so that a process that is killed loses none and another one's lines stay
-    whole; a torn last line is passed over.  While other calls run a line may wait a moment for theirs, since a write
-    costs a busy server a turn of the interpreter's lock.  Once there are many more lines than needed, the file is
-    written anew.
+    Each count appends a line in one write, so that a process that is killed loses none and another
+    one's lines stay whole; a torn last line is passed over.  While other calls run a line may wait
+    a moment for theirs, since a write costs a busy server a turn of the interpreter's lock.  Once
+    there are many more lines than needed, the file is written anew.
     """
     COMPACT_LINES = 2000
     GATHER_S = 0.05                      #: how long a line may wait for others
@@ -10259,7 +10339,8 @@ class Journal:
                 self.problems.append(f"{self.path}: line {number} is no usage and does not count")
 
     def _give_up(self, exc: OSError) -> None:
-        self.problems.append(f"{self.path}: {exc.strerror or exc} (usage is counted in memory only)")
+        reason = exc.strerror or exc
+        self.problems.append(f"{self.path}: {reason} (usage is counted in memory only)")
         self.path = ""
 
     def _append(self, line: bytes, waits: bool = False) -> None:
@@ -10285,7 +10366,8 @@ class Journal:
         if not lines or not self.path:
             return
         try:
-            if self._handle < 0 or not os.fstat(self._handle).st_nlink:      # somebody removed or replaced the file
+            # somebody removed or replaced the file
+            if self._handle < 0 or not os.fstat(self._handle).st_nlink:
                 self._open()
             os.write(self._handle, b"".join(lines))
             self._lines += len(lines)
@@ -10327,19 +10409,23 @@ class Journal:
 
 
 class Ledger(Journal):
-    """Every finished call, counted once, in a row of its hour, model, provider, key, dialect and status.
+    """Every finished call, counted once, in a row of its hour, model, provider, key, dialect and
+    status.
 
-    Usage, the chart, /metrics and the limits a day read it.  Of days that are over a row loses hour, dialect and
-    status.  Names come from clients: those beyond what an hour may hold are counted together as `other`.
+    Usage, the chart, /metrics and the limits a day read it.  Of days that are over a row loses
+    hour, dialect and status.  Names come from clients: those beyond what an hour may hold are
+    counted together as `other`.
     """
     HOURS_KEPT = 48
 
-    def __init__(self, path: str = "", now: Callable[[], float] = time.time, log: logging.Logger = log) -> None:
+    def __init__(self, path: str = "", now: Callable[[], float] = time.time,
+                 log: logging.Logger = log) -> None:
         super().__init__(path, log)
         self._now, self._days, self._hour = now, 92, 0
         self._rows: Dict[LedgerNames, List[int]] = {}
         self._an_hour: Counter[int] = Counter()          #: rows of each hour
-        self._faded: Dict[Tuple[str, str, int], List[int]] = {}  #: counts of rows that are no more, for /metrics
+        #: counts of rows that are no more, for /metrics
+        self._faded: Dict[Tuple[str, str, int], List[int]] = {}
         self._failures: Dict[Labels, int] = {}
         self._took, self._first = Histogram(), Histogram()
 
@@ -10358,8 +10444,8 @@ class Ledger(Journal):
             if not 0 <= now - self._hour < 3600:
                 self._hour, self._days = hour_of(now), days
                 self._forget()
-            names = self._sum((self._hour, model[:USAGE_NAME_CHARS], provider, record.key, record.dialect,
-                               record.status), counts)
+            names = self._sum((self._hour, model[:USAGE_NAME_CHARS], provider, record.key,
+                               record.dialect, record.status), counts)
             self._needed = len(self._rows)
             self._took.observe(labels, record.total_s)
             if record.first_s is not None:
@@ -10377,7 +10463,8 @@ class Ledger(Journal):
     def _sum(self, names: LedgerNames, counts: Sequence[int]) -> LedgerNames:
         """Add to a row, and return which."""
         row = self._rows.get(names)
-        if row is None and (self._an_hour[names[0]] >= USAGE_ROWS_AN_HOUR or len(self._rows) >= USAGE_ROWS):
+        if row is None and (self._an_hour[names[0]] >= USAGE_ROWS_AN_HOUR
+                            or len(self._rows) >= USAGE_ROWS):
             names = (names[0], "other", "other", "other", *names[4:])
             row = self._rows.get(names)
         if row is None:
@@ -10396,14 +10483,16 @@ class Ledger(Journal):
         for names, counts in rows.items():
             hour, *whose, dialect, status = names
             if hour < fine and dialect:
-                faded = self._faded.setdefault((dialect, names[2], status), [0] * len(LEDGER_COUNTS))
+                faded = self._faded.setdefault((dialect, names[2], status),
+                                               [0] * len(LEDGER_COUNTS))
                 faded[:] = map(int.__add__, faded, counts)
                 names = (midnight_of(hour), *whose, "", 0)       # type: ignore[assignment]
             if hour >= oldest:
                 self._sum(names, counts)
 
     def _reread(self) -> Iterator[bytes]:
-        self._rows, self._an_hour, self._lines, self._loaded, self.problems = {}, Counter(), 0, False, []
+        self._rows, self._an_hour = {}, Counter()
+        self._lines, self._loaded, self.problems = 0, False, []
         self._load()
         self._forget()
         for names, counts in sorted(self._rows.items()):
@@ -10420,14 +10509,18 @@ class Ledger(Journal):
         oldest = midnight_of(int(self._now()), 1 - days)
         with self._lock:
             self._load()
-            return [(names, list(counts)) for names, counts in self._rows.items() if names[0] >= oldest]
+            return [(names, list(counts)) for names, counts in self._rows.items()
+                    if names[0] >= oldest]
 
     def report(self, by: str, days: int, prices: Mapping[str, Mapping[str, float]]) -> List[Json]:
-        """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost` by the prices."""
+        """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost`
+        by the prices.
+        """
         found: Dict[str, Json] = {}
         for names, counts in self.rows(days):
             name = (day_of(names[0]), *names[1:])[USAGE_NAMES.index(by)]
-            total = found.setdefault(name, {by: name, **dict.fromkeys(USAGE_COUNTS, 0), "cost": None})
+            total = found.setdefault(name,
+                                     {by: name, **dict.fromkeys(USAGE_COUNTS, 0), "cost": None})
             for field_name, count in zip(USAGE_COUNTS, counts):
                 total[field_name] += count
             cost = cost_of(names[1], names[2], dict(zip(USAGE_COUNTS, counts)), prices)
@@ -10435,10 +10528,13 @@ class Ledger(Journal):
         return sorted(found.values(), key=lambda row: (-row["input"] - row["output"], row[by]))
 
     def steps(self, span: str) -> List[Tuple[int, List[LedgerRow]]]:
-        """The hours of the last `day` or the days of the last `month`: when each began, and its rows."""
+        """The hours of the last `day` or the days of the last `month`: when each began, and its
+        rows.
+        """
         now = self._now()
         if span == "month":
-            found: Dict[int, List[LedgerRow]] = {midnight_of(int(now), back): [] for back in range(-29, 1)}
+            found: Dict[int, List[LedgerRow]] = {midnight_of(int(now), back): []
+                                                 for back in range(-29, 1)}
             for names, counts in self.rows(30):
                 found.get(midnight_of(names[0]), []).append((names, counts))
         else:
@@ -10450,7 +10546,9 @@ class Ledger(Journal):
         return list(found.items())
 
     def spent(self, key: str) -> List[Tuple[float, int, int]]:
-        """What a key's calls of the last day came to: seconds since the end of each hour, requests, tokens."""
+        """What a key's calls of the last day came to: seconds since the end of each hour, requests,
+        tokens.
+        """
         now = self._now()
         sums: Dict[int, List[int]] = {}
         for (hour, _, _, name, *_), counts in self.rows(2):
@@ -10471,7 +10569,8 @@ class Ledger(Journal):
             for (dialect, provider, status), counts in sums:
                 labels = (("dialect", dialect), ("provider", provider), ("status", str(status)))
                 add_bounded(requests, labels, counts[0])
-                for direction, whole, guessed in (("in", counts[2], counts[-2]), ("out", counts[3], counts[-1])):
+                for direction, whole, guessed in (("in", counts[2], counts[-2]),
+                                                  ("out", counts[3], counts[-1])):
                     for mark, amount in (("false", whole - guessed), ("true", guessed)):
                         if status == 200 and amount:
                             add_bounded(tokens, (("direction", direction), ("provider", provider),
@@ -10480,9 +10579,11 @@ class Ledger(Journal):
                 ("requests_total", "counter", "Requests answered, by dialect, provider and status.",
                  _samples_of(requests)),
                 ("tokens_total", "counter",
-                 'Tokens as the upstreams counted them; estimated="true" where they did not.', _samples_of(tokens)),
+                 'Tokens as the upstreams counted them; estimated="true" where they did not.',
+                 _samples_of(tokens)),
                 ("upstream_errors_total", "counter",
-                 "Attempts at an upstream that failed, by provider and status.", _samples_of(self._failures)),
+                 "Attempts at an upstream that failed, by provider and status.",
+                 _samples_of(self._failures)),
                 ("request_duration_seconds", "histogram", "Time to the end of an answer.",
                  list(self._took.samples())),
                 ("first_token_seconds", "histogram", "Time to the first byte of an answer.",
@@ -10495,7 +10596,9 @@ def _samples_of(values: Mapping[Labels, float]) -> List[Tuple[str, Labels, float
 
 def cost_of(model: str, provider: str, counts: Mapping[str, int],
             prices: Mapping[str, Mapping[str, float]]) -> Optional[float]:
-    """What a row costs by the first price whose pattern matches `provider/model` or `model`; None without one."""
+    """What a row costs by the first price whose pattern matches `provider/model` or `model`; None
+    without one.
+    """
     for pattern, price in prices.items():
         if fits(f"{provider}/{model}", pattern) or fits(model, pattern):
             cached = min(counts["cached"], counts["input"])
@@ -10526,7 +10629,9 @@ class Ring:
                 self._items = deque(self._items, size)
 
     def after(self, number: int, most: int = 1000) -> Tuple[int, List[Tuple[int, Any]]]:
-        """How many after `number` are lost already, and the next ones there are, with their numbers."""
+        """How many after `number` are lost already, and the next ones there are, with their
+        numbers.
+        """
         with self._lock:
             first = self.count - len(self._items)        # so many are gone
             lost = max(0, first - number)
@@ -10550,7 +10655,9 @@ class GatewayLog(logging.Logger):
 
 
 class LogRing(logging.Handler):
-    """The last lines of the log, for the page: (epoch seconds, level, logger, text); redacted when they are read."""
+    """The last lines of the log, for the page: (epoch seconds, level, logger, text); redacted when
+    they are read.
+    """
 
     def __init__(self, ring: Ring, rung: Callable[[], None]) -> None:
         super().__init__()
@@ -10574,7 +10681,8 @@ def told_log(number: int, line: Tuple[float, int, str, str]) -> Json:
 class Live:
     """What viewers of the page read, each at its own pace, and the bell that wakes them.
 
-    Nothing is queued for anybody: who is slow finds that the rings have moved on, and is told by how much.
+    Nothing is queued for anybody: who is slow finds that the rings have moved on, and is told by
+    how much.
     """
 
     def __init__(self) -> None:
@@ -10617,7 +10725,9 @@ class Live:
 
 @dataclass
 class Session:
-    """Somebody who is signed in: with which password (its hash), since when and until when.  Times are monotonic."""
+    """Somebody who is signed in: with which password (its hash), since when and until when.  Times
+    are monotonic.
+    """
     password: str
     began_at: float
     used_at: float
@@ -10627,8 +10737,10 @@ class Guesser:
     """An address that tries passwords or codes: how many wrong ones, and one try at a time."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()     #: a password takes a fifth of a second of one processor, not of all
-        self._forgiven_at = 0.0          #: when none of its wrong tries counts any more: each counts for a second
+        #: a password takes a fifth of a second of one processor, not of all
+        self.lock = threading.Lock()
+        #: when none of its wrong tries counts any more: each counts for a second
+        self._forgiven_at = 0.0
 
     def wait_s(self, now: float) -> float:
         """Seconds until it may try again, 0.0 where it may at once."""
@@ -10641,26 +10753,32 @@ class Guesser:
 class Sessions:
     """Who may use the page.
 
-    A session ends on time, by hand, or with the password it was opened with.  While there is no password, a one-time
-    code that only the console shows lets its reader set one; the page itself never tells it.
+    A session ends on time, by hand, or with the password it was opened with.  While there is no
+    password, a one-time code that only the console shows lets its reader set one; the page itself
+    never tells it.
     """
 
-    def __init__(self, password: Callable[[], str], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, password: Callable[[], str],
+                 clock: Callable[[], float] = time.monotonic) -> None:
         """`password` is the hash in force."""
         self._password, self._clock = password, clock
         self._kept: Dict[bytes, Session] = {}            #: by hash of the token
-        self._basic: Tuple[bytes, str] = (b"", "")       #: hash of the last good Authorization, and its password's
+        #: hash of the last good Authorization, and its password's
+        self._basic: Tuple[bytes, str] = (b"", "")
         self._code, self._code_ends_at = "", 0.0
         self._guessers: Dict[str, Guesser] = {}          #: by address
         self._lock = threading.Lock()
-        self.on_new_code: Callable[[], None] = lambda: None      #: called when a code has taken an old one's place
+        #: called when a code has taken an old one's place
+        self.on_new_code: Callable[[], None] = lambda: None
 
     @property
     def is_new(self) -> bool:
         return not self._password()
 
     def code(self) -> str:
-        """The code that sets the first password, made anew after CODE_LIFE_S; "" where there is a password."""
+        """The code that sets the first password, made anew after CODE_LIFE_S; "" where there is a
+        password.
+        """
         with self._lock:
             now, old = self._clock(), self._code
             if not self.is_new:
@@ -10678,7 +10796,8 @@ class Sessions:
         def ours() -> bool:
             known = self.code()
             given = re.sub(r"[\s-]", "", code).upper()
-            if not known or not hmac.compare_digest(hash_key(given), hash_key(known.replace("-", ""))):
+            if not known or not hmac.compare_digest(hash_key(given),
+                                                    hash_key(known.replace("-", ""))):
                 return False
             with self._lock:             # of two at once, one has it
                 fresh, self._code = self._code == known, ""
@@ -10689,17 +10808,21 @@ class Sessions:
     def try_password(self, address: str, password: str) -> bool:
         """RateLimited."""
         stored = self._password()
-        return self._judge(address, lambda: len(password) <= PASSWORD_LENGTH[1] and is_password(password, stored))
+        return self._judge(address, lambda: len(password) <= PASSWORD_LENGTH[1]
+                           and is_password(password, stored))
 
     def _judge(self, address: str, is_right: Callable[[], bool]) -> bool:
-        """Whether a guess is right; RateLimited.  Each address waits for itself alone: nobody can lock others out."""
+        """Whether a guess is right; RateLimited.  Each address waits for itself alone: nobody can
+        lock others out.
+        """
         with self._lock:
             guesser = self._guessers.get(address) or Guesser()
             remember(self._guessers, address, guesser, SIGN_IN_ADDRESSES)
         with guesser.lock:
             wait_s = guesser.wait_s(self._clock())
             if wait_s > 0:
-                raise RateLimited(f"too many wrong attempts; try again in {wait_s:.1f} s", retry_after_s=wait_s,
+                raise RateLimited(f"too many wrong attempts; try again in {wait_s:.1f} s",
+                                  retry_after_s=wait_s,
                                   code="too_many_attempts")
             right = is_right()
             if not right:
@@ -10710,7 +10833,8 @@ class Sessions:
         """A new session's token; beyond SESSIONS_LIMIT the one not used for longest ends."""
         token, now = secrets.token_urlsafe(32), self._clock()
         with self._lock:
-            self._kept = {name: session for name, session in self._kept.items() if self.is_alive(session)}
+            self._kept = {name: session for name, session in self._kept.items()
+                          if self.is_alive(session)}
             while len(self._kept) >= SESSIONS_LIMIT:
                 del self._kept[min(self._kept, key=lambda name: self._kept[name].used_at)]
             self._kept[hash_key(token)] = Session(self._password(), now, now)
@@ -10726,13 +10850,15 @@ class Sessions:
 
     def is_alive(self, session: Session) -> bool:
         now = self._clock()
-        return session.password == self._password() != "" and now < session.began_at + SESSION_S and (
-            now < session.used_at + SESSION_IDLE_S)
+        is_fresh = now < session.began_at + SESSION_S and now < session.used_at + SESSION_IDLE_S
+        return is_fresh and session.password == self._password() != ""
 
     def basic(self, address: str, given: str) -> Optional[Session]:
-        """The session of one request that bears `admin:password` in base64; RateLimited, None where it is wrong.
+        """The session of one request that bears `admin:password` in base64; RateLimited, None where
+        it is wrong.
 
-        What was right is remembered as long as the password stays, so that a script's requests cost nothing.
+        What was right is remembered as long as the password stays, so that a script's requests cost
+        nothing.
         """
         digest, now = hash_key(given), self._clock()
         known, password = self._basic
@@ -10781,7 +10907,8 @@ class FileWatch:
                 self._stamps = stamps
                 try:
                     self._changed()
-                except Exception:        # a thread body: it must outlive whatever a file makes of it
+                # a thread body: it must outlive whatever a file makes of it
+                except Exception:
                     self._log.exception("taking over a changed file failed")
 
     def close(self) -> None:
@@ -10803,7 +10930,8 @@ def _lasting_key(path: str, log: logging.Logger) -> bytes:
     try:
         write_file(path, key)
     except OSError as exc:
-        log.warning("%s can't be written (%s): conversations lose their reasoning at a restart", path,
+        log.warning("%s can't be written (%s): conversations lose their reasoning at a restart",
+                    path,
                     exc.strerror or exc)
     return key
 
@@ -10819,18 +10947,22 @@ def parse_model_list(data: bytes) -> List[str]:
 
 
 def tokens_of(header: str) -> Set[str]:
-    """The words of a header that lists some; those of Connection name further headers of this hop (RFC 9110, 7.6.1)."""
+    """The words of a header that lists some; those of Connection name further headers of this hop
+    (RFC 9110, 7.6.1).
+    """
     return {token.strip().lower() for token in header.split(",")}
 
 
 #: What `routes explain` is told of a request.
-_EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "images": bool, "thinking": bool,
+_EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "images": bool,
+                               "thinking": bool,
                                "tools": bool, "aliases": dict}
 
 
 def _secrets_of(provider: Provider) -> List[str]:
     """What no client may see; what is as short as "none" or "EMPTY" is no secret."""
-    return [secret for secret in (*provider.api_keys, *(value for _, value in provider.headers)) if len(secret) >= 8]
+    return [secret for secret in (*provider.api_keys, *(value for _, value in provider.headers))
+            if len(secret) >= 8]
 
 
 def _forget_secrets(exc: GatewayError, provider: Provider) -> None:
@@ -10869,7 +11001,9 @@ class State(NamedTuple):
     door: Doorkeeper
 
     def chain_for(self, call: Call) -> List[Target]:
-        """The targets of a call; BadRequest, NotLoggedIn, Forbidden where its key may not use the model."""
+        """The targets of a call; BadRequest, NotLoggedIn, Forbidden where its key may not use the
+        model.
+        """
         chain, key = self.router.resolve(call.model, call.dialect.foreign, call), call.key
         if key is None or not key.models:
             return chain
@@ -10877,8 +11011,9 @@ class State(NamedTuple):
         if may_use(self.router, key, self.router.named(call.model), chain, others):
             return chain
         also = " with these `models`" if others else ""
-        raise Forbidden(f"the key {key.name} may not use the model {one_line(call.model, 100)}{also}; "
-                        "it may use " + ", ".join(key.models), code="model_not_allowed", param="model")
+        raise Forbidden(
+            f"the key {key.name} may not use the model {one_line(call.model, 100)}{also}; "
+            "it may use " + ", ".join(key.models), code="model_not_allowed", param="model")
 
 
 def models_in(text: str) -> List[Any]:
@@ -10903,13 +11038,15 @@ def read_refusal(response: UpstreamResponse, provider: Provider) -> UpstreamErro
     """What an answer with an error status stands for; 429 always says when to come back."""
     if response.status < 400:
         place = one_line(response.headers.get("location", "nowhere"), 120)
-        return UpstreamGarbled(f"the upstream redirects to {place}; set base_url to where it really is")
+        return UpstreamGarbled(f"the upstream redirects to {place}; "
+                               "set base_url to where it really is")
     try:
         data = response.read_all(REFUSAL_LIMIT_BYTES)
     except UpstreamError:
         data = b""
     refusal = parse_refusal(response.status, response.content_type, data)
-    if refusal.status == 406 and provider.kind == "iflow":   # unsigned, or a model this key may not use
+    # unsigned, or a model this key may not use
+    if refusal.status == 406 and provider.kind == "iflow":
         refusal.status, refusal.body = 403, None
     said = parse_retry_after(response.headers, time.time())
     refusal.retry_after_s = refusal.retry_after_s if said is None else said
@@ -10924,11 +11061,14 @@ class Attempts:
     def __init__(self, gateway: Any, call: Call, client: Client) -> None:
         self.gateway, self.log, self.call, self.client = gateway, gateway.log, call, client
         self._fresh_key = ""             #: of a login that was refreshed for this call
-        self.record = Record(call.request_id, call.dialect.name, (call.model or "")[:200], call.stream,
-                             time.monotonic(), key=call.key.name if call.key else "", at=time.time())
+        self.record = Record(call.request_id, call.dialect.name, (call.model or "")[:200],
+                             call.stream,
+                             time.monotonic(), key=call.key.name if call.key else "",
+                             at=time.time())
 
     def run(self) -> None:
-        """Raises GatewayError, with nothing sent or (`client.began`) in mid-answer, and ClientGone."""
+        """Raises GatewayError, with nothing sent or (`client.began`) in mid-answer, and ClientGone.
+        """
         record = self.record
         try:
             self.state: State = self.gateway.current()
@@ -11008,11 +11148,13 @@ class Attempts:
         self.target = self.record.target = target
         self.lane: Lane = self.gateway.lane(provider)
         if provider.problem:
-            raise UpstreamRefused(f"provider {provider.name} is disabled: {provider.problem}", status=403,
+            raise UpstreamRefused(f"provider {provider.name} is disabled: {provider.problem}",
+                                  status=403,
                                   type="permission_error", should_retry=False)
-        if provider.vision_model and provider.vision_model != target.model and self.call.shows_images and (
+        other = provider.vision_model
+        if other and other != target.model and self.call.shows_images and (
                 not profile_of(target)["vision"]):
-            self.target = self.record.target = Target(provider, provider.vision_model)
+            self.target = self.record.target = Target(provider, other)
         self._translate()
 
     def _translate(self) -> None:
@@ -11020,10 +11162,12 @@ class Attempts:
         context = Context(time.time(), new_id, gateway.seal(), gateway.responses, gateway.reasoning,
                           lambda estimate: lane.scaled(target.model, estimate))
         cap, facts = lane.cap(target.model), target.provider.facts
-        if cap and self.call.dialect.foreign:            # what refusals have told of its longest answer
+        # what refusals have told of its longest answer
+        if cap and self.call.dialect.foreign:
             known = facts.get(target.model, {})
             known = {**known, "max_output": min(cap, known.get("max_output") or cap)}
-            target = Target(replace(target.provider, facts={**facts, target.model: known}), target.model)
+            target = Target(replace(target.provider, facts={**facts, target.model: known}),
+                            target.model)
         try:
             self.turn = self.call.dialect.turn(self.call, target, context)
             self.body = b"" if self.turn.local is not None else self.turn.encode()
@@ -11047,7 +11191,9 @@ class Attempts:
     # when it failed
 
     def _mend(self, plan: Plan, status: int, exc: GatewayError) -> bool:
-        """Whether the attempt can be made again at once: its login refreshed, or max_tokens lowered."""
+        """Whether the attempt can be made again at once: its login refreshed, or max_tokens
+        lowered.
+        """
         if self.client.began or not isinstance(exc, UpstreamRefused):
             return False
         if status == 401:
@@ -11057,7 +11203,8 @@ class Attempts:
         if not self.call.dialect.foreign or not cap or cap >= (self.lane.cap(model) or cap + 1):
             return False
         self.lane.learn_cap(model, cap)
-        self.log.info("%s %s/%s takes max_tokens up to %d; asking again", self.call.request_id[4:12],
+        self.log.info("%s %s/%s takes max_tokens up to %d; asking again",
+                      self.call.request_id[4:12],
                       self.lane.provider.name, model, cap)
         self._translate()
         plan.repeat()
@@ -11078,17 +11225,19 @@ class Attempts:
         name = self.target.provider.name
         if plan.failed(exc, self.client.began, status):
             circuit = {**CIRCUIT, **self.settings.circuit}
-            self.log.warning("%s failed %d times in a row and rests for %g s where there is another",
-                             name, circuit["failures"], circuit["rest_s"])
+            self.log.warning(
+                "%s failed %d times in a row and rests for %g s where there is another",
+                name, circuit["failures"], circuit["rest_s"])
         if has_others and plan.target is None:
-            self.log.info("%s %s failed (%s)", self.call.request_id[4:12], name, one_line(exc.message, 160))
+            self.log.info("%s %s failed (%s)", self.call.request_id[4:12], name,
+                          one_line(exc.message, 160))
 
     def _explained(self, exc: UpstreamError) -> UpstreamError:
         """An upstream's error as clients have to hear it.
 
-        A prompt too long is recognised, whatever the words.  A refused key is the operator's trouble, not the
-        client's: 401 and 403 become a 403 that says what to do (Claude Code repeats a 401 for over a minute, and
-        shows a 403).
+        A prompt too long is recognised, whatever the words.  A refused key is the operator's
+        trouble, not the client's: 401 and 403 become a 403 that says what to do (Claude Code
+        repeats a 401 for over a minute, and shows a 403).
         """
         provider, model = self.target.provider, self.target.model
         if provider.problem:             # our own words
@@ -11096,22 +11245,28 @@ class Attempts:
         if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
             self._classify(exc, model)
         _forget_secrets(exc, provider)
-        if exc.status == 429 and exc.retry_after_s is None:      # Codex gives up at once on a bare 429
+        # Codex gives up at once on a bare 429
+        if exc.status == 429 and exc.retry_after_s is None:
             exc.retry_after_s = DEFAULT_RETRY_AFTER_S
         if exc.status not in (401, 403):
             return exc
         keys = "its key" if provider.api_keys else "a request without a key"
-        cure = f"check its api_keys in config.json, then run: python iflow2api.py test {provider.name}"
+        cure = ("check its api_keys in config.json, then run: "
+                f"python iflow2api.py test {provider.name}")
         if provider.name == "iflow":
-            cure = "log in to iFlow again (python iflow2api.py login), then run: python iflow2api.py test iflow"
+            cure = ("log in to iFlow again (python iflow2api.py login), then run: "
+                    "python iflow2api.py test iflow")
         elif "providers" in self.gateway.flags:          # --upstream
             cure = "give another --api-key"
         return UpstreamRefused(
-            f"provider {provider.name} refused {keys} (HTTP {exc.status}: {one_line(exc.message)}); {cure}",
-            status=403, type="permission_error", should_retry=False)
+            f"provider {provider.name} refused {keys} "
+            f"(HTTP {exc.status}: {one_line(exc.message)}); {cure}", status=403,
+            type="permission_error", should_retry=False)
 
     def _classify(self, exc: UpstreamRefused, model: str) -> None:
-        """Recognise a prompt too long, a quota that is spent and a model that is missing by their words."""
+        """Recognise a prompt too long, a quota that is spent and a model that is missing by their
+        words.
+        """
         text = dump_json(exc.body).decode() if exc.body else exc.message
         found = find_overflow(exc.status, text, exc.code, self.turn.max_output)
         if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
@@ -11119,9 +11274,11 @@ class Attempts:
         exc.overflow = found or exc.overflow
         if exc.overflow is not None:
             prompt, limit, output = exc.overflow
-            exc.overflow = (prompt or self.turn.estimate, limit or profile_of(self.target).get("context", 0), output)
+            exc.overflow = (prompt or self.turn.estimate, limit
+                            or profile_of(self.target).get("context", 0), output)
             exc.code = "context_length_exceeded"
-        elif is_missing_model(exc.status, exc.message, exc.code or exc.body and exc.body["error"].get("code")):
+        elif is_missing_model(exc.status, exc.message, exc.code or exc.body
+                              and exc.body["error"].get("code")):
             exc.status, exc.code = 404, "model_not_found"
             if model not in exc.message:
                 exc.message = f"the model {model} does not exist there: {exc.message}"
@@ -11134,12 +11291,14 @@ class Attempts:
         headers = self._headers(provider, key)
         if provider.kind == "iflow":
             headers = [*headers, *self.gateway.upstream.identity.headers(key, time.time())]
-        with self.gateway.upstream.open(provider, self.settings, "POST", self.call.dialect.path, headers, self.body,
+        with self.gateway.upstream.open(provider, self.settings, "POST", self.call.dialect.path,
+                                        headers, self.body,
                                         client) as response:
             if response.status >= 300:
                 raise read_refusal(response, provider)
             if "html" in response.content_type:
-                raise UpstreamGarbled("the upstream answered with a web page; is base_url its API, and not its site?")
+                raise UpstreamGarbled("the upstream answered with a web page; "
+                                      "is base_url its API, and not its site?")
             client.returned = [pair for pair in response.headers.items() if is_returned(*pair)]
             data = b""
             if self.call.stream:
@@ -11156,12 +11315,14 @@ class Attempts:
     def _reply(self, response: UpstreamResponse, data: bytes) -> None:
         """Pass a plain answer on; one that came as a stream is folded, and the other way round."""
         dialect, client = self.call.dialect, self.client
-        streamed = dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:", b":"))
+        streamed = dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:",
+                                                                                b":"))
         data = dump_json(fold_stream(data)) if streamed else data
         completion = self._parse_answer(data, response.status)
         self.record.usage = self._usage(usage_of(completion), len(data) // 5)
         self._spend()
-        if self.call.stream:             # a server that does not stream: its answer becomes a stream
+        # a server that does not stream: its answer becomes a stream
+        if self.call.stream:
             client.end(client.stream.feed(completion_to_sse(completion)) + client.stream.close())
         else:
             plain = dialect.foreign or streamed or not response.content_type
@@ -11170,9 +11331,11 @@ class Attempts:
         self.record.first_s = time.monotonic() - self.record.started
 
     def _stream(self, response: UpstreamResponse, stream: Any) -> bytes:
-        """Upstream's payload through `stream` to the client, a write for each read, until the answer is whole.
+        """Upstream's payload through `stream` to the client, a write for each read, until the
+        answer is whole.
 
-        Returns the body where it is no event stream but a JSON object, whatever it calls itself, else b"".
+        Returns the body where it is no event stream but a JSON object, whatever it calls itself,
+        else b"".
         """
         client, record, provider = self.client, self.record, self.target.provider
         kinds: Set[bool] = set()         # of the first payload: whether it begins as JSON does
@@ -11184,7 +11347,8 @@ class Attempts:
             if True in kinds:
                 body.extend(payload)
                 if len(body) > ANSWER_LIMIT_BYTES:
-                    raise UpstreamGarbled(f"the upstream's answer is larger than {ANSWER_LIMIT_BYTES >> 20} MiB")
+                    limit_mib = ANSWER_LIMIT_BYTES >> 20
+                    raise UpstreamGarbled(f"the upstream's answer is larger than {limit_mib} MiB")
                 return True
             passes = stream.passes(payload)
             out = payload if passes else stream.feed(payload)
@@ -11205,7 +11369,8 @@ class Attempts:
                 raise
         if body:
             return bytes(body)
-        last = stream.close()            # raises, unless all of an answer came before the connection broke
+        # raises, unless all of an answer came before the connection broke
+        last = stream.close()
         record.usage = self._usage(stream.usage, stream.records)
         self._spend()
         client.end(last)
@@ -11217,7 +11382,8 @@ class Attempts:
         """A plain answer's JSON, once it is known to be an answer."""
         judged = self.call.dialect.judged
         try:
-            decode = _DECODER.decode if judged else json.loads   # embeddings: floats by the thousand
+            # embeddings: floats by the thousand
+            decode = _DECODER.decode if judged else json.loads
             completion = decode(data.decode("utf-8-sig"))
         except (ValueError, RecursionError):
             raise UpstreamGarbled("the upstream's answer is not JSON" if data.strip() else
@@ -11230,12 +11396,16 @@ class Attempts:
         return completion
 
     def _headers(self, provider: Provider, key: str) -> List[Tuple[str, str]]:
-        """The provider's own headers, the key, and of a chat client's what is meant for the upstream."""
-        headers: Dict[str, Tuple[str, str]] = {"user-agent": ("User-Agent", f"iflow2api/{__version__}")}
+        """The provider's own headers, the key, and of a chat client's what is meant for the
+        upstream.
+        """
+        headers: Dict[str,
+                      Tuple[str, str]] = {"user-agent": ("User-Agent", f"iflow2api/{__version__}")}
         if provider.kind == "iflow":
             headers.clear()              # its own, and nothing of the client's
         elif not self.call.dialect.foreign:
-            ours = {self.settings.custom_auth_header.lower(), *tokens_of(self.call.headers.get("connection", ""))}
+            ours = {self.settings.custom_auth_header.lower(),
+                    *tokens_of(self.call.headers.get("connection", ""))}
             for name, value in self.call.headers.items():
                 if is_forwarded(name, value) and name not in ours:
                     headers[name] = (name, value)
@@ -11245,27 +11415,36 @@ class Attempts:
         return list(headers.values())
 
     def _usage(self, raw: Optional[Json], records: int) -> Usage:
-        """The upstream's counts, else an estimate that is marked as one: a record is about a token."""
+        """The upstream's counts, else an estimate that is marked as one: a record is about a token.
+        """
         if raw:
             return parse_usage(raw)
         return Usage(prompt=len(self.call.text) // 4, completion=records, estimated=True)
 
     def _spend(self) -> None:
-        """Count the tokens against limits, once: before the answer's end, so that the next request finds them."""
+        """Count the tokens against limits, once: before the answer's end, so that the next request
+        finds them.
+        """
         record, usage = self.record, self.record.usage
         if self.call.meters and not record.spent:
             record.spent = True
-            real = record.status in (0, 200) or record.first_s is not None      # 0: it is about to end well
-            self.gateway.limiter.spend(self.call.meters, usage.prompt + usage.completion if real else 0)
+            # 0: it is about to end well
+            real = record.status in (0, 200) or record.first_s is not None
+            self.gateway.limiter.spend(self.call.meters, usage.prompt + usage.completion if real
+                                       else 0)
 
 
 class LocalEngines:
-    """Engines on this machine, for a gateway without providers; what was found serves for LOCAL_TTL_S."""
+    """Engines on this machine, for a gateway without providers; what was found serves for
+    LOCAL_TTL_S.
+    """
 
     def __init__(self, gateway: Any) -> None:
         self._gateway, self._lock = gateway, threading.Lock()
-        self._base: Optional[State] = None               #: the state without engines that was looked for
-        self._until, self._found = 0.0, None             #: how long that counts, the state with engines
+        #: the state without engines that was looked for
+        self._base: Optional[State] = None
+        #: how long that counts, the state with engines
+        self._until, self._found = 0.0, None
         self._found: Optional[State]
 
     def state(self, base: State, look: bool) -> State:
@@ -11280,8 +11459,10 @@ class LocalEngines:
         """Ask all of them at once."""
         gateway, entries = self._gateway, {}
         own = gateway.upstream.own_ports | {base.settings.port}
-        threads = [threading.Thread(target=self._ask, args=(name, url, base.settings, entries), daemon=True)
-                   for name, url in gateway.local_engines.items() if Endpoint.of(url).port not in own]
+        threads = [threading.Thread(target=self._ask, args=(name, url, base.settings, entries),
+                                    daemon=True)
+                   for name, url in gateway.local_engines.items()
+                   if Endpoint.of(url).port not in own]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -11306,11 +11487,14 @@ class LocalEngines:
             log.info("found %s at %s: %s", provider.name, provider.base_url, models)
 
     def _ask(self, name: str, base_url: str, settings: Settings, entries: Dict[str, Json]) -> None:
-        """Enter the engine into `entries` if one answers that has a model; another iflow2api is none."""
+        """Enter the engine into `entries` if one answers that has a model; another iflow2api is
+        none.
+        """
         limit_s = min(settings.connect_timeout_s, LOCAL_TIMEOUT_S)
         try:
             with self._gateway.upstream.open(
-                    Provider(name, base_url), replace(settings, connect_timeout_s=limit_s), "GET", "/models", (),
+                    Provider(name, base_url), replace(settings, connect_timeout_s=limit_s), "GET",
+                    "/models", (),
                     None, NOBODY, LOCAL_TIMEOUT_S) as response:
                 ours = response.headers.get("server", "").startswith("iflow2api")
                 models = []
@@ -11319,7 +11503,8 @@ class LocalEngines:
         except GatewayError as exc:
             self._gateway.log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
             return
-        models.sort(key=lambda model: "embed" in model.lower())  # the first one is the default model
+        # the first one is the default model
+        models.sort(key=lambda model: "embed" in model.lower())
         if models:
             entries[name] = {"name": name, "base_url": base_url, "models": models,
                              "profile": PRESETS[name].profile}
@@ -11343,11 +11528,13 @@ class Gateway:
 
     `config` makes it follow a config.json; `flags` are settings that stand above it for this run.
     """
-    #: Where engines on this machine are looked for when no provider is set up; tests put their own here.
+    #: Where engines on this machine are looked for when no provider is set up; tests put their own
+    #: here.
     local_engines: Mapping[str, str] = {name: PRESETS[name].base_url for name in LOCAL_ENGINES}
 
     def __init__(self, settings: Optional[Settings] = None, *, config: Optional[ConfigFile] = None,
-                 environ: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None,
+                 environ: Optional[Mapping[str, str]] = None,
+                 flags: Optional[Mapping[str, Any]] = None,
                  clock: Callable[[], float] = time.monotonic,
                  pause: Callable[[Client, float], None] = wait_for) -> None:
         self.config, self.flags = config, dict(flags or {})
@@ -11357,7 +11544,8 @@ class Gateway:
         self.log.addHandler(self.live.log_handler)
         self.upstream = Upstream()
         self.reasoning, self.conversations = ReasoningCache(), Conversations()
-        self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None else "",
+        self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None
+                                else "",
                                 log=self.log)
         self._skipped: Set[str] = set()  #: types of blocks that were logged as skipped
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
@@ -11386,7 +11574,8 @@ class Gateway:
         else:
             raw, broken = config.recover()
             self.config_broken = bool(broken)
-            self._take_over(load_settings(raw, self.environ, self.flags), broken + config.locked + self._read_login())
+            self._take_over(load_settings(raw, self.environ, self.flags),
+                            broken + config.locked + self._read_login())
         self.responses = ResponseStore()
 
     @property
@@ -11416,7 +11605,9 @@ class Gateway:
         log.setLevel(self.log.level)
 
     def equip(self, router: Router) -> None:
-        """A lane for each provider, its own if it had one; others may still be in use, and go with their calls."""
+        """A lane for each provider, its own if it had one; others may still be in use, and go with
+        their calls.
+        """
         with self._lock:
             lanes = {name: self.lanes.get(name) or Lane(provider, self.clock, self.scale)
                      for name, provider in router.providers.items()}
@@ -11433,11 +11624,15 @@ class Gateway:
         if "providers" in self.flags:    # --upstream: that one alone
             return Router(settings, self.environ)
         name = self._login.get("modelName")
-        iflow = iflow_provider(settings, self.origins, self.environ if self.config else {}, self._login)
-        return Router(settings, self.environ, iflow, name if iflow and isinstance(name, str) else "")
+        iflow = iflow_provider(settings, self.origins, self.environ if self.config else {},
+                               self._login)
+        return Router(settings, self.environ, iflow, name if iflow and isinstance(name, str)
+                      else "")
 
     def _read_login(self) -> List[str]:
-        """Take over the iFlow CLI's file; what is wrong with it, a sentence.  A bad one leaves the last in force."""
+        """Take over the iFlow CLI's file; what is wrong with it, a sentence.  A bad one leaves the
+        last in force.
+        """
         if self.config is None or "providers" in self.flags:
             return []
         try:
@@ -11477,13 +11672,16 @@ class Gateway:
         loaded = self._sound(load_settings(raw, self.environ, self.flags, self.settings))
         before = (self.settings, self._login)
         broken = self.config.locked + self._read_login()
-        if (loaded.settings, self._login) != before or self.config_broken or loaded.problems or broken or self.problems:
+        had_problems = self.config_broken or loaded.problems or broken or self.problems
+        if (loaded.settings, self._login) != before or had_problems:
             self.config_broken = False
             self._take_over(loaded, broken)
             self.log.info("settings taken over from %s", self.config.path)
 
     def _sound(self, loaded: Loaded) -> Loaded:
-        """`loaded`, with what does not fit together in it (unknown providers, names taken twice) as it was."""
+        """`loaded`, with what does not fit together in it (unknown providers, names taken twice) as
+        it was.
+        """
         router, known = self.routed(loaded.settings), self.state.router
         bad = router.faults - known.faults
         if not bad:
@@ -11496,7 +11694,8 @@ class Gateway:
     def watch_files(self) -> None:
         """Reload when config.json or the CLI's file changes on disk, and keep logins fresh."""
         if self.config is not None and self._watch is None:
-            self._watch = FileWatch([self.config.path, os.path.expanduser(IFLOW_FILE)], self._files_changed,
+            self._watch = FileWatch([self.config.path, os.path.expanduser(IFLOW_FILE)],
+                                    self._files_changed,
                                     log=self.log)
             if "providers" not in self.flags:
                 self.logins.refresher.start()
@@ -11513,7 +11712,9 @@ class Gateway:
         self.reload()
 
     def config_version(self, raw: Optional[Json] = None) -> str:
-        """What tells one content of config.json from another, but for logins, which renew themselves."""
+        """What tells one content of config.json from another, but for logins, which renew
+        themselves.
+        """
         if raw is None:
             raw = self.config.recover()[0] if self.config is not None else {}
         told = {name: value for name, value in raw.items() if name != "accounts"}
@@ -11530,7 +11731,8 @@ class Gateway:
             self.apply(replace(self.settings, admin_password=stored))
 
     def ensure_client_key(self) -> Tuple[str, bool]:
-        """The client key, made if there is none, and whether it could be kept for the next start."""
+        """The client key, made if there is none, and whether it could be kept for the next start.
+        """
         key = self.settings.custom_api_key
         if self.state.door.required:
             return key, True
@@ -11541,14 +11743,17 @@ class Gateway:
                 self.change_config(lambda raw: raw.update(custom_api_key=key))
                 kept = self.settings.custom_api_key == key
             except OSError as exc:
-                self.log.warning("the new client key can't be stored in %s: %s", self.config.path, exc.strerror or exc)
+                self.log.warning("the new client key can't be stored in %s: %s", self.config.path,
+                                 exc.strerror or exc)
         if not kept:
             self.flags["custom_api_key"] = key
             self.apply(replace(self.settings, custom_api_key=key))
         return key, kept
 
     def seal(self) -> Seal:
-        """What reasoning is sealed with on its way through clients; where there is a folder, its key is kept there."""
+        """What reasoning is sealed with on its way through clients; where there is a folder, its
+        key is kept there.
+        """
         if self._seal is None:
             path = os.path.join(self.config.folder, "seal.key") if self.config is not None else ""
             self._seal = Seal(_lasting_key(path, self.log) if path else secrets.token_bytes(32))
@@ -11557,7 +11762,8 @@ class Gateway:
     # answering
 
     def current(self, look: bool = True) -> State:
-        """What a request starts from: the settings, or, where they lead nowhere, the engines of this machine.
+        """What a request starts from: the settings, or, where they lead nowhere, the engines of
+        this machine.
 
         `look` False takes what was found last.
         """
@@ -11580,7 +11786,8 @@ class Gateway:
     def note(self, record: Record) -> None:
         """What came of a call: for usage, metrics, the page and the log."""
         settings, door = self.state.settings, self.state.door
-        self.ledger.add(record, settings.usage_days, self.in_flight > 1, settings.usage or door.limited)
+        self.ledger.add(record, settings.usage_days, self.in_flight > 1, settings.usage
+                        or door.limited)
         self.live.requests.add(record)
         self.live.ring()
         if self.log.isEnabledFor(logging.INFO):
@@ -11591,14 +11798,18 @@ class Gateway:
         shown = {kind[:60] for kind in kinds} if len(self._skipped) < 50 else set()
         for kind in shown - self._skipped:
             self._skipped.add(kind)
-            self.log.info("%s content of the type %r means nothing here and is left out", call.request_id[4:12],
+            self.log.info("%s content of the type %r means nothing here and is left out",
+                          call.request_id[4:12],
                           one_line(kind, 60))
 
     def account_of(self, provider: Provider, key: str) -> Optional[str]:
-        """The login that a key of the provider iflow comes from, None where it comes from elsewhere."""
+        """The login that a key of the provider iflow comes from, None where it comes from
+        elsewhere.
+        """
         if self.config is None or provider.name != "iflow" or provider.kind != "iflow":
             return None
-        keys = {**account_keys(self.settings.accounts), **account_keys({DEFAULT_ACCOUNT: self._login})}
+        keys = {**account_keys(self.settings.accounts),
+                **account_keys({DEFAULT_ACCOUNT: self._login})}
         return next((name for name, known in keys.items() if known.strip() == key), None)
 
     def health(self) -> Json:
@@ -11606,13 +11817,16 @@ class Gateway:
         router, logins = self.current(look=False).router, self.login_report()
         providers = [{"name": p.name, "kind": p.kind, "usable": not p.problem,
                       **({"problem": p.problem} if p.problem else {}),
-                      "circuit": self.lane(p).rests.state, "keys_resting": self.lane(p).rests.resting,
+                      "circuit": self.lane(p).rests.state,
+                      "keys_resting": self.lane(p).rests.resting,
                       "models": len(p.models)} for p in router.providers.values()]
         healthy = any(p["usable"] for p in providers) and not self.config_broken and not any(
             login["ended"] for login in logins.values())
-        return {"status": "healthy" if healthy else "degraded", "iflow_logged_in": self._is_logged_in(),
+        return {"status": "healthy" if healthy else "degraded",
+                "iflow_logged_in": self._is_logged_in(),
                 "version": __version__, "default_model": router.default_model,
-                "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight, "providers": providers,
+                "uptime_s": int(time.time() - self.started_at), "in_flight": self.in_flight,
+                "providers": providers,
                 "logins": logins, "problems": [one_line(problem) for problem in self.problems]}
 
     def _is_logged_in(self) -> bool:
@@ -11622,7 +11836,8 @@ class Gateway:
     def login_report(self) -> Dict[str, Json]:
         """Refresher.report for the logins in force."""
         accounts = {name: object_of(login) for name, login in self.settings.accounts.items()}
-        in_force = {DEFAULT_ACCOUNT: self._login, **accounts} if "providers" not in self.flags else {}
+        in_force = {DEFAULT_ACCOUNT: self._login,
+                    **accounts} if "providers" not in self.flags else {}
         return self.logins.refresher.report(in_force)
 
     def close(self) -> None:
@@ -11661,10 +11876,13 @@ def _fetch_list(gateway: Gateway, lane: Lane, now: float) -> None:
 
 
 def _fetch_lists(gateway: Gateway, providers: Sequence[Provider]) -> Dict[str, List[str]]:
-    """What the providers themselves list, kept for a while; one that fails lists what it did before."""
+    """What the providers themselves list, kept for a while; one that fails lists what it did
+    before.
+    """
     now = time.monotonic()
     stale = [lane for lane in map(gateway.lane, providers) if lane.listed[0] < now]
-    threads = [threading.Thread(target=_fetch_list, args=(gateway, lane, now), daemon=True) for lane in stale]
+    threads = [threading.Thread(target=_fetch_list, args=(gateway, lane, now), daemon=True)
+               for lane in stale]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -11672,10 +11890,13 @@ def _fetch_lists(gateway: Gateway, providers: Sequence[Provider]) -> Dict[str, L
     return {provider.name: gateway.lane(provider).listed[1] for provider in providers}
 
 
-def models_of(gateway: Gateway, key: Optional[ClientKey] = None, more: Collection[str] = ()) -> List[Json]:
-    """All names that can be asked for, each with the provider it leads to; nothing that would not be routed.
+def models_of(gateway: Gateway, key: Optional[ClientKey] = None,
+              more: Collection[str] = ()) -> List[Json]:
+    """All names that can be asked for, each with the provider it leads to; nothing that would not
+    be routed.
 
-    With a client's `key` those that it may use.  `more`: names to list, too, if they are redirected.
+    With a client's `key` those that it may use.  `more`: names to list, too, if they are
+    redirected.
     """
     router = gateway.current().router
     found = {name: router.resolve(name, True)[0].provider.name for name in more
@@ -11693,7 +11914,8 @@ def models_of(gateway: Gateway, key: Optional[ClientKey] = None, more: Collectio
     for name, models in lists.items():
         known = set(router.providers[name].models)
         for model in models:
-            plain = router.default is not None and name == router.default.name and not router.claimed(model)
+            is_default = router.default is not None and name == router.default.name
+            plain = is_default and not router.claimed(model)
             if plain or model not in known:
                 found.setdefault(model if plain else f"{name}/{model}", name)
     if key is not None and key.models:
@@ -11707,7 +11929,9 @@ def _model_entry(gateway: Gateway, name: str, owner: str) -> Json:
 
 
 def find_model(gateway: Gateway, name: str, key: Optional[ClientKey] = None) -> Optional[Json]:
-    """What a name stands for: listed, redirected, or `provider/name` of a listed one; None: unknown."""
+    """What a name stands for: listed, redirected, or `provider/name` of a listed one; None:
+    unknown.
+    """
     models, (head, _, rest) = models_of(gateway, key, [name]), name.partition("/")
     listed = next((model for model in models if model["id"] == name), None)
     router = gateway.current(look=False).router
@@ -11740,7 +11964,9 @@ def vision_models_of(gateway: Gateway, key: Optional[ClientKey] = None) -> List[
 
 
 def target_to_count(gateway: Gateway, call: Call) -> Optional[Target]:
-    """Where a request would go whose tokens are to be counted; Forbidden.  None where it leads nowhere."""
+    """Where a request would go whose tokens are to be counted; Forbidden.  None where it leads
+    nowhere.
+    """
     if call.model is not None and not isinstance(call.model, str):
         return None
     try:
@@ -11753,7 +11979,8 @@ def target_to_count(gateway: Gateway, call: Call) -> Optional[Target]:
 
 def scaled_count(gateway: Gateway, target: Optional[Target], estimate: int) -> int:
     """`estimate` as the target's model counts, as far as that is known."""
-    return gateway.lane(target.provider).scaled(target.model, estimate) if target is not None else estimate
+    return gateway.lane(target.provider).scaled(target.model,
+                                                estimate) if target is not None else estimate
 
 
 # --- what it tells of itself ---------------------------------------------------
@@ -11764,13 +11991,16 @@ def _target_facts(gateway: Gateway, target: Target) -> Json:
     return {"provider": provider.name, "model": target.model, "base_url": provider.base_url,
             "usable": not provider.problem, "problem": provider.problem,
             "circuit": gateway.lane(provider).rests.state, "keys": len(provider.api_keys),
-            "keys_resting": gateway.lane(provider).rests.resting, "vision_model": provider.vision_model}
+            "keys_resting": gateway.lane(provider).rests.resting,
+            "vision_model": provider.vision_model}
 
 
 def explain(gateway: Gateway, body: Json) -> Json:
-    """Where a model's name goes, step by step; `body` has `model`, and what conditions ask: dialect, tokens, ….
+    """Where a model's name goes, step by step; `body` has `model`, and what conditions ask:
+    dialect, tokens, ….
 
-    With `aliases` it says where the name would go with those, and `problems` what is wrong with them.
+    With `aliases` it says where the name would go with those, and `problems` what is wrong with
+    them.
     """
     for name, kind in _EXPLAINED.items():
         if name in body and not has_type(body[name], kind):
@@ -11778,13 +12008,15 @@ def explain(gateway: Gateway, body: Json) -> Json:
     dialect = body.get("dialect", "chat")
     if dialect not in ("chat", "messages", "responses"):
         raise BadRequest("dialect: chat, messages or responses expected", param="dialect")
-    asked = Asked(dialect, body.get("tokens", 0), body.get("images", False), body.get("thinking", False),
+    asked = Asked(dialect, body.get("tokens", 0), body.get("images", False),
+                  body.get("thinking", False),
                   body.get("tools", False))
     state = gateway.current(look=False)
     router, told = state.router, {"model": body.get("model")}
     if "aliases" in body:
         router = gateway.routed(replace(state.settings, aliases=body["aliases"]))
-        told["problems"] = [problem for problem in router.problems if problem not in state.router.problems]
+        told["problems"] = [problem for problem in router.problems
+                            if problem not in state.router.problems]
     steps, targets = router.explain(body.get("model"), dialect != "chat", asked)
     return {**told, "steps": steps, "chain": [_target_facts(gateway, target) for target in targets]}
 
@@ -11825,13 +12057,16 @@ def metrics_text(gateway: Gateway) -> str:
         ("start_time_seconds", "When it started.", [("", "", gateway.started_at)]),
         ("in_flight", "Requests being answered.", [("", "", gateway.in_flight)]),
         ("upstream_active", "Requests at an upstream.", of_lanes(lambda lane: lane.slots.active)),
-        ("upstream_waiting", "Requests queued for an upstream.", of_lanes(lambda lane: lane.slots.waiting)),
+        ("upstream_waiting", "Requests queued for an upstream.",
+         of_lanes(lambda lane: lane.slots.waiting)),
         ("keys_resting", "Keys put to rest.", of_lanes(lambda lane: lane.rests.resting)),
-        ("upstream_rested", "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
+        ("upstream_rested",
+         "1 while an upstream that kept failing rests, 0.5 until it has been tried again.",
          of_lanes(lambda lane: rested[lane.rests.state])),
         *_login_gauges(gateway)]
     return prometheus_text([*gateway.ledger.families(), *(
-        (name, "gauge", text, [("", ((label, of),) if label else (), value) for label, of, value in samples])
+        (name, "gauge", text,
+         [("", ((label, of),) if label else (), value) for label, of, value in samples])
         for name, text, samples in gauges if samples)])
 
 
@@ -11853,7 +12088,9 @@ class Collect(Client):
 
 def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional[ClientKey] = None,
                  **more: Any) -> Json:
-    """The message of a tiny real request; of a streamed one {}.  `key` is whose usage it is.  GatewayError."""
+    """The message of a tiny real request; of a streamed one {}.  `key` is whose usage it is.
+    GatewayError.
+    """
     limit = profile_of(Target(provider, model))["max_tokens_field"]
     body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
             "messages": [{"role": "user", "content": "Say hi."}], **more}
@@ -11863,11 +12100,14 @@ def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional
 
 
 def model_to_try(gateway: Gateway, provider: Provider) -> str:
-    """A model to try: the default one if it is this provider's, its first configured one, or the first it lists."""
+    """A model to try: the default one if it is this provider's, its first configured one, or the
+    first it lists.
+    """
     if provider.problem:
         raise NotLoggedIn(provider.problem)
     router = gateway.current().router
-    if router.default_model and (gateway.settings.default_model in provider.models or provider is router.default):
+    if router.default_model and (gateway.settings.default_model in provider.models
+                                 or provider is router.default):
         head, slash, rest = router.default_model.partition("/")
         return rest if slash and head == provider.name else router.default_model
     if provider.models:
@@ -11879,19 +12119,24 @@ def model_to_try(gateway: Gateway, provider: Provider) -> str:
 
 
 #: What is at fault, by the status that a trial ends with, and which check that is.
-FAULTS = {401: ("key", "the key"), 402: ("key", "the balance"), 403: ("key", "the key"), 404: ("model", "the model"),
-          429: ("key", "the rate limit"), 502: ("reach", "the connection"), 504: ("reach", "the connection")}
+FAULTS = {401: ("key", "the key"), 402: ("key", "the balance"), 403: ("key", "the key"),
+          404: ("model", "the model"),
+          429: ("key", "the rate limit"), 502: ("reach", "the connection"),
+          504: ("reach", "the connection")}
 
 PROBE_TOOL = {"type": "function", "function": {
     "name": "report", "description": "Report a number.",
-    "parameters": {"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}}}
+    "parameters": {"type": "object", "properties": {"number": {"type": "integer"}},
+                   "required": ["number"]}}}
 
 
 CHECKS = ("reach", "key", "model", "stream", "tools")
 
 
 class Check(NamedTuple):
-    """One thing tried at a provider: `ok` None means that it came to nothing, for something before it failed."""
+    """One thing tried at a provider: `ok` None means that it came to nothing, for something before
+    it failed.
+    """
     what: str
     ok: Optional[bool] = None
     message: str = ""
@@ -11899,7 +12144,9 @@ class Check(NamedTuple):
 
 
 def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = None) -> List[Check]:
-    """Reach, key, model, stream and tools of one provider (CHECKS); without an answer there is nothing more to try."""
+    """Reach, key, model, stream and tools of one provider (CHECKS); without an answer there is
+    nothing more to try.
+    """
     started = time.monotonic()
     try:
         model = model_to_try(gateway, provider)
@@ -11910,13 +12157,16 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
             failed, fault = "reach", "its settings"
         at = CHECKS.index(failed)
         return [*(Check(what, True) for what in CHECKS[:at]),
-                Check(failed, False, f"{fault}: {one_line(exc.message, 300)}", time.monotonic() - started),
+                Check(failed, False, f"{fault}: {one_line(exc.message, 300)}",
+                      time.monotonic() - started),
                 *(Check(what) for what in CHECKS[at + 1:])]
     took_s = time.monotonic() - started
-    checks = [Check("reach", True), Check("key", True, "key ok" if provider.api_keys else "needs no key"),
+    checks = [Check("reach", True),
+              Check("key", True, "key ok" if provider.api_keys else "needs no key"),
               Check("model", True, f"model {model} ok ({took_s:.1f} s)", took_s)]
     tool_request = {"tools": [PROBE_TOOL],
-                    "messages": [{"role": "user", "content": "Call the tool report with the number 7."}]}
+                    "messages": [{"role": "user",
+                                  "content": "Call the tool report with the number 7."}]}
     for what, more in (("stream", {"stream": True}), ("tools", tool_request)):
         started = time.monotonic()
         try:
@@ -11933,10 +12183,13 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
 # --- logging out ----------------------------------------------------------------
 
 def remove_login(gateway: Gateway, account: str) -> bool:
-    """Take a login away, and nothing else of its file; whether there was one.  LoginFailed, ConfigBroken, OSError."""
+    """Take a login away, and nothing else of its file; whether there was one.  LoginFailed,
+    ConfigBroken, OSError.
+    """
     file, gone = LoginFile(account, gateway.config), False
     login = file.read()
-    foreign = login.get("selectedAuthType") == "openai-compatible"               # another service's key is not ours
+    # another service's key is not ours
+    foreign = login.get("selectedAuthType") == "openai-compatible"
     fields = [name for name in LOGIN_FIELDS if not (foreign and name.endswith("piKey"))]
     if any(name in login for name in fields):
         with file.held():
@@ -11950,9 +12203,11 @@ def remove_login(gateway: Gateway, account: str) -> bool:
 
 
 def log_path(gateway: Gateway) -> str:
-    """Where log_file is, "" if it is not set; a relative one stands in the folder of config.json."""
+    """Where log_file is, "" if it is not set; a relative one stands in the folder of config.json.
+    """
     path = os.path.expanduser(gateway.settings.log_file)
-    return os.path.join(gateway.config.folder if gateway.config is not None else "", path) if path else ""
+    return os.path.join(gateway.config.folder if gateway.config is not None else "",
+                        path) if path else ""
 
 
 # === 15. HTTP ================================================================
