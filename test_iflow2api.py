@@ -5562,7 +5562,7 @@ def test_a_stream_that_has_finished_but_does_not_close(server, upstream, monkeyp
                             "input": "q"}, path)
     text = answer.body.decode()
     assert answer.status == 200 and end in text and "Hi" in text and "error" not in text.replace('"error":null', "")
-    until(running.gateway.history)
+    until(lambda: ifl.history_of(running.gateway))
     assert ifl.history_of(running.gateway)[0]["status"] == 200
 
 
