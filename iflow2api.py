@@ -14825,9 +14825,10 @@ monospace}
 --bad:#ff8a80;--bad-soft:#3c1c1a;--shadow:0 0 0 1px #ffffff0d;
 --shadow-2:0 16px 40px #000a,0 0 0 1px #ffffff1a;--series-1:#2fc4b6;--series-2:#f0a045;
 --series-3:#86a2fb;--series-4:#e681cc;--series-5:#a4cc5c;--series-6:#b39bfa;--series-7:#f3867e;
---series-8:#c9a27e}*,*::before,*::after{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
+--series-8:#c9a27e}
+*,*::before,*::after{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
 body{margin:0;font:14px/1.55 var(--font);color:var(--text);background:var(--bg)}
-h1,h2,h3,p,ul,ol,dl,dd,pre,figure{margin:0;padding:0}
+h1,h2,h3,p,ul,ol,dl,dd,pre{margin:0;padding:0}
 h1{font-size:20px;font-weight:650;letter-spacing:-.01em;line-height:1.3}
 h2{font-size:15px;font-weight:650;line-height:1.4}h3{font-size:14px;font-weight:650}
 a{color:var(--accent);text-underline-offset:2px}
@@ -14839,20 +14840,22 @@ button,input,select,textarea{font:inherit;color:inherit}button{cursor:pointer}
 min-height:0!important;padding:0!important;border:0!important;overflow:hidden;clip-path:inset(50%);
 white-space:nowrap}
 .skip{position:fixed;left:12px;top:-60px;z-index:30;padding:8px 14px;border-radius:8px;
-background:var(--accent);color:var(--accent-text)}.skip:focus{top:12px}
+background:var(--accent);color:var(--accent-text)}
+.skip:focus{top:12px}
 .icon{width:18px;height:18px;flex:none;fill:none;stroke:currentColor;stroke-width:1.8;
-stroke-linecap:round;stroke-linejoin:round}#mark{width:28px;height:28px;flex:none}
+stroke-linecap:round;stroke-linejoin:round}
+#mark{width:28px;height:28px;flex:none}
 #app{display:grid;grid-template:auto 1fr/236px minmax(0,1fr);min-height:100vh}
 #nav{grid-row:1/3;position:sticky;top:0;height:100vh;overflow-y:auto;padding:14px 12px;
 background:var(--surface);border-inline-end:1px solid var(--line);display:flex;
 flex-direction:column;gap:2px}
 .brand{display:flex;align-items:center;gap:10px;padding:2px 8px 12px;font-weight:680;font-size:16px;
 color:inherit;text-decoration:none;letter-spacing:-.01em}
-.brand small{font-weight:400;font-size:12px;color:var(--muted);margin-inline-start:auto;
-letter-spacing:0}#nav h2{font-size:12px;font-weight:600;color:var(--muted);padding:14px 10px 4px}
+#nav h2{font-size:12px;font-weight:600;color:var(--muted);padding:14px 10px 4px}
 #nav ul{list-style:none;display:grid;gap:1px}
 #nav li a{display:flex;align-items:center;gap:10px;padding:6px 10px;border-radius:8px;color:inherit;
-text-decoration:none}#nav li a:hover{background:var(--surface-2)}
+text-decoration:none}
+#nav li a:hover{background:var(--surface-2)}
 #nav li a[aria-current]{background:var(--accent-soft);color:var(--accent);font-weight:500}
 #nav .icon{opacity:.8}
 #top{position:sticky;top:0;z-index:5;display:flex;align-items:center;gap:6px;min-height:56px;
@@ -14867,9 +14870,10 @@ color:var(--muted);white-space:nowrap}
 .dot{width:8px;height:8px;border-radius:50%;background:var(--muted);flex:none}
 .dot.ok{background:var(--ok)}.dot.warn{background:var(--warn)}.dot.bad{background:var(--bad)}
 .card{background:var(--surface);border:1px solid var(--line);border-radius:var(--radius);
-padding:16px 18px;min-width:0}.card>.spread:first-child,.card>h2:first-child{margin-bottom:12px}
-.grid{display:grid;gap:var(--gap);
-grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr))}
+padding:16px 18px;min-width:0}
+.card>.spread:first-child,.card>h2:first-child{margin-bottom:12px}
+.grid{display:grid;gap:var(--gap);grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),
+1fr))}
 .row{display:flex;flex-wrap:wrap;align-items:center;gap:8px}.row.end{justify-content:flex-end}
 .spread{display:flex;flex-wrap:wrap;align-items:center;justify-content:space-between;gap:8px 12px}
 .grow{flex:1;min-width:0}
@@ -14897,26 +14901,28 @@ border-right-color:transparent;animation:spin .8s linear infinite}
 .field.check{grid-template-columns:auto 1fr;column-gap:9px;align-items:center}
 .field.check>.hint,.field.check>.error{grid-column:2}.hint{font-size:13px;color:var(--muted)}
 .field .error,.error{font-size:13px;color:var(--bad)}.error:empty{display:none}
-input:not([type=checkbox],[type=radio],[type=range],[type=file],[type=color]),select,textarea{
-width:100%;min-height:34px;padding:5px 10px;border:1px solid var(--edge);border-radius:8px;
-background:var(--surface);min-width:0}
-input[type=checkbox],input[type=radio]{width:16px;height:16px;margin:0;accent-color:var(--accent);
-flex:none}textarea{resize:vertical;line-height:1.5;min-height:56px}select{padding-inline-end:6px}
+input:not([type=checkbox],[type=file]),select,textarea{width:100%;min-height:34px;padding:5px 10px;
+border:1px solid var(--edge);border-radius:8px;background:var(--surface);min-width:0}
+input[type=checkbox]{width:16px;height:16px;margin:0;accent-color:var(--accent);flex:none}
+textarea{resize:vertical;line-height:1.5;min-height:56px}select{padding-inline-end:6px}
 input:focus-visible,select:focus-visible,textarea:focus-visible{outline-offset:-1px;
-border-color:var(--accent)}[aria-invalid=true]{border-color:var(--bad)!important}
+border-color:var(--accent)}
+[aria-invalid=true]{border-color:var(--bad)!important}
 input:disabled,select:disabled,textarea:disabled{background:var(--surface-2);color:var(--muted);
-border-color:var(--line)}.search{max-width:320px}.row>input,.row>select{width:auto!important}
+border-color:var(--line)}
+.search{max-width:320px}.row>input,.row>select{width:auto!important}
 .row>.search{width:220px!important;flex:0 1 220px}
 .badge{display:inline-flex;align-items:center;gap:5px;padding:1px 8px;border-radius:99px;
 background:var(--surface-2);color:var(--muted);font-size:12px;font-weight:500;white-space:nowrap;
-line-height:1.6}.badge.ok{background:var(--ok-soft);color:var(--ok)}
+line-height:1.6}
+.badge.ok{background:var(--ok-soft);color:var(--ok)}
 .badge.warn{background:var(--warn-soft);color:var(--warn)}
 .badge.bad{background:var(--bad-soft);color:var(--bad)}
 .note{padding:10px 14px;border-radius:8px;background:var(--surface-2);overflow-wrap:anywhere}
-.note.ok{background:var(--ok-soft)}.note.warn{background:var(--warn-soft)}
-.note.bad{background:var(--bad-soft)}.mono{font-family:var(--mono);font-size:.93em}
-.muted{color:var(--muted)}.num{font-variant-numeric:tabular-nums}.break{overflow-wrap:anywhere}
-bdi{overflow-wrap:anywhere}.data td{overflow-wrap:break-word}.data td bdi{overflow-wrap:inherit}
+.note.warn{background:var(--warn-soft)}.note.bad{background:var(--bad-soft)}
+.mono{font-family:var(--mono);font-size:.93em}.muted{color:var(--muted)}
+.num{font-variant-numeric:tabular-nums}.break{overflow-wrap:anywhere}bdi{overflow-wrap:anywhere}
+.data td{overflow-wrap:break-word}.data td bdi{overflow-wrap:inherit}
 .data .break,.data td.break{overflow-wrap:anywhere}.nowrap,.data .end{white-space:nowrap}
 .scroll{overflow-x:auto;margin:0 -18px;padding:0 18px;scrollbar-width:thin}
 table.data{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
@@ -14930,15 +14936,15 @@ border-bottom:1px solid var(--line);padding:6px 10px}
 .data .icon-btn{width:26px;min-height:24px;margin:-1px 0}
 .data tr.open:hover td{background:var(--surface-2)}
 .empty{padding:28px 12px;text-align:center;color:var(--muted);text-wrap:balance}
-.empty .btn{margin-top:12px}.chips:empty{display:none}
+.chips:empty{display:none}
 .code,pre{font:13px/1.6 var(--mono);background:var(--surface-2);border-radius:8px;padding:12px 14px;
 overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;margin:0}
 .tabs{display:flex;flex-wrap:wrap;gap:2px;padding:3px;border-radius:9px;background:var(--surface-2);
 width:fit-content;max-width:100%}
 .tabs>*{border:0;border-radius:7px;padding:4px 12px;background:none;color:var(--muted);
-font-weight:500;min-height:28px}.tabs>:hover{color:var(--text)}
-.tabs>[aria-selected=true],.tabs>[aria-pressed=true]{background:var(--surface);color:var(--text);
-box-shadow:var(--shadow)}
+font-weight:500;min-height:28px}
+.tabs>:hover{color:var(--text)}
+.tabs>[aria-pressed=true]{background:var(--surface);color:var(--text);box-shadow:var(--shadow)}
 .facts{display:grid;grid-template-columns:minmax(90px,max-content) minmax(0,1fr);gap:6px 18px}
 .facts dt{color:var(--muted)}.facts dd{overflow-wrap:anywhere;min-width:0}
 .figure{font-size:24px;font-weight:650;letter-spacing:-.02em;line-height:1.25;
@@ -14956,15 +14962,16 @@ dialog header,dialog footer{display:flex;align-items:center;gap:8px;padding:14px
 dialog header h2{flex:1;font-size:16px}
 dialog footer{flex-wrap:wrap;justify-content:flex-end;border-top:1px solid var(--line)}
 .dialog-body{padding:2px 20px 18px;overflow-y:auto;display:grid;gap:14px;
-grid-template-columns:minmax(0,1fr)}.gate header{padding-top:26px}
+grid-template-columns:minmax(0,1fr)}
+.gate header{padding-top:26px}
 #toasts{position:fixed;inset:auto 16px 16px auto;z-index:40;display:grid;gap:8px;
 max-width:min(420px,calc(100vw - 32px));margin:0;padding:0;border:0;background:none;
 overflow:visible;color:inherit}
 .toast{display:flex;align-items:flex-start;gap:10px;padding:10px 12px 10px 14px;border-radius:10px;
 background:var(--surface);box-shadow:var(--shadow-2);overflow-wrap:anywhere;
-border-inline-start:4px solid var(--ok)}.toast.bad{border-color:var(--bad)}
-.toast .icon-btn{width:24px;min-height:24px}.card h3{margin:6px 0 2px}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr))}
+border-inline-start:4px solid var(--ok)}
+.toast.bad{border-color:var(--bad)}.toast .icon-btn{width:24px;min-height:24px}
+.card h3{margin:6px 0 2px}.tiles{grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr))}
 .tile{display:grid;gap:2px;align-content:start}.offline .tile{opacity:.5}
 .tile .figure{display:flex;align-items:baseline;gap:8px;flex-wrap:wrap}
 .grid.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));align-items:start}
@@ -14972,7 +14979,8 @@ border-inline-start:4px solid var(--ok)}.toast.bad{border-color:var(--bad)}
 .dot.big{width:11px;height:11px;align-self:center}.lead{margin-bottom:12px}
 ul.plain{list-style:none;display:grid;gap:2px}
 .limit{display:grid;grid-template-columns:minmax(0,1fr) minmax(50px,120px) minmax(96px,auto);
-gap:10px;align-items:center;font-size:13px}.limit .num{text-align:end}
+gap:10px;align-items:center;font-size:13px}
+.limit .num{text-align:end}
 .meter{height:6px;border-radius:3px;background:var(--surface-2);overflow:hidden;display:block}
 .meter span{display:block;height:100%;border-radius:3px;background:var(--accent)}
 .meter .full{background:var(--bad)}
@@ -14990,12 +14998,14 @@ background:var(--surface-2)}
 .checks .badge{min-width:84px;justify-content:center}
 .card>.checks,.card>div>.checks,.card>.note{margin-block:10px}
 summary{cursor:pointer;color:var(--muted);font-weight:500;padding:4px 0;border-radius:6px;
-width:fit-content}summary:hover{color:var(--text)}details[open]>summary{margin-bottom:8px}
+width:fit-content}
+summary:hover{color:var(--text)}details[open]>summary{margin-bottom:8px}
 .spin{width:14px;height:14px;border-radius:50%;border:2px solid var(--accent);
 border-right-color:transparent;animation:spin .8s linear infinite}
 .masked:not(:focus){-webkit-text-security:disc}
 .alias{display:grid;grid-template-columns:minmax(80px,1fr) auto minmax(110px,2fr) auto;gap:4px 8px;
-align-items:center}.alias .tools{gap:0;flex-wrap:nowrap}.alias .error{grid-column:1/-1}
+align-items:center}
+.alias .tools{gap:0;flex-wrap:nowrap}.alias .error{grid-column:1/-1}
 .chain{list-style:none;display:grid;gap:6px;margin-top:4px}
 .chain li{padding:8px 12px;border-radius:8px;background:var(--surface-2)}
 .settings{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));
@@ -15014,31 +15024,31 @@ background:var(--accent-soft);color:var(--accent);font-weight:650}
 .row.bottom .field{flex:1 1 200px;max-width:340px}.tall{max-height:420px}.log-box{position:relative}
 .log-pane{height:max(300px,calc(100dvh - 190px));overflow:auto;background:var(--surface);
 border:1px solid var(--line);border-radius:var(--radius);font:12.5px/22px var(--mono);
-overflow-anchor:none}.log-space{position:relative;overflow:hidden}
-.log-lines{position:absolute;inset:0 0 auto}
-.log-line{display:flex;gap:12px;height:22px;padding:0 12px;white-space:pre;cursor:default}
+overflow-anchor:none}
+.log-line{display:flex;gap:12px;padding:0 12px;white-space:nowrap;content-visibility:auto;
+contain-intrinsic-height:22px}
 .log-line bdi{flex:1;min-width:0;overflow:hidden;text-overflow:ellipsis}
-.log-line:hover{background:var(--surface-2)}.log-line.chosen{background:var(--accent-soft)}
-.level{width:58px;flex:none;color:var(--muted)}.warning .level{color:var(--warn)}
-.error .level{color:var(--bad)}.log-line.error{font-size:inherit;color:inherit}
+.log-line:hover{background:var(--surface-2)}.log-line.open{background:var(--accent-soft)}
+.wrap bdi,.open bdi{white-space:pre-wrap}.level{width:58px;flex:none;color:var(--muted)}
+.warning .level{color:var(--warn)}.error .level{color:var(--bad)}
+.log-line.error{font-size:inherit;color:inherit}
 .log-newest{position:absolute;inset:auto 0 14px;margin:auto;width:fit-content;border-radius:99px}
-.log-detail{max-height:240px}.log-bar .btn{margin-inline-start:auto}
-.log-box .empty{position:absolute;inset:0}.below{margin:10px 0 16px}
-.version{margin:auto 10px 0;padding-top:16px}.narrow{max-width:760px}
+.log-bar .btn{margin-inline-start:auto}.log-box .empty{position:absolute;inset:0}
+.below{margin:10px 0 16px}.version{margin:auto 10px 0;padding-top:16px}.narrow{max-width:760px}
 .card .stack>.row>.grow{min-width:200px}
 .play{display:flex;flex-direction:column;gap:12px;height:calc(100dvh - 130px);min-height:440px}
 .play-log{flex:1;min-height:0;overflow-y:auto;display:flex;flex-direction:column;gap:16px;
-padding:16px 2px;border-block:1px solid var(--line)}.play-log>.empty{margin:auto;max-width:44ch}
-.play-text{white-space:pre-wrap;overflow-wrap:anywhere}
+padding:16px 2px;border-block:1px solid var(--line)}
+.play-log>.empty{margin:auto;max-width:44ch}.play-text{white-space:pre-wrap;overflow-wrap:anywhere}
 .play-user{align-self:flex-end;max-width:min(86%,720px);display:grid;gap:8px;padding:9px 14px;
-border-radius:14px 14px 4px 14px;background:var(--accent-soft)}.play-answer{max-width:860px}
+border-radius:14px 14px 4px 14px;background:var(--accent-soft)}
+.play-answer{max-width:860px}
 .play-fold{border-inline-start:3px solid var(--line);padding-inline-start:12px;font-size:13px}
 .play-composer{display:grid;gap:8px}.play-composer textarea{max-height:34vh;field-sizing:content}
 .play-thumb{display:inline-flex;align-items:center;gap:4px;max-width:260px;overflow:hidden}
 .play-thumb img{height:56px;max-width:140px;object-fit:cover;border-radius:6px}
-.chart-art{display:block;margin-bottom:10px}
-.chart-art text{font-size:12px;fill:var(--muted)}.chart-art line{stroke:var(--line)}
-.chart-art rect{fill:var(--c)}
+.chart-art{display:block;margin-bottom:10px}.chart-art text{font-size:12px;fill:var(--muted)}
+.chart-art line{stroke:var(--line)}.chart-art rect{fill:var(--c)}
 .chart-dot{width:10px;height:10px;border-radius:3px;background:var(--c);flex:none}
 .series-1{--c:var(--series-1)}.series-2{--c:var(--series-2)}.series-3{--c:var(--series-3)}
 .series-4{--c:var(--series-4)}.series-5{--c:var(--series-5)}.series-6{--c:var(--series-6)}
@@ -15054,7 +15064,8 @@ border-radius:14px 14px 4px 14px;background:var(--accent-soft)}.play-answer{max-
 #app{grid-template-columns:minmax(0,1fr)}
 #nav{position:fixed;inset:0 auto 0 0;z-index:11;width:260px;height:auto;grid-row:auto;
 transform:translateX(-105%);visibility:hidden;transition:transform .18s ease,visibility .18s;
-box-shadow:var(--shadow-2)}#nav.open{transform:none;visibility:visible}
+box-shadow:var(--shadow-2)}
+#nav.open{transform:none;visibility:visible}
 #nav.open~#veil{display:block;position:fixed;inset:0;z-index:10;background:#0b0f1480}
 #nav li a{padding-block:9px}#burger{display:inline-flex;margin-inline-start:-8px}
 #top{padding:8px 16px}#main{padding:16px 16px 56px}
@@ -15064,28 +15075,31 @@ h1{font-size:17px}#top h1{white-space:normal;line-height:1.2}
 .row>.search{width:auto!important;flex:1 1 200px}.log-bar .search,.log-bar .hint{order:1}
 .log-bar select{flex:0 1 180px;min-width:0}
 .live span:not(.dot){position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-.btn,.icon-btn,input:not([type=checkbox],[type=radio],[type=range]),select{min-height:38px}
+.btn,.icon-btn,input:not([type=checkbox]),select{min-height:38px}
 input,select,textarea{font-size:16px!important}.card{padding:14px}
 .scroll{margin:0;padding:0;overflow:visible}.data,.data tbody{display:block}
 .data thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .data tr{display:grid;grid-template-columns:minmax(0,1fr);gap:2px;padding:10px 0;
-border-bottom:1px solid var(--line)}.data tr:last-child{border-bottom:0}
+border-bottom:1px solid var(--line)}
+.data tr:last-child{border-bottom:0}
 .data td{display:flex;justify-content:space-between;gap:14px;padding:1px 0;border:0;text-align:end;
-align-items:baseline}.data td>*{min-width:0}
+align-items:baseline}
+.data td>*{min-width:0}
 .data td::before{content:attr(data-label);color:var(--muted);font-size:13px;text-align:start;
-flex:none}.data td:first-child::before,.data td.bare::before{content:none}
+flex:none}
+.data td:first-child::before,.data td.bare::before{content:none}
 .data td:first-child{font-weight:600;text-align:start}.data td.blank,.data .minor{display:none}
 .data tr.open{position:relative}.data tr.open td.bare{position:absolute;inset:4px 0 auto auto}
 .tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}.tile .figure{font-size:18px;gap:5px}
 .spread>.row:has(.search){width:100%}.facts{grid-template-columns:minmax(0,1fr);gap:0}
 .facts dd{margin-bottom:8px}.search{max-width:none}
 .alias{grid-template-columns:minmax(0,1fr) auto;padding-bottom:10px;
-border-bottom:1px solid var(--line)}.alias>:nth-child(2){display:none}
-.alias>:nth-child(3){grid-column:1/-1;grid-row:2}.step{flex-direction:column;gap:10px}
-.limit{grid-template-columns:minmax(0,1fr) auto}.limit .meter{grid-row:2;grid-column:1/-1}
-.log-line{gap:8px;padding:0 8px}.log-line>span:first-child{display:none}
-.log-pane{height:max(300px,calc(100dvh - 230px))}#toasts{inset-inline:16px}
-.play{height:calc(100dvh - 100px)}
+border-bottom:1px solid var(--line)}
+.alias>:nth-child(2){display:none}.alias>:nth-child(3){grid-column:1/-1;grid-row:2}
+.step{flex-direction:column;gap:10px}.limit{grid-template-columns:minmax(0,1fr) auto}
+.limit .meter{grid-row:2;grid-column:1/-1}.log-line{gap:8px;padding:0 8px}
+.log-line>span:first-child{display:none}.log-pane{height:max(300px,calc(100dvh - 230px))}
+#toasts{inset-inline:16px}.play{height:calc(100dvh - 100px)}
 }
 @media (prefers-reduced-motion:reduce){
 *,*::before,*::after{animation-duration:.01s!important;transition:none!important;
@@ -15286,10 +15300,10 @@ async function api(path, options) {
   return response.status === 204 ? null : response.json();
 }
 
-/** The one stream of events; the browser resumes it where it broke, a hidden page lets it go. */
+/** The one stream of events, resumed where it broke; a hidden page lets it go. */
 const live = (() => {
   const listeners = {};
-  let source = null, withLogs = false, wanted = false, state = '', timer = 0, hidden = 0;
+  let source = null, withLogs = false, wanted = false, state = '', last = '', timer = 0, hidden = 0;
   const emit = (name, data) => [...(listeners[name] || [])].forEach(fn => fn(data));
   const turn = now => { if (state !== now) emit('state', state = now); };
   function stop() {
@@ -15299,9 +15313,12 @@ const live = (() => {
   }
   function start() {
     stop();
-    source = new EventSource(BASE + 'events' + (withLogs ? '?logs=1' : ''));
+    source = new EventSource(`${BASE}events?last_event_id=${last}${withLogs ? '&logs=1' : ''}`);
     for (const name of ['overview', 'request', 'log', 'dropped', 'config'])
-      source.addEventListener(name, event => emit(name, JSON.parse(event.data)));
+      source.addEventListener(name, event => {
+        last = event.lastEventId;
+        emit(name, JSON.parse(event.data));
+      });
     source.onopen = () => turn('open');
     source.onerror = () => {
       turn('closed');
@@ -16609,93 +16626,75 @@ VIEWS.about = {needs: ['about'], draw(root, [about]) {
 #: The log, live.
 # language=JavaScript
 _JS_LOGS = r"""
-const LOG_KEPT = 20000, LOG_LINE = 22, LEVELS = ['debug', 'info', 'warning', 'error'];
-/** The lines are kept in an array; only those in sight are nodes, each of the same height. */
+const LOG_KEPT = 2000, LEVELS = ['debug', 'info', 'warning', 'error'];
+/** The newest lines, each in one line of the screen; a click shows all of it, Enter all of all. */
 VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}]) {
-  let all = [], seen = [], follow = true, chosen = null, missed = 0, asked = 0, word = '';
+  let waiting = [], last = null, follow = true, missed = 0, word = '', asked = 0, count = 0;
   const level = select({'aria-label': t('log_level'), value: 'info', on: {change: () => sift()}},
     LEVELS.map(name => option(name, t('level_' + name))));
-  const view = el('div', {class: 'log-lines'}), space = el('div', {class: 'log-space'}, view);
-  const detail = el('pre', {class: 'log-detail', hidden: true, 'aria-live': 'polite'});
+  const total = el('span', {class: 'hint num'});
+  const none = el('p', {class: 'empty', text: t('logs_none')});
   const newest = button('', () => { follow = true; draw(); pane.focus(); },
     'small primary log-newest', 'down');
-  const count = el('span', {class: 'hint num'});
-  const none = el('p', {class: 'empty', text: t('logs_none')});
   const pane = el('div', {class: 'log-pane', tabindex: '0', role: 'log', 'aria-live': 'off',
     'aria-label': t('view_logs'), on: {
       scroll() {
-        follow = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - LOG_LINE;
+        follow = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - 30;
         ask();
       },
       click({target}) {
         const node = target.closest('.log-line');
-        if (node && !String(getSelection())) choose(Number(node.dataset.at));
+        if (node && !String(getSelection())) node.classList.toggle('open');
       },
-      keydown(event) {
-        const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
-        if (event.key === 'End') follow = true;
-        if (!step) return;
-        event.preventDefault();
-        choose(chosen ? seen.indexOf(chosen) + step : seen.length - 1);
-      }}}, space);
-  const wanted = item => LEVELS.indexOf(item.level) >= LEVELS.indexOf(level.value) &&
+      keydown({key}) { if (key === 'Enter') pane.classList.toggle('wrap'); }}});
+  const isWanted = ({item}) => LEVELS.indexOf(item.level) >= LEVELS.indexOf(level.value) &&
     (!word || (item.text + ' ' + item.logger).toLowerCase().includes(word));
-  const line = (item, at) => el('div',
-    {class: `log-line ${item.level}${item === chosen ? ' chosen' : ''}`,
-    data: {at}}, el('span', {class: 'muted', text: fmt.time(item.at)}),
-  el('span', {class: 'level', text: item.level}), foreign(item.text.replace(/\n/g, ' \u23ce ')));
+  function line(item) {
+    const node = el('div', {class: 'log-line ' + item.level},
+      el('span', {class: 'muted', text: fmt.time(item.at)}),
+      el('span', {class: 'level', text: item.level}), foreign(item.text));
+    node.item = item;
+    show(node);
+    return node;
+  }
+  /** Whether a line is seen follows from level and search; how many are is counted on the way. */
+  function show(node) {
+    node.hidden = !isWanted(node);
+    count += !node.hidden;
+    missed += !node.hidden && !follow;
+  }
   function draw() {
     asked = 0;
-    space.style.height = seen.length * LOG_LINE + 'px';
+    pane.append(...waiting.slice(-LOG_KEPT).map(line));
+    waiting = [];
+    while (pane.children.length > LOG_KEPT) {
+      count -= !pane.firstChild.hidden;
+      pane.firstChild.remove();
+    }
     if (follow) { pane.scrollTop = pane.scrollHeight; missed = 0; }
-    const start = Math.max(0, Math.floor(pane.scrollTop / LOG_LINE) - 10);
-    const end = Math.min(seen.length, start + Math.ceil(pane.clientHeight / LOG_LINE) + 20);
-    view.style.transform = `translateY(${start * LOG_LINE}px)`;
-    view.replaceChildren(...seen.slice(start, end).map((item, at) => line(item, start + at)));
-    [newest.hidden, none.hidden] = [follow, seen.length > 0];
+    [newest.hidden, none.hidden] = [follow, count > 0];
     newest.lastChild.textContent = missed ? t('logs_new', {n: missed}) : t('logs_newest');
-    count.textContent = t('logs_count', {n: fmt.number(seen.length)});
+    total.textContent = t('logs_count', {n: fmt.number(count)});
   }
   const ask = () => { asked = asked || requestAnimationFrame(draw); };
   function sift() {
-    [seen, chosen, detail.hidden, follow] = [all.filter(wanted), null, true, true];
-    ask();
-  }
-  function choose(at) {
-    if (!seen[at]) return;
-    chosen = seen[at];
-    detail.hidden = follow = false;
-    const when = new Date(chosen.at * 1000).toISOString();
-    const head = [when, chosen.level, chosen.logger].join('  ');
-    detail.replaceChildren(foreign(head + '\n' + chosen.text));
-    pane.scrollTop = Math.min(at * LOG_LINE,
-      Math.max(pane.scrollTop, (at + 1) * LOG_LINE - pane.clientHeight));
+    [count, missed, follow] = [0, 0, true];
+    for (const node of pane.children) show(node);
     ask();
   }
   function add(item) {
-    const last = all[all.length - 1];
     if (last && item.id <= last.id && item.at <= last.at) return;      // a new server counts from 1
-    all.push(item);
-    if (wanted(item)) { seen.push(item); missed += !follow; }
-    if (all.length > LOG_KEPT + 2000) {            // in steps: each cut copies them all
-      all = all.slice(2000);
-      const before = seen.length;
-      seen = seen.filter(kept => kept.at > all[0].at || kept.id >= all[0].id);
-      if (!follow) pane.scrollTop -= (before - seen.length) * LOG_LINE;
-    }
+    waiting.push(last = item);
     ask();
   }
   const more = async () => (await api('logs?level=debug&limit=10000')).data.forEach(add);
-  const ends = [live.on('log', add), live.on('dropped', more), () => live.logs(false),
-    () => removeEventListener('resize', ask)];
+  const ends = [live.on('log', add), live.on('dropped', more), () => live.logs(false)];
   live.logs(true);
-  addEventListener('resize', ask);
-  root.append(el('div', {class: 'row log-bar'}, level,
-    search(t('logs_search'), throttle(() => sift(), 150), {on: {input(event) {
-      word = event.target.value.toLowerCase();
-      sift();
-    }}}), count, el('a', {class: 'btn', href: BASE + 'logs.txt', download: 'iflow2api.log'},
-      icon('download'), t('download'))), el('div', {class: 'log-box'}, pane, none, newest), detail);
+  root.append(el('div', {class: 'row log-bar'}, level, search(t('logs_search'), text => {
+    word = text;
+    sift();
+  }), total, el('a', {class: 'btn', href: BASE + 'logs.txt', download: 'iflow2api.log'},
+    icon('download'), t('download'))), el('div', {class: 'log-box'}, pane, none, newest));
   first.forEach(add);
   return () => ends.forEach(end => end());
 }};
