@@ -12012,7 +12012,8 @@ def test_env_lines_survive_a_real_shell(tmp_path):
 NPM = os.environ.get("IFLOW2API_NPM", "")
 
 #: Where Debian, other systems and CI keep it.
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                "")
 
 
 def operations_of(document):
@@ -12075,7 +12076,8 @@ def test_a_key_is_asked_for_where_it_is_needed_and_nowhere_else(server, upstream
 
 
 BODIES_OF_DOCUMENT = [
-    ("POST", "/v1/chat/completions", {"model": "m1", "messages": [{"role": "user", "content": "x"}]}),
+    ("POST", "/v1/chat/completions",
+     {"model": "m1", "messages": [{"role": "user", "content": "x"}]}),
     ("POST", "/v1/messages", {"model": "m1", "max_tokens": 9,
                               "messages": [{"role": "user", "content": "hi"}]}),
     ("POST", "/v1/messages/count_tokens", {"model": "m1",
@@ -12195,14 +12197,16 @@ def test_there_is_a_plain_list_of_the_same_paths(server, upstream, path, cdn):
 
 @pytest.fixture
 def cdn(monkeypatch):
-    """cdn(script): a CDN on the loopback that has this as ReDoc; the hash is that of what it should have."""
+    """cdn(script): a CDN on the loopback that has this as ReDoc; the hash is that of what it
+    should have."""
     servers = []
 
     def start(script: bytes, expected: bytes):
         class Files(BaseHTTPRequestHandler):
             def do_GET(self):
                 self.send_response(200)
-                for header in (("Content-Type", "text/javascript"), ("Content-Length", str(len(script))),
+                for header in (("Content-Type", "text/javascript"),
+                               ("Content-Length", str(len(script))),
                                ("Access-Control-Allow-Origin", "*")):
                     self.send_header(*header)
                 self.end_headers()
@@ -12237,7 +12241,8 @@ REDOC_STUB = b"""window.Redoc = {init(spec, options, node) {
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 @pytest.mark.parametrize("script, shown", [(REDOC_STUB, True), (REDOC_STUB + b" ", False)])
-def test_a_browser_shows_what_the_cdn_has_or_else_the_list(server, upstream, cdn, tmp_path, script, shown):
+def test_a_browser_shows_what_the_cdn_has_or_else_the_list(server, upstream, cdn, tmp_path, script,
+                                                           shown):
     cdn(script, expected=REDOC_STUB)
     running = server(upstream)
     flags = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "dump-dom",
@@ -12265,13 +12270,15 @@ class Admin:
         self.server, self.cookie, self.headers = server, "", headers
 
     def __call__(self, method, path, body=None, **headers) -> Answer:
-        lines = {"Cookie": self.cookie or None, "Sec-Fetch-Site": "same-origin", **self.headers, **_spelled(headers)}
+        lines = {"Cookie": self.cookie or None, "Sec-Fetch-Site": "same-origin", **self.headers,
+                 **_spelled(headers)}
         data = {} if body is None and method in ("POST", "PUT", "PATCH") else body
         if data is not None and "Content-Length" not in lines:
             payload = data if isinstance(data, bytes) else ifl.dump_json(data)
             lines["Content-Length"] = str(len(payload))
         with Client(self.server) as client:
-            answer = client.request(method, "/admin/api/" + path, data if data is not None else b"", headers=lines).answer(method)
+            answer = client.request(method, "/admin/api/" + path, data if data is not None else b"",
+                                    headers=lines).answer(method)
         if "set-cookie" in answer.headers:
             self.cookie = answer.headers["set-cookie"].partition(";")[0]
         return answer
@@ -12291,17 +12298,20 @@ class Admin:
 
 @pytest.fixture
 def admin_server(config, server, monkeypatch):
-    """admin_server(*providers, **settings): serving, with a config.json, a clock to crank, a quick password and events."""
+    """admin_server(*providers, **settings): serving, with a config.json, a clock to crank, a quick
+    password and events."""
     monkeypatch.setattr(ifl.Vault, "ITERATIONS", (10, 10))
     monkeypatch.setattr(ifl, "EVENTS_GAP_S", 0.01)
     clocks = []
 
     def make(*providers, environ=None, flags=None, **settings):
-        raw = {"providers": [provider(item) if not isinstance(item, dict) else item for item in providers],
+        raw = {"providers": [provider(item) if not isinstance(item, dict) else item
+                             for item in providers],
                "detect_local": False, "admin_password": PASSWORD_HASH, **settings}
         put_config(config, {name: value for name, value in raw.items() if value is not None})
         clocks.append(Clock())
-        made = server(gateway=ifl.Gateway(config=config, environ=environ or {}, flags=flags, clock=clocks[-1]))
+        made = server(gateway=ifl.Gateway(config=config, environ=environ or {}, flags=flags,
+                                          clock=clocks[-1]))
         made.clock = clocks[-1]
         return made
     return make
@@ -12318,7 +12328,8 @@ def admin(admin_server):
 
 
 #: Every endpoint that wants a session.
-ADMIN_ENDPOINTS = sorted((method, path.replace("/admin/api/", "") + ("x" if path.endswith("/") else ""))
+ADMIN_ENDPOINTS = sorted((method,
+                          path.replace("/admin/api/", "") + ("x" if path.endswith("/") else ""))
                          for path, methods in ifl.ROUTES.items() if path.startswith("/admin/api/")
                          for method, route in methods.items() if route.admin and not route.public)
 
@@ -12333,11 +12344,15 @@ def test_the_page_is_sent_once_and_guarded(server):
     for name, part in (("style-src", ifl.PAGE_CSS), ("script-src", ifl.page_script())):
         digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
         assert f"{name} 'sha256-{digest}'" in policy and part in text
-    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
-    assert page.headers["x-frame-options"] == "DENY" and page.headers["x-content-type-options"] == "nosniff"
-    assert page.headers["referrer-policy"] == "no-referrer" and page.headers["cache-control"] == "no-cache"
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert page.headers["x-frame-options"] == "DENY"
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["referrer-policy"] == "no-referrer"
+    assert page.headers["cache-control"] == "no-cache"
     packed = get(running, "/admin", Accept_Encoding="br, gzip")
-    assert packed.headers["content-encoding"] == "gzip" and gzip.decompress(packed.body) == page.body
+    assert packed.headers["content-encoding"] == "gzip"
+    assert gzip.decompress(packed.body) == page.body
     assert len(packed.body) <= 45 << 10
     assert "content-encoding" not in get(running, "/admin", Accept_Encoding="gzip;q=0").headers
     again = get(running, "/admin", If_None_Match=page.headers["etag"])
@@ -12356,7 +12371,8 @@ def test_the_page_may_be_reached_from_elsewhere_but_says_nothing(server):
 def test_hashes_of_passwords(monkeypatch):
     monkeypatch.setattr(ifl.Vault, "ITERATIONS", (10, 10))
     stored = ifl.hash_password("päss wörd 密码")
-    assert re.fullmatch(r"pbkdf2-sha256\$10\$[0-9a-f]{32}\$[0-9a-f]{64}", stored) and stored != ifl.hash_password("päss wörd 密码")
+    assert re.fullmatch(r"pbkdf2-sha256\$10\$[0-9a-f]{32}\$[0-9a-f]{64}", stored)
+    assert stored != ifl.hash_password("päss wörd 密码")
     assert ifl.is_password("päss wörd 密码", stored) and not ifl.is_password("päss wörd 密", stored)
     assert not ifl.is_password("", "") and not ifl.is_password("x", "x")
     ifl.check_setting("admin_password", stored)
@@ -12380,15 +12396,19 @@ def test_the_first_password_by_the_code_on_the_console(admin_server):
     assert browser.get("session")["state"] == "new" and sessions.is_new
     code = sessions.code()
     assert re.fullmatch(r"[A-HJ-NP-Z2-9]{4}-[A-HJ-NP-Z2-9]{4}", code) and sessions.code() == code
-    assert code.encode() not in get(running, "/admin").body + browser("GET", "session").body + get(running, "/health").body
+    assert code.encode() not in get(running, "/admin").body + browser("GET",
+            "session").body + get(running, "/health").body
     assert browser.sign_in("").status == 400 and browser.sign_in().error["code"] == "no_password"
     for bad in ("", "AAAA-AAAA", code[:-1]):
         answer = browser("POST", "password", {"code": bad, "password": "correct horse"})
-        assert answer.status == (400 if not bad else 403) and browser.get("session")["state"] == "new"
+        assert answer.status == (400 if not bad else 403)
+        assert browser.get("session")["state"] == "new"
     answer = browser("POST", "password", {"code": code, "password": "short"})
     assert (answer.status, answer.error["code"]) == (400, "bad_password")
-    answer = browser("POST", "password", {"code": f" {code.lower().replace('-', ' ')} ", "password": "correct horse"})
-    assert answer.status == 204 and browser.get("session")["state"] == "signed_in" and browser.get("overview")
+    answer = browser("POST", "password",
+                     {"code": f" {code.lower().replace('-', ' ')} ", "password": "correct horse"})
+    assert answer.status == 204 and browser.get("session")["state"] == "signed_in"
+    assert browser.get("overview")
     assert running.gateway.settings.admin_password.startswith("pbkdf2-sha256$10$")
     assert sessions.code() == "" and "correct horse" not in open(running.gateway.config.path).read()
     other = Admin(running)                           # the code is used up
@@ -12397,10 +12417,12 @@ def test_the_first_password_by_the_code_on_the_console(admin_server):
 
 
 def test_cookies_are_for_the_page_alone_and_tell_servers_apart(server):
-    first, second = (Admin(server(detect_local=False, admin_password=PASSWORD_HASH)) for _ in range(2))
+    first, second = (Admin(server(detect_local=False, admin_password=PASSWORD_HASH))
+                     for _ in range(2))
     answer = first.sign_in()
     name = f"iflow2api_session_{first.server.port}"
-    assert re.fullmatch(name + r"=[\w-]{43}; Path=/admin; HttpOnly; SameSite=Strict; Max-Age=\d+", answer.headers["set-cookie"])
+    assert re.fullmatch(name + r"=[\w-]{43}; Path=/admin; HttpOnly; SameSite=Strict; Max-Age=\d+",
+                        answer.headers["set-cookie"])
     assert second.sign_in().status == 204
     both = f"{first.cookie}; theme=dark; {second.cookie}"
     for browser in (first, second):
@@ -12408,7 +12430,8 @@ def test_cookies_are_for_the_page_alone_and_tell_servers_apart(server):
         assert browser("GET", "overview").status == 200
     first("DELETE", "session")
     first.cookie = second.cookie = both
-    assert first("GET", "overview").error["code"] == "session_expired" and second("GET", "overview").status == 200
+    assert first("GET", "overview").error["code"] == "session_expired"
+    assert second("GET", "overview").status == 200
 
 
 @pytest.mark.parametrize("method, path", ADMIN_ENDPOINTS)
@@ -12416,30 +12439,42 @@ def test_no_endpoint_without_a_session(admin_server, upstream, method, path):
     running = admin_server(upstream, provider(upstream, "x"), client_keys=[key_entry("x", "sk-x")])
     before = open(running.gateway.config.path).read()
     browser = Admin(running)
-    for cookie, headers, code in (("", {}, "no_session"), ("", {"Authorization": "Bearer sk-x"}, "no_session"),
-                                  (f"iflow2api_session_{running.port}=forged", {}, "session_expired"),
+    for cookie, headers, code in (("", {}, "no_session"),
+                                  ("", {"Authorization": "Bearer sk-x"}, "no_session"),
+                                  (f"iflow2api_session_{running.port}=forged", {},
+                                   "session_expired"),
                                   ("iflow2api_session_1=forged", {}, "no_session")):
         browser.cookie = cookie
         answer = browser(method, path, **headers)
-        assert (answer.status, answer.error["code"], answer.error["type"]) == (401, code, "authentication_error")
-        assert "Basic" not in answer.headers["www-authenticate"]             # no browser's own dialog
+        assert (answer.status, answer.error["code"], answer.error["type"]) == (401, code,
+                "authentication_error")
+        # no browser's own dialog
+        assert "Basic" not in answer.headers["www-authenticate"]
     assert open(running.gateway.config.path).read() == before and upstream.requests == []
 
 
-@pytest.mark.parametrize("method, path", [*ADMIN_ENDPOINTS, ("POST", "session"), ("POST", "password"), ("GET", "session")])
+@pytest.mark.parametrize("method, path",
+                         [*ADMIN_ENDPOINTS, ("POST", "session"), ("POST", "password"),
+                          ("GET", "session")])
 def test_no_endpoint_for_another_origin(admin, upstream, method, path):
-    """Not even one that `allowed_origins` lets use the models, nor another port of this host, nor with the session's cookie."""
-    browser = admin(upstream, provider(upstream, "x"), allowed_origins=["*", "http://page"], client_keys=[key_entry("x", "sk-x")])
+    """Not even one that `allowed_origins` lets use the models, nor another port of this host, nor
+    with the session's cookie."""
+    browser = admin(upstream, provider(upstream, "x"), allowed_origins=["*", "http://page"],
+                    client_keys=[key_entry("x", "sk-x")])
     before = open(browser.server.gateway.config.path).read()
-    for headers in ({"Origin": "http://page"}, {"Origin": "null"}, {"Origin": f"http://127.0.0.1:{browser.server.port + 1}"},
+    for headers in ({"Origin": "http://page"}, {"Origin": "null"},
+                    {"Origin": f"http://127.0.0.1:{browser.server.port + 1}"},
                     {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "cross-site"}):
         answer = browser(method, path, **headers)
         assert (answer.status, answer.error["code"]) == (403, "origin_not_allowed")
-        assert not [name for name in answer.headers if name.startswith("access-control")] and "set-cookie" not in answer.headers
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+        assert "set-cookie" not in answer.headers
     assert open(browser.server.gateway.config.path).read() == before and upstream.requests == []
 
 
-@pytest.mark.parametrize("path", sorted({path for _, path in ADMIN_ENDPOINTS} | {"session", "password", "nothing", "keys/x/y"}))
+@pytest.mark.parametrize("path",
+                         sorted({path for _, path in ADMIN_ENDPOINTS} | {"session", "password",
+                                 "nothing", "keys/x/y"}))
 def test_wrong_methods_and_paths(admin, path):
     browser = admin()
     known = {method for method, known in ADMIN_ENDPOINTS if known == path} | {
@@ -12453,12 +12488,16 @@ def test_wrong_methods_and_paths(admin, path):
 
 
 #: What is wrong with a body, whatever the endpoint.
-BAD_BODIES = [(b"", 400), (b"[]", 400), (b'"x"', 400), (b"null", 400), (b"{", 400), (b'{"a":', 400), (b"\xff", 400),
-              (b'{"no_such_field": 1}', 400), (b"[" * 100_000, 400), (b'{"name": "%s"}' % (b"x" * (1 << 20)), 413)]
+BAD_BODIES = [(b"", 400), (b"[]", 400), (b'"x"', 400), (b"null", 400), (b"{", 400), (b'{"a":', 400),
+              (b"\xff", 400),
+              (b'{"no_such_field": 1}', 400), (b"[" * 100_000, 400),
+              (b'{"name": "%s"}' % (b"x" * (1 << 20)), 413)]
 
 
-@pytest.mark.parametrize("method, path", [(m, p) for m, p in [*ADMIN_ENDPOINTS, ("POST", "session"), ("POST", "password")]
-                                          if m in ("POST", "PUT", "PATCH") and not p.startswith("play/")])
+@pytest.mark.parametrize("method, path",
+                         [(m, p) for m, p in [*ADMIN_ENDPOINTS, ("POST", "session"),
+                                              ("POST", "password")]
+                          if m in ("POST", "PUT", "PATCH") and not p.startswith("play/")])
 def test_bad_bodies(admin, upstream, method, path):
     browser = admin(upstream, provider(upstream, "x"))
     before = open(browser.server.gateway.config.path).read()
@@ -12486,16 +12525,6 @@ def test_sessions_end_on_time(admin):
     assert browser.get("session")["state"] == "signed_out"
 
 
-def test_sessions_are_bounded(clock):
-    sessions = ifl.Sessions(lambda: PASSWORD_HASH, clock)
-    tokens = []
-    for _ in range(ifl.SESSIONS_LIMIT + 5):
-        clock.now += 1
-        tokens.append(sessions.open())
-    assert len(sessions._kept) == ifl.SESSIONS_LIMIT
-    assert [bool(sessions.find(token)) for token in tokens[:6]] == [False] * 5 + [True]
-
-
 def test_signing_out(admin):
     browser = admin()
     others = [Admin(browser.server) for _ in range(2)]
@@ -12514,15 +12543,19 @@ def test_a_new_password_ends_the_sessions_of_before(admin, config):
     other = Admin(browser.server)
     assert other.sign_in().status == 204
     for body, status, param in (({"password": "a new password"}, 400, "current"),
-                                ({"current": "wrong one", "password": "a new password"}, 403, "current"),
+                                ({"current": "wrong one", "password": "a new password"}, 403,
+                                 "current"),
                                 ({"current": PASSWORD, "password": "short"}, 400, "password"),
                                 ({"current": PASSWORD, "password": 12345678}, 400, "password")):
         answer = browser("POST", "password", body)
         assert (answer.status, answer.error["param"]) == (status, param)
     assert other("GET", "overview").status == 200
-    assert Admin(browser.server)("POST", "password", {"current": PASSWORD, "password": "a new password"}).status == 401
-    assert browser("POST", "password", {"current": PASSWORD, "password": "a new password"}).status == 204
-    assert browser("GET", "overview").status == 200 and other("GET", "overview").error["code"] == "session_expired"
+    assert Admin(browser.server)("POST", "password",
+                                 {"current": PASSWORD, "password": "a new password"}).status == 401
+    change = {"current": PASSWORD, "password": "a new password"}
+    assert browser("POST", "password", change).status == 204
+    assert browser("GET", "overview").status == 200
+    assert other("GET", "overview").error["code"] == "session_expired"
     assert other.sign_in().status == 401 and other.sign_in("a new password").status == 204
     assert ifl.main(["admin", "reset-password", "by the way"]) == 2
     config.change(lambda raw: raw.update(admin_password=PASSWORD_HASH))
@@ -12534,9 +12567,12 @@ def test_a_password_of_the_environment_is_changed_there(admin_server):
     running = admin_server(admin_password=None, environ={"IFLOW2API_ADMIN_PASSWORD": PASSWORD_HASH})
     browser = Admin(running)
     assert browser.sign_in().status == 204
-    assert browser("POST", "password", {"current": PASSWORD, "password": "a new password"}).error["code"] == "set_elsewhere"
-    assert not admin_server(admin_password=None, environ={"IFLOW2API_ADMIN_PASSWORD": "plain text"}).gateway.settings.admin_password
-    assert "plain text" not in "".join(ifl.Gateway(environ={}, config=running.gateway.config).problems)
+    change = {"current": PASSWORD, "password": "a new password"}
+    assert browser("POST", "password", change).error["code"] == "set_elsewhere"
+    plain = {"IFLOW2API_ADMIN_PASSWORD": "plain text"}
+    assert not admin_server(admin_password=None, environ=plain).gateway.settings.admin_password
+    problems = ifl.Gateway(environ={}, config=running.gateway.config).problems
+    assert "plain text" not in "".join(problems)
 
 
 def test_a_password_without_a_config_lasts_for_the_run(server, monkeypatch):
@@ -12544,7 +12580,8 @@ def test_a_password_without_a_config_lasts_for_the_run(server, monkeypatch):
     browser = Admin(server(detect_local=False))
     code = browser.server.gateway.sessions.code()
     assert browser("POST", "password", {"code": code, "password": PASSWORD}).status == 204
-    assert browser.get("session")["state"] == "signed_in" and Admin(browser.server).sign_in().status == 204
+    assert browser.get("session")["state"] == "signed_in"
+    assert Admin(browser.server).sign_in().status == 204
     answer = browser("PATCH", "config", {"version": browser.version, "set": {"port": 1}})
     assert (answer.status, answer.error["code"]) == (409, "no_config")
 
@@ -12552,7 +12589,8 @@ def test_a_password_without_a_config_lasts_for_the_run(server, monkeypatch):
 def test_scripts_sign_in_by_basic(admin_server):
     running = admin_server()
     calls = []
-    judge, running.gateway.sessions._judge = running.gateway.sessions._judge, lambda *args: calls.append(1) or judge(*args)
+    sessions = running.gateway.sessions
+    judge, sessions._judge = sessions._judge, lambda *args: calls.append(1) or judge(*args)
     for _ in range(3):
         assert get(running, "/admin/api/overview", Authorization=BASIC).status == 200
     assert len(calls) == 1                               # what was right is not computed again
@@ -12574,14 +12612,16 @@ def guess_password(browser, password="wrong one", **headers):
 
 @pytest.mark.parametrize("guess, wrong", [(guess_code, 403), (guess_password, 401)])
 def test_each_address_has_ten_guesses_and_then_one_a_second(admin_server, guess, wrong):
-    running = admin_server(trusted_proxies=["127.0.0.1"], **({"admin_password": None} if guess is guess_code else {}))
+    running = admin_server(trusted_proxies=["127.0.0.1"],
+                           **({"admin_password": None} if guess is guess_code else {}))
     right = running.gateway.sessions.code() or PASSWORD
     browser = Admin(running)
 
     def of(address):
         return {"X_Forwarded_For": address}
 
-    for origin in ("http://evil.example", "null"):               # what another page sends is not counted
+    # what another page sends is not counted
+    for origin in ("http://evil.example", "null"):
         for _ in range(12):
             assert guess(browser, Origin=origin, **of("10.0.0.1")).status == 403
     for _ in range(10):
@@ -12598,12 +12638,15 @@ def test_each_address_has_ten_guesses_and_then_one_a_second(admin_server, guess,
     for number in range(200):                                    # many addresses block nobody else
         assert guess(browser, **of(f"10.1.{number}.1")).status == wrong
     assert guess(browser, right, **of("2001:db8:1:3::7")).status == 204
-    running.clock.now += 10                                      # ten seconds without a guess, ten guesses
+    # ten seconds without a guess, ten guesses
+    running.clock.now += 10
     if guess is guess_password:
         assert [guess(browser, **of("10.0.0.1")).status for _ in range(11)] == [wrong] * 10 + [429]
-        assert get(running, "/admin/api/overview", Authorization=BASIC, **of("10.0.0.1")).status == 429
+        assert get(running, "/admin/api/overview", Authorization=BASIC,
+                   **of("10.0.0.1")).status == 429
         running.clock.now += 1
-        assert get(running, "/admin/api/overview", Authorization=BASIC, **of("10.0.0.1")).status == 200
+        assert get(running, "/admin/api/overview", Authorization=BASIC,
+                   **of("10.0.0.1")).status == 200
 
 
 def test_a_code_lives_for_a_quarter_of_an_hour(admin_server):
@@ -12614,11 +12657,17 @@ def test_a_code_lives_for_a_quarter_of_an_hour(admin_server):
     running.clock.now += 899
     assert sessions.code() == first and browser.get("session")["state"] == "new" and not told
     running.clock.now += 2
-    assert guess_code(browser, first).status == 403 and told == [sessions.code()] != [first]     # the console shows it
+    # the console shows it
+    assert guess_code(browser, first).status == 403 and told == [sessions.code()] != [first]
     assert guess_code(browser, told[0]).status == 204 and sessions.code() == "" and len(told) == 1
 
 
-def test_guessers_are_bounded(clock):
+def test_sessions_and_guessers_are_bounded(clock):
+    sessions, tokens = ifl.Sessions(lambda: PASSWORD_HASH, clock), []
+    for _ in range(ifl.SESSIONS_LIMIT + 5):
+        clock.now += 1
+        tokens.append(sessions.open())
+    assert [bool(sessions.find(token)) for token in tokens[:6]] == [False] * 5 + [True]
     sessions = ifl.Sessions(lambda: "", clock)
     for number in range(3 * ifl.SIGN_IN_ADDRESSES):
         sessions.try_code(str(number), "x")
@@ -12651,14 +12700,17 @@ def test_the_overview_leads_the_way(admin, upstream):
     assert browser.get("overview")["next"] == "login_or_provider"
     browser = admin(provider(upstream, "up"), client_keys=[key_entry("bob", "sk-bob", rpm=5)])
     assert browser.get("overview")["next"] == "models"
-    browser = admin(provider(upstream, "up", models=["m1"], concurrency=3), client_keys=[key_entry("bob", "sk-bob", rpm=5)])
+    browser = admin(provider(upstream, "up", models=["m1"], concurrency=3),
+                    client_keys=[key_entry("bob", "sk-bob", rpm=5)])
     found = browser.get("overview")
-    assert found["next"] == "client" and found["needs_key"] and found["address"] == browser.server.url
+    assert found["next"] == "client" and found["needs_key"]
+    assert found["address"] == browser.server.url
     assert found["queue"] == [{"provider": "up", "active": 0, "waiting": 0, "limit": 3}]
     assert post(browser.server, chat(), Authorization="Bearer sk-bob").status == 200
     until(lambda: browser.server.gateway.in_flight == 0, what="the note, which follows the answer")
     found = browser.get("overview")
-    assert found["next"] == "" and found["today"] == {"requests": 1, "errors": 0, "input": USAGE["prompt_tokens"],
+    assert found["next"] == ""
+    assert found["today"] == {"requests": 1, "errors": 0, "input": USAGE["prompt_tokens"],
                                                       "output": USAGE["completion_tokens"]}
     assert found["limits"] == [{"key": "bob", "rpm": {"used": 1, "limit": 5}}]
     assert found["health"]["status"] == "healthy" and found["connections"] >= 1
@@ -12669,7 +12721,8 @@ def test_requests_series_and_usage(admin, upstream):
     upstream.script.extend([plain(completion()), plain({"error": {"message": HOSTILE}}, 400)])
     for name, status in (("m1", 200), (HOSTILE, 400)):
         assert post(browser.server, chat(model=name)).status == status
-        until(lambda: browser.server.gateway.in_flight == 0, what="the note, which follows the answer")
+        until(lambda: browser.server.gateway.in_flight == 0,
+              what="the note, which follows the answer")
     bad, good = browser.get("requests")["data"]
     assert good["target"] == "up/m1" and bad["status"] == 400 and bad["model"] == HOSTILE
     assert len(browser.get("requests?limit=1")["data"]) == 1
@@ -12683,23 +12736,29 @@ def test_requests_series_and_usage(admin, upstream):
             "m1": (1, 0), HOSTILE: (1, 1)}
     found = browser.get("usage?by=model&days=7")
     assert {row["name"]: row["requests"] for row in found["rows"]} == {"m1": 1, HOSTILE: 1}
-    assert found["total"]["requests"] == 2 and found["total"]["first_s"] >= 0 and found["total"]["cost"] is None
+    assert found["total"]["requests"] == 2 and found["total"]["first_s"] >= 0
+    assert found["total"]["cost"] is None
     for name in ("provider", "key", "day"):
         assert browser.get(f"usage?by={name}")["total"]["requests"] == 2
     answer = browser("GET", "usage.csv?by=model")
     lines = answer.body.decode("utf-8-sig").splitlines()
-    assert lines[0].startswith("model,requests,errors") and "attachment" in answer.headers["content-disposition"]
-    for path in ("requests?limit=0", "requests?limit=x", "series?span=year", "usage?by=x", "usage?days=-1",
+    assert lines[0].startswith("model,requests,errors")
+    assert "attachment" in answer.headers["content-disposition"]
+    for path in ("requests?limit=0", "requests?limit=x", "series?span=year", "usage?by=x",
+                 "usage?days=-1",
                  "logs?level=fatal", "logs?limit=99999", "logs?before=x", "clients?key=%20x"):
         answer = browser("GET", path)
-        assert answer.status == 400 and answer.error["param"] == re.search(r"\?(\w+)", path).group(1)
+        assert answer.status == 400
+        assert answer.error["param"] == re.search(r"\?(\w+)", path).group(1)
 
 
 def test_many_models_are_eight_and_the_rest(admin, upstream):
     browser = admin(upstream, usage=False)
     for number in range(12):
-        browser.server.gateway.ledger.add(call_record(f"m{number}", "up", "", usage=ifl.Usage(prompt=number)))
-    groups = {name for point in browser.get("series?span=day")["points"] for name in point["groups"]}
+        browser.server.gateway.ledger.add(call_record(f"m{number}", "up", "",
+                                                      usage=ifl.Usage(prompt=number)))
+    groups = {name for point in browser.get("series?span=day")["points"]
+              for name in point["groups"]}
     assert groups == {*(f"m{number}" for number in range(4, 12)), "…"}
     assert browser.get("overview")["today"]["requests"] == 12
 
@@ -12710,7 +12769,8 @@ def test_logs_are_kept_without_secrets(admin, log_lines):
     log.info("hello %s", HOSTILE)
     log.warning("Authorization: Bearer sk-0123456789abcdef of http://me:hunter2@host/")
     found = browser.get("logs?search=BEARER")["data"]
-    assert len(found) == 1 and found[0]["level"] == "warning" and "0123456789" not in found[0]["text"] + str(browser.get("logs"))
+    assert len(found) == 1 and found[0]["level"] == "warning"
+    assert "0123456789" not in found[0]["text"] + str(browser.get("logs"))
     assert "hunter2" not in found[0]["text"] and abs(found[0]["at"] - time.time()) < WAIT_S
     texts = [line["text"] for line in browser.get("logs")["data"]]
     assert "hello " + HOSTILE in texts and browser.get("logs?level=error")["data"] == []
@@ -12719,11 +12779,13 @@ def test_logs_are_kept_without_secrets(admin, log_lines):
     assert [line["id"] for line in before] == [last - 1]
     answer = browser("GET", "logs.txt")
     assert "0123456789" not in answer.body.decode() and "WARNING" in answer.body.decode()
-    assert answer.headers["content-type"].startswith("text/plain") and "attachment" in answer.headers["content-disposition"]
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert "attachment" in answer.headers["content-disposition"]
     for number in range(ifl.LOG_LINES + 10):
         log.info("line %d", number)
     found = browser.get("logs?limit=10000")
-    assert len(found["data"]) == ifl.LOG_LINES and found["last"] - found["first"] == ifl.LOG_LINES - 1
+    assert len(found["data"]) == ifl.LOG_LINES
+    assert found["last"] - found["first"] == ifl.LOG_LINES - 1
     log.info("x" * 100_000)
     assert len(browser.get("logs?limit=1")["data"][0]["text"]) == ifl.LOG_LINE_CHARS
     log_lines.clear()
@@ -12753,33 +12815,46 @@ def test_each_server_of_a_process_has_a_log_of_its_own(server, upstreams, config
 
 
 def test_about_and_instances_hold_no_secret(admin, upstream, home):
-    browser = admin(provider(upstream, "up", api_keys=["sk-0123456789abcdef"], headers={"X-Token": "tokentokentokentoken"}),
-                    custom_api_key="sk-clientclientclient", upstream_proxy="http://me:hunter2@proxy:1")
+    browser = admin(provider(upstream, "up", api_keys=["sk-0123456789abcdef"],
+                             headers={"X-Token": "tokentokentokentoken"}),
+                    custom_api_key="sk-clientclientclient",
+                    upstream_proxy="http://me:hunter2@proxy:1")
     found = browser.get("about")
-    assert found["version"] == ifl.__version__ and found["pid"] == os.getpid() and found["threads"] >= 2
-    assert found["paths"]["config"] == browser.server.gateway.config.path and "up" in found["diagnostics"]
+    assert found["version"] == ifl.__version__ and found["pid"] == os.getpid()
+    assert found["threads"] >= 2
+    assert found["paths"]["config"] == browser.server.gateway.config.path
+    assert "up" in found["diagnostics"]
     assert str(home) not in found["diagnostics"]
-    everything = b"".join(browser("GET", path).body for method, path in ADMIN_ENDPOINTS if method == "GET" and path != "events")
-    for secret in ("0123456789abcdef", "tokentoken", "clientclient", "hunter2", PASSWORD_HASH[-20:], PASSWORD_HASH[-4:]):
+    everything = b"".join(browser("GET", path).body for method, path in ADMIN_ENDPOINTS
+                          if method == "GET" and path != "events")
+    for secret in ("0123456789abcdef", "tokentoken", "clientclient", "hunter2", PASSWORD_HASH[-20:],
+                   PASSWORD_HASH[-4:]):
         assert secret.encode() not in everything, secret
     this, = browser.get("instances")["data"]
     assert this["url"] == browser.server.url and this["this"] is True
 
 
 def test_the_config_as_a_form(admin):
-    browser = admin(environ={"IFLOW2API_PORT": "5", "IFLOW2API_DRAIN_S": "x"}, flags={"host": "127.0.0.1"}, log_level="debug",
+    browser = admin(environ={"IFLOW2API_PORT": "5", "IFLOW2API_DRAIN_S": "x"},
+                    flags={"host": "127.0.0.1"}, log_level="debug",
                     custom_api_key="sk-0123456789abcdef")
     found = browser.get("config")
     settings = {item["name"]: item for item in found["settings"]}
-    assert list(settings) == list(ifl.SETTING) and found["path"] == browser.server.gateway.config.path
-    assert {name: settings[name]["origin"] for name in ("port", "host", "log_level", "drain_s", "detect_local", "retry")} == {
-        "port": "environment", "host": "flag", "log_level": "file", "drain_s": "default", "detect_local": "file", "retry": "default"}
+    assert list(settings) == list(ifl.SETTING)
+    assert found["path"] == browser.server.gateway.config.path
+    assert {name: settings[name]["origin"]
+            for name in ("port", "host", "log_level", "drain_s", "detect_local", "retry")} == {
+        "port": "environment", "host": "flag", "log_level": "file", "drain_s": "default",
+        "detect_local": "file", "retry": "default"}
     assert settings["custom_api_key"] == {
-        "name": "custom_api_key", "kind": "str", "label": dict(zip(("zh", "en"), ifl.SETTING["custom_api_key"].metadata["label"])),
+        "name": "custom_api_key", "kind": "str",
+        "label": dict(zip(("zh", "en"), ifl.SETTING["custom_api_key"].metadata["label"])),
         "hint": dict(zip(("zh", "en"), ifl.SETTING["custom_api_key"].metadata["hint"])),
-        "group": "clients", "value": "sk-…cdef", "default": "", "origin": "file", "secret": True, "restart": False,
+        "group": "clients", "value": "sk-…cdef", "default": "", "origin": "file", "secret": True,
+        "restart": False,
         "file_only": False, "set": True}
-    assert settings["port"]["low"] == 0 and settings["port"]["restart"] and settings["theme_mode"]["choices"][0] == "system"
+    assert settings["port"]["low"] == 0 and settings["port"]["restart"]
+    assert settings["theme_mode"]["choices"][0] == "system"
     assert settings["admin_password"]["value"] == "…" and settings["admin_password"]["set"]
     assert any("IFLOW2API_DRAIN_S" in problem for problem in found["problems"])
 
@@ -12787,20 +12862,26 @@ def test_the_config_as_a_form(admin):
 def test_every_setting_has_a_group():
     names = [name for names in ifl.SETTING_GROUPS.values() for name in names]
     assert sorted(names) == sorted(ifl.SETTING) and len(names) == len(set(names))
-    assert set(ifl.SETTING_GROUPS) == {"server", "upstream", "clients", "iflow", "logs", "appearance"}
+    assert set(ifl.SETTING_GROUPS) == {"server", "upstream", "clients", "iflow", "logs",
+                                       "appearance"}
 
 
 def test_models_presets_logins(admin, upstream):
-    browser = admin(provider(upstream, "up", models=[{"id": "m1", "context": 9000, "vision": True}]), environ={"ZHIPU_API_KEY": "x"},
+    browser = admin(provider(upstream, "up",
+                             models=[{"id": "m1", "context": 9000, "vision": True}]),
+                    environ={"ZHIPU_API_KEY": "x"},
                     aliases={"short": "m1", "gpt-*": "m1"})
     found = browser.get("models")
     rows = {row["id"]: row for row in found["data"]}
-    assert rows["m1"] == {"id": "m1", "provider": "up", "context": 9000, "max_output": None, "vision": True, "listed": "config",
+    assert rows["m1"] == {"id": "m1", "provider": "up", "context": 9000, "max_output": None,
+                          "vision": True, "listed": "config",
                           "alias": False}
-    assert rows["short"]["alias"] and rows["short"]["context"] == 9000 and rows["org/m2:free"]["listed"] == "provider"
+    assert rows["short"]["alias"] and rows["short"]["context"] == 9000
+    assert rows["org/m2:free"]["listed"] == "provider"
     assert found["default_model"] == "m1"
     presets = {row["name"]: row for row in browser.get("presets")["data"]}
-    assert presets["zhipu"]["key_set"] and not presets["openai"]["key_set"] and presets["ollama"]["local"]
+    assert presets["zhipu"]["key_set"] and not presets["openai"]["key_set"]
+    assert presets["ollama"]["local"]
     assert presets["zhipu"]["models"][0]["context"] > 0 and browser.get("logins") == {"data": []}
 
 
@@ -12809,29 +12890,40 @@ def test_models_presets_logins(admin, upstream):
 def test_settings_are_saved(admin):
     browser = admin(port=28001, made_by_hand={"keep": "me"})
     version = browser.version
-    answer = browser("PATCH", "config", {"version": version, "set": {"log_level": "debug", "keepalive_s": 3, "retry": {"count": 2}},
-                                         "unset": ["port"]})
+    answer = browser("PATCH", "config",
+                     {"version": version, "set": {"log_level": "debug", "keepalive_s": 3,
+                                                  "retry": {"count": 2}},
+                      "unset": ["port"]})
     assert answer.status == 200 and answer.json["version"] == browser.version != version
     gateway = browser.server.gateway
-    assert gateway.settings.log_level == "debug" and gateway.settings.retry == {"count": 2} and gateway.settings.port == 28000
-    assert gateway.config.read()["made_by_hand"] == {"keep": "me"} and "port" not in gateway.config.read()
+    assert gateway.settings.log_level == "debug" and gateway.settings.retry == {"count": 2}
+    assert gateway.settings.port == 28000
+    assert gateway.config.read()["made_by_hand"] == {"keep": "me"}
+    assert "port" not in gateway.config.read()
 
 
 BAD_SETTINGS = [
-    ({"port": "80"}, "port"), ({"port": 70000}, "port"), ({"port": True}, "port"), ({"log_level": "loud"}, "log_level"),
-    ({"sticky": 1}, "sticky"), ({"retry": {"count": "x"}}, "retry"), ({"trusted_proxies": ["x"]}, "trusted_proxies"),
-    ({"no_such": 1}, "no_such"), ({HOSTILE: 1}, ifl.one_line(HOSTILE, 60)), ({"admin_password": PASSWORD_HASH}, "admin_password"),
-    ({"providers": []}, "providers"), ({"client_keys": []}, "client_keys"), ({"accounts": {}}, "accounts"),
+    ({"port": "80"}, "port"), ({"port": 70000}, "port"), ({"port": True}, "port"),
+    ({"log_level": "loud"}, "log_level"),
+    ({"sticky": 1}, "sticky"), ({"retry": {"count": "x"}}, "retry"),
+    ({"trusted_proxies": ["x"]}, "trusted_proxies"),
+    ({"no_such": 1}, "no_such"), ({HOSTILE: 1}, ifl.one_line(HOSTILE, 60)),
+    ({"admin_password": PASSWORD_HASH}, "admin_password"),
+    ({"providers": []}, "providers"), ({"client_keys": []}, "client_keys"),
+    ({"accounts": {}}, "accounts"),
     ({"aliases": {"x": 5}}, "aliases"), ({"aliases": {"x": ["nowhere2/m"], "": "y"}}, "aliases"),
-    ({"default_provider": "nope"}, "default_provider"), ({"upstream_proxy": "ftp://x"}, "upstream_proxy"),
+    ({"default_provider": "nope"}, "default_provider"),
+    ({"upstream_proxy": "ftp://x"}, "upstream_proxy"),
     ({"body_limit_bytes": 1}, "body_limit_bytes"), ({"idle_timeout_s": 1e9}, "idle_timeout_s")]
 
 
-@pytest.mark.parametrize("settings, param", BAD_SETTINGS, ids=[str(number) for number in range(len(BAD_SETTINGS))])
+@pytest.mark.parametrize("settings, param", BAD_SETTINGS,
+                         ids=[str(number) for number in range(len(BAD_SETTINGS))])
 def test_bad_settings_change_nothing(admin, upstream, settings, param):
     browser = admin(upstream)
     before = open(browser.server.gateway.config.path).read()
-    answer = browser("PATCH", "config", {"version": browser.version, "set": {"log_level": "debug", **settings}})
+    answer = browser("PATCH", "config",
+                     {"version": browser.version, "set": {"log_level": "debug", **settings}})
     assert (answer.status, answer.error["param"]) == (400, param)
     assert open(browser.server.gateway.config.path).read() == before
     assert browser("PATCH", "config", {"version": browser.version, "unset": [["x"]]}).status == 400
@@ -12839,16 +12931,23 @@ def test_bad_settings_change_nothing(admin, upstream, settings, param):
 
 
 def test_masked_secrets_are_left_alone(admin):
-    browser = admin(custom_api_key="sk-0123456789abcdef", upstream_proxy="http://me:hunter2@proxy:1")
+    browser = admin(custom_api_key="sk-0123456789abcdef",
+                    upstream_proxy="http://me:hunter2@proxy:1")
     shown = {item["name"]: item["value"] for item in browser.get("config")["settings"]}
-    wanted = {name: shown[name] for name in ("custom_api_key", "upstream_proxy", "oauth_client_secret", "api_key")}
-    assert browser("PATCH", "config", {"version": browser.version, "set": {**wanted, "drain_s": 4}}).status == 200
+    wanted = {name: shown[name]
+              for name in ("custom_api_key", "upstream_proxy", "oauth_client_secret", "api_key")}
+    assert browser("PATCH", "config",
+                   {"version": browser.version, "set": {**wanted, "drain_s": 4}}).status == 200
     settings = browser.server.gateway.settings
-    assert settings.custom_api_key == "sk-0123456789abcdef" and settings.upstream_proxy == "http://me:hunter2@proxy:1"
+    assert settings.custom_api_key == "sk-0123456789abcdef"
+    assert settings.upstream_proxy == "http://me:hunter2@proxy:1"
     assert settings.drain_s == 4
-    assert browser("PATCH", "config", {"version": browser.version, "set": {"custom_api_key": "a new key"}}).status == 200
+    assert browser("PATCH", "config",
+                   {"version": browser.version,
+                    "set": {"custom_api_key": "a new key"}}).status == 200
     assert browser.server.gateway.settings.custom_api_key == "a new key"
-    assert browser("PATCH", "config", {"version": browser.version, "set": {"custom_api_key": ""}}).status == 200
+    assert browser("PATCH", "config",
+                   {"version": browser.version, "set": {"custom_api_key": ""}}).status == 200
     assert browser.server.gateway.settings.custom_api_key == ""
 
 
@@ -12869,8 +12968,10 @@ def test_saving_never_loses_what_somebody_else_saved(admin, config, capsys):
             assert config.read() == before
     answer = browser("PATCH", "config", {"version": browser.version, "set": {"port": 3}})
     assert answer.status == 200 and config.read()["port"] == 3 and config.read()["drain_s"] == 7
-    assert browser("PATCH", "config", {"version": "of another life", "unset": ["port"]}).status == 409
-    version = browser.version                            # tokens renew themselves: that is no change
+    assert browser("PATCH", "config",
+                   {"version": "of another life", "unset": ["port"]}).status == 409
+    # tokens renew themselves: that is no change
+    version = browser.version
     config.change(lambda raw: raw.update(accounts={"x": {"apiKey": "sk-renewed-renewed"}}))
     assert browser("PATCH", "config", {"version": version, "unset": ["port"]}).status == 200
 
@@ -12899,69 +13000,99 @@ def test_a_config_that_can_not_be_written_is_said(admin, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
     monkeypatch.setattr(ifl.ConfigFile, "change", change)
     answer = browser("PATCH", "config", {"version": version, "set": {"port": 1}})
-    assert answer.status == 500 and answer.error["code"] == "cannot_write" and "Read-only" in answer.error["message"]
+    assert answer.status == 500 and answer.error["code"] == "cannot_write"
+    assert "Read-only" in answer.error["message"]
 
 
 # --- writing: providers -------------------------------------------------------------------
 
 def test_providers_are_added_edited_ordered_and_removed(admin, config, upstream):
     browser = admin()
-    answer = browser("POST", "providers", {"name": "智谱", "base_url": upstream.url, "api_keys": ["sk-0123456789abcdef", " sk-second "],
-                                           "models": ["m1", {"id": "m2", "context": 5}], "headers": {"X-Token": "tokentokentokentoken"},
-                                           "concurrency": 2, "timeout_s": 5.5})
+    answer = browser("POST", "providers",
+                     {"name": "智谱", "base_url": upstream.url,
+                      "api_keys": ["sk-0123456789abcdef", " sk-second "],
+                      "models": ["m1", {"id": "m2", "context": 5}],
+                      "headers": {"X-Token": "tokentokentokentoken"},
+                      "concurrency": 2, "timeout_s": 5.5})
     assert answer.status == 201 and answer.json["keys"] == [
-        {"index": 0, "masked": "sk-…cdef", "state": "ok", "rest_s": 0}, {"index": 1, "masked": "…", "state": "ok", "rest_s": 0}]
+        {"index": 0, "masked": "sk-…cdef", "state": "ok", "rest_s": 0},
+        {"index": 1, "masked": "…", "state": "ok", "rest_s": 0}]
     assert "0123456789" not in answer.body.decode() and "tokentoken" not in answer.body.decode()
-    assert browser("POST", "providers", {"name": "智谱", "base_url": upstream.url}).error["code"] == "name_taken"
-    assert browser("POST", "providers", {"name": "deepseek", "preset": "deepseek", "api_keys": ["sk-x"]}).status == 201
+    assert browser("POST", "providers",
+                   {"name": "智谱", "base_url": upstream.url}).error["code"] == "name_taken"
+    assert browser("POST", "providers",
+                   {"name": "deepseek", "preset": "deepseek", "api_keys": ["sk-x"]}).status == 201
     found = browser.get("providers")
-    assert [row["name"] for row in found["data"]] == ["智谱", "deepseek"] and found["default_provider"] == "智谱"
-    assert found["data"][0]["facts"]["m2"] == {"context": 5} and found["data"][1]["preset"] == "deepseek"
+    assert [row["name"] for row in found["data"]] == ["智谱", "deepseek"]
+    assert found["default_provider"] == "智谱"
+    assert found["data"][0]["facts"]["m2"] == {"context": 5}
+    assert found["data"][1]["preset"] == "deepseek"
     config.change(lambda raw: raw["providers"][0].update(note="by hand"))
-    browser.server.gateway.change_config(lambda raw: raw.update(aliases={"a": ["智谱/m1", {"model": "智谱/m2", "tools": True}]},
-                                                                default_provider="智谱"))
+    browser.server.gateway.change_config(
+        lambda raw: raw.update(aliases={"a": ["智谱/m1", {"model": "智谱/m2", "tools": True}]},
+                               default_provider="智谱"))
     name = urllib.parse.quote("智谱")
-    answer = browser("PUT", "providers/" + name, {"version": browser.version, "name": "z", "timeout_s": None, "models": ["m2", "m3"],
-                                                  "api_keys": [{"keep": 1}, "sk-…cdef", "sk-third"], "headers": {"X-Token": "tok…oken", "X-B": "b"}})
+    answer = browser("PUT", "providers/" + name,
+                     {"version": browser.version, "name": "z", "timeout_s": None,
+                      "models": ["m2", "m3"],
+                      "api_keys": [{"keep": 1}, "sk-…cdef", "sk-third"],
+                      "headers": {"X-Token": "tok…oken", "X-B": "b"}})
     assert answer.status == 200 and answer.json["name"] == "z"
     raw = config.read()
-    assert raw["providers"][0] == {"base_url": upstream.url, "name": "z", "kind": "openai", "concurrency": 2, "note": "by hand",
+    assert raw["providers"][0] == {"base_url": upstream.url, "name": "z", "kind": "openai",
+                                   "concurrency": 2, "note": "by hand",
                                    "api_keys": ["sk-second", "sk-0123456789abcdef", "sk-third"],
                                    "models": [{"id": "m2", "context": 5}, "m3"],
                                    "headers": {"X-Token": "tokentokentokentoken", "X-B": "b"}}
-    assert raw["aliases"] == {"a": ["z/m1", {"model": "z/m2", "tools": True}]} and raw["default_provider"] == "z"
-    answer = browser("POST", "providers/order", {"version": browser.version, "names": ["deepseek", "z"]})
-    assert answer.status == 200 and [row["name"] for row in answer.json["data"]] == ["deepseek", "z"]
-    assert browser("DELETE", "providers/z").status == 204 and browser("DELETE", "providers/z").status == 404
+    assert raw["aliases"] == {"a": ["z/m1", {"model": "z/m2", "tools": True}]}
+    assert raw["default_provider"] == "z"
+    answer = browser("POST", "providers/order",
+                     {"version": browser.version, "names": ["deepseek", "z"]})
+    assert answer.status == 200
+    assert [row["name"] for row in answer.json["data"]] == ["deepseek", "z"]
+    assert browser("DELETE", "providers/z").status == 204
+    assert browser("DELETE", "providers/z").status == 404
     assert "default_provider" not in config.read() and len(config.read()["providers"]) == 1
 
 
 def test_a_renamed_provider_keeps_its_clients_and_its_price(admin, config, upstream):
-    browser = admin(provider(upstream, "old"), client_keys=[key_entry("bob", "sk-bob", models=["old/*", "m9"])],
+    browser = admin(provider(upstream, "old"),
+                    client_keys=[key_entry("bob", "sk-bob", models=["old/*", "m9"])],
                     prices={"old/m1": {"input": 2}, "*": {"input": 1}})
     ask = functools.partial(post, browser.server, Authorization="Bearer sk-bob")
     assert ask(chat(model="old/m1")).status == 200
-    assert browser("PUT", "providers/old", {"version": browser.version, "name": "new"}).status == 200
+    assert browser("PUT", "providers/old",
+                   {"version": browser.version, "name": "new"}).status == 200
     assert ask(chat(model="new/m1")).status == 200
     raw = config.read()
     assert raw["client_keys"][0]["models"] == ["new/*", "m9"]
-    assert list(raw["prices"]) == ["old/m1", "new/m1", "*"] and raw["prices"]["new/m1"] == {"input": 2}
+    assert list(raw["prices"]) == ["old/m1", "new/m1", "*"]
+    assert raw["prices"]["new/m1"] == {"input": 2}
 
 
 BAD_PROVIDERS = [
-    ({"name": ""}, "name"), ({"name": "a b"}, "name"), ({"name": "a/b"}, "name"), ({"name": 5}, "name"), ({"base_url": None}, "base_url"),
-    ({"base_url": "ftp://x"}, "base_url"), ({"base_url": "http://u:p@x"}, "base_url"), ({"base_url": "http://["}, "base_url"),
-    ({"kind": "other"}, "kind"), ({"api_keys": ["$HOME"]}, "api_keys"), ({"api_keys": [5]}, "api_keys"), ({"api_keys": [""]}, "api_keys"),
-    ({"api_keys": ["a\nb"]}, "api_keys"), ({"api_keys": ["enc:v1:k.x.y"]}, "api_keys"), ({"api_keys": [{"keep": 0}]}, "api_keys"),
-    ({"api_keys": ["sk-…cdef"]}, "api_keys"), ({"api_keys": "sk-x"}, "api_keys"), ({"headers": {"X": "$PATH"}}, "headers"),
-    ({"headers": {"X": 5}}, "headers"), ({"headers": {"a b": "x"}}, "headers"), ({"headers": {"X": "a\r\nb"}}, "headers"),
-    ({"models": [5]}, "models"), ({"models": [{"context": 5}]}, "models"), ({"concurrency": -1}, "concurrency"),
-    ({"concurrency": "2"}, "concurrency"), ({"proxy": "ftp://x"}, "proxy"), ({"preset": "nope"}, "preset"), ({"profile": []}, "profile"),
+    ({"name": ""}, "name"), ({"name": "a b"}, "name"), ({"name": "a/b"}, "name"),
+    ({"name": 5}, "name"), ({"base_url": None}, "base_url"),
+    ({"base_url": "ftp://x"}, "base_url"), ({"base_url": "http://u:p@x"}, "base_url"),
+    ({"base_url": "http://["}, "base_url"),
+    ({"kind": "other"}, "kind"), ({"api_keys": ["$HOME"]}, "api_keys"),
+    ({"api_keys": [5]}, "api_keys"), ({"api_keys": [""]}, "api_keys"),
+    ({"api_keys": ["a\nb"]}, "api_keys"), ({"api_keys": ["enc:v1:k.x.y"]}, "api_keys"),
+    ({"api_keys": [{"keep": 0}]}, "api_keys"),
+    ({"api_keys": ["sk-…cdef"]}, "api_keys"), ({"api_keys": "sk-x"}, "api_keys"),
+    ({"headers": {"X": "$PATH"}}, "headers"),
+    ({"headers": {"X": 5}}, "headers"), ({"headers": {"a b": "x"}}, "headers"),
+    ({"headers": {"X": "a\r\nb"}}, "headers"),
+    ({"models": [5]}, "models"), ({"models": [{"context": 5}]}, "models"),
+    ({"concurrency": -1}, "concurrency"),
+    ({"concurrency": "2"}, "concurrency"), ({"proxy": "ftp://x"}, "proxy"),
+    ({"preset": "nope"}, "preset"), ({"profile": []}, "profile"),
     ({"profile": {"vision": "no"}}, "profile"),
     ({"no_such": 1}, "no_such")]
 
 
-@pytest.mark.parametrize("facts, param", BAD_PROVIDERS, ids=[str(number) for number in range(len(BAD_PROVIDERS))])
+@pytest.mark.parametrize("facts, param", BAD_PROVIDERS,
+                         ids=[str(number) for number in range(len(BAD_PROVIDERS))])
 def test_bad_providers_change_nothing(admin, upstream, facts, param):
     browser = admin(provider(upstream, "x"))
     before = open(browser.server.gateway.config.path).read()
@@ -12975,73 +13106,96 @@ def test_bad_providers_change_nothing(admin, upstream, facts, param):
 
 
 @pytest.mark.parametrize("facts, cure", [
-    ({"headers": "x"}, {}), ({"api_keys": "sk-x"}, ["sk-y"]), ({"api_keys": 5}, []), ({"models": 5}, ["m"]),
+    ({"headers": "x"}, {}), ({"api_keys": "sk-x"}, ["sk-y"]), ({"api_keys": 5}, []),
+    ({"models": 5}, ["m"]),
     ({"models": [{"id": ["m"]}]}, ["m"]), ({"models": "m"}, ["m"])], ids=str)
-def test_what_is_of_the_wrong_type_in_config_json_can_be_mended_on_the_page(admin, config, upstream, facts, cure):
+def test_what_is_of_the_wrong_type_in_config_json_can_be_mended_on_the_page(admin, config, upstream,
+        facts, cure):
     browser, (name,) = admin({**provider(upstream, "x"), **facts}), facts
     assert browser.get("providers")["data"][0]["problem"]
     answer = browser("PUT", "providers/x", {"version": browser.version, "concurrency": 2})
     assert (answer.status, answer.error["param"]) == (400, name), answer
     assert browser("PUT", "providers/x", {"version": browser.version, name: cure}).status == 200
-    assert config.read()["providers"][0][name] == cure and not browser.get("providers")["data"][0]["problem"]
+    assert config.read()["providers"][0][name] == cure
+    assert not browser.get("providers")["data"][0]["problem"]
 
 
 def test_a_draft_that_is_this_server_itself_does_not_work(admin, upstream):
     browser = admin(provider(upstream, "x"))
-    told = browser("POST", "providers/test", {"name": "me", "base_url": browser.server.url + "/v1"}).json
-    assert not told["ok"] and "this program's own address" in told["checks"][0]["message"] and not upstream.requests
+    told = browser("POST", "providers/test",
+                   {"name": "me", "base_url": browser.server.url + "/v1"}).json
+    assert not told["ok"]
+    assert "this program's own address" in told["checks"][0]["message"] and not upstream.requests
 
 
 def test_aliases_are_listed_before_there_is_a_provider(admin):
-    row, = admin(aliases={"fast": "glm-5", "": "glm-5"}).get("models")["data"]         # '' matches nothing
-    assert row["alias"] and (row["id"], row["provider"], row["context"], row["vision"]) == ("fast", "", None, None)
+    # '' matches nothing
+    row, = admin(aliases={"fast": "glm-5", "": "glm-5"}).get("models")["data"]
+    assert row["alias"]
+    assert (row["id"], row["provider"], row["context"], row["vision"]) == ("fast", "", None, None)
 
 
 def test_the_key_of_the_login_is_one_row(iflow):
     _, start = iflow
     browser = Admin(start({"apiKey": "sk-0123456789abcdef"}, admin_password=PASSWORD_HASH))
     assert browser.sign_in().status == 204
-    assert browser.get("providers")["data"][0]["keys"] == [{"index": 0, "masked": "sk-…cdef", "state": "ok", "rest_s": 0}]
+    assert browser.get("providers")["data"][0]["keys"] == [{"index": 0, "masked": "sk-…cdef",
+                                                            "state": "ok", "rest_s": 0}]
 
 
 def test_entries_without_a_proper_name_are_no_obstacle(admin, config, upstream):
-    browser = admin(provider(upstream, "x"), {"name": ["y"]}, {"base_url": "http://h"}, {"name": ""},
+    browser = admin(provider(upstream, "x"), {"name": ["y"]}, {"base_url": "http://h"},
+                    {"name": ""},
                     client_keys=[key_entry("bob", "sk-bob"), {"name": ["y"]}])
     assert [row["name"] for row in browser.get("providers")["data"]] == ["x"]
     assert [row["name"] for row in browser.get("keys")["data"]] == ["bob"]
     assert browser("POST", "providers/test", {"name": "draft", "base_url": upstream.url}).json["ok"]
-    assert browser("POST", "providers/order", {"version": browser.version, "names": ["x"]}).status == 200
+    assert browser("POST", "providers/order",
+                   {"version": browser.version, "names": ["x"]}).status == 200
     assert len(config.read()["providers"]) == 4
 
 
 def test_a_provider_that_somebody_else_changed(admin, config, upstream):
-    browser = admin(provider(upstream, "x", api_keys=["sk-0123456789abcdef"]), provider(upstream, "y"))
+    browser = admin(provider(upstream, "x", api_keys=["sk-0123456789abcdef"]),
+                    provider(upstream, "y"))
     version = browser.version
     config.change(lambda raw: raw["providers"][0].update(concurrency=3))
     answer = browser("PUT", "providers/x", {"version": version, "concurrency": 5})
     assert (answer.status, answer.error["code"]) == (409, "changed_meanwhile")
     assert config.read()["providers"][0]["concurrency"] == 3
-    assert browser("PUT", "providers/x", {"version": browser.version, "concurrency": 5}).status == 200
-    assert browser("PUT", "providers/x", {"version": browser.version, "name": "y"}).error["code"] == "name_taken"
+    assert browser("PUT", "providers/x",
+                   {"version": browser.version, "concurrency": 5}).status == 200
+    assert browser("PUT", "providers/x",
+                   {"version": browser.version, "name": "y"}).error["code"] == "name_taken"
     assert browser("PUT", "providers/nope", {"version": browser.version}).status == 404
     config.change(lambda raw: raw["providers"].append({"name": "z", "base_url": upstream.url}))
     answer = browser("POST", "providers/order", {"version": version, "names": ["y", "x"]})
     assert (answer.status, answer.error["code"]) == (409, "changed_meanwhile")
     for names in (["y"], ["y", "x", "x"], ["y", "x", 5], [], "x"):
-        assert browser("POST", "providers/order", {"version": browser.version, "names": names}).status == 400
+        assert browser("POST", "providers/order",
+                       {"version": browser.version, "names": names}).status == 400
 
 
 def test_references_stay_what_they_are(admin, config, upstream):
-    """The page shows $NAME and keeps it; it can't add one, which would read the server's environment."""
-    browser = admin(provider(upstream, "x", api_keys=["$MY_KEY"], headers={"X-A": "$MY_HEADER"}), environ={"MY_KEY": "sk-from-environment"})
+    """The page shows $NAME and keeps it; it can't add one, which would read the server's
+    environment."""
+    browser = admin(provider(upstream, "x", api_keys=["$MY_KEY"], headers={"X-A": "$MY_HEADER"}),
+                    environ={"MY_KEY": "sk-from-environment"})
     row, = browser.get("providers")["data"]
-    assert row["keys"][0]["masked"] == "$MY_KEY" and row["headers"] == {"X-A": "$MY_HEADER"} and "MY_HEADER" in row["problem"]
-    answer = browser("PUT", "providers/x", {"version": browser.version, "api_keys": ["$MY_KEY", "sk-b"], "headers": {"X-A": "$MY_HEADER"}})
+    assert row["keys"][0]["masked"] == "$MY_KEY" and row["headers"] == {"X-A": "$MY_HEADER"}
+    assert "MY_HEADER" in row["problem"]
+    answer = browser("PUT", "providers/x",
+                     {"version": browser.version, "api_keys": ["$MY_KEY", "sk-b"],
+                      "headers": {"X-A": "$MY_HEADER"}})
     assert answer.status == 200 and config.read()["providers"][0]["api_keys"] == ["$MY_KEY", "sk-b"]
-    for facts in ({"api_keys": ["$MY_KEY", "$PATH"]}, {"headers": {"X-A": "$MY_KEY"}}, {"headers": {"X-B": "$MY_HEADER"}}):
-        assert browser("PUT", "providers/x", {"version": browser.version, **facts}).error["code"] == "reference"
+    for facts in ({"api_keys": ["$MY_KEY", "$PATH"]}, {"headers": {"X-A": "$MY_KEY"}},
+                  {"headers": {"X-B": "$MY_HEADER"}}):
+        assert browser("PUT", "providers/x",
+                       {"version": browser.version, **facts}).error["code"] == "reference"
     assert b"sk-from-environment" not in browser("GET", "providers").body
-    assert browser("PUT", "providers/x", {"version": browser.version, "api_keys": ["$$two", "$no-name"], "headers": None}).status == 200
+    assert browser("PUT", "providers/x",
+                   {"version": browser.version, "api_keys": ["$$two", "$no-name"],
+                    "headers": None}).status == 200
     assert browser.server.gateway.state.router.providers["x"].api_keys == ("$$two", "$no-name")
 
 
@@ -13049,8 +13203,10 @@ def test_providers_of_the_command_line_are_not_ours_to_change(admin, upstream):
     entry = provider(upstream, "upstream")
     browser = admin(flags={"providers": [entry]})
     assert browser.get("providers")["data"][0]["source"] == "flag"
-    for method, path, body in (("POST", "providers", {"name": "x", "base_url": upstream.url}), ("DELETE", "providers/upstream", None),
-                               ("PUT", "providers/upstream", {"version": "x"}), ("POST", "providers/order", {"version": "x", "names": ["x"]})):
+    for method, path, body in (("POST", "providers", {"name": "x", "base_url": upstream.url}),
+                               ("DELETE", "providers/upstream", None),
+                               ("PUT", "providers/upstream", {"version": "x"}),
+                               ("POST", "providers/order", {"version": "x", "names": ["x"]})):
         assert browser(method, path, body).error["code"] == "set_elsewhere"
 
 
@@ -13060,7 +13216,8 @@ def test_states_of_keys(admin, upstream):
     rests.rest("sk-a", 30)
     rests.rest("sk-b", 300, refused=True)
     keys = browser.get("providers")["data"][0]["keys"]
-    assert [(key["state"], key["rest_s"]) for key in keys] == [("resting", 30), ("refused", 300), ("ok", 0)]
+    assert [(key["state"], key["rest_s"]) for key in keys] == [("resting", 30), ("refused", 300),
+            ("ok", 0)]
     browser.server.clock.now += 31
     rests.ok("sk-b")
     assert [key["state"] for key in browser.get("providers")["data"][0]["keys"]] == ["ok"] * 3
@@ -13068,8 +13225,10 @@ def test_states_of_keys(admin, upstream):
 
 TRIALS = [
     # what the upstream says, the checks' outcomes
-    ([], (True, True, True, True, True), ""), ([plain({"error": {"message": "bad key"}}, 401)], (True, False, None, None, None), "the key"),
-    ([plain({"error": {"message": "no such model"}}, 404)], (True, True, False, None, None), "the model"),
+    ([], (True, True, True, True, True), ""),
+    ([plain({"error": {"message": "bad key"}}, 401)], (True, False, None, None, None), "the key"),
+    ([plain({"error": {"message": "no such model"}}, 404)], (True, True, False, None, None),
+     "the model"),
     ([plain({"error": {"message": HOSTILE}}, 402)], (True, False, None, None, None), "the balance"),
     ([Reply(CLOSE)], (False, None, None, None, None), "the connection")]
 
@@ -13079,18 +13238,25 @@ TRIALS = [
 def test_trying_a_provider(admin, upstream, script, outcome, fault, draft):
     browser = admin() if draft else admin(provider(upstream, "x", api_keys=["sk-a"]))
     upstream.script.extend(script)
-    tools = {"choices": [{"index": 0, "finish_reason": "tool_calls", "message": {"role": "assistant", "content": None, "tool_calls": [
-        {"id": "1", "type": "function", "function": {"name": "report", "arguments": "{}"}}]}}], "usage": USAGE}
-    upstream.usual = lambda seen: plain(tools) if seen.method == "POST" and "tools" in seen.json else usual_reply(seen)
-    body = {"name": "x", "base_url": upstream.url, "api_keys": ["sk-a"], "models": ["m1"]} if draft else {"name": "x"}
+    call = {"id": "1", "type": "function", "function": {"name": "report", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    choice = {"index": 0, "finish_reason": "tool_calls", "message": message}
+    tools = {"choices": [choice], "usage": USAGE}
+    upstream.usual = lambda seen: plain(
+        tools) if seen.method == "POST" and "tools" in seen.json else usual_reply(seen)
+    body = {"name": "x", "base_url": upstream.url, "api_keys": ["sk-a"],
+            "models": ["m1"]} if draft else {"name": "x"}
     before = open(browser.server.gateway.config.path).read()
     if not draft:
         browser.server.gateway.state.router.providers["x"].models
     answer = browser("POST", "providers/test", body if draft else {"name": "x"})
     found = answer.json
-    assert answer.status == 200 and [check["what"] for check in found["checks"]] == ["reach", "key", "model", "stream", "tools"]
+    assert answer.status == 200
+    assert [check["what"] for check in found["checks"]] == ["reach", "key", "model", "stream",
+                                                            "tools"]
     if draft or outcome[0] and not script:
-        assert tuple(check["ok"] for check in found["checks"]) == outcome and found["ok"] is all(outcome)
+        assert tuple(check["ok"] for check in found["checks"]) == outcome
+        assert found["ok"] is all(outcome)
     said = "".join(check["message"] for check in found["checks"] if check["ok"] is False)
     assert said.startswith(fault) and all(check["took_s"] >= 0 for check in found["checks"])
     assert open(browser.server.gateway.config.path).read() == before
@@ -13103,7 +13269,8 @@ def test_trying_what_is_not_there(admin, upstream):
     assert browser("POST", "providers/test", {"name": "nope"}).status == 404
     assert browser("POST", "providers/test", {"base_url": "ftp://x"}).status == 400
     found = browser("POST", "providers/test", {"name": "x"}).json
-    assert not found["ok"] and "its settings" in found["checks"][0]["message"] and upstream.requests == []
+    assert not found["ok"] and "its settings" in found["checks"][0]["message"]
+    assert upstream.requests == []
 
 
 def test_a_draft_may_use_the_keys_that_are_kept(admin, upstream):
@@ -13118,7 +13285,8 @@ def test_a_draft_may_use_the_keys_that_are_kept(admin, upstream):
 
 #: What an edit gives again of what is stored, at another address; and the field that is refused.
 KEPT_ELSEWHERE = [
-    ({}, "api_keys"), ({"api_keys": [{"keep": 0}]}, "api_keys"), ({"api_keys": ["$MY_KEY"]}, "api_keys"),
+    ({}, "api_keys"), ({"api_keys": [{"keep": 0}]}, "api_keys"),
+    ({"api_keys": ["$MY_KEY"]}, "api_keys"),
     ({"api_keys": ["sk-new-new-new-new", {"keep": 1}]}, "api_keys"),
     ({"api_keys": ["sk-new-new-new-new", "sk-…cdef"]}, "api_keys"),
     ({"api_keys": ["sk-new-new-new-new"]}, "headers"),
@@ -13128,10 +13296,12 @@ KEPT_ELSEWHERE = [
 
 @pytest.mark.parametrize("facts, param", KEPT_ELSEWHERE)
 @pytest.mark.parametrize("place", ["base_url", "scheme", "proxy"])
-def test_what_is_stored_does_not_leave_to_another_address(admin, config, upstreams, facts, param, place):
+def test_what_is_stored_does_not_leave_to_another_address(admin, config, upstreams, facts, param,
+                                                          place):
     """Not even to test a draft: whoever may use the page must not read the keys."""
     upstream, thief = upstreams(), upstreams()
-    browser = admin(provider(upstream, "x", api_keys=["$MY_KEY", "sk-0123456789abcdef"], models=["m1"],
+    browser = admin(provider(upstream, "x", api_keys=["$MY_KEY", "sk-0123456789abcdef"],
+                             models=["m1"],
                              headers={"X-A": "$MY_KEY", "X-B": "tok"}), environ={"MY_KEY": "sk-e"})
     new = {"base_url": {"base_url": thief.url}, "proxy": {"proxy": thief.url[:-3]},
            "scheme": {"base_url": upstream.url.replace("http:", "https:")}}[place]
@@ -13147,23 +13317,28 @@ def test_what_is_stored_does_not_leave_to_another_address(admin, config, upstrea
 
 
 @pytest.mark.parametrize("settings, param", [
-    ({"base_url": "http://127.0.0.1:9/v1"}, "base_url"), ({"upstream_proxy": "http://127.0.0.1:9"}, "upstream_proxy"),
+    ({"base_url": "http://127.0.0.1:9/v1"}, "base_url"),
+    ({"upstream_proxy": "http://127.0.0.1:9"}, "upstream_proxy"),
     ({"base_url": "http://127.0.0.1:9/v1", "api_key": "sk-…cdef"}, "base_url")])
 def test_nor_do_stored_secrets_by_a_setting(admin, config, upstream, settings, param):
-    browser = admin(provider(upstream, "x", api_keys=["sk-0123456789abcdef"]), api_key="sk-0123456789abcdef")
+    browser = admin(provider(upstream, "x", api_keys=["sk-0123456789abcdef"]),
+                    api_key="sk-0123456789abcdef")
     before = config.read()
     answer = browser("PATCH", "config", {"version": browser.version, "set": settings})
     assert (answer.status, answer.error["param"]) == (400, param) and config.read() == before
 
 
-@pytest.mark.parametrize("name", ["host", "log_file", "ca_file", "iflow_auth_url", "iflow_token_url",
-                                  "iflow_userinfo_url", "oauth_client_id", "oauth_client_secret"])
+@pytest.mark.parametrize("name",
+                         ["host", "log_file", "ca_file", "iflow_auth_url", "iflow_token_url",
+                          "iflow_userinfo_url", "oauth_client_id", "oauth_client_secret"])
 def test_settings_that_would_make_the_page_a_shell_are_only_shown(admin, config, name):
     browser = admin()
     before = config.read()
-    for body in ({"set": {name: "/tmp/x" if "file" in name else "http://127.0.0.1:9"}}, {"unset": [name]}):
+    for body in ({"set": {name: "/tmp/x" if "file" in name else "http://127.0.0.1:9"}},
+                 {"unset": [name]}):
         answer = browser("PATCH", "config", {"version": browser.version, **body})
-        assert (answer.status, answer.error["code"]) == (403, "file_only") and config.read() == before
+        assert (answer.status, answer.error["code"]) == (403, "file_only")
+        assert config.read() == before
     row, = [item for item in browser.get("config")["settings"] if item["name"] == name]
     assert row["file_only"]
 
@@ -13172,18 +13347,27 @@ def test_settings_that_would_make_the_page_a_shell_are_only_shown(admin, config,
 
 def test_keys_are_made_shown_once_and_removed(admin, config):
     browser = admin()
-    answer = browser("POST", "keys", {"name": "小明", "models": ["glm-*"], "rpm": 5, "tpd": 1000, "expires": "2999-01-31", "rpd": None})
+    answer = browser("POST", "keys",
+                     {"name": "小明", "models": ["glm-*"], "rpm": 5, "tpd": 1000,
+                      "expires": "2999-01-31", "rpd": None})
     assert answer.status == 201 and re.fullmatch(r"sk-[0-9a-f]{48}", answer.json["key"])
-    assert answer.json["key"] not in open(config.path, encoding="utf-8").read() and answer.json["key"].encode() not in browser("GET", "keys").body
+    assert answer.json["key"] not in open(config.path, encoding="utf-8").read()
+    assert answer.json["key"].encode() not in browser("GET", "keys").body
     row, = browser.get("keys")["data"]
-    assert row["limits"] == {"rpm": 5, "tpd": 1000} and row["models"] == ["glm-*"] and row["expires"] == "2999-01-31"
+    assert row["limits"] == {"rpm": 5, "tpd": 1000} and row["models"] == ["glm-*"]
+    assert row["expires"] == "2999-01-31"
     assert row["expired"] is False and row["used"] == {"rpm": 0, "tpd": 0} and row["created"]
     assert browser("POST", "keys", {"name": "小明"}).error["code"] == "name_taken"
-    assert get(browser.server, "/v1/models").status == 401                   # from now on one is needed
+    # from now on one is needed
+    assert get(browser.server, "/v1/models").status == 401
     assert get(browser.server, "/v1/models", X_Api_Key=answer.json["key"]).status == 200
-    for body, param in (({"name": ""}, "name"), ({"name": "a b"}, "name"), ({"name": "x", "rpm": 0}, "rpm"),
-                        ({"name": "x", "rpm": 1.5}, "rpm"), ({"name": "x", "expires": "soon"}, "expires"), ({"name": "x", "models": [5]}, "models"),
-                        ({"name": "x", "expires": "2001-01-01"}, "expires"), ({"name": "x", "nope": 1}, "nope")):
+    for body, param in (({"name": ""}, "name"), ({"name": "a b"}, "name"),
+                        ({"name": "x", "rpm": 0}, "rpm"),
+                        ({"name": "x", "rpm": 1.5}, "rpm"),
+                        ({"name": "x", "expires": "soon"}, "expires"),
+                        ({"name": "x", "models": [5]}, "models"),
+                        ({"name": "x", "expires": "2001-01-01"}, "expires"),
+                        ({"name": "x", "nope": 1}, "nope")):
         answer = browser("POST", "keys", body)
         assert (answer.status, answer.error["param"]) == (400, param)
     assert browser("DELETE", "keys/" + urllib.parse.quote("小明")).status == 204
@@ -13193,11 +13377,13 @@ def test_keys_are_made_shown_once_and_removed(admin, config):
 def test_a_login_is_ended(admin, home):
     folder = home / ".iflow"
     folder.mkdir()
-    (folder / "settings.json").write_text(json.dumps({"apiKey": "sk-0123456789abcdef", "oauth_refresh_token": "r", "theme": "dark"}))
+    (folder / "settings.json").write_text(json.dumps({"apiKey": "sk-0123456789abcdef",
+                                                      "oauth_refresh_token": "r", "theme": "dark"}))
     browser = admin(accounts={"second": {"apiKey": "sk-second-second-second"}})
     assert {row["account"] for row in browser.get("logins")["data"]} == {"default", "second"}
     assert [row["source"] for row in browser.get("providers")["data"]] == ["login"]
-    assert browser("DELETE", "logins/default").status == 204 and browser("DELETE", "logins/default").status == 404
+    assert browser("DELETE", "logins/default").status == 204
+    assert browser("DELETE", "logins/default").status == 404
     assert json.loads((folder / "settings.json").read_text()) == {"theme": "dark"}
     assert browser("DELETE", "logins/second").status == 204 and browser.get("logins")["data"] == []
     assert browser("DELETE", "logins/" + urllib.parse.quote(HOSTILE)).status == 404
@@ -13249,14 +13435,17 @@ def test_lines_for_every_client(admin, upstream, settings, shell_key, key):
 
 @pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
 def test_the_lines_of_shells_and_names_of_models(admin, upstream, tmp_path):
-    """Names come from upstreams: whatever is in them, the lines set variables and do nothing else."""
+    """Names come from upstreams: whatever is in them, the lines set variables and do nothing
+    else."""
     browser, touch = admin(upstream), "touch " + str(tmp_path / "gotcha")
     evil = f"m'\n\"; {touch} #`{touch}`$({touch})"
     found = browser.get("clients?model=" + urllib.parse.quote(evil) + "&key=mine")
-    said = "\necho end $IFLOW2API_KEY $OPENAI_API_KEY $ANTHROPIC_AUTH_TOKEN $OPENCODE_CONFIG_CONTENT"
+    names = "IFLOW2API_KEY OPENAI_API_KEY ANTHROPIC_AUTH_TOKEN OPENCODE_CONFIG_CONTENT".split()
+    said = "\necho end " + " ".join("$" + name for name in names)
     for client in ifl.CLIENTS:
         script = "curl() { echo end mine $#; }\n" + blocks_of(found, client)["bash"] + said
-        done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, timeout=60,
+        done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True,
+                              timeout=60,
                               env={"PATH": os.environ["PATH"]})
         assert done.stdout.startswith(("end mine", 'end {"$schema"')), (client, done)
     assert not (tmp_path / "gotcha").exists()
@@ -13265,7 +13454,8 @@ def test_the_lines_of_shells_and_names_of_models(admin, upstream, tmp_path):
 def test_the_address_is_the_one_the_browser_uses(admin):
     browser = admin(allowed_hosts=["box.lan"])
     browser.headers = {"Host": "box.lan:8080"}
-    assert browser.get("session")["base_url"] == "http://box.lan:8080" == browser.get("clients")["base_url"]
+    assert browser.get("session")["base_url"] == "http://box.lan:8080" == browser.get(
+        "clients")["base_url"]
     browser.headers = {"Host": "box.lan", "X-Forwarded-Proto": "https"}
     assert browser.get("clients")["base_url"] == "https://box.lan"
     assert browser.sign_in().headers["set-cookie"].endswith("; Secure")
@@ -13278,7 +13468,8 @@ class Watcher:
 
     def __init__(self, browser, query="", **headers) -> None:
         self.client = Client(browser.server)
-        self.client.request("GET", "/admin/api/events" + query, headers={"Cookie": browser.cookie, **_spelled(headers)})
+        self.client.request("GET", "/admin/api/events" + query,
+                            headers={"Cookie": browser.cookie, **_spelled(headers)})
         self.status, self.headers = self.client.head()
         self.ident = ""
 
@@ -13314,7 +13505,8 @@ def test_events_as_they_happen(admin, upstream, monkeypatch):
     browser("PATCH", "config", {"version": browser.version, "set": {"drain_s": 3}})
     assert watcher.next("config")[1] == {"version": browser.version} and watcher.ident >= first
     watcher.close()
-    until(lambda: browser.server.gateway.live._viewers == {False: 0, True: 0}, what="the end of the viewer's thread")
+    until(lambda: browser.server.gateway.live._viewers == {False: 0, True: 0},
+          what="the end of the viewer's thread")
 
 
 def test_a_stream_resumes_where_it_broke(admin, upstream):
@@ -13322,7 +13514,8 @@ def test_a_stream_resumes_where_it_broke(admin, upstream):
     ring = browser.server.gateway.live.requests
     ring.resize(5)
 
-    def ask(*names):                                      # a request is noted after its client has the answer
+    # a request is noted after its client has the answer
+    def ask(*names):
         before = ring.count
         for name in names:
             post(browser.server, chat(model=name))
@@ -13339,10 +13532,13 @@ def test_a_stream_resumes_where_it_broke(admin, upstream):
     again.close()
     ask(*(f"n{number}" for number in range(8)))
     again = Watcher(browser, Last_Event_ID=ident)
-    assert again.next("dropped", "request") == ("dropped", {"count": 5})     # ten since then, five are remembered
-    assert [again.next("request")[1]["model"] for _ in range(5)] == [f"n{number}" for number in range(3, 8)]
+    # ten since then, five are remembered
+    assert again.next("dropped", "request") == ("dropped", {"count": 5})
+    assert [again.next("request")[1]["model"] for _ in range(5)] == [f"n{number}"
+            for number in range(3, 8)]
     again.close()
-    for odd, expected in (("1-2-3", "n3"), ("rubbish", "fresh"), ("9" * 99, "fresh")):         # an earlier run's; no id at all
+    # an earlier run's; no id at all
+    for odd, expected in (("1-2-3", "n3"), ("rubbish", "fresh"), ("9" * 99, "fresh")):
         other = Watcher(browser, Last_Event_ID=odd)
         ask("fresh")
         assert other.next("request")[1]["model"] == expected
@@ -13360,7 +13556,8 @@ def test_who_is_slow_is_told_how_much_was_lost(server):
     for number in range(ifl.LOG_LINES + 500):
         running.live.logs.add((1.0, logging.INFO, "x", f"line {number}"))
     first = viewer.news().decode()
-    assert 'event: dropped\ndata: {"count":500}' in first and first.count("event: log") == 1000     # in portions
+    # in portions
+    assert 'event: dropped\ndata: {"count":500}' in first and first.count("event: log") == 1000
     rest = [viewer.news().decode().count("event: log") for _ in range(10)]
     assert sum(rest) == ifl.LOG_LINES - 1000 and viewer.news() == b""
 
@@ -13437,10 +13634,12 @@ def test_reset_password(home, capsys, monkeypatch, config):
     monkeypatch.setattr("sys.stdin", io.StringIO("a new password\n"))
     assert ifl.main(["admin", "reset-password", "-"]) == 0
     said = capsys.readouterr()
-    assert "signed out" in said.err and "a new password" not in said.out + said.err + open(config.path).read()
+    assert "signed out" in said.err
+    assert "a new password" not in said.out + said.err + open(config.path).read()
     assert ifl.is_password("a new password", config.read()["admin_password"])
     before = open(config.path).read()
-    for argv, text, word in ((["hunter2hunter2"], "", "command line"), (["-"], "short\n", "8 to 1024"), (["-"], "", "8 to 1024"),
+    for argv, text, word in ((["hunter2hunter2"], "", "command line"),
+                             (["-"], "short\n", "8 to 1024"), (["-"], "", "8 to 1024"),
                              ([], "x" * 20 + "\n", "no terminal")):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         assert ifl.main(["admin", "reset-password", *argv]) == 2
@@ -13454,7 +13653,8 @@ def test_reset_password(home, capsys, monkeypatch, config):
 @pytest.mark.skipif(os.name == "nt", reason="no pseudo terminals")
 def test_reset_password_at_the_terminal(home, config):
     import pty
-    replies = [(b"new password", b"typed at the terminal\n"), (b"again", b"typed at the terminal\n")]
+    replies = [(b"new password", b"typed at the terminal\n"),
+               (b"again", b"typed at the terminal\n")]
     command = [sys.executable, byte_code(), "admin", "reset-password"]
     pid, fd = pty.fork()
     if pid == 0:
@@ -13481,7 +13681,8 @@ def test_a_plain_password_is_refused(home, capsys, config, gateway):
     assert "never the password itself" in said and "hunter2" not in said
     put_config(config, {"admin_password": "hunter2hunter2"})
     made = ifl.Gateway(config=config, environ={})
-    assert made.settings.admin_password == "" and any("admin_password" in p and "hunter2" not in p for p in made.problems)
+    assert made.settings.admin_password == ""
+    assert any("admin_password" in p and "hunter2" not in p for p in made.problems)
     made.close()
     put_config(config, {"admin_password": PASSWORD_HASH})
     assert ifl.main(["config", "list"]) == 0
@@ -13489,21 +13690,28 @@ def test_a_plain_password_is_refused(home, capsys, config, gateway):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pseudo terminals")
-@pytest.mark.parametrize("argv, display, opened", [([], ":1", True), (["--no-browser"], ":1", False), ([], "", False)])
+@pytest.mark.parametrize("argv, display, opened",
+                         [([], ":1", True), (["--no-browser"], ":1", False), ([], "", False)])
 def test_the_first_start_opens_the_page_and_shows_the_code(home, tmp_path, argv, display, opened):
     """The code is on the console alone: in no address, no process list, no log file."""
     import pty
     seen = tmp_path / "opened"
     opener = tmp_path / "xdg-open"
-    opener.write_text(f'#!/bin/sh\nps ax > {tmp_path}/ps 2>/dev/null; echo "$@" > {seen}.new; mv {seen}.new {seen}\n')
+    opener.write_text(
+        f'#!/bin/sh\nps ax > {tmp_path}/ps 2>/dev/null; echo "$@" > {seen}.new\n'
+        f'mv {seen}.new {seen}\n')
     opener.chmod(0o755)
-    environ = {name: value for name, value in os.environ.items() if name not in ("WAYLAND_DISPLAY", "BROWSER", "WSL_DISTRO_NAME")}
-    environ.update(PATH=f"{tmp_path}:{os.environ['PATH']}", DISPLAY=display, PYTHONIOENCODING="utf-8", TERM="dumb",
+    environ = {name: value for name, value in os.environ.items()
+               if name not in ("WAYLAND_DISPLAY", "BROWSER", "WSL_DISTRO_NAME")}
+    environ.update(PATH=f"{tmp_path}:{os.environ['PATH']}", DISPLAY=display,
+                   PYTHONIOENCODING="utf-8", TERM="dumb",
                    IFLOW2API_LOG_FILE=str(tmp_path / "log"), IFLOW2API_DETECT_LOCAL="false")
     reader, writer = pty.openpty()
-    __import__("fcntl").ioctl(writer, __import__("termios").TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    __import__("fcntl").ioctl(writer, __import__("termios").TIOCSWINSZ,
+                              struct.pack("HHHH", 24, 80, 0, 0))
     program = PROGRAM if opened else byte_code()          # once as users start it
-    process = subprocess.Popen([sys.executable, program, "--port", "0", *argv], stdout=writer, stderr=writer, env=environ)
+    process = subprocess.Popen([sys.executable, program, "--port", "0", *argv], stdout=writer,
+                               stderr=writer, env=environ)
     os.close(writer)
     said = b""
     try:
@@ -13517,15 +13725,19 @@ def test_the_first_start_opens_the_page_and_shows_the_code(home, tmp_path, argv,
             until(seen.exists)
             assert seen.read_text() == page + "\n"
             assert not (tmp_path / "ps").exists() or code not in (tmp_path / "ps").read_text()
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", urllib.parse.urlsplit(page).port, timeout=WAIT_S)) as client:
-            client.request("POST", "/admin/api/password", json.dumps({"code": code, "password": PASSWORD}))
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1",
+                                                           urllib.parse.urlsplit(page).port,
+                                                           timeout=WAIT_S)) as client:
+            client.request("POST", "/admin/api/password",
+                           json.dumps({"code": code, "password": PASSWORD}))
             assert client.getresponse().status == 204
         assert opened or not seen.exists()
         assert code not in (tmp_path / "log").read_text()
         ifl.ConfigFile(str(home / ".iflow2api")).change(lambda raw: raw.pop("admin_password"))
         process.send_signal(signal.SIGHUP)
         said = b""
-        while not re.search(rb"[A-Z0-9]{4}-[A-Z0-9]{4}", said):              # a new one, since there is no password any more
+        # a new one, since there is no password any more
+        while not re.search(rb"[A-Z0-9]{4}-[A-Z0-9]{4}", said):
             assert select.select([reader], [], [], 20)[0], said
             said += os.read(reader, 65536)
         assert code not in said.decode()
@@ -13560,14 +13772,17 @@ class Tab:
         """The first true value of `found()`; what a page draws anew in between is no failure."""
         from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
-        return WebDriverWait(self.driver, WAIT_S, 0.05, [StaleElementReferenceException]).until(lambda _: found(), what)
+        return WebDriverWait(self.driver, WAIT_S, 0.05,
+                             [StaleElementReferenceException]).until(lambda _: found(), what)
 
     def find(self, selector, text=None, within="document"):
         """The first visible element of `selector` that says `text` and can be used."""
         script = f"""const [selector, text] = arguments;
-            return [...({within}).querySelectorAll(selector)].find(node => node.checkVisibility() && !node.disabled &&
-              !node.closest('[inert]') && (text === null || node.textContent.includes(text)))"""
-        return self.until(lambda: self.run(script, selector, text), f"{selector} {text}: not to be seen")
+            return [...({within}).querySelectorAll(selector)].find(node => node.checkVisibility() &&
+              !node.disabled && !node.closest('[inert]') &&
+              (text === null || node.textContent.includes(text)))"""
+        return self.until(lambda: self.run(script, selector, text),
+                          f"{selector} {text}: not to be seen")
 
     def press(self, selector, text=None, within="document"):
         from selenium.common.exceptions import ElementClickInterceptedException
@@ -13584,20 +13799,25 @@ class Tab:
 
     def fill(self, label, value):
         """Types into the control of the uppermost dialog, or of the page, that has this label."""
-        script = """const roots = [...document.querySelectorAll('dialog[open]')], root = roots[roots.length - 1] || document;
-            const label = [...root.querySelectorAll('label')].find(node => node.textContent.includes(arguments[0]));
+        script = """const roots = [...document.querySelectorAll('dialog[open]')];
+            const root = roots[roots.length - 1] || document, [text] = arguments;
+            const label = [...root.querySelectorAll('label')]
+              .find(node => node.textContent.includes(text));
             return label && document.getElementById(label.htmlFor)"""
         node = self.until(lambda: self.run(script, label), f"{label}: no such field")
         node.clear()
         node.send_keys(value)
 
     def gone(self, selector):
-        self.until(lambda: not self.run("return document.querySelectorAll(arguments[0]).length", selector),
+        self.until(lambda: not self.run("return document.querySelectorAll(arguments[0]).length",
+                                        selector),
                    f"{selector}: still there")
 
     def complaints(self):
-        """What the browser has written since the last time that is an error, reports of the policy among them."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+        """What the browser has written since the last time that is an error, reports of the policy
+        among them."""
+        return [entry["message"] for entry in self.driver.get_log("browser")
+                if entry["level"] in ("SEVERE", "WARNING")]
 
 
 @pytest.fixture(scope="module")
@@ -13614,8 +13834,10 @@ def chromium(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-                 "disable-dev-shm-usage", "disable-background-networking", "disable-component-update",
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+                 "disable-sync",
+                 "disable-dev-shm-usage", "disable-background-networking",
+                 "disable-component-update",
                  f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument("--" + flag)
     driver = webdriver.Chrome(options, Service(DRIVER))
@@ -13660,7 +13882,8 @@ def first_start(page, server, language):
     page.driver.get(server.url + "/admin")
     if page.find("html").get_attribute("lang")[:2] != language:
         page.press("#lang")
-        page.until(lambda: page.find("html").get_attribute("lang")[:2] == language, "the language stays")
+        page.until(lambda: page.find("html").get_attribute("lang")[:2] == language,
+                   "the language stays")
     page.fill(wording("setup_code", language), server.gateway.sessions.code())
     page.fill(wording("password_new", language), PASSWORD)
     page.fill(wording("password_repeat", language), PASSWORD)
@@ -13682,17 +13905,20 @@ def connect_demo(page, demo, language):
     page.gone("dialog")
 
 
-@pytest.mark.parametrize("language, dark, width", [("zh", False, 360), ("en", True, 360), ("zh", True, 1400),
-                                                   ("en", False, 1400)])
+@pytest.mark.parametrize("language, dark, width",
+                         [("zh", False, 360), ("en", True, 360), ("zh", True, 1400),
+                          ("en", False, 1400)])
 def test_the_page_alone_leads_to_a_working_client(fresh_server, demo, tab, language, dark, width):
     page = tab(width, dark)
     first_start(page, fresh_server, language)
-    assert page.run("return document.documentElement.dataset.theme") == ("dark" if dark else "light")
+    assert page.run("return document.documentElement.dataset.theme") == ("dark" if dark
+            else "light")
     connect_demo(page, demo, language)
     page.find(".step.done .chip", "mine")
     page.find(".step select").send_keys("demo-vision")
     page.press(".step .primary", wording("guide_2_keep", language))
-    page.until(lambda: fresh_server.gateway.settings.default_model == "demo-vision", "the model is not kept")
+    page.until(lambda: fresh_server.gateway.settings.default_model == "demo-vision",
+               "the model is not kept")
     page.press(".step:last-child .btn", wording("copy", language))
     page.find(".step:last-child .btn", wording("copied", language))
     copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
@@ -13701,7 +13927,8 @@ def test_the_page_alone_leads_to_a_working_client(fresh_server, demo, tab, langu
     page.find(".play-composer textarea").send_keys("Hello there\ue007")
     page.find(".play-log", "You said: “Hello there”")
     assert page.run("return document.documentElement.scrollWidth <= innerWidth")
-    assert call_demo(fresh_server.url, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})[0] == 200
+    assert call_demo(fresh_server.url, "/v1/chat/completions",
+                     {"messages": [{"role": "user", "content": "hi"}]})[0] == 200
     page.run("location.hash = 'overview'")
     page.find("main td", "demo-vision")
     assert page.complaints() == []
@@ -13717,10 +13944,12 @@ def test_each_view_of_the_page_is_drawn_without_complaint(fresh_server, demo, ta
     for name in names:
         page.run("location.hash = arguments[0]", name)
         page.find("h1", wording("view_" + name, language))
-        page.until(lambda: page.run("return document.querySelector('main :is(.card, .log-pane)') && document.querySelector('main .stack')"
-                                    ".textContent.length > 20"), f"{name} stays empty")
+        drawn = ("return document.querySelector('main :is(.card, .log-pane)') && "
+                 "document.querySelector('main .stack').textContent.length > 20")
+        page.until(lambda: page.run(drawn), f"{name} stays empty")
         assert page.run("return document.documentElement.scrollWidth - innerWidth") <= 0, name
-        assert page.run("return document.querySelectorAll('main [role=alert].card').length") == 0, name
+        assert page.run(
+            "return document.querySelectorAll('main [role=alert].card').length") == 0, name
     assert page.complaints() == []
 
 
@@ -13731,18 +13960,21 @@ def test_what_was_typed_outlives_the_session(fresh_server, tab):
     page.press(".btn", wording("alias_add", "en"))
     page.find(".alias input").send_keys("claude-*")
     page.find(".alias input:nth-of-type(2)").send_keys("mine/glm-5")
-    fresh_server.gateway.sessions.close_all()            # the stream of events ends with it, and the page asks
+    # the stream of events ends with it, and the page asks
+    fresh_server.gateway.sessions.close_all()
     page.fill(wording("password", "en"), PASSWORD)
     page.press("dialog .primary")
     page.gone("dialog")
     page.press("main .primary", wording("save", "en"))
-    page.until(lambda: fresh_server.gateway.settings.aliases == {"claude-*": "mine/glm-5"}, "nothing was saved")
+    page.until(lambda: fresh_server.gateway.settings.aliases == {"claude-*": "mine/glm-5"},
+               "nothing was saved")
 
 
 def test_providers_are_ordered_edited_and_removed(fresh_server, demo, tab):
     page, gateway = tab(1400, False), fresh_server.gateway
     gateway.change_config(lambda raw: raw.update(providers=[
-        {"name": name, "base_url": demo.base_url, "api_keys": [f"sk-{name}-1234567890"]} for name in ("one", "two")]))
+        {"name": name, "base_url": demo.base_url, "api_keys": [f"sk-{name}-1234567890"]}
+        for name in ("one", "two")]))
     first_start(page, fresh_server, "en")
     page.run("location.hash = 'providers'")
     page.find("section.card h2", "two")
@@ -13752,7 +13984,8 @@ def test_providers_are_ordered_edited_and_removed(fresh_server, demo, tab):
         return [entry["name"] for entry in gateway.settings.providers]
     page.find("[data-move='two-1']").send_keys("\ue007")                    # by the keyboard alone
     page.until(lambda: named() == ["two", "one"], "the order stays")
-    page.until(lambda: page.run("return document.activeElement.dataset.move") == "two1", "the focus is lost")
+    page.until(lambda: page.run("return document.activeElement.dataset.move") == "two1",
+               "the focus is lost")
     page.press("main .btn", wording("edit", "en"))
     page.fill(wording("provider_name", "en"), "three")
     page.fill(wording("api_keys_more", "en"), "sk-more-1234567890")
@@ -13789,7 +14022,8 @@ def test_logging_in_to_iflow_by_the_page(home_login, server_login, tab, paste):
     page.gone("dialog")
     page.find("main td .badge.ok", wording("logged_in", "en"))
     assert login_of(home_login)["apiKey"].startswith("sk-key-")
-    assert login_of(home_login)["apiKey"] not in page.run("return document.documentElement.outerHTML")
+    assert login_of(home_login)["apiKey"] not in page.run(
+        "return document.documentElement.outerHTML")
 
 
 def test_keys_settings_and_the_password(fresh_server, tab):
@@ -13877,16 +14111,22 @@ def test_a_hundred_thousand_log_lines_stay_smooth(fresh_server, tab):
     page.run("location.hash = 'logs'")
     page.find(".log-pane")
     for number in range(100_000):
-        fresh_server.gateway.live.logs.add((time.time(), logging.INFO, "iflow2api", f"line {number} of many"))
+        fresh_server.gateway.live.logs.add((time.time(), logging.INFO, "iflow2api",
+                                            f"line {number} of many"))
 
     def arrived():
         fresh_server.gateway.live.ring()
-        return page.run("return document.querySelector('.log-pane').textContent.includes('line 99999')")
+        return page.run(
+            "return document.querySelector('.log-pane').textContent.includes('line 99999')")
     page.until(arrived, "the last line is not to be seen")
     assert page.run("return document.querySelectorAll('.log-line').length") <= 2000
-    slow_ms = page.driver.execute_async_script("""const done = arguments[0], pane = document.querySelector('.log-pane');
+    slow_ms = page.driver.execute_async_script(
+        """const done = arguments[0], pane = document.querySelector('.log-pane');
         let last = performance.now(), worst = 0, n = 0;
-        const step = now => { worst = Math.max(worst, now - last); last = now; pane.scrollTop = n * 997;
+        const step = now => {
+          worst = Math.max(worst, now - last);
+          last = now;
+          pane.scrollTop = n * 997;
           if (++n < 60) requestAnimationFrame(step); else done(worst); };
         requestAnimationFrame(step);""")
     assert slow_ms < 500
@@ -13922,7 +14162,8 @@ def test_the_page_is_text_only_and_comes_from_here_alone():
                    "new Function", "srcdoc", ".onclick"):
         assert banned not in script
     assert not re.search(r"\son\w+=|\sstyle=|javascript:", ifl.PAGE_HTML)
-    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//|@import|url\(", ifl.PAGE_HTML + ifl.PAGE_CSS)
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//|@import|url\(",
+                         ifl.PAGE_HTML + ifl.PAGE_CSS)
     assert set(re.findall(r"https?://[\w.]+", script + ifl.PAGE_CSS)) <= {
         "https://api.example.com", "http://localhost"}   # what empty fields show
     assert "</script" not in script and "</style" not in ifl.PAGE_CSS
@@ -13949,9 +14190,10 @@ def test_the_script_of_the_page_is_well_formed(tmp_path):
 
 # === 19. Demo upstream, presets, local engines ===============================
 
-WEATHER_DEMO = {"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": {
-    "type": "object", "required": ["city", "unit"],
-    "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["celsius", "kelvin"]}}}}}
+WEATHER_DEMO = {"type": "function", "function": {
+    "name": "get_weather", "description": "Weather of a city",
+    "parameters": {"type": "object", "required": ["city", "unit"], "properties": {
+        "city": {"type": "string"}, "unit": {"type": "string", "enum": ["celsius", "kelvin"]}}}}}
 
 
 @pytest.fixture
@@ -14086,12 +14328,14 @@ def test_demo_prefers_tools_that_only_read(offered, asked, choice, expected):
                "properties": {"n": {"type": ["integer", "null"]}, "self": {"$ref": "#"}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": endless}}
              for name in offered]
-    calls = ifl.demo_answer({"messages": [user_demo(asked)], "tools": tools, "tool_choice": choice}).calls
+    calls = ifl.demo_answer({"messages": [user_demo(asked)], "tools": tools,
+                             "tool_choice": choice}).calls
     assert (calls[0][0] if calls else None) == expected
 
 
 PICTURES = {
-    "png": b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 640, 480) + b"\x08\x02" + b"\x00" * 3}
+    "png": b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 640, 480) + b"\x08\x02" +
+    b"\x00" * 3}
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
@@ -14124,7 +14368,8 @@ def test_demo_lists_its_models_and_serves_foreign_names(demo, url):
 
 @pytest.mark.parametrize("path, body, status", [
     ("chat/completions", {"messages": [user_demo("x")], "tools": [7]}, 400),
-    ("chat/completions", {"messages": 5}, 400), ("chat/completions", {"messages": [user_demo([7])]}, 400),
+    ("chat/completions", {"messages": 5}, 400),
+    ("chat/completions", {"messages": [user_demo([7])]}, 400),
     ("chat/completions", {"messages": [{"role": "assistant", "tool_calls": [{}]}, user_demo("x")],
                           "tools": "x"}, 400), ("chat/completions", {}, 400),
     ("elsewhere", None, 404), ("elsewhere", {}, 404)])
@@ -14159,7 +14404,8 @@ def test_demo_keeps_a_pace(demo):
 def running(tmp_path, *flags):
     """`serve` as a process on a free port; its URL."""
     command = [sys.executable, byte_code(), "serve", "--port", "0", "--config-dir", str(tmp_path)]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
     try:
         yield process, process.stdout.readline().split()[-1]
     finally:
@@ -14174,9 +14420,11 @@ def test_serve_demo_needs_nothing(tmp_path):
         "default_model": "glm-5", "aliases": {"*": "nowhere/x"},
         "providers": [{"name": "nowhere", "base_url": "http://127.0.0.1:1/v1"}]}))
     with running(tmp_path, "--demo") as (process, url):
-        assert [m["id"] for m in call_demo(url, "/v1/models")[1]["data"]][:2] == ["demo", "demo-vision"]
+        assert [m["id"] for m in call_demo(url, "/v1/models")[1]["data"]][:2] == ["demo",
+                "demo-vision"]
         assert "demo model" in message_of(chat_demo(url, "hi"))["content"]
-        body = {"model": "claude-opus-4-1", "max_tokens": 9, "stream": True, "messages": [user_demo("hi")]}
+        body = {"model": "claude-opus-4-1", "max_tokens": 9, "stream": True,
+                "messages": [user_demo("hi")]}
         events = call_demo(url, "/v1/messages", body)[1]
         assert events[0]["type"] == "message_start" and events[-1]["type"] == "message_stop"
         if os.name == "posix":
@@ -14198,12 +14446,12 @@ def sdk_demo(name):
     return pytest.importorskip(name)
 
 
-@pytest.mark.usefixtures("own_home")
 def test_openai_sdk_runs_a_tool_loop_on_the_demo(url):
     client = sdk_demo("openai").OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
     messages, said = [user_demo("Weather in Paris?")], ""
     for _ in range(4):
-        answer = client.chat.completions.create(model="demo", messages=messages, tools=[WEATHER_DEMO]).choices[0].message
+        answer = client.chat.completions.create(model="demo", messages=messages,
+                                                tools=[WEATHER_DEMO]).choices[0].message
         messages.append(answer.model_dump(exclude_none=True))
         for made in answer.tool_calls or ():
             city = json.loads(made.function.arguments)["city"]
@@ -14218,19 +14466,21 @@ def test_openai_sdk_runs_a_tool_loop_on_the_demo(url):
     assert "hi" in client.responses.create(model="gpt-5", input="hi").output_text
 
 
-@pytest.mark.usefixtures("own_home")
 def test_anthropic_sdk_runs_a_tool_loop_on_the_demo(url):
     client = sdk_demo("anthropic").Anthropic(base_url=url, api_key="none", max_retries=0)
     tools = [{"name": "get_weather", "input_schema": WEATHER_DEMO["function"]["parameters"]}]
     messages = [user_demo("Weather?")]
-    with client.messages.stream(model="claude-sonnet-4-5", max_tokens=500, messages=messages, tools=tools) as stream:
+    with client.messages.stream(model="claude-sonnet-4-5", max_tokens=500, messages=messages,
+                                tools=tools) as stream:
         answer = stream.get_final_message()
     assert answer.stop_reason == "tool_use"
     made = next(block for block in answer.content if block.type == "tool_use")
     result = {"type": "tool_result", "tool_use_id": made.id, "content": "18"}
-    messages += [{"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in answer.content]},
+    messages += [{"role": "assistant",
+                  "content": [block.model_dump(exclude_none=True) for block in answer.content]},
                  user_demo([result, {"type": "text", "text": "(a reminder)"}])]
-    answer = client.messages.create(model="claude-sonnet-4-5", max_tokens=500, messages=messages, tools=tools)
+    answer = client.messages.create(model="claude-sonnet-4-5", max_tokens=500, messages=messages,
+                                    tools=tools)
     assert answer.stop_reason == "end_turn" and "The tool answered: 18" in answer.content[-1].text
 
 
@@ -14252,25 +14502,33 @@ def test_each_preset_is_a_provider(name):
 @pytest.mark.usefixtures("own_home")
 def test_presets_are_those_that_were_promised():
     assert set(ifl.PRESETS) == set(
-        "zhipu zai moonshot-cn moonshot deepseek dashscope dashscope-intl minimax-cn minimax siliconflow modelscope "
+        "zhipu zai moonshot-cn moonshot deepseek dashscope dashscope-intl minimax-cn minimax "
+        "siliconflow modelscope "
         "openrouter nvidia openai ollama lmstudio llamacpp vllm".split())
 
 
 @pytest.mark.usefixtures("own_home")
 @pytest.mark.parametrize("profile, told", [
-    ({"efforts": None}, "profile.efforts: null makes no sense"), ({"efforts": [1]}, "profile.efforts: [1] makes"),
-    ({"thinking_style": "zzz"}, 'profile.thinking_style: "zzz" makes no sense, the default is used; expected: "thinking_type", '),
-    ({"vision": "no"}, 'profile.vision: "no" makes no sense, the default is used; expected: true, false'),
-    ({"vision": 1}, "profile.vision: 1 makes"), ({"max_output": True}, "profile.max_output: true makes"),
+    ({"efforts": None}, "profile.efforts: null makes no sense"),
+    ({"efforts": [1]}, "profile.efforts: [1] makes"),
+    ({"thinking_style": "zzz"},
+     'profile.thinking_style: "zzz" makes no sense, the default is used; expected: '
+      '"thinking_type", '),
+    ({"vision": "no"},
+      'profile.vision: "no" makes no sense, the default is used; expected: true, false'),
+    ({"vision": 1}, "profile.vision: 1 makes"),
+    ({"max_output": True}, "profile.max_output: true makes"),
     ({"visoin": True}, "profile.visoin is unknown; did you mean vision?"),
     ({"prefill": None, "reasoning_field": None, "server_tools": {"web_search": {}}}, "")])
 def test_what_makes_no_sense_in_a_profile_is_named(profile, told):
     entry = {"name": "p", "base_url": "http://h/v1", "profile": {**profile, "top_k": True}}
     router = ifl.Router(ifl.Settings(providers=[entry]), {})
-    assert [told in problem and problem.startswith("provider p: ") for problem in router.problems] == ([True] if told else [])
+    assert [told in problem and problem.startswith("provider p: ")
+            for problem in router.problems] == ([True] if told else [])
     provider = router.providers["p"]
     assert not provider.problem and provider.profile["top_k"] is True
-    turn = ifl.ResponsesTurn({"input": "q", "reasoning": {"effort": "low"}}, ifl.profile_of(ifl.Target(provider, "m")), "m", now=7,
+    turn = ifl.ResponsesTurn({"input": "q", "reasoning": {"effort": "low"}},
+                             ifl.profile_of(ifl.Target(provider, "m")), "m", now=7,
                              recall=None, item=None, seal=SEAL)
     assert turn.chat["reasoning_effort"] == "low" and turn.chat["thinking"] == {"type": "enabled"}
 
@@ -14283,7 +14541,8 @@ def test_profile_values_cover_the_defaults():
 
 def test_facts_of_models_reach_the_profile():
     entry = {"name": "p", "base_url": "http://h/v1", "profile": {"vision": True, "top_k": True},
-             "models": ["plain", {"id": "known", "context": 1000, "max_output": 100, "vision": False}]}
+             "models": ["plain", {"id": "known", "context": 1000, "max_output": 100,
+                                  "vision": False}]}
     provider = ifl.parse_provider(entry, {})
     assert provider.models == ("plain", "known") and provider.facts["known"]["context"] == 1000
     known = ifl.profile_of(ifl.Target(provider, "known"))
@@ -14294,15 +14553,18 @@ def test_facts_of_models_reach_the_profile():
 
 
 @pytest.mark.usefixtures("own_home")
-@pytest.mark.parametrize("model", [7, "", {}, {"id": 1}, {"id": "a", "max_output": "8k"}, {"id": "a", "vision": 1},
-                                   {"id": "a", "context": True}, {"id": "a", "context": -1}])
+@pytest.mark.parametrize("model",
+                         [7, "", {}, {"id": 1}, {"id": "a", "max_output": "8k"},
+                          {"id": "a", "vision": 1},
+                          {"id": "a", "context": True}, {"id": "a", "context": -1}])
 def test_bad_models_disable_their_provider_alone(model):
-    assert "models" in ifl.parse_provider({"name": "p", "base_url": "http://h", "models": [model]}, {}).problem
+    assert "models" in ifl.parse_provider({"name": "p", "base_url": "http://h", "models": [model]},
+                                          {}).problem
 
 
-@pytest.mark.usefixtures("own_home")
 def test_output_limit_of_a_model_cuts_max_tokens(demo, url):
-    call_demo(url, "/v1/messages", {"model": "demo-text", "max_tokens": 99999, "messages": [user_demo("hi")]})
+    call_demo(url, "/v1/messages",
+              {"model": "demo-text", "max_tokens": 99999, "messages": [user_demo("hi")]})
     assert demo.requests[-1].body["max_tokens"] == 4096
 
 
@@ -14311,7 +14573,8 @@ def test_output_limit_of_a_model_cuts_max_tokens(demo, url):
     ("https://open.bigmodel.cn", "https://open.bigmodel.cn/api/paas/v4", "glm-5.2"),
     ("https://api.deepseek.com/", "https://api.deepseek.com/v1", "deepseek-flash"),
     ("https://api.deepseek.com/beta", "https://api.deepseek.com/beta", "deepseek-flash"),
-    ("https://mine.example", "https://mine.example", None), ("nonsense", "nonsense", None), ("http://[", "http://[", None)])
+    ("https://mine.example", "https://mine.example", None), ("nonsense", "nonsense", None),
+    ("http://[", "http://[", None)])
 def test_an_address_brings_the_facts_of_its_preset(given, base_url, first):
     entry = ifl.entry_at(given)
     assert entry["base_url"] == base_url
@@ -14338,11 +14601,14 @@ def test_provider_add_takes_everything_from_the_preset_but_the_secret(capsys, mo
     status, out, err = run_demo(capsys, "provider", "add", "zhipu", "--api-key", "$ZHIPU_API_KEY")
     assert status == 0 and "provider test zhipu" in err
     entry = config_demo()["providers"][0]
-    assert entry["api_keys"] == ["$ZHIPU_API_KEY"] and entry["base_url"] == "https://open.bigmodel.cn/api/paas/v4"
-    assert entry["profile"]["thinking_style"] == "thinking_type" and entry["models"][0]["id"] == "glm-5.2"
+    assert entry["api_keys"] == ["$ZHIPU_API_KEY"]
+    assert entry["base_url"] == "https://open.bigmodel.cn/api/paas/v4"
+    assert entry["profile"]["thinking_style"] == "thinking_type"
+    assert entry["models"][0]["id"] == "glm-5.2"
     assert "very-secret" not in json.dumps(config_demo()) + out + err
     provider = ifl.Gateway(config=ifl.ConfigFile("~/.iflow2api")).state.router.providers["zhipu"]
-    assert provider.api_keys == ("sk-very-secret-1234567890",) and provider.facts["glm-5v-turbo"]["vision"] is True
+    assert provider.api_keys == ("sk-very-secret-1234567890",)
+    assert provider.facts["glm-5v-turbo"]["vision"] is True
 
 
 @pytest.mark.usefixtures("own_home")
@@ -14356,21 +14622,26 @@ def test_provider_add_knows_the_variable_and_says_when_it_is_not_set(capsys):
 
 @pytest.mark.usefixtures("own_home")
 def test_provider_add_of_another_server(capsys):
-    status, _, err = run_demo(capsys, "provider", "add", "mine", "--base-url", "https://h.example/api/v3/chat/completions/",
+    status, _, err = run_demo(capsys, "provider", "add", "mine", "--base-url",
+                              "https://h.example/api/v3/chat/completions/",
                          "--api-key", "sk-literal-key", "--models", "a, b,")
     assert status == 0 and "is taken as https://h.example/api/v3" in err and "warning" in err
     entry, = config_demo()["providers"]
     assert entry.pop("api_keys")[0].startswith("enc:v1:")
-    assert entry == {"name": "mine", "base_url": "https://h.example/api/v3", "kind": "openai", "models": ["a", "b"]}
+    assert entry == {"name": "mine", "base_url": "https://h.example/api/v3", "kind": "openai",
+                     "models": ["a", "b"]}
 
 
 @pytest.mark.usefixtures("own_home")
 def test_provider_add_of_a_preset_elsewhere(capsys):
-    run_demo(capsys, "provider", "add", "work", "--preset", "moonshot", "--base-url", "https://proxy.example/kimi",
+    run_demo(capsys, "provider", "add", "work", "--preset", "moonshot", "--base-url",
+             "https://proxy.example/kimi",
         "--api-key", "$WORK_KEY", "--models", "kimi-k3,new")
     entry = config_demo()["providers"][0]
-    assert entry["base_url"] == "https://proxy.example/kimi" and entry["profile"]["prefill"] == "partial"
-    assert entry["models"] == [{"id": "kimi-k3", "context": 1048576, "max_output": 262144, "vision": True}, "new"]
+    assert entry["base_url"] == "https://proxy.example/kimi"
+    assert entry["profile"]["prefill"] == "partial"
+    assert entry["models"] == [{"id": "kimi-k3", "context": 1048576, "max_output": 262144,
+                                "vision": True}, "new"]
 
 
 @pytest.mark.usefixtures("own_home")
@@ -14378,27 +14649,33 @@ def test_provider_add_reads_a_key_from_standard_input(capsys, monkeypatch):
     import io
     monkeypatch.setattr(sys, "stdin", io.StringIO("$odd-key\n"))
     run_demo(capsys, "provider", "add", "mine", "--base-url", "http://h.example", "--api-key", "-")
-    assert ifl.Gateway(config=ifl.ConfigFile("~/.iflow2api")).state.router.providers["mine"].api_keys == ("$odd-key",)
+    assert ifl.Gateway(
+        config=ifl.ConfigFile("~/.iflow2api")).state.router.providers["mine"].api_keys == (
+            "$odd-key",)
 
 
 @pytest.mark.usefixtures("own_home")
 def test_provider_add_keeps_what_it_does_not_know(capsys, tmp_path):
     (tmp_path / ".iflow2api").mkdir()
     known = {"name": "a", "base_url": "http://h", "x": 2}
-    (tmp_path / ".iflow2api" / "config.json").write_text(json.dumps({"future": 1, "providers": [known]}))
+    (tmp_path / ".iflow2api" / "config.json").write_text(json.dumps({"future": 1,
+            "providers": [known]}))
     assert run_demo(capsys, "provider", "add", "vllm")[0] == 0
     assert config_demo()["future"] == 1 and config_demo()["providers"][0] == known
 
 
 @pytest.mark.usefixtures("own_home")
 @pytest.mark.parametrize("argv, words", [
-    (["zhipuu"], "did you mean zhipu"), ([], "needs a NAME"), (["x", "--preset", "kimi"], "no preset 'kimi'"),
+    (["zhipuu"], "did you mean zhipu"), ([], "needs a NAME"),
+    (["x", "--preset", "kimi"], "no preset 'kimi'"),
     (["x", "--base-url", "h.example/v1"], "write http://h.example/v1 or https://h.example/v1"),
     (["x", "--base-url", "ftp://h"], "is no http:// or https:// address"),
     (["x", "--base-url", "http://h:99999"], "no such port"),
-    (["x", "--base-url", "http://h/?a=1"], "do not belong here"), (["x", "--base-url", "http://["], "base_url"),
+    (["x", "--base-url", "http://h/?a=1"], "do not belong here"),
+    (["x", "--base-url", "http://["], "base_url"),
     (["a/b", "--base-url", "http://h"], "without blanks, commas and slashes"),
-    (["zhipu", "--api-key", ""], "single quotes: '$ZHIPU_API_KEY'"), (["x", "--base-url", ""], "no preset 'x'"),
+    (["zhipu", "--api-key", ""], "single quotes: '$ZHIPU_API_KEY'"),
+    (["x", "--base-url", ""], "no preset 'x'"),
     (["x", "--base-url", "http://h", "--api-key", "two words"], "a key is empty, or has blanks")])
 def test_provider_add_names_a_mistake_in_one_line(capsys, argv, words):
     status, out, err = run_demo(capsys, "provider", "add", *argv)
@@ -14412,7 +14689,8 @@ def test_provider_names_are_taken_once_and_removed_by_name(capsys):
     run_demo(capsys, "provider", "add", "ollama")
     status, _, err = run_demo(capsys, "provider", "add", "ollama")
     assert status == 2 and "provider remove ollama" in err
-    assert run_demo(capsys, "provider", "remove", "olama")[2].strip().endswith("did you mean ollama?")
+    assert run_demo(capsys, "provider", "remove",
+                    "olama")[2].strip().endswith("did you mean ollama?")
     run_demo(capsys, "config", "set", "default_provider", "ollama")
     assert run_demo(capsys, "provider", "remove", "ollama")[0] == 0
     assert config_demo() == {"providers": []}
@@ -14434,7 +14712,8 @@ def test_provider_list_and_presets_show_no_secret(capsys, monkeypatch):
     monkeypatch.setenv("ZAI_API_KEY", "sk-very-secret-1234567890")
     run_demo(capsys, "provider", "add", "zai")
     status, out, _ = run_demo(capsys, "provider", "list")
-    assert status == 0 and "zai (default)  https://api.z.ai/api/paas/v4" in out and "very-secret" not in out
+    assert status == 0 and "zai (default)  https://api.z.ai/api/paas/v4" in out
+    assert "very-secret" not in out
     status, out, _ = run_demo(capsys, "provider", "presets")
     assert status == 0 and len(out.splitlines()) == len(ifl.PRESETS) and "$ZAI_API_KEY (set)" in out
     status, out, _ = run_demo(capsys, "provider", "presets", "zai")
@@ -14449,8 +14728,10 @@ def test_status_offers_a_preset_whose_variable_is_set(capsys, monkeypatch):
     monkeypatch.setenv("MOONSHOT_API_KEY", "sk-1234")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1234")
     out = run_demo(capsys, "status")[1]
-    assert "MOONSHOT_API_KEY is set: python iflow2api.py provider add moonshot-cn (or moonshot)" in out
-    assert "OPENAI_API_KEY is set: python iflow2api.py provider add openai\n" in out and "ZHIPU" not in out
+    assert ("MOONSHOT_API_KEY is set: python iflow2api.py provider add moonshot-cn "
+            "(or moonshot)") in out
+    assert "OPENAI_API_KEY is set: python iflow2api.py provider add openai\n" in out
+    assert "ZHIPU" not in out
     run_demo(capsys, "provider", "add", "moonshot")
     assert "MOONSHOT_API_KEY is set" not in run_demo(capsys, "status")[1]
 
@@ -14464,14 +14745,16 @@ def unused_port():
 
 def add_demo(capsys, demo, key="k1"):
     argv = ["--api-key", key] if key else []
-    run_demo(capsys, "provider", "add", "mine", "--base-url", demo.base_url, "--models", "demo", *argv)
+    run_demo(capsys, "provider", "add", "mine", "--base-url", demo.base_url, "--models", "demo",
+             *argv)
 
 
-@pytest.mark.usefixtures("own_home")
 def test_provider_test_says_what_works(capsys, demo):
     add_demo(capsys, demo)
     status, out, _ = run_demo(capsys, "provider", "test", "mine")
-    assert status == 0 and out.startswith("mine: key ok, model demo ok (") and out.endswith("s), stream ok, tools ok\n")
+    assert status == 0
+    assert out.startswith("mine: key ok, model demo ok (") and out.endswith(
+        "s), stream ok, tools ok\n")
     assert [r.body.get("stream") for r in demo.requests] == [None, True, None]
     assert run_demo(capsys, "provider", "test")[0] == 0
     assert run_demo(capsys, "test", "mine")[1].startswith("mine: ok, demo answered in")
@@ -14481,10 +14764,13 @@ def test_provider_test_says_what_works(capsys, demo):
 @pytest.mark.parametrize("script, status, words", [
     ([ifl.DemoAnswer("no such model", status=404)], 1,
      "mine: does not work, the model: the model demo does not exist there: no such model"),
-    ([ifl.DemoAnswer("Insufficient Balance", status=402)], 1, "mine: does not work, the balance: Insufficient Balance"),
+    ([ifl.DemoAnswer("Insufficient Balance", status=402)], 1,
+     "mine: does not work, the balance: Insufficient Balance"),
     ([ifl.DemoAnswer("bad key", status=401)], 1, "mine: does not work, the key: "),
-    ([ifl.DemoAnswer("hi"), ifl.DemoAnswer("no streams", status=400)], 1, "stream failed (400: no streams), tools ok"),
-    ([ifl.DemoAnswer("hi")] * 2 + [ifl.DemoAnswer("no tools", status=400)], 1, "stream ok, tools failed (400: no tools)"),
+    ([ifl.DemoAnswer("hi"), ifl.DemoAnswer("no streams", status=400)], 1,
+     "stream failed (400: no streams), tools ok"),
+    ([ifl.DemoAnswer("hi")] * 2 + [ifl.DemoAnswer("no tools", status=400)], 1,
+     "stream ok, tools failed (400: no tools)"),
     ([ifl.DemoAnswer("hi")] * 3, 0, "stream ok, tools taken, but none called")])
 def test_provider_test_says_what_does_not_work(capsys, script, status, words):
     demo = ifl.DemoUpstream(pace_s=0, first_s=0, script=script)
@@ -14501,24 +14787,28 @@ def test_provider_test_of_what_is_not_there(capsys, monkeypatch):
     monkeypatch.setattr(ifl.Gateway, "local_engines", {})
     assert run_demo(capsys, "provider", "test")[0] == 1
     assert "provider add zhipu" in run_demo(capsys, "provider", "test", "zhipu")[2]
-    run_demo(capsys, "provider", "add", "dead", "--base-url", f"http://127.0.0.1:{unused_port()}", "--models", "m")
+    run_demo(capsys, "provider", "add", "dead", "--base-url", f"http://127.0.0.1:{unused_port()}",
+             "--models", "m")
     status, out, _ = run_demo(capsys, "provider", "test", "dead")
     assert status == 1 and out.startswith("dead: does not work, the connection: ")
     run_demo(capsys, "provider", "add", "zhipu")
-    assert "its settings: the environment variable ZHIPU_API_KEY is not set" in run_demo(capsys, "provider", "test", "zhipu")[1]
+    assert "its settings: the environment variable ZHIPU_API_KEY is not set" in run_demo(capsys,
+            "provider", "test", "zhipu")[1]
 
 
-@pytest.mark.usefixtures("own_home")
 def test_provider_test_limits_tokens_in_the_provider_s_own_field(capsys, demo):
-    run_demo(capsys, "provider", "add", "mine", "--base-url", demo.base_url, "--preset", "openai", "--api-key", "k1")
+    run_demo(capsys, "provider", "add", "mine", "--base-url", demo.base_url, "--preset", "openai",
+             "--api-key", "k1")
     assert run_demo(capsys, "provider", "test", "mine")[0] == 0
-    assert all("max_tokens" not in r.body and "max_completion_tokens" in r.body for r in demo.requests)
+    assert all("max_tokens" not in r.body and "max_completion_tokens" in r.body
+               for r in demo.requests)
 
 
 @pytest.mark.usefixtures("own_home")
 def test_upstream_flag_brings_facts(monkeypatch):
     monkeypatch.setenv("K", "sk-1")
-    gateway = ifl._gateway_of(ifl._parse_args(["--upstream", "https://api.deepseek.com", "--api-key", "$K"]))
+    gateway = ifl._gateway_of(ifl._parse_args(["--upstream", "https://api.deepseek.com",
+                                               "--api-key", "$K"]))
     provider = gateway.state.router.providers["upstream"]
     assert provider.profile["require_reasoning_on_tool_calls"] and provider.api_keys == ("sk-1",)
     assert gateway.state.router.resolve("claude-sonnet-4-5", True)[0].model == "deepseek-flash"
@@ -14527,7 +14817,7 @@ def test_upstream_flag_brings_facts(monkeypatch):
 # --- engines on this machine -------------------------------------------------
 
 @pytest.fixture
-def engines(monkeypatch):
+def engines(own_home, monkeypatch):
     """Sets where engines are looked for."""
     def put(**where):
         monkeypatch.setattr(ifl.Gateway, "local_engines", where)
@@ -14539,24 +14829,24 @@ def looks(demo):
     return [r for r in demo.requests if r.path == "/v1/models"]
 
 
-@pytest.mark.usefixtures("own_home")
 def test_an_engine_is_found_at_the_first_request(demo, engines, caplog):
     engines(ollama=demo.base_url, vllm=f"http://127.0.0.1:{unused_port()}/v1")
     caplog.set_level(logging.INFO, "iflow2api")
     with gateway_with() as (gateway, url):
         assert not looks(demo) and call_demo(url, "/health")[1]["status"] == "degraded"
         body = {"model": "claude-sonnet-4-5", "max_tokens": 99, "messages": [user_demo("hi")]}
-        assert call_demo(url, "/v1/messages", body)[0] == 200 and demo.requests[-1].body["model"] == "demo"
+        assert call_demo(url, "/v1/messages", body)[0] == 200
+        assert demo.requests[-1].body["model"] == "demo"
         assert message_of(chat_demo(url, "hi", model="ollama/demo-vision"))["content"]
         assert len(looks(demo)) == 1                     # the second request came within 30 seconds
         assert call_demo(url, "/health")[1]["providers"][0]["name"] == "ollama"
         assert "demo" in [m["id"] for m in call_demo(url, "/v1/models")[1]["data"]]
         assert call_demo(url, "/v1/models/ollama/demo")[1]["owned_by"] == "ollama"
-    assert any(r.getMessage().startswith(f"found ollama at {demo.base_url}: demo") for r in caplog.records)
+    assert any(r.getMessage().startswith(f"found ollama at {demo.base_url}: demo")
+               for r in caplog.records)
     assert ifl.LOCAL_TTL_S == 30
 
 
-@pytest.mark.usefixtures("own_home")
 def test_an_engine_is_looked_for_again_and_its_end_noticed(demo, engines, monkeypatch, caplog):
     monkeypatch.setattr(ifl, "LOCAL_TTL_S", 0)
     engines(lmstudio=demo.base_url)
@@ -14565,13 +14855,14 @@ def test_an_engine_is_looked_for_again_and_its_end_noticed(demo, engines, monkey
         assert chat_demo(url, "hi") and chat_demo(url, "hi")
         assert len(looks(demo)) == 2
         demo.close()
-        status, answer = call_demo(url, "/v1/chat/completions", {"model": "demo", "messages": [user_demo("hi")]})
+        status, answer = call_demo(url, "/v1/chat/completions",
+                                   {"model": "demo", "messages": [user_demo("hi")]})
         assert status == 403 and "no other provider" in answer["error"]["message"]
-    said = [r.getMessage() for r in caplog.records if "engine" in r.getMessage() or "found" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "engine" in r.getMessage()
+            or "found" in r.getMessage()]
     assert [line.split()[0] for line in said] == ["found", "no"]
 
 
-@pytest.mark.usefixtures("own_home")
 def test_many_requests_at_once_look_once(demo, engines):
     engines(llamacpp=demo.base_url)
     with gateway_with() as (gateway, url):
@@ -14583,17 +14874,19 @@ def test_many_requests_at_once_look_once(demo, engines):
         assert len(looks(demo)) == 1 and list(gateway.current().router.providers) == ["llamacpp"]
 
 
-@pytest.mark.usefixtures("own_home")
 def test_engines_are_left_alone_where_a_provider_is_set_up_or_it_is_switched_off(demo, engines):
     engines(ollama=demo.base_url)
     with gateway_with(detect_local=False) as (gateway, url):
-        assert call_demo(url, "/v1/chat/completions", {"model": "demo", "messages": [user_demo("hi")]})[0] == 403
-    with gateway_with(providers=[{"name": "dead", "base_url": f"http://127.0.0.1:{unused_port()}"}]) as (gateway, url):
-        assert call_demo(url, "/v1/chat/completions", {"model": "demo", "messages": [user_demo("hi")]})[0] == 502
+        assert call_demo(url, "/v1/chat/completions",
+                         {"model": "demo", "messages": [user_demo("hi")]})[0] == 403
+    with gateway_with(providers=[{"name": "dead",
+                                  "base_url": f"http://127.0.0.1:{unused_port()}"}]) as (gateway,
+                                          url):
+        assert call_demo(url, "/v1/chat/completions",
+                         {"model": "demo", "messages": [user_demo("hi")]})[0] == 502
     assert not demo.requests
 
 
-@pytest.mark.usefixtures("own_home")
 def test_a_gateway_never_finds_itself_nor_another_one(demo, engines):
     with gateway_with(**demo.settings()) as (_, other), gateway_with() as (gateway, url):
         engines(vllm=url + "/v1", llamacpp=other + "/v1")
@@ -14601,7 +14894,6 @@ def test_a_gateway_never_finds_itself_nor_another_one(demo, engines):
         assert status == 403 and ifl.metrics_text(gateway).count("requests_total{") == 1
 
 
-@pytest.mark.usefixtures("own_home")
 def test_new_settings_end_the_search(demo, engines):
     engines(ollama=demo.base_url)
     with gateway_with() as (gateway, url):
@@ -14610,20 +14902,22 @@ def test_new_settings_end_the_search(demo, engines):
         assert gateway.current().router.default is None
 
 
-@pytest.mark.usefixtures("own_home")
 def test_chat_models_come_before_embeddings(engines, monkeypatch):
     monkeypatch.setattr(ifl, "DEMO_MODELS", ({"id": "text-embedding-nomic"}, {"id": "qwen3"}))
     demo = ifl.DemoUpstream(pace_s=0, first_s=0)
     engines(lmstudio=demo.base_url)
     try:
         with gateway_with() as (gateway, url):
-            assert gateway.current().router.providers["lmstudio"].models == ("qwen3", "text-embedding-nomic")
+            assert gateway.current().router.providers["lmstudio"].models == ("qwen3",
+                    "text-embedding-nomic")
     finally:
         demo.close()
 
 
 @pytest.mark.usefixtures("own_home")
-@pytest.mark.parametrize("data", [b"", b"<html>", b"[]", b'{"data": 5}', b'{"data": [1, {"id": 2}, {"id": ""}]}'])
+@pytest.mark.parametrize("data",
+                         [b"", b"<html>", b"[]", b'{"data": 5}',
+                          b'{"data": [1, {"id": 2}, {"id": ""}]}'])
 def test_what_is_no_model_list_names_no_models(data):
     try:
         assert ifl.parse_model_list(data) == []
@@ -14631,7 +14925,6 @@ def test_what_is_no_model_list_names_no_models(data):
         assert data in (b"", b"<html>")
 
 
-@pytest.mark.usefixtures("own_home")
 def test_env_names_the_model_of_a_found_engine(capsys, demo, engines):
     engines(ollama=demo.base_url)
     assert "demo" in run_demo(capsys, "env", "codex", "--shell", "bash")[1]
