@@ -13378,8 +13378,9 @@ _ABOUT = (
 
 def _shape_schema(fields: Sequence[str]) -> Json:
     pairs = [field.partition(":")[::2] for field in fields]
+    kinds = {"": {}, "array": {"type": "array", "items": {}}}
     return {"type": "object", "required": [name[:-1] for name, _ in pairs if name[-1] == "*"],
-            "properties": {name.rstrip("*"): {"type": kind} if kind else {}
+            "properties": {name.rstrip("*"): kinds.get(kind, {"type": kind})
                            for name, kind in pairs}}
 
 
@@ -13428,7 +13429,7 @@ def openapi(language: int, key_header: str, needs_key: bool) -> Json:
     return {"openapi": "3.1.0", "servers": [{"url": "/"}], "paths": paths,
             "info": {"title": "iflow2api", "version": __version__, "description": _ABOUT[language],
                      "license": {"name": "MIT", "identifier": "MIT"}},
-            "tags": [{"name": tag, "description": tag} for tag in tags],
+            "tags": [{"name": tag} for tag in tags],
             "security": [{name: []} for name in schemes] if needs_key else [],
             "components": {"schemas": {name: _shape_schema(fields)
                                        for name, *fields in shapes},
@@ -13455,7 +13456,8 @@ DOCS_HTML = r"""<!doctype html><html lang="@LANG@"><head><meta charset="utf-8">
 #list{max-width:52rem;margin:2rem auto;padding:0 1rem}dt{margin-top:.8rem;overflow-wrap:anywhere}
 dt code{font:14px ui-monospace,monospace}dd{margin:0;opacity:.75}
 .wait #list{animation:appear 0s 1.5s backwards}@keyframes appear{from{visibility:hidden}}
-.shown{color-scheme:light}.shown #list,.shown a[href*="redocly.com"]{display:none}</style></head>
+.shown{color-scheme:light}.shown #list,.shown a[href*="redocly.com"],.swagger-ui .scheme-container{
+display:none!important}</style></head>
 <body><div id="ui"></div><main id="list"><h1>iflow2api API</h1><p>@ABOUT@
 <a href="/openapi.json">/openapi.json</a></p><dl>@LIST@</dl></main>@SCRIPTS@</body></html>"""
 
@@ -15029,9 +15031,9 @@ overflow-anchor:none}
 contain-intrinsic-height:22px}
 .log-line bdi{flex:1;min-width:0;overflow:hidden;text-overflow:ellipsis}
 .log-line:hover{background:var(--surface-2)}.log-line.open{background:var(--accent-soft)}
-.wrap bdi,.open bdi{white-space:pre-wrap}.level{width:58px;flex:none;color:var(--muted)}
-.warning .level{color:var(--warn)}.error .level{color:var(--bad)}
-.log-line.error{font-size:inherit;color:inherit}
+.log-pane.wrap bdi,.log-line.open bdi{white-space:pre-wrap}
+.level{width:58px;flex:none;color:var(--muted)}.warning .level{color:var(--warn)}
+.error .level{color:var(--bad)}.log-line.error{font-size:inherit;color:inherit}
 .log-newest{position:absolute;inset:auto 0 14px;margin:auto;width:fit-content;border-radius:99px}
 .log-bar .btn{margin-inline-start:auto}.log-box .empty{position:absolute;inset:0}
 .below{margin:10px 0 16px}.version{margin:auto 10px 0;padding-top:16px}.narrow{max-width:760px}
@@ -15068,7 +15070,8 @@ box-shadow:var(--shadow-2)}
 #nav.open{transform:none;visibility:visible}
 #nav.open~#veil{display:block;position:fixed;inset:0;z-index:10;background:#0b0f1480}
 #nav li a{padding-block:9px}#burger{display:inline-flex;margin-inline-start:-8px}
-#top{padding:8px 16px}#main{padding:16px 16px 56px}
+.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}#top{padding:8px 16px}
+#main{padding:16px 16px 56px}
 }
 @media (max-width:640px){
 h1{font-size:17px}#top h1{white-space:normal;line-height:1.2}
@@ -15090,9 +15093,8 @@ flex:none}
 .data td:first-child::before,.data td.bare::before{content:none}
 .data td:first-child{font-weight:600;text-align:start}.data td.blank,.data .minor{display:none}
 .data tr.open{position:relative}.data tr.open td.bare{position:absolute;inset:4px 0 auto auto}
-.tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}.tile .figure{font-size:18px;gap:5px}
-.spread>.row:has(.search){width:100%}.facts{grid-template-columns:minmax(0,1fr);gap:0}
-.facts dd{margin-bottom:8px}.search{max-width:none}
+.tiles{gap:10px}.tile .figure{font-size:18px;gap:5px}.spread>.row:has(.search){width:100%}
+.facts{grid-template-columns:minmax(0,1fr);gap:0}.facts dd{margin-bottom:8px}.search{max-width:none}
 .alias{grid-template-columns:minmax(0,1fr) auto;padding-bottom:10px;
 border-bottom:1px solid var(--line)}
 .alias>:nth-child(2){display:none}.alias>:nth-child(3){grid-column:1/-1;grid-row:2}

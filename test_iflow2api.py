@@ -13562,20 +13562,6 @@ def test_who_is_slow_is_told_how_much_was_lost(server):
     assert sum(rest) == ifl.LOG_LINES - 1000 and viewer.news() == b""
 
 
-def test_rings():
-    ring = ifl.Ring(3)
-    assert ring.after(0) == (0, [])
-    for letter in "abcde":
-        ring.add(letter)
-    assert ring.after(0) == (2, [(3, "c"), (4, "d"), (5, "e")]) and ring.after(0, 1) == (2, [(3, "c")])
-    assert ring.after(4) == (0, [(5, "e")]) and ring.after(5) == (0, []) and ring.after(99) == (0, [])
-    ring.resize(1)
-    assert ring.after(3) == (1, [(5, "e")])
-    nothing = ifl.Ring(0)                # nothing is kept, and nothing is said to be lost
-    nothing.add("a")
-    assert nothing.after(0) == (0, [])
-
-
 def test_viewers_are_bounded_and_leave(admin):
     browser = admin()
     watchers = [Watcher(browser) for _ in range(ifl.VIEWERS_LIMIT)]
@@ -14890,7 +14876,8 @@ def test_engines_are_left_alone_where_a_provider_is_set_up_or_it_is_switched_off
 def test_a_gateway_never_finds_itself_nor_another_one(demo, engines):
     with gateway_with(**demo.settings()) as (_, other), gateway_with() as (gateway, url):
         engines(vllm=url + "/v1", llamacpp=other + "/v1")
-        status, answer = call_demo(url, "/v1/chat/completions", {"model": "demo", "messages": [user_demo("hi")]})
+        status, answer = call_demo(url, "/v1/chat/completions",
+                                   {"model": "demo", "messages": [user_demo("hi")]})
         assert status == 403 and ifl.metrics_text(gateway).count("requests_total{") == 1
 
 
