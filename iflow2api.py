@@ -311,7 +311,8 @@ LINGER_S = 2
 #: What needs no key takes bodies up to the first and keeps none; a sign-in's are kept, up to the second.
 PUBLIC_BODY_BYTES, PUBLIC_KEPT_BYTES = 1 << 20, 128 << 10
 
-#: Time that a client has to send a head, a body (and a second more for each 16 KiB), and to take what is sent.
+#: Time that a client has to send a head, a body (and a second more for each 16 KiB), and to take
+#: what is sent.
 HEAD_TIME_S, BODY_TIME_S, SEND_TIME_S = 15, 60, 60
 BODY_BYTES_PER_S = 16 << 10
 
@@ -7390,15 +7391,18 @@ COMPACT = CompactDialect("/chat/completions")
 class Client:
     """Client side of a call: it may disconnect, and in silence it may need keep-alives.
 
-    `watching` says for how long the loop looks after both; everybody else waits plainly, by `wait` or
-    with `on_leave` set.  This class stands for our own requests, which nobody can leave.
+    `watching` says for how long the loop looks after both; everybody else waits plainly, by `wait`
+    or with `on_leave` set.  This class stands for our own requests, which nobody can leave.
     """
     sock: Optional[socket.socket] = None  #: watched for the end of the connection
     keepalive_s = 3600.0                 #: silence that is broken by `tick`
-    began = False                        #: something of the answer was sent: no other target may be tried
-    stream: Any = None                   #: the Translation's stream; it knows how to say that it failed
+    #: something of the answer was sent: no other target may be tried
+    began = False
+    #: the Translation's stream; it knows how to say that it failed
+    stream: Any = None
     returned: Sequence[Tuple[str, str]] = ()     #: headers of the upstream that the client gets
-    nonblocking = False                  #: the loop sends: what does not go at once waits in `backlog`
+    #: the loop sends: what does not go at once waits in `backlog`
+    nonblocking = False
     backlog = b""
     left: Optional[Exception] = None     #: why nobody needs the answer any more
     _on_leave: Optional[Callable[[Exception], None]] = None
@@ -7462,7 +7466,8 @@ NOBODY = Client()                        #: for our own requests
 
 _POLLIN = getattr(select, "POLLIN", 1)
 _POLLOUT = getattr(select, "POLLOUT", 4)
-_HANGUP = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
+_HANGUP = (getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0)
+           | getattr(select, "POLLERR", 0))
 
 
 class _SelectPoller:
@@ -7478,7 +7483,8 @@ class _SelectPoller:
     def poll(self, timeout_ms: float) -> List[Tuple[int, int]]:
         found: Set[int] = set()
         wanted = list(self._wanted.items())
-        for start in range(0, len(wanted), self.ROOM):   # a wait is for one socket; many are only looked at
+        # a wait is for one socket; many are only looked at
+        for start in range(0, len(wanted), self.ROOM):
             part = wanted[start:start + self.ROOM]
             reads = [fd for fd, events in part if events & _POLLIN]
             writes = [fd for fd, events in part if events & _POLLOUT]
@@ -7488,8 +7494,9 @@ class _SelectPoller:
 
 Poller = getattr(select, "poll", _SelectPoller)
 
-#: The longest wait in one piece.  Where there is poll(), shutting a socket down wakes who waits for it; Winsock tells
-#: the other side only, so whoever may be cut off has to look up now and then.
+#: The longest wait in one piece.  Where there is poll(), shutting a socket down wakes who waits
+#: for it; Winsock tells the other side only, so whoever may be cut off has to look up now and
+#: then.
 LOOK_UP_S = 3600.0 if hasattr(select, "poll") else 0.5
 
 
@@ -7526,7 +7533,7 @@ class HeadReader:
         return self._receive()
 
     def read_head(self, stray: bytes = b"") -> Optional[bytes]:
-        """A head without the blank line that ends it; b"" when the connection ends before, None when it is too large.
+        """A head without its blank line; b"" where the connection ends, None when it is too large.
 
         Bytes of `stray` before it are skipped.  What has been searched is not searched again.
         """
@@ -7553,7 +7560,7 @@ class HeadReader:
 
     @staticmethod
     def _find_end(head: bytearray, start: int) -> Tuple[Optional[int], int]:
-        """Where the first blank line begins, and its length, both line ends counted; None: there is none."""
+        """Where the first blank line begins (None: nowhere), and the length of its line ends."""
         found = [(at, len(end)) for end in (b"\r\n\r\n", b"\n\n", b"\n\r\n")
                  for at in (head.find(end, start),) if at >= 0]
         if not found:
@@ -7567,10 +7574,12 @@ _TIMEVAL = struct.Struct("@ll")
 
 
 def _set_kernel_timeout(sock: socket.socket, seconds: float) -> bool:
-    """Let the kernel end a wait for data; False where it did not take it (Windows, 32-bit musl with 64-bit times)."""
+    """Let the kernel end a wait for data; False where it can't (Windows, 32-bit musl)."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6)))
-        taken = _TIMEVAL.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.size))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
+                        _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6)))
+        taken = _TIMEVAL.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
+                                                _TIMEVAL.size))
     except (OSError, struct.error):
         return False
     return os.name == "posix" and abs(taken[0] + taken[1] / 1e6 - seconds) < 0.1
@@ -7585,7 +7594,8 @@ class Dechunker:
 
     def __init__(self) -> None:
         self.done = False
-        self.whole = False               #: the last feed was whole chunks and not the end: it can be forwarded as is
+        #: the last feed was whole chunks and not the end: it can be forwarded as is
+        self.whole = False
         self.surplus = b""               #: what came after the end
         self._line = bytearray()         #: the beginning of a line of framing
         self._left = 0                   #: payload bytes left of the current chunk, and its CRLF
@@ -7593,7 +7603,8 @@ class Dechunker:
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`; ValueError when it is no chunked framing."""
-        if not (self._left or self._line or self._in_trailers):      # as a rule one whole chunk a read
+        # as a rule one whole chunk a read
+        if not (self._left or self._line or self._in_trailers):
             end = data.find(b"\r\n")
             if 0 < end < 9 and not data[:end].translate(None, _HEX):
                 size = int(data[:end], 16)
@@ -7635,7 +7646,8 @@ class Dechunker:
 
     def _begin_chunk(self, line: bytes) -> None:
         size = line[:-2].partition(b";")[0].rstrip(b" \t")
-        if line[-2:] != b"\r\n" or b"\r" in line[:-2] or not 0 < len(size) < 16 or size.translate(None, _HEX):
+        is_line = line[-2:] == b"\r\n" and b"\r" not in line[:-2]
+        if not is_line or not 0 < len(size) < 16 or size.translate(None, _HEX):
             raise ValueError("no chunk size")
         self._left = int(size, 16)
         self._left += 2 if self._left else 0
@@ -7668,7 +7680,8 @@ _STATUS_LINE = re.compile(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
 
 def is_sound_header(name: str, value: str) -> bool:
     """Whether a header can be sent on: no control characters, and of a bearable length."""
-    return (0 < len(name) <= HEADER_NAME_CHARS and not name.encode("latin-1", "replace").translate(None, _TOKEN)
+    return (0 < len(name) <= HEADER_NAME_CHARS
+            and not name.encode("latin-1", "replace").translate(None, _TOKEN)
             and len(value) <= HEADER_VALUE_CHARS and value.isprintable())
 
 
@@ -7682,7 +7695,7 @@ class AnswerHead(NamedTuple):
 
 
 def _answer_fields(lines: Iterable[bytes]) -> List[Tuple[str, str]]:
-    """Names and values in the lines of a head; a line without a sound name is left out, a folded one is unfolded."""
+    """Names and values of a head, unfolded; a line without a sound name is left out."""
     pairs: List[Tuple[str, str]] = []
     for line in lines:
         if line[:1] in (b" ", b"\t"):
@@ -7697,7 +7710,7 @@ def _answer_fields(lines: Iterable[bytes]) -> List[Tuple[str, str]]:
 
 
 def parse_answer_head(head: bytes, method: str) -> AnswerHead:
-    """Read an answer's head as leniently as browsers do; ValueError where it is no HTTP/1 (RFC 9112, 6.3: framing).
+    """Read an answer's head as leniently as browsers do; ValueError (framing: RFC 9112, 6.3).
 
     http.client's parser, which is the one for e-mail, took a fifth of the time of a plain request.
     """
@@ -7723,11 +7736,12 @@ def parse_answer_head(head: bytes, method: str) -> AnswerHead:
 
 
 class UpstreamConnection(HeadReader):
-    """A socket to an upstream.  Reading raises UpstreamTimeout, OSError, and what it was cut with."""
+    """A socket to an upstream.  Raises UpstreamTimeout, OSError, and what it was cut with."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock, self.received, self.idle_since = sock, False, 0.0
-        self.timeout_s = 60.0                            #: longest silence, and time for all of a head
+        #: longest silence, and time for all of a head
+        self.timeout_s = 60.0
         self._head_until: Optional[float] = None
         self._kernel_s = 60.0
         self.cut_by: Optional[Exception] = None
@@ -7752,19 +7766,21 @@ class UpstreamConnection(HeadReader):
             _set_kernel_timeout(self.sock, seconds)
 
     def is_stale(self) -> bool:
-        """Whether an idle connection was closed by the other side, or has said what nobody asked for."""
+        """Whether the other side has closed an idle connection, or sent something unasked."""
         return bool(self._buffer) or self.holds_more() or bool(self._poller.poll(0))
 
     def cut(self, reason: Exception) -> None:
         """End the wait of whoever reads or writes, with `reason`."""
         self.cut_by = reason
-        with contextlib.suppress(OSError):               # not TLS's own, whose state the reader uses
+        # not TLS's own, whose state the reader uses
+        with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def read_answer_head(self, method: str) -> AnswerHead:
         """The head of an answer, all of it within `timeout_s`; ValueError where it is none."""
         self._head_until = time.monotonic() + self.timeout_s
-        for _ in range(INTERIM_ANSWERS):                 # 103 Early Hints and the like come before it
+        # 103 Early Hints and the like come before it
+        for _ in range(INTERIM_ANSWERS):
             head = self.read_head()
             if head is None:
                 raise ValueError("its head is too large")
@@ -7789,7 +7805,8 @@ class UpstreamConnection(HeadReader):
                 return data
             if self._blocking or not self._comes(left_s):
                 if self._head_until is not None and self.received and self.cut_by is None:
-                    raise UpstreamTimeout(f"the upstream gave no complete head in {self.timeout_s:g} s")
+                    raise UpstreamTimeout(
+                        f"the upstream gave no complete head in {self.timeout_s:g} s")
                 self.check_silence(self.timeout_s)
 
     def _comes(self, left_s: float) -> bool:
@@ -7827,7 +7844,7 @@ class UpstreamConnection(HeadReader):
         return data
 
     def holds_more(self) -> bool:
-        """Whether TLS has read ahead: then the socket is silent although there is something to take."""
+        """Whether TLS has read ahead: then there is something to take from a silent socket."""
         return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
 
     def check_silence(self, quiet_s: float) -> None:
@@ -7865,20 +7882,23 @@ class UpstreamConnection(HeadReader):
 
 
 class UpstreamResponse:
-    """One request to an upstream and its answer; closing it gives the connection back, or ends it."""
+    """An upstream's answer; closing it gives the connection back, or ends it."""
 
-    def __init__(self, release: Callable[[UpstreamConnection, bool], None], connection: UpstreamConnection,
+    def __init__(self, release: Callable[[UpstreamConnection, bool], None],
+                 connection: UpstreamConnection,
                  head: AnswerHead, idle_timeout_s: float) -> None:
         self.status, self.headers = head.status, head.headers
         content_type = head.headers.get("content-type", "").lower()
         self.content_type = content_type if is_sound_header("content-type", content_type) else ""
-        self.framed: Optional[bytes] = None       #: the last read with its chunk framing, where it can be forwarded so
+        #: the last read with its chunk framing, where it can be forwarded so
+        self.framed: Optional[bytes] = None
         self._release, self.connection = release, connection
         self._chunks = Dechunker() if head.chunked else None
         self._left, self._will_close = head.length, not head.reusable
         self.next_timeout_s: Optional[float] = idle_timeout_s     #: for the body, until it begins
         self._received_all = self._left == 0
-        self._packed, self._unpacked = b"", 0     #: received and not unpacked yet; bytes that came of the rest
+        #: received and not unpacked yet; bytes that came of the rest
+        self._packed, self._unpacked = b"", 0
         self._inflate = self._decoder(head.headers.get("content-encoding", "identity").lower())
 
     @staticmethod
@@ -7901,7 +7921,7 @@ class UpstreamResponse:
         return bool(self._packed) or self.connection.holds_more()
 
     def read(self) -> bytes:
-        """Payload of the next network read, b"" at the proper end; UpstreamGarbled when it is cut off."""
+        """Payload of the next read, b"" at the proper end; UpstreamGarbled when it is cut off."""
         return self._read(self.connection.take) or b""
 
     def read_now(self) -> Optional[bytes]:
@@ -7933,8 +7953,10 @@ class UpstreamResponse:
             data = take()
         except OSError as exc:
             self._will_close = True
-            raise UpstreamGarbled(f"the connection to the upstream broke: {exc.strerror or exc}") from None
-        if data is not None and self.next_timeout_s is not None:     # the first byte of the body is here
+            text = f"the connection to the upstream broke: {exc.strerror or exc}"
+            raise UpstreamGarbled(text) from None
+        # the first byte of the body is here
+        if data is not None and self.next_timeout_s is not None:
             self.connection.set_timeout(self.next_timeout_s)
             self.next_timeout_s = None
         return data
@@ -7944,7 +7966,8 @@ class UpstreamResponse:
             if self._left is not None:
                 data, surplus = data[:self._left], data[self._left:]
                 self._left -= len(data)
-                self._received_all, self._will_close = not self._left, self._will_close or bool(surplus)
+                self._received_all = not self._left
+                self._will_close = self._will_close or bool(surplus)
             return data
         try:
             payload = self._chunks.feed(data)
@@ -8005,15 +8028,17 @@ class UpstreamResponse:
 
 
 class MovedStream:
-    """One stream on its way from an upstream to a client.  `error` is what ended it before its time."""
-    AFTER_FINISH_S = 3.0                 #: silence after which nothing more is waited for, if the answer is over
+    """A stream on its way from an upstream to a client; `error`: what ended it too early."""
+    #: silence after which nothing more is waited for, if the answer is over
+    AFTER_FINISH_S = 3.0
 
     def __init__(self, response: UpstreamResponse, client: Client, move: Callable[[bytes], bool],
                  is_over: Callable[[], bool]) -> None:
         self._response, self.client, self._move, self._is_over = response, client, move, is_over
         self.connection = response.connection
         self._heard_at, self.idle = time.monotonic(), False      #: idle: all that had come is moved
-        self.place: Optional[socket.socket] = None               #: the socket that the loop waits for
+        #: the socket that the loop waits for
+        self.place: Optional[socket.socket] = None
         self.due = 0.0                   #: when the loop has to check it
         self.ended, self.error = threading.Lock(), None
         self.ended.acquire()
@@ -8056,17 +8081,18 @@ class MovedStream:
         return min(due, now + LOOK_UP_S)
 
     def end(self, error: Optional[BaseException]) -> None:
-        """Wake who waits for the end; the loop may know of this stream for a while, and keeps nothing of it."""
+        """Wake who waits; the loop may know of this stream for a while, and keeps nothing of it."""
         self.error, self.place = error, None
         del self._response, self.client, self.connection, self._move, self._is_over
         self.ended.release()
 
 
 class StreamLoop:
-    """One thread that moves the streams of all calls, keeps their clients awake and notices who left.
+    """One thread that moves all streams, keeps clients awake and notices who left.
 
-    Threads that each wait for their own upstream fight over the interpreter's lock at each chunk: with 32
-    streams that took more than half of the time of a chunk, whatever `sys.setswitchinterval` says.
+    Threads that each wait for their own upstream fight over the interpreter's lock at each chunk:
+    with 32 streams that took more than half of the time of a chunk, whatever
+    `sys.setswitchinterval` says.
     """
     #: How often all clients are looked at.
     LOOK_EVERY_S = 0.5
@@ -8076,7 +8102,8 @@ class StreamLoop:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._fresh: Deque[MovedStream] = deque()
-        self._due: List[Tuple[float, int, MovedStream]] = []     #: a heap: when which has to be checked
+        #: a heap: when which has to be checked
+        self._due: List[Tuple[float, int, MovedStream]] = []
         self._number, self._load, self._closing, self._lock = 0, 0, False, threading.Lock()
         self._clients: Dict[int, Client] = {}                    #: by file descriptor
         self._look_at, self._look_every_s = 0.0, 0.0             #: 0: nobody is to be looked at
@@ -8124,7 +8151,8 @@ class StreamLoop:
                     client.leave(ClientGone())
             for client in self._clients.values():
                 client.tick(now)
-            self._look_every_s = min(self.LOOK_EVERY_S, *(c.keepalive_s for c in self._clients.values()))
+            self._look_every_s = min(self.LOOK_EVERY_S,
+                                     *(c.keepalive_s for c in self._clients.values()))
             self._look_at = now + self._look_every_s
 
     def end_all(self, reason: Exception) -> None:
@@ -8149,7 +8177,7 @@ class StreamLoop:
         self._wake_up()
         try:
             stream.ended.acquire()
-        except BaseException:            # a signal, in a main thread: the loop still reads the connection
+        except BaseException:            # a signal, in a main thread: the loop still reads it
             connection.cut(ClientGone())
             stream.ended.acquire()
             raise
@@ -8212,7 +8240,7 @@ class StreamLoop:
         heapq.heappush(self._due, (due, self._number, stream))
 
     def _serve(self, stream: MovedStream, act: Callable[[], bool]) -> None:
-        """Let a stream act, and wait for its upstream, or for a slow client, until the next time; or it has ended."""
+        """Let a stream act, then wait for its upstream or a slow client; or it has ended."""
         error: Optional[BaseException] = None
         try:
             if act():
@@ -8232,7 +8260,8 @@ class StreamLoop:
             if stream.place is not None:
                 self._selector.unregister(stream.place)
                 stream.place = None
-            self._selector.register(place, selectors.EVENT_WRITE if is_slow else selectors.EVENT_READ, stream)
+            wanted = selectors.EVENT_WRITE if is_slow else selectors.EVENT_READ
+            self._selector.register(place, wanted, stream)
             stream.place = place
             if is_slow and stream.due > time.monotonic() + 1:
                 self._plan(stream, time.monotonic() + 1)
@@ -8254,7 +8283,8 @@ class Pool:
                 if not idle:
                     return None
                 connection = idle.pop()
-            if time.monotonic() - connection.idle_since < UPSTREAM_IDLE_S and not connection.is_stale():
+            idle_s = time.monotonic() - connection.idle_since
+            if idle_s < UPSTREAM_IDLE_S and not connection.is_stale():
                 return connection
             connection.hang_up()
 
@@ -8283,7 +8313,8 @@ _VERIFY_HINT = {
     18: "its certificate is self-signed: put it into a file and set `ca_file`",
     19: "its certificate chain ends in an unknown root: set `ca_file`, "
         "or install the CA certificates (ca-certificates)",
-    20: "its issuer is unknown: install the CA certificates (ca-certificates, on OpenWrt ca-bundle), or set `ca_file`",
+    20: "its issuer is unknown: install the CA certificates (ca-certificates, on OpenWrt "
+        "ca-bundle), or set `ca_file`",
     62: "its certificate is for another host name"}
 
 
@@ -8296,10 +8327,13 @@ def _transport_error(exc: Exception, where: str) -> UpstreamError:
         return UpstreamTimeout(f"{where}: no connection within the time limit (connect_timeout_s)")
     if isinstance(exc, ssl.SSLError):
         is_plain = "WRONG_VERSION" in str(exc.reason)
-        hint = "it does not speak TLS; should the address begin with http://?" if is_plain else exc.reason or str(exc)
+        hint = exc.reason or str(exc)
+        if is_plain:
+            hint = "it does not speak TLS; should the address begin with http://?"
         return UpstreamUnreachable(f"{where}: TLS failed: {hint}")
     if isinstance(exc, (socket.gaierror, UnicodeError)):
-        return UpstreamUnreachable(f"{where}: unknown host ({getattr(exc, 'strerror', None) or exc})")
+        reason = getattr(exc, "strerror", None) or exc
+        return UpstreamUnreachable(f"{where}: unknown host ({reason})")
     if isinstance(exc, ConnectionRefusedError):
         return UpstreamUnreachable(f"{where}: connection refused; is it running?")
     if isinstance(exc, ValueError):
@@ -8325,13 +8359,15 @@ class Endpoint(NamedTuple):
     @lru_cache(256)
     def of(cls, base_url: str) -> "Endpoint":
         parts = urllib.parse.urlsplit(base_url)
-        return cls(parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80),
+        return cls(parts.scheme, parts.hostname or "",
+                   parts.port or (443 if parts.scheme == "https" else 80),
                    parts.path)
 
     @property
     def authority(self) -> str:
         host = bracketed(self.host)
-        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+        usual = 443 if self.scheme == "https" else 80
+        return host if self.port == usual else f"{host}:{self.port}"
 
 
 def uuid4() -> str:
@@ -8341,17 +8377,19 @@ def uuid4() -> str:
 
 
 class IFlowIdentity:
-    """The headers iFlow knows its CLI by: one session and conversation a process, each request signed."""
+    """The headers iFlow knows its CLI by: a session and conversation, each request signed."""
 
     def __init__(self) -> None:
         self.session_id, self.conversation_id = f"session-{uuid4()}", uuid4()
 
     def headers(self, key: str, now: float) -> List[Tuple[str, str]]:
-        """For a request at `now` (epoch seconds) with the API key `key`; the signature is HMAC-SHA-256 in hex."""
+        """For a request at `now` (epoch seconds); the signature is HMAC-SHA-256 in hex."""
         stamp = str(int(now * 1000))
-        signed = hmac.new(key.encode(), f"{IFLOW_AGENT}:{self.session_id}:{stamp}".encode(), "sha256").hexdigest()
+        signed = hmac.new(key.encode(), f"{IFLOW_AGENT}:{self.session_id}:{stamp}".encode(),
+                          "sha256").hexdigest()
         trace = f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
-        return [("user-agent", IFLOW_AGENT), ("session-id", self.session_id), ("conversation-id", self.conversation_id),
+        return [("user-agent", IFLOW_AGENT), ("session-id", self.session_id),
+                ("conversation-id", self.conversation_id),
                 ("x-iflow-timestamp", stamp), ("x-iflow-signature", signed), ("traceparent", trace)]
 
 
@@ -8376,7 +8414,8 @@ class Proxy(NamedTuple):
 def parse_proxy(text: str) -> Proxy:
     """`text` as a Proxy; a bare `host:port` is an HTTP one, as in every proxy variable.
 
-    ValueError shows nothing of `text` but its scheme: a password may stand anywhere in an address that can't be read.
+    ValueError shows nothing of `text` but its scheme: a password may stand anywhere in an address
+    that can't be read.
     """
     text = text.strip()
     if "://" not in text:
@@ -8384,8 +8423,8 @@ def parse_proxy(text: str) -> Proxy:
     scheme = text.partition("://")[0].lower()
     if scheme not in PROXY_PORTS:
         shown = f"with {scheme}://" if re.fullmatch(r"[a-z0-9+.-]{1,12}", scheme) else "like this"
-        raise ValueError(f"a proxy address that begins {shown} is not supported; write http://, socks5://, "
-                         "socks5h:// (or env)")
+        raise ValueError(f"a proxy address that begins {shown} is not supported; write http://, "
+                         "socks5://, socks5h:// (or env)")
     try:
         parts = urllib.parse.urlsplit(text)
         host, port = parts.hostname, parts.port or PROXY_PORTS[scheme]
@@ -8394,13 +8433,14 @@ def parse_proxy(text: str) -> Proxy:
     odd = re.search(r"[\s\x00-\x1f\x7f]", text)
     if not host or odd or parts.path not in ("", "/") or parts.query or parts.fragment:
         raise ValueError(f"the proxy's address can't be read; write {scheme}://HOST:PORT or "
-                         f"{scheme}://USER:PASSWORD@HOST:PORT, with %40 for @, %2F for /, %3A for :, %23 for #")
+                         f"{scheme}://USER:PASSWORD@HOST:PORT, with %40 for @, %2F for /, "
+                         "%3A for :, %23 for #")
     user, password = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
     return Proxy(scheme, host, port, user, password)
 
 
 def proxy_problems(settings: Settings, providers: Iterable[Provider]) -> List[str]:
-    """What is wrong with the proxies that are set, a sentence each: told at the start, not at the first request."""
+    """What is wrong with the proxies that are set, a sentence each: told at the start."""
     problems = []
     named = [("upstream_proxy", settings.upstream_proxy)] if settings.upstream_proxy_enabled else []
     for where, proxy in named + [(f"provider {p.name}: proxy", p.proxy) for p in providers]:
@@ -8413,7 +8453,7 @@ def proxy_problems(settings: Settings, providers: Iterable[Provider]) -> List[st
 
 
 def proxy_for(provider: Provider, settings: Settings, endpoint: Endpoint) -> str:
-    """The address of the proxy that leads to `endpoint`, "" for none; this machine is never reached through one."""
+    """The address of the proxy to `endpoint`, "" for none; this machine never needs one."""
     proxy = provider.proxy or (settings.upstream_proxy if settings.upstream_proxy_enabled else "")
     if not proxy or is_loopback(endpoint.host):
         return ""
@@ -8421,7 +8461,7 @@ def proxy_for(provider: Provider, settings: Settings, endpoint: Endpoint) -> str
 
 
 def _environment_proxy(endpoint: Endpoint) -> str:
-    """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY in either case; else what Windows or macOS is set to."""
+    """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, else what Windows or macOS is set to."""
     from urllib.request import getproxies, proxy_bypass      # takes 2 MB: only for who asks for it
     if proxy_bypass(f"{bracketed(endpoint.host)}:{endpoint.port}"):
         return ""
@@ -8436,17 +8476,20 @@ _CONNECT_HINT = {**dict.fromkeys((400, 404, 405, 501), "is it an HTTP proxy?"),
 
 #: SOCKS5 reply codes (RFC 1928, 6).
 _SOCKS_REPLY = {
-    1: "it failed for no stated reason", 2: "it does not allow this address", 3: "it can't reach that network",
-    4: "it can't reach the upstream", 5: "the upstream refused the connection", 6: "the upstream is too far away",
+    1: "it failed for no stated reason", 2: "it does not allow this address",
+    3: "it can't reach that network",
+    4: "it can't reach the upstream", 5: "the upstream refused the connection",
+    6: "the upstream is too far away",
     7: "it can't connect", 8: "it does not take this kind of address"}
 
 
-class ProxyTalk:
+class ProxyTalk(HeadReader):
     """What is said to a proxy until the upstream's own bytes begin; all of it ends before `until`.
 
-    CONNECT serves http upstreams as well as https ones, where absolute-form requests would do for the former: the proxy
-    sees bytes only, so it can't hold a stream back, its refusals can't be taken for the upstream's answers, and its
-    credentials are sent once and never with a request.  The price: a proxy that tunnels to port 443 alone says so.
+    CONNECT serves http upstreams as well as https ones, where absolute-form requests would do for
+    the former: the proxy sees bytes only, so it can't hold a stream back, its refusals can't be
+    taken for the upstream's answers, and its credentials are sent once and never with a request.
+    The price: a proxy that tunnels to port 443 alone says so.
     """
 
     def __init__(self, sock: socket.socket, proxy: Proxy, where: str, until: float) -> None:
@@ -8455,15 +8498,12 @@ class ProxyTalk:
 
     def open(self, endpoint: Endpoint) -> None:
         """Have the proxy connect to `endpoint`; UpstreamUnreachable, OSError."""
-        if self._proxy.scheme == "http":
-            self._open_http(endpoint)
-        else:
-            self._open_socks(endpoint)
+        (self._open_http if self._proxy.scheme == "http" else self._open_socks)(endpoint)
 
     def _failed(self, text: str, should_retry: Optional[bool] = None) -> UpstreamUnreachable:
         return UpstreamUnreachable(f"{self._where}: {text}", should_retry=should_retry)
 
-    def _receive(self, limit: int) -> bytes:
+    def _receive(self, limit: int = 4096) -> bytes:
         left_s = self._until - time.monotonic()
         if left_s <= 0:
             raise socket.timeout
@@ -8488,23 +8528,25 @@ class ProxyTalk:
 
     # HTTP
 
+    def check_head(self, head: bytearray) -> None:
+        if head[:5] != b"HTTP/"[:len(head)]:
+            raise self._failed("what it answers is not HTTP; is it an HTTP proxy?")
+
     def _open_http(self, endpoint: Endpoint) -> None:
         place = f"{bracketed(self._encoded_host(endpoint.host).decode())}:{endpoint.port}"
-        head = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\nUser-Agent: iflow2api/{__version__}\r\n"
+        head = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n"
+        head += f"User-Agent: iflow2api/{__version__}\r\n"
         if self._has_login:
-            token = base64.b64encode(f"{self._proxy.user}:{self._proxy.password}".encode()).decode()
-            head += f"Proxy-Authorization: Basic {token}\r\n"
+            login = f"{self._proxy.user}:{self._proxy.password}".encode()
+            head += f"Proxy-Authorization: Basic {base64.b64encode(login).decode()}\r\n"
         self._sock.sendall(head.encode() + b"\r\n")
-        answer = b""
-        while b"\r\n\r\n" not in answer and b"\n\n" not in answer:
-            answer += self._receive(4096)
-            if answer[:5] != b"HTTP/"[:len(answer)] or len(answer) > HEAD_LIMIT_BYTES:
-                raise self._failed("what it answers is not HTTP; is it an HTTP proxy?")
-        status = re.match(rb"HTTP/1\.\d (\d{3})\b", answer)
+        answer = self.read_head()
+        self.check_head(bytearray(answer or b"too large"))
+        status = re.match(rb"HTTP/1\.\d (\d{3})\b", answer or b"")
         if not status:
             raise self._failed("what it answers is not HTTP/1.1; is it an HTTP proxy?")
         self._check_status(int(status.group(1)), place)
-        if not answer.endswith((b"\r\n\r\n", b"\n\n")):        # a web server's page: nobody has asked the upstream yet
+        if self._buffer:                 # a web server's page: nobody has asked the upstream yet
             raise self._failed("it answers with a page of its own; is it an HTTP proxy?")
 
     def _check_status(self, status: int, place: str) -> None:
@@ -8512,8 +8554,8 @@ class ProxyTalk:
             return
         if status == 407:
             raise self._wants_login()
-        hint = _CONNECT_HINT.get(status)
-        raise self._failed(f"it refused CONNECT {place} (HTTP {status}{f': {hint}' if hint else ''})")
+        hint = f": {_CONNECT_HINT[status]}" if status in _CONNECT_HINT else ""
+        raise self._failed(f"it refused CONNECT {place} (HTTP {status}{hint})")
 
     def _wants_login(self) -> UpstreamUnreachable:
         if self._has_login:
@@ -8528,7 +8570,8 @@ class ProxyTalk:
         self._sock.sendall(b"\5\2\0\2" if self._has_login else b"\5\1\0")
         version, method = self._receive_exactly(2)
         if version != 5:
-            hint = "it speaks HTTP: write http://" if bytes((version, method)) == b"HT" else "is it a SOCKS5 proxy?"
+            is_http = bytes((version, method)) == b"HT"
+            hint = "it speaks HTTP: write http://" if is_http else "is it a SOCKS5 proxy?"
             raise self._failed(f"what it answers is not SOCKS5; {hint}", False)
         if method == 2 and self._has_login:
             self._send_login()
@@ -8540,7 +8583,8 @@ class ProxyTalk:
             raise self._failed(_SOCKS_REPLY.get(reply, f"it failed with code {reply}"))
         kind = self._receive_exactly(2)[1]
         size = {1: 4, 4: 16}.get(kind) or self._receive_exactly(1)[0]
-        self._receive_exactly(size + 2)                      # the address it connects from, and its port
+        # the address it connects from, and its port
+        self._receive_exactly(size + 2)
 
     def _send_login(self) -> None:
         user, password = self._proxy.user.encode(), self._proxy.password.encode()
@@ -8551,14 +8595,16 @@ class ProxyTalk:
             raise self._wants_login()
 
     def _socks_address(self, endpoint: Endpoint) -> bytes:
-        """Kind and address of the upstream: a name is looked up here for socks5, there for socks5h."""
+        """The address of the upstream; a name is looked up here for socks5, there for socks5h."""
         host = endpoint.host
         if self._proxy.scheme == "socks5":
             try:
                 found = socket.getaddrinfo(host, endpoint.port, type=socket.SOCK_STREAM)
             except OSError:
-                raise self._failed(f"{host} can't be looked up here; with socks5h:// the proxy does it") from None
-            host = min(found, key=lambda each: each[0] != socket.AF_INET)[4][0]      # many a proxy has no IPv6
+                raise self._failed(
+                    f"{host} can't be looked up here; with socks5h:// the proxy does it") from None
+            # many a proxy has no IPv6
+            host = min(found, key=lambda each: each[0] != socket.AF_INET)[4][0]
         for family, kind in ((socket.AF_INET, b"\1"), (socket.AF_INET6, b"\4")):
             with contextlib.suppress(OSError):
                 return kind + socket.inet_pton(family, host.partition("%")[0])
@@ -8569,7 +8615,7 @@ class ProxyTalk:
 
 
 class Upstream:
-    """All HTTP that goes out: connections are kept, TLS is set up once, errors are UpstreamErrors."""
+    """All HTTP that goes out: connections are kept, TLS is set up once."""
 
     def __init__(self) -> None:
         self._pool = Pool()
@@ -8581,11 +8627,12 @@ class Upstream:
 
     def open(self, provider: Provider, settings: Settings, method: str, path: str,
              headers: Iterable[Tuple[str, str]], body: Optional[bytes], client: Client = NOBODY,
-             timeout_s: Optional[float] = None, content_type: str = "application/json") -> UpstreamResponse:
+             timeout_s: Optional[float] = None,
+             content_type: str = "application/json") -> UpstreamResponse:
         """Send one request, return its answer once the head is there.
 
-        Raises UpstreamError (unreachable, TLS, silent, no HTTP) and ClientGone.  A kept connection that turns
-        out to be closed before a byte was received is replaced by a new one, once.
+        Raises UpstreamError (unreachable, TLS, silent, no HTTP) and ClientGone.  A kept connection
+        that turns out to be closed before a byte was received is replaced by a new one, once.
         """
         endpoint = Endpoint.of(provider.base_url)
         request = self._head(endpoint, method, path, headers, body, content_type) + (body or b"")
@@ -8604,13 +8651,15 @@ class Upstream:
                 client.on_leave(connection.cut)
                 connection.sendall(request)
                 answer = connection.read_answer_head(method)
-                return UpstreamResponse(partial(self._release, key, client), connection, answer, idle_s)
+                return UpstreamResponse(partial(self._release, key, client), connection, answer,
+                                        idle_s)
             except (OSError, ValueError) as exc:
                 client.on_leave(None)
                 connection.hang_up()
                 if not kept or connection.received:
                     if isinstance(exc, ConnectionError):
-                        raise UpstreamUnreachable(f"{where} closed the connection without an answer") from None
+                        raise UpstreamUnreachable(
+                            f"{where} closed the connection without an answer") from None
                     raise _transport_error(exc, where) from exc
                 connection = None
             except BaseException:
@@ -8618,7 +8667,8 @@ class Upstream:
                 connection.hang_up()
                 raise
 
-    def _release(self, key: Tuple, client: Client, connection: UpstreamConnection, reusable: bool) -> None:
+    def _release(self, key: Tuple, client: Client, connection: UpstreamConnection,
+                 reusable: bool) -> None:
         client.on_leave(None)            # from here on nobody cuts it
         if reusable and connection.cut_by is None:
             self._pool.give(key, connection)
@@ -8626,15 +8676,18 @@ class Upstream:
             connection.hang_up()
 
     @staticmethod
-    def _head(endpoint: Endpoint, method: str, path: str, headers: Iterable[Tuple[str, str]], body: Optional[bytes],
+    def _head(endpoint: Endpoint, method: str, path: str, headers: Iterable[Tuple[str, str]],
+              body: Optional[bytes],
               content_type: str) -> bytes:
-        lines = [f"{method} {endpoint.path}{path} HTTP/1.1", f"Host: {endpoint.authority}", "Accept-Encoding: identity"]
+        lines = [f"{method} {endpoint.path}{path} HTTP/1.1", f"Host: {endpoint.authority}",
+                 "Accept-Encoding: identity"]
         if body is not None:
             lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in headers]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
-    def _connect(self, endpoint: Endpoint, settings: Settings, where: str, address: str) -> UpstreamConnection:
+    def _connect(self, endpoint: Endpoint, settings: Settings, where: str,
+                 address: str) -> UpstreamConnection:
         """A connection to `endpoint`, through the proxy at `address` unless that is empty."""
         sock, proxy = None, self._read_proxy(address, where)
         place, until = proxy or endpoint, time.monotonic() + settings.connect_timeout_s
@@ -8649,7 +8702,8 @@ class Upstream:
                 ProxyTalk(sock, proxy, where, until).open(endpoint)
                 sock.settimeout(settings.connect_timeout_s)
             if endpoint.scheme == "https":
-                sock = self._context(settings.ca_file).wrap_socket(sock, server_hostname=endpoint.host)
+                context = self._context(settings.ca_file)
+                sock = context.wrap_socket(sock, server_hostname=endpoint.host)
             return UpstreamConnection(sock)
         except Exception as exc:
             if sock is not None:
@@ -8665,14 +8719,16 @@ class Upstream:
         except ValueError as exc:
             raise UpstreamUnreachable(f"{where}: {exc}", should_retry=False) from None
 
-    def _refuse_ourselves(self, sock: socket.socket, port: int, where: str, proxied: Optional[Settings]) -> None:
-        """A request must not come back to us.  As a proxy our configured port is refused too: commands run apart."""
+    def _refuse_ourselves(self, sock: socket.socket, port: int, where: str,
+                          proxied: Optional[Settings]) -> None:
+        """A request must not come back to us, nor to a server that runs beside this command."""
         ours = port in self.own_ports or proxied is not None and port == proxied.port
         if ours and sock.getpeername()[0] == sock.getsockname()[0]:
             what = "base_url to the real upstream"
             if proxied is not None:
                 what = "upstream_proxy, or the provider's proxy, to a real one"
-            raise UpstreamUnreachable(f"{where} is this program's own address; set {what}", should_retry=False)
+            raise UpstreamUnreachable(f"{where} is this program's own address; set {what}",
+                                      should_retry=False)
 
     def _context(self, ca_file: str) -> ssl.SSLContext:
         """The one TLS context: making one takes 2 MB and 20 ms."""
@@ -8683,23 +8739,24 @@ class Upstream:
                     try:
                         context.load_verify_locations(os.path.expanduser(ca_file))
                     except OSError as exc:           # ssl.SSLError is one
-                        raise UpstreamUnreachable(f"ca_file {ca_file}: {exc.strerror or exc}") from None
+                        text = f"ca_file {ca_file}: {exc.strerror or exc}"
+                        raise UpstreamUnreachable(text) from None
                 self._tls = (ca_file, context)
             return self._tls[1]
 
     @contextlib.contextmanager
     def watching(self, client: Client) -> Iterator[None]:
-        """For the time of a call its client is kept awake, and those who work for it hear when it leaves."""
+        """For the time of a call its client is kept awake, and told to leave when it has."""
         with self._loop().watching(client) if client.sock is not None else contextlib.nullcontext():
             yield
 
     def move(self, response: UpstreamResponse, client: Client, move: Callable[[bytes], bool],
              is_over: Callable[[], bool] = lambda: False) -> None:
-        """Give `move` each payload as it comes, until it says False or the answer has ended; raises what they raise.
+        """Give `move` each payload as it comes, until it says False or the answer has ended.
 
-        Some upstreams do not close: where `is_over` says in silence that nothing of worth is missing, that is
-        the end.  What is there already is moved at once; then the loop does it, and nothing that is sent to
-        `client` waits.
+        Some upstreams do not close: where `is_over` says in silence that nothing of worth is
+        missing, that is the end.  What is there already is moved at once; then the loop does it,
+        and nothing that is sent to `client` waits.
         """
         stream = MovedStream(response, client, move, is_over)
         while not stream.idle:
@@ -12232,14 +12289,15 @@ class ClientReader(HeadReader):
             self._poller = Poller()
             self._poller.register(self._sock.fileno(), _POLLIN)
         left_s = self.deadline - time.monotonic()
-        return bool(self._poller.poll(max(0.0, min(left_s, LOOK_UP_S)) * 1000)) or left_s > LOOK_UP_S
+        wait_s = max(0.0, min(left_s, LOOK_UP_S))
+        return bool(self._poller.poll(wait_s * 1000)) or left_s > LOOK_UP_S
 
     def give_up(self) -> None:
         """Let who waits for the client, on another thread, wait no more."""
         self.deadline = 0.0
 
     def read_request_head(self) -> bytes:
-        """A request's head; BadRequest, ClientGone.  Stray empty lines after a body are skipped (RFC 9112, 2.2)."""
+        """A request's head, stray empty lines before it skipped (RFC 9112, 2.2); BadRequest."""
         head = self.read_head(b"\r\n")
         if head is None:
             raise BadRequest("the request's head is too large", status=431)
@@ -12248,7 +12306,7 @@ class ClientReader(HeadReader):
         return head
 
     def check_head(self, head: bytearray) -> None:
-        """BadRequest at once for what can't become a request: TLS waits for an answer, and sends no line end."""
+        """BadRequest at once for what can't become a request: TLS waits, and sends no line end."""
         if head[:1] == b"\x16":
             raise BadRequest("this port speaks plain HTTP; write http://, not https://")
         if head and not head[:1].isupper():
@@ -12265,7 +12323,7 @@ class ClientReader(HeadReader):
         return bool(self._buffer)
 
     def read_body(self, size: int, timeout_s: float, use: Callable[[bytes], Any]) -> int:
-        """Hand `size` bytes to `use` as they come; how many there were.  The time allowed grows with what came."""
+        """Hand `size` bytes to `use` as they come; how many there were."""
         got, start = 0, time.monotonic()
         while got < size:
             self.deadline = start + timeout_s + got / BODY_BYTES_PER_S
@@ -12295,8 +12353,8 @@ _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (\S{1,16000}) HTTP/1\.([01])")
 def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
     """Method, target, version and headers (join_headers) of a request; BadRequest.
 
-    Stricter than http.server, whose parser for e-mail lets folded lines and blanks before the colon pass: what a
-    proxy before us might read in another way is refused.
+    Stricter than http.server, whose parser for e-mail lets folded lines and blanks before the
+    colon pass: what a proxy before us might read in another way is refused.
     """
     first_line, *lines = head.replace(b"\r\n", b"\n").split(b"\n")
     first = first_line.decode("latin-1")
@@ -12304,32 +12362,37 @@ def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
     if not found:
         if re.search(r" HTTP/\d", first) and not first.endswith((" HTTP/1.0", " HTTP/1.1")):
             raise BadRequest("this server speaks HTTP/1.1", status=505)
-        raise BadRequest("the request line is malformed or too long", status=414 if len(first) > 16000 else 400)
+        raise BadRequest("the request line is malformed or too long",
+                         status=414 if len(first) > 16000 else 400)
     if len(lines) > HEADERS_LIMIT:
         raise BadRequest("too many headers", status=431)
     fields = [line.partition(b":") for line in lines]
     names = b"".join(name for name, _, _ in fields)
-    if b"\r" in head.replace(b"\r\n", b"") or b"\0" in head or names.translate(None, _TOKEN) or not all(
+    is_clean = b"\r" not in head.replace(b"\r\n", b"") and b"\0" not in head
+    if not is_clean or names.translate(None, _TOKEN) or not all(
             name and colon for name, colon, _ in fields):
         raise BadRequest("the request's head is malformed")
-    pairs = [(name.decode("ascii"), value.decode("latin-1").strip(" \t")) for name, _, value in fields]
+    pairs = [(name.decode("ascii"), value.decode("latin-1").strip(" \t"))
+             for name, _, value in fields]
     return found.group(1), found.group(2), "HTTP/1." + found.group(3), join_headers(pairs)
 
 
 def find_target(head: bytes) -> str:
-    """The target in a head that is no sound one, "" where it can't be told: the error speaks for its path."""
+    """The target in a head that is not sound: the error is in the words of its path."""
     words = head.partition(b"\n")[0].split(b" ", 2)
     return words[1].decode("latin-1") if len(words) == 3 else ""
 
 
 def check_framing(headers: Mapping[str, str], version: str) -> Optional[int]:
-    """The body's length, None for chunked; BadRequest where a proxy before us might see another one (RFC 9112, 6.3)."""
+    """The body's length, None for chunked; BadRequest where a proxy might see another one."""
     if version == "HTTP/1.1" and not re.fullmatch(r"[^\s,/@]+", headers.get("host", "")):
         raise BadRequest("one Host header is needed")
     length = headers.get("content-length")
     if "transfer-encoding" in headers:
-        if length is not None or version == "HTTP/1.0" or headers["transfer-encoding"].lower() != "chunked":
-            raise BadRequest("Transfer-Encoding must be chunked alone, without Content-Length and with HTTP/1.1")
+        is_chunked = headers["transfer-encoding"].lower() == "chunked"
+        if length is not None or version == "HTTP/1.0" or not is_chunked:
+            raise BadRequest("Transfer-Encoding must be chunked alone, without Content-Length "
+                             "and with HTTP/1.1")
         return None
     if length is not None and not (length.isdigit() and length.isascii() and len(length) < 19):
         raise BadRequest("Content-Length must be one number")
@@ -12377,7 +12440,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     break
                 wait_s = CLIENT_IDLE_S
         except (ClientGone, OSError):
-            pass                         # it left; what it had asked for is noted where it was answered
+            pass                         # it left; what it asked for is noted by who answers
 
     def handle_one_request(self) -> None:
         """One request: head, checks, endpoint; any error that comes up becomes an answer here."""
@@ -12403,13 +12466,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._log_refusal(exc)
             forget_trace(exc)
         except socket.timeout:
-            self._fail_reading(BadRequest("the request did not arrive in time", status=408, code="request_timeout"))
+            self._fail_reading(BadRequest("the request did not arrive in time", status=408,
+                                          code="request_timeout"))
         except (ClientGone, OSError) as exc:
             self.close_connection = True
             forget_trace(exc)
         except RecursionError:
             self._fail_reading(BadRequest("the body is nested too deeply"))
-        except Exception:                # the last resort: a defect of ours must not look like an answer
+        except Exception:                # a defect of ours must not look like an answer
             self.server.gateway.log.exception("%s failed", self.request_id)
             self._fail_reading(GatewayError("iflow2api failed on this request; its log says why"))
 
@@ -12427,14 +12491,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A line for what no call was noted for."""
         self.server.gateway.log.log(
             logging.INFO if self.writer is None and self.path != "/favicon.ico" else logging.DEBUG,
-            "%s %s %s %d (%s)", self.request_id[4:12], self.command or "-", one_line(self.path.split("?")[0], 80),
+            "%s %s %s %d (%s)", self.request_id[4:12], self.command or "-",
+            one_line(self.path.split("?")[0], 80),
             self.endpoint.dialect.status(exc), one_line(exc.message, 200))
 
     def log_message(self, format: str, *args: Any) -> None:
         """http.server's own log lines; ours are written where an answer ends."""
 
     def _linger(self) -> None:
-        """Close without a reset, which would destroy an answer still on its way to a client still sending."""
+        """Close without a reset, which would destroy an answer that is still on its way."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self.reader.deadline = time.monotonic() + LINGER_S
@@ -12448,12 +12513,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True                     # until the framing is known to be sound
         length = check_framing(self.headers, self.request_version)
         self._body_left = -1 if length is None else length
-        self._continue = self.headers.get("expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0"
+        expects = self.headers.get("expect", "").lower() == "100-continue"
+        self._continue = expects and self.request_version != "HTTP/1.0"
         if not self.path.startswith("/") or self.path.startswith("//"):
             raise BadRequest("the request target must be a path")
         self.close_connection = self._wants_close()
         if self.headers.get("upgrade", "").lower() == "websocket":
-            raise BadRequest("this server speaks no WebSocket; use plain HTTP", status=426, should_retry=False)
+            raise BadRequest("this server speaks no WebSocket; use plain HTTP", status=426,
+                             should_retry=False)
         if self.server.closing.is_set() or self.is_surplus:
             self.close_connection = True
             raise Busy("the server is shutting down" if self.server.closing.is_set() else
@@ -12471,7 +12538,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _wants_close(self) -> bool:
         tokens = tokens_of(self.headers.get("connection", ""))
-        return "close" in tokens or self.request_version == "HTTP/1.0" and "keep-alive" not in tokens
+        is_kept = self.request_version != "HTTP/1.0" or "keep-alive" in tokens
+        return "close" in tokens or not is_kept
 
     def _settle_body(self) -> None:
         """After the answer: nothing of the request's body may be taken for the next request."""
@@ -12481,7 +12549,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._linger()
 
     def _skip_body(self) -> None:
-        """After the answer: read a small body nobody wanted, so that the connection can be kept; else it is closed."""
+        """After the answer: read a small body nobody wanted, so that the connection stays."""
         try:
             if self.reader.read_body(self._body_left, 1, len) < self._body_left:
                 self.close_connection = True
@@ -12490,18 +12558,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
     def read_body(self, limit: int = 0) -> bytes:
-        """The request's body, unpacked, of at most `limit` bytes (0: body_limit_bytes); BadRequest (411, 413, …)."""
+        """The body, unpacked, of at most `limit` bytes (0: body_limit_bytes); BadRequest."""
         limit = limit or self.server.gateway.settings.body_limit_bytes
         limit = min(limit, PUBLIC_KEPT_BYTES) if self.endpoint.public else limit
-        packed = self.headers.get("content-encoding", "identity").strip().lower() not in ("identity", "")
+        encoding = self.headers.get("content-encoding", "identity").strip().lower()
         parts: List[bytes] = []
         self._check_body()
         self._read_pieces(limit, parts.append)
         body = b"".join(parts)
-        return inflate(body, limit) if packed else body
+        return body if encoding in ("identity", "") else inflate(body, limit)
 
     def drop_body(self, limit: int) -> None:
-        """Read the request's body, of at most `limit` bytes as they are, and keep nothing of it; BadRequest (411, 413)."""
+        """Read a body of at most `limit` bytes as they are and keep nothing of it; BadRequest."""
         self._read_pieces(limit, len)
 
     def _check_body(self) -> None:
@@ -12510,31 +12578,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest("a JSON body is expected, not multipart", status=415)
         encoding = self.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise BadRequest(f"Content-Encoding {one_line(encoding, 40)} is not known; gzip and deflate are",
-                             status=415)
+            raise BadRequest(f"Content-Encoding {one_line(encoding, 40)} is not known; "
+                             "gzip and deflate are", status=415)
         if self.endpoint.public and encoding not in ("identity", ""):
             raise BadRequest("what needs no key takes no compressed body", status=415)
 
     def _read_pieces(self, limit: int, take: Callable[[bytes], Any]) -> None:
         """Hand a body to `take` as it comes, without its framing; BadRequest."""
         if "content-length" not in self.headers and self._body_left >= 0:
-            raise self._distrust(BadRequest("Content-Length or Transfer-Encoding: chunked is needed", status=411))
+            raise self._distrust(BadRequest(
+                "Content-Length or Transfer-Encoding: chunked is needed", status=411))
         if self._body_left > limit:
             raise too_large(limit)
         if self._continue:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._continue = False
-        timeout_s = BODY_TIME_S
         if self._body_left < 0:
-            self._read_chunked(limit, timeout_s, take)
-        elif self.reader.read_body(self._body_left, timeout_s, take) < self._body_left:
+            self._read_chunked(limit, take)
+        elif self.reader.read_body(self._body_left, BODY_TIME_S, take) < self._body_left:
             raise self._distrust(BadRequest("the body ended before its Content-Length"))
         self._body_left = 0
 
-    def _read_chunked(self, limit: int, timeout_s: float, take: Callable[[bytes], Any]) -> None:
+    def _read_chunked(self, limit: int, take: Callable[[bytes], Any]) -> None:
         dechunker, size, start = Dechunker(), 0, time.monotonic()
         while not dechunker.done:
-            self.reader.deadline = start + timeout_s + size / BODY_BYTES_PER_S
+            self.reader.deadline = start + BODY_TIME_S + size / BODY_BYTES_PER_S
             data = self.reader.take()
             if not data:
                 raise self._distrust(BadRequest("the body ended before its last chunk"))
@@ -12563,16 +12631,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def head(self, status: int, headers: Iterable[Tuple[str, str]]) -> bytes:
         """An answer's head, with what every answer has."""
-        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}", f"Server: {self.server_version}",
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+                 f"Server: {self.server_version}",
                  f"Date: {http_date(int(time.time()))}", f"x-request-id: {self.request_id}"]
         if self.endpoint.dialect.name == "messages":
             lines.append(f"request-id: {self.request_id}")
         lines += cors_lines(self.headers, self.path, self.command == "OPTIONS")
         if self.endpoint.admin:
             lines += ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
-        if self.meters:                  # ours instead of the upstream's, which are about another key
+        # ours instead of the upstream's, which are about another key
+        if self.meters:
             ours = self.server.gateway.limiter.headers(self.meters)
-            headers = [*ours, *(pair for pair in headers if not ours or not pair[0].lower().startswith("x-ratelimit-"))]
+            headers = [*ours, *(pair for pair in headers if not ours
+                                or not pair[0].lower().startswith("x-ratelimit-"))]
         lines += [f"{name}: {value}" for name, value in headers]
         if self.close_connection or self.server.closing.is_set():
             lines.append("Connection: close")
@@ -12580,18 +12651,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines.append("Connection: keep-alive")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
-    def respond(self, status: int, body: bytes, content_type: str, headers: Iterable[Tuple[str, str]] = ()) -> None:
+    def respond(self, status: int, body: bytes, content_type: str,
+                headers: Iterable[Tuple[str, str]] = ()) -> None:
         """A whole answer in one write."""
         if self._body_left and not (0 < self._body_left <= 65536 and not self._continue):
             self.close_connection = True                 # nobody will read that to its end
-        own = [] if status in (204, 304) else [("Content-Type", content_type), ("Content-Length", str(len(body)))]
+        own = [("Content-Type", content_type), ("Content-Length", str(len(body)))]
+        own = [] if status in (204, 304) else own
         self.write(self.head(status, [*own, *headers]) + (b"" if self.command == "HEAD" else body))
 
-    def respond_json(self, value: Json, status: int = 200, headers: Iterable[Tuple[str, str]] = ()) -> None:
+    def respond_json(self, value: Json, status: int = 200,
+                     headers: Iterable[Tuple[str, str]] = ()) -> None:
         self.respond(status, dump_json(value), "application/json", headers)
 
-    def respond_static(self, body: bytes, content_type: str, headers: Iterable[Tuple[str, str]] = ()) -> None:
-        """A page that seldom changes: packed where that is accepted, and not at all where the client has it already."""
+    def respond_static(self, body: bytes, content_type: str,
+                       headers: Iterable[Tuple[str, str]] = ()) -> None:
+        """A page that seldom changes: packed where that is accepted, 304 where it is known."""
         tag, packed = pack_static(body)
         own = [("ETag", tag), ("Cache-Control", "no-cache"), ("Vary", "Accept-Encoding"),
                ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), *headers]
@@ -12602,7 +12677,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.respond(200, body, content_type, own)
 
     def send_error_of(self, exc: GatewayError) -> None:
-        """The one place where an error becomes bytes: as an answer, or within a stream that has begun."""
+        """The one place where an error becomes bytes: an answer, or a part of a stream."""
         if self.writer is not None and (self.writer.open or self.writer.tells_within(exc)):
             return self.writer.fail(exc)
         status = self.endpoint.dialect.status(exc)
@@ -12621,7 +12696,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def write(self, data: bytes) -> None:
         """Everything to the client, or ClientGone."""
-        send_all(self.connection, data, SEND_TIME_S)
+        send_all(self.connection, data)
 
 
 def accepts_gzip(header: str) -> bool:
@@ -12652,26 +12727,28 @@ def send_now(sock: socket.socket, data: bytes) -> bytes:
     return data[sent:]
 
 
-def send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
+def send_all(sock: socket.socket, data: bytes) -> None:
     """Write all to a non-blocking socket; ClientGone when it is closed or takes nothing."""
     rest = memoryview(send_now(sock, data))              # whose slices are no copies
     while rest:
-        if not is_writable(sock, timeout_s):
+        if not is_writable(sock, SEND_TIME_S):
             raise ClientGone
         rest = send_now(sock, rest)
 
 
 def too_large(limit: int) -> BadRequest:
     name = "" if limit in (PUBLIC_BODY_BYTES, PUBLIC_KEPT_BYTES) else " (body_limit_bytes)"
-    return BadRequest(f"the body is larger than {limit} bytes{name}", status=413, code="request_too_large")
+    return BadRequest(f"the body is larger than {limit} bytes{name}", status=413,
+                      code="request_too_large")
 
 
-#: A gzip body may have several members, one after the other (RFC 1952, 2.2); bgzip makes one of each 64 KiB.
+#: A gzip body may have several members, one after the other (RFC 1952, 2.2); bgzip makes one of
+#: each 64 KiB.
 GZIP_MEMBERS = 10_000
 
 
 def inflate(body: bytes, limit: int) -> bytes:
-    """A gzip or deflate body unpacked, never beyond `limit` bytes; raw deflate is taken too, as browsers do."""
+    """A gzip or deflate body (raw, too, as browsers take it), never beyond `limit` bytes."""
     for window in (47, -15):
         with contextlib.suppress(zlib.error):
             return _inflate(memoryview(body), window, limit)
@@ -12679,7 +12756,7 @@ def inflate(body: bytes, limit: int) -> bytes:
 
 
 def _inflate(body: memoryview, window: int, limit: int) -> bytes:
-    """zlib.error where it is something else, or cut short; in pieces, since what is left over is copied each time."""
+    """zlib.error where it is something else; in pieces, since what is left is copied each time."""
     parts, size, at = [], 0, 0
     for _ in range(GZIP_MEMBERS):
         unpacker = zlib.decompressobj(window)
@@ -12698,18 +12775,17 @@ def _inflate(body: memoryview, window: int, limit: int) -> bytes:
 
 
 class ResponseWriter(Client):
-    """Writes one answer to the client.  The head of a stream goes out with its first bytes, be it a keep-alive."""
+    """Writes one answer; a stream's head goes out with its first bytes, or a keep-alive."""
 
     def __init__(self, handler: Handler, call: Call) -> None:
         super().__init__()
-        settings = handler.server.gateway.settings
         self._handler, self._call = handler, call
         self.sock = handler.connection
-        self.keepalive_s = settings.keepalive_s if call.stream else LONGEST_S
-        self._timeout_s = SEND_TIME_S
+        self.keepalive_s = handler.server.gateway.settings.keepalive_s if call.stream else LONGEST_S
         self._chunked = handler.request_version != "HTTP/1.0"
         self._writing = threading.Lock()
-        self.open, self._over = False, False     #: the head is out, and with it the chance of a status; all is out
+        #: the head is out, and with it the chance of a status; all is out
+        self.open, self._over = False, False
         self.wrote_at = time.monotonic()
 
     def _head(self) -> bytes:
@@ -12720,7 +12796,8 @@ class ResponseWriter(Client):
         handler = self._handler
         framing = [("Transfer-Encoding", "chunked")] if self._chunked else []
         handler.close_connection = handler.close_connection or not self._chunked
-        return handler.head(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-cache"),
+        return handler.head(200, [("Content-Type", "text/event-stream; charset=utf-8"),
+                                  ("Cache-Control", "no-cache"),
                                   ("X-Accel-Buffering", "no"), *framing, *self.returned])
 
     def _frame(self, payload: bytes) -> bytes:
@@ -12734,7 +12811,7 @@ class ResponseWriter(Client):
                 self.backlog = send_now(self.sock, data)
             else:
                 self.backlog = b""
-                send_all(self.sock, data, self._timeout_s)
+                send_all(self.sock, data)
             self.wrote_at = time.monotonic()
 
     def flush(self) -> None:
@@ -12743,7 +12820,7 @@ class ResponseWriter(Client):
             self.backlog, self.wrote_at = rest, time.monotonic()
 
     def is_stuck(self, now: float) -> bool:
-        return now - self.wrote_at >= self._timeout_s
+        return now - self.wrote_at >= SEND_TIME_S
 
     def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
         self.began = True
@@ -12772,8 +12849,9 @@ class ResponseWriter(Client):
             self._writing.release()
 
     def tells_within(self, exc: GatewayError) -> bool:
-        """Whether an error before the first word is part of the stream: `response.failed`, where the model failed."""
-        return self._call.stream and self._call.dialect.name == "responses" and isinstance(exc, UpstreamBroke)
+        """Whether an error before the first word is part of the stream: `response.failed`."""
+        is_streamed = self._call.stream and self._call.dialect.name == "responses"
+        return is_streamed and isinstance(exc, UpstreamBroke)
 
     def fail(self, exc: GatewayError) -> None:
         """An error in the dialect's own words within the stream; then the connection ends."""
@@ -12786,7 +12864,7 @@ class ResponseWriter(Client):
 # --- who may talk to us ------------------------------------------------------
 
 def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> None:
-    """Forbidden for a Host that is not this machine's (DNS rebinding) and for a foreign web page without a key."""
+    """Forbidden for a Host that is not ours (DNS rebinding), a foreign page without a key."""
     settings = server.gateway.settings
     host = headers.get("host", "")
     name = host.partition("]")[0] + "]" if host.startswith("[") else host.rpartition(":")[0] or host
@@ -12795,16 +12873,17 @@ def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> N
     if server.is_local and not (
             is_loopback(name) or name in ("host.docker.internal", "")
             or name in [str(host).lower() for host in settings.allowed_hosts]):
-        raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to `allowed_hosts`",
-                        code="host_not_allowed")
+        raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to "
+                        "`allowed_hosts`", code="host_not_allowed")
     origin = headers.get("origin")
-    if origin is None or method == "OPTIONS" or origin in settings.allowed_origins or "*" in settings.allowed_origins:
+    if origin is None or method == "OPTIONS" or {origin, "*"} & set(settings.allowed_origins):
         return
     is_own = origin.partition("://")[2].lower() == host.lower()
     if is_own or door.required and door.find(client_keys(settings, headers)):
         return
-    raise Forbidden(f"the web page at {one_line(origin, 80)} may not call this server; add it to `allowed_origins`"
-                    + (", or send the key" if door.required else ""), code="origin_not_allowed")
+    raise Forbidden(f"the web page at {one_line(origin, 80)} may not call this server; add it to "
+                    "`allowed_origins`" + (", or send the key" if door.required else ""),
+                    code="origin_not_allowed")
 
 
 def client_keys(settings: Settings, headers: Mapping[str, str]) -> Iterator[str]:
@@ -12819,9 +12898,10 @@ def client_keys(settings: Settings, headers: Mapping[str, str]) -> Iterator[str]
             yield value.partition(" ")[2].strip()        # a custom header may say Bearer too
 
 
-#: What clients hear, and /health says, once the last key is removed from a server that others reach.
-NO_KEY_LEFT = ("this server is reached from other machines and has no client key, so it answers nobody; "
-               "on its machine, `key add NAME` makes one, or set custom_api_key")
+#: What clients hear, and /health says, once the last key is removed from a server that others
+#: reach.
+NO_KEY_LEFT = ("this server is reached from other machines and has no client key, so it "
+               "answers nobody; on its machine, `key add NAME` makes one, or set custom_api_key")
 
 
 def check_key(server: "Server", headers: Mapping[str, str]) -> Optional[ClientKey]:
@@ -12835,8 +12915,10 @@ def check_key(server: "Server", headers: Mapping[str, str]) -> Optional[ClientKe
     key = state.door.find(given)
     ours = "custom_api_key" if state.settings.custom_api_key else "keys (`key add NAME` makes one)"
     if key is None:
-        raise Unauthorized(f"the API key is wrong; it must be this server's {ours}" if any(given) else
-                           f"an API key is needed: send this server's {ours} as `Authorization: Bearer KEY`")
+        if any(given):
+            raise Unauthorized(f"the API key is wrong; it must be this server's {ours}")
+        raise Unauthorized(f"an API key is needed: send this server's {ours} as "
+                           "`Authorization: Bearer KEY`")
     if time.time() >= key.expires_at:
         day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key.expires_at))
         raise Unauthorized(f"the API key {key.name} expired on {day}", code="expired_api_key")
@@ -12844,9 +12926,10 @@ def check_key(server: "Server", headers: Mapping[str, str]) -> Optional[ClientKe
 
 
 def check_own_page(headers: Mapping[str, str]) -> None:
-    """Forbidden for a foreign web page, whatever `allowed_origins` says; another port of this host is foreign, too."""
+    """Forbidden for a foreign web page, which another port of this host is, too."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-    foreign = origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
+    host = headers.get("host", "").lower()
+    foreign = origin is not None and origin.partition("://")[2].lower() != host
     if foreign or site not in ("none", "same-origin"):
         raise Forbidden("the admin API answers to its own page only", code="origin_not_allowed")
 
@@ -12872,7 +12955,8 @@ def check_session(handler: Handler) -> Session:
         if session is None:
             raise Unauthorized("user or password is wrong", code="wrong_password")
     if session is None:
-        raise Unauthorized("the session has ended; sign in again" if token else "sign in at /admin first",
+        raise Unauthorized("the session has ended; sign in again" if token
+                           else "sign in at /admin first",
                            code="session_expired" if token else "no_session")
     return session
 
@@ -12895,7 +12979,7 @@ def meters_of(handler: Handler) -> List[Meter]:
 
 
 def cors_lines(headers: Mapping[str, str], path: str, preflight: bool) -> List[str]:
-    """What a browser needs to let its page read an answer; never for the admin page, never credentials."""
+    """What lets a browser's page read an answer; never under /admin, never credentials."""
     origin = headers.get("origin")
     if not origin or not origin.isprintable() or normal_path(path).startswith("/admin"):
         return []
@@ -12904,7 +12988,8 @@ def cors_lines(headers: Mapping[str, str], path: str, preflight: bool) -> List[s
     if preflight:
         wanted = headers.get("access-control-request-headers", "")
         wanted = wanted if wanted and wanted.isprintable() else "authorization, content-type"
-        lines += ["Access-Control-Allow-Methods: GET, HEAD, POST, DELETE, OPTIONS", "Access-Control-Max-Age: 600",
+        lines += ["Access-Control-Allow-Methods: GET, HEAD, POST, DELETE, OPTIONS",
+                  "Access-Control-Max-Age: 600",
                   f"Access-Control-Allow-Headers: {wanted}"]
         if headers.get("access-control-request-private-network"):
             lines.append("Access-Control-Allow-Private-Network: true")
@@ -12939,10 +13024,12 @@ def answer_call(handler: Handler) -> None:
         dialect = handler.endpoint.dialect
         text = decode_body(handler.read_body())
         talks = dialect.path == CHAT.path        # embeddings come in bulk, and never again
-        known = handler.server.gateway.conversations.of(text, conversation_names(handler.headers)) if talks else None
+        names = conversation_names(handler.headers)
+        known = handler.server.gateway.conversations.of(text, names) if talks else None
         body = parse_body(text, known)
         dialect.check(body)
-        call = Call(dialect, body, text, handler.headers, handler.request_id, handler.key, handler.meters, known)
+        call = Call(dialect, body, text, handler.headers, handler.request_id, handler.key,
+                    handler.meters, known)
         handler.writer = ResponseWriter(handler, call)
         handler.server.gateway.answer(call, handler.writer)
 
@@ -12969,32 +13056,24 @@ def count_tokens(handler: Handler) -> None:
 
 
 def kept_response(handler: Handler) -> None:
-    """GET and DELETE /v1/responses/{id}, GET …/input_items, POST …/cancel."""
+    """GET and DELETE /v1/responses/{id}, GET …/input_items."""
     ident, _, rest = handler.argument.partition("/")
     store = handler.server.gateway.responses
-    wanted = {"GET": ("", "input_items"), "HEAD": ("", "input_items"), "DELETE": ("",), "POST": ("cancel",)}
-    kept = store.find(ident, owner_of(handler.key)) if rest in wanted[handler.command] else None
+    known = rest == "" or rest == "input_items" and handler.command != "DELETE"
+    kept = store.find(ident, owner_of(handler.key)) if known else None
     if kept is None:
         raise NotFound(f"Response with id '{one_line(ident, 80)}' not found.", param="id")
-    if handler.command == "POST":
-        raise BadRequest("Cannot cancel a synchronous response.", param="id")
     if handler.command == "DELETE":
         store.drop(ident)
         return handler.respond_json({"id": ident, "object": "response.deleted", "deleted": True})
-    query = query_of(handler)
-    if rest or query.get("stream") != "true" or kept.response["object"] != "response":
-        return handler.respond_json(item_page(kept.items, query) if rest else kept.response)
-    after = query.get("starting_after") or "-1"
-    if not re.fullmatch(r"-1|\d{1,9}", after):
-        raise BadRequest("starting_after: a number expected", param="starting_after")
-    events = [encode_event(event) for event in replay_events(kept.response) if event["sequence_number"] > int(after)]
-    handler.respond(200, b"".join(events), "text/event-stream; charset=utf-8")
+    handler.respond_json(item_page(kept.items, query_of(handler)) if rest else kept.response)
 
 
 def item_page(items: List[Json], query: Mapping[str, str]) -> Json:
-    """A page of input items, the newest first unless `order=asc`; `limit` (20), `after` an item's id."""
+    """A page of input items, the newest first unless `order=asc`; `limit` (20), `after`."""
     limit, after = number_in(query, "limit", 20, 100), query.get("after")
-    named = [{**item, "id": item.get("id") or f"item_{number}"} for number, item in enumerate(items)]
+    named = [{**item, "id": item.get("id") or f"item_{number}"}
+             for number, item in enumerate(items)]
     named = named if query.get("order") == "asc" else named[::-1]
     names = [item["id"] for item in named]
     if after and after not in names:
@@ -13035,15 +13114,17 @@ def show_model(handler: Handler) -> None:
     wanted, gateway = urllib.parse.unquote(handler.argument), handler.server.gateway
     model = find_model(gateway, wanted, handler.key)
     if model is None:
-        raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist", code="model_not_found", param="model")
+        raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist",
+                       code="model_not_found", param="model")
     anthropic = "anthropic-version" in handler.headers
     handler.respond_json(anthropic_model(model, target_of(gateway, wanted)) if anthropic else model)
 
 
 def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
-    """A model as Anthropic's API lists it (anthropic-messages.md section 9); its display name says where it leads."""
+    """A model as Anthropic's API lists it; its display name says where it leads."""
     name = model["id"]
-    told = {"type": "model", "id": name, "display_name": name, "created_at": format_time(model["created"]),
+    told = {"type": "model", "id": name, "display_name": name,
+            "created_at": format_time(model["created"]),
             "lifecycle": "active"}
     if target is None:
         return told
@@ -13056,7 +13137,7 @@ def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
 
 
 def anthropic_page(models: List[Json], query: Mapping[str, str]) -> Json:
-    """One page of the list: `limit` (1 to 1000, 20 without), `after_id`, `before_id`; BadRequest on another limit."""
+    """One page of the list: `limit` (1 to 1000, 20 without), `after_id`, `before_id`."""
     limit, names = number_in(query, "limit", 20, 1000), [model["id"] for model in models]
     after, before = query.get("after_id"), query.get("before_id")
     if after in names:
@@ -13067,16 +13148,21 @@ def anthropic_page(models: List[Json], query: Mapping[str, str]) -> Json:
     return page_of(models[:limit], len(models) > limit)
 
 
-CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>iflow2api</title><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:40rem;
+CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>iflow2api</title>
+<style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:40rem;
 margin:3rem auto;padding:0 1rem}code{font:14px ui-monospace,monospace}li{margin:.2rem 0}</style>
-<h1>iflow2api</h1><p>It runs. Point an OpenAI client here / 服务已启动，将客户端的 base URL 设为：<br><code>URL/v1</code></p>
+<h1>iflow2api</h1>
+<p>It runs. Point an OpenAI client here / 服务已启动，将客户端的 base URL 设为：<br>
+<code>URL/v1</code></p>
 <ul><li><a href="/admin">/admin</a></li><li><a href="/health">/health</a></li>
 <li><a href="/v1/models">/v1/models</a></li><li><a href="/metrics">/metrics</a></li>
-<li>API 文档 / documents: <a href="/docs">/docs</a>, <a href="/redoc">/redoc</a>, <a href="/openapi.json">/openapi.json</a></li></ul>"""
+<li>API 文档 / documents: <a href="/docs">/docs</a>, <a href="/redoc">/redoc</a>,
+<a href="/openapi.json">/openapi.json</a></li></ul>"""
 
 #: No script, nothing from elsewhere; for pages that are only text and style.
-PAGE_HEADERS = (("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
+PAGE_HEADERS = (("Content-Security-Policy",
+                 "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
                 ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
 
 
@@ -13086,14 +13172,16 @@ def show_card(handler: Handler) -> None:
         page = CARD.replace("URL", handler.server.url)
         return handler.respond(200, page.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
     endpoints = sorted(path for path in ROUTES if path != "/" and not path.startswith("/admin/"))
-    handler.respond_json({"name": "iflow2api", "version": __version__, "base_url": handler.server.url + "/v1",
+    handler.respond_json({"name": "iflow2api", "version": __version__,
+                          "base_url": handler.server.url + "/v1",
                           "docs": handler.server.url + "/docs", "endpoints": endpoints})
 
 
 class Route(NamedTuple):
     """What a method of a path does.
 
-    `public`: without a client key.  `admin`: for the page alone, with a session instead of a key, unless it is public.
+    `public`: without a client key.  `admin`: for the page alone, with a session instead of a key,
+    unless it is public.
     """
     run: Callable[[Handler], None]
     dialect: ChatDialect = CHAT
@@ -13102,7 +13190,8 @@ class Route(NamedTuple):
 
 
 def _no_endpoint(handler: Handler) -> None:
-    raise NotFound(f"there is nothing at {one_line(handler.path.partition('?')[0], 100)}", code="not_found")
+    raise NotFound(f"there is nothing at {one_line(handler.path.partition('?')[0], 100)}",
+                   code="not_found")
 
 
 def answer_preflight(handler: Handler) -> None:
@@ -13116,7 +13205,8 @@ UNKNOWN_MESSAGES = Route(_no_endpoint, MESSAGES)
 #: No route has more parts than this.
 ROUTE_PARTS = 8
 
-#: path without /v1 -> method -> what it does; HEAD comes with GET.  A path that ends in a slash takes what follows it.
+#: path without /v1 -> method -> what it does; HEAD comes with GET.  A path that ends in a slash
+#: takes what follows it.
 ROUTES: Dict[str, Dict[str, Route]] = {
     "/": {"GET": Route(show_card, public=True)},
     "/health": {"GET": Route(show_health, public=True)},
@@ -13132,14 +13222,14 @@ ROUTES: Dict[str, Dict[str, Route]] = {
     "/responses": {"POST": Route(answer_call, RESPONSES)},
     "/responses/compact": {"POST": Route(answer_call, COMPACT)},
     "/responses/input_tokens": {"POST": Route(count_tokens, RESPONSES)},
-    "/responses/": {method: Route(kept_response, RESPONSES) for method in ("GET", "DELETE", "POST")},
+    "/responses/": {method: Route(kept_response, RESPONSES) for method in ("GET", "DELETE")},
     "/api/event_logging/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
     "/api/event_logging/v2/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
 }
 
 
 def dialect_of(target: str, headers: Mapping[str, str]) -> Route:
-    """The route that errors before routing speak for: the dialect of the path, else of the client."""
+    """The route whose dialect errors before routing are told in: the path's, or the client's."""
     path = normal_path(target)
     if path.startswith("/messages") or path not in ROUTES and "anthropic-version" in headers:
         return UNKNOWN_MESSAGES
@@ -13155,12 +13245,13 @@ def normal_path(target: str) -> str:
 
 
 def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple[Route, str]:
-    """The route of a request and what its path says beyond it; NotFound, or BadRequest 405 with `allow`."""
+    """The route of a request and what its path says beyond it; BadRequest 405 with `allow`."""
     path = normal_path(target)
     argument = ""
     methods = ROUTES.get(path)
     if methods is None:
-        parts = path.split("/", ROUTE_PARTS)             # the longest route that takes what follows it
+        # the longest route that takes what follows it
+        parts = path.split("/", ROUTE_PARTS)
         for count in range(len(parts) - 1, 1, -1):
             base = "/".join(parts[:count]) + "/"
             methods, argument = ROUTES.get(base), path[len(base):]
@@ -13174,9 +13265,11 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
         return PREFLIGHT._replace(dialect=unknown.dialect), argument
     if route is None:
         allow = sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])})
-        raise BadRequest(f"{path} takes {', '.join(allow)}", status=405, allow=allow, code="method_not_allowed")
+        raise BadRequest(f"{path} takes {', '.join(allow)}", status=405, allow=allow,
+                         code="method_not_allowed")
     if path.startswith("/models") and unknown is UNKNOWN_MESSAGES:
-        route = route._replace(dialect=MESSAGES)         # the same path for both; who asks gets his own errors
+        # the same path for both; who asks gets his own errors
+        route = route._replace(dialect=MESSAGES)
     return route, argument
 
 
@@ -13201,10 +13294,12 @@ class Server(Listener):
         super().__init__((host.strip("[]"), port), Handler)
         #: Whether only this machine reaches it: by the address itself, whatever name stood for it.
         self.is_local = is_loopback(str(self.server_address[0]))
-        if not self.is_local:            # now that the address is ours: a start that fails must make no key
+        # now that the address is ours: a start that fails must make no key
+        if not self.is_local:
             gateway.ensure_client_key()
         gateway.upstream.own_ports.add(self.port)
-        self._thread = threading.Thread(target=self.serve_forever, args=(5,), name="accept", daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, args=(5,), name="accept",
+                                        daemon=True)
         self._thread.start()
 
     @property
@@ -13218,7 +13313,7 @@ class Server(Listener):
 
     @property
     def needs_key(self) -> bool:
-        """Whether clients have to send a key: where one is set, and always where others reach us."""
+        """Whether clients need a key: where one is set, and always where others reach us."""
         return not self.is_local or self.gateway.state.door.required
 
     def health(self) -> Json:
@@ -13255,7 +13350,8 @@ class Server(Listener):
         try:
             return super().get_request()
         except OSError as exc:
-            if exc.errno in (errno.EMFILE, errno.ENFILE):        # wait for one to come back instead of spinning
+            # wait for one to come back instead of spinning
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
                 self.closing.wait(0.1)
             raise
 
@@ -13302,13 +13398,15 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
     """
     prepare_process()
     settings = gateway.settings
-    gateway.ledger.load()                # now, so that what is wrong with the file is said at the start
+    # now, so that what is wrong with the file is said at the start
+    gateway.ledger.load()
     if gateway.config is not None and gateway.config.warning():
         gateway.log.warning("%s", gateway.config.warning())
     for problem in gateway.ledger.problems:
         gateway.problems += [problem] if problem not in gateway.problems else []
         gateway.log.warning("%s", one_line(problem, 500))
-    return Server(gateway, settings.host if host is None else host, settings.port if port is None else port)
+    return Server(gateway, settings.host if host is None else host,
+                  settings.port if port is None else port)
 
 
 # === 16. Documents ===========================================================
