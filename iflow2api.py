@@ -7391,8 +7391,8 @@ COMPACT = CompactDialect("/chat/completions")
 class Client:
     """Client side of a call: it may disconnect, and in silence it may need keep-alives.
 
-    `watching` says for how long the loop looks after both; everybody else waits plainly, by `wait`
-    or with `on_leave` set.  This class stands for our own requests, which nobody can leave.
+    A StreamLoop looks after both; everybody else waits plainly, by `wait` or with `on_leave` set.
+    This class stands for our own requests, which nobody can leave.
     """
     sock: Optional[socket.socket] = None  #: watched for the end of the connection
     keepalive_s = 3600.0                 #: silence that is broken by `tick`
@@ -8105,7 +8105,7 @@ class StreamLoop:
         #: a heap: when which has to be checked
         self._due: List[Tuple[float, int, MovedStream]] = []
         self._number, self._load, self._closing, self._lock = 0, 0, False, threading.Lock()
-        self._clients: Dict[int, Client] = {}                    #: by file descriptor
+        self._clients: Set[Client] = set()
         self._look_at, self._look_every_s = 0.0, 0.0             #: 0: nobody is to be looked at
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
@@ -8116,25 +8116,21 @@ class StreamLoop:
 
     # clients
 
-    @contextlib.contextmanager
-    def watching(self, client: Client) -> Iterator[None]:
-        """For the time of the `with` a client is kept awake, and told to `leave` when it has."""
-        fd = client.sock.fileno() if client.sock is not None else -1
-        if fd < 0:
-            raise ClientGone
+    def watch(self, client: Client) -> None:
+        """From here on a client is kept awake, and told to `leave` when it has."""
         with self._lock:
-            self._clients[fd] = client
+            self._clients.add(client)
             every_s = min(self.LOOK_EVERY_S, client.keepalive_s)
             is_late = not self._look_at or every_s < self._look_every_s
             if is_late:
                 self._look_every_s, self._look_at = every_s, time.monotonic() + every_s
         if is_late:
             self._wake_up()
-        try:
-            yield
-        finally:
-            with self._lock:             # from here on no keep-alive is sent
-                del self._clients[fd]
+
+    def forget(self, client: Client) -> None:
+        """From here on no keep-alive is sent."""
+        with self._lock:
+            self._clients.discard(client)
 
     def _look(self) -> None:
         """Look at all clients, which stay as long as the lock is held."""
@@ -8143,22 +8139,21 @@ class StreamLoop:
                 self._look_at = 0.0
                 return
             poller, now = Poller(), time.monotonic()
-            for fd in self._clients:
+            places = {client.sock.fileno(): client for client in self._clients}
+            for fd in places:
                 poller.register(fd, _POLLIN | _HANGUP)
             for fd, events in poller.poll(0):
-                client = self._clients[fd]
-                if has_left(client.sock, bool(events & _HANGUP)):
-                    client.leave(ClientGone())
-            for client in self._clients.values():
+                if has_left(places[fd].sock, bool(events & _HANGUP)):
+                    places[fd].leave(ClientGone())
+            for client in self._clients:
                 client.tick(now)
-            self._look_every_s = min(self.LOOK_EVERY_S,
-                                     *(c.keepalive_s for c in self._clients.values()))
+            self._look_every_s = min(self.LOOK_EVERY_S, *(c.keepalive_s for c in self._clients))
             self._look_at = now + self._look_every_s
 
     def end_all(self, reason: Exception) -> None:
         """Let all clients leave, who are told the reason."""
         with self._lock:
-            for client in self._clients.values():
+            for client in self._clients:
                 client.leave(reason)
 
     # streams
@@ -8744,11 +8739,10 @@ class Upstream:
                 self._tls = (ca_file, context)
             return self._tls[1]
 
-    @contextlib.contextmanager
-    def watching(self, client: Client) -> Iterator[None]:
-        """For the time of a call its client is kept awake, and told to leave when it has."""
-        with self._loop().watching(client) if client.sock is not None else contextlib.nullcontext():
-            yield
+    @property
+    def loop(self) -> StreamLoop:
+        """The loop that looks after clients."""
+        return self._loop()
 
     def move(self, response: UpstreamResponse, client: Client, move: Callable[[bytes], bool],
              is_over: Callable[[], bool] = lambda: False) -> None:
@@ -11833,10 +11827,14 @@ class Gateway:
         """Serve one call; what Attempts.run raises."""
         with self._lock:
             self.in_flight += 1
+        loop = self.upstream.loop if client.sock is not None else None
         try:
-            with self.upstream.watching(client):
-                Attempts(self, call, client).run()
+            if loop is not None:
+                loop.watch(client)
+            Attempts(self, call, client).run()
         finally:
+            if loop is not None:
+                loop.forget(client)
             with self._lock:
                 self.in_flight -= 1
 

@@ -4785,12 +4785,24 @@ def transport():
 QUICK = ifl.Settings(connect_timeout_s=0.3, first_byte_timeout_s=0.3, idle_timeout_s=0.3)
 
 
+@contextlib.contextmanager
+def watching(transport, client):
+    """For the time of the `with` the loop looks after a client, as it does during a call."""
+    if client.sock is not None:
+        transport.loop.watch(client)
+    try:
+        yield
+    finally:
+        if client.sock is not None:
+            transport.loop.forget(client)
+
+
 def ask_upstream(transport, fake, body=b"{}", settings=QUICK, method="POST", path="/chat/completions",
                  caller=ifl.NOBODY, **facts):
     """One request by way of the transport: status, payload."""
     target = ifl.parse_provider(provider(fake, **facts), {})
     assert not target.problem
-    with transport.watching(caller), transport.open(target, settings, method, path, [("X-Test", "é")], body,
+    with watching(transport, caller), transport.open(target, settings, method, path, [("X-Test", "é")], body,
                                                     caller) as response:
         return response.status, response.read_all(1 << 20)
 
@@ -5485,7 +5497,7 @@ def test_loops_end_with_their_last_stream(server, upstream):
 def test_a_connection_that_was_cut_is_not_used_again(transport, upstream, caller):
     """The client leaves when the answer is read, but before its connection went back."""
     provider = ifl.Provider("up", upstream.url)
-    with transport.watching(caller), transport.open(
+    with watching(transport, caller), transport.open(
             provider, ifl.Settings(), "POST", "/chat/completions", [], b"{}", caller) as response:
         response.read_all(1 << 20)
         caller.client.close()
@@ -7345,7 +7357,7 @@ def test_a_full_queue_and_a_long_wait():
 
 def test_who_leaves_the_queue_frees_his_place_in_it(transport, caller):
     slots = ifl.Slots(1)
-    with transport.watching(caller), slots.hold(ifl.NOBODY, ifl.Settings(), "up"):
+    with watching(transport, caller), slots.hold(ifl.NOBODY, ifl.Settings(), "up"):
         caller.client.close()
         with pytest.raises(ifl.ClientGone):
             with slots.hold(caller, ifl.Settings(), "up"):
@@ -9005,7 +9017,7 @@ def test_who_asked_for_longer_is_not_asked_sooner(upstreams_routes):
 def test_a_client_that_leaves_ends_the_pause():
     transport, client = ifl.Upstream(), Waiting()
     client.tick = lambda now: client.client.close()
-    with contextlib.closing(transport), contextlib.closing(client), transport.watching(client):
+    with contextlib.closing(transport), contextlib.closing(client), watching(transport, client):
         with pytest.raises(ifl.ClientGone):
             ifl.wait_for(client, 60)
 
