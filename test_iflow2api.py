@@ -341,6 +341,8 @@ class _FakeHandler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True
+        elif callable(step):
+            step()
         elif step is PAUSE:
             fake.closing.wait(0.02)
         elif step is CLOSE:
@@ -5639,52 +5641,25 @@ def test_endpoints_of_base_urls():
 
 # === 11. iFlow as an upstream ================================================
 
-class IFlowFake(ifl.Listener):
-    """iFlow as iflow.md describes it: `script` is what the next answers are, `seen` what came."""
-    daemon_threads = True
+class IFlowFake(FakeUpstream):
+    """iFlow as iflow.md describes it.
+
+    `script`: the next answers, each an object, (status, object), or the records of a stream; `seen`: what came.
+    """
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), IFlowFakeHandler)
+        super().__init__()
         self.script, self.seen = [], []
-        self.gate = threading.Event()
+        self.gate, self.arrived = threading.Event(), threading.Semaphore(0)
         self.gate.set()
-        self.arrived = threading.Semaphore(0)
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
-    @property
-    def base_url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class IFlowFakeHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append((dict((k.lower(), v) for k, v in self.headers.items()), body))
-        self.server.arrived.release()
-        self.server.gate.wait(20)
-        answer = self.server.script.pop(0) if self.server.script else iflow_plain("ok")
+    def next_reply(self, seen):
+        self.seen.append((seen.headers, seen.json))
+        self.arrived.release()
+        self.gate.wait(2 * WAIT_S)
+        answer = self.script.pop(0) if self.script else iflow_plain("ok")
         status, answer = answer if isinstance(answer, tuple) else (200, answer)
-        if isinstance(answer, dict):
-            data = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            return self.wfile.write(data)
-        self.send_response(status)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for item in answer:
-            data = b"data:" + (item if isinstance(item, str) else json.dumps(item)).encode() + b"\n\n"
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-        self.wfile.write(b"0\r\n\r\n")
+        return plain(answer, status) if isinstance(answer, dict) else sse(*answer, start=b"data:")
 
 
 def iflow_plain(content, **message):
@@ -5722,7 +5697,7 @@ def iflow(iflow_home, tmp_path):
     fake, servers = IFlowFake(), []
 
     def start(login=None, **config):
-        iflow_home({"apiKey": "sk-iflow", "baseUrl": fake.base_url, **(login or {})})
+        iflow_home({"apiKey": "sk-iflow", "baseUrl": fake.url, **(login or {})})
         folder = tmp_path / ".iflow2api"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -5734,7 +5709,7 @@ def iflow(iflow_home, tmp_path):
     fake.gate.set()
     for server in servers:
         server.close()
-    ifl.stop_accepting(fake)
+    fake.close()
 
 
 def iflow_post(server, body, path="/v1/chat/completions", **headers):
@@ -5967,7 +5942,7 @@ def test_preserve_reasoning(iflow, preserve, chunks, content, reasoning):
 
 def test_other_providers_keep_their_reasoning_unless_they_say_so(iflow):
     fake, start = iflow
-    entry = {"name": "p", "base_url": fake.base_url}
+    entry = {"name": "p", "base_url": fake.url}
     server = start(providers=[entry, {**entry, "name": "merged", "preserve_reasoning_content": False}])
     for name, content in (("p", "a"), ("merged", "r\n\na")):
         fake.script = [iflow_plain("a", reasoning_content="r")]
@@ -6020,7 +5995,7 @@ def test_images_go_to_the_vision_model(iflow, path, messages):
 
 def test_vision_mode_pass_and_other_providers(iflow):
     fake, start = iflow
-    entry = {"name": "blind", "base_url": fake.base_url, "profile": {"vision": False}}
+    entry = {"name": "blind", "base_url": fake.url, "profile": {"vision": False}}
     server = start(vision_mode="pass", providers=[entry, {**entry, "name": "led", "vision_model": "sees"}])
     ask = {"max_tokens": 9, "messages": VISION[0][1]}
     for model, wanted in (("iflow/glm-5", "glm-5"), ("blind/m", "m"), ("led/m", "sees")):
@@ -8567,78 +8542,49 @@ def sse_routes(chunks):
     return b"".join(b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks)
 
 
-class Upstream:
+class Upstream(FakeUpstream):
     """Answers each request by `plan(number, body, key)`: ("ok",), ("status", 503, headers), ("drop",), ("cut",), …"""
 
     def __init__(self, plan=lambda number, body, key: ("ok",)):
+        super().__init__()
         self.plan, self.seen, self.active, self.most = plan, [], 0, 0
-        self.lock = threading.Lock()
-        upstream = self
+        self.url = self.url[:-len("/v1")]
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
+    def next_reply(self, seen):
+        key = seen.headers.get("authorization", "").replace("Bearer ", "")
+        with self._lock:
+            self.seen.append((seen.json, key))
+            number = len(self.seen)
+            self.active += 1
+            self.most = max(self.most, self.active)
+        step = self.plan(number, seen.json, key)
+        steps = [] if step[0] == "drop" else [planned(step, seen.json)]
+        return Reply(*([step[1]] if step[0] == "hold" else []), *steps, self._done, CLOSE)
 
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                key = self.headers.get("Authorization", "").replace("Bearer ", "")
-                with upstream.lock:
-                    upstream.seen.append((body, key))
-                    number = len(upstream.seen)
-                    upstream.active += 1
-                    upstream.most = max(upstream.most, upstream.active)
-                try:
-                    self.act(upstream.plan(number, body, key), body)
-                finally:
-                    with upstream.lock:
-                        upstream.active -= 1
+    def _done(self):
+        with self._lock:
+            self.active -= 1
 
-            def act(self, step, body):
-                self.close_connection = True
-                kind = step[0]
-                if kind == "drop":
-                    return
-                if kind == "hold":
-                    step[1].wait(WAIT_S_ROUTES)
-                    kind = "ok"
-                status, headers, kind_of = 200, {}, "application/json"
-                data = json.dumps(GOOD).encode()
-                if kind == "status":
-                    status, headers = step[1], step[2] if len(step) > 2 else {}
-                    data = json.dumps({"error": {"message": f"no {status}", "type": "x", "code": None}}).encode()
-                elif kind == "html":
-                    status, kind_of, data = 502, "text/html", b"<html><title>Bad Gateway</title></html>"
-                elif kind == "garbage":
-                    data = b"not json"
-                elif kind == "empty":
-                    data = json.dumps({"choices": []}).encode()
-                elif body.get("stream"):
-                    kind_of = "text/event-stream"
-                    data = sse_routes(CHUNKS) + b"data: [DONE]\n\n" if kind == "ok" else sse_routes(CHUNKS[:1])
-                    if kind == "nothing":
-                        data = b"data: [DONE]\n\n"
-                elif kind in ("cut", "nothing"):
-                    data = data[:40]
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Type", kind_of)
-                self.send_header("Content-Length", str(len(data) + (9 if kind == "cut" else 0)))
-                self.send_header("Connection", "close")
-                self.end_headers()
-                self.wfile.write(data)
 
-            def log_message(self, *args):
-                pass
-
-        self.server = ifl.Listener(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.handle_error = lambda *args: None
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        ifl.stop_accepting(self.server)
+def planned(step, body) -> bytes:
+    """An answer as a plan names it."""
+    kind, status, headers = step[0], 200, []
+    data, content_type = ifl.dump_json(GOOD), "application/json"
+    if kind == "status":
+        status, headers = step[1], list((step[2] if len(step) > 2 else {}).items())
+        data = ifl.dump_json({"error": {"message": f"no {status}", "type": "x", "code": None}})
+    elif kind == "html":
+        status, content_type, data = 502, "text/html", b"<html><title>Bad Gateway</title></html>"
+    elif kind in ("garbage", "empty"):
+        data = b"not json" if kind == "garbage" else b'{"choices": []}'
+    elif body.get("stream"):
+        content_type = "text/event-stream"
+        data = {"cut": wire_of(CHUNKS[:1]), "nothing": wire_of([DONE])}.get(kind, wire_of([*CHUNKS, DONE]))
+    elif kind in ("cut", "nothing"):
+        data = data[:40]
+    length = len(data) + 9 * (kind == "cut")
+    return head(status, [*headers, ("Content-Type", content_type), ("Content-Length", str(length)),
+                         ("Connection", "close")]) + data
 
 
 @pytest.fixture
@@ -11417,21 +11363,17 @@ def test_a_server_of_another_gateway_may_be_the_upstream(server, upstream):
 
 # === 15. Messages and Responses over HTTP ====================================
 
-class ScriptedUpstream(IFlowFake):
-    """A chat upstream of kind openai that answers what the test says."""
-
-
 @pytest.fixture
 def dialects(tmp_path, monkeypatch):
     """(fake, server): a server with one scripted provider `p`."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    fake = ScriptedUpstream()
-    settings = ifl.Settings(providers=[{"name": "p", "base_url": fake.base_url}], default_model="m", keepalive_s=0.05)
+    fake = IFlowFake()
+    settings = ifl.Settings(providers=[{"name": "p", "base_url": fake.url}], default_model="m", keepalive_s=0.05)
     server = ifl.serve(ifl.Gateway(settings), port=0)
     yield fake, server
     fake.gate.set()
     server.close()
-    ifl.stop_accepting(fake)
+    fake.close()
 
 
 def fetch(server, method, path):
@@ -11756,7 +11698,7 @@ def test_a_model_is_found_under_each_name_that_leads_to_it(dialects):
     fake, server = dialects
     gateway = server.gateway
     key, entry = ifl.make_client_key("alice", {"models": ["p/a"]})
-    providers = [{"name": name, "base_url": fake.base_url, "models": models} for name, models in (("p", ["a", "o/b"]), ("q", ["a"]))]
+    providers = [{"name": name, "base_url": fake.url, "models": models} for name, models in (("p", ["a", "o/b"]), ("q", ["a"]))]
     gateway.apply(ifl.replace(gateway.settings, providers=providers))
     for name, owner in (("a", "p"), ("p/a", "p"), ("p/o/b", "p"), ("o/b", "p"), ("q/a", "q")):
         model = ifl.find_model(gateway, name)
@@ -15311,35 +15253,15 @@ def home_console(tmp_path, monkeypatch):
 
 # --- proxies -----------------------------------------------------------------
 
-class Hello(BaseHTTPRequestHandler):
-    """An upstream that says who it is and counts its connections."""
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def setup(self):
-        self.server.connections += 1
-        super().setup()
-
-    def do_GET(self):
-        body = json.dumps({"host": self.headers["Host"], "path": self.path,
-                           "leaked": [n for n in self.headers if n.lower().startswith("proxy")]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+def say_hello(seen):
+    """An upstream's answer that says who it is."""
+    leaked = [name for name in seen.headers if name.startswith("proxy")]
+    return plain({"host": seen.headers["host"], "path": seen.path, "leaked": leaked})
 
 
 @pytest.fixture
-def hello():
-    server = ifl.Listener(("127.0.0.1", 0), Hello)
-    server.daemon_threads, server.connections = True, 0
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    ifl.stop_accepting(server)
+def hello(upstreams):
+    return upstreams(usual=say_hello)
 
 
 class FakeProxy:
@@ -15443,7 +15365,7 @@ def proxy(hello):
     made = []
 
     def make(kind, *args, **facts):
-        made.append(kind(hello.server_address, *args, **facts))
+        made.append(kind(("127.0.0.1", hello.port), *args, **facts))
         return made[-1]
 
     yield make
@@ -15667,7 +15589,7 @@ def test_the_pool_keeps_ways_apart(upstream_console, proxy):
 def test_loopback_is_never_proxied(upstream_console, hello, monkeypatch, host):
     monkeypatch.setenv("ALL_PROXY", "http://192.0.2.1:9")
     for proxy in ("http://192.0.2.1:9", "env"):
-        assert ask(upstream_console, f"http://{host}:{hello.server_port}/v1", proxy)["path"] == "/v1/models"
+        assert ask(upstream_console, f"http://{host}:{hello.port}/v1", proxy)["path"] == "/v1/models"
 
 
 @pytest.mark.usefixtures("home_console")
