@@ -4743,7 +4743,8 @@ def dechunk(pieces):
 def test_chunks_however_they_are_cut():
     for pieces in cuts(CHUNKED):
         data, dechunker = dechunk(pieces)
-        assert (data, dechunker.done, dechunker.surplus) == (b"hello world0123456789", True, b""), pieces
+        assert (data, dechunker.done, dechunker.surplus) == (
+            b"hello world0123456789", True, b""), pieces
     for first, second in itertools.combinations(range(1, len(CHUNKED)), 2):
         data, dechunker = dechunk([CHUNKED[:first], CHUNKED[first:second], CHUNKED[second:]])
         assert (data, dechunker.done) == (b"hello world0123456789", True), (first, second)
@@ -4756,9 +4757,11 @@ def test_what_follows_the_last_chunk_is_kept():
 
 
 @pytest.mark.parametrize("data", [
-    b"x\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5 5\r\n", b"\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello\n\n5\r\n",
+    b"x\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5 5\r\n", b"\r\n", b"5\r\nhelloX\r\n",
+    b"5\r\nhello\n\n5\r\n",
     b"5\r\nhelloab0\r\n\r\n",
-    b"f" * 16 + b"\r\n", b"1_0\r\n" + b"x" * 16 + b"\r\n", b" 5\r\nhello\r\n", b"+5\r\nhello\r\n", b"zz\r\n12\r\n",
+    b"f" * 16 + b"\r\n", b"1_0\r\n" + b"x" * 16 + b"\r\n", b" 5\r\nhello\r\n", b"+5\r\nhello\r\n",
+    b"zz\r\n12\r\n",
     b";ext\r\n",
     b"5;" + b"x" * 70_000, b"0\r\n" + b"a: b\r\n" * 20_000])
 def test_bad_chunked_framing(data):
@@ -4799,12 +4802,14 @@ def watching(transport, client):
             transport.loop.forget(client)
 
 
-def ask_upstream(transport, fake, body=b"{}", settings=QUICK, method="POST", path="/chat/completions",
+def ask_upstream(transport, fake, body=b"{}", settings=QUICK, method="POST",
+                 path="/chat/completions",
                  caller=ifl.NOBODY, **facts):
     """One request by way of the transport: status, payload."""
     target = ifl.parse_provider(provider(fake, **facts), {})
     assert not target.problem
-    with watching(transport, caller), transport.open(target, settings, method, path, [("X-Test", "é")], body,
+    with watching(transport, caller), transport.open(target, settings, method, path,
+                                                     [("X-Test", "é")], body,
                                                     caller) as response:
         return response.status, response.read_all(1 << 20)
 
@@ -4813,7 +4818,8 @@ def test_what_an_upstream_is_asked(transport, upstream):
     assert ask_upstream(transport, upstream, ifl.dump_json(chat()))[0] == 200
     seen = upstream.last
     assert (seen.method, seen.path, seen.json) == ("POST", "/v1/chat/completions", chat())
-    assert seen.headers["host"] == f"127.0.0.1:{upstream.port}" and seen.headers["accept-encoding"] == "identity"
+    assert seen.headers["host"] == f"127.0.0.1:{upstream.port}"
+    assert seen.headers["accept-encoding"] == "identity"
     assert seen.headers["content-type"] == "application/json" and seen.headers["x-test"] == "é"
 
 
@@ -4835,7 +4841,8 @@ def test_a_connection_cut_off_after_its_answer_is_closed_in_silence(transport, u
 
 
 @pytest.mark.parametrize("reply", [
-    Reply(head(200, [("Content-Length", "5"), ("Connection", "close")]) + b"hello"), Reply(head(200) + b"hello", CLOSE),
+    Reply(head(200, [("Content-Length", "5"), ("Connection", "close")]) + b"hello"),
+    Reply(head(200) + b"hello", CLOSE),
     Reply(head(200, [("Content-Length", "5")], "HTTP/1.0") + b"hello"),
     Reply(head(200, [("Content-Length", "5")]) + b"hello and more")],
     ids=["close", "no length", "HTTP/1.0", "surplus"])
@@ -4848,7 +4855,8 @@ def test_a_connection_that_ends_is_not_used_again(transport, upstream, reply):
 
 def test_a_stale_connection_is_replaced_once(transport, upstream):
     ask_upstream(transport, upstream)
-    upstream.plays(Reply(CLOSE))                          # it looked alive until the request was sent
+    # it looked alive until the request was sent
+    upstream.plays(Reply(CLOSE))
     assert ask_upstream(transport, upstream)[0] == 200
     assert (upstream.connections, len(upstream.requests)) == (2, 3)
 
@@ -4887,17 +4895,22 @@ def test_an_idle_connection_gets_old(transport, upstream, monkeypatch):
 UNASKED = plain(completion("POISON")).steps[0]
 
 
-@pytest.mark.parametrize("stray", [b"garbage", UNASKED, b"\r\n", b"HTTP/1.1 408 Request Timeout\r\n\r\n"])
+@pytest.mark.parametrize("stray",
+                         [b"garbage", UNASKED, b"\r\n", b"HTTP/1.1 408 Request Timeout\r\n\r\n"])
 def test_what_an_upstream_says_unasked_is_nobodys_answer(server, upstream, stray):
-    """A kept connection is looked at before each use: bytes on it that nobody asked for would be the next answer."""
+    """A kept connection is looked at before each use: bytes on it that nobody asked for would be
+    the next answer.
+    """
     running, go = server(upstream), threading.Event()
-    for reply in (Reply(plain(completion("one")).steps[0], go, stray), Reply(*sse(*HELLO).steps, go, stray)):
+    for reply in (Reply(plain(completion("one")).steps[0], go, stray),
+                  Reply(*sse(*HELLO).steps, go, stray)):
         upstream.plays(reply)
         go.clear()
         assert post(running, chat()).status == 200
         go.set()
         pool = running.gateway.upstream._pool
-        until(lambda: any(wire.is_stale() for idle in pool._idle.values() for wire in idle), what="the stray bytes")
+        until(lambda: any(wire.is_stale() for idle in pool._idle.values() for wire in idle),
+              what="the stray bytes")
         answer = post(running, chat())
         assert answer.status == 200 and answer.json["choices"][0]["message"]["content"] == "Hello"
     assert upstream.connections == 3
@@ -4906,14 +4919,16 @@ def test_what_an_upstream_says_unasked_is_nobodys_answer(server, upstream, stray
 def test_a_head_has_one_time_limit_in_all(server, upstream):
     """Each byte is in time, the head is not; who waits is kept awake all the while."""
     running = server(upstream, first_byte_timeout_s=0.4, keepalive_s=0.1)
-    drip = itertools.chain([b"HTTP/1.1 200 OK\r\nX: "], (PAUSE if n % 2 else b"y" for n in range(200)))
+    drip = itertools.chain([b"HTTP/1.1 200 OK\r\nX: "],
+                           (PAUSE if n % 2 else b"y" for n in range(200)))
     upstream.plays(Reply(*drip))
     found = records_of(post(running, chat(True)).body)
     assert found[:2] == [": keep-alive"] * 2 and "head" in found[-1]["error"]["message"]
 
 
 def test_interim_answers_are_bounded(server, upstream):
-    running, interim = server(upstream, first_byte_timeout_s=0.4, keepalive_s=0.1), head(103, [("Link", "x")])
+    running, interim = server(upstream, first_byte_timeout_s=0.4,
+                              keepalive_s=0.1), head(103, [("Link", "x")])
     upstream.plays(Reply(head(100), interim, *plain(completion("after all")).steps))
     assert "after all" in post(running, chat()).body.decode()
     upstream.plays(Reply(*(interim for _ in range(ifl.INTERIM_ANSWERS + 2))))
@@ -4930,7 +4945,8 @@ def test_who_waits_is_kept_awake_while_a_large_body_is_sent(server):
         running = server(f"http://127.0.0.1:{listener.getsockname()[1]}", keepalive_s=0.05)
         with Client(running).post(chat(True, pad="x" * (16 << 20))) as client:
             upstream, _ = listener.accept()
-            assert client.head()[0] == 200 and client.piece() == client.piece() == b": keep-alive\n\n"
+            assert client.head()[0] == 200
+            assert client.piece() == client.piece() == b": keep-alive\n\n"
             upstream.close()
 
 
@@ -4946,8 +4962,10 @@ def test_a_compressed_answer_has_a_limit_of_its_own(transport, upstream, monkeyp
 
 
 @pytest.mark.parametrize("name, value", [
-    ("Content-Type", "text/\rplain"), ("Content-Type", "text/\0plain"), ("Content-Type", "a" * 30_000),
-    ("x-ratelimit-\r", "1"), ("x-ratelimit-\0", "1"), ("x-ratelimit-a b", "1"), ("x-ratelimit-" + "a" * 30_000, "1"),
+    ("Content-Type", "text/\rplain"), ("Content-Type", "text/\0plain"),
+    ("Content-Type", "a" * 30_000),
+    ("x-ratelimit-\r", "1"), ("x-ratelimit-\0", "1"), ("x-ratelimit-a b", "1"),
+    ("x-ratelimit-" + "a" * 30_000, "1"),
     ("x-ratelimit-a", "1\r2"), ("x-ratelimit-a", "1\0"), ("x-ratelimit-a", "1" * 30_000)])
 def test_headers_that_no_client_may_get(server, upstream, name, value):
     data = ifl.dump_json(completion("fine"))
@@ -4962,27 +4980,36 @@ FAULTS = [
     # id, reply, error class, words
     ("silent", Reply(HOLD), ifl.UpstreamTimeout, "said nothing for 0.3 s"),
     ("silent in the head", Reply(b"HTTP/1.1 200", HOLD), ifl.UpstreamTimeout, "0.3 s"),
-    ("silent in the body", Reply(head(200, [("Content-Length", "5")]) + b"he", HOLD), ifl.UpstreamTimeout, "0.3 s"),
+    ("silent in the body", Reply(head(200, [("Content-Length", "5")]) + b"he", HOLD),
+     ifl.UpstreamTimeout, "0.3 s"),
     ("reset", Reply(RESET), ifl.UpstreamUnreachable, "without an answer"),
     ("no HTTP", Reply(b"SSH-2.0-x\r\n", CLOSE), ifl.UpstreamGarbled, "not HTTP"),
-    ("endless line", Reply(b"HTTP/1.1 200 " + b"x" * 70_000, CLOSE), ifl.UpstreamGarbled, "not HTTP"),
-    ("many headers", Reply(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 300 + b"\r\n", CLOSE), ifl.UpstreamGarbled,
+    ("endless line", Reply(b"HTTP/1.1 200 " + b"x" * 70_000, CLOSE), ifl.UpstreamGarbled,
      "not HTTP"),
-    ("cut body", Reply(head(200, [("Content-Length", "5")]) + b"he", CLOSE), ifl.UpstreamGarbled, "in the middle"),
+    ("many headers", Reply(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 300 + b"\r\n", CLOSE),
+     ifl.UpstreamGarbled,
+     "not HTTP"),
+    ("cut body", Reply(head(200, [("Content-Length", "5")]) + b"he", CLOSE), ifl.UpstreamGarbled,
+     "in the middle"),
     ("reset body", Reply(head(200, [("Content-Length", "5")]) + b"he", RESET), ifl.UpstreamGarbled,
      "in the middle|broke"),
-    ("cut chunks", Reply(head(200, [("Transfer-Encoding", "chunked")]) + b"5\r\nhe", CLOSE), ifl.UpstreamGarbled,
+    ("cut chunks", Reply(head(200, [("Transfer-Encoding", "chunked")]) + b"5\r\nhe", CLOSE),
+     ifl.UpstreamGarbled,
      "in the middle"),
-    ("bad chunks", Reply(head(200, [("Transfer-Encoding", "chunked")]) + b"nope\r\n"), ifl.UpstreamGarbled,
+    ("bad chunks", Reply(head(200, [("Transfer-Encoding", "chunked")]) + b"nope\r\n"),
+     ifl.UpstreamGarbled,
      "chunked answer is broken"),
-    ("brotli", Reply(head(200, [("Content-Encoding", "br"), ("Content-Length", "1")]) + b"x"), ifl.UpstreamGarbled,
+    ("brotli", Reply(head(200, [("Content-Encoding", "br"), ("Content-Length", "1")]) + b"x"),
+     ifl.UpstreamGarbled,
      "encoded as br"),
-    ("no gzip", Reply(head(200, [("Content-Encoding", "gzip"), ("Content-Length", "5")]) + b"hello"),
+    ("no gzip", Reply(head(200, [("Content-Encoding", "gzip"), ("Content-Length", "5")])
+                      + b"hello"),
      ifl.UpstreamGarbled, "decompressed"),
     ("too large", plain(b"x" * (2 << 20)), ifl.UpstreamGarbled, "larger than 1 MiB")]
 
 
-@pytest.mark.parametrize("reply, kind, said", [row[1:] for row in FAULTS], ids=[row[0] for row in FAULTS])
+@pytest.mark.parametrize("reply, kind, said", [row[1:] for row in FAULTS],
+                         ids=[row[0] for row in FAULTS])
 def test_faults_of_an_upstream(transport, upstream, reply, kind, said):
     upstream.plays(reply)
     with pytest.raises(kind, match=said):
@@ -5025,7 +5052,8 @@ def test_an_upstream_that_takes_nothing_is_given_up(transport, monkeypatch):
 
         def ask():
             try:
-                ask_upstream(transport, f"http://127.0.0.1:{listener.getsockname()[1]}", b"x" * (32 << 20))
+                ask_upstream(transport, f"http://127.0.0.1:{listener.getsockname()[1]}",
+                             b"x" * (32 << 20))
             except Exception as exc:
                 caught.append(exc)
         thread = threading.Thread(target=ask, daemon=True)
@@ -5046,7 +5074,8 @@ def test_a_compressed_answer_is_unpacked(transport, upstream, encoding):
 def test_a_refused_connection(transport):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with pytest.raises(ifl.UpstreamUnreachable, match=rf"up \(127.0.0.1:{port}\): connection refused; is it running\?"):
+    with pytest.raises(ifl.UpstreamUnreachable,
+                       match=rf"up \(127.0.0.1:{port}\): connection refused; is it running\?"):
         ask_upstream(transport, f"http://127.0.0.1:{port}")
 
 
@@ -5066,12 +5095,14 @@ def test_a_connection_that_does_not_come_about(transport):
     with socket.socket() as listener, contextlib.ExitStack() as stack:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
-        for _ in range(4):                                # fill the queue: further attempts get no answer
+        # fill the queue: further attempts get no answer
+        for _ in range(4):
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(listener.getsockname())
         with pytest.raises(ifl.UpstreamTimeout, match="no connection within the time limit"):
-            ask_upstream(transport, f"http://127.0.0.1:{listener.getsockname()[1]}", settings=ifl.Settings(connect_timeout_s=0.1))
+            ask_upstream(transport, f"http://127.0.0.1:{listener.getsockname()[1]}",
+                         settings=ifl.Settings(connect_timeout_s=0.1))
 
 
 def test_our_own_address_is_no_upstream(server):
@@ -5082,14 +5113,17 @@ def test_our_own_address_is_no_upstream(server):
     assert answer.status == 502 and "this program's own address" in answer.error["message"]
     assert answer.headers["x-should-retry"] == "false"
     until(lambda: not running._handlers)
-    other = server(running.url + "/v1", detect_local=False)      # another gateway in this process is not ourselves
+    # another gateway in this process is not ourselves
+    other = server(running.url + "/v1", detect_local=False)
     assert "own address" in post(other, chat()).error["message"]
 
 
 ERRORS_OF_SOCKETS = [
     (socket.timeout("x"), ifl.UpstreamTimeout, "time limit"),
-    (OSError(errno.ENETUNREACH, "Network is unreachable"), ifl.UpstreamUnreachable, "Network is unreachable"),
-    (ValueError("x"), ifl.UpstreamGarbled, "not HTTP"), (MemoryError("x"), ifl.UpstreamUnreachable, "x")]
+    (OSError(errno.ENETUNREACH, "Network is unreachable"), ifl.UpstreamUnreachable,
+     "Network is unreachable"),
+    (ValueError("x"), ifl.UpstreamGarbled, "not HTTP"),
+    (MemoryError("x"), ifl.UpstreamUnreachable, "x")]
 
 
 @pytest.mark.parametrize("error, kind, said", ERRORS_OF_SOCKETS)
@@ -5098,7 +5132,8 @@ def test_what_sockets_raise_in_words(error, kind, said):
     assert isinstance(found, kind) and found.message.startswith("place: ") and said in found.message
 
 
-@pytest.mark.parametrize("code, said", [(9, "clock"), (10, "expired"), (18, "self-signed"), (19, "ca_file"),
+@pytest.mark.parametrize("code, said",
+                         [(9, "clock"), (10, "expired"), (18, "self-signed"), (19, "ca_file"),
                                         (20, "ca-certificates"), (62, "host name")])
 def test_certificate_troubles_say_what_to_do(code, said):
     error = ssl.SSLCertVerificationError(1, "x")
@@ -5115,8 +5150,10 @@ def certificate(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls")
     paths = str(folder / "cert.pem"), str(folder / "key.pem")
     done = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test", "-addext",
-         "subjectAltName=IP:127.0.0.1", "-out", paths[0], "-keyout", paths[1]], capture_output=True, timeout=60)
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+         "/CN=test", "-addext",
+         "subjectAltName=IP:127.0.0.1", "-out", paths[0], "-keyout", paths[1]],
+         capture_output=True, timeout=60)
     if done.returncode:
         pytest.skip("this openssl makes no such certificate")
     return paths
@@ -5130,7 +5167,8 @@ def tls_upstream(upstreams, certificate):
 
 
 def with_ca(certificate, **more):
-    return ifl.replace(QUICK, ca_file=certificate[0], connect_timeout_s=5, first_byte_timeout_s=5, **more)
+    return ifl.replace(QUICK, ca_file=certificate[0], connect_timeout_s=5, first_byte_timeout_s=5,
+                       **more)
 
 
 def test_tls_with_a_ca_file(transport, tls_upstream, certificate):
@@ -5138,7 +5176,8 @@ def test_tls_with_a_ca_file(transport, tls_upstream, certificate):
         assert ask_upstream(transport, tls_upstream, ifl.dump_json(chat(pad="x" * 500_000)),
                             settings=with_ca(certificate))[0] == 200
     tls_upstream.plays(sse(*HELLO), plain(b"y" * 700_000))
-    assert records_of(ask_upstream(transport, tls_upstream, settings=with_ca(certificate))[1]) == HELLO
+    assert records_of(ask_upstream(transport, tls_upstream,
+                                   settings=with_ca(certificate))[1]) == HELLO
     assert len(ask_upstream(transport, tls_upstream, settings=with_ca(certificate))[1]) == 700_000
     assert tls_upstream.connections == 1
 
@@ -5150,7 +5189,8 @@ def test_tls_with_a_self_signed_certificate_says_so(transport, tls_upstream):
 
 def test_tls_with_a_certificate_of_another_host(transport, tls_upstream, certificate):
     with pytest.raises(ifl.UpstreamUnreachable, match="another host name"):
-        ask_upstream(transport, tls_upstream.url.replace("127.0.0.1", "localhost"), settings=with_ca(certificate))
+        ask_upstream(transport, tls_upstream.url.replace("127.0.0.1", "localhost"),
+                     settings=with_ca(certificate))
 
 
 def test_tls_to_a_server_without_it(transport, upstream):
@@ -5183,7 +5223,8 @@ def test_timeouts_of_a_provider_stand_above_the_settings(transport, upstream):
 def test_first_byte_and_silence_have_limits_of_their_own(transport, upstream):
     upstream.plays(sse("a", HOLD))
     with pytest.raises(ifl.UpstreamTimeout, match="0.1 s"):
-        ask_upstream(transport, upstream, settings=ifl.Settings(first_byte_timeout_s=60, idle_timeout_s=0.1))
+        ask_upstream(transport, upstream,
+                     settings=ifl.Settings(first_byte_timeout_s=60, idle_timeout_s=0.1))
 
 
 class Waiting(ifl.Client):
@@ -5219,17 +5260,20 @@ def test_who_waits_is_kept_awake(transport, upstream, caller):
     assert caller.ticks >= 3
 
 
-@pytest.mark.parametrize("reply", [Reply(HOLD), Reply(head(200, [("Content-Length", "9")]) + b"x", HOLD)],
+@pytest.mark.parametrize("reply",
+                         [Reply(HOLD), Reply(head(200, [("Content-Length", "9")]) + b"x", HOLD)],
                          ids=["head", "body"])
 @pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
-def test_who_has_left_is_not_waited_for(transport, upstreams, caller, looks_often, reply, secure, request):
+def test_who_has_left_is_not_waited_for(transport, upstreams, caller, looks_often, reply, secure,
+                                        request):
     fake = (request.getfixturevalue("tls_upstream") if secure else upstreams()).plays(reply)
     settings = with_ca(request.getfixturevalue("certificate")) if secure else ifl.Settings()
     leaver = threading.Thread(target=lambda: (fake.wait(), caller.client.close()), daemon=True)
     leaver.start()
     started = time.monotonic()
     with pytest.raises(ifl.ClientGone):
-        ask_upstream(transport, fake, settings=ifl.replace(settings, first_byte_timeout_s=60, idle_timeout_s=60),
+        ask_upstream(transport, fake, settings=ifl.replace(
+            settings, first_byte_timeout_s=60, idle_timeout_s=60),
                      caller=caller)
     assert time.monotonic() - started < 2
     until(lambda: fake.hung_up == 1, what="the end of the upstream's connection")
@@ -5240,7 +5284,8 @@ def test_who_has_left_is_not_waited_for(transport, upstreams, caller, looks_ofte
 
 INSISTS = {"require_reasoning_on_tool_calls": True}
 CALLED = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
-LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+LOOK = {"type": "function", "function": {"name": "look",
+                                         "parameters": {"type": "object", "properties": {}}}}
 
 
 def insisting(server, upstream):
@@ -5251,58 +5296,74 @@ def insisting(server, upstream):
 def test_a_chat_client_that_drops_reasoning_is_helped_out(server, upstream, stream):
     running = insisting(server, upstream)
     thinks = sse(chunk(None, reasoning_content="be"), chunk(None, reasoning_content="cause"),
-                 chunk(None, tool_calls=[{"index": 0, **CALLED}]), chunk(finish="tool_calls"), DONE) if stream else plain(
+                 chunk(None, tool_calls=[{"index": 0, **CALLED}]), chunk(finish="tool_calls"),
+                 DONE) if stream else plain(
         completion(None, "tool_calls", reasoning_content="because", tool_calls=[CALLED]))
     upstream.plays(thinks)
-    ask = {"model": "m1", "messages": [{"role": "user", "content": "go"}], "tools": [LOOK], "stream": stream}
+    ask = {"model": "m1", "messages": [{"role": "user", "content": "go"}], "tools": [LOOK],
+           "stream": stream}
     first = post(running, ask)
     assert first.status == 200 and (b"because" in first.body or stream and b'"cause"' in first.body)
     after = [*ask["messages"], {"role": "assistant", "content": None, "tool_calls": [CALLED]},
              {"role": "tool", "tool_call_id": "call_1", "content": "seen"}]
     post(running, {**ask, "messages": after})
-    assert [m.get("reasoning_content") for m in upstream.last.json["messages"]] == [None, "because", None]
+    assert [m.get("reasoning_content")
+            for m in upstream.last.json["messages"]] == [None, "because", None]
     kept = [after[0], {**after[1], "reasoning_content": "mine"}, after[2]]
     post(running, {**ask, "messages": kept})
-    assert upstream.last.body == ifl.dump_json({**ask, "messages": kept})        # byte for byte: nothing to add
+    # byte for byte: nothing to add
+    assert upstream.last.body == ifl.dump_json({**ask, "messages": kept})
 
 
 def test_a_messages_client_that_drops_thinking_is_helped_out(server, upstream):
     running = insisting(server, upstream)
-    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because", tool_calls=[CALLED])))
+    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because",
+                                    tool_calls=[CALLED])))
     tools = [{"name": "look", "input_schema": {"type": "object", "properties": {}}}]
-    ask = {"model": "m1", "max_tokens": 9, "tools": tools, "messages": [{"role": "user", "content": "go"}]}
+    ask = {"model": "m1", "max_tokens": 9, "tools": tools,
+           "messages": [{"role": "user", "content": "go"}]}
     used = post(running, ask, "/v1/messages").json["content"][-1]
     assert used["type"] == "tool_use"
-    after = [*ask["messages"], {"role": "assistant", "content": [used]}, {"role": "user", "content": [
+    after = [*ask["messages"], {"role": "assistant", "content": [used]},
+             {"role": "user", "content": [
         {"type": "tool_result", "tool_use_id": used["id"], "content": "seen"}]}]
     post(running, {**ask, "messages": after}, "/v1/messages")
     assert upstream.last.json["messages"][1]["reasoning_content"] == "because"
 
 
 def test_reasoning_is_remembered_for_its_own_conversation_only(server, upstream):
-    """Kimi's ids recur, and so do calls; what somebody else's conversation thought must not come in."""
+    """Kimi's ids recur, and so do calls; what somebody else's conversation thought must not come
+    in.
+    """
     running = insisting(server, upstream)
     kimi = {**CALLED, "id": "functions.look:0"}
 
     def back(opening="go", made=kimi, **headers):
-        history = [{"role": "user", "content": opening}, {"role": "assistant", "content": None, "tool_calls": [made]},
+        history = [{"role": "user", "content": opening},
+                   {"role": "assistant", "content": None, "tool_calls": [made]},
                    {"role": "tool", "tool_call_id": made["id"], "content": "seen"}]
         post(running, {"model": "m1", "messages": history, "tools": [LOOK]}, **headers)
         return upstream.last.json["messages"][1]["reasoning_content"]
 
-    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because", tool_calls=[kimi])))
+    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because",
+                                    tool_calls=[kimi])))
     post(running, {"model": "m1", "messages": [{"role": "user", "content": "go"}], "tools": [LOOK]})
-    assert back() == back([{"type": "text", "text": "go", "cache_control": {"type": "ephemeral"}}]) == "because"
+    assert back() == back([{"type": "text", "text": "go",
+                            "cache_control": {"type": "ephemeral"}}]) == "because"
     spaced = {**kimi, "function": {"name": "look", "arguments": " { } "}}
-    assert back(made=spaced) == "because"                        # a client that wrote the arguments anew
-    assert back("come") == back(session_id="other") == back(made={**kimi, "id": "functions.look:1"}) == ""
+    # a client that wrote the arguments anew
+    assert back(made=spaced) == "because"
+    assert back("come") == back(session_id="other") == back(
+        made={**kimi, "id": "functions.look:1"}) == ""
     assert back(made={**kimi, "function": {"name": "look", "arguments": '{"x": 1}'}}) == ""
 
 
 def test_reasoning_is_the_client_s_own(server, upstream):
-    running = server({"name": "up", "base_url": upstream.url, "models": ["m1"], "profile": INSISTS}, client_keys=[
+    running = server({"name": "up", "base_url": upstream.url, "models": ["m1"],
+                      "profile": INSISTS}, client_keys=[
         key_entry(name, f"sk-{name}-123456789") for name in "ab"])
-    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because", tool_calls=[CALLED])))
+    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because",
+                                    tool_calls=[CALLED])))
     ask = {"model": "m1", "messages": [{"role": "user", "content": "go"}], "tools": [LOOK]}
     post(running, ask, Authorization="Bearer sk-a-123456789")
     after = [*ask["messages"], {"role": "assistant", "content": None, "tool_calls": [CALLED]},
@@ -5316,24 +5377,29 @@ def test_reasoning_is_the_client_s_own(server, upstream):
 def test_reasoning_of_a_call_without_an_id_is_kept_under_ours(server, upstream, stream):
     running = insisting(server, upstream)
     nameless = {"type": "function", "function": CALLED["function"]}
-    upstream.plays(sse(chunk(None, reasoning_content="because"), chunk(None, tool_calls=[{"index": 0, **nameless}]),
+    upstream.plays(sse(chunk(None, reasoning_content="because"),
+                       chunk(None, tool_calls=[{"index": 0, **nameless}]),
                        chunk(finish="tool_calls"), DONE) if stream else plain(
         completion(None, "tool_calls", reasoning_content="because", tool_calls=[nameless])))
-    ask = {"model": "m1", "max_tokens": 9, "messages": [{"role": "user", "content": "go"}], "stream": stream,
+    ask = {"model": "m1", "max_tokens": 9, "messages": [{"role": "user", "content": "go"}],
+           "stream": stream,
            "tools": [{"name": "look", "input_schema": {"type": "object", "properties": {}}}]}
     answer = post(running, ask, "/v1/messages")
     ident = re.search(rb'"id":"(toolu_\w+)"', answer.body).group(1).decode()
     used = {"type": "tool_use", "id": ident, "name": "look", "input": {}}
-    after = [*ask["messages"], {"role": "assistant", "content": [used]}, {"role": "user", "content": [
+    after = [*ask["messages"], {"role": "assistant", "content": [used]},
+             {"role": "user", "content": [
         {"type": "tool_result", "tool_use_id": ident, "content": "seen"}]}]
     post(running, {**ask, "messages": after, "stream": False}, "/v1/messages")
     assert upstream.last.json["messages"][1]["reasoning_content"] == "because"
 
 
 @pytest.mark.parametrize("more, sent", [({}, ""), ({"thinking": {"type": "disabled"}}, None)])
-def test_an_insisting_provider_gets_the_field_even_where_nothing_is_known(server, upstream, more, sent):
+def test_an_insisting_provider_gets_the_field_even_where_nothing_is_known(
+        server, upstream, more, sent):
     running = insisting(server, upstream)
-    history = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+    history = [{"role": "user", "content": "go"},
+               {"role": "assistant", "content": None, "tool_calls": [CALLED]},
                {"role": "tool", "tool_call_id": "call_1", "content": "seen"}]
     post(running, {"model": "m1", "messages": history, **more})
     assert upstream.last.json["messages"][1].get("reasoning_content") == sent
@@ -5343,11 +5409,13 @@ def test_an_insisting_provider_gets_the_field_even_where_nothing_is_known(server
 
 def counted(tokens):
     """A completion whose upstream counted `tokens` for the prompt."""
-    return completion(usage={"prompt_tokens": tokens, "completion_tokens": 2, "total_tokens": tokens + 2})
+    return completion(usage={"prompt_tokens": tokens, "completion_tokens": 2,
+                             "total_tokens": tokens + 2})
 
 
 def prompt_of(words):
-    return {"model": "m1", "max_tokens": 9, "messages": [{"role": "user", "content": "thing " * words}]}
+    return {"model": "m1", "max_tokens": 9,
+            "messages": [{"role": "user", "content": "thing " * words}]}
 
 
 def count_of(running, body):
@@ -5361,7 +5429,8 @@ def test_estimates_learn_what_the_model_counts(server, upstream, a_word):
         upstream.plays(plain(counted(int(words * a_word) + 9)))
         assert post(running, prompt_of(words), "/v1/messages").status == 200
     assert abs(count_of(running, prompt_of(600)) / (600 * a_word + 9) - 1) < 0.1
-    assert count_of(running, {**prompt_of(600), "model": "another"}) == ifl.count_message_tokens(prompt_of(600))
+    assert count_of(running, {**prompt_of(600),
+                              "model": "another"}) == ifl.count_message_tokens(prompt_of(600))
     upstream.plays(sse(chunk("x"), chunk(finish="stop"), DONE))
     stream = post(running, {**prompt_of(600), "stream": True}, "/v1/messages").body
     begin = json.loads(stream.partition(b"data: ")[2].partition(b"\n")[0])
@@ -5383,7 +5452,8 @@ def test_what_was_learnt_outlives_a_restart_and_is_bounded(tmp_path):
     assert len(scale._sums) == scale.LIMIT and scale.scaled("p/m", 7) == 7
 
 
-@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"p/m": [0, 1, 1]}', b'{"p/m": "x"}', b'{"p/m": [1, 2]}'])
+@pytest.mark.parametrize("damage",
+                         [b"{", b"[]", b'{"p/m": [0, 1, 1]}', b'{"p/m": "x"}', b'{"p/m": [1, 2]}'])
 def test_a_damaged_file_of_token_counts_is_learnt_anew(tmp_path, damage):
     path = tmp_path / "tokens.json"
     path.write_bytes(damage)
@@ -5445,7 +5515,8 @@ def test_as_many_loops_as_select_needs(server, upstream, monkeypatch):
     running, go = server(upstream), threading.Event()
     upstream.plays(*[sse(chunk("a"), go, chunk("b"), chunk(finish="stop"), DONE)] * 3)
     clients = [begin_stream(running) for _ in range(3)]
-    until(lambda: sum(loop._load for loop in running.gateway.upstream._loops) == 3, what="three streams on their way")
+    until(lambda: sum(loop._load for loop in running.gateway.upstream._loops) == 3,
+          what="three streams on their way")
     assert len(running.gateway.upstream._loops) == 3
     go.set()
     for client in clients:
@@ -5459,7 +5530,8 @@ def test_a_stream_that_ended_is_forgotten_by_the_loop(transport, upstream, calle
     provider = ifl.Provider("up", upstream.url)
     got = []
     caller.keepalive_s = 60
-    with transport.open(provider, ifl.Settings(), "POST", "/chat/completions", [], b"{}", caller) as exchange:
+    with transport.open(provider, ifl.Settings(), "POST", "/chat/completions", [], b"{}",
+                        caller) as exchange:
         flow = weakref.ref(exchange)
         transport.move(exchange, caller, lambda payload: got.append(payload) or True)
     del exchange
@@ -5478,7 +5550,8 @@ def test_what_goes_wrong_while_a_stream_moves_reaches_its_own_request(transport,
         return True
 
     with pytest.raises(LookupError, match="streams"), transport.open(
-            ifl.Provider("up", upstream.url), ifl.Settings(), "POST", "/chat/completions", [], b"{}", caller) as exchange:
+            ifl.Provider("up", upstream.url), ifl.Settings(), "POST", "/chat/completions", [],
+            b"{}", caller) as exchange:
         transport.move(exchange, caller, move)
     until(lambda: upstream.hung_up == 1, what="the end of the upstream's connection")
 
@@ -5507,12 +5580,14 @@ def test_a_connection_that_was_cut_is_not_used_again(transport, upstream, caller
     assert ask_upstream(transport, upstream)[0] == 200 and upstream.connections == 2
 
 
-@pytest.mark.parametrize("path, told", [("/v1/chat/completions", b'data: {"error"'), ("/v1/messages", b"event: error"),
+@pytest.mark.parametrize("path, told", [("/v1/chat/completions", b'data: {"error"'),
+                                        ("/v1/messages", b"event: error"),
                                         ("/v1/responses", b"event: response.failed")])
 def test_a_stream_that_outlasts_the_drain_is_told_so(server, upstream, path, told):
     running = server(upstream)
     upstream.plays(sse(chunk("a"), HOLD))
-    body = {**prompt_of(1), "stream": True} if path != "/v1/responses" else {"model": "m", "input": "x", "stream": True}
+    body = {**prompt_of(1), "stream": True} if path != "/v1/responses" else {
+        "model": "m", "input": "x", "stream": True}
     with Client(running).post(body, path=path) as client:
         client.head()
         assert client.piece()
@@ -5545,15 +5620,19 @@ def test_a_request_without_framing_ends_the_connection(server, upstream):
 
 def test_an_upgrade_is_named_as_http_wants(server, upstream):
     answer = get(server(upstream), "/v1/responses", upgrade="websocket", connection="Upgrade")
-    assert answer.status == 426 and answer.headers["upgrade"] == "HTTP/1.1" and "Upgrade" in answer.headers["connection"]
+    assert answer.status == 426 and answer.headers["upgrade"] == "HTTP/1.1"
+    assert "Upgrade" in answer.headers["connection"]
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-@pytest.mark.parametrize("begun", [[chunk(" ")], [chunk(None, tool_calls=[{"index": 0, "id": "a", "function": {"name": "look"}}])]])
+@pytest.mark.parametrize("begun", [[chunk(" ")], [
+    chunk(None, tool_calls=[{"index": 0, "id": "a", "function": {"name": "look"}}])]])
 def test_another_upstream_may_answer_until_something_was_said(server, upstreams, path, begun):
     bad, good = upstreams(), upstreams()
-    running = server(provider(bad, models=["m1"]), provider(good, "up2", models=["m2"]), aliases={"m": ["up/m1", "up2/m2"]})
-    ask = {"model": "m", "max_tokens": 9, "stream": True, "input": "q", "messages": [{"role": "user", "content": "q"}]}
+    running = server(provider(bad, models=["m1"]), provider(good, "up2", models=["m2"]),
+                     aliases={"m": ["up/m1", "up2/m2"]})
+    ask = {"model": "m", "max_tokens": 9, "stream": True, "input": "q",
+           "messages": [{"role": "user", "content": "q"}]}
     for end in ([RESET], [{"error": {"message": "broken", "code": 500}}, DONE], []):
         bad.plays(sse(*begun, *end))
         text = post(running, ask, path).body.decode()
@@ -5568,14 +5647,17 @@ ENDLESS = [("/v1/chat/completions", "data: [DONE]"), ("/v1/messages", "event: me
 
 @pytest.mark.parametrize("path, end", ENDLESS)
 @pytest.mark.parametrize("idle_s", [60, 0.05])
-def test_a_stream_that_has_finished_but_does_not_close(server, upstream, monkeypatch, path, end, idle_s):
+def test_a_stream_that_has_finished_but_does_not_close(server, upstream, monkeypatch, path, end,
+                                                       idle_s):
     monkeypatch.setattr(ifl.MovedStream, "AFTER_FINISH_S", 0.1)
     running = server(upstream, idle_timeout_s=idle_s)
     upstream.plays(sse(chunk("Hi"), chunk(finish="stop"), HOLD))
-    answer = post(running, {"model": "m1", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "q"}],
+    answer = post(running, {"model": "m1", "max_tokens": 9, "stream": True,
+                            "messages": [{"role": "user", "content": "q"}],
                             "input": "q"}, path)
     text = answer.body.decode()
-    assert answer.status == 200 and end in text and "Hi" in text and "error" not in text.replace('"error":null', "")
+    assert answer.status == 200 and end in text and "Hi" in text
+    assert "error" not in text.replace('"error":null', "")
     until(lambda: ifl.history_of(running.gateway))
     assert ifl.history_of(running.gateway)[0]["status"] == 200
 
@@ -5614,7 +5696,8 @@ def test_systems_that_lack_something(server, upstream, monkeypatch, looks_often,
     lacks(monkeypatch)
     monkeypatch.setattr(ifl, "BODY_TIME_S", 0.2)
     running = server(upstream, keepalive_s=0.03, first_byte_timeout_s=0.3, idle_timeout_s=0.3)
-    assert post(running, chat(pad="x" * 3_000_000)).status == 200 and upstream.last.json["pad"] == "x" * 3_000_000
+    assert post(running, chat(pad="x" * 3_000_000)).status == 200
+    assert upstream.last.json["pad"] == "x" * 3_000_000
     assert records_of(post(running, chat(True)).body) == HELLO
     upstream.plays(Reply(HOLD), sse(chunk("x" * 900_000), HOLD))
     found = records_of(post(running, chat(True)).body)
@@ -5644,7 +5727,8 @@ def test_endpoints_of_base_urls():
 class IFlowFake(FakeUpstream):
     """iFlow as iflow.md describes it.
 
-    `script`: the next answers, each an object, (status, object), or the records of a stream; `seen`: what came.
+    `script`: the next answers, each an object, (status, object), or the records of a stream;
+    `seen`: what came.
     """
 
     def __init__(self):
@@ -5664,7 +5748,8 @@ class IFlowFake(FakeUpstream):
 
 def iflow_plain(content, **message):
     return {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content, **message}}],
+        {"index": 0, "finish_reason": "stop",
+         "message": {"role": "assistant", "content": content, **message}}],
         "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}
 
 
@@ -5674,26 +5759,23 @@ def iflow_chunk(finish=None, **delta):
 
 
 @pytest.fixture
-def iflow_home(tmp_path, monkeypatch):
-    """HOME with the CLI's file; returns a writer of that file."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    for name in list(os.environ):
-        if name.lower().startswith("iflow"):
-            monkeypatch.delenv(name)
-    folder = tmp_path / ".iflow"
-    folder.mkdir()
+def iflow_home(home):
+    """A writer of the CLI's file, which returns its path."""
+    path = home / ".iflow" / "settings.json"
+    path.parent.mkdir()
 
     def write(content):
-        (folder / "settings.json").write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return folder / "settings.json"
+        text = content if isinstance(content, str) else json.dumps(content)
+        path.write_text(text, encoding="utf-8")
+        return path
 
     return write
 
 
 @pytest.fixture
 def iflow(iflow_home, tmp_path):
-    """(fake, start): a fake iFlow, and a server logged in to it; start(**config) gives the server."""
+    """(fake, start): a fake iFlow, and a server logged in to it; start(**config) gives the server.
+    """
     fake, servers = IFlowFake(), []
 
     def start(login=None, **config):
@@ -5714,7 +5796,8 @@ def iflow(iflow_home, tmp_path):
 
 def iflow_post(server, body, path="/v1/chat/completions", **headers):
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **headers})
+    connection.request("POST", path, json.dumps(body),
+                       {"Content-Type": "application/json", **headers})
     answer = connection.getresponse()
     return answer.status, answer.headers, answer.read()
 
@@ -5724,7 +5807,8 @@ def iflow_ask(model="glm-5", **fields):
 
 
 def sse_chunks(data):
-    return [json.loads(r[5:]) for r in data.decode().split("\n\n") if r.startswith("data:") and "[DONE]" not in r]
+    return [json.loads(r[5:]) for r in data.decode().split("\n\n") if r.startswith("data:")
+            and "[DONE]" not in r]
 
 
 def test_iflow_headers_are_signed(iflow):
@@ -5735,14 +5819,19 @@ def test_iflow_headers_are_signed(iflow):
     first, second = fake.seen[0][0], fake.seen[1][0]
     assert first["authorization"] == "Bearer sk-iflow" and first["user-agent"] == "iFlow-Cli"
     message = f"iFlow-Cli:{first['session-id']}:{first['x-iflow-timestamp']}"
-    wanted = hashlib.sha256(b"".join([bytes(b ^ 0x5C for b in b"sk-iflow".ljust(64, b"\0")), hashlib.sha256(
-        bytes(b ^ 0x36 for b in b"sk-iflow".ljust(64, b"\0")) + message.encode()).digest()])).hexdigest()
-    assert first["x-iflow-signature"] == wanted == hmac.new(b"sk-iflow", message.encode(), "sha256").hexdigest()
+    wanted = hashlib.sha256(b"".join([bytes(b ^ 0x5C for b in b"sk-iflow".ljust(64, b"\0")),
+                                      hashlib.sha256(
+        bytes(b ^ 0x36 for b in b"sk-iflow".ljust(64, b"\0"))
+        + message.encode()).digest()])).hexdigest()
+    assert first["x-iflow-signature"] == wanted == hmac.new(
+        b"sk-iflow", message.encode(), "sha256").hexdigest()
     assert abs(int(first["x-iflow-timestamp"]) / 1000 - time.time()) < 60
-    assert first["session-id"].startswith("session-") and first["session-id"] == second["session-id"]
+    assert first["session-id"].startswith("session-")
+    assert first["session-id"] == second["session-id"]
     assert first["conversation-id"] == second["conversation-id"]
     version, trace, span, flags = first["traceparent"].split("-")
-    assert (version, len(trace), len(span), flags) == ("00", 32, 16, "01") and first["traceparent"] != second["traceparent"]
+    assert (version, len(trace), len(span), flags) == ("00", 32, 16, "01")
+    assert first["traceparent"] != second["traceparent"]
     assert "x-private" not in first and fake.seen[0][1]["model"] == "glm-5"
 
 
@@ -5752,7 +5841,8 @@ def test_openai_compatible_entry_is_a_plain_provider(iflow):
     assert iflow_post(server, {"messages": [{"role": "user", "content": "q"}]})[0] == 200
     headers, body = fake.seen[0]
     assert not [h for h in headers if "iflow" in h or h in ("session-id", "traceparent")]
-    assert headers["user-agent"] != "iFlow-Cli" and body == {"model": "my-model", "messages": [{"role": "user", "content": "q"}]}
+    assert headers["user-agent"] != "iFlow-Cli"
+    assert body == {"model": "my-model", "messages": [{"role": "user", "content": "q"}]}
 
 
 KEY_SOURCES = [
@@ -5761,8 +5851,10 @@ KEY_SOURCES = [
     ({}, {}, "config", {"apiKey": "file"}, "config"),
     ({}, {"IFLOW_apiKey": "variable"}, "config", {"apiKey": "file"}, "variable"),
     ({}, {"iflow_API_KEY": "variable"}, "", {}, "variable"),
-    ({}, {"IFLOW_API_KEY": "variable", "IFLOW2API_API_KEY": "ours"}, "config", {"apiKey": "file"}, "ours"),
-    ({"api_key": "flag"}, {"IFLOW_API_KEY": "variable", "IFLOW2API_API_KEY": "ours"}, "config", {"apiKey": "f"}, "flag"),
+    ({}, {"IFLOW_API_KEY": "variable", "IFLOW2API_API_KEY": "ours"}, "config", {"apiKey": "file"},
+     "ours"),
+    ({"api_key": "flag"}, {"IFLOW_API_KEY": "variable", "IFLOW2API_API_KEY": "ours"}, "config",
+     {"apiKey": "f"}, "flag"),
     ({}, {"IFLOW_API_KEY": ""}, "", {"apiKey": "file"}, "file")]
 
 
@@ -5776,13 +5868,17 @@ def test_key_precedence(flags, environ, config, login, wanted):
 def test_base_url_precedence():
     loaded = ifl.load_settings({"base_url": "http://config/v1"}, {}, {})
     login = {"apiKey": "k", "baseUrl": "http://file/v1"}
-    for environ, wanted in (({}, "http://config/v1"), ({"IFLOW_baseUrl": "http://variable/v1"}, "http://variable/v1")):
-        assert ifl.iflow_provider(loaded.settings, loaded.origins, environ, login).base_url == wanted
-    assert ifl.iflow_provider(ifl.Settings(), {}, {}, {"apiKey": "k"}).base_url == ifl.IFLOW_BASE_URL
+    for environ, wanted in (({}, "http://config/v1"),
+                            ({"IFLOW_baseUrl": "http://variable/v1"}, "http://variable/v1")):
+        assert ifl.iflow_provider(loaded.settings, loaded.origins, environ,
+                                  login).base_url == wanted
+    assert ifl.iflow_provider(ifl.Settings(), {}, {},
+                              {"apiKey": "k"}).base_url == ifl.IFLOW_BASE_URL
     assert ifl.iflow_provider(ifl.Settings(), {}, {}, {"apiKey": 5, "baseUrl": []}) is None
 
 
-BROKEN_LOGINS = ["", "{", "[]", '{"apiKey": ', "\x00", '{"apiKey": "sk good"}', '{"apiKey": "a\\nb"}', '{"apiKey": {}}', None]
+BROKEN_LOGINS = ["", "{", "[]", '{"apiKey": ', "\x00", '{"apiKey": "sk good"}',
+                 '{"apiKey": "a\\nb"}', '{"apiKey": {}}', None]
 
 
 @pytest.mark.parametrize("content", BROKEN_LOGINS)
@@ -5796,7 +5892,8 @@ def test_broken_login_is_named_and_left_alone(iflow_home, tmp_path, content):
     health = gateway.health()
     assert health["status"] == "degraded" and health["iflow_logged_in"] is False
     if content != '{"apiKey": {}}':
-        assert len(health["problems"]) == 1 and ("settings.json" in health["problems"][0] or "iflow" in health["problems"][0])
+        assert len(health["problems"]) == 1
+        assert "settings.json" in health["problems"][0] or "iflow" in health["problems"][0]
     assert "good" not in json.dumps(health)
     assert before is None or path.read_bytes() == before
     gateway.close()
@@ -5808,7 +5905,8 @@ def test_login_with_bom_and_line_end_works_and_is_reread(iflow_home, tmp_path):
     assert gateway.state.router.providers["iflow"].api_keys == ("sk-one",)
     path.write_text('{"apiKey": "sk-t')
     gateway.reload()
-    assert gateway.state.router.providers["iflow"].api_keys == ("sk-one",)       # half written: the last good stays
+    # half written: the last good stays
+    assert gateway.state.router.providers["iflow"].api_keys == ("sk-one",)
     path.write_text('{"apiKey": "sk-two"}')
     gateway.reload()
     assert gateway.state.router.providers["iflow"].api_keys == ("sk-two",)
@@ -5818,7 +5916,8 @@ def test_login_with_bom_and_line_end_works_and_is_reread(iflow_home, tmp_path):
 
 def test_upstream_flag_leaves_iflow_out(iflow_home, tmp_path):
     iflow_home({"apiKey": "sk-iflow"})
-    flags = {"providers": [{"name": "upstream", "base_url": "http://127.0.0.1:9/v1"}], "api_key": ""}
+    flags = {"providers": [{"name": "upstream", "base_url": "http://127.0.0.1:9/v1"}],
+             "api_key": ""}
     gateway = ifl.Gateway(config=ifl.ConfigFile(str(tmp_path / "c")), flags=flags)
     assert list(gateway.state.router.providers) == ["upstream"]
     gateway.close()
@@ -5826,7 +5925,8 @@ def test_upstream_flag_leaves_iflow_out(iflow_home, tmp_path):
 
 TWEAKS = [
     ("deepseek-v3.2-chat", {}, {"thinking_mode": True, "reasoning": True}),
-    ("glm-5", {}, {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True, "thinking": {"type": "enabled"}}),
+    ("glm-5", {}, {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True,
+                   "thinking": {"type": "enabled"}}),
     ("glm-4.7", {}, {"chat_template_kwargs": {"enable_thinking": True}}),
     ("kimi-k2.5", {}, {"thinking": {"type": "enabled"}}),
     ("mimo-v2", {}, {"thinking": {"type": "enabled"}}),
@@ -5836,13 +5936,17 @@ TWEAKS = [
     ("qwen3-coder-plus", {}, {}),
     ("glm-5", {"thinking": {"type": "disabled"}}, {"thinking": {"type": "disabled"}}),
     ("glm-5", {"enable_thinking": False}, {"enable_thinking": False}),
-    ("glm-4.7", {"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_kwargs": {"enable_thinking": False}}),
+    ("glm-4.7", {"chat_template_kwargs": {"enable_thinking": False}},
+     {"chat_template_kwargs": {"enable_thinking": False}}),
     ("deepseek-x", {"reasoning_effort": "none"}, {"reasoning_effort": "none"}),
     ("glm-4.7", {"chat_template_kwargs": {"x": 1}}, {"chat_template_kwargs": {"x": 1}}),
-    ("glm-4.7", {"tools": [], "tool_choice": "auto"}, {"chat_template_kwargs": {"enable_thinking": True}}),
-    ("deepseek-v3.2-chat", {"max_tokens": 99999, "thinking_mode": False}, {"max_tokens": 8192, "thinking_mode": False}),
+    ("glm-4.7", {"tools": [], "tool_choice": "auto"},
+     {"chat_template_kwargs": {"enable_thinking": True}}),
+    ("deepseek-v3.2-chat", {"max_tokens": 99999, "thinking_mode": False},
+     {"max_tokens": 8192, "thinking_mode": False}),
     ("glm-4.6", {"max_completion_tokens": 32001, "temperature": 0.10},
-     {"max_completion_tokens": 32000, "temperature": 0.1, "chat_template_kwargs": {"enable_thinking": True}}),
+     {"max_completion_tokens": 32000, "temperature": 0.1,
+      "chat_template_kwargs": {"enable_thinking": True}}),
     ("unknown", {"max_tokens": 10 ** 9}, {"max_tokens": 10 ** 9})]
 
 
@@ -5853,7 +5957,8 @@ def test_tweaks(model, given, wanted):
     assert given == before
 
 
-CODES = [(434, 403), (438, 403), (439, 403), (435, 404), (429, 429), (449, 429), (8211, 429), (511, 400), (413, 400), (514, 502),
+CODES = [(434, 403), (438, 403), (439, 403), (435, 404), (429, 429), (449, 429), (8211, 429),
+         (511, 400), (413, 400), (514, 502),
          (999, 502)]
 
 
@@ -5869,7 +5974,8 @@ def test_business_codes(iflow, code, wanted, http_status, stream):
     error = json.loads(data)["error"]
     assert status == wanted and "sorry" in error["message"]
     if wanted == 403:
-        assert headers["x-should-retry"] == "false" and "iflow" in error["message"] and "test iflow" in error["message"]
+        assert headers["x-should-retry"] == "false" and "iflow" in error["message"]
+        assert "test iflow" in error["message"]
     if wanted == 429:
         assert headers["Retry-After"] == "5"
     if wanted == 404:
@@ -5885,7 +5991,8 @@ def test_business_code_as_a_record_and_error_code_spelling(iflow):
     assert iflow_post(server, iflow_ask(stream=True))[0] == 429
     fake.script = [{"status": "511", "msg": "too long"}]
     status, _, data = iflow_post(server, iflow_ask(max_tokens=10), "/v1/messages")
-    assert status == 400 and "prompt is too long" in json.loads(data)["error"]["message"] and "200000" in data.decode()
+    assert status == 400 and "prompt is too long" in json.loads(data)["error"]["message"]
+    assert "200000" in data.decode()
     fake.script = [(406, {"message": "Not Acceptable"})]
     assert iflow_post(server, iflow_ask())[0] == 403
     assert len(fake.seen) == 3                           # never retried in a loop
@@ -5894,34 +6001,43 @@ def test_business_code_as_a_record_and_error_code_spelling(iflow):
 def test_stream_oddities(iflow):
     fake, start = iflow
     server = start()
-    fake.script = [[iflow_chunk(content="hi"), iflow_chunk("stop")]]                  # no [DONE], no space after data:
+    # no [DONE], no space after data:
+    fake.script = [[iflow_chunk(content="hi"), iflow_chunk("stop")]]
     status, _, data = iflow_post(server, iflow_ask(stream=True))
     assert status == 200 and data.endswith(b"data: [DONE]\n\n")
     fake.script = [[]]
-    assert iflow_post(server, iflow_ask(stream=True))[0] == 502                        # a stream of 0 chunks
+    # a stream of 0 chunks
+    assert iflow_post(server, iflow_ask(stream=True))[0] == 502
     fake.script = [[iflow_chunk(content="hi"), iflow_chunk("network_error"), "[DONE]"]]
-    assert b"network_error" in iflow_post(server, iflow_ask(stream=True))[2]           # passed on on Chat
+    # passed on on Chat
+    assert b"network_error" in iflow_post(server, iflow_ask(stream=True))[2]
     fake.script = [[iflow_chunk(content="hi"), iflow_chunk("network_error"), "[DONE]"]]
     data = iflow_post(server, iflow_ask(stream=True, max_tokens=9), "/v1/messages")[2].decode()
     assert "event: error" in data and "message_stop" not in data
-    fake.script = [iflow_plain("whole")]                                               # JSON instead of a stream
+    # JSON instead of a stream
+    fake.script = [iflow_plain("whole")]
     assert "".join(c["choices"][0]["delta"].get("content") or "" for c in sse_chunks(
         iflow_post(server, iflow_ask(stream=True))[2])) == "whole"
 
 
-REASONED = [iflow_chunk(role="assistant", content=""), iflow_chunk(reasoning_content="think "), iflow_chunk(reasoning_content="more"),
+REASONED = [iflow_chunk(role="assistant", content=""), iflow_chunk(reasoning_content="think "),
+            iflow_chunk(reasoning_content="more"),
             iflow_chunk(content="an"), iflow_chunk(content="swer"), iflow_chunk("stop"), "[DONE]"]
-CALL = [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+CALL = [{"index": 0, "id": "call_1", "type": "function",
+         "function": {"name": "f", "arguments": "{}"}}]
 MERGES = [
     (False, REASONED, "think more\n\nanswer", ""),
     (True, REASONED, "answer", "think more"),
     (False, [iflow_chunk(reasoning_content="r"), iflow_chunk("stop")], "r", ""),
     (True, [iflow_chunk(reasoning_content="r"), iflow_chunk("stop")], "r", "r"),
     (False, [iflow_chunk(reasoning_content="r", content="a"), iflow_chunk("stop")], "r\n\na", ""),
-    (False, [iflow_chunk(reasoning_content="r"), iflow_chunk(tool_calls=CALL), iflow_chunk("tool_calls")], "r", ""),
-    (True, [iflow_chunk(reasoning_content="r"), iflow_chunk(tool_calls=CALL), iflow_chunk("tool_calls")], "r", "r"),
+    (False, [iflow_chunk(reasoning_content="r"), iflow_chunk(tool_calls=CALL),
+             iflow_chunk("tool_calls")], "r", ""),
+    (True, [iflow_chunk(reasoning_content="r"), iflow_chunk(tool_calls=CALL),
+            iflow_chunk("tool_calls")], "r", "r"),
     (False, [iflow_chunk(content="a"), iflow_chunk("stop")], "a", ""),
-    (False, [iflow_chunk(reasoning="r", reasoning_content=""), iflow_chunk(content="\n"), iflow_chunk(content="a"),
+    (False, [iflow_chunk(reasoning="r", reasoning_content=""), iflow_chunk(content="\n"),
+             iflow_chunk(content="a"),
              iflow_chunk("stop")], "r\n\n\na", "")]
 
 
@@ -5930,7 +6046,8 @@ def test_preserve_reasoning(iflow, preserve, chunks, content, reasoning):
     fake, start = iflow
     server = start(preserve_reasoning_content=preserve)
     fake.script = [copy.deepcopy(chunks)]
-    got = [c["choices"][0]["delta"] for c in sse_chunks(iflow_post(server, iflow_ask(stream=True))[2])]
+    got = [c["choices"][0]["delta"]
+           for c in sse_chunks(iflow_post(server, iflow_ask(stream=True))[2])]
     assert "".join(d.get("content") or "" for d in got) == content
     assert "".join(d.get("reasoning_content") or "" for d in got) == reasoning
     heard = "".join(ifl.reasoning_of(c["choices"][0]["delta"]) for c in chunks if c != "[DONE]")
@@ -5943,20 +6060,24 @@ def test_preserve_reasoning(iflow, preserve, chunks, content, reasoning):
 def test_other_providers_keep_their_reasoning_unless_they_say_so(iflow):
     fake, start = iflow
     entry = {"name": "p", "base_url": fake.url}
-    server = start(providers=[entry, {**entry, "name": "merged", "preserve_reasoning_content": False}])
+    server = start(providers=[entry,
+                              {**entry, "name": "merged", "preserve_reasoning_content": False}])
     for name, content in (("p", "a"), ("merged", "r\n\na")):
         fake.script = [iflow_plain("a", reasoning_content="r")]
-        assert json.loads(iflow_post(server, iflow_ask(name + "/x"))[2])["choices"][0]["message"]["content"] == content
+        assert json.loads(iflow_post(server, iflow_ask(name + "/x"))[2])["choices"][0]["message"][
+            "content"] == content
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_dropped_reasoning_comes_back_in_tool_use(iflow, stream):
     fake, start = iflow
     server = start()
-    fake.script = [[iflow_chunk(reasoning_content="because"), iflow_chunk(tool_calls=CALL), iflow_chunk("tool_calls")]] if stream \
+    fake.script = [[iflow_chunk(reasoning_content="because"), iflow_chunk(tool_calls=CALL),
+                    iflow_chunk("tool_calls")]] if stream \
         else [iflow_plain(None, reasoning_content="because", tool_calls=CALL)]
     iflow_post(server, iflow_ask(stream=stream))
-    history = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": CALL},
+    history = [{"role": "user", "content": "q"},
+               {"role": "assistant", "content": None, "tool_calls": CALL},
                {"role": "tool", "tool_call_id": "call_1", "content": "1"}]
     iflow_post(server, {"model": "glm-4.7", "messages": history})
     assert fake.seen[-1][1]["messages"][1]["reasoning_content"] == "because"
@@ -5987,22 +6108,28 @@ VISION = [
 def test_images_go_to_the_vision_model(iflow, path, messages):
     fake, start = iflow
     server = start()
-    assert iflow_post(server, {"model": "glm-5", "max_tokens": 9, "messages": messages}, path)[0] == 200
-    assert fake.seen[-1][1]["model"] == "qwen-vl-max" and "image_url" in json.dumps(fake.seen[-1][1])
-    assert iflow_post(server, {"model": "glm-5", "max_tokens": 9, "messages": [{"role": "user", "content": '"image_url"'}]}, path)[0] == 200
+    assert iflow_post(server, {"model": "glm-5", "max_tokens": 9, "messages": messages},
+                      path)[0] == 200
+    assert fake.seen[-1][1]["model"] == "qwen-vl-max"
+    assert "image_url" in json.dumps(fake.seen[-1][1])
+    assert iflow_post(server, {"model": "glm-5", "max_tokens": 9, "messages": [
+        {"role": "user", "content": '"image_url"'}]}, path)[0] == 200
     assert fake.seen[-1][1]["model"] == "glm-5"
 
 
 def test_vision_mode_pass_and_other_providers(iflow):
     fake, start = iflow
     entry = {"name": "blind", "base_url": fake.url, "profile": {"vision": False}}
-    server = start(vision_mode="pass", providers=[entry, {**entry, "name": "led", "vision_model": "sees"}])
+    server = start(vision_mode="pass",
+                   providers=[entry, {**entry, "name": "led", "vision_model": "sees"}])
     ask = {"max_tokens": 9, "messages": VISION[0][1]}
     for model, wanted in (("iflow/glm-5", "glm-5"), ("blind/m", "m"), ("led/m", "sees")):
         iflow_post(server, {"model": model, **ask})
         assert fake.seen[-1][1]["model"] == wanted and "image_url" in json.dumps(fake.seen[-1][1])
-    iflow_post(server, {"model": "blind/m", "max_tokens": 9, "messages": VISION[1][1]}, "/v1/messages")
-    assert "image_url" not in json.dumps(fake.seen[-1][1]) and "image" in json.dumps(fake.seen[-1][1])
+    iflow_post(server, {"model": "blind/m", "max_tokens": 9, "messages": VISION[1][1]},
+               "/v1/messages")
+    assert "image_url" not in json.dumps(fake.seen[-1][1])
+    assert "image" in json.dumps(fake.seen[-1][1])
 
 
 def test_models_and_vision_models(iflow):
@@ -6023,9 +6150,11 @@ def test_default_model(iflow):
     fake, start = iflow
     messages = [{"role": "user", "content": "q"}]
     for login, config, wanted in (({}, {}, "glm-5"), ({"modelName": "kimi-k2"}, {}, "kimi-k2"),
-                                  ({"modelName": "kimi-k2"}, {"default_model": "glm-4.6"}, "glm-4.6")):
+                                  ({"modelName": "kimi-k2"}, {"default_model": "glm-4.6"},
+                                   "glm-4.6")):
         server = start(login, **config)
-        assert iflow_post(server, {"model": "claude-sonnet-4", "max_tokens": 9, "messages": messages}, "/v1/messages")[0] == 200
+        assert iflow_post(server, {"model": "claude-sonnet-4", "max_tokens": 9,
+                                   "messages": messages}, "/v1/messages")[0] == 200
         assert fake.seen[-1][1]["model"] == wanted
 
 
@@ -6034,7 +6163,8 @@ def test_not_logged_in(iflow_home, tmp_path):
     try:
         for path in ("/v1/chat/completions", "/v1/messages"):
             status, headers, data = iflow_post(server, iflow_ask(max_tokens=9), path)
-            assert status == 403 and headers["x-should-retry"] == "false" and "--upstream" in json.loads(data)["error"]["message"]
+            assert status == 403 and headers["x-should-retry"] == "false"
+            assert "--upstream" in json.loads(data)["error"]["message"]
     finally:
         server.close()
 
@@ -6045,7 +6175,8 @@ def test_one_request_at_a_time(iflow, concurrency):
     server = start(api_concurrency=concurrency, keepalive_s=0.05)
     fake.gate.clear()
     answers = []
-    threads = [threading.Thread(target=lambda: answers.append(iflow_post(server, iflow_ask(stream=n == 1)))) for n in range(2)]
+    threads = [threading.Thread(target=lambda: answers.append(
+        iflow_post(server, iflow_ask(stream=n == 1)))) for n in range(2)]
     threads[0].start()
     assert fake.arrived.acquire(timeout=10)
     threads[1].start()
@@ -6070,7 +6201,8 @@ def test_one_request_at_a_time(iflow, concurrency):
 def test_reasoning_on_messages(iflow):
     fake, start = iflow
     server = start()
-    for thinking, wanted in ((None, ["text"]), ({"type": "enabled", "budget_tokens": 1024}, ["thinking", "text"])):
+    for thinking, wanted in ((None, ["text"]),
+                             ({"type": "enabled", "budget_tokens": 1024}, ["thinking", "text"])):
         fake.script = [iflow_plain("a", reasoning_content="r")]
         ask = iflow_ask(max_tokens=9000, **({"thinking": thinking} if thinking else {}))
         message = json.loads(iflow_post(server, ask, "/v1/messages")[2])
@@ -10269,15 +10401,19 @@ def test_a_head_is_taken_apart():
 
 
 BAD_HEADS = [
-    (b"", 400), (b"GET", 400), (b"GET /", 400), (b" GET / HTTP/1.1", 400), (b"GET  / HTTP/1.1", 400),
+    (b"", 400), (b"GET", 400), (b"GET /", 400), (b" GET / HTTP/1.1", 400),
+    (b"GET  / HTTP/1.1", 400),
     (b"get / HTTP/1.1", 400),
-    (b"GET /a b HTTP/1.1", 400), (b"GET / HTTP/2.0", 505), (b"PRI * HTTP/2.0", 505), (b"GET / HTTP/1.2", 505),
+    (b"GET /a b HTTP/1.1", 400), (b"GET / HTTP/2.0", 505), (b"PRI * HTTP/2.0", 505),
+    (b"GET / HTTP/1.2", 505),
     (b"GET / HTTP/0.9", 505), (b"GET / HTTP/1.1x", 505),
-    (b"GET / http/1.1", 400), (b"\x16\x03\x01\x02\x00\x01", 400), (b"GET /" + b"a" * 17_000 + b" HTTP/1.1", 414),
+    (b"GET / http/1.1", 400), (b"\x16\x03\x01\x02\x00\x01", 400),
+    (b"GET /" + b"a" * 17_000 + b" HTTP/1.1", 414),
     (b"GET /\0 HTTP/1.1\r\nA\0: b", 400),
     (b"GET / HTTP/1.1\r\nHost : h", 400), (b"GET / HTTP/1.1\r\n folded", 400),
     (b"GET / HTTP/1.1\r\nA: b\r\n c: d", 400), (b"GET / HTTP/1.1\r\n: x", 400),
-    (b"GET / HTTP/1.1\r\nA b: c", 400), (b"GET / HTTP/1.1\r\nno colon", 400), (b"GET / HTTP/1.1\r\nA: b\0c", 400),
+    (b"GET / HTTP/1.1\r\nA b: c", 400), (b"GET / HTTP/1.1\r\nno colon", 400),
+    (b"GET / HTTP/1.1\r\nA: b\0c", 400),
     (b"GET / HTTP/1.1\r\nA: b\rc", 400),
     (b"GET / HTTP/1.1\r\nA\xe9: b", 400), (b"GET / HTTP/1.1" + b"\r\na: b" * 300, 431),
     (b"A" * 30 + b" / HTTP/1.1", 400)]
@@ -10307,7 +10443,9 @@ def each_byte(data):
 
 
 def often(use, *more, times=10):
-    """What uses an input several times: one large enough to take long alone would not fit into the caches."""
+    """What uses an input several times: one large enough to take long alone would not fit into the
+    caches.
+    """
     def used(data):
         for _ in range(times):
             with contextlib.suppress(ifl.BadRequest, ValueError):
@@ -10325,32 +10463,44 @@ ANSWER_HEAD = b"HTTP/1.1 200 OK\r\n"
 
 #: what, n, maker of an input of size n, its use
 GROWTH_OF_HTTP = [
-    ("blanks before a NUL", 200_000, lambda n: HEAD + b"A:" + b" " * n + b"\0", often(ifl.parse_head, times=100)),
-    ("blanks within a value", 50_000, lambda n: HEAD + b"A: a" + b" \t" * n + b"b", often(ifl.parse_head, times=100)),
+    ("blanks before a NUL", 200_000, lambda n: HEAD + b"A:" + b" " * n + b"\0",
+     often(ifl.parse_head, times=100)),
+    ("blanks within a value", 50_000, lambda n: HEAD + b"A: a" + b" \t" * n + b"b",
+     often(ifl.parse_head, times=100)),
     ("one endless line", 200_000, lambda n: b"G" * n, often(ifl.parse_head, times=100)),
     ("blanks in an answer", 100_000, lambda n: ANSWER_HEAD + b"A: a" + b" \r" * n + b"b",
      often(ifl.parse_answer_head, "GET", times=100)),
     ("blanks before an answer's colon", 1_000_000, lambda n: ANSWER_HEAD + b"A" + b" " * n + b": b",
      often(ifl.parse_answer_head, "GET")),
-    ("a folded answer", 45, lambda n: ANSWER_HEAD + b"A: b" + (b"\r\n" + b" " * n * 100) * 150 + b"c",
+    ("a folded answer", 45, lambda n: ANSWER_HEAD + b"A: b" + (b"\r\n" + b" " * n * 100) * 150
+     + b"c",
      often(ifl.parse_answer_head, "GET")),
-    ("a head byte by byte", 15_000, lambda n: each_byte(b"A" * n + b"\r\n\r\n"), lambda d: Pieces(d).read_head()),
-    ("a head of line ends", 15_000, lambda n: each_byte(b"A\r\n" * (n // 3) + b"\r\n"), lambda d: Pieces(d).read_head()),
+    ("a head byte by byte", 15_000, lambda n: each_byte(b"A" * n + b"\r\n\r\n"),
+     lambda d: Pieces(d).read_head()),
+    ("a head of line ends", 15_000, lambda n: each_byte(b"A\r\n" * (n // 3) + b"\r\n"),
+     lambda d: Pieces(d).read_head()),
     ("empty lines before a head", 10_000, lambda n: each_byte(b"\r\n" * n + b"A\n\n"),
      lambda d: Pieces(d).read_head(b"\r\n")),
-    ("a chunk's extension byte by byte", 15_000, lambda n: each_byte(b"1;" + b"x" * n + b"\r\na\r\n"), lambda d: dechunk(d)),
-    ("trailers byte by byte", 15_000, lambda n: each_byte(b"0\r\n" + b"a:b\r\n" * (n // 5) + b"\r\n"), lambda d: dechunk(d)),
+    ("a chunk's extension byte by byte", 15_000,
+     lambda n: each_byte(b"1;" + b"x" * n + b"\r\na\r\n"), lambda d: dechunk(d)),
+    ("trailers byte by byte", 15_000,
+     lambda n: each_byte(b"0\r\n" + b"a:b\r\n" * (n // 5) + b"\r\n"), lambda d: dechunk(d)),
     ("small chunks in one read", 10_000, lambda n: [b"1\r\na\r\n" * n], lambda d: dechunk(d)),
-    ("one chunk byte by byte", 20_000, lambda n: each_byte(b"%x\r\n" % n + b"x" * n), lambda d: dechunk(d)),
+    ("one chunk byte by byte", 20_000, lambda n: each_byte(b"%x\r\n" % n + b"x" * n),
+     lambda d: dechunk(d)),
     ("a path of slashes", 20_000, lambda n: "/" * n + "x", often(find)),
     ("a path of parts", 5_000, lambda n: "/models" * n, often(find)),
-    ("an Accept-Encoding", 50_000, lambda n: "gzip ;q=0." + "0" * n + ", gzip;q=0, " * n, ifl.accepts_gzip),
-    ("a body in members", 2_000, lambda n: gzip.compress(b"x" * 999) * n, lambda d: ifl.inflate(d, 1 << 30)),
-    ("an Origin", 1_000_000, lambda n: {"origin": "://" * n}, lambda d: ifl.cors_lines(d, "/v1/models", True)),
+    ("an Accept-Encoding", 50_000, lambda n: "gzip ;q=0." + "0" * n + ", gzip;q=0, " * n,
+     ifl.accepts_gzip),
+    ("a body in members", 2_000, lambda n: gzip.compress(b"x" * 999) * n,
+     lambda d: ifl.inflate(d, 1 << 30)),
+    ("an Origin", 1_000_000, lambda n: {"origin": "://" * n},
+     lambda d: ifl.cors_lines(d, "/v1/models", True)),
 ]
 
 
-@pytest.mark.parametrize("size, make, use", [row[1:] for row in GROWTH_OF_HTTP], ids=[row[0] for row in GROWTH_OF_HTTP])
+@pytest.mark.parametrize("size, make, use", [row[1:] for row in GROWTH_OF_HTTP],
+                         ids=[row[0] for row in GROWTH_OF_HTTP])
 def test_http_takes_linear_time(size, make, use):
     def best_s(size):
         data, spent = make(size), []
@@ -10383,9 +10533,11 @@ def test_head_answers_wherever_get_does(server, upstream, path):
     with Client(running) as client:
         whole = client.request("GET", path).answer()
         short = client.request("HEAD", path).answer("HEAD")
-        assert short.status == whole.status == 200 and short.headers["content-type"] == whole.headers["content-type"]
+        assert short.status == whole.status == 200
+        assert short.headers["content-type"] == whole.headers["content-type"]
         assert "content-length" in short.headers
-        assert client.request("GET", "/health").answer().status == 200      # nothing of a body lies about
+        # nothing of a body lies about
+        assert client.request("GET", "/health").answer().status == 200
 
 
 @pytest.mark.parametrize("method, path, allow", [
@@ -10401,7 +10553,8 @@ def test_a_wrong_method_is_405_and_says_which_are_right(server, method, path, al
         assert client.request("GET", "/health").answer().status == 200
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/v1/nothing", "/v2/models", "/api/models", "/v1/v1/models", "/v1/chat",
+@pytest.mark.parametrize("path", ["/nothing", "/v1/nothing", "/v2/models", "/api/models",
+                                  "/v1/v1/models", "/v1/chat",
                                   "/..", "/%2e", "/v1x/models"])
 def test_an_unknown_path_is_404_in_the_words_of_who_asks(server, path):
     running = server(detect_local=False)
@@ -10409,10 +10562,12 @@ def test_an_unknown_path_is_404_in_the_words_of_who_asks(server, path):
     assert answer.status == 404 and answer.error["type"] == "invalid_request_error"
     answer = get(running, path, anthropic_version="2023-06-01")
     assert answer.status == 404 and answer.json["error"]["type"] == "not_found_error"
-    assert answer.json["request_id"] == answer.headers["request-id"] == answer.headers["x-request-id"]
+    assert answer.json["request_id"] == answer.headers["request-id"] == answer.headers[
+        "x-request-id"]
 
 
-@pytest.mark.parametrize("target", ["http://127.0.0.1/health", "https://x/", "*", "//evil/health", "health",
+@pytest.mark.parametrize("target",
+                         ["http://127.0.0.1/health", "https://x/", "*", "//evil/health", "health",
                                     "127.0.0.1:80"])
 def test_a_target_that_is_no_path_is_refused(server, target):
     running = server(detect_local=False)
@@ -10425,7 +10580,8 @@ def test_a_target_that_is_no_path_is_refused(server, target):
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/health", "/nothing"])
 def test_a_websocket_is_426(server, path):
-    answer = get(server(detect_local=False, custom_api_key="k" * 20), path, Upgrade="websocket", Connection="Upgrade",
+    answer = get(server(detect_local=False, custom_api_key="k" * 20), path, Upgrade="websocket",
+                 Connection="Upgrade",
                  Sec_WebSocket_Version="13")
     assert answer.status == 426 and answer.headers["upgrade"] == "HTTP/1.1"
     assert answer.headers["x-should-retry"] == "false"
@@ -10433,7 +10589,8 @@ def test_a_websocket_is_426(server, path):
 
 def test_every_answer_has_an_id_of_its_own(server, upstream):
     running = server(upstream)
-    answers = [get(running, "/health"), get(running, "/nothing"), post(running, chat()), post(running, chat(True)),
+    answers = [get(running, "/health"), get(running, "/nothing"), post(running, chat()),
+               post(running, chat(True)),
                post(running, b"{")]
     ids = [answer.headers["x-request-id"] for answer in answers]
     assert len(set(ids)) == 5 and all(re.fullmatch("req_[0-9a-f]{24}", ident) for ident in ids)
@@ -10441,7 +10598,8 @@ def test_every_answer_has_an_id_of_its_own(server, upstream):
 
 # --- bodies ------------------------------------------------------------------
 
-@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", "",
+@pytest.mark.parametrize("content_type",
+                         ["application/json", "text/plain", "application/x-www-form-urlencoded", "",
                                           None, "nonsense"])
 def test_a_body_is_json_whatever_it_is_called(server, upstream, content_type):
     with Client(server(upstream)) as client:
@@ -10449,14 +10607,17 @@ def test_a_body_is_json_whatever_it_is_called(server, upstream, content_type):
 
 
 @pytest.mark.parametrize("encoding, pack", [
-    ("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress), ("GZIP", gzip.compress),
+    ("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress),
+    ("GZIP", gzip.compress),
     ("gzip", lambda data: gzip.compress(data[:9]) + gzip.compress(b"") + gzip.compress(data[9:])),
     ("gzip", lambda data: b"".join(gzip.compress(data[at:at + 1]) for at in range(len(data)))),
-    ("gzip", lambda data: gzip.compress(data) + bytes(512)),             # tape blocks, as gzip(1) takes them
+    # tape blocks, as gzip(1) takes them
+    ("gzip", lambda data: gzip.compress(data) + bytes(512)),
     ("deflate", lambda data: zlib.compress(data)[2:-4]), ("identity", bytes), ("", bytes)])
 def test_a_compressed_body(server, upstream, encoding, pack):
     with Client(server(upstream)) as client:
-        assert client.post(pack(ifl.dump_json(chat())), headers={"Content-Encoding": encoding}).answer().status == 200
+        assert client.post(pack(ifl.dump_json(chat())),
+                           headers={"Content-Encoding": encoding}).answer().status == 200
         assert upstream.last.json == chat() and "content-encoding" not in upstream.last.headers
 
 
@@ -10470,7 +10631,8 @@ BODY_FAULTS = [
     ("cut gzip", {"Content-Encoding": "gzip"}, gzip.compress(b"{}" * 50)[:-9], 400, True),
     ("gzip bomb", {"Content-Encoding": "gzip"}, gzip.compress(b" " * 500_000), 413, True),
     ("bomb of members", {"Content-Encoding": "gzip"}, gzip.compress(b" " * 4_000) * 3, 413, True),
-    ("second member cut", {"Content-Encoding": "gzip"}, gzip.compress(b"{}") + gzip.compress(b" ")[:-3], 400, True),
+    ("second member cut", {"Content-Encoding": "gzip"},
+     gzip.compress(b"{}") + gzip.compress(b" ")[:-3], 400, True),
     ("too large", {}, b" " * 20_000, 413, True),
     ("far too large", {}, b" " * 3_000_000, 413, False), ("not JSON", {}, b"{", 400, True),
     ("no messages", {}, b"{}", 400, True),
@@ -10500,8 +10662,11 @@ def test_endless_members_are_given_up(monkeypatch):
 
 
 def test_the_answer_does_not_wait_for_a_body_that_nobody_wants(server):
-    """It used to wait for up to a second; read here before the body is sent, and the connection stays."""
-    running, paths = server(detect_local=False), {"/v1/nothing": 404, "/health": 405, "/v1/models": 405}
+    """It used to wait for up to a second; read here before the body is sent, and the connection
+    stays.
+    """
+    running, paths = server(detect_local=False), {"/v1/nothing": 404, "/health": 405,
+                                                  "/v1/models": 405}
     for path, status in paths.items():
         with Client(running, timeout_s=0.5) as client:
             client.send(request_bytes(path=path, headers={"Content-Length": "5"}))
@@ -10514,7 +10679,8 @@ def test_the_answer_does_not_wait_for_a_body_that_nobody_wants(server):
         for client, path in zip(clients, paths):
             client.send(request_bytes(path=path, headers={"Content-Length": "5"}))
         for client, status in zip(clients, paths.values()):
-            assert client.answer().status == status and client.is_closed()       # nothing came within a second
+            # nothing came within a second
+            assert client.answer().status == status and client.is_closed()
 
 
 def test_too_large_is_said_before_the_body_was_sent(server):
@@ -10547,30 +10713,37 @@ def test_a_thousand_levels_reach_the_upstream_or_are_refused(server, upstream):
 
 def test_chunked_bodies(server, upstream):
     data = ifl.dump_json(chat(pad="x" * 5_000))
-    chunked = b"".join(framed(data[at:at + 999]) for at in range(0, len(data), 999)) + b"0\r\nX-Trailer: 1\r\n\r\n"
+    chunked = b"".join(framed(data[at:at + 999])
+                       for at in range(0, len(data), 999)) + b"0\r\nX-Trailer: 1\r\n\r\n"
     running = server(upstream)
     with Client(running) as client:
         begin = request_bytes(headers={"Transfer-Encoding": "chunked", "Content-Length": None})
-        for pieces in ([begin + chunked], [begin, *(chunked[at:at + 1] for at in range(0, 300)), chunked[300:]],
+        for pieces in ([begin + chunked],
+                       [begin, *(chunked[at:at + 1] for at in range(0, 300)), chunked[300:]],
                        [begin, chunked[:1001], chunked[1001:]]):
             for piece in pieces:
                 client.send(piece)
             assert client.answer().status == 200 and upstream.last.json == chat(pad="x" * 5_000)
             assert "transfer-encoding" not in upstream.last.headers
-        client.send(begin.replace(b"chunked", b"Chunked") + chunked + request_bytes("GET", "/health"))
+        client.send(begin.replace(b"chunked", b"Chunked") + chunked
+                    + request_bytes("GET", "/health"))
         assert client.answer().status == 200
-        assert client.answer().json["status"] == "healthy"          # what came with the last chunk was not lost
+        # what came with the last chunk was not lost
+        assert client.answer().json["status"] == "healthy"
 
 
 @pytest.mark.parametrize("body, status", [
-    (b"5\r\nhelloX\r\n0\r\n\r\n", 400), (b"x\r\n", 400), (b"-5\r\nhello\r\n", 400), (b"5 \r\r\nhello", 400),
+    (b"5\r\nhelloX\r\n0\r\n\r\n", 400), (b"x\r\n", 400), (b"-5\r\nhello\r\n", 400),
+    (b"5 \r\r\nhello", 400),
     (framed(b" " * 20_000) + b"0\r\n\r\n", 413)])
 def test_broken_chunked_bodies_end_the_connection(server, body, status):
     running = server(detect_local=False, body_limit_bytes=10_000)
     with Client(running) as client:
-        client.send(request_bytes(headers={"Transfer-Encoding": "chunked", "Content-Length": None}) + body)
+        client.send(request_bytes(headers={"Transfer-Encoding": "chunked", "Content-Length": None})
+                    + body)
         answer = client.answer()
-        assert (answer.status, answer.headers["connection"]) == (status, "close") and client.is_closed()
+        assert (answer.status, answer.headers["connection"]) == (status, "close")
+        assert client.is_closed()
 
 
 @pytest.mark.parametrize("part", [
@@ -10595,11 +10768,14 @@ def test_expect_100_continue(server, upstream):
         assert client.send(request_bytes(headers=asking)).head() == (100, {})
         assert client.send(data).answer().status == 200
         client.send(request_bytes(path="/nothing", headers=asking))
-        answer = client.answer()                                     # nobody wants the body: it is not asked for
-        assert (answer.status, answer.headers["connection"]) == (404, "close") and client.is_closed()
+        # nobody wants the body: it is not asked for
+        answer = client.answer()
+        assert (answer.status, answer.headers["connection"]) == (404, "close")
+        assert client.is_closed()
     with Client(running) as client:
         client.send(request_bytes(headers=asking, version="HTTP/1.0") + data)
-        assert client.head()[0] == 200                               # HTTP/1.0 knows no 100 (RFC 9110, 10.1.1)
+        # HTTP/1.0 knows no 100 (RFC 9110, 10.1.1)
+        assert client.head()[0] == 200
 
 
 # --- framing that can't be trusted -------------------------------------------
@@ -10614,33 +10790,42 @@ SMUGGLING = [
     ("hex", ["Content-Length: 0x5"], "1.1"),
     ("blank", ["Content-Length: 5 5"], "1.1"), ("no number", ["Content-Length: x"], "1.1"),
     ("empty", ["Content-Length:"], "1.1"),
-    ("huge", ["Content-Length: " + "9" * 30], "1.1"), ("superscript", ["Content-Length: \xb2"], "1.1"),
+    ("huge", ["Content-Length: " + "9" * 30], "1.1"),
+    ("superscript", ["Content-Length: \xb2"], "1.1"),
     ("gzip, chunked", ["Transfer-Encoding: gzip, chunked"], "1.1"),
     ("chunked twice", ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], "1.1"),
     ("identity", ["Transfer-Encoding: identity"], "1.1"),
-    ("xchunked", ["Transfer-Encoding: xchunked"], "1.1"), ("chunked, HTTP/1.0", ["Transfer-Encoding: chunked"], "1.0"),
+    ("xchunked", ["Transfer-Encoding: xchunked"], "1.1"),
+    ("chunked, HTTP/1.0", ["Transfer-Encoding: chunked"], "1.0"),
     ("vertical tab", ["Transfer-Encoding: \x0bchunked"], "1.1"),
     ("blank before the colon", ["Transfer-Encoding : chunked"], "1.1"),
     ("folded", ["X: y", " Transfer-Encoding: chunked"], "1.1"),
-    ("bare CR", ["X: y\rTransfer-Encoding: chunked"], "1.1"), ("NUL", ["Content-Length: 5\0"], "1.1"),
-    ("no host", [], "1.1 without host"), ("no host, chunked", ["Transfer-Encoding: chunked"], "1.1 without host"),
+    ("bare CR", ["X: y\rTransfer-Encoding: chunked"], "1.1"),
+    ("NUL", ["Content-Length: 5\0"], "1.1"),
+    ("no host", [], "1.1 without host"),
+    ("no host, chunked", ["Transfer-Encoding: chunked"], "1.1 without host"),
     ("two hosts", ["Host: a"], "1.1"),
     ("two hosts, chunked", ["Host: a", "Transfer-Encoding: chunked"], "1.1"),
-    ("empty host", ["Host:"], "1.1 without host"), ("host with a path", ["Host: a/b"], "1.1 without host"),
+    ("empty host", ["Host:"], "1.1 without host"),
+    ("host with a path", ["Host: a/b"], "1.1 without host"),
     ("host with a user", ["Host: a@b"], "1.1 without host")]
 
 
-@pytest.mark.parametrize("lines, version", [row[1:] for row in SMUGGLING], ids=[row[0] for row in SMUGGLING])
+@pytest.mark.parametrize("lines, version", [row[1:] for row in SMUGGLING],
+                         ids=[row[0] for row in SMUGGLING])
 def test_framing_that_two_servers_might_read_in_two_ways(server, upstream, lines, version):
     """A 400, the connection closed, and the bytes behind it never taken for a request."""
     running = server(upstream)
     version, *without_host = version.split(" ", 1)
-    text = "\r\n".join([f"POST /v1/chat/completions HTTP/{version}", *([] if without_host else ["Host: 127.0.0.1"]),
+    text = "\r\n".join([f"POST /v1/chat/completions HTTP/{version}",
+                        *([] if without_host else ["Host: 127.0.0.1"]),
                         *lines])
     with Client(running) as client:
-        client.send(text.encode("latin-1") + b"\r\n\r\n0\r\n\r\n" + request_bytes("GET", "/v1/models"))
+        client.send(text.encode("latin-1") + b"\r\n\r\n0\r\n\r\n"
+                    + request_bytes("GET", "/v1/models"))
         answer = client.answer()
-        assert (answer.status, answer.headers["connection"]) == (400, "close") and client.is_closed()
+        assert (answer.status, answer.headers["connection"]) == (400, "close")
+        assert client.is_closed()
     assert upstream.requests == [] and is_well(running)
 
 
@@ -10655,7 +10840,8 @@ def test_a_length_that_lies(server, upstream, monkeypatch):
         client.send(request_bytes(body=chat(), headers={"Content-Length": "5000"}))
         client.sock.shutdown(socket.SHUT_WR)
         answer = client.answer()
-        assert answer.status == 400 and "ended before" in answer.error["message"] and client.is_closed()
+        assert answer.status == 400 and "ended before" in answer.error["message"]
+        assert client.is_closed()
     with Client(running) as client:
         client.send(request_bytes(body=chat(), headers={"Content-Length": "2"}) + b"\r\n\r\n")
         assert [client.answer().status for _ in range(2)] == [400, 400] and client.is_closed()
@@ -10663,36 +10849,45 @@ def test_a_length_that_lies(server, upstream, monkeypatch):
 
 
 @pytest.mark.parametrize("data, status", [
-    (b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nX y: 1\r\n\r\n", 400), (b"POST /v1/messages HTTP/1.1\r\nHost: h\r\n folded\r\n\r\n", 400),
+    (b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nX y: 1\r\n\r\n", 400),
+    (b"POST /v1/messages HTTP/1.1\r\nHost: h\r\n folded\r\n\r\n", 400),
     (b"POST /v1/messages HTTP/1.1\r\nTransfer-Encoding : chunked\r\n\r\n", 400),
-    (b"POST /v1/messages HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 413), (b"POST /v1/messages HTTP/1.1\r\n" + b"X: y\r\n" * 300 + b"\r\n", 413),
-    (b"POST /v1/messages?" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n", 413), (b"POST /v1/messages HTTP/3\r\n\r\n", 400)])
+    (b"POST /v1/messages HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 413),
+    (b"POST /v1/messages HTTP/1.1\r\n" + b"X: y\r\n" * 300 + b"\r\n", 413),
+    (b"POST /v1/messages?" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n", 413),
+    (b"POST /v1/messages HTTP/3\r\n\r\n", 400)])
 def test_a_refused_head_is_told_in_the_dialect_of_its_path(server, log_lines, data, status):
     running = server(detect_local=False)
     with Client(running) as client:
         answer = client.send(data).answer()
-        assert answer.json["type"] == "error" and answer.json["error"]["type"] and answer.status in (status, 431, 414, 505)
+        assert answer.json["type"] == "error" and answer.json["error"]["type"]
+        assert answer.status in (status, 431, 414, 505)
         assert answer.headers["request-id"] == answer.headers["x-request-id"] and client.is_closed()
-    until(lambda: any(answer.headers["request-id"][4:12] in record.getMessage() for record in log_lines))
+    until(lambda: any(answer.headers["request-id"][4:12] in record.getMessage()
+                      for record in log_lines))
     assert is_well(running)
 
 
-@pytest.mark.parametrize("part, path", [(b"GET /he", "-"), (request_bytes(headers={"Content-Length": "50"}) + b"{", "/v1/chat/completions")])
-def test_a_request_that_does_not_arrive_in_time_is_logged(server, log_lines, part, path, monkeypatch):
+@pytest.mark.parametrize("part, path", [(b"GET /he", "-"), (
+    request_bytes(headers={"Content-Length": "50"}) + b"{", "/v1/chat/completions")])
+def test_a_request_that_does_not_arrive_in_time_is_logged(
+        server, log_lines, part, path, monkeypatch):
     monkeypatch.setattr(ifl, "HEAD_TIME_S", 0.2)
     monkeypatch.setattr(ifl, "BODY_TIME_S", 0.2)
     running = server(detect_local=False)
     with Client(running) as client:
         answer = client.send(part).answer()
         assert answer.status == 408
-    until(lambda: any(answer.headers["x-request-id"][4:12] in record.getMessage() and " 408 " in record.getMessage()
+    until(lambda: any(answer.headers["x-request-id"][4:12] in record.getMessage()
+                      and " 408 " in record.getMessage()
                       for record in log_lines))
 
 
 @pytest.mark.parametrize("data, status", [
     (b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\n\r\n", 414),
     (b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 431),
-    (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 300 + b"\r\n", 431), (b"GET / HTTP/1.1\r\nX: " + b"a" * 3_000_000, 431),
+    (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 300 + b"\r\n", 431),
+    (b"GET / HTTP/1.1\r\nX: " + b"a" * 3_000_000, 431),
     (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     (b"GET /health\r\n\r\n", 400), (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
     (b"GET / HTTP/1.1\n\nmore", 400)])
@@ -10701,13 +10896,15 @@ def test_heads_that_are_no_heads(server, data, status):
     with Client(running) as client:
         client.send(data)
         answer = client.answer()
-        assert (answer.status, answer.headers["connection"]) == (status, "close") and client.is_closed()
+        assert (answer.status, answer.headers["connection"]) == (status, "close")
+        assert client.is_closed()
     assert is_well(running)
 
 
 def test_tls_on_the_plain_port_is_answered_at_once(server):
     running = server(detect_local=False)
-    for hello, words in ((b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "http://"), (b"\0", "malformed")):
+    for hello, words in ((b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "http://"),
+                         (b"\0", "malformed")):
         with Client(running).send(hello) as client:
             answer = client.answer()
             assert answer.status == 400 and words in answer.error["message"] and client.is_closed()
@@ -10722,7 +10919,8 @@ def test_what_needs_no_key_keeps_nothing_of_a_body(server, path, framing):
         for body in (b"x" * (1 << 20), packed, b"", b"{"):
             data = request_bytes(path=path, body=body, headers={"Content-Encoding": "gzip"})
             if framing == "chunked":
-                data = request_bytes(path=path, headers={"Transfer-Encoding": "chunked", "Content-Length": None})
+                data = request_bytes(path=path, headers={
+                    "Transfer-Encoding": "chunked", "Content-Length": None})
                 data += (framed(body) if body else b"") + b"0\r\n\r\n"
             tracemalloc.start()
             client.send(data)
@@ -10733,7 +10931,8 @@ def test_what_needs_no_key_keeps_nothing_of_a_body(server, path, framing):
         if framing == "length":
             client.send(request_bytes(path=path, headers={"Content-Length": str((1 << 20) + 1)}))
         else:
-            client.send(request_bytes(path=path, headers={"Transfer-Encoding": "chunked", "Content-Length": None}))
+            client.send(request_bytes(path=path, headers={
+                "Transfer-Encoding": "chunked", "Content-Length": None}))
             with contextlib.suppress(OSError):
                 client.send(framed(b"x" * (1 << 20)) + framed(b"x"))
         answer = client.answer()
@@ -10756,7 +10955,9 @@ def test_a_server_stops_where_the_system_has_no_thread_to_give(server, monkeypat
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 def test_a_request_is_forgotten_when_it_has_ended(server, upstream, monkeypatch, path, stream):
-    """At once, also where it failed: a collector that runs now and then would let large requests pile up."""
+    """At once, also where it failed: a collector that runs now and then would let large requests
+    pile up.
+    """
     calls = []
 
     def remember(call, *args, **facts):
@@ -10769,13 +10970,16 @@ def test_a_request_is_forgotten_when_it_has_ended(server, upstream, monkeypatch,
     gc.disable()
     try:
         with Client(running) as client:
-            for reply in (usual_reply, plain({"error": {"message": "no"}}, 500), Reply(HOLD), Reply(b"no HTTP", CLOSE),
+            for reply in (usual_reply, plain({"error": {"message": "no"}}, 500), Reply(HOLD),
+                          Reply(b"no HTTP", CLOSE),
                           plain(b"{}"), sse(chunk("a"), RESET)):
                 upstream.plays(reply, reply)
-                if client.post(body, path=path).answer().headers.get("connection") == "close" or stream:
+                if client.post(body, path=path).answer().headers.get(
+                        "connection") == "close" or stream:
                     client.hang_up()
                     client.__init__(running)
-                until(lambda: calls and not any(call() for call in calls), what="the end of the request's memory")
+                until(lambda: calls and not any(call() for call in calls),
+                      what="the end of the request's memory")
                 upstream.script.clear()
     finally:
         gc.enable()
@@ -10809,13 +11013,16 @@ def test_pipelined_requests_are_answered_in_order(server, upstream):
 
 
 @pytest.mark.parametrize("version, connection, stays", [
-    ("HTTP/1.1", None, True), ("HTTP/1.1", "close", False), ("HTTP/1.1", "Keep-Alive, Close", False),
+    ("HTTP/1.1", None, True), ("HTTP/1.1", "close", False),
+    ("HTTP/1.1", "Keep-Alive, Close", False),
     ("HTTP/1.0", None, False), ("HTTP/1.0", "keep-alive", True)])
 def test_who_wants_the_connection_closed(server, version, connection, stays):
     with Client(server(detect_local=False)) as client:
         for _ in range(2 if stays else 1):
-            answer = client.request("GET", "/health", headers={"Connection": connection}, version=version).answer()
-            assert answer.headers.get("connection") == ("close" if not stays else "keep-alive" if version
+            answer = client.request("GET", "/health", headers={"Connection": connection},
+                                    version=version).answer()
+            assert answer.headers.get("connection") == ("close" if not stays else "keep-alive"
+                                                        if version
                                                         == "HTTP/1.0" else None)
         if not stays:
             assert client.is_closed()
@@ -10823,7 +11030,8 @@ def test_who_wants_the_connection_closed(server, version, connection, stays):
 
 def test_http_1_0_needs_no_host(server):
     with Client(server(detect_local=False)) as client:
-        assert client.send(b"GET /health HTTP/1.0\r\n\r\n").answer().status == 200 and client.is_closed()
+        assert client.send(b"GET /health HTTP/1.0\r\n\r\n").answer().status == 200
+        assert client.is_closed()
 
 
 @pytest.mark.parametrize("slowly", [b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-",
@@ -10867,7 +11075,8 @@ def test_more_connections_than_allowed(server, upstream):
             assert client.request("GET", "/health").answer().status == 200
         with Client(running) as third:
             answer = third.post(chat()).answer()
-            assert answer.status == 503 and int(answer.headers["retry-after"]) >= 1 and third.is_closed()
+            assert answer.status == 503 and int(answer.headers["retry-after"]) >= 1
+            assert third.is_closed()
             assert answer.error["code"] == "server_is_overloaded"
         until(lambda: len(running._handlers) == 2)
         with Client(running):
@@ -10901,11 +11110,14 @@ def test_a_limit_on_messages_is_529(server):
 
 HOSTS = [
     # Host, allowed_hosts, answered
-    ("127.0.0.1", [], True), ("127.0.0.1:1234", [], True), ("localhost", [], True), ("LocalHost:80", [], True),
+    ("127.0.0.1", [], True), ("127.0.0.1:1234", [], True), ("localhost", [], True),
+    ("LocalHost:80", [], True),
     ("a.localhost:80", [], True), ("[::1]:80", [], True),
-    ("[::1]", [], True), ("127.1.2.3", [], True), ("host.docker.internal:80", [], True), ("evil.example", [], False),
+    ("[::1]", [], True), ("127.1.2.3", [], True), ("host.docker.internal:80", [], True),
+    ("evil.example", [], False),
     ("127.0.0.1.evil.example", [], False),
-    ("192.168.1.5:80", [], False), ("evil.example", ["evil.example"], True), ("Box.lan:80", ["box.lan"], True),
+    ("192.168.1.5:80", [], False), ("evil.example", ["evil.example"], True),
+    ("Box.lan:80", ["box.lan"], True),
     ("box.lan", ["Box.LAN"], True),
     ("x.evil.example", ["evil.example"], False), ("0.0.0.0", [], False), ("[::2]", [], False),
     ("localhost.evil.example:80", [], False)]
@@ -10919,13 +11131,16 @@ def test_names_that_are_ours(server, host, allowed, answered):
         answer = get(running, path, Host=host)
         assert answer.status == (200 if answered else 403)
         if not answered:
-            assert answer.error["code"] == "host_not_allowed" and "allowed_hosts" in answer.error["message"]
+            assert answer.error["code"] == "host_not_allowed"
+            assert "allowed_hosts" in answer.error["message"]
             assert answer.headers["x-should-retry"] == "false"
 
 
-@pytest.mark.parametrize("host, status", [("any.example", 403), ("127.0.0.1:9", 200), ("mine.example", 200)])
+@pytest.mark.parametrize("host, status",
+                         [("any.example", 403), ("127.0.0.1:9", 200), ("mine.example", 200)])
 def test_a_name_is_looked_at_also_where_a_key_is_sent(server, host, status):
-    running = server(detect_local=False, custom_api_key="secret-client-key", allowed_hosts=["mine.example"])
+    running = server(detect_local=False, custom_api_key="secret-client-key",
+                     allowed_hosts=["mine.example"])
     answer = get(running, "/v1/models", Host=host, Authorization="Bearer secret-client-key")
     assert answer.status == status
 
@@ -10934,11 +11149,14 @@ ORIGINS = [
     # Origin, settings, key sent, answered
     (None, {}, None, True), ("http://evil.example", {}, None, False), ("null", {}, None, False),
     ("http://localhost:3000", {}, None, False),
-    ("http://127.0.0.1", {}, None, True), ("http://ok.example", {"allowed_origins": ["http://ok.example"]}, None, True),
+    ("http://127.0.0.1", {}, None, True),
+    ("http://ok.example", {"allowed_origins": ["http://ok.example"]}, None, True),
     ("http://ok.example:81", {"allowed_origins": ["http://ok.example"]}, None, False),
     ("null", {"allowed_origins": ["null"]}, None, True),
-    ("http://x", {"allowed_origins": ["*"]}, None, True), ("http://x", {"custom_api_key": "k" * 20}, "k" * 20, True),
-    ("http://x", {"custom_api_key": "k" * 20}, "wrong", False), ("http://x", {"custom_api_key": "k" * 20}, None, False),
+    ("http://x", {"allowed_origins": ["*"]}, None, True),
+    ("http://x", {"custom_api_key": "k" * 20}, "k" * 20, True),
+    ("http://x", {"custom_api_key": "k" * 20}, "wrong", False),
+    ("http://x", {"custom_api_key": "k" * 20}, None, False),
     ("", {}, None, False)]
 
 
@@ -10950,7 +11168,8 @@ def test_web_pages_that_may_call(server, upstream, origin, settings, key, answer
     answer = post(running, chat(), **headers)
     assert (answer.status == 200) is answered
     if not answered:
-        assert answer.status == 403 and "allowed_origins" in answer.error["message"] and upstream.requests == []
+        assert answer.status == 403 and "allowed_origins" in answer.error["message"]
+        assert upstream.requests == []
     if origin:
         assert answer.headers["access-control-allow-origin"] == origin
         assert "access-control-allow-credentials" not in answer.headers
@@ -10958,10 +11177,13 @@ def test_web_pages_that_may_call(server, upstream, origin, settings, key, answer
 
 def test_preflight(server):
     running = server(detect_local=False, custom_api_key="k" * 20)
-    answer = get(running, "/v1/chat/completions", "OPTIONS", Origin="http://page", Access_Control_Request_Method="POST",
-                 Access_Control_Request_Headers="authorization,x-odd", Access_Control_Request_Private_Network="true")
+    answer = get(running, "/v1/chat/completions", "OPTIONS", Origin="http://page",
+                 Access_Control_Request_Method="POST",
+                 Access_Control_Request_Headers="authorization,x-odd",
+                 Access_Control_Request_Private_Network="true")
     assert answer.status == 204 and answer.body == b"" and "content-length" not in answer.headers
-    assert answer.headers["access-control-allow-origin"] == "http://page" and answer.headers["vary"] == "Origin"
+    assert answer.headers["access-control-allow-origin"] == "http://page"
+    assert answer.headers["vary"] == "Origin"
     assert answer.headers["access-control-allow-headers"] == "authorization,x-odd"
     assert "POST" in answer.headers["access-control-allow-methods"]
     assert answer.headers["access-control-allow-private-network"] == "true"
@@ -10977,13 +11199,15 @@ def test_no_web_page_reads_the_admin_page(server, path):
 
 KEYS = [
     # headers, answered
-    ({}, False), ({"Authorization": "Bearer the-key"}, True), ({"Authorization": "bearer  the-key "}, True),
+    ({}, False), ({"Authorization": "Bearer the-key"}, True),
+    ({"Authorization": "bearer  the-key "}, True),
     ({"Authorization": "Basic the-key"}, False),
     ({"Authorization": "the-key"}, False), ({"Authorization": "Bearer the-keyX"}, False),
     ({"Authorization": "Bearer"}, False), ({"Authorization": "Bearer "}, False),
     ({"X-Api-Key": "the-key"}, True), ({"Api-Key": "the-key"}, True), ({"X-Mine": "the-key"}, True),
     ({"X-Mine": "Bearer the-key"}, True),
-    ({"X-Other": "the-key"}, False), ({"Authorization": "Bearer wrong", "X-Api-Key": "the-key"}, True),
+    ({"X-Other": "the-key"}, False),
+    ({"Authorization": "Bearer wrong", "X-Api-Key": "the-key"}, True),
     ({"Authorization": "Bearer \xe9"}, False)]
 
 
@@ -10998,7 +11222,8 @@ def test_keys_of_clients(server, headers, answered):
         else:
             assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
             assert answer.error["type"] == "authentication_error"
-            assert answer.headers["www-authenticate"] == "Bearer" and "the-key" not in answer.error["message"]
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert "the-key" not in answer.error["message"]
     for path in ("/", "/health"):
         with Client(running) as client:
             assert client.request("GET", path, headers=headers).answer().status == 200
@@ -11016,7 +11241,8 @@ def test_an_open_address_gets_a_key(server, config):
     key = running.gateway.settings.custom_api_key
     assert re.fullmatch("sk-[0-9a-f]{48}", key) and config.read() == {"custom_api_key": key}
     assert get(running, "/v1/models").status == 401
-    assert get(running, "/v1/models", Authorization=f"Bearer {key}", Host="any.example").status == 200
+    assert get(running, "/v1/models", Authorization=f"Bearer {key}",
+               Host="any.example").status == 200
     again = server(gateway=ifl.Gateway(config=config, environ={}), host="0.0.0.0")
     assert again.gateway.settings.custom_api_key == key
 
@@ -11028,7 +11254,8 @@ def test_an_open_address_gets_a_key_that_can_not_be_stored(server, config, monke
     running = server(gateway=ifl.Gateway(config=config, environ={}), host="0.0.0.0")
     assert get(running, "/v1/models").status == 401
     running.gateway.reload()
-    assert get(running, "/v1/models", X_Api_Key=running.gateway.settings.custom_api_key).status == 200
+    assert get(running, "/v1/models",
+               X_Api_Key=running.gateway.settings.custom_api_key).status == 200
 
 
 def test_an_open_address_without_a_config_gets_a_key(server):
@@ -11037,7 +11264,8 @@ def test_an_open_address_without_a_config_gets_a_key(server):
 
 
 @pytest.mark.parametrize("keys", [
-    {"custom_api_key": "sk-only"}, {"client_keys": [key_entry("bob", "sk-only")]}], ids=["custom", "named"])
+    {"custom_api_key": "sk-only"}, {"client_keys": [key_entry("bob", "sk-only")]}],
+    ids=["custom", "named"])
 @pytest.mark.parametrize("way", ["by hand", "by command", "by the page"])
 def test_an_open_address_without_a_key_any_more_answers_nobody(server, config, upstream, keys, way):
     """Whoever took the last key away, and nothing is written in answer to it."""
@@ -11102,19 +11330,23 @@ def test_card_health_and_page_say_alike_whether_a_key_is_needed(server, gateway,
 def test_models_in_both_shapes(server, upstream):
     running = server(provider(upstream, models=["a", "b"]))
     listed = get(running, "/v1/models").json
-    assert listed["object"] == "list" and [model["id"] for model in listed["data"]] == ["a", "b", "m1", "org/m2:free"]
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["a", "b", "m1", "org/m2:free"]
     assert all(set(model) == {"id", "object", "created",
-                              "owned_by"} and model["object"] == "model" for model in listed["data"])
+                              "owned_by"} and model["object"] == "model"
+                              for model in listed["data"])
     other = get(running, "/v1/models", anthropic_version="2023-06-01").json
     own = list(ifl.CLAUDE_MODELS.values())
     assert [model["id"] for model in other["data"]] == [*own, "a", "b", "m1", "org/m2:free"]
-    assert (other["has_more"], other["first_id"], other["last_id"]) == (False, own[0], "org/m2:free")
+    assert (other["has_more"], other["first_id"],
+            other["last_id"]) == (False, own[0], "org/m2:free")
     assert other["data"][0]["type"] == "model"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", other["data"][0]["created_at"])
 
 
 PAGES = [
-    ("", ["a", "b", "c", "d"], False), ("limit=2", ["a", "b"], True), ("limit=2&after_id=b", ["c", "d"], False),
+    ("", ["a", "b", "c", "d"], False), ("limit=2", ["a", "b"], True),
+    ("limit=2&after_id=b", ["c", "d"], False),
     ("limit=1&after_id=b", ["c"], True),
     ("limit=2&before_id=d", ["b", "c"], True), ("limit=3&before_id=d", ["a", "b", "c"], False),
     ("before_id=a", [], False), ("after_id=d", [], False),
@@ -11123,7 +11355,8 @@ PAGES = [
 
 @pytest.mark.parametrize("query, ids, more", PAGES)
 def test_pages_of_the_list(query, ids, more):
-    page = ifl.anthropic_page([{"id": name} for name in "abcd"], dict(ifl.urllib.parse.parse_qsl(query)))
+    page = ifl.anthropic_page([{"id": name} for name in "abcd"],
+                              dict(ifl.urllib.parse.parse_qsl(query)))
     assert [model["id"] for model in page["data"]] == ids and page["has_more"] is more
     assert (page["first_id"], page["last_id"]) == ((ids[0], ids[-1]) if ids else (None, None))
 
@@ -11141,16 +11374,20 @@ def test_one_model(server, upstream):
     assert get(running, "/v1/models/m1", anthropic_version="1").json["type"] == "model"
     answer = get(running, "/v1/models/unknown")
     assert (answer.status, answer.error["code"]) == (404, "model_not_found")
-    assert get(running, "/v1/models/unknown", anthropic_version="1").json["error"]["type"] == "not_found_error"
+    assert get(running, "/v1/models/unknown",
+               anthropic_version="1").json["error"]["type"] == "not_found_error"
 
 
 def test_claude_s_names_are_listed_with_where_they_lead(server, upstream):
     facts = [{"id": "big", "context": 200000, "max_output": 8192}, "small"]
     running = server(provider(upstream, models=facts), default_model="big", aliases={
-        "claude-haiku*": "small", "opus-of-mine": "up/big", "claude-when-long": {"model": "big", "over_tokens": 9}})
-    listed = {m["id"]: m for m in get(running, "/v1/models?limit=1000", anthropic_version="1").json["data"]}
+        "claude-haiku*": "small", "opus-of-mine": "up/big",
+        "claude-when-long": {"model": "big", "over_tokens": 9}})
+    listed = {m["id"]: m for m in get(running, "/v1/models?limit=1000",
+                                      anthropic_version="1").json["data"]}
     assert {name: m["display_name"] for name, m in listed.items() if "→" in m["display_name"]} == {
-        "claude-opus-4-8": "claude-opus-4-8 → up/big", "claude-sonnet-4-6": "claude-sonnet-4-6 → up/big",
+        "claude-opus-4-8": "claude-opus-4-8 → up/big",
+        "claude-sonnet-4-6": "claude-sonnet-4-6 → up/big",
         "claude-haiku-4-5": "claude-haiku-4-5 → up/small", "opus-of-mine": "opus-of-mine → up/big",
         "claude-when-long": "claude-when-long → up/big"}
     assert all((listed[name]["max_input_tokens"], listed[name]["max_tokens"]) == (200000, 8192)
@@ -11168,9 +11405,11 @@ def test_claude_s_names_are_not_listed_where_they_lead_nowhere(server, upstream)
     running = server(detect_local=False)
     assert get(running, "/v1/models", anthropic_version="1").json["data"] == []
     assert get(running, "/v1/models/claude-x", anthropic_version="1").status == 404
-    limited = server(provider(upstream, models=["big", "small"]), aliases={"claude-haiku*": "small"},
+    limited = server(provider(upstream, models=["big", "small"]),
+                     aliases={"claude-haiku*": "small"},
                      client_keys=[key_entry("a", "sk-a-123456789", models=["small"])])
-    listed = get(limited, "/v1/models", anthropic_version="1", Authorization="Bearer sk-a-123456789").json["data"]
+    listed = get(limited, "/v1/models", anthropic_version="1",
+                 Authorization="Bearer sk-a-123456789").json["data"]
     assert [m["id"] for m in listed] == ["claude-haiku-4-5", "small"]
 
 
@@ -11188,7 +11427,8 @@ def test_the_card(server, upstream):
     card = get(running, "/").json
     assert card["name"] == "iflow2api" and card["base_url"] == running.url + "/v1"
     answer = get(running, "/", Accept="text/html,*/*")
-    assert answer.headers["content-type"].startswith("text/html") and running.url.encode() + b"/v1" in answer.body
+    assert answer.headers["content-type"].startswith("text/html")
+    assert running.url.encode() + b"/v1" in answer.body
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert not re.search(rb"<script|src=|https?://(?!127)", answer.body)
@@ -11200,7 +11440,8 @@ def test_the_card(server, upstream):
 def test_metrics_page(server):
     answer = get(server(detect_local=False), "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    assert check_prometheus(answer.body.decode())[f'iflow2api_info{{version="{ifl.__version__}"}}'] == 1
+    assert check_prometheus(answer.body.decode())[
+        f'iflow2api_info{{version="{ifl.__version__}"}}'] == 1
 
 
 def test_a_defect_of_ours_is_a_500_that_says_nothing(server, monkeypatch, log_lines):
@@ -11209,7 +11450,8 @@ def test_a_defect_of_ours_is_a_500_that_says_nothing(server, monkeypatch, log_li
     running = server(detect_local=False)
     monkeypatch.setitem(ifl.ROUTES, "/health", {"GET": ifl.Route(fail, public=True)})
     answer = get(running, "/health")
-    assert answer.status == 500 and b"secret detail" not in answer.body and answer.headers["connection"] == "close"
+    assert answer.status == 500 and b"secret detail" not in answer.body
+    assert answer.headers["connection"] == "close"
     assert any(record.exc_info for record in log_lines)
     log_lines.clear()
     assert get(running, "/").status == 200
@@ -11232,7 +11474,8 @@ def test_ipv6(gateway):
     with running:
         assert running.url == f"http://[::1]:{running.port}"
         with Client(running) as client:
-            assert client.request("GET", "/health", headers={"Host": f"[::1]:{running.port}"}).answer().status == 200
+            assert client.request("GET", "/health",
+                                  headers={"Host": f"[::1]:{running.port}"}).answer().status == 200
 
 
 def test_a_port_that_is_taken(server, gateway):
@@ -11256,7 +11499,8 @@ def test_closing_lets_running_answers_end_and_takes_nothing_new(server, upstream
         assert closer.is_alive()
         go.set()
         assert records_of(client.pieces()) == [chunk("x"), chunk(finish="stop"), DONE]
-        closer.join(2)                                    # though the client would keep its connection
+        # though the client would keep its connection
+        closer.join(2)
         try:
             assert not closer.is_alive()
         finally:
@@ -11292,7 +11536,8 @@ def like_winsock(monkeypatch, looks_often):
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_left_is_noticed_where_a_shutdown_wakes_nobody(server, upstream, stream):
     go = threading.Event()
-    upstream.plays(sse(chunk("x"), go, DONE) if stream else lambda seen: go.wait(3 * WAIT_S) and plain(b"{}"))
+    upstream.plays(sse(chunk("x"), go, DONE) if stream else lambda seen: go.wait(3 * WAIT_S)
+                   and plain(b"{}"))
     running = server(upstream, keepalive_s=600)
     with Client(running) as client:
         client.post(chat(stream))
@@ -11322,20 +11567,23 @@ def test_nothing_of_a_closed_gateway_stays_behind(upstream):
     before = set(threading.enumerate())
     with ifl.serve(ifl.Gateway(settings_for([upstream]), environ={}), port=0) as running:
         assert records_of(post(running, chat(True)).body) == HELLO
-    until(lambda: not [thread for thread in set(threading.enumerate()) - before if "_FakeHandler" not in repr(thread)
+    until(lambda: not [thread for thread in set(threading.enumerate()) - before
+                       if "_FakeHandler" not in repr(thread)
                        and not thread.name.startswith("Thread-")], 2, "the end of all threads")
 
 
 def test_two_servers_in_one_process_know_nothing_of_each_other(server, upstreams, log_lines):
     first, second = upstreams(), upstreams()
-    one = server(provider(first, "p"), default_model="a", custom_api_key="key-of-one", log_level="error")
+    one = server(provider(first, "p"), default_model="a", custom_api_key="key-of-one",
+                 log_level="error")
     two = server(provider(second, "p"), default_model="b", log_level="info")
     assert post(one, {"messages": MESSAGES}, X_Api_Key="key-of-one").status == 200
     assert post(two, {"messages": MESSAGES}).status == 200
     assert (first.last.json["model"], second.last.json["model"]) == ("a", "b")
     assert len(first.requests) == len(second.requests) == 1
     one.close()
-    assert post(two, {"messages": MESSAGES}).status == 200 and post(two, {"messages": MESSAGES}).status == 200
+    assert post(two, {"messages": MESSAGES}).status == 200
+    assert post(two, {"messages": MESSAGES}).status == 200
 
 
 def test_two_gateways_have_levels_of_their_own(server, upstreams, log_lines):
@@ -11345,7 +11593,8 @@ def test_two_gateways_have_levels_of_their_own(server, upstreams, log_lines):
 
 
     def logged(status):
-        return [line for line in [record.getMessage() for record in log_lines] if f" {status} " in line]
+        return [line for line in [record.getMessage() for record in log_lines]
+                if f" {status} " in line]
 
     until(lambda: logged(200), what="a line of the log")
     assert is_well(quiet) and len(logged(200)) == 1
@@ -11368,7 +11617,8 @@ def dialects(tmp_path, monkeypatch):
     """(fake, server): a server with one scripted provider `p`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     fake = IFlowFake()
-    settings = ifl.Settings(providers=[{"name": "p", "base_url": fake.url}], default_model="m", keepalive_s=0.05)
+    settings = ifl.Settings(providers=[{"name": "p", "base_url": fake.url}], default_model="m",
+                            keepalive_s=0.05)
     server = ifl.serve(ifl.Gateway(settings), port=0)
     yield fake, server
     fake.gate.set()
@@ -11384,17 +11634,22 @@ def fetch(server, method, path):
     return answer.status, answer.read()
 
 
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
-TEXT = [iflow_chunk(role="assistant", content=""), iflow_chunk(content="Hel"), iflow_chunk(content="lo"), iflow_chunk("stop"), "[DONE]"]
-CALLING = [iflow_chunk(tool_calls=[{"index": 0, "id": "call_9", "type": "function", "function": {"name": "add", "arguments": ""}}]),
-           iflow_chunk(tool_calls=[{"index": 0, "function": {"arguments": '{"a": 1}'}}]), iflow_chunk("tool_calls"), "[DONE]"]
+TOOL = {"type": "function", "function": {"name": "add",
+                                         "parameters": {"type": "object", "properties": {}}}}
+TEXT = [iflow_chunk(role="assistant", content=""), iflow_chunk(content="Hel"),
+        iflow_chunk(content="lo"), iflow_chunk("stop"), "[DONE]"]
+CALLING = [iflow_chunk(tool_calls=[{"index": 0, "id": "call_9", "type": "function",
+                                    "function": {"name": "add", "arguments": ""}}]),
+           iflow_chunk(tool_calls=[{"index": 0, "function": {"arguments": '{"a": 1}'}}]),
+           iflow_chunk("tool_calls"), "[DONE]"]
 
 
 def records(data):
     """(event name or None, data) of each record; comments are left out."""
     found = []
     for record in data.decode().split("\n\n"):
-        lines = dict(line.split(": ", 1) for line in record.split("\n") if line and not line.startswith(":"))
+        lines = dict(line.split(": ", 1) for line in record.split("\n") if line
+                     and not line.startswith(":"))
         if lines.get("data", "[DONE]") != "[DONE]":
             found.append((lines.get("event"), json.loads(lines["data"])))
     return found
@@ -11403,13 +11658,17 @@ def records(data):
 def test_messages_stream_over_http(dialects):
     fake, server = dialects
     fake.script = [copy.deepcopy(TEXT)]
-    status, headers, data = iflow_post(server, {"model": "claude-x", "max_tokens": 9, "stream": True, "messages": [
-        {"role": "user", "content": "q"}]}, "/v1/messages?beta=true", **{"anthropic-version": "2023-06-01"})
+    status, headers, data = iflow_post(server, {"model": "claude-x", "max_tokens": 9,
+                                                "stream": True, "messages": [
+        {"role": "user", "content": "q"}]}, "/v1/messages?beta=true",
+        **{"anthropic-version": "2023-06-01"})
     events = records(data)
-    assert status == 200 and headers["request-id"].startswith("req_") and headers["x-request-id"] == headers["request-id"]
+    assert status == 200 and headers["request-id"].startswith("req_")
+    assert headers["x-request-id"] == headers["request-id"]
     assert [name for name, event in events] == [event["type"] for name, event in events]
     assert [name for name, _ in events][0] == "message_start" and events[-1][0] == "message_stop"
-    assert fake.seen[0][1]["model"] == "m" and fake.seen[0][1]["stream_options"] == {"include_usage": True}
+    assert fake.seen[0][1]["model"] == "m"
+    assert fake.seen[0][1]["stream_options"] == {"include_usage": True}
 
 
 def test_error_after_the_first_event_is_in_band(dialects):
@@ -11417,47 +11676,57 @@ def test_error_after_the_first_event_is_in_band(dialects):
     broken = [iflow_chunk(content="Hi"), {"error": {"message": "slow down", "code": 429}}]
     for path, name in (("/v1/messages", "error"), ("/v1/responses", "response.failed")):
         fake.script = [copy.deepcopy(broken)]
-        status, _, data = iflow_post(server, {"model": "x", "max_tokens": 9, "stream": True, "input": "q", "messages": [
+        status, _, data = iflow_post(server, {"model": "x", "max_tokens": 9, "stream": True,
+                                              "input": "q", "messages": [
             {"role": "user", "content": "q"}]}, path)
         events = records(data)
         assert status == 200 and events[-1][0] == name and "slow down" in json.dumps(events[-1][1])
         assert "Hi" in data.decode()
 
 
-@pytest.mark.parametrize("path, ping", [("/v1/messages", b": keep-alive"), ("/v1/responses", b": keep-alive"),
+@pytest.mark.parametrize("path, ping",
+                         [("/v1/messages", b": keep-alive"), ("/v1/responses", b": keep-alive"),
                                         ("/v1/chat/completions", b": keep-alive")])
 def test_error_after_a_keepalive_is_in_band(dialects, path, ping):
     fake, server = dialects
     fake.gate.clear()
     fake.script = [(500, {"error": {"message": "broken", "type": "server_error"}})]
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    connection.request("POST", path, json.dumps({"model": "x", "max_tokens": 9, "stream": True, "input": "q", "messages": [
+    connection.request("POST", path, json.dumps({"model": "x", "max_tokens": 9, "stream": True,
+                                                 "input": "q", "messages": [
         {"role": "user", "content": "q"}]}))
     answer = connection.getresponse()
     first = answer.read1(1000)
     fake.gate.set()
     rest = answer.read()
-    assert answer.status == 200 and first.startswith(ping) and b"broken" in rest and b"[DONE]" not in rest
+    assert answer.status == 200 and first.startswith(ping) and b"broken" in rest
+    assert b"[DONE]" not in rest
     if path == "/v1/responses":
         assert [name for name, _ in records(rest)] == ["response.created", "response.failed"] or \
             records(rest)[-1][0] == "response.failed"
 
 
 @pytest.mark.parametrize("path, status, told", [
-    ("/v1/messages", 529, "overloaded_error"), ("/v1/responses", 503, "server_error"), ("/v1/chat/completions", 200, None)])
+    ("/v1/messages", 529, "overloaded_error"), ("/v1/responses", 503, "server_error"),
+    ("/v1/chat/completions", 200, None)])
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_answer_that_breaks_off_before_its_first_word_is_not_taken_for_an_empty_one(dialects, path, status, told, stream):
+def test_an_answer_that_breaks_off_before_its_first_word_is_not_taken_for_an_empty_one(
+        dialects, path, status, told, stream):
     fake, server = dialects
     reason = "insufficient_system_resource"
     plain = {**iflow_plain(None), "usage": {}}
     plain["choices"][0]["finish_reason"] = reason
-    fake.script = [[iflow_chunk(role="assistant", content=""), iflow_chunk(reason), "[DONE]"] if stream else plain]
-    ask = {"model": "x", "max_tokens": 9, "input": "q", "messages": [{"role": "user", "content": "q"}], "stream": stream}
+    fake.script = [[iflow_chunk(role="assistant", content=""), iflow_chunk(reason), "[DONE]"]
+                   if stream else plain]
+    ask = {"model": "x", "max_tokens": 9, "input": "q",
+           "messages": [{"role": "user", "content": "q"}], "stream": stream}
     answer = iflow_post(server, ask, path)
     assert reason in answer[2].decode()
     if stream and path == "/v1/responses":
         events = records(answer[2])
-        assert answer[0] == 200 and [name for name, _ in events] == ["response.created", "response.in_progress", "response.failed"]
+        assert answer[0] == 200
+        assert [name for name, _ in events] == ["response.created", "response.in_progress",
+                                                "response.failed"]
         assert events[-1][1]["response"]["error"]["code"] == "server_is_overloaded"
         return
     assert answer[0] == status
@@ -11468,9 +11737,12 @@ def test_an_answer_that_breaks_off_before_its_first_word_is_not_taken_for_an_emp
 def test_a_broken_answer_leaves_room_for_another_upstream(dialects):
     fake, server = dialects
     server.gateway.apply(ifl.replace(server.gateway.settings, aliases={"x": ["m", "n"]}))
-    fake.script = [[iflow_chunk(role="assistant"), iflow_chunk("network_error"), "[DONE]"], copy.deepcopy(TEXT)]
-    events = records(iflow_post(server, {"model": "x", "input": "q", "stream": True}, "/v1/responses")[2])
-    assert events[-1][0] == "response.completed" and [seen[1]["model"] for seen in fake.seen] == ["m", "n"]
+    fake.script = [[iflow_chunk(role="assistant"), iflow_chunk("network_error"), "[DONE]"],
+                   copy.deepcopy(TEXT)]
+    events = records(iflow_post(server, {"model": "x", "input": "q", "stream": True},
+                                "/v1/responses")[2])
+    assert events[-1][0] == "response.completed"
+    assert [seen[1]["model"] for seen in fake.seen] == ["m", "n"]
 
 
 def test_codex_is_kept_awake_by_data(dialects):
@@ -11478,7 +11750,8 @@ def test_codex_is_kept_awake_by_data(dialects):
     fake.gate.clear()
     fake.script = [copy.deepcopy(TEXT)]
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    connection.request("POST", "/v1/responses", json.dumps({"model": "x", "input": "q", "stream": True}), {"originator": "codex_exec"})
+    connection.request("POST", "/v1/responses", json.dumps(
+        {"model": "x", "input": "q", "stream": True}), {"originator": "codex_exec"})
     answer = connection.getresponse()
     assert answer.read1(1000).startswith(b'data: {"type":"ping"}')
     fake.gate.set()
@@ -11497,22 +11770,30 @@ OVERFLOWS_IFLOW = [
 def test_overflow_reaches_each_client_in_its_words(dialects, error):
     fake, server = dialects
     fake.script = [(400, error)] * 3
-    ask = {"model": "x", "max_tokens": 9, "input": "q", "messages": [{"role": "user", "content": "q"}]}
+    ask = {"model": "x", "max_tokens": 9, "input": "q",
+           "messages": [{"role": "user", "content": "q"}]}
     status, _, data = iflow_post(server, ask, "/v1/messages")
     text = json.loads(data)["error"]["message"]
-    assert status == 400 and re.search(r"prompt is too long: (9000|8991|8500) tokens > 8192 maximum", text)
+    assert status == 400
+    assert re.search(r"prompt is too long: (9000|8991|8500) tokens > 8192 maximum", text)
     for path in ("/v1/chat/completions", "/v1/responses"):
         status, _, data = iflow_post(server, ask, path)
-        assert status == 400 and json.loads(data)["error"] == {**error["error"], "code": "context_length_exceeded"}
+        assert status == 400
+        assert json.loads(data)["error"] == {**error["error"], "code": "context_length_exceeded"}
 
 
 MISSING_MODELS = [
-    (404, {"object": "error", "message": "The model `m` does not exist.", "type": "NotFoundError", "param": None, "code": 404}),
+    (404, {"object": "error", "message": "The model `m` does not exist.", "type": "NotFoundError",
+           "param": None, "code": 404}),
     (404, {"error": {"message": "model 'm' not found, try pulling it first"}}),
-    (400, {"error": {"message": "Model Not Exist", "type": "invalid_request_error", "code": "invalid_request_error"}}),
-    (400, {"error": {"code": "1211", "message": "模型不存在，请检查模型代码。"}}), (200, {"error": {"code": 1211, "message": "?"}}),
-    (404, {"error": {"message": "Not found the model m or Permission denied", "type": "resource_not_found_error"}}),
-    (400, {"error": {"message": "m is not a valid model ID", "code": 400}}), (200, {"status": "435", "msg": "no model"}),
+    (400, {"error": {"message": "Model Not Exist", "type": "invalid_request_error",
+                     "code": "invalid_request_error"}}),
+    (400, {"error": {"code": "1211", "message": "模型不存在，请检查模型代码。"}}),
+    (200, {"error": {"code": 1211, "message": "?"}}),
+    (404, {"error": {"message": "Not found the model m or Permission denied",
+                     "type": "resource_not_found_error"}}),
+    (400, {"error": {"message": "m is not a valid model ID", "code": 400}}),
+    (200, {"status": "435", "msg": "no model"}),
     (400, {"error": {"message": "The model `m` does not exist", "code": "other", "x": 1}})]
 
 
@@ -11520,18 +11801,22 @@ MISSING_MODELS = [
 def test_a_model_the_upstream_does_not_know_is_a_404(dialects, status, error):
     fake, server = dialects
     fake.script = [(status, error)] * 3
-    ask = {"model": "x", "max_tokens": 9, "input": "q", "messages": [{"role": "user", "content": "q"}]}
+    ask = {"model": "x", "max_tokens": 9, "input": "q",
+           "messages": [{"role": "user", "content": "q"}]}
     for path in ("/v1/chat/completions", "/v1/responses"):
         told = iflow_post(server, ask, path)
         said = json.loads(told[2])["error"]
-        assert (told[0], said["code"]) == (404, "model_not_found") and said.get("x") == error.get("error", {}).get("x")
+        assert (told[0], said["code"]) == (404, "model_not_found")
+        assert said.get("x") == error.get("error", {}).get("x")
     told = iflow_post(server, ask, "/v1/messages")
     assert told[0] == 404 and json.loads(told[2])["error"]["type"] == "not_found_error"
 
 
 @pytest.mark.parametrize("status, message, code", [
-    (429, "model m does not exist", "model_not_found"), (401, "model not found", None), (500, "model not found", None),
-    (400, "The model does not support images. The file was not found", None), (404, "404 page not found", None),
+    (429, "model m does not exist", "model_not_found"), (401, "model not found", None),
+    (500, "model not found", None),
+    (400, "The model does not support images. The file was not found", None),
+    (404, "404 page not found", None),
     (400, "tool model_x not found", None)])
 def test_other_errors_are_no_missing_model(status, message, code):
     assert not ifl.is_missing_model(status, message, code)
@@ -11539,13 +11824,15 @@ def test_other_errors_are_no_missing_model(status, message, code):
 
 def test_count_tokens_and_telemetry_need_no_upstream(dialects):
     fake, server = dialects
-    ask = {"model": "claude-x", "messages": [{"role": "user", "content": "hello " * 100}], "tools": []}
+    ask = {"model": "claude-x", "messages": [{"role": "user", "content": "hello " * 100}],
+           "tools": []}
     status, _, data = iflow_post(server, ask, "/v1/messages/count_tokens?beta=true")
     assert status == 200 and 50 < json.loads(data)["input_tokens"] < 400
     assert iflow_post(server, {"model": "x"}, "/v1/messages/count_tokens")[0] == 400
     assert iflow_post(server, {"events": []}, "/api/event_logging/batch")[0] == 200
     assert iflow_post(server, {"events": []}, "/api/event_logging/v2/batch")[0] == 200
-    assert json.loads(iflow_post(server, {"model": "x", "input": "hello"}, "/v1/responses/input_tokens")[2])["input_tokens"] > 0
+    assert json.loads(iflow_post(server, {"model": "x", "input": "hello"},
+                                 "/v1/responses/input_tokens")[2])["input_tokens"] > 0
     assert not fake.seen
 
 
@@ -11554,17 +11841,23 @@ def test_cache_warm_up_is_answered_here(dialects):
     ask = {"model": "claude-x", "max_tokens": 0, "messages": [{"role": "user", "content": "q"}]}
     message = json.loads(iflow_post(server, ask, "/v1/messages")[2])
     assert message["content"] == [] and message["stop_reason"] == "max_tokens"
-    assert records(iflow_post(server, {**ask, "stream": True}, "/v1/messages")[2])[-1][0] == "message_stop"
+    assert records(iflow_post(server, {**ask, "stream": True},
+                              "/v1/messages")[2])[-1][0] == "message_stop"
     assert not fake.seen
 
 
 BAD_MESSAGES = [
-    {"messages": [{"role": "user", "content": "q"}]}, {"max_tokens": 9, "messages": []}, {"max_tokens": 9},
-    {"max_tokens": 9, "messages": [{"role": "robot", "content": "q"}]}, {"max_tokens": "9", "messages": [{"role": "user", "content": "q"}]},
-    {"max_tokens": 9, "messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]}]},
+    {"messages": [{"role": "user", "content": "q"}]}, {"max_tokens": 9, "messages": []},
+    {"max_tokens": 9},
+    {"max_tokens": 9, "messages": [{"role": "robot", "content": "q"}]},
+    {"max_tokens": "9", "messages": [{"role": "user", "content": "q"}]},
+    {"max_tokens": 9, "messages": [{"role": "user", "content": [
+        {"type": "image", "source": {"type": "file", "file_id": "f"}}]}]},
     {"max_tokens": 9, "messages": [{"role": "user", "content": "q"}], "thread": {"id": "t"}},
-    {"max_tokens": 9, "messages": [{"role": "user", "content": "q"}], "mcp_servers": [{"url": "http://x"}]},
-    {"max_tokens": 9, "messages": [{"role": "user", "content": "q"}], "tools": [{"input_schema": {}}]}]
+    {"max_tokens": 9, "messages": [{"role": "user", "content": "q"}],
+     "mcp_servers": [{"url": "http://x"}]},
+    {"max_tokens": 9, "messages": [{"role": "user", "content": "q"}],
+     "tools": [{"input_schema": {}}]}]
 
 
 @pytest.mark.parametrize("body", BAD_MESSAGES)
@@ -11572,7 +11865,8 @@ def test_bad_messages_requests(dialects, body):
     fake, server = dialects
     status, headers, data = iflow_post(server, {"model": "x", **body}, "/v1/messages")
     error = json.loads(data)
-    assert status == 400 and error["type"] == "error" and error["error"]["type"] == "invalid_request_error"
+    assert status == 400 and error["type"] == "error"
+    assert error["error"]["type"] == "invalid_request_error"
     assert error["request_id"] == headers["request-id"] and not fake.seen
 
 
@@ -11580,7 +11874,8 @@ def test_responses_are_kept_and_dropped(dialects):
     fake, server = dialects
     fake.script = [iflow_plain("Hello"), iflow_plain("again")]
     first = json.loads(iflow_post(server, {"model": "x", "input": "one"}, "/v1/responses")[2])
-    second = json.loads(iflow_post(server, {"model": "x", "input": "two", "previous_response_id": first["id"]}, "/v1/responses")[2])
+    second = json.loads(iflow_post(server, {
+        "model": "x", "input": "two", "previous_response_id": first["id"]}, "/v1/responses")[2])
     assert [m["content"] for m in fake.seen[-1][1]["messages"]] == ["one", "Hello", "two"]
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
 
@@ -11591,37 +11886,47 @@ def test_responses_are_kept_and_dropped(dialects):
 
     assert call("GET", f"/v1/responses/{first['id']}")[1] == first
     status, items = call("GET", f"/v1/responses/{second['id']}/input_items?order=asc&limit=2")
-    assert status == 200 and len(items["data"]) == 2 and items["has_more"] and items["data"][0]["role"] == "user"
+    assert status == 200 and len(items["data"]) == 2 and items["has_more"]
+    assert items["data"][0]["role"] == "user"
     assert call("DELETE", f"/v1/responses/{first['id']}")[1]["deleted"] is True
     assert call("GET", f"/v1/responses/{first['id']}")[0] == 404
-    status, _, data = iflow_post(server, {"model": "x", "input": "q", "previous_response_id": first["id"]}, "/v1/responses")
+    status, _, data = iflow_post(server, {"model": "x", "input": "q",
+                                          "previous_response_id": first["id"]}, "/v1/responses")
     assert status == 400 and json.loads(data)["error"]["code"] == "previous_response_not_found"
     fake.script = [iflow_plain("secret")]
-    gone = json.loads(iflow_post(server, {"model": "x", "input": "q", "store": False}, "/v1/responses")[2])
+    gone = json.loads(iflow_post(server, {"model": "x", "input": "q", "store": False},
+                                 "/v1/responses")[2])
     assert call("GET", f"/v1/responses/{gone['id']}")[0] == 404
 
 
 def test_a_failed_response_is_kept(dialects):
     fake, server = dialects
     fake.script = [[iflow_chunk(content="Hi"), {"error": {"message": "broken", "code": 500}}]]
-    failed = records(iflow_post(server, {"model": "x", "input": "q", "stream": True}, "/v1/responses")[2])[-1][1]["response"]
-    assert json.loads(fetch(server, "GET", f"/v1/responses/{failed['id']}")[1]) == failed and failed["status"] == "failed"
+    failed = records(iflow_post(server, {"model": "x", "input": "q", "stream": True},
+                                "/v1/responses")[2])[-1][1]["response"]
+    assert json.loads(fetch(server, "GET", f"/v1/responses/{failed['id']}")[1]) == failed
+    assert failed["status"] == "failed"
 
 
 def test_what_can_be_done_to_a_kept_response(dialects):
     fake, server = dialects
-    place = "/v1/responses/" + json.loads(iflow_post(server, {"model": "x", "input": "q"}, "/v1/responses")[2])["id"]
-    for method, path, status in (("POST", place, 405), ("GET", place + "/cancel", 404), ("DELETE", place + "/input_items", 404), ("GET", place, 200),
-                                 ("GET", place + "/input_items?after=item_0", 200), ("GET", place + "/input_items?after=no", 400)):
+    place = "/v1/responses/" + json.loads(iflow_post(server, {"model": "x", "input": "q"},
+                                                     "/v1/responses")[2])["id"]
+    for method, path, status in (("POST", place, 405), ("GET", place + "/cancel", 404),
+                                 ("DELETE", place + "/input_items", 404), ("GET", place, 200),
+                                 ("GET", place + "/input_items?after=item_0", 200),
+                                 ("GET", place + "/input_items?after=no", 400)):
         assert fetch(server, method, path)[0] == status, (method, path)
 
 
-@pytest.mark.parametrize("field", [{"background": True}, {"prompt": {"id": "p"}}, {"conversation": "c"},
+@pytest.mark.parametrize("field",
+                         [{"background": True}, {"prompt": {"id": "p"}}, {"conversation": "c"},
                                    {"previous_response_id": "resp_x", "conversation": "c"}])
 def test_what_responses_cannot_do_is_refused(dialects, field):
     fake, server = dialects
     status, _, data = iflow_post(server, {"model": "x", "input": "q", **field}, "/v1/responses")
-    assert status == 400 and json.loads(data)["error"]["type"] == "invalid_request_error" and not fake.seen
+    assert status == 400 and json.loads(data)["error"]["type"] == "invalid_request_error"
+    assert not fake.seen
 
 
 def test_the_response_store(clock):
@@ -11631,8 +11936,10 @@ def test_the_response_store(clock):
     assert store.item("only")["id"] == "only"
     store.drop("b")
     store.keep({"id": "c", "output": [{"id": "n"}]}, [], "alice")
-    assert store.recall("a") == [{"role": "user"}, {"id": "m", "x": 1}] and store.item("m")["x"] == 1
-    assert store.item("n", "alice") and store.recall("c", "alice") and store.item("n") is store.recall("c") is None
+    assert store.recall("a") == [{"role": "user"}, {"id": "m", "x": 1}]
+    assert store.item("m")["x"] == 1
+    assert store.item("n", "alice") and store.recall("c", "alice")
+    assert store.item("n") is store.recall("c") is None
     assert store.item("m", "alice") is store.recall("a", "alice") is None
     assert store.find("b") is store.item("only") is None
     clock.now += store.KEPT_S + 1
@@ -11654,26 +11961,32 @@ def test_the_response_store_is_bounded(monkeypatch):
 def test_kept_responses_belong_to_the_key_that_made_them(dialects):
     fake, server = dialects
     gateway = server.gateway
-    (alice, bob), entries = zip(*(ifl.make_client_key(name, {}) for name in ("alice", "custom_api_key")))
-    gateway.apply(ifl.replace(gateway.settings, custom_api_key="sk-common", client_keys=list(entries)))
+    (alice, bob), entries = zip(*(ifl.make_client_key(name, {})
+                                  for name in ("alice", "custom_api_key")))
+    gateway.apply(ifl.replace(gateway.settings, custom_api_key="sk-common",
+                              client_keys=list(entries)))
 
     def ask(key, path="/v1/responses", body=None, method="POST"):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-        connection.request(method, path, json.dumps({"model": "x", **body}) if body else None, {"authorization": f"Bearer {key}"})
+        connection.request(method, path, json.dumps({"model": "x", **body}) if body else None,
+                           {"authorization": f"Bearer {key}"})
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
 
     _, made = ask(alice, body={"input": "secret"})
     place = f"/v1/responses/{made['id']}"
     following = {"input": "q", "previous_response_id": made["id"]}
-    item = {"input": [{"type": "item_reference", "id": made["output"][0]["id"]}, {"role": "user", "content": "q"}]}
+    item = {"input": [{"type": "item_reference", "id": made["output"][0]["id"]},
+                      {"role": "user", "content": "q"}]}
     for other in (bob, "sk-common"):
         assert ask(other, body=following)[1]["error"]["code"] == "previous_response_not_found"
         assert ask(other, body=item)[0] == 400
         assert [ask(other, place + end, method=method)[0] for method, end in (
             ("GET", ""), ("GET", "/input_items"), ("DELETE", ""))] == [404] * 3
-    assert ask(alice, body=following)[0] == ask(alice, body=item)[0] == ask(alice, place, method="GET")[0] == 200
-    assert ask(alice, place, method="DELETE")[0] == 200 and ask(alice, place, method="GET")[0] == 404
+    assert ask(alice, body=following)[0] == ask(alice, body=item)[0] == ask(
+        alice, place, method="GET")[0] == 200
+    assert ask(alice, place, method="DELETE")[0] == 200
+    assert ask(alice, place, method="GET")[0] == 404
     _, made = ask("sk-common", body={"input": "q"})
     gateway.apply(ifl.replace(gateway.settings, custom_api_key="", client_keys=[]))
     assert ask("any", f"/v1/responses/{made['id']}", method="GET")[0] == 200
@@ -11683,11 +11996,15 @@ def test_the_three_dialects_reach_the_upstream_alike(dialects):
     fake, server = dialects
     system, question = "Be brief.", "What is 1+1?"
     asks = [
-        ("/v1/chat/completions", {"messages": [{"role": "system", "content": system}, {"role": "user", "content": question}],
+        ("/v1/chat/completions", {"messages": [{"role": "system", "content": system},
+                                               {"role": "user", "content": question}],
                                   "tools": [TOOL], "max_tokens": 50}),
-        ("/v1/messages", {"system": system, "messages": [{"role": "user", "content": question}], "max_tokens": 50,
-                          "tools": [{"name": "add", "input_schema": TOOL["function"]["parameters"]}]}),
-        ("/v1/responses", {"instructions": system, "input": question, "max_output_tokens": 50, "tools": [
+        ("/v1/messages", {"system": system, "messages": [{"role": "user", "content": question}],
+                          "max_tokens": 50,
+                          "tools": [{"name": "add", "input_schema": TOOL["function"][
+                              "parameters"]}]}),
+        ("/v1/responses", {"instructions": system, "input": question, "max_output_tokens": 50,
+                           "tools": [
             {"type": "function", "name": "add", "parameters": TOOL["function"]["parameters"]}]})]
     for path, body in asks:
         assert iflow_post(server, {"model": "m", **body}, path)[0] == 200
@@ -11698,14 +12015,16 @@ def test_a_model_is_found_under_each_name_that_leads_to_it(dialects):
     fake, server = dialects
     gateway = server.gateway
     key, entry = ifl.make_client_key("alice", {"models": ["p/a"]})
-    providers = [{"name": name, "base_url": fake.url, "models": models} for name, models in (("p", ["a", "o/b"]), ("q", ["a"]))]
+    providers = [{"name": name, "base_url": fake.url, "models": models} for name,
+                 models in (("p", ["a", "o/b"]), ("q", ["a"]))]
     gateway.apply(ifl.replace(gateway.settings, providers=providers))
     for name, owner in (("a", "p"), ("p/a", "p"), ("p/o/b", "p"), ("o/b", "p"), ("q/a", "q")):
         model = ifl.find_model(gateway, name)
         assert (model["id"], model["owned_by"]) == (name, owner)
     assert ifl.find_model(gateway, "p/zzz") is ifl.find_model(gateway, "x/a") is ifl.find_model(gateway, "p/") is None
     status, data = fetch(server, "GET", "/v1/models/p%2Fa")
-    assert (status, json.loads(data)["id"]) == (200, "p/a") and fetch(server, "GET", "/v1/models/q/b")[0] == 404
+    assert (status, json.loads(data)["id"]) == (200, "p/a")
+    assert fetch(server, "GET", "/v1/models/q/b")[0] == 404
     alice = ifl.parse_client_key(entry)
     assert ifl.find_model(gateway, "p/a", alice) and ifl.find_model(gateway, "q/a", alice) is None
 
@@ -11713,17 +12032,21 @@ def test_a_model_is_found_under_each_name_that_leads_to_it(dialects):
 def test_compact(dialects):
     fake, server = dialects
     fake.script = [iflow_plain("the summary")]
-    status, _, data = iflow_post(server, {"model": "x", "input": [{"role": "user", "content": "long talk"}]}, "/v1/responses/compact")
+    status, _, data = iflow_post(server, {
+        "model": "x", "input": [{"role": "user", "content": "long talk"}]}, "/v1/responses/compact")
     answer = json.loads(data)
-    assert status == 200 and answer["object"] == "response.compaction" and answer["output"][-1]["type"] == "compaction"
+    assert status == 200 and answer["object"] == "response.compaction"
+    assert answer["output"][-1]["type"] == "compaction"
     fake.script = [iflow_plain("ok")] * 2
     for body in ({"input": [answer["output"][-1], {"role": "user", "content": "go on"}]},
                  {"input": "go on", "previous_response_id": answer["id"]}):
         assert iflow_post(server, {"model": "x", **body}, "/v1/responses")[0] == 200
         assert "the summary" in json.dumps(fake.seen[-1][1]["messages"])
     fake.script = [iflow_plain("the summary")]
-    status, headers, data = iflow_post(server, {"model": "x", "stream": True, "input": "long talk"}, "/v1/responses/compact")
-    assert headers["content-type"] == "application/json" and json.loads(data)["object"] == "response.compaction"
+    status, headers, data = iflow_post(server, {"model": "x", "stream": True,
+                                                "input": "long talk"}, "/v1/responses/compact")
+    assert headers["content-type"] == "application/json"
+    assert json.loads(data)["object"] == "response.compaction"
     assert not fake.seen[-1][1].get("stream")
 
 
@@ -11748,16 +12071,20 @@ def test_anthropic_sdk(dialects):
     assert client.messages.create(**ask).content[0].text == "Hello"
     fake.script = [copy.deepcopy(TEXT)]
     with client.messages.stream(**ask) as stream:
-        assert "".join(stream.text_stream) == "Hello" and stream.get_final_message().stop_reason == "end_turn"
+        assert "".join(stream.text_stream) == "Hello"
+        assert stream.get_final_message().stop_reason == "end_turn"
     fake.script = [copy.deepcopy(CALLING)]
     tools = [{"name": "add", "input_schema": {"type": "object"}}]
     with client.messages.stream(**ask, tools=tools) as stream:
         block = stream.get_final_message().content[0]
-    assert (block.type, block.name, block.input, block.id) == ("tool_use", "add", {"a": 1}, "call_9")
-    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+    assert (block.type, block.name, block.input,
+            block.id) == ("tool_use", "add", {"a": 1}, "call_9")
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                           "data": "AAAA"}}
     fake.script = [iflow_plain("a picture")]
     client.messages.create(**{**ask, "messages": [{"role": "user", "content": [picture]}]})
-    assert fake.seen[-1][1]["messages"][0]["content"][0]["image_url"]["url"] == "data:image/png;base64,AAAA"
+    assert fake.seen[-1][1]["messages"][0]["content"][0]["image_url"][
+        "url"] == "data:image/png;base64,AAAA"
     assert client.messages.count_tokens(model="x", messages=ask["messages"]).input_tokens > 0
     assert [m.id for m in client.models.list()] is not None
 
@@ -11767,28 +12094,36 @@ def test_anthropic_sdk_errors(dialects):
     fake, server = dialects
     client = anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
     ask = {"model": "claude-x", "max_tokens": 50, "messages": [{"role": "user", "content": "q"}]}
-    for status, name in ((400, "BadRequestError"), (401, "PermissionDeniedError"), (404, "NotFoundError"), (422, "BadRequestError"),
-                         (429, "RateLimitError"), (500, "InternalServerError"), (503, "InternalServerError")):
+    for status, name in ((400, "BadRequestError"), (401, "PermissionDeniedError"),
+                         (404, "NotFoundError"), (422, "BadRequestError"),
+                         (429, "RateLimitError"), (500, "InternalServerError"),
+                         (503, "InternalServerError")):
         fake.script = [(status, {"error": {"message": "no"}})]
         with pytest.raises(getattr(anthropic, name)) as caught:
             client.messages.create(**ask)
         assert caught.value.request_id.startswith("req_")
-    fake.script = [[iflow_chunk(content="Hi")]]                        # the upstream dies in mid-answer
+    # the upstream dies in mid-answer
+    fake.script = [[iflow_chunk(content="Hi")]]
     with pytest.raises(anthropic.APIError):
         with client.messages.stream(**ask) as stream:
             stream.get_final_message()
 
 
 def test_anthropic_sdk_thinking_and_parallel_calls(dialects):
-    """What it accumulates from a stream goes back as it is, with the results, and reaches the upstream in order."""
+    """What it accumulates from a stream goes back as it is, with the results, and reaches the
+    upstream in order.
+    """
     anthropic = sdk_iflow("anthropic")
     fake, server = dialects
     client = anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
-    ask = {"model": "claude-x", "max_tokens": 5000, "thinking": {"type": "enabled", "budget_tokens": 1024},
+    ask = {"model": "claude-x", "max_tokens": 5000,
+           "thinking": {"type": "enabled", "budget_tokens": 1024},
            "tools": [{"name": "add", "input_schema": {"type": "object"}}]}
-    calls = [{"index": i, "id": ident, "type": "function", "function": {"name": "add", "arguments": ""}}
+    calls = [{"index": i, "id": ident, "type": "function",
+              "function": {"name": "add", "arguments": ""}}
              for i, ident in enumerate(["one", "functions.add:1"])]
-    fake.script = [[iflow_chunk(reasoning_content="be"), iflow_chunk(reasoning_content="cause"), iflow_chunk(content="so"),
+    fake.script = [[iflow_chunk(reasoning_content="be"), iflow_chunk(reasoning_content="cause"),
+                    iflow_chunk(content="so"),
                     iflow_chunk(tool_calls=[calls[0]]), iflow_chunk(tool_calls=[calls[1]]),
                     iflow_chunk(tool_calls=[{"index": 1, "function": {"arguments": '{"b": 2}'}}]),
                     iflow_chunk(tool_calls=[{"index": 0, "function": {"arguments": '{"a": 1,}'}}]),
@@ -11798,17 +12133,23 @@ def test_anthropic_sdk_thinking_and_parallel_calls(dialects):
         message = stream.get_final_message()
     assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
     thought, _, *uses = message.content
-    assert thought.thinking == "because" and thought.signature and [u.input for u in uses] == [{"a": 1}, {"b": 2}]
+    assert thought.thinking == "because" and thought.signature
+    assert [u.input for u in uses] == [{"a": 1}, {"b": 2}]
     assert message.stop_reason == "tool_use" and re.fullmatch("[A-Za-z0-9_-]+", uses[1].id)
-    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
-    results = [{"type": "tool_result", "tool_use_id": uses[0].id, "content": [{"type": "text", "text": "3"}, picture]},
-               {"type": "tool_result", "tool_use_id": uses[1].id, "content": "no", "is_error": True}]
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                           "data": "AAAA"}}
+    results = [{"type": "tool_result", "tool_use_id": uses[0].id,
+                "content": [{"type": "text", "text": "3"}, picture]},
+               {"type": "tool_result", "tool_use_id": uses[1].id, "content": "no",
+                "is_error": True}]
     fake.script = [iflow_plain("done")]
-    client.messages.create(**ask, messages=[question, {"role": "assistant", "content": message.content},
+    client.messages.create(**ask, messages=[question,
+                                            {"role": "assistant", "content": message.content},
                                             {"role": "user", "content": results}])
     _, said, first, second, rest = fake.seen[-1][1]["messages"]
     assert said["reasoning_content"] == "because" and said["content"] == "so"
-    assert [c["id"] for c in said["tool_calls"]] == ["one", "functions.add:1"] == [first["tool_call_id"], second["tool_call_id"]]
+    assert [c["id"] for c in said["tool_calls"]] == ["one", "functions.add:1"] == [
+        first["tool_call_id"], second["tool_call_id"]]
     assert first["content"].startswith("3") and second["content"] == "[tool error] no"
     assert rest["content"][-1]["image_url"]["url"] == "data:image/png;base64,AAAA"
 
@@ -11819,7 +12160,8 @@ def test_anthropic_sdk_hears_of_overflow_and_when_to_come_back(dialects):
     client = anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
     ask = {"model": "claude-x", "max_tokens": 50, "messages": [{"role": "user", "content": "q"}]}
     fake.script = [(400, {"error": {"message": "Range of input length should be [1, 30720]"}})]
-    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: 30721 tokens > 30720 maximum"):
+    with pytest.raises(anthropic.BadRequestError,
+                       match="prompt is too long: 30721 tokens > 30720 maximum"):
         client.messages.create(**ask)
     fake.script = [(429, {"error": {"message": "slow down"}})]
     with pytest.raises(anthropic.RateLimitError) as caught:
@@ -11828,7 +12170,8 @@ def test_anthropic_sdk_hears_of_overflow_and_when_to_come_back(dialects):
     fake.script = [(429, {"error": {"message": "no", "code": "insufficient_quota"}})] * 2
     with pytest.raises(anthropic.RateLimitError):
         client.with_options(max_retries=3).messages.create(**ask)
-    assert len(fake.script) == 1 and [m.id for m in client.models.list()][:3] == list(ifl.CLAUDE_MODELS.values())
+    assert len(fake.script) == 1
+    assert [m.id for m in client.models.list()][:3] == list(ifl.CLAUDE_MODELS.values())
 
 
 def test_openai_sdk_responses(dialects):
@@ -11837,18 +12180,22 @@ def test_openai_sdk_responses(dialects):
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="k", max_retries=0)
     fake.script = [iflow_plain("Hello")]
     first = client.responses.create(model="gpt-x", input="q")
-    assert first.output_text == "Hello" and first.status == "completed" and fake.seen[-1][1]["model"] == "m"
+    assert first.output_text == "Hello" and first.status == "completed"
+    assert fake.seen[-1][1]["model"] == "m"
     fake.script = [iflow_plain("more")]
-    assert client.responses.create(model="gpt-x", input="r", previous_response_id=first.id).output_text == "more"
+    assert client.responses.create(model="gpt-x", input="r",
+                                   previous_response_id=first.id).output_text == "more"
     fake.script = [copy.deepcopy(TEXT)]
     with client.responses.stream(model="gpt-x", input="q") as stream:
         assert "".join(e.delta for e in stream if e.type == "response.output_text.delta") == "Hello"
         assert stream.get_final_response().output_text == "Hello"
     fake.script = [copy.deepcopy(CALLING)]
-    tools = [{"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}, "strict": False}]
+    tools = [{"type": "function", "name": "add",
+              "parameters": {"type": "object", "properties": {}}, "strict": False}]
     with client.responses.stream(model="gpt-x", input="q", tools=tools) as stream:
         call = stream.get_final_response().output[0]
-    assert (call.type, call.name, call.arguments, call.call_id) == ("function_call", "add", '{"a": 1}', "call_9")
+    assert (call.type, call.name, call.arguments,
+            call.call_id) == ("function_call", "add", '{"a": 1}', "call_9")
     with pytest.raises(openai.BadRequestError):
         client.responses.create(model="gpt-x", input="q", previous_response_id="resp_nothing")
     fake.script = [(429, {"error": {"message": "no"}})]
@@ -11863,11 +12210,13 @@ def test_openai_sdk_parses_structured_output(dialects):
     answer = pydantic.create_model("Answer", number=(int, ...))
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="k", max_retries=0)
     fake.script = [iflow_plain('{"number": 7}')]
-    assert client.responses.parse(model="gpt-x", input="q", text_format=answer).output_parsed.number == 7
+    assert client.responses.parse(model="gpt-x", input="q",
+                                  text_format=answer).output_parsed.number == 7
     assert fake.seen[-1][1]["response_format"]["type"] == "json_schema"
 
 
-@pytest.mark.parametrize("preserve, content, reasoning", [(False, "think\n\nanswer", None), (True, "answer", "think")])
+@pytest.mark.parametrize("preserve, content, reasoning",
+                         [(False, "think\n\nanswer", None), (True, "answer", "think")])
 def test_openai_sdk_reads_iflow_reasoning(iflow, preserve, content, reasoning):
     openai = sdk_iflow("openai")
     fake, start = iflow
@@ -11875,10 +12224,12 @@ def test_openai_sdk_reads_iflow_reasoning(iflow, preserve, content, reasoning):
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="k", max_retries=0)
     ask = {"model": "glm-5", "messages": [{"role": "user", "content": "q"}]}
     fake.script = [iflow_plain("answer", reasoning_content="think"),
-                   [iflow_chunk(reasoning_content="think"), iflow_chunk(content="answer"), iflow_chunk("stop")]]
+                   [iflow_chunk(reasoning_content="think"), iflow_chunk(content="answer"),
+                    iflow_chunk("stop")]]
     message = client.chat.completions.create(**ask).choices[0].message
     assert message.content == content and getattr(message, "reasoning_content", None) == reasoning
-    deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**ask, stream=True)]
+    deltas = [chunk.choices[0].delta
+              for chunk in client.chat.completions.create(**ask, stream=True)]
     assert "".join(d.content or "" for d in deltas) == content
     assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == (reasoning or "")
 
@@ -11890,7 +12241,8 @@ def test_openai_sdk_reads_iflow_reasoning(iflow, preserve, content, reasoning):
 def test_env_prints_what_the_client_needs(tmp_path, monkeypatch, capsys, client, shell):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("IFLOW2API_CUSTOM_API_KEY", "sk-it's")
-    assert ifl.main(["env", client, "--shell", shell, "--port", "4321", "--model", "glm-5", "--config-dir", str(tmp_path)]) == 0
+    assert ifl.main(["env", client, "--shell", shell, "--port", "4321", "--model", "glm-5",
+                     "--config-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "127.0.0.1:4321" in out and "IFLOW2API_CUSTOM" not in out and "URL/" not in out
     assert "sk-it" in out
@@ -11908,22 +12260,28 @@ CLAUDE_ENV = [
     ({}, {}),
     ({"default_model": "m"}, dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m")),
     ({"default_model": "m", "aliases": {"claude-haiku-*": "s"}},
-     {**dict.fromkeys("MODEL OPUS SONNET".split(), "m"), "HAIKU": "claude-haiku-4-5", "SMALL": "claude-haiku-4-5"}),
-    ({"default_model": "m", "aliases": {"claude-*": "s"}},
-     {"MODEL": "claude-sonnet-4-6", "OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6", "HAIKU": "claude-haiku-4-5",
+     {**dict.fromkeys("MODEL OPUS SONNET".split(), "m"), "HAIKU": "claude-haiku-4-5",
       "SMALL": "claude-haiku-4-5"}),
-    ({"providers": [{"name": "p", "base_url": "http://h/v1", "models": [{"id": "m", "context": 65536}]}]},
+    ({"default_model": "m", "aliases": {"claude-*": "s"}},
+     {"MODEL": "claude-sonnet-4-6", "OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6",
+      "HAIKU": "claude-haiku-4-5",
+      "SMALL": "claude-haiku-4-5"}),
+    ({"providers": [{"name": "p", "base_url": "http://h/v1",
+                     "models": [{"id": "m", "context": 65536}]}]},
      {**dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m"), "CONTEXT": "65536"})]
 
 
 @pytest.mark.parametrize("config, models", CLAUDE_ENV)
-def test_env_claude_names_the_models_of_the_configuration(tmp_path, monkeypatch, capsys, config, models):
+def test_env_claude_names_the_models_of_the_configuration(
+        tmp_path, monkeypatch, capsys, config, models):
     monkeypatch.setenv("HOME", str(tmp_path))
     found, said = env_json(capsys, tmp_path, {**config, "host": "::1", "port": unused_port()}, *(
         [] if models else ["--host", "0.0.0.0"]))
-    assert found.pop("ANTHROPIC_BASE_URL").startswith("http://[::1]:" if models else "http://127.0.0.1:")
+    assert found.pop("ANTHROPIC_BASE_URL").startswith("http://[::1]:" if models
+                                                      else "http://127.0.0.1:")
     assert found.pop("ANTHROPIC_AUTH_TOKEN") == "not-needed" and "no iflow2api answers" in said
-    short = {"ANTHROPIC_MODEL": "MODEL", "ANTHROPIC_SMALL_FAST_MODEL": "SMALL", "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT",
+    short = {"ANTHROPIC_MODEL": "MODEL", "ANTHROPIC_SMALL_FAST_MODEL": "SMALL",
+             "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT",
              **{f"ANTHROPIC_DEFAULT_{tier}_MODEL": tier for tier in ifl.CLAUDE_MODELS}}
     assert {short[name]: value for name, value in found.items()} == models
 
@@ -11931,10 +12289,12 @@ def test_env_claude_names_the_models_of_the_configuration(tmp_path, monkeypatch,
 def test_env_claude_of_a_running_server(tmp_path, monkeypatch, capsys, server, upstream):
     monkeypatch.setenv("HOME", str(tmp_path))
     running = server(upstream)
-    found, said = env_json(capsys, tmp_path, {"client_keys": [key_entry("a", "sk-a-123456789")]}, "--port", str(running.port),
+    found, said = env_json(capsys, tmp_path, {"client_keys": [key_entry("a", "sk-a-123456789")]},
+                           "--port", str(running.port),
                            "--model", "glm-5")
     assert found["ANTHROPIC_BASE_URL"] == running.url and "answers" not in said
-    assert (found["ANTHROPIC_AUTH_TOKEN"], found["ANTHROPIC_DEFAULT_OPUS_MODEL"]) == ("YOUR_KEY", "glm-5")
+    assert (found["ANTHROPIC_AUTH_TOKEN"],
+            found["ANTHROPIC_DEFAULT_OPUS_MODEL"]) == ("YOUR_KEY", "glm-5")
     assert ifl.main(["env", "claude", "--port", "0", "--config-dir", str(tmp_path)]) == 2
     assert "--port" in capsys.readouterr().err
 
@@ -11944,7 +12304,8 @@ def test_env_lines_survive_a_real_shell(tmp_path):
     script = f'eval "$({sys.executable} {byte_code()} env codex --model glm-5 --config-dir {tmp_path})"; ' \
              'codex_path=1; printf "%s|" "$IFLOW2API_KEY"; declare -f codex'
     environ = {**os.environ, "HOME": str(tmp_path), "IFLOW2API_CUSTOM_API_KEY": "a'b $c"}
-    done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, env=environ, timeout=60)
+    done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, env=environ,
+                          timeout=60)
     assert done.stdout.startswith("a'b $c|") and 'wire_api="responses"' in done.stdout, done
 
 
