@@ -13041,7 +13041,8 @@ def count_tokens(handler: Handler) -> None:
     with gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
         text = decode_body(handler.read_body())
         body = parse_body(text)
-        call = Call(handler.endpoint.dialect, body, text, handler.headers, handler.request_id, handler.key)
+        call = Call(handler.endpoint.dialect, body, text, handler.headers, handler.request_id,
+                    handler.key)
         target = target_to_count(gateway, call)
         if call.dialect is RESPONSES:
             tokens = count_response_tokens(
@@ -13049,8 +13050,10 @@ def count_tokens(handler: Handler) -> None:
                 lambda ident: gateway.responses.item(ident, owner), gateway.seal())
             return handler.respond_json({"object": "response.input_tokens", "input_tokens": tokens})
         if not isinstance(body.get("messages"), list) or not body["messages"]:
-            raise BadRequest("messages: a list with at least one message is required", param="messages")
-        handler.respond_json({"input_tokens": scaled_count(gateway, target, count_message_tokens(body))})
+            raise BadRequest("messages: a list with at least one message is required",
+                             param="messages")
+        handler.respond_json({"input_tokens": scaled_count(
+            gateway, target, count_message_tokens(body))})
 
 
 def kept_response(handler: Handler) -> None:
@@ -13091,7 +13094,8 @@ def show_health(handler: Handler) -> None:
 
 
 def show_metrics(handler: Handler) -> None:
-    handler.respond(200, metrics_text(handler.server.gateway).encode(), "text/plain; version=0.0.4; charset=utf-8")
+    handler.respond(200, metrics_text(handler.server.gateway).encode(),
+                    "text/plain; version=0.0.4; charset=utf-8")
 
 
 def show_models(handler: Handler) -> None:
@@ -13105,7 +13109,8 @@ def show_models(handler: Handler) -> None:
 
 
 def show_vision_models(handler: Handler) -> None:
-    handler.respond_json({"object": "list", "data": vision_models_of(handler.server.gateway, handler.key)})
+    handler.respond_json({"object": "list",
+                          "data": vision_models_of(handler.server.gateway, handler.key)})
 
 
 def show_model(handler: Handler) -> None:

@@ -11034,10 +11034,10 @@ def test_http_1_0_needs_no_host(server):
         assert client.is_closed()
 
 
-@pytest.mark.parametrize("slowly", [b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-",
-                                    request_bytes(headers={"Content-Length": "100"}) + b"{",
-                                    request_bytes(headers={"Transfer-Encoding": "chunked",
-                                                           "Content-Length": None}) + b"5000\r\nhe"],
+@pytest.mark.parametrize("slowly", [
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-",
+    request_bytes(headers={"Content-Length": "100"}) + b"{",
+    request_bytes(headers={"Transfer-Encoding": "chunked", "Content-Length": None}) + b"5000\r\nhe"],
                          ids=["head", "body", "chunks"])
 @pytest.mark.parametrize("drips", [False, True], ids=["silent", "dripping"])
 def test_a_slow_loris_is_cut_off(server, slowly, drips, monkeypatch):
@@ -11759,11 +11759,13 @@ def test_codex_is_kept_awake_by_data(dialects):
 
 
 OVERFLOWS_IFLOW = [
-    {"error": {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens (8500 in the "
-               "messages, 500 in the completion).", "code": "context_length_exceeded"}},
-    {"error": {"message": "request (9000 tokens) exceeds the available context size (8192 tokens), try increasing it",
+    {"error": {"message": "This model's maximum context length is 8192 tokens. However, you "
+               "requested 9000 tokens (8500 in the messages, 500 in the completion).", "code": "context_length_exceeded"}},
+    {"error": {"message": "request (9000 tokens) exceeds the available context size (8192 "
+               "tokens), try increasing it",
                "type": "exceed_context_size_error"}},
-    {"error": {"message": "Invalid request: Your request exceeded model token limit: 8192 (requested: 9000)"}}]
+    {"error": {"message": "Invalid request: Your request exceeded model token limit: 8192 "
+               "(requested: 9000)"}}]
 
 
 @pytest.mark.parametrize("error", OVERFLOWS_IFLOW)
@@ -12021,7 +12023,8 @@ def test_a_model_is_found_under_each_name_that_leads_to_it(dialects):
     for name, owner in (("a", "p"), ("p/a", "p"), ("p/o/b", "p"), ("o/b", "p"), ("q/a", "q")):
         model = ifl.find_model(gateway, name)
         assert (model["id"], model["owned_by"]) == (name, owner)
-    assert ifl.find_model(gateway, "p/zzz") is ifl.find_model(gateway, "x/a") is ifl.find_model(gateway, "p/") is None
+    assert ifl.find_model(gateway, "p/zzz") is ifl.find_model(gateway, "x/a") is ifl.find_model(
+        gateway, "p/") is None
     status, data = fetch(server, "GET", "/v1/models/p%2Fa")
     assert (status, json.loads(data)["id"]) == (200, "p/a")
     assert fetch(server, "GET", "/v1/models/q/b")[0] == 404
@@ -12301,7 +12304,8 @@ def test_env_claude_of_a_running_server(tmp_path, monkeypatch, capsys, server, u
 
 @pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
 def test_env_lines_survive_a_real_shell(tmp_path):
-    script = f'eval "$({sys.executable} {byte_code()} env codex --model glm-5 --config-dir {tmp_path})"; ' \
+    command = f"{sys.executable} {byte_code()} env codex --model glm-5 --config-dir {tmp_path}"
+    script = f'eval "$({command})"; ' \
              'codex_path=1; printf "%s|" "$IFLOW2API_KEY"; declare -f codex'
     environ = {**os.environ, "HOME": str(tmp_path), "IFLOW2API_CUSTOM_API_KEY": "a'b $c"}
     done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, env=environ,
