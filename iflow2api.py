@@ -14840,17 +14840,20 @@ def codex_toml(pairs: Sequence[Tuple[str, str]]) -> Iterator[str]:
 
 
 def curl_line(shell: Shell, words: Mapping[str, str]) -> str:
-    """One request; PowerShell would take the quotes of an argument away, so it gets the body piped."""
+    """One request; PowerShell would take the quotes of an argument away: it gets the body piped."""
+    def quote(text: str) -> str:
+        return '"' + text.replace('"', '\\"') + '"' if shell is SHELLS["cmd"] else shell.quote(text)
+
     body = json.dumps({"model": words["MODEL"], "messages": [{"role": "user", "content": "Hello"}]})
-    bearer = shell.quote("Authorization: Bearer " + words["KEY"])
+    bearer = quote("Authorization: Bearer " + words["KEY"])
     if words["KEY"] == "$IFLOW2API_KEY":
-        bearer = '"Authorization: Bearer ' + shell.reference.strip('"').format(
-            "IFLOW2API_KEY") + '"'
-    line = f"{shell.quote(words['URL'] + '/v1/chat/completions')} -H {bearer}"
-    line += " -H " + shell.quote("Content-Type: application/json")
+        variable = shell.reference.strip('"').format("IFLOW2API_KEY")
+        bearer = f'"Authorization: Bearer {variable}"'
+    line = f"{quote(words['URL'] + '/v1/chat/completions')} -H {bearer}"
+    line += " -H " + quote("Content-Type: application/json")
     if shell is SHELLS["powershell"]:
-        return f"{shell.quote(body)} | curl.exe {line} -d '@-'"
-    return f"curl {line} -d {shell.quote(body)}"
+        return f"{quote(body)} | curl.exe {line} -d '@-'"
+    return f"curl {line} -d {quote(body)}"
 
 
 def json_text(value: Any) -> str:
@@ -14868,7 +14871,8 @@ def file_text(client: str, words: Mapping[str, str]) -> str:
 
 
 def client_blocks(client: str, key: str, words: Mapping[str, str]) -> List[Json]:
-    """The lines of `env` for each shell, without its comments, and the file of a client, with `key`."""
+    """The lines of `env` for each shell, without its comments, and the file of a client, with
+    `key`."""
     blocks = []
     for name, shell in SHELLS.items():
         lines = [line for line in env_lines(client, shell, words)
@@ -14882,7 +14886,8 @@ def client_blocks(client: str, key: str, words: Mapping[str, str]) -> List[Json]
 
 
 def address_for(handler: Handler) -> str:
-    """This server's address as whoever asks knows it: behind a proxy or on another machine it is not ours."""
+    """This server's address as whoever asks knows it: behind a proxy or on another machine it is
+    not ours."""
     host, scheme = handler.headers.get("host", ""), handler.headers.get("x-forwarded-proto", "http")
     fits = re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host) and scheme in ("http",
             "https")
@@ -14890,7 +14895,8 @@ def address_for(handler: Handler) -> str:
 
 
 def show_clients(handler: Handler) -> None:
-    """GET /admin/api/clients: what to copy into each client.  No key is in there, only where it goes."""
+    """GET /admin/api/clients: what to copy into each client.  No key is in there, only where it
+    goes."""
     query, gateway = query_of(handler), handler.server.gateway
     router, needs_key = gateway.current().router, handler.server.needs_key
     model, given = query.get("model") or router.default_model, query.get("key", "")
