@@ -110,6 +110,27 @@ def until(condition, seconds=WAIT_S, what="it"):
         pause.wait(0.005)
 
 
+def check_growth(size, make, use) -> None:
+    """Four times the input takes six times as long at most; what is quadratic takes sixteen.
+
+    Measured again where a machine under load spoilt it.
+    """
+    def best_s(size):
+        spent = []
+        for _ in range(3):
+            made = make(size)
+            began = time.thread_time()
+            use(made)
+            spent.append(time.thread_time() - began)
+        return min(spent)
+
+    for _ in range(4):
+        base_s, more_s = best_s(size), best_s(4 * size)
+        if more_s <= 6 * max(base_s, 0.001):
+            return
+    assert more_s <= 6 * base_s, base_s
+
+
 class Clock:
     """A clock that is cranked by hand."""
 
@@ -1518,15 +1539,7 @@ GROWTH_OF_SETTINGS = [
 @pytest.mark.parametrize("size, make, use", [row[1:] for row in GROWTH_OF_SETTINGS],
                          ids=[row[0] for row in GROWTH_OF_SETTINGS])
 def test_settings_and_logins_take_linear_time(size, make, use):
-    def best_s(size):
-        data, spent = make(size), []
-        for _ in range(3):
-            began = time.thread_time()
-            use(data)
-            spent.append(time.thread_time() - began)
-        return min(spent)
-    base_s = best_s(size)
-    assert best_s(4 * size) <= 6 * max(base_s, 0.001), base_s
+    check_growth(size, make, use)
 
 
 # === 7. Chat and SSE =========================================================
@@ -7724,16 +7737,7 @@ GROWTH_OF_SERVICES = [
 @pytest.mark.parametrize("size, make, use", [row[1:] for row in GROWTH_OF_SERVICES],
                          ids=[row[0] for row in GROWTH_OF_SERVICES])
 def test_services_take_linear_time(home, size, make, use):
-    def best_s(size):
-        spent = []
-        for _ in range(3):
-            made = make(size, home)
-            began = time.thread_time()
-            use(made)
-            spent.append(time.thread_time() - began)
-        return min(spent)
-    base_s = best_s(size)
-    assert best_s(4 * size) <= 6 * base_s, base_s
+    check_growth(size, lambda size: make(size, home), use)
 
 
 # === 14. Gateway =============================================================
@@ -10490,15 +10494,7 @@ GROWTH_OF_HTTP = [
 @pytest.mark.parametrize("size, make, use", [row[1:] for row in GROWTH_OF_HTTP],
                          ids=[row[0] for row in GROWTH_OF_HTTP])
 def test_http_takes_linear_time(size, make, use):
-    def best_s(size):
-        data, spent = make(size), []
-        for _ in range(3):
-            began = time.thread_time()
-            use(data)
-            spent.append(time.thread_time() - began)
-        return min(spent)
-    base_s = best_s(size)
-    assert best_s(4 * size) <= 6 * base_s, base_s
+    check_growth(size, make, use)
 
 
 # --- paths and methods -------------------------------------------------------
