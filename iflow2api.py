@@ -409,7 +409,8 @@ class GatewayError(Exception):
     Dialects turn it into bytes (section 9), the HTTP section sends them; nobody else does either.
     `code` and `param` are OpenAI's fields, `should_retry` becomes `x-should-retry`, `retry_after_s`
     becomes `Retry-After`, `body` is the upstream's own error object where it had one, and
-    `overflow` is (prompt tokens, limit, output tokens) of a prompt too long for the model, 0 where unknown.
+    `overflow` is (prompt tokens, limit, output tokens) of a prompt too long for the model, 0 where
+    unknown.
     """
     status = 500
     type = "server_error"
@@ -517,7 +518,7 @@ class ClientGone(Exception):
 
 
 def forget_trace(exc: Optional[BaseException]) -> None:
-    """Let go of the frames that an error has passed: some hold it in turn, and with it all of a request."""
+    """Let go of the frames that an error has passed: they may hold it, and a whole request."""
     while exc is not None:
         exc.__traceback__ = None
         exc = exc.__cause__ or exc.__context__
@@ -526,13 +527,14 @@ def forget_trace(exc: Optional[BaseException]) -> None:
 # === 4. Small tools ==========================================================
 
 _SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
-#: User and password in a URL, not its port.  What is none (no @) is taken as well, and left: a search that went on
-#: from each :// in it would take a minute for a header full of them.
+#: User and password in a URL, not its port.  What is none (no @) is taken as well, and left: a
+#: search that went on from each :// in it would take a minute for a header full of them.
 _USERINFO = re.compile(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(@?)")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
-#: Random digits for the next ids, drawn for many at once: each draw is a system call that lets another thread in.
+#: Random digits for the next ids, drawn for many at once: each draw is a system call, where another
+#: thread may take over.
 _DIGITS: List[str] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_DIGITS.clear)    # a child's ids must not be its parent's
@@ -556,12 +558,14 @@ def mask(secret: str) -> str:
 def redact(text: str) -> str:
     """`text` without what looks like a credential."""
     text = _SECRET.sub(lambda found: found.group(1) + "…", text)
-    return _USERINFO.sub(lambda found: f"://{found.group(1) or ''}…@" if found.group(2) else found.group(),
-                         text) if "@" in text else text
+    if "@" not in text:
+        return text
+    return _USERINFO.sub(lambda found: f"://{found.group(1) or ''}…@" if found.group(2) else
+                         found.group(), text)
 
 
 def one_line(text: Any, limit: int = 300) -> str:
-    """`text` fit for a log line or an error: no control or direction characters, not too long, no credential."""
+    """`text` fit for a log line or an error: no control characters, not too long, no credential."""
     line = redact(str(text)[:1 << 16])
     line = (line if line.isprintable() else _CONTROL.sub(" ", line)).strip()
     return line if len(line) <= limit else line[:limit - 1] + "…"
@@ -570,7 +574,7 @@ def one_line(text: Any, limit: int = 300) -> str:
 def alike(name: str, names: Iterable[str], cutoff: float = 0.65) -> List[str]:
     """The names that a mistyped one may have been meant for: `stop` is no `test`."""
     import difflib                       # only on the way to an error message
-    return difflib.get_close_matches(name[:100], list(names), 3, cutoff)      # its time grows with the square
+    return difflib.get_close_matches(name[:100], list(names), 3, cutoff)  # time grows with n * n
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.65) -> str:
@@ -590,7 +594,7 @@ def remember(table: Dict[Any, Any], name: Any, value: Any, limit: int) -> None:
 def fits(name: str, pattern: str) -> bool:
     """Whether a shell pattern takes a name; `m[1m]` is a name before it is a pattern.
 
-    A range that runs backwards, `[z-a]`, takes nothing; before Python 3.10 fnmatch makes an error of it.
+    A range that runs backwards, `[z-a]`, takes nothing; an error of fnmatch before Python 3.10.
     """
     try:
         return name == pattern or fnmatchcase(name, pattern)
@@ -606,7 +610,10 @@ def is_loopback(host: str) -> bool:
 
 
 def make_folder(path: str) -> None:
-    """Make a folder and those above it that are missing, each for its owner alone whatever the umask says.  OSError."""
+    """Make a folder and those that are missing above it, each its owner's alone; OSError.
+
+    The mode of os.makedirs is for the last one only, and subject to the umask.
+    """
     path, missing = os.path.abspath(path), []
     while not os.path.isdir(path) and os.path.dirname(path) != path:
         missing.append(path)
@@ -620,19 +627,20 @@ def make_folder(path: str) -> None:
                 raise
 
 
-#: Why a file can't be replaced but may be written: a bind mount, another device, a folder that is not ours.
-_IRREPLACEABLE = {getattr(errno, name, None) for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
+#: Why a file can't be replaced but may be written: a bind mount, another device, a foreign folder.
+_IRREPLACEABLE = {getattr(errno, name, None)
+                  for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
 
 
-#: No write takes longer: a temporary file that is older belongs to nobody, whoever has its process id now.
+#: No write takes longer: an older temporary file is left over, whoever has its process id now.
 TEMP_FILE_S = 60
 
 
 def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
     """Write `data` so that a crash leaves the old file or the new one, readable by the owner alone.
 
-    A link is followed; a file that can't be replaced (bind mount) is written in place, once there is a `.bak` of it,
-    which the caller may have made (`has_copy`).  OSError.
+    A link is followed; a file that can't be replaced (bind mount) is written in place, once there
+    is a `.bak` of it, which the caller may have made (`has_copy`).  OSError.
     """
     path = os.path.realpath(path)
     make_folder(os.path.dirname(path))
@@ -650,7 +658,7 @@ def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
             os.unlink(temp)
         if exc.errno not in _IRREPLACEABLE or not os.path.isfile(path):
             raise
-        with contextlib.suppress(OSError):               # somebody else's file, or a system without such rights
+        with contextlib.suppress(OSError):       # a foreign file, or a system without such rights
             os.chmod(path, 0o600)
         with open(path, "r+b") as file:
             if not has_copy:
@@ -663,8 +671,8 @@ def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
 
 
 def close_to_others(path: str) -> None:
-    """Take a file's permissions from everybody but its owner, as files of ours had been made before."""
-    with contextlib.suppress(OSError):   # no file yet, somebody else's, or a system without such rights
+    """Take a file's permissions from all but its owner; earlier versions made files for all."""
+    with contextlib.suppress(OSError):   # no file, a foreign one, or a system without such rights
         if os.stat(path).st_mode & 0o077:
             os.chmod(path, 0o600)
 
@@ -677,7 +685,8 @@ def _drop_leftovers(path: str) -> None:
             found = re.fullmatch(r"\.(\d{1,10})-[0-9a-f]{8}\.tmp", entry[len(name):])
             if found and entry.startswith(name):
                 temp = os.path.join(folder, entry)
-                if time.time() - os.stat(temp).st_mtime > TEMP_FILE_S or not has_process(int(found.group(1))):
+                age_s = time.time() - os.stat(temp).st_mtime
+                if age_s > TEMP_FILE_S or not has_process(int(found.group(1))):
                     os.unlink(temp)
 
 
@@ -716,9 +725,10 @@ def file_stamp(path: str) -> Tuple[int, ...]:
 class Cipher:
     """Authenticated encryption out of the standard library alone, which has no cipher.
 
-    HMAC-SHA-256 in counter mode makes the key stream; the tag covers nonce and cipher text (encrypt-then-MAC).  The
-    nonce is a MAC of the text itself, as in SIV: no randomness is needed, two different texts never share a key
-    stream, and the same text is sealed to the same bytes.  All a bystander learns is that two texts are the same.
+    HMAC-SHA-256 in counter mode makes the key stream; the tag covers nonce and cipher text
+    (encrypt-then-MAC).  The nonce is a MAC of the text itself, as in SIV: no randomness is needed,
+    two different texts never share a key stream, and equal texts are sealed to equal bytes, which
+    is all that a bystander learns.
     """
     NONCE_BYTES, TAG_BYTES = 16, 32
 
@@ -735,14 +745,16 @@ class Cipher:
     def open(self, data: bytes) -> Optional[bytes]:
         """What was sealed; None: with another key, or damaged."""
         sealed, tag = data[:-self.TAG_BYTES], data[-self.TAG_BYTES:]
-        if len(sealed) < self.NONCE_BYTES or not hmac.compare_digest(hmac.digest(self._tag_key, sealed, "sha256"), tag):
+        expected = hmac.digest(self._tag_key, sealed, "sha256")
+        if len(sealed) < self.NONCE_BYTES or not hmac.compare_digest(expected, tag):
             return None
         return self._mask(sealed[:self.NONCE_BYTES], sealed[self.NONCE_BYTES:])
 
     def _mask(self, nonce: bytes, data: bytes) -> bytes:
-        """`data` XOR key stream; as two big integers, since a loop over bytes takes thirty times as long."""
+        """`data` XOR key stream, as two integers: a loop over bytes takes thirty times as long."""
         blocks = range((len(data) + 31) // 32)
-        stream = b"".join(hmac.digest(self._cipher_key, nonce + block.to_bytes(8, "big"), "sha256") for block in blocks)
+        stream = b"".join(hmac.digest(self._cipher_key, nonce + block.to_bytes(8, "big"), "sha256")
+                          for block in blocks)
         masked = int.from_bytes(data, "big") ^ int.from_bytes(stream[:len(data)], "big")
         return masked.to_bytes(len(data), "big")
 
@@ -753,7 +765,7 @@ def encode_base64(data: bytes) -> str:
 
 
 def decode_base64(text: str) -> Optional[bytes]:
-    """The inverse; b64decode skips foreign characters and spare bits, but only the one true spelling counts."""
+    """The inverse; None for other spellings: b64decode skips foreign characters and spare bits."""
     try:
         data = base64.b64decode(text + "==", b"-_")
     except ValueError:
@@ -762,10 +774,10 @@ def decode_base64(text: str) -> Optional[bytes]:
 
 
 class FileLock:
-    """One holder at a time among processes and threads: each open file counts.  Released when its holder dies.
+    """One holder at a time among processes and threads; released when its holder dies.
 
-    The file stays: removing it would let two processes lock two files of the same name.  On a file system that knows
-    no locks there is a warning, once a file, and no protection.
+    The file stays: removing it would let two processes lock two files of the same name.  On a file
+    system that knows no locks there is a warning, once a file, and no protection.
     """
     _unprotected: Set[str] = set()       #: files that were warned of
 
@@ -773,7 +785,7 @@ class FileLock:
         self.path, self._timeout_s, self._fd = path, timeout_s, -1
 
     def __enter__(self) -> "FileLock":
-        """OSError where the file can't be made; TimeoutError, which is one, when another holds it for too long."""
+        """OSError where the file can't be made; its TimeoutError when another holds it too long."""
         make_folder(os.path.dirname(self.path))
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         until, pause = time.monotonic() + self._timeout_s, threading.Event()
@@ -813,170 +825,11 @@ class FileLock:
         os.close(fd)                     # lets go, too
 
 
-# === 5. Settings =============================================================
+# --- shapes of values ---------------------------------------------------------
 
-def setting(kind: str, default: Any, zh: str, en: str, **facts: Any) -> Any:
-    """A field of `Settings`; its metadata serve file, environment, flags, help and forms alike.
-
-    `kind`: str, int, float, bool, list or dict.  `facts`: hint (zh, en), flag, low, high, choices, secret, restart
-    (takes effect at the next start), older (a name of the older program, kept for it), file_only (set by file and
-    command line only: what names files, whom to trust and where logins go would make whoever has the page's password
-    the master of this machine).
-    """
-    metadata = {"kind": kind, "label": (zh, en), **facts}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything the user can change.  Frozen: a request works on the snapshot it started with."""
-    host: str = setting("str", "127.0.0.1", "监听地址", "Address to listen on", file_only=True, flag="--host", restart=True,
-                        hint=("127.0.0.1 仅限本机；0.0.0.0 允许其他机器访问，此时需要客户端密钥。",
-                              "127.0.0.1 serves this machine only; 0.0.0.0 serves others too, with a client key."))
-    port: int = setting("int", 28000, "端口", "Port", flag="--port", low=0, high=65535, restart=True,
-                        hint=("0 表示自动选一个空闲端口。", "0 picks a free one."))
-    providers: List[Any] = setting("list", [], "上游列表", "Providers: name, base_url, api_keys, …")
-    default_provider: str = setting("str", "", "默认上游", "Default provider",
-                                    hint=("没有别名匹配、也没有上游列出的模型名发到这里；留空则为第一个。",
-                                          "Gets models that no alias and no provider knows. Empty: the first one."))
-    aliases: Dict[str, Any] = setting("dict", {}, "模型别名",
-                                      "Model aliases: pattern -> model, or models to try in order")
-    default_model: str = setting("str", "", "默认模型", "Default model", flag="--model",
-                                 hint=("请求没有指定模型，或用了 claude-*、gpt-* 等别家的模型名时使用。",
-                                       "For requests without a model, or with a foreign name like claude-* or gpt-*."))
-    api_concurrency: int = setting("int", 1, "每个 iFlow 账号的并发数", "Requests at once per iFlow account", low=0,
-                                   hint=("0 为不限。", "0: no limit."))
-    retry: Dict[str, Any] = setting("dict", {}, "失败重试", "Retries of a failed provider",
-                                    hint=('JSON，例如 {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}：'
-                                          "次数、首次等待、最长等待、总时限（秒）。默认不重试。",
-                                          'JSON: {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}: '
-                                          "how often, first and longest pause, time for all (seconds). Default: none."))
-    circuit: Dict[str, Any] = setting("dict", {}, "熔断", "Rest for a failing provider",
-                                      hint=('JSON，例如 {"failures": 5, "rest_s": 30}：连续失败 5 次后暂停 30 秒（默认）；'
-                                            "failures 为 0 则从不暂停。",
-                                            'JSON such as {"failures": 5, "rest_s": 30}: after 5 failures in a row it '
-                                            "rests for 30 s (the default); 0 failures: never."))
-    sticky: bool = setting("bool", False, "同一会话使用同一密钥", "Same API key for a whole conversation",
-                           hint=("有利于命中上游的前缀缓存；关闭时密钥轮流使用。",
-                                 "Helps the provider's prefix cache. Off: the keys take turns."))
-    client_keys: List[Any] = setting("list", [], "客户端密钥列表", "Client keys, made by `key add`")
-    address_limits: Dict[str, Any] = setting("dict", {}, "每个地址的限额", "Limits per client address",
-                                             hint=('JSON，可含 rpm、rph、rpd、tpd、concurrency；在“密钥与限额”里填写更方便。',
-                                                   "JSON: rpm, rph, rpd, tpd, concurrency; easier in Keys & limits."))
-    usage: bool = setting("bool", True, "记录用量", "Record usage",
-                          hint=("请求数与 token 数写入 usage.jsonl，不含内容。",
-                                "Counts requests and tokens in usage.jsonl, never their content."))
-    usage_days: int = setting("int", 92, "用量保留时间", "Keep usage for", low=1, high=3660)
-    prices: Dict[str, Any] = setting("dict", {}, "价格", "Prices",
-                                     hint=('JSON，每百万 token，例如 {"glm-*": {"input": 2, "output": 8, "cached": 0.5}}。',
-                                           'JSON, for a million tokens: {"glm-*": {"input": 2, "output": 8}}; also cached.'))
-    custom_api_key: str = setting("str", "", "固定的客户端密钥", "Fixed client key", secret=True,
-                                  hint=("设置后，客户端可用它或“密钥与限额”里的密钥。",
-                                        "Once set, clients must send it, or a key made under Keys & limits."))
-    admin_password: str = setting("str", "", "管理页面密码", "Password of the admin page, as a hash", secret=True)
-    custom_auth_header: str = setting("str", "", "额外读取密钥的请求头", "Extra header that carries the client key",
-                                      hint=("除 Authorization、x-api-key、api-key 之外，例如 X-Gateway-Key。",
-                                            "Besides Authorization, x-api-key and api-key; for example X-Gateway-Key."))
-    allowed_hosts: List[Any] = setting("list", [], "允许的 Host", "Allowed host names",
-                                       hint=("访问时用的域名，例如反向代理的 api.example.com；本机名称无需填写。",
-                                             "Names this server is reached by, such as api.example.com behind a proxy. "
-                                             "This machine's own need no entry."))
-    allowed_origins: List[Any] = setting("list", [], "允许的网页来源", "Allowed web origins",
-                                         hint=("这些网页无需密钥即可调用，例如 https://chat.example.com。",
-                                               "Web pages that may call without a key, as https://chat.example.com."))
-    trusted_proxies: List[Any] = setting("list", [], "可信代理", "Trusted proxies",
-                                         hint=("信任其 X-Forwarded-For 的地址或网段，例如 10.0.0.0/8。",
-                                               "Addresses or networks whose X-Forwarded-For counts: 10.0.0.0/8."))
-    preserve_reasoning_content: bool = setting("bool", False, "保留 reasoning_content", "Keep reasoning_content apart",
-                                               hint=("仅 iFlow：思考内容放在单独的字段里，不并入正文。",
-                                                     "iFlow only: thinking stays in its own field, not in the text."))
-    vision_model: str = setting("str", "qwen-vl-max", "识图模型", "Model for images",
-                                hint=("带图片的 iFlow 请求改用它。", "Takes iFlow requests that carry images."))
-    vision_mode: str = setting("str", "route", "图片的处理", "What happens to images", choices=("route", "pass"),
-                               hint=("route：改用识图模型；pass：原样发给所请求的模型。",
-                                     "route: the model for images answers. pass: the requested model gets them."))
-    upstream_proxy: str = setting("str", "", "上游代理", "Proxy to the providers", secret=True,
-                                  hint=("http://、socks5://、socks5h:// 地址，或 env（按环境变量）；需同时启用。",
-                                        "An http://, socks5:// or socks5h:// address, or env for the environment's. "
-                                        "Turn it on as well."))
-    upstream_proxy_enabled: bool = setting("bool", False, "启用上游代理", "Use the proxy to the providers")
-    ca_file: str = setting("str", "", "额外的 CA 证书", "Additional CA certificates", file_only=True,
-                           hint=("PEM 文件的路径，用于自签名或公司内部的证书。",
-                                 "Path of a PEM file, for self-signed or company certificates."))
-    connect_timeout_s: float = setting("float", 10, "连接上游的时限", "Time to connect to a provider", low=0.1)
-    first_byte_timeout_s: float = setting("float", 300, "等待上游首字节的时限", "Longest wait for an answer to begin",
-                                          low=0.1)
-    idle_timeout_s: float = setting("float", 300, "回答中断的时限", "Longest silence within an answer", low=0.1)
-    body_limit_bytes: int = setting("int", 64 << 20, "请求体上限", "Largest request body", low=1024)
-    max_connections: int = setting("int", 2000, "最大连接数", "Client connections at once", low=1)
-    queue_limit: int = setting("int", 64, "排队上限", "Queue length per provider", low=0,
-                               hint=("上游并发已满时最多排队的请求数，更多的会收到 429。",
-                                     "Requests that may wait when a provider is busy; further ones get 429."))
-    queue_timeout_s: float = setting("float", 300, "最长排队时间", "Longest wait in the queue", low=0.1)
-    keepalive_s: float = setting("float", 10, "保活间隔", "Keep-alive interval of streams", low=0.05,
-                                 hint=("流式回答静默这么久后发一次保活，避免客户端超时。",
-                                       "After such a silence a sign of life is sent, so that clients don't give up."))
-    drain_s: float = setting("float", 10, "退出前的等待", "Time to finish when stopping", low=0,
-                             hint=("停止时让进行中的回答有时间结束。", "Running answers may end before the program does."))
-    detect_local: bool = setting("bool", True, "自动发现本地引擎", "Find local engines by itself",
-                                 hint=("没有配置上游时，查找本机的 Ollama、LM Studio 等。",
-                                       "Looks for Ollama, LM Studio and the like when no provider is set up."))
-    docs_cdn: bool = setting("bool", True, "文档页使用 CDN", "API documents from a CDN",
-                             hint=("/docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭则只显示路径列表。",
-                                   "/docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: a plain list."))
-    language: str = setting("str", "", "语言", "Language", choices=("", "zh", "en"),
-                            hint=("zh 中文，en 英文；自动则按系统或浏览器。",
-                                  "zh: Chinese, en: English. Automatic follows the system or browser."))
-    theme_mode: str = setting("str", "system", "主题", "Theme of this page", choices=("system", "light", "dark"))
-    log_level: str = setting("str", "info", "日志级别", "Log level", flag="--log-level",
-                             choices=("debug", "info", "warning", "error"))
-    log_file: str = setting("str", "", "日志文件", "Log file", file_only=True, restart=True,
-                            hint=("填写路径后，日志也写入这个文件。", "With a path here, the log goes to that file as well."))
-    iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", "iFlow 授权地址", "iFlow login page", file_only=True)
-    iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", "iFlow 令牌地址", "iFlow token address", file_only=True)
-    iflow_userinfo_url: str = setting("str", "https://iflow.cn/api/oauth/getUserInfo", "iFlow 用户信息地址",
-                                      "iFlow account address", file_only=True,
-                                      hint=("登录后从这里取得 API 密钥。", "Where the API key comes from after the login."))
-    oauth_client_id: str = setting("str", "10009311001", "OAuth 客户端 ID", "OAuth client ID", file_only=True)
-    oauth_client_secret: str = setting("str", "4Z3YjXycVsQvyGF1etiNlIBB4RsqSDtW", "OAuth 客户端密钥",
-                                       "OAuth client secret", file_only=True, secret=True,      # published in its CLI (RFC 8252, 8.5)
-                                       hint=("iFlow CLI 公开的值，一般无需修改。",
-                                             "Published with iFlow's CLI; rarely needs a change."))
-    accounts: Dict[str, Any] = setting("dict", {}, "更多 iFlow 账号", "Further iFlow accounts, kept by `login --account`")
-    encrypt_secrets: bool = setting("bool", True, "加密保存密钥", "Encrypt stored secrets",
-                                    hint=("config.json 里的密钥和令牌。", "Keys and tokens in config.json."))
-    api_key: str = setting("str", "", "iFlow 密钥", "iFlow API key", secret=True,
-                           hint=("登录 iFlow 后无需填写。", "Not needed once you are logged in to iFlow."))
-    base_url: str = setting("str", "", "iFlow 接口地址", "iFlow API address",
-                            hint=("留空则用 iFlow 自己的地址。", "Empty: iFlow's own."))
-    auth_type: str = setting("str", "", "iFlow 登录方式", "iFlow login type; openai-compatible: a plain provider",
-                             older=True)
-
-
-SETTING = {item.name: item for item in fields(Settings)}
-
-#: Where a form shows each setting.
-SETTING_GROUPS: Dict[str, Tuple[str, ...]] = {
-    "server": ("host", "port", "admin_password", "body_limit_bytes", "max_connections", "keepalive_s", "drain_s",
-               "encrypt_secrets"),
-    "upstream": ("providers", "default_provider", "aliases", "default_model", "retry", "circuit", "sticky",
-                 "upstream_proxy", "upstream_proxy_enabled", "ca_file", "connect_timeout_s", "first_byte_timeout_s",
-                 "idle_timeout_s", "queue_limit", "queue_timeout_s", "detect_local"),
-    "clients": ("custom_api_key", "custom_auth_header", "client_keys", "address_limits", "allowed_hosts",
-                "allowed_origins", "trusted_proxies"),
-    "iflow": ("api_key", "base_url", "auth_type", "accounts", "api_concurrency", "preserve_reasoning_content",
-              "vision_model", "vision_mode", "iflow_auth_url", "iflow_token_url", "iflow_userinfo_url",
-              "oauth_client_id", "oauth_client_secret"),
-    "logs": ("log_level", "log_file", "usage", "usage_days", "prices"),
-    "appearance": ("language", "theme_mode", "docs_cdn")}
-_KINDS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
-_KIND_NAME = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false",
-              "list": "a list", "dict": "an object"}
-#: What no file name and no host may hold; a bad secret must not count as none, and is compared as it is.
-_UNUSABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")       # \udc80 and on: bytes of the environment that are no UTF-8
-_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+#: Checks a value at a place such as `client_keys[0].rpm`: returns it, cleaned; ValueError names the
+#: place and what was expected there.
+Shape = Callable[[Any, str], Any]
 
 
 def has_type(value: Any, kind: Any) -> bool:
@@ -984,35 +837,334 @@ def has_type(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def default_of(name: str) -> Any:
-    """The default value of a setting, a fresh one where it is a list or an object."""
-    return getattr(Settings(), name)
+def misfit(where: str, expected: str, value: Any = (), hint: str = "") -> ValueError:
+    """What is wrong at a place; `value` is shown, unless it has parts or is left out: a secret."""
+    shown = not isinstance(value, (list, dict, tuple))
+    found = f", not {one_line(json.dumps(value), 60)}" if shown else ""
+    return ValueError(f"{where + ': ' if where else ''}{expected} expected{found}{hint}")
 
 
-def check_setting(name: str, value: Any) -> Any:
-    """`value` as the setting's kind; ValueError says what was expected instead."""
-    facts = SETTING[name].metadata
-    kind = facts["kind"]
-    if not has_type(value, _KINDS[kind]):
-        hidden = facts.get("secret") or isinstance(value, (list, dict))      # problems are shown on /health
-        found = "" if hidden else f", not {one_line(json.dumps(value), 60)}"
-        raise ValueError(f"{_KIND_NAME[kind]} expected" + found)
-    if kind == "str" and not facts.get("secret") and _UNUSABLE.search(value):
-        raise ValueError("a string without NUL and lone surrogates expected")
-    if "choices" in facts and value not in facts["choices"]:
-        raise ValueError(f"one of {', '.join(c or chr(34) * 2 for c in facts['choices'])} expected")
-    if kind == "float" and not abs(value) <= LONGEST_S:
-        raise ValueError(f"a number of seconds up to {LONGEST_S} expected")
-    if kind in ("int", "float") and not facts.get("low", value) <= value <= facts.get("high", value):
-        limits = [f"{facts[end]} at {word}" for end, word in (("low", "least"), ("high", "most")) if end in facts]
-        raise ValueError(f"a number of {', '.join(limits)} expected")
-    if name in INNER_CHECKS:
-        INNER_CHECKS[name](value)
+def place(where: str, name: str) -> str:
+    return f"{where}.{one_line(name, 60)}" if where else one_line(name, 60)
+
+
+def secret_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise misfit(where, "a string")
     return value
 
 
-def parse_setting(name: str, text: str) -> Any:
-    """The value that `text` (a variable, a flag, an argument) stands for; lists and objects are JSON."""
+def any_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise misfit(where, "a string", value)
+    # \udc80 to \udcff stand for bytes of the environment that are no UTF-8: a file's name has them
+    if re.search("[\0\ud800-\udc7f\udd00-\udfff]", value):       # no file and no host is called so
+        raise misfit(where, "a string without NUL and lone surrogates")
+    return value
+
+
+def filled_text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise misfit(where, "a text", value)
+    return value
+
+
+def truth(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise misfit(where, "true or false", value)
+    return value
+
+
+def anything(value: Any, where: str) -> Any:
+    return value
+
+
+def number(low: float, high: float, whole: bool = False) -> Shape:
+    def check(value: Any, where: str) -> Any:
+        if not has_type(value, int if whole else (int, float)) or not low <= value <= high:
+            what = f"{'a whole number' if whole else 'a number'} from {low} to {high}"
+            no_limit = has_type(value, int) and value == 0 < low and high >= 10 ** 12
+            raise misfit(where, what, value, " (leave it out for no limit)" if no_limit else "")
+        return value
+    return check
+
+
+def one_of(*allowed: Any) -> Shape:
+    def check(value: Any, where: str) -> Any:
+        if not any(type(value) is type(known) and value == known for known in allowed):
+            raise misfit(where, "one of " + ", ".join(map(json.dumps, allowed)), value)
+        return value
+    return check
+
+
+def list_of(shape: Shape) -> Shape:
+    def check(value: Any, where: str) -> Any:
+        if not isinstance(value, list):
+            raise misfit(where, "a list")
+        return [shape(item, f"{where}[{at}]") for at, item in enumerate(value)]
+    return check
+
+
+def names_to(shape: Shape, name_shape: Shape = anything) -> Shape:
+    """An object of any names."""
+    def check(value: Any, where: str) -> Any:
+        if not isinstance(value, dict):
+            raise misfit(where, "an object")
+        return {name_shape(name, where): shape(item, place(where, name))
+                for name, item in value.items()}
+    return check
+
+
+def record(need: Mapping[str, Shape], may: Mapping[str, Shape], strict: bool = True) -> Shape:
+    """An object of known fields; null is none.  Unless `strict`, others are left out."""
+    known = {**need, **may}
+
+    def check(value: Any, where: str) -> Any:
+        if not isinstance(value, dict):
+            raise misfit(where, "an object")
+        for name in need:
+            if value.get(name) is None:
+                raise ValueError(f"{place(where, name)}: it is missing")
+        for name in value:
+            if name not in known and strict:
+                raise ValueError(f"{place(where, name)}: no such field; "
+                                 f"there are {', '.join(known)}")
+        return {name: known[name](item, place(where, name))
+                for name, item in value.items() if item is not None and name in known}
+    return check
+
+
+#: By the kind of a setting, or of a field of a request to the page's API.
+KIND_SHAPES: Dict[str, Shape] = {
+    "str": any_text, "bool": truth, "int": number(-10 ** 12, 10 ** 12, True),
+    "float": number(-10 ** 12, 10 ** 12), "list": list_of(anything), "dict": names_to(anything)}
+KIND_WORDS = {"str": "a string", "int": "a whole number", "float": "a number",
+              "bool": "true or false", "list": "a list", "dict": "an object"}
+
+
+# === 5. Settings =============================================================
+
+def setting(kind: str, default: Any, **facts: Any) -> Any:
+    """A field of `Settings`; its metadata serve file, environment, flags, help and forms alike.
+
+    `kind`: str, int, float, bool, list or dict.  `facts`: flag, low, high, choices, secret, restart
+    (takes effect at the next start), older (a name of the older program, kept for it), file_only
+    (set by file and command line only: what names files, whom to trust and where logins go would
+    make whoever has the page's password the master of this machine).
+    """
+    metadata = {"kind": kind, **facts}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=type(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, repr=False)
+class Settings:
+    """Everything the user can change.  Frozen: a request works on the snapshot it started with."""
+    host: str = setting("str", "127.0.0.1", flag="--host", restart=True, file_only=True)
+    port: int = setting("int", 28000, low=0, high=65535, flag="--port", restart=True)
+    providers: List[Any] = setting("list", [])
+    default_provider: str = setting("str", "")
+    aliases: Dict[str, Any] = setting("dict", {})
+    default_model: str = setting("str", "", flag="--model")
+    api_concurrency: int = setting("int", 1, low=0)
+    retry: Dict[str, Any] = setting("dict", {})
+    circuit: Dict[str, Any] = setting("dict", {})
+    sticky: bool = setting("bool", False)
+    client_keys: List[Any] = setting("list", [])
+    address_limits: Dict[str, Any] = setting("dict", {})
+    usage: bool = setting("bool", True)
+    usage_days: int = setting("int", 92, low=1, high=3660)
+    prices: Dict[str, Any] = setting("dict", {})
+    custom_api_key: str = setting("str", "", secret=True)
+    admin_password: str = setting("str", "", secret=True)
+    custom_auth_header: str = setting("str", "")
+    allowed_hosts: List[Any] = setting("list", [])
+    allowed_origins: List[Any] = setting("list", [])
+    trusted_proxies: List[Any] = setting("list", [])
+    preserve_reasoning_content: bool = setting("bool", False)
+    vision_model: str = setting("str", "qwen-vl-max")
+    vision_mode: str = setting("str", "route", choices=("route", "pass"))
+    upstream_proxy: str = setting("str", "", secret=True)
+    upstream_proxy_enabled: bool = setting("bool", False)
+    ca_file: str = setting("str", "", file_only=True)
+    connect_timeout_s: float = setting("float", 10, low=0.1)
+    first_byte_timeout_s: float = setting("float", 300, low=0.1)
+    idle_timeout_s: float = setting("float", 300, low=0.1)
+    body_limit_bytes: int = setting("int", 64 << 20, low=1024)
+    max_connections: int = setting("int", 2000, low=1)
+    queue_limit: int = setting("int", 64, low=0)
+    queue_timeout_s: float = setting("float", 300, low=0.1)
+    keepalive_s: float = setting("float", 10, low=0.05)
+    drain_s: float = setting("float", 10, low=0)
+    detect_local: bool = setting("bool", True)
+    docs_cdn: bool = setting("bool", True)
+    language: str = setting("str", "", choices=("", "zh", "en"))
+    theme_mode: str = setting("str", "system", choices=("system", "light", "dark"))
+    log_level: str = setting("str", "info", choices=("debug", "info", "warning", "error"),
+                             flag="--log-level")
+    log_file: str = setting("str", "", restart=True, file_only=True)
+    iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", file_only=True)
+    iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", file_only=True)
+    iflow_userinfo_url: str = setting("str", "https://iflow.cn/api/oauth/getUserInfo",
+                                      file_only=True)
+    oauth_client_id: str = setting("str", "10009311001", file_only=True)
+    #: Published in its CLI (RFC 8252, 8.5).
+    oauth_client_secret: str = setting("str", "4Z3YjXycVsQvyGF1etiNlIBB4RsqSDtW", secret=True,
+                                       file_only=True)
+    accounts: Dict[str, Any] = setting("dict", {})
+    encrypt_secrets: bool = setting("bool", True)
+    api_key: str = setting("str", "", secret=True)
+    base_url: str = setting("str", "")
+    auth_type: str = setting("str", "", older=True)
+
+
+SETTING = {item.name: item for item in fields(Settings)}
+
+#: Name, what it is called and, where there is more to say, a hint: each in Chinese, in English.
+SETTING_TEXTS = {name: tuple(texts.split(" | ")) for name, _, texts in (
+    line.partition(" = ") for line in """\
+host = 监听地址 | Address to listen on | 127.0.0.1 仅限本机；0.0.0.0 允许其他机器访问，此时需要客户端密钥。 \
+| 127.0.0.1 serves this machine only; 0.0.0.0 serves others too, with a client key.
+port = 端口 | Port | 0 表示自动选一个空闲端口。 | 0 picks a free one.
+providers = 上游列表 | Providers: name, base_url, api_keys, …
+default_provider = 默认上游 | Default provider | 没有别名匹配、也没有上游列出的模型名发到这里；留空则为第一个。 \
+| Gets models that no alias and no provider knows. Empty: the first one.
+aliases = 模型别名 | Model aliases: pattern -> model, or models to try in order
+default_model = 默认模型 | Default model | 请求没有指定模型，或用了 claude-*、gpt-* 等别家的模型名时使用。 \
+| For requests without a model, or with a foreign name like claude-* or gpt-*.
+api_concurrency = 每个 iFlow 账号的并发数 | Requests at once per iFlow account | 0 为不限。 | 0: no limit.
+retry = 失败重试 | Retries of a failed provider \
+| JSON，例如 {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": \
+60}：次数、首次等待、最长等待、总时限（秒）。默认不重试。 \
+| JSON: {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}: how often, first \
+and longest pause, time for all (seconds). Default: none.
+circuit = 熔断 | Rest for a failing provider \
+| JSON，例如 {"failures": 5, "rest_s": 30}：连续失败 5 次后暂停 30 秒（默认）；failures 为 0 则从不暂停。 \
+| JSON such as {"failures": 5, "rest_s": 30}: after 5 failures in a row it rests for 30 s (the \
+default); 0 failures: never.
+sticky = 同一会话使用同一密钥 | Same API key for a whole conversation | 有利于命中上游的前缀缓存；关闭时密钥轮流使用。 \
+| Helps the provider's prefix cache. Off: the keys take turns.
+client_keys = 客户端密钥列表 | Client keys, made by `key add`
+address_limits = 每个地址的限额 | Limits per client address \
+| JSON，可含 rpm、rph、rpd、tpd、concurrency；在“密钥与限额”里填写更方便。 \
+| JSON: rpm, rph, rpd, tpd, concurrency; easier in Keys & limits.
+usage = 记录用量 | Record usage | 请求数与 token 数写入 usage.jsonl，不含内容。 \
+| Counts requests and tokens in usage.jsonl, never their content.
+usage_days = 用量保留时间 | Keep usage for
+prices = 价格 | Prices | JSON，每百万 token，例如 {"glm-*": {"input": 2, "output": 8, "cached": 0.5}}。 \
+| JSON, for a million tokens: {"glm-*": {"input": 2, "output": 8}}; also cached.
+custom_api_key = 固定的客户端密钥 | Fixed client key | 设置后，客户端可用它或“密钥与限额”里的密钥。 \
+| Once set, clients must send it, or a key made under Keys & limits.
+admin_password = 管理页面密码 | Password of the admin page, as a hash
+custom_auth_header = 额外读取密钥的请求头 | Extra header that carries the client key \
+| 除 Authorization、x-api-key、api-key 之外，例如 X-Gateway-Key。 \
+| Besides Authorization, x-api-key and api-key; for example X-Gateway-Key.
+allowed_hosts = 允许的 Host | Allowed host names | 访问时用的域名，例如反向代理的 api.example.com；本机名称无需填写。 \
+| Names this server is reached by, such as api.example.com behind a proxy. This machine's own \
+need no entry.
+allowed_origins = 允许的网页来源 | Allowed web origins | 这些网页无需密钥即可调用，例如 https://chat.example.com。 \
+| Web pages that may call without a key, as https://chat.example.com.
+trusted_proxies = 可信代理 | Trusted proxies | 信任其 X-Forwarded-For 的地址或网段，例如 10.0.0.0/8。 \
+| Addresses or networks whose X-Forwarded-For counts: 10.0.0.0/8.
+preserve_reasoning_content = 保留 reasoning_content | Keep reasoning_content apart \
+| 仅 iFlow：思考内容放在单独的字段里，不并入正文。 | iFlow only: thinking stays in its own field, not in the text.
+vision_model = 识图模型 | Model for images | 带图片的 iFlow 请求改用它。 | Takes iFlow requests that carry images.
+vision_mode = 图片的处理 | What happens to images | route：改用识图模型；pass：原样发给所请求的模型。 \
+| route: the model for images answers. pass: the requested model gets them.
+upstream_proxy = 上游代理 | Proxy to the providers \
+| http://、socks5://、socks5h:// 地址，或 env（按环境变量）；需同时启用。 \
+| An http://, socks5:// or socks5h:// address, or env for the environment's. Turn it on as well.
+upstream_proxy_enabled = 启用上游代理 | Use the proxy to the providers
+ca_file = 额外的 CA 证书 | Additional CA certificates | PEM 文件的路径，用于自签名或公司内部的证书。 \
+| Path of a PEM file, for self-signed or company certificates.
+connect_timeout_s = 连接上游的时限 | Time to connect to a provider
+first_byte_timeout_s = 等待上游首字节的时限 | Longest wait for an answer to begin
+idle_timeout_s = 回答中断的时限 | Longest silence within an answer
+body_limit_bytes = 请求体上限 | Largest request body
+max_connections = 最大连接数 | Client connections at once
+queue_limit = 排队上限 | Queue length per provider | 上游并发已满时最多排队的请求数，更多的会收到 503。 \
+| Requests that may wait when a provider is busy; further ones get 503.
+queue_timeout_s = 最长排队时间 | Longest wait in the queue
+keepalive_s = 保活间隔 | Keep-alive interval of streams | 流式回答静默这么久后发一次保活，避免客户端超时。 \
+| After such a silence a sign of life is sent, so that clients don't give up.
+drain_s = 退出前的等待 | Time to finish when stopping | 停止时让进行中的回答有时间结束。 \
+| Running answers may end before the program does.
+detect_local = 自动发现本地引擎 | Find local engines by itself | 没有配置上游时，查找本机的 Ollama、LM Studio 等。 \
+| Looks for Ollama, LM Studio and the like when no provider is set up.
+docs_cdn = 文档页使用 CDN | API documents from a CDN \
+| /docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭则只显示路径列表。 \
+| /docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: a plain list.
+language = 语言 | Language | zh 中文，en 英文；自动则按系统或浏览器。 \
+| zh: Chinese, en: English. Automatic follows the system or browser.
+theme_mode = 主题 | Theme of this page
+log_level = 日志级别 | Log level
+log_file = 日志文件 | Log file | 填写路径后，日志也写入这个文件。 | With a path here, the log goes to that file as well.
+iflow_auth_url = iFlow 授权地址 | iFlow login page
+iflow_token_url = iFlow 令牌地址 | iFlow token address
+iflow_userinfo_url = iFlow 用户信息地址 | iFlow account address | 登录后从这里取得 API 密钥。 \
+| Where the API key comes from after the login.
+oauth_client_id = OAuth 客户端 ID | OAuth client ID
+oauth_client_secret = OAuth 客户端密钥 | OAuth client secret | iFlow CLI 公开的值，一般无需修改。 \
+| Published with iFlow's CLI; rarely needs a change.
+accounts = 更多 iFlow 账号 | Further iFlow accounts, kept by `login --account`
+encrypt_secrets = 加密保存密钥 | Encrypt stored secrets | config.json 里的密钥和令牌。 \
+| Keys and tokens in config.json.
+api_key = iFlow 密钥 | iFlow API key | 登录 iFlow 后无需填写。 | Not needed once you are logged in to iFlow.
+base_url = iFlow 接口地址 | iFlow API address | 留空则用 iFlow 自己的地址。 | Empty: iFlow's own.
+auth_type = iFlow 登录方式 | iFlow login type; openai-compatible: a plain provider
+""".splitlines())}
+
+#: Where a form shows each setting.
+SETTING_GROUPS: Dict[str, Tuple[str, ...]] = {
+    "server": ("host", "port", "admin_password", "body_limit_bytes", "max_connections",
+               "keepalive_s", "drain_s", "encrypt_secrets"),
+    "upstream": ("providers", "default_provider", "aliases", "default_model", "retry", "circuit",
+                 "sticky", "upstream_proxy", "upstream_proxy_enabled", "ca_file",
+                 "connect_timeout_s", "first_byte_timeout_s", "idle_timeout_s", "queue_limit",
+                 "queue_timeout_s", "detect_local"),
+    "clients": ("custom_api_key", "custom_auth_header", "client_keys", "address_limits",
+                "allowed_hosts", "allowed_origins", "trusted_proxies"),
+    "iflow": ("api_key", "base_url", "auth_type", "accounts", "api_concurrency",
+              "preserve_reasoning_content", "vision_model", "vision_mode", "iflow_auth_url",
+              "iflow_token_url", "iflow_userinfo_url", "oauth_client_id", "oauth_client_secret"),
+    "logs": ("log_level", "log_file", "usage", "usage_days", "prices"),
+    "appearance": ("language", "theme_mode", "docs_cdn")}
+_TRUTH = {"true": True, "1": True, "yes": True, "on": True,
+          "false": False, "0": False, "no": False, "off": False}
+
+
+_DEFAULTS = Settings()
+
+
+def default_of(name: str) -> Any:
+    """The default value of a setting, a fresh one where it is a list or an object."""
+    value = getattr(_DEFAULTS, name)
+    return type(value)(value) if isinstance(value, (list, dict)) else value
+
+
+def check_setting(name: str, value: Any, where: str = "") -> Any:
+    """`value` as the setting's kind; ValueError says what was expected at which place instead.
+
+    `where` is what the place is called, the setting's name if nothing else is given.
+    """
+    facts, where = SETTING[name].metadata, where or name
+    if name in SETTING_SHAPES:
+        return SETTING_SHAPES[name](value, where)
+    if "choices" in facts:
+        return one_of(*facts["choices"])(value, where)
+    if facts["kind"] in ("int", "float"):
+        whole = facts["kind"] == "int"
+        high = facts.get("high", 10 ** 12 if whole else LONGEST_S)
+        return number(facts.get("low", 0), high, whole)(value, where)
+    return (secret_text if facts.get("secret") else KIND_SHAPES[facts["kind"]])(value, where)
+
+
+def parse_setting(name: str, text: str, where: str = "") -> Any:
+    """The value that `text` (a variable, a flag, an argument) stands for.
+
+    Lists and objects are JSON; ValueError as of check_setting.
+    """
     kind = SETTING[name].metadata["kind"]
     value: Any = text
     if kind == "bool":
@@ -1021,12 +1173,13 @@ def parse_setting(name: str, text: str) -> Any:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            raise ValueError(f"{_KIND_NAME[kind]}{' as JSON' if kind in ('list', 'dict') else ''} expected") from None
-    return check_setting(name, value)
+            what = KIND_WORDS[kind] + (" as JSON" if kind in ("list", "dict") else "")
+            raise misfit(where or name, what) from None
+    return check_setting(name, value, where)
 
 
 class Loaded(NamedTuple):
-    """Settings, where each value that is not a default came from, and what was wrong, a sentence each."""
+    """Settings, where each that is no default came from, and what was wrong, a sentence each."""
     settings: Settings
     origins: Dict[str, str]
     problems: List[str]
@@ -1034,7 +1187,7 @@ class Loaded(NamedTuple):
 
 def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any],
                   last: Optional[Settings] = None) -> Loaded:
-    """Settings out of flags > environment > file > defaults; a bad value leaves what stood below it.
+    """Settings out of flags > environment > file > defaults; a bad value leaves what is below it.
 
     `last` are the settings in force, kept where a value of the file has become bad.
     """
@@ -1042,24 +1195,27 @@ def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any
     origins: Dict[str, str] = {}
     problems: List[str] = []
     for name in SETTING:
-        # a secret that can't be opened is named by the vault; of the client key its sealed text stays in force, for
-        # else a server that wanted a key would suddenly want none
-        locked = name != "custom_api_key" and SETTING[name].metadata.get("secret") and is_sealed(raw.get(name))
+        # A secret that can't be opened is named by the vault.  Of the client key its sealed text
+        # stays in force: a server that wanted a key must not suddenly want none.
+        locked = (name != "custom_api_key" and SETTING[name].metadata.get("secret")
+                  and is_sealed(raw.get(name)))
         if name in raw and not locked:
             try:
                 values[name], origins[name] = check_setting(name, raw[name]), "file"
             except ValueError as exc:
-                problems.append(f"config.json: {name}: {exc}")
+                problems.append(f"config.json: {exc}")
                 if last is not None:
                     values[name] = getattr(last, name)
-                elif name == "client_keys":              # a typing error must not open the door
-                    values[name] = raw[name] if isinstance(raw[name], list) and raw[name] else [None]
+                elif name == "client_keys":     # a malformed value must not disable authentication
+                    is_list = isinstance(raw[name], list) and raw[name]
+                    values[name] = raw[name] if is_list else [None]
         variable = ENV_PREFIX + name.upper()
         if environ.get(variable):
             try:
-                values[name], origins[name] = parse_setting(name, environ[variable]), "environment"
+                values[name] = parse_setting(name, environ[variable], variable)
+                origins[name] = "environment"
             except ValueError as exc:
-                problems.append(f"{variable}: {exc}")
+                problems.append(str(exc))
     values.update(flags)
     origins.update({name: "flag" for name in flags})
     return Loaded(Settings(**values), origins, problems)
@@ -1072,7 +1228,7 @@ class ConfigBroken(Exception):
 
 
 def read_json_file(path: str) -> Json:
-    """The object in `path`, {} where there is no such file; ConfigBroken says what is wrong with it.
+    """The object in `path`, {} where there is no such file; ConfigBroken says what is wrong.
 
     A byte order mark is accepted: Notepad and PowerShell write one.
     """
@@ -1084,7 +1240,8 @@ def read_json_file(path: str) -> Json:
     except OSError as exc:
         raise ConfigBroken(f"{path}: {exc.strerror or exc}") from None
     try:
-        text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+        is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
         value = json.loads(text)
     except json.JSONDecodeError as exc:
         raise ConfigBroken(f"{path}: line {exc.lineno}, column {exc.colno}: {exc.msg}") from None
@@ -1102,8 +1259,8 @@ def read_json_file(path: str) -> Json:
 # --- secrets at rest -----------------------------------------------------------
 
 SEALED = "enc:"
-_REFERENCE = re.compile(r"\$[A-Za-z_]\w*")
-_SECRET_HEADER = re.compile(r"(?i).*(auth|cookie|secret|token|password|credential|key).*")
+_REFERENCE = r"\$[A-Za-z_]\w*"
+_SECRET_HEADER = r"(?i).*(auth|cookie|secret|token|password|credential|key).*"
 
 #: Of an account these are secret.
 LOGIN_SECRETS = ("apiKey", "searchApiKey", "oauth_access_token", "oauth_refresh_token")
@@ -1120,21 +1277,22 @@ class SealBroken(ValueError):
 class Vault:
     """Keeps the secrets of config.json and its .bak encrypted: `enc:v1:PARAMETERS.KEY_ID.DATA`.
 
-    It protects what leaves this machine without the key: a config.json shown in a bug report, synchronised, committed
-    or backed up.  The key is `secret.key` beside it (random, 0600), so it does not protect against who can read the
-    whole folder as this user or as root; with IFLOW2API_PASSPHRASE, from which the key is derived, it does, as long as
-    the environment is safe.  The iFlow CLI's file is not ours and stays as the CLI reads it.  DATA is base64 of what
-    Cipher makes; PARAMETERS are `k` (key file) or `pITERATIONS-SALT` (PBKDF2-HMAC-SHA-256).
+    It protects what leaves this machine without the key: a config.json shown in a bug report,
+    synchronised, committed or backed up.  The key is `secret.key` beside it (random, 0600), so it
+    does not protect against who can read the whole folder as this user or as root; with
+    IFLOW2API_PASSPHRASE, from which the key is derived, it does, if the environment is safe.
+    The iFlow CLI's file is not ours and stays as the CLI reads it.  DATA is base64 of what Cipher
+    makes; PARAMETERS are `k` (key file) or `pITERATIONS-SALT` (PBKDF2-HMAC-SHA-256).
     """
     PURPOSE = b"iflow2api secrets 1: "
-    #: PBKDF2 takes about this long here, but never fewer rounds than the first (a router) nor more than the second.
+    #: PBKDF2 takes about this long here; fewest (a router) and most rounds.
     DERIVE_S, ITERATIONS = 0.2, (20_000, 2_000_000)
 
     def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
         self.key_path = os.path.join(folder, "secret.key")
         self._environ = os.environ if environ is None else environ
         self._derived: Dict[str, bytes] = {}     #: by PARAMETERS and passphrase: 0.2 s each
-        self._parameters = ""                    #: of the passphrase, as found in the file, else made new
+        self._parameters = ""            #: of the passphrase, as found in the file, else made new
 
     def open(self, text: str) -> str:
         """The secret; SealBroken."""
@@ -1146,25 +1304,28 @@ class Vault:
         data = decode_base64(body)
         for key in self._keys(parameters):
             if self._id(key) == key_id:
-                plain = None if data is None else Cipher(key, self.PURPOSE + parameters.encode()).open(data)
+                cipher = Cipher(key, self.PURPOSE + parameters.encode())
+                plain = None if data is None else cipher.open(data)
                 if plain is None:
                     raise SealBroken("it is damaged")
                 self._parameters = parameters if parameters != "k" else self._parameters
                 return plain.decode("utf-8", "surrogatepass")
-        raise SealBroken("it is encrypted with another passphrase, or damaged" if parameters != "k" else
-                         f"it is encrypted with another key than {self.key_path} holds, or damaged")
+        other = f"key than {self.key_path} holds" if parameters == "k" else "passphrase"
+        raise SealBroken(f"it is encrypted with another {other}, or damaged")
 
     def seal(self, secret: str) -> str:
         """The text to store; OSError where there is no key and none can be made."""
         parameters, key = "k", b""
         if self._environ.get(ENV_PREFIX + "PASSPHRASE"):
-            parameters = self._parameters = self._parameters or f"p{self.iterations()}-{secrets.token_hex(16)}"
+            made = self._parameters or f"p{self.iterations()}-{secrets.token_hex(16)}"
+            parameters = self._parameters = made
             key = self._keys(parameters)[0]
         else:
             if not self._filed_keys():
                 write_file(self.key_path, secrets.token_bytes(32))
             key = self._filed_keys()[0]
-        data = Cipher(key, self.PURPOSE + parameters.encode()).seal(secret.encode("utf-8", "surrogatepass"))
+        cipher = Cipher(key, self.PURPOSE + parameters.encode())
+        data = cipher.seal(secret.encode("utf-8", "surrogatepass"))
         return f"{SEALED}v1:{parameters}.{self._id(key)}.{encode_base64(data)}"
 
     @staticmethod
@@ -1187,12 +1348,13 @@ class Vault:
             raise SealBroken(f"it is encrypted with a passphrase: set {ENV_PREFIX}PASSPHRASE")
         mark = parameters + passphrase
         if mark not in self._derived:
-            self._derived[mark] = hashlib.pbkdf2_hmac("sha256", passphrase.encode("utf-8", "surrogateescape"),
-                                                      bytes.fromhex(found.group(2)), int(found.group(1)))
+            salt, rounds = bytes.fromhex(found.group(2)), int(found.group(1))
+            self._derived[mark] = hashlib.pbkdf2_hmac(
+                "sha256", passphrase.encode("utf-8", "surrogateescape"), salt, rounds)
         return [self._derived[mark]]
 
     def _filed_keys(self) -> List[bytes]:
-        """The keys in the key file, the current one first; OSError where it is there and no key file."""
+        """The keys in the key file: all open, the first encrypts; OSError where it is damaged."""
         try:
             with open(self.key_path, "rb") as file:
                 data = file.read(32 * 64 + 1)
@@ -1214,11 +1376,11 @@ class Vault:
 
 # --- the page's password --------------------------------------------------------
 
-_PASSWORD_HASH = re.compile(r"pbkdf2-sha256\$([1-9]\d{0,7})\$([0-9a-f]{32})\$([0-9a-f]{64})")
+_PASSWORD_HASH = r"pbkdf2-sha256\$([1-9]\d{0,7})\$([0-9a-f]{32})\$([0-9a-f]{64})"
 
 
 def hash_password(password: str) -> str:
-    """`pbkdf2-sha256$ITERATIONS$SALT$HASH`, as `admin_password` keeps it; ValueError for one too short or too long."""
+    """`pbkdf2-sha256$ITERATIONS$SALT$HASH`, as of `admin_password`; ValueError: its length."""
     least, most = PASSWORD_LENGTH
     if not least <= len(password) <= most:
         raise ValueError(f"a password has from {least} to {most} characters")
@@ -1228,49 +1390,54 @@ def hash_password(password: str) -> str:
 
 def is_password(password: str, stored: str) -> bool:
     """Whether it is the one that hash_password made `stored` of."""
-    found = _PASSWORD_HASH.fullmatch(stored)
-    return found is not None and hmac.compare_digest(
-        _stretch(password, bytes.fromhex(found.group(2)), int(found.group(1))), bytes.fromhex(found.group(3)))
+    found = re.fullmatch(_PASSWORD_HASH, stored)
+    if not found:
+        return False
+    made = _stretch(password, bytes.fromhex(found.group(2)), int(found.group(1)))
+    return hmac.compare_digest(made, bytes.fromhex(found.group(3)))
 
 
 def _stretch(password: str, salt: bytes, iterations: int) -> bytes:
-    return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), salt, iterations)
-
-
-def check_password_hash(value: str) -> None:
-    if value and not _PASSWORD_HASH.fullmatch(value):
-        raise ValueError("a hash expected, never the password itself; set it on the page, or by `admin reset-password`")
+    return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), salt,
+                               iterations)
 
 
 # --- secrets in config.json -------------------------------------------------------
 
 def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
-    """`raw` (config.json's object) with `change(place, secret)` in each secret's place; a new object.
+    """`raw` (config.json's object) with `change(place, secret)` for each secret; a new object.
 
     `$NAME` is no secret, only the name of one, and stays.
     """
     def on(place: str, value: Any) -> Any:
-        return change(place, value) if isinstance(value, str) and value and not _REFERENCE.fullmatch(value) else value
+        is_secret = isinstance(value, str) and value and not re.fullmatch(_REFERENCE, value)
+        return change(place, value) if is_secret else value
 
-    def on_members(place: str, value: Any, names: Callable[[str], Any]) -> Any:
-        return {key: on(f"{place}.{key}", item) if names(key) else item for key, item in value.items()} if isinstance(
-            value, dict) else value
+    def on_members(where: str, value: Any, is_secret: Callable[[str], Any]) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: on(place(where, name), item) if is_secret(name) else item
+                for name, item in value.items()}
 
-    def in_provider(place: str, entry: Any) -> Any:
+    def in_provider(where: str, entry: Any) -> Any:
         if not isinstance(entry, dict):
             return entry
         entry = dict(entry)
         if isinstance(entry.get("api_keys"), list):
-            entry["api_keys"] = [on(f"{place}.api_keys[{at}]", key) for at, key in enumerate(entry["api_keys"])]
+            entry["api_keys"] = [on(f"{where}.api_keys[{at}]", key)
+                                 for at, key in enumerate(entry["api_keys"])]
         if "@" in str(entry.get("proxy")) or is_sealed(entry.get("proxy")):
-            entry["proxy"] = on(f"{place}.proxy", entry["proxy"])
+            entry["proxy"] = on(f"{where}.proxy", entry["proxy"])
         if "headers" in entry:
-            entry["headers"] = on_members(f"{place}.headers", entry["headers"], _SECRET_HEADER.fullmatch)
+            entry["headers"] = on_members(f"{where}.headers", entry["headers"],
+                                          lambda name: re.fullmatch(_SECRET_HEADER, name))
         return entry
 
-    raw = on_members("", raw, lambda key: key in SETTING and SETTING[key].metadata.get("secret"))
+    raw = on_members("", raw, lambda name: name in SETTING
+                     and SETTING[name].metadata.get("secret"))
     if isinstance(raw.get("providers"), list):
-        raw["providers"] = [in_provider(f"providers[{at}]", entry) for at, entry in enumerate(raw["providers"])]
+        raw["providers"] = [in_provider(f"providers[{at}]", entry)
+                            for at, entry in enumerate(raw["providers"])]
     if isinstance(raw.get("accounts"), dict):
         raw["accounts"] = {name: on_members(f"accounts.{name}", login, LOGIN_SECRETS.__contains__)
                            for name, login in raw["accounts"].items()}
@@ -1278,9 +1445,9 @@ def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
 
 
 class ConfigFile:
-    """config.json and its `.bak`: what we do not know in it survives, and a crash leaves one of the two whole.
+    """config.json and its `.bak`: unknown keys survive, and a crash leaves one of the two whole.
 
-    Who reads it sees secrets in clear, in the file they are sealed; one that can't be opened stays as it is.
+    Reading decrypts secrets, writing encrypts them; one that can't be opened stays as it is.
     """
 
     def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
@@ -1288,11 +1455,11 @@ class ConfigFile:
         self.path = os.path.join(self.folder, "config.json")
         self.backup = self.path + ".bak"
         self.vault = Vault(self.folder, environ)
-        self.locked: List[str] = []      #: the secrets that the last reading could not open, a sentence each
+        self.locked: List[str] = []      #: what the last reading could not open, a sentence each
         self._lock = threading.RLock()
 
     def warning(self) -> str:
-        """A sentence where others may write the folder, and with it set `log_file` and whom to trust; else ""."""
+        """A sentence where others may write the folder, and so decide whom to trust; else ""."""
         with contextlib.suppress(OSError):
             if os.name == "posix" and os.stat(self.folder).st_mode & 0o022:
                 return f"others may write the folder {self.folder}: run: chmod 700 {self.folder}"
@@ -1311,7 +1478,7 @@ class ConfigFile:
             try:
                 return self.vault.open(secret)
             except SealBroken as exc:
-                locked.append(f"config.json: {place.lstrip('.')} can't be read: {exc}")
+                locked.append(f"config.json: {place} can't be read: {exc}")
                 return secret
 
         opened = map_secrets(raw, open_it)
@@ -1322,14 +1489,16 @@ class ConfigFile:
         """`raw` as it goes into the file."""
         if raw.get("encrypt_secrets") is False:
             return raw
-        return map_secrets(raw, lambda place, secret: secret if is_sealed(secret) else self.vault.seal(secret))
+        return map_secrets(raw, lambda place, secret: secret if is_sealed(secret) else
+                           self.vault.seal(secret))
 
     def sealed_if_possible(self, raw: Json) -> Json:
-        """A key file that is damaged or can't be made must not keep anybody from changing a setting."""
+        """A key file that is damaged or can't be made must not keep a setting from changing."""
         try:
             return self._sealed(raw)
         except (OSError, SealBroken) as exc:
-            log.warning("secrets in %s stay unencrypted: %s", self.path, getattr(exc, "strerror", None) or exc)
+            reason = getattr(exc, "strerror", None) or exc
+            log.warning("secrets in %s stay unencrypted: %s", self.path, reason)
             return raw
 
     def recover(self) -> Tuple[Json, List[str]]:
@@ -1345,7 +1514,7 @@ class ConfigFile:
         return {}, [problem + " (running with defaults)"]
 
     def change(self, edit: Callable[[Json], None]) -> List[str]:
-        """Let `edit` change the object in the file and write it; a file that did not parse is moved aside, not lost.
+        """Let `edit` change the object in the file and write it; a broken file is moved aside.
 
         Returns what was wrong, a sentence each.  Raises OSError where nothing can be written.
         """
@@ -1353,18 +1522,19 @@ class ConfigFile:
             raw, problems = self.recover()
             edit(raw)
             sealed = self.sealed_if_possible(raw)
-            if problems and os.path.isfile(self.path):   # a copy: the disk may be full when the new one is written
+            if problems and os.path.isfile(self.path):   # a copy: the disk may be full later
                 kept = f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}"
                 with open(self.path, "rb") as file:
                     write_file(kept, file.read())
                 problems.append(f"what the broken file held is in {kept}")
             elif os.path.isfile(self.path):
                 self._back_up()
-            write_file(self.path, self.to_bytes(sealed), has_copy=bool(problems) or os.path.isfile(self.backup))
+            write_file(self.path, self.to_bytes(sealed),
+                       has_copy=bool(problems) or os.path.isfile(self.backup))
         return problems
 
     def lock(self) -> Any:
-        """One writer at a time; where there is no place for a lock (a lone bind-mounted file), the thread's must do."""
+        """One writer at a time; beside a lone bind-mounted file there is no place for a lock."""
         if os.path.isdir(self.folder) and not os.access(self.folder, os.W_OK):
             return contextlib.nullcontext()
         return FileLock(os.path.join(self.folder, "config.lock"), 30.0)
@@ -1377,7 +1547,7 @@ class ConfigFile:
         return text.encode() + b"\n"
 
     def _back_up(self) -> None:
-        """Keep the last good file; where only the file itself may be written (bind mount) there is no place for one."""
+        """Keep the last good file, where there is a place for it (not beside a lone bind mount)."""
         with open(self.path, "rb") as file:
             data = file.read()
         try:
@@ -1391,11 +1561,12 @@ class ConfigFile:
         """In the file and its .bak, encrypted or not; ConfigBroken."""
         places: List[str] = []
         for path in (self.path, self.backup):
-            map_secrets(read_json_file(path), lambda place, secret: places.append(place) or secret)     # type: ignore
+            map_secrets(read_json_file(path),
+                        lambda place, secret: places.append(place) or secret)    # type: ignore
         return len(places)
 
     def encrypt(self, on: bool) -> List[str]:
-        """The file and its .bak encrypted or not, at once; what can't be opened stays as it is and is named.
+        """The file and its .bak encrypted or not; what can't be opened stays so and is named.
 
         OSError, ConfigBroken, SealBroken.
         """
@@ -1407,12 +1578,14 @@ class ConfigFile:
             for path in (self.path, self.backup):
                 if os.path.isfile(path):
                     contents[path] = self.opened(read_json_file(path))
-                    locked += [os.path.basename(path) + problem[len("config.json"):] for problem in self.locked]
+                    locked += [os.path.basename(path) + problem[len("config.json"):]
+                               for problem in self.locked]
             for path, raw in contents.items():
                 raw = {**raw, "encrypt_secrets": on}
                 if on:
                     del raw["encrypt_secrets"]           # the default
-                write_file(path, self.to_bytes(self._sealed(raw)), has_copy=os.path.isfile(self.backup))
+                write_file(path, self.to_bytes(self._sealed(raw)),
+                           has_copy=os.path.isfile(self.backup))
             return locked
 
 
@@ -1429,88 +1602,62 @@ def name_of(entry: Any) -> str:
 
 # --- what is inside of settings -----------------------------------------------
 
-#: Field -> its type, the least and the most it may be.
-Numbers = Mapping[str, Tuple[Any, float, float]]
-_NUMBER = (int, float)
-RETRY_FIELDS: Numbers = {"count": (int, 0, 10), "backoff_s": (_NUMBER, 0, 600), "max_backoff_s": (_NUMBER, 0, 600),
-                         "total_s": (_NUMBER, 0, 3600)}
-CIRCUIT_FIELDS: Numbers = {"failures": (int, 0, 1000), "rest_s": (_NUMBER, 0.1, 86400)}
-LIMIT_FIELDS: Numbers = {name: (int, 1, 10 ** 12) for name in LIMIT_WORDS}
-PRICE_FIELDS: Numbers = {name: (_NUMBER, 0, 10 ** 9) for name in ("input", "output", "cached")}
+RETRY_SHAPE = record({}, {"count": number(0, 10, True), "backoff_s": number(0, 600),
+                          "max_backoff_s": number(0, 600), "total_s": number(0, 3600)})
+CIRCUIT_SHAPE = record({}, {"failures": number(0, 1000, True), "rest_s": number(0.1, 86400)})
+LIMIT_FIELDS = dict.fromkeys(LIMIT_WORDS, number(1, 10 ** 12, True))
+PRICE_SHAPE = record({}, dict.fromkeys(("input", "output", "cached"), number(0, 10 ** 9)))
 
 
-def check_numbers(value: Mapping[str, Any], known: Numbers, where: str = "") -> None:
-    """ValueError with the exact place of the first name that is unknown or number that can't be."""
-    for name, number in value.items():
-        if name not in known:
-            raise ValueError(f"{where}{name}: no such field; there are {', '.join(known)}")
-        kind, low, high = known[name]
-        if not has_type(number, kind) or not low <= number <= high:
-            what = "a whole number" if kind is int else "a number"
-            hint = " (leave it out for no limit)" if number == 0 and low else ""
-            raise ValueError(f"{where}{name}: {what} from {low} to {high} expected, "
-                             f"not {one_line(json.dumps(number), 40)}{hint}")
+def network(value: Any, where: str) -> str:
+    try:
+        parse_network(value)
+    except ValueError:
+        raise misfit(where, "an address or a network", value) from None
+    return value
 
 
-def check_prices(value: Json) -> None:
-    for pattern, price in value.items():
-        if not isinstance(price, dict):
-            raise ValueError(f"{pattern}: an object with input, output and cached expected")
-        check_numbers(price, PRICE_FIELDS, f"{pattern}.")
+def host_name(value: Any, where: str) -> str:
+    if not any_text(value, where).strip():       # the system takes it for every address
+        raise misfit(where, "an address (0.0.0.0 stands for all of this machine's)")
+    return value
 
 
-def check_networks(value: Sequence[Any]) -> None:
-    for number, text in enumerate(value):
-        try:
-            parse_network(text)
-        except ValueError:
-            raise ValueError(f"[{number}]: {one_line(json.dumps(text), 60)} is no address and no network") from None
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 
 
-def check_texts(value: Sequence[Any]) -> None:
-    for number, text in enumerate(value):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"[{number}]: {one_line(json.dumps(text), 60)} is no text")
+def header_name(value: Any, where: str) -> str:
+    if not re.fullmatch(_HEADER_NAME, any_text(value, where)):
+        raise ValueError(f"{where}: {one_line(value, 60)!r} is no header name")
+    return value
 
 
-def check_host(value: str) -> None:
-    if not value.strip():                # the system takes it for every address
-        raise ValueError("an address expected; 0.0.0.0 stands for all of this machine's")
+def password_hash(value: Any, where: str) -> str:
+    if secret_text(value, where) and not re.fullmatch(_PASSWORD_HASH, value):
+        raise misfit(where, "a hash", hint=", never the password itself; set it on the page, or by "
+                                           "`admin reset-password`")
+    return value
 
 
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_NAME = r"[^\s/,]{1,64}"
 
 
-def check_header(value: str) -> None:
-    if value and not _HEADER_NAME.fullmatch(value):
-        raise ValueError(f"{one_line(value, 60)!r} is no header name")
-
-
-def check_client_keys(value: Sequence[Any]) -> None:
-    problems = parse_client_keys(value)[1]
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-#: Settings with something inside of them -> what raises ValueError about it.
-INNER_CHECKS: Dict[str, Callable[[Any], None]] = {
-    "retry": lambda value: check_numbers(value, RETRY_FIELDS),
-    "circuit": lambda value: check_numbers(value, CIRCUIT_FIELDS),
-    "address_limits": lambda value: check_numbers(value, LIMIT_FIELDS), "prices": check_prices,
-    "trusted_proxies": check_networks, "client_keys": check_client_keys, "admin_password": check_password_hash,
-    "host": check_host, "custom_auth_header": check_header, "allowed_hosts": check_texts, "allowed_origins": check_texts}
+def entry_name(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not re.fullmatch(_NAME, value):
+        raise misfit(where, "a name without blanks, commas and slashes", value)
+    return value
 
 
 # --- client keys --------------------------------------------------------------
 
 class ClientKey(NamedTuple):
-    """A key that clients may send.  Only its hash is kept: plain SHA-256 is enough for 192 random bits."""
+    """A key that clients may send.  Its hash is kept: SHA-256 is enough for 192 random bits."""
     name: str
     digest: bytes
     models: Tuple[str, ...] = ()         #: shell patterns of what it may ask for; () is everything
     limits: Mapping[str, int] = {}       #: LIMIT_FIELDS
     expires_at: float = float("inf")
-    shared: bool = False                 #: `custom_api_key`, which nobody has for himself
+    shared: bool = False                 #: `custom_api_key`, which all clients share
 
 
 def hash_key(key: str) -> bytes:
@@ -1518,65 +1665,77 @@ def hash_key(key: str) -> bytes:
 
 
 def hashes_of_header(text: str) -> Set[bytes]:
-    """The hashes of a key out of a header, which was read as latin-1: most clients send UTF-8, some mean latin-1."""
+    """The hashes of a key out of a header (read as latin-1): clients send UTF-8 or latin-1."""
     return {hash_key(text), hashlib.sha256(text.encode("latin-1", "replace")).digest()}
 
 
-def parse_expiry(text: Any) -> float:
-    """Epoch seconds of `2027-01-31` (to its end) or `2027-01-31T12:00:00Z`; UTC unless it says otherwise."""
+def expiry(text: Any, where: str) -> float:
+    """Epoch seconds of `2027-01-31` (to its end) or `2027-01-31T12:00:00Z`; UTC without a zone."""
     try:
         moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
         moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
         return moment.timestamp() + (86400 if len(text) == 10 else 0)
     except (AttributeError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"expires: a date such as 2027-01-31 expected, not {one_line(json.dumps(text), 40)}") from None
+        raise misfit(where, "a date such as 2027-01-31", text) from None
 
 
-def parse_client_key(entry: Any) -> ClientKey:
+def key_digest(value: Any, where: str) -> bytes:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise misfit(where, "the key's SHA-256 in hex", hint="; `key add` makes one")
+    return bytes.fromhex(value)
+
+
+CLIENT_KEY_SHAPE = record({"name": entry_name, "sha256": key_digest}, {
+    "models": list_of(filled_text), "expires": expiry, "created": anything, **LIMIT_FIELDS})
+
+
+def parse_client_key(entry: Any, where: str = "") -> ClientKey:
     """One entry of `client_keys`; ValueError says what is wrong with it."""
-    if not _NAME.fullmatch(name_of(entry)):
-        raise ValueError("an object with a name without blanks, commas and slashes expected; `key add` makes one")
-    known = ("name", "sha256", "models", "expires", *LIMIT_FIELDS)
-    unknown = sorted(set(entry) - {*known, "created"})
-    if unknown:
-        raise ValueError(f"{unknown[0]}: no such field; there are {', '.join(known)}")
-    if not isinstance(entry.get("sha256"), str) or not re.fullmatch(r"[0-9a-fA-F]{64}", entry["sha256"]):
-        raise ValueError("sha256: the key's SHA-256 in hex expected; `key add` makes one")
-    models = entry.get("models", [])
-    if not isinstance(models, list) or not all(isinstance(model, str) and model for model in models):
-        raise ValueError("models: a list of names or patterns expected")
-    limits = {name: entry[name] for name in LIMIT_FIELDS if name in entry}
-    check_numbers(limits, LIMIT_FIELDS)
-    expires_at = parse_expiry(entry["expires"]) if entry.get("expires") is not None else float("inf")
-    return ClientKey(entry["name"], bytes.fromhex(entry["sha256"]), tuple(models), limits, expires_at)
+    facts = CLIENT_KEY_SHAPE(entry, where)
+    return ClientKey(facts["name"], facts["sha256"], tuple(facts.get("models", ())),
+                     {name: facts[name] for name in LIMIT_FIELDS if name in facts},
+                     facts.get("expires", float("inf")))
 
 
-def parse_client_keys(entries: Sequence[Any]) -> Tuple[List[ClientKey], List[str]]:
+def parse_client_keys(entries: Sequence[Any], where: str = "client_keys"
+                      ) -> Tuple[List[ClientKey], List[str]]:
     """The keys that are as they should be, and a sentence for each of the others."""
     keys: Dict[str, ClientKey] = {}
     problems: List[str] = []
     for number, entry in enumerate(entries):
         try:
-            key = parse_client_key(entry)
+            key = parse_client_key(entry, f"{where}[{number}]")
             if key.name in keys:
-                raise ValueError(f"the name {key.name} is taken by an earlier one")
+                raise ValueError(f"{where}[{number}]: the name {key.name} is taken by an earlier "
+                                 "one")
             keys[key.name] = key
         except ValueError as exc:
-            problems.append(f"client_keys[{number}]: {exc}")
+            problems.append(str(exc))
     return list(keys.values()), problems
 
 
+def client_key_list(value: Any, where: str) -> List[Any]:
+    problems = parse_client_keys(list_of(anything)(value, where), where)[1]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return value
+
+
 def make_client_key(name: str, facts: Json) -> Tuple[str, Json]:
-    """A new key and its entry of `client_keys`, with its hash alone; `facts`: models, expires, limits.  ValueError."""
+    """A new key and its entry of `client_keys`, with its hash alone; ValueError.
+
+    `facts`: models, expires, limits.
+    """
     key = "sk-" + secrets.token_hex(24)
-    entry = {"name": name, "sha256": hash_key(key).hex(), "created": time.strftime("%Y-%m-%d"), **facts}
+    entry = {"name": name, "sha256": hash_key(key).hex(), "created": time.strftime("%Y-%m-%d"),
+             **facts}
     if parse_client_key(entry).expires_at <= time.time():
         raise ValueError(f"expires: {facts['expires']} is over")
     return key, entry
 
 
-class Doorkeeper:
-    """Who may ask: `custom_api_key` and the keys of `client_keys`, out of one snapshot of the settings.  Pure."""
+class ClientAuth:
+    """Who may ask: `custom_api_key` and `client_keys`, out of a snapshot of the settings.  Pure."""
 
     def __init__(self, settings: Settings) -> None:
         self.keys, self.problems = parse_client_keys(settings.client_keys)
@@ -1590,14 +1749,28 @@ class Doorkeeper:
         """The key that one of `given` is; every known one is compared, each in constant time."""
         known = [*([self._master] if self._master else []), *self.keys]
         digests = [digest for text in given if text for digest in hashes_of_header(text)]
-        found = [key for key in known if any([hmac.compare_digest(key.digest, digest) for digest in digests])]
+        found = [key for key in known
+                 if any([hmac.compare_digest(key.digest, digest) for digest in digests])]
         return found[0] if found else None
+
+
+#: Settings with something inside of them, or with rules of their own.
+SETTING_SHAPES: Dict[str, Shape] = {
+    "retry": RETRY_SHAPE, "circuit": CIRCUIT_SHAPE, "address_limits": record({}, LIMIT_FIELDS),
+    "prices": names_to(PRICE_SHAPE), "trusted_proxies": list_of(network),
+    "client_keys": client_key_list, "admin_password": password_hash, "host": host_name,
+    "custom_auth_header": lambda value, where: value and header_name(value, where) or
+    any_text(value, where),
+    "allowed_hosts": list_of(filled_text), "allowed_origins": list_of(filled_text)}
 
 
 # --- addresses ----------------------------------------------------------------
 
 def parse_address(text: str) -> bytes:
-    """An IP address as its 4 or 16 bytes, whatever its spelling; ValueError.  IPv4 within IPv6 is IPv4."""
+    """An IP address as its 4 or 16 bytes, whatever its spelling; IPv4 within IPv6 is IPv4.
+
+    ValueError.
+    """
     text = text.strip()
     ported = re.fullmatch(r"\[([^\]]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+", text)
     text = (ported.group(1) or ported.group(2) if ported else text).partition("%")[0]
@@ -1622,18 +1795,19 @@ def parse_network(text: Any) -> Tuple[bytes, int]:
 def is_within(address: bytes, network: Tuple[bytes, int]) -> bool:
     base, bits = network
     shift = 8 * len(base) - bits
-    return len(base) == len(address) and int.from_bytes(base, "big") >> shift == int.from_bytes(address, "big") >> shift
+    return len(base) == len(address) and (
+        int.from_bytes(base, "big") >> shift == int.from_bytes(address, "big") >> shift)
 
 
 def client_address(peer: str, forwarded: str, trusted: Sequence[str]) -> str:
-    """Who asks, for limits: the peer, or what a trusted proxy says of it in X-Forwarded-For (read from the right).
+    """Who asks, for limits: the peer, or what a trusted proxy says in X-Forwarded-For.
 
-    An IPv6 client counts as its /64: that is what one subscriber gets.
+    That is read from the right.  An IPv6 client counts as its /64: one subscriber gets that.
     """
     networks = [parse_network(text) for text in trusted]
     address = parse_address(peer)
     hops = [hop for hop in forwarded.split(",") if hop.strip()]
-    with contextlib.suppress(ValueError):                # a hop that makes no sense: the proxy before it answers for it
+    with contextlib.suppress(ValueError):        # a malformed hop: the proxy before it counts
         while hops and any(is_within(address, network) for network in networks):
             address = parse_address(hops.pop())
     return address.hex() if len(address) == 4 else address[:8].hex()
@@ -1641,7 +1815,51 @@ def client_address(peer: str, forwarded: str, trusted: Sequence[str]) -> str:
 
 # --- providers ---------------------------------------------------------------
 
-@dataclass(frozen=True)
+#: How an upstream's Chat differs from the plain one: what there is to say, and what holds where
+#: nothing is said.
+PROFILE: Dict[str, Tuple[Any, Shape]] = {
+    "thinking_style": ("thinking_type", one_of("thinking_type", "enable_thinking",
+                                               "chat_template_kwargs", "reasoning_effort", "none")),
+    #: beside "enabled": GLM {"clear_thinking": false}, Kimi {"keep": "all"}
+    "thinking_extra": ({}, names_to(anything)),
+    #: in chat_template_kwargs; other templates: thinking
+    "template_switch": ("enable_thinking", one_of("enable_thinking", "thinking")),
+    #: where earlier reasoning goes back; None: nowhere
+    "reasoning_field": ("reasoning_content",
+                        one_of("reasoning_content", "reasoning", "reasoning_details", None)),
+    #: DeepSeek, Kimi: 400 without it; "all": in each assistant message
+    "require_reasoning_on_tool_calls": (False, one_of(True, False, "all")),
+    "vision": (True, truth),
+    "files": (True, truth),
+    #: "user" for templates that allow system at the top only
+    "mid_system": ("system", one_of("system", "user")),
+    "max_tokens_field": ("max_tokens", one_of("max_tokens", "max_completion_tokens")),
+    "structured_output": ("json_schema", one_of("json_schema", "json_object", "prompt")),
+    "efforts": (["low", "medium", "high", "xhigh", "max"], list_of(any_text)),
+    "top_k": (False, truth),
+    "user_field": ("user", lambda value, where: value and any_text(value, where)),
+    #: of Responses: user, verbosity, prompt_cache_key, service_tier
+    "extra_fields": ([], list_of(any_text)),
+    #: False: it knows tool_choice "auto" alone
+    "forced_tool_choice": (True, truth),
+    "forced_tool_choice_with_thinking": (True, truth),
+    "parallel_tool_calls": (True, truth),
+    "stream_usage": (True, truth),
+    "think_tags": (False, truth),
+    #: drop, error, or family -> its `tools` entry or the request's {"fields": …}
+    "server_tools": ("drop", lambda value, where: value if isinstance(value, dict) else
+                     one_of("drop", "error")(value, where)),
+    "strict_tools": (True, truth),
+    "prefill": (None, one_of("partial", "prefix", "continue_final_message", None))}
+DEFAULT_PROFILE: Json = {name: default for name, (default, _) in PROFILE.items()}
+
+_TOKENS = number(0, 10 ** 9, True)
+#: What a profile may say as well: it holds for the models whose own facts do not tell.
+_PROFILE_SHAPES = {**{name: shape for name, (_, shape) in PROFILE.items()},
+                   "max_output": _TOKENS, "context": _TOKENS}
+
+
+@dataclass(frozen=True, repr=False)
 class Provider:
     """One upstream.  `problem` is why it can't be used, empty when it can."""
     name: str
@@ -1649,36 +1867,33 @@ class Provider:
     kind: str = "openai"
     api_keys: Tuple[str, ...] = ()
     models: Tuple[str, ...] = ()          #: models it is known to serve; they decide routes
-    facts: Mapping[str, Json] = field(default_factory=dict)     #: model -> context, max_output, vision, as far as known
+    #: model -> context, max_output, vision, as far as known
+    facts: Mapping[str, Json] = field(default_factory=dict)
     headers: Tuple[Tuple[str, str], ...] = ()
     proxy: str = ""
     timeout_s: Optional[float] = None     #: instead of first_byte_timeout_s and idle_timeout_s
     concurrency: int = 0                  #: requests at once; 0: no limit
-    key_concurrency: int = 0              #: requests at once for each iFlow account (api_concurrency)
+    key_concurrency: int = 0              #: for each iFlow account (api_concurrency)
     sticky: Optional[bool] = None         #: instead of the setting of that name
     profile: Json = field(default_factory=dict)
     vision_model: str = ""
     preserve_reasoning_content: Optional[bool] = None
     problem: str = ""
-    slips: Tuple[str, ...] = ()           #: what of `profile` makes no sense; there the default is in force
+    warnings: Tuple[str, ...] = ()        #: what of `profile` makes no sense and is not used
 
     @property
     def places(self) -> int:
-        """Requests at once: what `concurrency` says, else as many as its keys can take together; 0: no limit."""
+        """Requests at once: `concurrency`, else as many as its keys take together; 0: no limit."""
         return self.concurrency or self.key_concurrency * max(1, len(self.api_keys))
 
 
 KINDS = ("openai", "iflow")
-_PROVIDER_KINDS = {"name": str, "base_url": str, "kind": str, "api_keys": list, "models": list, "headers": dict,
-                   "proxy": str, "timeout_s": (int, float), "concurrency": int, "sticky": bool,
-                   "profile": dict, "vision_model": str, "preserve_reasoning_content": bool}
-_NAME = re.compile(r"[^\s/,]{1,64}")
 
 
 def clean_base_url(url: str) -> str:
     """`url` as the part before /chat/completions; ValueError names what is wrong.
 
-    A bare host gets /v1, where nearly every server keeps its API; a pasted full endpoint loses its end.
+    A bare host gets /v1, where nearly every server keeps its API; a full endpoint loses its end.
     """
     url = url.strip()
     if not url:
@@ -1688,15 +1903,16 @@ def clean_base_url(url: str) -> str:
     except ValueError as exc:            # http://[
         raise ValueError(f"base_url {one_line(url, 80)!r}: {exc}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        hint = f"; write http://{url} or https://{url}" if "://" not in url else ""
+        shown = one_line(url, 80)
+        hint = f"; write http://{shown} or https://{shown}" if "://" not in url else ""
         raise ValueError(f"base_url {one_line(url, 80)!r} is no http:// or https:// address{hint}")
     try:
         parts.port
     except ValueError:
         raise ValueError(f"base_url {one_line(url, 80)!r}: no such port") from None
     if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(f"base_url of {one_line(parts.hostname, 80)}: credentials, ? and # do not belong here; "
-                         "use api_keys and headers")
+        raise ValueError(f"base_url of {one_line(parts.hostname, 80)}: credentials, ? and # "
+                         "do not belong here; use api_keys and headers")
     if re.search(r"[\s\x00-\x1f\x7f]", url):
         raise ValueError("base_url contains blanks or control characters")
     path = parts.path.rstrip("/")
@@ -1707,34 +1923,49 @@ def clean_base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def _resolve_secret(text: Any, environ: Mapping[str, str]) -> str:
-    """A literal, or the variable that `$NAME` names; `$$` begins a literal dollar.  ValueError when undefined."""
-    if not isinstance(text, str):
-        raise ValueError(f"a string expected, not {one_line(json.dumps(text), 40)}")
+def _resolve_secret(text: str, where: str, environ: Mapping[str, str]) -> str:
+    """A literal, or the variable that `$NAME` names; `$$` begins a literal dollar.  ValueError."""
     if is_sealed(text):
-        raise ValueError("a secret of it is encrypted and can't be opened")
+        raise ValueError(f"{where}: it is encrypted and can't be opened")
     if text.startswith("$$"):
         return text[1:]
-    if _REFERENCE.fullmatch(text):
+    if re.fullmatch(_REFERENCE, text):
         if not environ.get(text[1:]):
             raise ValueError(f"the environment variable {text[1:]} is not set")
         text = environ[text[1:]]
     return text
 
 
-def _header_safe(text: str, what: str) -> str:
-    text = text.strip()
-    if not text or not text.isprintable() or not text.isascii() or (what == "key" and " " in text):
-        raise ValueError(f"a {what} is empty, or has blanks, line breaks or characters that no HTTP header may have")
-    return text
+def _header_value(environ: Mapping[str, str], is_key: bool) -> Shape:
+    def check(value: Any, where: str) -> str:
+        text = _resolve_secret(secret_text(value, where), where, environ).strip()
+        if not text or not text.isprintable() or not text.isascii() or is_key and " " in text:
+            what = "key" if is_key else "header value"
+            raise ValueError(f"{where}: a {what} is empty, or has blanks, line breaks or "
+                             "characters that no HTTP header may have")
+        return text
+    return check
+
+
+_MODEL_SHAPE = record({"id": filled_text}, {"context": _TOKENS, "max_output": _TOKENS,
+                                            "vision": truth}, strict=False)
+
+
+def model_entry(value: Any, where: str) -> Tuple[str, Json]:
+    """Name and facts of an entry of `models`: a name, or an object; 0 tokens are unknown."""
+    if not value or not isinstance(value, (str, dict)):
+        raise misfit(where, 'a name or an object as {"id": "name", "max_output": 8192}', value)
+    facts = _MODEL_SHAPE({"id": value} if isinstance(value, str) else value, where)
+    name = facts.pop("id")
+    return name, {fact: known for fact, known in facts.items() if fact == "vision" or known}
 
 
 def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
-    """The Provider of one entry of `providers`; an entry that can't work becomes one with a `problem`.
+    """The Provider of one entry of `providers`; one that can't work becomes one with a `problem`.
 
     ValueError where there is not even a name to call it by.
     """
-    if not _NAME.fullmatch(name_of(entry)):
+    if not re.fullmatch(_NAME, name_of(entry)):
         raise ValueError("each provider needs a name without blanks, commas and slashes")
     try:
         return _parse_provider(entry, environ)
@@ -1743,100 +1974,62 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
 
 
 def _parse_provider(entry: Json, environ: Mapping[str, str]) -> Provider:
-    for key, kind in _PROVIDER_KINDS.items():
-        value = entry.get(key)
-        if value is not None and not has_type(value, kind):
-            raise ValueError(f"{key}: it is of the wrong type")
-    given = {key: entry[key] for key in _PROVIDER_KINDS if entry.get(key) is not None}
-    if given.get("kind", "openai") not in KINDS:
-        raise ValueError(f"kind {given['kind']!r}: one of {', '.join(KINDS)} expected")
-    if given.get("concurrency", 0) < 0 or not 0 < given.get("timeout_s", 1) <= LONGEST_S:
-        raise ValueError("concurrency and timeout_s can't be negative")
-    keys = tuple(_header_safe(_resolve_secret(key, environ), "key") for key in given.get("api_keys", ()))
-    headers = tuple((_token(key), _header_safe(_resolve_secret(value, environ), "header value"))
-                    for key, value in given.get("headers", {}).items())
-    facts = dict(map(_parse_model, given.get("models", ())))
-    profile, slips = _parse_profile(given.get("profile", {}))
-    return Provider(**{**given, "base_url": clean_base_url(given.get("base_url", "")), "api_keys": keys,
-                       "headers": headers, "models": tuple(facts), "facts": facts, "profile": profile,
-                       "slips": tuple(slips)})
+    shape = record({"name": entry_name}, {
+        "base_url": any_text, "kind": one_of(*KINDS), "vision_model": any_text,
+        "proxy": secret_text,
+        "api_keys": list_of(_header_value(environ, True)), "models": list_of(model_entry),
+        "headers": names_to(_header_value(environ, False), header_name),
+        "timeout_s": number(0.001, LONGEST_S), "concurrency": number(0, 10 ** 6, True),
+        "sticky": truth, "profile": names_to(anything), "preserve_reasoning_content": truth},
+        strict=False)
+    given = shape(entry, "")
+    facts = dict(given.get("models", ()))
+    profile, warnings = check_profile(given.get("profile", {}))
+    return Provider(**{**given, "base_url": clean_base_url(given.get("base_url", "")),
+                       "api_keys": tuple(given.get("api_keys", ())),
+                       "headers": tuple(given.get("headers", {}).items()),
+                       "models": tuple(facts), "facts": facts, "profile": profile,
+                       "warnings": tuple(warnings)})
 
 
-#: What a profile (DEFAULT_PROFILE, section 6) may say: the values there are, or their types; anything else would be an
-#: error at each request.
-_PROFILE_VALUES: Dict[str, Tuple[Any, ...]] = {
-    "thinking_style": ("thinking_type", "enable_thinking", "chat_template_kwargs", "reasoning_effort", "none"),
-    "thinking_extra": (dict,), "template_switch": ("enable_thinking", "thinking"),
-    "require_reasoning_on_tool_calls": (True, False, "all"),
-    "reasoning_field": ("reasoning_content", "reasoning", "reasoning_details", None), "mid_system": ("system", "user"),
-    "max_tokens_field": ("max_tokens", "max_completion_tokens"), "user_field": (str, None),
-    "efforts": (list,), "extra_fields": (list,),
-    "structured_output": ("json_schema", "json_object", "prompt"), "server_tools": ("drop", "error", dict),
-    "prefill": ("partial", "prefix", "continue_final_message", None), "max_output": (int,), "context": (int,),
-    **dict.fromkeys(("vision", "files", "top_k", "forced_tool_choice", "forced_tool_choice_with_thinking",
-                     "parallel_tool_calls", "stream_usage", "think_tags", "strict_tools"), (True, False))}
+def check_profile(profile: Json) -> Tuple[Json, List[str]]:
+    """The profile without values that make no sense, and a sentence for each of those.
 
-
-def _parse_profile(profile: Json) -> Tuple[Json, List[str]]:
-    """The profile without values that make no sense, and a sentence for each of those; unknown names stay."""
+    Unknown names stay.
+    """
     good: Json = {}
-    slips = []
+    warnings = []
     for name, value in profile.items():
-        allowed = _PROFILE_VALUES.get(name)
-        if allowed is None:
-            slips.append(f"profile.{one_line(name, 60)} is unknown" + nearest(name, _PROFILE_VALUES))
-        elif not _is_one_of(value, allowed) or allowed == (list,) and not all(isinstance(word, str) for word in value):
-            words = [_TYPE_WORDS[word] if isinstance(word, type) else json.dumps(word) for word in allowed]
-            slips.append(f"profile.{name}: {one_line(json.dumps(value), 40)} makes no sense, the default is used; "
-                         f"expected: {', '.join(words)}")
-            continue
-        good[name] = value
-    return good, slips
+        try:
+            if name not in _PROFILE_SHAPES:
+                warnings.append(f"profile.{one_line(name, 60)} is unknown"
+                                + nearest(name, _PROFILE_SHAPES))
+                good[name] = value
+            else:
+                good[name] = _PROFILE_SHAPES[name](value, f"profile.{name}")
+        except ValueError as exc:
+            warnings.append(f"{exc}; {PROFILE_IGNORED}")
+    return good, warnings
 
 
-_TYPE_WORDS = {str: "a string", list: "a list of strings", dict: "an object", int: "a number"}
-
-
-def _is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
-    """Whether it is one of these values, or of these types; 1 is not true."""
-    return any(type(value) is word if isinstance(word, type) else
-               value is word or isinstance(word, str) and value == word for word in allowed)
-
-
-#: What may be said of a model in a provider's `models`.
-_MODEL_FACTS = {"context": int, "max_output": int, "vision": bool}
-
-
-def _parse_model(entry: Any) -> Tuple[str, Json]:
-    """Name and facts of an entry of `models`: a name, or {"id", "context", "max_output", "vision"}."""
-    known = entry if isinstance(entry, dict) else {"id": entry}
-    if not isinstance(known.get("id"), str) or not known["id"]:
-        raise ValueError('models: names expected, or objects as {"id": "name", "max_output": 8192}')
-    facts = {key: known[key] for key in _MODEL_FACTS if known.get(key) is not None}
-    for key, value in facts.items():
-        if not has_type(value, _MODEL_FACTS[key]) or value < 0:
-            raise ValueError(f"models: {known['id']}: {key}: {one_line(json.dumps(value), 40)} makes no sense")
-    return known["id"], {key: value for key, value in facts.items() if key == "vision" or value}
-
-
-def _token(name: str) -> str:
-    if not _HEADER_NAME.fullmatch(name):
-        raise ValueError(f"headers: {name!r} is no header name")
-    return name
+#: How a sentence ends that says what of a profile makes no sense.
+PROFILE_IGNORED = "the default is used"
 
 
 # --- iFlow's own file ---------------------------------------------------------
 
 def account_keys(accounts: Json) -> Dict[str, str]:
-    """The API keys of config.json's `accounts`, by account; without those that no request could bear."""
-    keys = {name: login.get("apiKey") for name, login in accounts.items() if isinstance(login, dict)}
-    return {name: key for name, key in keys.items() if isinstance(key, str) and not is_sealed(key) and (
-        key.isascii() and key.isprintable() and key.strip() == key and key and " " not in key)}
+    """The API keys of config.json's `accounts`, without those that no request could bear."""
+    keys = {name: login.get("apiKey") for name, login in accounts.items()
+            if isinstance(login, dict)}
+    return {name: key for name, key in keys.items()
+            if isinstance(key, str) and not is_sealed(key) and key and " " not in key
+            and key.isascii() and key.isprintable() and key.strip() == key}
 
 
 def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapping[str, str],
                    login: Json) -> Optional[Provider]:
-    """The provider `iflow` out of the settings, the CLI's variables and its file (`login`); None without a key.
+    """The provider `iflow` out of settings, the CLI's variables and file; None without a key.
 
     Flag and IFLOW2API_API_KEY > IFLOW_… > config.json > the CLI's file; the same for the address.
     """
@@ -1846,16 +2039,19 @@ def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapp
 
     def first(name: str, variables: Sequence[str], *filed: str) -> str:
         ours = getattr(settings, name).strip()
-        theirs = next((environ[variable] for variable in variables if environ.get(variable)), "").strip()
-        candidates = [theirs, ours] if origins.get(name) == "file" else [ours, theirs]
+        theirs = next((environ[variable] for variable in variables if environ.get(variable)), "")
+        candidates = [theirs.strip(), ours]
+        if origins.get(name) != "file":
+            candidates.reverse()
         return next((value for value in [*candidates, *filed] if value), "")
 
     key = first("api_key", IFLOW_KEY_VARIABLES, text("apiKey"), text("searchApiKey"))
     foreign = (settings.auth_type or text("selectedAuthType")) == "openai-compatible"
     plain = foreign and bool(key)
-    given = origins.get("api_key") in ("flag", "environment") or any(environ.get(name) for name in IFLOW_KEY_VARIABLES)
+    given = origins.get("api_key") in ("flag", "environment") or any(
+        environ.get(name) for name in IFLOW_KEY_VARIABLES)
     keys = [key] if key else []
-    if not given and not plain:          # a key for this run is used alone, and another service gets its own alone
+    if not given and not plain:          # a key for this run, or for another service, is used alone
         keys += [other for other in account_keys(settings.accounts).values() if other not in keys]
     if not keys:
         return None
@@ -1869,41 +2065,52 @@ def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapp
 
 
 def with_iflow_facts(provider: Provider, settings: Settings) -> Provider:
-    """A provider of kind iflow with what is known of iFlow, where the user did not say otherwise."""
+    """A provider of kind iflow with what is known of iFlow and the user did not set."""
     if provider.kind != "iflow":
         return provider
-    preserve = provider.preserve_reasoning_content
     each = provider.key_concurrency or (0 if provider.concurrency else settings.api_concurrency)
-    facts = {name: {"context": model.context, "max_output": model.max_output, "vision": model.vision}
-             for name, model in IFLOW_MODELS.items()}
+    vision_model = provider.vision_model or settings.vision_model
+    facts = {name: {"context": model.context, "max_output": model.max_output,
+                    "vision": model.vision} for name, model in IFLOW_MODELS.items()}
+    preserve = provider.preserve_reasoning_content
     return replace(
         provider, models=provider.models or tuple(IFLOW_MODELS), facts={**facts, **provider.facts},
-        key_concurrency=each,
-        vision_model=(provider.vision_model or settings.vision_model) if settings.vision_mode == "route" else "",
-        preserve_reasoning_content=settings.preserve_reasoning_content if preserve is None else preserve)
+        key_concurrency=each, vision_model=vision_model if settings.vision_mode == "route" else "",
+        preserve_reasoning_content=settings.preserve_reasoning_content if preserve is None
+        else preserve)
 
 
 # --- presets -----------------------------------------------------------------
 
 class Preset(NamedTuple):
-    """A known OpenAI-compatible API; `provider add` writes it into config.json, where it can be changed."""
+    """A known OpenAI-compatible API; `provider add` writes it into config.json for changes."""
     base_url: str
-    key: str = ""                         #: the environment variable its users keep the key in; "": it needs none
-    profile: Json = {}                    #: how its Chat differs (DEFAULT_PROFILE, section 6)
-    models: Tuple[Tuple[str, int, int, bool], ...] = ()     #: name, context, output limit (0: unknown), sees images
+    key: str = ""                         #: the variable its users keep the key in; "": no key
+    profile: Json = {}                    #: how its Chat differs from DEFAULT_PROFILE
+    #: by commas: name, context, output limit, + if it sees images
+    listed: str = ""
+
+    @property
+    def models(self) -> List[Tuple[str, int, int, bool]]:
+        """Name, context, output limit (0: unknown), whether it sees images."""
+        rows = [row.split() for row in filter(None, self.listed.split(","))]
+        tokens = [[int(word) for word in row[1:] if word != "+"] + [0, 0] for row in rows]
+        return [(row[0], *known[:2], row[-1] == "+") for row, known in zip(rows, tokens)]
 
     def entry(self, name: str) -> Json:
         """It as an entry of `providers`, without keys."""
-        models = [{"id": model, **({"context": context} if context else {}), **({"max_output": limit} if limit else {}),
-                   "vision": vision} for model, context, limit, vision in self.models]
+        models = [{"id": model, **({"context": context} if context else {}),
+                   **({"max_output": limit} if limit else {}), "vision": vision}
+                  for model, context, limit, vision in self.models]
         return {"name": name, "base_url": self.base_url, **({"models": models} if models else {}),
                 **({"profile": dict(self.profile)} if self.profile else {})}
 
 
-#: The first model of each is the default one: one that may think and need not, as agents want both.
+#: The first model of each is the default one: it may think and need not, as agents want both.
 #: GLM takes json_object, no strict schemas, and tool_choice "auto" alone (docs.bigmodel.cn).
-_GLM_PROFILE: Json = {"thinking_style": "thinking_type", "structured_output": "json_object", "strict_tools": False,
-                      "forced_tool_choice": False, "files": False, "thinking_extra": {"clear_thinking": False}}
+_GLM_PROFILE: Json = {
+    "thinking_style": "thinking_type", "structured_output": "json_object", "strict_tools": False,
+    "forced_tool_choice": False, "files": False, "thinking_extra": {"clear_thinking": False}}
 
 
 def _glm_search(engine: str) -> Json:
@@ -1911,76 +2118,93 @@ def _glm_search(engine: str) -> Json:
         "enable": True, "search_engine": engine, "search_result": True}}}}
 
 
-_GLM = (("glm-5.2", 1_000_000, 131072, False), ("glm-5.3", 1_000_000, 131072, False),
-        ("glm-5.1", 200_000, 131072, False), ("glm-5", 204800, 131072, False), ("glm-4.7", 204800, 131072, False),
-        ("glm-4.7-flash", 200_000, 131072, False), ("glm-5v-turbo", 200_000, 131072, True),
-        ("glm-4.6v", 128_000, 32768, True))
-#: kimi-k3 and kimi-k2.7-code can't stop thinking; a call's reasoning must come back with it (platform.kimi.com).
-_KIMI_PROFILE: Json = {"thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True, "prefill": "partial",
-                       "efforts": ["low", "high", "max"], "strict_tools": False, "files": False}
-_KIMI = (("kimi-k2.6", 262144, 262144, True), ("kimi-k3", 1_048_576, 262144, True),
-         ("kimi-k2.7-code", 262144, 262144, True), ("kimi-k2.5", 262144, 262144, True))
-#: A budget and an effort exclude each other there, so that the effort, which not all models know, stays away.
-_QWEN_PROFILE: Json = {"thinking_style": "enable_thinking", "top_k": True, "forced_tool_choice_with_thinking": False,
-                       "efforts": [], "strict_tools": False, "files": False,
-                       "server_tools": {"web_search": {"fields": {"enable_search": True}}}}
-_QWEN = (("qwen3.7-plus", 1_000_000, 65536, True), ("qwen3.8-max", 1_000_000, 131072, True),
-         ("qwen3.8-flash", 1_000_000, 131072, True), ("qwen3-coder-plus", 1_000_000, 65536, False),
-         ("qwen3-vl-plus", 262144, 32768, True))
-#: Thinks between <think> tags and always (M2), knows no response_format (platform.minimax.io, OpenAI API).
-_MINIMAX_PROFILE: Json = {"thinking_style": "none", "think_tags": True, "efforts": [], "structured_output": "prompt",
-                          "max_tokens_field": "max_completion_tokens", "strict_tools": False, "files": False}
-_MINIMAX = (("MiniMax-M3", 512_000, 128_000, True), ("MiniMax-M2.7", 204800, 131072, False),
-            ("MiniMax-M2.5", 204800, 131072, False))
+_GLM = ("glm-5.2 1000000 131072, glm-5.3 1000000 131072, glm-5.1 200000 131072, "
+        "glm-5 204800 131072, glm-4.7 204800 131072, glm-4.7-flash 200000 131072, "
+        "glm-5v-turbo 200000 131072 +, glm-4.6v 128000 32768 +")
+#: kimi-k3 and kimi-k2.7-code can't stop thinking; a call's reasoning must come back with it
+#: (platform.kimi.com).
+_KIMI_PROFILE: Json = {
+    "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True,
+    "prefill": "partial", "efforts": ["low", "high", "max"], "strict_tools": False, "files": False}
+_KIMI = ("kimi-k2.6 262144 262144 +, kimi-k3 1048576 262144 +, kimi-k2.7-code 262144 262144 +, "
+         "kimi-k2.5 262144 262144 +")
+#: A budget and an effort exclude each other there, so that the effort, which not all models know,
+#: stays away.
+_QWEN_PROFILE: Json = {
+    "thinking_style": "enable_thinking", "top_k": True, "forced_tool_choice_with_thinking": False,
+    "efforts": [], "strict_tools": False, "files": False,
+    "server_tools": {"web_search": {"fields": {"enable_search": True}}}}
+_QWEN = ("qwen3.7-plus 1000000 65536 +, qwen3.8-max 1000000 131072 +, "
+         "qwen3.8-flash 1000000 131072 +, qwen3-coder-plus 1000000 65536, "
+         "qwen3-vl-plus 262144 32768 +")
+#: Thinks between <think> tags and always (M2), knows no response_format (platform.minimax.io).
+_MINIMAX_PROFILE: Json = {
+    "thinking_style": "none", "think_tags": True, "efforts": [], "structured_output": "prompt",
+    "max_tokens_field": "max_completion_tokens", "strict_tools": False, "files": False}
+_MINIMAX = ("MiniMax-M3 512000 128000 +, MiniMax-M2.7 204800 131072, MiniMax-M2.5 204800 131072")
+_DEEPSEEK_PROFILE: Json = {
+    "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True,
+    "efforts": ["low", "high", "max"], "vision": False, "files": False,
+    "structured_output": "json_object", "strict_tools": False}
 #: Houses of many models: a thinking switch that one model knows is a 400 from the next.
-_MIXED_PROFILE: Json = {"thinking_style": "none", "efforts": [], "strict_tools": False, "files": False}
+_MIXED_PROFILE: Json = {"thinking_style": "none", "efforts": [], "strict_tools": False,
+                        "files": False}
+_OPENROUTER_PROFILE: Json = {
+    "thinking_style": "reasoning_effort", "reasoning_field": "reasoning", "top_k": True,
+    "efforts": ["none", "minimal", "low", "medium", "high", "xhigh"]}
+_OPENAI_PROFILE: Json = {
+    "thinking_style": "reasoning_effort", "efforts": ["none", "low", "medium", "high", "xhigh"],
+    "reasoning_field": None, "max_tokens_field": "max_completion_tokens",
+    "user_field": "safety_identifier",
+    "extra_fields": ["user", "verbosity", "prompt_cache_key", "service_tier"]}
 #: Engines on this machine: chat templates that allow system at the top only, parts they can't read.
-_ENGINE_PROFILE: Json = {"thinking_style": "chat_template_kwargs", "efforts": [], "top_k": True, "mid_system": "user",
-                         "strict_tools": False, "files": False}
+_ENGINE_PROFILE: Json = {
+    "thinking_style": "chat_template_kwargs", "efforts": [], "top_k": True, "mid_system": "user",
+    "strict_tools": False, "files": False}
 
 #: By name; looked up in the makers' documentation and on models.dev, November 2026.
 PRESETS: Dict[str, Preset] = {
-    "zhipu": Preset("https://open.bigmodel.cn/api/paas/v4", "ZHIPU_API_KEY", _glm_search("search_std"), _GLM),
+    "zhipu": Preset("https://open.bigmodel.cn/api/paas/v4", "ZHIPU_API_KEY",
+                    _glm_search("search_std"), _GLM),
     "zai": Preset("https://api.z.ai/api/paas/v4", "ZAI_API_KEY", _glm_search("search-prime"), _GLM),
     "moonshot-cn": Preset("https://api.moonshot.cn/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
     "moonshot": Preset("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
-    "deepseek": Preset("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", {
-        "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True, "efforts": ["low", "high", "max"],
-        "vision": False, "files": False, "structured_output": "json_object", "strict_tools": False}, (
-            ("deepseek-flash", 1_000_000, 384_000, True), ("deepseek-v4-pro", 1_000_000, 384_000, False),
-            ("deepseek-v4-flash", 1_000_000, 384_000, True))),
-    "dashscope": Preset("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY", _QWEN_PROFILE, _QWEN),
-    "dashscope-intl": Preset("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY",
-                             _QWEN_PROFILE, _QWEN),
-    "minimax-cn": Preset("https://api.minimaxi.com/v1", "MINIMAX_API_KEY", _MINIMAX_PROFILE, _MINIMAX),
+    "deepseek": Preset("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", _DEEPSEEK_PROFILE,
+                       "deepseek-flash 1000000 384000 +, deepseek-v4-pro 1000000 384000, "
+                       "deepseek-v4-flash 1000000 384000 +"),
+    "dashscope": Preset("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY",
+                        _QWEN_PROFILE, _QWEN),
+    "dashscope-intl": Preset("https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
+                             "DASHSCOPE_API_KEY", _QWEN_PROFILE, _QWEN),
+    "minimax-cn": Preset("https://api.minimaxi.com/v1", "MINIMAX_API_KEY",
+                         _MINIMAX_PROFILE, _MINIMAX),
     "minimax": Preset("https://api.minimax.io/v1", "MINIMAX_API_KEY", _MINIMAX_PROFILE, _MINIMAX),
-    "siliconflow": Preset("https://api.siliconflow.cn/v1", "SILICONFLOW_API_KEY", _MIXED_PROFILE, (
-        ("zai-org/GLM-5.2", 1_000_000, 131072, False), ("deepseek-ai/DeepSeek-V4-Flash", 1_000_000, 384_000, False),
-        ("deepseek-ai/DeepSeek-V4-Pro", 1_000_000, 384_000, False),
-        ("Pro/moonshotai/Kimi-K2.6", 262_000, 262_000, True))),
-    "modelscope": Preset("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY", _MIXED_PROFILE, (
-        ("ZhipuAI/GLM-4.6", 202752, 0, False), ("Qwen/Qwen3-235B-A22B-Instruct-2507", 262144, 0, False),
-        ("Qwen/Qwen3-Coder-30B-A3B-Instruct", 262144, 0, False))),
-    "openrouter": Preset("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", {
-        "thinking_style": "reasoning_effort", "efforts": ["none", "minimal", "low", "medium", "high", "xhigh"],
-        "reasoning_field": "reasoning", "top_k": True}, (
-            ("z-ai/glm-5.2", 1_048_576, 0, False), ("deepseek/deepseek-v4-flash", 1_048_576, 0, False),
-            ("moonshotai/kimi-k2.6", 262144, 0, True))),
+    "siliconflow": Preset("https://api.siliconflow.cn/v1", "SILICONFLOW_API_KEY", _MIXED_PROFILE,
+                          "zai-org/GLM-5.2 1000000 131072, "
+                          "deepseek-ai/DeepSeek-V4-Flash 1000000 384000, "
+                          "deepseek-ai/DeepSeek-V4-Pro 1000000 384000, "
+                          "Pro/moonshotai/Kimi-K2.6 262000 262000 +"),
+    "modelscope": Preset("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY",
+                         _MIXED_PROFILE, "ZhipuAI/GLM-4.6 202752, "
+                         "Qwen/Qwen3-235B-A22B-Instruct-2507 262144, "
+                         "Qwen/Qwen3-Coder-30B-A3B-Instruct 262144"),
+    "openrouter": Preset("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", _OPENROUTER_PROFILE,
+                         "z-ai/glm-5.2 1048576, deepseek/deepseek-v4-flash 1048576, "
+                         "moonshotai/kimi-k2.6 262144 +"),
     "nvidia": Preset("https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY", {
-        **_MIXED_PROFILE, "reasoning_field": None, "user_field": None, "parallel_tool_calls": False}, (
-            ("z-ai/glm-5.1", 202752, 131072, False), ("minimaxai/minimax-m2.7", 204800, 0, False),
-            ("nvidia/nemotron-3-super-120b-a12b", 262144, 0, False))),
-    "openai": Preset("https://api.openai.com/v1", "OPENAI_API_KEY", {
-        "thinking_style": "reasoning_effort", "efforts": ["none", "low", "medium", "high", "xhigh"],
-        "reasoning_field": None, "max_tokens_field": "max_completion_tokens", "user_field": "safety_identifier",
-        "extra_fields": ["user", "verbosity", "prompt_cache_key", "service_tier"]}, (
-            ("gpt-5.6", 1_050_000, 128_000, True), ("gpt-5.5", 1_050_000, 128_000, True),
-            ("gpt-5.4", 1_050_000, 128_000, True))),
+        **_MIXED_PROFILE, "reasoning_field": None, "user_field": None,
+        "parallel_tool_calls": False}, "z-ai/glm-5.1 202752 131072, minimaxai/minimax-m2.7 204800, "
+                     "nvidia/nemotron-3-super-120b-a12b 262144"),
+    "openai": Preset("https://api.openai.com/v1", "OPENAI_API_KEY", _OPENAI_PROFILE,
+                     "gpt-5.6 1050000 128000 +, gpt-5.5 1050000 128000 +, "
+                     "gpt-5.4 1050000 128000 +"),
     "ollama": Preset("http://127.0.0.1:11434/v1", "", {
         **_ENGINE_PROFILE, "thinking_style": "none", "reasoning_field": "reasoning"}),
-    "lmstudio": Preset("http://127.0.0.1:1234/v1", "", {**_ENGINE_PROFILE, "thinking_style": "none"}),
+    "lmstudio": Preset("http://127.0.0.1:1234/v1", "", {
+        **_ENGINE_PROFILE, "thinking_style": "none"}),
     "llamacpp": Preset("http://127.0.0.1:8080/v1", "", _ENGINE_PROFILE),
-    "vllm": Preset("http://127.0.0.1:8000/v1", "", {**_ENGINE_PROFILE, "prefill": "continue_final_message"}),
+    "vllm": Preset("http://127.0.0.1:8000/v1", "", {
+        **_ENGINE_PROFILE, "prefill": "continue_final_message"}),
 }
 
 #: Presets of engines that are looked for on this machine.
@@ -1988,19 +2212,26 @@ LOCAL_ENGINES = ("ollama", "lmstudio", "llamacpp", "vllm")
 
 
 def entry_at(base_url: str, preset: Optional[Preset] = None) -> Json:
-    """An entry of `providers` for an address, with the facts of `preset` or of the one that lives there.
+    """An entry of `providers` for an address, with the facts of `preset` or of who lives there.
 
     Whoever pastes an address gets the facts as well, and a bare host of a known API gets its path.
     """
-    place, slash, path = base_url.strip().partition("://")[2].partition("/")
-    at_home = next((known for known in PRESETS.values() if urllib.parse.urlsplit(known.base_url).netloc == place), None)
+    host, slash, path = base_url.strip().partition("://")[2].partition("/")
+    at_home = next((known for known in PRESETS.values()
+                    if urllib.parse.urlsplit(known.base_url).netloc == host), None)
     known = preset or at_home
     facts = known.entry("") if known else {}
-    return {**facts, "base_url": at_home.base_url if at_home and not path.strip("/") else base_url}
+    if at_home and not path.strip("/"):
+        base_url = at_home.base_url
+    return {**facts, "base_url": base_url}
 
 
-def entry_for(name: str, kind: str, base_url: str, preset: Optional[Preset], models: Iterable[Any]) -> Json:
-    """An entry of `providers` out of a preset, an address or both; of `models` named here a preset knows the facts."""
+def entry_for(name: str, kind: str, base_url: str, preset: Optional[Preset],
+              models: Iterable[Any]) -> Json:
+    """An entry of `providers` out of a preset, an address or both.
+
+    Of `models` that are named here a preset knows the facts.
+    """
     entry = entry_at(base_url, preset) if base_url or preset is None else preset.entry("")
     entry = {**entry, "name": name, "kind": kind or "openai"}
     known = {model["id"]: model for model in entry.get("models", ())}
@@ -2015,7 +2246,10 @@ SECRET_ROADS = ("base_url", "messages_url", "responses_url", "proxy")
 
 
 def leads_elsewhere(old: Any, new: Any) -> bool:
-    """Whether a URL that replaces another one has another scheme, host or port: secrets that are stored do not go there."""
+    """Whether a URL that replaces another one has another scheme, host or port.
+
+    Stored secrets do not go there.
+    """
     def place(url: Any) -> Tuple[str, str]:
         scheme, _, rest = str(url or "").strip().lower().partition("://")
         host = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
@@ -2035,14 +2269,15 @@ def hide_secrets(name: str, value: Any) -> Any:
     if name == "providers" and isinstance(value, list):
         return [_hide_in_provider(entry) if isinstance(entry, dict) else entry for entry in value]
     if name == "accounts" and isinstance(value, dict):
-        return {account: {key: mask(str(item)) if key in LOGIN_SECRETS else item for key, item in login.items()}
-                if isinstance(login, dict) else "…" for account, login in value.items()}
+        return {account: {key: mask(str(item)) if key in LOGIN_SECRETS else item
+                          for key, item in login.items()} if isinstance(login, dict) else "…"
+                for account, login in value.items()}
     return value
 
 
 def _hide_in_provider(entry: Json) -> Json:
     def hide(text: Any) -> Any:
-        return text if isinstance(text, str) and _REFERENCE.fullmatch(text) else mask(str(text))
+        return text if isinstance(text, str) and re.fullmatch(_REFERENCE, text) else mask(str(text))
 
     shown = dict(entry)
     for name, value in entry.items():
@@ -2153,7 +2388,7 @@ class Router:
         for provider in self.providers.values():
             if provider.problem:
                 self.problems.append(f"provider {provider.name} is disabled: {provider.problem}")
-            self.problems += [f"provider {provider.name}: {slip}" for slip in provider.slips]
+            self.problems += [f"provider {provider.name}: {warning}" for warning in provider.warnings]
         self.default = self._default(settings.default_provider)
         self.aliases = self._parse_aliases(settings.aliases)
         self.default_model = settings.default_model or model_name or self._first_model()
@@ -2565,32 +2800,6 @@ class Plan:
 # === 7. Chat and SSE (pure) ==================================================
 #
 # Sections 6 to 9 know no socket, clock, file, thread or log: ids and the time come in as arguments.
-
-#: How an upstream's Chat differs from the plain one; a provider's `profile` overrides.
-DEFAULT_PROFILE: Json = {
-    "thinking_style": "thinking_type",        #: or enable_thinking, chat_template_kwargs, reasoning_effort, none
-    "thinking_extra": {},                     #: beside "enabled": GLM {"clear_thinking": false}, Kimi {"keep": "all"}
-    "template_switch": "enable_thinking",     #: in chat_template_kwargs; other templates: thinking
-    "reasoning_field": "reasoning_content",   #: where earlier reasoning goes back; None: nowhere
-    "require_reasoning_on_tool_calls": False,  #: DeepSeek, Kimi: 400 without it; "all": in each assistant message
-    "vision": True,
-    "files": True,
-    "mid_system": "system",                   #: "user" for templates that allow system at the top only
-    "max_tokens_field": "max_tokens",
-    "structured_output": "json_schema",       #: json_schema, json_object, prompt
-    "efforts": ["low", "medium", "high", "xhigh", "max"],
-    "top_k": False,
-    "user_field": "user",
-    "extra_fields": [],                       #: of Responses: user, verbosity, prompt_cache_key, service_tier
-    "forced_tool_choice": True,               #: False: it knows tool_choice "auto" alone
-    "forced_tool_choice_with_thinking": True,
-    "parallel_tool_calls": True,
-    "stream_usage": True,
-    "think_tags": False,
-    "server_tools": "drop",                   #: drop, error, or family -> its `tools` entry or the request's {"fields": …}
-    "strict_tools": True,
-    "prefill": None,                          #: partial, prefix, continue_final_message
-}
 
 #: Weakest to strongest; a provider knows some of them.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -11049,7 +11258,7 @@ class State(NamedTuple):
     """What a request works on from its start to its end, whatever is changed meanwhile."""
     settings: Settings
     router: Router
-    door: Doorkeeper
+    door: ClientAuth
 
     def chain_for(self, call: Call) -> List[Target]:
         """The targets of a call; BadRequest, NotLoggedIn, Forbidden where its key may not use the
@@ -11619,7 +11828,7 @@ class Gateway:
         self._lock = threading.Lock()
         self._watch: Optional[FileWatch] = None
         self._engines = LocalEngines(self)
-        self.state = State(Settings(), Router(Settings(), {}), Doorkeeper(Settings()))
+        self.state = State(Settings(), Router(Settings(), {}), ClientAuth(Settings()))
         if config is None:
             self.apply(settings or Settings())
         else:
@@ -11637,7 +11846,7 @@ class Gateway:
 
     def apply(self, settings: Settings) -> None:
         """Work with `settings` from the next request on; running ones keep theirs."""
-        router, door = self.routed(settings), Doorkeeper(settings)
+        router, door = self.routed(settings), ClientAuth(settings)
         self.equip(router)
         with self._lock:
             self.limiter.keep_keys(key.name for key in door.keys)
@@ -12059,7 +12268,7 @@ def explain(gateway: Gateway, body: Json) -> Json:
     """
     for name, kind in _EXPLAINED.items():
         if name in body and not has_type(body[name], kind):
-            raise BadRequest(f"{name}: {_KIND_NAME[kind.__name__]} expected", param=name)
+            raise BadRequest(f"{name}: {KIND_WORDS[kind.__name__]} expected", param=name)
     dialect = body.get("dialect", "chat")
     if dialect not in ("chat", "messages", "responses"):
         raise BadRequest("dialect: chat, messages or responses expected", param="dialect")
@@ -13659,8 +13868,11 @@ def read_fields(handler: Handler, kinds: Mapping[str, str]) -> Json:
         if name not in kinds:
             raise BadRequest(f"{one_line(name, 60)}: no such field" + nearest(name, kinds),
                              param=one_line(name, 60))
-        if value is not None and not has_type(value, _KINDS[kinds[name]]):
-            raise BadRequest(f"{name}: {_KIND_NAME[kinds[name]]} expected", param=name)
+        try:
+            if value is not None:
+                KIND_SHAPES[kinds[name]](value, name)
+        except ValueError as exc:
+            raise BadRequest(str(exc), param=name) from None
     return body
 
 
@@ -14058,15 +14270,15 @@ def told_setting(gateway: Gateway, name: str) -> Json:
     facts, default = SETTING[name].metadata, default_of(name)
     value, secret = getattr(gateway.settings, name), bool(facts.get("secret"))
     told: Json = {"name": name, "kind": facts["kind"],
-                  "label": dict(zip(("zh", "en"), facts["label"])),
+                  "label": dict(zip(("zh", "en"), SETTING_TEXTS[name])),
                   "group": next(group for group, names in SETTING_GROUPS.items() if name in names),
                   "value": hide_secrets(name, value), "default": hide_secrets(name, default),
                   "origin": gateway.origins.get(name, "default"), "secret": secret,
                   "restart": bool(facts.get("restart")), "file_only": bool(facts.get("file_only"))}
     told.update((key, facts[key]) for key in ("choices", "low", "high", "flag", "older")
                 if key in facts)
-    if "hint" in facts:
-        told["hint"] = dict(zip(("zh", "en"), facts["hint"]))
+    if SETTING_TEXTS[name][2:]:
+        told["hint"] = dict(zip(("zh", "en"), SETTING_TEXTS[name][2:]))
     return {**told, **({"set": bool(value)} if secret else {})}
 
 
@@ -14267,7 +14479,7 @@ def checked_settings(gateway: Gateway, given: Json,
         try:
             value = check_setting(name, given[name])
         except ValueError as exc:
-            raise BadRequest(f"{name}: {exc}", param=name) from None
+            raise BadRequest(str(exc), param=name) from None
         current = getattr(gateway.settings, name)
         if not (SETTING[name].metadata.get("secret") and value
                 and value == hide_secrets(name, current)):
@@ -14402,7 +14614,7 @@ def kept_header(name: str, value: Any, before: Json) -> str:
 def new_secret(text: str, param: str) -> str:
     """A secret as providers keep it; `$NAME` would read the server's environment, which the page
     may not."""
-    if _REFERENCE.fullmatch(text) or is_sealed(text):
+    if re.fullmatch(_REFERENCE, text) or is_sealed(text):
         raise BadRequest(
             f"{param}: {one_line(text, 40)} can't be added here; put it into config.json, or use "
             "`provider add` on the command line", param=param, code="reference")
@@ -14413,7 +14625,7 @@ def check_provider(entry: Json) -> Provider:
     """BadRequest for an entry that can't work; whether its variables are set is not the page's
     business."""
     def literal(text: Any) -> bool:
-        return not (isinstance(text, str) and (_REFERENCE.fullmatch(text) or is_sealed(text)))
+        return not (isinstance(text, str) and (re.fullmatch(_REFERENCE, text) or is_sealed(text)))
 
     tried = dict(
         entry)                  # what is of the wrong type stays, for parse_provider to name it
@@ -14425,7 +14637,7 @@ def check_provider(entry: Json) -> Provider:
     try:
         provider = parse_provider(tried, {})
         problem = provider.problem or "".join([*proxy_problems(Settings(), [provider]), *(
-            slip for slip in provider.slips if " makes no sense" in slip)][:1])
+            warning for warning in provider.warnings if PROFILE_IGNORED in warning)][:1])
     except ValueError as exc:
         raise BadRequest(str(exc), param="name") from None
     if problem:
@@ -17971,12 +18183,12 @@ def _expected(name: str) -> str:
 def _parse_for(where: str, name: str, text: str) -> Any:
     """`text` as a value of the setting `name`; UsageError says what `where` takes instead."""
     try:
-        return parse_setting(name, text)
+        return parse_setting(name, text, where)
     except ValueError as exc:
         facts = SETTING[name].metadata
-        if facts.get("secret") or facts["kind"] == "str" and name in INNER_CHECKS or (
+        if facts.get("secret") or facts["kind"] == "str" and name in SETTING_SHAPES or (
                 facts["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{")):
-            raise UsageError(f"{where}: {exc}") from None        # which part of it, and why
+            raise UsageError(str(exc)) from None         # which part of it, and why
         shown = one_line(text, 60) or '""'
         raise UsageError(tr("bad_value", where=where, value=shown, expected=_expected(name))) from None
 
@@ -18501,7 +18713,7 @@ def _listed(text: str) -> List[str]:
 
 def _stored_key(text: str, variable: str) -> str:
     """A key as config.json is to hold it: `$NAME` stays `$NAME`, so that the secret itself is not in the file."""
-    if _REFERENCE.fullmatch(text):
+    if re.fullmatch(_REFERENCE, text):
         if not os.environ.get(text[1:]):
             _say(f"note: {text[1:]} is not set here; set it where the server starts")
         return text
@@ -18518,7 +18730,7 @@ def _new_provider(args: Any) -> Json:
     variable = preset.key if preset else ""
     key = args.api_key if args.api_key is not None else "$" + variable if variable else None
     entry["api_keys"] = [] if key is None else [_stored_key(key, variable)]
-    literal = [key for key in entry["api_keys"] if not _REFERENCE.fullmatch(key)]
+    literal = [key for key in entry["api_keys"] if not re.fullmatch(_REFERENCE, key)]
     try:
         provider = parse_provider({**entry, "api_keys": literal}, os.environ)
     except ValueError as exc:
