@@ -9013,7 +9013,7 @@ DEFAULT_ACCOUNT = "default"
 OAUTH_PORT = 11451
 OAUTH_PATH = "/oauth2callback"
 
-#: Longest silence and longest answer of the login host; longest wait for who else is refreshing (two requests of his).
+#: Longest silence and longest answer of the login host; longest wait for another one's refresh.
 OAUTH_SILENCE_S, OAUTH_ANSWER_S, OAUTH_LOCK_S = 20, 30, 120
 
 #: How long a login may take in the browser.
@@ -9021,7 +9021,10 @@ LOGIN_TIMEOUT_S = 300
 
 ACCESS, REFRESH = "oauth_access_token", "oauth_refresh_token"
 
-#: Ours in a login: the tokens are new, but the API key that belongs to them could not be asked for yet.
+#: How a sentence ends after which nothing has changed.
+KEPT = "what is stored stays as it is"
+
+#: Ours in a login: its tokens are new, but their API key could not be asked for yet.
 KEY_DUE = "iflow2api_key_due"
 
 #: What a logout takes away; the rest of the file is the CLI's.
@@ -9034,7 +9037,7 @@ def object_of(value: Any) -> Json:
 
 
 def parse_time(value: Any) -> Optional[float]:
-    """Epoch seconds of an ISO 8601 text (without a zone: local time, as in JavaScript), or of a number of them.
+    """Epoch seconds of an ISO 8601 text (without a zone: local time, as in JavaScript) or a number.
 
     Numbers beyond 1e11 are milliseconds.  None for what is no time, or one that no calendar has.
     """
@@ -9042,7 +9045,9 @@ def parse_time(value: Any) -> Optional[float]:
         if has_type(value, (int, float)):
             at = value / 1000 if value > 1e11 else float(value)
         else:
-            at = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", value.strip())).timestamp()
+            text = value.strip()
+            text = text[:-1] + "+00:00" if text[-1:] in ("z", "Z") else text
+            at = datetime.fromisoformat(text).timestamp()
         format_time(at)
     except (AttributeError, TypeError, ValueError, OverflowError, OSError):
         return None
@@ -9054,8 +9059,12 @@ def format_time(at: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
 
 
+def with_query(url: str, fields: Mapping[str, str]) -> str:
+    return f"{url}{'&' if '?' in url else '?'}{urllib.parse.urlencode(fields)}"
+
+
 class OAuth:
-    """The talk with iFlow's login host.  Whatever it answers, what comes out is usable, or a LoginFailed."""
+    """Requests to iFlow's login host; the result is usable, whatever it answers, or LoginFailed."""
 
     def __init__(self, upstream: Upstream, settings: Callable[[], Settings],
                  clock: Callable[[], float] = time.time) -> None:
@@ -9064,40 +9073,45 @@ class OAuth:
     def address(self, redirect_uri: str, state: str) -> str:
         """Where the browser logs in."""
         settings = self._settings()
-        query = urllib.parse.urlencode({"loginMethod": "phone", "type": "phone", "client_id": settings.oauth_client_id,
-                                        "redirect": redirect_uri, "state": state})
-        return f"{settings.iflow_auth_url}{'&' if '?' in settings.iflow_auth_url else '?'}{query}"
+        return with_query(settings.iflow_auth_url, {
+            "loginMethod": "phone", "type": "phone", "client_id": settings.oauth_client_id,
+            "redirect": redirect_uri, "state": state})
 
     def exchange(self, code: str, redirect_uri: str) -> Json:
         """Tokens for the code that the browser came back with."""
-        return self._tokens({"grant_type": "authorization_code", "code": code, "redirect_uri": redirect_uri})
+        return self._tokens({"grant_type": "authorization_code", "code": code,
+                             "redirect_uri": redirect_uri})
 
     def refresh(self, refresh_token: str) -> Json:
         """New tokens for a refresh token, which is used up by this."""
-        return {REFRESH: refresh_token, **self._tokens({"grant_type": "refresh_token", "refresh_token": refresh_token})}
+        return {REFRESH: refresh_token, **self._tokens({
+            "grant_type": "refresh_token", "refresh_token": refresh_token})}
 
     def user_info(self, access_token: str) -> Json:
         """Whose login it is, and the `apiKey` of the model API, which is never the access token."""
-        url = self._settings().iflow_userinfo_url
-        query = urllib.parse.urlencode({"accessToken": access_token})
-        status, answer = self._ask("GET", f"{url}{'&' if '?' in url else '?'}{query}", None, [])
+        url = with_query(self._settings().iflow_userinfo_url, {"accessToken": access_token})
+        status, answer = self._ask("GET", url, None, [])
         data = object_of(answer.get("data"))
         key = data.get("apiKey")
         if status != 200 or answer.get("success") is False:
             raise self._refusal("the API key", status, answer, access_token)
         if not isinstance(key, str) or not account_keys({"": {"apiKey": key.strip()}}):
-            raise LoginFailed("iFlow knows the login, but has no API key for it: see at https://iflow.cn whether the "
-                              "account has one, then run: python iflow2api.py login", refused=True)
+            raise LoginFailed("iFlow knows the login, but has no API key for it: see at "
+                              "https://iflow.cn whether the account has one, then run: "
+                              "python iflow2api.py login", refused=True)
         return {**data, "apiKey": key.strip()}
 
     def _tokens(self, form: Dict[str, str]) -> Json:
         settings = self._settings()
-        pair = {"client_id": settings.oauth_client_id, "client_secret": settings.oauth_client_secret}
+        pair = {"client_id": settings.oauth_client_id,
+                "client_secret": settings.oauth_client_secret}
         basic = base64.b64encode(":".join(pair.values()).encode()).decode()
-        status, answer = self._ask("POST", settings.iflow_token_url, urllib.parse.urlencode({**form, **pair}).encode(),
+        body = urllib.parse.urlencode({**form, **pair}).encode()
+        status, answer = self._ask("POST", settings.iflow_token_url, body,
                                    [("Authorization", "Basic " + basic)])
         access = answer.get("access_token")
-        if status != 200 or answer.get("success") is False or not isinstance(access, str) or not access:
+        if status != 200 or answer.get("success") is False or not (
+                isinstance(access, str) and access):
             raise self._refusal("tokens", status, answer, form.get("code") or form["refresh_token"])
         tokens: Json = {ACCESS: access}
         if isinstance(answer.get("refresh_token"), str) and answer["refresh_token"]:
@@ -9106,27 +9120,33 @@ class OAuth:
             lasts_s = float(answer.get("expires_in"))
         except (TypeError, ValueError, OverflowError):
             lasts_s = 0.0
-        tokens["oauth_expires_at"] = format_time(self._clock() + lasts_s) if 0 < lasts_s < 1e9 else None
+        tokens["oauth_expires_at"] = (format_time(self._clock() + lasts_s)
+                                      if 0 < lasts_s < 1e9 else None)
         return tokens
 
-    def _ask(self, method: str, url: str, body: Optional[bytes], headers: List[Tuple[str, str]]) -> Tuple[int, Json]:
-        """Status and JSON object of an answer; the address is not named in errors, since it may hold a token."""
+    def _ask(self, method: str, url: str, body: Optional[bytes],
+             headers: List[Tuple[str, str]]) -> Tuple[int, Json]:
+        """Status and JSON object of an answer; errors name no query, since it may hold a token."""
         base, _, query = url.partition("?")
         if not re.match(r"https?://[^/\s]", base):
-            raise LoginFailed(f"{one_line(base, 80)!r} is no address: see iflow_token_url and iflow_userinfo_url")
+            raise LoginFailed(f"{one_line(base, 80)!r} is no address: see iflow_token_url and "
+                              "iflow_userinfo_url")
         host = Provider("iFlow's login host", base)
         until = time.monotonic() + OAUTH_ANSWER_S
-        headers = [("User-Agent", f"iflow2api/{__version__}"), ("Accept", "application/json"), *headers]
+        headers = [("User-Agent", f"iflow2api/{__version__}"), ("Accept", "application/json"),
+                   *headers]
         parts: List[bytes] = []
         try:
-            with self._upstream.open(host, self._settings(), method, query and "?" + query, headers, body, NOBODY,
-                                     OAUTH_SILENCE_S, "application/x-www-form-urlencoded") as exchange:
+            with self._upstream.open(
+                    host, self._settings(), method, query and "?" + query, headers, body, NOBODY,
+                    OAUTH_SILENCE_S, "application/x-www-form-urlencoded") as exchange:
                 while not parts or parts[-1]:
                     parts.append(exchange.read())
                     if time.monotonic() > until or len(parts) > 10_000:
-                        raise UpstreamTimeout(f"iFlow's login host did not finish its answer within {OAUTH_ANSWER_S} s")
+                        raise UpstreamTimeout("iFlow's login host did not finish its answer "
+                                              f"within {OAUTH_ANSWER_S} s")
         except UpstreamError as exc:
-            raise LoginFailed(f"{one_line(exc.message)}; what is stored stays as it is") from None
+            raise LoginFailed(f"{one_line(exc.message)}; {KEPT}") from None
         except ValueError:
             raise LoginFailed(f"{one_line(base, 80)!r} has no valid port") from None
         try:
@@ -9136,29 +9156,32 @@ class OAuth:
         if not isinstance(answer, dict):
             is_page = "html" in exchange.content_type or parts[0].lstrip()[:1] == b"<"
             what = "an HTML page" if is_page else "something else"
-            raise LoginFailed(f"iFlow's login host answered {exchange.status} with {what} instead of JSON; "
-                              "what is stored stays as it is")
+            raise LoginFailed(f"iFlow's login host answered {exchange.status} with {what} instead "
+                              f"of JSON; {KEPT}")
         return exchange.status, answer
 
     @staticmethod
     def _refusal(wanted: str, status: int, answer: Json, secret: str) -> LoginFailed:
         """What an answer without what was wanted means: overloaded, dead, or refused for now."""
-        texts = [answer.get(name) for name in ("error_description", "message", "msg", "error")]
+        names = ("error_description", "message", "msg", "error")
+        texts = [answer.get(name) for name in names]
         text = next((text for text in texts if isinstance(text, str) and text), "no reason")
         said = one_line(text.replace(secret, "…"), 200)
         if answer.get("error") == "invalid_grant":
             return LoginFailed(f"iFlow refused the login as used up or too old ({said}); "
                                "run: python iflow2api.py login", refused=True, dead=True)
-        if status == 200 and answer.get("success") is False or status in (408, 429) or status >= 500:
-            return LoginFailed(f"iFlow's login host is overloaded or out of order ({status}: {said}); "
-                               "what is stored stays as it is")
-        return LoginFailed(f"iFlow's login host gave no {wanted} ({status}: {said})", refused=400 <= status < 500)
+        out_of_order = status in (408, 429) or status >= 500
+        if out_of_order or status == 200 and answer.get("success") is False:
+            return LoginFailed(f"iFlow's login host is overloaded or out of order ({status}: "
+                               f"{said}); {KEPT}")
+        return LoginFailed(f"iFlow's login host gave no {wanted} ({status}: {said})",
+                           refused=400 <= status < 500)
 
 
 class LoginFile:
-    """Where one account's login lies: in the iFlow CLI's own file, or in `accounts` of config.json.
+    """Where one account's login lies: in the iFlow CLI's file, or in `accounts` of config.json.
 
-    Both speak the CLI's field names.  Everything else in the file survives.  Errors are LoginFailed.
+    Both have the CLI's field names; everything else in the file survives.  Raises LoginFailed.
     """
 
     def __init__(self, account: str, config: Optional[ConfigFile]) -> None:
@@ -9183,13 +9206,15 @@ class LoginFile:
                 return read_json_file(self.path)
             accounts = self._config.read().get("accounts") if self._config else None
         except ConfigBroken as exc:
-            raise LoginFailed(f"{exc}; repair the file or move it away, nothing was written to it") from None
+            raise LoginFailed(f"{exc}; repair the file or move it away, nothing was written to "
+                              "it") from None
         return object_of(object_of(accounts).get(self.account))
 
     def update(self, changes: Json) -> None:
         """Change fields of the login; None takes one away."""
         def merge(login: Json) -> Json:
-            return {name: value for name, value in {**login, **changes}.items() if value is not None}
+            merged = {**login, **changes}
+            return {name: value for name, value in merged.items() if value is not None}
 
         def edit(raw: Json) -> None:
             accounts = object_of(raw.get("accounts"))
@@ -9205,7 +9230,7 @@ class LoginFile:
             raise LoginFailed(f"{self.path} can't be written: {exc.strerror or exc}") from None
 
     def pending(self) -> Tuple[Json, str]:
-        """Tokens that a killed process of an earlier version left, and the hash of the refresh token they were got for.
+        """Tokens that an earlier version, killed, left, and the hash of the refresh token spent.
 
         ({}, "") where there are none.
         """
@@ -9213,11 +9238,14 @@ class LoginFile:
         if os.path.exists(self._pending_path):
             with contextlib.suppress(ConfigBroken, SealBroken):
                 found = map_secrets(read_json_file(self._pending_path), self._opened)
-        tokens, used = object_of(object_of(found.get("accounts")).get(self.account)), found.get("used")
-        return (tokens, used) if isinstance(used, str) and isinstance(tokens.get(REFRESH), str) else ({}, "")
+        tokens = object_of(object_of(found.get("accounts")).get(self.account))
+        used = found.get("used")
+        is_usable = isinstance(used, str) and isinstance(tokens.get(REFRESH), str)
+        return (tokens, str(used)) if is_usable else ({}, "")
 
     def _opened(self, place: str, secret: str) -> str:
-        return self._config.vault.open(secret) if self._config is not None and is_sealed(secret) else secret
+        is_ours = self._config is not None and is_sealed(secret)
+        return self._config.vault.open(secret) if self._config and is_ours else secret
 
     def drop_pending(self) -> None:
         with contextlib.suppress(OSError):
@@ -9227,7 +9255,7 @@ class LoginFile:
     def held(self) -> Iterator[None]:
         """For the time of the `with` nobody else refreshes this login, and the file can be written.
 
-        Asked before the host is: tokens that can't be stored would be lost, and the old ones are used up by then.
+        Asked before the host is: the old tokens are used up by then.
         """
         if self.path.startswith("~"):
             raise LoginFailed("there is no home folder to keep the login in: set HOME")
@@ -9235,7 +9263,8 @@ class LoginFile:
             try:
                 stack.enter_context(FileLock(self._lock_path, OAUTH_LOCK_S))
             except OSError as exc:
-                raise LoginFailed(f"{os.path.dirname(self.path)} can't be written: {exc.strerror or exc}") from None
+                raise LoginFailed(f"{os.path.dirname(self.path)} can't be written: "
+                                  f"{exc.strerror or exc}") from None
             if os.path.isdir(self.path):
                 raise LoginFailed(f"{self.path} is a folder; move it away")
             if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
@@ -9245,7 +9274,7 @@ class LoginFile:
 
 def login_end(login: Json) -> Optional[float]:
     """When the login has to be refreshed at the latest, epoch seconds; None: unknown."""
-    ends = [parse_time(login.get(name)) for name in ("oauth_expires_at", "api_key_expires_at")]
+    ends = map(parse_time, (login.get("oauth_expires_at"), login.get("api_key_expires_at")))
     return min((end for end in ends if end is not None), default=None)
 
 
@@ -9271,18 +9300,20 @@ class Refreshed:
 class Refresher:
     """Keeps logins fresh: looks now and then, and at once when the API has refused a key.
 
-    A refresh token works only once, so one refreshes at a time, among threads and processes (LoginFile.held), and reads
-    the file again before.  New tokens are written before anything else is asked.  Clocks only decide when to ask: no
-    login is given up because of one, since a router's is wrong until NTP has set it.
+    A refresh token works only once, so one refreshes at a time, among threads and processes
+    (LoginFile.held), and reads the file again before.  New tokens are written before anything else
+    is asked.  Clocks only decide when to ask: no login is given up because of one, since a router's
+    is wrong until NTP has set it.
     """
     LOOK_S, AHEAD_S = 15 * 60.0, 24 * 3600.0
-    BACKOFF_S = (30.0, 60.0, 120.0, 240.0, 300.0)        #: the host is overloaded; then at every look
-    RENEWED_S = 60.0                     #: a key refused again so soon is not an old one
+    BACKOFF_S = (30.0, 60.0, 120.0, 240.0, 300.0)    #: the host is overloaded; then at every look
+    RENEWED_S = 60.0                     #: a key refused again within this time was not stale
 
-    def __init__(self, oauth: OAuth, files: Callable[[], List[LoginFile]], changed: Callable[[], None],
-                 clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic,
+    def __init__(self, oauth: OAuth, files: Callable[[], List[LoginFile]],
+                 changed: Callable[[], None], clock: Callable[[], float] = time.time,
+                 monotonic: Callable[[], float] = time.monotonic,
                  log: logging.Logger = log) -> None:
-        """`files` are the logins to look after, `changed` is called when one of them was written."""
+        """`files` are the logins to look after, `changed` is called when one was written."""
         self._oauth, self._files, self._changed = oauth, files, changed
         self._clock, self._monotonic, self._log = clock, monotonic, log
         self._states: Dict[str, Refreshed] = {}
@@ -9326,8 +9357,8 @@ class Refresher:
             except LoginFailed:          # the gateway names a broken file
                 continue
             state = self.state(file.account)
-            if state.dead_token and login.get(REFRESH) != state.dead_token:      # somebody logged in again
-                state = self._states[file.account] = Refreshed()
+            if state.dead_token and login.get(REFRESH) != state.dead_token:
+                state = self._states[file.account] = Refreshed()     # somebody logged in again
             if not state.unsaved:
                 state.unsaved, state.unsaved_for = file.pending()
             if self._is_due(login, state) and not self._closing:
@@ -9339,12 +9370,14 @@ class Refresher:
     def _is_due(self, login: Json, state: Refreshed) -> bool:
         end = login_end(login)
         ends_soon = end is not None and end - self._clock() < self.AHEAD_S
-        return self._may_ask(login, state) and (login.get(KEY_DUE) is True or bool(state.unsaved) or ends_soon)
+        return self._may_ask(login, state) and (
+            login.get(KEY_DUE) is True or bool(state.unsaved) or ends_soon)
 
     def _may_ask(self, login: Json, state: Refreshed) -> bool:
-        """Whether there is a token to ask the host with: it lives, and it was not asked just now."""
+        """Whether there is a token to ask with that lives, and the host was not asked just now."""
         token = login.get(REFRESH)
-        return isinstance(token, str) and token not in ("", state.dead_token) and self._monotonic() >= state.next_at
+        return isinstance(token, str) and token not in ("", state.dead_token) and (
+            self._monotonic() >= state.next_at)
 
     def renew(self, account: str, key: str, client: Client) -> str:
         """The key to use instead of `key`, which the API refused; "" where a refresh brings none.
@@ -9356,7 +9389,8 @@ class Refresher:
 
         def refresh() -> None:
             try:
-                found.extend(self._refresh(file, key) for file in self._files() if file.account == account)
+                found.extend(self._refresh(file, key) for file in self._files()
+                             if file.account == account)
             finally:
                 done.set()
 
@@ -9365,18 +9399,22 @@ class Refresher:
         return "".join(found)
 
     def _refresh(self, file: LoginFile, stale: Optional[str]) -> str:
-        """Refresh one login, unless somebody else just did; its key, "" if that failed.  `stale`: a refused key."""
+        """Refresh one login, unless somebody else just did; its key, "" if that failed.
+
+        `stale`: a key that the API has refused.
+        """
         state, token = self.state(file.account), ""
         try:
             before = file.read()
             token = before.get(REFRESH) or ""
             if stale is not None and not self._may_ask(before, state):
-                return self._key_of(before) if state.ok or self._key_of(before) != stale else ""
+                is_new = state.ok or self._key_of(before) != stale
+                return self._key_of(before) if is_new else ""
             with file.held():
                 token = self._save_left_over(file, state) or token
                 login = file.read()
-                others = login.get(REFRESH) != token or stale not in (None, self._key_of(login))
-                if not others and (stale is not None or self._is_due(login, state)):
+                is_done = login.get(REFRESH) != token or stale not in (None, self._key_of(login))
+                if not is_done and (stale is not None or self._is_due(login, state)):
                     login = self._ask(file, login, state, stale is not None)
                     self._note(state, file, None, token)
         except LoginFailed as exc:
@@ -9392,7 +9430,7 @@ class Refresher:
 
     @staticmethod
     def _save_left_over(file: LoginFile, state: Refreshed) -> str:
-        """Write tokens that an earlier refresh could not write, unless others lie there; the refresh token of them."""
+        """Write tokens that could not be written before, unless there are others; their REFRESH."""
         token = ""
         tokens, used = file.pending()
         if not tokens:
@@ -9400,7 +9438,7 @@ class Refresher:
         if tokens and hash_key(str(file.read().get(REFRESH))).hex() == used:
             file.update(tokens)
             token = tokens[REFRESH]
-        if tokens:                       # else there is nothing, or something that can't be opened today
+        if tokens:                       # else there is nothing, or it can't be opened today
             file.drop_pending()
         state.unsaved = {}
         return token
@@ -9418,7 +9456,8 @@ class Refresher:
         file.update(news)
         return {**login, **news}
 
-    def _note(self, state: Refreshed, file: LoginFile, failure: Optional[LoginFailed], token: str) -> None:
+    def _note(self, state: Refreshed, file: LoginFile, failure: Optional[LoginFailed],
+              token: str) -> None:
         """Remember how it went, say so in one line, and say when to try again."""
         state.at, state.ok = self._clock(), failure is None
         state.message = one_line(failure.message) if failure else ""
@@ -9434,8 +9473,8 @@ class Refresher:
             failures = 1 if state.unsaved else min(state.failures, 1 + len(self.BACKOFF_S))
             delay_s = (*self.BACKOFF_S, self.LOOK_S)[failures - 1]
             state.next_at = self._monotonic() + delay_s
-            self._log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s", file.account, delay_s,
-                        state.message)
+            self._log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s",
+                              file.account, delay_s, state.message)
 
     def report(self, logins: Mapping[str, Json]) -> Dict[str, Json]:
         """account -> when its login ends and how the last refresh went; nothing in it is secret."""
@@ -9447,7 +9486,8 @@ class Refresher:
                 found[account] = {
                     "renewable": bool(token) and not ended, "ended": ended,
                     "expires_at": format_time(end) if end is not None else None,
-                    "refreshed_at": format_time(state.at) if state.at is not None else None, "refresh_ok": state.ok,
+                    "refreshed_at": format_time(state.at) if state.at is not None else None,
+                    "refresh_ok": state.ok,
                     **({"message": state.message} if state.message else {})}
         return found
 
@@ -9456,8 +9496,9 @@ class Refresher:
 
 LOGIN_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<title>iflow2api</title><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:36rem;
-margin:4rem auto;padding:0 1rem}</style><h1>TITLE</h1><p>TEXT</p>"""
+<title>iflow2api</title><style>:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:36rem;margin:4rem auto;padding:0 1rem}
+</style><h1>TITLE</h1><p>TEXT</p>"""
 
 LOGIN_TITLES = {True: "Logged in / 登录成功", False: "Not logged in / 登录未成功"}
 
@@ -9474,15 +9515,18 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         ok, text = self.server.flow.visit(query)
         import html
-        page = LOGIN_PAGE.replace("TITLE", LOGIN_TITLES[ok]).replace("TEXT", html.escape(text)).encode()
+        page = LOGIN_PAGE.replace("TITLE", LOGIN_TITLES[ok]).replace("TEXT", html.escape(text))
+        data = page.encode()
         self.send_response(200 if ok else 400)
-        for name, value in (("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(page))),
-                            ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"), ("Connection", "close"),
-                            ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")):
+        for name, value in (
+                ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(data))),
+                ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"),
+                ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"),
+                ("Connection", "close")):
             self.send_header(name, value)
         self.end_headers()
         try:
-            self.wfile.write(page)
+            self.wfile.write(data)
         finally:
             self.server.flow.settle()    # only now: the process may end with it
 
@@ -9494,16 +9538,16 @@ def stop_accepting(server: "Listener") -> None:
     """End the accept loop at once.  Needs no thread: a full system must be able to stop, too."""
     server.stopping, stopped = True, False
     while not stopped:
-        with contextlib.suppress(OSError):               # the loop wakes up when somebody connects
+        with contextlib.suppress(OSError):       # the loop wakes up when somebody connects
             socket.create_connection(server.server_address[:2], 0.2).close()
         stopped = server.stopped.wait(0.1)
     server.server_close()
 
 
 class Listener(http.server.ThreadingHTTPServer):
-    """What our servers have in common: a thread for each connection, and a port that is theirs alone."""
+    """What our servers share: a thread for each connection, and a port that is theirs alone."""
     daemon_threads, block_on_close = True, False
-    allow_reuse_address = os.name == "posix"             # on Windows it would let two servers share the port
+    allow_reuse_address = os.name == "posix"     # on Windows two servers could share the port
     ipv6_only = True                     #: else `::` takes IPv4 as well, where the system can
     stopping = False
 
@@ -9526,7 +9570,7 @@ class Listener(http.server.ThreadingHTTPServer):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.ipv6_only)
         try:
             socketserver.TCPServer.server_bind(self)
-        except (TypeError, UnicodeError):                # a name that can't be one in any encoding
+        except (TypeError, UnicodeError):        # a name that can't be one in any encoding
             raise OSError(errno.EINVAL, "Name or service not known") from None
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -9537,7 +9581,8 @@ class _CallbackServer(Listener):
     def __init__(self, family: int, address: Tuple[str, int], flow: "LoginFlow") -> None:
         self.address_family, self.flow = family, flow
         super().__init__(address, _CallbackHandler)
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="login-callback", daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="login-callback",
+                         daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a connection to the login's port failed")
@@ -9555,25 +9600,24 @@ def listen_for_login(flow: "LoginFlow", port: int) -> List[_CallbackServer]:
             servers.append(_CallbackServer(socket.AF_INET6, ("::1", servers[0].server_port), flow))
             return servers
         except OSError as exc:
-            if servers and exc.errno not in (errno.EADDRINUSE, errno.EACCES, getattr(errno, "WSAEADDRINUSE", -1)):
+            taken = (errno.EADDRINUSE, errno.EACCES, getattr(errno, "WSAEADDRINUSE", -1))
+            if servers and exc.errno not in taken:
                 return servers           # no IPv6 here
             for server in servers:
                 server.close()
-    raise LoginFailed("no port of this machine can be listened on; log in with: python iflow2api.py login --paste")
-
-
-#: A code pasted without its address.
-_LOGIN_CODE = re.compile(r"(?:code=)?(?!.*" + OAUTH_PATH + r")([\w.~+/=-]{8,512})", re.ASCII)
+    raise LoginFailed("no port of this machine can be listened on; log in with: "
+                      "python iflow2api.py login --paste")
 
 
 class LoginFlow:
-    """One login, from the address to open to its end.  The listeners are gone with the end, whatever it is.
+    """One login, from the address to open to its end, with which its listeners are closed.
 
     `state`: waiting, done or failed; `message` says how it went; `ended` is set at the end.
     """
 
-    def __init__(self, oauth: OAuth, file: LoginFile, changed: Callable[[], None], listen: bool = True,
-                 timeout_s: float = LOGIN_TIMEOUT_S, port: Optional[int] = None) -> None:
+    def __init__(self, oauth: OAuth, file: LoginFile, changed: Callable[[], None],
+                 listen: bool = True, timeout_s: float = LOGIN_TIMEOUT_S,
+                 port: Optional[int] = None) -> None:
         """LoginFailed where the result could not be kept anyway."""
         port = OAUTH_PORT if port is None else port
         with file.held():
@@ -9591,7 +9635,10 @@ class LoginFlow:
         self._timer.start()
 
     def visit(self, query: str) -> Tuple[bool, str]:
-        """The browser came back: whether it worked, and what to tell it.  Who lacks the state changes nothing."""
+        """The browser came back: whether it worked, and what to tell it.
+
+        Who lacks the state changes nothing.
+        """
         try:
             code = self._code(urllib.parse.parse_qs(query), True)
         except LoginFailed as exc:
@@ -9603,9 +9650,11 @@ class LoginFlow:
         return self.state == "done", self.message
 
     def paste(self, text: str) -> None:
-        """The user gives the address the browser ended on, or the code in it.  LoginFailed says what was wrong."""
-        alone = _LOGIN_CODE.fullmatch(text.strip())
-        code = alone.group(1) if alone else self._code(self._pasted(text.strip()), False)
+        """The user gives the address the browser ended on, or the code in it.  LoginFailed."""
+        text = text.strip()
+        alone = re.fullmatch(r"(?:code=)?([\w.~+/=-]{8,512})", text, re.ASCII)
+        code = alone.group(1) if alone and OAUTH_PATH not in text else self._code(
+            self._pasted(text), False)
         try:
             self._finish(code, False)
         finally:
@@ -9613,9 +9662,10 @@ class LoginFlow:
 
     @staticmethod
     def _pasted(text: str) -> Mapping[str, List[str]]:
-        """The query in a pasted address, none where the address is not the one that a login ends on."""
+        """The query in a pasted address, none where no login ends on that address."""
         address, mark, query = text.partition("?")
-        ours = re.fullmatch(r"((https?://)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?" + OAUTH_PATH + ")?/?", address)
+        ours = re.fullmatch(r"((https?://)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?" + OAUTH_PATH
+                            + ")?/?", address)
         return urllib.parse.parse_qs((query if ours else "" if mark else address).partition("#")[0])
 
     def _code(self, query: Mapping[str, List[str]], by_browser: bool) -> str:
@@ -9624,19 +9674,21 @@ class LoginFlow:
         sound = re.fullmatch(r"[!-~]{1,2000}", facts.get("code", "")) or "error" in facts
         if not {"code", "error"} & set(facts) or not sound and not by_browser:
             raise LoginFailed("this request is no answer to a login" if by_browser else
-                              "that is neither the address the browser ended on nor the code in it; "
-                              f"it looks like {self._redirect_uri}?code=…&state=…")
-        refused = "code" not in facts and not by_browser         # who pastes it means this login: no need of a state
-        if not refused and not hmac.compare_digest(facts.get("state", "").encode("utf-8", "replace"),
-                                                   self._secret.encode()):
-            raise LoginFailed("this answer belongs to another login (its state is wrong): open the address of this one")
+                              "that is neither the address the browser ended on nor the code in "
+                              f"it; it looks like {self._redirect_uri}?code=…&state=…")
+        refused = "code" not in facts and not by_browser     # who pastes it means this login
+        state = facts.get("state", "").encode("utf-8", "replace")
+        if not refused and not hmac.compare_digest(state, self._secret.encode()):
+            raise LoginFailed("this answer belongs to another login (its state is wrong): open the "
+                              "address of this one")
         if "code" not in facts:
             said = one_line(facts.get("error_description") or facts["error"], 200)
-            raise LoginFailed(f"iFlow did not log you in: {said}; nothing was changed", refused=True)
+            raise LoginFailed(f"iFlow did not log you in: {said}; nothing was changed",
+                              refused=True)
         return facts["code"]
 
     def _finish(self, code: str, final: bool) -> None:
-        """Exchange, user info, file; a second caller waits and gets the first one's result.  LoginFailed."""
+        """Exchange, user info, file; a second caller waits for the first's result.  LoginFailed."""
         with self._lock:
             if self.state != "waiting":
                 return
@@ -9649,7 +9701,8 @@ class LoginFlow:
                 if final or not exc.refused:
                     self.state, self.message = "failed", exc.message
                 raise
-            who = next((str(info[name]) for name in ("username", "email", "phone") if info.get(name)), "")
+            names = ("username", "email", "phone")
+            who = next((str(info[name]) for name in names if info.get(name)), "")
             self.state = "done"
             name = " as " + one_line(who, 80) if who else ""
             self.message = f"logged in to iFlow{name}; you can close this page / 可以关闭此页面"
@@ -9657,9 +9710,10 @@ class LoginFlow:
 
     @staticmethod
     def _login(tokens: Json, info: Json, before: Json) -> Json:
-        """What a login writes.  One that was set to another service must not take iFlow's key there."""
-        changes: Json = {**tokens, REFRESH: tokens.get(REFRESH), "apiKey": info["apiKey"], "api_key_expires_at": None,
-                         KEY_DUE: None, "selectedAuthType": "oauth-iflow"}
+        """What a login writes; iFlow's key must not go to another service that was set before."""
+        changes: Json = {**tokens, REFRESH: tokens.get(REFRESH), "apiKey": info["apiKey"],
+                         "api_key_expires_at": None, KEY_DUE: None,
+                         "selectedAuthType": "oauth-iflow"}
         if before.get("selectedAuthType") == "openai-compatible":
             changes.update(baseUrl=None, modelName=None)
         return changes
@@ -9683,24 +9737,30 @@ class LoginFlow:
 class Logins:
     """Logging in, for the command line and the admin page alike; one attempt at a time."""
 
-    def __init__(self, config: Optional[ConfigFile], oauth: OAuth, accounts: Callable[[], Iterable[str]],
-                 changed: Callable[[], None], log: logging.Logger = log) -> None:
-        self._config, self._oauth, self._accounts, self._taken_over = config, oauth, accounts, changed
+    def __init__(self, config: Optional[ConfigFile], oauth: OAuth,
+                 accounts: Callable[[], Iterable[str]], changed: Callable[[], None],
+                 log: logging.Logger = log) -> None:
+        self._config, self._oauth, self._accounts = config, oauth, accounts
+        self._taken_over = changed
         self.refresher = Refresher(oauth, self.files, changed, log=log)
         self.flow: Optional[LoginFlow] = None
 
     def files(self) -> List[LoginFile]:
         """The logins there may be."""
-        return [LoginFile(name, self._config) for name in (DEFAULT_ACCOUNT, *self._accounts())] if self._config else []
+        if self._config is None:
+            return []
+        return [LoginFile(name, self._config) for name in (DEFAULT_ACCOUNT, *self._accounts())]
 
     def start(self, account: str = "", paste: bool = False, timeout_s: float = LOGIN_TIMEOUT_S,
               port: Optional[int] = None) -> Json:
         """Begin a login; an earlier attempt ends.  LoginFailed."""
         if not re.fullmatch(r"[\w.@+-]{0,64}", account):
-            raise LoginFailed("an account's name has letters, digits and . @ + - _ only, at most 64")
+            raise LoginFailed("an account's name has letters, digits and . @ + - _ only, at most "
+                              "64")
         if self.flow is not None:
             self.flow.fail("another login was begun")
-        self.flow = LoginFlow(self._oauth, LoginFile(account, self._config), self._changed, not paste, timeout_s, port)
+        self.flow = LoginFlow(self._oauth, LoginFile(account, self._config), self._changed,
+                              not paste, timeout_s, port)
         return self.status()
 
     def _changed(self) -> None:
@@ -9737,7 +9797,7 @@ class Logins:
 
 # --- the browser ---------------------------------------------------------------
 
-#: platform -> what opens an address there, tried in turn; `webbrowser` is Python's own module, where it is installed.
+#: platform -> what opens an address there, tried in turn; `webbrowser` is Python's own module.
 BROWSERS: Dict[str, Tuple[Tuple[str, ...], ...]] = {
     "termux": (("termux-open-url",), ("termux-open",), ("xdg-open",)),
     "wsl": (("wslview",), ("rundll32.exe", "url.dll,FileProtocolHandler"), ("xdg-open",)),
@@ -9748,18 +9808,22 @@ BROWSERS: Dict[str, Tuple[Tuple[str, ...], ...]] = {
 
 
 def browser_platform(environ: Mapping[str, str], system: str = sys.platform) -> str:
-    """Which row of BROWSERS is this machine's.  Without a display xdg-open would start a browser in the terminal."""
+    """Which row of BROWSERS is this machine's.
+
+    Without a display xdg-open would start a browser in the terminal.
+    """
     if environ.get("TERMUX_VERSION") or "com.termux" in environ.get("PREFIX", ""):
-        return "termux"                  # sys.platform is "linux" there, from Python 3.13 on "android"
+        return "termux"                  # sys.platform: "linux", from Python 3.13 on "android"
     if system in ("win32", "cygwin", "darwin"):
         return "macos" if system == "darwin" else "windows"
     if environ.get("WSL_DISTRO_NAME") or environ.get("WSL_INTEROP"):
         return "wsl"
-    return "desktop" if any(environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")) else "headless"
+    display = any(environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+    return "desktop" if display else "headless"
 
 
 def run_opener(command: Sequence[str]) -> bool:
-    """Start one of BROWSERS; whether it seems to have worked.  Some openers run as long as the browser does."""
+    """Start one of BROWSERS; whether it seems to have worked (some run as long as the browser)."""
     if command[0] == "webbrowser":
         try:
             import webbrowser            # not on OpenWrt
@@ -9769,7 +9833,8 @@ def run_opener(command: Sequence[str]) -> bool:
     import subprocess
     quiet = subprocess.DEVNULL
     try:
-        process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+        process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet,
+                                   start_new_session=True)
         return process.wait(3) == 0
     except subprocess.TimeoutExpired:
         return True
@@ -9777,7 +9842,8 @@ def run_opener(command: Sequence[str]) -> bool:
         return False
 
 
-def open_browser(url: str, environ: Mapping[str, str], run: Callable[[Sequence[str]], bool] = run_opener,
+def open_browser(url: str, environ: Mapping[str, str],
+                 run: Callable[[Sequence[str]], bool] = run_opener,
                  system: str = sys.platform) -> bool:
     """Show `url` in a browser; False where there is none."""
     return any(run((*command, url)) for command in BROWSERS[browser_platform(environ, system)])
