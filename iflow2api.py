@@ -865,7 +865,7 @@ def any_text(value: Any, where: str) -> str:
 
 def filled_text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise misfit(where, "a text", value)
+        raise ValueError(f"{where}: {one_line(json.dumps(value), 60)} is no text")
     return value
 
 
@@ -1619,7 +1619,7 @@ def network(value: Any, where: str) -> str:
 
 def host_name(value: Any, where: str) -> str:
     if not any_text(value, where).strip():       # the system takes it for every address
-        raise misfit(where, "an address (0.0.0.0 stands for all of this machine's)")
+        raise misfit(where, "an address", hint="; 0.0.0.0 stands for all of this machine's")
     return value
 
 
@@ -1837,7 +1837,7 @@ PROFILE: Dict[str, Tuple[Any, Shape]] = {
     "structured_output": ("json_schema", one_of("json_schema", "json_object", "prompt")),
     "efforts": (["low", "medium", "high", "xhigh", "max"], list_of(any_text)),
     "top_k": (False, truth),
-    "user_field": ("user", lambda value, where: value and any_text(value, where)),
+    "user_field": ("user", lambda value, where: value if value is None else any_text(value, where)),
     #: of Responses: user, verbosity, prompt_cache_key, service_tier
     "extra_fields": ([], list_of(any_text)),
     #: False: it knows tool_choice "auto" alone
