@@ -148,7 +148,7 @@ def clock():
 
 @pytest.fixture(scope="session")
 def homes(tmp_path_factory):
-    """New folders, one after the other; tmp_path looks through all of them to find a name for the next."""
+    """New folders, one after the other; tmp_path looks through all of them for a free name."""
     base = tmp_path_factory.mktemp("home")
     return (base / str(number) for number in itertools.count())
 
@@ -171,7 +171,7 @@ def home(homes, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def log_lines():
-    """What the program logged; a traceback or an error in it fails the test that did not take it out."""
+    """What the program logged; an error in it fails the test that did not take it out."""
     records: List[logging.LogRecord] = []
 
     class Keep(logging.Handler):
@@ -205,7 +205,8 @@ def chunk(content=..., finish=None, usage=None, **delta) -> Dict[str, Any]:
     if content is not ...:
         delta["content"] = content
     return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "up",
-            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **({"usage": usage} if usage else {})}
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
+            **({"usage": usage} if usage else {})}
 
 
 def usage_chunk(usage=None) -> Dict[str, Any]:
@@ -214,8 +215,9 @@ def usage_chunk(usage=None) -> Dict[str, Any]:
 
 def completion(content="Hello", finish="stop", usage=None, **message) -> Dict[str, Any]:
     """A plain chat answer."""
-    return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "up", "choices": [
-        {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}],
+    return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "up",
+            "choices": [{"index": 0, "finish_reason": finish,
+                         "message": {"role": "assistant", "content": content, **message}}],
             "usage": usage or USAGE}
 
 
@@ -275,7 +277,8 @@ class Step:
 
 
 #: Steps of a reply besides bytes (sent) and Events (waited for).
-HOLD = Step("hold")                        # say nothing until the peer hangs up; noted in FakeUpstream.hung_up
+# say nothing until the peer hangs up; noted in FakeUpstream.hung_up
+HOLD = Step("hold")
 RESET = Step("reset")                      # end the connection with an RST
 CLOSE = Step("close")                      # end it properly
 PAUSE = Step("pause")                      # 20 ms, or until the peer hangs up
@@ -289,14 +292,16 @@ class Reply:
 
 
 def head(status=200, headers=(), version="HTTP/1.1") -> bytes:
-    lines = [f"{version} {status} {http.client.responses.get(status, 'Odd')}", *(f"{n}: {v}" for n, v in headers)]
+    lines = [f"{version} {status} {http.client.responses.get(status, 'Odd')}",
+             *(f"{n}: {v}" for n, v in headers)]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 def plain(body, status=200, headers=(), content_type="application/json") -> Reply:
     """An answer with a length; an object is sent as JSON."""
     data = body if isinstance(body, bytes) else ifl.dump_json(body)
-    return Reply(head(status, [("Content-Type", content_type), ("Content-Length", str(len(data))), *headers]) + data)
+    return Reply(head(status, [("Content-Type", content_type), ("Content-Length", str(len(data))),
+                               *headers]) + data)
 
 
 def framed(data: bytes) -> bytes:
@@ -305,9 +310,11 @@ def framed(data: bytes) -> bytes:
 
 
 def sse(*items, headers=(), end=True, start=b"data: ", stop=b"\n\n") -> Reply:
-    """An event stream in HTTP chunks, one for each item; steps stay steps.  `end`: with the last chunk."""
-    steps = [item if isinstance(item, (Step, threading.Event)) else framed(record(item, start, stop)) for item in items]
-    begin = head(200, [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked"), *headers])
+    """An event stream in HTTP chunks, one for each item; `end`: with the last chunk."""
+    steps = [item if isinstance(item, (Step, threading.Event))
+             else framed(record(item, start, stop)) for item in items]
+    begin = head(200, [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked"),
+                       *headers])
     return Reply(begin, *steps, *([b"0\r\n\r\n"] if end else [CLOSE]))
 
 
@@ -320,10 +327,13 @@ def usual_reply(seen: Seen) -> Reply:
         packed = base64.b64encode(array.array("f", [0.5, -1.0]).tobytes()).decode()
         wanted = packed if seen.json.get("encoding_format") == "base64" else [0.5, -1.0]
         data = [{"object": "embedding", "index": 0, "embedding": wanted}]
-        return plain({"object": "list", "model": "e", "data": data, "usage": {"prompt_tokens": 2, "total_tokens": 2}})
+        return plain({"object": "list", "model": "e", "data": data,
+                      "usage": {"prompt_tokens": 2, "total_tokens": 2}})
     if seen.path.endswith("/completions") and not seen.path.endswith("/chat/completions"):
-        return plain({"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "up", "usage": USAGE,
-                      "choices": [{"index": 0, "text": "Hello", "finish_reason": "stop", "logprobs": None}]})
+        return plain({"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "up",
+                      "usage": USAGE,
+                      "choices": [{"index": 0, "text": "Hello", "finish_reason": "stop",
+                                   "logprobs": None}]})
     return sse(*HELLO) if seen.json.get("stream") else plain(completion())
 
 
@@ -344,7 +354,8 @@ class _FakeHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         fake = self.server.fake
-        seen = Seen(self.command, self.path, {name.lower(): value for name, value in self.headers.items()},
+        seen = Seen(self.command, self.path,
+                    {name.lower(): value for name, value in self.headers.items()},
                     self.rfile.read(int(self.headers.get("Content-Length") or 0)), self.number)
         reply = fake.next_reply(seen)
         self.close_connection = False
@@ -375,7 +386,8 @@ class _FakeHandler(http.server.BaseHTTPRequestHandler):
 
 
 class FakeUpstream:
-    """An upstream on the loopback: plays `script`, a reply for each request (then `usual`), and notes `requests`.
+    """An upstream on the loopback: plays `script`, a reply for each request (then `usual`), and
+    notes `requests`.
 
     An entry of the script is a Reply, or a function of the Seen that returns one.
     """
@@ -475,13 +487,14 @@ def provider(fake, name="up", **facts) -> Dict[str, Any]:
 
 def settings_for(providers, **settings) -> ifl.Settings:
     names = itertools.chain(["up"], (f"up{number}" for number in itertools.count(2)))
-    entries = [item if isinstance(item, dict) else provider(item, next(names)) for item in providers]
+    entries = [item if isinstance(item, dict) else provider(item, next(names))
+               for item in providers]
     return ifl.Settings(**{"port": 0, "providers": entries, **settings})
 
 
 @pytest.fixture
 def gateway():
-    """gateway(*providers, **settings): providers are FakeUpstreams, URLs or entries; named up, up2, …"""
+    """gateway(*providers, **settings): FakeUpstreams, URLs or entries, named up, up2, …"""
     with contextlib.ExitStack() as stack:
         def make(*providers, environ=None, **settings):
             made = ifl.Gateway(settings_for(providers, **settings), environ=environ or {})
@@ -539,18 +552,22 @@ class Answer(NamedTuple):
         return self.json["error"]
 
 
-def request_bytes(method="POST", path="/v1/chat/completions", body=b"", headers=None, version="HTTP/1.1") -> bytes:
+def request_bytes(method="POST", path="/v1/chat/completions", body=b"", headers=None,
+                  version="HTTP/1.1") -> bytes:
     """A request; headers with the value None are left out."""
     data = body if isinstance(body, bytes) else ifl.dump_json(body)
-    lines = {"Host": "127.0.0.1", **({"Content-Length": str(len(data))} if data or method == "POST" else {}),
+    length = {"Content-Length": str(len(data))} if data or method == "POST" else {}
+    lines = {"Host": "127.0.0.1", **length,
              **(headers or {})}
     text = "".join(f"{name}: {value}\r\n" for name, value in lines.items() if value is not None)
     return f"{method} {path} {version}\r\n{text}\r\n".encode("latin-1") + data
 
 
-#: The page's password in these tests, as the settings keep it (few rounds: it is asked for often), and as scripts send it.
+#: The page's password in these tests, as the settings keep it (few rounds: it is asked for often),
+#: and as scripts send it.
 PASSWORD = "correct horse"
-PASSWORD_HASH = f"pbkdf2-sha256$10${'5a' * 16}${hashlib.pbkdf2_hmac('sha256', PASSWORD.encode(), b'Z' * 16, 10).hex()}"
+PASSWORD_HASH = "$".join(("pbkdf2-sha256", "10", "5a" * 16, hashlib.pbkdf2_hmac(
+    "sha256", PASSWORD.encode(), b"Z" * 16, 10).hex()))
 BASIC = "Basic " + base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
 
 
@@ -559,7 +576,8 @@ class Client:
 
     def __init__(self, server, timeout_s=WAIT_S) -> None:
         host = server.server_address[0]
-        self.sock = socket.create_connection((host if host != "0.0.0.0" else "127.0.0.1", server.port), timeout_s)
+        host = host if host != "0.0.0.0" else "127.0.0.1"
+        self.sock = socket.create_connection((host, server.port), timeout_s)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.file = self.sock.makefile("rb")
 
@@ -658,7 +676,8 @@ def is_well(server) -> bool:
 
 def run(*argv, timeout_s=30, **facts):
     """The program in a process of its own."""
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=timeout_s,
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True,
+                          timeout=timeout_s,
                           cwd=os.path.dirname(byte_code()), encoding="utf-8", **facts)
 
 
@@ -5331,7 +5350,8 @@ def test_who_waits_is_kept_awake(transport, upstream, waiting):
     go = threading.Event()
     upstream.plays(Reply(go, head(200, [("Content-Length", "2")]), b"ok"))
     waiting.tick = lambda now: (Waiting.tick(waiting, now), waiting.ticks >= 3 and go.set())
-    assert ask_upstream(transport, upstream, settings=ifl.Settings(), waiting=waiting) == (200, b"ok")
+    assert ask_upstream(transport, upstream, settings=ifl.Settings(),
+                        waiting=waiting) == (200, b"ok")
     assert waiting.ticks >= 3
 
 
@@ -11229,7 +11249,8 @@ def test_http_1_0_needs_no_host(server):
 @pytest.mark.parametrize("slowly", [
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-",
     request_bytes(headers={"Content-Length": "100"}) + b"{",
-    request_bytes(headers={"Transfer-Encoding": "chunked", "Content-Length": None}) + b"5000\r\nhe"],
+    request_bytes(headers={"Transfer-Encoding": "chunked", "Content-Length": None})
+    + b"5000\r\nhe"],
                          ids=["head", "body", "chunks"])
 @pytest.mark.parametrize("drips", [False, True], ids=["silent", "dripping"])
 def test_a_slow_loris_is_cut_off(server, slowly, drips, monkeypatch):
@@ -11952,7 +11973,8 @@ def test_codex_is_kept_awake_by_data(dialects):
 
 OVERFLOWS_IFLOW = [
     {"error": {"message": "This model's maximum context length is 8192 tokens. However, you "
-               "requested 9000 tokens (8500 in the messages, 500 in the completion).", "code": "context_length_exceeded"}},
+               "requested 9000 tokens (8500 in the messages, 500 in the completion).",
+               "code": "context_length_exceeded"}},
     {"error": {"message": "request (9000 tokens) exceeds the available context size (8192 "
                "tokens), try increasing it",
                "type": "exceed_context_size_error"}},
