@@ -8940,7 +8940,7 @@ def planned(step, body) -> bytes:
 
 
 @pytest.fixture
-def upstreams_routes():
+def upstreams_routes(home_routes):
     made = []
 
     def make(*plans):
@@ -9021,7 +9021,6 @@ ROUTE = ["glm-5", {"model": "o/long/context:x", "over_tokens": 60000}, {"model":
          {"model": ["o/think", "o/think2"], "thinking": True, "tools": False}, {"model": "o/msg", "dialect": "messages"}, "o/last"]
 
 
-@pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("asked, chain", [
     ({}, ["z/glm-5", "o/last"]), ({"size_tokens": 60000}, ["z/glm-5", "o/last"]),
     ({"size_tokens": 60001}, ["o/long/context:x", "z/glm-5", "o/last"]),
@@ -9037,7 +9036,6 @@ def test_the_first_entry_whose_conditions_hold_begins_the_chain(asked, chain):
     assert targets == found and any("makes it" in step for step in steps)
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_an_alias_of_conditions_alone_lets_other_requests_pass():
     router = routed({"glm-*": {"model": "o/x", "images": True}})
     assert router.resolve("glm-5")[0].provider.name == "z"
@@ -9045,7 +9043,6 @@ def test_an_alias_of_conditions_alone_lets_other_requests_pass():
     assert "nothing for such a request" in router.explain("glm-5", False, ifl.Asked())[0][1]
 
 
-@pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("name, place", [
     ("z/模型:自由/x", "z/模型:自由/x"), ("é", "o/ü:1/ß"), ("m[1m]", "o/one"), ("a/b/c:d", "z/a/b/c:d")])
 def test_names_with_slashes_colons_brackets_and_other_letters(name, place):
@@ -9056,7 +9053,6 @@ def test_names_with_slashes_colons_brackets_and_other_letters(name, place):
     assert targets == [target] and steps
 
 
-@pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("aliases, said", [
     ({"x": {"model": "glm-5", "over_tokens": 0}}, "alias 'x': over_tokens: a whole number of 1"),
     ({"x": [{"model": "glm-5", "over_tokens": -5}]}, "over_tokens"), ({"x": [{"model": "glm-5", "images": 1}]}, "images: true or false"),
@@ -9070,7 +9066,6 @@ def test_bad_aliases_are_named(aliases, said):
     assert not said or re.search(said, router.problems[0]) and router.faults == {"aliases"}
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_an_unknown_provider_in_a_chain_is_named_and_left_out():
     one = [{"name": "zhipu", "base_url": "http://h", "models": ["glm-5"]}]
     router = ifl.Router(ifl.Settings(providers=one, aliases={"x": ["glm-5", "zhipo/glm"], "y": "deep/seek"}), {})
@@ -9079,7 +9074,6 @@ def test_an_unknown_provider_in_a_chain_is_named_and_left_out():
                                "alias 'y'[0]: 'deep/seek': there is no provider 'deep'"]
 
 
-@pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("body, size, facts", [
     ({"messages": [{"role": "user", "content": "x" * 4000}]}, 1000, ""),
     ({"messages": [{"role": "user", "content": "字" * 4000}]}, 3000, ""), ({"reasoning_effort": "high"}, 0, "t"),
@@ -9094,7 +9088,6 @@ def test_what_a_request_is_like(body, size, facts):
     assert (call.thinks, call.has_tools, call.shows_images) == ("t" in facts, "o" in facts, "i" in facts)
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_conditions_are_asked_for_only_where_there_are_any(monkeypatch, upstreams_routes):
     monkeypatch.setattr(ifl.Call, "size_tokens", property(lambda call: 1 / 0))
     monkeypatch.setattr(ifl.Call, "conversation", property(lambda call: 1 / 0))
@@ -9148,6 +9141,8 @@ PLANS = [
     ("no balance is no key's fault", "ab", {"a": 2}, 0, [402, 200], ["a1", "b1"]),
     ("the request is at fault", "ab", {"a": 2}, 5, [400], ["a1", "raises 400"]),
     ("no such model", "ab", {}, 5, [404], ["a1", "raises 404"]),
+    ("too large", "ab", {}, 5, [413], ["a1", "raises 413"]),
+    ("no sense in it", "ab", {}, 5, [422], ["a1", "raises 422"]),
     ("again after the backoff", "a", {}, 2, [503, 503, 200], ["a1", "a1 after 0.5", "a1 after 1"]),
     ("again, and no more", "a", {}, 1, [503, 500], ["a1", "a1 after 0.5", "raises 500"]),
     ("what was asked for", "a", {}, 1, [(529, 7), 200], ["a1", "a1 after 7"]),
@@ -9243,7 +9238,6 @@ FAILURES_ROUTES = {"drop": ("drop",), "html": ("html",), "garbage": ("garbage",)
             **{str(status): ("status", status) for status in (401, 402, 403, 408, 409, 425, 429, 500, 502, 503, 504, 529)}}
 
 
-@pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", FAILURES_ROUTES)
 def test_every_failure_before_the_answer_falls_back(name, stream, upstreams_routes):
@@ -9257,7 +9251,6 @@ def test_every_failure_before_the_answer_falls_back(name, stream, upstreams_rout
     assert record["target"] == "b/m-b" and [a["provider"] for a in record["attempts"]] == ["a", "b"]
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_nothing_is_asked_again_once_the_client_has_a_part(upstreams_routes):
     bad, good = upstreams_routes(always("cut"), always("ok"))
     gate = Gate(settings([bad, good], retry={"count": 5}))
@@ -9265,15 +9258,6 @@ def test_nothing_is_asked_again_once_the_client_has_a_part(upstreams_routes):
     assert (len(bad.seen), len(good.seen), gate.pauses) == (1, 0, [])
 
 
-@pytest.mark.usefixtures("home_routes")
-@pytest.mark.parametrize("status", [400, 404, 413, 422])
-def test_what_will_not_get_better_is_not_asked_again(status, upstreams_routes):
-    bad, good = upstreams_routes(always("status", status), always("ok"))
-    gate = Gate(settings([bad, good], retry={"count": 5}))
-    assert error_of(gate).status == status and (len(bad.seen), len(good.seen)) == (1, 0)
-
-
-@pytest.mark.usefixtures("home_routes")
 def test_retries_back_off_with_jitter_and_end(upstreams_routes):
     bad, = upstreams_routes(always("status", 503))
     gate = Gate(settings([bad], retry={"count": 4, "backoff_s": 1, "max_backoff_s": 3}))
@@ -9285,33 +9269,6 @@ def test_retries_back_off_with_jitter_and_end(upstreams_routes):
     assert gate.ask().replies and len(bad.seen) == 8
 
 
-@pytest.mark.usefixtures("home_routes")
-def test_without_a_word_there_are_no_retries(upstreams_routes):
-    bad, = upstreams_routes(always("status", 503))
-    gate = Gate(settings([bad]))
-    assert error_of(gate).status == 503 and (len(bad.seen), gate.pauses) == (1, [])
-
-
-@pytest.mark.usefixtures("home_routes")
-@pytest.mark.parametrize("retry_after, total_s, calls, pause", [("7", 60, 2, 7), ("7", 5, 1, None), ("3600", 60, 1, None)])
-def test_retry_after_is_honoured_within_the_total(retry_after, total_s, calls, pause, upstreams_routes):
-    bad, = upstreams_routes(first(1, "status", 429, {"Retry-After": retry_after}))
-    gate = Gate(settings([bad], retry={"count": 3, "backoff_s": 0.1, "total_s": total_s}))
-    if pause is None:
-        assert error_of(gate).retry_after_s == float(retry_after)
-    else:
-        assert gate.ask().replies and gate.pauses == [pytest.approx(pause, abs=0.2)]
-    assert len(bad.seen) == calls
-
-
-@pytest.mark.usefixtures("home_routes")
-def test_who_asked_for_longer_is_not_asked_sooner(upstreams_routes):
-    slow, quick = upstreams_routes(always("status", 503, {"Retry-After": "30"}), first(1, "status", 503))
-    gate = Gate(settings([slow, quick], retry={"count": 2, "backoff_s": 1}))
-    assert gate.ask().replies and (len(slow.seen), len(quick.seen)) == (1, 2)
-
-
-@pytest.mark.usefixtures("home_routes")
 def test_a_client_that_leaves_ends_the_pause():
     transport, client = ifl.Upstream(), Waiting()
     client.tick = lambda now: client.client.close()
@@ -9320,7 +9277,6 @@ def test_a_client_that_leaves_ends_the_pause():
             ifl.wait_for(client, 60)
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_an_upstream_that_keeps_failing_rests_and_is_tried_again(upstreams_routes, clock_routes):
     bad, good = upstreams_routes(first(6, "status", 500), always("ok"))
     gate = Gate(settings([bad, good], circuit={"failures": 3, "rest_s": 20}), clock_routes)
@@ -9342,28 +9298,6 @@ def test_an_upstream_that_keeps_failing_rests_and_is_tried_again(upstreams_route
     assert (len(bad.seen), state()) == (8, "closed")
 
 
-@pytest.mark.usefixtures("home_routes")
-def test_a_resting_upstream_is_the_last_resort_and_never_the_only_ones_loss(upstreams_routes, clock_routes):
-    bad, other = upstreams_routes(first(3, "drop"), always("status", 500))
-    gate = Gate(settings([bad, other], circuit={"failures": 2, "rest_s": 20}), clock_routes)
-    for _ in range(3):
-        error_of(gate)
-    assert gate.ask().replies            # the others failed: it is asked although it rests
-    bad.plan = always("ok")
-    gate.gateway.lanes["a"].rests.fail(1, 100)
-    assert gate.ask("m-a").replies       # a route of its own
-
-
-@pytest.mark.usefixtures("home_routes")
-def test_refusals_do_not_open_the_circuit(upstreams_routes):
-    bad, good = upstreams_routes(always("status", 429), always("ok"))
-    gate = Gate(settings([bad, good], circuit={"failures": 2}))
-    for _ in range(5):
-        gate.ask()
-    assert gate.gateway.lanes["a"].rests.state == "closed" and len(bad.seen) == 5
-
-
-@pytest.mark.usefixtures("home_routes")
 def test_keys_take_turns_rest_and_revive(upstreams_routes, clock_routes):
     up, = upstreams_routes(lambda number, body, key: ("status", 401) if key == "a-key-1" and number < 5 else ("ok",))
     gate = Gate(settings([up], keys=[3]), clock_routes)
@@ -9377,7 +9311,6 @@ def test_keys_take_turns_rest_and_revive(upstreams_routes, clock_routes):
     assert [key for _, key in up.seen].count("a-key-1") == 2 and gate.gateway.lanes["a"].rests.resting == 0
 
 
-@pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("status, shown", [(401, 403), (403, 403), (429, 429)])
 def test_when_every_key_is_refused_each_was_asked_once(status, shown, upstreams_routes):
     up, = upstreams_routes(always("status", status))
@@ -9385,7 +9318,6 @@ def test_when_every_key_is_refused_each_was_asked_once(status, shown, upstreams_
     assert error_of(gate).status == shown and sorted(key for _, key in up.seen) == ["a-key-0", "a-key-1", "a-key-2"]
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_a_conversation_keeps_its_key(upstreams_routes, clock_routes):
     up, = upstreams_routes(always("ok"))
     gate = Gate(settings([up], keys=[3], sticky=True), clock_routes)
@@ -9401,7 +9333,6 @@ def test_a_conversation_keeps_its_key(upstreams_routes, clock_routes):
     assert up.seen[-1][1] == keys[0]
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_a_conversation_is_known_by_its_beginning():
     def call(*texts, **body):
         body["messages"] = [{"role": "user", "content": text} for text in texts]
@@ -9412,7 +9343,6 @@ def test_a_conversation_is_known_by_its_beginning():
     ifl.Call(ifl.CHAT, {"input": 5}, "", {}, "r").conversation
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_accounts_have_places_of_their_own():
     entry = {"name": "i", "kind": "iflow", "base_url": "http://h", "api_keys": ["k1", "k2", "k3"]}
     provider = ifl.Router(ifl.Settings(providers=[entry], api_concurrency=2), {}).providers["i"]
@@ -9426,7 +9356,6 @@ def test_accounts_have_places_of_their_own():
     assert lane.key_load == 0 and lane.keys(provider.api_keys, 0)[0] == "k1"
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_never_more_at_an_account_than_its_places(upstreams_routes):
     at_once, most, lock, go = {}, {}, threading.Lock(), threading.Event()
 
@@ -9457,7 +9386,6 @@ def test_never_more_at_an_account_than_its_places(upstreams_routes):
 STEPS = [("ok",), ("ok",), *FAILURES_ROUTES.values(), ("nothing",), ("status", 400), ("status", 404), ("status", 429, {"Retry-After": "3"})]
 
 
-@pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_fails_there_is_one_answer_and_few_calls(seed, upstreams_routes):
     """One well-formed answer or one error, and at most (retries + 1) x keys calls at each upstream."""
@@ -9540,62 +9468,6 @@ class QuickUpstream:
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
-
-
-@pytest.mark.usefixtures("home_routes")
-def test_many_requests_leave_everything_where_it_was():
-    """Over HTTP, with real connections on both sides; ten thousand of them within the process are below."""
-    ups = [QuickUpstream(lambda number, n=n: 500 if (number + n) % 7 == 0 else 429 if (number + n) % 11 == 0 else 200)
-           for n in range(4)]
-    secrets = ["sk-one", "sk-two", "sk-three"]
-    keys = [{"name": f"k{n}", "sha256": ifl.hash_key(secret).hex(), "rpm": 10 ** 6, "concurrency": 10 ** 6}
-            for n, secret in enumerate(secrets)]
-    gate = Gate(settings(ups, keys=[3, 3, 3, 3], client_keys=keys, address_limits={"rpm": 10 ** 6}))
-    server = ifl.serve(gate.gateway, port=0)
-    failures = []
-
-    def client(number, requests):
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT_S_ROUTES)
-        for turn in range(requests):
-            stream = (turn + number) % 2 == 0
-            body = json.dumps({"model": "chain" if turn % 3 else f"m-{'abcd'[turn % 4]}", "stream": stream,
-                               "messages": [{"role": "user", "content": "hi"}]})
-            connection.request("POST", "/v1/chat/completions", body, {"x-api-key": secrets[turn % 3]})
-            response = connection.getresponse()
-            data = response.read()
-            if response.status == 200 and (data.count(b"[DONE]") if stream else json.loads(data)["choices"]) in (0, []):
-                failures.append(data)
-            if response.status not in (200, 429, 500):
-                failures.append(response.status)
-        connection.close()
-
-    def wave(requests):
-        threads = [threading.Thread(target=client, args=(number, requests)) for number in range(8)]
-        [thread.start() for thread in threads]
-        [thread.join(60) for thread in threads]
-        until(lambda: not server._handlers and gate.gateway.in_flight == 0, what="the end of all requests")
-        gate.gateway.upstream._pool.clear()              # the next wave has connections of its own
-        until(lambda: not any(up.open for up in ups), what="the end of the upstreams' connections")
-
-    wave(12)
-    threads_before = threading.active_count()
-    tracemalloc.start()
-    wave(12)
-    gc.collect()
-    small = tracemalloc.get_traced_memory()[0]
-    wave(50)
-    gc.collect()
-    grown = tracemalloc.get_traced_memory()[0] - small
-    tracemalloc.stop()
-    assert not failures and grown < 400_000, (failures[:3], grown)
-    until(lambda: threading.active_count() <= threads_before, what="the end of threads")
-    assert all(slots.load == 0 for slots in [lane.slots for lane in gate.gateway.lanes.values()])
-    assert all(meter.active == 0 for meter in [*gate.gateway.limiter._keys.values(), *gate.gateway.limiter._addresses.values()])
-    assert len(ifl.history_of(gate.gateway)) == ifl.HISTORY_SIZE
-    used = gate.gateway.ledger.report("key", 1, {})
-    assert sum(row["requests"] for row in used) == 8 * 74 and {row["key"] for row in used} == {"k0", "k1", "k2"}
-    server.close()
-    [up.close() for up in ups]
 
 
 def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(home_routes):
@@ -9691,7 +9563,6 @@ def client(request):
         one.server.close()
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_keys_are_taken_from_wherever_clients_put_them(upstreams_routes, client):
     up, = upstreams_routes(always("ok"))
     ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob")], custom_api_key="sk-master",
@@ -9707,7 +9578,6 @@ def test_keys_are_taken_from_wherever_clients_put_them(upstreams_routes, client)
     assert ask("/health")[0] == 200 and ask("/metrics")[0] == 401 and ask("/metrics", x_api_key="sk-bob")[0] == 200
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_an_expired_key_and_the_door_without_a_usable_one(upstreams_routes, client):
     up, = upstreams_routes(always("ok"))
     ask = client(Gate(settings([up], client_keys=[key_entry("old", "sk-old", expires="2001-01-01"), {"name": "broken"}])))
@@ -9716,7 +9586,6 @@ def test_an_expired_key_and_the_door_without_a_usable_one(upstreams_routes, clie
     assert ask()[0] == 401 and not up.seen
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_a_key_sees_and_uses_its_models_alone(upstreams_routes, client):
     ups = upstreams_routes(always("ok"), always("ok"))
     chosen = settings(ups, client_keys=[key_entry("bob", "sk-bob", models=["m-a", "cha*"]), key_entry("all", "sk-all")])
@@ -9790,7 +9659,6 @@ def test_counting_tokens_is_a_request(server, upstream, path):
     assert post(running, chat(), x_api_key="sk-bob").status == 429
 
 
-@pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("entry, said", [
     (None, ": an object"), ({"name": "a b", "sha256": "0" * 64}, ".name: a name without"), ({"name": "x"}, ".sha256: it is missing"),
     ({"name": "x", "sha256": "zz"}, ".sha256: the key's SHA-256"), ({"rpm": 0}, ".rpm: a whole number from 1"), ({"rpm": -1}, ".rpm: "), ({"rpd": 1.5}, ".rpd: "),
@@ -9808,7 +9676,6 @@ def test_bad_keys_are_named_and_close_the_door(entry, said):
     assert ifl.ClientAuth(ifl.load_settings({"client_keys": 5}, {}, {}).settings).required
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_an_address_open_to_the_network_needs_no_further_key():
     gate = Gate(ifl.Settings(client_keys=[key_entry("bob", "sk-bob")]))
     assert gate.gateway.ensure_client_key() == ("", True) and gate.gateway.settings.custom_api_key == ""
@@ -9816,7 +9683,6 @@ def test_an_address_open_to_the_network_needs_no_further_key():
 
 # --- limits -------------------------------------------------------------------------
 
-@pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("limit, span_s", [("rpm", 60), ("rph", 3600), ("rpd", 86400)])
 def test_requests_are_counted_in_a_sliding_window(limit, span_s, upstreams_routes, client, clock_routes):
     up, = upstreams_routes(always("ok"))
@@ -9835,7 +9701,6 @@ def test_requests_are_counted_in_a_sliding_window(limit, span_s, upstreams_route
     assert len(up.seen) == 4
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_large_limits_never_pass_more_in_any_window(clock_routes):
     window, passed = ifl.Window(60, 100), []
     rnd = random.Random(1)
@@ -9850,7 +9715,6 @@ def test_large_limits_never_pass_more_in_any_window(clock_routes):
         assert sum(at - 60 < other <= at for other in passed) <= 100
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_waiting_as_long_as_told_is_enough(clock_routes):
     for limit in (1, 5, 50):
         window = ifl.Window(60, limit)
@@ -9863,7 +9727,6 @@ def test_waiting_as_long_as_told_is_enough(clock_routes):
             assert window.used(clock_routes()) <= limit
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_tokens_a_day(upstreams_routes, client, clock_routes):
     up, = upstreams_routes(always("ok"))
     ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob", tpd=30)]), clock_routes))
@@ -9966,7 +9829,6 @@ def test_a_restarted_server_remembers_the_day(upstreams_routes, client, home_rou
     assert len(up.seen) == 2
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_of_two_limits_that_are_used_up_the_longer_one_is_told(clock_routes):
     meter = ifl.Meter("k")
     meter.adopt({"rpm": 2, "rpd": 2}, clock_routes())
@@ -9975,7 +9837,6 @@ def test_of_two_limits_that_are_used_up_the_longer_one_is_told(clock_routes):
     assert dict(meter.headers(clock_routes()))["x-ratelimit-reset-requests"] == "86400.0s"
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_concurrency_of_a_key(upstreams_routes, client):
     go = threading.Event()
     up, = upstreams_routes(always("hold", go))
@@ -9991,7 +9852,6 @@ def test_concurrency_of_a_key(upstreams_routes, client):
     assert results == [200] and ask(x_api_key="sk-eve")[0] == 200
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_addresses_behind_trusted_proxies(upstreams_routes, client, clock_routes):
     up, = upstreams_routes(always("ok"))
     ask = client(Gate(settings([up], address_limits={"rpm": 1}, trusted_proxies=["127.0.0.0/8"]), clock_routes))
@@ -10000,7 +9860,6 @@ def test_addresses_behind_trusted_proxies(upstreams_routes, client, clock_routes
         assert ask(x_forwarded_for=address)[0] == status, address
 
 
-@pytest.mark.usefixtures("home_routes")
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_a_key_beyond_ascii(upstreams_routes, client, encoding):
     """HTTP has no charset for headers: most clients send UTF-8, some latin-1; both mean the same key."""
@@ -10017,7 +9876,6 @@ def test_nobody_else_is_believed(upstreams_routes, client):
     assert ask(x_forwarded_for="1.1.1.1")[0] == 200 and ask(x_forwarded_for="2.2.2.2")[0] == 429
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_the_oldest_address_goes_first(monkeypatch, clock_routes):
     monkeypatch.setattr(ifl, "ADDRESSES_LIMIT", 3)
     limiter = ifl.RateLimiter(clock_routes)
@@ -10026,7 +9884,6 @@ def test_the_oldest_address_goes_first(monkeypatch, clock_routes):
     assert list(limiter._addresses) == ["a", "d", "e"]
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_ten_thousand_addresses_stay_small(clock_routes):
     limiter = ifl.RateLimiter(clock_routes)
     tracemalloc.start()
@@ -10038,7 +9895,6 @@ def test_ten_thousand_addresses_stay_small(clock_routes):
     assert len(limiter._addresses) == 10_000 and size < 20 << 20
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_our_headers_replace_the_upstreams(upstreams_routes, client):
     up, = upstreams_routes(lambda number, body, key: ("status", 200, {"x-ratelimit-remaining-requests": "77"}))
     up.plan = lambda number, body, key: ("status", 400, {"x-ratelimit-remaining-requests": "77"})
@@ -10047,7 +9903,6 @@ def test_our_headers_replace_the_upstreams(upstreams_routes, client):
     assert ask(x_api_key="sk-eve")[0] == 400 and "x-ratelimit-limit-requests" not in ask.headers
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_changed_limits_keep_what_was_used(clock_routes):
     limiter = ifl.RateLimiter(clock_routes)
     key = ifl.parse_client_key(key_entry("bob", "s", rpm=2))
@@ -10077,7 +9932,6 @@ def test_bad_settings_are_named_with_their_place(name, value, said, home_routes,
 
 # --- usage and history ----------------------------------------------------------------
 
-@pytest.mark.usefixtures("home_routes")
 def test_usage_by_model_provider_key_and_day(upstreams_routes, client):
     ups = upstreams_routes(always("ok"), always("status", 500))
     gate = Gate(settings(ups, client_keys=[key_entry("bob", "sk-bob"), key_entry("eve", "sk-eve")]))
@@ -10095,7 +9949,6 @@ def test_usage_by_model_provider_key_and_day(upstreams_routes, client):
     assert by["key"]["eve"]["requests"] == 2 and by["key"]["bob"]["requests"] == 1 and list(by["day"]) == [time.strftime("%Y-%m-%d")]
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_estimates_are_marked(upstreams_routes):
     up, = upstreams_routes(always("ok"))
     bare = {name: value for name, value in GOOD.items() if name != "usage"}
@@ -10552,7 +10405,6 @@ def test_routes_explain(home_routes, capsys):
     assert run_routes(capsys, "routes", "explain", "x")[0] == 1
 
 
-@pytest.mark.usefixtures("home_routes")
 def test_the_endpoint_explains_to_who_may_ask(upstreams_routes, client):
     up, = upstreams_routes(always("ok"))
     chosen = settings([up], custom_api_key="sk-m", admin_password=PASSWORD_HASH, allowed_origins=["*", "http://evil"])
