@@ -10934,7 +10934,7 @@ def cost_of(model: str, provider: str, counts: Mapping[str, int],
     return None
 
 
-class Ring:
+class RecentItems:
     """The last things of a kind, numbered from 1 on."""
 
     def __init__(self, size: int) -> None:
@@ -10980,73 +10980,73 @@ class GatewayLog(logging.Logger):
         return level >= self.level       # Logger's own remembers the answer, here even for ever
 
 
-class LogRing(logging.Handler):
+class RecentLog(logging.Handler):
     """The last lines of the log, for the page: (epoch seconds, level, logger, text); redacted when
     they are read.
     """
 
-    def __init__(self, ring: Ring, rung: Callable[[], None]) -> None:
+    def __init__(self, lines: RecentItems, changed: Callable[[], None]) -> None:
         super().__init__()
-        self._ring, self._rung = ring, rung
+        self._lines, self._changed = lines, changed
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
-        self._ring.add((record.created, record.levelno, record.name, text[:LOG_LINE_CHARS]))
-        self._rung()
+        self._lines.add((record.created, record.levelno, record.name, text[:LOG_LINE_CHARS]))
+        self._changed()
 
 
 def told_log(number: int, line: Tuple[float, int, str, str]) -> Json:
-    """A line of a LogRing as the page gets it."""
+    """A line of a RecentLog as the page gets it."""
     at, level, logger, text = line
     level_name = logging.getLevelName(level).lower()
     return {"id": number, "at": at, "level": level_name, "logger": logger, "text": redact(text)}
 
 
 class Live:
-    """What viewers of the page read, each at its own pace, and the bell that wakes them.
+    """What viewers of the page read, each at its own pace, and what wakes them.
 
-    Nothing is queued for anybody: who is slow finds that the rings have moved on, and is told by
+    Nothing is queued for anybody: who is slow finds that what is kept has moved on, and is told by
     how much.
     """
 
     def __init__(self) -> None:
-        self.requests, self.logs = Ring(HISTORY_SIZE), Ring(LOG_LINES)
-        self.log_handler = LogRing(self.logs, lambda: self.ring(True))
+        self.requests, self.logs = RecentItems(HISTORY_SIZE), RecentItems(LOG_LINES)
+        self.log_handler = RecentLog(self.logs, lambda: self.notify(True))
         self.closed = False
         self._viewers: Dict[bool, int] = {False: 0, True: 0}     #: by whether they want logs
-        self._rung, self._bell = 0, threading.Condition()
+        self._version, self._changed = 0, threading.Condition()
 
-    def ring(self, log_only: bool = False) -> None:
+    def notify(self, log_only: bool = False) -> None:
         if self._viewers[True] or not log_only and self._viewers[False]:
-            with self._bell:
-                self._rung += 1
-                self._bell.notify_all()
+            with self._changed:
+                self._version += 1
+                self._changed.notify_all()
 
-    def wait(self, rung: int, seconds: float) -> int:
-        """Until the bell has rung since it was `rung`, but not longer; its new number."""
-        with self._bell:
-            if self._rung == rung and not self.closed:
-                self._bell.wait(seconds)
-            return self._rung
+    def wait(self, version: int, seconds: float) -> int:
+        """Until something is newer than `version`, but not longer; the new version."""
+        with self._changed:
+            if self._version == version and not self.closed:
+                self._changed.wait(seconds)
+            return self._version
 
     @contextlib.contextmanager
     def viewer(self, logs: bool) -> Iterator[None]:
-        with self._bell:
+        with self._changed:
             if sum(self._viewers.values()) >= VIEWERS_LIMIT:
                 raise Busy(f"{VIEWERS_LIMIT} pages are watching already", retry_after_s=30)
             self._viewers[logs] += 1
         try:
             yield
         finally:
-            with self._bell:
+            with self._changed:
                 self._viewers[logs] -= 1
 
     def close(self) -> None:
-        with self._bell:
+        with self._changed:
             self.closed = True
-            self._bell.notify_all()
+            self._changed.notify_all()
 
 
 @dataclass
@@ -11381,12 +11381,104 @@ def read_refusal(response: UpstreamResponse, provider: Provider) -> UpstreamErro
     return refusal
 
 
+def _classify(exc: UpstreamRefused, target: Target, turn: Any) -> None:
+    """Recognise a prompt too long, a quota that is spent and a model that is missing by their
+    words.
+    """
+    text = dump_json(exc.body).decode() if exc.body else exc.message
+    code = exc.code or exc.body and exc.body["error"].get("code")
+    found = find_overflow(exc.status, text, exc.code, turn.max_output)
+    if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
+        exc.should_retry = False
+    exc.overflow = found or exc.overflow
+    if exc.overflow is not None:
+        prompt, limit, output = exc.overflow
+        limit = limit or profile_of(target).get("context", 0)
+        exc.overflow = (prompt or turn.estimate, limit, output)
+        exc.code = "context_length_exceeded"
+    elif is_missing_model(exc.status, exc.message, code):
+        exc.status, exc.code = 404, "model_not_found"
+        if target.model not in exc.message:
+            exc.message = f"the model {target.model} does not exist there: {exc.message}"
+
+
+def explain_refusal(exc: UpstreamError, target: Target, turn: Any,
+                    flags: Mapping[str, Any]) -> UpstreamError:
+    """An upstream's error as clients have to hear it.
+
+    A prompt too long is recognised, whatever the words.  A refused key is the operator's
+    trouble, not the client's: 401 and 403 become a 403 that says what to do (Claude Code
+    repeats a 401 for over a minute, and shows a 403).
+    """
+    provider = target.provider
+    if provider.problem:             # our own words
+        return exc
+    if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
+        _classify(exc, target, turn)
+    _forget_secrets(exc, provider)
+    # Codex gives up at once on a bare 429
+    if exc.status == 429 and exc.retry_after_s is None:
+        exc.retry_after_s = DEFAULT_RETRY_AFTER_S
+    if exc.status not in (401, 403):
+        return exc
+    keys = "its key" if provider.api_keys else "a request without a key"
+    cure = ("check its api_keys in config.json, then run: "
+            f"python iflow2api.py test {provider.name}")
+    if provider.name == "iflow":
+        cure = ("log in to iFlow again (python iflow2api.py login), then run: "
+                "python iflow2api.py test iflow")
+    elif "providers" in flags:          # --upstream
+        cure = "give another --api-key"
+    return UpstreamRefused(
+        f"provider {provider.name} refused {keys} "
+        f"(HTTP {exc.status}: {one_line(exc.message)}); {cure}", status=403,
+        type="permission_error", should_retry=False)
+
+
+def parse_answer(data: bytes, status: int, judged: bool) -> Json:
+    """A plain answer's JSON, once it is known to be an answer."""
+    try:
+        # embeddings: floats by the thousand
+        decode = _DECODER.decode if judged else json.loads
+        completion = decode(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        raise UpstreamGarbled("the upstream's answer is not JSON" if data.strip() else
+                              "the upstream's answer is empty") from None
+    if judged:
+        return check_completion(completion, status)
+    refusal = refusal_in(completion, status)
+    if refusal or not isinstance(completion, dict):
+        raise refusal or UpstreamGarbled("the upstream's answer is no JSON object")
+    return completion
+
+
+def upstream_headers(call: Call, settings: Settings, provider: Provider,
+                     key: str) -> List[Tuple[str, str]]:
+    """The provider's own headers, the key, and of a chat client's what is meant for the
+    upstream.
+    """
+    headers = {"user-agent": ("User-Agent", f"iflow2api/{__version__}")}
+    if provider.kind == "iflow":
+        headers.clear()              # its own, and nothing of the client's
+    elif not call.dialect.foreign:
+        ours = {settings.custom_auth_header.lower(),
+                *tokens_of(call.headers.get("connection", ""))}
+        for name, value in call.headers.items():
+            if is_forwarded(name, value) and name not in ours:
+                headers[name] = (name, value)
+    if key:
+        headers["authorization"] = ("Authorization", "Bearer " + key)
+    headers.update((name.lower(), (name, value)) for name, value in provider.headers)
+    return list(headers.values())
+
+
 class Attempts:
     """One call on its way: asks what its plan says next, until somebody has answered."""
 
     def __init__(self, gateway: Any, call: Call, client: Client) -> None:
         self.gateway, self.log, self.call, self.client = gateway, gateway.log, call, client
         self._fresh_key = ""             #: of a login that was refreshed for this call
+        self.turn: Any = None            #: the translation for the target that is being asked
         self.record = Record(call.request_id, call.dialect.name, (call.model or "")[:200],
                              call.stream,
                              time.monotonic(), key=call.key.name if call.key else "",
@@ -11428,8 +11520,9 @@ class Attempts:
                         return plan.succeeded()
                     return
                 except (UpstreamError, Busy) as exc:
-                    status = exc.status
-                    told = self._explained(exc) if isinstance(exc, UpstreamError) else exc
+                    status, told = exc.status, exc
+                    if isinstance(exc, UpstreamError):
+                        told = explain_refusal(exc, self.target, self.turn, self.gateway.flags)
                     forget_trace(exc)    # the plan keeps errors
                     if not self._mend(plan, status, told):
                         self._give_up(plan, status, told, len(chain) > 1)
@@ -11558,63 +11651,12 @@ class Attempts:
             self.log.info("%s %s failed (%s)", self.call.request_id[4:12], name,
                           one_line(exc.message, 160))
 
-    def _explained(self, exc: UpstreamError) -> UpstreamError:
-        """An upstream's error as clients have to hear it.
-
-        A prompt too long is recognised, whatever the words.  A refused key is the operator's
-        trouble, not the client's: 401 and 403 become a 403 that says what to do (Claude Code
-        repeats a 401 for over a minute, and shows a 403).
-        """
-        provider, model = self.target.provider, self.target.model
-        if provider.problem:             # our own words
-            return exc
-        if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
-            self._classify(exc, model)
-        _forget_secrets(exc, provider)
-        # Codex gives up at once on a bare 429
-        if exc.status == 429 and exc.retry_after_s is None:
-            exc.retry_after_s = DEFAULT_RETRY_AFTER_S
-        if exc.status not in (401, 403):
-            return exc
-        keys = "its key" if provider.api_keys else "a request without a key"
-        cure = ("check its api_keys in config.json, then run: "
-                f"python iflow2api.py test {provider.name}")
-        if provider.name == "iflow":
-            cure = ("log in to iFlow again (python iflow2api.py login), then run: "
-                    "python iflow2api.py test iflow")
-        elif "providers" in self.gateway.flags:          # --upstream
-            cure = "give another --api-key"
-        return UpstreamRefused(
-            f"provider {provider.name} refused {keys} "
-            f"(HTTP {exc.status}: {one_line(exc.message)}); {cure}", status=403,
-            type="permission_error", should_retry=False)
-
-    def _classify(self, exc: UpstreamRefused, model: str) -> None:
-        """Recognise a prompt too long, a quota that is spent and a model that is missing by their
-        words.
-        """
-        text = dump_json(exc.body).decode() if exc.body else exc.message
-        found = find_overflow(exc.status, text, exc.code, self.turn.max_output)
-        if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
-            exc.should_retry = False
-        exc.overflow = found or exc.overflow
-        if exc.overflow is not None:
-            prompt, limit, output = exc.overflow
-            exc.overflow = (prompt or self.turn.estimate, limit
-                            or profile_of(self.target).get("context", 0), output)
-            exc.code = "context_length_exceeded"
-        elif is_missing_model(exc.status, exc.message, exc.code or exc.body
-                              and exc.body["error"].get("code")):
-            exc.status, exc.code = 404, "model_not_found"
-            if model not in exc.message:
-                exc.message = f"the model {model} does not exist there: {exc.message}"
-
     # one exchange with the upstream
 
     def _ask_upstream(self, key: str) -> None:
         """Send the request and pass the answer on."""
         provider, client = self.target.provider, self.client
-        headers = self._headers(provider, key)
+        headers = upstream_headers(self.call, self.settings, provider, key)
         if provider.kind == "iflow":
             headers = [*headers, *self.gateway.upstream.identity.headers(key, time.time())]
         with self.gateway.upstream.open(provider, self.settings, "POST", self.call.dialect.path,
@@ -11644,7 +11686,7 @@ class Attempts:
         streamed = dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:",
                                                                                 b":"))
         data = dump_json(fold_stream(data)) if streamed else data
-        completion = self._parse_answer(data, response.status)
+        completion = parse_answer(data, response.status, dialect.judged)
         self.record.usage = self._usage(usage_of(completion), len(data) // 5)
         self._spend()
         # a server that does not stream: its answer becomes a stream
@@ -11703,42 +11745,6 @@ class Attempts:
         if stream.failed:
             record.status, record.error = 502, "the upstream broke off with an error"
         return b""
-
-    def _parse_answer(self, data: bytes, status: int) -> Json:
-        """A plain answer's JSON, once it is known to be an answer."""
-        judged = self.call.dialect.judged
-        try:
-            # embeddings: floats by the thousand
-            decode = _DECODER.decode if judged else json.loads
-            completion = decode(data.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            raise UpstreamGarbled("the upstream's answer is not JSON" if data.strip() else
-                                  "the upstream's answer is empty") from None
-        if judged:
-            return check_completion(completion, status)
-        refusal = refusal_in(completion, status)
-        if refusal or not isinstance(completion, dict):
-            raise refusal or UpstreamGarbled("the upstream's answer is no JSON object")
-        return completion
-
-    def _headers(self, provider: Provider, key: str) -> List[Tuple[str, str]]:
-        """The provider's own headers, the key, and of a chat client's what is meant for the
-        upstream.
-        """
-        headers: Dict[str,
-                      Tuple[str, str]] = {"user-agent": ("User-Agent", f"iflow2api/{__version__}")}
-        if provider.kind == "iflow":
-            headers.clear()              # its own, and nothing of the client's
-        elif not self.call.dialect.foreign:
-            ours = {self.settings.custom_auth_header.lower(),
-                    *tokens_of(self.call.headers.get("connection", ""))}
-            for name, value in self.call.headers.items():
-                if is_forwarded(name, value) and name not in ours:
-                    headers[name] = (name, value)
-        if key:
-            headers["authorization"] = ("Authorization", "Bearer " + key)
-        headers.update((name.lower(), (name, value)) for name, value in provider.headers)
-        return list(headers.values())
 
     def _usage(self, raw: Optional[Json], records: int) -> Usage:
         """The upstream's counts, else an estimate that is marked as one: a record is about a token.
@@ -11889,7 +11895,7 @@ class Gateway:
         self.limiter = RateLimiter(clock, self.ledger.spent)
         self.sessions = Sessions(lambda: self.settings.admin_password, clock)
         #: called whenever settings have been taken over
-        self.listeners: List[Callable[[], None]] = [self.live.ring]
+        self.listeners: List[Callable[[], None]] = [self.live.notify]
         self.lanes: Dict[str, Lane] = {}
         self._lock = threading.Lock()
         self._watch: Optional[FileWatch] = None
@@ -12119,7 +12125,7 @@ class Gateway:
         self.ledger.add(record, settings.usage_days, self.in_flight > 1, settings.usage
                         or door.limited)
         self.live.requests.add(record)
-        self.live.ring()
+        self.live.notify()
         if self.log.isEnabledFor(logging.INFO):
             self.log.info("%s", record.line())
 
@@ -14006,7 +14012,7 @@ def sign_out(handler: Handler) -> None:
     if body.get("everywhere"):
         sessions.close_all()
     sessions.close(session_token(handler))
-    handler.server.gateway.live.ring()                   # who watches with it is told
+    handler.server.gateway.live.notify()                   # who watches with it is told
     no_content(handler, cookie_header(handler, ""))
 
 
@@ -14319,14 +14325,14 @@ def stream_events(handler: Handler) -> None:
         pause = threading.Event()
         handler.busy = False             # a server that stops does not wait for this one
         while handler.command != "HEAD" and not live.closed and gateway.sessions.is_alive(session):
-            rung = live.wait(-1, 0)
+            version = live.wait(-1, 0)
             news = viewer.news()
             if news:
                 handler.write(news)
             if has_left(handler.connection):
                 raise ClientGone
             pause.wait(EVENTS_GAP_S)
-            live.wait(rung, OVERVIEW_S)
+            live.wait(version, OVERVIEW_S)
 
 
 # --- what is set up ----------------------------------------------------------------

@@ -7718,7 +7718,8 @@ def lane_of(clock, *keys, **more):
 
 def test_keys_take_turns_and_rest(clock):
     lane, keys = lane_of(clock), ["a", "b", "c"]
-    assert [lane.keys(keys) for _ in range(4)] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+    assert [lane.keys(keys) for _ in range(4)] == [["a", "b", "c"], ["b", "c", "a"],
+                                                   ["c", "a", "b"], ["a", "b", "c"]]
     lane.rests.rest("b", 10)
     assert lane.keys(keys) == ["c", "a"] and lane.rests.resting == 1
     clock.now += 10
@@ -7746,7 +7747,8 @@ def test_a_lane_that_moves_forgets_what_was_true_of_the_old_address(clock):
         lane.learn_cap("m", 100)
         lane.listed = (1e9, ["m"])
         lane.rests.rest("a", 60)
-        lane.adopt(ifl.replace(lane.provider, base_url="http://new" if moved else "http://old", concurrency=3))
+        lane.adopt(ifl.replace(lane.provider, base_url="http://new" if moved else "http://old",
+                               concurrency=3))
         assert (lane.rests.state, lane.cap("m"), lane.listed[1]) == (
             ("closed", 0, []) if moved else ("open", 100, ["m"]))
         assert lane.rests.resting == 1 and lane.slots.limit == 3
@@ -7755,7 +7757,8 @@ def test_a_lane_that_moves_forgets_what_was_true_of_the_old_address(clock):
 # --- metrics -----------------------------------------------------------------
 
 _LABEL = r'\w+="([^"\\]|\\.)*"'
-PROMETHEUS_LINE = re.compile(rf'# (HELP|TYPE) \w+ .+|\w+(\{{{_LABEL}(,{_LABEL})*\}})? (\+Inf|-?[\d.e+-]+)')
+PROMETHEUS_LINE = re.compile(
+    rf'# (HELP|TYPE) \w+ .+|\w+(\{{{_LABEL}(,{_LABEL})*\}})? (\+Inf|-?[\d.e+-]+)')
 
 
 def check_prometheus(text):
@@ -7775,8 +7778,10 @@ def check_prometheus(text):
 
 def call_record(model="m", provider="p", key="k", dialect="chat", status=200, tokens=1, **facts):
     """The record of a call that has ended."""
-    facts = {"usage": ifl.Usage(prompt=tokens, completion=tokens), "first_s": 0.005, "total_s": 0.009, **facts}
-    return ifl.Record("req_0", dialect, model, False, 0.0, ifl.Target(ifl.Provider(provider), model),
+    facts = {"usage": ifl.Usage(prompt=tokens, completion=tokens), "first_s": 0.005,
+             "total_s": 0.009, **facts}
+    return ifl.Record("req_0", dialect, model, False, 0.0,
+                      ifl.Target(ifl.Provider(provider), model),
                       status=status, key=key, **facts)
 
 
@@ -7787,7 +7792,8 @@ def metrics_of(ledger):
 def test_metrics_in_the_text_format():
     ledger = ifl.Ledger()
     for number, total_s in enumerate((0.01, 0.3, 1000)):
-        ledger.add(call_record(provider='a"\\\n', tokens=123_456_789 if number else 1, total_s=total_s))
+        ledger.add(call_record(provider='a"\\\n', tokens=123_456_789 if number else 1,
+                               total_s=total_s))
     ledger.add(call_record(usage=ifl.Usage(7, 8, estimated=True), trail=[
         ifl.Attempt("p", "m", "", status, "", 0.0) for status in (429, 429, 200)]))
     values = metrics_of(ledger)
@@ -7798,7 +7804,8 @@ def test_metrics_in_the_text_format():
                if "request_duration_seconds" in series and 'provider="a' in series}
     buckets = [value for series, value in seconds.items() if "_bucket" in series]
     assert buckets == sorted(buckets) and (buckets[0], buckets[-1]) == (1, 3)
-    assert [value for series, value in seconds.items() if "_sum" in series] == [pytest.approx(1000.31)]
+    assert [value for series, value in seconds.items()
+            if "_sum" in series] == [pytest.approx(1000.31)]
 
 
 def test_the_number_of_series_is_bounded():
@@ -7807,13 +7814,15 @@ def test_the_number_of_series_is_bounded():
         ledger.add(call_record(status=number))
     values = metrics_of(ledger)
     found = {series: value for series, value in values.items() if "requests_total" in series}
-    assert len(found) <= ifl.METRIC_SERIES_LIMIT + 1 and sum(found.values()) == 3 * ifl.METRIC_SERIES_LIMIT
+    assert len(
+        found) <= ifl.METRIC_SERIES_LIMIT + 1 and sum(found.values()) == 3 * ifl.METRIC_SERIES_LIMIT
     assert found['iflow2api_requests_total{dialect="other",provider="other",status="other"}'] > 0
 
 
 def test_counters_survive_a_restart_and_never_fall(home, clock):
     clock.now = 1.8e9
-    path, name = str(home / "usage.jsonl"), 'iflow2api_requests_total{dialect="chat",provider="p",status="200"}'
+    path, name = str(
+        home / "usage.jsonl"), 'iflow2api_requests_total{dialect="chat",provider="p",status="200"}'
     ledger = ifl.Ledger(path, clock)
     for number in range(1, 200):
         ledger.add(call_record(), days=3)
@@ -7863,9 +7872,11 @@ def test_what_killed_writers_left_goes_at_the_next_write(home):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     mine, gone = f"usage.jsonl.{os.getpid()}", f"usage.jsonl.{ended.pid}"
-    names = {f"{gone}-0123abcd.tmp": False, f"{mine}-0123abcd.tmp": True, f"{mine}-00000000.tmp": False,
+    names = {f"{gone}-0123abcd.tmp": False, f"{mine}-0123abcd.tmp": True,
+             f"{mine}-00000000.tmp": False,
              f"{gone}-0123abcd.txt": True, f"other.jsonl.{ended.pid}-0123abcd.tmp": True,
-             "usage.jsonl.tmp": True, f"{gone}-0123ABCD.tmp": True, "usage.jsonl.99999999999-0123abcd.tmp": True}
+             "usage.jsonl.tmp": True, f"{gone}-0123ABCD.tmp": True,
+             "usage.jsonl.99999999999-0123abcd.tmp": True}
     for name in names:
         (home / name).write_text("")
     os.utime(home / f"{mine}-00000000.tmp", (old, old))
@@ -7973,15 +7984,19 @@ def test_services_take_linear_time(home, size, make, use):
 # --- plain answers -----------------------------------------------------------
 
 def test_a_plain_answer_comes_as_it_is(server, upstream):
-    body = (b'{ "id": "x",  "choices":[{"message":{"content":"\\u4e2d","odd":1.0}}], "big": 12345678901234567890,\n'
+    body = (
+        b'{ "id": "x",  "choices":[{"message":{"content":"\\u4e2d","odd":1.0}}], "big": 12345678901234567890,\n'
             b'"usage":null}\n')
-    upstream.plays(plain(body, headers=[("x-ratelimit-remaining", "5"), ("openai-version", "v"), ("Set-Cookie", "a=b"),
+    upstream.plays(plain(body,
+                         headers=[("x-ratelimit-remaining", "5"), ("openai-version", "v"),
+                                  ("Set-Cookie", "a=b"),
                                         ("X-Own", "y")],
                          content_type="application/json; charset=utf-8"))
     answer = post(server(upstream), chat())
     assert (answer.status, answer.body) == (200, body)
     assert answer.headers["content-type"] == "application/json; charset=utf-8"
-    assert answer.headers["x-ratelimit-remaining"] == "5" and answer.headers["openai-version"] == "v"
+    assert answer.headers[
+        "x-ratelimit-remaining"] == "5" and answer.headers["openai-version"] == "v"
     assert "set-cookie" not in answer.headers and "x-own" not in answer.headers
     assert re.fullmatch("req_[0-9a-f]{24}", answer.headers["x-request-id"])
 
@@ -7995,33 +8010,42 @@ def test_a_request_reaches_the_upstream_byte_for_byte(server, upstream):
     assert upstream.last.body == body and upstream.last.path == "/v1/chat/completions"
     assert post(running, body.replace(b'"m1"', b'"short"')).status == 200
     assert upstream.last.body == body.replace(b'"m1"', b'"long/name"')
-    assert upstream.last.headers["authorization"] == "Bearer key-1" and upstream.last.headers["x-provider"] == "p"
+    assert upstream.last.headers[
+        "authorization"] == "Bearer key-1" and upstream.last.headers["x-provider"] == "p"
 
 
 def test_headers_of_the_client_that_go_upstream_and_those_that_stay(server, upstream):
-    running = server(provider(upstream, api_keys=["key-1"]), custom_api_key="client-key", custom_auth_header="X-Mine")
+    running = server(provider(upstream, api_keys=["key-1"]), custom_api_key="client-key",
+                     custom_auth_header="X-Mine")
     kept = {"X-Stainless-Lang": "python", "OpenAI-Beta": "x=1", "OpenAI-Organization": "o",
-            "OpenAI-Project": "p", "X-Title": "t", "HTTP-Referer": "https://app", "Accept-Language": "zh",
+            "OpenAI-Project": "p", "X-Title": "t", "HTTP-Referer": "https://app",
+            "Accept-Language": "zh",
             "anthropic-version": "1", "anthropic-beta": "b", "X-Request-Id": "r"}
-    stay = {"Authorization": "Bearer client-key", "X-Api-Key": "client-key", "Api-Key": "client-key",
+    stay = {"Authorization": "Bearer client-key", "X-Api-Key": "client-key",
+            "Api-Key": "client-key",
             "X-Mine": "client-key", "Cookie": "a=b",
-            "X-Forwarded-For": "1.2.3.4", "Via": "x", "Accept": "x/y", "Accept-Encoding": "br", "Referer": "x",
+            "X-Forwarded-For": "1.2.3.4", "Via": "x", "Accept": "x/y", "Accept-Encoding": "br",
+            "Referer": "x",
             "Sec-Fetch-Mode": "cors",
-            "Connection": "keep-alive", "TE": "trailers", "X-Auth-Token": "s", "Content-Type": "text/plain",
-            "X-Key": "s", "DPoP": "s", "Range": "bytes=0-1", "If-None-Match": "x", "X-Anything": "y"}
+            "Connection": "keep-alive", "TE": "trailers", "X-Auth-Token": "s",
+            "Content-Type": "text/plain",
+            "X-Key": "s", "DPoP": "s", "Range": "bytes=0-1", "If-None-Match": "x",
+            "X-Anything": "y"}
     with Client(running) as client:
         assert client.post(chat(), headers={**kept, **stay}).answer().status == 200
     seen = upstream.last.headers
     assert {name: seen.get(name.lower()) for name in kept} == kept
     assert seen["authorization"] == "Bearer key-1" and seen["content-type"] == "application/json"
     assert seen["accept-encoding"] == "identity" and seen["user-agent"].startswith("iflow2api/")
-    assert not {name.lower() for name in stay} & set(seen) - {"authorization", "content-type", "accept-encoding"}
+    assert not {name.lower()
+                for name in stay} & set(seen) - {"authorization", "content-type", "accept-encoding"}
 
 
 def test_headers_that_connection_names_stay(server, upstream):
     """RFC 9110, 7.6.1: they are about this hop."""
     with Client(server(upstream)) as client:
-        named = {"Connection": "keep-alive, OpenAI-Beta , x-request-id", "OpenAI-Beta": "1", "X-Request-Id": "2", "X-Title": "3"}
+        named = {"Connection": "keep-alive, OpenAI-Beta , x-request-id", "OpenAI-Beta": "1",
+                 "X-Request-Id": "2", "X-Title": "3"}
         assert client.post(chat(), headers=named).answer().status == 200
     assert not {"openai-beta", "x-request-id"} & set(upstream.last.headers)
     assert upstream.last.headers["x-title"] == "3"
@@ -8046,27 +8070,35 @@ def test_completions_stream(server, upstream):
 
 PLAIN_FAULTS = [
     # id, reply, status, words in the message
-    ("not JSON", plain(b"Hello", content_type="text/plain"), 502, "not JSON"), ("nothing", plain(b""), 502, "empty"),
+    ("not JSON", plain(b"Hello", content_type="text/plain"), 502, "not JSON"),
+    ("nothing", plain(b""), 502, "empty"),
     ("html", plain(b"<html>", content_type="text/html"), 502, "web page"),
     ("no choices", plain({"choices": []}), 502, "empty"),
-    ("empty text", plain(completion("", usage={"prompt_tokens": 1})), 502, "empty"), ("list", plain([1]), 502, "empty"),
-    ("error in a 200", plain({"error": {"message": "no such model", "code": 404}}), 404, "no such model"),
+    ("empty text", plain(completion("", usage={"prompt_tokens": 1})), 502, "empty"),
+    ("list", plain([1]), 502, "empty"),
+    ("error in a 200", plain({"error": {"message": "no such model", "code": 404}}), 404,
+     "no such model"),
     ("limit in a 200", plain({"error": {"message": "slow down", "code": "429"}}), 429, "slow down"),
-    ("redirect", Reply(head(302, [("Location", "https://else.where/"), ("Content-Length", "0")])), 502,
+    ("redirect", Reply(head(302, [("Location", "https://else.where/"), ("Content-Length", "0")])),
+     502,
      "redirects to https://else.where/"),
-    ("html 502", plain(b"<html><title>Bad Gateway</title>", 502, content_type="text/html"), 502, "Bad Gateway"),
+    ("html 502", plain(b"<html><title>Bad Gateway</title>", 502, content_type="text/html"), 502,
+     "Bad Gateway"),
     ("cut", Reply(head(200, [("Content-Length", "500")]) + b'{"choices"', CLOSE), 502, "middle"),
     ("reset", Reply(RESET), 502, "without an answer"),
-    ("no content", Reply(head(204)), 502, "empty"), ("deep", plain(b'{"a":' * 100_000), 502, "not JSON"),
+    ("no content", Reply(head(204)), 502, "empty"),
+    ("deep", plain(b'{"a":' * 100_000), 502, "not JSON"),
     ("latin-1", plain(b'{"a":"\xe9"}'), 502, "not JSON"),
     ("404", plain({"error": {"message": "gone"}}, 404), 404, "gone"),
     ("418", plain({"error": "tea"}, 418), 418, "tea"),
     ("huge number", plain(b'{"error":{"message":"inf","n":1e999}}', 400), 400, "inf"),
-    ("deep error", plain(b'{"error":{"message":"deep","n":' + b"[" * 700 + b"]" * 700 + b"}}", 400), 400, "deep"),
+    ("deep error", plain(b'{"error":{"message":"deep","n":' + b"[" * 700 + b"]" * 700 + b"}}", 400),
+     400, "deep"),
     ("surrogate", plain(b'{"error":{"message":"odd \\ud83d"}}', 400), 400, "odd")]
 
 
-@pytest.mark.parametrize("reply, status, said", [row[1:] for row in PLAIN_FAULTS], ids=[row[0] for row in PLAIN_FAULTS])
+@pytest.mark.parametrize("reply, status, said", [row[1:] for row in PLAIN_FAULTS],
+                         ids=[row[0] for row in PLAIN_FAULTS])
 def test_faults_of_a_plain_answer(server, upstream, reply, status, said):
     running = server(upstream)
     upstream.plays(reply)
@@ -8076,7 +8108,8 @@ def test_faults_of_a_plain_answer(server, upstream, reply, status, said):
 
 
 @pytest.mark.parametrize("reply, status, said", [
-    (plain([1]), 502, "no JSON object"), (plain(b"x"), 502, "not JSON"), (plain({"error": "no"}, 400), 400, "no"),
+    (plain([1]), 502, "no JSON object"), (plain(b"x"), 502, "not JSON"),
+    (plain({"error": "no"}, 400), 400, "no"),
     (plain({"error": {"message": "no", "code": 400}}), 400, "no"),
     (Reply(head(500, [("Content-Length", "500")]) + b"cut", CLOSE), 500, "500")])
 def test_faults_of_embeddings(server, upstream, reply, status, said):
@@ -8087,27 +8120,34 @@ def test_faults_of_embeddings(server, upstream, reply, status, said):
 
 @pytest.mark.parametrize("finish", ["length", "content_filter"])
 def test_an_answer_that_was_meant_to_be_empty_is_passed_on(server, upstream, finish):
-    upstream.plays(plain(completion("", finish, usage={"prompt_tokens": 1})), sse(ROLE, chunk(finish=finish), DONE))
+    upstream.plays(plain(completion("", finish, usage={"prompt_tokens": 1})),
+                   sse(ROLE, chunk(finish=finish), DONE))
     running = server(upstream)
     assert post(running, chat()).json["choices"][0]["finish_reason"] == finish
     assert records_of(post(running, chat(True)).body) == [ROLE, chunk(finish=finish), DONE]
 
 
 @pytest.mark.parametrize("status, given, seen, there", [
-    (400, {}, 400, {}), (422, {"Retry-After": "3"}, 422, {"retry-after": "3"}), (429, {}, 429, {"retry-after": "5"}),
+    (400, {}, 400, {}), (422, {"Retry-After": "3"}, 422, {"retry-after": "3"}),
+    (429, {}, 429, {"retry-after": "5"}),
     (429, {"Retry-After": "0"}, 429, {"retry-after": "1"}),
     (429, {"retry-after-ms": "1200"}, 429, {"retry-after": "2"}), (500, {}, 500, {}),
-    (503, {"Retry-After": "7", "x-should-retry": "true"}, 503, {"retry-after": "7", "x-should-retry": "true"}),
+    (503, {"Retry-After": "7", "x-should-retry": "true"}, 503,
+     {"retry-after": "7", "x-should-retry": "true"}),
     (529, {}, 529, {}),
     (401, {}, 403, {"x-should-retry": "false"}), (403, {}, 403, {"x-should-retry": "false"})])
 def test_statuses_of_an_upstream(server, upstream, status, given, seen, there):
-    upstream.plays(plain({"error": {"message": "its words", "type": "its type", "extra": 1}}, status,
+    upstream.plays(plain({"error": {"message": "its words", "type": "its type", "extra": 1}},
+                         status,
                          list(given.items())))
     answer = post(server(provider(upstream, api_keys=["k1"])), chat())
     assert answer.status == seen and "its words" in answer.error["message"]
-    assert {name: answer.headers[name] for name in ("retry-after", "x-should-retry") if name in answer.headers} == there
+    assert {name: answer.headers[name] for name in ("retry-after", "x-should-retry")
+            if name in answer.headers} == there
     if status in (401, 403):
-        assert answer.error["type"] == "permission_error" and "provider up refused its key" in answer.error["message"]
+        assert answer.error[
+            "type"] == "permission_error" and "provider up refused its key" in answer.error[
+                "message"]
         assert "python iflow2api.py test up" in answer.error["message"]
     else:
         assert answer.error == {"message": "its words", "type": "its type", "extra": 1}
@@ -8123,7 +8163,8 @@ def test_a_limit_within_a_200_says_when_to_come_back(server, upstream):
 
 
 def test_timeouts_and_missing_upstreams(server, upstream):
-    running = server(upstream, provider("http://127.0.0.1:9", "gone"), provider(upstream, "off", api_keys=["$NOT_SET"]),
+    running = server(upstream, provider("http://127.0.0.1:9", "gone"),
+                     provider(upstream, "off", api_keys=["$NOT_SET"]),
                      first_byte_timeout_s=0.1)
     upstream.plays(Reply(HOLD), Reply(HOLD))
     for stream in (False, True):
@@ -8136,7 +8177,8 @@ def test_timeouts_and_missing_upstreams(server, upstream):
 
 def test_no_provider_at_all(server):
     answer = post(server(detect_local=False), chat())
-    assert (answer.status, answer.error["type"], answer.headers["x-should-retry"]) == (403, "permission_error", "false")
+    assert (answer.status, answer.error["type"],
+            answer.headers["x-should-retry"]) == (403, "permission_error", "false")
     assert "--upstream" in answer.error["message"]
 
 
@@ -8146,7 +8188,8 @@ def error_reply(status):
     return plain({"error": {"message": f"status {status}"}}, status)
 
 
-FALLS = [("refused connection", None), ("reset", Reply(RESET)), ("silence", Reply(HOLD)), ("empty", plain(b"")),
+FALLS = [("refused connection", None), ("reset", Reply(RESET)), ("silence", Reply(HOLD)),
+         ("empty", plain(b"")),
          ("garbage", plain(b"{")),
          ("cut", Reply(head(200, [("Content-Length", "9")]) + b"{", CLOSE)),
          ("redirect", Reply(head(301, [("Location", "/")]))),
@@ -8158,7 +8201,8 @@ STAYS = [(f"{status}", error_reply(status)) for status in (400, 404, 405, 413, 4
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("reply, falls", [(row[1], True) for row in FALLS] + [(row[1], False) for row in STAYS],
+@pytest.mark.parametrize("reply, falls",
+                         [(row[1], True) for row in FALLS] + [(row[1], False) for row in STAYS],
                          ids=[row[0] for row in FALLS + STAYS])
 def test_when_the_next_target_is_tried(server, upstreams, stream, reply, falls):
     first, second = upstreams(), upstreams()
@@ -8180,31 +8224,40 @@ STREAM_FALLS = [
     ("finish only", [sse(ROLE, chunk(finish="stop"), DONE)]),
     ("error first", [sse({"error": {"message": "x", "code": 500}})]),
     ("error after the role", [sse(ROLE, {"error": {"message": "x"}})]),
-    ("died", [sse(ROLE, end=False)]), ("reset", [sse(ROLE, RESET)]), ("garbage", [sse(b"data: nope\n\n")]),
+    ("died", [sse(ROLE, end=False)]), ("reset", [sse(ROLE, RESET)]),
+    ("garbage", [sse(b"data: nope\n\n")]),
     ("silent", [sse(ROLE, HOLD)]),
-    ("html", [plain(b"<html>", content_type="text/html")]), ("empty completion", [plain({"choices": []})])]
+    ("html", [plain(b"<html>", content_type="text/html")]),
+    ("empty completion", [plain({"choices": []})])]
 
 
-@pytest.mark.parametrize("replies", [row[1] for row in STREAM_FALLS], ids=[row[0] for row in STREAM_FALLS])
+@pytest.mark.parametrize("replies", [row[1] for row in STREAM_FALLS],
+                         ids=[row[0] for row in STREAM_FALLS])
 def test_a_stream_without_an_answer_gives_way_to_the_next_target(server, upstreams, replies):
     first, second = upstreams(*replies), upstreams()
-    running = server(provider(first, "one", timeout_s=0.2), provider(second, "two"), aliases={"m": ["one/a", "two/b"]})
+    running = server(provider(first, "one", timeout_s=0.2), provider(second, "two"),
+                     aliases={"m": ["one/a", "two/b"]})
     assert records_of(post(running, chat(True, "m")).body) == HELLO
     assert (len(first.requests), len(second.requests)) == (1, 1) and is_well(running)
 
 
 def test_nothing_follows_an_answer_that_has_begun(server, upstreams):
     first, second = upstreams(sse(ROLE, chunk("x"), end=False)), upstreams()
-    running = server(provider(first, "one"), provider(second, "two"), aliases={"m": ["one/a", "two/b"]})
+    running = server(provider(first, "one"), provider(second, "two"),
+                     aliases={"m": ["one/a", "two/b"]})
     *begun, failed = records_of(post(running, chat(True, "m")).body)
-    assert begun == [ROLE, chunk("x")] and "cut off" in failed["error"]["message"] and second.requests == []
+    assert begun == [ROLE,
+                     chunk(
+                         "x")] and "cut off" in failed["error"]["message"] and second.requests == []
 
 
 def test_the_last_error_of_a_chain_is_told(server, upstreams):
     first, second = upstreams(error_reply(500)), upstreams(error_reply(429))
-    running = server(provider(first, "one"), provider(second, "two"), aliases={"m": ["one/a", "two/b"]})
+    running = server(provider(first, "one"), provider(second, "two"),
+                     aliases={"m": ["one/a", "two/b"]})
     answer = post(running, chat(model="m"))
-    assert (answer.status, answer.error["message"], answer.headers["retry-after"]) == (429, "status 429", "5")
+    assert (answer.status, answer.error["message"],
+            answer.headers["retry-after"]) == (429, "status 429", "5")
 
 
 def test_a_disabled_provider_gives_way(server, upstream):
@@ -8231,7 +8284,9 @@ def test_a_refused_key_gives_way_to_the_next_and_rests(server, upstream, status)
     for _ in range(3):
         assert post(running, chat()).status == 200
     assert used_keys(upstream) == ["k1", "k2", "k2", "k2"]
-    assert check_prometheus(get(running, "/metrics").body.decode())['iflow2api_keys_resting{provider="up"}'] == 1
+    assert check_prometheus(get(running,
+                                "/metrics").body.decode(
+                                    ))['iflow2api_keys_resting{provider="up"}'] == 1
 
 
 def test_a_limited_key_does_not_rest_for_ever(server, upstream):
@@ -8252,7 +8307,8 @@ def test_a_key_that_is_no_secret_does_not_garble_errors(server, upstream, key):
 
 def test_a_key_in_the_words_of_an_upstream_is_taken_out(server, upstream):
     key = "provider-key-0123456789"
-    upstream.plays(*[plain({"error": {"message": f"bad key {key}"}}, status) for status in (400, 401, 500)])
+    upstream.plays(*[plain({"error": {"message": f"bad key {key}"}}, status)
+                     for status in (400, 401, 500)])
     running = server(provider(upstream, api_keys=[key]))
     for _ in range(3):
         assert key.encode() not in post(running, chat()).body
@@ -8260,8 +8316,10 @@ def test_a_key_in_the_words_of_an_upstream_is_taken_out(server, upstream):
 
 def test_a_key_that_a_flag_brought_is_not_looked_for_in_the_file(server, upstream, config):
     upstream.plays(error_reply(401))
-    flags = ifl._flag_settings(ifl._parse_args(["--upstream", upstream.url, "--api-key", "wrong-key-1"]))
-    message = post(server(gateway=ifl.Gateway(config=config, flags=flags, environ={})), chat()).error["message"]
+    flags = ifl._flag_settings(ifl._parse_args(["--upstream", upstream.url, "--api-key",
+                                                "wrong-key-1"]))
+    message = post(server(gateway=ifl.Gateway(config=config, flags=flags, environ={})),
+                   chat()).error["message"]
     assert message.endswith("; give another --api-key") and "config.json" not in message
 
 
@@ -8273,23 +8331,28 @@ KEY_IN_WORDS = "provider-key-0123456789"
 def test_a_key_in_any_field_of_an_error_is_taken_out(server, upstream, field, stream):
     error = {"error": {"message": "no", field: f"bad {KEY_IN_WORDS}"}}
     upstream.plays(sse(error) if stream else plain(error, 400))
-    running = server(provider(upstream, api_keys=[KEY_IN_WORDS], headers={"X-Other": "other-secret-9876"}))
+    running = server(provider(upstream, api_keys=[KEY_IN_WORDS],
+                              headers={"X-Other": "other-secret-9876"}))
     answer = post(running, chat(stream))
-    assert answer.status >= 400 and KEY_IN_WORDS.encode() not in answer.body and b"no" in answer.body
+    assert answer.status >= 400 and KEY_IN_WORDS.encode(
+        ) not in answer.body and b"no" in answer.body
 
 
 @pytest.mark.parametrize("cut", [0, 30, 200])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
 def test_a_key_in_an_error_within_a_stream_is_taken_out(server, upstream, path, cut):
     """Also where the error comes with text before it in one read, or in two pieces."""
-    parts = record(chunk("hello")) + record({"error": {"message": f"bad {KEY_IN_WORDS}", "code": f"x {KEY_IN_WORDS}"}})
+    parts = record(chunk("hello")) + record({"error": {"message": f"bad {KEY_IN_WORDS}",
+                                                       "code": f"x {KEY_IN_WORDS}"}})
     begin = head(200, [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")])
     pieces = [framed(piece) for piece in (record(chunk("hi")), parts[:cut], parts[cut:]) if piece]
     upstream.plays(Reply(begin, *pieces, b"0\r\n\r\n"))
     running = server(provider(upstream, api_keys=[KEY_IN_WORDS]))
-    body = {"model": "m", "stream": True, "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], "input": "hi"}
+    body = {"model": "m", "stream": True, "max_tokens": 9,
+            "messages": [{"role": "user", "content": "hi"}], "input": "hi"}
     answer = post(running, body, path=path)
-    assert KEY_IN_WORDS.encode() not in answer.body and b"bad pro" in answer.body and b"hi" in answer.body
+    assert KEY_IN_WORDS.encode(
+        ) not in answer.body and b"bad pro" in answer.body and b"hi" in answer.body
 
 
 def test_an_error_that_is_not_about_the_key_is_not_tried_with_another(server, upstream):
@@ -8304,7 +8367,8 @@ def test_all_keys_refused(server, upstreams):
     running = server(provider(first, "one", api_keys=["k1", "k2"]), provider(second, "two"),
                      aliases={"m": ["one/a", "two/b"]})
     answer = post(running, chat(model="one/a"))
-    assert answer.status == 403 and answer.headers["x-should-retry"] == "false" and used_keys(first) == ["k1", "k2"]
+    assert answer.status == 403 and answer.headers[
+        "x-should-retry"] == "false" and used_keys(first) == ["k1", "k2"]
     assert post(running, chat(model="m")).status == 200 and len(second.requests) == 1
 
 
@@ -8312,7 +8376,9 @@ def test_a_single_key_is_not_rested_by_an_error_of_the_server(server, upstream):
     upstream.plays(*[error_reply(500)] * 3)
     running = server(provider(upstream, api_keys=["k1"]))
     assert [post(running, chat()).status for _ in range(4)] == [500, 500, 500, 200]
-    assert check_prometheus(get(running, "/metrics").body.decode())['iflow2api_keys_resting{provider="up"}'] == 0
+    assert check_prometheus(get(running,
+                                "/metrics").body.decode(
+                                    ))['iflow2api_keys_resting{provider="up"}'] == 0
 
 
 # --- places at a provider ----------------------------------------------------
@@ -8356,7 +8422,8 @@ def test_a_full_queue_is_busy(server, upstream):
 def test_a_busy_target_gives_way_to_the_next(server, upstreams):
     go = threading.Event()
     first, second = upstreams(sse(chunk("x"), go, DONE)), upstreams()
-    running = server(provider(first, "one", concurrency=1), provider(second, "two"), aliases={"m": ["one/a", "two/b"]},
+    running = server(provider(first, "one", concurrency=1), provider(second, "two"),
+                     aliases={"m": ["one/a", "two/b"]},
                      queue_limit=0)
     with Client(running) as client:
         client.post(chat(True, "one/a"))
@@ -8374,7 +8441,8 @@ def test_a_long_wait_in_the_queue_ends(server, upstream, looks_often):
         upstream.wait()
         assert post(running, chat()).status == 503
         *comments, failed = records_of(post(running, chat(True)).body)
-        assert comments and set(comments) == {": keep-alive"} and failed["error"]["code"] == "server_is_overloaded"
+        assert comments and set(
+            comments) == {": keep-alive"} and failed["error"]["code"] == "server_is_overloaded"
     assert is_well(running)
 
 
@@ -8385,8 +8453,10 @@ def test_a_long_wait_in_the_queue_ends(server, upstream, looks_often):
 def test_golden_streams_reach_the_client(server, upstream, row, end):
     upstream.plays(sse(*row[1], start=end[1], stop=end[2]))
     answer = post(server(upstream), chat(True))
-    assert answer.status == 200 and answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert answer.headers["cache-control"] == "no-cache" and answer.headers["x-accel-buffering"] == "no"
+    assert answer.status == 200 and answer.headers[
+        "content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers[
+        "cache-control"] == "no-cache" and answer.headers["x-accel-buffering"] == "no"
     assert answer.body == wire_of(row[1], *end[1:])
 
 
@@ -8395,15 +8465,18 @@ PACKED, STREAM_TYPE = gzip.compress(wire_of(HELLO)), ("Content-Type", "text/even
 
 @pytest.mark.parametrize("reply", [
     Reply(head(200, [STREAM_TYPE, ("Content-Length", str(len(wire_of(HELLO))))]) + wire_of(HELLO)),
-    Reply(head(200, [STREAM_TYPE]) + wire_of(HELLO), CLOSE), Reply(head(200) + wire_of(HELLO), CLOSE),
+    Reply(head(200, [STREAM_TYPE]) + wire_of(HELLO), CLOSE),
+    Reply(head(200) + wire_of(HELLO), CLOSE),
     Reply(head(200, [STREAM_TYPE, ("Content-Encoding", "gzip"), ("Transfer-Encoding", "chunked")]),
           *(framed(PACKED[at:at + 9]) for at in range(0, len(PACKED), 9)), b"0\r\n\r\n"),
-    Reply(head(200, [("Transfer-Encoding", "chunked")]), *(framed(bytes([byte])) for byte in wire_of(HELLO)),
+    Reply(head(200, [("Transfer-Encoding", "chunked")]),
+          *(framed(bytes([byte])) for byte in wire_of(HELLO)),
           b"0\r\n\r\n"),
     Reply(head(200, [("Transfer-Encoding", "chunked")]),
           *(bytes([byte]) for byte in framed(wire_of(HELLO)) + b"0\r\n\r\n")),
     sse(*HELLO, HOLD), sse(*HELLO[:-1]), sse(b"\xef\xbb\xbf" + record(HELLO[0]), *HELLO[1:])],
-    ids=["length", "no length", "no type", "gzip", "chunks of a byte", "bytes", "kept open after [DONE]", "no [DONE]",
+    ids=["length", "no length", "no type", "gzip", "chunks of a byte", "bytes",
+         "kept open after [DONE]", "no [DONE]",
          "bom"])
 def test_streams_in_every_wrapping(server, upstream, reply):
     running = server(upstream)
@@ -8412,7 +8485,8 @@ def test_streams_in_every_wrapping(server, upstream, reply):
     assert records_of(answer.body.replace(b"\xef\xbb\xbf", b"")) == HELLO and is_well(running)
 
 
-@pytest.mark.parametrize("done", [b"data: [DONE]\r\n\r\n", b"data:[DONE]\n\n", b"data: [DONE]\n\n\n",
+@pytest.mark.parametrize("done",
+                         [b"data: [DONE]\r\n\r\n", b"data:[DONE]\n\n", b"data: [DONE]\n\n\n",
                                   b"data: [DONE] \n\n"])
 def test_after_done_nothing_is_waited_for(server, upstream, done):
     """Some servers keep the connection open."""
@@ -8426,17 +8500,22 @@ def test_a_stream_for_http_1_0_is_not_chunked(server, upstream):
     with Client(server(upstream)) as client:
         client.send(request_bytes(body=chat(True), version="HTTP/1.0"))
         status, headers = client.head()
-        assert status == 200 and "transfer-encoding" not in headers and headers["connection"] == "close"
+        assert status == 200 and "transfer-encoding" not in headers and headers[
+            "connection"] == "close"
         assert records_of(client.file.read()) == HELLO
 
 
 @pytest.mark.parametrize("reply, status, said", [
-    (plain({"error": {"message": "quota is gone", "code": 402}}, content_type="text/plain"), 402, "quota is gone"),
-    (plain(b'  \n{"status":"435","msg":"model not supported"}', content_type="text/event-stream"), 404, "model not supported"),
-    (plain(b'{"error": "no"}', content_type=""), 502, "no"), (plain(b'{"cut', content_type="text/plain"), 502, "not JSON"),
+    (plain({"error": {"message": "quota is gone", "code": 402}}, content_type="text/plain"), 402,
+     "quota is gone"),
+    (plain(b'  \n{"status":"435","msg":"model not supported"}', content_type="text/event-stream"),
+     404, "model not supported"),
+    (plain(b'{"error": "no"}', content_type=""), 502, "no"),
+    (plain(b'{"cut', content_type="text/plain"), 502, "not JSON"),
     (plain(b"Hello", content_type="text/plain"), 502, "empty"),
     (Reply(head(200, [("Content-Type", "text/plain"), ("Transfer-Encoding", "chunked")]),
-           *(framed(bytes([byte])) for byte in b'{"error": {"message": "in pieces"}}'), b"0\r\n\r\n"), 502, "in pieces")])
+           *(framed(bytes([byte])) for byte in b'{"error": {"message": "in pieces"}}'),
+           b"0\r\n\r\n"), 502, "in pieces")])
 def test_an_error_that_does_not_call_itself_json_on_a_stream(server, upstream, reply, status, said):
     upstream.plays(reply)
     answer = post(server(upstream), chat(True))
@@ -8456,7 +8535,8 @@ def test_a_server_that_does_not_stream(server, upstream):
 
 def test_each_token_arrives_before_the_next_is_sent(server, upstream):
     goes = [threading.Event() for _ in range(3)]
-    upstream.plays(sse(ROLE, chunk("a"), goes[0], chunk("b"), goes[1], chunk("c"), goes[2], chunk(finish="stop"), DONE))
+    upstream.plays(sse(ROLE, chunk("a"), goes[0], chunk("b"), goes[1], chunk("c"), goes[2],
+                       chunk(finish="stop"), DONE))
     with Client(server(upstream)) as client:
         assert client.post(chat(True)).head()[0] == 200
         assert text_of(records_of(client.piece())) == "a"
@@ -8506,7 +8586,8 @@ def test_empty_chunks_are_no_sign_of_life_for_the_client(server, upstream):
     stop = threading.Event()
     trickle = [Reply(head(200, [("Transfer-Encoding", "chunked")]))]
     pace = [threading.Event() for _ in range(40)]
-    trickle = sse(*itertools.chain.from_iterable((ROLE, event) for event in pace), chunk("x"), chunk(finish="stop"),
+    trickle = sse(*itertools.chain.from_iterable((ROLE, event) for event in pace), chunk("x"),
+                  chunk(finish="stop"),
                   DONE)
 
     def drip():
@@ -8527,8 +8608,10 @@ def test_empty_chunks_are_no_sign_of_life_for_the_client(server, upstream):
 def test_a_keep_alive_is_no_answer(server, upstreams):
     """After it the next target may still be tried, and an error is in band."""
     go = threading.Event()
-    first, second = upstreams(Reply(go, *error_reply(500).steps)), upstreams(sse(*HELLO), error_reply(400))
-    running = server(provider(first, "one"), provider(second, "two"), aliases={"m": ["one/a", "two/b"]},
+    first, second = upstreams(Reply(go,
+                                    *error_reply(500).steps)), upstreams(sse(*HELLO), error_reply(400))
+    running = server(provider(first, "one"), provider(second, "two"),
+                     aliases={"m": ["one/a", "two/b"]},
                      keepalive_s=0.03)
     with Client(running) as client:
         client.post(chat(True, "m")).head()
@@ -8570,7 +8653,9 @@ def test_an_upstream_that_dies_in_mid_stream(server, upstream, steps):
         begun = client.piece()
         go.set()
         *begun, failed = records_of(begun + client.pieces())
-        assert text_of(begun) == "Hel" and failed["error"]["message"] and DONE not in begun and client.is_closed()
+        assert text_of(
+            begun) == "Hel" and failed[
+                "error"]["message"] and DONE not in begun and client.is_closed()
     assert is_well(running) and post(running, chat()).status == 200
 
 
@@ -8585,7 +8670,8 @@ def test_an_end_without_a_last_chunk_is_an_end(server, upstream):
                    sse(chunk("x"), chunk(finish="stop"), end=False))
     running = server(upstream)
     for _ in range(2):
-        assert records_of(post(running, chat(True)).body) == [chunk("x"), chunk(finish="stop"), DONE]
+        assert records_of(post(running,
+                               chat(True)).body) == [chunk("x"), chunk(finish="stop"), DONE]
 
 
 def test_an_error_of_the_upstream_in_mid_stream_is_passed_on_once(server, upstream):
@@ -8600,10 +8686,14 @@ LEAVING = [("before the head", Reply(HOLD), 0), ("before the first token", sse(R
 
 
 @pytest.mark.parametrize("stream, reset, often", [
-    (True, False, False), (True, False, True), (True, True, True), (False, False, True), (False, True, True)],
-                         ids=["as it is", "stream, closed", "stream, reset", "plain, closed", "plain, reset"])
-@pytest.mark.parametrize("reply, pieces", [row[1:] for row in LEAVING], ids=[row[0] for row in LEAVING])
-def test_a_client_that_hangs_up_stops_the_upstream(server, upstream, request, reply, pieces, stream, reset, often):
+    (True, False, False), (True, False, True), (True, True, True), (False, False, True),
+    (False, True, True)],
+                         ids=["as it is", "stream, closed", "stream, reset", "plain, closed",
+                              "plain, reset"])
+@pytest.mark.parametrize("reply, pieces", [row[1:] for row in LEAVING],
+                         ids=[row[0] for row in LEAVING])
+def test_a_client_that_hangs_up_stops_the_upstream(server, upstream, request, reply, pieces, stream,
+                                                   reset, often):
     """Even while it is silent, within a second; and its place is free again."""
     if often:
         request.getfixturevalue("looks_often")
@@ -8681,11 +8771,14 @@ def test_one_line_a_request(server, upstream, log_lines):
         answers.append(post(running, body))
         until(lambda: len(log_lines) >= number, what="the line, which is written after the answer")
     lines = [record.getMessage() for record in log_lines]
-    assert re.fullmatch(rf"{answers[0].headers['x-request-id'][4:12]} up/m1 → up/m1 200 total \d\.\d\ds in 12 out 3",
+    assert re.fullmatch(
+        rf"{answers[0].headers['x-request-id'][4:12]} up/m1 → up/m1 200 total \d\.\d\ds in 12 out 3",
                         lines[0]), lines
-    assert re.fullmatch(r"[0-9a-f]{8} m1 → up/m1 200 first \d\.\d\ds total \d\.\d\ds in 12 out 3", lines[1])
+    assert re.fullmatch(r"[0-9a-f]{8} m1 → up/m1 200 first \d\.\d\ds total \d\.\d\ds in 12 out 3",
+                        lines[1])
     assert re.fullmatch(r"[0-9a-f]{8} m1 → up/m1 400 total \d\.\d\ds \(status 400\)", lines[2])
-    assert re.fullmatch(r"[0-9a-f]{8} m1 → up/m1 200 first .* in ~\d+ out ~\d+", lines[3]) and len(lines) == 4
+    assert re.fullmatch(r"[0-9a-f]{8} m1 → up/m1 200 first .* in ~\d+ out ~\d+",
+                        lines[3]) and len(lines) == 4
 
 
 def test_a_stream_that_the_upstream_broke_off_is_not_noted_as_a_success(server, upstream, log_lines):
@@ -8699,7 +8792,8 @@ def test_a_stream_that_the_upstream_broke_off_is_not_noted_as_a_success(server, 
 
 def test_metrics_of_requests(server, upstream):
     running = server(upstream)
-    upstream.plays(plain(completion()), error_reply(500), sse(*HELLO), sse(chunk("x"), chunk(finish="stop"), DONE))
+    upstream.plays(plain(completion()), error_reply(500), sse(*HELLO),
+                   sse(chunk("x"), chunk(finish="stop"), DONE))
     for stream in (False, False, True, True):
         post(running, chat(stream))
     is_well(running)
@@ -8711,16 +8805,19 @@ def test_metrics_of_requests(server, upstream):
     assert values['iflow2api_tokens_total{direction="out",provider="up",estimated="false"}'] == 6
     assert values['iflow2api_tokens_total{direction="out",provider="up",estimated="true"}'] >= 1
     assert values['iflow2api_first_token_seconds_count{dialect="chat",provider="up"}'] >= 2
-    assert values["iflow2api_in_flight"] == 0 and values['iflow2api_upstream_waiting{provider="up"}'] == 0
+    assert values[
+        "iflow2api_in_flight"] == 0 and values['iflow2api_upstream_waiting{provider="up"}'] == 0
 
 
 def test_the_names_that_can_be_asked_for(gateway, upstreams):
     """Each leads to where the list says; what would lead elsewhere is listed with its provider."""
     first, second = upstreams(), upstreams()
-    made = gateway(provider(first, "one", models=["a", "shared"]), provider(second, "two", models=["shared", "b"]),
+    made = gateway(provider(first, "one", models=["a", "shared"]),
+                   provider(second, "two", models=["shared", "b"]),
                    aliases={"fast": "two/b", "pattern-*": "a"})
     found = {model["id"]: model["owned_by"] for model in ifl.models_of(made)}
-    assert found == {"fast": "two", "a": "one", "shared": "one", "two/shared": "two", "b": "two", "m1": "one",
+    assert found == {"fast": "two", "a": "one", "shared": "one", "two/shared": "two", "b": "two",
+                     "m1": "one",
                      "org/m2:free": "one",
                      "two/m1": "two", "two/org/m2:free": "two"}
     router = made.state.router
@@ -8732,7 +8829,13 @@ def test_the_names_that_can_be_asked_for(gateway, upstreams):
 
 def test_a_list_that_comes_after_its_provider_has_moved_is_not_the_new_one_s(gateway, upstreams):
     go = threading.Event()
-    old, new = upstreams(Reply(go, *plain({"data": [{"id": "old"}]}).steps)), upstreams(plain({"data": [{"id": "new"}]}))
+    old, new = upstreams(Reply(go,
+                               *plain(
+                                   {
+                                       "data": [
+                                           {
+                                               "id": "old"}]}).steps)), upstreams(
+                                                   plain({"data": [{"id": "new"}]}))
     made = gateway(old)
     asking = threading.Thread(target=ifl.models_of, args=(made,))
     asking.start()
@@ -8744,12 +8847,14 @@ def test_a_list_that_comes_after_its_provider_has_moved_is_not_the_new_one_s(gat
 
 
 def test_providers_that_swap_their_names_do_not_swap_their_lists(gateway, upstreams):
-    upper, lower = upstreams(plain({"data": [{"id": "a"}]})), upstreams(plain({"data": [{"id": "b"}]}))
+    upper, lower = upstreams(
+        plain({"data": [{"id": "a"}]})), upstreams(plain({"data": [{"id": "b"}]}))
     made = gateway(provider(upper, "one"), provider(lower, "two"))
     ifl.models_of(made)
     made.apply(settings_for([provider(upper.plays(plain({"data": [{"id": "a"}]})), "two"),
                              provider(lower.plays(plain({"data": [{"id": "b"}]})), "one")]))
-    assert {model["id"]: model["owned_by"] for model in ifl.models_of(made)} == {"a": "two", "one/b": "one"}
+    assert {model["id"]: model["owned_by"]
+            for model in ifl.models_of(made)} == {"a": "two", "one/b": "one"}
 
 
 @pytest.mark.parametrize("reply", [error_reply(500), plain(b"nope"), plain([1]),
@@ -8765,7 +8870,9 @@ def test_health_of_a_gateway(gateway, upstream):
     assert gateway(upstream).health()["status"] == "healthy"
     assert gateway(detect_local=False).health()["status"] == "degraded"
     broken = gateway(provider(upstream, api_keys=["$NOT_SET"]), provider(upstream, "ok")).health()
-    assert broken["status"] == "healthy" and broken["providers"][0]["problem"] and not broken["providers"][0]["usable"]
+    assert broken[
+        "status"] == "healthy" and broken[
+            "providers"][0]["problem"] and not broken["providers"][0]["usable"]
     assert gateway(provider(upstream, api_keys=["$NOT_SET"])).health()["status"] == "degraded"
 
 
@@ -8805,7 +8912,8 @@ def test_a_bad_value_on_disk_keeps_the_one_in_force(following, config):
     made = following({"queue_limit": 5, "default_model": "a"})
     put_config(config, {"queue_limit": "x", "default_model": "b"})
     made.reload()
-    assert (made.settings.queue_limit, made.settings.default_model) == (5, "b") and "queue_limit" in made.problems[0]
+    assert (made.settings.queue_limit,
+            made.settings.default_model) == (5, "b") and "queue_limit" in made.problems[0]
 
 
 def test_a_problem_that_was_mended_is_forgotten(following, config):
@@ -8829,7 +8937,8 @@ def test_flags_and_variables_stay_above_a_changed_file(following, config):
                      {"IFLOW2API_QUEUE_LIMIT": "9"})
     put_config(config, {"default_model": "b", "queue_limit": 2, "drain_s": 3})
     made.reload()
-    assert (made.settings.default_model, made.settings.queue_limit, made.settings.drain_s) == ("flag", 9, 3)
+    assert (made.settings.default_model, made.settings.queue_limit,
+            made.settings.drain_s) == ("flag", 9, 3)
 
 
 def test_a_running_call_keeps_its_settings(server, upstreams):
@@ -8882,12 +8991,16 @@ def home_routes(tmp_path, monkeypatch):
 
 # --- scripted upstreams -------------------------------------------------------
 
-USAGE_ROUTES = {"prompt_tokens": 12, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4},
+USAGE_ROUTES = {"prompt_tokens": 12, "completion_tokens": 3,
+                "prompt_tokens_details": {"cached_tokens": 4},
          "completion_tokens_details": {"reasoning_tokens": 2}}
-GOOD = {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "usage": USAGE_ROUTES, "choices": [
+GOOD = {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "usage": USAGE_ROUTES,
+        "choices": [
     {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hello"}}]}
-CHUNKS = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": "hel"}, "finish_reason": None}]},
-          {"choices": [{"index": 0, "delta": {"content": "lo"}, "finish_reason": "stop"}]}, {"choices": [], "usage": USAGE_ROUTES}]
+CHUNKS = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": "hel"},
+                        "finish_reason": None}]},
+          {"choices": [{"index": 0, "delta": {"content": "lo"}, "finish_reason": "stop"}]},
+          {"choices": [], "usage": USAGE_ROUTES}]
 
 
 def sse_routes(chunks):
@@ -8895,7 +9008,7 @@ def sse_routes(chunks):
 
 
 class Upstream(FakeUpstream):
-    """Answers each request by `plan(number, body, key)`: ("ok",), ("status", 503, headers), ("drop",), ("cut",), …"""
+    """Answers each request by `plan(number, body, key)`: ("ok",), ("status", 503, headers), …"""
 
     def __init__(self, plan=lambda number, body, key: ("ok",)):
         super().__init__()
@@ -8931,7 +9044,8 @@ def planned(step, body) -> bytes:
         data = b"not json" if kind == "garbage" else b'{"choices": []}'
     elif body.get("stream"):
         content_type = "text/event-stream"
-        data = {"cut": wire_of(CHUNKS[:1]), "nothing": wire_of([DONE])}.get(kind, wire_of([*CHUNKS, DONE]))
+        whole = wire_of([*CHUNKS, DONE])
+        data = {"cut": wire_of(CHUNKS[:1]), "nothing": wire_of([DONE])}.get(kind, whole)
     elif kind in ("cut", "nothing"):
         data = data[:40]
     length = len(data) + 9 * (kind == "cut")
@@ -8961,10 +9075,13 @@ def first(count, *step):
 
 
 def settings(upstreams_routes, **more):
-    providers = [{"name": name, "base_url": up.url, "api_keys": [f"{name}-key-{n}" for n in range(keys)], "models": [f"m-{name}"]}
-                 for name, up, keys in zip("abcd", upstreams_routes, more.pop("keys", (1, 1, 1, 1)))]
+    providers = [{"name": name, "base_url": up.url,
+                  "api_keys": [f"{name}-key-{n}" for n in range(keys)], "models": [f"m-{name}"]}
+                 for name, up, keys in zip("abcd", upstreams_routes,
+                                           more.pop("keys", (1, 1, 1, 1)))]
     aliases = {"chain": [f"m-{p['name']}" for p in providers]}
-    return ifl.Settings(**{"providers": providers, "aliases": aliases, "log_level": "error", "keepalive_s": 5, **more})
+    return ifl.Settings(**{"providers": providers, "aliases": aliases, "log_level": "error",
+                           "keepalive_s": 5, **more})
 
 
 class Gate:
@@ -8979,11 +9096,13 @@ class Gate:
         self.clock.now += seconds
 
     def ask(self, model="chain", stream=False, dialect=ifl.CHAT, headers=None, **body):
-        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, **body}
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9,
+                **body}
         if stream:
             body["stream"] = True
         sink = Bytes()
-        self.gateway.answer(ifl.Call(dialect, body, json.dumps(body), headers or {}, "req_0123456789"), sink)
+        self.gateway.answer(ifl.Call(dialect, body, json.dumps(body), headers or {},
+                                     "req_0123456789"), sink)
         return sink
 
 
@@ -9013,20 +9132,25 @@ def error_of(gate, *args, **more):
 # --- conditions and explanations ----------------------------------------------
 
 def routed(aliases, **more):
-    providers = [{"name": "z", "base_url": "http://h", "models": ["glm-5", "glm-v"]}, {"name": "o", "base_url": "http://o"}]
+    providers = [{"name": "z", "base_url": "http://h", "models": ["glm-5", "glm-v"]},
+                 {"name": "o", "base_url": "http://o"}]
     return ifl.Router(ifl.Settings(providers=providers, aliases=aliases, **more), {})
 
 
-ROUTE = ["glm-5", {"model": "o/long/context:x", "over_tokens": 60000}, {"model": "glm-v", "images": True},
-         {"model": ["o/think", "o/think2"], "thinking": True, "tools": False}, {"model": "o/msg", "dialect": "messages"}, "o/last"]
+ROUTE = ["glm-5", {"model": "o/long/context:x", "over_tokens": 60000},
+         {"model": "glm-v", "images": True},
+         {"model": ["o/think", "o/think2"], "thinking": True, "tools": False},
+         {"model": "o/msg", "dialect": "messages"}, "o/last"]
 
 
 @pytest.mark.parametrize("asked, chain", [
     ({}, ["z/glm-5", "o/last"]), ({"size_tokens": 60000}, ["z/glm-5", "o/last"]),
     ({"size_tokens": 60001}, ["o/long/context:x", "z/glm-5", "o/last"]),
     ({"size_tokens": 60001, "shows_images": True}, ["o/long/context:x", "z/glm-5", "o/last"]),
-    ({"shows_images": True}, ["z/glm-v", "z/glm-5", "o/last"]), ({"thinks": True}, ["o/think", "o/think2", "z/glm-5", "o/last"]),
-    ({"thinks": True, "has_tools": True}, ["z/glm-5", "o/last"]), ({"speaks": "messages"}, ["o/msg", "z/glm-5", "o/last"])])
+    ({"shows_images": True}, ["z/glm-v", "z/glm-5", "o/last"]),
+    ({"thinks": True}, ["o/think", "o/think2", "z/glm-5", "o/last"]),
+    ({"thinks": True, "has_tools": True}, ["z/glm-5", "o/last"]),
+    ({"speaks": "messages"}, ["o/msg", "z/glm-5", "o/last"])])
 def test_the_first_entry_whose_conditions_hold_begins_the_chain(asked, chain):
     router = routed({"claude-*": ROUTE})
     assert router.problems == []
@@ -9055,37 +9179,51 @@ def test_names_with_slashes_colons_brackets_and_other_letters(name, place):
 
 @pytest.mark.parametrize("aliases, said", [
     ({"x": {"model": "glm-5", "over_tokens": 0}}, "alias 'x': over_tokens: a whole number of 1"),
-    ({"x": [{"model": "glm-5", "over_tokens": -5}]}, "over_tokens"), ({"x": [{"model": "glm-5", "images": 1}]}, "images: true or false"),
-    ({"x": {"model": "glm-5", "weather": "fine"}}, "weather: no such condition"), ({"x": {"images": True}}, "a model or a list"),
+    ({"x": [{"model": "glm-5", "over_tokens": -5}]}, "over_tokens"),
+    ({"x": [{"model": "glm-5", "images": 1}]}, "images: true or false"),
+    ({"x": {"model": "glm-5", "weather": "fine"}}, "weather: no such condition"),
+    ({"x": {"images": True}}, "a model or a list"),
     ({"x": {"model": "glm-5", "dialect": "klingon"}}, "dialect: chat, messages or responses"),
-    ({"claude-*": "glm-5", "claude-opus": "o/x"}, "'claude-opus' is never reached: 'claude-\\*'"), ({"": "glm-5"}, "matches nothing"),
+    ({"claude-*": "glm-5", "claude-opus": "o/x"}, "'claude-opus' is never reached: 'claude-\\*'"),
+    ({"": "glm-5"}, "matches nothing"),
     ({"x": ["glm-5", "zz/y"]}, None), ({"x": ["glm-5", "a/b/c:d"]}, None)])
 def test_bad_aliases_are_named(aliases, said):
     router = routed(aliases, default_provider="o")
-    assert bool(router.problems) is bool(said), router.problems      # o may well serve zz/y: it lists nothing
+    # o may well serve zz/y: it lists nothing
+    assert bool(router.problems) is bool(said), router.problems
     assert not said or re.search(said, router.problems[0]) and router.faults == {"aliases"}
 
 
 def test_an_unknown_provider_in_a_chain_is_named_and_left_out():
     one = [{"name": "zhipu", "base_url": "http://h", "models": ["glm-5"]}]
-    router = ifl.Router(ifl.Settings(providers=one, aliases={"x": ["glm-5", "zhipo/glm"], "y": "deep/seek"}), {})
-    assert [t.model for t in router.resolve("x")] == ["glm-5"] and router.resolve("y")[0].model == "y"
-    assert router.problems == ["alias 'x'[1]: 'zhipo/glm': there is no provider 'zhipo'; did you mean zhipu?",
+    router = ifl.Router(ifl.Settings(providers=one,
+                                     aliases={"x": ["glm-5", "zhipo/glm"], "y": "deep/seek"}), {})
+    assert [t.model
+            for t in router.resolve("x")] == ["glm-5"] and router.resolve("y")[0].model == "y"
+    assert router.problems == [
+        "alias 'x'[1]: 'zhipo/glm': there is no provider 'zhipo'; did you mean zhipu?",
                                "alias 'y'[0]: 'deep/seek': there is no provider 'deep'"]
 
 
 @pytest.mark.parametrize("body, size, facts", [
     ({"messages": [{"role": "user", "content": "x" * 4000}]}, 1000, ""),
-    ({"messages": [{"role": "user", "content": "字" * 4000}]}, 3000, ""), ({"reasoning_effort": "high"}, 0, "t"),
-    ({"reasoning_effort": "none"}, 0, ""), ({"thinking": {"type": "adaptive"}}, 0, "t"), ({"thinking": {"type": "disabled"}}, 0, ""),
-    ({"reasoning": {"effort": "low"}}, 0, "t"), ({"enable_thinking": True}, 0, "t"), ({"tools": [{}]}, 0, "o"), ({"tools": []}, 0, ""),
+    ({"messages": [{"role": "user", "content": "字" * 4000}]}, 3000, ""),
+    ({"reasoning_effort": "high"}, 0, "t"),
+    ({"reasoning_effort": "none"}, 0, ""), ({"thinking": {"type": "adaptive"}}, 0, "t"),
+    ({"thinking": {"type": "disabled"}}, 0, ""),
+    ({"reasoning": {"effort": "low"}}, 0, "t"), ({"enable_thinking": True}, 0, "t"),
+    ({"tools": [{}]}, 0, "o"), ({"tools": []}, 0, ""),
     ({"input": [{"type": "additional_tools"}]}, 0, "o"),
-    ({"chat_template_kwargs": {"enable_thinking": True}}, 0, "t"), ({"thinking": 5, "reasoning": "x", "input": 5}, 0, ""),
-    ({"messages": [{"content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 90000}}]}]}, 1500, "i")])
+    ({"chat_template_kwargs": {"enable_thinking": True}}, 0, "t"),
+    ({"thinking": 5, "reasoning": "x", "input": 5}, 0, ""),
+    ({"messages": [{"content": [{"type": "image_url",
+                                 "image_url": {"url": "data:image/png;base64," + "A" * 90000}}]}]},
+     1500, "i")])
 def test_what_a_request_is_like(body, size, facts):
     call = ifl.Call(ifl.CHAT, body, json.dumps(body, ensure_ascii=False), {}, "r")
     assert abs(call.size_tokens - size) < 60
-    assert (call.thinks, call.has_tools, call.shows_images) == ("t" in facts, "o" in facts, "i" in facts)
+    assert (call.thinks, call.has_tools,
+            call.shows_images) == ("t" in facts, "o" in facts, "i" in facts)
 
 
 def test_conditions_are_asked_for_only_where_there_are_any(monkeypatch, upstreams_routes):
@@ -9102,14 +9240,17 @@ class Followed:
 
     def __init__(self, chain, keys=(), **retry):
         self.clock, self.rests, self.steps = RoutesClock(), {}, []
-        self.keys = {name: [f"{name}{n}" for n in range(1, dict(keys).get(name, 1) + 1)] for name in chain}
+        self.keys = {name: [f"{name}{n}" for n in range(1, dict(keys).get(name, 1) + 1)]
+                     for name in chain}
         self.chain, self.retry = chain, {**ifl.RETRY, **retry}
 
     def rests_of(self, target):
         return self.rests.setdefault(target.provider.name, ifl.Rests(self.clock))
 
     def follow(self, *answers, began=False, **facts):
-        """The steps of one call, `raises STATUS` where it ends in an error; the answers are its attempts'."""
+        """The steps of one call, `raises STATUS` where it ends in an error; the answers are its
+        attempts'.
+        """
         plan = ifl.Plan([ifl.Target(ifl.Provider(name), "m") for name in self.chain],
                         lambda target: [key for key in self.keys[target.provider.name]
                                         if not self.rests_of(target).left_s(key)] or ["last"],
@@ -9125,7 +9266,8 @@ class Followed:
                     plan.succeeded()
                     return steps
                 status, after_s = answer if isinstance(answer, tuple) else (answer, None)
-                plan.failed(ifl.UpstreamRefused("no", status=status, retry_after_s=after_s, **facts), began)
+                plan.failed(ifl.UpstreamRefused("no", status=status, retry_after_s=after_s,
+                                                **facts), began)
         except ifl.UpstreamRefused as exc:
             return [*steps, f"raises {exc.status}"]
 
@@ -9163,7 +9305,8 @@ def test_plans(chain, keys, count, answers, steps):
 
 
 @pytest.mark.parametrize("facts, steps", [
-    ({"should_retry": False}, ["a1", "raises 503"]), ({"overflow": (1, 2, 3)}, ["a1", "raises 503"]),
+    ({"should_retry": False}, ["a1", "raises 503"]),
+    ({"overflow": (1, 2, 3)}, ["a1", "raises 503"]),
     ({}, ["a1", "a1 after 0.5"])])
 def test_what_is_not_worth_a_retry(facts, steps):
     assert Followed("a", count=1).follow(503, **facts) == steps
@@ -9222,7 +9365,8 @@ def test_our_own_full_queue_says_nothing_of_the_provider():
     plan = Followed("ab")
     for name in "ab":
         plan.rests[name] = ifl.Rests(plan.clock)
-    made = ifl.Plan([ifl.Target(ifl.Provider(name), "m") for name in "ab"], lambda target: ["k"], plan.rests_of,
+    made = ifl.Plan([ifl.Target(ifl.Provider(name), "m") for name in "ab"], lambda target: ["k"],
+                    plan.rests_of,
                     ifl.RETRY, {"failures": 1, "rest_s": 30}, plan.clock)
     for name in "ab":
         assert made.next().target.provider.name == name
@@ -9234,19 +9378,23 @@ def test_our_own_full_queue_says_nothing_of_the_provider():
 
 # --- fallback, retries, rest ----------------------------------------------------
 
-FAILURES_ROUTES = {"drop": ("drop",), "html": ("html",), "garbage": ("garbage",), "empty": ("empty",), "cut": ("cut",),
-            **{str(status): ("status", status) for status in (401, 402, 403, 408, 409, 425, 429, 500, 502, 503, 504, 529)}}
+FAILURES_ROUTES = {"drop": ("drop",), "html": ("html",), "garbage": ("garbage",),
+                   "empty": ("empty",), "cut": ("cut",),
+            **{str(status): ("status", status)
+               for status in (401, 402, 403, 408, 409, 425, 429, 500, 502, 503, 504, 529)}}
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", FAILURES_ROUTES)
 def test_every_failure_before_the_answer_falls_back(name, stream, upstreams_routes):
-    bad, good = upstreams_routes(always(*FAILURES_ROUTES["nothing" if stream and name == "cut" else name] if name != "cut" or not stream
+    bad, good = upstreams_routes(always(*FAILURES_ROUTES["nothing" if stream and name == "cut"
+                                                         else name] if name != "cut" or not stream
                                  else ("nothing",)), always("ok"))
     gate = Gate(settings([bad, good]))
     sink = gate.ask(stream=stream)
     assert (len(bad.seen), len(good.seen)) == (1, 1)
-    assert (sink.ends, sink.sent.count(b"[DONE]")) == ((1, 1) if stream else (0, 0)) and len(sink.replies) == (not stream)
+    assert (sink.ends, sink.sent.count(b"[DONE]")) == ((1, 1) if stream
+                                                       else (0, 0)) and len(sink.replies) == (not stream)
     record, = ifl.history_of(gate.gateway)
     assert record["target"] == "b/m-b" and [a["provider"] for a in record["attempts"]] == ["a", "b"]
 
@@ -9299,7 +9447,8 @@ def test_an_upstream_that_keeps_failing_rests_and_is_tried_again(upstreams_route
 
 
 def test_keys_take_turns_rest_and_revive(upstreams_routes, clock_routes):
-    up, = upstreams_routes(lambda number, body, key: ("status", 401) if key == "a-key-1" and number < 5 else ("ok",))
+    up, = upstreams_routes(lambda number, body, key: ("status", 401) if key == "a-key-1"
+                           and number < 5 else ("ok",))
     gate = Gate(settings([up], keys=[3]), clock_routes)
     for _ in range(6):
         gate.ask()
@@ -9308,14 +9457,17 @@ def test_keys_take_turns_rest_and_revive(upstreams_routes, clock_routes):
     clock_routes.now += ifl.REFUSED_KEY_REST_S
     for _ in range(3):
         gate.ask()
-    assert [key for _, key in up.seen].count("a-key-1") == 2 and gate.gateway.lanes["a"].rests.resting == 0
+    assert [key
+            for _, key in up.seen].count(
+                "a-key-1") == 2 and gate.gateway.lanes["a"].rests.resting == 0
 
 
 @pytest.mark.parametrize("status, shown", [(401, 403), (403, 403), (429, 429)])
 def test_when_every_key_is_refused_each_was_asked_once(status, shown, upstreams_routes):
     up, = upstreams_routes(always("status", status))
     gate = Gate(settings([up], keys=[3]))
-    assert error_of(gate).status == shown and sorted(key for _, key in up.seen) == ["a-key-0", "a-key-1", "a-key-2"]
+    assert error_of(gate).status == shown and sorted(key
+                                                     for _, key in up.seen) == ["a-key-0", "a-key-1", "a-key-2"]
 
 
 def test_a_conversation_keeps_its_key(upstreams_routes, clock_routes):
@@ -9383,22 +9535,27 @@ def test_never_more_at_an_account_than_its_places(upstreams_routes):
 
 # --- the property -----------------------------------------------------------------
 
-STEPS = [("ok",), ("ok",), *FAILURES_ROUTES.values(), ("nothing",), ("status", 400), ("status", 404), ("status", 429, {"Retry-After": "3"})]
+STEPS = [("ok",), ("ok",), *FAILURES_ROUTES.values(), ("nothing",), ("status", 400),
+         ("status", 404), ("status", 429, {"Retry-After": "3"})]
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_fails_there_is_one_answer_and_few_calls(seed, upstreams_routes):
-    """One well-formed answer or one error, and at most (retries + 1) x keys calls at each upstream."""
+    """One well-formed answer or one error, and at most (retries + 1) x keys calls at each upstream.
+    """
     rnd = random.Random(seed)
     keys = [rnd.choice((1, 2, 3)) for _ in range(4)]
     count = rnd.choice((0, 1, 3))
-    ups = upstreams_routes(*[lambda number, body, key, r=random.Random(seed * 7 + n): r.choice(STEPS) for n in range(4)])
-    gate = Gate(settings(ups, keys=keys, retry={"count": count, "total_s": 1000}, circuit={"failures": rnd.choice((0, 2)), "rest_s": 9}))
+    ups = upstreams_routes(*[lambda number, body, key,
+                             r=random.Random(seed * 7 + n): r.choice(STEPS) for n in range(4)])
+    gate = Gate(settings(ups, keys=keys, retry={"count": count, "total_s": 1000},
+                         circuit={"failures": rnd.choice((0, 2)), "rest_s": 9}))
     for turn in range(6):
         before = [len(up.seen) for up in ups]
         stream, dialect = rnd.random() < 0.5, rnd.choice((ifl.CHAT, ifl.MESSAGES))
         sink = Bytes()
-        body = {"model": "chain", "max_tokens": 9, "stream": stream, "messages": [{"role": "user", "content": "hi"}]}
+        body = {"model": "chain", "max_tokens": 9, "stream": stream,
+                "messages": [{"role": "user", "content": "hi"}]}
         call = ifl.Call(dialect, body, json.dumps(body), {}, "req_0123456789")
         try:
             gate.gateway.answer(call, sink)
@@ -9418,7 +9575,9 @@ def test_whatever_fails_there_is_one_answer_and_few_calls(seed, upstreams_routes
 
 
 class QuickUpstream:
-    """Keep-alive on bare sockets: `plan(number)` is the status of each answer, None hangs up without one."""
+    """Keep-alive on bare sockets: `plan(number)` is the status of each answer, None hangs up
+    without one.
+    """
     REQUEST = re.compile(rb"(?is)content-length: *(\d+).*?\r\n\r\n")
 
     def __init__(self, plan):
@@ -9443,7 +9602,8 @@ class QuickUpstream:
                 status = self.plan(next(self.numbers)) if data else None
                 if status is None:
                     break
-                peer.sendall(self.answer(status, b'"stream":true' in data or b'"stream": true' in data))
+                peer.sendall(self.answer(status, b'"stream":true' in data
+                                         or b'"stream": true' in data))
         self.open.discard(peer)
 
     def request(self, peer):
@@ -9459,10 +9619,13 @@ class QuickUpstream:
     @staticmethod
     @functools.lru_cache(maxsize=None)
     def answer(status, stream):
-        kind, body = "application/json", ifl.dump_json(GOOD if status == 200 else {"error": {"message": "no"}})
+        kind, body = "application/json", ifl.dump_json(GOOD if status == 200
+                                                       else {"error": {"message": "no"}})
         if stream and status == 200:
             kind, body = "text/event-stream", sse_routes(CHUNKS) + b"data: [DONE]\n\n"
-        return head(status, [("Content-Type", kind), ("Content-Length", len(body)), ("Retry-After", "1")]) + body
+        return head(status,
+                    [("Content-Type", kind), ("Content-Length", len(body)),
+                     ("Retry-After", "1")]) + body
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -9471,26 +9634,35 @@ class QuickUpstream:
 
 
 def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(home_routes):
-    """3 clients' keys, 4 providers of 3 keys each that fail in turn, 4 threads; kept connections and files on disk."""
-    ups = [QuickUpstream(lambda number, n=n: 500 if (number + n) % 17 == 0 else 429 if (number + n) % 29 == 0 else
+    """3 clients' keys, 4 providers of 3 keys each that fail in turn, 4 threads; kept connections
+    and files on disk.
+    """
+    ups = [QuickUpstream(lambda number, n=n: 500 if (number + n) % 17 == 0 else 429
+                         if (number + n) % 29 == 0 else
                          None if (number + n) % 101 == 0 else 200) for n in range(4)]
     chosen = settings(ups, keys=[3, 3, 3, 3])
-    keys = [key_entry(f"k{n}", f"sk-{n}", rpd=10 ** 6, tpd=10 ** 9, concurrency=100) for n in range(3)]
+    keys = [key_entry(f"k{n}", f"sk-{n}", rpd=10 ** 6, tpd=10 ** 9, concurrency=100)
+            for n in range(3)]
     providers = [{**provider, "concurrency": 3} for provider in chosen.providers]
-    write_config(home_routes, providers=providers, aliases=chosen.aliases, client_keys=keys, log_level="error")
-    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={}, clock=RoutesClock())
+    write_config(home_routes, providers=providers, aliases=chosen.aliases, client_keys=keys,
+                 log_level="error")
+    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={},
+                          clock=RoutesClock())
     gateway.ledger.COMPACT_LINES = 200
     answered, failed, odd = [0] * 4, [0] * 4, []
 
     def client(number, requests):
         for turn in range(requests):
             key = gateway.state.door.keys[turn % 3]
-            meters = [gateway.limiter.of_key(key), gateway.limiter.of_address(f"{turn % 40:08x}", {"rpd": 10 ** 6})]
-            body = {"model": "chain" if turn % 3 else f"m-{'abcd'[turn % 4]}", "messages": MESSAGES, "stream": (turn + number) % 2 == 0}
+            meters = [gateway.limiter.of_key(key),
+                      gateway.limiter.of_address(f"{turn % 40:08x}", {"rpd": 10 ** 6})]
+            body = {"model": "chain" if turn % 3 else f"m-{'abcd'[turn % 4]}", "messages": MESSAGES,
+                    "stream": (turn + number) % 2 == 0}
             sink = Bytes()
             try:
                 with gateway.limiter.hold(meters):
-                    gateway.answer(ifl.Call(ifl.CHAT, body, json.dumps(body), {}, "req_0123456789", key, meters), sink)
+                    gateway.answer(ifl.Call(ifl.CHAT, body, json.dumps(body), {}, "req_0123456789",
+                                            key, meters), sink)
                 answered[number] += 1
                 if sink.sent.count(b"[DONE]") != body["stream"] or len(sink.replies) == body["stream"]:
                     odd.append((sink.sent, sink.replies))
@@ -9508,23 +9680,27 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
     wave(500)                            # pools, caches and tables are filled
     before, threads_before = wave(200), threading.active_count()
     after = wave(1800)
-    assert not odd and sum(answered) + sum(failed) == 10_000 and sum(answered) > 9000 and sum(failed) > 50
-    assert after - before < 2500, after - before                        # a block a request would be 7200
-    assert threading.active_count() <= threads_before + 8                # the upstreams' own, one a connection
+    assert not odd and sum(answered) + sum(failed) == 10_000
+    assert sum(answered) > 9000 and sum(failed) > 50
+    assert after - before < 2500, after - before         # a block a request would be 7200
+    assert threading.active_count() <= threads_before + 8        # the upstreams' own
     assert gateway.in_flight == 0 and all(lane.slots.load == 0 for lane in gateway.lanes.values())
     assert all(lane.key_load == 0 for lane in gateway.lanes.values())
-    assert all(meter.active == 0 for meter in [*gateway.limiter._keys.values(), *gateway.limiter._addresses.values()])
-    assert len(gateway.limiter._addresses) == 40 and len(ifl.history_of(gateway)) == ifl.HISTORY_SIZE
+    assert all(meter.active == 0
+               for meter in [*gateway.limiter._keys.values(), *gateway.limiter._addresses.values()])
+    assert len(gateway.limiter._addresses) == 40
+    assert len(ifl.history_of(gateway)) == ifl.HISTORY_SIZE
     assert all(len(idle) <= 8 for idle in gateway.upstream._pool._idle.values())
-    assert sum(up.connections for up in ups) < 1500                      # kept, but for those that an upstream ended
-    used = gateway.ledger.report("key", 2, {})
-    assert {row["key"] for row in used} == {"k0", "k1", "k2"} and sum(row["requests"] for row in used) == 10_000
-    assert sum(gateway.limiter.of_key(key).windows["rpd"].used(1000.0) for key in gateway.state.door.keys) == 10_000
+    assert sum(up.connections for up in ups) < 1500      # kept, but for those that were ended
+    used = {row["key"]: row["requests"] for row in gateway.ledger.report("key", 2, {})}
+    assert set(used) == {"k0", "k1", "k2"} and sum(used.values()) == 10_000
+    assert sum(gateway.limiter.of_key(key).windows["rpd"].used(1000.0)
+               for key in gateway.state.door.keys) == 10_000
     with open(gateway.ledger.path, "rb") as file:
         assert len(file.read().splitlines()) < 1000 and not gateway.ledger.problems
     gateway.close()
     [up.close() for up in ups]
-    until(lambda: threading.active_count() < threads_before, what="the end of the upstreams' threads")
+    until(lambda: threading.active_count() < threads_before, what="the end of threads")
 
 
 # --- client keys -------------------------------------------------------------------
@@ -9538,11 +9714,13 @@ class RoutesClient:
         self.server = ifl.serve(gateway, port=0)
 
     def __call__(self, path="/v1/chat/completions", body=None, method=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=WAIT_S_ROUTES)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port,
+                                                timeout=WAIT_S_ROUTES)
         if body is None and "completions" in path:
             body = {"model": "m-a", "messages": [{"role": "user", "content": "hi"}]}
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method or ("POST" if body else "GET"), path, json.dumps(body) if body else None, names)
+        connection.request(method or ("POST" if body else "GET"), path, json.dumps(body) if body
+                           else None, names)
         response = connection.getresponse()
         data = response.read()
         connection.close()
@@ -9565,12 +9743,15 @@ def client(request):
 
 def test_keys_are_taken_from_wherever_clients_put_them(upstreams_routes, client):
     up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob")], custom_api_key="sk-master",
+    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob")],
+                               custom_api_key="sk-master",
                                custom_auth_header="X-My-Key")))
-    for headers in ({"authorization": "Bearer sk-bob"}, {"x_api_key": "sk-bob"}, {"api_key": "sk-bob"}, {"X_My_Key": "sk-bob"},
+    for headers in ({"authorization": "Bearer sk-bob"}, {"x_api_key": "sk-bob"},
+                    {"api_key": "sk-bob"}, {"X_My_Key": "sk-bob"},
                     {"authorization": "bearer sk-master"}, {"x_api_key": "sk-master"}):
         assert ask(**headers)[0] == 200
-    for headers in ({}, {"authorization": "Bearer sk-bo"}, {"x_api_key": "sk-bobb"}, {"authorization": "Basic sk-bob"},
+    for headers in ({}, {"authorization": "Bearer sk-bo"}, {"x_api_key": "sk-bobb"},
+                    {"authorization": "Basic sk-bob"},
                     {"x_api_key": ifl.hash_key("sk-bob").hex()}):
         status, error = ask(**headers)
         assert status == 401 and error["error"]["type"] == "authentication_error"
@@ -9580,7 +9761,9 @@ def test_keys_are_taken_from_wherever_clients_put_them(upstreams_routes, client)
 
 def test_an_expired_key_and_the_door_without_a_usable_one(upstreams_routes, client):
     up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], client_keys=[key_entry("old", "sk-old", expires="2001-01-01"), {"name": "broken"}])))
+    ask = client(Gate(settings([up],
+                               client_keys=[key_entry("old", "sk-old", expires="2001-01-01"),
+                                            {"name": "broken"}])))
     status, error = ask(x_api_key="sk-old")
     assert status == 401 and "old expired on 2001-01-02" in error["error"]["message"]
     assert ask()[0] == 401 and not up.seen
@@ -9588,24 +9771,32 @@ def test_an_expired_key_and_the_door_without_a_usable_one(upstreams_routes, clie
 
 def test_a_key_sees_and_uses_its_models_alone(upstreams_routes, client):
     ups = upstreams_routes(always("ok"), always("ok"))
-    chosen = settings(ups, client_keys=[key_entry("bob", "sk-bob", models=["m-a", "cha*"]), key_entry("all", "sk-all")])
+    chosen = settings(ups,
+                      client_keys=[key_entry("bob", "sk-bob", models=["m-a", "cha*"]),
+                                   key_entry("all", "sk-all")])
     chosen.aliases["hidden"] = "m-b"
     chosen.aliases["same"] = "a/m-a"
     ask = client(Gate(chosen))
     seen = [m["id"] for m in ask("/v1/models", x_api_key="sk-bob")[1]["data"]]
     assert seen == ["chain", "same", "m-a"]
-    assert [m["id"] for m in ask("/v1/models", x_api_key="sk-all")[1]["data"]] == ["chain", "hidden", "same", "m-a", "m-b"]
-    for model, status in (("m-a", 200), ("same", 200), ("a/m-a", 200), ("chain", 200), ("m-b", 403), ("hidden", 403), ("b/m-b", 403)):
+    assert [m["id"]
+            for m in ask("/v1/models",
+                         x_api_key="sk-all")[1]["data"]] == ["chain", "hidden", "same", "m-a", "m-b"]
+    for model, status in (("m-a", 200), ("same", 200), ("a/m-a", 200), ("chain", 200), ("m-b", 403),
+                          ("hidden", 403), ("b/m-b", 403)):
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
         assert ask(body=body, x_api_key="sk-bob")[0] == status, model
-    assert ask("/v1/models/m-b", x_api_key="sk-bob")[0] == 404 and ask("/v1/models/m-a", x_api_key="sk-bob")[0] == 200
+    assert ask("/v1/models/m-b",
+               x_api_key="sk-bob")[0] == 404 and ask("/v1/models/m-a", x_api_key="sk-bob")[0] == 200
 
 
 #: A key's models, what it is refused, what it gets, of two providers that both serve `demo-text`.
 MODELS_OF_A_KEY = [
-    (["demo-text"], ["other/demo-text", "other/x", "far", ""], ["demo-text", "one/demo-text", "near"]),
+    (["demo-text"], ["other/demo-text", "other/x", "far", ""],
+     ["demo-text", "one/demo-text", "near"]),
     (["other/demo-text"], ["demo-text", "one/demo-text", "near"], ["other/demo-text", "far"]),
-    (["other/*"], ["demo-text", "near", "one/x"], ["other/demo-text", "other/x", "far", "only-other"]),
+    (["other/*"], ["demo-text", "near", "one/x"],
+     ["other/demo-text", "other/x", "far", "only-other"]),
     (["*"], [], ["demo-text", "other/demo-text", "far", "anything", ""]),
     (["f*"], ["demo-text", "other/demo-text"], ["far", "free"]),
     (["demo-text", "x"], ["other/x", "only-other"], ["x", "one/x", "demo-text"])]
@@ -9619,11 +9810,13 @@ MODELS_OF_A_KEY = [
 def test_a_plain_name_of_a_key_is_one_place(server, upstreams, path, mine, refused, granted):
     one, other = upstreams(usual_reply), upstreams(usual_reply)
     running = server(provider(one, "one", models=["demo-text", "z"]),
-                     provider(other, "other", models=["demo-text", "only-other"]), default_model="z",
+                     provider(other, "other", models=["demo-text", "only-other"]),
+                     default_model="z",
                      client_keys=[key_entry("bob", "sk-bob", models=mine)],
                      aliases={"far": "other/demo-text", "near": "demo-text"})
     for model in refused + granted:
-        body = {"input": "hi"} if "responses" in path else {**chat(), "max_tokens": 9, "prompt": "hi"}
+        body = {"input": "hi"} if "responses" in path else {**chat(), "max_tokens": 9,
+                                                            "prompt": "hi"}
         body["model"] = model or None
         answer = post(running, body, path, x_api_key="sk-bob")
         assert answer.status == (403 if model in refused else 200), (model, answer.body)
@@ -9678,24 +9871,34 @@ def test_bad_keys_are_named_and_close_the_door(entry, said):
 
 def test_an_address_open_to_the_network_needs_no_further_key():
     gate = Gate(ifl.Settings(client_keys=[key_entry("bob", "sk-bob")]))
-    assert gate.gateway.ensure_client_key() == ("", True) and gate.gateway.settings.custom_api_key == ""
+    assert gate.gateway.ensure_client_key() == ("",
+                                                True) and gate.gateway.settings.custom_api_key == ""
 
 
 # --- limits -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("limit, span_s", [("rpm", 60), ("rph", 3600), ("rpd", 86400)])
-def test_requests_are_counted_in_a_sliding_window(limit, span_s, upstreams_routes, client, clock_routes):
+def test_requests_are_counted_in_a_sliding_window(limit, span_s, upstreams_routes, client,
+                                                  clock_routes):
     up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob", **{limit: 3})]), clock_routes))
+    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob", **{limit: 3})]),
+                      clock_routes))
     for remaining in (2, 1, 0):
         assert ask(x_api_key="sk-bob")[0] == 200
-        assert (ask.headers["x-ratelimit-limit-requests"], ask.headers["x-ratelimit-remaining-requests"]) == ("3", str(remaining))
+        assert (ask.headers["x-ratelimit-limit-requests"],
+                ask.headers["x-ratelimit-remaining-requests"]) == ("3", str(remaining))
         clock_routes.now += span_s / 10
     status, error = ask(x_api_key="sk-bob")
-    assert status == 429 and error["error"]["code"] == "rate_limit_exceeded" and "try again in" in error["error"]["message"]
-    assert int(ask.headers["retry-after"]) == span_s * 7 // 10 and ask.headers["x-ratelimit-remaining-requests"] == "0"
+    assert status == 429 and error[
+        "error"]["code"] == "rate_limit_exceeded" and "try again in" in error["error"]["message"]
+    assert int(
+        ask.headers[
+            "retry-after"]) == span_s * 7 // 10 and ask.headers[
+                "x-ratelimit-remaining-requests"] == "0"
     assert ask.headers["x-ratelimit-reset-requests"] == f"{span_s * 0.9:.1f}s"
-    assert ask("/v1/models", x_api_key="sk-bob")[0] == 200 and ask.headers["x-ratelimit-remaining-requests"] == "0"
+    assert ask("/v1/models",
+               x_api_key="sk-bob")[
+                   0] == 200 and ask.headers["x-ratelimit-remaining-requests"] == "0"
     clock_routes.now += span_s * 0.7
     assert ask(x_api_key="sk-bob")[0] == 200 and ask(x_api_key="sk-bob")[0] == 429
     assert len(up.seen) == 4
@@ -9729,18 +9932,22 @@ def test_waiting_as_long_as_told_is_enough(clock_routes):
 
 def test_tokens_a_day(upstreams_routes, client, clock_routes):
     up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob", tpd=30)]), clock_routes))
+    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob", tpd=30)]),
+                      clock_routes))
     for _ in range(2):                   # 15 tokens each
         assert ask(x_api_key="sk-bob")[0] == 200
     assert ask(x_api_key="sk-bob")[0] == 429
-    assert ask.headers["x-ratelimit-remaining-tokens"] == "0" and ask.headers["x-ratelimit-limit-tokens"] == "30"
+    assert ask.headers[
+        "x-ratelimit-remaining-tokens"] == "0" and ask.headers["x-ratelimit-limit-tokens"] == "30"
     assert int(ask.headers["retry-after"]) > 80000
     clock_routes.now += 86400 * 1.06
     assert ask(x_api_key="sk-bob")[0] == 200
 
 
 class Restarts:
-    """Limiters on one ledger, one process after the other: each with a monotonic clock of its own, wall time goes on."""
+    """Limiters on one ledger, one process after the other: each with a monotonic clock of its own,
+    wall time goes on.
+    """
 
     def __init__(self, path):
         self.path, self.wall, self.started = str(path), RoutesClock(1.8e9 + 1800), 0.0
@@ -9817,12 +10024,16 @@ def test_a_restarted_server_remembers_the_day(upstreams_routes, client, home_rou
     up, = upstreams_routes(always("ok"))
     keys = [key_entry("bob", "sk-bob", rpd=2)]
     for expected in ([200, 200], [429, 429]):
-        write_config(home_routes, providers=settings([up]).providers, client_keys=keys, log_level="error")
+        write_config(home_routes, providers=settings([up]).providers, client_keys=keys,
+                     log_level="error")
         gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
         with ifl.serve(gateway, port=0) as server:
             for status in expected:
-                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT_S_ROUTES)
-                connection.request("POST", "/v1/chat/completions", json.dumps({"model": "m-a", "messages": MESSAGES}), {"x-api-key": "sk-bob"})
+                connection = http.client.HTTPConnection("127.0.0.1", server.port,
+                                                        timeout=WAIT_S_ROUTES)
+                connection.request("POST", "/v1/chat/completions",
+                                   json.dumps({"model": "m-a", "messages": MESSAGES}),
+                                   {"x-api-key": "sk-bob"})
                 answer = connection.getresponse()
                 assert answer.status == status, answer.read()
                 connection.close()
@@ -9840,7 +10051,9 @@ def test_of_two_limits_that_are_used_up_the_longer_one_is_told(clock_routes):
 def test_concurrency_of_a_key(upstreams_routes, client):
     go = threading.Event()
     up, = upstreams_routes(always("hold", go))
-    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob", concurrency=1), key_entry("eve", "sk-eve")])))
+    ask = client(Gate(settings([up],
+                               client_keys=[key_entry("bob", "sk-bob", concurrency=1),
+                                            key_entry("eve", "sk-eve")])))
     results = []
     thread = threading.Thread(target=lambda: results.append(ask(x_api_key="sk-bob")[0]))
     thread.start()
@@ -9848,23 +10061,30 @@ def test_concurrency_of_a_key(upstreams_routes, client):
     assert ask(x_api_key="sk-bob")[0] == 429 and ask.headers["retry-after"] == "1"
     go.set()
     thread.join(WAIT_S_ROUTES)
-    until(lambda: ask(x_api_key="sk-bob")[0] == 200)          # the place comes back just after the answer
+    # the place comes back just after the answer
+    until(lambda: ask(x_api_key="sk-bob")[0] == 200)
     assert results == [200] and ask(x_api_key="sk-eve")[0] == 200
 
 
 def test_addresses_behind_trusted_proxies(upstreams_routes, client, clock_routes):
     up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], address_limits={"rpm": 1}, trusted_proxies=["127.0.0.0/8"]), clock_routes))
-    for address, status in (("1.2.3.4", 200), ("1.2.3.4", 429), ("9.9.9.9, 1.2.3.4", 429), ("5.6.7.8", 200), ("1.2.3.4, 127.0.0.9", 429),
-                            ("2001:db8::1", 200), ("[2001:db8::2]:443", 429), ("2001:db8:1::2", 200), ("nonsense", 200), ("", 429)):
+    ask = client(Gate(settings([up], address_limits={"rpm": 1}, trusted_proxies=["127.0.0.0/8"]),
+                      clock_routes))
+    for address, status in (("1.2.3.4", 200), ("1.2.3.4", 429), ("9.9.9.9, 1.2.3.4", 429),
+                            ("5.6.7.8", 200), ("1.2.3.4, 127.0.0.9", 429),
+                            ("2001:db8::1", 200), ("[2001:db8::2]:443", 429),
+                            ("2001:db8:1::2", 200), ("nonsense", 200), ("", 429)):
         assert ask(x_forwarded_for=address)[0] == status, address
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_a_key_beyond_ascii(upstreams_routes, client, encoding):
-    """HTTP has no charset for headers: most clients send UTF-8, some latin-1; both mean the same key."""
+    """HTTP has no charset for headers: most clients send UTF-8, some latin-1; both mean the same
+    key.
+    """
     up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], custom_api_key="schl\u00fcssel", client_keys=[key_entry("bob", "b\u00f6b")])))
+    ask = client(Gate(settings([up], custom_api_key="schl\u00fcssel",
+                               client_keys=[key_entry("bob", "b\u00f6b")])))
     for key, status in (("schl\u00fcssel", 200), ("b\u00f6b", 200), ("schlussel", 401)):
         assert ask(x_api_key=key.encode(encoding))[0] == status
         assert ask(authorization=b"Bearer " + key.encode(encoding))[0] == status
@@ -9896,9 +10116,12 @@ def test_ten_thousand_addresses_stay_small(clock_routes):
 
 
 def test_our_headers_replace_the_upstreams(upstreams_routes, client):
-    up, = upstreams_routes(lambda number, body, key: ("status", 200, {"x-ratelimit-remaining-requests": "77"}))
+    up, = upstreams_routes(lambda number, body,
+                           key: ("status", 200, {"x-ratelimit-remaining-requests": "77"}))
     up.plan = lambda number, body, key: ("status", 400, {"x-ratelimit-remaining-requests": "77"})
-    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob", rpm=9), key_entry("eve", "sk-eve")])))
+    ask = client(Gate(settings([up],
+                               client_keys=[key_entry("bob", "sk-bob", rpm=9),
+                                            key_entry("eve", "sk-eve")])))
     assert ask(x_api_key="sk-bob")[0] == 400 and ask.headers["x-ratelimit-remaining-requests"] == "8"
     assert ask(x_api_key="sk-eve")[0] == 400 and "x-ratelimit-limit-requests" not in ask.headers
 
@@ -9937,16 +10160,25 @@ def test_usage_by_model_provider_key_and_day(upstreams_routes, client):
     gate = Gate(settings(ups, client_keys=[key_entry("bob", "sk-bob"), key_entry("eve", "sk-eve")]))
     ask = client(gate)
     ask(x_api_key="sk-bob")
-    ask(body={"model": "m-a", "stream": True, "messages": [{"role": "user", "content": "hi"}]}, x_api_key="sk-eve")
+    ask(body={"model": "m-a", "stream": True, "messages": [{"role": "user", "content": "hi"}]},
+        x_api_key="sk-eve")
     ask(body={"model": "m-b", "messages": [{"role": "user", "content": "hi"}]}, x_api_key="sk-eve")
     book, prices = gate.gateway.ledger, {"a/*": {"input": 2, "cached": 1, "output": 10}}
-    by = {name: {row[name]: row for row in book.report(name, 1, prices)} for name in ifl.USAGE_NAMES}
+    by = {name: {row[name]: row for row in book.report(name, 1, prices)}
+          for name in ifl.USAGE_NAMES}
     a = by["model"]["m-a"]
-    assert [a[n] for n in ("requests", "errors", "input", "output", "cached", "reasoning", "estimated")] == [2, 0, 24, 6, 8, 4, 0]
+    assert [a[n]
+            for n in ("requests", "errors", "input", "output", "cached", "reasoning",
+                      "estimated")] == [2, 0, 24, 6, 8, 4, 0]
     assert a["cost"] == pytest.approx((16 * 2 + 8 + 6 * 10) / 1e6)
     b = by["provider"]["b"]
     assert (b["requests"], b["errors"], b["input"], b["cost"]) == (1, 1, 0, None)
-    assert by["key"]["eve"]["requests"] == 2 and by["key"]["bob"]["requests"] == 1 and list(by["day"]) == [time.strftime("%Y-%m-%d")]
+    assert by[
+        "key"][
+            "eve"][
+                "requests"] == 2 and by[
+                    "key"][
+                        "bob"]["requests"] == 1 and list(by["day"]) == [time.strftime("%Y-%m-%d")]
 
 
 def test_estimates_are_marked(upstreams_routes):
@@ -9990,10 +10222,13 @@ def test_usage_survives_a_kill_and_a_torn_line(home_routes):
 #: Lines of a ledger, and whether they count.
 LEDGER_LINES = [
     ('{"day": "TODAY", "model": "m", "provider": "p", "key": "", "requests": 2}', True),
-    ('{"hour": NOW, "model": "m", "provider": "p", "key": "k", "dialect": "chat", "status": 200, "requests": 2}', True),
+    (
+        '{"hour": NOW, "model": "m", "provider": "p", "key": "k", "dialect": "chat", "status": 200, "requests": 2}', True),
     ("rubbish", False), ('{"day": 5}', False), ("[" * 5000, False), ("5", False), ("null", False),
-    ('{"day": "2026-99-99", "model": "m", "requests": 1}', False), ('{"hour": "x", "requests": 2}', False),
-    ('{"hour": 1e9, "model": "m", "requests": 2}', False), ('{"hour": %d, "requests": 2}' % 10 ** 400, False),
+    ('{"day": "2026-99-99", "model": "m", "requests": 1}', False),
+    ('{"hour": "x", "requests": 2}', False),
+    ('{"hour": 1e9, "model": "m", "requests": 2}', False),
+    ('{"hour": %d, "requests": 2}' % 10 ** 400, False),
     ('{"hour": NOW, "model": ["m"], "status": 200, "requests": 1}', False),
     ('{"hour": NOW, "model": "m", "status": 200, "requests": -1}', False),
     ('{"day": "TODAY", "model": "m", "requests": 1, "input": %d}' % 10 ** 400, False),
@@ -10017,14 +10252,17 @@ def test_what_an_older_version_counted_is_there(home_routes, clock_routes):
     """By the day, without dialect and status: in usage and the month, not among the hours."""
     clock_routes.now = time.mktime((2026, 5, 17, 15, 30, 0, 0, 0, -1))
     path = home_routes / "usage.jsonl"
-    path.write_text("".join('{"day":"2026-05-%d","model":"m","provider":"p","key":"k","requests":3}\n' % day
+    path.write_text(
+        "".join('{"day":"2026-05-%d","model":"m","provider":"p","key":"k","requests":3}\n' % day
                             for day in (1, 16, 17)))
     ledger = ifl.Ledger(str(path), clock_routes)
     ledger.add(call_record(dialect="messages"))
     assert [used_in(ledger, days) for days in (1, 2, 30)] == [4, 7, 10] and not ledger.problems
-    assert [row["day"] for row in ledger.report("day", 30, {})] == ["2026-05-17", "2026-05-01", "2026-05-16"]
+    assert [row["day"]
+            for row in ledger.report("day", 30, {})] == ["2026-05-17", "2026-05-01", "2026-05-16"]
     month, day = ledger.steps("month"), ledger.steps("day")
-    assert [sum(counts[0] for _, counts in rows) for _, rows in month][-17:] == [3] + [0] * 14 + [3, 4]
+    assert [sum(counts[0] for _, counts in rows)
+            for _, rows in month][-17:] == [3] + [0] * 14 + [3, 4]
     assert [sum(counts[0] for _, counts in rows) for _, rows in day] == [0] * 23 + [1]
     ledger._compact()
     again = ifl.Ledger(str(path), clock_routes)
@@ -10032,7 +10270,8 @@ def test_what_an_older_version_counted_is_there(home_routes, clock_routes):
 
 
 def test_the_hours_survive_a_restart(home_routes, clock_routes):
-    clock_routes.now, path = time.mktime((2026, 5, 17, 23, 59, 59, 0, 0, -1)), str(home_routes / "usage.jsonl")
+    clock_routes.now, path = time.mktime((2026, 5, 17, 23, 59, 59, 0, 0,
+                                          -1)), str(home_routes / "usage.jsonl")
     for hours in (3, 1, 1):
         ledger = ifl.Ledger(path, clock_routes)
         ledger.add(call_record(model=f"m{hours}"))
@@ -10073,7 +10312,8 @@ def test_two_processes_share_the_file(home_routes):
 def test_lines_of_a_busy_server_are_written_together(home_routes, monkeypatch):
     path, writes, real = home_routes / "usage.jsonl", [], os.write
     monkeypatch.setattr(ifl.Journal, "GATHER_S", 60)
-    monkeypatch.setattr(os, "write", lambda handle, data: writes.append(data.count(b"\n")) or real(handle, data))
+    monkeypatch.setattr(os, "write", lambda handle, data: writes.append(data.count(b"\n"))
+                        or real(handle, data))
     ledger = ifl.Ledger(str(path))
     for _ in range(7):
         ledger.add(call_record(), waits=True)
@@ -10167,7 +10407,8 @@ def test_the_history_is_bounded_and_holds_no_content(upstreams_routes, home_rout
         gate.ask()
     assert len(ifl.history_of(gate.gateway)) == 3 and not list(home_routes.iterdir())
     record = ifl.history_of(gate.gateway)[0]
-    assert (record["model"], record["target"], record["status"], record["input"]) == ("chain", "a/m-a", 200, 12)
+    assert (record["model"], record["target"], record["status"],
+            record["input"]) == ("chain", "a/m-a", 200, 12)
     assert "hi" not in json.dumps(record["attempts"]) and "a-key-0" not in json.dumps(record)
 
 
@@ -10186,7 +10427,8 @@ def write_config(home_routes, **values):
     ({"client_keys": [{"name": "b", "sha256": "0" * 64}] * 2}, "taken by an earlier"), ({"address_limits": {"tpd": -5}}, "tpd"),
     ({"default_provider": "nope"}, "no provider"), ({"aliases": {"*": "m-a", "x": "m-a"}}, "never reached")])
 def test_a_bad_reload_leaves_the_last_good_in_force(home_routes, bad, said):
-    base = {"providers": [{"name": "a", "base_url": "http://h", "models": ["m-a"]}], "aliases": {"x": "m-a"}, "retry": {"count": 1},
+    base = {"providers": [{"name": "a", "base_url": "http://h", "models": ["m-a"]}],
+            "aliases": {"x": "m-a"}, "retry": {"count": 1},
             "client_keys": [key_entry("bob", "sk-bob")], "address_limits": {"rpm": 7}}
     gateway = ifl.Gateway(config=write_config(home_routes, **base), environ={})
     assert gateway.problems == []
@@ -10201,25 +10443,32 @@ def test_a_bad_reload_leaves_the_last_good_in_force(home_routes, bad, said):
 
 
 def test_a_pattern_that_matches_no_model_is_named(home_routes):
-    base = {"providers": [{"name": "a", "base_url": "http://h", "models": ["glm-5"]}], "aliases": {"fast-*": "glm-5"}}
+    base = {"providers": [{"name": "a", "base_url": "http://h", "models": ["glm-5"]}],
+            "aliases": {"fast-*": "glm-5"}}
     keys = [key_entry("bob", "s", models=["gml-5", "glm-*", "a/*", "fast-1", "claude-opus"])]
     gateway = ifl.Gateway(config=write_config(home_routes, **base, client_keys=keys), environ={})
-    assert gateway.problems == ["client_keys: bob: models: 'gml-5' matches nothing; did you mean glm-5 or a/glm-5?"]
+    assert gateway.problems == [
+        "client_keys: bob: models: 'gml-5' matches nothing; did you mean glm-5 or a/glm-5?"]
 
 
 def test_a_range_that_runs_backwards_is_no_error(home_routes, capsys, monkeypatch):
     def early(name, pattern):                                # what fnmatch does before Python 3.10
         raise re.error("bad character range z-a")
-    monkeypatch.setattr(ifl, "fnmatchcase", lambda name, pattern: early(name, pattern) if "[z-a]" in pattern else name == pattern)
+    monkeypatch.setattr(ifl, "fnmatchcase", lambda name, pattern: early(name, pattern)
+                        if "[z-a]" in pattern else name == pattern)
     config = write_config(
-        home_routes, providers=[{"name": "a", "base_url": "http://h", "models": ["m"]}], aliases={"x[z-a]": "m", "y": "m"},
-        prices={"[z-a]": {"input": 1}, "m": {"input": 2}}, client_keys=[key_entry("bob", "s", models=["[z-a]"])])
+        home_routes, providers=[{"name": "a", "base_url": "http://h", "models": ["m"]}],
+        aliases={"x[z-a]": "m", "y": "m"},
+        prices={"[z-a]": {"input": 1}, "m": {"input": 2}},
+        client_keys=[key_entry("bob", "s", models=["[z-a]"])])
     gateway = ifl.Gateway(config=config, environ={})
     assert gateway.problems == ["client_keys: bob: models: '[z-a]' matches nothing"]
-    assert [gateway.state.router.resolve(name)[0].model for name in ("y", "x[z-a]", "z")] == ["m", "m", "z"]
+    assert [gateway.state.router.resolve(name)[0].model
+            for name in ("y", "x[z-a]", "z")] == ["m", "m", "z"]
     router = gateway.state.router
     assert not ifl.may_use(router, gateway.state.door.keys[0], "m", router.resolve("m"))
-    assert ifl.cost_of("m", "a", {"input": 10, "cached": 0, "output": 0}, gateway.settings.prices) == 20 / 1e6
+    assert ifl.cost_of("m", "a", {"input": 10, "cached": 0, "output": 0},
+                       gateway.settings.prices) == 20 / 1e6
     assert run_routes(capsys, "routes", "explain", "q")[0] == 0
 
 
@@ -10228,7 +10477,10 @@ def test_a_text_that_no_file_name_may_hold_is_named_and_not_used(home_routes, ca
     names = ("host", "log_file", "ca_file", "base_url")
     write_config(home_routes, **dict.fromkeys(names, text), custom_api_key=text)
     gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
-    assert sorted(gateway.problems) == sorted(f"config.json: {name}: a string without NUL and lone surrogates expected" for name in names)
+    assert sorted(
+        gateway.problems) == sorted(
+            f"config.json: {name}: a string without NUL and lone surrogates expected"
+            for name in names)
     assert gateway.settings.host == "127.0.0.1" and gateway.state.door.required
     for command in ("status", "logs", "usage"):
         assert run_routes(capsys, command)[0] in (0, 1)
@@ -10243,14 +10495,20 @@ def test_a_host_that_can_be_no_name_is_told_in_one_line(home_routes, capsys, hos
 
 def test_an_empty_upstream_is_a_mistake_and_its_key_goes_nowhere_else(home_routes, capsys):
     for argv in (("serve", "--port", "0"), ("models",), ("test",), ("routes", "explain", "m")):
-        code, out, err = run_routes(capsys, *argv, "--upstream", "", "--api-key", "sk-of-another-service")
-        assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: --upstream: base_url is missing"), argv
+        code, out, err = run_routes(capsys, *argv, "--upstream", "", "--api-key",
+                                    "sk-of-another-service")
+        assert (code, out) == (2,
+                               "") and err.splitlines(
+                                   )[-1].startswith("error: --upstream: base_url is missing"), argv
 
 
-@pytest.mark.parametrize("argv", [("login", "--paste"), ("login", "--api-key", "-"), ("admin", "reset-password", "-"),
+@pytest.mark.parametrize("argv",
+                         [("login", "--paste"), ("login", "--api-key", "-"),
+                          ("admin", "reset-password", "-"),
                                   ("config", "set", "api_key", "-")])
 def test_a_standard_input_that_is_closed_or_no_text_is_told(home_routes, capsys, monkeypatch, argv):
-    stdins = [None] + [io.TextIOWrapper(io.BytesIO(b"\xff12345678\n"), "utf-8", errors) for errors in ("strict", "surrogateescape")]
+    stdins = [None] + [io.TextIOWrapper(io.BytesIO(b"\xff12345678\n"), "utf-8", errors)
+                       for errors in ("strict", "surrogateescape")]
     for stdin in stdins[:1] if "--paste" in argv else stdins:
         monkeypatch.setattr(sys, "stdin", stdin)
         code = ifl.main(list(argv))
@@ -10262,30 +10520,35 @@ def test_a_standard_input_that_is_closed_or_no_text_is_told(home_routes, capsys,
 @pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
 def test_a_login_needs_time(home_routes, capsys, seconds):
     code, out, err = run_routes(capsys, "login", "--no-browser", f"--timeout={seconds}")
-    assert (code, out, err) == (2, "", f"error: --timeout can't be {seconds}; a number above 0 expected\n")
+    assert (code, out, err) == (2, "",
+                                f"error: --timeout can't be {seconds}; a number above 0 expected\n")
 
 
 @posix
 def test_a_terminal_that_is_gone_keeps_no_answer_from_ending(home_routes):
     reader, writer = os.pipe()
-    process = subprocess.Popen([sys.executable, PROGRAM, "--demo", "--port", "0"], stdout=subprocess.PIPE, stderr=writer,
+    process = subprocess.Popen([sys.executable, PROGRAM, "--demo", "--port", "0"],
+                               stdout=subprocess.PIPE, stderr=writer,
                                env={**os.environ, "IFLOW2API_LOG_FILE": str(home_routes / "log")})
     os.close(writer)
     try:
         url = process.stdout.readline().decode().split()[-1]
         card = b""
-        while b"next" not in card:                             # the card is out, and now nobody reads any more
+        # the card is out, and now nobody reads any more
+        while b"next" not in card:
             piece = os.read(reader, 65536)
             assert piece, card
             card += piece
         os.close(reader)
         with contextlib.closing(http.client.HTTPConnection(url[7:], timeout=WAIT_S)) as client:
-            client.request("POST", "/v1/chat/completions", json.dumps({"model": "demo", "stream": True, "messages": [
+            client.request("POST", "/v1/chat/completions",
+                           json.dumps({"model": "demo", "stream": True, "messages": [
                 {"role": "user", "content": "hi"}]}))
             answer = client.getresponse()
             process.terminate()
             assert answer.read().endswith(b"data: [DONE]\n\n")
-        assert process.wait(WAIT_S) in (0, 120)                # 120: Python could not empty stderr at the end
+        # 120: Python could not empty stderr at the end
+        assert process.wait(WAIT_S) in (0, 120)
     finally:
         process.kill()
         process.wait()
@@ -10305,7 +10568,8 @@ def test_a_login_that_ends_at_no_time_is_shown_all_the_same(home_routes, capsys,
 @posix
 @pytest.mark.parametrize("now, oldest", [(1793593800, "2026-10-31"), (1774823400, "2026-03-29")])
 def test_yesterday_is_a_day_ago_also_when_a_day_has_25_hours_or_23(monkeypatch, now, oldest):
-    monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0" if now > 1.79e9 else "CET-1CEST,M3.5.0,M10.5.0/3")
+    monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0" if now > 1.79e9
+                       else "CET-1CEST,M3.5.0,M10.5.0/3")
     time.tzset()
     try:
         ifl.day_of.cache_clear(), ifl.midnight_of.cache_clear()
@@ -10320,7 +10584,8 @@ def test_key_add_writes_over_nothing_that_is_no_list(home_routes, capsys):
     write_config(home_routes, client_keys=key_entry("bob", "s"))
     before = path.read_bytes()
     code, out, err = run_routes(capsys, "key", "add", "eve")
-    assert (code, out) == (2, "") and "`client_keys` in config.json is no list" in err and path.read_bytes() == before
+    assert (code, out) == (2,
+                           "") and "`client_keys` in config.json is no list" in err and path.read_bytes() == before
 
 
 def test_redaction_takes_its_time_by_the_length_of_the_text_alone():
@@ -10334,8 +10599,10 @@ def test_redaction_takes_its_time_by_the_length_of_the_text_alone():
 def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     go = threading.Event()
     up, = upstreams_routes(lambda number, body, key: ("hold", go) if number == 1 else ("ok",))
-    entry = {"name": "a", "base_url": up.url, "api_keys": ["k1", "k2"], "models": ["m"], "kind": "iflow"}
-    gateway = ifl.Gateway(config=write_config(home_routes, providers=[entry], log_level="error"), environ={})
+    entry = {"name": "a", "base_url": up.url, "api_keys": ["k1", "k2"], "models": ["m"],
+             "kind": "iflow"}
+    gateway = ifl.Gateway(config=write_config(home_routes, providers=[entry], log_level="error"),
+                          environ={})
     gate = Gate.__new__(Gate)
     gate.gateway = gateway
     results = []
@@ -10343,10 +10610,12 @@ def test_a_reload_keeps_streams_rests_and_places(upstreams_routes, home_routes):
     thread.start()
     until(lambda: up.seen)
     gateway.lanes["a"].rests.rest("k2", 500)
-    write_config(home_routes, providers=[{**entry, "api_keys": ["k1", "k2", "k3"]}], log_level="error", sticky=True)
+    write_config(home_routes, providers=[{**entry, "api_keys": ["k1", "k2", "k3"]}],
+                 log_level="error", sticky=True)
     gateway.reload()
     lane = gateway.lanes["a"]
-    assert lane.provider.api_keys == ("k1", "k2", "k3") and lane.rests.resting == 1 and lane.key_load == 1
+    assert lane.provider.api_keys == ("k1", "k2",
+                                      "k3") and lane.rests.resting == 1 and lane.key_load == 1
     go.set()
     thread.join(WAIT_S_ROUTES)
     assert results[0].sent.count(b"[DONE]") == 1 and lane.key_load == 0 and lane.slots.load == 0
@@ -10363,7 +10632,8 @@ def run_routes(capsys, *argv):
 
 def test_key_add_list_remove(home_routes, capsys, upstreams_routes, client):
     write_config(home_routes, providers=[{"name": "a", "base_url": "http://h", "models": ["m-a"]}])
-    code, key, err = run_routes(capsys, "key", "add", "bob", "--models", "m-a,x-*", "--rpm", "5", "--tpd", "900", "--expires", "2999-01-31")
+    code, key, err = run_routes(capsys, "key", "add", "bob", "--models", "m-a,x-*", "--rpm", "5",
+                                "--tpd", "900", "--expires", "2999-01-31")
     assert code == 0 and re.fullmatch(r"sk-[0-9a-f]{48}\n", key) and "only time" in err
     text = (home_routes / ".iflow2api" / "config.json").read_text()
     assert key.strip() not in text and ifl.hash_key(key.strip()).hex() in text
@@ -10374,7 +10644,8 @@ def test_key_add_list_remove(home_routes, capsys, upstreams_routes, client):
     found = gateway.state.door.find([key.strip()])
     assert found.limits == {"rpm": 5, "tpd": 900} and found.models == ("m-a", "x-*")
     assert run_routes(capsys, "key", "add", "--rpm", "7", "eve")[0] == 0
-    for argv in (["add"], ["add", "x", "--rpm", "0"], ["add", "x", "--rpm", "-1"], ["add", "x", "--rpm", "many"], ["add", "a/b"],
+    for argv in (["add"], ["add", "x", "--rpm", "0"], ["add", "x", "--rpm", "-1"],
+                 ["add", "x", "--rpm", "many"], ["add", "a/b"],
                  ["add", "x", "--expires", "2001-01-01"], ["remove"], ["remove", "bo"]):
         code, out, err = run_routes(capsys, "key", *argv)
         assert (code, out) == (2, "") and err.startswith("error: "), argv
@@ -10383,8 +10654,11 @@ def test_key_add_list_remove(home_routes, capsys, upstreams_routes, client):
     assert code == 0 and "no key is left" in err
 
 
-@pytest.mark.parametrize("shell, line", [("bash", 'export OPENAI_API_KEY="$IFLOW2API_KEY"'), ("cmd", 'set "OPENAI_API_KEY=%IFLOW2API_KEY%"'),
-                                         ("powershell", "$env:OPENAI_API_KEY = $env:IFLOW2API_KEY")])
+@pytest.mark.parametrize("shell, line",
+                         [("bash", 'export OPENAI_API_KEY="$IFLOW2API_KEY"'),
+                          ("cmd", 'set "OPENAI_API_KEY=%IFLOW2API_KEY%"'),
+                                         ("powershell",
+                                          "$env:OPENAI_API_KEY = $env:IFLOW2API_KEY")])
 def test_env_with_only_such_keys(home_routes, capsys, shell, line):
     write_config(home_routes, client_keys=[key_entry("bob", "sk-bob")])
     _, out, _ = run_routes(capsys, "env", "openai", "--shell", shell)
@@ -10393,34 +10667,43 @@ def test_env_with_only_such_keys(home_routes, capsys, shell, line):
 
 
 def test_routes_explain(home_routes, capsys):
-    write_config(home_routes, providers=[{"name": "z", "base_url": "http://h", "models": ["glm-5"]}, {"name": "o", "base_url": "http://o"}],
+    write_config(home_routes,
+                 providers=[{"name": "z", "base_url": "http://h", "models": ["glm-5"]},
+                            {"name": "o", "base_url": "http://o"}],
                  aliases={"claude-*": ["glm-5", {"model": "o/long:模/x", "over_tokens": 5000}]})
     code, out, _ = run_routes(capsys, "routes", "explain", "claude-é", "--tokens", "6000")
     assert code == 0 and "=> o/long:模/x  http://o/v1" in out and "then z/glm-5" in out and "if over_tokens 5000: yes" in out
     told = json.loads(run_routes(capsys, "routes", "explain", "x/y:z", "--json")[1])
     assert told["chain"][0]["model"] == "x/y:z" and "default provider, z" in told["steps"][-1]
-    assert "default_model" in run_routes(capsys, "routes", "explain", "gpt-5", "--dialect", "responses")[1]
-    assert run_routes(capsys, "routes", "explain")[0] == 2 and run_routes(capsys, "routes", "explain", "x", "--tokens", "-1")[0] == 2
+    assert "default_model" in run_routes(capsys, "routes", "explain", "gpt-5", "--dialect",
+                                         "responses")[1]
+    assert run_routes(capsys, "routes",
+                      "explain")[0] == 2 and run_routes(capsys, "routes", "explain", "x",
+                                                        "--tokens", "-1")[0] == 2
     write_config(home_routes)
     assert run_routes(capsys, "routes", "explain", "x")[0] == 1
 
 
 def test_the_endpoint_explains_to_who_may_ask(upstreams_routes, client):
     up, = upstreams_routes(always("ok"))
-    chosen = settings([up], custom_api_key="sk-m", admin_password=PASSWORD_HASH, allowed_origins=["*", "http://evil"])
+    chosen = settings([up], custom_api_key="sk-m", admin_password=PASSWORD_HASH,
+                      allowed_origins=["*", "http://evil"])
     ask = functools.partial(client(Gate(chosen)), "/admin/api/routes/explain", authorization=BASIC)
     status, told = ask({"model": "chain", "tokens": 5})
-    assert status == 200 and told["chain"][0]["provider"] == "a" and told["chain"][0]["circuit"] == "closed" and not up.seen
+    assert status == 200 and told[
+        "chain"][0]["provider"] == "a" and told["chain"][0]["circuit"] == "closed" and not up.seen
     assert ask({"model": "chain"}, authorization="Bearer sk-m")[0] == 401
     for origin in ("http://evil", "null", "https://127.0.0.1.evil"):
         assert ask({"model": "chain"}, origin=origin)[0] == 403
         assert "access-control-allow-origin" not in ask.func.headers
     assert ask({"model": "chain"}, origin=ask.func.server.url)[0] == 200
-    for bad in ({"model": 5}, {"model": "x", "tokens": "1"}, {"model": "x", "images": 1}, {"model": "x", "dialect": "y"},
+    for bad in ({"model": 5}, {"model": "x", "tokens": "1"}, {"model": "x", "images": 1},
+                {"model": "x", "dialect": "y"},
                 {"model": "x", "aliases": []}):
         assert ask(bad)[0] == 400
     status, told = ask({"model": "m-new", "aliases": {"m-new": "b/x", "m-*": 5}})
-    assert status == 200 and told["problems"] and told["chain"] and "m-new" not in ask.func.server.gateway.settings.aliases
+    assert status == 200 and told[
+        "problems"] and told["chain"] and "m-new" not in ask.func.server.gateway.settings.aliases
     assert ask()[0] == 405
 
 
@@ -10428,15 +10711,20 @@ def test_the_usage_command(home_routes, capsys):
     write_config(home_routes, prices={"glm*": {"input": 1, "output": 2}})
     assert "nothing was used" in run_routes(capsys, "usage")[1]
     ledger = ifl.Ledger(str(home_routes / ".iflow2api" / "usage.jsonl"))
-    ledger.add(call_record("glm-5", "z", "bob", usage=ifl.Usage(1000, 500), first_s=1.5, total_s=3.0))
-    ledger.add(call_record('=cmd|"x",1', "z", "eve", status=429, usage=ifl.Usage(estimated=True), total_s=0.0))
+    ledger.add(call_record("glm-5", "z", "bob", usage=ifl.Usage(1000, 500), first_s=1.5,
+                           total_s=3.0))
+    ledger.add(call_record('=cmd|"x",1', "z", "eve", status=429, usage=ifl.Usage(estimated=True),
+                           total_s=0.0))
     out = run_routes(capsys, "usage", "--by", "key")[1]
-    assert re.search(r"^bob +1 +0 +1000 +500 +0 +0 +1\.50s +3\.00s +0\.0020$", out, re.M) and "~" in out
+    assert re.search(r"^bob +1 +0 +1000 +500 +0 +0 +1\.50s +3\.00s +0\.0020$", out,
+                     re.M) and "~" in out
     told = json.loads(run_routes(capsys, "usage", "--json", "--days", "7")[1])
     assert told["rows"][0]["cost"] == 0.002 and told["by"] == "model"
     lines = run_routes(capsys, "usage", "--csv")[1].splitlines()
-    assert lines[0].startswith("model,requests,errors") and lines[2].startswith("\"'=cmd|\"\"x\"\",1\",1,1")
-    assert run_routes(capsys, "usage", "--days", "0")[0] == 2 and run_routes(capsys, "usage", "--days", "x")[0] == 2
+    assert lines[
+        0].startswith("model,requests,errors") and lines[2].startswith("\"'=cmd|\"\"x\"\",1\",1,1")
+    assert run_routes(capsys, "usage", "--days",
+                      "0")[0] == 2 and run_routes(capsys, "usage", "--days", "x")[0] == 2
 
 
 # --- speed -------------------------------------------------------------------------------
@@ -10453,7 +10741,9 @@ def best_us(work, count=2000):
 
 
 def test_what_is_not_used_costs_next_to_nothing(home_routes, server):
-    """Generous by a factor of ten or so: this is about a lock or a file too many, not about the machine."""
+    """Generous by a factor of ten or so: this is about a lock or a file too many, not about the
+    machine.
+    """
     rests, running = ifl.Rests(time.monotonic), server(detect_local=False)
     assert best_us(lambda: ifl.check_key(running, {})) < 10
     assert best_us(lambda: rests.admits(1)) < 10
@@ -13944,7 +14234,7 @@ def test_viewers_are_bounded_and_leave(admin):
     extra.close()
     for watcher in watchers:
         watcher.close()
-    browser.server.gateway.live.ring()
+    browser.server.gateway.live.notify()
     until(lambda: browser.server.gateway.live._viewers[False] == 0, what="the end of the viewers")
     assert Watcher(browser).status == 200
 
@@ -14474,7 +14764,7 @@ def test_a_hundred_thousand_log_lines_stay_smooth(fresh_server, tab):
                                             f"line {number} of many"))
 
     def arrived():
-        fresh_server.gateway.live.ring()
+        fresh_server.gateway.live.notify()
         return page.run(
             "return document.querySelector('.log-pane').textContent.includes('line 99999')")
     page.until(arrived, "the last line is not to be seen")
