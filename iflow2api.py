@@ -115,6 +115,15 @@ def _hand_over(data: bytes) -> int:
     return fd
 
 
+def _open_standard_descriptors() -> None:
+    """Those that were closed (`>&-`) lead nowhere: else the next file or socket would become one of them."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd < 3:
+        os.set_inheritable(fd, True)
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
 def _restart_as_server(frame: Any) -> None:
     """Replace a process that is about to serve by one that runs the code of `frame`, this module's: it takes less memory.
 
@@ -135,6 +144,7 @@ def _restart_as_server(frame: Any) -> None:
     command = [sys.executable, *_interpreter_flags()]
     fd = -1
     try:
+        _open_standard_descriptors()
         if is_module and os.path.exists(__spec__.cached or ""):
             command += ["-m", __spec__.name]
         else:
@@ -15025,27 +15035,51 @@ class Shell(NamedTuple):
     variable: str
     comment: str
     command: str
-    quote: Callable[[str], str]
+    quote: Callable[[str], str]          #: a value of a variable
+    argument: Callable[[str], str]       #: an argument of a command
     reference: str = '"${}"'
 
 
 def _quote_posix(text: str) -> str:
-    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else "'" + text.replace("'",
-            "'\"'\"'") + "'"
+    is_plain = re.fullmatch(r"[\w@%+=:,./-]+", text)
+    return text if is_plain else "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+def _quote_fish(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _quote_powershell(text: str) -> str:
+    """PowerShell takes typographic quotes for quotes, too."""
+    return "'" + re.sub("['\u2018\u2019\u201a\u201b]", r"\g<0>\g<0>", text) + "'"
+
+
+def _inside_quotes(text: str) -> str:
+    """For `set "NAME=…"` of cmd, where a quote begins and ends what & and others mean nothing in."""
+    inside, *outside = text.split('"')
+    return inside + "".join(
+        '"' + (part if number % 2 else re.sub(r"[&|<>^()]", r"^\g<0>", part))
+        for number, part in enumerate(outside))
+
+
+def _windows_argument(text: str) -> str:
+    """An argument that a program of Windows finds as it is, its quotes with it."""
+    *parts, last = text.split('"')
+    ends = [part[len(part.rstrip("\\")):] for part in (*parts, last)]   # backslashes before a quote
+    doubled = [part + end for part, end in zip((*parts, last), ends)]
+    return '"' + '\\"'.join(doubled) + '"'
 
 
 SHELLS = {
     "bash": Shell("export {name}={value}", "# {}", "codex() {{ command codex {flags} \"$@\"; }}",
-                  _quote_posix),
+                  _quote_posix, _quote_posix),
     "fish": Shell("set -gx {name} {value}", "# {}",
-                  "function codex; command codex {flags} $argv; end",
-                  lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
+                  "function codex; command codex {flags} $argv; end", _quote_fish, _quote_fish),
     "powershell": Shell("$env:{name} = {value}", "# {}",
-                        "function codex {{ & (Get-Command codex -CommandType Application | Select-Object -First 1) "
-                        "{flags} @args }}",
-                        lambda text: "'" + text.replace("'", "''") + "'", "$env:{}"),
+                        "function codex {{ & (Get-Command codex -CommandType Application "
+                        "| Select-Object -First 1) {flags} @args }}", _quote_powershell, _quote_powershell, "$env:{}"),
     "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*",
-                 lambda text: text, "%{}%")}
+                 _inside_quotes, _windows_argument, "%{}%")}
 
 
 def claude_words(router: Router, model: str = "") -> Dict[str, str]:
@@ -15112,8 +15146,9 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
 
 
 def codex_command(shell: Shell, pairs: Sequence[Tuple[str, str]]) -> str:
-    return shell.command.format(flags=" ".join("-c " + shell.quote(f'{name}="{value}"')
-                                               for name, value in pairs))
+    return shell.command.format(flags=" ".join(
+        "-c " + shell.argument(f"{name}={json.dumps(value, ensure_ascii=False)}")
+        for name, value in pairs))
 
 
 def codex_toml(pairs: Sequence[Tuple[str, str]]) -> Iterator[str]:
@@ -15126,7 +15161,7 @@ def codex_toml(pairs: Sequence[Tuple[str, str]]) -> Iterator[str]:
 def curl_line(shell: Shell, words: Mapping[str, str]) -> str:
     """One request; PowerShell would take the quotes of an argument away: it gets the body piped."""
     def quote(text: str) -> str:
-        return '"' + text.replace('"', '\\"') + '"' if shell is SHELLS["cmd"] else shell.quote(text)
+        return shell.argument(text)
 
     body = json.dumps({"model": words["MODEL"], "messages": [{"role": "user", "content": "Hello"}]})
     bearer = quote("Authorization: Bearer " + words["KEY"])
@@ -18234,8 +18269,9 @@ def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "",
 
 def _say(text: str) -> None:
     """Talk goes to stderr; stdout is for the answer.  A terminal that is gone must not end a server."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:           # print would take stdout instead
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def _row(label: str, *columns: str) -> None:
@@ -18331,8 +18367,19 @@ def cmd_serve(args: Any) -> int:
     _log_to_console()
     if args.demo and (args.upstream is not None or args.api_key):
         raise UsageError("--demo brings its own upstream: leave out --upstream and --api-key")
-    demo = DemoUpstream() if args.demo else None
-    gateway = Gateway(config=_config_of(args), flags={**(demo.settings() if demo else {}), **_flag_settings(args)})
+    flags = _flag_settings(args)
+    with _Signals() as signals:
+        demo = DemoUpstream() if args.demo else None
+        gateway = Gateway(config=_config_of(args), flags={**(demo.settings() if demo else {}), **flags})
+        try:
+            return _serve(gateway, signals, args.no_browser)
+        finally:
+            if demo is not None:
+                demo.close()
+
+
+def _serve(gateway: Gateway, signals: _Signals, stay: bool) -> int:
+    """Until a signal ends it."""
     gateway.lead_log()
     _log_to_file(gateway)
     had_key = gateway.state.door.required
@@ -18342,17 +18389,16 @@ def cmd_serve(args: Any) -> int:
     except OSError as exc:
         _say(marked("error", _bind_problem(host, port, exc)))
         return 1
-    signals = _Signals()
-    print(f"iflow2api {__version__} listening on {server.url}", flush=True)      # scripts wait for this line
+    with contextlib.suppress(OSError):   # a full disk, nobody who listens
+        # scripts wait for this line
+        print(f"iflow2api {__version__} listening on {server.url}", flush=True)
     _say("\n".join(["", *_card(gateway, server, had_key), ""]))
-    _show_page(gateway, server, args.no_browser)
+    _show_page(gateway, server, stay)
     gateway.watch_files()
     while signals.wait() == "reload":
         gateway.reload()
     _say(tr("stopping", seconds=gateway.settings.drain_s))
     server.close(gateway.settings.drain_s)
-    if demo is not None:
-        demo.close()
     return 0
 
 
@@ -18450,10 +18496,23 @@ class _Signals:
         self._ear, self._bell = socket.socketpair()
         for end in (self._ear, self._bell):
             end.setblocking(False)
+        self._before: Dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
         signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
         for name, what in (("SIGINT", "stop"), ("SIGTERM", "stop"), ("SIGHUP", "reload")):
             if hasattr(signal, name):
-                signal.signal(getattr(signal, name), lambda number, frame, what=what: self._ask(what))
+                number = getattr(signal, name)
+                self._before[number] = signal.signal(
+                    number, lambda number, frame, what=what: self._ask(what))
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self._ear.close()
+        self._bell.close()
 
     def _ask(self, what: str) -> None:
         if "stop" in self._asked and what == "stop":
@@ -19604,17 +19663,34 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     prepare_process()
     argv = list(sys.argv[1:] if argv is None else argv)
     CONSOLE.set_up(argv, os.environ)
+    status = 0
     try:
         args = _parse_args(argv)
-        return cmd_version(args) if getattr(args, "version", False) else COMMANDS[args.command].run(args)
+        status = (cmd_version if getattr(args, "version", False) else COMMANDS[args.command].run)(args)
+        if sys.stdout is not None and args.command != "serve":
+            sys.stdout.flush()
     except UsageError as exc:
         _say(marked("error", exc))
-        return 2
+        status = 2
     except KeyboardInterrupt:
-        return 130
+        status = 130
     except BrokenPipeError:              # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        pass
+    except OSError as exc:               # such as a full disk under stdout
+        _say(marked("error", reason_of(exc) + (f": {exc.filename}" if exc.filename else "")))
+        status = 1
+    _give_up_output()
+    return status
+
+
+def _give_up_output() -> None:
+    """A standard stream that can't be written is let go of: Python would end with a status of its own."""
+    for number, stream in enumerate((sys.stdout, sys.stderr), 1):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 if __name__ == "__main__":

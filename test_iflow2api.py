@@ -12658,6 +12658,21 @@ def test_env_claude_of_a_running_server(tmp_path, monkeypatch, capsys, server, u
     assert "--port" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shell, value, quoted", [
+    ("bash", "a'b", """'a'"'"'b'"""), ("fish", "a'b\\c", "'a\\'b\\\\c'"),
+    ("powershell", "a'b\u2018\u2019\u201a\u201bc", "'a''b\u2018\u2018\u2019\u2019\u201a\u201a\u201b\u201bc'"),
+    ("cmd", "a&b", "a&b"), ("cmd", 'a"&b"&c"|d', 'a"^&b"&c"^|d')])
+def test_a_value_is_quoted_for_its_shell(shell, value, quoted):
+    """PowerShell takes typographic quotes for its own; in cmd a quote ends what & and | mean nothing in."""
+    assert ifl.SHELLS[shell].quote(value) == quoted
+
+
+@pytest.mark.parametrize("text, argument", [
+    ("a b", '"a b"'), ('m="x"', '"m=\\"x\\""'), ("C:\\", '"C:\\\\"'), ('a\\"b', '"a\\\\\\"b"'), ("a\\b", '"a\\b"')])
+def test_an_argument_of_a_windows_program_keeps_its_quotes(text, argument):
+    assert ifl.SHELLS["cmd"].argument(text) == argument
+
+
 @pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
 def test_env_lines_survive_a_real_shell(tmp_path):
     command = f"{sys.executable} {byte_code()} env codex --model glm-5 --config-dir {tmp_path}"
@@ -15881,6 +15896,42 @@ def test_serve_and_sigterm(home, upstream):
 
 
 @posix
+@pytest.mark.parametrize("outputs", [">/dev/full", ">&-", "2>/dev/full", "<&- >&- 2>&-"])
+def test_a_start_whose_output_can_not_be_written_serves_all_the_same(home, upstream, outputs):
+    """A full disk, or a supervisor that closes what it does not read."""
+    if "full" in outputs and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    port = unused_port()
+    process = subprocess.Popen(["/bin/sh", "-c", f'exec "$0" "$@" {outputs}', sys.executable, PROGRAM,
+                                "--port", str(port), "--upstream", upstream.url], stdout=subprocess.PIPE)
+    try:
+        assert until(lambda: health_at(port)) == "healthy"
+    finally:
+        process.terminate()
+        assert process.wait(WAIT_S) == 0
+        process.stdout.close()
+
+
+def health_at(port):
+    """What /health says of a server that may not listen yet."""
+    with contextlib.suppress(OSError):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+            return json.loads(answer.read())["status"]
+
+
+@linux
+@pytest.mark.parametrize("argv", [("version",), ("config", "list"), ("provider", "presets")])
+def test_an_answer_that_can_not_be_written_is_one_line_and_1(home, argv):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, byte_code(), *argv], stdout=full, stderr=subprocess.PIPE,
+                              text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (1, "error: the disk is full\n")
+    done = subprocess.run(["/bin/sh", "-c", 'exec "$0" "$@" 2>/dev/full', sys.executable, byte_code(), *argv],
+                          stdout=subprocess.DEVNULL, timeout=30)
+    assert done.returncode == 0
+
+
+@posix
 def test_a_second_signal_ends_it_at_once(home, upstream):
     upstream.plays(sse(chunk("x"), HOLD))
     running = Process("serve", "--upstream", upstream.url, "--port", "0", "--no-browser", "--log-level", "error")
@@ -15906,7 +15957,7 @@ def test_a_signal_that_the_main_thread_does_not_get_ends_its_wait():
     script = textwrap.dedent("""
         import os, signal, sys, threading; sys.path.insert(0, sys.argv[1])
         import iflow2api as ifl
-        signals = ifl._Signals()
+        signals = ifl._Signals().__enter__()
         begun = threading.Event()
         def elsewhere():
             begun.wait()
@@ -15927,7 +15978,7 @@ def test_a_signal_is_no_deadlock_whatever_it_interrupts():
     script = textwrap.dedent("""
         import os, signal, sys, threading; sys.path.insert(0, sys.argv[1])
         import iflow2api as ifl
-        signals = ifl._Signals()
+        signals = ifl._Signals().__enter__()
         with threading._active_limbo_lock:
             for number in (signal.SIGHUP, signal.SIGTERM):
                 os.kill(os.getpid(), number)
