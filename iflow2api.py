@@ -3030,6 +3030,7 @@ class ObjectMender:
     _STRING = re.compile(r'[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}')
     _HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
     _TOKEN = re.compile(r'[ \t\r\n]+|[{}\[\],:"]|[-+.\w]+')
+    _WORD = re.compile(r"[-+.\w]+")
     _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
     _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
@@ -3039,18 +3040,23 @@ class ObjectMender:
         self._closers: List[str] = []
         self._state, self._in_string, self._in_key = "start", False, False
         self._held, self._comma = "", ""          #: the end of what came, to be continued; a comma that waits
+        self._token: List[str] = []               #: of a number or word that may go on
 
     def feed(self, text: str) -> str:
         """What may be passed now; what comes after the end of the object is ignored."""
         self._raw.append(text)
-        text, self._held, at, out = self._held + text, "", 0, []
+        if self._token and self._WORD.fullmatch(text):           # joined once, not at each piece
+            self._token.append(text)
+            return ""
+        text, at, out = "".join([self._held, *self._token, text]), 0, []
+        self._held, self._token = "", []
         while at < len(text) and not self.complete and not self._broken:
             at = self._read_string(text, at, out) if self._in_string else self._read_token(text, at, out)
         return "".join(out)
 
     def close(self, cut: bool = False) -> str:
         """What ends the object; `cut`: it was cut off by a limit and stays as it is."""
-        held, out = self._held, []
+        held, out = "".join([self._held, *self._token]), []
         if self.complete or cut:
             return "" if self.complete else self._comma + held
         if held and not self._in_string:
@@ -3081,13 +3087,13 @@ class ObjectMender:
         if not found:
             self._broken = True
         elif token.isspace() and self._comma:
-            self._comma += token
+            self._comma += token if len(self._comma) < 256 else ""
         elif token.isspace():
             out.append(token)
         elif token in '{}[],:"':
             self._take(token, token, out)
         elif found.end() == len(text):                           # a number may go on
-            self._held = token
+            self._token = [token]
         else:
             self._take("s", token, out)
         return found.end() if found else len(text)
@@ -3178,6 +3184,11 @@ class ObjectScanner:
                 self.complete = self.depth <= 0
         return at
 
+#: Blanks of a text that may turn out to be its edge are held back up to this many: a model that
+#: writes nothing else must not make each piece dearer than the one before.
+BLANKS_LIMIT = 256
+
+
 class ThinkTags:
     """Tells `<think>…</think>` at the start of the content from the text after it; blanks at their edges go."""
     START, END = "<think>", "</think>"
@@ -3208,6 +3219,8 @@ class ThinkTags:
 
     def _decide(self) -> None:
         head = self.buffer.lstrip()
+        if not head:
+            self.buffer = self.buffer[-BLANKS_LIMIT:]
         if head.startswith(self.START):
             self.state, self.buffer = "opened", head[len(self.START):]
         elif not self.START.startswith(head):
@@ -3220,7 +3233,9 @@ class ThinkTags:
             self.state, self.buffer = ("text" if rest else "closed"), rest
             return [("thinking", thought.rstrip())]
         keep = next((n for n in range(len(self.END) - 1, 0, -1) if thought.endswith(self.END[:n])), 0)
-        thought = thought[:len(thought) - keep].rstrip()
+        thought = thought[:len(thought) - keep]
+        blanks = len(thought) - len(thought.rstrip())
+        thought = thought[:-blanks] if 0 < blanks <= BLANKS_LIMIT else thought
         self.buffer = self.buffer[len(thought):]
         return [("thinking", thought)]
 
@@ -3397,7 +3412,7 @@ def check_completion(completion: Any, status: int = 200) -> Json:
     refusal = refusal_in(completion, status)
     if refusal:
         raise refusal
-    if not isinstance(completion, dict) or not is_answer(completion):
+    if not isinstance(completion, dict) or not choices_of(completion) or not is_answer(completion):
         raise UpstreamGarbled("the upstream's answer is empty")
     return completion
 
@@ -3456,6 +3471,15 @@ def refusal_in(payload: Any, status: int = 200) -> Optional[UpstreamRefused]:
         body=payload if isinstance(error, dict) else None)
 
 
+def _text_of_tag(page: str, name: str) -> str:
+    """What stands in the first such element of a web page, without tags; "" where there is none."""
+    start = re.search("(?i)<" + name, page)
+    inner = page[start.end():].partition(">")[2] if start else ""
+    end = re.search("(?i)</" + name + ">", inner)
+    pieces = inner[:end.start()].split("<") if end else [""]
+    return " ".join([pieces[0], *(piece.partition(">")[2] for piece in pieces[1:])]).strip()
+
+
 def parse_refusal(status: int, content_type: str, data: bytes) -> UpstreamRefused:
     """The error of an answer with an HTTP error status, whatever its body is."""
     try:
@@ -3466,8 +3490,7 @@ def parse_refusal(status: int, content_type: str, data: bytes) -> UpstreamRefuse
         return refusal
     text = data.decode("utf-8", "replace")
     if "html" in content_type or text.lstrip()[:1] == "<":       # a proxy's page: its title says enough
-        title = re.search(r"(?is)<title[^>]*>(.*?)</title>", text) or re.search(r"(?is)<h1[^>]*>(.*?)</h1>", text)
-        text = re.sub(r"<[^>]*>", " ", title.group(1)) if title else "an HTML page"
+        text = _text_of_tag(text, "title") or _text_of_tag(text, "h1") or "an HTML page"
     text = one_line(" ".join(text.split())) or http.client.responses.get(status, "no message")
     return UpstreamRefused(f"the upstream answered {status}: {text}", status=status, type=error_type(status))
 
@@ -3586,7 +3609,7 @@ def is_missing_model(status: int, message: str, code: Any = None) -> bool:
 
 #: "Range of max_tokens should be [1, 8192]" (DashScope, DeepSeek, Zhipu); OpenAI's "is too large: 32000. This model
 #: supports at most 16384 completion tokens"; "`max_tokens` must be less than or equal to `8192`" (Groq and others).
-_OUTPUT_CAP = re.compile(r"max_(?:\w+_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|"
+_OUTPUT_CAP = re.compile(r"max_(?:[a-z]{1,20}_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|"
                          r"\W+is too large: \d+\.\D{0,40}at most (\d+)|"
                          r".{0,60}less than or equal to\W+(\d+))", re.I | re.S)
 
@@ -3912,14 +3935,15 @@ class SSEDecoder:
 
 
 def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
-    """The chunks of records, None for [DONE]; UpstreamGarbled, or the UpstreamRefused that a record stands for.
+    """The chunks of records, None for [DONE], after which nothing is read.
 
-    Some servers leave out the blank line between records: then each line is one.
+    UpstreamGarbled, or the UpstreamRefused that a record stands for.  Some servers leave out the
+    blank line between records: then each line is one.
     """
     for record in records:
         if record == b"[DONE]":
             yield None
-            continue
+            return
         try:
             chunk = _DECODER.decode(record.decode())
         except RecursionError:
@@ -3927,7 +3951,10 @@ def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
         except ValueError:
             if b"\n" not in record:
                 raise UpstreamGarbled("a record of the upstream's stream is not JSON") from None
-            yield from read_records(record.split(b"\n"))
+            for chunk in read_records(record.split(b"\n")):
+                yield chunk
+                if chunk is None:
+                    return
             continue
         refusal = refusal_in(chunk)
         if refusal:
@@ -3936,29 +3963,102 @@ def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
             yield chunk
 
 
+class RecordFramer:
+    """Bytes of an event stream in, the same bytes out, whole records at a time.
+
+    A blank line is put in where the upstream leaves it out between two records; what comes after
+    [DONE] is dropped.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._pieces: List[bytes] = []   # of a line without its end
+        self._lines: List[bytes] = []    # of a record without its blank line
+        self._data_lines, self._size = 0, 0
+
+    def holds(self) -> bool:
+        """Whether a part of a record waits for its end."""
+        return bool(self._pieces or self._lines)
+
+    def rest(self) -> bytes:
+        """The part of a record that waits for its end."""
+        return b"\n".join([*self._lines, b"".join(self._pieces)])
+
+    def feed(self, payload: bytes) -> bytes:
+        self._size += len(payload)
+        if self._size > RECORD_LIMIT_BYTES:
+            raise UpstreamGarbled("a record of the upstream's stream never ends")
+        if b"\n" not in payload:         # joined once, not anew at each read
+            self._pieces += [payload] if payload else []
+            return b""
+        lines = b"".join([*self._pieces, payload]).split(b"\n")
+        rest, out = lines.pop(), []
+        for line in lines:
+            self._take(line, out)
+            if self.done:                # nothing joins an answer that has ended
+                rest = b""
+                break
+        self._pieces = [rest] if rest else []
+        if out:
+            self._size = len(rest) + sum(map(len, self._lines))
+        return b"".join(out)
+
+    def _take(self, line: bytes, out: List[bytes]) -> None:
+        """One line without its end."""
+        is_data, is_last = line[:5] == b"data:", False
+        if is_data and self._data_lines == 1 and self._is_whole_record():
+            out.append(b"\n".join([*self._lines, b"", b""]))
+            self._lines, self._data_lines = [], 0
+        self._lines.append(line)
+        self._data_lines += is_data
+        if is_data and line[5:].strip(b" \r") == b"[DONE]":
+            self.done = is_last = True
+            self._lines.append(b"\r" if line.endswith(b"\r") else b"")
+        if is_last or line in (b"", b"\r"):
+            out.append(b"\n".join([*self._lines, b""]))
+            self._lines, self._data_lines = [], 0
+
+    def _is_whole_record(self) -> bool:
+        """Whether the data line that waits is a record by itself, not the first line of one."""
+        data = next(line for line in self._lines if line[:5] == b"data:")[5:]
+        try:
+            return isinstance(_DECODER.decode(data.decode()), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
+def is_event_stream(content_type: str, data: bytes) -> bool:
+    """Whether a plain answer came as an event stream, by its Content-Type or by how it begins."""
+    start = data[:64].removeprefix(codecs.BOM_UTF8).lstrip()
+    return start.startswith((b"data:", b"event:", b":")) or (
+        "event-stream" in content_type and start[:1] not in (b"{", b"["))
+
+
 def fold_stream(data: bytes) -> Json:
     """The completion that an event stream amounts to: some servers stream whatever they are asked.  UpstreamError."""
     decoder = SSEDecoder()
     whole: Json = {"object": "chat.completion"}
-    choices: Dict[Any, Tuple[Json, CallPieces]] = {}
+    choices: Dict[Any, Tuple[Json, CallPieces, Dict[str, List[str]]]] = {}
     done = False
     for chunk in read_records([*decoder.feed(data), *decoder.close()]):
         done = done or chunk is None
         for name in ("id", "created", "model", "usage"):
             whole.update({name: chunk[name]} if chunk and chunk.get(name) else {})
         for choice in choices_of(chunk or {}):
-            fresh = {"message": {"role": "assistant"}}, CallPieces()
-            kept, pieces = choices.setdefault(choice_index(choice), fresh)
+            fresh = {"message": {"role": "assistant"}}, CallPieces(), {}
+            kept, pieces, texts = choices.setdefault(choice_index(choice), fresh)
             kept.update((name, value) for name, value in choice.items() if name != "delta" and value is not None and (
                 name != "message" or isinstance(value, dict)))
-            _add_delta(kept["message"], pieces, choice.get("delta"))
-    if not done and not any(choice.get("finish_reason") for choice, _ in choices.values()):
+            _add_delta(kept["message"], pieces, texts, choice.get("delta"))
+    if not done and not any(choice.get("finish_reason") for choice, *_ in choices.values()):
         raise UpstreamGarbled("the upstream's answer was cut off")
-    return {**whole, "choices": [choice for choice, _ in choices.values()]}
+    for choice, _, texts in choices.values():
+        choice["message"].update((name, "".join(pieces)) for name, pieces in texts.items())
+    return {**whole, "choices": [choice for choice, *_ in choices.values()]}
 
 
-def _add_delta(message: Json, pieces: CallPieces, delta: Any) -> None:
-    """One delta to the message that it is a piece of."""
+def _add_delta(message: Json, pieces: CallPieces, texts: Dict[str, List[str]], delta: Any) -> None:
+    """One delta to the message that it is a piece of; `texts` are joined when all have come."""
     for name, value in delta.items() if isinstance(delta, dict) else ():
         known = message.get(name)
         if name == "tool_calls":
@@ -3967,8 +4067,14 @@ def _add_delta(message: Json, pieces: CallPieces, delta: Any) -> None:
         elif name == "reasoning_details":
             message[name] = known if isinstance(known, list) else []
             merge_details(message[name], value)
+        elif isinstance(value, str) and name != "role":
+            if not isinstance(known, str):
+                texts[name] = []
+            texts.setdefault(name, [known] if isinstance(known, str) else []).append(value)
+            message[name] = ""
         elif value is not None:
-            grows = name != "role" and isinstance(value, (str, list)) and isinstance(known, type(value))
+            texts.pop(name, None)
+            grows = isinstance(value, list) and isinstance(known, list)
             message[name] = known + value if grows else value
     message.setdefault("content", None)
 
@@ -3998,48 +4104,67 @@ class RelayStream:
         self.finish_reason: Optional[str] = None
         self.usage: Optional[Json] = None
         self.records = 0
-        self._decoder, self._held, self._tail = SSEDecoder(), b"", b""
+        self._decoder, self._framer, self._tail = SSEDecoder(), RecordFramer(), b""
+        self._lead: List[bytes] = []     #: what came before the answer began
+        self._lead_size, self._has_choices = 0, False
 
     def passes(self, payload: bytes) -> bool:
-        """Whether `payload` may go out exactly as it came; the caller then sends it instead of calling feed()."""
-        if not self.began or self._held or payload[-2:] != b"\n\n":
+        """Whether `payload` may go out exactly as it came; else the caller calls feed()."""
+        if not self.began or self._framer.holds() or payload[-2:] != b"\n\n" or (
+                b"[DONE]" in payload or self._lacks_blank_lines(payload)):
             return False
         self.records += 1
         self._tail = (self._tail + payload)[-TAIL_BYTES:]
-        if b"[DONE]" in payload[-64:] or b'"error"' in payload or len(payload) > TAIL_BYTES:
+        if b'"error"' in payload or len(payload) > TAIL_BYTES:
             self._look_for_end(payload)
         return True
+
+    @staticmethod
+    def _lacks_blank_lines(payload: bytes) -> bool:
+        """Whether two records may stand in `payload` without a blank line between them."""
+        return b"\ndata:" in payload and (
+            payload.count(b"\ndata:") != payload.count(b"\n\ndata:"))
 
     def feed(self, payload: bytes) -> bytes:
         """What may go out now; UpstreamRefused or UpstreamGarbled while it is still no answer."""
         if not self.began:
-            for chunk in read_records(self._decoder.feed(payload)):
-                if chunk is None:
-                    self.done = True
-                elif is_answer(chunk):
-                    self.began = True
-                    break                # from here on nothing is parsed
-        self._held += payload
-        if len(self._held) > RECORD_LIMIT_BYTES:
-            raise UpstreamGarbled("a record of the upstream's stream never ends")
-        if not self.began:
-            return b""
-        end = max(self._held.rfind(b"\n\n") + 2, self._held.rfind(b"\n\r\n") + 3)
-        out, self._held = (self._held[:end], self._held[end:]) if end > 2 else (b"", self._held)
+            self._look_for_answer(payload)
+            self._lead.append(payload)
+            self._lead_size += len(payload)
+            if self._lead_size > RECORD_LIMIT_BYTES:
+                raise UpstreamGarbled("a record of the upstream's stream never ends")
+            if not self.began:
+                return b""
+            payload, self._lead = b"".join(self._lead), []
+        out = self._framer.feed(payload)
+        self.done = self.done or self._framer.done
         self._note(out)
         return out
 
+    def _look_for_answer(self, payload: bytes) -> None:
+        for chunk in read_records(self._decoder.feed(payload)):
+            if chunk is None:
+                self.done = True
+                break
+            self._has_choices = self._has_choices or bool(choices_of(chunk))
+            if self._has_choices and is_answer(chunk):
+                self.began = True
+                break                    # from here on nothing is parsed
+
     def close(self) -> bytes:
-        """What has to follow the upstream's proper end; UpstreamGarbled where it was no end of an answer."""
+        """What has to follow the upstream's proper end; UpstreamGarbled where it was none."""
         out = b""
-        if self._held.strip() and (not self.began or self._is_whole(self._held)):
+        rest = b"" if self.done else self._framer.rest() if self.began else b"".join(self._lead)
+        if rest.strip() and (not self.began or self._is_whole(rest)):
             out = self.feed(b"\n\n")    # the last record lacked its blank line
         if not self.began:
             raise UpstreamGarbled("the upstream's answer is empty")
         self._read_tail()
         if not self.done and not self.finish_reason and not self.failed:
             raise UpstreamGarbled("the upstream's answer was cut off")
-        return out if self.done or self.failed or not self.finish_reason else out + b"data: [DONE]\n\n"
+        if self.done or self.failed or not self.finish_reason:
+            return out
+        return out + b"data: [DONE]\n\n"
 
     def is_over(self) -> bool:
         """Whether all answers have ended, though the upstream has not said [DONE]."""
@@ -4061,9 +4186,7 @@ class RelayStream:
         self._look_for_end(sent)
 
     def _look_for_end(self, sent: bytes) -> None:
-        """Whether these records say that it is over: the end, or an error of the upstream's own."""
-        if b"[DONE]" in sent[-64:] and _DONE.search(sent):
-            self.done = True
+        """Whether these records tell of an error of the upstream's own, or of the finish."""
         if b'"error"' in sent and _ERROR.search(sent):
             self.failed = True
         if len(sent) > TAIL_BYTES:       # the tail may not hold all of it
@@ -4125,7 +4248,9 @@ class TranslatedStream:
         self._lead: Optional[List[bytes]] = []           #: None: they are with the client
         self.began, self.done, self.records = False, False, 0
         self._decoder, self._held = SSEDecoder(), []
-        self._broken: Optional[UpstreamError] = None     # raised once what came before it is with the client
+        self._has_choices = False
+        # raised once what came before it is with the client
+        self._broken: Optional[UpstreamError] = None
         self._translator, self._encode = translator, encode
 
     @property
@@ -4171,7 +4296,8 @@ class TranslatedStream:
         reason = first_choice(chunk).get("finish_reason")
         if isinstance(reason, str) and reason in getattr(self._translator, "fatal", FATAL_FINISH):
             raise broken_off(reason)
-        self.began = self.began or is_answer(chunk)
+        self._has_choices = self._has_choices or bool(choices_of(chunk))
+        self.began = self.began or self._has_choices and is_answer(chunk)
         if self.began:
             held, self._held = self._held, []
             for chunk in held:
@@ -4193,18 +4319,33 @@ class TranslatedStream:
 
     def close(self) -> bytes:
         """The end of the answer; UpstreamGarbled where the upstream's end was none."""
-        out = self._take(self._decoder.close())
-        if self._broken is not None:
-            raise self._broken
-        if not self.began:
-            raise UpstreamGarbled("the upstream's answer is empty")
-        if not self.done and not self.finish_reason:
-            raise UpstreamGarbled("the upstream's answer was cut off")
-        rest: List[bytes] = []
-        self._lead_in(self._translator.close(), rest)
+        out: List[bytes] = []
+        try:
+            out.append(self._take_rest())
+            if self._broken is not None:
+                raise self._broken
+            if not self.began:
+                raise UpstreamGarbled("the upstream's answer is empty")
+            if not self.done and not self.finish_reason:
+                raise UpstreamGarbled("the upstream's answer was cut off")
+            self._lead_in(self._translator.close(), out)
+        except UpstreamError:
+            self._lead = [*(self._lead or ()), *out]     # numbered already: fail() sends them
+            raise
         if self._note is not None:
             self._note.close(getattr(self._translator, "call_ids", ()))
-        return out + b"".join(rest)
+        return b"".join(out)
+
+    def _take_rest(self) -> bytes:
+        """The last record, if only its blank line was missing; half a record spoils no end."""
+        if self.done:
+            return b""
+        try:
+            return self._take(self._decoder.close())
+        except UpstreamGarbled:
+            if not self.finish_reason:
+                raise
+            return b""
 
 
 # === 8. Anthropic Messages (pure) ============================================
@@ -4284,7 +4425,6 @@ def read_signature(signature: Any) -> Json:
 
 
 _LEGAL_ID = re.compile(r"[A-Za-z0-9_-]+")
-_WRAPPED_ID = re.compile(r"toolu_.*?_raw_([A-Za-z0-9_-]+)")
 
 
 def wrap_id(fresh: str, ident: str) -> str:
@@ -4294,11 +4434,11 @@ def wrap_id(fresh: str, ident: str) -> str:
 
 def unwrap_id(ident: str) -> str:
     """The upstream's own id, if wrap_id hid one in `ident`."""
-    found = _WRAPPED_ID.fullmatch(ident)
-    if not found:
+    _, mark, hidden = ident.partition("_raw_")
+    if not mark or not ident.startswith("toolu_") or not _LEGAL_ID.fullmatch(hidden):
         return ident
     try:
-        return base64.urlsafe_b64decode(found.group(1) + "=" * (-len(found.group(1)) % 4)).decode()
+        return base64.urlsafe_b64decode(hidden + "=" * (-len(hidden) % 4)).decode()
     except ValueError:
         return ident
 
@@ -4490,7 +4630,7 @@ class _History:
         if turns[0].role == "assistant":
             said = _AssistantTurn(self, turns[0].blocks)
             self.messages.append(said.message())
-            waiting, ids, turns = said.ids, list(said.ids), turns[1:]
+            waiting, ids, turns = dict.fromkeys(said.ids), list(said.ids), turns[1:]
         rest: List[Json] = []
         for turn in turns:
             first = not (self.messages or rest)
@@ -4510,7 +4650,7 @@ class _History:
             return [{"role": "user", "content": f"<system>\n{text}\n</system>"}]
         return [{"role": "system", "content": text}] if text else []
 
-    def _user(self, turn: _Turn, waiting: List[str]) -> List[Json]:
+    def _user(self, turn: _Turn, waiting: Dict[str, None]) -> List[Json]:
         """Emits the tool messages; returns what is left of the turn, attachments of results first."""
         hoisted: List[Json] = []
         rest: List[Json] = []
@@ -4523,7 +4663,7 @@ class _History:
         parts = hoisted + rest
         return [{"role": "user", "content": _joined(parts)}] if parts or not results else []
 
-    def _result(self, block: Json, path: str, waiting: List[str]) -> List[Json]:
+    def _result(self, block: Json, path: str, waiting: Dict[str, None]) -> List[Json]:
         ident, content = _field(block, "tool_use_id", str, path), block.get("content")
         parts = [] if content is None else self.parts(content, f"{path}.content")
         text, files = "\n\n".join(_texts(parts)), [part for part in parts if part["type"] != "text"]
@@ -4532,7 +4672,7 @@ class _History:
         source = unwrap_id(ident)
         if ident not in waiting:              # never an unmatched tool message: the upstream would refuse the whole
             return [_text_part(f"[result of tool call {source}]\n{text}"), *files]
-        waiting.remove(ident)
+        del waiting[ident]
         if files:
             note = f"[{len(files)} attachment(s) of this result follow in the next user message]"
             text = f"{text}\n\n{note}" if text else note
@@ -4631,7 +4771,7 @@ class _AssistantTurn:
         self.thoughts: List[str] = []
         self.details: List[Json] = []
         self.calls: List[Json] = []
-        self.ids: List[str] = []                  #: of the calls, as the client knows them
+        self.ids: Dict[str, None] = {}            #: of the calls, as the client knows them
         self.labels: Dict[str, str] = {}          #: server tool call -> its name
         glue = False
         for path, block in blocks:
@@ -4659,7 +4799,7 @@ class _AssistantTurn:
         given = {} if block.get("input") is None else _field(block, "input", dict, path)
         if ident in self.ids:
             raise BadRequest(f"{path}.id: `tool_use` ids must be unique")
-        self.ids.append(ident)
+        self.ids[ident] = None
         self.history.ids.add(ident)
         self.calls.append({"id": unwrap_id(ident), "type": "function",
                            "function": {"name": short_name(name), "arguments": _compact(given)}})
@@ -5176,7 +5316,7 @@ class _ToolCalls:
         self.ids, self.new_id = set(ids), new_id
         self.by_index: Dict[int, _ToolCall] = {}
         self.by_source: Dict[str, _ToolCall] = {}
-        self.touched: List[_ToolCall] = []        #: by the entries of this chunk
+        self.touched: Set[_ToolCall] = set()      #: by the entries of this chunk
 
     @property
     def busy(self) -> bool:
@@ -5198,7 +5338,7 @@ class _ToolCalls:
         if call is None or twice or name and self._is_another(call, source, function):
             call = _ToolCall(self._claim(source), source)
             self.all.append(call)
-        self.touched.append(call)
+        self.touched.add(call)
         if index is not None:
             self.by_index[index] = call
         if source:
@@ -5267,12 +5407,12 @@ class _Unfence:
         text, self.held = self.held + text, ""
         if self.fenced is None:
             head = self._HEAD.match(text)
-            if not head and self._MAYBE.fullmatch(text):
+            if not head and len(text) <= BLANKS_LIMIT and self._MAYBE.fullmatch(text):
                 self.held = text
                 return ""
             self.fenced, text = head is not None, text[head.end() if head else 0:]
         if self.fenced:                            # the last blanks and ` may be its end
-            body = text.rstrip()
+            body = text[:-BLANKS_LIMIT] + text[-BLANKS_LIMIT:].rstrip()
             marks = min(3, len(body) - len(body.rstrip("`")))
             at = len(body[:len(body) - marks].rstrip())
             text, self.held = text[:at], text[at:]
@@ -5499,7 +5639,7 @@ class MessagesStream:
     def _tool_calls(self, delta: Json) -> Iterator[Json]:
         yield from self._flush_text()
         items = delta.get("tool_calls") or [{"function": delta.get("function_call")}]
-        self.calls.touched = []
+        self.calls.touched = set()
         for item in items if isinstance(items, list) else ():
             function = item.get("function") if isinstance(item, dict) else None
             if isinstance(function, dict) or isinstance(item, dict) and item.get("id"):
@@ -6175,18 +6315,25 @@ def _pair_outputs(items: Sequence[Json]) -> Tuple[Dict[int, Json], Set[int]]:
     """
     waiting = [(place, item) for place, item in enumerate(items) if _is_call(item)]
     by_id: Dict[str, List[int]] = {}
+    named_calls: Dict[str, List[int]] = {}
     for place, item in waiting:
         own = item.get("id") if item["type"] == "local_shell_call" else None     # its output may name either
         for ident in {_call_id(item), own if isinstance(own, str) else _call_id(item)}:
             by_id.setdefault(ident, []).append(place)
+        if isinstance(item.get("name"), str):
+            named_calls.setdefault(item["name"], []).append(place)
+    for calls in (*by_id.values(), *named_calls.values()):
+        calls.reverse()                  # the first is taken from the end
     paired: Dict[int, Json] = {}
     strays: Set[int] = set()
     for place, item in enumerate(items):
         if item["type"] in _KIND_OF_OUTPUT:
-            wanted = _answered_id(item)
-            calls = by_id.get(wanted, []) if wanted else [
-                call for call, made in waiting if item.get("name") and made.get("name") == item["name"]]
-            call = next((call for call in calls if call not in paired), None)
+            wanted, name = _answered_id(item), item.get("name")
+            named = named_calls.get(name, []) if isinstance(name, str) else []
+            calls = by_id.get(wanted, []) if wanted else named
+            while calls and calls[-1] in paired:
+                calls.pop()
+            call = calls.pop() if calls else None
             if call is None:
                 strays.add(place)
             else:
@@ -6577,24 +6724,27 @@ class _FunctionArguments:
     """Passes a JSON object on as it comes; anything else waits for its end."""
 
     def __init__(self) -> None:
-        self._held, self._live = "", False
+        self._held: List[str] = []
+        self._live = self._waits = False          #: waits: it has begun, and not as an object
 
     def feed(self, text: str) -> str:
         if self._live:
             return text
-        self._held += text
-        started = self._held.lstrip()
-        self._live = started.startswith("{")
+        started = text if self._waits else text.lstrip()
+        if started and not self._waits:
+            self._live, self._waits = started.startswith("{"), not started.startswith("{")
+        self._held += [] if self._live else [text]
         return started if self._live else ""
 
     def close(self, cut: bool) -> str:
         """What is still to be sent: {} for nothing, the object in a string that holds one."""
+        held = "".join(self._held)
         if self._live or cut:
-            return "" if self._live else self._held
-        value = _loads(self._held)
+            return "" if self._live else held
+        value = _loads(held)
         if isinstance(value, dict):
             return dump_json(value).decode()
-        return self._held if self._held.strip() and self._held.strip() not in ("null", '""') else "{}"
+        return held if held.strip() and held.strip() not in ("null", '""') else "{}"
 
 
 #: As much of a JSON string as can be unescaped already: no half escape, no high surrogate whose low one may follow.
@@ -6617,13 +6767,19 @@ class _CustomInput:
     """Takes the text out of {"input": "…"} as it comes; another shape waits for its end."""
 
     def __init__(self) -> None:
+        self._pieces: List[str] = []
         self._held, self._live, self._ended = "", False, False
 
     def feed(self, text: str) -> str:
         if self._ended:
             return ""
-        self._held += text
-        if not self._live:
+        if self._live:
+            self._held += text
+        else:
+            self._pieces.append(text)
+            if len(self._held) > BLANKS_LIMIT:                   # another shape
+                return ""
+            self._held += text
             head = _INPUT_HEAD.match(self._held)
             if not head:
                 return ""
@@ -6637,12 +6793,13 @@ class _CustomInput:
         """The input where it was not the only, first key; what is no such object at all is the input itself."""
         if self._live or cut:
             return ""
-        value = _loads(self._held)
+        held = "".join(self._pieces)
+        value = _loads(held)
         if isinstance(value, dict):
             texts = [text for text in value.values() if isinstance(text, str)]
             value = value["input"] if "input" in value else texts[0] if len(texts) == 1 else value or ""
         if value is None:
-            return self._held
+            return held
         return value if isinstance(value, str) else dump_json(value).decode()
 
 
@@ -6940,9 +7097,10 @@ class ResponsesStream:
         self._citations: List[Json] = []         #: that wait for their text
         self._blank = ""                         #: white space that may turn out to be no message
         self._calls: Dict[Any, _Call] = {}       #: by the upstream's index, or id
-        self._open_calls: List[_Call] = []
+        self._all_calls: List[_Call] = []
         self._last_call: Any = None              #: its key
-        self._touched: List[_Call] = []          #: by the entries of this chunk
+        self._touched: Set[_Call] = set()        #: by the entries of this chunk
+        self._fed: Optional[_Call] = None        #: the call that the latest delta belonged to
         self._call_ids = turn.call_ids
 
     def feed(self, chunk: Json) -> Iterator[Json]:
@@ -7073,7 +7231,7 @@ class ResponsesStream:
             yield from speech.close(cut)
 
     def _take_calls(self, deltas: List[Any]) -> Iterator[Json]:
-        self._touched = []
+        self._touched = set()
         for delta in deltas:
             if not isinstance(delta, dict):
                 continue
@@ -7084,9 +7242,10 @@ class ResponsesStream:
                 yield from self._end_speech()
                 self._begin_call(key, delta.get("id"))
             self._last_call, call = key, self._calls[key]
-            self._touched.append(call)
+            self._touched.add(call)
             if begins or key != before:
                 yield from self._settle(call)
+            self._fed = call
             if not call.done:
                 yield from call.feed(function)
 
@@ -7108,19 +7267,19 @@ class ResponsesStream:
         taken = ident is None or ident in self._call_ids or not re.match(r"\S+\Z", ident)
         call = self._calls[key] = _Call(self, ident, self.new_id("call_") if taken else str(ident))
         self._call_ids.add(call.call_id)
-        self._open_calls.append(call)
+        self._all_calls.append(call)
 
     def _settle(self, active: Optional[_Call]) -> Iterator[Json]:
-        """Something else than the other calls goes on: those that are whole are done."""
-        for call in self._open_calls:
-            if call is not active:
-                yield from call.settle()
-        self._open_calls = [call for call in self._open_calls if not call.done]
+        """Something else goes on than the call before: it is done if it is whole."""
+        before = self._fed
+        if before is not None and before is not active and not before.done:
+            yield from before.settle()
 
     def _end_items(self, cut: bool) -> Iterator[Json]:
         yield from self._end_speech(cut)
-        for call in self._open_calls:
-            yield from call.close(cut)
+        for call in self._all_calls:
+            if not call.done:
+                yield from call.close(cut)
 
 
 class _CompactionStream(ResponsesStream):
@@ -11693,8 +11852,7 @@ class Attempts:
     def _reply(self, response: UpstreamResponse, data: bytes) -> None:
         """Pass a plain answer on; one that came as a stream is folded, and the other way round."""
         dialect, client = self.call.dialect, self.client
-        streamed = dialect.path == CHAT.path and data[:64].lstrip().startswith((b"data:", b"event:",
-                                                                                b":"))
+        streamed = dialect.path == CHAT.path and is_event_stream(response.content_type, data)
         data = dump_json(fold_stream(data)) if streamed else data
         completion = parse_answer(data, response.status, dialect.judged)
         self.record.usage = self._usage(usage_of(completion), len(data) // 5)

@@ -2204,6 +2204,152 @@ def test_where_an_object_ends(text):
         assert scanner.feed("more") == 0
 
 
+# --- growth ------------------------------------------------------------------
+
+def each_of(make):
+    """What feeds the pieces of a text, one character each, to a new object, and closes it."""
+    def feed(text):
+        fed = make()
+        for piece in text:
+            fed.feed(piece)
+        return fed.close()
+    return feed
+
+
+def relay_pieces(pieces):
+    with contextlib.suppress(ifl.UpstreamGarbled):               # most of them are cut off
+        relay(pieces)
+
+
+def stream_of(dialect, chunks):
+    """All events that a dialect makes of chunks."""
+    turn = turn_of({}) if dialect == "messages" else make_turn({"input": "hi"})
+    numbers = itertools.count()
+    writer = turn.stream(lambda prefix: f"{prefix}{next(numbers)}")
+    return [event for chunk in chunks for event in writer.feed(chunk)] + list(writer.close())
+
+
+def call_deltas(size, turns=2):
+    """`size` parallel calls whose arguments come in `turns` rounds."""
+    return [{"choices": [{"index": 0, "delta": {"tool_calls": [
+        {"index": at, **({"id": f"c{at}"} if not turn else {}), "function": {
+            **({"name": "f"} if not turn else {}), "arguments": "{" if not turn else "}"}}]}}]}
+        for turn in range(turns) for at in range(size)]
+
+
+def outputs_by_name(size):
+    return {"model": "m", "input": [
+        *({"type": "function_call", "call_id": f"c{at}", "name": "f", "arguments": "{}"}
+          for at in range(size)),
+        *({"type": "function_call_output", "name": "f", "output": "x"} for _ in range(size))]}
+
+
+def results_backwards(size):
+    calls = [{"type": "tool_use", "id": f"c{at}", "name": "f", "input": {}} for at in range(size)]
+    results = [{"type": "tool_result", "tool_use_id": f"c{at}", "content": "x"}
+               for at in reversed(range(size))]
+    return {"model": "m", "max_tokens": 9, "messages": [
+        {"role": "user", "content": "hi"}, {"role": "assistant", "content": calls},
+        {"role": "user", "content": results}]}
+
+
+def refusal_of(page):
+    return ifl.parse_refusal(502, "text/html", page.encode())
+
+
+BEGUN = b"data: " + json.dumps(chunk("x")).encode() + b"\n\n"
+
+#: (what, size of the base, maker of an input of a size, what reads it)
+GROWTH_OF_STREAMS = [
+    ("a page of opened titles", 30000, lambda n: "<title" * n, refusal_of),
+    ("a page of titles", 30000, lambda n: "<title>x" * n, refusal_of),
+    ("a page of headings", 30000, lambda n: "<h1>" * n, refusal_of),
+    ("a title full of <", 100000, lambda n: "<title>" + "<" * n + "</title>", refusal_of),
+    ("a refusal of max_", 2000, lambda n: "max_" * n, lambda text: ifl.find_output_cap(400, text)),
+    ("a number in pieces", 30000, lambda n: '{"a":' + "1" * n, each_of(ifl.ObjectMender)),
+    ("a word in pieces", 30000, lambda n: '{"a":' + "t" * n, each_of(ifl.ObjectMender)),
+    ("blanks after a comma", 30000, lambda n: '{"a":1,' + " " * n + '"b":2}',
+     each_of(ifl.ObjectMender)),
+    ("backslashes", 30000, lambda n: '{"a":"' + "\\" * n, each_of(ifl.ObjectMender)),
+    ("brackets", 10000, lambda n: '{"a":' + "[" * n, each_of(ifl.ObjectMender)),
+    ("blanks before a thought", 30000, lambda n: " " * n, each_of(ifl.ThinkTags)),
+    ("blanks in a thought", 30000, lambda n: "<think>a" + " " * n, each_of(ifl.ThinkTags)),
+    ("a record without an end", 100000, lambda n: [BEGUN, *[b"x"] * n], relay_pieces),
+    ("a record of many lines", 10000, lambda n: [BEGUN, *[b"data: x\n"] * n], relay_pieces),
+    ("records without blank lines", 3000, lambda n: [BEGUN, *[BEGUN[:-1]] * n], relay_pieces),
+    ("chunks before the answer", 3000, lambda n: [
+        b"data: " + json.dumps(ROLE).encode() + b"\n\n"] * n + [BEGUN], relay_pieces),
+    ("a fold of many pieces", 2000, lambda n: BEGUN * n + b"data: [DONE]\n\n", ifl.fold_stream),
+    ("calls side by side, Messages", 600, call_deltas,
+     lambda chunks: stream_of("messages", chunks)),
+    ("calls side by side, Responses", 600, call_deltas,
+     lambda chunks: stream_of("responses", chunks)),
+    ("results in reverse order", 2000, results_backwards, lambda body: turn_of(body)),
+    ("outputs by name alone", 2000, outputs_by_name, lambda body: make_turn(body)),
+    ("an id of many marks", 30000, lambda n: "toolu_" + "_raw_" * n + "!", ifl.unwrap_id),
+]
+
+
+@pytest.mark.parametrize("size, make, use", [row[1:] for row in GROWTH_OF_STREAMS],
+                         ids=[row[0] for row in GROWTH_OF_STREAMS])
+def test_streams_and_requests_take_linear_time(size, make, use):
+    check_growth(size, make, use)
+
+
+# --- what ends an answer -----------------------------------------------------
+
+HALF = b'data: {"choices": [{"index": 0, "delta": {"cont'
+
+
+@pytest.mark.parametrize("end", [b"", HALF, HALF + b"\n\n", BEGUN, b"data: [DONE]\n\n"],
+                         ids=["nothing", "half a record", "a broken record", "a chunk", "done"])
+def test_nothing_joins_an_answer_after_done(end):
+    """A fold, a relay and a translated stream tell the answer that came before [DONE]."""
+    data = BEGUN + b"data: " + json.dumps(chunk(finish="stop")).encode() + b"\n\ndata: [DONE]\n\n"
+    assert ifl.fold_stream(data + end)["choices"][0]["message"]["content"] == "x"
+    for pieces in ([data + end], [BEGUN, data[len(BEGUN):] + end], [BEGUN, data[len(BEGUN):], end]):
+        assert b"".join(relay(pieces)[0]) == data
+        stream = ifl.TranslatedStream(ifl.ReasoningMerge(False), ifl.encode_chunk, None)
+        out = b""
+        for piece in pieces:
+            out += b"" if stream.done else stream.feed(piece)
+        assert text_of(records_of(out + stream.close())) == "x"
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+def test_records_without_blank_lines_are_relayed_as_records(end):
+    whole = [json.dumps(chunk(text)).encode() for text in "abc"]
+    lines = [b"data: " + text + end for text in [*whole, b"[DONE]"]]
+    for pieces in (lines, [b"".join(lines)], [lines[0], b"".join(lines[1:])]):
+        out = b"".join(relay([BEGUN, *pieces])[0])
+        records = [record for record in out.replace(b"\r", b"").split(b"\n\n") if record]
+        assert records == [BEGUN.strip(), *(b"data: " + text for text in [*whole, b"[DONE]"])]
+
+
+@pytest.mark.parametrize("content_type, start, streamed", [
+    ("text/event-stream", b"retry: 5\n", True), ("text/event-stream", b"id: 1\n", True),
+    ("text/event-stream; charset=utf-8", b"\xef\xbb\xbfdata: {}", True),
+    ("text/event-stream", b'{"choices": []}', False), ("text/event-stream", b"\xef\xbb\xbf{", False),
+    ("application/json", b"data: {}", True), ("", b": hello\n", True), ("application/json", b"{", False),
+    ("text/plain", b"retry: 5\n", False)])
+def test_what_is_an_event_stream(content_type, start, streamed):
+    assert ifl.is_event_stream(content_type, start) is streamed
+
+
+@pytest.mark.parametrize("choices", [None, [], [None], "x"], ids=["null", "none", "no object", "text"])
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("path, body", [
+    ("/v1/chat/completions", {"messages": MESSAGES}),
+    ("/v1/messages", {"max_tokens": 9, "messages": MESSAGES}), ("/v1/responses", {"input": "hi"})],
+    ids=["chat", "messages", "responses"])
+def test_an_answer_without_choices_is_empty(server, upstream, path, body, stream, choices):
+    """Whatever the count of its tokens says."""
+    answer = {**completion("x"), "choices": choices}
+    upstream.plays(sse({**answer, "object": "chat.completion.chunk"}, DONE) if stream else plain(answer))
+    told = post(server(upstream), {"model": "m1", "stream": stream, **body}, path)
+    assert told.status == 502 and "empty" in told.body.decode()
+
+
 # === 8. Anthropic Messages ===================================================
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 750, 100) + b"\x08\x06\0\0\0").decode()
@@ -8486,8 +8632,7 @@ def test_streams_in_every_wrapping(server, upstream, reply):
 
 
 @pytest.mark.parametrize("done",
-                         [b"data: [DONE]\r\n\r\n", b"data:[DONE]\n\n", b"data: [DONE]\n\n\n",
-                                  b"data: [DONE] \n\n"])
+                         [b"data: [DONE]\r\n\r\n", b"data:[DONE]\n\n", b"data: [DONE] \n\n"])
 def test_after_done_nothing_is_waited_for(server, upstream, done):
     """Some servers keep the connection open."""
     upstream.plays(sse(chunk("x"), chunk(finish="stop"), done, HOLD))
