@@ -2834,7 +2834,15 @@ def _finite(text: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+def _whole(text: str) -> int:
+    """A number as later Pythons read it: thousands of digits take quadratic time."""
+    if len(text) > 4300:
+        raise ValueError(text[:20])
+    return int(text)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite,
+                            parse_int=None if hasattr(sys, "set_int_max_str_digits") else _whole)
 
 
 #: Made once: json.dumps makes an encoder for each call that is not a plain one.
@@ -3512,9 +3520,9 @@ Overflow = Tuple[int, int, int]
 #: LIMIT, PROMPT, OUTPUT and TOTAL stand for the numbers.
 OVERFLOW_WORDS = (
     # OpenAI, DeepSeek, older vLLM, OpenRouter: "However, you requested 131134 tokens (122942 in the messages, …)"
-    r"length is LIMIT tokens.{0,20}you requested (?:about )?TOTAL tokens \(.*?OUTPUT (?:in|for) the (?:comple|output)",
+    r"length is LIMIT tokens.{0,20}you requested (?:about )?TOTAL tokens \(.{0,200}?OUTPUT (?:in|for) the (?:comple|output)",
     # vLLM now, Bedrock, Cloudflare: "you requested 32000 output tokens and your prompt contains at least 769 input"
-    r"length is LIMIT tokens.{0,20}you requested OUTPUT output tokens and your prompt contains \D*PROMPT input",
+    r"length is LIMIT tokens.{0,20}you requested OUTPUT output tokens and your prompt contains \D{0,40}PROMPT input",
     # vLLM in between
     r"too large: OUTPUT\. This model's maximum context length is LIMIT tokens and your request has PROMPT input tokens",
     # SGLang; iFlow hands it through ("Bad request!: Requested token count …", numbers like 524300.0)
@@ -3533,7 +3541,7 @@ OVERFLOW_WORDS = (
     r"context length is LIMIT tokens.{0,20}you requested (?:about )?PROMPT tokens",
     # llama.cpp (Ollama and LM Studio hand it through): numbers in the text, older ones beside it
     r"request \(PROMPT tokens\) exceeds the available context size \(LIMIT tokens",
-    r"exceeds the available context size.*n_prompt_tokens\W+PROMPT\W+n_ctx\W+LIMIT",
+    r"exceeds the available context size.{0,300}n_prompt_tokens\W{1,9}PROMPT\W{1,9}n_ctx\W{1,9}LIMIT",
     r"requested tokens \(PROMPT\) exceed context window of LIMIT",
     # vLLM's engine; SGLang; Ollama
     r"prompt \(length PROMPT\) is longer than the maximum model length of LIMIT",
@@ -3549,10 +3557,10 @@ OVERFLOW_WORDS = (
     r"input token count \(?PROMPT\)? exceeds the maximum number of tokens allowed \(?LIMIT",
     r"token count of PROMPT exceeds the limit of LIMIT",
     # DashScope: "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 204800]"
-    r"range of input length should be \[\d+, ?LIMIT\]",
+    r"range of input length should be \[\d{1,18}, ?LIMIT\]",
     r"token length must be less than LIMIT", r"token length exceeds? model limit \(LIMIT tokens",
     # LM Studio
-    r"keep the first PROMPT tokens when context the overflows.*context length of only LIMIT",
+    r"keep the first PROMPT tokens when context the overflows.{0,300}context length of only LIMIT",
     r"greater than the context length",
     # Ollama
     r"exceeded max context length by|(?:prompt|input) (?:length )?(?:is longer than|exceeds) the context length",
@@ -3579,7 +3587,7 @@ def find_overflow(status: int, message: Any, code: Any = None, asked: int = 0) -
     if status in (401, 403, 404, 429):
         return None
     for words in OVERFLOW_WORDS:                   # compiled when first needed; re keeps them
-        named = re.sub(r"\b(LIMIT|PROMPT|OUTPUT|TOTAL)\b", r"(?P<\1>\\d[\\d,]*)", words)
+        named = re.sub(r"\b(LIMIT|PROMPT|OUTPUT|TOTAL)\b", r"(?P<\1>\\d[\\d,]{0,18})", words)
         found = re.search(named, text, re.I | re.S)
         if found:
             number = {name: int(value.replace(",", "")) for name, value in found.groupdict().items() if value}
@@ -3605,6 +3613,18 @@ def is_missing_model(status: int, message: str, code: Any = None) -> bool:
         return False
     return str(code) in _MISSING_MODEL_CODES or (
         status in (400, 404, 422) and bool(_MISSING_MODEL.search(message[:2000])))
+
+
+#: "I can't see" in the words of llama.cpp and Ollama, vLLM, OpenRouter, LM Studio, DeepSeek's parser.
+_NO_IMAGES = re.compile(
+    r"(?i)image (?:input|url)s? (?:is|are) not (?:supported|allowed)|support(?:s|ing)? (?:for )?image|"
+    r"support (?:vision|multimodal)|not a (?:multimodal|vision) model|data required for image input|"
+    r"at most 0 image|unknown variant `image_url`|不支持(?:图片|图像)")
+
+
+def is_image_refusal(status: int, message: str) -> bool:
+    """Whether an upstream's error means that its model takes no images; llama.cpp says so with 500."""
+    return status not in (401, 402, 403, 429) and _NO_IMAGES.search(message[:2000]) is not None
 
 
 #: "Range of max_tokens should be [1, 8192]" (DashScope, DeepSeek, Zhipu); OpenAI's "is too large: 32000. This model
@@ -3640,7 +3660,7 @@ def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - now) if value else None
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, IndexError, OverflowError):
         return None
 
 
@@ -7746,6 +7766,19 @@ class ResponsesDialect(ChatDialect):
     def keepalive(self, call: Call, began: bool) -> bytes:
         return b'data: {"type":"ping"}\n\n' if call.is_codex else b": keep-alive\n\n"
 
+    def error(self, exc: GatewayError, request_id: str) -> Json:
+        """Clients of Responses take `code` and `param` for strings or null, as OpenAI's are."""
+        body = super().error(exc, request_id)
+        error, code = body["error"], body["error"].get("code")
+        strings = {name: error[name] if isinstance(error.get(name), str) else None
+                   for name in ("code", "param")}
+        if isinstance(code, int) and not isinstance(code, bool):
+            strings["code"] = str(code)
+        message, kind = error.get("message"), error.get("type")
+        return {**body, "error": {
+            **error, "message": message if isinstance(message, str) else exc.message,
+            "type": kind if isinstance(kind, str) else exc.type, **strings}}
+
 
 class CompactDialect(ResponsesDialect):
     """POST /v1/responses/compact, which does not stream."""
@@ -11550,9 +11583,9 @@ def read_refusal(response: UpstreamResponse, provider: Provider) -> UpstreamErro
     return refusal
 
 
-def _classify(exc: UpstreamRefused, target: Target, turn: Any) -> None:
-    """Recognise a prompt too long, a quota that is spent and a model that is missing by their
-    words.
+def _classify(exc: UpstreamRefused, target: Target, turn: Any, shows_images: bool) -> None:
+    """Recognise a prompt too long, a quota that is spent, a model that can't see and one that is
+    missing by their words.
     """
     text = dump_json(exc.body).decode() if exc.body else exc.message
     code = exc.code or exc.body and exc.body["error"].get("code")
@@ -11565,14 +11598,16 @@ def _classify(exc: UpstreamRefused, target: Target, turn: Any) -> None:
         limit = limit or profile_of(target).get("context", 0)
         exc.overflow = (prompt or turn.estimate, limit, output)
         exc.code = "context_length_exceeded"
+    elif shows_images and is_image_refusal(exc.status, exc.message):
+        exc.status, exc.should_retry = 400, False
     elif is_missing_model(exc.status, exc.message, code):
         exc.status, exc.code = 404, "model_not_found"
         if target.model not in exc.message:
             exc.message = f"the model {target.model} does not exist there: {exc.message}"
 
 
-def explain_refusal(exc: UpstreamError, target: Target, turn: Any,
-                    flags: Mapping[str, Any]) -> UpstreamError:
+def explain_refusal(exc: UpstreamError, target: Target, turn: Any, flags: Mapping[str, Any],
+                    shows_images: bool = False) -> UpstreamError:
     """An upstream's error as clients have to hear it.
 
     A prompt too long is recognised, whatever the words.  A refused key is the operator's
@@ -11583,7 +11618,7 @@ def explain_refusal(exc: UpstreamError, target: Target, turn: Any,
     if provider.problem:             # our own words
         return exc
     if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
-        _classify(exc, target, turn)
+        _classify(exc, target, turn, shows_images)
     _forget_secrets(exc, provider)
     # Codex gives up at once on a bare 429
     if exc.status == 429 and exc.retry_after_s is None:
@@ -11691,7 +11726,8 @@ class Attempts:
                 except (UpstreamError, Busy) as exc:
                     status, told = exc.status, exc
                     if isinstance(exc, UpstreamError):
-                        told = explain_refusal(exc, self.target, self.turn, self.gateway.flags)
+                        told = explain_refusal(exc, self.target, self.turn, self.gateway.flags,
+                                               self.call.shows_images)
                     forget_trace(exc)    # the plan keeps errors
                     if not self._mend(plan, status, told):
                         self._give_up(plan, status, told, len(chain) > 1)

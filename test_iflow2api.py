@@ -2350,6 +2350,66 @@ def test_an_answer_without_choices_is_empty(server, upstream, path, body, stream
     assert told.status == 502 and "empty" in told.body.decode()
 
 
+# --- refusals, for clients of every dialect -----------------------------------
+
+ASKS = {"/v1/chat/completions": {"messages": MESSAGES},
+         "/v1/messages": {"messages": MESSAGES, "max_tokens": 9}, "/v1/responses": {"input": "hi"}}
+
+
+def ask_in(server, path, stream, **more) -> Answer:
+    return post(server, {"model": "m1", "stream": stream, **ASKS[path], **more}, path=path)
+
+
+@pytest.mark.parametrize("error, code", [
+    ({"error": {"message": "m", "code": 42, "param": ["a"]}}, "42"), ({"detail": "m"}, None),
+    ({"error": {"message": "m", "code": True}}, None), ({"error": "m"}, None),
+    ({"error": {"message": "m", "code": "odd", "type": 7}}, "odd"), ({"code": 42, "message": "m"}, None)])
+def test_an_error_of_responses_has_a_code_and_a_param(server, upstream, error, code):
+    upstream.plays(plain(error, 400))
+    told = ask_in(server(upstream), "/v1/responses", False).error
+    assert (told["message"], told["code"], told["param"]) == ("m", code, None)
+    assert told["type"] == "invalid_request_error"
+
+
+NO_IMAGES = [
+    (500, "image input is not supported - hint: if this is unexpected, provide the mmproj"),
+    (404, "No endpoints found that support image input"),
+    (500, "this model is missing data required for image input"),
+    (422, "messages[0]: unknown variant `image_url`, expected `text`"),
+    (500, "model is not a multimodal model"), (503, "this model does not support image input")]
+SHOWING = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO"}}]}]},
+    "/v1/messages": {"messages": [{"role": "user", "content": [{"type": "image", "source": {
+        "type": "base64", "media_type": "image/png", "data": "iVBO"}}]}]},
+    "/v1/responses": {"input": [{"role": "user", "content": [
+        {"type": "input_image", "image_url": "data:image/png;base64,iVBO"}]}]}}
+
+
+def test_an_image_for_a_model_that_takes_none_is_the_clients_mistake(server, upstream):
+    made = server(upstream)
+    for path, (status, text) in itertools.product(ASKS, NO_IMAGES):
+        upstream.plays(plain({"error": {"message": text}}, status))
+        answer = ask_in(made, path, False, **SHOWING[path])
+        assert answer.status == 400 and text in answer.json["error"]["message"]
+        upstream.plays(plain({"error": {"message": text}}, 500))
+        assert ask_in(made, path, False).status == 500, "no image was sent"
+
+
+@pytest.mark.parametrize("text", ["max_" * 5000, "length is 9 tokens you requested 9 tokens (" + "1" * 9900,
+                                  "exceeds the available context size" * 300, "models " * 2000,
+                                  "exceeded model token limit: " + "9" * 9000])
+def test_the_words_of_an_error_are_looked_for_in_no_time(text):
+    began = time.thread_time()
+    for _ in range(3):
+        ifl.find_overflow(400, text)
+        ifl.find_output_cap(400, text)
+        ifl.is_missing_model(400, text)
+        ifl.is_spent(400, text)
+        ifl.is_image_refusal(400, text)
+    assert time.thread_time() - began < 1.5
+
+
 # === 8. Anthropic Messages ===================================================
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 750, 100) + b"\x08\x06\0\0\0").decode()
@@ -12282,7 +12342,10 @@ def test_overflow_reaches_each_client_in_its_words(dialects, error):
     for path in ("/v1/chat/completions", "/v1/responses"):
         status, _, data = iflow_post(server, ask, path)
         assert status == 400
-        assert json.loads(data)["error"] == {**error["error"], "code": "context_length_exceeded"}
+        told = {**error["error"], "code": "context_length_exceeded"}
+        if path == "/v1/responses":
+            told = {"type": "invalid_request_error", "param": None, **told}
+        assert json.loads(data)["error"] == told
 
 
 MISSING_MODELS = [
