@@ -3248,23 +3248,39 @@ class ThinkTags:
         return [("thinking", thought)]
 
 
-def merge_details(known: List[Json], fresh: Any) -> None:
-    """Join streamed pieces of `reasoning_details` (OpenRouter, MiniMax) to the entries they belong to.
+class Details:
+    """Streamed pieces of `reasoning_details` (OpenRouter, MiniMax), joined to their entries.
 
     Entries of one chunk, or of a plain answer, are different ones unless they say the same index.
     """
-    for number, piece in enumerate(fresh if isinstance(fresh, list) else ()):
-        last = known[-1] if known else {}
-        if not isinstance(piece, dict):
-            continue
-        if not last or number and piece.get("index") is None or any(
-                last.get(name) != piece.get(name) for name in ("type", "index")):
-            known.append(dict(piece))
-            continue
-        for name, value in piece.items():
-            grows = name in ("text", "summary", "data") and isinstance(value, str) and isinstance(last.get(name), str)
-            if value is not None:
-                last[name] = last[name] + value if grows else value
+    _GROWING = ("text", "summary", "data")
+
+    def __init__(self) -> None:
+        self._entries: List[Tuple[Json, Dict[str, List[str]]]] = []      # facts, texts in pieces
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def add(self, fresh: Any) -> None:
+        for number, piece in enumerate(fresh if isinstance(fresh, list) else ()):
+            if not isinstance(piece, dict):
+                continue
+            last = self._entries[-1][0] if self._entries else {}
+            begins = not last or number and piece.get("index") is None or any(
+                last.get(name) != piece.get(name) for name in ("type", "index"))
+            if begins:
+                self._entries.append((dict(piece), {}))
+            facts, texts = self._entries[-1]
+            for name, value in piece.items():
+                if name in self._GROWING and isinstance(value, str):
+                    texts.setdefault(name, []).append(value)
+                elif value is not None:
+                    facts[name] = value
+                    texts.pop(name, None)
+
+    def joined(self) -> List[Json]:
+        return [{**facts, **{name: "".join(pieces) for name, pieces in texts.items()}}
+                for facts, texts in self._entries]
 
 
 # --- requests ----------------------------------------------------------------
@@ -3776,30 +3792,49 @@ def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
         overflow=(0, 0, 0) if meant == 400 else None, retry_after_s=DEFAULT_RETRY_AFTER_S if meant == 429 else None)
 
 
+def joined_name(known: str, piece: str) -> str:
+    """The name of a function that may come in pieces; the same again is a repetition.
+
+    Nothing is called by more than a thousand characters.
+    """
+    return known if piece == known or len(known) > 1000 else known + piece
+
+
 class CallPieces:
     """Calls that arrive in pieces, as they stand in a message."""
 
     def __init__(self) -> None:
-        self.calls: List[Json] = []
-        self._by_index: Dict[Any, Json] = {}
+        self._calls: List[Tuple[Json, List[str]]] = []   # a call, its arguments
+        self._by_index: Dict[Any, Tuple[Json, List[str]]] = {}
+
+    @property
+    def calls(self) -> List[Json]:
+        return [{**call, "function": {**call["function"], "arguments": "".join(arguments)}}
+                for call, arguments in self._calls]
 
     def add(self, pieces: Any) -> None:
         for piece in pieces if isinstance(pieces, list) else ():
             if isinstance(piece, dict) and isinstance(piece.get("function"), dict):
                 index = piece.get("index")
-                self._join(index if isinstance(index, int) else None, piece.get("id"), piece["function"])
+                self._join(index if isinstance(index, int) else None, piece.get("id"),
+                           piece["function"])
 
     def _join(self, index: Optional[int], ident: Any, piece: Json) -> None:
-        name, arguments = piece.get("name"), piece.get("arguments")
-        call = self._by_index.get(index) if index is not None else self.calls[-1] if self.calls and not name else None
-        if call is None or ident and call["id"] not in (None, ident):
-            call = self._by_index[index] = {"id": ident, "type": "function", "function": {"name": "", "arguments": ""}}
-            self.calls.append(call)
+        name, given = piece.get("name"), piece.get("arguments")
+        known = self._by_index.get(index)
+        if index is None:
+            known = self._calls[-1] if self._calls and not name else None
+        if known is None or ident and known[0]["id"] not in (None, ident):
+            function = {"name": "", "arguments": ""}
+            known = {"id": ident, "type": "function", "function": function}, []
+            self._by_index[index] = known
+            self._calls.append(known)
+        call, arguments = known
         function, call["id"] = call["function"], call["id"] or ident
-        if isinstance(name, str) and name != function["name"]:
-            function["name"] += name
-        if arguments:
-            function["arguments"] += arguments if isinstance(arguments, str) else dump_json(arguments).decode()
+        if isinstance(name, str):
+            function["name"] = joined_name(function["name"], name)
+        if given:
+            arguments.append(given if isinstance(given, str) else dump_json(given).decode())
 
 
 class ReasoningNote:
@@ -4054,49 +4089,76 @@ def is_event_stream(content_type: str, data: bytes) -> bool:
         "event-stream" in content_type and start[:1] not in (b"{", b"["))
 
 
+class _FoldedChoice:
+    """One answer of a stream that is folded: what its chunks say of it, its message in pieces."""
+
+    def __init__(self) -> None:
+        self.facts: Json = {}
+        self._fields: Json = {"role": "assistant", "content": None}
+        self._texts: Dict[str, List[str]] = {}           # of fields that grow
+        self._calls, self._details = CallPieces(), Details()
+
+    def add(self, choice: Json) -> None:
+        self.facts.update((name, value) for name, value in choice.items()
+                          if name not in ("delta", "message") and value is not None)
+        delta = choice.get("delta") or choice.get("message")
+        for name, value in delta.items() if isinstance(delta, dict) else ():
+            self._add_field(name, value)
+
+    def _add_field(self, name: str, value: Any) -> None:
+        known = self._fields.get(name)
+        if name == "tool_calls":
+            self._calls.add(value)
+            self._fields[name] = self._calls
+        elif name == "reasoning_details":
+            self._details.add(value)
+            self._fields[name] = self._details
+        elif isinstance(value, str) and name != "role":
+            self._texts.setdefault(name, []).append(value)
+            self._fields[name] = ""
+        elif isinstance(value, list) and isinstance(known, list):
+            known += value
+        elif value is not None:
+            self._texts.pop(name, None)
+            self._fields[name] = list(value) if isinstance(value, list) else value
+
+    def whole(self) -> Json:
+        """The choice of a plain completion."""
+        message = {**self._fields,
+                   **{name: "".join(pieces) for name, pieces in self._texts.items()}}
+        if "tool_calls" in message:
+            message["tool_calls"] = self._calls.calls
+        if "reasoning_details" in message:
+            message["reasoning_details"] = self._details.joined()
+        return {"message": message, **self.facts}
+
+
 def fold_stream(data: bytes) -> Json:
-    """The completion that an event stream amounts to: some servers stream whatever they are asked.  UpstreamError."""
+    """The completion that an event stream amounts to: some servers stream whatever they are asked.
+
+    UpstreamError; half a record behind a finished answer is none.
+    """
     decoder = SSEDecoder()
     whole: Json = {"object": "chat.completion"}
-    choices: Dict[Any, Tuple[Json, CallPieces, Dict[str, List[str]]]] = {}
+    choices: Dict[Any, _FoldedChoice] = {}
     done = False
-    for chunk in read_records([*decoder.feed(data), *decoder.close()]):
-        done = done or chunk is None
-        for name in ("id", "created", "model", "usage"):
-            whole.update({name: chunk[name]} if chunk and chunk.get(name) else {})
-        for choice in choices_of(chunk or {}):
-            fresh = {"message": {"role": "assistant"}}, CallPieces(), {}
-            kept, pieces, texts = choices.setdefault(choice_index(choice), fresh)
-            kept.update((name, value) for name, value in choice.items() if name != "delta" and value is not None and (
-                name != "message" or isinstance(value, dict)))
-            _add_delta(kept["message"], pieces, texts, choice.get("delta"))
-    if not done and not any(choice.get("finish_reason") for choice, *_ in choices.values()):
+
+    def is_finished() -> bool:
+        return done or any(choice.facts.get("finish_reason") for choice in choices.values())
+
+    try:
+        for chunk in read_records([*decoder.feed(data), *decoder.close()]):
+            done = done or chunk is None
+            for name in ("id", "created", "model", "usage"):
+                whole.update({name: chunk[name]} if chunk and chunk.get(name) else {})
+            for choice in choices_of(chunk or {}):
+                choices.setdefault(choice_index(choice), _FoldedChoice()).add(choice)
+    except UpstreamGarbled:
+        if not is_finished():
+            raise
+    if not is_finished():
         raise UpstreamGarbled("the upstream's answer was cut off")
-    for choice, _, texts in choices.values():
-        choice["message"].update((name, "".join(pieces)) for name, pieces in texts.items())
-    return {**whole, "choices": [choice for choice, *_ in choices.values()]}
-
-
-def _add_delta(message: Json, pieces: CallPieces, texts: Dict[str, List[str]], delta: Any) -> None:
-    """One delta to the message that it is a piece of; `texts` are joined when all have come."""
-    for name, value in delta.items() if isinstance(delta, dict) else ():
-        known = message.get(name)
-        if name == "tool_calls":
-            pieces.add(value)
-            message[name] = pieces.calls
-        elif name == "reasoning_details":
-            message[name] = known if isinstance(known, list) else []
-            merge_details(message[name], value)
-        elif isinstance(value, str) and name != "role":
-            if not isinstance(known, str):
-                texts[name] = []
-            texts.setdefault(name, [known] if isinstance(known, str) else []).append(value)
-            message[name] = ""
-        elif value is not None:
-            texts.pop(name, None)
-            grows = isinstance(value, list) and isinstance(known, list)
-            message[name] = known + value if grows else value
-    message.setdefault("content", None)
+    return {**whole, "choices": [choice.whole() for choice in choices.values()]}
 
 
 #: Enough of a stream's end to hold the last records: finish_reason, usage, [DONE].
@@ -5295,7 +5357,7 @@ class _ToolCall:
 
     def __init__(self, ident: str, source: str) -> None:
         self.id, self.source, self.name = ident, source, ""
-        self.pending = ""                 #: arguments not sent yet
+        self.pending: List[str] = []      #: arguments not sent yet, in pieces
         self.begun = False                #: an argument byte has come
         self.odd = False                  #: not an object (encoded twice, null, …): kept to the end and mended
         self.opened = False
@@ -5305,23 +5367,26 @@ class _ToolCall:
     def settled(self) -> bool:
         return self.opened and self.mender.complete
 
-    def add(self, function: Json) -> None:
+    def add(self, function: Json) -> int:
+        """How many characters of arguments it brought."""
         name, given = function.get("name"), function.get("arguments")
-        if isinstance(name, str) and not self.opened and name != self.name:    # equal: some repeat it in each chunk
-            self.name += name
+        if isinstance(name, str) and not self.opened:
+            self.name = joined_name(self.name, name)
         text = _compact(given) if isinstance(given, dict) else given
         if not isinstance(text, str) or self.mender.complete:
-            return
+            return 0
         if not self.begun:
             text = text.lstrip()
             self.begun, self.odd = bool(text), text[:1] not in ("", "{")
-        self.pending += text if self.odd else self.mender.feed(text)
+        text = text if self.odd else self.mender.feed(text)
+        self.pending.append(text)
+        return len(text)
 
     def take(self, last: bool, cut: bool) -> str:
         """The arguments to send now; `cut`: the last ones may be half."""
         if self.odd and not last:
             return ""
-        text, self.pending = self.pending, ""
+        text, self.pending = "".join(self.pending), []
         if self.odd:
             return _compact(parse_arguments(text))
         return text + self.mender.close(cut) if last and self.begun else text
@@ -5464,11 +5529,11 @@ class MessagesStream:
         self.stop_sequence: Optional[str] = None
         self.started = self.spoke = self.refused = False
         self.index, self.open = -1, ""             #: of the latest block; the type of the open one
-        self.blank = ""                            #: whitespace that waits for a visible character
+        self.blanks: List[str] = []                #: that wait for a visible character
         self.size = 0                              #: UTF-8 bytes of the answer, for a missing usage
         self.hidden: List[str] = []                #: reasoning that becomes text only if nothing else comes
         self.thought: List[str] = []               #: reasoning that only the signature carries
-        self.details: List[Json] = []              #: reasoning_details of the open thinking block
+        self.details = Details()                   #: of the open thinking block
         self.held: List[Tuple[str, str, Any]] = []  #: said while a call was incomplete
         self.calls = _ToolCalls(turn.ids, new_id)
         self.tags = ThinkTags() if turn.profile["think_tags"] else None
@@ -5579,9 +5644,9 @@ class MessagesStream:
         if not self.open:
             return
         if self.open == "thinking":
-            signature = make_signature("".join(self.thought), self.details)
+            signature = make_signature("".join(self.thought), self.details.joined())
             yield self._delta("signature_delta", "signature", signature)
-            self.thought, self.details = [], []
+            self.thought, self.details = [], Details()
         elif self.open == "tool_use":
             self.calls.current += 1
         self.open = ""
@@ -5623,10 +5688,10 @@ class MessagesStream:
             if self.calls.busy:
                 self.held.append(("text", text, None))
                 return
-            self.blank += text
-            if self.blank.isspace():               # dropped if nothing visible follows
+            if text.isspace():                     # dropped if nothing visible follows
+                self.blanks.append(text)
                 return
-            text, self.blank, self.spoke = self.blank, "", True
+            text, self.blanks, self.spoke = "".join((*self.blanks, text)), [], True
             yield from self._open({"type": "text", "text": ""})
         self._count(text)
         yield self._delta("text_delta", "text", text)
@@ -5647,7 +5712,7 @@ class MessagesStream:
             return
         if self.open != "thinking":
             yield from self._open({"type": "thinking", "thinking": "", "signature": ""})
-        merge_details(self.details, details)
+        self.details.add(details)
         self._count(text)
         if self.turn.omit_thinking:
             self.thought.append(text)
@@ -5665,9 +5730,7 @@ class MessagesStream:
             if isinstance(function, dict) or isinstance(item, dict) and item.get("id"):
                 function = function if isinstance(function, dict) else {}
                 call = self.calls.find(item, function)
-                before = len(call.pending)
-                call.add(function)
-                self.size += len(call.pending) - before
+                self.size += call.add(function)
                 yield from self._advance(last=False)
         if self.held and not self.calls.busy:
             yield from self._release()
@@ -5689,7 +5752,7 @@ class MessagesStream:
             if not call.opened:
                 if not call.name or not (call.begun or more or last):
                     return
-                self.blank, self.spoke, call.opened = "", True, True
+                self.blanks, self.spoke, call.opened = [], True, True
                 name = self.turn.names.get(call.name, call.name)
                 yield from self._open({"type": "tool_use", "id": call.id, "name": name, "input": {}})
             text = call.take(last, self.cut)
@@ -6915,7 +6978,7 @@ class _Speech(_Item):
     def __init__(self, stream: ResponsesStream, voice: _Voice) -> None:
         super().__init__(stream)
         self.voice = voice
-        self.details: List[Json] = []
+        self.details = Details()
         self._item = {"id": stream.new_id(voice.prefix), **voice.item}
         self._pieces: List[str] = []
         self._logprobs: List[Json] = []
@@ -6953,7 +7016,8 @@ class _Speech(_Item):
         if voice.item is _MESSAGE:
             item["status"] = "incomplete" if cut else "completed"
         elif self.stream.turn.carries or self.details:
-            value = {"reasoning": text, **({"details": self.details} if self.details else {})}
+            details = {"details": self.details.joined()} if self.details else {}
+            value = {"reasoning": text, **details}
             carrier = {"encrypted_content": self.stream.turn.seal.close(value)}
             if self.stream.turn.carries:
                 item.update(carrier)
@@ -6983,8 +7047,8 @@ class _Call(_Item):
 
     def feed(self, function: Json) -> Iterator[Json]:
         name, arguments = function.get("name"), function.get("arguments")
-        if self._tool is None and isinstance(name, str) and name != self.name:
-            self.name += name                    # in pieces; the same again is a repetition
+        if self._tool is None and isinstance(name, str):
+            self.name = joined_name(self.name, name)
         if isinstance(arguments, dict):
             arguments = dump_json(arguments).decode()
         if not isinstance(arguments, str) or not arguments:
@@ -7115,7 +7179,7 @@ class ResponsesStream:
         self._think_tags = ThinkTags() if turn.profile["think_tags"] else None
         self._speech: Optional[_Speech] = None
         self._citations: List[Json] = []         #: that wait for their text
-        self._blank = ""                         #: white space that may turn out to be no message
+        self._blanks: List[str] = []             #: that may turn out to be no message
         self._calls: Dict[Any, _Call] = {}       #: by the upstream's index, or id
         self._all_calls: List[_Call] = []
         self._last_call: Any = None              #: its key
@@ -7206,7 +7270,8 @@ class ResponsesStream:
         reasoning = reasoning_of(delta)
         if reasoning:
             yield from self._say(self._reasoning_voice, reasoning, [])
-            merge_details(self._speech.details if self._speech else [], delta.get("reasoning_details"))
+            if self._speech:
+                self._speech.details.add(delta.get("reasoning_details"))
         content = delta.get("content")
         if content:
             text = content if isinstance(content, str) else "".join(_texts_of(content))
@@ -7232,9 +7297,10 @@ class ResponsesStream:
                 yield from self._say(self._reasoning_voice, text, [])
                 continue
             if self._speech is None or self._speech.voice is not _TEXT:
-                text = self._blank = self._blank + text
                 if not text.strip():
+                    self._blanks.append(text)
                     continue
+                text = "".join((*self._blanks, text))
             yield from self._say(_TEXT, text, logprobs)
 
     def _say(self, voice: _Voice, text: str, logprobs: List[Json]) -> Iterator[Json]:
@@ -7246,7 +7312,7 @@ class ResponsesStream:
         yield self._speech.delta(text, logprobs)
 
     def _end_speech(self, cut: bool = False) -> Iterator[Json]:
-        speech, self._speech, self._blank = self._speech, None, ""
+        speech, self._speech, self._blanks = self._speech, None, []
         if speech:
             yield from speech.close(cut)
 

@@ -2294,6 +2294,40 @@ GROWTH_OF_STREAMS = [
      lambda chunks: stream_of("messages", chunks)),
     ("calls side by side, Responses", 600, call_deltas,
      lambda chunks: stream_of("responses", chunks)),
+    ("blanks before a text, Messages", 3000, lambda n: [chunk(" ")] * n,
+     lambda chunks: stream_of("messages", chunks)),
+    ("blanks before a text, Responses", 3000, lambda n: [chunk(" ")] * n,
+     lambda chunks: stream_of("responses", chunks)),
+    ("details in pieces, Messages", 3000, lambda n: [chunk(reasoning_details=[
+        {"type": "reasoning.text", "text": "x" * 40}])] * n,
+     lambda chunks: stream_of("messages", chunks)),
+    ("details in pieces, Responses", 3000, lambda n: [chunk(reasoning_details=[
+        {"type": "reasoning.text", "text": "x" * 40}])] * n,
+     lambda chunks: stream_of("responses", chunks)),
+    ("a call that waits, Messages", 3000, lambda n: [
+        chunk(tool_calls=[call_delta(0, '{"a":', id="a", name="f")]),
+        chunk(tool_calls=[call_delta(1, '{"b":"', id="b", name="g")]),
+        *[chunk(tool_calls=[call_delta(1, "x" * 20)])] * n],
+     lambda chunks: stream_of("messages", chunks)),
+    ("a call that waits, Responses", 3000, lambda n: [
+        chunk(tool_calls=[call_delta(0, '{"a":', id="a", name="f")]),
+        chunk(tool_calls=[call_delta(1, '{"b":"', id="b", name="g")]),
+        *[chunk(tool_calls=[call_delta(1, "x" * 20)])] * n],
+     lambda chunks: stream_of("responses", chunks)),
+    ("arguments in a string, Messages", 3000, lambda n: [
+        chunk(tool_calls=[call_delta(0, '"', id="a", name="f")]),
+        *[chunk(tool_calls=[call_delta(0, "x" * 20)])] * n],
+     lambda chunks: stream_of("messages", chunks)),
+    ("arguments in a string, Responses", 3000, lambda n: [
+        chunk(tool_calls=[call_delta(0, '"', id="a", name="f")]),
+        *[chunk(tool_calls=[call_delta(0, "x" * 20)])] * n],
+     lambda chunks: stream_of("responses", chunks)),
+    ("folded details", 3000, lambda n: wire_of(
+        [chunk(reasoning_details=[{"type": "reasoning.text", "text": "x" * 40}])] * n + [DONE]),
+     ifl.fold_stream),
+    ("folded arguments", 3000, lambda n: wire_of(
+        [chunk(tool_calls=[call_delta(0, "x" * 40, id="a", name="f")])] * n + [DONE]),
+     ifl.fold_stream),
     ("results in reverse order", 2000, results_backwards, lambda body: turn_of(body)),
     ("outputs by name alone", 2000, outputs_by_name, lambda body: make_turn(body)),
     ("an id of many marks", 30000, lambda n: "toolu_" + "_raw_" * n + "!", ifl.unwrap_id),
@@ -2368,6 +2402,86 @@ ASKS = {"/v1/chat/completions": {"messages": MESSAGES},
 
 def ask_in(server, path, stream, **more) -> Answer:
     return post(server, {"model": "m1", "stream": stream, **ASKS[path], **more}, path=path)
+
+
+def events_of(answer):
+    """The objects of a streamed answer, [DONE] and comments left out."""
+    found = []
+    for part in re.split(r"(?:\r?\n){2,}", answer.body.decode("utf-8-sig")):
+        data = [line[5:] for line in part.splitlines() if line.startswith("data:")]
+        found += [json.loads("\n".join(data))] if data and data[0].strip() != DONE else []
+    return found
+
+
+def said_in(path, answer) -> str:
+    """The text of an answer, however it came; the message of one that is an error."""
+    if "event-stream" in answer.headers["content-type"]:
+        found = events_of(answer)
+        failed = [item.get("error") or item["response"]["error"] for item in found
+                  if item.get("error") or item.get("type") == "response.failed"]
+        if failed:
+            return failed[0]["message"]
+        if path == "/v1/chat/completions":
+            return text_of(found)
+        kind = "content_block_delta" if path == "/v1/messages" else "response.output_text.delta"
+        deltas = [item["delta"] for item in found if item["type"] == kind]
+        return "".join(delta["text"] if isinstance(delta, dict) else delta for delta in deltas)
+    if "error" in answer.json and answer.json["error"]:
+        return answer.json["error"]["message"]
+    if path == "/v1/chat/completions":
+        return answer.json["choices"][0]["message"]["content"]
+    items = [{"content": answer.json["content"]}] if path == "/v1/messages" else answer.json["output"]
+    return "".join(block["text"] for item in items for block in item["content"])
+
+
+HELLO_WIRE, SAID = wire_of(HELLO), "Hello"
+FINISHED = wire_of([ROLE, chunk("Hello"), chunk(finish="stop")])
+
+#: id, event stream, what the client is told.
+ODD_STREAMS = [
+    ("more after the end", HELLO_WIRE + wire_of([chunk("more"), DONE, chunk("and more")]), SAID),
+    ("more after the end, crlf", wire_of([*HELLO, chunk("more")], end=b"\r\n\r\n"), SAID),
+    ("garbage after the end", HELLO_WIRE + b"data: {oops\n\n", SAID),
+    ("half a record after the end", FINISHED + b'data: {"choi', SAID),
+    ("half a record after [DONE]", HELLO_WIRE + b'data: {"choi', SAID),
+    ("an error, then half a record",
+     wire_of([ROLE, chunk("He"), {"error": {"message": "slow down", "code": 429}}]) + b'data: {"ch',
+     "slow down"),
+    ("an error at once, then half a record",
+     wire_of([{"error": {"message": "slow down", "code": 429}}]) + b'data: {"ch', "slow down"),
+    ("a mark of UTF-8", b"\xef\xbb\xbf" + HELLO_WIRE, SAID),
+    ("retry first", b"retry: 1000\n\n" + HELLO_WIRE, SAID),
+    ("id first", b"id: 7\n" + HELLO_WIRE, SAID),
+    ("no blank lines", HELLO_WIRE.replace(b"\n\n", b"\n"), SAID),
+    ("no blank lines, crlf", HELLO_WIRE.replace(b"\n\n", b"\r\n"), SAID),
+    ("no blank lines, named", wire_of(HELLO, b"event: message\ndata: ", b"\n"), SAID),
+    ("no blank lines, numbered", wire_of(HELLO, b"id: 7\ndata: ", b"\n"), SAID),
+    ("indented", b"".join(b"data: " + json.dumps(item, indent=1).encode().replace(
+        b"\n", b"\ndata: ") + b"\n\n" for item in HELLO[:-1]) + record(DONE), SAID),
+    ("null choices, tokens", wire_of([{"choices": None, "usage": USAGE}, DONE]),
+     "the upstream's answer is empty"),
+    ("no choices, tokens", wire_of([usage_chunk(), DONE]), "the upstream's answer is empty"),
+    ("tokens, no text", wire_of([ROLE, chunk(finish="stop"), usage_chunk(), DONE]), "")]
+
+
+@pytest.mark.parametrize("sent, said", [row[1:] for row in ODD_STREAMS],
+                         ids=[row[0] for row in ODD_STREAMS])
+def test_an_odd_stream_is_told_rightly(server, upstream, sent, said):
+    made = server(upstream)
+    pieces = [sent[at:at + 50] for at in range(0, len(sent), 50)]
+    for path, stream, reads in itertools.product(ASKS, (False, True), ([sent], pieces)):
+        upstream.plays(sse(*reads))
+        answer = ask_in(made, path, stream)
+        told, where = said_in(path, answer), (path, stream, len(reads), answer)
+        # and says for how long
+        assert told == said or said == "slow down" and told.startswith(said), where
+        if stream and answer.status == 200:
+            assert b"more" not in answer.body and b"oops" not in answer.body, where
+            numbers = [event["sequence_number"] for event in events_of(answer)
+                       if "sequence_number" in event]
+            assert numbers == list(range(len(numbers))), where
+            if path == "/v1/chat/completions":
+                assert answer.body.count(DONE.encode()) == (said != "slow down"), where
 
 
 @pytest.mark.parametrize("error, code", [
@@ -2826,11 +2940,11 @@ def test_reasoning_details_of_a_plain_answer_stay_apart():
              {"type": "reasoning.encrypted", "data": "c"}]
     block, _ = reply(content="x", reasoning_details=given)["content"]
     assert ifl.read_signature(block["signature"])["details"] == given
-    known: List[Any] = []
+    known = ifl.Details()
     for piece in ([{"type": "t", "text": "a"}], [{"type": "t", "text": "b"}],
                   [{"type": "t", "text": "c", "index": 1}, {"type": "t", "text": "d", "index": 1}]):
-        ifl.merge_details(known, piece)
-    assert known == [{"type": "t", "text": "ab"}, {"type": "t", "text": "cd", "index": 1}]
+        known.add(piece)
+    assert known.joined() == [{"type": "t", "text": "ab"}, {"type": "t", "text": "cd", "index": 1}]
 
 
 @pytest.mark.parametrize("first", ["S", None])
