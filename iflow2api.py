@@ -4596,11 +4596,30 @@ def _joined(parts: List[Json]) -> Any:
     return "\n\n".join(texts) if len(texts) == len(parts) else parts
 
 
-def _merged(first: Json, second: Json) -> Json:
-    """Two user messages as one: some chat templates refuse them in a row."""
-    parts = [part for content in (first["content"], second["content"])
-             for part in ([_text_part(content)] if isinstance(content, str) else content)]
-    return {"role": "user", "content": _joined(parts)}
+def _with_users_merged(messages: Sequence[Json]) -> List[Json]:
+    """User messages in a row as one: some chat templates refuse them."""
+    runs: List[List[Json]] = []
+    for message in messages:
+        if runs and message["role"] == runs[-1][0]["role"] == "user":
+            runs[-1].append(message)
+        else:
+            runs.append([message])
+    return [run[0] if len(run) == 1 else {"role": "user", "content": _merged(
+        [message["content"] for message in run])} for run in runs]
+
+
+def _merged(contents: Sequence[Any]) -> Any:
+    """The contents of several messages as one, plain texts that are neighbours as one text."""
+    parts: List[Json] = []
+    texts: List[str] = []
+    for content in [*contents, []]:
+        if isinstance(content, str):
+            texts.append(content)
+            continue
+        parts += [_text_part("\n\n".join(texts))] if texts else []
+        parts += content
+        texts = []
+    return _joined(parts)
 
 
 def _enclosed(tag: str, block: Json, names: Sequence[str], inner: List[Json]) -> List[Json]:
@@ -4617,14 +4636,20 @@ def _enclosed(tag: str, block: Json, names: Sequence[str], inner: List[Json]) ->
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\r\n"
 
 
+def is_base64(data: str) -> bool:
+    """Whether `data` holds bytes in base64; translate() looks at a megabyte in a millisecond."""
+    body = data.rstrip("=\r\n")
+    digits = len(body) - body.count("\n") - body.count("\r")
+    return bool(body) and "=" not in body and digits % 4 != 1 and not (
+        data.encode("utf-8", "replace").translate(None, _BASE64))
+
+
 def _base64_data(source: Json, types: Sequence[str], path: str) -> str:
-    """The data URL of a base64 source; translate() looks at a megabyte in a millisecond."""
+    """The data URL of a base64 source."""
     kind, data = _field(source, "media_type", str, path), _field(source, "data", str, path)
     if kind not in types:
         raise BadRequest(f"{path}.media_type: Input should be " + " or ".join(repr(name) for name in types))
-    body = data.rstrip("=\r\n")
-    odd = "=" in body or (len(body) - body.count("\n") - body.count("\r")) % 4 == 1      # no bytes have that length
-    if not data or odd or data.encode("utf-8", "replace").translate(None, _BASE64):
+    if not is_base64(data):
         raise BadRequest(f"{path}.data: Input should be valid base64")
     return f"data:{kind};base64,{data}"
 
@@ -4707,7 +4732,7 @@ class _History:
 
     def _round(self, turns: Sequence[_Turn]) -> List[str]:
         """Read one round; the ids of its calls."""
-        waiting: List[str] = []
+        waiting: Dict[str, None] = {}
         ids: List[str] = []
         if turns[0].role == "assistant":
             said = _AssistantTurn(self, turns[0].blocks)
@@ -4716,10 +4741,9 @@ class _History:
         rest: List[Json] = []
         for turn in turns:
             first = not (self.messages or rest)
-            for message in self._user(turn, waiting) if turn.role == "user" else self._system(turn, first):
-                neighbours = rest and rest[-1]["role"] == message["role"] == "user"      # a system text between them
-                rest.append(_merged(rest.pop(), message) if neighbours else message)
-        self.messages += [_tool_message(unwrap_id(ident), NO_RESULT) for ident in waiting] + rest
+            rest += self._user(turn, waiting) if turn.role == "user" else self._system(turn, first)
+        self.messages += [_tool_message(unwrap_id(ident), NO_RESULT) for ident in waiting]
+        self.messages += _with_users_merged(rest)
         return ids
 
     def _system(self, turn: _Turn, first: bool) -> List[Json]:
@@ -4855,18 +4879,18 @@ class _AssistantTurn:
         self.calls: List[Json] = []
         self.ids: Dict[str, None] = {}            #: of the calls, as the client knows them
         self.labels: Dict[str, str] = {}          #: server tool call -> its name
-        glue = False
-        for path, block in blocks:
+        glued: List[str] = []                     #: neighbouring text blocks
+        for path, block in [*blocks, ("", {"type": "fallback"})]:
             kind = str(block.get("type"))
             if kind != "text":
+                self.texts += ["".join(glued)] if glued else []
+                glued = []
                 reader = _ASSISTANT_READERS.get(kind)
                 if reader is None:
                     reader = _AssistantTurn.server_result if kind.endswith("_tool_result") else _AssistantTurn.other
                 reader(self, block, path)
-                glue = False
             elif _field(block, "text", str, path):
-                self.texts.append((self.texts.pop() if glue else "") + block["text"])
-                glue = True
+                glued.append(block["text"])
 
     def thinking(self, block: Json, path: str) -> None:
         state = read_signature(block.get("signature"))
@@ -6062,6 +6086,7 @@ class _ResponseTools:
         self._tools: Dict[str, _Tool] = {}
         self._chat: Dict[str, Json] = {}     #: by Chat's name
         self._native: Dict[str, Json] = {}   #: by family
+        self._bare: Dict[str, Set[str]] = {}     #: a name without namespace -> those it may mean
 
     def add(self, tools: Any, namespace: Optional[str] = None) -> None:
         for tool in _objects(tools, "tools"):
@@ -6142,6 +6167,8 @@ class _ResponseTools:
         if tool.get("strict") is not None and key.kind == "function" and self._profile["strict_tools"]:
             function["strict"] = tool["strict"]
         self._names[key], self._tools[name] = name, key
+        for bare in (key.name, _plain(key.name)):
+            self._bare.setdefault(bare, set()).add(name)
         self._chat[name] = {"type": "function", "function": function}
 
     def _serve(self, kind: str) -> None:
@@ -6153,8 +6180,8 @@ class _ResponseTools:
 
     def _alike(self, name: str) -> str:
         """The one tool of that bare name in whatever namespace: models, and Codex in `functions`, leave that out."""
-        found = [known for tool, known in self._names.items() if name in (tool.name, _plain(tool.name))]
-        return found[0] if len(found) == 1 else ""
+        found = self._bare.get(name, ())
+        return next(iter(found)) if len(found) == 1 else ""
 
 
 # --- request: items ---
@@ -6204,8 +6231,13 @@ def _input_items(body: Json, recall: Callable[[str], Optional[List[Json]]],
     if isinstance(given, str):
         given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
     given = _objects(given, "input")
-    here = [item["id"] for item in [*items, *given] if isinstance(item.get("id"), str) and not _refers(item)]
-    return [*items, *(_typed(item, find) for item in given if not (_refers(item) and item.get("id") in here))]
+    here = {item["id"] for item in [*items, *given]
+            if isinstance(item.get("id"), str) and not _refers(item)}
+
+    def is_repeated(item: Json) -> bool:
+        return _refers(item) and isinstance(item.get("id"), str) and item["id"] in here
+
+    return [*items, *(_typed(item, find) for item in given if not is_repeated(item))]
 
 
 def _refers(item: Json) -> bool:
@@ -6233,8 +6265,12 @@ def _image_part(part: Json, profile: Json) -> Json:
     if not isinstance(part.get("image_url"), str):
         raise BadRequest("an `input_image` needs an `image_url`: files are not kept here", param="input",
                          code="unsupported_value")
-    detail = part.get("detail")
-    return {"type": "image_url", "image_url": {"url": part["image_url"],
+    url, detail = part["image_url"], part.get("detail")
+    head, comma, data = url.partition(",")
+    if head.startswith("data:") and not (comma and head.endswith(";base64") and is_base64(data)):
+        raise BadRequest("an `image_url` that begins with data: must hold an image in base64",
+                         param="input", code="invalid_image_url")
+    return {"type": "image_url", "image_url": {"url": url,
                                                **({"detail": detail} if detail not in (None, "auto") else {})}}
 
 
@@ -6396,31 +6432,28 @@ def _pair_outputs(items: Sequence[Json]) -> Tuple[Dict[int, Json], Set[int]]:
 
     Outputs stand anywhere; ids may repeat; without an id the name decides.
     """
-    waiting = [(place, item) for place, item in enumerate(items) if _is_call(item)]
-    by_id: Dict[str, List[int]] = {}
-    named_calls: Dict[str, List[int]] = {}
-    for place, item in waiting:
+    by_id: Dict[str, Deque[int]] = {}
+    named: Dict[str, Deque[int]] = {}
+    for place, item in enumerate(items):
+        if not _is_call(item):
+            continue
         own = item.get("id") if item["type"] == "local_shell_call" else None     # its output may name either
         for ident in {_call_id(item), own if isinstance(own, str) else _call_id(item)}:
-            by_id.setdefault(ident, []).append(place)
+            by_id.setdefault(ident, deque()).append(place)
         if isinstance(item.get("name"), str):
-            named_calls.setdefault(item["name"], []).append(place)
-    for calls in (*by_id.values(), *named_calls.values()):
-        calls.reverse()                  # the first is taken from the end
+            named.setdefault(item["name"], deque()).append(place)
     paired: Dict[int, Json] = {}
     strays: Set[int] = set()
     for place, item in enumerate(items):
         if item["type"] in _KIND_OF_OUTPUT:
             wanted, name = _answered_id(item), item.get("name")
-            named = named_calls.get(name, []) if isinstance(name, str) else []
-            calls = by_id.get(wanted, []) if wanted else named
-            while calls and calls[-1] in paired:
-                calls.pop()
-            call = calls.pop() if calls else None
-            if call is None:
-                strays.add(place)
+            calls = by_id.get(wanted) if wanted else named.get(name) if isinstance(name, str) else None
+            while calls and calls[0] in paired:
+                calls.popleft()
+            if calls:
+                paired[calls.popleft()] = item
             else:
-                paired[call] = item
+                strays.add(place)
     return paired, strays
 
 
@@ -6444,7 +6477,9 @@ class _ItemHistory:
         self.leading: List[str] = []         #: system texts before anything else
         self.messages: List[Json] = []
         self._tools, self._profile, self._seal = tools, profile, seal
-        self._pads = profile["require_reasoning_on_tool_calls"] and thinking is not False
+        wish = profile["require_reasoning_on_tool_calls"]
+        self._pads_calls = wish and thinking is not False
+        self._pads_all = wish == "all" and thinking is not False
         self._step: Optional[_Step] = None
         self._attached: List[Json] = []      #: images and files of tool results, for the next user message
 
@@ -6513,7 +6548,7 @@ class _ItemHistory:
         text = shown or carried.get("reasoning") or summary
         if text:
             step.reasoning.append(text)
-            step.details += carried.get("details") or []
+        step.details += carried.get("details") or []
 
     def _add_call(self, place: int, item: Json, output: Optional[Json]) -> None:
         if self._step is None:
@@ -6562,7 +6597,8 @@ class _ItemHistory:
             message["reasoning_details"] = step.details
         elif target == "reasoning_details" and text:
             message[target] = [{"type": "reasoning.text", "text": text}]
-        if target and target != "reasoning_details" and (text or (self._pads and step.calls)):
+        required = self._pads_all or self._pads_calls and step.calls
+        if target and target != "reasoning_details" and (text or required):
             message[target] = text
 
     def _add_result(self, call_id: str, output: Optional[Json]) -> List[Json]:
@@ -6760,6 +6796,8 @@ class ResponsesTurn:
         if forced and not (self.profile["forced_tool_choice"] and (
                 self.profile["forced_tool_choice_with_thinking"] or not thinking)):
             choice = "auto"
+        if choice == "none" and not self.profile["forced_tool_choice"]:
+            return                               # there is no other way to say it
         chat["tools"] = listed
         if choice is not None:
             chat["tool_choice"] = choice
@@ -7553,7 +7591,7 @@ class Call:
     def memory(self, cache: Any, messages: Any) -> ReasoningMemory:
         """What is remembered of this conversation of this client, known by its session and by what it began with."""
         facts = [self.key.name if self.key else "", conversation_names(self.headers), opening_of(messages)]
-        return ReasoningMemory(cache, json.dumps(facts))
+        return ReasoningMemory(cache, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
 
     @property
     def is_codex(self) -> bool:

@@ -5074,6 +5074,102 @@ def test_seal_notices_every_change():
         assert SEAL.open(foreign) is None
 
 
+def _convert_messages(body):
+    ifl.dump_chat(turn_of(body).chat)
+
+
+def _convert_responses(body):
+    ifl.dump_chat(make_turn(body).chat)
+
+
+def _refill(chat):
+    cache = ifl.ReasoningCache()
+    request = ifl.Call(ifl.CHAT, chat, "", {}, "r")
+    ifl.refill_reasoning(chat, request.memory(cache, chat["messages"]).recall)
+
+
+#: What grows with a client's request: id, size of the base, its maker, what is done with it.
+GROWTH_OF_REQUESTS = [
+    ("results of nobody", 1500, lambda n: {"messages": [
+        user(*(result(f"t{at}", "x") for at in range(n)))]}, _convert_messages),
+    ("text in small blocks", 10_000, lambda n: {"messages": [
+        user("q"), assistant(*[text("abc")] * n), user("r")]}, _convert_messages),
+    ("users with empty system texts between", 1200, lambda n: {"messages": [
+        user("q" * 200), {"role": "system", "content": [text("")]}] * n + [user("r")]},
+     _convert_messages),
+    ("tools of a request", 1500, lambda n: {"tools": [
+        {"name": f"t{at}", "input_schema": {}} for at in range(n)]}, _convert_messages),
+    ("images in base64", 1_000_000, lambda n: {"messages": [
+        user(image(type="base64", media_type="image/png", data="A" * n))]}, _convert_messages),
+    ("a signature", 400_000, lambda n: {"messages": [user("q"), assistant(
+        {"type": "thinking", "thinking": "t", "signature": ifl.SIGNATURE_PREFIX + "A" * n},
+        text("a")), user("r")]}, _convert_messages),
+    ("calls with one id", 700, lambda n: {"input": [
+        user_responses("q"), *[call_responses("c")] * n, *[result_responses("c")] * n]},
+     _convert_responses),
+    ("outputs of nobody", 1000, lambda n: {"input": [
+        user_responses("q"), *(result_responses(f"c{at}") for at in range(n))]},
+     _convert_responses),
+    ("calls of names that are not listed", 500, lambda n: {
+        "tools": [{"type": "function", "name": f"t{at}"} for at in range(n)], "input": [
+            user_responses("q"), *(call_responses(f"c{at}", f"x{at}") for at in range(n))]},
+     _convert_responses),
+    ("references to items of the request", 1000, lambda n: {"input": [
+        *({**user_responses("q"), "id": f"m{at}"} for at in range(n)),
+        *({"type": "item_reference", "id": f"m{at}"} for at in range(n))]}, _convert_responses),
+    ("messages in small parts", 8000, lambda n: {"input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "abc"}] * n}]},
+     _convert_responses),
+    ("tools allowed by name", 1500, lambda n: {
+        "input": "q", "tools": [{"type": "function", "name": f"t{at}"} for at in range(n)],
+        "tool_choice": {"type": "allowed_tools", "tools": [
+            {"type": "function", "name": f"t{at}"} for at in range(n)]}}, _convert_responses),
+    ("reasoning of many calls after a long beginning", 1000, lambda n: {"messages": [
+        {"role": "user", "content": "q" * 400 * n},
+        *[{"role": "assistant", "tool_calls": [call("c")]}] * n]}, _refill),
+]
+
+
+@pytest.mark.parametrize("size, make, use", [row[1:] for row in GROWTH_OF_REQUESTS],
+                         ids=[row[0] for row in GROWTH_OF_REQUESTS])
+def test_requests_are_converted_in_linear_time(size, make, use):
+    check_growth(size, make, use)
+
+
+BAD_IMAGES = ["data:image/png;base64,%%%", "data:image/png;base64,", "data:image/png;base64,AAAAA",
+              "data:image/png,abc", "data:"]
+
+
+@pytest.mark.parametrize("url", BAD_IMAGES)
+def test_an_image_that_is_no_base64_is_refused(url):
+    with pytest.raises(ifl.BadRequest) as caught:
+        make_turn({"input": [{"role": "user", "content": [image_responses(url)]}]})
+    assert (caught.value.param, caught.value.code) == ("input", "invalid_image_url")
+
+
+@pytest.mark.parametrize("wish, fields", [("all", ["", ""]), (True, [None, ""]), (False, [None] * 2)])
+def test_reasoning_in_each_assistant_message_also_of_responses(wish, fields):
+    given = [user_responses("q"), said_responses("a"), user_responses("r"), call_responses("c1"),
+             result_responses("c1")]
+    chat = make_turn({"input": given}, {"require_reasoning_on_tool_calls": wish}).chat
+    assert [m.get("reasoning_content") for m in chat["messages"]
+            if m["role"] == "assistant"] == fields
+
+
+def test_details_without_text_come_back_on_responses():
+    carrier = SEAL.close({"details": [{"type": "reasoning.encrypted", "data": "x"}]})
+    given = [user_responses("q"), {"type": "reasoning", "summary": [],
+                                   "encrypted_content": carrier}, said_responses("a")]
+    last = make_turn({"input": given}).chat["messages"][-1]
+    assert last["reasoning_details"] == [{"type": "reasoning.encrypted", "data": "x"}]
+
+
+def test_no_tools_are_sent_where_none_is_the_choice_and_can_not_be_said():
+    chat = make_turn({"input": "q", "tools": [FUNCTION], "tool_choice": "none"},
+                     {"forced_tool_choice": False}).chat
+    assert "tools" not in chat and "tool_choice" not in chat
+
+
 # === 10. Dialects ============================================================
 
 def call_of(body=None, text=None, dialect=ifl.CHAT, headers=None):
