@@ -408,7 +408,7 @@ HEADER_FORWARDED_PREFIX = "x-stainless-"
 HEADER_NAME_CHARS, HEADER_VALUE_CHARS = 100, 1000
 
 #: Of an upstream's answer these reach the client.
-HEADER_RETURNS = re.compile(r"(x-ratelimit-.*|openai-.*|retry-after(-ms)?|x-should-retry)")
+HEADER_RETURNS = r"(x-ratelimit-.*|openai-.*|retry-after(-ms)?|x-should-retry)"
 
 
 # === 3. Errors ===============================================================
@@ -536,11 +536,23 @@ def forget_trace(exc: Optional[BaseException]) -> None:
 
 # === 4. Small tools ==========================================================
 
-_SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
+class Pattern:
+    """A regular expression that is compiled at its first use; all of them took a third of a start."""
+
+    def __init__(self, text: Any, flags: int = 0) -> None:
+        self._given = text, flags
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(re.compile(*self._given), name)
+        setattr(self, name, method)      # found at once from now on
+        return method
+
+
+_SECRET = Pattern(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
 #: User and password in a URL, not its port.  What is none (no @) is taken as well, and left: a
 #: search that went on from each :// in it would take a minute for a header full of them.
-_USERINFO = re.compile(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(@?)")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+_USERINFO = Pattern(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(@?)")
+_CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
 #: Random digits for the next ids, drawn for many at once: each draw is a system call, where another
@@ -3003,7 +3015,7 @@ def parse_usage(raw: Any) -> Usage:
 
 
 #: Said by what it is not: Python takes milliseconds to compile a set of so many characters.
-_CJK = re.compile("[^\0-\u2e7f]+")
+_CJK = Pattern("[^\0-\u2e7f]+")
 
 
 def estimate_tokens(value: Any) -> int:
@@ -3035,11 +3047,11 @@ class ObjectMender:
     #: Where it stands -> marks that may come there; `s` is a number or constant.
     _MAY = {"start": "{", "first key": '"}', "key": '"', "colon": ":", "value": '"{[s', "first value": '"{[s]',
             "next": ",}]"}
-    _STRING = re.compile(r'[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}')
-    _HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
-    _TOKEN = re.compile(r'[ \t\r\n]+|[{}\[\],:"]|[-+.\w]+')
-    _WORD = re.compile(r"[-+.\w]+")
-    _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
+    _STRING = Pattern(r'[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}')
+    _HALF_ESCAPE = Pattern(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
+    _TOKEN = Pattern(r'[ \t\r\n]+|[{}\[\],:"]|[-+.\w]+')
+    _WORD = Pattern(r"[-+.\w]+")
+    _SCALAR = Pattern(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
     _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
     def __init__(self) -> None:
@@ -3164,7 +3176,7 @@ def _mended(text: str) -> Any:
         return False
 
 
-_OUTSIDE, _INSIDE = re.compile(r'[{}\[\]"]'), re.compile(r'["\\]')
+_OUTSIDE, _INSIDE = Pattern(r'[{}\[\]"]'), Pattern(r'["\\]')
 
 
 class ObjectScanner:
@@ -3403,9 +3415,9 @@ def splice_model(text: str, body: Json, model: str) -> str:
     return "".join(pieces) + text[written:]
 
 
-_BLANK, _GAP = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
-_OBJECTS = re.compile(r"\[[ \t\r\n]*\{")
-_MODEL_FIELD = re.compile(r'"model"[ \t\r\n]*:[ \t\r\n]*')
+_BLANK, _GAP = Pattern(r"[ \t\r\n]*"), Pattern(r"[ \t\r\n]*,?[ \t\r\n]*")
+_OBJECTS = Pattern(r"\[[ \t\r\n]*\{")
+_MODEL_FIELD = Pattern(r'"model"[ \t\r\n]*:[ \t\r\n]*')
 
 
 # --- answers -----------------------------------------------------------------
@@ -3615,7 +3627,7 @@ def find_overflow(status: int, message: Any, code: Any = None, asked: int = 0) -
 
 #: "There is no such model" in the words of those who say it: OpenAI, vLLM, DeepSeek ("Model Not Exist"), Ollama, xAI;
 #: Moonshot; MiniMax, Mistral; OpenRouter; Gemini; Zhipu.
-_MISSING_MODEL = re.compile(
+_MISSING_MODEL = Pattern(
     r"(?i)\bmodels?\b[^.;{}]{0,160}?\b(?:do(?:es)? not exist|not exist|(?:is |was )?not found|is not supported for)\b|"
     r"not found the model|(?:unknown|invalid|no such) model\b|is not a valid model|模型不存在")
 
@@ -3632,7 +3644,7 @@ def is_missing_model(status: int, message: str, code: Any = None) -> bool:
 
 
 #: "I can't see" in the words of llama.cpp and Ollama, vLLM, OpenRouter, LM Studio, DeepSeek's parser.
-_NO_IMAGES = re.compile(
+_NO_IMAGES = Pattern(
     r"(?i)image (?:input|url)s? (?:is|are) not (?:supported|allowed)|support(?:s|ing)? (?:for )?image|"
     r"support (?:vision|multimodal)|not a (?:multimodal|vision) model|data required for image input|"
     r"at most 0 image|unknown variant `image_url`|不支持(?:图片|图像)")
@@ -3645,9 +3657,9 @@ def is_image_refusal(status: int, message: str) -> bool:
 
 #: "Range of max_tokens should be [1, 8192]" (DashScope, DeepSeek, Zhipu); OpenAI's "is too large: 32000. This model
 #: supports at most 16384 completion tokens"; "`max_tokens` must be less than or equal to `8192`" (Groq and others).
-_OUTPUT_CAP = re.compile(r"max_(?:[a-z]{1,20}_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|"
-                         r"\W+is too large: \d+\.\D{0,40}at most (\d+)|"
-                         r".{0,60}less than or equal to\W+(\d+))", re.I | re.S)
+_OUTPUT_CAP = Pattern(r"max_(?:[a-z]{1,20}_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|"
+                      r"\W+is too large: \d+\.\D{0,40}at most (\d+)|"
+                      r".{0,60}less than or equal to\W+(\d+))", re.I | re.S)
 
 
 def find_output_cap(status: int, message: str) -> int:
@@ -3657,8 +3669,8 @@ def find_output_cap(status: int, message: str) -> int:
 
 
 #: What no waiting heals: a balance or quota that is used up (OpenAI, DeepSeek, Moonshot; Zhipu's 1113; DashScope).
-_SPENT = re.compile(r"insufficient[_ ](?:quota|balance|credits?|funds)|exceeded[_ ](?:your )?current[_ ]quota|余额不足|欠费|"
-                    r'arrearage|"code": ?"?1113\b', re.I)
+_SPENT = Pattern(r"insufficient[_ ](?:quota|balance|credits?|funds)|exceeded[_ ](?:your )?current[_ ]quota|余额不足|欠费|"
+                 r'arrearage|"code": ?"?1113\b', re.I)
 
 
 def is_spent(status: int, text: str) -> bool:
@@ -4164,10 +4176,10 @@ def fold_stream(data: bytes) -> Json:
 #: Enough of a stream's end to hold the last records: finish_reason, usage, [DONE].
 TAIL_BYTES = 4096
 
-_FINISH = re.compile(rb'"finish_reason"\s*:\s*"([^"]*)"')
-_USAGE = re.compile(rb'"usage"\s*:\s*(?=\{\s*")')
-_DONE = re.compile(rb"(?m)^data: ?\[DONE\]")
-_ERROR = re.compile(rb'(?m)^data: ?\{\s*"error"\s*:\s*[{"]')
+_FINISH = Pattern(rb'"finish_reason"\s*:\s*"([^"]*)"')
+_USAGE = Pattern(rb'"usage"\s*:\s*(?=\{\s*")')
+_DONE = Pattern(rb"(?m)^data: ?\[DONE\]")
+_ERROR = Pattern(rb'(?m)^data: ?\{\s*"error"\s*:\s*[{"]')
 
 
 class RelayStream:
@@ -4506,7 +4518,7 @@ def read_signature(signature: Any) -> Json:
     return state if isinstance(state, dict) else {}
 
 
-_LEGAL_ID = re.compile(r"[A-Za-z0-9_-]+")
+_LEGAL_ID = Pattern(r"[A-Za-z0-9_-]+")
 
 
 def wrap_id(fresh: str, ident: str) -> str:
@@ -4527,7 +4539,7 @@ def unwrap_id(ident: str) -> str:
 
 # --- content blocks
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Turn:
     """Consecutive messages of one role; `blocks` come with their place in the request, for error texts."""
     role: str
@@ -5000,9 +5012,9 @@ def _computer_tool(tool: Json, version: int) -> Tuple[str, Json]:
 #: Tools the client runs and whose schema only Claude knows by heart.
 _CLIENT_TOOLS: Dict[str, Callable[[Json, int], Tuple[str, Json]]] = {
     "bash": _bash_tool, "text_editor": _editor_tool, "memory": _memory_tool, "computer": _computer_tool}
-_CLIENT_TOOL = re.compile(r"(bash|text_editor|memory|computer)_(\d{8})")
+_CLIENT_TOOL = Pattern(r"(bash|text_editor|memory|computer)_(\d{8})")
 
-_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+_TOOL_NAME = Pattern(r"[a-zA-Z0-9_-]{1,128}")
 
 #: Tools Anthropic's servers run; profile["server_tools"] says what becomes of them, by these names.
 SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "tool_search_tool", "advisor", "mcp_toolset")
@@ -5120,7 +5132,7 @@ def _changed_tools(tools: Sequence[Any], changes: Sequence[Json]) -> List[Any]:
 
 # --- the request
 
-_USER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_USER_ID = Pattern(r"[A-Za-z0-9_-]{1,64}")
 _THINKING = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}
 _COPIED = {"temperature": "number", "top_p": "number", "top_k": "integer"}
 
@@ -5505,8 +5517,8 @@ class _StopWatch:
 
 class _Unfence:
     """Takes the ``` from around a text that is one fenced block; any other text passes as it is."""
-    _HEAD = re.compile(r"\s*```[a-zA-Z]*[ \t]*\n")
-    _MAYBE = re.compile(r"\s*(?:`{0,2}|```[a-zA-Z]*[ \t]*)")
+    _HEAD = Pattern(r"\s*```[a-zA-Z]*[ \t]*\n")
+    _MAYBE = Pattern(r"\s*(?:`{0,2}|```[a-zA-Z]*[ \t]*)")
 
     def __init__(self) -> None:
         self.fenced: Optional[bool] = None
@@ -5830,7 +5842,7 @@ def _fill(block: Json, text: str, cut: bool) -> None:
 
 #: Not read by the model, or not as text.
 _UNCOUNTED = ("type", "id", "tool_use_id", "signature", "cache_control", "encrypted_content", "encrypted_index")
-_FRAME_MARKER = re.compile(rb"[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
+_FRAME_MARKER = Pattern(rb"[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
 
 
 def _jpeg_size(head: bytes) -> Optional[Tuple[int, int]]:
@@ -6459,7 +6471,7 @@ def _pair_outputs(items: Sequence[Json]) -> Tuple[Dict[int, Json], Set[int]]:
 
 # --- request: messages ---
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Step:
     """One assistant message in the making."""
     reasoning: List[str] = field(default_factory=list)
@@ -6870,11 +6882,11 @@ class _FunctionArguments:
 
 #: As much of a JSON string as can be unescaped already: no half escape, no high surrogate whose low one may follow.
 #: A backslash before something JSON does not know (models write \s and C:\users) stands for itself.
-_STRING_BODY = re.compile(r'(?:[^"\\]+|\\(?:[^u]|u(?=[0-9a-fA-F]{0,3}[^0-9a-fA-F])|u(?![dD][89abAB])[0-9a-fA-F]{4}'
-                          r'|u[dD][89abAB][0-9a-fA-F]{2}(?!\Z|\\\Z|\\u[0-9a-fA-F]{0,3}\Z)))*')
-_ESCAPE = re.compile(r'\\(?:u([0-9a-fA-F]{4})|(["\\/bfnrt]))')
+_STRING_BODY = Pattern(r'(?:[^"\\]+|\\(?:[^u]|u(?=[0-9a-fA-F]{0,3}[^0-9a-fA-F])|u(?![dD][89abAB])[0-9a-fA-F]{4}'
+                       r'|u[dD][89abAB][0-9a-fA-F]{2}(?!\Z|\\\Z|\\u[0-9a-fA-F]{0,3}\Z)))*')
+_ESCAPE = Pattern(r'\\(?:u([0-9a-fA-F]{4})|(["\\/bfnrt]))')
 _ESCAPED = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-_INPUT_HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+_INPUT_HEAD = Pattern(r'\s*\{\s*"input"\s*:\s*"')
 
 
 def _unescape(body: str) -> str:
@@ -7505,7 +7517,7 @@ def conversation_names(headers: Mapping[str, str]) -> List[Optional[str]]:
     return [headers.get(name) for name in (*_SESSION_HEADERS, "x-claude-code-agent-id")]
 
 
-_BASE64_RUN = re.compile(r'(?:;base64,|"data": ?")[A-Za-z0-9+/=]{500,}')
+_BASE64_RUN = Pattern(r'(?:;base64,|"data": ?")[A-Za-z0-9+/=]{500,}')
 
 
 class ReasoningMemory(NamedTuple):
@@ -7520,7 +7532,7 @@ class ReasoningMemory(NamedTuple):
         return self.cache.recall(call_digest(self.scope, call))
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Call:
     """One request as its client made it."""
     dialect: ChatDialect
@@ -8190,7 +8202,7 @@ BLANKS = " \t\r"
 #: What a header's name consists of (RFC 9110, 5.6.2).
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
+_STATUS_LINE = Pattern(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
 
 
 def is_sound_header(name: str, value: str) -> bool:
@@ -9586,7 +9598,7 @@ def login_end(login: Json) -> Optional[float]:
 
 # --- refreshing ----------------------------------------------------------------
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Refreshed:
     """How the refreshing of one account goes; `unsaved` are tokens that await being written.
 
@@ -10735,7 +10747,7 @@ class Attempt(NamedTuple):
     total_s: float
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Record:
     """What is noted of one call: for its log line, the metrics, usage and history.  No content."""
     request_id: str
@@ -11355,7 +11367,7 @@ class Live:
             self._changed.notify_all()
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Session:
     """Somebody who is signed in: with which password (its hash), since when and until when.  Times
     are monotonic.
@@ -11623,7 +11635,7 @@ def is_forwarded(name: str, value: str) -> bool:
 
 def is_returned(name: str, value: str) -> bool:
     """Whether a header of an upstream's answer is for the client."""
-    return HEADER_RETURNS.fullmatch(name) is not None and is_sound_header(name, value)
+    return re.fullmatch(HEADER_RETURNS, name) is not None and is_sound_header(name, value)
 
 
 class State(NamedTuple):
@@ -12934,7 +12946,7 @@ class ClientReader(HeadReader):
         self._buffer = data
 
 
-_REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (\S{1,16000}) HTTP/1\.([01])")
+_REQUEST_LINE = Pattern(r"([A-Z]{1,20}) (\S{1,16000}) HTTP/1\.([01])")
 
 
 def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
@@ -13828,7 +13840,7 @@ def dialect_of(target: str, headers: Mapping[str, str]) -> Route:
     return UNKNOWN
 
 
-_VERSION_PREFIX = re.compile(r"^(/api)?/v1(?=/|$)")
+_VERSION_PREFIX = Pattern(r"^(/api)?/v1(?=/|$)")
 
 
 def normal_path(target: str) -> str:
@@ -18861,7 +18873,7 @@ LOG_FILES_KEPT = 2
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 #: A line of log_file begins like this; one that does not (a traceback) belongs to the one before.
-_LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ([A-Z]+) ")
+_LOG_LINE = Pattern(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ([A-Z]+) ")
 
 
 class _FileFormat(logging.Formatter):
