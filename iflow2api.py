@@ -12872,13 +12872,13 @@ class ClientReader(HeadReader):
     """A client's bytes, with a moment by which they have to come: http.server's rfile."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock, self.deadline = sock, 0.0
+        self.sock, self.deadline = sock, 0.0
         self._poller: Any = None
 
     def _receive(self) -> bytes:
         while True:
             try:
-                return self._sock.recv(65536)
+                return self.sock.recv(65536)
             except BlockingIOError:
                 if not self._readable():
                     raise socket.timeout("the client is too slow") from None
@@ -12886,17 +12886,26 @@ class ClientReader(HeadReader):
     def _readable(self) -> bool:
         if self._poller is None:
             self._poller = Poller()
-            self._poller.register(self._sock.fileno(), _POLLIN)
+            self._poller.register(self.sock.fileno(), _POLLIN)
         left_s = self.deadline - time.monotonic()
         wait_s = max(0.0, min(left_s, LOOK_UP_S))
         return bool(self._poller.poll(wait_s * 1000)) or left_s > LOOK_UP_S
 
     def give_up(self) -> None:
-        """Let who waits for the client, on another thread, wait no more."""
+        """End the wait for the client, which is on another thread."""
         self.deadline = 0.0
 
+    def wait(self, seconds: float) -> bool:
+        """Whether a first byte comes in time; False at the end of the connection, too."""
+        self.deadline = time.monotonic() + seconds
+        try:
+            self._buffer = self._buffer or self._receive()
+        except OSError:
+            return False
+        return bool(self._buffer)
+
     def read_request_head(self) -> bytes:
-        """A request's head, stray empty lines before it skipped (RFC 9112, 2.2); BadRequest."""
+        """A request's head, empty lines before it skipped (RFC 9112, 2.2); BadRequest."""
         head = self.read_head(b"\r\n")
         if head is None:
             raise BadRequest("the request's head is too large", status=431)
@@ -12911,38 +12920,13 @@ class ClientReader(HeadReader):
         if head and not head[:1].isupper():
             raise BadRequest("the request line is malformed or too long")
 
-    def wait(self, seconds: float) -> bool:
-        """Whether a first byte comes in time; False at the end of the connection, too."""
-        self.deadline = time.monotonic() + seconds
-        if not self._buffer:
-            try:
-                self._buffer = self._receive()
-            except OSError:
-                return False
-        return bool(self._buffer)
-
-    def read_body(self, size: int, timeout_s: float, use: Callable[[bytes], Any]) -> int:
-        """Hand `size` bytes to `use` as they come; how many there were."""
-        got, start = 0, time.monotonic()
-        while got < size:
-            self.deadline = start + timeout_s + got / BODY_BYTES_PER_S
-            piece = self.take()
-            if not piece:
-                break
-            if len(piece) > size - got:
-                piece, rest = piece[:size - got], piece[size - got:]
-                self.put_back(rest)
-            use(piece)
-            got += len(piece)
-        return got
-
     @property
-    def read_ahead(self) -> bytes:
+    def received(self) -> bytes:
         """What was received and not taken yet."""
         return self._buffer
 
     def put_back(self, data: bytes) -> None:
-        """What was read too much: it belongs to the next request."""
+        """Return what belongs to the next request."""
         self._buffer = data
 
 
@@ -12977,7 +12961,7 @@ def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
 
 
 def find_target(head: bytes) -> str:
-    """The target in a head that is not sound: the error is in the words of its path."""
+    """The target in a malformed head: its path decides the dialect of the error."""
     words = head.partition(b"\n")[0].split(b" ", 2)
     return words[1].decode("latin-1") if len(words) == 3 else ""
 
@@ -12996,6 +12980,62 @@ def check_framing(headers: Mapping[str, str], version: str) -> Optional[int]:
     if length is not None and not (length.isdigit() and length.isascii() and len(length) < 19):
         raise BadRequest("Content-Length must be one number")
     return int(length or 0)
+
+
+class RequestBody:
+    """What follows a head on the connection; it is read once, in time and within a limit."""
+
+    def __init__(self, reader: ClientReader, length: Optional[int], awaits_continue: bool) -> None:
+        """`awaits_continue`: the client sends it only when it is told to (RFC 9110, 10.1.1)."""
+        self._reader, self.awaits_continue = reader, awaits_continue
+        self.left = -1 if length is None else length     #: bytes to read; -1: a chunked body's
+
+    @property
+    def is_short(self) -> bool:
+        """Whether what is left comes soon: reading it is cheaper than a new connection."""
+        return self.left == 0 or 0 < self.left <= 65536 and not self.awaits_continue
+
+    def pieces(self, limit: int, time_s: float) -> Iterator[bytes]:
+        """The payload as it comes; BadRequest, socket.timeout."""
+        if self.left > limit:
+            raise too_large(limit)
+        if self.awaits_continue:
+            send_all(self._reader.sock, b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.awaits_continue = False
+        dechunker, size, start = Dechunker(), 0, time.monotonic()
+        while self.left:
+            self._reader.deadline = start + time_s + size / BODY_BYTES_PER_S
+            data = self._reader.take()
+            if not data:
+                raise BadRequest("the body ended before its " + (
+                    "last chunk" if self.left < 0 else "Content-Length"))
+            piece, surplus = self._split(data, dechunker)
+            self._reader.put_back(surplus)
+            size += len(piece)
+            if size > limit:
+                self.left = -1           # the connection is not used again
+                raise too_large(limit)
+            yield piece
+
+    def _split(self, data: bytes, dechunker: Dechunker) -> Tuple[bytes, bytes]:
+        """The payload in what was received, and what comes after the body."""
+        if self.left > 0:
+            piece, surplus = data[:self.left], data[self.left:]
+            self.left -= len(piece)
+            return piece, surplus
+        try:
+            piece = dechunker.feed(data)
+        except ValueError as exc:
+            raise BadRequest(f"the chunked body is broken: {exc}") from None
+        self.left = 0 if dechunker.done else -1
+        return piece, dechunker.surplus
+
+    def skip(self) -> bool:
+        """Read a short body that nobody wanted; whether the connection can be used again."""
+        with contextlib.suppress(BadRequest, OSError):
+            for _ in self.pieces(65536, 1) if self.is_short else ():
+                pass
+        return self.left == 0
 
 
 @lru_cache(2)
@@ -13025,77 +13065,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.leave(self)
 
     def handle(self) -> None:
-        try:
-            wait_s = HEAD_TIME_S
+        wait_s = HEAD_TIME_S
+        with contextlib.suppress(ClientGone, OSError):   # logged by who answers the request
             while self.reader.wait(wait_s) and not self.server.closing.is_set():
                 self.busy = True
                 try:
                     self.handle_one_request()
-                finally:
-                    self._forget_request()
-                self._settle_body()
+                finally:                 # a request must not live as long as its connection
+                    self.headers, self.key, self.session = {}, None, None
+                    self.writer, self.meters = None, ()
+                if not self.close_connection:
+                    self.close_connection = not self.body.skip()
+                if self.close_connection:
+                    self._linger()
                 self.busy = False
                 if self.close_connection or self.server.closing.is_set():
                     break
                 wait_s = CLIENT_IDLE_S
-        except (ClientGone, OSError):
-            pass                         # it left; what it asked for is noted by who answers
-
-    def handle_one_request(self) -> None:
-        """One request: head, checks, endpoint; any error that comes up becomes an answer here."""
-        self.request_id, self.close_connection = new_id("req_"), True
-        self.headers: Dict[str, str] = {}                # type: ignore[assignment]
-        self.path, self.command, self.request_version = "", "", "HTTP/1.1"
-        self.endpoint, self._body_left = UNKNOWN, 0
-        self.key: Optional[ClientKey] = None
-        self.session: Optional[Session] = None
-        self.meters: Sequence[Meter] = ()
-        self.writer: Optional[ResponseWriter] = None
-        head, started = b"", time.monotonic()
-        try:
-            self.reader.deadline = started + HEAD_TIME_S
-            head = self.reader.read_request_head()
-            self.command, self.path, self.request_version, self.headers = parse_head(head)
-            self._serve()
-        except GatewayError as exc:
-            if not self.path:            # the head is what was refused
-                self.path = find_target(head or self.reader.read_ahead)
-                self.endpoint = dialect_of(self.path, {})
-            self.send_error_of(exc)
-            self._log_refusal(exc)
-            forget_trace(exc)
-        except socket.timeout:
-            self._fail_reading(BadRequest("the request did not arrive in time", status=408,
-                                          code="request_timeout"))
-        except (ClientGone, OSError) as exc:
-            self.close_connection = True
-            forget_trace(exc)
-        except RecursionError:
-            self._fail_reading(BadRequest("the body is nested too deeply"))
-        except Exception:                # a defect of ours must not look like an answer
-            self.server.gateway.log.exception("%s failed", self.request_id)
-            self._fail_reading(GatewayError("iflow2api failed on this request; its log says why"))
-
-    def _forget_request(self) -> None:
-        """What belongs to a request must not live as long as its connection."""
-        self.headers, self.key, self.session, self.writer, self.meters = {}, None, None, None, ()
-
-    def _fail_reading(self, exc: GatewayError) -> None:
-        self.close_connection = True
-        self._log_refusal(exc)
-        with contextlib.suppress(OSError, ClientGone):
-            self.send_error_of(exc)
-
-    def _log_refusal(self, exc: GatewayError) -> None:
-        """A line for what no call was noted for."""
-        self.server.gateway.log.log(
-            logging.INFO if self.writer is None and self.path != "/favicon.ico" else logging.DEBUG,
-            "%s %s %s %d (%s)", self.request_id[4:12], self.command or "-",
-            one_line(self.path.split("?")[0], 80),
-            self.endpoint.dialect.status(exc), one_line(exc.message, 200))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """http.server's own log lines; ours are written where an answer ends."""
 
     def _linger(self) -> None:
         """Close without a reset, which would destroy an answer that is still on its way."""
@@ -13107,16 +13093,72 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # one request
 
+    def handle_one_request(self) -> None:
+        """One request: head, checks, endpoint; any error that comes up becomes an answer here."""
+        self.request_id, self.close_connection = new_id("req_"), True
+        self.headers: Dict[str, str] = {}                # type: ignore[assignment]
+        self.path, self.command, self.request_version = "", "", "HTTP/1.1"
+        self.endpoint, self.body = UNKNOWN, RequestBody(self.reader, 0, False)
+        self.key: Optional[ClientKey] = None
+        self.session: Optional[Session] = None
+        self.meters: Sequence[Meter] = ()
+        self.writer: Optional[ResponseWriter] = None
+        head = b""
+        try:
+            self.reader.deadline = time.monotonic() + HEAD_TIME_S
+            head = self.reader.read_request_head()
+            self.command, self.path, self.request_version, self.headers = parse_head(head)
+            self._serve()
+        except Exception as exc:         # a defect of ours must not look like an answer
+            if not self.path:            # the head is what was refused
+                self.path = find_target(head or self.reader.received)
+                self.endpoint = dialect_of(self.path, {})
+            self._tell_failure(self._error_of(exc))
+            forget_trace(exc)
+
+    def _error_of(self, exc: Exception) -> Optional[GatewayError]:
+        """What the client is told of an exception; None where it is gone."""
+        if isinstance(exc, GatewayError):
+            return exc
+        self.close_connection = True
+        if isinstance(exc, socket.timeout):
+            return BadRequest("the request did not arrive in time", status=408,
+                              code="request_timeout")
+        if isinstance(exc, (ClientGone, OSError)):
+            return None
+        if isinstance(exc, RecursionError):
+            return BadRequest("the body is nested too deeply")
+        self.server.gateway.log.exception("%s failed", self.request_id)
+        return GatewayError("iflow2api failed on this request; its log says why")
+
+    def _tell_failure(self, exc: Optional[GatewayError]) -> None:
+        """Answer with an error, and log what no call was noted for."""
+        if exc is None:
+            return
+        is_quiet = self.writer is not None or self.path == "/favicon.ico"
+        try:
+            self.send_error_of(exc)
+        except (OSError, ClientGone):
+            self.close_connection = True
+        self.server.gateway.log.log(
+            logging.DEBUG if is_quiet else logging.INFO, "%s %s %s %d (%s)", self.request_id[4:12],
+            self.command or "-", one_line(self.path.split("?")[0], 80),
+            self.endpoint.dialect.status(exc), one_line(exc.message, 200))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """http.server's own log lines; ours are written where an answer ends."""
+
     def _serve(self) -> None:
         self.endpoint = dialect_of(self.path, self.headers)
-        self.close_connection = True                     # until the framing is known to be sound
-        length = check_framing(self.headers, self.request_version)
-        self._body_left = -1 if length is None else length
+        # close_connection is true until the framing is known to be sound
         expects = self.headers.get("expect", "").lower() == "100-continue"
-        self._continue = expects and self.request_version != "HTTP/1.0"
+        self.body = RequestBody(self.reader, check_framing(self.headers, self.request_version),
+                                expects and self.request_version != "HTTP/1.0")
         if not self.path.startswith("/") or self.path.startswith("//"):
             raise BadRequest("the request target must be a path")
-        self.close_connection = self._wants_close()
+        tokens = tokens_of(self.headers.get("connection", ""))
+        self.close_connection = "close" in tokens or (
+            self.request_version == "HTTP/1.0" and "keep-alive" not in tokens)
         if self.headers.get("upgrade", "").lower() == "websocket":
             raise BadRequest("this server speaks no WebSocket; use plain HTTP", status=426,
                              should_retry=False)
@@ -13135,93 +13177,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.meters = meters_of(self)
         self.endpoint.run(self)
 
-    def _wants_close(self) -> bool:
-        tokens = tokens_of(self.headers.get("connection", ""))
-        is_kept = self.request_version != "HTTP/1.0" or "keep-alive" in tokens
-        return "close" in tokens or not is_kept
-
-    def _settle_body(self) -> None:
-        """After the answer: nothing of the request's body may be taken for the next request."""
-        if self._body_left and not self.close_connection:
-            self._skip_body()
-        if self.close_connection:
-            self._linger()
-
-    def _skip_body(self) -> None:
-        """After the answer: read a small body nobody wanted, so that the connection stays."""
-        try:
-            if self.reader.read_body(self._body_left, 1, len) < self._body_left:
-                self.close_connection = True
-            self._body_left = 0
-        except (OSError, ClientGone):
-            self.close_connection = True
+    # the body
 
     def read_body(self, limit: int = 0) -> bytes:
         """The body, unpacked, of at most `limit` bytes (0: body_limit_bytes); BadRequest."""
         limit = limit or self.server.gateway.settings.body_limit_bytes
         limit = min(limit, PUBLIC_KEPT_BYTES) if self.endpoint.public else limit
-        encoding = self.headers.get("content-encoding", "identity").strip().lower()
-        parts: List[bytes] = []
-        self._check_body()
-        self._read_pieces(limit, parts.append)
-        body = b"".join(parts)
-        return body if encoding in ("identity", "") else inflate(body, limit)
-
-    def drop_body(self, limit: int) -> None:
-        """Read a body of at most `limit` bytes as they are and keep nothing of it; BadRequest."""
-        self._read_pieces(limit, len)
-
-    def _check_body(self) -> None:
-        """BadRequest for a body that is no JSON or in an unknown encoding."""
         if self.headers.get("content-type", "").lower().startswith("multipart/"):
             raise BadRequest("a JSON body is expected, not multipart", status=415)
-        encoding = self.headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise BadRequest(f"Content-Encoding {one_line(encoding, 40)} is not known; "
+        encoding = self.headers.get("content-encoding", "").strip().lower()
+        is_packed = encoding not in ("identity", "")
+        if is_packed and encoding not in ("gzip", "x-gzip", "deflate"):
+            raise BadRequest(f"Content-Encoding {encoding[:40]} is not known; "
                              "gzip and deflate are", status=415)
-        if self.endpoint.public and encoding not in ("identity", ""):
+        if is_packed and self.endpoint.public:
             raise BadRequest("what needs no key takes no compressed body", status=415)
+        body = b"".join(self.receive(limit))
+        return inflate(body, limit) if is_packed else body
 
-    def _read_pieces(self, limit: int, take: Callable[[bytes], Any]) -> None:
-        """Hand a body to `take` as it comes, without its framing; BadRequest."""
-        if "content-length" not in self.headers and self._body_left >= 0:
-            raise self._distrust(BadRequest(
-                "Content-Length or Transfer-Encoding: chunked is needed", status=411))
-        if self._body_left > limit:
-            raise too_large(limit)
-        if self._continue:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._continue = False
-        if self._body_left < 0:
-            self._read_chunked(limit, take)
-        elif self.reader.read_body(self._body_left, BODY_TIME_S, take) < self._body_left:
-            raise self._distrust(BadRequest("the body ended before its Content-Length"))
-        self._body_left = 0
-
-    def _read_chunked(self, limit: int, take: Callable[[bytes], Any]) -> None:
-        dechunker, size, start = Dechunker(), 0, time.monotonic()
-        while not dechunker.done:
-            self.reader.deadline = start + BODY_TIME_S + size / BODY_BYTES_PER_S
-            data = self.reader.take()
-            if not data:
-                raise self._distrust(BadRequest("the body ended before its last chunk"))
-            try:
-                payload = dechunker.feed(data)
-            except ValueError as exc:
-                raise self._distrust(BadRequest(f"the chunked body is broken: {exc}")) from None
-            size += len(payload)
-            if size > limit:
-                raise self._distrust(too_large(limit))
-            take(payload)
-        self.reader.put_back(dechunker.surplus)
-
-    def _distrust(self, exc: BadRequest) -> BadRequest:
-        self.close_connection = True
-        return exc
-
-    @property
-    def has_body(self) -> bool:
-        return self._body_left != 0
+    def receive(self, limit: int) -> Iterator[bytes]:
+        """The body as it comes, still packed; BadRequest."""
+        if not {"content-length", "transfer-encoding"} & set(self.headers):
+            self.close_connection = True
+            raise BadRequest("Content-Length or Transfer-Encoding: chunked is needed", status=411)
+        return self.body.pieces(limit, BODY_TIME_S)
 
     def read_json(self, limit: int = 0) -> Json:
         return parse_body(decode_body(self.read_body(limit)))
@@ -13253,8 +13232,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def respond(self, status: int, body: bytes, content_type: str,
                 headers: Iterable[Tuple[str, str]] = ()) -> None:
         """A whole answer in one write."""
-        if self._body_left and not (0 < self._body_left <= 65536 and not self._continue):
-            self.close_connection = True                 # nobody will read that to its end
+        self.close_connection = self.close_connection or not self.body.is_short
         own = [("Content-Type", content_type), ("Content-Length", str(len(body)))]
         own = [] if status in (204, 304) else own
         self.write(self.head(status, [*own, *headers]) + (b"" if self.command == "HEAD" else body))
@@ -13277,6 +13255,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error_of(self, exc: GatewayError) -> None:
         """The one place where an error becomes bytes: an answer, or a part of a stream."""
+        if not isinstance(exc, UpstreamError):           # ours may quote what the client sent
+            exc.message = one_line(exc.message, 1000)
+            exc.param = one_line(exc.param, 60) if exc.param is not None else None
         if self.writer is not None and (self.writer.open or self.writer.tells_within(exc)):
             return self.writer.fail(exc)
         status = self.endpoint.dialect.status(exc)
@@ -13462,25 +13443,28 @@ class ResponseWriter(Client):
 
 # --- who may talk to us ------------------------------------------------------
 
+def is_own_page(headers: Mapping[str, str]) -> bool:
+    """Whether the web page that sends a request comes from the address that it asks."""
+    origin = headers.get("origin", "")
+    return origin.partition("://")[2].lower() == headers.get("host", "").lower()
+
+
 def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> None:
     """Forbidden for a Host that is not ours (DNS rebinding), a foreign page without a key."""
-    settings = server.gateway.settings
-    host = headers.get("host", "")
+    settings, door = server.gateway.settings, server.gateway.state.door
+    host = headers.get("host", "").lower()
     name = host.partition("]")[0] + "]" if host.startswith("[") else host.rpartition(":")[0] or host
-    name = name.lower()
-    door = server.gateway.state.door
     if server.is_local and not (
             is_loopback(name) or name in ("host.docker.internal", "")
-            or name in [str(host).lower() for host in settings.allowed_hosts]):
-        raise Forbidden(f"Host {one_line(name, 80)!r} is not this machine; add it to "
-                        "`allowed_hosts`", code="host_not_allowed")
+            or name in [str(known).lower() for known in settings.allowed_hosts]):
+        raise Forbidden(f"Host {name[:80]!r} is not this machine; add it to `allowed_hosts`",
+                        code="host_not_allowed")
     origin = headers.get("origin")
     if origin is None or method == "OPTIONS" or {origin, "*"} & set(settings.allowed_origins):
         return
-    is_own = origin.partition("://")[2].lower() == host.lower()
-    if is_own or door.required and door.find(client_keys(settings, headers)):
+    if is_own_page(headers) or door.required and door.find(client_keys(settings, headers)):
         return
-    raise Forbidden(f"the web page at {one_line(origin, 80)} may not call this server; add it to "
+    raise Forbidden(f"the web page at {origin[:80]} may not call this server; add it to "
                     "`allowed_origins`" + (", or send the key" if door.required else ""),
                     code="origin_not_allowed")
 
@@ -13497,8 +13481,7 @@ def client_keys(settings: Settings, headers: Mapping[str, str]) -> Iterator[str]
             yield value.partition(" ")[2].strip()        # a custom header may say Bearer too
 
 
-#: What clients hear, and /health says, once the last key is removed from a server that others
-#: reach.
+#: For clients, and for /health, once the last key is removed from a server that others reach.
 NO_KEY_LEFT = ("this server is reached from other machines and has no client key, so it "
                "answers nobody; on its machine, `key add NAME` makes one, or set custom_api_key")
 
@@ -13512,12 +13495,12 @@ def check_key(server: "Server", headers: Mapping[str, str]) -> Optional[ClientKe
         raise Unauthorized(NO_KEY_LEFT, code="no_client_key")
     given = list(client_keys(state.settings, headers))
     key = state.door.find(given)
-    ours = "custom_api_key" if state.settings.custom_api_key else "keys (`key add NAME` makes one)"
     if key is None:
-        if any(given):
-            raise Unauthorized(f"the API key is wrong; it must be this server's {ours}")
-        raise Unauthorized(f"an API key is needed: send this server's {ours} as "
-                           "`Authorization: Bearer KEY`")
+        ours = ("custom_api_key" if state.settings.custom_api_key
+                else "keys (`key add NAME` makes one)")
+        raise Unauthorized(f"the API key is wrong; it must be this server's {ours}" if any(given)
+                           else f"an API key is needed: send this server's {ours} in the header "
+                                "Authorization, after the word Bearer")
     if time.time() >= key.expires_at:
         day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key.expires_at))
         raise Unauthorized(f"the API key {key.name} expired on {day}", code="expired_api_key")
@@ -13526,10 +13509,8 @@ def check_key(server: "Server", headers: Mapping[str, str]) -> Optional[ClientKe
 
 def check_own_page(headers: Mapping[str, str]) -> None:
     """Forbidden for a foreign web page, which another port of this host is, too."""
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-    host = headers.get("host", "").lower()
-    foreign = origin is not None and origin.partition("://")[2].lower() != host
-    if foreign or site not in ("none", "same-origin"):
+    is_foreign = "origin" in headers and not is_own_page(headers)
+    if is_foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise Forbidden("the admin API answers to its own page only", code="origin_not_allowed")
 
 
@@ -13553,10 +13534,10 @@ def check_session(handler: Handler) -> Session:
         session = sessions.basic(address_of(handler), given.strip())
         if session is None:
             raise Unauthorized("user or password is wrong", code="wrong_password")
+    if session is None and token:
+        raise Unauthorized("the session has ended; sign in again", code="session_expired")
     if session is None:
-        raise Unauthorized("the session has ended; sign in again" if token
-                           else "sign in at /admin first",
-                           code="session_expired" if token else "no_session")
+        raise Unauthorized("sign in at /admin first", code="no_session")
     return session
 
 
@@ -13569,11 +13550,11 @@ def address_of(handler: Handler) -> str:
 def meters_of(handler: Handler) -> List[Meter]:
     """What a request is measured on: its key's limits, its address's."""
     gateway, meters = handler.server.gateway, []
-    settings = gateway.settings
     if handler.key is not None and handler.key.limits:
         meters.append(gateway.limiter.of_key(handler.key))
-    if settings.address_limits:
-        meters.append(gateway.limiter.of_address(address_of(handler), settings.address_limits))
+    limits = gateway.settings.address_limits
+    if limits:
+        meters.append(gateway.limiter.of_address(address_of(handler), limits))
     return meters
 
 
@@ -13588,8 +13569,7 @@ def cors_lines(headers: Mapping[str, str], path: str, preflight: bool) -> List[s
         wanted = headers.get("access-control-request-headers", "")
         wanted = wanted if wanted and wanted.isprintable() else "authorization, content-type"
         lines += ["Access-Control-Allow-Methods: GET, HEAD, POST, DELETE, OPTIONS",
-                  "Access-Control-Max-Age: 600",
-                  f"Access-Control-Allow-Headers: {wanted}"]
+                  "Access-Control-Max-Age: 600", f"Access-Control-Allow-Headers: {wanted}"]
         if headers.get("access-control-request-private-network"):
             lines.append("Access-Control-Allow-Private-Network: true")
     return lines
@@ -13664,7 +13644,7 @@ def kept_response(handler: Handler) -> None:
     known = rest == "" or rest == "input_items" and handler.command != "DELETE"
     kept = store.find(ident, owner_of(handler.key)) if known else None
     if kept is None:
-        raise NotFound(f"Response with id '{one_line(ident, 80)}' not found.", param="id")
+        raise NotFound(f"Response with id '{ident[:80]}' not found.", param="id")
     if handler.command == "DELETE":
         store.drop(ident)
         return handler.respond_json({"id": ident, "object": "response.deleted", "deleted": True})
@@ -13679,14 +13659,15 @@ def item_page(items: List[Json], query: Mapping[str, str]) -> Json:
     named = named if query.get("order") == "asc" else named[::-1]
     names = [item["id"] for item in named]
     if after and after not in names:
-        raise BadRequest(f"after: there is no item '{one_line(after, 80)}'", param="after")
+        raise BadRequest(f"after: there is no item '{after[:80]}'", param="after")
     rest = named[names.index(after) + 1:] if after else named
     return {"object": "list", **page_of(rest[:limit], len(rest) > limit)}
 
 
 def drop_events(handler: Handler) -> None:
     """Where Anthropic's clients send their telemetry: read, and dropped as it comes."""
-    handler.drop_body(PUBLIC_BODY_BYTES)
+    for _ in handler.receive(PUBLIC_BODY_BYTES):
+        pass
     handler.respond_json({"accepted_count": 0, "rejected_count": 0})
 
 
@@ -13718,8 +13699,8 @@ def show_model(handler: Handler) -> None:
     wanted, gateway = urllib.parse.unquote(handler.argument), handler.server.gateway
     model = find_model(gateway, wanted, handler.key)
     if model is None:
-        raise NotFound(f"the model {one_line(wanted, 100)!r} does not exist",
-                       code="model_not_found", param="model")
+        raise NotFound(f"the model {wanted[:100]!r} does not exist", code="model_not_found",
+                       param="model")
     anthropic = "anthropic-version" in handler.headers
     handler.respond_json(anthropic_model(model, target_of(gateway, wanted)) if anthropic else model)
 
@@ -13794,8 +13775,7 @@ class Route(NamedTuple):
 
 
 def _no_endpoint(handler: Handler) -> None:
-    raise NotFound(f"there is nothing at {one_line(handler.path.partition('?')[0], 100)}",
-                   code="not_found")
+    raise NotFound(f"there is nothing at {handler.path.partition('?')[0][:100]}", code="not_found")
 
 
 def answer_preflight(handler: Handler) -> None:
@@ -13805,9 +13785,6 @@ def answer_preflight(handler: Handler) -> None:
 PREFLIGHT = Route(answer_preflight, public=True)
 UNKNOWN = Route(_no_endpoint)
 UNKNOWN_MESSAGES = Route(_no_endpoint, MESSAGES)
-
-#: No route has more parts than this.
-ROUTE_PARTS = 8
 
 #: path without /v1 -> method -> what it does; HEAD comes with GET.  A path that ends in a slash
 #: takes what follows it.
@@ -13832,14 +13809,6 @@ ROUTES: Dict[str, Dict[str, Route]] = {
 }
 
 
-def dialect_of(target: str, headers: Mapping[str, str]) -> Route:
-    """The route whose dialect errors before routing are told in: the path's, or the client's."""
-    path = normal_path(target)
-    if path.startswith("/messages") or path not in ROUTES and "anthropic-version" in headers:
-        return UNKNOWN_MESSAGES
-    return UNKNOWN
-
-
 _VERSION_PREFIX = Pattern(r"^(/api)?/v1(?=/|$)")
 
 
@@ -13848,21 +13817,22 @@ def normal_path(target: str) -> str:
     return _VERSION_PREFIX.sub("", target.partition("?")[0].partition("#")[0]).rstrip("/") or "/"
 
 
+def dialect_of(target: str, headers: Mapping[str, str]) -> Route:
+    """A route with the dialect of errors before routing: the path's, or the client's."""
+    path = normal_path(target)
+    if path.startswith("/messages") or path not in ROUTES and "anthropic-version" in headers:
+        return UNKNOWN_MESSAGES
+    return UNKNOWN
+
+
 def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple[Route, str]:
     """The route of a request and what its path says beyond it; BadRequest 405 with `allow`."""
     path = normal_path(target)
-    argument = ""
-    methods = ROUTES.get(path)
-    if methods is None:
-        # the longest route that takes what follows it
-        parts = path.split("/", ROUTE_PARTS)
-        for count in range(len(parts) - 1, 1, -1):
-            base = "/".join(parts[:count]) + "/"
-            methods, argument = ROUTES.get(base), path[len(base):]
-            if methods is not None:
-                break
+    base = path if path in ROUTES else max(
+        (known for known in ROUTES if known.endswith("/") and path.startswith(known)), key=len)
+    methods, argument = ROUTES[base], path[len(base):]
     unknown = UNKNOWN_MESSAGES if "anthropic-version" in headers else UNKNOWN
-    if methods is None:
+    if base == "/" != path:
         return unknown, ""
     route = methods.get("GET" if method == "HEAD" else method)
     if route is None and method == "OPTIONS":
@@ -13872,7 +13842,7 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
         raise BadRequest(f"{path} takes {', '.join(allow)}", status=405, allow=allow,
                          code="method_not_allowed")
     if path.startswith("/models") and unknown is UNKNOWN_MESSAGES:
-        # the same path for both; who asks gets his own errors
+        # the same path for both dialects: the client gets errors of its own
         route = route._replace(dialect=MESSAGES)
     return route, argument
 
@@ -14328,7 +14298,7 @@ def sign_in(handler: Handler) -> None:
 def sign_out(handler: Handler) -> None:
     """DELETE /admin/api/session."""
     sessions = handler.server.gateway.sessions
-    body = read_fields(handler, {"everywhere": "bool"}) if handler.has_body else {}
+    body = read_fields(handler, {"everywhere": "bool"}) if handler.body.left else {}
     if body.get("everywhere"):
         sessions.close_all()
     sessions.close(session_token(handler))
