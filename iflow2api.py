@@ -2289,7 +2289,7 @@ def hide_secrets(name: str, value: Any) -> Any:
     if name in SETTING and SETTING[name].metadata.get("secret"):
         return redact(value) if "://" in str(value) else mask(value)
     if name == "providers" and isinstance(value, list):
-        return [_hide_in_provider(entry) if isinstance(entry, dict) else entry for entry in value]
+        return [hide_in_provider(entry) if isinstance(entry, dict) else entry for entry in value]
     if name == "accounts" and isinstance(value, dict):
         return {account: {key: mask(str(item)) if key in LOGIN_SECRETS else item
                           for key, item in login.items()} if isinstance(login, dict) else "…"
@@ -2297,7 +2297,7 @@ def hide_secrets(name: str, value: Any) -> Any:
     return value
 
 
-def _hide_in_provider(entry: Json) -> Json:
+def hide_in_provider(entry: Json) -> Json:
     def hide(text: Any) -> Any:
         return text if isinstance(text, str) and re.fullmatch(_REFERENCE, text) else mask(str(text))
 
@@ -14210,38 +14210,42 @@ ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)},
 
 # === 17. The page's API ======================================================
 #
-# The page at /admin and its API.  The page is static; all that it shows comes from /admin/api/… as
-# JSON.
+# /admin/api/…: what the static page of the next section shows and changes, as JSON.
 
 # --- what a request says --------------------------------------------------------
 
+def bad_field(message: str) -> BadRequest:
+    """The error for a field: its name, perhaps with a place in it, is what the message begins with."""
+    return BadRequest(message, param=re.split(r"\W", message, maxsplit=1)[0])
+
+
+@contextlib.contextmanager
+def naming_fields() -> Iterator[None]:
+    """Within it a ValueError of a shape becomes bad_field."""
+    try:
+        yield
+    except ValueError as exc:
+        raise bad_field(str(exc)) from None
+
+
+def typed(value: Any, where: str) -> str:
+    """The shape of a text that has to be there; it may be secret, so it is never shown."""
+    if not secret_text(value, where):
+        raise ValueError(f"{where}: it is missing")
+    return value
+
+
+def read_form(handler: Handler, need: Mapping[str, Shape], may: Mapping[str, Shape]) -> Json:
+    """The fields of a request's body, null where that was sent; BadRequest."""
+    body = handler.read_json(ADMIN_BODY_BYTES)
+    with naming_fields():
+        return {**dict.fromkeys(body), **record(need, may)(body, "")}
+
+
 def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
     """One of `choices`, the first where the query names none; BadRequest."""
-    if query.get(name, choices[0]) not in choices:
-        raise BadRequest(f"{name}: one of {', '.join(choices)} expected", param=name)
-    return query.get(name, choices[0])
-
-
-def read_fields(handler: Handler, kinds: Mapping[str, str]) -> Json:
-    """The fields of a request's body, each of its kind (as of settings) or null; BadRequest names
-    the bad one."""
-    body = handler.read_json(ADMIN_BODY_BYTES)
-    for name, value in body.items():
-        if name not in kinds:
-            raise BadRequest(f"{one_line(name, 60)}: no such field" + nearest(name, kinds),
-                             param=one_line(name, 60))
-        try:
-            if value is not None:
-                KIND_SHAPES[kinds[name]](value, name)
-        except ValueError as exc:
-            raise BadRequest(str(exc), param=name) from None
-    return body
-
-
-def needed(body: Json, name: str) -> Any:
-    if not body.get(name):
-        raise BadRequest(f"{name}: it is missing", param=name)
-    return body[name]
+    with naming_fields():
+        return one_of(*choices)(query.get(name, choices[0]), name)
 
 
 def named_in(handler: Handler) -> str:
@@ -14251,6 +14255,13 @@ def named_in(handler: Handler) -> str:
 
 def no_content(handler: Handler, *headers: Tuple[str, str]) -> None:
     handler.respond(204, b"", "", headers)
+
+
+def address_for(handler: Handler) -> str:
+    """This server's address as the browser knows it: behind a proxy it is not ours."""
+    host, scheme = handler.headers.get("host", ""), handler.headers.get("x-forwarded-proto", "http")
+    is_host = re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host)
+    return f"{scheme}://{host}" if is_host and scheme in ("http", "https") else handler.server.url
 
 
 # --- signing in ------------------------------------------------------------------
@@ -14264,10 +14275,9 @@ def cookie_header(handler: Handler, token: str) -> Tuple[str, str]:
 
 
 def show_session(handler: Handler) -> None:
-    """GET /admin/api/session: whether somebody is signed in, and what the page needs before."""
+    """GET session: whether somebody is signed in, and what the page needs before."""
     gateway, state = handler.server.gateway, "new"
-    # an expired one is made anew and shown on the console, before it is asked for
-    gateway.sessions.code()
+    gateway.sessions.code()              # an expired one is made anew and shown on the console
     if not gateway.sessions.is_new:
         try:
             check_session(handler)
@@ -14276,83 +14286,71 @@ def show_session(handler: Handler) -> None:
             state = "signed_out"
     settings = gateway.settings
     handler.respond_json({"state": state, "user": "admin", "version": __version__,
-                          "language": settings.language,
-                          "theme_mode": settings.theme_mode, "base_url": address_for(handler)})
+                          "language": settings.language, "theme_mode": settings.theme_mode,
+                          "base_url": address_for(handler)})
 
 
 def sign_in(handler: Handler) -> None:
-    """POST /admin/api/session."""
-    body = read_fields(handler, {"user": "str", "password": "str"})
+    """POST session."""
+    body = read_form(handler, {"password": typed}, {"user": any_text})
     sessions = handler.server.gateway.sessions
-    password = needed(body, "password")
     if sessions.is_new:
-        raise Unauthorized(
-            "there is no password yet; the code on the server's console lets you set one",
-            code="no_password")
-    right = sessions.try_password(address_of(handler), password)
+        raise Unauthorized("there is no password yet; the code on the server's console lets you "
+                           "set one", code="no_password")
+    right = sessions.try_password(address_of(handler), body["password"])
     if not right or body.get("user") not in (None, "admin"):
         raise Unauthorized("user or password is wrong", code="wrong_password")
     no_content(handler, cookie_header(handler, sessions.open()))
 
 
 def sign_out(handler: Handler) -> None:
-    """DELETE /admin/api/session."""
+    """DELETE session."""
     sessions = handler.server.gateway.sessions
-    body = read_fields(handler, {"everywhere": "bool"}) if handler.body.left else {}
+    body = read_form(handler, {}, {"everywhere": truth}) if handler.body.left else {}
     if body.get("everywhere"):
         sessions.close_all()
     sessions.close(session_token(handler))
-    handler.server.gateway.live.notify()                   # who watches with it is told
+    handler.server.gateway.live.notify()                 # who watches with it is told
     no_content(handler, cookie_header(handler, ""))
 
 
 def set_password(handler: Handler) -> None:
-    """POST /admin/api/password: the first one by the console's code, another one by who is signed
-    in."""
-    body = read_fields(handler, {"code": "str", "current": "str", "password": "str"})
+    """POST password: the first one by the console's code, another one by who is signed in."""
     gateway, address = handler.server.gateway, address_of(handler)
-    password = needed(body, "password")
+    sessions = gateway.sessions
+    proof, guess = ("code", sessions.try_code) if sessions.is_new else (
+        "current", sessions.try_password)
+    body = read_form(handler, {"password": typed}, {"code": secret_text, "current": secret_text})
+    password, (least, most) = body["password"], PASSWORD_LENGTH
     if gateway.origins.get("admin_password") == "environment":
         raise Conflict(f"{ENV_PREFIX}ADMIN_PASSWORD sets the password; change it there",
                        code="set_elsewhere")
-    if not gateway.sessions.is_new:
+    if not sessions.is_new:
         check_session(handler)
-    least, most = PASSWORD_LENGTH
     if not least <= len(password) <= most:               # before the code is used up
         raise BadRequest(f"a password has from {least} to {most} characters", param="password",
                          code="bad_password")
-    if gateway.sessions.is_new:
-        if not gateway.sessions.try_code(address, needed(body, "code")):
-            raise Forbidden("the code is wrong; it stands on the server's console",
-                            code="wrong_code", param="code",
-                            should_retry=None)
-    elif not gateway.sessions.try_password(address, needed(body, "current")):
-        raise Forbidden("the current password is wrong", code="wrong_password", param="current",
-                        should_retry=None)
+    with naming_fields():
+        given = typed(body.get(proof) or "", proof)
+    if not guess(address, given):
+        what, code = (("the code is wrong; it stands on the server's console", "wrong_code")
+                      if proof == "code" else ("the current password is wrong", "wrong_password"))
+        raise Forbidden(what, code=code, param=proof, should_retry=None)
     gateway.set_password(hash_password(password))
-    no_content(handler, cookie_header(handler, gateway.sessions.open()))
+    no_content(handler, cookie_header(handler, sessions.open()))
 
 
 # --- what is going on -------------------------------------------------------------
-
-def limits_of(gateway: Gateway) -> List[Json]:
-    """Each client key's limits, and what is used of them."""
-    rows = []
-    for key in gateway.state.door.keys:
-        used = gateway.limiter.used(key) if key.limits else {}
-        rows.append({"key": key.name, **{name: {"used": used.get(name, 0), "limit": limit}
-                                         for name, limit in key.limits.items()}})
-    return rows
-
 
 #: What the chart and today's figures show of a row.
 SERIES_COUNTS = USAGE_COUNTS[:4]
 
 
-def today_of(gateway: Gateway) -> Json:
-    """Requests, errors and tokens since midnight."""
-    rows = [counts for _, counts in gateway.ledger.rows(1)]
-    return {name: sum(row[place] for row in rows) for place, name in enumerate(SERIES_COUNTS)}
+def limits_json(gateway: Gateway, key: ClientKey) -> Json:
+    """A client key's limits, and what is used of them."""
+    used = gateway.limiter.used(key) if key.limits else {}
+    return {"key": key.name, **{name: {"used": used.get(name, 0), "limit": limit}
+                                for name, limit in key.limits.items()}}
 
 
 def next_step(gateway: Gateway) -> str:
@@ -14367,10 +14365,13 @@ def next_step(gateway: Gateway) -> str:
 
 def overview_of(server: Server) -> Json:
     gateway = server.gateway
+    today = [counts for _, counts in gateway.ledger.rows(1)]
     return {"health": server.health(), "address": server.url, "needs_key": server.needs_key,
             "queue": queues_of(gateway), "connections": server.connections,
             "in_flight": gateway.in_flight,
-            "today": today_of(gateway), "limits": limits_of(gateway), "next": next_step(gateway)}
+            "today": {name: sum(row[at] for row in today) for at, name in enumerate(SERIES_COUNTS)},
+            "limits": [limits_json(gateway, key) for key in gateway.state.door.keys],
+            "next": next_step(gateway)}
 
 
 def show_overview(handler: Handler) -> None:
@@ -14387,11 +14388,9 @@ CHART_GROUPS = 8
 
 
 def show_series(handler: Handler) -> None:
-    """GET /admin/api/series: what each model used in each hour of the last day or day of the last
-    month."""
-    gateway = handler.server.gateway
+    """GET series: what each model used in each hour of a day, or in each day of a month."""
     span = choice_in(query_of(handler), "span", ("day", "month"))
-    steps = gateway.ledger.steps(span)
+    steps = handler.server.gateway.ledger.steps(span)
     totals: Dict[str, int] = {}
     for _, rows in steps:
         for (_, model, *_), counts in rows:
@@ -14403,10 +14402,24 @@ def show_series(handler: Handler) -> None:
         for (_, model, *_), counts in rows:
             row = groups.setdefault(model if model in shown else "…",
                                     dict.fromkeys(SERIES_COUNTS, 0))
-            for field_name, count in zip(SERIES_COUNTS, counts):
-                row[field_name] += count
+            row.update((name, row[name] + count) for name, count in zip(SERIES_COUNTS, counts))
         points.append({"at": at, "groups": groups})
     handler.respond_json({"span": span, "points": points})
+
+
+#: Fields of a row of usage; times are averages in seconds, null where there are none.
+USAGE_FIELDS = ("name", *(name for name in USAGE_COUNTS
+                          if name not in ("streams", "first_ms", "total_ms")),
+                "first_s", "total_s", "cost")
+
+
+def usage_json(name: str, row: Mapping[str, Any]) -> Json:
+    """A row of Ledger.report for the page."""
+    facts = {"name": name, **row,
+             "first_s": row["first_ms"] / row["streams"] / 1000 if row["streams"] else None,
+             "total_s": row["total_ms"] / row["requests"] / 1000 if row["requests"] else None,
+             "cost": None if row["cost"] is None else round(row["cost"], 6)}
+    return {field_name: facts[field_name] for field_name in USAGE_FIELDS}
 
 
 def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
@@ -14418,39 +14431,26 @@ def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
     return by, days, sorted(rows, key=lambda row: row["day"]) if by == "day" else rows
 
 
-def told_usage(name: str, row: Mapping[str, Any]) -> Json:
-    """A row of Ledger.report for the page; times are averages in seconds, null where there are
-    none."""
-    counts = {count: row[count] for count in USAGE_COUNTS
-              if count not in ("streams", "first_ms", "total_ms")}
-    return {"name": name, **counts,
-            "first_s": row["first_ms"] / row["streams"] / 1000 if row["streams"] else None,
-            "total_s": row["total_ms"] / row["requests"] / 1000 if row["requests"] else None,
-            "cost": None if row["cost"] is None else round(row["cost"], 6)}
-
-
 def show_usage(handler: Handler) -> None:
     by, days, rows = usage_rows(handler)
     total: Json = {name: sum(row[name] for row in rows) for name in USAGE_COUNTS}
     costs = [row["cost"] for row in rows if row["cost"] is not None]
     total["cost"] = sum(costs) if costs else None
-    handler.respond_json({"by": by, "days": days,
-                          "rows": [told_usage(row[by], row) for row in rows],
+    handler.respond_json({"by": by, "days": days, "rows": [usage_json(row[by], row) for row in rows],
                           "enabled": handler.server.gateway.settings.usage,
-                          "total": told_usage("", total)})
+                          "total": usage_json("", total)})
 
 
 def csv_field(text: str) -> str:
-    """RFC 4180; what a spreadsheet would take for a formula (names come from clients) begins with
-    a quote."""
+    """RFC 4180; a quote before what a spreadsheet would run as a formula: names come from clients."""
     text = "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
     return '"' + text.replace('"', '""') + '"' if re.search(r'[",\r\n]', text) else text
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """Lines of the fields `names`, and a head; null is empty."""
-    lines = [list(names),
-             *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
+    lines = [names, *([("" if row[name] is None else str(row[name])) for name in names]
+                      for row in rows)]
     return "\n".join(",".join(map(csv_field, line)) for line in lines)
 
 
@@ -14461,23 +14461,21 @@ def download(handler: Handler, text: str, content_type: str, name: str) -> None:
 
 def download_usage(handler: Handler) -> None:
     by, days, rows = usage_rows(handler)
-    names = [*told_usage("", {**dict.fromkeys(USAGE_COUNTS, 0), "cost": None})]
-    text = csv_of([told_usage(row[by], row) for row in rows], names).replace("name,", by + ",", 1)
-    download(handler, "\ufeff" + text + "\n", "text/csv",
-             f"iflow2api-usage-{days}d.csv")       # Excel wants the mark
+    text = csv_of([{by: row[by], **usage_json(row[by], row)} for row in rows],
+                  (by, *USAGE_FIELDS[1:]))
+    # Excel wants the byte order mark
+    download(handler, f"\ufeff{text}\n", "text/csv", f"iflow2api-usage-{days}d.csv")
 
 
 def show_logs(handler: Handler) -> None:
-    """GET /admin/api/logs: the last lines at a level or above that hold `search`, the oldest
-    first."""
+    """GET logs: the last lines at a level or above that hold `search`, the oldest first."""
     query, ring = query_of(handler), handler.server.gateway.live.logs
-    level = getattr(logging,
-                    choice_in(query, "level", ("debug", "info", "warning", "error")).upper())
+    level = choice_in(query, "level", ("debug", "info", "warning", "error"))
     limit = number_in(query, "limit", 1000, LOG_LINES)
     before = number_in(query, "before", 10 ** 15, 10 ** 15)
     wanted = query.get("search", "").lower()
     found = [pair for pair in ring.after(0, LOG_LINES)[1]
-             if pair[0] < before and pair[1][1] >= level]
+             if pair[0] < before and pair[1][1] >= getattr(logging, level.upper())]
     lines = [told_log(number, line) for number, line in (found if wanted else found[-limit:])]
     lines = [line for line in lines if wanted in line["text"].lower()]
     handler.respond_json({"data": lines[-limit:], "first": ring.count - len(ring) + 1,
@@ -14485,11 +14483,12 @@ def show_logs(handler: Handler) -> None:
 
 
 def download_logs(handler: Handler) -> None:
-    told = [told_log(number, line)
-            for number, line in handler.server.gateway.live.logs.after(0, LOG_LINES)[1]]
-    lines = [" ".join((time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line["at"])),
-                       line["level"].upper(), line["text"])) for line in told]
-    download(handler, "\n".join(lines) + "\n", "text/plain", "iflow2api.log")
+    lines = []
+    for number, kept in handler.server.gateway.live.logs.after(0, LOG_LINES)[1]:
+        line = told_log(number, kept)
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line["at"]))
+        lines.append(f"{at} {line['level'].upper()} {line['text']}\n")
+    download(handler, "".join(lines), "text/plain", "iflow2api.log")
 
 
 def memory_bytes() -> Optional[int]:
@@ -14502,32 +14501,28 @@ def memory_bytes() -> Optional[int]:
 
 
 def show_about(handler: Handler) -> None:
-    """GET /admin/api/about; `diagnostics` is for bug reports and holds no secret."""
-    server = handler.server
-    gateway, config = server.gateway, server.gateway.config
-    source = show_about.__code__.co_filename                     # __file__ may be its byte code
-    paths = {"program": os.path.abspath(source), "iflow": os.path.expanduser(IFLOW_FILE)}
+    """GET about; `diagnostics` is for bug reports and holds no secret."""
+    gateway, config = handler.server.gateway, handler.server.gateway.config
+    paths = {"program": os.path.abspath(show_about.__code__.co_filename),
+             "iflow": os.path.expanduser(IFLOW_FILE)}
     if config is not None:
         paths.update(config=config.path, usage=os.path.join(config.folder, "usage.jsonl"),
-                     log=log_path(gateway))
-    facts = {"version": __version__, "python": sys.version.split()[0], "platform": sys.platform,
-             "executable": sys.executable, "pid": os.getpid(), "started_at": gateway.started_at,
+                     **({"log": log_path(gateway)} if log_path(gateway) else {}))
+    facts = {"executable": sys.executable, "pid": os.getpid(), "started_at": gateway.started_at,
              "uptime_s": int(time.time() - gateway.started_at),
-             "paths": {n: path for n, path in paths.items() if path},
              "threads": threading.active_count(), "memory_bytes": memory_bytes()}
     lines = [
         f"iflow2api {__version__}, Python {sys.version}, {sys.platform}, {ssl.OPENSSL_VERSION}",
-        *(f"{name}: {value}" for name, value in facts.items()
-          if name not in ("version", "python", "paths")),
-        *(f"{name}: {path}" for name, path in facts["paths"].items()),
+        *(f"{name}: {value}" for name, value in {**facts, **paths}.items()),
         "health: " + json.dumps(gateway.health())]
     for name, origin in gateway.origins.items():
         shown = hide_secrets(name, getattr(gateway.settings, name))
         lines.append(f"{name} ({origin}): {json.dumps(shown, ensure_ascii=False)}")
-    home = os.path.expanduser("~")
-    text = redact("\n".join(lines))
-    handler.respond_json({**facts,
-                          "diagnostics": text.replace(home, "~") if len(home) > 1 else text})
+    text, home = redact("\n".join(lines)), os.path.expanduser("~")
+    handler.respond_json({
+        **facts, "version": __version__, "python": sys.version.split()[0],
+        "platform": sys.platform, "paths": paths,
+        "diagnostics": text.replace(home, "~") if len(home) > 1 else text})
 
 
 def show_instances(handler: Handler) -> None:
@@ -14539,42 +14534,42 @@ def show_instances(handler: Handler) -> None:
 # --- live --------------------------------------------------------------------------
 
 #: A viewer gets news at most every EVENTS_GAP_S, the overview every OVERVIEW_S while it changes,
-#: and a sign of life.
+#: and every LIFE_S while it does not.
 EVENTS_GAP_S, OVERVIEW_S, LIFE_S = 0.1, 2.0, 15.0
 
 
 class Viewer:
     """One open page: how far it has read, and what it has to be told next.
 
-    The id of an event is `START-REQUESTS-LOGS`, how far the rings were read, of a server that
-    started at START.
+    The id of an event is `START-REQUESTS-LOGS`: when the server started, and how much the page has
+    of what RecentItems counts.
     """
 
     def __init__(self, server: Server, logs: bool, last_id: str) -> None:
-        gateway = server.gateway
-        self._server, self._gateway, self._logs = server, gateway, logs
-        self._start = int(gateway.started_at * 1000)
-        self._requests, self._lines = gateway.live.requests.count, gateway.live.logs.count
+        live = server.gateway.live
+        self._server, self._logs = server, logs
+        self._start = int(server.gateway.started_at * 1000)
+        self._requests, self._lines = live.requests.count, live.logs.count
         found = re.fullmatch(r"(\d{1,15})-(\d{1,15})-(\d{1,15})", last_id)
-        if found and int(found.group(1)) == self._start:
-            self._requests = min(self._requests, int(found.group(2)))
-            self._lines = min(self._lines, int(found.group(3)))
-        elif found:                      # of an earlier run: all of this one is news
-            self._requests = self._lines = 0
+        if found:
+            start, requests, lines = map(int, found.groups())
+            is_ours = start == self._start               # of an earlier run: all of this is news
+            self._requests = min(self._requests, requests if is_ours else 0)
+            self._lines = min(self._lines, lines if is_ours else 0)
         self._version = ""
         self._overview: Json = {}
         self._looked_at = self._told_at = 0.0            #: monotonic
 
     def news(self) -> bytes:
         """The events that have come up; b"" for none."""
-        now, live, events = time.monotonic(), self._gateway.live, []
+        now, live = time.monotonic(), self._server.gateway.live
         lost, records = live.requests.after(self._requests)
         self._requests += lost + len(records)
         lines: List[Tuple[int, Any]] = []
         if self._logs:
             missed, lines = live.logs.after(self._lines)
             self._lines, lost = self._lines + missed + len(lines), lost + missed
-        events += [("dropped", {"count": lost})] if lost else []
+        events = [("dropped", {"count": lost})] if lost else []
         events += [("request", record.facts()) for _, record in records]
         events += [("log", told_log(number, line)) for number, line in lines]
         if now - self._looked_at >= OVERVIEW_S:
@@ -14585,13 +14580,9 @@ class Viewer:
                         for name, value in events)
 
     def _state(self, now: float) -> List[Tuple[str, Json]]:
-        """The overview, if it has changed or nothing was said for long; the config's version, if
-        that has changed."""
-        events: List[Tuple[str, Json]] = []
-        version = self._gateway.config_version()
-        if version != self._version:
-            events.append(("config", {"version": version}))
-        overview = overview_of(self._server)
+        """The config's version and the overview, where they have changed."""
+        version, overview = self._server.gateway.config_version(), overview_of(self._server)
+        events = [("config", {"version": version})] if version != self._version else []
         essence = {**overview, "health": {**overview["health"], "uptime_s": 0}}
         if essence != self._overview or now - self._told_at >= LIFE_S:
             events.append(("overview", overview))
@@ -14601,12 +14592,10 @@ class Viewer:
 
 
 def stream_events(handler: Handler) -> None:
-    """GET /admin/api/events: what happens, until the session ends, the page leaves or the server
-    stops."""
-    server, session, query = handler.server, handler.session, query_of(handler)
-    gateway, logs = server.gateway, query.get("logs") == "1"
-    live = gateway.live
-    viewer = Viewer(server, logs,
+    """GET events: what happens, until the session ends, the page leaves or the server stops."""
+    gateway, query = handler.server.gateway, query_of(handler)
+    live, logs = gateway.live, query.get("logs") == "1"
+    viewer = Viewer(handler.server, logs,
                     handler.headers.get("last-event-id", query.get("last_event_id", "")))
     with live.viewer(logs):
         handler.close_connection = True                  # no length, no chunks: the end is the end
@@ -14614,11 +14603,10 @@ def stream_events(handler: Handler) -> None:
                                          ("X-Accel-Buffering", "no")]))
         pause = threading.Event()
         handler.busy = False             # a server that stops does not wait for this one
-        while handler.command != "HEAD" and not live.closed and gateway.sessions.is_alive(session):
+        while handler.command != "HEAD" and not live.closed and gateway.sessions.is_alive(
+                handler.session):
             version = live.wait(-1, 0)
-            news = viewer.news()
-            if news:
-                handler.write(news)
+            handler.write(viewer.news())
             if has_left(handler.connection):
                 raise ClientGone
             pause.wait(EVENTS_GAP_S)
@@ -14627,58 +14615,48 @@ def stream_events(handler: Handler) -> None:
 
 # --- what is set up ----------------------------------------------------------------
 
-def told_setting(gateway: Gateway, name: str) -> Json:
+def setting_json(gateway: Gateway, name: str) -> Json:
     """A setting with what a form needs to know of it."""
-    facts, default = SETTING[name].metadata, default_of(name)
-    value, secret = getattr(gateway.settings, name), bool(facts.get("secret"))
-    told: Json = {"name": name, "kind": facts["kind"],
-                  "label": dict(zip(("zh", "en"), SETTING_TEXTS[name])),
-                  "group": next(group for group, names in SETTING_GROUPS.items() if name in names),
-                  "value": hide_secrets(name, value), "default": hide_secrets(name, default),
-                  "origin": gateway.origins.get(name, "default"), "secret": secret,
-                  "restart": bool(facts.get("restart")), "file_only": bool(facts.get("file_only"))}
-    told.update((key, facts[key]) for key in ("choices", "low", "high", "flag", "older")
-                if key in facts)
-    if SETTING_TEXTS[name][2:]:
-        told["hint"] = dict(zip(("zh", "en"), SETTING_TEXTS[name][2:]))
-    return {**told, **({"set": bool(value)} if secret else {})}
-
-
-def config_document(gateway: Gateway) -> Json:
-    return {"version": gateway.config_version(),
-            "path": gateway.config.path if gateway.config else "",
-            "settings": [told_setting(gateway, name) for name in SETTING],
-            "problems": list(gateway.problems)}
+    facts, texts = SETTING[name].metadata, SETTING_TEXTS[name]
+    value, is_secret = getattr(gateway.settings, name), bool(facts.get("secret"))
+    return {"name": name, "kind": facts["kind"], "label": dict(zip(("zh", "en"), texts)),
+            "group": next(group for group, names in SETTING_GROUPS.items() if name in names),
+            "value": hide_secrets(name, value), "default": hide_secrets(name, default_of(name)),
+            "origin": gateway.origins.get(name, "default"), "secret": is_secret,
+            "restart": bool(facts.get("restart")), "file_only": bool(facts.get("file_only")),
+            **{key: facts[key] for key in ("choices", "low", "high", "flag", "older")
+               if key in facts},
+            **({"hint": dict(zip(("zh", "en"), texts[2:]))} if texts[2:] else {}),
+            **({"set": bool(value)} if is_secret else {})}
 
 
 def show_config(handler: Handler) -> None:
-    handler.respond_json(config_document(handler.server.gateway))
+    gateway = handler.server.gateway
+    handler.respond_json({"version": gateway.config_version(),
+                          "path": gateway.config.path if gateway.config else "",
+                          "settings": [setting_json(gateway, name) for name in SETTING],
+                          "problems": list(gateway.problems)})
 
 
-def told_provider(gateway: Gateway, provider: Provider, entry: Json, source: str) -> Json:
-    """A provider with its keys' state; `entry` is what stands in the settings, {} where it stems
-    from elsewhere."""
-    masked = _hide_in_provider({"api_keys": entries_of(entry, "api_keys")
-                                or list(provider.api_keys)})["api_keys"]
-    states = gateway.lane(provider).key_states() if len(provider.api_keys) == len(masked) else []
-    keys = [{"index": index, "masked": text, "state": states[index][0] if states else "ok",
-             "rest_s": round(states[index][1], 1) if states else 0}
-            for index, text in enumerate(masked)]
-    shown = _hide_in_provider({"headers": entry.get("headers") or {},
-                               "proxy": provider.proxy or entry.get("proxy") or ""})
-    preset = next((name for name, known in PRESETS.items() if known.base_url == provider.base_url),
-                  "")
-    return {"name": provider.name, "kind": provider.kind,
+def provider_json(gateway: Gateway, provider: Provider, entry: Json, source: str) -> Json:
+    """A provider with its keys' state; `entry` is what the settings have, {} for one from elsewhere."""
+    masked = hide_in_provider({
+        "api_keys": entries_of(entry, "api_keys") or list(provider.api_keys),
+        "headers": entry.get("headers") or {}, "proxy": provider.proxy or entry.get("proxy") or ""})
+    lane, keys = gateway.lane(provider), masked.pop("api_keys")
+    # keys of the file and keys in force differ where one can't be read
+    states = lane.key_states() if len(provider.api_keys) == len(keys) else [("ok", 0)] * len(keys)
+    return {"name": provider.name, "kind": provider.kind, **masked,
             "base_url": provider.base_url or entry.get("base_url", ""),
-            "preset": preset, "models": list(provider.models), "facts": dict(provider.facts),
-            "keys": keys, **shown,
-            "concurrency": provider.concurrency,
-            "timeout_s": provider.timeout_s, "profile": provider.profile,
-            "vision_model": provider.vision_model,
-            "sticky": provider.sticky,
-            "preserve_reasoning_content": provider.preserve_reasoning_content,
-            "usable": not provider.problem, "problem": provider.problem,
-            "circuit": gateway.lane(provider).rests.state, "source": source}
+            "preset": next((name for name, preset in PRESETS.items()
+                            if preset.base_url == provider.base_url), ""),
+            "models": list(provider.models), "facts": dict(provider.facts),
+            "keys": [{"index": index, "masked": text, "state": state, "rest_s": round(rest_s, 1)}
+                     for index, (text, (state, rest_s)) in enumerate(zip(keys, states))],
+            **{name: getattr(provider, name) for name in (
+                "concurrency", "timeout_s", "profile", "vision_model", "sticky",
+                "preserve_reasoning_content", "problem")},
+            "usable": not provider.problem, "circuit": lane.rests.state, "source": source}
 
 
 def by_name(entries: Iterable[Any]) -> Dict[str, Json]:
@@ -14686,15 +14664,14 @@ def by_name(entries: Iterable[Any]) -> Dict[str, Json]:
     return {name_of(entry): entry for entry in entries if name_of(entry)}
 
 
-def told_providers(gateway: Gateway) -> List[Json]:
+def providers_json(gateway: Gateway) -> Dict[str, Json]:
     entries = by_name(gateway.settings.providers)
-    source = {"environment": "flag",
-              "default": "file"}.get(gateway.origins.get("providers", "file"), "")
-    source = source or gateway.origins.get("providers", "file")
-    return [told_provider(gateway, provider, entries.get(provider.name, {}),
-                          source if provider.name in entries else
-                          "login" if provider.name == "iflow" else "detected")
-            for provider in gateway.current(look=False).router.providers.values()]
+    origin = gateway.origins.get("providers", "file")
+    source = {"environment": "flag", "default": "file"}.get(origin, origin)
+    return {name: provider_json(gateway, provider, entries.get(name, {}),
+                                source if name in entries else
+                                "login" if name == "iflow" else "detected")
+            for name, provider in gateway.current(look=False).router.providers.items()}
 
 
 def show_providers(handler: Handler) -> None:
@@ -14702,7 +14679,7 @@ def show_providers(handler: Handler) -> None:
     default = gateway.current(look=False).router.default
     handler.respond_json({"version": gateway.config_version(),
                           "default_provider": default.name if default else "",
-                          "data": told_providers(gateway)})
+                          "data": list(providers_json(gateway).values())})
 
 
 def show_presets(handler: Handler) -> None:
@@ -14711,14 +14688,12 @@ def show_presets(handler: Handler) -> None:
         {"name": name, "title": name, "base_url": preset.base_url, "key_variable": preset.key,
          "key_set": bool(preset.key and environ.get(preset.key)), "local": name in LOCAL_ENGINES,
          "models": [{"id": model, "context": context or None, "max_output": limit or None,
-                     "vision": vision}
-                    for model, context, limit, vision in preset.models]}
-                    for name, preset in PRESETS.items()]})
+                     "vision": vision} for model, context, limit, vision in preset.models]}
+        for name, preset in PRESETS.items()]})
 
 
 def show_admin_models(handler: Handler) -> None:
-    """GET /admin/api/models: every name that can be asked for, and what is known of the model
-    behind it."""
+    """GET models: every name that can be asked for, and what is known of the model behind it."""
     gateway = handler.server.gateway
     router, data = gateway.current().router, []
     aliases = {pattern for pattern, _ in router.aliases}
@@ -14728,126 +14703,106 @@ def show_admin_models(handler: Handler) -> None:
         except GatewayError:             # an alias, and no provider that it could lead to
             target = Target(Provider(""), model["id"])
         facts = target.provider.facts.get(target.model, {})
-        sees = facts.get("vision") or target.model == target.provider.vision_model or None
+        sees = target.model == target.provider.vision_model or None
         data.append({"id": model["id"], "provider": target.provider.name,
-                     "context": facts.get("context"),
-                     "max_output": facts.get("max_output"), "vision": facts.get("vision", sees),
-                     "listed": "config" if target.model in target.provider.models else "provider",
-                     "alias": model["id"] in aliases})
+                     "context": facts.get("context"), "max_output": facts.get("max_output"),
+                     "vision": facts.get("vision", sees), "alias": model["id"] in aliases,
+                     "listed": "config" if target.model in target.provider.models else "provider"})
     handler.respond_json({"data": data, "default_model": router.default_model,
                           "aliases": gateway.settings.aliases,
                           "version": gateway.config_version()})
 
 
 def explain_route(handler: Handler) -> None:
-    """POST /admin/api/routes/explain; with `aliases` as they would be after a save."""
+    """POST routes/explain; with `aliases` as they would be after a save."""
     handler.respond_json(explain(handler.server.gateway, handler.read_json(ADMIN_BODY_BYTES)))
 
 
 def show_keys(handler: Handler) -> None:
-    gateway, data = handler.server.gateway, []
+    gateway = handler.server.gateway
     entries = by_name(gateway.settings.client_keys)
-    for key in gateway.state.door.keys:
-        entry = entries.get(key.name, {})
-        data.append({"name": key.name, "created": entry.get("created"),
-                     "expires": entry.get("expires"),
-                     "expired": key.expires_at <= time.time(), "models": list(key.models),
-                     "limits": dict(key.limits),
-                     "used": gateway.limiter.used(key) if key.limits else {}})
-    handler.respond_json({"version": gateway.config_version(), "data": data,
-                          "needs_key": handler.server.needs_key,
-                          "address_limits": gateway.settings.address_limits,
-                          "custom_api_key": mask(gateway.settings.custom_api_key)})
+    handler.respond_json({
+        "version": gateway.config_version(), "needs_key": handler.server.needs_key,
+        "address_limits": gateway.settings.address_limits,
+        "custom_api_key": mask(gateway.settings.custom_api_key),
+        "data": [{"name": key.name, "created": entries.get(key.name, {}).get("created"),
+                  "expires": entries.get(key.name, {}).get("expires"),
+                  "expired": key.expires_at <= time.time(), "models": list(key.models),
+                  "limits": dict(key.limits),
+                  "used": gateway.limiter.used(key) if key.limits else {}}
+                 for key in gateway.state.door.keys]})
 
 
-# --- changing what is set up ---------------------------------------------------------
+# --- changing settings ----------------------------------------------------------------
 
 #: Settings with endpoints of their own.
 SET_ELSEWHERE = ("admin_password", "providers", "client_keys", "accounts")
 
 
-def change_config(gateway: Gateway, edit: Callable[[Json], None]) -> None:
-    """Gateway.change_config, its failures in words for the page.  Where `edit` raises, nothing is
-    written."""
+def change_config(gateway: Gateway, edit: Callable[[Json], None], version: Optional[str]) -> None:
+    """Write config.json, which has to be of the `version` that the page showed (None: of any).
+
+    Where `edit` raises, nothing is written.  Conflict; GatewayError where the file can't be written.
+    """
     if gateway.config is None:
         raise Conflict("this server has no config.json, so nothing can be changed here",
                        code="no_config")
+
+    def edit_shown(raw: Json) -> None:
+        if version is not None and version != gateway.config_version(raw):
+            raise Conflict("the configuration was changed elsewhere; reload it",
+                           code="changed_meanwhile")
+        edit(raw)
+
     try:
-        gateway.change_config(edit)
+        gateway.change_config(edit_shown)
     except OSError as exc:
         reason = exc.strerror or exc
         raise GatewayError(f"{gateway.config.path} can't be written: {reason}",
                            code="cannot_write") from None
 
 
-def check_ours(gateway: Gateway, name: str) -> None:
-    """Conflict where a setting comes from the environment or a flag: what the file says would not
-    count."""
-    origin = gateway.origins.get(name)
-    if origin in ("environment", "flag"):
-        where = ENV_PREFIX + name.upper() if origin == "environment" else "a flag of this run"
-        raise Conflict(f"{name} is set by {where}, which stands above config.json",
-                       code="set_elsewhere", param=name)
-
-
-def check_version(gateway: Gateway, raw: Json, version: str) -> None:
-    """Conflict where config.json is another one than the one that the page showed."""
-    if version != gateway.config_version(raw):
-        raise Conflict("the configuration was changed elsewhere; reload it",
-                       code="changed_meanwhile")
-
-
 def save_config(handler: Handler) -> None:
-    """PATCH /admin/api/config: `set` and `unset` settings of the `version` that was shown."""
+    """PATCH config: `set` and `unset` settings of the `version` that was shown."""
     gateway = handler.server.gateway
-    body = read_fields(handler, {"version": "str", "set": "dict", "unset": "list"})
-    version = needed(body, "version")
+    body = read_form(handler, {"version": typed},
+                     {"set": names_to(anything), "unset": list_of(any_text)})
     values = checked_settings(gateway, body.get("set") or {}, body.get("unset") or [])
 
     def edit(raw: Json) -> None:
-        check_version(gateway, raw, version)
-        for name, (value, keep) in values.items():
+        for name, value in values.items():
             raw.pop(name, None)
-            if keep:
+            if value is not None:
                 raw[name] = value
 
-    change_config(gateway, edit)
-    handler.respond_json(config_document(gateway))
+    change_config(gateway, edit, body["version"])
+    show_config(handler)
 
 
-def checked_settings(gateway: Gateway, given: Json,
-                     dropped: Sequence[Any]) -> Dict[str, Tuple[Any, bool]]:
-    """name -> (value, whether it is to stand in the file) of what shall change; BadRequest names
-    the bad one.
+def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[str]) -> Json:
+    """The values of settings that are to change, None for one that leaves the file; BadRequest.
 
     A secret that comes as it is shown, masked, is left alone.
     """
-    values: Dict[str, Tuple[Any, bool]] = {}
+    values: Json = {}
     for name in [*given, *dropped]:
-        shown = one_line(name, 60)
-        if not isinstance(name, str) or name not in SETTING:
-            raise BadRequest(f"there is no setting {shown!r}" + nearest(shown, SETTING),
-                             param=shown)
+        if name not in SETTING:
+            raise BadRequest(f"there is no setting {name!r}" + nearest(name, SETTING), param=name)
+        facts, shown = SETTING[name].metadata, hide_secrets(name, getattr(gateway.settings, name))
+        is_shown = name in given and given[name] == shown
         if name in SET_ELSEWHERE:
             raise BadRequest(f"{name} is not changed here", param=name, code="set_elsewhere")
-        if SETTING[name].metadata.get("file_only") and (name not in given or given[name] != hide_secrets(
-                name, getattr(gateway.settings, name))):
-            raise Forbidden(
-                f"{name} is set by the command line (config set) or in config.json only",
-                param=name, code="file_only", should_retry=None)
+        if facts.get("file_only") and not is_shown:
+            raise Forbidden(f"{name} is set by the command line (config set) or in config.json only",
+                            param=name, code="file_only", should_retry=None)
         if name not in given:
-            values[name] = (default_of(name), False)
-            continue
-        try:
-            value = check_setting(name, given[name])
-        except ValueError as exc:
-            raise BadRequest(str(exc), param=name) from None
-        current = getattr(gateway.settings, name)
-        if not (SETTING[name].metadata.get("secret") and value
-                and value == hide_secrets(name, current)):
-            values[name] = (value, True)
-    check_addresses(gateway, {name: value for name, (value, kept) in values.items() if kept})
-    check_together(gateway, {name: value for name, (value, _) in values.items()})
+            values[name] = None
+        elif not (facts.get("secret") and shown and is_shown):
+            with naming_fields():
+                values[name] = check_setting(name, given[name])
+    check_addresses(gateway, values)
+    check_together(gateway, {name: default_of(name) if value is None else value
+                             for name, value in values.items()})
     return values
 
 
@@ -14870,10 +14825,10 @@ def check_addresses(gateway: Gateway, values: Json) -> None:
 
 def check_together(gateway: Gateway, values: Json) -> None:
     """BadRequest for settings that are sound by themselves, but not with the others."""
-    known, settings = gateway.state.router, replace(gateway.settings, **values)
     if {"aliases", "default_provider"} & set(values):
-        router = gateway.routed(replace(settings,
-                                        providers=gateway.current(look=False).settings.providers))
+        providers = gateway.current(look=False).settings.providers
+        known = gateway.state.router
+        router = gateway.routed(replace(gateway.settings, **{**values, "providers": providers}))
         problems = [problem for problem in router.problems if problem not in known.problems]
         if problems:
             param = "aliases" if "aliases" in values else "default_provider"
@@ -14885,30 +14840,30 @@ def check_together(gateway: Gateway, values: Json) -> None:
             raise BadRequest(problems[0], param="upstream_proxy")
 
 
-#: What a provider is made of, as the page sends it.
-PROVIDER_FIELDS = {"name": "str", "preset": "str", "base_url": "str", "api_keys": "list",
-                   "models": "list",
-                   "kind": "str", "concurrency": "int",
-                   "timeout_s": "float", "proxy": "str",
-                   "headers": "dict", "profile": "dict", "vision_model": "str", "sticky": "bool",
-                   "preserve_reasoning_content": "bool"}
+# --- changing providers ------------------------------------------------------------------
+
+#: What a provider is made of, as the page sends it; parse_provider judges the values.
+PROVIDER_FORM: Dict[str, Shape] = {
+    "name": any_text, "preset": any_text, "base_url": any_text, "kind": any_text,
+    "api_keys": list_of(anything), "models": list_of(anything), "headers": names_to(anything),
+    "profile": names_to(anything), "proxy": secret_text, "vision_model": any_text,
+    "concurrency": anything, "timeout_s": anything, "sticky": truth,
+    "preserve_reasoning_content": truth}
 
 
 def provider_entry(body: Json, before: Json) -> Json:
     """The entry of `providers` that a request describes; of `before` what the request does not
     name.  BadRequest.
 
-    What comes masked, or as {"keep": index}, is what `before` has there; null takes a field away.
+    Secrets may come as restore_secrets knows them; null takes a field away.
     """
-    if body.get("preset") and body["preset"] not in PRESETS:
-        raise BadRequest(f"there is no preset {one_line(body['preset'], 60)!r}", param="preset")
     preset = PRESETS.get(body.get("preset") or "")
+    if body.get("preset") and preset is None:
+        raise BadRequest(f"there is no preset {body['preset']!r}", param="preset")
     if not before and preset is None and not body.get("base_url"):
         raise BadRequest("base_url: it is missing; or name a preset", param="base_url")
     entry = before or entry_for("", body.get("kind") or "", body.get("base_url") or "", preset, ())
-    given = {name: body[name] for name in PROVIDER_FIELDS if name in body and name != "preset"}
-    if any(leads_elsewhere(before.get(name), given.get(name)) for name in SECRET_ROADS):
-        check_nothing_kept(given, before)
+    given = {name: body[name] for name in PROVIDER_FORM if name in body and name != "preset"}
     facts = {model["id"]: model for model in entries_of(entry, "models")
              if isinstance(model, dict) and isinstance(model.get("id"), str)}
     if given.get("models"):
@@ -14916,161 +14871,166 @@ def provider_entry(body: Json, before: Json) -> Json:
                            for model in given["models"]]
     if given.get("base_url"):            # a bare host of a known API gets its path
         given["base_url"] = entry_at(given["base_url"])["base_url"]
-    if given.get("api_keys"):
-        given["api_keys"] = [kept_key(key, place, before)
-                             for place, key in enumerate(given["api_keys"])]
-    if given.get("headers"):
-        given["headers"] = {name: kept_header(name, value, before)
-                            for name, value in given["headers"].items()}
-    if given.get("proxy") and given["proxy"] == _hide_in_provider(before).get("proxy"):
-        given["proxy"] = before["proxy"]
+    kept = restore_secrets(given, before)
+    if kept and any(leads_elsewhere(before.get(name), given.get(name)) for name in SECRET_ROADS):
+        name = min(kept)
+        raise BadRequest(f"{name}: what is stored does not go to another address; type it in "
+                         "again", param=name, code="address_changed")
     made = {name: value for name, value in {**entry, **given}.items() if value is not None}
     return {**made, "base_url": check_provider(made).base_url}
 
 
-def check_nothing_kept(given: Json, before: Json) -> None:
-    """BadRequest where an address that was typed in would get keys or headers that are stored."""
-    shown = _hide_in_provider({"api_keys": entries_of(before, "api_keys"),
-                               "headers": object_of(before.get("headers"))})
-    keys, headers = given.get("api_keys", shown["api_keys"]), given.get("headers", shown["headers"])
-    kept = {"api_keys": any(isinstance(key, dict) or key in shown["api_keys"]
-                            for key in keys or ()),
-            "headers": any(shown["headers"].get(name) == value
-                           for name, value in (headers or {}).items())}
-    for name, is_kept in kept.items():
-        if is_kept:
-            raise BadRequest(
-                f"{name}: what is stored does not go to another address; type it in again",
-                param=name, code="address_changed")
+def restore_secrets(given: Json, before: Json) -> Set[str]:
+    """Put secrets of `before` into `given`, which has them masked; the fields that have such.
+
+    A key may come as {"keep": index}, too.  BadRequest.
+    """
+    old_keys, old_headers = entries_of(before, "api_keys"), object_of(before.get("headers"))
+    shown = hide_in_provider({"api_keys": old_keys, "headers": old_headers,
+                              "proxy": before.get("proxy")})
+    kept = {name for name in ("api_keys", "headers") if shown[name] and name not in given}
+    if given.get("proxy") and given["proxy"] == shown["proxy"]:
+        given["proxy"] = before["proxy"]
+    if given.get("api_keys"):
+        places = [stored_place(key, at, shown["api_keys"])
+                  for at, key in enumerate(given["api_keys"])]
+        given["api_keys"] = [new_secret(key, f"api_keys[{at}]") if place is None else
+                             old_keys[place]
+                             for at, (key, place) in enumerate(zip(given["api_keys"], places))]
+        kept |= {"api_keys"} if set(places) != {None} else set()
+    if given.get("headers"):
+        same = {name for name, text in given["headers"].items()
+                if name in shown["headers"] and text == shown["headers"][name]}
+        given["headers"] = {name: old_headers[name] if name in same else
+                            new_secret(text, f"headers.{name}")
+                            for name, text in given["headers"].items()}
+        kept |= {"headers"} if same else set()
+    return kept
 
 
-def kept_key(key: Any, place: int, before: Json) -> str:
-    """A key as it is to be stored; new ones may be no references to the environment."""
-    old = entries_of(before, "api_keys")
+def stored_place(key: Any, at: int, shown: List[str]) -> Optional[int]:
+    """Where the key stands whose mask was sent as the one `at`, None for a new key; BadRequest."""
     if isinstance(key, dict):
         index = key.get("keep")
-        if type(index) is not int or not 0 <= index < len(old):
-            raise BadRequest(f"api_keys[{place}]: no key is at {one_line(json.dumps(index), 40)}",
-                             param="api_keys")
-        return old[index]
-    if not isinstance(key, str) or not key.strip():
-        raise BadRequest(f"api_keys[{place}]: a string expected", param="api_keys")
-    masked = _hide_in_provider({"api_keys": old})["api_keys"]
-    if key in masked:
-        return old[place] if place < len(old) and masked[place] == key else old[masked.index(key)]
-    if "…" in key:
-        raise BadRequest(f"api_keys[{place}]: this masked key is none of those there are",
-                         param="api_keys")
-    return new_secret(key.strip(), "api_keys")
+        if type(index) is not int or not 0 <= index < len(shown):
+            raise bad_field(f"api_keys[{at}]: there is no key {json.dumps(index)[:40]}")
+        return index
+    if key not in shown:
+        return None
+    return at if shown[at:at + 1] == [key] else shown.index(key)
 
 
-def kept_header(name: str, value: Any, before: Json) -> str:
-    headers = object_of(before.get("headers"))
-    if not isinstance(value, str):
-        raise BadRequest(f"headers: {one_line(name, 60)}: a string expected", param="headers")
-    if name in headers and value == _hide_in_provider({"headers": headers})["headers"][name]:
-        return headers[name]
-    return new_secret(value, "headers")
+def new_secret(value: Any, where: str) -> str:
+    """A secret as providers keep it; BadRequest.
 
-
-def new_secret(text: str, param: str) -> str:
-    """A secret as providers keep it; `$NAME` would read the server's environment, which the page
-    may not."""
+    `$NAME` would read the server's environment, which the page may not.
+    """
+    text = value.strip() if isinstance(value, str) else ""
+    if not text:
+        raise bad_field(f"{where}: a string expected")
+    if "…" in text:
+        raise bad_field(f"{where}: this is the mask of none that is stored here")
     if re.fullmatch(_REFERENCE, text) or is_sealed(text):
-        raise BadRequest(
-            f"{param}: {one_line(text, 40)} can't be added here; put it into config.json, or use "
-            "`provider add` on the command line", param=param, code="reference")
+        error = bad_field(f"{where}: {text[:40]} can't be added here; put it into config.json, or "
+                          "use `provider add` on the command line")
+        error.code = "reference"
+        raise error
     return "$" + text if text.startswith("$$") else text
 
 
 def check_provider(entry: Json) -> Provider:
-    """BadRequest for an entry that can't work; whether its variables are set is not the page's
-    business."""
-    def literal(text: Any) -> bool:
+    """BadRequest for an entry that can't work; variables that it names may be unset."""
+    def is_literal(text: Any) -> bool:
         return not (isinstance(text, str) and (re.fullmatch(_REFERENCE, text) or is_sealed(text)))
 
-    tried = dict(
-        entry)                  # what is of the wrong type stays, for parse_provider to name it
+    tried = dict(entry)                  # what is of the wrong type stays, for parse_provider
     if isinstance(entry.get("api_keys"), list):
-        tried["api_keys"] = [key for key in entry["api_keys"] if literal(key)]
+        tried["api_keys"] = list(filter(is_literal, entry["api_keys"]))
     if isinstance(entry.get("headers"), dict):
-        tried["headers"] = {name: value for name, value in entry["headers"].items()
-                            if literal(value)}
+        tried["headers"] = {name: text for name, text in entry["headers"].items()
+                            if is_literal(text)}
     try:
         provider = parse_provider(tried, {})
-        problem = provider.problem or "".join([*proxy_problems(Settings(), [provider]), *(
-            warning for warning in provider.warnings if PROFILE_IGNORED in warning)][:1])
     except ValueError as exc:
         raise BadRequest(str(exc), param="name") from None
-    if problem:
-        param = next((name for name in PROVIDER_FIELDS if problem.startswith(name)), None)
-        raise BadRequest(problem, param=param or ("api_keys" if problem.startswith("a key") else
-                                                  "headers" if "header" in problem else "proxy"))
+    problems = [provider.problem] if provider.problem else [
+        *proxy_problems(Settings(), [provider]),
+        *(warning for warning in provider.warnings if PROFILE_IGNORED in warning)]
+    if problems:
+        error = bad_field(problems[0])
+        error.param = error.param if error.param in PROVIDER_FORM else "proxy"
+        raise error
     return provider
 
 
-def place_of(raw: Json, name: str) -> int:
-    """Where a provider stands in config.json; NotFound."""
-    names = [name_of(entry) for entry in entries_of(raw, "providers")]
-    if name not in names:
-        raise NotFound(f"config.json has no provider {one_line(name, 60)!r}", code="not_found",
-                       param="name")
-    return names.index(name)
+def change_entries(handler: Handler, setting_name: str, version: Optional[str],
+                   change: Callable[[List[Any], Json], List[Any]]) -> None:
+    """Write what `change` makes of the list of a setting and of config.json; Conflict."""
+    gateway = handler.server.gateway
+    origin = gateway.origins.get(setting_name)
+    if origin in ("environment", "flag"):
+        where = ENV_PREFIX + setting_name.upper() if origin == "environment" else (
+            "a flag of this run")
+        raise Conflict(f"{setting_name} is set by {where}, which stands above config.json",
+                       code="set_elsewhere", param=setting_name)
+
+    def edit(raw: Json) -> None:
+        raw[setting_name] = change(entries_of(raw, setting_name), raw)
+
+    change_config(gateway, edit, version)
 
 
-def check_free(raw: Json, where: str, name: str) -> None:
-    """Conflict where an entry of `where` (providers, client_keys) has the name already."""
-    if name in map(name_of, entries_of(raw, where)):
-        raise Conflict(f"the name {one_line(name, 60)} is taken", code="name_taken", param="name")
+def with_entry(entries: List[Any], entry: Json) -> List[Any]:
+    """Entries with one more; Conflict where its name is taken."""
+    if entry["name"] in map(name_of, entries):
+        raise Conflict(f"the name {entry['name']} is taken", code="name_taken", param="name")
+    return [*entries, entry]
 
 
-def shown_provider(handler: Handler, name: str, status: int) -> None:
+def without_entry(entries: List[Any], name: str) -> List[Any]:
+    """Entries without that of a name; NotFound."""
+    if name not in map(name_of, entries):
+        raise NotFound(f"config.json has no {name!r}", code="not_found", param="name")
+    return [entry for entry in entries if name_of(entry) != name]
+
+
+def show_provider(handler: Handler, name: str, status: int = 200) -> None:
     """Answer with the provider as the list has it."""
     gateway = handler.server.gateway
-    found = next((row for row in told_providers(gateway) if row["name"] == name), {"name": name})
-    handler.respond_json({"version": gateway.config_version(), **found}, status)
+    handler.respond_json({"version": gateway.config_version(), "name": name,
+                          **providers_json(gateway).get(name, {})}, status)
 
 
 def add_provider(handler: Handler) -> None:
-    """POST /admin/api/providers."""
-    gateway = handler.server.gateway
-    body = read_fields(handler, {**PROVIDER_FIELDS, "version": "str"})
-    check_ours(gateway, "providers")
-    name = needed(body, "name")
-    entry = provider_entry(body, {})
-
-    def edit(raw: Json) -> None:
-        check_free(raw, "providers", name)
-        raw["providers"] = [*entries_of(raw, "providers"), entry]
-
-    change_config(gateway, edit)
-    shown_provider(handler, name, 201)
+    """POST providers."""
+    body = read_form(handler, {"name": typed}, {**PROVIDER_FORM, "version": any_text})
+    change_entries(handler, "providers", None,
+                   lambda entries, _: with_entry(entries, provider_entry(body, {})))
+    show_provider(handler, body["name"], 201)
 
 
 def edit_provider(handler: Handler) -> None:
-    """PUT /admin/api/providers/NAME; a new name follows wherever settings name it."""
-    gateway, name = handler.server.gateway, named_in(handler)
-    body = read_fields(handler, {**PROVIDER_FIELDS, "version": "str"})
-    check_ours(gateway, "providers")
-    version, wanted = needed(body, "version"), body.get("name") or name
+    """PUT providers/NAME; a new name follows wherever settings name it."""
+    old = named_in(handler)
+    body = read_form(handler, {"version": typed}, PROVIDER_FORM)
+    name = body.get("name") or old
 
-    def edit(raw: Json) -> None:
-        check_version(gateway, raw, version)
-        place = place_of(raw, name)
-        before = raw["providers"][place]
-        if wanted != name:
-            check_free(raw, "providers", wanted)
-        raw["providers"][place] = provider_entry({**body, "name": wanted}, before)
-        if wanted != name:
-            rename_provider(raw, name, wanted)
+    def change(entries: List[Any], raw: Json) -> List[Any]:
+        others = without_entry(entries, old)
+        before = by_name(entries)[old]
+        entry = provider_entry({**body, "name": name}, before)
+        with_entry(others, entry)
+        if name != old:
+            rename_provider(raw, old, name)
+        return [entry if known is before else known for known in entries]
 
-    change_config(gateway, edit)
-    shown_provider(handler, wanted, 200)
+    change_entries(handler, "providers", body["version"], change)
+    show_provider(handler, name)
 
 
 def rename_provider(raw: Json, old: str, new: str) -> None:
-    """Let whatever names a provider in config.json name it anew; a price of the old name stays,
-    for the days before."""
+    """Follow a provider's new name in config.json; a price of the old name stays, for the days
+    before."""
     def renamed(value: Any) -> Any:
         if isinstance(value, list):
             return [renamed(item) for item in value]
@@ -15095,37 +15055,31 @@ def rename_provider(raw: Json, old: str, new: str) -> None:
 
 
 def remove_provider(handler: Handler) -> None:
-    """DELETE /admin/api/providers/NAME."""
-    gateway, name = handler.server.gateway, named_in(handler)
-    check_ours(gateway, "providers")
+    """DELETE providers/NAME."""
+    name = named_in(handler)
 
-    def edit(raw: Json) -> None:
-        del raw["providers"][place_of(raw, name)]
+    def change(entries: List[Any], raw: Json) -> List[Any]:
         if raw.get("default_provider") == name:
             del raw["default_provider"]
+        return without_entry(entries, name)
 
-    change_config(gateway, edit)
+    change_entries(handler, "providers", None, change)
     no_content(handler)
 
 
 def order_providers(handler: Handler) -> None:
-    """POST /admin/api/providers/order: all names in their new order; the first is the default,
-    unless one is chosen."""
-    gateway = handler.server.gateway
-    body = read_fields(handler, {"version": "str", "names": "list"})
-    check_ours(gateway, "providers")
-    version, names = needed(body, "version"), needed(body, "names")
+    """POST providers/order: all names in their new order; the first is the default, unless one is
+    chosen."""
+    body = read_form(handler, {"version": typed, "names": list_of(any_text)}, {})
 
-    def edit(raw: Json) -> None:
-        check_version(gateway, raw, version)
-        entries = entries_of(raw, "providers")
+    def change(entries: List[Any], raw: Json) -> List[Any]:
         known = by_name(entries)
-        if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(known):
+        if sorted(body["names"]) != sorted(known):
             raise BadRequest("names: every provider of config.json once expected", param="names")
-        raw["providers"] = [*(known[name] for name in names),
-                            *(e for e in entries if e not in known.values())]
+        return [*(known[name] for name in body["names"]),
+                *(entry for entry in entries if not name_of(entry))]
 
-    change_config(gateway, edit)
+    change_entries(handler, "providers", body["version"], change)
     show_providers(handler)
 
 
@@ -15134,33 +15088,28 @@ ADMIN_KEY = ClientKey("admin", b"", shared=True)
 
 
 def try_provider(handler: Handler) -> None:
-    """POST /admin/api/providers/test: one there is, by its name, or a draft; `provider test` says
-    the same."""
-    gateway, body = handler.server.gateway, read_fields(handler, PROVIDER_FIELDS)
+    """POST providers/test: one there is, by its name, or a draft; `provider test` says the same."""
+    gateway, body = handler.server.gateway, read_form(handler, {}, PROVIDER_FORM)
     providers = gateway.current().router.providers
     name = body.get("name") or "draft"
     if set(body) == {"name"}:
         if name not in providers:
-            raise NotFound(f"there is no provider {one_line(name, 60)!r}"
-                           + nearest(name, providers), param="name")
+            raise NotFound(f"there is no provider {name!r}" + nearest(name, providers),
+                           param="name")
         return handler.respond_json(trial_of(gateway, providers[name]))
-    entry = provider_entry({**body, "name": name},
-                           by_name(gateway.settings.providers).get(name, {}))
+    before = by_name(gateway.settings.providers).get(name, {})
+    entry = provider_entry({**body, "name": name}, before)
     alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={},
-                            default_model="",
-                            accounts={}, api_key="", client_keys=[], usage=False),
+                            default_model="", accounts={}, api_key="", client_keys=[], usage=False),
                     environ=gateway.environ)
     alone.upstream.own_ports |= gateway.upstream.own_ports
-    try:
+    with contextlib.closing(alone):
         told = trial_of(alone, alone.state.router.providers[name])
-    finally:
-        alone.close()
     handler.respond_json(told)
 
 
 def trial_of(gateway: Gateway, provider: Provider) -> Json:
-    checks = examine(gateway, provider, ADMIN_KEY)
-    models = list(provider.models)
+    checks, models = examine(gateway, provider, ADMIN_KEY), list(provider.models)
     if all(check.ok for check in checks[:2]):
         with contextlib.suppress(GatewayError):
             models = fetch_models(gateway, provider) or models
@@ -15168,70 +15117,34 @@ def trial_of(gateway: Gateway, provider: Provider) -> Json:
             "checks": [check._asdict() for check in checks], "models": models}
 
 
+# --- client keys, chat box, logins --------------------------------------------------------
+
 def add_key(handler: Handler) -> None:
-    """POST /admin/api/keys: the key is in the answer, and nowhere else."""
-    gateway = handler.server.gateway
-    body = read_fields(handler,
-                       {"version": "str", "name": "str", "models": "list", "expires": "str",
-                        **dict.fromkeys(LIMIT_FIELDS, "int")})
-    check_ours(gateway, "client_keys")
-    name = needed(body, "name")
-    facts = {field_name: value for field_name, value in body.items()
-             if value not in (None, [], "") and field_name not in ("version", "name")}
-    try:
-        key, entry = make_client_key(name, facts)
-    except ValueError as exc:
-        param = next((field_name for field_name in body if str(exc).startswith(field_name)), "name")
-        raise BadRequest(str(exc), param=param) from None
-
-    def edit(raw: Json) -> None:
-        check_free(raw, "client_keys", name)
-        raw["client_keys"] = [*entries_of(raw, "client_keys"), entry]
-
-    change_config(gateway, edit)
-    handler.respond_json({"name": name, "key": key, "version": gateway.config_version()}, 201)
+    """POST keys: the key is in the answer, and nowhere else."""
+    body = read_form(handler, {"name": typed}, {
+        "version": any_text, "models": anything, "expires": anything,
+        **dict.fromkeys(LIMIT_FIELDS, anything)})
+    facts = {name: value for name, value in body.items()
+             if value not in (None, [], "") and name not in ("version", "name")}
+    with naming_fields():
+        key, entry = make_client_key(body["name"], facts)
+    change_entries(handler, "client_keys", None, lambda entries, _: with_entry(entries, entry))
+    handler.respond_json({"name": entry["name"], "key": key,
+                          "version": handler.server.gateway.config_version()}, 201)
 
 
 def remove_key(handler: Handler) -> None:
-    """DELETE /admin/api/keys/NAME."""
-    gateway, name = handler.server.gateway, named_in(handler)
-    check_ours(gateway, "client_keys")
-
-    def edit(raw: Json) -> None:
-        entries = entries_of(raw, "client_keys")
-        kept = [entry for entry in entries if name_of(entry) != name]
-        if len(kept) == len(entries):
-            raise NotFound(f"there is no key {one_line(name, 60)!r}", code="not_found",
-                           param="name")
-        raw["client_keys"] = kept
-
-    change_config(gateway, edit)
-    no_content(handler)
-
-
-def end_login(handler: Handler) -> None:
-    """DELETE /admin/api/logins/ACCOUNT."""
-    gateway, account = handler.server.gateway, named_in(handler)
-    if account not in (DEFAULT_ACCOUNT, *gateway.settings.accounts) or gateway.config is None:
-        raise NotFound(f"there is no account {one_line(account, 60)!r}", code="not_found",
-                       param="account")
-    try:
-        gone = remove_login(gateway, account)
-    except (ConfigBroken, OSError) as exc:
-        raise LoginFailed(one_line(exc)) from None
-    if not gone:
-        raise NotFound(f"the account {account} is not logged in", code="not_found", param="account")
-    gateway.reload()
+    """DELETE keys/NAME."""
+    change_entries(handler, "client_keys", None,
+                   lambda entries, _: without_entry(entries, named_in(handler)))
     no_content(handler)
 
 
 def play(handler: Handler) -> None:
-    """The playground: the Chat API for who is signed in instead of for a client's key."""
+    """POST play/chat: the Chat API for who is signed in instead of for a client's key."""
     handler.key = ADMIN_KEY
     answer_call(handler)
 
-
-# --- logging in at iFlow --------------------------------------------------------------
 
 def show_logins(handler: Handler) -> None:
     logins = handler.server.gateway.login_report()
@@ -15239,21 +15152,43 @@ def show_logins(handler: Handler) -> None:
                                    for account, login in logins.items()]})
 
 
-def steer_login(handler: Handler) -> None:
-    """/admin/api/oauth/start, callback, paste (POST) and status (GET): a login, as the page drives
-    it."""
-    logins = handler.server.gateway.logins
-    action = normal_path(handler.path).rpartition("/")[2]
-    body = read_fields(handler,
-                       {"account": "str", "text": "str", "query": "str", "paste": "bool"}) \
-        if handler.command == "POST" else {}
-    if action == "start":
-        return handler.respond_json(logins.start(body.get("account") or "",
-                                                 body.get("paste") is True))
-    if action == "status":
-        return handler.respond_json(logins.status())
-    handler.respond_json(logins.paste(body.get("text") or "") if action == "paste" else
-                         logins.callback(body.get("query") or ""))
+def end_login(handler: Handler) -> None:
+    """DELETE logins/ACCOUNT."""
+    gateway, account = handler.server.gateway, named_in(handler)
+    is_known = account in (DEFAULT_ACCOUNT, *gateway.settings.accounts)
+    try:
+        gone = is_known and gateway.config is not None and remove_login(gateway, account)
+    except (ConfigBroken, OSError) as exc:
+        raise LoginFailed(str(exc)) from None
+    if not gone:
+        raise NotFound(f"the account {account!r} is not logged in", code="not_found",
+                       param="account")
+    gateway.reload()
+    no_content(handler)
+
+
+def start_login(handler: Handler) -> None:
+    """POST oauth/start."""
+    body = read_form(handler, {}, {"account": any_text, "paste": truth})
+    handler.respond_json(handler.server.gateway.logins.start(body.get("account") or "",
+                                                             bool(body.get("paste"))))
+
+
+def paste_login(handler: Handler) -> None:
+    """POST oauth/paste: the address that the browser ended at."""
+    body = read_form(handler, {}, {"text": secret_text})
+    handler.respond_json(handler.server.gateway.logins.paste(body.get("text") or ""))
+
+
+def finish_login(handler: Handler) -> None:
+    """POST oauth/callback: the query of that address."""
+    body = read_form(handler, {}, {"query": secret_text})
+    handler.respond_json(handler.server.gateway.logins.callback(body.get("query") or ""))
+
+
+def show_login(handler: Handler) -> None:
+    """GET oauth/status."""
+    handler.respond_json(handler.server.gateway.logins.status())
 
 
 # --- clients ---------------------------------------------------------------------------
@@ -15261,8 +15196,8 @@ def steer_login(handler: Handler) -> None:
 class ClientSetup(NamedTuple):
     """How a program is pointed at this server.
 
-    In all of it URL stands for the server's address, KEY for the client key, MODEL for the default
-    model; OPUS, SONNET, HAIKU and CONTEXT as claude_words tells.
+    In its texts URL stands for the server's address, KEY for the client key, MODEL for the default
+    model, and OPUS, SONNET, HAIKU, CONTEXT for what claude_words tells.
     """
     title: str
     variables: Dict[str, str]
@@ -15272,6 +15207,15 @@ class ClientSetup(NamedTuple):
 
 
 _OPENAI_VARIABLES = {"OPENAI_BASE_URL": "URL/v1", "OPENAI_API_KEY": "KEY"}
+
+#: Codex takes its provider from this file or from -c flags, never from a variable.
+_CODEX = '''model = "MODEL"
+model_provider = "iflow2api"
+[model_providers.iflow2api]
+name = "iflow2api"
+base_url = "URL/v1"
+env_key = "IFLOW2API_KEY"
+wire_api = "responses"'''
 
 _OPENCODE = """{"$schema": "https://opencode.ai/config.json", "model": "iflow2api/MODEL",
  "provider": {"iflow2api": {
@@ -15293,7 +15237,7 @@ CLIENTS: Dict[str, ClientSetup] = {
         "ANTHROPIC_DEFAULT_OPUS_MODEL": "OPUS", "ANTHROPIC_DEFAULT_SONNET_MODEL": "SONNET",
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "HAIKU", "ANTHROPIC_SMALL_FAST_MODEL": "HAIKU",
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT"}, "~/.claude/settings.json", "json"),
-    "codex": ClientSetup("Codex", {"IFLOW2API_KEY": "KEY"}, "~/.codex/config.toml", "toml"),
+    "codex": ClientSetup("Codex", {"IFLOW2API_KEY": "KEY"}, "~/.codex/config.toml", "toml", _CODEX),
     "opencode": ClientSetup("opencode", {"OPENCODE_CONFIG_CONTENT": _OPENCODE}, "opencode.json",
                             "json", _OPENCODE),
     "qwen": ClientSetup("Qwen Code", {**_OPENAI_VARIABLES, "OPENAI_MODEL": "MODEL"}),
@@ -15302,22 +15246,18 @@ CLIENTS: Dict[str, ClientSetup] = {
     "openai": ClientSetup("OpenAI SDK", _OPENAI_VARIABLES, "Python", "python", _PYTHON),
     "curl": ClientSetup("curl", {})}
 
-#: Codex takes its provider from config.toml or from -c flags, never from a variable.
-CODEX_SETTINGS = (("model", "MODEL"), ("model_provider", "iflow2api"),
-                  ("model_providers.iflow2api.name", "iflow2api"),
-                  ("model_providers.iflow2api.base_url", "URL/v1"),
-                  ("model_providers.iflow2api.env_key", "IFLOW2API_KEY"),
-                  ("model_providers.iflow2api.wire_api", "responses"))
+#: Stands for a key that the user has in a variable of this name.
+KEY_VARIABLE = "IFLOW2API_KEY"
 
 
 class Shell(NamedTuple):
-    """How a shell is told: a variable, a comment, and a command that stands for another one with flags."""
+    """A shell's words for a variable, a comment, a command that stands for another one with flags."""
     variable: str
     comment: str
     command: str
     quote: Callable[[str], str]          #: a value of a variable
     argument: Callable[[str], str]       #: an argument of a command
-    reference: str = '"${}"'
+    reference: str = '"${}"'             #: the value of a variable
 
 
 def _quote_posix(text: str) -> str:
@@ -15335,7 +15275,7 @@ def _quote_powershell(text: str) -> str:
 
 
 def _inside_quotes(text: str) -> str:
-    """For `set "NAME=…"` of cmd, where a quote begins and ends what & and others mean nothing in."""
+    """For `set "NAME=…"` of cmd: & and others mean something outside of quotes only."""
     inside, *outside = text.split('"')
     return inside + "".join(
         '"' + (part if number % 2 else re.sub(r"[&|<>^()]", r"^\g<0>", part))
@@ -15343,11 +15283,9 @@ def _inside_quotes(text: str) -> str:
 
 
 def _windows_argument(text: str) -> str:
-    """An argument that a program of Windows finds as it is, its quotes with it."""
-    *parts, last = text.split('"')
-    ends = [part[len(part.rstrip("\\")):] for part in (*parts, last)]   # backslashes before a quote
-    doubled = [part + end for part, end in zip((*parts, last), ends)]
-    return '"' + '\\"'.join(doubled) + '"'
+    """An argument as programs of Windows read it: backslashes count only before a quote."""
+    parts = text.split('"')
+    return '"' + '\\"'.join(part + part[len(part.rstrip("\\")):] for part in parts) + '"'
 
 
 SHELLS = {
@@ -15357,15 +15295,16 @@ SHELLS = {
                   "function codex; command codex {flags} $argv; end", _quote_fish, _quote_fish),
     "powershell": Shell("$env:{name} = {value}", "# {}",
                         "function codex {{ & (Get-Command codex -CommandType Application "
-                        "| Select-Object -First 1) {flags} @args }}", _quote_powershell, _quote_powershell, "$env:{}"),
+                        "| Select-Object -First 1) {flags} @args }}",
+                        _quote_powershell, _quote_powershell, "$env:{}"),
     "cmd": Shell("set \"{name}={value}\"", "REM {}", "doskey codex=codex.exe {flags} $*",
                  _inside_quotes, _windows_argument, "%{}%")}
 
 
 def claude_words(router: Router, model: str = "") -> Dict[str, str]:
-    """The models of Claude Code's tiers: `model`, else a name of its own where an alias takes that, else default_model.
+    """The models of Claude Code's tiers: `model`, a name that an alias takes, or default_model.
 
-    CONTEXT is the window of a model whose name says nothing to it; it would take it for 200 000 tokens.
+    CONTEXT is the window of the model, which Claude Code would else take for 200 000 tokens.
     """
     words = {tier: model or (name if router.has_alias(name) else router.default_model)
              for tier, name in CLAUDE_MODELS.items()}
@@ -15375,49 +15314,48 @@ def claude_words(router: Router, model: str = "") -> Dict[str, str]:
 
 
 def fill_words(text: str, words: Mapping[str, str]) -> str:
-    """An entry of CLIENTS or CODEX_SETTINGS with its words replaced."""
+    """A value with its words replaced."""
     return re.sub(r"\b[A-Z]+\b", lambda found: words.get(found.group(), found.group()), text)
 
 
 def fill_text(text: str, words: Mapping[str, str]) -> str:
-    """A file of a client: words within double quotes are replaced, and quoted as JSON does."""
+    """A file with the words within double quotes replaced, and quoted as JSON does."""
     return re.sub('"([^"\n]*)"', lambda found: json.dumps(fill_words(found.group(1), words),
                                                           ensure_ascii=False), text)
 
 
 def env_values(client: str, words: Mapping[str, str]) -> Dict[str, str]:
-    """The variables of one of CLIENTS; those are left out whose model nobody knows."""
-    key = words["KEY"].replace("$IFLOW2API_KEY",
-                               "{env:IFLOW2API_KEY}")        # as opencode names it
+    """The variables of one of CLIENTS but for those whose model nobody knows."""
+    # opencode's own way to name a variable
+    key = words["KEY"].replace("$" + KEY_VARIABLE, "{env:%s}" % KEY_VARIABLE)
     given = {name: fill_words(value, words) if value[0] != "{" else
-             " ".join(fill_text(value, {**words, "KEY": key}).split("\n"))
+             fill_text(value, {**words, "KEY": key}).replace("\n", " ")
              for name, value in CLIENTS[client].variables.items()}
     return {name: value for name, value in given.items() if value.strip("/") not in ("", "openai")}
 
 
 def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
-    """What points one of CLIENTS at this server.
+    """What points one of CLIENTS at this server; `words` are all that ClientSetup names.
 
-    `words` are all that CLIENTS and CODEX_SETTINGS may name: URL, KEY (`$IFLOW2API_KEY`: the user has it), MODEL, ….
+    A KEY of `$IFLOW2API_KEY` says that the user has the key in that variable.
     """
-    lines = []
-    if words["KEY"] == "$IFLOW2API_KEY":
-        lines.append(
-            shell.comment.format("put your key into IFLOW2API_KEY first; `key add NAME` makes one"))
+    has_key, lines = words["KEY"] == "$" + KEY_VARIABLE, []
+    if has_key:
+        lines.append(shell.comment.format(
+            f"put your key into {KEY_VARIABLE} first; `key add NAME` makes one"))
     for name, value in env_values(client, words).items():
-        if value != "$IFLOW2API_KEY":
+        if value != "$" + KEY_VARIABLE:
             lines.append(shell.variable.format(name=name, value=shell.quote(value)))
-        elif name != "IFLOW2API_KEY":    # a variable of the shell's, not its name in quotes
-            lines.append(shell.variable.format(name=name,
-                                               value=shell.reference.format("IFLOW2API_KEY")))
+        elif name != KEY_VARIABLE:       # a variable of the shell's, not its name in quotes
+            reference = shell.reference.format(KEY_VARIABLE)
+            lines.append(shell.variable.format(name=name, value=reference))
     if client == "curl":
         lines.append(curl_line(shell, words))
     if client == "codex":
-        pairs = [(name, fill_words(value, words)) for name, value in CODEX_SETTINGS
-                 if fill_words(value, words)]
-        lines.append(codex_command(shell, pairs))
-        lines.append(shell.comment.format("or for good, in ~/.codex/config.toml:"))
-        lines += [shell.comment.format(line) for line in codex_toml(pairs)]
+        toml = file_text(client, words)
+        flags = " ".join("-c " + shell.argument(setting) for setting in codex_settings(toml))
+        lines += [shell.command.format(flags=flags), *map(shell.comment.format, (
+            "or for good, in ~/.codex/config.toml:", *toml.split("\n")))]
     if not words["MODEL"]:
         lines.append(shell.comment.format(
             f"{CLIENTS[client].title} asks for models of its own; tell which one to use instead: "
@@ -15425,34 +15363,28 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
     return lines
 
 
-def codex_command(shell: Shell, pairs: Sequence[Tuple[str, str]]) -> str:
-    return shell.command.format(flags=" ".join(
-        "-c " + shell.argument(f"{name}={json.dumps(value, ensure_ascii=False)}")
-        for name, value in pairs))
-
-
-def codex_toml(pairs: Sequence[Tuple[str, str]]) -> Iterator[str]:
-    for name, value in pairs:
-        if name == "model_providers.iflow2api.name":
-            yield "[model_providers.iflow2api]"
-        yield f'{name.rpartition(".")[2]} = {json.dumps(value, ensure_ascii=False)}'
+def codex_settings(toml: str) -> Iterator[str]:
+    """The lines of _CODEX as arguments of -c."""
+    table = ""
+    for line in toml.split("\n"):
+        if line.startswith("["):
+            table = line[1:-1] + "."
+        else:
+            yield table + line.replace(" = ", "=", 1)
 
 
 def curl_line(shell: Shell, words: Mapping[str, str]) -> str:
-    """One request; PowerShell would take the quotes of an argument away: it gets the body piped."""
-    def quote(text: str) -> str:
-        return shell.argument(text)
-
+    """One request; PowerShell would take the quotes out of an argument: the body is piped."""
     body = json.dumps({"model": words["MODEL"], "messages": [{"role": "user", "content": "Hello"}]})
-    bearer = quote("Authorization: Bearer " + words["KEY"])
-    if words["KEY"] == "$IFLOW2API_KEY":
-        variable = shell.reference.strip('"').format("IFLOW2API_KEY")
-        bearer = f'"Authorization: Bearer {variable}"'
-    line = f"{quote(words['URL'] + '/v1/chat/completions')} -H {bearer}"
-    line += " -H " + quote("Content-Type: application/json")
+    bearer = shell.argument("Authorization: Bearer " + words["KEY"])
+    if words["KEY"] == "$" + KEY_VARIABLE:
+        reference = shell.reference.strip('"').format(KEY_VARIABLE)
+        bearer = f'"Authorization: Bearer {reference}"'
+    url, kind = (shell.argument(text) for text in (
+        words["URL"] + "/v1/chat/completions", "Content-Type: application/json"))
     if shell is SHELLS["powershell"]:
-        return f"{quote(body)} | curl.exe {line} -d '@-'"
-    return f"curl {line} -d {quote(body)}"
+        return f"{shell.argument(body)} | curl.exe {url} -H {bearer} -H {kind} -d '@-'"
+    return f"curl {url} -H {bearer} -H {kind} -d {shell.argument(body)}"
 
 
 def json_text(value: Any) -> str:
@@ -15463,53 +15395,60 @@ def file_text(client: str, words: Mapping[str, str]) -> str:
     """What goes into the file of a client, "" where it needs none."""
     if client == "claude":
         return json_text({"env": env_values(client, words)})
-    if client == "codex":
-        return "\n".join(
-            codex_toml([(name, fill_words(value, words)) for name, value in CODEX_SETTINGS]))
-    return fill_text(CLIENTS[client].text, words)
+    return fill_text(CLIENTS[client].text, words).replace('model = ""\n', "")
 
 
 def client_blocks(client: str, key: str, words: Mapping[str, str]) -> List[Json]:
-    """The lines of `env` for each shell, without its comments, and the file of a client, with
-    `key`."""
-    blocks = []
+    """The lines of `env` for each shell, without its comments, and the file of a client."""
+    blocks, setup = [], CLIENTS[client]
     for name, shell in SHELLS.items():
         lines = [line for line in env_lines(client, shell, words)
-                 if not line.startswith(shell.comment.partition(" ")[0])]
-        if words["KEY"] == "$IFLOW2API_KEY":
-            lines.insert(0, shell.variable.format(name="IFLOW2API_KEY", value=shell.quote(key)))
+                 if not line.startswith(shell.comment[:-2])]
+        if words["KEY"] == "$" + KEY_VARIABLE:
+            lines.insert(0, shell.variable.format(name=KEY_VARIABLE, value=shell.quote(key)))
         blocks.append({"title": name, "language": name, "text": "\n".join(lines)})
-    setup = CLIENTS[client]
     return blocks + ([{"title": setup.file, "language": setup.language,
                        "text": file_text(client, {**words, "KEY": key})}] if setup.file else [])
 
 
-def address_for(handler: Handler) -> str:
-    """This server's address as whoever asks knows it: behind a proxy or on another machine it is
-    not ours."""
-    host, scheme = handler.headers.get("host", ""), handler.headers.get("x-forwarded-proto", "http")
-    fits = re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", host) and scheme in ("http",
-            "https")
-    return f"{scheme}://{host}" if fits else handler.server.url
-
-
 def show_clients(handler: Handler) -> None:
-    """GET /admin/api/clients: what to copy into each client.  No key is in there, only where it
-    goes."""
-    query, gateway = query_of(handler), handler.server.gateway
-    router, needs_key = gateway.current().router, handler.server.needs_key
-    model, given = query.get("model") or router.default_model, query.get("key", "")
+    """GET clients: what to copy into each client.  No key is in there, only where it goes."""
+    query, router = query_of(handler), handler.server.gateway.current().router
+    given, needs_key = query.get("key", ""), handler.server.needs_key
     if not re.fullmatch(r"[\x21-\x7e]{0,200}", given):
         raise BadRequest("key: printable characters without blanks expected", param="key")
-    model = re.sub(r'[\x00-\x1f\x7f"]', "",
-                   model)       # names come from upstreams, and these lines go into shells
-    key = given or ("YOUR_KEY" if needs_key else "sk-none")
-    base, chosen = address_for(handler), query.get("model") and model != router.default_model
-    words = {"URL": base, "KEY": "$IFLOW2API_KEY" if needs_key and not given else key,
-             "MODEL": model or "MODEL", **claude_words(router, model if chosen else "")}
+    # names come from upstreams, and these lines go into shells
+    model = re.sub(r'[\x00-\x1f\x7f"]', "", query.get("model") or router.default_model)
+    key, base = given or ("YOUR_KEY" if needs_key else "sk-none"), address_for(handler)
+    chosen = model if query.get("model") and model != router.default_model else ""
+    words = {"URL": base, "KEY": "$" + KEY_VARIABLE if needs_key and not given else key,
+             "MODEL": model or "MODEL", **claude_words(router, chosen)}
     handler.respond_json({"base_url": base, "model": model, "needs_key": needs_key, "data": [
         {"id": name, "title": setup.title, "blocks": client_blocks(name, key, words)}
         for name, setup in CLIENTS.items()]})
+
+
+#: method and path below /admin/api/ -> what it does; all but the public ones want a session.
+PAGE_ROUTES: Dict[str, Callable[[Handler], None]] = {
+    "GET session": show_session, "POST session": sign_in, "DELETE session": sign_out,
+    "POST password": set_password, "GET overview": show_overview, "GET events": stream_events,
+    "GET requests": show_requests, "GET series": show_series, "GET usage": show_usage,
+    "GET usage.csv": download_usage, "GET logs": show_logs, "GET logs.txt": download_logs,
+    "GET about": show_about, "GET instances": show_instances, "GET config": show_config,
+    "PATCH config": save_config, "GET presets": show_presets, "GET providers": show_providers,
+    "POST providers": add_provider, "PUT providers/": edit_provider,
+    "DELETE providers/": remove_provider, "POST providers/test": try_provider,
+    "POST providers/order": order_providers, "GET models": show_admin_models,
+    "POST routes/explain": explain_route, "GET keys": show_keys, "POST keys": add_key,
+    "DELETE keys/": remove_key, "GET logins": show_logins, "DELETE logins/": end_login,
+    "POST oauth/start": start_login, "POST oauth/paste": paste_login,
+    "POST oauth/callback": finish_login, "GET oauth/status": show_login,
+    "GET clients": show_clients, "POST play/chat": play}
+
+for _line, _run in PAGE_ROUTES.items():
+    _method, _path = _line.split()
+    ROUTES.setdefault("/admin/api/" + _path, {})[_method] = Route(
+        _run, public=_run in (show_session, sign_in, set_password), admin=True)
 
 
 # === 18. The page ============================================================
@@ -17958,35 +17897,7 @@ def show_page(handler: Handler) -> None:
                            (("Content-Security-Policy", policy), ("X-Frame-Options", "DENY")))
 
 
-#: path below /admin/api/ -> method -> what it does; all but the public ones want a session.
-_ADMIN_ROUTES: Dict[str, Dict[str, Callable[[Handler], None]]] = {
-    "overview": {"GET": show_overview}, "events": {"GET": stream_events},
-    "requests": {"GET": show_requests}, "series": {"GET": show_series},
-    "usage": {"GET": show_usage}, "usage.csv": {"GET": download_usage},
-    "config": {"GET": show_config, "PATCH": save_config}, "presets": {"GET": show_presets},
-    "providers": {"GET": show_providers, "POST": add_provider},
-    "providers/test": {"POST": try_provider},
-    "providers/order": {"POST": order_providers},
-    "providers/": {"PUT": edit_provider, "DELETE": remove_provider},
-    "models": {"GET": show_admin_models}, "routes/explain": {"POST": explain_route},
-    "keys": {"GET": show_keys, "POST": add_key}, "keys/": {"DELETE": remove_key},
-    "logins": {"GET": show_logins}, "logins/": {"DELETE": end_login},
-    **{f"oauth/{action}": {"POST": steer_login} for action in ("start", "callback", "paste")},
-    "oauth/status": {"GET": steer_login}, "logs": {"GET": show_logs},
-    "logs.txt": {"GET": download_logs},
-    "clients": {"GET": show_clients}, "about": {"GET": show_about},
-    "instances": {"GET": show_instances}}
-
-ROUTES.update(
-    {f"/admin/api/{path}": {method: Route(run, admin=True) for method, run in methods.items()}
-     for path, methods in _ADMIN_ROUTES.items()})
-ROUTES.update({
-    "/admin": {"GET": Route(show_page, public=True)},
-    "/admin/api/play/chat": {"POST": Route(play, admin=True)},
-    "/admin/api/session": {"GET": Route(show_session, public=True, admin=True),
-                           "POST": Route(sign_in, public=True, admin=True),
-                           "DELETE": Route(sign_out, admin=True)},
-    "/admin/api/password": {"POST": Route(set_password, public=True, admin=True)}})
+ROUTES["/admin"] = {"GET": Route(show_page, public=True)}
 
 
 # === 19. Demo upstream =======================================================
