@@ -16,13 +16,13 @@ The path of one request:
     Gateway.answer(call, client)      counts it; Attempts.run follows the plan and books the record
     State.chain_for(call) -> Targets  Router.resolve: the models that may answer
     Plan.next(), Plan.take_key()      the next target and key, or the last error; pure
-    dialect.turn(call, target, …)     the request for this upstream, and the way back; pure
+    dialect.open(call, target, …)     Translation: path, headers, body, and the way back; pure
     Upstream.open(…) -> response      the loop alone watches the client and keeps it awake
-    turn.stream().feed(payload)       bytes for the client; pure
-    client.send(…), client.end(…)     a client that is gone ends the response
+    translation.feed(payload)         bytes for the client; pure
+    client.send(…), client.end(…)     the last is translation.close(); a client gone ends it
     Ledger.add(record)                usage, chart, metrics and limits read it
 
-A plain answer takes turn.reply() in place of the stream.  An error is an exception until it reaches
+A plain answer takes translation.reply() in place of the stream.  An error is an exception until it reaches
 Handler.send_error_of (or the client's `fail`, once an answer has begun): there it becomes bytes.
 
 Contents
@@ -3775,7 +3775,7 @@ class ReasoningNote:
         self._reasoning: List[str] = []
         self._pieces = CallPieces()
 
-    def hear(self, chunk: Json) -> None:
+    def record(self, chunk: Json) -> None:
         choice = first_choice(chunk)
         message = choice.get("delta") or choice.get("message")
         if not isinstance(message, dict):
@@ -3798,7 +3798,8 @@ class ReasoningMerge:
     False: reasoning deltas become content deltas, a blank line before the answer's first.  True: fields as they came;
     where no content ever came, the reasoning once more as content at the end.
     """
-    fatal: Tuple[str, ...] = ()          #: finish reasons that are an error before the first word: Chat passes all on
+    ended = False                        #: nothing more of the upstream is wanted
+    call_ids: Sequence[str] = ()         #: what clients know the calls by, where it is not the upstream's
 
     def __init__(self, preserve: bool) -> None:
         self._preserve = preserve
@@ -4089,275 +4090,6 @@ def fold_stream(data: bytes) -> Json:
     if not is_finished():
         raise UpstreamGarbled("the upstream's answer was cut off")
     return {**whole, "choices": [choice.whole() for choice in choices.values()]}
-
-
-#: Enough of a stream's end to hold the last records: finish_reason, usage, [DONE].
-TAIL_BYTES = 4096
-
-_FINISH = Pattern(rb'"finish_reason"\s*:\s*"([^"]*)"')
-_USAGE = Pattern(rb'"usage"\s*:\s*(?=\{\s*")')
-_DONE = Pattern(rb"(?m)^data: ?\[DONE\]")
-_ERROR = Pattern(rb'(?m)^data: ?\{\s*"error"\s*:\s*[{"]')
-
-
-class RelayStream:
-    """An upstream's event stream on its way to a chat client, as it came.
-
-    Nothing goes out before the answer begins (role-only and empty chunks are held back) so that an error before it can
-    be a status, and nothing but whole records afterwards so that a comment or an error fits in at any time.  Once
-    begun, records are not parsed; how the answer ended is read from the tail.
-    """
-
-    def __init__(self, fail: Callable[[GatewayError], bytes], choices: int = 1) -> None:
-        self.fail = fail                 #: an error as the last thing within the stream
-        self._choices = choices          #: how many answers were asked for
-        self.began, self.done = False, False
-        self.failed = False              #: the upstream itself told the client of an error
-        self.finish_reason: Optional[str] = None
-        self.usage: Optional[Json] = None
-        self.records = 0
-        self._decoder, self._framer, self._tail = SSEDecoder(), RecordFramer(), b""
-        self._lead: List[bytes] = []     #: what came before the answer began
-        self._lead_size, self._has_choices = 0, False
-
-    def passes(self, payload: bytes) -> bool:
-        """Whether `payload` may go out exactly as it came; else the caller calls feed()."""
-        if not self.began or self._framer.holds() or payload[-2:] != b"\n\n" or (
-                b"[DONE]" in payload or self._lacks_blank_lines(payload)):
-            return False
-        self.records += 1
-        self._tail = (self._tail + payload)[-TAIL_BYTES:]
-        if b'"error"' in payload or len(payload) > TAIL_BYTES:
-            self._look_for_end(payload)
-        return True
-
-    @staticmethod
-    def _lacks_blank_lines(payload: bytes) -> bool:
-        """Whether two records may stand in `payload` without a blank line between them."""
-        return b"\ndata:" in payload and (
-            payload.count(b"\ndata:") != payload.count(b"\n\ndata:"))
-
-    def feed(self, payload: bytes) -> bytes:
-        """What may go out now; UpstreamRefused or UpstreamGarbled while it is still no answer."""
-        if not self.began:
-            self._look_for_answer(payload)
-            self._lead.append(payload)
-            self._lead_size += len(payload)
-            if self._lead_size > RECORD_LIMIT_BYTES:
-                raise UpstreamGarbled("a record of the upstream's stream never ends")
-            if not self.began:
-                return b""
-            payload, self._lead = b"".join(self._lead), []
-        out = self._framer.feed(payload)
-        self.done = self.done or self._framer.done
-        self._note(out)
-        return out
-
-    def _look_for_answer(self, payload: bytes) -> None:
-        for chunk in read_records(self._decoder.feed(payload)):
-            if chunk is None:
-                self.done = True
-                break
-            self._has_choices = self._has_choices or bool(choices_of(chunk))
-            if self._has_choices and is_answer(chunk):
-                self.began = True
-                break                    # from here on nothing is parsed
-
-    def close(self) -> bytes:
-        """What has to follow the upstream's proper end; UpstreamGarbled where it was none."""
-        out = b""
-        rest = b"" if self.done else self._framer.rest() if self.began else b"".join(self._lead)
-        if rest.strip() and (not self.began or self._is_whole(rest)):
-            out = self.feed(b"\n\n")    # the last record lacked its blank line
-        if not self.began:
-            raise UpstreamGarbled("the upstream's answer is empty")
-        self._read_tail()
-        if not self.done and not self.finish_reason and not self.failed:
-            raise UpstreamGarbled("the upstream's answer was cut off")
-        if self.done or self.failed or not self.finish_reason:
-            return out
-        return out + b"data: [DONE]\n\n"
-
-    def is_over(self) -> bool:
-        """Whether all answers have ended, though the upstream has not said [DONE]."""
-        return self.began and len(_FINISH.findall(self._tail)) >= self._choices
-
-    @staticmethod
-    def _is_whole(record: bytes) -> bool:
-        """Whether a record without its blank line is all there."""
-        try:
-            return bool(list(read_records(SSEDecoder().feed(record + b"\n\n"))))
-        except UpstreamRefused:
-            return True
-        except UpstreamGarbled:
-            return False
-
-    def _note(self, sent: bytes) -> None:
-        self.records += sent.count(b"data:")
-        self._tail = (self._tail + sent)[-TAIL_BYTES:]
-        self._look_for_end(sent)
-
-    def _look_for_end(self, sent: bytes) -> None:
-        """Whether these records tell of an error of the upstream's own, or of the finish."""
-        if b'"error"' in sent and _ERROR.search(sent):
-            self.failed = True
-        if len(sent) > TAIL_BYTES:       # the tail may not hold all of it
-            for found in _FINISH.finditer(sent):
-                self.finish_reason = found.group(1).decode("utf-8", "replace")
-
-    def _read_tail(self) -> None:
-        self.done = self.done or _DONE.search(self._tail) is not None
-        for found in _FINISH.finditer(self._tail):
-            self.finish_reason = found.group(1).decode("utf-8", "replace")
-        for found in _USAGE.finditer(self._tail):
-            with contextlib.suppress(ValueError):
-                self.usage = _DECODER.raw_decode(self._tail[found.end():].decode("utf-8", "replace"))[0]
-
-
-class HeardStream(RelayStream):
-    """The same, with an ear for what a later request has to bring back."""
-
-    def __init__(self, fail: Callable[[GatewayError], bytes], choices: int, note: ReasoningNote) -> None:
-        super().__init__(fail, choices)
-        self._listener, self._ear = note, SSEDecoder()
-
-    def _hear(self, payload: bytes) -> None:
-        for record in self._ear.feed(payload):
-            if b'"reasoning' in record or b'"tool_calls"' in record:
-                with contextlib.suppress(UpstreamError):         # what it is worth, the client will see
-                    for chunk in read_records([record]):
-                        self._listener.hear(chunk or {})
-
-    def passes(self, payload: bytes) -> bool:
-        passed = super().passes(payload)
-        if passed:
-            self._hear(payload)
-        return passed
-
-    def feed(self, payload: bytes) -> bytes:
-        self._hear(payload)
-        return super().feed(payload)
-
-    def close(self) -> bytes:
-        out = super().close()
-        self._listener.close()
-        return out
-
-
-#: Events that say nothing of the answer yet.
-_LEADING = ("message_start", "response.created", "response.in_progress")
-
-
-class TranslatedStream:
-    """An upstream's event stream turned into a dialect's own events, as they come.
-
-    The first of them wait for one that tells something: until then another upstream may still answer instead.
-    """
-
-    def __init__(self, translator: Any, encode: Callable[[Any], bytes], fail: Callable[[GatewayError], bytes],
-                 note: Optional[ReasoningNote] = None) -> None:
-        self._fail, self._note, self.failed = fail, note, False
-        self._lead: Optional[List[bytes]] = []           #: None: they are with the client
-        self.began, self.done, self.records = False, False, 0
-        self._decoder, self._held = SSEDecoder(), []
-        self._has_choices = False
-        # raised once what came before it is with the client
-        self._broken: Optional[UpstreamError] = None
-        self._translator, self._encode = translator, encode
-
-    @property
-    def usage(self) -> Optional[Json]:
-        return self._translator.usage
-
-    @property
-    def finish_reason(self) -> Optional[str]:
-        return self._translator.finish_reason
-
-    def is_over(self) -> bool:
-        return self.began and bool(self.finish_reason)
-
-    def passes(self, payload: bytes) -> bool:
-        return False
-
-    def feed(self, payload: bytes) -> bytes:
-        return self._take(self._decoder.feed(payload))
-
-    def _take(self, records: Sequence[bytes]) -> bytes:
-        out: List[bytes] = []
-        try:
-            for chunk in read_records(records):
-                if self._note is not None and chunk is not None:
-                    self._note.hear(chunk)
-                if chunk is None:
-                    self.done = True
-                elif self._lead is None:
-                    out.extend(map(self._encode, self._translator.feed(chunk)))
-                else:
-                    self._open(chunk, out)
-        except UpstreamError as exc:
-            if not out:
-                raise
-            self.done, self._broken = True, exc
-        self.done = self.done or getattr(self._translator, "ended", False)
-        self.records += len(records)
-        return b"".join(out)
-
-    def _open(self, chunk: Json, out: List[bytes]) -> None:
-        """Hold chunks back until there is an answer in one; then nothing is lost."""
-        self._held.append(chunk)
-        reason = first_choice(chunk).get("finish_reason")
-        if isinstance(reason, str) and reason in getattr(self._translator, "fatal", FATAL_FINISH):
-            raise broken_off(reason)
-        self._has_choices = self._has_choices or bool(choices_of(chunk))
-        self.began = self.began or self._has_choices and is_answer(chunk)
-        if self.began:
-            held, self._held = self._held, []
-            for chunk in held:
-                self._lead_in(self._translator.feed(chunk), out)
-
-    def _lead_in(self, events: Iterator[Any], out: List[bytes]) -> None:
-        for event in events:
-            if self._lead is None:
-                out.append(self._encode(event))
-                continue
-            self._lead.append(self._encode(event))
-            if not isinstance(event, dict) or event.get("type") not in _LEADING:
-                out += self._lead
-                self._lead = None
-
-    def fail(self, exc: GatewayError) -> bytes:
-        """An error as the last thing within the stream."""
-        return b"".join(self._lead or ()) + self._fail(exc)
-
-    def close(self) -> bytes:
-        """The end of the answer; UpstreamGarbled where the upstream's end was none."""
-        out: List[bytes] = []
-        try:
-            out.append(self._take_rest())
-            if self._broken is not None:
-                raise self._broken
-            if not self.began:
-                raise UpstreamGarbled("the upstream's answer is empty")
-            if not self.done and not self.finish_reason:
-                raise UpstreamGarbled("the upstream's answer was cut off")
-            self._lead_in(self._translator.close(), out)
-        except UpstreamError:
-            self._lead = [*(self._lead or ()), *out]     # numbered already: fail() sends them
-            raise
-        if self._note is not None:
-            self._note.close(getattr(self._translator, "call_ids", ()))
-        return b"".join(out)
-
-    def _take_rest(self) -> bytes:
-        """The last record, if only its blank line was missing; half a record spoils no end."""
-        if self.done:
-            return b""
-        try:
-            return self._take(self._decoder.close())
-        except UpstreamGarbled:
-            if not self.finish_reason:
-                raise
-            return b""
 
 
 # === 8. Anthropic Messages (pure) ============================================
@@ -7133,6 +6865,7 @@ def _citations(annotations: Any) -> List[Json]:
 
 class ResponsesStream:
     """Chat chunks in, Responses events out. One running text and any number of calls are open at a time."""
+    ended = False                        #: nothing more of the upstream is wanted
 
     def __init__(self, turn: ResponsesTurn, new_id: Callable[[str], str]) -> None:
         self.turn, self.new_id = turn, new_id
@@ -7491,22 +7224,11 @@ class Call:
 
     @property
     def thinks(self) -> bool:
-        """Whether the client asks for reasoning, in whichever dialect's words."""
-        body, kwargs = self.body, self.body.get("chat_template_kwargs")
-        thinking, reasoning = body.get("thinking"), body.get("reasoning")
-        effort = reasoning.get("effort") if isinstance(reasoning, dict) else body.get("reasoning_effort")
-        switches = (body.get("enable_thinking"), kwargs.get("enable_thinking") if isinstance(kwargs, dict) else None,
-                    reasoning.get("enabled") if isinstance(reasoning, dict) else None)
-        return True in switches or (thinking.get("type") not in ("disabled", None) if isinstance(thinking, dict)
-                                    else False) or (
-            isinstance(effort, str) and effort not in ("none", "minimal", ""))
+        return self.dialect.thinks(self.body)
 
     @property
     def has_tools(self) -> bool:
-        """Whether tools are offered; the newest Codex puts them into its first item (clients.md)."""
-        items = self.body.get("input")
-        return bool(self.body.get("tools") or self.body.get("functions")) or isinstance(items, list) and any(
-            isinstance(item, dict) and item.get("type") == "additional_tools" for item in items[:3])
+        return self.dialect.has_tools(self.body)
 
     @property
     def conversation(self) -> int:
@@ -7529,160 +7251,6 @@ class Call:
         return self.headers.get("originator", "").startswith("codex")
 
 
-class ChatTurn:
-    """A chat request on its way to a chat upstream: every byte but the model's name as it came, where that will do."""
-    local: Optional[Json] = None         #: an answer that needs no upstream
-    estimate = max_output = 0            #: of the prompt's tokens; the most tokens it asks for; 0: not known
-    skipped: Sequence[str] = ()
-
-    def __init__(self, call: Call, target: Target, context: Context) -> None:
-        self._call, self._target, self._context = call, target, context
-        self._is_iflow = target.provider.kind == "iflow" and call.dialect.judged
-        self._insists = call.dialect.judged and bool(profile_of(target)["require_reasoning_on_tool_calls"])
-        self._preserve = target.provider.preserve_reasoning_content      #: None: reasoning passes untouched
-
-    def encode(self) -> bytes:
-        """The body for the upstream."""
-        call, model = self._call, self._target.model
-        if self._is_iflow:
-            return dump_json({**adapt_to_iflow(call.body, model, self._memory.recall), "model": model})
-        if self._insists:
-            messages = refill_reasoning(call.body, self._memory.recall)
-            if messages is not call.body.get("messages"):
-                return dump_json({**call.body, "messages": messages, "model": model})
-        return (call.text if call.model == model else splice_model(call.text, call.body, model)).encode()
-
-    def reply(self, data: bytes, completion: Json) -> bytes:
-        """The plain answer for the client, out of the upstream's bytes and what they parse to."""
-        note = self._note()
-        if note is not None:
-            note.hear(completion)
-            note.close()
-        return data if self._preserve is None else dump_json(merge_reasoning(completion, self._preserve))
-
-    def stream(self) -> Any:
-        def fail(exc: GatewayError) -> bytes:
-            return self._call.dialect.error_event(exc, self._call.request_id)
-
-        note = self._note()
-        if self._preserve is None and not self._is_iflow:
-            choices = self._call.body.get("n")
-            choices = choices if isinstance(choices, int) else 1
-            return RelayStream(fail, choices) if note is None else HeardStream(fail, choices, note)
-        return TranslatedStream(ReasoningMerge(bool(self._preserve)), encode_chunk, fail, note)
-
-    @cached_property
-    def _memory(self) -> ReasoningMemory:
-        return self._call.memory(self._context.reasoning, self._call.body.get("messages"))
-
-    def _note(self) -> Optional[ReasoningNote]:
-        wanted = self._is_iflow or self._insists and "tools" in self._call.body
-        return ReasoningNote(self._memory.keep) if wanted else None
-
-
-class TranslatedTurn:
-    """A request in a dialect of its own, its chat request, and the way back."""
-
-    def __init__(self, call: Call, turn: Any, target: Target, context: Context) -> None:
-        self._call, self._turn, self._target, self._context = call, turn, target, context
-        self._is_iflow = target.provider.kind == "iflow"
-        self._insists = bool(profile_of(target)["require_reasoning_on_tool_calls"])
-
-    @property
-    def local(self) -> Optional[Json]:
-        return getattr(self._turn, "local", None)
-
-    def local_events(self) -> bytes:
-        """`local` as a stream."""
-        return b"".join(map(encode_event, self._turn.local_events(self._context.new_id)))
-
-    @property
-    def estimate(self) -> int:
-        return getattr(self._turn, "estimate", 0)
-
-    @property
-    def skipped(self) -> Sequence[str]:
-        """Types of what in the request nobody here knows."""
-        return getattr(self._turn, "skipped", ())
-
-    @property
-    def max_output(self) -> int:
-        value = self._turn.chat.get("max_tokens") or self._turn.chat.get("max_completion_tokens")
-        return value if isinstance(value, int) else 0
-
-    def raw_estimate(self, worth: bool) -> int:
-        """The estimate to learn from; 0 where there is none, or only one that is not worth the time."""
-        turn = self._turn
-        known = worth or "raw_estimate" in vars(turn)
-        return getattr(turn, "raw_estimate", 0) if known and not self._call.shows_images else 0
-
-    def encode(self) -> bytes:
-        chat = self._turn.chat
-        if self._is_iflow:
-            chat = adapt_to_iflow(chat, chat["model"], self._memory.recall)
-        elif self._insists:
-            chat = {**chat, "messages": refill_reasoning(chat, self._memory.recall)}
-        return dump_chat(chat)
-
-    @cached_property
-    def _memory(self) -> ReasoningMemory:
-        messages = self._call.body.get("messages") or self._turn.chat["messages"]
-        return self._call.memory(self._context.reasoning, messages)
-
-    def _note(self) -> Optional[ReasoningNote]:
-        return ReasoningNote(self._memory.keep) if self._is_iflow or self._insists else None
-
-    def reply(self, data: bytes, completion: Json) -> bytes:
-        note = self._note()
-        if note is not None:
-            note.hear(completion)
-        answer = self._turn.reply(completion, self._context.new_id)
-        if note is not None:
-            note.close(call_ids(answer))
-        return dump_json(self._kept(answer))
-
-    def stream(self) -> TranslatedStream:
-        translator = self._turn.stream(self._context.new_id)
-        fail = getattr(translator, "fail", None)
-
-        def error(exc: GatewayError) -> bytes:
-            if fail is None:
-                return self._call.dialect.error_event(exc, self._call.request_id)
-            return b"".join(map(self._encode, fail(exc)))
-
-        return TranslatedStream(translator, self._encode, error, self._note())
-
-    def _encode(self, event: Json) -> bytes:
-        return encode_event(event)
-
-    def _kept(self, answer: Json) -> Json:
-        return answer
-
-
-class ResponsesRoad(TranslatedTurn):
-    """A Responses request, whose answer is kept for `previous_response_id` unless it was made not to be."""
-
-    def _encode(self, event: Json) -> bytes:
-        if event["type"] in ("response.completed", "response.incomplete"):
-            self._kept(event["response"])
-            return encode_event(event) + b"data: [DONE]\n\n"    # harmless, and some clients wait for it
-        if event["type"] == "response.failed":
-            self._kept(event["response"])
-        return encode_event(event)
-
-    def _kept(self, answer: Json) -> Json:
-        if self._turn.store:
-            self._context.store.keep(answer, self._turn.items, self._call.owner, self._turn.carriers)
-        return answer
-
-
-class CompactRoad(ResponsesRoad):
-    """POST /v1/responses/compact: the same request, answered by its summary."""
-
-    def reply(self, data: bytes, completion: Json) -> bytes:
-        return dump_json(self._kept(compact_reply(self._turn, completion, self._context.new_id)))
-
-
 def call_ids(answer: Json) -> List[str]:
     """What the calls of a message or response are called when they come back."""
     return [item.get("call_id") or unwrap_id(item["id"]) for item in answer.get("content") or answer.get("output") or ()
@@ -7694,15 +7262,559 @@ def encode_event(event: Json) -> bytes:
     return b"event: " + event["type"].encode() + b"\ndata: " + dump_json(event) + b"\n\n"
 
 
+def profile_of(target: Target) -> Json:
+    """How Chat is spoken with this very model: the plain way, the provider's, and what is known of the model."""
+    profile = {**DEFAULT_PROFILE, **target.provider.profile, **target.provider.facts.get(target.model, {})}
+    if target.provider.kind == "iflow":
+        profile["require_reasoning_on_tool_calls"] = wants_reasoning_back(target.model)
+    return profile
+
+
+# --- translations: the way of a call to an upstream and back ------------------
+
+def parse_answer(data: bytes, status: int, has_choices: bool) -> Json:
+    """A plain answer's JSON, once it is known to be an answer; UpstreamError."""
+    try:
+        decode = _DECODER.decode if has_choices else json.loads  # embeddings: floats by the thousand
+        completion = decode(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        raise UpstreamGarbled("the upstream's answer is not JSON" if data.strip() else
+                              "the upstream's answer is empty") from None
+    if has_choices:
+        return check_completion(completion, status)
+    refusal = refusal_in(completion, status)
+    if refusal or not isinstance(completion, dict):
+        raise refusal or UpstreamGarbled("the upstream's answer is no JSON object")
+    return completion
+
+
+class Translation:
+    """A call as one target is asked it, and the way back of its answer: the protocol.
+
+    `dialect.open(call, target, context)` makes one; each road between two dialects is a class of
+    it.  `path`, `headers` and `body` go to the upstream.  A stream comes back through feed() and
+    close(), which give bytes for the client, and fail() ends it; a plain answer through reply().
+    It serves one attempt at a time: begin() makes it ready for another.
+    """
+    headers: Mapping[str, str] = {}      #: of the client's, those that an upstream may get
+    local: Optional[bytes] = None        #: the whole answer, where it needs no upstream
+    max_output = estimate = 0            #: tokens it asks for, and has; 0: not known
+    skipped: Sequence[str] = ()          #: types of what in the request nobody here knows
+    began = False                        #: an answer; until then another upstream may give one
+    done = False                         #: the upstream has nothing more to say
+    failed = False                       #: it told of an error of its own within the stream
+    finish_reason: Optional[str] = None
+    records = 0                          #: of its stream
+
+    def __init__(self, call: Call, target: Target, context: Context) -> None:
+        self.path = call.dialect.path
+        self._call, self._target, self._context = call, target, context
+        has_choices = call.dialect.has_choices
+        self._is_iflow = target.provider.kind == "iflow" and has_choices
+        self._requires_reasoning = has_choices and bool(
+            profile_of(target)["require_reasoning_on_tool_calls"])
+        self.body = b"" if self.local is not None else self._encode_request()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the answer of an attempt before."""
+        self.began = self.done = self.failed = False
+        self.finish_reason, self.records = None, 0
+        self._note = ReasoningNote(self._memory.keep) if self._keeps_reasoning() else None
+        self._told: Optional[Json] = None        # the upstream's counts, in a plain answer
+        self._size = 0                           # of a plain answer
+
+    @property
+    def usage(self) -> Usage:
+        """The upstream's counts, else an estimate marked as one: a record is about a token."""
+        if self._told:
+            return parse_usage(self._told)
+        return Usage(prompt=len(self._call.text) // 4, estimated=True,
+                     completion=self.records or self._size // 5)
+
+    def raw_estimate(self, is_worth: bool) -> int:
+        """The prompt's tokens, for learning how the model counts; 0: unknown, or not worth it."""
+        return 0
+
+    def reply(self, data: bytes, content_type: str, status: int) -> Tuple[bytes, str]:
+        """A plain answer for the client, and its content type; UpstreamError.
+
+        One that came as a stream is folded; where the client wants a stream it becomes one.
+        """
+        if self._call.dialect.converses and is_event_stream(content_type, data):
+            data, content_type = dump_json(fold_stream(data)), ""
+        completion = parse_answer(data, status, self._call.dialect.has_choices)
+        self._told, self._size = usage_of(completion), len(data)
+        if self._call.stream:
+            return self.feed(completion_to_sse(completion)) + self.close(), "text/event-stream"
+        answer = self._reply(data, completion)
+        is_same = answer is data and content_type
+        return answer, content_type if is_same else "application/json"
+
+    def passes(self, payload: bytes) -> bool:
+        """Whether `payload` may go out exactly as it came; else feed() is to be called."""
+        return False
+
+    def feed(self, payload: bytes) -> bytes:
+        """What may go out now; UpstreamError while it is still no answer."""
+        raise NotImplementedError
+
+    def close(self) -> bytes:
+        """The end of the answer; UpstreamError where the upstream's end was none."""
+        raise NotImplementedError
+
+    def fail(self, exc: GatewayError) -> bytes:
+        """An error as the last thing within the stream."""
+        return self._call.dialect.error_event(exc, self._call.request_id)
+
+    def is_over(self) -> bool:
+        """Whether the answer has ended, though the upstream has not said [DONE]."""
+        return self.began and bool(self.finish_reason)
+
+    # for the classes
+
+    def _encode_request(self) -> bytes:
+        raise NotImplementedError
+
+    def _reply(self, data: bytes, completion: Json) -> bytes:
+        raise NotImplementedError
+
+    def _messages(self) -> Any:
+        """Of the request, as its client wrote them."""
+        return self._call.body.get("messages")
+
+    @cached_property
+    def _memory(self) -> ReasoningMemory:
+        return self._call.memory(self._context.reasoning, self._messages())
+
+    def _keeps_reasoning(self) -> bool:
+        """Whether a later request has to bring back what this answer thinks."""
+        return self._is_iflow or self._requires_reasoning
+
+
+class ChatTranslation(Translation):
+    """Chat to Chat: every byte of the request but the model's name as it came, where that will do.
+    """
+
+    def __init__(self, call: Call, target: Target, context: Context) -> None:
+        self.headers = call.headers
+        #: None: reasoning passes untouched
+        self._preserve = target.provider.preserve_reasoning_content
+        super().__init__(call, target, context)
+
+    def _keeps_reasoning(self) -> bool:
+        return self._is_iflow or self._requires_reasoning and "tools" in self._call.body
+
+    def _encode_request(self) -> bytes:
+        call, model = self._call, self._target.model
+        if self._is_iflow:
+            body = adapt_to_iflow(call.body, model, self._memory.recall)
+            return dump_json({**body, "model": model})
+        if self._requires_reasoning:
+            messages = refill_reasoning(call.body, self._memory.recall)
+            if messages is not call.body.get("messages"):
+                return dump_json({**call.body, "messages": messages, "model": model})
+        return (call.text if call.model == model else
+                splice_model(call.text, call.body, model)).encode()
+
+    def _reply(self, data: bytes, completion: Json) -> bytes:
+        if self._note is not None:
+            self._note.record(completion)
+            self._note.close()
+        return data if self._preserve is None else dump_json(
+            merge_reasoning(completion, self._preserve))
+
+
+#: Enough of a stream's end to hold the last records: finish_reason, usage, [DONE].
+TAIL_BYTES = 4096
+
+_FINISH = Pattern(rb'"finish_reason"\s*:\s*"([^"]*)"')
+_USAGE = Pattern(rb'"usage"\s*:\s*(?=\{\s*")')
+_DONE = Pattern(rb"(?m)^data: ?\[DONE\]")
+_ERROR = Pattern(rb'(?m)^data: ?\{\s*"error"\s*:\s*[{"]')
+
+
+class ChatRelay(ChatTranslation):
+    """Chat with nothing to change: the upstream's stream goes to the client as it came.
+
+    Nothing goes out before the answer begins (role-only and empty chunks are held back) so that an
+    error before it can be a status, and nothing but whole records afterwards so that a comment or
+    an error fits in at any time.  Once begun, records are not parsed; how the answer ended is read
+    from the tail.
+    """
+
+    def begin(self) -> None:
+        super().begin()
+        choices = self._call.body.get("n")
+        self._choices = choices if isinstance(choices, int) else 1
+        self._decoder, self._framer, self._tail = SSEDecoder(), RecordFramer(), b""
+        self._lead: List[bytes] = []     # what came before the answer began
+        self._lead_size, self._has_choices = 0, False
+        self._heard = SSEDecoder()       # for the reasoning to be noted
+
+    def passes(self, payload: bytes) -> bool:
+        if not self.began or self._framer.holds() or payload[-2:] != b"\n\n" or (
+                b"[DONE]" in payload or self._lacks_blank_lines(payload)):
+            return False
+        self.records += 1
+        self._tail = (self._tail + payload)[-TAIL_BYTES:]
+        if b'"error"' in payload or len(payload) > TAIL_BYTES:
+            self._look_for_end(payload)
+        if self._note is not None:
+            self._record(payload)
+        return True
+
+    @staticmethod
+    def _lacks_blank_lines(payload: bytes) -> bool:
+        """Whether two records may stand in `payload` without a blank line between them."""
+        return b"\ndata:" in payload and (
+            payload.count(b"\ndata:") != payload.count(b"\n\ndata:"))
+
+    def feed(self, payload: bytes) -> bytes:
+        if self._note is not None:
+            self._record(payload)
+        if not self.began:
+            self._look_for_answer(payload)
+            self._lead.append(payload)
+            self._lead_size = check_lead(self._lead_size + len(payload))
+            if not self.began:
+                return b""
+            payload, self._lead = b"".join(self._lead), []
+        out = self._framer.feed(payload)
+        self.done = self.done or self._framer.done
+        self.records += out.count(b"data:")
+        self._tail = (self._tail + out)[-TAIL_BYTES:]
+        self._look_for_end(out)
+        return out
+
+    def _look_for_answer(self, payload: bytes) -> None:
+        for chunk in read_records(self._decoder.feed(payload)):
+            if chunk is None:
+                self.done = True
+                break
+            self._has_choices = self._has_choices or bool(choices_of(chunk))
+            if self._has_choices and is_answer(chunk):
+                self.began = True
+                break                    # from here on nothing is parsed
+
+    def close(self) -> bytes:
+        """What has to follow the upstream's proper end."""
+        out = b""
+        rest = b"" if self.done else self._framer.rest() if self.began else b"".join(self._lead)
+        if rest.strip() and (not self.began or self._is_whole(rest)):
+            out = self.feed(b"\n\n")     # the last record lacked its blank line
+        if not self.began:
+            raise UpstreamGarbled("the upstream's answer is empty")
+        self._read_tail()
+        if not self.done and not self.finish_reason and not self.failed:
+            raise UpstreamGarbled("the upstream's answer was cut off")
+        if self._note is not None:
+            self._note.close()
+        if self.done or self.failed or not self.finish_reason:
+            return out
+        return out + b"data: [DONE]\n\n"
+
+    def is_over(self) -> bool:
+        return self.began and len(_FINISH.findall(self._tail)) >= self._choices
+
+    @staticmethod
+    def _is_whole(record: bytes) -> bool:
+        """Whether a record without its blank line is all there."""
+        try:
+            return bool(list(read_records(SSEDecoder().feed(record + b"\n\n"))))
+        except UpstreamRefused:
+            return True
+        except UpstreamGarbled:
+            return False
+
+    def _look_for_end(self, sent: bytes) -> None:
+        """Whether these records tell of an error of the upstream's own, or of the finish."""
+        if b'"error"' in sent and _ERROR.search(sent):
+            self.failed = True
+        if len(sent) > TAIL_BYTES:       # the tail may not hold all of it
+            for found in _FINISH.finditer(sent):
+                self.finish_reason = found.group(1).decode("utf-8", "replace")
+
+    def _read_tail(self) -> None:
+        self.done = self.done or _DONE.search(self._tail) is not None
+        for found in _FINISH.finditer(self._tail):
+            self.finish_reason = found.group(1).decode("utf-8", "replace")
+        for found in _USAGE.finditer(self._tail):
+            with contextlib.suppress(ValueError):
+                text = self._tail[found.end():].decode("utf-8", "replace")
+                self._told = _DECODER.raw_decode(text)[0]
+
+    def _record(self, payload: bytes) -> None:
+        """Note what a later request has to bring back; the client sees what it is worth."""
+        for record in self._heard.feed(payload):
+            if b'"reasoning' in record or b'"tool_calls"' in record:
+                with contextlib.suppress(UpstreamError):
+                    for chunk in read_records([record]):
+                        self._note.record(chunk or {})
+
+
+def check_lead(size: int) -> int:
+    """`size` of what came before an answer began; UpstreamGarbled where it is too much."""
+    if size > RECORD_LIMIT_BYTES:
+        raise UpstreamGarbled("the upstream's answer never begins")
+    return size
+
+
+class WrittenTranslation(Translation):
+    """The upstream's stream is read, and written anew as a dialect's own events.
+
+    The first of them wait for one that tells something: until then another upstream may still
+    answer instead.
+    """
+    #: Events that say nothing of the answer yet.
+    _LEADING = ("message_start", "response.created", "response.in_progress")
+    #: finish reasons that are an error before the first word
+    _fatal: Collection[str] = FATAL_FINISH
+
+    def begin(self) -> None:
+        super().begin()
+        self._writer = self._new_writer()
+        self._lead: Optional[List[bytes]] = []           # None: they are with the client
+        self._decoder, self._held, self._held_size = SSEDecoder(), [], 0
+        self._has_choices = False
+        # raised once what came before it is with the client
+        self._broken: Optional[UpstreamError] = None
+
+    def _new_writer(self) -> Any:
+        """Chunks in by feed(), events out; close() gives the last ones."""
+        raise NotImplementedError
+
+    def _encode(self, event: Any) -> bytes:
+        return encode_event(event)
+
+    @property
+    def usage(self) -> Usage:
+        self._told = self._writer.usage or self._told
+        return super().usage
+
+    def feed(self, payload: bytes) -> bytes:
+        return self._take(self._decoder.feed(payload))
+
+    def _take(self, records: Sequence[bytes]) -> bytes:
+        out: List[bytes] = []
+        if not self.began:
+            self._held_size = check_lead(self._held_size + sum(map(len, records)))
+        try:
+            for chunk in read_records(records):
+                if self._note is not None and chunk is not None:
+                    self._note.record(chunk)
+                if chunk is None:
+                    self.done = True
+                elif self._lead is None:
+                    out.extend(map(self._encode, self._writer.feed(chunk)))
+                else:
+                    self._open(chunk, out)
+        except UpstreamError as exc:
+            if not out:
+                raise
+            self.done, self._broken = True, exc
+        finally:
+            self.finish_reason = self._writer.finish_reason
+        self.done = self.done or self._writer.ended
+        self.records += len(records)
+        return b"".join(out)
+
+    def _open(self, chunk: Json, out: List[bytes]) -> None:
+        """Hold chunks back until there is an answer in one; then nothing is lost."""
+        self._held.append(chunk)
+        reason = first_choice(chunk).get("finish_reason")
+        if isinstance(reason, str) and reason in self._fatal:
+            raise broken_off(reason)
+        self._has_choices = self._has_choices or bool(choices_of(chunk))
+        self.began = self.began or self._has_choices and is_answer(chunk)
+        if self.began:
+            held, self._held = self._held, []
+            for chunk in held:
+                self._lead_in(self._writer.feed(chunk), out)
+
+    def _lead_in(self, events: Iterator[Any], out: List[bytes]) -> None:
+        for event in events:
+            if self._lead is None:
+                out.append(self._encode(event))
+                continue
+            self._lead.append(self._encode(event))
+            if not isinstance(event, dict) or event.get("type") not in self._LEADING:
+                out += self._lead
+                self._lead = None
+
+    def fail(self, exc: GatewayError) -> bytes:
+        return b"".join(self._lead or ()) + self._fail(exc)
+
+    def _fail(self, exc: GatewayError) -> bytes:
+        return super().fail(exc)
+
+    def close(self) -> bytes:
+        out: List[bytes] = []
+        try:
+            out.append(self._take_rest())
+            if self._broken is not None:
+                raise self._broken
+            if not self.began:
+                raise UpstreamGarbled("the upstream's answer is empty")
+            if not self.done and not self.finish_reason:
+                raise UpstreamGarbled("the upstream's answer was cut off")
+            self._lead_in(self._writer.close(), out)
+        except UpstreamError:
+            self._lead = [*(self._lead or ()), *out]     # numbered already: fail() sends them
+            raise
+        if self._note is not None:
+            self._note.close(self._writer.call_ids)
+        return b"".join(out)
+
+    def _take_rest(self) -> bytes:
+        """The last record, if only its blank line was missing; half a record spoils no end."""
+        if self.done:
+            return b""
+        try:
+            return self._take(self._decoder.close())
+        except UpstreamGarbled:
+            if not self.finish_reason:
+                raise
+            return b""
+
+
+class ChatMerge(WrittenTranslation, ChatTranslation):
+    """Chat with changes: reasoning and answer are brought together (ReasoningMerge)."""
+    _fatal = ()                          # Chat passes all on
+
+    def _new_writer(self) -> ReasoningMerge:
+        return ReasoningMerge(bool(self._preserve))
+
+    def _encode(self, event: Any) -> bytes:
+        return encode_chunk(event)
+
+
+class TurnTranslation(WrittenTranslation):
+    """A dialect of its own to Chat: its `turn` has the chat request, and writes the answer."""
+
+    def __init__(self, call: Call, turn: Any, target: Target, context: Context) -> None:
+        self._turn = turn
+        super().__init__(call, target, context)
+
+    @property
+    def max_output(self) -> int:
+        chat = self._turn.chat
+        value = chat.get("max_tokens") or chat.get("max_completion_tokens")
+        return value if isinstance(value, int) else 0
+
+    def _messages(self) -> Any:
+        return self._call.body.get("messages") or self._turn.chat["messages"]
+
+    def _encode_request(self) -> bytes:
+        chat = self._turn.chat
+        if self._is_iflow:
+            chat = adapt_to_iflow(chat, chat["model"], self._memory.recall)
+        elif self._requires_reasoning:
+            chat = {**chat, "messages": refill_reasoning(chat, self._memory.recall)}
+        return dump_chat(chat)
+
+    def _new_writer(self) -> Any:
+        return self._turn.stream(self._context.new_id)
+
+    def _reply(self, data: bytes, completion: Json) -> bytes:
+        if self._note is not None:
+            self._note.record(completion)
+        answer = self._answer(completion)
+        if self._note is not None:
+            self._note.close(call_ids(answer))
+        return dump_json(answer)
+
+    def _answer(self, completion: Json) -> Json:
+        return self._turn.reply(completion, self._context.new_id)
+
+
+class MessagesTranslation(TurnTranslation):
+    """A Messages request."""
+
+    @property
+    def local(self) -> Optional[bytes]:
+        """The answer to `max_tokens: 0`."""
+        turn = self._turn
+        if turn.local is None:
+            return None
+        events = turn.local_events(self._context.new_id)
+        return b"".join(map(encode_event, events)) if self._call.stream else dump_json(turn.local)
+
+    @property
+    def estimate(self) -> int:
+        return self._turn.estimate
+
+    @property
+    def skipped(self) -> Sequence[str]:
+        return self._turn.skipped
+
+    def raw_estimate(self, is_worth: bool) -> int:
+        known = is_worth or "raw_estimate" in vars(self._turn)
+        return self._turn.raw_estimate if known and not self._call.shows_images else 0
+
+
+class ResponsesTranslation(TurnTranslation):
+    """A Responses request; its answer is kept for `previous_response_id` where it is to be."""
+
+    def _encode(self, event: Json) -> bytes:
+        if event["type"] in ("response.completed", "response.incomplete"):
+            self._keep(event["response"])
+            return encode_event(event) + b"data: [DONE]\n\n"    # some clients wait for it
+        if event["type"] == "response.failed":
+            self._keep(event["response"])
+        return encode_event(event)
+
+    def _fail(self, exc: GatewayError) -> bytes:
+        return b"".join(map(self._encode, self._writer.fail(exc)))
+
+    def _answer(self, completion: Json) -> Json:
+        return self._keep(super()._answer(completion))
+
+    def _keep(self, answer: Json) -> Json:
+        turn = self._turn
+        if turn.store:
+            self._context.store.keep(answer, turn.items, self._call.owner, turn.carriers)
+        return answer
+
+
+class CompactTranslation(ResponsesTranslation):
+    """POST /v1/responses/compact: the same request, answered by its summary."""
+
+    def _answer(self, completion: Json) -> Json:
+        return self._keep(compact_reply(self._turn, completion, self._context.new_id))
+
+
+def models_in(text: str) -> List[Any]:
+    """The entries of OpenRouter's `models` in a body: names that the upstream may choose from.
+
+    Of a field that stands there twice all count: who reads it next may take the first or the last.
+    """
+    found: List[Any] = []
+
+    def note(pairs: List[Tuple[str, Any]]) -> None:      # called for the outermost object last
+        found[:] = [value for name, value in pairs if name == "models"]
+
+    try:
+        json.loads(text, object_pairs_hook=note)
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    return [name for value in found if value is not None
+            for name in (value if isinstance(value, list) else [value])]
+
+
 class ChatDialect:
     """OpenAI's own endpoints: passed on as they are, once they are what they claim to be."""
     name = "chat"
-    foreign = False                      #: whether its clients insist on model names of their own (FOREIGN_MODELS)
+    #: whether its clients insist on model names of their own (FOREIGN_MODELS)
+    maps_model_names = False
+    id_headers: Sequence[str] = ("x-request-id",)        #: which name a request in its answer
 
-    def __init__(self, path: str, needs: str = "", judged: bool = True) -> None:
+    def __init__(self, path: str, needs: str = "", has_choices: bool = True) -> None:
         self.path = path                 #: under the upstream's base URL
         self._needs = needs              #: a list that must be there
-        self.judged = judged             #: whether an answer without choices is an empty answer
+        self.has_choices = has_choices   #: whether an answer without choices is an empty answer
+        #: whether it is a conversation, which the next request goes on with
+        self.converses = path == "/chat/completions"
 
     def check(self, body: Json) -> None:
         """BadRequest where no upstream could make sense of it."""
@@ -7721,9 +7833,33 @@ class ChatDialect:
         if not items:
             raise BadRequest(f"`{self._needs}` must not be empty", param=self._needs, code="empty_array")
 
-    def turn(self, call: Call, target: Target, context: Context) -> Any:
-        """The way there and back for one target: a ChatTurn, or something like it."""
-        return ChatTurn(call, target, context)
+    def open(self, call: Call, target: Target, context: Context) -> Translation:
+        """The call as `target` is asked it, and the way back of its answer; BadRequest."""
+        provider = target.provider
+        is_changed = provider.preserve_reasoning_content is not None or (
+            provider.kind == "iflow" and self.has_choices)
+        return (ChatMerge if is_changed else ChatRelay)(call, target, context)
+
+    def thinks(self, body: Json) -> bool:
+        """Whether a request asks for reasoning, in whichever provider's words."""
+        kwargs, reasoning = body.get("chat_template_kwargs"), body.get("reasoning")
+        switches = (body.get("enable_thinking"),
+                    kwargs.get("enable_thinking") if isinstance(kwargs, dict) else None,
+                    reasoning.get("enabled") if isinstance(reasoning, dict) else None)
+        effort = reasoning.get("effort") if isinstance(reasoning, dict) else (
+            body.get("reasoning_effort"))
+        thinking = body.get("thinking")
+        return True in switches or isinstance(thinking, dict) and (
+            thinking.get("type") not in ("disabled", None)) or (
+                isinstance(effort, str) and effort not in ("none", "minimal", ""))
+
+    def has_tools(self, body: Json) -> bool:
+        """Whether a request offers tools."""
+        return bool(body.get("tools") or body.get("functions"))
+
+    def other_models(self, call: Call) -> List[Any]:
+        """Models that the upstream may choose from beside the one that is asked for."""
+        return models_in(call.text) if "models" in call.body else []
 
     def keepalive(self, call: Call, began: bool) -> bytes:
         """What tells the client in silence that we are there."""
@@ -7739,25 +7875,22 @@ class ChatDialect:
     def status(self, exc: GatewayError) -> int:
         return 400 if exc.overflow is not None else exc.status
 
+    def fails_in_stream(self, exc: GatewayError) -> bool:
+        """Whether an error before the first word is told as a part of the stream."""
+        return False
+
     def error_event(self, exc: GatewayError, request_id: str) -> bytes:
         """An error within a stream; no [DONE] follows (the Python SDK raises APIError on it)."""
         return b"data: " + dump_json(self.error(exc, request_id)) + b"\n\n"
 
 
-def profile_of(target: Target) -> Json:
-    """How Chat is spoken with this very model: the plain way, the provider's, and what is known of the model."""
-    profile = {**DEFAULT_PROFILE, **target.provider.profile, **target.provider.facts.get(target.model, {})}
-    if target.provider.kind == "iflow":
-        profile["require_reasoning_on_tool_calls"] = wants_reasoning_back(target.model)
-    return profile
-
-
 class MessagesDialect(ChatDialect):
     """Anthropic Messages."""
     name = "messages"
-    foreign = True
+    maps_model_names = True
+    id_headers = ("x-request-id", "request-id")
 
-    def turn(self, call: Call, target: Target, context: Context) -> Any:
+    def open(self, call: Call, target: Target, context: Context) -> Translation:
         turns = call.known.turns if call.known else {}
         turn = MessagesTurn(call.body, profile_of(target), target.model, turns.get(target.model))
         if len(turns) > 3:               # as a rule it is always the same model; clear() needs no lock
@@ -7767,7 +7900,10 @@ class MessagesDialect(ChatDialect):
         asked = isinstance(thinking, dict) and thinking.get("type") != "disabled"
         turn.hide_reasoning = target.provider.kind == "iflow" and not asked
         turn.scale = context.scale
-        return TranslatedTurn(call, turn, target, context)
+        return MessagesTranslation(call, turn, target, context)
+
+    def other_models(self, call: Call) -> List[Any]:
+        return []
 
     def keepalive(self, call: Call, began: bool) -> bytes:
         """A ping is legal after message_start alone."""
@@ -7786,19 +7922,33 @@ class MessagesDialect(ChatDialect):
 class ResponsesDialect(ChatDialect):
     """OpenAI Responses."""
     name = "responses"
-    foreign = True
+    maps_model_names = True
     compact = False
+    _translation = ResponsesTranslation
 
-    def turn(self, call: Call, target: Target, context: Context) -> Any:
+    def open(self, call: Call, target: Target, context: Context) -> Translation:
         store, owner = context.store, call.owner
         turn = ResponsesTurn(call.body, profile_of(target), target.model, now=context.now,
                              recall=lambda ident: store.recall(ident, owner),
                              item=lambda ident: store.item(ident, owner), seal=context.seal, codex=call.is_codex,
                              compact=self.compact)
-        return (CompactRoad if self.compact else ResponsesRoad)(call, turn, target, context)
+        return self._translation(call, turn, target, context)
+
+    def has_tools(self, body: Json) -> bool:
+        """The newest Codex puts them into its first item (clients.md)."""
+        items = body.get("input")
+        return super().has_tools(body) or isinstance(items, list) and any(
+            isinstance(item, dict) and item.get("type") == "additional_tools" for item in items[:3])
+
+    def other_models(self, call: Call) -> List[Any]:
+        return []
 
     def keepalive(self, call: Call, began: bool) -> bytes:
         return b'data: {"type":"ping"}\n\n' if call.is_codex else b": keep-alive\n\n"
+
+    def fails_in_stream(self, exc: GatewayError) -> bool:
+        """Codex asks again after `response.failed`, and not after every status."""
+        return isinstance(exc, UpstreamBroke)
 
     def error(self, exc: GatewayError, request_id: str) -> Json:
         """Clients of Responses take `code` and `param` for strings or null, as OpenAI's are."""
@@ -7817,6 +7967,7 @@ class ResponsesDialect(ChatDialect):
 class CompactDialect(ResponsesDialect):
     """POST /v1/responses/compact, which does not stream."""
     compact = True
+    _translation = CompactTranslation
 
     def check(self, body: Json) -> None:
         super().check(body)
@@ -7825,7 +7976,7 @@ class CompactDialect(ResponsesDialect):
 
 CHAT = ChatDialect("/chat/completions", needs="messages")
 COMPLETIONS = ChatDialect("/completions")
-EMBEDDINGS = ChatDialect("/embeddings", judged=False)
+EMBEDDINGS = ChatDialect("/embeddings", has_choices=False)
 MESSAGES = MessagesDialect("/chat/completions")
 RESPONSES = ResponsesDialect("/chat/completions")
 COMPACT = CompactDialect("/chat/completions")
@@ -7843,8 +7994,8 @@ class Client:
     keepalive_s = 3600.0                 #: silence that is broken by `tick`
     #: something of the answer was sent: no other target may be tried
     began = False
-    #: the Translation's stream; it knows how to say that it failed
-    stream: Any = None
+    #: of the call; it knows how to say within a stream that it failed
+    translation: Optional[Translation] = None
     returned: Sequence[Tuple[str, str]] = ()     #: headers of the upstream that the client gets
     #: the loop sends: what does not go at once waits in `backlog`
     nonblocking = False
@@ -11566,34 +11717,17 @@ class State(NamedTuple):
         """The targets of a call; BadRequest, NotLoggedIn, Forbidden where its key may not use the
         model.
         """
-        chain, key = self.router.resolve(call.model, call.dialect.foreign, call), call.key
+        chain = self.router.resolve(call.model, call.dialect.maps_model_names, call)
+        key = call.key
         if key is None or not key.models:
             return chain
-        others = [] if call.dialect.foreign or "models" not in call.body else models_in(call.text)
+        others = call.dialect.other_models(call)
         if may_use(self.router, key, self.router.named(call.model), chain, others):
             return chain
         also = " with these `models`" if others else ""
         raise Forbidden(
             f"the key {key.name} may not use the model {one_line(call.model, 100)}{also}; "
             "it may use " + ", ".join(key.models), code="model_not_allowed", param="model")
-
-
-def models_in(text: str) -> List[Any]:
-    """The entries of OpenRouter's `models` in a body: names that the upstream may choose from.
-
-    Of a field that stands there twice all count: who reads it next may take the first or the last.
-    """
-    found: List[Any] = []
-
-    def note(pairs: List[Tuple[str, Any]]) -> None:      # called for the outermost object last
-        found[:] = [value for name, value in pairs if name == "models"]
-
-    try:
-        json.loads(text, object_pairs_hook=note)
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
-    return [name for value in found if value is not None
-            for name in (value if isinstance(value, list) else [value])]
 
 
 def read_refusal(response: UpstreamResponse, provider: Provider) -> UpstreamError:
@@ -11617,20 +11751,21 @@ def read_refusal(response: UpstreamResponse, provider: Provider) -> UpstreamErro
     return refusal
 
 
-def _classify(exc: UpstreamRefused, target: Target, turn: Any, shows_images: bool) -> None:
+def _classify(exc: UpstreamRefused, target: Target, translation: Translation,
+              shows_images: bool) -> None:
     """Recognise a prompt too long, a quota that is spent, a model that can't see and one that is
     missing by their words.
     """
     text = dump_json(exc.body).decode() if exc.body else exc.message
     code = exc.code or exc.body and exc.body["error"].get("code")
-    found = find_overflow(exc.status, text, exc.code, turn.max_output)
+    found = find_overflow(exc.status, text, exc.code, translation.max_output)
     if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
         exc.should_retry = False
     exc.overflow = found or exc.overflow
     if exc.overflow is not None:
         prompt, limit, output = exc.overflow
         limit = limit or profile_of(target).get("context", 0)
-        exc.overflow = (prompt or turn.estimate, limit, output)
+        exc.overflow = (prompt or translation.estimate, limit, output)
         exc.code = "context_length_exceeded"
     elif shows_images and is_image_refusal(exc.status, exc.message):
         exc.status, exc.should_retry = 400, False
@@ -11640,8 +11775,8 @@ def _classify(exc: UpstreamRefused, target: Target, turn: Any, shows_images: boo
             exc.message = f"the model {target.model} does not exist there: {exc.message}"
 
 
-def explain_refusal(exc: UpstreamError, target: Target, turn: Any, flags: Mapping[str, Any],
-                    shows_images: bool = False) -> UpstreamError:
+def explain_refusal(exc: UpstreamError, target: Target, translation: Translation,
+                    flags: Mapping[str, Any], shows_images: bool = False) -> UpstreamError:
     """An upstream's error as clients have to hear it.
 
     A prompt too long is recognised, whatever the words.  A refused key is the operator's
@@ -11652,7 +11787,7 @@ def explain_refusal(exc: UpstreamError, target: Target, turn: Any, flags: Mappin
     if provider.problem:             # our own words
         return exc
     if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
-        _classify(exc, target, turn, shows_images)
+        _classify(exc, target, translation, shows_images)
     _forget_secrets(exc, provider)
     # Codex gives up at once on a bare 429
     if exc.status == 429 and exc.retry_after_s is None:
@@ -11673,24 +11808,7 @@ def explain_refusal(exc: UpstreamError, target: Target, turn: Any, flags: Mappin
         type="permission_error", should_retry=False)
 
 
-def parse_answer(data: bytes, status: int, judged: bool) -> Json:
-    """A plain answer's JSON, once it is known to be an answer."""
-    try:
-        # embeddings: floats by the thousand
-        decode = _DECODER.decode if judged else json.loads
-        completion = decode(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        raise UpstreamGarbled("the upstream's answer is not JSON" if data.strip() else
-                              "the upstream's answer is empty") from None
-    if judged:
-        return check_completion(completion, status)
-    refusal = refusal_in(completion, status)
-    if refusal or not isinstance(completion, dict):
-        raise refusal or UpstreamGarbled("the upstream's answer is no JSON object")
-    return completion
-
-
-def upstream_headers(call: Call, settings: Settings, provider: Provider,
+def upstream_headers(given: Mapping[str, str], settings: Settings, provider: Provider,
                      key: str) -> List[Tuple[str, str]]:
     """The provider's own headers, the key, and of a chat client's what is meant for the
     upstream.
@@ -11698,10 +11816,10 @@ def upstream_headers(call: Call, settings: Settings, provider: Provider,
     headers = {"user-agent": ("User-Agent", f"iflow2api/{__version__}")}
     if provider.kind == "iflow":
         headers.clear()              # its own, and nothing of the client's
-    elif not call.dialect.foreign:
+    else:
         ours = {settings.custom_auth_header.lower(),
-                *tokens_of(call.headers.get("connection", ""))}
-        for name, value in call.headers.items():
+                *tokens_of(given.get("connection", ""))}
+        for name, value in given.items():
             if is_forwarded(name, value) and name not in ours:
                 headers[name] = (name, value)
     if key:
@@ -11716,7 +11834,7 @@ class Attempts:
     def __init__(self, gateway: Any, call: Call, client: Client) -> None:
         self.gateway, self.log, self.call, self.client = gateway, gateway.log, call, client
         self._fresh_key = ""             #: of a login that was refreshed for this call
-        self.turn: Any = None            #: the translation for the target that is being asked
+        self.translation: Any = None     #: Translation for the target that is being asked
         self.record = Record(call.request_id, call.dialect.name, (call.model or "")[:200],
                              call.stream,
                              time.monotonic(), key=call.key.name if call.key else "",
@@ -11760,7 +11878,7 @@ class Attempts:
                 except (UpstreamError, Busy) as exc:
                     status, told = exc.status, exc
                     if isinstance(exc, UpstreamError):
-                        told = explain_refusal(exc, self.target, self.turn, self.gateway.flags,
+                        told = explain_refusal(exc, self.target, self.translation, self.gateway.flags,
                                                self.call.shows_images)
                     forget_trace(exc)    # the plan keeps errors
                     if not self._mend(plan, status, told):
@@ -11780,10 +11898,12 @@ class Attempts:
     def _ask(self, step: Step, plan: Plan, place: contextlib.ExitStack) -> bool:
         """Make an attempt; False where no upstream was needed."""
         provider = step.target.provider
-        if not step.is_same:
+        if step.is_same:
+            self.translation.begin()
+        else:
             self._aim(step.target)
-            if self.turn.local is not None:
-                self._answer_locally()
+            if self.translation.local is not None:
+                self._answer_locally(self.translation.local)
                 return False
             place.enter_context(self.lane.slots.hold(self.client, self.settings, provider.name))
         key, started = plan.take_key(), time.monotonic()
@@ -11820,31 +11940,28 @@ class Attempts:
         context = Context(time.time(), new_id, gateway.seal(), gateway.responses, gateway.reasoning,
                           lambda estimate: lane.scaled(target.model, estimate))
         cap, facts = lane.cap(target.model), target.provider.facts
-        # what refusals have told of its longest answer
-        if cap and self.call.dialect.foreign:
+        if cap:                          # what refusals have told of its longest answer
             known = facts.get(target.model, {})
             known = {**known, "max_output": min(cap, known.get("max_output") or cap)}
             target = Target(replace(target.provider, facts={**facts, target.model: known}),
                             target.model)
         try:
-            self.turn = self.call.dialect.turn(self.call, target, context)
-            self.body = b"" if self.turn.local is not None else self.turn.encode()
+            self.translation = self.call.dialect.open(self.call, target, context)
         except RecursionError:
             raise BadRequest("the body is nested too deeply") from None
-        gateway.tell_skipped(self.turn.skipped, self.call)
-        if self.turn.local is None:
-            self.client.stream = self.turn.stream()
+        gateway.tell_skipped(self.translation.skipped, self.call)
+        self.client.translation = self.translation
 
-    def _answer_locally(self) -> None:
+    def _answer_locally(self, answer: bytes) -> None:
         if self.call.stream:
-            return self.client.end(self.turn.local_events())
-        self.client.reply(dump_json(self.turn.local), "application/json", ())
+            return self.client.end(answer)
+        self.client.reply(answer, "application/json", ())
 
     def _learn(self) -> None:
         """Compare what was estimated with what the upstream counted."""
         usage = self.record.usage
-        if usage.prompt and not usage.estimated and isinstance(self.turn, TranslatedTurn):
-            self.lane.learn_count(self.target.model, self.turn.raw_estimate, usage.prompt)
+        if usage.prompt and not usage.estimated:
+            self.lane.learn_count(self.target.model, self.translation.raw_estimate, usage.prompt)
 
     # when it failed
 
@@ -11858,7 +11975,9 @@ class Attempts:
             return self._renew_login(plan)
         cap = find_output_cap(exc.status, exc.message) if exc.overflow is None else 0
         model = self.target.model
-        if not self.call.dialect.foreign or not cap or cap >= (self.lane.cap(model) or cap + 1):
+        if not cap or cap >= (self.lane.cap(model) or cap + 1):
+            return False
+        if not self.translation.max_output:              # Chat is passed on as it is
             return False
         self.lane.learn_cap(model, cap)
         self.log.info("%s %s/%s takes max_tokens up to %d; asking again",
@@ -11895,12 +12014,11 @@ class Attempts:
     def _ask_upstream(self, key: str) -> None:
         """Send the request and pass the answer on."""
         provider, client = self.target.provider, self.client
-        headers = upstream_headers(self.call, self.settings, provider, key)
+        headers = upstream_headers(self.translation.headers, self.settings, provider, key)
         if provider.kind == "iflow":
             headers = [*headers, *self.gateway.upstream.identity.headers(key, time.time())]
-        with self.gateway.upstream.open(provider, self.settings, "POST", self.call.dialect.path,
-                                        headers, self.body,
-                                        client) as response:
+        with self.gateway.upstream.open(provider, self.settings, "POST", self.translation.path,
+                                        headers, self.translation.body, client) as response:
             if response.status >= 300:
                 raise read_refusal(response, provider)
             if "html" in response.content_type:
@@ -11908,37 +12026,30 @@ class Attempts:
                                       "is base_url its API, and not its site?")
             client.returned = [pair for pair in response.headers.items() if is_returned(*pair)]
             data = b""
-            if self.call.stream:
-                client.stream = stream = self.turn.stream()
-                if "json" not in response.content_type:
-                    try:
-                        data = self._stream(response, stream)
-                    finally:
-                        self.record.usage = self._usage(stream.usage, stream.records)
-                    if not data:
-                        return
+            if self.call.stream and "json" not in response.content_type:
+                try:
+                    data = self._stream(response, self.translation)
+                finally:
+                    self.record.usage = self.translation.usage
+                if not data:
+                    return
             self._reply(response, data or response.read_all(ANSWER_LIMIT_BYTES))
 
     def _reply(self, response: UpstreamResponse, data: bytes) -> None:
-        """Pass a plain answer on; one that came as a stream is folded, and the other way round."""
-        dialect, client = self.call.dialect, self.client
-        streamed = dialect.path == CHAT.path and is_event_stream(response.content_type, data)
-        data = dump_json(fold_stream(data)) if streamed else data
-        completion = parse_answer(data, response.status, dialect.judged)
-        self.record.usage = self._usage(usage_of(completion), len(data) // 5)
+        """Pass a plain answer on."""
+        client = self.client
+        answer, content_type = self.translation.reply(data, response.content_type, response.status)
+        self.record.usage = self.translation.usage
         self._spend()
-        # a server that does not stream: its answer becomes a stream
         if self.call.stream:
-            client.end(client.stream.feed(completion_to_sse(completion)) + client.stream.close())
+            client.end(answer)
         else:
-            plain = dialect.foreign or streamed or not response.content_type
-            content_type = "application/json" if plain else response.content_type
-            client.reply(self.turn.reply(data, completion), content_type, client.returned)
+            client.reply(answer, content_type, client.returned)
         self.record.first_s = time.monotonic() - self.record.started
 
-    def _stream(self, response: UpstreamResponse, stream: Any) -> bytes:
-        """Upstream's payload through `stream` to the client, a write for each read, until the
-        answer is whole.
+    def _stream(self, response: UpstreamResponse, translation: Translation) -> bytes:
+        """Upstream's payload through the translation to the client, a write for each read, until
+        the answer is whole.
 
         Returns the body where it is no event stream but a JSON object, whatever it calls itself,
         else b"".
@@ -11956,9 +12067,9 @@ class Attempts:
                     limit_mib = ANSWER_LIMIT_BYTES >> 20
                     raise UpstreamGarbled(f"the upstream's answer is larger than {limit_mib} MiB")
                 return True
-            passes = stream.passes(payload)
-            out = payload if passes else stream.feed(payload)
-            if stream.failed:            # on Chat an error goes out as it came, but for a key in it
+            passes = translation.passes(payload)
+            out = payload if passes else translation.feed(payload)
+            if translation.failed:            # on Chat an error goes out as it came, but for a key in it
                 out, passes = _without_secrets(out, provider), False
             if passes:
                 client.send(out, response.framed)
@@ -11966,30 +12077,23 @@ class Attempts:
                 if record.first_s is None:
                     record.first_s = time.monotonic() - record.started
                 client.send(out)
-            return not stream.done
+            return not translation.done
 
         try:
-            self.gateway.upstream.move(response, client, move, stream.is_over)
+            self.gateway.upstream.move(response, client, move, translation.is_over)
         except UpstreamGarbled:
-            if not stream.began:
+            if not translation.began:
                 raise
         if body:
             return bytes(body)
         # raises, unless all of an answer came before the connection broke
-        last = stream.close()
-        record.usage = self._usage(stream.usage, stream.records)
+        last = translation.close()
+        record.usage = translation.usage
         self._spend()
         client.end(last)
-        if stream.failed:
+        if translation.failed:
             record.status, record.error = 502, "the upstream broke off with an error"
         return b""
-
-    def _usage(self, raw: Optional[Json], records: int) -> Usage:
-        """The upstream's counts, else an estimate that is marked as one: a record is about a token.
-        """
-        if raw:
-            return parse_usage(raw)
-        return Usage(prompt=len(self.call.text) // 4, completion=records, estimated=True)
 
     def _spend(self) -> None:
         """Count the tokens against limits, once: before the answer's end, so that the next request
@@ -13129,9 +13233,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """An answer's head, with what every answer has."""
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
                  f"Server: {self.server_version}",
-                 f"Date: {http_date(int(time.time()))}", f"x-request-id: {self.request_id}"]
-        if self.endpoint.dialect.name == "messages":
-            lines.append(f"request-id: {self.request_id}")
+                 f"Date: {http_date(int(time.time()))}",
+                 *(f"{name}: {self.request_id}" for name in self.endpoint.dialect.id_headers)]
         lines += cors_lines(self.headers, self.path, self.command == "OPTIONS")
         if self.endpoint.admin:
             lines += ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
@@ -13348,14 +13451,13 @@ class ResponseWriter(Client):
 
     def tells_within(self, exc: GatewayError) -> bool:
         """Whether an error before the first word is part of the stream: `response.failed`."""
-        is_streamed = self._call.stream and self._call.dialect.name == "responses"
-        return is_streamed and isinstance(exc, UpstreamBroke)
+        return self._call.stream and self._call.dialect.fails_in_stream(exc)
 
     def fail(self, exc: GatewayError) -> None:
         """An error in the dialect's own words within the stream; then the connection ends."""
         self._handler.close_connection = True
-        if self.stream is not None:
-            return self.end(self.stream.fail(exc))
+        if self.translation is not None:
+            return self.end(self.translation.fail(exc))
         self.end(self._call.dialect.error_event(exc, self._call.request_id))
 
 
@@ -13520,9 +13622,8 @@ def answer_call(handler: Handler) -> None:
     with handler.server.gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
         dialect = handler.endpoint.dialect
         text = decode_body(handler.read_body())
-        talks = dialect.path == CHAT.path        # embeddings come in bulk, and never again
         names = conversation_names(handler.headers)
-        known = handler.server.gateway.conversations.of(text, names) if talks else None
+        known = handler.server.gateway.conversations.of(text, names) if dialect.converses else None
         body = parse_body(text, known)
         dialect.check(body)
         call = Call(dialect, body, text, handler.headers, handler.request_id, handler.key,
