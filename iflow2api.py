@@ -414,24 +414,27 @@ HEADER_RETURNS = r"(x-ratelimit-.*|openai-.*|retry-after(-ms)?|x-should-retry)"
 # === 3. Errors ===============================================================
 
 class GatewayError(Exception):
-    """What a client has to be told: a status, a wire code and one sentence.
+    """Whatever a client has to be told: a status, a wire code and one sentence.
 
-    Dialects give it their shape, Handler.send_error_of sends it; nobody else does either.
+    Dialects turn it into bytes (section 9), the HTTP section sends them; nobody else does either.
+    `code` and `param` are OpenAI's fields, `should_retry` becomes `x-should-retry`, `retry_after_s`
+    becomes `Retry-After`, `body` is the upstream's own error object where it had one, and
+    `overflow` is (prompt tokens, limit, output tokens) of a prompt too long for the model, 0 where
+    unknown.
     """
     status = 500
     type = "server_error"
-    code: Optional[str] = None           #: OpenAI's field, as `param` is
-    param: Optional[str] = None
-    should_retry: Optional[bool] = None  #: becomes `x-should-retry`
+    code: Optional[str] = None
+    should_retry: Optional[bool] = None
     retry_after_s: Optional[float] = None
-    body: Optional[Json] = None          #: the upstream's own error object
-    allow: Sequence[str] = ()            #: methods, with a 405
-    #: (prompt tokens, limit, output tokens) of a prompt too long for the model, 0 where unknown
-    overflow: Optional[Tuple[int, int, int]] = None
 
     def __init__(self, message: str, **facts: Any) -> None:
         super().__init__(message)
         self.message = message
+        self.param: Optional[str] = None
+        self.body: Optional[Json] = None
+        self.allow: Sequence[str] = ()
+        self.overflow: Optional[Tuple[int, int, int]] = None
         for name, value in facts.items():
             setattr(self, name, value)
 
@@ -457,7 +460,7 @@ class NotFound(GatewayError):
 
 
 class Conflict(GatewayError):
-    """Somebody else has changed what was to be written, or the name is taken."""
+    """Somebody else has changed, in the meantime, what was to be written; or the name is taken."""
     status, type, code = 409, "invalid_request_error", "conflict"
 
 
@@ -482,7 +485,7 @@ class NotLoggedIn(GatewayError):
 
 
 class LoginFailed(GatewayError):
-    """Logging in or refreshing did not work; the text says why, and what was kept.
+    """Logging in or refreshing did not work; the text says why, in one sentence, and what was kept.
 
     `refused`: the login host answered and said no.  `dead`: only a new login helps.
     """
@@ -491,7 +494,7 @@ class LoginFailed(GatewayError):
 
 
 class UpstreamError(GatewayError):
-    """The upstream's fault."""
+    """The upstream's fault; `provider` names it once the transport knows."""
     status = 502
 
 
@@ -534,7 +537,7 @@ def forget_trace(exc: Optional[BaseException]) -> None:
 # === 4. Small tools ==========================================================
 
 class Pattern:
-    """A regular expression, compiled at its first use: all of them were a third of a start."""
+    """A regular expression that is compiled at its first use; all of them took a third of a start."""
 
     def __init__(self, text: Any, flags: int = 0) -> None:
         self._given = text, flags
@@ -545,7 +548,15 @@ class Pattern:
         return method
 
 
-#: Random digits for the next ids, drawn for many at once: each draw is a system call.
+_SECRET = Pattern(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
+#: User and password in a URL, not its port.  What is none (no @) is taken as well, and left: a
+#: search that went on from each :// in it would take a minute for a header full of them.
+_USERINFO = Pattern(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(@?)")
+_CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+
+
+#: Random digits for the next ids, drawn for many at once: each draw is a system call, where another
+#: thread may take over.
 _DIGITS: List[str] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_DIGITS.clear)    # a child's ids must not be its parent's
@@ -556,18 +567,9 @@ def new_id(prefix: str) -> str:
     while True:
         try:
             return prefix + _DIGITS.pop()
-        except IndexError:               # another thread may have taken the last
+        except IndexError:
             digits = secrets.token_hex(12 * 64)
             _DIGITS.extend(digits[at:at + 24] for at in range(0, len(digits), 24))
-
-
-# --- texts --------------------------------------------------------------------
-
-_SECRET = Pattern(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
-#: User and password in a URL, not its port.  A URL without @ is matched as well, and left as it
-#: is: a search from each :// anew would take a minute for a header full of them.
-_USERINFO = Pattern(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(@?)")
-_CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
 def mask(secret: str) -> str:
@@ -577,9 +579,11 @@ def mask(secret: str) -> str:
 
 def redact(text: str) -> str:
     """`text` without what looks like a credential."""
-    text = _SECRET.sub(r"\1…", text)
-    return text if "@" not in text else _USERINFO.sub(
-        lambda found: f"://{found[1] or ''}…@" if found[2] else found[0], text)
+    text = _SECRET.sub(lambda found: found.group(1) + "…", text)
+    if "@" not in text:
+        return text
+    return _USERINFO.sub(lambda found: f"://{found.group(1) or ''}…@" if found.group(2) else
+                         found.group(), text)
 
 
 def one_line(text: Any, limit: int = 300) -> str:
@@ -601,11 +605,22 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.65) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
+def remember(table: Dict[Any, Any], name: Any, value: Any, limit: int) -> None:
+    """Put a value last into a table; beyond `limit` the one that was put there longest ago goes."""
+    table.pop(name, None)
+    table[name] = value
+    if len(table) > limit:
+        del table[next(iter(table))]
+
+
 def fits(name: str, pattern: str) -> bool:
-    """Whether a shell pattern takes a name; `m[1m]` is a name before it is a pattern."""
+    """Whether a shell pattern takes a name; `m[1m]` is a name before it is a pattern.
+
+    A range that runs backwards, `[z-a]`, takes nothing; an error of fnmatch before Python 3.10.
+    """
     try:
         return name == pattern or fnmatchcase(name, pattern)
-    except re.error:                     # a range that runs backwards, before Python 3.10
+    except re.error:
         return False
 
 
@@ -616,12 +631,154 @@ def is_loopback(host: str) -> bool:
         re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None)
 
 
-def remember(table: Dict[Any, Any], name: Any, value: Any, limit: int) -> None:
-    """Put a value last into a table; beyond `limit` the one put there longest ago goes."""
-    table.pop(name, None)
-    table[name] = value
-    if len(table) > limit:
-        del table[next(iter(table))]
+def make_folder(path: str) -> None:
+    """Make a folder and those that are missing above it, each its owner's alone; OSError.
+
+    The mode of os.makedirs is for the last one only, and subject to the umask.
+    """
+    path, missing = os.path.abspath(path), []
+    while not os.path.isdir(path) and os.path.dirname(path) != path:
+        missing.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(missing):
+        try:
+            os.mkdir(folder, 0o700)
+            os.chmod(folder, 0o700)      # a umask may take from the owner, too
+        except FileExistsError:          # somebody else was faster
+            if not os.path.isdir(folder):
+                raise
+
+
+#: Why a file can't be replaced but may be written: a bind mount, another device, a foreign folder.
+_IRREPLACEABLE = {getattr(errno, name, None)
+                  for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
+
+
+#: No write takes longer: an older temporary file is left over, whoever has its process id now.
+TEMP_FILE_S = 60
+
+
+def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
+    """Write `data` so that a crash leaves the old file or the new one, readable by the owner alone.
+
+    A link is followed; a file that can't be replaced (bind mount) is written in place, once there
+    is a `.bak` of it, which the caller may have made (`has_copy`).  OSError.
+    """
+    path = os.path.realpath(path)
+    make_folder(os.path.dirname(path))
+    temp = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+        _sync_folder(os.path.dirname(path))
+        _drop_leftovers(path)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+        if exc.errno not in _IRREPLACEABLE or not os.path.isfile(path):
+            raise
+        with contextlib.suppress(OSError):       # a foreign file, or a system without such rights
+            os.chmod(path, 0o600)
+        with open(path, "r+b") as file:
+            if not has_copy:
+                write_file(path + ".bak", file.read())
+                file.seek(0)
+            file.write(data)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def close_to_others(path: str) -> None:
+    """Take a file's permissions from all but its owner; earlier versions made files for all."""
+    with contextlib.suppress(OSError):   # no file, a foreign one, or a system without such rights
+        if os.stat(path).st_mode & 0o077:
+            os.chmod(path, 0o600)
+
+
+def _drop_leftovers(path: str) -> None:
+    """Remove what processes that were killed while they wrote `path` have left beside it."""
+    folder, name = os.path.split(path)
+    with contextlib.suppress(OSError):   # another process may do the same
+        for entry in os.listdir(folder):
+            found = re.fullmatch(r"\.(\d{1,10})-[0-9a-f]{8}\.tmp", entry[len(name):])
+            if found and entry.startswith(name):
+                temp = os.path.join(folder, entry)
+                age_s = time.time() - os.stat(temp).st_mtime
+                if age_s > TEMP_FILE_S or not has_process(int(found.group(1))):
+                    os.unlink(temp)
+
+
+def has_process(pid: int) -> bool:
+    """Whether there is such a process, as far as that can be told."""
+    if os.name != "posix":
+        return True                      # os.kill would end it there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename durable where folders can be opened (not on Windows)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def file_stamp(path: str) -> Tuple[int, ...]:
+    """Changes when the file does; () where there is none."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return ()
+    return facts.st_mtime_ns, facts.st_size, facts.st_ino
+
+
+class Cipher:
+    """Authenticated encryption out of the standard library alone, which has no cipher.
+
+    HMAC-SHA-256 in counter mode makes the key stream; the tag covers nonce and cipher text
+    (encrypt-then-MAC).  The nonce is a MAC of the text itself, as in SIV: no randomness is needed,
+    two different texts never share a key stream, and equal texts are sealed to equal bytes, which
+    is all that a bystander learns.
+    """
+    NONCE_BYTES, TAG_BYTES = 16, 32
+
+    def __init__(self, key: bytes, purpose: bytes) -> None:
+        """`purpose` keeps apart what one key is used for."""
+        self._cipher_key, self._tag_key, self._nonce_key = (
+            hmac.digest(key, purpose + use, "sha256") for use in (b"cipher", b"tag", b"nonce"))
+
+    def seal(self, plain: bytes) -> bytes:
+        nonce = hmac.digest(self._nonce_key, plain, "sha256")[:self.NONCE_BYTES]
+        sealed = nonce + self._mask(nonce, plain)
+        return sealed + hmac.digest(self._tag_key, sealed, "sha256")
+
+    def open(self, data: bytes) -> Optional[bytes]:
+        """What was sealed; None: with another key, or damaged."""
+        sealed, tag = data[:-self.TAG_BYTES], data[-self.TAG_BYTES:]
+        expected = hmac.digest(self._tag_key, sealed, "sha256")
+        if len(sealed) < self.NONCE_BYTES or not hmac.compare_digest(expected, tag):
+            return None
+        return self._mask(sealed[:self.NONCE_BYTES], sealed[self.NONCE_BYTES:])
+
+    def _mask(self, nonce: bytes, data: bytes) -> bytes:
+        """`data` XOR key stream, as two integers: a loop over bytes takes thirty times as long."""
+        blocks = range((len(data) + 31) // 32)
+        stream = b"".join(hmac.digest(self._cipher_key, nonce + block.to_bytes(8, "big"), "sha256")
+                          for block in blocks)
+        masked = int.from_bytes(data, "big") ^ int.from_bytes(stream[:len(data)], "big")
+        return masked.to_bytes(len(data), "big")
 
 
 def encode_base64(data: bytes) -> str:
@@ -638,197 +795,56 @@ def decode_base64(text: str) -> Optional[bytes]:
     return data if encode_base64(data) == text else None
 
 
-# --- files --------------------------------------------------------------------
-
-#: Why a file can't be replaced but may be written: a bind mount, another device, a foreign folder.
-_IRREPLACEABLE = {getattr(errno, name, None)
-                  for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
-
-#: No write takes longer: an older temporary file is a leftover, whoever has its process id now.
-TEMP_FILE_S = 60
-
-
-def make_folder(path: str) -> None:
-    """Make a folder and those that are missing above it, each its owner's alone; OSError.
-
-    The mode of os.makedirs is for the last one only, and subject to the umask.
-    """
-    path, missing = os.path.abspath(path), []
-    while not os.path.isdir(path) and os.path.dirname(path) != path:
-        missing.append(path)
-        path = os.path.dirname(path)
-    for folder in reversed(missing):
-        try:
-            os.mkdir(folder, 0o700)
-            os.chmod(folder, 0o700)      # a umask may take from the owner, too
-        except FileExistsError:          # another process was faster
-            if not os.path.isdir(folder):
-                raise
-
-
-def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
-    """Write `data` so that a crash leaves the old file or the new one, readable by the owner alone.
-
-    A link is followed.  A file that can't be replaced (bind mount) is written in place, once there
-    is a `.bak` of it, which the caller may have made (`has_copy`).  OSError.
-    """
-    path = os.path.realpath(path)
-    make_folder(os.path.dirname(path))
-    temp = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        _write(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), data)
-        os.replace(temp, path)
-        _sync_folder(os.path.dirname(path))
-        _drop_leftovers(path)
-    except OSError as exc:
-        with contextlib.suppress(OSError):
-            os.unlink(temp)
-        if exc.errno not in _IRREPLACEABLE or not os.path.isfile(path):
-            raise
-        if not has_copy:
-            with open(path, "rb") as file:
-                write_file(path + ".bak", file.read())
-        close_to_others(path)
-        _write(os.open(path, os.O_WRONLY), data)
-
-
-def _write(fd: int, data: bytes) -> None:
-    """`data` alone into an open file, down to the disk."""
-    with open(fd, "wb") as file:         # which empties nothing: fd is open already
-        file.write(data)
-        file.truncate()
-        file.flush()
-        os.fsync(fd)
-
-
-def close_to_others(path: str) -> None:
-    """Take a file's permissions from all but its owner; earlier versions made files for all."""
-    with contextlib.suppress(OSError):   # no file, a foreign one, or a system without such rights
-        if os.stat(path).st_mode & 0o077:
-            os.chmod(path, 0o600)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make a rename durable: a refresh token works only once."""
-    with contextlib.suppress(OSError):   # Windows opens no folders
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _drop_leftovers(path: str) -> None:
-    """Remove what processes that were killed while they wrote `path` have left beside it."""
-    folder, name = os.path.split(path)
-    with contextlib.suppress(OSError):   # another process may do the same
-        for entry in os.listdir(folder):
-            found = re.fullmatch(r"\.(\d{1,9})-[0-9a-f]{8}\.tmp", entry[len(name):])
-            if found and entry.startswith(name):
-                temp = os.path.join(folder, entry)
-                age_s = time.time() - os.stat(temp).st_mtime
-                if age_s > TEMP_FILE_S or not _is_running(int(found[1])):
-                    os.unlink(temp)
-
-
-def _is_running(pid: int) -> bool:
-    """Whether there is such a process, as far as that can be told."""
-    with contextlib.suppress(PermissionError):
-        try:
-            if os.name == "posix":       # elsewhere it would end the process
-                os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-    return True
-
-
-def file_stamp(path: str) -> Tuple[int, ...]:
-    """Changes when the file does; () where there is none."""
-    try:
-        facts = os.stat(path)
-    except OSError:
-        return ()
-    return facts.st_mtime_ns, facts.st_size, facts.st_ino
-
-
-@contextlib.contextmanager
-def file_lock(path: str, timeout_s: float) -> Iterator[None]:
+class FileLock:
     """One holder at a time among processes and threads; released when its holder dies.
 
-    OSError where the file can't be made, TimeoutError when another holds it too long.  The file
-    stays: removing it would let two processes lock two files of the same name.
+    The file stays: removing it would let two processes lock two files of the same name.  On a file
+    system that knows no locks there is a warning, once a file, and no protection.
     """
-    make_folder(os.path.dirname(path))
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        until, pause = time.monotonic() + timeout_s, threading.Event()
-        while not _lock(fd, path):
-            if time.monotonic() >= until:
-                raise TimeoutError(errno.ETIMEDOUT,
-                                   f"another process has held {path} for {timeout_s:g} s")
-            pause.wait(0.02)
-        yield
-    finally:
-        os.close(fd)                     # releases it, too
+    _unprotected: Set[str] = set()       #: files that were warned of
 
+    def __init__(self, path: str, timeout_s: float) -> None:
+        self.path, self._timeout_s, self._fd = path, timeout_s, -1
 
-def _lock(fd: int, path: str) -> bool:
-    """Whether the lock could be had; on a file system without locks a warning, and no lock."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)               # type: ignore[attr-defined]
-        else:
-            import fcntl
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        if not exc.errno or exc.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return False                 # Wine gives no number
-        if exc.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-            raise
-        _warn_of_missing_locks(path)
-    return True
+    def __enter__(self) -> "FileLock":
+        """OSError where the file can't be made; its TimeoutError when another holds it too long."""
+        make_folder(os.path.dirname(self.path))
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        until, pause = time.monotonic() + self._timeout_s, threading.Event()
+        try:
+            while not self._take(fd):
+                if time.monotonic() >= until:
+                    text = f"another process has held {self.path} for {self._timeout_s:g} s"
+                    raise TimeoutError(errno.ETIMEDOUT, text)
+                pause.wait(0.02)
+            self._fd = fd
+        finally:
+            if self._fd != fd:
+                os.close(fd)
+        return self
 
+    def _take(self, fd: int) -> bool:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)           # type: ignore[attr-defined]
+            else:
+                import fcntl
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            if not exc.errno or exc.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                return False             # Wine gives no number
+            if exc.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+                raise
+            if self.path not in self._unprotected:
+                self._unprotected.add(self.path)
+                log.warning("this file system knows no locks: only one process may write in %s",
+                            os.path.dirname(self.path))
+        return True
 
-@lru_cache(maxsize=None)                 # once a file
-def _warn_of_missing_locks(path: str) -> None:
-    log.warning("this file system knows no locks: only one process may write in %s",
-                os.path.dirname(path))
-
-
-class Cipher:
-    """Authenticated encryption out of the standard library alone, which has no cipher.
-
-    HMAC-SHA-256 in counter mode makes the key stream; the tag covers nonce and cipher text
-    (encrypt-then-MAC).  The nonce is a MAC of the text itself, as in SIV: two different texts never
-    share a key stream, and equal texts give equal bytes, which is all that a bystander learns.
-    """
-    NONCE_BYTES, TAG_BYTES = 16, 32
-
-    def __init__(self, key: bytes, purpose: bytes) -> None:
-        """`purpose` keeps apart what one key is used for."""
-        self._cipher_key, self._tag_key, self._nonce_key = (
-            hmac.digest(key, purpose + use, "sha256") for use in (b"cipher", b"tag", b"nonce"))
-
-    def encrypt(self, plain: bytes) -> bytes:
-        nonce = hmac.digest(self._nonce_key, plain, "sha256")[:self.NONCE_BYTES]
-        data = nonce + self._mask(nonce, plain)
-        return data + hmac.digest(self._tag_key, data, "sha256")
-
-    def decrypt(self, data: bytes) -> Optional[bytes]:
-        """What was encrypted; None: with another key, or damaged."""
-        data, tag = data[:-self.TAG_BYTES], data[-self.TAG_BYTES:]
-        expected = hmac.digest(self._tag_key, data, "sha256")
-        if len(data) < self.NONCE_BYTES or not hmac.compare_digest(expected, tag):
-            return None
-        return self._mask(data[:self.NONCE_BYTES], data[self.NONCE_BYTES:])
-
-    def _mask(self, nonce: bytes, data: bytes) -> bytes:
-        """`data` XOR key stream, as two integers: a loop over bytes takes thirty times as long."""
-        stream = b"".join(hmac.digest(self._cipher_key, nonce + block.to_bytes(8, "big"), "sha256")
-                          for block in range((len(data) + 31) // 32))
-        masked = int.from_bytes(data, "big") ^ int.from_bytes(stream[:len(data)], "big")
-        return masked.to_bytes(len(data), "big")
+    def __exit__(self, *exc: Any) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)                     # lets go, too
 
 
 # --- shapes of values ---------------------------------------------------------
@@ -852,10 +868,6 @@ def misfit(where: str, expected: str, value: Any = (), hint: str = "") -> ValueE
 
 def place(where: str, name: str) -> str:
     return f"{where}.{one_line(name, 60)}" if where else one_line(name, 60)
-
-
-def anything(value: Any, where: str) -> Any:
-    return value
 
 
 def secret_text(value: Any, where: str) -> str:
@@ -882,6 +894,10 @@ def filled_text(value: Any, where: str) -> str:
 def truth(value: Any, where: str) -> bool:
     if not isinstance(value, bool):
         raise misfit(where, "true or false", value)
+    return value
+
+
+def anything(value: Any, where: str) -> Any:
     return value
 
 
@@ -950,18 +966,15 @@ KIND_WORDS = {"str": "a string", "int": "a whole number", "float": "a number",
 
 # === 5. Settings =============================================================
 
-def setting(kind: str, default: Any, group: str, text: str, **facts: Any) -> Any:
+def setting(kind: str, default: Any, **facts: Any) -> Any:
     """A field of `Settings`; its metadata serve file, environment, flags, help and forms alike.
 
-    `kind`: str, int, float, bool, list or dict.  `group`: where a form shows it.  `text`: what it
-    is called and, where there is more to say, a hint, each in Chinese and in English.  `facts`:
-    flag, low, high, choices, secret, restart (takes effect at the next start), older (a name of the
-    older program, kept for it), file_only (set by file and command line only: what names files,
-    whom to trust and where logins go would make whoever has the page's password the master of this
-    machine).
+    `kind`: str, int, float, bool, list or dict.  `facts`: flag, low, high, choices, secret, restart
+    (takes effect at the next start), older (a name of the older program, kept for it), file_only
+    (set by file and command line only: what names files, whom to trust and where logins go would
+    make whoever has the page's password the master of this machine).
     """
-    texts = tuple(text.split(" | "))
-    metadata = {"kind": kind, "group": group, "label": texts[:2], "hint": texts[2:], **facts}
+    metadata = {"kind": kind, **facts}
     if isinstance(default, (list, dict)):
         return field(default_factory=type(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -970,156 +983,180 @@ def setting(kind: str, default: Any, group: str, text: str, **facts: Any) -> Any
 @dataclass(frozen=True, repr=False)
 class Settings:
     """Everything the user can change.  Frozen: a request works on the snapshot it started with."""
-    host: str = setting("str", "127.0.0.1", "server", flag="--host", restart=True, file_only=True,
-        text="监听地址 | Address to listen on | 127.0.0.1 仅限本机；0.0.0.0 允许其他机器访问，此时需要客户端密钥。 "
-             "| 127.0.0.1 serves this machine only; 0.0.0.0 serves others too, with a client key.")
-    port: int = setting("int", 28000, "server", low=0, high=65535, flag="--port", restart=True,
-        text="端口 | Port | 0 表示自动选一个空闲端口。 | 0 picks a free one.")
-    providers: List[Any] = setting("list", [], "upstream",
-        "上游列表 | Providers: name, base_url, api_keys, …")
-    default_provider: str = setting("str", "", "upstream",
-        "默认上游 | Default provider | 没有别名匹配、也没有上游列出的模型名发到这里；留空则为第一个。 "
-        "| Gets models that no alias and no provider knows. Empty: the first one.")
-    aliases: Dict[str, Any] = setting("dict", {}, "upstream",
-        "模型别名 | Model aliases: pattern -> model, or models to try in order")
-    default_model: str = setting("str", "", "upstream", flag="--model",
-        text="默认模型 | Default model | 请求没有指定模型，或用了 claude-*、gpt-* 等别家的模型名时使用。 "
-             "| For requests without a model, or with a foreign name like claude-* or gpt-*.")
-    api_concurrency: int = setting("int", 1, "iflow", low=0,
-        text="每个 iFlow 账号的并发数 | Requests at once per iFlow account | 0 为不限。 | 0: no limit.")
-    retry: Dict[str, Any] = setting("dict", {}, "upstream",
-        '失败重试 | Retries of a failed provider | JSON，例如 {"count": 2, "backoff_s": 0.5, '
-        '"max_backoff_s": 10, "total_s": 60}：次数、首次等待、最长等待、总时限（秒）。默认不重试。 '
-        '| JSON: {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}: how often, '
-        "first and longest pause, time for all (seconds). Default: none.")
-    circuit: Dict[str, Any] = setting("dict", {}, "upstream",
-        '熔断 | Rest for a failing provider | JSON，例如 {"failures": 5, "rest_s": 30}：连续失败 5 次后暂停 30 秒'
-        "（默认）；failures 为 0 则从不暂停。 "
-        '| JSON such as {"failures": 5, "rest_s": 30}: after 5 failures in a row it rests for 30 s '
-        "(the default); 0 failures: never.")
-    sticky: bool = setting("bool", False, "upstream",
-        "同一会话使用同一密钥 | Same API key for a whole conversation | 有利于命中上游的前缀缓存；关闭时密钥轮流使用。 "
-        "| Helps the provider's prefix cache. Off: the keys take turns.")
-    client_keys: List[Any] = setting("list", [], "clients",
-        "客户端密钥列表 | Client keys, made by `key add`")
-    address_limits: Dict[str, Any] = setting("dict", {}, "clients",
-        "每个地址的限额 | Limits per client address | JSON，可含 rpm、rph、rpd、tpd、concurrency；在“密钥与限额”里填写更方便。 "
-        "| JSON: rpm, rph, rpd, tpd, concurrency; easier in Keys & limits.")
-    usage: bool = setting("bool", True, "logs",
-        "记录用量 | Record usage | 请求数与 token 数写入 usage.jsonl，不含内容。 "
-        "| Counts requests and tokens in usage.jsonl, never their content.")
-    usage_days: int = setting("int", 92, "logs", low=1, high=3660,
-        text="用量保留天数 | Days that usage is kept")
-    prices: Dict[str, Any] = setting("dict", {}, "logs",
-        '价格 | Prices | JSON，每百万 token，例如 {"glm-*": {"input": 2, "output": 8, "cached": 0.5}}。 '
-        '| JSON, for a million tokens: {"glm-*": {"input": 2, "output": 8}}; also cached.')
-    custom_api_key: str = setting("str", "", "clients", secret=True,
-        text="固定的客户端密钥 | Fixed client key | 设置后，客户端可用它或“密钥与限额”里的密钥。 "
-             "| Once set, clients must send it, or a key made under Keys & limits.")
-    admin_password: str = setting("str", "", "server", secret=True,
-        text="管理页面密码 | Password of the admin page, as a hash")
-    custom_auth_header: str = setting("str", "", "clients",
-        "额外读取密钥的请求头 | Extra header that carries the client key | 除 Authorization、x-api-key、api-key "
-        "之外，例如 X-Gateway-Key。 "
-        "| Besides Authorization, x-api-key and api-key; for example X-Gateway-Key.")
-    allowed_hosts: List[Any] = setting("list", [], "clients",
-        "允许的 Host | Allowed host names | 访问时用的域名，例如反向代理的 api.example.com；本机名称无需填写。 "
-        "| Names this server is reached by, such as api.example.com behind a proxy. This machine's "
-        "own need no entry.")
-    allowed_origins: List[Any] = setting("list", [], "clients",
-        "允许的网页来源 | Allowed web origins | 这些网页无需密钥即可调用，例如 https://chat.example.com。 "
-        "| Web pages that may call without a key, as https://chat.example.com.")
-    trusted_proxies: List[Any] = setting("list", [], "clients",
-        "可信代理 | Trusted proxies | 信任其 X-Forwarded-For 的地址或网段，例如 10.0.0.0/8。 "
-        "| Addresses or networks whose X-Forwarded-For counts: 10.0.0.0/8.")
-    preserve_reasoning_content: bool = setting("bool", False, "iflow",
-        "保留 reasoning_content | Keep reasoning_content apart | 仅 iFlow：思考内容放在单独的字段里，不并入正文。 "
-        "| iFlow only: thinking stays in its own field, not in the text.")
-    vision_model: str = setting("str", "qwen-vl-max", "iflow",
-        "识图模型 | Model for images | 带图片的 iFlow 请求改用它。 | Takes iFlow requests that carry images.")
-    vision_mode: str = setting("str", "route", "iflow", choices=("route", "pass"),
-        text="图片的处理 | What happens to images | route：改用识图模型；pass：原样发给所请求的模型。 "
-             "| route: the model for images answers. pass: the requested model gets them.")
-    upstream_proxy: str = setting("str", "", "upstream", secret=True,
-        text="上游代理 | Proxy to the providers | http://、socks5://、socks5h:// 地址，或 env（按环境变量）；需同时启用。 "
-             "| An http://, socks5:// or socks5h:// address, or env for the environment's. Turn it "
-             "on as well.")
-    upstream_proxy_enabled: bool = setting("bool", False, "upstream",
-        "启用上游代理 | Use the proxy to the providers")
-    ca_file: str = setting("str", "", "upstream", file_only=True,
-        text="额外的 CA 证书 | Additional CA certificates | PEM 文件的路径，用于自签名或公司内部的证书。 "
-             "| Path of a PEM file, for self-signed or company certificates.")
-    connect_timeout_s: float = setting("float", 10, "upstream", low=0.1,
-        text="连接上游的时限 | Time to connect to a provider")
-    first_byte_timeout_s: float = setting("float", 300, "upstream", low=0.1,
-        text="等待上游首字节的时限 | Longest wait for an answer to begin")
-    idle_timeout_s: float = setting("float", 300, "upstream", low=0.1,
-        text="回答中断的时限 | Longest silence within an answer")
-    body_limit_bytes: int = setting("int", 64 << 20, "server", low=1024,
-        text="请求体上限 | Largest request body")
-    max_connections: int = setting("int", 2000, "server", low=1,
-        text="最大连接数 | Client connections at once")
-    queue_limit: int = setting("int", 64, "upstream", low=0,
-        text="排队上限 | Queue length per provider | 上游并发已满时最多排队的请求数，更多的会收到 503。 "
-             "| Requests that may wait when a provider is busy; further ones get 503.")
-    queue_timeout_s: float = setting("float", 300, "upstream", low=0.1,
-        text="最长排队时间 | Longest wait in the queue")
-    keepalive_s: float = setting("float", 10, "server", low=0.05,
-        text="保活间隔 | Keep-alive interval of streams | 流式回答静默这么久后发一次保活，避免客户端超时。 "
-             "| After such a silence a sign of life is sent, so that clients don't give up.")
-    drain_s: float = setting("float", 10, "server", low=0,
-        text="退出前的等待 | Time to finish when stopping | 停止时让进行中的回答有时间结束。 "
-             "| Running answers may end before the program does.")
-    detect_local: bool = setting("bool", True, "upstream",
-        "自动发现本地引擎 | Find local engines by itself | 没有配置上游时，查找本机的 Ollama、LM Studio 等。 "
-        "| Looks for Ollama, LM Studio and the like when no provider is set up.")
-    docs_cdn: bool = setting("bool", True, "appearance",
-        "文档页使用 CDN | API documents from a CDN | /docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭"
-        "则只显示路径列表。 "
-        "| /docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: a plain list.")
-    language: str = setting("str", "", "appearance", choices=("", "zh", "en"),
-        text="语言 | Language | zh 中文，en 英文；自动则按系统或浏览器。 "
-             "| zh: Chinese, en: English. Automatic follows the system or browser.")
-    theme_mode: str = setting("str", "system", "appearance", choices=("system", "light", "dark"),
-        text="主题 | Theme of this page")
-    log_level: str = setting(
-        "str", "info", "logs", choices=("debug", "info", "warning", "error"), flag="--log-level",
-        text="日志级别 | Log level")
-    log_file: str = setting("str", "", "logs", restart=True, file_only=True,
-        text="日志文件 | Log file | 填写路径后，日志也写入这个文件。 "
-             "| With a path here, the log goes to that file as well.")
-    iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", "iflow", file_only=True,
-        text="iFlow 授权地址 | iFlow login page")
-    iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", "iflow", file_only=True,
-        text="iFlow 令牌地址 | iFlow token address")
-    iflow_userinfo_url: str = setting(
-        "str", "https://iflow.cn/api/oauth/getUserInfo", "iflow", file_only=True,
-        text="iFlow 用户信息地址 | iFlow account address | 登录后从这里取得 API 密钥。 "
-             "| Where the API key comes from after the login.")
-    oauth_client_id: str = setting("str", "10009311001", "iflow", file_only=True,
-        text="OAuth 客户端 ID | OAuth client ID")
+    host: str = setting("str", "127.0.0.1", flag="--host", restart=True, file_only=True)
+    port: int = setting("int", 28000, low=0, high=65535, flag="--port", restart=True)
+    providers: List[Any] = setting("list", [])
+    default_provider: str = setting("str", "")
+    aliases: Dict[str, Any] = setting("dict", {})
+    default_model: str = setting("str", "", flag="--model")
+    api_concurrency: int = setting("int", 1, low=0)
+    retry: Dict[str, Any] = setting("dict", {})
+    circuit: Dict[str, Any] = setting("dict", {})
+    sticky: bool = setting("bool", False)
+    client_keys: List[Any] = setting("list", [])
+    address_limits: Dict[str, Any] = setting("dict", {})
+    usage: bool = setting("bool", True)
+    usage_days: int = setting("int", 92, low=1, high=3660)
+    prices: Dict[str, Any] = setting("dict", {})
+    custom_api_key: str = setting("str", "", secret=True)
+    admin_password: str = setting("str", "", secret=True)
+    custom_auth_header: str = setting("str", "")
+    allowed_hosts: List[Any] = setting("list", [])
+    allowed_origins: List[Any] = setting("list", [])
+    trusted_proxies: List[Any] = setting("list", [])
+    preserve_reasoning_content: bool = setting("bool", False)
+    vision_model: str = setting("str", "qwen-vl-max")
+    vision_mode: str = setting("str", "route", choices=("route", "pass"))
+    upstream_proxy: str = setting("str", "", secret=True)
+    upstream_proxy_enabled: bool = setting("bool", False)
+    ca_file: str = setting("str", "", file_only=True)
+    connect_timeout_s: float = setting("float", 10, low=0.1)
+    first_byte_timeout_s: float = setting("float", 300, low=0.1)
+    idle_timeout_s: float = setting("float", 300, low=0.1)
+    body_limit_bytes: int = setting("int", 64 << 20, low=1024)
+    max_connections: int = setting("int", 2000, low=1)
+    queue_limit: int = setting("int", 64, low=0)
+    queue_timeout_s: float = setting("float", 300, low=0.1)
+    keepalive_s: float = setting("float", 10, low=0.05)
+    drain_s: float = setting("float", 10, low=0)
+    detect_local: bool = setting("bool", True)
+    docs_cdn: bool = setting("bool", True)
+    language: str = setting("str", "", choices=("", "zh", "en"))
+    theme_mode: str = setting("str", "system", choices=("system", "light", "dark"))
+    log_level: str = setting("str", "info", choices=("debug", "info", "warning", "error"),
+                             flag="--log-level")
+    log_file: str = setting("str", "", restart=True, file_only=True)
+    iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", file_only=True)
+    iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", file_only=True)
+    iflow_userinfo_url: str = setting("str", "https://iflow.cn/api/oauth/getUserInfo",
+                                      file_only=True)
+    oauth_client_id: str = setting("str", "10009311001", file_only=True)
     #: Published in its CLI (RFC 8252, 8.5).
-    oauth_client_secret: str = setting(
-        "str", "4Z3YjXycVsQvyGF1etiNlIBB4RsqSDtW", "iflow", secret=True, file_only=True,
-        text="OAuth 客户端密钥 | OAuth client secret | iFlow CLI 公开的值，一般无需修改。 "
-             "| Published with iFlow's CLI; rarely needs a change.")
-    accounts: Dict[str, Any] = setting("dict", {}, "iflow",
-        "更多 iFlow 账号 | Further iFlow accounts, kept by `login --account`")
-    encrypt_secrets: bool = setting("bool", True, "server",
-        "加密保存密钥 | Encrypt stored secrets | config.json 里的密钥和令牌。 | Keys and tokens in config.json.")
-    api_key: str = setting("str", "", "iflow", secret=True,
-        text="iFlow 密钥 | iFlow API key | 登录 iFlow 后无需填写。 "
-             "| Not needed once you are logged in to iFlow.")
-    base_url: str = setting("str", "", "iflow",
-        "iFlow 接口地址 | iFlow API address | 留空则用 iFlow 自己的地址。 | Empty: iFlow's own.")
-    auth_type: str = setting("str", "", "iflow", older=True,
-        text="iFlow 登录方式 | iFlow login type; openai-compatible: a plain provider")
+    oauth_client_secret: str = setting("str", "4Z3YjXycVsQvyGF1etiNlIBB4RsqSDtW", secret=True,
+                                       file_only=True)
+    accounts: Dict[str, Any] = setting("dict", {})
+    encrypt_secrets: bool = setting("bool", True)
+    api_key: str = setting("str", "", secret=True)
+    base_url: str = setting("str", "")
+    auth_type: str = setting("str", "", older=True)
 
 
 SETTING = {item.name: item for item in fields(Settings)}
-_DEFAULTS = Settings()
+
+#: Name, what it is called and, where there is more to say, a hint: each in Chinese, in English.
+SETTING_TEXTS = {name: tuple(texts.split(" | ")) for name, _, texts in (
+    line.partition(" = ") for line in """\
+host = 监听地址 | Address to listen on | 127.0.0.1 仅限本机；0.0.0.0 允许其他机器访问，此时需要客户端密钥。 \
+| 127.0.0.1 serves this machine only; 0.0.0.0 serves others too, with a client key.
+port = 端口 | Port | 0 表示自动选一个空闲端口。 | 0 picks a free one.
+providers = 上游列表 | Providers: name, base_url, api_keys, …
+default_provider = 默认上游 | Default provider | 没有别名匹配、也没有上游列出的模型名发到这里；留空则为第一个。 \
+| Gets models that no alias and no provider knows. Empty: the first one.
+aliases = 模型别名 | Model aliases: pattern -> model, or models to try in order
+default_model = 默认模型 | Default model | 请求没有指定模型，或用了 claude-*、gpt-* 等别家的模型名时使用。 \
+| For requests without a model, or with a foreign name like claude-* or gpt-*.
+api_concurrency = 每个 iFlow 账号的并发数 | Requests at once per iFlow account | 0 为不限。 | 0: no limit.
+retry = 失败重试 | Retries of a failed provider \
+| JSON，例如 {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": \
+60}：次数、首次等待、最长等待、总时限（秒）。默认不重试。 \
+| JSON: {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}: how often, first \
+and longest pause, time for all (seconds). Default: none.
+circuit = 熔断 | Rest for a failing provider \
+| JSON，例如 {"failures": 5, "rest_s": 30}：连续失败 5 次后暂停 30 秒（默认）；failures 为 0 则从不暂停。 \
+| JSON such as {"failures": 5, "rest_s": 30}: after 5 failures in a row it rests for 30 s (the \
+default); 0 failures: never.
+sticky = 同一会话使用同一密钥 | Same API key for a whole conversation | 有利于命中上游的前缀缓存；关闭时密钥轮流使用。 \
+| Helps the provider's prefix cache. Off: the keys take turns.
+client_keys = 客户端密钥列表 | Client keys, made by `key add`
+address_limits = 每个地址的限额 | Limits per client address \
+| JSON，可含 rpm、rph、rpd、tpd、concurrency；在“密钥与限额”里填写更方便。 \
+| JSON: rpm, rph, rpd, tpd, concurrency; easier in Keys & limits.
+usage = 记录用量 | Record usage | 请求数与 token 数写入 usage.jsonl，不含内容。 \
+| Counts requests and tokens in usage.jsonl, never their content.
+usage_days = 用量保留时间 | Keep usage for
+prices = 价格 | Prices | JSON，每百万 token，例如 {"glm-*": {"input": 2, "output": 8, "cached": 0.5}}。 \
+| JSON, for a million tokens: {"glm-*": {"input": 2, "output": 8}}; also cached.
+custom_api_key = 固定的客户端密钥 | Fixed client key | 设置后，客户端可用它或“密钥与限额”里的密钥。 \
+| Once set, clients must send it, or a key made under Keys & limits.
+admin_password = 管理页面密码 | Password of the admin page, as a hash
+custom_auth_header = 额外读取密钥的请求头 | Extra header that carries the client key \
+| 除 Authorization、x-api-key、api-key 之外，例如 X-Gateway-Key。 \
+| Besides Authorization, x-api-key and api-key; for example X-Gateway-Key.
+allowed_hosts = 允许的 Host | Allowed host names | 访问时用的域名，例如反向代理的 api.example.com；本机名称无需填写。 \
+| Names this server is reached by, such as api.example.com behind a proxy. This machine's own \
+need no entry.
+allowed_origins = 允许的网页来源 | Allowed web origins | 这些网页无需密钥即可调用，例如 https://chat.example.com。 \
+| Web pages that may call without a key, as https://chat.example.com.
+trusted_proxies = 可信代理 | Trusted proxies | 信任其 X-Forwarded-For 的地址或网段，例如 10.0.0.0/8。 \
+| Addresses or networks whose X-Forwarded-For counts: 10.0.0.0/8.
+preserve_reasoning_content = 保留 reasoning_content | Keep reasoning_content apart \
+| 仅 iFlow：思考内容放在单独的字段里，不并入正文。 | iFlow only: thinking stays in its own field, not in the text.
+vision_model = 识图模型 | Model for images | 带图片的 iFlow 请求改用它。 | Takes iFlow requests that carry images.
+vision_mode = 图片的处理 | What happens to images | route：改用识图模型；pass：原样发给所请求的模型。 \
+| route: the model for images answers. pass: the requested model gets them.
+upstream_proxy = 上游代理 | Proxy to the providers \
+| http://、socks5://、socks5h:// 地址，或 env（按环境变量）；需同时启用。 \
+| An http://, socks5:// or socks5h:// address, or env for the environment's. Turn it on as well.
+upstream_proxy_enabled = 启用上游代理 | Use the proxy to the providers
+ca_file = 额外的 CA 证书 | Additional CA certificates | PEM 文件的路径，用于自签名或公司内部的证书。 \
+| Path of a PEM file, for self-signed or company certificates.
+connect_timeout_s = 连接上游的时限 | Time to connect to a provider
+first_byte_timeout_s = 等待上游首字节的时限 | Longest wait for an answer to begin
+idle_timeout_s = 回答中断的时限 | Longest silence within an answer
+body_limit_bytes = 请求体上限 | Largest request body
+max_connections = 最大连接数 | Client connections at once
+queue_limit = 排队上限 | Queue length per provider | 上游并发已满时最多排队的请求数，更多的会收到 503。 \
+| Requests that may wait when a provider is busy; further ones get 503.
+queue_timeout_s = 最长排队时间 | Longest wait in the queue
+keepalive_s = 保活间隔 | Keep-alive interval of streams | 流式回答静默这么久后发一次保活，避免客户端超时。 \
+| After such a silence a sign of life is sent, so that clients don't give up.
+drain_s = 退出前的等待 | Time to finish when stopping | 停止时让进行中的回答有时间结束。 \
+| Running answers may end before the program does.
+detect_local = 自动发现本地引擎 | Find local engines by itself | 没有配置上游时，查找本机的 Ollama、LM Studio 等。 \
+| Looks for Ollama, LM Studio and the like when no provider is set up.
+docs_cdn = 文档页使用 CDN | API documents from a CDN \
+| /docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭则只显示路径列表。 \
+| /docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: a plain list.
+language = 语言 | Language | zh 中文，en 英文；自动则按系统或浏览器。 \
+| zh: Chinese, en: English. Automatic follows the system or browser.
+theme_mode = 主题 | Theme of this page
+log_level = 日志级别 | Log level
+log_file = 日志文件 | Log file | 填写路径后，日志也写入这个文件。 | With a path here, the log goes to that file as well.
+iflow_auth_url = iFlow 授权地址 | iFlow login page
+iflow_token_url = iFlow 令牌地址 | iFlow token address
+iflow_userinfo_url = iFlow 用户信息地址 | iFlow account address | 登录后从这里取得 API 密钥。 \
+| Where the API key comes from after the login.
+oauth_client_id = OAuth 客户端 ID | OAuth client ID
+oauth_client_secret = OAuth 客户端密钥 | OAuth client secret | iFlow CLI 公开的值，一般无需修改。 \
+| Published with iFlow's CLI; rarely needs a change.
+accounts = 更多 iFlow 账号 | Further iFlow accounts, kept by `login --account`
+encrypt_secrets = 加密保存密钥 | Encrypt stored secrets | config.json 里的密钥和令牌。 \
+| Keys and tokens in config.json.
+api_key = iFlow 密钥 | iFlow API key | 登录 iFlow 后无需填写。 | Not needed once you are logged in to iFlow.
+base_url = iFlow 接口地址 | iFlow API address | 留空则用 iFlow 自己的地址。 | Empty: iFlow's own.
+auth_type = iFlow 登录方式 | iFlow login type; openai-compatible: a plain provider
+""".splitlines())}
+
+#: Where a form shows each setting.
+SETTING_GROUPS: Dict[str, Tuple[str, ...]] = {
+    "server": ("host", "port", "admin_password", "body_limit_bytes", "max_connections",
+               "keepalive_s", "drain_s", "encrypt_secrets"),
+    "upstream": ("providers", "default_provider", "aliases", "default_model", "retry", "circuit",
+                 "sticky", "upstream_proxy", "upstream_proxy_enabled", "ca_file",
+                 "connect_timeout_s", "first_byte_timeout_s", "idle_timeout_s", "queue_limit",
+                 "queue_timeout_s", "detect_local"),
+    "clients": ("custom_api_key", "custom_auth_header", "client_keys", "address_limits",
+                "allowed_hosts", "allowed_origins", "trusted_proxies"),
+    "iflow": ("api_key", "base_url", "auth_type", "accounts", "api_concurrency",
+              "preserve_reasoning_content", "vision_model", "vision_mode", "iflow_auth_url",
+              "iflow_token_url", "iflow_userinfo_url", "oauth_client_id", "oauth_client_secret"),
+    "logs": ("log_level", "log_file", "usage", "usage_days", "prices"),
+    "appearance": ("language", "theme_mode", "docs_cdn")}
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True,
           "false": False, "0": False, "no": False, "off": False}
+
+
+_DEFAULTS = Settings()
 
 
 def default_of(name: str) -> Any:
@@ -1128,36 +1165,27 @@ def default_of(name: str) -> Any:
     return type(value)(value) if isinstance(value, (list, dict)) else value
 
 
-def explain_setting(name: str, language: str) -> str:
-    """What a setting is for, in one line; `language` is zh or en."""
-    facts, is_english = SETTING[name].metadata, language != "zh"
-    texts = [pair[is_english] for pair in (facts["label"], facts["hint"]) if pair]
-    return (". " if is_english else "。").join(texts)
-
-
 def check_setting(name: str, value: Any, where: str = "") -> Any:
     """`value` as the setting's kind; ValueError says what was expected at which place instead.
 
     `where` is what the place is called, the setting's name if nothing else is given.
     """
-    facts = SETTING[name].metadata
-    kind, is_whole = facts["kind"], facts["kind"] == "int"
+    facts, where = SETTING[name].metadata, where or name
     if name in SETTING_SHAPES:
-        shape = SETTING_SHAPES[name]
-    elif "choices" in facts:
-        shape = one_of(*facts["choices"])
-    elif kind in ("int", "float"):
-        high = facts.get("high", 10 ** 12 if is_whole else LONGEST_S)
-        shape = number(facts.get("low", 0), high, is_whole)
-    else:
-        shape = secret_text if facts.get("secret") else KIND_SHAPES[kind]
-    return shape(value, where or name)
+        return SETTING_SHAPES[name](value, where)
+    if "choices" in facts:
+        return one_of(*facts["choices"])(value, where)
+    if facts["kind"] in ("int", "float"):
+        whole = facts["kind"] == "int"
+        high = facts.get("high", 10 ** 12 if whole else LONGEST_S)
+        return number(facts.get("low", 0), high, whole)(value, where)
+    return (secret_text if facts.get("secret") else KIND_SHAPES[facts["kind"]])(value, where)
 
 
 def parse_setting(name: str, text: str, where: str = "") -> Any:
-    """The value that `text` (a variable, a flag, an argument) stands for; ValueError as above.
+    """The value that `text` (a variable, a flag, an argument) stands for.
 
-    Lists and objects are JSON.
+    Lists and objects are JSON; ValueError as of check_setting.
     """
     kind = SETTING[name].metadata["kind"]
     value: Any = text
@@ -1176,7 +1204,7 @@ class Loaded(NamedTuple):
     """Settings, where each that is no default came from, and what was wrong, a sentence each."""
     settings: Settings
     origins: Dict[str, str]
-    warnings: List[str]
+    problems: List[str]
 
 
 def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any],
@@ -1187,20 +1215,20 @@ def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any
     """
     values: Json = {}
     origins: Dict[str, str] = {}
-    warnings: List[str] = []
-    for name, item in SETTING.items():
-        # A secret that can't be decrypted is named by ConfigFile.  Of the client key the encrypted
-        # text stays in force: a server that wanted a key must not suddenly want none.
-        unreadable = (item.metadata.get("secret") and is_encrypted(raw.get(name))
-                      and name != "custom_api_key")
-        if name in raw and not unreadable:
+    problems: List[str] = []
+    for name in SETTING:
+        # A secret that can't be opened is named by the vault.  Of the client key its sealed text
+        # stays in force: a server that wanted a key must not suddenly want none.
+        locked = (name != "custom_api_key" and SETTING[name].metadata.get("secret")
+                  and is_sealed(raw.get(name)))
+        if name in raw and not locked:
             try:
                 values[name], origins[name] = check_setting(name, raw[name]), "file"
             except ValueError as exc:
-                warnings.append(f"config.json: {exc}")
+                problems.append(f"config.json: {exc}")
                 if last is not None:
                     values[name] = getattr(last, name)
-                elif name == "client_keys":      # a malformed value must not disable authentication
+                elif name == "client_keys":     # a malformed value must not disable authentication
                     is_list = isinstance(raw[name], list) and raw[name]
                     values[name] = raw[name] if is_list else [None]
         variable = ENV_PREFIX + name.upper()
@@ -1209,212 +1237,10 @@ def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any
                 values[name] = parse_setting(name, environ[variable], variable)
                 origins[name] = "environment"
             except ValueError as exc:
-                warnings.append(str(exc))
-    origins.update(dict.fromkeys(flags, "flag"))
-    return Loaded(Settings(**{**values, **flags}), origins, warnings)
-
-
-# --- secrets at rest -----------------------------------------------------------
-
-ENCRYPTED = "enc:"
-_REFERENCE = r"\$[A-Za-z_]\w*"
-
-#: Of an account these are secret.
-LOGIN_SECRETS = ("apiKey", "searchApiKey", "oauth_access_token", "oauth_refresh_token")
-
-#: Of a provider these may hold secrets, names that we do not know among them; of its headers those
-#: with such names.
-_SECRET_FIELD = r"(?i)keys?$|token|secret|password|headers|proxy|_url$"
-_SECRET_HEADER = r"(?i)auth|cookie|secret|token|password|credential|key"
-
-
-def is_encrypted(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(ENCRYPTED)
-
-
-def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
-    """`raw` (config.json's object) with `change(place, text)` for what may be secret; a new object.
-
-    The one walk for encrypting, decrypting and masking.  `$NAME` is no secret, only the name of
-    one, and stays.
-    """
-    def on_text(where: str, value: Any) -> Any:
-        is_plain = not isinstance(value, str) or not value or re.fullmatch(_REFERENCE, value)
-        return value if is_plain else change(where, value)
-
-    def on(where: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [on_text(f"{where}[{at}]", item) for at, item in enumerate(value)]
-        if isinstance(value, dict):
-            return {name: on_text(place(where, name), item) for name, item in value.items()}
-        return on_text(where, value)
-
-    def on_fields(where: str, value: Any, is_secret: Callable[[str], Any]) -> Any:
-        if not isinstance(value, dict):
-            return on_text(where, value)
-        return {name: on(place(where, name), item) if is_secret(name) else item
-                for name, item in value.items()}
-
-    raw = on_fields("", raw, lambda name: name in SETTING and SETTING[name].metadata.get("secret"))
-    if isinstance(raw.get("providers"), list):
-        raw["providers"] = [
-            on_fields(f"providers[{at}]", entry, lambda name: re.search(_SECRET_FIELD, name))
-            for at, entry in enumerate(raw["providers"])]
-    if isinstance(raw.get("accounts"), dict):
-        raw["accounts"] = {name: on_fields(f"accounts.{name}", login, LOGIN_SECRETS.__contains__)
-                           for name, login in raw["accounts"].items()}
-    return raw
-
-
-def _is_url(where: str) -> bool:
-    return where.endswith(("proxy", "_url")) and ".headers." not in where
-
-
-def is_to_encrypt(where: str, text: str) -> bool:
-    """Whether map_secrets came upon a secret: no URL without a password, no harmless header."""
-    _, is_header, name = where.partition(".headers.")
-    return not (is_encrypted(text) or _is_url(where) and "@" not in text
-                or is_header and not re.search(_SECRET_HEADER, name))
-
-
-def hide_secrets(name: str, value: Any) -> Any:
-    """A setting's value as it may be shown."""
-    def hide(where: str, text: str) -> str:
-        if _is_url(where) and "://" in text:
-            return re.sub("[?#].*", "…", redact(text))
-        return mask(text) if name != "admin_password" else "…"
-    return map_secrets({name: value}, hide)[name]
-
-
-def hide_in_provider(entry: Json) -> Json:
-    return hide_secrets("providers", [entry])[0]
-
-
-class CannotDecrypt(ValueError):
-    """An encrypted value that can't be read; the text says why, and names no secret."""
-
-
-class Vault:
-    """Encrypts the secrets of config.json and its .bak: `enc:v1:PARAMETERS.KEY_ID.DATA`.
-
-    It protects what leaves this machine without the key: a config.json shown in a bug report,
-    synchronised, committed or backed up.  The key is `secret.key` beside it (random, 0600), so it
-    does not protect against who can read the whole folder as this user or as root; with
-    IFLOW2API_PASSPHRASE, from which the key is derived, it does, if the environment is safe.
-    DATA is base64 of what Cipher makes; PARAMETERS are `k` (key file) or `pITERATIONS-SALT`
-    (PBKDF2-HMAC-SHA-256).
-    """
-    PURPOSE = b"iflow2api secrets 1: "
-    #: PBKDF2 takes about this long here; fewest (a router) and most rounds.
-    DERIVE_S, ITERATIONS = 0.2, (20_000, 2_000_000)
-
-    def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
-        self.key_path = os.path.join(folder, "secret.key")
-        self._environ = os.environ if environ is None else environ
-        self._derived: Dict[str, bytes] = {}     #: by PARAMETERS and passphrase: 0.2 s each
-        self._parameters = ""            #: of the passphrase, as found in the file, else made new
-
-    def decrypt(self, text: str) -> str:
-        """The secret; CannotDecrypt."""
-        found = re.fullmatch(r"enc:v1:([^.]*)\.([^.]*)\.([^.]*)", text)
-        if not found:
-            is_ours = text.startswith(ENCRYPTED + "v1:")
-            raise CannotDecrypt("it is damaged" if is_ours else
-                                "a newer version encrypted it, or it is damaged")
-        parameters, key_id, data = found[1], found[2], decode_base64(found[3])
-        for key in self._keys(parameters):
-            if self._id(key) == key_id:
-                plain = None if data is None else self._cipher(key, parameters).decrypt(data)
-                if plain is None:
-                    raise CannotDecrypt("it is damaged")
-                self._parameters = parameters if parameters != "k" else self._parameters
-                return plain.decode("utf-8", "surrogatepass")
-        other = f"key than {self.key_path} holds" if parameters == "k" else "passphrase"
-        raise CannotDecrypt(f"it is encrypted with another {other}, or damaged")
-
-    def encrypt(self, secret: str) -> str:
-        """The text to store; OSError where there is no key and none can be made."""
-        parameters = "k"
-        if self._environ.get(ENV_PREFIX + "PASSPHRASE"):
-            parameters = self._parameters or f"p{self.iterations()}-{secrets.token_hex(16)}"
-            self._parameters = parameters
-        elif not self._filed_keys():
-            write_file(self.key_path, secrets.token_bytes(32))
-        key = self._keys(parameters)[0]
-        data = self._cipher(key, parameters).encrypt(secret.encode("utf-8", "surrogatepass"))
-        return f"{ENCRYPTED}v1:{parameters}.{self._id(key)}.{encode_base64(data)}"
-
-    def _cipher(self, key: bytes, parameters: str) -> Cipher:
-        return Cipher(key, self.PURPOSE + parameters.encode())
-
-    @staticmethod
-    def _id(key: bytes) -> str:
-        """Tells a wrong key from a damaged value."""
-        return hmac.digest(key, b"iflow2api key id", "sha256")[:6].hex()
-
-    def _keys(self, parameters: str) -> List[bytes]:
-        """The keys that may have encrypted a value with these parameters; CannotDecrypt."""
-        if parameters == "k":
-            try:
-                return self._filed_keys()
-            except OSError as exc:
-                raise CannotDecrypt(f"its key can't be read: {exc.strerror or exc}") from None
-        found = re.fullmatch(r"p(\d{1,8})-([0-9a-f]{32})", parameters)
-        if not found or not 1 <= int(found[1]) <= 10_000_000:
-            raise CannotDecrypt("it is damaged")
-        passphrase = self._environ.get(ENV_PREFIX + "PASSPHRASE", "")
-        if not passphrase:
-            raise CannotDecrypt(f"it is encrypted with a passphrase: set {ENV_PREFIX}PASSPHRASE")
-        wanted = parameters + passphrase
-        if wanted not in self._derived:
-            encoded = passphrase.encode("utf-8", "surrogateescape")
-            self._derived[wanted] = stretch(encoded, found[1], found[2])
-        return [self._derived[wanted]]
-
-    def _filed_keys(self) -> List[bytes]:
-        """Those in the key file: all decrypt, the first encrypts; OSError where it is damaged."""
-        try:
-            with open(self.key_path, "rb") as file:
-                data = file.read(32 * 64 + 1)
-        except FileNotFoundError:
-            return []
-        if not data or len(data) % 32:
-            raise OSError(errno.EINVAL, f"{self.key_path} is damaged: 32 bytes expected")
-        return [data[at:at + 32] for at in range(0, len(data), 32)]
-
-    @classmethod
-    def iterations(cls) -> int:
-        """Rounds that take about DERIVE_S on this machine."""
-        fewest, most = cls.ITERATIONS
-        started = time.perf_counter()
-        stretch(b"measure", fewest, "00")
-        taken_s = max(time.perf_counter() - started, 1e-6)
-        return max(fewest, min(most, int(fewest * cls.DERIVE_S / taken_s) // 1000 * 1000))
-
-
-def stretch(password: bytes, iterations: Any, salt: str) -> bytes:
-    """32 bytes out of a password: slowly, so that guessing is slow."""
-    return hashlib.pbkdf2_hmac("sha256", password, bytes.fromhex(salt), int(iterations))
-
-
-_PASSWORD_HASH = r"pbkdf2-sha256\$([1-9]\d{0,7})\$([0-9a-f]{32})\$([0-9a-f]{64})"
-
-
-def hash_password(password: str) -> str:
-    """`pbkdf2-sha256$ITERATIONS$SALT$HASH`, as of `admin_password`; ValueError: its length."""
-    least, most = PASSWORD_LENGTH
-    if not least <= len(password) <= most:
-        raise ValueError(f"a password has from {least} to {most} characters")
-    iterations, salt = Vault.iterations(), secrets.token_hex(16)
-    made = stretch(password.encode("utf-8", "surrogatepass"), iterations, salt)
-    return f"pbkdf2-sha256${iterations}${salt}${made.hex()}"
-
-
-def is_password(password: str, stored: str) -> bool:
-    """Whether it is the one that hash_password made `stored` of."""
-    found = re.fullmatch(_PASSWORD_HASH, stored)
-    return found is not None and hmac.compare_digest(
-        stretch(password.encode("utf-8", "surrogatepass"), found[1], found[2]).hex(), found[3])
+                problems.append(str(exc))
+    values.update(flags)
+    origins.update({name: "flag" for name in flags})
+    return Loaded(Settings(**values), origins, problems)
 
 
 # --- config.json -------------------------------------------------------------
@@ -1428,34 +1254,222 @@ def read_json_file(path: str) -> Json:
 
     A byte order mark is accepted: Notepad and PowerShell write one.
     """
-    where = "line 1, column 1"
     try:
         with open(path, "rb") as file:
             data = file.read()
-        is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        value = json.loads(data.decode("utf-16" if is_utf16 else "utf-8-sig"))
-        if not isinstance(value, dict):
-            raise ValueError("an object expected")
-        return value
     except FileNotFoundError:
         return {}
     except OSError as exc:
         raise ConfigBroken(f"{path}: {exc.strerror or exc}") from None
+    try:
+        is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        value = json.loads(text)
     except json.JSONDecodeError as exc:
-        where, reason = f"line {exc.lineno}, column {exc.colno}", exc.msg
+        raise ConfigBroken(f"{path}: line {exc.lineno}, column {exc.colno}: {exc.msg}") from None
     except UnicodeDecodeError as exc:
-        column = exc.start - data.rfind(b"\n", 0, exc.start)
         line = data.count(b"\n", 0, exc.start) + 1
-        where, reason = f"line {line}, column {column}", "not UTF-8 text"
+        column = exc.start - data.rfind(b"\n", 0, exc.start)
+        raise ConfigBroken(f"{path}: line {line}, column {column}: not UTF-8 text") from None
     except (RecursionError, ValueError) as exc:
-        reason = str(exc)
-    raise ConfigBroken(f"{path}: {where}: {reason}")
+        raise ConfigBroken(f"{path}: line 1, column 1: {exc}") from None
+    if not isinstance(value, dict):
+        raise ConfigBroken(f"{path}: line 1, column 1: an object expected")
+    return value
+
+
+# --- secrets at rest -----------------------------------------------------------
+
+SEALED = "enc:"
+_REFERENCE = r"\$[A-Za-z_]\w*"
+_SECRET_HEADER = r"(?i).*(auth|cookie|secret|token|password|credential|key).*"
+
+#: Of an account these are secret.
+LOGIN_SECRETS = ("apiKey", "searchApiKey", "oauth_access_token", "oauth_refresh_token")
+
+
+def is_sealed(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(SEALED)
+
+
+class SealBroken(ValueError):
+    """A sealed value that can't be opened; the text says why, and names no secret."""
+
+
+class Vault:
+    """Keeps the secrets of config.json and its .bak encrypted: `enc:v1:PARAMETERS.KEY_ID.DATA`.
+
+    It protects what leaves this machine without the key: a config.json shown in a bug report,
+    synchronised, committed or backed up.  The key is `secret.key` beside it (random, 0600), so it
+    does not protect against who can read the whole folder as this user or as root; with
+    IFLOW2API_PASSPHRASE, from which the key is derived, it does, if the environment is safe.
+    The iFlow CLI's file is not ours and stays as the CLI reads it.  DATA is base64 of what Cipher
+    makes; PARAMETERS are `k` (key file) or `pITERATIONS-SALT` (PBKDF2-HMAC-SHA-256).
+    """
+    PURPOSE = b"iflow2api secrets 1: "
+    #: PBKDF2 takes about this long here; fewest (a router) and most rounds.
+    DERIVE_S, ITERATIONS = 0.2, (20_000, 2_000_000)
+
+    def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
+        self.key_path = os.path.join(folder, "secret.key")
+        self._environ = os.environ if environ is None else environ
+        self._derived: Dict[str, bytes] = {}     #: by PARAMETERS and passphrase: 0.2 s each
+        self._parameters = ""            #: of the passphrase, as found in the file, else made new
+
+    def open(self, text: str) -> str:
+        """The secret; SealBroken."""
+        found = re.fullmatch(r"enc:v1:([^.]*)\.([^.]*)\.([^.]*)", text)
+        if not found:
+            newer = "" if text.startswith(SEALED + "v1:") else "a newer version encrypted it, or "
+            raise SealBroken(newer + "it is damaged")
+        parameters, key_id, body = found.groups()
+        data = decode_base64(body)
+        for key in self._keys(parameters):
+            if self._id(key) == key_id:
+                cipher = Cipher(key, self.PURPOSE + parameters.encode())
+                plain = None if data is None else cipher.open(data)
+                if plain is None:
+                    raise SealBroken("it is damaged")
+                self._parameters = parameters if parameters != "k" else self._parameters
+                return plain.decode("utf-8", "surrogatepass")
+        other = f"key than {self.key_path} holds" if parameters == "k" else "passphrase"
+        raise SealBroken(f"it is encrypted with another {other}, or damaged")
+
+    def seal(self, secret: str) -> str:
+        """The text to store; OSError where there is no key and none can be made."""
+        parameters, key = "k", b""
+        if self._environ.get(ENV_PREFIX + "PASSPHRASE"):
+            made = self._parameters or f"p{self.iterations()}-{secrets.token_hex(16)}"
+            parameters = self._parameters = made
+            key = self._keys(parameters)[0]
+        else:
+            if not self._filed_keys():
+                write_file(self.key_path, secrets.token_bytes(32))
+            key = self._filed_keys()[0]
+        cipher = Cipher(key, self.PURPOSE + parameters.encode())
+        data = cipher.seal(secret.encode("utf-8", "surrogatepass"))
+        return f"{SEALED}v1:{parameters}.{self._id(key)}.{encode_base64(data)}"
+
+    @staticmethod
+    def _id(key: bytes) -> str:
+        """Tells a wrong key from a damaged value."""
+        return hmac.digest(key, b"iflow2api key id", "sha256")[:6].hex()
+
+    def _keys(self, parameters: str) -> List[bytes]:
+        """The keys that may have sealed a value with these parameters; SealBroken."""
+        if parameters == "k":
+            try:
+                return self._filed_keys()
+            except OSError as exc:
+                raise SealBroken(f"its key can't be read: {exc.strerror or exc}") from None
+        found = re.fullmatch(r"p(\d{1,8})-([0-9a-f]{32})", parameters)
+        if not found or not 1 <= int(found.group(1)) <= 10_000_000:
+            raise SealBroken("it is damaged")
+        passphrase = self._environ.get(ENV_PREFIX + "PASSPHRASE", "")
+        if not passphrase:
+            raise SealBroken(f"it is encrypted with a passphrase: set {ENV_PREFIX}PASSPHRASE")
+        mark = parameters + passphrase
+        if mark not in self._derived:
+            salt, rounds = bytes.fromhex(found.group(2)), int(found.group(1))
+            self._derived[mark] = hashlib.pbkdf2_hmac(
+                "sha256", passphrase.encode("utf-8", "surrogateescape"), salt, rounds)
+        return [self._derived[mark]]
+
+    def _filed_keys(self) -> List[bytes]:
+        """The keys in the key file: all open, the first encrypts; OSError where it is damaged."""
+        try:
+            with open(self.key_path, "rb") as file:
+                data = file.read(32 * 64 + 1)
+        except FileNotFoundError:
+            return []
+        if not data or len(data) % 32:
+            raise OSError(errno.EINVAL, f"{self.key_path} is damaged: 32 bytes expected")
+        return [data[at:at + 32] for at in range(0, len(data), 32)]
+
+    @classmethod
+    def iterations(cls) -> int:
+        """Rounds that take about DERIVE_S on this machine."""
+        started = time.perf_counter()
+        hashlib.pbkdf2_hmac("sha256", b"measure", b"measure", cls.ITERATIONS[0])
+        taken = max(time.perf_counter() - started, 1e-6)
+        fewest, most = cls.ITERATIONS
+        return max(fewest, min(most, int(fewest * cls.DERIVE_S / taken) // 1000 * 1000))
+
+
+# --- the page's password --------------------------------------------------------
+
+_PASSWORD_HASH = r"pbkdf2-sha256\$([1-9]\d{0,7})\$([0-9a-f]{32})\$([0-9a-f]{64})"
+
+
+def hash_password(password: str) -> str:
+    """`pbkdf2-sha256$ITERATIONS$SALT$HASH`, as of `admin_password`; ValueError: its length."""
+    least, most = PASSWORD_LENGTH
+    if not least <= len(password) <= most:
+        raise ValueError(f"a password has from {least} to {most} characters")
+    iterations, salt = Vault.iterations(), secrets.token_bytes(16)
+    return f"pbkdf2-sha256${iterations}${salt.hex()}${_stretch(password, salt, iterations).hex()}"
+
+
+def is_password(password: str, stored: str) -> bool:
+    """Whether it is the one that hash_password made `stored` of."""
+    found = re.fullmatch(_PASSWORD_HASH, stored)
+    if not found:
+        return False
+    made = _stretch(password, bytes.fromhex(found.group(2)), int(found.group(1)))
+    return hmac.compare_digest(made, bytes.fromhex(found.group(3)))
+
+
+def _stretch(password: str, salt: bytes, iterations: int) -> bytes:
+    return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), salt,
+                               iterations)
+
+
+# --- secrets in config.json -------------------------------------------------------
+
+def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
+    """`raw` (config.json's object) with `change(place, secret)` for each secret; a new object.
+
+    `$NAME` is no secret, only the name of one, and stays.
+    """
+    def on(place: str, value: Any) -> Any:
+        is_secret = isinstance(value, str) and value and not re.fullmatch(_REFERENCE, value)
+        return change(place, value) if is_secret else value
+
+    def on_members(where: str, value: Any, is_secret: Callable[[str], Any]) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: on(place(where, name), item) if is_secret(name) else item
+                for name, item in value.items()}
+
+    def in_provider(where: str, entry: Any) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        entry = dict(entry)
+        if isinstance(entry.get("api_keys"), list):
+            entry["api_keys"] = [on(f"{where}.api_keys[{at}]", key)
+                                 for at, key in enumerate(entry["api_keys"])]
+        if "@" in str(entry.get("proxy")) or is_sealed(entry.get("proxy")):
+            entry["proxy"] = on(f"{where}.proxy", entry["proxy"])
+        if "headers" in entry:
+            entry["headers"] = on_members(f"{where}.headers", entry["headers"],
+                                          lambda name: re.fullmatch(_SECRET_HEADER, name))
+        return entry
+
+    raw = on_members("", raw, lambda name: name in SETTING
+                     and SETTING[name].metadata.get("secret"))
+    if isinstance(raw.get("providers"), list):
+        raw["providers"] = [in_provider(f"providers[{at}]", entry)
+                            for at, entry in enumerate(raw["providers"])]
+    if isinstance(raw.get("accounts"), dict):
+        raw["accounts"] = {name: on_members(f"accounts.{name}", login, LOGIN_SECRETS.__contains__)
+                           for name, login in raw["accounts"].items()}
+    return raw
 
 
 class ConfigFile:
     """config.json and its `.bak`: unknown keys survive, and a crash leaves one of the two whole.
 
-    Reading decrypts secrets, writing encrypts them; one that can't be decrypted stays as it is.
+    Reading decrypts secrets, writing encrypts them; one that can't be opened stays as it is.
     """
 
     def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
@@ -1463,7 +1477,7 @@ class ConfigFile:
         self.path = os.path.join(self.folder, "config.json")
         self.backup = self.path + ".bak"
         self.vault = Vault(self.folder, environ)
-        self.unreadable: List[str] = []  #: what the last reading could not decrypt, a sentence each
+        self.locked: List[str] = []      #: what the last reading could not open, a sentence each
         self._lock = threading.RLock()
 
     def warning(self) -> str:
@@ -1474,36 +1488,52 @@ class ConfigFile:
         return ""
 
     def read(self) -> Json:
-        """The file, its secrets decrypted; ConfigBroken."""
-        return self._read(self.path)
+        """The file, its secrets opened; ConfigBroken."""
+        return self.opened(read_json_file(self.path))
 
-    def _read(self, path: str) -> Json:
-        unreadable: List[str] = []
+    def opened(self, raw: Json) -> Json:
+        locked: List[str] = []
 
-        def decrypt(where: str, text: str) -> str:
-            if not is_encrypted(text):
-                return text
+        def open_it(place: str, secret: str) -> str:
+            if not is_sealed(secret):
+                return secret
             try:
-                return self.vault.decrypt(text)
-            except CannotDecrypt as exc:
-                unreadable.append(f"{os.path.basename(path)}: {where} can't be read: {exc}")
-                return text
+                return self.vault.open(secret)
+            except SealBroken as exc:
+                locked.append(f"config.json: {place} can't be read: {exc}")
+                return secret
 
-        raw = map_secrets(read_json_file(path), decrypt)
-        self.unreadable = unreadable
-        return raw
+        opened = map_secrets(raw, open_it)
+        self.locked = locked
+        return opened
+
+    def _sealed(self, raw: Json) -> Json:
+        """`raw` as it goes into the file."""
+        if raw.get("encrypt_secrets") is False:
+            return raw
+        return map_secrets(raw, lambda place, secret: secret if is_sealed(secret) else
+                           self.vault.seal(secret))
+
+    def sealed_if_possible(self, raw: Json) -> Json:
+        """A key file that is damaged or can't be made must not keep a setting from changing."""
+        try:
+            return self._sealed(raw)
+        except (OSError, SealBroken) as exc:
+            reason = getattr(exc, "strerror", None) or exc
+            log.warning("secrets in %s stay unencrypted: %s", self.path, reason)
+            return raw
 
     def recover(self) -> Tuple[Json, List[str]]:
         """The file, else its backup, else nothing; and what was wrong, a sentence each."""
         try:
             return self.read(), []
         except ConfigBroken as exc:
-            warning = str(exc)
+            problem = str(exc)
         with contextlib.suppress(ConfigBroken):
             if os.path.exists(self.backup):
-                raw = self._read(self.backup)
-                return raw, [f"{warning} (running with {os.path.basename(self.backup)})"]
-        return {}, [warning + " (running with defaults)"]
+                opened = self.opened(read_json_file(self.backup))
+                return opened, [f"{problem} (running with {os.path.basename(self.backup)})"]
+        return {}, [problem + " (running with defaults)"]
 
     def change(self, edit: Callable[[Json], None]) -> List[str]:
         """Let `edit` change the object in the file and write it; a broken file is moved aside.
@@ -1511,24 +1541,25 @@ class ConfigFile:
         Returns what was wrong, a sentence each.  Raises OSError where nothing can be written.
         """
         with self._lock, self.lock():
-            raw, warnings = self.recover()
+            raw, problems = self.recover()
             edit(raw)
-            data = self.to_bytes(self._encrypted_if_possible(raw))
-            if warnings and os.path.isfile(self.path):   # a copy: the disk may be full later
+            sealed = self.sealed_if_possible(raw)
+            if problems and os.path.isfile(self.path):   # a copy: the disk may be full later
                 kept = f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}"
                 with open(self.path, "rb") as file:
                     write_file(kept, file.read())
-                warnings.append(f"what the broken file held is in {kept}")
+                problems.append(f"what the broken file held is in {kept}")
             elif os.path.isfile(self.path):
                 self._back_up()
-            write_file(self.path, data, has_copy=bool(warnings) or os.path.isfile(self.backup))
-        return warnings
+            write_file(self.path, self.to_bytes(sealed),
+                       has_copy=bool(problems) or os.path.isfile(self.backup))
+        return problems
 
     def lock(self) -> Any:
         """One writer at a time; beside a lone bind-mounted file there is no place for a lock."""
         if os.path.isdir(self.folder) and not os.access(self.folder, os.W_OK):
             return contextlib.nullcontext()
-        return file_lock(os.path.join(self.folder, "config.lock"), 30.0)
+        return FileLock(os.path.join(self.folder, "config.lock"), 30.0)
 
     @staticmethod
     def to_bytes(raw: Json) -> bytes:
@@ -1537,58 +1568,47 @@ class ConfigFile:
             text = json.dumps(raw, indent=2)
         return text.encode() + b"\n"
 
-    def _encrypted(self, raw: Json) -> Json:
-        """`raw` as it goes into the file; OSError, CannotDecrypt: there is no usable key."""
-        if raw.get("encrypt_secrets") is False:
-            return raw
-        return map_secrets(raw, lambda where, text: self.vault.encrypt(text)
-                           if is_to_encrypt(where, text) else text)
-
-    def _encrypted_if_possible(self, raw: Json) -> Json:
-        """A key file that is damaged or can't be made must not keep a setting from changing."""
-        try:
-            return self._encrypted(raw)
-        except (OSError, CannotDecrypt) as exc:
-            reason = getattr(exc, "strerror", None) or exc
-            log.warning("secrets in %s stay unencrypted: %s", self.path, reason)
-            return raw
-
     def _back_up(self) -> None:
         """Keep the last good file, where there is a place for it (not beside a lone bind mount)."""
         with open(self.path, "rb") as file:
             data = file.read()
         try:
-            raw = read_json_file(self.path)
-            encrypted = self._encrypted_if_possible(raw)
-            write_file(self.backup, data if encrypted == raw else self.to_bytes(encrypted))
+            plain = read_json_file(self.path)
+            sealed = self.sealed_if_possible(plain)
+            write_file(self.backup, data if sealed == plain else self.to_bytes(sealed))
         except (OSError, ConfigBroken) as exc:
             log.warning("no backup of %s: %s", self.path, getattr(exc, "strerror", None) or exc)
 
-    def encrypt(self, on: bool) -> List[str]:
-        """The file and its .bak encrypted or not; what can't be decrypted stays and is named.
+    def count_secrets(self) -> int:
+        """In the file and its .bak, encrypted or not; ConfigBroken."""
+        places: List[str] = []
+        for path in (self.path, self.backup):
+            map_secrets(read_json_file(path),
+                        lambda place, secret: places.append(place) or secret)    # type: ignore
+        return len(places)
 
-        OSError, ConfigBroken, CannotDecrypt.
+    def encrypt(self, on: bool) -> List[str]:
+        """The file and its .bak encrypted or not; what can't be opened stays so and is named.
+
+        OSError, ConfigBroken, SealBroken.
         """
         with self._lock, self.lock():
-            raw = self.read()
-            raw.pop("encrypt_secrets", None)     # which is on by default
-            raw.update({} if on else {"encrypt_secrets": False})
-            data = self.to_bytes(self._encrypted(raw))
-            if os.path.isfile(self.path) or not on:
-                write_file(self.backup, data)
-                write_file(self.path, data, has_copy=True)
-            return self.unreadable
-
-    def count_secrets(self) -> int:
-        """How many the file holds, encrypted or not; ConfigBroken."""
-        found: List[str] = []
-
-        def count(where: str, text: str) -> str:
-            found.append(where)
-            return text
-
-        map_secrets(read_json_file(self.path), count)
-        return len(found)
+            if os.path.isfile(self.path) and not os.path.isfile(self.backup):
+                self._back_up()
+            contents: Dict[str, Json] = {} if on else {self.path: {}}
+            locked: List[str] = []
+            for path in (self.path, self.backup):
+                if os.path.isfile(path):
+                    contents[path] = self.opened(read_json_file(path))
+                    locked += [os.path.basename(path) + problem[len("config.json"):]
+                               for problem in self.locked]
+            for path, raw in contents.items():
+                raw = {**raw, "encrypt_secrets": on}
+                if on:
+                    del raw["encrypt_secrets"]           # the default
+                write_file(path, self.to_bytes(self._sealed(raw)),
+                           has_copy=os.path.isfile(self.backup))
+            return locked
 
 
 def entries_of(raw: Json, name: str) -> List[Any]:
@@ -1604,9 +1624,11 @@ def name_of(entry: Any) -> str:
 
 # --- what is inside of settings -----------------------------------------------
 
+RETRY_SHAPE = record({}, {"count": number(0, 10, True), "backoff_s": number(0, 600),
+                          "max_backoff_s": number(0, 600), "total_s": number(0, 3600)})
+CIRCUIT_SHAPE = record({}, {"failures": number(0, 1000, True), "rest_s": number(0.1, 86400)})
 LIMIT_FIELDS = dict.fromkeys(LIMIT_WORDS, number(1, 10 ** 12, True))
-_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_NAME = r"[^\s/,]{1,64}"
+PRICE_SHAPE = record({}, dict.fromkeys(("input", "output", "cached"), number(0, 10 ** 9)))
 
 
 def network(value: Any, where: str) -> str:
@@ -1623,6 +1645,9 @@ def host_name(value: Any, where: str) -> str:
     return value
 
 
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+
+
 def header_name(value: Any, where: str) -> str:
     if not re.fullmatch(_HEADER_NAME, any_text(value, where)):
         raise ValueError(f"{where}: {one_line(value, 60)!r} is no header name")
@@ -1636,49 +1661,13 @@ def password_hash(value: Any, where: str) -> str:
     return value
 
 
+_NAME = r"[^\s/,]{1,64}"
+
+
 def entry_name(value: Any, where: str) -> str:
     if not isinstance(value, str) or not re.fullmatch(_NAME, value):
         raise misfit(where, "a name without blanks, commas and slashes", value)
     return value
-
-
-def expiry(text: Any, where: str) -> float:
-    """Epoch seconds of `2027-01-31` (to its end) or `2027-01-31T12:00:00Z`; UTC without a zone."""
-    try:
-        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-        return moment.timestamp() + (86400 if len(text) == 10 else 0)
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        raise misfit(where, "a date such as 2027-01-31", text) from None
-
-
-def key_digest(value: Any, where: str) -> bytes:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
-        raise misfit(where, "the key's SHA-256 in hex", hint="; `key add` makes one")
-    return bytes.fromhex(value)
-
-
-def client_key_list(value: Any, where: str) -> List[Any]:
-    warnings = parse_client_keys(list_of(anything)(value, where), where)[1]
-    if warnings:
-        raise ValueError("; ".join(warnings))
-    return value
-
-
-CLIENT_KEY_SHAPE = record({"name": entry_name, "sha256": key_digest}, {
-    "models": list_of(filled_text), "expires": expiry, "created": anything, **LIMIT_FIELDS})
-
-#: Settings with something inside of them, or with rules of their own.
-SETTING_SHAPES: Dict[str, Shape] = {
-    "retry": record({}, {"count": number(0, 10, True), "backoff_s": number(0, 600),
-                         "max_backoff_s": number(0, 600), "total_s": number(0, 3600)}),
-    "circuit": record({}, {"failures": number(0, 1000, True), "rest_s": number(0.1, 86400)}),
-    "prices": names_to(record({}, dict.fromkeys(("input", "output", "cached"),
-                                                number(0, 10 ** 9)))),
-    "address_limits": record({}, LIMIT_FIELDS), "client_keys": client_key_list,
-    "admin_password": password_hash, "host": host_name, "trusted_proxies": list_of(network),
-    "allowed_hosts": list_of(filled_text), "allowed_origins": list_of(filled_text),
-    "custom_auth_header": lambda value, where: (header_name if value else any_text)(value, where)}
 
 
 # --- client keys --------------------------------------------------------------
@@ -1702,6 +1691,26 @@ def hashes_of_header(text: str) -> Set[bytes]:
     return {hash_key(text), hashlib.sha256(text.encode("latin-1", "replace")).digest()}
 
 
+def expiry(text: Any, where: str) -> float:
+    """Epoch seconds of `2027-01-31` (to its end) or `2027-01-31T12:00:00Z`; UTC without a zone."""
+    try:
+        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        return moment.timestamp() + (86400 if len(text) == 10 else 0)
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise misfit(where, "a date such as 2027-01-31", text) from None
+
+
+def key_digest(value: Any, where: str) -> bytes:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise misfit(where, "the key's SHA-256 in hex", hint="; `key add` makes one")
+    return bytes.fromhex(value)
+
+
+CLIENT_KEY_SHAPE = record({"name": entry_name, "sha256": key_digest}, {
+    "models": list_of(filled_text), "expires": expiry, "created": anything, **LIMIT_FIELDS})
+
+
 def parse_client_key(entry: Any, where: str = "") -> ClientKey:
     """One entry of `client_keys`; ValueError says what is wrong with it."""
     facts = CLIENT_KEY_SHAPE(entry, where)
@@ -1714,15 +1723,24 @@ def parse_client_keys(entries: Sequence[Any], where: str = "client_keys"
                       ) -> Tuple[List[ClientKey], List[str]]:
     """The keys that are as they should be, and a sentence for each of the others."""
     keys: Dict[str, ClientKey] = {}
-    warnings: List[str] = []
-    for at, entry in enumerate(entries):
+    problems: List[str] = []
+    for number, entry in enumerate(entries):
         try:
-            key = parse_client_key(entry, f"{where}[{at}]")
-            if keys.setdefault(key.name, key) is not key:
-                raise ValueError(f"{where}[{at}]: the name {key.name} is taken by an earlier one")
+            key = parse_client_key(entry, f"{where}[{number}]")
+            if key.name in keys:
+                raise ValueError(f"{where}[{number}]: the name {key.name} is taken by an earlier "
+                                 "one")
+            keys[key.name] = key
         except ValueError as exc:
-            warnings.append(str(exc))
-    return list(keys.values()), warnings
+            problems.append(str(exc))
+    return list(keys.values()), problems
+
+
+def client_key_list(value: Any, where: str) -> List[Any]:
+    problems = parse_client_keys(list_of(anything)(value, where), where)[1]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return value
 
 
 def make_client_key(name: str, facts: Json) -> Tuple[str, Json]:
@@ -1742,44 +1760,65 @@ class ClientAuth:
     """Who may ask: `custom_api_key` and `client_keys`, out of a snapshot of the settings.  Pure."""
 
     def __init__(self, settings: Settings) -> None:
-        self.keys = parse_client_keys(settings.client_keys)[0]
+        self.keys, self.problems = parse_client_keys(settings.client_keys)
         #: Entries that can't be used demand a key all the same: closed by default.
         self.required = bool(settings.custom_api_key or settings.client_keys)
         self.limited = bool(settings.address_limits or any(key.limits for key in self.keys))
-        self._known = list(self.keys)
-        if settings.custom_api_key:
-            self._known.insert(0, ClientKey("custom_api_key", hash_key(settings.custom_api_key),
-                                            shared=True))
+        self._master = ClientKey("custom_api_key", hash_key(settings.custom_api_key),
+                                 shared=True) if settings.custom_api_key else None
 
     def find(self, given: Iterable[str]) -> Optional[ClientKey]:
         """The key that one of `given` is; every known one is compared, each in constant time."""
+        known = [*([self._master] if self._master else []), *self.keys]
         digests = [digest for text in given if text for digest in hashes_of_header(text)]
-        found = [key for key in self._known
+        found = [key for key in known
                  if any([hmac.compare_digest(key.digest, digest) for digest in digests])]
         return found[0] if found else None
 
 
+#: Settings with something inside of them, or with rules of their own.
+SETTING_SHAPES: Dict[str, Shape] = {
+    "retry": RETRY_SHAPE, "circuit": CIRCUIT_SHAPE, "address_limits": record({}, LIMIT_FIELDS),
+    "prices": names_to(PRICE_SHAPE), "trusted_proxies": list_of(network),
+    "client_keys": client_key_list, "admin_password": password_hash, "host": host_name,
+    "custom_auth_header": lambda value, where: value and header_name(value, where) or
+    any_text(value, where),
+    "allowed_hosts": list_of(filled_text), "allowed_origins": list_of(filled_text)}
+
+
 # --- addresses ----------------------------------------------------------------
 
-def parse_address(text: str) -> Any:
-    """An IP address, whatever its spelling and with or without a port; ValueError.
+def parse_address(text: str) -> bytes:
+    """An IP address as its 4 or 16 bytes, whatever its spelling; IPv4 within IPv6 is IPv4.
 
-    IPv4 within IPv6 is IPv4.
+    ValueError.
     """
-    import ipaddress                     # where limits or proxies count addresses
     text = text.strip()
     ported = re.fullmatch(r"\[([^\]]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+", text)
-    text = (ported[1] or ported[2] if ported else text).partition("%")[0]
-    address = ipaddress.ip_address(text[:60])
-    return getattr(address, "ipv4_mapped", None) or address
+    text = (ported.group(1) or ported.group(2) if ported else text).partition("%")[0]
+    try:
+        packed = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    except (OSError, UnicodeError):
+        raise ValueError(f"{one_line(text, 60)!r} is no IP address") from None
+    return packed[12:] if packed[:12] == bytes(10) + b"\xff\xff" else packed
 
 
-def parse_network(text: Any) -> Any:
-    """`10.0.0.0/8`, or a single address; ValueError."""
-    import ipaddress
-    if not isinstance(text, str) or len(text) > 60:
+def parse_network(text: Any) -> Tuple[bytes, int]:
+    """`10.0.0.0/8` or a single address as bytes and the number of bits that count; ValueError."""
+    if not isinstance(text, str):
         raise ValueError("an address expected")
-    return ipaddress.ip_network(text if "/" in text else parse_address(text), strict=False)
+    address, slash, bits = text.partition("/")
+    packed = parse_address(address)
+    if slash and not (bits.isdigit() and len(bits) <= 3 and int(bits) <= 8 * len(packed)):
+        raise ValueError("no such network")
+    return packed, int(bits) if slash else 8 * len(packed)
+
+
+def is_within(address: bytes, network: Tuple[bytes, int]) -> bool:
+    base, bits = network
+    shift = 8 * len(base) - bits
+    return len(base) == len(address) and (
+        int.from_bytes(base, "big") >> shift == int.from_bytes(address, "big") >> shift)
 
 
 def client_address(peer: str, forwarded: str, trusted: Sequence[str]) -> str:
@@ -1791,14 +1830,12 @@ def client_address(peer: str, forwarded: str, trusted: Sequence[str]) -> str:
     address = parse_address(peer)
     hops = [hop for hop in forwarded.split(",") if hop.strip()]
     with contextlib.suppress(ValueError):        # a malformed hop: the proxy before it counts
-        while hops and any(address in network for network in networks):
+        while hops and any(is_within(address, network) for network in networks):
             address = parse_address(hops.pop())
-    return address.packed[:4 if address.version == 4 else 8].hex()
+    return address.hex() if len(address) == 4 else address[:8].hex()
 
 
 # --- providers ---------------------------------------------------------------
-
-_TOKENS = number(0, 10 ** 9, True)
 
 #: How an upstream's Chat differs from the plain one: what there is to say, and what holds where
 #: nothing is said.
@@ -1838,14 +1875,10 @@ PROFILE: Dict[str, Tuple[Any, Shape]] = {
     "prefill": (None, one_of("partial", "prefix", "continue_final_message", None))}
 DEFAULT_PROFILE: Json = {name: default for name, (default, _) in PROFILE.items()}
 
+_TOKENS = number(0, 10 ** 9, True)
 #: What a profile may say as well: it holds for the models whose own facts do not tell.
 _PROFILE_SHAPES = {**{name: shape for name, (_, shape) in PROFILE.items()},
                    "max_output": _TOKENS, "context": _TOKENS}
-
-#: How a sentence ends that says what of a profile makes no sense.
-PROFILE_IGNORED = "the default is used"
-
-KINDS = ("openai", "iflow")
 
 
 @dataclass(frozen=True, repr=False)
@@ -1876,6 +1909,9 @@ class Provider:
         return self.concurrency or self.key_concurrency * max(1, len(self.api_keys))
 
 
+KINDS = ("openai", "iflow")
+
+
 def clean_base_url(url: str) -> str:
     """`url` as the part before /chat/completions; ValueError names what is wrong.
 
@@ -1884,16 +1920,18 @@ def clean_base_url(url: str) -> str:
     url = url.strip()
     if not url:
         raise ValueError("base_url is missing (`provider presets` lists known ones)")
-    shown = one_line(url, 80)
     try:
         parts = urllib.parse.urlsplit(url)
-        parts.port                       # reading it checks it
-    except ValueError as exc:            # http://[, http://host:99999
-        reason = "no such port" if str(exc).startswith("Port ") else exc
-        raise ValueError(f"base_url {shown!r}: {reason}") from None
+    except ValueError as exc:            # http://[
+        raise ValueError(f"base_url {one_line(url, 80)!r}: {exc}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
+        shown = one_line(url, 80)
         hint = f"; write http://{shown} or https://{shown}" if "://" not in url else ""
-        raise ValueError(f"base_url {shown!r} is no http:// or https:// address{hint}")
+        raise ValueError(f"base_url {one_line(url, 80)!r} is no http:// or https:// address{hint}")
+    try:
+        parts.port
+    except ValueError:
+        raise ValueError(f"base_url {one_line(url, 80)!r}: no such port") from None
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError(f"base_url of {one_line(parts.hostname, 80)}: credentials, ? and # "
                          "do not belong here; use api_keys and headers")
@@ -1907,19 +1945,22 @@ def clean_base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
+def _resolve_secret(text: str, where: str, environ: Mapping[str, str]) -> str:
+    """A literal, or the variable that `$NAME` names; `$$` begins a literal dollar.  ValueError."""
+    if is_sealed(text):
+        raise ValueError(f"{where}: it is encrypted and can't be opened")
+    if text.startswith("$$"):
+        return text[1:]
+    if re.fullmatch(_REFERENCE, text):
+        if not environ.get(text[1:]):
+            raise ValueError(f"the environment variable {text[1:]} is not set")
+        text = environ[text[1:]]
+    return text
+
+
 def _header_value(environ: Mapping[str, str], is_key: bool) -> Shape:
-    """A literal, or the variable that `$NAME` names; `$$` begins a literal dollar."""
     def check(value: Any, where: str) -> str:
-        text = secret_text(value, where)
-        if is_encrypted(text):
-            raise ValueError(f"{where}: it is encrypted and can't be decrypted")
-        if text.startswith("$$"):
-            text = text[1:]
-        elif re.fullmatch(_REFERENCE, text):
-            if not environ.get(text[1:]):
-                raise ValueError(f"the environment variable {text[1:]} is not set")
-            text = environ[text[1:]]
-        text = text.strip()
+        text = _resolve_secret(secret_text(value, where), where, environ).strip()
         if not text or not text.isprintable() or not text.isascii() or is_key and " " in text:
             what = "key" if is_key else "header value"
             raise ValueError(f"{where}: a {what} is empty, or has blanks, line breaks or "
@@ -1948,6 +1989,13 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
     """
     if not re.fullmatch(_NAME, name_of(entry)):
         raise ValueError("each provider needs a name without blanks, commas and slashes")
+    try:
+        return _parse_provider(entry, environ)
+    except ValueError as exc:
+        return Provider(entry["name"], problem=str(exc))
+
+
+def _parse_provider(entry: Json, environ: Mapping[str, str]) -> Provider:
     shape = record({"name": entry_name}, {
         "base_url": any_text, "kind": one_of(*KINDS), "vision_model": any_text,
         "proxy": secret_text,
@@ -1956,17 +2004,14 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
         "timeout_s": number(0.001, LONGEST_S), "concurrency": number(0, 10 ** 6, True),
         "sticky": truth, "profile": names_to(anything), "preserve_reasoning_content": truth},
         strict=False)
-    try:
-        given = shape(entry, "")
-        base_url = clean_base_url(given.get("base_url", ""))
-    except ValueError as exc:
-        return Provider(entry["name"], problem=str(exc))
+    given = shape(entry, "")
     facts = dict(given.get("models", ()))
     profile, warnings = check_profile(given.get("profile", {}))
-    return Provider(**{**given, "base_url": base_url, "profile": profile,
+    return Provider(**{**given, "base_url": clean_base_url(given.get("base_url", "")),
                        "api_keys": tuple(given.get("api_keys", ())),
                        "headers": tuple(given.get("headers", {}).items()),
-                       "models": tuple(facts), "facts": facts, "warnings": tuple(warnings)})
+                       "models": tuple(facts), "facts": facts, "profile": profile,
+                       "warnings": tuple(warnings)})
 
 
 def check_profile(profile: Json) -> Tuple[Json, List[str]]:
@@ -1977,27 +2022,31 @@ def check_profile(profile: Json) -> Tuple[Json, List[str]]:
     good: Json = {}
     warnings = []
     for name, value in profile.items():
-        if name not in _PROFILE_SHAPES:
-            near = nearest(name, _PROFILE_SHAPES)
-            warnings.append(f"profile.{one_line(name, 60)} is unknown{near}")
         try:
-            good[name] = _PROFILE_SHAPES.get(name, anything)(value, f"profile.{name}")
+            if name not in _PROFILE_SHAPES:
+                warnings.append(f"profile.{one_line(name, 60)} is unknown"
+                                + nearest(name, _PROFILE_SHAPES))
+                good[name] = value
+            else:
+                good[name] = _PROFILE_SHAPES[name](value, f"profile.{name}")
         except ValueError as exc:
             warnings.append(f"{exc}; {PROFILE_IGNORED}")
     return good, warnings
+
+
+#: How a sentence ends that says what of a profile makes no sense.
+PROFILE_IGNORED = "the default is used"
 
 
 # --- iFlow's own file ---------------------------------------------------------
 
 def account_keys(accounts: Json) -> Dict[str, str]:
     """The API keys of config.json's `accounts`, without those that no request could bear."""
-    is_key, keys = _header_value({}, True), {}
-    for name, login in accounts.items():
-        key = login.get("apiKey") if isinstance(login, dict) else None
-        with contextlib.suppress(ValueError):
-            if isinstance(key, str) and is_key("$" + key if key[:1] == "$" else key, "") == key:
-                keys[name] = key
-    return keys
+    keys = {name: login.get("apiKey") for name, login in accounts.items()
+            if isinstance(login, dict)}
+    return {name: key for name, key in keys.items()
+            if isinstance(key, str) and not is_sealed(key) and key and " " not in key
+            and key.isascii() and key.isprintable() and key.strip() == key}
 
 
 def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapping[str, str],
@@ -2011,8 +2060,9 @@ def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapp
         return value.strip() if isinstance(value, str) else ""
 
     def first(name: str, variables: Sequence[str], *filed: str) -> str:
+        ours = getattr(settings, name).strip()
         theirs = next((environ[variable] for variable in variables if environ.get(variable)), "")
-        candidates = [theirs.strip(), getattr(settings, name).strip()]
+        candidates = [theirs.strip(), ours]
         if origins.get(name) != "file":
             candidates.reverse()
         return next((value for value in [*candidates, *filed] if value), "")
@@ -2230,6 +2280,38 @@ def leads_elsewhere(old: Any, new: Any) -> bool:
     return bool(new) and place(old) != place(new)
 
 
+# --- what may be shown ---------------------------------------------------------
+
+def hide_secrets(name: str, value: Any) -> Any:
+    """A setting's value as it may be shown."""
+    if name == "admin_password":
+        return "…" if value else ""
+    if name in SETTING and SETTING[name].metadata.get("secret"):
+        return redact(value) if "://" in str(value) else mask(value)
+    if name == "providers" and isinstance(value, list):
+        return [hide_in_provider(entry) if isinstance(entry, dict) else entry for entry in value]
+    if name == "accounts" and isinstance(value, dict):
+        return {account: {key: mask(str(item)) if key in LOGIN_SECRETS else item
+                          for key, item in login.items()} if isinstance(login, dict) else "…"
+                for account, login in value.items()}
+    return value
+
+
+def hide_in_provider(entry: Json) -> Json:
+    def hide(text: Any) -> Any:
+        return text if isinstance(text, str) and re.fullmatch(_REFERENCE, text) else mask(str(text))
+
+    shown = dict(entry)
+    for name, value in entry.items():
+        if name == "headers" and isinstance(value, dict):
+            shown[name] = {header: hide(text) for header, text in value.items()}
+        elif name in ("proxy", "base_url") and isinstance(value, str):
+            shown[name] = re.sub(r"[?#].*", "…", redact(value))
+        elif re.search(r"(?i)keys?$|token|secret|password|headers", name):
+            shown[name] = [hide(key) for key in value] if isinstance(value, list) else hide(value)
+    return shown
+
+
 # === 6. Routes (pure) ========================================================
 
 class Target(NamedTuple):
@@ -2291,19 +2373,27 @@ def parse_branch(entry: Any) -> Branch:
     return Branch(tuple(models), tuple(conditions))
 
 
-#: Why a name goes where it goes, for Router.explain.
-WHY = {"unnamed": "no model named: default_model is {model}",
-       "condition": "alias {pattern}: {models} if {wish}: {answer}",
-       "alias": "alias {pattern} makes it {models}",
-       "no branch": "alias {pattern} has nothing for such a request",
-       "untaken": "no alias takes it",
-       "unmatched": "no alias matches it",
-       "named": "{model}: its first part is the name of a provider",
-       "listed": "{model}: {provider} lists it among its models",
-       "foreign": "{model}: a name of the client's own, which means default_model ({default})",
-       "default": "{model}: nobody claims it, so it goes to the default provider, "
-                  "{provider}, as it is",
-       "disabled": "but {provider} is disabled: {problem}"}
+#: Why a name goes where it goes, for Router.explain, in Chinese and English.
+WHY = {"unnamed": ("没有写模型：default_model 是 {model}",
+                   "no model named: default_model is {model}"),
+       "holds": ("别名 {pattern}：{models}，条件 {wish}：满足",
+                 "alias {pattern}: {models} if {wish}: yes"),
+       "fails": ("别名 {pattern}：{models}，条件 {wish}：不满足",
+                 "alias {pattern}: {models} if {wish}: no"),
+       "alias": ("别名 {pattern} 使它变为 {models}", "alias {pattern} makes it {models}"),
+       "no branch": ("别名 {pattern} 没有适合这种请求的目标",
+                     "alias {pattern} has nothing for such a request"),
+       "untaken": ("没有适用的别名", "no alias takes it"),
+       "unmatched": ("没有匹配的别名", "no alias matches it"),
+       "named": ("{model}：斜杠前是上游的名称", "{model}: its first part is the name of a provider"),
+       "listed": ("{model}：{provider} 的模型列表里有它",
+                  "{model}: {provider} lists it among its models"),
+       "foreign": ("{model}：客户端自带的名称，即 default_model（{default}）",
+                   "{model}: a name of the client's own, which means default_model ({default})"),
+       "default": ("{model}：没有上游声明它，原样发给默认上游 {provider}",
+                   "{model}: nobody claims it, so it goes to the default provider, {provider}, as "
+                   "it is"),
+       "disabled": ("但 {provider} 已停用：{problem}", "but {provider} is disabled: {problem}")}
 
 #: Takes a key of WHY and the facts of its sentence.
 Tell = Callable[..., Any]
@@ -2316,9 +2406,9 @@ class Router:
                  iflow: Optional[Provider] = None, model_name: str = "") -> None:
         """`iflow` and `model_name` are the CLI's login and the model it is set to."""
         self.providers: Dict[str, Provider] = {}
-        self.warnings: List[str] = []
+        self.problems: List[str] = []
         #: settings that contradict others; a reload keeps the old ones
-        self.conflicting: Set[str] = set()
+        self.faults: Set[str] = set()
         for number, entry in enumerate(settings.providers):
             self._add_provider(f"providers[{number}]", entry, environ, settings)
         if iflow is not None:
@@ -2327,8 +2417,8 @@ class Router:
                          for model in provider.models}       #: model -> the first that lists it
         for provider in self.providers.values():
             if provider.problem:
-                self.warnings.append(f"provider {provider.name} is disabled: {provider.problem}")
-            self.warnings += [f"provider {provider.name}: {warning}" for warning in provider.warnings]
+                self.problems.append(f"provider {provider.name} is disabled: {provider.problem}")
+            self.problems += [f"provider {provider.name}: {warning}" for warning in provider.warnings]
         self.default = self._default(settings.default_provider)
         self.aliases = self._parse_aliases(settings.aliases)
         self.default_model = settings.default_model or model_name or self._first_model()
@@ -2352,8 +2442,8 @@ class Router:
         return self.default.models[0] if self.default.models else ""
 
     def _blame(self, name: str, problem: str) -> None:
-        self.warnings.append(problem)
-        self.conflicting.add(name)
+        self.problems.append(problem)
+        self.faults.add(name)
 
     def _parse_aliases(self, aliases: Json) -> List[Tuple[str, List[Branch]]]:
         parsed: List[Tuple[str, List[Branch]]] = []
@@ -2431,12 +2521,13 @@ class Router:
         names = self._alias_of(name, asked, tell)
         return [self._locate(each, foreign and not names, tell) for each in names or [name]]
 
-    def explain(self, model: Optional[str], foreign: bool,
-                asked: Asked) -> Tuple[List[str], List[Target]]:
+    def explain(self, model: Optional[str], foreign: bool, asked: Asked,
+                in_english: bool = True) -> Tuple[List[str], List[Target]]:
         """What `resolve` tells on its way, in sentences, and what it returns."""
         steps: List[str] = []
         targets = self.resolve(model, foreign, asked,
-                               lambda why, **facts: steps.append(WHY[why].format(**facts)))
+                               lambda why, **facts: steps.append(
+                                   WHY[why][in_english].format(**facts)))
         return steps, targets
 
     def named(self, model: Optional[str]) -> str:
@@ -2484,8 +2575,8 @@ class Router:
                 if tell:
                     wish = ", ".join(f"{name} {json.dumps(value)}"
                                      for name, value in branch.conditions)
-                    tell("condition", pattern=pattern, models=", ".join(branch.models), wish=wish,
-                         answer="yes" if holds else "no")
+                    tell("holds" if holds else "fails", pattern=pattern,
+                         models=", ".join(branch.models), wish=wish)
         names = [*first, *(name for branch in branches if not branch.conditions
                            for name in branch.models if name not in first)]
         if tell:
@@ -5626,14 +5717,14 @@ class Seal:
         self._cipher = Cipher(key, b"iflow2api seal 1: ")
 
     def close(self, value: Json) -> str:
-        return self.PREFIX + encode_base64(self._cipher.encrypt(zlib.compress(dump_json(value))))
+        return self.PREFIX + encode_base64(self._cipher.seal(zlib.compress(dump_json(value))))
 
     def open(self, text: Any) -> Optional[Json]:
         """What was closed, or None: another service's, another key's, or damaged."""
         if not isinstance(text, str) or not text.startswith(self.PREFIX):
             return None
         data = decode_base64(text[len(self.PREFIX):])
-        plain = None if data is None else self._cipher.decrypt(data)
+        plain = None if data is None else self._cipher.open(data)
         return None if plain is None else json.loads(zlib.decompress(plain))
 
 
@@ -9623,7 +9714,7 @@ class LoginFile:
         """
         found: Json = {}
         if os.path.exists(self._pending_path):
-            with contextlib.suppress(ConfigBroken, CannotDecrypt):
+            with contextlib.suppress(ConfigBroken, SealBroken):
                 found = map_secrets(read_json_file(self._pending_path), self._opened)
         tokens = object_of(object_of(found.get("accounts")).get(self.account))
         used = found.get("used")
@@ -9631,8 +9722,8 @@ class LoginFile:
         return (tokens, str(used)) if is_usable else ({}, "")
 
     def _opened(self, place: str, secret: str) -> str:
-        is_ours = self._config is not None and is_encrypted(secret)
-        return self._config.vault.decrypt(secret) if self._config and is_ours else secret
+        is_ours = self._config is not None and is_sealed(secret)
+        return self._config.vault.open(secret) if self._config and is_ours else secret
 
     def drop_pending(self) -> None:
         with contextlib.suppress(OSError):
@@ -9648,7 +9739,7 @@ class LoginFile:
             raise LoginFailed("there is no home folder to keep the login in: set HOME")
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(file_lock(self._lock_path, OAUTH_LOCK_S))
+                stack.enter_context(FileLock(self._lock_path, OAUTH_LOCK_S))
             except OSError as exc:
                 raise LoginFailed(f"{os.path.dirname(self.path)} can't be written: "
                                   f"{exc.strerror or exc}") from None
@@ -12249,7 +12340,7 @@ class Gateway:
             raw, broken = config.recover()
             self.config_broken = bool(broken)
             self._take_over(load_settings(raw, self.environ, self.flags),
-                            broken + config.unreadable + self._read_login())
+                            broken + config.locked + self._read_login())
         self.responses = ResponseStore()
 
     @property
@@ -12318,7 +12409,7 @@ class Gateway:
     def _take_over(self, loaded: Loaded, broken: List[str]) -> None:
         self.origins = loaded.origins
         self.apply(loaded.settings)
-        problems = broken + loaded.warnings + self.state.router.warnings
+        problems = broken + loaded.problems + self.state.router.problems
         problems += idle_patterns(self.state.router, self.state.door.keys)
         problems += self.ledger.problems
         problems += proxy_problems(loaded.settings, self.state.router.providers.values())
@@ -12345,8 +12436,8 @@ class Gateway:
             return
         loaded = self._sound(load_settings(raw, self.environ, self.flags, self.settings))
         before = (self.settings, self._login)
-        broken = self.config.unreadable + self._read_login()
-        had_problems = self.config_broken or loaded.warnings or broken or self.problems
+        broken = self.config.locked + self._read_login()
+        had_problems = self.config_broken or loaded.problems or broken or self.problems
         if (loaded.settings, self._login) != before or had_problems:
             self.config_broken = False
             self._take_over(loaded, broken)
@@ -12357,13 +12448,13 @@ class Gateway:
         it was.
         """
         router, known = self.routed(loaded.settings), self.state.router
-        bad = router.conflicting - known.conflicting
+        bad = router.faults - known.faults
         if not bad:
             return loaded
-        problems = [f"{problem} (what was in force stays)" for problem in router.warnings
-                    if problem not in known.warnings]
+        problems = [f"{problem} (what was in force stays)" for problem in router.problems
+                    if problem not in known.problems]
         kept = replace(loaded.settings, **{name: getattr(self.settings, name) for name in bad})
-        return Loaded(kept, loaded.origins, loaded.warnings + problems)
+        return Loaded(kept, loaded.origins, loaded.problems + problems)
 
     def watch_files(self) -> None:
         """Reload when config.json or the CLI's file changes on disk, and keep logins fresh."""
@@ -12673,7 +12764,7 @@ def _target_facts(gateway: Gateway, target: Target) -> Json:
             "vision_model": provider.vision_model}
 
 
-def explain(gateway: Gateway, body: Json) -> Json:
+def explain(gateway: Gateway, body: Json, in_english: bool = True) -> Json:
     """Where a model's name goes, step by step; `body` has `model`, and what conditions ask:
     dialect, tokens, ….
 
@@ -12693,9 +12784,9 @@ def explain(gateway: Gateway, body: Json) -> Json:
     router, told = state.router, {"model": body.get("model")}
     if "aliases" in body:
         router = gateway.routed(replace(state.settings, aliases=body["aliases"]))
-        told["problems"] = [problem for problem in router.warnings
-                            if problem not in state.router.warnings]
-    steps, targets = router.explain(body.get("model"), dialect != "chat", asked)
+        told["problems"] = [problem for problem in router.problems
+                            if problem not in state.router.problems]
+    steps, targets = router.explain(body.get("model"), dialect != "chat", asked, in_english)
     return {**told, "steps": steps, "chain": [_target_facts(gateway, target) for target in targets]}
 
 
@@ -12821,7 +12912,8 @@ class Check(NamedTuple):
     took_s: float = 0.0
 
 
-def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = None) -> List[Check]:
+def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = None,
+            whole: bool = True) -> List[Check]:
     """Reach, key, model, stream and tools of one provider (CHECKS); without an answer there is
     nothing more to try.
     """
@@ -12845,7 +12937,7 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
     tool_request = {"tools": [PROBE_TOOL],
                     "messages": [{"role": "user",
                                   "content": "Call the tool report with the number 7."}]}
-    for what, more in (("stream", {"stream": True}), ("tools", tool_request)):
+    for what, more in (("stream", {"stream": True}), ("tools", tool_request)) if whole else ():
         started = time.monotonic()
         try:
             message = ask_provider(gateway, provider, model, key, **more)
@@ -14636,16 +14728,16 @@ def stream_events(handler: Handler) -> None:
 
 def setting_json(gateway: Gateway, name: str) -> Json:
     """A setting with what a form needs to know of it."""
-    facts = SETTING[name].metadata
+    facts, texts = SETTING[name].metadata, SETTING_TEXTS[name]
     value, is_secret = getattr(gateway.settings, name), bool(facts.get("secret"))
-    return {"name": name, "kind": facts["kind"], "label": dict(zip(("zh", "en"), facts["label"])),
-            "group": facts["group"],
+    return {"name": name, "kind": facts["kind"], "label": dict(zip(("zh", "en"), texts)),
+            "group": next(group for group, names in SETTING_GROUPS.items() if name in names),
             "value": hide_secrets(name, value), "default": hide_secrets(name, default_of(name)),
             "origin": gateway.origins.get(name, "default"), "secret": is_secret,
             "restart": bool(facts.get("restart")), "file_only": bool(facts.get("file_only")),
             **{key: facts[key] for key in ("choices", "low", "high", "flag", "older")
                if key in facts},
-            **({"hint": dict(zip(("zh", "en"), facts["hint"]))} if facts["hint"] else {}),
+            **({"hint": dict(zip(("zh", "en"), texts[2:]))} if texts[2:] else {}),
             **({"set": bool(value)} if is_secret else {})}
 
 
@@ -14848,10 +14940,10 @@ def check_together(gateway: Gateway, values: Json) -> None:
         providers = gateway.current(look=False).settings.providers
         known = gateway.state.router
         router = gateway.routed(replace(gateway.settings, **{**values, "providers": providers}))
-        problems = [problem for problem in router.warnings if problem not in known.warnings]
+        problems = [problem for problem in router.problems if problem not in known.problems]
         if problems:
             param = "aliases" if "aliases" in values else "default_provider"
-            raise BadRequest(problems[0], param=next(iter(router.conflicting - known.conflicting), param))
+            raise BadRequest(problems[0], param=next(iter(router.faults - known.faults), param))
     if values.get("upstream_proxy"):
         problems = proxy_problems(Settings(upstream_proxy=values["upstream_proxy"],
                                            upstream_proxy_enabled=True), ())
@@ -14949,7 +15041,7 @@ def new_secret(value: Any, where: str) -> str:
         raise bad_field(f"{where}: a string expected")
     if "…" in text:
         raise bad_field(f"{where}: this is the mask of none that is stored here")
-    if re.fullmatch(_REFERENCE, text) or is_encrypted(text):
+    if re.fullmatch(_REFERENCE, text) or is_sealed(text):
         error = bad_field(f"{where}: {text[:40]} can't be added here; put it into config.json, or "
                           "use `provider add` on the command line")
         error.code = "reference"
@@ -14960,7 +15052,7 @@ def new_secret(value: Any, where: str) -> str:
 def check_provider(entry: Json) -> Provider:
     """BadRequest for an entry that can't work; variables that it names may be unset."""
     def is_literal(text: Any) -> bool:
-        return not (isinstance(text, str) and (re.fullmatch(_REFERENCE, text) or is_encrypted(text)))
+        return not (isinstance(text, str) and (re.fullmatch(_REFERENCE, text) or is_sealed(text)))
 
     tried = dict(entry)                  # what is of the wrong type stays, for parse_provider
     if isinstance(entry.get("api_keys"), list):
@@ -15358,10 +15450,7 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
 
     A KEY of `$IFLOW2API_KEY` says that the user has the key in that variable.
     """
-    has_key, lines = words["KEY"] == "$" + KEY_VARIABLE, []
-    if has_key:
-        lines.append(shell.comment.format(
-            f"put your key into {KEY_VARIABLE} first; `key add NAME` makes one"))
+    lines: List[str] = []
     for name, value in env_values(client, words).items():
         if value != "$" + KEY_VARIABLE:
             lines.append(shell.variable.format(name=name, value=shell.quote(value)))
@@ -15373,12 +15462,7 @@ def env_lines(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
     if client == "codex":
         toml = file_text(client, words)
         flags = " ".join("-c " + shell.argument(setting) for setting in codex_settings(toml))
-        lines += [shell.command.format(flags=flags), *map(shell.comment.format, (
-            "or for good, in ~/.codex/config.toml:", *toml.split("\n")))]
-    if not words["MODEL"]:
-        lines.append(shell.comment.format(
-            f"{CLIENTS[client].title} asks for models of its own; tell which one to use instead: "
-            "python iflow2api.py config set default_model NAME"))
+        lines.append(shell.command.format(flags=flags))
     return lines
 
 
@@ -15418,11 +15502,10 @@ def file_text(client: str, words: Mapping[str, str]) -> str:
 
 
 def client_blocks(client: str, key: str, words: Mapping[str, str]) -> List[Json]:
-    """The lines of `env` for each shell, without its comments, and the file of a client."""
+    """The lines of `env` for each shell, and the file of a client, with `key`."""
     blocks, setup = [], CLIENTS[client]
     for name, shell in SHELLS.items():
-        lines = [line for line in env_lines(client, shell, words)
-                 if not line.startswith(shell.comment[:-2])]
+        lines = env_lines(client, shell, words)
         if words["KEY"] == "$" + KEY_VARIABLE:
             lines.insert(0, shell.variable.format(name=KEY_VARIABLE, value=shell.quote(key)))
         blocks.append({"title": name, "language": name, "text": "\n".join(lines)})
@@ -18177,146 +18260,384 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 
 # === 20. Command line ========================================================
 
-# --- the console -------------------------------------------------------------
+# --- what it says ------------------------------------------------------------
 
-#: What the command line says, in Chinese and English; a command's and a flag's help stands beside it, in COMMANDS.
-TEXTS: Dict[str, Tuple[str, str]] = {
-    "error": ("错误：{text}", "error: {text}"),
-    "warning": ("警告：{text}", "warning: {text}"),
-    "see": ("（用法：{program} {command}--help）", " (see: {program} {command}--help)"),
-    # the card
-    "address": ("地址", "address"),
-    "providers": ("上游", "providers"),
-    "clients": ("客户端", "clients"),
-    "login": ("登录", "login"),
-    "page": ("页面", "page"),
-    "page_code": ("一次性验证码，用于设置页面密码：{code}", "one-time code, to set its password: {code}"),
-    "next": ("下一步", "next"),
-    "default": ("（默认）", " (default)"),
-    "disabled": ("已停用：", "disabled:"),
-    "more": ("还有 {count} 个：{program} status", "{count} more: {program} status"),
-    "none": ("无", "none"),
-    "new_key": ("需要密钥（因对外监听 {host} 而新生成）：", "need this key, made because {host} is open to the network:"),
-    "key_needed": ("需要密钥 {key}（custom_api_key）", "need the key {key} (custom_api_key)"),
-    "a_key_needed": ("需要客户端密钥（{program} key list）", "need a client key ({program} key list)"),
-    "no_key": ("本机访问无需密钥", "need no key on this machine"),
-    "logged_in": ("iFlow 已登录", "iFlow: logged in"),
-    "not_logged_in": ("iFlow 未登录；登录：{program} login", "iFlow: not logged in; to log in: {program} login"),
-    "next_preset": ("添加一个上游：\n{program} provider presets", "add a provider:\n{program} provider presets"),
-    "next_repair": ("检查上游：\n{program} test", "see what is wrong:\n{program} test"),
-    "next_client": ("在客户端填写 {url}/v1\n（Anthropic 客户端填 {url}）",
-                    "point clients at {url}/v1\n(Anthropic clients at {url})"),
-    # running
-    "stopping": ("正在停止；正在进行的回答最多再等 {seconds:g} 秒（再按一次立即停止）",
-                 "stopping; running answers get {seconds:g} s to end (again to stop at once)"),
-    "cannot_listen": ("无法监听 {host} 的端口 {port}：{reason}", "can't listen on {host} port {port}: {reason}"),
-    "port_taken": ("{host} 的端口 {port} 已被其他程序占用；端口 {free} 空闲：加上 --port {free}",
-                   "port {port} on {host} is taken by another program; port {free} is free: add --port {free}"),
-    "no_log": ("无法写入日志文件 {path}：{reason}；仅在控制台输出日志", "no log_file {path}: {reason}; logging to the console alone"),
-    # logs
-    "log_unset": ("没有设置 log_file，日志只在控制台上。设置：{program} config set log_file iflow2api.log，然后重启",
-                  "log_file is not set: the console alone has the log. To set it: {program} config set log_file "
-                  "iflow2api.log, then restart"),
-    "log_missing": ("还没有日志文件 {path}：{reason}；服务启动后才会写入",
-                    "no log at {path}: {reason}; it is written once the gateway runs"),
-    # mistakes
-    "near": ("；您是不是要输入 {names}？", "; did you mean {names}?"),
-    "or": (" 或 ", " or "),
-    "no_command": ("没有命令 {name}{near}", "there is no command {name!r}{near}"),
-    "unknown_flag": ("{command} 没有参数 {flag}{near}", "{command} has no flag {flag}{near}"),
-    "stray": ("{command} 不接受多余的 {word!r}{near}", "{command} has no use for {word!r}{near}"),
-    "needs_value": ("{flag} 需要一个值：{flag} {metavar}", "{flag} needs a value: {flag} {metavar}"),
-    "takes_no_value": ("{flag} 不带值，去掉 {value}", "{flag} takes no value; leave out {value}"),
-    "bad_choice": ("{flag} 不能是 {value}；可选：{choices}{near}", "{flag} can't be {value}; one of {choices}{near}"),
-    "no_number": ("{flag} 不能是 {value}；需要整数", "{flag} can't be {value}; a whole number expected"),
-    "no_float": ("{flag} 不能是 {value}；需要数字", "{flag} can't be {value}; a number expected"),
-    "missing": ("{command} 还需要：{program} {command} {flag}", "{command} needs more: {program} {command} {flag}"),
-    "bad_value": ("{where} 不能是 {value}；需要{expected}", "{where} can't be {value}; {expected} expected"),
-    "key_shown": ("命令行上的密钥，本机其他用户都能看到；更好的写法：--api-key '$NAME'，或 -（标准输入）",
-                  "every user of this machine can see a key on the command line; better: --api-key '$NAME' or -"),
-    "key_no_input": ("--api-key -：标准输入里没有密钥；例如：{program} --api-key - < 文件",
-                     "--api-key -: standard input holds no key; for example: {program} --api-key - < FILE"),
-    "key_undefined": ("--api-key {name}：没有设置环境变量 {variable}；先执行：{verb} {variable}=…",
-                      "--api-key {name}: the environment variable {variable} is not set; first: {verb} {variable}=…"),
-    "config_no_key": ("config {action} 需要一个名称（KEY）；{program} config list 列出全部",
-                      "config {action} needs a KEY; {program} config list shows them"),
-    "config_no_value": ("config set {name} 需要一个值：{program} config set {name} VALUE",
-                        "config set {name} needs a VALUE: {program} config set {name} VALUE"),
-    "no_setting": ("没有名为 {name!r} 的设置{near}（全部：{program} config list）",
-                   "there is no setting {name!r}{near} (all: {program} config list)"),
-    "saved": ("已保存到 {path}", "saved in {path}"),
-    "cannot_write": ("无法写入 {path}：{reason}", "{path} can't be written: {reason}"),
-    "proxy_is_off": ("上游代理尚未启用；启用：{program} config set upstream_proxy_enabled true",
-                     "the proxy is not in use yet; to use it: {program} config set upstream_proxy_enabled true"),
-    # the page's password
-    "new_password": ("新密码：", "new password: "),
-    "same_again": ("再输入一次：", "the same again: "),
-    "not_the_same": ("两次输入不一致；没有改动", "these were not the same; nothing was changed"),
-    "no_terminal": ("这里没有终端；从标准输入读取密码：{program} admin reset-password -",
-                    "there is no terminal here; to read it from standard input: {program} admin reset-password -"),
-    "password_shown": ("不要把密码写在命令行上；直接运行 {program} admin reset-password，或用 -（标准输入）",
-                       "a password does not belong on the command line; run {program} admin reset-password, or use - "
-                       "(standard input)"),
-    "password_length": ("密码需要 {least} 到 {most} 个字符", "a password has from {least} to {most} characters"),
-    "password_set": ("页面密码已更改；所有已登录的会话都已结束", "the page's password is changed; whoever was signed in is signed out"),
-    "password_above": ("环境变量 {variable} 优先于它", "the variable {variable} is set, and stands above it"),
-    "encrypt_on": ("{path} 中的密钥已加密", "secrets in {path} are encrypted"),
-    "encrypt_on_none": ("{path} 中还没有密钥；以后写入的会加密", "{path} holds no secret yet; those to come will be encrypted"),
-    "encrypt_off": ("{path} 中的密钥现在是明文", "secrets in {path} are plain text now"),
-    "encrypt_off_none": ("{path} 中没有密钥；以后写入的将是明文", "{path} holds no secret; those to come will be plain text"),
-    # what the system says is in English
-    "ENOENT": ("没有这个文件或文件夹", "no such file or folder"),
-    "EACCES": ("没有权限", "permission denied"),
-    "ENOTDIR": ("路径中有一部分不是文件夹", "a part of the path is no folder"),
-    "EISDIR": ("这是一个文件夹", "it is a folder"),
-    "EEXIST": ("同名的文件已存在", "a file of this name is there"),
-    "EROFS": ("文件系统是只读的", "the file system is read-only"),
-    "ENOSPC": ("磁盘已满", "the disk is full"),
-    "EADDRNOTAVAIL": ("本机没有这个地址", "this machine has no such address"),
-    # what a setting may be
-    "kind_str": ("文字", "a string"),
-    "kind_int": ("整数", "a whole number"),
-    "kind_float": ("数字", "a number"),
-    "kind_bool": (" true 或 false", "true or false"),
-    "kind_list": (" JSON 列表", "a list as JSON"),
-    "kind_dict": (" JSON 对象", "an object as JSON"),
-    "kind_choice": ("以下之一：{choices}", "one of {choices}"),
-    "at_least": ("，不小于 {low:g}", " of at least {low:g}"),
-    "above": ("，大于 {low:g}", " above {low:g}"),
-    "between": ("，{low:g} 到 {high:g}", " from {low:g} to {high:g}"),
-    # help
-    "about": ("连接任意 AI 客户端与任意 OpenAI 兼容模型的单文件网关", "one file between any AI client and any OpenAI-compatible model"),
-    "usage": ("用法", "Usage"),
-    "arguments": ("参数", "Arguments"),
-    "flags": ("选项", "Flags"),
-    "serve_flags": ("serve 的选项", "Flags of serve"),
-    "examples": ("示例", "Examples"),
-    "help_flag": ("显示本帮助；每个命令都有自己的帮助：COMMAND --help", "this text; each command has its own: COMMAND --help"),
-    "config_dir": ("config.json 所在的文件夹（~/.iflow2api）", "folder of config.json (~/.iflow2api)"),
-    "settings_too": ("更多设置：{program} config，或环境变量 IFLOW2API_<大写名称>",
-                     "More settings: {program} config, or variables IFLOW2API_<KEY>"),
-    "group_run": ("运行", "Run"),
-    "group_setup": ("设置", "Set up"),
-    "group_look": ("查看", "Look"),
-    "group_more": ("其他", "More"),
-}
+#: Whatever the command line says, in the form of PAGE_TEXTS.  Errors from below are English.
+TEXT_LINES = """\
+# what many say
+error = 错误：{text} = error: {text} | warning = 警告：{text} = warning: {text}
+problem = 问题：{text} = problem: {text}
+see = {text}（用法：{program} {command}--help） = {text} (see: {program} {command}--help)
+unknown = 没有{kind} {name} = there is no {kind} '{name}'
+all = {text}；全部：{program} {show} = {text}; all: {program} {show}
+near = {text}；您是不是要输入 {names}？ = {text}; did you mean {names}? | or = 或 = or | no_key = 无密钥 = no key
+default = {name}（默认） = {name} (default) | disabled = {name}  已停用： = {name}  disabled:
+saved = 已保存到 {path} = saved in {path} | gone = 已移除 {name}（{path}） = removed {name} from {path}
+saved_for_later = 已保存到 {path}；下次启动时生效 = saved in {path}; it takes effect at the next start
+cannot_write = 无法写入 {path}：{reason} = {path} can't be written: {reason}
+no_list = config.json 中的 `{name}` 不是列表；可运行：{program} config unset {name} = `{name}` in config.json \
+is no list; see `config unset {name}`
+# serve and its card
+address = 地址 = address | providers = 上游 = providers | clients = 客户端 = clients | login = 登录 = login
+page = 页面 = page | next = 下一步 = next
+more = 还有 {count} 个：{program} status = {count} more: {program} status | none = 无 = none
+page_code = 一次性验证码，用于设置页面密码：{code} = one-time code, to set its password: {code}
+new_key = 需要密钥（因对外监听 {host} 而新生成）： = need this key, made because {host} is open to the network:
+key_needed = 需要密钥 {key}（custom_api_key） = need the key {key} (custom_api_key)
+a_key_needed = 需要客户端密钥（{program} key list） = need a client key ({program} key list)
+no_key_needed = 本机访问无需密钥 = need no key on this machine | logged_in = iFlow 已登录 = iFlow: logged in
+not_logged_in = iFlow 未登录；登录：{program} login = iFlow: not logged in; to log in: {program} login
+next_preset = 添加一个上游： = add a provider: | next_repair = 检查上游： = see what is wrong:
+next_client = 在客户端填写 {url}/v1 = point clients at {url}/v1
+next_anthropic = （Anthropic 客户端填 {url}） = (Anthropic clients at {url})
+stopping = 正在停止；正在进行的回答最多再等 {seconds:g} 秒（再按一次立即停止） = stopping; running answers get {seconds:g} s \
+to end (again to stop at once)
+cannot_listen = 无法监听 {host} 的端口 {port}：{reason} = can't listen on {host} port {port}: {reason}
+port_taken = {host} 的端口 {port} 已被其他程序占用；端口 {free} 空闲：加上 --port {free} = port {port} on {host} is \
+taken by another program; port {free} is free: add --port {free}
+demo_alone = --demo 自带上游：请去掉 --upstream 和 --api-key = --demo brings its own upstream: leave out \
+--upstream and --api-key
+no_log = 无法写入日志文件 {path}：{reason}；仅在控制台输出日志 = no log_file {path}: {reason}; logging to the console \
+alone
+log_unset = 没有设置 log_file，日志只在控制台上。设置：{program} config set log_file iflow2api.log，然后重启 = log_file \
+is not set: the console alone has the log. To set it: {program} config set log_file iflow2api.log, \
+then restart
+log_missing = 还没有日志文件 {path}：{reason}；服务启动后才会写入 = no log at {path}: {reason}; it is written once \
+the gateway runs
+# mistakes
+no_flag = {command} 没有参数 {flag} = {command} has no flag {flag}
+stray = {command} 不接受多余的 {word} = {command} has no use for '{word}'
+needs_value = {flag} 需要一个值：{flag} {value} = {flag} needs a value: {flag} {value}
+takes_no_value = {flag} 不带值，去掉 {value} = {flag} takes no value; leave out {value}
+missing = {command} 还需要：{program} {command} {needed} = {command} needs more: {program} {command} \
+{needed}
+needs = {command} 需要 {what}：{program} {command} {what} = {command} needs a {what}: {program} \
+{command} {what} | command = 命令 = command | setting = 设置 = setting | preset = 预设 = preset
+account = 账号 = account | key = 密钥 = key
+bad_value = {where} 不能是 {value}；应为：{expected} = {where} can't be {value}; {expected} expected
+one_of = 以下之一：{choices} = one of {choices}
+from_to = {kind}，{low:g} 到 {high:g} = {kind} from {low:g} to {high:g}
+at_least = {kind}，不小于 {low:g} = {kind} of at least {low:g}
+above = {kind}，大于 {low:g} = {kind} above {low:g} | str = 文字 = a string | int = 整数 = a whole number
+float = 数字 = a number | bool = true 或 false = true or false | list = JSON 列表 = a list as JSON
+dict = JSON 对象 = an object as JSON | a_folder = 文件夹 = a folder
+key_shown = 命令行上的密钥，本机其他用户都能看到；更好的写法：--api-key '$NAME'，或 -（标准输入） = every user of this machine can \
+see a key on the command line; better: --api-key '$NAME' or -
+key_empty = --api-key 是空的：变量已被 shell 替换；请加单引号：'${variable}' = --api-key is empty: the shell has \
+replaced the variable; put it in single quotes: '${variable}'
+key_no_input = --api-key -：标准输入里没有密钥；例如：{program} --api-key - < FILE = --api-key -: standard input \
+holds no key; for example: {program} --api-key - < FILE
+key_undefined = --api-key {name}：没有设置环境变量 {variable}；先执行：{verb} {variable}=… = --api-key {name}: \
+the environment variable {variable} is not set; first: {verb} {variable}=…
+key_unset_here = 说明：这里没有设置 {variable}；请在启动服务的环境里设置 = note: {variable} is not set here; set it \
+where the server starts
+key_blanks = --api-key：密钥不能有空白、换行或非 ASCII 字符 = --api-key: a key has no blanks, line breaks or \
+characters beyond ASCII | input_no_text = 标准输入：不是 UTF-8 文本 = standard input: not UTF-8 text
+# status, models, test
+server = 服务 = server | config = 配置 = config | provider = 上游 = provider | note = 说明 = note
+offer = 建议 = offer
+running = 正在运行，{status}，版本 {version}，{in_flight} 个请求进行中 = running, {status}, version {version}, \
+{in_flight} in flight | not_running = 未运行 = not running | healthy = 正常 = healthy
+degraded = 有问题 = degraded | in_use = 使用中 = in use
+others_run = 正在运行的服务用的不是 config.json 中的上游（--demo、--upstream，或在本机发现的引擎） = the running server has \
+other providers than config.json names (--demo, --upstream, found here)
+status_none = 没有；用 `login` 登录 iFlow，用 `provider add` 添加，或用 --upstream URL 启动 = none; run `login` \
+for iFlow, add one with `provider add`, or start with --upstream URL
+offered = 已设置 {variable}：{program} provider add {name} = {variable} is set: {program} provider add \
+{name} | offered_too = {text}（或 {names}） = {text} (or {names})
+rests_open = 一直失败，正在休息 = keeps failing, rests
+rests_half-open = 曾一直失败，正在重试 = kept failing, is tried again
+keys_rest = 它有 {count} 个密钥在休息 = {count} of its keys rest
+login_ended = 已失效：{program} login = ended: run {program} login
+login_until = 有效至 {time} = until {time} | login_no_end = 有效期未知 = end unknown
+login_fixed = 不能刷新 = not refreshable | login_refreshed = 上次刷新 {time} 成功 = last refresh {time} ok
+login_failed = 上次刷新 {time} 失败 = last refresh {time} failed
+no_models = 没有已知的模型；{program} status 显示各上游 = no models known: no provider lists any; `status` \
+shows the providers
+no_provider_yet = 没有上游 {name}；请先添加：{program} provider add {name} = there is no provider '{name}'; \
+add it first: {program} provider add {name} | broken = 不能用： = does not work,
+# provider
+set = （已设置） = (set) | count_models = {count} 个模型 = {count} models
+context = 上下文 {size} = context {size} | output = 输出 {size} = output {size} | images = 识图 = images
+add_preset = 添加：{program} provider add NAME --api-key '$VARIABLE' = add one with: {program} \
+provider add NAME --api-key '$VARIABLE'
+no_providers = 还没有上游：`provider add NAME`，NAME 取自 `provider presets`，或任取并加上 --base-url URL = no \
+provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL
+taken_as = base_url {given} 按 {used} 处理 = base_url {given} is taken as {used}
+provider_exists = 已有上游 {name}；先运行 `provider remove {name}`，或换一个 NAME = there is a provider {name} \
+already; `provider remove {name}` first, or choose another NAME
+provider_added = 已把 {name}（{url}）保存到 {path}；试一试：{program} provider test {name} = added {name} \
+({url}) to {path}; try it: {program} provider test {name}
+# env
+port_free = 服务每次启动都选用空闲端口（port 0）：请用 --port 指定它打印出的端口 = the server takes a free port at each start \
+(port 0): say with --port which one it has printed
+nobody_answers = {url} 现在没有 iflow2api 应答；如果它在别处运行，请用 --host 和 --port 指明 = no iflow2api answers at \
+{url} now; if it runs elsewhere, say so with --host and --port
+env_key = 请先把您的密钥放进 {variable}；`key add NAME` 可生成一个 = put your key into {variable} first; \
+`key add NAME` makes one
+env_codex = 或永久写入 ~/.codex/config.toml： = or for good, in ~/.codex/config.toml:
+env_model = {client} 会请求它自带的模型名；请指定实际使用哪个：{program} config set default_model NAME = {client} asks \
+for models of its own; tell which one to use instead: {program} config set default_model NAME
+your_key = 请用密钥替换 YOUR_KEY；`key add NAME` 可生成一个 = put a key instead of YOUR_KEY; `key add NAME` \
+makes one
+# login
+login_open = 请在浏览器中打开此地址登录 iFlow： = open this address in a browser to log in to iFlow:
+login_no_browser = 这里没有找到浏览器：请自行打开此地址；浏览器在别的机器上时，请用 login --paste = no browser was found here: \
+open the address yourself; for one elsewhere there is login --paste
+login_paste = 登录后浏览器会停在以 http://localhost 开头的地址；如果页面打不开，请把那个地址粘贴到这里 = after logging in the browser \
+ends on an address that begins with http://localhost; if it shows no page, paste that address here
+login_again = 请重新粘贴，或按 Ctrl-C 退出： = paste it again, or leave with Ctrl-C:
+login_no_input = login --paste：没有标准输入可供粘贴地址 = login --paste: there is no standard input to paste \
+an address into | login_given_up = 已放弃登录；没有改动 = login given up; nothing was changed
+login_stored = 已保存到 {path}；正在运行的服务会自动采用 = stored in {path}; a running server takes it over by itself
+login_above = 还设置了 {name}，它优先于这次登录 = {name} is set, too, and stands above this login
+api_key_file = config.json 中的 api_key = api_key in config.json
+key_stored = 已把密钥 {key} 存为账号 {account}：{path} = stored the key {key} as account {account} in {path}
+logged_out = 已退出登录（{account}） = logged out ({account})
+no_login = 没有可移除的登录（{account}） = there was no login to remove ({account})
+# config, admin
+file = 文件 = file | environment = 环境变量 = environment | flag = 命令行 = flag
+hint = {title}。{hint} = {title}. {hint}
+at_start = {text}（下次启动生效） = {text} (from the next start)
+proxy_is_off = 上游代理尚未启用；启用：{program} config set upstream_proxy_enabled true = the proxy is not in \
+use yet; to use it: {program} config set upstream_proxy_enabled true
+encrypt_on = {path} 中的密钥已加密 = secrets in {path} are encrypted
+encrypt_off = {path} 中的密钥现在是明文 = secrets in {path} are plain text now
+encrypt_none = 其中还没有密钥 = it holds none yet: this is for those to come
+left = {text}（保持不变） = {text} (left as it is) | new_password = 新密码： = new password:
+same_again = 再输入一次： = the same again:
+not_the_same = 两次输入不一致；没有改动 = these were not the same; nothing was changed
+no_terminal = 这里没有终端；从标准输入读取密码：{program} admin reset-password - = there is no terminal here; to \
+read it from standard input: {program} admin reset-password -
+password_shown = 不要把密码写在命令行上；直接运行 {program} admin reset-password，或用 -（标准输入） = a password does not \
+belong on the command line; run {program} admin reset-password, or use - (standard input)
+password_length = 密码需要 {low} 到 {high} 个字符 = a password has from {low} to {high} characters
+password_set = 页面密码已更改；所有已登录的会话都已结束 = the page's password is changed; whoever was signed in is \
+signed out
+password_above = 环境变量 {variable} 优先于它 = the variable {variable} is set, and stands above it
+# routes, key, usage
+then = 然后 = then | keys_1 = {count} 个密钥 = {count} key | keys_n = {count} 个密钥 = {count} keys
+key_exists = 已有同名密钥 {name}；请先移除，或换个名称 = key add {name}: there is a key of this name; \
+remove it first, or take another name
+key_once = 密钥只显示这一次；客户端用 `Authorization: Bearer KEY` 或 x-api-key 发送 = this is the only time it is \
+shown; clients send it as `Authorization: Bearer KEY` or x-api-key
+last_key = 已没有任何密钥：本机的客户端无需密钥；对外监听的服务在有新密钥之前不回答任何人 = no key is left: clients on this machine need \
+none; a server that others reach answers nobody until there is one
+no_keys = 没有客户端密钥；`key add NAME` 生成一个 = no client keys; `key add NAME` makes one
+no_limits = 不限 = no limits | limit_rpm = 每分钟 {count} 次 = {count} requests a minute
+limit_rph = 每小时 {count} 次 = {count} requests an hour
+limit_rpd = 每天 {count} 次 = {count} requests a day
+limit_tpd = 每天 {count} token = {count} tokens a day
+limit_concurrency = 同时 {count} 个请求 = {count} requests at once
+key_models = 模型 {names} = models {names} | expired = 已于 {time} 过期 = expired {time}
+expires = {time} 过期 = expires {time}
+used_today = 今天 {requests} 次，{tokens} token = today {requests} requests, {tokens} tokens
+usage_off = 没有在记录用量；启用：{program} config set usage true = usage is not being counted: config set \
+usage true | nothing_used = 没有用量 = nothing was used
+guessed = ~ 含估计值：上游没有给出计数 = ~ in part our estimate: the upstream did not count
+col_model = 模型 = model | col_key = 密钥 = key | col_provider = 上游 = provider | col_day = 日期 = day
+col_requests = 请求 = requests | col_errors = 错误 = errors | col_input = 输入 = input
+col_output = 输出 = output | col_cached = 缓存 = cached | col_reasoning = 思考 = reasoning
+col_first = 首字 = first | col_total = 总时间 = total | col_cost = 费用 = cost
+# of the system
+ENOENT = 没有这个文件或文件夹 = no such file or folder | EACCES = 没有权限 = permission denied
+ENOTDIR = 路径中有一部分不是文件夹 = a part of the path is no folder | EISDIR = 这是一个文件夹 = it is a folder
+EEXIST = 同名的文件已存在 = a file of this name is there | EROFS = 文件系统是只读的 = the file system is read-only
+ENOSPC = 磁盘已满 = the disk is full | EADDRNOTAVAIL = 本机没有这个地址 = this machine has no such address
+# help
+about = 连接任意 AI 客户端与任意 OpenAI 兼容模型的单文件网关 = one file between any AI client and any \
+OpenAI-compatible model | usage = 用法 = Usage | arguments = 参数 = Arguments | flags = 选项 = Flags
+serve_flags = serve 的选项 = Flags of serve | examples = 示例 = Examples
+help_flag = 显示本帮助；每个命令都有自己的帮助：COMMAND --help = this text; each command has its own: COMMAND --help
+config_dir = config.json 所在的文件夹（~/.iflow2api） = folder of config.json (~/.iflow2api)
+settings_too = 更多设置：{program} config，或环境变量 IFLOW2API_<大写名称> = More settings: {program} config, or \
+variables IFLOW2API_<KEY>
+"""
+
+#: The commands by groups: NAME, below it its arguments and, after `$`, what to type for example,
+#: each in Chinese and English.  `NAME` is told by its place, `[NAME]` may be left out, small
+#: letters are a choice; `--flag VALUE` takes a value, `-f, --follow` has a short form.
+COMMAND_LINES = """\
+[运行 = Run]
+serve = 运行网关（不写命令时也是它） = run the gateway (also without any command)
+  --host ADDR = 监听地址（127.0.0.1） = address to listen on (127.0.0.1)
+  --port N = 端口（28000；0 为自动选择） = port to listen on (28000; 0: a free one)
+  @run | --demo = 由内置的小模型应答：不要账号，不要网络 = answer from a small model built in: no account, no network
+  --no-browser = 不打开网页 = do not open the page
+  --log-level LEVEL = debug、info、warning 或 error = debug, info, warning or error
+  --verbose = 等于 --log-level debug = the same as --log-level debug
+  --version = 显示版本 = print the version
+  $  | --port 8080 | --upstream https://api.deepseek.com --api-key '$KEY'
+[设置 = Set up]
+login = 用浏览器登录 iFlow = log in to iFlow in the browser
+  --paste = 用于 SSH 和容器：粘贴浏览器最后停在的地址 = for SSH and containers: paste the address the browser ends on
+  --no-browser = 只显示要打开的地址 = only print the address to open
+  --api-key KEY = 改为保存此密钥：$NAME、-（标准输入）或密钥本身 = store this key instead: $NAME, - (standard input), \
+or itself
+  --account NAME = 另一个账号；请求在各账号间轮换 = a further account; requests take turns among all of them
+  --timeout S = 最多等待的秒数（300） = seconds to wait (300)
+  $ login | login --paste
+logout = 移除 iFlow 登录 = remove the iFlow login
+  --account NAME = 哪个账号 = of this account
+provider = 管理和测试上游，查看预设 = list, add, remove and test upstreams; show the known ones
+  [list|add|remove|test|presets] = 不写则为 list = list without
+  [NAME] = 名称；add 时写预设名即可 = a preset's name is all that `add` needs
+  --base-url URL = add：OpenAI 兼容服务的地址 = add: where an OpenAI-compatible server is
+  --api-key KEY = add：'$NAME'（原样保存）、-（标准输入）或密钥 = add: '$NAME' (stored as such), - (standard \
+input), or the key | --models A,B = add：模型，第一个为默认 = add: models it serves; the first is its default
+  --preset PRESET = add：用别的名称套用此预设 = add: take the facts of this preset under another name
+  --kind @kinds = add：不写则为 openai = add: openai without
+  $ provider presets | provider add zhipu --api-key '$ZHIPU_API_KEY' | provider test zhipu
+config = 查看和修改设置 = show and change settings
+  [list|get|set|unset|path|encrypt] = 不写则为 list = list without
+  [KEY] = 设置的名称；encrypt：on 或 off = name of a setting; encrypt: on or off
+  [VALUE] = 新的值；列表和对象写成 JSON = its value; lists and objects as JSON
+  --show-secrets = 完整显示密钥 = show keys in full
+  $ config list | config set port 8080 | config set upstream_proxy socks5h://127.0.0.1:1080
+key = 客户端的密钥，各有模型和限额 = keys of clients: each with its models and limits
+  [list|add|remove] = 不写则为 list = list without | [NAME] = 密钥的名称 = name of the key
+  --models A,B = 可用的模型或模式 = models it may use, or patterns
+  --rpm N = 每分钟请求数上限 = most requests a minute | --rph N = 每小时请求数上限 = most requests an hour
+  --rpd N = 每天请求数上限 = most requests a day | --tpd N = 每天 token 数上限 = most tokens a day
+  --concurrency N = 同时请求数上限 = most requests at once
+  --expires DATE = 最后一天，如 2027-01-31 = last day, such as 2027-01-31
+  $ key add alice --rpm 20 --models 'glm-*' | key remove alice
+routes = 说明某个模型名会去哪里、为什么 = say where a model's name goes, and why
+  explain = 说明去向 = say where it goes | MODEL = 模型名 = the model's name
+  --dialect chat|messages|responses = 客户端的接口（chat） = the client's API (chat)
+  --tokens N = 请求的大小 = size of the request | --images = 带有图片 = it shows an image
+  --thinking = 要求思考 = it asks for reasoning | --tools = 提供工具 = it offers tools
+  --json = 输出 JSON = as JSON
+  @run
+  $ routes explain claude-sonnet-4 --dialect messages
+env = 输出让客户端指向本服务的 shell 语句 = shell lines that point a client at this server
+  @clients = 客户端 = the client
+  --shell @shells = 哪种 shell；不写则看 $SHELL = for which shell; by $SHELL without
+  --host ADDR = 服务的地址 = the server's address | --port N = 服务的端口 = its port | @model
+  --json = 输出 JSON：Claude Code 的 settings.json = as JSON, for Claude Code's settings.json
+  $ env claude | env claude --json | env codex --shell fish
+admin = 重设管理页面的密码 = set the page's password anew
+  reset-password = 重设密码 = set it | [-] = 从标准输入读取 = read it from standard input
+  $ admin reset-password | admin reset-password - < FILE
+[查看 = Look]
+status = 是否在运行、有哪些上游、有什么问题 = is it running, with what, and what is wrong
+models = 列出可用的模型 = list the models that can be asked for
+  @run
+test = 向上游发一个极小的真实请求 = one tiny real request to a provider, or to each
+  [PROVIDER] = 上游名称；不写则全部 = its name; all without
+  @run
+  $ test | test --upstream http://127.0.0.1:11434/v1
+usage = 用量：按模型、密钥或上游 = tokens and requests, by model, key or provider
+  --days N = 最近 N 天（30） = the last N days (30)
+  --by model|key|provider|day = 按什么汇总（model） = a row for each (model) | --json = 输出 JSON = as JSON
+  --csv = 输出 CSV = as CSV
+  $ usage --by key --days 7
+logs = 显示日志文件（log_file）的末尾 = show the end of log_file
+  -n N = 行数（50） = number of lines (50) | -f, --follow = 持续显示新的行 = go on with what is added
+  --level @levels = 只显示此级别及以上 = this level and above
+  $ logs -f | logs -n 200 --level warning
+[其他 = More]
+version = 显示版本 = print the version
+"""
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+#: `@` in COMMAND_LINES: what several commands share, and what other tables know.
+COMMAND_PARTS = {
+    "run": """--upstream URL = 只用这个 OpenAI 兼容服务，不看 config.json = \
+use this OpenAI-compatible server alone, whatever config.json says
+  --api-key KEY = 它的密钥（或 iFlow 的）：$NAME、-（标准输入）或密钥本身 = its key, or iFlow's: $NAME, \
+- (standard input), or the key itself | @model""",
+    "model": "--model MODEL = 本次运行的 default_model = default_model for this run",
+    "clients": "|".join(CLIENTS), "shells": "|".join(SHELLS), "kinds": "|".join(KINDS),
+    "levels": "|".join(LOG_LEVELS)}
+
+Pair = Tuple[str, str]                   #: the same in Chinese and in English
+
+
+class Argument(NamedTuple):
+    """An argument of a command."""
+    name: str                            #: the long flag, NAME, or `action` for a choice
+    flags: List[str]                     #: none where it is told by its place
+    value: str                           #: what it takes as help names it; "" for a switch
+    choices: List[str]
+    help: Pair
+    shown: str                           #: as help shows it
+
+
+class Command(NamedTuple):
+    group: Pair
+    help: Pair
+    arguments: List[Argument]
+    examples: List[str]
+
+
+def _pair(text: str) -> Pair:
+    zh, en = text.split(" = ")
+    return zh, en
+
+
+@lru_cache(maxsize=None)
+def text_table() -> Dict[str, Pair]:
+    entries = (entry.partition(" = ") for line in TEXT_LINES.splitlines()
+               if line[0] != "#" for entry in line.split(" | "))
+    return {key: _pair(both) for key, _, both in entries}
+
+
+def _argument(text: str) -> Argument:
+    shown, _, both = text.partition(" = ")
+    names, _, value = shown.replace(", ", ",").partition(" ")
+    flags = names.split(",") if shown[0] == "-" else []
+    value = value if flags else shown.strip("[]")
+    choices = value.split("|") if value.islower() else []
+    name = flags[-1] if flags else "action" if choices else value
+    return Argument(name, flags, value, choices, _pair(both), shown)
+
+
+@lru_cache(maxsize=None)
+def command_table() -> Dict[str, Command]:
+    """COMMAND_LINES, with the flags that every command has."""
+    found: Dict[str, Command] = {}
+    group, table = ("", ""), COMMAND_LINES
+    for part, text in COMMAND_PARTS.items():
+        table = table.replace("@" + part, text)
+    for line in table.splitlines():
+        if line[0] == "[":
+            group = _pair(line.strip("[]"))
+        elif line[0] != " ":
+            name, _, both = line.partition(" = ")
+            last = found[name] = Command(group, _pair(both), [], [])
+        elif line[2] == "$":
+            last.examples.extend(line[4:].split(" | "))
+        else:
+            last.arguments.extend(map(_argument, line[2:].split(" | ")))
+    for command in found.values():
+        command.arguments.extend([
+            Argument("--config-dir", ["--config-dir"], "DIR", [], text_table()["config_dir"],
+                     "--config-dir DIR"),
+            Argument("--help", ["-h", "--help"], "", [], text_table()["help_flag"], "-h, --help")])
+    return found
+
+
+# --- the console -------------------------------------------------------------
 
 #: How this program is called in what it tells people to type.
 PROGRAM = "python iflow2api.py"
 
-_COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+_COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
 #: Instead of a character that the console's encoding lacks; any other is shown as its escape.
-_PLAIN = {"→": "->", "←": "<-", "…": "...", "·": "-", "—": "-", "–": "-", "’": "'", "‘": "'", "“": '"', "”": '"',
-          "✓": "ok", "✗": "x", "，": ", ", "；": "; ", "：": ": ", "（": " (", "）": ")"}
+_PLAIN = {"→": "->", "←": "<-", "…": "...", "·": "-", "—": "-", "–": "-", "’": "'", "‘": "'",
+          "“": '"', "”": '"', "✓": "ok", "✗": "x", "，": ", ", "；": "; ", "：": ": ",
+          "（": " (", "）": ")"}
 
-#: Characters two columns wide (Unicode TR 11, W and F), without unicodedata, which OpenWrt leaves to a package.
-_WIDE = ("\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6"
-         "\U0001f300-\U0001faff\U00020000-\U0003fffd")
+#: Characters two columns wide (Unicode TR 11, W and F): OpenWrt leaves unicodedata to a package.
+_WIDE = ("\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
+         "\uffe0-\uffe6\U0001f300-\U0001faff\U00020000-\U0003fffd")
 
 
 class Console:
-    """What this process's terminal can show.  There is one, as there is one stderr; `main` alone sets it up."""
+    """What this process's terminal can show.  There is one, as there is one stderr."""
 
     def __init__(self) -> None:
         self.language, self.colours, self.columns = "en", False, 80
@@ -18325,9 +18646,11 @@ class Console:
         codecs.register_error("iflow2api", _plain_characters)
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="iflow2api")           # a GBK or ASCII console must not end the program
+                stream.reconfigure(errors="iflow2api")           # GBK, ASCII
         self.language = find_language(argv, environ)
-        if self.language == "zh" and not _can_show("中", sys.stderr):
+        try:
+            "中".encode(getattr(sys.stderr, "encoding", None) or "utf-8")
+        except (UnicodeError, LookupError):
             self.language = "en"
         is_terminal = bool(sys.stderr) and sys.stderr.isatty()
         plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
@@ -18335,40 +18658,51 @@ class Console:
         self.columns = 80
         if is_terminal:
             with contextlib.suppress(OSError, ValueError):
-                self.columns = min(max(os.get_terminal_size(sys.stderr.fileno()).columns, 40), 80)
+                width = os.get_terminal_size(sys.stderr.fileno()).columns
+                self.columns = min(max(width, 40), 80)
 
-    def text(self, pair: Union[str, Tuple[str, str]]) -> str:
-        """The one of (中文, English) that is wanted; what has no translation as it is."""
-        return pair if isinstance(pair, str) else pair[self.language == "en"]
+    def text(self, pair: Pair) -> str:
+        return pair[self.language == "en"]
 
     def paint(self, text: str, colour: str) -> str:
-        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self.colours and text and colour else text
+        if not (self.colours and text and colour):
+            return text
+        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
 CONSOLE = Console()
 
 
-def tr(sentence: str, **facts: Any) -> str:
-    """TEXTS[sentence] in the console's language, filled in."""
-    return CONSOLE.text(TEXTS[sentence]).format(program=PROGRAM, **facts)
-
-
-def reason_of(exc: OSError) -> str:
-    """What the system says, where it says it, in the console's language."""
-    name = errno.errorcode.get(exc.errno or 0, "")
-    return tr(name) if name in TEXTS else name if CONSOLE.language == "zh" and name else exc.strerror or str(exc)
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`nearest` in the console's language."""
-    found = alike(name, names)
-    return tr("near", names=tr("or").join(found)) if found else ""
+def tr(which: str, **facts: Any) -> str:
+    """A text in the console's language, filled in."""
+    return CONSOLE.text(text_table()[which]).format(program=PROGRAM, **facts)
 
 
 def marked(mark: str, text: Any) -> str:
-    """`error: …` or `warning: …`, the mark in the language of the text: rare sentences are there in English alone."""
-    zh, en = TEXTS[mark]
+    """`error: …` and the like, the mark in the language of the text."""
+    zh, en = text_table()[mark]
     return (en if columns_of(str(text)) == len(str(text)) else zh).format(text=text)
+
+
+def reason_of(exc: OSError) -> str:
+    """What the system says, in the console's language."""
+    name = errno.errorcode.get(exc.errno or 0, "")
+    if name in text_table():
+        return tr(name)
+    return name if CONSOLE.language == "zh" and name else exc.strerror or str(exc)
+
+
+def or_near(text: str, name: str, names: Iterable[str], show: str = "") -> str:
+    """`text`, and the names that are like a mistyped one, else the command that shows all."""
+    found = alike(name, names, 0.74 if len(name) > 3 else 0.65)
+    if found:
+        return tr("near", text=text, names=f" {tr('or')} ".join(found))
+    return tr("all", text=text, show=show) if show else text
+
+
+def unknown_name(kind: str, name: str, names: Iterable[str], show: str = "") -> UsageError:
+    text = tr("unknown", kind=tr(kind), name=one_line(name, 60))
+    return UsageError(or_near(text, name, names, show))
 
 
 def _plain_characters(error: UnicodeError) -> Tuple[str, int]:
@@ -18376,32 +18710,26 @@ def _plain_characters(error: UnicodeError) -> Tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start:error.end]
-    return "".join(_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
-
-
-def _can_show(text: str, stream: Any) -> bool:
-    try:
-        text.encode(getattr(stream, "encoding", None) or "utf-8")
-    except (UnicodeError, LookupError):
-        return False
-    return True
+    return "".join(_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode()
+                   for c in lacking), error.end
 
 
 def find_language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     """zh or en: the setting `language` if there is one, else the locale's.
 
-    It is wanted before settings are read (for help, for errors of the command line), so it is looked up here by itself.
+    It is wanted before the settings are read, for help and for mistakes on the command line.
     """
     wanted = environ.get(ENV_PREFIX + "LANGUAGE")
     if wanted not in ("zh", "en"):
         flags = dict([*zip(argv, argv[1:]), *(word.split("=", 1) for word in argv if "=" in word)])
         folder = flags.get("--config-dir") or environ.get(ENV_PREFIX + "CONFIG_DIR") or CONFIG_DIR
-        wanted = ""
+        path, wanted = os.path.join(os.path.expanduser(folder), "config.json"), ""
         with contextlib.suppress(ConfigBroken):
-            wanted = read_json_file(os.path.join(os.path.expanduser(folder), "config.json")).get("language")
+            wanted = read_json_file(path).get("language")
     if wanted in ("zh", "en"):
         return str(wanted)
-    locale = next((environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if environ.get(name)), "")
+    names = ("LC_ALL", "LC_MESSAGES", "LANG")
+    locale = next((environ[name] for name in names if environ.get(name)), "")
     if not locale and os.name == "nt":
         return "zh" if _windows_is_chinese() else "en"
     return "zh" if locale.lower().startswith("zh") else "en"
@@ -18410,22 +18738,25 @@ def find_language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
 def _windows_is_chinese() -> bool:
     try:
         import ctypes
-        return ctypes.windll.kernel32.GetUserDefaultUILanguage() & 0x3FF == 4       # type: ignore[attr-defined]
+        kernel = ctypes.windll.kernel32                          # type: ignore[attr-defined]
+        return kernel.GetUserDefaultUILanguage() & 0x3FF == 4
     except (ImportError, AttributeError, OSError):
         return False
 
 
 def _takes_ansi(stream: Any) -> bool:
-    """Whether the terminal understands colours; Windows' console must be told to (1607 and later can)."""
+    """Whether the terminal knows colours; Windows' console must be told to (1607 and later can)."""
     if os.name != "nt":
         return True
     try:
         import ctypes
         import msvcrt
-        kernel, mode = ctypes.windll.kernel32, ctypes.c_uint32()                    # type: ignore[attr-defined]
-        handle = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno()))             # type: ignore[attr-defined]
+        mode, kernel = ctypes.c_uint32(), ctypes.windll.kernel32        # type: ignore[attr-defined]
+        number = msvcrt.get_osfhandle(stream.fileno())                  # type: ignore[attr-defined]
+        handle = ctypes.c_void_p(number)
         known = kernel.GetConsoleMode(handle, ctypes.byref(mode))
-        return bool(known and kernel.SetConsoleMode(handle, mode.value | 4))        # ENABLE_VIRTUAL_TERMINAL_PROCESSING
+        # 4: ENABLE_VIRTUAL_TERMINAL_PROCESSING
+        return bool(known and kernel.SetConsoleMode(handle, mode.value | 4))
     except (ImportError, AttributeError, OSError, ValueError):
         return False
 
@@ -18436,20 +18767,22 @@ def columns_of(text: str) -> int:
 
 
 def wrap(text: str, columns: int) -> List[str]:
-    """Lines that fit, broken at blanks and beside wide characters; what is too long for a line is cut into pieces."""
+    """Lines that fit, broken at blanks and beside wide characters; longer words are cut."""
     if columns_of(text) <= columns:
         return [text.rstrip()]
     lines, line = [], ""
-    for piece in re.findall(rf"\s+|[{_WIDE}][，。；：、？！）]*|[^\s{_WIDE}]+[，。；：、？！）]*", text):
+    stops = "[，。；：、？！）]*"
+    for piece in re.findall(rf"\s+|[{_WIDE}]{stops}|[^\s{_WIDE}]+{stops}", text):
         if columns_of(line + piece.rstrip()) <= columns:
             line += piece
             continue
         if line.strip():
             lines.append(line.rstrip())
         line = piece.lstrip()
-        while columns_of(line) > columns:
-            lines.append(line[:columns])
-            line = line[columns:]
+        if columns_of(line) > columns:
+            cut = [line[at:at + columns] for at in range(0, len(line), columns)]
+            lines += cut[:-1]
+            line = cut[-1]
     return lines + [line.rstrip()] if line.strip() or not lines else lines
 
 
@@ -18457,14 +18790,17 @@ def cut_to(text: str, columns: int) -> str:
     """`text`, its end cut off where it takes more columns."""
     if columns_of(text) <= columns:
         return text
-    while text and columns_of(text) > columns - 3:
-        text = text[:-1]
-    return text + "..."
+    kept = text[:max(columns - 3, 0)]
+    while columns_of(kept) > columns - 3:
+        kept = kept[:-1]
+    return kept + "..."
 
 
-def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "", width: int = 0) -> List[str]:
-    """Rows of label and text (and a colour) as aligned lines; too wide a label gets a line of its own."""
-    width = width or min(max([columns_of(row[0]) for row in rows] + [0]), max(columns // 3, 12))
+def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "",
+            width: int = 0) -> List[str]:
+    """Rows of label and text (and a colour) as aligned lines; a long label gets its own line."""
+    widest = max([columns_of(row[0]) for row in rows] + [0])
+    width = width or min(widest, max(columns // 3, 12))
     lines = []
     for label, text, *colour in rows:
         own_line = columns_of(label) > width
@@ -18472,16 +18808,27 @@ def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "",
             lines.append("  " + CONSOLE.paint(label, label_colour))
         for number, part in enumerate(wrap(text, columns - width - 4)):
             head = "" if own_line or number else label
-            padded = "  " + CONSOLE.paint(head, label_colour) + " " * (width - columns_of(head) + 2)
-            lines.append((padded + CONSOLE.paint(part, colour[0] if colour else "")).rstrip())
+            blanks = " " * (width - columns_of(head) + 2)
+            shown = CONSOLE.paint(part, colour[0] if colour else "")
+            lines.append(f"  {CONSOLE.paint(head, label_colour)}{blanks}{shown}".rstrip())
     return lines
 
 
-def _say(text: str) -> None:
-    """Talk goes to stderr; stdout is for the answer.  A terminal that is gone must not end a server."""
+def with_why(text: str, why: str) -> str:
+    """`text`, and the English sentence that says why; beside Chinese on a line of its own."""
+    return text + (" " if CONSOLE.language == "en" else "\n  ") + why
+
+
+def say(text: str) -> None:
+    """Talk goes to stderr; stdout is for the answer.  A terminal that is gone ends no server."""
     if sys.stderr is not None:           # print would take stdout instead
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
+
+
+def say_problems(problems: Iterable[str]) -> None:
+    for problem in problems:
+        say(marked("problem", one_line(problem, 300)))
 
 
 def _row(label: str, *columns: str) -> None:
@@ -18489,13 +18836,148 @@ def _row(label: str, *columns: str) -> None:
     print(label + " " * max(2, 10 - columns_of(label)) + "  ".join(filter(None, columns)))
 
 
+# --- arguments ---------------------------------------------------------------
+
+Args = Dict[str, Any]                    #: by Argument.name; None or False where left out
+
+
+def _misuse(text: str, command: str = "") -> UsageError:
+    """An error that ends on where to read how it is done."""
+    return UsageError(tr("see", text=text, command=command + " " if command else ""))
+
+
+def _is_flag(word: str) -> bool:
+    return word[:1] == "-" and word != "-" and not word[1:2].isdigit()
+
+
+def _split(argv: Sequence[str]) -> Tuple[List[str], List[Tuple[str, Optional[str]]]]:
+    """Words, and flags with their values: flags may stand anywhere, also before the command.
+
+    Whether a flag takes a value is the same for all commands.
+    """
+    takes = {flag: argument.value for command in command_table().values()
+             for argument in command.arguments for flag in argument.flags}
+    words: List[str] = []
+    flags: List[Tuple[str, Optional[str]]] = []
+    rest = deque(argv)
+    while rest:
+        word = rest.popleft()
+        if word == "--":
+            return [*words, *rest], flags
+        if not _is_flag(word):
+            words.append(word)
+            continue
+        flag, equals, text = word.partition("=")
+        if word[:2] in takes and word[:2] != "--" and takes[word[:2]] and word[2:]:
+            flag, equals, text = word[:2], "=", word[2:]         # -n5
+        value = text if equals else None
+        if value is None and takes.get(flag) and rest and not (
+                rest[0] in takes or rest[0][:2] == "--"):
+            value = rest.popleft()
+        flags.append((flag, value))
+    return words, flags
+
+
+def _parse_args(argv: Sequence[str]) -> Args:
+    """The arguments of `argv` and its command, `serve` where none is named; UsageError."""
+    words, flags = _split(argv)
+    name = words.pop(0) if words and words[0] in command_table() else ""
+    if not name and argv and not _is_flag(argv[0]):
+        raise _misuse(str(unknown_name("command", argv[0], command_table())))
+    if any(flag in ("-h", "--help") for flag, _ in flags):
+        return {"command": name, "--help": True}
+    name = name or "serve"
+    arguments = command_table()[name].arguments
+    args: Args = {argument.name: None if argument.value else False for argument in arguments}
+    known = {flag: argument for argument in arguments for flag in argument.flags}
+    places = [argument for argument in arguments if not argument.flags]
+    for flag, value in flags:
+        if flag not in known:
+            text = tr("no_flag", command=name, flag=one_line(flag, 60))
+            raise _misuse(or_near(text, flag, known), name)
+        if bool(known[flag].value) is (value is None):
+            key = "needs_value" if value is None else "takes_no_value"
+            shown = one_line(value or known[flag].value, 60)
+            raise _misuse(tr(key, flag=flag, value=shown), name)
+        args[known[flag].name] = _chosen(name, flag, known[flag], value)
+    for argument, word in zip(places, words):
+        args[argument.name] = _chosen(name, name, argument, word)
+    if any(argument.shown[0] != "[" for argument in places[len(words):]):
+        needed = " ".join(argument.shown for argument in places)
+        raise _misuse(tr("missing", command=name, needed=needed), name)
+    for word in words[len(places):]:
+        text = tr("stray", command=name, word=one_line(word, 60))
+        raise _misuse(or_near(text, word, command_table()), name)
+    return {**args, "command": name}
+
+
+def _chosen(name: str, where: str, argument: Argument, value: Optional[str]) -> Any:
+    """A flag's or place's value, where it is one of those that there are; True for a switch."""
+    if value is None or not argument.choices or value in argument.choices:
+        return True if value is None else value
+    expected = tr("one_of", choices=", ".join(argument.choices))
+    text = tr("bad_value", where=where, value=one_line(value, 60) or '""', expected=expected)
+    raise _misuse(or_near(text, value, argument.choices), name)
+
+
+def _section(title: str, rows: Sequence[Sequence[str]], width: int = 0) -> List[str]:
+    lines = lay_out(rows, CONSOLE.columns, width=width)
+    return ["", CONSOLE.paint(title, "bold"), *lines] if rows else []
+
+
+def help_of(name: str) -> str:
+    """`NAME --help`; without a name every command in its group, and the flags of serve."""
+    command = command_table()[name or "serve"]
+    places = [each for each in command.arguments if not each.flags]
+    flags = [(each.shown, CONSOLE.text(each.help)) for each in command.arguments if each.flags]
+    if name:
+        usage = " ".join([PROGRAM, name, *(place.shown for place in places), "[FLAGS]"])
+        rows = [(each.value, CONSOLE.text(each.help)) for each in places]
+        lines = [f"iflow2api {name}: {CONSOLE.text(command.help)}", "",
+                 *wrap(f"{tr('usage')}: {usage}", CONSOLE.columns)]
+        lines += _section(tr("arguments"), rows) + _section(tr("flags"), flags)
+    else:
+        lines = [f"iflow2api {__version__}: {tr('about')}", "",
+                 f"{tr('usage')}: {PROGRAM} [COMMAND] [FLAGS]"]
+        for group in dict.fromkeys(each.group for each in command_table().values()):
+            rows = [(known, CONSOLE.text(each.help))
+                    for known, each in command_table().items() if each.group == group]
+            lines += _section(CONSOLE.text(group), rows, max(map(len, command_table())))
+        lines += _section(tr("serve_flags"), flags)
+        lines += ["", *wrap(tr("settings_too"), CONSOLE.columns)]
+    if command.examples:                 # to be copied: never wrapped
+        lines += ["", CONSOLE.paint(tr("examples"), "bold"),
+                  *(f"  {PROGRAM} {example}".rstrip() for example in command.examples)]
+    return "\n".join(lines)
+
+
+# --- values ------------------------------------------------------------------
+
+def _bad_value(where: str, value: str, expected: str) -> UsageError:
+    shown = one_line(value, 60) or '""'
+    return UsageError(tr("bad_value", where=where, value=shown, expected=expected))
+
+
+def _number(args: Args, flag: str, default: int, low: int, high: int = 0) -> int:
+    """The whole number that a flag has; UsageError."""
+    text = args[flag]
+    if text is None:
+        return default
+    if re.fullmatch("[0-9]{1,12}", text) and low <= int(text) <= (high or 10 ** 12):
+        return int(text)
+    kind = "from_to" if high else "at_least"
+    raise _bad_value(flag, text, tr(kind, kind=tr("int"), low=low, high=high))
+
+
 def _expected(name: str) -> str:
     """What a setting may be, in words."""
     facts = SETTING[name].metadata
     if "choices" in facts:
-        return tr("kind_choice", choices=", ".join(choice or '""' for choice in facts["choices"]))
-    limits = tr("between", **facts) if "high" in facts else tr("at_least", **facts) if "low" in facts else ""
-    return tr("kind_" + facts["kind"]) + limits
+        return tr("one_of", choices=", ".join(choice or '""' for choice in facts["choices"]))
+    kind = tr(facts["kind"])
+    if "high" in facts:
+        return tr("from_to", kind=kind, low=facts["low"], high=facts["high"])
+    return tr("at_least", kind=kind, low=facts["low"]) if "low" in facts else kind
 
 
 def _parse_for(where: str, name: str, text: str) -> Any:
@@ -18504,53 +18986,67 @@ def _parse_for(where: str, name: str, text: str) -> Any:
         return parse_setting(name, text, where)
     except ValueError as exc:
         facts = SETTING[name].metadata
-        if facts.get("secret") or facts["kind"] == "str" and name in SETTING_SHAPES or (
-                facts["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{")):
+        is_json = facts["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{")
+        if facts.get("secret") or is_json or facts["kind"] == "str" and name in SETTING_SHAPES:
             raise UsageError(str(exc)) from None         # which part of it, and why
-        shown = one_line(text, 60) or '""'
-        raise UsageError(tr("bad_value", where=where, value=shown, expected=_expected(name))) from None
+        raise _bad_value(where, text, _expected(name)) from None
+
+
+def _listed(text: Optional[str]) -> List[str]:
+    """`a, b` as a list."""
+    return list(filter(None, map(str.strip, (text or "").split(","))))
 
 
 def _input_line() -> str:
-    """A line of standard input without its end, "" where there is none; UsageError where it is no text."""
+    """A line of standard input without its end, "" where there is none; UsageError."""
     try:
         line = sys.stdin.readline().rstrip("\r\n") if sys.stdin is not None else ""
         line.encode()                    # Python may have let bytes through that are none
     except UnicodeError:
-        raise UsageError("standard input: not UTF-8 text") from None
+        raise UsageError(tr("input_no_text")) from None
     return line
 
 
 def _read_key(text: str, variable: str = "NAME") -> str:
-    """A key given on the command line: `$NAME`, `-` for standard input, or itself, with a warning."""
+    """A key given on the command line: `$NAME`, `-` for standard input, or itself."""
     if not text:
-        raise UsageError("--api-key is empty: the shell has replaced the variable; "
-                         f"put it in single quotes: '${variable}'")
+        raise UsageError(tr("key_empty", variable=variable))
     if text == "-":
         text = _input_line().strip()
         if not text:
             raise UsageError(tr("key_no_input"))
         return text
     if not text.startswith("$"):
-        _say(marked("warning", tr("key_shown")))
+        say(marked("warning", tr("key_shown")))
         return text
     if not os.environ.get(text[1:]):
-        raise UsageError(tr("key_undefined", name=text, variable=text[1:], verb="set" if os.name == "nt" else "export"))
+        verb = "set" if os.name == "nt" else "export"
+        raise UsageError(tr("key_undefined", name=text, variable=text[1:], verb=verb))
     return os.environ[text[1:]]
 
 
-def _flag_settings(args: Any) -> Json:
+def _stored_key(text: str, variable: str) -> str:
+    """A key as config.json is to hold it: `$NAME` stays, so that the secret is not in the file."""
+    if re.fullmatch(_REFERENCE, text):
+        if not os.environ.get(text[1:]):
+            say(tr("key_unset_here", variable=text[1:]))
+        return text
+    key = text if text.startswith("$") else _read_key(text, variable or "NAME")
+    return "$" + key if text == "-" and key.startswith("$") else key
+
+
+def _flag_settings(args: Args) -> Json:
     """The settings that flags of this run stand for; UsageError for a bad one."""
     flags: Json = {}
     for name, item in SETTING.items():
-        value = getattr(args, name, None)
-        if value is not None and "flag" in item.metadata:
-            flags[name] = _parse_for(item.metadata["flag"], name, value)
-    key = _read_key(args.api_key) if getattr(args, "api_key", None) is not None else ""
-    if getattr(args, "verbose", False):
+        flag = item.metadata.get("flag")
+        if flag and args.get(flag) is not None:
+            flags[name] = _parse_for(flag, name, args[flag])
+    key = _read_key(args["--api-key"]) if args.get("--api-key") is not None else ""
+    if args.get("--verbose"):
         flags["log_level"] = "debug"
-    if getattr(args, "upstream", None) is not None:      # an empty one is a variable that was not set
-        entry = {**entry_at(args.upstream), "name": "upstream",
+    if args.get("--upstream") is not None:       # an empty one is a variable that was not set
+        entry = {**entry_at(args["--upstream"]), "name": "upstream",
                  "api_keys": ["$" + key if key.startswith("$") else key] if key else []}
         problem = parse_provider(entry, {}).problem
         if problem:
@@ -18561,28 +19057,51 @@ def _flag_settings(args: Any) -> Json:
     return flags
 
 
-def _config_of(args: Any) -> ConfigFile:
-    if args.config_dir == "":            # an unset variable: the current folder is not what was meant
-        raise UsageError("--config-dir: a folder expected")
-    return ConfigFile(args.config_dir or os.environ.get(ENV_PREFIX + "CONFIG_DIR") or CONFIG_DIR)
+def _config_of(args: Args) -> ConfigFile:
+    if args["--config-dir"] == "":       # an unset variable, not the current folder
+        raise _bad_value("--config-dir", "", tr("a_folder"))
+    folder = args["--config-dir"] or os.environ.get(ENV_PREFIX + "CONFIG_DIR") or CONFIG_DIR
+    return ConfigFile(folder)
 
 
-def _gateway_of(args: Any) -> Gateway:
+def _gateway_of(args: Args) -> Gateway:
     return Gateway(config=_config_of(args), flags=_flag_settings(args))
+
+
+def _change_config(args: Args, edit: Callable[[Json], Any], done: str = "saved",
+                   **facts: Any) -> int:
+    """Change config.json and say what was done; the exit status."""
+    config = _config_of(args)
+    try:
+        say_problems(config.change(edit))
+    except OSError as exc:
+        say(marked("error", tr("cannot_write", path=config.path, reason=reason_of(exc))))
+        return 1
+    say(tr(done, path=config.path, **facts))
+    return 0
+
+
+def _named_list(raw: Json, name: str) -> List[Any]:
+    """A list of config.json; UsageError where there is something else, which would be lost."""
+    value = raw.get(name, [])
+    if not isinstance(value, list):
+        raise UsageError(tr("no_list", name=name))
+    return value
 
 
 # --- serve -------------------------------------------------------------------
 
-def cmd_serve(args: Any) -> int:
+def cmd_serve(args: Args) -> int:
     _log_to_console()
-    if args.demo and (args.upstream is not None or args.api_key):
-        raise UsageError("--demo brings its own upstream: leave out --upstream and --api-key")
+    if args["--demo"] and (args["--upstream"] is not None or args["--api-key"]):
+        raise UsageError(tr("demo_alone"))
     flags = _flag_settings(args)
     with _Signals() as signals:
-        demo = DemoUpstream() if args.demo else None
-        gateway = Gateway(config=_config_of(args), flags={**(demo.settings() if demo else {}), **flags})
+        demo = DemoUpstream() if args["--demo"] else None
+        flags = {**(demo.settings() if demo else {}), **flags}
+        gateway = Gateway(config=_config_of(args), flags=flags)
         try:
-            return _serve(gateway, signals, args.no_browser)
+            return _serve(gateway, signals, args["--no-browser"])
         finally:
             if demo is not None:
                 demo.close()
@@ -18597,35 +19116,36 @@ def _serve(gateway: Gateway, signals: _Signals, stay: bool) -> int:
     try:
         server = serve(gateway)
     except OSError as exc:
-        _say(marked("error", _bind_problem(host, port, exc)))
+        say(marked("error", _bind_problem(host, port, exc)))
         return 1
     with contextlib.suppress(OSError):   # a full disk, nobody who listens
         # scripts wait for this line
         print(f"iflow2api {__version__} listening on {server.url}", flush=True)
-    _say("\n".join(["", *_card(gateway, server, had_key), ""]))
+    say("\n".join(["", *_card(gateway, server, had_key), ""]))
     _show_page(gateway, server, stay)
     gateway.watch_files()
     while signals.wait() == "reload":
         gateway.reload()
-    _say(tr("stopping", seconds=gateway.settings.drain_s))
+    say(tr("stopping", seconds=gateway.settings.drain_s))
     server.close(gateway.settings.drain_s)
     return 0
 
 
 def _show_page(gateway: Gateway, server: Server, stay: bool) -> None:
-    """Open the page at the first start, where somebody sees it; from now on, no password any more means a new code."""
+    """Open the page at the first start where somebody sees it; say each new code for it."""
     said = [gateway.sessions.code()]
 
     def say_code() -> None:
         code = gateway.sessions.code()
         if code not in ("", said[0]):
             said[0] = code
-            _say(tr("page_code", code=code))
+            say(tr("page_code", code=code))
 
     gateway.listeners.append(say_code)
     gateway.sessions.on_new_code = say_code
     if said[0] and not stay and sys.stdout is not None and sys.stdout.isatty():
-        threading.Thread(target=open_browser, args=(server.url + "/admin", os.environ), daemon=True).start()
+        page = server.url + "/admin"
+        threading.Thread(target=open_browser, args=(page, os.environ), daemon=True).start()
 
 
 def _bind_problem(host: str, port: int, exc: OSError) -> str:
@@ -18644,72 +19164,75 @@ CARD_PROVIDERS = 8
 
 def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
     """What somebody who has just started it has to know, in the lines of a narrow terminal."""
-    rows = [(tr("address"), server.url, "green"), *_card_providers(gateway.state.router, CONSOLE.columns - 14),
-            *_card_access(gateway, server, had_key)]
-    rows.append((tr("page"), server.url + "/admin", ""))
+    rows: List[Tuple[str, str, str]] = [(tr("address"), server.url, "green")]
+    room = CONSOLE.columns - 14
+    router = gateway.state.router
+    shown = [row for provider in list(router.providers.values())[:CARD_PROVIDERS]
+             for row in _provider_rows(router, provider, provider.base_url, room)]
+    if len(router.providers) > CARD_PROVIDERS:
+        shown.append((tr("more", count=len(router.providers) - CARD_PROVIDERS), ""))
+    shown = shown or [(tr("none"), "yellow")]
+    rows += [("" if number else tr("providers"), *row) for number, row in enumerate(shown)]
+    rows += [*_card_access(gateway, server, had_key), (tr("page"), server.url + "/admin", "")]
     if gateway.sessions.is_new:
         rows.append(("", tr("page_code", code=gateway.sessions.code()), "bold"))
-    problems = [problem for problem in gateway.problems if not problem.startswith("provider ")]      # these stand above
+    problems = _further_problems(gateway.problems)
     rows += [("!", one_line(problem, 200), "yellow") for problem in problems[:1]]
-    step, *rest = _next_step(gateway, server).split("\n")
-    rows += [(tr("next"), step, "bold"), *(("", line, "bold") for line in rest)]
+    steps = _next_steps(router, server)
+    rows += [("" if number else tr("next"), step, "bold") for number, step in enumerate(steps)]
     return lay_out(rows, CONSOLE.columns, "dim")
 
 
-def _card_providers(router: Router, room: int) -> List[Tuple[str, str, str]]:
-    rows = []
-    for provider in list(router.providers.values())[:CARD_PROVIDERS]:
-        mark = tr("default") if provider is router.default else ""
-        if provider.problem:
-            rows.append(("", f"{provider.name}{mark}  {tr('disabled')}", "yellow"))
-            rows.append(("", one_line(provider.problem), "yellow"))
-        else:
-            rows.append(("", cut_to(f"{provider.name}{mark}  {provider.base_url}", room), ""))
-    if len(router.providers) > CARD_PROVIDERS:
-        rows.append(("", tr("more", count=len(router.providers) - CARD_PROVIDERS), ""))
-    rows = rows or [("", tr("none"), "yellow")]
-    return [(tr("providers"), *rows[0][1:]), *rows[1:]]
+def _provider_rows(router: Router, provider: Provider, facts: str,
+                   room: int = 10 ** 6) -> List[Tuple[str, str]]:
+    """A provider as a text and its colour; why it is disabled, which is English, apart from it."""
+    name = provider.name
+    if provider is router.default:
+        name = tr("default", name=name)
+    if provider.problem:
+        return [(tr("disabled", name=name), "yellow"), (one_line(provider.problem), "yellow")]
+    return [(cut_to(f"{name}  {facts}", room), "")]
 
 
 def _card_access(gateway: Gateway, server: Server, had_key: bool) -> List[Tuple[str, str, str]]:
-    """Who may use it, and whether we are logged in at iFlow.  A key made just now is shown once, in full."""
+    """Who may use it, and the iFlow login.  A key made just now is shown once, in full."""
     key = gateway.settings.custom_api_key
     if key and not had_key:
         rows = [(tr("clients"), tr("new_key", host=gateway.settings.host), ""), ("", key, "bold")]
     else:
         known = tr("key_needed", key=mask(key)) if key else tr("a_key_needed")
-        rows = [(tr("clients"), known if server.needs_key else tr("no_key"), "")]
+        rows = [(tr("clients"), known if server.needs_key else tr("no_key_needed"), "")]
     logged_in = gateway.health()["iflow_logged_in"]
-    return [*rows, (tr("login"), tr("logged_in") if logged_in else tr("not_logged_in"), "")]
+    return [*rows, (tr("login"), tr("logged_in" if logged_in else "not_logged_in"), "")]
 
 
-def _next_step(gateway: Gateway, server: Server) -> str:
-    """The one thing to do now."""
-    providers = gateway.state.router.providers.values()
+def _next_steps(router: Router, server: Server) -> List[str]:
+    """The one thing to do now, in lines."""
+    providers = router.providers.values()
     if not providers:
-        return tr("next_preset")
+        return [tr("next_preset"), f"{PROGRAM} provider presets"]
     if all(provider.problem for provider in providers):
-        return tr("next_repair")
-    return tr("next_client", url=server.url)
+        return [tr("next_repair"), f"{PROGRAM} test"]
+    return [tr("next_client", url=server.url), tr("next_anthropic", url=server.url)]
 
 
 class _Signals:
-    """What signals ask for: SIGINT and SIGTERM to stop (a second one ends the process at once), SIGHUP to reload.
+    """SIGINT and SIGTERM ask to stop (a second one ends the process at once), SIGHUP to reload.
 
-    A handler interrupts the main thread wherever it is: it takes no lock and starts no thread, which takes one, too.
-    One that comes while the main thread is about to wait would be heeded only when the wait ends; a byte in a socket,
-    which Python writes at once, ends it (signal.set_wakeup_fd).
+    A handler interrupts the main thread wherever it is: it takes no lock and starts no thread.
+    A byte that Python writes into a socket at once (set_wakeup_fd) ends a wait that was about to
+    begin when the signal came.
     """
 
     def __init__(self) -> None:
         self._asked: List[str] = []
-        self._ear, self._bell = socket.socketpair()
-        for end in (self._ear, self._bell):
+        self._reader, self._writer = socket.socketpair()
+        for end in (self._reader, self._writer):
             end.setblocking(False)
         self._before: Dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
-        signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for name, what in (("SIGINT", "stop"), ("SIGTERM", "stop"), ("SIGHUP", "reload")):
             if hasattr(signal, name):
                 number = getattr(signal, name)
@@ -18721,8 +19244,8 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        self._ear.close()
-        self._bell.close()
+        self._reader.close()
+        self._writer.close()
 
     def _ask(self, what: str) -> None:
         if "stop" in self._asked and what == "stop":
@@ -18732,16 +19255,23 @@ class _Signals:
     def wait(self) -> str:
         """Until one comes; `stop` or `reload`."""
         while not self._asked:
-            select.select([self._ear], [], [])
+            select.select([self._reader], [], [])
             with contextlib.suppress(BlockingIOError):
-                self._ear.recv(4096)
+                self._reader.recv(4096)
         if "stop" in self._asked:
             return "stop"
         self._asked.remove("reload")
         return "reload"
 
 
-_LEVEL_COLOURS = {logging.DEBUG: "dim", logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
+# --- logs --------------------------------------------------------------------
+
+#: log_file is followed by a new one at this size, and so many older ones are kept.
+LOG_FILE_BYTES = 2 << 20
+LOG_FILES_KEPT = 2
+
+_LEVEL_COLOURS = {logging.DEBUG: "dim", logging.WARNING: "yellow",
+                  logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
 class _ConsoleFormat(logging.Formatter):
@@ -18749,9 +19279,18 @@ class _ConsoleFormat(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else record.levelname.lower() + ": "
-        text = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"
-        text += "\n" + self.formatException(record.exc_info) if record.exc_info else ""
+        trace = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
+        text = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}{trace}"
         return CONSOLE.paint(text, _LEVEL_COLOURS.get(record.levelno, ""))
+
+
+class _FileFormat(logging.Formatter):
+    """`2026-01-31 12:00:01 WARNING text`, without what looks like a credential."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
+        trace = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
+        return redact(f"{at} {record.levelname} {record.getMessage()}{trace}")
 
 
 def _log_to_console() -> None:
@@ -18759,48 +19298,30 @@ def _log_to_console() -> None:
     handler.setFormatter(_ConsoleFormat())
     log.handlers[:] = [handler]
     logging.raiseExceptions = False      # a console that is gone must not end a request
-    # what no line of ours shows, and yet takes a third of the time of one ("Optimization" in Python's logging HOWTO)
+    # what no line of ours shows, and yet takes a third of the time of one ("Optimization" in
+    # Python's logging HOWTO)
     logging._srcfile = None              # type: ignore[attr-defined]
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
-# --- the log file ------------------------------------------------------------
-
-#: log_file is followed by a new one at this size, and so many older ones are kept: routers have little flash.
-LOG_FILE_BYTES = 2 << 20
-LOG_FILES_KEPT = 2
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
-#: A line of log_file begins like this; one that does not (a traceback) belongs to the one before.
-_LOG_LINE = Pattern(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ([A-Z]+) ")
-
-
-class _FileFormat(logging.Formatter):
-    """`2026-01-31 12:00:01 WARNING text`, without what looks like a credential."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        trace = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
-        return redact(f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {record.levelname} {record.getMessage()}{trace}")
-
-
 def _log_to_file(gateway: Gateway) -> None:
-    """Log to log_file as well, if it is set; what was wrong with the settings is noted there, too."""
+    """Log to log_file as well, if it is set, and note there what was wrong with the settings."""
     path = log_path(gateway)
     if not path:
         return
     try:
         handler = _open_log(path)
     except OSError as exc:
-        return _say(marked("warning", tr("no_log", path=path, reason=reason_of(exc))))
+        return say(marked("warning", tr("no_log", path=path, reason=reason_of(exc))))
     log.addHandler(handler)
     notes = [(logging.INFO, f"iflow2api {__version__} starts")]
-    for level, text in notes + [(logging.WARNING, one_line(problem, 500)) for problem in gateway.problems]:
+    notes += [(logging.WARNING, one_line(problem, 500)) for problem in gateway.problems]
+    for level, text in notes:
         handler.handle(log.makeRecord(log.name, level, "", 0, text, (), None))
 
 
 def _open_log(path: str) -> logging.Handler:
-    """The handler that writes `path`, for its owner alone, and keeps it from growing; OSError."""
+    """The handler that writes `path`, its owner's alone, and keeps it from growing; OSError."""
     from logging.handlers import RotatingFileHandler     # takes 1 MB: only for who wants a file
 
     class PrivateFile(RotatingFileHandler):
@@ -18809,61 +19330,85 @@ def _open_log(path: str) -> logging.Handler:
                         opener=lambda name, flags: os.open(name, flags, 0o600))
 
     make_folder(os.path.dirname(os.path.abspath(path)))
-    handler = PrivateFile(path, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8")
+    handler = PrivateFile(path, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT,
+                          encoding="utf-8")
     handler.setFormatter(_FileFormat())
     return handler
 
 
+class Lines:
+    """Whole lines out of pieces of text, in time linear in the pieces."""
+
+    def __init__(self) -> None:
+        self._rest: List[bytes] = []
+
+    def feed(self, data: bytes) -> List[str]:
+        """The lines that end in `data`, without their ends."""
+        whole, end, rest = data.rpartition(b"\n")
+        if not end:
+            self._rest.append(data)
+            return []
+        text = b"".join((*self._rest, whole))
+        self._rest = [rest]
+        return [line.decode("utf-8", "replace").rstrip("\r") for line in text.split(b"\n")]
+
+
 class LogReader:
-    """Lines of a log at a level or above.  The file is open for moments only: Windows can't rotate an open one."""
+    """Lines of a log at a level or above.
+
+    The file is open for moments only: Windows can't rotate an open one.
+    """
 
     def __init__(self, path: str, level: str) -> None:
         self.path, self._level = path, level
-        self._wanted = {name.upper() for name in LOG_LEVELS[LOG_LEVELS.index(level):]} | {"CRITICAL"}
-        self._offset, self._inode, self._rest, self._shown = 0, 0, b"", True
+        levels = LOG_LEVELS[LOG_LEVELS.index(level):]
+        self._wanted = {*map(str.upper, levels), "CRITICAL"}
+        self._offset, self._inode, self._lines, self._shown = 0, 0, Lines(), True
 
     def tail(self, count: int) -> List[str]:
-        """The last `count` lines there are, some perhaps from the file before; OSError where there is no file."""
-        older = LogReader(self.path + ".1", self._level).fresh() if os.path.exists(self.path + ".1") else []
-        lines = older + self.fresh()
+        """The last `count` lines, some perhaps of the file before; OSError without a file."""
+        older = self.path + ".1"
+        lines = LogReader(older, self._level).fresh() if os.path.exists(older) else []
+        lines += self.fresh()
         return lines[-count:] if count else []
 
     def fresh(self) -> List[str]:
         """The whole lines that came since the last call."""
         with open(self.path, "rb") as file:
             facts = os.fstat(file.fileno())
-            if facts.st_ino != self._inode or facts.st_size < self._offset:      # another file, or it was emptied
-                self._offset, self._rest = 0, b""
+            if facts.st_ino != self._inode or facts.st_size < self._offset:
+                self._offset, self._lines = 0, Lines()           # another file, or it was emptied
             self._inode = facts.st_ino
             file.seek(self._offset)
             data = file.read(2 * LOG_FILE_BYTES)
         self._offset += len(data)
-        *whole, self._rest = (self._rest + data).split(b"\n")
-        return [line for line in (part.decode("utf-8", "replace").rstrip("\r") for part in whole) if self._wants(line)]
+        return [line for line in self._lines.feed(data) if self._wants(line)]
 
     def _wants(self, line: str) -> bool:
-        found = _LOG_LINE.match(line)
+        """A line without a time and level (of a traceback) belongs to the one before."""
+        found = re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ([A-Z]{1,20}) ", line)
         if found:
             self._shown = found.group(1) in self._wanted
         return self._shown
 
 
-def cmd_logs(args: Any) -> int:
+def cmd_logs(args: Args) -> int:
+    count = _number(args, "-n", 50, 0)
     path = log_path(_gateway_of(args))
     if not path:
-        _say(tr("log_unset"))
+        say(tr("log_unset"))
         return 1
-    reader = LogReader(path, args.level)
+    reader = LogReader(path, args["--level"] or "debug")
     try:
-        lines = reader.tail(args.lines)
+        lines = reader.tail(count)
     except OSError as exc:
-        _say(tr("log_missing", path=path, reason=reason_of(exc)))
+        say(tr("log_missing", path=path, reason=reason_of(exc)))
         return 1
     pause = threading.Event()
     while True:
         for line in lines:
             print(_CONTROL.sub(" ", line), flush=True)
-        if not args.follow:
+        if not args["--follow"]:
             return 0
         pause.wait(0.3)
         with contextlib.suppress(OSError):           # between two files there is none
@@ -18872,71 +19417,12 @@ def cmd_logs(args: Any) -> int:
 
 # --- asking ------------------------------------------------------------------
 
-def cmd_status(args: Any) -> int:
-    gateway = _gateway_of(args)
-    settings, router = gateway.settings, gateway.current().router
-    health = _ask_running(settings)
-    _row("server", f"http://{settings.host}:{settings.port}", _how_it_runs(health))
-    _row("config", _config_of(args).path)
-    others = _others_running(health, router)
-    for facts in others or ():
-        _row("provider", facts["name"], facts.get("problem") or "in use", *_rest_of(health, facts["name"]))
-    if others is not None:
-        _row("note", "the running server has other providers than config.json names "
-                     "(--demo, --upstream, or found here)")
-    for provider in router.providers.values() if others is None else ():
-        keys = ", ".join(map(mask, provider.api_keys)) or "no key"
-        mark = " (default)" if provider is router.default else ""
-        _row("provider", provider.name + mark, provider.problem or provider.base_url,
-             "" if provider.problem else keys, *_rest_of(health, provider.name))
-    for account, login in {**gateway.login_report(), **health.get("logins", {})}.items():
-        _row("login", *map(one_line, _login_columns(account, login)))
-    if not router.providers and not others:
-        _row("provider", "none; run `login` for iFlow, add one with `provider add`, or start with --upstream URL")
-    for variable, names in offered_presets(router, os.environ).items():
-        either = " (or ".join(names) + ")" * (len(names) > 1)
-        _row("offer", f"{variable} is set: {PROGRAM} provider add {either}")
-    for problem in _further_problems(gateway.problems):
-        _row("problem", one_line(problem, 300))
-    return 0 if health else 1
-
-
-def _further_problems(problems: Iterable[str]) -> List[str]:
-    """Those that are not said beside a provider's name."""
-    return [problem for problem in problems if not re.match(r"provider \S+ is disabled: ", problem)]
-
-
-def _say_problems(problems: Iterable[str]) -> None:
-    for problem in problems:
-        _say(f"problem: {one_line(problem, 300)}")
-
-
-def _how_it_runs(health: Json) -> str:
-    if not health:
-        return "not running"
-    return f"running, {health.get('status')}, version {health.get('version')}, {health.get('in_flight')} in flight"
-
-
-def _others_running(health: Json, router: Router) -> Optional[List[Json]]:
-    """The providers of the running server where they are others than these; None: the same, or none runs."""
-    listed = [facts for facts in entries_of(health, "providers") if name_of(facts)]
-    is_known = "providers" in health and [facts["name"] for facts in listed] != list(router.providers)
-    return listed if is_known else None
-
-
-def _rest_of(health: Json, name: str) -> List[str]:
-    """What the running server says of a provider that is not quite well."""
-    facts = next((facts for facts in entries_of(health, "providers") if name_of(facts) == name), {})
-    circuit, resting = facts.get("circuit", "closed"), facts.get("keys_resting", 0)
-    words = {"open": "keeps failing, rests", "half-open": "kept failing, is tried again"}.get(circuit, "")
-    return [words, f"{resting} of its keys rest" if resting else ""]
-
-
 def _ask_running(settings: Settings) -> Json:
     """/health of the server that these settings describe, {} where none answers."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     try:
-        with contextlib.closing(http.client.HTTPConnection(host, settings.port, timeout=2)) as connection:
+        with contextlib.closing(
+                http.client.HTTPConnection(host, settings.port, timeout=2)) as connection:
             connection.request("GET", "/health")
             value = json.loads(connection.getresponse().read(1 << 20))
     except (OSError, http.client.HTTPException, ValueError, RecursionError):
@@ -18944,230 +19430,251 @@ def _ask_running(settings: Settings) -> Json:
     return value if isinstance(value, dict) and "iflow_logged_in" in value else {}
 
 
-def cmd_models(args: Any) -> int:
+def cmd_status(args: Args) -> int:
     gateway = _gateway_of(args)
-    models = models_of(gateway)
-    for model in models:
-        print(f"{model['id']}  ({model['owned_by']})")
-    if not models:
-        _say("no models known: " + ("; ".join(gateway.problems)
-                                    or "no provider lists any; `status` shows the providers"))
-    return 0 if models else 1
+    settings, router = gateway.settings, gateway.current().router
+    health = _ask_running(settings)
+    state = tr("running", status=tr("healthy" if health["status"] == "healthy" else "degraded"),
+               version=health.get("version"),
+               in_flight=health.get("in_flight")) if health else tr("not_running")
+    _row(tr("server"), f"http://{settings.host}:{settings.port}", state)
+    _row(tr("config"), _config_of(args).path)
+    if not _show_others(health, router):
+        for provider in router.providers.values():
+            facts = f"{provider.base_url}  {_keys_of(provider)}"
+            rows = _provider_rows(router, provider, facts)
+            _row(tr("provider"), rows[0][0], *_rest_of(health, provider.name))
+            for text, _ in rows[1:]:
+                _row("", text)
+        if not router.providers:
+            _row(tr("provider"), tr("status_none"))
+    for account, login in {**gateway.login_report(), **health.get("logins", {})}.items():
+        _row(tr("login"), *map(one_line, _login_columns(account, login)))
+    for offer in offered_presets(router, os.environ):
+        _row(tr("offer"), offer)
+    for problem in _further_problems(gateway.problems):
+        _row("problem", one_line(problem, 300))
+    return 0 if health else 1
 
 
-def cmd_test(args: Any) -> int:
-    """One tiny real request to each provider, or to the one named."""
-    return _test_each(_gateway_of(args), args.provider, _probe,
-                      "no provider to test: add one with `provider add`, or give --upstream URL")
+def _show_others(health: Json, router: Router) -> bool:
+    """Show the providers of the running server where they are others than config.json's."""
+    listed = [facts for facts in entries_of(health, "providers") if name_of(facts)]
+    if "providers" not in health or [each["name"] for each in listed] == list(router.providers):
+        return False
+    for facts in listed:
+        state = facts.get("problem") or tr("in_use")
+        _row(tr("provider"), facts["name"], state, *_rest_of(health, facts["name"]))
+    _row(tr("note"), tr("others_run"))
+    return True
 
 
-def _test_each(gateway: Gateway, name: Optional[str], test: Callable[[Gateway, Provider], Tuple[bool, str]],
-               none: str) -> int:
-    """What a test says of each provider, or of the one named, a line each; `none` is said where there is none."""
-    providers = gateway.current().router.providers
-    if name and name not in providers:
-        raise UsageError(f"there is no provider {name!r}" + nearest(name, providers))
-    failed = not providers
-    if failed:
-        _say(none)
-    for name in [name] if name else providers:
-        ok, line = test(gateway, providers[name])
-        print(f"{name}: {line}")
-        failed |= not ok
-    return int(failed)
+def _keys_of(provider: Provider) -> str:
+    return ", ".join(map(mask, provider.api_keys)) or tr("no_key")
 
 
-def _probe(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
-    """Whether a one-word chat works, and a line that says so or why not."""
-    started = time.monotonic()
-    try:
-        model = model_to_try(gateway, provider)
-        message = ask_provider(gateway, provider, model)
-    except GatewayError as exc:
-        return False, f"failed ({exc.status}): {one_line(exc.message, 400)}"
-    said = one_line(message.get("content") or reasoning_of(message), 40)
-    return True, f"ok, {model} answered in {time.monotonic() - started:.1f} s: {said}"
+def _rest_of(health: Json, name: str) -> List[str]:
+    """What the running server says of a provider that is not quite well."""
+    facts = next((each for each in entries_of(health, "providers") if name_of(each) == name), {})
+    circuit, resting = facts.get("circuit"), facts.get("keys_resting", 0)
+    words = tr("rests_" + circuit) if circuit in ("open", "half-open") else ""
+    return [words, tr("keys_rest", count=resting) if resting else ""]
 
 
-# --- providers ---------------------------------------------------------------
+def _login_columns(account: str, login: Json) -> List[str]:
+    """A login for `status`."""
+    end, refreshed = login.get("expires_at"), login.get("refreshed_at")
+    state = tr("login_ended") if login.get("ended") else (
+        tr("login_until", time=end) if end else tr("login_no_end"))
+    did = "login_refreshed" if login.get("refresh_ok") else "login_failed"
+    message = f"({login['message']})" if login.get("message") else ""
+    return [account, state, "" if login.get("renewable") else tr("login_fixed"),
+            tr(did, time=refreshed) if refreshed else "", message]
 
-def cmd_provider(args: Any) -> int:
-    return {"list": _provider_list, "add": _provider_add, "remove": _provider_remove, "test": _provider_test,
-            "presets": _provider_presets}[args.action or "list"](args)
+
+def _further_problems(problems: Iterable[str]) -> List[str]:
+    """Those that are not said beside a provider's name."""
+    return [each for each in problems if not re.match(r"provider \S+ is disabled: ", each)]
 
 
-def offered_presets(router: Router, environ: Mapping[str, str]) -> Dict[str, List[str]]:
-    """Variable -> presets that it holds the key of, where it is set and none of them is there yet."""
+def offered_presets(router: Router, environ: Mapping[str, str]) -> List[str]:
+    """Presets whose variable is set and none of which is there yet, a sentence for a variable."""
     known = {provider.base_url for provider in router.providers.values()}
     found: Dict[str, List[str]] = {}
     for name, preset in PRESETS.items():
         if preset.key and environ.get(preset.key):
             found.setdefault(preset.key, []).append(name)
-    return {variable: names for variable, names in found.items()
-            if not known.intersection(PRESETS[name].base_url for name in names)}
+    offers = []
+    for variable, (name, *others) in found.items():
+        if not known.intersection(PRESETS[each].base_url for each in (name, *others)):
+            text = tr("offered", variable=variable, name=name)
+            offers.append(tr("offered_too", text=text, names=", ".join(others)) if others else text)
+    return offers
 
 
-def _provider_list(args: Any) -> int:
+def cmd_models(args: Args) -> int:
+    gateway = _gateway_of(args)
+    models = models_of(gateway)
+    for model in models:
+        print(f"{model['id']}  ({model['owned_by']})")
+    if not models:
+        say_problems(gateway.problems)
+        say(tr("no_models"))
+    return 0 if models else 1
+
+
+def cmd_test(args: Args) -> int:
+    """A tiny real request to each provider; `provider test` tries a stream and tools, too."""
+    gateway = _gateway_of(args)
+    providers = gateway.current().router.providers
+    name = args.get("PROVIDER") or args.get("NAME")
+    if name and name not in providers:
+        if name in PRESETS:
+            raise UsageError(tr("no_provider_yet", name=name))
+        raise unknown_name("provider", name, providers, "provider list")
+    if not providers:
+        say(tr("no_providers"))
+    failed = not providers
+    for each in [name] if name else providers:
+        checks = examine(gateway, providers[each], whole=args["command"] == "provider")
+        broken = next((check.message for check in checks[:3] if check.ok is False), "")
+        said = ", ".join(check.message for check in checks if check.message)
+        print(f"{each}: " + (with_why(tr("broken"), broken) if broken else said))
+        failed |= not all(check.ok for check in checks)
+    return int(failed)
+
+
+# --- providers ---------------------------------------------------------------
+
+def _provider_list(args: Args) -> int:
     gateway = _gateway_of(args)
     router = gateway.current().router
     for provider in router.providers.values():
-        mark = " (default)" if provider is router.default else ""
-        keys = ", ".join(map(mask, provider.api_keys)) or "no key"
-        facts = f"{provider.base_url}  {keys}  {len(provider.models)} models"
-        print(f"{provider.name}{mark}  {provider.problem or facts}")
-    _say_problems(_further_problems(gateway.problems))
+        count = tr("count_models", count=len(provider.models))
+        facts = f"{provider.base_url}  {_keys_of(provider)}  {count}"
+        (text, _), *why = _provider_rows(router, provider, facts)
+        print(with_why(text, why[0][0]) if why else text)
+    say_problems(_further_problems(gateway.problems))
     if not router.providers:
-        _say("no provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL")
+        say(tr("no_providers"))
     return 0
 
 
-def _provider_presets(args: Any) -> int:
-    if args.name:
-        return _show_preset(args.name)
+def _provider_presets(args: Args) -> int:
+    """All of them, or the models of one."""
+    name = args["NAME"]
+    if name:
+        preset = _preset(name)
+        print(f"{name}  {preset.base_url}  {preset.key and '$' + preset.key or tr('no_key')}")
+        for model, context, limit, vision in preset.models:
+            columns = [tr("context", size=context or "?"), tr("output", size=limit or "?")]
+            print(f"  {model:<36} " + "  ".join(columns + [tr("images")] * bool(vision)))
+        return 0
     for name, preset in PRESETS.items():
-        state = " (set)" if os.environ.get(preset.key) else ""
-        print(f"{name:<15} {preset.base_url:<56} {preset.key and '$' + preset.key + state or 'no key'}")
-    _say("add one with: python iflow2api.py provider add NAME --api-key '$VARIABLE'")
-    return 0
-
-
-def _show_preset(name: str) -> int:
-    preset = _preset(name)
-    print(f"{name}  {preset.base_url}  {preset.key and '$' + preset.key or 'no key'}")
-    for model, context, limit, vision in preset.models:
-        columns = [f"context {context or '?'}", f"output {limit or '?'}", *(["images"] if vision else [])]
-        print(f"  {model:<36} " + "  ".join(columns))
+        key = f"${preset.key} {tr('set') if os.environ.get(preset.key) else ''}".rstrip()
+        print(f"{name:<15} {preset.base_url:<56} {key if preset.key else tr('no_key')}")
+    say(tr("add_preset"))
     return 0
 
 
 def _preset(name: str) -> Preset:
     if name not in PRESETS:
-        raise UsageError(f"there is no preset {name!r}{nearest(name, PRESETS)} (`provider presets` lists them; "
-                         "any other server needs --base-url URL)")
+        raise unknown_name("preset", name, PRESETS, "provider presets")
     return PRESETS[name]
 
 
-def _listed(text: str) -> List[str]:
-    """`a, b` as a list."""
-    return list(filter(None, map(str.strip, text.split(","))))
+def _needed(args: Args, what: str, show: str) -> str:
+    """An argument that some actions need; `show` is the command that lists what there is."""
+    if args[what] is None:
+        command = f"{args['command']} {args['action']}"
+        raise UsageError(tr("all", text=tr("needs", command=command, what=what), show=show))
+    return args[what]
 
 
-def _stored_key(text: str, variable: str) -> str:
-    """A key as config.json is to hold it: `$NAME` stays `$NAME`, so that the secret itself is not in the file."""
-    if re.fullmatch(_REFERENCE, text):
-        if not os.environ.get(text[1:]):
-            _say(f"note: {text[1:]} is not set here; set it where the server starts")
-        return text
-    key = text if text.startswith("$") else _read_key(text, variable or "NAME")
-    return "$" + key if text == "-" and key.startswith("$") else key
-
-
-def _new_provider(args: Any) -> Json:
+def _new_provider(name: str, args: Args) -> Json:
     """The entry that the flags of `provider add` describe; UsageError."""
-    if not args.name:
-        raise UsageError("provider add needs a NAME: one of `provider presets`, or any with --base-url URL")
-    preset = _preset(args.preset or args.name) if args.preset or args.name in PRESETS or not args.base_url else None
-    entry = entry_for(args.name, args.kind, args.base_url or "", preset, _listed(args.models or ""))
+    url, chosen = args["--base-url"], args["--preset"]
+    preset = _preset(chosen or name) if chosen or name in PRESETS or not url else None
+    entry = entry_for(name, args["--kind"] or "", url or "", preset, _listed(args["--models"]))
     variable = preset.key if preset else ""
-    key = args.api_key if args.api_key is not None else "$" + variable if variable else None
+    key = args["--api-key"]
+    if key is None and variable:
+        key = "$" + variable
     entry["api_keys"] = [] if key is None else [_stored_key(key, variable)]
-    literal = [key for key in entry["api_keys"] if not re.fullmatch(_REFERENCE, key)]
+    literal = [each for each in entry["api_keys"] if not re.fullmatch(_REFERENCE, each)]
     try:
         provider = parse_provider({**entry, "api_keys": literal}, os.environ)
     except ValueError as exc:
         raise UsageError(f"provider add: {exc}") from None
     if provider.problem:
-        raise UsageError(f"provider add {args.name}: {provider.problem}")
-    if args.base_url and provider.base_url != args.base_url.strip():
-        _say(f"base_url {args.base_url} is taken as {provider.base_url}")
-    return {"name": args.name, **entry, "base_url": provider.base_url}
+        raise UsageError(f"provider add {name}: {provider.problem}")
+    if url and provider.base_url != url.strip():
+        say(tr("taken_as", given=url, used=provider.base_url))
+    return {"name": name, **entry, "base_url": provider.base_url}
 
 
-def _provider_add(args: Any) -> int:
-    entry = _new_provider(args)
+def _provider_add(args: Args) -> int:
+    name = _needed(args, "NAME", "provider presets")
+    entry = _new_provider(name, args)
 
     def add(raw: Json) -> None:
-        providers = _raw_list(raw, "providers")
-        if args.name in map(name_of, providers):
-            raise UsageError(f"there is a provider {args.name} already; `provider remove {args.name}` first, "
-                             "or choose another NAME")
+        providers = _named_list(raw, "providers")
+        if name in map(name_of, providers):
+            raise UsageError(tr("provider_exists", name=name))
         raw["providers"] = providers + [entry]
 
-    failed = _change_config(args, add)
-    if not failed:
-        _say(f"added {args.name} ({entry['base_url']}); try it: python iflow2api.py provider test {args.name}")
-    return failed
+    return _change_config(args, add, "provider_added", name=name, url=entry["base_url"])
 
 
-def _provider_remove(args: Any) -> int:
-    if not args.name:
-        raise UsageError("provider remove needs a NAME; `provider list` shows them")
+def _provider_remove(args: Args) -> int:
+    name = _needed(args, "NAME", "provider list")
 
     def remove(raw: Json) -> None:
-        providers = _raw_list(raw, "providers")
-        if args.name not in map(name_of, providers):
-            raise UsageError(f"config.json has no provider {args.name!r}" + nearest(args.name, map(name_of, providers)))
-        raw["providers"] = [known for known in providers if name_of(known) != args.name]
-        if raw.get("default_provider") == args.name:
+        providers = _named_list(raw, "providers")
+        names = list(map(name_of, providers))
+        if name not in names:
+            raise unknown_name("provider", name, filter(None, names), "provider list")
+        raw["providers"] = [each for each in providers if name_of(each) != name]
+        if raw.get("default_provider") == name:
             del raw["default_provider"]
 
-    return _change_config(args, remove)
-
-
-def _raw_list(raw: Json, name: str) -> List[Any]:
-    """A list to add to; UsageError where there is something else, which would be lost."""
-    value = raw.get(name, [])
-    if not isinstance(value, list):
-        raise UsageError(f"`{name}` in config.json is no list; see `config unset {name}`")
-    return value
-
-
-def _provider_test(args: Any) -> int:
-    """One line for each provider: what works, what does not, and why."""
-    gateway = _gateway_of(args)
-    if args.name in PRESETS and args.name not in gateway.current().router.providers:
-        raise UsageError(f"there is no provider {args.name!r}; add it first: provider add {args.name}")
-    return _test_each(gateway, args.name, _examined, "no provider to test: add one with `provider add NAME`")
-
-
-def _examined(gateway: Gateway, provider: Provider) -> Tuple[bool, str]:
-    checks = examine(gateway, provider)
-    broken = next((check.message for check in checks[:3] if check.ok is False), "")
-    said = f"does not work, {broken}" if broken else ", ".join(check.message for check in checks if check.message)
-    return all(check.ok for check in checks), said
-
-
-def cmd_version(args: Any) -> int:
-    print(f"iflow2api {__version__} (Python {sys.version.split()[0]}, {sys.platform})")
-    return 0
+    return _change_config(args, remove, "gone", name=name)
 
 
 # --- env ---------------------------------------------------------------------
 
-def cmd_env(args: Any) -> int:
+def cmd_env(args: Args) -> int:
     """Shell lines that point a client at this server: eval "$(python iflow2api.py env claude)"."""
     gateway = _gateway_of(args)
     settings, router = gateway.settings, gateway.current().router
     if not settings.port:
-        raise UsageError("the server takes a free port at each start (port 0): "
-                         "say with --port which one it has printed")
-    health = _ask_running(settings)
+        raise UsageError(tr("port_free"))
+    url, health = url_of(settings.host, settings.port), _ask_running(settings)
     if not health:
-        _say(f"no iflow2api answers at {url_of(settings.host, settings.port)} now; if it runs elsewhere, say so with "
-             "--host and --port")
+        say(tr("nobody_answers", url=url))
     its = str(health.get("default_model") or "")     # with --demo and --upstream it has its own
-    model = args.default_model or (its if its != router.default_model else "")
-    key = settings.custom_api_key or ("$IFLOW2API_KEY" if settings.client_keys else "not-needed")
-    words = {"URL": url_of(settings.host, settings.port), "KEY": key, "MODEL": model or router.default_model,
+    model = args["--model"] or (its if its != router.default_model else "")
+    key = settings.custom_api_key or ("$" + KEY_VARIABLE if settings.client_keys else "not-needed")
+    words = {"URL": url, "KEY": key, "MODEL": model or router.default_model,
              **claude_words(router, model)}
-    if args.json:
-        if key == "$IFLOW2API_KEY":
-            _say("put a key instead of YOUR_KEY; `key add NAME` makes one")
-            words["KEY"] = "YOUR_KEY"
-        print(json_text({"env": env_values(args.client, words)}))
-    else:
-        print("\n".join(env_lines(args.client, SHELLS[args.shell or _guess_shell()], words)))
+    if not args["--json"]:
+        print("\n".join(_env_text(args["action"], SHELLS[args["--shell"] or _guess_shell()], words)))
+        return 0
+    if key == "$" + KEY_VARIABLE:
+        say(tr("your_key"))
+        words["KEY"] = "YOUR_KEY"
+    print(json_text({"env": env_values(args["action"], words)}))
     return 0
+
+
+def _env_text(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
+    """The lines, and as comments what there is to know."""
+    before = [tr("env_key", variable=KEY_VARIABLE)] if words["KEY"] == "$" + KEY_VARIABLE else []
+    after = [tr("env_codex"), *file_text(client, words).split("\n")] if client == "codex" else []
+    if not words["MODEL"]:
+        after.append(tr("env_model", client=CLIENTS[client].title))
+    return [*map(shell.comment.format, before), *env_lines(client, shell, words),
+            *map(shell.comment.format, after)]
 
 
 def _guess_shell() -> str:
@@ -19176,31 +19683,32 @@ def _guess_shell() -> str:
     return "fish" if os.path.basename(os.environ.get("SHELL", "")) == "fish" else "bash"
 
 
-# --- logging in ----------------------------------------------------------------
+# --- logging in --------------------------------------------------------------
 
-def cmd_login(args: Any) -> int:
+def cmd_login(args: Args) -> int:
     """Log in by the browser, or store a key."""
-    if not args.timeout > 0:
-        raise UsageError(tr("bad_value", where="--timeout", value=f"{args.timeout:g}",
-                            expected=tr("kind_float") + tr("above", low=0)))
+    text = args["--timeout"] or str(LOGIN_TIMEOUT_S)
+    timeout_s = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0
+    if not timeout_s:
+        raise _bad_value("--timeout", text, tr("above", kind=tr("float"), low=0))
     gateway = Gateway(config=_config_of(args))
     try:
-        if args.api_key is not None:
+        if args["--api-key"] is not None:
             return _store_key(gateway, args)
-        paste = args.paste
-        if paste and sys.stdin is None:
-            raise UsageError("login --paste: there is no standard input to paste an address into")
-        found = gateway.logins.start(args.account or "", paste, args.timeout)
-        _say("open this address in a browser to log in to iFlow:")
+        if args["--paste"] and sys.stdin is None:
+            raise UsageError(tr("login_no_input"))
+        found = gateway.logins.start(args["--account"] or "", args["--paste"], timeout_s)
+        say(tr("login_open"))
         print(found["url"], flush=True)
-        if not paste and not args.no_browser and not open_browser(found["url"], os.environ):
-            _say("no browser was found here: open the address yourself; for a browser elsewhere there is login --paste")
-        return _wait_for_login(gateway, paste)
+        stay = args["--paste"] or args["--no-browser"]
+        if not stay and not open_browser(found["url"], os.environ):
+            say(tr("login_no_browser"))
+        return _wait_for_login(gateway, args["--paste"])
     except LoginFailed as exc:
-        _say(f"error: {exc.message}")
+        say(marked("error", exc.message))
         return 1
     except KeyboardInterrupt:
-        _say("login given up; nothing was changed")
+        say(tr("login_given_up"))
         return 130
     finally:
         gateway.close()
@@ -19212,215 +19720,207 @@ def _wait_for_login(gateway: Gateway, paste: bool) -> int:
     if flow is None:
         return 1
     if paste or sys.stdin is not None and sys.stdin.isatty():
-        _say("after logging in the browser ends on an address that begins with http://localhost; "
-             + ("it need not show a page: paste that address here" if paste else "if it shows no page, paste it here"))
-        threading.Thread(target=_read_pastes, args=(flow, sys.stdin.fileno(), paste), name="paste", daemon=True).start()
+        say(tr("login_paste"))
+        threading.Thread(target=_read_pastes, args=(flow, sys.stdin.fileno(), paste),
+                         name="paste", daemon=True).start()
     while not flow.ended.wait(0.5):      # Windows: Ctrl-C does not end an endless wait
         pass
-    _say(flow.message.partition(";")[0] if flow.state == "done" else f"error: {flow.message}")
     if flow.state != "done":
+        say(marked("error", flow.message))
         return 1
-    _say(f"stored in {flow.file.path}; a running server takes it over by itself")
+    say(flow.message.partition(";")[0])
+    say(tr("login_stored", path=flow.file.path))
     above = _above_login(gateway) if flow.file.is_default else ""
     if above:
-        _say(f"warning: {above} is set, too, and stands above this login")
+        say(marked("warning", tr("login_above", name=above)))
     return 0
 
 
 def _read_pastes(flow: LoginFlow, fd: int, final: bool) -> None:
-    """Hand what is typed to the login, line by line.  os.read: at exit a thread in sys.stdin would end in a crash."""
-    typed = b""
+    """Hand what is typed to the login, line by line.
+
+    By os.read: a thread that waits in sys.stdin at exit would end in a crash.
+    """
+    typed = Lines()
     while not flow.ended.is_set():
         try:
             data = os.read(fd, 4096)
         except OSError:
             data = b""
-        typed += data if data else b"\n"
-        *lines, typed = typed.split(b"\n")
-        for line in filter(None, (line.decode("utf-8", "replace").strip() for line in lines)):
+        for line in filter(None, map(str.strip, typed.feed(data or b"\n"))):
             try:
                 flow.paste(line)
             except LoginFailed as exc:
-                if flow.state == "waiting":              # else it is said where the login's end is waited for
-                    _say(f"error: {exc.message}\npaste it again, or leave with Ctrl-C:")
+                if flow.state == "waiting":      # else it is said where the end is waited for
+                    say(marked("error", exc.message))
+                    say(tr("login_again"))
         if not data:
-            return flow.fail("the input ended before the login did; nothing was changed") if final else None
+            if final:
+                flow.fail("the input ended before the login did; nothing was changed")
+            return
 
 
 def _above_login(gateway: Gateway) -> str:
     """What gives iFlow another key than the CLI's file does."""
-    return next((name for name in IFLOW_KEY_VARIABLES if os.environ.get(name)), "") or (
-        (ENV_PREFIX + "API_KEY" if gateway.origins.get("api_key") == "environment" else "api_key in config.json")
-        if gateway.settings.api_key else "")
+    variable = next((name for name in IFLOW_KEY_VARIABLES if os.environ.get(name)), "")
+    if variable or not gateway.settings.api_key:
+        return variable
+    is_variable = gateway.origins.get("api_key") == "environment"
+    return ENV_PREFIX + "API_KEY" if is_variable else tr("api_key_file")
 
 
-def _store_key(gateway: Gateway, args: Any) -> int:
+def _store_key(gateway: Gateway, args: Args) -> int:
     """`login --api-key`: into our own file, where it is kept encrypted."""
-    key = _read_key(args.api_key)
+    key, account = _read_key(args["--api-key"]), args["--account"]
     if not account_keys({"": {"apiKey": key}}):
-        raise UsageError("--api-key: a key has no blanks, line breaks or characters beyond ASCII")
-    if args.account and args.account != DEFAULT_ACCOUNT:
-        file = LoginFile(args.account, gateway.config)
+        raise UsageError(tr("key_blanks"))
+    if account and account != DEFAULT_ACCOUNT:
+        file = LoginFile(account, gateway.config)
         with file.held():
             file.update({**dict.fromkeys(LOGIN_FIELDS), "apiKey": key})
-        _say(f"stored the key {mask(key)} as account {args.account} in {file.path}")
+        say(tr("key_stored", key=mask(key), account=account, path=file.path))
         return 0
     return _change_config(args, lambda raw: raw.update(api_key=key))
 
 
-def cmd_logout(args: Any) -> int:
+def cmd_logout(args: Args) -> int:
     """Take the login away, and nothing else of the file it is in."""
     gateway = Gateway(config=_config_of(args))
-    account = args.account or DEFAULT_ACCOUNT
-    if account != DEFAULT_ACCOUNT and account not in gateway.settings.accounts:
-        raise UsageError(f"there is no account {account!r}" + nearest(account, gateway.settings.accounts))
+    account = args["--account"] or DEFAULT_ACCOUNT
+    accounts = gateway.settings.accounts
+    if account != DEFAULT_ACCOUNT and account not in accounts:
+        raise unknown_name("account", account, accounts)
     try:
         gone = remove_login(gateway, account)
     except (LoginFailed, ConfigBroken, OSError) as exc:
-        _say(f"error: {exc}")
+        say(marked("error", exc))
         return 1
     finally:
         gateway.close()
-    _say(f"logged out ({account})" if gone else f"there was no login to remove ({account})")
+    say(tr("logged_out" if gone else "no_login", account=account))
     return 0
-
-
-def _login_columns(account: str, login: Json) -> List[str]:
-    """A login for `status`."""
-    state = "ended: run python iflow2api.py login" if login.get("ended") else \
-        f"until {login['expires_at']}" if login.get("expires_at") else "end unknown"
-    last = ""
-    if login.get("refreshed_at"):
-        last = f"last refresh {login['refreshed_at']} {'ok' if login.get('refresh_ok') else 'failed'}"
-    message = f"({login['message']})" if login.get("message") else ""
-    return [account, state, "" if login.get("renewable") else "not refreshable", last, message]
 
 
 # --- config ------------------------------------------------------------------
 
-def cmd_config(args: Any) -> int:
-    return {"list": _config_list, "get": _config_get, "set": _config_set, "unset": _config_unset,
-            "path": _config_path, "encrypt": _config_encrypt}[args.action or "list"](args)
+def _setting_name(args: Args) -> str:
+    name = _needed(args, "KEY", "config list")
+    if name not in SETTING:
+        raise unknown_name("setting", name, SETTING, "config list")
+    return name
 
 
-def _setting_name(args: Any) -> str:
-    if not args.key:
-        raise UsageError(tr("config_no_key", action=args.action))
-    if args.key not in SETTING:
-        raise UsageError(tr("no_setting", name=args.key, near=did_you_mean(args.key, SETTING)))
-    return args.key
-
-
-def _shown(name: str, value: Any, args: Any) -> str:
-    value = value if args.show_secrets else hide_secrets(name, value)
+def _shown(name: str, value: Any, args: Args) -> str:
+    value = value if args["--show-secrets"] else hide_secrets(name, value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _config_list(args: Any) -> int:
+def _config_list(args: Args) -> int:
+    """Each setting, its value, where that is from, and above it what the setting is for."""
     gateway = _gateway_of(args)
-    for name in SETTING:
+    for name, item in SETTING.items():
+        title, hint = SETTING_TEXTS[name][:2], SETTING_TEXTS[name][2:]
+        about = CONSOLE.text(title)
+        if hint:
+            about = tr("hint", title=about, hint=CONSOLE.text(hint))
+        if item.metadata.get("restart"):
+            about = tr("at_start", text=about.rstrip(".。"))
         origin = gateway.origins.get(name)
         shown = _shown(name, getattr(gateway.settings, name), args)
-        print(f"{name} = {shown}" + (f"    # {origin}" if origin else ""))
-    _say_problems(gateway.problems)
+        print(f"# {about}\n{name} = {shown}" + (f"    # {tr(origin)}" if origin else ""))
+    say_problems(gateway.problems)
     return 0
 
 
-def _config_get(args: Any) -> int:
+def _config_get(args: Args) -> int:
     name, gateway = _setting_name(args), _gateway_of(args)
     print(_shown(name, getattr(gateway.settings, name), args))
-    _say_problems(_further_problems(gateway.problems))
+    say_problems(_further_problems(gateway.problems))
     return 0
 
 
-def _config_set(args: Any) -> int:
-    name = _setting_name(args)
-    if args.value is None:
-        raise UsageError(tr("config_no_value", name=name))
-    facts = SETTING[name].metadata
-    text = _read_key(args.value) if facts.get("secret") and args.value[:1] in ("-", "$") else args.value
+def _config_set(args: Args) -> int:
+    name, text = _setting_name(args), args["VALUE"]
+    if text is None:
+        raise UsageError(tr("needs", command=f"config set {name}", what="VALUE"))
+    if SETTING[name].metadata.get("secret") and text[:1] in ("-", "$"):
+        text = _read_key(text)
     value = _parse_for(f"config set {name}", name, text)
     if name == "upstream_proxy":
         _check_proxy(args, value)
-    if name in ("providers", "aliases"):                 # with all the rest as it is: aliases name providers
+    if name in ("providers", "aliases"):                 # with all the rest: aliases name providers
         gateway = _gateway_of(args)
-        known = gateway.state.router.warnings
-        problems = [p for p in gateway.routed(replace(gateway.settings, **{name: value})).warnings if p not in known]
-        if problems:
-            raise UsageError(f"config set {name}: {problems[0]}")
-    return _change_config(args, lambda raw: raw.update({name: value}))
+        known = gateway.state.router.problems
+        router = gateway.routed(replace(gateway.settings, **{name: value}))
+        new = [problem for problem in router.problems if problem not in known]
+        if new:
+            raise UsageError(f"config set {name}: {new[0]}")
+    done = "saved_for_later" if SETTING[name].metadata.get("restart") else "saved"
+    return _change_config(args, lambda raw: raw.update({name: value}), done)
 
 
-def _check_proxy(args: Any, proxy: str) -> None:
+def _check_proxy(args: Args, proxy: str) -> None:
     """UsageError for one that can't work; a hint where the switch is still off."""
-    problems = proxy_problems(Settings(upstream_proxy=proxy, upstream_proxy_enabled=True), ())
+    wanted = Settings(upstream_proxy=proxy, upstream_proxy_enabled=True)
+    problems = proxy_problems(wanted, ())
     if problems:
         raise UsageError(problems[0])
     if proxy and not _gateway_of(args).settings.upstream_proxy_enabled:
-        _say(tr("proxy_is_off"))
+        say(tr("proxy_is_off"))
 
 
-def _config_unset(args: Any) -> int:
-    if args.key not in _config_of(args).recover()[0]:    # a key we do not know may be removed, too
+def _config_unset(args: Args) -> int:
+    if args["KEY"] not in _config_of(args).recover()[0]:     # an unknown key may go, too
         _setting_name(args)
-    return _change_config(args, lambda raw: raw.pop(args.key, None))
+    return _change_config(args, lambda raw: raw.pop(args["KEY"], None))
 
 
-def _change_config(args: Any, edit: Callable[[Json], Any]) -> int:
-    config = _config_of(args)
-    try:
-        _say_problems(config.change(edit))
-    except OSError as exc:
-        _say(marked("error", tr("cannot_write", path=config.path, reason=reason_of(exc))))
-        return 1
-    _say(tr("saved", path=config.path))
-    return 0
-
-
-def _config_encrypt(args: Any) -> int:
+def _config_encrypt(args: Args) -> int:
     """`on` or `off`; without, how it stands."""
-    config = _config_of(args)
-    mode = args.key or ""
+    config, mode = _config_of(args), args["KEY"] or ""
     if mode not in ("", "on", "off"):
-        raise UsageError(f"config encrypt {mode}: on or off expected")
+        raise _bad_value("config encrypt", mode, tr("one_of", choices="on, off"))
     try:
         if not mode:
             gateway = _gateway_of(args)
             print("on" if gateway.settings.encrypt_secrets else "off")
-            locked = gateway.config.unreadable if gateway.config else []
+            locked = gateway.config.locked if gateway.config else []
         else:
             locked = config.encrypt(mode == "on")
-            _say(tr(f"encrypt_{mode}" + ("" if config.count_secrets() else "_none"), path=config.path))
-    except (OSError, ConfigBroken, CannotDecrypt) as exc:
-        _say(f"error: {getattr(exc, 'strerror', None) or exc}")
+            say(tr(f"encrypt_{mode}", path=config.path))
+            if not config.count_secrets():
+                say(tr("encrypt_none"))
+    except OSError as exc:
+        say(marked("error", tr("cannot_write", path=config.path, reason=reason_of(exc))))
+        return 1
+    except (ConfigBroken, SealBroken) as exc:
+        say(marked("error", exc))
         return 1
     for problem in locked:
-        _say(f"problem: {one_line(problem, 300)} (left as it is)")
+        say(marked("problem", tr("left", text=one_line(problem, 300))))
     return 1 if locked else 0
 
 
-def _config_path(args: Any) -> int:
+def _config_path(args: Args) -> int:
     print(_config_of(args).path)
     return 0
 
 
-# --- the page's password --------------------------------------------------------
+# --- the page's password -----------------------------------------------------
 
-def cmd_admin(args: Any) -> int:
+def cmd_admin(args: Args) -> int:
     """`admin reset-password`: a running server takes it over, and ends the sessions of before."""
-    if args.password not in (None, "-"):
+    if args["-"] not in (None, "-"):
         raise UsageError(tr("password_shown"))
-    password = _input_line() if args.password else _ask_password()
+    password = _input_line() if args["-"] else _ask_password()
     try:
         stored = hash_password(password)
     except ValueError:
-        least, most = PASSWORD_LENGTH
-        raise UsageError(tr("password_length", least=least, most=most)) from None
-    failed = _change_config(args, lambda raw: raw.update(admin_password=stored))
-    if not failed:
-        _say(tr("password_set"))
+        low, high = PASSWORD_LENGTH
+        raise UsageError(tr("password_length", low=low, high=high)) from None
+    failed = _change_config(args, lambda raw: raw.update(admin_password=stored), "password_set")
     if os.environ.get(ENV_PREFIX + "ADMIN_PASSWORD"):
-        _say(marked("warning", tr("password_above", variable=ENV_PREFIX + "ADMIN_PASSWORD")))
+        say(marked("warning", tr("password_above", variable=ENV_PREFIX + "ADMIN_PASSWORD")))
     return failed
 
 
@@ -19429,444 +19929,177 @@ def _ask_password() -> str:
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError(tr("no_terminal"))
     import getpass
-    password = getpass.getpass(tr("new_password"))
-    if password != getpass.getpass(tr("same_again")):
+    password = getpass.getpass(tr("new_password") + " ")
+    if password != getpass.getpass(tr("same_again") + " "):
         raise UsageError(tr("not_the_same"))
     return password
 
 
-# --- routes, keys, usage -------------------------------------------------------
+# --- routes, keys, usage -----------------------------------------------------
 
-def cmd_routes(args: Any) -> int:
+def cmd_routes(args: Args) -> int:
     """`routes explain MODEL`: where the name goes, and why."""
-    asked: Json = {name: getattr(args, name) for name in ("images", "thinking", "tools")}
-    if not re.fullmatch(r"\d{1,12}", args.tokens):
-        raise UsageError(f"--tokens {args.tokens}: a whole number expected")
-    asked.update(model=args.name, dialect=args.dialect, tokens=int(args.tokens))
+    asked: Json = {name: args["--" + name] for name in ("images", "thinking", "tools")}
+    asked.update(model=args["MODEL"], dialect=args["--dialect"] or "chat",
+                 tokens=_number(args, "--tokens", 0, 0))
     gateway = _gateway_of(args)
     try:
-        told = explain(gateway, asked)
+        told = explain(gateway, asked, CONSOLE.language == "en")
     except GatewayError as exc:
-        _say(f"error: {exc.message}")
+        say(marked("error", exc.message))
         return 1
-    if args.json:
+    if args["--json"]:
         print(json_text(told))
         return 0
     for number, step in enumerate(told["steps"], 1):
         print(f"{number}. {one_line(step, 500)}")
     for number, target in enumerate(told["chain"]):
-        keys = f"{target['keys']} key{'s' if target['keys'] != 1 else ''}"
+        count = target["keys"]
+        keys = tr("keys_1" if count == 1 else "keys_n", count=count)
         state = one_line(target["problem"]) or f"{target['base_url']}  {keys}"
-        print(f"{'then' if number else '=>'} {target['provider']}/{one_line(target['model'])}  {state}")
-    _say_problems(_further_problems(gateway.problems))
+        name = f"{target['provider']}/{one_line(target['model'])}"
+        print(f"{tr('then') if number else '=>'} {name}  {state}")
+    say_problems(_further_problems(gateway.problems))
     return 0
 
 
-def cmd_key(args: Any) -> int:
-    return {"list": _key_list, "add": _key_add, "remove": _key_remove}[args.action or "list"](args)
-
-
-def _key_name(args: Any) -> str:
-    if not args.name:
-        raise UsageError(f"key {args.action} needs a NAME")
-    return args.name
-
-
-def _key_names(args: Any) -> List[str]:
-    return list(map(name_of, entries_of(_config_of(args).recover()[0], "client_keys")))
-
-
-def _key_add(args: Any) -> int:
+def _key_add(args: Args) -> int:
     """Make a key: it is printed once, only its hash is kept."""
-    name = _key_name(args)
-    facts: Json = {"models": _listed(args.models)} if args.models else {}
-    for limit in LIMIT_FIELDS:
-        text = getattr(args, limit)
-        if text is not None:
-            facts[limit] = int(text) if re.fullmatch(r"-?\d{1,15}", text) else text
-    if args.expires:
-        facts["expires"] = args.expires
+    name = _needed(args, "NAME", "key list")
+    facts: Json = {limit: _number(args, f"--{limit}", 0, 1) for limit in LIMIT_FIELDS
+                   if args[f"--{limit}"] is not None}
+    if args["--models"]:
+        facts["models"] = _listed(args["--models"])
+    if args["--expires"]:
+        facts["expires"] = args["--expires"]
     try:
         key, entry = make_client_key(name, facts)
     except ValueError as exc:
         raise UsageError(f"key add {name}: {exc}") from None
 
     def add(raw: Json) -> None:
-        keys = _raw_list(raw, "client_keys")
+        keys = _named_list(raw, "client_keys")
         if name in map(name_of, keys):   # looked up here, where nobody else writes
-            raise UsageError(f"key add {name}: there is a key of this name; remove it first, or take another name")
+            raise UsageError(tr("key_exists", name=name))
         raw["client_keys"] = [*keys, entry]
 
     if _change_config(args, add):
         return 1
     print(key)
-    _say("this is the only time it is shown; clients send it as `Authorization: Bearer KEY`, or as x-api-key")
-    _say_problems(_further_problems(_gateway_of(args).problems))
+    say(tr("key_once"))
+    say_problems(_further_problems(_gateway_of(args).problems))
     return 0
 
 
-def _key_remove(args: Any) -> int:
-    name = _key_name(args)
-    if name not in _key_names(args):
-        raise UsageError(f"there is no key {name!r}" + nearest(name, _key_names(args)))
-    failed = _change_config(args, lambda raw: raw.update(
-        client_keys=[entry for entry in entries_of(raw, "client_keys") if name_of(entry) != name]))
-    if not failed and not _gateway_of(args).state.door.required:
-        _say("warning: no key is left: clients on this machine need none; a server that others reach "
-             "answers nobody until there is one")
-    return failed
+def _key_remove(args: Args) -> int:
+    name = _needed(args, "NAME", "key list")
+
+    def remove(raw: Json) -> None:
+        keys = _named_list(raw, "client_keys")
+        names = list(map(name_of, keys))
+        if name not in names:
+            raise unknown_name("key", name, filter(None, names), "key list")
+        raw["client_keys"] = [each for each in keys if name_of(each) != name]
+
+    if _change_config(args, remove, "gone", name=name):
+        return 1
+    if not _gateway_of(args).state.door.required:
+        say(marked("warning", tr("last_key")))
+    return 0
 
 
-def _key_list(args: Any) -> int:
+def _key_list(args: Args) -> int:
     gateway = _gateway_of(args)
     used = {row["key"]: row for row in gateway.ledger.report("key", 1, {})}
     for key in gateway.state.door.keys:
-        row = used.get(key.name)
-        facts = [f"{limit} {LIMIT_WORDS[name]}" for name, limit in key.limits.items()]
-        facts += [f"models {', '.join(key.models)}"] if key.models else []
+        facts = [tr(f"limit_{limit}", count=count) for limit, count in key.limits.items()]
+        facts += [tr("key_models", names=", ".join(key.models))] if key.models else []
         if key.expires_at != float("inf"):
-            over = "expired" if key.expires_at <= time.time() else "expires"
-            facts.append(f"{over} {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(key.expires_at))}")
-        facts += [f"today {row['requests']} requests, {row['input'] + row['output']} tokens"] if row else []
-        print(f"{key.name}  {key.digest.hex()[:8]}  {'; '.join(facts or ['no limits'])}")
-    _say_problems(_further_problems(gateway.problems))
+            at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key.expires_at))
+            facts.append(tr("expired" if key.expires_at <= time.time() else "expires", time=at))
+        row = used.get(key.name)
+        if row:
+            tokens = row["input"] + row["output"]
+            facts.append(tr("used_today", requests=row["requests"], tokens=tokens))
+        print(f"{key.name}  {key.digest.hex()[:8]}  {'; '.join(facts or [tr('no_limits')])}")
+    say_problems(_further_problems(gateway.problems))
     if not gateway.settings.client_keys:
-        _say("no client keys; `key add NAME` makes one")
+        say(tr("no_keys"))
     return 0
 
 
-def cmd_usage(args: Any) -> int:
+def cmd_usage(args: Args) -> int:
     """What was used, from usage.jsonl."""
+    by, days = args["--by"] or "model", _number(args, "--days", 30, 1, 9999)
     gateway = _gateway_of(args)
-    if not re.fullmatch(r"[1-9]\d{0,3}", args.days):
-        raise UsageError(f"--days {args.days}: a whole number from 1 to 9999 expected")
-    rows = gateway.ledger.report(args.by, int(args.days), gateway.settings.prices)
-    _say_problems(gateway.ledger.problems)
+    rows = gateway.ledger.report(by, days, gateway.settings.prices)
+    say_problems(gateway.ledger.problems)
     if not gateway.settings.usage:
-        _say("usage is not being counted: config set usage true")
+        say(tr("usage_off"))
     for row in rows:
         row["cost"] = None if row["cost"] is None else round(row["cost"], 6)
-    if args.json:
-        print(json_text({"by": args.by, "days": int(args.days), "rows": rows}))
-        return 0
-    names = [args.by, *USAGE_COUNTS, "cost"]
-    print(csv_of(rows, names) if args.csv else _usage_table(args.by, rows))
+    if args["--json"]:
+        print(json_text({"by": by, "days": days, "rows": rows}))
+    elif args["--csv"]:
+        print(csv_of(rows, [by, *USAGE_COUNTS, "cost"]))
+    else:
+        print(_usage_table(by, rows))
     return 0
 
 
 def _usage_table(by: str, rows: Sequence[Json]) -> str:
     """Aligned columns; `~` where the upstream did not count and we had to guess."""
     if not rows:
-        return "nothing was used"
+        return tr("nothing_used")
     costs = any(row["cost"] is not None for row in rows)
-    titles = (by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total", "cost")
-    table = [list(titles[:9 + costs])]
+    titles = (by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total",
+              "cost")[:9 + costs]
+    table = [[tr(f"col_{title}") for title in titles]]
     for row in rows:
-        mark, count = "~" if row["estimated"] else "", row["requests"] or 1
-        first = f"{row['first_ms'] / row['streams'] / 1000:.2f}s" if row["streams"] else "-"
-        cost = ["-" if row["cost"] is None else f"{row['cost']:.4f}"] if costs else []
-        table.append([one_line(row[by], 60) or "-", str(row["requests"]), str(row["errors"]), f"{mark}{row['input']}",
-                      f"{mark}{row['output']}", str(row["cached"]), str(row["reasoning"]), first,
-                      f"{row['total_ms'] / count / 1000:.2f}s", *cost])
+        guess, streams, count = "~" * bool(row["estimated"]), row["streams"], row["requests"] or 1
+        first = f"{row['first_ms'] / streams / 1000:.2f}s" if streams else "-"
+        cost = "-" if row["cost"] is None else f"{row['cost']:.4f}"
+        table.append([one_line(row[by], 60) or "-", str(row["requests"]), str(row["errors"]),
+                      f"{guess}{row['input']}", f"{guess}{row['output']}", str(row["cached"]),
+                      str(row["reasoning"]), first, f"{row['total_ms'] / count / 1000:.2f}s",
+                      *([cost] if costs else [])])
     widths = [max(map(columns_of, column)) for column in zip(*table)]
-    rooms = [[" " * (width - columns_of(cell)) for cell, width in zip(line, widths)] for line in table]
-    lines = ["  ".join([line[0] + room[0], *(blank + cell for cell, blank in zip(line[1:], room[1:]))])
-             for line, room in zip(table, rooms)]
-    guess = "~ in part our estimate: the upstream did not count"
-    return "\n".join([*lines, *([guess] if any(row["estimated"] for row in rows) else [])])
-
-
-# --- the parser --------------------------------------------------------------
-
-class Command(NamedTuple):
-    """A command: what runs, what it is for, its arguments as argparse takes them, and what to type for example.
-
-    Help is (中文, English).
-    """
-    run: Callable[[Any], int]
-    help: Union[str, Tuple[str, str]]
-    arguments: Tuple[Tuple[str, Json], ...] = ()
-    examples: Tuple[str, ...] = ()
-
-
-def arg(spelling: str, zh: str, en: str, **facts: Any) -> Tuple[str, Json]:
-    """An argument and what argparse has to know of it.
-
-    `--port N` takes a value, `--json` none unless there are `choices`; `-f, --follow` has a short form.  `MODEL` is
-    told by its place, `[NAME]` may be left out; one that is spelled small has the name that the code knows it by.
-    """
-    short, _, flag = spelling.rpartition(", ")
-    name, _, value = flag.strip("[]").partition(" ")
-    is_switch = flag[0] == "-" and not value and "choices" not in facts
-    told = {"short": short, "metavar": name if name.isupper() else value, "nargs": "?" if flag[0] == "[" else "",
-            "action": "store_true" if is_switch else ""}
-    return name.lower(), {"help": (zh, en), **{key: fact for key, fact in told.items() if fact}, **facts}
-
-
-#: Settings of this run that any command understands which looks at providers.
-MODEL_FLAG = arg("--model MODEL", "本次运行的 default_model", "default_model for this run", dest="default_model")
-RUN_FLAGS = (
-    arg("--upstream URL", "只用这个 OpenAI 兼容服务，不看 config.json",
-        "use this OpenAI-compatible server alone, whatever config.json says"),
-    arg("--api-key KEY", "它的密钥（或 iFlow 的）：$NAME、-（标准输入）或密钥本身",
-        "its key, or iFlow's: $NAME, - (standard input), or the key itself"),
-    MODEL_FLAG)
-
-SERVE_FLAGS = (
-    arg("--host ADDR", "监听地址（127.0.0.1）", "address to listen on (127.0.0.1)"),
-    arg("--port N", "端口（28000；0 为自动选择）", "port to listen on (28000; 0: a free one)"),
-    *RUN_FLAGS,
-    arg("--demo", "由内置的小模型应答：不要账号，不要网络", "answer from a small model built in: no account, no network"),
-    arg("--no-browser", "不打开网页", "do not open the page"),
-    arg("--log-level LEVEL", "debug、info、warning 或 error", "debug, info, warning or error"),
-    arg("--verbose", "等于 --log-level debug", "the same as --log-level debug"),
-    arg("--version", "显示版本", "print the version"))
-
-
-COMMANDS: Dict[str, Command] = {
-    "serve": Command(cmd_serve, ("运行网关（不写命令时也是它）", "run the gateway (also without any command)"), SERVE_FLAGS,
-                     ("", "--port 8080", "--upstream https://api.deepseek.com --api-key '$KEY'")),
-    "status": Command(cmd_status, ("是否在运行、有哪些上游、有什么问题", "is it running, with what, and what is wrong")),
-    "models": Command(cmd_models, ("列出可用的模型", "list the models that can be asked for"), RUN_FLAGS),
-    "test": Command(cmd_test, ("向上游发一个极小的真实请求", "one tiny real request to a provider, or to each"), (
-        arg("[PROVIDER]", "上游名称；不写则全部", "its name; all without"), *RUN_FLAGS),
-        ("test", "test --upstream http://127.0.0.1:11434/v1")),
-    "env": Command(cmd_env, ("输出让客户端指向本服务的 shell 语句", "shell lines that point a client at this server"), (
-        arg("CLIENT", "客户端：" + ", ".join(CLIENTS), ", ".join(CLIENTS), choices=tuple(CLIENTS)),
-        arg("--shell", "哪种 shell；不写则看 $SHELL", "for which shell; by $SHELL without", choices=tuple(SHELLS)),
-        arg("--host ADDR", "服务的地址", "the server's address"), arg("--port N", "服务的端口", "its port"), MODEL_FLAG,
-        arg("--json", "输出 JSON：Claude Code 的 settings.json", "as JSON, for Claude Code's settings.json")),
-        ("env claude", "env claude --json", "env codex --shell fish")),
-    "provider": Command(cmd_provider, ("管理和测试上游，查看预设", "list, add, remove and test upstreams; show the known ones"), (
-        arg("[action]", "不写则为 list", "list without", choices=("list", "add", "remove", "test", "presets")),
-        arg("[NAME]", "名称；add 时写预设名即可", "a preset's name is all that `add` needs"),
-        arg("--base-url URL", "add：OpenAI 兼容服务的地址", "add: where an OpenAI-compatible server is"),
-        arg("--api-key KEY", "add：'$NAME'（原样保存）、-（标准输入）或密钥",
-            "add: '$NAME' (stored as such), - (standard input), or the key"),
-        arg("--models A,B", "add：模型，第一个为默认", "add: models it serves; the first is its default"),
-        arg("--preset PRESET", "add：用别的名称套用此预设", "add: take the facts of this preset under another name"),
-        arg("--kind", "add：不写则为 openai", "add: openai without", choices=KINDS)),
-        ("provider presets", "provider add zhipu --api-key '$ZHIPU_API_KEY'", "provider test zhipu")),
-    "login": Command(cmd_login, ("用浏览器登录 iFlow", "log in to iFlow in the browser"), (
-        arg("--paste", "用于 SSH 和容器：粘贴浏览器最后停在的地址", "for SSH and containers: paste the address the browser ends on"),
-        arg("--no-browser", "只显示要打开的地址", "only print the address to open"),
-        arg("--api-key KEY", "改为保存此密钥：$NAME、-（标准输入）或密钥本身",
-            "store this key instead: $NAME, - (standard input), or itself"),
-        arg("--account NAME", "另一个账号；请求在各账号间轮换", "a further account; requests take turns among all of them"),
-        arg("--timeout S", "最多等待的秒数（300）", "seconds to wait (300)", type=float, default=LOGIN_TIMEOUT_S)),
-        ("login", "login --paste")),
-    "logout": Command(cmd_logout, ("移除 iFlow 登录", "remove the iFlow login"), (
-        arg("--account NAME", "哪个账号", "of this account"),)),
-    "config": Command(cmd_config, ("查看和修改设置", "show and change settings"), (
-        arg("[action]", "不写则为 list", "list without", choices=("list", "get", "set", "unset", "path", "encrypt")),
-        arg("[KEY]", "设置的名称", "name of a setting"),
-        arg("[VALUE]", "新的值；列表和对象写成 JSON", "its value; lists and objects as JSON"),
-        arg("--show-secrets", "完整显示密钥", "show keys in full")),
-        ("config list", "config set port 8080", "config set upstream_proxy socks5h://127.0.0.1:1080")),
-    "admin": Command(cmd_admin, ("重设管理页面的密码", "set the page's password anew"), (
-        arg("action", "重设密码", "set it", choices=("reset-password",)),
-        arg("[password]", "- 表示从标准输入读取", "-: read it from standard input", metavar="-")),
-        ("admin reset-password", "admin reset-password - < FILE")),
-    "routes": Command(cmd_routes, ("说明某个模型名会去哪里、为什么", "say where a model's name goes, and why"), (
-        arg("action", "说明去向", "say where it goes", choices=("explain",)),
-        arg("name", "模型名", "the model's name", metavar="MODEL"),
-        arg("--dialect", "客户端的接口（chat）", "the client's API (chat)", choices=("chat", "messages", "responses"),
-            default="chat"),
-        arg("--tokens N", "请求的大小", "size of the request", default="0"),
-        arg("--images", "带有图片", "it shows an image"), arg("--thinking", "要求思考", "it asks for reasoning"),
-        arg("--tools", "提供工具", "it offers tools"), arg("--json", "输出 JSON", "as JSON"), *RUN_FLAGS),
-        ("routes explain claude-sonnet-4 --dialect messages",)),
-    "key": Command(cmd_key, ("客户端的密钥，各有模型和限额", "keys of clients: each with its models and limits"), (
-        arg("[action]", "不写则为 list", "list without", choices=("list", "add", "remove")),
-        arg("[NAME]", "密钥的名称", "name of the key"),
-        arg("--models A,B", "可用的模型或模式", "models it may use, or patterns"),
-        *(arg(f"--{name} N", f"{name} 上限", f"most {words}") for name, words in LIMIT_WORDS.items()),
-        arg("--expires DATE", "最后一天，如 2027-01-31", "last day, such as 2027-01-31")),
-        ("key add alice --rpm 20 --models 'glm-*'", "key remove alice")),
-    "usage": Command(cmd_usage, ("用量：按模型、密钥或上游", "tokens and requests, by model, key or provider"), (
-        arg("--days N", "最近 N 天（30）", "the last N days (30)", default="30"),
-        arg("--by", "按什么汇总（model）", "a row for each (model)", choices=("model", "key", "provider", "day"),
-            default="model"),
-        arg("--json", "输出 JSON", "as JSON"), arg("--csv", "输出 CSV", "as CSV")), ("usage --by key --days 7",)),
-    "logs": Command(cmd_logs, ("显示日志文件（log_file）的末尾", "show the end of log_file"), (
-        arg("-n N", "行数（50）", "number of lines (50)", type=int, default=50, dest="lines"),
-        arg("-f, --follow", "持续显示新的行", "go on with what is added"),
-        arg("--level", "只显示此级别及以上", "this level and above", choices=LOG_LEVELS, default="debug")),
-        ("logs -f", "logs -n 200 --level warning")),
-    "version": Command(cmd_version, ("显示版本", "print the version")),
-}
-
-#: The groups of the help text, in which commands stand in this order.
-COMMAND_GROUPS: Tuple[Tuple[str, Tuple[str, ...]], ...] = (
-    ("group_run", ("serve",)),
-    ("group_setup", ("login", "logout", "provider", "config", "key", "routes", "env", "admin")),
-    ("group_look", ("status", "models", "test", "usage", "logs")),
-    ("group_more", ("version",)))
-
-
-def _flag_rows(arguments: Iterable[Tuple[str, Json]]) -> List[Tuple[str, str]]:
-    """`-f, --follow` or `--port N`, and what it does."""
-    rows = []
-    for flag, facts in arguments:
-        names = f"{facts['short']}, {flag}" if "short" in facts else flag
-        value = facts.get("metavar") or "|".join(facts.get("choices", ()))
-        rows.append((f"{names} {value}" if value else names, CONSOLE.text(facts["help"])))
-    return rows
-
-
-def _positional(facts: Json) -> str:
-    """An argument without a flag as the usage line shows it."""
-    text = "|".join(facts.get("choices", ())) or facts["metavar"]
-    return f"[{text}]" if "nargs" in facts else text
-
-
-def _section(title: str, rows: Sequence[Tuple[str, str]], width: int = 0) -> List[str]:
-    return ["", CONSOLE.paint(title, "bold"), *lay_out(rows, CONSOLE.columns, width=width)] if rows else []
-
-
-def _examples(examples: Sequence[str]) -> List[str]:
-    """Lines to copy: they are never wrapped."""
-    lines = [f"  {PROGRAM} {example}".rstrip() for example in examples]
-    return ["", CONSOLE.paint(tr("examples"), "bold"), *lines] if lines else []
-
-
-def command_help(name: str) -> str:
-    """`NAME --help`."""
-    command = COMMANDS[name]
-    places = [facts for flag, facts in command.arguments if flag[0] != "-"]
-    flags = [(flag, facts) for flag, facts in command.arguments if flag[0] == "-"]
-    usage = " ".join([PROGRAM, name, *map(_positional, places), "[FLAGS]"])
-    lines = [f"iflow2api {name}: {CONSOLE.text(command.help)}", "", *wrap(f"{tr('usage')}: {usage}", CONSOLE.columns)]
-    lines += _section(tr("arguments"), [(_positional(facts).strip("[]"), CONSOLE.text(facts["help"]))
-                                        for facts in places])
-    lines += _section(tr("flags"), [*_flag_rows(flags), ("--config-dir DIR", tr("config_dir"))])
-    return "\n".join(lines + _examples(command.examples)) + "\n"
-
-
-def program_help() -> str:
-    """`--help`: every command in its group, and the flags of serve, which is the command where none is named."""
-    lines = [f"iflow2api {__version__}: {tr('about')}", "", f"{tr('usage')}: {PROGRAM} [COMMAND] [FLAGS]"]
-    for group, names in COMMAND_GROUPS:
-        rows = [(name, CONSOLE.text(COMMANDS[name].help)) for name in names]
-        lines += _section(tr(group), rows, max(map(len, COMMANDS)))
-    flags = [*_flag_rows(COMMANDS["serve"].arguments), ("--config-dir DIR", tr("config_dir")),
-             ("-h, --help", tr("help_flag"))]
-    lines += _section(tr("serve_flags"), flags) + ["", *wrap(tr("settings_too"), CONSOLE.columns)]
-    return "\n".join(lines + _examples(COMMANDS["serve"].examples)) + "\n"
-
-
-#: argparse's complaints (all versions), and ours instead, which say what to type.
-_COMPLAINTS = (
-    (r"argument (?P<flag>.+?): expected .*arguments?", "needs_value"),
-    (r"argument (?P<flag>.+?): invalid choice: (?P<value>.*?)(?:, maybe you meant .*)? \(choose from (?P<choices>.*)\)",
-     "bad_choice"),
-    (r"argument (?P<flag>.+?): invalid int value: (?P<value>.*)", "no_number"),
-    (r"argument (?P<flag>.+?): invalid float value: (?P<value>.*)", "no_float"),
-    (r"argument (?P<flag>.+?): ignored explicit argument (?P<value>.*)", "takes_no_value"),
-    (r"the following arguments are required: (?P<flag>.*)", "missing"))
-
-
-def _complaint(message: str, command: str) -> str:
-    """What argparse found wrong, in our words and the user's language."""
-    found, key = next(((found, key) for pattern, key in _COMPLAINTS
-                       for found in [re.fullmatch(pattern, message)] if found), (None, ""))
-    if found is None:
-        return message
-    facts = {name: one_line(value, 200) for name, value in found.groupdict().items()}
-    entries = dict(_arguments_of(command))
-    if key == "missing":
-        facts["flag"] = " ".join(_positional(entry) for name, entry in entries.items() if name[0] != "-")
-    if "choices" in facts:
-        names = re.findall(r"[\w.-]+", facts["choices"])
-        facts.update(choices=", ".join(names), near=did_you_mean(facts["value"].strip("'"), names))
-    facts["flag"] = facts["flag"].split("/")[-1]
-    return tr(key, command=command, metavar=entries.get(facts["flag"], {}).get("metavar", "VALUE"), **facts)
-
-
-def _arguments_of(command: str) -> List[Tuple[str, Json]]:
-    """A command's arguments with those that every command has."""
-    arguments = COMMANDS[command].arguments if command in COMMANDS else ()
-    return [*arguments, ("--config-dir", {"metavar": "DIR"}), ("--help", {"action": "help", "short": "-h"})]
-
-
-def _flags_of(command: str) -> Dict[str, Json]:
-    """Every spelling of a command's flags; those with an `action` take no value."""
-    return {name: facts for flag, facts in _arguments_of(command) if flag[0] == "-"
-            for name in (flag, facts.get("short")) if name}
-
-
-def _misuse(text: str, command: str = "") -> UsageError:
-    """An error that ends on where to read how it is done."""
-    return UsageError(text + tr("see", command=command + " " if command else ""))
-
-
-def build_parser(command: str) -> Any:
-    """argparse's parser for what follows a command, "" for none; errors are UsageError, help and complaints are ours.
-
-    One of argparse's own parsers with all commands below it takes longer to make than the rest of a start.
-    """
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise _misuse(_complaint(message, command), command)
-
-        def format_help(self) -> str:
-            return command_help(command) if command else program_help()
-
-    parser = Parser(allow_abbrev=False, add_help=False)
-    for flag, facts in _arguments_of(command):
-        names = [facts["short"], flag] if "short" in facts else [flag]
-        parser.add_argument(*names, **{key: value for key, value in facts.items() if key not in ("help", "short")})
-    parser.set_defaults(command=command)
-    return parser
-
-
-def _in_order(argv: Sequence[str]) -> List[str]:
-    """`argv` as command, arguments, flags.  argparse takes a flag for the end of optional arguments."""
-    words: List[str] = []
-    flags: List[str] = []
-    valued = {name for command in COMMANDS for name, facts in _flags_of(command).items() if "action" not in facts}
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            words += rest
-            break
-        if word[:1] != "-" or word == "-":
-            words.append(word)
-            continue
-        flags.append(word)
-        if word in valued and rest and rest[0][:2] != "--":
-            flags.append(rest.pop(0))
-    return words + flags
-
-
-def _parse_args(argv: Sequence[str]) -> Any:
-    """The namespace of `argv`, where `serve` may be left out; UsageError."""
-    words = _in_order(argv)
-    if words and words[0] in COMMANDS:
-        command = words.pop(0)
-    elif argv and argv[0][:1] != "-":
-        raise _misuse(tr("no_command", name=one_line(argv[0], 60), near=did_you_mean(argv[0], COMMANDS)))
-    else:
-        command = "" if words[:1] in (["-h"], ["--help"]) else "serve"
-    args, stray = build_parser(command).parse_known_args(words)
-    if stray:
-        worst = next((word for word in stray if word[0:1] == "-"), stray[0])
-        raise _misuse(_stray_word(worst, command), command)
-    return args
-
-
-def _stray_word(word: str, command: str) -> str:
-    if word[:1] != "-":
-        return tr("stray", command=command, word=one_line(word, 60), near=did_you_mean(word, COMMANDS))
-    flag = word.partition("=")[0]
-    return tr("unknown_flag", command=command, flag=one_line(flag, 60),
-              near=did_you_mean(flag, [name for name, facts in _arguments_of(command) if name[0] == "-"]))
+    lines = []
+    for name, *cells in table:
+        blanks = [" " * (width - columns_of(cell)) for cell, width in zip([name, *cells], widths)]
+        counts = (blank + cell for blank, cell in zip(blanks[1:], cells))
+        lines.append("  ".join([name + blanks[0], *counts]))
+    return "\n".join(lines + [tr("guessed")] * any(row["estimated"] for row in rows))
 
 
 # --- main --------------------------------------------------------------------
+
+def cmd_version(args: Args) -> int:
+    print(f"iflow2api {__version__} (Python {sys.version.split()[0]}, {sys.platform})")
+    return 0
+
+
+#: What a command does, or an action of it where that has a function of its own.
+COMMANDS: Dict[str, Callable[[Args], int]] = {
+    "serve": cmd_serve, "login": cmd_login, "logout": cmd_logout,
+    "provider": _provider_list, "provider add": _provider_add, "provider remove": _provider_remove,
+    "provider test": cmd_test, "provider presets": _provider_presets, "test": cmd_test,
+    "config": _config_list, "config get": _config_get, "config set": _config_set,
+    "config unset": _config_unset, "config path": _config_path, "config encrypt": _config_encrypt,
+    "key": _key_list, "key add": _key_add, "key remove": _key_remove, "routes": cmd_routes,
+    "env": cmd_env, "admin": cmd_admin, "status": cmd_status, "models": cmd_models,
+    "usage": cmd_usage, "logs": cmd_logs, "version": cmd_version}
+
+
+def run_command(args: Args) -> int:
+    name = args["command"]
+    if args.get("--help"):
+        print(help_of(name))
+        return 0
+    if args.get("--version"):
+        return cmd_version(args)
+    return COMMANDS.get(f"{name} {args.get('action')}", COMMANDS[name])(args)
+
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; 0 done, 1 failed, 2 used wrongly."""
@@ -19876,25 +20109,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     status = 0
     try:
         args = _parse_args(argv)
-        status = (cmd_version if getattr(args, "version", False) else COMMANDS[args.command].run)(args)
-        if sys.stdout is not None and args.command != "serve":
+        status = run_command(args)
+        if sys.stdout is not None and args["command"] != "serve":
             sys.stdout.flush()
     except UsageError as exc:
-        _say(marked("error", exc))
+        say(marked("error", exc))
         status = 2
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:              # `| head`
         pass
     except OSError as exc:               # such as a full disk under stdout
-        _say(marked("error", reason_of(exc) + (f": {exc.filename}" if exc.filename else "")))
+        say(marked("error", reason_of(exc) + (f": {exc.filename}" if exc.filename else "")))
         status = 1
     _give_up_output()
     return status
 
 
 def _give_up_output() -> None:
-    """A standard stream that can't be written is let go of: Python would end with a status of its own."""
+    """Let go of a stream that can't be written: Python would end with a status of its own."""
     for number, stream in enumerate((sys.stdout, sys.stderr), 1):
         try:
             if stream is not None:

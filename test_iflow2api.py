@@ -1155,7 +1155,7 @@ def lockless(request, monkeypatch):
 def holds(path, timeout_s=0):
     """Whether the lock can be had within the time, at least at the first attempt."""
     try:
-        with ifl.file_lock(path, timeout_s):
+        with ifl.FileLock(path, timeout_s):
             return True
     except TimeoutError as exc:
         assert str(exc).endswith(f"another process has held {path} for {timeout_s:g} s")
@@ -1167,7 +1167,7 @@ def test_one_holder_at_a_time(home):
 
     def work():
         for _ in range(20):
-            with ifl.file_lock(path, WAIT_S):
+            with ifl.FileLock(path, WAIT_S):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 inside[0] -= 1
@@ -1176,14 +1176,14 @@ def test_one_holder_at_a_time(home):
     [thread.start() for thread in threads]
     [thread.join(WAIT_S) for thread in threads]
     assert most == [1] and inside == [0] and os.listdir(home / "deep") == ["a.lock"]
-    with ifl.file_lock(path, 1):
+    with ifl.FileLock(path, 1):
         assert not holds(path)
     assert holds(path)
 
 
 def test_where_there_are_no_locks_a_warning_says_so_once(home, lockless, caplog):
     for _ in range(3):
-        with ifl.file_lock(str(home / "a.lock"), 0):
+        with ifl.FileLock(str(home / "a.lock"), 0):
             pass
     assert caplog.text.count(f"only one process may write in {home}") == 1
 
@@ -1195,7 +1195,7 @@ def test_other_errors_of_a_lock_are_raised(home, monkeypatch):
         raise OSError(errno.EIO, "broken")
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="broken"):
-        ifl.file_lock(str(home / "a.lock"), 1).__enter__()
+        ifl.FileLock(str(home / "a.lock"), 1).__enter__()
 
 
 # === 5. Settings and routes ==================================================
@@ -1207,7 +1207,7 @@ def load(raw=None, environ=None, flags=None, last=None):
 def test_every_setting_has_its_facts():
     for name, item in ifl.SETTING.items():
         facts = item.metadata
-        texts = facts["label"] + facts["hint"]
+        texts = ifl.SETTING_TEXTS[name]
         assert facts["kind"] in ("str", "int", "float", "bool", "list", "dict"), name
         assert len(texts) in (2, 4) and all(texts) and "  " not in "".join(texts), name
         assert texts[1][0].isupper() or texts[1].startswith("iFlow"), name
@@ -1223,7 +1223,7 @@ def test_every_setting_has_its_facts():
     ({}, {"iflow2api_port": "2"}, {}, 28000, None)])
 def test_flag_stands_above_environment_above_file_above_default(raw, environ, flags, port, origin):
     loaded = load(raw, environ, flags)
-    assert (loaded.settings.port, loaded.origins.get("port"), loaded.warnings) == (port, origin, [])
+    assert (loaded.settings.port, loaded.origins.get("port"), loaded.problems) == (port, origin, [])
 
 
 @pytest.mark.parametrize("name, text, value", [
@@ -1236,7 +1236,7 @@ def test_variables_are_text_that_is_read_by_kind(name, text, value):
     loaded = load(environ={"IFLOW2API_" + name.upper(): text})
     assert getattr(loaded.settings, name) == value
     assert type(getattr(loaded.settings, name)) is type(value)
-    assert not loaded.warnings
+    assert not loaded.problems
 
 
 BAD_VALUES = [
@@ -1253,8 +1253,8 @@ def test_a_bad_value_is_named_and_what_stood_below_is_used(name, value):
     loaded = load({name: value, "default_model": "kept"})
     assert getattr(loaded.settings, name) == ifl.default_of(name)
     assert loaded.settings.default_model == "kept"
-    assert len(loaded.warnings) == 1 and loaded.warnings[0].startswith(f"config.json: {name}: ")
-    assert "expected" in loaded.warnings[0] and name not in loaded.origins
+    assert len(loaded.problems) == 1 and loaded.problems[0].startswith(f"config.json: {name}: ")
+    assert "expected" in loaded.problems[0] and name not in loaded.origins
 
 
 @pytest.mark.parametrize("name, text", [
@@ -1267,20 +1267,20 @@ def test_a_bad_variable_is_named_and_the_file_counts(name, text):
              "keepalive_s": 3}
     loaded = load(below, {"IFLOW2API_" + name.upper(): text})
     assert getattr(loaded.settings, name) == below[name] and loaded.origins[name] == "file"
-    assert len(loaded.warnings) == 1
-    assert loaded.warnings[0].startswith(f"IFLOW2API_{name.upper()}: ")
+    assert len(loaded.problems) == 1
+    assert loaded.problems[0].startswith(f"IFLOW2API_{name.upper()}: ")
 
 
 @pytest.mark.parametrize("value", [float("inf"), 1e300])
 def test_a_time_without_end_is_a_bad_value(value):
     """A socket can't wait that long (OverflowError)."""
     loaded = load({"connect_timeout_s": value})
-    assert loaded.settings.connect_timeout_s == 10 and loaded.warnings
+    assert loaded.settings.connect_timeout_s == 10 and loaded.problems
 
 
 def test_a_value_that_became_bad_keeps_the_one_in_force():
     loaded = load({"port": "x"}, last=ifl.Settings(port=77))
-    assert loaded.settings.port == 77 and loaded.warnings
+    assert loaded.settings.port == 77 and loaded.problems
 
 
 def test_settings_are_a_value():
@@ -1463,7 +1463,7 @@ def test_a_provider_that_can_not_work_says_why(entry, said):
     made = ifl.parse_provider({**provider("http://h"), **entry}, {"EMPTY": ""})
     assert made.name == "up" and re.search(said, made.problem), made.problem
     router = ifl.Router(ifl.Settings(providers=[{**provider("http://h"), **entry}]), {"EMPTY": ""})
-    assert router.warnings == [f"provider up is disabled: {made.problem}"]
+    assert router.problems == [f"provider up is disabled: {made.problem}"]
 
 
 @pytest.mark.parametrize("entry",
@@ -1471,12 +1471,12 @@ def test_a_provider_that_can_not_work_says_why(entry, said):
                                    {"name": "a,b"}])
 def test_an_entry_without_a_name_is_left_out_and_named(entry):
     router = ifl.Router(ifl.Settings(providers=[entry, provider("http://h", "ok")]), {})
-    assert list(router.providers) == ["ok"] and router.warnings[0].startswith("providers[0]: ")
+    assert list(router.providers) == ["ok"] and router.problems[0].startswith("providers[0]: ")
 
 
 def test_two_providers_of_one_name():
     router = ifl.Router(ifl.Settings(providers=[provider("http://a"), provider("http://b")]), {})
-    assert router.providers["up"].base_url == "http://a/v1" and "taken" in router.warnings[0]
+    assert router.providers["up"].base_url == "http://a/v1" and "taken" in router.problems[0]
 
 
 # --- routes ------------------------------------------------------------------
@@ -1543,7 +1543,7 @@ def test_defaults(settings, model, target):
     router = ifl.Router(ifl.Settings(providers=providers, **settings), {})
     found, = router.resolve(model)
     assert f"{found.provider.name}/{found.model}" == target
-    assert bool(router.warnings) == (settings.get("default_provider") == "gone")
+    assert bool(router.problems) == (settings.get("default_provider") == "gone")
 
 
 def test_foreign_names_stay_where_there_is_no_default_model():
@@ -1564,7 +1564,7 @@ def test_no_model_at_all_and_no_provider_at_all():
 def test_a_bad_alias_is_named_and_left_out(targets):
     router = ifl.Router(ifl.Settings(providers=[provider("http://a")],
                                      aliases={"x": targets, "y": "z"}), {})
-    assert router.warnings == ["alias 'x': a model or a list of models expected"]
+    assert router.problems == ["alias 'x': a model or a list of models expected"]
     assert router.resolve("x")[0].model == "x" and router.resolve("y")[0].model == "z"
 
 
@@ -1607,7 +1607,7 @@ GROWTH_OF_SETTINGS = [
      many(ifl.leads_elsewhere, "http://b:80")),
     ("a pattern of stars", 50_000, lambda n: "a" * n, many(ifl.fits, "*a*a*a*b")),
     ("a damaged secret", 50_000, lambda n: "enc:v1:" + "k" * n + "." + "." * n,
-     many(ifl.Vault("/nonexistent", {}).decrypt)),
+     many(ifl.Vault("/nonexistent", {}).open)),
     ("a key in a header", 100_000, lambda n: "k" * n, many(ifl.hashes_of_header)),
     ("a password's hash", 100_000, lambda n: "pbkdf2-sha256$" + "1" * n,
      many(lambda text: ifl.is_password("x", text))),
@@ -6938,21 +6938,21 @@ def test_known_answers_of_the_cipher():
                       for block in range(2))
     sealed = nonce + bytes(a ^ b for a, b in zip(plain, stream))
     expected = sealed + mac(mac(KEY, purpose + b"tag"), sealed)
-    assert ifl.Cipher(KEY, purpose).encrypt(plain) == expected
-    assert ifl.Cipher(KEY, purpose).decrypt(expected) == plain
-    assert ifl.Cipher(KEY, b"another").decrypt(expected) is None
-    assert ifl.Cipher(bytes(32), purpose).decrypt(expected) is None
+    assert ifl.Cipher(KEY, purpose).seal(plain) == expected
+    assert ifl.Cipher(KEY, purpose).open(expected) == plain
+    assert ifl.Cipher(KEY, b"another").open(expected) is None
+    assert ifl.Cipher(bytes(32), purpose).open(expected) is None
 
 
 @pytest.mark.usefixtures("home_login")
 def test_known_answers_of_the_vault(tmp_path):
     (tmp_path / "secret.key").write_bytes(KEY)
     vault = ifl.Vault(str(tmp_path), {})
-    assert vault.encrypt("sk-0123456789abcdef") == KNOWN_FILE
-    assert vault.decrypt(KNOWN_FILE) == "sk-0123456789abcdef"
+    assert vault.seal("sk-0123456789abcdef") == KNOWN_FILE
+    assert vault.open(KNOWN_FILE) == "sk-0123456789abcdef"
     phrase = ifl.Vault(str(tmp_path), {"IFLOW2API_PASSPHRASE": "correct horse"})
-    assert phrase.decrypt(KNOWN_PHRASE) == "sk-0123456789abcdef"
-    assert phrase.encrypt(
+    assert phrase.open(KNOWN_PHRASE) == "sk-0123456789abcdef"
+    assert phrase.seal(
         "sk-0123456789abcdef") == KNOWN_PHRASE         # salt and iterations of the file are kept
 
 
@@ -6970,8 +6970,8 @@ def test_no_byte_can_be_changed(tmp_path, known):
     vault = ifl.Vault(str(tmp_path), {"IFLOW2API_PASSPHRASE": "correct horse"})
     for at in range(len(known)):
         for wrong in (chr(ord(known[at]) ^ 1), "A" if known[at] != "A" else "B", ""):
-            with pytest.raises(ifl.CannotDecrypt) as broken:
-                vault.decrypt(known[:at] + wrong + known[at + 1:])
+            with pytest.raises(ifl.SealBroken) as broken:
+                vault.open(known[:at] + wrong + known[at + 1:])
             assert "sk-01" not in str(broken.value)
 
 
@@ -6979,12 +6979,12 @@ def test_no_byte_can_be_changed(tmp_path, known):
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 31, 32, 33, 64, 1000])
 def test_every_byte_of_sealed_data_counts(size):
     cipher, plain = ifl.Cipher(KEY, b"x"), os.urandom(size)
-    sealed = cipher.encrypt(plain)
-    assert cipher.decrypt(sealed) == plain
+    sealed = cipher.seal(plain)
+    assert cipher.open(sealed) == plain
     for at in range(0, len(sealed), 1 if len(sealed) < 200 else 13):
-        assert cipher.decrypt(sealed[:at] + bytes([sealed[at] ^ 1]) + sealed[at + 1:]) is None
-        assert cipher.decrypt(sealed[:at]) is None
-    assert cipher.decrypt(b"") is None
+        assert cipher.open(sealed[:at] + bytes([sealed[at] ^ 1]) + sealed[at + 1:]) is None
+        assert cipher.open(sealed[:at]) is None
+    assert cipher.open(b"") is None
 
 
 # --- secrets at rest ------------------------------------------------------------
@@ -7021,7 +7021,7 @@ def sealed(home_login):
 @pytest.mark.usefixtures("home_login")
 def test_secrets_are_sealed_in_the_file_and_its_backup_and_read_in_clear(sealed):
     sealed.change(lambda raw: raw.update(port=1))
-    assert sealed.read() == {**SECRETS, "port": 1} and sealed.unreadable == []
+    assert sealed.read() == {**SECRETS, "port": 1} and sealed.locked == []
     for path in (sealed.path, sealed.backup):
         text = text_of_login(path)
         assert not [secret for secret in HIDDEN if secret in text]
@@ -7060,12 +7060,12 @@ def test_a_key_file_of_several_keys_opens_with_all_and_encrypts_with_the_first(s
     old = bytes_of(sealed.vault.key_path)
     with open(sealed.vault.key_path, "wb") as file:
         file.write(KEY + old)
-    assert sealed.read() == SECRETS and sealed.unreadable == []
+    assert sealed.read() == SECRETS and sealed.locked == []
     sealed.change(lambda raw: raw.update(api_key="sk-another"))
     written = json.loads(text_of_login(sealed.path))["api_key"]
     with open(sealed.vault.key_path, "wb") as file:
         file.write(KEY)
-    assert sealed.vault.decrypt(written) == "sk-another"
+    assert sealed.vault.open(written) == "sk-another"
 
 
 @pytest.mark.usefixtures("home_login")
@@ -7128,7 +7128,7 @@ def test_a_passphrase_instead_of_a_key_file(home_login):
     for environ, word in (({}, "set IFLOW2API_PASSPHRASE"),
                           ({"IFLOW2API_PASSPHRASE": "wrong"}, "another passphrase")):
         other = ifl.ConfigFile(config_login.folder, environ)
-        assert other.read()["api_key"].startswith("enc:") and word in other.unreadable[0]
+        assert other.read()["api_key"].startswith("enc:") and word in other.locked[0]
 
 
 def test_the_commands_of_encryption(home_login, capsys, monkeypatch):
@@ -7141,7 +7141,7 @@ def test_the_commands_of_encryption(home_login, capsys, monkeypatch):
     assert ifl.main(["config", "encrypt", "on"]) == 0
     for mode in ("maybe", "rotate"):
         assert ifl.main(["config", "encrypt", mode]) == 2
-    assert "on or off expected" in capsys.readouterr().err
+    assert "one of on, off expected" in capsys.readouterr().err
     assert "sk-a-client" not in text_of_login(home_login / "c" / "config.json")
     capsys.readouterr()
     ifl.main(["config", "list"])
@@ -7152,7 +7152,7 @@ def test_the_commands_of_encryption(home_login, capsys, monkeypatch):
 
 def test_encryption_says_when_there_is_nothing_to_encrypt(home_login, capsys, monkeypatch):
     monkeypatch.setenv("IFLOW2API_CONFIG_DIR", str(home_login / "c"))
-    for mode, said in (("on", "holds no secret yet"), ("off", "holds no secret;")):
+    for mode, said in (("on", "holds none yet"), ("off", "holds none yet")):
         assert ifl.main(["config", "encrypt", mode]) == 0 and said in capsys.readouterr().err
     assert not (home_login / "c" / "secret.key").exists()
 
@@ -7897,7 +7897,7 @@ def test_tokens_that_a_killed_older_version_left_are_used_once(
     tokens = {"oauth_access_token": "A9", "oauth_refresh_token": "R9", ifl.KEY_DUE: True}
     left = {"accounts": {account: tokens}, "used": ifl.hash_key("R-spent").hex()}
     if account == "work":
-        left = config_login._encrypted_if_possible(left)
+        left = config_login.sealed_if_possible(left)
         assert "R9" not in json.dumps(left)
     for rubbish in (b"{", b"[]", b'{"accounts": 5}',
                     b'{"accounts": {"default": {"oauth_refresh_token": 5}}, "used": "x"}'):
@@ -9586,7 +9586,7 @@ ROUTE = ["glm-5", {"model": "o/long/context:x", "over_tokens": 60000},
     ({"speaks": "messages"}, ["o/msg", "z/glm-5", "o/last"])])
 def test_the_first_entry_whose_conditions_hold_begins_the_chain(asked, chain):
     router = routed({"claude-*": ROUTE})
-    assert router.warnings == []
+    assert router.problems == []
     found = router.resolve("claude-opus", True, ifl.Asked(**asked))
     assert [f"{t.provider.name}/{t.model}" for t in found] == chain
     steps, targets = router.explain("claude-opus", True, ifl.Asked(**asked))
@@ -9623,8 +9623,8 @@ def test_names_with_slashes_colons_brackets_and_other_letters(name, place):
 def test_bad_aliases_are_named(aliases, said):
     router = routed(aliases, default_provider="o")
     # o may well serve zz/y: it lists nothing
-    assert bool(router.warnings) is bool(said), router.warnings
-    assert not said or re.search(said, router.warnings[0]) and router.conflicting == {"aliases"}
+    assert bool(router.problems) is bool(said), router.problems
+    assert not said or re.search(said, router.problems[0]) and router.faults == {"aliases"}
 
 
 def test_an_unknown_provider_in_a_chain_is_named_and_left_out():
@@ -9633,7 +9633,7 @@ def test_an_unknown_provider_in_a_chain_is_named_and_left_out():
                                      aliases={"x": ["glm-5", "zhipo/glm"], "y": "deep/seek"}), {})
     assert [t.model
             for t in router.resolve("x")] == ["glm-5"] and router.resolve("y")[0].model == "y"
-    assert router.warnings == [
+    assert router.problems == [
         "alias 'x'[1]: 'zhipo/glm': there is no provider 'zhipo'; did you mean zhipu?",
                                "alias 'y'[0]: 'deep/seek': there is no provider 'deep'"]
 
@@ -10297,7 +10297,7 @@ def test_bad_keys_are_named_and_close_the_door(entry, said):
     with pytest.raises(ValueError, match="^" + re.escape("client_keys[1]" + said)):
         ifl.check_setting("client_keys", [good, bad])
     loaded = ifl.load_settings({"client_keys": [good, bad]}, {}, {})
-    assert loaded.warnings[0].startswith(f"config.json: client_keys[1]{said}")
+    assert loaded.problems[0].startswith(f"config.json: client_keys[1]{said}")
     door = ifl.ClientAuth(loaded.settings)
     assert door.required and door.find(["sk-ok"]).name == "ok" and door.find(["sk-x"]) is None
     assert ifl.ClientAuth(ifl.load_settings({"client_keys": 5}, {}, {}).settings).required
@@ -10584,7 +10584,7 @@ def test_bad_settings_are_named_with_their_place(name, value, said, home_routes,
     err = capsys.readouterr().err
     assert name in err and (re.search(said, err) or not isinstance(value, (list, dict)))
     loaded = ifl.load_settings({name: value}, {}, {}, ifl.Settings())
-    assert loaded.warnings[0].startswith(f"config.json: {name}") and re.search(said, loaded.warnings[0])
+    assert loaded.problems[0].startswith(f"config.json: {name}") and re.search(said, loaded.problems[0])
 
 
 # --- usage and history ----------------------------------------------------------------
@@ -13963,8 +13963,8 @@ def test_the_config_as_a_form(admin):
         "detect_local": "file", "retry": "default"}
     assert settings["custom_api_key"] == {
         "name": "custom_api_key", "kind": "str",
-        "label": dict(zip(("zh", "en"), ifl.SETTING["custom_api_key"].metadata["label"])),
-        "hint": dict(zip(("zh", "en"), ifl.SETTING["custom_api_key"].metadata["hint"])),
+        "label": dict(zip(("zh", "en"), ifl.SETTING_TEXTS["custom_api_key"])),
+        "hint": dict(zip(("zh", "en"), ifl.SETTING_TEXTS["custom_api_key"][2:])),
         "group": "clients", "value": "sk-…cdef", "default": "", "origin": "file", "secret": True,
         "restart": False,
         "file_only": False, "set": True}
@@ -13975,8 +13975,10 @@ def test_the_config_as_a_form(admin):
 
 
 def test_every_setting_has_a_group():
-    groups = {item.metadata["group"] for item in ifl.SETTING.values()}
-    assert groups == {"server", "upstream", "clients", "iflow", "logs", "appearance"}
+    names = [name for names in ifl.SETTING_GROUPS.values() for name in names]
+    assert sorted(names) == sorted(ifl.SETTING) and len(names) == len(set(names))
+    assert set(ifl.SETTING_GROUPS) == {"server", "upstream", "clients", "iflow", "logs",
+                                       "appearance"}
 
 
 def test_models_presets_logins(admin, upstream):
@@ -14846,11 +14848,11 @@ def test_the_first_start_opens_the_page_and_shows_the_code(home, tmp_path, argv,
         os.close(reader)
 
 
-def test_a_start_with_a_password_opens_nothing_and_shows_no_code(home, config):
+def test_a_start_with_a_password_opens_nothing_and_shows_no_code(serving, config):
     put_config(config, {"admin_password": PASSWORD_HASH})
-    with running_console() as (_, url, reader):
-        card = card_of(reader)
-    assert f"{url}/admin" in card and not re.search(r"[A-Z0-9]{4}-[A-Z0-9]{4}", card)
+    running = serving()
+    card = running.card()
+    assert f"{running.url}/admin" in card and not re.search(r"[A-Z0-9]{4}-[A-Z0-9]{4}", card)
 
 
 # === 18. The page in a browser ===============================================
@@ -15624,7 +15626,7 @@ def test_what_makes_no_sense_in_a_profile_is_named(profile, told):
     entry = {"name": "p", "base_url": "http://h/v1", "profile": {**profile, "top_k": True}}
     router = ifl.Router(ifl.Settings(providers=[entry]), {})
     assert [told in problem and problem.startswith("provider p: ")
-            for problem in router.warnings] == ([True] if told else [])
+            for problem in router.problems] == ([True] if told else [])
     provider = router.providers["p"]
     assert not provider.problem and provider.profile["top_k"] is True
     turn = ifl.ResponsesTurn({"input": "q", "reasoning": {"effort": "low"}},
@@ -15795,7 +15797,7 @@ def test_provider_names_are_taken_once_and_removed_by_name(capsys):
     assert config_demo() == {"providers": []}
     assert run_demo(capsys, "provider", "remove")[0] == 2
     run_demo(capsys, "config", "set", "providers", '[{"name": 3}, 4]')
-    assert run_demo(capsys, "provider", "remove", "x")[2].strip().endswith("no provider 'x'")
+    assert "no provider 'x'" in run_demo(capsys, "provider", "remove", "x")[2]
 
 
 def test_a_secret_is_shown_in_full_only_where_it_names_a_variable():
@@ -15856,7 +15858,7 @@ def test_provider_test_says_what_works(capsys, demo):
         "s), stream ok, tools ok\n")
     assert [r.body.get("stream") for r in demo.requests] == [None, True, None]
     assert run_demo(capsys, "provider", "test")[0] == 0
-    assert run_demo(capsys, "test", "mine")[1].startswith("mine: ok, demo answered in")
+    assert run_demo(capsys, "test", "mine")[1].startswith("mine: key ok, model demo ok (")
 
 
 @pytest.mark.usefixtures("own_home")
@@ -16043,291 +16045,490 @@ def cli(capsys, monkeypatch):
     return call
 
 
-def test_version(cli):
-    status, out, err = cli("version")
-    assert (status, err) == (0, "")
-    assert re.fullmatch(rf"iflow2api {re.escape(ifl.__version__)} \(Python [\d.]+\S*, \w+\)\n", out)
-    assert cli("--version") == (0, out, "")
+@pytest.fixture(params=["en", "zh"])
+def language(request, monkeypatch):
+    monkeypatch.setenv("IFLOW2API_LANGUAGE", request.param)
+    monkeypatch.setattr(ifl.CONSOLE, "language", request.param)
+    return request.param
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["serv"], "did you mean serve"), (["statsu"], "did you mean status"), (["xyzzy"], "there is no command 'xyzzy'"),
-    (["serve", "--bogus"], "--bogus"),
-    (["--bogus"], "--bogus"), (["--port", "x"], "a whole number"), (["--port", "70000"], "65535"),
-    (["--port"], "--port"),
-    (["--log-level", "loud"], "debug, info"), (["serve", "extra"], "extra"),
-    (["--upstream", "ftp://x"], "--upstream: "), (["--upstream", "host:80"], "write http://host:80"),
-    (["--upstream", "http://h", "--api-key", "$NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE is not set"),
-    (["--upstream", "http://h", "--api-key", "-"], "no key"),
-    (["--upstream", "http://h", "--api-key", "a b"], "--upstream: "), (["config", "frob"], "frob"),
-    (["config", "get"], "needs a KEY"),
-    (["config", "get", "prot"], "did you mean port"), (["config", "set", "port"], "needs a VALUE"),
-    (["config", "set", "port", "x"], "a whole number"),
-    (["config", "set", "detect_local", "maybe"], "true or false"), (["config", "set", "providers", "{}"], "list"),
-    (["config", "set", "providers", "[{}]"], "name"),
-    (["config", "set", "aliases", '{"a": 5}'], "alias 'a'"), (["config", "unset", "prot"], "did you mean port"),
-    (["test", "nobody"], "no provider 'nobody'")])
-def test_a_command_used_wrongly_is_one_line_and_2(cli, argv, said):
-    status, out, err = cli(*argv)
-    assert (status, out) == (2, "") and said in err and err.startswith(("error: ", "warning: "))
-    assert "Traceback" not in err
-    assert err.count("\n") == (2 if err.startswith("warning") else 1)
+CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
 
 
-def test_help(cli, capsys):
-    for argv in (["--help"], ["serve", "--help"], ["config", "-h"]):
-        with pytest.raises(SystemExit) as stopped:
-            ifl.main(argv)
-        assert not stopped.value.code
-    out = capsys.readouterr().out
-    assert all(re.search(rf"^ +{name}\b", out, re.M) for name in ifl.COMMANDS) and "--upstream" in out
+# --- texts, arguments and mistakes -------------------------------------------
 
+def test_texts_are_whole_and_used():
+    table = ifl.text_table()
+    for key, (zh, en) in table.items():
+        places = [re.findall(r"\{(\w+)", text) for text in (zh, en)]
+        assert zh.strip() and en.strip(), key
+        assert set(places[0]) - {"program"} == set(places[1]) - {"program"}, key
+    code = SOURCE[SOURCE.index("# --- the console ---"):]
+    named = {f"{head}_{end}" for head, ends in (
+        ("limit", ifl.LIMIT_FIELDS), ("encrypt", ("on", "off")), ("rests", ("open", "half-open")),
+        ("col", ("model", "key", "provider", "day"))) for end in ends} | set(ifl.KIND_SHAPES)
+    named |= set(errno.errorcode.values()) & set(table) | {
+        "config_dir", "help_flag", "environment", "file", "flag"}
+    titles = re.search(r"titles = \((.*?)\)", code, re.S).group(1)
+    named |= {f"col_{title}" for title in re.findall('"(\\w+)"', titles)}
+    assert set(re.findall(r'\b(?:tr|marked)\("([\w-]+)"[,)]', code)) <= set(table)
+    assert {key for key in table if not re.search(f"[\"']{key}[\"']", code)} - named == set()
+
+
+def test_a_flag_takes_a_value_in_all_commands_or_in_none_and_every_command_is_there():
+    takes = {}
+    for command in ifl.command_table().values():
+        for argument in command.arguments:
+            for flag in argument.flags:
+                assert takes.setdefault(flag, bool(argument.value)) == bool(argument.value), flag
+            assert all(argument.help) and CHINESE_CHARACTER.search(argument.help[0]), argument
+        assert all(command.help) and CHINESE_CHARACTER.search(command.help[0]), command
+    assert {name.partition(" ")[0] for name in ifl.COMMANDS} == set(ifl.command_table())
+
+
+@pytest.mark.parametrize("name", ["", *ifl.command_table()])
+def test_help_is_complete_and_fits(cli, language, name):
+    status, text, err = cli(*([name] if name else []), "--help")
+    assert (status, err) == (0, "") and cli(*([name] if name else []), "-h")[1] == text
+    assert all(ifl.columns_of(line) <= 80 for line in text.splitlines())
+    wanted = [flag for argument in ifl.command_table()[name or "serve"].arguments
+              for flag in argument.flags] + list(ifl.command_table() if not name else [name])
+    assert all(re.search(rf"(^|[\s,]){re.escape(word)}\b", text) for word in wanted)
+    assert bool(CHINESE_CHARACTER.search(text)) == (language == "zh")
+    assert name or len(text.splitlines()) < 70
+
+
+#: What is typed, and what is said in both languages, or in each.
+MISTAKES = [
+    ("serv", "did you mean serve?", "serve"), ("statsu", "did you mean status?", "status"),
+    ("coedx", "there is no command 'coedx' (", "没有命令 coedx（"), ("stop", "'stop' (", "stop（"),
+    ("start", "'start' (", "start（"), ("", "there is no command ''", "没有命令"),
+    ("serve --bogus", "serve has no flag --bogus", "serve 没有参数 --bogus"),
+    ("--prot 80", "--port?", "--port？"), ("--port", "--port N", "--port N"),
+    ("--port --demo", "--port needs a value", "--port 需要一个值"),
+    ("--port x", "a whole number from 0 to 65535", "整数，0 到 65535"),
+    ("--port=99999", "0 to 65535", "0 到 65535"), ("serve extra", "no use for 'extra'", "extra"),
+    ("--log-level loud", "one of debug, info", "debug, info"),
+    ("--verbose=1", "takes no value", "不带值"), ("status --no-browser", "status has no", "status"),
+    ("--port 80 stats", "did you mean status?", "status"), ("test a b", "no use for 'b'", "b"),
+    ("test nobody", "no provider 'nobody'", "没有上游 nobody"), ("--host=", "an address expected"),
+    ("--upstream ftp://x", "--upstream: "), ("--upstream host:80", "write http://host:80"),
+    ("--demo --upstream http://h", "leave out --upstream", "请去掉 --upstream"),
+    ("--api-key $NOPE", "export NOPE=", "export NOPE="), ("--api-key -", "- < FILE", "- < FILE"),
+    ("--api-key=", "single quotes: '$NAME'", "单引号：'$NAME'"),
+    ("--config-dir= status", "a folder expected", "文件夹"),
+    ("config frob", "one of list, get, set", "list, get, set"),
+    ("config get", "config get needs a KEY", "config get 需要 KEY"),
+    ("config get", "all: python iflow2api.py config list", "config list"),
+    ("config get prot", "did you mean port?", "port"),
+    ("config unset prot", "did you mean port?", "port"),
+    ("config set port", "config set port needs a VALUE", "config set port VALUE"),
+    ("config set port -5", "0 to 65535", "0 到 65535"),
+    ("config set port x", "a whole number", "整数"),
+    ("config set language fr", 'one of "", zh, en', '"", zh, en'),
+    ("config set detect_local maybe", "true or false", "true 或 false"),
+    ("config set keepalive_s -1", "a number", "数字"),
+    ("config set providers x", "a list as JSON", "JSON 列表"),
+    ("config set providers {}", "list"), ("config set providers [{}]", "name"),
+    ('config set aliases {"a":5}', "alias 'a'"), ("config set host ", "an address expected"),
+    ("config set custom_auth_header bad:", "no header name"),
+    ("config set allowed_origins [1]", "[0]: 1 is no text"),
+    ('config set allowed_hosts ["a",""]', "[1]"),
+    ("config set upstream_proxy ftp://me:hunter2@x", "socks5h://"),
+    ("config encrypt maybe", "one of on, off expected", "on, off"),
+    ("provider remove", "needs a NAME", "需要 NAME"), ("key add", "needs a NAME", "需要 NAME"),
+    ("key add x --rpm 0", "--rpm can't be 0; a whole number of at least 1", "--rpm 不能是 0"),
+    ("logs -n x", "-n can't be x; a whole number of at least 0", "整数"),
+    ("logs -n", "-n needs a value", "-n 需要一个值"), ("logs --level loud", "warning", "warning"),
+    ("logs --folow", "--follow", "--follow"), ("env", "env claude|codex|", "env claude|codex|"),
+    ("env coedx", "did you mean codex?", "codex"), ("usage --by foo", "one of model", "model"),
+    ("usage --days 0", "from 1 to 9999", "1 到 9999"), ("admin other", "reset-password"),
+    ("routes explain", "routes needs more", "routes 还需要"),
+    ("routes explain m --tokens -1", "--tokens can't be -1", "--tokens 不能是 -1"),
+    ("login --timeout 0", "a number above 0", "数字，大于 0"),
+    ("login --api-key=a\u00a0b", "no blanks", "不能有空白")]
+
+
+@posix                                   # export is a word of other shells
+@pytest.mark.parametrize("typed, said", [(row[0], row[1:]) for row in MISTAKES],
+                         ids=[row[0] for row in MISTAKES])
+def test_a_mistake_is_one_line_that_says_what_to_type_and_2(cli, language, typed, said):
+    status, out, err = cli(*typed.split(" "))
+    last = err.splitlines()[-1]
+    assert (status, out) == (2, "") and "Traceback" not in err and "hunter2" not in err
+    assert len(err.splitlines()) == 1 + err.startswith(("warning: ", "警告："))
+    assert last.startswith("错误：" if CHINESE_CHARACTER.search(last[3:]) else "error: ")
+    assert said[-1 if language == "zh" else 0] in last
+
+
+def test_flags_may_stand_anywhere(cli, tmp_path):
+    folder = str(tmp_path)
+    for argv in (["config", "--show-secrets", "get", "port"], ["config", "get", "--", "port"],
+                 ["--config-dir", folder, "config", "get", "port"],
+                 ["config", "get", f"--config-dir={folder}", "port"]):
+        assert cli(*argv) == (0, "28000\n", "")
+    version = cli("version")
+    assert re.fullmatch(rf"iflow2api {ifl.__version__} \(Python [\d.]+\S*, \w+\)\n", version[1])
+    assert cli("--version") == cli("--port", "1", "--version") == version == (0, version[1], "")
+
+
+# --- config ------------------------------------------------------------------
 
 def test_config_path_and_folders(cli, home, monkeypatch):
-    assert cli("config", "path")[1] == str(home / ".iflow2api" / "config.json") + "\n"
-    monkeypatch.setenv("IFLOW2API_CONFIG_DIR", str(home / "env"))
-    assert cli("config", "path")[1] == str(home / "env" / "config.json") + "\n"
-    assert cli("config", "path", "--config-dir", home / "flag")[1] == str(home / "flag" / "config.json") + "\n"
+    for variable, argv, folder in (("", (), ".iflow2api"), (str(home / "env"), (), "env"),
+                                   ("", ("--config-dir", home / "flag"), "flag")):
+        monkeypatch.setenv("IFLOW2API_CONFIG_DIR", variable)
+        assert cli("config", "path", *argv)[1] == str(home / folder / "config.json") + "\n"
     assert os.listdir(home) == []
 
 
 def test_config_set_get_unset(cli, config):
     put_config(config, {"unknown": 1})
-    for name, text, value, shown in (("port", "8080", 8080, "8080"), ("detect_local", "off", False, "false"),
-                                     ("default_model", "glm-5", "glm-5", "glm-5"),
-                                     ("allowed_hosts", '["a"]', ["a"], '["a"]'), ("drain_s", "2.5", 2.5, "2.5")):
+    for name, text, value, shown in (
+            ("port", "8080", 8080, "8080"), ("detect_local", "off", False, "false"),
+            ("default_model", "glm-5", "glm-5", "glm-5"), ("drain_s", "2.5", 2.5, "2.5"),
+            ("allowed_hosts", '["a"]', ["a"], '["a"]')):
         status, out, err = cli("config", "set", name, text)
         assert (status, out) == (0, "") and config.path in err
+        assert ("next start" in err) == (name == "port")
         assert config.read()[name] == value and cli("config", "get", name) == (0, shown + "\n", "")
     for name in ("port", "detect_local", "default_model", "allowed_hosts", "drain_s", "unknown"):
         assert cli("config", "unset", name)[0] == 0
     assert config.read() == {} and cli("config", "get", "port")[1] == "28000\n"
-
-
-def test_config_list_says_where_values_come_from_and_hides_keys(cli, config, monkeypatch):
-    put_config(config, {"port": 5, "custom_api_key": "sk-very-secret-client-key",
-                        "upstream_proxy": "http://user:pa55word@proxy:1", "queue_limit": "x",
-                        "providers": [provider("http://h", api_keys=["sk-very-secret-provider-key", "$NAMED"],
-                                               headers={"X-Key": "header-secret-value"})]})
-    monkeypatch.setenv("IFLOW2API_DEFAULT_MODEL", "from-env")
-    status, out, err = cli("config", "list")
-    lines = out.splitlines()
-    assert status == 0 and [line.split(" = ")[0] for line in lines] == list(ifl.SETTING)
-    assert "port = 5    # file" in lines and "default_model = from-env    # environment" in lines
-    assert "host = 127.0.0.1" in lines
-    assert "very-secret" not in out and "pa55word" not in out and "header-secret" not in out and "$NAMED" in out
-    assert "problem: config.json: queue_limit: " in err and "NAMED is not set" in err
-    out = cli("config", "list", "--show-secrets")[1]
-    assert "sk-very-secret-client-key" in out and "sk-very-secret-provider-key" in out
-    assert cli("config")[1].splitlines() == lines
-
-
-def test_config_set_takes_a_secret_from_standard_input(cli, config):
     assert cli("config", "set", "custom_api_key", "-", stdin="from-stdin-secret\n")[0] == 0
     assert config.read() == {"custom_api_key": "from-stdin-secret"}
     assert "stdin" not in cli("config", "get", "custom_api_key")[1]
 
 
-def test_config_set_on_a_broken_file(cli, config):
-    put_config(config, b'{"port": 5,,}')
-    assert cli("config", "set", "default_model", "m")[0] == 0 and config.read() == {"default_model": "m"}
-    assert [name for name in os.listdir(config.folder) if ".broken-" in name]
-
-
-def test_config_that_can_not_be_written(cli, config, home):
-    (home / ".iflow2api").write_text("a file where the folder should be")
-    status, out, err = cli("config", "set", "port", "5")
-    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
-
-
-def test_status_and_env_go_by_the_running_server(cli, config, server, upstream):
-    """--demo and --upstream leave config.json alone."""
-    running = server(provider(upstream, "demo", models=["demo-1"]))
-    put_config(config, {"port": running.port, "providers": [provider("http://127.0.0.1:1", "filed", models=["m-filed"])]})
-    status, out, err = cli("status")
-    assert status == 0 and "provider  demo  in use" in out and "filed" not in out and "other providers than config.json" in out
-    assert "demo-1" in cli("env", "codex", "--shell", "bash")[1]
-    assert "given" in cli("env", "codex", "--shell", "bash", "--model", "given")[1]
-    running.close()
-    status, out, err = cli("status")
-    assert status == 1 and "provider  filed (default)  http://127.0.0.1:1" in out and "demo" not in out
-    assert "m-filed" in cli("env", "codex", "--shell", "bash")[1]
-
-
-def test_status(cli, config, server, upstream):
-    put_config(config, {"port": 1, "providers": [provider(upstream, api_keys=["sk-very-secret-key"])],
-                        "queue_limit": -1})
-    status, out, err = cli("status")
-    assert status == 1 and "http://127.0.0.1:1  not running" in out and f"provider  up (default)  {upstream.url}" in out
-    assert "problem   config.json: queue_limit: " in out and "very-secret" not in out and config.path in out
-    running = server(upstream)
-    put_config(config, {"port": running.port})
-    status, out, err = cli("status")
-    assert status == 0 and f"running, healthy, version {ifl.__version__}, 0 in flight" in out
-    assert "provider  up  in use" in out and "other providers" in out
-    put_config(config, {"port": upstream.port, "detect_local": False})           # something else answers there
-    status, out, err = cli("status")
-    assert status == 1 and "provider  none" in out
-
-
-def test_models(cli, config, upstream):
-    assert cli("models", "--upstream", upstream.url) == (0, "m1  (upstream)\norg/m2:free  (upstream)\n", "")
-    put_config(config, {"detect_local": False})
-    status, out, err = cli("models")
-    assert (status, out) == (1, "") and "no models known" in err
-
-
-def test_test(cli, config, upstreams, monkeypatch):
-    good, bad = upstreams(), upstreams(*[error_reply(401)] * 4)
-    monkeypatch.setenv("GOOD_KEY", "good-key")
-    put_config(config, {"providers": [provider(good, "good", api_keys=["$GOOD_KEY"]),
-                                      provider(bad, "bad", models=["m"]), provider(good, "off", api_keys=["$GONE"])]})
-    status, out, err = cli("test")
-    lines = out.splitlines()
-    assert status == 1 and re.fullmatch(r"good: ok, m1 answered in \d\.\d s: Hello", lines[0])
-    assert lines[1].startswith("bad: failed (403): provider bad refused") and "GONE is not set" in lines[2]
-    assert good.last.headers["authorization"] == "Bearer good-key" and good.last.json["max_tokens"] <= 16
-    assert cli("test", "good")[0] == 0 and cli("test", "bad")[0] == 1
-    put_config(config, {"detect_local": False})
-    status, out, err = cli("test")
-    assert status == 1 and "no provider to test" in err
-
-
-def test_test_of_an_upstream_given_by_flags(cli, upstream, monkeypatch):
-    monkeypatch.setenv("SOME_KEY", "key-of-env")
-    assert cli("test", "--upstream", upstream.url, "--api-key", "$SOME_KEY", "--model", "mine")[0] == 0
-    assert upstream.last.json["model"] == "mine" and upstream.last.headers["authorization"] == "Bearer key-of-env"
-    status, out, err = cli("test", "--upstream", upstream.url, "--api-key", "$literal".replace("$", "lit"))
-    assert status == 0 and "every user" in err
-    assert upstream.last.headers["authorization"] == "Bearer litliteral"
-    assert cli("test", "--upstream", upstream.url, "--api-key", "-", stdin="$from-stdin\n")[0] == 0
-    assert upstream.last.headers["authorization"] == "Bearer $from-stdin"
-
-
-def test_upstream_leaves_out_the_providers_and_aliases_of_the_file(config, upstreams):
-    flags = ifl._flag_settings(ifl._parse_args(["--upstream", "http://flag"]))
-    made = ifl.Gateway(config=config, environ={}, flags=flags)
-    assert list(made.state.router.providers) == ["upstream"]
-    put_config(config, {"providers": [provider("http://file", "filed", models=["m"])], "aliases": {"*": "filed/m"},
-                        "default_provider": "filed"})
-    made.reload()
-    assert list(made.state.router.providers) == ["upstream"]
-    assert made.state.router.resolve("m")[0].provider.name == "upstream"
-
-
-def test_a_port_that_is_taken_is_one_line_with_a_free_one(cli, server):
-    running = server(detect_local=False)
-    status, out, err = cli("serve", "--port", running.port, "--no-browser")
-    assert (status, out) == (1, "") and re.fullmatch(
-        rf"error: port {running.port} on 127\.0\.0\.1 is taken by another program; port (\d+) is free: add --port \1\n",
-        err)
+def test_config_list_explains_every_setting_and_hides_keys(cli, config, monkeypatch):
+    put_config(config, {"port": 5, "custom_api_key": "sk-very-secret-client-key",
+                        "upstream_proxy": "http://user:pa55word@proxy:1", "queue_limit": "x",
+                        "providers": [provider("http://h", headers={"X-Key": "header-secret-value"},
+                                               api_keys=["sk-very-secret-provider-key", "$NAMED"])]})
+    monkeypatch.setenv("IFLOW2API_DEFAULT_MODEL", "from-env")
+    status, out, err = cli("config", "list")
+    about, lines = out.splitlines()[::2], out.splitlines()[1::2]
+    assert status == 0 and [line.split(" = ")[0] for line in lines] == list(ifl.SETTING)
+    assert all(re.match(r"# \w", line) for line in about)
+    assert about[1] == "# Port. 0 picks a free one (from the next start)"
+    assert {"port = 5    # file", "default_model = from-env    # environment",
+            "host = 127.0.0.1"} <= set(lines)
+    assert not re.search("very-secret|pa55word|header-secret", out) and "$NAMED" in out
+    assert "problem: config.json: queue_limit: " in err and "NAMED is not set" in err
+    assert cli("config")[1] == out
+    shown = cli("config", "list", "--show-secrets")[1]
+    assert "sk-very-secret-client-key" in shown and "sk-very-secret-provider-key" in shown
+    monkeypatch.setenv("IFLOW2API_LANGUAGE", "zh")
+    about = cli("config", "list")[1].splitlines()[::2]
+    assert about[1] == "# 端口。0 表示自动选一个空闲端口（下次启动生效）"
+    assert all(CHINESE_CHARACTER.search(line) for line in about)
 
 
 BROKEN_CONFIG = b'{"providers": [{"name": "p", "base_url": "http://x/v1"}],}'
 
 
-@pytest.mark.parametrize("argv", [("config", "get", "port"), ("provider", "list"), ("config", "set", "port", "5"),
-                                  ("provider", "add", "q", "--base-url", "http://q/v1"), ("key", "list"), ("config", "unset", "port")])
+@pytest.mark.parametrize("argv", ["config get port", "provider list", "config set port 5", "key list",
+                                  "provider add q --base-url http://q/v1", "config unset port"])
 def test_every_command_on_a_broken_file_names_what_is_wrong(cli, config, argv):
     put_config(config, BROKEN_CONFIG)
-    status, out, err = cli(*argv)
+    status, out, err = cli(*argv.split())
     assert "problem: " in err and re.search(r"line 1, column 5[78]: ", err) and config.path in err
     kept = [name for name in os.listdir(config.folder) if ".broken-" in name]
-    assert bool(kept) == (argv[1] in ("set", "add", "unset")) == ("what the broken file held is in" in err)
+    is_written = bool(re.search("set|add", argv))
+    assert bool(kept) == is_written == ("what the broken file held is in" in err)
     for name in kept:
         with open(os.path.join(config.folder, name), "rb") as file:
             assert file.read() == BROKEN_CONFIG and name in err
 
 
-def test_config_get_names_a_bad_variable(cli, monkeypatch):
+def test_config_that_can_not_be_written_or_read(cli, home, monkeypatch):
     monkeypatch.setenv("IFLOW2API_PORT", "zz")
     status, out, err = cli("config", "get", "port")
     assert (status, out) == (0, "28000\n") and "IFLOW2API_PORT" in err
+    (home / ".iflow2api").write_text("a file where the folder should be")
+    status, out, err = cli("config", "set", "drain_s", "5")
+    assert status == 1 and re.search(r"^error: .* can't be written: ", err, re.M)
 
 
-@pytest.mark.parametrize("argv, said", [
-    (("--host", ""), "--host"), (("--host=",), "an address expected"), (("--config-dir=",), "--config-dir: a folder expected"),
-    (("config", "set", "host", ""), "an address expected"), (("config", "set", "custom_auth_header", "bad header:"), "no header name"),
-    (("config", "set", "allowed_origins", "[1]"), "[0]: 1 is no text"), (("config", "set", "allowed_hosts", '["a", ""]'), "[1]")])
-def test_values_that_make_no_sense_are_a_mistake(cli, argv, said):
-    status, out, err = cli(*argv)
-    assert (status, out) == (2, "") and said in err and err.count("\n") == 1
+def test_a_proxy_without_its_switch_is_noticed(cli):
+    status, out, err = cli("config", "set", "upstream_proxy", "socks5h://127.0.0.1:1080")
+    assert status == 0 and "config set upstream_proxy_enabled true" in err
+    cli("config", "set", "upstream_proxy_enabled", "true")
+    assert "enabled" not in cli("config", "set", "upstream_proxy", "env")[2]
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "0.0.0.0"])
-def test_a_start_that_fails_makes_no_key(cli, server, config, host):
-    """It would lock out who is served already, with a key that nobody has seen."""
-    running = server(detect_local=False, host="0.0.0.0")
-    status, out, err = cli("serve", "--host", host, "--port", running.port)
-    assert status == 1 and not os.path.exists(config.path) and "sk-" not in out + err
+# --- asking ------------------------------------------------------------------
+
+def test_status(cli, config, server, upstream):
+    put_config(config, {"port": 1, "providers": [provider(upstream, api_keys=["sk-very-secret-key"])],
+                        "queue_limit": -1})
+    status, out, err = cli("status")
+    assert status == 1 and "http://127.0.0.1:1  not running" in out and config.path in out
+    assert f"provider  up (default)  {upstream.url}" in out and "very-secret" not in out
+    assert "problem   config.json: queue_limit: " in out
+    running = server(upstream)
+    put_config(config, {"port": running.port})
+    status, out, err = cli("status")
+    assert status == 0 and f"running, healthy, version {ifl.__version__}, 0 in flight" in out
+    assert "provider  up  in use" in out and "other providers than config.json" in out
+    put_config(config, {"port": upstream.port, "detect_local": False})   # another program answers
+    status, out, err = cli("status")
+    assert status == 1 and "provider  none" in out
 
 
-def test_an_address_that_is_not_ours_is_one_line(cli):
-    status, out, err = cli("serve", "--host", "192.0.2.1", "--port", "0")
-    assert status == 1 and err.splitlines()[-1].startswith("error: can't listen on 192.0.2.1 port 0: ")
+def test_status_and_env_go_by_the_running_server(cli, config, server, upstream):
+    """--demo and --upstream leave config.json alone."""
+    running = server(provider(upstream, "demo", models=["demo-1"]))
+    filed = provider("http://127.0.0.1:1", "filed", models=["m-filed"])
+    put_config(config, {"port": running.port, "providers": [filed]})
+    out = cli("status")[1]
+    assert "provider  demo  in use" in out and "filed" not in out
+    assert "demo-1" in cli("env", "codex", "--shell", "bash")[1]
+    assert "given" in cli("env", "codex", "--shell", "bash", "--model", "given")[1]
+    running.close()
+    status, out, err = cli("status")
+    assert status == 1 and "provider  filed (default)  http://127.0.0.1:1" in out
+    assert "m-filed" in cli("env", "codex", "--shell", "bash")[1]
 
 
-def test_output_into_a_closed_pipe(home):
-    if os.name != "posix":
-        pytest.skip("POSIX only")
-    done = subprocess.run(f"{sys.executable} {byte_code()} config list | head -1", shell=True, capture_output=True,
-                          text=True, timeout=30)
-    assert done.stdout == "host = 127.0.0.1\n" and done.stderr == ""
+def test_models(cli, config, upstream):
+    models = "m1  (upstream)\norg/m2:free  (upstream)\n"
+    assert cli("models", "--upstream", upstream.url) == (0, models, "")
+    put_config(config, {"detect_local": False})
+    status, out, err = cli("models")
+    assert (status, out) == (1, "") and "no models known" in err
 
 
-def test_output_in_a_small_character_set(home, config):
+def test_test_is_one_tiny_request_and_provider_test_tries_more(cli, config, upstreams, monkeypatch):
+    good, bad = upstreams(), upstreams(*[error_reply(401)] * 4)
+    monkeypatch.setenv("GOOD_KEY", "good-key")
+    put_config(config, {"providers": [provider(good, "good", api_keys=["$GOOD_KEY"]),
+                                      provider(bad, "bad", models=["m"]),
+                                      provider(good, "off", api_keys=["$GONE"])]})
+    status, out, err = cli("test")
+    lines = out.splitlines()
+    assert status == 1 and re.fullmatch(r"good: key ok, model m1 ok \(\d\.\d s\)", lines[0])
+    assert lines[1].startswith("bad: does not work, the key: provider bad refused")
+    assert lines[2] == "off: does not work, its settings: the environment variable GONE is not set"
+    asked = [seen for seen in good.requests if seen.method == "POST"]
+    assert len(asked) == 1 and asked[0].json["max_tokens"] <= 16
+    assert asked[0].headers["authorization"] == "Bearer good-key"
+    assert cli("test", "good")[0] == 0 and cli("test", "bad")[0] == 1
+    assert cli("provider", "test", "good")[1].endswith("stream ok, tools taken, but none called\n")
+    put_config(config, {"detect_local": False})
+    status, out, err = cli("test")
+    assert (status, out) == (1, "") and "no provider yet" in err
+
+
+@pytest.mark.parametrize("given, stdin, sent", [
+    ("$SOME_KEY", "", "key-of-env"), ("a-literal-key", "", "a-literal-key"),
+    ("-", "$from-stdin\n", "$from-stdin")])
+def test_test_of_an_upstream_given_by_flags(cli, upstream, monkeypatch, given, stdin, sent):
+    monkeypatch.setenv("SOME_KEY", "key-of-env")
+    status, out, err = cli("test", "--upstream", upstream.url, "--api-key", given, "--model", "mine",
+                           stdin=stdin)
+    assert status == 0 and ("every user" in err) == given.startswith("a-")
+    assert upstream.last.json["model"] == "mine"
+    assert upstream.last.headers["authorization"] == f"Bearer {sent}"
+
+
+def test_upstream_leaves_out_the_providers_and_aliases_of_the_file(config, upstreams):
+    flags = ifl._flag_settings(ifl._parse_args(["--upstream", "http://flag"]))
+    made = ifl.Gateway(config=config, environ={}, flags=flags)
+    put_config(config, {"providers": [provider("http://file", "filed", models=["m"])],
+                        "aliases": {"*": "filed/m"}, "default_provider": "filed"})
+    for _ in range(2):
+        assert list(made.state.router.providers) == ["upstream"]
+        assert made.state.router.resolve("m")[0].provider.name == "upstream"
+        made.reload()
+
+
+# --- both languages ----------------------------------------------------------
+
+#: What somebody types who has never seen it, in this order; {url} is an upstream, at {dead}
+#: nobody listens.
+WALK = """status | models | test | provider | provider presets | provider presets zhipu
+provider presets zhipo | provider add | provider add zhipu | provider add zhipu
+provider add x --base-url h:80 | provider add x --base-url ftp://h
+provider add a,b --base-url {url} | provider add up --base-url {url} --models m1
+provider add down --base-url http://127.0.0.1:{dead}/v1 --api-key sk-literal-0123456789
+provider list | status | models | test | test up | test nobody | provider test up
+provider test down | provider test nobody | provider remove | provider remove nobody
+provider remove zhipu | config | config get prt | config set | config set port
+config set port abc | config set aliases {"a":"upp/x"} | config set providers [5]
+config set upstream_proxy socks4://h | config set upstream_proxy socks5://h:1
+config set retry {"count":99} | config set prices {"m":1} | config set client_keys [{"name":"x"}]
+config encrypt off | config encrypt on | config encrypt x | config encrypt | config set port 28000
+config unset nosuch | config unset upstream_proxy | config unset port
+config set aliases {"fast":["up/m1",{"model":"m2","over_tokens":9}]} | routes | routes explain
+routes explain fast | routes explain fast --tokens x | routes explain claude-x --dialect messages
+routes explain up/y | routes explain down/y | routes explain zzz | routes explain up/y --json
+key | key add | key add alice --rpm 0 | key add alice --rpm 20 --models glm-* --expires 2001-01-01
+key add alice --rpm 20 --tpd 9 --models nope | key add alice | key list | key remove bob
+key remove alice | usage | usage --days x | usage --by foo | usage --days 1 --by day | logs
+logs -n x | config set log_file a.log | logs | env | env claude --shell bash
+env codex --shell bash | env clude | login --timeout x | login --timeout 0.05 --no-browser
+login --paste | login --api-key= | login --account a/b | logout | logout --account zz | stop
+admin | admin reset-password | admin reset-password x | completion | sttus | --prot 1 | --port
+--host 192.0.2.1 | --api-key $NOPE | --api-key - | --upstream localhost:8000
+--upstream http://127.0.0.1:{dead} test | --upstream http://u:p@h test | version --help"""
+
+
+def is_english(line) -> bool:
+    """Three English words in a row; what is typed, and code, is no sentence."""
+    line = re.sub(r"`[^`]*`|https?://\S+|python iflow2api\.py.*|config set \w+", "", line)
+    return bool(re.search(r"\b[A-Za-z]{2,}:? [a-z]{2,}:? [a-z]{2,}\b", line))
+
+
+def test_every_command_speaks_one_language(cli, language, monkeypatch, upstream):
+    """zh: each line is wholly Chinese or wholly English; en: no Chinese."""
+    monkeypatch.setenv("IFLOW2API_DETECT_LOCAL", "false")
+    monkeypatch.setattr(ifl, "OAUTH_PORT", 0)
+    monkeypatch.setattr(ifl, "open_browser", lambda url, environ: False)
+    wrong, statuses, in_chinese = [], [], 0
+    for line in re.split(r" \| |\n", WALK):
+        typed = line.replace("{url}", upstream.url).replace("{dead}", str(unused_port()))
+        status, out, err = cli(*typed.split(" "))
+        statuses.append(status)
+        for said in (out + err).splitlines():
+            if re.match(r"export |codex\(|\w+ = |\s*[\[{}\]\"]|  python", said):         # code
+                continue
+            in_chinese += bool(CHINESE_CHARACTER.search(said))
+            if CHINESE_CHARACTER.search(said) and (language == "en" or is_english(said)):
+                wrong.append(f"{line}: {said}")
+        assert status != 2 or len(err.strip().splitlines()) <= 2 and not out, (line, err)
+    assert not wrong, "\n".join(wrong)
+    assert set(statuses) == {0, 1, 2} and statuses.count(2) > 40
+    assert in_chinese > 150 if language == "zh" else in_chinese == 0
+
+
+def test_the_card_fits_into_80_columns(gateway, upstream, language):
+    broken = provider("http://" + "very-long-name." * 9 + "example/v1", "long", api_keys=["$UNSET"])
+    many_providers = [provider("http://h.test", f"p{number}") for number in range(30)]
+    for made in (gateway(), gateway(upstream, broken), gateway(*many_providers),
+                 gateway(upstream, custom_api_key="k" * 300)):
+        made.problems = ["config.json: port: a whole number of 1 at least expected, not " + "9" * 60]
+        with ifl.serve(made, port=0) as server:
+            lines = ifl._card(made, server, True)
+        assert all(ifl.columns_of(line) <= 80 for line in lines) and len(lines) < 22, lines
+        assert ("22 " in "\n".join(lines)) == (len(made.state.router.providers) == 30)
+
+
+# --- the console -------------------------------------------------------------
+
+@pytest.mark.parametrize("environ, found", [
+    ({"LC_ALL": "zh_CN.UTF-8"}, "zh"), ({"LC_ALL": "en_US.UTF-8", "LANG": "zh_CN.UTF-8"}, "en"),
+    ({"LC_MESSAGES": "zh_TW.UTF-8", "LANG": "en_US.UTF-8"}, "zh"), ({"LANG": "zh_CN"}, "zh"),
+    ({"LANG": "C"}, "en"), ({}, "en"), ({"LANG": "zh_CN", "IFLOW2API_LANGUAGE": "en"}, "en"),
+    ({"IFLOW2API_LANGUAGE": "zh"}, "zh"), ({"IFLOW2API_LANGUAGE": "fr", "LANG": "zh_CN"}, "zh")])
+def test_language_by_variables(environ, found):
+    assert ifl.find_language([], environ) == found
+
+
+@pytest.mark.parametrize("argv", [["--config-dir", "DIR"], ["status", "--config-dir=DIR"]])
+@pytest.mark.parametrize("text, found", [('{"language": "zh"}', "zh"), ('{"language": ["zh"]}', "en"),
+                                         ("{", "en"), ("[]", "en")])
+def test_language_by_setting(tmp_path, argv, text, found):
+    (tmp_path / "config.json").write_text(text)
+    argv = [word.replace("DIR", str(tmp_path)) for word in argv]
+    assert ifl.find_language(argv, {"LANG": "en_US"}) == found
+
+
+def test_a_console_that_lacks_characters(home, config):
+    for encoding, locale, said in (("ascii", "zh_CN.UTF-8", "error: there is no command"),
+                                   ("gbk", "zh_CN.GBK", "错误：")):
+        done = subprocess.run([sys.executable, byte_code(), "nope"], stderr=subprocess.PIPE,
+                              timeout=30, env={**os.environ, "LC_ALL": locale,
+                                               "PYTHONIOENCODING": encoding})
+        assert done.returncode == 2 and done.stderr.decode(encoding).startswith(said)
+    for encoding, shown in (("ascii", "a -> b... \\u4e2d (x)"), ("gbk", "a → b… 中（x）"),
+                            ("cp437", "a -> b... \\u4e2d (x)")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding)
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(sys.stderr):
+            ifl.Console().set_up([], {})
+            print("a → b… 中（x）", end="", flush=True)
+            assert sys.stdout.buffer.getvalue().decode(encoding).rstrip() == shown
     put_config(config, {"default_model": "模型😀"})
-    environ = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = run(byte_code(), "config", "get", "default_model", env=environ)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout == "\\u6a21\\u578b\\U0001f600\n"
+    done = run(byte_code(), "config", "get", "default_model",
+               env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert (done.stdout, done.stderr) == ("\\u6a21\\u578b\\U0001f600\n", "")
 
 
-def test_version_without_a_warning(home):
-    done = run("-W", "error", "-X", "dev", PROGRAM, "version")
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("iflow2api ")
-    assert os.listdir(home) == []
+@pytest.mark.parametrize("text, columns, lines", [
+    ("one two three", 7, ["one two", "three"]), ("", 10, [""]), ("ab 中文", 4, ["ab", "中文"]),
+    ("abcdefghij", 4, ["abcd", "efgh", "ij"]), ("中文，很长", 6, ["中文，", "很长"]),
+    ("中文很长很长", 6, ["中文很", "长很长"])])
+def test_wrapping_and_cutting(text, columns, lines):
+    assert ifl.wrap(text, columns) == lines
+    assert all(ifl.columns_of(line) <= columns for line in lines)
+    assert ifl.columns_of(ifl.cut_to(text, columns)) <= columns
+    assert ifl.cut_to("中文字符很多", 9) == "中文字..." and ifl.cut_to("ab", 2) == "ab"
 
 
-class Process:
-    """The program serving in a process of its own."""
+def read_log(data):
+    """A log file with `data` as the command reads it."""
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        file.write(data)
+    try:
+        return ifl.LogReader(file.name, "info").tail(50)
+    finally:
+        os.unlink(file.name)
 
-    def __init__(self, *argv) -> None:
-        self.process = subprocess.Popen([sys.executable, byte_code(), *argv], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, encoding="utf-8")
-        line = self.process.stdout.readline()
-        found = re.fullmatch(r"iflow2api \S+ listening on http://127\.0\.0\.1:(\d+)\n", line)
-        if not found:
-            self.process.kill()
-        assert found, (line, self.process.communicate()[1])
-        self.port = int(found.group(1))
-        self.server_address = ("127.0.0.1", self.port)
 
-    def end(self) -> str:
-        """Its stderr, when it has ended."""
-        try:
-            return self.process.communicate(timeout=WAIT_S)[1]
-        finally:
-            self.process.kill()
+def feed_pieces(data):
+    lines = ifl.Lines()
+    return [lines.feed(data[at:at + 64]) for at in range(0, len(data), 64)]
+
+
+#: What the command line reads or shows: what, n, maker of an input of size n, its use.
+GROWTH_OF_COMMANDS = [
+    ("one long word", 100_000, lambda n: "a" * n, many(lambda text: ifl.wrap(text, 80))),
+    ("blanks", 200_000, lambda n: " " * n + "a", many(lambda text: ifl.wrap(text, 80))),
+    ("short words", 10_000, lambda n: "ab " * n, many(lambda text: ifl.wrap(text, 80))),
+    ("wide characters", 10_000, lambda n: "中，" * n, many(lambda text: ifl.wrap(text, 80))),
+    ("a long name", 100_000, lambda n: "中a" * n, many(lambda text: ifl.cut_to(text, 60))),
+    ("columns", 100_000, lambda n: "中a" * n, many(ifl.columns_of)),
+    ("a character that is lacking", 50_000, lambda n: "→" * n,
+     many(lambda text: text.encode("ascii", "iflow2api"))),
+    ("a pasted text without a line end", 1_000_000, lambda n: b"a" * n, feed_pieces),
+    ("pasted lines", 100_000, lambda n: b"ab\n" * n, feed_pieces),
+    ("a log of one line", 400_000, lambda n: b"2026-01-01 00:00:01 INFO" + b" " * n, read_log),
+    ("a log of short lines", 20_000, lambda n: b"2026-01-01 00:00:01 INFO a\n" * n, read_log),
+    ("a log without levels", 20_000, lambda n: b"2026-01-01 00:00:01 A" * n + b"\n", read_log),
+    ("arguments", 1_000, lambda n: ["status"] + ["--bogus=" + "x" * n] * n,
+     lambda argv: pytest.raises(ifl.UsageError, ifl._parse_args, argv)),
+    ("words", 20_000, lambda n: ["status"] + ["x"] * n,
+     lambda argv: pytest.raises(ifl.UsageError, ifl._parse_args, argv))]
+
+
+@pytest.mark.parametrize("what, size, make, use", GROWTH_OF_COMMANDS,
+                         ids=[row[0] for row in GROWTH_OF_COMMANDS])
+def test_what_the_command_line_reads_takes_linear_time(what, size, make, use):
+    ifl.Console().set_up([], {})
+    check_growth(size, make, use)
+
+
+# --- output ------------------------------------------------------------------
+
+@linux
+@pytest.mark.parametrize("argv", ["version", "config list", "provider presets"])
+def test_an_answer_that_can_not_be_written_is_one_line_and_1(home, argv):
+    command = [sys.executable, byte_code(), *argv.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (1, "error: the disk is full\n")
+    shell = ["/bin/sh", "-c", 'exec "$0" "$@" 2>/dev/full', *command]
+    assert subprocess.run(shell, stdout=subprocess.DEVNULL, timeout=30).returncode == 0
 
 
 @posix
-def test_serve_and_sigterm(home, upstream):
-    go = threading.Event()
-    upstream.plays(sse(chunk("x"), go, chunk(finish="stop"), DONE))
-    running = Process("--upstream", upstream.url, "--port", "0", "--no-browser")
-    try:
-        with Client(running) as client:
-            client.post(chat(True)).head()
-            client.piece()
-            running.process.send_signal(signal.SIGTERM)
-            go.set()
-            assert records_of(client.pieces())[-1] == DONE
-    finally:
-        err = running.end()
-    assert running.process.returncode == 0 and "stopping" in err and "Traceback" not in err
-    assert re.search("upstream.*default.*" + re.escape(upstream.url), err)
-    assert re.search(r"^\d\d:\d\d:\d\d [0-9a-f]{8} m1 → upstream/m1 200 ", err, re.M)
-    assert "\x1b" not in err
+def test_output_into_a_closed_pipe_and_a_start_without_a_warning(home):
+    done = subprocess.run(f"{sys.executable} {byte_code()} config list | head -2", shell=True,
+                          capture_output=True, text=True, timeout=30)
+    assert done.stdout.endswith("\nhost = 127.0.0.1\n") and done.stderr == ""
+    done = run("-W", "error", "-X", "dev", PROGRAM, "version")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("iflow2api ")
+    assert os.listdir(home) == []
 
 
 @posix
@@ -16337,8 +16538,9 @@ def test_a_start_whose_output_can_not_be_written_serves_all_the_same(home, upstr
     if "full" in outputs and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     port = unused_port()
-    process = subprocess.Popen(["/bin/sh", "-c", f'exec "$0" "$@" {outputs}', sys.executable, PROGRAM,
-                                "--port", str(port), "--upstream", upstream.url], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", f'exec "$0" "$@" {outputs}', sys.executable, PROGRAM, "--port", str(port),
+         "--upstream", upstream.url], stdout=subprocess.PIPE)
     try:
         assert until(lambda: health_at(port)) == "healthy"
     finally:
@@ -16354,111 +16556,284 @@ def health_at(port):
             return json.loads(answer.read())["status"]
 
 
-@linux
-@pytest.mark.parametrize("argv", [("version",), ("config", "list"), ("provider", "presets")])
-def test_an_answer_that_can_not_be_written_is_one_line_and_1(home, argv):
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, byte_code(), *argv], stdout=full, stderr=subprocess.PIPE,
-                              text=True, timeout=30)
-    assert (done.returncode, done.stderr) == (1, "error: the disk is full\n")
-    done = subprocess.run(["/bin/sh", "-c", 'exec "$0" "$@" 2>/dev/full', sys.executable, byte_code(), *argv],
-                          stdout=subprocess.DEVNULL, timeout=30)
-    assert done.returncode == 0
+# --- serving -----------------------------------------------------------------
+
+class Process:
+    """The program serving in a process of its own; on a pseudo terminal if wanted."""
+
+    def __init__(self, *argv, terminal=False, **environ) -> None:
+        self.reader, writer = __import__("pty").openpty() if terminal else os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, byte_code(), *argv, "--port", "0"], stdout=subprocess.PIPE,
+            stderr=writer, env={**os.environ, "PYTHONIOENCODING": "utf-8", **environ})
+        os.close(writer)
+        line, self.said = self.process.stdout.readline().decode(), ""
+        found = re.fullmatch(r"iflow2api \S+ listening on (http://\S+?:(\d+))\n", line)
+        if not found:
+            self.process.kill()
+        assert found, (line, self.read_until(r"\n"))
+        self.url, self.port = found.group(1), int(found.group(2))
+        self.server_address = ("127.0.0.1", self.port)
+
+    def read_until(self, pattern) -> str:
+        """stderr as far as `pattern`."""
+        while not re.search(pattern, self.said, re.S | re.M):
+            if os.name == "posix":       # elsewhere select() takes sockets only
+                assert select.select([self.reader], [], [], WAIT_S)[0], self.said
+            data = os.read(self.reader, 65536)
+            assert data, self.said
+            self.said += data.decode().replace("\r", "")
+        return self.said
+
+    def card(self) -> str:
+        return self.read_until(r"(^|\n)\n.+\n\n")
+
+    def signal(self, *numbers) -> None:
+        for number in numbers:
+            self.process.send_signal(number)
+
+    def end(self) -> str:
+        """The rest of its stderr, when it has ended."""
+        try:
+            self.process.wait(WAIT_S)
+            with contextlib.suppress(OSError):           # the end of a pseudo terminal
+                for data in iter(lambda: os.read(self.reader, 65536), b""):
+                    self.said += data.decode().replace("\r", "")
+        finally:
+            self.close()
+        return self.said
+
+    def close(self) -> None:
+        if not self.process.stdout.closed:
+            self.process.kill()
+            self.process.wait(WAIT_S)
+            self.process.stdout.close()
+            os.close(self.reader)
+
+
+@pytest.fixture
+def serving():
+    """serving(*arguments, **environment) -> a Process."""
+    with contextlib.ExitStack() as stack:
+        def start(*argv, **facts):
+            made = Process(*argv, **facts)
+            stack.callback(made.close)
+            return made
+        yield start
 
 
 @posix
-def test_a_second_signal_ends_it_at_once(home, upstream):
+def test_serve_and_sigterm(serving, upstream):
+    go = threading.Event()
+    upstream.plays(sse(chunk("x"), go, chunk(finish="stop"), DONE))
+    running = serving("--upstream", upstream.url)
+    with Client(running) as client:
+        client.post(chat(True)).head()
+        client.piece()
+        running.signal(signal.SIGTERM)
+        go.set()
+        assert records_of(client.pieces())[-1] == DONE
+    err = running.end()
+    assert running.process.returncode == 0 and "stopping" in err and "Traceback" not in err
+    assert re.search("upstream.*default.*" + re.escape(upstream.url), err) and "\x1b" not in err
+    assert re.search(r"^\d\d:\d\d:\d\d [0-9a-f]{8} m1 → upstream/m1 200 ", err, re.M)
+
+
+@posix
+def test_a_second_signal_ends_it_at_once(serving, upstream):
     upstream.plays(sse(chunk("x"), HOLD))
-    running = Process("serve", "--upstream", upstream.url, "--port", "0", "--no-browser", "--log-level", "error")
-    try:
-        with Client(running) as client:
-            client.post(chat(True)).head()
-            running.process.send_signal(signal.SIGINT)
-            for line in iter(running.process.stderr.readline, ""):
-                if "stopping" in line:
-                    break
-            running.process.send_signal(signal.SIGINT)
-            started = time.monotonic()
-            running.end()
-            assert time.monotonic() - started < 3
-    finally:
-        running.process.kill()
-    assert running.process.returncode == 130
+    running = serving("serve", "--upstream", upstream.url, "--log-level", "error")
+    with Client(running) as client:
+        client.post(chat(True)).head()
+        running.signal(signal.SIGINT)
+        running.read_until("stopping")
+        running.signal(signal.SIGINT)
+        began = time.monotonic()
+        running.end()
+    assert time.monotonic() - began < 3 and running.process.returncode == 130
 
 
 @posix
-def test_a_signal_that_the_main_thread_does_not_get_ends_its_wait():
-    """As one that comes in the moment before the wait begins."""
-    script = textwrap.dedent("""
-        import os, signal, sys, threading; sys.path.insert(0, sys.argv[1])
-        import iflow2api as ifl
-        signals = ifl._Signals().__enter__()
+def test_sighup_takes_over_the_file(serving, config, upstream):
+    put_config(config, {"detect_local": False})
+    running = serving("--no-browser")
+    assert post(running, chat()).status == 403
+    put_config(config, {"providers": [provider(upstream)]})
+    running.signal(signal.SIGHUP)        # it may come as soon as the address is printed
+    until(lambda: get(running, "/health").json["status"] == "healthy")
+    assert post(running, chat()).status == 200
+    running.signal(signal.SIGTERM)
+    running.end()
+    assert running.process.returncode == 0
+
+
+SIGNALS = {
+    # as one that comes in the moment before the wait begins
+    "a thread gets it": """
         begun = threading.Event()
         def elsewhere():
             begun.wait()
             signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
-        other = threading.Thread(target=elsewhere)
-        other.start()
-        begun.set()
-        print(signals.wait())
-        """)
-    child = subprocess.run([sys.executable, "-c", script, os.path.dirname(byte_code())], stdout=subprocess.PIPE, text=True,
-                           timeout=WAIT_S)
-    assert child.stdout == "stop\n"
+        threading.Thread(target=elsewhere).start()
+        begun.set()""",
+    # the main thread may hold any lock just then, also the one that starting a thread takes
+    "a lock is held": """
+        with threading._active_limbo_lock:
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            for _ in range(1000): pass                   # the handlers run in here"""}
 
 
 @posix
-def test_a_signal_is_no_deadlock_whatever_it_interrupts():
-    """The main thread may hold any lock just then: its own, or the one that starting a thread takes."""
+@pytest.mark.parametrize("what", SIGNALS)
+def test_a_signal_ends_the_wait_whatever_it_interrupts(what):
     script = textwrap.dedent("""
         import os, signal, sys, threading; sys.path.insert(0, sys.argv[1])
         import iflow2api as ifl
         signals = ifl._Signals().__enter__()
-        with threading._active_limbo_lock:
-            for number in (signal.SIGHUP, signal.SIGTERM):
-                os.kill(os.getpid(), number)
-            for _ in range(1000): pass                   # the handlers run in here
-        print(signals.wait() == "stop")
-        """)
-    child = subprocess.Popen([sys.executable, "-c", script, os.path.dirname(byte_code())], stdout=subprocess.PIPE, text=True)
-    try:
-        assert child.communicate(timeout=30)[0] == "True\n"
-    finally:
-        child.kill()
+        """) + textwrap.dedent(SIGNALS[what]) + "\nprint(signals.wait())\n"
+    done = run("-c", script, os.path.dirname(byte_code()), timeout_s=WAIT_S)
+    assert done.stdout == "stop\n", done.stderr
+
+
+def test_a_port_that_is_taken_is_one_line_with_a_free_one(cli, server):
+    port = server(detect_local=False).port
+    status, out, err = cli("serve", "--port", port, "--no-browser")
+    assert (status, out) == (1, "") and re.fullmatch(
+        rf"error: port {port} on 127\.0\.0\.1 is taken by another program; port (\d+) is free: "
+        r"add --port \1\n", err)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "0.0.0.0"])
+def test_a_start_that_fails_makes_no_key(cli, server, config, host):
+    """It would lock out who is served already, with a key that nobody has seen."""
+    running = server(detect_local=False, host="0.0.0.0")
+    status, out, err = cli("serve", "--host", host, "--port", running.port)
+    assert status == 1 and not os.path.exists(config.path) and "sk-" not in out + err
+    assert host != "192.0.2.1" or err.splitlines()[-1].startswith(
+        f"error: can't listen on 192.0.2.1 port {running.port}: ")
+
+
+PROVIDERS = json.dumps([
+    {"name": "zhipu", "base_url": "https://open.bigmodel.cn/api/paas/v4", "api_keys": ["$UNSET"]},
+    {"name": "other", "base_url": "https://a-long-name.example.com/" + "path/" * 20}])
+
+
+@pytest.mark.parametrize("locale, words", [
+    ("C.UTF-8", ("address", "providers", "next", "disabled")),
+    ("zh_CN.UTF-8", ("地址", "上游", "下一步", "已停用"))])
+def test_the_card_says_what_there_is(serving, locale, words):
+    running = serving(LC_ALL=locale, IFLOW2API_PROVIDERS=PROVIDERS,
+                      IFLOW2API_CUSTOM_API_KEY="sk-0123456789abcdef")
+    card = running.card()
+    assert all(word in card for word in (*words, running.url, "zhipu", "other", "/admin")), card
+    assert "\x1b" not in card and "0123456789" not in card
+    labels = [re.match(r"  \S+ +", line) for line in card.splitlines() if re.match(r"  \S+ ", line)]
+    assert len({ifl.columns_of(label.group()) for label in labels}) == 1, card
 
 
 @posix
-def test_sighup_takes_over_the_file(home, config, upstream):
-    put_config(config, {"detect_local": False})
-    running = Process("--port", "0", "--no-browser")
+@pytest.mark.parametrize("environ, colours", [
+    ({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False), ({"TERM": "xterm", "NO_COLOR": "1"}, False)])
+def test_colours_on_terminals_only(serving, environ, colours):
+    running = serving("--no-browser", terminal=True, **environ)
+    assert ("\x1b[" in running.card()) == colours and running.url in running.said
+
+
+def test_the_card_of_an_open_gateway_shows_its_new_key(serving):
+    card = serving("--host", "0.0.0.0").card()
+    assert re.search(r"sk-[0-9a-f]{48}", card)
+    assert all(len(line) <= 80 or line[2] == ":" for line in card.splitlines())
+
+
+def test_verbose_logs_more(serving):
+    running = serving("--upstream", "http://127.0.0.1:1", "--verbose")
+    urllib.request.urlopen(running.url + "/v1/models").read()
+    running.read_until("debug")
+    running = serving("--upstream", "http://127.0.0.1:1")
+    urllib.request.urlopen(running.url + "/v1/models").read()
+    running.signal(signal.SIGTERM)
+    assert "debug" not in running.end()
+
+
+# --- the log file ------------------------------------------------------------
+
+def test_log_file_is_private_bounded_and_without_secrets(serving, home):
+    serving(IFLOW2API_LOG_FILE="logs/a.log", IFLOW2API_PROVIDERS='[{"name": "x"}]').card()
+    path = home / ".iflow2api" / "logs" / "a.log"
+    assert os.name == "nt" or stat.S_IMODE(path.stat().st_mode) == 0o600
+    begins = (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO iflow2api .* starts\n"
+              r".* WARNING provider x is disabled")
+    assert re.match(begins, path.read_text())
+    handler = ifl._open_log(str(home / "b.log"))
+    handler.maxBytes = 1000
+    for number in range(200):
+        handler.handle(ifl.log.makeRecord("x", 30, "", 0, "%s Bearer sk-verysecret", (number,), None))
+    handler.close()
+    files = sorted(home.glob("b.log*"))
+    assert len(files) == 1 + ifl.LOG_FILES_KEPT and all(f.stat().st_size <= 1000 for f in files)
+    assert os.name == "nt" or all(stat.S_IMODE(f.stat().st_mode) == 0o600 for f in files)
+    assert "verysecret" not in files[0].read_text()
+
+
+def test_a_log_file_that_cant_be_written_is_named_and_does_not_matter(serving, home):
+    (home / "file").write_text("")
+    said = serving(IFLOW2API_LOG_FILE=str(home / "file" / "x.log")).card()
+    assert "no log_file" in said and "warning" in said
+
+
+LOG = """2026-01-01 00:00:01 INFO one
+2026-01-01 00:00:02 WARNING two
+2026-01-01 00:00:03 ERROR three
+Traceback
+  boom
+2026-01-01 00:00:04 DEBUG four
+2026-01-01 00:00:05 INFO unfinis"""
+
+
+@pytest.mark.parametrize("argv, shown", [
+    ("", "zero one two three Traceback boom four"), ("-n 2", "boom four"), ("-n2", "boom four"),
+    ("-n 0", ""), ("--level error", "three Traceback boom"), ("--level warning -n 1", "boom"),
+    ("--level info", "zero one two three Traceback boom")])
+def test_logs_shows_the_tail(cli, home, monkeypatch, argv, shown):
+    monkeypatch.setenv("IFLOW2API_LOG_FILE", str(home / "a.log"))
+    (home / "a.log.1").write_text("2026-01-01 00:00:00 INFO zero\n")
+    (home / "a.log").write_text(LOG)
+    status, out, err = cli("logs", *argv.split())
+    assert status == 0 and [line.split()[-1] for line in out.splitlines()] == shown.split()
+
+
+def test_logs_says_what_to_set(cli, home, monkeypatch):
+    status, out, err = cli("logs")
+    assert (status, out) == (1, "") and "config set log_file" in err
+    monkeypatch.setenv("IFLOW2API_LOG_FILE", "none.log")
+    status, out, err = cli("logs")
+    assert status == 1 and str(home / ".iflow2api" / "none.log") in err
+
+
+def test_logs_follow_over_a_rotation(home):
+    path = home / "a.log"
+    path.write_text("2026-01-01 00:00:01 INFO one\n")
+    process = subprocess.Popen([sys.executable, byte_code(), "logs", "-f", "--level", "info"],
+                               stdout=subprocess.PIPE,
+                               env={**os.environ, "IFLOW2API_LOG_FILE": str(path)})
     try:
-        assert post(running, chat()).status == 403
-        put_config(config, {"providers": [provider(upstream)]})
-        running.process.send_signal(signal.SIGHUP)        # it may come as soon as the address is printed
-        until(lambda: get(running, "/health").json["status"] == "healthy")
-        assert post(running, chat()).status == 200
-        running.process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline().split()[-1] == b"one"
+        with path.open("a") as file:
+            file.write("2026-01-01 00:00:01 DEBUG no\n2026-01-01 00:00:02 INFO t")
+            file.flush()
+            file.write("wo\n")
+        assert process.stdout.readline().split()[-1] == b"two"
+        os.rename(path, home / "a.log.1")
+        path.write_text("2026-01-01 00:00:03 INFO three\n")
+        assert process.stdout.readline().split()[-1] == b"three"
     finally:
-        running.end()
-    assert running.process.returncode == 0
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
-# === 20. Proxies, console ====================================================
-
-@pytest.fixture
-def home_console(tmp_path, monkeypatch):
-    """A home of its own, and an environment in which nothing speaks Chinese or knows a proxy."""
-    for name in list(os.environ):
-        if name.upper().endswith("_PROXY") or name.startswith(("IFLOW", "LC_")) or name in ("LANG", "LANGUAGE", "NO_COLOR"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    monkeypatch.setenv("LANG", "C.UTF-8")
-    yield tmp_path
-    ifl.log.handlers[:] = [ifl.logging.NullHandler()]
-
-
-# --- proxies -----------------------------------------------------------------
+# === 20. Proxies =============================================================
 
 def say_hello(seen):
     """An upstream's answer that says who it is."""
@@ -16606,7 +16981,6 @@ def refused(upstream_console, *args, **facts):
     return caught.value
 
 
-@pytest.mark.usefixtures("home_console")
 def test_connect_tunnels_plain_http_and_keeps_the_connection(upstream_console, proxy, hello):
     made = proxy(ConnectProxy)
     answer = ask(upstream_console, proxy=f"http://127.0.0.1:{made.port}", times=3)
@@ -16614,21 +16988,18 @@ def test_connect_tunnels_plain_http_and_keeps_the_connection(upstream_console, p
     assert made.seen == ["model.test:8000"] and hello.connections == 1 and made.logins == [None]
 
 
-@pytest.mark.usefixtures("home_console")
 def test_connect_sends_decoded_credentials(upstream_console, proxy):
     made = proxy(ConnectProxy, "me@home", "hunter2:x/é")
     ask(upstream_console, proxy=f"http://me%40home:hunter2%3Ax%2F%C3%A9@127.0.0.1:{made.port}")
     assert made.logins == ["me@home:hunter2:x/é"]
 
 
-@pytest.mark.usefixtures("home_console")
 def test_connect_with_tls_checks_the_upstream_not_the_proxy(upstream_console, proxy):
     made = proxy(ConnectProxy)
     error = refused(upstream_console, "https://model.test/v1", f"127.0.0.1:{made.port}")
     assert made.seen == ["model.test:443"] and "it does not speak TLS" in error.message and "through the proxy" in error.message
 
 
-@pytest.mark.usefixtures("home_console")
 @pytest.mark.parametrize("host,place", [("[2001:db8::1]:9", "[2001:db8::1]:9"), ("münchen.test:9", "xn--mnchen-3ya.test:9")])
 def test_connect_names_the_host_as_http_wants_it(upstream_console, proxy, host, place):
     made = proxy(ConnectProxy)
@@ -16636,7 +17007,6 @@ def test_connect_names_the_host_as_http_wants_it(upstream_console, proxy, host, 
     assert made.seen == [place]
 
 
-@pytest.mark.usefixtures("home_console")
 def test_socks5h_leaves_the_name_to_the_proxy(upstream_console, proxy, hello, monkeypatch):
     made = proxy(SocksProxy)
     real = socket.getaddrinfo
@@ -16645,7 +17015,6 @@ def test_socks5h_leaves_the_name_to_the_proxy(upstream_console, proxy, hello, mo
     assert made.seen == [(3, "model.test", 8000)] and hello.connections == 1
 
 
-@pytest.mark.usefixtures("home_console")
 def test_socks5_resolves_here_and_prefers_ipv4(upstream_console, proxy, monkeypatch):
     made = proxy(SocksProxy)
     real = socket.getaddrinfo
@@ -16655,7 +17024,6 @@ def test_socks5_resolves_here_and_prefers_ipv4(upstream_console, proxy, monkeypa
     assert made.seen == [(1, "192.0.2.7", 8000)]
 
 
-@pytest.mark.usefixtures("home_console")
 def test_socks5_name_unknown_here(upstream_console, proxy, monkeypatch):
     made = proxy(SocksProxy)
     real = socket.getaddrinfo
@@ -16669,7 +17037,6 @@ def test_socks5_name_unknown_here(upstream_console, proxy, monkeypatch):
     assert "socks5h://" in refused(upstream_console, proxy=f"socks5://127.0.0.1:{made.port}").message
 
 
-@pytest.mark.usefixtures("home_console")
 @pytest.mark.parametrize("url,kind,host", [("http://192.0.2.1/v1", 1, "192.0.2.1"), ("http://[2001:db8::5]/v1", 4, "2001:db8::5")])
 def test_socks_takes_addresses_as_they_are(upstream_console, proxy, url, kind, host):
     made = proxy(SocksProxy)
@@ -16677,7 +17044,6 @@ def test_socks_takes_addresses_as_they_are(upstream_console, proxy, url, kind, h
     assert made.seen == [(kind, host, 80)]
 
 
-@pytest.mark.usefixtures("home_console")
 def test_socks_login(upstream_console, proxy):
     made = proxy(SocksProxy, "me", "hunter2")
     ask(upstream_console, proxy=f"socks5h://me:hunter2@127.0.0.1:{made.port}")
@@ -16690,7 +17056,6 @@ def test_socks_login(upstream_console, proxy):
     assert "255" in error.message or "wants" in error.message
 
 
-@pytest.mark.usefixtures("home_console")
 @pytest.mark.parametrize("reply,words", [(1, "no stated reason"), (2, "does not allow"), (5, "upstream refused"), (99, "code 99")])
 def test_socks_replies_have_words(upstream_console, proxy, reply, words):
     made = proxy(SocksProxy)
@@ -16698,7 +17063,6 @@ def test_socks_replies_have_words(upstream_console, proxy, reply, words):
     assert words in refused(upstream_console, proxy=f"socks5h://127.0.0.1:{made.port}").message
 
 
-@pytest.mark.usefixtures("home_console")
 @pytest.mark.parametrize("kind,scheme,answer,words", [
     (ConnectProxy, "http", b"HTTP/1.1 407 Nope\r\n\r\n", "refused the user and password"),
     (ConnectProxy, "http", b"HTTP/1.1 403 Forbidden\r\n\r\n", "does not allow this host or port"),
@@ -16722,14 +17086,12 @@ def test_what_is_no_proxy_is_named(upstream_console, proxy, kind, scheme, answer
     assert f"{scheme}://127.0.0.1:{made.port}" in error.message and "me:" not in error.message
 
 
-@pytest.mark.usefixtures("home_console")
 def test_a_proxy_that_wants_credentials_says_how_to_give_them(upstream_console, proxy):
     made = proxy(ConnectProxy, "me", "hunter2")
     error = refused(upstream_console, proxy=f"http://127.0.0.1:{made.port}")
     assert f"write http://USER:PASSWORD@127.0.0.1:{made.port}" in error.message and error.should_retry is False
 
 
-@pytest.mark.usefixtures("home_console")
 @pytest.mark.parametrize("kind,scheme", [(ConnectProxy, "http"), (SocksProxy, "socks5h")])
 def test_a_proxy_that_hangs(upstream_console, proxy, kind, scheme):
     made = proxy(kind, answer=b"hang")
@@ -16738,7 +17100,6 @@ def test_a_proxy_that_hangs(upstream_console, proxy, kind, scheme):
     assert isinstance(error, ifl.UpstreamTimeout) and "connect_timeout_s" in error.message and time.monotonic() - started < 3
 
 
-@pytest.mark.usefixtures("home_console")
 def test_a_proxy_that_drips_is_given_up_in_time(upstream_console, proxy):
     class Drip(ConnectProxy):
         def serve(self, sock):
@@ -16752,7 +17113,6 @@ def test_a_proxy_that_drips_is_given_up_in_time(upstream_console, proxy):
     assert isinstance(error, ifl.UpstreamTimeout) and time.monotonic() - started < 3
 
 
-@pytest.mark.usefixtures("home_console")
 def test_a_proxy_that_refuses(upstream_console):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -16760,7 +17120,6 @@ def test_a_proxy_that_refuses(upstream_console):
     assert isinstance(error, ifl.UpstreamUnreachable) and f"the proxy http://127.0.0.1:{port}: connection refused" in error.message
 
 
-@pytest.mark.usefixtures("home_console")
 @pytest.mark.parametrize("address", [
     "ftp://me:hunter2@h:1", "https://me:hunter2@h:1", "socks://h", "http://", "http://me:hunter2#@h:1", "http://me:12/hunter2@h",
     "http://h:99999", "http://[me:hunter2@h", "me:hunter2@h/x://", "http://me:hunter2@h:1/path", "http://h h:1"])
@@ -16771,7 +17130,6 @@ def test_a_bad_proxy_address_is_named_without_its_password(upstream_console, add
     assert len(problems) == 2 and "hunter2" not in "".join(problems)
 
 
-@pytest.mark.usefixtures("home_console")
 def test_global_proxy_needs_its_switch_and_a_providers_own_comes_first(upstream_console, proxy):
     everyone, own = proxy(ConnectProxy), proxy(ConnectProxy)
     address = f"http://127.0.0.1:{everyone.port}"
@@ -16782,7 +17140,6 @@ def test_global_proxy_needs_its_switch_and_a_providers_own_comes_first(upstream_
     assert ifl.proxy_for(ifl.Provider("p"), ifl.Settings(upstream_proxy=address), ifl.Endpoint.of("http://model.test/v1")) == ""
 
 
-@pytest.mark.usefixtures("home_console")
 def test_the_pool_keeps_ways_apart(upstream_console, proxy):
     one, two = proxy(ConnectProxy), proxy(SocksProxy)
     for _ in range(2):
@@ -16791,7 +17148,6 @@ def test_the_pool_keeps_ways_apart(upstream_console, proxy):
     assert len(one.seen) == len(two.seen) == 1
 
 
-@pytest.mark.usefixtures("home_console")
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_loopback_is_never_proxied(upstream_console, hello, monkeypatch, host):
     monkeypatch.setenv("ALL_PROXY", "http://192.0.2.1:9")
@@ -16799,7 +17155,6 @@ def test_loopback_is_never_proxied(upstream_console, hello, monkeypatch, host):
         assert ask(upstream_console, f"http://{host}:{hello.port}/v1", proxy)["path"] == "/v1/models"
 
 
-@pytest.mark.usefixtures("home_console")
 @pytest.mark.parametrize("variables,url,used", [
     ({"HTTP_PROXY": "P"}, "http://model.test/v1", True), ({"http_proxy": "P"}, "http://model.test/v1", True),
     ({"HTTPS_PROXY": "P"}, "https://model.test/v1", True), ({"https_proxy": "P"}, "https://model.test/v1", True),
@@ -16816,7 +17171,6 @@ def test_env_reads_the_usual_variables(monkeypatch, variables, url, used):
     assert found == ("P" if used else "")
 
 
-@pytest.mark.usefixtures("home_console")
 def test_env_end_to_end(upstream_console, proxy, monkeypatch):
     made = proxy(SocksProxy)
     monkeypatch.setenv("ALL_PROXY", f"socks5h://127.0.0.1:{made.port}")
@@ -16824,7 +17178,6 @@ def test_env_end_to_end(upstream_console, proxy, monkeypatch):
     assert made.seen == [(3, "model.test", 8000)]
 
 
-@pytest.mark.usefixtures("home_console")
 def test_our_own_port_is_no_proxy():
     gateway = ifl.Gateway(ifl.Settings(providers=[{"name": "p", "base_url": "http://model.test/v1", "proxy": "http://127.0.0.1:1"}]))
     with ifl.serve(gateway, port=0) as server:
@@ -16837,8 +17190,8 @@ def test_our_own_port_is_no_proxy():
             assert "this program's own address" in caught.value.message and "proxy" in caught.value.message
 
 
-def test_bad_proxies_are_told_at_the_start(home_console):
-    folder = home_console / ".iflow2api"
+def test_bad_proxies_are_told_at_the_start(home):
+    folder = home / ".iflow2api"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({
         "upstream_proxy": "ftp://me:hunter2@h", "upstream_proxy_enabled": True,
@@ -16848,430 +17201,11 @@ def test_bad_proxies_are_told_at_the_start(home_console):
     gateway.close()
 
 
-@pytest.mark.usefixtures("home_console")
 @pytest.mark.parametrize("text,shown", [
     ("http://127.0.0.1:28000/v1", "http://127.0.0.1:28000/v1"), ("socks5://me:hunter2@h:1080", "socks5://me:…@h:1080"),
     ("http://token@h:1", "http://…@h:1"), ("at http://u:a@h and http://u:b/c@h", "at http://u:…@h and http://u:…@h")])
 def test_redaction_hides_credentials_and_leaves_ports(text, shown):
     assert ifl.redact(text) == shown
-
-
-# --- the console -------------------------------------------------------------
-
-def run_console(*argv, **environ):
-    """The program as a process: (status, stdout, stderr)."""
-    done = subprocess.run([sys.executable, byte_code(), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
-                          env={**os.environ, "PYTHONIOENCODING": "utf-8", **environ}, stdin=subprocess.DEVNULL)
-    return done.returncode, done.stdout.decode().replace(os.linesep, "\n"), done.stderr.decode().replace(os.linesep, "\n")
-
-
-def main(capsys, *argv):
-    status = ifl.main(list(argv))
-    said = capsys.readouterr()
-    return status, said.out, said.err
-
-
-@contextlib.contextmanager
-def running_console(*argv, terminal=False, **environ):
-    """`serve` as a process, its first line read; on a pseudo terminal if wanted.  Yields (process, url, rest of stderr's fd)."""
-    reader, writer = __import__("pty").openpty() if terminal else os.pipe()
-    process = subprocess.Popen([sys.executable, byte_code(), "--port", "0", *argv], stdout=subprocess.PIPE, stderr=writer,
-                               env={**os.environ, "PYTHONIOENCODING": "utf-8", **environ})
-    os.close(writer)
-    try:
-        first = process.stdout.readline().decode()
-        assert first.startswith(f"iflow2api {ifl.__version__} listening on http://"), first
-        yield process, first.split()[-1], reader
-    finally:
-        process.terminate()
-        process.wait(20)
-        process.stdout.close()
-        os.close(reader)
-
-
-def card_of(reader):
-    """stderr up to the blank line that ends the card."""
-    said = b""
-    while not re.search(rb"(^|\n)\r?\n.+\n\r?\n", said.replace(b"\r", b""), re.S):
-        said += read_some(reader)
-    return said.decode()
-
-
-def read_some(reader):
-    if os.name == "posix":                                # elsewhere select() takes sockets only
-        assert select.select([reader], [], [], 20)[0], "nothing more is said"
-    data = os.read(reader, 65536)
-    assert data, "the program ended"
-    return data
-
-
-PROVIDERS = json.dumps([{"name": "zhipu", "base_url": "https://open.bigmodel.cn/api/paas/v4", "api_keys": ["$NOT_SET"]},
-                        {"name": "other", "base_url": "https://a-host-with-a-long-name.example.com/" + "path/" * 20}])
-
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.parametrize("locale,words", [("C.UTF-8", ("address", "providers", "next", "disabled")),
-                                          ("zh_CN.UTF-8", ("地址", "上游", "下一步", "已停用"))])
-def test_the_card_fits_and_speaks(locale, words):
-    with running_console(LC_ALL=locale, IFLOW2API_PROVIDERS=PROVIDERS, IFLOW2API_CUSTOM_API_KEY="sk-0123456789abcdef") as (_, url, reader):
-        card = card_of(reader)
-    assert all(word in card for word in (*words, url, "zhipu", "other")), card
-    assert "\x1b" not in card and "0123456789" not in card and ("/admin" in card) == ("/admin" in ifl.ROUTES)
-    for line in card.splitlines():
-        assert ifl.columns_of(line) <= 80 or ":" in line[:6], line       # log lines bear a time
-    starts = {ifl.columns_of(re.match(r"  \S+ +", line).group()) for line in card.splitlines() if re.match(r"  \S+ ", line)}
-    assert len(starts) == 1, card
-
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.skipif(os.name == "nt", reason="no pseudo terminals")
-@pytest.mark.parametrize("environ,colours", [({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False),
-                                             ({"TERM": "xterm", "NO_COLOR": "1"}, False)])
-def test_colours_on_terminals_only(environ, colours):
-    with running_console(terminal=True, **environ) as (_, url, reader):
-        card = card_of(reader)
-    assert ("\x1b[" in card) == colours and url in card
-
-
-@pytest.mark.usefixtures("home_console")
-def test_the_card_of_an_open_gateway_shows_its_new_key():
-    with running_console("--host", "0.0.0.0") as (_, url, reader):
-        card = card_of(reader)
-    assert re.search(r"sk-[0-9a-f]{48}", card) and all(len(line) <= 80 or line[2] == ":" for line in card.splitlines())
-
-
-@pytest.mark.usefixtures("home_console")
-def test_many_providers_are_not_all_on_the_card():
-    providers = [{"name": f"p{n}", "base_url": "http://h.test"} for n in range(30)]
-    gateway = ifl.Gateway(ifl.Settings(providers=providers))
-    with ifl.serve(gateway, port=0) as server:
-        card = ifl._card(gateway, server, True)
-    assert len(card) < 20 and "22 more" in "\n".join(card)
-
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.parametrize("environ,language", [
-    ({"LC_ALL": "zh_CN.UTF-8"}, "zh"), ({"LC_ALL": "en_US.UTF-8", "LANG": "zh_CN.UTF-8"}, "en"),
-    ({"LC_MESSAGES": "zh_TW.UTF-8", "LANG": "en_US.UTF-8"}, "zh"), ({"LANG": "zh_CN"}, "zh"), ({"LANG": "C"}, "en"), ({}, "en"),
-    ({"LANG": "zh_CN", "IFLOW2API_LANGUAGE": "en"}, "en"), ({"IFLOW2API_LANGUAGE": "zh"}, "zh"),
-    ({"IFLOW2API_LANGUAGE": "fr", "LANG": "zh_CN"}, "zh")])
-def test_language_by_variables(environ, language):
-    assert ifl.find_language([], environ) == language
-
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.parametrize("argv", [["--config-dir", "DIR"], ["status", "--config-dir=DIR"]])
-@pytest.mark.parametrize("text,language", [('{"language": "zh"}', "zh"), ('{"language": ["zh"]}', "en"), ("{", "en"), ("[]", "en")])
-def test_language_by_setting(tmp_path, argv, text, language):
-    (tmp_path / "config.json").write_text(text)
-    assert ifl.find_language([word.replace("DIR", str(tmp_path)) for word in argv], {"LANG": "en_US"}) == language
-
-
-@pytest.mark.usefixtures("home_console")
-def test_a_console_that_lacks_characters():
-    status, out, err = run_console("nope", LC_ALL="zh_CN.UTF-8", PYTHONIOENCODING="ascii")
-    assert status == 2 and err.startswith("error: there is no command")
-    done = subprocess.run([sys.executable, byte_code(), "nope"], stderr=subprocess.PIPE, timeout=60,
-                          env={**os.environ, "LC_ALL": "zh_CN.GBK", "PYTHONIOENCODING": "gbk"})
-    assert done.stderr.decode("gbk").startswith("错误：")
-    for encoding, shown in (("ascii", "a -> b... \\u4e2d (x)"), ("gbk", "a → b… 中（x）"), ("cp437", "a -> b... \\u4e2d (x)")):
-        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding)), contextlib.redirect_stderr(sys.stderr):
-            ifl.Console().set_up([], {})
-            print("a → b… 中（x）", end="", flush=True)
-            assert sys.stdout.buffer.getvalue().decode(encoding).rstrip() == shown
-
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.parametrize("text,columns,lines", [
-    ("one two three", 7, ["one two", "three"]), ("", 10, [""]), ("abcdefghij", 4, ["abcd", "efgh", "ij"]),
-    ("中文很长很长", 6, ["中文很", "长很长"]), ("中文，很长", 6, ["中文，", "很长"]), ("ab 中文", 4, ["ab", "中文"])])
-def test_wrapping(text, columns, lines):
-    assert ifl.wrap(text, columns) == lines
-    assert all(ifl.columns_of(line) <= columns for line in lines)
-
-
-@pytest.mark.usefixtures("home_console")
-def test_cutting_and_widths():
-    assert ifl.columns_of("a中，b") == 6 and ifl.cut_to("中文字符很多", 9) == "中文字..." and ifl.cut_to("ab", 2) == "ab"
-
-
-@pytest.mark.usefixtures("home_console")
-def test_texts_are_whole():
-    for key, (zh, en) in ifl.TEXTS.items():
-        assert zh.strip() and en.strip()
-        assert set(re.findall(r"\{(\w+)", zh)) - {"command"} == set(re.findall(r"\{(\w+)", en)) - {"command"}, key
-    used = set(re.findall(r"""\b(?:tr|marked)\(["'](\w+)["'][,)]""", SOURCE)) | {group for group, _ in ifl.COMMAND_GROUPS}
-    used |= set(errno.errorcode.values()) & set(ifl.TEXTS)
-    used |= {key for _, key in ifl._COMPLAINTS} | {"kind_" + kind for kind in ifl.KIND_SHAPES}
-    used |= {f"encrypt_{mode}{end}" for mode in ("on", "off") for end in ("", "_none")}
-    assert used == set(ifl.TEXTS), used ^ set(ifl.TEXTS)
-
-
-# --- Chinese -----------------------------------------------------------------
-
-CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
-
-
-#: What somebody types who has never seen it, in this order; {url} is an upstream, {dead} a port where nobody listens.
-WALK = """status | models | test | provider | provider presets | provider presets zhipu | provider presets zhipo | provider add
-provider add zhipu | provider add zhipu | provider add x --base-url h:80 | provider add x --base-url ftp://h | provider add a,b --base-url {url}
-provider add up --base-url {url} --models m1 | provider add down --base-url http://127.0.0.1:{dead}/v1 --api-key sk-literal-0123456789
-provider list | status | models | test | test up | test nobody | provider test up | provider test down | provider test nobody
-provider remove | provider remove nobody | provider remove zhipu | config | config get prt | config set | config set port
-config set port abc | config set port 99999 | config set language de | config set aliases {"a":5} | config set aliases {"a":"upp/x"}
-config set providers [{"name":"p"}] | config set providers [5] | config set upstream_proxy socks4://h | config set upstream_proxy socks5://h:1
-config set retry {"count":99} | config set retry {"odd":1} | config set prices {"m":1} | config set trusted_proxies ["x"] | config set detect_local maybe
-config set keepalive_s -1 | config set client_keys [{"name":"x"}] | config encrypt rotate | config encrypt off | config encrypt on
-config encrypt x | config encrypt on | config unset nosuch | config unset upstream_proxy | config set aliases {"fast":["up/m1",{"model":"m2","over_tokens":9}]}
-routes | routes explain | routes explain fast | routes explain fast --tokens x | routes explain claude-x --dialect messages | routes explain up/y --json
-key | key add | key add alice --rpm 0 | key add alice --rpm 20 --models glm-* --expires 2001-01-01 | key add alice --rpm 20 --tpd 9 --models nope
-key add alice | key list | key remove bob | key remove alice | usage | usage --days x | usage --by foo | usage --days 1 --by day
-logs | logs -n x | config set log_file a.log | logs | env | env claude --shell bash | env codex --shell bash | env clude
-login --timeout x | login --timeout 0.05 --no-browser | login --paste | login --api-key= | login --api-key -x- | login --account a/b
-logout | logout --account zz | completion | stop
-sttus | --prot 1 | --port | --port abc | --host 192.0.2.1 | --api-key $NOPE | --api-key - | --demo --upstream http://x | --upstream localhost:8000
---upstream http://127.0.0.1:{dead} test | --upstream http://u:p@h test | serve extra | --log-level loud | --version=3 | version --help | serve --help"""
-
-
-def is_english(line) -> bool:
-    """Three English words in a row; what is typed, and code, is no sentence."""
-    line = re.sub(r"`[^`]*`|https?://\S+|python iflow2api\.py.*|config set \w+", "", line)
-    return bool(re.search(r"\b[A-Za-z]{2,}:? [a-z]{2,}:? [a-z]{2,}\b", line))
-
-
-@pytest.mark.parametrize("language", ["zh", "en"])
-def test_every_command_speaks_one_language(home_console, monkeypatch, capsys, upstream, language):
-    """zh: each line is wholly Chinese or wholly English; en: no Chinese.  In both what is wrong is said in one line."""
-    monkeypatch.setenv("IFLOW2API_LANGUAGE", language)
-    monkeypatch.setenv("IFLOW2API_DETECT_LOCAL", "false")
-    monkeypatch.setattr(ifl, "OAUTH_PORT", 0)
-    monkeypatch.setattr(ifl, "open_browser", lambda url, environ: False)
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        dead = free.getsockname()[1]
-    wrong, statuses = [], []
-    for line in re.split(r" \| |\n", WALK):
-        words = line.replace("{url}", upstream.url + "/v1").replace("{dead}", str(dead)).split(" ")
-        try:
-            statuses.append(ifl.main(words))
-        except SystemExit as help_shown:
-            statuses.append(help_shown.code)
-        out, err = capsys.readouterr()
-        for said in (out + err).splitlines():
-            is_code = re.match(r"export |codex\(|\w+ = |\s*[\[{}\]\"]|  python", said)
-            if is_code:
-                continue
-            if CHINESE_CHARACTER.search(said) and (language == "en" or is_english(said)):
-                wrong.append(f"{line}: {said}")
-        if statuses[-1] == 2:
-            assert len(err.strip().splitlines()) <= 2 and not out, (line, err)
-    assert not wrong, "\n".join(wrong)
-    assert set(statuses) == {0, 1, 2} and statuses.count(2) > 50
-
-
-@pytest.mark.parametrize("language", ["zh", "en"])
-def test_the_card_fits_into_80_columns(gateway, upstream, monkeypatch, language):
-    monkeypatch.setattr(ifl.CONSOLE, "language", language)
-    broken = provider("http://" + "very-long-name." * 9 + "example/v1", "long", api_keys=["$NOT_SET"])
-    for made in (gateway(), gateway(upstream, broken), gateway(upstream, custom_api_key="k" * 300)):
-        made.problems = ["config.json: port: a whole number of 1 at least expected, not " + "9" * 60]
-        with ifl.serve(made, port=0) as server:
-            lines = ifl._card(made, server, True)
-        assert all(ifl.columns_of(line) <= 80 for line in lines), lines
-    for name in ifl.COMMANDS:
-        assert all(ifl.columns_of(line) <= 80 or "python iflow2api.py" in line for line in ifl.command_help(name).splitlines()), name
-    assert all(ifl.columns_of(line) <= 80 for line in ifl.program_help().splitlines())
-
-
-# --- the log file ------------------------------------------------------------
-
-def test_log_file_is_private_bounded_and_without_secrets(home_console):
-    with running_console(IFLOW2API_LOG_FILE="logs/a.log", IFLOW2API_PROVIDERS='[{"name": "x"}]') as (_, url, reader):
-        card_of(reader)
-    path = home_console / ".iflow2api" / "logs" / "a.log"
-    assert os.name == "nt" or stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO iflow2api .* starts\n.* WARNING provider x is disabled", path.read_text())
-    handler = ifl._open_log(str(home_console / "b.log"))
-    handler.maxBytes = 1000
-    for number in range(200):
-        handler.handle(ifl.log.makeRecord("x", 30, "", 0, "%s Bearer sk-verysecret", (number,), None))
-    handler.close()
-    files = sorted(home_console.glob("b.log*"))
-    assert len(files) == 1 + ifl.LOG_FILES_KEPT and all(f.stat().st_size <= 1000 for f in files)
-    assert all(stat.S_IMODE(f.stat().st_mode) == 0o600 for f in files) and "verysecret" not in files[0].read_text()
-
-
-def test_a_log_file_that_cant_be_written_is_named_and_does_not_matter(home_console):
-    (home_console / "file").write_text("")
-    with running_console(IFLOW2API_LOG_FILE=str(home_console / "file" / "x.log")) as (_, url, reader):
-        said = card_of(reader)
-    assert "no log_file" in said and "warning" in said
-
-
-LOG = ("2026-01-01 00:00:01 INFO one\n2026-01-01 00:00:02 WARNING two\n2026-01-01 00:00:03 ERROR three\nTraceback\n  boom\n"
-       "2026-01-01 00:00:04 DEBUG four\n")
-
-
-@pytest.mark.parametrize("argv,shown", [
-    ((), ["zero", "one", "two", "three", "Traceback", "boom", "four"]), (("-n", "2"), ["boom", "four"]), (("-n2",), ["boom", "four"]),
-    (("-n", "0"), []), (("--level", "error"), ["three", "Traceback", "boom"]), (("--level", "warning", "-n", "1"), ["boom"]),
-    (("--level", "info"), ["zero", "one", "two", "three", "Traceback", "boom"])])
-def test_logs_shows_the_tail(home_console, capsys, monkeypatch, argv, shown):
-    monkeypatch.setenv("IFLOW2API_LOG_FILE", str(home_console / "a.log"))
-    (home_console / "a.log.1").write_text("2026-01-01 00:00:00 INFO zero\n")
-    (home_console / "a.log").write_text(LOG + "2026-01-01 00:00:05 INFO unfinis")
-    status, out, err = main(capsys, "logs", *argv)
-    assert status == 0 and [line.split()[-1] for line in out.splitlines()] == shown
-
-
-def test_logs_says_what_to_set(home_console, capsys, monkeypatch):
-    status, out, err = main(capsys, "logs")
-    assert status == 1 and "config set log_file" in err and not out
-    monkeypatch.setenv("IFLOW2API_LOG_FILE", "none.log")
-    status, out, err = main(capsys, "logs")
-    assert status == 1 and str(home_console / ".iflow2api" / "none.log") in err
-
-
-def test_logs_follow_over_a_rotation(home_console):
-    path = home_console / "a.log"
-    path.write_text("2026-01-01 00:00:01 INFO one\n")
-    process = subprocess.Popen([sys.executable, byte_code(), "logs", "-f", "--level", "info"], stdout=subprocess.PIPE,
-                               env={**os.environ, "IFLOW2API_LOG_FILE": str(path)})
-    try:
-        assert process.stdout.readline().split()[-1] == b"one"
-        with path.open("a") as file:
-            file.write("2026-01-01 00:00:01 DEBUG no\n2026-01-01 00:00:02 INFO t")
-            file.flush()
-            file.write("wo\n")
-        assert process.stdout.readline().split()[-1] == b"two"
-        os.rename(path, home_console / "a.log.1")
-        path.write_text("2026-01-01 00:00:03 INFO three\n")
-        assert process.stdout.readline().split()[-1] == b"three"
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-@pytest.mark.usefixtures("home_console")
-def test_verbose_logs_more():
-    for argv, words in (((), False), (("--verbose",), True)):
-        with running_console("--upstream", "http://127.0.0.1:1", *argv) as (_, url, reader):
-            __import__("urllib.request").request.urlopen(url + "/v1/models").read()
-            said = card_of(reader)
-            while words and "debug" not in said:
-                said += read_some(reader).decode()
-        assert ("debug" in said) == words
-
-
-# --- help and errors ---------------------------------------------------------
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.parametrize("locale", ["C.UTF-8", "zh_CN.UTF-8"])
-@pytest.mark.parametrize("name", ["", *ifl.COMMANDS])
-def test_help_is_complete_and_fits(capsys, monkeypatch, locale, name):
-    monkeypatch.setenv("LANG", locale)
-    with pytest.raises(SystemExit) as caught:
-        ifl.main([name, "--help"] if name else ["--help"])
-    text = capsys.readouterr().out
-    assert caught.value.code == 0
-    assert all(ifl.columns_of(line) <= 80 for line in text.splitlines()), [x for x in text.splitlines() if ifl.columns_of(x) > 80]
-    wanted = [flag for flag, facts in ifl.COMMANDS[name or "serve"].arguments if flag[0] == "-"]
-    wanted += ["--config-dir", *(ifl.COMMANDS if not name else [name])]
-    assert all(re.search(rf"(^|[\s,]){re.escape(word)}\b", text) for word in wanted)
-    assert bool(re.search("[\u4e00-\u9fff]", text)) == (locale[:2] == "zh")
-    if not name:
-        assert len(text.splitlines()) < 70
-
-
-@pytest.mark.usefixtures("home_console")
-def test_every_help_has_both_languages():
-    for name, command in ifl.COMMANDS.items():
-        for pair in (command.help, *(facts["help"] for flag, facts in command.arguments)):
-            assert len(pair) == 2 and all(pair) and re.search("[\u4e00-\u9fff]|debug", pair[0]), (name, pair)
-
-
-ERRORS = [
-    (["sttus"], "did you mean status?", "status"), (["--prot", "80"], "--port", "--port"), (["--port"], "--port N", "--port N"),
-    (["--port", "abc"], "a whole number from 0 to 65535", "整数，0 到 65535"), (["--port=99999"], "0 to 65535", "0 到 65535"),
-    (["--log-level", "loud"], "one of debug, info", "debug, info"), (["config", "get", "prot"], "did you mean port", "port"),
-    (["config", "frob"], "list, get, set", "list, get, set"), (["config", "get"], "config list", "config list"),
-    (["config", "set", "port"], "config set port VALUE", "config set port VALUE"),
-    (["config", "set", "language", "fr"], 'one of "", zh, en', '"", zh, en'),
-    (["config", "set", "providers", "x"], "a list as JSON", "JSON 列表"),
-    (["config", "set", "port", "-5"], "0 to 65535", "0 到 65535"),
-    (["config", "set", "upstream_proxy", "ftp://me:hunter2@x"], "socks5h://", "socks5h://"),
-    (["test", "a", "b"], "no use for 'b'", "'b'"), (["logs", "-n", "x"], "a whole number", "整数"),
-    (["logs", "--level", "loud"], "warning", "warning"), (["logs", "--folow"], "--follow", "--follow"),
-    (["env"], "env claude|codex|", "env claude|codex|"), (["env", "coedx"], "did you mean codex", "codex"),
-    (["--verbose=1"], "takes no value", "不带值"),
-    (["--port", "80", "stats"], "did you mean status?", "status"), (["status", "--no-browser"], "status has no flag", "status 没有"),
-    (["--api-key", "$NOPE"], "export NOPE=", "export NOPE="), (["--api-key", "-"], "--api-key - < FILE", "--api-key - <"),
-    (["--upstream", "foo"], "write http://foo", "http://foo")]
-
-
-@pytest.mark.parametrize("message", [                        # of 3.9, 3.12 and 3.15
-    "argument CLIENT: invalid choice: 'coedx' (choose from 'claude', 'codex')", "argument CLIENT: invalid choice: 'coedx' (choose from claude, codex)",
-    "argument CLIENT: invalid choice: 'coedx', maybe you meant 'codex'? (choose from 'claude', 'codex')"])
-def test_a_wrong_choice_is_told_alike_by_every_python(monkeypatch, message):
-    monkeypatch.setattr(ifl.CONSOLE, "language", "en")
-    assert ifl._complaint(message, "env") == "CLIENT can't be 'coedx'; one of claude, codex; did you mean codex?"
-
-
-@pytest.mark.usefixtures("home_console")
-@pytest.mark.skipif(os.name == "nt", reason="export is a word of other shells")
-@pytest.mark.parametrize("locale", ["C.UTF-8", "zh_CN.UTF-8"])
-@pytest.mark.parametrize("argv,en,zh", ERRORS)
-def test_errors_say_what_to_type(capsys, monkeypatch, argv, en, zh, locale):
-    monkeypatch.setenv("LANG", locale)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    status, out, err = main(capsys, *argv)
-    assert status == 2 and not out and err.count("\n") == 1 and "hunter2" not in err and "Traceback" not in err
-    assert err.startswith("错误：" if CHINESE_CHARACTER.search(err[3:]) else "error: ")
-    assert (zh if locale[:2] == "zh" else en) in err
-
-
-@pytest.mark.usefixtures("home_console")
-def test_flags_may_stand_anywhere(capsys, tmp_path):
-    for argv in (["config", "--show-secrets", "get", "port"], ["--config-dir", str(tmp_path), "config", "get", "port"],
-                 ["config", "get", "--config-dir=" + str(tmp_path), "port"]):
-        assert main(capsys, *argv) == (0, "28000\n", "")
-    assert main(capsys, "--port", "1", "--version")[1].startswith("iflow2api ")
-
-
-@pytest.mark.usefixtures("home_console")
-def test_a_proxy_without_its_switch_is_noticed(capsys):
-    status, out, err = main(capsys, "config", "set", "upstream_proxy", "socks5h://127.0.0.1:1080")
-    assert status == 0 and "config set upstream_proxy_enabled true" in err
-    main(capsys, "config", "set", "upstream_proxy_enabled", "true")
-    assert "enabled" not in main(capsys, "config", "set", "upstream_proxy", "env")[2]
-
-
-@pytest.mark.usefixtures("home_console")
-def test_a_port_in_use_names_a_free_one():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        status, out, err = run_console("--port", str(taken.getsockname()[1]))
-    assert status == 1 and not out and re.fullmatch(r"error: port \d+ .* is free: add --port \d+\n", err)
-
-
-@pytest.mark.usefixtures("home_console")
-def test_importing_and_serving_stay_light(tmp_path):
-    code = ("import sys; sys.path.insert(0, %r); import iflow2api as i; g = i.Gateway(i.Settings()); s = i.serve(g, port=0); s.close();"
-            "print([n for n in ('urllib.request', 'logging.handlers', 'argparse', 'ctypes', 'difflib')"
-            " if n in sys.modules])") % os.path.dirname(byte_code())
-    done = subprocess.run([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, timeout=60)
-    assert done.stdout.strip() == b"[]"
-
-
-# --- house rules -------------------------------------------------------------
-
-@pytest.mark.usefixtures("home_console")
-def test_house_rules():
-    for node in nodes():
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno < 60, node.name
-            arguments = [a for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
-            assert node.returns is not None and all(a.annotation for a in arguments), node.name
 
 
 # === 21. The official OpenAI SDK =============================================
