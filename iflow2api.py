@@ -14326,7 +14326,7 @@ ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)},
 # --- what a request says --------------------------------------------------------
 
 def bad_field(message: str) -> BadRequest:
-    """The error for a field: its name, perhaps with a place in it, is what the message begins with."""
+    """The error for a field, with whose name the message begins."""
     return BadRequest(message, param=re.split(r"\W", message, maxsplit=1)[0])
 
 
@@ -14547,13 +14547,14 @@ def show_usage(handler: Handler) -> None:
     total: Json = {name: sum(row[name] for row in rows) for name in USAGE_COUNTS}
     costs = [row["cost"] for row in rows if row["cost"] is not None]
     total["cost"] = sum(costs) if costs else None
-    handler.respond_json({"by": by, "days": days, "rows": [usage_json(row[by], row) for row in rows],
+    handler.respond_json({"by": by, "days": days,
                           "enabled": handler.server.gateway.settings.usage,
+                          "rows": [usage_json(row[by], row) for row in rows],
                           "total": usage_json("", total)})
 
 
 def csv_field(text: str) -> str:
-    """RFC 4180; a quote before what a spreadsheet would run as a formula: names come from clients."""
+    """RFC 4180; with a quote before what a spreadsheet would run as a formula."""
     text = "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
     return '"' + text.replace('"', '""') + '"' if re.search(r'[",\r\n]', text) else text
 
@@ -14750,7 +14751,7 @@ def show_config(handler: Handler) -> None:
 
 
 def provider_json(gateway: Gateway, provider: Provider, entry: Json, source: str) -> Json:
-    """A provider with its keys' state; `entry` is what the settings have, {} for one from elsewhere."""
+    """A provider with its keys' state; `entry`: of the settings, {} where it stems from elsewhere."""
     masked = hide_in_provider({
         "api_keys": entries_of(entry, "api_keys") or list(provider.api_keys),
         "headers": entry.get("headers") or {}, "proxy": provider.proxy or entry.get("proxy") or ""})
@@ -14853,7 +14854,7 @@ SET_ELSEWHERE = ("admin_password", "providers", "client_keys", "accounts")
 def change_config(gateway: Gateway, edit: Callable[[Json], None], version: Optional[str]) -> None:
     """Write config.json, which has to be of the `version` that the page showed (None: of any).
 
-    Where `edit` raises, nothing is written.  Conflict; GatewayError where the file can't be written.
+    Where `edit` raises, nothing is written.  Conflict; GatewayError where nothing can be.
     """
     if gateway.config is None:
         raise Conflict("this server has no config.json, so nothing can be changed here",
@@ -14904,8 +14905,9 @@ def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[str]) -> J
         if name in SET_ELSEWHERE:
             raise BadRequest(f"{name} is not changed here", param=name, code="set_elsewhere")
         if facts.get("file_only") and not is_shown:
-            raise Forbidden(f"{name} is set by the command line (config set) or in config.json only",
-                            param=name, code="file_only", should_retry=None)
+            raise Forbidden(
+                f"{name} is set by the command line (config set) or in config.json only",
+                param=name, code="file_only", should_retry=None)
         if name not in given:
             values[name] = None
         elif not (facts.get("secret") and shown and is_shown):
@@ -15362,7 +15364,7 @@ KEY_VARIABLE = "IFLOW2API_KEY"
 
 
 class Shell(NamedTuple):
-    """A shell's words for a variable, a comment, a command that stands for another one with flags."""
+    """A shell's words for a variable, a comment and a command with flags."""
     variable: str
     comment: str
     command: str
