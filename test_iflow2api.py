@@ -11434,7 +11434,7 @@ def test_a_compressed_body(server, upstream, encoding, pack):
 
 
 GZIPPED, UNFRAMED = {"Content-Encoding": "gzip"}, {"Content-Length": None}
-CHUNKED = {"Transfer-Encoding": "chunked", **UNFRAMED}
+IN_CHUNKS = {"Transfer-Encoding": "chunked", **UNFRAMED}
 BODY_FAULTS = [
     # id, headers, body, status, does the connection stay
     ("no length", UNFRAMED, b"", 411, False),
@@ -11452,11 +11452,11 @@ BODY_FAULTS = [
     ("NaN", {}, b'{"a": NaN}', 400, True), ("latin-1", {}, b'{"a": "\xe9"}', 400, True),
     ("empty", {"Content-Length": "0"}, b"", 400, True),
     ("deep", {}, b'{"messages":' + b"[" * 5_000, 400, True),
-    ("no chunk end", CHUNKED, b"5\r\nhelloX\r\n0\r\n\r\n", 400, False),
-    ("no chunk size", CHUNKED, b"x\r\n", 400, False),
-    ("negative chunk", CHUNKED, b"-5\r\nhello\r\n", 400, False),
-    ("CR in a chunk's line", CHUNKED, b"5 \r\r\nhello", 400, False),
-    ("chunks too large", CHUNKED, framed(b" " * 20_000) + b"0\r\n\r\n", 413, False)]
+    ("no chunk end", IN_CHUNKS, b"5\r\nhelloX\r\n0\r\n\r\n", 400, False),
+    ("no chunk size", IN_CHUNKS, b"x\r\n", 400, False),
+    ("negative chunk", IN_CHUNKS, b"-5\r\nhello\r\n", 400, False),
+    ("CR in a chunk's line", IN_CHUNKS, b"5 \r\r\nhello", 400, False),
+    ("chunks too large", IN_CHUNKS, framed(b" " * 20_000) + b"0\r\n\r\n", 413, False)]
 
 
 @pytest.mark.parametrize("headers, body, status, stays", [row[1:] for row in BODY_FAULTS],
@@ -11529,7 +11529,7 @@ def test_chunked_bodies(server, upstream):
     data = ifl.dump_json(wanted)
     chunked = b"".join(framed(data[at:at + 999])
                        for at in range(0, len(data), 999)) + b"0\r\nX-Trailer: 1\r\n\r\n"
-    begin = request_bytes(headers=CHUNKED)
+    begin = request_bytes(headers=IN_CHUNKS)
     with Client(server(upstream)) as client:
         for pieces in ([begin + chunked], [begin, *each_byte(chunked[:300]), chunked[300:]],
                        [begin, chunked[:1001], chunked[1001:]]):
@@ -11546,7 +11546,7 @@ def test_chunked_bodies(server, upstream):
 
 CUT_OFF = {"head": b"POST /v1/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nX-",
            "body": request_bytes(headers={"Content-Length": "99"}) + b"{",
-           "chunks": request_bytes(headers=CHUNKED) + b"5000\r\nhe"}
+           "chunks": request_bytes(headers=IN_CHUNKS) + b"5000\r\nhe"}
 
 
 @pytest.mark.parametrize("part", CUT_OFF.values(), ids=list(CUT_OFF))
@@ -11654,7 +11654,7 @@ def test_what_needs_no_key_keeps_nothing_of_a_body(server, path, framing):
     def sent(body):
         if framing == "length":
             return request_bytes(path=path, body=body, headers=GZIPPED)
-        return request_bytes(path=path, headers=CHUNKED) + (
+        return request_bytes(path=path, headers=IN_CHUNKS) + (
             framed(body) if body else b"") + b"0\r\n\r\n"
 
     with Client(running) as client:
@@ -11976,12 +11976,12 @@ def test_each_server_decides_by_its_own_address(server, gateway, upstream):
 
 
 LONG_KEY = {"custom_api_key": "sk-long-secret-key"}
-NAMED = {"client_keys": [key_entry("b", "sk-b")]}
+NAMED_KEY = {"client_keys": [key_entry("b", "sk-b")]}
 
 
 @pytest.mark.parametrize("host, keys, said", [
     ("127.0.0.1", {}, "need no key"), ("127.0.0.1", LONG_KEY, "need the key sk-…"),
-    ("127.0.0.1", NAMED, "need a client key"), ("0.0.0.0", NAMED, "need a client key"),
+    ("127.0.0.1", NAMED_KEY, "need a client key"), ("0.0.0.0", NAMED_KEY, "need a client key"),
     ("0.0.0.0", LONG_KEY, "need the key sk-…")])
 def test_card_health_and_page_say_alike_whether_a_key_is_needed(server, gateway, host, keys, said):
     running = server(gateway=gateway("http://127.0.0.1:9", **keys), host=host)
@@ -12269,180 +12269,133 @@ def test_a_server_of_another_gateway_may_be_the_upstream(server, upstream):
 
 # === 15. Messages and Responses over HTTP ====================================
 
+CHAT_PATH, MESSAGES_PATH, RESPONSES_PATH = (
+    "/v1/chat/completions", "/v1/messages", "/v1/responses")
+ALL_PATHS = (CHAT_PATH, MESSAGES_PATH, RESPONSES_PATH)
+
+#: A request that each of them takes.
+ASK = {"model": "x", "max_tokens": 9, "input": "q", "messages": MESSAGES}
+
+
 @pytest.fixture
-def dialects(tmp_path, monkeypatch):
-    """(fake, server): a server with one scripted provider `p`."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    fake = IFlowFake()
-    settings = ifl.Settings(providers=[{"name": "p", "base_url": fake.url}], default_model="m",
-                            keepalive_s=0.05)
-    server = ifl.serve(ifl.Gateway(settings), port=0)
-    yield fake, server
-    fake.gate.set()
-    server.close()
-    fake.close()
-
-
-def fetch(server, method, path):
-    """(status, body) of a request without a body."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    connection.request(method, path)
-    answer = connection.getresponse()
-    return answer.status, answer.read()
+def serving(server, upstream):
+    """A server with one provider, whose keep-alives come soon."""
+    return server(provider(upstream, "p"), default_model="m", keepalive_s=0.05)
 
 
 TOOL = {"type": "function", "function": {"name": "add",
                                          "parameters": {"type": "object", "properties": {}}}}
-TEXT = [iflow_chunk(role="assistant", content=""), iflow_chunk(content="Hel"),
-        iflow_chunk(content="lo"), iflow_chunk("stop"), "[DONE]"]
-CALLING = [iflow_chunk(tool_calls=[{"index": 0, "id": "call_9", "type": "function",
-                                    "function": {"name": "add", "arguments": ""}}]),
-           iflow_chunk(tool_calls=[{"index": 0, "function": {"arguments": '{"a": 1}'}}]),
-           iflow_chunk("tool_calls"), "[DONE]"]
+CALLING = sse(chunk(tool_calls=[{"index": 0, "id": "call_9", "type": "function",
+                                 "function": {"name": "add", "arguments": ""}}]),
+              chunk(tool_calls=[{"index": 0, "function": {"arguments": '{"a": 1}'}}]),
+              chunk(finish="tool_calls"), DONE)
 
 
-def records(data):
+def named_events(data):
     """(event name or None, data) of each record; comments are left out."""
     found = []
-    for record in data.decode().split("\n\n"):
-        lines = dict(line.split(": ", 1) for line in record.split("\n") if line
-                     and not line.startswith(":"))
-        if lines.get("data", "[DONE]") != "[DONE]":
+    for part in data.decode().split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in part.split("\n") if line[:1] not in ("", ":"))
+        if lines.get("data", DONE) != DONE:
             found.append((lines.get("event"), json.loads(lines["data"])))
     return found
 
 
-def test_messages_stream_over_http(dialects):
-    fake, server = dialects
-    fake.script = [copy.deepcopy(TEXT)]
-    status, headers, data = iflow_post(server, {"model": "claude-x", "max_tokens": 9,
-                                                "stream": True, "messages": [
-        {"role": "user", "content": "q"}]}, "/v1/messages?beta=true",
-        **{"anthropic-version": "2023-06-01"})
-    events = records(data)
-    assert status == 200 and headers["request-id"].startswith("req_")
-    assert headers["x-request-id"] == headers["request-id"]
-    assert [name for name, event in events] == [event["type"] for name, event in events]
-    assert [name for name, _ in events][0] == "message_start" and events[-1][0] == "message_stop"
-    assert fake.seen[0][1]["model"] == "m"
-    assert fake.seen[0][1]["stream_options"] == {"include_usage": True}
+def test_messages_stream_over_http(serving, upstream):
+    answer = post(serving, {**ASK, "model": "claude-x", "stream": True},
+                  MESSAGES_PATH + "?beta=true", anthropic_version="2023-06-01")
+    events = named_events(answer.body)
+    assert answer.status == 200 and answer.headers["request-id"].startswith("req_")
+    assert answer.headers["x-request-id"] == answer.headers["request-id"]
+    assert [name for name, _ in events] == [event["type"] for _, event in events]
+    assert (events[0][0], events[-1][0]) == ("message_start", "message_stop")
+    assert upstream.last.json["model"] == "m"
+    assert upstream.last.json["stream_options"] == {"include_usage": True}
 
 
-def test_error_after_the_first_event_is_in_band(dialects):
-    fake, server = dialects
-    broken = [iflow_chunk(content="Hi"), {"error": {"message": "slow down", "code": 429}}]
-    for path, name in (("/v1/messages", "error"), ("/v1/responses", "response.failed")):
-        fake.script = [copy.deepcopy(broken)]
-        status, _, data = iflow_post(server, {"model": "x", "max_tokens": 9, "stream": True,
-                                              "input": "q", "messages": [
-            {"role": "user", "content": "q"}]}, path)
-        events = records(data)
-        assert status == 200 and events[-1][0] == name and "slow down" in json.dumps(events[-1][1])
-        assert "Hi" in data.decode()
+def test_error_after_the_first_event_is_in_band(serving, upstream):
+    for path, name in ((MESSAGES_PATH, "error"), (RESPONSES_PATH, "response.failed")):
+        upstream.plays(sse(chunk("Hi"), {"error": {"message": "slow down", "code": 429}}))
+        answer = post(serving, {**ASK, "stream": True}, path)
+        last, facts = named_events(answer.body)[-1]
+        assert (answer.status, last) == (200, name) and "slow down" in json.dumps(facts)
+        assert b"Hi" in answer.body
 
 
-@pytest.mark.parametrize("path, ping",
-                         [("/v1/messages", b": keep-alive"), ("/v1/responses", b": keep-alive"),
-                                        ("/v1/chat/completions", b": keep-alive")])
-def test_error_after_a_keepalive_is_in_band(dialects, path, ping):
-    fake, server = dialects
-    fake.gate.clear()
-    fake.script = [(500, {"error": {"message": "broken", "type": "server_error"}})]
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    connection.request("POST", path, json.dumps({"model": "x", "max_tokens": 9, "stream": True,
-                                                 "input": "q", "messages": [
-        {"role": "user", "content": "q"}]}))
-    answer = connection.getresponse()
-    first = answer.read1(1000)
-    fake.gate.set()
-    rest = answer.read()
-    assert answer.status == 200 and first.startswith(ping) and b"broken" in rest
-    assert b"[DONE]" not in rest
-    if path == "/v1/responses":
-        assert [name for name, _ in records(rest)] == ["response.created", "response.failed"] or \
-            records(rest)[-1][0] == "response.failed"
+@pytest.mark.parametrize("path", ALL_PATHS)
+def test_error_after_a_keepalive_is_in_band(serving, upstream, path):
+    go, error = threading.Event(), {"error": {"message": "broken", "type": "server_error"}}
+    upstream.plays(lambda seen: go.wait(WAIT_S) and plain(error, 500))
+    with Client(serving) as client:
+        assert client.post({**ASK, "stream": True}, path=path).head()[0] == 200
+        assert client.piece().startswith(b": keep-alive")
+        go.set()
+        rest = client.pieces()
+    assert b"broken" in rest and b"[DONE]" not in rest
+    assert path != RESPONSES_PATH or named_events(rest)[-1][0] == "response.failed"
 
 
 @pytest.mark.parametrize("path, status, told", [
-    ("/v1/messages", 529, "overloaded_error"), ("/v1/responses", 503, "server_error"),
-    ("/v1/chat/completions", 200, None)])
+    (MESSAGES_PATH, 529, "overloaded_error"), (RESPONSES_PATH, 503, "server_error"),
+    (CHAT_PATH, 200, None)])
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_breaks_off_before_its_first_word_is_not_taken_for_an_empty_one(
-        dialects, path, status, told, stream):
-    fake, server = dialects
+        serving, upstream, path, status, told, stream):
     reason = "insufficient_system_resource"
-    plain = {**iflow_plain(None), "usage": {}}
-    plain["choices"][0]["finish_reason"] = reason
-    fake.script = [[iflow_chunk(role="assistant", content=""), iflow_chunk(reason), "[DONE]"]
-                   if stream else plain]
-    ask = {"model": "x", "max_tokens": 9, "input": "q",
-           "messages": [{"role": "user", "content": "q"}], "stream": stream}
-    answer = iflow_post(server, ask, path)
-    assert reason in answer[2].decode()
-    if stream and path == "/v1/responses":
-        events = records(answer[2])
-        assert answer[0] == 200
+    upstream.plays(sse(ROLE, chunk(finish=reason), DONE) if stream else
+                   plain({**completion(None, reason), "usage": {}}))
+    answer = post(serving, {**ASK, "stream": stream}, path)
+    assert reason in answer.body.decode()
+    if stream and path == RESPONSES_PATH:
+        events = named_events(answer.body)
+        assert answer.status == 200
         assert [name for name, _ in events] == ["response.created", "response.in_progress",
                                                 "response.failed"]
         assert events[-1][1]["response"]["error"]["code"] == "server_is_overloaded"
         return
-    assert answer[0] == status
-    if status != 200:
-        assert json.loads(answer[2])["error"]["type"] == told
+    assert answer.status == status and (status == 200 or answer.json["error"]["type"] == told)
 
 
-def test_a_broken_answer_leaves_room_for_another_upstream(dialects):
-    fake, server = dialects
-    server.gateway.apply(ifl.replace(server.gateway.settings, aliases={"x": ["m", "n"]}))
-    fake.script = [[iflow_chunk(role="assistant"), iflow_chunk("network_error"), "[DONE]"],
-                   copy.deepcopy(TEXT)]
-    events = records(iflow_post(server, {"model": "x", "input": "q", "stream": True},
-                                "/v1/responses")[2])
-    assert events[-1][0] == "response.completed"
-    assert [seen[1]["model"] for seen in fake.seen] == ["m", "n"]
+def test_a_broken_answer_leaves_room_for_another_upstream(server, upstream):
+    serving = server(upstream, aliases={"x": ["m", "n"]})
+    upstream.plays(sse(ROLE, chunk(finish="network_error"), DONE))
+    answer = post(serving, {"model": "x", "input": "q", "stream": True}, RESPONSES_PATH)
+    assert named_events(answer.body)[-1][0] == "response.completed"
+    assert [seen.json["model"] for seen in upstream.requests] == ["m", "n"]
 
 
-def test_codex_is_kept_awake_by_data(dialects):
-    fake, server = dialects
-    fake.gate.clear()
-    fake.script = [copy.deepcopy(TEXT)]
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    connection.request("POST", "/v1/responses", json.dumps(
-        {"model": "x", "input": "q", "stream": True}), {"originator": "codex_exec"})
-    answer = connection.getresponse()
-    assert answer.read1(1000).startswith(b'data: {"type":"ping"}')
-    fake.gate.set()
-    assert b"response.completed" in answer.read()
+def test_codex_is_kept_awake_by_data(serving, upstream):
+    go = threading.Event()
+    upstream.plays(lambda seen: go.wait(WAIT_S) and usual_reply(seen))
+    with Client(serving) as client:
+        client.post({**ASK, "stream": True}, path=RESPONSES_PATH,
+                    headers={"originator": "codex_exec"}).head()
+        assert client.piece().startswith(b'data: {"type":"ping"}')
+        go.set()
+        assert b"response.completed" in client.pieces()
 
 
-OVERFLOWS_IFLOW = [
-    {"error": {"message": "This model's maximum context length is 8192 tokens. However, you "
-               "requested 9000 tokens (8500 in the messages, 500 in the completion).",
-               "code": "context_length_exceeded"}},
-    {"error": {"message": "request (9000 tokens) exceeds the available context size (8192 "
-               "tokens), try increasing it",
-               "type": "exceed_context_size_error"}},
-    {"error": {"message": "Invalid request: Your request exceeded model token limit: 8192 "
-               "(requested: 9000)"}}]
+TOLD_OVERFLOWS = [
+    {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000 "
+                "tokens (8500 in the messages, 500 in the completion).",
+     "code": "context_length_exceeded"},
+    {"message": "request (9000 tokens) exceeds the available context size (8192 tokens), try "
+                "increasing it", "type": "exceed_context_size_error"},
+    {"message": "Invalid request: Your request exceeded model token limit: 8192 (requested: 9000)"}]
 
 
-@pytest.mark.parametrize("error", OVERFLOWS_IFLOW)
-def test_overflow_reaches_each_client_in_its_words(dialects, error):
-    fake, server = dialects
-    fake.script = [(400, error)] * 3
-    ask = {"model": "x", "max_tokens": 9, "input": "q",
-           "messages": [{"role": "user", "content": "q"}]}
-    status, _, data = iflow_post(server, ask, "/v1/messages")
-    text = json.loads(data)["error"]["message"]
-    assert status == 400
-    assert re.search(r"prompt is too long: (9000|8991|8500) tokens > 8192 maximum", text)
-    for path in ("/v1/chat/completions", "/v1/responses"):
-        status, _, data = iflow_post(server, ask, path)
-        assert status == 400
-        told = {**error["error"], "code": "context_length_exceeded"}
-        if path == "/v1/responses":
-            told = {"type": "invalid_request_error", "param": None, **told}
-        assert json.loads(data)["error"] == told
+@pytest.mark.parametrize("error", TOLD_OVERFLOWS)
+def test_overflow_reaches_each_client_in_its_words(serving, upstream, error):
+    upstream.plays(*[plain({"error": error}, 400)] * 3)
+    answer = post(serving, ASK, MESSAGES_PATH)
+    assert answer.status == 400 and re.search(
+        r"prompt is too long: (9000|8991|8500) tokens > 8192 maximum",
+        answer.json["error"]["message"])
+    told = {**error, "code": "context_length_exceeded"}
+    assert post(serving, ASK, CHAT_PATH).error == told
+    answer = post(serving, ASK, RESPONSES_PATH)
+    assert answer.status == 400
+    assert answer.error == {"type": "invalid_request_error", "param": None, **told}
 
 
 MISSING_MODELS = [
@@ -12461,135 +12414,103 @@ MISSING_MODELS = [
 
 
 @pytest.mark.parametrize("status, error", MISSING_MODELS)
-def test_a_model_the_upstream_does_not_know_is_a_404(dialects, status, error):
-    fake, server = dialects
-    fake.script = [(status, error)] * 3
-    ask = {"model": "x", "max_tokens": 9, "input": "q",
-           "messages": [{"role": "user", "content": "q"}]}
-    for path in ("/v1/chat/completions", "/v1/responses"):
-        told = iflow_post(server, ask, path)
-        said = json.loads(told[2])["error"]
-        assert (told[0], said["code"]) == (404, "model_not_found")
-        assert said.get("x") == error.get("error", {}).get("x")
-    told = iflow_post(server, ask, "/v1/messages")
-    assert told[0] == 404 and json.loads(told[2])["error"]["type"] == "not_found_error"
+def test_a_model_the_upstream_does_not_know_is_a_404(serving, upstream, status, error):
+    upstream.plays(*[plain(error, status)] * 3)
+    for path in (CHAT_PATH, RESPONSES_PATH):
+        answer = post(serving, ASK, path)
+        assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+        assert answer.error.get("x") == error.get("error", {}).get("x")
+    answer = post(serving, ASK, MESSAGES_PATH)
+    assert answer.status == 404 and answer.json["error"]["type"] == "not_found_error"
 
 
-@pytest.mark.parametrize("status, message, code", [
-    (429, "model m does not exist", "model_not_found"), (401, "model not found", None),
-    (500, "model not found", None),
-    (400, "The model does not support images. The file was not found", None),
-    (404, "404 page not found", None),
-    (400, "tool model_x not found", None)])
-def test_other_errors_are_no_missing_model(status, message, code):
-    assert not ifl.is_missing_model(status, message, code)
+def test_other_errors_are_no_missing_model():
+    for status, message, code in (
+            (429, "model m does not exist", "model_not_found"), (401, "model not found", None),
+            (500, "model not found", None), (404, "404 page not found", None),
+            (400, "The model does not support images. The file was not found", None),
+            (400, "tool model_x not found", None)):
+        assert not ifl.is_missing_model(status, message, code), message
 
 
-def test_count_tokens_and_telemetry_need_no_upstream(dialects):
-    fake, server = dialects
-    ask = {"model": "claude-x", "messages": [{"role": "user", "content": "hello " * 100}],
-           "tools": []}
-    status, _, data = iflow_post(server, ask, "/v1/messages/count_tokens?beta=true")
-    assert status == 200 and 50 < json.loads(data)["input_tokens"] < 400
-    assert iflow_post(server, {"model": "x"}, "/v1/messages/count_tokens")[0] == 400
-    assert iflow_post(server, {"events": []}, "/api/event_logging/batch")[0] == 200
-    assert iflow_post(server, {"events": []}, "/api/event_logging/v2/batch")[0] == 200
-    assert json.loads(iflow_post(server, {"model": "x", "input": "hello"},
-                                 "/v1/responses/input_tokens")[2])["input_tokens"] > 0
-    assert not fake.seen
+def test_count_tokens_and_telemetry_need_no_upstream(serving, upstream):
+    ask = {"model": "claude-x", "messages": [{"role": "user", "content": "hello " * 100}]}
+    path = MESSAGES_PATH + "/count_tokens"
+    assert 50 < post(serving, {**ask, "tools": []}, path + "?beta=true").json["input_tokens"] < 400
+    assert post(serving, {"model": "x"}, path).status == 400
+    for version in ("", "v2/"):
+        path = f"/api/event_logging/{version}batch"
+        assert post(serving, {"events": []}, path).status == 200
+    counted = post(serving, {"model": "x", "input": "hello"}, "/v1/responses/input_tokens")
+    assert counted.json["input_tokens"] > 0 and not upstream.requests
 
 
-def test_cache_warm_up_is_answered_here(dialects):
-    fake, server = dialects
-    ask = {"model": "claude-x", "max_tokens": 0, "messages": [{"role": "user", "content": "q"}]}
-    message = json.loads(iflow_post(server, ask, "/v1/messages")[2])
+def test_cache_warm_up_is_answered_here(serving, upstream):
+    message = post(serving, {**ASK, "max_tokens": 0}, MESSAGES_PATH).json
     assert message["content"] == [] and message["stop_reason"] == "max_tokens"
-    assert records(iflow_post(server, {**ask, "stream": True},
-                              "/v1/messages")[2])[-1][0] == "message_stop"
-    assert not fake.seen
+    answer = post(serving, {**ASK, "max_tokens": 0, "stream": True}, MESSAGES_PATH)
+    assert named_events(answer.body)[-1][0] == "message_stop" and not upstream.requests
 
 
-BAD_MESSAGES = [
-    {"messages": [{"role": "user", "content": "q"}]}, {"max_tokens": 9, "messages": []},
-    {"max_tokens": 9},
-    {"max_tokens": 9, "messages": [{"role": "robot", "content": "q"}]},
-    {"max_tokens": "9", "messages": [{"role": "user", "content": "q"}]},
-    {"max_tokens": 9, "messages": [{"role": "user", "content": [
+@pytest.mark.parametrize("facts", [
+    {"max_tokens": None}, {"messages": []}, {"messages": None}, {"max_tokens": "9"},
+    {"messages": [{"role": "robot", "content": "q"}]}, {"thread": {"id": "t"}},
+    {"messages": [{"role": "user", "content": [
         {"type": "image", "source": {"type": "file", "file_id": "f"}}]}]},
-    {"max_tokens": 9, "messages": [{"role": "user", "content": "q"}], "thread": {"id": "t"}},
-    {"max_tokens": 9, "messages": [{"role": "user", "content": "q"}],
-     "mcp_servers": [{"url": "http://x"}]},
-    {"max_tokens": 9, "messages": [{"role": "user", "content": "q"}],
-     "tools": [{"input_schema": {}}]}]
+    {"mcp_servers": [{"url": "http://x"}]}, {"tools": [{"input_schema": {}}]}])
+def test_bad_messages_requests(serving, upstream, facts):
+    body = {**ASK, **facts}
+    answer = post(serving, {name: value for name, value in body.items() if value is not None},
+                  MESSAGES_PATH)
+    assert answer.status == 400 and answer.json["type"] == "error"
+    assert answer.json["error"]["type"] == "invalid_request_error"
+    assert answer.json["request_id"] == answer.headers["request-id"] and not upstream.requests
 
 
-@pytest.mark.parametrize("body", BAD_MESSAGES)
-def test_bad_messages_requests(dialects, body):
-    fake, server = dialects
-    status, headers, data = iflow_post(server, {"model": "x", **body}, "/v1/messages")
-    error = json.loads(data)
-    assert status == 400 and error["type"] == "error"
-    assert error["error"]["type"] == "invalid_request_error"
-    assert error["request_id"] == headers["request-id"] and not fake.seen
+# --- stored responses ----------------------------------------------------------
+
+def test_responses_are_kept_and_dropped(serving, upstream):
+    first = post(serving, {"model": "x", "input": "one"}, RESPONSES_PATH).json
+    second = post(serving, {"model": "x", "input": "two", "previous_response_id": first["id"]},
+                  RESPONSES_PATH).json
+    assert [m["content"] for m in upstream.last.json["messages"]] == ["one", "Hello", "two"]
+    place = f"{RESPONSES_PATH}/{first['id']}"
+    assert get(serving, place).json == first
+    items = get(serving, f"{RESPONSES_PATH}/{second['id']}/input_items?order=asc&limit=2").json
+    assert len(items["data"]) == 2 and items["has_more"] and items["data"][0]["role"] == "user"
+    assert get(serving, place, "DELETE").json["deleted"] is True
+    assert get(serving, place).status == 404
+    answer = post(serving, {"model": "x", "input": "q", "previous_response_id": first["id"]},
+                  RESPONSES_PATH)
+    assert (answer.status, answer.error["code"]) == (400, "previous_response_not_found")
+    gone = post(serving, {"model": "x", "input": "q", "store": False}, RESPONSES_PATH).json
+    assert get(serving, f"{RESPONSES_PATH}/{gone['id']}").status == 404
 
 
-def test_responses_are_kept_and_dropped(dialects):
-    fake, server = dialects
-    fake.script = [iflow_plain("Hello"), iflow_plain("again")]
-    first = json.loads(iflow_post(server, {"model": "x", "input": "one"}, "/v1/responses")[2])
-    second = json.loads(iflow_post(server, {
-        "model": "x", "input": "two", "previous_response_id": first["id"]}, "/v1/responses")[2])
-    assert [m["content"] for m in fake.seen[-1][1]["messages"]] == ["one", "Hello", "two"]
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-
-    def call(method, path):
-        connection.request(method, path)
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
-
-    assert call("GET", f"/v1/responses/{first['id']}")[1] == first
-    status, items = call("GET", f"/v1/responses/{second['id']}/input_items?order=asc&limit=2")
-    assert status == 200 and len(items["data"]) == 2 and items["has_more"]
-    assert items["data"][0]["role"] == "user"
-    assert call("DELETE", f"/v1/responses/{first['id']}")[1]["deleted"] is True
-    assert call("GET", f"/v1/responses/{first['id']}")[0] == 404
-    status, _, data = iflow_post(server, {"model": "x", "input": "q",
-                                          "previous_response_id": first["id"]}, "/v1/responses")
-    assert status == 400 and json.loads(data)["error"]["code"] == "previous_response_not_found"
-    fake.script = [iflow_plain("secret")]
-    gone = json.loads(iflow_post(server, {"model": "x", "input": "q", "store": False},
-                                 "/v1/responses")[2])
-    assert call("GET", f"/v1/responses/{gone['id']}")[0] == 404
-
-
-def test_a_failed_response_is_kept(dialects):
-    fake, server = dialects
-    fake.script = [[iflow_chunk(content="Hi"), {"error": {"message": "broken", "code": 500}}]]
-    failed = records(iflow_post(server, {"model": "x", "input": "q", "stream": True},
-                                "/v1/responses")[2])[-1][1]["response"]
-    assert json.loads(fetch(server, "GET", f"/v1/responses/{failed['id']}")[1]) == failed
+def test_a_failed_response_is_kept(serving, upstream):
+    upstream.plays(sse(chunk("Hi"), {"error": {"message": "broken", "code": 500}}))
+    answer = post(serving, {**ASK, "stream": True}, RESPONSES_PATH)
+    failed = named_events(answer.body)[-1][1]["response"]
+    assert get(serving, f"{RESPONSES_PATH}/{failed['id']}").json == failed
     assert failed["status"] == "failed"
 
 
-def test_what_can_be_done_to_a_kept_response(dialects):
-    fake, server = dialects
-    place = "/v1/responses/" + json.loads(iflow_post(server, {"model": "x", "input": "q"},
-                                                     "/v1/responses")[2])["id"]
-    for method, path, status in (("POST", place, 405), ("GET", place + "/cancel", 404),
-                                 ("DELETE", place + "/input_items", 404), ("GET", place, 200),
-                                 ("GET", place + "/input_items?after=item_0", 200),
-                                 ("GET", place + "/input_items?after=no", 400)):
-        assert fetch(server, method, path)[0] == status, (method, path)
+def test_what_can_be_done_to_a_kept_response(serving):
+    place = f"{RESPONSES_PATH}/{post(serving, ASK, RESPONSES_PATH).json['id']}"
+    for method, end, status in (("POST", "", 405), ("GET", "/cancel", 404),
+                                ("DELETE", "/input_items", 404), ("GET", "", 200),
+                                ("GET", "/input_items?after=item_0", 200),
+                                ("GET", "/input_items?after=no", 400)):
+        assert get(serving, place + end, method).status == status, (method, end)
 
 
-@pytest.mark.parametrize("field",
-                         [{"background": True}, {"prompt": {"id": "p"}}, {"conversation": "c"},
-                                   {"previous_response_id": "resp_x", "conversation": "c"}])
-def test_what_responses_cannot_do_is_refused(dialects, field):
-    fake, server = dialects
-    status, _, data = iflow_post(server, {"model": "x", "input": "q", **field}, "/v1/responses")
-    assert status == 400 and json.loads(data)["error"]["type"] == "invalid_request_error"
-    assert not fake.seen
+@pytest.mark.parametrize("field", [
+    {"background": True}, {"prompt": {"id": "p"}}, {"conversation": "c"},
+    {"previous_response_id": "resp_x", "conversation": "c"}])
+def test_what_responses_cannot_do_is_refused(serving, upstream, field):
+    answer = post(serving, {"model": "x", "input": "q", **field}, RESPONSES_PATH)
+    assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
+    assert not upstream.requests
 
 
 def test_the_response_store(clock):
@@ -12614,109 +12535,92 @@ def test_the_response_store_is_bounded(monkeypatch):
     monkeypatch.setattr(ifl.ResponseStore, "LIMIT_BYTES", 2000)
     store = ifl.ResponseStore()
     for number in range(100):
-        store.keep({"id": str(number), "output": []}, [{"text": "x" * 50}])
-        store.keep({"id": str(number), "output": []}, [{"text": "x" * 50}])
+        for _ in range(2):
+            store.keep({"id": str(number), "output": []}, [{"text": "x" * 50}])
     assert store.find("94") is None and store.find("95") and 0 < store._size < 700
     store.keep({"id": "big", "output": []}, [{"text": "x" * 3000}])
     assert store.find("99") is store.find("big") is None and store._size == 0
 
 
-def test_kept_responses_belong_to_the_key_that_made_them(dialects):
-    fake, server = dialects
-    gateway = server.gateway
-    (alice, bob), entries = zip(*(ifl.make_client_key(name, {})
-                                  for name in ("alice", "custom_api_key")))
-    gateway.apply(ifl.replace(gateway.settings, custom_api_key="sk-common",
-                              client_keys=list(entries)))
+def test_kept_responses_belong_to_the_key_that_made_them(server, upstream):
+    serving = server(upstream, custom_api_key="sk-common", client_keys=[
+        key_entry("alice", "sk-alice"), key_entry("custom_api_key", "sk-bob")])
 
-    def ask(key, path="/v1/responses", body=None, method="POST"):
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-        connection.request(method, path, json.dumps({"model": "x", **body}) if body else None,
-                           {"authorization": f"Bearer {key}"})
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+    def ask(key, body=None, path=RESPONSES_PATH, method="POST"):
+        with Client(serving) as client:
+            return client.request(method, path, {"model": "x", **body} if body else b"",
+                                  headers={"Authorization": "Bearer " + key}).answer()
 
-    _, made = ask(alice, body={"input": "secret"})
-    place = f"/v1/responses/{made['id']}"
+    made = ask("sk-alice", {"input": "secret"}).json
+    place = f"{RESPONSES_PATH}/{made['id']}"
     following = {"input": "q", "previous_response_id": made["id"]}
     item = {"input": [{"type": "item_reference", "id": made["output"][0]["id"]},
                       {"role": "user", "content": "q"}]}
-    for other in (bob, "sk-common"):
-        assert ask(other, body=following)[1]["error"]["code"] == "previous_response_not_found"
-        assert ask(other, body=item)[0] == 400
-        assert [ask(other, place + end, method=method)[0] for method, end in (
-            ("GET", ""), ("GET", "/input_items"), ("DELETE", ""))] == [404] * 3
-    assert ask(alice, body=following)[0] == ask(alice, body=item)[0] == ask(
-        alice, place, method="GET")[0] == 200
-    assert ask(alice, place, method="DELETE")[0] == 200
-    assert ask(alice, place, method="GET")[0] == 404
-    _, made = ask("sk-common", body={"input": "q"})
-    gateway.apply(ifl.replace(gateway.settings, custom_api_key="", client_keys=[]))
-    assert ask("any", f"/v1/responses/{made['id']}", method="GET")[0] == 200
+    for other in ("sk-bob", "sk-common"):
+        assert ask(other, following).error["code"] == "previous_response_not_found"
+        assert ask(other, item).status == 400
+        for method, end in (("GET", ""), ("GET", "/input_items"), ("DELETE", "")):
+            assert ask(other, None, place + end, method).status == 404
+    assert ask("sk-alice", following).status == ask("sk-alice", item).status == 200
+    for method, status in (("GET", 200), ("DELETE", 200), ("GET", 404)):
+        assert ask("sk-alice", None, place, method).status == status
+    made = ask("sk-common", {"input": "q"}).json
+    serving.gateway.apply(settings_for([upstream]))
+    assert ask("any", None, f"{RESPONSES_PATH}/{made['id']}", "GET").status == 200
 
 
-def test_the_three_dialects_reach_the_upstream_alike(dialects):
-    fake, server = dialects
-    system, question = "Be brief.", "What is 1+1?"
-    asks = [
-        ("/v1/chat/completions", {"messages": [{"role": "system", "content": system},
-                                               {"role": "user", "content": question}],
-                                  "tools": [TOOL], "max_tokens": 50}),
-        ("/v1/messages", {"system": system, "messages": [{"role": "user", "content": question}],
-                          "max_tokens": 50,
-                          "tools": [{"name": "add", "input_schema": TOOL["function"][
-                              "parameters"]}]}),
-        ("/v1/responses", {"instructions": system, "input": question, "max_output_tokens": 50,
-                           "tools": [
-            {"type": "function", "name": "add", "parameters": TOOL["function"]["parameters"]}]})]
-    for path, body in asks:
-        assert iflow_post(server, {"model": "m", **body}, path)[0] == 200
-    assert fake.seen[0][1] == fake.seen[1][1] == fake.seen[2][1]
+def test_the_three_dialects_reach_the_upstream_alike(serving, upstream):
+    system, question = "Be brief.", {"role": "user", "content": "What is 1+1?"}
+    schema = TOOL["function"]["parameters"]
+    for path, body in (
+            (CHAT_PATH, {"messages": [{"role": "system", "content": system}, question],
+                         "tools": [TOOL], "max_tokens": 50}),
+            (MESSAGES_PATH, {"system": system, "messages": [question], "max_tokens": 50,
+                             "tools": [{"name": "add", "input_schema": schema}]}),
+            (RESPONSES_PATH, {"instructions": system, "input": question["content"],
+                              "max_output_tokens": 50, "tools": [
+                                  {"type": "function", "name": "add", "parameters": schema}]})):
+        assert post(serving, {"model": "m", **body}, path).status == 200
+    first, second, third = (seen.json for seen in upstream.requests)
+    assert first == second == third
 
 
-def test_a_model_is_found_under_each_name_that_leads_to_it(dialects):
-    fake, server = dialects
-    gateway = server.gateway
-    key, entry = ifl.make_client_key("alice", {"models": ["p/a"]})
-    providers = [{"name": name, "base_url": fake.url, "models": models} for name,
-                 models in (("p", ["a", "o/b"]), ("q", ["a"]))]
-    gateway.apply(ifl.replace(gateway.settings, providers=providers))
+def test_a_model_is_found_under_each_name_that_leads_to_it(server, upstream):
+    serving = server(provider(upstream, "p", models=["a", "o/b"]),
+                     provider(upstream, "q", models=["a"]))
+    gateway = serving.gateway
     for name, owner in (("a", "p"), ("p/a", "p"), ("p/o/b", "p"), ("o/b", "p"), ("q/a", "q")):
         model = ifl.find_model(gateway, name)
         assert (model["id"], model["owned_by"]) == (name, owner)
-    assert ifl.find_model(gateway, "p/zzz") is ifl.find_model(gateway, "x/a") is ifl.find_model(
-        gateway, "p/") is None
-    status, data = fetch(server, "GET", "/v1/models/p%2Fa")
-    assert (status, json.loads(data)["id"]) == (200, "p/a")
-    assert fetch(server, "GET", "/v1/models/q/b")[0] == 404
-    alice = ifl.parse_client_key(entry)
+    for name in ("p/zzz", "x/a", "p/"):
+        assert ifl.find_model(gateway, name) is None
+    assert get(serving, "/v1/models/p%2Fa").json["id"] == "p/a"
+    assert get(serving, "/v1/models/q/b").status == 404
+    alice = ifl.parse_client_key(key_entry("alice", "sk-alice", models=["p/a"]))
     assert ifl.find_model(gateway, "p/a", alice) and ifl.find_model(gateway, "q/a", alice) is None
 
 
-def test_compact(dialects):
-    fake, server = dialects
-    fake.script = [iflow_plain("the summary")]
-    status, _, data = iflow_post(server, {
-        "model": "x", "input": [{"role": "user", "content": "long talk"}]}, "/v1/responses/compact")
-    answer = json.loads(data)
-    assert status == 200 and answer["object"] == "response.compaction"
+def test_compact(serving, upstream):
+    compact, summary = RESPONSES_PATH + "/compact", plain(completion("the summary"))
+    upstream.plays(summary)
+    talk = {"model": "x", "input": [{"role": "user", "content": "long talk"}]}
+    answer = post(serving, talk, compact).json
+    assert answer["object"] == "response.compaction"
     assert answer["output"][-1]["type"] == "compaction"
-    fake.script = [iflow_plain("ok")] * 2
     for body in ({"input": [answer["output"][-1], {"role": "user", "content": "go on"}]},
                  {"input": "go on", "previous_response_id": answer["id"]}):
-        assert iflow_post(server, {"model": "x", **body}, "/v1/responses")[0] == 200
-        assert "the summary" in json.dumps(fake.seen[-1][1]["messages"])
-    fake.script = [iflow_plain("the summary")]
-    status, headers, data = iflow_post(server, {"model": "x", "stream": True,
-                                                "input": "long talk"}, "/v1/responses/compact")
-    assert headers["content-type"] == "application/json"
-    assert json.loads(data)["object"] == "response.compaction"
-    assert not fake.seen[-1][1].get("stream")
+        assert post(serving, {"model": "x", **body}, RESPONSES_PATH).status == 200
+        assert "the summary" in json.dumps(upstream.last.json["messages"])
+    upstream.plays(summary)
+    answer = post(serving, {"model": "x", "stream": True, "input": "long talk"}, compact)
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json["object"] == "response.compaction"
+    assert not upstream.last.json.get("stream")
 
 
 # --- the official SDKs -------------------------------------------------------
 
-def sdk_iflow(name):
+def sdk_named(name):
     """The SDK, a skip where it is missing, a failure where it was promised."""
     try:
         return __import__(name)
@@ -12726,167 +12630,147 @@ def sdk_iflow(name):
         pytest.skip(f"needs the {name} SDK")
 
 
-def test_anthropic_sdk(dialects):
-    anthropic = sdk_iflow("anthropic")
-    fake, server = dialects
-    client = anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
-    ask = {"model": "claude-x", "max_tokens": 50, "messages": [{"role": "user", "content": "q"}]}
-    fake.script = [iflow_plain("Hello")]
-    assert client.messages.create(**ask).content[0].text == "Hello"
-    fake.script = [copy.deepcopy(TEXT)]
-    with client.messages.stream(**ask) as stream:
+@pytest.fixture
+def claude(serving):
+    """(the anthropic SDK, its client)"""
+    anthropic = sdk_named("anthropic")
+    return anthropic, anthropic.Anthropic(base_url=serving.url, api_key="k", max_retries=0)
+
+
+@pytest.fixture
+def gpt(serving):
+    """(the openai SDK, its client)"""
+    openai = sdk_named("openai")
+    return openai, openai.OpenAI(base_url=serving.url + "/v1", api_key="k", max_retries=0)
+
+
+CLAUDE_ASK = {"model": "claude-x", "max_tokens": 50, "messages": MESSAGES}
+PICTURE_BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+PICTURE_URL = "data:image/png;base64,AAAA"
+
+
+def test_anthropic_sdk(claude, upstream):
+    _, client = claude
+    assert client.messages.create(**CLAUDE_ASK).content[0].text == "Hello"
+    with client.messages.stream(**CLAUDE_ASK) as stream:
         assert "".join(stream.text_stream) == "Hello"
         assert stream.get_final_message().stop_reason == "end_turn"
-    fake.script = [copy.deepcopy(CALLING)]
+    upstream.plays(CALLING)
     tools = [{"name": "add", "input_schema": {"type": "object"}}]
-    with client.messages.stream(**ask, tools=tools) as stream:
+    with client.messages.stream(**CLAUDE_ASK, tools=tools) as stream:
         block = stream.get_final_message().content[0]
     assert (block.type, block.name, block.input,
             block.id) == ("tool_use", "add", {"a": 1}, "call_9")
-    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
-                                           "data": "AAAA"}}
-    fake.script = [iflow_plain("a picture")]
-    client.messages.create(**{**ask, "messages": [{"role": "user", "content": [picture]}]})
-    assert fake.seen[-1][1]["messages"][0]["content"][0]["image_url"][
-        "url"] == "data:image/png;base64,AAAA"
-    assert client.messages.count_tokens(model="x", messages=ask["messages"]).input_tokens > 0
-    assert [m.id for m in client.models.list()] is not None
+    client.messages.create(**{**CLAUDE_ASK, "messages": [{"role": "user", "content": [PICTURE_BLOCK]}]})
+    assert upstream.last.json["messages"][0]["content"][0]["image_url"]["url"] == PICTURE_URL
+    assert client.messages.count_tokens(model="x", messages=MESSAGES).input_tokens > 0
+    assert [m.id for m in client.models.list()][:3] == list(ifl.CLAUDE_MODELS.values())
 
 
-def test_anthropic_sdk_errors(dialects):
-    anthropic = sdk_iflow("anthropic")
-    fake, server = dialects
-    client = anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
-    ask = {"model": "claude-x", "max_tokens": 50, "messages": [{"role": "user", "content": "q"}]}
+def test_anthropic_sdk_errors(claude, upstream):
+    anthropic, client = claude
     for status, name in ((400, "BadRequestError"), (401, "PermissionDeniedError"),
                          (404, "NotFoundError"), (422, "BadRequestError"),
                          (429, "RateLimitError"), (500, "InternalServerError"),
                          (503, "InternalServerError")):
-        fake.script = [(status, {"error": {"message": "no"}})]
+        upstream.plays(plain({"error": {"message": "no"}}, status))
         with pytest.raises(getattr(anthropic, name)) as caught:
-            client.messages.create(**ask)
+            client.messages.create(**CLAUDE_ASK)
         assert caught.value.request_id.startswith("req_")
+        assert status != 429 or caught.value.response.headers[
+            "retry-after"] == str(ifl.DEFAULT_RETRY_AFTER_S)
     # the upstream dies in mid-answer
-    fake.script = [[iflow_chunk(content="Hi")]]
+    upstream.plays(sse(chunk("Hi"), end=False))
     with pytest.raises(anthropic.APIError):
-        with client.messages.stream(**ask) as stream:
+        with client.messages.stream(**CLAUDE_ASK) as stream:
             stream.get_final_message()
+    upstream.plays(plain({"error": {"message": "Range of input length should be [1, 30720]"}}, 400))
+    with pytest.raises(anthropic.BadRequestError,
+                       match="prompt is too long: 30721 tokens > 30720 maximum"):
+        client.messages.create(**CLAUDE_ASK)
+    upstream.plays(*[plain({"error": {"message": "no", "code": "insufficient_quota"}}, 429)] * 2)
+    with pytest.raises(anthropic.RateLimitError):        # is not tried again
+        client.with_options(max_retries=3).messages.create(**CLAUDE_ASK)
+    assert len(upstream.script) == 1
 
 
-def test_anthropic_sdk_thinking_and_parallel_calls(dialects):
+def test_anthropic_sdk_thinking_and_parallel_calls(claude, upstream):
     """What it accumulates from a stream goes back as it is, with the results, and reaches the
     upstream in order.
     """
-    anthropic = sdk_iflow("anthropic")
-    fake, server = dialects
-    client = anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
+    _, client = claude
     ask = {"model": "claude-x", "max_tokens": 5000,
            "thinking": {"type": "enabled", "budget_tokens": 1024},
            "tools": [{"name": "add", "input_schema": {"type": "object"}}]}
-    calls = [{"index": i, "id": ident, "type": "function",
-              "function": {"name": "add", "arguments": ""}}
-             for i, ident in enumerate(["one", "functions.add:1"])]
-    fake.script = [[iflow_chunk(reasoning_content="be"), iflow_chunk(reasoning_content="cause"),
-                    iflow_chunk(content="so"),
-                    iflow_chunk(tool_calls=[calls[0]]), iflow_chunk(tool_calls=[calls[1]]),
-                    iflow_chunk(tool_calls=[{"index": 1, "function": {"arguments": '{"b": 2}'}}]),
-                    iflow_chunk(tool_calls=[{"index": 0, "function": {"arguments": '{"a": 1,}'}}]),
-                    iflow_chunk("tool_calls"), "[DONE]"]]
-    question = {"role": "user", "content": "q"}
-    with client.messages.stream(**ask, messages=[question]) as stream:
+    idents = ["one", "functions.add:1"]
+    upstream.plays(sse(
+        chunk(reasoning_content="be"), chunk(reasoning_content="cause"), chunk("so"),
+        *(chunk(tool_calls=[{"index": at, "id": ident, "type": "function",
+                             "function": {"name": "add", "arguments": ""}}])
+          for at, ident in enumerate(idents)),
+        *(chunk(tool_calls=[{"index": at, "function": {"arguments": text}}])
+          for at, text in ((1, '{"b": 2}'), (0, '{"a": 1,}'))), chunk(finish="tool_calls"), DONE))
+    with client.messages.stream(**ask, messages=MESSAGES) as stream:
         message = stream.get_final_message()
     assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
     thought, _, *uses = message.content
     assert thought.thinking == "because" and thought.signature
-    assert [u.input for u in uses] == [{"a": 1}, {"b": 2}]
+    assert [use.input for use in uses] == [{"a": 1}, {"b": 2}]
     assert message.stop_reason == "tool_use" and re.fullmatch("[A-Za-z0-9_-]+", uses[1].id)
-    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
-                                           "data": "AAAA"}}
     results = [{"type": "tool_result", "tool_use_id": uses[0].id,
-                "content": [{"type": "text", "text": "3"}, picture]},
+                "content": [{"type": "text", "text": "3"}, PICTURE_BLOCK]},
                {"type": "tool_result", "tool_use_id": uses[1].id, "content": "no",
                 "is_error": True}]
-    fake.script = [iflow_plain("done")]
-    client.messages.create(**ask, messages=[question,
-                                            {"role": "assistant", "content": message.content},
-                                            {"role": "user", "content": results}])
-    _, said, first, second, rest = fake.seen[-1][1]["messages"]
+    client.messages.create(**ask, messages=[
+        *MESSAGES, {"role": "assistant", "content": message.content},
+        {"role": "user", "content": results}])
+    _, said, first, second, rest = upstream.last.json["messages"]
     assert said["reasoning_content"] == "because" and said["content"] == "so"
-    assert [c["id"] for c in said["tool_calls"]] == ["one", "functions.add:1"] == [
+    assert [call["id"] for call in said["tool_calls"]] == idents == [
         first["tool_call_id"], second["tool_call_id"]]
     assert first["content"].startswith("3") and second["content"] == "[tool error] no"
-    assert rest["content"][-1]["image_url"]["url"] == "data:image/png;base64,AAAA"
+    assert rest["content"][-1]["image_url"]["url"] == PICTURE_URL
 
 
-def test_anthropic_sdk_hears_of_overflow_and_when_to_come_back(dialects):
-    anthropic = sdk_iflow("anthropic")
-    fake, server = dialects
-    client = anthropic.Anthropic(base_url=server.url, api_key="k", max_retries=0)
-    ask = {"model": "claude-x", "max_tokens": 50, "messages": [{"role": "user", "content": "q"}]}
-    fake.script = [(400, {"error": {"message": "Range of input length should be [1, 30720]"}})]
-    with pytest.raises(anthropic.BadRequestError,
-                       match="prompt is too long: 30721 tokens > 30720 maximum"):
-        client.messages.create(**ask)
-    fake.script = [(429, {"error": {"message": "slow down"}})]
-    with pytest.raises(anthropic.RateLimitError) as caught:
-        client.messages.create(**ask)
-    assert caught.value.response.headers["retry-after"] == str(ifl.DEFAULT_RETRY_AFTER_S)
-    fake.script = [(429, {"error": {"message": "no", "code": "insufficient_quota"}})] * 2
-    with pytest.raises(anthropic.RateLimitError):
-        client.with_options(max_retries=3).messages.create(**ask)
-    assert len(fake.script) == 1
-    assert [m.id for m in client.models.list()][:3] == list(ifl.CLAUDE_MODELS.values())
-
-
-def test_openai_sdk_responses(dialects):
-    openai = sdk_iflow("openai")
-    fake, server = dialects
-    client = openai.OpenAI(base_url=server.url + "/v1", api_key="k", max_retries=0)
-    fake.script = [iflow_plain("Hello")]
+def test_openai_sdk_responses(gpt, upstream):
+    openai, client = gpt
     first = client.responses.create(model="gpt-x", input="q")
     assert first.output_text == "Hello" and first.status == "completed"
-    assert fake.seen[-1][1]["model"] == "m"
-    fake.script = [iflow_plain("more")]
+    assert upstream.last.json["model"] == "m"
+    upstream.plays(plain(completion("more")))
     assert client.responses.create(model="gpt-x", input="r",
                                    previous_response_id=first.id).output_text == "more"
-    fake.script = [copy.deepcopy(TEXT)]
     with client.responses.stream(model="gpt-x", input="q") as stream:
         assert "".join(e.delta for e in stream if e.type == "response.output_text.delta") == "Hello"
         assert stream.get_final_response().output_text == "Hello"
-    fake.script = [copy.deepcopy(CALLING)]
-    tools = [{"type": "function", "name": "add",
-              "parameters": {"type": "object", "properties": {}}, "strict": False}]
+    upstream.plays(CALLING)
+    tools = [{"type": "function", **TOOL["function"], "strict": False}]
     with client.responses.stream(model="gpt-x", input="q", tools=tools) as stream:
         call = stream.get_final_response().output[0]
     assert (call.type, call.name, call.arguments,
             call.call_id) == ("function_call", "add", '{"a": 1}', "call_9")
     with pytest.raises(openai.BadRequestError):
         client.responses.create(model="gpt-x", input="q", previous_response_id="resp_nothing")
-    fake.script = [(429, {"error": {"message": "no"}})]
+    upstream.plays(plain({"error": {"message": "no"}}, 429))
     with pytest.raises(openai.RateLimitError):
         client.responses.create(model="gpt-x", input="q")
 
 
-def test_openai_sdk_parses_structured_output(dialects):
-    openai = sdk_iflow("openai")
-    pydantic = sdk_iflow("pydantic")
-    fake, server = dialects
-    answer = pydantic.create_model("Answer", number=(int, ...))
-    client = openai.OpenAI(base_url=server.url + "/v1", api_key="k", max_retries=0)
-    fake.script = [iflow_plain('{"number": 7}')]
-    assert client.responses.parse(model="gpt-x", input="q",
+def test_openai_sdk_parses_structured_output(gpt, upstream):
+    answer = sdk_named("pydantic").create_model("Answer", number=(int, ...))
+    upstream.plays(plain(completion('{"number": 7}')))
+    assert gpt[1].responses.parse(model="gpt-x", input="q",
                                   text_format=answer).output_parsed.number == 7
-    assert fake.seen[-1][1]["response_format"]["type"] == "json_schema"
+    assert upstream.last.json["response_format"]["type"] == "json_schema"
 
 
 @pytest.mark.parametrize("preserve, content, reasoning",
                          [(False, "think\n\nanswer", None), (True, "answer", "think")])
 def test_openai_sdk_reads_iflow_reasoning(iflow, preserve, content, reasoning):
-    openai = sdk_iflow("openai")
     fake, start = iflow
     server = start(preserve_reasoning_content=preserve)
-    client = openai.OpenAI(base_url=server.url + "/v1", api_key="k", max_retries=0)
-    ask = {"model": "glm-5", "messages": [{"role": "user", "content": "q"}]}
+    client = sdk_named("openai").OpenAI(base_url=server.url + "/v1", api_key="k", max_retries=0)
+    ask = {"model": "glm-5", "messages": MESSAGES}
     fake.script = [iflow_plain("answer", reasoning_content="think"),
                    [iflow_chunk(reasoning_content="think"), iflow_chunk(content="answer"),
                     iflow_chunk("stop")]]
@@ -12896,97 +12780,6 @@ def test_openai_sdk_reads_iflow_reasoning(iflow, preserve, content, reasoning):
               for chunk in client.chat.completions.create(**ask, stream=True)]
     assert "".join(d.content or "" for d in deltas) == content
     assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == (reasoning or "")
-
-
-# --- env ---------------------------------------------------------------------
-
-@pytest.mark.parametrize("client", list(ifl.CLIENTS))
-@pytest.mark.parametrize("shell", list(ifl.SHELLS))
-def test_env_prints_what_the_client_needs(tmp_path, monkeypatch, capsys, client, shell):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("IFLOW2API_CUSTOM_API_KEY", "sk-it's")
-    assert ifl.main(["env", client, "--shell", shell, "--port", "4321", "--model", "glm-5",
-                     "--config-dir", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "127.0.0.1:4321" in out and "IFLOW2API_CUSTOM" not in out and "URL/" not in out
-    assert "sk-it" in out
-
-
-def env_json(capsys, tmp_path, config, *flags):
-    """(variables, what was said) of `env claude --json` with this config.json."""
-    (tmp_path / "config.json").write_text(json.dumps({"detect_local": False, **config}))
-    assert ifl.main(["env", "claude", "--json", "--config-dir", str(tmp_path), *flags]) == 0
-    said = capsys.readouterr()
-    return json.loads(said.out)["env"], said.err
-
-
-CLAUDE_ENV = [
-    ({}, {}),
-    ({"default_model": "m"}, dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m")),
-    ({"default_model": "m", "aliases": {"claude-haiku-*": "s"}},
-     {**dict.fromkeys("MODEL OPUS SONNET".split(), "m"), "HAIKU": "claude-haiku-4-5",
-      "SMALL": "claude-haiku-4-5"}),
-    ({"default_model": "m", "aliases": {"claude-*": "s"}},
-     {"MODEL": "claude-sonnet-4-6", "OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6",
-      "HAIKU": "claude-haiku-4-5",
-      "SMALL": "claude-haiku-4-5"}),
-    ({"providers": [{"name": "p", "base_url": "http://h/v1",
-                     "models": [{"id": "m", "context": 65536}]}]},
-     {**dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m"), "CONTEXT": "65536"})]
-
-
-@pytest.mark.parametrize("config, models", CLAUDE_ENV)
-def test_env_claude_names_the_models_of_the_configuration(
-        tmp_path, monkeypatch, capsys, config, models):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    found, said = env_json(capsys, tmp_path, {**config, "host": "::1", "port": unused_port()}, *(
-        [] if models else ["--host", "0.0.0.0"]))
-    assert found.pop("ANTHROPIC_BASE_URL").startswith("http://[::1]:" if models
-                                                      else "http://127.0.0.1:")
-    assert found.pop("ANTHROPIC_AUTH_TOKEN") == "not-needed" and "no iflow2api answers" in said
-    short = {"ANTHROPIC_MODEL": "MODEL", "ANTHROPIC_SMALL_FAST_MODEL": "SMALL",
-             "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT",
-             **{f"ANTHROPIC_DEFAULT_{tier}_MODEL": tier for tier in ifl.CLAUDE_MODELS}}
-    assert {short[name]: value for name, value in found.items()} == models
-
-
-def test_env_claude_of_a_running_server(tmp_path, monkeypatch, capsys, server, upstream):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    running = server(upstream)
-    found, said = env_json(capsys, tmp_path, {"client_keys": [key_entry("a", "sk-a-123456789")]},
-                           "--port", str(running.port),
-                           "--model", "glm-5")
-    assert found["ANTHROPIC_BASE_URL"] == running.url and "answers" not in said
-    assert (found["ANTHROPIC_AUTH_TOKEN"],
-            found["ANTHROPIC_DEFAULT_OPUS_MODEL"]) == ("YOUR_KEY", "glm-5")
-    assert ifl.main(["env", "claude", "--port", "0", "--config-dir", str(tmp_path)]) == 2
-    assert "--port" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("shell, value, quoted", [
-    ("bash", "a'b", """'a'"'"'b'"""), ("fish", "a'b\\c", "'a\\'b\\\\c'"),
-    ("powershell", "a'b\u2018\u2019\u201a\u201bc", "'a''b\u2018\u2018\u2019\u2019\u201a\u201a\u201b\u201bc'"),
-    ("cmd", "a&b", "a&b"), ("cmd", 'a"&b"&c"|d', 'a"^&b"&c"^|d')])
-def test_a_value_is_quoted_for_its_shell(shell, value, quoted):
-    """PowerShell takes typographic quotes for its own; in cmd a quote ends what & and | mean nothing in."""
-    assert ifl.SHELLS[shell].quote(value) == quoted
-
-
-@pytest.mark.parametrize("text, argument", [
-    ("a b", '"a b"'), ('m="x"', '"m=\\"x\\""'), ("C:\\", '"C:\\\\"'), ('a\\"b', '"a\\\\\\"b"'), ("a\\b", '"a\\b"')])
-def test_an_argument_of_a_windows_program_keeps_its_quotes(text, argument):
-    assert ifl.SHELLS["cmd"].argument(text) == argument
-
-
-@pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
-def test_env_lines_survive_a_real_shell(tmp_path):
-    command = f"{sys.executable} {byte_code()} env codex --model glm-5 --config-dir {tmp_path}"
-    script = f'eval "$({command})"; ' \
-             'codex_path=1; printf "%s|" "$IFLOW2API_KEY"; declare -f codex'
-    environ = {**os.environ, "HOME": str(tmp_path), "IFLOW2API_CUSTOM_API_KEY": "a'b $c"}
-    done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, env=environ,
-                          timeout=60)
-    assert done.stdout.startswith("a'b $c|") and 'wire_api="responses"' in done.stdout, done
 
 
 # === 16. Documents ===========================================================
@@ -13471,7 +13264,7 @@ def test_wrong_methods_and_paths(admin, path):
 
 
 #: What is wrong with a body, whatever the endpoint.
-BAD_BODIES = [(b"", 400), (b"[]", 400), (b'"x"', 400), (b"null", 400), (b"{", 400), (b'{"a":', 400),
+BAD_FORMS = [(b"", 400), (b"[]", 400), (b'"x"', 400), (b"null", 400), (b"{", 400), (b'{"a":', 400),
               (b"\xff", 400),
               (b'{"no_such_field": 1}', 400), (b"[" * 100_000, 400),
               (b'{"name": "%s"}' % (b"x" * (1 << 20)), 413)]
@@ -13484,7 +13277,7 @@ BAD_BODIES = [(b"", 400), (b"[]", 400), (b'"x"', 400), (b"null", 400), (b"{", 40
 def test_bad_bodies(admin, upstream, method, path):
     browser = admin(upstream, provider(upstream, "x"))
     before = open(browser.server.gateway.config.path).read()
-    for body, status in BAD_BODIES:
+    for body, status in BAD_FORMS:
         if b"no_such" in body and path == "routes/explain":
             continue
         answer = browser(method, path, body)
@@ -14442,6 +14235,95 @@ def test_the_address_is_the_one_the_browser_uses(admin):
     browser.headers = {"Host": "box.lan", "X-Forwarded-Proto": "https"}
     assert browser.get("clients")["base_url"] == "https://box.lan"
     assert browser.sign_in().headers["set-cookie"].endswith("; Secure")
+
+
+@pytest.mark.parametrize("client", list(ifl.CLIENTS))
+@pytest.mark.parametrize("shell", list(ifl.SHELLS))
+def test_env_prints_what_the_client_needs(tmp_path, monkeypatch, capsys, client, shell):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("IFLOW2API_CUSTOM_API_KEY", "sk-it's")
+    assert ifl.main(["env", client, "--shell", shell, "--port", "4321", "--model", "glm-5",
+                     "--config-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "127.0.0.1:4321" in out and "IFLOW2API_CUSTOM" not in out and "URL/" not in out
+    assert "sk-it" in out
+
+
+def env_json(capsys, tmp_path, config, *flags):
+    """(variables, what was said) of `env claude --json` with this config.json."""
+    (tmp_path / "config.json").write_text(json.dumps({"detect_local": False, **config}))
+    assert ifl.main(["env", "claude", "--json", "--config-dir", str(tmp_path), *flags]) == 0
+    said = capsys.readouterr()
+    return json.loads(said.out)["env"], said.err
+
+
+CLAUDE_ENV = [
+    ({}, {}),
+    ({"default_model": "m"}, dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m")),
+    ({"default_model": "m", "aliases": {"claude-haiku-*": "s"}},
+     {**dict.fromkeys("MODEL OPUS SONNET".split(), "m"), "HAIKU": "claude-haiku-4-5",
+      "SMALL": "claude-haiku-4-5"}),
+    ({"default_model": "m", "aliases": {"claude-*": "s"}},
+     {"MODEL": "claude-sonnet-4-6", "OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6",
+      "HAIKU": "claude-haiku-4-5",
+      "SMALL": "claude-haiku-4-5"}),
+    ({"providers": [{"name": "p", "base_url": "http://h/v1",
+                     "models": [{"id": "m", "context": 65536}]}]},
+     {**dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m"), "CONTEXT": "65536"})]
+
+
+@pytest.mark.parametrize("config, models", CLAUDE_ENV)
+def test_env_claude_names_the_models_of_the_configuration(
+        tmp_path, monkeypatch, capsys, config, models):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found, said = env_json(capsys, tmp_path, {**config, "host": "::1", "port": unused_port()}, *(
+        [] if models else ["--host", "0.0.0.0"]))
+    assert found.pop("ANTHROPIC_BASE_URL").startswith("http://[::1]:" if models
+                                                      else "http://127.0.0.1:")
+    assert found.pop("ANTHROPIC_AUTH_TOKEN") == "not-needed" and "no iflow2api answers" in said
+    short = {"ANTHROPIC_MODEL": "MODEL", "ANTHROPIC_SMALL_FAST_MODEL": "SMALL",
+             "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT",
+             **{f"ANTHROPIC_DEFAULT_{tier}_MODEL": tier for tier in ifl.CLAUDE_MODELS}}
+    assert {short[name]: value for name, value in found.items()} == models
+
+
+def test_env_claude_of_a_running_server(tmp_path, monkeypatch, capsys, server, upstream):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    running = server(upstream)
+    found, said = env_json(capsys, tmp_path, {"client_keys": [key_entry("a", "sk-a-123456789")]},
+                           "--port", str(running.port),
+                           "--model", "glm-5")
+    assert found["ANTHROPIC_BASE_URL"] == running.url and "answers" not in said
+    assert (found["ANTHROPIC_AUTH_TOKEN"],
+            found["ANTHROPIC_DEFAULT_OPUS_MODEL"]) == ("YOUR_KEY", "glm-5")
+    assert ifl.main(["env", "claude", "--port", "0", "--config-dir", str(tmp_path)]) == 2
+    assert "--port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell, value, quoted", [
+    ("bash", "a'b", """'a'"'"'b'"""), ("fish", "a'b\\c", "'a\\'b\\\\c'"),
+    ("powershell", "a'b\u2018\u2019\u201a\u201bc", "'a''b\u2018\u2018\u2019\u2019\u201a\u201a\u201b\u201bc'"),
+    ("cmd", "a&b", "a&b"), ("cmd", 'a"&b"&c"|d', 'a"^&b"&c"^|d')])
+def test_a_value_is_quoted_for_its_shell(shell, value, quoted):
+    """PowerShell takes typographic quotes for its own; in cmd a quote ends what & and | mean nothing in."""
+    assert ifl.SHELLS[shell].quote(value) == quoted
+
+
+@pytest.mark.parametrize("text, argument", [
+    ("a b", '"a b"'), ('m="x"', '"m=\\"x\\""'), ("C:\\", '"C:\\\\"'), ('a\\"b', '"a\\\\\\"b"'), ("a\\b", '"a\\b"')])
+def test_an_argument_of_a_windows_program_keeps_its_quotes(text, argument):
+    assert ifl.SHELLS["cmd"].argument(text) == argument
+
+
+@pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
+def test_env_lines_survive_a_real_shell(tmp_path):
+    command = f"{sys.executable} {byte_code()} env codex --model glm-5 --config-dir {tmp_path}"
+    script = f'eval "$({command})"; ' \
+             'codex_path=1; printf "%s|" "$IFLOW2API_KEY"; declare -f codex'
+    environ = {**os.environ, "HOME": str(tmp_path), "IFLOW2API_CUSTOM_API_KEY": "a'b $c"}
+    done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, env=environ,
+                          timeout=60)
+    assert done.stdout.startswith("a'b $c|") and 'wire_api="responses"' in done.stdout, done
 
 
 # --- live -----------------------------------------------------------------------------
