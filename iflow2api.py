@@ -18448,7 +18448,7 @@ EEXIST = 同名的文件已存在 = a file of this name is there | EROFS = 文�
 ENOSPC = 磁盘已满 = the disk is full | EADDRNOTAVAIL = 本机没有这个地址 = this machine has no such address
 # help
 about = 连接任意 AI 客户端与任意 OpenAI 兼容模型的单文件网关 = one file between any AI client and any \
-OpenAI-compatible model | usage = 用法 = Usage | arguments = 参数 = Arguments | flags = 选项 = Flags
+OpenAI-compatible model | usage = 用法：{text} = Usage: {text} | arguments = 参数 = Arguments | flags = 选项 = Flags
 serve_flags = serve 的选项 = Flags of serve | examples = 示例 = Examples
 help_flag = 显示本帮助；每个命令都有自己的帮助：COMMAND --help = this text; each command has its own: COMMAND --help
 config_dir = config.json 所在的文件夹（~/.iflow2api） = folder of config.json (~/.iflow2api)
@@ -18936,11 +18936,11 @@ def help_of(name: str) -> str:
         usage = " ".join([PROGRAM, name, *(place.shown for place in places), "[FLAGS]"])
         rows = [(each.value, CONSOLE.text(each.help)) for each in places]
         lines = [f"iflow2api {name}: {CONSOLE.text(command.help)}", "",
-                 *wrap(f"{tr('usage')}: {usage}", CONSOLE.columns)]
+                 *wrap(tr("usage", text=usage), CONSOLE.columns)]
         lines += _section(tr("arguments"), rows) + _section(tr("flags"), flags)
     else:
         lines = [f"iflow2api {__version__}: {tr('about')}", "",
-                 f"{tr('usage')}: {PROGRAM} [COMMAND] [FLAGS]"]
+                 tr("usage", text=f"{PROGRAM} [COMMAND] [FLAGS]")]
         for group in dict.fromkeys(each.group for each in command_table().values()):
             rows = [(known, CONSOLE.text(each.help))
                     for known, each in command_table().items() if each.group == group]

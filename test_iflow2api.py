@@ -31,6 +31,7 @@ import py_compile
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -16956,6 +16957,29 @@ def test_sdk_comes_back_after_a_busy_answer(sdk, upstream):
 
 
 # === 22. House rules =========================================================
+
+README = pathlib.Path(PROGRAM).with_name("README.md")
+
+
+@pytest.mark.skipif(not README.exists(), reason="the program stands alone here")
+def test_the_readme_is_short_in_both_languages_and_its_commands_are_right():
+    halves = README.read_text(encoding="utf-8").split("\n# 中文\n")
+    pattern = r"(?m)^python iflow2api\.py.*$|(?<=`)python iflow2api\.py[^`]*(?=`)"
+    commands = [re.findall(pattern, half) for half in halves]
+    assert sorted(commands[0]) == sorted(commands[1]) and len(commands[0]) > 30
+    for half in halves:
+        assert half.count("\n") <= 200
+        assert set(re.findall(r"`([a-z]+(?:-(?:cn|intl))?)`(?=[,、 ][^|]*\| *(?:`[A-Z_]+_API_KEY|none|无))",
+                              half)) == set(ifl.PRESETS)
+        for name, preset in ifl.PRESETS.items():
+            row = next(line for line in half.splitlines() if line[0:1] == "|" and f"`{name}`" in line)
+            assert f"`{preset.key}`" in row or not preset.key
+    for command in commands[0]:
+        words = shlex.split(command.partition(" | ")[0].partition(" >")[0])[2:]
+        args = ifl._parse_args([word for word in words if word != "COMMAND"])
+        assert args["command"] in ("", *ifl.command_table()), command
+        if args.get("KEY"):
+            assert args["KEY"] in ifl.SETTING
 
 LINES = SOURCE.splitlines()
 BANNERS = [(int(found.group(1)), found.group(2), number) for number, line in enumerate(LINES, 1)
