@@ -414,27 +414,24 @@ HEADER_RETURNS = r"(x-ratelimit-.*|openai-.*|retry-after(-ms)?|x-should-retry)"
 # === 3. Errors ===============================================================
 
 class GatewayError(Exception):
-    """Whatever a client has to be told: a status, a wire code and one sentence.
+    """What a client has to be told: a status, a wire code and one sentence.
 
-    Dialects turn it into bytes (section 9), the HTTP section sends them; nobody else does either.
-    `code` and `param` are OpenAI's fields, `should_retry` becomes `x-should-retry`, `retry_after_s`
-    becomes `Retry-After`, `body` is the upstream's own error object where it had one, and
-    `overflow` is (prompt tokens, limit, output tokens) of a prompt too long for the model, 0 where
-    unknown.
+    Dialects give it their shape, Handler.send_error_of sends it; nobody else does either.
     """
     status = 500
     type = "server_error"
-    code: Optional[str] = None
-    should_retry: Optional[bool] = None
+    code: Optional[str] = None           #: OpenAI's field, as `param` is
+    param: Optional[str] = None
+    should_retry: Optional[bool] = None  #: becomes `x-should-retry`
     retry_after_s: Optional[float] = None
+    body: Optional[Json] = None          #: the upstream's own error object
+    allow: Sequence[str] = ()            #: methods, with a 405
+    #: (prompt tokens, limit, output tokens) of a prompt too long for the model, 0 where unknown
+    overflow: Optional[Tuple[int, int, int]] = None
 
     def __init__(self, message: str, **facts: Any) -> None:
         super().__init__(message)
         self.message = message
-        self.param: Optional[str] = None
-        self.body: Optional[Json] = None
-        self.allow: Sequence[str] = ()
-        self.overflow: Optional[Tuple[int, int, int]] = None
         for name, value in facts.items():
             setattr(self, name, value)
 
@@ -460,7 +457,7 @@ class NotFound(GatewayError):
 
 
 class Conflict(GatewayError):
-    """Somebody else has changed, in the meantime, what was to be written; or the name is taken."""
+    """Somebody else has changed what was to be written, or the name is taken."""
     status, type, code = 409, "invalid_request_error", "conflict"
 
 
@@ -485,7 +482,7 @@ class NotLoggedIn(GatewayError):
 
 
 class LoginFailed(GatewayError):
-    """Logging in or refreshing did not work; the text says why, in one sentence, and what was kept.
+    """Logging in or refreshing did not work; the text says why, and what was kept.
 
     `refused`: the login host answered and said no.  `dead`: only a new login helps.
     """
@@ -494,7 +491,7 @@ class LoginFailed(GatewayError):
 
 
 class UpstreamError(GatewayError):
-    """The upstream's fault; `provider` names it once the transport knows."""
+    """The upstream's fault."""
     status = 502
 
 
@@ -537,7 +534,7 @@ def forget_trace(exc: Optional[BaseException]) -> None:
 # === 4. Small tools ==========================================================
 
 class Pattern:
-    """A regular expression that is compiled at its first use; all of them took a third of a start."""
+    """A regular expression, compiled at its first use: all of them were a third of a start."""
 
     def __init__(self, text: Any, flags: int = 0) -> None:
         self._given = text, flags
@@ -548,15 +545,7 @@ class Pattern:
         return method
 
 
-_SECRET = Pattern(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
-#: User and password in a URL, not its port.  What is none (no @) is taken as well, and left: a
-#: search that went on from each :// in it would take a minute for a header full of them.
-_USERINFO = Pattern(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(@?)")
-_CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
-
-
-#: Random digits for the next ids, drawn for many at once: each draw is a system call, where another
-#: thread may take over.
+#: Random digits for the next ids, drawn for many at once: each draw is a system call.
 _DIGITS: List[str] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_DIGITS.clear)    # a child's ids must not be its parent's
@@ -567,9 +556,18 @@ def new_id(prefix: str) -> str:
     while True:
         try:
             return prefix + _DIGITS.pop()
-        except IndexError:
+        except IndexError:               # another thread may have taken the last
             digits = secrets.token_hex(12 * 64)
             _DIGITS.extend(digits[at:at + 24] for at in range(0, len(digits), 24))
+
+
+# --- texts --------------------------------------------------------------------
+
+_SECRET = Pattern(r"(?i)\b(bearer\s+|sk-|api[-_]?key[\"'=:\s]+|access_?token=)[^\s\"'&,;@]{4,}")
+#: User and password in a URL, not its port.  A URL without @ is matched as well, and left as it
+#: is: a search from each :// anew would take a minute for a header full of them.
+_USERINFO = Pattern(r"://([^/\s:@]*:)?[^\s\"'&,;@]*(@?)")
+_CONTROL = Pattern("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
 def mask(secret: str) -> str:
@@ -579,11 +577,9 @@ def mask(secret: str) -> str:
 
 def redact(text: str) -> str:
     """`text` without what looks like a credential."""
-    text = _SECRET.sub(lambda found: found.group(1) + "…", text)
-    if "@" not in text:
-        return text
-    return _USERINFO.sub(lambda found: f"://{found.group(1) or ''}…@" if found.group(2) else
-                         found.group(), text)
+    text = _SECRET.sub(r"\1…", text)
+    return text if "@" not in text else _USERINFO.sub(
+        lambda found: f"://{found[1] or ''}…@" if found[2] else found[0], text)
 
 
 def one_line(text: Any, limit: int = 300) -> str:
@@ -605,22 +601,11 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.65) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
-def remember(table: Dict[Any, Any], name: Any, value: Any, limit: int) -> None:
-    """Put a value last into a table; beyond `limit` the one that was put there longest ago goes."""
-    table.pop(name, None)
-    table[name] = value
-    if len(table) > limit:
-        del table[next(iter(table))]
-
-
 def fits(name: str, pattern: str) -> bool:
-    """Whether a shell pattern takes a name; `m[1m]` is a name before it is a pattern.
-
-    A range that runs backwards, `[z-a]`, takes nothing; an error of fnmatch before Python 3.10.
-    """
+    """Whether a shell pattern takes a name; `m[1m]` is a name before it is a pattern."""
     try:
         return name == pattern or fnmatchcase(name, pattern)
-    except re.error:
+    except re.error:                     # a range that runs backwards, before Python 3.10
         return False
 
 
@@ -631,154 +616,12 @@ def is_loopback(host: str) -> bool:
         re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None)
 
 
-def make_folder(path: str) -> None:
-    """Make a folder and those that are missing above it, each its owner's alone; OSError.
-
-    The mode of os.makedirs is for the last one only, and subject to the umask.
-    """
-    path, missing = os.path.abspath(path), []
-    while not os.path.isdir(path) and os.path.dirname(path) != path:
-        missing.append(path)
-        path = os.path.dirname(path)
-    for folder in reversed(missing):
-        try:
-            os.mkdir(folder, 0o700)
-            os.chmod(folder, 0o700)      # a umask may take from the owner, too
-        except FileExistsError:          # somebody else was faster
-            if not os.path.isdir(folder):
-                raise
-
-
-#: Why a file can't be replaced but may be written: a bind mount, another device, a foreign folder.
-_IRREPLACEABLE = {getattr(errno, name, None)
-                  for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
-
-
-#: No write takes longer: an older temporary file is left over, whoever has its process id now.
-TEMP_FILE_S = 60
-
-
-def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
-    """Write `data` so that a crash leaves the old file or the new one, readable by the owner alone.
-
-    A link is followed; a file that can't be replaced (bind mount) is written in place, once there
-    is a `.bak` of it, which the caller may have made (`has_copy`).  OSError.
-    """
-    path = os.path.realpath(path)
-    make_folder(os.path.dirname(path))
-    temp = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-        _sync_folder(os.path.dirname(path))
-        _drop_leftovers(path)
-    except OSError as exc:
-        with contextlib.suppress(OSError):
-            os.unlink(temp)
-        if exc.errno not in _IRREPLACEABLE or not os.path.isfile(path):
-            raise
-        with contextlib.suppress(OSError):       # a foreign file, or a system without such rights
-            os.chmod(path, 0o600)
-        with open(path, "r+b") as file:
-            if not has_copy:
-                write_file(path + ".bak", file.read())
-                file.seek(0)
-            file.write(data)
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def close_to_others(path: str) -> None:
-    """Take a file's permissions from all but its owner; earlier versions made files for all."""
-    with contextlib.suppress(OSError):   # no file, a foreign one, or a system without such rights
-        if os.stat(path).st_mode & 0o077:
-            os.chmod(path, 0o600)
-
-
-def _drop_leftovers(path: str) -> None:
-    """Remove what processes that were killed while they wrote `path` have left beside it."""
-    folder, name = os.path.split(path)
-    with contextlib.suppress(OSError):   # another process may do the same
-        for entry in os.listdir(folder):
-            found = re.fullmatch(r"\.(\d{1,10})-[0-9a-f]{8}\.tmp", entry[len(name):])
-            if found and entry.startswith(name):
-                temp = os.path.join(folder, entry)
-                age_s = time.time() - os.stat(temp).st_mtime
-                if age_s > TEMP_FILE_S or not has_process(int(found.group(1))):
-                    os.unlink(temp)
-
-
-def has_process(pid: int) -> bool:
-    """Whether there is such a process, as far as that can be told."""
-    if os.name != "posix":
-        return True                      # os.kill would end it there
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass
-    return True
-
-
-def _sync_folder(folder: str) -> None:
-    """Make a rename durable where folders can be opened (not on Windows)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def file_stamp(path: str) -> Tuple[int, ...]:
-    """Changes when the file does; () where there is none."""
-    try:
-        facts = os.stat(path)
-    except OSError:
-        return ()
-    return facts.st_mtime_ns, facts.st_size, facts.st_ino
-
-
-class Cipher:
-    """Authenticated encryption out of the standard library alone, which has no cipher.
-
-    HMAC-SHA-256 in counter mode makes the key stream; the tag covers nonce and cipher text
-    (encrypt-then-MAC).  The nonce is a MAC of the text itself, as in SIV: no randomness is needed,
-    two different texts never share a key stream, and equal texts are sealed to equal bytes, which
-    is all that a bystander learns.
-    """
-    NONCE_BYTES, TAG_BYTES = 16, 32
-
-    def __init__(self, key: bytes, purpose: bytes) -> None:
-        """`purpose` keeps apart what one key is used for."""
-        self._cipher_key, self._tag_key, self._nonce_key = (
-            hmac.digest(key, purpose + use, "sha256") for use in (b"cipher", b"tag", b"nonce"))
-
-    def seal(self, plain: bytes) -> bytes:
-        nonce = hmac.digest(self._nonce_key, plain, "sha256")[:self.NONCE_BYTES]
-        sealed = nonce + self._mask(nonce, plain)
-        return sealed + hmac.digest(self._tag_key, sealed, "sha256")
-
-    def open(self, data: bytes) -> Optional[bytes]:
-        """What was sealed; None: with another key, or damaged."""
-        sealed, tag = data[:-self.TAG_BYTES], data[-self.TAG_BYTES:]
-        expected = hmac.digest(self._tag_key, sealed, "sha256")
-        if len(sealed) < self.NONCE_BYTES or not hmac.compare_digest(expected, tag):
-            return None
-        return self._mask(sealed[:self.NONCE_BYTES], sealed[self.NONCE_BYTES:])
-
-    def _mask(self, nonce: bytes, data: bytes) -> bytes:
-        """`data` XOR key stream, as two integers: a loop over bytes takes thirty times as long."""
-        blocks = range((len(data) + 31) // 32)
-        stream = b"".join(hmac.digest(self._cipher_key, nonce + block.to_bytes(8, "big"), "sha256")
-                          for block in blocks)
-        masked = int.from_bytes(data, "big") ^ int.from_bytes(stream[:len(data)], "big")
-        return masked.to_bytes(len(data), "big")
+def remember(table: Dict[Any, Any], name: Any, value: Any, limit: int) -> None:
+    """Put a value last into a table; beyond `limit` the one put there longest ago goes."""
+    table.pop(name, None)
+    table[name] = value
+    if len(table) > limit:
+        del table[next(iter(table))]
 
 
 def encode_base64(data: bytes) -> str:
@@ -795,56 +638,197 @@ def decode_base64(text: str) -> Optional[bytes]:
     return data if encode_base64(data) == text else None
 
 
-class FileLock:
+# --- files --------------------------------------------------------------------
+
+#: Why a file can't be replaced but may be written: a bind mount, another device, a foreign folder.
+_IRREPLACEABLE = {getattr(errno, name, None)
+                  for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
+
+#: No write takes longer: an older temporary file is a leftover, whoever has its process id now.
+TEMP_FILE_S = 60
+
+
+def make_folder(path: str) -> None:
+    """Make a folder and those that are missing above it, each its owner's alone; OSError.
+
+    The mode of os.makedirs is for the last one only, and subject to the umask.
+    """
+    path, missing = os.path.abspath(path), []
+    while not os.path.isdir(path) and os.path.dirname(path) != path:
+        missing.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(missing):
+        try:
+            os.mkdir(folder, 0o700)
+            os.chmod(folder, 0o700)      # a umask may take from the owner, too
+        except FileExistsError:          # another process was faster
+            if not os.path.isdir(folder):
+                raise
+
+
+def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
+    """Write `data` so that a crash leaves the old file or the new one, readable by the owner alone.
+
+    A link is followed.  A file that can't be replaced (bind mount) is written in place, once there
+    is a `.bak` of it, which the caller may have made (`has_copy`).  OSError.
+    """
+    path = os.path.realpath(path)
+    make_folder(os.path.dirname(path))
+    temp = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        _write(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), data)
+        os.replace(temp, path)
+        _sync_folder(os.path.dirname(path))
+        _drop_leftovers(path)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+        if exc.errno not in _IRREPLACEABLE or not os.path.isfile(path):
+            raise
+        if not has_copy:
+            with open(path, "rb") as file:
+                write_file(path + ".bak", file.read())
+        close_to_others(path)
+        _write(os.open(path, os.O_WRONLY), data)
+
+
+def _write(fd: int, data: bytes) -> None:
+    """`data` alone into an open file, down to the disk."""
+    with open(fd, "wb") as file:         # which empties nothing: fd is open already
+        file.write(data)
+        file.truncate()
+        file.flush()
+        os.fsync(fd)
+
+
+def close_to_others(path: str) -> None:
+    """Take a file's permissions from all but its owner; earlier versions made files for all."""
+    with contextlib.suppress(OSError):   # no file, a foreign one, or a system without such rights
+        if os.stat(path).st_mode & 0o077:
+            os.chmod(path, 0o600)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename durable: a refresh token works only once."""
+    with contextlib.suppress(OSError):   # Windows opens no folders
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _drop_leftovers(path: str) -> None:
+    """Remove what processes that were killed while they wrote `path` have left beside it."""
+    folder, name = os.path.split(path)
+    with contextlib.suppress(OSError):   # another process may do the same
+        for entry in os.listdir(folder):
+            found = re.fullmatch(r"\.(\d{1,9})-[0-9a-f]{8}\.tmp", entry[len(name):])
+            if found and entry.startswith(name):
+                temp = os.path.join(folder, entry)
+                age_s = time.time() - os.stat(temp).st_mtime
+                if age_s > TEMP_FILE_S or not _is_running(int(found[1])):
+                    os.unlink(temp)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether there is such a process, as far as that can be told."""
+    with contextlib.suppress(PermissionError):
+        try:
+            if os.name == "posix":       # elsewhere it would end the process
+                os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    return True
+
+
+def file_stamp(path: str) -> Tuple[int, ...]:
+    """Changes when the file does; () where there is none."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return ()
+    return facts.st_mtime_ns, facts.st_size, facts.st_ino
+
+
+@contextlib.contextmanager
+def file_lock(path: str, timeout_s: float) -> Iterator[None]:
     """One holder at a time among processes and threads; released when its holder dies.
 
-    The file stays: removing it would let two processes lock two files of the same name.  On a file
-    system that knows no locks there is a warning, once a file, and no protection.
+    OSError where the file can't be made, TimeoutError when another holds it too long.  The file
+    stays: removing it would let two processes lock two files of the same name.
     """
-    _unprotected: Set[str] = set()       #: files that were warned of
+    make_folder(os.path.dirname(path))
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        until, pause = time.monotonic() + timeout_s, threading.Event()
+        while not _lock(fd, path):
+            if time.monotonic() >= until:
+                raise TimeoutError(errno.ETIMEDOUT,
+                                   f"another process has held {path} for {timeout_s:g} s")
+            pause.wait(0.02)
+        yield
+    finally:
+        os.close(fd)                     # releases it, too
 
-    def __init__(self, path: str, timeout_s: float) -> None:
-        self.path, self._timeout_s, self._fd = path, timeout_s, -1
 
-    def __enter__(self) -> "FileLock":
-        """OSError where the file can't be made; its TimeoutError when another holds it too long."""
-        make_folder(os.path.dirname(self.path))
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-        until, pause = time.monotonic() + self._timeout_s, threading.Event()
-        try:
-            while not self._take(fd):
-                if time.monotonic() >= until:
-                    text = f"another process has held {self.path} for {self._timeout_s:g} s"
-                    raise TimeoutError(errno.ETIMEDOUT, text)
-                pause.wait(0.02)
-            self._fd = fd
-        finally:
-            if self._fd != fd:
-                os.close(fd)
-        return self
+def _lock(fd: int, path: str) -> bool:
+    """Whether the lock could be had; on a file system without locks a warning, and no lock."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)               # type: ignore[attr-defined]
+        else:
+            import fcntl
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if not exc.errno or exc.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False                 # Wine gives no number
+        if exc.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+        _warn_of_missing_locks(path)
+    return True
 
-    def _take(self, fd: int) -> bool:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)           # type: ignore[attr-defined]
-            else:
-                import fcntl
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            if not exc.errno or exc.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                return False             # Wine gives no number
-            if exc.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-                raise
-            if self.path not in self._unprotected:
-                self._unprotected.add(self.path)
-                log.warning("this file system knows no locks: only one process may write in %s",
-                            os.path.dirname(self.path))
-        return True
 
-    def __exit__(self, *exc: Any) -> None:
-        fd, self._fd = self._fd, -1
-        os.close(fd)                     # lets go, too
+@lru_cache(maxsize=None)                 # once a file
+def _warn_of_missing_locks(path: str) -> None:
+    log.warning("this file system knows no locks: only one process may write in %s",
+                os.path.dirname(path))
+
+
+class Cipher:
+    """Authenticated encryption out of the standard library alone, which has no cipher.
+
+    HMAC-SHA-256 in counter mode makes the key stream; the tag covers nonce and cipher text
+    (encrypt-then-MAC).  The nonce is a MAC of the text itself, as in SIV: two different texts never
+    share a key stream, and equal texts give equal bytes, which is all that a bystander learns.
+    """
+    NONCE_BYTES, TAG_BYTES = 16, 32
+
+    def __init__(self, key: bytes, purpose: bytes) -> None:
+        """`purpose` keeps apart what one key is used for."""
+        self._cipher_key, self._tag_key, self._nonce_key = (
+            hmac.digest(key, purpose + use, "sha256") for use in (b"cipher", b"tag", b"nonce"))
+
+    def encrypt(self, plain: bytes) -> bytes:
+        nonce = hmac.digest(self._nonce_key, plain, "sha256")[:self.NONCE_BYTES]
+        data = nonce + self._mask(nonce, plain)
+        return data + hmac.digest(self._tag_key, data, "sha256")
+
+    def decrypt(self, data: bytes) -> Optional[bytes]:
+        """What was encrypted; None: with another key, or damaged."""
+        data, tag = data[:-self.TAG_BYTES], data[-self.TAG_BYTES:]
+        expected = hmac.digest(self._tag_key, data, "sha256")
+        if len(data) < self.NONCE_BYTES or not hmac.compare_digest(expected, tag):
+            return None
+        return self._mask(data[:self.NONCE_BYTES], data[self.NONCE_BYTES:])
+
+    def _mask(self, nonce: bytes, data: bytes) -> bytes:
+        """`data` XOR key stream, as two integers: a loop over bytes takes thirty times as long."""
+        stream = b"".join(hmac.digest(self._cipher_key, nonce + block.to_bytes(8, "big"), "sha256")
+                          for block in range((len(data) + 31) // 32))
+        masked = int.from_bytes(data, "big") ^ int.from_bytes(stream[:len(data)], "big")
+        return masked.to_bytes(len(data), "big")
 
 
 # --- shapes of values ---------------------------------------------------------
@@ -868,6 +852,10 @@ def misfit(where: str, expected: str, value: Any = (), hint: str = "") -> ValueE
 
 def place(where: str, name: str) -> str:
     return f"{where}.{one_line(name, 60)}" if where else one_line(name, 60)
+
+
+def anything(value: Any, where: str) -> Any:
+    return value
 
 
 def secret_text(value: Any, where: str) -> str:
@@ -894,10 +882,6 @@ def filled_text(value: Any, where: str) -> str:
 def truth(value: Any, where: str) -> bool:
     if not isinstance(value, bool):
         raise misfit(where, "true or false", value)
-    return value
-
-
-def anything(value: Any, where: str) -> Any:
     return value
 
 
@@ -966,15 +950,18 @@ KIND_WORDS = {"str": "a string", "int": "a whole number", "float": "a number",
 
 # === 5. Settings =============================================================
 
-def setting(kind: str, default: Any, **facts: Any) -> Any:
+def setting(kind: str, default: Any, group: str, text: str, **facts: Any) -> Any:
     """A field of `Settings`; its metadata serve file, environment, flags, help and forms alike.
 
-    `kind`: str, int, float, bool, list or dict.  `facts`: flag, low, high, choices, secret, restart
-    (takes effect at the next start), older (a name of the older program, kept for it), file_only
-    (set by file and command line only: what names files, whom to trust and where logins go would
-    make whoever has the page's password the master of this machine).
+    `kind`: str, int, float, bool, list or dict.  `group`: where a form shows it.  `text`: what it
+    is called and, where there is more to say, a hint, each in Chinese and in English.  `facts`:
+    flag, low, high, choices, secret, restart (takes effect at the next start), older (a name of the
+    older program, kept for it), file_only (set by file and command line only: what names files,
+    whom to trust and where logins go would make whoever has the page's password the master of this
+    machine).
     """
-    metadata = {"kind": kind, **facts}
+    texts = tuple(text.split(" | "))
+    metadata = {"kind": kind, "group": group, "label": texts[:2], "hint": texts[2:], **facts}
     if isinstance(default, (list, dict)):
         return field(default_factory=type(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -983,180 +970,156 @@ def setting(kind: str, default: Any, **facts: Any) -> Any:
 @dataclass(frozen=True, repr=False)
 class Settings:
     """Everything the user can change.  Frozen: a request works on the snapshot it started with."""
-    host: str = setting("str", "127.0.0.1", flag="--host", restart=True, file_only=True)
-    port: int = setting("int", 28000, low=0, high=65535, flag="--port", restart=True)
-    providers: List[Any] = setting("list", [])
-    default_provider: str = setting("str", "")
-    aliases: Dict[str, Any] = setting("dict", {})
-    default_model: str = setting("str", "", flag="--model")
-    api_concurrency: int = setting("int", 1, low=0)
-    retry: Dict[str, Any] = setting("dict", {})
-    circuit: Dict[str, Any] = setting("dict", {})
-    sticky: bool = setting("bool", False)
-    client_keys: List[Any] = setting("list", [])
-    address_limits: Dict[str, Any] = setting("dict", {})
-    usage: bool = setting("bool", True)
-    usage_days: int = setting("int", 92, low=1, high=3660)
-    prices: Dict[str, Any] = setting("dict", {})
-    custom_api_key: str = setting("str", "", secret=True)
-    admin_password: str = setting("str", "", secret=True)
-    custom_auth_header: str = setting("str", "")
-    allowed_hosts: List[Any] = setting("list", [])
-    allowed_origins: List[Any] = setting("list", [])
-    trusted_proxies: List[Any] = setting("list", [])
-    preserve_reasoning_content: bool = setting("bool", False)
-    vision_model: str = setting("str", "qwen-vl-max")
-    vision_mode: str = setting("str", "route", choices=("route", "pass"))
-    upstream_proxy: str = setting("str", "", secret=True)
-    upstream_proxy_enabled: bool = setting("bool", False)
-    ca_file: str = setting("str", "", file_only=True)
-    connect_timeout_s: float = setting("float", 10, low=0.1)
-    first_byte_timeout_s: float = setting("float", 300, low=0.1)
-    idle_timeout_s: float = setting("float", 300, low=0.1)
-    body_limit_bytes: int = setting("int", 64 << 20, low=1024)
-    max_connections: int = setting("int", 2000, low=1)
-    queue_limit: int = setting("int", 64, low=0)
-    queue_timeout_s: float = setting("float", 300, low=0.1)
-    keepalive_s: float = setting("float", 10, low=0.05)
-    drain_s: float = setting("float", 10, low=0)
-    detect_local: bool = setting("bool", True)
-    docs_cdn: bool = setting("bool", True)
-    language: str = setting("str", "", choices=("", "zh", "en"))
-    theme_mode: str = setting("str", "system", choices=("system", "light", "dark"))
-    log_level: str = setting("str", "info", choices=("debug", "info", "warning", "error"),
-                             flag="--log-level")
-    log_file: str = setting("str", "", restart=True, file_only=True)
-    iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", file_only=True)
-    iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", file_only=True)
-    iflow_userinfo_url: str = setting("str", "https://iflow.cn/api/oauth/getUserInfo",
-                                      file_only=True)
-    oauth_client_id: str = setting("str", "10009311001", file_only=True)
+    host: str = setting("str", "127.0.0.1", "server", flag="--host", restart=True, file_only=True,
+        text="监听地址 | Address to listen on | 127.0.0.1 仅限本机；0.0.0.0 允许其他机器访问，此时需要客户端密钥。 "
+             "| 127.0.0.1 serves this machine only; 0.0.0.0 serves others too, with a client key.")
+    port: int = setting("int", 28000, "server", low=0, high=65535, flag="--port", restart=True,
+        text="端口 | Port | 0 表示自动选一个空闲端口。 | 0 picks a free one.")
+    providers: List[Any] = setting("list", [], "upstream",
+        "上游列表 | Providers: name, base_url, api_keys, …")
+    default_provider: str = setting("str", "", "upstream",
+        "默认上游 | Default provider | 没有别名匹配、也没有上游列出的模型名发到这里；留空则为第一个。 "
+        "| Gets models that no alias and no provider knows. Empty: the first one.")
+    aliases: Dict[str, Any] = setting("dict", {}, "upstream",
+        "模型别名 | Model aliases: pattern -> model, or models to try in order")
+    default_model: str = setting("str", "", "upstream", flag="--model",
+        text="默认模型 | Default model | 请求没有指定模型，或用了 claude-*、gpt-* 等别家的模型名时使用。 "
+             "| For requests without a model, or with a foreign name like claude-* or gpt-*.")
+    api_concurrency: int = setting("int", 1, "iflow", low=0,
+        text="每个 iFlow 账号的并发数 | Requests at once per iFlow account | 0 为不限。 | 0: no limit.")
+    retry: Dict[str, Any] = setting("dict", {}, "upstream",
+        '失败重试 | Retries of a failed provider | JSON，例如 {"count": 2, "backoff_s": 0.5, '
+        '"max_backoff_s": 10, "total_s": 60}：次数、首次等待、最长等待、总时限（秒）。默认不重试。 '
+        '| JSON: {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}: how often, '
+        "first and longest pause, time for all (seconds). Default: none.")
+    circuit: Dict[str, Any] = setting("dict", {}, "upstream",
+        '熔断 | Rest for a failing provider | JSON，例如 {"failures": 5, "rest_s": 30}：连续失败 5 次后暂停 30 秒'
+        "（默认）；failures 为 0 则从不暂停。 "
+        '| JSON such as {"failures": 5, "rest_s": 30}: after 5 failures in a row it rests for 30 s '
+        "(the default); 0 failures: never.")
+    sticky: bool = setting("bool", False, "upstream",
+        "同一会话使用同一密钥 | Same API key for a whole conversation | 有利于命中上游的前缀缓存；关闭时密钥轮流使用。 "
+        "| Helps the provider's prefix cache. Off: the keys take turns.")
+    client_keys: List[Any] = setting("list", [], "clients",
+        "客户端密钥列表 | Client keys, made by `key add`")
+    address_limits: Dict[str, Any] = setting("dict", {}, "clients",
+        "每个地址的限额 | Limits per client address | JSON，可含 rpm、rph、rpd、tpd、concurrency；在“密钥与限额”里填写更方便。 "
+        "| JSON: rpm, rph, rpd, tpd, concurrency; easier in Keys & limits.")
+    usage: bool = setting("bool", True, "logs",
+        "记录用量 | Record usage | 请求数与 token 数写入 usage.jsonl，不含内容。 "
+        "| Counts requests and tokens in usage.jsonl, never their content.")
+    usage_days: int = setting("int", 92, "logs", low=1, high=3660,
+        text="用量保留天数 | Days that usage is kept")
+    prices: Dict[str, Any] = setting("dict", {}, "logs",
+        '价格 | Prices | JSON，每百万 token，例如 {"glm-*": {"input": 2, "output": 8, "cached": 0.5}}。 '
+        '| JSON, for a million tokens: {"glm-*": {"input": 2, "output": 8}}; also cached.')
+    custom_api_key: str = setting("str", "", "clients", secret=True,
+        text="固定的客户端密钥 | Fixed client key | 设置后，客户端可用它或“密钥与限额”里的密钥。 "
+             "| Once set, clients must send it, or a key made under Keys & limits.")
+    admin_password: str = setting("str", "", "server", secret=True,
+        text="管理页面密码 | Password of the admin page, as a hash")
+    custom_auth_header: str = setting("str", "", "clients",
+        "额外读取密钥的请求头 | Extra header that carries the client key | 除 Authorization、x-api-key、api-key "
+        "之外，例如 X-Gateway-Key。 "
+        "| Besides Authorization, x-api-key and api-key; for example X-Gateway-Key.")
+    allowed_hosts: List[Any] = setting("list", [], "clients",
+        "允许的 Host | Allowed host names | 访问时用的域名，例如反向代理的 api.example.com；本机名称无需填写。 "
+        "| Names this server is reached by, such as api.example.com behind a proxy. This machine's "
+        "own need no entry.")
+    allowed_origins: List[Any] = setting("list", [], "clients",
+        "允许的网页来源 | Allowed web origins | 这些网页无需密钥即可调用，例如 https://chat.example.com。 "
+        "| Web pages that may call without a key, as https://chat.example.com.")
+    trusted_proxies: List[Any] = setting("list", [], "clients",
+        "可信代理 | Trusted proxies | 信任其 X-Forwarded-For 的地址或网段，例如 10.0.0.0/8。 "
+        "| Addresses or networks whose X-Forwarded-For counts: 10.0.0.0/8.")
+    preserve_reasoning_content: bool = setting("bool", False, "iflow",
+        "保留 reasoning_content | Keep reasoning_content apart | 仅 iFlow：思考内容放在单独的字段里，不并入正文。 "
+        "| iFlow only: thinking stays in its own field, not in the text.")
+    vision_model: str = setting("str", "qwen-vl-max", "iflow",
+        "识图模型 | Model for images | 带图片的 iFlow 请求改用它。 | Takes iFlow requests that carry images.")
+    vision_mode: str = setting("str", "route", "iflow", choices=("route", "pass"),
+        text="图片的处理 | What happens to images | route：改用识图模型；pass：原样发给所请求的模型。 "
+             "| route: the model for images answers. pass: the requested model gets them.")
+    upstream_proxy: str = setting("str", "", "upstream", secret=True,
+        text="上游代理 | Proxy to the providers | http://、socks5://、socks5h:// 地址，或 env（按环境变量）；需同时启用。 "
+             "| An http://, socks5:// or socks5h:// address, or env for the environment's. Turn it "
+             "on as well.")
+    upstream_proxy_enabled: bool = setting("bool", False, "upstream",
+        "启用上游代理 | Use the proxy to the providers")
+    ca_file: str = setting("str", "", "upstream", file_only=True,
+        text="额外的 CA 证书 | Additional CA certificates | PEM 文件的路径，用于自签名或公司内部的证书。 "
+             "| Path of a PEM file, for self-signed or company certificates.")
+    connect_timeout_s: float = setting("float", 10, "upstream", low=0.1,
+        text="连接上游的时限 | Time to connect to a provider")
+    first_byte_timeout_s: float = setting("float", 300, "upstream", low=0.1,
+        text="等待上游首字节的时限 | Longest wait for an answer to begin")
+    idle_timeout_s: float = setting("float", 300, "upstream", low=0.1,
+        text="回答中断的时限 | Longest silence within an answer")
+    body_limit_bytes: int = setting("int", 64 << 20, "server", low=1024,
+        text="请求体上限 | Largest request body")
+    max_connections: int = setting("int", 2000, "server", low=1,
+        text="最大连接数 | Client connections at once")
+    queue_limit: int = setting("int", 64, "upstream", low=0,
+        text="排队上限 | Queue length per provider | 上游并发已满时最多排队的请求数，更多的会收到 503。 "
+             "| Requests that may wait when a provider is busy; further ones get 503.")
+    queue_timeout_s: float = setting("float", 300, "upstream", low=0.1,
+        text="最长排队时间 | Longest wait in the queue")
+    keepalive_s: float = setting("float", 10, "server", low=0.05,
+        text="保活间隔 | Keep-alive interval of streams | 流式回答静默这么久后发一次保活，避免客户端超时。 "
+             "| After such a silence a sign of life is sent, so that clients don't give up.")
+    drain_s: float = setting("float", 10, "server", low=0,
+        text="退出前的等待 | Time to finish when stopping | 停止时让进行中的回答有时间结束。 "
+             "| Running answers may end before the program does.")
+    detect_local: bool = setting("bool", True, "upstream",
+        "自动发现本地引擎 | Find local engines by itself | 没有配置上游时，查找本机的 Ollama、LM Studio 等。 "
+        "| Looks for Ollama, LM Studio and the like when no provider is set up.")
+    docs_cdn: bool = setting("bool", True, "appearance",
+        "文档页使用 CDN | API documents from a CDN | /docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭"
+        "则只显示路径列表。 "
+        "| /docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: a plain list.")
+    language: str = setting("str", "", "appearance", choices=("", "zh", "en"),
+        text="语言 | Language | zh 中文，en 英文；自动则按系统或浏览器。 "
+             "| zh: Chinese, en: English. Automatic follows the system or browser.")
+    theme_mode: str = setting("str", "system", "appearance", choices=("system", "light", "dark"),
+        text="主题 | Theme of this page")
+    log_level: str = setting(
+        "str", "info", "logs", choices=("debug", "info", "warning", "error"), flag="--log-level",
+        text="日志级别 | Log level")
+    log_file: str = setting("str", "", "logs", restart=True, file_only=True,
+        text="日志文件 | Log file | 填写路径后，日志也写入这个文件。 "
+             "| With a path here, the log goes to that file as well.")
+    iflow_auth_url: str = setting("str", "https://iflow.cn/oauth", "iflow", file_only=True,
+        text="iFlow 授权地址 | iFlow login page")
+    iflow_token_url: str = setting("str", "https://iflow.cn/oauth/token", "iflow", file_only=True,
+        text="iFlow 令牌地址 | iFlow token address")
+    iflow_userinfo_url: str = setting(
+        "str", "https://iflow.cn/api/oauth/getUserInfo", "iflow", file_only=True,
+        text="iFlow 用户信息地址 | iFlow account address | 登录后从这里取得 API 密钥。 "
+             "| Where the API key comes from after the login.")
+    oauth_client_id: str = setting("str", "10009311001", "iflow", file_only=True,
+        text="OAuth 客户端 ID | OAuth client ID")
     #: Published in its CLI (RFC 8252, 8.5).
-    oauth_client_secret: str = setting("str", "4Z3YjXycVsQvyGF1etiNlIBB4RsqSDtW", secret=True,
-                                       file_only=True)
-    accounts: Dict[str, Any] = setting("dict", {})
-    encrypt_secrets: bool = setting("bool", True)
-    api_key: str = setting("str", "", secret=True)
-    base_url: str = setting("str", "")
-    auth_type: str = setting("str", "", older=True)
+    oauth_client_secret: str = setting(
+        "str", "4Z3YjXycVsQvyGF1etiNlIBB4RsqSDtW", "iflow", secret=True, file_only=True,
+        text="OAuth 客户端密钥 | OAuth client secret | iFlow CLI 公开的值，一般无需修改。 "
+             "| Published with iFlow's CLI; rarely needs a change.")
+    accounts: Dict[str, Any] = setting("dict", {}, "iflow",
+        "更多 iFlow 账号 | Further iFlow accounts, kept by `login --account`")
+    encrypt_secrets: bool = setting("bool", True, "server",
+        "加密保存密钥 | Encrypt stored secrets | config.json 里的密钥和令牌。 | Keys and tokens in config.json.")
+    api_key: str = setting("str", "", "iflow", secret=True,
+        text="iFlow 密钥 | iFlow API key | 登录 iFlow 后无需填写。 "
+             "| Not needed once you are logged in to iFlow.")
+    base_url: str = setting("str", "", "iflow",
+        "iFlow 接口地址 | iFlow API address | 留空则用 iFlow 自己的地址。 | Empty: iFlow's own.")
+    auth_type: str = setting("str", "", "iflow", older=True,
+        text="iFlow 登录方式 | iFlow login type; openai-compatible: a plain provider")
 
 
 SETTING = {item.name: item for item in fields(Settings)}
-
-#: Name, what it is called and, where there is more to say, a hint: each in Chinese, in English.
-SETTING_TEXTS = {name: tuple(texts.split(" | ")) for name, _, texts in (
-    line.partition(" = ") for line in """\
-host = 监听地址 | Address to listen on | 127.0.0.1 仅限本机；0.0.0.0 允许其他机器访问，此时需要客户端密钥。 \
-| 127.0.0.1 serves this machine only; 0.0.0.0 serves others too, with a client key.
-port = 端口 | Port | 0 表示自动选一个空闲端口。 | 0 picks a free one.
-providers = 上游列表 | Providers: name, base_url, api_keys, …
-default_provider = 默认上游 | Default provider | 没有别名匹配、也没有上游列出的模型名发到这里；留空则为第一个。 \
-| Gets models that no alias and no provider knows. Empty: the first one.
-aliases = 模型别名 | Model aliases: pattern -> model, or models to try in order
-default_model = 默认模型 | Default model | 请求没有指定模型，或用了 claude-*、gpt-* 等别家的模型名时使用。 \
-| For requests without a model, or with a foreign name like claude-* or gpt-*.
-api_concurrency = 每个 iFlow 账号的并发数 | Requests at once per iFlow account | 0 为不限。 | 0: no limit.
-retry = 失败重试 | Retries of a failed provider \
-| JSON，例如 {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": \
-60}：次数、首次等待、最长等待、总时限（秒）。默认不重试。 \
-| JSON: {"count": 2, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}: how often, first \
-and longest pause, time for all (seconds). Default: none.
-circuit = 熔断 | Rest for a failing provider \
-| JSON，例如 {"failures": 5, "rest_s": 30}：连续失败 5 次后暂停 30 秒（默认）；failures 为 0 则从不暂停。 \
-| JSON such as {"failures": 5, "rest_s": 30}: after 5 failures in a row it rests for 30 s (the \
-default); 0 failures: never.
-sticky = 同一会话使用同一密钥 | Same API key for a whole conversation | 有利于命中上游的前缀缓存；关闭时密钥轮流使用。 \
-| Helps the provider's prefix cache. Off: the keys take turns.
-client_keys = 客户端密钥列表 | Client keys, made by `key add`
-address_limits = 每个地址的限额 | Limits per client address \
-| JSON，可含 rpm、rph、rpd、tpd、concurrency；在“密钥与限额”里填写更方便。 \
-| JSON: rpm, rph, rpd, tpd, concurrency; easier in Keys & limits.
-usage = 记录用量 | Record usage | 请求数与 token 数写入 usage.jsonl，不含内容。 \
-| Counts requests and tokens in usage.jsonl, never their content.
-usage_days = 用量保留时间 | Keep usage for
-prices = 价格 | Prices | JSON，每百万 token，例如 {"glm-*": {"input": 2, "output": 8, "cached": 0.5}}。 \
-| JSON, for a million tokens: {"glm-*": {"input": 2, "output": 8}}; also cached.
-custom_api_key = 固定的客户端密钥 | Fixed client key | 设置后，客户端可用它或“密钥与限额”里的密钥。 \
-| Once set, clients must send it, or a key made under Keys & limits.
-admin_password = 管理页面密码 | Password of the admin page, as a hash
-custom_auth_header = 额外读取密钥的请求头 | Extra header that carries the client key \
-| 除 Authorization、x-api-key、api-key 之外，例如 X-Gateway-Key。 \
-| Besides Authorization, x-api-key and api-key; for example X-Gateway-Key.
-allowed_hosts = 允许的 Host | Allowed host names | 访问时用的域名，例如反向代理的 api.example.com；本机名称无需填写。 \
-| Names this server is reached by, such as api.example.com behind a proxy. This machine's own \
-need no entry.
-allowed_origins = 允许的网页来源 | Allowed web origins | 这些网页无需密钥即可调用，例如 https://chat.example.com。 \
-| Web pages that may call without a key, as https://chat.example.com.
-trusted_proxies = 可信代理 | Trusted proxies | 信任其 X-Forwarded-For 的地址或网段，例如 10.0.0.0/8。 \
-| Addresses or networks whose X-Forwarded-For counts: 10.0.0.0/8.
-preserve_reasoning_content = 保留 reasoning_content | Keep reasoning_content apart \
-| 仅 iFlow：思考内容放在单独的字段里，不并入正文。 | iFlow only: thinking stays in its own field, not in the text.
-vision_model = 识图模型 | Model for images | 带图片的 iFlow 请求改用它。 | Takes iFlow requests that carry images.
-vision_mode = 图片的处理 | What happens to images | route：改用识图模型；pass：原样发给所请求的模型。 \
-| route: the model for images answers. pass: the requested model gets them.
-upstream_proxy = 上游代理 | Proxy to the providers \
-| http://、socks5://、socks5h:// 地址，或 env（按环境变量）；需同时启用。 \
-| An http://, socks5:// or socks5h:// address, or env for the environment's. Turn it on as well.
-upstream_proxy_enabled = 启用上游代理 | Use the proxy to the providers
-ca_file = 额外的 CA 证书 | Additional CA certificates | PEM 文件的路径，用于自签名或公司内部的证书。 \
-| Path of a PEM file, for self-signed or company certificates.
-connect_timeout_s = 连接上游的时限 | Time to connect to a provider
-first_byte_timeout_s = 等待上游首字节的时限 | Longest wait for an answer to begin
-idle_timeout_s = 回答中断的时限 | Longest silence within an answer
-body_limit_bytes = 请求体上限 | Largest request body
-max_connections = 最大连接数 | Client connections at once
-queue_limit = 排队上限 | Queue length per provider | 上游并发已满时最多排队的请求数，更多的会收到 503。 \
-| Requests that may wait when a provider is busy; further ones get 503.
-queue_timeout_s = 最长排队时间 | Longest wait in the queue
-keepalive_s = 保活间隔 | Keep-alive interval of streams | 流式回答静默这么久后发一次保活，避免客户端超时。 \
-| After such a silence a sign of life is sent, so that clients don't give up.
-drain_s = 退出前的等待 | Time to finish when stopping | 停止时让进行中的回答有时间结束。 \
-| Running answers may end before the program does.
-detect_local = 自动发现本地引擎 | Find local engines by itself | 没有配置上游时，查找本机的 Ollama、LM Studio 等。 \
-| Looks for Ollama, LM Studio and the like when no provider is set up.
-docs_cdn = 文档页使用 CDN | API documents from a CDN \
-| /docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭则只显示路径列表。 \
-| /docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: a plain list.
-language = 语言 | Language | zh 中文，en 英文；自动则按系统或浏览器。 \
-| zh: Chinese, en: English. Automatic follows the system or browser.
-theme_mode = 主题 | Theme of this page
-log_level = 日志级别 | Log level
-log_file = 日志文件 | Log file | 填写路径后，日志也写入这个文件。 | With a path here, the log goes to that file as well.
-iflow_auth_url = iFlow 授权地址 | iFlow login page
-iflow_token_url = iFlow 令牌地址 | iFlow token address
-iflow_userinfo_url = iFlow 用户信息地址 | iFlow account address | 登录后从这里取得 API 密钥。 \
-| Where the API key comes from after the login.
-oauth_client_id = OAuth 客户端 ID | OAuth client ID
-oauth_client_secret = OAuth 客户端密钥 | OAuth client secret | iFlow CLI 公开的值，一般无需修改。 \
-| Published with iFlow's CLI; rarely needs a change.
-accounts = 更多 iFlow 账号 | Further iFlow accounts, kept by `login --account`
-encrypt_secrets = 加密保存密钥 | Encrypt stored secrets | config.json 里的密钥和令牌。 \
-| Keys and tokens in config.json.
-api_key = iFlow 密钥 | iFlow API key | 登录 iFlow 后无需填写。 | Not needed once you are logged in to iFlow.
-base_url = iFlow 接口地址 | iFlow API address | 留空则用 iFlow 自己的地址。 | Empty: iFlow's own.
-auth_type = iFlow 登录方式 | iFlow login type; openai-compatible: a plain provider
-""".splitlines())}
-
-#: Where a form shows each setting.
-SETTING_GROUPS: Dict[str, Tuple[str, ...]] = {
-    "server": ("host", "port", "admin_password", "body_limit_bytes", "max_connections",
-               "keepalive_s", "drain_s", "encrypt_secrets"),
-    "upstream": ("providers", "default_provider", "aliases", "default_model", "retry", "circuit",
-                 "sticky", "upstream_proxy", "upstream_proxy_enabled", "ca_file",
-                 "connect_timeout_s", "first_byte_timeout_s", "idle_timeout_s", "queue_limit",
-                 "queue_timeout_s", "detect_local"),
-    "clients": ("custom_api_key", "custom_auth_header", "client_keys", "address_limits",
-                "allowed_hosts", "allowed_origins", "trusted_proxies"),
-    "iflow": ("api_key", "base_url", "auth_type", "accounts", "api_concurrency",
-              "preserve_reasoning_content", "vision_model", "vision_mode", "iflow_auth_url",
-              "iflow_token_url", "iflow_userinfo_url", "oauth_client_id", "oauth_client_secret"),
-    "logs": ("log_level", "log_file", "usage", "usage_days", "prices"),
-    "appearance": ("language", "theme_mode", "docs_cdn")}
+_DEFAULTS = Settings()
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True,
           "false": False, "0": False, "no": False, "off": False}
-
-
-_DEFAULTS = Settings()
 
 
 def default_of(name: str) -> Any:
@@ -1170,22 +1133,24 @@ def check_setting(name: str, value: Any, where: str = "") -> Any:
 
     `where` is what the place is called, the setting's name if nothing else is given.
     """
-    facts, where = SETTING[name].metadata, where or name
+    facts = SETTING[name].metadata
+    kind, is_whole = facts["kind"], facts["kind"] == "int"
     if name in SETTING_SHAPES:
-        return SETTING_SHAPES[name](value, where)
-    if "choices" in facts:
-        return one_of(*facts["choices"])(value, where)
-    if facts["kind"] in ("int", "float"):
-        whole = facts["kind"] == "int"
-        high = facts.get("high", 10 ** 12 if whole else LONGEST_S)
-        return number(facts.get("low", 0), high, whole)(value, where)
-    return (secret_text if facts.get("secret") else KIND_SHAPES[facts["kind"]])(value, where)
+        shape = SETTING_SHAPES[name]
+    elif "choices" in facts:
+        shape = one_of(*facts["choices"])
+    elif kind in ("int", "float"):
+        high = facts.get("high", 10 ** 12 if is_whole else LONGEST_S)
+        shape = number(facts.get("low", 0), high, is_whole)
+    else:
+        shape = secret_text if facts.get("secret") else KIND_SHAPES[kind]
+    return shape(value, where or name)
 
 
 def parse_setting(name: str, text: str, where: str = "") -> Any:
-    """The value that `text` (a variable, a flag, an argument) stands for.
+    """The value that `text` (a variable, a flag, an argument) stands for; ValueError as above.
 
-    Lists and objects are JSON; ValueError as of check_setting.
+    Lists and objects are JSON.
     """
     kind = SETTING[name].metadata["kind"]
     value: Any = text
@@ -1204,7 +1169,7 @@ class Loaded(NamedTuple):
     """Settings, where each that is no default came from, and what was wrong, a sentence each."""
     settings: Settings
     origins: Dict[str, str]
-    problems: List[str]
+    warnings: List[str]
 
 
 def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any],
@@ -1215,20 +1180,20 @@ def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any
     """
     values: Json = {}
     origins: Dict[str, str] = {}
-    problems: List[str] = []
-    for name in SETTING:
-        # A secret that can't be opened is named by the vault.  Of the client key its sealed text
-        # stays in force: a server that wanted a key must not suddenly want none.
-        locked = (name != "custom_api_key" and SETTING[name].metadata.get("secret")
-                  and is_sealed(raw.get(name)))
-        if name in raw and not locked:
+    warnings: List[str] = []
+    for name, item in SETTING.items():
+        # A secret that can't be decrypted is named by ConfigFile.  Of the client key the encrypted
+        # text stays in force: a server that wanted a key must not suddenly want none.
+        unreadable = (item.metadata.get("secret") and is_encrypted(raw.get(name))
+                      and name != "custom_api_key")
+        if name in raw and not unreadable:
             try:
                 values[name], origins[name] = check_setting(name, raw[name]), "file"
             except ValueError as exc:
-                problems.append(f"config.json: {exc}")
+                warnings.append(f"config.json: {exc}")
                 if last is not None:
                     values[name] = getattr(last, name)
-                elif name == "client_keys":     # a malformed value must not disable authentication
+                elif name == "client_keys":      # a malformed value must not disable authentication
                     is_list = isinstance(raw[name], list) and raw[name]
                     values[name] = raw[name] if is_list else [None]
         variable = ENV_PREFIX + name.upper()
@@ -1237,10 +1202,212 @@ def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any
                 values[name] = parse_setting(name, environ[variable], variable)
                 origins[name] = "environment"
             except ValueError as exc:
-                problems.append(str(exc))
-    values.update(flags)
-    origins.update({name: "flag" for name in flags})
-    return Loaded(Settings(**values), origins, problems)
+                warnings.append(str(exc))
+    origins.update(dict.fromkeys(flags, "flag"))
+    return Loaded(Settings(**{**values, **flags}), origins, warnings)
+
+
+# --- secrets at rest -----------------------------------------------------------
+
+ENCRYPTED = "enc:"
+_REFERENCE = r"\$[A-Za-z_]\w*"
+
+#: Of an account these are secret.
+LOGIN_SECRETS = ("apiKey", "searchApiKey", "oauth_access_token", "oauth_refresh_token")
+
+#: Of a provider these may hold secrets, names that we do not know among them; of its headers those
+#: with such names.
+_SECRET_FIELD = r"(?i)keys?$|token|secret|password|headers|proxy|_url$"
+_SECRET_HEADER = r"(?i)auth|cookie|secret|token|password|credential|key"
+
+
+def is_encrypted(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(ENCRYPTED)
+
+
+def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
+    """`raw` (config.json's object) with `change(place, text)` for what may be secret; a new object.
+
+    The one walk for encrypting, decrypting and masking.  `$NAME` is no secret, only the name of
+    one, and stays.
+    """
+    def on_text(where: str, value: Any) -> Any:
+        is_plain = not isinstance(value, str) or not value or re.fullmatch(_REFERENCE, value)
+        return value if is_plain else change(where, value)
+
+    def on(where: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [on_text(f"{where}[{at}]", item) for at, item in enumerate(value)]
+        if isinstance(value, dict):
+            return {name: on_text(place(where, name), item) for name, item in value.items()}
+        return on_text(where, value)
+
+    def on_fields(where: str, value: Any, is_secret: Callable[[str], Any]) -> Any:
+        if not isinstance(value, dict):
+            return on_text(where, value)
+        return {name: on(place(where, name), item) if is_secret(name) else item
+                for name, item in value.items()}
+
+    raw = on_fields("", raw, lambda name: name in SETTING and SETTING[name].metadata.get("secret"))
+    if isinstance(raw.get("providers"), list):
+        raw["providers"] = [
+            on_fields(f"providers[{at}]", entry, lambda name: re.search(_SECRET_FIELD, name))
+            for at, entry in enumerate(raw["providers"])]
+    if isinstance(raw.get("accounts"), dict):
+        raw["accounts"] = {name: on_fields(f"accounts.{name}", login, LOGIN_SECRETS.__contains__)
+                           for name, login in raw["accounts"].items()}
+    return raw
+
+
+def _is_url(where: str) -> bool:
+    return where.endswith(("proxy", "_url")) and ".headers." not in where
+
+
+def is_to_encrypt(where: str, text: str) -> bool:
+    """Whether map_secrets came upon a secret: no URL without a password, no harmless header."""
+    _, is_header, name = where.partition(".headers.")
+    return not (is_encrypted(text) or _is_url(where) and "@" not in text
+                or is_header and not re.search(_SECRET_HEADER, name))
+
+
+def hide_secrets(name: str, value: Any) -> Any:
+    """A setting's value as it may be shown."""
+    def hide(where: str, text: str) -> str:
+        if _is_url(where) and "://" in text:
+            return re.sub("[?#].*", "…", redact(text))
+        return mask(text) if name != "admin_password" else "…"
+    return map_secrets({name: value}, hide)[name]
+
+
+def hide_in_provider(entry: Json) -> Json:
+    return hide_secrets("providers", [entry])[0]
+
+
+class CannotDecrypt(ValueError):
+    """An encrypted value that can't be read; the text says why, and names no secret."""
+
+
+class Vault:
+    """Encrypts the secrets of config.json and its .bak: `enc:v1:PARAMETERS.KEY_ID.DATA`.
+
+    It protects what leaves this machine without the key: a config.json shown in a bug report,
+    synchronised, committed or backed up.  The key is `secret.key` beside it (random, 0600), so it
+    does not protect against who can read the whole folder as this user or as root; with
+    IFLOW2API_PASSPHRASE, from which the key is derived, it does, if the environment is safe.
+    DATA is base64 of what Cipher makes; PARAMETERS are `k` (key file) or `pITERATIONS-SALT`
+    (PBKDF2-HMAC-SHA-256).
+    """
+    PURPOSE = b"iflow2api secrets 1: "
+    #: PBKDF2 takes about this long here; fewest (a router) and most rounds.
+    DERIVE_S, ITERATIONS = 0.2, (20_000, 2_000_000)
+
+    def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
+        self.key_path = os.path.join(folder, "secret.key")
+        self._environ = os.environ if environ is None else environ
+        self._derived: Dict[str, bytes] = {}     #: by PARAMETERS and passphrase: 0.2 s each
+        self._parameters = ""            #: of the passphrase, as found in the file, else made new
+
+    def decrypt(self, text: str) -> str:
+        """The secret; CannotDecrypt."""
+        found = re.fullmatch(r"enc:v1:([^.]*)\.([^.]*)\.([^.]*)", text)
+        if not found:
+            is_ours = text.startswith(ENCRYPTED + "v1:")
+            raise CannotDecrypt("it is damaged" if is_ours else
+                                "a newer version encrypted it, or it is damaged")
+        parameters, key_id, data = found[1], found[2], decode_base64(found[3])
+        for key in self._keys(parameters):
+            if self._id(key) == key_id:
+                plain = None if data is None else self._cipher(key, parameters).decrypt(data)
+                if plain is None:
+                    raise CannotDecrypt("it is damaged")
+                self._parameters = parameters if parameters != "k" else self._parameters
+                return plain.decode("utf-8", "surrogatepass")
+        other = f"key than {self.key_path} holds" if parameters == "k" else "passphrase"
+        raise CannotDecrypt(f"it is encrypted with another {other}, or damaged")
+
+    def encrypt(self, secret: str) -> str:
+        """The text to store; OSError where there is no key and none can be made."""
+        parameters = "k"
+        if self._environ.get(ENV_PREFIX + "PASSPHRASE"):
+            parameters = self._parameters or f"p{self.iterations()}-{secrets.token_hex(16)}"
+            self._parameters = parameters
+        elif not self._filed_keys():
+            write_file(self.key_path, secrets.token_bytes(32))
+        key = self._keys(parameters)[0]
+        data = self._cipher(key, parameters).encrypt(secret.encode("utf-8", "surrogatepass"))
+        return f"{ENCRYPTED}v1:{parameters}.{self._id(key)}.{encode_base64(data)}"
+
+    def _cipher(self, key: bytes, parameters: str) -> Cipher:
+        return Cipher(key, self.PURPOSE + parameters.encode())
+
+    @staticmethod
+    def _id(key: bytes) -> str:
+        """Tells a wrong key from a damaged value."""
+        return hmac.digest(key, b"iflow2api key id", "sha256")[:6].hex()
+
+    def _keys(self, parameters: str) -> List[bytes]:
+        """The keys that may have encrypted a value with these parameters; CannotDecrypt."""
+        if parameters == "k":
+            try:
+                return self._filed_keys()
+            except OSError as exc:
+                raise CannotDecrypt(f"its key can't be read: {exc.strerror or exc}") from None
+        found = re.fullmatch(r"p(\d{1,8})-([0-9a-f]{32})", parameters)
+        if not found or not 1 <= int(found[1]) <= 10_000_000:
+            raise CannotDecrypt("it is damaged")
+        passphrase = self._environ.get(ENV_PREFIX + "PASSPHRASE", "")
+        if not passphrase:
+            raise CannotDecrypt(f"it is encrypted with a passphrase: set {ENV_PREFIX}PASSPHRASE")
+        wanted = parameters + passphrase
+        if wanted not in self._derived:
+            encoded = passphrase.encode("utf-8", "surrogateescape")
+            self._derived[wanted] = stretch(encoded, found[1], found[2])
+        return [self._derived[wanted]]
+
+    def _filed_keys(self) -> List[bytes]:
+        """Those in the key file: all decrypt, the first encrypts; OSError where it is damaged."""
+        try:
+            with open(self.key_path, "rb") as file:
+                data = file.read(32 * 64 + 1)
+        except FileNotFoundError:
+            return []
+        if not data or len(data) % 32:
+            raise OSError(errno.EINVAL, f"{self.key_path} is damaged: 32 bytes expected")
+        return [data[at:at + 32] for at in range(0, len(data), 32)]
+
+    @classmethod
+    def iterations(cls) -> int:
+        """Rounds that take about DERIVE_S on this machine."""
+        fewest, most = cls.ITERATIONS
+        started = time.perf_counter()
+        stretch(b"measure", fewest, "00")
+        taken_s = max(time.perf_counter() - started, 1e-6)
+        return max(fewest, min(most, int(fewest * cls.DERIVE_S / taken_s) // 1000 * 1000))
+
+
+def stretch(password: bytes, iterations: Any, salt: str) -> bytes:
+    """32 bytes out of a password: slowly, so that guessing is slow."""
+    return hashlib.pbkdf2_hmac("sha256", password, bytes.fromhex(salt), int(iterations))
+
+
+_PASSWORD_HASH = r"pbkdf2-sha256\$([1-9]\d{0,7})\$([0-9a-f]{32})\$([0-9a-f]{64})"
+
+
+def hash_password(password: str) -> str:
+    """`pbkdf2-sha256$ITERATIONS$SALT$HASH`, as of `admin_password`; ValueError: its length."""
+    least, most = PASSWORD_LENGTH
+    if not least <= len(password) <= most:
+        raise ValueError(f"a password has from {least} to {most} characters")
+    iterations, salt = Vault.iterations(), secrets.token_hex(16)
+    made = stretch(password.encode("utf-8", "surrogatepass"), iterations, salt)
+    return f"pbkdf2-sha256${iterations}${salt}${made.hex()}"
+
+
+def is_password(password: str, stored: str) -> bool:
+    """Whether it is the one that hash_password made `stored` of."""
+    found = re.fullmatch(_PASSWORD_HASH, stored)
+    return found is not None and hmac.compare_digest(
+        stretch(password.encode("utf-8", "surrogatepass"), found[1], found[2]).hex(), found[3])
 
 
 # --- config.json -------------------------------------------------------------
@@ -1254,222 +1421,34 @@ def read_json_file(path: str) -> Json:
 
     A byte order mark is accepted: Notepad and PowerShell write one.
     """
+    where = "line 1, column 1"
     try:
         with open(path, "rb") as file:
             data = file.read()
+        is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        value = json.loads(data.decode("utf-16" if is_utf16 else "utf-8-sig"))
+        if not isinstance(value, dict):
+            raise ValueError("an object expected")
+        return value
     except FileNotFoundError:
         return {}
     except OSError as exc:
         raise ConfigBroken(f"{path}: {exc.strerror or exc}") from None
-    try:
-        is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
-        value = json.loads(text)
     except json.JSONDecodeError as exc:
-        raise ConfigBroken(f"{path}: line {exc.lineno}, column {exc.colno}: {exc.msg}") from None
+        where, reason = f"line {exc.lineno}, column {exc.colno}", exc.msg
     except UnicodeDecodeError as exc:
-        line = data.count(b"\n", 0, exc.start) + 1
         column = exc.start - data.rfind(b"\n", 0, exc.start)
-        raise ConfigBroken(f"{path}: line {line}, column {column}: not UTF-8 text") from None
+        line = data.count(b"\n", 0, exc.start) + 1
+        where, reason = f"line {line}, column {column}", "not UTF-8 text"
     except (RecursionError, ValueError) as exc:
-        raise ConfigBroken(f"{path}: line 1, column 1: {exc}") from None
-    if not isinstance(value, dict):
-        raise ConfigBroken(f"{path}: line 1, column 1: an object expected")
-    return value
-
-
-# --- secrets at rest -----------------------------------------------------------
-
-SEALED = "enc:"
-_REFERENCE = r"\$[A-Za-z_]\w*"
-_SECRET_HEADER = r"(?i).*(auth|cookie|secret|token|password|credential|key).*"
-
-#: Of an account these are secret.
-LOGIN_SECRETS = ("apiKey", "searchApiKey", "oauth_access_token", "oauth_refresh_token")
-
-
-def is_sealed(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(SEALED)
-
-
-class SealBroken(ValueError):
-    """A sealed value that can't be opened; the text says why, and names no secret."""
-
-
-class Vault:
-    """Keeps the secrets of config.json and its .bak encrypted: `enc:v1:PARAMETERS.KEY_ID.DATA`.
-
-    It protects what leaves this machine without the key: a config.json shown in a bug report,
-    synchronised, committed or backed up.  The key is `secret.key` beside it (random, 0600), so it
-    does not protect against who can read the whole folder as this user or as root; with
-    IFLOW2API_PASSPHRASE, from which the key is derived, it does, if the environment is safe.
-    The iFlow CLI's file is not ours and stays as the CLI reads it.  DATA is base64 of what Cipher
-    makes; PARAMETERS are `k` (key file) or `pITERATIONS-SALT` (PBKDF2-HMAC-SHA-256).
-    """
-    PURPOSE = b"iflow2api secrets 1: "
-    #: PBKDF2 takes about this long here; fewest (a router) and most rounds.
-    DERIVE_S, ITERATIONS = 0.2, (20_000, 2_000_000)
-
-    def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
-        self.key_path = os.path.join(folder, "secret.key")
-        self._environ = os.environ if environ is None else environ
-        self._derived: Dict[str, bytes] = {}     #: by PARAMETERS and passphrase: 0.2 s each
-        self._parameters = ""            #: of the passphrase, as found in the file, else made new
-
-    def open(self, text: str) -> str:
-        """The secret; SealBroken."""
-        found = re.fullmatch(r"enc:v1:([^.]*)\.([^.]*)\.([^.]*)", text)
-        if not found:
-            newer = "" if text.startswith(SEALED + "v1:") else "a newer version encrypted it, or "
-            raise SealBroken(newer + "it is damaged")
-        parameters, key_id, body = found.groups()
-        data = decode_base64(body)
-        for key in self._keys(parameters):
-            if self._id(key) == key_id:
-                cipher = Cipher(key, self.PURPOSE + parameters.encode())
-                plain = None if data is None else cipher.open(data)
-                if plain is None:
-                    raise SealBroken("it is damaged")
-                self._parameters = parameters if parameters != "k" else self._parameters
-                return plain.decode("utf-8", "surrogatepass")
-        other = f"key than {self.key_path} holds" if parameters == "k" else "passphrase"
-        raise SealBroken(f"it is encrypted with another {other}, or damaged")
-
-    def seal(self, secret: str) -> str:
-        """The text to store; OSError where there is no key and none can be made."""
-        parameters, key = "k", b""
-        if self._environ.get(ENV_PREFIX + "PASSPHRASE"):
-            made = self._parameters or f"p{self.iterations()}-{secrets.token_hex(16)}"
-            parameters = self._parameters = made
-            key = self._keys(parameters)[0]
-        else:
-            if not self._filed_keys():
-                write_file(self.key_path, secrets.token_bytes(32))
-            key = self._filed_keys()[0]
-        cipher = Cipher(key, self.PURPOSE + parameters.encode())
-        data = cipher.seal(secret.encode("utf-8", "surrogatepass"))
-        return f"{SEALED}v1:{parameters}.{self._id(key)}.{encode_base64(data)}"
-
-    @staticmethod
-    def _id(key: bytes) -> str:
-        """Tells a wrong key from a damaged value."""
-        return hmac.digest(key, b"iflow2api key id", "sha256")[:6].hex()
-
-    def _keys(self, parameters: str) -> List[bytes]:
-        """The keys that may have sealed a value with these parameters; SealBroken."""
-        if parameters == "k":
-            try:
-                return self._filed_keys()
-            except OSError as exc:
-                raise SealBroken(f"its key can't be read: {exc.strerror or exc}") from None
-        found = re.fullmatch(r"p(\d{1,8})-([0-9a-f]{32})", parameters)
-        if not found or not 1 <= int(found.group(1)) <= 10_000_000:
-            raise SealBroken("it is damaged")
-        passphrase = self._environ.get(ENV_PREFIX + "PASSPHRASE", "")
-        if not passphrase:
-            raise SealBroken(f"it is encrypted with a passphrase: set {ENV_PREFIX}PASSPHRASE")
-        mark = parameters + passphrase
-        if mark not in self._derived:
-            salt, rounds = bytes.fromhex(found.group(2)), int(found.group(1))
-            self._derived[mark] = hashlib.pbkdf2_hmac(
-                "sha256", passphrase.encode("utf-8", "surrogateescape"), salt, rounds)
-        return [self._derived[mark]]
-
-    def _filed_keys(self) -> List[bytes]:
-        """The keys in the key file: all open, the first encrypts; OSError where it is damaged."""
-        try:
-            with open(self.key_path, "rb") as file:
-                data = file.read(32 * 64 + 1)
-        except FileNotFoundError:
-            return []
-        if not data or len(data) % 32:
-            raise OSError(errno.EINVAL, f"{self.key_path} is damaged: 32 bytes expected")
-        return [data[at:at + 32] for at in range(0, len(data), 32)]
-
-    @classmethod
-    def iterations(cls) -> int:
-        """Rounds that take about DERIVE_S on this machine."""
-        started = time.perf_counter()
-        hashlib.pbkdf2_hmac("sha256", b"measure", b"measure", cls.ITERATIONS[0])
-        taken = max(time.perf_counter() - started, 1e-6)
-        fewest, most = cls.ITERATIONS
-        return max(fewest, min(most, int(fewest * cls.DERIVE_S / taken) // 1000 * 1000))
-
-
-# --- the page's password --------------------------------------------------------
-
-_PASSWORD_HASH = r"pbkdf2-sha256\$([1-9]\d{0,7})\$([0-9a-f]{32})\$([0-9a-f]{64})"
-
-
-def hash_password(password: str) -> str:
-    """`pbkdf2-sha256$ITERATIONS$SALT$HASH`, as of `admin_password`; ValueError: its length."""
-    least, most = PASSWORD_LENGTH
-    if not least <= len(password) <= most:
-        raise ValueError(f"a password has from {least} to {most} characters")
-    iterations, salt = Vault.iterations(), secrets.token_bytes(16)
-    return f"pbkdf2-sha256${iterations}${salt.hex()}${_stretch(password, salt, iterations).hex()}"
-
-
-def is_password(password: str, stored: str) -> bool:
-    """Whether it is the one that hash_password made `stored` of."""
-    found = re.fullmatch(_PASSWORD_HASH, stored)
-    if not found:
-        return False
-    made = _stretch(password, bytes.fromhex(found.group(2)), int(found.group(1)))
-    return hmac.compare_digest(made, bytes.fromhex(found.group(3)))
-
-
-def _stretch(password: str, salt: bytes, iterations: int) -> bytes:
-    return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "surrogatepass"), salt,
-                               iterations)
-
-
-# --- secrets in config.json -------------------------------------------------------
-
-def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
-    """`raw` (config.json's object) with `change(place, secret)` for each secret; a new object.
-
-    `$NAME` is no secret, only the name of one, and stays.
-    """
-    def on(place: str, value: Any) -> Any:
-        is_secret = isinstance(value, str) and value and not re.fullmatch(_REFERENCE, value)
-        return change(place, value) if is_secret else value
-
-    def on_members(where: str, value: Any, is_secret: Callable[[str], Any]) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: on(place(where, name), item) if is_secret(name) else item
-                for name, item in value.items()}
-
-    def in_provider(where: str, entry: Any) -> Any:
-        if not isinstance(entry, dict):
-            return entry
-        entry = dict(entry)
-        if isinstance(entry.get("api_keys"), list):
-            entry["api_keys"] = [on(f"{where}.api_keys[{at}]", key)
-                                 for at, key in enumerate(entry["api_keys"])]
-        if "@" in str(entry.get("proxy")) or is_sealed(entry.get("proxy")):
-            entry["proxy"] = on(f"{where}.proxy", entry["proxy"])
-        if "headers" in entry:
-            entry["headers"] = on_members(f"{where}.headers", entry["headers"],
-                                          lambda name: re.fullmatch(_SECRET_HEADER, name))
-        return entry
-
-    raw = on_members("", raw, lambda name: name in SETTING
-                     and SETTING[name].metadata.get("secret"))
-    if isinstance(raw.get("providers"), list):
-        raw["providers"] = [in_provider(f"providers[{at}]", entry)
-                            for at, entry in enumerate(raw["providers"])]
-    if isinstance(raw.get("accounts"), dict):
-        raw["accounts"] = {name: on_members(f"accounts.{name}", login, LOGIN_SECRETS.__contains__)
-                           for name, login in raw["accounts"].items()}
-    return raw
+        reason = str(exc)
+    raise ConfigBroken(f"{path}: {where}: {reason}")
 
 
 class ConfigFile:
     """config.json and its `.bak`: unknown keys survive, and a crash leaves one of the two whole.
 
-    Reading decrypts secrets, writing encrypts them; one that can't be opened stays as it is.
+    Reading decrypts secrets, writing encrypts them; one that can't be decrypted stays as it is.
     """
 
     def __init__(self, folder: str, environ: Optional[Mapping[str, str]] = None) -> None:
@@ -1477,7 +1456,7 @@ class ConfigFile:
         self.path = os.path.join(self.folder, "config.json")
         self.backup = self.path + ".bak"
         self.vault = Vault(self.folder, environ)
-        self.locked: List[str] = []      #: what the last reading could not open, a sentence each
+        self.unreadable: List[str] = []  #: what the last reading could not decrypt, a sentence each
         self._lock = threading.RLock()
 
     def warning(self) -> str:
@@ -1488,52 +1467,36 @@ class ConfigFile:
         return ""
 
     def read(self) -> Json:
-        """The file, its secrets opened; ConfigBroken."""
-        return self.opened(read_json_file(self.path))
+        """The file, its secrets decrypted; ConfigBroken."""
+        return self._read(self.path)
 
-    def opened(self, raw: Json) -> Json:
-        locked: List[str] = []
+    def _read(self, path: str) -> Json:
+        unreadable: List[str] = []
 
-        def open_it(place: str, secret: str) -> str:
-            if not is_sealed(secret):
-                return secret
+        def decrypt(where: str, text: str) -> str:
+            if not is_encrypted(text):
+                return text
             try:
-                return self.vault.open(secret)
-            except SealBroken as exc:
-                locked.append(f"config.json: {place} can't be read: {exc}")
-                return secret
+                return self.vault.decrypt(text)
+            except CannotDecrypt as exc:
+                unreadable.append(f"{os.path.basename(path)}: {where} can't be read: {exc}")
+                return text
 
-        opened = map_secrets(raw, open_it)
-        self.locked = locked
-        return opened
-
-    def _sealed(self, raw: Json) -> Json:
-        """`raw` as it goes into the file."""
-        if raw.get("encrypt_secrets") is False:
-            return raw
-        return map_secrets(raw, lambda place, secret: secret if is_sealed(secret) else
-                           self.vault.seal(secret))
-
-    def sealed_if_possible(self, raw: Json) -> Json:
-        """A key file that is damaged or can't be made must not keep a setting from changing."""
-        try:
-            return self._sealed(raw)
-        except (OSError, SealBroken) as exc:
-            reason = getattr(exc, "strerror", None) or exc
-            log.warning("secrets in %s stay unencrypted: %s", self.path, reason)
-            return raw
+        raw = map_secrets(read_json_file(path), decrypt)
+        self.unreadable = unreadable
+        return raw
 
     def recover(self) -> Tuple[Json, List[str]]:
         """The file, else its backup, else nothing; and what was wrong, a sentence each."""
         try:
             return self.read(), []
         except ConfigBroken as exc:
-            problem = str(exc)
+            warning = str(exc)
         with contextlib.suppress(ConfigBroken):
             if os.path.exists(self.backup):
-                opened = self.opened(read_json_file(self.backup))
-                return opened, [f"{problem} (running with {os.path.basename(self.backup)})"]
-        return {}, [problem + " (running with defaults)"]
+                raw = self._read(self.backup)
+                return raw, [f"{warning} (running with {os.path.basename(self.backup)})"]
+        return {}, [warning + " (running with defaults)"]
 
     def change(self, edit: Callable[[Json], None]) -> List[str]:
         """Let `edit` change the object in the file and write it; a broken file is moved aside.
@@ -1541,25 +1504,24 @@ class ConfigFile:
         Returns what was wrong, a sentence each.  Raises OSError where nothing can be written.
         """
         with self._lock, self.lock():
-            raw, problems = self.recover()
+            raw, warnings = self.recover()
             edit(raw)
-            sealed = self.sealed_if_possible(raw)
-            if problems and os.path.isfile(self.path):   # a copy: the disk may be full later
+            data = self.to_bytes(self._encrypted_if_possible(raw))
+            if warnings and os.path.isfile(self.path):   # a copy: the disk may be full later
                 kept = f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}"
                 with open(self.path, "rb") as file:
                     write_file(kept, file.read())
-                problems.append(f"what the broken file held is in {kept}")
+                warnings.append(f"what the broken file held is in {kept}")
             elif os.path.isfile(self.path):
                 self._back_up()
-            write_file(self.path, self.to_bytes(sealed),
-                       has_copy=bool(problems) or os.path.isfile(self.backup))
-        return problems
+            write_file(self.path, data, has_copy=bool(warnings) or os.path.isfile(self.backup))
+        return warnings
 
     def lock(self) -> Any:
         """One writer at a time; beside a lone bind-mounted file there is no place for a lock."""
         if os.path.isdir(self.folder) and not os.access(self.folder, os.W_OK):
             return contextlib.nullcontext()
-        return FileLock(os.path.join(self.folder, "config.lock"), 30.0)
+        return file_lock(os.path.join(self.folder, "config.lock"), 30.0)
 
     @staticmethod
     def to_bytes(raw: Json) -> bytes:
@@ -1568,47 +1530,58 @@ class ConfigFile:
             text = json.dumps(raw, indent=2)
         return text.encode() + b"\n"
 
+    def _encrypted(self, raw: Json) -> Json:
+        """`raw` as it goes into the file; OSError, CannotDecrypt: there is no usable key."""
+        if raw.get("encrypt_secrets") is False:
+            return raw
+        return map_secrets(raw, lambda where, text: self.vault.encrypt(text)
+                           if is_to_encrypt(where, text) else text)
+
+    def _encrypted_if_possible(self, raw: Json) -> Json:
+        """A key file that is damaged or can't be made must not keep a setting from changing."""
+        try:
+            return self._encrypted(raw)
+        except (OSError, CannotDecrypt) as exc:
+            reason = getattr(exc, "strerror", None) or exc
+            log.warning("secrets in %s stay unencrypted: %s", self.path, reason)
+            return raw
+
     def _back_up(self) -> None:
         """Keep the last good file, where there is a place for it (not beside a lone bind mount)."""
         with open(self.path, "rb") as file:
             data = file.read()
         try:
-            plain = read_json_file(self.path)
-            sealed = self.sealed_if_possible(plain)
-            write_file(self.backup, data if sealed == plain else self.to_bytes(sealed))
+            raw = read_json_file(self.path)
+            encrypted = self._encrypted_if_possible(raw)
+            write_file(self.backup, data if encrypted == raw else self.to_bytes(encrypted))
         except (OSError, ConfigBroken) as exc:
             log.warning("no backup of %s: %s", self.path, getattr(exc, "strerror", None) or exc)
 
-    def count_secrets(self) -> int:
-        """In the file and its .bak, encrypted or not; ConfigBroken."""
-        places: List[str] = []
-        for path in (self.path, self.backup):
-            map_secrets(read_json_file(path),
-                        lambda place, secret: places.append(place) or secret)    # type: ignore
-        return len(places)
-
     def encrypt(self, on: bool) -> List[str]:
-        """The file and its .bak encrypted or not; what can't be opened stays so and is named.
+        """The file and its .bak encrypted or not; what can't be decrypted stays and is named.
 
-        OSError, ConfigBroken, SealBroken.
+        OSError, ConfigBroken, CannotDecrypt.
         """
         with self._lock, self.lock():
-            if os.path.isfile(self.path) and not os.path.isfile(self.backup):
-                self._back_up()
-            contents: Dict[str, Json] = {} if on else {self.path: {}}
-            locked: List[str] = []
-            for path in (self.path, self.backup):
-                if os.path.isfile(path):
-                    contents[path] = self.opened(read_json_file(path))
-                    locked += [os.path.basename(path) + problem[len("config.json"):]
-                               for problem in self.locked]
-            for path, raw in contents.items():
-                raw = {**raw, "encrypt_secrets": on}
-                if on:
-                    del raw["encrypt_secrets"]           # the default
-                write_file(path, self.to_bytes(self._sealed(raw)),
-                           has_copy=os.path.isfile(self.backup))
-            return locked
+            raw = self.read()
+            raw.pop("encrypt_secrets", None)     # which is on by default
+            raw.update({} if on else {"encrypt_secrets": False})
+            data = self.to_bytes(self._encrypted(raw))
+            if os.path.isfile(self.path) or not on:
+                write_file(self.backup, data)
+                write_file(self.path, data, has_copy=True)
+            return self.unreadable
+
+    def count_secrets(self) -> int:
+        """How many the file holds, encrypted or not; ConfigBroken."""
+        found: List[str] = []
+
+        def count(where: str, text: str) -> str:
+            found.append(where)
+            return text
+
+        map_secrets(read_json_file(self.path), count)
+        return len(found)
 
 
 def entries_of(raw: Json, name: str) -> List[Any]:
@@ -1624,11 +1597,9 @@ def name_of(entry: Any) -> str:
 
 # --- what is inside of settings -----------------------------------------------
 
-RETRY_SHAPE = record({}, {"count": number(0, 10, True), "backoff_s": number(0, 600),
-                          "max_backoff_s": number(0, 600), "total_s": number(0, 3600)})
-CIRCUIT_SHAPE = record({}, {"failures": number(0, 1000, True), "rest_s": number(0.1, 86400)})
 LIMIT_FIELDS = dict.fromkeys(LIMIT_WORDS, number(1, 10 ** 12, True))
-PRICE_SHAPE = record({}, dict.fromkeys(("input", "output", "cached"), number(0, 10 ** 9)))
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_NAME = r"[^\s/,]{1,64}"
 
 
 def network(value: Any, where: str) -> str:
@@ -1645,9 +1616,6 @@ def host_name(value: Any, where: str) -> str:
     return value
 
 
-_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-
-
 def header_name(value: Any, where: str) -> str:
     if not re.fullmatch(_HEADER_NAME, any_text(value, where)):
         raise ValueError(f"{where}: {one_line(value, 60)!r} is no header name")
@@ -1661,13 +1629,49 @@ def password_hash(value: Any, where: str) -> str:
     return value
 
 
-_NAME = r"[^\s/,]{1,64}"
-
-
 def entry_name(value: Any, where: str) -> str:
     if not isinstance(value, str) or not re.fullmatch(_NAME, value):
         raise misfit(where, "a name without blanks, commas and slashes", value)
     return value
+
+
+def expiry(text: Any, where: str) -> float:
+    """Epoch seconds of `2027-01-31` (to its end) or `2027-01-31T12:00:00Z`; UTC without a zone."""
+    try:
+        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        return moment.timestamp() + (86400 if len(text) == 10 else 0)
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise misfit(where, "a date such as 2027-01-31", text) from None
+
+
+def key_digest(value: Any, where: str) -> bytes:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise misfit(where, "the key's SHA-256 in hex", hint="; `key add` makes one")
+    return bytes.fromhex(value)
+
+
+def client_key_list(value: Any, where: str) -> List[Any]:
+    warnings = parse_client_keys(list_of(anything)(value, where), where)[1]
+    if warnings:
+        raise ValueError("; ".join(warnings))
+    return value
+
+
+CLIENT_KEY_SHAPE = record({"name": entry_name, "sha256": key_digest}, {
+    "models": list_of(filled_text), "expires": expiry, "created": anything, **LIMIT_FIELDS})
+
+#: Settings with something inside of them, or with rules of their own.
+SETTING_SHAPES: Dict[str, Shape] = {
+    "retry": record({}, {"count": number(0, 10, True), "backoff_s": number(0, 600),
+                         "max_backoff_s": number(0, 600), "total_s": number(0, 3600)}),
+    "circuit": record({}, {"failures": number(0, 1000, True), "rest_s": number(0.1, 86400)}),
+    "prices": names_to(record({}, dict.fromkeys(("input", "output", "cached"),
+                                                number(0, 10 ** 9)))),
+    "address_limits": record({}, LIMIT_FIELDS), "client_keys": client_key_list,
+    "admin_password": password_hash, "host": host_name, "trusted_proxies": list_of(network),
+    "allowed_hosts": list_of(filled_text), "allowed_origins": list_of(filled_text),
+    "custom_auth_header": lambda value, where: (header_name if value else any_text)(value, where)}
 
 
 # --- client keys --------------------------------------------------------------
@@ -1691,26 +1695,6 @@ def hashes_of_header(text: str) -> Set[bytes]:
     return {hash_key(text), hashlib.sha256(text.encode("latin-1", "replace")).digest()}
 
 
-def expiry(text: Any, where: str) -> float:
-    """Epoch seconds of `2027-01-31` (to its end) or `2027-01-31T12:00:00Z`; UTC without a zone."""
-    try:
-        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-        return moment.timestamp() + (86400 if len(text) == 10 else 0)
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        raise misfit(where, "a date such as 2027-01-31", text) from None
-
-
-def key_digest(value: Any, where: str) -> bytes:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
-        raise misfit(where, "the key's SHA-256 in hex", hint="; `key add` makes one")
-    return bytes.fromhex(value)
-
-
-CLIENT_KEY_SHAPE = record({"name": entry_name, "sha256": key_digest}, {
-    "models": list_of(filled_text), "expires": expiry, "created": anything, **LIMIT_FIELDS})
-
-
 def parse_client_key(entry: Any, where: str = "") -> ClientKey:
     """One entry of `client_keys`; ValueError says what is wrong with it."""
     facts = CLIENT_KEY_SHAPE(entry, where)
@@ -1723,24 +1707,15 @@ def parse_client_keys(entries: Sequence[Any], where: str = "client_keys"
                       ) -> Tuple[List[ClientKey], List[str]]:
     """The keys that are as they should be, and a sentence for each of the others."""
     keys: Dict[str, ClientKey] = {}
-    problems: List[str] = []
-    for number, entry in enumerate(entries):
+    warnings: List[str] = []
+    for at, entry in enumerate(entries):
         try:
-            key = parse_client_key(entry, f"{where}[{number}]")
-            if key.name in keys:
-                raise ValueError(f"{where}[{number}]: the name {key.name} is taken by an earlier "
-                                 "one")
-            keys[key.name] = key
+            key = parse_client_key(entry, f"{where}[{at}]")
+            if keys.setdefault(key.name, key) is not key:
+                raise ValueError(f"{where}[{at}]: the name {key.name} is taken by an earlier one")
         except ValueError as exc:
-            problems.append(str(exc))
-    return list(keys.values()), problems
-
-
-def client_key_list(value: Any, where: str) -> List[Any]:
-    problems = parse_client_keys(list_of(anything)(value, where), where)[1]
-    if problems:
-        raise ValueError("; ".join(problems))
-    return value
+            warnings.append(str(exc))
+    return list(keys.values()), warnings
 
 
 def make_client_key(name: str, facts: Json) -> Tuple[str, Json]:
@@ -1760,65 +1735,44 @@ class ClientAuth:
     """Who may ask: `custom_api_key` and `client_keys`, out of a snapshot of the settings.  Pure."""
 
     def __init__(self, settings: Settings) -> None:
-        self.keys, self.problems = parse_client_keys(settings.client_keys)
+        self.keys = parse_client_keys(settings.client_keys)[0]
         #: Entries that can't be used demand a key all the same: closed by default.
         self.required = bool(settings.custom_api_key or settings.client_keys)
         self.limited = bool(settings.address_limits or any(key.limits for key in self.keys))
-        self._master = ClientKey("custom_api_key", hash_key(settings.custom_api_key),
-                                 shared=True) if settings.custom_api_key else None
+        self._known = list(self.keys)
+        if settings.custom_api_key:
+            self._known.insert(0, ClientKey("custom_api_key", hash_key(settings.custom_api_key),
+                                            shared=True))
 
     def find(self, given: Iterable[str]) -> Optional[ClientKey]:
         """The key that one of `given` is; every known one is compared, each in constant time."""
-        known = [*([self._master] if self._master else []), *self.keys]
         digests = [digest for text in given if text for digest in hashes_of_header(text)]
-        found = [key for key in known
+        found = [key for key in self._known
                  if any([hmac.compare_digest(key.digest, digest) for digest in digests])]
         return found[0] if found else None
 
 
-#: Settings with something inside of them, or with rules of their own.
-SETTING_SHAPES: Dict[str, Shape] = {
-    "retry": RETRY_SHAPE, "circuit": CIRCUIT_SHAPE, "address_limits": record({}, LIMIT_FIELDS),
-    "prices": names_to(PRICE_SHAPE), "trusted_proxies": list_of(network),
-    "client_keys": client_key_list, "admin_password": password_hash, "host": host_name,
-    "custom_auth_header": lambda value, where: value and header_name(value, where) or
-    any_text(value, where),
-    "allowed_hosts": list_of(filled_text), "allowed_origins": list_of(filled_text)}
-
-
 # --- addresses ----------------------------------------------------------------
 
-def parse_address(text: str) -> bytes:
-    """An IP address as its 4 or 16 bytes, whatever its spelling; IPv4 within IPv6 is IPv4.
+def parse_address(text: str) -> Any:
+    """An IP address, whatever its spelling and with or without a port; ValueError.
 
-    ValueError.
+    IPv4 within IPv6 is IPv4.
     """
+    import ipaddress                     # where limits or proxies count addresses
     text = text.strip()
     ported = re.fullmatch(r"\[([^\]]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+", text)
-    text = (ported.group(1) or ported.group(2) if ported else text).partition("%")[0]
-    try:
-        packed = socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
-    except (OSError, UnicodeError):
-        raise ValueError(f"{one_line(text, 60)!r} is no IP address") from None
-    return packed[12:] if packed[:12] == bytes(10) + b"\xff\xff" else packed
+    text = (ported[1] or ported[2] if ported else text).partition("%")[0]
+    address = ipaddress.ip_address(text[:60])
+    return getattr(address, "ipv4_mapped", None) or address
 
 
-def parse_network(text: Any) -> Tuple[bytes, int]:
-    """`10.0.0.0/8` or a single address as bytes and the number of bits that count; ValueError."""
-    if not isinstance(text, str):
+def parse_network(text: Any) -> Any:
+    """`10.0.0.0/8`, or a single address; ValueError."""
+    import ipaddress
+    if not isinstance(text, str) or len(text) > 60:
         raise ValueError("an address expected")
-    address, slash, bits = text.partition("/")
-    packed = parse_address(address)
-    if slash and not (bits.isdigit() and len(bits) <= 3 and int(bits) <= 8 * len(packed)):
-        raise ValueError("no such network")
-    return packed, int(bits) if slash else 8 * len(packed)
-
-
-def is_within(address: bytes, network: Tuple[bytes, int]) -> bool:
-    base, bits = network
-    shift = 8 * len(base) - bits
-    return len(base) == len(address) and (
-        int.from_bytes(base, "big") >> shift == int.from_bytes(address, "big") >> shift)
+    return ipaddress.ip_network(text if "/" in text else parse_address(text), strict=False)
 
 
 def client_address(peer: str, forwarded: str, trusted: Sequence[str]) -> str:
@@ -1830,12 +1784,14 @@ def client_address(peer: str, forwarded: str, trusted: Sequence[str]) -> str:
     address = parse_address(peer)
     hops = [hop for hop in forwarded.split(",") if hop.strip()]
     with contextlib.suppress(ValueError):        # a malformed hop: the proxy before it counts
-        while hops and any(is_within(address, network) for network in networks):
+        while hops and any(address in network for network in networks):
             address = parse_address(hops.pop())
-    return address.hex() if len(address) == 4 else address[:8].hex()
+    return address.packed[:4 if address.version == 4 else 8].hex()
 
 
 # --- providers ---------------------------------------------------------------
+
+_TOKENS = number(0, 10 ** 9, True)
 
 #: How an upstream's Chat differs from the plain one: what there is to say, and what holds where
 #: nothing is said.
@@ -1875,10 +1831,14 @@ PROFILE: Dict[str, Tuple[Any, Shape]] = {
     "prefill": (None, one_of("partial", "prefix", "continue_final_message", None))}
 DEFAULT_PROFILE: Json = {name: default for name, (default, _) in PROFILE.items()}
 
-_TOKENS = number(0, 10 ** 9, True)
 #: What a profile may say as well: it holds for the models whose own facts do not tell.
 _PROFILE_SHAPES = {**{name: shape for name, (_, shape) in PROFILE.items()},
                    "max_output": _TOKENS, "context": _TOKENS}
+
+#: How a sentence ends that says what of a profile makes no sense.
+PROFILE_IGNORED = "the default is used"
+
+KINDS = ("openai", "iflow")
 
 
 @dataclass(frozen=True, repr=False)
@@ -1909,9 +1869,6 @@ class Provider:
         return self.concurrency or self.key_concurrency * max(1, len(self.api_keys))
 
 
-KINDS = ("openai", "iflow")
-
-
 def clean_base_url(url: str) -> str:
     """`url` as the part before /chat/completions; ValueError names what is wrong.
 
@@ -1920,18 +1877,16 @@ def clean_base_url(url: str) -> str:
     url = url.strip()
     if not url:
         raise ValueError("base_url is missing (`provider presets` lists known ones)")
+    shown = one_line(url, 80)
     try:
         parts = urllib.parse.urlsplit(url)
-    except ValueError as exc:            # http://[
-        raise ValueError(f"base_url {one_line(url, 80)!r}: {exc}") from None
+        parts.port                       # reading it checks it
+    except ValueError as exc:            # http://[, http://host:99999
+        reason = "no such port" if str(exc).startswith("Port ") else exc
+        raise ValueError(f"base_url {shown!r}: {reason}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        shown = one_line(url, 80)
         hint = f"; write http://{shown} or https://{shown}" if "://" not in url else ""
-        raise ValueError(f"base_url {one_line(url, 80)!r} is no http:// or https:// address{hint}")
-    try:
-        parts.port
-    except ValueError:
-        raise ValueError(f"base_url {one_line(url, 80)!r}: no such port") from None
+        raise ValueError(f"base_url {shown!r} is no http:// or https:// address{hint}")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError(f"base_url of {one_line(parts.hostname, 80)}: credentials, ? and # "
                          "do not belong here; use api_keys and headers")
@@ -1945,22 +1900,19 @@ def clean_base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def _resolve_secret(text: str, where: str, environ: Mapping[str, str]) -> str:
-    """A literal, or the variable that `$NAME` names; `$$` begins a literal dollar.  ValueError."""
-    if is_sealed(text):
-        raise ValueError(f"{where}: it is encrypted and can't be opened")
-    if text.startswith("$$"):
-        return text[1:]
-    if re.fullmatch(_REFERENCE, text):
-        if not environ.get(text[1:]):
-            raise ValueError(f"the environment variable {text[1:]} is not set")
-        text = environ[text[1:]]
-    return text
-
-
 def _header_value(environ: Mapping[str, str], is_key: bool) -> Shape:
+    """A literal, or the variable that `$NAME` names; `$$` begins a literal dollar."""
     def check(value: Any, where: str) -> str:
-        text = _resolve_secret(secret_text(value, where), where, environ).strip()
+        text = secret_text(value, where)
+        if is_encrypted(text):
+            raise ValueError(f"{where}: it is encrypted and can't be decrypted")
+        if text.startswith("$$"):
+            text = text[1:]
+        elif re.fullmatch(_REFERENCE, text):
+            if not environ.get(text[1:]):
+                raise ValueError(f"the environment variable {text[1:]} is not set")
+            text = environ[text[1:]]
+        text = text.strip()
         if not text or not text.isprintable() or not text.isascii() or is_key and " " in text:
             what = "key" if is_key else "header value"
             raise ValueError(f"{where}: a {what} is empty, or has blanks, line breaks or "
@@ -1989,13 +1941,6 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
     """
     if not re.fullmatch(_NAME, name_of(entry)):
         raise ValueError("each provider needs a name without blanks, commas and slashes")
-    try:
-        return _parse_provider(entry, environ)
-    except ValueError as exc:
-        return Provider(entry["name"], problem=str(exc))
-
-
-def _parse_provider(entry: Json, environ: Mapping[str, str]) -> Provider:
     shape = record({"name": entry_name}, {
         "base_url": any_text, "kind": one_of(*KINDS), "vision_model": any_text,
         "proxy": secret_text,
@@ -2004,14 +1949,17 @@ def _parse_provider(entry: Json, environ: Mapping[str, str]) -> Provider:
         "timeout_s": number(0.001, LONGEST_S), "concurrency": number(0, 10 ** 6, True),
         "sticky": truth, "profile": names_to(anything), "preserve_reasoning_content": truth},
         strict=False)
-    given = shape(entry, "")
+    try:
+        given = shape(entry, "")
+        base_url = clean_base_url(given.get("base_url", ""))
+    except ValueError as exc:
+        return Provider(entry["name"], problem=str(exc))
     facts = dict(given.get("models", ()))
     profile, warnings = check_profile(given.get("profile", {}))
-    return Provider(**{**given, "base_url": clean_base_url(given.get("base_url", "")),
+    return Provider(**{**given, "base_url": base_url, "profile": profile,
                        "api_keys": tuple(given.get("api_keys", ())),
                        "headers": tuple(given.get("headers", {}).items()),
-                       "models": tuple(facts), "facts": facts, "profile": profile,
-                       "warnings": tuple(warnings)})
+                       "models": tuple(facts), "facts": facts, "warnings": tuple(warnings)})
 
 
 def check_profile(profile: Json) -> Tuple[Json, List[str]]:
@@ -2022,31 +1970,27 @@ def check_profile(profile: Json) -> Tuple[Json, List[str]]:
     good: Json = {}
     warnings = []
     for name, value in profile.items():
+        if name not in _PROFILE_SHAPES:
+            near = nearest(name, _PROFILE_SHAPES)
+            warnings.append(f"profile.{one_line(name, 60)} is unknown{near}")
         try:
-            if name not in _PROFILE_SHAPES:
-                warnings.append(f"profile.{one_line(name, 60)} is unknown"
-                                + nearest(name, _PROFILE_SHAPES))
-                good[name] = value
-            else:
-                good[name] = _PROFILE_SHAPES[name](value, f"profile.{name}")
+            good[name] = _PROFILE_SHAPES.get(name, anything)(value, f"profile.{name}")
         except ValueError as exc:
             warnings.append(f"{exc}; {PROFILE_IGNORED}")
     return good, warnings
-
-
-#: How a sentence ends that says what of a profile makes no sense.
-PROFILE_IGNORED = "the default is used"
 
 
 # --- iFlow's own file ---------------------------------------------------------
 
 def account_keys(accounts: Json) -> Dict[str, str]:
     """The API keys of config.json's `accounts`, without those that no request could bear."""
-    keys = {name: login.get("apiKey") for name, login in accounts.items()
-            if isinstance(login, dict)}
-    return {name: key for name, key in keys.items()
-            if isinstance(key, str) and not is_sealed(key) and key and " " not in key
-            and key.isascii() and key.isprintable() and key.strip() == key}
+    is_key, keys = _header_value({}, True), {}
+    for name, login in accounts.items():
+        key = login.get("apiKey") if isinstance(login, dict) else None
+        with contextlib.suppress(ValueError):
+            if isinstance(key, str) and is_key("$" + key if key[:1] == "$" else key, "") == key:
+                keys[name] = key
+    return keys
 
 
 def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapping[str, str],
@@ -2060,9 +2004,8 @@ def iflow_provider(settings: Settings, origins: Mapping[str, str], environ: Mapp
         return value.strip() if isinstance(value, str) else ""
 
     def first(name: str, variables: Sequence[str], *filed: str) -> str:
-        ours = getattr(settings, name).strip()
         theirs = next((environ[variable] for variable in variables if environ.get(variable)), "")
-        candidates = [theirs.strip(), ours]
+        candidates = [theirs.strip(), getattr(settings, name).strip()]
         if origins.get(name) != "file":
             candidates.reverse()
         return next((value for value in [*candidates, *filed] if value), "")
@@ -2280,38 +2223,6 @@ def leads_elsewhere(old: Any, new: Any) -> bool:
     return bool(new) and place(old) != place(new)
 
 
-# --- what may be shown ---------------------------------------------------------
-
-def hide_secrets(name: str, value: Any) -> Any:
-    """A setting's value as it may be shown."""
-    if name == "admin_password":
-        return "…" if value else ""
-    if name in SETTING and SETTING[name].metadata.get("secret"):
-        return redact(value) if "://" in str(value) else mask(value)
-    if name == "providers" and isinstance(value, list):
-        return [hide_in_provider(entry) if isinstance(entry, dict) else entry for entry in value]
-    if name == "accounts" and isinstance(value, dict):
-        return {account: {key: mask(str(item)) if key in LOGIN_SECRETS else item
-                          for key, item in login.items()} if isinstance(login, dict) else "…"
-                for account, login in value.items()}
-    return value
-
-
-def hide_in_provider(entry: Json) -> Json:
-    def hide(text: Any) -> Any:
-        return text if isinstance(text, str) and re.fullmatch(_REFERENCE, text) else mask(str(text))
-
-    shown = dict(entry)
-    for name, value in entry.items():
-        if name == "headers" and isinstance(value, dict):
-            shown[name] = {header: hide(text) for header, text in value.items()}
-        elif name in ("proxy", "base_url") and isinstance(value, str):
-            shown[name] = re.sub(r"[?#].*", "…", redact(value))
-        elif re.search(r"(?i)keys?$|token|secret|password|headers", name):
-            shown[name] = [hide(key) for key in value] if isinstance(value, list) else hide(value)
-    return shown
-
-
 # === 6. Routes (pure) ========================================================
 
 class Target(NamedTuple):
@@ -2406,9 +2317,9 @@ class Router:
                  iflow: Optional[Provider] = None, model_name: str = "") -> None:
         """`iflow` and `model_name` are the CLI's login and the model it is set to."""
         self.providers: Dict[str, Provider] = {}
-        self.problems: List[str] = []
+        self.warnings: List[str] = []
         #: settings that contradict others; a reload keeps the old ones
-        self.faults: Set[str] = set()
+        self.conflicting: Set[str] = set()
         for number, entry in enumerate(settings.providers):
             self._add_provider(f"providers[{number}]", entry, environ, settings)
         if iflow is not None:
@@ -2417,8 +2328,8 @@ class Router:
                          for model in provider.models}       #: model -> the first that lists it
         for provider in self.providers.values():
             if provider.problem:
-                self.problems.append(f"provider {provider.name} is disabled: {provider.problem}")
-            self.problems += [f"provider {provider.name}: {warning}" for warning in provider.warnings]
+                self.warnings.append(f"provider {provider.name} is disabled: {provider.problem}")
+            self.warnings += [f"provider {provider.name}: {warning}" for warning in provider.warnings]
         self.default = self._default(settings.default_provider)
         self.aliases = self._parse_aliases(settings.aliases)
         self.default_model = settings.default_model or model_name or self._first_model()
@@ -2442,8 +2353,8 @@ class Router:
         return self.default.models[0] if self.default.models else ""
 
     def _blame(self, name: str, problem: str) -> None:
-        self.problems.append(problem)
-        self.faults.add(name)
+        self.warnings.append(problem)
+        self.conflicting.add(name)
 
     def _parse_aliases(self, aliases: Json) -> List[Tuple[str, List[Branch]]]:
         parsed: List[Tuple[str, List[Branch]]] = []
@@ -5717,14 +5628,14 @@ class Seal:
         self._cipher = Cipher(key, b"iflow2api seal 1: ")
 
     def close(self, value: Json) -> str:
-        return self.PREFIX + encode_base64(self._cipher.seal(zlib.compress(dump_json(value))))
+        return self.PREFIX + encode_base64(self._cipher.encrypt(zlib.compress(dump_json(value))))
 
     def open(self, text: Any) -> Optional[Json]:
         """What was closed, or None: another service's, another key's, or damaged."""
         if not isinstance(text, str) or not text.startswith(self.PREFIX):
             return None
         data = decode_base64(text[len(self.PREFIX):])
-        plain = None if data is None else self._cipher.open(data)
+        plain = None if data is None else self._cipher.decrypt(data)
         return None if plain is None else json.loads(zlib.decompress(plain))
 
 
@@ -9714,7 +9625,7 @@ class LoginFile:
         """
         found: Json = {}
         if os.path.exists(self._pending_path):
-            with contextlib.suppress(ConfigBroken, SealBroken):
+            with contextlib.suppress(ConfigBroken, CannotDecrypt):
                 found = map_secrets(read_json_file(self._pending_path), self._opened)
         tokens = object_of(object_of(found.get("accounts")).get(self.account))
         used = found.get("used")
@@ -9722,8 +9633,8 @@ class LoginFile:
         return (tokens, str(used)) if is_usable else ({}, "")
 
     def _opened(self, place: str, secret: str) -> str:
-        is_ours = self._config is not None and is_sealed(secret)
-        return self._config.vault.open(secret) if self._config and is_ours else secret
+        is_ours = self._config is not None and is_encrypted(secret)
+        return self._config.vault.decrypt(secret) if self._config and is_ours else secret
 
     def drop_pending(self) -> None:
         with contextlib.suppress(OSError):
@@ -9739,7 +9650,7 @@ class LoginFile:
             raise LoginFailed("there is no home folder to keep the login in: set HOME")
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(FileLock(self._lock_path, OAUTH_LOCK_S))
+                stack.enter_context(file_lock(self._lock_path, OAUTH_LOCK_S))
             except OSError as exc:
                 raise LoginFailed(f"{os.path.dirname(self.path)} can't be written: "
                                   f"{exc.strerror or exc}") from None
@@ -12340,7 +12251,7 @@ class Gateway:
             raw, broken = config.recover()
             self.config_broken = bool(broken)
             self._take_over(load_settings(raw, self.environ, self.flags),
-                            broken + config.locked + self._read_login())
+                            broken + config.unreadable + self._read_login())
         self.responses = ResponseStore()
 
     @property
@@ -12409,7 +12320,7 @@ class Gateway:
     def _take_over(self, loaded: Loaded, broken: List[str]) -> None:
         self.origins = loaded.origins
         self.apply(loaded.settings)
-        problems = broken + loaded.problems + self.state.router.problems
+        problems = broken + loaded.warnings + self.state.router.warnings
         problems += idle_patterns(self.state.router, self.state.door.keys)
         problems += self.ledger.problems
         problems += proxy_problems(loaded.settings, self.state.router.providers.values())
@@ -12436,8 +12347,8 @@ class Gateway:
             return
         loaded = self._sound(load_settings(raw, self.environ, self.flags, self.settings))
         before = (self.settings, self._login)
-        broken = self.config.locked + self._read_login()
-        had_problems = self.config_broken or loaded.problems or broken or self.problems
+        broken = self.config.unreadable + self._read_login()
+        had_problems = self.config_broken or loaded.warnings or broken or self.problems
         if (loaded.settings, self._login) != before or had_problems:
             self.config_broken = False
             self._take_over(loaded, broken)
@@ -12448,13 +12359,13 @@ class Gateway:
         it was.
         """
         router, known = self.routed(loaded.settings), self.state.router
-        bad = router.faults - known.faults
+        bad = router.conflicting - known.conflicting
         if not bad:
             return loaded
-        problems = [f"{problem} (what was in force stays)" for problem in router.problems
-                    if problem not in known.problems]
+        problems = [f"{problem} (what was in force stays)" for problem in router.warnings
+                    if problem not in known.warnings]
         kept = replace(loaded.settings, **{name: getattr(self.settings, name) for name in bad})
-        return Loaded(kept, loaded.origins, loaded.problems + problems)
+        return Loaded(kept, loaded.origins, loaded.warnings + problems)
 
     def watch_files(self) -> None:
         """Reload when config.json or the CLI's file changes on disk, and keep logins fresh."""
@@ -12784,8 +12695,8 @@ def explain(gateway: Gateway, body: Json, in_english: bool = True) -> Json:
     router, told = state.router, {"model": body.get("model")}
     if "aliases" in body:
         router = gateway.routed(replace(state.settings, aliases=body["aliases"]))
-        told["problems"] = [problem for problem in router.problems
-                            if problem not in state.router.problems]
+        told["problems"] = [problem for problem in router.warnings
+                            if problem not in state.router.warnings]
     steps, targets = router.explain(body.get("model"), dialect != "chat", asked, in_english)
     return {**told, "steps": steps, "chain": [_target_facts(gateway, target) for target in targets]}
 
@@ -14729,16 +14640,16 @@ def stream_events(handler: Handler) -> None:
 
 def setting_json(gateway: Gateway, name: str) -> Json:
     """A setting with what a form needs to know of it."""
-    facts, texts = SETTING[name].metadata, SETTING_TEXTS[name]
+    facts = SETTING[name].metadata
     value, is_secret = getattr(gateway.settings, name), bool(facts.get("secret"))
-    return {"name": name, "kind": facts["kind"], "label": dict(zip(("zh", "en"), texts)),
-            "group": next(group for group, names in SETTING_GROUPS.items() if name in names),
+    return {"name": name, "kind": facts["kind"], "label": dict(zip(("zh", "en"), facts["label"])),
+            "group": facts["group"],
             "value": hide_secrets(name, value), "default": hide_secrets(name, default_of(name)),
             "origin": gateway.origins.get(name, "default"), "secret": is_secret,
             "restart": bool(facts.get("restart")), "file_only": bool(facts.get("file_only")),
             **{key: facts[key] for key in ("choices", "low", "high", "flag", "older")
                if key in facts},
-            **({"hint": dict(zip(("zh", "en"), texts[2:]))} if texts[2:] else {}),
+            **({"hint": dict(zip(("zh", "en"), facts["hint"]))} if facts["hint"] else {}),
             **({"set": bool(value)} if is_secret else {})}
 
 
@@ -14942,10 +14853,10 @@ def check_together(gateway: Gateway, values: Json) -> None:
         providers = gateway.current(look=False).settings.providers
         known = gateway.state.router
         router = gateway.routed(replace(gateway.settings, **{**values, "providers": providers}))
-        problems = [problem for problem in router.problems if problem not in known.problems]
+        problems = [problem for problem in router.warnings if problem not in known.warnings]
         if problems:
             param = "aliases" if "aliases" in values else "default_provider"
-            raise BadRequest(problems[0], param=next(iter(router.faults - known.faults), param))
+            raise BadRequest(problems[0], param=next(iter(router.conflicting - known.conflicting), param))
     if values.get("upstream_proxy"):
         problems = proxy_problems(Settings(upstream_proxy=values["upstream_proxy"],
                                            upstream_proxy_enabled=True), ())
@@ -15043,7 +14954,7 @@ def new_secret(value: Any, where: str) -> str:
         raise bad_field(f"{where}: a string expected")
     if "…" in text:
         raise bad_field(f"{where}: this is the mask of none that is stored here")
-    if re.fullmatch(_REFERENCE, text) or is_sealed(text):
+    if re.fullmatch(_REFERENCE, text) or is_encrypted(text):
         error = bad_field(f"{where}: {text[:40]} can't be added here; put it into config.json, or "
                           "use `provider add` on the command line")
         error.code = "reference"
@@ -15054,7 +14965,7 @@ def new_secret(value: Any, where: str) -> str:
 def check_provider(entry: Json) -> Provider:
     """BadRequest for an entry that can't work; variables that it names may be unset."""
     def is_literal(text: Any) -> bool:
-        return not (isinstance(text, str) and (re.fullmatch(_REFERENCE, text) or is_sealed(text)))
+        return not (isinstance(text, str) and (re.fullmatch(_REFERENCE, text) or is_encrypted(text)))
 
     tried = dict(entry)                  # what is of the wrong type stays, for parse_provider
     if isinstance(entry.get("api_keys"), list):
@@ -19821,7 +19732,7 @@ def _config_list(args: Args) -> int:
     """Each setting, its value, where that is from, and above it what the setting is for."""
     gateway = _gateway_of(args)
     for name, item in SETTING.items():
-        title, hint = SETTING_TEXTS[name][:2], SETTING_TEXTS[name][2:]
+        title, hint = item.metadata["label"], item.metadata["hint"]
         about = CONSOLE.text(title)
         if hint:
             about = tr("hint", title=about, hint=CONSOLE.text(hint))
@@ -19852,9 +19763,9 @@ def _config_set(args: Args) -> int:
         _check_proxy(args, value)
     if name in ("providers", "aliases"):                 # with all the rest: aliases name providers
         gateway = _gateway_of(args)
-        known = gateway.state.router.problems
+        known = gateway.state.router.warnings
         router = gateway.routed(replace(gateway.settings, **{name: value}))
-        new = [problem for problem in router.problems if problem not in known]
+        new = [problem for problem in router.warnings if problem not in known]
         if new:
             raise UsageError(f"config set {name}: {new[0]}")
     done = "saved_for_later" if SETTING[name].metadata.get("restart") else "saved"
@@ -19886,7 +19797,7 @@ def _config_encrypt(args: Args) -> int:
         if not mode:
             gateway = _gateway_of(args)
             print("on" if gateway.settings.encrypt_secrets else "off")
-            locked = gateway.config.locked if gateway.config else []
+            locked = gateway.config.unreadable if gateway.config else []
         else:
             locked = config.encrypt(mode == "on")
             say(tr(f"encrypt_{mode}", path=config.path))
@@ -19895,7 +19806,7 @@ def _config_encrypt(args: Args) -> int:
     except OSError as exc:
         say(marked("error", tr("cannot_write", path=config.path, reason=reason_of(exc))))
         return 1
-    except (ConfigBroken, SealBroken) as exc:
+    except (ConfigBroken, CannotDecrypt) as exc:
         say(marked("error", exc))
         return 1
     for problem in locked:

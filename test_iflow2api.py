@@ -1156,7 +1156,7 @@ def lockless(request, monkeypatch):
 def holds(path, timeout_s=0):
     """Whether the lock can be had within the time, at least at the first attempt."""
     try:
-        with ifl.FileLock(path, timeout_s):
+        with ifl.file_lock(path, timeout_s):
             return True
     except TimeoutError as exc:
         assert str(exc).endswith(f"another process has held {path} for {timeout_s:g} s")
@@ -1168,7 +1168,7 @@ def test_one_holder_at_a_time(home):
 
     def work():
         for _ in range(20):
-            with ifl.FileLock(path, WAIT_S):
+            with ifl.file_lock(path, WAIT_S):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 inside[0] -= 1
@@ -1177,14 +1177,14 @@ def test_one_holder_at_a_time(home):
     [thread.start() for thread in threads]
     [thread.join(WAIT_S) for thread in threads]
     assert most == [1] and inside == [0] and os.listdir(home / "deep") == ["a.lock"]
-    with ifl.FileLock(path, 1):
+    with ifl.file_lock(path, 1):
         assert not holds(path)
     assert holds(path)
 
 
 def test_where_there_are_no_locks_a_warning_says_so_once(home, lockless, caplog):
     for _ in range(3):
-        with ifl.FileLock(str(home / "a.lock"), 0):
+        with ifl.file_lock(str(home / "a.lock"), 0):
             pass
     assert caplog.text.count(f"only one process may write in {home}") == 1
 
@@ -1196,7 +1196,7 @@ def test_other_errors_of_a_lock_are_raised(home, monkeypatch):
         raise OSError(errno.EIO, "broken")
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="broken"):
-        ifl.FileLock(str(home / "a.lock"), 1).__enter__()
+        ifl.file_lock(str(home / "a.lock"), 1).__enter__()
 
 
 # === 5. Settings and routes ==================================================
@@ -1208,7 +1208,7 @@ def load(raw=None, environ=None, flags=None, last=None):
 def test_every_setting_has_its_facts():
     for name, item in ifl.SETTING.items():
         facts = item.metadata
-        texts = ifl.SETTING_TEXTS[name]
+        texts = facts["label"] + facts["hint"]
         assert facts["kind"] in ("str", "int", "float", "bool", "list", "dict"), name
         assert len(texts) in (2, 4) and all(texts) and "  " not in "".join(texts), name
         assert texts[1][0].isupper() or texts[1].startswith("iFlow"), name
@@ -1224,7 +1224,7 @@ def test_every_setting_has_its_facts():
     ({}, {"iflow2api_port": "2"}, {}, 28000, None)])
 def test_flag_stands_above_environment_above_file_above_default(raw, environ, flags, port, origin):
     loaded = load(raw, environ, flags)
-    assert (loaded.settings.port, loaded.origins.get("port"), loaded.problems) == (port, origin, [])
+    assert (loaded.settings.port, loaded.origins.get("port"), loaded.warnings) == (port, origin, [])
 
 
 @pytest.mark.parametrize("name, text, value", [
@@ -1237,7 +1237,7 @@ def test_variables_are_text_that_is_read_by_kind(name, text, value):
     loaded = load(environ={"IFLOW2API_" + name.upper(): text})
     assert getattr(loaded.settings, name) == value
     assert type(getattr(loaded.settings, name)) is type(value)
-    assert not loaded.problems
+    assert not loaded.warnings
 
 
 BAD_VALUES = [
@@ -1254,8 +1254,8 @@ def test_a_bad_value_is_named_and_what_stood_below_is_used(name, value):
     loaded = load({name: value, "default_model": "kept"})
     assert getattr(loaded.settings, name) == ifl.default_of(name)
     assert loaded.settings.default_model == "kept"
-    assert len(loaded.problems) == 1 and loaded.problems[0].startswith(f"config.json: {name}: ")
-    assert "expected" in loaded.problems[0] and name not in loaded.origins
+    assert len(loaded.warnings) == 1 and loaded.warnings[0].startswith(f"config.json: {name}: ")
+    assert "expected" in loaded.warnings[0] and name not in loaded.origins
 
 
 @pytest.mark.parametrize("name, text", [
@@ -1268,20 +1268,20 @@ def test_a_bad_variable_is_named_and_the_file_counts(name, text):
              "keepalive_s": 3}
     loaded = load(below, {"IFLOW2API_" + name.upper(): text})
     assert getattr(loaded.settings, name) == below[name] and loaded.origins[name] == "file"
-    assert len(loaded.problems) == 1
-    assert loaded.problems[0].startswith(f"IFLOW2API_{name.upper()}: ")
+    assert len(loaded.warnings) == 1
+    assert loaded.warnings[0].startswith(f"IFLOW2API_{name.upper()}: ")
 
 
 @pytest.mark.parametrize("value", [float("inf"), 1e300])
 def test_a_time_without_end_is_a_bad_value(value):
     """A socket can't wait that long (OverflowError)."""
     loaded = load({"connect_timeout_s": value})
-    assert loaded.settings.connect_timeout_s == 10 and loaded.problems
+    assert loaded.settings.connect_timeout_s == 10 and loaded.warnings
 
 
 def test_a_value_that_became_bad_keeps_the_one_in_force():
     loaded = load({"port": "x"}, last=ifl.Settings(port=77))
-    assert loaded.settings.port == 77 and loaded.problems
+    assert loaded.settings.port == 77 and loaded.warnings
 
 
 def test_settings_are_a_value():
@@ -1464,7 +1464,7 @@ def test_a_provider_that_can_not_work_says_why(entry, said):
     made = ifl.parse_provider({**provider("http://h"), **entry}, {"EMPTY": ""})
     assert made.name == "up" and re.search(said, made.problem), made.problem
     router = ifl.Router(ifl.Settings(providers=[{**provider("http://h"), **entry}]), {"EMPTY": ""})
-    assert router.problems == [f"provider up is disabled: {made.problem}"]
+    assert router.warnings == [f"provider up is disabled: {made.problem}"]
 
 
 @pytest.mark.parametrize("entry",
@@ -1472,12 +1472,12 @@ def test_a_provider_that_can_not_work_says_why(entry, said):
                                    {"name": "a,b"}])
 def test_an_entry_without_a_name_is_left_out_and_named(entry):
     router = ifl.Router(ifl.Settings(providers=[entry, provider("http://h", "ok")]), {})
-    assert list(router.providers) == ["ok"] and router.problems[0].startswith("providers[0]: ")
+    assert list(router.providers) == ["ok"] and router.warnings[0].startswith("providers[0]: ")
 
 
 def test_two_providers_of_one_name():
     router = ifl.Router(ifl.Settings(providers=[provider("http://a"), provider("http://b")]), {})
-    assert router.providers["up"].base_url == "http://a/v1" and "taken" in router.problems[0]
+    assert router.providers["up"].base_url == "http://a/v1" and "taken" in router.warnings[0]
 
 
 # --- routes ------------------------------------------------------------------
@@ -1544,7 +1544,7 @@ def test_defaults(settings, model, target):
     router = ifl.Router(ifl.Settings(providers=providers, **settings), {})
     found, = router.resolve(model)
     assert f"{found.provider.name}/{found.model}" == target
-    assert bool(router.problems) == (settings.get("default_provider") == "gone")
+    assert bool(router.warnings) == (settings.get("default_provider") == "gone")
 
 
 def test_foreign_names_stay_where_there_is_no_default_model():
@@ -1565,7 +1565,7 @@ def test_no_model_at_all_and_no_provider_at_all():
 def test_a_bad_alias_is_named_and_left_out(targets):
     router = ifl.Router(ifl.Settings(providers=[provider("http://a")],
                                      aliases={"x": targets, "y": "z"}), {})
-    assert router.problems == ["alias 'x': a model or a list of models expected"]
+    assert router.warnings == ["alias 'x': a model or a list of models expected"]
     assert router.resolve("x")[0].model == "x" and router.resolve("y")[0].model == "z"
 
 
@@ -1608,7 +1608,7 @@ GROWTH_OF_SETTINGS = [
      many(ifl.leads_elsewhere, "http://b:80")),
     ("a pattern of stars", 50_000, lambda n: "a" * n, many(ifl.fits, "*a*a*a*b")),
     ("a damaged secret", 50_000, lambda n: "enc:v1:" + "k" * n + "." + "." * n,
-     many(ifl.Vault("/nonexistent", {}).open)),
+     many(ifl.Vault("/nonexistent", {}).decrypt)),
     ("a key in a header", 100_000, lambda n: "k" * n, many(ifl.hashes_of_header)),
     ("a password's hash", 100_000, lambda n: "pbkdf2-sha256$" + "1" * n,
      many(lambda text: ifl.is_password("x", text))),
@@ -6939,21 +6939,21 @@ def test_known_answers_of_the_cipher():
                       for block in range(2))
     sealed = nonce + bytes(a ^ b for a, b in zip(plain, stream))
     expected = sealed + mac(mac(KEY, purpose + b"tag"), sealed)
-    assert ifl.Cipher(KEY, purpose).seal(plain) == expected
-    assert ifl.Cipher(KEY, purpose).open(expected) == plain
-    assert ifl.Cipher(KEY, b"another").open(expected) is None
-    assert ifl.Cipher(bytes(32), purpose).open(expected) is None
+    assert ifl.Cipher(KEY, purpose).encrypt(plain) == expected
+    assert ifl.Cipher(KEY, purpose).decrypt(expected) == plain
+    assert ifl.Cipher(KEY, b"another").decrypt(expected) is None
+    assert ifl.Cipher(bytes(32), purpose).decrypt(expected) is None
 
 
 @pytest.mark.usefixtures("home_login")
 def test_known_answers_of_the_vault(tmp_path):
     (tmp_path / "secret.key").write_bytes(KEY)
     vault = ifl.Vault(str(tmp_path), {})
-    assert vault.seal("sk-0123456789abcdef") == KNOWN_FILE
-    assert vault.open(KNOWN_FILE) == "sk-0123456789abcdef"
+    assert vault.encrypt("sk-0123456789abcdef") == KNOWN_FILE
+    assert vault.decrypt(KNOWN_FILE) == "sk-0123456789abcdef"
     phrase = ifl.Vault(str(tmp_path), {"IFLOW2API_PASSPHRASE": "correct horse"})
-    assert phrase.open(KNOWN_PHRASE) == "sk-0123456789abcdef"
-    assert phrase.seal(
+    assert phrase.decrypt(KNOWN_PHRASE) == "sk-0123456789abcdef"
+    assert phrase.encrypt(
         "sk-0123456789abcdef") == KNOWN_PHRASE         # salt and iterations of the file are kept
 
 
@@ -6971,8 +6971,8 @@ def test_no_byte_can_be_changed(tmp_path, known):
     vault = ifl.Vault(str(tmp_path), {"IFLOW2API_PASSPHRASE": "correct horse"})
     for at in range(len(known)):
         for wrong in (chr(ord(known[at]) ^ 1), "A" if known[at] != "A" else "B", ""):
-            with pytest.raises(ifl.SealBroken) as broken:
-                vault.open(known[:at] + wrong + known[at + 1:])
+            with pytest.raises(ifl.CannotDecrypt) as broken:
+                vault.decrypt(known[:at] + wrong + known[at + 1:])
             assert "sk-01" not in str(broken.value)
 
 
@@ -6980,12 +6980,12 @@ def test_no_byte_can_be_changed(tmp_path, known):
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 31, 32, 33, 64, 1000])
 def test_every_byte_of_sealed_data_counts(size):
     cipher, plain = ifl.Cipher(KEY, b"x"), os.urandom(size)
-    sealed = cipher.seal(plain)
-    assert cipher.open(sealed) == plain
+    sealed = cipher.encrypt(plain)
+    assert cipher.decrypt(sealed) == plain
     for at in range(0, len(sealed), 1 if len(sealed) < 200 else 13):
-        assert cipher.open(sealed[:at] + bytes([sealed[at] ^ 1]) + sealed[at + 1:]) is None
-        assert cipher.open(sealed[:at]) is None
-    assert cipher.open(b"") is None
+        assert cipher.decrypt(sealed[:at] + bytes([sealed[at] ^ 1]) + sealed[at + 1:]) is None
+        assert cipher.decrypt(sealed[:at]) is None
+    assert cipher.decrypt(b"") is None
 
 
 # --- secrets at rest ------------------------------------------------------------
@@ -7022,7 +7022,7 @@ def sealed(home_login):
 @pytest.mark.usefixtures("home_login")
 def test_secrets_are_sealed_in_the_file_and_its_backup_and_read_in_clear(sealed):
     sealed.change(lambda raw: raw.update(port=1))
-    assert sealed.read() == {**SECRETS, "port": 1} and sealed.locked == []
+    assert sealed.read() == {**SECRETS, "port": 1} and sealed.unreadable == []
     for path in (sealed.path, sealed.backup):
         text = text_of_login(path)
         assert not [secret for secret in HIDDEN if secret in text]
@@ -7061,12 +7061,12 @@ def test_a_key_file_of_several_keys_opens_with_all_and_encrypts_with_the_first(s
     old = bytes_of(sealed.vault.key_path)
     with open(sealed.vault.key_path, "wb") as file:
         file.write(KEY + old)
-    assert sealed.read() == SECRETS and sealed.locked == []
+    assert sealed.read() == SECRETS and sealed.unreadable == []
     sealed.change(lambda raw: raw.update(api_key="sk-another"))
     written = json.loads(text_of_login(sealed.path))["api_key"]
     with open(sealed.vault.key_path, "wb") as file:
         file.write(KEY)
-    assert sealed.vault.open(written) == "sk-another"
+    assert sealed.vault.decrypt(written) == "sk-another"
 
 
 @pytest.mark.usefixtures("home_login")
@@ -7129,7 +7129,7 @@ def test_a_passphrase_instead_of_a_key_file(home_login):
     for environ, word in (({}, "set IFLOW2API_PASSPHRASE"),
                           ({"IFLOW2API_PASSPHRASE": "wrong"}, "another passphrase")):
         other = ifl.ConfigFile(config_login.folder, environ)
-        assert other.read()["api_key"].startswith("enc:") and word in other.locked[0]
+        assert other.read()["api_key"].startswith("enc:") and word in other.unreadable[0]
 
 
 def test_the_commands_of_encryption(home_login, capsys, monkeypatch):
@@ -7898,7 +7898,7 @@ def test_tokens_that_a_killed_older_version_left_are_used_once(
     tokens = {"oauth_access_token": "A9", "oauth_refresh_token": "R9", ifl.KEY_DUE: True}
     left = {"accounts": {account: tokens}, "used": ifl.hash_key("R-spent").hex()}
     if account == "work":
-        left = config_login.sealed_if_possible(left)
+        left = config_login._encrypted_if_possible(left)
         assert "R9" not in json.dumps(left)
     for rubbish in (b"{", b"[]", b'{"accounts": 5}',
                     b'{"accounts": {"default": {"oauth_refresh_token": 5}}, "used": "x"}'):
@@ -9587,7 +9587,7 @@ ROUTE = ["glm-5", {"model": "o/long/context:x", "over_tokens": 60000},
     ({"speaks": "messages"}, ["o/msg", "z/glm-5", "o/last"])])
 def test_the_first_entry_whose_conditions_hold_begins_the_chain(asked, chain):
     router = routed({"claude-*": ROUTE})
-    assert router.problems == []
+    assert router.warnings == []
     found = router.resolve("claude-opus", True, ifl.Asked(**asked))
     assert [f"{t.provider.name}/{t.model}" for t in found] == chain
     steps, targets = router.explain("claude-opus", True, ifl.Asked(**asked))
@@ -9624,8 +9624,8 @@ def test_names_with_slashes_colons_brackets_and_other_letters(name, place):
 def test_bad_aliases_are_named(aliases, said):
     router = routed(aliases, default_provider="o")
     # o may well serve zz/y: it lists nothing
-    assert bool(router.problems) is bool(said), router.problems
-    assert not said or re.search(said, router.problems[0]) and router.faults == {"aliases"}
+    assert bool(router.warnings) is bool(said), router.warnings
+    assert not said or re.search(said, router.warnings[0]) and router.conflicting == {"aliases"}
 
 
 def test_an_unknown_provider_in_a_chain_is_named_and_left_out():
@@ -9634,7 +9634,7 @@ def test_an_unknown_provider_in_a_chain_is_named_and_left_out():
                                      aliases={"x": ["glm-5", "zhipo/glm"], "y": "deep/seek"}), {})
     assert [t.model
             for t in router.resolve("x")] == ["glm-5"] and router.resolve("y")[0].model == "y"
-    assert router.problems == [
+    assert router.warnings == [
         "alias 'x'[1]: 'zhipo/glm': there is no provider 'zhipo'; did you mean zhipu?",
                                "alias 'y'[0]: 'deep/seek': there is no provider 'deep'"]
 
@@ -10298,7 +10298,7 @@ def test_bad_keys_are_named_and_close_the_door(entry, said):
     with pytest.raises(ValueError, match="^" + re.escape("client_keys[1]" + said)):
         ifl.check_setting("client_keys", [good, bad])
     loaded = ifl.load_settings({"client_keys": [good, bad]}, {}, {})
-    assert loaded.problems[0].startswith(f"config.json: client_keys[1]{said}")
+    assert loaded.warnings[0].startswith(f"config.json: client_keys[1]{said}")
     door = ifl.ClientAuth(loaded.settings)
     assert door.required and door.find(["sk-ok"]).name == "ok" and door.find(["sk-x"]) is None
     assert ifl.ClientAuth(ifl.load_settings({"client_keys": 5}, {}, {}).settings).required
@@ -10585,7 +10585,7 @@ def test_bad_settings_are_named_with_their_place(name, value, said, home_routes,
     err = capsys.readouterr().err
     assert name in err and (re.search(said, err) or not isinstance(value, (list, dict)))
     loaded = ifl.load_settings({name: value}, {}, {}, ifl.Settings())
-    assert loaded.problems[0].startswith(f"config.json: {name}") and re.search(said, loaded.problems[0])
+    assert loaded.warnings[0].startswith(f"config.json: {name}") and re.search(said, loaded.warnings[0])
 
 
 # --- usage and history ----------------------------------------------------------------
@@ -13606,7 +13606,8 @@ def test_the_config_as_a_form(admin):
             for name in ("port", "host", "log_level", "drain_s", "detect_local", "retry")} == {
         "port": "environment", "host": "flag", "log_level": "file", "drain_s": "default",
         "detect_local": "file", "retry": "default"}
-    texts = ifl.SETTING_TEXTS["custom_api_key"]
+    facts = ifl.SETTING["custom_api_key"].metadata
+    texts = facts["label"] + facts["hint"]
     assert settings["custom_api_key"] == {
         "name": "custom_api_key", "kind": "str", "label": dict(zip(("zh", "en"), texts)),
         "hint": dict(zip(("zh", "en"), texts[2:])), "group": "clients", "value": "sk-…cdef",
@@ -13616,10 +13617,8 @@ def test_the_config_as_a_form(admin):
     assert settings["theme_mode"]["choices"][0] == "system"
     assert settings["admin_password"]["value"] == "…" and settings["admin_password"]["set"]
     assert any("IFLOW2API_DRAIN_S" in problem for problem in found["problems"])
-    names = [name for names in ifl.SETTING_GROUPS.values() for name in names]
-    assert sorted(names) == sorted(ifl.SETTING) and len(names) == len(set(names))
-    assert set(ifl.SETTING_GROUPS) == {"server", "upstream", "clients", "iflow", "logs",
-                                       "appearance"}
+    groups = {item.metadata["group"] for item in ifl.SETTING.values()}
+    assert groups == {"server", "upstream", "clients", "iflow", "logs", "appearance"}
 
 
 def test_models_presets_logins(admin, upstream):
@@ -15258,7 +15257,7 @@ def test_what_makes_no_sense_in_a_profile_is_named(profile, told):
     entry = {"name": "p", "base_url": "http://h/v1", "profile": {**profile, "top_k": True}}
     router = ifl.Router(ifl.Settings(providers=[entry]), {})
     assert [told in problem and problem.startswith("provider p: ")
-            for problem in router.problems] == ([True] if told else [])
+            for problem in router.warnings] == ([True] if told else [])
     provider = router.providers["p"]
     assert not provider.problem and provider.profile["top_k"] is True
     turn = ifl.ResponsesTurn({"input": "q", "reasoning": {"effort": "low"}},
