@@ -2232,8 +2232,7 @@ class Target(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What conditions ask of a request; a Call answers the same questions, each when it is asked.
-    """
+    """What conditions ask of a request; a Call answers the same questions, when it is asked."""
     speaks: str = "chat"
     size_tokens: int = 0
     shows_images: bool = False
@@ -2241,73 +2240,59 @@ class Asked(NamedTuple):
     has_tools: bool = False
 
 
-_TRUE_OR_FALSE = ("true or false", lambda value: isinstance(value, bool))
-
-#: Condition of a route -> its values in words, whether a value is one, whether a request meets it.
-CONDITIONS: Dict[str, Tuple[str, Callable[[Any], bool], Callable[[Any, Any], bool]]] = {
-    "over_tokens": ("a whole number of 1 at least", lambda value: type(value) is int and value > 0,
-                    lambda asked, value: asked.size_tokens > value),
-    "images": (*_TRUE_OR_FALSE, lambda asked, value: asked.shows_images is value),
-    "thinking": (*_TRUE_OR_FALSE, lambda asked, value: asked.thinks is value),
-    "tools": (*_TRUE_OR_FALSE, lambda asked, value: asked.has_tools is value),
-    "dialect": ("chat, messages or responses",
-                lambda value: value in ("chat", "messages", "responses"),
+#: Condition of a route -> what its value may be, and whether a request meets it.
+CONDITIONS: Dict[str, Tuple[Shape, Callable[[Any, Any], bool]]] = {
+    "over_tokens": (number(1, 10 ** 12, True), lambda asked, value: asked.size_tokens > value),
+    "images": (truth, lambda asked, value: asked.shows_images is value),
+    "thinking": (truth, lambda asked, value: asked.thinks is value),
+    "tools": (truth, lambda asked, value: asked.has_tools is value),
+    "dialect": (one_of("chat", "messages", "responses"),
                 lambda asked, value: asked.speaks == value)}
+_CONDITIONS_SHAPE = record({}, {name: shape for name, (shape, _) in CONDITIONS.items()})
 
 
 class Branch(NamedTuple):
     """An entry of an alias: models to try, and what a request must be like for them."""
     models: Tuple[str, ...]
-    conditions: Tuple[Tuple[str, Any], ...] = ()
+    conditions: Json
 
-    def holds(self, asked: Any) -> bool:
-        return all(CONDITIONS[name][2](asked, value) for name, value in self.conditions)
-
-
-def parse_branch(entry: Any) -> Branch:
-    """`"glm-5"` or `{"model": "glm-5", "over_tokens": 60000}`; ValueError, empty for anything else.
-    """
-    if isinstance(entry, str) and entry:
-        return Branch((entry,))
-    named = entry.get("model") if isinstance(entry, dict) else None
-    models = [named] if isinstance(named, str) else named
-    if not isinstance(models, list) or not models or not all(
-            isinstance(model, str) and model for model in models):
-        raise ValueError
-    conditions = [(name, value) for name, value in entry.items() if name != "model"]
-    for name, value in conditions:
-        if name not in CONDITIONS:
-            raise ValueError(f"{name}: no such condition; there are {', '.join(CONDITIONS)}")
-        if not CONDITIONS[name][1](value):
-            shown = one_line(json.dumps(value), 40)
-            raise ValueError(f"{name}: {CONDITIONS[name][0]} expected, not {shown}")
-    return Branch(tuple(models), tuple(conditions))
+    def takes(self, asked: Any) -> bool:
+        return all(CONDITIONS[name][1](asked, value) for name, value in self.conditions.items())
 
 
-#: Why a name goes where it goes, for Router.explain, in Chinese and English.
-WHY = {"unnamed": ("没有写模型：default_model 是 {model}",
-                   "no model named: default_model is {model}"),
-       "holds": ("别名 {pattern}：{models}，条件 {wish}：满足",
-                 "alias {pattern}: {models} if {wish}: yes"),
-       "fails": ("别名 {pattern}：{models}，条件 {wish}：不满足",
-                 "alias {pattern}: {models} if {wish}: no"),
-       "alias": ("别名 {pattern} 使它变为 {models}", "alias {pattern} makes it {models}"),
-       "no branch": ("别名 {pattern} 没有适合这种请求的目标",
-                     "alias {pattern} has nothing for such a request"),
-       "untaken": ("没有适用的别名", "no alias takes it"),
-       "unmatched": ("没有匹配的别名", "no alias matches it"),
-       "named": ("{model}：斜杠前是上游的名称", "{model}: its first part is the name of a provider"),
-       "listed": ("{model}：{provider} 的模型列表里有它",
-                  "{model}: {provider} lists it among its models"),
-       "foreign": ("{model}：客户端自带的名称，即 default_model（{default}）",
-                   "{model}: a name of the client's own, which means default_model ({default})"),
-       "default": ("{model}：没有上游声明它，原样发给默认上游 {provider}",
-                   "{model}: nobody claims it, so it goes to the default provider, {provider}, as "
-                   "it is"),
-       "disabled": ("但 {provider} 已停用：{problem}", "but {provider} is disabled: {problem}")}
+def parse_branch(entry: Any, where: str) -> Branch:
+    """`"glm-5"` or `{"model": "glm-5", "over_tokens": 60000}`; ValueError for anything else."""
+    conditions = dict(entry) if isinstance(entry, dict) else {"model": entry}
+    models = conditions.pop("model", None)
+    models = models if isinstance(models, list) else [models]
+    if not models or not all(isinstance(model, str) and model for model in models):
+        raise misfit(where, "a model or a list of models")
+    return Branch(tuple(models), _CONDITIONS_SHAPE(conditions, where))
 
-#: Takes a key of WHY and the facts of its sentence.
-Tell = Callable[..., Any]
+
+#: Steps of the way from a name to its targets, in Chinese and English.
+STEPS = {
+    "unnamed": ("没有写模型：default_model 是 {model}", "no model named: default_model is {model}"),
+    "holds": ("别名 {pattern}：{models}，条件 {wish}：满足", "alias {pattern}: {models} if {wish}: yes"),
+    "fails": ("别名 {pattern}：{models}，条件 {wish}：不满足", "alias {pattern}: {models} if {wish}: no"),
+    "alias": ("别名 {pattern} 使它变为 {models}", "alias {pattern} makes it {models}"),
+    "no branch": ("别名 {pattern} 没有适合这种请求的目标",
+                  "alias {pattern} has nothing for such a request"),
+    "no alias": ("没有适用的别名", "no alias takes it"),
+    "named": ("{model}：斜杠前是上游的名称", "{model}: its first part is the name of a provider"),
+    "listed": ("{model}：{provider} 的模型列表里有它", "{model}: {provider} lists it among its models"),
+    "foreign": ("{model}：客户端自带的名称，即 default_model（{default}）",
+                "{model}: a name of the client's own, which means default_model ({default})"),
+    "default": ("{model}：没有上游声明它，原样发给默认上游 {provider}", "{model}: nobody claims it, so it "
+                "goes to the default provider, {provider}, as it is"),
+    "disabled": ("但 {provider} 已停用：{problem}", "but {provider} is disabled: {problem}")}
+
+#: What Router.resolve tells: a key of STEPS and the facts of its sentence.
+Told = List[Tuple[str, Json]]
+
+
+def explain_steps(told: Told, in_english: bool) -> List[str]:
+    return [STEPS[step][in_english].format(**facts) for step, facts in told]
 
 
 class Router:
@@ -2320,89 +2305,69 @@ class Router:
         self.warnings: List[str] = []
         #: settings that contradict others; a reload keeps the old ones
         self.conflicting: Set[str] = set()
-        for number, entry in enumerate(settings.providers):
-            self._add_provider(f"providers[{number}]", entry, environ, settings)
+        for at, entry in enumerate(settings.providers):
+            try:
+                provider = with_iflow_facts(parse_provider(entry, environ), settings)
+                if self.providers.setdefault(provider.name, provider) is not provider:
+                    raise ValueError(f"the name {provider.name} is taken by an earlier one")
+            except ValueError as exc:
+                self._warn("providers", f"providers[{at}]: {exc}")
         if iflow is not None:
             self.providers.setdefault("iflow", iflow)
-        self._listing = {model: provider for provider in reversed(list(self.providers.values()))
-                         for model in provider.models}       #: model -> the first that lists it
+        self._listing: Dict[str, Provider] = {}      #: model -> the first that lists it
         for provider in self.providers.values():
+            for model in provider.models:
+                self._listing.setdefault(model, provider)
             if provider.problem:
                 self.warnings.append(f"provider {provider.name} is disabled: {provider.problem}")
-            self.warnings += [f"provider {provider.name}: {warning}" for warning in provider.warnings]
-        self.default = self._default(settings.default_provider)
-        self.aliases = self._parse_aliases(settings.aliases)
-        self.default_model = settings.default_model or model_name or self._first_model()
+            self.warnings += [f"provider {provider.name}: {text}" for text in provider.warnings]
+        wanted = settings.default_provider
+        if wanted and wanted not in self.providers:
+            near = nearest(wanted, self.providers)
+            self._warn("default_provider", f"default_provider {wanted!r} is no provider{near}")
+        self.default = self.providers.get(wanted) or next(iter(self.providers.values()), None)
+        models = self.default.models if self.default else ()
+        first = "glm-5" if self.default and self.default.kind == "iflow" and (
+            "glm-5" in models) else next(iter(models), "")
+        self.default_model = settings.default_model or model_name or first
+        self.aliases: List[Tuple[str, List[Branch]]] = []
+        for pattern, entries in settings.aliases.items():
+            self._add_alias(pattern, entries)
 
-    def _add_provider(self, where: str, entry: Any, environ: Mapping[str, str],
-                      settings: Settings) -> None:
-        try:
-            provider = parse_provider(entry, environ)
-        except ValueError as exc:
-            return self._blame("providers", f"{where}: {exc}")
-        if provider.name in self.providers:
-            return self._blame("providers",
-                               f"{where}: the name {provider.name} is taken by an earlier one")
-        self.providers[provider.name] = with_iflow_facts(provider, settings)
-
-    def _first_model(self) -> str:
-        if self.default is None:
-            return ""
-        if self.default.kind == "iflow" and "glm-5" in self.default.models:
-            return "glm-5"
-        return self.default.models[0] if self.default.models else ""
-
-    def _blame(self, name: str, problem: str) -> None:
-        self.warnings.append(problem)
+    def _warn(self, name: str, warning: str) -> None:
+        self.warnings.append(warning)
         self.conflicting.add(name)
 
-    def _parse_aliases(self, aliases: Json) -> List[Tuple[str, List[Branch]]]:
-        parsed: List[Tuple[str, List[Branch]]] = []
-        for pattern, entries in aliases.items():
-            entries = entries if isinstance(entries, list) else [entries]
-            branches = self._parse_alias(f"alias {pattern!r}", entries)
-            taken = next((known for known, earlier in parsed
-                          if self._hides(known, earlier, pattern)),
-                         None)
-            if taken is not None:
-                self._blame("aliases",
-                            f"alias {pattern!r} is never reached: {taken!r} above it takes "
-                                       "every such name")
-            if not pattern:
-                self._blame("aliases", "alias '' matches nothing: a request without a model means "
-                                       "default_model")
-            if branches:
-                parsed.append((pattern, branches))
-        return parsed
-
-    def _parse_alias(self, where: str, entries: Sequence[Any]) -> List[Branch]:
-        """The branches of one alias, none where it is invalid; unreachable targets are left out."""
+    def _add_alias(self, pattern: str, entries: Any) -> None:
+        """An alias that is invalid is left out, and so are targets that can't be reached."""
+        where, branches = f"alias {pattern!r}", []
+        entries = entries if isinstance(entries, list) else [entries]
+        if not pattern:
+            self._warn("aliases", f"{where} matches nothing: a request without a model means "
+                                  "default_model")
         try:
-            branches = [parse_branch(entry) for entry in entries]
-            if not branches:
-                raise ValueError
+            parsed = [parse_branch(entry, where) for entry in entries or [None]]
         except ValueError as exc:
-            self._blame("aliases", f"{where}: {str(exc) or 'a model or a list of models expected'}")
-            return []
-        found: List[Branch] = []
-        for number, branch in enumerate(branches):
+            return self._warn("aliases", str(exc))
+        for known, earlier in self.aliases:
+            # of ? and [ it is not known what they take
+            if not re.search(r"[?\[]", known) and fits(pattern, known) and not all(
+                    branch.conditions for branch in earlier):
+                self._warn("aliases", f"{where} is never reached: {known!r} above it takes every "
+                                      "such name")
+                break
+        for at, branch in enumerate(parsed):
             reasons = {model: self._unreachable(model) for model in branch.models}
             for model, reason in reasons.items():
                 if reason:
-                    self._blame("aliases", f"{where}[{number}]: {one_line(model, 80)!r}: {reason}")
+                    self._warn("aliases", f"{where}[{at}]: {one_line(model, 80)!r}: {reason}")
             models = tuple(model for model in branch.models if not reasons[model])
-            found += [branch._replace(models=models)] if models else []
-        return found
-
-    @staticmethod
-    def _hides(pattern: str, branches: Sequence[Branch], later: str) -> bool:
-        """Whether an alias takes every name that a later one could; `?` and `[` are not judged."""
-        return not re.search(r"[?\[]", pattern) and fits(later, pattern) and (
-            any(not branch.conditions for branch in branches))
+            branches += [branch._replace(models=models)] if models else []
+        if branches:
+            self.aliases.append((pattern, branches))
 
     def _unreachable(self, model: str) -> str:
-        """Why `provider/model` leads nowhere; "" where it may be a name of the default provider's.
-        """
+        """Why `provider/model` leads nowhere, "" where the default provider may know the name."""
         head, slash, rest = model.partition("/")
         if not slash or not rest or self.claimed(model):
             return ""
@@ -2411,47 +2376,32 @@ class Router:
         plain = models and not any("/" in name for name in models)
         return f"there is no provider {one_line(head, 60)!r}{near}" if plain or near else ""
 
-    def _default(self, name: str) -> Optional[Provider]:
-        if name and name not in self.providers:
-            near = nearest(name, self.providers)
-            self._blame("default_provider", f"default_provider {name!r} is no provider{near}")
-        return self.providers.get(name) or next(iter(self.providers.values()), None)
-
     # names to targets
 
     def resolve(self, model: Optional[str], foreign: bool = False, asked: Any = Asked(),
-                tell: Optional[Tell] = None) -> List[Target]:
+                told: Optional[Told] = None) -> List[Target]:
         """The chain of targets; `foreign`: a dialect asks whose own names mean default_model.
 
-        `asked` answers the questions of conditions (Asked, Call).  BadRequest without any model,
-        NotLoggedIn without any provider.
+        `asked` answers the questions of conditions (Asked, Call).  The steps of the way are put
+        into `told`.  BadRequest without any model, NotLoggedIn without any provider.
         """
+        told = [] if told is None else told
         name = self.named(model)
-        if tell and not model:
-            tell("unnamed", model=name)
-        names = self._alias_of(name, asked, tell)
-        return [self._locate(each, foreign and not names, tell) for each in names or [name]]
-
-    def explain(self, model: Optional[str], foreign: bool, asked: Asked,
-                in_english: bool = True) -> Tuple[List[str], List[Target]]:
-        """What `resolve` tells on its way, in sentences, and what it returns."""
-        steps: List[str] = []
-        targets = self.resolve(model, foreign, asked,
-                               lambda why, **facts: steps.append(
-                                   WHY[why][in_english].format(**facts)))
-        return steps, targets
+        if not model:
+            told.append(("unnamed", {"model": name}))
+        names = self._alias_of(name, asked, told)
+        return [self.place_of(each, foreign and not names, told) for each in names or [name]]
 
     def named(self, model: Optional[str]) -> str:
         """The name asked for, `default_model` where there is none; BadRequest."""
         if not model and not self.default_model:
             raise BadRequest("the request names no model, and default_model is not set",
-                             param="model",
-                             code="missing_model")
+                             param="model", code="missing_model")
         return model or self.default_model
 
     def has_alias(self, model: str) -> bool:
         """Whether an alias takes the name when Messages asks for it."""
-        return bool(self._alias_of(model, Asked("messages")))
+        return bool(self._alias_of(model, Asked("messages"), []))
 
     def redirects(self, model: str) -> bool:
         """Whether an alias takes the name, or Messages and Responses take it for default_model."""
@@ -2461,63 +2411,52 @@ class Router:
         return bool(self.default_model) and not self.claimed(model) and any(
             fnmatchcase(model, pattern) for pattern in FOREIGN_MODELS)
 
-    def _alias_of(self, model: str, asked: Any, tell: Optional[Tell] = None) -> List[str]:
-        """The models that an alias makes of a name in this request, none where no alias takes it.
+    def _alias_of(self, model: str, asked: Any, told: Told) -> List[str]:
+        """The models that an alias makes of a name: those of the first entry whose conditions hold,
+        then those without conditions; none where no alias takes it.
         """
-        why = "unmatched"
         for pattern, branches in self.aliases:
-            if fits(model, pattern):
-                why, names = "untaken", self._chain(pattern, branches, asked, tell)
-                if names:
-                    return names
-        if tell:
-            tell(why)
+            if not fits(model, pattern):
+                continue
+            first: Tuple[str, ...] = ()
+            for branch in branches:
+                if branch.conditions and not first:
+                    first = branch.models if branch.takes(asked) else ()
+                    wish = ", ".join(f"{name} {json.dumps(value)}"
+                                     for name, value in branch.conditions.items())
+                    told.append(("holds" if first else "fails", {
+                        "pattern": pattern, "models": ", ".join(branch.models), "wish": wish}))
+            others = [name for branch in branches if not branch.conditions
+                      for name in branch.models]
+            names = list(dict.fromkeys([*first, *others]))
+            told.append(("alias" if names else "no branch",
+                         {"pattern": pattern, "models": ", then ".join(names)}))
+            if names:
+                return names
+        told.append(("no alias", {}))
         return []
 
-    @staticmethod
-    def _chain(pattern: str, branches: Sequence[Branch], asked: Any,
-               tell: Optional[Tell]) -> List[str]:
-        """The first branch whose conditions all hold, then those without; each model once."""
-        first: Tuple[str, ...] = ()
-        for branch in branches:
-            if branch.conditions and (tell or not first):
-                holds = branch.holds(asked)
-                first = first or (branch.models if holds else ())
-                if tell:
-                    wish = ", ".join(f"{name} {json.dumps(value)}"
-                                     for name, value in branch.conditions)
-                    tell("holds" if holds else "fails", pattern=pattern,
-                         models=", ".join(branch.models), wish=wish)
-        names = [*first, *(name for branch in branches if not branch.conditions
-                           for name in branch.models if name not in first)]
-        if tell:
-            tell("alias" if names else "no branch", pattern=pattern, models=", then ".join(names))
-        return names
-
-    def _locate(self, model: str, foreign: bool, tell: Optional[Tell] = None) -> Target:
+    def place_of(self, model: str, foreign: bool = False, told: Optional[Told] = None) -> Target:
         """Where one name goes, aliases aside; NotLoggedIn."""
+        told = [] if told is None else told
         if foreign and self._means_default(model):
-            if tell:
-                tell("foreign", model=model, default=self.default_model)
+            told.append(("foreign", {"model": model, "default": self.default_model}))
             model = self.default_model
-        found = self.claimed(model)
-        if found is None and self.default is None:
-            raise NotLoggedIn(
-                "there is no iFlow login and no other provider: run `python iflow2api.py login`, "
-                "put iFlow's key into IFLOW_API_KEY, start with --upstream URL, or add one with "
-                "`provider add`")
-        target = found or Target(self.default, model)        # type: ignore[arg-type]
-        if tell:
-            provider = target.provider
-            why = "default" if not found else "listed" if model in provider.models else "named"
-            tell(why, model=model, provider=provider.name)
-            if provider.problem:
-                tell("disabled", provider=provider.name, problem=provider.problem)
+        target, step = self.claimed(model), "named"
+        if target is None:
+            if self.default is None:
+                raise NotLoggedIn(
+                    "there is no iFlow login and no other provider: run `python iflow2api.py "
+                    "login`, put iFlow's key into IFLOW_API_KEY, start with --upstream URL, or add "
+                    "one with `provider add`")
+            target, step = Target(self.default, model), "default"
+        elif target.model == model:
+            step = "listed"
+        provider = target.provider
+        told.append((step, {"model": model, "provider": provider.name}))
+        if provider.problem:
+            told.append(("disabled", {"provider": provider.name, "problem": provider.problem}))
         return target
-
-    def place_of(self, model: str) -> Target:
-        """Where one name goes, aliases and the client's own names aside; NotLoggedIn."""
-        return self._locate(model, False)
 
     def claimed(self, model: str) -> Optional[Target]:
         """`provider/model`, or the first provider that lists the model."""
@@ -2539,16 +2478,14 @@ def may_use(router: Router, key: ClientKey, model: str, chain: Sequence[Target],
         return any(fits(name, pattern) for pattern in key.models)
 
     def covers_place(provider: Provider, name: Any) -> bool:
-        if not isinstance(name, str):
-            return False
-        return covers(f"{provider.name}/{name}") or (
-            covers(name) and router.place_of(name).provider is provider)
+        return isinstance(name, str) and (
+            covers(f"{provider.name}/{name}")
+            or covers(name) and router.place_of(name).provider is provider)
 
     if not key.models:
         return True
-    named = covers(model) or all(covers_place(*target) for target in chain)
     providers = {target.provider.name: target.provider for target in chain}
-    return named and all(
+    return (covers(model) or all(covers_place(*target) for target in chain)) and all(
         covers_place(provider, name) for provider in providers.values() for name in others)
 
 
@@ -2565,13 +2502,11 @@ class Rests:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._until: Dict[Optional[str], float] = {}
-        self._refused: Dict[str, bool] = {}              #: keys that rest because they were refused
+        self._refused: Dict[Optional[str], bool] = {}    #: keys that rest because they were refused
         self.failures = 0                                #: of the provider, in a row
 
     def rest(self, what: Optional[str], seconds: float, refused: bool = False) -> None:
-        self._until[what] = self._clock() + seconds
-        if what is not None:
-            self._refused[what] = refused
+        self._until[what], self._refused[what] = self._clock() + seconds, refused
 
     def fail(self, limit: int, rest_s: float) -> bool:
         """One more failure of the provider; whether this is the one that begins its rest."""
@@ -2588,13 +2523,10 @@ class Rests:
 
     def admits(self, rest_s: float) -> bool:
         """Whether a request may go to the provider now."""
-        until = self._until.get(None)
-        if until is None:
-            return True
-        if self._clock() < until:
-            return False
-        self.rest(None, rest_s)
-        return True
+        state = self.state
+        if state == "half-open":
+            self.rest(None, rest_s)
+        return state != "open"
 
     def left_s(self, what: Optional[str]) -> float:
         until = self._until.get(what)
@@ -2616,9 +2548,7 @@ class Rests:
 
 
 class Step(NamedTuple):
-    """Where the next attempt goes: to another target after a pause, or to the same one with another
-    key.
-    """
+    """Where the next attempt goes: to another target after a pause, or to the same again."""
     target: Target
     wait_s: float = 0.0
     is_same: bool = False
@@ -2635,9 +2565,7 @@ class Plan:
                  rests: Callable[[Target], Rests], retry: Mapping[str, float],
                  circuit: Mapping[str, float], clock: Callable[[], float],
                  jitter: Callable[[], float] = lambda: 1.0) -> None:
-        """`keys` gives a target's keys in the order to try; `jitter` a factor of 0.5 to 1 for
-        pauses.
-        """
+        """`keys`: a target's, in the order to try; `jitter`: a factor of 0.5 to 1 for pauses."""
         self._keys_of, self._rests_of, self._retry, self._circuit = keys, rests, retry, circuit
         self._clock, self._jitter, self._began = clock, jitter, clock()
         self._round: List[Target] = list(chain)          #: targets to ask before the next pause
@@ -2646,25 +2574,22 @@ class Plan:
         self._later: List[Tuple[float, Target]] = []     #: to be asked again, and not before when
         self._rounds = 0
         self._error: Optional[GatewayError] = None
-        self.target: Any = None                         #: the one being asked
-        #: its keys not tried yet; None: not looked up yet
-        self._keys: Optional[List[str]] = None
+        self.target: Any = None                          #: the one being asked
+        self._keys: Optional[List[str]] = None           #: its keys not tried; None: not looked up
         self.key = ""                                    #: the one being tried
 
     def next(self) -> Step:
         """Where the next attempt goes; raises the last error where there is none."""
         if self.target is not None:
             return Step(self.target, is_same=True)
-        self.target = self._next_target()
-        wait_s = 0.0
+        self.target, wait_s = self._next_target(), 0.0
         if self.target is None:
             wait_s = self._begin_round()
             self.target = self._next_target()
         return Step(self.target, wait_s)
 
     def take_key(self) -> str:
-        """The key for it, to be asked for when there is a place: until then others may have put it
-        to rest.
+        """The key for it; asked for when there is a place: until then others may have made it rest.
         """
         if self._keys is None:
             self._keys = list(self._keys_of(self.target))
@@ -2680,15 +2605,12 @@ class Plan:
         return self._late.pop(0) if self._late else None
 
     def _begin_round(self) -> float:
-        """Seconds until the targets that are worth it are asked again: the backoff, or what they
-        asked for.
-        """
+        """Seconds until targets are asked again: the backoff, or what they asked for."""
         retry, now = self._retry, self._clock()
         if self._rounds >= retry["count"] or not self._later:
             raise self._error                            # type: ignore[misc]
-        backoff_s = min(retry["max_backoff_s"],
-                        retry["backoff_s"] * 2 ** self._rounds) * self._jitter()
-        wait_s = max(backoff_s, min(at for at, _ in self._later) - now)
+        backoff_s = min(retry["max_backoff_s"], retry["backoff_s"] * 2 ** self._rounds)
+        wait_s = max(backoff_s * self._jitter(), min(at for at, _ in self._later) - now)
         if now - self._began + wait_s > retry["total_s"]:
             raise self._error                            # type: ignore[misc]
         due = now + wait_s + 0.01                        # clocks are grainy
@@ -2699,14 +2621,12 @@ class Plan:
         return wait_s
 
     def repeat(self, key: Optional[str] = None) -> None:
-        """Ask the same target once more, with a fresh key or a mended request; nobody is to blame.
-        """
+        """Ask the same target again, with a fresh key or a mended request; nobody is to blame."""
         self._keys = [self.key if key is None else key, *(self._keys or ())]
 
     def succeeded(self) -> None:
-        rests = self._rests_of(self.target)
-        rests.ok(None)
-        rests.ok(self.key)
+        for what in (None, self.key):
+            self._rests_of(self.target).ok(what)
 
     def failed(self, exc: GatewayError, began: bool, status: int = 0) -> bool:
         """Note how the attempt failed; raises `exc` where nobody else may be asked.
@@ -2715,9 +2635,8 @@ class Plan:
         another for the client.  Returns whether the provider rests from now on.
         """
         target, status = self.target, status or exc.status
-        rests = self._rests_of(target)
-        # our own full queue says nothing of the upstream
-        ours = isinstance(exc, Busy)
+        rests, opened = self._rests_of(target), False
+        ours = isinstance(exc, Busy)     # our own full queue says nothing of the upstream
         if status in KEY_STATUS and self._keys is not None and not began and not ours:
             asked_s = exc.retry_after_s or LIMITED_KEY_REST_S
             rest_s = min(asked_s, LONGEST_REST_S) if status == 429 else REFUSED_KEY_REST_S
@@ -2725,7 +2644,6 @@ class Plan:
             if self._keys:
                 return False
         self.target = self._keys = None
-        opened = False
         if not ours and not target.provider.problem:
             if exc.overflow is None and (exc.status == 408 or exc.status >= 500):
                 opened = rests.fail(int(self._circuit["failures"]), self._circuit["rest_s"])
@@ -12697,8 +12615,10 @@ def explain(gateway: Gateway, body: Json, in_english: bool = True) -> Json:
         router = gateway.routed(replace(state.settings, aliases=body["aliases"]))
         told["problems"] = [problem for problem in router.warnings
                             if problem not in state.router.warnings]
-    steps, targets = router.explain(body.get("model"), dialect != "chat", asked, in_english)
-    return {**told, "steps": steps, "chain": [_target_facts(gateway, target) for target in targets]}
+    steps: Told = []
+    targets = router.resolve(body.get("model"), dialect != "chat", asked, steps)
+    return {**told, "steps": explain_steps(steps, in_english),
+            "chain": [_target_facts(gateway, target) for target in targets]}
 
 
 def queues_of(gateway: Gateway) -> List[Json]:
