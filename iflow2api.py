@@ -12994,6 +12994,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = f"iflow2api/{__version__}", ""
 
+    @property
+    def gateway(self) -> Gateway:
+        return self.server.gateway
+
     # the connection
 
     def setup(self) -> None:
@@ -13048,6 +13052,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.session: Optional[Session] = None
         self.meters: Sequence[Meter] = ()
         self.writer: Optional[ResponseWriter] = None
+        self.status, self.has_head = 200, False
         head = b""
         try:
             self.reader.deadline = time.monotonic() + HEAD_TIME_S
@@ -13073,7 +13078,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         if isinstance(exc, RecursionError):
             return BadRequest("the body is nested too deeply")
-        self.server.gateway.log.exception("%s failed", self.request_id)
+        self.gateway.log.exception("%s failed", self.request_id)
         return GatewayError("iflow2api failed on this request; its log says why")
 
     def _tell_failure(self, exc: Optional[GatewayError]) -> None:
@@ -13085,7 +13090,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error_of(exc)
         except (OSError, ClientGone):
             self.close_connection = True
-        self.server.gateway.log.log(
+        self.gateway.log.log(
             logging.DEBUG if is_quiet else logging.INFO, "%s %s %s %d (%s)", self.request_id[4:12],
             self.command or "-", one_line(self.path.split("?")[0], 80),
             self.endpoint.dialect.status(exc), one_line(exc.message, 200))
@@ -13118,15 +13123,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.session = None if self.endpoint.public else check_session(self)
         elif not self.endpoint.public:
             self.key = check_key(self.server, self.headers)
-            if self.server.gateway.state.door.limited:
+            if self.gateway.state.door.limited:
                 self.meters = meters_of(self)
-        self.endpoint.run(self)
+        told = self.endpoint.run(self)
+        if told is not None:
+            self.respond_json(told, self.status)
+        elif not self.has_head:
+            self.respond(204, b"", "")
 
     # the body
 
     def read_body(self, limit: int = 0) -> bytes:
         """The body, unpacked, of at most `limit` bytes (0: body_limit_bytes); BadRequest."""
-        limit = limit or self.server.gateway.settings.body_limit_bytes
+        limit = limit or self.gateway.settings.body_limit_bytes
         limit = min(limit, PUBLIC_KEPT_BYTES) if self.endpoint.public else limit
         if self.headers.get("content-type", "").lower().startswith("multipart/"):
             raise BadRequest("a JSON body is expected, not multipart", status=415)
@@ -13154,6 +13163,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def head(self, status: int, headers: Iterable[Tuple[str, str]]) -> bytes:
         """An answer's head, with what every answer has."""
+        self.has_head = True
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
                  f"Server: {self.server_version}",
                  f"Date: {http_date(int(time.time()))}",
@@ -13163,7 +13173,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines += ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
         # ours instead of the upstream's, which are about another key
         if self.meters:
-            ours = self.server.gateway.limiter.headers(self.meters)
+            ours = self.gateway.limiter.headers(self.meters)
             headers = [*ours, *(pair for pair in headers if not ours
                                 or not pair[0].lower().startswith("x-ratelimit-"))]
         lines += [f"{name}: {value}" for name, value in headers]
@@ -13305,7 +13315,7 @@ class ResponseWriter(Client):
         super().__init__()
         self._handler, self._call = handler, call
         self.sock = handler.connection
-        self.keepalive_s = handler.server.gateway.settings.keepalive_s if call.stream else LONGEST_S
+        self.keepalive_s = handler.gateway.settings.keepalive_s if call.stream else LONGEST_S
         self._chunked = handler.request_version != "HTTP/1.0"
         self._writing = threading.Lock()
         #: the head is out, and with it the chance of a status; all is out
@@ -13470,7 +13480,7 @@ def session_token(handler: Handler) -> str:
 
 def check_session(handler: Handler) -> Session:
     """Whose session it is, by cookie or by `Authorization: Basic`; Unauthorized, RateLimited."""
-    sessions, token = handler.server.gateway.sessions, session_token(handler)
+    sessions, token = handler.gateway.sessions, session_token(handler)
     session = sessions.find(token) if token else None
     scheme, _, given = handler.headers.get("authorization", "").partition(" ")
     if session is None and scheme.lower() == "basic":
@@ -13487,12 +13497,12 @@ def check_session(handler: Handler) -> Session:
 def address_of(handler: Handler) -> str:
     """Who asks, as limits count it."""
     return client_address(handler.client_address[0], handler.headers.get("x-forwarded-for", ""),
-                          handler.server.gateway.settings.trusted_proxies)
+                          handler.gateway.settings.trusted_proxies)
 
 
 def meters_of(handler: Handler) -> List[Meter]:
     """What a request is measured on: its key's limits, its address's."""
-    gateway, meters = handler.server.gateway, []
+    gateway, meters = handler.gateway, []
     if handler.key is not None and handler.key.limits:
         meters.append(gateway.limiter.of_key(handler.key))
     limits = gateway.settings.address_limits
@@ -13542,25 +13552,25 @@ def page_of(data: List[Json], more: bool) -> Json:
 
 def answer_call(handler: Handler) -> None:
     """Chat, completions, embeddings, whatever dialect the endpoint speaks."""
-    with handler.server.gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
+    with handler.gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
         dialect = handler.endpoint.dialect
         text = decode_body(handler.read_body())
         names = conversation_names(handler.headers)
-        known = handler.server.gateway.conversations.of(text, names) if dialect.converses else None
+        known = handler.gateway.conversations.of(text, names) if dialect.converses else None
         body = parse_body(text, known)
         dialect.check(body)
         call = Call(dialect, body, text, handler.headers, handler.request_id, handler.key,
                     handler.meters, known)
         handler.writer = ResponseWriter(handler, call)
-        handler.server.gateway.answer(call, handler.writer)
+        handler.gateway.answer(call, handler.writer)
 
 
-def count_tokens(handler: Handler) -> None:
+def count_tokens(handler: Handler) -> Json:
     """POST …/count_tokens and …/input_tokens: an estimate, never a request upstream.
 
     It counts as a request and keeps to the key's models (anthropic-messages.md section 9).
     """
-    gateway, owner = handler.server.gateway, owner_of(handler.key)
+    gateway, owner = handler.gateway, owner_of(handler.key)
     with gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
         text = decode_body(handler.read_body())
         body = parse_body(text)
@@ -13571,26 +13581,26 @@ def count_tokens(handler: Handler) -> None:
             tokens = count_response_tokens(
                 body, lambda ident: gateway.responses.recall(ident, owner),
                 lambda ident: gateway.responses.item(ident, owner), gateway.seal())
-            return handler.respond_json({"object": "response.input_tokens", "input_tokens": tokens})
+            return {"object": "response.input_tokens", "input_tokens": tokens}
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise BadRequest("messages: a list with at least one message is required",
                              param="messages")
-        handler.respond_json({"input_tokens": scaled_count(
-            gateway, target, count_message_tokens(body))})
+        return {"input_tokens": scaled_count(
+            gateway, target, count_message_tokens(body))}
 
 
-def kept_response(handler: Handler) -> None:
+def kept_response(handler: Handler) -> Json:
     """GET and DELETE /v1/responses/{id}, GET …/input_items."""
     ident, _, rest = handler.argument.partition("/")
-    store = handler.server.gateway.responses
+    store = handler.gateway.responses
     known = rest == "" or rest == "input_items" and handler.command != "DELETE"
     kept = store.find(ident, owner_of(handler.key)) if known else None
     if kept is None:
         raise NotFound(f"Response with id '{ident[:80]}' not found.", param="id")
     if handler.command == "DELETE":
         store.drop(ident)
-        return handler.respond_json({"id": ident, "object": "response.deleted", "deleted": True})
-    handler.respond_json(item_page(kept.items, query_of(handler)) if rest else kept.response)
+        return {"id": ident, "object": "response.deleted", "deleted": True}
+    return item_page(kept.items, query_of(handler)) if rest else kept.response
 
 
 def item_page(items: List[Json], query: Mapping[str, str]) -> Json:
@@ -13606,45 +13616,36 @@ def item_page(items: List[Json], query: Mapping[str, str]) -> Json:
     return {"object": "list", **page_of(rest[:limit], len(rest) > limit)}
 
 
-def drop_events(handler: Handler) -> None:
+def drop_events(handler: Handler) -> Json:
     """Where Anthropic's clients send their telemetry: read, and dropped as it comes."""
     for _ in handler.receive(PUBLIC_BODY_BYTES):
         pass
-    handler.respond_json({"accepted_count": 0, "rejected_count": 0})
-
-
-def show_health(handler: Handler) -> None:
-    handler.respond_json(handler.server.health())
+    return {"accepted_count": 0, "rejected_count": 0}
 
 
 def show_metrics(handler: Handler) -> None:
-    handler.respond(200, metrics_text(handler.server.gateway).encode(),
+    handler.respond(200, metrics_text(handler.gateway).encode(),
                     "text/plain; version=0.0.4; charset=utf-8")
 
 
-def show_models(handler: Handler) -> None:
+def show_models(handler: Handler) -> Json:
     """The list in the shape of who asks: Anthropic's for requests that bear `anthropic-version`."""
-    gateway = handler.server.gateway
+    gateway = handler.gateway
     if "anthropic-version" not in handler.headers:
-        return handler.respond_json({"object": "list", "data": models_of(gateway, handler.key)})
+        return {"object": "list", "data": models_of(gateway, handler.key)}
     models = [anthropic_model(model, target_of(gateway, model["id"]))
               for model in models_of(gateway, handler.key, CLAUDE_MODELS.values())]
-    handler.respond_json(anthropic_page(models, query_of(handler)))
+    return anthropic_page(models, query_of(handler))
 
 
-def show_vision_models(handler: Handler) -> None:
-    handler.respond_json({"object": "list",
-                          "data": vision_models_of(handler.server.gateway, handler.key)})
-
-
-def show_model(handler: Handler) -> None:
-    wanted, gateway = urllib.parse.unquote(handler.argument), handler.server.gateway
+def show_model(handler: Handler) -> Json:
+    wanted, gateway = urllib.parse.unquote(handler.argument), handler.gateway
     model = find_model(gateway, wanted, handler.key)
     if model is None:
         raise NotFound(f"the model {wanted[:100]!r} does not exist", code="model_not_found",
                        param="model")
     anthropic = "anthropic-version" in handler.headers
-    handler.respond_json(anthropic_model(model, target_of(gateway, wanted)) if anthropic else model)
+    return anthropic_model(model, target_of(gateway, wanted)) if anthropic else model
 
 
 def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
@@ -13693,50 +13694,48 @@ PAGE_HEADERS = (("Content-Security-Policy",
                 ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
 
 
-def show_card(handler: Handler) -> None:
+def show_card(handler: Handler) -> Optional[Json]:
     """What answers at `/`: JSON, or a small page for a browser."""
     if "text/html" in handler.headers.get("accept", ""):
         page = CARD.replace("URL", handler.server.url)
         return handler.respond(200, page.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
     endpoints = sorted(path for path in ROUTES if path != "/" and not path.startswith("/admin/"))
-    handler.respond_json({"name": "iflow2api", "version": __version__,
-                          "base_url": handler.server.url + "/v1",
-                          "docs": handler.server.url + "/docs", "endpoints": endpoints})
+    return {"name": "iflow2api", "version": __version__,
+            "base_url": handler.server.url + "/v1",
+            "docs": handler.server.url + "/docs", "endpoints": endpoints}
 
 
 class Route(NamedTuple):
     """What a method of a path does.
 
-    `public`: without a client key.  `admin`: for the page alone, with a session instead of a key,
-    unless it is public.
+    `run` answers by itself, or returns the answer's JSON; None is an empty answer.  `public`:
+    without a client key.  `admin`: for the page alone, with a session instead of a key, unless it
+    is public.
     """
-    run: Callable[[Handler], None]
+    run: Callable[[Handler], Optional[Json]]
     dialect: ChatDialect = CHAT
     public: bool = False
     admin: bool = False
 
 
-def _no_endpoint(handler: Handler) -> None:
+def no_endpoint(handler: Handler) -> None:
     raise NotFound(f"there is nothing at {handler.path.partition('?')[0][:100]}", code="not_found")
 
 
-def answer_preflight(handler: Handler) -> None:
-    handler.respond(204, b"", "")
-
-
-PREFLIGHT = Route(answer_preflight, public=True)
-UNKNOWN = Route(_no_endpoint)
-UNKNOWN_MESSAGES = Route(_no_endpoint, MESSAGES)
+PREFLIGHT = Route(lambda handler: None, public=True)
+UNKNOWN = Route(no_endpoint)
+UNKNOWN_MESSAGES = Route(no_endpoint, MESSAGES)
 
 #: path without /v1 -> method -> what it does; HEAD comes with GET.  A path that ends in a slash
 #: takes what follows it.
 ROUTES: Dict[str, Dict[str, Route]] = {
     "/": {"GET": Route(show_card, public=True)},
-    "/health": {"GET": Route(show_health, public=True)},
+    "/health": {"GET": Route(lambda handler: handler.server.health(), public=True)},
     "/metrics": {"GET": Route(show_metrics)},
     "/models": {"GET": Route(show_models)},
     "/models/": {"GET": Route(show_model)},
-    "/vision-models": {"GET": Route(show_vision_models)},
+    "/vision-models": {"GET": Route(lambda handler: {
+        "object": "list", "data": vision_models_of(handler.gateway, handler.key)})},
     "/chat/completions": {"POST": Route(answer_call, CHAT)},
     "/completions": {"POST": Route(answer_call, COMPLETIONS)},
     "/embeddings": {"POST": Route(answer_call, EMBEDDINGS)},
@@ -14127,7 +14126,7 @@ def docs_page(name: str, cdn: bool, language: int, *access: Any) -> Tuple[bytes,
 
 def document_facts(handler: Handler) -> Tuple[int, str, bool]:
     """What the document depends on: its language (`?lang=`, the setting's, the browser's), keys."""
-    gateway, headers = handler.server.gateway, handler.headers
+    gateway, headers = handler.gateway, handler.headers
     wanted = (query_of(handler).get("lang"), gateway.settings.language,
               headers.get("accept-language", "").strip().lower()[:2])
     language = next((word for word in wanted if word in ("zh", "en")), "en")
@@ -14142,7 +14141,7 @@ def show_openapi(handler: Handler) -> None:
 
 def show_docs(handler: Handler) -> None:
     page, policy = docs_page(normal_path(handler.path)[1:],
-                             handler.server.gateway.settings.docs_cdn, *document_facts(handler))
+                             handler.gateway.settings.docs_cdn, *document_facts(handler))
     handler.respond_static(page, "text/html; charset=utf-8",
                            [("Vary", "Accept-Language"), ("Content-Security-Policy", policy)])
 
@@ -14190,13 +14189,14 @@ def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> st
         return one_of(*choices)(query.get(name, choices[0]), name)
 
 
+def text_in(handler: Handler, name: str) -> str:
+    """The only field of a request's body, a text."""
+    return read_form(handler, {}, {name: secret_text}).get(name) or ""
+
+
 def named_in(handler: Handler) -> str:
     """The name that a path ends in."""
     return urllib.parse.unquote(handler.argument)
-
-
-def no_content(handler: Handler, *headers: Tuple[str, str]) -> None:
-    handler.respond(204, b"", "", headers)
 
 
 def address_for(handler: Handler) -> str:
@@ -14216,9 +14216,9 @@ def cookie_header(handler: Handler, token: str) -> Tuple[str, str]:
         f"Max-Age={SESSION_S if token else 0}{secure}")
 
 
-def show_session(handler: Handler) -> None:
+def show_session(handler: Handler) -> Json:
     """GET session: whether somebody is signed in, and what the page needs before."""
-    gateway, state = handler.server.gateway, "new"
+    gateway, state = handler.gateway, "new"
     gateway.sessions.code()              # an expired one is made anew and shown on the console
     if not gateway.sessions.is_new:
         try:
@@ -14227,38 +14227,38 @@ def show_session(handler: Handler) -> None:
         except Unauthorized:
             state = "signed_out"
     settings = gateway.settings
-    handler.respond_json({"state": state, "user": "admin", "version": __version__,
-                          "language": settings.language, "theme_mode": settings.theme_mode,
-                          "base_url": address_for(handler)})
+    return {"state": state, "user": "admin", "version": __version__,
+            "language": settings.language, "theme_mode": settings.theme_mode,
+            "base_url": address_for(handler)}
 
 
 def sign_in(handler: Handler) -> None:
     """POST session."""
     body = read_form(handler, {"password": typed}, {"user": any_text})
-    sessions = handler.server.gateway.sessions
+    sessions = handler.gateway.sessions
     if sessions.is_new:
         raise Unauthorized("there is no password yet; the code on the server's console lets you "
                            "set one", code="no_password")
     right = sessions.try_password(address_of(handler), body["password"])
     if not right or body.get("user") not in (None, "admin"):
         raise Unauthorized("user or password is wrong", code="wrong_password")
-    no_content(handler, cookie_header(handler, sessions.open()))
+    handler.respond(204, b"", "", [cookie_header(handler, sessions.open())])
 
 
 def sign_out(handler: Handler) -> None:
     """DELETE session."""
-    sessions = handler.server.gateway.sessions
+    sessions = handler.gateway.sessions
     body = read_form(handler, {}, {"everywhere": truth}) if handler.body.left else {}
     if body.get("everywhere"):
         sessions.close_all()
     sessions.close(session_token(handler))
-    handler.server.gateway.live.notify()                 # who watches with it is told
-    no_content(handler, cookie_header(handler, ""))
+    handler.gateway.live.notify()                 # who watches with it is told
+    handler.respond(204, b"", "", [cookie_header(handler, "")])
 
 
 def set_password(handler: Handler) -> None:
     """POST password: the first one by the console's code, another one by who is signed in."""
-    gateway, address = handler.server.gateway, address_of(handler)
+    gateway, address = handler.gateway, address_of(handler)
     sessions = gateway.sessions
     proof, guess = ("code", sessions.try_code) if sessions.is_new else (
         "current", sessions.try_password)
@@ -14279,7 +14279,7 @@ def set_password(handler: Handler) -> None:
                       if proof == "code" else ("the current password is wrong", "wrong_password"))
         raise Forbidden(what, code=code, param=proof, should_retry=None)
     gateway.set_password(hash_password(password))
-    no_content(handler, cookie_header(handler, sessions.open()))
+    handler.respond(204, b"", "", [cookie_header(handler, sessions.open())])
 
 
 # --- what is going on -------------------------------------------------------------
@@ -14316,23 +14316,19 @@ def overview_of(server: Server) -> Json:
             "next": next_step(gateway)}
 
 
-def show_overview(handler: Handler) -> None:
-    handler.respond_json(overview_of(handler.server))
-
-
-def show_requests(handler: Handler) -> None:
+def show_requests(handler: Handler) -> Json:
     limit = number_in(query_of(handler), "limit", 200, 10_000)
-    handler.respond_json({"data": history_of(handler.server.gateway)[:limit]})
+    return {"data": history_of(handler.gateway)[:limit]}
 
 
 #: Models that a chart shows apart; the rest together are `…`.
 CHART_GROUPS = 8
 
 
-def show_series(handler: Handler) -> None:
+def show_series(handler: Handler) -> Json:
     """GET series: what each model used in each hour of a day, or in each day of a month."""
     span = choice_in(query_of(handler), "span", ("day", "month"))
-    steps = handler.server.gateway.ledger.steps(span)
+    steps = handler.gateway.ledger.steps(span)
     totals: Dict[str, int] = {}
     for _, rows in steps:
         for (_, model, *_), counts in rows:
@@ -14346,7 +14342,7 @@ def show_series(handler: Handler) -> None:
                                     dict.fromkeys(SERIES_COUNTS, 0))
             row.update((name, row[name] + count) for name, count in zip(SERIES_COUNTS, counts))
         points.append({"at": at, "groups": groups})
-    handler.respond_json({"span": span, "points": points})
+    return {"span": span, "points": points}
 
 
 #: Fields of a row of usage; times are averages in seconds, null where there are none.
@@ -14366,22 +14362,22 @@ def usage_json(name: str, row: Mapping[str, Any]) -> Json:
 
 def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
     """By what, of how many days, and the rows of Ledger.report, days in their order."""
-    query, gateway = query_of(handler), handler.server.gateway
+    query, gateway = query_of(handler), handler.gateway
     by = choice_in(query, "by", ("model", "provider", "key", "day"))
     days = number_in(query, "days", 30, 3660)
     rows = gateway.ledger.report(by, days, gateway.settings.prices)
     return by, days, sorted(rows, key=lambda row: row["day"]) if by == "day" else rows
 
 
-def show_usage(handler: Handler) -> None:
+def show_usage(handler: Handler) -> Json:
     by, days, rows = usage_rows(handler)
     total: Json = {name: sum(row[name] for row in rows) for name in USAGE_COUNTS}
     costs = [row["cost"] for row in rows if row["cost"] is not None]
     total["cost"] = sum(costs) if costs else None
-    handler.respond_json({"by": by, "days": days,
-                          "enabled": handler.server.gateway.settings.usage,
-                          "rows": [usage_json(row[by], row) for row in rows],
-                          "total": usage_json("", total)})
+    return {"by": by, "days": days,
+            "enabled": handler.gateway.settings.usage,
+            "rows": [usage_json(row[by], row) for row in rows],
+            "total": usage_json("", total)}
 
 
 def csv_field(text: str) -> str:
@@ -14410,9 +14406,9 @@ def download_usage(handler: Handler) -> None:
     download(handler, f"\ufeff{text}\n", "text/csv", f"iflow2api-usage-{days}d.csv")
 
 
-def show_logs(handler: Handler) -> None:
+def show_logs(handler: Handler) -> Json:
     """GET logs: the last lines at a level or above that hold `search`, the oldest first."""
-    query, ring = query_of(handler), handler.server.gateway.live.logs
+    query, ring = query_of(handler), handler.gateway.live.logs
     level = choice_in(query, "level", ("debug", "info", "warning", "error"))
     limit = number_in(query, "limit", 1000, LOG_LINES)
     before = number_in(query, "before", 10 ** 15, 10 ** 15)
@@ -14421,13 +14417,13 @@ def show_logs(handler: Handler) -> None:
              if pair[0] < before and pair[1][1] >= getattr(logging, level.upper())]
     lines = [told_log(number, line) for number, line in (found if wanted else found[-limit:])]
     lines = [line for line in lines if wanted in line["text"].lower()]
-    handler.respond_json({"data": lines[-limit:], "first": ring.count - len(ring) + 1,
-                          "last": ring.count})
+    return {"data": lines[-limit:], "first": ring.count - len(ring) + 1,
+            "last": ring.count}
 
 
 def download_logs(handler: Handler) -> None:
     lines = []
-    for number, kept in handler.server.gateway.live.logs.after(0, LOG_LINES)[1]:
+    for number, kept in handler.gateway.live.logs.after(0, LOG_LINES)[1]:
         line = told_log(number, kept)
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line["at"]))
         lines.append(f"{at} {line['level'].upper()} {line['text']}\n")
@@ -14443,9 +14439,9 @@ def memory_bytes() -> Optional[int]:
         return None
 
 
-def show_about(handler: Handler) -> None:
+def show_about(handler: Handler) -> Json:
     """GET about; `diagnostics` is for bug reports and holds no secret."""
-    gateway, config = handler.server.gateway, handler.server.gateway.config
+    gateway, config = handler.gateway, handler.gateway.config
     paths = {"program": os.path.abspath(show_about.__code__.co_filename),
              "iflow": os.path.expanduser(IFLOW_FILE)}
     if config is not None:
@@ -14462,16 +14458,16 @@ def show_about(handler: Handler) -> None:
         shown = hide_secrets(name, getattr(gateway.settings, name))
         lines.append(f"{name} ({origin}): {json.dumps(shown, ensure_ascii=False)}")
     text, home = redact("\n".join(lines)), os.path.expanduser("~")
-    handler.respond_json({
+    return {
         **facts, "version": __version__, "python": sys.version.split()[0],
         "platform": sys.platform, "paths": paths,
-        "diagnostics": text.replace(home, "~") if len(home) > 1 else text})
+        "diagnostics": text.replace(home, "~") if len(home) > 1 else text}
 
 
-def show_instances(handler: Handler) -> None:
+def show_instances(handler: Handler) -> Json:
     server = handler.server
-    handler.respond_json({"data": [{"name": "default", "url": server.url, "version": __version__,
-                                    "started_at": server.gateway.started_at, "this": True}]})
+    return {"data": [{"name": "default", "url": server.url, "version": __version__,
+                      "started_at": server.gateway.started_at, "this": True}]}
 
 
 # --- live --------------------------------------------------------------------------
@@ -14536,7 +14532,7 @@ class Viewer:
 
 def stream_events(handler: Handler) -> None:
     """GET events: what happens, until the session ends, the page leaves or the server stops."""
-    gateway, query = handler.server.gateway, query_of(handler)
+    gateway, query = handler.gateway, query_of(handler)
     live, logs = gateway.live, query.get("logs") == "1"
     viewer = Viewer(handler.server, logs,
                     handler.headers.get("last-event-id", query.get("last_event_id", "")))
@@ -14573,16 +14569,16 @@ def setting_json(gateway: Gateway, name: str) -> Json:
             **({"set": bool(value)} if is_secret else {})}
 
 
-def show_config(handler: Handler) -> None:
-    gateway = handler.server.gateway
-    handler.respond_json({"version": gateway.config_version(),
-                          "path": gateway.config.path if gateway.config else "",
-                          "settings": [setting_json(gateway, name) for name in SETTING],
-                          "problems": list(gateway.problems)})
+def show_config(handler: Handler) -> Json:
+    gateway = handler.gateway
+    return {"version": gateway.config_version(),
+            "path": gateway.config.path if gateway.config else "",
+            "settings": [setting_json(gateway, name) for name in SETTING],
+            "problems": list(gateway.problems)}
 
 
 def provider_json(gateway: Gateway, provider: Provider, entry: Json, source: str) -> Json:
-    """A provider with its keys' state; `entry`: of the settings, {} where it stems from elsewhere."""
+    """A provider with its keys' state; `entry` is its row of the settings, {} without one."""
     masked = hide_in_provider({
         "api_keys": entries_of(entry, "api_keys") or list(provider.api_keys),
         "headers": entry.get("headers") or {}, "proxy": provider.proxy or entry.get("proxy") or ""})
@@ -14617,27 +14613,27 @@ def providers_json(gateway: Gateway) -> Dict[str, Json]:
             for name, provider in gateway.current(look=False).router.providers.items()}
 
 
-def show_providers(handler: Handler) -> None:
-    gateway = handler.server.gateway
+def show_providers(handler: Handler) -> Json:
+    gateway = handler.gateway
     default = gateway.current(look=False).router.default
-    handler.respond_json({"version": gateway.config_version(),
-                          "default_provider": default.name if default else "",
-                          "data": list(providers_json(gateway).values())})
+    return {"version": gateway.config_version(),
+            "default_provider": default.name if default else "",
+            "data": list(providers_json(gateway).values())}
 
 
-def show_presets(handler: Handler) -> None:
-    environ = handler.server.gateway.environ
-    handler.respond_json({"data": [
+def show_presets(handler: Handler) -> Json:
+    environ = handler.gateway.environ
+    return {"data": [
         {"name": name, "title": name, "base_url": preset.base_url, "key_variable": preset.key,
          "key_set": bool(preset.key and environ.get(preset.key)), "local": name in LOCAL_ENGINES,
          "models": [{"id": model, "context": context or None, "max_output": limit or None,
-                     "vision": vision} for model, context, limit, vision in preset.models]}
-        for name, preset in PRESETS.items()]})
+       "vision": vision} for model, context, limit, vision in preset.models]}
+        for name, preset in PRESETS.items()]}
 
 
-def show_admin_models(handler: Handler) -> None:
+def show_admin_models(handler: Handler) -> Json:
     """GET models: every name that can be asked for, and what is known of the model behind it."""
-    gateway = handler.server.gateway
+    gateway = handler.gateway
     router, data = gateway.current().router, []
     aliases = {pattern for pattern, _ in router.aliases}
     for model in models_of(gateway):
@@ -14651,29 +14647,24 @@ def show_admin_models(handler: Handler) -> None:
                      "context": facts.get("context"), "max_output": facts.get("max_output"),
                      "vision": facts.get("vision", sees), "alias": model["id"] in aliases,
                      "listed": "config" if target.model in target.provider.models else "provider"})
-    handler.respond_json({"data": data, "default_model": router.default_model,
-                          "aliases": gateway.settings.aliases,
-                          "version": gateway.config_version()})
+    return {"data": data, "default_model": router.default_model,
+            "aliases": gateway.settings.aliases,
+            "version": gateway.config_version()}
 
 
-def explain_route(handler: Handler) -> None:
-    """POST routes/explain; with `aliases` as they would be after a save."""
-    handler.respond_json(explain(handler.server.gateway, handler.read_json(ADMIN_BODY_BYTES)))
-
-
-def show_keys(handler: Handler) -> None:
-    gateway = handler.server.gateway
+def show_keys(handler: Handler) -> Json:
+    gateway = handler.gateway
     entries = by_name(gateway.settings.client_keys)
-    handler.respond_json({
+    return {
         "version": gateway.config_version(), "needs_key": handler.server.needs_key,
         "address_limits": gateway.settings.address_limits,
         "custom_api_key": mask(gateway.settings.custom_api_key),
         "data": [{"name": key.name, "created": entries.get(key.name, {}).get("created"),
-                  "expires": entries.get(key.name, {}).get("expires"),
-                  "expired": key.expires_at <= time.time(), "models": list(key.models),
-                  "limits": dict(key.limits),
-                  "used": gateway.limiter.used(key) if key.limits else {}}
-                 for key in gateway.state.door.keys]})
+    "expires": entries.get(key.name, {}).get("expires"),
+    "expired": key.expires_at <= time.time(), "models": list(key.models),
+    "limits": dict(key.limits),
+    "used": gateway.limiter.used(key) if key.limits else {}}
+   for key in gateway.state.door.keys]}
 
 
 # --- changing settings ----------------------------------------------------------------
@@ -14705,9 +14696,9 @@ def change_config(gateway: Gateway, edit: Callable[[Json], None], version: Optio
                            code="cannot_write") from None
 
 
-def save_config(handler: Handler) -> None:
+def save_config(handler: Handler) -> Json:
     """PATCH config: `set` and `unset` settings of the `version` that was shown."""
-    gateway = handler.server.gateway
+    gateway = handler.gateway
     body = read_form(handler, {"version": typed},
                      {"set": names_to(anything), "unset": list_of(any_text)})
     values = checked_settings(gateway, body.get("set") or {}, body.get("unset") or [])
@@ -14719,7 +14710,7 @@ def save_config(handler: Handler) -> None:
                 raw[name] = value
 
     change_config(gateway, edit, body["version"])
-    show_config(handler)
+    return show_config(handler)
 
 
 def checked_settings(gateway: Gateway, given: Json, dropped: Sequence[str]) -> Json:
@@ -14910,7 +14901,7 @@ def check_provider(entry: Json) -> Provider:
 def change_entries(handler: Handler, setting_name: str, version: Optional[str],
                    change: Callable[[List[Any], Json], List[Any]]) -> None:
     """Write what `change` makes of the list of a setting and of config.json; Conflict."""
-    gateway = handler.server.gateway
+    gateway = handler.gateway
     origin = gateway.origins.get(setting_name)
     if origin in ("environment", "flag"):
         where = ENV_PREFIX + setting_name.upper() if origin == "environment" else (
@@ -14938,22 +14929,22 @@ def without_entry(entries: List[Any], name: str) -> List[Any]:
     return [entry for entry in entries if name_of(entry) != name]
 
 
-def show_provider(handler: Handler, name: str, status: int = 200) -> None:
-    """Answer with the provider as the list has it."""
-    gateway = handler.server.gateway
-    handler.respond_json({"version": gateway.config_version(), "name": name,
-                          **providers_json(gateway).get(name, {})}, status)
+def provider_shown(handler: Handler, name: str) -> Json:
+    """The provider as the list has it."""
+    return {"version": handler.gateway.config_version(), "name": name,
+            **providers_json(handler.gateway).get(name, {})}
 
 
-def add_provider(handler: Handler) -> None:
+def add_provider(handler: Handler) -> Json:
     """POST providers."""
     body = read_form(handler, {"name": typed}, {**PROVIDER_FORM, "version": any_text})
     change_entries(handler, "providers", None,
                    lambda entries, _: with_entry(entries, provider_entry(body, {})))
-    show_provider(handler, body["name"], 201)
+    handler.status = 201
+    return provider_shown(handler, body["name"])
 
 
-def edit_provider(handler: Handler) -> None:
+def edit_provider(handler: Handler) -> Json:
     """PUT providers/NAME; a new name follows wherever settings name it."""
     old = named_in(handler)
     body = read_form(handler, {"version": typed}, PROVIDER_FORM)
@@ -14969,33 +14960,27 @@ def edit_provider(handler: Handler) -> None:
         return [entry if known is before else known for known in entries]
 
     change_entries(handler, "providers", body["version"], change)
-    show_provider(handler, name)
+    return provider_shown(handler, name)
 
 
 def rename_provider(raw: Json, old: str, new: str) -> None:
-    """Follow a provider's new name in config.json; a price of the old name stays, for the days
-    before."""
+    """Follow a provider's new name in config.json; its price stays under the old one, too: for the
+    days before."""
     def renamed(value: Any) -> Any:
         if isinstance(value, list):
             return [renamed(item) for item in value]
         if isinstance(value, dict):
-            return {**value, "model": renamed(value.get("model"))}
-        if isinstance(value, str) and value.startswith(old + "/"):
-            return f"{new}/{value[len(old) + 1:]}"
-        return value
+            return {name: renamed(item) for name, item in value.items()}
+        is_of_old = isinstance(value, str) and value.startswith(old + "/")
+        return f"{new}/{value[len(old) + 1:]}" if is_of_old else value
 
     if raw.get("default_provider") == old:
         raw["default_provider"] = new
-    if "default_model" in raw:
-        raw["default_model"] = renamed(raw["default_model"])
-    if isinstance(raw.get("aliases"), dict):
-        raw["aliases"] = {pattern: renamed(value) for pattern, value in raw["aliases"].items()}
+    raw.update({name: renamed(raw[name]) for name in ("aliases", "default_model", "client_keys")
+                if name in raw})
     if isinstance(raw.get("prices"), dict):
         raw["prices"] = {name: price for pattern, price in raw["prices"].items()
                          for name in (pattern, renamed(pattern))}
-    for entry in entries_of(raw, "client_keys"):
-        if "models" in object_of(entry):
-            entry["models"] = renamed(entry["models"])
 
 
 def remove_provider(handler: Handler) -> None:
@@ -15008,10 +14993,9 @@ def remove_provider(handler: Handler) -> None:
         return without_entry(entries, name)
 
     change_entries(handler, "providers", None, change)
-    no_content(handler)
 
 
-def order_providers(handler: Handler) -> None:
+def order_providers(handler: Handler) -> Json:
     """POST providers/order: all names in their new order; the first is the default, unless one is
     chosen."""
     body = read_form(handler, {"version": typed, "names": list_of(any_text)}, {})
@@ -15024,23 +15008,23 @@ def order_providers(handler: Handler) -> None:
                 *(entry for entry in entries if not name_of(entry))]
 
     change_entries(handler, "providers", body["version"], change)
-    show_providers(handler)
+    return show_providers(handler)
 
 
 #: Whose usage the page's own requests are.
 ADMIN_KEY = ClientKey("admin", b"", shared=True)
 
 
-def try_provider(handler: Handler) -> None:
+def try_provider(handler: Handler) -> Json:
     """POST providers/test: one there is, by its name, or a draft; `provider test` says the same."""
-    gateway, body = handler.server.gateway, read_form(handler, {}, PROVIDER_FORM)
+    gateway, body = handler.gateway, read_form(handler, {}, PROVIDER_FORM)
     providers = gateway.current().router.providers
     name = body.get("name") or "draft"
     if set(body) == {"name"}:
         if name not in providers:
             raise NotFound(f"there is no provider {name!r}" + nearest(name, providers),
                            param="name")
-        return handler.respond_json(trial_of(gateway, providers[name]))
+        return trial_of(gateway, providers[name])
     before = by_name(gateway.settings.providers).get(name, {})
     entry = provider_entry({**body, "name": name}, before)
     alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={},
@@ -15049,7 +15033,7 @@ def try_provider(handler: Handler) -> None:
     alone.upstream.own_ports |= gateway.upstream.own_ports
     with contextlib.closing(alone):
         told = trial_of(alone, alone.state.router.providers[name])
-    handler.respond_json(told)
+    return told
 
 
 def trial_of(gateway: Gateway, provider: Provider) -> Json:
@@ -15063,7 +15047,7 @@ def trial_of(gateway: Gateway, provider: Provider) -> Json:
 
 # --- client keys, chat box, logins --------------------------------------------------------
 
-def add_key(handler: Handler) -> None:
+def add_key(handler: Handler) -> Json:
     """POST keys: the key is in the answer, and nowhere else."""
     body = read_form(handler, {"name": typed}, {
         "version": any_text, "models": anything, "expires": anything,
@@ -15073,15 +15057,14 @@ def add_key(handler: Handler) -> None:
     with naming_fields():
         key, entry = make_client_key(body["name"], facts)
     change_entries(handler, "client_keys", None, lambda entries, _: with_entry(entries, entry))
-    handler.respond_json({"name": entry["name"], "key": key,
-                          "version": handler.server.gateway.config_version()}, 201)
+    handler.status = 201
+    return {"name": entry["name"], "key": key, "version": handler.gateway.config_version()}
 
 
 def remove_key(handler: Handler) -> None:
     """DELETE keys/NAME."""
     change_entries(handler, "client_keys", None,
                    lambda entries, _: without_entry(entries, named_in(handler)))
-    no_content(handler)
 
 
 def play(handler: Handler) -> None:
@@ -15090,15 +15073,21 @@ def play(handler: Handler) -> None:
     answer_call(handler)
 
 
-def show_logins(handler: Handler) -> None:
-    logins = handler.server.gateway.login_report()
-    handler.respond_json({"data": [{"account": account, "keys": 1, "message": "", **login}
-                                   for account, login in logins.items()]})
+def start_login(handler: Handler) -> Json:
+    """POST oauth/start."""
+    body = read_form(handler, {}, {"account": any_text, "paste": truth})
+    return handler.gateway.logins.start(body.get("account") or "", bool(body.get("paste")))
+
+
+def show_logins(handler: Handler) -> Json:
+    logins = handler.gateway.login_report()
+    return {"data": [{"account": account, "keys": 1, "message": "", **login}
+                     for account, login in logins.items()]}
 
 
 def end_login(handler: Handler) -> None:
     """DELETE logins/ACCOUNT."""
-    gateway, account = handler.server.gateway, named_in(handler)
+    gateway, account = handler.gateway, named_in(handler)
     is_known = account in (DEFAULT_ACCOUNT, *gateway.settings.accounts)
     try:
         gone = is_known and gateway.config is not None and remove_login(gateway, account)
@@ -15108,31 +15097,6 @@ def end_login(handler: Handler) -> None:
         raise NotFound(f"the account {account!r} is not logged in", code="not_found",
                        param="account")
     gateway.reload()
-    no_content(handler)
-
-
-def start_login(handler: Handler) -> None:
-    """POST oauth/start."""
-    body = read_form(handler, {}, {"account": any_text, "paste": truth})
-    handler.respond_json(handler.server.gateway.logins.start(body.get("account") or "",
-                                                             bool(body.get("paste"))))
-
-
-def paste_login(handler: Handler) -> None:
-    """POST oauth/paste: the address that the browser ended at."""
-    body = read_form(handler, {}, {"text": secret_text})
-    handler.respond_json(handler.server.gateway.logins.paste(body.get("text") or ""))
-
-
-def finish_login(handler: Handler) -> None:
-    """POST oauth/callback: the query of that address."""
-    body = read_form(handler, {}, {"query": secret_text})
-    handler.respond_json(handler.server.gateway.logins.callback(body.get("query") or ""))
-
-
-def show_login(handler: Handler) -> None:
-    """GET oauth/status."""
-    handler.respond_json(handler.server.gateway.logins.status())
 
 
 # --- clients ---------------------------------------------------------------------------
@@ -15346,9 +15310,9 @@ def client_blocks(client: str, key: str, words: Mapping[str, str]) -> List[Json]
                        "text": file_text(client, {**words, "KEY": key})}] if setup.file else [])
 
 
-def show_clients(handler: Handler) -> None:
+def show_clients(handler: Handler) -> Json:
     """GET clients: what to copy into each client.  No key is in there, only where it goes."""
-    query, router = query_of(handler), handler.server.gateway.current().router
+    query, router = query_of(handler), handler.gateway.current().router
     given, needs_key = query.get("key", ""), handler.server.needs_key
     if not re.fullmatch(r"[\x21-\x7e]{0,200}", given):
         raise BadRequest("key: printable characters without blanks expected", param="key")
@@ -15358,15 +15322,16 @@ def show_clients(handler: Handler) -> None:
     chosen = model if query.get("model") and model != router.default_model else ""
     words = {"URL": base, "KEY": "$" + KEY_VARIABLE if needs_key and not given else key,
              "MODEL": model or "MODEL", **claude_words(router, chosen)}
-    handler.respond_json({"base_url": base, "model": model, "needs_key": needs_key, "data": [
+    return {"base_url": base, "model": model, "needs_key": needs_key, "data": [
         {"id": name, "title": setup.title, "blocks": client_blocks(name, key, words)}
-        for name, setup in CLIENTS.items()]})
+        for name, setup in CLIENTS.items()]}
 
 
 #: method and path below /admin/api/ -> what it does; all but the public ones want a session.
-PAGE_ROUTES: Dict[str, Callable[[Handler], None]] = {
+PAGE_ROUTES: Dict[str, Callable[[Handler], Optional[Json]]] = {
     "GET session": show_session, "POST session": sign_in, "DELETE session": sign_out,
-    "POST password": set_password, "GET overview": show_overview, "GET events": stream_events,
+    "POST password": set_password, "GET events": stream_events,
+    "GET overview": lambda handler: overview_of(handler.server),
     "GET requests": show_requests, "GET series": show_series, "GET usage": show_usage,
     "GET usage.csv": download_usage, "GET logs": show_logs, "GET logs.txt": download_logs,
     "GET about": show_about, "GET instances": show_instances, "GET config": show_config,
@@ -15374,10 +15339,14 @@ PAGE_ROUTES: Dict[str, Callable[[Handler], None]] = {
     "POST providers": add_provider, "PUT providers/": edit_provider,
     "DELETE providers/": remove_provider, "POST providers/test": try_provider,
     "POST providers/order": order_providers, "GET models": show_admin_models,
-    "POST routes/explain": explain_route, "GET keys": show_keys, "POST keys": add_key,
-    "DELETE keys/": remove_key, "GET logins": show_logins, "DELETE logins/": end_login,
-    "POST oauth/start": start_login, "POST oauth/paste": paste_login,
-    "POST oauth/callback": finish_login, "GET oauth/status": show_login,
+    "POST routes/explain": lambda handler: explain(handler.gateway,
+                                                   handler.read_json(ADMIN_BODY_BYTES)),
+    "GET keys": show_keys, "POST keys": add_key, "DELETE keys/": remove_key,
+    "GET logins": show_logins, "DELETE logins/": end_login, "POST oauth/start": start_login,
+    "POST oauth/paste": lambda handler: handler.gateway.logins.paste(text_in(handler, "text")),
+    "POST oauth/callback": lambda handler: handler.gateway.logins.callback(
+        text_in(handler, "query")),
+    "GET oauth/status": lambda handler: handler.gateway.logins.status(),
     "GET clients": show_clients, "POST play/chat": play}
 
 for _line, _run in PAGE_ROUTES.items():
