@@ -4,8 +4,7 @@
 
     curl -O https://raw.githubusercontent.com/iflow2api/iflow2api/main/iflow2api.py
     python iflow2api.py --upstream https://api.deepseek.com --api-key '$DEEPSEEK_API_KEY'
-    curl http://127.0.0.1:28000/v1/chat/completions -d '{"model": "deepseek-chat",
-         "messages": [{"role": "user", "content": "hi"}]}'
+    python iflow2api.py --help
 
 Chat Completions is the hub.  A dialect turns its request into a chat request and chat chunks into
 its own events; nothing else in the file knows that there is more than one.
@@ -22,8 +21,8 @@ The path of one request:
     client.send(…), client.end(…)     the last is translation.close(); a client gone ends it
     Ledger.add(record)                usage, chart, metrics and limits read it
 
-A plain answer takes translation.reply() in place of the stream.  An error is an exception until it reaches
-Handler.send_error_of (or the client's `fail`, once an answer has begun): there it becomes bytes.
+A plain answer takes translation.reply().  An error is an exception until Handler.send_error_of (or
+the client's `fail`, once an answer has begun) makes bytes of it.
 
 Contents
 
@@ -35,7 +34,7 @@ Contents
     6  Routes            from a model's name to the targets that may answer (pure)
     7  Chat and SSE      the hub: parsing, holding back, usage (pure)
     8  Anthropic Messages  requests, answers, streams, errors (pure)
-    9  OpenAI Responses  the other API, and what Codex needs of it (pure)
+    9  OpenAI Responses    the other API, and what Codex needs of it (pure)
     10 Dialects          what an endpoint speaks (pure)
     11 Upstream          connections, TLS, proxies, waiting
     12 Credentials       logging in, refreshing, accounts, the browser
@@ -46,13 +45,13 @@ Contents
     17 The page's API    who may see the page, and its JSON API
     18 The page          style, markup, script and texts
     19 Demo upstream     what `--demo` talks to, and the tests
-    20 Command line      one cmd_* each
+    20 Command line      texts, arguments, one function a command
 
-Embedding: `server = serve(Gateway(Settings(providers=[…])), port=0)`, then server.url, server.close().
+Embedding: `server = serve(Gateway(Settings(providers=[…])), port=0)`, server.url, server.close().
 """
 # === 1. Preamble =============================================================
 
-# Python 2.7 and 3.6 can't read this file; what they show of it, the line that stopped them, says why.
+# Python 2.7 and 3.6 can't read this file: they show the line that stopped them.
 from __future__ import annotations  # iflow2api needs Python 3.9 or newer
 
 import os
@@ -61,19 +60,14 @@ import sys
 if sys.version_info < (3, 9):
     sys.exit("iflow2api needs Python 3.9 or newer; this is %d.%d." % sys.version_info[:2])
 
-
-#: One arena, and large blocks given back at once: memory falls after large requests.  For glibc; others ignore them.
+#: One arena, and large blocks given back at once: memory falls after large requests (glibc).
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
 
 #: In the environment of a process that was restarted: which variables were added for it.
 RESTARTED = "_IFLOW2API_RESTARTED"
 
-#: Letters of the interpreter's flags, by their names in sys.flags.
-INTERPRETER_FLAGS = {"debug": "d", "dont_write_bytecode": "B", "ignore_environment": "E",
-                     "isolated": "I", "no_user_site": "s", "safe_path": "P", "optimize": "O",
-                     "verbose": "v", "bytes_warning": "b", "quiet": "q"}
-
-#: Runs the code in a descriptor.  It imports built-in modules alone: with -c the current folder comes first in sys.path.
+#: Runs the code in a descriptor.  It imports built-in modules alone: with -c the current folder
+#: comes first in sys.path.
 LOADER = """import sys, marshal, posix
 fd, folder, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 code = marshal.loads(b"".join(iter(lambda: posix.read(fd, 1 << 20), b"")))
@@ -86,37 +80,20 @@ exec(globals().pop("code"))
 """
 
 
-def _interpreter_flags() -> List[str]:   # iflow2api needs Python 3.9 or newer
-    """The flags that this interpreter was started with."""
-    given = [(letter, int(getattr(sys.flags, name, 0))) for name, letter in INTERPRETER_FLAGS.items()]
-    flags = ["-" + letter * times for letter, times in given if times]
-    flags += ["-u"] if getattr(sys.stdout, "write_through", False) else []
-    flags += ["-W" + option for option in sys.warnoptions]
-    return flags + ["-X" + (name if value is True else f"{name}={value}")
-                    for name, value in sys._xoptions.items()]
-
-
-def _hand_over(data: bytes) -> int:
-    """A descriptor that the next program inherits and reads `data` from; no path leads to it.  OSError."""
+def _new_file() -> int:  # iflow2api needs Python 3.9 or newer
+    """The descriptor of a file that no path leads to; OSError."""
     try:
-        fd = os.memfd_create("iflow2api")
+        return os.memfd_create("iflow2api")
     except (AttributeError, OSError):    # not Linux, or an old or sandboxed one
-        path = os.path.join(os.environ.get("TMPDIR") or "/tmp", ".iflow2api-" + os.urandom(16).hex())
+        folder = os.environ.get("TMPDIR") or "/tmp"
+        path = os.path.join(folder, ".iflow2api-" + os.urandom(16).hex())
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         os.unlink(path)
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(data)
-        os.lseek(fd, 0, os.SEEK_SET)
-        os.set_inheritable(fd, True)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+        return fd
 
 
 def _open_standard_descriptors() -> None:
-    """Those that were closed (`>&-`) lead nowhere: else the next file or socket would become one of them."""
+    """Those that were closed (`>&-`) lead nowhere: else a file or socket would take their place."""
     fd = os.open(os.devnull, os.O_RDWR)
     while fd < 3:
         os.set_inheritable(fd, True)
@@ -124,12 +101,21 @@ def _open_standard_descriptors() -> None:
     os.close(fd)
 
 
-def _restart_as_server(frame: Any) -> None:
-    """Replace a process that is about to serve by one that runs the code of `frame`, this module's: it takes less memory.
+def _given_command() -> List[str]:
+    """How this process was started, the interpreter first; OSError where nobody tells it."""
+    if hasattr(sys, "orig_argv"):
+        return sys.orig_argv
+    with open("/proc/self/cmdline", encoding=sys.getfilesystemencoding(),
+              errors="surrogateescape") as file:         # Python 3.9
+        return file.read().split("\0")[:-1]
 
-    Python keeps what compiling a script took until the process ends.  The code is handed over in memory; without
-    `site`, which nothing here needs, the second start is nearly free.  By -m, where Python had byte code, it is for
-    MALLOC alone.  Where it can't be done (Windows, a debugger) the program goes on as it is.
+
+def _restart_as_server(frame: Any) -> None:
+    """Replace a process that is about to serve by one that runs the code of `frame`, this module's.
+
+    Python keeps the memory that compiling a script took.  The code is handed over in memory, and
+    without `site`, which nothing here needs; `-m`, with byte code, restarts for MALLOC alone.
+    Where it can't be done (Windows, a debugger) the program goes on as it is.
     """
     if RESTARTED in os.environ:
         for name in os.environ.pop(RESTARTED).split(","):
@@ -137,35 +123,39 @@ def _restart_as_server(frame: Any) -> None:
         return
     is_module = __spec__ is not None
     if (os.name != "posix" or not sys.executable or sys.flags.interactive or sys.flags.inspect
-            or __file__.endswith(".pyc") or not os.path.isfile(__file__) or not is_module and frame.f_back):
+            or __file__.endswith(".pyc") or not os.path.isfile(__file__)
+            or not is_module and frame.f_back):
         return
     added = {name: value for name, value in MALLOC.items() if name not in os.environ}
-    environ = {**os.environ, **added, RESTARTED: ",".join(added)}
-    command = [sys.executable, *_interpreter_flags()]
     fd = -1
     try:
         _open_standard_descriptors()
-        if is_module and os.path.exists(__spec__.cached or ""):
-            command += ["-m", __spec__.name]
-        else:
+        command = [sys.executable, *_given_command()[1:]]
+        if not is_module or not os.path.exists(__spec__.cached or ""):
             import marshal
-            fd = _hand_over(marshal.dumps(frame.f_code))
+            fd = _new_file()
+            with open(fd, "wb", closefd=False) as file:
+                marshal.dump(frame.f_code, file)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.set_inheritable(fd, True)
+            flags = [flag for flag in command[1:-len(sys.argv)] if flag != "-m"]
             folder = os.path.dirname(os.path.realpath(__file__))
-            command += ["-S", "-c", LOADER, str(fd), folder, __file__]
+            command[1:] = [*flags, "-S", "-c", LOADER, str(fd), folder, __file__, *sys.argv[1:]]
         if added or fd >= 0:
-            os.execve(sys.executable, [*command, *sys.argv[1:]], environ)
+            os.execve(sys.executable, command, {**os.environ, **added, RESTARTED: ",".join(added)})
     except (OSError, ValueError):
         if fd >= 0:
             os.close(fd)
 
 
-if __name__ == "__main__" and (not sys.argv[1:] or sys.argv[1] == "serve" or sys.argv[1][:2] == "--") and not (
-        {"-h", "--help", "--version"} & set(sys.argv)):
+if __name__ == "__main__" and (sys.argv[1:2] in ([], ["serve"]) or sys.argv[1][:2] == "--") and (
+        not {"-h", "--help", "--version"} & set(sys.argv)):
     _restart_as_server(sys._getframe())
 
-#: Modules that OpenWrt's python3-light leaves to packages of their own (package lists of 21.02 to 25.12).
+#: Modules that OpenWrt's python3-light leaves to packages of their own (lists of 21.02 to 25.12).
 OPENWRT_PACKAGE = {"urllib": "python3-urllib", "email": "python3-urllib", "_ssl": "python3-openssl",
-                   "_hashlib": "python3-openssl", "ssl": "python3-openssl", "logging": "python3-logging"}
+                   "_hashlib": "python3-openssl", "ssl": "python3-openssl",
+                   "logging": "python3-logging"}
 
 try:
     import base64
@@ -199,12 +189,12 @@ try:
     from email.utils import formatdate, parsedate_to_datetime
     from fnmatch import fnmatchcase
     from functools import cached_property, lru_cache, partial
-    from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                        Sequence, Set, Tuple, Union)
+    from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping,
+                        NamedTuple, Optional, Sequence, Set, Tuple, Union)
 except ImportError as exc:
-    _missing = (exc.name or "").split(".")[0]
-    sys.exit("iflow2api needs the Python module '%s'. On OpenWrt install it with: opkg install %s (or apk add); "
-             "elsewhere Python itself is incomplete." % (exc.name, OPENWRT_PACKAGE.get(_missing, "python3")))
+    sys.exit("iflow2api needs the Python module '%s'. On OpenWrt install it with: opkg install %s "
+             "(or apk add); elsewhere Python itself is incomplete." % (
+                 exc.name, OPENWRT_PACKAGE.get((exc.name or "").split(".")[0], "python3")))
 
 __version__ = "0.1.0"
 __all__ = ["Gateway", "Settings", "serve", "main", "GatewayError", "__version__"]
@@ -214,19 +204,19 @@ Json = Dict[str, Any]
 log = logging.getLogger("iflow2api")
 log.addHandler(logging.NullHandler())
 
-#: A JSON text of 10 000 levels kills a thread with a 1 MiB stack on 3.13 (128 KiB on musl is far worse);
-#: with 2 MiB it raises RecursionError.  The memory is virtual, not resident.
+#: A JSON text of 10 000 levels kills a thread with a 1 MiB stack on 3.13 (musl: 128 KiB); with
+#: 2 MiB it raises RecursionError.  The memory is virtual, not resident.
 THREAD_STACK_BYTES = 2 << 20
 
 
 @lru_cache(maxsize=None)
 def _offer_idna() -> None:
-    """For OpenWrt without python3-codecs: getaddrinfo and ssl ask for idna.  Where Python has it, its own comes first."""
+    """For OpenWrt without python3-codecs: getaddrinfo and ssl ask for idna; Python's own is first."""
     codecs.register(lambda name: codecs.lookup("ascii") if name == "idna" else None)
 
 
 def prepare_process() -> None:
-    """What a server needs of its process; called by `serve` and `main`, so that an import changes nothing."""
+    """What a server needs of its process, for `serve` and `main`: an import changes nothing."""
     threading.stack_size(max(threading.stack_size(), THREAD_STACK_BYTES))
     _offer_idna()
     try:
@@ -235,7 +225,7 @@ def prepare_process() -> None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:     # 1000 streams need over 2000 descriptors
+    if soft != resource.RLIM_INFINITY and soft < wanted:     # 1000 streams need over 2000
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
