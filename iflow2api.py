@@ -7900,15 +7900,13 @@ class Client:
     A StreamLoop looks after both; everybody else waits plainly, by `wait` or with `on_leave` set.
     This class stands for our own requests, which nobody can leave.
     """
-    sock: Optional[socket.socket] = None  #: watched for the end of the connection
+    sock: Optional[socket.socket] = None     #: watched for the end of the connection
     keepalive_s = 3600.0                 #: silence that is broken by `tick`
-    #: something of the answer was sent: no other target may be tried
-    began = False
-    #: of the call; it knows how to say within a stream that it failed
+    began = False                        #: part of the answer was sent: no other target is tried
+    #: the Translation, which knows how to say that it failed
     translation: Optional[Translation] = None
     returned: Sequence[Tuple[str, str]] = ()     #: headers of the upstream that the client gets
-    #: the loop sends: what does not go at once waits in `backlog`
-    nonblocking = False
+    nonblocking = False                  #: the loop sends: what does not go waits in `backlog`
     backlog = b""
     left: Optional[Exception] = None     #: why nobody needs the answer any more
     _on_leave: Optional[Callable[[Exception], None]] = None
@@ -7933,19 +7931,13 @@ class Client:
 
     def wait(self, event: threading.Event, seconds: Optional[float] = None) -> bool:
         """Whether `event` is set in time; raises `left`."""
-        gone: List[Exception] = []
-
-        def wake(reason: Exception) -> None:
-            gone.append(reason)
-            event.set()
-
-        self.on_leave(wake)
+        self.on_leave(lambda reason: event.set())
         try:
             came = event.wait(seconds)
         finally:
             self.on_leave(None)
-        if gone:
-            raise gone[0]
+        if self.left is not None:
+            raise self.left
         return came
 
     def tick(self, now: float) -> None:
@@ -8001,8 +7993,7 @@ class _SelectPoller:
 Poller = getattr(select, "poll", _SelectPoller)
 
 #: The longest wait in one piece.  Where there is poll(), shutting a socket down wakes who waits
-#: for it; Winsock tells the other side only, so whoever may be cut off has to look up now and
-#: then.
+#: for it; Winsock tells the other side only, so whoever may be cut off has to check now and then.
 LOOK_UP_S = 3600.0 if hasattr(select, "poll") else 0.5
 
 
@@ -8021,6 +8012,9 @@ def has_left(sock: socket.socket, hung_up: bool = False) -> bool:
         return False
     except OSError:
         return True
+
+
+_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
 class HeadReader:
@@ -8044,14 +8038,13 @@ class HeadReader:
         Bytes of `stray` before it are skipped.  What has been searched is not searched again.
         """
         head, searched = bytearray(), 0
-        more: bytes = self._buffer or self._receive()
+        more = self.take()
         while more:
-            self._buffer = b""
             head += more if head else more.lstrip(stray)
-            end, size = self._find_end(head, searched)
-            if end is not None and end <= HEAD_LIMIT_BYTES:
-                self._buffer = bytes(head[end + size:])
-                return bytes(head[:end])
+            end = _BLANK_LINE.search(head, searched)
+            if end and end.start() <= HEAD_LIMIT_BYTES:
+                self._buffer = bytes(head[end.end():])
+                return bytes(head[:end.start()])
             if len(head) > HEAD_LIMIT_BYTES:
                 self._buffer = bytes(head)
                 return None
@@ -8063,32 +8056,6 @@ class HeadReader:
 
     def check_head(self, head: bytearray) -> None:
         """Called with a head that is not complete yet; raises what need not be waited for."""
-
-    @staticmethod
-    def _find_end(head: bytearray, start: int) -> Tuple[Optional[int], int]:
-        """Where the first blank line begins (None: nowhere), and the length of its line ends."""
-        found = [(at, len(end)) for end in (b"\r\n\r\n", b"\n\n", b"\n\r\n")
-                 for at in (head.find(end, start),) if at >= 0]
-        if not found:
-            return None, 0
-        end, size = min(found)
-        return (end - 1, size + 1) if size < 4 and head[end - 1:end] == b"\r" else (end, size)
-
-
-#: C's `struct timeval`: seconds and microseconds.
-_TIMEVAL = struct.Struct("@ll")
-
-
-def _set_kernel_timeout(sock: socket.socket, seconds: float) -> bool:
-    """Let the kernel end a wait for data; False where it can't (Windows, 32-bit musl)."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                        _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6)))
-        taken = _TIMEVAL.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                                                _TIMEVAL.size))
-    except (OSError, struct.error):
-        return False
-    return os.name == "posix" and abs(taken[0] + taken[1] / 1e6 - seconds) < 0.1
 
 
 #: What a chunk's size is written in.
@@ -8104,39 +8071,34 @@ class Dechunker:
         self.whole = False
         self.surplus = b""               #: what came after the end
         self._line = bytearray()         #: the beginning of a line of framing
-        self._left = 0                   #: payload bytes left of the current chunk, and its CRLF
-        self._in_trailers, self._trailer_bytes = False, 0
+        self._left = 0                   #: bytes left of the current chunk, its CRLF included
+        self._trailer_bytes = -1         #: -1: the trailers have not begun
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`; ValueError when it is no chunked framing."""
-        # as a rule one whole chunk a read
-        if not (self._left or self._line or self._in_trailers):
+        began_clean = not (self._left or self._line or self._trailer_bytes >= 0)
+        if began_clean:                  # as a rule one whole chunk a read
             end = data.find(b"\r\n")
             if 0 < end < 9 and not data[:end].translate(None, _HEX):
                 size = int(data[:end], 16)
                 if size and len(data) == end + size + 4 and data[-2:] == b"\r\n":
                     self.whole = True
                     return data[end + 2:-2]
-        return self._feed_slowly(data)
-
-    def _feed_slowly(self, data: bytes) -> bytes:
-        clean = not (self._left or self._line or self._in_trailers or self.done)
         at, out = 0, []
         while at < len(data) and not self.done:
             if self._left > 2:
                 piece = data[at:at + self._left - 2]
                 out.append(piece)
-                self._left -= len(piece)
-                at += len(piece)
             elif self._left:
                 piece = data[at:at + self._left]
                 if not b"\r\n"[2 - self._left:].startswith(piece):
                     raise ValueError("no line end after a chunk")
-                self._left, at = self._left - len(piece), at + len(piece)
             else:
                 at = self._read_line(data, at)
+                continue
+            self._left, at = self._left - len(piece), at + len(piece)
         self.surplus += data[at:]
-        self.whole = clean and not (self.done or self._left or self._line or self._in_trailers)
+        self.whole = began_clean and not (self._left or self._line or self._trailer_bytes >= 0)
         return b"".join(out)
 
     def _read_line(self, data: bytes, at: int) -> int:
@@ -8145,25 +8107,26 @@ class Dechunker:
         self._line += data[at:end]
         if len(self._line) > LINE_LIMIT:
             raise ValueError("an endless line")
-        if self._line.endswith(b"\n"):
-            line, self._line = bytes(self._line), bytearray()
-            (self._end_trailer if self._in_trailers else self._begin_chunk)(line)
-        return end
-
-    def _begin_chunk(self, line: bytes) -> None:
+        if not self._line.endswith(b"\n"):
+            return end
+        line, self._line = bytes(self._line), bytearray()
+        if line[-2:] != b"\r\n" or b"\r" in line[:-2]:
+            raise ValueError("a line that does not end in CRLF alone")
+        if self._trailer_bytes >= 0:
+            self._trailer_bytes += len(line)
+            self.done = line == b"\r\n"
+            if self._trailer_bytes > LINE_LIMIT:
+                raise ValueError("endless trailers")
+            return end
         size = line[:-2].partition(b";")[0].rstrip(b" \t")
-        is_line = line[-2:] == b"\r\n" and b"\r" not in line[:-2]
-        if not is_line or not 0 < len(size) < 16 or size.translate(None, _HEX):
+        if not 0 < len(size) < 16 or size.translate(None, _HEX):
             raise ValueError("no chunk size")
         self._left = int(size, 16)
-        self._left += 2 if self._left else 0
-        self._in_trailers = not self._left
-
-    def _end_trailer(self, line: bytes) -> None:
-        self._trailer_bytes += len(line)
-        if line[-2:] != b"\r\n" or b"\r" in line[:-2] or self._trailer_bytes > LINE_LIMIT:
-            raise ValueError("broken or endless trailers")
-        self.done = line == b"\r\n"
+        if self._left:
+            self._left += 2
+        else:
+            self._trailer_bytes = 0
+        return end
 
 
 def join_headers(pairs: Iterable[Tuple[str, str]]) -> Dict[str, str]:
@@ -8181,7 +8144,7 @@ BLANKS = " \t\r"
 #: What a header's name consists of (RFC 9110, 5.6.2).
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_STATUS_LINE = Pattern(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
 
 
 def is_sound_header(name: str, value: str) -> bool:
@@ -8204,13 +8167,12 @@ def _answer_fields(lines: Iterable[bytes]) -> List[Tuple[str, str]]:
     """Names and values of a head, unfolded; a line without a sound name is left out."""
     pairs: List[Tuple[str, str]] = []
     for line in lines:
+        name, colon, value = line.partition(b":")
+        name = name.rstrip(b" \t")
         if line[:1] in (b" ", b"\t"):
             if pairs:
                 pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]} {line.decode('latin-1').strip(BLANKS)}")
-            continue
-        name, colon, value = line.partition(b":")
-        name = name.rstrip(b" \t")
-        if colon and name and not name.translate(None, _TOKEN):
+        elif colon and name and not name.translate(None, _TOKEN):
             pairs.append((name.decode("ascii"), value.decode("latin-1").strip(BLANKS)))
     return pairs
 
@@ -8233,10 +8195,11 @@ def parse_answer_head(head: bytes, method: str) -> AnswerHead:
     if method == "HEAD" or status in (204, 304) or status < 200:
         chunked, length = False, 0
     elif not chunked and "content-length" in headers:
-        lengths = {text.strip() for text in headers["content-length"].split(",")}
-        if len(lengths) > 1 or not re.fullmatch(r"\d{1,18}", *lengths, re.ASCII):
+        first_length, *others = map(str.strip, headers["content-length"].split(","))
+        is_number = first_length.isascii() and first_length.isdigit() and len(first_length) < 19
+        if not is_number or any(other != first_length for other in others):
             raise ValueError("no Content-Length")
-        length = int(*lengths)
+        length = int(first_length)
     keeps = "close" not in token if found.group(1) == "1" else "keep-alive" in token
     return AnswerHead(status, headers, chunked, length, keeps and (chunked or length is not None))
 
@@ -8246,34 +8209,20 @@ class UpstreamConnection(HeadReader):
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock, self.received, self.idle_since = sock, False, 0.0
-        #: longest silence, and time for all of a head
-        self.timeout_s = 60.0
-        self._head_until: Optional[float] = None
-        self._kernel_s = 60.0
+        self.timeout_s = 60.0            #: longest silence, and time for all of a head
+        self._head_until: Optional[float] = None     #: when that is over, while a head is read
         self.cut_by: Optional[Exception] = None
         self._poller = Poller()
         self._poller.register(sock.fileno(), _POLLIN)
-        self._blocking = not isinstance(sock, ssl.SSLSocket) and _set_kernel_timeout(sock, 60)
-        self._now = socket.MSG_DONTWAIT if self._blocking else 0
-        sock.setblocking(self._blocking)
-
-    def begin(self, timeout_s: float) -> None:
-        """Another request and its answer."""
-        self.received = False
-        self.set_timeout(timeout_s)
-
-    def set_timeout(self, timeout_s: float) -> None:
-        self.timeout_s, self._head_until = timeout_s, None
-        self._let_kernel_wait(timeout_s)
-
-    def _let_kernel_wait(self, seconds: float) -> None:
-        if self._blocking and seconds != self._kernel_s:
-            self._kernel_s = seconds
-            _set_kernel_timeout(self.sock, seconds)
+        sock.setblocking(False)
 
     def is_stale(self) -> bool:
         """Whether the other side has closed an idle connection, or sent something unasked."""
         return bool(self._buffer) or self.holds_more() or bool(self._poller.poll(0))
+
+    def holds_more(self) -> bool:
+        """Whether TLS has read ahead: then there is something to take from a silent socket."""
+        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
 
     def cut(self, reason: Exception) -> None:
         """End the wait of whoever reads or writes, with `reason`."""
@@ -8281,6 +8230,10 @@ class UpstreamConnection(HeadReader):
         # not TLS's own, whose state the reader uses
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.close()
 
     def read_answer_head(self, method: str) -> AnswerHead:
         """The head of an answer, all of it within `timeout_s`; ValueError where it is none."""
@@ -8301,38 +8254,28 @@ class UpstreamConnection(HeadReader):
         raise ValueError("it says nothing but 1xx")
 
     def _receive(self) -> bytes:
-        while True:
-            left_s = self.timeout_s
-            if self._head_until is not None and self.received:
-                left_s = self._head_until - time.monotonic()
-                self._let_kernel_wait(max(0.001, left_s))
-            data = self._receive_some(0) if left_s > 0 else None
+        in_head = self._head_until is not None and self.received
+        until = self._head_until if in_head else time.monotonic() + self.timeout_s
+        left_s = until - time.monotonic()
+        while left_s > 0 and self.cut_by is None:
+            if not self.holds_more():
+                self._poller.poll(min(left_s, LOOK_UP_S) * 1000)
+            data = self._receive_some()
             if data is not None:
                 return data
-            if self._blocking or not self._comes(left_s):
-                if self._head_until is not None and self.received and self.cut_by is None:
-                    raise UpstreamTimeout(
-                        f"the upstream gave no complete head in {self.timeout_s:g} s")
-                self.check_silence(self.timeout_s)
-
-    def _comes(self, left_s: float) -> bool:
-        """Whether something may have come within `left_s`."""
-        until = time.monotonic() + left_s
-        while self.cut_by is None:
             left_s = until - time.monotonic()
-            if self._poller.poll(max(0.0, min(left_s, LOOK_UP_S)) * 1000):
-                return True
-            if left_s <= LOOK_UP_S:
-                break
-        return False
+        if in_head and self.cut_by is None:
+            raise UpstreamTimeout(f"the upstream gave no complete head in {self.timeout_s:g} s")
+        self.check_silence(self.timeout_s)
+        return b""
 
     def take_now(self) -> Optional[bytes]:
         """What `take` gives, None where nothing has come."""
-        return self.take() if self._buffer else self._receive_some(self._now)
+        return self.take() if self._buffer else self._receive_some()
 
-    def _receive_some(self, flags: int) -> Optional[bytes]:
+    def _receive_some(self) -> Optional[bytes]:
         try:
-            data = self.sock.recv(65536, flags)
+            data = self.sock.recv(65536)
         except (BlockingIOError, ssl.SSLWantReadError):
             return None
         except ssl.SSLWantWriteError:
@@ -8349,10 +8292,6 @@ class UpstreamConnection(HeadReader):
         self.received = self.received or bool(data)
         return data
 
-    def holds_more(self) -> bool:
-        """Whether TLS has read ahead: then there is something to take from a silent socket."""
-        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
-
     def check_silence(self, quiet_s: float) -> None:
         if self.cut_by is not None:
             raise self.cut_by
@@ -8360,19 +8299,19 @@ class UpstreamConnection(HeadReader):
             raise UpstreamTimeout(f"the upstream said nothing for {self.timeout_s:g} s")
 
     def _wait_writable(self) -> None:
-        until = time.monotonic() + self.timeout_s
-        while not is_writable(self.sock, max(0.0, min(until - time.monotonic(), LOOK_UP_S))):
-            if self.cut_by is None and time.monotonic() >= until:
-                raise UpstreamTimeout(f"the upstream took nothing for {self.timeout_s:g} s")
+        left_s, until = self.timeout_s, time.monotonic() + self.timeout_s
+        while not is_writable(self.sock, min(left_s, LOOK_UP_S)):
+            left_s = until - time.monotonic()
             if self.cut_by is not None:
                 raise self.cut_by
+            if left_s <= 0:
+                raise UpstreamTimeout(f"the upstream took nothing for {self.timeout_s:g} s")
 
     def sendall(self, data: bytes) -> None:
         view = memoryview(data)
-        flags = (getattr(socket, "MSG_DONTWAIT", 0),) if self._blocking else ()
         while view:
             try:
-                view = view[self.sock.send(view[:1 << 18], *flags):]
+                view = view[self.sock.send(view[:1 << 18]):]
             except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 self._wait_writable()
             except (BrokenPipeError, ConnectionResetError):
@@ -8381,10 +8320,6 @@ class UpstreamConnection(HeadReader):
                 if not self.is_stale():  # it may have answered (413, 401) without reading the body
                     raise
                 return
-
-    def hang_up(self) -> None:
-        with contextlib.suppress(OSError):
-            self.sock.close()
 
 
 class UpstreamResponse:
@@ -8403,18 +8338,15 @@ class UpstreamResponse:
         self._left, self._will_close = head.length, not head.reusable
         self.next_timeout_s: Optional[float] = idle_timeout_s     #: for the body, until it begins
         self._received_all = self._left == 0
-        #: received and not unpacked yet; bytes that came of the rest
-        self._packed, self._unpacked = b"", 0
-        self._inflate = self._decoder(head.headers.get("content-encoding", "identity").lower())
-
-    @staticmethod
-    def _decoder(encoding: str) -> Any:
-        if encoding in ("identity", ""):
-            return None
-        if encoding not in ("gzip", "x-gzip", "deflate"):
+        #: received and not decompressed yet; whether any of the rest was
+        self._packed, self._unpacked = b"", False
+        self._inflate: Any = None
+        encoding = head.headers.get("content-encoding", "identity").lower()
+        if encoding in ("gzip", "x-gzip", "deflate"):
+            self._inflate = zlib.decompressobj(47)       # gzip or zlib, told apart by the header
+        elif encoding not in ("identity", ""):
             raise UpstreamGarbled(f"the upstream's answer is encoded as {one_line(encoding, 40)}, "
                                   "which nobody asked for")
-        return zlib.decompressobj(47)    # 32 + 15: gzip or zlib, told apart by the header
 
     @property
     def complete(self) -> bool:
@@ -8436,18 +8368,13 @@ class UpstreamResponse:
 
     def _read(self, take: Callable[[], Optional[bytes]]) -> Optional[bytes]:
         while not self.complete:
-            if self._packed:
-                payload = self._unpack()
-            else:
+            if not self._packed:
                 data = self._take(take)
                 if data is None:
                     return None
-                if not data:
-                    self._end_of_connection()
-                    break
-                payload = self._unframe(data)
-                if self._inflate is not None:
-                    self.framed, self._packed, payload = None, payload, b""
+                payload = self._unframe(data) if data else self._end_of_connection()
+            if self._inflate is not None:
+                self.framed, payload = None, self._unpack(self._packed or payload)
             if payload:
                 return payload
         if self._unpacked and not self._inflate.eof:
@@ -8463,17 +8390,16 @@ class UpstreamResponse:
             raise UpstreamGarbled(text) from None
         # the first byte of the body is here
         if data is not None and self.next_timeout_s is not None:
-            self.connection.set_timeout(self.next_timeout_s)
-            self.next_timeout_s = None
+            self.connection.timeout_s, self.next_timeout_s = self.next_timeout_s, None
         return data
 
     def _unframe(self, data: bytes) -> bytes:
         if self._chunks is None:
             if self._left is not None:
-                data, surplus = data[:self._left], data[self._left:]
+                self._will_close = self._will_close or len(data) > self._left
+                data = data[:self._left]
                 self._left -= len(data)
                 self._received_all = not self._left
-                self._will_close = self._will_close or bool(surplus)
             return data
         try:
             payload = self._chunks.feed(data)
@@ -8485,20 +8411,21 @@ class UpstreamResponse:
         self._will_close = self._will_close or bool(self._chunks.surplus)
         return payload
 
-    def _end_of_connection(self) -> None:
+    def _end_of_connection(self) -> bytes:
         self._will_close = True
         if self._chunks is not None or self._left:
             raise UpstreamGarbled("the upstream closed the connection in the middle of its answer")
         self._received_all = True
+        return b""
 
-    def _unpack(self) -> bytes:
+    def _unpack(self, packed: bytes) -> bytes:
         """The next part of what is packed, of a bearable size whatever it swells to."""
         try:
-            payload = self._inflate.decompress(self._packed, UNPACKED_AT_ONCE)
+            payload = self._inflate.decompress(packed, UNPACKED_AT_ONCE)
         except zlib.error as exc:
             raise UpstreamGarbled(f"the upstream's answer can't be decompressed: {exc}") from None
         self._packed = self._inflate.unconsumed_tail
-        self._unpacked += len(payload)
+        self._unpacked = self._unpacked or bool(payload)
         return payload
 
     def read_all(self, limit: int) -> bytes:
@@ -8515,14 +8442,11 @@ class UpstreamResponse:
     def close(self) -> None:
         """Keep the connection if the answer was read to its end."""
         if not self.complete and self._chunks is not None and not self._will_close:
-            self._read_terminator()
+            # after [DONE] only the last chunk is missing; it is mostly there already
+            self.connection.timeout_s = 0.05
+            with contextlib.suppress(GatewayError, ClientGone):      # Stopping is no UpstreamError
+                self.read()
         self._release(self.connection, self.complete and not self._will_close)
-
-    def _read_terminator(self) -> None:
-        """After [DONE] only the last chunk is missing; it is mostly there already."""
-        self.connection.set_timeout(0.05)
-        with contextlib.suppress(GatewayError, ClientGone):      # Stopping is no UpstreamError
-            self.read()
 
     def __enter__(self) -> "UpstreamResponse":
         return self
@@ -8543,8 +8467,7 @@ class MovedStream:
         self._response, self.client, self._move, self._is_over = response, client, move, is_over
         self.connection = response.connection
         self._heard_at, self.idle = time.monotonic(), False      #: idle: all that had come is moved
-        #: the socket that the loop waits for
-        self.place: Optional[socket.socket] = None
+        self.place: Optional[socket.socket] = None               #: the socket the loop waits for
         self.due = 0.0                   #: when the loop has to check it
         self.ended, self.error = threading.Lock(), None
         self.ended.acquire()
@@ -8575,13 +8498,11 @@ class MovedStream:
                 raise ClientGone
             self._heard_at = now         # it is not the upstream that is slow
             return now + 1.0
-        quiet_s = now - self._heard_at
-        if quiet_s >= min(self.AFTER_FINISH_S, timeout_s) - 0.001 and self._is_over():
+        quiet_s, first_s = now - self._heard_at, min(self.AFTER_FINISH_S, timeout_s)
+        if quiet_s >= first_s - 0.001 and self._is_over():
             return None
         self.connection.check_silence(quiet_s)
-        due = self._heard_at + timeout_s
-        if quiet_s < self.AFTER_FINISH_S:
-            due = min(due, self._heard_at + self.AFTER_FINISH_S)
+        due = self._heard_at + (first_s if quiet_s < first_s else timeout_s)
         if self._response.next_timeout_s is not None:
             due = min(due, now + self._response.next_timeout_s)
         return min(due, now + LOOK_UP_S)
@@ -8600,9 +8521,8 @@ class StreamLoop:
     with 32 streams that took more than half of the time of a chunk, whatever
     `sys.setswitchinterval` says.
     """
-    #: How often all clients are looked at.
-    LOOK_EVERY_S = 0.5
-    #: select(), where there is nothing better (Windows), takes 512 sockets.
+    LOOK_EVERY_S = 0.5                   #: how often all clients are looked at
+    #: select(), where there is nothing better (Windows), takes 512 sockets
     ROOM = 500 if selectors.DefaultSelector is selectors.SelectSelector else 1 << 20
 
     def __init__(self) -> None:
@@ -8707,11 +8627,10 @@ class StreamLoop:
                     log.exception("looking after waiting clients failed")
             while self._due and self._due[0][0] <= time.monotonic():
                 due, _, stream = heapq.heappop(self._due)
-                if due == stream.due:    # else it was planned anew
-                    self._check(stream)
-        self._selector.close()
-        self._waker.close()
-        self._woken.close()
+                if due == stream.due and stream.place is not None:   # not planned anew, nor ended
+                    self._serve(stream, stream.check)
+        for closed in (self._selector, self._waker, self._woken):
+            closed.close()
 
     def _wait_s(self) -> Optional[float]:
         due = self._due[0][0] if self._due else 0.0
@@ -8722,29 +8641,20 @@ class StreamLoop:
         with contextlib.suppress(OSError):
             self._woken.recv(4096)
         while self._fresh:
-            self._serve(self._fresh[0], lambda: True)
-            self._check(self._fresh.popleft())
+            stream = self._fresh.popleft()
+            self._serve(stream, stream.check)
 
-    def _check(self, stream: MovedStream) -> None:
-        def act() -> bool:
-            due = stream.check()
-            if due is not None:
-                self._plan(stream, due)
-            return due is not None
+    def _serve(self, stream: MovedStream, act: Callable[[], Any]) -> None:
+        """Let a stream step or check, then wait for its upstream or a slow client; or it has ended.
 
-        if stream.place is not None:     # it may have ended meanwhile
-            self._serve(stream, act)
-
-    def _plan(self, stream: MovedStream, due: float) -> None:
-        self._number += 1
-        stream.due = due
-        heapq.heappush(self._due, (due, self._number, stream))
-
-    def _serve(self, stream: MovedStream, act: Callable[[], bool]) -> None:
-        """Let a stream act, then wait for its upstream or a slow client; or it has ended."""
+        A step returns whether there may be more, a check when to check again.
+        """
         error: Optional[BaseException] = None
         try:
-            if act():
+            found = act()
+            if found is not None and found is not False:
+                if found is not True:
+                    self._plan(stream, found)
                 return self._wait_for(stream)
         except BaseException as exc:     # whatever it is, it belongs to the request's own thread
             error = exc
@@ -8753,6 +8663,11 @@ class StreamLoop:
         with self._lock:
             self._load -= 1
         stream.end(error)
+
+    def _plan(self, stream: MovedStream, due: float) -> None:
+        self._number += 1
+        stream.due = due
+        heapq.heappush(self._due, (due, self._number, stream))
 
     def _wait_for(self, stream: MovedStream) -> None:
         is_slow = bool(stream.client.backlog)
@@ -8778,6 +8693,7 @@ class Pool:
         self._closed = False
 
     def take(self, key: Tuple) -> Optional[UpstreamConnection]:
+        """A connection that is still good: nothing came on it since its last use."""
         while True:
             with self._lock:
                 idle = self._idle.get(key)
@@ -8798,12 +8714,10 @@ class Pool:
         if too_old:
             too_old.hang_up()
 
-    def clear(self, final: bool = False) -> None:
+    def close(self) -> None:
         with self._lock:
-            connections = [connection for idle in self._idle.values() for connection in idle]
-            self._idle.clear()
-            self._closed = final
-        for connection in connections:
+            idle, self._idle, self._closed = self._idle, {}, True
+        for connection in [each for kept in idle.values() for each in kept]:
             connection.hang_up()
 
 
@@ -8821,27 +8735,22 @@ _VERIFY_HINT = {
 
 def _transport_error(exc: Exception, where: str) -> UpstreamError:
     """The one translation of what sockets, TLS and heads that make no sense raise."""
+    kind, retry, text = UpstreamUnreachable, None, getattr(exc, "strerror", None) or str(exc)
     if isinstance(exc, ssl.SSLCertVerificationError):
-        hint = _VERIFY_HINT.get(exc.verify_code, exc.verify_message)
-        return UpstreamUnreachable(f"{where}: TLS failed: {hint}", should_retry=False)
-    if isinstance(exc, socket.timeout):
-        return UpstreamTimeout(f"{where}: no connection within the time limit (connect_timeout_s)")
-    if isinstance(exc, ssl.SSLError):
+        text, retry = f"TLS failed: {_VERIFY_HINT.get(exc.verify_code, exc.verify_message)}", False
+    elif isinstance(exc, socket.timeout):
+        kind, text = UpstreamTimeout, "no connection within the time limit (connect_timeout_s)"
+    elif isinstance(exc, ssl.SSLError):
         is_plain = "WRONG_VERSION" in str(exc.reason)
-        hint = exc.reason or str(exc)
-        if is_plain:
-            hint = "it does not speak TLS; should the address begin with http://?"
-        return UpstreamUnreachable(f"{where}: TLS failed: {hint}")
-    if isinstance(exc, (socket.gaierror, UnicodeError)):
-        reason = getattr(exc, "strerror", None) or exc
-        return UpstreamUnreachable(f"{where}: unknown host ({reason})")
-    if isinstance(exc, ConnectionRefusedError):
-        return UpstreamUnreachable(f"{where}: connection refused; is it running?")
-    if isinstance(exc, ValueError):
-        return UpstreamGarbled(f"{where}: the answer is not HTTP ({one_line(exc, 60)})")
-    if isinstance(exc, OSError):
-        return UpstreamUnreachable(f"{where}: {exc.strerror or exc or type(exc).__name__}")
-    return UpstreamUnreachable(f"{where}: {exc}")
+        text = "TLS failed: " + ("it does not speak TLS; should the address begin with http://?"
+                                 if is_plain else exc.reason or str(exc))
+    elif isinstance(exc, (socket.gaierror, UnicodeError)):
+        text = f"unknown host ({text})"
+    elif isinstance(exc, ConnectionRefusedError):
+        text = "connection refused; is it running?"
+    elif isinstance(exc, ValueError):
+        kind, text = UpstreamGarbled, f"the answer is not HTTP ({one_line(exc, 60)})"
+    return kind(f"{where}: {text or type(exc).__name__}", should_retry=retry)
 
 
 def bracketed(host: str) -> str:
@@ -8860,15 +8769,13 @@ class Endpoint(NamedTuple):
     @lru_cache(256)
     def of(cls, base_url: str) -> "Endpoint":
         parts = urllib.parse.urlsplit(base_url)
-        return cls(parts.scheme, parts.hostname or "",
-                   parts.port or (443 if parts.scheme == "https" else 80),
-                   parts.path)
+        usual = 443 if parts.scheme == "https" else 80
+        return cls(parts.scheme, parts.hostname or "", parts.port or usual, parts.path)
 
     @property
     def authority(self) -> str:
-        host = bracketed(self.host)
         usual = 443 if self.scheme == "https" else 80
-        return host if self.port == usual else f"{host}:{self.port}"
+        return bracketed(self.host) + (f":{self.port}" if self.port != usual else "")
 
 
 def uuid4() -> str:
@@ -8954,15 +8861,16 @@ def proxy_problems(settings: Settings, providers: Iterable[Provider]) -> List[st
 
 
 def proxy_for(provider: Provider, settings: Settings, endpoint: Endpoint) -> str:
-    """The address of the proxy to `endpoint`, "" for none; this machine never needs one."""
+    """The address of the proxy to `endpoint`, "" for none; this machine never needs one.
+
+    `env` means HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, else what Windows or macOS is set
+    to.
+    """
     proxy = provider.proxy or (settings.upstream_proxy if settings.upstream_proxy_enabled else "")
     if not proxy or is_loopback(endpoint.host):
         return ""
-    return _environment_proxy(endpoint) if proxy == "env" else proxy
-
-
-def _environment_proxy(endpoint: Endpoint) -> str:
-    """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, else what Windows or macOS is set to."""
+    if proxy != "env":
+        return proxy
     from urllib.request import getproxies, proxy_bypass      # takes 2 MB: only for who asks for it
     if proxy_bypass(f"{bracketed(endpoint.host)}:{endpoint.port}"):
         return ""
@@ -8971,16 +8879,15 @@ def _environment_proxy(endpoint: Endpoint) -> str:
 
 
 #: What a proxy means by refusing CONNECT; any other status is shown as it is.
-_CONNECT_HINT = {**dict.fromkeys((400, 404, 405, 501), "is it an HTTP proxy?"),
-                 403: "it does not allow this host or port",
-                 **dict.fromkeys((502, 503, 504), "it can't reach the upstream")}
+_CONNECT_HINT = {**dict.fromkeys((400, 404, 405, 501), ": is it an HTTP proxy?"),
+                 403: ": it does not allow this host or port",
+                 **dict.fromkeys((502, 503, 504), ": it can't reach the upstream")}
 
 #: SOCKS5 reply codes (RFC 1928, 6).
 _SOCKS_REPLY = {
     1: "it failed for no stated reason", 2: "it does not allow this address",
-    3: "it can't reach that network",
-    4: "it can't reach the upstream", 5: "the upstream refused the connection",
-    6: "the upstream is too far away",
+    3: "it can't reach that network", 4: "it can't reach the upstream",
+    5: "the upstream refused the connection", 6: "the upstream is too far away",
     7: "it can't connect", 8: "it does not take this kind of address"}
 
 
@@ -9003,6 +8910,12 @@ class ProxyTalk(HeadReader):
 
     def _failed(self, text: str, should_retry: Optional[bool] = None) -> UpstreamUnreachable:
         return UpstreamUnreachable(f"{self._where}: {text}", should_retry=should_retry)
+
+    def _wants_login(self) -> UpstreamUnreachable:
+        if self._has_login:
+            return self._failed("it refused the user and password in its address", False)
+        address = str(self._proxy).replace("://", "://USER:PASSWORD@")
+        return self._failed(f"it wants a user and a password; write {address}", False)
 
     def _receive(self, limit: int = 4096) -> bytes:
         left_s = self._until - time.monotonic()
@@ -9027,46 +8940,34 @@ class ProxyTalk(HeadReader):
         except UnicodeError:
             raise self._failed("the upstream's host name can't be encoded", False) from None
 
-    # HTTP
-
     def check_head(self, head: bytearray) -> None:
         if head[:5] != b"HTTP/"[:len(head)]:
             raise self._failed("what it answers is not HTTP; is it an HTTP proxy?")
 
     def _open_http(self, endpoint: Endpoint) -> None:
         place = f"{bracketed(self._encoded_host(endpoint.host).decode())}:{endpoint.port}"
-        head = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n"
-        head += f"User-Agent: iflow2api/{__version__}\r\n"
+        head = (f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n"
+                f"User-Agent: iflow2api/{__version__}\r\n")
         if self._has_login:
             login = f"{self._proxy.user}:{self._proxy.password}".encode()
             head += f"Proxy-Authorization: Basic {base64.b64encode(login).decode()}\r\n"
         self._sock.sendall(head.encode() + b"\r\n")
-        answer = self.read_head()
-        self.check_head(bytearray(answer or b"too large"))
-        status = re.match(rb"HTTP/1\.\d (\d{3})\b", answer or b"")
-        if not status:
+        answer = self.read_head() or b"too large"
+        self.check_head(bytearray(answer))
+        found = re.match(rb"HTTP/1\.\d (\d{3})\b", answer)
+        status = int(found.group(1)) if found else 0
+        if not found:
             raise self._failed("what it answers is not HTTP/1.1; is it an HTTP proxy?")
-        self._check_status(int(status.group(1)), place)
+        if status == 407:
+            raise self._wants_login()
+        if not 200 <= status < 300:
+            hint = _CONNECT_HINT.get(status, "")
+            raise self._failed(f"it refused CONNECT {place} (HTTP {status}{hint})")
         if self._buffer:                 # a web server's page: nobody has asked the upstream yet
             raise self._failed("it answers with a page of its own; is it an HTTP proxy?")
 
-    def _check_status(self, status: int, place: str) -> None:
-        if 200 <= status < 300:
-            return
-        if status == 407:
-            raise self._wants_login()
-        hint = f": {_CONNECT_HINT[status]}" if status in _CONNECT_HINT else ""
-        raise self._failed(f"it refused CONNECT {place} (HTTP {status}{hint})")
-
-    def _wants_login(self) -> UpstreamUnreachable:
-        if self._has_login:
-            return self._failed("it refused the user and password in its address", False)
-        address = str(self._proxy).replace("://", "://USER:PASSWORD@")
-        return self._failed(f"it wants a user and a password; write {address}", False)
-
-    # SOCKS5 (RFC 1928, 1929)
-
     def _open_socks(self, endpoint: Endpoint) -> None:
+        """RFC 1928, with the login of RFC 1929."""
         address = self._socks_address(endpoint)
         self._sock.sendall(b"\5\2\0\2" if self._has_login else b"\5\1\0")
         version, method = self._receive_exactly(2)
@@ -9075,8 +8976,12 @@ class ProxyTalk(HeadReader):
             hint = "it speaks HTTP: write http://" if is_http else "is it a SOCKS5 proxy?"
             raise self._failed(f"what it answers is not SOCKS5; {hint}", False)
         if method == 2 and self._has_login:
-            self._send_login()
-        elif method != 0:
+            user, password = self._proxy.user.encode(), self._proxy.password.encode()
+            if len(user) > 255 or len(password) > 255:
+                raise self._failed("SOCKS5 takes a user and a password of 255 bytes at most", False)
+            self._sock.sendall(b"\1%c%b%c%b" % (len(user), user, len(password), password))
+            method = self._receive_exactly(2)[1]
+        if method:
             raise self._wants_login()
         self._sock.sendall(b"\5\1\0" + address + struct.pack(">H", endpoint.port))
         version, reply = self._receive_exactly(2)
@@ -9084,16 +8989,7 @@ class ProxyTalk(HeadReader):
             raise self._failed(_SOCKS_REPLY.get(reply, f"it failed with code {reply}"))
         kind = self._receive_exactly(2)[1]
         size = {1: 4, 4: 16}.get(kind) or self._receive_exactly(1)[0]
-        # the address it connects from, and its port
-        self._receive_exactly(size + 2)
-
-    def _send_login(self) -> None:
-        user, password = self._proxy.user.encode(), self._proxy.password.encode()
-        if len(user) > 255 or len(password) > 255:
-            raise self._failed("SOCKS5 takes a user and a password of 255 bytes at most", False)
-        self._sock.sendall(b"\1" + bytes([len(user)]) + user + bytes([len(password)]) + password)
-        if self._receive_exactly(2)[1]:
-            raise self._wants_login()
+        self._receive_exactly(size + 2)  # the address it connects from, and its port
 
     def _socks_address(self, endpoint: Endpoint) -> bytes:
         """The address of the upstream; a name is looked up here for socks5, there for socks5h."""
@@ -9136,7 +9032,12 @@ class Upstream:
         that turns out to be closed before a byte was received is replaced by a new one, once.
         """
         endpoint = Endpoint.of(provider.base_url)
-        request = self._head(endpoint, method, path, headers, body, content_type) + (body or b"")
+        lines = [f"{method} {endpoint.path}{path} HTTP/1.1", f"Host: {endpoint.authority}",
+                 "Accept-Encoding: identity"]
+        if body is not None:
+            lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in headers]
+        request = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace") + (body or b"")
         first_s = timeout_s or provider.timeout_s or settings.first_byte_timeout_s
         idle_s = timeout_s or provider.timeout_s or settings.idle_timeout_s
         proxy = proxy_for(provider, settings, endpoint)
@@ -9148,25 +9049,24 @@ class Upstream:
             if connection is None:
                 connection = self._connect(endpoint, settings, where, proxy)
             try:
-                connection.begin(first_s)
+                connection.received, connection.timeout_s = False, first_s
                 client.on_leave(connection.cut)
                 connection.sendall(request)
                 answer = connection.read_answer_head(method)
                 return UpstreamResponse(partial(self._release, key, client), connection, answer,
                                         idle_s)
-            except (OSError, ValueError) as exc:
+            except BaseException as exc:
                 client.on_leave(None)
                 connection.hang_up()
-                if not kept or connection.received:
-                    if isinstance(exc, ConnectionError):
-                        raise UpstreamUnreachable(
-                            f"{where} closed the connection without an answer") from None
+                if not isinstance(exc, (OSError, ValueError)):
+                    raise
+                if kept and not connection.received:
+                    connection = None
+                elif isinstance(exc, ConnectionError):
+                    raise UpstreamUnreachable(
+                        f"{where} closed the connection without an answer") from None
+                else:
                     raise _transport_error(exc, where) from exc
-                connection = None
-            except BaseException:
-                client.on_leave(None)
-                connection.hang_up()
-                raise
 
     def _release(self, key: Tuple, client: Client, connection: UpstreamConnection,
                  reusable: bool) -> None:
@@ -9176,22 +9076,15 @@ class Upstream:
         else:
             connection.hang_up()
 
-    @staticmethod
-    def _head(endpoint: Endpoint, method: str, path: str, headers: Iterable[Tuple[str, str]],
-              body: Optional[bytes],
-              content_type: str) -> bytes:
-        lines = [f"{method} {endpoint.path}{path} HTTP/1.1", f"Host: {endpoint.authority}",
-                 "Accept-Encoding: identity"]
-        if body is not None:
-            lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in headers]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-
     def _connect(self, endpoint: Endpoint, settings: Settings, where: str,
                  address: str) -> UpstreamConnection:
         """A connection to `endpoint`, through the proxy at `address` unless that is empty."""
-        sock, proxy = None, self._read_proxy(address, where)
-        place, until = proxy or endpoint, time.monotonic() + settings.connect_timeout_s
+        try:
+            proxy = parse_proxy(address) if address else None
+        except ValueError as exc:
+            raise UpstreamUnreachable(f"{where}: {exc}", should_retry=False) from None
+        sock, place = None, proxy or endpoint
+        until = time.monotonic() + settings.connect_timeout_s
         if proxy is not None:
             where = f"{where} through the proxy {proxy}"
         try:
@@ -9212,13 +9105,6 @@ class Upstream:
             if isinstance(exc, UpstreamError):
                 raise
             raise _transport_error(exc, where) from exc
-
-    @staticmethod
-    def _read_proxy(address: str, where: str) -> Optional[Proxy]:
-        try:
-            return parse_proxy(address) if address else None
-        except ValueError as exc:
-            raise UpstreamUnreachable(f"{where}: {exc}", should_retry=False) from None
 
     def _refuse_ourselves(self, sock: socket.socket, port: int, where: str,
                           proxied: Optional[Settings]) -> None:
@@ -9245,11 +9131,6 @@ class Upstream:
                 self._tls = (ca_file, context)
             return self._tls[1]
 
-    @property
-    def loop(self) -> StreamLoop:
-        """The loop that looks after clients."""
-        return self._loop()
-
     def move(self, response: UpstreamResponse, client: Client, move: Callable[[bytes], bool],
              is_over: Callable[[], bool] = lambda: False) -> None:
         """Give `move` each payload as it comes, until it says False or the answer has ended.
@@ -9273,7 +9154,12 @@ class Upstream:
             finally:
                 del stream               # else the error would hold the frame that holds it
 
-    def _loop(self, admitted: bool = False) -> StreamLoop:
+    @property
+    def loop(self) -> StreamLoop:
+        """The loop that looks after clients."""
+        return self._loop(False)
+
+    def _loop(self, admitted: bool) -> StreamLoop:
         """The loop that looks after clients, or (`admitted`) one that has room for a stream."""
         with self._lock:
             for loop in self._loops:
@@ -9292,7 +9178,7 @@ class Upstream:
             loop.end_all(reason)
 
     def close(self) -> None:
-        self._pool.clear(final=True)
+        self._pool.close()
         with self._lock:
             for loop in self._loops:
                 loop.close()

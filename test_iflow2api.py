@@ -6194,10 +6194,6 @@ def without_poll(monkeypatch):
     monkeypatch.setattr(ifl, "Poller", ifl._SelectPoller)
 
 
-def without_kernel_timeouts(monkeypatch):
-    monkeypatch.setattr(ifl, "_set_kernel_timeout", lambda *args: False)
-
-
 def test_more_sockets_than_select_takes_are_looked_at_in_parts(monkeypatch):
     taken = []
     monkeypatch.setattr(select, "select", lambda reads, writes, strange, wait_s: (
@@ -6208,7 +6204,7 @@ def test_more_sockets_than_select_takes_are_looked_at_in_parts(monkeypatch):
     assert sorted(poller.poll(0)) == [(1, 1), (501, 1), (1001, 1)] and taken == [500, 500, 201]
 
 
-@pytest.mark.parametrize("lacks", [without_poll, without_kernel_timeouts])
+@pytest.mark.parametrize("lacks", [without_poll])
 def test_systems_that_lack_something(server, upstream, monkeypatch, looks_often, lacks):
     """Windows has no select.poll, and waits of its sockets end in another way."""
     monkeypatch.setattr(ifl, "BODY_TIME_S", 0.2)
@@ -12192,7 +12188,6 @@ def test_closing_cuts_off_what_does_not_end(server, upstream):
 def like_winsock(monkeypatch, looks_often):
     """Shutting a socket down tells its peer, and wakes nobody on this side."""
     monkeypatch.setattr(socket, "SHUT_RDWR", socket.SHUT_WR)
-    monkeypatch.setattr(ifl, "_set_kernel_timeout", lambda *_: False)
     monkeypatch.setattr(ifl.MovedStream, "AFTER_FINISH_S", 600.0)
     monkeypatch.setattr(ifl, "LOOK_UP_S", 0.05)
 
