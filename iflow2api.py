@@ -13584,12 +13584,13 @@ def show_card(handler: Handler) -> Optional[Json]:
 class Route(NamedTuple):
     """What a method of a path does.
 
-    `run` answers by itself, or returns the answer's JSON; None is an empty answer.  `public`:
-    without a client key.  `admin`: for the page alone, with a session instead of a key, unless it
-    is public.
+    `run` answers by itself, or returns the answer's JSON; None is an empty answer.  `about` are the
+    shapes of body and answer (section 16), and what it is in both languages.  `public`: without a
+    client key.  `admin`: for the page alone, with a session instead of a key, unless it is public.
     """
     run: Callable[[Handler], Optional[Json]]
     dialect: ChatDialect = CHAT
+    about: str = ""
     public: bool = False
     admin: bool = False
 
@@ -13604,27 +13605,10 @@ UNKNOWN_MESSAGES = Route(no_endpoint, MESSAGES)
 
 #: path without /v1 -> method -> what it does; HEAD comes with GET.  A path that ends in a slash
 #: takes what follows it.
-ROUTES: Dict[str, Dict[str, Route]] = {
-    "/": {"GET": Route(show_card, public=True)},
-    "/health": {"GET": Route(lambda handler: handler.server.health(), public=True)},
-    "/metrics": {"GET": Route(show_metrics)},
-    "/models": {"GET": Route(show_models)},
-    "/models/": {"GET": Route(show_model)},
-    "/vision-models": {"GET": Route(lambda handler: {
-        "object": "list", "data": vision_models_of(handler.gateway, handler.key)})},
-    "/chat/completions": {"POST": Route(answer_call, CHAT)},
-    "/completions": {"POST": Route(answer_call, COMPLETIONS)},
-    "/embeddings": {"POST": Route(answer_call, EMBEDDINGS)},
-    "/messages": {"POST": Route(answer_call, MESSAGES)},
-    "/messages/count_tokens": {"POST": Route(count_tokens, MESSAGES)},
-    "/responses": {"POST": Route(answer_call, RESPONSES)},
-    "/responses/compact": {"POST": Route(answer_call, COMPACT)},
-    "/responses/input_tokens": {"POST": Route(count_tokens, RESPONSES)},
-    "/responses/": {method: Route(kept_response, RESPONSES) for method in ("GET", "DELETE")},
-    "/api/event_logging/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
-    "/api/event_logging/v2/batch": {"POST": Route(drop_events, MESSAGES, public=True)},
-}
+ROUTES: Dict[str, Dict[str, Route]] = {}
 
+#: group, in both languages -> `METHOD /path` -> what it does: the order of the documents
+API: Dict[str, Dict[str, Route]] = {}
 
 _VERSION_PREFIX = Pattern(r"^(/api)?/v1(?=/|$)")
 
@@ -13632,6 +13616,66 @@ _VERSION_PREFIX = Pattern(r"^(/api)?/v1(?=/|$)")
 def normal_path(target: str) -> str:
     """The path of a request target: no /v1, no /api/v1, no slash at its end, no query."""
     return _VERSION_PREFIX.sub("", target.partition("?")[0].partition("#")[0]).rstrip("/") or "/"
+
+
+def add_routes(rows: Mapping[str, Route], group: str = "") -> None:
+    """Serve `METHOD /path` rows, and document them in a group."""
+    for line, route in rows.items():
+        method, path = line.split()
+        ROUTES.setdefault(normal_path(path).partition("{")[0], {})[method] = route
+    if group:
+        API.setdefault(group, {}).update(rows)
+
+
+add_routes({
+    "POST /v1/chat/completions": Route(
+        answer_call, CHAT, "ChatRequest | ChatCompletion+ | 对话 | Chat completion"),
+    "POST /v1/completions": Route(
+        answer_call, COMPLETIONS,
+        "CompletionRequest | ChatCompletion+ | 文本补全，原样转发 | Text completion, passed on"),
+    "POST /v1/embeddings": Route(
+        answer_call, EMBEDDINGS,
+        "EmbeddingRequest | List | 向量，原样转发 | Embeddings, passed on")},
+    "OpenAI Chat 及旧接口 | OpenAI Chat and its kin")
+add_routes({
+    "POST /v1/messages": Route(
+        answer_call, MESSAGES,
+        "MessagesRequest | Message+ | 消息（Claude Code 用它） | Message, for Claude Code"),
+    "POST /v1/messages/count_tokens": Route(
+        count_tokens, MESSAGES, "CountRequest | TokenCount | 估算 token 数 | Estimate tokens")},
+    "Anthropic Messages | Anthropic Messages")
+add_routes({
+    "POST /v1/responses": Route(
+        answer_call, RESPONSES,
+        "ResponsesRequest | Response+ | 回答（Codex 用它） | Response, for Codex"),
+    "POST /v1/responses/compact": Route(
+        answer_call, COMPACT, "ResponsesRequest | Response | 压缩对话 | Compact a conversation"),
+    "POST /v1/responses/input_tokens": Route(
+        count_tokens, RESPONSES, "ResponsesRequest | TokenCount | 估算 token 数 | Estimate tokens"),
+    "GET /v1/responses/{id}": Route(
+        kept_response, RESPONSES, " | Response | 已保存的回答 | A stored response"),
+    "DELETE /v1/responses/{id}": Route(
+        kept_response, RESPONSES, " | Deleted | 删除已保存的回答 | Delete a stored response"),
+    "GET /v1/responses/{id}/input_items": Route(
+        kept_response, RESPONSES, " | List | 它的输入，分页 | Its input, in pages")},
+    "OpenAI Responses | OpenAI Responses")
+add_routes({
+    "GET /v1/models": Route(
+        show_models, CHAT, " | List | 模型列表，格式随客户端 | Models, in the client's own shape"),
+    "GET /v1/models/{model}": Route(show_model, CHAT, " | Model | 一个模型 | One model"),
+    "GET /v1/vision-models": Route(
+        lambda handler: {"object": "list", "data": vision_models_of(handler.gateway, handler.key)},
+        CHAT, " | List | 能看图的模型 | Models that take images")}, "模型 | Models")
+SERVICE = "服务 | The service"
+add_routes({
+    "GET /health": Route(lambda handler: handler.server.health(), CHAT,
+                         " | Health | 状态，总是 200 | Health, always 200", public=True),
+    "GET /metrics": Route(show_metrics, CHAT,
+                          " | text/plain | Prometheus 指标 | Metrics for Prometheus"),
+    "GET /": Route(show_card, CHAT, " | Card | 服务名片 | Service card", public=True),
+    **{f"POST /api/event_logging/{version}batch": Route(
+        drop_events, MESSAGES, f"object | Dropped | 遥测，收下即丢弃{mark} | Telemetry, dropped{mark}",
+        public=True) for version, mark in (("", ""), ("v2/", " (v2)"))}}, SERVICE)
 
 
 def dialect_of(target: str, headers: Mapping[str, str]) -> Route:
@@ -13802,9 +13846,10 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
 
 # === 16. Documents ===========================================================
 #
-# /openapi.json and the two pages that show it: ROUTES says what there is, OPERATIONS what for.
+# /openapi.json and the two pages that show it: what API says.
 
 #: Name, then the fields of a body as `name:type`, `*` for what has to be there; others are allowed.
+#: A name of Route.about with `+`: with `stream` the answer comes as server-sent events.
 SHAPES = """
 ChatRequest model:string messages*:array stream:boolean max_tokens:integer temperature:number stop \
 tools:array tool_choice response_format:object reasoning_effort:string thinking:object
@@ -13827,37 +13872,6 @@ Card name*:string version*:string base_url*:string docs:string endpoints*:array
 Dropped accepted_count*:integer rejected_count*:integer
 Error error*:object
 AnthropicError type*:string error*:object request_id:string"""
-
-#: Method, path, shapes of the body and of the answer, what it is in both languages.  `+`: with
-#: `stream` the answer comes as server-sent events.  A line without a method begins a group.
-OPERATIONS = """
-OpenAI Chat 及旧接口 | OpenAI Chat and its kin
-POST /v1/chat/completions | ChatRequest | ChatCompletion+ | 对话 | Chat completion
-POST /v1/completions | CompletionRequest | ChatCompletion+ | 文本补全，原样转发 | Text completion, passed on
-POST /v1/embeddings | EmbeddingRequest | List | 向量，原样转发 | Embeddings, passed on
-Anthropic Messages | Anthropic Messages
-POST /v1/messages | MessagesRequest | Message+ | 消息（Claude Code 用它） | Message, for Claude Code
-POST /v1/messages/count_tokens | CountRequest | TokenCount | 估算 token 数 | Estimate tokens
-OpenAI Responses | OpenAI Responses
-POST /v1/responses | ResponsesRequest | Response+ | 回答（Codex 用它） | Response, for Codex
-POST /v1/responses/compact | ResponsesRequest | Response | 压缩对话 | Compact a conversation
-POST /v1/responses/input_tokens | ResponsesRequest | TokenCount | 估算 token 数 | Estimate tokens
-GET /v1/responses/{id} | | Response | 已保存的回答 | A stored response
-DELETE /v1/responses/{id} | | Deleted | 删除已保存的回答 | Delete a stored response
-GET /v1/responses/{id}/input_items | | List | 它的输入，分页 | Its input, in pages
-模型 | Models
-GET /v1/models | | List | 模型列表，格式随客户端 | Models, in the client's own shape
-GET /v1/models/{model} | | Model | 一个模型 | One model
-GET /v1/vision-models | | List | 能看图的模型 | Models that take images
-服务 | The service
-GET /health | | Health | 状态，总是 200 | Health, always 200
-GET /metrics | | text/plain | Prometheus 指标 | Metrics for Prometheus
-GET / | | Card | 服务名片 | Service card
-GET /openapi.json | | object | 本文档 | This document
-GET /docs | | text/html | 用 Swagger UI 阅读 | This document in Swagger UI
-GET /redoc | | text/html | 用 ReDoc 阅读 | This document in ReDoc
-POST /api/event_logging/batch | object | Dropped | 遥测，收下即丢弃 | Telemetry, dropped
-POST /api/event_logging/v2/batch | object | Dropped | 遥测，收下即丢弃 (v2) | Telemetry, dropped (v2)"""
 
 _ABOUT = (
     "每个 API 路径不带 /v1、以 /api/v1 开头或末尾带斜杠也可访问。未列出的字段照样转发。",
@@ -13883,16 +13897,16 @@ def _content(shape: str) -> Json:
     return {"application/json": {"schema": schema}, **stream}
 
 
-def _operation(method: str, path: str, asks: str, gives: str) -> Json:
-    """One operation of the document: what follows from its route and its shapes."""
-    route, _ = find_endpoint(method, path, {})
+def _operation(line: str, route: Route) -> Json:
+    """One operation of the document; its summary in both languages."""
+    method, path = line.split()
+    asks, gives, *summary = (part.strip() for part in route.about.split("|"))
     error = _content("AnthropicError" if route.dialect is MESSAGES else "Error")
     body = {"requestBody": {"required": True, "content": _content(asks)}} if asks else {}
-    names = re.findall(r"{(\w+)}", path)
     return {"operationId": method.lower() + re.sub(r"\W+", "_", path.rstrip("}")), **body,
-            **({"security": []} if route.public else {}),
+            **({"security": []} if route.public else {}), "summary": summary,
             "parameters": [{"name": name, "in": "path", "required": True,
-                            "schema": {"type": "string"}} for name in names],
+                            "schema": {"type": "string"}} for name in re.findall(r"{(\w+)}", path)],
             "responses": {"200": {"description": "OK", "content": _content(gives)},
                           "4XX": {"description": "refused", "content": error},
                           "5XX": {"description": "failed", "content": error}}}
@@ -13903,14 +13917,13 @@ def openapi(language: int, key_header: str, needs_key: bool) -> Json:
     """The OpenAPI 3.1 document of the public endpoints in Chinese (0) or English (1)."""
     tags: List[str] = []
     paths: Json = {}
-    for line in OPERATIONS.strip().split("\n"):
-        head, *rest = [part.strip() for part in line.split("|")]
-        if len(rest) == 1:
-            tags.append([head, *rest][language])
-            continue
-        method, path = head.split()
-        paths.setdefault(path, {})[method.lower()] = {
-            **_operation(method, path, *rest[:2]), "summary": rest[2 + language], "tags": tags[-1:]}
+    for group, rows in API.items():
+        tags.append(group.split(" | ")[language])
+        for line, route in rows.items():
+            method, path = line.split()
+            operation = _operation(line, route)
+            paths.setdefault(path, {})[method.lower()] = {
+                **operation, "summary": operation["summary"][language], "tags": tags[-1:]}
     schemes = {"bearer": {"type": "http", "scheme": "bearer"}, **{
         name: {"type": "apiKey", "in": "header", "name": name}
         for name in ("x-api-key", "api-key", key_header) if name}}
@@ -14022,8 +14035,14 @@ def show_docs(handler: Handler) -> None:
                            [("Vary", "Accept-Language"), ("Content-Security-Policy", policy)])
 
 
-ROUTES.update({"/openapi.json": {"GET": Route(show_openapi, public=True)},
-               **{f"/{name}": {"GET": Route(show_docs, public=True)} for name in READERS}})
+add_routes({
+    "GET /openapi.json": Route(show_openapi, CHAT, " | object | 本文档 | This document",
+                               public=True),
+    "GET /docs": Route(show_docs, CHAT, " | text/html | 用 Swagger UI 阅读 | "
+                       "This document in Swagger UI", public=True),
+    "GET /redoc": Route(show_docs, CHAT, " | text/html | 用 ReDoc 阅读 | This document in ReDoc",
+                        public=True)}, SERVICE)
+
 
 # === 17. The page's API ======================================================
 #
@@ -15212,23 +15231,22 @@ PAGE_ROUTES: Dict[str, Callable[[Handler], Optional[Json]]] = {
     "GET usage.csv": download_usage, "GET logs": show_logs, "GET logs.txt": download_logs,
     "GET about": show_about, "GET instances": show_instances, "GET config": show_config,
     "PATCH config": save_config, "GET presets": show_presets, "GET providers": show_providers,
-    "POST providers": add_provider, "PUT providers/": edit_provider,
-    "DELETE providers/": remove_provider, "POST providers/test": try_provider,
+    "POST providers": add_provider, "PUT providers/{name}": edit_provider,
+    "DELETE providers/{name}": remove_provider, "POST providers/test": try_provider,
     "POST providers/order": order_providers, "GET models": show_admin_models,
     "POST routes/explain": lambda handler: explain(handler.gateway,
                                                    handler.read_json(ADMIN_BODY_BYTES)),
-    "GET keys": show_keys, "POST keys": add_key, "DELETE keys/": remove_key,
-    "GET logins": show_logins, "DELETE logins/": end_login, "POST oauth/start": start_login,
+    "GET keys": show_keys, "POST keys": add_key, "DELETE keys/{name}": remove_key,
+    "GET logins": show_logins, "DELETE logins/{name}": end_login, "POST oauth/start": start_login,
     "POST oauth/paste": lambda handler: handler.gateway.logins.paste(text_in(handler, "text")),
     "POST oauth/callback": lambda handler: handler.gateway.logins.callback(
         text_in(handler, "query")),
     "GET oauth/status": lambda handler: handler.gateway.logins.status(),
     "GET clients": show_clients, "POST play/chat": play}
 
-for _line, _run in PAGE_ROUTES.items():
-    _method, _path = _line.split()
-    ROUTES.setdefault("/admin/api/" + _path, {})[_method] = Route(
-        _run, public=_run in (show_session, sign_in, set_password), admin=True)
+add_routes({line.replace(" ", " /admin/api/"): Route(
+    run, public=run in (show_session, sign_in, set_password), admin=True)
+    for line, run in PAGE_ROUTES.items()})
 
 
 # === 18. The page ============================================================
@@ -17677,7 +17695,7 @@ def show_page(handler: Handler) -> None:
                            (("Content-Security-Policy", policy), ("X-Frame-Options", "DENY")))
 
 
-ROUTES["/admin"] = {"GET": Route(show_page, public=True)}
+add_routes({"GET /admin": Route(show_page, public=True)})
 
 
 # === 19. Demo upstream =======================================================
