@@ -2657,8 +2657,9 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 #: finish_reason values that are failures, with the status they stand for (DeepSeek; GLM and iFlow).
 FATAL_FINISH = {"insufficient_system_resource": 503, "network_error": 502, "error": 502, "abort": 502}
 
-#: An answer that ended this way was meant to be empty.
-MEANT_EMPTY = ("length", "content_filter", "sensitive", "repetition_truncation", "model_context_window_exceeded")
+#: An answer that ended this way may be empty, or half.
+CUT_SHORT = ("length", "content_filter", "sensitive", "repetition_truncation",
+             "model_context_window_exceeded")
 
 
 def _no_constant(name: str) -> Any:
@@ -2876,6 +2877,7 @@ class ObjectMender:
     _MAY = {"start": "{", "first key": '"}', "key": '"', "colon": ":", "value": '"{[s', "first value": '"{[s]',
             "next": ",}]"}
     _STRING = Pattern(r'[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}')
+    _PLAIN = Pattern(r'[^"\\\x00-\x1f]*')
     _HALF_ESCAPE = Pattern(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
     _TOKEN = Pattern(r'[ \t\r\n]+|[{}\[\],:"]|[-+.\w]+')
     _WORD = Pattern(r"[-+.\w]+")
@@ -2893,6 +2895,8 @@ class ObjectMender:
     def feed(self, text: str) -> str:
         """What may be passed now; what comes after the end of the object is ignored."""
         self._raw.append(text)
+        if self._in_string and not self._held and self._PLAIN.fullmatch(text):
+            return text                                          # most of what comes
         if self._token and self._WORD.fullmatch(text):           # joined once, not at each piece
             self._token.append(text)
             return ""
@@ -2901,6 +2905,10 @@ class ObjectMender:
         while at < len(text) and not self.complete and not self._broken:
             at = self._read_string(text, at, out) if self._in_string else self._read_token(text, at, out)
         return "".join(out)
+
+    def raw(self) -> str:
+        """All that came."""
+        return "".join(self._raw)
 
     def close(self, cut: bool = False) -> str:
         """What ends the object; `cut`: it was cut off by a limit and stays as it is."""
@@ -2978,7 +2986,7 @@ class ObjectMender:
         end += ":" if self._in_string and self._in_key or self._state == "colon" else ""
         end += "null" if end.endswith(":") or value else ""
         start = "{" if not self._closers else "" if empty else ","
-        return end + "".join(self._closers[:0:-1]) + f'{start}"INVALID_JSON":{json.dumps("".join(self._raw))}}}'
+        return end + "".join(self._closers[:0:-1]) + f'{start}"INVALID_JSON":{json.dumps(self.raw())}}}'
 
 
 def parse_arguments(text: str) -> Json:
@@ -2986,7 +2994,7 @@ def parse_arguments(text: str) -> Json:
     try:
         value = _DECODER.decode(text) if text.strip() else {}
         if isinstance(value, str):                 # encoded twice
-            value = _DECODER.decode(value)
+            value = _DECODER.decode(value) if value.strip() else {}
     except (ValueError, RecursionError):
         value = _mended(text)
     if isinstance(value, list) and len(value) == 1:
@@ -3003,34 +3011,6 @@ def _mended(text: str) -> Any:
     except (ValueError, RecursionError):
         return False
 
-
-_OUTSIDE, _INSIDE = Pattern(r'[{}\[\]"]'), Pattern(r'["\\]')
-
-
-class ObjectScanner:
-    """Tells where a JSON object that arrives in pieces ends; reads each character once."""
-
-    def __init__(self) -> None:
-        self.depth, self.in_string, self.escaped, self.complete = 0, False, False, False
-
-    def feed(self, text: str) -> int:
-        """How many leading characters of `text` belong to the object; what follows came after its end."""
-        at = 0
-        while not self.complete:
-            if self.escaped and at < len(text):
-                self.escaped, at = False, at + 1
-            found = (_INSIDE if self.in_string else _OUTSIDE).search(text, at)
-            if not found:
-                return len(text)
-            at, mark = found.end(), found.group()
-            if mark == '"':
-                self.in_string = not self.in_string
-            elif mark == "\\":
-                self.escaped = True
-            else:
-                self.depth += 1 if mark in "{[" else -1
-                self.complete = self.depth <= 0
-        return at
 
 #: Blanks of a text that may turn out to be its edge are held back up to this many: a model that
 #: writes nothing else must not make each piece dearer than the one before.
@@ -3262,7 +3242,7 @@ def has_content(chunk: Json) -> bool:
 
 def is_answer(chunk: Json) -> bool:
     """Whether a chunk or completion is, or belongs to, an answer: content, or the sign that none was meant or comes."""
-    return has_content(chunk) or first_choice(chunk).get("finish_reason") in (*MEANT_EMPTY, *FATAL_FINISH) or (
+    return has_content(chunk) or first_choice(chunk).get("finish_reason") in (*CUT_SHORT, *FATAL_FINISH) or (
         parse_usage(usage_of(chunk)).completion > 0)
 
 
@@ -3281,18 +3261,23 @@ def check_completion(completion: Any, status: int = 200) -> Json:
     return completion
 
 
+def as_chunk(completion: Json) -> Json:
+    """A plain completion as the one chunk of a stream."""
+    choices = []
+    for choice in choices_of(completion):
+        message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
+        calls = message.get("tool_calls")
+        calls = [{**call, "index": index} for index, call in enumerate(
+            calls if isinstance(calls, list) else ()) if isinstance(call, dict)]
+        delta = {**message, "tool_calls": calls} if calls else message
+        facts = {name: value for name, value in choice.items() if name != "message"}
+        choices.append({**facts, "delta": delta})
+    return {**completion, "object": "chat.completion.chunk", "choices": choices}
+
+
 def completion_to_sse(completion: Json) -> bytes:
     """A plain completion as the event stream that was asked for."""
-    chunk = {**completion, "object": "chat.completion.chunk"}
-    chunk["choices"] = [
-        {**{k: v for k, v in choice.items() if k != "message"}, "delta": choice.get("message") or {}}
-        for choice in choices_of(completion)]
-    for choice in chunk["choices"]:
-        calls = choice["delta"].get("tool_calls") if isinstance(choice["delta"], dict) else None
-        for index, call in enumerate(calls if isinstance(calls, list) else ()):
-            if isinstance(call, dict):
-                call.setdefault("index", index)
-    return b"data: " + dump_json(chunk) + b"\n\ndata: [DONE]\n\n"
+    return encode_chunk(as_chunk(completion)) + encode_chunk("[DONE]")
 
 
 # --- refusals ----------------------------------------------------------------
@@ -3520,6 +3505,325 @@ def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]
         return None
 
 
+# --- answers, read ------------------------------------------------------------
+
+class StopWatch:
+    """Ends the text at stop sequences the upstream was not told of; holds back what may be one."""
+
+    def __init__(self, sequences: Sequence[str]) -> None:
+        self._sequences, self.hit = sequences, ""
+        self._keep, self._tail = max(map(len, sequences)) - 1, ""
+
+    def feed(self, text: str) -> str:
+        text, self._tail = self._tail + text, ""
+        found = [(text.find(each), each) for each in self._sequences if each in text]
+        if found:
+            at, self.hit = min(found)
+            return text[:at]
+        at = max(0, len(text) - self._keep)
+        self._tail = text[at:]
+        return text[:at]
+
+    def close(self) -> str:
+        text, self._tail = self._tail, ""
+        return text
+
+
+class Unfence:
+    """Takes the ``` from around a text that is one fenced block; any other text passes as it is."""
+    _HEAD = Pattern(r"\s*```[a-zA-Z]*[ \t]*\n")
+    _MAYBE = Pattern(r"\s*(?:`{0,2}|```[a-zA-Z]*[ \t]*)")
+
+    def __init__(self) -> None:
+        self._fenced: Optional[bool] = None
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        text, self._held = self._held + text, ""
+        if self._fenced is None:
+            head = self._HEAD.match(text)
+            if not head and len(text) <= BLANKS_LIMIT and self._MAYBE.fullmatch(text):
+                self._held = text
+                return ""
+            self._fenced, text = head is not None, text[head.end() if head else 0:]
+        if self._fenced:                 # the last blanks and ` may be its end
+            body = text[:-BLANKS_LIMIT] + text[-BLANKS_LIMIT:].rstrip()
+            marks = min(3, len(body) - len(body.rstrip("`")))
+            at = len(body[:len(body) - marks].rstrip())
+            text, self._held = text[:at], text[at:]
+        return text
+
+    def close(self) -> str:
+        text, self._held = self._held, ""
+        return "" if self._fenced and "```" in text else text
+
+
+class ToolCall:
+    """A call as it arrives: its name may come in pieces, its arguments before it, or twice."""
+
+    def __init__(self, ident: str, source: str) -> None:
+        self.id, self.source, self.name = ident, source, ""
+        self.seen = self.named = False   #: by the writer; the client was told the name: it is final
+        self.begun = False               #: an argument byte has come
+        self.odd = False                 #: the arguments are no object (encoded twice, null, …)
+        self._mender = ObjectMender()
+        self._pending: List[str] = []    #: arguments not taken yet; of odd ones all
+
+    @property
+    def complete(self) -> bool:
+        return self._mender.complete
+
+    def add(self, function: Json) -> int:
+        """How many characters of arguments it brought."""
+        name, given = function.get("name"), function.get("arguments")
+        # some repeat it in each chunk; nothing is called by more than a thousand characters
+        if isinstance(name, str) and not self.named and name != self.name and len(self.name) < 1000:
+            self.name += name
+        text = dump_json(given).decode() if isinstance(given, dict) else given
+        if not isinstance(text, str) or self._mender.complete:
+            return 0
+        if not self.begun:
+            text = text.lstrip()
+            self.begun, self.odd = bool(text), text[:1] not in ("", "{")
+        self._pending.append(text if self.odd else self._mender.feed(text))
+        return len(text)
+
+    def take(self, last: bool = False, cut: bool = False) -> str:
+        """The arguments that may be passed on now, odd ones at last; `cut`: they may be half."""
+        if self.odd and not last:
+            return ""
+        text, self._pending = "".join(self._pending), []
+        return text + self._mender.close(cut) if last and self.begun and not self.odd else text
+
+    def as_chat(self) -> Json:
+        """The call in a message, once all has come; arguments that never became JSON as they came.
+        """
+        whole = self.odd or self.complete
+        arguments = self.take(last=True) if whole else self._mender.raw()
+        return {"id": self.id, "type": "function",
+                "function": {"name": self.name, "arguments": arguments}}
+
+
+class ToolCalls:
+    """The calls of one answer, in the order in which they appeared.
+
+    The one place that knows which call a delta belongs to.
+    """
+
+    def __init__(self, make_id: Callable[[str], str] = str,
+                 taken: Iterable[str] = ()) -> None:
+        """`make_id` makes a call's id of the upstream's own, "" where it has none of use."""
+        self.all: List[ToolCall] = []
+        self._make_id, self._taken = make_id, set(taken)
+        self._by_index: Dict[int, ToolCall] = {}
+        self._by_source: Dict[str, ToolCall] = {}
+        self.size = 0                    #: characters of arguments
+
+    def add(self, deltas: Any) -> List[ToolCall]:
+        """Take the `tool_calls` of one delta; the calls they belong to."""
+        touched: Dict[ToolCall, None] = {}
+        for delta in deltas if isinstance(deltas, list) else ():
+            function = delta.get("function") if isinstance(delta, dict) else None
+            if isinstance(function, dict) or isinstance(delta, dict) and delta.get("id"):
+                function = function if isinstance(function, dict) else {}
+                call = self._find(delta, function, touched)
+                self.size += call.add(function)
+                touched[call] = None
+        return list(touched)
+
+    def _find(self, delta: Json, function: Json, touched: Collection[ToolCall]) -> ToolCall:
+        """By index, else by id, else the last one; or a new one."""
+        index, source, name = delta.get("index"), delta.get("id"), function.get("name")
+        source = source if isinstance(source, str) else ""
+        if index.__class__ is int:
+            call = self._by_index.get(index)
+        elif source:
+            index, call = None, self._by_source.get(source)
+        else:
+            index, call = None, self.all[-1] if self.all else None
+        twice = name and not source and call in touched  # two entries of one chunk are two calls
+        if call is None or twice or name and self._is_another(call, source, function, index):
+            call = ToolCall(self._claim(source), source)
+            self.all.append(call)
+        if index is not None:
+            self._by_index[index] = call
+        if source:
+            call.source = call.source or source
+            self._by_source.setdefault(source, call)
+        return call
+
+    @staticmethod
+    def _is_another(call: ToolCall, source: str, function: Json, index: Optional[int]) -> bool:
+        """Whether a name begins a call of its own, though it comes where `call` goes on.
+
+        Servers that send every call under index 0 show a new one by a new id, or by a new name
+        after the end.  An id that comes late, with the name once more, is still the call's own.
+        """
+        if source and call.source:
+            return source != call.source
+        renamed = bool(call.name) and function["name"] != call.name
+        if call.complete:
+            nameless = index is None and not source
+            return renamed or bool(function.get("arguments")) and (
+                nameless or bool(source and call.name))
+        return renamed and bool(source) and call.begun
+
+    def _claim(self, source: str) -> str:
+        """An id that is new in this conversation."""
+        ident = self._make_id("" if source in self._taken else source)
+        self._taken.add(ident)
+        return ident
+
+
+#: ("thinking", text, reasoning_details), ("text", text, the choice), ("refusal", text, None),
+#: ("annotations", "", a list), ("call", "", ToolCall)
+Part = Tuple[str, str, Any]
+
+
+class AnswerReader:
+    """Chat chunks in, parts of an answer out.  What is odd about upstreams ends here."""
+
+    def __init__(self, profile: Json, calls: ToolCalls, stops: Sequence[str] = (),
+                 unfence: bool = False) -> None:
+        self.calls = calls
+        self.usage: Optional[Json] = None
+        self.finish_reason: Optional[str] = None
+        self.choice: Json = {}           #: of the latest chunk
+        self.watch = StopWatch(stops) if stops else None
+        self._tags = ThinkTags() if profile["think_tags"] else None
+        self._fence = Unfence() if unfence else None
+        self._is_plain = not (self._tags or self._fence or self.watch)
+        self._size = 0                   #: UTF-8 bytes of texts
+
+    @property
+    def cut(self) -> bool:
+        """Whether the answer ended before its time: its last call may be half, and must not run."""
+        return self.finish_reason in CUT_SHORT
+
+    @property
+    def ended(self) -> bool:
+        """Whether a stop sequence of ours was hit, after which the upstream talks to nobody."""
+        return self.watch is not None and bool(self.watch.hit)
+
+    def counts(self, prompt: Callable[[], int]) -> Usage:
+        """The upstream's counts; what it does not say is estimated, the prompt by `prompt`."""
+        usage = parse_usage(self.usage)
+        if usage.prompt and usage.completion:
+            return usage
+        made = int((self._size + self.calls.size) / 3.5 + 0.99)
+        return replace(usage, prompt=usage.prompt or prompt(), estimated=not self.usage,
+                       completion=usage.completion or made)
+
+    def feed(self, chunk: Json) -> List[Part]:
+        """UpstreamBroke where the answer was broken off."""
+        self.choice = choice = first_choice(chunk)
+        reason = choice.get("finish_reason")
+        if reason and isinstance(reason, str):
+            self.finish_reason = reason
+            if reason in FATAL_FINISH:
+                raise broken_off(reason)
+        if "usage" in chunk or "usage" in choice:
+            self.usage = usage_of(chunk) or self.usage
+        delta = choice.get("delta")
+        if not isinstance(delta, dict) or not delta or self.ended:
+            return []
+        if len(delta) == 1 and self._is_plain:           # nearly every chunk
+            content = delta.get("content")
+            if content and content.__class__ is str:
+                self._count(content)
+                return [("text", content, choice)]
+        return self._parts(delta, choice)
+
+    def _parts(self, delta: Json, choice: Json) -> List[Part]:
+        parts: List[Part] = []
+        reasoning, details = reasoning_of(delta), delta.get("reasoning_details")
+        if reasoning or details:
+            self._count(reasoning)
+            parts = self._unwatched()
+            parts.append(("thinking", reasoning, details))
+        content, refusal = delta.get("content"), delta.get("refusal")
+        if content:
+            parts += self._content(content if isinstance(content, str) else content_text(content),
+                                   choice)
+        if isinstance(delta.get("annotations"), list):
+            parts.append(("annotations", "", delta["annotations"]))
+        if refusal and isinstance(refusal, str):
+            self._count(refusal)
+            parts.append(("refusal", refusal, None))
+        calls = delta.get("tool_calls")
+        if not calls and delta.get("function_call"):     # the oldest form
+            calls = [{"function": delta["function_call"]}]
+        if calls:
+            parts += [] if self._is_plain else self.close()
+            parts += [("call", "", call) for call in self.calls.add(calls)]
+        return parts
+
+    def close(self) -> List[Part]:
+        """What tag splitter, fence and stop watch hold back."""
+        parts: List[Part] = []
+        for kind, piece in self._tags.close() if self._tags else ():
+            parts += self._answer(piece, {}) if kind == "text" else [("thinking", piece, None)]
+        if self._fence:
+            parts += self._watched(self._fence.close(), {})
+        return parts + self._unwatched()
+
+    def _count(self, text: str) -> None:
+        self._size += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+    def _content(self, text: str, choice: Json) -> List[Part]:
+        self._count(text)
+        parts: List[Part] = []
+        for kind, piece in self._tags.feed(text) if self._tags else [("text", text)]:
+            parts += self._answer(piece, choice) if kind == "text" else [("thinking", piece, None)]
+        return parts
+
+    def _answer(self, text: str, choice: Json) -> List[Part]:
+        return self._watched(self._fence.feed(text) if self._fence else text, choice)
+
+    def _watched(self, text: str, choice: Json) -> List[Part]:
+        text = self.watch.feed(text) if self.watch else text
+        return [("text", text, choice)] if text else []
+
+    def _unwatched(self) -> List[Part]:
+        text = self.watch.close() if self.watch else ""
+        return [("text", text, {})] if text else []
+
+
+def content_text(content: Any) -> str:
+    """The text of a `content` that is a part list."""
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") or part.get("refusal") for part in parts if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+class AnswerWriter:
+    """Chat chunks in by feed(), a dialect's events out; close() gives the last ones.
+
+    whole() does both for a plain completion.
+    """
+
+    def __init__(self, reader: AnswerReader, prompt: Callable[[], int]) -> None:
+        self.reader, self._prompt = reader, prompt
+
+    @property
+    def usage(self) -> Usage:
+        return self.reader.counts(self._prompt)
+
+    @property
+    def finish_reason(self) -> Optional[str]:
+        return self.reader.finish_reason
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more of the upstream is wanted."""
+        return self.reader.ended
+
+    @property
+    def call_ids(self) -> List[str]:
+        """What the calls are called when they come back."""
+        return [call.id for call in self.reader.calls.all if call.named]
+
+
 # --- iFlow's quirks ----------------------------------------------------------
 
 #: Fields set by model where the client did not set them (iflow.md); later patterns add to earlier ones.
@@ -3632,58 +3936,13 @@ def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
         overflow=(0, 0, 0) if meant == 400 else None, retry_after_s=DEFAULT_RETRY_AFTER_S if meant == 429 else None)
 
 
-def joined_name(known: str, piece: str) -> str:
-    """The name of a function that may come in pieces; the same again is a repetition.
-
-    Nothing is called by more than a thousand characters.
-    """
-    return known if piece == known or len(known) > 1000 else known + piece
-
-
-class CallPieces:
-    """Calls that arrive in pieces, as they stand in a message."""
-
-    def __init__(self) -> None:
-        self._calls: List[Tuple[Json, List[str]]] = []   # a call, its arguments
-        self._by_index: Dict[Any, Tuple[Json, List[str]]] = {}
-
-    @property
-    def calls(self) -> List[Json]:
-        return [{**call, "function": {**call["function"], "arguments": "".join(arguments)}}
-                for call, arguments in self._calls]
-
-    def add(self, pieces: Any) -> None:
-        for piece in pieces if isinstance(pieces, list) else ():
-            if isinstance(piece, dict) and isinstance(piece.get("function"), dict):
-                index = piece.get("index")
-                self._join(index if isinstance(index, int) else None, piece.get("id"),
-                           piece["function"])
-
-    def _join(self, index: Optional[int], ident: Any, piece: Json) -> None:
-        name, given = piece.get("name"), piece.get("arguments")
-        known = self._by_index.get(index)
-        if index is None:
-            known = self._calls[-1] if self._calls and not name else None
-        if known is None or ident and known[0]["id"] not in (None, ident):
-            function = {"name": "", "arguments": ""}
-            known = {"id": ident, "type": "function", "function": function}, []
-            self._by_index[index] = known
-            self._calls.append(known)
-        call, arguments = known
-        function, call["id"] = call["function"], call["id"] or ident
-        if isinstance(name, str):
-            function["name"] = joined_name(function["name"], name)
-        if given:
-            arguments.append(given if isinstance(given, str) else dump_json(given).decode())
-
-
 class ReasoningNote:
     """Listens to an answer and remembers which reasoning went with which tool calls."""
 
     def __init__(self, keep: Callable[[Json, str], None]) -> None:
         self._keep = keep
         self._reasoning: List[str] = []
-        self._pieces = CallPieces()
+        self._calls = ToolCalls()
 
     def record(self, chunk: Json) -> None:
         choice = first_choice(chunk)
@@ -3693,13 +3952,14 @@ class ReasoningNote:
         reasoning = reasoning_of(message)
         if reasoning:
             self._reasoning.append(reasoning)
-        self._pieces.add(message.get("tool_calls"))
+        self._calls.add(message.get("tool_calls"))
 
     def close(self, ids: Sequence[str] = ()) -> None:
         """`ids`: what the client knows the calls by, where it may differ from what the upstream said."""
-        text, calls = "".join(self._reasoning), self._pieces.calls
+        text, calls = "".join(self._reasoning), self._calls.all
         for number, call in enumerate(calls if text else ()):
-            self._keep({**call, "id": ids[number]} if len(ids) == len(calls) else call, text)
+            ident = ids[number] if len(ids) == len(calls) else call.source
+            self._keep({**call.as_chat(), "id": ident}, text)
 
 
 class ReasoningMerge:
@@ -3933,11 +4193,12 @@ def is_event_stream(content_type: str, data: bytes) -> bool:
 class _FoldedChoice:
     """One answer of a stream that is folded: what its chunks say of it, its message in pieces."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_id: Callable[[str], str]) -> None:
         self.facts: Json = {}
         self._fields: Json = {"role": "assistant", "content": None}
         self._texts: Dict[str, List[str]] = {}           # of fields that grow
-        self._calls, self._details = CallPieces(), Details()
+        self._calls, self._details = ToolCalls(make_id), Details()
+        self._function = ToolCalls()     # of the oldest form, `function_call`
 
     def add(self, choice: Json) -> None:
         self.facts.update((name, value) for name, value in choice.items()
@@ -3950,7 +4211,8 @@ class _FoldedChoice:
         known = self._fields.get(name)
         if name == "tool_calls":
             self._calls.add(value)
-            self._fields[name] = self._calls
+        elif name == "function_call":
+            self._function.add([{"function": value}])
         elif name == "reasoning_details":
             self._details.add(value)
             self._fields[name] = self._details
@@ -3967,8 +4229,10 @@ class _FoldedChoice:
         """The choice of a plain completion."""
         message = {**self._fields,
                    **{name: "".join(pieces) for name, pieces in self._texts.items()}}
-        if "tool_calls" in message:
-            message["tool_calls"] = self._calls.calls
+        calls = [call.as_chat() for call in self._calls.all if call.name]
+        message.update({"tool_calls": calls} if calls else {})
+        for call in self._function.all[:1]:
+            message["function_call"] = call.as_chat()["function"]
         if "reasoning_details" in message:
             message["reasoning_details"] = self._details.joined()
         return {"message": message, **self.facts}
@@ -3982,7 +4246,10 @@ def fold_stream(data: bytes) -> Json:
     decoder = SSEDecoder()
     whole: Json = {"object": "chat.completion"}
     choices: Dict[Any, _FoldedChoice] = {}
-    done = False
+    done, numbers, sum_of = False, iter(range(1 << 30)), zlib.crc32(data)
+
+    def make_id(source: str) -> str:
+        return source or f"call_{sum_of:08x}{next(numbers):04x}"
 
     def is_finished() -> bool:
         return done or any(choice.facts.get("finish_reason") for choice in choices.values())
@@ -3993,7 +4260,9 @@ def fold_stream(data: bytes) -> Json:
             for name in ("id", "created", "model", "usage"):
                 whole.update({name: chunk[name]} if chunk and chunk.get(name) else {})
             for choice in choices_of(chunk or {}):
-                choices.setdefault(choice_index(choice), _FoldedChoice()).add(choice)
+                index = choice_index(choice)
+                choices[index] = choices.get(index) or _FoldedChoice(make_id)
+                choices[index].add(choice)
     except UpstreamGarbled:
         if not is_finished():
             raise
@@ -4886,34 +5155,6 @@ class MessagesTurn:
     def estimate(self) -> int:
         return self.scale(self.raw_estimate)
 
-    @property
-    def local(self) -> Optional[Json]:
-        """The whole answer to `max_tokens: 0` (warming a cache), which no upstream knows; else None."""
-        if self.max_tokens:
-            return None
-        ident = hashlib.sha256(dump_json(self.body)).hexdigest()[:24]
-        return _fold(self.local_events(lambda prefix: prefix + ident))
-
-    def local_events(self, new_id: Callable[[str], str]) -> Iterator[Json]:
-        """The same answer as a stream."""
-        stream = self.stream(new_id)
-        yield from stream.feed({"choices": [{"finish_reason": "length"}]})
-        yield from stream.close()
-
-    def reply(self, completion: Json, new_id: Callable[[str], str]) -> Json:
-        """The message for a whole completion."""
-        choice = first_choice(completion)
-        message = choice.get("message")
-        if not isinstance(message, dict):
-            raise UpstreamGarbled("the upstream's answer has no message in it")
-        calls = message.get("tool_calls")
-        calls = [{**call, "index": i} for i, call in enumerate(calls) if isinstance(call, dict)] \
-            if isinstance(calls, list) else None
-        stream = self.stream(new_id)
-        events = list(stream.feed({"choices": [{**choice, "delta": {**message, "tool_calls": calls}}],
-                                   "usage": usage_of(completion)}))
-        return _fold(events + list(stream.close()), stream.cut)
-
     def stream(self, new_id: Callable[[str], str]) -> MessagesStream:
         return MessagesStream(self, new_id)
 
@@ -4948,445 +5189,233 @@ def partial_object(text: str) -> Json:
     return {}
 
 
-class _ToolCall:
-    """A call as it arrives: its name may come in pieces, its arguments before the name or more than once."""
+# --- the answer
 
-    def __init__(self, ident: str, source: str) -> None:
-        self.id, self.source, self.name = ident, source, ""
-        self.pending: List[str] = []      #: arguments not sent yet, in pieces
-        self.begun = False                #: an argument byte has come
-        self.odd = False                  #: not an object (encoded twice, null, …): kept to the end and mended
-        self.opened = False
-        self.mender = ObjectMender()
-
-    @property
-    def settled(self) -> bool:
-        return self.opened and self.mender.complete
-
-    def add(self, function: Json) -> int:
-        """How many characters of arguments it brought."""
-        name, given = function.get("name"), function.get("arguments")
-        if isinstance(name, str) and not self.opened:
-            self.name = joined_name(self.name, name)
-        text = _compact(given) if isinstance(given, dict) else given
-        if not isinstance(text, str) or self.mender.complete:
-            return 0
-        if not self.begun:
-            text = text.lstrip()
-            self.begun, self.odd = bool(text), text[:1] not in ("", "{")
-        text = text if self.odd else self.mender.feed(text)
-        self.pending.append(text)
-        return len(text)
-
-    def take(self, last: bool, cut: bool) -> str:
-        """The arguments to send now; `cut`: the last ones may be half."""
-        if self.odd and not last:
-            return ""
-        text, self.pending = "".join(self.pending), []
-        if self.odd:
-            return _compact(parse_arguments(text))
-        return text + self.mender.close(cut) if last and self.begun else text
-
-
-class _ToolCalls:
-    """The calls of one answer, in the order they appeared."""
-
-    def __init__(self, ids: set, new_id: Callable[[str], str]) -> None:
-        self.all: List[_ToolCall] = []
-        self.current = 0                  #: the active call, the first that is not closed
-        self.ids, self.new_id = set(ids), new_id
-        self.by_index: Dict[int, _ToolCall] = {}
-        self.by_source: Dict[str, _ToolCall] = {}
-        self.touched: Set[_ToolCall] = set()      #: by the entries of this chunk
-
-    @property
-    def busy(self) -> bool:
-        """Whether a call is still to be completed."""
-        return not all(call.settled for call in self.all[self.current:])
-
-    def find(self, item: Json, function: Json) -> _ToolCall:
-        """The call a delta belongs to: by index, else by id, else the last one; or a new one."""
-        index, source, name = item.get("index"), item.get("id"), function.get("name")
-        index = index if isinstance(index, int) and not isinstance(index, bool) else None
-        source = source if isinstance(source, str) else ""
-        if index is not None:
-            call = self.by_index.get(index)
-        elif source:
-            call = self.by_source.get(source)
-        else:
-            call = self.all[-1] if self.all else None
-        twice = name and not source and call in self.touched     # two entries of one chunk are two calls
-        if call is None or twice or name and self._is_another(call, source, function):
-            call = _ToolCall(self._claim(source), source)
-            self.all.append(call)
-        self.touched.add(call)
-        if index is not None:
-            self.by_index[index] = call
-        if source:
-            call.source = call.source or source
-            self.by_source.setdefault(source, call)
-        return call
-
-    @staticmethod
-    def _is_another(call: _ToolCall, source: str, function: Json) -> bool:
-        """Servers that send every call under index 0 show a new one by a new id, or a new name after the end.
-
-        An id that comes late, with the name once more, is still the call's own.
-        """
-        if source and call.source:
-            return source != call.source
-        renamed = bool(call.name) and function["name"] != call.name
-        if call.mender.complete:
-            return renamed or bool(source and call.name and function.get("arguments"))
-        return renamed and bool(source) and call.begun
-
-    def _claim(self, source: str) -> str:
-        """An id that is legal and new in this conversation: the upstream's if it is both."""
-        ident = source
-        if source and not _LEGAL_ID.fullmatch(source):
-            ident = wrap_id(self.new_id("toolu_"), source)
-        elif not source or source in self.ids:
-            ident = self.new_id("toolu_")
-        self.ids.add(ident)
-        return ident
-
-
-# --- the stream
-
-class _StopWatch:
-    """Ends the text at stop sequences the upstream was not told of; holds back what may be the start of one."""
-
-    def __init__(self, sequences: Sequence[str]) -> None:
-        self.sequences, self.hit = sequences, ""
-        self.keep, self.tail = max(map(len, sequences)) - 1, ""
-
-    def feed(self, text: str) -> str:
-        text, self.tail = self.tail + text, ""
-        found = [(text.find(sequence), sequence) for sequence in self.sequences if sequence in text]
-        if found:
-            at, self.hit = min(found)
-            return text[:at]
-        at = max(0, len(text) - self.keep)
-        self.tail = text[at:]
-        return text[:at]
-
-    def close(self) -> str:
-        text, self.tail = self.tail, ""
-        return text
-
-
-class _Unfence:
-    """Takes the ``` from around a text that is one fenced block; any other text passes as it is."""
-    _HEAD = Pattern(r"\s*```[a-zA-Z]*[ \t]*\n")
-    _MAYBE = Pattern(r"\s*(?:`{0,2}|```[a-zA-Z]*[ \t]*)")
-
-    def __init__(self) -> None:
-        self.fenced: Optional[bool] = None
-        self.held = ""
-
-    def feed(self, text: str) -> str:
-        text, self.held = self.held + text, ""
-        if self.fenced is None:
-            head = self._HEAD.match(text)
-            if not head and len(text) <= BLANKS_LIMIT and self._MAYBE.fullmatch(text):
-                self.held = text
-                return ""
-            self.fenced, text = head is not None, text[head.end() if head else 0:]
-        if self.fenced:                            # the last blanks and ` may be its end
-            body = text[:-BLANKS_LIMIT] + text[-BLANKS_LIMIT:].rstrip()
-            marks = min(3, len(body) - len(body.rstrip("`")))
-            at = len(body[:len(body) - marks].rstrip())
-            text, self.held = text[:at], text[at:]
-        return text
-
-    def close(self) -> str:
-        text, self.held = self.held, ""
-        return "" if self.fenced and "```" in text else text
-
-
-def _content_text(content: Any) -> str:
-    """The text of a `content` that is a part list."""
-    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    texts = [part.get("text") or part.get("refusal") for part in parts]
-    return "".join(text for text in texts if isinstance(text, str))
-
-
-class MessagesStream:
+class MessagesStream(AnswerWriter):
     """Chat chunks in, Messages events out. At most one block is open; indexes rise by one.
 
-    Of several calls one is active and streams live, the others wait; what a model says while a call is
-    incomplete is kept back until the calls are done.
+    Of several calls one is active and streams live, the others wait; what a model says while a call
+    is incomplete is kept back until the calls are done.
     """
 
     def __init__(self, turn: MessagesTurn, new_id: Callable[[str], str]) -> None:
-        self.turn, self.new_id = turn, new_id
-        self.usage: Optional[Json] = None
-        self.finish_reason: Optional[str] = None
-        self.stop_sequence: Optional[str] = None
-        self.started = self.spoke = self.refused = False
-        self.index, self.open = -1, ""             #: of the latest block; the type of the open one
-        self.blanks: List[str] = []                #: that wait for a visible character
-        self.size = 0                              #: UTF-8 bytes of the answer, for a missing usage
-        self.hidden: List[str] = []                #: reasoning that becomes text only if nothing else comes
-        self.thought: List[str] = []               #: reasoning that only the signature carries
-        self.details = Details()                   #: of the open thinking block
-        self.held: List[Tuple[str, str, Any]] = []  #: said while a call was incomplete
-        self.calls = _ToolCalls(turn.ids, new_id)
-        self.tags = ThinkTags() if turn.profile["think_tags"] else None
-        self.fence = _Unfence() if turn.unfence else None
-        self.watch = _StopWatch(turn.stop_sequences[STOP_LIMIT:]) if turn.stop_sequences[STOP_LIMIT:] else None
+        def call_id(source: str) -> str:
+            if not source:
+                return new_id("toolu_")
+            return source if _LEGAL_ID.fullmatch(source) else wrap_id(new_id("toolu_"), source)
 
-    def feed(self, chunk: Json) -> Iterator[Json]:
-        choice = first_choice(chunk)
-        if choice.get("finish_reason"):
-            self._finish(choice)
-        if "usage" in chunk or "usage" in choice:
-            self.usage = usage_of(chunk) or self.usage
-        if not self.started:
-            yield self._message_start()
-        delta = choice.get("delta")
-        if isinstance(delta, dict) and delta and not (self.watch and self.watch.hit):
-            reasoning, details = reasoning_of(delta), delta.get("reasoning_details")
-            if reasoning or details:
-                yield from self._reasoning(reasoning, details)
-            content = delta.get("content")
-            if content:
-                yield from self._content(content if isinstance(content, str) else _content_text(content))
-            if delta.get("refusal"):
-                self.refused = True
-                yield from self._content(_content_text([delta]))
-            if delta.get("tool_calls") or delta.get("function_call"):
-                yield from self._tool_calls(delta)
+        self.turn, self._id = turn, new_id("msg_")
+        super().__init__(AnswerReader(turn.profile, ToolCalls(call_id, turn.ids),
+                                      turn.stop_sequences[STOP_LIMIT:], turn.unfence),
+                         lambda: turn.estimate)
+        self._calls: List[ToolCall] = []
+        self._active = 0                 #: the first call that is not closed
+        self._settled = 0                #: how many calls have come whole and were begun
+        self._stop_sequence: Optional[str] = None
+        self._started = self._spoke = self._refused = False
+        self._index, self._open = -1, ""  #: of the latest block; the type of the open one
+        self._blanks: List[str] = []     #: that wait for a visible character
+        self._hidden: List[str] = []     #: reasoning that becomes text only if nothing else comes
+        self._thought: List[str] = []    #: reasoning that only the signature carries
+        self._details = Details()        #: of the open thinking block
+        self._held: List[Part] = []      #: said while a call was incomplete
+
+    @property
+    def call_ids(self) -> List[str]:
+        return [unwrap_id(call.id) for call in self._calls if call.named]
+
+    def feed(self, chunk: Json) -> Iterable[Json]:
+        parts = self.reader.feed(chunk)
+        if self.turn.stop_sequences and self.reader.choice.get("finish_reason"):
+            for name in ("stop_reason", "matched_stop"):         # vLLM, SGLang
+                said = self.reader.choice.get(name)
+                if isinstance(said, str) and said in self.turn.stop_sequences:
+                    self._stop_sequence = said
+        if self._open == "text" and len(parts) == 1 and parts[0][0] == "text":
+            return (self._delta("text_delta", "text", parts[0][1]),)
+        return self._write(parts)
 
     def close(self) -> Iterator[Json]:
-        if not self.started:
-            yield self._message_start()
-        yield from self._flush_text()
+        yield from self._write(self.reader.close())
         yield from self._advance(last=True)
         yield from self._release()
-        if self.hidden and not self.spoke:
-            yield from self._text("".join(self.hidden))
+        if self._hidden and not self._spoke:
+            yield from self._text("".join(self._hidden))
         yield from self._close_block()
         reason, sequence, details = self._stop()
         yield {"type": "message_delta", "usage": self._usage(),
                "delta": {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}}
         yield {"type": "message_stop"}
 
-    @property
-    def cut(self) -> bool:
-        """Whether the answer ended before its time, so that its last call may be half; no client may run that."""
-        return (self.finish_reason or "") in STOP_REASON
+    def whole(self, completion: Json) -> Json:
+        """The message for a plain completion."""
+        events = [*self.feed(as_chunk(completion)), *self.close()]
+        return _fold(events, self.reader.cut)
 
-    @property
-    def ended(self) -> bool:
-        """Whether a stop sequence of ours was hit, after which the upstream talks to nobody."""
-        return self.watch is not None and bool(self.watch.hit)
+    def _write(self, parts: Sequence[Part]) -> Iterator[Json]:
+        if not self._started:
+            yield self._message_start()
+        for kind, text, more in parts:
+            if kind == "call":
+                if not more.seen:
+                    more.seen = True
+                    self._calls.append(more)
+                yield from self._advance(last=False)
+            elif kind == "thinking":
+                yield from self._thinking(text, more)
+            else:
+                self._refused = self._refused or kind == "refusal"
+                yield from self._text(text)
+        if self._held and not self._is_busy():
+            yield from self._release()
 
-    @property
-    def call_ids(self) -> List[str]:
-        """What the calls are called when they come back."""
-        return [unwrap_id(call.id) for call in self.calls.all if call.opened]
+    def _is_busy(self) -> bool:
+        """Whether a call is still to be completed."""
+        calls, self._settled = self._calls, max(self._settled, self._active)
+        while self._settled < len(calls) and calls[self._settled].named and (
+                calls[self._settled].complete):
+            self._settled += 1
+        return self._settled < len(calls)
 
-    # --- the frame
+    # the frame
 
     def _message_start(self) -> Json:
-        self.started = True
-        usage = {"input_tokens": parse_usage(self.usage).prompt or self.turn.estimate, "cache_creation_input_tokens": 0,
-                 "cache_read_input_tokens": 0, "output_tokens": 0, "service_tier": "standard"}
+        self._started = True
+        usage = {"input_tokens": parse_usage(self.reader.usage).prompt or self._prompt(),
+                 "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
+                 "output_tokens": 0, "service_tier": "standard"}
         return {"type": "message_start", "message": {
-            "id": self.new_id("msg_"), "type": "message", "role": "assistant", "model": self.turn.model, "content": [],
-            "stop_reason": None, "stop_sequence": None, "stop_details": None, "usage": usage}}
-
-    def _finish(self, choice: Json) -> None:
-        reason = choice["finish_reason"]
-        if not isinstance(reason, str):
-            return
-        if reason in FATAL_FINISH:
-            raise UpstreamRefused(f"the upstream broke off its answer ({reason})", status=FATAL_FINISH[reason])
-        self.finish_reason = reason
-        for name in ("stop_reason", "matched_stop"):          # vLLM, SGLang
-            if isinstance(choice.get(name), str) and choice[name] in self.turn.stop_sequences:
-                self.stop_sequence = choice[name]
+            "id": self._id, "type": "message", "role": "assistant",
+            "model": self.turn.model, "content": [], "stop_reason": None, "stop_sequence": None,
+            "stop_details": None, "usage": usage}}
 
     def _stop(self) -> Tuple[str, Optional[str], Optional[Json]]:
-        called = any(call.opened for call in self.calls.all)
-        sequence = self.watch.hit if self.watch and self.watch.hit else self.stop_sequence
+        watch, told = self.reader.watch, self._stop_sequence
+        sequence = watch.hit if watch and watch.hit else told
+        called = any(call.named for call in self._calls)
         reason = STOP_REASON.get(self.finish_reason or "") or ("tool_use" if called else "end_turn")
-        if sequence and (reason == "end_turn" or sequence != self.stop_sequence):
+        if sequence and (reason == "end_turn" or sequence != told):
             return "stop_sequence", sequence, None
-        if reason == "refusal" or reason == "end_turn" and self.refused:
+        if reason == "refusal" or reason == "end_turn" and self._refused:
             return "refusal", None, {"type": "refusal", "category": None, "explanation": None}
         return reason, None, None
 
     def _usage(self) -> Json:
-        usage = parse_usage(self.usage)
-        prompt = usage.prompt or self.turn.estimate
-        counts: Json = {"input_tokens": max(0, prompt - usage.cached - usage.cache_write),
-                        "cache_creation_input_tokens": usage.cache_write, "cache_read_input_tokens": usage.cached,
-                        "output_tokens": usage.completion or int(self.size / 3.5 + 0.99)}
+        usage = self.usage
+        counts: Json = {
+            "input_tokens": max(0, usage.prompt - usage.cached - usage.cache_write),
+            "cache_creation_input_tokens": usage.cache_write,
+            "cache_read_input_tokens": usage.cached, "output_tokens": usage.completion}
         if usage.reasoning is not None:
             counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
         return counts
 
-    # --- blocks
+    # blocks
 
-    def _open(self, block: Json) -> Iterator[Json]:
+    def _open_block(self, block: Json) -> Iterator[Json]:
         yield from self._close_block()
-        self.index += 1
-        self.open = block["type"]
-        yield {"type": "content_block_start", "index": self.index, "content_block": block}
+        self._index += 1
+        self._open = block["type"]
+        yield {"type": "content_block_start", "index": self._index, "content_block": block}
 
     def _close_block(self) -> Iterator[Json]:
-        if not self.open:
+        if not self._open:
             return
-        if self.open == "thinking":
-            signature = make_signature("".join(self.thought), self.details.joined())
+        if self._open == "thinking":
+            signature = make_signature("".join(self._thought), self._details.joined())
             yield self._delta("signature_delta", "signature", signature)
-            self.thought, self.details = [], Details()
-        elif self.open == "tool_use":
-            self.calls.current += 1
-        self.open = ""
-        yield {"type": "content_block_stop", "index": self.index}
+            self._thought, self._details = [], Details()
+        elif self._open == "tool_use":
+            self._active += 1
+        self._open = ""
+        yield {"type": "content_block_stop", "index": self._index}
 
     def _delta(self, kind: str, field: str, text: str) -> Json:
-        return {"type": "content_block_delta", "index": self.index, "delta": {"type": kind, field: text}}
-
-    def _count(self, text: str) -> None:
-        self.size += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-
-    # --- text and reasoning
-
-    def _content(self, text: str) -> Iterator[Json]:
-        if not self.tags:
-            yield from self._answer(text)
-            return
-        for kind, piece in self.tags.feed(text):
-            yield from self._answer(piece) if kind == "text" else self._thinking(piece, None)
-
-    def _answer(self, text: str) -> Iterator[Json]:
-        text = self.fence.feed(text) if self.fence else text
-        yield from self._text(self.watch.feed(text) if self.watch else text)
-
-    def _flush_text(self) -> Iterator[Json]:
-        """Let go what the tag splitter, the fence and the stop watch hold back."""
-        for kind, piece in self.tags.close() if self.tags else ():
-            yield from self._answer(piece) if kind == "text" else self._thinking(piece, None)
-        if self.fence:
-            rest = self.fence.close()
-            yield from self._text(self.watch.feed(rest) if self.watch else rest)
-        if self.watch:
-            yield from self._text(self.watch.close())
+        return {"type": "content_block_delta", "index": self._index,
+                "delta": {"type": kind, field: text}}
 
     def _text(self, text: str) -> Iterator[Json]:
         if not text:
             return
-        if self.open != "text":
-            if self.calls.busy:
-                self.held.append(("text", text, None))
+        if self._open != "text":
+            if self._is_busy():
+                self._held.append(("text", text, None))
                 return
-            if text.isspace():                     # dropped if nothing visible follows
-                self.blanks.append(text)
+            if text.isspace():           # dropped if nothing visible follows
+                self._blanks.append(text)
                 return
-            text, self.blanks, self.spoke = "".join((*self.blanks, text)), [], True
-            yield from self._open({"type": "text", "text": ""})
-        self._count(text)
+            text, self._blanks, self._spoke = "".join((*self._blanks, text)), [], True
+            yield from self._open_block({"type": "text", "text": ""})
         yield self._delta("text_delta", "text", text)
-
-    def _reasoning(self, text: str, details: Any) -> Iterator[Json]:
-        if self.watch:
-            yield from self._text(self.watch.close())
-        yield from self._thinking(text, details)
 
     def _thinking(self, text: str, details: Any) -> Iterator[Json]:
         if self.turn.hide_reasoning:
-            self._count(text)
-            if not self.spoke:
-                self.hidden.append(text)
+            if not self._spoke:
+                self._hidden.append(text)
             return
-        if self.calls.busy:
-            self.held.append(("thinking", text, details))
+        if self._is_busy():
+            self._held.append(("thinking", text, details))
             return
-        if self.open != "thinking":
-            yield from self._open({"type": "thinking", "thinking": "", "signature": ""})
-        self.details.add(details)
-        self._count(text)
+        if self._open != "thinking":
+            yield from self._open_block({"type": "thinking", "thinking": "", "signature": ""})
+        self._details.add(details)
         if self.turn.omit_thinking:
-            self.thought.append(text)
+            self._thought.append(text)
         elif text:
             yield self._delta("thinking_delta", "thinking", text)
 
-    # --- tool calls
-
-    def _tool_calls(self, delta: Json) -> Iterator[Json]:
-        yield from self._flush_text()
-        items = delta.get("tool_calls") or [{"function": delta.get("function_call")}]
-        self.calls.touched = set()
-        for item in items if isinstance(items, list) else ():
-            function = item.get("function") if isinstance(item, dict) else None
-            if isinstance(function, dict) or isinstance(item, dict) and item.get("id"):
-                function = function if isinstance(function, dict) else {}
-                call = self.calls.find(item, function)
-                self.size += call.add(function)
-                yield from self._advance(last=False)
-        if self.held and not self.calls.busy:
-            yield from self._release()
-
     def _release(self) -> Iterator[Json]:
         """What was said while a call was incomplete."""
-        held, self.held = self.held, []
+        held, self._held = self._held, []
         for kind, text, details in held:
             yield from self._text(text) if kind == "text" else self._thinking(text, details)
 
     def _advance(self, last: bool) -> Iterator[Json]:
-        """Send what can be sent of the active call; go to the next one when it is complete and another waits."""
-        calls = self.calls
-        while calls.current < len(calls.all):
-            call, more = calls.all[calls.current], calls.current + 1 < len(calls.all)
-            if last and not call.name:             # it never got one
-                calls.current += 1
+        """Send what can be sent of the active call; go on to the next one when it is complete."""
+        while self._active < len(self._calls):
+            call, more = self._calls[self._active], self._active + 1 < len(self._calls)
+            if last and not call.name:   # it never got one
+                self._active += 1
                 continue
-            if not call.opened:
+            if not call.named:
                 if not call.name or not (call.begun or more or last):
                     return
-                self.blanks, self.spoke, call.opened = [], True, True
+                self._blanks, self._spoke, call.named = [], True, True
                 name = self.turn.names.get(call.name, call.name)
-                yield from self._open({"type": "tool_use", "id": call.id, "name": name, "input": {}})
-            text = call.take(last, self.cut)
+                yield from self._open_block({"type": "tool_use", "id": call.id, "name": name,
+                                             "input": {}})
+            text = call.take(last, self.reader.cut)
             if text:
+                text = _compact(parse_arguments(text)) if call.odd else text
                 yield self._delta("input_json_delta", "partial_json", text)
-            if not last and not (more and call.mender.complete):
+            if not last and not (more and call.complete):
                 return
             yield from self._close_block()
 
 
-def _fold(events: Iterator[Json], cut: bool = False) -> Json:
+def _fold(events: Iterable[Json], cut: bool) -> Json:
     """The message that a stream of events amounts to; `cut`: its last call may be a torn one."""
     message: Json = {}
-    block: Json = {}
     texts: List[str] = []
     for event in events:
         kind = event["type"]
         if kind == "message_start":
             message = event["message"]
         elif kind == "content_block_start":
-            block, texts = dict(event["content_block"]), []
-            message["content"].append(block)
+            message["content"].append(dict(event["content_block"]))
+            texts = []
         elif kind == "content_block_delta":
-            delta = event["delta"]
-            if delta["type"] == "signature_delta":
-                block["signature"] = delta["signature"]
+            name, text = list(event["delta"].items())[1]
+            if name == "signature":
+                message["content"][-1]["signature"] = text
             else:
-                texts.append(delta[_FOLDED[block["type"]]])
+                texts.append(text)
         elif kind == "content_block_stop":
-            _fill(block, "".join(texts), cut)
+            _fill(message["content"][-1], "".join(texts), cut)
         elif kind == "message_delta":
             message.update(event["delta"])
             message["usage"].update(event["usage"])
     return message
-
-
-#: Block type -> the field its deltas add to.
-_FOLDED = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
 
 
 def _fill(block: Json, text: str, cut: bool) -> None:
@@ -5394,8 +5423,8 @@ def _fill(block: Json, text: str, cut: bool) -> None:
         block["input"] = parse_arguments(text)
         if cut and "INVALID_JSON" in block["input"]:
             block["input"] = partial_object(text)
-        return
-    block[block["type"]] = text          # and no `citations`: @ai-sdk/anthropic 3.0 refuses an answer where it is null
+    else:                                # no `citations`: @ai-sdk/anthropic 3.0 refuses null there
+        block[block["type"]] = text
 
 
 # --- counting
@@ -6260,18 +6289,6 @@ class ResponsesTurn:
         return sum(4 + _said_tokens(message) for message in self.chat["messages"]) + sum(
             estimate_tokens(_compact(part)) for part in (tools, form) if part)
 
-    def reply(self, completion: Json, new_id: Callable[[str], str]) -> Json:
-        """The response object: what the last event of a stream of the same answer bears."""
-        choice = first_choice(completion)
-        message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
-        calls = message.get("tool_calls") if isinstance(message.get("tool_calls"), list) else []
-        numbered = [{**call, "index": index} for index, call in enumerate(calls) if isinstance(call, dict)]
-        delta = {**message, "tool_calls": numbered or None}
-        stream = self.stream(new_id)
-        for _ in stream.feed({**completion, "choices": [{**choice, "delta": delta}]}):
-            pass
-        return list(stream.close())[-1]["response"]
-
     def stream(self, new_id: Callable[[str], str]) -> ResponsesStream:
         return (_CompactionStream if self.compacts else ResponsesStream)(self, new_id)
 
@@ -6305,6 +6322,7 @@ class ResponsesTurn:
         thinking = None if effort is None else effort != "none"
         self._collect_tools()
         form, demand = (None, None) if self.compacts else _answer_format(self._text.get("format"), self.profile)
+        self.unfence = bool(demand) and self.profile["structured_output"] == "prompt"
         chat: Json = {"model": model, "messages": self._messages(thinking, demand)}
         if self._body.get("stream"):
             chat["stream"] = True
@@ -6377,9 +6395,8 @@ class ResponsesTurn:
             chat["parallel_tool_calls"] = self._body["parallel_tool_calls"]
 
 
-def compact_reply(turn: ResponsesTurn, completion: Json, new_id: Callable[[str], str]) -> Json:
+def compact_reply(turn: ResponsesTurn, response: Json, new_id: Callable[[str], str]) -> Json:
     """The answer of POST /v1/responses/compact to a turn made with `compact=True`: user messages, then the summary."""
-    response = turn.reply(completion, new_id)
     said = [{"id": new_id("msg_"), "status": "completed", **item} for item in turn.items
             if item["type"] == "message" and item.get("role") == "user"]
     return {"id": response["id"], "object": "response.compaction", "created_at": response["created_at"],
@@ -6413,47 +6430,9 @@ def count_response_tokens(body: Json, recall: Callable[[str], Optional[List[Json
 
 # --- answer: arguments that arrive in pieces ---
 
-class _FunctionArguments:
-    """Passes a JSON object on as it comes; anything else waits for its end."""
-
-    def __init__(self) -> None:
-        self._held: List[str] = []
-        self._live = self._waits = False          #: waits: it has begun, and not as an object
-
-    def feed(self, text: str) -> str:
-        if self._live:
-            return text
-        started = text if self._waits else text.lstrip()
-        if started and not self._waits:
-            self._live, self._waits = started.startswith("{"), not started.startswith("{")
-        self._held += [] if self._live else [text]
-        return started if self._live else ""
-
-    def close(self, cut: bool) -> str:
-        """What is still to be sent: {} for nothing, the object in a string that holds one."""
-        held = "".join(self._held)
-        if self._live or cut:
-            return "" if self._live else held
-        value = _loads(held)
-        if isinstance(value, dict):
-            return dump_json(value).decode()
-        return held if held.strip() and held.strip() not in ("null", '""') else "{}"
-
-
-#: As much of a JSON string as can be unescaped already: no half escape, no high surrogate whose low one may follow.
-#: A backslash before something JSON does not know (models write \s and C:\users) stands for itself.
-_STRING_BODY = Pattern(r'(?:[^"\\]+|\\(?:[^u]|u(?=[0-9a-fA-F]{0,3}[^0-9a-fA-F])|u(?![dD][89abAB])[0-9a-fA-F]{4}'
-                       r'|u[dD][89abAB][0-9a-fA-F]{2}(?!\Z|\\\Z|\\u[0-9a-fA-F]{0,3}\Z)))*')
-_ESCAPE = Pattern(r'\\(?:u([0-9a-fA-F]{4})|(["\\/bfnrt]))')
-_ESCAPED = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _INPUT_HEAD = Pattern(r'\s*\{\s*"input"\s*:\s*"')
-
-
-def _unescape(body: str) -> str:
-    if "\\" not in body:
-        return body
-    text = _ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else _ESCAPED[found[2]], body)
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")    # joins pairs
+#: As much of a JSON string as can be read already: no high surrogate whose low one may follow.
+_INPUT_BODY = Pattern(r'(?:[^"\\]+|\\(?!u[dD][89abAB][0-9a-fA-F]{2}(?:\Z|\\\Z|\\u[0-9a-fA-F]{0,3}\Z)).)*')
 
 
 class _CustomInput:
@@ -6470,33 +6449,31 @@ class _CustomInput:
             self._held += text
         else:
             self._pieces.append(text)
-            if len(self._held) > BLANKS_LIMIT:                   # another shape
+            if len(self._held) > BLANKS_LIMIT:           # another shape
                 return ""
             self._held += text
             head = _INPUT_HEAD.match(self._held)
             if not head:
                 return ""
             self._live, self._held = True, self._held[head.end():]
-        body = _STRING_BODY.match(self._held).group()
+        body = _INPUT_BODY.match(self._held).group()
         self._held = self._held[len(body):]
         self._ended = self._held.startswith('"')
-        return _unescape(body)
+        return _DECODER.decode(f'"{body}"') if "\\" in body else body
 
-    def close(self, cut: bool) -> str:
-        """The input where it was not the only, first key; what is no such object at all is the input itself."""
-        if self._live or cut:
+    def close(self) -> str:
+        """The input where it was not the only, first key; what is no object is the input itself."""
+        if self._live:
             return ""
         held = "".join(self._pieces)
         value = _loads(held)
         if isinstance(value, dict):
             texts = [text for text in value.values() if isinstance(text, str)]
-            value = value["input"] if "input" in value else texts[0] if len(texts) == 1 else value or ""
+            value = value["input"] if "input" in value else texts[0] if len(texts) == 1 else (
+                value or "")
         if value is None:
             return held
         return value if isinstance(value, str) else dump_json(value).decode()
-
-
-_ARGUMENT_READERS = {"function": _FunctionArguments, "custom": _CustomInput}
 
 
 def _exec_action(value: Json) -> Optional[Json]:
@@ -6505,30 +6482,15 @@ def _exec_action(value: Json) -> Optional[Json]:
         command = ["bash", "-lc", command]
     if not isinstance(command, list) or not command:
         return None
-    extra = {key: value[key] for key in ("working_directory", "timeout_ms", "user") if value.get(key) is not None}
-    return {"type": "exec", "command": [str(part) for part in command], "env": value.get("env") or {}, **extra}
-
-
-def _shell_action(value: Json) -> Optional[Json]:
-    commands = value.get("commands")
-    if isinstance(commands, str):
-        commands = [commands]
-    if not isinstance(commands, list) or not commands:
-        return None
-    return {"commands": [str(command) for command in commands], "timeout_ms": value.get("timeout_ms"),
-            "max_output_length": value.get("max_output_length")}
-
-
-def _patch_operation(value: Json) -> Optional[Json]:
-    if value.get("type") not in ("create_file", "update_file", "delete_file") or not isinstance(value.get("path"), str):
-        return None
-    return {key: value[key] for key in ("type", "path", "diff") if value.get(key) is not None}
+    extra = {key: value[key] for key in ("working_directory", "timeout_ms", "user")
+             if value.get(key) is not None}
+    return {"type": "exec", "command": [str(part) for part in command],
+            "env": value.get("env") or {}, **extra}
 
 
 #: What a call of a fixed tool says in its item; None where the model got it wrong.
 _PAYLOADS: Dict[str, Callable[[Json], Optional[Json]]] = {
-    "local_shell": _exec_action, "shell": _shell_action, "apply_patch": _patch_operation,
-    "tool_search": lambda value: value}
+    "local_shell": _exec_action, "tool_search": lambda value: value}
 
 
 def _payload(kind: str, text: str) -> Optional[Json]:
@@ -6536,12 +6498,12 @@ def _payload(kind: str, text: str) -> Optional[Json]:
     if not isinstance(value, dict):
         return None
     inner = value.get(_TOOL_KINDS[kind].field)
-    return _PAYLOADS[kind](inner if isinstance(inner, dict) and len(value) == 1 else value)
+    return _PAYLOADS.get(kind, lambda value: None)(inner if isinstance(inner, dict) and len(value) == 1 else value)
 
 
 # --- answer: items ---
 
-class _Voice(NamedTuple):
+class _TextKind(NamedTuple):
     """How one kind of running text travels."""
     prefix: str                          #: of the item's id
     item: Json                           #: the item when it is announced
@@ -6556,14 +6518,15 @@ class _Voice(NamedTuple):
 
 _MESSAGE = {"type": "message", "role": "assistant", "status": "in_progress", "content": []}
 _REASONING = {"type": "reasoning", "summary": []}
-_TEXT = _Voice("msg_", _MESSAGE, "content", {"type": "output_text", "annotations": [], "logprobs": []}, "text",
-               "content_index", "content_part", "output_text", {"logprobs": []})
-_REFUSAL = _Voice("msg_", _MESSAGE, "content", {"type": "refusal"}, "refusal",
-                  "content_index", "content_part", "refusal", {})
-_RAW = _Voice("rs_", _REASONING, "content", {"type": "reasoning_text"}, "text",
-              "content_index", "content_part", "reasoning_text", {})
-_SUMMARY = _Voice("rs_", _REASONING, "summary", {"type": "summary_text"}, "text",
-                  "summary_index", "reasoning_summary_part", "reasoning_summary_text", {})
+_TEXT = _TextKind("msg_", _MESSAGE, "content",
+                  {"type": "output_text", "annotations": [], "logprobs": []}, "text",
+                  "content_index", "content_part", "output_text", {"logprobs": []})
+_REFUSAL = _TextKind("msg_", _MESSAGE, "content", {"type": "refusal"}, "refusal",
+                     "content_index", "content_part", "refusal", {})
+_RAW = _TextKind("rs_", _REASONING, "content", {"type": "reasoning_text"}, "text",
+                 "content_index", "content_part", "reasoning_text", {})
+_SUMMARY = _TextKind("rs_", _REASONING, "summary", {"type": "summary_text"}, "text",
+                     "summary_index", "reasoning_summary_part", "reasoning_summary_text", {})
 
 
 class _Item:
@@ -6582,14 +6545,14 @@ class _Item:
         return self.stream.event("output_item.done", {"output_index": self.index, "item": item})
 
 
-class _Speech(_Item):
+class _TextItem(_Item):
     """An item whose text runs: a message, a refusal, or reasoning."""
 
-    def __init__(self, stream: ResponsesStream, voice: _Voice) -> None:
+    def __init__(self, stream: ResponsesStream, kind: _TextKind) -> None:
         super().__init__(stream)
-        self.voice = voice
+        self.kind = kind
         self.details = Details()
-        self._item = {"id": stream.new_id(voice.prefix), **voice.item}
+        self._item = {"id": stream.new_id(kind.prefix), **kind.item}
         self._pieces: List[str] = []
         self._logprobs: List[Json] = []
         self._annotations: List[Json] = []
@@ -6597,16 +6560,20 @@ class _Speech(_Item):
         self._delta: Json = {}
 
     def open(self) -> Iterator[Json]:
-        voice = self.voice
+        kind = self.kind
         yield self.announce(self._item)
-        self._place = {"item_id": self._item["id"], "output_index": self.index, voice.index: 0}
-        self._delta = {"type": f"response.{voice.text_events}.delta", **self._place, **voice.extra}
-        yield self.stream.event(voice.part_events + ".added", {**self._place, "part": {**voice.part, voice.text: ""}})
+        self._place = {"item_id": self._item["id"], "output_index": self.index, kind.index: 0}
+        self._delta = {"type": f"response.{kind.text_events}.delta", **self._place, **kind.extra}
+        yield self.stream.event(kind.part_events + ".added",
+                                {**self._place, "part": {**kind.part, kind.text: ""}})
 
-    def delta(self, text: str, logprobs: List[Json]) -> Json:
+    def delta(self, text: str, choice: Any = None) -> Json:
+        """`choice` may have log probabilities."""
         self._pieces.append(text)
         event = {**self._delta, "delta": text, "sequence_number": self.stream.number()}
-        if logprobs:
+        logprobs = choice.get("logprobs") if choice else None
+        logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
+        if logprobs and isinstance(logprobs, list):
             self._logprobs += logprobs
             event["logprobs"] = logprobs
         return event
@@ -6614,243 +6581,235 @@ class _Speech(_Item):
     def annotate(self, annotation: Json) -> Json:
         self._annotations.append(annotation)
         return self.stream.event("output_text.annotation.added", {
-            **self._place, "annotation_index": len(self._annotations) - 1, "annotation": annotation})
+            **self._place, "annotation_index": len(self._annotations) - 1,
+            "annotation": annotation})
 
     def close(self, cut: bool) -> Iterator[Json]:
-        voice, text = self.voice, "".join(self._pieces)
-        said = {"logprobs": self._logprobs} if voice.extra else {}
-        part = {**voice.part, voice.text: text, **said, **({"annotations": self._annotations} if voice.extra else {})}
-        yield self.stream.event(voice.text_events + ".done", {**self._place, voice.text: text, **said})
-        yield self.stream.event(voice.part_events + ".done", {**self._place, "part": part})
-        item = {**self._item, voice.parts: [part]}
-        if voice.item is _MESSAGE:
+        kind, text = self.kind, "".join(self._pieces)
+        said = {"logprobs": self._logprobs} if kind.extra else {}
+        cited = {"annotations": self._annotations} if kind.extra else {}
+        part = {**kind.part, kind.text: text, **said, **cited}
+        yield self.stream.event(kind.text_events + ".done",
+                                {**self._place, kind.text: text, **said})
+        yield self.stream.event(kind.part_events + ".done", {**self._place, "part": part})
+        item, turn = {**self._item, kind.parts: [part]}, self.stream.turn
+        if kind.item is _MESSAGE:
             item["status"] = "incomplete" if cut else "completed"
-        elif self.stream.turn.carries or self.details:
+        elif turn.carries or self.details:
             details = {"details": self.details.joined()} if self.details else {}
-            value = {"reasoning": text, **details}
-            carrier = {"encrypted_content": self.stream.turn.seal.close(value)}
-            if self.stream.turn.carries:
+            carrier = {"encrypted_content": turn.seal.close({"reasoning": text, **details})}
+            if turn.carries:
                 item.update(carrier)
             else:
-                self.stream.turn.carriers[item["id"]] = carrier
+                turn.carriers[item["id"]] = carrier
         yield self.finish(item)
 
 
-class _Call(_Item):
-    """A tool call: announced when its name is final, done when its JSON is whole and something else begins."""
+class _CallItem(_Item):
+    """A tool call: announced when its name is final, done when its JSON is whole and something
+    else begins.
+    """
 
-    def __init__(self, stream: ResponsesStream, upstream_id: Optional[str], call_id: str) -> None:
+    def __init__(self, stream: ResponsesStream, call: ToolCall) -> None:
         super().__init__(stream)
-        self.upstream_id, self.call_id = upstream_id, call_id
-        self.name, self.done = "", False
+        self.call, self.done = call, False
         self._tool: Optional[_Tool] = None       #: once the name is final
-        self._raw: List[str] = []
+        self._input: Optional[_CustomInput] = None       #: of a custom tool
         self._sent: List[str] = []
-        self._scanner = ObjectScanner()
-        self._is_object: Optional[bool] = None   #: None: not known yet
-        self._reader: Any = None                 #: None: the item comes whole
         self._item: Json = {}
+        self._delta: Json = {}
 
-    @property
-    def whole(self) -> bool:
-        return self._scanner.complete
-
-    def feed(self, function: Json) -> Iterator[Json]:
-        name, arguments = function.get("name"), function.get("arguments")
-        if self._tool is None and isinstance(name, str):
-            self.name = joined_name(self.name, name)
-        if isinstance(arguments, dict):
-            arguments = dump_json(arguments).decode()
-        if not isinstance(arguments, str) or not arguments:
-            return
-        if self._is_object is None and arguments.strip():
-            self._is_object = arguments.lstrip().startswith("{")
-        if self._is_object:
-            arguments = arguments[:self._scanner.feed(arguments)]        # a second copy is not passed on
-        self._raw.append(arguments)
-        if self._tool:
-            yield from self._pass_on(arguments)
-        elif self.name:
-            yield from self._open(self.stream.turn.tools.tool(self.name))
+    def feed(self) -> Iterator[Json]:
+        """What has come since."""
+        if self._tool is None and self.call.name and self.call.begun:
+            yield from self._open(self.stream.turn.tools.tool(self.call.name))
+        if self._delta:                  # else the item comes whole
+            yield from self._send(self.call.take())
 
     def settle(self) -> Iterator[Json]:
         """Something else begins."""
-        if self._tool is None and self.name:
-            yield from self._open(self.stream.turn.tools.tool(self.name))
-        if self.whole and self.name:
+        if self._tool is None and self.call.name:
+            yield from self._open(self.stream.turn.tools.tool(self.call.name))
+        if self.call.complete and self.call.name:
             yield from self.close(cut=False)
 
     def close(self, cut: bool) -> Iterator[Json]:
-        self.done = True
-        if not self.name:
-            return                               # nothing could be called
+        self.done, call = True, self.call
+        if not call.name:
+            return                       # nothing could be called
         if self._tool is None:
-            yield from self._open(self.stream.turn.tools.tool(self.name))
-        if self._reader is None:
-            payload = _payload(self._tool.kind, "".join(self._raw))
+            yield from self._open(self.stream.turn.tools.tool(call.name))
+        torn = not call.complete and (cut or call.begun and not call.odd)
+        text = call.take(last=True, cut=cut or torn and self._input is not None)
+        if not self._delta:
+            payload = _payload(self._tool.kind, text)
             if payload is not None:
                 self._item[_TOOL_KINDS[self._tool.kind].field] = payload
                 yield self.announce({**self._item, "status": "in_progress"})
                 yield self.finish({**self._item, "status": "completed"})
                 return
-            yield from self._open(_Tool("function", self._tool.name))    # lets the client tell the model
-        yield from self._end(not self.whole and (cut or bool(self._is_object)))
+            yield from self._open(_Tool("function", self._tool.name))    # lets the client tell
+        yield from self._end(text, torn, cut)
 
     def _open(self, tool: _Tool) -> Iterator[Json]:
-        self._tool, kind = tool, _TOOL_KINDS[tool.kind]
-        self._item = {"id": self.stream.new_id(kind.prefix), "type": kind.call, "call_id": self.call_id}
+        self._tool, self.call.named, kind = tool, True, _TOOL_KINDS[tool.kind]
+        self._item = {"id": self.stream.new_id(kind.prefix), "type": kind.call,
+                      "call_id": self.call.id}
         if kind.events is None:
             self._item.update({"execution": "client"} if tool.kind == "tool_search" else {})
             return
-        self._item.update({"name": tool.name, **({"namespace": tool.namespace} if tool.namespace else {})})
-        self._reader = _ARGUMENT_READERS[tool.kind]()
+        self._item.update({"name": tool.name,
+                           **({"namespace": tool.namespace} if tool.namespace else {})})
+        self._input = _CustomInput() if tool.kind == "custom" else None
         yield self.announce({**self._item, kind.field: "", "status": "in_progress"})
-        yield from self._pass_on("".join(self._raw))
-
-    def _pass_on(self, text: str) -> Iterator[Json]:
-        if self._reader:
-            yield from self._send(self._reader.feed(text))
+        self._delta = {"type": f"response.{kind.events}.delta", "item_id": self._item["id"],
+                       "output_index": self.index}
 
     def _send(self, text: str) -> Iterator[Json]:
+        text = self._input.feed(text) if self._input else text
         if text:
             self._sent.append(text)
-            yield self._event("delta", "delta", text)
+            yield {**self._delta, "delta": text, "sequence_number": self.stream.number()}
 
-    def _end(self, cut: bool) -> Iterator[Json]:
-        yield from self._send(self._reader.close(cut))
-        name, text = _TOOL_KINDS[self._tool.kind].field, "".join(self._sent)
-        item = {**self._item, name: text, "status": "incomplete" if cut else "completed"}
-        if cut and self._tool.kind == "custom":      # Codex runs what is done, and half an input looks whole
-            return self.stream.withhold(self.index, item)
-        yield self._event("done", name, text)
+    def _end(self, text: str, torn: bool, cut: bool) -> Iterator[Json]:
+        kind = _TOOL_KINDS[self._tool.kind]
+        if self._input is None and not cut:
+            value = parse_arguments(text) if self.call.odd else None
+            text = dump_json(value).decode() if value is not None and (
+                "INVALID_JSON" not in value) else text
+            text = text if text or self._sent else "{}"
+            torn = False                 # what was wrong is mended, or told
+        yield from self._send(text)
+        if self._input and not torn:
+            self._input, text = None, self._input.close()
+            yield from self._send(text)
+        said = "".join(self._sent)
+        item = {**self._item, kind.field: said, "status": "incomplete" if torn else "completed"}
+        if torn and self._tool.kind == "custom":         # Codex runs what is done, and half an
+            return self.stream.withhold(self.index, item)        # input looks whole
+        place = {"item_id": self._item["id"], "output_index": self.index}
+        yield self.stream.event(kind.events + ".done", {**place, kind.field: said})
         yield self.finish(item)
-
-    def _event(self, step: str, name: str, text: str) -> Json:
-        return self.stream.event(f"{_TOOL_KINDS[self._tool.kind].events}.{step}",
-                                 {"item_id": self._item["id"], "output_index": self.index, name: text})
 
 
 # --- answer: the stream ---
 
 #: finish_reason values after which a response is incomplete, and the reason it gives.
-_INCOMPLETE = {"length": "max_output_tokens", "repetition_truncation": "max_output_tokens",
-               "model_context_window_exceeded": "max_output_tokens", "content_filter": "content_filter",
-               "sensitive": "content_filter"}
+_INCOMPLETE = {**dict.fromkeys(CUT_SHORT, "max_output_tokens"),
+               "content_filter": "content_filter", "sensitive": "content_filter"}
 
 #: Codes that Codex acts upon (codex-api, responses stream): passed on where the upstream says them …
-_FAILURE_CODES = ("insufficient_quota", "usage_not_included", "context_length_exceeded", "rate_limit_exceeded",
-                  "server_is_overloaded", "slow_down", "invalid_prompt", "bio_policy", "cyber_policy")
-#: … or made from the status. What asking again can't heal is invalid_prompt, at which Codex stops; else it reconnects.
-_FAILURE_STATUS = {400: "invalid_prompt", 402: "insufficient_quota", 403: "invalid_prompt", 404: "invalid_prompt",
-                   413: "invalid_prompt", 422: "invalid_prompt", 429: "rate_limit_exceeded",
-                   503: "server_is_overloaded", 529: "server_is_overloaded"}
+_FAILURE_CODES = ("insufficient_quota", "usage_not_included", "context_length_exceeded",
+                  "rate_limit_exceeded", "server_is_overloaded", "slow_down", "invalid_prompt",
+                  "bio_policy", "cyber_policy")
+#: … or made from the status. What asking again can't heal is invalid_prompt, at which Codex stops;
+#: else it reconnects.
+_FAILURE_STATUS = {400: "invalid_prompt", 402: "insufficient_quota", 403: "invalid_prompt",
+                   404: "invalid_prompt", 413: "invalid_prompt", 422: "invalid_prompt",
+                   429: "rate_limit_exceeded", 503: "server_is_overloaded",
+                   529: "server_is_overloaded"}
 
 
 def _failure(exc: GatewayError) -> Json:
     """`error` of a failed response."""
     body = exc.body.get("error", exc.body) if exc.body else {}
     said = [exc.code] + ([body.get("code"), body.get("type")] if isinstance(body, dict) else [])
-    code = "context_length_exceeded" if exc.overflow else next((code for code in said if code in _FAILURE_CODES), None)
-    code, message = code or _FAILURE_STATUS.get(exc.status, "server_error"), exc.message
+    code, message = next((code for code in said if code in _FAILURE_CODES), None), exc.message
+    if exc.overflow:
+        code = "context_length_exceeded"
+    code = code or _FAILURE_STATUS.get(exc.status, "server_error")
     if code == "rate_limit_exceeded" and "try again in" not in message.lower():
-        wait = 5 if exc.retry_after_s is None else exc.retry_after_s
-        message = f"{message.rstrip('. ')}. Please try again in {wait:g}s."    # Codex reads the delay from the text
+        wait = 5 if exc.retry_after_s is None else exc.retry_after_s     # Codex reads it
+        message = f"{message.rstrip('. ')}. Please try again in {wait:g}s."
     return {"code": code, "message": message}
 
 
 def _response_usage(usage: Usage) -> Json:
     return {"input_tokens": usage.prompt,
-            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": usage.cache_write},
-            "output_tokens": usage.completion, "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
+            "input_tokens_details": {"cached_tokens": usage.cached,
+                                     "cache_write_tokens": usage.cache_write},
+            "output_tokens": usage.completion,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
             "total_tokens": usage.prompt + usage.completion}
 
 
-def _citations(annotations: Any) -> List[Json]:
+def _citations(annotations: Sequence[Any]) -> List[Json]:
     """Chat's url citations as Responses has them, where they are flat."""
-    found = [entry["url_citation"] for entry in annotations if isinstance(entry, dict) and isinstance(
-        entry.get("url_citation"), dict)] if isinstance(annotations, list) else []
-    return [{"type": "url_citation", "start_index": 0, "end_index": 0, "title": "", **cited} for cited in found
-            if isinstance(cited.get("url"), str)]
+    found = [entry["url_citation"] for entry in annotations
+             if isinstance(entry, dict) and isinstance(entry.get("url_citation"), dict)]
+    return [{"type": "url_citation", "start_index": 0, "end_index": 0, "title": "", **cited}
+            for cited in found if isinstance(cited.get("url"), str)]
 
 
-class ResponsesStream:
-    """Chat chunks in, Responses events out. One running text and any number of calls are open at a time."""
-    ended = False                        #: nothing more of the upstream is wanted
+class ResponsesStream(AnswerWriter):
+    """Chat chunks in, Responses events out.
+
+    One running text and any number of calls are open at a time.
+    """
 
     def __init__(self, turn: ResponsesTurn, new_id: Callable[[str], str]) -> None:
+        def call_id(source: str) -> str:
+            return source if re.match(r"\S+\Z", source) else new_id("call_")
+
         self.turn, self.new_id = turn, new_id
-        self.usage: Optional[Json] = None
-        self.finish_reason: Optional[str] = None
-        self.items = 0                           #: how many were announced
+        calls = ToolCalls(call_id, turn.call_ids)
+        super().__init__(AnswerReader(turn.profile, calls, (), turn.unfence), lambda: turn.tokens)
+        self.items = 0                   #: how many were announced
         self.finished: Dict[int, Json] = {}
-        self._withheld = 0                       #: how many of them were never said to be done
+        self._withheld = 0               #: how many of them were never said to be done
         self._number = 0
         self._id, self._created_at = "", 0
-        self._reasoning_voice = _SUMMARY if turn.summarises else _RAW
-        self._think_tags = ThinkTags() if turn.profile["think_tags"] else None
-        self._speech: Optional[_Speech] = None
+        self._thought_kind = _SUMMARY if turn.summarises else _RAW
+        self._text_item: Optional[_TextItem] = None
         self._citations: List[Json] = []         #: that wait for their text
-        self._blanks: List[str] = []             #: that may turn out to be no message
-        self._calls: Dict[Any, _Call] = {}       #: by the upstream's index, or id
-        self._all_calls: List[_Call] = []
-        self._last_call: Any = None              #: its key
-        self._touched: Set[_Call] = set()        #: by the entries of this chunk
-        self._fed: Optional[_Call] = None        #: the call that the latest delta belonged to
-        self._call_ids = turn.call_ids
+        self._blanks: List[str] = []     #: that may turn out to be no message
+        self._call_items: Dict[ToolCall, _CallItem] = {}
+        self._last: Optional[_CallItem] = None   #: the one that goes on
 
-    def feed(self, chunk: Json) -> Iterator[Json]:
-        choice = first_choice(chunk)
-        if "usage" in chunk or "usage" in choice:
-            self.usage = usage_of(chunk) or self.usage
-        reason = choice.get("finish_reason")
-        if isinstance(reason, str) and reason:
-            self.finish_reason = reason
-            if reason in FATAL_FINISH:
-                raise broken_off(reason)
-        if not self._id:
-            yield from self._start(chunk)
-        delta = choice.get("delta")
-        if isinstance(delta, dict):
-            yield from self._take(delta, choice)
+    def feed(self, chunk: Json) -> Iterable[Json]:
+        parts, item = self.reader.feed(chunk), self._text_item
+        if len(parts) == 1 and item is not None and parts[0][0] == "text" and (
+                item.kind is _TEXT and not self._citations):
+            return (item.delta(parts[0][1], parts[0][2]),)
+        return self._begin(chunk, parts) if not self._id else self._write(parts)
 
     def close(self) -> Iterator[Json]:
-        if not self._id:
-            yield from self._start({})
-        if self._think_tags:
-            yield from self._write_pieces(self._think_tags.close(), [])
-        yield from self._end_items(cut=self.finish_reason in _INCOMPLETE)
+        yield from self._begin({}, self.reader.close())
+        yield from self._end_items(self.reader.cut)
         reason = self._why_incomplete()
-        details, status = {"reason": reason} if reason else None, "incomplete" if reason else "completed"
-        usage = parse_usage(self.usage) if self.usage else self._estimate()
-        yield self._terminal(status, incomplete_details=details, usage=_response_usage(usage),
-                             completed_at=None if reason else max(self._created_at, int(self.turn.now)))
+        yield self._terminal("incomplete" if reason else "completed",
+                             incomplete_details={"reason": reason} if reason else None,
+                             usage=_response_usage(self.usage),
+                             completed_at=None if reason else max(self._created_at,
+                                                                  int(self.turn.now)))
+
+    def whole(self, completion: Json) -> Json:
+        """The response for a plain completion: what the last event of a stream of it bears."""
+        for _ in self.feed(as_chunk(completion)):
+            pass
+        return list(self.close())[-1]["response"]
+
+    def fail(self, exc: GatewayError) -> Iterator[Json]:
+        """The end of a stream that broke."""
+        yield from self._begin({}, ())
+        usage = _response_usage(parse_usage(self.reader.usage)) if self.reader.usage else None
+        yield self._terminal("failed", error=_failure(exc), usage=usage)
 
     def _why_incomplete(self) -> Optional[str]:
         """Why the answer is not whole, None where it is.
 
-        Codex takes `incomplete` for a broken stream and asks the same again: as long as there is something to show or
-        to do, it is told that this was all.
+        Codex takes `incomplete` for a broken stream and asks the same again: as long as there is
+        something to show or to do, it is told that this was all.
         """
-        reason = _INCOMPLETE.get(self.finish_reason or "", "max_output_tokens" if self._withheld else None)
-        useful = sum(item["type"] != "reasoning" for item in self.finished.values()) > self._withheld
-        return None if self.turn.codex and useful else reason
+        reason = _INCOMPLETE.get(self.finish_reason or "",
+                                 "max_output_tokens" if self._withheld else None)
+        useful = sum(item["type"] != "reasoning" for item in self.finished.values())
+        return None if self.turn.codex and useful > self._withheld else reason
 
     def withhold(self, index: int, item: Json) -> None:
         """An item that goes into the response, but was cut off and so is never done."""
         self.finished[index] = item
         self._withheld += 1
-
-    @property
-    def call_ids(self) -> List[str]:
-        """What the calls are called when they come back."""
-        return [item["call_id"] for _, item in sorted(self.finished.items()) if "call_id" in item]
-
-    def fail(self, exc: GatewayError) -> Iterator[Json]:
-        """The end of a stream that broke."""
-        if not self._id:
-            yield from self._start({})
-        usage = _response_usage(parse_usage(self.usage)) if self.usage else None
-        yield self._terminal("failed", error=_failure(exc), usage=usage)
 
     def number(self) -> int:
         self._number += 1
@@ -6859,124 +6818,81 @@ class ResponsesStream:
     def event(self, name: str, fields: Json) -> Json:
         return {"type": "response." + name, **fields, "sequence_number": self.number()}
 
-    def _start(self, chunk: Json) -> Iterator[Json]:
-        created = chunk.get("created")
-        self._id = self.new_id("resp_")
-        self._created_at = int(created if isinstance(created, (int, float)) and created > 0 else self.turn.now)
-        yield self.event("created", {"response": self._response("in_progress")})
-        yield self.event("in_progress", {"response": self._response("in_progress")})
+    def _begin(self, chunk: Json, parts: Sequence[Part]) -> Iterator[Json]:
+        if not self._id:
+            created = chunk.get("created")
+            is_time = isinstance(created, (int, float)) and created > 0
+            self._id = self.new_id("resp_")
+            self._created_at = int(created if is_time else self.turn.now)
+            yield self.event("created", {"response": self._response("in_progress")})
+            yield self.event("in_progress", {"response": self._response("in_progress")})
+        yield from self._write(parts)
 
     def _response(self, status: str, **facts: Any) -> Json:
-        return {"id": self._id, "object": "response", "created_at": self._created_at, "status": status, "error": None,
-                "incomplete_details": None, **self.turn.echo, "model": self.turn.model,
-                "output": [self.finished[index] for index in sorted(self.finished)], "usage": None, **facts}
+        return {"id": self._id, "object": "response", "created_at": self._created_at,
+                "status": status, "error": None, "incomplete_details": None, **self.turn.echo,
+                "model": self.turn.model, "usage": None,
+                "output": [self.finished[index] for index in sorted(self.finished)], **facts}
 
     def _terminal(self, status: str, **facts: Any) -> Json:
         return self.event(status, {"response": self._response(status, **facts)})
 
-    def _estimate(self) -> Usage:
-        return Usage(self.turn.tokens, sum(map(_said_tokens, self.finished.values())), estimated=True)
-
-    def _take(self, delta: Json, choice: Json) -> Iterator[Json]:
-        reasoning = reasoning_of(delta)
-        if reasoning:
-            yield from self._say(self._reasoning_voice, reasoning, [])
-            if self._speech:
-                self._speech.details.add(delta.get("reasoning_details"))
-        content = delta.get("content")
-        if content:
-            text = content if isinstance(content, str) else "".join(_texts_of(content))
-            logprobs = choice.get("logprobs")
-            logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
-            pieces = self._think_tags.feed(text) if self._think_tags else [("text", text)]
-            yield from self._write_pieces(pieces, logprobs if isinstance(logprobs, list) else [])
-        self._citations += _citations(delta.get("annotations"))
-        if self._citations and self._speech and self._speech.voice is _TEXT:
-            yield from map(self._speech.annotate, self._citations)
+    def _write(self, parts: Sequence[Part]) -> Iterator[Json]:
+        for kind, text, more in parts:
+            if kind == "call":
+                yield from self._call(more)
+            elif kind == "thinking":
+                yield from self._say(self._thought_kind, text)
+                self._text_item.details.add(more)
+            elif kind == "refusal":
+                yield from self._say(_REFUSAL, text)
+            elif kind == "annotations":
+                self._citations += _citations(more)
+            elif text.strip() or self._text_item and self._text_item.kind is _TEXT:
+                yield from self._say(_TEXT, "".join((*self._blanks, text)), more)
+            else:
+                self._blanks.append(text)
+        if self._citations and self._text_item and self._text_item.kind is _TEXT:
+            yield from map(self._text_item.annotate, self._citations)
             self._citations = []
-        if isinstance(delta.get("refusal"), str) and delta["refusal"]:
-            yield from self._say(_REFUSAL, delta["refusal"], [])
-        calls = delta.get("tool_calls")
-        if not calls and isinstance(delta.get("function_call"), dict):     # the oldest form
-            calls = [{"index": 0, "function": delta["function_call"]}]
-        if isinstance(calls, list):
-            yield from self._take_calls(calls)
 
-    def _write_pieces(self, pieces: Sequence[Tuple[str, str]], logprobs: List[Json]) -> Iterator[Json]:
-        for kind, text in pieces:
-            if kind == "thinking":
-                yield from self._say(self._reasoning_voice, text, [])
-                continue
-            if self._speech is None or self._speech.voice is not _TEXT:
-                if not text.strip():
-                    self._blanks.append(text)
-                    continue
-                text = "".join((*self._blanks, text))
-            yield from self._say(_TEXT, text, logprobs)
-
-    def _say(self, voice: _Voice, text: str, logprobs: List[Json]) -> Iterator[Json]:
-        if self._speech is None or self._speech.voice is not voice:
-            yield from self._end_speech()
+    def _say(self, kind: _TextKind, text: str, choice: Any = None) -> Iterator[Json]:
+        if self._text_item is None or self._text_item.kind is not kind:
+            yield from self._end_text()
             yield from self._settle(None)
-            self._speech = _Speech(self, voice)
-            yield from self._speech.open()
-        yield self._speech.delta(text, logprobs)
+            self._text_item = _TextItem(self, kind)
+            yield from self._text_item.open()
+        if kind is _TEXT:
+            self._blanks = []
+        if text:
+            yield self._text_item.delta(text, choice)
 
-    def _end_speech(self, cut: bool = False) -> Iterator[Json]:
-        speech, self._speech, self._blanks = self._speech, None, []
-        if speech:
-            yield from speech.close(cut)
+    def _end_text(self, cut: bool = False) -> Iterator[Json]:
+        item, self._text_item, self._blanks = self._text_item, None, []
+        if item:
+            yield from item.close(cut)
 
-    def _take_calls(self, deltas: List[Any]) -> Iterator[Json]:
-        self._touched = set()
-        for delta in deltas:
-            if not isinstance(delta, dict):
-                continue
-            function = delta.get("function") if isinstance(delta.get("function"), dict) else {}
-            key, before = self._key_of(delta, function), self._last_call
-            begins = key not in self._calls
-            if begins:
-                yield from self._end_speech()
-                self._begin_call(key, delta.get("id"))
-            self._last_call, call = key, self._calls[key]
-            self._touched.add(call)
-            if begins or key != before:
-                yield from self._settle(call)
-            self._fed = call
-            if not call.done:
-                yield from call.feed(function)
+    def _call(self, call: ToolCall) -> Iterator[Json]:
+        item = self._call_items.get(call)
+        if item is None:
+            yield from self._end_text()
+            item = self._call_items[call] = _CallItem(self, call)
+        if item is not self._last:
+            yield from self._settle(item)
+        if not item.done:
+            yield from item.feed()
 
-    def _key_of(self, delta: Json, function: Json) -> Any:
-        """Which call a delta belongs to: by index, else id, else the last one; a free key for one that is new."""
-        index, ident = delta.get("index"), delta.get("id")
-        key = index if isinstance(index, int) else ident if isinstance(ident, str) and ident else self._last_call
-        call = self._calls.get(key)
-        if call is None:
-            return 0 if key is None else key
-        renamed = ident and call.upstream_id and ident != call.upstream_id     # all calls under index 0
-        repeated = index is None and not ident and (call.whole or call in self._touched)   # neither index nor id
-        if function.get("name") and (renamed or repeated):
-            del self._calls[key]
-        return key
-
-    def _begin_call(self, key: Any, ident: Any) -> None:
-        ident = ident if isinstance(ident, str) and ident else None
-        taken = ident is None or ident in self._call_ids or not re.match(r"\S+\Z", ident)
-        call = self._calls[key] = _Call(self, ident, self.new_id("call_") if taken else str(ident))
-        self._call_ids.add(call.call_id)
-        self._all_calls.append(call)
-
-    def _settle(self, active: Optional[_Call]) -> Iterator[Json]:
+    def _settle(self, active: Optional[_CallItem]) -> Iterator[Json]:
         """Something else goes on than the call before: it is done if it is whole."""
-        before = self._fed
-        if before is not None and before is not active and not before.done:
+        before, self._last = self._last, active or self._last
+        if before is not None and not before.done:
             yield from before.settle()
 
     def _end_items(self, cut: bool) -> Iterator[Json]:
-        yield from self._end_speech(cut)
-        for call in self._all_calls:
-            if not call.done:
-                yield from call.close(cut)
+        yield from self._end_text(cut)
+        for item in self._call_items.values():
+            if not item.done:
+                yield from item.close(cut)
 
 
 class _CompactionStream(ResponsesStream):
@@ -6986,71 +6902,20 @@ class _CompactionStream(ResponsesStream):
         super().__init__(turn, new_id)
         self._written: List[str] = []
 
-    def _write_pieces(self, pieces: Sequence[Tuple[str, str]], logprobs: List[Json]) -> Iterator[Json]:
-        self._written += [text for kind, text in pieces if kind == "text"]
-        return iter(())
-
-    def _say(self, voice: _Voice, text: str, logprobs: List[Json]) -> Iterator[Json]:
-        return iter(())
-
-    def _take_calls(self, deltas: List[Any]) -> Iterator[Json]:
+    def _write(self, parts: Sequence[Part]) -> Iterator[Json]:
+        self._written += [text for kind, text, _ in parts if kind == "text"]
         return iter(())
 
     def _end_items(self, cut: bool) -> Iterator[Json]:
         summary = "".join(self._written).strip()
         if cut or not summary:
-            raise UpstreamGarbled(f"the model's summary was cut off: {self.finish_reason}" if cut else
-                                  "the model wrote no summary")
+            raise UpstreamGarbled(f"the model's summary was cut off: {self.finish_reason}"
+                                  if cut else "the model wrote no summary")
         sealed = self.turn.seal.close({"summary": summary})
-        item, compaction = _Item(self), {"id": self.new_id("cmp_"), "type": "compaction", "encrypted_content": sealed}
+        compaction = {"id": self.new_id("cmp_"), "type": "compaction", "encrypted_content": sealed}
+        item = _Item(self)
         yield item.announce(compaction)
         yield item.finish(compaction)
-
-
-# --- answer: once more ---
-
-def replay_events(response: Json) -> Iterator[Json]:
-    """The events that tell a response that is over, each text and each call in one piece."""
-    for number, (name, fields) in enumerate(_retold(response)):
-        yield {"type": "response." + name, **fields, "sequence_number": number}
-
-
-def _retold(response: Json) -> Iterator[Tuple[str, Json]]:
-    begun = {**response, "status": "in_progress", "output": [], "usage": None, "error": None,
-             "incomplete_details": None}
-    begun.pop("completed_at", None)
-    yield "created", {"response": begun}
-    yield "in_progress", {"response": begun}
-    for index, item in enumerate(response["output"]):
-        place = {"item_id": item["id"], "output_index": index}
-        empty = {**item, **({"status": "in_progress"} if "status" in item else {})}
-        steps: List[Tuple[str, Json]] = []
-        for voice in (_SUMMARY, _RAW, _TEXT, _REFUSAL):
-            parts = item.get(voice.parts, ()) if item["type"] == voice.item["type"] else ()
-            for number, part in enumerate(parts):
-                if part["type"] == voice.part["type"]:
-                    empty = {"id": item["id"], **voice.item}
-                    steps += _spoken(voice, {**place, voice.index: number}, part)
-        kind = _TOOL_KINDS.get(_KIND_OF_CALL.get(item["type"], ""))
-        if kind and kind.events:
-            said, empty[kind.field] = item[kind.field], ""
-            steps = [(kind.events + ".delta", {**place, "delta": said}),
-                     (kind.events + ".done", {**place, kind.field: said})]
-        yield "output_item.added", {"output_index": index, "item": empty}
-        yield from steps
-        yield "output_item.done", {"output_index": index, "item": item}
-    yield response["status"], {"response": response}
-
-
-def _spoken(voice: _Voice, place: Json, part: Json) -> List[Tuple[str, Json]]:
-    """Names and fields of the events of one part that runs."""
-    text, said = part[voice.text], {"logprobs": part.get("logprobs", [])} if voice.extra else {}
-    cited = [(voice.text_events + ".annotation.added", {**place, "annotation_index": number, "annotation": annotation})
-             for number, annotation in enumerate(part.get("annotations", ()))]
-    return [(voice.part_events + ".added", {**place, "part": {**voice.part, voice.text: ""}}),
-            (voice.text_events + ".delta", {**place, "delta": text, **voice.extra}), *cited,
-            (voice.text_events + ".done", {**place, voice.text: text, **said}),
-            (voice.part_events + ".done", {**place, "part": part})]
 
 
 # === 10. Dialects (pure) =====================================================
@@ -7159,12 +7024,6 @@ class Call:
     def is_codex(self) -> bool:
         """Codex reads comments as silence, and a cut answer as an error (clients.md)."""
         return self.headers.get("originator", "").startswith("codex")
-
-
-def call_ids(answer: Json) -> List[str]:
-    """What the calls of a message or response are called when they come back."""
-    return [item.get("call_id") or unwrap_id(item["id"]) for item in answer.get("content") or answer.get("output") or ()
-            if "call_id" in item or item["type"] == "tool_use"]
 
 
 def encode_event(event: Json) -> bytes:
@@ -7497,11 +7356,6 @@ class WrittenTranslation(Translation):
     def _encode(self, event: Any) -> bytes:
         return encode_event(event)
 
-    @property
-    def usage(self) -> Usage:
-        self._told = self._writer.usage or self._told
-        return super().usage
-
     def feed(self, payload: bytes) -> bytes:
         return self._take(self._decoder.feed(payload))
 
@@ -7598,6 +7452,11 @@ class ChatMerge(WrittenTranslation, ChatTranslation):
     def _encode(self, event: Any) -> bytes:
         return encode_chunk(event)
 
+    @property
+    def usage(self) -> Usage:
+        self._told = self._writer.usage or self._told
+        return super().usage
+
 
 class TurnTranslation(WrittenTranslation):
     """A dialect of its own to Chat: its `turn` has the chat request, and writes the answer."""
@@ -7626,29 +7485,35 @@ class TurnTranslation(WrittenTranslation):
     def _new_writer(self) -> Any:
         return self._turn.stream(self._context.new_id)
 
+    @property
+    def usage(self) -> Usage:
+        """What the client is told, too."""
+        return self._writer.usage
+
     def _reply(self, data: bytes, completion: Json) -> bytes:
         if self._note is not None:
             self._note.record(completion)
         answer = self._answer(completion)
         if self._note is not None:
-            self._note.close(call_ids(answer))
+            self._note.close(self._writer.call_ids)
         return dump_json(answer)
 
     def _answer(self, completion: Json) -> Json:
-        return self._turn.reply(completion, self._context.new_id)
+        return self._writer.whole(completion)
 
 
 class MessagesTranslation(TurnTranslation):
     """A Messages request."""
 
-    @property
+    @cached_property
     def local(self) -> Optional[bytes]:
-        """The answer to `max_tokens: 0`."""
-        turn = self._turn
-        if turn.local is None:
+        """The answer to `max_tokens: 0` (warming a cache), which no upstream knows."""
+        if self._turn.max_tokens:
             return None
-        events = turn.local_events(self._context.new_id)
-        return b"".join(map(encode_event, events)) if self._call.stream else dump_json(turn.local)
+        writer, nothing = self._new_writer(), {"choices": [{"finish_reason": "length"}]}
+        if not self._call.stream:
+            return dump_json(writer.whole(nothing))
+        return b"".join(map(encode_event, [*writer.feed(nothing), *writer.close()]))
 
     @property
     def estimate(self) -> int:
@@ -7678,7 +7543,7 @@ class ResponsesTranslation(TurnTranslation):
         return b"".join(map(self._encode, self._writer.fail(exc)))
 
     def _answer(self, completion: Json) -> Json:
-        return self._keep(super()._answer(completion))
+        return self._keep(self._writer.whole(completion))
 
     def _keep(self, answer: Json) -> Json:
         turn = self._turn
@@ -7691,7 +7556,8 @@ class CompactTranslation(ResponsesTranslation):
     """POST /v1/responses/compact: the same request, answered by its summary."""
 
     def _answer(self, completion: Json) -> Json:
-        return self._keep(compact_reply(self._turn, completion, self._context.new_id))
+        response = self._writer.whole(completion)
+        return self._keep(compact_reply(self._turn, response, self._context.new_id))
 
 
 def models_in(text: str) -> List[Any]:
