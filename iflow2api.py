@@ -8450,15 +8450,12 @@ class StreamLoop:
 
     # streams
 
-    def admit(self) -> bool:
-        """Take a place for one more stream, if there is one."""
-        with self._lock:
-            free = self._load < self.ROOM and not self._closing
-            self._load += free
-            return free
-
     def run(self, stream: MovedStream) -> None:
-        """Move a stream that was admitted, until it has ended."""
+        """Move a stream until it has ended; Busy where it can't be taken."""
+        with self._lock:
+            if self._closing or self._load >= self.ROOM:
+                raise Busy("this system can move no more streams at once")
+            self._load += 1
         connection = stream.connection
         self._fresh.append(stream)
         self._wake_up()
@@ -8607,9 +8604,10 @@ def _transport_error(exc: Exception, where: str) -> UpstreamError:
     elif isinstance(exc, socket.timeout):
         kind, text = UpstreamTimeout, "no connection within the time limit (connect_timeout_s)"
     elif isinstance(exc, ssl.SSLError):
-        is_plain = "WRONG_VERSION" in str(exc.reason)
-        text = "TLS failed: " + ("it does not speak TLS; should the address begin with http://?"
-                                 if is_plain else exc.reason or str(exc))
+        reason = getattr(exc, "reason", None) or str(exc)
+        if "WRONG_VERSION" in reason:
+            reason = "it does not speak TLS; should the address begin with http://?"
+        text = f"TLS failed: {reason}"
     elif isinstance(exc, (socket.gaierror, UnicodeError)):
         text = f"unknown host ({text})"
     elif isinstance(exc, ConnectionRefusedError):
@@ -8882,7 +8880,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self._pool = Pool()
-        self._loops: List[StreamLoop] = []
+        self._loop: Optional[StreamLoop] = None
         self._tls: Tuple[str, Optional[ssl.SSLContext]] = ("", None)
         self._lock = threading.Lock()
         self.identity = IFlowIdentity()
@@ -9011,7 +9009,7 @@ class Upstream:
                 return
         client.nonblocking = True
         try:
-            self._loop(True).run(stream)
+            self.loop.run(stream)
         finally:
             client.nonblocking = False
         if stream.error is not None:
@@ -9022,33 +9020,22 @@ class Upstream:
 
     @property
     def loop(self) -> StreamLoop:
-        """The loop that looks after clients."""
-        return self._loop(False)
-
-    def _loop(self, admitted: bool) -> StreamLoop:
-        """The loop that looks after clients, or (`admitted`) one that has room for a stream."""
+        """The loop for streams and clients, started when it is first asked for."""
         with self._lock:
-            for loop in self._loops:
-                if not admitted or loop.admit():
-                    return loop
-            self._loops.append(StreamLoop())
-            if admitted:
-                self._loops[-1].admit()
-            return self._loops[-1]
+            if self._loop is None:
+                self._loop = StreamLoop()
+            return self._loop
 
     def end_all(self, reason: Exception) -> None:
         """Cut off what is still on its way to clients, who are told the reason."""
-        with self._lock:
-            loops = list(self._loops)
-        for loop in loops:
-            loop.end_all(reason)
+        if self._loop is not None:
+            self._loop.end_all(reason)
 
     def close(self) -> None:
         self._pool.close()
         with self._lock:
-            for loop in self._loops:
-                loop.close()
-            self._loops = []
+            if self._loop is not None:
+                self._loop.close()
 
 
 # === 12. Credentials =========================================================
@@ -9059,14 +9046,12 @@ class Upstream:
 DEFAULT_ACCOUNT = "default"
 
 #: The CLI's port and path: the login host may know no other.  Taken: a free port.
-OAUTH_PORT = 11451
-OAUTH_PATH = "/oauth2callback"
+OAUTH_PORT, OAUTH_PATH = 11451, "/oauth2callback"
 
-#: Longest silence and longest answer of the login host; longest wait for another one's refresh.
-OAUTH_SILENCE_S, OAUTH_ANSWER_S, OAUTH_LOCK_S = 20, 30, 120
-
-#: How long a login may take in the browser.
-LOGIN_TIMEOUT_S = 300
+#: Longest silence, longest time and most bytes of an answer of the login host; longest wait for
+#: another one's refresh; how long a login may take in the browser.
+OAUTH_SILENCE_S, OAUTH_ANSWER_S, OAUTH_ANSWER_BYTES = 20, 30, 1 << 20
+OAUTH_LOCK_S, LOGIN_TIMEOUT_S = 120, 300
 
 ACCESS, REFRESH = "oauth_access_token", "oauth_refresh_token"
 
@@ -9129,12 +9114,12 @@ class OAuth:
     def exchange(self, code: str, redirect_uri: str) -> Json:
         """Tokens for the code that the browser came back with."""
         return self._tokens({"grant_type": "authorization_code", "code": code,
-                             "redirect_uri": redirect_uri})
+                             "redirect_uri": redirect_uri}, code)
 
-    def refresh(self, refresh_token: str) -> Json:
+    def refresh(self, token: str) -> Json:
         """New tokens for a refresh token, which is used up by this."""
-        return {REFRESH: refresh_token, **self._tokens({
-            "grant_type": "refresh_token", "refresh_token": refresh_token})}
+        form = {"grant_type": "refresh_token", "refresh_token": token}
+        return {REFRESH: token, **self._tokens(form, token)}
 
     def user_info(self, access_token: str) -> Json:
         """Whose login it is, and the `apiKey` of the model API, which is never the access token."""
@@ -9150,28 +9135,26 @@ class OAuth:
                               "python iflow2api.py login", refused=True)
         return {**data, "apiKey": key.strip()}
 
-    def _tokens(self, form: Dict[str, str]) -> Json:
+    def _tokens(self, form: Dict[str, str], secret: str) -> Json:
+        """The fields of a login; `secret` is what the host may repeat in an error."""
         settings = self._settings()
         pair = {"client_id": settings.oauth_client_id,
                 "client_secret": settings.oauth_client_secret}
         basic = base64.b64encode(":".join(pair.values()).encode()).decode()
-        body = urllib.parse.urlencode({**form, **pair}).encode()
-        status, answer = self._ask("POST", settings.iflow_token_url, body,
+        status, answer = self._ask("POST", settings.iflow_token_url,
+                                   urllib.parse.urlencode({**form, **pair}).encode(),
                                    [("Authorization", "Basic " + basic)])
-        access = answer.get("access_token")
-        if status != 200 or answer.get("success") is False or not (
-                isinstance(access, str) and access):
-            raise self._refusal("tokens", status, answer, form.get("code") or form["refresh_token"])
-        tokens: Json = {ACCESS: access}
-        if isinstance(answer.get("refresh_token"), str) and answer["refresh_token"]:
-            tokens[REFRESH] = answer["refresh_token"]
+        found = {name: answer.get(name) for name in ("access_token", "refresh_token")}
+        tokens = {f"oauth_{name}": value for name, value in found.items()
+                  if isinstance(value, str) and value}
+        if status != 200 or answer.get("success") is False or ACCESS not in tokens:
+            raise self._refusal("tokens", status, answer, secret)
         try:
             lasts_s = float(answer.get("expires_in"))
         except (TypeError, ValueError, OverflowError):
             lasts_s = 0.0
-        tokens["oauth_expires_at"] = (format_time(self._clock() + lasts_s)
-                                      if 0 < lasts_s < 1e9 else None)
-        return tokens
+        ends = format_time(self._clock() + lasts_s) if 0 < lasts_s < 1e9 else None
+        return {**tokens, "oauth_expires_at": ends}
 
     def _ask(self, method: str, url: str, body: Optional[bytes],
              headers: List[Tuple[str, str]]) -> Tuple[int, Json]:
@@ -9180,18 +9163,17 @@ class OAuth:
         if not re.match(r"https?://[^/\s]", base):
             raise LoginFailed(f"{one_line(base, 80)!r} is no address: see iflow_token_url and "
                               "iflow_userinfo_url")
-        host = Provider("iFlow's login host", base)
-        until = time.monotonic() + OAUTH_ANSWER_S
         headers = [("User-Agent", f"iflow2api/{__version__}"), ("Accept", "application/json"),
                    *headers]
-        parts: List[bytes] = []
+        until, data = time.monotonic() + OAUTH_ANSWER_S, bytearray()
         try:
             with self._upstream.open(
-                    host, self._settings(), method, query and "?" + query, headers, body, NOBODY,
-                    OAUTH_SILENCE_S, "application/x-www-form-urlencoded") as exchange:
-                while not parts or parts[-1]:
-                    parts.append(exchange.read())
-                    if time.monotonic() > until or len(parts) > 10_000:
+                    Provider("iFlow's login host", base), self._settings(), method,
+                    query and "?" + query, headers, body, NOBODY, OAUTH_SILENCE_S,
+                    "application/x-www-form-urlencoded") as response:
+                for part in iter(response.read, b""):
+                    data += part
+                    if time.monotonic() > until or len(data) > OAUTH_ANSWER_BYTES:
                         raise UpstreamTimeout("iFlow's login host did not finish its answer "
                                               f"within {OAUTH_ANSWER_S} s")
         except UpstreamError as exc:
@@ -9199,15 +9181,15 @@ class OAuth:
         except ValueError:
             raise LoginFailed(f"{one_line(base, 80)!r} has no valid port") from None
         try:
-            answer = json.loads(b"".join(parts).decode("utf-8-sig"))
+            answer = json.loads(data.decode("utf-8-sig"))
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            is_page = "html" in exchange.content_type or parts[0].lstrip()[:1] == b"<"
+            is_page = "html" in response.content_type or data.lstrip()[:1] == b"<"
             what = "an HTML page" if is_page else "something else"
-            raise LoginFailed(f"iFlow's login host answered {exchange.status} with {what} instead "
+            raise LoginFailed(f"iFlow's login host answered {response.status} with {what} instead "
                               f"of JSON; {KEPT}")
-        return exchange.status, answer
+        return response.status, answer
 
     @staticmethod
     def _refusal(wanted: str, status: int, answer: Json, secret: str) -> LoginFailed:
@@ -9235,32 +9217,28 @@ class LoginFile:
 
     def __init__(self, account: str, config: Optional[ConfigFile]) -> None:
         self.account, self._config = account or DEFAULT_ACCOUNT, config
+        self.is_default = self.account == DEFAULT_ACCOUNT
         self.path = os.path.expanduser(IFLOW_FILE)
         self._lock_path = os.path.join(os.path.dirname(self.path), IFLOW_LOCK)
-        if self.account != DEFAULT_ACCOUNT:
+        if not self.is_default:
             if config is None:
                 raise LoginFailed("accounts are kept in config.json, and there is none")
             self.path, self._lock_path = config.path, os.path.join(config.folder, "login.lock")
-        #: An earlier version wrote new tokens here first.
+        #: an earlier version wrote new tokens here first
         self._pending_path = f"{self._lock_path}.{hash_key(self.account).hex()[:8]}.tokens"
-
-    @property
-    def is_default(self) -> bool:
-        return self.account == DEFAULT_ACCOUNT
 
     def read(self) -> Json:
         """The login, {} where there is none."""
         try:
-            if self.is_default:
+            if self.is_default or self._config is None:
                 return read_json_file(self.path)
-            accounts = self._config.read().get("accounts") if self._config else None
+            return object_of(object_of(self._config.read().get("accounts")).get(self.account))
         except ConfigBroken as exc:
             raise LoginFailed(f"{exc}; repair the file or move it away, nothing was written to "
                               "it") from None
-        return object_of(object_of(accounts).get(self.account))
 
     def update(self, changes: Json) -> None:
-        """Change fields of the login; None takes one away."""
+        """Change fields of the login in one write; None takes one away."""
         def merge(login: Json) -> Json:
             merged = {**login, **changes}
             return {name: value for name, value in merged.items() if value is not None}
@@ -9271,9 +9249,9 @@ class LoginFile:
             raw["accounts"] = {**accounts, **({self.account: login} if login else {})}
 
         try:
-            if self.is_default:
+            if self.is_default or self._config is None:
                 write_file(self.path, ConfigFile.to_bytes(merge(self.read())))
-            elif self._config is not None:
+            else:
                 self._config.change(edit)
         except OSError as exc:
             raise LoginFailed(f"{self.path} can't be written: {exc.strerror or exc}") from None
@@ -9283,18 +9261,18 @@ class LoginFile:
 
         ({}, "") where there are none.
         """
+        def decrypted(place: str, secret: str) -> str:
+            can = self._config is not None and is_encrypted(secret)
+            return self._config.vault.decrypt(secret) if self._config and can else secret
+
         found: Json = {}
         if os.path.exists(self._pending_path):
             with contextlib.suppress(ConfigBroken, CannotDecrypt):
-                found = map_secrets(read_json_file(self._pending_path), self._opened)
+                found = map_secrets(read_json_file(self._pending_path), decrypted)
         tokens = object_of(object_of(found.get("accounts")).get(self.account))
         used = found.get("used")
         is_usable = isinstance(used, str) and isinstance(tokens.get(REFRESH), str)
         return (tokens, str(used)) if is_usable else ({}, "")
-
-    def _opened(self, place: str, secret: str) -> str:
-        is_ours = self._config is not None and is_encrypted(secret)
-        return self._config.vault.decrypt(secret) if self._config and is_ours else secret
 
     def drop_pending(self) -> None:
         with contextlib.suppress(OSError):
@@ -9329,19 +9307,17 @@ def login_end(login: Json) -> Optional[float]:
 
 # --- refreshing ----------------------------------------------------------------
 
-@dataclass(eq=False, repr=False)
-class Refreshed:
-    """How the refreshing of one account goes; `unsaved` are tokens that await being written.
-
-    `unsaved_for` is the hash of the refresh token that they were got for.
-    """
+@dataclass
+class RefreshState:
+    """How the refreshing of one account goes."""
     at: Optional[float] = None
     ok: Optional[bool] = None
     message: str = ""
-    refused: bool = False
-    dead_token: str = ""
+    refused: bool = False                 #: the login host answered and said no
+    dead_token: str = ""                  #: the refresh token that only a new login helps
     failures: int = 0
     next_at: float = 0.0                  #: monotonic; not before this
+    #: tokens that await being written, and the hash of the refresh token that they were got for
     unsaved: Json = field(default_factory=dict)
     unsaved_for: str = ""
 
@@ -9365,7 +9341,7 @@ class Refresher:
         """`files` are the logins to look after, `changed` is called when one was written."""
         self._oauth, self._files, self._changed = oauth, files, changed
         self._clock, self._monotonic, self._log = clock, monotonic, log
-        self._states: Dict[str, Refreshed] = {}
+        self._states: Dict[str, RefreshState] = {}
         self._wake, self._closing = threading.Event(), False
         self._thread: Optional[threading.Thread] = None
 
@@ -9394,8 +9370,8 @@ class Refresher:
             self._wake.wait(wait_s)
             self._wake.clear()
 
-    def state(self, account: str) -> Refreshed:
-        return self._states.setdefault(account, Refreshed())
+    def state(self, account: str) -> RefreshState:
+        return self._states.setdefault(account, RefreshState())
 
     def look(self) -> float:
         """Refresh what is due; the seconds until the next look."""
@@ -9407,7 +9383,7 @@ class Refresher:
                 continue
             state = self.state(file.account)
             if state.dead_token and login.get(REFRESH) != state.dead_token:
-                state = self._states[file.account] = Refreshed()     # somebody logged in again
+                state = self._states[file.account] = RefreshState()  # somebody logged in again
             if not state.unsaved:
                 state.unsaved, state.unsaved_for = file.pending()
             if self._is_due(login, state) and not self._closing:
@@ -9416,36 +9392,25 @@ class Refresher:
                 wait_s = min(wait_s, max(1.0, state.next_at - self._monotonic()))
         return wait_s
 
-    def _is_due(self, login: Json, state: Refreshed) -> bool:
+    def _is_due(self, login: Json, state: RefreshState) -> bool:
         end = login_end(login)
         ends_soon = end is not None and end - self._clock() < self.AHEAD_S
         return self._may_ask(login, state) and (
             login.get(KEY_DUE) is True or bool(state.unsaved) or ends_soon)
 
-    def _may_ask(self, login: Json, state: Refreshed) -> bool:
+    def _may_ask(self, login: Json, state: RefreshState) -> bool:
         """Whether there is a token to ask with that lives, and the host was not asked just now."""
         token = login.get(REFRESH)
         return isinstance(token, str) and token not in ("", state.dead_token) and (
             self._monotonic() >= state.next_at)
 
-    def renew(self, account: str, key: str, client: Client) -> str:
+    def renew(self, account: str, key: str) -> str:
         """The key to use instead of `key`, which the API refused; "" where a refresh brings none.
 
-        On a thread of its own: a client that leaves must not cut a refresh in half.
+        A client that leaves meanwhile does not cut it in half: nobody's request is made for it.
         """
-        found: List[str] = []
-        done = threading.Event()
-
-        def refresh() -> None:
-            try:
-                found.extend(self._refresh(file, key) for file in self._files()
-                             if file.account == account)
-            finally:
-                done.set()
-
-        threading.Thread(target=refresh, name="login-renew", daemon=True).start()
-        client.wait(done)
-        return "".join(found)
+        return "".join(self._refresh(file, key) for file in self._files()
+                       if file.account == account)
 
     def _refresh(self, file: LoginFile, stale: Optional[str]) -> str:
         """Refresh one login, unless somebody else just did; its key, "" if that failed.
@@ -9454,11 +9419,11 @@ class Refresher:
         """
         state, token = self.state(file.account), ""
         try:
-            before = file.read()
-            token = before.get(REFRESH) or ""
-            if stale is not None and not self._may_ask(before, state):
-                is_new = state.ok or self._key_of(before) != stale
-                return self._key_of(before) if is_new else ""
+            login = file.read()
+            token = login.get(REFRESH) or ""
+            if stale is not None and not self._may_ask(login, state):
+                key = self._key_of(file.read())          # another thread may just have renewed it
+                return key if state.ok or key != stale else ""
             with file.held():
                 token = self._save_left_over(file, state) or token
                 login = file.read()
@@ -9478,7 +9443,7 @@ class Refresher:
         return key.strip() if isinstance(key, str) else ""
 
     @staticmethod
-    def _save_left_over(file: LoginFile, state: Refreshed) -> str:
+    def _save_left_over(file: LoginFile, state: RefreshState) -> str:
         """Write tokens that could not be written before, unless there are others; their REFRESH."""
         token = ""
         tokens, used = file.pending()
@@ -9487,12 +9452,12 @@ class Refresher:
         if tokens and hash_key(str(file.read().get(REFRESH))).hex() == used:
             file.update(tokens)
             token = tokens[REFRESH]
-        if tokens:                       # else there is nothing, or it can't be opened today
+        if tokens:                       # else there is nothing, or it can't be decrypted today
             file.drop_pending()
         state.unsaved = {}
         return token
 
-    def _ask(self, file: LoginFile, login: Json, state: Refreshed, refused_key: bool) -> Json:
+    def _ask(self, file: LoginFile, login: Json, state: RefreshState, refused_key: bool) -> Json:
         """The login with new tokens and the key that belongs to them, both written."""
         if refused_key or login.get(KEY_DUE) is not True or state.refused:
             tokens = {**self._oauth.refresh(login[REFRESH]), KEY_DUE: True}
@@ -9505,7 +9470,7 @@ class Refresher:
         file.update(news)
         return {**login, **news}
 
-    def _note(self, state: Refreshed, file: LoginFile, failure: Optional[LoginFailed],
+    def _note(self, state: RefreshState, file: LoginFile, failure: Optional[LoginFailed],
               token: str) -> None:
         """Remember how it went, say so in one line, and say when to try again."""
         state.at, state.ok = self._clock(), failure is None
@@ -9519,23 +9484,25 @@ class Refresher:
             state.dead_token, state.failures, state.next_at = token, 0, 0.0
             self._log.warning("the iFlow login %s has ended: %s", file.account, state.message)
         else:
-            failures = 1 if state.unsaved else min(state.failures, 1 + len(self.BACKOFF_S))
-            delay_s = (*self.BACKOFF_S, self.LOOK_S)[failures - 1]
+            waits = self.BACKOFF_S[:1] if state.unsaved else (*self.BACKOFF_S, self.LOOK_S)
+            delay_s = waits[min(state.failures, len(waits)) - 1]
             state.next_at = self._monotonic() + delay_s
             self._log.warning("the iFlow login %s could not be refreshed (next try in %d s): %s",
                               file.account, delay_s, state.message)
 
     def report(self, logins: Mapping[str, Json]) -> Dict[str, Json]:
         """account -> when its login ends and how the last refresh went; nothing in it is secret."""
+        def text(at: Optional[float]) -> Optional[str]:
+            return format_time(at) if at is not None else None
+
         found = {}
         for account, login in logins.items():
-            state, end, token = self.state(account), login_end(login), login.get(REFRESH)
+            state, token = self.state(account), login.get(REFRESH)
             ended = bool(token) and token == state.dead_token
             if token or login.get("apiKey"):
                 found[account] = {
                     "renewable": bool(token) and not ended, "ended": ended,
-                    "expires_at": format_time(end) if end is not None else None,
-                    "refreshed_at": format_time(state.at) if state.at is not None else None,
+                    "expires_at": text(login_end(login)), "refreshed_at": text(state.at),
                     "refresh_ok": state.ok,
                     **({"message": state.message} if state.message else {})}
         return found
@@ -9550,37 +9517,6 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:36rem;margin:4rem auto;padding
 </style><h1>TITLE</h1><p>TEXT</p>"""
 
 LOGIN_TITLES = {True: "Logged in / 登录成功", False: "Not logged in / 登录未成功"}
-
-
-class _CallbackHandler(http.server.BaseHTTPRequestHandler):
-    """Takes the browser that comes back from the login, and tells it how that went."""
-    server: "_CallbackServer"
-    timeout = 10
-    server_version, sys_version = "iflow2api", ""
-
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        if path != OAUTH_PATH:           # a stranger, or the browser's /favicon.ico
-            return self.send_error(404)
-        ok, text = self.server.flow.visit(query)
-        import html
-        page = LOGIN_PAGE.replace("TITLE", LOGIN_TITLES[ok]).replace("TEXT", html.escape(text))
-        data = page.encode()
-        self.send_response(200 if ok else 400)
-        for name, value in (
-                ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(data))),
-                ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"),
-                ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"),
-                ("Connection", "close")):
-            self.send_header(name, value)
-        self.end_headers()
-        try:
-            self.wfile.write(data)
-        finally:
-            self.server.flow.settle()    # only now: the process may end with it
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Not logged: the request line holds the code."""
 
 
 def stop_accepting(server: "Listener") -> None:
@@ -9623,37 +9559,53 @@ class Listener(http.server.ThreadingHTTPServer):
             raise OSError(errno.EINVAL, "Name or service not known") from None
         self.server_name, self.server_port = self.server_address[:2]
 
-
-class _CallbackServer(Listener):
-    """One of the two listeners, 127.0.0.1 and ::1: `localhost` may mean either to a browser."""
-
-    def __init__(self, family: int, address: Tuple[str, int], flow: "LoginFlow") -> None:
-        self.address_family, self.flow = family, flow
-        super().__init__(address, _CallbackHandler)
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="login-callback",
-                         daemon=True).start()
-
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a connection to the login's port failed")
-
-    def close(self) -> None:
-        stop_accepting(self)
+        log.debug("a connection failed", exc_info=True)
 
 
-def listen_for_login(flow: "LoginFlow", port: int) -> List[_CallbackServer]:
-    """Listeners on one port of 127.0.0.1 and ::1, `port` if both are free; LoginFailed."""
-    for wanted in (port, *[0] * 8):
-        servers: List[_CallbackServer] = []
+class _CallbackHandler(http.server.BaseHTTPRequestHandler):
+    """Takes the browser that comes back from the login, and tells it how that went."""
+    server: Any
+    timeout = 10
+    server_version, sys_version = "iflow2api", ""
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        if path != OAUTH_PATH:           # a stranger, or the browser's /favicon.ico
+            return self.send_error(404)
+        ok, text = self.server.flow.visit(query)
+        import html
+        page = LOGIN_PAGE.replace("TITLE", LOGIN_TITLES[ok]).replace("TEXT", html.escape(text))
+        data = page.encode()
+        self.send_response(200 if ok else 400)
+        for name, value in (
+                ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(data))),
+                ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"),
+                ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"),
+                ("Connection", "close")):
+            self.send_header(name, value)
+        self.end_headers()
         try:
-            servers.append(_CallbackServer(socket.AF_INET, ("127.0.0.1", wanted), flow))
-            servers.append(_CallbackServer(socket.AF_INET6, ("::1", servers[0].server_port), flow))
-            return servers
-        except OSError as exc:
-            taken = (errno.EADDRINUSE, errno.EACCES, getattr(errno, "WSAEADDRINUSE", -1))
-            if servers and exc.errno not in taken:
-                return servers           # no IPv6 here
-            for server in servers:
-                server.close()
+            self.wfile.write(data)
+        finally:
+            self.server.flow.settle()    # only now: the process may end with it
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not logged: the request line holds the code."""
+
+
+def listen_for_login(flow: "LoginFlow", port: int) -> Listener:
+    """A listener on 127.0.0.1, on `port` if that is free; LoginFailed.
+
+    A browser that takes `localhost` for ::1 comes here next.
+    """
+    for wanted in (port, 0):
+        with contextlib.suppress(OSError):
+            server = Listener(("127.0.0.1", wanted), _CallbackHandler)
+            server.flow = flow           # type: ignore[attr-defined]
+            threading.Thread(target=server.serve_forever, args=(0.1,), name="login-callback",
+                             daemon=True).start()
+            return server
     raise LoginFailed("no port of this machine can be listened on; log in with: "
                       "python iflow2api.py login --paste")
 
@@ -9674,8 +9626,8 @@ class LoginFlow:
         self.file, self._oauth, self._changed = file, oauth, changed
         self.state, self.message, self.ended = "waiting", "", threading.Event()
         self._secret, self._lock = secrets.token_urlsafe(32), threading.Lock()
-        self._servers = listen_for_login(self, port) if listen else []
-        port = self._servers[0].server_port if listen else port
+        self._server = listen_for_login(self, port) if listen else None
+        port = self._server.server_port if self._server is not None else port
         self._redirect_uri = f"http://localhost:{port}{OAUTH_PATH}"
         self.url = oauth.address(self._redirect_uri, self._secret)
         late = f"nobody logged in within {timeout_s:g} s; nothing was changed"
@@ -9744,28 +9696,23 @@ class LoginFlow:
             try:
                 tokens = self._oauth.exchange(code, self._redirect_uri)
                 info = self._oauth.user_info(tokens[ACCESS])
+                changes = {REFRESH: None, **tokens, "apiKey": info["apiKey"], KEY_DUE: None,
+                           "api_key_expires_at": None, "selectedAuthType": "oauth-iflow"}
                 with self.file.held():
-                    self.file.update(self._login(tokens, info, self.file.read()))
+                    # iFlow's key must not go to another service that was set before
+                    if self.file.read().get("selectedAuthType") == "openai-compatible":
+                        changes.update(baseUrl=None, modelName=None)
+                    self.file.update(changes)
             except LoginFailed as exc:
                 if final or not exc.refused:
                     self.state, self.message = "failed", exc.message
                 raise
             names = ("username", "email", "phone")
             who = next((str(info[name]) for name in names if info.get(name)), "")
-            self.state = "done"
             name = " as " + one_line(who, 80) if who else ""
             self.message = f"logged in to iFlow{name}; you can close this page / 可以关闭此页面"
+            self.state = "done"
         self._changed()
-
-    @staticmethod
-    def _login(tokens: Json, info: Json, before: Json) -> Json:
-        """What a login writes; iFlow's key must not go to another service that was set before."""
-        changes: Json = {**tokens, REFRESH: tokens.get(REFRESH), "apiKey": info["apiKey"],
-                         "api_key_expires_at": None, KEY_DUE: None,
-                         "selectedAuthType": "oauth-iflow"}
-        if before.get("selectedAuthType") == "openai-compatible":
-            changes.update(baseUrl=None, modelName=None)
-        return changes
 
     def fail(self, message: str) -> None:
         if self.state == "waiting":
@@ -9777,9 +9724,9 @@ class LoginFlow:
         if self.state != "waiting":
             self._timer.cancel()
             with self._lock:
-                servers, self._servers = self._servers, []
-            for server in servers:
-                server.close()
+                server, self._server = self._server, None
+            if server is not None:
+                stop_accepting(server)
             self.ended.set()
 
 
@@ -9796,9 +9743,8 @@ class Logins:
 
     def files(self) -> List[LoginFile]:
         """The logins there may be."""
-        if self._config is None:
-            return []
-        return [LoginFile(name, self._config) for name in (DEFAULT_ACCOUNT, *self._accounts())]
+        names = (DEFAULT_ACCOUNT, *self._accounts()) if self._config is not None else ()
+        return [LoginFile(name, self._config) for name in names]
 
     def start(self, account: str = "", paste: bool = False, timeout_s: float = LOGIN_TIMEOUT_S,
               port: Optional[int] = None) -> Json:
@@ -9816,18 +9762,19 @@ class Logins:
         self._taken_over()
         self.refresher.wake()
 
-    def callback(self, query: str) -> Json:
-        """The browser's way back through somebody else's listener."""
+    def _begun(self) -> LoginFlow:
         if self.flow is None:
             raise LoginFailed("no login was begun")
-        ok, message = self.flow.visit(query)
-        self.flow.settle()
+        return self.flow
+
+    def callback(self, query: str) -> Json:
+        """The browser's way back through somebody else's listener."""
+        ok, message = self._begun().visit(query)
+        self._begun().settle()
         return {**self.status(), "ok": ok, "message": message}
 
     def paste(self, text: str) -> Json:
-        if self.flow is None:
-            raise LoginFailed("no login was begun")
-        self.flow.paste(text)
+        self._begun().paste(text)
         return self.status()
 
     def status(self) -> Json:
@@ -9846,29 +9793,24 @@ class Logins:
 
 # --- the browser ---------------------------------------------------------------
 
-#: platform -> what opens an address there, tried in turn; `webbrowser` is Python's own module.
+#: What opens an address, tried in turn; `webbrowser` is Python's own module.
 BROWSERS: Dict[str, Tuple[Tuple[str, ...], ...]] = {
-    "termux": (("termux-open-url",), ("termux-open",), ("xdg-open",)),
-    "wsl": (("wslview",), ("rundll32.exe", "url.dll,FileProtocolHandler"), ("xdg-open",)),
-    "windows": (("webbrowser",), ("rundll32", "url.dll,FileProtocolHandler")),
-    "macos": (("open",), ("webbrowser",)),
-    "desktop": (("xdg-open",), ("gio", "open"), ("webbrowser",)),
-    "headless": ()}
+    "termux": (("termux-open-url",), ("termux-open",)),
+    "wsl": (("wslview",), ("rundll32.exe", "url.dll,FileProtocolHandler")),
+    "desktop": (("xdg-open",), ("webbrowser",)), "headless": ()}
 
 
 def browser_platform(environ: Mapping[str, str], system: str = sys.platform) -> str:
     """Which row of BROWSERS is this machine's.
 
-    Without a display xdg-open would start a browser in the terminal.
+    Without a display `webbrowser` would start a browser in the terminal.
     """
     if environ.get("TERMUX_VERSION") or "com.termux" in environ.get("PREFIX", ""):
         return "termux"                  # sys.platform: "linux", from Python 3.13 on "android"
-    if system in ("win32", "cygwin", "darwin"):
-        return "macos" if system == "darwin" else "windows"
     if environ.get("WSL_DISTRO_NAME") or environ.get("WSL_INTEROP"):
         return "wsl"
     display = any(environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
-    return "desktop" if display else "headless"
+    return "desktop" if display or system in ("win32", "cygwin", "darwin") else "headless"
 
 
 def run_opener(command: Sequence[str]) -> bool:
@@ -11654,7 +11596,7 @@ class Attempts:
         account = self.gateway.account_of(self.target.provider, plan.key)
         if account is None or plan.key == self._fresh_key:
             return False
-        self._fresh_key = self.gateway.logins.refresher.renew(account, plan.key, self.client) or ""
+        self._fresh_key = self.gateway.logins.refresher.renew(account, plan.key) or ""
         if self._fresh_key:
             plan.repeat(self._fresh_key)
         return bool(self._fresh_key)

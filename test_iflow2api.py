@@ -5254,50 +5254,50 @@ def test_what_comes_before_an_answer_has_a_limit(monkeypatch):
 CHUNKED = b"5\r\nhello\r\n6;ext=\"x\"\r\n world\r\nA\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
 
 
-def dechunk(pieces):
+def dechunk(*pieces):
     dechunker = ifl.Dechunker()
-    return b"".join(dechunker.feed(piece) for piece in pieces), dechunker
+    return b"".join(dechunker.feed(piece) for piece in pieces), dechunker.done, dechunker.surplus
 
 
 def test_chunks_however_they_are_cut():
+    wanted = b"hello world0123456789", True
     for pieces in cuts(CHUNKED):
-        data, dechunker = dechunk(pieces)
-        assert (data, dechunker.done, dechunker.surplus) == (
-            b"hello world0123456789", True, b""), pieces
+        assert dechunk(*pieces) == (*wanted, b""), pieces
     for first, second in itertools.combinations(range(1, len(CHUNKED)), 2):
-        data, dechunker = dechunk([CHUNKED[:first], CHUNKED[first:second], CHUNKED[second:]])
-        assert (data, dechunker.done) == (b"hello world0123456789", True), (first, second)
-
-
-def test_what_follows_the_last_chunk_is_kept():
-    for at in range(len(CHUNKED) + 1):
-        data, dechunker = dechunk([CHUNKED[:at], CHUNKED[at:] + b"GET / HTTP/1.1\r\n"])
-        assert (data, dechunker.surplus) == (b"hello world0123456789", b"GET / HTTP/1.1\r\n"), at
+        assert dechunk(CHUNKED[:first], CHUNKED[first:second],
+                       CHUNKED[second:] + b"more") == (*wanted, b"more"), (first, second)
 
 
 @pytest.mark.parametrize("data", [
     b"x\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5 5\r\n", b"\r\n", b"5\r\nhelloX\r\n",
-    b"5\r\nhello\n\n5\r\n",
-    b"5\r\nhelloab0\r\n\r\n",
-    b"f" * 16 + b"\r\n", b"1_0\r\n" + b"x" * 16 + b"\r\n", b" 5\r\nhello\r\n", b"+5\r\nhello\r\n",
-    b"zz\r\n12\r\n",
-    b";ext\r\n",
-    b"5;" + b"x" * 70_000, b"0\r\n" + b"a: b\r\n" * 20_000])
+    b"5\r\nhello\n\n5\r\n", b"5\r\nhelloab0\r\n\r\n", b"f" * 16 + b"\r\n",
+    b"1_0\r\n" + b"x" * 16 + b"\r\n", b" 5\r\nhello\r\n", b"+5\r\nhello\r\n", b"zz\r\n12\r\n",
+    b";ext\r\n", b"5;" + b"x" * 70_000, b"0\r\n" + b"a: b\r\n" * 20_000])
 def test_bad_chunked_framing(data):
     for pieces in ([data], [data[:3], data[3:]],
                    [data[at:at + 1] for at in range(len(data))] if len(data) < 100 else [data]):
         with pytest.raises(ValueError):
-            dechunk(pieces)
+            dechunk(*pieces)
 
 
 def test_whole_chunks_can_be_forwarded_as_they_came():
     dechunker = ifl.Dechunker()
-    assert dechunker.feed(b"5\r\nhello\r\n") == b"hello" and dechunker.whole
-    assert dechunker.feed(b"1\r\na\r\n1\r\nb\r\n") == b"ab" and dechunker.whole
-    assert dechunker.feed(b"1\r\na\r\n1") == b"a" and not dechunker.whole
-    assert dechunker.feed(b"\r\nb\r\n") == b"b" and not dechunker.whole
-    assert dechunker.feed(b"1\r\nc\r\n0\r\n\r\n") == b"c" and not dechunker.whole and dechunker.done
+    for data, payload, whole in [
+            (b"5\r\nhello\r\n", b"hello", True), (b"1\r\na\r\n1\r\nb\r\n", b"ab", True),
+            (b"1\r\na\r\n1", b"a", False), (b"\r\nb\r\n", b"b", False),
+            (b"1\r\nc\r\n0\r\n\r\n", b"c", False)]:
+        assert (dechunker.feed(data), dechunker.whole) == (payload, whole), data
+    assert dechunker.done
 
+
+def test_endpoints_of_base_urls():
+    for url, wanted in [("https://host/v1", (("https", "host", 443, "/v1"), "host")),
+                        ("http://[::1]:8080/x", (("http", "::1", 8080, "/x"), "[::1]:8080")),
+                        ("http://h:80/x", (("http", "h", 80, "/x"), "h"))]:
+        assert (ifl.Endpoint.of(url), ifl.Endpoint.of(url).authority) == wanted
+
+
+# --- connections ---------------------------------------------------------------
 
 @pytest.fixture
 def transport():
@@ -5321,101 +5321,93 @@ def watching(transport, client):
             transport.loop.forget(client)
 
 
-def ask_upstream(transport, fake, body=b"{}", settings=QUICK, method="POST",
-                 path="/chat/completions",
-                 waiting=ifl.NOBODY, **facts):
+def ask_upstream(transport, fake, body=b"{}", settings=QUICK, waiting=ifl.NOBODY, **facts):
     """One request by way of the transport: status, payload."""
     target = ifl.parse_provider(provider(fake, **facts), {})
     assert not target.problem
-    with watching(transport, waiting), transport.open(target, settings, method, path,
-                                                     [("X-Test", "é")], body,
-                                                    waiting) as response:
+    with watching(transport, waiting), transport.open(
+            target, settings, "POST", "/chat/completions", [("X-Test", "é")], body,
+            waiting) as response:
         return response.status, response.read_all(1 << 20)
 
 
-def test_what_an_upstream_is_asked(transport, upstream):
+def test_what_an_upstream_is_asked_and_its_connection_used_again(transport, upstream):
     assert ask_upstream(transport, upstream, ifl.dump_json(chat()))[0] == 200
-    seen = upstream.last
+    seen, headers = upstream.last, upstream.last.headers
     assert (seen.method, seen.path, seen.json) == ("POST", "/v1/chat/completions", chat())
-    assert seen.headers["host"] == f"127.0.0.1:{upstream.port}"
-    assert seen.headers["accept-encoding"] == "identity"
-    assert seen.headers["content-type"] == "application/json" and seen.headers["x-test"] == "é"
-
-
-def test_a_connection_is_used_again(transport, upstream):
-    for number in range(3):
-        upstream.plays(plain(b"x" * 100_000), sse("a", "b"), plain(b"", 400))
-        for _ in range(3):
-            ask_upstream(transport, upstream)
+    assert headers["host"] == f"127.0.0.1:{upstream.port}" and headers["x-test"] == "é"
+    assert headers["accept-encoding"] == "identity"
+    assert headers["content-type"] == "application/json"
+    for reply in (plain(b"x" * 100_000), sse("a", "b"), plain(b"", 400)) * 2:
+        ask_upstream(transport, upstream.plays(reply))
     assert upstream.connections == 1
 
 
-def test_a_connection_cut_off_after_its_answer_is_closed_in_silence(transport, upstream):
+FIVE = [("Content-Length", "5")]
+PACKED = {"gzip": gzip.compress(b"hello"), "x-gzip": gzip.compress(b"hello"),
+          "deflate": zlib.compress(b"hello")}
+
+
+@pytest.mark.parametrize("reply, connections", [
+    (Reply(head(200, [*FIVE, ("Connection", "close")]) + b"hello"), 2),
+    (Reply(head(200) + b"hello", CLOSE), 2),
+    (Reply(head(200, FIVE, "HTTP/1.0") + b"hello"), 2),
+    (Reply(head(200, FIVE) + b"hello and more"), 2),
+    *((plain(data, headers=[("Content-Encoding", name)]), 1) for name, data in PACKED.items())],
+    ids=["close", "no length", "HTTP/1.0", "surplus", *PACKED])
+def test_an_answer_and_whether_its_connection_is_used_again(transport, upstream, reply,
+                                                            connections):
+    assert ask_upstream(transport, upstream.plays(reply)) == (200, b"hello")
+    assert ask_upstream(transport, upstream)[0] == 200
+    assert upstream.connections == connections
+
+
+@pytest.mark.parametrize("kept, reply, requests, said", [
+    (True, Reply(CLOSE), 3, ""),         # it looked alive until the request was sent
+    (False, Reply(CLOSE), 1, "closed the connection without an answer"),
+    (True, Reply(b"HTTP/1.1 2", CLOSE), 2, "closed the connection without an answer")])
+def test_a_kept_connection_that_says_nothing_is_replaced_once(transport, upstream, kept, reply,
+                                                              requests, said):
+    if kept:
+        ask_upstream(transport, upstream)
+    upstream.plays(reply)
+    with pytest.raises(ifl.UpstreamUnreachable, match=said) if said else contextlib.nullcontext():
+        assert ask_upstream(transport, upstream)[0] == 200
+    assert len(upstream.requests) == requests
+
+
+def test_a_connection_that_was_closed_or_got_old_is_not_used_again(transport, upstream,
+                                                                   monkeypatch):
+    ask_upstream(transport, upstream)
+    upstream.drop_connections()
+    until(lambda: all(kept.is_stale() for idle in transport._pool._idle.values() for kept in idle),
+          what="the end of the connection")
+    assert ask_upstream(transport, upstream.plays(plain(b"once"))) == (200, b"once")
+    assert len(upstream.requests) == 2
+    monkeypatch.setattr(ifl, "UPSTREAM_IDLE_S", -1)
+    ask_upstream(transport, upstream)
+    assert upstream.connections == 3
+
+
+def test_a_connection_cut_off_is_closed_in_silence_and_not_used_again(
+        transport, upstream, waiting):
+    target = ifl.Provider("up", upstream.url)
     upstream.plays(sse("a", HOLD, end=False))
-    target = ifl.parse_provider(provider(upstream), {})
     with transport.open(target, QUICK, "POST", "/chat/completions", [], b"{}") as response:
         assert response.read()
         response.connection.cut(ifl.Stopping("the server is shutting down"))
     assert response.connection.sock.fileno() == -1
+    # a client leaves when the answer is read, but before its connection went back
+    with watching(transport, waiting), transport.open(
+            target, ifl.Settings(), "POST", "/chat/completions", [], b"{}", waiting) as response:
+        response.read_all(1 << 20)
+        waiting.client.close()
+        until(lambda: waiting.left)
+    assert ask_upstream(transport, upstream)[0] == 200 and upstream.connections == 3
 
 
-@pytest.mark.parametrize("reply", [
-    Reply(head(200, [("Content-Length", "5"), ("Connection", "close")]) + b"hello"),
-    Reply(head(200) + b"hello", CLOSE),
-    Reply(head(200, [("Content-Length", "5")], "HTTP/1.0") + b"hello"),
-    Reply(head(200, [("Content-Length", "5")]) + b"hello and more")],
-    ids=["close", "no length", "HTTP/1.0", "surplus"])
-def test_a_connection_that_ends_is_not_used_again(transport, upstream, reply):
-    upstream.plays(reply)
-    assert ask_upstream(transport, upstream) == (200, b"hello")
-    assert ask_upstream(transport, upstream)[0] == 200
-    assert upstream.connections == 2
-
-
-def test_a_stale_connection_is_replaced_once(transport, upstream):
-    ask_upstream(transport, upstream)
-    # it looked alive until the request was sent
-    upstream.plays(Reply(CLOSE))
-    assert ask_upstream(transport, upstream)[0] == 200
-    assert (upstream.connections, len(upstream.requests)) == (2, 3)
-
-
-def test_a_new_connection_that_closes_without_an_answer_is_not_tried_again(transport, upstream):
-    upstream.plays(Reply(CLOSE))
-    with pytest.raises(ifl.UpstreamUnreachable, match="closed the connection without an answer"):
-        ask_upstream(transport, upstream)
-    assert len(upstream.requests) == 1
-
-
-def test_a_connection_closed_after_a_byte_is_not_tried_again(transport, upstream):
-    ask_upstream(transport, upstream)
-    upstream.plays(Reply(b"HTTP/1.1 2", CLOSE))
-    with pytest.raises(ifl.UpstreamError):
-        ask_upstream(transport, upstream)
-    assert len(upstream.requests) == 2
-
-
-def test_a_closed_idle_connection_is_noticed(transport, upstream):
-    ask_upstream(transport, upstream)
-    upstream.drop_connections()
-    until(lambda: all(wire.is_stale() for idle in transport._pool._idle.values() for wire in idle),
-          what="the end of the connection")
-    upstream.plays(plain(b"once"))
-    assert ask_upstream(transport, upstream) == (200, b"once") and len(upstream.requests) == 2
-
-
-def test_an_idle_connection_gets_old(transport, upstream, monkeypatch):
-    ask_upstream(transport, upstream)
-    monkeypatch.setattr(ifl, "UPSTREAM_IDLE_S", -1)
-    ask_upstream(transport, upstream)
-    assert upstream.connections == 2
-
-
-UNASKED = plain(completion("POISON")).steps[0]
-
-
-@pytest.mark.parametrize("stray",
-                         [b"garbage", UNASKED, b"\r\n", b"HTTP/1.1 408 Request Timeout\r\n\r\n"])
+@pytest.mark.parametrize("stray", [b"garbage", plain(completion("POISON")).steps[0], b"\r\n",
+                                   b"HTTP/1.1 408 Request Timeout\r\n\r\n"])
 def test_what_an_upstream_says_unasked_is_nobodys_answer(server, upstream, stray):
     """A kept connection is looked at before each use: bytes on it that nobody asked for would be
     the next answer.
@@ -5428,33 +5420,31 @@ def test_what_an_upstream_says_unasked_is_nobodys_answer(server, upstream, stray
         assert post(running, chat()).status == 200
         go.set()
         pool = running.gateway.upstream._pool
-        until(lambda: any(wire.is_stale() for idle in pool._idle.values() for wire in idle),
+        until(lambda: any(kept.is_stale() for idle in pool._idle.values() for kept in idle),
               what="the stray bytes")
         answer = post(running, chat())
         assert answer.status == 200 and answer.json["choices"][0]["message"]["content"] == "Hello"
     assert upstream.connections == 3
 
 
-def test_a_head_has_one_time_limit_in_all(server, upstream):
+DRIP = [PAUSE if number % 2 else b"y" for number in range(200)]
+EARLY = head(103, [("Link", "x")])
+
+
+@pytest.mark.parametrize("steps, said", [
+    ([b"HTTP/1.1 200 OK\r\nX: ", *DRIP], "head"),
+    ([PAUSE if number % 2 else EARLY for number in range(200)], "head"),
+    ([EARLY] * (ifl.INTERIM_ANSWERS + 2), "nothing but 1xx"),
+    ([head(100), EARLY, *plain(completion("after all")).steps], "")],
+    ids=["dripping head", "dripping 1xx", "many 1xx", "1xx first"])
+def test_a_head_has_one_time_limit_and_1xx_before_it_are_bounded(server, upstream, steps, said):
     """Each byte is in time, the head is not; who waits is kept awake all the while."""
-    running = server(upstream, first_byte_timeout_s=0.4, keepalive_s=0.1)
-    drip = itertools.chain([b"HTTP/1.1 200 OK\r\nX: "],
-                           (PAUSE if n % 2 else b"y" for n in range(200)))
-    upstream.plays(Reply(*drip))
-    found = records_of(post(running, chat(True)).body)
-    assert found[:2] == [": keep-alive"] * 2 and "head" in found[-1]["error"]["message"]
-
-
-def test_interim_answers_are_bounded(server, upstream):
-    running, interim = server(upstream, first_byte_timeout_s=0.4,
-                              keepalive_s=0.1), head(103, [("Link", "x")])
-    upstream.plays(Reply(head(100), interim, *plain(completion("after all")).steps))
-    assert "after all" in post(running, chat()).body.decode()
-    upstream.plays(Reply(*(interim for _ in range(ifl.INTERIM_ANSWERS + 2))))
-    assert post(running, chat()).status == 502
-    upstream.plays(Reply(*(PAUSE if n % 2 else interim for n in range(200))))
-    found = records_of(post(running, chat(True)).body)
-    assert found[:2] == [": keep-alive"] * 2 and "head" in found[-1]["error"]["message"]
+    running = server(upstream.plays(Reply(*steps)), first_byte_timeout_s=0.4, keepalive_s=0.1)
+    answer = post(running, chat(True))
+    assert said in answer.body.decode() and (not said) == (b"after all" in answer.body)
+    assert answer.status == (502 if "1xx" in said else 200)
+    if said == "head":
+        assert records_of(answer.body)[:2] == [": keep-alive"] * 2
 
 
 @linux
@@ -5482,61 +5472,55 @@ def test_a_compressed_answer_has_a_limit_of_its_own(transport, upstream, monkeyp
 
 @pytest.mark.parametrize("name, value", [
     ("Content-Type", "text/\rplain"), ("Content-Type", "text/\0plain"),
-    ("Content-Type", "a" * 30_000),
-    ("x-ratelimit-\r", "1"), ("x-ratelimit-\0", "1"), ("x-ratelimit-a b", "1"),
-    ("x-ratelimit-" + "a" * 30_000, "1"),
-    ("x-ratelimit-a", "1\r2"), ("x-ratelimit-a", "1\0"), ("x-ratelimit-a", "1" * 30_000)])
+    ("Content-Type", "a" * 30_000), ("x-ratelimit-\r", "1"), ("x-ratelimit-\0", "1"),
+    ("x-ratelimit-a b", "1"), ("x-ratelimit-" + "a" * 30_000, "1"), ("x-ratelimit-a", "1\r2"),
+    ("x-ratelimit-a", "1\0"), ("x-ratelimit-a", "1" * 30_000)])
 def test_headers_that_no_client_may_get(server, upstream, name, value):
     data = ifl.dump_json(completion("fine"))
-    fields = [(name, value), ("Content-Length", str(len(data)))]
-    upstream.plays(Reply(head(200, fields) + data))
+    upstream.plays(Reply(head(200, [(name, value), ("Content-Length", str(len(data)))]) + data))
     answer = post(server(upstream), chat())
     assert answer.status == 200 and answer.headers["content-type"] == "application/json"
     assert not any(each.startswith("x-ratelimit") for each in answer.headers)
 
 
+# --- faults ----------------------------------------------------------------------
+
+IN_CHUNKS = head(200, [("Transfer-Encoding", "chunked")])
+ZIPPED = ("Content-Encoding", "gzip")
+SILENT, GARBLED, AWAY = ifl.UpstreamTimeout, ifl.UpstreamGarbled, ifl.UpstreamUnreachable
 FAULTS = [
-    # id, reply, error class, words
-    ("silent", Reply(HOLD), ifl.UpstreamTimeout, "said nothing for 0.3 s"),
-    ("silent in the head", Reply(b"HTTP/1.1 200", HOLD), ifl.UpstreamTimeout, "0.3 s"),
-    ("silent in the body", Reply(head(200, [("Content-Length", "5")]) + b"he", HOLD),
-     ifl.UpstreamTimeout, "0.3 s"),
-    ("reset", Reply(RESET), ifl.UpstreamUnreachable, "without an answer"),
-    ("no HTTP", Reply(b"SSH-2.0-x\r\n", CLOSE), ifl.UpstreamGarbled, "not HTTP"),
-    ("endless line", Reply(b"HTTP/1.1 200 " + b"x" * 70_000, CLOSE), ifl.UpstreamGarbled,
+    # id, steps, error class, words
+    ("silent", [HOLD], SILENT, "said nothing for 0.3 s"),
+    ("silent in the head", [b"HTTP/1.1 200", HOLD], SILENT, "0.3 s"),
+    ("silent in the body", [head(200, FIVE) + b"he", HOLD], SILENT, "0.3 s"),
+    ("reset", [RESET], AWAY, "without an answer"),
+    ("no HTTP", [b"SSH-2.0-x\r\n", CLOSE], GARBLED, "not HTTP"),
+    ("endless line", [b"HTTP/1.1 200 " + b"x" * 70_000, CLOSE], GARBLED, "not HTTP"),
+    ("many headers", [b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 300 + b"\r\n", CLOSE], GARBLED,
      "not HTTP"),
-    ("many headers", Reply(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 300 + b"\r\n", CLOSE),
-     ifl.UpstreamGarbled,
+    ("two lengths", [head(200, [*FIVE, ("Content-Length", "6")]) + b"hello", CLOSE], GARBLED,
      "not HTTP"),
-    ("cut body", Reply(head(200, [("Content-Length", "5")]) + b"he", CLOSE), ifl.UpstreamGarbled,
-     "in the middle"),
-    ("reset body", Reply(head(200, [("Content-Length", "5")]) + b"he", RESET), ifl.UpstreamGarbled,
-     "in the middle|broke"),
-    ("cut chunks", Reply(head(200, [("Transfer-Encoding", "chunked")]) + b"5\r\nhe", CLOSE),
-     ifl.UpstreamGarbled,
-     "in the middle"),
-    ("bad chunks", Reply(head(200, [("Transfer-Encoding", "chunked")]) + b"nope\r\n"),
-     ifl.UpstreamGarbled,
-     "chunked answer is broken"),
-    ("brotli", Reply(head(200, [("Content-Encoding", "br"), ("Content-Length", "1")]) + b"x"),
-     ifl.UpstreamGarbled,
+    ("cut body", [head(200, FIVE) + b"he", CLOSE], GARBLED, "in the middle"),
+    ("reset body", [head(200, FIVE) + b"he", RESET], GARBLED, "in the middle|broke"),
+    ("cut chunks", [IN_CHUNKS + b"5\r\nhe", CLOSE], GARBLED, "in the middle"),
+    ("bad chunks", [IN_CHUNKS + b"nope\r\n"], GARBLED, "chunked answer is broken"),
+    ("brotli", [head(200, [("Content-Encoding", "br"), ("Content-Length", "1")]) + b"x"], GARBLED,
      "encoded as br"),
-    ("no gzip", Reply(head(200, [("Content-Encoding", "gzip"), ("Content-Length", "5")])
-                      + b"hello"),
-     ifl.UpstreamGarbled, "decompressed"),
-    ("too large", plain(b"x" * (2 << 20)), ifl.UpstreamGarbled, "larger than 1 MiB")]
+    ("no gzip", [head(200, [ZIPPED, *FIVE]) + b"hello"], GARBLED, "decompressed"),
+    ("half a gzip", [head(200, [ZIPPED]) + gzip.compress(os.urandom(999))[:700], CLOSE], GARBLED,
+     "cut off"),
+    ("too large", plain(b"x" * (2 << 20)).steps, GARBLED, "larger than 1 MiB")]
 
 
-@pytest.mark.parametrize("reply, kind, said", [row[1:] for row in FAULTS],
+@pytest.mark.parametrize("steps, kind, said", [row[1:] for row in FAULTS],
                          ids=[row[0] for row in FAULTS])
-def test_faults_of_an_upstream(transport, upstream, reply, kind, said):
-    upstream.plays(reply)
+def test_faults_of_an_upstream(transport, upstream, steps, kind, said):
     with pytest.raises(kind, match=said):
-        ask_upstream(transport, upstream)
+        ask_upstream(transport, upstream.plays(Reply(*steps)))
     assert ask_upstream(transport, upstream)[0] == 200     # on a new connection
 
 
-def test_an_answer_before_the_body_was_taken(transport, upstreams):
+def test_an_answer_before_the_body_was_taken(transport):
     """nginx answers 413 and closes while the request is still being sent."""
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -5567,46 +5551,9 @@ def test_an_upstream_that_takes_nothing_is_given_up(transport, monkeypatch):
     monkeypatch.setattr(socket, "create_connection", connect_narrowly)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        caught = []
-
-        def ask():
-            try:
-                ask_upstream(transport, f"http://127.0.0.1:{listener.getsockname()[1]}",
-                             b"x" * (32 << 20))
-            except Exception as exc:
-                caught.append(exc)
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        sock, _ = listener.accept()
-        with sock:
-            thread.join(3)
-            assert caught and isinstance(caught[0], ifl.UpstreamTimeout), caught
-
-
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "x-gzip"])
-def test_a_compressed_answer_is_unpacked(transport, upstream, encoding):
-    data = zlib.compress(b"hello") if encoding == "deflate" else gzip.compress(b"hello")
-    upstream.plays(plain(data, headers=[("Content-Encoding", encoding)]))
-    assert ask_upstream(transport, upstream) == (200, b"hello")
-
-
-def test_a_refused_connection(transport):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    with pytest.raises(ifl.UpstreamUnreachable,
-                       match=rf"up \(127.0.0.1:{port}\): connection refused; is it running\?"):
-        ask_upstream(transport, f"http://127.0.0.1:{port}")
-
-
-@pytest.mark.parametrize("error, said", [
-    (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "unknown host"),
-    (UnicodeError("label empty or too long"), "unknown host")])
-def test_an_unknown_host(transport, monkeypatch, error, said):
-    def getaddrinfo(*args, **facts):
-        raise error
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with pytest.raises(ifl.UpstreamUnreachable, match=f"up .nowhere.invalid.: {said}"):
-        ask_upstream(transport, "http://nowhere.invalid")
+        with pytest.raises(ifl.UpstreamTimeout, match="took nothing"):
+            ask_upstream(transport, f"http://127.0.0.1:{listener.getsockname()[1]}",
+                         b"x" * (32 << 20))
 
 
 @linux
@@ -5616,18 +5563,44 @@ def test_a_connection_that_does_not_come_about(transport):
         listener.listen(0)
         # fill the queue: further attempts get no answer
         for _ in range(4):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
         with pytest.raises(ifl.UpstreamTimeout, match="no connection within the time limit"):
             ask_upstream(transport, f"http://127.0.0.1:{listener.getsockname()[1]}",
                          settings=ifl.Settings(connect_timeout_s=0.1))
 
 
+def certificate_error(code):
+    error = ssl.SSLCertVerificationError(1, "x")
+    error.verify_code, error.verify_message = code, "as OpenSSL says it"
+    return error
+
+
+@pytest.mark.parametrize("error, kind, said", [
+    (socket.timeout("x"), SILENT, "time limit"), (MemoryError("x"), AWAY, "x"),
+    (OSError(errno.ENETUNREACH, "Network is unreachable"), AWAY, "Network is unreachable"),
+    (ConnectionRefusedError(errno.ECONNREFUSED, "x"), AWAY, "connection refused; is it running?"),
+    (socket.gaierror(socket.EAI_NONAME, "no such name"), AWAY, "unknown host (no such name)"),
+    (UnicodeError("label empty or too long"), AWAY, "unknown host (label"),
+    (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] x"), AWAY, "it does not speak TLS"),
+    *((certificate_error(code), AWAY, said) for code, said in (
+        (9, "clock"), (10, "expired"), (18, "self-signed"), (19, "ca_file"),
+        (20, "ca-certificates"), (62, "host name"), (99, "as OpenSSL says it")))])
+def test_what_sockets_raise_in_words(transport, monkeypatch, error, kind, said):
+    def fail(*args, **facts):
+        raise error
+    monkeypatch.setattr(socket, "create_connection", fail)
+    with pytest.raises(kind) as found:
+        ask_upstream(transport, "http://nowhere.invalid")
+    assert found.value.message.startswith("up (nowhere.invalid): ") and said in found.value.message
+    is_certificate = isinstance(error, ssl.SSLCertVerificationError)
+    assert found.value.should_retry is (False if is_certificate else None)
+
+
 def test_our_own_address_is_no_upstream(server):
     running = server("http://127.0.0.1:1")
-    gateway = running.gateway
-    gateway.apply(settings_for([running.url + "/v1"]))
+    running.gateway.apply(settings_for([running.url + "/v1"]))
     answer = post(running, chat())
     assert answer.status == 502 and "this program's own address" in answer.error["message"]
     assert answer.headers["x-should-retry"] == "false"
@@ -5637,29 +5610,16 @@ def test_our_own_address_is_no_upstream(server):
     assert "own address" in post(other, chat()).error["message"]
 
 
-ERRORS_OF_SOCKETS = [
-    (socket.timeout("x"), ifl.UpstreamTimeout, "time limit"),
-    (OSError(errno.ENETUNREACH, "Network is unreachable"), ifl.UpstreamUnreachable,
-     "Network is unreachable"),
-    (ValueError("x"), ifl.UpstreamGarbled, "not HTTP"),
-    (MemoryError("x"), ifl.UpstreamUnreachable, "x")]
+@pytest.mark.parametrize("settings, facts, reply", [
+    (ifl.Settings(), {"timeout_s": 0.1}, Reply(HOLD)),
+    (ifl.Settings(first_byte_timeout_s=60, idle_timeout_s=0.1), {}, sse("a", HOLD))],
+    ids=["a provider's own", "silence after the first byte"])
+def test_time_limits(transport, upstream, settings, facts, reply):
+    with pytest.raises(ifl.UpstreamTimeout, match="0.1 s"):
+        ask_upstream(transport, upstream.plays(reply), settings=settings, **facts)
 
 
-@pytest.mark.parametrize("error, kind, said", ERRORS_OF_SOCKETS)
-def test_what_sockets_raise_in_words(error, kind, said):
-    found = ifl._transport_error(error, "place")
-    assert isinstance(found, kind) and found.message.startswith("place: ") and said in found.message
-
-
-@pytest.mark.parametrize("code, said",
-                         [(9, "clock"), (10, "expired"), (18, "self-signed"), (19, "ca_file"),
-                                        (20, "ca-certificates"), (62, "host name")])
-def test_certificate_troubles_say_what_to_do(code, said):
-    error = ssl.SSLCertVerificationError(1, "x")
-    error.verify_code, error.verify_message = code, "as OpenSSL says it"
-    found = ifl._transport_error(error, "place")
-    assert said in found.message and found.should_retry is False
-
+# --- TLS ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
@@ -5670,9 +5630,8 @@ def certificate(tmp_path_factory):
     paths = str(folder / "cert.pem"), str(folder / "key.pem")
     done = subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-         "/CN=test", "-addext",
-         "subjectAltName=IP:127.0.0.1", "-out", paths[0], "-keyout", paths[1]],
-         capture_output=True, timeout=60)
+         "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-out", paths[0], "-keyout",
+         paths[1]], capture_output=True, timeout=60)
     if done.returncode:
         pytest.skip("this openssl makes no such certificate")
     return paths
@@ -5686,30 +5645,34 @@ def tls_upstream(upstreams, certificate):
 
 
 def with_ca(certificate, **more):
-    return ifl.replace(QUICK, ca_file=certificate[0], connect_timeout_s=5, first_byte_timeout_s=5,
-                       **more)
+    return ifl.replace(QUICK, **{"ca_file": certificate[0], "connect_timeout_s": 5,
+                                 "first_byte_timeout_s": 5, **more})
 
 
 def test_tls_with_a_ca_file(transport, tls_upstream, certificate):
+    settings, body = with_ca(certificate), ifl.dump_json(chat(pad="x" * 500_000))
     for _ in range(2):
-        assert ask_upstream(transport, tls_upstream, ifl.dump_json(chat(pad="x" * 500_000)),
-                            settings=with_ca(certificate))[0] == 200
+        assert ask_upstream(transport, tls_upstream, body, settings)[0] == 200
     tls_upstream.plays(sse(*HELLO), plain(b"y" * 700_000))
-    assert records_of(ask_upstream(transport, tls_upstream,
-                                   settings=with_ca(certificate))[1]) == HELLO
-    assert len(ask_upstream(transport, tls_upstream, settings=with_ca(certificate))[1]) == 700_000
+    assert records_of(ask_upstream(transport, tls_upstream, settings=settings)[1]) == HELLO
+    assert len(ask_upstream(transport, tls_upstream, settings=settings)[1]) == 700_000
     assert tls_upstream.connections == 1
+    tls_upstream.plays(Reply(HOLD), sse("a", HOLD))
+    settings = with_ca(certificate, first_byte_timeout_s=0.1, idle_timeout_s=0.1)
+    for _ in range(2):
+        with pytest.raises(ifl.UpstreamTimeout):
+            ask_upstream(transport, tls_upstream, settings=settings)
 
 
-def test_tls_with_a_self_signed_certificate_says_so(transport, tls_upstream):
-    with pytest.raises(ifl.UpstreamUnreachable, match="self-signed.*`ca_file`"):
-        ask_upstream(transport, tls_upstream, settings=ifl.replace(QUICK, connect_timeout_s=5))
-
-
-def test_tls_with_a_certificate_of_another_host(transport, tls_upstream, certificate):
-    with pytest.raises(ifl.UpstreamUnreachable, match="another host name"):
-        ask_upstream(transport, tls_upstream.url.replace("127.0.0.1", "localhost"),
-                     settings=with_ca(certificate))
+@pytest.mark.parametrize("ca_file, change, said", [
+    ("", ("", ""), "self-signed.*`ca_file`"), (None, ("127.0.0.1", "localhost"), "another host"),
+    ("none.pem", ("", ""), "ca_file .*none.pem"), (".", ("", ""), "ca_file .")])
+def test_tls_that_fails_says_what_to_do(transport, tls_upstream, certificate, home, monkeypatch,
+                                        ca_file, change, said):
+    monkeypatch.chdir(home)
+    settings = with_ca(certificate, **({} if ca_file is None else {"ca_file": ca_file}))
+    with pytest.raises(ifl.UpstreamUnreachable, match=said):
+        ask_upstream(transport, tls_upstream.url.replace(*change), settings=settings)
 
 
 def test_tls_to_a_server_without_it(transport, upstream):
@@ -5718,33 +5681,7 @@ def test_tls_to_a_server_without_it(transport, upstream):
                      settings=ifl.replace(QUICK, connect_timeout_s=5))
 
 
-def test_a_ca_file_that_is_not_there(transport, upstream, home):
-    for path in (home / "none.pem", home):
-        with pytest.raises(ifl.UpstreamUnreachable, match=re.escape(f"ca_file {path}")):
-            ask_upstream(transport, upstream.url.replace("http:", "https:"),
-                         settings=ifl.replace(QUICK, ca_file=str(path), connect_timeout_s=5))
-
-
-def test_a_silent_tls_upstream_times_out(transport, tls_upstream, certificate):
-    settings = ifl.replace(with_ca(certificate), first_byte_timeout_s=0.1, idle_timeout_s=0.1)
-    tls_upstream.plays(Reply(HOLD), sse("a", HOLD))
-    for _ in range(2):
-        with pytest.raises(ifl.UpstreamTimeout):
-            ask_upstream(transport, tls_upstream, settings=settings)
-
-
-def test_timeouts_of_a_provider_stand_above_the_settings(transport, upstream):
-    upstream.plays(Reply(HOLD))
-    with pytest.raises(ifl.UpstreamTimeout, match="0.1 s"):
-        ask_upstream(transport, upstream, settings=ifl.Settings(), timeout_s=0.1)
-
-
-def test_first_byte_and_silence_have_limits_of_their_own(transport, upstream):
-    upstream.plays(sse("a", HOLD))
-    with pytest.raises(ifl.UpstreamTimeout, match="0.1 s"):
-        ask_upstream(transport, upstream,
-                     settings=ifl.Settings(first_byte_timeout_s=60, idle_timeout_s=0.1))
-
+# --- the loop and its clients ----------------------------------------------------
 
 class Waiting(ifl.Client):
     """A client on one end of a socket pair, counting how often the loop looks after it."""
@@ -5780,8 +5717,7 @@ def test_who_waits_is_kept_awake(transport, upstream, waiting):
     assert waiting.ticks >= 3
 
 
-@pytest.mark.parametrize("reply",
-                         [Reply(HOLD), Reply(head(200, [("Content-Length", "9")]) + b"x", HOLD)],
+@pytest.mark.parametrize("reply", [Reply(HOLD), Reply(head(200, FIVE) + b"x", HOLD)],
                          ids=["head", "body"])
 @pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
 def test_who_has_left_is_not_waited_for(transport, upstreams, waiting, looks_often, reply, secure,
@@ -5792,146 +5728,294 @@ def test_who_has_left_is_not_waited_for(transport, upstreams, waiting, looks_oft
     leaver.start()
     started = time.monotonic()
     with pytest.raises(ifl.ClientGone):
-        ask_upstream(transport, fake, settings=ifl.replace(
-            settings, first_byte_timeout_s=60, idle_timeout_s=60),
-                     waiting=waiting)
-    assert time.monotonic() - started < 2
+        ask_upstream(transport, fake, waiting=waiting, settings=ifl.replace(
+            settings, first_byte_timeout_s=60, idle_timeout_s=60))
+    assert time.monotonic() - started < 5
     until(lambda: fake.hung_up == 1, what="the end of the upstream's connection")
     leaver.join(WAIT_S)
 
 
-# --- reasoning that has to come back ---------------------------------------------
-
-INSISTS = {"require_reasoning_on_tool_calls": True}
-CALLED = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
-LOOK = {"type": "function", "function": {"name": "look",
-                                         "parameters": {"type": "object", "properties": {}}}}
+LOTS = [chunk("x" * 60_000)] * 200
 
 
-def insisting(server, upstream):
-    return server({"name": "up", "base_url": upstream.url, "models": ["m1"], "profile": INSISTS})
+def begin_stream(running, *args, **facts):
+    """A client that has read the first chunk of its stream."""
+    client = Client(running, *args).post(chat(True), **facts)
+    assert client.head()[0] == 200
+    client.piece()
+    return client
+
+
+def test_a_slow_client_holds_up_nobody_and_gets_all_of_it(server, upstream):
+    running = server(upstream)
+    upstream.plays(sse(*LOTS, chunk(finish="stop"), DONE))
+    with begin_stream(running) as slow:
+        for _ in range(3):
+            assert text_of(records_of(post(running, chat(True)).body)) == "Hello"
+        rest = slow.pieces()
+    assert len(text_of(records_of(rest))) >= 60_000 * 199
+    assert is_well(running)
+
+
+def test_a_client_that_takes_nothing_is_given_up(server, upstream, monkeypatch):
+    monkeypatch.setattr(ifl, "SEND_TIME_S", 0.2)
+    running = server(upstream.plays(sse(*LOTS, HOLD)))
+    with begin_stream(running):
+        until(lambda: running.gateway.in_flight == 0, what="the end of the call")
+        assert is_well(running)
+
+
+def test_more_streams_than_select_can_watch_are_refused(server, upstream, monkeypatch):
+    monkeypatch.setattr(ifl.StreamLoop, "ROOM", 2)
+    running, go = server(upstream), threading.Event()
+    upstream.plays(*[sse(chunk("a"), go, chunk("b"), chunk(finish="stop"), DONE)] * 2)
+    clients = [begin_stream(running) for _ in range(2)]
+    until(lambda: running.gateway.upstream.loop._load == 2, what="two streams on their way")
+    upstream.plays(sse(go, DONE))
+    assert b"no more streams" in post(running, chat(True)).body
+    go.set()
+    for client in clients:
+        assert b"[DONE]" in client.pieces()
+        client.hang_up()
+    assert is_well(running) and running.gateway.upstream.loop._load == 0
+
+
+def test_a_stream_that_ended_is_forgotten_by_the_loop(transport, upstream, waiting):
+    upstream.plays(sse(chunk("a"), chunk("b"), DONE))
+    got, waiting.keepalive_s = [], 60
+    with transport.open(ifl.Provider("up", upstream.url), ifl.Settings(), "POST",
+                        "/chat/completions", [], b"{}", waiting) as response:
+        kept = weakref.ref(response)
+        transport.move(response, waiting, lambda payload: got.append(payload) or True)
+    del response
+    gc.collect()
+    assert b"".join(got).endswith(b"[DONE]\n\n") and kept() is None
+
+
+def test_what_goes_wrong_while_a_stream_moves_reaches_its_own_request(transport, upstream, waiting):
+    go = threading.Event()
+    upstream.plays(sse(chunk("a"), go, chunk("b"), HOLD))
+
+    def move(payload):
+        if b'"b"' in payload:
+            raise LookupError(threading.current_thread().name)
+        go.set()
+        return True
+
+    with pytest.raises(LookupError, match="streams"), transport.open(
+            ifl.Provider("up", upstream.url), ifl.Settings(), "POST", "/chat/completions", [],
+            b"{}", waiting) as response:
+        transport.move(response, waiting, move)
+    until(lambda: upstream.hung_up == 1, what="the end of the upstream's connection")
+
+
+def test_the_loop_ends_with_its_last_stream(server, upstream):
+    running, go = server(upstream), threading.Event()
+    upstream.plays(sse(chunk("a"), go, chunk(finish="stop"), DONE))
+    client, loop = begin_stream(running), running.gateway.upstream.loop
+    until(lambda: loop._load, what="the stream")
+    running.gateway.upstream.close()
+    go.set()
+    assert b"[DONE]" in client.pieces()
+    client.hang_up()
+    until(lambda: not loop._thread.is_alive(), what="the end of the loop")
+
+
+#: path, how a stream that fails says so, how one ends that is whole
+STREAM_ENDS = [("/v1/chat/completions", b'data: {"error"', b"data: [DONE]"),
+               ("/v1/messages", b"event: error", b"event: message_stop"),
+               ("/v1/responses", b"event: response.failed", b"event: response.completed")]
+QUESTION = {"model": "m1", "max_tokens": 9, "stream": True, "input": "q",
+            "messages": [{"role": "user", "content": "q"}]}
+
+
+@pytest.mark.parametrize("path, told, end", STREAM_ENDS)
+def test_a_stream_that_outlasts_the_drain_is_told_so(server, upstream, path, told, end):
+    running = server(upstream.plays(sse(chunk("a"), HOLD)))
+    with Client(running).post(QUESTION, path=path) as client:
+        client.head()
+        assert client.piece()
+        closer = threading.Thread(target=running.close, args=(0.1,), daemon=True)
+        closer.start()
+        rest = client.pieces()
+    closer.join(WAIT_S)
+    assert told in rest and b"shutting down" in rest and not closer.is_alive()
+
+
+@pytest.mark.parametrize("path, told, end", STREAM_ENDS)
+@pytest.mark.parametrize("idle_s", [60, 0.05])
+def test_a_stream_that_has_finished_but_does_not_close(
+        server, upstream, monkeypatch, path, told, end, idle_s):
+    monkeypatch.setattr(ifl.MovedStream, "AFTER_FINISH_S", 0.1)
+    running = server(upstream.plays(sse(chunk("Hi"), chunk(finish="stop"), HOLD)),
+                     idle_timeout_s=idle_s)
+    answer = post(running, QUESTION, path)
+    assert answer.status == 200 and end in answer.body and b"Hi" in answer.body
+    assert told not in answer.body
+    until(lambda: ifl.history_of(running.gateway))
+    assert ifl.history_of(running.gateway)[0]["status"] == 200
+
+
+@pytest.mark.parametrize("n, items", [(1, [chunk("Hi")]), (2, [chunk("Hi"), chunk(finish="stop")])])
+def test_a_stream_that_has_not_finished_is_waited_for(server, upstream, monkeypatch, n, items):
+    monkeypatch.setattr(ifl.MovedStream, "AFTER_FINISH_S", 0.01)
+    running = server(upstream.plays(sse(*items, HOLD)), idle_timeout_s=0.1)
+    answer = post(running, chat(True, n=n)).body.decode()
+    assert "said nothing for 0.1 s" in answer and "[DONE]" not in answer
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("begun", [chunk(" "), chunk(
+    None, tool_calls=[{"index": 0, "id": "a", "function": {"name": "look"}}])])
+def test_another_upstream_may_answer_until_something_was_said(server, upstreams, path, begun):
+    bad, good = upstreams(), upstreams()
+    running = server(provider(bad, models=["m1"]), provider(good, "up2", models=["m2"]),
+                     aliases={"m": ["up/m1", "up2/m2"]})
+    for end in ([RESET], [{"error": {"message": "broken", "code": 500}}, DONE], []):
+        bad.plays(sse(begun, *end))
+        text = post(running, {**QUESTION, "model": "m"}, path).body.decode()
+        assert '"Hel"' in text and "broken" not in text
+        assert text.count("event: message_start") + text.count("event: response.created") == 1
+    assert len(bad.requests) == len(good.requests) == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_chat_client_that_drops_reasoning_is_helped_out(server, upstream, stream):
-    running = insisting(server, upstream)
-    thinks = sse(chunk(None, reasoning_content="be"), chunk(None, reasoning_content="cause"),
-                 chunk(None, tool_calls=[{"index": 0, **CALLED}]), chunk(finish="tool_calls"),
-                 DONE) if stream else plain(
-        completion(None, "tool_calls", reasoning_content="because", tool_calls=[CALLED]))
-    upstream.plays(thinks)
-    ask = {"model": "m1", "messages": [{"role": "user", "content": "go"}], "tools": [LOOK],
-           "stream": stream}
-    first = post(running, ask)
-    assert first.status == 200 and (b"because" in first.body or stream and b'"cause"' in first.body)
-    after = [*ask["messages"], {"role": "assistant", "content": None, "tool_calls": [CALLED]},
-             {"role": "tool", "tool_call_id": "call_1", "content": "seen"}]
-    post(running, {**ask, "messages": after})
-    assert [m.get("reasoning_content")
-            for m in upstream.last.json["messages"]] == [None, "because", None]
-    kept = [after[0], {**after[1], "reasoning_content": "mine"}, after[2]]
-    post(running, {**ask, "messages": kept})
-    # byte for byte: nothing to add
-    assert upstream.last.body == ifl.dump_json({**ask, "messages": kept})
+def test_a_web_page_instead_of_an_answer_is_named(server, upstream, stream):
+    upstream.plays(plain(b"<html>hello</html>", content_type="text/html; charset=utf-8"))
+    answer = post(server(upstream), chat(stream))
+    assert answer.status == 502 and "web page" in answer.error["message"]
 
 
-def test_a_messages_client_that_drops_thinking_is_helped_out(server, upstream):
-    running = insisting(server, upstream)
-    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because",
-                                    tool_calls=[CALLED])))
-    tools = [{"name": "look", "input_schema": {"type": "object", "properties": {}}}]
-    ask = {"model": "m1", "max_tokens": 9, "tools": tools,
-           "messages": [{"role": "user", "content": "go"}]}
-    used = post(running, ask, "/v1/messages").json["content"][-1]
-    assert used["type"] == "tool_use"
-    after = [*ask["messages"], {"role": "assistant", "content": [used]},
-             {"role": "user", "content": [
-        {"type": "tool_result", "tool_use_id": used["id"], "content": "seen"}]}]
-    post(running, {**ask, "messages": after}, "/v1/messages")
+def test_more_sockets_than_select_takes_are_looked_at_in_parts(monkeypatch):
+    taken = []
+    monkeypatch.setattr(select, "select", lambda reads, writes, strange, wait_s: (
+        taken.append(len(reads)), (reads[:1], [], []))[1])
+    poller = ifl._SelectPoller()
+    for fd in range(1, 1202):
+        poller.register(fd, ifl._POLLIN)
+    assert sorted(poller.poll(0)) == [(1, 1), (501, 1), (1001, 1)] and taken == [500, 500, 201]
+
+
+def test_a_system_without_poll(server, upstream, monkeypatch, looks_often):
+    """Windows has no select.poll."""
+    monkeypatch.setattr(ifl, "BODY_TIME_S", 0.2)
+    monkeypatch.setattr(ifl, "Poller", ifl._SelectPoller)
+    running = server(upstream, keepalive_s=0.03, first_byte_timeout_s=0.3, idle_timeout_s=0.3)
+    assert post(running, chat(pad="x" * 3_000_000)).status == 200
+    assert upstream.last.json["pad"] == "x" * 3_000_000
+    assert records_of(post(running, chat(True)).body) == HELLO
+    for reply, size in ((Reply(HOLD), 0), (sse(chunk("x" * 900_000), HOLD), 900_000)):
+        upstream.plays(reply)
+        found = records_of(post(running, chat(True)).body)
+        assert len(text_of(found)) == size and "0.3 s" in found[-1]["error"]["message"]
+        assert size or found[0] == ": keep-alive"
+    upstream.plays(Reply(HOLD))
+    hung_up, asked = upstream.hung_up, len(upstream.requests)
+    client = Client(running).post(chat(True))
+    upstream.wait(asked + 1)
+    client.hang_up()
+    until(lambda: upstream.hung_up > hung_up)
+    with Client(running) as client:
+        assert client.send(request_bytes(headers={"Content-Length": "9"})).answer().status == 408
+    assert is_well(running)
+
+
+# --- reasoning that has to come back ---------------------------------------------
+
+LOOK = {"type": "function", "function": {"name": "look",
+                                         "parameters": {"type": "object", "properties": {}}}}
+CALLED = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+NAMELESS = {name: value for name, value in CALLED.items() if name != "id"}
+GO = {"role": "user", "content": "go"}
+
+
+def thinks(stream=False, call=CALLED, reason="because"):
+    """An answer that reasons and calls a tool."""
+    if stream:
+        return sse(chunk(None, reasoning_content=reason[:2]),
+                   chunk(None, reasoning_content=reason[2:]),
+                   chunk(None, tool_calls=[{"index": 0, **call}]), chunk(finish="tool_calls"), DONE)
+    return plain(completion(None, "tool_calls", reasoning_content=reason, tool_calls=[call]))
+
+
+def after_call(call=CALLED, opening=GO, **said):
+    """A Chat history in which the model has called the tool."""
+    return [opening, {"role": "assistant", "content": None, "tool_calls": [call], **said},
+            {"role": "tool", "tool_call_id": call["id"], "content": "seen"}]
+
+
+@pytest.fixture
+def insisting(server, upstream):
+    """insisting(**settings): a server in front of a provider that wants its reasoning back."""
+    def make(**settings):
+        return server(provider(upstream, models=["m1"],
+                               profile={"require_reasoning_on_tool_calls": True}), **settings)
+    return make
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_client_that_drops_reasoning_is_helped_out(insisting, upstream, stream):
+    running, ask = insisting(), {"model": "m1", "tools": [LOOK], "stream": stream}
+    upstream.plays(thinks(stream))
+    first = post(running, {**ask, "messages": [GO]})
+    assert first.status == 200 and b"cause" in first.body
+    post(running, {**ask, "messages": after_call()})
+    assert [message.get("reasoning_content") for message in upstream.last.json["messages"]] == [
+        None, "because", None]
+    kept = {**ask, "messages": after_call(reasoning_content="mine")}
+    post(running, kept)
+    assert upstream.last.body == ifl.dump_json(kept)       # byte for byte: nothing to add
+
+
+@pytest.mark.parametrize("stream, call", [(False, CALLED), (False, NAMELESS), (True, NAMELESS)])
+def test_a_messages_client_that_drops_thinking_is_helped_out(insisting, upstream, stream, call):
+    """A call without an id is kept under the one that we gave it."""
+    running = insisting()
+    upstream.plays(thinks(stream, call))
+    ask = {"model": "m1", "max_tokens": 9, "messages": [GO],
+           "tools": [{"name": "look", "input_schema": {"type": "object", "properties": {}}}]}
+    answer = post(running, {**ask, "stream": stream}, "/v1/messages")
+    ident = re.search(rb'"id":"((toolu|call)_\w+)"', answer.body).group(1).decode()
+    used = {"type": "tool_use", "id": ident, "name": "look", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": ident, "content": "seen"}
+    post(running, {**ask, "messages": [GO, {"role": "assistant", "content": [used]},
+                                       {"role": "user", "content": [result]}]}, "/v1/messages")
     assert upstream.last.json["messages"][1]["reasoning_content"] == "because"
 
 
-def test_reasoning_is_remembered_for_its_own_conversation_only(server, upstream):
+def test_reasoning_is_remembered_for_its_own_conversation_and_client_only(insisting, upstream):
     """Kimi's ids recur, and so do calls; what somebody else's conversation thought must not come
     in.
     """
-    running = insisting(server, upstream)
+    running = insisting(client_keys=[key_entry(name, f"sk-{name}-123456789") for name in "ab"])
     kimi = {**CALLED, "id": "functions.look:0"}
 
-    def back(opening="go", made=kimi, **headers):
-        history = [{"role": "user", "content": opening},
-                   {"role": "assistant", "content": None, "tool_calls": [made]},
-                   {"role": "tool", "tool_call_id": made["id"], "content": "seen"}]
-        post(running, {"model": "m1", "messages": history, "tools": [LOOK]}, **headers)
+    def back(made=kimi, opening="go", key="a", **headers):
+        history = after_call(made, {"role": "user", "content": opening})
+        post(running, {"model": "m1", "messages": history, "tools": [LOOK]},
+             Authorization=f"Bearer sk-{key}-123456789", **headers)
         return upstream.last.json["messages"][1]["reasoning_content"]
 
-    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because",
-                                    tool_calls=[kimi])))
-    post(running, {"model": "m1", "messages": [{"role": "user", "content": "go"}], "tools": [LOOK]})
-    assert back() == back([{"type": "text", "text": "go",
-                            "cache_control": {"type": "ephemeral"}}]) == "because"
-    spaced = {**kimi, "function": {"name": "look", "arguments": " { } "}}
-    # a client that wrote the arguments anew
-    assert back(made=spaced) == "because"
-    assert back("come") == back(session_id="other") == back(
-        made={**kimi, "id": "functions.look:1"}) == ""
-    assert back(made={**kimi, "function": {"name": "look", "arguments": '{"x": 1}'}}) == ""
-
-
-def test_reasoning_is_the_client_s_own(server, upstream):
-    running = server({"name": "up", "base_url": upstream.url, "models": ["m1"],
-                      "profile": INSISTS}, client_keys=[
-        key_entry(name, f"sk-{name}-123456789") for name in "ab"])
-    upstream.plays(plain(completion(None, "tool_calls", reasoning_content="because",
-                                    tool_calls=[CALLED])))
-    ask = {"model": "m1", "messages": [{"role": "user", "content": "go"}], "tools": [LOOK]}
-    post(running, ask, Authorization="Bearer sk-a-123456789")
-    after = [*ask["messages"], {"role": "assistant", "content": None, "tool_calls": [CALLED]},
-             {"role": "tool", "tool_call_id": "call_1", "content": "seen"}]
-    for key, known in (("b", ""), ("a", "because")):
-        post(running, {**ask, "messages": after}, Authorization=f"Bearer sk-{key}-123456789")
-        assert upstream.last.json["messages"][1]["reasoning_content"] == known
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_reasoning_of_a_call_without_an_id_is_kept_under_ours(server, upstream, stream):
-    running = insisting(server, upstream)
-    nameless = {"type": "function", "function": CALLED["function"]}
-    upstream.plays(sse(chunk(None, reasoning_content="because"),
-                       chunk(None, tool_calls=[{"index": 0, **nameless}]),
-                       chunk(finish="tool_calls"), DONE) if stream else plain(
-        completion(None, "tool_calls", reasoning_content="because", tool_calls=[nameless])))
-    ask = {"model": "m1", "max_tokens": 9, "messages": [{"role": "user", "content": "go"}],
-           "stream": stream,
-           "tools": [{"name": "look", "input_schema": {"type": "object", "properties": {}}}]}
-    answer = post(running, ask, "/v1/messages")
-    ident = re.search(rb'"id":"(toolu_\w+)"', answer.body).group(1).decode()
-    used = {"type": "tool_use", "id": ident, "name": "look", "input": {}}
-    after = [*ask["messages"], {"role": "assistant", "content": [used]},
-             {"role": "user", "content": [
-        {"type": "tool_result", "tool_use_id": ident, "content": "seen"}]}]
-    post(running, {**ask, "messages": after, "stream": False}, "/v1/messages")
-    assert upstream.last.json["messages"][1]["reasoning_content"] == "because"
+    upstream.plays(thinks(call=kimi))
+    post(running, {"model": "m1", "messages": [GO], "tools": [LOOK]},
+         Authorization="Bearer sk-a-123456789")
+    parts = [{"type": "text", "text": "go", "cache_control": {"type": "ephemeral"}}]
+    spaced = {**kimi, "function": {"name": "look", "arguments": " { } "}}     # written anew
+    assert back() == back(opening=parts) == back(spaced) == "because"
+    others = [back(opening="come"), back(session_id="other"), back(key="b"),
+              back({**kimi, "id": "functions.look:1"}),
+              back({**kimi, "function": {"name": "look", "arguments": '{"x": 1}'}})]
+    assert others == [""] * 5
 
 
 @pytest.mark.parametrize("more, sent", [({}, ""), ({"thinking": {"type": "disabled"}}, None)])
 def test_an_insisting_provider_gets_the_field_even_where_nothing_is_known(
-        server, upstream, more, sent):
-    running = insisting(server, upstream)
-    history = [{"role": "user", "content": "go"},
-               {"role": "assistant", "content": None, "tool_calls": [CALLED]},
-               {"role": "tool", "tool_call_id": "call_1", "content": "seen"}]
-    post(running, {"model": "m1", "messages": history, **more})
+        insisting, upstream, more, sent):
+    post(insisting(), {"model": "m1", "messages": after_call(), **more})
     assert upstream.last.json["messages"][1].get("reasoning_content") == sent
 
 
 # --- what models count ---------------------------------------------------------
-
-def counted(tokens):
-    """A completion whose upstream counted `tokens` for the prompt."""
-    return completion(usage={"prompt_tokens": tokens, "completion_tokens": 2,
-                             "total_tokens": tokens + 2})
-
 
 def prompt_of(words):
     return {"model": "m1", "max_tokens": 9,
@@ -5946,7 +6030,8 @@ def count_of(running, body):
 def test_estimates_learn_what_the_model_counts(server, upstream, a_word):
     running = server(upstream)
     for words in (40, 400, 90, 1000, 55, 700, 300, 120, 80, 500):
-        upstream.plays(plain(counted(int(words * a_word) + 9)))
+        upstream.plays(plain(completion(usage={"prompt_tokens": int(words * a_word) + 9,
+                                               "completion_tokens": 2})))
         assert post(running, prompt_of(words), "/v1/messages").status == 200
     assert abs(count_of(running, prompt_of(600)) / (600 * a_word + 9) - 1) < 0.1
     assert count_of(running, {**prompt_of(600),
@@ -5983,7 +6068,7 @@ def test_a_damaged_file_of_token_counts_is_learnt_anew(tmp_path, damage):
     assert ifl.TokenScale(str(path)).scaled("p/m", 7) == 14
 
 
-def test_a_model_that_is_known_is_estimated_now_and_then(tmp_path):
+def test_a_model_that_is_known_is_estimated_now_and_then():
     scale = ifl.TokenScale()
     for _ in range(scale.SURE):
         assert scale.is_worth("m")
@@ -5995,271 +6080,12 @@ def test_a_model_that_is_known_is_estimated_now_and_then(tmp_path):
     assert worth.count(True) == 2
 
 
-# --- streams and the loop ------------------------------------------------------
-
-LOTS = [chunk("x" * 60_000)] * 200
-
-
-def begin_stream(running, *args, **facts):
-    """A client that has read the first chunk of its stream."""
-    client = Client(running, *args).post(chat(True), **facts)
-    assert client.head()[0] == 200
-    client.piece()
-    return client
-
-
-def test_a_slow_client_holds_up_nobody_and_gets_all_of_it(server, upstream):
-    running = server(upstream)
-    upstream.plays(sse(*LOTS, chunk(finish="stop"), DONE), sse(*HELLO))
-    with begin_stream(running) as slow:
-        until(lambda: upstream.last is not None, what="the request")
-        for _ in range(3):
-            upstream.plays(sse(chunk("a"), chunk("b"), chunk(finish="stop"), DONE))
-            assert text_of(records_of(post(running, chat(True)).body)) in ("ab", "Hello")
-        rest = slow.pieces()
-    assert len(text_of(records_of(rest))) >= 60_000 * 199
-    assert is_well(running)
-
-
-def test_a_client_that_takes_nothing_is_given_up(server, upstream, monkeypatch):
-    monkeypatch.setattr(ifl, "SEND_TIME_S", 0.2)
-    running = server(upstream)
-    upstream.plays(sse(*LOTS, HOLD))
-    with begin_stream(running):
-        until(lambda: running.gateway.in_flight == 0, what="the end of the call")
-        assert is_well(running)
-
-
-def test_as_many_loops_as_select_needs(server, upstream, monkeypatch):
-    monkeypatch.setattr(ifl.StreamLoop, "ROOM", 1)
-    running, go = server(upstream), threading.Event()
-    upstream.plays(*[sse(chunk("a"), go, chunk("b"), chunk(finish="stop"), DONE)] * 3)
-    clients = [begin_stream(running) for _ in range(3)]
-    until(lambda: sum(loop._load for loop in running.gateway.upstream._loops) == 3,
-          what="three streams on their way")
-    assert len(running.gateway.upstream._loops) == 3
-    go.set()
-    for client in clients:
-        assert b"[DONE]" in client.pieces()
-        client.hang_up()
-    assert is_well(running) and not any(loop._load for loop in running.gateway.upstream._loops)
-
-
-def test_a_stream_that_ended_is_forgotten_by_the_loop(transport, upstream, waiting):
-    upstream.plays(sse(chunk("a"), chunk("b"), DONE))
-    provider = ifl.Provider("up", upstream.url)
-    got = []
-    waiting.keepalive_s = 60
-    with transport.open(provider, ifl.Settings(), "POST", "/chat/completions", [], b"{}",
-                        waiting) as response:
-        flow = weakref.ref(response)
-        transport.move(response, waiting, lambda payload: got.append(payload) or True)
-    del response
-    gc.collect()
-    assert b"".join(got).endswith(b"[DONE]\n\n") and flow() is None
-
-
-def test_what_goes_wrong_while_a_stream_moves_reaches_its_own_request(transport, upstream, waiting):
-    go = threading.Event()
-    upstream.plays(sse(chunk("a"), go, chunk("b"), HOLD))
-
-    def move(payload):
-        if b'"b"' in payload:
-            raise LookupError(threading.current_thread().name)
-        go.set()
-        return True
-
-    with pytest.raises(LookupError, match="streams"), transport.open(
-            ifl.Provider("up", upstream.url), ifl.Settings(), "POST", "/chat/completions", [],
-            b"{}", waiting) as response:
-        transport.move(response, waiting, move)
-    until(lambda: upstream.hung_up == 1, what="the end of the upstream's connection")
-
-
-def test_loops_end_with_their_last_stream(server, upstream):
-    running, go = server(upstream), threading.Event()
-    upstream.plays(sse(chunk("a"), go, chunk(finish="stop"), DONE))
-    client = begin_stream(running)
-    loop = running.gateway.upstream._loops[0]
-    until(lambda: loop._load, what="the stream")
-    running.gateway.upstream.close()
-    go.set()
-    assert b"[DONE]" in client.pieces()
-    client.hang_up()
-    until(lambda: not loop._thread.is_alive(), what="the end of the loop")
-
-
-def test_a_connection_that_was_cut_is_not_used_again(transport, upstream, waiting):
-    """The client leaves when the answer is read, but before its connection went back."""
-    provider = ifl.Provider("up", upstream.url)
-    with watching(transport, waiting), transport.open(
-            provider, ifl.Settings(), "POST", "/chat/completions", [], b"{}", waiting) as response:
-        response.read_all(1 << 20)
-        waiting.client.close()
-        until(lambda: waiting.left)
-    assert ask_upstream(transport, upstream)[0] == 200 and upstream.connections == 2
-
-
-@pytest.mark.parametrize("path, told", [("/v1/chat/completions", b'data: {"error"'),
-                                        ("/v1/messages", b"event: error"),
-                                        ("/v1/responses", b"event: response.failed")])
-def test_a_stream_that_outlasts_the_drain_is_told_so(server, upstream, path, told):
-    running = server(upstream)
-    upstream.plays(sse(chunk("a"), HOLD))
-    body = {**prompt_of(1), "stream": True} if path != "/v1/responses" else {
-        "model": "m", "input": "x", "stream": True}
-    with Client(running).post(body, path=path) as client:
-        client.head()
-        assert client.piece()
-        closer = threading.Thread(target=running.close, args=(0.1,), daemon=True)
-        closer.start()
-        rest = client.pieces()
-    closer.join(WAIT_S)
-    assert told in rest and b"shutting down" in rest and not closer.is_alive()
-
-
-def test_a_web_page_instead_of_an_answer_is_named(server, upstream):
-    running = server(upstream)
-    for stream in (False, True):
-        upstream.plays(plain(b"<html>hello</html>", content_type="text/html; charset=utf-8"))
-        answer = post(running, chat(stream))
-        assert answer.status == 502 and "web page" in answer.error["message"]
-
-
-def test_preflights_of_paths_that_are_not_there(server, upstream):
-    running = server(upstream)
-    assert get(running, "/v1/nothing", "OPTIONS", origin="http://localhost").status == 404
-    assert get(running, "/v1/models", "OPTIONS", origin="http://localhost").status == 204
-
-
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-@pytest.mark.parametrize("begun", [[chunk(" ")], [
-    chunk(None, tool_calls=[{"index": 0, "id": "a", "function": {"name": "look"}}])]])
-def test_another_upstream_may_answer_until_something_was_said(server, upstreams, path, begun):
-    bad, good = upstreams(), upstreams()
-    running = server(provider(bad, models=["m1"]), provider(good, "up2", models=["m2"]),
-                     aliases={"m": ["up/m1", "up2/m2"]})
-    ask = {"model": "m", "max_tokens": 9, "stream": True, "input": "q",
-           "messages": [{"role": "user", "content": "q"}]}
-    for end in ([RESET], [{"error": {"message": "broken", "code": 500}}, DONE], []):
-        bad.plays(sse(*begun, *end))
-        text = post(running, ask, path).body.decode()
-        assert '"Hel"' in text and "broken" not in text
-        assert text.count("event: message_start") + text.count("event: response.created") == 1
-    assert len(bad.requests) == len(good.requests) == 3
-
-
-ENDLESS = [("/v1/chat/completions", "data: [DONE]"), ("/v1/messages", "event: message_stop"),
-           ("/v1/responses", "event: response.completed")]
-
-
-@pytest.mark.parametrize("path, end", ENDLESS)
-@pytest.mark.parametrize("idle_s", [60, 0.05])
-def test_a_stream_that_has_finished_but_does_not_close(
-        server, upstream, monkeypatch, path, end, idle_s):
-    monkeypatch.setattr(ifl.MovedStream, "AFTER_FINISH_S", 0.1)
-    running = server(upstream, idle_timeout_s=idle_s)
-    upstream.plays(sse(chunk("Hi"), chunk(finish="stop"), HOLD))
-    answer = post(running, {"model": "m1", "max_tokens": 9, "stream": True,
-                            "messages": [{"role": "user", "content": "q"}],
-                            "input": "q"}, path)
-    text = answer.body.decode()
-    assert answer.status == 200 and end in text and "Hi" in text
-    assert "error" not in text.replace('"error":null', "")
-    until(lambda: ifl.history_of(running.gateway))
-    assert ifl.history_of(running.gateway)[0]["status"] == 200
-
-
-@pytest.mark.parametrize("n, items", [(1, [chunk("Hi")]), (2, [chunk("Hi"), chunk(finish="stop")])])
-def test_a_stream_that_has_not_finished_is_waited_for(server, upstream, monkeypatch, n, items):
-    monkeypatch.setattr(ifl.MovedStream, "AFTER_FINISH_S", 0.01)
-    running = server(upstream, idle_timeout_s=0.1)
-    upstream.plays(sse(*items, HOLD))
-    answer = post(running, chat(True, n=n))
-    assert "said nothing for 0.1 s" in answer.body.decode() and "[DONE]" not in answer.body.decode()
-
-
-def without_poll(monkeypatch):
-    monkeypatch.setattr(ifl, "Poller", ifl._SelectPoller)
-
-
-def test_more_sockets_than_select_takes_are_looked_at_in_parts(monkeypatch):
-    taken = []
-    monkeypatch.setattr(select, "select", lambda reads, writes, strange, wait_s: (
-        taken.append(len(reads)), (reads[:1], [], []))[1])
-    poller = ifl._SelectPoller()
-    for fd in range(1, 1202):
-        poller.register(fd, ifl._POLLIN)
-    assert sorted(poller.poll(0)) == [(1, 1), (501, 1), (1001, 1)] and taken == [500, 500, 201]
-
-
-@pytest.mark.parametrize("lacks", [without_poll])
-def test_systems_that_lack_something(server, upstream, monkeypatch, looks_often, lacks):
-    """Windows has no select.poll, and waits of its sockets end in another way."""
-    monkeypatch.setattr(ifl, "BODY_TIME_S", 0.2)
-    lacks(monkeypatch)
-    monkeypatch.setattr(ifl, "BODY_TIME_S", 0.2)
-    running = server(upstream, keepalive_s=0.03, first_byte_timeout_s=0.3, idle_timeout_s=0.3)
-    assert post(running, chat(pad="x" * 3_000_000)).status == 200
-    assert upstream.last.json["pad"] == "x" * 3_000_000
-    assert records_of(post(running, chat(True)).body) == HELLO
-    upstream.plays(Reply(HOLD), sse(chunk("x" * 900_000), HOLD))
-    found = records_of(post(running, chat(True)).body)
-    assert found[0] == ": keep-alive" and "0.3 s" in found[-1]["error"]["message"]
-    found = records_of(post(running, chat(True)).body)
-    assert len(text_of(found)) == 900_000 and "0.3 s" in found[-1]["error"]["message"]
-    upstream.plays(Reply(HOLD))
-    hung_up = upstream.hung_up
-    client = Client(running).post(chat(True))
-    upstream.wait(5)
-    client.hang_up()
-    until(lambda: upstream.hung_up > hung_up, 1)
-    with Client(running) as client:
-        assert client.send(request_bytes(headers={"Content-Length": "9"})).answer().status == 408
-    assert is_well(running)
-
-
-def test_endpoints_of_base_urls():
-    assert ifl.Endpoint.of("https://host/v1") == ("https", "host", 443, "/v1")
-    assert ifl.Endpoint.of("https://host/v1").authority == "host"
-    assert ifl.Endpoint.of("http://[::1]:8080/x").authority == "[::1]:8080"
-    assert ifl.Endpoint.of("http://h:80/x").authority == "h"
-
-
 # === 11. iFlow as an upstream ================================================
 
-class IFlowFake(FakeUpstream):
-    """iFlow as iflow.md describes it.
-
-    `script`: the next answers, each an object, (status, object), or the records of a stream;
-    `seen`: what came.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.script, self.seen = [], []
-        self.gate, self.arrived = threading.Event(), threading.Semaphore(0)
-        self.gate.set()
-
-    def next_reply(self, seen):
-        self.seen.append((seen.headers, seen.json))
-        self.arrived.release()
-        self.gate.wait(2 * WAIT_S)
-        answer = self.script.pop(0) if self.script else iflow_plain("ok")
-        status, answer = answer if isinstance(answer, tuple) else (200, answer)
-        return plain(answer, status) if isinstance(answer, dict) else sse(*answer, start=b"data:")
-
-
-def iflow_plain(content, **message):
-    return {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [
-        {"index": 0, "finish_reason": "stop",
-         "message": {"role": "assistant", "content": content, **message}}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}
-
-
-def iflow_chunk(finish=None, **delta):
-    return {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m",
-            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+def iflow_reply(answer) -> Reply:
+    """What iFlow answers: an object, (status, object), or the records of a stream."""
+    status, answer = answer if isinstance(answer, tuple) else (200, answer)
+    return plain(answer, status) if isinstance(answer, dict) else sse(*answer, start=b"data:")
 
 
 @pytest.fixture
@@ -6272,321 +6098,265 @@ def iflow_home(home):
         text = content if isinstance(content, str) else json.dumps(content)
         path.write_text(text, encoding="utf-8")
         return path
-
     return write
 
 
 @pytest.fixture
-def iflow(iflow_home, tmp_path):
-    """(fake, start): a fake iFlow, and a server logged in to it; start(**config) gives the server.
-    """
-    fake, servers = IFlowFake(), []
-
-    def start(login=None, **config):
-        iflow_home({"apiKey": "sk-iflow", "baseUrl": fake.url, **(login or {})})
-        folder = tmp_path / ".iflow2api"
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        server = ifl.serve(ifl.Gateway(config=ifl.ConfigFile(str(folder))), port=0)
-        servers.append(server)
-        return server
-
-    yield fake, start
-    fake.gate.set()
-    for server in servers:
-        server.close()
-    fake.close()
+def iflow(iflow_home, config, server, upstream):
+    """(upstream, start): start(login, **config) gives a server that is logged in to it."""
+    def start(login=None, **raw):
+        iflow_home({"apiKey": "sk-iflow", "baseUrl": upstream.url, **(login or {})})
+        put_config(config, raw)
+        return server(gateway=ifl.Gateway(config=config))
+    return upstream, start
 
 
-def iflow_post(server, body, path="/v1/chat/completions", **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    connection.request("POST", path, json.dumps(body),
-                       {"Content-Type": "application/json", **headers})
-    answer = connection.getresponse()
-    return answer.status, answer.headers, answer.read()
-
-
-def iflow_ask(model="glm-5", **fields):
-    return {"model": model, "messages": [{"role": "user", "content": "q"}], **fields}
-
-
-def sse_chunks(data):
-    return [json.loads(r[5:]) for r in data.decode().split("\n\n") if r.startswith("data:")
-            and "[DONE]" not in r]
+def glm(stream=False, model="glm-5", **more):
+    return chat(stream, model, **more)
 
 
 def test_iflow_headers_are_signed(iflow):
-    fake, start = iflow
+    upstream, start = iflow
     server = start()
-    assert iflow_post(server, iflow_ask(), **{"X-Private": "no", "User-Agent": "curl"})[0] == 200
-    assert iflow_post(server, iflow_ask())[0] == 200
-    first, second = fake.seen[0][0], fake.seen[1][0]
+    assert post(server, glm(), X_Private="no", User_Agent="curl").status == 200
+    assert post(server, glm()).status == 200
+    first, second = (seen.headers for seen in upstream.requests)
     assert first["authorization"] == "Bearer sk-iflow" and first["user-agent"] == "iFlow-Cli"
     message = f"iFlow-Cli:{first['session-id']}:{first['x-iflow-timestamp']}"
-    wanted = hashlib.sha256(b"".join([bytes(b ^ 0x5C for b in b"sk-iflow".ljust(64, b"\0")),
-                                      hashlib.sha256(
-        bytes(b ^ 0x36 for b in b"sk-iflow".ljust(64, b"\0"))
-        + message.encode()).digest()])).hexdigest()
-    assert first["x-iflow-signature"] == wanted == hmac.new(
-        b"sk-iflow", message.encode(), "sha256").hexdigest()
+    assert first["x-iflow-signature"] == hmac.new(b"sk-iflow", message.encode(),
+                                                  "sha256").hexdigest()
     assert abs(int(first["x-iflow-timestamp"]) / 1000 - time.time()) < 60
-    assert first["session-id"].startswith("session-")
-    assert first["session-id"] == second["session-id"]
-    assert first["conversation-id"] == second["conversation-id"]
-    version, trace, span, flags = first["traceparent"].split("-")
-    assert (version, len(trace), len(span), flags) == ("00", 32, 16, "01")
+    assert re.fullmatch(r"session-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", first["session-id"])
+    for name in ("session-id", "conversation-id"):
+        assert first[name] == second[name]
+    assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-01", first["traceparent"])
     assert first["traceparent"] != second["traceparent"]
-    assert "x-private" not in first and fake.seen[0][1]["model"] == "glm-5"
+    assert "x-private" not in first and upstream.last.json["model"] == "glm-5"
 
 
 def test_openai_compatible_entry_is_a_plain_provider(iflow):
-    fake, start = iflow
+    upstream, start = iflow
     server = start({"selectedAuthType": "openai-compatible", "modelName": "my-model"})
-    assert iflow_post(server, {"messages": [{"role": "user", "content": "q"}]})[0] == 200
-    headers, body = fake.seen[0]
-    assert not [h for h in headers if "iflow" in h or h in ("session-id", "traceparent")]
-    assert headers["user-agent"] != "iFlow-Cli"
-    assert body == {"model": "my-model", "messages": [{"role": "user", "content": "q"}]}
+    assert post(server, {"messages": MESSAGES}).status == 200
+    names = set(upstream.last.headers)
+    assert not [name for name in names if "iflow" in name] and "session-id" not in names
+    assert upstream.last.headers["user-agent"] != "iFlow-Cli"
+    assert upstream.last.json == {"model": "my-model", "messages": MESSAGES}
 
 
-KEY_SOURCES = [
+@pytest.mark.parametrize("flags, environ, config, login, wanted", [
     ({}, {}, "", {"apiKey": "file"}, "file"),
     ({}, {}, "", {"apiKey": "", "searchApiKey": "search"}, "search"),
     ({}, {}, "config", {"apiKey": "file"}, "config"),
     ({}, {"IFLOW_apiKey": "variable"}, "config", {"apiKey": "file"}, "variable"),
     ({}, {"iflow_API_KEY": "variable"}, "", {}, "variable"),
-    ({}, {"IFLOW_API_KEY": "variable", "IFLOW2API_API_KEY": "ours"}, "config", {"apiKey": "file"},
+    ({}, {"IFLOW_API_KEY": "variable", "IFLOW2API_API_KEY": "ours"}, "config", {"apiKey": "f"},
      "ours"),
     ({"api_key": "flag"}, {"IFLOW_API_KEY": "variable", "IFLOW2API_API_KEY": "ours"}, "config",
      {"apiKey": "f"}, "flag"),
-    ({}, {"IFLOW_API_KEY": ""}, "", {"apiKey": "file"}, "file")]
-
-
-@pytest.mark.parametrize("flags, environ, config, login, wanted", KEY_SOURCES)
-def test_key_precedence(flags, environ, config, login, wanted):
+    ({}, {"IFLOW_API_KEY": ""}, "", {"apiKey": "file"}, "file")])
+def test_which_key_stands_above(flags, environ, config, login, wanted):
     loaded = ifl.load_settings({"api_key": config} if config else {}, environ, flags)
-    provider = ifl.iflow_provider(loaded.settings, loaded.origins, environ, login)
-    assert provider.api_keys == (wanted,)
+    found = ifl.iflow_provider(loaded.settings, loaded.origins, environ, login)
+    assert found.api_keys == (wanted,)
 
 
-def test_base_url_precedence():
-    loaded = ifl.load_settings({"base_url": "http://config/v1"}, {}, {})
-    login = {"apiKey": "k", "baseUrl": "http://file/v1"}
-    for environ, wanted in (({}, "http://config/v1"),
-                            ({"IFLOW_baseUrl": "http://variable/v1"}, "http://variable/v1")):
-        assert ifl.iflow_provider(loaded.settings, loaded.origins, environ,
-                                  login).base_url == wanted
-    assert ifl.iflow_provider(ifl.Settings(), {}, {},
-                              {"apiKey": "k"}).base_url == ifl.IFLOW_BASE_URL
-    assert ifl.iflow_provider(ifl.Settings(), {}, {}, {"apiKey": 5, "baseUrl": []}) is None
+@pytest.mark.parametrize("config, environ, login, wanted", [
+    ("http://config/v1", {}, "http://file/v1", "http://config/v1"),
+    ("http://config/v1", {"IFLOW_baseUrl": "http://variable/v1"}, "", "http://variable/v1"),
+    ("", {}, "http://file/v1", "http://file/v1"), ("", {}, "", ifl.IFLOW_BASE_URL)])
+def test_which_base_url_stands_above(config, environ, login, wanted):
+    loaded = ifl.load_settings({"base_url": config} if config else {}, environ, {})
+    found = ifl.iflow_provider(loaded.settings, loaded.origins, environ,
+                               {"apiKey": "k", **({"baseUrl": login} if login else {})})
+    assert found.base_url == wanted
 
 
-BROKEN_LOGINS = ["", "{", "[]", '{"apiKey": ', "\x00", '{"apiKey": "sk good"}',
-                 '{"apiKey": "a\\nb"}', '{"apiKey": {}}', None]
-
-
-@pytest.mark.parametrize("content", BROKEN_LOGINS)
-def test_broken_login_is_named_and_left_alone(iflow_home, tmp_path, content):
-    path = iflow_home("" if content is None else content)
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", '{"apiKey": ', "\x00", '{"apiKey": "sk good"}', '{"apiKey": "a\\nb"}',
+    '{"apiKey": {}}', '{"apiKey": 5, "baseUrl": []}', None])
+def test_a_broken_login_is_named_and_left_alone(iflow_home, config, content):
+    path = iflow_home(content or "")
     if content is None:
         path.unlink()
         path.mkdir()
-    before = None if content is None else path.read_bytes()
-    gateway = ifl.Gateway(config=ifl.ConfigFile(str(tmp_path / "c")))
-    health = gateway.health()
+    with contextlib.closing(ifl.Gateway(config=config)) as gateway:
+        health = gateway.health()
     assert health["status"] == "degraded" and health["iflow_logged_in"] is False
-    if content != '{"apiKey": {}}':
-        assert len(health["problems"]) == 1
-        assert "settings.json" in health["problems"][0] or "iflow" in health["problems"][0]
+    assert len(health["problems"]) == (0 if content and content.endswith(("{}}", "[]}")) else 1)
+    assert all("settings.json" in each or "iflow" in each for each in health["problems"])
     assert "good" not in json.dumps(health)
-    assert before is None or path.read_bytes() == before
-    gateway.close()
+    assert content is None or path.read_text() == content
 
 
-def test_login_with_bom_and_line_end_works_and_is_reread(iflow_home, tmp_path):
+def test_a_login_with_bom_and_line_end_works_and_is_reread(iflow_home, config):
     path = iflow_home("\ufeff" + json.dumps({"apiKey": " sk-one\n"}))
-    gateway = ifl.Gateway(config=ifl.ConfigFile(str(tmp_path / "c")))
-    assert gateway.state.router.providers["iflow"].api_keys == ("sk-one",)
-    path.write_text('{"apiKey": "sk-t')
-    gateway.reload()
-    # half written: the last good stays
-    assert gateway.state.router.providers["iflow"].api_keys == ("sk-one",)
-    path.write_text('{"apiKey": "sk-two"}')
-    gateway.reload()
-    assert gateway.state.router.providers["iflow"].api_keys == ("sk-two",)
-    assert gateway.health()["problems"] == []
-    gateway.close()
+    with contextlib.closing(ifl.Gateway(config=config)) as gateway:
+        # half written: the last good stays
+        for content, key in ((None, "sk-one"), ('{"apiKey": "sk-t', "sk-one"),
+                             ('{"apiKey": "sk-two"}', "sk-two")):
+            if content:
+                path.write_text(content)
+                gateway.reload()
+            assert gateway.state.router.providers["iflow"].api_keys == (key,)
+        assert gateway.health()["problems"] == []
 
 
-def test_upstream_flag_leaves_iflow_out(iflow_home, tmp_path):
+def test_who_is_not_logged_in_is_told_what_to_run(config, server, iflow_home):
+    running = server(gateway=ifl.Gateway(config=config, environ={}), detect_local=False)
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        answer = post(running, glm(max_tokens=9), path)
+        assert answer.status == 403 and answer.headers["x-should-retry"] == "false"
+        assert "--upstream" in answer.json["error"]["message"]
     iflow_home({"apiKey": "sk-iflow"})
-    flags = {"providers": [{"name": "upstream", "base_url": "http://127.0.0.1:9/v1"}],
-             "api_key": ""}
-    gateway = ifl.Gateway(config=ifl.ConfigFile(str(tmp_path / "c")), flags=flags)
-    assert list(gateway.state.router.providers) == ["upstream"]
-    gateway.close()
+    flags = {"providers": [provider("http://127.0.0.1:9/v1", "upstream")], "api_key": ""}
+    with contextlib.closing(ifl.Gateway(config=config, flags=flags)) as gateway:
+        assert list(gateway.state.router.providers) == ["upstream"]
 
 
-TWEAKS = [
+ENABLED = {"type": "enabled"}
+THINKS = {"chat_template_kwargs": {"enable_thinking": True}}
+
+
+@pytest.mark.parametrize("model, given, wanted", [
     ("deepseek-v3.2-chat", {}, {"thinking_mode": True, "reasoning": True}),
-    ("glm-5", {}, {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True,
-                   "thinking": {"type": "enabled"}}),
-    ("glm-4.7", {}, {"chat_template_kwargs": {"enable_thinking": True}}),
-    ("kimi-k2.5", {}, {"thinking": {"type": "enabled"}}),
-    ("mimo-v2", {}, {"thinking": {"type": "enabled"}}),
-    ("kimi-k2-thinking", {}, {"thinking_mode": True}),
-    ("some-reasoning-model", {}, {"reasoning": True}),
+    ("glm-5", {}, {**THINKS, "enable_thinking": True, "thinking": ENABLED}),
+    ("glm-4.7", {}, THINKS), ("kimi-k2.5", {}, {"thinking": ENABLED}),
+    ("mimo-v2", {}, {"thinking": ENABLED}), ("kimi-k2-thinking", {}, {"thinking_mode": True}),
+    ("some-reasoning-model", {}, {"reasoning": True}), ("qwen3-coder-plus", {}, {}),
     ("qwen3-4b", {"thinking_mode": True, "reasoning": True, "chat_template_kwargs": {}}, {}),
-    ("qwen3-coder-plus", {}, {}),
-    ("glm-5", {"thinking": {"type": "disabled"}}, {"thinking": {"type": "disabled"}}),
-    ("glm-5", {"enable_thinking": False}, {"enable_thinking": False}),
-    ("glm-4.7", {"chat_template_kwargs": {"enable_thinking": False}},
-     {"chat_template_kwargs": {"enable_thinking": False}}),
-    ("deepseek-x", {"reasoning_effort": "none"}, {"reasoning_effort": "none"}),
-    ("glm-4.7", {"chat_template_kwargs": {"x": 1}}, {"chat_template_kwargs": {"x": 1}}),
-    ("glm-4.7", {"tools": [], "tool_choice": "auto"},
-     {"chat_template_kwargs": {"enable_thinking": True}}),
+    *((model, off, off) for model, off in (
+        ("glm-5", {"thinking": {"type": "disabled"}}), ("glm-5", {"enable_thinking": False}),
+        ("glm-4.7", {"chat_template_kwargs": {"enable_thinking": False}}),
+        ("deepseek-x", {"reasoning_effort": "none"}),
+        ("glm-4.7", {"chat_template_kwargs": {"x": 1}}), ("unknown", {"max_tokens": 10 ** 9}))),
+    ("glm-4.7", {"tools": [], "tool_choice": "auto"}, THINKS),
     ("deepseek-v3.2-chat", {"max_tokens": 99999, "thinking_mode": False},
      {"max_tokens": 8192, "thinking_mode": False}),
     ("glm-4.6", {"max_completion_tokens": 32001, "temperature": 0.10},
-     {"max_completion_tokens": 32000, "temperature": 0.1,
-      "chat_template_kwargs": {"enable_thinking": True}}),
-    ("unknown", {"max_tokens": 10 ** 9}, {"max_tokens": 10 ** 9})]
-
-
-@pytest.mark.parametrize("model, given, wanted", TWEAKS)
+     {"max_completion_tokens": 32000, "temperature": 0.1, **THINKS})])
 def test_tweaks(model, given, wanted):
     before = copy.deepcopy(given)
     assert ifl.adapt_to_iflow(given, model, lambda ident: "") == wanted
     assert given == before
 
 
-CODES = [(434, 403), (438, 403), (439, 403), (435, 404), (429, 429), (449, 429), (8211, 429),
-         (511, 400), (413, 400), (514, 502),
-         (999, 502)]
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("http_status", [200, 400])
-@pytest.mark.parametrize("code, wanted", CODES)
+@pytest.mark.parametrize("code, wanted", [
+    (434, 403), (438, 403), (439, 403), (435, 404), (429, 429), (449, 429), (8211, 429),
+    (511, 400), (413, 400), (514, 502), (999, 502)])
 def test_business_codes(iflow, code, wanted, http_status, stream):
-    fake, start = iflow
-    server = start()
-    fake.script = [(http_status, {"status": str(code), "msg": "sorry", "body": None})] * 3
-    status, headers, data = iflow_post(server, iflow_ask(stream=stream))
-    wanted = 400 if (code, http_status) == (999, 400) else wanted
-    error = json.loads(data)["error"]
-    assert status == wanted and "sorry" in error["message"]
+    upstream, start = iflow
+    upstream.plays(*[plain({"status": str(code), "msg": "sorry", "body": None}, http_status)] * 3)
+    answer = post(start(), glm(stream))
+    error, headers = answer.error, answer.headers
+    assert answer.status == (400 if (code, http_status) == (999, 400) else wanted)
+    assert "sorry" in error["message"]
     if wanted == 403:
-        assert headers["x-should-retry"] == "false" and "iflow" in error["message"]
-        assert "test iflow" in error["message"]
-    if wanted == 429:
-        assert headers["Retry-After"] == "5"
-    if wanted == 404:
-        assert error["code"] == "model_not_found" and "glm-5" in error["message"]
-    if code in (511, 413):
-        assert error["code"] == "context_length_exceeded"
+        assert headers["x-should-retry"] == "false" and "test iflow" in error["message"]
+    assert headers.get("retry-after") == ("5" if wanted == 429 else None)
+    assert wanted != 404 or error["code"] == "model_not_found" and "glm-5" in error["message"]
+    assert code not in (511, 413) or error["code"] == "context_length_exceeded"
 
 
-def test_business_code_as_a_record_and_error_code_spelling(iflow):
-    fake, start = iflow
+def test_other_ways_to_say_a_business_code(iflow):
+    upstream, start = iflow
     server = start()
-    fake.script = [[{"error_code": 449, "msg": "slow"}]]
-    assert iflow_post(server, iflow_ask(stream=True))[0] == 429
-    fake.script = [{"status": "511", "msg": "too long"}]
-    status, _, data = iflow_post(server, iflow_ask(max_tokens=10), "/v1/messages")
-    assert status == 400 and "prompt is too long" in json.loads(data)["error"]["message"]
-    assert "200000" in data.decode()
-    fake.script = [(406, {"message": "Not Acceptable"})]
-    assert iflow_post(server, iflow_ask())[0] == 403
-    assert len(fake.seen) == 3                           # never retried in a loop
+    upstream.plays(iflow_reply([{"error_code": 449, "msg": "slow"}]))
+    assert post(server, glm(True)).status == 429
+    upstream.plays(plain({"status": "511", "msg": "too long"}))
+    answer = post(server, glm(max_tokens=10), "/v1/messages")
+    assert answer.status == 400 and "prompt is too long" in answer.json["error"]["message"]
+    assert "200000" in answer.body.decode()
+    upstream.plays(plain({"message": "Not Acceptable"}, 406))
+    assert post(server, glm()).status == 403
+    assert len(upstream.requests) == 3                   # never retried in a loop
 
 
-def test_stream_oddities(iflow):
-    fake, start = iflow
-    server = start()
-    # no [DONE], no space after data:
-    fake.script = [[iflow_chunk(content="hi"), iflow_chunk("stop")]]
-    status, _, data = iflow_post(server, iflow_ask(stream=True))
-    assert status == 200 and data.endswith(b"data: [DONE]\n\n")
-    fake.script = [[]]
-    # a stream of 0 chunks
-    assert iflow_post(server, iflow_ask(stream=True))[0] == 502
-    fake.script = [[iflow_chunk(content="hi"), iflow_chunk("network_error"), "[DONE]"]]
-    # passed on on Chat
-    assert b"network_error" in iflow_post(server, iflow_ask(stream=True))[2]
-    fake.script = [[iflow_chunk(content="hi"), iflow_chunk("network_error"), "[DONE]"]]
-    data = iflow_post(server, iflow_ask(stream=True, max_tokens=9), "/v1/messages")[2].decode()
-    assert "event: error" in data and "message_stop" not in data
-    # JSON instead of a stream
-    fake.script = [iflow_plain("whole")]
-    assert "".join(c["choices"][0]["delta"].get("content") or "" for c in sse_chunks(
-        iflow_post(server, iflow_ask(stream=True))[2])) == "whole"
+@pytest.mark.parametrize("path, answer, status, has, lacks", [
+    ("chat/completions", [chunk("hi"), chunk(finish="stop")], 200, "data: [DONE]", "error"),
+    ("chat/completions", [], 502, "error", "[DONE]"),
+    ("chat/completions", [chunk("hi"), chunk(finish="network_error"), DONE], 200, "network_error",
+     '"error"'),
+    ("messages", [chunk("hi"), chunk(finish="network_error"), DONE], 200, "event: error",
+     "message_stop"),
+    ("chat/completions", completion("whole"), 200, '"content":"whole"', "error")],
+    ids=["no [DONE]", "no chunk", "network error", "on Messages", "JSON instead of a stream"])
+def test_stream_oddities(iflow, path, answer, status, has, lacks):
+    upstream, start = iflow
+    upstream.plays(iflow_reply(answer))
+    found = post(start(), glm(True, max_tokens=9), "/v1/" + path)
+    text = found.body.decode()
+    assert found.status == status and has in text.replace('": "', '":"') and lacks not in text
 
 
-REASONED = [iflow_chunk(role="assistant", content=""), iflow_chunk(reasoning_content="think "),
-            iflow_chunk(reasoning_content="more"),
-            iflow_chunk(content="an"), iflow_chunk(content="swer"), iflow_chunk("stop"), "[DONE]"]
-CALL = [{"index": 0, "id": "call_1", "type": "function",
-         "function": {"name": "f", "arguments": "{}"}}]
+def thought(text, **more):
+    return chunk(reasoning_content=text, **more)
+
+
+CALLS = chunk(tool_calls=[{"index": 0, **CALLED}])
 MERGES = [
-    (False, REASONED, "think more\n\nanswer", ""),
-    (True, REASONED, "answer", "think more"),
-    (False, [iflow_chunk(reasoning_content="r"), iflow_chunk("stop")], "r", ""),
-    (True, [iflow_chunk(reasoning_content="r"), iflow_chunk("stop")], "r", "r"),
-    (False, [iflow_chunk(reasoning_content="r", content="a"), iflow_chunk("stop")], "r\n\na", ""),
-    (False, [iflow_chunk(reasoning_content="r"), iflow_chunk(tool_calls=CALL),
-             iflow_chunk("tool_calls")], "r", ""),
-    (True, [iflow_chunk(reasoning_content="r"), iflow_chunk(tool_calls=CALL),
-            iflow_chunk("tool_calls")], "r", "r"),
-    (False, [iflow_chunk(content="a"), iflow_chunk("stop")], "a", ""),
-    (False, [iflow_chunk(reasoning="r", reasoning_content=""), iflow_chunk(content="\n"),
-             iflow_chunk(content="a"),
-             iflow_chunk("stop")], "r\n\n\na", "")]
+    # preserved or not, what the model says, its content then, its reasoning then
+    (False, [ROLE, thought("think "), thought("more"), chunk("an"), chunk("swer")],
+     "think more\n\nanswer", ""),
+    (True, [ROLE, thought("think "), thought("more"), chunk("an"), chunk("swer")], "answer",
+     "think more"),
+    (False, [thought("r")], "r", ""), (True, [thought("r")], "r", "r"),
+    (False, [thought("r", content="a")], "r\n\na", ""), (False, [thought("r"), CALLS], "r", ""),
+    (True, [thought("r"), CALLS], "r", "r"), (False, [chunk("a")], "a", ""),
+    (False, [chunk(reasoning="r", reasoning_content=""), chunk("\n"), chunk("a")], "r\n\n\na", "")]
 
 
 @pytest.mark.parametrize("preserve, chunks, content, reasoning", MERGES)
 def test_preserve_reasoning(iflow, preserve, chunks, content, reasoning):
-    fake, start = iflow
+    upstream, start = iflow
     server = start(preserve_reasoning_content=preserve)
-    fake.script = [copy.deepcopy(chunks)]
-    got = [c["choices"][0]["delta"]
-           for c in sse_chunks(iflow_post(server, iflow_ask(stream=True))[2])]
-    assert "".join(d.get("content") or "" for d in got) == content
-    assert "".join(d.get("reasoning_content") or "" for d in got) == reasoning
-    heard = "".join(ifl.reasoning_of(c["choices"][0]["delta"]) for c in chunks if c != "[DONE]")
-    said = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c != "[DONE]")
-    fake.script = [iflow_plain(said or None, **({"reasoning_content": heard} if heard else {}))]
-    message = json.loads(iflow_post(server, iflow_ask())[2])["choices"][0]["message"]
+    deltas = [item["choices"][0]["delta"] for item in chunks]
+    upstream.plays(iflow_reply([*chunks, chunk(finish="stop"), DONE]))
+    found = records_of(post(server, glm(True)).body)
+    assert text_of(found) == content
+    assert "".join(item["choices"][0]["delta"].get("reasoning_content") or ""
+                   for item in found if item != DONE) == reasoning
+    heard = "".join(ifl.reasoning_of(delta) for delta in deltas)
+    said = "".join(delta.get("content") or "" for delta in deltas)
+    upstream.plays(plain(completion(said or None,
+                                    **({"reasoning_content": heard} if heard else {}))))
+    message = post(server, glm()).json["choices"][0]["message"]
     assert (message["content"], message.get("reasoning_content") or "") == (content, reasoning)
 
 
 def test_other_providers_keep_their_reasoning_unless_they_say_so(iflow):
-    fake, start = iflow
-    entry = {"name": "p", "base_url": fake.url}
-    server = start(providers=[entry,
-                              {**entry, "name": "merged", "preserve_reasoning_content": False}])
+    upstream, start = iflow
+    server = start(providers=[provider(upstream, "p"), provider(
+        upstream, "merged", preserve_reasoning_content=False)])
     for name, content in (("p", "a"), ("merged", "r\n\na")):
-        fake.script = [iflow_plain("a", reasoning_content="r")]
-        assert json.loads(iflow_post(server, iflow_ask(name + "/x"))[2])["choices"][0]["message"][
-            "content"] == content
+        upstream.plays(plain(completion("a", reasoning_content="r")))
+        found = post(server, glm(model=name + "/x")).json
+        assert found["choices"][0]["message"]["content"] == content
+
+
+@pytest.mark.parametrize("thinking, answer, wanted", [
+    ({}, ("a", "r"), [("text", "a")]), ({}, (None, "only"), [("text", "only")]),
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, ("a", "r"),
+     [("thinking", "r"), ("text", "a")])])
+def test_reasoning_on_messages(iflow, thinking, answer, wanted):
+    upstream, start = iflow
+    upstream.plays(plain(completion(answer[0], reasoning_content=answer[1])))
+    found = post(start(), glm(max_tokens=9000, **thinking), "/v1/messages").json["content"]
+    assert [(block["type"], block.get("text") or block.get("thinking"))
+            for block in found] == wanted
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_dropped_reasoning_comes_back_in_tool_use(iflow, stream):
-    fake, start = iflow
+    upstream, start = iflow
     server = start()
-    fake.script = [[iflow_chunk(reasoning_content="because"), iflow_chunk(tool_calls=CALL),
-                    iflow_chunk("tool_calls")]] if stream \
-        else [iflow_plain(None, reasoning_content="because", tool_calls=CALL)]
-    iflow_post(server, iflow_ask(stream=stream))
-    history = [{"role": "user", "content": "q"},
-               {"role": "assistant", "content": None, "tool_calls": CALL},
-               {"role": "tool", "tool_call_id": "call_1", "content": "1"}]
-    iflow_post(server, {"model": "glm-4.7", "messages": history})
-    assert fake.seen[-1][1]["messages"][1]["reasoning_content"] == "because"
-    iflow_post(server, {"model": "qwen3-coder-plus", "messages": history})
-    assert "reasoning_content" not in fake.seen[-1][1]["messages"][1]
+    upstream.plays(thinks(stream))
+    post(server, glm(stream))
+    for model, wanted in (("glm-4.7", "because"), ("qwen3-coder-plus", None)):
+        post(server, {"model": model, "messages": after_call(opening=MESSAGES[0])})
+        assert upstream.last.json["messages"][1].get("reasoning_content") == wanted
 
 
 def test_reasoning_cache_is_bounded():
@@ -6600,120 +6370,75 @@ def test_reasoning_cache_is_bounded():
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 BLOCK = {"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}
-VISION = [
+
+
+@pytest.mark.parametrize("path, messages", [
     ("/v1/chat/completions", [{"role": "user", "content": [PICTURE]}]),
     ("/v1/messages", [{"role": "user", "content": [BLOCK]}]),
-    ("/v1/messages", [{"role": "user", "content": "q"}, {"role": "assistant", "content": [
+    ("/v1/messages", [*MESSAGES, {"role": "assistant", "content": [
         {"type": "tool_use", "id": "t1", "name": "f", "input": {}}]}, {"role": "user", "content": [
-            {"type": "tool_result", "tool_use_id": "t1", "content": [BLOCK]}]}])]
-
-
-@pytest.mark.parametrize("path, messages", VISION)
+            {"type": "tool_result", "tool_use_id": "t1", "content": [BLOCK]}]}])])
 def test_images_go_to_the_vision_model(iflow, path, messages):
-    fake, start = iflow
+    upstream, start = iflow
     server = start()
-    assert iflow_post(server, {"model": "glm-5", "max_tokens": 9, "messages": messages},
-                      path)[0] == 200
-    assert fake.seen[-1][1]["model"] == "qwen-vl-max"
-    assert "image_url" in json.dumps(fake.seen[-1][1])
-    assert iflow_post(server, {"model": "glm-5", "max_tokens": 9, "messages": [
-        {"role": "user", "content": '"image_url"'}]}, path)[0] == 200
-    assert fake.seen[-1][1]["model"] == "glm-5"
+    for said, model in ((messages, "qwen-vl-max"),
+                        ([{"role": "user", "content": '"image_url"'}], "glm-5")):
+        assert post(server, {**glm(max_tokens=9), "messages": said}, path).status == 200
+        assert upstream.last.json["model"] == model
+        assert "image_url" in json.dumps(upstream.last.json)
 
 
 def test_vision_mode_pass_and_other_providers(iflow):
-    fake, start = iflow
-    entry = {"name": "blind", "base_url": fake.url, "profile": {"vision": False}}
+    upstream, start = iflow
+    blind = provider(upstream, "blind", profile={"vision": False})
     server = start(vision_mode="pass",
-                   providers=[entry, {**entry, "name": "led", "vision_model": "sees"}])
-    ask = {"max_tokens": 9, "messages": VISION[0][1]}
+                   providers=[blind, {**blind, "name": "led", "vision_model": "sees"}])
+    on_chat, on_messages = ({"max_tokens": 9, "messages": [{"role": "user", "content": [part]}]}
+                            for part in (PICTURE, BLOCK))
     for model, wanted in (("iflow/glm-5", "glm-5"), ("blind/m", "m"), ("led/m", "sees")):
-        iflow_post(server, {"model": model, **ask})
-        assert fake.seen[-1][1]["model"] == wanted and "image_url" in json.dumps(fake.seen[-1][1])
-    iflow_post(server, {"model": "blind/m", "max_tokens": 9, "messages": VISION[1][1]},
-               "/v1/messages")
-    assert "image_url" not in json.dumps(fake.seen[-1][1])
-    assert "image" in json.dumps(fake.seen[-1][1])
+        post(server, {"model": model, **on_chat})
+        assert upstream.last.json["model"] == wanted
+        assert "image_url" in json.dumps(upstream.last.json)
+    post(server, {"model": "blind/m", **on_messages}, "/v1/messages")
+    assert "image_url" not in upstream.last.body.decode() and b"image" in upstream.last.body
 
 
 def test_models_and_vision_models(iflow):
-    fake, start = iflow
+    upstream, start = iflow
     server = start()
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    lists = {}
-    for path in ("/v1/models", "/v1/vision-models", "/health"):
-        connection.request("GET", path)
-        lists[path] = json.loads(connection.getresponse().read())
-    assert [m["id"] for m in lists["/v1/models"]["data"]] == list(ifl.IFLOW_MODELS)
-    assert [m["id"] for m in lists["/v1/vision-models"]["data"]] == ["qwen-vl-max"]
-    assert lists["/health"]["iflow_logged_in"] is True and lists["/health"]["status"] == "healthy"
-    assert not fake.seen                                  # the list is a table: nobody was asked
+    for path, wanted in (("/v1/models", list(ifl.IFLOW_MODELS)),
+                         ("/v1/vision-models", ["qwen-vl-max"])):
+        assert [model["id"] for model in get(server, path).json["data"]] == wanted
+    health = get(server, "/health").json
+    assert health["iflow_logged_in"] is True and health["status"] == "healthy"
+    assert not upstream.requests                         # the list is a table: nobody was asked
 
 
-def test_default_model(iflow):
-    fake, start = iflow
-    messages = [{"role": "user", "content": "q"}]
-    for login, config, wanted in (({}, {}, "glm-5"), ({"modelName": "kimi-k2"}, {}, "kimi-k2"),
-                                  ({"modelName": "kimi-k2"}, {"default_model": "glm-4.6"},
-                                   "glm-4.6")):
-        server = start(login, **config)
-        assert iflow_post(server, {"model": "claude-sonnet-4", "max_tokens": 9,
-                                   "messages": messages}, "/v1/messages")[0] == 200
-        assert fake.seen[-1][1]["model"] == wanted
-
-
-def test_not_logged_in(iflow_home, tmp_path):
-    server = ifl.serve(ifl.Gateway(config=ifl.ConfigFile(str(tmp_path / "c"))), port=0)
-    try:
-        for path in ("/v1/chat/completions", "/v1/messages"):
-            status, headers, data = iflow_post(server, iflow_ask(max_tokens=9), path)
-            assert status == 403 and headers["x-should-retry"] == "false"
-            assert "--upstream" in json.loads(data)["error"]["message"]
-    finally:
-        server.close()
+@pytest.mark.parametrize("login, raw, wanted", [
+    ({}, {}, "glm-5"), ({"modelName": "kimi-k2"}, {}, "kimi-k2"),
+    ({"modelName": "kimi-k2"}, {"default_model": "glm-4.6"}, "glm-4.6")])
+def test_default_model(iflow, login, raw, wanted):
+    upstream, start = iflow
+    ask = {"model": "claude-sonnet-4", "max_tokens": 9, "messages": MESSAGES}
+    assert post(start(login, **raw), ask, "/v1/messages").status == 200
+    assert upstream.last.json["model"] == wanted
 
 
 @pytest.mark.parametrize("concurrency", [1, 0])
 def test_one_request_at_a_time(iflow, concurrency):
-    fake, start = iflow
-    server = start(api_concurrency=concurrency, keepalive_s=0.05)
-    fake.gate.clear()
-    answers = []
-    threads = [threading.Thread(target=lambda: answers.append(
-        iflow_post(server, iflow_ask(stream=n == 1)))) for n in range(2)]
-    threads[0].start()
-    assert fake.arrived.acquire(timeout=10)
-    threads[1].start()
-    if concurrency:
-        slots = server.gateway.lanes["iflow"].slots
-        deadline = time.monotonic() + 10
-        while slots.waiting != 1 and time.monotonic() < deadline:
-            threading.Event().wait(0.01)
-        assert 'upstream_waiting{provider="iflow"} 1' in ifl.metrics_text(server.gateway)
-    else:
-        assert fake.arrived.acquire(timeout=10)
-    fake.gate.set()
-    for thread in threads:
-        thread.join(10)
-    assert [status for status, _, _ in answers] == [200, 200]
-    deadline = time.monotonic() + 10
-    while server.gateway.lanes["iflow"].slots.active and time.monotonic() < deadline:
-        threading.Event().wait(0.01)
-    assert server.gateway.lanes["iflow"].slots.active == 0
-
-
-def test_reasoning_on_messages(iflow):
-    fake, start = iflow
-    server = start()
-    for thinking, wanted in ((None, ["text"]),
-                             ({"type": "enabled", "budget_tokens": 1024}, ["thinking", "text"])):
-        fake.script = [iflow_plain("a", reasoning_content="r")]
-        ask = iflow_ask(max_tokens=9000, **({"thinking": thinking} if thinking else {}))
-        message = json.loads(iflow_post(server, ask, "/v1/messages")[2])
-        assert [block["type"] for block in message["content"]] == wanted
-    fake.script = [iflow_plain(None, reasoning_content="only")]
-    message = json.loads(iflow_post(server, iflow_ask(max_tokens=9), "/v1/messages")[2])
-    assert [(block["type"], block["text"]) for block in message["content"]] == [("text", "only")]
+    upstream, start = iflow
+    server, go = start(api_concurrency=concurrency, keepalive_s=0.05), threading.Event()
+    upstream.plays(*[Reply(go, *plain(completion()).steps)] * 2)
+    with Client(server).post(glm()) as first:
+        upstream.wait()
+        with Client(server).post(glm()) as second:
+            slots = server.gateway.lanes["iflow"].slots
+            until(lambda: slots.waiting if concurrency else len(upstream.requests) == 2)
+            assert f'upstream_waiting{{provider="iflow"}} {concurrency}' in ifl.metrics_text(
+                server.gateway)
+            go.set()
+            assert first.answer().status == second.answer().status == 200
+    until(lambda: slots.active == 0)
 
 
 # === 12. Credentials =========================================================
@@ -7614,9 +7339,8 @@ def test_ctrl_c_leaves_nothing_behind(home_login, config_login):
     ({"TERMUX_VERSION": "1"}, "linux", "termux"),
     ({"PREFIX": "/data/data/com.termux/files/usr"}, "android", "termux"),
     ({"DISPLAY": ":0", "WSL_DISTRO_NAME": "U"}, "linux", "wsl"),
-    ({"DISPLAY": ":0"}, "linux", "desktop"),
     ({"WAYLAND_DISPLAY": "w"}, "freebsd14", "desktop"), ({}, "linux", "headless"),
-    ({}, "darwin", "macos"), ({}, "win32", "windows")])
+    ({}, "darwin", "desktop"), ({}, "win32", "desktop")])
 def test_which_browser(environ, system, row):
     assert ifl.browser_platform(environ, system) == row
     tried = []
@@ -7881,11 +7605,11 @@ def test_tokens_that_a_killed_older_version_left_are_used_once(
     put_login(home_login, **login)
     config_login.change(lambda raw: raw.update(accounts={"work": login}))
     file = ifl.LoginFile("" if account == "default" else account, config_login)
-    tokens = {"oauth_access_token": "A9", "oauth_refresh_token": "R9", ifl.KEY_DUE: True}
+    tokens = {"oauth_access_token": "A9", "oauth_refresh_token": "R9-of-the-older-version", ifl.KEY_DUE: True}
     left = {"accounts": {account: tokens}, "used": ifl.hash_key("R-spent").hex()}
     if account == "work":
         left = config_login._encrypted_if_possible(left)
-        assert "R9" not in json.dumps(left)
+        assert "R9-of-the-older-version" not in json.dumps(left)
     for rubbish in (b"{", b"[]", b'{"accounts": 5}',
                     b'{"accounts": {"default": {"oauth_refresh_token": 5}}, "used": "x"}'):
         pathlib.Path(file._pending_path).write_bytes(rubbish)
@@ -7893,7 +7617,7 @@ def test_tokens_that_a_killed_older_version_left_are_used_once(
     pathlib.Path(file._pending_path).write_text(json.dumps(left))
     gateways.append(ifl.Gateway(config=config_login, environ={}))
     gateways[-1].logins.refresher._refresh(file, None)
-    assert file.read()["oauth_refresh_token"] == "R9"
+    assert file.read()["oauth_refresh_token"] == "R9-of-the-older-version"
     assert file.read()["apiKey"].startswith("sk-key-")
     assert host.count("/oauth/token") == 0 and not os.path.exists(file._pending_path)
 
@@ -7922,7 +7646,7 @@ def test_two_threads_use_a_refresh_token_once(home_login, host, gateway_login, r
     gateway_login.reload()
     found = []
     threads = [threading.Thread(target=lambda: found.append(
-        refresher.renew("default", "sk-key-0", ifl.NOBODY))) for _ in range(8)]
+        refresher.renew("default", "sk-key-0"))) for _ in range(8)]
     [thread.start() for thread in threads]
     [thread.join(WAIT_S_LOGIN) for thread in threads]
     assert found == ["sk-key-1"] * 8 and host.count("/oauth/token") == 1
@@ -12743,9 +12467,8 @@ def test_openai_sdk_reads_iflow_reasoning(iflow, preserve, content, reasoning):
     server = start(preserve_reasoning_content=preserve)
     client = sdk_named("openai").OpenAI(base_url=server.url + "/v1", api_key="k", max_retries=0)
     ask = {"model": "glm-5", "messages": MESSAGES}
-    fake.script = [iflow_plain("answer", reasoning_content="think"),
-                   [iflow_chunk(reasoning_content="think"), iflow_chunk(content="answer"),
-                    iflow_chunk("stop")]]
+    fake.plays(plain(completion("answer", reasoning_content="think")),
+               sse(chunk(reasoning_content="think"), chunk("answer"), chunk(finish="stop")))
     message = client.chat.completions.create(**ask).choices[0].message
     assert message.content == content and getattr(message, "reasoning_content", None) == reasoning
     deltas = [chunk.choices[0].delta
@@ -14258,7 +13981,8 @@ def test_a_stream_resumes_where_it_broke(admin, upstream):
     # an earlier run's; no id at all
     for odd, expected in (("1-2-3", "n3"), ("rubbish", "fresh"), ("9" * 99, "fresh")):
         other = Watcher(browser, Last_Event_ID=odd)
-        ask("fresh")
+        if expected == "fresh":          # else it could push "n3" out before that is sent
+            ask("fresh")
         assert other.next("request")[1]["model"] == expected
         other.close()
         ring.resize(0)
