@@ -11,7 +11,7 @@ its own events; nothing else in the file knows that there is more than one.
 
 The path of one request:
 
-    Handler._serve -> Call            head and body: bounded, timed, strict; Host, Origin, client key
+    Handler._serve -> Call            head and body: bounded, timed, strict; Host, Origin, key
     Gateway.answer(call, client)      counts it; Attempts.run follows the plan and books the record
     State.chain_for(call) -> Targets  Router.resolve: the models that may answer
     Plan.next(), Plan.take_key()      the next target and key, or the last error; pure
@@ -211,7 +211,7 @@ THREAD_STACK_BYTES = 2 << 20
 
 @lru_cache(maxsize=None)
 def _offer_idna() -> None:
-    """For OpenWrt without python3-codecs: getaddrinfo and ssl ask for idna; Python's own is first."""
+    """For OpenWrt without python3-codecs: getaddrinfo and ssl ask for idna.  Python's own wins."""
     codecs.register(lambda name: codecs.lookup("ascii") if name == "idna" else None)
 
 
@@ -232,14 +232,14 @@ def prepare_process() -> None:
 
 # === 2. Constants ============================================================
 
-#: The program's own folder and the iFlow CLI's; `--config-dir` and IFLOW2API_CONFIG_DIR move the first.
+#: The program's own folder, which `--config-dir` and IFLOW2API_CONFIG_DIR move.
 CONFIG_DIR = os.path.join("~", ".iflow2api")
 
 #: Environment variables of settings are this plus the key in upper case.
 ENV_PREFIX = "IFLOW2API_"
 
 class Model(NamedTuple):
-    """What is known of a model: tokens of context, most tokens of an answer, whether it takes images."""
+    """What is known of a model: tokens of context and of an answer at most, and if it sees."""
     title: str
     context: int
     max_output: int
@@ -276,7 +276,8 @@ IFLOW_LOCK = ".iflow2api.lock"
 #: Opens the models that iFlow keeps for its CLI.
 IFLOW_AGENT = "iFlow-Cli"
 
-#: One line of an upstream's head; a request's whole head, and its header lines (nginx: 32 KiB, http.server: 100).
+#: One line of an upstream's head; a request's whole head, and its header lines (nginx: 32 KiB,
+#: http.server: 100).
 LINE_LIMIT = 65536
 HEAD_LIMIT_BYTES = 65536
 HEADERS_LIMIT = 200
@@ -302,13 +303,13 @@ LONGEST_S = 2_000_000
 #: A kept client connection without a request is closed after this (nginx: 75 s, Node: 5 s).
 CLIENT_IDLE_S = 75
 
-#: A kept upstream connection is not used again after this: most servers close theirs at 60 s or later.
+#: A kept upstream connection is not used after this: most servers close theirs at 60 s or later.
 UPSTREAM_IDLE_S = 45
 
-#: How long a client that still sends is listened to after its answer: closing at once could destroy that.
+#: A client that still sends is listened to after its answer: closing at once could destroy that.
 LINGER_S = 2
 
-#: What needs no key takes bodies up to the first and keeps none; a sign-in's are kept, up to the second.
+#: What needs no key takes bodies up to the first and keeps none; a sign-in's, up to the second.
 PUBLIC_BODY_BYTES, PUBLIC_KEPT_BYTES = 1 << 20, 128 << 10
 
 #: Time that a client has to send a head, a body (and a second more for each 16 KiB), and to take
@@ -332,19 +333,20 @@ MODELS_TIMEOUT_S = 5
 LOCAL_TTL_S = 30
 LOCAL_TIMEOUT_S = 1
 
-#: What `retry` and `circuit` are without the user's word.  No retries: clients make their own, ours would multiply them.
+#: What `retry` and `circuit` are without the user's word.  No retries: clients make their own,
+#: ours would multiply them.
 RETRY = {"count": 0, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}
 CIRCUIT = {"failures": 5, "rest_s": 30}
 
-#: The same target is asked again on these, where `retry` says so; the rest will not get better by waiting.
+#: The same target is asked again on these, where `retry` says so; waiting mends no other.
 RETRY_STATUS = frozenset((408, 409, 425, 429)) | frozenset(range(500, 600))
 
-#: Seconds that the limits of a client key or an address look back: requests a minute, hour and day, tokens a day.
+#: Seconds that the limits of a client key or an address look back.
 LIMIT_SPANS = {"rpm": 60, "rph": 3600, "rpd": 86400, "tpd": 86400}
 #: Of these the keys' outlive a restart: the ledger knows what was used.
 LIMITS_A_DAY = ("rpd", "tpd")
-LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "requests a day", "tpd": "tokens a day",
-               "concurrency": "requests at once"}
+LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "requests a day",
+               "tpd": "tokens a day", "concurrency": "requests at once"}
 
 #: Addresses whose requests are counted; beyond it the one not seen for longest is forgotten.
 ADDRESSES_LIMIT = 10_000
@@ -352,7 +354,7 @@ ADDRESSES_LIMIT = 10_000
 #: Finished requests that are remembered for the page, without their content.
 HISTORY_SIZE = 200
 
-#: Rows of the ledger: names come from clients, so beyond these an hour's rest is counted as "other".
+#: Rows of the ledger: names come from clients, so what is beyond these counts as "other".
 USAGE_ROWS_AN_HOUR, USAGE_ROWS = 500, 20_000
 
 #: The next target of a chain is tried on these; 401 and 403 mean that all keys were refused.
@@ -364,13 +366,16 @@ KEY_STATUS = (401, 403, 429)
 #: Names that Messages and Responses clients insist on; they become `default_model`.
 FOREIGN_MODELS = ("claude-*", "gpt-*", "codex-*", "o1*", "o3*", "o4*")
 
-#: Claude Code's tiers -> a name of each that it knows; its gateway discovery keeps only ids with claude or anthropic.
-CLAUDE_MODELS = {"OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6", "HAIKU": "claude-haiku-4-5"}
+#: Claude Code's tiers -> a name of each that it knows; its gateway discovery keeps only ids with
+#: claude or anthropic.
+CLAUDE_MODELS = {"OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6",
+                 "HAIKU": "claude-haiku-4-5"}
 
 #: The page: sessions at once, how long one lasts, and how long when nobody uses it.
 SESSIONS_LIMIT, SESSION_S, SESSION_IDLE_S = 64, 30 * 86400, 7 * 86400
 
-#: Wrong passwords or codes of one address before it may only try once a second; addresses that are remembered.
+#: Wrong passwords or codes of one address before it may only try once a second; addresses that
+#: are remembered.
 SIGN_IN_TRIES, SIGN_IN_ADDRESSES = 10, 1000
 
 #: How long the code for the first password is valid.
@@ -382,7 +387,8 @@ PASSWORD_LENGTH = (8, 1024)
 #: Letters of a one-time code: none that looks like another.
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 
-#: What the page may send, the playground apart; who may watch at once; log lines kept for it, and how much of each.
+#: What the page may send, the playground apart; who may watch at once; log lines kept for it, and
+#: how much of each.
 ADMIN_BODY_BYTES, VIEWERS_LIMIT, LOG_LINES, LOG_LINE_CHARS = 1 << 20, 16, 10_000, 4000
 
 #: Label sets of a metric family beyond this are counted as "other": names come from clients.
@@ -390,8 +396,8 @@ METRIC_SERIES_LIMIT = 500
 
 #: Of a client's headers these alone reach a chat upstream, and all that begin with the prefix.
 HEADERS_FORWARDED = frozenset((
-    "anthropic-version", "anthropic-beta", "openai-beta", "openai-organization", "openai-project", "accept-language",
-    "http-referer", "x-title", "x-request-id", "x-client-request-id"))
+    "anthropic-version", "anthropic-beta", "openai-beta", "openai-organization", "openai-project",
+    "accept-language", "http-referer", "x-title", "x-request-id", "x-client-request-id"))
 HEADER_FORWARDED_PREFIX = "x-stainless-"
 
 #: A header's name and value beyond these lengths go nowhere.
@@ -17950,7 +17956,8 @@ EEXIST = 同名的文件已存在 = a file of this name is there | EROFS = 文�
 ENOSPC = 磁盘已满 = the disk is full | EADDRNOTAVAIL = 本机没有这个地址 = this machine has no such address
 # help
 about = 连接任意 AI 客户端与任意 OpenAI 兼容模型的单文件网关 = one file between any AI client and any \
-OpenAI-compatible model | usage = 用法：{text} = Usage: {text} | arguments = 参数 = Arguments | flags = 选项 = Flags
+OpenAI-compatible model | usage = 用法：{text} = Usage: {text} | arguments = 参数 = Arguments
+flags = 选项 = Flags
 serve_flags = serve 的选项 = Flags of serve | examples = 示例 = Examples
 help_flag = 显示本帮助；每个命令都有自己的帮助：COMMAND --help = this text; each command has its own: COMMAND --help
 config_dir = config.json 所在的文件夹（~/.iflow2api） = folder of config.json (~/.iflow2api)
@@ -18235,17 +18242,11 @@ def find_language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     names = ("LC_ALL", "LC_MESSAGES", "LANG")
     locale = next((environ[name] for name in names if environ.get(name)), "")
     if not locale and os.name == "nt":
-        return "zh" if _windows_is_chinese() else "en"
+        with contextlib.suppress(ImportError, AttributeError, OSError):
+            import ctypes
+            kernel = ctypes.windll.kernel32                      # type: ignore[attr-defined]
+            locale = "zh" if kernel.GetUserDefaultUILanguage() & 0x3FF == 4 else ""
     return "zh" if locale.lower().startswith("zh") else "en"
-
-
-def _windows_is_chinese() -> bool:
-    try:
-        import ctypes
-        kernel = ctypes.windll.kernel32                          # type: ignore[attr-defined]
-        return kernel.GetUserDefaultUILanguage() & 0x3FF == 4
-    except (ImportError, AttributeError, OSError):
-        return False
 
 
 def _takes_ansi(stream: Any) -> bool:
@@ -18288,16 +18289,6 @@ def wrap(text: str, columns: int) -> List[str]:
             lines += cut[:-1]
             line = cut[-1]
     return lines + [line.rstrip()] if line.strip() or not lines else lines
-
-
-def cut_to(text: str, columns: int) -> str:
-    """`text`, its end cut off where it takes more columns."""
-    if columns_of(text) <= columns:
-        return text
-    kept = text[:max(columns - 3, 0)]
-    while columns_of(kept) > columns - 3:
-        kept = kept[:-1]
-    return kept + "..."
 
 
 def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "",
@@ -18348,6 +18339,11 @@ Args = Dict[str, Any]                    #: by Argument.name; None or False wher
 def _misuse(text: str, command: str = "") -> UsageError:
     """An error that ends on where to read how it is done."""
     return UsageError(tr("see", text=text, command=command + " " if command else ""))
+
+
+def _bad_value(where: str, value: str, expected: str) -> UsageError:
+    shown = one_line(value, 60) or '""'
+    return UsageError(tr("bad_value", where=where, value=shown, expected=expected))
 
 
 def _is_flag(word: str) -> bool:
@@ -18419,9 +18415,8 @@ def _chosen(name: str, where: str, argument: Argument, value: Optional[str]) -> 
     """A flag's or place's value, where it is one of those that there are; True for a switch."""
     if value is None or not argument.choices or value in argument.choices:
         return True if value is None else value
-    expected = tr("one_of", choices=", ".join(argument.choices))
-    text = tr("bad_value", where=where, value=one_line(value, 60) or '""', expected=expected)
-    raise _misuse(or_near(text, value, argument.choices), name)
+    wrong = _bad_value(where, value, tr("one_of", choices=", ".join(argument.choices)))
+    raise _misuse(or_near(str(wrong), value, argument.choices), name)
 
 
 def _section(title: str, rows: Sequence[Sequence[str]], width: int = 0) -> List[str]:
@@ -18456,11 +18451,6 @@ def help_of(name: str) -> str:
 
 
 # --- values ------------------------------------------------------------------
-
-def _bad_value(where: str, value: str, expected: str) -> UsageError:
-    shown = one_line(value, 60) or '""'
-    return UsageError(tr("bad_value", where=where, value=shown, expected=expected))
-
 
 def _number(args: Args, flag: str, default: int, low: int, high: int = 0) -> int:
     """The whole number that a flag has; UsageError."""
@@ -18585,12 +18575,48 @@ def _change_config(args: Args, edit: Callable[[Json], Any], done: str = "saved",
     return 0
 
 
-def _named_list(raw: Json, name: str) -> List[Any]:
+def _entries(raw: Json, name: str) -> List[Any]:
     """A list of config.json; UsageError where there is something else, which would be lost."""
     value = raw.get(name, [])
     if not isinstance(value, list):
         raise UsageError(tr("no_list", name=name))
     return value
+
+
+def _add_entry(args: Args, where: str, entry: Json, exists: str, done: str) -> int:
+    """Add to the list `where` of config.json; the exit status."""
+    def add(raw: Json) -> None:
+        entries = _entries(raw, where)
+        if entry["name"] in map(name_of, entries):       # looked up where nobody else writes
+            raise UsageError(tr(exists, name=entry["name"]))
+        raw[where] = [*entries, entry]
+
+    return _change_config(args, add, done, name=entry["name"], url=entry.get("base_url"))
+
+
+def _remove_entry(args: Args, where: str, kind: str) -> int:
+    """Take the NAME of the arguments from the list `where` of config.json; the exit status."""
+    show = f"{args['command']} list"
+    gone = _needed(args, "NAME", show)
+
+    def remove(raw: Json) -> None:
+        entries = _entries(raw, where)
+        names = list(map(name_of, entries))
+        if gone not in names:
+            raise unknown_name(kind, gone, filter(None, names), show)
+        raw[where] = [entry for entry in entries if name_of(entry) != gone]
+        if raw.get("default_" + kind) == gone:
+            del raw["default_" + kind]
+
+    return _change_config(args, remove, "gone", name=gone)
+
+
+def _needed(args: Args, what: str, show: str) -> str:
+    """An argument that some actions need; `show` is the command that lists what there is."""
+    if args[what] is None:
+        command = f"{args['command']} {args['action']}"
+        raise UsageError(tr("all", text=tr("needs", command=command, what=what), show=show))
+    return args[what]
 
 
 # --- serve -------------------------------------------------------------------
@@ -18667,57 +18693,49 @@ CARD_PROVIDERS = 8
 
 
 def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
-    """What somebody who has just started it has to know, in the lines of a narrow terminal."""
-    rows: List[Tuple[str, str, str]] = [(tr("address"), server.url, "green")]
-    room = CONSOLE.columns - 14
-    router = gateway.state.router
-    shown = [row for provider in list(router.providers.values())[:CARD_PROVIDERS]
-             for row in _provider_rows(router, provider, provider.base_url, room)]
-    if len(router.providers) > CARD_PROVIDERS:
-        shown.append((tr("more", count=len(router.providers) - CARD_PROVIDERS), ""))
-    shown = shown or [(tr("none"), "yellow")]
-    rows += [("" if number else tr("providers"), *row) for number, row in enumerate(shown)]
-    rows += [*_card_access(gateway, server, had_key), (tr("page"), server.url + "/admin", "")]
+    """What somebody who has just started it has to know, in the lines of a narrow terminal.
+
+    A key made just now is shown once, in full.
+    """
+    router, key = gateway.state.router, gateway.settings.custom_api_key
+    providers = list(router.providers.values())
+    shown = [row for provider in providers[:CARD_PROVIDERS]
+             for row in _provider_rows(router, provider, provider.base_url)]
+    if len(providers) > CARD_PROVIDERS:
+        shown.append((tr("more", count=len(providers) - CARD_PROVIDERS), ""))
+    access = [(tr("no_key_needed"), "")]
+    if key and not had_key:
+        access = [(tr("new_key", host=gateway.settings.host), ""), (key, "bold")]
+    elif server.needs_key:
+        access = [(tr("key_needed", key=mask(key)) if key else tr("a_key_needed"), "")]
+    logged_in = "logged_in" if gateway.health()["iflow_logged_in"] else "not_logged_in"
+    page = [(server.url + "/admin", "")]
     if gateway.sessions.is_new:
-        rows.append(("", tr("page_code", code=gateway.sessions.code()), "bold"))
-    problems = _further_problems(gateway.problems)
-    rows += [("!", one_line(problem, 200), "yellow") for problem in problems[:1]]
-    steps = _next_steps(router, server)
-    rows += [("" if number else tr("next"), step, "bold") for number, step in enumerate(steps)]
+        page.append((tr("page_code", code=gateway.sessions.code()), "bold"))
+    problems = _further_problems(gateway.problems)[:1]
+    steps = [tr("next_client", url=server.url), tr("next_anthropic", url=server.url)]
+    if all(provider.problem for provider in providers):
+        steps = [tr("next_repair"), f"{PROGRAM} test"]
+    if not providers:
+        steps = [tr("next_preset"), f"{PROGRAM} provider presets"]
+    blocks = {tr("address"): [(server.url, "green")],
+              tr("providers"): shown or [(tr("none"), "yellow")], tr("clients"): access,
+              tr("login"): [(tr(logged_in), "")], tr("page"): page,
+              "!": [(one_line(problem, 200), "yellow") for problem in problems],
+              tr("next"): [(step, "bold") for step in steps]}
+    rows = [("" if number else label, *row) for label, block in blocks.items()
+            for number, row in enumerate(block)]
     return lay_out(rows, CONSOLE.columns, "dim")
 
 
-def _provider_rows(router: Router, provider: Provider, facts: str,
-                   room: int = 10 ** 6) -> List[Tuple[str, str]]:
+def _provider_rows(router: Router, provider: Provider, facts: str) -> List[Tuple[str, str]]:
     """A provider as a text and its colour; why it is disabled, which is English, apart from it."""
     name = provider.name
     if provider is router.default:
         name = tr("default", name=name)
     if provider.problem:
         return [(tr("disabled", name=name), "yellow"), (one_line(provider.problem), "yellow")]
-    return [(cut_to(f"{name}  {facts}", room), "")]
-
-
-def _card_access(gateway: Gateway, server: Server, had_key: bool) -> List[Tuple[str, str, str]]:
-    """Who may use it, and the iFlow login.  A key made just now is shown once, in full."""
-    key = gateway.settings.custom_api_key
-    if key and not had_key:
-        rows = [(tr("clients"), tr("new_key", host=gateway.settings.host), ""), ("", key, "bold")]
-    else:
-        known = tr("key_needed", key=mask(key)) if key else tr("a_key_needed")
-        rows = [(tr("clients"), known if server.needs_key else tr("no_key_needed"), "")]
-    logged_in = gateway.health()["iflow_logged_in"]
-    return [*rows, (tr("login"), tr("logged_in" if logged_in else "not_logged_in"), "")]
-
-
-def _next_steps(router: Router, server: Server) -> List[str]:
-    """The one thing to do now, in lines."""
-    providers = router.providers.values()
-    if not providers:
-        return [tr("next_preset"), f"{PROGRAM} provider presets"]
-    if all(provider.problem for provider in providers):
-        return [tr("next_repair"), f"{PROGRAM} test"]
-    return [tr("next_client", url=server.url), tr("next_anthropic", url=server.url)]
+    return [(f"{name}  {facts}", "")]
 
 
 class _Signals:
@@ -18886,14 +18904,13 @@ class LogReader:
             file.seek(self._offset)
             data = file.read(2 * LOG_FILE_BYTES)
         self._offset += len(data)
-        return [line for line in self._lines.feed(data) if self._wants(line)]
-
-    def _wants(self, line: str) -> bool:
-        """A line without a time and level (of a traceback) belongs to the one before."""
-        found = re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ([A-Z]{1,20}) ", line)
-        if found:
-            self._shown = found.group(1) in self._wanted
-        return self._shown
+        lines = []
+        for line in self._lines.feed(data):
+            found = re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ([A-Z]{1,20}) ", line)
+            if found:                    # else it belongs to the one before: a traceback
+                self._shown = found.group(1) in self._wanted
+            lines += [line] if self._shown else []
+        return lines
 
 
 def cmd_logs(args: Args) -> int:
@@ -19087,14 +19104,6 @@ def _preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def _needed(args: Args, what: str, show: str) -> str:
-    """An argument that some actions need; `show` is the command that lists what there is."""
-    if args[what] is None:
-        command = f"{args['command']} {args['action']}"
-        raise UsageError(tr("all", text=tr("needs", command=command, what=what), show=show))
-    return args[what]
-
-
 def _new_provider(name: str, args: Args) -> Json:
     """The entry that the flags of `provider add` describe; UsageError."""
     url, chosen = args["--base-url"], args["--preset"]
@@ -19118,31 +19127,12 @@ def _new_provider(name: str, args: Args) -> Json:
 
 
 def _provider_add(args: Args) -> int:
-    name = _needed(args, "NAME", "provider presets")
-    entry = _new_provider(name, args)
-
-    def add(raw: Json) -> None:
-        providers = _named_list(raw, "providers")
-        if name in map(name_of, providers):
-            raise UsageError(tr("provider_exists", name=name))
-        raw["providers"] = providers + [entry]
-
-    return _change_config(args, add, "provider_added", name=name, url=entry["base_url"])
+    entry = _new_provider(_needed(args, "NAME", "provider presets"), args)
+    return _add_entry(args, "providers", entry, "provider_exists", "provider_added")
 
 
 def _provider_remove(args: Args) -> int:
-    name = _needed(args, "NAME", "provider list")
-
-    def remove(raw: Json) -> None:
-        providers = _named_list(raw, "providers")
-        names = list(map(name_of, providers))
-        if name not in names:
-            raise unknown_name("provider", name, filter(None, names), "provider list")
-        raw["providers"] = [each for each in providers if name_of(each) != name]
-        if raw.get("default_provider") == name:
-            del raw["default_provider"]
-
-    return _change_config(args, remove, "gone", name=name)
+    return _remove_entry(args, "providers", "provider")
 
 
 # --- env ---------------------------------------------------------------------
@@ -19162,7 +19152,8 @@ def cmd_env(args: Args) -> int:
     words = {"URL": url, "KEY": key, "MODEL": model or router.default_model,
              **claude_words(router, model)}
     if not args["--json"]:
-        print("\n".join(_env_text(args["action"], SHELLS[args["--shell"] or _guess_shell()], words)))
+        shell = SHELLS[args["--shell"] or _guess_shell()]
+        print("\n".join(_env_text(args["action"], shell, words)))
         return 0
     if key == "$" + KEY_VARIABLE:
         say(tr("your_key"))
@@ -19480,14 +19471,7 @@ def _key_add(args: Args) -> int:
         key, entry = make_client_key(name, facts)
     except ValueError as exc:
         raise UsageError(f"key add {name}: {exc}") from None
-
-    def add(raw: Json) -> None:
-        keys = _named_list(raw, "client_keys")
-        if name in map(name_of, keys):   # looked up here, where nobody else writes
-            raise UsageError(tr("key_exists", name=name))
-        raw["client_keys"] = [*keys, entry]
-
-    if _change_config(args, add):
+    if _add_entry(args, "client_keys", entry, "key_exists", "saved"):
         return 1
     print(key)
     say(tr("key_once"))
@@ -19496,20 +19480,10 @@ def _key_add(args: Args) -> int:
 
 
 def _key_remove(args: Args) -> int:
-    name = _needed(args, "NAME", "key list")
-
-    def remove(raw: Json) -> None:
-        keys = _named_list(raw, "client_keys")
-        names = list(map(name_of, keys))
-        if name not in names:
-            raise unknown_name("key", name, filter(None, names), "key list")
-        raw["client_keys"] = [each for each in keys if name_of(each) != name]
-
-    if _change_config(args, remove, "gone", name=name):
-        return 1
-    if not _gateway_of(args).state.door.required:
+    failed = _remove_entry(args, "client_keys", "key")
+    if not failed and not _gateway_of(args).state.door.required:
         say(marked("warning", tr("last_key")))
-    return 0
+    return failed
 
 
 def _key_list(args: Args) -> int:
@@ -19595,16 +19569,6 @@ COMMANDS: Dict[str, Callable[[Args], int]] = {
     "usage": cmd_usage, "logs": cmd_logs, "version": cmd_version}
 
 
-def run_command(args: Args) -> int:
-    name = args["command"]
-    if args.get("--help"):
-        print(help_of(name))
-        return 0
-    if args.get("--version"):
-        return cmd_version(args)
-    return COMMANDS.get(f"{name} {args.get('action')}", COMMANDS[name])(args)
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; 0 done, 1 failed, 2 used wrongly."""
     prepare_process()
@@ -19613,8 +19577,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     status = 0
     try:
         args = _parse_args(argv)
-        status = run_command(args)
-        if sys.stdout is not None and args["command"] != "serve":
+        name = args["command"]
+        if args.get("--help"):
+            print(help_of(name))
+        else:
+            name = "version" if args.get("--version") else name
+            status = COMMANDS.get(f"{name} {args.get('action')}", COMMANDS[name])(args)
+        if sys.stdout is not None and name != "serve":
             sys.stdout.flush()
     except UsageError as exc:
         say(marked("error", exc))

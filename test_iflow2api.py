@@ -15531,11 +15531,9 @@ def test_a_console_that_lacks_characters(home, config):
     ("one two three", 7, ["one two", "three"]), ("", 10, [""]), ("ab 中文", 4, ["ab", "中文"]),
     ("abcdefghij", 4, ["abcd", "efgh", "ij"]), ("中文，很长", 6, ["中文，", "很长"]),
     ("中文很长很长", 6, ["中文很", "长很长"])])
-def test_wrapping_and_cutting(text, columns, lines):
+def test_wrapping(text, columns, lines):
     assert ifl.wrap(text, columns) == lines
     assert all(ifl.columns_of(line) <= columns for line in lines)
-    assert ifl.columns_of(ifl.cut_to(text, columns)) <= columns
-    assert ifl.cut_to("中文字符很多", 9) == "中文字..." and ifl.cut_to("ab", 2) == "ab"
 
 
 def read_log(data):
@@ -15559,7 +15557,6 @@ GROWTH_OF_COMMANDS = [
     ("blanks", 200_000, lambda n: " " * n + "a", many(lambda text: ifl.wrap(text, 80))),
     ("short words", 10_000, lambda n: "ab " * n, many(lambda text: ifl.wrap(text, 80))),
     ("wide characters", 10_000, lambda n: "中，" * n, many(lambda text: ifl.wrap(text, 80))),
-    ("a long name", 100_000, lambda n: "中a" * n, many(lambda text: ifl.cut_to(text, 60))),
     ("columns", 100_000, lambda n: "中a" * n, many(ifl.columns_of)),
     ("a character that is lacking", 50_000, lambda n: "→" * n,
      many(lambda text: text.encode("ascii", "iflow2api"))),
