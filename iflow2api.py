@@ -12433,11 +12433,21 @@ class Check(NamedTuple):
     took_s: float = 0.0
 
 
+#: What came of a check, in Chinese and English; failures are told in English.
+CHECK_TEXTS = {"key": ("密钥正常", "key ok"), "no key": ("无需密钥", "needs no key"),
+               "model": ("模型 {model} 正常（{took_s:.1f} 秒）", "model {model} ok ({took_s:.1f} s)"),
+               "stream": ("流式正常", "stream ok"), "tools": ("工具正常", "tools ok"),
+               "unused": ("接受工具，但没有调用", "tools taken, but none called")}
+
+
 def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = None,
-            whole: bool = True) -> List[Check]:
+            whole: bool = True, in_english: bool = True) -> List[Check]:
     """Reach, key, model, stream and tools of one provider (CHECKS); without an answer there is
     nothing more to try.
     """
+    def told(which: str, **facts: Any) -> str:
+        return CHECK_TEXTS[which][in_english].format(**facts)
+
     started = time.monotonic()
     try:
         model = model_to_try(gateway, provider)
@@ -12453,8 +12463,8 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
                 *(Check(what) for what in CHECKS[at + 1:])]
     took_s = time.monotonic() - started
     checks = [Check("reach", True),
-              Check("key", True, "key ok" if provider.api_keys else "needs no key"),
-              Check("model", True, f"model {model} ok ({took_s:.1f} s)", took_s)]
+              Check("key", True, told("key" if provider.api_keys else "no key")),
+              Check("model", True, told("model", model=model, took_s=took_s), took_s)]
     tool_request = {"tools": [PROBE_TOOL],
                     "messages": [{"role": "user",
                                   "content": "Call the tool report with the number 7."}]}
@@ -12463,7 +12473,7 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
         try:
             message = ask_provider(gateway, provider, model, key, **more)
             lazy = what == "tools" and not message.get("tool_calls")
-            said = "tools taken, but none called" if lazy else f"{what} ok"
+            said = told("unused" if lazy else what)
             checks.append(Check(what, True, said, time.monotonic() - started))
         except GatewayError as exc:
             said = f"{what} failed ({exc.status}: {one_line(exc.message, 160)})"
@@ -17865,7 +17875,7 @@ login_failed = 上次刷新 {time} 失败 = last refresh {time} failed
 no_models = 没有已知的模型；{program} status 显示各上游 = no models known: no provider lists any; `status` \
 shows the providers
 no_provider_yet = 没有上游 {name}；请先添加：{program} provider add {name} = there is no provider '{name}'; \
-add it first: {program} provider add {name} | broken = 不能用： = does not work,
+add it first: {program} provider add {name} | broken = 不能用 = does not work
 # provider
 set = （已设置） = (set) | count_models = {count} 个模型 = {count} models
 context = 上下文 {size} = context {size} | output = 输出 {size} = output {size} | images = 识图 = images
@@ -18626,18 +18636,18 @@ def cmd_serve(args: Args) -> int:
     if args["--demo"] and (args["--upstream"] is not None or args["--api-key"]):
         raise UsageError(tr("demo_alone"))
     flags = _flag_settings(args)
-    with _Signals() as signals:
+    with _signals() as wait:
         demo = DemoUpstream() if args["--demo"] else None
         flags = {**(demo.settings() if demo else {}), **flags}
         gateway = Gateway(config=_config_of(args), flags=flags)
         try:
-            return _serve(gateway, signals, args["--no-browser"])
+            return _serve(gateway, wait, args["--no-browser"])
         finally:
             if demo is not None:
                 demo.close()
 
 
-def _serve(gateway: Gateway, signals: _Signals, stay: bool) -> int:
+def _serve(gateway: Gateway, wait: Callable[[], bool], stay: bool) -> int:
     """Until a signal ends it."""
     gateway.lead_log()
     _log_to_file(gateway)
@@ -18654,7 +18664,7 @@ def _serve(gateway: Gateway, signals: _Signals, stay: bool) -> int:
     say("\n".join(["", *_card(gateway, server, had_key), ""]))
     _show_page(gateway, server, stay)
     gateway.watch_files()
-    while signals.wait() == "reload":
+    while wait():
         gateway.reload()
     say(tr("stopping", seconds=gateway.settings.drain_s))
     server.close(gateway.settings.drain_s)
@@ -18738,52 +18748,38 @@ def _provider_rows(router: Router, provider: Provider, facts: str) -> List[Tuple
     return [(f"{name}  {facts}", "")]
 
 
-class _Signals:
-    """SIGINT and SIGTERM ask to stop (a second one ends the process at once), SIGHUP to reload.
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """A function that waits for a signal: True for SIGHUP, False for SIGINT and SIGTERM.
 
-    A handler interrupts the main thread wherever it is: it takes no lock and starts no thread.
-    A byte that Python writes into a socket at once (set_wakeup_fd) ends a wait that was about to
-    begin when the signal came.
+    A second one of these ends the process at once.  The handler interrupts the main thread
+    wherever it is: it takes no lock and starts no thread.  What ends a wait is a byte that Python
+    writes into a socket at once, also for a signal that another thread gets.
     """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    hangup = getattr(signal, "SIGHUP", 0)            # not on Windows
+    stops: List[int] = []
 
-    def __init__(self) -> None:
-        self._asked: List[str] = []
-        self._reader, self._writer = socket.socketpair()
-        for end in (self._reader, self._writer):
-            end.setblocking(False)
-        self._before: Dict[int, Any] = {}
+    def handle(number: int, frame: Any) -> None:
+        if number != hangup and stops:
+            os._exit(130)
+        stops.extend([number] * (number != hangup))
 
-    def __enter__(self) -> _Signals:
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for name, what in (("SIGINT", "stop"), ("SIGTERM", "stop"), ("SIGHUP", "reload")):
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                self._before[number] = signal.signal(
-                    number, lambda number, frame, what=what: self._ask(what))
-        return self
+    def wait() -> bool:
+        return not stops and set(reader.recv(4096)) == {hangup}
 
-    def __exit__(self, *exc_info: Any) -> None:
-        for number, handler in self._before.items():
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    numbers = filter(None, (signal.SIGINT, signal.SIGTERM, hangup))
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield wait
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        self._reader.close()
-        self._writer.close()
-
-    def _ask(self, what: str) -> None:
-        if "stop" in self._asked and what == "stop":
-            os._exit(130)
-        self._asked.append(what)
-
-    def wait(self) -> str:
-        """Until one comes; `stop` or `reload`."""
-        while not self._asked:
-            select.select([self._reader], [], [])
-            with contextlib.suppress(BlockingIOError):
-                self._reader.recv(4096)
-        if "stop" in self._asked:
-            return "stop"
-        self._asked.remove("reload")
-        return "reload"
+        reader.close()
+        writer.close()
 
 
 # --- logs --------------------------------------------------------------------
@@ -19057,11 +19053,13 @@ def cmd_test(args: Args) -> int:
         say(tr("no_providers"))
     failed = not providers
     for each in [name] if name else providers:
-        checks = examine(gateway, providers[each], whole=args["command"] == "provider")
-        broken = next((check.message for check in checks[:3] if check.ok is False), "")
-        said = ", ".join(check.message for check in checks if check.message)
-        print(f"{each}: " + (with_why(tr("broken"), broken) if broken else said))
-        failed |= not all(check.ok for check in checks)
+        checks = examine(gateway, providers[each], whole=args["command"] == "provider",
+                         in_english=CONSOLE.language == "en")
+        good = ", ".join(check.message for check in checks if check.ok and check.message)
+        bad = ", ".join(check.message for check in checks if check.ok is False)
+        said = good if all(check.ok for check in checks[:3]) else tr("broken")
+        print(f"{each}: " + (with_why(said + ",", bad) if bad else good))
+        failed |= bool(bad)
     return int(failed)
 
 
