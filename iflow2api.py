@@ -9849,7 +9849,7 @@ def open_browser(url: str, environ: Mapping[str, str],
 # === 13. Services ============================================================
 
 class _Ticket(threading.Event):
-    """Set when a place is granted, or when nobody needs it any more."""
+    """Set when a place is granted."""
     granted = False
 
 
@@ -9869,11 +9869,6 @@ class Slots:
     def load(self) -> int:
         return self.active + len(self._waiting)
 
-    @property
-    def surplus(self) -> int:
-        """How many would wait if one more came."""
-        return max(0, self.load - self.limit + 1)
-
     def resize(self, limit: int) -> None:
         with self._lock:
             self.limit = limit
@@ -9881,8 +9876,8 @@ class Slots:
 
     @contextlib.contextmanager
     def hold(self, client: Client, settings: Settings, name: str) -> Iterator[None]:
-        """A place for the time of the `with`; Busy when the queue is full or the wait too long,
-        ClientGone.
+        """A place for the time of the `with`; ClientGone, Busy when the queue is full or the wait
+        too long.
         """
         ticket: Optional[_Ticket] = None
         with self._lock:
@@ -9920,6 +9915,8 @@ def wait_for(client: Client, seconds: float) -> None:
     client.wait(threading.Event(), seconds)
 
 
+# --- limits ----------------------------------------------------------------------
+
 class Window:
     """How much there was in the last `span_s` seconds: exact for small limits, else to a twentieth
     of the span.
@@ -9927,52 +9924,43 @@ class Window:
 
     def __init__(self, span_s: float, limit: int) -> None:
         self.span_s, self.limit = span_s, limit
-        #: time, amount, time, amount, …: half the memory of a list of pairs
-        self._marks: List[float] = []
+        self._marks: Deque[List[float]] = deque()        #: [time, amount], the oldest first
         self._sum = 0
 
     def used(self, now: float) -> int:
-        marks, gone = self._marks, 0
-        while gone < len(marks) and marks[gone] <= now - self.span_s:
-            self._sum -= int(marks[gone + 1])
-            gone += 2
-        del marks[:gone]                 # at once: a journal may have left any number of them
+        while self._marks and self._marks[0][0] <= now - self.span_s:
+            self._sum -= int(self._marks.popleft()[1])
         return self._sum
 
-    def add(self, now: float, amount: int) -> float:
-        """The mark that the amount went to: it counts from its end, so that never more than the
-        limit passes.
-        """
-        mark = now + self.span_s / 20 if self.limit > 20 else now
-        mark = self._marks[-2] if self._marks and now <= self._marks[-2] else mark
-        self.put(mark, amount)
-        return mark
+    def add(self, now: float, amount: int) -> None:
+        """Count from the end of the twentieth on: never more than the limit passes."""
+        self.put(now + self.span_s / 20 if self.limit > 20 and not (
+            self._marks and now <= self._marks[-1][0]) else now, amount)
 
     def put(self, mark: float, amount: int) -> None:
         """An amount that counts until a span after `mark`."""
         self._sum += amount
-        if self._marks and mark <= self._marks[-2]:
-            self._marks[-1] += amount
+        if self._marks and mark <= self._marks[-1][0]:
+            self._marks[-1][1] += amount
         else:
-            self._marks += [mark, amount]
-
-    def marks(self) -> List[Tuple[float, int]]:
-        return [(at, int(amount)) for at, amount in zip(self._marks[::2], self._marks[1::2])]
+            self._marks.append([mark, amount])
 
     def wait_s(self, now: float) -> float:
         """Seconds until there is room for one more, 0.0 where there is."""
         over = self.used(now) - self.limit
-        for at in range(0, len(self._marks), 2):
-            if over < 0:
-                break
-            over -= int(self._marks[at + 1])
-            if over < 0:
-                return self._marks[at] + self.span_s - now
+        if over >= 0:
+            for mark, amount in self._marks:
+                over -= int(amount)
+                if over < 0:
+                    return mark + self.span_s - now
         return 0.0
+
+    def left(self, now: float) -> int:
+        return max(0, self.limit - self.used(now))
 
     def reset_s(self, now: float) -> float:
         """Seconds until all of it is forgotten."""
-        return max(0.0, self._marks[-2] + self.span_s - now) if self.used(now) else 0.0
+        return max(0.0, self._marks[-1][0] + self.span_s - now) if self.used(now) else 0.0
 
 
 #: Seconds since the end of an hour, and the requests and tokens of it.
@@ -9980,20 +9968,17 @@ Spent = List[Tuple[float, int, int]]
 
 
 class Meter:
-    """What one key or address has used of its limits; `spent` is what it had used before the start.
-    """
+    """What a key or an address uses of its limits; `spent`: what it had used before the start."""
 
     def __init__(self, name: str, spent: Callable[[], Spent] = list) -> None:
-        self.name, self.active = name, 0
-        self._spent = spent
-        self.concurrency = 0
+        self.name, self.active, self._spent = name, 0, spent
         self.windows: Dict[str, Window] = {}
         self.limits: Mapping[str, int] = {}
 
     def adopt(self, limits: Mapping[str, int], now: float) -> "Meter":
         """Measure by `limits` from now on; what was used stays used."""
         if limits != self.limits:
-            self.limits, self.concurrency = limits, limits.get("concurrency", 0)
+            self.limits = limits
             self.windows = {name: self.windows.get(name) or self._window(name, now)
                             for name in LIMIT_SPANS if name in limits}
             for name, window in self.windows.items():
@@ -10012,16 +9997,15 @@ class Meter:
 
     def check(self, now: float) -> None:
         """RateLimited where no further request fits in; Codex reads the time out of the text."""
-        if self.concurrency and self.active >= self.concurrency:
-            raise self._refusal("concurrency", self.concurrency, 1.0)
-        for name, window in self.windows.items():
-            wait_s = window.wait_s(now)
+        waits = {name: window.wait_s(now) for name, window in self.windows.items()}
+        most = self.limits.get("concurrency", 0)
+        if most and self.active >= most:
+            waits = {"concurrency": 1.0}
+        for name, wait_s in waits.items():
             if wait_s > 0:
-                raise self._refusal(name, window.limit, wait_s)
-
-    def _refusal(self, name: str, limit: int, wait_s: float) -> RateLimited:
-        return RateLimited(f"rate limit of {self.name}: {limit} {LIMIT_WORDS[name]}; "
-                           f"try again in {wait_s:.1f}s", retry_after_s=wait_s)
+                raise RateLimited(f"rate limit of {self.name}: {self.limits[name]} "
+                                  f"{LIMIT_WORDS[name]}; try again in {wait_s:.1f}s",
+                                  retry_after_s=wait_s)
 
     def headers(self, now: float) -> List[Tuple[str, str]]:
         """`x-ratelimit-…` as OpenAI's: of several windows for requests the one with least left for
@@ -10030,22 +10014,20 @@ class Meter:
         found: List[Tuple[str, str]] = []
         requests = [window for name, window in self.windows.items() if name != "tpd"]
         tightest = min(requests, default=None, key=lambda window: (
-            max(0, window.limit - window.used(now)), -window.wait_s(now), -window.reset_s(now)))
+            window.left(now), -window.wait_s(now), -window.reset_s(now)))
         for what, window in (("requests", tightest), ("tokens", self.windows.get("tpd"))):
             if window is not None:
                 found += [(f"x-ratelimit-limit-{what}", str(window.limit)),
-                          (f"x-ratelimit-remaining-{what}",
-                           str(max(0, window.limit - window.used(now)))),
+                          (f"x-ratelimit-remaining-{what}", str(window.left(now))),
                           (f"x-ratelimit-reset-{what}", f"{window.reset_s(now):.1f}s")]
         return found
 
 
 class RateLimiter:
-    """The meters of keys and addresses; of addresses a bounded number, the one not seen for longest
+    """The meters of keys and addresses; of these a bounded number, the one not seen for longest
     goes first.
 
-    `spent` tells what a key had used of its day before a restart; those of addresses begin anew
-    with it.
+    `spent` tells what a key had used of its day before a restart; addresses begin anew with it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic,
@@ -10056,9 +10038,11 @@ class RateLimiter:
 
     def of_key(self, key: ClientKey) -> Meter:
         with self._lock:
-            if key.name not in self._keys:
-                self._keys[key.name] = Meter(f"the key {key.name}", lambda: self._spent(key.name))
-            return self._keys[key.name].adopt(key.limits, self._clock())
+            meter = self._keys.get(key.name)
+            if meter is None:
+                meter = Meter(f"the key {key.name}", lambda: self._spent(key.name))
+                self._keys[key.name] = meter
+            return meter.adopt(key.limits, self._clock())
 
     def of_address(self, address: str, limits: Mapping[str, int]) -> Meter:
         with self._lock:
@@ -10070,9 +10054,8 @@ class RateLimiter:
         """What a key has used of each of its limits."""
         meter = self.of_key(key)
         with self._lock:
-            now = self._clock()
-            used = {name: window.used(now) for name, window in meter.windows.items()}
-        return {**used, **({"concurrency": meter.active} if meter.concurrency else {})}
+            used = {name: window.used(self._clock()) for name, window in meter.windows.items()}
+        return {**used, **({"concurrency": meter.active} if "concurrency" in meter.limits else {})}
 
     def keep_keys(self, names: Iterable[str]) -> None:
         """Forget the meters of keys that are gone."""
@@ -10088,9 +10071,8 @@ class RateLimiter:
                 meter.check(now)
             for meter in meters:
                 meter.active += 1
-                for name in meter.windows:
-                    if name != "tpd":
-                        meter.count(now, name, 1)
+                for name in ("rpm", "rph", "rpd"):
+                    meter.count(now, name, 1)
         try:
             yield
         finally:
@@ -10103,62 +10085,143 @@ class RateLimiter:
         next one is not.
         """
         with self._lock:
-            now = self._clock()
             for meter in meters if tokens else ():
-                meter.count(now, "tpd", tokens)
+                meter.count(self._clock(), "tpd", tokens)
 
     def headers(self, meters: Sequence[Meter]) -> List[Tuple[str, str]]:
         """Of the first meter that has any."""
         with self._lock:
-            now = self._clock()
-            return next((lines for lines in (meter.headers(now) for meter in meters) if lines), [])
+            found = (meter.headers(self._clock()) for meter in meters)
+            return next((lines for lines in found if lines), [])
 
 
-class ReasoningCache:
-    """Reasoning by call_digest, for clients that drop it; bounded, the oldest go first."""
-    LIMIT, LIMIT_CHARS = 2000, 8 << 20
+# --- what is remembered ------------------------------------------------------------
+
+class Store:
+    """Values by name, at most LIMIT of them and of LIMIT_SIZE in all: the oldest go first."""
+    LIMIT, LIMIT_SIZE = 10 ** 9, 10 ** 9
 
     def __init__(self) -> None:
-        self._texts: Dict[str, str] = {}
-        self._size, self._lock = 0, threading.Lock()
+        self._kept: Dict[Any, Tuple[Any, int]] = {}      #: name -> value, its size
+        self._size, self._lock = 0, threading.RLock()
+
+    def put(self, name: Any, value: Any, size: int) -> None:
+        with self._lock:
+            self.drop(name)
+            self._kept[name] = value, size
+            self._size += size
+            while len(self._kept) > self.LIMIT or self._size > self.LIMIT_SIZE:
+                self.drop(next(iter(self._kept)))
+
+    def drop(self, name: Any) -> Any:
+        """Forget a value, and return it; None: there is none."""
+        with self._lock:
+            value, size = self._kept.pop(name, (None, 0))
+            self._size -= size
+            return value
+
+    def get(self, name: Any) -> Any:
+        return self._kept.get(name, (None, 0))[0]
+
+
+class ReasoningCache(Store):
+    """Reasoning by call_digest, for clients that drop it; sizes are characters."""
+    LIMIT, LIMIT_SIZE = 2000, 8 << 20
 
     def keep(self, ident: str, text: str) -> None:
-        with self._lock:
-            self._size += len(text) - len(self._texts.pop(ident, ""))
-            self._texts[ident] = text
-            while len(self._texts) > self.LIMIT or self._size > self.LIMIT_CHARS:
-                self._size -= len(self._texts.pop(next(iter(self._texts))))
+        self.put(ident, text, len(text))
 
     def recall(self, ident: str) -> str:
-        return self._texts.get(ident, "")
+        return self.get(ident) or ""
 
 
-class Conversations:
-    """What is remembered of long requests, by how they begin; bounded, what was not asked for
-    longest goes first.
+class Conversations(Store):
+    """What is remembered of long requests, by how they begin; what was not asked for longest goes
+    first.  Sizes are characters of requests; in memory it is up to five times as much.
     """
-    #: Characters of requests: of one that is worth it, of all; in memory it is up to five times as
-    #: much.
-    LEAST_CHARS, LIMIT_CHARS = 8000, 2 << 20
-
-    def __init__(self) -> None:
-        self._kept: Dict[Tuple, Tuple[Remembered, int]] = {}
-        self._size, self._lock = 0, threading.Lock()
+    LEAST_CHARS, LIMIT_SIZE = 8000, 2 << 20
 
     def of(self, text: str, names: Sequence[Optional[str]]) -> Optional[Remembered]:
         """What the request `text` of a conversation with these names finds, and leaves its own in;
         None: nothing.
         """
-        if not self.LEAST_CHARS <= len(text) <= self.LIMIT_CHARS:
+        if not self.LEAST_CHARS <= len(text) <= self.LIMIT_SIZE:
             return None
-        name = (text[:2000], *names)
         with self._lock:
-            known, size = self._kept.pop(name, None) or (Remembered(), 0)
-            self._kept[name] = known, len(text)
-            self._size += len(text) - size
-            while self._size > self.LIMIT_CHARS:
-                self._size -= self._kept.pop(next(iter(self._kept)))[1]
+            known = self.get((text[:2000], *names)) or Remembered()
+            self.put((text[:2000], *names), known, len(text))
         return known
+
+
+class _Kept(NamedTuple):
+    """A response in the store."""
+    at: float
+    response: Json
+    items: List[Json]
+    owner: str
+    carriers: Json                       #: item id -> what of it is kept beside what is shown
+
+    @property
+    def conversation(self) -> List[Json]:
+        """Input and output items, the reasoning as the upstream wants it back; what was compacted
+        stands for itself.
+        """
+        output = [{**item, **self.carriers.get(item.get("id"), {})}
+                  for item in self.response["output"]]
+        is_compacted = any(item.get("type") == "compaction" for item in output)
+        return output if is_compacted else self.items + output
+
+
+class ResponseStore(Store):
+    """Answers of Responses with what they answered, for `previous_response_id`; sizes are bytes.
+
+    Each belongs to an owner (`owner_of`); nobody else finds it.
+    """
+    LIMIT, LIMIT_SIZE, KEPT_S = 1000, 32 << 20, 24 * 3600
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
+        self._clock = clock
+        #: owner -> item id -> item, as of the last look
+        self._items: Dict[str, Dict[str, Json]] = {}
+
+    def keep(self, response: Json, items: List[Json], owner: str = "",
+             carriers: Optional[Json] = None) -> None:
+        """`items` are the whole input, of earlier responses, too."""
+        size = sum(len(dump_json(part)) for part in (response, items, carriers))
+        with self._lock:
+            kept = _Kept(self._clock(), response, items, owner, carriers or {})
+            self.put(response["id"], kept, size)
+            while self._kept and self._is_old(next(iter(self._kept))):
+                self.drop(next(iter(self._kept)))
+
+    def drop(self, name: str) -> Any:
+        with self._lock:
+            self._items = {}
+            return super().drop(name)
+
+    def _is_old(self, ident: str) -> bool:
+        return self._clock() - self.get(ident).at >= self.KEPT_S
+
+    def find(self, ident: str, owner: str = "") -> Optional[_Kept]:
+        """What is kept under an id, None for another owner."""
+        with self._lock:
+            found = self.get(ident)
+            return None if found is None or found.owner != owner or self._is_old(ident) else found
+
+    def recall(self, ident: str, owner: str = "") -> Optional[List[Json]]:
+        """Input and output items of a response: the conversation up to it."""
+        found = self.find(ident, owner)
+        return found.conversation if found else None
+
+    def item(self, ident: str, owner: str = "") -> Optional[Json]:
+        """One item by its id, for `item_reference`."""
+        with self._lock:
+            if owner not in self._items:         # a request may name any number of them
+                self._items[owner] = {
+                    item["id"]: item for kept, _ in self._kept.values() if kept.owner == owner
+                    for item in kept.conversation if isinstance(item.get("id"), str)}
+            return self._items[owner].get(ident)
 
 
 #: A model's name is kept under so many of its characters.
@@ -10172,19 +10235,16 @@ class TokenScale:
     Of a model it knows two sums in which older answers fade, so that the latest tens of thousands
     of tokens decide.
     """
-    #: models; the one that was not heard of for longest goes first
-    LIMIT = 500
+    LIMIT = 500                          #: models; the one not heard of for longest goes first
     FADE = 0.85                          #: of the sums, at each answer
     BOUNDS = (0.2, 5.0)                  #: beyond these it is not the counting that differs
-    #: after so many answers only each EVERYth is estimated for this alone
-    SURE, EVERY = 10, 8
+    SURE, EVERY = 10, 8                  #: after SURE answers only each EVERYth is estimated
     WRITE_S = 5.0
 
     def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic,
                  log: logging.Logger = log) -> None:
         self._path, self._clock, self._written_at, self._dirty = path, clock, -1e9, False
-        self._log = log
-        self._lock = threading.Lock()
+        self._log, self._lock = log, threading.Lock()
         #: model -> estimated, counted, answers
         self._sums: Dict[str, List[float]] = self._load()
 
@@ -10227,15 +10287,14 @@ class TokenScale:
 
     def _write(self) -> None:
         self._written_at, self._dirty = self._clock(), False
-        if self._path:
-            try:
-                write_file(self._path, dump_json({name: [round(number, 1) for number in row]
-                                                  for name, row in self._sums.items()}))
-            except OSError as exc:
-                self._log.warning("%s: %s (what was learnt of token counts lasts for this run)",
-                                  self._path,
-                            exc.strerror or exc)
-                self._path = ""
+        rows = {name: [round(number, 1) for number in row] for name, row in self._sums.items()}
+        try:
+            if self._path:
+                write_file(self._path, dump_json(rows))
+        except OSError as exc:
+            self._log.warning("%s: %s (what was learnt of token counts lasts for this run)",
+                              self._path, exc.strerror or exc)
+            self._path = ""
 
     def close(self) -> None:
         with self._lock:
@@ -10256,8 +10315,7 @@ class Lane:
         self._turn = 0
         #: its /models, and until when that counts
         self.listed: Tuple[float, List[str]] = (0.0, [])
-        #: by model: most output tokens, as refusals have told
-        self._caps: Dict[str, int] = {}
+        self._caps: Dict[str, int] = {}  #: by model: most output tokens, as refusals have told
         self._lock = threading.Lock()
         self.adopt(provider)
 
@@ -10266,12 +10324,12 @@ class Lane:
         if provider.base_url != self.provider.base_url:
             self.rests.ok(None)
             self.listed, self._caps = (0.0, []), {}
-        self.provider, each = provider, provider.key_concurrency
+        self.provider = provider
         self.slots.resize(provider.places)
-        self._key_slots = {key: self._key_slots.get(key) or Slots(each)
-                           for key in provider.api_keys} if each else {}
+        self._key_slots = {key: self._key_slots.get(key) or Slots(0) for key in provider.api_keys
+                           } if provider.key_concurrency else {}
         for slots in self._key_slots.values():
-            slots.resize(each)
+            slots.resize(provider.key_concurrency)
 
     def keys(self, known: Sequence[str], conversation: Optional[int] = None) -> List[str]:
         """Of `known` keys those to try, in order; when all rest, the one nearest its end.
@@ -10286,9 +10344,13 @@ class Lane:
             self._turn += conversation is None
         turn = [*known[start:], *known[:start]]
         awake = [key for key in turn if not self.rests.left_s(key)]
-        slots = self._key_slots
-        awake.sort(key=lambda key: slots[key].surplus if key in slots else 0)
+        awake.sort(key=self._would_wait)
         return awake or [min(turn, key=self.rests.left_s)]
+
+    def _would_wait(self, key: str) -> int:
+        """How many would wait at a key if one more came."""
+        slots = self._key_slots.get(key)
+        return max(0, slots.load - slots.limit + 1) if slots else 0
 
     def hold_key(self, key: str, client: Client, settings: Settings) -> Any:
         """A place at the key for the time of a `with`; Busy, ClientGone."""
@@ -10317,13 +10379,16 @@ class Lane:
 
     def scaled(self, model: str, estimate: int) -> int:
         """Our estimate of tokens as the model counts them."""
-        return self._scale.scaled(f"{self.provider.name}/{model}"[:SCALE_NAME_CHARS], estimate)
+        return self._scale.scaled(self._scale_name(model), estimate)
+
+    def _scale_name(self, model: str) -> str:
+        return f"{self.provider.name}/{model}"[:SCALE_NAME_CHARS]
 
     def learn_count(self, model: str, estimate_of: Callable[[bool], int], counted: int) -> None:
         """Compare an estimate with what was counted; `estimate_of` takes whether it is worth making
         one.
         """
-        name = f"{self.provider.name}/{model}"[:SCALE_NAME_CHARS]
+        name = self._scale_name(model)
         estimate = estimate_of(self._scale.is_worth(name))
         if estimate:
             self._scale.learn(name, estimate, counted)
@@ -10334,87 +10399,7 @@ class Lane:
 _NO_WAIT = contextlib.nullcontext()
 
 
-class _Kept(NamedTuple):
-    """A response in the store."""
-    at: float
-    size: int
-    response: Json
-    items: List[Json]
-    owner: str
-    carriers: Json                       #: item id -> what of it is kept beside what is shown
-
-    @property
-    def conversation(self) -> List[Json]:
-        """Input and output items, the reasoning as the upstream wants it back; what was compacted
-        stands for itself.
-        """
-        output = [{**item, **self.carriers.get(item.get("id"), {})}
-                  for item in self.response["output"]]
-        is_compacted = any(item.get("type") == "compaction" for item in output)
-        return output if is_compacted else self.items + output
-
-
-class ResponseStore:
-    """Answers of Responses with what they answered, for `previous_response_id`; bounded, the oldest
-    go first.
-
-    Each belongs to an owner (`owner_of`); nobody else finds it.
-    """
-    LIMIT, LIMIT_BYTES, KEPT_S = 1000, 32 << 20, 24 * 3600
-
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        self._kept: Dict[str, _Kept] = {}
-        self._size, self._lock = 0, threading.Lock()
-        #: owner -> item id -> item, as of the last look
-        self._items: Dict[str, Dict[str, Json]] = {}
-
-    def keep(self, response: Json, items: List[Json], owner: str = "",
-             carriers: Optional[Json] = None) -> None:
-        """`items` are the whole input, of earlier responses, too."""
-        size = sum(len(dump_json(part)) for part in (response, items, carriers))
-        with self._lock:
-            self._drop(response["id"])
-            self._kept[response["id"]] = _Kept(self._clock(), size, response, items, owner,
-                                               carriers or {})
-            self._size += size
-            for ident in list(self._kept):
-                old = self._clock() - self._kept[ident].at >= self.KEPT_S
-                if len(self._kept) <= self.LIMIT and self._size <= self.LIMIT_BYTES and not old:
-                    break
-                self._drop(ident)
-
-    def _drop(self, ident: str) -> None:
-        found, self._items = self._kept.pop(ident, None), {}
-        self._size -= found.size if found else 0
-
-    def drop(self, ident: str) -> None:
-        """Forget it."""
-        with self._lock:
-            self._drop(ident)
-
-    def find(self, ident: str, owner: str = "") -> Optional[_Kept]:
-        """What is kept under an id, None for another owner."""
-        with self._lock:
-            found = self._kept.get(ident)
-        if found is None or found.owner != owner or self._clock() - found.at >= self.KEPT_S:
-            return None
-        return found
-
-    def recall(self, ident: str, owner: str = "") -> Optional[List[Json]]:
-        """Input and output items of a response: the conversation up to it."""
-        found = self.find(ident, owner)
-        return found.conversation if found else None
-
-    def item(self, ident: str, owner: str = "") -> Optional[Json]:
-        """One item by its id, for `item_reference`."""
-        with self._lock:
-            if owner not in self._items:         # a request may name any number of them
-                self._items[owner] = {
-                    item["id"]: item for entry in self._kept.values() if entry.owner == owner
-                    for item in entry.conversation if isinstance(item.get("id"), str)}
-            return self._items[owner].get(ident)
-
+# --- what is noted of a call --------------------------------------------------------
 
 class Attempt(NamedTuple):
     """One request to an upstream: where, with which key (masked), and what came of it."""
@@ -10433,9 +10418,8 @@ class Record:
     dialect: str
     model: str
     stream: bool
-    started: float
+    started: float                       #: monotonic
     target: Optional[Target] = None
-    attempts: int = 0
     status: int = 0
     first_s: Optional[float] = None
     total_s: float = 0.0
@@ -10451,11 +10435,6 @@ class Record:
         """`provider/model` of the last target, "" where there was none."""
         return f"{self.target.provider.name}/{self.target.model}" if self.target else ""
 
-    @property
-    def place(self) -> Tuple[str, str]:
-        """Model and provider that were asked last, empty where there was none."""
-        return (self.target.model, self.target.provider.name) if self.target else ("", "")
-
     def counts(self) -> List[int]:
         """As LEDGER_COUNTS; a client that leaves is no error."""
         timed = self.first_s is not None
@@ -10468,11 +10447,11 @@ class Record:
     def facts(self) -> Json:
         """For the history of requests."""
         usage = self.usage
-        return {"at": self.at, "request_id": self.request_id, "dialect": self.dialect,
-                "model": self.model, "stream": self.stream, "key": self.key, "status": self.status,
-                "error": one_line(self.error), "first_s": self.first_s, "total_s": self.total_s,
-                "input": usage.prompt, "output": usage.completion,
-                "cached": usage.cached, "reasoning": usage.reasoning, "estimated": usage.estimated,
+        names = ("at", "request_id", "dialect", "model", "stream", "key", "status", "first_s",
+                 "total_s")
+        return {**{name: getattr(self, name) for name in names}, "error": one_line(self.error),
+                "input": usage.prompt, "output": usage.completion, "cached": usage.cached,
+                "reasoning": usage.reasoning, "estimated": usage.estimated,
                 "target": self.where, "attempts": [attempt._asdict() for attempt in self.trail]}
 
     def line(self) -> str:
@@ -10483,7 +10462,7 @@ class Record:
         mark = "~" if self.usage.estimated else ""
         tokens = f" in {mark}{self.usage.prompt} out {mark}{self.usage.completion}"
         tokens = tokens if self.status == 200 else ""
-        tries = f" attempts {self.attempts}" if self.attempts > 1 else ""
+        tries = f" attempts {len(self.trail)}" if len(self.trail) > 1 else ""
         error = f" ({one_line(self.error, 200)})" if self.error else ""
         return (f"{self.request_id[4:12]} {names} {self.status}{first} total {self.total_s:.2f}s"
                 f"{tokens}{tries}{error}")
@@ -10542,6 +10521,8 @@ class Histogram:
             yield "_count", labels, total
 
 
+# --- the ledger ------------------------------------------------------------------------
+
 #: What is counted of the calls of a row; times in milliseconds, `first_ms` over `streams` answers.
 USAGE_COUNTS = ("requests", "errors", "input", "output", "cached", "reasoning", "estimated",
                 "streams", "first_ms", "total_ms")
@@ -10584,12 +10565,9 @@ def parse_ledger_line(line: bytes) -> LedgerRow:
     if not isinstance(row, dict):
         raise ValueError("no usage")
     names = [row.get(name, "") for name in LEDGER_NAMES]
-    if "day" in row:
-        if not isinstance(row["day"], str):
-            raise ValueError("no usage")
+    if isinstance(row.get("day"), str):
         date = time.strptime(row["day"][:10], "%Y-%m-%d")[:3]
-        names[0] = int(time.mktime((*date, 0, 0, 0, 0, 0, -1)))
-        names[5] = 0
+        names[0], names[5] = int(time.mktime((*date, 0, 0, 0, 0, 0, -1))), 0
     counts = [row.get(name, 0) for name in LEDGER_COUNTS]
     if [type(name) for name in names] != [int, str, str, str, str, int] or any(
             type(count) is not int or not 0 <= count < 10 ** 15 for count in counts):
@@ -10606,12 +10584,11 @@ def format_ledger_line(names: LedgerNames, counts: Sequence[int]) -> bytes:
 
 
 class Journal:
-    """What is counted, kept in a file of JSON lines where there is a folder.
+    """A file of lines that several processes append to, read once and written anew at times.
 
-    Each count appends a line in one write, so that a process that is killed loses none and another
-    one's lines stay whole; a torn last line is passed over.  While other calls run a line may wait
-    a moment for theirs, since a write costs a busy server a turn of the interpreter's lock.  Once
-    there are many more lines than needed, the file is written anew.
+    Lines go out in one write, so that a process that is killed loses none and another one's stay
+    whole; a torn last line is passed over.  Without a path, or when the file fails, nothing is
+    kept.
     """
     COMPACT_LINES = 2000
     GATHER_S = 0.05                      #: how long a line may wait for others
@@ -10667,6 +10644,9 @@ class Journal:
         self.path = ""
 
     def _append(self, line: bytes, waits: bool = False) -> None:
+        """Write a line; `waits`: a moment later, with the lines of calls that run as well, since
+        each write costs a busy server a turn of the interpreter's lock.
+        """
         if not self.path:
             return
         self._waiting.append(line)
@@ -10684,12 +10664,12 @@ class Journal:
             self._write()
 
     def _write(self) -> None:
-        """Append what waits."""
+        """Append what waits; once there are many more lines than needed, write the file anew."""
         lines, self._waiting = self._waiting, []
         if not lines or not self.path:
             return
         try:
-            # somebody removed or replaced the file
+            # somebody may have removed or replaced the file
             if self._handle < 0 or not os.fstat(self._handle).st_nlink:
                 self._open()
             os.write(self._handle, b"".join(lines))
@@ -10747,7 +10727,7 @@ class Ledger(Journal):
         self._now, self._days, self._hour = now, 92, 0
         self._rows: Dict[LedgerNames, List[int]] = {}
         self._an_hour: Counter[int] = Counter()          #: rows of each hour
-        #: counts of rows that are no more, for /metrics
+        #: counts of rows that are no more, for /metrics: (dialect, provider, status) -> counts
         self._faded: Dict[Tuple[str, str, int], List[int]] = {}
         self._failures: Dict[Labels, int] = {}
         self._took, self._first = Histogram(), Histogram()
@@ -10759,7 +10739,8 @@ class Ledger(Journal):
 
         `waits`: others are about to be counted as well; `writes` False: for this run only.
         """
-        model, provider = record.place
+        model, provider = ((record.target.model, record.target.provider.name) if record.target
+                           else ("", ""))
         counts, labels = record.counts(), (("dialect", record.dialect), ("provider", provider))
         with self._lock:
             self._load()
@@ -10775,8 +10756,8 @@ class Ledger(Journal):
                 self._first.observe(labels, record.first_s)
             for attempt in record.trail:
                 if attempt.status != 200:
-                    failed = (("provider", attempt.provider), ("status", str(attempt.status)))
-                    add_bounded(self._failures, failed, 1)
+                    add_bounded(self._failures, (("provider", attempt.provider),
+                                                 ("status", str(attempt.status))), 1)
             if writes:
                 self._append(format_ledger_line(names, counts), waits)
 
@@ -10785,16 +10766,14 @@ class Ledger(Journal):
 
     def _sum(self, names: LedgerNames, counts: Sequence[int]) -> LedgerNames:
         """Add to a row, and return which."""
-        row = self._rows.get(names)
-        if row is None and (self._an_hour[names[0]] >= USAGE_ROWS_AN_HOUR
-                            or len(self._rows) >= USAGE_ROWS):
+        if names not in self._rows and (self._an_hour[names[0]] >= USAGE_ROWS_AN_HOUR
+                                        or len(self._rows) >= USAGE_ROWS):
             names = (names[0], "other", "other", "other", *names[4:])
-            row = self._rows.get(names)
+        row = self._rows.get(names)
         if row is None:
             row = self._rows[names] = [0] * len(LEDGER_COUNTS)
             self._an_hour[names[0]] += 1
-        for at, count in enumerate(counts):
-            row[at] += count
+        row[:] = map(int.__add__, row, counts)
         return names
 
     def _forget(self) -> None:
@@ -10844,9 +10823,9 @@ class Ledger(Journal):
             name = (day_of(names[0]), *names[1:])[USAGE_NAMES.index(by)]
             total = found.setdefault(name,
                                      {by: name, **dict.fromkeys(USAGE_COUNTS, 0), "cost": None})
-            for field_name, count in zip(USAGE_COUNTS, counts):
-                total[field_name] += count
-            cost = cost_of(names[1], names[2], dict(zip(USAGE_COUNTS, counts)), prices)
+            row = dict(zip(USAGE_COUNTS, counts))
+            total.update((count, total[count] + row[count]) for count in USAGE_COUNTS)
+            cost = cost_of(names[1], names[2], row, prices)
             total["cost"] = total["cost"] if cost is None else (total["cost"] or 0) + cost
         return sorted(found.values(), key=lambda row: (-row["input"] - row["output"], row[by]))
 
@@ -10858,14 +10837,13 @@ class Ledger(Journal):
         if span == "month":
             found: Dict[int, List[LedgerRow]] = {midnight_of(int(now), back): []
                                                  for back in range(-29, 1)}
-            for names, counts in self.rows(30):
-                found.get(midnight_of(names[0]), []).append((names, counts))
+            rows = [(midnight_of(row[0][0]), row) for row in self.rows(30)]
         else:
-            hour = hour_of(now)
-            found = {at: [] for at in range(hour - 23 * 3600, hour + 1, 3600)}
-            for names, counts in self.rows(2):
-                if names[4]:             # what an older version wrote has no hour
-                    found.get(names[0], []).append((names, counts))
+            found = {hour_of(now) - 3600 * back: [] for back in range(23, -1, -1)}
+            # what an older version wrote has no hour
+            rows = [(row[0][0], row) for row in self.rows(2) if row[0][4]]
+        for at, row in rows:
+            found.get(at, []).append(row)
         return list(found.items())
 
     def spent(self, key: str) -> List[Tuple[float, int, int]]:
@@ -10873,13 +10851,13 @@ class Ledger(Journal):
         tokens.
         """
         now = self._now()
-        sums: Dict[int, List[int]] = {}
+        sums: Dict[int, Counter[str]] = {}
         for (hour, _, _, name, *_), counts in self.rows(2):
             if name == key and hour > now - 90_000:
-                row = sums.setdefault(hour, [0, 0])
-                row[0] += counts[0]
-                row[1] += counts[2] + counts[3]
-        return [(max(0.0, now - hour - 3600), *sums[hour]) for hour in sorted(sums)]
+                sums.setdefault(hour, Counter()).update(
+                    requests=counts[0], tokens=counts[2] + counts[3])
+        return [(max(0.0, now - hour - 3600), row["requests"], row["tokens"])
+                for hour, row in sorted(sums.items())]
 
     def families(self) -> List[Family]:
         """Counters and histograms for /metrics."""
@@ -10898,23 +10876,18 @@ class Ledger(Journal):
                         if status == 200 and amount:
                             add_bounded(tokens, (("direction", direction), ("provider", provider),
                                                  ("estimated", mark)), amount)
-            return [
-                ("requests_total", "counter", "Requests answered, by dialect, provider and status.",
-                 _samples_of(requests)),
-                ("tokens_total", "counter",
-                 'Tokens as the upstreams counted them; estimated="true" where they did not.',
-                 _samples_of(tokens)),
-                ("upstream_errors_total", "counter",
-                 "Attempts at an upstream that failed, by provider and status.",
-                 _samples_of(self._failures)),
-                ("request_duration_seconds", "histogram", "Time to the end of an answer.",
-                 list(self._took.samples())),
-                ("first_token_seconds", "histogram", "Time to the first byte of an answer.",
-                 list(self._first.samples()))]
-
-
-def _samples_of(values: Mapping[Labels, float]) -> List[Tuple[str, Labels, float]]:
-    return [("", labels, value) for labels, value in values.items()]
+            counters = [
+                ("requests_total", "Requests answered, by dialect, provider and status.", requests),
+                ("tokens_total", 'Tokens as the upstreams counted them; estimated="true" where '
+                                 "they did not.", tokens),
+                ("upstream_errors_total", "Attempts at an upstream that failed, by provider and "
+                                          "status.", dict(self._failures))]
+            return [*((name, "counter", text, [("", labels, value) for labels, value in
+                                               values.items()]) for name, text, values in counters),
+                    ("request_duration_seconds", "histogram", "Time to the end of an answer.",
+                     list(self._took.samples())),
+                    ("first_token_seconds", "histogram", "Time to the first byte of an answer.",
+                     list(self._first.samples()))]
 
 
 def cost_of(model: str, provider: str, counts: Mapping[str, int],
@@ -10931,6 +10904,8 @@ def cost_of(model: str, provider: str, counts: Mapping[str, int],
     return None
 
 
+# --- what the page watches --------------------------------------------------------------
+
 class RecentItems:
     """The last things of a kind, numbered from 1 on."""
 
@@ -10943,13 +10918,8 @@ class RecentItems:
 
     def add(self, item: Any) -> None:
         with self._lock:
-            self.count += self._items.maxlen != 0        # what nobody wants kept is not lost
+            self.count += 1
             self._items.append(item)
-
-    def resize(self, size: int) -> None:
-        with self._lock:
-            if size != self._items.maxlen:
-                self._items = deque(self._items, size)
 
     def after(self, number: int, most: int = 1000) -> Tuple[int, List[Tuple[int, Any]]]:
         """How many after `number` are lost already, and the next ones there are, with their
@@ -10977,43 +10947,27 @@ class GatewayLog(logging.Logger):
         return level >= self.level       # Logger's own remembers the answer, here even for ever
 
 
-class RecentLog(logging.Handler):
-    """The last lines of the log, for the page: (epoch seconds, level, logger, text); redacted when
-    they are read.
-    """
-
-    def __init__(self, lines: RecentItems, changed: Callable[[], None]) -> None:
-        super().__init__()
-        self._lines, self._changed = lines, changed
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + logging.Formatter().formatException(record.exc_info)
-        self._lines.add((record.created, record.levelno, record.name, text[:LOG_LINE_CHARS]))
-        self._changed()
-
-
-def told_log(number: int, line: Tuple[float, int, str, str]) -> Json:
-    """A line of a RecentLog as the page gets it."""
-    at, level, logger, text = line
-    level_name = logging.getLevelName(level).lower()
-    return {"id": number, "at": at, "level": level_name, "logger": logger, "text": redact(text)}
-
-
-class Live:
-    """What viewers of the page read, each at its own pace, and what wakes them.
+class Live(logging.Handler):
+    """What viewers of the page read, each at its own pace, and what wakes them: the last requests,
+    and the last lines of the log as (epoch seconds, level, logger, text), redacted when read.
 
     Nothing is queued for anybody: who is slow finds that what is kept has moved on, and is told by
     how much.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.requests, self.logs = RecentItems(HISTORY_SIZE), RecentItems(LOG_LINES)
-        self.log_handler = RecentLog(self.logs, lambda: self.notify(True))
         self.closed = False
         self._viewers: Dict[bool, int] = {False: 0, True: 0}     #: by whether they want logs
         self._version, self._changed = 0, threading.Condition()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        self.logs.add((record.created, record.levelno, record.name, text[:LOG_LINE_CHARS]))
+        self.notify(True)
 
     def notify(self, log_only: bool = False) -> None:
         if self._viewers[True] or not log_only and self._viewers[False]:
@@ -11046,6 +11000,15 @@ class Live:
             self._changed.notify_all()
 
 
+def told_log(number: int, line: Tuple[float, int, str, str]) -> Json:
+    """A line of Live.logs as the page gets it."""
+    at, level, logger, text = line
+    level_name = logging.getLevelName(level).lower()
+    return {"id": number, "at": at, "level": level_name, "logger": logger, "text": redact(text)}
+
+
+# --- who may use the page ----------------------------------------------------------------
+
 @dataclass(eq=False, repr=False)
 class Session:
     """Somebody who is signed in: with which password (its hash), since when and until when.  Times
@@ -11063,14 +11026,7 @@ class Guesser:
         #: a password takes a fifth of a second of one processor, not of all
         self.lock = threading.Lock()
         #: when none of its wrong tries counts any more: each counts for a second
-        self._forgiven_at = 0.0
-
-    def wait_s(self, now: float) -> float:
-        """Seconds until it may try again, 0.0 where it may at once."""
-        return max(0.0, self._forgiven_at - now - (SIGN_IN_TRIES - 1))
-
-    def was_wrong(self, now: float) -> None:
-        self._forgiven_at = max(now, self._forgiven_at) + 1
+        self.forgiven_at = 0.0
 
 
 class Sessions:
@@ -11116,17 +11072,18 @@ class Sessions:
 
     def try_code(self, address: str, code: str) -> bool:
         """Whether it is the code, which is used up by this; RateLimited."""
-        def ours() -> bool:
+        given = re.sub(r"[\s-]", "", code).upper()
+
+        def is_ours() -> bool:
             known = self.code()
-            given = re.sub(r"[\s-]", "", code).upper()
             if not known or not hmac.compare_digest(hash_key(given),
                                                     hash_key(known.replace("-", ""))):
                 return False
             with self._lock:             # of two at once, one has it
-                fresh, self._code = self._code == known, ""
-                return fresh
+                is_fresh, self._code = self._code == known, ""
+                return is_fresh
 
-        return self._judge(address, ours)
+        return self._judge(address, is_ours)
 
     def try_password(self, address: str, password: str) -> bool:
         """RateLimited."""
@@ -11135,21 +11092,20 @@ class Sessions:
                            and is_password(password, stored))
 
     def _judge(self, address: str, is_right: Callable[[], bool]) -> bool:
-        """Whether a guess is right; RateLimited.  Each address waits for itself alone: nobody can
-        lock others out.
+        """Whether a guess is right; RateLimited after SIGN_IN_TRIES wrong ones, then once a second.
+        Each address waits for itself alone: nobody can lock others out.
         """
         with self._lock:
             guesser = self._guessers.get(address) or Guesser()
             remember(self._guessers, address, guesser, SIGN_IN_ADDRESSES)
         with guesser.lock:
-            wait_s = guesser.wait_s(self._clock())
+            wait_s = guesser.forgiven_at - self._clock() - (SIGN_IN_TRIES - 1)
             if wait_s > 0:
                 raise RateLimited(f"too many wrong attempts; try again in {wait_s:.1f} s",
-                                  retry_after_s=wait_s,
-                                  code="too_many_attempts")
+                                  retry_after_s=wait_s, code="too_many_attempts")
             right = is_right()
             if not right:
-                guesser.was_wrong(self._clock())
+                guesser.forgiven_at = max(self._clock(), guesser.forgiven_at) + 1
             return right
 
     def open(self) -> str:
@@ -11183,30 +11139,30 @@ class Sessions:
         What was right is remembered as long as the password stays, so that a script's requests cost
         nothing.
         """
-        digest, now = hash_key(given), self._clock()
-        known, password = self._basic
-        if not (hmac.compare_digest(known, digest) and password == self._password() != ""):
+        digest, password = hash_key(given), self._password()
+        known, its = self._basic
+        if not (hmac.compare_digest(known, digest) and its == password != ""):
             try:
                 user, _, secret = base64.b64decode(given, validate=True).decode().partition(":")
             except ValueError:
                 return None
-            password = self._password()
             if user != "admin" or not self.try_password(address, secret):
                 return None
             self._basic = (digest, password)
-        return Session(password, now, now)
+        return Session(password, self._clock(), self._clock())
 
     def close(self, token: str) -> None:
-        with self._lock:
-            ended = self._kept.pop(hash_key(token), None)
-            if ended is not None:
-                ended.password = ""                      # whoever still holds it
+        self._end([hash_key(token)])
 
     def close_all(self) -> None:
+        self._end(list(self._kept))
+        self._basic = (b"", "")
+
+    def _end(self, names: Iterable[bytes]) -> None:
         with self._lock:
-            for session in self._kept.values():
-                session.password = ""
-            self._kept, self._basic = {}, (b"", "")
+            for name in names:
+                if name in self._kept:
+                    self._kept.pop(name).password = ""   # for whoever still holds it
 
 
 class FileWatch:
@@ -11517,7 +11473,6 @@ class Attempts:
                 return False
             place.enter_context(self.lane.slots.hold(self.client, self.settings, provider.name))
         key, started = plan.take_key(), time.monotonic()
-        self.record.attempts += 1
         attempt = Attempt(provider.name, self.target.model, mask(key), 200, "", 0.0)
         try:
             with self.lane.hold_key(key, self.client, self.settings):
@@ -11825,7 +11780,7 @@ class Gateway:
         self.log, self._leads_log = GatewayLog(), False
         self.environ = os.environ if environ is None else environ
         self.live = Live()
-        self.log.addHandler(self.live.log_handler)
+        self.log.addHandler(self.live)
         self.upstream = Upstream()
         self.reasoning, self.conversations = ReasoningCache(), Conversations()
         self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None
@@ -11884,8 +11839,8 @@ class Gateway:
     def lead_log(self) -> None:
         """This gateway is the whole program: its level and its page are for all that is logged."""
         self._leads_log = True
-        self.log.removeHandler(self.live.log_handler)
-        log.addHandler(self.live.log_handler)
+        self.log.removeHandler(self.live)
+        log.addHandler(self.live)
         log.setLevel(self.log.level)
 
     def equip(self, router: Router) -> None:
@@ -12129,7 +12084,7 @@ class Gateway:
         return self.logins.refresher.report(in_force)
 
     def close(self) -> None:
-        log.removeHandler(self.live.log_handler)
+        log.removeHandler(self.live)
         if self._watch is not None:
             self._watch.close()
         self.logins.close()

@@ -1719,7 +1719,7 @@ def test_only_what_talks_is_remembered(server, upstream):
 
 
 def test_conversations_are_bounded_and_told_apart(monkeypatch):
-    monkeypatch.setattr(ifl.Conversations, "LIMIT_CHARS", 30_000)
+    monkeypatch.setattr(ifl.Conversations, "LIMIT_SIZE", 30_000)
     kept, text = ifl.Conversations(), "a" * 9000
     assert kept.of("a" * 7999, []) is None is kept.of("a" * 30_001, [])
     known = kept.of(text, ["s"])
@@ -6364,7 +6364,7 @@ def test_reasoning_cache_is_bounded():
     for number in range(cache.LIMIT + 10):
         cache.keep(str(number), "x")
     assert cache.recall("0") == "" and cache.recall(str(cache.LIMIT)) == "x"
-    cache.keep("big", "y" * cache.LIMIT_CHARS)
+    cache.keep("big", "y" * cache.LIMIT_SIZE)
     assert cache.recall("1500") == "" and len(cache._texts) == 1
 
 
@@ -10288,10 +10288,10 @@ def test_usage_off_is_not_written_but_for_limits(server, config, upstream, home,
     assert (home / ".iflow2api" / "usage.jsonl").exists() == written
 
 
-def test_the_history_is_bounded_and_holds_no_content(upstreams_routes, home_routes):
+def test_the_history_is_bounded_and_holds_no_content(upstreams_routes, home_routes, monkeypatch):
+    monkeypatch.setattr(ifl, "HISTORY_SIZE", 3)
     up, = upstreams_routes(always("ok"))
     gate = Gate(settings([up]))
-    gate.gateway.live.requests.resize(3)
     for _ in range(5):
         gate.ask()
     assert len(ifl.history_of(gate.gateway)) == 3 and not list(home_routes.iterdir())
@@ -11970,7 +11970,7 @@ def test_the_response_store(clock):
 
 def test_the_response_store_is_bounded(monkeypatch):
     monkeypatch.setattr(ifl.ResponseStore, "LIMIT", 5)
-    monkeypatch.setattr(ifl.ResponseStore, "LIMIT_BYTES", 2000)
+    monkeypatch.setattr(ifl.ResponseStore, "LIMIT_SIZE", 2000)
     store = ifl.ResponseStore()
     for number in range(100):
         for _ in range(2):
@@ -13694,10 +13694,10 @@ def test_events_as_they_happen(admin, upstream, monkeypatch):
           what="the end of the viewer's thread")
 
 
-def test_a_stream_resumes_where_it_broke(admin, upstream):
+def test_a_stream_resumes_where_it_broke(admin, upstream, monkeypatch):
+    monkeypatch.setattr(ifl, "HISTORY_SIZE", 5)
     browser = admin(upstream)
     ring = browser.server.gateway.live.requests
-    ring.resize(5)
 
     # a request is noted after its client has the answer
     def ask(*names):
@@ -13729,8 +13729,6 @@ def test_a_stream_resumes_where_it_broke(admin, upstream):
             ask("fresh")
         assert other.next("request")[1]["model"] == expected
         other.close()
-        ring.resize(0)
-        ring.resize(5)
         ask(*(f"n{number}" for number in range(3, 8)))
 
 
@@ -13794,7 +13792,7 @@ def test_heads_of_streams_end(admin):
 def test_nobody_looking_costs_next_to_nothing(gateway):
     running = gateway(detect_local=False)
     record = logging.LogRecord("x", logging.INFO, "", 0, "a line of %d", (5,), None)
-    assert best_us(lambda: running.live.log_handler.emit(record)) < 50
+    assert best_us(lambda: running.live.emit(record)) < 50
     call = call_record()
     assert best_us(lambda: running.ledger.add(call)) < 300
 
