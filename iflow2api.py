@@ -11215,6 +11215,15 @@ def _lasting_key(path: str, log: logging.Logger) -> bytes:
     return key
 
 
+def at_once(calls: Sequence[Callable[[], Any]], limit_s: float) -> None:
+    """Run calls on a thread each; those not done after `limit_s` are left to themselves."""
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(limit_s)
+
+
 def parse_model_list(data: bytes) -> List[str]:
     """The names in an answer of `/models`; UpstreamGarbled."""
     try:
@@ -11230,12 +11239,6 @@ def tokens_of(header: str) -> Set[str]:
     (RFC 9110, 7.6.1).
     """
     return {token.strip().lower() for token in header.split(",")}
-
-
-#: What `routes explain` is told of a request.
-_EXPLAINED: Dict[str, type] = {"model": str, "dialect": str, "tokens": int, "images": bool,
-                               "thinking": bool,
-                               "tools": bool, "aliases": dict}
 
 
 def _secrets_of(provider: Provider) -> List[str]:
@@ -11260,17 +11263,6 @@ def _without_secrets(data: bytes, provider: Provider) -> bytes:
     for secret in _secrets_of(provider):
         data = data.replace(dump_json(secret)[1:-1], dump_json(mask(secret))[1:-1])
     return data
-
-
-def is_forwarded(name: str, value: str) -> bool:
-    """Whether a client's header (its name in lower case) is for the upstream."""
-    known = name in HEADERS_FORWARDED or name.startswith(HEADER_FORWARDED_PREFIX)
-    return known and is_sound_header(name, value)
-
-
-def is_returned(name: str, value: str) -> bool:
-    """Whether a header of an upstream's answer is for the client."""
-    return re.fullmatch(HEADER_RETURNS, name) is not None and is_sound_header(name, value)
 
 
 class State(NamedTuple):
@@ -11386,7 +11378,8 @@ def upstream_headers(given: Mapping[str, str], settings: Settings, provider: Pro
         ours = {settings.custom_auth_header.lower(),
                 *tokens_of(given.get("connection", ""))}
         for name, value in given.items():
-            if is_forwarded(name, value) and name not in ours:
+            if (name in HEADERS_FORWARDED or name.startswith(HEADER_FORWARDED_PREFIX)) and (
+                    name not in ours and is_sound_header(name, value)):
                 headers[name] = (name, value)
     if key:
         headers["authorization"] = ("Authorization", "Bearer " + key)
@@ -11589,7 +11582,9 @@ class Attempts:
             if "html" in response.content_type:
                 raise UpstreamGarbled("the upstream answered with a web page; "
                                       "is base_url its API, and not its site?")
-            client.returned = [pair for pair in response.headers.items() if is_returned(*pair)]
+            client.returned = [(name, value) for name, value in response.headers.items()
+                               if re.fullmatch(HEADER_RETURNS, name)
+                               and is_sound_header(name, value)]
             data = b""
             if self.call.stream and "json" not in response.content_type:
                 try:
@@ -11698,14 +11693,9 @@ class LocalEngines:
         """Ask all of them at once."""
         gateway, entries = self._gateway, {}
         own = gateway.upstream.own_ports | {base.settings.port}
-        threads = [threading.Thread(target=self._ask, args=(name, url, base.settings, entries),
-                                    daemon=True)
-                   for name, url in gateway.local_engines.items()
-                   if Endpoint.of(url).port not in own]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(2 * LOCAL_TIMEOUT_S)
+        at_once([partial(self._ask, name, url, base.settings, entries)
+                 for name, url in gateway.local_engines.items()
+                 if Endpoint.of(url).port not in own], 2 * LOCAL_TIMEOUT_S)
         providers = [entries[name] for name in gateway.local_engines if name in entries]
         found = self._found if self._base is base else None
         if providers != (found.settings.providers if found else []):
@@ -11959,35 +11949,24 @@ class Gateway:
         told = {name: value for name, value in raw.items() if name != "accounts"}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
-    def set_password(self, stored: str) -> None:
-        """Take `stored` for admin_password; where it can't be kept, for this run."""
+    def keep_setting(self, name: str, value: str) -> bool:
+        """Store a setting that was made here; False where it lasts for this run alone."""
         try:
-            self.change_config(lambda raw: raw.update(admin_password=stored))
+            self.change_config(lambda raw: raw.update({name: value}))
         except OSError as exc:
-            self.log.warning("the page's password can't be stored: %s", exc.strerror or exc)
-        if self.settings.admin_password != stored:
-            self.flags["admin_password"] = stored
-            self.apply(replace(self.settings, admin_password=stored))
+            self.log.warning("%s can't be stored: %s", name, exc.strerror or exc)
+        if getattr(self.settings, name) == value:
+            return True
+        self.flags[name] = value
+        self.apply(replace(self.settings, **{name: value}))
+        return False
 
     def ensure_client_key(self) -> Tuple[str, bool]:
-        """The client key, made if there is none, and whether it could be kept for the next start.
-        """
-        key = self.settings.custom_api_key
+        """The client key, made if there is none, and whether it lasts beyond this run."""
         if self.state.door.required:
-            return key, True
+            return self.settings.custom_api_key, True
         key = "sk-" + secrets.token_hex(24)
-        kept = False
-        if self.config is not None:
-            try:
-                self.change_config(lambda raw: raw.update(custom_api_key=key))
-                kept = self.settings.custom_api_key == key
-            except OSError as exc:
-                self.log.warning("the new client key can't be stored in %s: %s", self.config.path,
-                                 exc.strerror or exc)
-        if not kept:
-            self.flags["custom_api_key"] = key
-            self.apply(replace(self.settings, custom_api_key=key))
-        return key, kept
+        return key, self.keep_setting("custom_api_key", key)
 
     def seal(self) -> Seal:
         """What reasoning is sealed with on its way through clients; where there is a folder, its
@@ -12123,13 +12102,8 @@ def _fetch_lists(gateway: Gateway, providers: Sequence[Provider]) -> Dict[str, L
     before.
     """
     now = time.monotonic()
-    stale = [lane for lane in map(gateway.lane, providers) if lane.listed[0] < now]
-    threads = [threading.Thread(target=_fetch_list, args=(gateway, lane, now), daemon=True)
-               for lane in stale]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(2 * MODELS_TIMEOUT_S)
+    at_once([partial(_fetch_list, gateway, lane, now) for lane in map(gateway.lane, providers)
+             if lane.listed[0] < now], 2 * MODELS_TIMEOUT_S)
     return {provider.name: gateway.lane(provider).listed[1] for provider in providers}
 
 
@@ -12238,6 +12212,13 @@ def _target_facts(gateway: Gateway, target: Target) -> Json:
             "vision_model": provider.vision_model}
 
 
+#: What `explain` is told of a request.
+_EXPLAINED = record({}, {
+    "model": any_text, "dialect": one_of("chat", "messages", "responses"),
+    "tokens": number(0, 10 ** 12, True), "images": truth, "thinking": truth, "tools": truth,
+    "aliases": names_to(anything)}, strict=False)
+
+
 def explain(gateway: Gateway, body: Json, in_english: bool = True) -> Json:
     """Where a model's name goes, step by step; `body` has `model`, and what conditions ask:
     dialect, tokens, ….
@@ -12245,15 +12226,12 @@ def explain(gateway: Gateway, body: Json, in_english: bool = True) -> Json:
     With `aliases` it says where the name would go with those, and `problems` what is wrong with
     them.
     """
-    for name, kind in _EXPLAINED.items():
-        if name in body and not has_type(body[name], kind):
-            raise BadRequest(f"{name}: {KIND_WORDS[kind.__name__]} expected", param=name)
+    try:
+        _EXPLAINED(body, "")
+    except ValueError as exc:
+        raise BadRequest(str(exc), param=str(exc).partition(":")[0]) from None
     dialect = body.get("dialect", "chat")
-    if dialect not in ("chat", "messages", "responses"):
-        raise BadRequest("dialect: chat, messages or responses expected", param="dialect")
-    asked = Asked(dialect, body.get("tokens", 0), body.get("images", False),
-                  body.get("thinking", False),
-                  body.get("tools", False))
+    asked = Asked(dialect, *(body.get(name, 0) for name in ("tokens", "images", "thinking", "tools")))
     state = gateway.current(look=False)
     router, told = state.router, {"model": body.get("model")}
     if "aliases" in body:
@@ -13952,7 +13930,7 @@ def set_password(handler: Handler) -> None:
         what, code = (("the code is wrong; it stands on the server's console", "wrong_code")
                       if proof == "code" else ("the current password is wrong", "wrong_password"))
         raise Forbidden(what, code=code, param=proof, should_retry=None)
-    gateway.set_password(hash_password(password))
+    gateway.keep_setting("admin_password", hash_password(password))
     handler.respond(204, b"", "", [cookie_header(handler, sessions.open())])
 
 

@@ -7166,7 +7166,7 @@ def test_running_an_opener(command, works):
 
 @pytest.fixture
 def server_login(gateway_login, server):
-    gateway_login.set_password(PASSWORD_HASH)
+    gateway_login.keep_setting("admin_password", PASSWORD_HASH)
     return server(gateway=gateway_login)
 
 
@@ -12810,7 +12810,7 @@ def test_scripts_sign_in_by_basic(admin_server):
     for bad in ("Basic", "Basic !", "Basic /w==", *wrong):
         answer = get(running, "/admin/api/overview", Authorization=bad)
         assert (answer.status, answer.error["code"]) == (401, "wrong_password")
-    running.gateway.set_password(ifl.hash_password("something else"))
+    running.gateway.keep_setting("admin_password", ifl.hash_password("something else"))
     assert get(running, "/admin/api/overview", Authorization=BASIC).status == 401
 
 
@@ -13770,7 +13770,7 @@ def test_the_stream_ends_with_its_session(admin):
     browser.sign_in()
     watcher = Watcher(browser)
     watcher.next()
-    browser.server.gateway.set_password(ifl.hash_password("a new password"))
+    browser.server.gateway.keep_setting("admin_password", ifl.hash_password("a new password"))
     until(lambda: watcher.next() is None, what="the end of the stream")
 
 
