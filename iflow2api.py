@@ -1002,8 +1002,9 @@ class Settings:
         "每个地址的限额 | Limits per client address | JSON，可含 rpm、rph、rpd、tpd、concurrency；在“密钥与限额”里填写更方便。 "
         "| JSON: rpm, rph, rpd, tpd, concurrency; easier in Keys & limits.")
     usage: bool = setting("bool", True, "logs",
-        "记录用量 | Record usage | 请求数与 token 数写入 usage.jsonl，不含内容。 "
-        "| Counts requests and tokens in usage.jsonl, never their content.")
+        "记录用量 | Record usage | 请求数与 token 数写入 usage.jsonl，不含内容；有限额时总会写入，以便重启后仍然有效。 "
+        "| Counts requests and tokens in usage.jsonl, never their content; where keys or addresses "
+        "have limits, always: they outlast a restart.")
     usage_days: int = setting("int", 92, "logs", low=1, high=3660,
         text="用量保留天数 | Days that usage is kept")
     prices: Dict[str, Any] = setting("dict", {}, "logs",
@@ -9924,12 +9925,16 @@ class Window:
 
     def __init__(self, span_s: float, limit: int) -> None:
         self.span_s, self.limit = span_s, limit
-        self._marks: Deque[List[float]] = deque()        #: [time, amount], the oldest first
+        #: [time, amount], the oldest first; a deque would take 600 bytes for each address
+        self._marks: List[List[float]] = []
         self._sum = 0
 
     def used(self, now: float) -> int:
-        while self._marks and self._marks[0][0] <= now - self.span_s:
-            self._sum -= int(self._marks.popleft()[1])
+        marks, gone = self._marks, 0
+        while gone < len(marks) and marks[gone][0] <= now - self.span_s:
+            self._sum -= int(marks[gone][1])
+            gone += 1
+        del marks[:gone]                 # at once: a journal may have left any number of them
         return self._sum
 
     def add(self, now: float, amount: int) -> None:

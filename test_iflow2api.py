@@ -6365,7 +6365,7 @@ def test_reasoning_cache_is_bounded():
         cache.keep(str(number), "x")
     assert cache.recall("0") == "" and cache.recall(str(cache.LIMIT)) == "x"
     cache.keep("big", "y" * cache.LIMIT_SIZE)
-    assert cache.recall("1500") == "" and len(cache._texts) == 1
+    assert cache.recall("1500") == "" and len(cache._kept) == 1
 
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
