@@ -18679,7 +18679,7 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
 def _provider_rows(router: Router, provider: Provider, facts: str) -> List[Tuple[str, str]]:
     """A provider as a text and its colour; why it is disabled, which is English, apart from it."""
     name = provider.name
-    if provider is router.default:
+    if router.default and name == router.default.name:
         name = tr("default", name=name)
     if provider.problem:
         return [(tr("disabled", name=name), "yellow"), (one_line(provider.problem), "yellow")]
@@ -18872,17 +18872,18 @@ def cmd_logs(args: Args) -> int:
 
 # --- asking ------------------------------------------------------------------
 
-def _ask_running(settings: Settings) -> Json:
-    """/health of the server that these settings describe, {} where none answers."""
+def _ask_running(settings: Settings, path: str = "/health", member: str = "iflow_logged_in") -> Json:
+    """What the server that these settings describe answers, {} where none does."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    key = os.environ.get(KEY_VARIABLE) or settings.custom_api_key
     try:
         with contextlib.closing(
-                http.client.HTTPConnection(host, settings.port, timeout=2)) as connection:
-            connection.request("GET", "/health")
-            value = json.loads(connection.getresponse().read(1 << 20))
+                http.client.HTTPConnection(host, settings.port, timeout=5)) as connection:
+            connection.request("GET", path, headers={"X-Api-Key": key} if key else {})
+            value = json.loads(connection.getresponse().read(8 << 20))
     except (OSError, http.client.HTTPException, ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) and "iflow_logged_in" in value else {}
+    return value if isinstance(value, dict) and member in value else {}
 
 
 def cmd_status(args: Args) -> int:
@@ -18895,8 +18896,7 @@ def cmd_status(args: Args) -> int:
     _row(tr("server"), f"http://{settings.host}:{settings.port}", state)
     _row(tr("config"), _config_of(args).path)
     if not _show_others(health, router):
-        for provider in router.providers.values():
-            facts = f"{provider.base_url}  {_keys_of(provider)}"
+        for provider, facts in _as_running(router, health):
             rows = _provider_rows(router, provider, facts)
             _row(tr("provider"), rows[0][0], *_rest_of(health, provider.name))
             for text, _ in rows[1:]:
@@ -18924,8 +18924,17 @@ def _show_others(health: Json, router: Router) -> bool:
     return True
 
 
-def _keys_of(provider: Provider) -> str:
-    return ", ".join(map(mask, provider.api_keys)) or tr("no_key")
+def _as_running(router: Router, health: Json) -> Iterator[Tuple[Provider, str]]:
+    """Each provider with its address and keys.
+
+    The running server knows better what is wrong: it has variables that this shell may lack.
+    """
+    usable = {name_of(facts) for facts in entries_of(health, "providers") if facts.get("usable")}
+    for provider in router.providers.values():
+        keys = ", ".join(map(mask, provider.api_keys)) or tr("no_key")
+        if provider.problem and provider.name in usable:
+            provider, keys = replace(provider, problem=""), tr("in_use")
+        yield provider, f"{provider.base_url}  {keys}".strip()
 
 
 def _rest_of(health: Json, name: str) -> List[str]:
@@ -18969,7 +18978,10 @@ def offered_presets(router: Router, environ: Mapping[str, str]) -> List[str]:
 
 def cmd_models(args: Args) -> int:
     gateway = _gateway_of(args)
-    models = models_of(gateway)
+    models: List[Json] = []
+    if args["--upstream"] is None and _ask_running(gateway.settings):
+        models = entries_of(_ask_running(gateway.settings, "/v1/models", "data"), "data")
+    models = models or models_of(gateway)
     for model in models:
         print(f"{model['id']}  ({model['owned_by']})")
     if not models:
@@ -19006,9 +19018,9 @@ def cmd_test(args: Args) -> int:
 def _provider_list(args: Args) -> int:
     gateway = _gateway_of(args)
     router = gateway.current().router
-    for provider in router.providers.values():
+    for provider, facts in _as_running(router, _ask_running(gateway.settings)):
         count = tr("count_models", count=len(provider.models))
-        facts = f"{provider.base_url}  {_keys_of(provider)}  {count}"
+        facts = f"{facts}  {count}" if provider.models else facts
         (text, _), *why = _provider_rows(router, provider, facts)
         print(with_why(text, why[0][0]) if why else text)
     say_problems(_further_problems(gateway.problems))

@@ -15362,6 +15362,20 @@ def test_status_and_env_go_by_the_running_server(cli, config, server, upstream):
     assert "m-filed" in cli("env", "codex", "--shell", "bash")[1]
 
 
+def test_the_running_server_knows_variables_that_this_shell_lacks(cli, config, gateway, server,
+                                                                  upstream):
+    entry = provider(upstream, "kept", api_keys=["$ONLY_THERE"], models=["m-there"])
+    made = gateway(entry, environ={"ONLY_THERE": "sk-of-the-server-1234"}, custom_api_key="sk-mine")
+    running = server(gateway=made)
+    put_config(config, {"port": running.port, "providers": [entry], "custom_api_key": "sk-mine"})
+    assert "kept (default)  in use" in cli("status")[1]
+    assert cli("provider", "list")[1] == "kept (default)  in use\n"
+    assert "m-there  (kept)" in cli("models")[1].splitlines()
+    running.close()
+    assert "ONLY_THERE is not set" in cli("status")[1]
+    assert "ONLY_THERE is not set" in cli("provider", "list")[1]
+
+
 def test_models(cli, config, upstream):
     models = "m1  (upstream)\norg/m2:free  (upstream)\n"
     assert cli("models", "--upstream", upstream.url) == (0, models, "")
