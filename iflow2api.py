@@ -18730,28 +18730,29 @@ _LEVEL_COLOURS = {logging.DEBUG: "dim", logging.WARNING: "yellow",
                   logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
-class _ConsoleFormat(logging.Formatter):
-    """`12:00:01 text`, with the level in front of what is not news."""
+class _Format(logging.Formatter):
+    """`12:00:01 text` with the level in front of what is not news; a line of log_file has a date
+    and always a level, and nothing that looks like a credential.
+    """
+
+    def __init__(self, is_file: bool) -> None:
+        super().__init__()
+        self._is_file = is_file
 
     def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        text += "\n" + self.formatException(record.exc_info) if record.exc_info else ""
+        if self._is_file:
+            at = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
+            return redact(f"{at} {record.levelname} {text}")
         level = "" if record.levelno == logging.INFO else record.levelname.lower() + ": "
-        trace = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
-        text = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}{trace}"
-        return CONSOLE.paint(text, _LEVEL_COLOURS.get(record.levelno, ""))
-
-
-class _FileFormat(logging.Formatter):
-    """`2026-01-31 12:00:01 WARNING text`, without what looks like a credential."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        at = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
-        trace = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
-        return redact(f"{at} {record.levelname} {record.getMessage()}{trace}")
+        line = f"{self.formatTime(record, '%H:%M:%S')} {level}{text}"
+        return CONSOLE.paint(line, _LEVEL_COLOURS.get(record.levelno, ""))
 
 
 def _log_to_console() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_ConsoleFormat())
+    handler.setFormatter(_Format(False))
     log.handlers[:] = [handler]
     logging.raiseExceptions = False      # a console that is gone must not end a request
     # what no line of ours shows, and yet takes a third of the time of one ("Optimization" in
@@ -18788,7 +18789,7 @@ def _open_log(path: str) -> logging.Handler:
     make_folder(os.path.dirname(os.path.abspath(path)))
     handler = PrivateFile(path, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT,
                           encoding="utf-8")
-    handler.setFormatter(_FileFormat())
+    handler.setFormatter(_Format(True))
     return handler
 
 
@@ -18810,27 +18811,19 @@ class Lines:
 
 
 class LogReader:
-    """Lines of a log at a level or above.
+    """Lines of a log at a level or above, each once.
 
     The file is open for moments only: Windows can't rotate an open one.
     """
 
     def __init__(self, path: str, level: str) -> None:
-        self.path, self._level = path, level
         levels = LOG_LEVELS[LOG_LEVELS.index(level):]
-        self._wanted = {*map(str.upper, levels), "CRITICAL"}
+        self._path, self._wanted = path, {*map(str.upper, levels), "CRITICAL"}
         self._offset, self._inode, self._lines, self._shown = 0, 0, Lines(), True
 
-    def tail(self, count: int) -> List[str]:
-        """The last `count` lines, some perhaps of the file before; OSError without a file."""
-        older = self.path + ".1"
-        lines = LogReader(older, self._level).fresh() if os.path.exists(older) else []
-        lines += self.fresh()
-        return lines[-count:] if count else []
-
     def fresh(self) -> List[str]:
-        """The whole lines that came since the last call."""
-        with open(self.path, "rb") as file:
+        """The whole lines that came since the last call; OSError without a file."""
+        with open(self._path, "rb") as file:
             facts = os.fstat(file.fileno())
             if facts.st_ino != self._inode or facts.st_size < self._offset:
                 self._offset, self._lines = 0, Lines()           # another file, or it was emptied
@@ -18848,24 +18841,27 @@ class LogReader:
 
 
 def cmd_logs(args: Args) -> int:
-    count = _number(args, "-n", 50, 0)
+    count, level = _number(args, "-n", 50, 0), args["--level"] or "debug"
     path = log_path(_gateway_of(args))
     if not path:
         say(tr("log_unset"))
         return 1
-    reader = LogReader(path, args["--level"] or "debug")
+    reader, older, lines = LogReader(path, level), path + ".1", []
     try:
-        lines = reader.tail(count)
+        if os.path.exists(older):
+            lines = LogReader(older, level).fresh()
+        lines += reader.fresh()
     except OSError as exc:
         say(tr("log_missing", path=path, reason=reason_of(exc)))
         return 1
-    pause = threading.Event()
+    lines, pause = lines[-count:] if count else [], threading.Event()
     while True:
         for line in lines:
             print(_CONTROL.sub(" ", line), flush=True)
         if not args["--follow"]:
             return 0
         pause.wait(0.3)
+        lines = []
         with contextlib.suppress(OSError):           # between two files there is none
             lines = reader.fresh()
 
