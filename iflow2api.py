@@ -17420,10 +17420,10 @@ and a model.
 """
 
 
-@lru_cache(1)
-def page_texts() -> Dict[str, List[str]]:
-    """key -> [Chinese, English]."""
-    lines = [line for line in PAGE_TEXTS.strip().split("\n") if not line.startswith("#")]
+@lru_cache(2)
+def texts_of(table: str) -> Dict[str, List[str]]:
+    """A table such as PAGE_TEXTS as key -> [Chinese, English]."""
+    lines = [line for line in table.strip().split("\n") if not line.startswith("#")]
     entries = [entry.split(" = ") for line in lines for entry in line.split(" | ")]
     return {key: pair for key, *pair in entries}
 
@@ -17440,7 +17440,7 @@ def page_script() -> str:
 @lru_cache(1)
 def admin_page() -> Tuple[bytes, str]:
     """The page, and its policy, which admits its own style and script alone."""
-    texts = json.dumps(page_texts(), ensure_ascii=False, separators=(",", ":"))
+    texts = json.dumps(texts_of(PAGE_TEXTS), ensure_ascii=False, separators=(",", ":"))
     parts = {"CSS": PAGE_CSS, "JS": page_script(), "TEXTS": texts.replace("</", "<\\/")}
     body = re.sub("@(CSS|JS|TEXTS)@", lambda found: parts[found.group(1)], PAGE_HTML).encode()
     style, script = (base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode()
@@ -17721,7 +17721,7 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 # --- what it says ------------------------------------------------------------
 
 #: Whatever the command line says, in the form of PAGE_TEXTS.  Errors from below are English.
-TEXT_LINES = """\
+CONSOLE_TEXTS = """\
 # what many say
 error = 错误：{text} = error: {text} | warning = 警告：{text} = warning: {text}
 problem = 问题：{text} = problem: {text}
@@ -18011,7 +18011,7 @@ use this OpenAI-compatible server alone, whatever config.json says
     "clients": "|".join(CLIENTS), "shells": "|".join(SHELLS), "kinds": "|".join(KINDS),
     "levels": "|".join(LOG_LEVELS)}
 
-Pair = Tuple[str, str]                   #: the same in Chinese and in English
+Pair = List[str]                         #: the same in Chinese and in English
 
 
 class Argument(NamedTuple):
@@ -18025,22 +18025,10 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    group: Pair
+    group: str                           #: `Chinese = English`
     help: Pair
     arguments: List[Argument]
     examples: List[str]
-
-
-def _pair(text: str) -> Pair:
-    zh, en = text.split(" = ")
-    return zh, en
-
-
-@lru_cache(maxsize=None)
-def text_table() -> Dict[str, Pair]:
-    entries = (entry.partition(" = ") for line in TEXT_LINES.splitlines()
-               if line[0] != "#" for entry in line.split(" | "))
-    return {key: _pair(both) for key, _, both in entries}
 
 
 def _argument(text: str) -> Argument:
@@ -18050,31 +18038,31 @@ def _argument(text: str) -> Argument:
     value = value if flags else shown.strip("[]")
     choices = value.split("|") if value.islower() else []
     name = flags[-1] if flags else "action" if choices else value
-    return Argument(name, flags, value, choices, _pair(both), shown)
+    return Argument(name, flags, value, choices, both.split(" = "), shown)
 
 
 @lru_cache(maxsize=None)
 def command_table() -> Dict[str, Command]:
     """COMMAND_LINES, with the flags that every command has."""
     found: Dict[str, Command] = {}
-    group, table = ("", ""), COMMAND_LINES
+    texts, table, group = texts_of(CONSOLE_TEXTS), COMMAND_LINES, ""
     for part, text in COMMAND_PARTS.items():
         table = table.replace("@" + part, text)
     for line in table.splitlines():
         if line[0] == "[":
-            group = _pair(line.strip("[]"))
+            group = line.strip("[]")
         elif line[0] != " ":
             name, _, both = line.partition(" = ")
-            last = found[name] = Command(group, _pair(both), [], [])
+            last = found[name] = Command(group, both.split(" = "), [], [])
         elif line[2] == "$":
             last.examples.extend(line[4:].split(" | "))
         else:
             last.arguments.extend(map(_argument, line[2:].split(" | ")))
     for command in found.values():
         command.arguments.extend([
-            Argument("--config-dir", ["--config-dir"], "DIR", [], text_table()["config_dir"],
+            Argument("--config-dir", ["--config-dir"], "DIR", [], texts["config_dir"],
                      "--config-dir DIR"),
-            Argument("--help", ["-h", "--help"], "", [], text_table()["help_flag"], "-h, --help")])
+            Argument("--help", ["-h", "--help"], "", [], texts["help_flag"], "-h, --help")])
     return found
 
 
@@ -18134,19 +18122,19 @@ CONSOLE = Console()
 
 def tr(which: str, **facts: Any) -> str:
     """A text in the console's language, filled in."""
-    return CONSOLE.text(text_table()[which]).format(program=PROGRAM, **facts)
+    return CONSOLE.text(texts_of(CONSOLE_TEXTS)[which]).format(program=PROGRAM, **facts)
 
 
 def marked(mark: str, text: Any) -> str:
     """`error: …` and the like, the mark in the language of the text."""
-    zh, en = text_table()[mark]
+    zh, en = texts_of(CONSOLE_TEXTS)[mark]
     return (en if columns_of(str(text)) == len(str(text)) else zh).format(text=text)
 
 
 def reason_of(exc: OSError) -> str:
     """What the system says, in the console's language."""
     name = errno.errorcode.get(exc.errno or 0, "")
-    if name in text_table():
+    if name in texts_of(CONSOLE_TEXTS):
         return tr(name)
     return name if CONSOLE.language == "zh" and name else exc.strerror or str(exc)
 
@@ -18389,7 +18377,7 @@ def help_of(name: str) -> str:
         for group in dict.fromkeys(each.group for each in command_table().values()):
             rows = [(known, CONSOLE.text(each.help))
                     for known, each in command_table().items() if each.group == group]
-            lines += _section(CONSOLE.text(group), rows, max(map(len, command_table())))
+            lines += _section(CONSOLE.text(group.split(" = ")), rows, max(map(len, command_table())))
         lines += _section(tr("serve_flags"), flags)
         lines += ["", *wrap(tr("settings_too"), CONSOLE.columns)]
     if command.examples:                 # to be copied: never wrapped
@@ -18868,7 +18856,8 @@ def cmd_logs(args: Args) -> int:
 
 # --- asking ------------------------------------------------------------------
 
-def _ask_running(settings: Settings, path: str = "/health", member: str = "iflow_logged_in") -> Json:
+def _ask_running(settings: Settings, path: str = "/health",
+                 member: str = "iflow_logged_in") -> Json:
     """What the server that these settings describe answers, {} where none does."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     key = os.environ.get(KEY_VARIABLE) or settings.custom_api_key
@@ -19383,7 +19372,7 @@ def cmd_routes(args: Args) -> int:
                  tokens=_number(args, "--tokens", 0, 0))
     gateway = _gateway_of(args)
     try:
-        told = explain(gateway, asked, CONSOLE.language == "en")
+        told = explain(gateway, asked, args["--json"] or CONSOLE.language == "en")
     except GatewayError as exc:
         say(marked("error", exc.message))
         return 1

@@ -14043,7 +14043,7 @@ def fresh_server(config, monkeypatch):
 
 def wording(key, language, **facts):
     """A text of the page."""
-    text = ifl.page_texts()[key][("zh", "en").index(language)]
+    text = ifl.texts_of(ifl.PAGE_TEXTS)[key][("zh", "en").index(language)]
     return re.sub(r"\{(\w+)\}", lambda found: str(facts[found.group(1)]), text)
 
 
@@ -14109,7 +14109,7 @@ def test_each_view_of_the_page_is_drawn_without_complaint(fresh_server, demo, ta
     page = tab(width, False)
     first_start(page, fresh_server, language)
     connect_demo(page, demo, language)
-    names = [name[5:] for name in ifl.page_texts() if re.fullmatch(r"view_[a-z]+", name)]
+    names = [name[5:] for name in ifl.texts_of(ifl.PAGE_TEXTS) if re.fullmatch(r"view_[a-z]+", name)]
     assert len(names) == 12
     for name in names:
         page.run("location.hash = arguments[0]", name)
@@ -14314,7 +14314,7 @@ def page_texts_used():
 
 def test_the_page_has_each_text_in_both_languages_and_uses_it():
     words, beginnings, certain = page_texts_used()
-    texts = ifl.page_texts()
+    texts = ifl.texts_of(ifl.PAGE_TEXTS)
     assert [key for key, pair in texts.items() if len(pair) != 2 or not all(pair)] == []
     assert [key for key, (_, en) in texts.items() if re.search("[\u4e00-\u9fff]", en)] == []
     assert sorted(certain - set(texts)) == []
@@ -15127,7 +15127,7 @@ CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
 # --- texts, arguments and mistakes -------------------------------------------
 
 def test_texts_are_whole_and_used():
-    table = ifl.text_table()
+    table = ifl.texts_of(ifl.CONSOLE_TEXTS)
     for key, (zh, en) in table.items():
         places = [re.findall(r"\{(\w+)", text) for text in (zh, en)]
         assert zh.strip() and en.strip(), key
