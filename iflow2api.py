@@ -18100,8 +18100,9 @@ class Console:
         except (UnicodeError, LookupError):
             self.language = "en"
         is_terminal = bool(sys.stderr) and sys.stderr.isatty()
-        plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
-        self.colours = is_terminal and not plain and _takes_ansi(sys.stderr)
+        plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb" or (
+            os.name == "nt" and "WT_SESSION" not in environ)     # Windows' older console
+        self.colours = is_terminal and not plain
         self.columns = 80
         if is_terminal:
             with contextlib.suppress(OSError, ValueError):
@@ -18183,23 +18184,6 @@ def find_language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
             kernel = ctypes.windll.kernel32                      # type: ignore[attr-defined]
             locale = "zh" if kernel.GetUserDefaultUILanguage() & 0x3FF == 4 else ""
     return "zh" if locale.lower().startswith("zh") else "en"
-
-
-def _takes_ansi(stream: Any) -> bool:
-    """Whether the terminal knows colours; Windows' console must be told to (1607 and later can)."""
-    if os.name != "nt":
-        return True
-    try:
-        import ctypes
-        import msvcrt
-        mode, kernel = ctypes.c_uint32(), ctypes.windll.kernel32        # type: ignore[attr-defined]
-        number = msvcrt.get_osfhandle(stream.fileno())                  # type: ignore[attr-defined]
-        handle = ctypes.c_void_p(number)
-        known = kernel.GetConsoleMode(handle, ctypes.byref(mode))
-        # 4: ENABLE_VIRTUAL_TERMINAL_PROCESSING
-        return bool(known and kernel.SetConsoleMode(handle, mode.value | 4))
-    except (ImportError, AttributeError, OSError, ValueError):
-        return False
 
 
 def columns_of(text: str) -> int:
@@ -19064,10 +19048,6 @@ def _provider_add(args: Args) -> int:
     return _add_entry(args, "providers", entry, "provider_exists", "provider_added")
 
 
-def _provider_remove(args: Args) -> int:
-    return _remove_entry(args, "providers", "provider")
-
-
 # --- env ---------------------------------------------------------------------
 
 def cmd_env(args: Args) -> int:
@@ -19085,7 +19065,10 @@ def cmd_env(args: Args) -> int:
     words = {"URL": url, "KEY": key, "MODEL": model or router.default_model,
              **claude_words(router, model)}
     if not args["--json"]:
-        shell = SHELLS[args["--shell"] or _guess_shell()]
+        guess = "fish" if os.environ.get("SHELL", "").endswith("/fish") else "bash"
+        if os.name == "nt":
+            guess = "powershell" if os.environ.get("PSModulePath") else "cmd"
+        shell = SHELLS[args["--shell"] or guess]
         print("\n".join(_env_text(args["action"], shell, words)))
         return 0
     if key == "$" + KEY_VARIABLE:
@@ -19103,12 +19086,6 @@ def _env_text(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
         after.append(tr("env_model", client=CLIENTS[client].title))
     return [*map(shell.comment.format, before), *env_lines(client, shell, words),
             *map(shell.comment.format, after)]
-
-
-def _guess_shell() -> str:
-    if os.name == "nt":
-        return "powershell" if os.environ.get("PSModulePath") else "cmd"
-    return "fish" if os.path.basename(os.environ.get("SHELL", "")) == "fish" else "bash"
 
 
 # --- logging in --------------------------------------------------------------
@@ -19493,7 +19470,8 @@ def cmd_version(args: Args) -> int:
 #: What a command does, or an action of it where that has a function of its own.
 COMMANDS: Dict[str, Callable[[Args], int]] = {
     "serve": cmd_serve, "login": cmd_login, "logout": cmd_logout,
-    "provider": _provider_list, "provider add": _provider_add, "provider remove": _provider_remove,
+    "provider": _provider_list, "provider add": _provider_add,
+    "provider remove": partial(_remove_entry, where="providers", kind="provider"),
     "provider test": cmd_test, "provider presets": _provider_presets, "test": cmd_test,
     "config": _config_list, "config get": _config_get, "config set": _config_set,
     "config unset": _config_unset, "config path": _config_path, "config encrypt": _config_encrypt,
