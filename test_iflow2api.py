@@ -15431,32 +15431,25 @@ def test_upstream_leaves_out_the_providers_and_aliases_of_the_file(config, upstr
 # --- both languages ----------------------------------------------------------
 
 #: What somebody types who has never seen it, in this order; {url} is an upstream, at {dead}
-#: nobody listens.
+#: nobody listens.  Mistakes that are found before anything is done stand in MISTAKES.
 WALK = """status | models | test | provider | provider presets | provider presets zhipu
-provider presets zhipo | provider add | provider add zhipu | provider add zhipu
-provider add x --base-url h:80 | provider add x --base-url ftp://h
-provider add a,b --base-url {url} | provider add up --base-url {url} --models m1
+provider presets zhipo | provider add zhipu | provider add zhipu | provider add x --base-url ftp://h
+provider add up --base-url {url} --models m1
 provider add down --base-url http://127.0.0.1:{dead}/v1 --api-key sk-literal-0123456789
-provider list | status | models | test | test up | test nobody | provider test up
-provider test down | provider test nobody | provider remove | provider remove nobody
-provider remove zhipu | config | config get prt | config set | config set port
-config set port abc | config set aliases {"a":"upp/x"} | config set providers [5]
-config set upstream_proxy socks4://h | config set upstream_proxy socks5://h:1
-config set retry {"count":99} | config set prices {"m":1} | config set client_keys [{"name":"x"}]
-config encrypt off | config encrypt on | config encrypt x | config encrypt | config set port 28000
-config unset nosuch | config unset upstream_proxy | config unset port
-config set aliases {"fast":["up/m1",{"model":"m2","over_tokens":9}]} | routes | routes explain
-routes explain fast | routes explain fast --tokens x | routes explain claude-x --dialect messages
-routes explain up/y | routes explain down/y | routes explain zzz | routes explain up/y --json
-key | key add | key add alice --rpm 0 | key add alice --rpm 20 --models glm-* --expires 2001-01-01
+provider list | status | models | test | test up | provider test up | provider test down
+provider remove nobody | provider remove zhipu | config | config set aliases {"a":"upp/x"}
+config set upstream_proxy socks5://h:1 | config encrypt off | config encrypt on | config encrypt
+config set port 28000 | config unset nosuch | config unset upstream_proxy | config unset port
+config set aliases {"fast":["up/m1",{"model":"m2","over_tokens":9}]} | routes explain fast
+routes explain claude-x --dialect messages | routes explain up/y | routes explain down/y
+routes explain zzz | routes explain up/y --json | key
+key add alice --rpm 20 --models glm-* --expires 2001-01-01
 key add alice --rpm 20 --tpd 9 --models nope | key add alice | key list | key remove bob
-key remove alice | usage | usage --days x | usage --by foo | usage --days 1 --by day | logs
-logs -n x | config set log_file a.log | logs | env | env claude --shell bash
-env codex --shell bash | env clude | login --timeout x | login --timeout 0.05 --no-browser
-login --paste | login --api-key= | login --account a/b | logout | logout --account zz | stop
-admin | admin reset-password | admin reset-password x | completion | sttus | --prot 1 | --port
---host 192.0.2.1 | --api-key $NOPE | --api-key - | --upstream localhost:8000
---upstream http://127.0.0.1:{dead} test | --upstream http://u:p@h test | version --help"""
+key remove alice | usage | usage --days 1 --by day | logs | config set log_file a.log | logs
+env claude --shell bash | env codex --shell bash | login --timeout 0.05 --no-browser
+login --paste | login --account a/b | logout | logout --account zz | admin reset-password
+admin reset-password x | --host 192.0.2.1 | --upstream http://127.0.0.1:{dead} test
+--upstream http://u:p@h test | version"""
 
 
 def is_english(line) -> bool:
@@ -15483,8 +15476,8 @@ def test_every_command_speaks_one_language(cli, language, monkeypatch, upstream)
                 wrong.append(f"{line}: {said}")
         assert status != 2 or len(err.strip().splitlines()) <= 2 and not out, (line, err)
     assert not wrong, "\n".join(wrong)
-    assert set(statuses) == {0, 1, 2} and statuses.count(2) > 40
-    assert in_chinese > 150 if language == "zh" else in_chinese == 0
+    assert set(statuses) == {0, 1, 2}
+    assert in_chinese > 100 if language == "zh" else in_chinese == 0
 
 
 def test_the_card_fits_into_80_columns(gateway, upstream, language):
