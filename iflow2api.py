@@ -7768,10 +7768,10 @@ COMPACT = CompactDialect("/chat/completions")
 # === 11. Upstream ============================================================
 
 class Client:
-    """Client side of a call: it may disconnect, and in silence it may need keep-alives.
+    """Client side of a call: it may disconnect, and may need keep-alives while nothing is sent.
 
-    A StreamLoop looks after both; everybody else waits plainly, by `wait` or with `on_leave` set.
-    This class stands for our own requests, which nobody can leave.
+    A StreamLoop looks after both; all other code blocks, in `wait` or with `on_leave` set.
+    This class itself stands for our own requests, which have no client.
     """
     sock: Optional[socket.socket] = None     #: watched for the end of the connection
     keepalive_s = 3600.0                 #: silence that is broken by `tick`
@@ -7781,14 +7781,14 @@ class Client:
     returned: Sequence[Tuple[str, str]] = ()     #: headers of the upstream that the client gets
     nonblocking = False                  #: the loop sends: what does not go waits in `backlog`
     backlog = b""
-    left: Optional[Exception] = None     #: why nobody needs the answer any more
+    left: Optional[Exception] = None     #: why the answer is not needed any more
     _on_leave: Optional[Callable[[Exception], None]] = None
 
     def __init__(self) -> None:
         self._leaving = threading.Lock()
 
     def on_leave(self, wake: Optional[Callable[[Exception], None]]) -> None:
-        """From here on `wake(reason)` ends the wait of who works for this client; raises `left`."""
+        """Set what ends a wait on behalf of this client when it leaves; raises `left`."""
         if self.sock is not None:
             with self._leaving:
                 self._on_leave = wake
@@ -7878,7 +7878,7 @@ def is_writable(sock: socket.socket, timeout_s: float) -> bool:
 
 
 def has_left(sock: socket.socket, hung_up: bool = False) -> bool:
-    """Whether the peer closed.  Behind a pipelined request only a hang-up can be seen."""
+    """Whether the peer closed.  After a pipelined request only a hang-up can be noticed."""
     try:
         return hung_up or not sock.recv(1, socket.MSG_PEEK)
     except (BlockingIOError, InterruptedError):
@@ -7928,7 +7928,7 @@ class HeadReader:
         return b""
 
     def check_head(self, head: bytearray) -> None:
-        """Called with a head that is not complete yet; raises what need not be waited for."""
+        """Called with a head that is not complete yet; raises at once what is wrong already."""
 
 
 #: What a chunk's size is written in.
@@ -8098,7 +8098,7 @@ class UpstreamConnection(HeadReader):
         return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
 
     def cut(self, reason: Exception) -> None:
-        """End the wait of whoever reads or writes, with `reason`."""
+        """End a wait for this connection on another thread, which then raises `reason`."""
         self.cut_by = reason
         # not TLS's own, whose state the reader uses
         with contextlib.suppress(OSError):
@@ -8339,8 +8339,9 @@ class MovedStream:
                  is_over: Callable[[], bool]) -> None:
         self._response, self.client, self._move, self._is_over = response, client, move, is_over
         self.connection = response.connection
-        self._heard_at, self.idle = time.monotonic(), False      #: idle: all that had come is moved
-        self.place: Optional[socket.socket] = None               #: the socket the loop waits for
+        self._received_at = time.monotonic()
+        self.idle = False                #: all that had come is moved
+        self.waits_on: Optional[socket.socket] = None            #: by the loop
         self.due = 0.0                   #: when the loop has to check it
         self.ended, self.error = threading.Lock(), None
         self.ended.acquire()
@@ -8357,7 +8358,7 @@ class MovedStream:
                 break
             if not payload or not self._move(payload) or self._response.complete:
                 return False
-            self._heard_at = time.monotonic()
+            self._received_at = time.monotonic()
             if not self._response.holds_more:
                 break
         return True
@@ -8369,20 +8370,20 @@ class MovedStream:
         if client.backlog:
             if client.is_stuck(now):
                 raise ClientGone
-            self._heard_at = now         # it is not the upstream that is slow
+            self._received_at = now         # it is not the upstream that is slow
             return now + 1.0
-        quiet_s, first_s = now - self._heard_at, min(self.AFTER_FINISH_S, timeout_s)
+        quiet_s, first_s = now - self._received_at, min(self.AFTER_FINISH_S, timeout_s)
         if quiet_s >= first_s - 0.001 and self._is_over():
             return None
         self.connection.check_silence(quiet_s)
-        due = self._heard_at + (first_s if quiet_s < first_s else timeout_s)
+        due = self._received_at + (first_s if quiet_s < first_s else timeout_s)
         if self._response.next_timeout_s is not None:
             due = min(due, now + self._response.next_timeout_s)
         return min(due, now + LOOK_UP_S)
 
     def end(self, error: Optional[BaseException]) -> None:
-        """Wake who waits; the loop may know of this stream for a while, and keeps nothing of it."""
-        self.error, self.place = error, None
+        """Wake `run`; the loop may hold this stream for a while, but nothing that belongs to it."""
+        self.error, self.waits_on = error, None
         del self._response, self.client, self.connection, self._move, self._is_over
         self.ended.release()
 
@@ -8405,7 +8406,7 @@ class StreamLoop:
         self._due: List[Tuple[float, int, MovedStream]] = []
         self._number, self._load, self._closing, self._lock = 0, 0, False, threading.Lock()
         self._clients: Set[Client] = set()
-        self._look_at, self._look_every_s = 0.0, 0.0             #: 0: nobody is to be looked at
+        self._look_at, self._look_every_s = 0.0, self.LOOK_EVERY_S       #: 0: there are no clients
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
@@ -8419,11 +8420,12 @@ class StreamLoop:
         """From here on a client is kept awake, and told to `leave` when it has."""
         with self._lock:
             self._clients.add(client)
-            every_s = min(self.LOOK_EVERY_S, client.keepalive_s)
-            is_late = not self._look_at or every_s < self._look_every_s
-            if is_late:
-                self._look_every_s, self._look_at = every_s, time.monotonic() + every_s
-        if is_late:
+            # a setting that is the same for all streams
+            self._look_every_s = min(self._look_every_s, client.keepalive_s)
+            is_first = not self._look_at
+            if is_first:
+                self._look_at = time.monotonic() + self._look_every_s
+        if is_first:
             self._wake_up()
 
     def forget(self, client: Client) -> None:
@@ -8432,25 +8434,24 @@ class StreamLoop:
             self._clients.discard(client)
 
     def _look(self) -> None:
-        """Look at all clients, which stay as long as the lock is held."""
+        """Notice who left, send keep-alives; no client is forgotten while the lock is held."""
         with self._lock:
             if not self._clients:
                 self._look_at = 0.0
                 return
             poller, now = Poller(), time.monotonic()
-            places = {client.sock.fileno(): client for client in self._clients}
-            for fd in places:
+            by_fd = {client.sock.fileno(): client for client in self._clients}
+            for fd in by_fd:
                 poller.register(fd, _POLLIN | _HANGUP)
             for fd, events in poller.poll(0):
-                if has_left(places[fd].sock, bool(events & _HANGUP)):
-                    places[fd].leave(ClientGone())
+                if has_left(by_fd[fd].sock, bool(events & _HANGUP)):
+                    by_fd[fd].leave(ClientGone())
             for client in self._clients:
                 client.tick(now)
-            self._look_every_s = min(self.LOOK_EVERY_S, *(c.keepalive_s for c in self._clients))
             self._look_at = now + self._look_every_s
 
     def end_all(self, reason: Exception) -> None:
-        """Let all clients leave, who are told the reason."""
+        """Disconnect all clients and tell them the reason."""
         with self._lock:
             for client in self._clients:
                 client.leave(reason)
@@ -8497,7 +8498,8 @@ class StreamLoop:
                     log.exception("looking after waiting clients failed")
             while self._due and self._due[0][0] <= time.monotonic():
                 due, _, stream = heapq.heappop(self._due)
-                if due == stream.due and stream.place is not None:   # not planned anew, nor ended
+                # it may have been planned anew, or have ended
+                if due == stream.due and stream.waits_on is not None:
                     self._serve(stream, stream.check)
         for closed in (self._selector, self._waker, self._woken):
             closed.close()
@@ -8528,8 +8530,8 @@ class StreamLoop:
                 return self._wait_for(stream)
         except BaseException as exc:     # whatever it is, it belongs to the request's own thread
             error = exc
-        if stream.place is not None:
-            self._selector.unregister(stream.place)
+        if stream.waits_on is not None:
+            self._selector.unregister(stream.waits_on)
         with self._lock:
             self._load -= 1
         stream.end(error)
@@ -8541,14 +8543,14 @@ class StreamLoop:
 
     def _wait_for(self, stream: MovedStream) -> None:
         is_slow = bool(stream.client.backlog)
-        place = stream.client.sock if is_slow else stream.connection.sock
-        if place is not stream.place:
-            if stream.place is not None:
-                self._selector.unregister(stream.place)
-                stream.place = None
+        sock = stream.client.sock if is_slow else stream.connection.sock
+        if sock is not stream.waits_on:
+            if stream.waits_on is not None:
+                self._selector.unregister(stream.waits_on)
+                stream.waits_on = None
             wanted = selectors.EVENT_WRITE if is_slow else selectors.EVENT_READ
-            self._selector.register(place, wanted, stream)
-            stream.place = place
+            self._selector.register(sock, wanted, stream)
+            stream.waits_on = sock
             if is_slow and stream.due > time.monotonic() + 1:
                 self._plan(stream, time.monotonic() + 1)
 
@@ -9034,7 +9036,7 @@ class Upstream:
             return self._loop
 
     def end_all(self, reason: Exception) -> None:
-        """Cut off what is still on its way to clients, who are told the reason."""
+        """Cut off all answers that are on their way, and tell the clients the reason."""
         if self._loop is not None:
             self._loop.end_all(reason)
 
@@ -9264,7 +9266,7 @@ class LoginFile:
             raise LoginFailed(f"{self.path} can't be written: {exc.strerror or exc}") from None
 
     def pending(self) -> Tuple[Json, str]:
-        """Tokens that an earlier version, killed, left, and the hash of the refresh token spent.
+        """Tokens that an earlier version left when it was killed, and the hash of the used token.
 
         ({}, "") where there are none.
         """
@@ -9386,7 +9388,7 @@ class Refresher:
         for file in self._files():
             try:
                 login = file.read()
-            except LoginFailed:          # the gateway names a broken file
+            except LoginFailed:          # the gateway reports a broken file
                 continue
             state = self.state(file.account)
             if state.dead_token and login.get(REFRESH) != state.dead_token:
@@ -9420,7 +9422,7 @@ class Refresher:
                        if file.account == account)
 
     def _refresh(self, file: LoginFile, stale: Optional[str]) -> str:
-        """Refresh one login, unless somebody else just did; its key, "" if that failed.
+        """Refresh one login, unless another thread or process just did; its key, "" if that failed.
 
         `stale`: a key that the API has refused.
         """
@@ -9530,7 +9532,7 @@ def stop_accepting(server: "Listener") -> None:
     """End the accept loop at once.  Needs no thread: a full system must be able to stop, too."""
     server.stopping, stopped = True, False
     while not stopped:
-        with contextlib.suppress(OSError):       # the loop wakes up when somebody connects
+        with contextlib.suppress(OSError):       # a connection wakes the loop up
             socket.create_connection(server.server_address[:2], 0.2).close()
         stopped = server.stopped.wait(0.1)
     server.server_close()
@@ -9645,7 +9647,7 @@ class LoginFlow:
     def visit(self, query: str) -> Tuple[bool, str]:
         """The browser came back: whether it worked, and what to tell it.
 
-        Who lacks the state changes nothing.
+        A request with another state changes nothing.
         """
         try:
             code = self._code(urllib.parse.parse_qs(query), True)
@@ -9684,7 +9686,7 @@ class LoginFlow:
             raise LoginFailed("this request is no answer to a login" if by_browser else
                               "that is neither the address the browser ended on nor the code in "
                               f"it; it looks like {self._redirect_uri}?code=…&state=…")
-        refused = "code" not in facts and not by_browser     # who pastes it means this login
+        refused = "code" not in facts and not by_browser     # pasted: it is about this login
         state = facts.get("state", "").encode("utf-8", "replace")
         if not refused and not hmac.compare_digest(state, self._secret.encode()):
             raise LoginFailed("this answer belongs to another login (its state is wrong): open the "
@@ -9727,7 +9729,7 @@ class LoginFlow:
         self.settle()
 
     def settle(self) -> None:
-        """If it is over: close what is open and tell who waits."""
+        """If it is over: close the listener and set `ended`."""
         if self.state != "waiting":
             self._timer.cancel()
             with self._lock:
