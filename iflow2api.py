@@ -163,7 +163,6 @@ try:
     import contextlib
     import errno
     import hashlib
-    import heapq
     import hmac
     import http.client
     import http.server
@@ -8342,7 +8341,6 @@ class MovedStream:
         self._received_at = time.monotonic()
         self.idle = False                #: all that had come is moved
         self.waits_on: Optional[socket.socket] = None            #: by the loop
-        self.due = 0.0                   #: when the loop has to check it
         self.ended, self.error = threading.Lock(), None
         self.ended.acquire()
 
@@ -8363,23 +8361,19 @@ class MovedStream:
                 break
         return True
 
-    def check(self) -> Optional[float]:
-        """When to check again, None where all came but the end; UpstreamTimeout, ClientGone."""
-        client, now, timeout_s = self.client, time.monotonic(), self.connection.timeout_s
-        self.connection.check_silence(0.0)
-        if client.backlog:
-            if client.is_stuck(now):
+    def check(self) -> bool:
+        """Whether the end is still to come; UpstreamTimeout, ClientGone."""
+        now = time.monotonic()
+        if self.client.backlog:
+            if self.client.is_stuck(now):
                 raise ClientGone
-            self._received_at = now         # it is not the upstream that is slow
-            return now + 1.0
-        quiet_s, first_s = now - self._received_at, min(self.AFTER_FINISH_S, timeout_s)
-        if quiet_s >= first_s - 0.001 and self._is_over():
-            return None
+            self._received_at = now      # it is not the upstream that is slow
+        quiet_s = now - self._received_at
+        is_quiet = quiet_s >= min(self.AFTER_FINISH_S, self.connection.timeout_s)
+        if is_quiet and not self.client.backlog and self._is_over():
+            return False
         self.connection.check_silence(quiet_s)
-        due = self._received_at + (first_s if quiet_s < first_s else timeout_s)
-        if self._response.next_timeout_s is not None:
-            due = min(due, now + self._response.next_timeout_s)
-        return min(due, now + LOOK_UP_S)
+        return True
 
     def end(self, error: Optional[BaseException]) -> None:
         """Wake `run`; the loop may hold this stream for a while, but nothing that belongs to it."""
@@ -8395,18 +8389,18 @@ class StreamLoop:
     with 32 streams that took more than half of the time of a chunk, whatever
     `sys.setswitchinterval` says.
     """
-    LOOK_EVERY_S = 0.5                   #: how often all clients are looked at
+    LOOK_EVERY_S = 0.5                   #: how often all clients and streams are looked at
     #: select(), where there is nothing better (Windows), takes 512 sockets
     ROOM = 500 if selectors.DefaultSelector is selectors.SelectSelector else 1 << 20
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._fresh: Deque[MovedStream] = deque()
-        #: a heap: when which has to be checked
-        self._due: List[Tuple[float, int, MovedStream]] = []
-        self._number, self._load, self._closing, self._lock = 0, 0, False, threading.Lock()
+        self._fresh: Deque[MovedStream] = deque()        #: not waited for yet
+        self._streams: Set[MovedStream] = set()
+        self._closing, self._lock = False, threading.Lock()
         self._clients: Set[Client] = set()
-        self._look_at, self._look_every_s = 0.0, self.LOOK_EVERY_S       #: 0: there are no clients
+        #: when the next look is due, 0: there is nothing to look at; how often there is one
+        self._look_at, self._look_every_s = 0.0, self.LOOK_EVERY_S
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
@@ -8422,9 +8416,7 @@ class StreamLoop:
             self._clients.add(client)
             # a setting that is the same for all streams
             self._look_every_s = min(self._look_every_s, client.keepalive_s)
-            is_first = not self._look_at
-            if is_first:
-                self._look_at = time.monotonic() + self._look_every_s
+            is_first = self._plan_look()
         if is_first:
             self._wake_up()
 
@@ -8433,22 +8425,32 @@ class StreamLoop:
         with self._lock:
             self._clients.discard(client)
 
+    def _plan_look(self) -> bool:
+        """Plan a look if none is; whether the loop has to be told."""
+        is_first = not self._look_at
+        if is_first:
+            self._look_at = time.monotonic() + self._look_every_s
+        return is_first
+
     def _look(self) -> None:
-        """Notice who left, send keep-alives; no client is forgotten while the lock is held."""
-        with self._lock:
-            if not self._clients:
-                self._look_at = 0.0
-                return
+        """Notice who left, send keep-alives, end streams that are silent for too long."""
+        with self._lock:                 # no client is forgotten meanwhile
+            self._look_at = 0.0
+            if self._clients or self._streams:
+                self._plan_look()
             poller, now = Poller(), time.monotonic()
             by_fd = {client.sock.fileno(): client for client in self._clients}
             for fd in by_fd:
                 poller.register(fd, _POLLIN | _HANGUP)
-            for fd, events in poller.poll(0):
+            for fd, events in poller.poll(0) if by_fd else ():
                 if has_left(by_fd[fd].sock, bool(events & _HANGUP)):
                     by_fd[fd].leave(ClientGone())
             for client in self._clients:
                 client.tick(now)
-            self._look_at = now + self._look_every_s
+            streams = list(self._streams)
+        for stream in streams:
+            if stream.waits_on is not None:      # else it is fresh
+                self._serve(stream, stream.check)
 
     def end_all(self, reason: Exception) -> None:
         """Disconnect all clients and tell them the reason."""
@@ -8461,9 +8463,10 @@ class StreamLoop:
     def run(self, stream: MovedStream) -> None:
         """Move a stream until it has ended; Busy where it can't be taken."""
         with self._lock:
-            if self._closing or self._load >= self.ROOM:
+            if self._closing or len(self._streams) >= self.ROOM:
                 raise Busy("this system can move no more streams at once")
-            self._load += 1
+            self._streams.add(stream)
+            self._plan_look()
         connection = stream.connection
         self._fresh.append(stream)
         self._wake_up()
@@ -8485,8 +8488,10 @@ class StreamLoop:
         self._wake_up()
 
     def _run(self) -> None:
-        while not self._closing or self._load:
-            for key, _ in self._selector.select(self._wait_s()):
+        while not self._closing or self._streams:
+            look_at = self._look_at
+            wait_s = max(0.0, look_at - time.monotonic()) if look_at else None
+            for key, _ in self._selector.select(wait_s):
                 if key.data is None:
                     self._let_in()
                 else:
@@ -8496,18 +8501,8 @@ class StreamLoop:
                     self._look()
                 except Exception:        # without this thread no stream would move any more
                     log.exception("looking after waiting clients failed")
-            while self._due and self._due[0][0] <= time.monotonic():
-                due, _, stream = heapq.heappop(self._due)
-                # it may have been planned anew, or have ended
-                if due == stream.due and stream.waits_on is not None:
-                    self._serve(stream, stream.check)
         for closed in (self._selector, self._waker, self._woken):
             closed.close()
-
-    def _wait_s(self) -> Optional[float]:
-        due = self._due[0][0] if self._due else 0.0
-        first = min(due, self._look_at) if due and self._look_at else due or self._look_at
-        return max(0.0, first - time.monotonic()) if first else None
 
     def _let_in(self) -> None:
         with contextlib.suppress(OSError):
@@ -8516,30 +8511,19 @@ class StreamLoop:
             stream = self._fresh.popleft()
             self._serve(stream, stream.check)
 
-    def _serve(self, stream: MovedStream, act: Callable[[], Any]) -> None:
-        """Let a stream step or check, then wait for its upstream or a slow client; or it has ended.
-
-        A step returns whether there may be more, a check when to check again.
-        """
+    def _serve(self, stream: MovedStream, act: Callable[[], bool]) -> None:
+        """Let a stream act, then wait for its upstream or a slow client; or it has ended."""
         error: Optional[BaseException] = None
         try:
-            found = act()
-            if found is not None and found is not False:
-                if found is not True:
-                    self._plan(stream, found)
+            if act():
                 return self._wait_for(stream)
         except BaseException as exc:     # whatever it is, it belongs to the request's own thread
             error = exc
         if stream.waits_on is not None:
             self._selector.unregister(stream.waits_on)
         with self._lock:
-            self._load -= 1
+            self._streams.discard(stream)
         stream.end(error)
-
-    def _plan(self, stream: MovedStream, due: float) -> None:
-        self._number += 1
-        stream.due = due
-        heapq.heappush(self._due, (due, self._number, stream))
 
     def _wait_for(self, stream: MovedStream) -> None:
         is_slow = bool(stream.client.backlog)
@@ -8551,46 +8535,6 @@ class StreamLoop:
             wanted = selectors.EVENT_WRITE if is_slow else selectors.EVENT_READ
             self._selector.register(sock, wanted, stream)
             stream.waits_on = sock
-            if is_slow and stream.due > time.monotonic() + 1:
-                self._plan(stream, time.monotonic() + 1)
-
-
-class Pool:
-    """Idle connections by (scheme, host, port, proxy), the latest used first."""
-    SIZE = 128                           #: for each key
-
-    def __init__(self) -> None:
-        self._idle: Dict[Tuple, Deque[UpstreamConnection]] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def take(self, key: Tuple) -> Optional[UpstreamConnection]:
-        """A connection that is still good: nothing came on it since its last use."""
-        while True:
-            with self._lock:
-                idle = self._idle.get(key)
-                if not idle:
-                    return None
-                connection = idle.pop()
-            idle_s = time.monotonic() - connection.idle_since
-            if idle_s < UPSTREAM_IDLE_S and not connection.is_stale():
-                return connection
-            connection.hang_up()
-
-    def give(self, key: Tuple, connection: UpstreamConnection) -> None:
-        connection.idle_since = time.monotonic()
-        with self._lock:
-            idle = self._idle.setdefault(key, deque())
-            idle.append(connection)
-            too_old = idle.popleft() if len(idle) > self.SIZE or self._closed else None
-        if too_old:
-            too_old.hang_up()
-
-    def close(self) -> None:
-        with self._lock:
-            idle, self._idle, self._closed = self._idle, {}, True
-        for connection in [each for kept in idle.values() for each in kept]:
-            connection.hang_up()
 
 
 #: OpenSSL's verify codes that have a cause a user can act on.
@@ -8887,9 +8831,13 @@ class ProxyTalk(HeadReader):
 class Upstream:
     """All HTTP that goes out: connections are kept, TLS is set up once."""
 
+    IDLE_EACH = 128                      #: kept connections to one place
+
     def __init__(self) -> None:
-        self._pool = Pool()
+        #: kept connections by (scheme, host, port, proxy), the latest used last
+        self._idle: Dict[Tuple, Deque[UpstreamConnection]] = {}
         self._loop: Optional[StreamLoop] = None
+        self._closed = False
         self._tls: Tuple[str, Optional[ssl.SSLContext]] = ("", None)
         self._lock = threading.Lock()
         self.identity = IFlowIdentity()
@@ -8916,7 +8864,7 @@ class Upstream:
         proxy = proxy_for(provider, settings, endpoint)
         key = (endpoint.scheme, endpoint.host, endpoint.port, proxy)
         where = f"{provider.name} ({endpoint.authority})"
-        connection = self._pool.take(key)
+        connection = self._take_idle(key)
         while True:
             kept = connection is not None
             if connection is None:
@@ -8941,13 +8889,31 @@ class Upstream:
                 else:
                     raise _transport_error(exc, where) from exc
 
+    def _take_idle(self, key: Tuple) -> Optional[UpstreamConnection]:
+        """A kept connection that is still good: nothing came on it since its last use."""
+        while True:
+            with self._lock:
+                if not self._idle.get(key):
+                    return None
+                connection = self._idle[key].pop()
+            idle_s = time.monotonic() - connection.idle_since
+            if idle_s < UPSTREAM_IDLE_S and not connection.is_stale():
+                return connection
+            connection.hang_up()
+
     def _release(self, key: Tuple, client: Client, connection: UpstreamConnection,
                  reusable: bool) -> None:
         client.on_leave(None)            # from here on nobody cuts it
+        dropped: Optional[UpstreamConnection] = connection
         if reusable and connection.cut_by is None:
-            self._pool.give(key, connection)
-        else:
-            connection.hang_up()
+            connection.idle_since = time.monotonic()
+            with self._lock:
+                idle = self._idle.setdefault(key, deque())
+                idle.append(connection)
+                is_full = len(idle) > self.IDLE_EACH or self._closed
+                dropped = idle.popleft() if is_full else None
+        if dropped is not None:
+            dropped.hang_up()
 
     def _connect(self, endpoint: Endpoint, settings: Settings, where: str,
                  address: str) -> UpstreamConnection:
@@ -9041,8 +9007,11 @@ class Upstream:
             self._loop.end_all(reason)
 
     def close(self) -> None:
-        self._pool.close()
         with self._lock:
+            self._closed = True
+            for connection in [each for idle in self._idle.values() for each in idle]:
+                connection.hang_up()
+            self._idle.clear()
             if self._loop is not None:
                 self._loop.close()
 

@@ -5306,7 +5306,9 @@ def transport():
     made.close()
 
 
-QUICK = ifl.Settings(connect_timeout_s=0.3, first_byte_timeout_s=0.3, idle_timeout_s=0.3)
+PATIENT = ifl.Settings(connect_timeout_s=WAIT_S, first_byte_timeout_s=WAIT_S,
+                       idle_timeout_s=WAIT_S)
+QUICK = ifl.Settings(connect_timeout_s=WAIT_S, first_byte_timeout_s=0.3, idle_timeout_s=0.3)
 
 
 @contextlib.contextmanager
@@ -5321,7 +5323,7 @@ def watching(transport, client):
             transport.loop.forget(client)
 
 
-def ask_upstream(transport, fake, body=b"{}", settings=QUICK, waiting=ifl.NOBODY, **facts):
+def ask_upstream(transport, fake, body=b"{}", settings=PATIENT, waiting=ifl.NOBODY, **facts):
     """One request by way of the transport: status, payload."""
     target = ifl.parse_provider(provider(fake, **facts), {})
     assert not target.problem
@@ -5380,7 +5382,7 @@ def test_a_connection_that_was_closed_or_got_old_is_not_used_again(transport, up
                                                                    monkeypatch):
     ask_upstream(transport, upstream)
     upstream.drop_connections()
-    until(lambda: all(kept.is_stale() for idle in transport._pool._idle.values() for kept in idle),
+    until(lambda: all(kept.is_stale() for idle in transport._idle.values() for kept in idle),
           what="the end of the connection")
     assert ask_upstream(transport, upstream.plays(plain(b"once"))) == (200, b"once")
     assert len(upstream.requests) == 2
@@ -5393,7 +5395,7 @@ def test_a_connection_cut_off_is_closed_in_silence_and_not_used_again(
         transport, upstream, waiting):
     target = ifl.Provider("up", upstream.url)
     upstream.plays(sse("a", HOLD, end=False))
-    with transport.open(target, QUICK, "POST", "/chat/completions", [], b"{}") as response:
+    with transport.open(target, PATIENT, "POST", "/chat/completions", [], b"{}") as response:
         assert response.read()
         response.connection.cut(ifl.Stopping("the server is shutting down"))
     assert response.connection.sock.fileno() == -1
@@ -5419,8 +5421,8 @@ def test_what_an_upstream_says_unasked_is_nobodys_answer(server, upstream, stray
         go.clear()
         assert post(running, chat()).status == 200
         go.set()
-        pool = running.gateway.upstream._pool
-        until(lambda: any(kept.is_stale() for idle in pool._idle.values() for kept in idle),
+        kept = running.gateway.upstream._idle
+        until(lambda: any(each.is_stale() for idle in kept.values() for each in idle),
               what="the stray bytes")
         answer = post(running, chat())
         assert answer.status == 200 and answer.json["choices"][0]["message"]["content"] == "Hello"
@@ -5515,8 +5517,9 @@ FAULTS = [
 @pytest.mark.parametrize("steps, kind, said", [row[1:] for row in FAULTS],
                          ids=[row[0] for row in FAULTS])
 def test_faults_of_an_upstream(transport, upstream, steps, kind, said):
+    settings = QUICK if kind is SILENT else PATIENT
     with pytest.raises(kind, match=said):
-        ask_upstream(transport, upstream.plays(Reply(*steps)))
+        ask_upstream(transport, upstream.plays(Reply(*steps)), settings=settings)
     assert ask_upstream(transport, upstream)[0] == 200     # on a new connection
 
 
@@ -5553,7 +5556,7 @@ def test_an_upstream_that_takes_nothing_is_given_up(transport, monkeypatch):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with pytest.raises(ifl.UpstreamTimeout, match="took nothing"):
             ask_upstream(transport, f"http://127.0.0.1:{listener.getsockname()[1]}",
-                         b"x" * (32 << 20))
+                         b"x" * (32 << 20), QUICK)
 
 
 @linux
@@ -5645,8 +5648,7 @@ def tls_upstream(upstreams, certificate):
 
 
 def with_ca(certificate, **more):
-    return ifl.replace(QUICK, **{"ca_file": certificate[0], "connect_timeout_s": 5,
-                                 "first_byte_timeout_s": 5, **more})
+    return ifl.replace(PATIENT, **{"ca_file": certificate[0], **more})
 
 
 def test_tls_with_a_ca_file(transport, tls_upstream, certificate):
@@ -5677,8 +5679,7 @@ def test_tls_that_fails_says_what_to_do(transport, tls_upstream, certificate, ho
 
 def test_tls_to_a_server_without_it(transport, upstream):
     with pytest.raises(ifl.UpstreamUnreachable, match="TLS failed: .*"):
-        ask_upstream(transport, upstream.url.replace("http:", "https:"),
-                     settings=ifl.replace(QUICK, connect_timeout_s=5))
+        ask_upstream(transport, upstream.url.replace("http:", "https:"))
 
 
 # --- the loop and its clients ----------------------------------------------------
@@ -5745,14 +5746,14 @@ def test_more_streams_than_select_can_watch_are_refused(server, upstream, monkey
     running, go = server(upstream), threading.Event()
     upstream.plays(*[sse(chunk("a"), go, chunk("b"), chunk(finish="stop"), DONE)] * 2)
     clients = [begin_stream(running) for _ in range(2)]
-    until(lambda: running.gateway.upstream.loop._load == 2, what="two streams on their way")
+    until(lambda: len(running.gateway.upstream.loop._streams) == 2, what="two streams on their way")
     upstream.plays(sse(go, DONE))
     assert b"no more streams" in post(running, chat(True)).body
     go.set()
     for client in clients:
         assert b"[DONE]" in client.pieces()
         client.hang_up()
-    assert is_well(running) and running.gateway.upstream.loop._load == 0
+    assert is_well(running) and not running.gateway.upstream.loop._streams
 
 
 def test_a_stream_that_ended_is_forgotten_by_the_loop(transport, upstream, waiting):
@@ -5788,7 +5789,7 @@ def test_the_loop_ends_with_its_last_stream(server, upstream):
     running, go = server(upstream), threading.Event()
     upstream.plays(sse(chunk("a"), go, chunk(finish="stop"), DONE))
     client, loop = begin_stream(running), running.gateway.upstream.loop
-    until(lambda: loop._load, what="the stream")
+    until(lambda: loop._streams, what="the stream")
     running.gateway.upstream.close()
     go.set()
     assert b"[DONE]" in client.pieces()
@@ -9547,7 +9548,7 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
                for meter in [*gateway.limiter._keys.values(), *gateway.limiter._addresses.values()])
     assert len(gateway.limiter._addresses) == 40
     assert len(ifl.history_of(gateway)) == ifl.HISTORY_SIZE
-    assert all(len(idle) <= 8 for idle in gateway.upstream._pool._idle.values())
+    assert all(len(idle) <= 8 for idle in gateway.upstream._idle.values())
     assert sum(up.connections for up in ups) < 1500      # kept, but for those that were ended
     used = {row["key"]: row["requests"] for row in gateway.ledger.report("key", 2, {})}
     assert set(used) == {"k0", "k1", "k2"} and sum(used.values()) == 10_000
