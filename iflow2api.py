@@ -2706,12 +2706,12 @@ def dump_json(value: Any) -> bytes:
 
 class KnownMessage(dict):
     """A chat message that is written once; the next request of its conversation brings it again."""
-    __slots__ = ("data",)
+    __slots__ = ("data", "tokens")
 
 
 class KnownTools(list):
     """A chat request's tools, written once."""
-    __slots__ = ("data",)
+    __slots__ = ("data", "tokens")
 
 
 def _dump_known(value: Any) -> bytes:
@@ -4277,6 +4277,285 @@ def fold_stream(data: bytes) -> Json:
     return {**whole, "choices": [choice.whole() for choice in choices.values()]}
 
 
+# --- chat requests made of other dialects' ------------------------------------
+
+def text_part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def join_parts(parts: List[Json]) -> Any:
+    """Parts as a message's content: a string where all is text, for every server takes that."""
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    return "\n\n".join(texts) if len(texts) == len(parts) else parts
+
+
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\r\n"
+
+
+def is_base64(data: str) -> bool:
+    """Whether `data` holds bytes in base64; translate() looks at a megabyte in a millisecond."""
+    body = data.rstrip("=\r\n")
+    digits = len(body) - body.count("\n") - body.count("\r")
+    return bool(body) and "=" not in body and digits % 4 != 1 and not (
+        data.encode("utf-8", "replace").translate(None, _BASE64))
+
+
+def image_part(url: str, profile: Json, detail: Optional[str] = None) -> Json:
+    """An image for the model, or a note that it is not shown."""
+    if not profile["vision"]:
+        return text_part(NO_IMAGE)
+    more = {"detail": detail} if detail not in (None, "auto") else {}
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def object_schema(required: Sequence[str], **properties: Any) -> Json:
+    """The schema of an object; a property is its type, its enum values, or a schema."""
+    spelled = {name: {"type": value} if isinstance(value, str) else
+               {"type": "string", "enum": list(value)} if isinstance(value, tuple) else value
+               for name, value in properties.items()}
+    return {"type": "object", "properties": spelled,
+            **({"required": list(required)} if required else {})}
+
+
+def function_schema(schema: Json) -> Json:
+    """A schema with the members that LM Studio does not do without."""
+    given = schema.get("properties")
+    return {**schema, "type": schema.get("type") or "object",
+            "properties": given if isinstance(given, dict) else {}}
+
+
+def _tool_message(ident: str, text: str) -> Json:
+    return {"role": "tool", "tool_call_id": ident, "content": text}
+
+
+def _joined_contents(contents: Sequence[Any]) -> Any:
+    """The contents of several messages as one, strings that are neighbours as one text."""
+    parts: List[Json] = []
+    texts: List[str] = []
+    for content in [*contents, []]:
+        if isinstance(content, str):
+            texts += [content] if content else []
+            continue
+        parts += [text_part("\n\n".join(texts))] if texts else []
+        parts += content
+        texts = []
+    return join_parts(parts)
+
+
+class ChatHistory:
+    """The messages of a chat request, built step by step from another dialect's conversation.
+
+    What follows an assistant's message waits until the next one: results come directly behind
+    their calls whatever stood between, a call without one gets NO_RESULT, and images and files of
+    results go into the user message that follows.  Users in a row become one where the dialect
+    `merges` them, and for templates so strict that they want system texts at the top alone.
+    System texts before anything else are `leading`: they belong into the first message.
+    """
+
+    def __init__(self, profile: Json, thinking: Optional[bool], merges: bool) -> None:
+        self.messages: List[Json] = []
+        self.leading: List[str] = []
+        self._profile, self._merges = profile, merges or profile["mid_system"] == "user"
+        self._wants_reasoning = thinking is not False and profile["require_reasoning_on_tool_calls"]
+        self._waiting: Dict[str, int] = {}        #: calls without a result: how many have that id
+        self._attached: List[Json] = []           #: images and files of results
+        self._next: List[Json] = []               #: user and system messages of this step
+
+    def add_user(self, parts: List[Json]) -> None:
+        self._next.append({"role": "user", "content": join_parts(parts)})
+
+    def add_system(self, text: str) -> None:
+        if not text:
+            return
+        if not self.messages and not self._next:
+            self.leading.append(text)
+        elif self._profile["mid_system"] == "user":
+            self.add_user([text_part(f"<system>\n{text}\n</system>")])
+        else:
+            self._next.append({"role": "system", "content": text})
+
+    def add_assistant(self, texts: Sequence[str], thoughts: Sequence[str], details: List[Json],
+                      calls: List[Json]) -> None:
+        """An assistant's message; `calls` as they stand in Chat."""
+        self.end_step()
+        field, thought = self._profile["reasoning_field"], "\n\n".join(filter(None, thoughts))
+        message: Json = {"role": "assistant",
+                         "content": "\n\n".join(filter(None, texts)) or (None if calls else "")}
+        if calls:
+            message["tool_calls"] = calls
+        if field and details:
+            message["reasoning_details"] = details
+        elif field == "reasoning_details" and thought:
+            message[field] = [{"type": "reasoning.text", "text": thought}]
+        required = self._wants_reasoning and (calls or self._wants_reasoning == "all")
+        if field and field != "reasoning_details" and (thought or required):
+            message[field] = thought
+        self.messages.append(message)
+        for call in calls:
+            self._waiting[call["id"]] = self._waiting.get(call["id"], 0) + 1
+
+    def add_result(self, ident: str, parts: Sequence[Json], is_error: bool = False) -> None:
+        """The result of a call; one that answers no call becomes a user's text.
+
+        An unmatched tool message would make the upstream refuse the whole.
+        """
+        files = [part for part in parts if part["type"] != "text"]
+        text = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
+        if is_error:
+            text = f"[tool error] {text}".rstrip()
+        if not self._waiting.get(ident):
+            return self.add_user([text_part(f"[result of tool call {ident}]\n{text}"), *files])
+        self._waiting[ident] -= 1
+        if files:
+            note = (f"[{len(files)} attachment(s) of this result follow in the next user "
+                    "message]")
+            text = f"{text}\n\n{note}" if text else note
+            self._attached += [text_part(f"Attachment(s) of tool result {ident}:"), *files]
+        self.messages.append(_tool_message(ident, text))
+
+    def end_step(self) -> None:
+        """Nothing more belongs to the latest assistant's message."""
+        self.messages += [_tool_message(ident, NO_RESULT)
+                          for ident, number in self._waiting.items() for _ in range(number)]
+        runs: List[List[Json]] = []
+        if self._attached:
+            runs.append([{"role": "user", "content": self._attached}])
+        for message in self._next:
+            last = runs[-1][-1] if runs else {}
+            joins = self._merges or last.get("content") is self._attached
+            if joins and message["role"] == last.get("role") == "user":
+                runs[-1].append(message)
+            else:
+                runs.append([message])
+        self.messages += [run[0] if len(run) == 1 else {
+            "role": "user", "content": _joined_contents([each["content"] for each in run])}
+            for run in runs]
+        self._waiting, self._attached, self._next = {}, [], []
+
+
+class Wishes(NamedTuple):
+    """What a request asks for that Chat has no words for which every provider knows."""
+    thinking: Optional[bool] = None
+    budget: Optional[int] = None         #: of thinking, in tokens
+    effort: Optional[str] = None
+    missing: Sequence[str] = ()          #: names of tools that nobody here runs
+    is_chat: bool = False                #: a chat client: it chose these and the limits itself
+
+
+def finish_chat(chat: Json, profile: Json, wishes: Wishes) -> Json:
+    """`chat`, in OpenAI's words, as the provider of `profile` takes it.
+
+    The same object where nothing is to be changed; else a copy.
+    """
+    done = dict(chat)
+    _fit_tools(done, profile, wishes.thinking)
+    rules = [_fit_format(done, profile)]
+    if wishes.missing and chat["messages"][0].get("role") == "system":
+        rules.insert(0, NO_TOOL.format(", ".join(wishes.missing)))     # else it makes results up
+    if any(rules):
+        done["messages"] = _with_rule(done["messages"], "\n\n".join(filter(None, rules)))
+    if not wishes.is_chat:
+        _fit_options(done, profile, wishes)
+    return chat if done == chat else done
+
+
+def _fit_tools(chat: Json, profile: Json, thinks: Optional[bool]) -> None:
+    choice = chat.get("tool_choice")
+    can_force = profile["forced_tool_choice"] and (
+        profile["forced_tool_choice_with_thinking"] or not thinks)
+    if not can_force and (choice == "required" or isinstance(choice, dict)):
+        chat["tool_choice"] = "auto"
+    gone = [] if profile["parallel_tool_calls"] else ["parallel_tool_calls"]
+    if choice == "none" and not profile["forced_tool_choice"]:
+        gone = ["tools", "tool_choice", "parallel_tool_calls"]   # there is no other way to say it
+    for name in gone:
+        chat.pop(name, None)
+
+
+def _fit_format(chat: Json, profile: Json) -> str:
+    """Write response_format as strictly as the provider can; the rule that says the rest."""
+    form, style = chat.get("response_format"), profile["structured_output"]
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind not in ("json_object", "json_schema") or style in (kind, "json_schema"):
+        return ""
+    if style == "json_object":
+        chat["response_format"] = {"type": "json_object"}
+    else:
+        del chat["response_format"]
+    wanted = form.get("json_schema")
+    schema = wanted.get("schema") if isinstance(wanted, dict) else None
+    return "Answer with nothing but a JSON object." if kind == "json_object" else (
+        "Answer with nothing but JSON that fits this JSON Schema:\n"
+        + dump_json(schema or {}).decode())
+
+
+def _with_rule(messages: List[Json], rule: str) -> List[Json]:
+    """`messages` with a rule at the end of the system text."""
+    first = messages[0]
+    content = first.get("content")
+    if first.get("role") != "system" or not isinstance(content, (str, list)):
+        return [{"role": "system", "content": rule}, *messages]
+    content = f"{content}\n\n{rule}" if isinstance(content, str) else [*content, text_part(rule)]
+    return [{**first, "content": content}, *messages[1:]]
+
+
+def _fit_options(chat: Json, profile: Json, wishes: Wishes) -> None:
+    """Limits, names of fields, and the thinking switch, for what was no chat request."""
+    limit, budget = chat.pop("max_tokens", None), wishes.budget
+    if limit is not None:
+        limit = min(limit, profile.get("max_output") or limit)
+        chat[profile["max_tokens_field"]] = limit
+    if budget and limit:
+        # Clamped, not refused: a budget above max_tokens is legal with interleaved thinking.
+        budget = min(max(budget, 1024), max(1, limit - 1))
+    user = chat.pop("user", None)
+    if user and profile["user_field"]:
+        chat[profile["user_field"]] = user
+    if not profile["top_k"]:
+        chat.pop("top_k", None)
+    if chat.get("stream") and profile["stream_usage"]:
+        chat["stream_options"] = {"include_usage": True}
+    set_thinking(chat, profile, wishes.thinking, budget, wishes.effort)
+
+
+#: Where the texts of messages and items are; the rest (ids, types, signatures) no model reads.
+_SAID = ("content", "text", "refusal", "summary", "name", "arguments", "input", "output", "action",
+         "function", "tool_calls", "reasoning_content", "reasoning")
+
+
+def said_tokens(value: Any) -> int:
+    """About how many tokens the texts of a message or an item take; an image or a file 1 500."""
+    if isinstance(value, str):
+        return estimate_tokens(value)
+    if isinstance(value, list):
+        return sum(map(said_tokens, value))
+    if not isinstance(value, dict):
+        return 0
+    if value.get("type") in (*_IMAGE_PARTS, "file"):
+        return 1500
+    return sum(estimate_tokens(dump_json(said).decode())
+               if isinstance(said, dict) and name != "function" else said_tokens(said)
+               for name, said in ((name, value[name]) for name in _SAID if name in value))
+
+
+def _counted_once(value: Any, count: Callable[[Any], int]) -> int:
+    """`count` of a message or of tools, which the next request may bring again."""
+    if not isinstance(value, (KnownMessage, KnownTools)):
+        return count(value)
+    if not hasattr(value, "tokens"):
+        value.tokens = count(value)
+    return value.tokens
+
+
+def count_chat_tokens(chat: Json) -> int:
+    """About how many tokens the prompt of a chat request takes: the one estimate there is."""
+    def schemas(value: Any) -> int:
+        return estimate_tokens(dump_json(value).decode()) if value else 0
+
+    return sum(4 + _counted_once(message, said_tokens) for message in chat["messages"]) + (
+        _counted_once(chat.get("tools"), schemas) + schemas(chat.get("response_format")))
+
+
 # === 8. Anthropic Messages (pure) ============================================
 #
 # A Messages request becomes a chat request, a completion a message, chunks become events. The plain
@@ -4291,13 +4570,15 @@ MESSAGES_ERROR_TYPE = {401: "authentication_error", 402: "billing_error", 403: "
                        404: "not_found_error", 409: "conflict_error", 413: "request_too_large",
                        429: "rate_limit_error", 504: "timeout_error", 529: "overloaded_error"}
 
-#: Claude Code's attribution block; it changes with each prompt and would defeat the upstream's prefix cache.
+#: Claude Code's attribution block; it changes with each prompt and would defeat the upstream's
+#: prefix cache.
 BILLING_HEADER = "x-anthropic-billing-header:"
 
 #: Claude Code's stand-in for tools it has not loaded yet ("never call").
 PLACEHOLDER_TOOL = "DeferredToolPlaceholder"
 
-#: thinking.display values that leave reasoning blocks without text; `updates` shows only the notes between calls.
+#: thinking.display values that leave reasoning blocks without text; `updates` shows only the notes
+#: between calls.
 HIDDEN_DISPLAYS = ("omitted", "updates")
 
 #: OpenAI takes at most this many; the rest is watched for here.
@@ -4305,7 +4586,6 @@ STOP_LIMIT = 4
 
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 
-_TOOL_CHANGES = ("tool_addition", "tool_removal")
 _NOUN = {str: "string", dict: "dictionary", list: "list"}
 
 
@@ -4337,7 +4617,7 @@ SIGNATURE_PREFIX = "iflow2api-1."
 
 
 def make_signature(text: str, details: Sequence[Json]) -> str:
-    """A signature that carries `text` (where the block shows none) and the provider's `reasoning_details`."""
+    """A signature that carries `text`, where the block shows none, and `reasoning_details`."""
     state = {name: value for name, value in (("text", text), ("details", list(details))) if value}
     return SIGNATURE_PREFIX + base64.b64encode(dump_json(state)).decode()
 
@@ -4372,101 +4652,26 @@ def unwrap_id(ident: str) -> str:
         return ident
 
 
-# --- content blocks
-
-@dataclass(eq=False, repr=False)
-class _Turn:
-    """Consecutive messages of one role; `blocks` come with their place in the request, for error texts."""
-    role: str
-    blocks: List[Tuple[str, Json]]
-    message: Json
-    length: int = 1                      #: how many messages it was made of
-
+# --- the request: its history
 
 def _blocks(content: Any, path: str) -> List[Tuple[str, Json]]:
+    """The blocks of a content with their places, for error texts."""
     if isinstance(content, str):
-        return [(path, {"type": "text", "text": content})]
+        return [(path, text_part(content))]
+    if content is None:
+        raise BadRequest(f"{path}: Field required")
     if not isinstance(content, list):
-        raise BadRequest(f"{path}: " + ("Field required" if content is None else "Input should be a string or a list"))
+        raise BadRequest(f"{path}: Input should be a string or a list")
     for i, block in enumerate(content):
         if not isinstance(block, dict):
             raise BadRequest(f"{path}.{i}: Input should be a valid dictionary")
     return [(f"{path}.{i}", block) for i, block in enumerate(content)]
 
 
-def _turns(messages: Any, start: int = 0) -> List[_Turn]:
-    """The turns from message `start` on, which is 0 or the beginning of an assistant's turn."""
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages: at least one message is required")
-    turns: List[_Turn] = []
-    for i, message in enumerate(messages[start:], start):
-        if not isinstance(message, dict):
-            raise BadRequest(f"messages.{i}: Input should be a valid dictionary")
-        role = message.get("role")
-        if role not in ("user", "assistant", "system"):
-            raise BadRequest(f"messages.{i}.role: Input should be 'user', 'assistant' or 'system'")
-        blocks = _blocks(message.get("content"), f"messages.{i}.content")
-        if role == "user" and not any(block.get("text") or block.get("type") != "text" for _, block in blocks):
-            raise BadRequest(f"messages.{i}: user messages must have non-empty content")
-        if turns and turns[-1].role == role != "system":
-            turns[-1].blocks += blocks
-            turns[-1].length += 1
-        else:
-            turns.append(_Turn(role, blocks, message))
-    if not start and next((turn.role for turn in turns if turn.role != "system"), "") != "user":
-        raise BadRequest("messages: the first message must use the 'user' role")
-    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=0)
-    return [turn for i, turn in enumerate(turns)
-            if not (turn.message.get("clear_at") == "next_user_message" and i < last)]
-
-
 def _system_text(blocks: Sequence[Tuple[str, Json]]) -> str:
-    texts = [_field(block, "text", str, path) for path, block in blocks if block.get("type") == "text"]
+    texts = [_field(block, "text", str, path) for path, block in blocks
+             if block.get("type") == "text"]
     return "\n\n".join(text for text in texts if text and not text.startswith(BILLING_HEADER))
-
-
-def _text_part(text: str) -> Json:
-    return {"type": "text", "text": text}
-
-
-def _tool_message(source: str, text: str) -> Json:
-    return {"role": "tool", "tool_call_id": source, "content": text}
-
-
-def _texts(parts: Sequence[Json]) -> List[str]:
-    return [part["text"] for part in parts if part["type"] == "text"]
-
-
-def _joined(parts: List[Json]) -> Any:
-    """A plain string when all parts are text (widest compatibility), else the list."""
-    texts = _texts(parts)
-    return "\n\n".join(texts) if len(texts) == len(parts) else parts
-
-
-def _with_users_merged(messages: Sequence[Json]) -> List[Json]:
-    """User messages in a row as one: some chat templates refuse them."""
-    runs: List[List[Json]] = []
-    for message in messages:
-        if runs and message["role"] == runs[-1][0]["role"] == "user":
-            runs[-1].append(message)
-        else:
-            runs.append([message])
-    return [run[0] if len(run) == 1 else {"role": "user", "content": _merged(
-        [message["content"] for message in run])} for run in runs]
-
-
-def _merged(contents: Sequence[Any]) -> Any:
-    """The contents of several messages as one, plain texts that are neighbours as one text."""
-    parts: List[Json] = []
-    texts: List[str] = []
-    for content in [*contents, []]:
-        if isinstance(content, str):
-            texts.append(content)
-            continue
-        parts += [_text_part("\n\n".join(texts))] if texts else []
-        parts += content
-        texts = []
-    return _joined(parts)
 
 
 def _enclosed(tag: str, block: Json, names: Sequence[str], inner: List[Json]) -> List[Json]:
@@ -4474,35 +4679,27 @@ def _enclosed(tag: str, block: Json, names: Sequence[str], inner: List[Json]) ->
     given = [(name, block.get(name)) for name in names]
     head = tag + "".join(' {}="{}"'.format(name, value.replace('"', "&quot;"))
                          for name, value in given if isinstance(value, str) and value)
-    body = _joined(inner)
+    body = join_parts(inner)
     if isinstance(body, str):
-        return [_text_part(f"<{head}>\n{body}\n</{tag}>")]
-    return [_text_part(f"<{head}>"), *inner, _text_part(f"</{tag}>")]
-
-
-_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\r\n"
-
-
-def is_base64(data: str) -> bool:
-    """Whether `data` holds bytes in base64; translate() looks at a megabyte in a millisecond."""
-    body = data.rstrip("=\r\n")
-    digits = len(body) - body.count("\n") - body.count("\r")
-    return bool(body) and "=" not in body and digits % 4 != 1 and not (
-        data.encode("utf-8", "replace").translate(None, _BASE64))
+        return [text_part(f"<{head}>\n{body}\n</{tag}>")]
+    return [text_part(f"<{head}>"), *inner, text_part(f"</{tag}>")]
 
 
 def _base64_data(source: Json, types: Sequence[str], path: str) -> str:
     """The data URL of a base64 source."""
     kind, data = _field(source, "media_type", str, path), _field(source, "data", str, path)
     if kind not in types:
-        raise BadRequest(f"{path}.media_type: Input should be " + " or ".join(repr(name) for name in types))
+        wanted = " or ".join(repr(name) for name in types)
+        raise BadRequest(f"{path}.media_type: Input should be {wanted}")
     if not is_base64(data):
         raise BadRequest(f"{path}.data: Input should be valid base64")
     return f"data:{kind};base64,{data}"
 
 
-#: Fields of server-tool results worth reading; encrypted_content and encrypted_index are never sent to a model.
-_READABLE = ("text", "stdout", "stderr", "data", "content", "source", "lines", "tool_references", "tabs")
+#: Fields of server-tool results worth reading; encrypted_content and encrypted_index are never
+#: sent to a model.
+_READABLE = ("text", "stdout", "stderr", "data", "content", "source", "lines", "tool_references",
+             "tabs")
 
 
 def _readable(value: Any) -> str:
@@ -4522,45 +4719,65 @@ def _readable(value: Any) -> str:
 
 
 class _Round(NamedTuple):
-    """An assistant turn and what answers it (or what stands before the first), and what they became."""
+    """An assistant's messages and what answers them, or what stands before the first; what they
+    became.
+    """
     given: List[Json]
     chat: List[Json]
+    leading: List[str]
     ids: List[str]
 
 
-class _History:
-    """Anthropic's turns as chat messages.
+def _are_same(some: Any, others: Any) -> bool:
+    """Whether two lists hold the very same objects: parsed once, nobody changes them."""
+    return isinstance(some, list) and isinstance(others, list) and len(some) == len(others) and (
+        all(one is other for one, other in zip(some, others)))
 
-    Tool messages follow their call at once, whatever stood between; a call without a result gets one.
-    """
+
+class _MessagesHistory:
+    """Reads the blocks of Anthropic's messages into a ChatHistory."""
 
     def __init__(self, profile: Json, thinking: Optional[bool]) -> None:
-        self.profile, self.thinking = profile, thinking
-        self.messages: List[Json] = []
-        self.ids: set = set()                     #: tool_use ids of the conversation
-        self.tool_changes: List[Json] = []        #: tool_addition and tool_removal blocks
-        self.effort: Any = None                   #: of the last system message that bears one
+        self.profile = profile
+        self.chat = ChatHistory(profile, thinking, merges=True)
+        self.ids: Set[str] = set()                #: tool_use ids of the conversation
+        self.effort: Any = None                   #: of the last system message that has one
         self.skipped: List[str] = []              #: block types nobody here knows, for the log
         self.rounds: List[_Round] = []            #: those that the next request will begin with
 
-    def add(self, messages: Any, known: Sequence[_Round]) -> List[_Turn]:
-        """Read a request's `messages`, those of `known` rounds without another look; the turns that had to be read."""
-        start = self._take_over(messages, known) if known and isinstance(messages, list) else 0
-        turns = _turns(messages, start)
-        lasting = not any(isinstance(message, dict) and "clear_at" in message for message in messages)
-        at = 0
-        while at < len(turns):
-            end = at + 1
-            while end < len(turns) and turns[end].role != "assistant":
+    def read(self, messages: Any, known: Sequence[_Round]) -> None:
+        """Read a request's `messages`; what they begin with, as far as `known`, is not read again.
+        """
+        if not isinstance(messages, list) or not messages:
+            raise BadRequest("messages: at least one message is required")
+        at = self._take_over(messages, known)
+        for i in range(at, len(messages)):
+            self._check(messages[i], i)
+        roles = [message["role"] for message in messages]
+        if next((role for role in roles if role != "system"), "") != "user":
+            raise BadRequest("messages: the first message must use the 'user' role")
+        last_user = len(roles) - 1 - roles[::-1].index("user")
+        cleared = {i for i, message in enumerate(messages[:last_user])
+                   if message.get("clear_at") == "next_user_message"}
+        lasting = not any("clear_at" in message for message in messages)
+        while at < len(messages):
+            end = at
+            while end < len(messages) and roles[end] == "assistant":
                 end += 1
-            length, before = sum(turn.length for turn in turns[at:end]), len(self.messages)
-            ids = self._round(turns[at:end])
-            lasting = lasting and end < len(turns) and not (self.tool_changes or self.effort or self.skipped)
+            begins, end = end, end + (end == at)
+            while end < len(messages) and roles[end] != "assistant":
+                end += 1
+            before, leading = len(self.chat.messages), list(self.chat.leading)
+            said = [i for i in range(at, begins) if i not in cleared]
+            ids = self._say(messages, said)
+            self._answer(messages, [i for i in range(begins, end) if i not in cleared])
+            lasting = lasting and end < len(messages) and not (self.effort or self.skipped)
             if lasting:
-                self.messages[before:] = map(KnownMessage, self.messages[before:])
-                self.rounds.append(_Round(messages[start:start + length], self.messages[before:], ids))
-            start, at = start + length, end
-        return turns
+                made = self.chat.messages[before:] = [
+                    KnownMessage(message) for message in self.chat.messages[before:]]
+                self.rounds.append(_Round(messages[at:end], made,
+                                          self.chat.leading[len(leading):], ids))
+            at = end
 
     def _take_over(self, messages: List[Any], known: Sequence[_Round]) -> int:
         """What the rounds that `messages` begin with became; how many messages that are."""
@@ -4568,114 +4785,105 @@ class _History:
         for part in known:
             end = at + len(part.given)
             after = messages[end] if end < len(messages) else None
-            ends = isinstance(after, dict) and after.get("role") == "assistant" and "clear_at" not in after
-            if not ends or messages[at:end] != part.given:
+            ends = isinstance(after, dict) and after.get("role") == "assistant" and (
+                "clear_at" not in after)
+            if not ends or not _are_same(messages[at:end], part.given):
                 break
             self.rounds.append(part)
-            self.messages += part.chat
+            self.chat.messages += part.chat
+            self.chat.leading += part.leading
             self.ids.update(part.ids)
             at = end
         return at
 
-    def _round(self, turns: Sequence[_Turn]) -> List[str]:
-        """Read one round; the ids of its calls."""
-        waiting: Dict[str, None] = {}
-        ids: List[str] = []
-        if turns[0].role == "assistant":
-            said = _AssistantTurn(self, turns[0].blocks)
-            self.messages.append(said.message())
-            waiting, ids, turns = dict.fromkeys(said.ids), list(said.ids), turns[1:]
-        rest: List[Json] = []
-        for turn in turns:
-            first = not (self.messages or rest)
-            rest += self._user(turn, waiting) if turn.role == "user" else self._system(turn, first)
-        self.messages += [_tool_message(unwrap_id(ident), NO_RESULT) for ident in waiting]
-        self.messages += _with_users_merged(rest)
-        return ids
+    @staticmethod
+    def _check(message: Any, i: int) -> None:
+        if not isinstance(message, dict):
+            raise BadRequest(f"messages.{i}: Input should be a valid dictionary")
+        if message.get("role") not in ("user", "assistant", "system"):
+            raise BadRequest(f"messages.{i}.role: Input should be 'user', 'assistant' or 'system'")
+        blocks = _blocks(message.get("content"), f"messages.{i}.content")
+        if message["role"] == "user" and not any(
+                block.get("text") or block.get("type") != "text" for _, block in blocks):
+            raise BadRequest(f"messages.{i}: user messages must have non-empty content")
 
-    def _system(self, turn: _Turn, first: bool) -> List[Json]:
-        config = turn.message.get("output_config")
-        if isinstance(config, dict) and config.get("effort"):
-            self.effort = config["effort"]
-        self.tool_changes += [block for _, block in turn.blocks if block.get("type") in _TOOL_CHANGES]
-        text = _system_text(turn.blocks)
-        if text and self.profile["mid_system"] == "user" and not first:
-            return [{"role": "user", "content": f"<system>\n{text}\n</system>"}]
-        return [{"role": "system", "content": text}] if text else []
+    def _say(self, messages: List[Json], places: Sequence[int]) -> List[str]:
+        """Read assistant messages in a row as one; the ids of their calls."""
+        if not places:
+            return []
+        said = _AssistantTurn(self, [block for i in places for block in _blocks(
+            messages[i]["content"], f"messages.{i}.content")])
+        self.chat.add_assistant(said.texts, said.thoughts, said.details, said.calls)
+        return list(said.ids)
 
-    def _user(self, turn: _Turn, waiting: Dict[str, None]) -> List[Json]:
-        """Emits the tool messages; returns what is left of the turn, attachments of results first."""
-        hoisted: List[Json] = []
-        rest: List[Json] = []
-        results = [(path, block) for path, block in turn.blocks if block.get("type") == "tool_result"]
-        for path, block in results:
-            hoisted += self._result(block, path, waiting)
-        for path, block in turn.blocks:
-            if block.get("type") != "tool_result":
-                rest += self.read(block, path)
-        parts = hoisted + rest
-        return [{"role": "user", "content": _joined(parts)}] if parts or not results else []
+    def _answer(self, messages: List[Json], places: Sequence[int]) -> None:
+        """Read what follows an assistant's messages."""
+        for i in places:
+            message, path = messages[i], f"messages.{i}.content"
+            blocks = _blocks(message["content"], path)
+            if message["role"] == "system":
+                config = message.get("output_config")
+                if isinstance(config, dict) and config.get("effort"):
+                    self.effort = config["effort"]
+                self.skipped += [str(block.get("type")) for _, block in blocks
+                                 if block.get("type") != "text"]
+                self.chat.add_system(_system_text(blocks))
+                continue
+            rest = [(at, block) for at, block in blocks if block.get("type") != "tool_result"]
+            for at, block in blocks:
+                if block.get("type") == "tool_result":
+                    self._result(block, at)
+            parts = [part for at, block in rest for part in self.part(block, at)]
+            if parts or len(rest) == len(blocks):
+                self.chat.add_user(parts)
+        self.chat.end_step()
 
-    def _result(self, block: Json, path: str, waiting: Dict[str, None]) -> List[Json]:
+    def _result(self, block: Json, path: str) -> None:
         ident, content = _field(block, "tool_use_id", str, path), block.get("content")
         parts = [] if content is None else self.parts(content, f"{path}.content")
-        text, files = "\n\n".join(_texts(parts)), [part for part in parts if part["type"] != "text"]
-        if block.get("is_error") is True:
-            text = f"[tool error] {text}".rstrip()
-        source = unwrap_id(ident)
-        if ident not in waiting:              # never an unmatched tool message: the upstream would refuse the whole
-            return [_text_part(f"[result of tool call {source}]\n{text}"), *files]
-        del waiting[ident]
-        if files:
-            note = f"[{len(files)} attachment(s) of this result follow in the next user message]"
-            text = f"{text}\n\n{note}" if text else note
-            files.insert(0, _text_part(f"Attachment(s) of tool result {source}:"))
-        self.messages.append(_tool_message(source, text))
-        return files
+        self.chat.add_result(unwrap_id(ident), parts, block.get("is_error") is True)
 
     def parts(self, content: Any, path: str) -> List[Json]:
-        return [part for at, block in _blocks(content, path) for part in self.read(block, at)]
+        return [part for at, block in _blocks(content, path) for part in self.part(block, at)]
 
-    def read(self, block: Json, path: str) -> List[Json]:
+    def part(self, block: Json, path: str) -> List[Json]:
+        """A block outside of an assistant's message as parts of Chat's."""
         kind = block.get("type")
         reader = _PART_READERS.get(kind) if isinstance(kind, str) else None
         if reader:
             return reader(self, block, path)
-        if isinstance(kind, str) and kind.endswith("_tool_result"):      # a server tool's, outside an assistant's turn
-            return [_text_part(text) for text in [_readable(block.get("content"))] if text]
+        if isinstance(kind, str) and kind.endswith("_tool_result"):      # of a server tool
+            return [text_part(text) for text in [_readable(block.get("content"))] if text]
         self.skipped.append(str(kind))
         return []
 
     def text(self, block: Json, path: str) -> List[Json]:
         text = _field(block, "text", str, path)
-        return [_text_part(text)] if text else []
+        return [text_part(text)] if text else []
 
     def image(self, block: Json, path: str) -> List[Json]:
         source, path = _field(block, "source", dict, path), f"{path}.source"
         if source.get("type") == "base64":
-            url = _base64_data(source, IMAGE_TYPES, path)
-        elif source.get("type") == "url":
-            url = _field(source, "url", str, path)
-        else:
-            raise BadRequest(f"{path}: an image must be given as 'base64' or 'url'; there is no file store here")
-        return [{"type": "image_url", "image_url": {"url": url}}] if self.profile["vision"] else [_text_part(NO_IMAGE)]
+            return [image_part(_base64_data(source, IMAGE_TYPES, path), self.profile)]
+        if source.get("type") == "url":
+            return [image_part(_field(source, "url", str, path), self.profile)]
+        raise BadRequest(f"{path}: an image must be given as 'base64' or 'url'; "
+                         "there is no file store here")
 
     def document(self, block: Json, path: str) -> List[Json]:
         source, path = _field(block, "source", dict, path), f"{path}.source"
-        kind = source.get("type")
-        if kind == "text":
-            text = _field(source, "data", str, path)
-            return _enclosed("document", block, ("title", "context"), [_text_part(text)])
-        if kind == "content":
-            inner = self.parts(source.get("content"), f"{path}.content")
+        kind, title = source.get("type"), block.get("title")
+        if kind in ("text", "content"):
+            inner = [text_part(_field(source, "data", str, path))] if kind == "text" else (
+                self.parts(source.get("content"), f"{path}.content"))
             return _enclosed("document", block, ("title", "context"), inner)
         if kind != "base64":
-            raise BadRequest(f"{path}: a document must be given as 'base64', 'text' or 'content'; none is fetched here")
+            raise BadRequest(f"{path}: a document must be given as 'base64', 'text' or 'content'; "
+                             "none is fetched here")
         data = _base64_data(source, ("application/pdf",), path)
-        title = block.get("title")
         name = title if isinstance(title, str) and title else "document.pdf"
-        if not self.profile["files"]:                    # never a 400: it would come again with each later request
-            return [_text_part(NO_PDF.format(name))]
+        if not self.profile["files"]:    # no 400: it would come again with each later request
+            return [text_part(NO_PDF.format(name))]
         return [{"type": "file", "file": {"filename": name, "file_data": data}}]
 
     def search_result(self, block: Json, path: str) -> List[Json]:
@@ -4683,42 +4891,46 @@ class _History:
         return _enclosed("search_result", block, ("source", "title"), inner)
 
     def tool_reference(self, block: Json, path: str) -> List[Json]:
-        return [_text_part(f"Tool {_field(block, 'tool_name', str, path)} is available now.")]
+        return [text_part(f"Tool {_field(block, 'tool_name', str, path)} is available now.")]
 
     def browser_state(self, block: Json, path: str) -> List[Json]:
         tabs = _readable(block.get("tabs"))
-        return [_text_part(f"Open tabs:\n{tabs}")] if tabs else []
+        return [text_part(f"Open tabs:\n{tabs}")] if tabs else []
 
     def container_upload(self, block: Json, path: str) -> List[Json]:
-        return [_text_part(f"[uploaded file {block.get('file_id')}]")]
+        return [text_part(f"[uploaded file {block.get('file_id')}]")]
 
     def compaction(self, block: Json, path: str) -> List[Json]:
         text = _readable(block.get("content"))
-        return [_text_part(text)] if text else []
+        return [text_part(text)] if text else []
 
-    def strange_call(self, block: Json, path: str) -> List[Json]:
+    def call_of_user(self, block: Json, path: str) -> List[Json]:
         """A call that a user claims to have made: as text, for no tool message may follow."""
-        return [_text_part(f"[call of {_field(block, 'name', str, path)} {_compact(block.get('input') or {})}]")]
+        name = _field(block, "name", str, path)
+        return [text_part(f"[call of {name} {_compact(block.get('input') or {})}]")]
 
-    def strange_result(self, block: Json, path: str) -> List[Json]:
-        """A result where none can stand, in an assistant's turn or a document."""
+    def misplaced_result(self, block: Json, path: str) -> List[Json]:
+        """A result where none can stand, in an assistant's message or a document."""
         content = block.get("content")
-        head = _text_part(f"[result of tool call {unwrap_id(str(block.get('tool_use_id')))}]")
+        head = text_part(f"[result of tool call {unwrap_id(str(block.get('tool_use_id')))}]")
         return [head, *([] if content is None else self.parts(content, f"{path}.content"))]
 
 
 #: Blocks of users, tool results and documents.
-_PART_READERS: Dict[str, Callable[[_History, Json, str], List[Json]]] = {
-    "text": _History.text, "image": _History.image, "document": _History.document,
-    "search_result": _History.search_result, "tool_reference": _History.tool_reference,
-    "browser_state": _History.browser_state, "container_upload": _History.container_upload,
-    "compaction": _History.compaction, "tool_use": _History.strange_call, "tool_result": _History.strange_result}
+_PART_READERS: Dict[str, Callable[[_MessagesHistory, Json, str], List[Json]]] = {
+    "text": _MessagesHistory.text, "image": _MessagesHistory.image,
+    "document": _MessagesHistory.document, "search_result": _MessagesHistory.search_result,
+    "tool_reference": _MessagesHistory.tool_reference,
+    "browser_state": _MessagesHistory.browser_state,
+    "container_upload": _MessagesHistory.container_upload,
+    "compaction": _MessagesHistory.compaction, "tool_use": _MessagesHistory.call_of_user,
+    "tool_result": _MessagesHistory.misplaced_result}
 
 
 class _AssistantTurn:
-    """One assistant turn; texts that only citations cut apart are glued, others get a blank line between."""
+    """What an assistant said; texts that only citations cut apart are glued."""
 
-    def __init__(self, history: _History, blocks: Sequence[Tuple[str, Json]]) -> None:
+    def __init__(self, history: _MessagesHistory, blocks: Sequence[Tuple[str, Json]]) -> None:
         self.history = history
         self.texts: List[str] = []
         self.thoughts: List[str] = []
@@ -4729,20 +4941,21 @@ class _AssistantTurn:
         glued: List[str] = []                     #: neighbouring text blocks
         for path, block in [*blocks, ("", {"type": "fallback"})]:
             kind = str(block.get("type"))
-            if kind != "text":
-                self.texts += ["".join(glued)] if glued else []
-                glued = []
-                reader = _ASSISTANT_READERS.get(kind)
-                if reader is None:
-                    reader = _AssistantTurn.server_result if kind.endswith("_tool_result") else _AssistantTurn.other
-                reader(self, block, path)
-            elif _field(block, "text", str, path):
-                glued.append(block["text"])
+            if kind == "text":
+                glued.append(_field(block, "text", str, path))
+                continue
+            self.texts.append("".join(glued))
+            glued = []
+            reader = _ASSISTANT_READERS.get(kind)
+            if reader is None:
+                reader = _AssistantTurn.server_result if kind.endswith("_tool_result") else (
+                    _AssistantTurn.other)
+            reader(self, block, path)
 
     def thinking(self, block: Json, path: str) -> None:
         state = read_signature(block.get("signature"))
         thought = block.get("thinking") or state.get("text")
-        if isinstance(thought, str) and thought:
+        if isinstance(thought, str):
             self.thoughts.append(thought)
         if isinstance(state.get("details"), list):
             self.details += state["details"]
@@ -4754,42 +4967,27 @@ class _AssistantTurn:
             raise BadRequest(f"{path}.id: `tool_use` ids must be unique")
         self.ids[ident] = None
         self.history.ids.add(ident)
-        self.calls.append({"id": unwrap_id(ident), "type": "function",
-                           "function": {"name": short_name(name), "arguments": _compact(given)}})
+        function = {"name": short_name(name), "arguments": _compact(given)}
+        self.calls.append({"id": unwrap_id(ident), "type": "function", "function": function})
 
     def server_call(self, block: Json, path: str) -> None:
-        """Not a tool call: its result stands in this same turn, so no tool message would follow."""
+        """No tool call: its result stands in this same message, so no tool message would follow."""
         label = ".".join(str(block[name]) for name in ("server_name", "name") if block.get(name))
         self.labels[str(block.get("id"))] = label
         self.texts.append(f"[{label} {_compact(block.get('input') or {})}]")
 
     def server_result(self, block: Json, path: str) -> None:
-        label = self.labels.get(str(block.get("tool_use_id"))) or str(block["type"]).replace("_tool_result", "")
+        label = self.labels.get(str(block.get("tool_use_id")))
+        label = label or str(block["type"]).replace("_tool_result", "")
         outcome = "error" if block.get("is_error") is True else "results"
         self.texts.append(f"[{label} {outcome}]\n{_readable(block.get('content'))}".rstrip())
 
     def other(self, block: Json, path: str) -> None:
-        parts = self.history.read(block, path)
-        self.texts += [part["text"] if part["type"] == "text" else f"[{block['type']}]" for part in parts]
+        self.texts += [part["text"] if part["type"] == "text" else f"[{block['type']}]"
+                       for part in self.history.part(block, path)]
 
     def dropped(self, block: Json, path: str) -> None:
         """Opaque, or of no meaning to another model."""
-
-    def message(self) -> Json:
-        profile = self.history.profile
-        field, thought = profile["reasoning_field"], "\n\n".join(self.thoughts)
-        message: Json = {"role": "assistant", "content": "\n\n".join(self.texts) or (None if self.calls else "")}
-        if self.calls:
-            message["tool_calls"] = self.calls
-        if field and self.details:
-            message["reasoning_details"] = self.details
-        elif field == "reasoning_details" and thought:
-            message["reasoning_details"] = [{"type": "reasoning.text", "text": thought}]
-        wish = profile["require_reasoning_on_tool_calls"]
-        required = (self.calls and wish or wish == "all") and self.history.thinking is not False
-        if field and field != "reasoning_details" and (thought or required):
-            message[field] = thought
-        return message
 
 
 _ASSISTANT_READERS: Dict[str, Callable[[_AssistantTurn, Json, str], None]] = {
@@ -4799,62 +4997,37 @@ _ASSISTANT_READERS: Dict[str, Callable[[_AssistantTurn, Json, str], None]] = {
     "fallback": _AssistantTurn.dropped}
 
 
-# --- tools
+# --- the request: its tools
 
-def _schema(required: Sequence[str], **properties: Any) -> Json:
-    """An object schema; a property is its type, its enum values, or a schema."""
-    spelled = {name: {"type": value} if isinstance(value, str) else
-               {"type": "string", "enum": list(value)} if isinstance(value, tuple) else value
-               for name, value in properties.items()}
-    return {"type": "object", "properties": spelled, "required": list(required)}
-
-
-_POINT = {"type": "array", "items": {"type": "integer"}}
-_EDITING = {"file_text": "string", "old_str": "string", "new_str": "string", "insert_line": "integer",
-            "insert_text": "string", "view_range": _POINT}
 _EDITS = ("view", "create", "str_replace", "insert")
-_POINTING = ("key", "type", "mouse_move", "left_click", "left_click_drag", "right_click", "middle_click",
-             "double_click", "screenshot", "cursor_position")
-_HOLDING = ("left_mouse_down", "left_mouse_up", "scroll", "hold_key", "wait", "triple_click")
+_EDITING = {"file_text": "string", "old_str": "string", "new_str": "string",
+            "insert_line": "integer", "insert_text": "string",
+            "view_range": {"type": "array", "items": {"type": "integer"}}}
 
+#: Tools the client runs and whose schema only Claude knows by heart: description, schema.
+_CLIENT_TOOLS: Dict[str, Tuple[str, Json]] = {
+    "bash": ("Run a command in a persistent bash session; `restart` starts a new one.",
+             object_schema([], command="string", restart="boolean")),
+    "text_editor": (
+        "View, create and edit text files. `old_str` must occur exactly once; `insert_line` 0 is "
+        "the top.",
+        object_schema(["command", "path"], command=_EDITS, path="string", **_EDITING)),
+    "memory": (
+        "Read and keep notes in files under /memories, which outlive this conversation.",
+        object_schema(["command"], command=_EDITS + ("delete", "rename"), path="string",
+                      old_path="string", new_path="string", **_EDITING))}
+_CLIENT_TOOL = Pattern(r"(bash|text_editor|memory)_(\d{8})")
 
-def _bash_tool(tool: Json, version: int) -> Tuple[str, Json]:
-    return ("Run a command in a persistent bash session; `restart` starts a new one.",
-            _schema([], command="string", restart="boolean"))
-
-
-def _editor_tool(tool: Json, version: int) -> Tuple[str, Json]:
-    commands = _EDITS + (("undo_edit",) if version < 20250429 else ())
-    return ("View, create and edit text files. `old_str` must occur exactly once; `insert_line` 0 is the top.",
-            _schema(["command", "path"], command=commands, path="string", **_EDITING))
-
-
-def _memory_tool(tool: Json, version: int) -> Tuple[str, Json]:
-    return ("Read and keep notes in files under /memories, which outlive this conversation.",
-            _schema(["command"], command=_EDITS + ("delete", "rename"), path="string", old_path="string",
-                    new_path="string", **_EDITING))
-
-
-def _computer_tool(tool: Json, version: int) -> Tuple[str, Json]:
-    actions = _POINTING + (_HOLDING if version >= 20250124 else ()) + (("zoom",) if version >= 20251124 else ())
-    size = f"{tool.get('display_width_px')}x{tool.get('display_height_px')}"
-    return (f"Use the mouse, the keyboard and screenshots of a {size} pixel display; coordinates are [x, y].",
-            _schema(["action"], action=actions, coordinate=_POINT, start_coordinate=_POINT, region=_POINT,
-                    text="string", duration="number", scroll_direction=("up", "down", "left", "right"),
-                    scroll_amount="integer"))
-
-
-#: Tools the client runs and whose schema only Claude knows by heart.
-_CLIENT_TOOLS: Dict[str, Callable[[Json, int], Tuple[str, Json]]] = {
-    "bash": _bash_tool, "text_editor": _editor_tool, "memory": _memory_tool, "computer": _computer_tool}
-_CLIENT_TOOL = Pattern(r"(bash|text_editor|memory|computer)_(\d{8})")
+#: Until then the editor could take an edit back.
+_UNDO_ENDS = 20250429
 
 _TOOL_NAME = Pattern(r"[a-zA-Z0-9_-]{1,128}")
 
 #: Tools Anthropic's servers run; profile["server_tools"] says what becomes of them, by these names.
-SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "tool_search_tool", "advisor", "mcp_toolset")
+SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "tool_search_tool", "advisor",
+                "mcp_toolset")
 
-#: One entry standing for a family of tools with no definition on the wire: refused, for it cannot be honoured.
+#: One entry standing for a family of tools with no definition on the wire: it cannot be honoured.
 TOOLSETS = ("computer_toolset", "browser_toolset")
 
 
@@ -4864,10 +5037,10 @@ class _Tools:
     def __init__(self, profile: Json, tools: Sequence[Any]) -> None:
         self.profile = profile
         self.chat = KnownTools()
-        self.fields: Json = {}                    #: what switches the provider's own tools on beside `tools`
+        self.fields: Json = {}           #: what switches the provider's own tools on beside `tools`
         self.missing: List[str] = []              #: tools nobody here runs
         self.names: Dict[str, str] = {}
-        self.known: Dict[str, bool] = {}          #: name -> whether the model may be made to call it
+        self.known: Dict[str, bool] = {}     #: name -> whether the model may be made to call it
         for i, tool in enumerate(tools):
             self._add(tool, f"tools.{i}")
 
@@ -4876,9 +5049,11 @@ class _Tools:
             raise BadRequest(f"{path}: Input should be a valid dictionary")
         kind = str(tool.get("type") or "custom")
         if kind.startswith(TOOLSETS):
-            raise BadRequest(f"{path}.type: {kind} is not supported here; name the tools one by one")
+            raise BadRequest(f"{path}.type: {kind} is not supported here; "
+                             "name the tools one by one")
         client = _CLIENT_TOOL.fullmatch(kind)
-        served = not client and (kind.startswith(SERVER_TOOLS) or kind != "custom" and "input_schema" not in tool)
+        served = not client and (
+            kind.startswith(SERVER_TOOLS) or kind != "custom" and "input_schema" not in tool)
         name = "" if kind == "mcp_toolset" else _field(tool, "name", str, path)
         if not served and not name:
             raise BadRequest(f"{path}.name: String should have at least 1 character")
@@ -4891,88 +5066,74 @@ class _Tools:
         self.known[name] = not served
         if served:
             self._server(tool, kind, path)
-        elif client:
-            description, schema = _CLIENT_TOOLS[client.group(1)](tool, int(client.group(2)))
-            self._function(name, {"description": description, "parameters": schema})
         else:
-            self._custom(name, tool, path)
+            function = self._client(*client.groups()) if client else self._custom(tool, path)
+            short = short_name(name)
+            self.names[short] = name
+            self.chat.append({"type": "function", "function": {"name": short, **function}})
 
-    def _custom(self, name: str, tool: Json, path: str) -> None:
-        schema = {} if tool.get("input_schema") is None else _field(tool, "input_schema", dict, path)
-        given = schema.get("properties")                 # LM Studio refuses less than both
-        schema = {**schema, "type": schema.get("type") or "object", "properties": given if isinstance(given, dict) else {}}
-        function: Json = {"parameters": schema}
+    @staticmethod
+    def _client(kind: str, version: str) -> Json:
+        description, schema = _CLIENT_TOOLS[kind]
+        if kind == "text_editor" and int(version) < _UNDO_ENDS:
+            command = {"type": "string", "enum": [*_EDITS, "undo_edit"]}
+            schema = {**schema, "properties": {**schema["properties"], "command": command}}
+        return {"description": description, "parameters": schema}
+
+    def _custom(self, tool: Json, path: str) -> Json:
+        schema = tool.get("input_schema")
+        schema = {} if schema is None else _field(tool, "input_schema", dict, path)
+        function: Json = {"parameters": function_schema(schema)}
         if isinstance(tool.get("description"), str):
             function["description"] = tool["description"]
         if isinstance(tool.get("strict"), bool) and self.profile["strict_tools"]:
             function["strict"] = tool["strict"]
-        self._function(name, function)
-
-    def _function(self, name: str, function: Json) -> None:
-        short = short_name(name)
-        self.names[short] = name
-        self.chat.append({"type": "function", "function": {"name": short, **function}})
+        return function
 
     def _server(self, tool: Json, kind: str, path: str) -> None:
         policy = self.profile["server_tools"]
         if policy == "error":
-            raise BadRequest(f"{path}.type: {kind} runs on Anthropic's servers and is not available here")
+            raise BadRequest(f"{path}.type: {kind} runs on Anthropic's servers and is not "
+                             "available here")
         family = next((family for family in SERVER_TOOLS if kind.startswith(family)), kind)
         native = policy.get(family) if isinstance(policy, dict) else None
         if not isinstance(native, dict):
-            if family not in ("tool_search_tool", "mcp_toolset"):        # all tools are listed anyway
+            if family not in ("tool_search_tool", "mcp_toolset"):      # all tools are listed anyway
                 self.missing.append(str(tool.get("name")))
         elif isinstance(native.get("fields"), dict):
             self.fields.update(native["fields"])
         else:
             self.chat.append(native)
 
-    def choice(self, choice: Any, thinking: Optional[bool]) -> Json:
-        """The chat fields for `tool_choice`."""
+    def choice(self, choice: Any) -> Json:
+        """Chat's fields for `tool_choice`."""
         if choice is None or not self.chat:
             return {}
         kind = choice.get("type") if isinstance(choice, dict) else None
         if kind not in ("auto", "any", "tool", "none"):
             raise BadRequest("tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
-        fields: Json = {"tool_choice": {"any": "required", "tool": "auto"}.get(kind, kind)}
+        chosen: Any = kind if kind in ("auto", "none") else "auto"
+        if kind == "any" and any(self.known.values()):
+            chosen = "required"
         if kind == "tool":
             name = _field(choice, "name", str, "tool_choice")
             if name not in self.known:
                 raise BadRequest(f"tool_choice.name: Tool {name!r} not found in provided tools")
             if self.known[name]:
-                fields["tool_choice"] = {"type": "function", "function": {"name": short_name(name)}}
-        profile = self.profile
-        free = thinking and not profile["forced_tool_choice_with_thinking"] or not any(self.known.values())
-        if (free or not profile["forced_tool_choice"]) and kind in ("any", "tool"):
-            fields["tool_choice"] = "auto"
-        if choice.get("disable_parallel_tool_use") is True and self.profile["parallel_tool_calls"]:
-            fields["parallel_tool_calls"] = False
-        return fields
+                chosen = {"type": "function", "function": {"name": short_name(name)}}
+        one_at_a_time = choice.get("disable_parallel_tool_use") is True
+        return {"tool_choice": chosen,
+                **({"parallel_tool_calls": False} if one_at_a_time else {})}
 
 
-def _changed_tools(tools: Sequence[Any], changes: Sequence[Json]) -> List[Any]:
-    """`tools` after the additions and removals that system messages brought."""
-    gone: Dict[str, bool] = {}
-    offered = list(tools)
-    for change in changes:
-        target = change.get("tool") if isinstance(change.get("tool"), dict) else {}
-        definition = target.get("definition")
-        named = definition if isinstance(definition, dict) else target
-        gone[str(named.get("name"))] = change["type"] == "tool_removal"
-        if named is definition and change["type"] == "tool_addition":
-            offered = [tool for tool in offered if not isinstance(tool, dict) or tool.get("name") != named.get("name")]
-            offered.append(definition)
-    return [tool for tool in offered if not isinstance(tool, dict) or not gone.get(str(tool.get("name")))]
-
-
-# --- the request
+# --- the request as a whole
 
 _USER_ID = Pattern(r"[A-Za-z0-9_-]{1,64}")
 _THINKING = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}
 _COPIED = {"temperature": "number", "top_p": "number", "top_k": "integer"}
 
 
-def _max_tokens(body: Json, profile: Json) -> int:
+def _max_tokens(body: Json) -> int:
     value = body.get("max_tokens")
     if value is None:
         raise BadRequest("max_tokens: Field required")
@@ -4981,12 +5142,13 @@ def _max_tokens(body: Json, profile: Json) -> int:
         raise BadRequest("max_tokens: Input should be a valid integer")
     if value < 0:
         raise BadRequest("max_tokens: Input should be greater than or equal to 0")
-    return min(int(value), profile.get("max_output") or int(value))
+    return int(value)
 
 
 def _refuse(body: Json) -> None:
-    """Fields that ask for something only Anthropic's servers can do; silence would change the answer."""
-    for name, why in (("thread", "history kept on the server"), ("compaction", "compaction on the server"),
+    """Fields that only Anthropic's servers can honour; silence would change the answer."""
+    for name, why in (("thread", "history kept on the server"),
+                      ("compaction", "compaction on the server"),
                       ("mcp_servers", "calling MCP servers")):
         if body.get(name):
             raise BadRequest(f"{name}: {why} is not available here")
@@ -4999,48 +5161,43 @@ def _stop_sequences(body: Json) -> List[str]:
     return given
 
 
-def _answer_schema(config: Json, body: Json) -> Optional[Json]:
+def _sampling(body: Json) -> Json:
+    fields: Json = {}
+    for name, noun in _COPIED.items():
+        value = body.get(name)
+        if isinstance(value, bool) or not isinstance(
+                value, (int, float if noun == "number" else int, type(None))):
+            raise BadRequest(f"{name}: Input should be a valid {noun}")
+        if value is not None:
+            fields[name] = value
+    return fields
+
+
+def _schema_format(config: Json, body: Json) -> Json:
+    """Chat's response_format, as a field."""
     wish = config.get("format") or body.get("output_format")
     if wish is None:
-        return None
+        return {}
     if not isinstance(wish, dict) or wish.get("type") != "json_schema":
         raise BadRequest("output_config.format.type: Input should be 'json_schema'")
-    return _field(wish, "schema", dict, "output_config.format")
+    schema = _field(wish, "schema", dict, "output_config.format")
+    named = {"name": "output", "schema": schema, "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
-def _demand_schema(chat: Json, schema: Json, style: str) -> None:
-    """Structured output, as strictly as the provider can."""
-    if style == "json_schema":
-        chat["response_format"] = {"type": "json_schema",
-                                   "json_schema": {"name": "output", "schema": schema, "strict": True}}
-        return
-    if style == "json_object":
-        chat["response_format"] = {"type": "json_object"}
-    rule = "Answer with nothing but JSON that fits this JSON Schema:\n" + _compact(schema)
-    _instruct(chat["messages"], rule)
-
-
-def _instruct(messages: List[Json], rule: str) -> None:
-    """Add a rule to the system text."""
-    if messages[0]["role"] == "system":
-        messages[0] = {**messages[0], "content": messages[0]["content"] + "\n\n" + rule}
-    else:
-        messages.insert(0, {"role": "system", "content": rule})
-
-
-def _user_of(body: Json) -> Optional[str]:
+def _user_of(body: Json) -> Json:
+    """Chat's `user`, as a field; Claude Code's is a JSON document, too long for most."""
     metadata = body.get("metadata")
     user = metadata.get("user_id") if isinstance(metadata, dict) else None
-    if not isinstance(user, str) or not user or _USER_ID.fullmatch(user):
-        return user if isinstance(user, str) and user else None
-    return hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()    # Claude Code: a JSON document
+    if not isinstance(user, str) or not user:
+        return {}
+    if not _USER_ID.fullmatch(user):
+        user = hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()
+    return {"user": user}
 
 
 class KnownTurn(NamedTuple):
-    """What a request became, for the next one: what equals what was given before need not be converted again.
-
-    (To Python 1, 1.0 and true are equal: a client that rewrites its history in nothing but that is not heard.)
-    """
+    """What a request became, for the next one: what is the same objects is not converted again."""
     profile: Json
     thinking: Optional[bool]
     system: Optional[Json]
@@ -5052,49 +5209,76 @@ class KnownTurn(NamedTuple):
 class MessagesTurn:
     """One Messages request: its chat request, and its answers in Anthropic's shape.
 
-    `hide_reasoning` (set by the caller): no thinking blocks; reasoning is text only where there is nothing else.
-    `estimate` may be replaced by a better one; it seeds message_start and stands in for a missing count.
+    `hide_reasoning` (set by the caller): no thinking blocks; reasoning is text only where there is
+    nothing else.  `estimate` may be replaced by a better one; it seeds message_start and stands in
+    for a missing count.
     """
 
-    def __init__(self, body: Json, profile: Json, model: str, known: Optional[KnownTurn] = None) -> None:
+    def __init__(self, body: Json, profile: Json, model: str,
+                 known: Optional[KnownTurn] = None) -> None:
         _refuse(body)
         self.body, self.profile = body, profile
         self.model = body["model"] if isinstance(body.get("model"), str) else model
-        self.max_tokens = _max_tokens(body, profile)
+        self.max_tokens = _max_tokens(body)
         self.stop_sequences = _stop_sequences(body)
-        self.hide_reasoning = False
-        self.omit_thinking = self.unfence = False
+        self.hide_reasoning = self.omit_thinking = False
         self.scale: Callable[[int], int] = int     #: estimated tokens -> as this model counts them
-        self.chat = self._to_chat(model, known)
-
-    def _to_chat(self, model: str, known: Optional[KnownTurn]) -> Json:
-        body, profile = self.body, self.profile
-        config, (thinking, budget) = _optional(body, "output_config", dict) or {}, self._thinking()
-        known = known if known and (known.profile, known.thinking) == (profile, thinking) else None
-        history = _History(profile, thinking)
-        system = body.get("system")
-        if isinstance(system, str) and system.startswith(BILLING_HEADER):
-            system = system.partition("\n")[2]
-        top = _system_text(_blocks(system, "system")) if system is not None else ""
-        first = known.system if known and known.system and known.system["content"] == top else \
-            KnownMessage(role="system", content=top) if top else None
-        if first:
-            history.messages.append(first)
-        turns = history.add(body.get("messages"), known.rounds if known else ())
+        thinking, budget = self._thinking()
+        if known and (known.profile, known.thinking) != (profile, thinking):
+            known = None
+        history = _MessagesHistory(profile, thinking)
+        history.read(body.get("messages"), known.rounds if known else ())
         self.ids, self.skipped = history.ids, history.skipped
-        chat: Json = {"model": model, "messages": history.messages, profile["max_tokens_field"]: self.max_tokens}
-        if turns[-1].role == "assistant" and history.messages[-1]["role"] == "assistant":
-            self._prefill(chat)
-        self._set_options(chat)
-        tools = self._set_tools(chat, history, thinking, known)
-        self.known = KnownTurn(profile, thinking, first, None if history.tool_changes else body.get("tools"), tools,
-                               history.rounds)
-        effort = history.effort or config.get("effort")
-        set_thinking(chat, profile, thinking, budget, effort if isinstance(effort, str) else None)
-        schema = _answer_schema(config, body)
-        if schema is not None:
-            _demand_schema(chat, schema, profile["structured_output"])
-            self.unfence = profile["structured_output"] == "prompt"      # such models like to put ``` around it
+        system, tools = self._system(history.chat.leading, known), self._tools(known)
+        self.names = tools.names
+        self.known = KnownTurn(profile, thinking, system, body.get("tools"), tools, history.rounds)
+        chat = self._to_chat(model, [*([system] if system else []), *history.chat.messages], tools)
+        effort = history.effort or self._config.get("effort")
+        #: models that are asked by a prompt alone like to put ``` around their JSON
+        self.unfence = profile["structured_output"] == "prompt" and "response_format" in chat
+        self.chat = finish_chat(chat, profile, Wishes(
+            thinking, budget, effort if isinstance(effort, str) else None, tools.missing))
+
+    @property
+    def _config(self) -> Json:
+        return _optional(self.body, "output_config", dict) or {}
+
+    def _system(self, leading: Sequence[str], known: Optional[KnownTurn]) -> Optional[Json]:
+        """The first message, where there are system texts."""
+        given = self.body.get("system")
+        if isinstance(given, str) and given.startswith(BILLING_HEADER):
+            given = given.partition("\n")[2]
+        top = "" if given is None else _system_text(_blocks(given, "system"))
+        text = "\n\n".join(filter(None, [top, *leading]))
+        if known and known.system and known.system["content"] == text:
+            return known.system
+        return KnownMessage(role="system", content=text) if text else None
+
+    def _tools(self, known: Optional[KnownTurn]) -> _Tools:
+        given = _optional(self.body, "tools", list) or []
+        if known and _are_same(known.tools_given, given):
+            return known.tools
+        return _Tools(self.profile, given)
+
+    def _to_chat(self, model: str, messages: List[Json], tools: _Tools) -> Json:
+        """The chat request in OpenAI's words."""
+        body = self.body
+        chat: Json = {"model": model, "messages": messages, "max_tokens": self.max_tokens,
+                      **_sampling(body), **_user_of(body), **_schema_format(self._config, body)}
+        switch = self.profile["prefill"]
+        if switch and body["messages"][-1]["role"] == messages[-1]["role"] == "assistant":
+            if switch == "continue_final_message":
+                chat.update(continue_final_message=True, add_generation_prompt=False)
+            else:
+                messages[-1][switch] = True
+        if self.stop_sequences:
+            chat["stop"] = self.stop_sequences[:STOP_LIMIT]
+        if body.get("stream") is True:
+            chat["stream"] = True
+        if tools.chat:
+            chat["tools"] = tools.chat
+        chat.update(tools.fields)
+        chat.update(tools.choice(body.get("tool_choice")))
         return chat
 
     def _thinking(self) -> Tuple[Optional[bool], Optional[int]]:
@@ -5103,59 +5287,18 @@ class MessagesTurn:
         if wish is None:
             return None, None
         if str(wish.get("type")) not in _THINKING:
-            raise BadRequest("thinking.type: Input should be " + ", ".join(repr(name) for name in _THINKING))
+            raise BadRequest("thinking.type: Input should be "
+                             + ", ".join(repr(name) for name in _THINKING))
         self.omit_thinking = wish.get("display") in HIDDEN_DISPLAYS
         budget = wish.get("budget_tokens")
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
             raise BadRequest("thinking.enabled.budget_tokens: Input should be a valid integer")
-        # Clamped, not refused: with interleaved thinking a budget above max_tokens is legal, and ours may be lowered.
-        return _THINKING[wish["type"]], min(max(budget, 1024), max(1, self.max_tokens - 1)) if budget else None
-
-    def _prefill(self, chat: Json) -> None:
-        switch = self.profile["prefill"]
-        if switch == "continue_final_message":
-            chat.update(continue_final_message=True, add_generation_prompt=False)
-        elif switch:
-            chat["messages"][-1][switch] = True
-
-    def _set_options(self, chat: Json) -> None:
-        body, profile = self.body, self.profile
-        for name, noun in _COPIED.items():
-            value = body.get(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float if noun == "number" else int, type(None))):
-                raise BadRequest(f"{name}: Input should be a valid {noun}")
-            if value is not None and (name != "top_k" or profile["top_k"]):
-                chat[name] = value
-        if self.stop_sequences:
-            chat["stop"] = self.stop_sequences[:STOP_LIMIT]
-        if body.get("stream") is True:
-            chat["stream"] = True
-            if profile["stream_usage"]:
-                chat["stream_options"] = {"include_usage": True}
-        user = _user_of(body)
-        if user and profile["user_field"]:
-            chat[profile["user_field"]] = user
-
-    def _set_tools(self, chat: Json, history: _History, thinking: Optional[bool],
-                   known: Optional[KnownTurn]) -> _Tools:
-        given = _optional(self.body, "tools", list) or []
-        tools = known.tools if known and known.tools_given == given and not history.tool_changes else \
-            _Tools(self.profile, _changed_tools(given, history.tool_changes))
-        self.names = tools.names
-        if tools.chat:
-            chat["tools"] = tools.chat
-        if tools.missing and chat["messages"][0]["role"] == "system":    # else a model makes results up
-            _instruct(chat["messages"], NO_TOOL.format(", ".join(tools.missing)))
-        chat.update(tools.fields)
-        chat.update(tools.choice(self.body.get("tool_choice"), thinking))
-        if chat.get("tool_choice") == "none" and not self.profile["forced_tool_choice"]:
-            del chat["tools"], chat["tool_choice"]               # there is no other way to say it
-        return tools
+        return _THINKING[wish["type"]], budget
 
     @cached_property
     def raw_estimate(self) -> int:
         """About how many tokens the prompt has, before the model's own way of counting."""
-        return count_message_tokens(self.body)
+        return count_chat_tokens(self.chat)
 
     @cached_property
     def estimate(self) -> int:
@@ -5163,6 +5306,11 @@ class MessagesTurn:
 
     def stream(self, new_id: Callable[[str], str]) -> MessagesStream:
         return MessagesStream(self, new_id)
+
+
+def count_message_tokens(body: Json) -> int:
+    """About how many tokens a Messages request (with or without max_tokens) takes; BadRequest."""
+    return MessagesTurn({**body, "max_tokens": 1}, DEFAULT_PROFILE, "").raw_estimate
 
 
 # --- tool arguments
@@ -5433,81 +5581,6 @@ def _fill(block: Json, text: str, cut: bool) -> None:
         block[block["type"]] = text
 
 
-# --- counting
-
-#: Not read by the model, or not as text.
-_UNCOUNTED = ("type", "id", "tool_use_id", "signature", "cache_control", "encrypted_content", "encrypted_index")
-_FRAME_MARKER = Pattern(rb"[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
-
-
-def _jpeg_size(head: bytes) -> Optional[Tuple[int, int]]:
-    at = 2
-    while at + 9 < len(head) and head[at] == 0xFF:
-        if _FRAME_MARKER.match(head[at + 1:at + 2]):
-            return int.from_bytes(head[at + 7:at + 9], "big"), int.from_bytes(head[at + 5:at + 7], "big")
-        at += 2 + int.from_bytes(head[at + 2:at + 4], "big")
-    return None
-
-
-def _webp_size(head: bytes) -> Optional[Tuple[int, int]]:
-    """Lossy (VP8), lossless (VP8L: 14 bits each, less one) or extended (VP8X: 24 bits each, less one)."""
-    kind, little = head[12:16], "little"
-    if kind == b"VP8 ":
-        return int.from_bytes(head[26:28], little) & 0x3FFF, int.from_bytes(head[28:30], little) & 0x3FFF
-    if kind == b"VP8L":
-        bits = int.from_bytes(head[21:25], little)
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8X":
-        return int.from_bytes(head[24:27], little) + 1, int.from_bytes(head[27:30], little) + 1
-    return None
-
-
-def image_size(data: str) -> Optional[Tuple[int, int]]:
-    """Width and height of a base64 PNG, GIF, WebP or JPEG, read from its first 48 KB."""
-    try:
-        head = base64.b64decode(data[:65536][:len(data) // 4 * 4])
-    except ValueError:
-        return None
-    if head.startswith(b"\x89PNG") and len(head) >= 24:
-        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-    if head.startswith(b"GIF8") and len(head) >= 10:
-        return int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP" and len(head) >= 30:
-        return _webp_size(head)
-    return _jpeg_size(head) if head.startswith(b"\xff\xd8") else None
-
-
-def _image_tokens(block: Json) -> int:
-    """Width times height by 750, as Anthropic counts; larger pictures are scaled down to about 1 600."""
-    source = block.get("source")
-    data = source.get("data") if isinstance(source, dict) else None
-    size = image_size(data) if isinstance(data, str) else None
-    return min(1600, size[0] * size[1] // 750 + 1) if size else 1500
-
-
-def _content_tokens(value: Any) -> int:
-    if isinstance(value, list):
-        return sum(map(_content_tokens, value))
-    if not isinstance(value, dict):
-        return estimate_tokens(value) if isinstance(value, str) else 0
-    if value.get("type") == "image":
-        return _image_tokens(value)
-    if value.get("type") == "base64":                      # a PDF
-        return estimate_tokens(value)
-    return sum(estimate_tokens(_compact(item)) if name == "input" else _content_tokens(item)
-               for name, item in value.items() if name not in _UNCOUNTED)
-
-
-def count_message_tokens(body: Json) -> int:
-    """About how many input tokens a Messages request (with or without max_tokens) takes."""
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages: at least one message is required")
-    defined = estimate_tokens(_compact(body["tools"])) if body.get("tools") else 0
-    said = sum(4 + _content_tokens(message.get("content")) for message in messages if isinstance(message, dict))
-    return defined + said + _content_tokens(body.get("system"))
-
-
 # --- errors
 
 def overflow_text(overflow: Sequence[int]) -> str:
@@ -5593,7 +5666,8 @@ class _Tool(NamedTuple):
     @property
     def flat(self) -> str:
         """A name as Chat allows it: letters, digits, _ and -, no more than 64."""
-        return short_name(_plain(f"{self.namespace}__{self.name}" if self.namespace else self.name))
+        return short_name(_plain(
+            f"{self.namespace}__{self.name}" if self.namespace else self.name))
 
 
 def _plain(name: str) -> str:
@@ -5610,77 +5684,53 @@ class _Kind(NamedTuple):
 
 
 _TOOL_KINDS = {
-    "function": _Kind("function_call", "function_call_output", "fc_", "arguments", "function_call_arguments"),
-    "custom": _Kind("custom_tool_call", "custom_tool_call_output", "ctc_", "input", "custom_tool_call_input"),
+    "function": _Kind("function_call", "function_call_output", "fc_", "arguments",
+                      "function_call_arguments"),
+    "custom": _Kind("custom_tool_call", "custom_tool_call_output", "ctc_", "input",
+                    "custom_tool_call_input"),
     "local_shell": _Kind("local_shell_call", "local_shell_call_output", "lsh_", "action"),
-    "shell": _Kind("shell_call", "shell_call_output", "sh_", "action"),
-    "apply_patch": _Kind("apply_patch_call", "apply_patch_call_output", "apc_", "operation"),
     "tool_search": _Kind("tool_search_call", "tool_search_output", "tsc_", "arguments"),
 }
 _KIND_OF_CALL = {kind.call: name for name, kind in _TOOL_KINDS.items()}
-_KIND_OF_OUTPUT = {kind.output: name for name, kind in _TOOL_KINDS.items()}
-
-_STRING: Json = {"type": "string"}
-_INTEGER: Json = {"type": "integer"}
-_STRINGS: Json = {"type": "array", "items": _STRING}
-
-
-def _parameters(required: Sequence[str] = (), **properties: Json) -> Json:
-    return {"type": "object", "properties": properties, **({"required": list(required)} if required else {})}
-
+_OUTPUTS = {kind.output for kind in _TOOL_KINDS.values()}
 
 #: Tools whose schema is not on the wire: OpenAI's models know them by heart, others do not.
 _FIXED_TOOLS: Dict[str, Tuple[str, Json]] = {
     "local_shell": (
-        "Runs a program on the user's machine and returns its output. `command` is the program and its "
-        "arguments, for example [\"bash\", \"-lc\", \"ls -la\"].",
-        _parameters(["command"], command=_STRINGS, working_directory=_STRING, timeout_ms=_INTEGER,
-                    env={"type": "object", "additionalProperties": _STRING})),
-    "shell": (
-        "Runs shell commands on the user's machine and returns what each of them prints.",
-        _parameters(["commands"], commands=_STRINGS, timeout_ms=_INTEGER, max_output_length=_INTEGER)),
-    "apply_patch": (
-        "Creates, updates or deletes one file. `diff` is a V4A diff without the Begin/End Patch lines: for a "
-        "new file each line starts with +; for an update @@ opens a section, in which unchanged lines start "
-        "with a space, removed ones with -, added ones with +.",
-        _parameters(["type", "path"], path=_STRING, diff=_STRING,
-                    type={"type": "string", "enum": ["create_file", "update_file", "delete_file"]})),
+        "Runs a program on the user's machine and returns its output. `command` is the program and "
+        "its arguments, for example [\"bash\", \"-lc\", \"ls -la\"].",
+        object_schema(["command"], command={"type": "array", "items": {"type": "string"}},
+                      working_directory="string", timeout_ms="integer",
+                      env={"type": "object", "additionalProperties": {"type": "string"}})),
     "tool_search": (
         "Searches for more tools; those it finds can be called from then on.",
-        _parameters(["query"], query=_STRING, limit=_INTEGER)),
+        object_schema(["query"], query="string", limit="integer")),
 }
 
-#: Families of tools that OpenAI runs itself; their types bear versions (web_search_preview_2025_03_11).
-_SERVER_FAMILIES = ("web_search", "file_search", "code_interpreter", "image_generation", "mcp", "computer",
-                    "programmatic_tool_calling")
+#: Families of tools that OpenAI runs itself; their types bear versions
+#: (web_search_preview_2025_03_11).
+_SERVER_FAMILIES = ("web_search", "file_search", "code_interpreter", "image_generation", "mcp",
+                    "computer", "programmatic_tool_calling")
 
 
 def _family(kind: str) -> str:
     return next((family for family in _SERVER_FAMILIES if kind.startswith(family)), kind)
 
 
-def _client_runs(tool: Json) -> bool:
-    """Whether a tool with a fixed schema is run by the client, not in OpenAI's containers or index."""
-    if tool["type"] == "tool_search":
-        return tool.get("execution") == "client"
-    environment = tool.get("environment")
-    return not (isinstance(environment, dict) and str(environment.get("type")).startswith("container"))
-
-
 def _describe(tool: Json) -> Json:
-    """description, parameters and strict of the function that stands for `tool`."""
+    """description and parameters of the function that stands for `tool`."""
     description, parameters = tool.get("description"), tool.get("parameters")
     if tool["type"] == "custom":
-        parameters, form = _parameters(["input"], input=_STRING), tool.get("format")
+        parameters, form = object_schema(["input"], input="string"), tool.get("format")
         if isinstance(form, dict) and form.get("type") == "grammar":
-            grammar = f"The input must match this {form.get('syntax')} grammar:\n{form.get('definition')}"
+            grammar = (f"The input must match this {form.get('syntax')} grammar:\n"
+                       f"{form.get('definition')}")
             description = f"{description}\n\n{grammar}" if description else grammar
     elif tool["type"] in _FIXED_TOOLS:
         standard = _FIXED_TOOLS[tool["type"]]
         description, parameters = description or standard[0], parameters or standard[1]
     function: Json = {"description": description} if description else {}
-    parameters = parameters if isinstance(parameters, dict) else {}
-    function["parameters"] = {"type": "object", "properties": {}, **parameters}    # LM Studio refuses less
+    function["parameters"] = function_schema(parameters if isinstance(parameters, dict) else {})
     return function
 
 
@@ -5689,6 +5739,7 @@ class _ResponseTools:
 
     def __init__(self, profile: Json) -> None:
         self._profile = profile
+        self.missing: List[str] = []         #: types of tools nobody here runs
         self._names: Dict[_Tool, str] = {}
         self._tools: Dict[str, _Tool] = {}
         self._chat: Dict[str, Json] = {}     #: by Chat's name
@@ -5702,9 +5753,10 @@ class _ResponseTools:
                 self.add(tool.get("tools"), _required(tool, "name", "tools"))
             elif kind in ("function", "custom"):
                 self._define(_Tool(kind, _required(tool, "name", "tools"), namespace), tool)
-            elif kind in _FIXED_TOOLS and _client_runs(tool):
+            elif kind == "local_shell" or kind == "tool_search" and (
+                    tool.get("execution") == "client"):
                 self._define(_Tool(kind, kind), tool)
-            elif kind != "tool_search":          # the server's own search: all tools are listed anyway
+            elif kind != "tool_search":          # the server's own search: all are listed anyway
                 self._serve(kind)
 
     def names(self, tools: Any) -> str:
@@ -5721,21 +5773,24 @@ class _ResponseTools:
 
     def tool(self, name: str) -> _Tool:
         """What the client calls the function `name`."""
-        return self._tools.get(name) or self._tools.get(self._alike(name)) or _Tool("function", name)
+        return self._tools.get(name) or self._tools.get(self._alike(name)) or (
+            _Tool("function", name))
 
     def listed(self) -> List[Json]:
-        return [*self._chat.values(), *(tool for tool in self._native.values() if "fields" not in tool)]
+        return [*self._chat.values(),
+                *(tool for tool in self._native.values() if "fields" not in tool)]
 
     def fields(self) -> Json:
         """What switches the provider's own tools on beside `tools`."""
-        return {name: value for tool in self._native.values() for name, value in tool.get("fields", {}).items()}
+        return {name: value for tool in self._native.values()
+                for name, value in tool.get("fields", {}).items()}
 
     def choose(self, choice: Any) -> Any:
         """tool_choice for Chat; `allowed_tools` shortens the list."""
         if choice is None or choice in ("none", "auto", "required"):
             return choice
         if not isinstance(choice, dict):
-            raise BadRequest(f"`tool_choice` {choice!r} is unknown", param="tool_choice", code="invalid_value")
+            raise _bad(f"`tool_choice` {choice!r} is unknown", "tool_choice")
         if choice.get("type") == "allowed_tools":
             self._allow(_objects(choice.get("tools"), "tool_choice"))
             return choice.get("mode") or "auto"
@@ -5743,8 +5798,8 @@ class _ResponseTools:
         if name in self._chat:
             return {"type": "function", "function": {"name": name}}
         if choice.get("type") in ("function", "custom"):
-            raise BadRequest(f"`tool_choice` names a tool that is not in `tools`: {choice.get('name')!r}",
-                             param="tool_choice", code="invalid_value")
+            raise _bad("`tool_choice` names a tool that is not in `tools`: "
+                       f"{choice.get('name')!r}", "tool_choice")
         return "auto"                        # a tool of OpenAI's own
 
     def _allow(self, allowed: List[Json]) -> None:
@@ -5752,7 +5807,8 @@ class _ResponseTools:
         names = {self._named(tool) for tool in allowed}
         spaces = {label for tool in allowed if tool.get("type") in ("namespace", "mcp")
                   for label in (str(tool.get("name")), f"mcp__{tool.get('server_label')}")}
-        names |= {name for tool, name in self._names.items() if tool.namespace and tool.namespace in spaces}
+        names |= {name for tool, name in self._names.items()
+                  if tool.namespace and tool.namespace in spaces}
         families = {_family(str(tool.get("type"))) for tool in allowed}
         chat = {name: tool for name, tool in self._chat.items() if name in names}
         native = {family: tool for family, tool in self._native.items() if family in families}
@@ -5760,10 +5816,10 @@ class _ResponseTools:
             self._chat, self._native = chat, native
 
     def _named(self, tool: Json) -> Optional[str]:
-        kind = str(tool.get("type"))
+        kind, namespace = str(tool.get("type")), tool.get("namespace")
         if kind in ("function", "custom"):
-            namespace = tool.get("namespace")
-            return self.name(_Tool(kind, _required(tool, "name", "tool_choice"), str(namespace) if namespace else None))
+            return self.name(_Tool(kind, _required(tool, "name", "tool_choice"),
+                                   str(namespace) if namespace else None))
         return self._names.get(_Tool(kind, kind))
 
     def _define(self, key: _Tool, tool: Json) -> None:
@@ -5771,58 +5827,73 @@ class _ResponseTools:
         if self._tools.get(name, key) != key:    # `a__b` and `b` of namespace `a`
             name = f"{name[:55]}_{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:8]}"
         function = {"name": name, **_describe(tool)}
-        if tool.get("strict") is not None and key.kind == "function" and self._profile["strict_tools"]:
-            function["strict"] = tool["strict"]
+        strict = tool.get("strict")
+        if strict is not None and key.kind == "function" and self._profile["strict_tools"]:
+            function["strict"] = strict
         self._names[key], self._tools[name] = name, key
         for bare in (key.name, _plain(key.name)):
             self._bare.setdefault(bare, set()).add(name)
         self._chat[name] = {"type": "function", "function": function}
 
     def _serve(self, kind: str) -> None:
-        policy = self._profile["server_tools"]
+        policy, family = self._profile["server_tools"], _family(kind)
         if policy == "error":
-            raise BadRequest(f"tools of type `{kind}` are not available here", param="tools", code="unsupported_value")
-        if isinstance(policy, dict) and _family(kind) in policy:
-            self._native[_family(kind)] = policy[_family(kind)]
+            raise _bad(f"tools of type `{kind}` are not available here", "tools",
+                       "unsupported_value")
+        if isinstance(policy, dict) and family in policy:
+            self._native[family] = policy[family]
+        elif family not in ("mcp", "programmatic_tool_calling") and family not in self.missing:
+            self.missing.append(family)
 
     def _alike(self, name: str) -> str:
-        """The one tool of that bare name in whatever namespace: models, and Codex in `functions`, leave that out."""
+        """The one tool of that bare name in whatever namespace: models, and Codex in `functions`,
+        leave that out.
+        """
         found = self._bare.get(name, ())
         return next(iter(found)) if len(found) == 1 else ""
 
 
 # --- request: items ---
 
+def _bad(message: str, param: str, code: str = "invalid_value") -> BadRequest:
+    return BadRequest(message, param=param, code=code)
+
+
 def _objects(value: Any, param: str) -> List[Json]:
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise BadRequest(f"`{param}` must be a list of objects", param=param, code="invalid_type")
+        raise _bad(f"`{param}` must be a list of objects", param, "invalid_type")
     return value
 
 
 def _required(value: Json, field: str, param: str) -> str:
     found = value.get(field)
     if not isinstance(found, str) or not found:
-        raise BadRequest(f"`{field}` is missing in an entry of `{param}`", param=param,
-                         code="missing_required_parameter")
+        raise _bad(f"`{field}` is missing in an entry of `{param}`", param,
+                   "missing_required_parameter")
     return found
 
 
 def _check_fields(body: Json) -> None:
     for field, types in _FIELD_TYPES.items():
         value = body.get(field)
-        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
-            raise BadRequest(f"`{field}` has the wrong type", param=field, code="invalid_type")
+        is_wrong = not isinstance(value, types) or isinstance(value, bool) and bool not in types
+        if value is not None and is_wrong:
+            raise _bad(f"`{field}` has the wrong type", field, "invalid_type")
     if body.get("conversation") and body.get("previous_response_id"):
-        raise BadRequest("`previous_response_id` and `conversation` exclude each other", param="previous_response_id",
-                         code="mutually_exclusive_parameters")
+        raise _bad("`previous_response_id` and `conversation` exclude each other",
+                   "previous_response_id", "mutually_exclusive_parameters")
     for field, sentence in _REFUSED_FIELDS.items():
         if body.get(field):
-            raise BadRequest(sentence, param=field, code="unsupported_parameter")
+            raise _bad(sentence, field, "unsupported_parameter")
     if body.get("max_output_tokens") is not None and body["max_output_tokens"] < 1:
-        raise BadRequest("`max_output_tokens` must be at least 1", param="max_output_tokens",
-                         code="integer_below_min_value")
+        raise _bad("`max_output_tokens` must be at least 1", "max_output_tokens",
+                   "integer_below_min_value")
+
+
+def _kind_of(item: Json) -> Any:
+    return item.get("type") or ("message" if "role" in item else "item_reference")
 
 
 def _input_items(body: Json, recall: Callable[[str], Optional[List[Json]]],
@@ -5830,81 +5901,79 @@ def _input_items(body: Json, recall: Callable[[str], Optional[List[Json]]],
     """All items of the conversation: the stored ones, then the given ones, each with its type."""
     previous, given = body.get("previous_response_id"), body.get("input")
     if given is None and not previous:
-        raise BadRequest("`input` is missing", param="input", code="missing_required_parameter")
+        raise _bad("`input` is missing", "input", "missing_required_parameter")
     items = recall(previous) if previous else []
     if items is None:
-        raise BadRequest(f"Previous response with id '{previous}' not found.", param="previous_response_id",
-                         code="previous_response_not_found")
+        raise _bad(f"Previous response with id '{previous}' not found.", "previous_response_id",
+                   "previous_response_not_found")
     if isinstance(given, str):
         given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
     given = _objects(given, "input")
     here = {item["id"] for item in [*items, *given]
-            if isinstance(item.get("id"), str) and not _refers(item)}
+            if isinstance(item.get("id"), str) and _kind_of(item) != "item_reference"}
 
     def is_repeated(item: Json) -> bool:
-        return _refers(item) and isinstance(item.get("id"), str) and item["id"] in here
+        return _kind_of(item) == "item_reference" and isinstance(item.get("id"), str) and (
+            item["id"] in here)
 
     return [*items, *(_typed(item, find) for item in given if not is_repeated(item))]
 
 
-def _refers(item: Json) -> bool:
-    return (item.get("type") or ("message" if "role" in item else "item_reference")) == "item_reference"
-
-
 def _typed(item: Json, find: Callable[[str], Optional[Json]]) -> Json:
     """An item with its type; what it stands for, where it is a reference."""
-    kind = item.get("type") or ("message" if "role" in item else "item_reference")
+    kind = _kind_of(item)
     if not isinstance(kind, str):
-        raise BadRequest("the `type` of an item must be a string", param="input", code="invalid_type")
+        raise _bad("the `type` of an item must be a string", "input", "invalid_type")
     if kind != "item_reference":
         return item if item.get("type") else {**item, "type": kind}
     found = find(_required(item, "id", "input"))
     if found is None:
-        raise BadRequest(f"Item with id '{item['id']}' not found.", param="input", code="item_not_found")
+        raise _bad(f"Item with id '{item['id']}' not found.", "input", "item_not_found")
     return found
 
 
+# --- request: parts of a content ---
+
 def _image_part(part: Json, profile: Json) -> Json:
-    if not profile["vision"]:
-        return {"type": "text", "text": NO_IMAGE}
     if isinstance(part.get("image_url"), dict):          # as in Chat
         part = {**part["image_url"], "image_url": part["image_url"].get("url")}
-    if not isinstance(part.get("image_url"), str):
-        raise BadRequest("an `input_image` needs an `image_url`: files are not kept here", param="input",
-                         code="unsupported_value")
-    url, detail = part["image_url"], part.get("detail")
+    url = part.get("image_url")
+    if not isinstance(url, str):
+        raise _bad("an `input_image` needs an `image_url`: files are not kept here", "input",
+                   "unsupported_value")
     head, comma, data = url.partition(",")
     if head.startswith("data:") and not (comma and head.endswith(";base64") and is_base64(data)):
-        raise BadRequest("an `image_url` that begins with data: must hold an image in base64",
-                         param="input", code="invalid_image_url")
-    return {"type": "image_url", "image_url": {"url": url,
-                                               **({"detail": detail} if detail not in (None, "auto") else {})}}
+        raise _bad("an `image_url` that begins with data: must hold an image in base64", "input",
+                   "invalid_image_url")
+    return image_part(url, profile, part.get("detail"))
 
 
 def _file_part(part: Json, profile: Json) -> Json:
-    """A file, its text or a note in its place: a 400 would come again with each later request of the conversation."""
-    name, data, url = (part.get(key) if isinstance(part.get(key), str) else "" for key in (
-        "filename", "file_data", "file_url"))
+    """A file, its text or a note in its place: a 400 would come again with each later request."""
+    name, data, url = (part.get(key) if isinstance(part.get(key), str) else ""
+                       for key in ("filename", "file_data", "file_url"))
     if not data and not url:
-        raise BadRequest("an `input_file` needs `file_data`: files are not kept here", param="input",
-                         code="unsupported_value")
+        raise _bad("an `input_file` needs `file_data`: files are not kept here", "input",
+                   "unsupported_value")
     if not data:
-        return {"type": "text", "text": f"[a file was here ({one_line(name or url)}); none is fetched by this server: "
-                                        "use a tool to read it]"}
+        return text_part(f"[a file was here ({one_line(name or url)}); none is fetched by this "
+                         "server: use a tool to read it]")
     if profile["files"]:
         return {"type": "file", "file": {"filename": name or "document.pdf", "file_data": data}}
     text = _text_of_file(data)
     if text is None:
         note = NO_PDF if name.endswith(".pdf") or not name else NO_PDF.replace("PDF", "file")
-        return {"type": "text", "text": note.format(name or "document.pdf")}
-    return {"type": "text", "text": f"File {name}:\n{text}" if name else text}
+        return text_part(note.format(name or "document.pdf"))
+    return text_part(f"File {name}:\n{text}" if name else text)
 
 
 def _text_of_file(data: str) -> Optional[str]:
-    """What a data URL or bare base64 says, None where it is no text: UTF-8, or what is called text."""
+    """What a data URL or bare base64 says, None where it is no text: UTF-8, or what is called text.
+    """
     head, _, body = data.partition(",") if data.startswith("data:") else ("data:;base64", "", data)
     try:
-        raw = base64.b64decode(body) if head.endswith(";base64") else urllib.parse.unquote_to_bytes(body)
+        raw = base64.b64decode(body) if head.endswith(";base64") else (
+            urllib.parse.unquote_to_bytes(body))
         text = raw.decode("utf-8-sig", "replace" if head.startswith("data:text/") else "strict")
     except ValueError:
         return None
@@ -5915,18 +5984,22 @@ def _audio_part(part: Json, profile: Json) -> Json:
     return {"type": "input_audio", "input_audio": part.get("input_audio")}
 
 
-#: Which field of a part is its text; `encrypted_content` is Codex's for agent_message, plain text through us.
-_TEXT_FIELDS = {"input_text": "text", "output_text": "text", "text": "text", "summary_text": "text",
-                "reasoning_text": "text", "refusal": "refusal", "encrypted_content": "encrypted_content"}
-_OTHER_PARTS = {"input_image": _image_part, "image_url": _image_part,
-                "input_file": _file_part, "input_audio": _audio_part}
+#: Which field of a part is its text; `encrypted_content` is Codex's for agent_message, plain text
+#: through us.
+_TEXT_FIELDS = {"input_text": "text", "output_text": "text", "text": "text",
+                "summary_text": "text", "reasoning_text": "text", "refusal": "refusal",
+                "encrypted_content": "encrypted_content"}
+_PART_OF_KIND: Dict[str, Callable[[Json, Json], Json]] = {
+    "input_image": _image_part, "image_url": _image_part, "input_file": _file_part,
+    "input_audio": _audio_part}
 
 
 def _texts_of(content: Any) -> List[str]:
     """The texts of a content, which is a string or a list of parts."""
     if isinstance(content, str):
         return [content] if content else []
-    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    parts = [part for part in content if isinstance(part, dict)] \
+        if isinstance(content, list) else []
     texts = [part.get(_TEXT_FIELDS.get(str(part.get("type")), "")) for part in parts]
     return [text for text in texts if isinstance(text, str) and text]
 
@@ -5934,43 +6007,44 @@ def _texts_of(content: Any) -> List[str]:
 def _chat_parts(content: Any, profile: Json) -> List[Json]:
     parts: List[Json] = []
     for part in content if isinstance(content, list) else [content]:
-        made = _OTHER_PARTS.get(str(part.get("type"))) if isinstance(part, dict) else None
-        if made:
-            parts.append(made(part, profile))
+        make = _PART_OF_KIND.get(str(part.get("type"))) if isinstance(part, dict) else None
+        if make:
+            parts.append(make(part, profile))
         else:
-            parts += [{"type": "text", "text": text} for text in _texts_of([part] if isinstance(part, dict) else part)]
+            texts = _texts_of([part] if isinstance(part, dict) else part)
+            parts += map(text_part, texts)
     return parts
 
 
 def _knows(parts: List[Any]) -> bool:
     """Whether any of these parts is of a kind that can be told."""
     return any(isinstance(part, str) or isinstance(part, dict) and (
-        str(part.get("type")) in {**_TEXT_FIELDS, **_OTHER_PARTS}) for part in parts)
+        str(part.get("type")) in {**_TEXT_FIELDS, **_PART_OF_KIND}) for part in parts)
 
 
 def _check_content(content: Any) -> None:
-    """BadRequest for a message of which nothing would be left; an unknown part beside others is passed over."""
+    """BadRequest for a message of which nothing would be left; an unknown part beside others is
+    passed over.
+    """
     if isinstance(content, list) and content and not _knows(content):
         kind = content[0].get("type") if isinstance(content[0], dict) else content[0]
-        raise BadRequest(f"a message can't have content of type {one_line(json.dumps(kind), 60)}", param="input",
-                         code="invalid_value")
+        raise _bad(f"a message can't have content of type {one_line(json.dumps(kind), 60)}",
+                   "input")
     if content is not None and not isinstance(content, (str, list)):
-        raise BadRequest("the `content` of a message must be a string or a list of parts", param="input",
-                         code="invalid_type")
+        raise _bad("the `content` of a message must be a string or a list of parts", "input",
+                   "invalid_type")
 
 
-def _chat_content(parts: List[Json]) -> Any:
-    """A plain string where all is text: every server takes that."""
-    if all(part["type"] == "text" for part in parts):
-        return "\n\n".join(part["text"] for part in parts)
-    return parts
-
+# --- request: calls and their outputs ---
 
 def _loads(text: Any) -> Any:
-    """The JSON value of `text`, decoded twice where it is a string that holds an object; None for what is no JSON."""
+    """The JSON value of `text`, decoded twice where it is a string that holds an object; None for
+    what is no JSON.
+    """
     try:
         value = _DECODER.decode(text)
-        return _DECODER.decode(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
+        is_twice = isinstance(value, str) and value.lstrip().startswith("{")
+        return _DECODER.decode(value) if is_twice else value
     except (ValueError, TypeError, RecursionError):
         return None
 
@@ -5986,29 +6060,8 @@ def _function_arguments(item: Json, kind: str) -> str:
             return value
         value = parsed if isinstance(parsed, dict) else {"INVALID_JSON": value}
     fields = value.items() if isinstance(value, dict) else ()
-    return dump_json({k: v for k, v in fields if v is not None and (k, v) != ("type", "exec")}).decode()
-
-
-def _shell_text(item: Json) -> Any:
-    """What the commands of a shell_call printed, and how each ended."""
-    if not isinstance(item.get("output"), list):
-        return _output_content(item)
-    lines: List[str] = []
-    for entry in _objects(item["output"], "input"):
-        outcome = entry.get("outcome") if isinstance(entry.get("outcome"), dict) else {}
-        timeout = outcome.get("type") == "timeout"
-        lines += [str(entry.get("stdout") or ""), f"[stderr]\n{entry['stderr']}" if entry.get("stderr") else "",
-                  "[timed out]" if timeout else f"[exit code {outcome.get('exit_code', 'unknown')}]"]
-    return "\n".join(line.rstrip("\n") for line in lines if line)
-
-
-def _patch_text(item: Json) -> str:
-    failed = "[tool error] " if item.get("status") == "failed" else ""
-    return failed + str(item.get("output") or item.get("status") or "")
-
-
-_RESULT_TEXTS: Dict[str, Callable[[Json], Any]] = {
-    "shell_call_output": _shell_text, "apply_patch_call_output": _patch_text}
+    return dump_json({name: given for name, given in fields
+                      if given is not None and (name, given) != ("type", "exec")}).decode()
 
 
 def _output_content(item: Json) -> Any:
@@ -6016,7 +6069,8 @@ def _output_content(item: Json) -> Any:
     output = item.get("output")
     if isinstance(output, str) or output is None:
         return output or ""
-    if isinstance(output, list) and all(isinstance(part, dict) for part in output) and (_knows(output) or not output):
+    if isinstance(output, list) and all(isinstance(part, dict) for part in output) and (
+            _knows(output) or not output):
         return output
     return dump_json(output).decode()
 
@@ -6027,7 +6081,8 @@ def _call_id(item: Json) -> str:
 
 def _answered_id(item: Json) -> str:
     """The call an output belongs to; a local shell's has none but its own id."""
-    return _call_id({**item, "id": item.get("id") if item["type"] == "local_shell_call_output" else None})
+    own = item.get("id") if item["type"] == "local_shell_call_output" else None
+    return _call_id({**item, "id": own})
 
 
 def _is_call(item: Json) -> bool:
@@ -6044,29 +6099,33 @@ def _pair_outputs(items: Sequence[Json]) -> Tuple[Dict[int, Json], Set[int]]:
     for place, item in enumerate(items):
         if not _is_call(item):
             continue
-        own = item.get("id") if item["type"] == "local_shell_call" else None     # its output may name either
-        for ident in {_call_id(item), own if isinstance(own, str) else _call_id(item)}:
+        idents = {_call_id(item)}
+        if item["type"] == "local_shell_call" and isinstance(item.get("id"), str):
+            idents.add(item["id"])               # its output may name either
+        for ident in idents:
             by_id.setdefault(ident, deque()).append(place)
         if isinstance(item.get("name"), str):
             named.setdefault(item["name"], deque()).append(place)
     paired: Dict[int, Json] = {}
     strays: Set[int] = set()
     for place, item in enumerate(items):
-        if item["type"] in _KIND_OF_OUTPUT:
-            wanted, name = _answered_id(item), item.get("name")
-            calls = by_id.get(wanted) if wanted else named.get(name) if isinstance(name, str) else None
-            while calls and calls[0] in paired:
-                calls.popleft()
-            if calls:
-                paired[calls.popleft()] = item
-            else:
-                strays.add(place)
+        if item["type"] not in _OUTPUTS:
+            continue
+        wanted, name = _answered_id(item), item.get("name")
+        calls = by_id.get(wanted) if wanted else (
+            named.get(name) if isinstance(name, str) else None)
+        while calls and calls[0] in paired:
+            calls.popleft()
+        if calls:
+            paired[calls.popleft()] = item
+        else:
+            strays.add(place)
     return paired, strays
 
 
-# --- request: messages ---
+# --- request: the history ---
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class _Step:
     """One assistant message in the making."""
     reasoning: List[str] = field(default_factory=list)
@@ -6074,160 +6133,103 @@ class _Step:
     texts: List[str] = field(default_factory=list)
     calls: List[Json] = field(default_factory=list)
     outputs: List[Optional[Json]] = field(default_factory=list)
-    spoke: bool = False
+    is_message: bool = False
 
 
 class _ItemHistory:
-    """Input items into chat messages: each step becomes one assistant message and its tool messages."""
+    """Reads input items into a ChatHistory: reasoning, texts and calls in a row are one step."""
 
-    def __init__(self, tools: _ResponseTools, profile: Json, seal: Seal, thinking: Optional[bool]) -> None:
-        self.leading: List[str] = []         #: system texts before anything else
-        self.messages: List[Json] = []
+    def __init__(self, tools: _ResponseTools, profile: Json, seal: Seal,
+                 thinking: Optional[bool]) -> None:
+        self.chat = ChatHistory(profile, thinking, merges=False)
         self._tools, self._profile, self._seal = tools, profile, seal
-        wish = profile["require_reasoning_on_tool_calls"]
-        self._pads_calls = wish and thinking is not False
-        self._pads_all = wish == "all" and thinking is not False
-        self._step: Optional[_Step] = None
-        self._attached: List[Json] = []      #: images and files of tool results, for the next user message
+        self._step = _Step()
 
     def read(self, items: Sequence[Json]) -> None:
         paired, strays = _pair_outputs(items)
         for place, item in enumerate(items):
             if _is_call(item):
                 self._add_call(place, item, paired.get(place))
-            elif item["type"] in _KIND_OF_OUTPUT:
+            elif item["type"] in _OUTPUTS:
                 self._end_step()
-                if place in strays:
-                    self._add_stray(item)
+                # the tools that a search found have joined the list
+                if place in strays and item["type"] != "tool_search_output":
+                    self.chat.add_result(_answered_id(item), self._output_parts(item))
             elif item["type"] in self._READERS:
                 self._READERS[item["type"]](self, item)
         self._end_step()
-        self._attach()
+        self.chat.end_step()
 
     def _current(self) -> _Step:
         """The step that reasoning or text goes to: after a call a new one."""
-        if self._step and self._step.calls:
+        if self._step.calls:
             self._end_step()
-        if self._step is None:
-            self._step = _Step()
         return self._step
 
     def _add_message(self, item: Json) -> None:
-        role = item.get("role")
-        _check_content(item.get("content"))
+        role, content = item.get("role"), item.get("content")
+        _check_content(content)
         if role == "assistant":
             step = self._current()
-            step.spoke = True
-            step.texts.append("".join(_texts_of(item.get("content"))))
+            step.is_message = True
+            step.texts.append("".join(_texts_of(content)))
         elif role in ("system", "developer"):
             self._end_step()
-            self._attach()
-            self._add_system("\n\n".join(_texts_of(item.get("content"))))
+            self.chat.add_system("\n\n".join(_texts_of(content)))
         elif role == "user":
-            self._say(_chat_parts(item.get("content"), self._profile))
+            self._add_user(content)
         else:
-            raise BadRequest(f"a message can't have the role {role!r}", param="input", code="invalid_value")
+            raise _bad(f"a message can't have the role {role!r}", "input")
 
-    def _add_system(self, text: str) -> None:
-        if not self.messages:
-            self.leading.append(text)
-        elif not text:
-            return
-        elif self._profile["mid_system"] == "user":
-            self.messages.append({"role": "user", "content": f"<system>\n{text}\n</system>"})
-        else:
-            self.messages.append({"role": "system", "content": text})
+    def _add_user(self, content: Any) -> None:
+        self._end_step()
+        self.chat.add_user(_chat_parts(content, self._profile))
 
     def _add_agent_message(self, item: Json) -> None:
-        head = [f"Message from {item['author']}:"] if isinstance(item.get("author"), str) else []
-        self._say(_chat_parts("\n".join(head + _texts_of(item.get("content"))), self._profile))
+        author = item.get("author")
+        head = [f"Message from {author}:"] if isinstance(author, str) else []
+        self._add_user("\n".join(head + _texts_of(item.get("content"))))
 
     def _add_compaction(self, item: Json) -> None:
         summary = (self._seal.open(item.get("encrypted_content")) or {}).get("summary")
         if not isinstance(summary, str):
-            raise BadRequest(_FOREIGN_SUMMARY, param="input", code="invalid_encrypted_content")
-        self._say(_chat_parts(_SUMMARY_HEAD + summary, self._profile))
+            raise _bad(_FOREIGN_SUMMARY, "input", "invalid_encrypted_content")
+        self._add_user(_SUMMARY_HEAD + summary)
 
     def _add_reasoning(self, item: Json) -> None:
         step = self._current()
         carried = self._seal.open(item.get("encrypted_content")) or {}
         shown, summary = ("\n\n".join(_texts_of(item.get(name))) for name in ("content", "summary"))
-        text = shown or carried.get("reasoning") or summary
-        if text:
-            step.reasoning.append(text)
+        step.reasoning.append(shown or carried.get("reasoning") or summary)
         step.details += carried.get("details") or []
 
     def _add_call(self, place: int, item: Json, output: Optional[Json]) -> None:
-        if self._step is None:
-            self._step = _Step()
         kind, namespace = _KIND_OF_CALL[item["type"]], item.get("namespace")
         name = _required(item, "name", "input") if kind in ("function", "custom") else kind
         tool = _Tool(kind, name, namespace if isinstance(namespace, str) else None)
-        self._step.calls.append({
-            "id": _call_id(item) or f"call_{place}", "type": "function",
-            "function": {"name": self._tools.name(tool), "arguments": _function_arguments(item, kind)}})
+        function = {"name": self._tools.name(tool), "arguments": _function_arguments(item, kind)}
+        self._step.calls.append({"id": _call_id(item) or f"call_{place}", "type": "function",
+                                 "function": function})
         self._step.outputs.append(output)
 
-    def _add_stray(self, item: Json) -> None:
-        if item["type"] != "tool_search_output":     # its tools have joined the list
-            parts = self._output_parts(item)
-            said = "\n\n".join(part["text"] for part in parts if part["type"] == "text")
-            self._say([{"type": "text", "text": f"[result of tool call {_answered_id(item)}]\n{said}"},
-                       *(part for part in parts if part["type"] != "text")])
-
-    def _say(self, parts: List[Json]) -> None:
-        self._end_step()
-        parts, self._attached = self._attached + parts, []
-        self.messages.append({"role": "user", "content": _chat_content(parts)})
-
-    def _attach(self) -> None:
-        if self._attached:
-            self._say([])
-
     def _end_step(self) -> None:
-        step, self._step = self._step, None
-        if step is None or not (step.spoke or step.calls):
+        step, self._step = self._step, _Step()
+        if not step.is_message and not step.calls:
             return                               # reasoning that led to nothing
-        self._attach()
-        text = "\n\n".join(text for text in step.texts if text)
-        message: Json = {"role": "assistant", "content": text or (None if step.calls else "")}
-        self._put_reasoning(message, step)
-        if step.calls:
-            message["tool_calls"] = step.calls
-        self.messages.append(message)
+        self.chat.add_assistant(step.texts, step.reasoning, step.details, step.calls)
         for call, output in zip(step.calls, step.outputs):
-            self._attached += self._add_result(call["id"], output)
-
-    def _put_reasoning(self, message: Json, step: _Step) -> None:
-        target, text = self._profile["reasoning_field"], "\n\n".join(step.reasoning)
-        if target and step.details:
-            message["reasoning_details"] = step.details
-        elif target == "reasoning_details" and text:
-            message[target] = [{"type": "reasoning.text", "text": text}]
-        required = self._pads_all or self._pads_calls and step.calls
-        if target and target != "reasoning_details" and (text or required):
-            message[target] = text
-
-    def _add_result(self, call_id: str, output: Optional[Json]) -> List[Json]:
-        """The tool message, text only; returns the parts that must follow in a user message."""
-        parts = self._output_parts(output) if output else [{"type": "text", "text": NO_RESULT}]
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        files = [part for part in parts if part["type"] != "text"]
-        if files:
-            texts.append(f"[{len(files)} attachment(s) of this result follow in the next user message]")
-            files.insert(0, {"type": "text", "text": f"Attachment(s) of tool result {call_id}:"})
-        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": "\n\n".join(texts)})
-        return files
+            self.chat.add_result(call["id"], self._output_parts(output) if output else
+                                 [text_part(NO_RESULT)])
 
     def _output_parts(self, item: Json) -> List[Json]:
         if item["type"] == "tool_search_output":
             found = self._tools.names(item.get("tools"))
-            return [{"type": "text", "text": f"Tools found: {found}" if found else "No tools found."}]
-        render = _RESULT_TEXTS.get(item["type"], _output_content)
-        return _chat_parts(render(item), self._profile)
+            return [text_part(f"Tools found: {found}" if found else "No tools found.")]
+        return _chat_parts(_output_content(item), self._profile)
 
-    #: Types that are no call and no output. The effect of OpenAI's own calls (web_search_call, mcp_call, …) is in the
-    #: text that follows them; Codex's ghost_snapshot and whatever is unknown means nothing to a model.
+    #: Types that are no call and no output. The effect of OpenAI's own calls (web_search_call,
+    #: mcp_call, …) is in the text that follows them; Codex's ghost_snapshot and whatever is
+    #: unknown means nothing to a model.
     _READERS: Dict[str, Callable[[_ItemHistory, Json], None]] = {
         "message": _add_message, "agent_message": _add_agent_message, "reasoning": _add_reasoning,
         "compaction": _add_compaction, "compaction_summary": _add_compaction}
@@ -6235,32 +6237,29 @@ class _ItemHistory:
 
 # --- request: the turn ---
 
-def _answer_format(form: Any, profile: Json) -> Tuple[Optional[Json], Optional[str]]:
-    """response_format for Chat, and what to add to the system message where the provider can't do it."""
+def _answer_format(form: Any) -> Json:
+    """Chat's response_format, as a field."""
     kind = form.get("type") if isinstance(form, dict) else form
     if kind in (None, "text"):
-        return None, None
-    if kind not in ("json_object", "json_schema") or form == "json_schema":        # nothing says which schema
-        raise BadRequest(f"`text.format` can't be {one_line(json.dumps(kind), 60)}: text, json_object or json_schema "
-                         "expected", param="text.format", code="invalid_value")
-    known = profile["structured_output"]
-    as_object = {"type": "json_object"} if known != "prompt" else None
+        return {}
+    # a bare "json_schema" does not say which
+    if kind not in ("json_object", "json_schema") or form == "json_schema":
+        raise _bad(f"`text.format` can't be {one_line(json.dumps(kind), 60)}: text, json_object or "
+                   "json_schema expected", "text.format")
     if kind == "json_object":
-        return as_object, None if as_object else "Answer with nothing but a JSON object."
+        return {"response_format": {"type": kind}}
     schema = form.get("schema") if isinstance(form.get("schema"), dict) else {}
-    if known != "json_schema":
-        text = dump_json(schema).decode()
-        return as_object, f"Answer with nothing but JSON that fits this JSON Schema:\n{text}"
-    extra = {key: form[key] for key in ("strict", "description") if form.get(key) is not None}
-    named = {"name": form.get("name") or "output", "schema": schema, **extra}
-    return {"type": "json_schema", "json_schema": named}, None
+    more = {key: form[key] for key in ("strict", "description") if form.get(key) is not None}
+    named = {"name": form.get("name") or "output", "schema": schema, **more}
+    return {"response_format": {"type": kind, "json_schema": named}}
 
 
 class ResponsesTurn:
     """One Responses request: the chat request for the upstream, and the way back."""
 
     def __init__(self, body: Json, profile: Json, model: str, *, now: float,
-                 recall: Callable[[str], Optional[List[Json]]], item: Callable[[str], Optional[Json]],
+                 recall: Callable[[str], Optional[List[Json]]],
+                 item: Callable[[str], Optional[Json]],
                  seal: Seal, codex: bool = False, compact: bool = False) -> None:
         _check_fields(body)
         items = _input_items(body, recall, item)
@@ -6269,7 +6268,8 @@ class ResponsesTurn:
         self.store = body.get("store") is not False
         self.model = body.get("model") or model
         self.now, self.seal, self.codex, self.profile = now, seal, codex, profile
-        self.carriers: Dict[str, Json] = {}  #: what to keep of reasoning beside what is shown, by its item
+        #: what to keep of reasoning beside what is shown, by its item
+        self.carriers: Dict[str, Json] = {}
         self._body = body
         self._reasoning, self._text = self._configuration()
         include = body.get("include") or []
@@ -6278,29 +6278,38 @@ class ResponsesTurn:
         summary = self._reasoning.get("summary") or self._reasoning.get("generate_summary")
         self.summarises = summary not in (None, "none")
         self.echo = self._echoed(summary)
-        # Codex lists web_search in each request: a maker's own search would be made, and paid, each time
+        # Codex lists web_search in each request: a maker's own would be made, and paid, each time
         searches = codex and isinstance(profile["server_tools"], dict)
         self.tools = _ResponseTools({**profile, "server_tools": "drop"} if searches else profile)
-        self.chat = self._convert(model)
+        self.tools.add(body.get("tools"))
+        for entry in self.items:
+            if entry["type"] in ("additional_tools", "tool_search_output"):
+                self.tools.add(entry.get("tools"))
+        effort = self._reasoning.get("effort")
+        wishes = Wishes(None if effort is None else effort != "none", None, effort,
+                        () if self.compacts else self.tools.missing)
+        chat = self._to_chat(model, wishes.thinking)
+        #: models that are asked by a prompt alone like to put ``` around their JSON
+        self.unfence = profile["structured_output"] == "prompt" and "response_format" in chat
+        self.chat = finish_chat(chat, profile, wishes)
 
     @property
     def call_ids(self) -> Set[str]:
         """Ids that earlier calls of the conversation have."""
         return {_call_id(item) for item in self.items if _is_call(item)}
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """About how many tokens the chat request takes."""
-        tools, form = self.chat.get("tools"), self.chat.get("response_format")
-        return sum(4 + _said_tokens(message) for message in self.chat["messages"]) + sum(
-            estimate_tokens(_compact(part)) for part in (tools, form) if part)
+        return count_chat_tokens(self.chat)
 
     def stream(self, new_id: Callable[[str], str]) -> ResponsesStream:
         return (_CompactionStream if self.compacts else ResponsesStream)(self, new_id)
 
     def _configuration(self) -> Tuple[Json, Json]:
         """reasoning and text, as changed by the conversation's configuration_update items."""
-        reasoning, text = dict(self._body.get("reasoning") or {}), dict(self._body.get("text") or {})
+        reasoning = dict(self._body.get("reasoning") or {})
+        text = dict(self._body.get("text") or {})
         for item in self.items:
             if item["type"] == "configuration_update":
                 for settings, name in ((reasoning, "reasoning"), (text, "text")):
@@ -6313,125 +6322,87 @@ class ResponsesTurn:
         def given(name: str, default: Any) -> Any:
             return default if body.get(name) is None else body[name]
 
-        return {"background": False, "instructions": body.get("instructions"), "metadata": given("metadata", {}),
+        return {"background": False, "instructions": body.get("instructions"),
+                "metadata": given("metadata", {}),
                 "max_output_tokens": body.get("max_output_tokens"),
                 "parallel_tool_calls": given("parallel_tool_calls", True),
                 "previous_response_id": body.get("previous_response_id"),
-                "reasoning": {"effort": self._reasoning.get("effort"), "summary": summary}, "store": self.store,
+                "reasoning": {"effort": self._reasoning.get("effort"), "summary": summary},
+                "store": self.store,
                 "text": {**self._text, "format": self._text.get("format") or {"type": "text"}},
                 "temperature": given("temperature", 1.0), "top_p": given("top_p", 1.0),
                 "tool_choice": given("tool_choice", "auto"), "tools": given("tools", []),
                 "truncation": given("truncation", "disabled")}
 
-    def _convert(self, model: str) -> Json:
-        effort = self._reasoning.get("effort")
-        thinking = None if effort is None else effort != "none"
-        self._collect_tools()
-        form, demand = (None, None) if self.compacts else _answer_format(self._text.get("format"), self.profile)
-        self.unfence = bool(demand) and self.profile["structured_output"] == "prompt"
-        chat: Json = {"model": model, "messages": self._messages(thinking, demand)}
-        if self._body.get("stream"):
-            chat["stream"] = True
-            if self.profile["stream_usage"]:
-                chat["stream_options"] = {"include_usage": True}
-        self._put_sampling(chat)
-        self._put_extras(chat)
-        set_thinking(chat, self.profile, thinking, effort=effort)
-        if form:
-            chat["response_format"] = form
-        if not self.compacts:
-            self._put_tools(chat, thinking)
-        return chat
-
-    def _collect_tools(self) -> None:
-        self.tools.add(self._body.get("tools"))
-        for item in self.items:
-            if item["type"] in ("additional_tools", "tool_search_output"):
-                self.tools.add(item.get("tools"))
-
-    def _messages(self, thinking: Optional[bool], demand: Optional[str]) -> List[Json]:
+    def _to_chat(self, model: str, thinking: Optional[bool]) -> Json:
+        """The chat request in OpenAI's words."""
         history = _ItemHistory(self.tools, self.profile, self.seal, thinking)
         history.read(self.items)
-        system = "\n\n".join(text for text in (self._body.get("instructions"), *history.leading, demand) if text)
-        if not history.messages and not history.leading:
-            raise BadRequest("`input` holds no message", param="input", code="invalid_value")
-        messages = [{"role": "system", "content": system}] if system else []
-        messages += history.messages
+        messages, leading = history.chat.messages, history.chat.leading
+        if not messages and not leading:
+            raise _bad("`input` holds no message", "input")
+        system = "\n\n".join(filter(None, [self._body.get("instructions"), *leading]))
+        chat: Json = {"model": model, "messages": [
+            *([{"role": "system", "content": system}] if system else []), *messages]}
+        if self._body.get("stream"):
+            chat["stream"] = True
+        chat.update((name, self._body[field]) for name, field in _SAMPLING.items()
+                    if self._body.get(field) is not None)
+        self._put_extras(chat)
         if self.compacts:
-            messages.append({"role": "user", "content": _SUMMARISE})
-        return messages
-
-    def _put_sampling(self, chat: Json) -> None:
-        limit, ceiling = self._body.get("max_output_tokens"), self.profile.get("max_output")
-        if limit is not None:
-            chat[self.profile["max_tokens_field"]] = min(limit, ceiling) if ceiling else limit
-        for name in ("temperature", "top_p"):
-            if self._body.get(name) is not None:
-                chat[name] = self._body[name]
-        if self._logprobs and not self.compacts:
+            chat["messages"].append({"role": "user", "content": _SUMMARISE})
+            return chat
+        chat.update(_answer_format(self._text.get("format")))
+        if self._logprobs:
             chat["logprobs"] = True
             if self._body.get("top_logprobs") is not None:
                 chat["top_logprobs"] = self._body["top_logprobs"]
+        self._put_tools(chat)
+        return chat
 
     def _put_extras(self, chat: Json) -> None:
-        """What only some providers know: for whom it is, and what their machines want to be told."""
-        given, known = {**self._body, "verbosity": self._text.get("verbosity")}, self.profile["extra_fields"]
+        """What only some providers know: for whom it is, and what their machines want to be told.
+        """
+        given = {**self._body, "verbosity": self._text.get("verbosity")}
         user = given.get("safety_identifier") or given.get("user")
-        if isinstance(user, str) and self.profile["user_field"] and "user" in known:
-            chat[self.profile["user_field"]] = user
-        chat.update((name, given[name]) for name in ("verbosity", "prompt_cache_key", "service_tier")
-                    if name in known and given.get(name) is not None)
+        given["user"] = user if isinstance(user, str) else None
+        chat.update((name, given[name])
+                    for name in ("user", "verbosity", "prompt_cache_key", "service_tier")
+                    if name in self.profile["extra_fields"] and given.get(name) is not None)
 
-    def _put_tools(self, chat: Json, thinking: Optional[bool]) -> None:
+    def _put_tools(self, chat: Json) -> None:
         chat.update(self.tools.fields())
         choice = self.tools.choose(self._body.get("tool_choice")) if self.tools.listed() else None
         listed = self.tools.listed()
         if not listed:
             return
-        forced = choice not in (None, "none", "auto")
-        if forced and not (self.profile["forced_tool_choice"] and (
-                self.profile["forced_tool_choice_with_thinking"] or not thinking)):
-            choice = "auto"
-        if choice == "none" and not self.profile["forced_tool_choice"]:
-            return                               # there is no other way to say it
         chat["tools"] = listed
         if choice is not None:
             chat["tool_choice"] = choice
-        if self._body.get("parallel_tool_calls") is not None and self.profile["parallel_tool_calls"]:
+        if self._body.get("parallel_tool_calls") is not None:
             chat["parallel_tool_calls"] = self._body["parallel_tool_calls"]
 
 
+#: Chat's names of fields that are passed on -> those of Responses.
+_SAMPLING = {"max_tokens": "max_output_tokens", "temperature": "temperature", "top_p": "top_p"}
+
+
 def compact_reply(turn: ResponsesTurn, response: Json, new_id: Callable[[str], str]) -> Json:
-    """The answer of POST /v1/responses/compact to a turn made with `compact=True`: user messages, then the summary."""
+    """The answer of POST /v1/responses/compact to a turn made with `compact=True`: user messages,
+    then the summary.
+    """
     said = [{"id": new_id("msg_"), "status": "completed", **item} for item in turn.items
             if item["type"] == "message" and item.get("role") == "user"]
-    return {"id": response["id"], "object": "response.compaction", "created_at": response["created_at"],
+    return {"id": response["id"], "object": "response.compaction",
+            "created_at": response["created_at"],
             "output": said + response["output"], "usage": response["usage"]}
-
-
-#: Where the texts of messages and items are; the rest (ids, types, seals) no model reads.
-_SAID = ("content", "text", "refusal", "summary", "name", "arguments", "input", "output", "action", "operation",
-         "function", "tool_calls", "reasoning_content", "reasoning")
-
-
-def _said_tokens(value: Any) -> int:
-    """About how many tokens the texts of a message or an item take; pictures and files count as one picture."""
-    if isinstance(value, str):
-        return estimate_tokens(value)
-    if isinstance(value, list):
-        return sum(map(_said_tokens, value))
-    if not isinstance(value, dict):
-        return 0
-    if value.get("type") in (*_IMAGE_PARTS, "file"):
-        return 1500
-    return sum(estimate_tokens(_compact(said)) if isinstance(said, dict) and name != "function" else _said_tokens(said)
-               for name, said in ((name, value[name]) for name in _SAID if name in value))
 
 
 def count_response_tokens(body: Json, recall: Callable[[str], Optional[List[Json]]],
                           item: Callable[[str], Optional[Json]], seal: Seal) -> int:
-    """About how many tokens the request takes, for /v1/responses/input_tokens; BadRequest as for the request itself."""
-    return ResponsesTurn({"input": "", **body}, DEFAULT_PROFILE, "", now=0, recall=recall, item=item, seal=seal).tokens
+    """About how many tokens a Responses request takes; BadRequest as for the request itself."""
+    return ResponsesTurn({"input": "", **body}, DEFAULT_PROFILE, "", now=0, recall=recall,
+                         item=item, seal=seal).tokens
 
 
 # --- answer: arguments that arrive in pieces ---
@@ -7104,7 +7075,7 @@ class Translation:
         """The upstream's counts, else an estimate marked as one: a record is about a token."""
         if self._told:
             return parse_usage(self._told)
-        return Usage(prompt=len(self._call.text) // 4, estimated=True,
+        return Usage(prompt=self._prompt_tokens(), estimated=True,
                      completion=self.records or self._size // 5)
 
     def raw_estimate(self, is_worth: bool) -> int:
@@ -7148,6 +7119,12 @@ class Translation:
 
     # for the classes
 
+    def _prompt_tokens(self) -> int:
+        """An estimate of the prompt's tokens."""
+        body = self._call.body
+        return count_chat_tokens(body) if self._call.dialect.converses else (
+            len(self._call.text) // 4)
+
     def _encode_request(self) -> bytes:
         raise NotImplementedError
 
@@ -7182,13 +7159,18 @@ class ChatTranslation(Translation):
 
     def _encode_request(self) -> bytes:
         call, model = self._call, self._target.model
+        body = call.body
+        if call.dialect.converses:
+            wishes = Wishes(thinking=call.thinks or None, is_chat=True)
+            body = finish_chat(body, profile_of(self._target), wishes)
         if self._is_iflow:
-            body = adapt_to_iflow(call.body, model, self._memory.recall)
+            body = adapt_to_iflow(body, model, self._memory.recall)
+        elif self._requires_reasoning:
+            messages = refill_reasoning(body, self._memory.recall)
+            if messages is not body.get("messages"):
+                body = {**body, "messages": messages}
+        if body is not call.body:
             return dump_json({**body, "model": model})
-        if self._requires_reasoning:
-            messages = refill_reasoning(call.body, self._memory.recall)
-            if messages is not call.body.get("messages"):
-                return dump_json({**call.body, "messages": messages, "model": model})
         return (call.text if call.model == model else
                 splice_model(call.text, call.body, model)).encode()
 
@@ -7477,6 +7459,9 @@ class TurnTranslation(WrittenTranslation):
         value = chat.get("max_tokens") or chat.get("max_completion_tokens")
         return value if isinstance(value, int) else 0
 
+    def _prompt_tokens(self) -> int:
+        return count_chat_tokens(self._turn.chat)
+
     def _messages(self) -> Any:
         return self._call.body.get("messages") or self._turn.chat["messages"]
 
@@ -7523,6 +7508,9 @@ class MessagesTranslation(TurnTranslation):
 
     @property
     def estimate(self) -> int:
+        return self._turn.estimate
+
+    def _prompt_tokens(self) -> int:
         return self._turn.estimate
 
     @property

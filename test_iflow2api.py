@@ -2642,7 +2642,7 @@ def test_what_else_changes_between_requests_is_heeded(change):
 
 
 @pytest.mark.parametrize("block", [
-    {"type": "tool_addition", "tool": {**WEATHER, "name": "added"}}, {"type": "tool_removal", "tool": TIME}, {"type": "unheard_of"}])
+    {"type": "tool_addition", "tool": TIME}, {"type": "text", "text": "x"}])
 def test_what_changes_more_than_messages_is_not_remembered(block):
     talk = LONG_TALK[:4] + [says("user", "x"), says("system", block, output_config={"effort": "low"})] + LONG_TALK[6:]
     known = None
@@ -2963,14 +2963,10 @@ def test_system_messages_for_templates_with_one_at_the_top(first):
     assert got[-1] == {"role": "user", "content": "q\n\n<system>\nFrench.\n</system>"}
 
 
-def test_a_system_message_may_set_the_effort_and_change_the_tools():
-    definition = {"type": "tool_definition", "definition": TIME}
-    chat = turn_of({"tools": [WEATHER], "output_config": {"effort": "low"}, "messages": [user("q"), {
-        "role": "system", "output_config": {"effort": "high"}, "content": [
-            {"type": "tool_addition", "tool": definition},
-            {"type": "tool_removal", "tool": {"type": "tool_reference", "name": "get_weather"}}, text("S")]}]}).chat
+def test_a_system_message_may_set_the_effort():
+    chat = turn_of({"output_config": {"effort": "low"}, "messages": [
+        user("q"), {"role": "system", "output_config": {"effort": "high"}, "content": "S"}]}).chat
     assert chat["reasoning_effort"] == "high"
-    assert [tool["function"]["name"] for tool in chat["tools"]] == ["get_time"]
 
 
 @pytest.mark.parametrize("profile, expected", [
@@ -3076,12 +3072,9 @@ def test_native_search_on_responses():
     ("bash_20250124", "bash", "restart", "path"),
     ("text_editor_20250728", "str_replace_based_edit_tool", "str_replace", "undo_edit"),
     ("text_editor_20241022", "str_replace_editor", "undo_edit", "rename"),
-    ("memory_20250818", "memory", "rename", "undo_edit"),
-    ("computer_20241022", "computer", "640x480", "triple_click"),
-    ("computer_20251124", "computer", "zoom", "rename")])
+    ("memory_20250818", "memory", "rename", "undo_edit")])
 def test_typed_client_tools_get_schemas(kind, name, member, absent):
-    tool, = turn_of({"tools": [{"type": kind, "name": name, "display_width_px": 640,
-                                "display_height_px": 480}]}).chat["tools"]
+    tool, = turn_of({"tools": [{"type": kind, "name": name}]}).chat["tools"]
     assert tool["function"]["name"] == name and tool["function"]["parameters"]["properties"]
     assert member in json.dumps(tool) and absent not in json.dumps(tool)
 
@@ -3647,26 +3640,16 @@ def count(**body):
 
 
 def test_counting():
-    assert count(system="a" * 350) - count() == 100
+    assert count(system="a" * 350) - count() == 104
     assert 80 <= count(system="汉" * 120) - count() <= 90
     assert count(tools=[WEATHER]) > count() + 20 and count(tools=[]) == count()
-    tokens = ifl.count_message_tokens({"messages": [user(image())]})
-    assert 101 <= tokens <= 110                             # 750 x 100 pixels
-    assert ifl.count_message_tokens({"messages": [user(image(type="url", url="https://e"))]}) > 1000
-    signed = {"messages": [user("q"), assistant({"type": "thinking", "thinking": "a", "signature": "x" * 9999})]}
+    for source in ({}, {"type": "url", "url": "https://e"}):
+        assert ifl.count_message_tokens({"messages": [user(image(**source))]}) == 1504
+    signed = {"messages": [user("q"), assistant(
+        {"type": "thinking", "thinking": "a", "signature": "x" * 9999}), user("r")]}
     assert ifl.count_message_tokens(signed) < 50
     with pytest.raises(ifl.BadRequest):
         ifl.count_message_tokens({"messages": []})
-
-
-JPEG = b"\xff\xd8\xff\xe0\0\x04ab\xff\xc0\0\x11\x08" + struct.pack(">HH", 20, 30) + b"\x03" + b"\0" * 20
-
-
-@pytest.mark.parametrize("data, size", [(base64.b64decode(PNG), (750, 100)),
-                                        (b"GIF89a" + struct.pack("<HH", 3, 4), (3, 4)), (JPEG, (30, 20)),
-                                        (b"\xff\xd8junk", None), (b"what", None), (b"", None)])
-def test_image_sizes(data, size):
-    assert ifl.image_size(base64.b64encode(data).decode()) == size
 
 
 # --- errors
@@ -3978,14 +3961,6 @@ MESSAGES_RESPONSES = [
         {"type": "local_shell_call_output", "id": "lsh_2", "output": "y"},
         {"type": "local_shell_call_output", "id": "lsh_1", "call_id": "c1", "output": "x"}],
      [U, step(*(asked("local_shell", '{"command":["ls"]}', f"c{n}") for n in (1, 2))), tool_responses("x"), tool_responses("y", "c2")]),
-    ("shell", [user_responses("q"), {"type": "shell_call", "call_id": "c1", "action": {"commands": ["ls", "x"], "timeout_ms": 5}},
-               result_responses("c1", [{"stdout": "a\n", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}},
-                             {"stdout": "", "stderr": "b", "outcome": {"type": "timeout"}}], "shell_call_output")],
-     [U, step(asked("shell", '{"commands":["ls","x"],"timeout_ms":5}')), tool_responses("a\n[exit code 0]\n[stderr]\nb\n[timed out]")]),
-    ("apply_patch", [user_responses("q"), {"type": "apply_patch_call", "call_id": "c1",
-                                 "operation": {"type": "delete_file", "path": "a"}},
-                     result_responses("c1", "gone", "apply_patch_call_output", status="failed")],
-     [U, step(asked("apply_patch", '{"type":"delete_file","path":"a"}')), tool_responses("[tool error] gone")]),
     ("tool search", [user_responses("q"), {"type": "tool_search_call", "call_id": "c1", "execution": "client",
                                  "arguments": {"query": "x"}},
                      {"type": "tool_search_output", "call_id": "c1", "execution": "client", "tools": [
@@ -3998,7 +3973,8 @@ MESSAGES_RESPONSES = [
     ("agent message", [user_responses("q"), {"type": "agent_message", "author": "/root/a",
                                    "content": [{"type": "encrypted_content", "encrypted_content": "done"}]}],
      [U, {"role": "user", "content": "Message from /root/a:\ndone"}]),
-    ("reasoning that led to nothing", [user_responses("q"), thought("t"), user_responses("q")], [U, U]),
+    ("reasoning that led to nothing", [user_responses("q"), thought("t"), user_responses("q")],
+     [U, U]),
     ("own carrier beats the summary", [user_responses("q"), {
         "type": "reasoning", "summary": [{"type": "summary_text", "text": "short"}], "content": None,
         "encrypted_content": SEAL.close({"reasoning": "long"})}, said_responses("a")],
@@ -4024,7 +4000,7 @@ def test_messages(given, messages):
 
 PROFILES = [
     ({"vision": False}, [{"role": "user", "content": [image_responses()]}], {"content": "[an image was here; this model takes text only]"}),
-    ({"mid_system": "user"}, [user_responses("q"), {"role": "system", "content": "s"}], {"content": "<system>\ns\n</system>"}),
+    ({"mid_system": "user"}, [user_responses("q"), {"role": "system", "content": "s"}], {"content": "q\n\n<system>\ns\n</system>"}),
     ({"reasoning_field": None}, [user_responses("q"), thought("t"), said_responses("a")], {"content": "a"}),
     ({"reasoning_field": "reasoning"}, [user_responses("q"), thought("t"), said_responses("a")], {"reasoning": "t"}),
     ({"reasoning_field": "reasoning_details"}, [user_responses("q"), thought("t"), said_responses("a")],
@@ -4111,11 +4087,11 @@ def test_tools_join_from_items():
 
 
 def test_fixed_tools_have_schemas():
-    kinds = ["local_shell", "shell", "apply_patch", "tool_search"]
+    kinds = ["local_shell", "tool_search"]
     made = functions_responses({"tools": [{"type": kind, "execution": "client"} for kind in kinds]})
     assert [entry["name"] for entry in made] == kinds
     assert all(entry["description"] and entry["parameters"]["required"] for entry in made)
-    assert functions_responses({"tools": [{"type": "tool_search"}, {"type": "shell", "environment": {"type": "container_auto"}}]}) == []
+    assert functions_responses({"tools": [{"type": "tool_search"}, {"type": "shell"}]}) == []
 
 
 SERVED = [({}, None), ({"server_tools": {"web_search": {"type": "web_search", "n": 1}}}, [{"type": "web_search", "n": 1}])]
@@ -4141,7 +4117,7 @@ CHOICES_RESPONSES = [
     ({"type": "function", "name": "f"}, {}, NAMED),
     ({"type": "custom", "name": "p"}, {}, {"type": "function", "function": {"name": "p"}}),
     ({"type": "function", "name": "b", "namespace": "a"}, {}, {"type": "function", "function": {"name": "a__b"}}),
-    ({"type": "apply_patch"}, {}, {"type": "function", "function": {"name": "apply_patch"}}),
+    ({"type": "local_shell"}, {}, {"type": "function", "function": {"name": "local_shell"}}),
     ({"type": "shell"}, {}, "auto"), ({"type": "file_search"}, {}, "auto"),
     ("required", {"reasoning": {"effort": "high"}}, "auto"),
     ({"type": "function", "name": "f"}, {"reasoning": {"effort": "none"}}, NAMED),
@@ -4150,7 +4126,7 @@ CHOICES_RESPONSES = [
 
 @pytest.mark.parametrize("choice, more, expected", CHOICES_RESPONSES)
 def test_responses_tool_choice(choice, more, expected):
-    tools = [FUNCTION, {"type": "custom", "name": "p"}, {"type": "apply_patch"},
+    tools = [FUNCTION, {"type": "custom", "name": "p"}, {"type": "local_shell"},
              {"type": "namespace", "name": "a", "tools": [{"type": "function", "name": "b"}]}]
     chat = make_turn({"input": "q", "tools": tools, "tool_choice": choice, **more},
                      {"forced_tool_choice_with_thinking": False}).chat
@@ -4195,7 +4171,7 @@ def test_arguments_that_are_nested_too_deeply_stay_what_they_are():
     chat = make_turn({"input": [{"role": "user", "content": "q"}, call_responses("c1", "f", deep)]}).chat
     arguments = chat["messages"][1]["tool_calls"][0]["function"]["arguments"]
     assert json.loads(arguments) == {"INVALID_JSON": deep}
-    assert ifl._payload("shell", deep) is None
+    assert ifl._payload("local_shell", deep) is None
 
 
 # --- bad input and the store
@@ -4426,8 +4402,8 @@ def brief(output):
     return told
 
 
-HERE = {"tools": [FUNCTION, {"type": "custom", "name": "p"}, {"type": "local_shell"}, {"type": "shell"},
-                  {"type": "apply_patch"}, {"type": "tool_search", "execution": "client"}]}
+HERE = {"tools": [FUNCTION, {"type": "custom", "name": "p"}, {"type": "local_shell"},
+                  {"type": "tool_search", "execution": "client"}]}
 STREAMS_RESPONSES = [
     ("custom", [tools(tool(0, "c1", "p", '{"inp')), tools(tool(0, None, None, 'ut": "a\\')), tools(tool(0, None, None, 'n\\ud83d')),
                 tools(tool(0, None, None, '\\ude00 C:\\users \\d"}')), end("stop")], [("p", "c1", "a\n\U0001f600 C:\\users \\d")]),
