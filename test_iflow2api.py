@@ -2545,7 +2545,9 @@ def test_the_words_of_an_error_are_looked_for_in_no_time(text):
 
 # === 8. Anthropic Messages ===================================================
 
-PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 750, 100) + b"\x08\x06\0\0\0").decode()
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 750, 100)
+                       + b"\x08\x06\0\0\0").decode()
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 WEATHER = {"name": "get_weather", "description": "W",
            "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
 TIME = {"name": "get_time", "input_schema": {"type": "object"}}
@@ -2553,114 +2555,9 @@ LONG = "mcp__a_very_long_server_name__and_a_very_long_tool_name_that_goes_on_and
 USAGE_MESSAGES = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
 
 
-def turn_of(body, **profile):
-    body = {"model": "m1", "max_tokens": 256, "messages": [{"role": "user", "content": "q"}], **body}
-    return ifl.MessagesTurn(body, {**ifl.DEFAULT_PROFILE, **profile}, "up")
-
-
-def says(role, *blocks, **fields):
-    return {"role": role, "content": [{"type": "text", "text": block} if isinstance(block, str) else block for block in blocks],
-            **fields}
-
-
-def tool_use(ident, **given):
-    return {"type": "tool_use", "id": ident, "name": LONG, "input": given}
-
-
-def tool_result(ident, content="ok", **fields):
-    return {"type": "tool_result", "tool_use_id": ident, "content": content, **fields}
-
-
-#: A conversation with a bit of everything; each beginning of it that ends with the user is a request.
-LONG_TALK = [
-    says("user", "look at this", {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}),
-    says("assistant", {"type": "thinking", "thinking": "hm", "signature": "foreign"}, "I will", tool_use("t1", path="a"), tool_use("t2")),
-    says("user", tool_result("t2", is_error=True), tool_result("t1", [{"type": "text", "text": "é中"}]), "go on"),
-    {"role": "assistant", "content": "done"}, says("user", "and now?"), says("user", "well?"),
-    says("assistant", tool_use("t3", n=1)), says("user", "no result comes"),
-    says("assistant", "a"), says("assistant", "b", tool_use("toolu_x_raw_ZnVuY3Rpb25zLmE6MA")),
-    says("user", tool_result("toolu_x_raw_ZnVuY3Rpb25zLmE6MA"), tool_result("nobody")),
-    {"role": "system", "content": "be brief"}, says("assistant", "ok"), says("user", "thanks"),
-    says("assistant", tool_use("t4")), says("user", tool_result("t4")), says("assistant", "bye"), says("user", "bye")]
-
-
-def in_both_ways(body, known, **profile):
-    """A body converted with what is known of its conversation and without: the same; what is known afterwards."""
-    body = {"model": "m1", "max_tokens": 256, **body}
-    profile = {**ifl.DEFAULT_PROFILE, **profile}
-    plain, quick = ifl.MessagesTurn(body, profile, "up"), ifl.MessagesTurn(body, profile, "up", known)
-    assert json.loads(ifl.dump_chat(quick.chat)) == json.loads(ifl.dump_json(plain.chat)) == plain.chat
-    assert (quick.ids, quick.names, sorted(quick.skipped)) == (plain.ids, plain.names, sorted(plain.skipped))
-    return quick.known
-
-
-def requests_of(talk):
-    return [talk[:end] for end in range(1, len(talk) + 1) if talk[end - 1]["role"] == "user"]
-
-
-@pytest.mark.parametrize("profile", [{}, {"vision": False, "mid_system": "user"}, {"require_reasoning_on_tool_calls": True}])
-def test_a_conversation_that_is_known_becomes_the_same(profile):
-    known = None
-    for messages in requests_of(LONG_TALK):
-        known = in_both_ways({"messages": messages, "system": "You are", "tools": [WEATHER, TIME]}, known, **profile)
-    assert len(known.rounds) == 7                         # all but the last
-    again = in_both_ways({"messages": messages, "system": "You are", "tools": [WEATHER, TIME]}, known, **profile)
-    assert all(new is old for new, old in zip(again.rounds, known.rounds)) and again.tools is known.tools
-
-
-def test_a_known_conversation_that_ends_in_a_passing_system_message():
-    known = in_both_ways({"messages": LONG_TALK}, None)
-    ending = [*LONG_TALK[:2], {"role": "system", "content": "hush", "clear_at": "next_user_message"}]
-    in_both_ways({"messages": ending}, known)
-
-
-@pytest.mark.parametrize("place", range(len(LONG_TALK)))
-def test_a_history_that_was_edited_is_read_anew(place):
-    known = in_both_ways({"messages": LONG_TALK}, None)
-    for edit in ([], [says(LONG_TALK[place]["role"], "something else")], [LONG_TALK[place], LONG_TALK[place]],
-                 [{**LONG_TALK[place], "clear_at": "next_user_message"}], [{**LONG_TALK[place], "cache_control": {"type": "ephemeral"}}]):
-        messages = LONG_TALK[:place] + edit + LONG_TALK[place + 1:]
-        try:
-            ifl.MessagesTurn({"model": "m", "max_tokens": 1, "messages": messages}, ifl.DEFAULT_PROFILE, "up")
-        except ifl.BadRequest as exc:
-            with pytest.raises(ifl.BadRequest, match=re.escape(exc.message)):
-                in_both_ways({"messages": messages}, known)
-        else:
-            in_both_ways({"messages": messages}, known)
-
-
-@pytest.mark.parametrize("change", [
-    {"system": "You are not"}, {"system": None}, {"tools": [TIME]}, {"tools": None}, {"thinking": {"type": "disabled"}},
-    {"thinking": {"type": "enabled", "budget_tokens": 2000}}, {"tool_choice": {"type": "any"}}, {"max_tokens": 7},
-    {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}])
-def test_what_else_changes_between_requests_is_heeded(change):
-    body = {"messages": LONG_TALK, "system": "You are", "tools": [WEATHER, TIME]}
-    known = in_both_ways(body, None)
-    changed = {name: value for name, value in {**body, **change}.items() if value is not None}
-    in_both_ways(body, in_both_ways(changed, known))
-    in_both_ways(body, known, strict_tools=True, vision=False)
-
-
-@pytest.mark.parametrize("block", [
-    {"type": "tool_addition", "tool": TIME}, {"type": "text", "text": "x"}])
-def test_what_changes_more_than_messages_is_not_remembered(block):
-    talk = LONG_TALK[:4] + [says("user", "x"), says("system", block, output_config={"effort": "low"})] + LONG_TALK[6:]
-    known = None
-    for messages in [*requests_of(talk), LONG_TALK]:
-        known = in_both_ways({"messages": messages, "tools": [WEATHER, TIME]}, known)
-
-
-def test_a_long_conversation_reaches_the_upstream_as_if_nothing_were_known(server, upstream):
-    long = server(upstream, vision_mode="pass")
-    for messages in [*requests_of(LONG_TALK), LONG_TALK[:1] + LONG_TALK[-1:], LONG_TALK]:
-        body = {"model": "m1", "max_tokens": 256, "system": "You are " * 1100, "tools": [WEATHER, TIME], "messages": messages}
-        fresh = server(upstream, vision_mode="pass")
-        for running in (long, fresh, long):
-            assert post(running, body, path="/v1/messages").status == 200
-        assert upstream.requests[-3].json == upstream.requests[-2].json == upstream.requests[-1].json
-        assert upstream.requests[-3].body == upstream.requests[-2].body
-    (known, _), = long.gateway.conversations._kept.values()
-    assert len(known.lists["messages"]) == len(LONG_TALK) and len(known.turns["m1"].rounds) == 7
+def turn_of(body, known=None, **profile):
+    body = {"model": "m1", "max_tokens": 256, "messages": [user("q")], **body}
+    return ifl.MessagesTurn(body, {**ifl.DEFAULT_PROFILE, **profile}, "up", known)
 
 
 def ids():
@@ -2669,7 +2566,8 @@ def ids():
 
 
 def user(*blocks):
-    return {"role": "user", "content": list(blocks) if len(blocks) != 1 or isinstance(blocks[0], dict) else blocks[0]}
+    return {"role": "user", "content": blocks[0] if len(blocks) == 1 and isinstance(blocks[0], str)
+            else list(blocks)}
 
 
 def assistant(*blocks):
@@ -2685,7 +2583,8 @@ def use(ident, name="get_time", **given):
 
 
 def result(ident, *content, **more):
-    return {"type": "tool_result", "tool_use_id": ident, **({"content": content[0]} if content else {}), **more}
+    return {"type": "tool_result", "tool_use_id": ident,
+            **({"content": content[0]} if content else {}), **more}
 
 
 def call(ident, name="get_time", arguments="{}"):
@@ -2693,26 +2592,145 @@ def call(ident, name="get_time", arguments="{}"):
 
 
 def image(**source):
-    return {"type": "image", "source": source or {"type": "base64", "media_type": "image/png", "data": PNG}}
+    return {"type": "image",
+            "source": source or {"type": "base64", "media_type": "image/png", "data": PNG}}
 
 
 IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}}
-PDF = {"type": "document", "title": "a.pdf", "source": {"type": "base64", "media_type": "application/pdf",
-                                                        "data": "JVBERi0="}}
+PDF = {"type": "document", "title": "a.pdf", "source": {
+    "type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}}
+
+
+def said_chat(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def tool_responses(text, call_id="c1"):
+    return {"role": "tool", "tool_call_id": call_id, "content": text}
+
+
+# --- a conversation that is known from its request before
+
+#: A bit of everything; each beginning of it that ends with the user is a request.
+LONG_TALK = [
+    user(text("look at this"), image()),
+    assistant({"type": "thinking", "thinking": "hm", "signature": "foreign"}, text("I will"),
+              use("t1", LONG, path="a"), use("t2")),
+    user(result("t2", is_error=True), result("t1", [text("é中")]), text("go on")),
+    {"role": "assistant", "content": "done"}, user(text("and now?")), user("well?"),
+    assistant(use("t3", n=1)), user(text("no result comes")),
+    assistant(text("a")), assistant(text("b"), use("toolu_x_raw_ZnVuY3Rpb25zLmE6MA")),
+    user(result("toolu_x_raw_ZnVuY3Rpb25zLmE6MA"), result("nobody")),
+    {"role": "system", "content": "be brief"}, assistant(text("ok")), user(text("thanks")),
+    assistant(use("t4")), user(result("t4")), assistant(text("bye")), user(text("bye"))]
+PASSING = {"clear_at": "next_user_message"}
+
+
+def in_both_ways(body, known, **profile):
+    """A body converted with and without what is known of its conversation: the same; what is known
+    afterwards.
+    """
+    plain, quick = turn_of(body, **profile), turn_of(body, known, **profile)
+    assert json.loads(ifl.dump_chat(quick.chat)) == json.loads(ifl.dump_json(plain.chat))
+    assert quick.chat == plain.chat and quick.raw_estimate == plain.raw_estimate
+    assert (quick.ids, quick.names, sorted(quick.skipped)) == (
+        plain.ids, plain.names, sorted(plain.skipped))
+    return quick.known
+
+
+def requests_of(talk):
+    return [talk[:end] for end in range(1, len(talk) + 1) if talk[end - 1]["role"] == "user"]
+
+
+@pytest.mark.parametrize("profile", [{}, {"vision": False, "mid_system": "user"},
+                                     {"require_reasoning_on_tool_calls": True}])
+@pytest.mark.parametrize("leading", [[], [{"role": "system", "content": "first"}]])
+def test_a_conversation_that_is_known_becomes_the_same(profile, leading):
+    known, body = None, {"system": "You are", "tools": [WEATHER, TIME]}
+    for messages in requests_of(LONG_TALK):
+        body["messages"] = [*leading, *messages]
+        known = in_both_ways(body, known, **profile)
+    assert len(known.rounds) == 7                         # all but the last
+    again = in_both_ways(body, known, **profile)
+    assert all(new is old for new, old in zip(again.rounds, known.rounds))
+    assert again.tools is known.tools and again.system is known.system
+
+
+def test_a_known_conversation_that_ends_in_a_passing_system_message():
+    known = in_both_ways({"messages": LONG_TALK}, None)
+    ending = [*LONG_TALK[:2], {"role": "system", "content": "hush", **PASSING}]
+    in_both_ways({"messages": ending}, known)
+
+
+@pytest.mark.parametrize("place", range(len(LONG_TALK)))
+def test_a_history_that_was_edited_is_read_anew(place):
+    known, message = in_both_ways({"messages": LONG_TALK}, None), LONG_TALK[place]
+    for edit in ([], [{"role": message["role"], "content": "something else"}], [message] * 2,
+                 [{**message, **PASSING}], [{**message, "cache_control": {"type": "ephemeral"}}]):
+        body = {"messages": LONG_TALK[:place] + edit + LONG_TALK[place + 1:]}
+        try:
+            turn_of(body)
+        except ifl.BadRequest as exc:
+            with pytest.raises(ifl.BadRequest, match=re.escape(exc.message)):
+                turn_of(body, known)
+        else:
+            in_both_ways(body, known)
+
+
+@pytest.mark.parametrize("change", [
+    {"system": "You are not"}, {"system": None}, {"tools": [TIME]}, {"tools": None},
+    {"thinking": {"type": "disabled"}}, {"thinking": {"type": "enabled", "budget_tokens": 2000}},
+    {"tool_choice": {"type": "any"}}, {"max_tokens": 7},
+    {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}])
+def test_what_else_changes_between_requests_is_heeded(change):
+    body = {"messages": LONG_TALK, "system": "You are", "tools": [WEATHER, TIME]}
+    known = in_both_ways(body, None)
+    changed = {name: value for name, value in {**body, **change}.items() if value is not None}
+    in_both_ways(body, in_both_ways(changed, known))
+    in_both_ways(body, known, strict_tools=True, vision=False)
+
+
+def test_what_changes_more_than_messages_is_not_remembered():
+    system = {"role": "system", "content": [{"type": "unheard_of"}],
+              "output_config": {"effort": "low"}}
+    talk, known = LONG_TALK[:4] + [user(text("x")), system] + LONG_TALK[6:], None
+    for messages in [*requests_of(talk), LONG_TALK]:
+        known = in_both_ways({"messages": messages, "tools": [WEATHER, TIME]}, known)
+
+
+def test_a_long_conversation_reaches_the_upstream_as_if_nothing_were_known(server, upstream):
+    long = server(upstream, vision_mode="pass")
+    for messages in [*requests_of(LONG_TALK), LONG_TALK[:1] + LONG_TALK[-1:], LONG_TALK]:
+        body = {"model": "m1", "max_tokens": 256, "system": "You are " * 1100,
+                "tools": [WEATHER, TIME], "messages": messages}
+        fresh = server(upstream, vision_mode="pass")
+        for running in (long, fresh, long):
+            assert post(running, body, path="/v1/messages").status == 200
+        assert len({request.body for request in upstream.requests[-3:]}) == 1
+    (known, _), = long.gateway.conversations._kept.values()
+    assert len(known.lists["messages"]) == len(LONG_TALK) and len(known.turns["m1"].rounds) == 7
 
 
 # --- requests
 
-def said(*blocks, **profile):
-    """The content of the one user message made of `blocks`."""
-    return turn_of({"messages": [user(*blocks)]}, **profile).chat["messages"][-1]["content"]
-
-
 def test_plain_request():
-    assert turn_of({}).chat == {"model": "up", "messages": [{"role": "user", "content": "q"}], "max_tokens": 256}
+    assert turn_of({}).chat == {"model": "up", "messages": [user("q")], "max_tokens": 256}
     assert turn_of({}).model == "m1"
 
 
+USER_ID = '{"device_id":"d","session_id":"s"}'
+MISSED = {"service_tier": "auto", "speed": "fast", "inference_geo": "us", "container": {"id": None},
+          "mcp_servers": [], "context_management": {"edits": []}, "fallbacks": [{"model": "m2"}],
+          "cache_control": {"type": "ephemeral"}, "diagnostics": {},
+          "output_config": {"task_budget": {"total": 1}}, "never_heard_of": 1}
+ON, OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+
+
+def budget(tokens, limit):
+    return {"thinking": {"type": "enabled", "budget_tokens": tokens}, "max_tokens": limit}
+
+
+#: What is asked, under which profile -> Chat's fields.
 OPTIONS = [
     ({"temperature": 0.2, "top_p": 0.9, "top_k": 40}, {}, {"temperature": 0.2, "top_p": 0.9}),
     ({"top_k": 40}, {"top_k": True}, {"top_k": 40}),
@@ -2723,349 +2741,268 @@ OPTIONS = [
     ({"stream": True}, {"stream_usage": False}, {"stream": True}),
     ({"stream": False}, {}, {}),
     ({"metadata": {"user_id": "u-1"}}, {}, {"user": "u-1"}),
-    ({"metadata": {"user_id": "u-1"}}, {"user_field": "safety_identifier"}, {"safety_identifier": "u-1"}),
+    ({"metadata": {"user_id": "u-1"}}, {"user_field": "safety_identifier"},
+     {"safety_identifier": "u-1"}),
+    ({"metadata": {"user_id": "u-1"}}, {"user_field": None}, {}),
     ({"metadata": {"user_id": None}}, {}, {}),
-    ({"metadata": {"user_id": '{"device_id":"d","session_id":"s"}'}}, {},
+    ({"metadata": {"user_id": USER_ID}}, {},
      {"user": "ddefa73278ab50967708691ef0c3825d68d4a8b7d9491d9dd5bcba4e16a7e2ad"}),
     ({"max_tokens": 128000}, {"max_output": 8192}, {"max_tokens": 8192}),
-    ({"max_tokens": 7}, {"max_tokens_field": "max_completion_tokens"}, {"max_completion_tokens": 7}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 2048}, "max_tokens": 4096}, {},
-     {"thinking": {"type": "enabled"}, "max_tokens": 4096}),
-    ({"thinking": {"type": "adaptive", "display": "omitted"}}, {}, {"thinking": {"type": "enabled"}}),
-    ({"thinking": {"type": "between_tools"}}, {}, {"thinking": {"type": "enabled"}}),
-    ({"thinking": {"type": "disabled"}}, {}, {"thinking": {"type": "disabled"}}),
-    ({"thinking": {"type": "disabled"}}, {"thinking_style": "none"}, {}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 31999}, "max_tokens": 32000},
-     {"thinking_style": "enable_thinking", "max_output": 8192},
+    ({"max_tokens": 7}, {"max_tokens_field": "max_completion_tokens"},
+     {"max_completion_tokens": 7}),
+    (budget(2048, 4096), {}, {**ON, "max_tokens": 4096}),
+    ({"thinking": {"type": "adaptive", "display": "omitted"}}, {}, ON),
+    ({"thinking": {"type": "between_tools"}}, {}, ON), (OFF, {}, OFF),
+    (OFF, {"thinking_style": "none"}, {}),
+    (budget(31999, 32000), {"thinking_style": "enable_thinking", "max_output": 8192},
      {"enable_thinking": True, "thinking_budget": 8191, "max_tokens": 8192}),
-    ({"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}, {}, {"thinking": {"type": "disabled"}}),
-    ({"output_config": {"effort": "xhigh"}}, {"efforts": ["low", "high", "max"]}, {"reasoning_effort": "high"}),
-    ({"output_config": {"effort": "low"}}, {"efforts": ["high", "max"]}, {"reasoning_effort": "high"}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 10000}, "max_tokens": 20000},
-     {"thinking_style": "reasoning_effort"},
+    (ON, {"thinking_extra": {"clear_thinking": False}},
+     {"thinking": {"type": "enabled", "clear_thinking": False}}),
+    (ON, {"thinking_style": "chat_template_kwargs", "template_switch": "thinking"},
+     {"chat_template_kwargs": {"thinking": True}}),
+    (OFF, {"thinking_style": "chat_template_kwargs"},
+     {"chat_template_kwargs": {"enable_thinking": False}}),
+    ({**OFF, "output_config": {"effort": "high"}}, {}, OFF),
+    ({"output_config": {"effort": "xhigh"}}, {"efforts": ["low", "high", "max"]},
+     {"reasoning_effort": "high"}),
+    ({"output_config": {"effort": "low"}}, {"efforts": ["high", "max"]},
+     {"reasoning_effort": "high"}),
+    (budget(10000, 20000), {"thinking_style": "reasoning_effort"},
      {"reasoning_effort": "medium", "max_tokens": 20000}),
-    ({"service_tier": "auto", "speed": "fast", "inference_geo": "us", "container": {"id": None}, "mcp_servers": [],
-      "context_management": {"edits": []}, "fallbacks": [{"model": "m2"}], "cache_control": {"type": "ephemeral"},
-      "diagnostics": {}, "output_config": {"task_budget": {"total": 1}}, "never_heard_of": 1}, {}, {}),
+    ({"messages": [user("q"), {"role": "system", "output_config": {"effort": "high"},
+                               "content": []}], "output_config": {"effort": "low"}}, {},
+     {"reasoning_effort": "high"}),
+    (MISSED, {}, {}),
 ]
 
 
 @pytest.mark.parametrize("body, profile, fields", OPTIONS)
 def test_options(body, profile, fields):
-    chat = turn_of(body, **profile).chat
-    assert chat == {"model": "up", "messages": [{"role": "user", "content": "q"}],
-                    **({} if "max_completion_tokens" in fields else {"max_tokens": 256}), **fields}
+    limit = {} if "max_completion_tokens" in fields else {"max_tokens": 256}
+    assert turn_of(body, **profile).chat == {"model": "up", "messages": [user("q")], **limit,
+                                             **fields}
 
 
-SYSTEM = [
-    ("Be brief.", "Be brief."),
-    ([{"type": "text", "text": "x-anthropic-billing-header: cc=1;"},
-      {"type": "text", "text": "A", "cache_control": {}},
-      text(""), text("B")], "A\n\nB"),
-    ("x-anthropic-billing-header: cc=1;\nRest", "Rest"),
-    ([], None), ("", None),
-]
-
-
-@pytest.mark.parametrize("system, expected", SYSTEM)
+@pytest.mark.parametrize("system, expected", [
+    ("Be brief.", ["Be brief."]), ([], []), ("", []),
+    ([text("x-anthropic-billing-header: cc=1;"), {**text("A"), "cache_control": {}}, text(""),
+      text("B")], ["A\n\nB"]),
+    ("x-anthropic-billing-header: cc=1;\nRest", ["Rest"])])
 def test_system(system, expected):
     messages = turn_of({"system": system}).chat["messages"]
-    assert [m["content"] for m in messages if m["role"] == "system"] == ([expected] if expected else [])
+    assert [m["content"] for m in messages if m["role"] == "system"] == expected
 
 
 DOCUMENT = {"type": "document", "title": 'n "1"', "context": "draft",
             "source": {"type": "text", "media_type": "text/plain", "data": "L"}}
+
+
+def document(content):
+    return {"type": "document", "source": {"type": "content", "content": content}}
+
+
 BLOCKS = [
-    ([text("a"), text("b")], "a\n\nb"),
     ([text(""), text("b")], "b"),
     ([text("a"), image()], [text("a"), IMAGE_PART]),
-    ([image(type="url", url="https://e/a.jpg")], [{"type": "image_url", "image_url": {"url": "https://e/a.jpg"}}]),
-    ([DOCUMENT, text("Sum up")], '<document title="n &quot;1&quot;" context="draft">\nL\n</document>\n\nSum up'),
-    ([{"type": "document", "source": {"type": "content", "content": [text("p1"), text("p2")]}}],
-     "<document>\np1\n\np2\n</document>"),
-    ([{"type": "document", "source": {"type": "content", "content": "p"}}], "<document>\np\n</document>"),
-    ([{"type": "document", "source": {"type": "content", "content": [text("p"), image()]}}],
+    ([image(type="url", url="https://e/a.jpg")],
+     [{"type": "image_url", "image_url": {"url": "https://e/a.jpg"}}]),
+    ([DOCUMENT, text("Sum up")],
+     '<document title="n &quot;1&quot;" context="draft">\nL\n</document>\n\nSum up'),
+    ([document([text("p1"), text("p2")])], "<document>\np1\n\np2\n</document>"),
+    ([document("p")], "<document>\np\n</document>"),
+    ([document([text("p"), image()])],
      [text("<document>"), text("p"), IMAGE_PART, text("</document>")]),
-    ([PDF, text("Read")], [{"type": "file", "file": {"filename": "a.pdf",
-                                                     "file_data": "data:application/pdf;base64,JVBERi0="}},
-                           text("Read")]),
+    ([PDF, text("Read")],
+     [{"type": "file", "file": {"filename": "a.pdf",
+                                "file_data": "data:application/pdf;base64,JVBERi0="}},
+      text("Read")]),
     ([{"type": "search_result", "source": "https://s", "title": "S", "content": [text("found")]}],
      '<search_result source="https://s" title="S">\nfound\n</search_result>'),
     ([{"type": "container_upload", "file_id": "f1"}], "[uploaded file f1]"),
-    ([{"type": "compaction", "content": "before"}, {"type": "compaction", "content": None}], "before"),
+    ([{"type": "compaction", "content": "before"}, {"type": "compaction", "content": None}],
+     "before"),
+    ([text("q"), use("x", "f", a=1)], 'q\n\n[call of f {"a":1}]'),
+    ([{"type": "web_search_tool_result", "content": [{"url": "http://u", "title": "T"}]}],
+     "- T (http://u)"),
     ([{"type": "hologram"}, text("a")], "a"),
 ]
 
 
 @pytest.mark.parametrize("blocks, expected", BLOCKS)
 def test_user_blocks(blocks, expected):
-    assert said(*blocks) == expected
+    turn = turn_of({"messages": [user(*blocks)]})
+    assert turn.chat["messages"] == [said_chat("user", expected)]
+    assert turn.skipped == ["hologram"] * ({"type": "hologram"} in blocks)
 
 
-def test_text_only_model_gets_a_placeholder():
-    content = said(text("a"), image(), vision=False)
-    assert content == "a\n\n" + ifl.NO_IMAGE and PNG not in content
+NOTE_OF_PDF = ifl.NO_PDF.format("a.pdf")
 
 
-def test_unknown_blocks_are_told_to_the_log():
-    assert turn_of({"messages": [user({"type": "hologram"}, text("a"))]}).skipped == ["hologram"]
+def test_a_pdf_that_a_model_cannot_see_does_not_end_the_session():
+    messages = [user(PDF, text("Read")), assistant(use("t1")), user(result("t1", [text("1"), PDF]))]
+    made = turn_of({"messages": messages}, files=False).chat["messages"]
+    assert made[0]["content"] == NOTE_OF_PDF + "\n\nRead"
+    assert made[2:] == [tool_responses("1\n\n" + NOTE_OF_PDF, "t1")]
+    with pytest.raises(ifl.BadRequest, match="base64"):      # what is no PDF at all is still said
+        turn_of({"messages": [user({**PDF, "source": {**PDF["source"], "data": "%%%"}})]},
+                files=False)
 
 
-ASKED = user("go")
-HISTORIES = [
-    # texts that citations cut, server tools as text, encrypted parts gone
-    ([ASKED, assistant(text("Searching."), {"type": "server_tool_use", "id": "s1", "name": "web_search",
-                                            "input": {"query": "n"}},
-                       {"type": "web_search_tool_result", "tool_use_id": "s1", "content": [
-                           {"type": "web_search_result", "url": "https://n", "title": "N",
-                            "encrypted_content": "ENC"}]},
-                       text("It "), text("rained.")), user("more")],
-     [{"role": "user", "content": "go"},
-      {"role": "assistant", "content": 'Searching.\n\n[web_search {"query":"n"}]\n\n'
-                                       '[web_search results]\n- N (https://n)\n\nIt rained.'},
-      {"role": "user", "content": "more"}]),
-    ([ASKED, assistant({"type": "web_fetch_tool_result", "tool_use_id": "s1",
-                        "content": {"type": "web_fetch_tool_error", "error_code": "url_not_allowed"}},
-                       {"type": "mcp_tool_use", "id": "x", "server_name": "srv", "name": "t", "input": {}},
-                       {"type": "mcp_tool_result", "tool_use_id": "x", "is_error": True, "content": [text("boom")]},
-                       {"type": "bash_code_execution_tool_result", "tool_use_id": "y",
-                        "content": {"stdout": "out", "stderr": "", "return_code": 0}},
-                       {"type": "mcp_tool_listing"}, {"type": "fallback"},
-                       {"type": "redacted_thinking", "data": "x"})],
-     [{"role": "user", "content": "go"},
-      {"role": "assistant", "content": "[web_fetch results]\nerror: url_not_allowed\n\n[srv.t {}]\n\n"
-                                       "[srv.t error]\nboom\n\n"
-                                       "[bash_code_execution results]\nout"}]),
-    # turns of one role are one
-    ([ASKED, {"role": "assistant", "content": "Aloud."}, assistant(use("a")), user(result("a", "1"))],
-     [{"role": "user", "content": "go"}, {"role": "assistant", "content": "Aloud.", "tool_calls": [call("a")]},
-      {"role": "tool", "tool_call_id": "a", "content": "1"}]),
-    # results in two messages, with a system message between: all directly behind the call
-    ([ASKED, assistant(use("a"), use("b")), user(result("b", [text("x"), text("y")])),
-      {"role": "system", "content": "S"},
-      user(text("note"), result("a"))],
-     [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call("a"), call("b")]},
-      {"role": "tool", "tool_call_id": "b", "content": "x\n\ny"},
-      {"role": "tool", "tool_call_id": "a", "content": ""},
-      {"role": "system", "content": "S"}, {"role": "user", "content": "note"}]),
-    # an error, a missing result, an orphan
-    ([ASKED, assistant(use("a"), use("b")), user(result("a", "no", is_error=True), result("zzz", "late"),
-                                                 text("hm"))],
-     [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call("a"), call("b")]},
-      {"role": "tool", "tool_call_id": "a", "content": "[tool error] no"},
-      {"role": "tool", "tool_call_id": "b", "content": ifl.NO_RESULT},
-      {"role": "user", "content": "[result of tool call zzz]\nlate\n\nhm"}]),
-    ([ASKED, assistant(use("a"))],
-     [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call("a")]},
-      {"role": "tool", "tool_call_id": "a", "content": ifl.NO_RESULT}]),
-    # an attachment, announced on both sides
-    ([ASKED, assistant(use("s")), user(result("s", [text("done"), image()]), text("see?"))],
-     [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call("s")]},
-      {"role": "tool", "tool_call_id": "s",
-       "content": "done\n\n[1 attachment(s) of this result follow in the next user message]"},
-      {"role": "user", "content": [text("Attachment(s) of tool result s:"), IMAGE_PART, text("see?")]}]),
-    ([ASKED, assistant(use("s")), user(result("s", [{"type": "tool_reference", "tool_name": "Grep"}]))],
-     [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call("s")]},
-      {"role": "tool", "tool_call_id": "s", "content": "Tool Grep is available now."}]),
-    # thinking goes back, and nothing else of it
-    ([ASKED, assistant({"type": "thinking", "thinking": "A", "signature": "sig"},
-                       {"type": "thinking", "thinking": "B", "signature": ""},
-                       text("ok"), use("a", city="Ö")), user(result("a", "1"))],
-     [{"role": "user", "content": "go"},
-      {"role": "assistant", "content": "ok", "reasoning_content": "A\n\nB",
-       "tool_calls": [call("a", arguments='{"city":"Ö"}')]},
-      {"role": "tool", "tool_call_id": "a", "content": "1"}]),
-    ([ASKED, {"role": "system", "content": "old", "clear_at": "next_user_message"},
-      {"role": "assistant", "content": "a"}, user("r"),
-      {"role": "system", "content": [text("new")], "clear_at": "next_user_message"}],
-     [{"role": "user", "content": "go"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"},
-      {"role": "system", "content": "new"}]),
-    ([user("a"), user("b")], [{"role": "user", "content": "a\n\nb"}]),
-    ([ASKED, assistant(), user("r")], [{"role": "user", "content": "go"}, {"role": "assistant", "content": ""},
-                                       {"role": "user", "content": "r"}]),
+#: What only Messages can say: what an assistant's blocks, and what follows them, become.
+CONVERSATIONS = [
+    ("texts that citations cut, server tools as text, encrypted parts gone",
+     [assistant(text("Searching."), {"type": "server_tool_use", "id": "s1", "name": "web_search",
+                                     "input": {"query": "n"}},
+                {"type": "web_search_tool_result", "tool_use_id": "s1", "content": [
+                    {"type": "web_search_result", "url": "https://n", "title": "N",
+                     "encrypted_content": "ENC"}]},
+                text("It "), text("rained."))],
+     [said_chat("assistant", 'Searching.\n\n[web_search {"query":"n"}]\n\n'
+                             '[web_search results]\n- N (https://n)\n\nIt rained.')]),
+    ("results of server tools",
+     [assistant({"type": "web_fetch_tool_result", "tool_use_id": "s1",
+                 "content": {"type": "web_fetch_tool_error", "error_code": "url_not_allowed"}},
+                {"type": "mcp_tool_use", "id": "x", "server_name": "srv", "name": "t",
+                 "input": {}},
+                {"type": "mcp_tool_result", "tool_use_id": "x", "is_error": True,
+                 "content": [text("boom")]},
+                {"type": "bash_code_execution_tool_result", "tool_use_id": "y",
+                 "content": {"stdout": "out", "stderr": "", "return_code": 0}},
+                {"type": "mcp_tool_listing"}, {"type": "fallback"},
+                {"type": "redacted_thinking", "data": "x"})],
+     [said_chat("assistant", "[web_fetch results]\nerror: url_not_allowed\n\n[srv.t {}]\n\n"
+                             "[srv.t error]\nboom\n\n[bash_code_execution results]\nout")]),
+    ("messages of one role are one",
+     [{"role": "assistant", "content": "Aloud."}, assistant(use("a")), user(result("a", "1"))],
+     [said_chat("assistant", "Aloud.", tool_calls=[call("a")]), tool_responses("1", "a")]),
+    ("results in two messages, in their order",
+     [assistant(use("a"), use("b")), user(result("b", [text("x"), text("y")])),
+      {"role": "system", "content": "S"}, user(text("note"), result("a"))],
+     [said_chat("assistant", None, tool_calls=[call("a"), call("b")]),
+      tool_responses("x\n\ny", "b"), tool_responses("", "a"), said_chat("system", "S"),
+      said_chat("user", "note")]),
+    ("an error, a missing result, one of nobody",
+     [assistant(use("a"), use("b")), user(result("a", "no", is_error=True),
+                                          result("zzz", "late"), text("hm"))],
+     [said_chat("assistant", None, tool_calls=[call("a"), call("b")]),
+      tool_responses("[tool error] no", "a"), tool_responses(ifl.NO_RESULT, "b"),
+      said_chat("user", "[result of tool call zzz]\nlate\n\nhm")]),
+    ("a tool that was found",
+     [assistant(use("s")), user(result("s", [{"type": "tool_reference", "tool_name": "Grep"}]))],
+     [said_chat("assistant", None, tool_calls=[call("s")]),
+      tool_responses("Tool Grep is available now.", "s")]),
+    ("thinking goes back without its signatures",
+     [assistant({"type": "thinking", "thinking": "A", "signature": "sig"},
+                {"type": "thinking", "thinking": "B", "signature": ""},
+                text("ok"), use("a", city="Ö")), user(result("a", "1"))],
+     [said_chat("assistant", "ok", reasoning_content="A\n\nB",
+                tool_calls=[call("a", arguments='{"city":"Ö"}')]), tool_responses("1", "a")]),
+    ("system messages that pass",
+     [{"role": "system", "content": "old", **PASSING}, {"role": "assistant", "content": "a"},
+      user("r"), {"role": "system", "content": [text("new")], **PASSING}],
+     [said_chat("assistant", "a"), user("r"), said_chat("system", "new")]),
+    ("an empty message", [assistant(), user("r")], [said_chat("assistant", ""), user("r")]),
+    ("a result in an assistant's message", [assistant(text("so"), result("t9", [text("seen")]))],
+     [said_chat("assistant", "so\n\n[result of tool call t9]\n\nseen")]),
 ]
 
 
-@pytest.mark.parametrize("messages, expected", HISTORIES)
-def test_histories(messages, expected):
-    assert turn_of({"messages": messages}).chat["messages"] == expected
-
-
-def test_blocks_in_strange_places_are_not_lost():
-    image_result = result("t9", [text("seen"), image()])
-    chat = turn_of({"messages": [user(text("q"), use("x", "f", a=1)), assistant(text("so"), image_result),
-                                 user({"type": "web_search_tool_result", "content": [{"url": "http://u", "title": "T"}]})]}).chat
-    assert [m["content"] for m in chat["messages"]] == [
-        'q\n\n[call of f {"a":1}]', "so\n\n[result of tool call t9]\n\nseen\n\n[tool_result]", "- T (http://u)"]
+@pytest.mark.parametrize("messages, expected", [row[1:] for row in CONVERSATIONS],
+                         ids=[row[0] for row in CONVERSATIONS])
+def test_conversations_of_messages(messages, expected):
+    made = turn_of({"messages": [user("go"), *messages]}).chat["messages"]
+    assert made == [user("go"), *expected]
 
 
 @pytest.mark.parametrize("content", [[], "", [text("")], [text(""), text("")]])
 def test_an_empty_user_message_is_refused_as_anthropic_does(content):
-    for messages in ([{"role": "user", "content": content}], [user("q"), assistant(text("a")), {"role": "user", "content": content}]):
-        with pytest.raises(ifl.BadRequest, match=f"messages.{len(messages) - 1}: user messages must have non-empty content"):
-            turn_of({"messages": messages})
+    for before in ([], [user("q"), assistant(text("a"))]):
+        wanted = f"messages.{len(before)}: user messages must have non-empty content"
+        with pytest.raises(ifl.BadRequest, match=wanted):
+            turn_of({"messages": [*before, {"role": "user", "content": content}]})
 
 
 def test_skipped_blocks_are_logged_once_by_type(server, upstream, log_lines):
     running = server(upstream)
-    ask = {"model": "m1", "max_tokens": 9, "messages": [user(text("q"), {"type": "hologram", "data": "secret"})]}
+    ask = {"model": "m1", "max_tokens": 9,
+           "messages": [user(text("q"), {"type": "hologram", "data": "secret"})]}
     for _ in range(2):
         assert post(running, ask, "/v1/messages").status == 200
-    lines = [record.getMessage() for record in log_lines]
-    assert len([line for line in lines if "hologram" in line]) == 1 and "secret" not in "".join(lines)
+    lines = "\n".join(record.getMessage() for record in log_lines)
+    assert lines.count("hologram") == 1 and "secret" not in lines
 
 
-@pytest.mark.parametrize("profile, on, off", [
-    ({"thinking_extra": {"clear_thinking": False}}, {"thinking": {"type": "enabled", "clear_thinking": False}},
-     {"thinking": {"type": "disabled"}}),
-    ({"thinking_style": "chat_template_kwargs", "template_switch": "thinking"},
-     {"chat_template_kwargs": {"thinking": True}}, {"chat_template_kwargs": {"thinking": False}})])
-def test_thinking_switches_of_a_profile(profile, on, off):
-    for kind, expected in (("adaptive", on), ("disabled", off)):
-        chat = turn_of({"thinking": {"type": kind}}, **profile).chat
-        assert {name: chat[name] for name in ("thinking", "chat_template_kwargs") if name in chat} == expected
-
-
-def test_reasoning_in_each_assistant_message_where_a_provider_keeps_all():
-    messages = [user("q"), assistant(text("a")), user("r"), assistant(use("t")), user(result("t", "x"))]
-    for wish, fields in (("all", ["", ""]), (True, [None, ""]), (False, [None, None])):
-        chat = turn_of({"messages": messages}, require_reasoning_on_tool_calls=wish).chat["messages"]
-        assert [m.get("reasoning_content") for m in chat if m["role"] == "assistant"] == fields
-
-
-@pytest.mark.parametrize("choice, expected", [({"type": "any"}, "auto"), ({"type": "tool", "name": "get_time"}, "auto"),
-                                              ({"type": "auto"}, "auto"), ({"type": "none"}, None), (None, None)])
-def test_glm_knows_tool_choice_auto_alone(choice, expected):
-    chat = turn_of({"tools": [TIME], "tool_choice": choice}, **ifl.PRESETS["zhipu"].profile).chat
-    assert chat.get("tool_choice") == expected and ("tools" in chat) is (choice != {"type": "none"})
-    if choice and choice["type"] == "any":
-        asked = {"model": "m", "input": "q", "tools": [{"type": "function", "name": "f", "parameters": {}}],
-                 "tool_choice": "required"}
-        assert make_turn(asked, {"forced_tool_choice": False}).chat["tool_choice"] == "auto"
-
-
-def test_reasoning_details_of_a_plain_answer_stay_apart():
-    given = [{"type": "reasoning.text", "text": "a"}, {"type": "reasoning.text", "text": "b"},
-             {"type": "reasoning.encrypted", "data": "c"}]
-    block, _ = reply(content="x", reasoning_details=given)["content"]
-    assert ifl.read_signature(block["signature"])["details"] == given
-    known = ifl.Details()
-    for piece in ([{"type": "t", "text": "a"}], [{"type": "t", "text": "b"}],
-                  [{"type": "t", "text": "c", "index": 1}, {"type": "t", "text": "d", "index": 1}]):
-        known.add(piece)
-    assert known.joined() == [{"type": "t", "text": "ab"}, {"type": "t", "text": "cd", "index": 1}]
-
-
-@pytest.mark.parametrize("first", ["S", None])
-def test_system_messages_for_templates_with_one_at_the_top(first):
-    messages = [user("q"), {"role": "system", "content": "French."}]
-    got = turn_of({"messages": messages, **({"system": first} if first else {})}, mid_system="user").chat["messages"]
-    assert got[-1] == {"role": "user", "content": "q\n\n<system>\nFrench.\n</system>"}
-
-
-def test_a_system_message_may_set_the_effort():
-    chat = turn_of({"output_config": {"effort": "low"}, "messages": [
-        user("q"), {"role": "system", "output_config": {"effort": "high"}, "content": "S"}]}).chat
-    assert chat["reasoning_effort"] == "high"
-
-
-@pytest.mark.parametrize("profile, expected", [
-    ({"reasoning_field": "reasoning"}, {"reasoning": "plan"}),
-    ({"reasoning_field": None}, {}),
-    ({"reasoning_field": "reasoning_details"}, {"reasoning_details": [{"type": "reasoning.text", "text": "plan"}]}),
-])
-def test_reasoning_field(profile, expected):
-    history = [user("q"), assistant({"type": "thinking", "thinking": "plan", "signature": "s"}, text("a")), user("r")]
-    assert turn_of({"messages": history}, **profile).chat["messages"][1] == {"role": "assistant", "content": "a",
-                                                                             **expected}
-
-
-@pytest.mark.parametrize("thinking, present", [(None, True), ({"type": "adaptive"}, True),
-                                               ({"type": "disabled"}, False)])
-def test_reasoning_required_on_tool_calls(thinking, present):
-    history = [user("q"), assistant(use("a")), user(result("a", "1")), {"role": "assistant", "content": "x"},
-               user("r")]
-    messages = turn_of({"messages": history, "thinking": thinking},
-                       require_reasoning_on_tool_calls=True).chat["messages"]
-    assert ("reasoning_content" in messages[1]) is present and "reasoning_content" not in messages[3]
+@pytest.mark.parametrize("thinking, field", [(None, ""), ({"type": "adaptive"}, ""), (
+    {"type": "disabled"}, None)])
+def test_reasoning_is_not_required_where_thinking_is_off(thinking, field):
+    body = {"messages": [user("q"), assistant(use("a")), user(result("a"))], "thinking": thinking}
+    made = turn_of(body, require_reasoning_on_tool_calls=True).chat["messages"]
+    assert made[1].get("reasoning_content") == field
 
 
 @pytest.mark.parametrize("prefill, message, chat", [
     ("partial", {"partial": True}, {}), ("prefix", {"prefix": True}, {}), (None, {}, {}),
-    ("continue_final_message", {}, {"continue_final_message": True, "add_generation_prompt": False})])
+    ("continue_final_message", {},
+     {"continue_final_message": True, "add_generation_prompt": False})])
 def test_prefill(prefill, message, chat):
-    got = turn_of({"messages": [user("json"), {"role": "assistant", "content": "{"}]}, prefill=prefill).chat
-    assert got["messages"][-1] == {"role": "assistant", "content": "{", **message}
-    assert {name: got[name] for name in got if name not in ("model", "messages", "max_tokens")} == chat
+    messages = [user("json"), {"role": "assistant", "content": "{"}]
+    assert turn_of({"messages": messages}, prefill=prefill).chat == {
+        "model": "up", "max_tokens": 256, "messages": [user("json"), {**messages[1], **message}],
+        **chat}
 
 
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
-
-
-@pytest.mark.parametrize("body", [{"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
-                                  {"output_format": {"type": "json_schema", "schema": SCHEMA}}])
-@pytest.mark.parametrize("style", ["json_schema", "json_object", "prompt"])
-@pytest.mark.parametrize("system", [None, "S"])
-def test_structured_output(body, style, system):
-    chat = turn_of({**body, "system": system}, structured_output=style).chat
-    if style == "json_schema":
-        assert chat["response_format"] == {"type": style,
-                                           "json_schema": {"name": "output", "schema": SCHEMA, "strict": True}}
-        return
-    assert chat.get("response_format") == ({"type": "json_object"} if style == "json_object" else None)
-    assert [m["role"] for m in chat["messages"]] == ["system", "user"]
-    assert "JSON" in chat["messages"][0]["content"] and '"integer"' in chat["messages"][0]["content"]
+def test_the_older_name_of_a_schema():
+    for field in ("output_format", "output_config"):
+        wish = {"type": "json_schema", "schema": SCHEMA}
+        chat = turn_of({field: wish if field == "output_format" else {"format": wish}}).chat
+        assert chat["response_format"]["json_schema"] == {
+            "name": "output", "schema": SCHEMA, "strict": True}
 
 
 def function(name, parameters=None, **more):
-    return {"type": "function", "function": {"name": name,
-                                             "parameters": parameters or {"type": "object", "properties": {}},
-                                             **more}}
+    parameters = parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
 
 
 SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}
+PARTS = {"properties": {"x": {"type": "string"}}, "required": ["x"]}
+
+
+def served(tool):
+    return {"server_tools": {"web_search": tool}}
+
+
 TOOLS = [
     ([TIME], {}, {"tools": [function("get_time")]}),
-    ([{**WEATHER, "type": "custom", "strict": True, "cache_control": {}, "defer_loading": True, "allowed_callers": [],
-       "input_examples": []}], {},
+    ([{**WEATHER, "type": "custom", "strict": True, "cache_control": {}, "defer_loading": True,
+       "allowed_callers": [], "input_examples": []}], {},
      {"tools": [function("get_weather", WEATHER["input_schema"], description="W", strict=True)]}),
     ([{**TIME, "strict": True}], {"strict_tools": False}, {"tools": [function("get_time")]}),
     ([{"name": "a", "type": None}], {}, {"tools": [function("a")]}),
-    ([{"name": "a", "input_schema": {"properties": {"x": {"type": "string"}}, "required": ["x"]}}], {},
-     {"tools": [function("a", {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]})]}),
-    ([{"name": "a", "input_schema": {"type": "object", "properties": None}}], {}, {"tools": [function("a")]}),
-    ([SEARCH, TIME, {"name": "DeferredToolPlaceholder", "input_schema": {}}], {}, {"tools": [function("get_time")]}),
+    ([{"name": "a", "input_schema": PARTS}], {},
+     {"tools": [function("a", {"type": "object", **PARTS})]}),
+    ([{"name": "a", "input_schema": {"type": "object", "properties": None}}], {},
+     {"tools": [function("a")]}),
+    ([SEARCH, TIME, {"name": "DeferredToolPlaceholder", "input_schema": {}}], {},
+     {"tools": [function("get_time")]}),
     ([SEARCH], {}, {}),
-    ([SEARCH], {"server_tools": {"web_search": {"type": "web_search", "web_search": {"enable": True}}}},
+    ([SEARCH], served({"type": "web_search", "web_search": {"enable": True}}),
      {"tools": [{"type": "web_search", "web_search": {"enable": True}}]}),
-    ([{"type": "web_fetch_20250910", "name": "web_fetch"}], {"server_tools": {"web_search": {"type": "web_search"}}},
-     {}),
-    ([SEARCH], {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}, {"enable_search": True}),
-    ([SEARCH, TIME], ifl.PRESETS["dashscope"].profile, {"tools": [function("get_time")], "enable_search": True}),
+    ([{"type": "web_fetch_20250910", "name": "web_fetch"}], served({"type": "web_search"}), {}),
+    ([SEARCH], served({"fields": {"enable_search": True}}), {"enable_search": True}),
+    ([SEARCH, TIME], ifl.PRESETS["dashscope"].profile,
+     {"tools": [function("get_time")], "enable_search": True}),
     ([SEARCH], ifl.PRESETS["zai"].profile, {"tools": [{"type": "web_search", "web_search": {
         "enable": True, "search_engine": "search-prime", "search_result": True}}]}),
-    ([{"type": "mcp_toolset", "mcp_server_name": "a"}, {"type": "mcp_toolset", "mcp_server_name": "b"}], {}, {}),
+    ([{"type": "mcp_toolset", "mcp_server_name": name} for name in "ab"], {}, {}),
 ]
 
 
 @pytest.mark.parametrize("tools, profile, expected", TOOLS)
 def test_tools(tools, profile, expected):
     chat = turn_of({"tools": tools}, **profile).chat
-    assert {name: chat[name] for name in chat if name not in ("model", "messages", "max_tokens")} == expected
-
-
-def test_a_tool_that_nobody_runs_is_told_to_the_model():
-    body = {"system": "Be brief.", "tools": [SEARCH, {"type": "tool_search_tool_regex_20251119", "name": "ts"}, TIME]}
-    assert turn_of(body).chat["messages"][0]["content"] == "Be brief.\n\n" + ifl.NO_TOOL.format("web_search")
-    native = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
-    assert turn_of(body, **native).chat["messages"][0]["content"] == "Be brief."
-
-
-def test_native_search_on_responses():
-    ask = {"model": "m", "input": "q", "tools": [{"type": "web_search"}]}
-    profile = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
-    chat = make_turn(ask, profile).chat
-    assert chat["enable_search"] is True and "tools" not in chat
+    assert {name: chat[name] for name in chat
+            if name not in ("model", "messages", "max_tokens")} == expected
 
 
 @pytest.mark.parametrize("kind, name, member, absent", [
@@ -3079,92 +3016,97 @@ def test_typed_client_tools_get_schemas(kind, name, member, absent):
     assert member in json.dumps(tool) and absent not in json.dumps(tool)
 
 
+ONE_BY_ONE = {"type": "any", "disable_parallel_tool_use": True}
 CHOICES = [
-    ({"type": "auto"}, {}, {"tool_choice": "auto"}),
-    ({"type": "any", "disable_parallel_tool_use": True}, {},
-     {"tool_choice": "required", "parallel_tool_calls": False}),
-    ({"type": "any", "disable_parallel_tool_use": True}, {"parallel_tool_calls": False}, {"tool_choice": "required"}),
+    (ONE_BY_ONE, {}, {"tool_choice": "required", "parallel_tool_calls": False}),
+    (ONE_BY_ONE, {"parallel_tool_calls": False}, {"tool_choice": "required"}),
     ({"type": "auto", "disable_parallel_tool_use": False}, {}, {"tool_choice": "auto"}),
     ({"type": "tool", "name": "get_time"}, {},
      {"tool_choice": {"type": "function", "function": {"name": "get_time"}}}),
     ({"type": "tool", "name": "web_search"}, {}, {"tool_choice": "auto"}),
-    ({"type": "none"}, {}, {"tool_choice": "none"}),
-    (None, {}, {}),
 ]
 
 
 @pytest.mark.parametrize("choice, profile, expected", CHOICES)
 def test_tool_choice(choice, profile, expected):
     chat = turn_of({"tools": [TIME, SEARCH], "tool_choice": choice}, **profile).chat
-    assert {name: chat[name] for name in ("tool_choice", "parallel_tool_calls") if name in chat} == expected
-
-
-def test_forced_choice_while_thinking():
-    body = {"tools": [TIME], "tool_choice": {"type": "any"}, "thinking": {"type": "adaptive"}}
-    assert turn_of(body, forced_tool_choice_with_thinking=False).chat["tool_choice"] == "auto"
-    assert turn_of({**body, "thinking": None},
-                   forced_tool_choice_with_thinking=False).chat["tool_choice"] == "required"
+    assert {name: chat[name] for name in ("tool_choice", "parallel_tool_calls")
+            if name in chat} == expected
 
 
 def test_no_tool_left_means_no_choice():
-    chat = turn_of({"tools": [SEARCH], "tool_choice": {"type": "tool", "name": "web_search"}}).chat
+    choice = {"type": "tool", "name": "web_search"}
+    chat = turn_of({"tools": [SEARCH], "tool_choice": choice}).chat
     assert "tools" not in chat and "tool_choice" not in chat
+    with pytest.raises(ifl.BadRequest, match="web_search"):
+        turn_of({"tools": [SEARCH]}, server_tools="error")
 
 
 def test_long_names_there_and_back():
-    turn = turn_of({"tools": [{"name": LONG, "input_schema": {}}], "tool_choice": {"type": "tool", "name": LONG},
+    turn = turn_of({"tools": [{"name": LONG, "input_schema": {}}],
+                    "tool_choice": {"type": "tool", "name": LONG},
                     "messages": [user("q"), assistant(use("a", LONG)), user(result("a", "1"))]})
     short = turn.chat["tools"][0]["function"]["name"]
-    assert len(short) <= 64 and short == turn.chat["messages"][1]["tool_calls"][0]["function"]["name"]
-    assert turn.chat["tool_choice"]["function"]["name"] == short
-    message = turn.stream(ids()).whole(completion_messages(tool_calls=[call("x", short)]))
+    assert len(short) <= 64 and turn.chat["tool_choice"]["function"]["name"] == short
+    assert turn.chat["messages"][1]["tool_calls"][0]["function"]["name"] == short
+    answer = completion_messages(tool_calls=[call("x", short)])
+    message = turn.stream(ids()).whole(answer)
     assert message["content"][0]["name"] == LONG
 
 
-def test_a_long_request_is_left_as_it_came():
-    body = {"model": "m", "max_tokens": 9, "system": [text("s")], "tools": [TIME],
+def test_a_request_is_left_as_it_came():
+    body = {"system": [text("s")], "tools": [TIME, SEARCH],
+            "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
             "messages": [user(text("q")), assistant(use("a")), user(result("a"))]}
     before = json.dumps(body)
-    ifl.MessagesTurn(body, {**ifl.DEFAULT_PROFILE, "structured_output": "prompt"}, "up")
+    turn_of(body, structured_output="prompt")
     assert json.dumps(body) == before
 
 
+def picture(**source):
+    return {"messages": [user(image(**source))]}
+
+
+def in_base64(data, media_type="image/png"):
+    return picture(type="base64", media_type=media_type, data=data)
+
+
+def schemas(*tools, **more):
+    return {"tools": list(tools), **more}
+
+
 BAD = [
-    {"max_tokens": None}, {"max_tokens": "9"}, {"max_tokens": -1}, {"max_tokens": True}, {"max_tokens": 1.5},
-    {"max_tokens": float("inf")},
-    {"messages": []}, {"messages": None}, {"messages": "hi"}, {"messages": ["hi"]},
-    {"messages": [{"role": "tool", "content": "x"}]},
-    {"messages": [{"role": "user"}]}, {"messages": [{"role": "user", "content": 5}]},
-    {"messages": [{"role": "user", "content": ["x"]}]},
-    {"messages": [{"role": "assistant", "content": "x"}]}, {"messages": [{"role": "system", "content": "x"}]},
-    {"messages": [user({"type": "text"})]}, {"messages": [user({"type": "text", "text": 5})]},
-    {"messages": [user({"type": "image"})]}, {"messages": [user(image(type="file", file_id="f"))]},
-    {"messages": [user(image(type="base64", media_type="image/tiff", data=PNG))]},
-    {"messages": [user(image(type="base64", media_type="image/png", data="%%% not base64"))]},
-    {"messages": [user(image(type="base64", media_type="image/png", data=""))]},
-    {"messages": [user(image(type="url"))]}, {"messages": [user(image(type="hologram"))]},
-    {"messages": [user({"type": "document", "source": {"type": "url", "url": "https://e/a.pdf"}})]},
-    {"messages": [user({"type": "document", "source": {"type": "file", "file_id": "f"}})]},
-    {"messages": [user({"type": "document", "source": {"type": "base64", "media_type": "text/plain",
-                                                       "data": "QQ=="}})]},
-    {"messages": [user({"type": "tool_result"})]},
-    {"messages": [user("q"), assistant({"type": "tool_use", "id": "a"})]},
-    {"messages": [user("q"), assistant({"type": "tool_use", "id": "a", "name": "f", "input": "x"})]},
-    {"system": 5}, {"tools": {}}, {"tools": ["x"]}, {"tools": [{"input_schema": {}}]}, {"tools": [{"name": ""}]},
-    {"tools": [TIME, TIME]},
-    {"tools": [{"name": "a", "input_schema": []}]}, {"tools": [{"type": "computer_toolset_20260801"}]},
-    {"tools": [TIME], "tool_choice": "auto"}, {"tools": [TIME], "tool_choice": {"type": "tool", "name": "nope"}},
-    {"tools": [TIME], "tool_choice": {"type": "tool"}}, {"tools": [TIME], "tool_choice": {"type": ["x"]}},
+    *({"max_tokens": wrong} for wrong in (None, "9", -1, True, 1.5, float("inf"))),
+    *({"messages": wrong} for wrong in ([], None, "hi", ["hi"])),
+    *({"messages": [message]} for message in (
+        {"role": "tool", "content": "x"}, {"role": "user"}, {"role": "user", "content": 5},
+        {"role": "user", "content": ["x"]}, {"role": "assistant", "content": "x"},
+        {"role": "system", "content": "x"})),
+    *({"messages": [user(block)]} for block in (
+        {"type": "text"}, {"type": "text", "text": 5}, {"type": "image"}, {"type": "tool_result"},
+        {"type": "document", "source": {"type": "url", "url": "https://e/a.pdf"}},
+        {"type": "document", "source": {"type": "file", "file_id": "f"}},
+        {"type": "document", "source": {"type": "base64", "media_type": "text/plain",
+                                        "data": "QQ=="}})),
+    picture(type="file", file_id="f"), picture(type="url"), picture(type="hologram"),
+    in_base64(PNG, "image/tiff"), *map(in_base64, ("%%% not base64", "", "AAAAA", "AA=A")),
+    *({"messages": [user("q"), assistant(block), user(result("a"))]} for block in (
+        {"type": "tool_use", "id": "a"},
+        {"type": "tool_use", "id": "a", "name": "f", "input": "x"})),
+    {"messages": [user("q"), assistant(use("a"), use("a")), user(result("a"))]},
+    {"system": 5}, {"tools": {}}, schemas("x"), schemas({"input_schema": {}}),
+    schemas({"name": ""}), schemas(TIME, TIME), schemas({"name": "a", "input_schema": []}),
+    schemas({"type": "computer_toolset_20260801"}),
+    *(schemas({"name": name}) for name in ("a.b", "a b", "a" * 129, "天气")),
+    *(schemas(TIME, tool_choice=choice) for choice in (
+        "auto", {"type": "tool", "name": "nope"}, {"type": "tool"}, {"type": ["x"]})),
     {"thinking": "on"}, {"thinking": {"type": "sometimes"}}, {"thinking": {"type": []}},
     {"thinking": {"type": "enabled", "budget_tokens": "x"}},
-    {"mcp_servers": [{"url": "https://m"}]}, {"thread": {"id": "t"}}, {"compaction": {"type": "summarize"}},
-    {"stop_sequences": "x"}, {"stop_sequences": [5]}, {"stop_sequences": [" \n"]}, {"output_config": []},
+    {"mcp_servers": [{"url": "https://m"}]}, {"thread": {"id": "t"}},
+    {"compaction": {"type": "summarize"}},
+    {"stop_sequences": "x"}, {"stop_sequences": [5]}, {"stop_sequences": [" \n"]},
     {"temperature": "x"}, {"top_p": True}, {"top_k": 1.5}, {"temperature": [1]},
-    {"messages": [user(image(type="base64", media_type="image/png", data="AAAAA"))]},
-    {"messages": [user(image(type="base64", media_type="image/png", data="AA=A"))]},
-    {"messages": [user("q"), assistant(use("a"), use("a")), user(result("a"))]},
-    {"tools": [{"name": "a.b"}]}, {"tools": [{"name": "a b"}]}, {"tools": [{"name": "a" * 129}]}, {"tools": [{"name": "天气"}]},
-    {"output_config": {"format": {"type": "xml"}}},
+    {"output_config": []}, {"output_config": {"format": {"type": "xml"}}},
     {"output_config": {"format": {"type": "json_schema"}}},
 ]
 
@@ -3178,12 +3120,42 @@ def test_bad_input(body):
 
 
 def test_what_is_odd_but_works_stays():
-    body = {"temperature": 1, "top_p": 0.5, "top_k": 3, "stop_sequences": ["\n\nHuman:"], "messages": [
-        user(image(type="base64", media_type="image/png", data="QUJD\r\nRA==\n")), assistant(use("a")), user(result("a")),
-        assistant(use("a")), user(result("a"))], "tools": [{"name": "a" * 128}]}
+    body = {"temperature": 1, "stop_sequences": ["\n\nHuman:"], "tools": [{"name": "a" * 128}],
+            "messages": [
+                user(image(type="base64", media_type="image/png", data="QUJD\r\nRA==\n")),
+                assistant(use("a")), user(result("a")), assistant(use("a")), user(result("a"))]}
     chat = turn_of(body).chat
-    assert [m["role"] for m in chat["messages"]] == ["user", "assistant", "tool", "assistant", "tool"]
-    assert (chat["temperature"], chat["stop"], len(chat["tools"][0]["function"]["name"])) == (1, ["\n\nHuman:"], 64)
+    assert [m["role"] for m in chat["messages"]] == [
+        "user", "assistant", "tool", "assistant", "tool"]
+    assert (chat["temperature"], chat["stop"]) == (1, ["\n\nHuman:"])
+    assert len(chat["tools"][0]["function"]["name"]) == 64
+
+
+def test_counting():
+    def count(**body):
+        return ifl.count_message_tokens({"messages": [user("q")], **body})
+
+    assert count(system="a" * 350) - count() == 104
+    assert 80 <= count(system="汉" * 120) - count() <= 90
+    assert count(tools=[WEATHER]) > count() + 20 and count(tools=[]) == count()
+    for source in ({}, {"type": "url", "url": "https://e"}):
+        assert count(messages=[user(image(**source))]) == 1504
+    thinks = {"type": "thinking", "thinking": "a", "signature": "x" * 9999}
+    assert count(messages=[user("q"), assistant(thinks), user("r")]) < 50
+    with pytest.raises(ifl.BadRequest):
+        count(messages=[])
+
+
+def test_reasoning_details_of_a_plain_answer_stay_apart():
+    given = [{"type": "reasoning.text", "text": "a"}, {"type": "reasoning.text", "text": "b"},
+             {"type": "reasoning.encrypted", "data": "c"}]
+    block, _ = reply(content="x", reasoning_details=given)["content"]
+    assert ifl.read_signature(block["signature"])["details"] == given
+    known = ifl.Details()
+    for piece in ([{"type": "t", "text": "a"}], [{"type": "t", "text": "b"}],
+                  [{"type": "t", "text": "c", "index": 1}, {"type": "t", "text": "d", "index": 1}]):
+        known.add(piece)
+    assert known.joined() == [{"type": "t", "text": "ab"}, {"type": "t", "text": "cd", "index": 1}]
 
 
 STREAMED_PLAIN = [
@@ -3217,21 +3189,6 @@ def test_a_stream_that_nobody_asked_for_may_be_a_failure(server, upstream, items
     upstream.plays(sse(*items))
     answer = post(running, chat())
     assert answer.status == status and said in answer.error["message"]
-
-
-def test_policies_that_refuse():
-    with pytest.raises(ifl.BadRequest, match="web_search"):
-        turn_of({"tools": [SEARCH]}, server_tools="error")
-
-
-def test_a_pdf_that_a_model_cannot_see_does_not_end_the_session():
-    note = ifl.NO_PDF.format("a.pdf")
-    assert "extract" in note and said(PDF, text("Read"), files=False) == note + "\n\nRead"
-    call_and_result = [user("q"), assistant(use("t1")), user(result("t1", [text("page 1"), PDF]))]
-    messages = turn_of({"messages": call_and_result}, files=False).chat["messages"]
-    assert messages[2:] == [{"role": "tool", "tool_call_id": "t1", "content": "page 1\n\n" + note}]
-    with pytest.raises(ifl.BadRequest, match="base64"):          # what is no PDF at all is still said
-        said({**PDF, "source": {**PDF["source"], "data": "%%%"}}, files=False)
 
 
 # --- answers
@@ -3613,43 +3570,12 @@ def test_stop_sequences_beyond_the_fourth_are_watched(content, expected, sequenc
                      body)[0])["content"] == [text("one STO"), use("a", "f")]
 
 
-def test_a_system_text_as_a_user_message_joins_its_neighbours():
-    """Templates that allow system at the top only mostly want user and assistant in turns, too."""
-    note = {"role": "system", "content": "note"}
-    told = "<system>\nnote\n</system>"
-    messages = [user("q"), note, user(image()), assistant(use("a")), user(result("a", "x")), note, user("and?")]
-    chat = turn_of({"messages": messages}, mid_system="user").chat["messages"]
-    assert [m["role"] for m in chat] == ["user", "assistant", "tool", "user"]
-    assert chat[0]["content"] == [text("q\n\n" + told), IMAGE_PART] and chat[3]["content"] == told + "\n\nand?"
-    assert [m["role"] for m in turn_of({"messages": messages}).chat["messages"]] == [
-        "user", "system", "user", "assistant", "tool", "system", "user"]
-
-
 def test_what_was_said_during_a_call_is_told_when_it_ends():
     stream = turn_of({"stream": True}).stream(ids())
     for piece in (tools(tool(0, "a", "f", '{"x"')), delta(content="by the way")):
         list(stream.feed(piece))
     told = [event for event in stream.feed(tools(tool(0, arguments=":1}")))]
     assert told[-1]["delta"] == {"type": "text_delta", "text": "by the way"}
-
-
-# --- counting
-
-def count(**body):
-    return ifl.count_message_tokens({"messages": [user("q")], **body})
-
-
-def test_counting():
-    assert count(system="a" * 350) - count() == 104
-    assert 80 <= count(system="汉" * 120) - count() <= 90
-    assert count(tools=[WEATHER]) > count() + 20 and count(tools=[]) == count()
-    for source in ({}, {"type": "url", "url": "https://e"}):
-        assert ifl.count_message_tokens({"messages": [user(image(**source))]}) == 1504
-    signed = {"messages": [user("q"), assistant(
-        {"type": "thinking", "thinking": "a", "signature": "x" * 9999}), user("r")]}
-    assert ifl.count_message_tokens(signed) < 50
-    with pytest.raises(ifl.BadRequest):
-        ifl.count_message_tokens({"messages": []})
 
 
 # --- errors
@@ -3847,14 +3773,16 @@ def test_overflow_texts(overflow, expected):
 # === 9. OpenAI Responses =====================================================
 
 SEAL = ifl.Seal(b"k" * 32)
-FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+FUNCTION = {"type": "function", "name": "f",
+            "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
 USAGE_RESPONSES = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
 
 
 def make_turn(body, profile=None, codex=False, compact=False, store=None, items=None):
     body = {"model": "m", **body}
-    return ifl.ResponsesTurn(body, {**ifl.DEFAULT_PROFILE, **(profile or {})}, body["model"], now=7.0,
-                             recall=(store or {}).get, item=(items or {}).get, seal=SEAL, codex=codex, compact=compact)
+    return ifl.ResponsesTurn(
+        body, {**ifl.DEFAULT_PROFILE, **(profile or {})}, body["model"], now=7.0,
+        recall=(store or {}).get, item=(items or {}).get, seal=SEAL, codex=codex, compact=compact)
 
 
 def counter():
@@ -3867,19 +3795,22 @@ def user_responses(text):
 
 
 def said_responses(text):
-    return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+    return {"type": "message", "role": "assistant",
+            "content": [{"type": "output_text", "text": text}]}
 
 
 def call_responses(call_id, name="f", arguments="{}", **more):
-    return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments, **more}
+    return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments,
+            **more}
 
 
 def result_responses(call_id, output="ok", kind="function_call_output", **more):
     return {"type": kind, "call_id": call_id, "output": output, **more}
 
 
-def thought(text):
-    return {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+def thought(text, **more):
+    return {"type": "reasoning", "summary": [],
+            "content": [{"type": "reasoning_text", "text": text}] if text else None, **more}
 
 
 def image_responses(url="https://e.example/i.png", **more):
@@ -3887,14 +3818,12 @@ def image_responses(url="https://e.example/i.png", **more):
 
 
 def asked(name, arguments="{}", call_id="c1"):
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": call_id, "type": "function",
+            "function": {"name": name, "arguments": arguments}}
 
 
 U = {"role": "user", "content": "q"}
-
-
-def tool_responses(text, call_id="c1"):
-    return {"role": "tool", "tool_call_id": call_id, "content": text}
+Q = user_responses("q")
 
 
 def step(*calls, **more):
@@ -3903,260 +3832,288 @@ def step(*calls, **more):
 
 # --- requests: messages
 
-MESSAGES_RESPONSES = [
-    ("string", "q", [U]),
+def shell_call(number, **action):
+    return {"type": "local_shell_call", "id": f"lsh_{number}", "call_id": f"c{number}",
+            "action": {"type": "exec", "command": ["ls"], **action}}
+
+
+SHORT = [{"type": "summary_text", "text": "short"}]
+FOUND = {"type": "tool_search_output", "call_id": "c1", "execution": "client", "tools": [
+    {"type": "namespace", "name": "ns", "tools": [FUNCTION]}]}
+
+#: What only Responses can say: id, the items after the first message, the messages after the first.
+ITEMS = [
     ("no type", [{"role": "user", "content": "q"}], [U]),
-    ("parts of one message", [{"role": "user", "content": [{"type": "input_text", "text": "a"},
-                                                            {"type": "input_text", "text": "b"}]}],
-     [{"role": "user", "content": "a\n\nb"}]),
-    ("leading system messages", [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}, user_responses("q")],
-     [{"role": "system", "content": "a\n\nb"}, U]),
-    ("later system message", [user_responses("q"), {"role": "developer", "content": "b"}, user_responses("q")],
-     [U, {"role": "system", "content": "b"}, U]),
-    ("refusal and texts of one step", [user_responses("q"), said_responses("a"), {"role": "assistant", "content": [
-        {"type": "refusal", "refusal": "no"}]}], [U, {"role": "assistant", "content": "a\n\nno"}]),
-    ("cited text is glued", [user_responses("q"), {"role": "assistant", "phase": "final_answer", "content": [
-        {"type": "output_text", "text": "a"}, {"type": "output_text", "text": "b"}]}],
-     [U, {"role": "assistant", "content": "ab"}]),
-    ("one step", [user_responses("q"), thought("t"), said_responses("a"), call_responses("c1"), call_responses("c2"), result_responses("c2", "2"), result_responses("c1", "1")],
-     [U, step(asked("f"), asked("f", call_id="c2"), content="a", reasoning_content="t"), tool_responses("1"), tool_responses("2", "c2")]),
-    ("text after a call opens a new step", [user_responses("q"), call_responses("c1"), said_responses("a"), result_responses("c1")],
-     [U, step(asked("f")), tool_responses("ok"), {"role": "assistant", "content": "a"}]),
-    ("output pulled forward", [user_responses("q"), call_responses("c1"), user_responses("wait"), result_responses("c1")],
-     [U, step(asked("f")), tool_responses("ok"), {"role": "user", "content": "wait"}]),
-    ("call without output", [user_responses("q"), call_responses("c1")], [U, step(asked("f")), tool_responses("[no output recorded for this call]")]),
-    ("output without call", [user_responses("q"), result_responses("c9", "late")],
-     [U, {"role": "user", "content": "[result of tool call c9]\nlate"}]),
-    ("output found by name", [user_responses("q"), call_responses("c1"), result_responses(None, "1", name="f")], [U, step(asked("f")), tool_responses("1")]),
-    ("ids that repeat", [user_responses("q"), call_responses("c1"), result_responses("c1", "1"), call_responses("c1"), result_responses("c1", "2")],
-     [U, step(asked("f")), tool_responses("1"), step(asked("f")), tool_responses("2")]),
-    ("call without id", [user_responses("q"), {"type": "function_call", "name": "f", "arguments": ""}],
-     [U, step(asked("f", call_id="call_1")), tool_responses("[no output recorded for this call]", "call_1")]),
-    ("arguments that are no JSON", [user_responses("q"), call_responses("c1", arguments="{x"), result_responses("c1")],
-     [U, step(asked("f", '{"INVALID_JSON":"{x"}')), tool_responses("ok")]),
-    ("arguments encoded twice", [user_responses("q"), call_responses("c1", arguments='"{\\"x\\":1}"'), result_responses("c1")],
-     [U, step(asked("f", '{"x":1}')), tool_responses("ok")]),
-    ("output parts", [user_responses("q"), call_responses("c1"), result_responses("c1", [{"type": "input_text", "text": "a"}, image_responses(detail="auto")]), user_responses("r")],
-     [U, step(asked("f")), tool_responses("a\n\n[1 attachment(s) of this result follow in the next user message]"),
-      {"role": "user", "content": [{"type": "text", "text": "Attachment(s) of tool result c1:"},
-                                   {"type": "image_url", "image_url": {"url": "https://e.example/i.png"}},
-                                   {"type": "text", "text": "r"}]}]),
-    ("attachments before the next step", [user_responses("q"), call_responses("c1"), result_responses("c1", [image_responses()]), said_responses("a")],
-     [U, step(asked("f")), tool_responses("[1 attachment(s) of this result follow in the next user message]"),
-      {"role": "user", "content": [{"type": "text", "text": "Attachment(s) of tool result c1:"},
-                                   {"type": "image_url", "image_url": {"url": "https://e.example/i.png"}}]},
-      {"role": "assistant", "content": "a"}]),
-    ("output that is no schema's", [user_responses("q"), call_responses("c1"), result_responses("c1", {"a": 1})], [U, step(asked("f")), tool_responses('{"a":1}')]),
-    ("custom", [user_responses("q"), {"type": "custom_tool_call", "call_id": "c1", "name": "p", "input": 'a"\n'},
-                result_responses("c1", [{"type": "input_text", "text": "ok"}], "custom_tool_call_output")],
-     [U, step(asked("p", '{"input":"a\\"\\n"}')), tool_responses("ok")]),
-    ("local shell: the output's id is the call's", [
-        user_responses("q"), {"type": "local_shell_call", "id": "lsh_1", "call_id": "c1",
-                    "action": {"type": "exec", "command": ["ls"], "env": {}, "timeout_ms": None}},
-        {"type": "local_shell_call_output", "id": "c1", "output": "x"}],
-     [U, step(asked("local_shell", '{"command":["ls"],"env":{}}')), tool_responses("x")]),
-    ("local shell: the output names the call's item, or both", [
-        user_responses("q"), *({"type": "local_shell_call", "id": f"lsh_{n}", "call_id": f"c{n}",
-                                "action": {"type": "exec", "command": ["ls"]}} for n in (1, 2)),
-        {"type": "local_shell_call_output", "id": "lsh_2", "output": "y"},
-        {"type": "local_shell_call_output", "id": "lsh_1", "call_id": "c1", "output": "x"}],
-     [U, step(*(asked("local_shell", '{"command":["ls"]}', f"c{n}") for n in (1, 2))), tool_responses("x"), tool_responses("y", "c2")]),
-    ("tool search", [user_responses("q"), {"type": "tool_search_call", "call_id": "c1", "execution": "client",
-                                 "arguments": {"query": "x"}},
-                     {"type": "tool_search_output", "call_id": "c1", "execution": "client", "tools": [
-                         {"type": "namespace", "name": "ns", "tools": [FUNCTION]}]}],
-     [U, step(asked("tool_search", '{"query":"x"}')), tool_responses("Tools found: ns__f")]),
-    ("the server's tool search", [user_responses("q"), {"type": "tool_search_call", "call_id": None, "execution": "server", "arguments": {}},
-                                  {"type": "tool_search_output", "call_id": None, "execution": "server", "tools": [FUNCTION]}],
-     [U]),
-    ("nameless types", [user_responses("q"), {"type": "ghost_snapshot"}, {"type": "web_search_call", "id": "ws_1"}, {"type": "mcp_call"}], [U]),
-    ("agent message", [user_responses("q"), {"type": "agent_message", "author": "/root/a",
-                                   "content": [{"type": "encrypted_content", "encrypted_content": "done"}]}],
-     [U, {"role": "user", "content": "Message from /root/a:\ndone"}]),
-    ("reasoning that led to nothing", [user_responses("q"), thought("t"), user_responses("q")],
-     [U, U]),
-    ("own carrier beats the summary", [user_responses("q"), {
-        "type": "reasoning", "summary": [{"type": "summary_text", "text": "short"}], "content": None,
-        "encrypted_content": SEAL.close({"reasoning": "long"})}, said_responses("a")],
-     [U, {"role": "assistant", "content": "a", "reasoning_content": "long"}]),
-    ("foreign carrier", [user_responses("q"), {"type": "reasoning", "summary": [{"type": "summary_text", "text": "short"}],
-                                     "encrypted_content": "gAAAA"}, said_responses("a")],
-     [U, {"role": "assistant", "content": "a", "reasoning_content": "short"}]),
-    ("own compaction", [{"type": "compaction", "encrypted_content": SEAL.close({"summary": "S"})}, user_responses("q")],
-     [{"role": "user", "content": "Summary of the conversation so far:\n\nS"}, U]),
+    ("refusal and texts of one step", [said_responses("a"), {"role": "assistant", "content": [
+        {"type": "refusal", "refusal": "no"}]}], [said_chat("assistant", "a\n\nno")]),
+    ("cited text is glued", [{"role": "assistant", "phase": "final_answer", "content": [
+        {"type": "output_text", "text": piece} for piece in "ab"]}],
+     [said_chat("assistant", "ab")]),
+    ("results in the order of their calls",
+     [call_responses("c1"), call_responses("c2"), result_responses("c2", "2"),
+      result_responses("c1", "1")],
+     [step(asked("f"), asked("f", call_id="c2")), tool_responses("1"), tool_responses("2", "c2")]),
+    ("text after a call opens a new step",
+     [call_responses("c1"), said_responses("a"), result_responses("c1")],
+     [step(asked("f")), tool_responses("ok"), said_chat("assistant", "a")]),
+    ("users in a row stay", [result_responses("c9", "late"), Q],
+     [said_chat("user", "[result of tool call c9]\nlate"), U]),
+    ("output found by name", [call_responses("c1"), result_responses(None, "1", name="f")],
+     [step(asked("f")), tool_responses("1")]),
+    ("ids that repeat", [call_responses("c1"), result_responses("c1", "1"), call_responses("c1"),
+                         result_responses("c1", "2")],
+     [step(asked("f")), tool_responses("1"), step(asked("f")), tool_responses("2")]),
+    ("one id twice in a step", [call_responses("c1"), call_responses("c1"),
+                                result_responses("c1", "1")],
+     [step(asked("f"), asked("f")), tool_responses("1"), tool_responses(ifl.NO_RESULT)]),
+    ("call without id", [{"type": "function_call", "name": "f", "arguments": ""}],
+     [step(asked("f", call_id="call_1")), tool_responses(ifl.NO_RESULT, "call_1")]),
+    ("arguments that are no JSON", [call_responses("c1", arguments="{x"), result_responses("c1")],
+     [step(asked("f", '{"INVALID_JSON":"{x"}')), tool_responses("ok")]),
+    ("arguments encoded twice",
+     [call_responses("c1", arguments='"{\\"x\\":1}"'), result_responses("c1")],
+     [step(asked("f", '{"x":1}')), tool_responses("ok")]),
+    ("output that is no schema's", [call_responses("c1"), result_responses("c1", {"a": 1})],
+     [step(asked("f")), tool_responses('{"a":1}')]),
+    ("output of unknown parts",
+     [call_responses("c1"), result_responses("c1", [{"type": "video", "x": 1}])],
+     [step(asked("f")), tool_responses('[{"type":"video","x":1}]')]),
+    ("custom", [{"type": "custom_tool_call", "call_id": "c1", "name": "p", "input": 'a"\n'},
+                result_responses("c1", "ok", "custom_tool_call_output")],
+     [step(asked("p", '{"input":"a\\"\\n"}')), tool_responses("ok")]),
+    ("local shell: the output's id is the call's",
+     [shell_call(1, env={}, timeout_ms=None),
+      {"type": "local_shell_call_output", "id": "c1", "output": "x"}],
+     [step(asked("local_shell", '{"command":["ls"],"env":{}}')), tool_responses("x")]),
+    ("local shell: the output names the call's item, or both",
+     [shell_call(1), shell_call(2),
+      {"type": "local_shell_call_output", "id": "lsh_2", "output": "y"},
+      {"type": "local_shell_call_output", "id": "lsh_1", "call_id": "c1", "output": "x"}],
+     [step(*(asked("local_shell", '{"command":["ls"]}', f"c{n}") for n in (1, 2))),
+      tool_responses("x"), tool_responses("y", "c2")]),
+    ("tool search", [{"type": "tool_search_call", "call_id": "c1", "execution": "client",
+                      "arguments": {"query": "x"}}, FOUND],
+     [step(asked("tool_search", '{"query":"x"}')), tool_responses("Tools found: ns__f")]),
+    ("the server's tool search",
+     [{"type": f"tool_search_{end}", "call_id": None, "execution": "server", "tools": [FUNCTION]}
+      for end in ("call", "output")], []),
+    ("types of no meaning", [{"type": "ghost_snapshot"}, {"type": "web_search_call", "id": "ws_1"},
+                             {"type": "mcp_call"}, {"type": "shell_call", "call_id": "s"}], []),
+    ("agent message", [{"type": "agent_message", "author": "/root/a", "content": [
+        {"type": "encrypted_content", "encrypted_content": "done"}]}],
+     [said_chat("user", "Message from /root/a:\ndone")]),
+    ("reasoning that led to nothing", [thought("t"), Q], [U]),
+    ("own carrier beats the summary", [
+        thought("", summary=SHORT, encrypted_content=SEAL.close({"reasoning": "long"})),
+        said_responses("a")], [said_chat("assistant", "a", reasoning_content="long")]),
+    ("foreign carrier",
+     [thought("", summary=SHORT, encrypted_content="gAAAA"), said_responses("a")],
+     [said_chat("assistant", "a", reasoning_content="short")]),
+    ("details without text", [thought("", encrypted_content=SEAL.close({"details": [{"x": 1}]})),
+                              said_responses("a")],
+     [said_chat("assistant", "a", reasoning_details=[{"x": 1}])]),
+    ("own compaction", [{"type": "compaction", "encrypted_content": SEAL.close({"summary": "S"})}],
+     [said_chat("user", "Summary of the conversation so far:\n\nS")]),
+    ("nothing", [{"role": "user", "content": None}], [said_chat("user", "")]),
     ("file and image", [{"role": "user", "content": [
-        image_responses("data:image/png;base64,AA", detail="high"),
-        {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,AA"}]}],
-     [{"role": "user", "content": [
+        image_responses("data:image/png;base64,AA", detail="high"), image_responses(detail="auto"),
+        {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,A"},
+        ]}],
+     [said_chat("user", [
          {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA", "detail": "high"}},
-         {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,AA"}}]}]),
+         {"type": "image_url", "image_url": {"url": "https://e.example/i.png"}},
+         {"type": "file", "file": {"filename": "a.pdf",
+                                   "file_data": "data:application/pdf;base64,A"}}])]),
+    ("parts as in Chat, and of unknown kinds", [{"role": "user", "content": [
+        IMAGE_PART, {"type": "input_video"}, {"type": "text", "text": "q"}]}],
+     [said_chat("user", [IMAGE_PART, text("q")])]),
 ]
 
 
-@pytest.mark.parametrize("given, messages", [case[1:] for case in MESSAGES_RESPONSES], ids=[case[0] for case in MESSAGES_RESPONSES])
-def test_messages(given, messages):
-    assert make_turn({"input": given}).chat["messages"] == messages
+@pytest.mark.parametrize("given, messages", [row[1:] for row in ITEMS],
+                         ids=[row[0] for row in ITEMS])
+def test_items(given, messages):
+    assert make_turn({"input": [Q, *given]}).chat["messages"] == [U, *messages]
 
 
-PROFILES = [
-    ({"vision": False}, [{"role": "user", "content": [image_responses()]}], {"content": "[an image was here; this model takes text only]"}),
-    ({"mid_system": "user"}, [user_responses("q"), {"role": "system", "content": "s"}], {"content": "q\n\n<system>\ns\n</system>"}),
-    ({"reasoning_field": None}, [user_responses("q"), thought("t"), said_responses("a")], {"content": "a"}),
-    ({"reasoning_field": "reasoning"}, [user_responses("q"), thought("t"), said_responses("a")], {"reasoning": "t"}),
-    ({"reasoning_field": "reasoning_details"}, [user_responses("q"), thought("t"), said_responses("a")],
-     {"reasoning_details": [{"type": "reasoning.text", "text": "t"}]}),
-    ({"reasoning_field": "reasoning_details"}, [user_responses("q"), {
-        "type": "reasoning", "summary": [], "encrypted_content": SEAL.close({"reasoning": "t", "details": [{"type": "x"}]})},
-        said_responses("a")], {"reasoning_details": [{"type": "x"}]}),
-]
-
-
-@pytest.mark.parametrize("profile, given, last", PROFILES)
-def test_profiles(profile, given, last):
-    message = make_turn({"input": given}, profile).chat["messages"][-1]
-    assert {key: message.get(key) for key in last} == last and ("reasoning_content" not in message)
-
-
-def test_missing_reasoning_is_padded_unless_thinking_is_off():
-    profile, given = {"require_reasoning_on_tool_calls": True}, [user_responses("q"), call_responses("c1"), result_responses("c1")]
-    assert make_turn({"input": given}, profile).chat["messages"][1]["reasoning_content"] == ""
-    off = make_turn({"input": given, "reasoning": {"effort": "none"}}, profile)
-    assert "reasoning_content" not in off.chat["messages"][1]
+def test_reasoning_is_not_required_of_responses_where_thinking_is_off():
+    for effort, field in ((None, ""), ("high", ""), ("none", None)):
+        body = {"input": [Q, call_responses("c1")], "reasoning": {"effort": effort}}
+        made = make_turn(body, {"require_reasoning_on_tool_calls": True}).chat["messages"][1]
+        assert made.get("reasoning_content") == field
 
 
 # --- requests: other fields
 
-FORMAT = {"type": "json_schema", "name": "a", "schema": {"type": "object"}, "description": "d", "strict": None}
+FORMAT = {"type": "json_schema", "name": "a", "schema": {"type": "object"}, "description": "d",
+          "strict": None}
+EXTRAS = {"text": {"verbosity": "low"}, "prompt_cache_key": "k", "service_tier": "flex",
+          "user": "u"}
+DROPPED = {"metadata": {"a": "b"}, "safety_identifier": "s", "store": False, "truncation": "auto",
+           "max_tool_calls": 1, "client_metadata": {}, "background": False, "conversation": None,
+           "context_management": [{"type": "compaction"}], "top_logprobs": 2}
+UPDATE = {"type": "configuration_update", "reasoning": {"effort": "high"},
+          "text": {"format": {"type": "json_object"}}}
+
+#: id, what is asked, under which profile, Chat's fields.
 FIELDS = [
-    ("effort", {"reasoning": {"effort": "minimal"}}, {}, {"thinking": {"type": "enabled"}, "reasoning_effort": "low"}),
-    ("effort none", {"reasoning": {"effort": "none"}}, {}, {"thinking": {"type": "disabled"}}),
+    ("effort", {"reasoning": {"effort": "minimal"}}, {}, {**ON, "reasoning_effort": "low"}),
+    ("effort none", {"reasoning": {"effort": "none"}}, {}, OFF),
     ("summary alone", {"reasoning": {"summary": "auto"}}, {}, {}),
-    ("limit", {"max_output_tokens": 900}, {"max_output": 100, "max_tokens_field": "max_completion_tokens"},
+    ("limit", {"max_output_tokens": 900},
+     {"max_output": 100, "max_tokens_field": "max_completion_tokens"},
      {"max_completion_tokens": 100}),
     ("stream", {"stream": True}, {}, {"stream": True, "stream_options": {"include_usage": True}}),
     ("stream without usage", {"stream": True}, {"stream_usage": False}, {"stream": True}),
     ("text", {"text": {"format": {"type": "text"}, "verbosity": "low"}}, {}, {}),
-    ("json_object", {"text": {"format": {"type": "json_object"}}}, {}, {"response_format": {"type": "json_object"}}),
+    ("json_object", {"text": {"format": {"type": "json_object"}}}, {},
+     {"response_format": {"type": "json_object"}}),
+    ("json_object that only a prompt can ask for", {"text": {"format": {"type": "json_object"}}},
+     {"structured_output": "prompt"}, {"messages": [
+         said_chat("system", "Answer with nothing but a JSON object."), U]}),
     ("json_schema", {"text": {"format": FORMAT}}, {}, {"response_format": {
-        "type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "description": "d"}}}),
-    ("schema as object", {"text": {"format": FORMAT}}, {"structured_output": "json_object"}, {
-        "response_format": {"type": "json_object"}, "messages": [
-            {"role": "system", "content": 'Answer with nothing but JSON that fits this JSON Schema:\n{"type":"object"}'}, U]}),
-    ("configuration_update", {"input": [{"type": "configuration_update", "reasoning": {"effort": "high"},
-                                         "text": {"format": {"type": "json_object"}}}, user_responses("q")]}, {},
-     {"thinking": {"type": "enabled"}, "reasoning_effort": "high", "response_format": {"type": "json_object"}}),
-    ("logprobs", {"include": ["message.output_text.logprobs"], "top_logprobs": 2}, {}, {"logprobs": True, "top_logprobs": 2}),
-    ("dropped", {"metadata": {"a": "b"}, "user": "u", "safety_identifier": "s", "prompt_cache_key": "k", "service_tier": "auto",
-                 "store": False, "truncation": "auto", "max_tool_calls": 1, "client_metadata": {}, "background": False,
-                 "context_management": [{"type": "compaction"}], "top_logprobs": 2, "conversation": None}, {}, {}),
+        "type": "json_schema", "json_schema": {
+            "name": "a", "schema": {"type": "object"}, "description": "d"}}}),
+    ("configuration_update", {"input": [UPDATE, Q]}, {},
+     {**ON, "reasoning_effort": "high", "response_format": {"type": "json_object"}}),
+    ("logprobs", {"include": ["message.output_text.logprobs"], "top_logprobs": 2}, {},
+     {"logprobs": True, "top_logprobs": 2}),
+    ("what most do not know", {**DROPPED, **EXTRAS}, {}, {}),
+    ("what OpenAI knows", EXTRAS, ifl.PRESETS["openai"].profile, {
+        "verbosity": "low", "prompt_cache_key": "k", "service_tier": "flex",
+        "safety_identifier": "u"}),
+    ("whom it is for", {**EXTRAS, "safety_identifier": "s"}, {"extra_fields": ["user"]},
+     {"user": "s"}),
+    ("whom it is for is not wanted", EXTRAS, {"extra_fields": ["user"], "user_field": None}, {}),
     ("no tools", {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}, {}, {}),
 ]
 
 
-@pytest.mark.parametrize("body, profile, chat", [case[1:] for case in FIELDS], ids=[case[0] for case in FIELDS])
+@pytest.mark.parametrize("body, profile, chat", [row[1:] for row in FIELDS],
+                         ids=[row[0] for row in FIELDS])
 def test_fields(body, profile, chat):
-    assert make_turn({"input": "q", **body}, profile).chat == {"model": "m", "messages": [U], **chat}
+    assert make_turn({"input": "q", **body}, profile).chat == {
+        "model": "m", "messages": [U], **chat}
 
 
 # --- tools
 
 def functions_responses(body, profile=None):
-    return [entry["function"] for entry in make_turn({"input": "q", **body}, profile).chat.get("tools", [])]
+    chat = make_turn({"input": "q", **body}, profile).chat
+    return [entry["function"] for entry in chat.get("tools", [])]
 
 
 def test_function_and_custom_tools():
+    grammar = {"type": "grammar", "syntax": "lark", "definition": "start: x"}
     made = functions_responses({"tools": [
-        {**FUNCTION, "strict": True, "defer_loading": True, "output_schema": {}}, {"type": "function", "name": "g", "parameters": None},
-        {"type": "custom", "name": "p", "description": "d", "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}},
+        {**FUNCTION, "strict": True, "defer_loading": True, "output_schema": {}},
+        {"type": "function", "name": "g", "parameters": None},
+        {"type": "custom", "name": "p", "description": "d", "format": grammar},
         {"type": "custom", "name": "t", "format": {"type": "text"}}]})
     text = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
     assert made == [
         {"name": "f", "parameters": FUNCTION["parameters"], "strict": True},
         {"name": "g", "parameters": {"type": "object", "properties": {}}},
-        {"name": "p", "description": "d\n\nThe input must match this lark grammar:\nstart: x", "parameters": text},
+        {"name": "p", "parameters": text,
+         "description": "d\n\nThe input must match this lark grammar:\nstart: x"},
         {"name": "t", "parameters": text}]
-    assert "strict" not in functions_responses({"tools": [{**FUNCTION, "strict": True}]}, {"strict_tools": False})[0]
+    strict = {"tools": [{**FUNCTION, "strict": True}]}
+    assert "strict" not in functions_responses(strict, {"strict_tools": False})[0]
 
 
 def test_tools_join_from_items():
-    found = {"type": "tool_search_output", "call_id": "c1", "tools": [{"type": "namespace", "name": "ns", "tools": [FUNCTION]}]}
-    extra = {"type": "additional_tools", "role": "developer", "tools": [{"type": "custom", "name": "p"}]}
-    chat = make_turn({"input": [extra, {"role": "developer", "content": "s"}, user_responses("q"), found], "tools": [FUNCTION]}).chat
+    extra = {"type": "additional_tools", "role": "developer",
+             "tools": [{"type": "custom", "name": "p"}]}
+    items = [extra, {"role": "developer", "content": "s"}, Q, FOUND]
+    chat = make_turn({"input": items, "tools": [FUNCTION]}).chat
     assert [entry["function"]["name"] for entry in chat["tools"]] == ["f", "p", "ns__f"]
-    assert chat["messages"] == [{"role": "system", "content": "s"}, U]
+    assert chat["messages"] == [said_chat("system", "s"), U]
 
 
 def test_fixed_tools_have_schemas():
     kinds = ["local_shell", "tool_search"]
-    made = functions_responses({"tools": [{"type": kind, "execution": "client"} for kind in kinds]})
+    made = functions_responses({"tools": [
+        {"type": kind, "execution": "client"} for kind in kinds]})
     assert [entry["name"] for entry in made] == kinds
     assert all(entry["description"] and entry["parameters"]["required"] for entry in made)
     assert functions_responses({"tools": [{"type": "tool_search"}, {"type": "shell"}]}) == []
 
 
-SERVED = [({}, None), ({"server_tools": {"web_search": {"type": "web_search", "n": 1}}}, [{"type": "web_search", "n": 1}])]
+NATIVE = {"server_tools": {"web_search": {"type": "web_search", "n": 1}}}
+FIELD = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
 
 
-@pytest.mark.parametrize("profile, tools", SERVED)
-def test_server_tools(profile, tools):
-    given = [{"type": "web_search_preview_2025_03_11"}, {"type": "mcp", "server_label": "x"}, {"type": "never heard of"}]
-    chat = make_turn({"input": "q", "tools": given, "tool_choice": {"type": "web_search_preview"}}, profile).chat
-    assert chat.get("tools") == tools and chat.get("tool_choice") == ("auto" if tools else None)
+@pytest.mark.parametrize("codex, profile, fields", [
+    (False, {}, {}), (False, NATIVE, {"tools": [{"type": "web_search", "n": 1}],
+                                      "tool_choice": "auto"}),
+    (False, FIELD, {"enable_search": True}),
+    (True, FIELD, {})])                  # Codex lists it in each request; it would be paid
+def test_tools_of_servers(codex, profile, fields):
+    given = [{"type": "web_search_preview_2025_03_11"}, {"type": "mcp", "server_label": "x"},
+             {"type": "never heard of"}]
+    body = {"input": "q", "tools": given, "tool_choice": {"type": "web_search_preview"}}
+    assert make_turn(body, profile, codex=codex).chat == {"model": "m", "messages": [U], **fields}
+    with pytest.raises(ifl.BadRequest):
+        make_turn(body, {"server_tools": "error"})
 
 
-def test_codex_starts_no_search_of_the_maker_by_listing_it():
-    profile = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
-    ask = {"input": "q", "tools": [{"type": "web_search"}]}
-    assert make_turn(ask, profile).chat["enable_search"] is True
-    assert "enable_search" not in make_turn(ask, profile, codex=True).chat
+def function_named(name):
+    return {"type": "function", "function": {"name": name}}
 
 
-NAMED = {"type": "function", "function": {"name": "f"}}
-CHOICES_RESPONSES = [
-    ("auto", {}, "auto"), ("required", {}, "required"), ("none", {}, "none"), (None, {}, None),
-    ({"type": "function", "name": "f"}, {}, NAMED),
-    ({"type": "custom", "name": "p"}, {}, {"type": "function", "function": {"name": "p"}}),
-    ({"type": "function", "name": "b", "namespace": "a"}, {}, {"type": "function", "function": {"name": "a__b"}}),
-    ({"type": "local_shell"}, {}, {"type": "function", "function": {"name": "local_shell"}}),
-    ({"type": "shell"}, {}, "auto"), ({"type": "file_search"}, {}, "auto"),
-    ("required", {"reasoning": {"effort": "high"}}, "auto"),
-    ({"type": "function", "name": "f"}, {"reasoning": {"effort": "none"}}, NAMED),
-]
-
-
-@pytest.mark.parametrize("choice, more, expected", CHOICES_RESPONSES)
-def test_responses_tool_choice(choice, more, expected):
+@pytest.mark.parametrize("choice, expected", [
+    ({"type": "custom", "name": "p"}, function_named("p")),
+    ({"type": "function", "name": "b", "namespace": "a"}, function_named("a__b")),
+    ({"type": "local_shell"}, function_named("local_shell")),
+    ({"type": "shell"}, "auto"), ({"type": "file_search"}, "auto")])
+def test_responses_tool_choice(choice, expected):
     tools = [FUNCTION, {"type": "custom", "name": "p"}, {"type": "local_shell"},
              {"type": "namespace", "name": "a", "tools": [{"type": "function", "name": "b"}]}]
-    chat = make_turn({"input": "q", "tools": tools, "tool_choice": choice, **more},
-                     {"forced_tool_choice_with_thinking": False}).chat
-    assert chat.get("tool_choice") == expected and len(chat["tools"]) == 4
+    chat = make_turn({"input": "q", "tools": tools, "tool_choice": choice}).chat
+    assert chat["tool_choice"] == expected and len(chat["tools"]) == 4
 
 
-def test_allowed_tools_filter_the_list():
-    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "custom", "name": "p"}, {"type": "mcp"}]}
-    chat = make_turn({"input": "q", "tools": [FUNCTION, {"type": "custom", "name": "p"}], "tool_choice": allowed,
-                      "parallel_tool_calls": False}).chat
-    assert [entry["function"]["name"] for entry in chat["tools"]] == ["p"]
+SPACES = [FUNCTION, {"type": "custom", "name": "p"}, {
+    "type": "namespace", "name": "mcp__docs",
+    "tools": [{"type": "function", "name": name} for name in "ab"]}]
+
+
+@pytest.mark.parametrize("allowed, left", [
+    ([{"type": "custom", "name": "p"}, {"type": "mcp"}], ["p"]),
+    ([{"type": "namespace", "name": "mcp__docs"}], ["mcp__docs__a", "mcp__docs__b"]),
+    ([{"type": "mcp", "server_label": "docs"}], ["mcp__docs__a", "mcp__docs__b"]),
+    ([{"type": "mcp", "server_label": "elsewhere"}], ["f", "p", "mcp__docs__a", "mcp__docs__b"]),
+    ([{"type": "function", "name": "a", "namespace": "mcp__docs"}], ["mcp__docs__a"])])
+def test_allowed_tools(allowed, left):
+    chat = make_turn({"input": "q", "tools": SPACES, "parallel_tool_calls": False, "tool_choice": {
+        "type": "allowed_tools", "mode": "required", "tools": allowed}}).chat
+    assert [tool["function"]["name"] for tool in chat["tools"]] == left
     assert (chat["tool_choice"], chat["parallel_tool_calls"]) == ("required", False)
 
 
 LONG_RESPONSES = "n" * 70
 TWINS = [{"type": "function", "name": "a__b"}, {"type": "namespace", "name": "a", "tools": [
-    {"type": "function", "name": "b"}, {"type": "custom", "name": "c"}, {"type": "function", "name": LONG_RESPONSES + "1"},
+    {"type": "function", "name": "b"}, {"type": "custom", "name": "c"},
+    {"type": "function", "name": LONG_RESPONSES + "1"},
     {"type": "function", "name": LONG_RESPONSES + "2"}]}, {"type": "custom", "name": "a__b"}]
 
 
 def test_names_are_short_distinct_and_come_back():
-    turn = make_turn({"input": [user_responses("q"), call_responses("c0", "b", namespace="a"), call_responses("c9", LONG_RESPONSES + "2", namespace="a")], "tools": TWINS})
+    items = [Q, call_responses("c0", "b", namespace="a"),
+             call_responses("c9", LONG_RESPONSES + "2", namespace="a")]
+    turn = make_turn({"input": items, "tools": TWINS})
     names = [entry["function"]["name"] for entry in turn.chat["tools"]]
-    assert len(set(names)) == 6 and max(map(len, names)) <= 64 and names[:1] + names[2:3] == ["a__b", "a__c"]
-    assert [made["function"]["name"] for made in turn.chat["messages"][1]["tool_calls"]] == [names[1], names[4]]
-    calls = [{"id": "c%d" % (n + 1), "function": {"name": name, "arguments": '{"input":"i"}'}} for n, name in enumerate(names)]
-    output = turn.stream(counter()).whole({"choices": [{"message": {"tool_calls": calls}}]})["output"]
+    assert len(set(names)) == 6 and max(map(len, names)) <= 64
+    assert (names[0], names[2]) == ("a__b", "a__c")
+    made = [made["function"]["name"] for made in turn.chat["messages"][1]["tool_calls"]]
+    assert made == [names[1], names[4]]
+    calls = [asked(name, '{"input":"i"}', f"c{n}") for n, name in enumerate(names, 1)]
+    answer = {"choices": [{"message": {"tool_calls": calls}}]}
+    output = turn.stream(counter()).whole(answer)["output"]
     assert [(item["type"], item["name"], item.get("namespace")) for item in output] == [
-        ("function_call", "a__b", None), ("function_call", "b", "a"), ("custom_tool_call", "c", "a"),
-        ("function_call", LONG_RESPONSES + "1", "a"), ("function_call", LONG_RESPONSES + "2", "a"), ("custom_tool_call", "a__b", None)]
+        ("function_call", "a__b", None), ("function_call", "b", "a"),
+        ("custom_tool_call", "c", "a"), ("function_call", LONG_RESPONSES + "1", "a"),
+        ("function_call", LONG_RESPONSES + "2", "a"), ("custom_tool_call", "a__b", None)]
 
 
 def test_two_calls_of_one_chunk_without_index_id_or_arguments_are_two_calls():
@@ -4166,45 +4123,47 @@ def test_two_calls_of_one_chunk_without_index_id_or_arguments_are_two_calls():
     assert [(item["name"], item["arguments"]) for item in events[-1]["response"]["output"]] == [("a", "{}"), ("b", "{}")]
 
 
-def test_arguments_that_are_nested_too_deeply_stay_what_they_are():
-    deep = '{"a":' + "[" * 200_000 + "]" * 200_000 + "}"
-    chat = make_turn({"input": [{"role": "user", "content": "q"}, call_responses("c1", "f", deep)]}).chat
-    arguments = chat["messages"][1]["tool_calls"][0]["function"]["arguments"]
-    assert json.loads(arguments) == {"INVALID_JSON": deep}
-    assert ifl._payload("local_shell", deep) is None
-
-
 # --- bad input and the store
+
+def part_of_user(*parts):
+    return {"input": [{"role": "user", "content": list(parts)}]}
+
 
 BAD_RESPONSES = [
     ({}, "input", "missing_required_parameter"), ({"input": []}, "input", "invalid_value"),
     ({"input": ["x"]}, "input", "invalid_type"), ({"input": 5}, "input", "invalid_type"),
-    ({"input": [{"type": 5}]}, "input", "invalid_type"), ({"input": [{}]}, "input", "missing_required_parameter"),
+    ({"input": [{"type": 5}]}, "input", "invalid_type"),
+    ({"input": [{}]}, "input", "missing_required_parameter"),
     ({"input": [{"id": "msg_x"}]}, "input", "item_not_found"),
     ({"input": [{"role": "tool", "content": "x"}]}, "input", "invalid_value"),
     ({"input": [call_responses("c1", None)]}, "input", "missing_required_parameter"),
-    ({"input": "q", "previous_response_id": "resp_x"}, "previous_response_id", "previous_response_not_found"),
-    ({"input": "q", "previous_response_id": "r", "conversation": "c"}, "previous_response_id", "mutually_exclusive_parameters"),
-    ({"input": "q", "conversation": {"id": "c"}}, "conversation", "unsupported_parameter"),
-    ({"input": "q", "background": True}, "background", "unsupported_parameter"),
-    ({"input": "q", "prompt": {"id": "p"}}, "prompt", "unsupported_parameter"),
+    ({"previous_response_id": "resp_x"}, "previous_response_id", "previous_response_not_found"),
+    ({"previous_response_id": "r", "conversation": "c"}, "previous_response_id",
+     "mutually_exclusive_parameters"),
+    ({"conversation": {"id": "c"}}, "conversation", "unsupported_parameter"),
+    ({"background": True}, "background", "unsupported_parameter"),
+    ({"prompt": {"id": "p"}}, "prompt", "unsupported_parameter"),
     ({"input": "q", "temperature": "1"}, "temperature", "invalid_type"),
     ({"input": "q", "max_output_tokens": True}, "max_output_tokens", "invalid_type"),
     ({"input": "q", "max_output_tokens": 0}, "max_output_tokens", "integer_below_min_value"),
     ({"input": "q", "tools": ["x"]}, "tools", "invalid_type"),
     ({"input": "q", "tools": [{"type": "function"}]}, "tools", "missing_required_parameter"),
-    ({"input": "q", "tools": [FUNCTION], "tool_choice": {"type": "function", "name": "z"}}, "tool_choice", "invalid_value"),
+    ({"input": "q", "tools": [FUNCTION], "tool_choice": {"type": "function", "name": "z"}},
+     "tool_choice", "invalid_value"),
     ({"input": "q", "tools": [FUNCTION], "tool_choice": "any"}, "tool_choice", "invalid_value"),
-    ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, "input", "unsupported_value"),
-    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "u"}]}]}, "input", "unsupported_value"),
-    ({"input": [{"type": "compaction", "encrypted_content": "gAAAA"}]}, "input", "invalid_encrypted_content"),
-    ({"input": [{"role": "user", "content": [{"type": "input_video"}]}]}, "input", "invalid_value"),
-    ({"input": [{"role": "user", "content": [{"type": []}]}]}, "input", "invalid_value"),
+    (part_of_user({"type": "input_image", "file_id": "f"}), "input", "unsupported_value"),
+    (part_of_user({"type": "input_file", "file_id": "u"}), "input", "unsupported_value"),
+    ({"input": [{"type": "compaction", "encrypted_content": "gAAAA"}]}, "input",
+     "invalid_encrypted_content"),
+    (part_of_user({"type": "input_video"}), "input", "invalid_value"),
+    (part_of_user({"type": []}), "input", "invalid_value"),
+    *((part_of_user(image_responses(url)), "input", "invalid_image_url") for url in (
+        "data:image/png;base64,%%%", "data:image/png;base64,", "data:image/png;base64,AAAAA",
+        "data:image/png,abc", "data:")),
     ({"input": [{"role": "user", "content": 5}]}, "input", "invalid_type"),
     ({"input": [{"role": "system", "content": {"text": "x"}}]}, "input", "invalid_type"),
-    ({"input": "q", "text": {"format": {"type": "grammar"}}}, "text.format", "invalid_value"),
-    ({"input": "q", "text": {"format": "json"}}, "text.format", "invalid_value"),
-    ({"input": "q", "text": {"format": "json_schema"}}, "text.format", "invalid_value"),
+    *(({"input": "q", "text": {"format": form}}, "text.format", "invalid_value")
+      for form in ({"type": "grammar"}, "json", "json_schema")),
 ]
 
 
@@ -4215,44 +4174,12 @@ def test_responses_bad_input(body, param, code):
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
 
 
-def test_parts_of_other_kinds():
-    chat_image = {"type": "image_url", "image_url": {"url": "https://e.example/i.png", "detail": "low"}}
-    content = [chat_image, {"type": "input_video"}, {"type": "text", "text": "q"}]
-    made = make_turn({"input": [{"role": "user", "content": content}]}).chat["messages"][0]["content"]
-    assert made == [chat_image, {"type": "text", "text": "q"}]
-    body = {"input": [user_responses("q"), call_responses("c1"), result_responses("c1", [{"type": "video", "x": 1}])]}
-    assert make_turn(body).chat["messages"][-1] == tool_responses('[{"type":"video","x":1}]')
-    assert make_turn({"input": [{"role": "user", "content": None}, user_responses("q")]}).chat["messages"][-1] == U
-
-
-SPACES = [FUNCTION, {"type": "namespace", "name": "mcp__docs", "tools": [{"type": "function", "name": name} for name in ("a", "b")]}]
-
-
-@pytest.mark.parametrize("allowed, left", [
-    ({"type": "namespace", "name": "mcp__docs"}, ["mcp__docs__a", "mcp__docs__b"]),
-    ({"type": "mcp", "server_label": "docs"}, ["mcp__docs__a", "mcp__docs__b"]),
-    ({"type": "mcp", "server_label": "elsewhere"}, ["f", "mcp__docs__a", "mcp__docs__b"]),
-    ({"type": "function", "name": "a", "namespace": "mcp__docs"}, ["mcp__docs__a"])])
-def test_allowed_tools_of_a_namespace(allowed, left):
-    chat = make_turn({"input": "q", "tools": SPACES, "tool_choice": {
-        "type": "allowed_tools", "mode": "required", "tools": [allowed]}}).chat
-    assert [tool["function"]["name"] for tool in chat["tools"]] == left and chat["tool_choice"] == "required"
-
-
-def test_fields_that_only_some_providers_know():
-    body = {"input": "q", "text": {"verbosity": "low"}, "prompt_cache_key": "k", "service_tier": "flex", "user": "u"}
-    openai = ifl.PRESETS["openai"].profile
-    assert make_turn(body, openai).chat.items() >= {
-        "verbosity": "low", "prompt_cache_key": "k", "service_tier": "flex", "safety_identifier": "u"}.items()
-    assert set(make_turn({"input": "q"}, openai).chat) == {"model", "messages"}
-    assert set(make_turn(body).chat) == {"model", "messages"}
-    assert make_turn({**body, "safety_identifier": "s"}, {"extra_fields": ["user"]}).chat["user"] == "s"
-    assert "user" not in make_turn(body, {"extra_fields": ["user"], "user_field": None}).chat
-
-
-def test_refused_by_profile():
-    with pytest.raises(ifl.BadRequest):
-        make_turn({"input": "q", "tools": [{"type": "web_search"}]}, {"server_tools": "error"})
+def test_arguments_that_are_nested_too_deeply_stay_what_they_are():
+    deep = '{"a":' + "[" * 200_000 + "]" * 200_000 + "}"
+    chat = make_turn({"input": [Q, call_responses("c1", "f", deep)]}).chat
+    arguments = chat["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert json.loads(arguments) == {"INVALID_JSON": deep}
+    assert ifl._payload("local_shell", deep) is None
 
 
 def b64(data):
@@ -4260,47 +4187,61 @@ def b64(data):
 
 
 FILES_RESPONSES = [
-    ({"filename": "a.txt", "file_data": "data:text/plain;base64," + b64("h\u00e9".encode())}, "File a.txt:\nh\u00e9"),
-    ({"filename": "a.py", "file_data": b64(b"x = 1")}, "File a.py:\nx = 1"), ({"file_data": "data:,a%20b"}, "a b"),
+    ({"filename": "a.txt", "file_data": "data:text/plain;base64," + b64("h\u00e9".encode())},
+     "File a.txt:\nh\u00e9"),
+    ({"filename": "a.py", "file_data": b64(b"x = 1")}, "File a.py:\nx = 1"),
+    ({"file_data": "data:,a%20b"}, "a b"),
     ({"filename": "l", "file_data": "data:text/plain;base64," + b64(b"\xe9")}, "File l:\n\ufffd"),
-    ({"filename": "a.pdf", "file_data": "data:application/pdf;base64," + b64(b"%PDF-1.7 x")}, ifl.NO_PDF.format("a.pdf")),
-    ({"filename": "a.zip", "file_data": b64(b"PK\0\xff")}, "[a file (a.zip) was here; this model can't see it: use a tool to extract its text]"),
+    ({"filename": "a.pdf", "file_data": "data:application/pdf;base64," + b64(b"%PDF-1.7 x")},
+     NOTE_OF_PDF),
+    ({"filename": "a.zip", "file_data": b64(b"PK\0\xff")},
+     "[a file (a.zip) was here; this model can't see it: use a tool to extract its text]"),
     ({"file_data": "not base64 \u00e9"}, ifl.NO_PDF.format("document.pdf")),
-    ({"file_url": "https://h/a.pdf"}, "[a file was here (https://h/a.pdf); none is fetched by this server: use a tool to read it]")]
+    ({"file_url": "https://h/a.pdf"}, "[a file was here (https://h/a.pdf); none is fetched by this "
+                                      "server: use a tool to read it]")]
 
 
 @pytest.mark.parametrize("facts, text", FILES_RESPONSES)
 def test_a_file_that_a_model_cannot_take_becomes_its_text_or_a_note(facts, text):
     part = {"type": "input_file", **facts}
-    asked = {"input": [{"role": "user", "content": [part, {"type": "input_text", "text": "q"}]}]}
-    assert make_turn(asked, {"files": False}).chat["messages"] == [{"role": "user", "content": text + "\n\nq"}]
-    parts = make_turn(asked).chat["messages"][0]["content"]
-    assert parts == text + "\n\nq" if "file_url" in facts else parts[0]["file"]["file_data"] == facts["file_data"]
-    result = make_turn({"input": [user_responses("q"), call_responses("c1"), result_responses("c1", [part])]}, {"files": False})
-    assert result.chat["messages"][-1] == tool_responses(text)
+    body = part_of_user(part, {"type": "input_text", "text": "q"})
+    assert make_turn(body, {"files": False}).chat["messages"] == [
+        said_chat("user", text + "\n\nq")]
+    parts = make_turn(body).chat["messages"][0]["content"]
+    assert parts == text + "\n\nq" if "file_url" in facts else (
+        parts[0]["file"]["file_data"] == facts["file_data"])
+    in_result = {"input": [Q, call_responses("c1"), result_responses("c1", [part])]}
+    assert make_turn(in_result, {"files": False}).chat["messages"][-1] == tool_responses(text)
 
 
 def test_earlier_response_and_item_references():
-    store = {"resp_1": [user_responses("q"), {"type": "message", **call_responses("c1"), "type": "function_call"}]}
-    turn = make_turn({"instructions": "NEW", "previous_response_id": "resp_1", "input": [{"id": "fco_1"}]}, store=store,
+    store = {"resp_1": [Q, call_responses("c1")]}
+    turn = make_turn({"instructions": "NEW", "previous_response_id": "resp_1",
+                      "input": [{"id": "fco_1"}]}, store=store,
                      items={"fco_1": result_responses("c1")})
-    assert turn.chat["messages"] == [{"role": "system", "content": "NEW"}, U, step(asked("f")), tool_responses("ok")]
+    assert turn.chat["messages"] == [said_chat("system", "NEW"), U, step(asked("f")),
+                                     tool_responses("ok")]
     assert turn.items == [*store["resp_1"], result_responses("c1")] and turn.store
     assert turn.echo["previous_response_id"] == "resp_1"
     assert not make_turn({"input": "q", "store": False}).store
+    item = {"id": "m_1", **Q}
+    assert make_turn({"input": [item, {"id": "m_1"}]}).chat["messages"] == [U]
 
 
 def test_count_response_tokens():
     def count(body, **kept):
         return ifl.count_response_tokens(body, kept.get, kept.get, SEAL)
 
-    assert count({"input": "x" * 35}) == 14 == count({"input": [{"id": "msg_" + "1" * 90, "status": "completed", **user_responses("x" * 35)}]})
-    assert 14 < count({"input": "x" * 35, "instructions": "y"}) < count({"input": "x" * 35, "tools": [FUNCTION]}) < 60
-    sealed = [{"type": "reasoning", "summary": [], "encrypted_content": "x" * 9000}, said_responses("a")]
+    item = {"id": "msg_" + "1" * 90, "status": "completed", **user_responses("x" * 35)}
+    assert count({"input": "x" * 35}) == 14 == count({"input": [item]})
+    assert 14 < count({"input": "x" * 35, "instructions": "y"}) < count(
+        {"input": "x" * 35, "tools": [FUNCTION]}) < 60
+    sealed = [thought("", encrypted_content="x" * 9000), said_responses("a")]
     assert count({"input": sealed}) < 20 and count({}) == 4
-    assert count({"input": [{"role": "user", "content": [image_responses()]}]}) == 1504
-    assert count({"input": "q", "previous_response_id": "r"}, r=[user_responses("x" * 350)]) == 4 + 100 + 4 + 1
-    for wrong in ({"input": 5}, {"input": "q", "tools": "x"}, {"input": "q", "previous_response_id": "gone"}):
+    assert count(part_of_user(image_responses())) == 1504
+    earlier = [user_responses("x" * 350)]
+    assert count({"input": "q", "previous_response_id": "r"}, r=earlier) == 4 + 100 + 4 + 1
+    for wrong in ({"input": 5}, {"input": "q", "tools": "x"}, {"previous_response_id": "gone"}):
         with pytest.raises(ifl.BadRequest):
             count(wrong)
 
@@ -4663,15 +4604,6 @@ def test_compaction_response_recalls_what_was_compacted_alone():
     assert store.find(response["id"]).items == turn.items
 
 
-def test_a_reference_to_an_item_of_the_same_request():
-    said = {"id": "msg_1", **said_responses("a")}
-    reference = {"type": "item_reference", "id": "msg_1"}
-    wanted = [U, {"role": "assistant", "content": "a"}, U]
-    assert make_turn({"input": [user_responses("q"), said, reference, user_responses("q")]}).chat["messages"] == wanted
-    assert make_turn({"input": [{"id": "msg_1"}, user_responses("q")], "previous_response_id": "r"},
-                     store={"r": [user_responses("q"), said]}).chat["messages"] == wanted
-
-
 def test_compact_endpoint():
     turn = make_turn({"input": [{"role": "user", "content": "q"}, said_responses("a")]}, compact=True)
     answer = {"created": 3, "choices": [{"message": {"content": "sum"}}], "usage": USAGE_RESPONSES}
@@ -4776,38 +4708,232 @@ def test_requests_are_converted_in_linear_time(size, make, use):
     check_growth(size, make, use)
 
 
-BAD_IMAGES = ["data:image/png;base64,%%%", "data:image/png;base64,", "data:image/png;base64,AAAAA",
-              "data:image/png,abc", "data:"]
+# --- one conversation in both dialects
+
+SHOWN = "data:image/png;base64," + PNG
+CALL_A, CALL_B = ("call", "a", {"x": 1}), ("call", "b", {})
 
 
-@pytest.mark.parametrize("url", BAD_IMAGES)
-def test_an_image_that_is_no_base64_is_refused(url):
-    with pytest.raises(ifl.BadRequest) as caught:
-        make_turn({"input": [{"role": "user", "content": [image_responses(url)]}]})
-    assert (caught.value.param, caught.value.code) == ("input", "invalid_image_url")
+def content_of(content, text_type, image_part):
+    """A neutral content: texts, and SHOWN for an image."""
+    return [image_part if piece == SHOWN else {"type": text_type, "text": piece}
+            for piece in content]
 
 
-@pytest.mark.parametrize("wish, fields", [("all", ["", ""]), (True, [None, ""]), (False, [None] * 2)])
-def test_reasoning_in_each_assistant_message_also_of_responses(wish, fields):
-    given = [user_responses("q"), said_responses("a"), user_responses("r"), call_responses("c1"),
-             result_responses("c1")]
-    chat = make_turn({"input": given}, {"require_reasoning_on_tool_calls": wish}).chat
-    assert [m.get("reasoning_content") for m in chat["messages"]
-            if m["role"] == "assistant"] == fields
+def as_messages(*steps):
+    """A neutral conversation as Messages has it; what an assistant does in a row is one message."""
+    blocks = {"think": lambda thought: {"type": "thinking", "thinking": thought, "signature": ""},
+              "say": text, "call": lambda ident, given: use(ident, "f", **given)}
+    messages = []
+    for kind, *facts in steps:
+        if kind in blocks:
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append(assistant())
+            messages[-1]["content"].append(blocks[kind](*facts))
+        elif kind == "result":
+            messages.append(user(result(facts[0], content_of(facts[1:], "text", image()))))
+        else:
+            messages.append({"role": kind, "content": content_of(facts, "text", image())})
+    return {"messages": messages}
 
 
-def test_details_without_text_come_back_on_responses():
-    carrier = SEAL.close({"details": [{"type": "reasoning.encrypted", "data": "x"}]})
-    given = [user_responses("q"), {"type": "reasoning", "summary": [],
-                                   "encrypted_content": carrier}, said_responses("a")]
-    last = make_turn({"input": given}).chat["messages"][-1]
-    assert last["reasoning_details"] == [{"type": "reasoning.encrypted", "data": "x"}]
+def as_items(*steps):
+    """The same as Responses has it."""
+    items = []
+    for kind, *facts in steps:
+        if kind == "think":
+            items.append(thought(*facts))
+        elif kind == "say":
+            items.append(said_responses(*facts))
+        elif kind == "call":
+            given = json.dumps(facts[1], separators=(",", ":"))
+            items.append(call_responses(facts[0], arguments=given))
+        else:
+            content = content_of(facts[kind == "result":], "input_text", image_responses(SHOWN))
+            items.append(result_responses(facts[0], content) if kind == "result" else
+                         {"role": kind, "content": content})
+    return {"input": items}
 
 
-def test_no_tools_are_sent_where_none_is_the_choice_and_can_not_be_said():
-    chat = make_turn({"input": "q", "tools": [FUNCTION], "tool_choice": "none"},
-                     {"forced_tool_choice": False}).chat
-    assert "tools" not in chat and "tool_choice" not in chat
+def calls_chat(*idents, content=None, **more):
+    given = {"a": '{"x":1}', "b": "{}"}
+    return said_chat("assistant", content, tool_calls=[
+        {**call(ident, "f", given[ident])} for ident in idents], **more)
+
+
+ONE_FILE = "[1 attachment(s) of this result follow in the next user message]"
+OF_A = [text("Attachment(s) of tool result a:"), IMAGE_PART]
+
+#: id, neutral conversation, profile, the messages of the one chat request.
+HISTORIES = [
+    ("plain", [("user", "q"), ("say", "a"), ("user", "r")], {},
+     [said_chat("user", "q"), said_chat("assistant", "a"), said_chat("user", "r")]),
+    ("texts of one message", [("user", "q", "r")], {}, [said_chat("user", "q\n\nr")]),
+    ("users in a row", [("user", "q"), ("user", "r"), ("user", SHOWN), ("user", "s")],
+     {"mid_system": "user"},
+     [said_chat("user", [text("q\n\nr"), IMAGE_PART, text("s")])]),
+    ("an image for a text model", [("user", "q", SHOWN)], {"vision": False},
+     [said_chat("user", "q\n\n" + ifl.NO_IMAGE)]),
+    ("system texts at the beginning", [("system", "s"), ("system", "t"), ("user", "q")], {},
+     [said_chat("system", "s\n\nt"), said_chat("user", "q")]),
+    ("a later system text", [("user", "q"), ("system", "s"), ("user", "r")], {},
+     [said_chat("user", "q"), said_chat("system", "s"), said_chat("user", "r")]),
+    ("a later system text for a template with one at the top",
+     [("system", "t"), ("user", "q"), ("system", "s"), ("user", "r")], {"mid_system": "user"},
+     [said_chat("system", "t"), said_chat("user", "q\n\n<system>\ns\n</system>\n\nr")]),
+    ("an empty system text", [("user", "q"), ("system", ""), ("say", "a"), ("user", "r")], {},
+     [said_chat("user", "q"), said_chat("assistant", "a"), said_chat("user", "r")]),
+    ("one step", [("user", "q"), ("think", "t"), ("say", "s"), CALL_A, CALL_B, ("result", "a", "1"),
+                  ("result", "b", "2")], {},
+     [said_chat("user", "q"), calls_chat("a", "b", content="s", reasoning_content="t"),
+      tool_responses("1", "a"), tool_responses("2", "b")]),
+    ("a result that comes late", [("user", "q"), CALL_A, ("user", "wait"), ("result", "a", "1")],
+     {}, [said_chat("user", "q"), calls_chat("a"), tool_responses("1", "a"),
+          said_chat("user", "wait")]),
+    ("a result behind a system text", [("user", "q"), CALL_A, ("system", "s"),
+                                       ("result", "a", "1")], {},
+     [said_chat("user", "q"), calls_chat("a"), tool_responses("1", "a"), said_chat("system", "s")]),
+    ("no result", [("user", "q"), CALL_A, ("user", "r")], {},
+     [said_chat("user", "q"), calls_chat("a"), tool_responses(ifl.NO_RESULT, "a"),
+      said_chat("user", "r")]),
+    ("no result at the end", [("user", "q"), CALL_A], {},
+     [said_chat("user", "q"), calls_chat("a"), tool_responses(ifl.NO_RESULT, "a")]),
+    ("a result of nobody", [("user", "q"), ("result", "z", "1", SHOWN), ("user", "r")],
+     {"mid_system": "user"},
+     [said_chat("user", [text("q"), text("[result of tool call z]\n1"), IMAGE_PART, text("r")])]),
+    ("an image in a result", [("user", "q"), CALL_A, ("result", "a", "1", SHOWN), ("user", "r")],
+     {}, [said_chat("user", "q"), calls_chat("a"), tool_responses("1\n\n" + ONE_FILE, "a"),
+          said_chat("user", [*OF_A, text("r")])]),
+    ("nothing but an image in a result", [("user", "q"), CALL_A, ("result", "a", SHOWN),
+                                          ("say", "s")], {},
+     [said_chat("user", "q"), calls_chat("a"), tool_responses(ONE_FILE, "a"),
+      said_chat("user", OF_A), said_chat("assistant", "s")]),
+    ("an image in a result for a text model", [("user", "q"), CALL_A, ("result", "a", SHOWN)],
+     {"vision": False},
+     [said_chat("user", "q"), calls_chat("a"), tool_responses(ifl.NO_IMAGE, "a")]),
+    ("reasoning that goes elsewhere", [("user", "q"), ("think", "t"), ("say", "s")],
+     {"reasoning_field": "reasoning"},
+     [said_chat("user", "q"), said_chat("assistant", "s", reasoning="t")]),
+    ("reasoning in details", [("user", "q"), ("think", "t"), ("say", "s")],
+     {"reasoning_field": "reasoning_details"},
+     [said_chat("user", "q"), said_chat("assistant", "s", reasoning_details=[
+         {"type": "reasoning.text", "text": "t"}])]),
+    ("reasoning that nobody wants", [("user", "q"), ("think", "t"), ("say", "s")],
+     {"reasoning_field": None}, [said_chat("user", "q"), said_chat("assistant", "s")]),
+    ("reasoning that calls need", [("user", "q"), ("say", "s"), ("user", "r"), CALL_B,
+                                   ("result", "b", "2")],
+     {"require_reasoning_on_tool_calls": True},
+     [said_chat("user", "q"), said_chat("assistant", "s"), said_chat("user", "r"),
+      calls_chat("b", reasoning_content=""), tool_responses("2", "b")]),
+    ("reasoning that all need", [("user", "q"), ("say", "s"), ("user", "r"), CALL_B,
+                                 ("result", "b", "2")],
+     {"require_reasoning_on_tool_calls": "all"},
+     [said_chat("user", "q"), said_chat("assistant", "s", reasoning_content=""),
+      said_chat("user", "r"), calls_chat("b", reasoning_content=""), tool_responses("2", "b")]),
+]
+
+
+@pytest.mark.parametrize("steps, profile, messages", [row[1:] for row in HISTORIES],
+                         ids=[row[0] for row in HISTORIES])
+def test_one_conversation_is_one_chat_request(steps, profile, messages):
+    assert turn_of(as_messages(*steps), **profile).chat["messages"] == messages
+    assert make_turn(as_items(*steps), profile).chat["messages"] == messages
+
+
+# --- one wish in all three dialects
+
+def wished(dialect, choice=None, schema=None, tools=True, thinks=False, **profile):
+    """The chat request for a conversation with a tool `f`, a choice and a schema, and a profile."""
+    profile = {**ifl.DEFAULT_PROFILE, **profile}
+    named = choice not in (None, "auto", "required", "none")
+    if dialect == "messages":
+        kinds = {"required": "any", "auto": "auto", "none": "none"}
+        wish = {"type": "tool", "name": choice} if named else {"type": kinds.get(choice)}
+        return turn_of({
+            "system": "S", "tools": [{"name": "f", "input_schema": {}}] if tools else [],
+            "tool_choice": wish if choice else None,
+            "output_config": {"format": schema and {"type": "json_schema", "schema": schema}},
+            "thinking": {"type": "adaptive"} if thinks else None}, **profile).chat
+    if dialect == "responses":
+        return make_turn({
+            "instructions": "S", "input": "q", "tool_choice":
+                {"type": "function", "name": choice} if named else choice,
+            "tools": [{"type": "function", "name": "f"}] if tools else [],
+            "text": {"format": schema and {"type": "json_schema", "name": "output",
+                                           "schema": schema, "strict": True}},
+            "reasoning": {"effort": "high"} if thinks else {}}, profile).chat
+    chat = {"model": "m", "messages": [said_chat("system", "S"), said_chat("user", "q")]}
+    if tools:
+        chat["tools"] = [function("f")]
+    if choice:
+        chat["tool_choice"] = function_named("f") if named else choice
+    if schema:
+        chat["response_format"] = {"type": "json_schema", "json_schema": {
+            "name": "output", "schema": schema, "strict": True}}
+    wishes = ifl.Wishes(thinking=thinks or None, is_chat=True)
+    done = ifl.finish_chat(chat, profile, wishes)
+    assert (done is chat) == (done == chat)                # what needs no change is not copied
+    return done
+
+
+STRICT = {"type": "json_schema", "json_schema": {"name": "output", "schema": SCHEMA,
+                                                 "strict": True}}
+RULE = ('S\n\nAnswer with nothing but JSON that fits this JSON Schema:\n'
+        '{"type":"object","properties":{"a":{"type":"integer"}}}')
+#: id, what is wished, under which profile -> tools are sent, tool_choice, format, system text.
+WISHES = [
+    ("nothing", {}, (True, None, None, "S")),
+    ("auto", {"choice": "auto"}, (True, "auto", None, "S")),
+    ("required", {"choice": "required"}, (True, "required", None, "S")),
+    ("named", {"choice": "f"}, (True, function_named("f"), None, "S")),
+    ("none", {"choice": "none"}, (True, "none", None, "S")),
+    ("required where auto alone is known", {"choice": "required", "forced_tool_choice": False},
+     (True, "auto", None, "S")),
+    ("named where auto alone is known", {"choice": "f", "forced_tool_choice": False},
+     (True, "auto", None, "S")),
+    ("none where auto alone is known", {"choice": "none", "forced_tool_choice": False},
+     (False, None, None, "S")),
+    ("required while it thinks", {"choice": "required", "thinks": True,
+                                  "forced_tool_choice_with_thinking": False},
+     (True, "auto", None, "S")),
+    ("required while it does not think", {"choice": "required",
+                                          "forced_tool_choice_with_thinking": False},
+     (True, "required", None, "S")),
+    ("a schema", {"schema": SCHEMA}, (True, None, STRICT, "S")),
+    ("a schema where an object is known", {"schema": SCHEMA, "structured_output": "json_object"},
+     (True, None, {"type": "json_object"}, RULE)),
+    ("a schema that only a prompt can ask for", {"schema": SCHEMA, "structured_output": "prompt"},
+     (True, None, None, RULE)),
+]
+
+
+@pytest.mark.parametrize("dialect", ["messages", "responses", "chat"])
+@pytest.mark.parametrize("wish, expected", [row[1:] for row in WISHES],
+                         ids=[row[0] for row in WISHES])
+def test_one_wish_is_one_chat_request(dialect, wish, expected):
+    chat = wished(dialect, **wish)
+    assert ("tools" in chat, chat.get("tool_choice"), chat.get("response_format"),
+            chat["messages"][0]["content"]) == expected
+
+
+def test_tools_that_nobody_runs_are_told_in_both_dialects():
+    told = "S\n\n" + ifl.NO_TOOL.format("web_search")
+    assert turn_of({"system": "S", "tools": [SEARCH, TIME]}).chat["messages"][0]["content"] == told
+    body = {"instructions": "S", "input": "q",
+            "tools": [{"type": "web_search_preview"}, {"type": "mcp", "server_label": "x"}]}
+    assert make_turn(body).chat["messages"][0]["content"] == told
+    assert make_turn({**body, "instructions": None}).chat["messages"] == [U]
+    native = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
+    assert make_turn(body, native).chat["messages"][0]["content"] == "S"
+
+
+def test_a_chat_request_is_changed_where_its_provider_needs_it(server, upstream):
+    body = chat(tools=[function("f")], tool_choice="required")
+    plain = server(upstream)
+    tame = server(provider(upstream, profile={"forced_tool_choice": False}))
+    assert post(plain, body).status == 200 == post(tame, body).status
+    assert upstream.requests[-2].json["tool_choice"] == "required"
+    assert upstream.requests[-1].json == {**upstream.requests[-2].json, "tool_choice": "auto"}
 
 
 # === 10. Dialects ============================================================
