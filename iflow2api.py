@@ -4668,10 +4668,27 @@ def _blocks(content: Any, path: str) -> List[Tuple[str, Json]]:
     return [(f"{path}.{i}", block) for i, block in enumerate(content)]
 
 
+def _message_blocks(message: Any, i: int) -> List[Tuple[str, Json]]:
+    """The blocks of a request's message `i`, once it is known to be one."""
+    if not isinstance(message, dict):
+        raise BadRequest(f"messages.{i}: Input should be a valid dictionary")
+    if message.get("role") not in ("user", "assistant", "system"):
+        raise BadRequest(f"messages.{i}.role: Input should be 'user', 'assistant' or 'system'")
+    blocks = _blocks(message.get("content"), f"messages.{i}.content")
+    if message["role"] == "user" and not any(
+            block.get("text") or block.get("type") != "text" for _, block in blocks):
+        raise BadRequest(f"messages.{i}: user messages must have non-empty content")
+    return blocks
+
+
 def _system_text(blocks: Sequence[Tuple[str, Json]]) -> str:
     texts = [_field(block, "text", str, path) for path, block in blocks
              if block.get("type") == "text"]
     return "\n\n".join(text for text in texts if text and not text.startswith(BILLING_HEADER))
+
+
+def _text_parts(text: Any) -> List[Json]:
+    return [text_part(text)] if text else []
 
 
 def _enclosed(tag: str, block: Json, names: Sequence[str], inner: List[Json]) -> List[Json]:
@@ -4751,8 +4768,7 @@ class _MessagesHistory:
         if not isinstance(messages, list) or not messages:
             raise BadRequest("messages: at least one message is required")
         at = self._take_over(messages, known)
-        for i in range(at, len(messages)):
-            self._check(messages[i], i)
+        blocks = {i: _message_blocks(messages[i], i) for i in range(at, len(messages))}
         roles = [message["role"] for message in messages]
         if next((role for role in roles if role != "system"), "") != "user":
             raise BadRequest("messages: the first message must use the 'user' role")
@@ -4760,23 +4776,16 @@ class _MessagesHistory:
         cleared = {i for i, message in enumerate(messages[:last_user])
                    if message.get("clear_at") == "next_user_message"}
         lasting = not any("clear_at" in message for message in messages)
-        while at < len(messages):
-            end = at
-            while end < len(messages) and roles[end] == "assistant":
-                end += 1
-            begins, end = end, end + (end == at)
-            while end < len(messages) and roles[end] != "assistant":
-                end += 1
-            before, leading = len(self.chat.messages), list(self.chat.leading)
-            said = [i for i in range(at, begins) if i not in cleared]
-            ids = self._say(messages, said)
-            self._answer(messages, [i for i in range(begins, end) if i not in cleared])
-            lasting = lasting and end < len(messages) and not (self.effort or self.skipped)
+        ends = [i for i in range(at + 1, len(roles)) if roles[i] == "assistant" != roles[i - 1]]
+        for end in [*ends, len(roles)]:
+            before, leading = len(self.chat.messages), len(self.chat.leading)
+            places = [i for i in range(at, end) if i not in cleared]
+            ids = self._round([(roles[i], messages[i], blocks[i]) for i in places])
+            lasting = lasting and end < len(roles) and not (self.effort or self.skipped)
             if lasting:
                 made = self.chat.messages[before:] = [
                     KnownMessage(message) for message in self.chat.messages[before:]]
-                self.rounds.append(_Round(messages[at:end], made,
-                                          self.chat.leading[len(leading):], ids))
+                self.rounds.append(_Round(messages[at:end], made, self.chat.leading[leading:], ids))
             at = end
 
     def _take_over(self, messages: List[Any], known: Sequence[_Round]) -> int:
@@ -4796,47 +4805,39 @@ class _MessagesHistory:
             at = end
         return at
 
-    @staticmethod
-    def _check(message: Any, i: int) -> None:
-        if not isinstance(message, dict):
-            raise BadRequest(f"messages.{i}: Input should be a valid dictionary")
-        if message.get("role") not in ("user", "assistant", "system"):
-            raise BadRequest(f"messages.{i}.role: Input should be 'user', 'assistant' or 'system'")
-        blocks = _blocks(message.get("content"), f"messages.{i}.content")
-        if message["role"] == "user" and not any(
-                block.get("text") or block.get("type") != "text" for _, block in blocks):
-            raise BadRequest(f"messages.{i}: user messages must have non-empty content")
-
-    def _say(self, messages: List[Json], places: Sequence[int]) -> List[str]:
-        """Read assistant messages in a row as one; the ids of their calls."""
-        if not places:
-            return []
-        said = _AssistantTurn(self, [block for i in places for block in _blocks(
-            messages[i]["content"], f"messages.{i}.content")])
-        self.chat.add_assistant(said.texts, said.thoughts, said.details, said.calls)
-        return list(said.ids)
-
-    def _answer(self, messages: List[Json], places: Sequence[int]) -> None:
-        """Read what follows an assistant's messages."""
-        for i in places:
-            message, path = messages[i], f"messages.{i}.content"
-            blocks = _blocks(message["content"], path)
-            if message["role"] == "system":
-                config = message.get("output_config")
-                if isinstance(config, dict) and config.get("effort"):
-                    self.effort = config["effort"]
-                self.skipped += [str(block.get("type")) for _, block in blocks
-                                 if block.get("type") != "text"]
-                self.chat.add_system(_system_text(blocks))
-                continue
-            rest = [(at, block) for at, block in blocks if block.get("type") != "tool_result"]
-            for at, block in blocks:
-                if block.get("type") == "tool_result":
-                    self._result(block, at)
-            parts = [part for at, block in rest for part in self.part(block, at)]
-            if parts or len(rest) == len(blocks):
-                self.chat.add_user(parts)
+    def _round(self, given: List[Tuple[str, Json, List[Tuple[str, Json]]]]) -> List[str]:
+        """Read assistant messages in a row and what follows them; the ids of their calls."""
+        said = [blocks for role, _, blocks in given if role == "assistant"]
+        ids: List[str] = []
+        if said:
+            turn = _AssistantTurn(self, [block for blocks in said for block in blocks])
+            self.chat.add_assistant(turn.texts, turn.thoughts, turn.details, turn.calls)
+            ids = list(turn.ids)
+        for role, message, blocks in given[len(said):]:
+            if role == "user":
+                self._user(blocks)
+            else:
+                self._system(message, blocks)
         self.chat.end_step()
+        return ids
+
+    def _system(self, message: Json, blocks: List[Tuple[str, Json]]) -> None:
+        config = message.get("output_config")
+        if isinstance(config, dict) and config.get("effort"):
+            self.effort = config["effort"]
+        self.skipped += [str(block.get("type")) for _, block in blocks
+                         if block.get("type") != "text"]
+        self.chat.add_system(_system_text(blocks))
+
+    def _user(self, blocks: List[Tuple[str, Json]]) -> None:
+        """Results first, wherever they stand: nothing may come between them and their calls."""
+        rest = [(path, block) for path, block in blocks if block.get("type") != "tool_result"]
+        for path, block in blocks:
+            if block.get("type") == "tool_result":
+                self._result(block, path)
+        parts = [part for path, block in rest for part in self.part(block, path)]
+        if parts or len(rest) == len(blocks):
+            self.chat.add_user(parts)
 
     def _result(self, block: Json, path: str) -> None:
         ident, content = _field(block, "tool_use_id", str, path), block.get("content")
@@ -4853,13 +4854,9 @@ class _MessagesHistory:
         if reader:
             return reader(self, block, path)
         if isinstance(kind, str) and kind.endswith("_tool_result"):      # of a server tool
-            return [text_part(text) for text in [_readable(block.get("content"))] if text]
+            return _text_parts(_readable(block.get("content")))
         self.skipped.append(str(kind))
         return []
-
-    def text(self, block: Json, path: str) -> List[Json]:
-        text = _field(block, "text", str, path)
-        return [text_part(text)] if text else []
 
     def image(self, block: Json, path: str) -> List[Json]:
         source, path = _field(block, "source", dict, path), f"{path}.source"
@@ -4890,20 +4887,6 @@ class _MessagesHistory:
         inner = self.parts(block.get("content") or [], f"{path}.content")
         return _enclosed("search_result", block, ("source", "title"), inner)
 
-    def tool_reference(self, block: Json, path: str) -> List[Json]:
-        return [text_part(f"Tool {_field(block, 'tool_name', str, path)} is available now.")]
-
-    def browser_state(self, block: Json, path: str) -> List[Json]:
-        tabs = _readable(block.get("tabs"))
-        return [text_part(f"Open tabs:\n{tabs}")] if tabs else []
-
-    def container_upload(self, block: Json, path: str) -> List[Json]:
-        return [text_part(f"[uploaded file {block.get('file_id')}]")]
-
-    def compaction(self, block: Json, path: str) -> List[Json]:
-        text = _readable(block.get("content"))
-        return [text_part(text)] if text else []
-
     def call_of_user(self, block: Json, path: str) -> List[Json]:
         """A call that a user claims to have made: as text, for no tool message may follow."""
         name = _field(block, "name", str, path)
@@ -4918,12 +4901,16 @@ class _MessagesHistory:
 
 #: Blocks of users, tool results and documents.
 _PART_READERS: Dict[str, Callable[[_MessagesHistory, Json, str], List[Json]]] = {
-    "text": _MessagesHistory.text, "image": _MessagesHistory.image,
-    "document": _MessagesHistory.document, "search_result": _MessagesHistory.search_result,
-    "tool_reference": _MessagesHistory.tool_reference,
-    "browser_state": _MessagesHistory.browser_state,
-    "container_upload": _MessagesHistory.container_upload,
-    "compaction": _MessagesHistory.compaction, "tool_use": _MessagesHistory.call_of_user,
+    "text": lambda history, block, path: _text_parts(_field(block, "text", str, path)),
+    "tool_reference": lambda history, block, path: [
+        text_part(f"Tool {_field(block, 'tool_name', str, path)} is available now.")],
+    "browser_state": lambda history, block, path: [
+        text_part(f"Open tabs:\n{tabs}") for tabs in [_readable(block.get("tabs"))] if tabs],
+    "container_upload": lambda history, block, path: [
+        text_part(f"[uploaded file {block.get('file_id')}]")],
+    "compaction": lambda history, block, path: _text_parts(_readable(block.get("content"))),
+    "image": _MessagesHistory.image, "document": _MessagesHistory.document,
+    "search_result": _MessagesHistory.search_result, "tool_use": _MessagesHistory.call_of_user,
     "tool_result": _MessagesHistory.misplaced_result}
 
 
@@ -6317,22 +6304,12 @@ class ResponsesTurn:
         return reasoning, text
 
     def _echoed(self, summary: Optional[str]) -> Json:
-        body = self._body
-
-        def given(name: str, default: Any) -> Any:
-            return default if body.get(name) is None else body[name]
-
-        return {"background": False, "instructions": body.get("instructions"),
-                "metadata": given("metadata", {}),
-                "max_output_tokens": body.get("max_output_tokens"),
-                "parallel_tool_calls": given("parallel_tool_calls", True),
-                "previous_response_id": body.get("previous_response_id"),
+        given = {name: default if self._body.get(name) is None else self._body[name]
+                 for name, default in _ECHOED.items()}
+        form = self._text.get("format") or {"type": "text"}
+        return {"background": False, **given, "store": self.store,
                 "reasoning": {"effort": self._reasoning.get("effort"), "summary": summary},
-                "store": self.store,
-                "text": {**self._text, "format": self._text.get("format") or {"type": "text"}},
-                "temperature": given("temperature", 1.0), "top_p": given("top_p", 1.0),
-                "tool_choice": given("tool_choice", "auto"), "tools": given("tools", []),
-                "truncation": given("truncation", "disabled")}
+                "text": {**self._text, "format": form}}
 
     def _to_chat(self, model: str, thinking: Optional[bool]) -> Json:
         """The chat request in OpenAI's words."""
@@ -6363,9 +6340,9 @@ class ResponsesTurn:
     def _put_extras(self, chat: Json) -> None:
         """What only some providers know: for whom it is, and what their machines want to be told.
         """
-        given = {**self._body, "verbosity": self._text.get("verbosity")}
-        user = given.get("safety_identifier") or given.get("user")
-        given["user"] = user if isinstance(user, str) else None
+        user = self._body.get("safety_identifier") or self._body.get("user")
+        given = {**self._body, "verbosity": self._text.get("verbosity"),
+                 "user": user if isinstance(user, str) else None}
         chat.update((name, given[name])
                     for name in ("user", "verbosity", "prompt_cache_key", "service_tier")
                     if name in self.profile["extra_fields"] and given.get(name) is not None)
@@ -6382,6 +6359,12 @@ class ResponsesTurn:
         if self._body.get("parallel_tool_calls") is not None:
             chat["parallel_tool_calls"] = self._body["parallel_tool_calls"]
 
+
+#: What a response tells of its request as it was, and what stands for what was not said.
+_ECHOED: Json = {
+    "instructions": None, "metadata": {}, "max_output_tokens": None, "parallel_tool_calls": True,
+    "previous_response_id": None, "temperature": 1.0, "top_p": 1.0, "tool_choice": "auto",
+    "tools": [], "truncation": "disabled"}
 
 #: Chat's names of fields that are passed on -> those of Responses.
 _SAMPLING = {"max_tokens": "max_output_tokens", "temperature": "temperature", "top_p": "top_p"}

@@ -3808,7 +3808,7 @@ def result_responses(call_id, output="ok", kind="function_call_output", **more):
     return {"type": kind, "call_id": call_id, "output": output, **more}
 
 
-def thought(text, **more):
+def thought_item(text, **more):
     return {"type": "reasoning", "summary": [],
             "content": [{"type": "reasoning_text", "text": text}] if text else None, **more}
 
@@ -3902,14 +3902,14 @@ ITEMS = [
     ("agent message", [{"type": "agent_message", "author": "/root/a", "content": [
         {"type": "encrypted_content", "encrypted_content": "done"}]}],
      [said_chat("user", "Message from /root/a:\ndone")]),
-    ("reasoning that led to nothing", [thought("t"), Q], [U]),
+    ("reasoning that led to nothing", [thought_item("t"), Q], [U]),
     ("own carrier beats the summary", [
-        thought("", summary=SHORT, encrypted_content=SEAL.close({"reasoning": "long"})),
+        thought_item("", summary=SHORT, encrypted_content=SEAL.close({"reasoning": "long"})),
         said_responses("a")], [said_chat("assistant", "a", reasoning_content="long")]),
     ("foreign carrier",
-     [thought("", summary=SHORT, encrypted_content="gAAAA"), said_responses("a")],
+     [thought_item("", summary=SHORT, encrypted_content="gAAAA"), said_responses("a")],
      [said_chat("assistant", "a", reasoning_content="short")]),
-    ("details without text", [thought("", encrypted_content=SEAL.close({"details": [{"x": 1}]})),
+    ("details without text", [thought_item("", encrypted_content=SEAL.close({"details": [{"x": 1}]})),
                               said_responses("a")],
      [said_chat("assistant", "a", reasoning_details=[{"x": 1}])]),
     ("own compaction", [{"type": "compaction", "encrypted_content": SEAL.close({"summary": "S"})}],
@@ -4236,7 +4236,7 @@ def test_count_response_tokens():
     assert count({"input": "x" * 35}) == 14 == count({"input": [item]})
     assert 14 < count({"input": "x" * 35, "instructions": "y"}) < count(
         {"input": "x" * 35, "tools": [FUNCTION]}) < 60
-    sealed = [thought("", encrypted_content="x" * 9000), said_responses("a")]
+    sealed = [thought_item("", encrypted_content="x" * 9000), said_responses("a")]
     assert count({"input": sealed}) < 20 and count({}) == 4
     assert count(part_of_user(image_responses())) == 1504
     earlier = [user_responses("x" * 350)]
@@ -4742,7 +4742,7 @@ def as_items(*steps):
     items = []
     for kind, *facts in steps:
         if kind == "think":
-            items.append(thought(*facts))
+            items.append(thought_item(*facts))
         elif kind == "say":
             items.append(said_responses(*facts))
         elif kind == "call":
