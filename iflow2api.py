@@ -3111,41 +3111,9 @@ class Details:
 
 # --- requests ----------------------------------------------------------------
 
-class Remembered:
-    """What a long request was parsed to and what it became, for the next one of its conversation.
-
-    Claude Code sends hundreds of kilobytes with each turn, all but the last few as before: to parse, convert and write
-    it anew took most of the time of a request.  Nobody changes what is parsed, so requests can share it.
-    """
-
-    def __init__(self) -> None:
-        #: of each list of objects in it the items, as written and parsed
-        self.lists: Dict[str, List[Tuple[str, Any]]] = {}
-        self.turns: Dict[str, Any] = {}  #: a translator's own (KnownTurn), by the upstream's model
-
-    def parse(self, text: str) -> Json:
-        """What json.loads gives for an object; items that stood in their place before are not read again.
-
-        ValueError, IndexError where it is none; what exactly is wrong the ordinary parser tells.
-        """
-        body: Json = {}
-        lists: Dict[str, List[Tuple[str, Any]]] = {}
-        at = _past(text, _BLANK.match(text).end(), "{")
-        while text[at] != "}":
-            if text[at] != '"':
-                raise ValueError(f"no name at {at}")
-            name, at = json.decoder.scanstring(text, at + 1)
-            at = _past(text, _BLANK.match(text, at).end(), ":")
-            if _OBJECTS.match(text, at):         # one by one, numbers by the thousand would take longer than all at once
-                lists[name], at = _items(text, at, self.lists.get(name, ()))
-                body[name] = [value for _, value in lists[name]]
-            else:
-                body[name], at = _DECODER.raw_decode(text, at)
-            at = _next_item(text, at, "}")
-        if _BLANK.match(text, at + 1).end() != len(text):
-            raise ValueError("more follows")
-        self.lists = lists
-        return body
+_BLANK, _GAP = Pattern(r"[ \t\r\n]*"), Pattern(r"[ \t\r\n]*,?[ \t\r\n]*")
+_OBJECTS = Pattern(r"\[[ \t\r\n]*\{")
+_MODEL_FIELD = Pattern(r'"model"[ \t\r\n]*:[ \t\r\n]*')
 
 
 def _past(text: str, at: int, mark: str) -> int:
@@ -3163,25 +3131,76 @@ def _next_item(text: str, at: int, end: str) -> int:
     return gap.end()
 
 
-def _items(text: str, at: int, known: Sequence[Tuple[str, Any]]) -> Tuple[List[Tuple[str, Any]], int]:
-    """The items of the list at `at`, as written and parsed, and where it ends."""
-    items: List[Tuple[str, Any]] = []
-    at = _past(text, at, "[")
-    while text[at] != "]":
-        item = known[len(items)] if len(items) < len(known) else None
-        if item is None or not text.startswith(item[0], at):
-            value, end = _DECODER.raw_decode(text, at)
-            item = text[at:end], value
-        items.append(item)
-        at = _next_item(text, at + len(item[0]), "]")
-    return items, at + 1
+def walk_object(text: str, read: Callable[[str, int], int]) -> None:
+    """Call `read` with the name of each member and where its value begins; it returns the end.
+
+    ValueError, IndexError where `text` is no object; what exactly is wrong json.loads tells.
+    """
+    at = _past(text, _BLANK.match(text).end(), "{")
+    while text[at] != "}":
+        if text[at] != '"':
+            raise ValueError(f"no name at {at}")
+        name, at = json.decoder.scanstring(text, at + 1)
+        at = _past(text, _BLANK.match(text, at).end(), ":")
+        at = _next_item(text, read(name, at), "}")
+    if _BLANK.match(text, at + 1).end() != len(text):
+        raise ValueError("more follows")
+
+
+class Remembered:
+    """What a long request was parsed to and what it became, for the next of its conversation.
+
+    Claude Code sends hundreds of kilobytes with each turn, all but the last few as before: to
+    parse, convert and write them anew took most of the time of a request.  Nobody changes what is
+    parsed, so requests share it; that a part is known is seen by the identity of its objects.
+    """
+
+    def __init__(self) -> None:
+        #: of each list of objects in it the items, as written and parsed
+        self.lists: Dict[str, List[Tuple[str, Any]]] = {}
+        self.turns: Dict[str, Any] = {}  #: a translator's own (KnownTurn), by the upstream's model
+
+    def parse(self, text: str) -> Json:
+        """What json.loads gives for an object; items that stood in their place before are not read
+        again.  Raises as walk_object() does.
+        """
+        body: Json = {}
+        lists: Dict[str, List[Tuple[str, Any]]] = {}
+
+        def read(name: str, at: int) -> int:
+            if not _OBJECTS.match(text, at):     # numbers by the thousand are quicker all at once
+                body[name], at = _DECODER.raw_decode(text, at)
+                return at
+            lists[name], at = self._items(text, at, self.lists.get(name, ()))
+            body[name] = [value for _, value in lists[name]]
+            return at
+
+        walk_object(text, read)
+        self.lists = lists
+        return body
+
+    @staticmethod
+    def _items(text: str, at: int,
+               known: Sequence[Tuple[str, Any]]) -> Tuple[List[Tuple[str, Any]], int]:
+        """The items of the list at `at`, as written and parsed, and where it ends."""
+        items: List[Tuple[str, Any]] = []
+        at = _past(text, at, "[")
+        while text[at] != "]":
+            item = known[len(items)] if len(items) < len(known) else None
+            if item is None or not text.startswith(item[0], at):
+                value, end = _DECODER.raw_decode(text, at)
+                item = text[at:end], value
+            items.append(item)
+            at = _next_item(text, at + len(item[0]), "]")
+        return items, at + 1
 
 
 def decode_body(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        raise BadRequest(f"the body is not UTF-8: byte {exc.start} is 0x{exc.object[exc.start]:02x}") from None
+        raise BadRequest(f"the body is not UTF-8: byte {exc.start} is "
+                         f"0x{exc.object[exc.start]:02x}") from None
 
 
 def parse_body(text: str, known: Optional[Remembered] = None) -> Json:
@@ -3192,7 +3211,8 @@ def parse_body(text: str, known: Optional[Remembered] = None) -> Json:
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as exc:
-        raise BadRequest(f"the body is not JSON: line {exc.lineno}, column {exc.colno}: {exc.msg}") from None
+        raise BadRequest(f"the body is not JSON: line {exc.lineno}, column {exc.colno}: "
+                         f"{exc.msg}") from None
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
     except ValueError as exc:            # NaN and Infinity, or a number of thousands of digits
@@ -3203,35 +3223,30 @@ def parse_body(text: str, known: Optional[Remembered] = None) -> Json:
 
 
 def splice_model(text: str, body: Json, model: str) -> str:
-    """`text`, which parses to `body`, with the value of its `model` replaced and every other byte as it was."""
+    """`text`, which parses to `body`, with its `model` replaced and every other byte as it was."""
+    written, places = json.dumps(model), []
     is_plain = "model" in body and text.count('"model"') == 1 and "\\u00" not in text
     found = _MODEL_FIELD.search(text) if is_plain else None
-    if found:                            # no other place can be it, so a long text need not be read once more
-        end = _DECODER.raw_decode(text, found.end())[1]
-        return text[:found.end()] + json.dumps(model) + text[end:]
-    pieces, written, at = [], 0, text.index("{") + 1
-    while True:
-        at = _BLANK.match(text, at).end()
-        if text[at] == ",":
-            at = _BLANK.match(text, at + 1).end()
-        if text[at] == "}":
-            break
-        key, at = json.decoder.scanstring(text, at + 1)
-        at = _BLANK.match(text, _BLANK.match(text, at).end() + 1).end()
-        value_at = at
-        _, at = _DECODER.raw_decode(text, at)
-        if key == "model":
-            pieces += [text[written:value_at], json.dumps(model)]
-            written = at
-    if not written:                      # there was none: the default model was meant
+
+    def read(name: str, at: int) -> int:
+        end = _DECODER.raw_decode(text, at)[1]
+        if name == "model":
+            places.append((at, end))
+        return end
+
+    if found:                            # no other place can be it: a long text is not read again
+        read("model", found.end())
+    else:
+        walk_object(text, read)
+    if not places:                       # the default model was meant
         rest = text.partition("{")[2]
-        return '{"model":' + json.dumps(model) + ("" if rest[_BLANK.match(rest).end()] == "}" else ",") + rest
-    return "".join(pieces) + text[written:]
-
-
-_BLANK, _GAP = Pattern(r"[ \t\r\n]*"), Pattern(r"[ \t\r\n]*,?[ \t\r\n]*")
-_OBJECTS = Pattern(r"\[[ \t\r\n]*\{")
-_MODEL_FIELD = Pattern(r'"model"[ \t\r\n]*:[ \t\r\n]*')
+        comma = "" if rest[_BLANK.match(rest).end()] == "}" else ","
+        return f'{{"model":{written}{comma}{rest}'
+    pieces, at = [], 0
+    for start, end in places:
+        pieces += [text[at:start], written]
+        at = end
+    return "".join(pieces) + text[at:]
 
 
 # --- answers -----------------------------------------------------------------
