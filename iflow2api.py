@@ -2724,29 +2724,32 @@ def _dump_known(value: Any) -> bytes:
 
 def dump_chat(chat: Json) -> bytes:
     """dump_json for a chat request, parts of which may have been written before."""
-    parts = [dump_json({name: value for name, value in chat.items() if name not in ("messages", "tools")})[:-1],
-             b',"messages":[', b",".join(map(_dump_known, chat["messages"])), b"]"]
+    rest = {name: value for name, value in chat.items() if name not in ("messages", "tools")}
+    parts = [dump_json(rest)[:-1], b',"messages":[',
+             b",".join(map(_dump_known, chat["messages"])), b"]"]
     if "tools" in chat:
         parts += [b',"tools":', _dump_known(chat["tools"])]
     return b"".join([*parts, b"}"])
 
 
 def clamp_effort(effort: str, allowed: Sequence[str]) -> Optional[str]:
-    """The strongest allowed effort not above the wish, else the weakest allowed; None where none is."""
+    """The strongest allowed effort not above the wish, else the weakest; None where none is."""
     known = [name for name in EFFORTS if name in allowed]
     if not known:
         return None
-    below = [name for name in known if effort in EFFORTS and EFFORTS.index(name) <= EFFORTS.index(effort)]
+    below = [name for name in known
+             if effort in EFFORTS and EFFORTS.index(name) <= EFFORTS.index(effort)]
     return below[-1] if below else known[0]
 
 
 def set_thinking(chat: Json, profile: Json, on: Optional[bool], budget: Optional[int] = None,
                  effort: Optional[str] = None) -> None:
-    """Write the provider's own thinking switch into `chat`; `on` None leaves the provider's default."""
+    """Write the provider's own thinking switch into `chat`; `on` None leaves its default."""
     style = profile["thinking_style"]
     if on is not None:
         if style == "thinking_type":
-            chat["thinking"] = {"type": "enabled", **profile["thinking_extra"]} if on else {"type": "disabled"}
+            chat["thinking"] = {"type": "enabled", **profile["thinking_extra"]} if on else {
+                "type": "disabled"}
         elif style == "enable_thinking":
             chat["enable_thinking"] = on
             if on and budget:
@@ -2765,7 +2768,7 @@ def set_thinking(chat: Json, profile: Json, on: Optional[bool], budget: Optional
             chat["reasoning_effort"] = allowed
 
 
-#: What a model is told where a conversation lacks something: the same words in each dialect keep prefixes alike.
+#: What a model is told where a conversation lacks something.
 NO_RESULT = "[no output recorded for this call]"
 NO_IMAGE = "[an image was here; this model takes text only]"
 NO_TOOL = "These tools are not available here: {}. Say so instead of guessing what they would give."
@@ -2780,14 +2783,15 @@ def short_name(name: str, limit: int = 64) -> str:
 
 
 def reasoning_of(message: Json) -> str:
-    """The reasoning text of a message or delta: several fields are often filled with the same text, take one."""
+    """The reasoning text of a message or delta; often several fields hold the same: take one."""
     for field in ("reasoning_content", "reasoning"):
         value = message.get(field)
         if isinstance(value, str) and value:
             return value
     details = message.get("reasoning_details")
     if isinstance(details, list):
-        return "".join(d["text"] for d in details if isinstance(d, dict) and isinstance(d.get("text"), str))
+        return "".join(detail["text"] for detail in details
+                       if isinstance(detail, dict) and isinstance(detail.get("text"), str))
     return ""
 
 
@@ -2853,23 +2857,10 @@ def parse_usage(raw: Any) -> Usage:
 _CJK = Pattern("[^\0-\u2e7f]+")
 
 
-def estimate_tokens(value: Any) -> int:
-    """About how many tokens `value` (text, or any JSON) takes: 3.5 characters each, CJK about one and a half each.
-
-    Data URLs count as a picture (1 500), not as text.
-    """
-    if isinstance(value, str):
-        if value.startswith("data:") and ";base64," in value[:100]:
-            return 1500
-        wide = 0 if value.isascii() else len(value) - len(_CJK.sub("", value))
-        return int((len(value) - wide) / 3.5 + wide / 1.5 + 0.99)
-    if isinstance(value, dict):
-        if value.get("type") == "base64" and isinstance(value.get("data"), str):
-            return 1500
-        return sum(estimate_tokens(key) + estimate_tokens(item) for key, item in value.items())
-    if isinstance(value, list):
-        return sum(estimate_tokens(item) for item in value)
-    return 0 if value is None else 1
+def estimate_tokens(text: str) -> int:
+    """About how many tokens a text takes: 3.5 characters each, CJK about one and a half each."""
+    wide = 0 if text.isascii() else len(text) - len(_CJK.sub("", text))
+    return int((len(text) - wide) / 3.5 + wide / 1.5 + 0.99)
 
 
 class ObjectMender:
@@ -3847,7 +3838,7 @@ class AnswerWriter:
 
 # --- iFlow's quirks ----------------------------------------------------------
 
-#: Fields set by model where the client did not set them (iflow.md); later patterns add to earlier ones.
+#: Fields set by model where the client did not set them (iflow.md); later patterns add to earlier.
 IFLOW_TWEAKS: Tuple[Tuple[str, Json], ...] = (
     ("deepseek*", {"thinking_mode": True, "reasoning": True}),
     ("glm-5", {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": True,
@@ -3883,7 +3874,8 @@ def _refuses_thinking(chat: Json) -> bool:
 
 
 def adapt_to_iflow(chat: Json, model: str, recall: Callable[[Json], str]) -> Json:
-    """A chat request as iFlow wants it; `recall` gives the reasoning that went with a tool call.  A new object."""
+    """A chat request as iFlow wants it, a new object; `recall` gives the reasoning of a tool call.
+    """
     chat = dict(chat)
     name = model.lower()
     if not _refuses_thinking(chat):
@@ -3905,14 +3897,17 @@ def adapt_to_iflow(chat: Json, model: str, recall: Callable[[Json], str]) -> Jso
 
 
 def refill_reasoning(chat: Json, recall: Callable[[Json], str]) -> Any:
-    """The messages of `chat` with the reasoning that their client dropped; the same object where there is none to add.
+    """The messages of `chat` with the reasoning that their client dropped; the same object where
+    there is none to add.
 
-    DeepSeek, Kimi and some models of iFlow refuse a tool call without the reasoning that led to it; where nobody
-    knows it any more an empty one will do.
+    DeepSeek, Kimi and some models of iFlow refuse a tool call without the reasoning that led to it;
+    where nobody knows it any more an empty one will do.
     """
     messages, wanted = chat.get("messages"), not _refuses_thinking(chat)
-    complete = [_with_reasoning(message, recall, wanted) for message in messages] if isinstance(messages, list) else []
-    return complete if any(new is not old for new, old in zip(complete, messages or ())) else messages
+    if not isinstance(messages, list):
+        return messages
+    complete = [_with_reasoning(message, recall, wanted) for message in messages]
+    return messages if all(new is old for new, old in zip(complete, messages)) else complete
 
 
 def _with_reasoning(message: Any, recall: Callable[[Json], str], wanted: bool) -> Any:
@@ -3925,10 +3920,11 @@ def _with_reasoning(message: Any, recall: Callable[[Json], str], wanted: bool) -
 
 
 def call_digest(scope: str, call: Json) -> str:
-    """What a call's reasoning is kept under; not the id alone: Kimi's `functions.t:0` is in each conversation."""
+    """What a call's reasoning is kept under; not its id: Kimi's `functions.t:0` is everywhere."""
     function = call.get("function") if isinstance(call.get("function"), dict) else {}
     given = function.get("arguments")
-    given = parse_arguments(given) if isinstance(given, str) else given      # some clients write it anew
+    # parsed, for some clients write it anew
+    given = parse_arguments(given) if isinstance(given, str) else given
     facts = json.dumps([scope, call.get("id"), function.get("name"), given or {}], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
 
@@ -3938,7 +3934,8 @@ def opening_of(messages: Any) -> str:
     said = [message.get("content") for message in (messages if isinstance(messages, list) else ())
             if isinstance(message, dict) and message.get("role") == "user"]
     parts = said[0] if said and isinstance(said[0], list) else said[:1]
-    return "\n".join(str(part.get("text") or part) if isinstance(part, dict) else str(part) for part in parts)
+    return "\n".join(str(part.get("text") or part) if isinstance(part, dict) else str(part)
+                     for part in parts)
 
 
 def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
@@ -4652,8 +4649,9 @@ _LEGAL_ID = Pattern(r"[A-Za-z0-9_-]+")
 
 
 def wrap_id(fresh: str, ident: str) -> str:
-    """An id Anthropic allows (`fresh`), with the upstream's own (Kimi: `functions.name:0`) inside."""
-    return fresh + "_raw_" + base64.urlsafe_b64encode(ident.encode("utf-8", "replace")).decode().rstrip("=")
+    """An id Anthropic allows (`fresh`) with the upstream's own (Kimi: `functions.f:0`) inside."""
+    hidden = base64.urlsafe_b64encode(ident.encode("utf-8", "replace")).decode().rstrip("=")
+    return f"{fresh}_raw_{hidden}"
 
 
 def unwrap_id(ident: str) -> str:
@@ -5616,40 +5614,44 @@ def messages_error(exc: GatewayError, request_id: str) -> Json:
 #: What a field must be, where it is there and not null.
 _FIELD_TYPES: Dict[str, Tuple[type, ...]] = {
     "instructions": (str,), "previous_response_id": (str,), "truncation": (str,), "tools": (list,),
-    "include": (list,), "metadata": (dict,), "text": (dict,), "reasoning": (dict,), "store": (bool,),
-    "stream": (bool,), "parallel_tool_calls": (bool,), "temperature": (int, float), "top_p": (int, float),
-    "max_output_tokens": (int,)}
+    "include": (list,), "metadata": (dict,), "text": (dict,), "reasoning": (dict,),
+    "store": (bool,), "stream": (bool,), "parallel_tool_calls": (bool,),
+    "temperature": (int, float), "top_p": (int, float), "max_output_tokens": (int,)}
 
 #: What needs a service behind it that we are not: a 400 is kinder than an answer that ignored it.
 _REFUSED_FIELDS = {
-    "conversation": "conversations are not kept here: send the items in `input`, or use `previous_response_id`",
+    "conversation": "conversations are not kept here: send the items in `input`, or use "
+                    "`previous_response_id`",
     "background": "background responses are not available here: leave `background` out",
     "prompt": "stored prompts are not available here: send `instructions` and `input`"}
 
-_FOREIGN_SUMMARY = ("the `compaction` item was made by another service, or with a key we no longer have: "
-                    "it can't be read here; start a new conversation")
+_FOREIGN_SUMMARY = (
+    "the `compaction` item was made by another service, or with a key we no longer have: it can't "
+    "be read here; start a new conversation")
 _SUMMARY_HEAD = "Summary of the conversation so far:\n\n"
 _SUMMARISE = (
-    "Summarise our conversation so that somebody who has not seen it can carry on at once. Say what the user "
-    "wants and every constraint they gave, what was decided and why, what has been done (files, commands, "
-    "results), what is still open, and the next step. Keep names, paths, numbers and code that will be needed "
-    "word for word. Call no tool; answer with the summary and nothing else.")
+    "Summarise our conversation so that somebody who has not seen it can carry on at once. Say "
+    "what the user wants and every constraint they gave, what was decided and why, what has been "
+    "done (files, commands, results), what is still open, and the next step. Keep names, paths, "
+    "numbers and code that will be needed word for word. Call no tool; answer with the summary and "
+    "nothing else.")
 
 
 # --- the reasoning carrier ---
 
 class Seal:
-    """Reasoning and summaries in the client's keeping: nobody else can read them, nobody can change them."""
+    """Encrypts the reasoning and summaries that the client keeps: nobody can read or change them.
+    """
     PREFIX = "if2a1."                    #: ours, and the version of all this
 
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(key, b"iflow2api seal 1: ")
 
-    def close(self, value: Json) -> str:
+    def encrypt(self, value: Json) -> str:
         return self.PREFIX + encode_base64(self._cipher.encrypt(zlib.compress(dump_json(value))))
 
-    def open(self, text: Any) -> Optional[Json]:
-        """What was closed, or None: another service's, another key's, or damaged."""
+    def decrypt(self, text: Any) -> Optional[Json]:
+        """What was encrypted, or None: another service's, another key's, or damaged."""
         if not isinstance(text, str) or not text.startswith(self.PREFIX):
             return None
         data = decode_base64(text[len(self.PREFIX):])
@@ -6193,14 +6195,14 @@ class _ItemHistory:
         self._add_user("\n".join(head + _texts_of(item.get("content"))))
 
     def _add_compaction(self, item: Json) -> None:
-        summary = (self._seal.open(item.get("encrypted_content")) or {}).get("summary")
+        summary = (self._seal.decrypt(item.get("encrypted_content")) or {}).get("summary")
         if not isinstance(summary, str):
             raise _bad(_FOREIGN_SUMMARY, "input", "invalid_encrypted_content")
         self._add_user(_SUMMARY_HEAD + summary)
 
     def _add_reasoning(self, item: Json) -> None:
         step = self._current()
-        carried = self._seal.open(item.get("encrypted_content")) or {}
+        carried = self._seal.decrypt(item.get("encrypted_content")) or {}
         shown, summary = ("\n\n".join(_texts_of(item.get(name))) for name in ("content", "summary"))
         step.reasoning.append(shown or carried.get("reasoning") or summary)
         step.details += carried.get("details") or []
@@ -6572,7 +6574,7 @@ class _TextItem(_Item):
             item["status"] = "incomplete" if cut else "completed"
         elif turn.carries or self.details:
             details = {"details": self.details.joined()} if self.details else {}
-            carrier = {"encrypted_content": turn.seal.close({"reasoning": text, **details})}
+            carrier = {"encrypted_content": turn.seal.encrypt({"reasoning": text, **details})}
             if turn.carries:
                 item.update(carrier)
             else:
@@ -6886,7 +6888,7 @@ class _CompactionStream(ResponsesStream):
         if cut or not summary:
             raise UpstreamGarbled(f"the model's summary was cut off: {self.finish_reason}"
                                   if cut else "the model wrote no summary")
-        sealed = self.turn.seal.close({"summary": summary})
+        sealed = self.turn.seal.encrypt({"summary": summary})
         compaction = {"id": self.new_id("cmp_"), "type": "compaction", "encrypted_content": sealed}
         item = _Item(self)
         yield item.announce(compaction)

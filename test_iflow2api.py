@@ -1790,12 +1790,10 @@ def test_dump_json():
         ifl.dump_json(float("nan"))
 
 
-@pytest.mark.parametrize("value, low, high", [
-    ("", 0, 0), (None, 0, 0), ("hello world", 2, 5), ("你好世界", 2, 4),
-    ("data:image/png;base64," + "A" * 9000, 1500, 1500),
-    ({"type": "base64", "data": "A" * 9000}, 1500, 1500), ([1, "word", {"key": ["text"]}], 4, 8)])
-def test_estimate_tokens(value, low, high):
-    assert low <= ifl.estimate_tokens(value) <= high
+@pytest.mark.parametrize("text, low, high", [
+    ("", 0, 0), ("hello world", 2, 5), ("\u4f60\u597d\u4e16\u754c", 2, 4)])
+def test_estimate_tokens(text, low, high):
+    assert low <= ifl.estimate_tokens(text) <= high
 
 
 # --- answers -----------------------------------------------------------------
@@ -3904,15 +3902,15 @@ ITEMS = [
      [said_chat("user", "Message from /root/a:\ndone")]),
     ("reasoning that led to nothing", [thought_item("t"), Q], [U]),
     ("own carrier beats the summary", [
-        thought_item("", summary=SHORT, encrypted_content=SEAL.close({"reasoning": "long"})),
+        thought_item("", summary=SHORT, encrypted_content=SEAL.encrypt({"reasoning": "long"})),
         said_responses("a")], [said_chat("assistant", "a", reasoning_content="long")]),
     ("foreign carrier",
      [thought_item("", summary=SHORT, encrypted_content="gAAAA"), said_responses("a")],
      [said_chat("assistant", "a", reasoning_content="short")]),
-    ("details without text", [thought_item("", encrypted_content=SEAL.close({"details": [{"x": 1}]})),
+    ("details without text", [thought_item("", encrypted_content=SEAL.encrypt({"details": [{"x": 1}]})),
                               said_responses("a")],
      [said_chat("assistant", "a", reasoning_details=[{"x": 1}])]),
-    ("own compaction", [{"type": "compaction", "encrypted_content": SEAL.close({"summary": "S"})}],
+    ("own compaction", [{"type": "compaction", "encrypted_content": SEAL.encrypt({"summary": "S"})}],
      [said_chat("user", "Summary of the conversation so far:\n\nS")]),
     ("nothing", [{"role": "user", "content": None}], [said_chat("user", "")]),
     ("file and image", [{"role": "user", "content": [
@@ -4589,7 +4587,7 @@ def test_compaction_trigger_gives_exactly_one_item():
     events = play_responses([delta(reasoning_content="t"), delta(content=" the "), delta(content="sum"), end("stop")], body)
     assert names(events) == ["created", "in_progress", "output_item.added", "output_item.done", "completed"] and broken_rules(events) == []
     [item] = events[-1]["response"]["output"]
-    assert item["type"] == "compaction" and SEAL.open(item["encrypted_content"]) == {"summary": "the sum"}
+    assert item["type"] == "compaction" and SEAL.decrypt(item["encrypted_content"]) == {"summary": "the sum"}
     assert turn.stream(counter()).whole({"choices": [{"message": {"content": "the sum"}}]})["output"][0]["encrypted_content"] == item["encrypted_content"]
     assert "the sum" in make_turn({"input": [item, user_responses("q")]}).chat["messages"][0]["content"]
 
@@ -4624,26 +4622,26 @@ KNOWN = "if2a1.eWXdDvNwGGIgT-VYBQWdnZhOKLJGa7tjUenX6VfNux20LD9NG3kKk2J-T9oC1QxnW
 
 
 def test_seal_known_answer():
-    assert SEAL.open(KNOWN) == {"reasoning": "known \u00e9"}
+    assert SEAL.decrypt(KNOWN) == {"reasoning": "known \u00e9"}
 
 
 def test_seal_is_deterministic_and_hides():
     value = {"reasoning": "plain text " * 9}
-    sealed = SEAL.close(value)
-    assert SEAL.open(sealed) == value and SEAL.close(dict(value)) == sealed and "plain" not in sealed
-    assert SEAL.close({"reasoning": "other"}) != sealed
-    assert ifl.Seal(b"other key").open(sealed) is None
+    sealed = SEAL.encrypt(value)
+    assert SEAL.decrypt(sealed) == value and SEAL.encrypt(dict(value)) == sealed and "plain" not in sealed
+    assert SEAL.encrypt({"reasoning": "other"}) != sealed
+    assert ifl.Seal(b"other key").decrypt(sealed) is None
 
 
 def test_seal_notices_every_change():
-    sealed = SEAL.close({"reasoning": "x"})
+    sealed = SEAL.encrypt({"reasoning": "x"})
     for at, char in enumerate(sealed):
         for other in "A_=\n\u00e9":
             if other != char:
-                assert SEAL.open(sealed[:at] + other + sealed[at + 1:]) is None
-        assert SEAL.open(sealed[:at]) is None and SEAL.open(sealed[:at] + sealed[at + 1:]) is None
+                assert SEAL.decrypt(sealed[:at] + other + sealed[at + 1:]) is None
+        assert SEAL.decrypt(sealed[:at]) is None and SEAL.decrypt(sealed[:at] + sealed[at + 1:]) is None
     for foreign in (None, 5, "", "gAAAAABm", sealed + "=", sealed + "A", " " + sealed):
-        assert SEAL.open(foreign) is None
+        assert SEAL.decrypt(foreign) is None
 
 
 def _convert_messages(body):
