@@ -17779,7 +17779,7 @@ context = 上下文 {size} = context {size} | output = 输出 {size} = output {s
 add_preset = 添加：{program} provider add NAME --api-key '$VARIABLE' = add one with: {program} \
 provider add NAME --api-key '$VARIABLE'
 no_providers = 还没有上游：`provider add NAME`，NAME 取自 `provider presets`，或任取并加上 --base-url URL = no \
-provider yet: `provider add NAME` with a name of `provider presets`, or with any and --base-url URL
+provider yet: `provider add NAME` with a name of `provider presets`, or any name and --base-url URL
 taken_as = base_url {given} 按 {used} 处理 = base_url {given} is taken as {used}
 provider_exists = 已有上游 {name}；先运行 `provider remove {name}`，或换一个 NAME = there is a provider {name} \
 already; `provider remove {name}` first, or choose another NAME
@@ -17807,7 +17807,7 @@ login_again = 请重新粘贴，或按 Ctrl-C 退出： = paste it again, or lea
 login_no_input = login --paste：没有标准输入可供粘贴地址 = login --paste: there is no standard input to paste \
 an address into | login_given_up = 已放弃登录；没有改动 = login given up; nothing was changed
 login_stored = 已保存到 {path}；正在运行的服务会自动采用 = stored in {path}; a running server takes it over by itself
-login_above = 还设置了 {name}，它优先于这次登录 = {name} is set, too, and stands above this login
+login_above = 还设置了 {name}，它优先于这次登录 = {name} is set, too, and takes precedence over this login
 api_key_file = config.json 中的 api_key = api_key in config.json
 key_stored = 已把密钥 {key} 存为账号 {account}：{path} = stored the key {key} as account {account} in {path}
 logged_out = 已退出登录（{account}） = logged out ({account})
@@ -17820,7 +17820,7 @@ proxy_is_off = 上游代理尚未启用；启用：{program} config set upstream
 use yet; to use it: {program} config set upstream_proxy_enabled true
 encrypt_on = {path} 中的密钥已加密 = secrets in {path} are encrypted
 encrypt_off = {path} 中的密钥现在是明文 = secrets in {path} are plain text now
-encrypt_none = 其中还没有密钥 = it holds none yet: this is for those to come
+encrypt_none = 其中还没有密钥；此设置用于以后写入的 = it holds none yet: this is for those to come
 left = {text}（保持不变） = {text} (left as it is) | new_password = 新密码： = new password:
 same_again = 再输入一次： = the same again:
 not_the_same = 两次输入不一致；没有改动 = these were not the same; nothing was changed
@@ -17831,7 +17831,7 @@ belong on the command line; run {program} admin reset-password, or use - (standa
 password_length = 密码需要 {low} 到 {high} 个字符 = a password has from {low} to {high} characters
 password_set = 页面密码已更改；所有已登录的会话都已结束 = the page's password is changed; whoever was signed in is \
 signed out
-password_above = 环境变量 {variable} 优先于它 = the variable {variable} is set, and stands above it
+password_above = 环境变量 {variable} 优先于它 = the variable {variable} is set, and takes precedence
 # routes, key, usage
 then = 然后 = then | keys_1 = {count} 个密钥 = {count} key | keys_n = {count} 个密钥 = {count} keys
 key_exists = 已有同名密钥 {name}；请先移除，或换个名称 = key add {name}: there is a key of this name; \
@@ -18317,10 +18317,11 @@ def help_of(name: str) -> str:
     else:
         lines = [f"iflow2api {__version__}: {tr('about')}", "",
                  tr("usage", text=f"{PROGRAM} [COMMAND] [FLAGS]")]
+        width = max(map(len, command_table()))
         for group in dict.fromkeys(each.group for each in command_table().values()):
             rows = [(known, CONSOLE.text(each.help))
                     for known, each in command_table().items() if each.group == group]
-            lines += _section(CONSOLE.text(group.split(" = ")), rows, max(map(len, command_table())))
+            lines += _section(CONSOLE.text(group.split(" = ")), rows, width)
         lines += _section(tr("serve_flags"), flags)
         lines += ["", *wrap(tr("settings_too"), CONSOLE.columns)]
     if command.examples:                 # to be copied: never wrapped
