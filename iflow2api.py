@@ -17773,6 +17773,7 @@ no_models = 没有已知的模型；{program} status 显示各上游 = no models
 shows the providers
 no_provider_yet = 没有上游 {name}；请先添加：{program} provider add {name} = there is no provider '{name}'; \
 add it first: {program} provider add {name} | broken = 不能用 = does not work
+works_there = 正常，正在运行的服务得到了 {model} 的回答 = ok, the running server got an answer of {model}
 # provider
 set = （已设置） = (set) | count_models = {count} 个模型 = {count} models
 context = 上下文 {size} = context {size} | output = 输出 {size} = output {size} | images = 识图 = images
@@ -18800,19 +18801,21 @@ def cmd_logs(args: Args) -> int:
 
 # --- asking ------------------------------------------------------------------
 
-def _ask_running(settings: Settings, path: str = "/health",
-                 member: str = "iflow_logged_in") -> Json:
+def _ask_running(settings: Settings, path: str = "/health", member: str = "iflow_logged_in",
+                 body: Optional[Json] = None) -> Json:
     """What the server that these settings describe answers, {} where none does."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     key = os.environ.get(KEY_VARIABLE) or settings.custom_api_key
+    headers = {"X-Api-Key": key} if key else {}
+    data = None if body is None else dump_json(body)
     try:
-        with contextlib.closing(
-                http.client.HTTPConnection(host, settings.port, timeout=5)) as connection:
-            connection.request("GET", path, headers={"X-Api-Key": key} if key else {})
+        with contextlib.closing(http.client.HTTPConnection(
+                host, settings.port, timeout=60 if data else 5)) as connection:
+            connection.request("POST" if data else "GET", path, data, headers)
             value = json.loads(connection.getresponse().read(8 << 20))
     except (OSError, http.client.HTTPException, ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) and member in value else {}
+    return value if isinstance(value, dict) and (member in value or data) else {}
 
 
 def cmd_status(args: Args) -> int:
@@ -18858,7 +18861,8 @@ def _as_running(router: Router, health: Json) -> Iterator[Tuple[Provider, str]]:
 
     The running server knows better what is wrong: it has variables that this shell may lack.
     """
-    usable = {name_of(facts) for facts in entries_of(health, "providers") if facts.get("usable")}
+    usable = {name_of(facts) for facts in entries_of(health, "providers")
+              if name_of(facts) and facts.get("usable")}
     for provider in router.providers.values():
         keys = ", ".join(map(mask, provider.api_keys)) or tr("no_key")
         if provider.problem and provider.name in usable:
@@ -18905,11 +18909,16 @@ def offered_presets(router: Router, environ: Mapping[str, str]) -> List[str]:
     return offers
 
 
+def _models_there(settings: Settings) -> List[Json]:
+    """The models of the running server, none where it tells none without a key."""
+    told = _ask_running(settings, "/v1/models", "data") if _ask_running(settings) else {}
+    return [each for each in entries_of(told, "data")
+            if isinstance(each, dict) and {"id", "owned_by"} <= set(each)]
+
+
 def cmd_models(args: Args) -> int:
     gateway = _gateway_of(args)
-    models: List[Json] = []
-    if args["--upstream"] is None and _ask_running(gateway.settings):
-        models = entries_of(_ask_running(gateway.settings, "/v1/models", "data"), "data")
+    models = _models_there(gateway.settings) if args["--upstream"] is None else []
     models = models or models_of(gateway)
     for model in models:
         print(f"{model['id']}  ({model['owned_by']})")
@@ -18932,14 +18941,27 @@ def cmd_test(args: Args) -> int:
         say(tr("no_providers"))
     failed = not providers
     for each in [name] if name else providers:
-        checks = examine(gateway, providers[each], whole=args["command"] == "provider",
-                         in_english=CONSOLE.language == "en")
-        good = ", ".join(check.message for check in checks if check.ok and check.message)
-        bad = ", ".join(check.message for check in checks if check.ok is False)
-        said = good if all(check.ok for check in checks[:3]) else tr("broken")
-        print(f"{each}: " + (with_why(said + ",", bad) if bad else good))
+        bad = ""
+        good = _tried_there(gateway, each) if providers[each].problem else ""
+        if not good:
+            checks = examine(gateway, providers[each], whole=args["command"] == "provider",
+                             in_english=CONSOLE.language == "en")
+            good = ", ".join(check.message for check in checks if check.ok and check.message)
+            good = good if all(check.ok for check in checks[:3]) else tr("broken")
+            bad = ", ".join(check.message for check in checks if check.ok is False)
+        print(f"{each}: " + (with_why(good + ",", bad) if bad else good))
         failed |= bool(bad)
     return int(failed)
+
+
+def _tried_there(gateway: Gateway, name: str) -> str:
+    """That the running server, which has variables that this shell lacks, gets an answer, or ""."""
+    listed = _models_there(gateway.settings)
+    model = next((each["id"] for each in listed if each["owned_by"] == name), "")
+    body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
+    path = "/v1/chat/completions"
+    answer = _ask_running(gateway.settings, path, "choices", body) if model else {}
+    return tr("works_there", model=model) if "choices" in answer else ""
 
 
 # --- providers ---------------------------------------------------------------

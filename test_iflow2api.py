@@ -15440,9 +15440,11 @@ def test_the_running_server_knows_variables_that_this_shell_lacks(cli, config, g
     assert "kept (default)  in use" in cli("status")[1]
     assert cli("provider", "list")[1] == "kept (default)  in use\n"
     assert "m-there  (kept)" in cli("models")[1].splitlines()
+    assert cli("test") == (0, "kept: ok, the running server got an answer of m-there\n", "")
+    assert upstream.last.headers["authorization"] == "Bearer sk-of-the-server-1234"
     running.close()
     assert "ONLY_THERE is not set" in cli("status")[1]
-    assert "ONLY_THERE is not set" in cli("provider", "list")[1]
+    assert "ONLY_THERE is not set" in cli("provider", "list")[1] + cli("test", "kept")[1]
 
 
 def test_models(cli, config, upstream):
