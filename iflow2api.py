@@ -11694,7 +11694,7 @@ class LocalEngines:
                 if response.status == 200 and not ours:
                     models = parse_model_list(response.read_all(8 << 20))
         except GatewayError as exc:
-            self._gateway.log.debug("no %s at %s: %s", name, base_url, one_line(exc.message))
+            self._gateway.log.debug("no %s at %s: %s", name, base_url, exc.message)
             return
         # the first one is the default model
         models.sort(key=lambda model: "embed" in model.lower())
@@ -11843,7 +11843,7 @@ class Gateway:
         problems += proxy_problems(loaded.settings, self.state.router.providers.values())
         for problem in problems:
             if problem not in self.problems:
-                self.log.warning("%s", one_line(problem, 500))
+                self.log.warning("%s", problem)
         self.problems = problems
 
     def reload(self) -> None:
@@ -11856,7 +11856,7 @@ class Gateway:
             self.config_broken = True
             if [str(exc)] != self.problems:
                 self.problems = [str(exc)]
-                self.log.warning("%s (the settings in force stay)", one_line(exc, 500))
+                self.log.warning("%s (the settings in force stay)", exc)
             before = self._login
             self._read_login()           # a login made meanwhile counts all the same
             if self._login != before:
@@ -12056,7 +12056,7 @@ def _fetch_list(gateway: Gateway, lane: Lane, now: float) -> None:
     try:
         found = (now + MODELS_TTL_S, fetch_models(gateway, provider))
     except GatewayError as exc:
-        gateway.log.debug("no model list from %s: %s", provider.name, one_line(exc.message))
+        gateway.log.debug("no model list from %s: %s", provider.name, exc.message)
     if lane.provider.base_url == provider.base_url:  # else it has moved meanwhile
         lane.listed = found
 
@@ -13560,7 +13560,7 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
         gateway.log.warning("%s", gateway.config.warning())
     for problem in gateway.ledger.problems:
         gateway.problems += [problem] if problem not in gateway.problems else []
-        gateway.log.warning("%s", one_line(problem, 500))
+        gateway.log.warning("%s", problem)
     return Server(gateway, settings.host if host is None else host,
                   settings.port if port is None else port)
 
@@ -18665,7 +18665,7 @@ _LEVEL_COLOURS = {logging.DEBUG: "dim", logging.WARNING: "yellow",
 
 class _Format(logging.Formatter):
     """`12:00:01 text` with the level in front of what is not news; a line of log_file has a date
-    and always a level, and nothing that looks like a credential.
+    and always a level.  No line has control characters or what looks like a credential.
     """
 
     def __init__(self, is_file: bool) -> None:
@@ -18673,11 +18673,12 @@ class _Format(logging.Formatter):
         self._is_file = is_file
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        text += "\n" + self.formatException(record.exc_info) if record.exc_info else ""
+        text = one_line(record.getMessage(), 1000)
+        if record.exc_info:
+            text += "\n" + redact(self.formatException(record.exc_info))
         if self._is_file:
             at = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
-            return redact(f"{at} {record.levelname} {text}")
+            return f"{at} {record.levelname} {text}"
         level = "" if record.levelno == logging.INFO else record.levelname.lower() + ": "
         line = f"{self.formatTime(record, '%H:%M:%S')} {level}{text}"
         return CONSOLE.paint(line, _LEVEL_COLOURS.get(record.levelno, ""))
@@ -18705,7 +18706,7 @@ def _log_to_file(gateway: Gateway) -> None:
         return say(marked("warning", tr("no_log", path=path, reason=reason_of(exc))))
     log.addHandler(handler)
     notes = [(logging.INFO, f"iflow2api {__version__} starts")]
-    notes += [(logging.WARNING, one_line(problem, 500)) for problem in gateway.problems]
+    notes += [(logging.WARNING, problem) for problem in gateway.problems]
     for level, text in notes:
         handler.handle(log.makeRecord(log.name, level, "", 0, text, (), None))
 
