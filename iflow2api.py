@@ -874,6 +874,14 @@ def filled_text(value: Any, where: str) -> str:
     return value
 
 
+def text_like(pattern: str, expected: str, hint: str = "", is_secret: bool = False) -> Shape:
+    def check(value: Any, where: str) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise misfit(where, expected, () if is_secret else value, hint)
+        return value
+    return check
+
+
 def truth(value: Any, where: str) -> bool:
     if not isinstance(value, bool):
         raise misfit(where, "true or false", value)
@@ -1596,6 +1604,7 @@ def name_of(entry: Any) -> str:
 LIMIT_FIELDS = dict.fromkeys(LIMIT_WORDS, number(1, 10 ** 12, True))
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _NAME = r"[^\s/,]{1,64}"
+entry_name = text_like(_NAME, "a name without blanks, commas and slashes")
 
 
 def network(value: Any, where: str) -> str:
@@ -1618,19 +1627,6 @@ def header_name(value: Any, where: str) -> str:
     return value
 
 
-def password_hash(value: Any, where: str) -> str:
-    if secret_text(value, where) and not re.fullmatch(_PASSWORD_HASH, value):
-        raise misfit(where, "a hash", hint=", never the password itself; set it on the page, or by "
-                                           "`admin reset-password`")
-    return value
-
-
-def entry_name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(_NAME, value):
-        raise misfit(where, "a name without blanks, commas and slashes", value)
-    return value
-
-
 def expiry(text: Any, where: str) -> float:
     """Epoch seconds of `2027-01-31` (to its end) or `2027-01-31T12:00:00Z`; UTC without a zone."""
     try:
@@ -1641,12 +1637,6 @@ def expiry(text: Any, where: str) -> float:
         raise misfit(where, "a date such as 2027-01-31", text) from None
 
 
-def key_digest(value: Any, where: str) -> bytes:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
-        raise misfit(where, "the key's SHA-256 in hex", hint="; `key add` makes one")
-    return bytes.fromhex(value)
-
-
 def client_key_list(value: Any, where: str) -> List[Any]:
     warnings = parse_client_keys(list_of(anything)(value, where), where)[1]
     if warnings:
@@ -1654,8 +1644,10 @@ def client_key_list(value: Any, where: str) -> List[Any]:
     return value
 
 
-CLIENT_KEY_SHAPE = record({"name": entry_name, "sha256": key_digest}, {
-    "models": list_of(filled_text), "expires": expiry, "created": anything, **LIMIT_FIELDS})
+_CLIENT_KEY = record(
+    {"name": entry_name, "sha256": text_like("[0-9a-fA-F]{64}", "the key's SHA-256 in hex",
+                                             "; `key add` makes one", is_secret=True)},
+    {"models": list_of(filled_text), "expires": expiry, "created": anything, **LIMIT_FIELDS})
 
 #: Settings with something inside of them, or with rules of their own.
 SETTING_SHAPES: Dict[str, Shape] = {
@@ -1665,7 +1657,9 @@ SETTING_SHAPES: Dict[str, Shape] = {
     "prices": names_to(record({}, dict.fromkeys(("input", "output", "cached"),
                                                 number(0, 10 ** 9)))),
     "address_limits": record({}, LIMIT_FIELDS), "client_keys": client_key_list,
-    "admin_password": password_hash, "host": host_name, "trusted_proxies": list_of(network),
+    "admin_password": text_like("|" + _PASSWORD_HASH, "a hash", ", never the password itself; set "
+                                "it on the page, or by `admin reset-password`", is_secret=True),
+    "host": host_name, "trusted_proxies": list_of(network),
     "allowed_hosts": list_of(filled_text), "allowed_origins": list_of(filled_text),
     "custom_auth_header": lambda value, where: (header_name if value else any_text)(value, where)}
 
@@ -1693,9 +1687,10 @@ def hashes_of_header(text: str) -> Set[bytes]:
 
 def parse_client_key(entry: Any, where: str = "") -> ClientKey:
     """One entry of `client_keys`; ValueError says what is wrong with it."""
-    facts = CLIENT_KEY_SHAPE(entry, where)
-    return ClientKey(facts["name"], facts["sha256"], tuple(facts.get("models", ())),
-                     {name: facts[name] for name in LIMIT_FIELDS if name in facts},
+    facts = _CLIENT_KEY(entry, where)
+    limits = {name: facts[name] for name in LIMIT_FIELDS if name in facts}
+    return ClientKey(facts["name"], bytes.fromhex(facts["sha256"]),
+                     tuple(facts.get("models", ())), limits,
                      facts.get("expires", float("inf")))
 
 
