@@ -7869,7 +7869,7 @@ def has_left(sock: socket.socket, hung_up: bool = False) -> bool:
         return True
 
 
-_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+_BLANK_LINE = Pattern(rb"\r?\n\r?\n")
 
 
 class HeadReader:
@@ -7999,7 +7999,7 @@ BLANKS = " \t\r"
 #: What a header's name consists of (RFC 9110, 5.6.2).
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
+_STATUS_LINE = Pattern(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
 
 
 def is_sound_header(name: str, value: str) -> bool:
