@@ -9526,7 +9526,7 @@ class Listener(http.server.ThreadingHTTPServer):
 
 class _CallbackHandler(http.server.BaseHTTPRequestHandler):
     """Takes the browser that comes back from the login, and tells it how that went."""
-    server: Any
+    server: "_CallbackServer"
     timeout = 10
     server_version, sys_version = "iflow2api", ""
 
@@ -9555,18 +9555,34 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         """Not logged: the request line holds the code."""
 
 
-def listen_for_login(flow: "LoginFlow", port: int) -> Listener:
-    """A listener on 127.0.0.1, on `port` if that is free; LoginFailed.
+class _CallbackServer(Listener):
+    """One of the two listeners, 127.0.0.1 and ::1: `localhost` may mean either to a browser."""
 
-    A browser that takes `localhost` for ::1 comes here next.
+    def __init__(self, address: Tuple[str, int], flow: "LoginFlow") -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.flow = flow
+        super().__init__(address, _CallbackHandler)
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="login-callback",
+                         daemon=True).start()
+
+
+def listen_for_login(flow: "LoginFlow", port: int) -> List[_CallbackServer]:
+    """Listeners on one port of 127.0.0.1 and ::1, `port` if both are free; LoginFailed.
+
+    Both: a code must not go to another program that listens on the port of the other one.
     """
-    for wanted in (port, 0):
-        with contextlib.suppress(OSError):
-            server = Listener(("127.0.0.1", wanted), _CallbackHandler)
-            server.flow = flow           # type: ignore[attr-defined]
-            threading.Thread(target=server.serve_forever, args=(0.1,), name="login-callback",
-                             daemon=True).start()
-            return server
+    for wanted in (port, *[0] * 8):
+        servers: List[_CallbackServer] = []
+        try:
+            servers.append(_CallbackServer(("127.0.0.1", wanted), flow))
+            servers.append(_CallbackServer(("::1", servers[0].server_port), flow))
+            return servers
+        except OSError as exc:
+            taken = (errno.EADDRINUSE, errno.EACCES, getattr(errno, "WSAEADDRINUSE", -1))
+            if servers and exc.errno not in taken:
+                return servers           # no IPv6 here
+            for server in servers:
+                stop_accepting(server)
     raise LoginFailed("no port of this machine can be listened on; log in with: "
                       "python iflow2api.py login --paste")
 
@@ -9587,8 +9603,8 @@ class LoginFlow:
         self.file, self._oauth, self._changed = file, oauth, changed
         self.state, self.message, self.ended = "waiting", "", threading.Event()
         self._secret, self._lock = secrets.token_urlsafe(32), threading.Lock()
-        self._server = listen_for_login(self, port) if listen else None
-        port = self._server.server_port if self._server is not None else port
+        self._servers = listen_for_login(self, port) if listen else []
+        port = self._servers[0].server_port if listen else port
         self._redirect_uri = f"http://localhost:{port}{OAUTH_PATH}"
         self.url = oauth.address(self._redirect_uri, self._secret)
         late = f"nobody logged in within {timeout_s:g} s; nothing was changed"
@@ -9685,8 +9701,8 @@ class LoginFlow:
         if self.state != "waiting":
             self._timer.cancel()
             with self._lock:
-                server, self._server = self._server, None
-            if server is not None:
+                servers, self._servers = self._servers, []
+            for server in servers:
                 stop_accepting(server)
             self.ended.set()
 

@@ -6753,6 +6753,14 @@ def callback_of(url, **facts):
     return query["redirect"][0] + "?" + urllib.parse.urlencode(given)
 
 
+def has_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        return True
+    except OSError:
+        return False
+
+
 def is_listening(url):
     try:
         socket.create_connection(("127.0.0.1", urllib.parse.urlsplit(url).port), 1).close()
@@ -6830,14 +6838,19 @@ def test_a_login_through_the_browser(home_login, host, gateway_login):
     assert seen.headers["content-type"] == "application/x-www-form-urlencoded"
 
 
-@pytest.mark.parametrize("is_taken", [True, False])
-def test_the_usual_port(home_login, gateway_login, is_taken):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        if not is_taken:
-            taken.close()
+@pytest.mark.parametrize("taken", ["127.0.0.1", "::1", ""])
+def test_the_usual_port(home_login, gateway_login, taken):
+    """The code must not go to another program that has the port on the other loopback address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    family = socket.AF_INET6 if ":" in taken else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        try:
+            taken and stack.enter_context(socket.create_server((taken, port), family=family))
+        except OSError:
+            pytest.skip("no IPv6 here")
         callback = callback_of(gateway_login.logins.start(port=port)["url"])
-        assert (urllib.parse.urlsplit(callback).port == port) != is_taken
+        assert (urllib.parse.urlsplit(callback).port != port) is bool(taken)
         assert visit(callback)[0] == 200
 
 
@@ -6847,7 +6860,8 @@ def test_the_usual_port(home_login, gateway_login, is_taken):
     ({"code": None, "error": "access_denied", "state": "x"}, "another login")])
 def test_strangers_change_nothing(home_login, gateway_login, facts, word):
     url = gateway_login.logins.start()["url"]
-    status, page = visit(callback_of(url, **facts))
+    address = "::1" if has_ipv6() and not facts.get("state") else "127.0.0.1"
+    status, page = visit(callback_of(url, **facts), address)
     assert status == 400 and word in page and gateway_login.logins.status()["state"] == "waiting"
     assert visit(callback_of(url).replace("/oauth2callback", "/favicon.ico"))[0] == 404
     assert not cli_file(home_login).exists()
