@@ -14394,7 +14394,8 @@ def check_together(gateway: Gateway, values: Json) -> None:
         problems = [problem for problem in router.warnings if problem not in known.warnings]
         if problems:
             param = "aliases" if "aliases" in values else "default_provider"
-            raise BadRequest(problems[0], param=next(iter(router.conflicting - known.conflicting), param))
+            conflicting = router.conflicting - known.conflicting
+            raise BadRequest(problems[0], param=next(iter(conflicting), param))
     if values.get("upstream_proxy"):
         problems = proxy_problems(Settings(upstream_proxy=values["upstream_proxy"],
                                            upstream_proxy_enabled=True), ())
@@ -14503,7 +14504,8 @@ def new_secret(value: Any, where: str) -> str:
 def check_provider(entry: Json) -> Provider:
     """BadRequest for an entry that can't work; variables that it names may be unset."""
     def is_literal(text: Any) -> bool:
-        return not (isinstance(text, str) and (re.fullmatch(_REFERENCE, text) or is_encrypted(text)))
+        is_text = isinstance(text, str)
+        return not (is_text and (re.fullmatch(_REFERENCE, text) or is_encrypted(text)))
 
     tried = dict(entry)                  # what is of the wrong type stays, for parse_provider
     if isinstance(entry.get("api_keys"), list):

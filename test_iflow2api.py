@@ -10916,6 +10916,7 @@ BODY_FAULTS = [
     ("second member cut", GZIPPED, gzip.compress(b"{}") + gzip.compress(b" ")[:-3], 400, True),
     ("too large", {}, b" " * 20_000, 413, True),
     ("far too large", {}, b" " * 3_000_000, 413, False),
+    ("said to be too large", {"Content-Length": "100001"}, b"", 413, False),
     ("not JSON", {}, b"{", 400, True), ("no messages", {}, b"{}", 400, True),
     ("NaN", {}, b'{"a": NaN}', 400, True), ("latin-1", {}, b'{"a": "\xe9"}', 400, True),
     ("empty", {"Content-Length": "0"}, b"", 400, True),
@@ -10935,6 +10936,7 @@ def test_faults_of_a_body(server, upstream, headers, body, status, stays):
         answer = client.post(body, headers=headers).answer()
         assert answer.status == status and answer.error["type"] == "invalid_request_error"
         assert answer.headers.get("connection") == (None if stays else "close")
+        assert status != 413 or answer.error["code"] == "request_too_large"
         assert client.post(chat()).answer().status == 200 if stays else client.is_closed()
     assert is_well(running)
 
@@ -10963,13 +10965,6 @@ def test_the_answer_does_not_wait_for_a_body_that_nobody_wants(server):
             client.send(request_bytes(path=path, headers={"Content-Length": "5"}))
         for client, status in zip(clients, paths.values()):
             assert client.answer().status == status and client.is_closed()
-
-
-def test_too_large_is_said_before_the_body_was_sent(server):
-    with Client(server(detect_local=False, body_limit_bytes=10_000)) as client:
-        answer = client.send(request_bytes(headers={"Content-Length": "100001"})).answer()
-        assert (answer.status, answer.error["code"]) == (413, "request_too_large")
-        assert answer.headers["connection"] == "close"
 
 
 def test_too_large_is_heard_by_a_client_that_sends_all_first(server):
@@ -11208,12 +11203,8 @@ def test_who_wants_the_connection_closed(server, version, connection, told):
                                     version=version).answer()
             assert answer.headers.get("connection") == told
         assert told != "close" or client.is_closed()
-
-
-def test_http_1_0_needs_no_host(server):
-    with Client(server(detect_local=False)) as client:
+    with Client(server(detect_local=False)) as client:   # HTTP/1.0 needs no Host
         assert client.send(b"GET /health HTTP/1.0\r\n\r\n").answer().status == 200
-        assert client.is_closed()
 
 
 def test_a_connection_without_a_request_is_closed(server, monkeypatch):
@@ -11493,12 +11484,9 @@ def test_pages_of_the_list():
                                   dict(urllib.parse.parse_qsl(query)))
         assert [model["id"] for model in page["data"]] == [*ids] and page["has_more"] is more
         assert (page["first_id"], page["last_id"]) == ((ids[0], ids[-1]) if ids else (None, None))
-
-
-@pytest.mark.parametrize("limit", ["0", "1001", "x", "-1", "1.5"])
-def test_a_bad_limit_of_a_page(server, limit):
-    answer = get(server(detect_local=False), f"/v1/models?limit={limit}", anthropic_version="1")
-    assert answer.status == 400 and answer.json["error"]["type"] == "invalid_request_error"
+    for limit in ("0", "1001", "x", "-1", "1.5"):
+        with pytest.raises(ifl.BadRequest, match="from 1 to 1000"):
+            ifl.anthropic_page([], {"limit": limit})
 
 
 def test_one_model(server, upstream):
@@ -12491,9 +12479,9 @@ def test_a_browser_shows_what_the_cdn_has_or_else_the_list(
 class Admin:
     """A browser with the page open: it keeps the cookie, and sends what browsers send."""
 
-    def __init__(self, server, **headers) -> None:
-        self.server, self.cookie, self.headers = server, "", headers
-        self.gateway = server.gateway
+    def __init__(self, server) -> None:
+        self.server, self.gateway = server, server.gateway
+        self.cookie, self.headers = "", {}
 
     def __call__(self, method, path, body=None, **headers) -> Answer:
         lines = {"Cookie": self.cookie or None, "Sec-Fetch-Site": "same-origin", **self.headers,
@@ -13556,8 +13544,7 @@ def test_the_lines_of_shells_and_names_of_models(admin, upstream, tmp_path):
     for client in ifl.CLIENTS:
         script = "curl() { echo end mine $#; }\n" + blocks_of(found, client)["bash"] + said
         done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True,
-                              timeout=60,
-                              env={"PATH": os.environ["PATH"]})
+                              timeout=60, env={"PATH": os.environ["PATH"]})
         assert done.stdout.startswith(("end mine", 'end {"$schema"')), (client, done)
     assert not (tmp_path / "gotcha").exists()
 
@@ -13573,65 +13560,55 @@ def test_the_address_is_the_one_the_browser_uses(admin):
 
 
 @pytest.mark.parametrize("client", list(ifl.CLIENTS))
-@pytest.mark.parametrize("shell", list(ifl.SHELLS))
-def test_env_prints_what_the_client_needs(tmp_path, monkeypatch, capsys, client, shell):
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_env_prints_what_the_client_needs(monkeypatch, capsys, client):
     monkeypatch.setenv("IFLOW2API_CUSTOM_API_KEY", "sk-it's")
-    assert ifl.main(["env", client, "--shell", shell, "--port", "4321", "--model", "glm-5",
-                     "--config-dir", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "127.0.0.1:4321" in out and "IFLOW2API_CUSTOM" not in out and "URL/" not in out
-    assert "sk-it" in out
+    for shell in ifl.SHELLS:
+        assert ifl.main(["env", client, "--shell", shell, "--port", "4321",
+                         "--model", "glm-5"]) == 0
+        out = capsys.readouterr().out
+        assert "127.0.0.1:4321" in out and "IFLOW2API_CUSTOM" not in out and "URL/" not in out
+        assert "sk-it" in out
 
 
-def env_json(capsys, tmp_path, config, *flags):
+def env_json(capsys, config, facts, *flags):
     """(variables, what was said) of `env claude --json` with this config.json."""
-    (tmp_path / "config.json").write_text(json.dumps({"detect_local": False, **config}))
-    assert ifl.main(["env", "claude", "--json", "--config-dir", str(tmp_path), *flags]) == 0
+    put_config(config, {"detect_local": False, **facts})
+    assert ifl.main(["env", "claude", "--json", *flags]) == 0
     said = capsys.readouterr()
     return json.loads(said.out)["env"], said.err
 
 
-CLAUDE_ENV = [
-    ({}, {}),
-    ({"default_model": "m"}, dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m")),
-    ({"default_model": "m", "aliases": {"claude-haiku-*": "s"}},
-     {**dict.fromkeys("MODEL OPUS SONNET".split(), "m"), "HAIKU": "claude-haiku-4-5",
-      "SMALL": "claude-haiku-4-5"}),
-    ({"default_model": "m", "aliases": {"claude-*": "s"}},
-     {"MODEL": "claude-sonnet-4-6", "OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6",
-      "HAIKU": "claude-haiku-4-5",
-      "SMALL": "claude-haiku-4-5"}),
+HAIKU, SONNET, OPUS = "claude-haiku-4-5", "claude-sonnet-4-6", "claude-opus-4-8"
+
+
+@pytest.mark.parametrize("facts, main, opus, haiku", [
+    ({}, None, None, None), ({"default_model": "m"}, "m", "m", "m"),
+    ({"default_model": "m", "aliases": {"claude-haiku-*": "s"}}, "m", "m", HAIKU),
+    ({"default_model": "m", "aliases": {"claude-*": "s"}}, SONNET, OPUS, HAIKU),
     ({"providers": [{"name": "p", "base_url": "http://h/v1",
-                     "models": [{"id": "m", "context": 65536}]}]},
-     {**dict.fromkeys("MODEL OPUS SONNET HAIKU SMALL".split(), "m"), "CONTEXT": "65536"})]
-
-
-@pytest.mark.parametrize("config, models", CLAUDE_ENV)
+                     "models": [{"id": "m", "context": 65536}]}]}, "m", "m", "m")])
 def test_env_claude_names_the_models_of_the_configuration(
-        tmp_path, monkeypatch, capsys, config, models):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    found, said = env_json(capsys, tmp_path, {**config, "host": "::1", "port": unused_port()}, *(
-        [] if models else ["--host", "0.0.0.0"]))
-    assert found.pop("ANTHROPIC_BASE_URL").startswith("http://[::1]:" if models
-                                                      else "http://127.0.0.1:")
+        capsys, config, facts, main, opus, haiku):
+    found, said = env_json(capsys, config, {**facts, "host": "::1", "port": unused_port()},
+                           *([] if main else ["--host", "0.0.0.0"]))
+    url = found.pop("ANTHROPIC_BASE_URL")
+    assert url.startswith("http://[::1]:" if main else "http://127.0.0.1:")
     assert found.pop("ANTHROPIC_AUTH_TOKEN") == "not-needed" and "no iflow2api answers" in said
-    short = {"ANTHROPIC_MODEL": "MODEL", "ANTHROPIC_SMALL_FAST_MODEL": "SMALL",
-             "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT",
-             **{f"ANTHROPIC_DEFAULT_{tier}_MODEL": tier for tier in ifl.CLAUDE_MODELS}}
-    assert {short[name]: value for name, value in found.items()} == models
+    tier = "ANTHROPIC_DEFAULT_{}_MODEL".format
+    wanted = {"ANTHROPIC_MODEL": main, tier("SONNET"): main, tier("OPUS"): opus,
+              tier("HAIKU"): haiku, "ANTHROPIC_SMALL_FAST_MODEL": haiku,
+              "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "65536" if "providers" in facts else None}
+    assert found == {name: value for name, value in wanted.items() if value}
 
 
-def test_env_claude_of_a_running_server(tmp_path, monkeypatch, capsys, server, upstream):
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_env_claude_of_a_running_server(capsys, config, server, upstream):
     running = server(upstream)
-    found, said = env_json(capsys, tmp_path, {"client_keys": [key_entry("a", "sk-a-123456789")]},
-                           "--port", str(running.port),
-                           "--model", "glm-5")
+    found, said = env_json(capsys, config, {"client_keys": [key_entry("a", "sk-a-123456789")]},
+                           "--port", str(running.port), "--model", "glm-5")
     assert found["ANTHROPIC_BASE_URL"] == running.url and "answers" not in said
-    assert (found["ANTHROPIC_AUTH_TOKEN"],
-            found["ANTHROPIC_DEFAULT_OPUS_MODEL"]) == ("YOUR_KEY", "glm-5")
-    assert ifl.main(["env", "claude", "--port", "0", "--config-dir", str(tmp_path)]) == 2
+    assert found["ANTHROPIC_AUTH_TOKEN"] == "YOUR_KEY"
+    assert found["ANTHROPIC_DEFAULT_OPUS_MODEL"] == "glm-5"
+    assert ifl.main(["env", "claude", "--port", "0"]) == 2
     assert "--port" in capsys.readouterr().err
 
 
@@ -13703,55 +13680,48 @@ def test_events_as_they_happen(admin, upstream, monkeypatch):
     browser("PATCH", "config", {"version": browser.version, "set": {"drain_s": 3}})
     assert watcher.next("config")[1] == {"version": browser.version} and watcher.ident >= first
     watcher.close()
-    until(lambda: browser.server.gateway.live._viewers == {False: 0, True: 0},
+    until(lambda: browser.gateway.live._viewers == {False: 0, True: 0},
           what="the end of the viewer's thread")
 
 
 def test_a_stream_resumes_where_it_broke(admin, upstream, monkeypatch):
     monkeypatch.setattr(ifl, "HISTORY_SIZE", 5)
     browser = admin(upstream)
-    ring = browser.server.gateway.live.requests
+    later = [f"n{number}" for number in range(8)]
 
-    # a request is noted after its client has the answer
-    def ask(*names):
-        before = ring.count
-        for name in names:
-            post(browser.server, chat(model=name))
-        until(lambda: ring.count == before + len(names), what="the notes")
+    def heard(query, ident, count):
+        """What a page that knows the events to `ident` hears: models, or how many were lost."""
+        watcher = Watcher(browser, query, Last_Event_ID=ident)
+        events = [watcher.next("request", "dropped")[1] for _ in range(count)]
+        watcher.close()
+        return [event.get("model", event.get("count")) for event in events]
 
     watcher = Watcher(browser)
-    post(browser.server, chat(model="one"))
+    noted_chat(browser, model="one")
     assert watcher.next("request")[1]["model"] == "one"
     ident = watcher.ident
     watcher.close()
-    ask("two", "three")
-    again = Watcher(browser, "?last_event_id=ignored", Last_Event_ID=ident)
-    assert [again.next("request", "dropped")[1]["model"] for _ in range(2)] == ["two", "three"]
-    again.close()
-    ask(*(f"n{number}" for number in range(8)))
-    again = Watcher(browser, Last_Event_ID=ident)
+    for name in ("two", "three"):
+        noted_chat(browser, model=name)
+    assert heard("?last_event_id=ignored", ident, 2) == ["two", "three"]
+    for name in later:
+        noted_chat(browser, model=name)
     # ten since then, five are remembered
-    assert again.next("dropped", "request") == ("dropped", {"count": 5})
-    assert [again.next("request")[1]["model"] for _ in range(5)] == [f"n{number}"
-            for number in range(3, 8)]
-    again.close()
-    # an earlier run's; no id at all
-    for odd, expected in (("1-2-3", "n3"), ("rubbish", "fresh"), ("9" * 99, "fresh")):
-        other = Watcher(browser, Last_Event_ID=odd)
-        if expected == "fresh":          # else it could push "n3" out before that is sent
-            ask("fresh")
-        assert other.next("request")[1]["model"] == expected
-        other.close()
-        ask(*(f"n{number}" for number in range(3, 8)))
+    assert heard("", ident, 6) == [5, *later[3:]]
+    assert heard("", "1-2-3", 6) == [6, *later[3:]]      # of an earlier run: all of this one
+    for odd in ("rubbish", "9" * 99):
+        watcher = Watcher(browser, Last_Event_ID=odd)
+        noted_chat(browser, model="fresh")
+        assert watcher.next("request")[1]["model"] == "fresh"
+        watcher.close()
 
 
 def test_who_is_slow_is_told_how_much_was_lost(server):
-    serving = server(detect_local=False)
-    running = serving.gateway
-    viewer = ifl.Viewer(serving, True, "")
+    running = server(detect_local=False)
+    viewer = ifl.Viewer(running, True, "")
     viewer.news()
     for number in range(ifl.LOG_LINES + 500):
-        running.live.logs.add((1.0, logging.INFO, "x", f"line {number}"))
+        running.gateway.live.logs.add((1.0, logging.INFO, "x", f"line {number}"))
     first = viewer.news().decode()
     # in portions
     assert 'event: dropped\ndata: {"count":500}' in first and first.count("event: log") == 1000
@@ -13768,8 +13738,8 @@ def test_viewers_are_bounded_and_leave(admin):
     extra.close()
     for watcher in watchers:
         watcher.close()
-    browser.server.gateway.live.notify()
-    until(lambda: browser.server.gateway.live._viewers[False] == 0, what="the end of the viewers")
+    browser.gateway.live.notify()
+    until(lambda: browser.gateway.live._viewers[False] == 0, what="the end of the viewers")
     assert Watcher(browser).status == 200
 
 
@@ -13783,7 +13753,7 @@ def test_the_stream_ends_with_its_session(admin):
     browser.sign_in()
     watcher = Watcher(browser)
     watcher.next()
-    browser.server.gateway.keep_setting("admin_password", ifl.hash_password("a new password"))
+    browser.gateway.keep_setting("admin_password", ifl.hash_password("a new password"))
     until(lambda: watcher.next() is None, what="the end of the stream")
 
 
@@ -13833,25 +13803,19 @@ def test_reset_password(home, capsys, monkeypatch, config):
     assert ifl.main(["admin"]) == 2 and ifl.main(["admin", "other"]) == 2
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no pseudo terminals")
-def test_reset_password_at_the_terminal(home, config):
+@posix
+def test_reset_password_at_the_terminal(config):
     import pty
-    replies = [(b"new password", b"typed at the terminal\n"),
-               (b"again", b"typed at the terminal\n")]
-    command = [sys.executable, byte_code(), "admin", "reset-password"]
     pid, fd = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, command)
+        os.execv(sys.executable, [sys.executable, byte_code(), "admin", "reset-password"])
     said = b""
-    for word, reply in replies:
+    for word in (b"new password", b"again"):
         while word not in said:
             said += os.read(fd, 1024)
-        os.write(fd, reply)
-    with contextlib.suppress(OSError):
-        while True:
-            data = os.read(fd, 1024)
-            if not data:
-                break
+        os.write(fd, b"typed at the terminal\n")
+    with contextlib.suppress(OSError):                   # the end of the terminal
+        for data in iter(lambda: os.read(fd, 1024), b""):
             said += data
     assert os.waitpid(pid, 0)[1] == 0 and b"typed at" not in said
     os.close(fd)
@@ -13872,58 +13836,54 @@ def test_a_plain_password_is_refused(home, capsys, config, gateway):
     assert "admin_password = …" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no pseudo terminals")
+@posix
 @pytest.mark.parametrize("argv, display, opened",
                          [([], ":1", True), (["--no-browser"], ":1", False), ([], "", False)])
-def test_the_first_start_opens_the_page_and_shows_the_code(home, tmp_path, argv, display, opened):
+def test_the_first_start_opens_the_page_and_shows_the_code(config, tmp_path, argv, display, opened):
     """The code is on the console alone: in no address, no process list, no log file."""
-    import pty
-    seen = tmp_path / "opened"
-    opener = tmp_path / "xdg-open"
+    seen, log, opener = tmp_path / "opened", tmp_path / "log", tmp_path / "xdg-open"
     opener.write_text(
         f'#!/bin/sh\nps ax > {tmp_path}/ps 2>/dev/null; echo "$@" > {seen}.new\n'
         f'mv {seen}.new {seen}\n')
     opener.chmod(0o755)
     environ = {name: value for name, value in os.environ.items()
                if name not in ("WAYLAND_DISPLAY", "BROWSER", "WSL_DISTRO_NAME")}
-    environ.update(PATH=f"{tmp_path}:{os.environ['PATH']}", DISPLAY=display,
-                   PYTHONIOENCODING="utf-8", TERM="dumb",
-                   IFLOW2API_LOG_FILE=str(tmp_path / "log"), IFLOW2API_DETECT_LOCAL="false")
-    reader, writer = pty.openpty()
+    environ.update(PATH=f"{tmp_path}:{os.environ['PATH']}", DISPLAY=display, TERM="dumb",
+                   PYTHONIOENCODING="utf-8", IFLOW2API_LOG_FILE=str(log),
+                   IFLOW2API_DETECT_LOCAL="false")
+    reader, writer = __import__("pty").openpty()
     __import__("fcntl").ioctl(writer, __import__("termios").TIOCSWINSZ,
                               struct.pack("HHHH", 24, 80, 0, 0))
     program = PROGRAM if opened else byte_code()          # once as users start it
     process = subprocess.Popen([sys.executable, program, "--port", "0", *argv], stdout=writer,
                                stderr=writer, env=environ)
     os.close(writer)
-    said = b""
+
+    def said(pattern):
+        """What is printed from here on, as far as it takes to find the pattern."""
+        text = ""
+        while not re.search(pattern, text, re.S):
+            assert select.select([reader], [], [], 20)[0], text
+            text += os.read(reader, 65536).decode()
+        return text
+
+    code_form = r"[A-Z0-9]{4}-[A-Z0-9]{4}"
     try:
-        while not re.search(rb"\n\r?\n.*next.*\r?\n\r?\n", said, re.S):
-            assert select.select([reader], [], [], 20)[0], said
-            said += os.read(reader, 65536)
-        text = said.decode()
-        code = re.search(r"[A-Z0-9]{4}-[A-Z0-9]{4}", text).group()
-        page = re.search(r"http://\S+/admin", text).group()
+        card = said(r"\n\r?\n.*next.*\r?\n\r?\n")
+        code, page = (re.search(form, card).group() for form in (code_form, r"http://\S+/admin"))
         if opened:
             until(seen.exists)
             assert seen.read_text() == page + "\n"
             assert not (tmp_path / "ps").exists() or code not in (tmp_path / "ps").read_text()
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1",
-                                                           urllib.parse.urlsplit(page).port,
-                                                           timeout=WAIT_S)) as client:
-            client.request("POST", "/admin/api/password",
-                           json.dumps({"code": code, "password": PASSWORD}))
-            assert client.getresponse().status == 204
+        body = json.dumps({"code": code, "password": PASSWORD}).encode()
+        with urllib.request.urlopen(page + "/api/password", body) as answer:
+            assert answer.status == 204
         assert opened or not seen.exists()
-        assert code not in (tmp_path / "log").read_text()
-        ifl.ConfigFile(str(home / ".iflow2api")).change(lambda raw: raw.pop("admin_password"))
+        assert code not in log.read_text()
+        config.change(lambda raw: raw.pop("admin_password"))
         process.send_signal(signal.SIGHUP)
-        said = b""
         # a new one, since there is no password any more
-        while not re.search(rb"[A-Z0-9]{4}-[A-Z0-9]{4}", said):
-            assert select.select([reader], [], [], 20)[0], said
-            said += os.read(reader, 65536)
-        assert code not in said.decode()
+        assert code not in said(code_form)
     finally:
         process.terminate()
         process.wait(20)
