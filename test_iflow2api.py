@@ -10902,7 +10902,7 @@ def test_a_compressed_body(server, upstream, encoding, pack):
 
 
 GZIPPED, UNFRAMED = {"Content-Encoding": "gzip"}, {"Content-Length": None}
-IN_CHUNKS = {"Transfer-Encoding": "chunked", **UNFRAMED}
+SENT_IN_CHUNKS = {"Transfer-Encoding": "chunked", **UNFRAMED}
 BODY_FAULTS = [
     # id, headers, body, status, does the connection stay
     ("no length", UNFRAMED, b"", 411, False),
@@ -10921,11 +10921,11 @@ BODY_FAULTS = [
     ("NaN", {}, b'{"a": NaN}', 400, True), ("latin-1", {}, b'{"a": "\xe9"}', 400, True),
     ("empty", {"Content-Length": "0"}, b"", 400, True),
     ("deep", {}, b'{"messages":' + b"[" * 5_000, 400, True),
-    ("no chunk end", IN_CHUNKS, b"5\r\nhelloX\r\n0\r\n\r\n", 400, False),
-    ("no chunk size", IN_CHUNKS, b"x\r\n", 400, False),
-    ("negative chunk", IN_CHUNKS, b"-5\r\nhello\r\n", 400, False),
-    ("CR in a chunk's line", IN_CHUNKS, b"5 \r\r\nhello", 400, False),
-    ("chunks too large", IN_CHUNKS, framed(b" " * 20_000) + b"0\r\n\r\n", 413, False)]
+    ("no chunk end", SENT_IN_CHUNKS, b"5\r\nhelloX\r\n0\r\n\r\n", 400, False),
+    ("no chunk size", SENT_IN_CHUNKS, b"x\r\n", 400, False),
+    ("negative chunk", SENT_IN_CHUNKS, b"-5\r\nhello\r\n", 400, False),
+    ("CR in a chunk's line", SENT_IN_CHUNKS, b"5 \r\r\nhello", 400, False),
+    ("chunks too large", SENT_IN_CHUNKS, framed(b" " * 20_000) + b"0\r\n\r\n", 413, False)]
 
 
 @pytest.mark.parametrize("headers, body, status, stays", [row[1:] for row in BODY_FAULTS],
@@ -10992,7 +10992,7 @@ def test_chunked_bodies(server, upstream):
     data = ifl.dump_json(wanted)
     chunked = b"".join(framed(data[at:at + 999])
                        for at in range(0, len(data), 999)) + b"0\r\nX-Trailer: 1\r\n\r\n"
-    begin = request_bytes(headers=IN_CHUNKS)
+    begin = request_bytes(headers=SENT_IN_CHUNKS)
     with Client(server(upstream)) as client:
         for pieces in ([begin + chunked], [begin, *each_byte(chunked[:300]), chunked[300:]],
                        [begin, chunked[:1001], chunked[1001:]]):
@@ -11009,7 +11009,7 @@ def test_chunked_bodies(server, upstream):
 
 CUT_OFF = {"head": b"POST /v1/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nX-",
            "body": request_bytes(headers={"Content-Length": "99"}) + b"{",
-           "chunks": request_bytes(headers=IN_CHUNKS) + b"5000\r\nhe"}
+           "chunks": request_bytes(headers=SENT_IN_CHUNKS) + b"5000\r\nhe"}
 
 
 @pytest.mark.parametrize("part", CUT_OFF.values(), ids=list(CUT_OFF))
@@ -11117,7 +11117,7 @@ def test_what_needs_no_key_keeps_nothing_of_a_body(server, path, framing):
     def sent(body):
         if framing == "length":
             return request_bytes(path=path, body=body, headers=GZIPPED)
-        return request_bytes(path=path, headers=IN_CHUNKS) + (
+        return request_bytes(path=path, headers=SENT_IN_CHUNKS) + (
             framed(body) if body else b"") + b"0\r\n\r\n"
 
     with Client(running) as client:
