@@ -2233,7 +2233,7 @@ class Asked(NamedTuple):
 
 #: Condition of a route -> what its value may be, and whether a request meets it.
 CONDITIONS: Dict[str, Tuple[Shape, Callable[[Any, Any], bool]]] = {
-    "over_tokens": (number(1, 10 ** 12, True), lambda asked, value: asked.size_tokens > value),
+    "over_tokens": (number(1, 10 ** 9, True), lambda asked, value: asked.size_tokens > value),
     "images": (truth, lambda asked, value: asked.shows_images is value),
     "thinking": (truth, lambda asked, value: asked.thinks is value),
     "tools": (truth, lambda asked, value: asked.has_tools is value),
