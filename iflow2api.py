@@ -7761,7 +7761,7 @@ class Client:
     #: the Translation, which knows how to say that it failed
     translation: Optional[Translation] = None
     returned: Sequence[Tuple[str, str]] = ()     #: headers of the upstream that the client gets
-    nonblocking = False                  #: the loop sends: what does not go waits in `backlog`
+    nonblocking = False                  #: the loop sends; unsent bytes stay in `backlog`
     backlog = b""
     left: Optional[Exception] = None     #: why the answer is not needed any more
     _on_leave: Optional[Callable[[Exception], None]] = None
@@ -7799,7 +7799,7 @@ class Client:
         """Called by the loop now and then: send a keep-alive where it is time, without waiting."""
 
     def flush(self) -> None:
-        """Send what goes of `backlog` without waiting; ClientGone."""
+        """Send as much of `backlog` as goes without waiting; ClientGone."""
 
     def is_stuck(self, now: float) -> bool:
         """Whether the client has taken nothing of `backlog` for too long."""
@@ -7836,7 +7836,7 @@ class _SelectPoller:
     def poll(self, timeout_ms: float) -> List[Tuple[int, int]]:
         found: Set[int] = set()
         wanted = list(self._wanted.items())
-        # a wait is for one socket; many are only looked at
+        # a call that waits has one socket; a call with many does not wait
         for start in range(0, len(wanted), self.ROOM):
             part = wanted[start:start + self.ROOM]
             reads = [fd for fd, events in part if events & _POLLIN]
@@ -7847,13 +7847,13 @@ class _SelectPoller:
 
 Poller = getattr(select, "poll", _SelectPoller)
 
-#: The longest wait in one piece.  Where there is poll(), shutting a socket down wakes who waits
-#: for it; Winsock tells the other side only, so whoever may be cut off has to check now and then.
+#: The longest wait in one piece.  Where there is poll(), a shutdown of the socket ends a wait for
+#: it; on Windows it does not, so a wait that may be cut off has to check now and then.
 LOOK_UP_S = 3600.0 if hasattr(select, "poll") else 0.5
 
 
 def is_writable(sock: socket.socket, timeout_s: float) -> bool:
-    """Whether the peer takes something in time."""
+    """Whether something can be sent in time."""
     poller = Poller()
     poller.register(sock.fileno(), _POLLOUT)
     return bool(poller.poll(timeout_s * 1000))
@@ -7888,7 +7888,7 @@ class HeadReader:
         return self._receive()
 
     def read_head(self, stray: bytes = b"") -> Optional[bytes]:
-        """A head without its blank line; b"" where the connection ends, None when it is too large.
+        """A head without its blank line; b"" where the connection ends, None where it is too large.
 
         Bytes of `stray` before it are skipped.  What has been searched is not searched again.
         """
@@ -7918,7 +7918,7 @@ _HEX = b"0123456789abcdefABCDEF"
 
 
 class Dechunker:
-    """Chunked framing off (RFC 9112, 7.1), whatever way it is cut."""
+    """Takes chunked framing off (RFC 9112, 7.1), wherever reads cut it."""
 
     def __init__(self) -> None:
         self.done = False
@@ -7930,7 +7930,7 @@ class Dechunker:
         self._trailer_bytes = -1         #: -1: the trailers have not begun
 
     def feed(self, data: bytes) -> bytes:
-        """The payload in `data`; ValueError when it is no chunked framing."""
+        """The payload in `data`; ValueError where it is no chunked framing."""
         began_clean = not (self._left or self._line or self._trailer_bytes >= 0)
         if began_clean:                  # as a rule one whole chunk a read
             end = data.find(b"\r\n")
@@ -7957,7 +7957,7 @@ class Dechunker:
         return b"".join(out)
 
     def _read_line(self, data: bytes, at: int) -> int:
-        """Read a line of framing as far as it has come; where what follows begins."""
+        """Read a line of framing, or its beginning; the offset of what follows."""
         end = data.find(b"\n", at) + 1 or len(data)
         self._line += data[at:end]
         if len(self._line) > LINE_LIMIT:
@@ -8003,7 +8003,7 @@ _STATUS_LINE = Pattern(r"HTTP/1\.([01]) +([1-9]\d\d)(?: .*)?")
 
 
 def is_sound_header(name: str, value: str) -> bool:
-    """Whether a header can be sent on: no control characters, and of a bearable length."""
+    """Whether a header can be sent on: no control characters, and not too long."""
     return (0 < len(name) <= HEADER_NAME_CHARS
             and not name.encode("latin-1", "replace").translate(None, _TOKEN)
             and len(value) <= HEADER_VALUE_CHARS and value.isprintable())
@@ -8060,7 +8060,7 @@ def parse_answer_head(head: bytes, method: str) -> AnswerHead:
 
 
 class UpstreamConnection(HeadReader):
-    """A socket to an upstream.  Raises UpstreamTimeout, OSError, and what it was cut with."""
+    """A socket to an upstream.  Raises UpstreamTimeout, OSError, and the reason given to `cut`."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock, self.received, self.idle_since = sock, False, 0.0
@@ -8076,13 +8076,13 @@ class UpstreamConnection(HeadReader):
         return bool(self._buffer) or self.holds_more() or bool(self._poller.poll(0))
 
     def holds_more(self) -> bool:
-        """Whether TLS has read ahead: then there is something to take from a silent socket."""
+        """Whether TLS has read ahead: poll() does not tell of such data."""
         return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
 
     def cut(self, reason: Exception) -> None:
         """End a wait for this connection on another thread, which then raises `reason`."""
         self.cut_by = reason
-        # not TLS's own, whose state the reader uses
+        # not SSLSocket's: it would change state that the reading thread uses
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
@@ -8210,7 +8210,7 @@ class UpstreamResponse:
 
     @property
     def holds_more(self) -> bool:
-        """Whether there is something to read although the socket is silent."""
+        """Whether there is something to read that poll() does not tell of."""
         return bool(self._packed) or self.connection.holds_more()
 
     def read(self) -> bytes:
@@ -8274,7 +8274,7 @@ class UpstreamResponse:
         return b""
 
     def _unpack(self, packed: bytes) -> bytes:
-        """The next part of what is packed, of a bearable size whatever it swells to."""
+        """Decompress the next part, UNPACKED_AT_ONCE bytes at most."""
         try:
             payload = self._inflate.decompress(packed, UNPACKED_AT_ONCE)
         except zlib.error as exc:
@@ -8308,7 +8308,7 @@ class UpstreamResponse:
 
     def __exit__(self, kind: Any, exc: Any, trace: Any) -> None:
         if kind is not None:
-            self._will_close = True      # nobody knows what still comes
+            self._will_close = True      # more of the answer may come
         self.close()
 
 
@@ -8366,7 +8366,7 @@ class MovedStream:
 
 
 class StreamLoop:
-    """One thread that moves all streams, keeps clients awake and notices who left.
+    """One thread that moves all streams, sends keep-alives and notices clients that left.
 
     Threads that each wait for their own upstream fight over the interpreter's lock at each chunk:
     with 32 streams that took more than half of the time of a chunk, whatever
@@ -8394,7 +8394,7 @@ class StreamLoop:
     # clients
 
     def watch(self, client: Client) -> None:
-        """From here on a client is kept awake, and told to `leave` when it has."""
+        """From here on a client gets keep-alives, and `leave` is called when it has left."""
         with self._lock:
             self._clients.add(client)
             # a setting that is the same for all streams
@@ -8409,14 +8409,14 @@ class StreamLoop:
             self._clients.discard(client)
 
     def _plan_look(self) -> bool:
-        """Plan a look if none is; whether the loop has to be told."""
+        """Plan the next look unless it is planned; whether the loop has to be woken."""
         is_first = not self._look_at
         if is_first:
             self._look_at = time.monotonic() + self._look_every_s
         return is_first
 
     def _look(self) -> None:
-        """Notice who left, send keep-alives, end streams that are silent for too long."""
+        """Notice clients that left, send keep-alives, end streams that are silent for too long."""
         with self._lock:                 # no client is forgotten meanwhile
             self._look_at = 0.0
             if self._clients or self._streams:
@@ -8495,12 +8495,12 @@ class StreamLoop:
             self._serve(stream, stream.check)
 
     def _serve(self, stream: MovedStream, act: Callable[[], bool]) -> None:
-        """Let a stream act, then wait for its upstream or a slow client; or it has ended."""
+        """Let a stream step or check, then wait for its upstream or a slow client, or end it."""
         error: Optional[BaseException] = None
         try:
             if act():
                 return self._wait_for(stream)
-        except BaseException as exc:     # whatever it is, it belongs to the request's own thread
+        except BaseException as exc:     # it is raised again on the request's own thread
             error = exc
         if stream.waits_on is not None:
             self._selector.unregister(stream.waits_on)
@@ -8671,7 +8671,7 @@ def proxy_for(provider: Provider, settings: Settings, endpoint: Endpoint) -> str
         return ""
     if proxy != "env":
         return proxy
-    from urllib.request import getproxies, proxy_bypass      # takes 2 MB: only for who asks for it
+    from urllib.request import getproxies, proxy_bypass      # 2 MB: only where it is used
     if proxy_bypass(f"{bracketed(endpoint.host)}:{endpoint.port}"):
         return ""
     proxies = getproxies()
@@ -8763,7 +8763,7 @@ class ProxyTalk(HeadReader):
         if not 200 <= status < 300:
             hint = _CONNECT_HINT.get(status, "")
             raise self._failed(f"it refused CONNECT {place} (HTTP {status}{hint})")
-        if self._buffer:                 # a web server's page: nobody has asked the upstream yet
+        if self._buffer:                 # a web server's page: no request was sent yet
             raise self._failed("it answers with a page of its own; is it an HTTP proxy?")
 
     def _open_socks(self, endpoint: Endpoint) -> None:
@@ -8800,7 +8800,7 @@ class ProxyTalk(HeadReader):
             except OSError:
                 raise self._failed(
                     f"{host} can't be looked up here; with socks5h:// the proxy does it") from None
-            # many a proxy has no IPv6
+            # many proxies have no IPv6
             host = min(found, key=lambda each: each[0] != socket.AF_INET)[4][0]
         for family, kind in ((socket.AF_INET, b"\1"), (socket.AF_INET6, b"\4")):
             with contextlib.suppress(OSError):
@@ -8886,7 +8886,7 @@ class Upstream:
 
     def _release(self, key: Tuple, client: Client, connection: UpstreamConnection,
                  reusable: bool) -> None:
-        client.on_leave(None)            # from here on nobody cuts it
+        client.on_leave(None)            # from here on it is not cut
         dropped: Optional[UpstreamConnection] = connection
         if reusable and connection.cut_by is None:
             connection.idle_since = time.monotonic()
@@ -9006,20 +9006,20 @@ class Upstream:
 #: The name of the login in the iFlow CLI's own file.
 DEFAULT_ACCOUNT = "default"
 
-#: The CLI's port and path: the login host may know no other.  Taken: a free port.
+#: The CLI's port and path, which the login host may insist on.  If the port is taken: a free one.
 OAUTH_PORT, OAUTH_PATH = 11451, "/oauth2callback"
 
 #: Longest silence, longest time and most bytes of an answer of the login host; longest wait for
-#: another one's refresh; how long a login may take in the browser.
+#: the refresh of another process; how long a login may take in the browser.
 OAUTH_SILENCE_S, OAUTH_ANSWER_S, OAUTH_ANSWER_BYTES = 20, 30, 1 << 20
 OAUTH_LOCK_S, LOGIN_TIMEOUT_S = 120, 300
 
 ACCESS, REFRESH = "oauth_access_token", "oauth_refresh_token"
 
-#: How a sentence ends after which nothing has changed.
+#: The end of a sentence that says why nothing was changed.
 KEPT = "what is stored stays as it is"
 
-#: Ours in a login: its tokens are new, but their API key could not be asked for yet.
+#: A field of ours in a login: the tokens are new, their API key still has to be asked for.
 KEY_DUE = "iflow2api_key_due"
 
 #: What a logout takes away; the rest of the file is the CLI's.
@@ -9154,7 +9154,7 @@ class OAuth:
 
     @staticmethod
     def _refusal(wanted: str, status: int, answer: Json, secret: str) -> LoginFailed:
-        """What an answer without what was wanted means: overloaded, dead, or refused for now."""
+        """The error for an answer without `wanted`: overloaded, dead, or refused for now."""
         names = ("error_description", "message", "msg", "error")
         texts = [answer.get(name) for name in names]
         text = next((text for text in texts if isinstance(text, str) and text), "no reason")
@@ -9218,7 +9218,7 @@ class LoginFile:
             raise LoginFailed(f"{self.path} can't be written: {exc.strerror or exc}") from None
 
     def pending(self) -> Tuple[Json, str]:
-        """Tokens that an earlier version left when it was killed, and the hash of the used token.
+        """Tokens that an earlier version left when it was killed, and the hash of the spent one.
 
         ({}, "") where there are none.
         """
@@ -9241,9 +9241,9 @@ class LoginFile:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """For the time of the `with` nobody else refreshes this login, and the file can be written.
+        """Within the `with` no other process refreshes this login, and the file can be written.
 
-        Asked before the host is: the old tokens are used up by then.
+        To be entered before the host is asked: its answer uses the old tokens up.
         """
         if self.path.startswith("~"):
             raise LoginFailed("there is no home folder to keep the login in: set HOME")
@@ -9275,7 +9275,7 @@ class RefreshState:
     ok: Optional[bool] = None
     message: str = ""
     refused: bool = False                 #: the login host answered and said no
-    dead_token: str = ""                  #: the refresh token that only a new login helps
+    dead_token: str = ""                  #: a refresh token that the host refused for good
     failures: int = 0
     next_at: float = 0.0                  #: monotonic; not before this
     #: tokens that await being written, and the hash of the refresh token that they were got for
@@ -9326,7 +9326,7 @@ class Refresher:
             wait_s = self.LOOK_S
             try:
                 wait_s = self.look()
-            except Exception:            # a thread body: logins must be kept whatever happens
+            except Exception:            # the thread must go on
                 self._log.exception("looking after the iFlow login failed")
             self._wake.wait(wait_s)
             self._wake.clear()
@@ -9368,7 +9368,7 @@ class Refresher:
     def renew(self, account: str, key: str) -> str:
         """The key to use instead of `key`, which the API refused; "" where a refresh brings none.
 
-        A client that leaves meanwhile does not cut it in half: nobody's request is made for it.
+        A client that leaves meanwhile does not end it: the requests are our own.
         """
         return "".join(self._refresh(file, key) for file in self._files()
                        if file.account == account)
@@ -9405,7 +9405,7 @@ class Refresher:
 
     @staticmethod
     def _save_left_over(file: LoginFile, state: RefreshState) -> str:
-        """Write tokens that could not be written before, unless there are others; their REFRESH."""
+        """Write tokens that could not be written before; their REFRESH, "" if others are newer."""
         token = ""
         tokens, used = file.pending()
         if not tokens:
@@ -9481,7 +9481,7 @@ LOGIN_TITLES = {True: "Logged in / 登录成功", False: "Not logged in / 登录
 
 
 def stop_accepting(server: "Listener") -> None:
-    """End the accept loop at once.  Needs no thread: a full system must be able to stop, too."""
+    """End the accept loop at once.  Needs no thread: the system may have none to give."""
     server.stopping, stopped = True, False
     while not stopped:
         with contextlib.suppress(OSError):       # a connection wakes the loop up
@@ -9516,7 +9516,7 @@ class Listener(http.server.ThreadingHTTPServer):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.ipv6_only)
         try:
             socketserver.TCPServer.server_bind(self)
-        except (TypeError, UnicodeError):        # a name that can't be one in any encoding
+        except (TypeError, UnicodeError):        # a name that can't be encoded
             raise OSError(errno.EINVAL, "Name or service not known") from None
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -9532,7 +9532,7 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
-        if path != OAUTH_PATH:           # a stranger, or the browser's /favicon.ico
+        if path != OAUTH_PATH:           # /favicon.ico, or not from a login
             return self.send_error(404)
         ok, text = self.server.flow.visit(query)
         import html
@@ -9549,7 +9549,7 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         try:
             self.wfile.write(data)
         finally:
-            self.server.flow.settle()    # only now: the process may end with it
+            self.server.flow.settle()    # after the page: the process may end then
 
     def log_message(self, format: str, *args: Any) -> None:
         """Not logged: the request line holds the code."""
@@ -9596,7 +9596,7 @@ class LoginFlow:
     def __init__(self, oauth: OAuth, file: LoginFile, changed: Callable[[], None],
                  listen: bool = True, timeout_s: float = LOGIN_TIMEOUT_S,
                  port: Optional[int] = None) -> None:
-        """LoginFailed where the result could not be kept anyway."""
+        """LoginFailed where the login could not be stored."""
         port = OAUTH_PORT if port is None else port
         with file.held():
             file.read()
@@ -9640,7 +9640,7 @@ class LoginFlow:
 
     @staticmethod
     def _pasted(text: str) -> Mapping[str, List[str]]:
-        """The query in a pasted address, none where no login ends on that address."""
+        """The query in a pasted address, empty where that is not our callback's."""
         address, mark, query = text.partition("?")
         ours = re.fullmatch(r"((https?://)?(localhost|127\.0\.0\.1|\[::1\])(:\d+)?" + OAUTH_PATH
                             + ")?/?", address)
@@ -9745,7 +9745,7 @@ class Logins:
         return self.flow
 
     def callback(self, query: str) -> Json:
-        """The browser's way back through somebody else's listener."""
+        """The callback came to another listener, which passes its query on."""
         ok, message = self._begun().visit(query)
         self._begun().settle()
         return {**self.status(), "ok": ok, "message": message}
