@@ -3120,7 +3120,7 @@ def _next_item(text: str, at: int, end: str) -> int:
 def walk_object(text: str, read: Callable[[str, int], int]) -> None:
     """Call `read` with the name of each member and where its value begins; it returns the end.
 
-    ValueError, IndexError where `text` is no object; what exactly is wrong json.loads tells.
+    ValueError, IndexError where `text` is no object; json.loads tells what exactly is wrong.
     """
     at = _past(text, _BLANK.match(text).end(), "{")
     while text[at] != "}":
@@ -4353,7 +4353,7 @@ class ChatHistory:
     """The messages of a chat request, built step by step from another dialect's conversation.
 
     What follows an assistant's message waits until the next one: results come directly behind
-    their calls whatever stood between, a call without one gets NO_RESULT, and images and files of
+    their calls, wherever they stood; a call without one gets NO_RESULT, and images and files of
     results go into the user message that follows.  Users in a row become one where the dialect
     `merges` them, and for templates so strict that they want system texts at the top alone.
     System texts before anything else are `leading`: they belong into the first message.
@@ -4445,7 +4445,7 @@ class Wishes(NamedTuple):
     thinking: Optional[bool] = None
     budget: Optional[int] = None         #: of thinking, in tokens
     effort: Optional[str] = None
-    missing: Sequence[str] = ()          #: names of tools that nobody here runs
+    missing: Sequence[str] = ()          #: names of tools that can't be run here
     is_chat: bool = False                #: a chat client: it chose these and the limits itself
 
 
@@ -4754,7 +4754,7 @@ class _Round(NamedTuple):
 
 
 def _are_same(some: Any, others: Any) -> bool:
-    """Whether two lists hold the very same objects: parsed once, nobody changes them."""
+    """Whether two lists hold the very same objects; what is parsed is never changed."""
     return isinstance(some, list) and isinstance(others, list) and len(some) == len(others) and (
         all(one is other for one, other in zip(some, others)))
 
@@ -4767,7 +4767,7 @@ class _MessagesHistory:
         self.chat = ChatHistory(profile, thinking, merges=True)
         self.ids: Set[str] = set()                #: tool_use ids of the conversation
         self.effort: Any = None                   #: of the last system message that has one
-        self.skipped: List[str] = []              #: block types nobody here knows, for the log
+        self.skipped: List[str] = []              #: unknown block types, for the log
         self.rounds: List[_Round] = []            #: those that the next request will begin with
 
     def read(self, messages: Any, known: Sequence[_Round]) -> None:
@@ -5033,7 +5033,7 @@ class _Tools:
         self.profile = profile
         self.chat = KnownTools()
         self.fields: Json = {}           #: what switches the provider's own tools on beside `tools`
-        self.missing: List[str] = []              #: tools nobody here runs
+        self.missing: List[str] = []              #: tools that can't be run here
         self.names: Dict[str, str] = {}
         self.known: Dict[str, bool] = {}     #: name -> whether the model may be made to call it
         for i, tool in enumerate(tools):
@@ -5613,7 +5613,7 @@ _FIELD_TYPES: Dict[str, Tuple[type, ...]] = {
     "store": (bool,), "stream": (bool,), "parallel_tool_calls": (bool,),
     "temperature": (int, float), "top_p": (int, float), "max_output_tokens": (int,)}
 
-#: What needs a service behind it that we are not: a 400 is kinder than an answer that ignored it.
+#: What needs a service that we do not have: a 400 is better than an answer that ignores it.
 _REFUSED_FIELDS = {
     "conversation": "conversations are not kept here: send the items in `input`, or use "
                     "`previous_response_id`",
@@ -5635,8 +5635,7 @@ _SUMMARISE = (
 # --- the reasoning carrier ---
 
 class Seal:
-    """Encrypts the reasoning and summaries that the client keeps: nobody can read or change them.
-    """
+    """Encrypts the reasoning and summaries that are stored at the client."""
     PREFIX = "if2a1."                    #: ours, and the version of all this
 
     def __init__(self, key: bytes) -> None:
@@ -5738,7 +5737,7 @@ class _ResponseTools:
 
     def __init__(self, profile: Json) -> None:
         self._profile = profile
-        self.missing: List[str] = []         #: types of tools nobody here runs
+        self.missing: List[str] = []         #: types of tools that can't be run here
         self._names: Dict[_Tool, str] = {}
         self._tools: Dict[str, _Tool] = {}
         self._chat: Dict[str, Json] = {}     #: by Chat's name
@@ -6016,7 +6015,7 @@ def _chat_parts(content: Any, profile: Json) -> List[Json]:
 
 
 def _knows(parts: List[Any]) -> bool:
-    """Whether any of these parts is of a kind that can be told."""
+    """Whether any of these parts is of a kind that can be converted."""
     return any(isinstance(part, str) or isinstance(part, dict) and (
         str(part.get("type")) in {**_TEXT_FIELDS, **_PART_OF_KIND}) for part in parts)
 
@@ -6106,7 +6105,7 @@ def _pair_outputs(items: Sequence[Json]) -> Tuple[Dict[int, Json], Set[int]]:
         if isinstance(item.get("name"), str):
             named.setdefault(item["name"], deque()).append(place)
     paired: Dict[int, Json] = {}
-    strays: Set[int] = set()
+    unmatched: Set[int] = set()
     for place, item in enumerate(items):
         if item["type"] not in _OUTPUTS:
             continue
@@ -6118,8 +6117,8 @@ def _pair_outputs(items: Sequence[Json]) -> Tuple[Dict[int, Json], Set[int]]:
         if calls:
             paired[calls.popleft()] = item
         else:
-            strays.add(place)
-    return paired, strays
+            unmatched.add(place)
+    return paired, unmatched
 
 
 # --- request: the history ---
@@ -6145,14 +6144,14 @@ class _ItemHistory:
         self._step = _Step()
 
     def read(self, items: Sequence[Json]) -> None:
-        paired, strays = _pair_outputs(items)
+        paired, unmatched = _pair_outputs(items)
         for place, item in enumerate(items):
             if _is_call(item):
                 self._add_call(place, item, paired.get(place))
             elif item["type"] in _OUTPUTS:
                 self._end_step()
                 # the tools that a search found have joined the list
-                if place in strays and item["type"] != "tool_search_output":
+                if place in unmatched and item["type"] != "tool_search_output":
                     self.chat.add_result(_answered_id(item), self._output_parts(item))
             elif item["type"] in self._READERS:
                 self._READERS[item["type"]](self, item)
@@ -6350,8 +6349,7 @@ class ResponsesTurn:
         return chat
 
     def _put_extras(self, chat: Json) -> None:
-        """What only some providers know: for whom it is, and what their machines want to be told.
-        """
+        """Fields that only some providers know: the user, hints for caching and scheduling."""
         user = self._body.get("safety_identifier") or self._body.get("user")
         given = {**self._body, "verbosity": self._text.get("verbosity"),
                  "user": user if isinstance(user, str) else None}
@@ -6372,7 +6370,7 @@ class ResponsesTurn:
             chat["parallel_tool_calls"] = self._body["parallel_tool_calls"]
 
 
-#: What a response tells of its request as it was, and what stands for what was not said.
+#: Fields of the request that its response repeats, with their defaults.
 _ECHOED: Json = {
     "instructions": None, "metadata": {}, "max_output_tokens": None, "parallel_tool_calls": True,
     "previous_response_id": None, "temperature": 1.0, "top_p": 1.0, "tool_choice": "auto",

@@ -3045,14 +3045,6 @@ def test_skipped_blocks_are_logged_once_by_type(server, upstream, log_lines):
     assert lines.count("hologram") == 1 and "secret" not in lines
 
 
-@pytest.mark.parametrize("thinking, field", [(None, ""), ({"type": "adaptive"}, ""), (
-    {"type": "disabled"}, None)])
-def test_reasoning_is_not_required_where_thinking_is_off(thinking, field):
-    body = {"messages": [user("q"), assistant(use("a")), user(result("a"))], "thinking": thinking}
-    made = turn_of(body, require_reasoning_on_tool_calls=True).chat["messages"]
-    assert made[1].get("reasoning_content") == field
-
-
 @pytest.mark.parametrize("prefill, message, chat", [
     ("partial", {"partial": True}, {}), ("prefix", {"prefix": True}, {}), (None, {}, {}),
     ("continue_final_message", {},
@@ -4049,13 +4041,6 @@ def test_items(given, messages):
     assert make_turn({"input": [Q, *given]}).chat["messages"] == [U, *messages]
 
 
-def test_reasoning_is_not_required_of_responses_where_thinking_is_off():
-    for effort, field in ((None, ""), ("high", ""), ("none", None)):
-        body = {"input": [Q, call_responses("c1")], "reasoning": {"effort": effort}}
-        made = make_turn(body, {"require_reasoning_on_tool_calls": True}).chat["messages"][1]
-        assert made.get("reasoning_content") == field
-
-
 # --- requests: other fields
 
 FORMAT = {"type": "json_schema", "name": "a", "schema": {"type": "object"}, "description": "d",
@@ -4951,6 +4936,16 @@ HISTORIES = [
 def test_one_conversation_is_one_chat_request(steps, profile, messages):
     assert turn_of(as_messages(*steps), **profile).chat["messages"] == messages
     assert make_turn(as_items(*steps), profile).chat["messages"] == messages
+
+
+def test_reasoning_is_not_required_where_thinking_is_off():
+    required = {"require_reasoning_on_tool_calls": True}
+    for kind, effort, field in ((None, None, ""), ("adaptive", "high", ""),
+                                ("disabled", "none", None)):
+        body = {**as_messages(("user", "q"), CALL_A), "thinking": kind and {"type": kind}}
+        items = {**as_items(("user", "q"), CALL_A), "reasoning": {"effort": effort}}
+        for turn in (turn_of(body, **required), make_turn(items, required)):
+            assert turn.chat["messages"][1].get("reasoning_content") == field
 
 
 # --- one wish in all three dialects
