@@ -2868,8 +2868,7 @@ class ObjectMender:
     #: Where it stands -> marks that may come there; `s` is a number or constant.
     _MAY = {"start": "{", "first key": '"}', "key": '"', "colon": ":", "value": '"{[s', "first value": '"{[s]',
             "next": ",}]"}
-    _STRING = Pattern(r'[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}')
-    _PLAIN = Pattern(r'[^"\\\x00-\x1f]*')
+    _STRING = Pattern(r'(?:[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})+')
     _HALF_ESCAPE = Pattern(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
     _TOKEN = Pattern(r'[ \t\r\n]+|[{}\[\],:"]|[-+.\w]+')
     _WORD = Pattern(r"[-+.\w]+")
@@ -2887,8 +2886,10 @@ class ObjectMender:
     def feed(self, text: str) -> str:
         """What may be passed now; what comes after the end of the object is ignored."""
         self._raw.append(text)
-        if self._in_string and not self._held and self._PLAIN.fullmatch(text):
-            return text                                          # most of what comes
+        if self._in_string and not self._held:
+            found = self._STRING.match(text)
+            if found and found.end() == len(text):               # most of what comes
+                return text
         if self._token and self._WORD.fullmatch(text):           # joined once, not at each piece
             self._token.append(text)
             return ""
@@ -3628,6 +3629,10 @@ class ToolCalls:
 
     def add(self, deltas: Any) -> List[ToolCall]:
         """Take the `tool_calls` of one delta; the calls they belong to."""
+        if deltas.__class__ is list and len(deltas) == 1:        # nearly every one
+            call = self._continued(deltas[0])
+            if call is not None:
+                return [call]
         touched: Dict[ToolCall, None] = {}
         for delta in deltas if isinstance(deltas, list) else ():
             function = delta.get("function") if isinstance(delta, dict) else None
@@ -3637,6 +3642,17 @@ class ToolCalls:
                 self.size += call.add(function)
                 touched[call] = None
         return list(touched)
+
+    def _continued(self, delta: Any) -> Optional[ToolCall]:
+        """The call by index to which a delta adds nothing but arguments, None for another delta."""
+        function = delta.get("function") if delta.__class__ is dict else None
+        if function.__class__ is not dict or len(function) != 1 or "arguments" not in function:
+            return None
+        index = delta.get("index")
+        call = self._by_index.get(index) if index.__class__ is int and not delta.get("id") else None
+        if call is not None:
+            self.size += call.add(function)
+        return call
 
     def _find(self, delta: Json, function: Json, touched: Collection[ToolCall]) -> ToolCall:
         """By index, else by id, else the last one; or a new one."""
@@ -3687,6 +3703,13 @@ class ToolCalls:
 Part = Tuple[str, str, Any]
 
 
+_PLAIN_FIELDS = ("content", "reasoning_content")
+
+
+def _size_of(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
+
+
 class AnswerReader:
     """Chat chunks in, parts of an answer out.  What is odd about upstreams ends here."""
 
@@ -3735,17 +3758,19 @@ class AnswerReader:
         if not isinstance(delta, dict) or not delta or self.ended:
             return []
         if len(delta) == 1 and self._is_plain:           # nearly every chunk
-            content = delta.get("content")
-            if content and content.__class__ is str:
-                self._count(content)
-                return [("text", content, choice)]
+            (name, value), = delta.items()
+            if name == "tool_calls":
+                return [("call", "", call) for call in self.calls.add(value)]
+            if name in _PLAIN_FIELDS and value.__class__ is str and value:
+                self._size += len(value) if value.isascii() else _size_of(value)
+                return [("text", value, choice) if name == "content" else ("thinking", value, None)]
         return self._parts(delta, choice)
 
     def _parts(self, delta: Json, choice: Json) -> List[Part]:
         parts: List[Part] = []
         reasoning, details = reasoning_of(delta), delta.get("reasoning_details")
         if reasoning or details:
-            self._count(reasoning)
+            self._size += _size_of(reasoning)
             parts = self._unwatched()
             parts.append(("thinking", reasoning, details))
         content, refusal = delta.get("content"), delta.get("refusal")
@@ -3755,7 +3780,7 @@ class AnswerReader:
         if isinstance(delta.get("annotations"), list):
             parts.append(("annotations", "", delta["annotations"]))
         if refusal and isinstance(refusal, str):
-            self._count(refusal)
+            self._size += _size_of(refusal)
             parts.append(("refusal", refusal, None))
         calls = delta.get("tool_calls")
         if not calls and delta.get("function_call"):     # the oldest form
@@ -3774,11 +3799,8 @@ class AnswerReader:
             parts += self._watched(self._fence.close(), {})
         return parts + self._unwatched()
 
-    def _count(self, text: str) -> None:
-        self._size += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-
     def _content(self, text: str, choice: Json) -> List[Part]:
-        self._count(text)
+        self._size += _size_of(text)
         parts: List[Part] = []
         for kind, piece in self._tags.feed(text) if self._tags else [("text", text)]:
             parts += self._answer(piece, choice) if kind == "text" else [("thinking", piece, None)]
@@ -4062,13 +4084,23 @@ def has_images(value: Any) -> bool:
 
 # --- streams -----------------------------------------------------------------
 
+def is_whole_record(data: bytes) -> bool:
+    """Whether a data line is a record by itself, not the first line of one."""
+    try:
+        return data == b"[DONE]" or isinstance(_DECODER.decode(data.decode()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 class SSEDecoder:
     """Bytes of an event stream in, the data of whole records out.
 
-    Accepts any line end but a bare CR, `data:` with and without a blank, several data lines, comments, a BOM.
+    Accepts any line end but a bare CR, `data:` with and without a blank, several data lines,
+    comments, a BOM, and records without a blank line between them.
     """
 
     def __init__(self) -> None:
+        self._by_line = False            # blank lines were missing
         self._pieces: List[bytes] = []   # of a line without its end
         self._data: List[bytes] = []     # of a record without its blank line
         self._size = 0
@@ -4087,13 +4119,17 @@ class SSEDecoder:
         self._pieces = [lines.pop()]
         records: List[bytes] = []
         for line in lines:
+            if line[:5] != b"data:" and line[:3] == codecs.BOM_UTF8:
+                line = line[3:]
             if line[:5] == b"data:":
+                if len(self._data) == 1 and is_whole_record(self._data[0]):
+                    self._by_line = True
+                    records.append(self._data.pop())
                 self._data.append(line[5:].strip(b" \r"))
-            elif self._data and line in (b"", b"\r"):
+            if self._data and (line in (b"", b"\r") or self._by_line and len(self._data) == 1
+                               and is_whole_record(self._data[0])):
                 records.append(b"\n".join(self._data))
                 self._data, self._size = [], 0
-            elif line[:3] == codecs.BOM_UTF8 and line[3:8] == b"data:":
-                self._data.append(line[8:].strip(b" \r"))
         if self._data:
             self._grow(len(payload))
         return records
@@ -4106,8 +4142,7 @@ class SSEDecoder:
 def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
     """The chunks of records, None for [DONE], after which nothing is read.
 
-    UpstreamGarbled, or the UpstreamRefused that a record stands for.  Some servers leave out the
-    blank line between records: then each line is one.
+    UpstreamGarbled, or the UpstreamRefused that a record stands for.
     """
     for record in records:
         if record == b"[DONE]":
@@ -4118,13 +4153,7 @@ def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
         except RecursionError:
             raise UpstreamGarbled("a record of the upstream's stream is nested too deeply") from None
         except ValueError:
-            if b"\n" not in record:
-                raise UpstreamGarbled("a record of the upstream's stream is not JSON") from None
-            for chunk in read_records(record.split(b"\n")):
-                yield chunk
-                if chunk is None:
-                    return
-            continue
+            raise UpstreamGarbled("a record of the upstream's stream is not JSON") from None
         refusal = refusal_in(chunk)
         if refusal:
             raise refusal
@@ -4143,7 +4172,8 @@ class RecordFramer:
         self.done = False
         self._pieces: List[bytes] = []   # of a line without its end
         self._lines: List[bytes] = []    # of a record without its blank line
-        self._data_lines, self._size = 0, 0
+        self._data: Optional[bytes] = None       # its data line, b"" where there are several
+        self._by_line, self._size = False, 0     # blank lines were missing
 
     def holds(self) -> bool:
         """Whether a part of a record waits for its end."""
@@ -4174,26 +4204,24 @@ class RecordFramer:
 
     def _take(self, line: bytes, out: List[bytes]) -> None:
         """One line without its end."""
-        is_data, is_last = line[:5] == b"data:", False
-        if is_data and self._data_lines == 1 and self._is_whole_record():
-            out.append(b"\n".join([*self._lines, b"", b""]))
-            self._lines, self._data_lines = [], 0
+        if line[:5] == b"data:":
+            if self._data is not None and is_whole_record(self._data):
+                self._by_line = True
+                self._end_record(b"", out)
+            # of a record of several lines none is one by itself
+            self._data = b"" if self._data is not None else line[5:].strip(b" \r")
+            self.done = line[5:].strip(b" \r") == b"[DONE]"
         self._lines.append(line)
-        self._data_lines += is_data
-        if is_data and line[5:].strip(b" \r") == b"[DONE]":
-            self.done = is_last = True
-            self._lines.append(b"\r" if line.endswith(b"\r") else b"")
-        if is_last or line in (b"", b"\r"):
-            out.append(b"\n".join([*self._lines, b""]))
-            self._lines, self._data_lines = [], 0
+        if self.done or self._by_line and self._data and is_whole_record(self._data):
+            self._end_record(b"\r" if line.endswith(b"\r") else b"", out)
+        elif line in (b"", b"\r"):
+            self._end_record(None, out)
 
-    def _is_whole_record(self) -> bool:
-        """Whether the data line that waits is a record by itself, not the first line of one."""
-        data = next(line for line in self._lines if line[:5] == b"data:")[5:]
-        try:
-            return isinstance(_DECODER.decode(data.decode()), dict)
-        except (ValueError, RecursionError):
-            return False
+    def _end_record(self, blank: Optional[bytes], out: List[bytes]) -> None:
+        """Let the record go, with its blank line where that is missing."""
+        lines = self._lines if blank is None else [*self._lines, blank]
+        out.append(b"\n".join([*lines, b""]))
+        self._lines, self._data = [], None
 
 
 def is_event_stream(content_type: str, data: bytes) -> bool:
@@ -5359,6 +5387,7 @@ class MessagesStream(AnswerWriter):
                          lambda: turn.estimate)
         self._calls: List[ToolCall] = []
         self._active = 0                 #: the first call that is not closed
+        self._live: Optional[ToolCall] = None    #: the open one, as long as no other waits
         self._settled = 0                #: how many calls have come whole and were begun
         self._stop_sequence: Optional[str] = None
         self._started = self._spoke = self._refused = False
@@ -5380,8 +5409,13 @@ class MessagesStream(AnswerWriter):
                 said = self.reader.choice.get(name)
                 if isinstance(said, str) and said in self.turn.stop_sequences:
                     self._stop_sequence = said
-        if self._open == "text" and len(parts) == 1 and parts[0][0] == "text":
-            return (self._delta("text_delta", "text", parts[0][1]),)
+        if len(parts) == 1 and self._open:
+            kind, text, call = parts[0]
+            if kind == self._open == "text":
+                return (self._delta("text_delta", "text", text),)
+            if call is self._live and call is not None and not self._held:
+                text = call.take()
+                return (self._delta("input_json_delta", "partial_json", text),) if text else ()
         return self._write(parts)
 
     def close(self) -> Iterator[Json]:
@@ -5410,6 +5444,8 @@ class MessagesStream(AnswerWriter):
                     more.seen = True
                     self._calls.append(more)
                 yield from self._advance(last=False)
+                last = self._active == len(self._calls) - 1
+                self._live = self._calls[-1] if last and self._open == "tool_use" else None
             elif kind == "thinking":
                 yield from self._thinking(text, more)
             else:
@@ -5475,7 +5511,7 @@ class MessagesStream(AnswerWriter):
             yield self._delta("signature_delta", "signature", signature)
             self._thought, self._details = [], Details()
         elif self._open == "tool_use":
-            self._active += 1
+            self._active, self._live = self._active + 1, None
         self._open = ""
         yield {"type": "content_block_stop", "index": self._index}
 
@@ -6738,9 +6774,14 @@ class ResponsesStream(AnswerWriter):
 
     def feed(self, chunk: Json) -> Iterable[Json]:
         parts, item = self.reader.feed(chunk), self._text_item
-        if len(parts) == 1 and item is not None and parts[0][0] == "text" and (
-                item.kind is _TEXT and not self._citations):
-            return (item.delta(parts[0][1], parts[0][2]),)
+        if len(parts) == 1:
+            kind, text, more = parts[0]
+            if item is not None and not self._citations and (
+                    item.kind is (_TEXT if kind == "text" else self._thought_kind)) and (
+                    kind == "text" or kind == "thinking" and more is None):
+                return (item.delta(text, more),)
+            if self._last is not None and more is self._last.call and item is None:
+                return self._last.feed() if not self._last.done else ()
         return self._begin(chunk, parts) if not self._id else self._write(parts)
 
     def close(self) -> Iterator[Json]:

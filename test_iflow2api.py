@@ -2095,8 +2095,16 @@ def test_the_last_record_may_lack_its_blank_line(end):
     assert decoder.feed(b"data: 1\n\ndata: 2" + end) + decoder.close() == [b"1", b"2"]
 
 
-def test_records_without_blank_lines_between_them():
-    assert list(ifl.read_records([b'{"a":1}\n{"a":2}\n[DONE]'])) == [{"a": 1}, {"a": 2}, None]
+@pytest.mark.parametrize("dialect", ["chat", "messages"])
+def test_records_without_blank_lines_go_out_as_they_come(dialect):
+    """Only the first of them waits: what follows it shows that it is whole."""
+    asked = {"model": "m1", "stream": True, "max_tokens": 9, "messages": MESSAGES}
+    stream = translation_of(call_of(asked, dialect=ifl.MESSAGES) if dialect == "messages" else None)
+    lines = [b"data: " + json.dumps(chunk(text)).encode() + b"\n" for text in "abc"]
+    assert stream.feed(lines[0]) == b"" and b'"b"' in stream.feed(lines[1])
+    assert b'"c"' in stream.feed(lines[2]) and not stream.done
+    stream.feed(b"data: [DONE]\n")
+    assert stream.done and stream.close() is not None
 
 
 @pytest.mark.parametrize("data", [b"{", b"nonsense", b"\xff", b'{"a":' * 100_000, b'{"a": NaN}'])
