@@ -2656,7 +2656,8 @@ class Plan:
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 #: finish_reason values that are failures, with the status they stand for (DeepSeek; GLM and iFlow).
-FATAL_FINISH = {"insufficient_system_resource": 503, "network_error": 502, "error": 502, "abort": 502}
+FATAL_FINISH = {"insufficient_system_resource": 503, "network_error": 502, "error": 502,
+                "abort": 502}
 
 #: An answer that ended this way may be empty, or half.
 CUT_SHORT = ("length", "content_filter", "sensitive", "repetition_truncation",
@@ -2793,7 +2794,8 @@ def reasoning_of(message: Json) -> str:
 def choices_of(chunk: Json) -> List[Json]:
     """The choices of a chunk or completion, as far as they are objects."""
     choices = chunk.get("choices")
-    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    choices = choices if isinstance(choices, list) else []
+    return [choice for choice in choices if isinstance(choice, dict)]
 
 
 def choice_index(choice: Json) -> int:
@@ -2812,15 +2814,16 @@ def first_choice(chunk: Json) -> Json:
 
 def usage_of(chunk: Json) -> Optional[Json]:
     """The usage object of a chunk: its own, or the one Kimi puts into the choice."""
-    usage = chunk.get("usage")
-    if not isinstance(usage, dict) or not usage:
-        usage = first_choice(chunk).get("usage")
-    return usage if isinstance(usage, dict) and usage else None
+    for holder in (chunk, first_choice(chunk)):
+        usage = holder.get("usage")
+        if isinstance(usage, dict) and usage:
+            return usage
+    return None
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts in Chat's sense: `prompt` includes the cached ones, `completion` the reasoning."""
+    """Token counts in Chat's sense: `prompt` has the cached ones, `completion` the reasoning."""
     prompt: int = 0
     completion: int = 0
     cached: int = 0
@@ -2830,20 +2833,21 @@ class Usage:
 
 
 def parse_usage(raw: Any) -> Usage:
-    """One `Usage` from the spellings of OpenAI, DeepSeek, Kimi, vLLM and others; {} or None gives zeros."""
-    def count(value: Any) -> int:
-        return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else 0
+    """One `Usage` from the spellings of OpenAI, DeepSeek, Kimi, vLLM and others; zeros from {}."""
+    def count(holder: Any, *names: str) -> int:
+        """The first of these that is a count."""
+        values = [holder.get(name) for name in names] if isinstance(holder, dict) else []
+        return next((int(value) for value in values if isinstance(value, (int, float))
+                     and not isinstance(value, bool) and value > 0), 0)
 
     raw = raw if isinstance(raw, dict) else {}
-    given = raw.get("prompt_tokens_details")
-    made = raw.get("completion_tokens_details")
-    given, made = (given if isinstance(given, dict) else {}), (made if isinstance(made, dict) else {})
-    prompt, completion = count(raw.get("prompt_tokens")), count(raw.get("completion_tokens"))
-    cached = (count(given.get("cached_tokens")) or count(raw.get("prompt_cache_hit_tokens"))
-              or count(raw.get("cached_tokens")))
-    write = count(given.get("cache_write_tokens")) or count(raw.get("cache_creation_input_tokens"))
-    reasoning = count(made["reasoning_tokens"]) if made.get("reasoning_tokens") is not None else None
-    if reasoning and count(raw.get("total_tokens")) == prompt + completion + reasoning:
+    given, made = raw.get("prompt_tokens_details"), raw.get("completion_tokens_details")
+    prompt, completion = count(raw, "prompt_tokens"), count(raw, "completion_tokens")
+    cached = count(given, "cached_tokens") or count(raw, "prompt_cache_hit_tokens", "cached_tokens")
+    write = count(given, "cache_write_tokens") or count(raw, "cache_creation_input_tokens")
+    says = isinstance(made, dict) and made.get("reasoning_tokens") is not None
+    reasoning = count(made, "reasoning_tokens") if says else None
+    if reasoning and count(raw, "total_tokens") == prompt + completion + reasoning:
         completion += reasoning          # some report the reasoning beside the completion
     return Usage(prompt, completion, cached, write, reasoning)
 
@@ -2859,15 +2863,16 @@ def estimate_tokens(text: str) -> int:
 
 
 class ObjectMender:
-    """Passes a JSON object on as it comes; what was passed is always the beginning of valid JSON.
+    """Passes a JSON object on as it comes; the output is always a prefix of valid JSON.
 
-    Mended on the way: line breaks and other control characters in strings, backslashes before what JSON does not know,
-    commas before a closing bracket, Python's constants.  At anything else nothing more is passed, and close() ends the
-    object with a member INVALID_JSON, which has all that came: clients tell their model instead of running the half.
+    Mended on the way: line breaks and other control characters in strings, backslashes before what
+    JSON does not know, commas before a closing bracket, Python's constants.  At anything else
+    nothing more is passed, and close() ends the object with a member INVALID_JSON, which has all
+    that came: clients tell their model instead of running the half.
     """
     #: Where it stands -> marks that may come there; `s` is a number or constant.
-    _MAY = {"start": "{", "first key": '"}', "key": '"', "colon": ":", "value": '"{[s', "first value": '"{[s]',
-            "next": ",}]"}
+    _MAY = {"start": "{", "first key": '"}', "key": '"', "colon": ":", "value": '"{[s',
+            "first value": '"{[s]', "next": ",}]"}
     _STRING = Pattern(r'(?:[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})+')
     _HALF_ESCAPE = Pattern(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
     _TOKEN = Pattern(r'[ \t\r\n]+|[{}\[\],:"]|[-+.\w]+')
@@ -2880,8 +2885,8 @@ class ObjectMender:
         self._raw: List[str] = []
         self._closers: List[str] = []
         self._state, self._in_string, self._in_key = "start", False, False
-        self._held, self._comma = "", ""          #: the end of what came, to be continued; a comma that waits
-        self._token: List[str] = []               #: of a number or word that may go on
+        self._held, self._comma = "", ""  #: the end of what came, to be continued; a comma waiting
+        self._token: List[str] = []      #: of a number or word that may go on
 
     def feed(self, text: str) -> str:
         """What may be passed now; what comes after the end of the object is ignored."""
@@ -2896,7 +2901,8 @@ class ObjectMender:
         text, at, out = "".join([self._held, *self._token, text]), 0, []
         self._held, self._token = "", []
         while at < len(text) and not self.complete and not self._broken:
-            at = self._read_string(text, at, out) if self._in_string else self._read_token(text, at, out)
+            read = self._read_string if self._in_string else self._read_token
+            at = read(text, at, out)
         return "".join(out)
 
     def raw(self) -> str:
@@ -2951,7 +2957,8 @@ class ObjectMender:
         """One token that is no blank."""
         token, ends = self._PYTHON.get(token, token), kind in "}]"
         stray_comma = ends and bool(self._comma)                 # [1,] and {"a":1,}
-        if not stray_comma and kind not in self._MAY[self._state] or ends and self._closers[-1] != kind or (
+        if not stray_comma and kind not in self._MAY[self._state] or (
+                ends and self._closers[-1] != kind) or (
                 kind == "s" and not self._SCALAR.fullmatch(token)):
             self._broken = True
             return
@@ -2979,11 +2986,12 @@ class ObjectMender:
         end += ":" if self._in_string and self._in_key or self._state == "colon" else ""
         end += "null" if end.endswith(":") or value else ""
         start = "{" if not self._closers else "" if empty else ","
-        return end + "".join(self._closers[:0:-1]) + f'{start}"INVALID_JSON":{json.dumps(self.raw())}}}'
+        end += "".join(self._closers[:0:-1])
+        return end + f'{start}"INVALID_JSON":{json.dumps(self.raw())}}}'
 
 
 def parse_arguments(text: str) -> Json:
-    """Tool arguments as an object, whatever a model made of them; what is not JSON stays readable to the client."""
+    """Tool arguments as an object; what is not JSON becomes {"INVALID_JSON": text}."""
     try:
         value = _DECODER.decode(text) if text.strip() else {}
         if isinstance(value, str):                 # encoded twice
@@ -3011,7 +3019,10 @@ BLANKS_LIMIT = 256
 
 
 class ThinkTags:
-    """Tells `<think>…</think>` at the start of the content from the text after it; blanks at their edges go."""
+    """Tells `<think>…</think>` at the start of the content from the text after it.
+
+    Blanks at their edges go.
+    """
     START, END = "<think>", "</think>"
 
     def __init__(self) -> None:
@@ -3053,7 +3064,8 @@ class ThinkTags:
             rest = rest.lstrip()
             self.state, self.buffer = ("text" if rest else "closed"), rest
             return [("thinking", thought.rstrip())]
-        keep = next((n for n in range(len(self.END) - 1, 0, -1) if thought.endswith(self.END[:n])), 0)
+        keep = next((size for size in range(len(self.END) - 1, 0, -1)
+                     if thought.endswith(self.END[:size])), 0)
         thought = thought[:len(thought) - keep]
         blanks = len(thought) - len(thought.rstrip())
         thought = thought[:-blanks] if 0 < blanks <= BLANKS_LIMIT else thought
@@ -3238,25 +3250,23 @@ def splice_model(text: str, body: Json, model: str) -> str:
 
 # --- answers -----------------------------------------------------------------
 
-def has_content(chunk: Json) -> bool:
-    """Whether a chunk or completion holds anything of an answer: text, reasoning, a call, a refusal."""
+def is_answer(chunk: Json) -> bool:
+    """Whether a chunk or completion belongs to an answer: text, reasoning, a call, a refusal, or
+    the sign that none was meant or comes.
+    """
     for choice in choices_of(chunk):
         message = choice.get("delta") or choice.get("message")
         if choice.get("text") or isinstance(message, dict) and any(
-                value for key, value in message.items() if key != "role"):
+                value for name, value in message.items() if name != "role"):
             return True
-    return False
-
-
-def is_answer(chunk: Json) -> bool:
-    """Whether a chunk or completion is, or belongs to, an answer: content, or the sign that none was meant or comes."""
-    return has_content(chunk) or first_choice(chunk).get("finish_reason") in (*CUT_SHORT, *FATAL_FINISH) or (
-        parse_usage(usage_of(chunk)).completion > 0)
+    reason = first_choice(chunk).get("finish_reason")
+    return reason in (*CUT_SHORT, *FATAL_FINISH) or parse_usage(usage_of(chunk)).completion > 0
 
 
 def broken_off(reason: str) -> UpstreamBroke:
     """The error that a fatal finish reason is."""
-    return UpstreamBroke(f"the model's server broke the answer off: {reason}", status=FATAL_FINISH[reason])
+    return UpstreamBroke(f"the model's server broke the answer off: {reason}",
+                         status=FATAL_FINISH[reason])
 
 
 def check_completion(completion: Any, status: int = 200) -> Json:
@@ -3292,17 +3302,19 @@ def completion_to_sse(completion: Json) -> bytes:
 
 #: What an error without an HTTP status stands for, by its code or type.
 SAID_STATUS = {
-    "rate_limit_exceeded": 429, "rate_limit_error": 429, "rate_limit": 429, "insufficient_quota": 429,
-    "overloaded_error": 503,
-    "server_is_overloaded": 503, "invalid_request_error": 400, "BadRequestError": 400, "context_length_exceeded": 400,
-    "model_not_found": 404, "authentication_error": 401, "invalid_api_key": 401, "permission_error": 403}
+    "rate_limit_exceeded": 429, "rate_limit_error": 429, "rate_limit": 429,
+    "insufficient_quota": 429, "overloaded_error": 503, "server_is_overloaded": 503,
+    "invalid_request_error": 400, "BadRequestError": 400, "context_length_exceeded": 400,
+    "model_not_found": 404, "authentication_error": 401, "invalid_api_key": 401,
+    "permission_error": 403}
 
 
 def refusal_in(payload: Any, status: int = 200) -> Optional[UpstreamRefused]:
     """The error that a JSON answer or record stands for, None where it is none.
 
-    Shapes: OpenAI `{"error": {…}}`, `{"error": "text"}`, vLLM `{"object": "error", …}`, FastAPI `{"detail": …}`,
-    `{"code", "message"}`.  Without an HTTP error the status is the body's own, else 502.
+    Shapes: OpenAI `{"error": {…}}`, `{"error": "text"}`, vLLM `{"object": "error", …}`, FastAPI
+    `{"detail": …}`, `{"code", "message"}`.  Without an HTTP error the status is the body's own,
+    else 502.
     """
     if not isinstance(payload, dict):
         return None
@@ -3313,19 +3325,20 @@ def refusal_in(payload: Any, status: int = 200) -> Optional[UpstreamRefused]:
     if not error and status < 400 and payload.get("object") != "error":
         return None
     facts = error if isinstance(error, dict) else payload
-    message = error if isinstance(error, str) else facts.get("message") or facts.get("detail") or facts.get("msg")
+    said = [error if isinstance(error, str) else None,
+            *(facts.get(name) for name in ("message", "detail", "msg"))]
+    message = next(filter(None, said), payload)
     if not isinstance(message, str):
-        message = json.dumps(message if message else payload, ensure_ascii=False)
-    code, kind = facts.get("code"), facts.get("type")
+        message = json.dumps(message, ensure_ascii=False)
+    code, kind, param = (value if isinstance(value, str) else None
+                         for value in map(facts.get, ("code", "type", "param")))
     if status < 400:
-        said = [str(facts.get(name)) for name in ("status", "code", "type")]
-        status = next((int(word) for word in said if re.fullmatch(r"[45]\d\d", word)), 0) or next(
-            (SAID_STATUS[word] for word in said if word in SAID_STATUS), 502)
-    return UpstreamRefused(
-        message[:4000], status=status, type=kind if isinstance(kind, str) else error_type(status),
-        code=code if isinstance(code, str) else None, param=facts.get("param") if isinstance(facts.get("param"), str)
-        else None,
-        body=payload if isinstance(error, dict) else None)
+        words = [str(facts.get(name)) for name in ("status", "code", "type")]
+        meant = [int(word) for word in words if re.fullmatch(r"[45]\d\d", word)]
+        status = next(iter([*meant, *(SAID_STATUS[word] for word in words if word in SAID_STATUS)]),
+                      502)
+    return UpstreamRefused(message[:4000], status=status, type=kind or error_type(status),
+                           code=code, param=param, body=payload if facts is error else None)
 
 
 def _text_of_tag(page: str, name: str) -> str:
@@ -3346,10 +3359,11 @@ def parse_refusal(status: int, content_type: str, data: bytes) -> UpstreamRefuse
     if refusal:
         return refusal
     text = data.decode("utf-8", "replace")
-    if "html" in content_type or text.lstrip()[:1] == "<":       # a proxy's page: its title says enough
+    if "html" in content_type or text.lstrip()[:1] == "<":       # a proxy's page
         text = _text_of_tag(text, "title") or _text_of_tag(text, "h1") or "an HTML page"
     text = one_line(" ".join(text.split())) or http.client.responses.get(status, "no message")
-    return UpstreamRefused(f"the upstream answered {status}: {text}", status=status, type=error_type(status))
+    return UpstreamRefused(f"the upstream answered {status}: {text}", status=status,
+                           type=error_type(status))
 
 
 #: OpenAI's `type` for a status (openai-chat.md section 5).
@@ -3365,32 +3379,39 @@ def error_type(status: int) -> str:
 #: (prompt tokens, the model's limit, output tokens asked for); 0 where the upstream does not say.
 Overflow = Tuple[int, int, int]
 
-#: Context overflow in the words of those who say it, the most telling first (from their issue trackers).
+#: Context overflow in the words of those who say it, the most telling first (their issue trackers).
 #: LIMIT, PROMPT, OUTPUT and TOTAL stand for the numbers.
 OVERFLOW_WORDS = (
-    # OpenAI, DeepSeek, older vLLM, OpenRouter: "However, you requested 131134 tokens (122942 in the messages, …)"
-    r"length is LIMIT tokens.{0,20}you requested (?:about )?TOTAL tokens \(.{0,200}?OUTPUT (?:in|for) the (?:comple|output)",
-    # vLLM now, Bedrock, Cloudflare: "you requested 32000 output tokens and your prompt contains at least 769 input"
-    r"length is LIMIT tokens.{0,20}you requested OUTPUT output tokens and your prompt contains \D{0,40}PROMPT input",
+    # OpenAI, DeepSeek, older vLLM, OpenRouter: "requested 131134 tokens (122942 in the messages"
+    r"length is LIMIT tokens.{0,20}you requested (?:about )?TOTAL tokens "
+    r"\(.{0,200}?OUTPUT (?:in|for) the (?:comple|output)",
+    # vLLM now, Bedrock, Cloudflare
+    r"length is LIMIT tokens.{0,20}you requested OUTPUT output tokens and your prompt contains "
+    r"\D{0,40}PROMPT input",
     # vLLM in between
-    r"too large: OUTPUT\. This model's maximum context length is LIMIT tokens and your request has PROMPT input tokens",
-    # SGLang; iFlow hands it through ("Bad request!: Requested token count …", numbers like 524300.0)
-    r"context length of LIMIT tokens.{0,60}?: PROMPT(?:\.0)? tokens from the input messages and OUTPUT",
+    r"too large: OUTPUT\. This model's maximum context length is LIMIT tokens "
+    r"and your request has PROMPT input tokens",
+    # SGLang; iFlow hands it through, with numbers like 524300.0
+    r"context length of LIMIT tokens.{0,60}?: PROMPT(?:\.0)? tokens from the input messages "
+    r"and OUTPUT",
     # Anthropic
     r"exceed context limit: PROMPT \+ OUTPUT > LIMIT",
     r"prompt is too long: PROMPT tokens > LIMIT",
-    # Moonshot: "Invalid request: Your request exceeded model token limit: 262144 (requested: 269030)", max_tokens in it
+    # Moonshot: "token limit: 262144 (requested: 269030)", max_tokens in it
     r"exceeded model token limit: LIMIT(?: \(requested: TOTAL)?",
     r"input token length too long(?:.{0,40}requested: PROMPT)?",
     # vLLM's latest, with and without the output
-    r"you passed PROMPT input tokens and requested OUTPUT output tokens.{0,40}context length is only LIMIT tokens",
+    r"you passed PROMPT input tokens and requested OUTPUT output tokens"
+    r".{0,40}context length is only LIMIT tokens",
     r"length is (?:only )?LIMIT tokens.{0,20}your request has PROMPT input tokens",
-    # OpenAI: "However, your messages resulted in 8202 tokens"; Azure: "Input tokens exceed the configured limit of"
-    r"(?:context length is|configured limit of) LIMIT tokens\..{0,20}your messages resulted in PROMPT tokens",
+    # OpenAI: "your messages resulted in 8202 tokens"; Azure: "exceed the configured limit of"
+    r"(?:context length is|configured limit of) LIMIT tokens\."
+    r".{0,20}your messages resulted in PROMPT tokens",
     r"context length is LIMIT tokens.{0,20}you requested (?:about )?PROMPT tokens",
     # llama.cpp (Ollama and LM Studio hand it through): numbers in the text, older ones beside it
     r"request \(PROMPT tokens\) exceeds the available context size \(LIMIT tokens",
-    r"exceeds the available context size.{0,300}n_prompt_tokens\W{1,9}PROMPT\W{1,9}n_ctx\W{1,9}LIMIT",
+    r"exceeds the available context size.{0,300}"
+    r"n_prompt_tokens\W{1,9}PROMPT\W{1,9}n_ctx\W{1,9}LIMIT",
     r"requested tokens \(PROMPT\) exceed context window of LIMIT",
     # vLLM's engine; SGLang; Ollama
     r"prompt \(length PROMPT\) is longer than the maximum model length of LIMIT",
@@ -3405,51 +3426,56 @@ OVERFLOW_WORDS = (
     r"maximum prompt length is LIMIT but the request contains PROMPT",
     r"input token count \(?PROMPT\)? exceeds the maximum number of tokens allowed \(?LIMIT",
     r"token count of PROMPT exceeds the limit of LIMIT",
-    # DashScope: "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 204800]"
+    # DashScope: "Range of input length should be [1, 204800]"
     r"range of input length should be \[\d{1,18}, ?LIMIT\]",
     r"token length must be less than LIMIT", r"token length exceeds? model limit \(LIMIT tokens",
     # LM Studio
     r"keep the first PROMPT tokens when context the overflows.{0,300}context length of only LIMIT",
     r"greater than the context length",
     # Ollama
-    r"exceeded max context length by|(?:prompt|input) (?:length )?(?:is longer than|exceeds) the context length",
+    r"exceeded max context length by",
+    r"(?:prompt|input) (?:length )?(?:is longer than|exceeds) the context length",
     # Zhipu (codes 1210, 1261); MiniMax; iFlow
     r"tokens exceeds? the maximum:? ?LIMIT|input length too long",
     r"prompt exceeds max length|prompt ?超长|context window exceeds limit|内容长度超出",
     # whoever else
     r"(?:maximum|max) context length (?:is|of|:) ?LIMIT",
-    r"prompt is too long|input is too long|context[_ ](?:length|window)[_ ]exceeded|maximum context length|"
-    r"exceeds (?:the|this) (?:model's )?(?:maximum |available )?context|reduce the length of the (?:messages|prompt)")
+    r"prompt is too long|input is too long|context[_ ](?:length|window)[_ ]exceeded|"
+    r"maximum context length|exceeds (?:the|this) (?:model's )?(?:maximum |available )?context|"
+    r"reduce the length of the (?:messages|prompt)")
 
 #: Codes that say it where the text may not: OpenAI; llama.cpp; Zhipu; iFlow.
-OVERFLOW_CODES = ("context_length_exceeded", "exceed_context_size_error", "model_context_window_exceeded", "1261",
-                  "511", "413")
+OVERFLOW_CODES = ("context_length_exceeded", "exceed_context_size_error",
+                  "model_context_window_exceeded", "1261", "511", "413")
 
 
-def find_overflow(status: int, message: Any, code: Any = None, asked: int = 0) -> Optional[Overflow]:
-    """Whether an upstream's error means that the prompt is too long for the model; the numbers it tells.
+def find_overflow(status: int, message: Any, code: Any = None,
+                  asked: int = 0) -> Optional[Overflow]:
+    """Whether an upstream's error means that the prompt is too long, and the numbers it tells.
 
-    `message` may be the error's text or its whole body; `asked` is the max_tokens that a total includes which tells of
-    no parts.  429 is about speed ("tokens per min"), 401 and 403 about keys.
+    `message` may be the error's text or its whole body; `asked` is the max_tokens that a total
+    includes which tells of no parts.  429 is about speed, 401 and 403 about keys.
     """
     text = message[:10000] if isinstance(message, str) else ""
     if status in (401, 403, 404, 429):
         return None
-    for words in OVERFLOW_WORDS:                   # compiled when first needed; re keeps them
+    for words in OVERFLOW_WORDS:         # compiled when first needed; re keeps them
         named = re.sub(r"\b(LIMIT|PROMPT|OUTPUT|TOTAL)\b", r"(?P<\1>\\d[\\d,]{0,18})", words)
         found = re.search(named, text, re.I | re.S)
         if found:
-            number = {name: int(value.replace(",", "")) for name, value in found.groupdict().items() if value}
-            output = number.get("OUTPUT") or (asked if number.get("TOTAL", 0) > asked else 0)
-            prompt = number.get("PROMPT", 0) or max(0, number.get("TOTAL", 0) - output)
-            return prompt, number.get("LIMIT", 0), output
+            number = {name: int(value.replace(",", ""))
+                      for name, value in found.groupdict().items() if value}
+            total = number.get("TOTAL", 0)
+            output = number.get("OUTPUT") or (asked if total > asked else 0)
+            return number.get("PROMPT", 0) or max(0, total - output), number.get("LIMIT", 0), output
     return (0, 0, 0) if str(code) in OVERFLOW_CODES else None
 
 
-#: "There is no such model" in the words of those who say it: OpenAI, vLLM, DeepSeek ("Model Not Exist"), Ollama, xAI;
+#: "There is no such model" in the words of OpenAI, vLLM, DeepSeek ("Model Not Exist"), Ollama, xAI;
 #: Moonshot; MiniMax, Mistral; OpenRouter; Gemini; Zhipu.
 _MISSING_MODEL = Pattern(
-    r"(?i)\bmodels?\b[^.;{}]{0,160}?\b(?:do(?:es)? not exist|not exist|(?:is |was )?not found|is not supported for)\b|"
+    r"(?i)\bmodels?\b[^.;{}]{0,160}?\b"
+    r"(?:do(?:es)? not exist|not exist|(?:is |was )?not found|is not supported for)\b|"
     r"not found the model|(?:unknown|invalid|no such) model\b|is not a valid model|模型不存在")
 
 #: Codes and types that say it: OpenAI, iFlow; Zhipu; Mistral; SiliconFlow; iFlow.
@@ -3464,20 +3490,22 @@ def is_missing_model(status: int, message: str, code: Any = None) -> bool:
         status in (400, 404, 422) and bool(_MISSING_MODEL.search(message[:2000])))
 
 
-#: "I can't see" in the words of llama.cpp and Ollama, vLLM, OpenRouter, LM Studio, DeepSeek's parser.
+#: "I can't see" in the words of llama.cpp, Ollama, vLLM, OpenRouter, LM Studio, DeepSeek's parser.
 _NO_IMAGES = Pattern(
-    r"(?i)image (?:input|url)s? (?:is|are) not (?:supported|allowed)|support(?:s|ing)? (?:for )?image|"
-    r"support (?:vision|multimodal)|not a (?:multimodal|vision) model|data required for image input|"
-    r"at most 0 image|unknown variant `image_url`|不支持(?:图片|图像)")
+    r"(?i)image (?:input|url)s? (?:is|are) not (?:supported|allowed)|"
+    r"support(?:s|ing)? (?:for )?image|support (?:vision|multimodal)|"
+    r"not a (?:multimodal|vision) model|data required for image input|at most 0 image|"
+    r"unknown variant `image_url`|不支持(?:图片|图像)")
 
 
 def is_image_refusal(status: int, message: str) -> bool:
-    """Whether an upstream's error means that its model takes no images; llama.cpp says so with 500."""
+    """Whether an upstream's error means that its model takes no images; llama.cpp says 500."""
     return status not in (401, 402, 403, 429) and _NO_IMAGES.search(message[:2000]) is not None
 
 
-#: "Range of max_tokens should be [1, 8192]" (DashScope, DeepSeek, Zhipu); OpenAI's "is too large: 32000. This model
-#: supports at most 16384 completion tokens"; "`max_tokens` must be less than or equal to `8192`" (Groq and others).
+#: "Range of max_tokens should be [1, 8192]" (DashScope, DeepSeek, Zhipu); OpenAI's "is too large:
+#: 32000. This model supports at most 16384 completion tokens"; "`max_tokens` must be less than or
+#: equal to `8192`" (Groq and others).
 _OUTPUT_CAP = Pattern(r"max_(?:[a-z]{1,20}_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|"
                       r"\W+is too large: \d+\.\D{0,40}at most (\d+)|"
                       r".{0,60}less than or equal to\W+(\d+))", re.I | re.S)
@@ -3489,8 +3517,10 @@ def find_output_cap(status: int, message: str) -> int:
     return int(next(filter(None, found.groups())).replace(",", "")) if found else 0
 
 
-#: What no waiting heals: a balance or quota that is used up (OpenAI, DeepSeek, Moonshot; Zhipu's 1113; DashScope).
-_SPENT = Pattern(r"insufficient[_ ](?:quota|balance|credits?|funds)|exceeded[_ ](?:your )?current[_ ]quota|余额不足|欠费|"
+#: What no waiting heals: a balance or quota that is used up (OpenAI, DeepSeek, Moonshot; Zhipu's
+#: 1113; DashScope).
+_SPENT = Pattern(r"insufficient[_ ](?:quota|balance|credits?|funds)|"
+                 r"exceeded[_ ](?:your )?current[_ ]quota|余额不足|欠费|"
                  r'arrearage|"code": ?"?1113\b', re.I)
 
 
@@ -3500,7 +3530,7 @@ def is_spent(status: int, text: str) -> bool:
 
 
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
-    """Seconds from `retry-after-ms` or `retry-after` (a number or an HTTP date, RFC 9110, 10.2.3), None without."""
+    """Seconds from `retry-after-ms` or `retry-after` (RFC 9110, 10.2.3), None without."""
     value = headers.get("retry-after-ms", "")
     if re.fullmatch(r"\d{1,9}(\.\d+)?", value):
         return float(value) / 1000
@@ -3872,9 +3902,10 @@ IFLOW_REMOVED = (("qwen*4b*", ("thinking_mode", "reasoning", "chat_template_kwar
 #: Models that want their earlier reasoning back in multi-turn tool use.
 REASONING_BACK = ("glm-4*", "glm-5*", "kimi-*thinking*", "kimi-k2.5*", "minimax-*", "deepseek*")
 
-#: Business codes in bodies, also under HTTP 200 -> what status they mean.  401 and 403 become the 403 about our key.
-IFLOW_CODES = {434: 401, 438: 403, 439: 401, 435: 404, 429: 429, 449: 429, 8211: 429, 511: 400, 413: 400, 514: 502,
-               406: 403}
+#: Business codes in bodies, also under HTTP 200 -> the status they mean.  401 and 403 become the
+#: 403 about our key.
+IFLOW_CODES = {434: 401, 438: 403, 439: 401, 435: 404, 429: 429, 449: 429, 8211: 429, 511: 400,
+               413: 400, 514: 502, 406: 403}
 
 
 def wants_reasoning_back(model: str) -> bool:
@@ -3885,8 +3916,10 @@ def _refuses_thinking(chat: Json) -> bool:
     """Whether the client switched thinking off, in any provider's way."""
     thinking, template = chat.get("thinking"), chat.get("chat_template_kwargs")
     switches = [chat.get("enable_thinking"), chat.get("thinking_mode"), chat.get("reasoning"),
-                template.get("enable_thinking", template.get("thinking")) if isinstance(template, dict) else None]
-    return any(switch is False for switch in switches) or chat.get("reasoning_effort") == "none" or (
+                *(map(template.get, ("enable_thinking", "thinking")) if isinstance(template, dict)
+                  else ())]
+    return any(switch is False for switch in switches) or (
+        chat.get("reasoning_effort") == "none") or (
         isinstance(thinking, dict) and thinking.get("type") == "disabled")
 
 
@@ -3956,19 +3989,22 @@ def opening_of(messages: Any) -> str:
 
 
 def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
-    """iFlow's `{"status": "439", "msg": "…", "body": null}` (or `error_code`), None where it is something else."""
+    """The error that iFlow's `{"status": "439", "msg": "…"}` (or `error_code`) is, else None."""
     code = str(payload.get("error_code") or payload.get("status") or "")
-    if "choices" in payload or not re.fullmatch("[0-9]{1,9}", code) or not ("msg" in payload or "error_code" in payload):
+    told = "choices" not in payload and ("msg" in payload or "error_code" in payload)
+    if not told or not re.fullmatch("[0-9]{1,9}", code) or int(code) in (0, 200):
         return None
-    number = int(code)
-    if number in (0, 200):
-        return None
-    meant = IFLOW_CODES.get(number, status if status >= 400 else 502)
+    meant = IFLOW_CODES.get(int(code), status if status >= 400 else 502)
     message = payload.get("msg") or payload.get("message") or "no message"
-    return UpstreamRefused(
-        f"{one_line(message, 500)} (code {number})", status=meant, type=error_type(meant),
-        code="model_not_found" if meant == 404 else "context_length_exceeded" if meant == 400 else None,
-        overflow=(0, 0, 0) if meant == 400 else None, retry_after_s=DEFAULT_RETRY_AFTER_S if meant == 429 else None)
+    refusal = UpstreamRefused(f"{one_line(message, 500)} (code {int(code)})", status=meant,
+                              type=error_type(meant))
+    if meant == 400:
+        refusal.code, refusal.overflow = "context_length_exceeded", (0, 0, 0)
+    elif meant == 404:
+        refusal.code = "model_not_found"
+    elif meant == 429:
+        refusal.retry_after_s = DEFAULT_RETRY_AFTER_S
+    return refusal
 
 
 class ReasoningNote:
@@ -3990,7 +4026,7 @@ class ReasoningNote:
         self._calls.add(message.get("tool_calls"))
 
     def close(self, ids: Sequence[str] = ()) -> None:
-        """`ids`: what the client knows the calls by, where it may differ from what the upstream said."""
+        """`ids`: what the client knows the calls by, where it may differ from the upstream's."""
         text, calls = "".join(self._reasoning), self._calls.all
         for number, call in enumerate(calls if text else ()):
             ident = ids[number] if len(ids) == len(calls) else call.source
@@ -3998,17 +4034,17 @@ class ReasoningNote:
 
 
 class ReasoningMerge:
-    """Chat chunks with reasoning and answer brought together as `preserve_reasoning_content` says (iflow.md).
+    """Chat chunks with reasoning and answer together, as `preserve_reasoning_content` says.
 
-    False: reasoning deltas become content deltas, a blank line before the answer's first.  True: fields as they came;
-    where no content ever came, the reasoning once more as content at the end.
+    False: reasoning deltas become content deltas, a blank line before the answer's first.  True:
+    fields as they came; where no content ever came, the reasoning once more as content at the end.
     """
     ended = False                        #: nothing more of the upstream is wanted
-    call_ids: Sequence[str] = ()         #: what clients know the calls by, where it is not the upstream's
+    call_ids: Sequence[str] = ()         #: where clients know the calls by other ids
 
     def __init__(self, preserve: bool) -> None:
         self._preserve = preserve
-        self._heard: Dict[Any, List[str]] = {}           # reasoning by choice, until its answer begins
+        self._heard: Dict[Any, List[str]] = {}   # reasoning by choice, until its answer begins
         self._answered: Set[Any] = set()
         self.usage: Optional[Json] = None
         self.finish_reason: Optional[str] = None
@@ -4016,19 +4052,25 @@ class ReasoningMerge:
     def feed(self, chunk: Json) -> Iterator[Any]:
         self.usage = usage_of(chunk) or self.usage
         for choice in choices_of(chunk):
-            self._merge(choice)
+            self._merge(choice, "delta")
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
         yield chunk
 
     def close(self) -> Iterator[Any]:
         yield "[DONE]"
 
-    def _merge(self, choice: Json) -> None:
-        delta, index = choice.get("delta"), choice_index(choice)
+    def whole(self, completion: Json) -> Json:
+        """The same of a plain answer, which is changed in place."""
+        for choice in choices_of(completion):
+            if isinstance(choice.get("message"), dict):
+                self._merge(choice, "message")
+        return completion
+
+    def _merge(self, choice: Json, field: str) -> None:
+        delta, index = choice.get(field), choice_index(choice)
         if not isinstance(delta, dict):
             delta = {}
-        content = delta.get("content")
-        reasoning = reasoning_of(delta)
+        content, reasoning = delta.get("content"), reasoning_of(delta)
         if reasoning:
             self._heard.setdefault(index, []).append(reasoning)
         if not self._preserve:
@@ -4042,26 +4084,10 @@ class ReasoningMerge:
                 delta["content"] = content
         if delta.get("content") and (self._preserve or content != reasoning):
             self._answered.add(index)
-        if self._preserve and choice.get("finish_reason") and index in self._heard and index not in self._answered:
+        ends = choice.get("finish_reason") or field == "message"
+        if self._preserve and ends and index in self._heard and index not in self._answered:
             delta["content"] = "".join(self._heard[index])
-            choice["delta"] = delta
-
-
-def merge_reasoning(completion: Json, preserve: bool) -> Json:
-    """The same for a plain answer: reasoning, blank line and answer in `content`, or both fields filled."""
-    for choice in choices_of(completion):
-        message = choice.get("message")
-        if not isinstance(message, dict):
-            continue
-        reasoning, content = reasoning_of(message), message.get("content")
-        if not preserve:
-            for name in ("reasoning_content", "reasoning", "reasoning_details"):
-                message.pop(name, None)
-            if reasoning and isinstance(content, (str, type(None))):
-                message["content"] = reasoning + ("\n\n" + content if content else "")
-        elif reasoning and not content:
-            message["content"] = reasoning
-    return completion
+            choice[field] = delta
 
 
 def encode_chunk(chunk: Any) -> bytes:
@@ -4151,7 +4177,8 @@ def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
         try:
             chunk = _DECODER.decode(record.decode())
         except RecursionError:
-            raise UpstreamGarbled("a record of the upstream's stream is nested too deeply") from None
+            raise UpstreamGarbled("a record of the upstream's stream is nested too deeply"
+                                  ) from None
         except ValueError:
             raise UpstreamGarbled("a record of the upstream's stream is not JSON") from None
         refusal = refusal_in(chunk)
@@ -5349,7 +5376,7 @@ def partial_object(text: str) -> Json:
             break
         if mark in ("{", "["):
             closers = ("}" if mark == "{" else "]") + closers
-            if len(closers) > 500:                 # no arguments; some Pythons could read it, and then not write it
+            if len(closers) > 500:       # some Pythons could read it, and then not write it
                 return {}
             cuts.append((found.end(), closers))
         elif mark in ("}", "]"):
@@ -5615,12 +5642,14 @@ def _fill(block: Json, text: str, cut: bool) -> None:
 # --- errors
 
 def overflow_text(overflow: Sequence[int]) -> str:
-    """The two sentences Claude Code acts on: it shrinks max_tokens where the prompt fits, else it compacts."""
+    """The two sentences Claude Code acts on: it shrinks max_tokens where the prompt fits, else it
+    compacts.
+    """
     prompt, limit, output = (*overflow, 0)[:3]
     limit = limit or max(0, prompt - 1)
     if output and 0 < prompt < limit:
-        return (f"input length and `max_tokens` exceed context limit: {prompt} + {output} > {limit}, "
-                "decrease input length or `max_tokens` and try again")
+        return (f"input length and `max_tokens` exceed context limit: {prompt} + {output} > "
+                f"{limit}, decrease input length or `max_tokens` and try again")
     return f"prompt is too long: {max(prompt, limit + 1)} tokens > {limit} maximum"
 
 
@@ -5634,7 +5663,8 @@ def messages_error(exc: GatewayError, request_id: str) -> Json:
     status, message = messages_status(exc.status), exc.message
     if exc.overflow is not None:
         status, message = 400, overflow_text(exc.overflow)
-    kind = MESSAGES_ERROR_TYPE.get(status) or ("api_error" if status >= 500 else "invalid_request_error")
+    kind = MESSAGES_ERROR_TYPE.get(status) or (
+        "api_error" if status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
@@ -6438,7 +6468,8 @@ def count_response_tokens(body: Json, recall: Callable[[str], Optional[List[Json
 
 _INPUT_HEAD = Pattern(r'\s*\{\s*"input"\s*:\s*"')
 #: As much of a JSON string as can be read already: no high surrogate whose low one may follow.
-_INPUT_BODY = Pattern(r'(?:[^"\\]+|\\(?!u[dD][89abAB][0-9a-fA-F]{2}(?:\Z|\\\Z|\\u[0-9a-fA-F]{0,3}\Z)).)*')
+_INPUT_BODY = Pattern(r'(?:[^"\\]+|\\(?!u[dD][89abAB][0-9a-fA-F]{2}'
+                      r'(?:\Z|\\\Z|\\u[0-9a-fA-F]{0,3}\Z)).)*')
 
 
 class _CustomInput:
@@ -6504,7 +6535,8 @@ def _payload(kind: str, text: str) -> Optional[Json]:
     if not isinstance(value, dict):
         return None
     inner = value.get(_TOOL_KINDS[kind].field)
-    return _PAYLOADS.get(kind, lambda value: None)(inner if isinstance(inner, dict) and len(value) == 1 else value)
+    read = _PAYLOADS.get(kind, lambda value: None)
+    return read(inner if isinstance(inner, dict) and len(value) == 1 else value)
 
 
 # --- answer: items ---
@@ -6704,12 +6736,11 @@ class _CallItem(_Item):
 _INCOMPLETE = {**dict.fromkeys(CUT_SHORT, "max_output_tokens"),
                "content_filter": "content_filter", "sensitive": "content_filter"}
 
-#: Codes that Codex acts upon (codex-api, responses stream): passed on where the upstream says them …
+#: Codes that Codex acts upon (codex-api, responses stream), where the upstream says them …
 _FAILURE_CODES = ("insufficient_quota", "usage_not_included", "context_length_exceeded",
                   "rate_limit_exceeded", "server_is_overloaded", "slow_down", "invalid_prompt",
                   "bio_policy", "cyber_policy")
-#: … or made from the status. What asking again can't heal is invalid_prompt, at which Codex stops;
-#: else it reconnects.
+#: … or made from the status: at invalid_prompt Codex stops, else it reconnects.
 _FAILURE_STATUS = {400: "invalid_prompt", 402: "insufficient_quota", 403: "invalid_prompt",
                    404: "invalid_prompt", 413: "invalid_prompt", 422: "invalid_prompt",
                    429: "rate_limit_exceeded", 503: "server_is_overloaded",
@@ -6942,12 +6973,15 @@ class Context(NamedTuple):
 
 
 def owner_of(key: Optional[ClientKey]) -> str:
-    """Whom kept responses belong to: the client key of that name; without one, and with `custom_api_key`, everybody."""
+    """Whom kept responses belong to: a client key; without one, and with `custom_api_key`,
+    everybody.
+    """
     return "" if key is None or key.shared else key.name
 
 
 #: What clients name a conversation by: Claude Code, Codex, others.
-_SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id", "thread-id", "x-session-id")
+_SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id", "thread-id",
+                    "x-session-id")
 
 
 def conversation_names(headers: Mapping[str, str]) -> List[Optional[str]]:
@@ -7004,9 +7038,10 @@ class Call:
 
     @property
     def size_tokens(self) -> int:
-        """About how long it is: four bytes a token (CJK in UTF-8: 0.75 each), pictures apart.  For routes, not bills."""
+        """About how long it is, for routes: four bytes a token, pictures apart."""
         pictures = [found.end() - found.start() for found in _BASE64_RUN.finditer(self.text)]
-        return (len(self.text.encode("utf-8", "replace")) - sum(pictures)) // 4 + 1500 * len(pictures)
+        size = len(self.text.encode("utf-8", "replace")) - sum(pictures)
+        return size // 4 + 1500 * len(pictures)
 
     @property
     def thinks(self) -> bool:
@@ -7018,17 +7053,20 @@ class Call:
 
     @property
     def conversation(self) -> int:
-        """A number that stays the same throughout a conversation: its session's, else its first messages'."""
-        said = next((self.headers[name] for name in _SESSION_HEADERS if self.headers.get(name)), None) or (
-            self.body.get("prompt_cache_key"))
+        """A number of the conversation: of its session, else of its first messages."""
+        named = (self.headers[name] for name in _SESSION_HEADERS if self.headers.get(name))
+        said = next(named, None) or self.body.get("prompt_cache_key")
         if not isinstance(said, str):
             items = self.body.get("messages") or self.body.get("input")
             said = json.dumps(items[:2] if isinstance(items, list) else items)[:8000]
         return zlib.crc32(said.encode("utf-8", "replace"))
 
     def memory(self, cache: Any, messages: Any) -> ReasoningMemory:
-        """What is remembered of this conversation of this client, known by its session and by what it began with."""
-        facts = [self.key.name if self.key else "", conversation_names(self.headers), opening_of(messages)]
+        """What is remembered of this conversation of this client, known by its session and by what
+        it began with.
+        """
+        facts = [self.key.name if self.key else "", conversation_names(self.headers),
+                 opening_of(messages)]
         return ReasoningMemory(cache, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
 
     @property
@@ -7043,8 +7081,9 @@ def encode_event(event: Json) -> bytes:
 
 
 def profile_of(target: Target) -> Json:
-    """How Chat is spoken with this very model: the plain way, the provider's, and what is known of the model."""
-    profile = {**DEFAULT_PROFILE, **target.provider.profile, **target.provider.facts.get(target.model, {})}
+    """How Chat is spoken with this model: the plain way, the provider's, what is known of it."""
+    profile = {**DEFAULT_PROFILE, **target.provider.profile,
+               **target.provider.facts.get(target.model, {})}
     if target.provider.kind == "iflow":
         profile["require_reasoning_on_tool_calls"] = wants_reasoning_back(target.model)
     return profile
@@ -7055,7 +7094,8 @@ def profile_of(target: Target) -> Json:
 def parse_answer(data: bytes, status: int, has_choices: bool) -> Json:
     """A plain answer's JSON, once it is known to be an answer; UpstreamError."""
     try:
-        decode = _DECODER.decode if has_choices else json.loads  # embeddings: floats by the thousand
+        # embeddings: floats by the thousand
+        decode = _DECODER.decode if has_choices else json.loads
         completion = decode(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise UpstreamGarbled("the upstream's answer is not JSON" if data.strip() else
@@ -7213,7 +7253,7 @@ class ChatTranslation(Translation):
             self._note.record(completion)
             self._note.close()
         return data if self._preserve is None else dump_json(
-            merge_reasoning(completion, self._preserve))
+            ReasoningMerge(self._preserve).whole(completion))
 
 
 #: Enough of a stream's end to hold the last records: finish_reason, usage, [DONE].
@@ -7630,12 +7670,12 @@ class ChatDialect:
         if not self._needs:
             return
         items = body.get(self._needs)
-        if items is None:
-            raise BadRequest(f"`{self._needs}` is missing", param=self._needs, code="missing_required_parameter")
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise BadRequest(f"`{self._needs}` must be a list of objects", param=self._needs, code="invalid_type")
-        if not items:
-            raise BadRequest(f"`{self._needs}` must not be empty", param=self._needs, code="empty_array")
+        code, fault = ("missing_required_parameter", "is missing") if items is None else (
+            ("empty_array", "must not be empty") if items == [] else (
+                ("invalid_type", "must be a list of objects")))
+        if not items or not isinstance(items, list) or (
+                not all(isinstance(item, dict) for item in items)):
+            raise BadRequest(f"`{self._needs}` {fault}", param=self._needs, code=code)
 
     def open(self, call: Call, target: Target, context: Context) -> Translation:
         """The call as `target` is asked it, and the way back of its answer; BadRequest."""
@@ -7670,11 +7710,12 @@ class ChatDialect:
         return b": keep-alive\n\n"
 
     def error(self, exc: GatewayError, request_id: str) -> Json:
-        """The body of an error; an upstream's own error object is passed on with all its keys, and the code we know."""
+        """The body of an error; an upstream's own is passed on with all its keys."""
         if exc.body:
             known = {"code": exc.code} if exc.code else {}
             return {**exc.body, "error": {**exc.body["error"], **known}}
-        return {"error": {"message": exc.message, "type": exc.type, "param": exc.param, "code": exc.code}}
+        return {"error": {"message": exc.message, "type": exc.type, "param": exc.param,
+                          "code": exc.code}}
 
     def status(self, exc: GatewayError) -> int:
         return 400 if exc.overflow is not None else exc.status
@@ -7697,7 +7738,7 @@ class MessagesDialect(ChatDialect):
     def open(self, call: Call, target: Target, context: Context) -> Translation:
         turns = call.known.turns if call.known else {}
         turn = MessagesTurn(call.body, profile_of(target), target.model, turns.get(target.model))
-        if len(turns) > 3:               # as a rule it is always the same model; clear() needs no lock
+        if len(turns) > 3:               # as a rule it is one model; clear() needs no lock
             turns.clear()
         turns[target.model] = turn.known
         thinking = call.body.get("thinking")
@@ -7734,8 +7775,8 @@ class ResponsesDialect(ChatDialect):
         store, owner = context.store, call.owner
         turn = ResponsesTurn(call.body, profile_of(target), target.model, now=context.now,
                              recall=lambda ident: store.recall(ident, owner),
-                             item=lambda ident: store.item(ident, owner), seal=context.seal, codex=call.is_codex,
-                             compact=self.compact)
+                             item=lambda ident: store.item(ident, owner), seal=context.seal,
+                             codex=call.is_codex, compact=self.compact)
         return self._translation(call, turn, target, context)
 
     def has_tools(self, body: Json) -> bool:

@@ -1954,7 +1954,7 @@ def test_a_plain_answer_as_a_stream():
                                  {"choices": 5}])
 def test_an_odd_answer_as_a_stream(odd):
     assert records_of(ifl.completion_to_sse(odd))[-1] == DONE
-    assert ifl.merge_reasoning(odd, True) is odd
+    assert ifl.ReasoningMerge(True).whole(odd) is odd
 
 
 ODD = [5, 0.5, "x", [1], {"a": 1}, True]
