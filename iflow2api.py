@@ -11055,7 +11055,7 @@ class Live(logging.Handler):
             self._changed.notify_all()
 
 
-def told_log(number: int, line: Tuple[float, int, str, str]) -> Json:
+def log_json(number: int, line: Tuple[float, int, str, str]) -> Json:
     """A line of Live.logs as the page gets it."""
     at, level, logger, text = line
     level_name = logging.getLevelName(level).lower()
@@ -12788,7 +12788,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         self.endpoint = dialect_of(self.path, self.headers)
-        # close_connection is true until the framing is known to be sound
+        # close_connection stays true where the framing can't be trusted
         expects = self.headers.get("expect", "").lower() == "100-continue"
         self.body = RequestBody(self.reader, check_framing(self.headers, self.request_version),
                                 expects and self.request_version != "HTTP/1.0")
@@ -12813,9 +12813,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.key = check_key(self.server, self.headers)
             if self.gateway.state.door.limited:
                 self.meters = meters_of(self)
-        told = self.endpoint.run(self)
-        if told is not None:
-            self.respond_json(told, self.status)
+        answer = self.endpoint.run(self)
+        if answer is not None:
+            self.respond_json(answer, self.status)
         elif not self.has_head:
             self.respond(204, b"", "")
 
@@ -13317,7 +13317,7 @@ def show_metrics(handler: Handler) -> None:
 
 
 def show_models(handler: Handler) -> Json:
-    """The list in the shape of who asks: Anthropic's for requests that bear `anthropic-version`."""
+    """The list in the client's shape: Anthropic's where `anthropic-version` is sent."""
     gateway = handler.gateway
     if "anthropic-version" not in handler.headers:
         return {"object": "list", "data": models_of(gateway, handler.key)}
@@ -13339,17 +13339,17 @@ def show_model(handler: Handler) -> Json:
 def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
     """A model as Anthropic's API lists it; its display name says where it leads."""
     name = model["id"]
-    told = {"type": "model", "id": name, "display_name": name,
+    shown = {"type": "model", "id": name, "display_name": name,
             "created_at": format_time(model["created"]),
             "lifecycle": "active"}
     if target is None:
-        return told
+        return shown
     where = f"{target.provider.name}/{target.model}"
     if name not in (target.model, where):
-        told["display_name"] = f"{name} → {where}"
+        shown["display_name"] = f"{name} → {where}"
     facts = target.provider.facts.get(target.model, {})
     limits = (("max_input_tokens", "context"), ("max_tokens", "max_output"))
-    return {**told, **{name: facts[fact] for name, fact in limits if facts.get(fact)}}
+    return {**shown, **{name: facts[fact] for name, fact in limits if facts.get(fact)}}
 
 
 def anthropic_page(models: List[Json], query: Mapping[str, str]) -> Json:
@@ -13565,10 +13565,10 @@ class Server(Listener):
 
     def health(self) -> Json:
         """Gateway.health, and what it means for clients at this address."""
-        told = self.gateway.health()
+        health = self.gateway.health()
         if self.needs_key and not self.gateway.state.door.required:
-            told["problems"] = [NO_KEY_LEFT, *told["problems"]]
-        return {**told, "needs_key": self.needs_key}
+            health["problems"] = [NO_KEY_LEFT, *health["problems"]]
+        return {**health, "needs_key": self.needs_key}
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection; a few beyond the limit get a 503, the rest are closed."""
@@ -13580,7 +13580,7 @@ class Server(Listener):
             self.shutdown_request(request)
 
     def enter(self, handler: Handler) -> bool:
-        """Note a connection; True where it is one too many and is told so."""
+        """Note a connection; True where it is one too many, which gets a 503."""
         with self._lock:
             self._handlers.add(handler)
             return len(self._handlers) > self.gateway.settings.max_connections
@@ -13608,7 +13608,7 @@ class Server(Listener):
     def close(self, drain_s: float = 0.0) -> None:
         """Accept nothing more, let running answers end for `drain_s`, then cut them off."""
         self.closing.set()
-        self.gateway.live.close()        # who only watches is not waited for
+        self.gateway.live.close()        # open pages are not waited for
         stop_accepting(self)
         self._cut(lambda handler: not handler.busy)
         self._wait_for_handlers(drain_s)
@@ -13959,7 +13959,7 @@ def sign_out(handler: Handler) -> None:
     if body.get("everywhere"):
         sessions.close_all()
     sessions.close(session_token(handler))
-    handler.gateway.live.notify()                 # who watches with it is told
+    handler.gateway.live.notify()        # streams of events that it had end
     handler.respond(204, b"", "", [cookie_header(handler, "")])
 
 
@@ -14115,23 +14115,23 @@ def download_usage(handler: Handler) -> None:
 
 def show_logs(handler: Handler) -> Json:
     """GET logs: the last lines at a level or above that hold `search`, the oldest first."""
-    query, ring = query_of(handler), handler.gateway.live.logs
+    query, kept = query_of(handler), handler.gateway.live.logs
     level = choice_in(query, "level", ("debug", "info", "warning", "error"))
     limit = number_in(query, "limit", 1000, LOG_LINES)
     before = number_in(query, "before", 10 ** 15, 10 ** 15)
     wanted = query.get("search", "").lower()
-    found = [pair for pair in ring.after(0, LOG_LINES)[1]
+    found = [pair for pair in kept.after(0, LOG_LINES)[1]
              if pair[0] < before and pair[1][1] >= getattr(logging, level.upper())]
-    lines = [told_log(number, line) for number, line in (found if wanted else found[-limit:])]
+    lines = [log_json(number, line) for number, line in (found if wanted else found[-limit:])]
     lines = [line for line in lines if wanted in line["text"].lower()]
-    return {"data": lines[-limit:], "first": ring.count - len(ring) + 1,
-            "last": ring.count}
+    return {"data": lines[-limit:], "first": kept.count - len(kept) + 1,
+            "last": kept.count}
 
 
 def download_logs(handler: Handler) -> None:
     lines = []
     for number, kept in handler.gateway.live.logs.after(0, LOG_LINES)[1]:
-        line = told_log(number, kept)
+        line = log_json(number, kept)
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line["at"]))
         lines.append(f"{at} {line['level'].upper()} {line['text']}\n")
     download(handler, "".join(lines), "text/plain", "iflow2api.log")
@@ -14185,7 +14185,7 @@ EVENTS_GAP_S, OVERVIEW_S, LIFE_S = 0.1, 2.0, 15.0
 
 
 class Viewer:
-    """One open page: how far it has read, and what it has to be told next.
+    """One open page: how far it has read, and which events come next.
 
     The id of an event is `START-REQUESTS-LOGS`: when the server started, and how much the page has
     of what RecentItems counts.
@@ -14217,7 +14217,7 @@ class Viewer:
             self._lines, lost = self._lines + missed + len(lines), lost + missed
         events = [("dropped", {"count": lost})] if lost else []
         events += [("request", record.facts()) for _, record in records]
-        events += [("log", told_log(number, line)) for number, line in lines]
+        events += [("log", log_json(number, line)) for number, line in lines]
         if now - self._looked_at >= OVERVIEW_S:
             self._looked_at = now
             events += self._state(now)
@@ -14466,7 +14466,7 @@ def check_addresses(gateway: Gateway, values: Json) -> None:
 
 
 def check_together(gateway: Gateway, values: Json) -> None:
-    """BadRequest for settings that are sound by themselves, but not with the others."""
+    """BadRequest for settings that are valid by themselves, but not with the others."""
     if {"aliases", "default_provider"} & set(values):
         providers = gateway.current(look=False).settings.providers
         known = gateway.state.router
@@ -14485,7 +14485,7 @@ def check_together(gateway: Gateway, values: Json) -> None:
 
 # --- changing providers ------------------------------------------------------------------
 
-#: What a provider is made of, as the page sends it; parse_provider judges the values.
+#: Fields of a provider, as the page sends it; parse_provider checks their values.
 PROVIDER_FORM: Dict[str, Shape] = {
     "name": any_text, "preset": any_text, "base_url": any_text, "kind": any_text,
     "api_keys": list_of(anything), "models": list_of(anything), "headers": names_to(anything),
@@ -14741,8 +14741,7 @@ def try_provider(handler: Handler) -> Json:
                     environ=gateway.environ)
     alone.upstream.own_ports |= gateway.upstream.own_ports
     with contextlib.closing(alone):
-        told = trial_of(alone, alone.state.router.providers[name])
-    return told
+        return trial_of(alone, alone.state.router.providers[name])
 
 
 def trial_of(gateway: Gateway, provider: Provider) -> Json:
