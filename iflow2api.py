@@ -11324,7 +11324,7 @@ class State(NamedTuple):
     """What a request works on from its start to its end, whatever is changed meanwhile."""
     settings: Settings
     router: Router
-    door: ClientAuth
+    auth: ClientAuth
 
     def chain_for(self, call: Call) -> List[Target]:
         """The targets of a call; BadRequest, NotLoggedIn, Forbidden where its key may not use the
@@ -11757,7 +11757,7 @@ class LocalEngines:
             found = None
             if providers:
                 settings = replace(base.settings, providers=providers)
-                found = State(settings, Router(settings, gateway.environ), base.door)
+                found = State(settings, Router(settings, gateway.environ), base.auth)
             self._announce(found)
         self._base, self._until, self._found = base, time.monotonic() + LOCAL_TTL_S, found
 
@@ -11870,11 +11870,11 @@ class Gateway:
 
     def apply(self, settings: Settings) -> None:
         """Work with `settings` from the next request on; running ones keep theirs."""
-        router, door = self.routed(settings), ClientAuth(settings)
+        router, auth = self.routed(settings), ClientAuth(settings)
         self.equip(router)
         with self._lock:
-            self.limiter.keep_keys(key.name for key in door.keys)
-            self.state = State(settings, router, door)
+            self.limiter.keep_keys(key.name for key in auth.keys)
+            self.state = State(settings, router, auth)
         self.log.setLevel(settings.log_level.upper())
         if self._leads_log:
             log.setLevel(self.log.level)
@@ -11929,7 +11929,7 @@ class Gateway:
         self.origins = loaded.origins
         self.apply(loaded.settings)
         problems = broken + loaded.warnings + self.state.router.warnings
-        problems += idle_patterns(self.state.router, self.state.door.keys)
+        problems += idle_patterns(self.state.router, self.state.auth.keys)
         problems += self.ledger.problems
         problems += proxy_problems(loaded.settings, self.state.router.providers.values())
         for problem in problems:
@@ -12018,7 +12018,7 @@ class Gateway:
 
     def ensure_client_key(self) -> Tuple[str, bool]:
         """The client key, made if there is none, and whether it lasts beyond this run."""
-        if self.state.door.required:
+        if self.state.auth.required:
             return self.settings.custom_api_key, True
         key = "sk-" + secrets.token_hex(24)
         return key, self.keep_setting("custom_api_key", key)
@@ -12062,9 +12062,9 @@ class Gateway:
 
     def note(self, record: Record) -> None:
         """What came of a call: for usage, metrics, the page and the log."""
-        settings, door = self.state.settings, self.state.door
+        settings, auth = self.state.settings, self.state.auth
         self.ledger.add(record, settings.usage_days, self.in_flight > 1, settings.usage
-                        or door.limited)
+                        or auth.limited)
         self.live.requests.add(record)
         self.live.notify()
         if self.log.isEnabledFor(logging.INFO):
@@ -12811,7 +12811,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.session = None if self.endpoint.public else check_session(self)
         elif not self.endpoint.public:
             self.key = check_key(self.server, self.headers)
-            if self.gateway.state.door.limited:
+            if self.gateway.state.auth.limited:
                 self.meters = meters_of(self)
         answer = self.endpoint.run(self)
         if answer is not None:
@@ -13092,7 +13092,7 @@ def is_own_page(headers: Mapping[str, str]) -> bool:
 
 def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> None:
     """Forbidden for a Host that is not ours (DNS rebinding), a foreign page without a key."""
-    settings, door = server.gateway.settings, server.gateway.state.door
+    settings, auth = server.gateway.settings, server.gateway.state.auth
     host = headers.get("host", "").lower()
     name = host.partition("]")[0] + "]" if host.startswith("[") else host.rpartition(":")[0] or host
     if server.is_local and not (
@@ -13103,10 +13103,10 @@ def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> N
     origin = headers.get("origin")
     if origin is None or method == "OPTIONS" or {origin, "*"} & set(settings.allowed_origins):
         return
-    if is_own_page(headers) or door.required and door.find(client_keys(settings, headers)):
+    if is_own_page(headers) or auth.required and auth.find(client_keys(settings, headers)):
         return
     raise Forbidden(f"the web page at {origin[:80]} may not call this server; add it to "
-                    "`allowed_origins`" + (", or send the key" if door.required else ""),
+                    "`allowed_origins`" + (", or send the key" if auth.required else ""),
                     code="origin_not_allowed")
 
 
@@ -13132,10 +13132,10 @@ def check_key(server: "Server", headers: Mapping[str, str]) -> Optional[ClientKe
     state = server.gateway.state
     if not server.needs_key:
         return None
-    if not state.door.required:
+    if not state.auth.required:
         raise Unauthorized(NO_KEY_LEFT, code="no_client_key")
     given = list(client_keys(state.settings, headers))
-    key = state.door.find(given)
+    key = state.auth.find(given)
     if key is None:
         ours = ("custom_api_key" if state.settings.custom_api_key
                 else "keys (`key add NAME` makes one)")
@@ -13561,12 +13561,12 @@ class Server(Listener):
     @property
     def needs_key(self) -> bool:
         """Whether clients need a key: where one is set, and always where others reach us."""
-        return not self.is_local or self.gateway.state.door.required
+        return not self.is_local or self.gateway.state.auth.required
 
     def health(self) -> Json:
         """Gateway.health, and what it means for clients at this address."""
         health = self.gateway.health()
-        if self.needs_key and not self.gateway.state.door.required:
+        if self.needs_key and not self.gateway.state.auth.required:
             health["problems"] = [NO_KEY_LEFT, *health["problems"]]
         return {**health, "needs_key": self.needs_key}
 
@@ -14019,7 +14019,7 @@ def overview_of(server: Server) -> Json:
             "queue": queues_of(gateway), "connections": server.connections,
             "in_flight": gateway.in_flight,
             "today": {name: sum(row[at] for row in today) for at, name in enumerate(SERIES_COUNTS)},
-            "limits": [limits_json(gateway, key) for key in gateway.state.door.keys],
+            "limits": [limits_json(gateway, key) for key in gateway.state.auth.keys],
             "next": next_step(gateway)}
 
 
@@ -14371,7 +14371,7 @@ def show_keys(handler: Handler) -> Json:
     "expired": key.expires_at <= time.time(), "models": list(key.models),
     "limits": dict(key.limits),
     "used": gateway.limiter.used(key) if key.limits else {}}
-   for key in gateway.state.door.keys]}
+   for key in gateway.state.auth.keys]}
 
 
 # --- changing settings ----------------------------------------------------------------
@@ -18614,7 +18614,7 @@ def _serve(gateway: Gateway, wait: Callable[[], bool], stay: bool) -> int:
     """Until a signal ends it."""
     gateway.lead_log()
     _log_to_file(gateway)
-    had_key = gateway.state.door.required
+    had_key = gateway.state.auth.required
     host, port = gateway.settings.host, gateway.settings.port
     try:
         server = serve(gateway)
@@ -19466,7 +19466,7 @@ def _key_add(args: Args) -> int:
 
 def _key_remove(args: Args) -> int:
     failed = _remove_entry(args, "client_keys", "key")
-    if not failed and not _gateway_of(args).state.door.required:
+    if not failed and not _gateway_of(args).state.auth.required:
         say(marked("warning", tr("last_key")))
     return failed
 
@@ -19474,7 +19474,7 @@ def _key_remove(args: Args) -> int:
 def _key_list(args: Args) -> int:
     gateway = _gateway_of(args)
     used = {row["key"]: row for row in gateway.ledger.report("key", 1, {})}
-    for key in gateway.state.door.keys:
+    for key in gateway.state.auth.keys:
         facts = [tr(f"limit_{limit}", count=count) for limit, count in key.limits.items()]
         facts += [tr("key_models", names=", ".join(key.models))] if key.models else []
         if key.expires_at != float("inf"):

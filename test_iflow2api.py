@@ -9493,7 +9493,7 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
 
     def client(number, requests):
         for turn in range(requests):
-            key = gateway.state.door.keys[turn % 3]
+            key = gateway.state.auth.keys[turn % 3]
             meters = [gateway.limiter.of_key(key),
                       gateway.limiter.of_address(f"{turn % 40:08x}", {"rpd": 10 ** 6})]
             body = {"model": "chain" if turn % 3 else f"m-{'abcd'[turn % 4]}", "messages": MESSAGES,
@@ -9535,7 +9535,7 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
     used = {row["key"]: row["requests"] for row in gateway.ledger.report("key", 2, {})}
     assert set(used) == {"k0", "k1", "k2"} and sum(used.values()) == 10_000
     assert sum(gateway.limiter.of_key(key).windows["rpd"].used(1000.0)
-               for key in gateway.state.door.keys) == 10_000
+               for key in gateway.state.auth.keys) == 10_000
     with open(gateway.ledger.path, "rb") as file:
         assert len(file.read().splitlines()) < 1000 and not gateway.ledger.problems
     gateway.close()
@@ -9697,15 +9697,15 @@ def test_counting_tokens_is_a_request(server, upstream, path):
     ({"name": "x", "sha256": "zz"}, ".sha256: the key's SHA-256"), ({"rpm": 0}, ".rpm: a whole number from 1"), ({"rpm": -1}, ".rpm: "), ({"rpd": 1.5}, ".rpd: "),
     ({"tpd": True}, ".tpd: "), ({"concurrency": "5"}, ".concurrency: "), ({"expires": "soon"}, ".expires: a date"), ({"expires": 5}, ".expires: "),
     ({"models": "m"}, ".models: a list"), ({"models": [""]}, ".models[0]: "), ({"colour": "red"}, ".colour: no such field"), ({"name": "ok"}, ": the name ok is taken")])
-def test_bad_keys_are_named_and_close_the_door(entry, said):
+def test_bad_keys_are_named_and_disable_no_authentication(entry, said):
     good = key_entry("ok", "sk-ok")
     bad = {**key_entry("x", "sk-x"), **entry} if entry and set(entry) - {"name", "sha256"} or entry == {"name": "ok"} else entry
     with pytest.raises(ValueError, match="^" + re.escape("client_keys[1]" + said)):
         ifl.check_setting("client_keys", [good, bad])
     loaded = ifl.load_settings({"client_keys": [good, bad]}, {}, {})
     assert loaded.warnings[0].startswith(f"config.json: client_keys[1]{said}")
-    door = ifl.ClientAuth(loaded.settings)
-    assert door.required and door.find(["sk-ok"]).name == "ok" and door.find(["sk-x"]) is None
+    auth = ifl.ClientAuth(loaded.settings)
+    assert auth.required and auth.find(["sk-ok"]).name == "ok" and auth.find(["sk-x"]) is None
     assert ifl.ClientAuth(ifl.load_settings({"client_keys": 5}, {}, {}).settings).required
 
 
@@ -10275,7 +10275,7 @@ def test_a_bad_reload_leaves_the_last_good_in_force(home_routes, bad, said):
     before = gateway.settings
     write_config(home_routes, **{**base, **bad})
     gateway.reload()
-    assert gateway.settings == before and gateway.state.door.find(["sk-bob"]), gateway.problems
+    assert gateway.settings == before and gateway.state.auth.find(["sk-bob"]), gateway.problems
     assert any(re.search(said, problem) for problem in gateway.problems)
     write_config(home_routes, **{**base, "retry": {"count": 2}})
     gateway.reload()
@@ -10306,7 +10306,7 @@ def test_a_range_that_runs_backwards_is_no_error(home_routes, capsys, monkeypatc
     assert [gateway.state.router.resolve(name)[0].model
             for name in ("y", "x[z-a]", "z")] == ["m", "m", "z"]
     router = gateway.state.router
-    assert not ifl.may_use(router, gateway.state.door.keys[0], "m", router.resolve("m"))
+    assert not ifl.may_use(router, gateway.state.auth.keys[0], "m", router.resolve("m"))
     assert ifl.cost_of("m", "a", {"input": 10, "cached": 0, "output": 0},
                        gateway.settings.prices) == 20 / 1e6
     assert run_routes(capsys, "routes", "explain", "q")[0] == 0
@@ -10321,7 +10321,7 @@ def test_a_text_that_no_file_name_may_hold_is_named_and_not_used(home_routes, ca
         gateway.problems) == sorted(
             f"config.json: {name}: a string without NUL and lone surrogates expected"
             for name in names)
-    assert gateway.settings.host == "127.0.0.1" and gateway.state.door.required
+    assert gateway.settings.host == "127.0.0.1" and gateway.state.auth.required
     for command in ("status", "logs", "usage"):
         assert run_routes(capsys, command)[0] in (0, 1)
 
@@ -10481,7 +10481,7 @@ def test_key_add_list_remove(home_routes, capsys, upstreams_routes, client):
     code, listed, _ = run_routes(capsys, "key")
     assert "bob" in listed and "5 requests a minute" in listed and key.strip() not in listed
     gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
-    found = gateway.state.door.find([key.strip()])
+    found = gateway.state.auth.find([key.strip()])
     assert found.limits == {"rpm": 5, "tpd": 900} and found.models == ("m-a", "x-*")
     assert run_routes(capsys, "key", "add", "--rpm", "7", "eve")[0] == 0
     for argv in (["add"], ["add", "x", "--rpm", "0"], ["add", "x", "--rpm", "-1"],
@@ -14118,7 +14118,7 @@ def test_keys_settings_and_the_password(fresh_server, tab):
     key = page.find("#new-key").text
     page.press("dialog .primary", wording("key_kept", "en"))
     page.find("main td", "laptop")
-    assert gateway.state.door.find([key]).limits == {"rpm": 60}
+    assert gateway.state.auth.find([key]).limits == {"rpm": 60}
     assert key not in page.run("return document.documentElement.outerHTML")
     page.press("main td .btn", wording("remove", "en"))
     page.press("dialog .danger")
