@@ -15066,306 +15066,200 @@ add_routes({line.replace(" ", " /admin/api/"): Route(
 
 # language=CSS
 PAGE_CSS = r"""
-:root{color-scheme:light;--bg:#f5f6f8;--surface:#fff;--surface-2:#eef0f3;--text:#171b21;
---muted:#565f6b;--line:#dde1e7;--edge:#858e9b;--accent:#0d6e6a;--accent-text:#fff;
---accent-soft:#e1f1ef;--ok:#17703a;--ok-soft:#e2f3e7;--warn:#855600;--warn-soft:#fbf0d9;
---bad:#b3261e;--bad-soft:#fce9e7;--shadow:0 1px 2px #10182814,0 0 0 1px #10182808;
---shadow-2:0 12px 32px #10182833,0 2px 6px #1018281f;--series-1:#0e7f79;--series-2:#c76a06;
---series-3:#3d63dd;--series-4:#b13a92;--series-5:#5b8a16;--series-6:#7c53e0;--series-7:#c43a31;
---series-8:#8a5a3c;--radius:10px;--gap:16px;
---font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans","PingFang SC",
-"Microsoft YaHei","Noto Sans CJK SC","WenQuanYi Micro Hei",sans-serif;
---mono:ui-monospace,SFMono-Regular,"SF Mono",Menlo,Consolas,"Liberation Mono","DejaVu Sans Mono",
-monospace}
-:root[data-theme=dark]{color-scheme:dark;--bg:#0e1116;--surface:#161a21;--surface-2:#20262f;
---text:#e7eaef;--muted:#9ba5b3;--line:#2a313b;--edge:#6f7a89;--accent:#4cc9bd;--accent-text:#04211f;
+:root{color-scheme:light;--bg:#f5f6f8;--surface:#fff;--soft:#eef0f3;--text:#171b21;--muted:#565f6b;
+--line:#dde1e7;--edge:#858e9b;--accent:#0d6e6a;--on-accent:#fff;--accent-soft:#e1f1ef;--ok:#17703a;
+--ok-soft:#e2f3e7;--warn:#855600;--warn-soft:#fbf0d9;--bad:#b3261e;--bad-soft:#fce9e7;
+--shadow:0 12px 32px #10182833,0 2px 6px #1018281f;--radius:10px;--small:7px;--gap:16px;
+--s1:#0e7f79;--s2:#c76a06;--s3:#3d63dd;--s4:#b13a92;--s5:#5b8a16;--s6:#7c53e0;--s7:#c43a31;
+--s8:#8a5a3c;--mono:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+:root[data-theme=dark]{color-scheme:dark;--bg:#0e1116;--surface:#161a21;--soft:#20262f;
+--text:#e7eaef;--muted:#9ba5b3;--line:#2a313b;--edge:#6f7a89;--accent:#4cc9bd;--on-accent:#04211f;
 --accent-soft:#143633;--ok:#56c97a;--ok-soft:#15311f;--warn:#e3b34f;--warn-soft:#352a12;
---bad:#ff8a80;--bad-soft:#3c1c1a;--shadow:0 0 0 1px #ffffff0d;
---shadow-2:0 16px 40px #000a,0 0 0 1px #ffffff1a;--series-1:#2fc4b6;--series-2:#f0a045;
---series-3:#86a2fb;--series-4:#e681cc;--series-5:#a4cc5c;--series-6:#b39bfa;--series-7:#f3867e;
---series-8:#c9a27e}
-*,*::before,*::after{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
-body{margin:0;font:14px/1.55 var(--font);color:var(--text);background:var(--bg)}
-h1,h2,h3,p,ul,ol,dl,dd,pre{margin:0;padding:0}
-h1{font-size:20px;font-weight:650;letter-spacing:-.01em;line-height:1.3}
-h2{font-size:15px;font-weight:650;line-height:1.4}h3{font-size:14px;font-weight:650}
-a{color:var(--accent);text-underline-offset:2px}
+--bad:#ff8a80;--bad-soft:#3c1c1a;--shadow:0 16px 40px #000a,0 0 0 1px #ffffff1a;--s1:#2fc4b6;
+--s2:#f0a045;--s3:#86a2fb;--s4:#e681cc;--s5:#a4cc5c;--s6:#b39bfa;--s7:#f3867e;--s8:#c9a27e}
+*,*::before,*::after{box-sizing:border-box}
+body{margin:0;color:var(--text);background:var(--bg);font:14px/1.55 system-ui,-apple-system,
+"Segoe UI",Roboto,"Noto Sans","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",sans-serif}
+h1,h2,h3,p,ul,ol,dl,dd,pre{margin:0;padding:0}ul,ol{list-style:none}
+h1{font-size:20px;line-height:1.3}h2{font-size:15px}h3{font-size:14px}h1,h2,h3{font-weight:650}
+a{color:var(--accent);text-underline-offset:2px}[hidden]{display:none!important}
 button,input,select,textarea{font:inherit;color:inherit}button{cursor:pointer}
-[hidden]{display:none!important}:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-::selection{background:var(--accent);color:var(--accent-text)}
+:focus-visible{outline:2px solid var(--accent);outline-offset:1px}
 ::placeholder{color:var(--muted);opacity:1}
 .visually-hidden{position:absolute!important;width:1px!important;height:1px!important;
 min-height:0!important;padding:0!important;border:0!important;overflow:hidden;clip-path:inset(50%);
 white-space:nowrap}
-.skip{position:fixed;left:12px;top:-60px;z-index:30;padding:8px 14px;border-radius:8px;
-background:var(--accent);color:var(--accent-text)}
-.skip:focus{top:12px}
-.icon{width:18px;height:18px;flex:none;fill:none;stroke:currentColor;stroke-width:1.8;
-stroke-linecap:round;stroke-linejoin:round}
-#mark{width:28px;height:28px;flex:none}
-#app{display:grid;grid-template:auto 1fr/236px minmax(0,1fr);min-height:100vh}
+.skip{position:fixed;left:12px;top:-60px;z-index:9;padding:8px 14px;border-radius:var(--small);
+background:var(--accent);color:var(--on-accent)}.skip:focus{top:12px}
+#app{display:grid;grid-template:auto 1fr/220px minmax(0,1fr);min-height:100vh}
 #nav{grid-row:1/3;position:sticky;top:0;height:100vh;overflow-y:auto;padding:14px 12px;
-background:var(--surface);border-inline-end:1px solid var(--line);display:flex;
-flex-direction:column;gap:2px}
-.brand{display:flex;align-items:center;gap:10px;padding:2px 8px 12px;font-weight:680;font-size:16px;
-color:inherit;text-decoration:none;letter-spacing:-.01em}
-#nav h2{font-size:12px;font-weight:600;color:var(--muted);padding:14px 10px 4px}
-#nav ul{list-style:none;display:grid;gap:1px}
-#nav li a{display:flex;align-items:center;gap:10px;padding:6px 10px;border-radius:8px;color:inherit;
-text-decoration:none}
-#nav li a:hover{background:var(--surface-2)}
+background:var(--surface);border-inline-end:1px solid var(--line);
+display:flex;flex-direction:column}
+.brand{display:flex;align-items:center;gap:10px;padding:2px 8px 8px;font-weight:680;font-size:16px;
+color:inherit;text-decoration:none}#mark{width:28px;height:28px}
+#nav h2{font-size:12px;color:var(--muted);padding:14px 10px 4px}
+#nav li a{display:block;padding:6px 10px;border-radius:var(--small);color:inherit;
+text-decoration:none}#nav li a:hover{background:var(--soft)}
 #nav li a[aria-current]{background:var(--accent-soft);color:var(--accent);font-weight:500}
-#nav .icon{opacity:.8}
-#top{position:sticky;top:0;z-index:5;display:flex;align-items:center;gap:6px;min-height:56px;
-padding:8px 28px;background:var(--bg);border-bottom:1px solid var(--line)}
-#top h1{flex:1;min-width:0;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
-#burger{display:none}#main{padding:24px 28px 64px;outline:none;min-width:0}
-#main>*{max-width:1240px;margin-inline:auto}
-.stack{display:grid;gap:var(--gap);grid-template-columns:minmax(0,1fr)}.stack.tight{gap:8px}
-#veil{display:none}
-.live{display:inline-flex;align-items:center;gap:6px;padding:0 8px;font-size:12.5px;
-color:var(--muted);white-space:nowrap}
-.dot{width:8px;height:8px;border-radius:50%;background:var(--muted);flex:none}
-.dot.ok{background:var(--ok)}.dot.warn{background:var(--warn)}.dot.bad{background:var(--bad)}
-.card{background:var(--surface);border:1px solid var(--line);border-radius:var(--radius);
-padding:16px 18px;min-width:0}
-.card>.spread:first-child,.card>h2:first-child{margin-bottom:12px}
-.grid{display:grid;gap:var(--gap);grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),
-1fr))}
-.row{display:flex;flex-wrap:wrap;align-items:center;gap:8px}.row.end{justify-content:flex-end}
+.version{margin:auto 10px 0;padding-top:16px}#burger{display:none}
+#top{position:sticky;top:0;z-index:5;display:flex;align-items:center;gap:6px;padding:10px 28px;
+background:var(--bg);border-bottom:1px solid var(--line)}#top h1{flex:1;min-width:0}
+#main{padding:24px 28px 64px;outline:none;min-width:0}#main>*{max-width:1240px;margin-inline:auto}
+.stack{display:grid;gap:var(--gap);grid-template-columns:minmax(0,1fr)}
+.card .stack,dialog .stack{gap:10px}
+.grid{display:grid;gap:var(--gap);--least:260px;align-items:start;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--least)),1fr))}
+.grid.wide{--least:420px}.grid.small{--least:150px}.grid.tiles{--least:200px;align-items:stretch}
+.row,.chips{display:flex;flex-wrap:wrap;align-items:center;gap:8px;min-width:0}
 .spread{display:flex;flex-wrap:wrap;align-items:center;justify-content:space-between;gap:8px 12px}
-.grow{flex:1;min-width:0}
+.row.bottom{align-items:flex-end}.row.bottom .field{flex:1 1 200px;max-width:340px}
+.grow{flex:1;min-width:0}.card,.tile,.play{min-width:0}
+.card{background:var(--surface);border:1px solid var(--line);border-radius:var(--radius);
+padding:16px 18px}.card>.spread:first-child{margin-bottom:12px}
+.card>:is(.note,.hint,.facts),.checks{margin-block:8px}.card.tile>.hint{margin:0}
 .btn,.icon-btn{display:inline-flex;align-items:center;justify-content:center;gap:7px;
-min-height:34px;padding:5px 13px;border:1px solid var(--line);border-radius:8px;
-background:var(--surface);text-decoration:none;color:inherit;font-weight:500;white-space:nowrap;
-transition:background-color .12s,border-color .12s}
-.btn:hover,.icon-btn:hover{background:var(--surface-2)}
-.btn.primary{background:var(--accent);border-color:var(--accent);color:var(--accent-text)}
+min-height:34px;padding:5px 13px;border:1px solid var(--line);border-radius:var(--small);
+background:var(--surface);text-decoration:none;color:inherit;font-weight:500;white-space:nowrap}
+.btn:hover,.icon-btn:hover{background:var(--soft)}
+.btn.primary{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
 .btn.primary:hover{background:color-mix(in srgb,var(--accent) 88%,var(--text))}
-.btn.danger{color:var(--bad)}.btn.danger:hover{background:var(--bad-soft);border-color:var(--bad)}
-.btn.quiet,.icon-btn{border-color:transparent;background:none}
-.btn.quiet:hover,.icon-btn:hover{background:var(--surface-2)}
+.btn.danger{color:var(--bad)}.btn.danger:hover{background:var(--bad-soft)}
+.btn.quiet,.icon-btn{border-color:transparent;background:none}.btn.quiet{color:var(--accent)}
 .btn.small{min-height:28px;padding:2px 9px;font-size:13px}
-a.btn.quiet,.chip .btn{color:var(--accent)}
-.card>.spread:first-child>.quiet:last-child{margin-inline-end:-9px}
-.icon-btn{width:34px;padding:0;flex:none;color:var(--muted)}.icon-btn:hover{color:var(--text)}
-.icon-btn.text{width:auto;min-width:34px;padding:0 8px;font-size:13px}
+.icon-btn{min-width:34px;padding:0 6px;color:var(--muted);font-size:16px;line-height:1}
+.icon-btn.text{font-size:13px}.icon-btn:hover{color:var(--text)}
+:is(.chip,.data) .icon-btn{min-width:24px;min-height:24px}
 .btn:disabled,.icon-btn:disabled{opacity:.55;cursor:default}
 .btn[aria-busy]::before{content:"";width:13px;height:13px;border-radius:50%;border:2px solid;
 border-right-color:transparent;animation:spin .8s linear infinite}
 @keyframes spin{to{transform:rotate(1turn)}}
-.field{display:grid;gap:4px;align-content:start;min-width:0}
-.field>label,.field>.label{font-weight:500}
+.field{display:grid;gap:4px;align-content:start;min-width:0}.field>label{font-weight:500}
 .field.check{grid-template-columns:auto 1fr;column-gap:9px;align-items:center}
-.field.check>.hint,.field.check>.error{grid-column:2}.hint{font-size:13px;color:var(--muted)}
-.field .error,.error{font-size:13px;color:var(--bad)}.error:empty{display:none}
-input:not([type=checkbox],[type=file]),select,textarea{width:100%;min-height:34px;padding:5px 10px;
-border:1px solid var(--edge);border-radius:8px;background:var(--surface);min-width:0}
-input[type=checkbox]{width:16px;height:16px;margin:0;accent-color:var(--accent);flex:none}
-textarea{resize:vertical;line-height:1.5;min-height:56px}select{padding-inline-end:6px}
-input:focus-visible,select:focus-visible,textarea:focus-visible{outline-offset:-1px;
-border-color:var(--accent)}
-[aria-invalid=true]{border-color:var(--bad)!important}
-input:disabled,select:disabled,textarea:disabled{background:var(--surface-2);color:var(--muted);
-border-color:var(--line)}
-.search{max-width:320px}.row>input,.row>select{width:auto!important}
-.row>.search{width:220px!important;flex:0 1 220px}
-.badge{display:inline-flex;align-items:center;gap:5px;padding:1px 8px;border-radius:99px;
-background:var(--surface-2);color:var(--muted);font-size:12px;font-weight:500;white-space:nowrap;
-line-height:1.6}
-.badge.ok{background:var(--ok-soft);color:var(--ok)}
+.field.check>:is(.hint,.error){grid-column:2}.hint{font-size:13px;color:var(--muted)}
+.error{font-size:13px;color:var(--bad)}.error:empty{display:none}
+input:not([type=checkbox]),select,textarea{width:100%;min-height:34px;padding:5px 10px;min-width:0;
+border:1px solid var(--edge);border-radius:var(--small);background:var(--surface)}
+input[type=checkbox]{width:16px;height:16px;margin:0;accent-color:var(--accent)}
+textarea{resize:vertical;min-height:56px}[aria-invalid=true]{border-color:var(--bad)!important}
+:is(input,select,textarea):disabled{background:var(--soft);color:var(--muted)}
+.row>:is(input,select){width:auto!important}.row>.search{width:220px!important}
+.search{max-width:320px}
+.masked:not(:focus){-webkit-text-security:disc}
+.badge{padding:1px 8px;border-radius:99px;background:var(--soft);color:var(--muted);font-size:12px;
+font-weight:500;white-space:nowrap}
+.badge.ok,.done .step-n{background:var(--ok-soft);color:var(--ok)}
 .badge.warn{background:var(--warn-soft);color:var(--warn)}
 .badge.bad{background:var(--bad-soft);color:var(--bad)}
-.note{padding:10px 14px;border-radius:8px;background:var(--surface-2);overflow-wrap:anywhere}
+.note{padding:10px 14px;border-radius:var(--small);background:var(--soft);overflow-wrap:anywhere}
 .note.warn{background:var(--warn-soft)}.note.bad{background:var(--bad-soft)}
 .mono{font-family:var(--mono);font-size:.93em}.muted{color:var(--muted)}
-.num{font-variant-numeric:tabular-nums}.break{overflow-wrap:anywhere}bdi{overflow-wrap:anywhere}
-.data td{overflow-wrap:break-word}.data td bdi{overflow-wrap:inherit}
-.data .break,.data td.break{overflow-wrap:anywhere}.nowrap,.data .end{white-space:nowrap}
-.scroll{overflow-x:auto;margin:0 -18px;padding:0 18px;scrollbar-width:thin}
-table.data{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
-.data th{text-align:start;font-size:12.5px;font-weight:500;color:var(--muted);white-space:nowrap;
-border-bottom:1px solid var(--line);padding:6px 10px}
-.data td{padding:7px 10px;border-bottom:1px solid var(--line);vertical-align:top}
-.data tr:last-child td{border-bottom:0}
-.data th:first-child,.data td:first-child{padding-inline-start:0}
-.data th:last-child,.data td:last-child{padding-inline-end:0}.data .end{text-align:end}
-.data tr.open{cursor:pointer}.data .row.end{flex-wrap:nowrap}
-.data .icon-btn{width:26px;min-height:24px;margin:-1px 0}
-.data tr.open:hover td{background:var(--surface-2)}
-.empty{padding:28px 12px;text-align:center;color:var(--muted);text-wrap:balance}
-.chips:empty{display:none}
-.code,pre{font:13px/1.6 var(--mono);background:var(--surface-2);border-radius:8px;padding:12px 14px;
-overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;margin:0}
-.tabs{display:flex;flex-wrap:wrap;gap:2px;padding:3px;border-radius:9px;background:var(--surface-2);
-width:fit-content;max-width:100%}
-.tabs>*{border:0;border-radius:7px;padding:4px 12px;background:none;color:var(--muted);
-font-weight:500;min-height:28px}
-.tabs>:hover{color:var(--text)}
-.tabs>[aria-pressed=true]{background:var(--surface);color:var(--text);box-shadow:var(--shadow)}
+.num,.data,.figure{font-variant-numeric:tabular-nums}.break,bdi{overflow-wrap:anywhere}
+.live{display:inline-flex;align-items:center;gap:6px;padding:0 8px;color:var(--muted);
+font-size:13px;white-space:nowrap}
+.dot{width:8px;height:8px;border-radius:50%;background:var(--muted);flex:none}
+.dot.ok{background:var(--ok)}.dot.warn{background:var(--warn)}
+.scroll{overflow-x:auto}.data{width:100%;border-collapse:collapse}
+.data :is(th,td){padding:7px 10px;border-bottom:1px solid var(--line);vertical-align:top}
+.data th{text-align:start;font-size:12.5px;font-weight:500;color:var(--muted);white-space:nowrap}
+.data :is(th,td):first-child{padding-inline-start:0}.data td bdi{overflow-wrap:break-word}
+.data :is(th,td):last-child{padding-inline-end:0}.data td.break bdi{overflow-wrap:anywhere}
+.data tr:last-child td{border-bottom:0}.data .end{text-align:end;white-space:nowrap}
+.data .end .row{flex-wrap:nowrap;justify-content:flex-end}.nowrap{white-space:nowrap}
+.data tr.open{cursor:pointer}.data tr.open:hover td{background:var(--soft)}
+.usage-sum tr:last-child td{font-weight:650;border-top:2px solid var(--line)}
+.empty{padding:28px 12px;text-align:center;color:var(--muted)}.chips:empty{display:none}
+pre{font:13px/1.6 var(--mono);background:var(--soft);border-radius:var(--small);padding:12px 14px;
+overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere;max-height:420px}
+.tabs{display:flex;flex-wrap:wrap;gap:2px;padding:3px;border-radius:var(--radius);
+background:var(--soft);width:fit-content}
+.tabs>*{border:0;border-radius:var(--small);padding:4px 12px;background:none;color:var(--muted);
+font-weight:500}.tabs>[aria-pressed=true]{background:var(--surface);color:var(--text)}
 .facts{display:grid;grid-template-columns:minmax(90px,max-content) minmax(0,1fr);gap:6px 18px}
 .facts dt{color:var(--muted)}.facts dd{overflow-wrap:anywhere;min-width:0}
-.figure{font-size:24px;font-weight:650;letter-spacing:-.02em;line-height:1.25;
-font-variant-numeric:tabular-nums}
-.menu{position:absolute;inset-inline-end:0;top:calc(100% + 6px);z-index:20;display:grid;
-min-width:210px;padding:6px;background:var(--surface);border-radius:10px;box-shadow:var(--shadow-2)}
-.menu button{padding:7px 10px;border:0;border-radius:6px;background:none;text-align:start}
-.menu button:hover{background:var(--surface-2)}.holder{position:relative}
-dialog{width:min(560px,calc(100vw - 24px));max-height:calc(100dvh - 32px);padding:0;border:0;
-border-radius:14px;color:inherit;background:var(--surface);box-shadow:var(--shadow-2)}
-dialog.wide{width:min(860px,calc(100vw - 24px))}dialog::backdrop{background:#0b0f1480}
-dialog.gate::backdrop{background:var(--bg)}dialog.over::backdrop{background:#0b0f1480}
-dialog form{display:flex;flex-direction:column;max-height:calc(100dvh - 32px)}
-dialog header,dialog footer{display:flex;align-items:center;gap:8px;padding:14px 20px;flex:none}
-dialog header h2{flex:1;font-size:16px}
-dialog footer{flex-wrap:wrap;justify-content:flex-end;border-top:1px solid var(--line)}
-.dialog-body{padding:2px 20px 18px;overflow-y:auto;display:grid;gap:14px;
-grid-template-columns:minmax(0,1fr)}
-.gate header{padding-top:26px}
-#toasts{position:fixed;inset:auto 16px 16px auto;z-index:40;display:grid;gap:8px;
-max-width:min(420px,calc(100vw - 32px));margin:0;padding:0;border:0;background:none;
-overflow:visible;color:inherit}
-.toast{display:flex;align-items:flex-start;gap:10px;padding:10px 12px 10px 14px;border-radius:10px;
-background:var(--surface);box-shadow:var(--shadow-2);overflow-wrap:anywhere;
-border-inline-start:4px solid var(--ok)}
-.toast.bad{border-color:var(--bad)}.toast .icon-btn{width:24px;min-height:24px}
-.card h3{margin:6px 0 2px}.tiles{grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr))}
 .tile{display:grid;gap:2px;align-content:start}.offline .tile{opacity:.5}
-.tile .figure{display:flex;align-items:baseline;gap:8px;flex-wrap:wrap}
-.grid.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));align-items:start}
-.grid.small{grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr))}
-.dot.big{width:11px;height:11px;align-self:center}.lead{margin-bottom:12px}
-ul.plain{list-style:none;display:grid;gap:2px}
+.figure{display:flex;align-items:baseline;gap:8px;flex-wrap:wrap;font-size:24px;font-weight:650;
+line-height:1.25}.figure .dot{width:11px;height:11px;align-self:center}
 .limit{display:grid;grid-template-columns:minmax(0,1fr) minmax(50px,120px) minmax(96px,auto);
-gap:10px;align-items:center;font-size:13px}
-.limit .num{text-align:end}
-.meter{height:6px;border-radius:3px;background:var(--surface-2);overflow:hidden;display:block}
-.meter span{display:block;height:100%;border-radius:3px;background:var(--accent)}
-.meter .full{background:var(--bad)}
-.chips{display:flex;flex-wrap:wrap;gap:6px;list-style:none;margin:0;padding:0;min-width:0}
+gap:10px;align-items:center;font-size:13px}.limit .num{text-align:end}.limit meter{width:100%}
 .chip{display:inline-flex;align-items:center;gap:6px;padding:2px 9px;border:1px solid var(--line);
 border-radius:99px;background:none;font-size:12.5px;max-width:100%;min-height:26px}
-.chip .icon-btn{width:22px;min-height:22px;margin-inline-end:-6px}
-.chip .icon{width:14px;height:14px}.chip .btn{margin-inline-end:-8px;min-height:24px}
-button.chip:hover{border-color:var(--accent)}
-button.chip[aria-pressed=true]{background:var(--accent-soft);border-color:var(--accent);
-color:var(--accent)}
-.checks{list-style:none;display:grid;gap:6px;padding:10px 12px;border-radius:8px;
-background:var(--surface-2)}
-.checks li{display:grid;grid-template-columns:auto minmax(0,1fr);gap:10px;align-items:baseline}
-.checks .badge{min-width:84px;justify-content:center}
-.card>.checks,.card>div>.checks,.card>.note{margin-block:10px}
-summary{cursor:pointer;color:var(--muted);font-weight:500;padding:4px 0;border-radius:6px;
-width:fit-content}
-summary:hover{color:var(--text)}details[open]>summary{margin-bottom:8px}
-.spin{width:14px;height:14px;border-radius:50%;border:2px solid var(--accent);
-border-right-color:transparent;animation:spin .8s linear infinite}
-.masked:not(:focus){-webkit-text-security:disc}
-.alias{display:grid;grid-template-columns:minmax(80px,1fr) auto minmax(110px,2fr) auto;gap:4px 8px;
-align-items:center}
-.alias .tools{gap:0;flex-wrap:nowrap}.alias .error{grid-column:1/-1}
-.chain{list-style:none;display:grid;gap:6px;margin-top:4px}
-.chain li{padding:8px 12px;border-radius:8px;background:var(--surface-2)}
+button.chip:hover{border-color:var(--accent)}button.chip[aria-pressed=true]{
+background:var(--accent-soft);border-color:var(--accent);color:var(--accent)}
+.checks{display:grid;gap:6px;padding:10px 12px;border-radius:var(--small);background:var(--soft)}
+.checks li{display:grid;grid-template-columns:minmax(40px,auto) minmax(0,1fr);gap:10px;
+align-items:baseline}.checks .badge{min-width:84px;text-align:center}
+summary{cursor:pointer;color:var(--muted);font-weight:500;padding:4px 0;width:fit-content}
+details[open]>summary{margin-bottom:8px}
 .settings{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));
-gap:20px 28px}
-.setting{display:flex;flex-direction:column;align-items:flex-start;gap:2px;min-width:0}
-.setting .field{width:100%}.setting>.btn{margin-inline-start:-9px;color:var(--accent)}
+gap:20px 28px}.setting>.btn{margin-inline-start:-9px}
 .savebar{position:sticky;bottom:14px;z-index:4;display:flex;flex-wrap:wrap;align-items:center;
-justify-content:space-between;gap:8px;padding:10px 10px 10px 16px;border-radius:12px;
-background:var(--surface);box-shadow:var(--shadow-2)}
-.steps{max-width:900px;list-style:none;display:grid;gap:var(--gap);counter-reset:step}
-.step{display:flex;gap:16px}
+justify-content:space-between;gap:8px;padding:10px 10px 10px 16px;border-radius:var(--radius);
+background:var(--surface);box-shadow:var(--shadow)}
+.steps{display:grid;gap:var(--gap);max-width:900px}.step{display:flex;gap:16px}
 .step-n{display:grid;place-items:center;width:30px;height:30px;flex:none;border-radius:50%;
 background:var(--accent-soft);color:var(--accent);font-weight:650}
-.step.done .step-n{background:var(--ok-soft);color:var(--ok)}.step .stack{gap:10px}
-.step h2{font-size:16px}.row.bottom{align-items:flex-end}
-.row.bottom .field{flex:1 1 200px;max-width:340px}.tall{max-height:420px}.log-box{position:relative}
+.log-box{position:relative}.log-box .empty{position:absolute;inset:0}
 .log-pane{height:max(300px,calc(100dvh - 190px));overflow:auto;background:var(--surface);
 border:1px solid var(--line);border-radius:var(--radius);font:12.5px/22px var(--mono);
 overflow-anchor:none}
 .log-line{display:flex;gap:12px;padding:0 12px;white-space:nowrap;content-visibility:auto;
-contain-intrinsic-height:22px}
+contain-intrinsic-height:22px}.log-line:hover{background:var(--soft)}
 .log-line bdi{flex:1;min-width:0;overflow:hidden;text-overflow:ellipsis}
-.log-line:hover{background:var(--surface-2)}.log-line.open{background:var(--accent-soft)}
-.log-pane.wrap bdi,.log-line.open bdi{white-space:pre-wrap}
-.level{width:58px;flex:none;color:var(--muted)}.warning .level{color:var(--warn)}
-.error .level{color:var(--bad)}.log-line.error{font-size:inherit;color:inherit}
-.log-newest{position:absolute;inset:auto 0 14px;margin:auto;width:fit-content;border-radius:99px}
-.log-bar .btn{margin-inline-start:auto}.log-box .empty{position:absolute;inset:0}
-.below{margin:10px 0 16px}.version{margin:auto 10px 0;padding-top:16px}.narrow{max-width:760px}
-.card .stack>.row>.grow{min-width:200px}
+:is(.log-pane.wrap,.log-line.open) bdi{white-space:pre-wrap}.level{width:58px;flex:none}
+.log-line.error{font-size:inherit;color:inherit}.warning .level{color:var(--warn)}
+.error .level{color:var(--bad)}
+.log-newest{position:absolute;inset:auto 0 14px;margin:auto;width:fit-content}
 .play{display:flex;flex-direction:column;gap:12px;height:calc(100dvh - 130px);min-height:440px}
 .play-log{flex:1;min-height:0;overflow-y:auto;display:flex;flex-direction:column;gap:16px;
-padding:16px 2px;border-block:1px solid var(--line)}
-.play-log>.empty{margin:auto;max-width:44ch}.play-text{white-space:pre-wrap;overflow-wrap:anywhere}
-.play-user{align-self:flex-end;max-width:min(86%,720px);display:grid;gap:8px;padding:9px 14px;
-border-radius:14px 14px 4px 14px;background:var(--accent-soft)}
-.play-answer{max-width:860px}
+padding:16px 2px;border-block:1px solid var(--line)}.play-log>.empty{margin:auto}
+.play-text{white-space:pre-wrap;overflow-wrap:anywhere;max-width:860px}
+.play-user{align-self:flex-end;max-width:86%;display:grid;gap:8px;padding:9px 14px;
+border-radius:var(--radius);background:var(--accent-soft)}
 .play-fold{border-inline-start:3px solid var(--line);padding-inline-start:12px;font-size:13px}
-.play-composer{display:grid;gap:8px}.play-composer textarea{max-height:34vh;field-sizing:content}
-.play-thumb{display:inline-flex;align-items:center;gap:4px;max-width:260px;overflow:hidden}
-.play-thumb img{height:56px;max-width:140px;object-fit:cover;border-radius:6px}
+.play-composer{display:grid;gap:8px}.play-thumb img{height:56px;border-radius:var(--small)}
 .chart-art{display:block;margin-bottom:10px}.chart-art text{font-size:12px;fill:var(--muted)}
 .chart-art line{stroke:var(--line)}.chart-art rect{fill:var(--c)}
-.chart-dot{width:10px;height:10px;border-radius:3px;background:var(--c);flex:none}
-.series-1{--c:var(--series-1)}.series-2{--c:var(--series-2)}.series-3{--c:var(--series-3)}
-.series-4{--c:var(--series-4)}.series-5{--c:var(--series-5)}.series-6{--c:var(--series-6)}
-.series-7{--c:var(--series-7)}.series-8{--c:var(--series-8)}
-.usage-sum tr:last-child td{font-weight:650;border-top:2px solid var(--line)}
-@media (min-width:641px){
-.data td .btn.small{margin-block:-3px}
-}
-@media (min-width:1180px){
-.grid.uneven{grid-template-columns:minmax(0,3fr) minmax(0,2fr)}
-}
+.chart-dot{width:10px;height:10px;border-radius:3px;background:var(--c)}
+.series-1{--c:var(--s1)}.series-2{--c:var(--s2)}.series-3{--c:var(--s3)}.series-4{--c:var(--s4)}
+.series-5{--c:var(--s5)}.series-6{--c:var(--s6)}.series-7{--c:var(--s7)}.series-8{--c:var(--s8)}
+dialog{width:min(560px,calc(100vw - 24px));max-height:calc(100dvh - 32px);padding:0;border:0;
+border-radius:var(--radius);color:inherit;background:var(--surface);box-shadow:var(--shadow)}
+dialog.wide{width:min(860px,calc(100vw - 24px))}dialog::backdrop{background:#0b0f1480}
+dialog.gate::backdrop{background:var(--bg)}
+dialog form{display:flex;flex-direction:column;max-height:calc(100dvh - 32px)}
+dialog :is(header,footer){display:flex;flex-wrap:wrap;align-items:center;gap:8px;padding:14px 20px}
+dialog header h2{flex:1}dialog footer{justify-content:flex-end;border-top:1px solid var(--line)}
+.dialog-body{padding:2px 20px 18px;overflow-y:auto;display:grid;gap:14px;
+grid-template-columns:minmax(0,1fr)}
+#toasts{position:fixed;inset:auto 16px 16px auto;z-index:9;display:grid;gap:8px;margin:0;padding:0;
+max-width:min(420px,calc(100vw - 32px));border:0;background:none;overflow:visible;color:inherit}
+.toast{display:flex;align-items:flex-start;gap:10px;padding:8px 8px 8px 14px;
+border-radius:var(--small);background:var(--surface);box-shadow:var(--shadow);
+overflow-wrap:anywhere;border-inline-start:4px solid var(--ok)}.toast.bad{border-color:var(--bad)}
 @media (max-width:900px){
-#app{grid-template-columns:minmax(0,1fr)}
-#nav{position:fixed;inset:0 auto 0 0;z-index:11;width:260px;height:auto;grid-row:auto;
-transform:translateX(-105%);visibility:hidden;transition:transform .18s ease,visibility .18s;
-box-shadow:var(--shadow-2)}
-#nav.open{transform:none;visibility:visible}
-#nav.open~#veil{display:block;position:fixed;inset:0;z-index:10;background:#0b0f1480}
-#nav li a{padding-block:9px}#burger{display:inline-flex;margin-inline-start:-8px}
-.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}#top{padding:8px 16px}
-#main{padding:16px 16px 56px}
+#app{display:block}#top{padding:8px 16px;top:0}#main{padding:16px 16px 56px}
+#burger{display:inline-flex;margin-inline-start:-8px}#nav{display:none;position:static;height:auto}
+#nav.open{display:flex}.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}
 }
 @media (max-width:640px){
-h1{font-size:17px}#top h1{white-space:normal;line-height:1.2}
-.row>.search{width:auto!important;flex:1 1 200px}.log-bar .search,.log-bar .hint{order:1}
-.log-bar select{flex:0 1 180px;min-width:0}
-.live span:not(.dot){position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+h1{font-size:17px}.card{padding:14px}.figure{font-size:18px}.tiles{gap:10px}
+.live span:not(.dot),.log-line>span:first-child,.data thead{display:none}
 .btn,.icon-btn,input:not([type=checkbox]),select{min-height:38px}
-input,select,textarea{font-size:16px!important}.card{padding:14px}
-.scroll{margin:0;padding:0;overflow:visible}.data,.data tbody{display:block}
-.data thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-.data tr{display:grid;grid-template-columns:minmax(0,1fr);gap:2px;padding:10px 0;
-border-bottom:1px solid var(--line)}
-.data tr:last-child{border-bottom:0}
-.data td{display:flex;justify-content:space-between;gap:14px;padding:1px 0;border:0;text-align:end;
-align-items:baseline}
-.data td>*{min-width:0}
-.data td::before{content:attr(data-label);color:var(--muted);font-size:13px;text-align:start;
-flex:none}
+input,select,textarea{font-size:16px!important}.row>.search{flex:1 1 150px}.search{max-width:none}
+.data,.data tbody{display:block}.data tr{display:grid;padding:10px 0;position:relative;
+grid-template-columns:minmax(0,1fr);border-bottom:1px solid var(--line)}
+.data td{display:flex;justify-content:space-between;gap:14px;padding:1px 0;border:0;text-align:end}
+.data td>*{min-width:0}.data td::before{content:attr(data-label);color:var(--muted);flex:none}
 .data td:first-child::before,.data td.bare::before{content:none}
-.data td:first-child{font-weight:600;text-align:start}.data td.blank,.data .minor{display:none}
-.data tr.open{position:relative}.data tr.open td.bare{position:absolute;inset:4px 0 auto auto}
-.tiles{gap:10px}.tile .figure{font-size:18px;gap:5px}.spread>.row:has(.search){width:100%}
-.facts{grid-template-columns:minmax(0,1fr);gap:0}.facts dd{margin-bottom:8px}.search{max-width:none}
-.alias{grid-template-columns:minmax(0,1fr) auto;padding-bottom:10px;
-border-bottom:1px solid var(--line)}
-.alias>:nth-child(2){display:none}.alias>:nth-child(3){grid-column:1/-1;grid-row:2}
+.data td:first-child{font-weight:600;text-align:start}.data :is(.blank,.minor){display:none}
+.data tr.open td.bare{position:absolute;inset:4px 0 auto auto}
+.facts{grid-template-columns:minmax(0,1fr);gap:0}.facts dd{margin-bottom:8px}
 .step{flex-direction:column;gap:10px}.limit{grid-template-columns:minmax(0,1fr) auto}
-.limit .meter{grid-row:2;grid-column:1/-1}.log-line{gap:8px;padding:0 8px}
-.log-line>span:first-child{display:none}.log-pane{height:max(300px,calc(100dvh - 230px))}
-#toasts{inset-inline:16px}.play{height:calc(100dvh - 100px)}
+.limit meter{grid-row:2;grid-column:1/-1}.log-pane{height:max(300px,calc(100dvh - 230px))}
+.play{height:calc(100dvh - 100px)}
 }
-@media (prefers-reduced-motion:reduce){
-*,*::before,*::after{animation-duration:.01s!important;transition:none!important;
-scroll-behavior:auto!important}
-}
-@media (forced-colors:active){
-.badge,.tabs>[aria-pressed=true]{border:1px solid}.dot{forced-color-adjust:none}
-}
+@media (prefers-reduced-motion:reduce){*,*::before{animation-duration:.01s!important}}
+@media (forced-colors:active){.badge,.tabs>[aria-pressed=true]{border:1px solid}}
 """
 
 # language=HTML
@@ -15389,7 +15283,6 @@ PAGE_HTML = r"""<!doctype html>
  fill="#0d6e6a"/><path d="M7 9h4c6 0 4 7 9 7h5M7 23h4c6 0 4-7 9-7M7 16h9" fill="none" stroke="#fff"
  stroke-width="2.6" stroke-linecap="round" stroke-linejoin="round"/></svg>
 <span>iflow2api</span></a></nav>
-<div id="veil"></div>
 <header id="top"></header>
 <main id="main" tabindex="-1"></main>
 </div>
@@ -15410,84 +15303,58 @@ const BASE = location.pathname.replace(/\/+$/, '') + '/api/';
 const isDark = matchMedia('(prefers-color-scheme: dark)');
 /** name -> {needs: what the API is asked first, draw(root, answers, arguments) -> what ends it}. */
 const VIEWS = {};
-const NAV = [['', ['overview', 'guide']], ['use', ['playground', 'clients', 'usage']],
-  ['setup', ['providers', 'models', 'keys', 'instances', 'settings']],
-  ['system', ['logs', 'about']]];
 let session = {language: '', theme_mode: 'system', version: '', base_url: ''};
 
-// --- nodes: text only, never markup; no style attribute, which the page's policy forbids
+// --- nodes: text only, never markup
 
-function fill(node, props, children) {
-  const {text, on, data, style, value, ...attributes} = props;
+const isBlank = value => value === null || value === undefined || value === '' || value === false;
+const isEmpty = value => isBlank(value) || typeof value === 'object' && !Object.keys(value).length;
+/** el(tag, {attributes, text, value, on: {event: fn}, data: {}}, ...children). */
+const make = create => (tag, first, ...rest) => {
+  const node = create(tag), isProps = first && first.constructor === Object;
+  const {text, on, data, value, ...attributes} = isProps ? first : {};
   if (text !== undefined) node.textContent = text;
   for (const type in on) node.addEventListener(type, on[type]);
   Object.assign(node.dataset, data);
-  for (const part in style) node.style.setProperty(part, style[part]);
   for (const [name, given] of Object.entries(attributes))
-    if (given !== null && given !== undefined && given !== false)
-      node.setAttribute(name, given === true ? '' : given);
-  node.append(...children.flat(9).filter(child => child || child === 0));
+    if (given === '' || !isBlank(given)) node.setAttribute(name, given === true ? '' : given);
+  node.append(...[isProps ? [] : first, rest].flat(9).filter(child => child || child === 0));
   if (value !== null && value !== undefined) node.value = value;         // after a select's options
   return node;
-}
-const isProps = value => value && typeof value === 'object' && !(value instanceof Node) &&
-  !Array.isArray(value);
-const make = create => (tag, first, ...rest) => isProps(first) ?
-  fill(create(tag), first, rest) : fill(create(tag), {}, [first, ...rest]);
+};
 const el = make(tag => document.createElement(tag));
 const svg = make(tag => document.createElementNS(SVG, tag));
-
-const ICONS = {                                    // strokes in a square of 24
-  overview: 'M3 12h4l3-8 4 16 3-8h4', guide: 'M5 21V4h11l-2 4 2 4H5',
-  clients: 'M8 8l-4 4 4 4M16 8l4 4-4 4M13 5l-2 14', playground: 'M4 5h16v11H9l-5 4z',
-  usage: 'M5 20V11M12 20V4M19 20v-6',
-  keys: 'M14.5 14a5 5 0 1 0-4.6-3L3 18v3h4v-3h3v-3z',
-  providers: 'M4 4h16v6H4zM4 14h16v6H4zM8 7h.01M8 17h.01',
-  models: 'M12 3l8 4.5v9L12 21l-8-4.5v-9zM4 7.5l8 4.5 8-4.5M12 12v9',
-  instances: 'M8 8h12v12H8zM4 16V4h12',
-  settings: 'M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5',
-  logs: 'M4 6h16M4 11h11M4 16h16M4 21h8',
-  about: 'M12 21a9 9 0 1 0 0-18 9 9 0 0 0 0 18zM12 11v5M12 8h.01',
-  menu: 'M4 7h16M4 12h16M4 17h16', close: 'M6 6l12 12M18 6L6 18',
-  up: 'M12 19V5M6 11l6-6 6 6', down: 'M12 5v14M6 13l6 6 6-6', plus: 'M12 5v14M5 12h14',
-  trash: 'M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13', more: 'M9 6l6 6-6 6',
-  copy: 'M9 9h11v11H9zM5 15H4V4h11v1', check: 'M5 13l4 4L19 7',
-  user: 'M12 12a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM5 20c1-4 4-5 7-5s6 1 7 5',
-  system: 'M3 5h18v11H3zM9 20h6', dark: 'M20 14.5A8.5 8.5 0 1 1 9.5 4a7 7 0 0 0 10.5 10.5z',
-  light: 'M12 16a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM12 2v2M12 20v2M2 12h2M20 12h2M5 5l1 1M18 18l1 1' +
-    'M5 19l1-1M18 6l1-1',
-  image: 'M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M9 9h.01', download: 'M12 4v11M7 11l5 5 5-5M4 20h16',
-  link: 'M10 14L20 4M14 4h6v6M18 14v6H4V6h6'};
-const icon = name => svg('svg', {class: 'icon', viewBox: '0 0 24 24', 'aria-hidden': 'true'},
-  svg('path', {d: ICONS[name]}));
-const button = (label, click, kind = '', image = '') =>
-  el('button', {class: 'btn ' + kind, type: 'button', on: {click}}, image && icon(image), label);
-const iconButton = (image, label, click, props = {}) => el('button', {class: 'icon-btn',
-  type: 'button', 'aria-label': label, title: label, on: {click}, ...props}, icon(image));
-const link = (label, href, kind = '') => el('a', {class: 'btn ' + kind, href, text: label});
+const GLYPHS = {menu: '\u2630', close: '\u00d7', more: '\u203a', up: '\u2191', down: '\u2193',
+  user: '\u2026', system: '\u25d0', light: '\u2600\ufe0e', dark: '\u263e'};
 const badge = (text, kind = '') => el('span', {class: 'badge ' + kind, text});
 const hint = (...parts) => el('p', {class: 'hint'}, parts);
 const note = (kind, ...parts) => el('div', {class: 'note ' + kind}, parts);
+const row = (...parts) => el('div', {class: 'row'}, parts);
+const stack = (...parts) => el('div', {class: 'stack'}, parts);
+const grid = (kind, ...parts) => el('div', {class: 'grid ' + kind}, parts);
+const link = (label, href, kind = '') => el('a', {class: 'btn ' + kind, href, text: label});
 /** A card with its title and, to the right of it, what can be done. */
 const card = (title, tools, ...body) => el('section', {class: 'card', 'aria-label': title},
   el('div', {class: 'spread'}, el('h2', {text: title}), tools), body);
-const isBlank = value => value === null || value === undefined || value === '' || value === false;
-const facts = rows => el('dl', {class: 'facts'}, rows.filter(row => row && !isBlank(row[1]))
-  .map(([name, value]) => [el('dt', {text: name}), el('dd', nodesOf(value))]));
+/** A list of `given`: {key of the name's text: value}; blank ones are left out. */
+const facts = given => el('dl', {class: 'facts'}, Object.entries(given)
+  .filter(([, value]) => !isBlank(value))
+  .map(([key, value]) => [el('dt', {text: t(key)}), el('dd', nodesOf(value))]));
+let ids = 0;
+const uid = () => 'i' + ++ids;
 
 // --- words and figures
 
 const stored = {                                   // private windows may forbid it
-  get(name) { try { return localStorage.getItem('iflow2api.' + name) ||
-    ''; } catch { return ''; } },
-  set(name, value) { try { localStorage.setItem('iflow2api.' + name, value); } catch { /* */ } }};
+  get(name) { try { return localStorage['iflow2api.' + name] || ''; } catch { return ''; } },
+  set(name, value) { try { localStorage['iflow2api.' + name] = value; } catch { /* */ } }};
 const lang = () => stored.get('lang') || session.language ||
   (/^zh/i.test(navigator.language) ? 'zh' : 'en');
 const theme = () => stored.get('theme') || session.theme_mode || 'system';
 const pick = pair => pair[lang()] || pair.en || pair.zh || '';
 /** The text of a key; `{name}` is put in, `{n:line|lines}` chooses by number. */
 function t(key, vars = {}) {
-  const text = TEXTS[key] ? TEXTS[key][lang() === 'zh' ? 0 : 1] : key;
+  const text = Object.hasOwn(TEXTS, key) ? TEXTS[key][lang() === 'zh' ? 0 : 1] : key;
   return text.replace(/\{(\w+)(?::([^|}]*)\|([^}]*))?\}/g, (all, name, one, many) =>
     !(name in vars) ? all : one === undefined ? vars[name] : Number(vars[name]) === 1 ? one : many);
 }
@@ -15497,22 +15364,25 @@ const unseen = new RegExp('[\\0-\\x08\\v-\\x1f\\x7f-\\x9f\\u061c\\u200b\\u200e\\
 const clean = text => String(text ?? '').replace(unseen, c =>
   '\u27e8' + c.charCodeAt(0).toString(16).toUpperCase().padStart(2, '0') + '\u27e9');
 const foreign = (text, css) => el('bdi', {class: css, text: clean(text)});
+const mono = text => !isBlank(text) && foreign(text, 'mono break');
 const nodesOf = value => value instanceof Node || Array.isArray(value) ? value : foreign(value);
+const lines = text => text.split(/[\n,]/).map(part => part.trim()).filter(Boolean);
+const DASH = '\u2013', DOT = ' \u00b7 ';
 const locale = () => lang() === 'zh' ? 'zh-CN' : 'en-GB';
 const UNITS = [['second', 1, 90], ['minute', 60, 5400], ['hour', 3600, 129600], ['day', 86400]];
 const unitOf = s => UNITS.find(([, , most]) => !(s >= most));
 /** Epoch seconds, of ISO 8601 too. */
 const epochOf = when => typeof when === 'string' ? Date.parse(when) / 1000 : when;
 const moment = (when, style) => epochOf(when) ?
-  new Intl.DateTimeFormat(locale(), style).format(epochOf(when) * 1000) : '\u2013';
+  new Intl.DateTimeFormat(locale(), style).format(epochOf(when) * 1000) : DASH;
 const CLOCK = {hour: '2-digit', minute: '2-digit', hour12: false};
 const fmt = {
-  number: n => isBlank(n) ? '\u2013' : new Intl.NumberFormat(locale()).format(n),
+  number: n => isBlank(n) ? DASH : new Intl.NumberFormat(locale()).format(n),
   tokens: n => isBlank(n) || n < 10000 ? fmt.number(n) : n < 1e6 ?
     (n / 1e3).toFixed(n < 1e5 ? 1 : 0) + 'k' : (n / 1e6).toFixed(n < 1e8 ? 1 : 0) + 'M',
   time: when => moment(when, {...CLOCK, second: '2-digit'}),
   date: when => moment(when, {...CLOCK, year: 'numeric', month: 'short', day: 'numeric'}),
-  seconds: s => isBlank(s) ? '\u2013' : s < 0.9995 ? Math.round(s * 1000) + ' ms' :
+  seconds: s => isBlank(s) ? DASH : s < 0.9995 ? Math.round(s * 1000) + ' ms' :
     s < 99.95 ? s.toFixed(s < 9.95 ? 2 : 1) + ' s' : fmt.span(s),
   span(s) {
     const [unit, size] = unitOf(s), style = {style: 'unit', unit, unitDisplay: 'long'};
@@ -15533,8 +15403,8 @@ class ApiError extends Error {
     Object.assign(this, {status, code: error.code || '', param: error.param || ''});
   }
 }
-const SAID = {changed_meanwhile: 'conflict', address_changed: 'address_changed'};
-const errorText = error => SAID[error.code] ? t(SAID[error.code]) :
+const OWN_WORDS = {changed_meanwhile: 'conflict', address_changed: 'address_changed'};
+const errorText = error => OWN_WORDS[error.code] ? t(OWN_WORDS[error.code]) :
   error instanceof ApiError ? clean(error.message) :
     t('error_page', {text: clean(error.message || error)});
 /** A Response that is fine, else ApiError; signs in again where the session has ended. */
@@ -15557,54 +15427,51 @@ async function api(path, options) {
   const response = await request(path, options);
   return response.status === 204 ? null : response.json();
 }
-
 /** The one stream of events, resumed where it broke; a hidden page lets it go. */
-const live = (() => {
-  const listeners = {};
-  let source = null, withLogs = false, wanted = false, state = '', last = '', timer = 0, hidden = 0;
-  const emit = (name, data) => [...(listeners[name] || [])].forEach(fn => fn(data));
-  const turn = now => { if (state !== now) emit('state', state = now); };
-  function stop() {
-    clearTimeout(timer);
-    if (source) source.close();
-    source = null;
-  }
-  function start() {
-    stop();
-    source = new EventSource(`${BASE}events?last_event_id=${last}${withLogs ? '&logs=1' : ''}`);
+const live = {state: '', last: '', withLogs: false, listeners: {},
+  on(name, fn) {
+    const those = live.listeners[name] = live.listeners[name] || new Set();
+    those.add(fn);
+    return () => those.delete(fn);
+  },
+  emit(name, data) { for (const fn of [...live.listeners[name] || []]) fn(data); },
+  turn(now) { if (live.state !== now) live.emit('state', live.state = now); },
+  stop() {
+    clearTimeout(live.timer);
+    if (live.source) live.source.close();
+    live.source = null;
+  },
+  start() {
+    live.stop();
+    const source = live.source = new EventSource(
+      `${BASE}events?last_event_id=${live.last}${live.withLogs ? '&logs=1' : ''}`);
     for (const name of ['overview', 'request', 'log', 'dropped', 'config'])
       source.addEventListener(name, event => {
-        last = event.lastEventId;
-        emit(name, JSON.parse(event.data));
+        live.last = event.lastEventId;
+        live.emit(name, JSON.parse(event.data));
       });
-    source.onopen = () => turn('open');
+    source.onopen = () => live.turn('open');
     source.onerror = () => {
-      turn('closed');
+      live.turn('closed');
       if (source.readyState !== EventSource.CLOSED) return;
-      stop();                          // refused: where the session has ended, overview tells
-      timer = setTimeout(() => api('overview').then(start, start), 1500);
+      live.stop();                     // refused: where the session has ended, overview tells
+      live.timer = setTimeout(() => api('overview').then(live.start, live.start), 1500);
     };
-  }
-  document.addEventListener('visibilitychange', () => {
-    clearTimeout(hidden);              // a browser has six connections for all tabs of one server
-    if (document.hidden) hidden = setTimeout(() => { stop(); turn('closed'); }, 20000);
-    else if (wanted && !source) start();
-  });
-  return {start() { wanted = true; start(); }, stop() { wanted = false; stop(); },
-    on(name, fn) {
-      (listeners[name] = listeners[name] || new Set()).add(fn);
-      return () => listeners[name].delete(fn);
-    },
-    logs(on) { if (withLogs !== on) { withLogs = on; if (source) start(); } },
-    get state() { return state; }};
-})();
+  },
+  logs(on) { live.withLogs = on; if (live.source) live.start(); },
+  follow() {                           // a browser has six connections for all tabs of one server
+    clearTimeout(live.hidden);
+    if (!document.hidden && !live.source) live.start();
+    if (document.hidden)
+      live.hidden = setTimeout(() => { live.stop(); live.turn('closed'); }, 20000);
+  }};
 
 // --- parts
 
 function toast(text, kind = 'ok') {
   const box = $('#toasts'), item = el('div', {class: 'toast ' + kind},
     el('span', {class: 'grow', text: clean(text)}),
-      iconButton('close', t('close'), () => item.remove()));
+    iconButton('close', t('close'), () => item.remove()));
   box.append(item);
   while (box.children.length > 4) box.firstChild.remove();
   if (box.showPopover) {               // above a dialog
@@ -15625,16 +15492,27 @@ async function busy(node, promise) {
     if (focused && document.activeElement === document.body && node.isConnected) node.focus();
   }
 }
-/** A handler for clicks: busy while it runs, an error becomes a toast. */
-const act = run => event => busy(event.currentTarget, Promise.resolve().then(() => run(event)))
-  .catch(error => error.name === 'AbortError' || toast(errorText(error), 'bad'));
+const tellError = error => error.name === 'AbortError' || toast(errorText(error), 'bad');
+/** A handler of clicks: busy while it runs, an error becomes a toast. */
+const act = run => async event => {
+  try {
+    const node = event.currentTarget, result = run(event);
+    if (result instanceof Promise) await busy(node, result);
+  } catch (error) { tellError(error); }
+};
+const button = (label, run, kind = '', props = {}) => el('button',
+  {class: 'btn ' + kind, type: 'button', on: {click: act(run)}, ...props}, label);
+const iconButton = (image, label, run, props = {}) => el('button', {class: 'icon-btn',
+  type: 'button', 'aria-label': label, title: label, on: {click: act(run)}, ...props},
+  el('span', {'aria-hidden': 'true', text: GLYPHS[image]}));
 /** `actions`: [label, kind, run]; a `run` that gives false, or throws, leaves it open. */
 function dialog({title, body, actions = [], wide, gate, onclose}) {
   const error = el('p', {class: 'error', role: 'alert'}), close = () => node.open && node.close();
-  const press = async (node_, run) => {
+  const press = async (pressed, run) => {
     error.textContent = '';
-    try { if (!run || await busy(node_,
-      Promise.resolve(run())) !== false) close(); } catch (failure) {
+    try {
+      if (!run || await busy(pressed, Promise.resolve(run())) !== false) close();
+    } catch (failure) {
       error.textContent = errorText(failure);
       error.scrollIntoView({block: 'nearest'});
     }
@@ -15649,83 +15527,116 @@ function dialog({title, body, actions = [], wide, gate, onclose}) {
     el('header', heading, !gate ? iconButton('close', t('close'), close) :
       !shown && languageButton(() => location.reload())),
     el('div', {class: 'dialog-body'}, body, error), buttons.length > 0 && el('footer', buttons));
-  const node = el('dialog', {class: (wide ? 'wide ' : '') + (gate ? 'gate' : '') + (shown ?
-    ' over' : ''),
-    'aria-labelledby': heading.id, on: {
-      cancel(event) { if (gate) event.preventDefault(); },
-      keydown(event) { if (gate && event.key === 'Escape') event.preventDefault(); },
+  const stay = event => { if (gate) event.preventDefault(); };
+  const node = el('dialog', {class: (wide ? 'wide ' : '') + (gate && !shown ? 'gate' : ''),
+    'aria-labelledby': heading.id, on: {cancel: stay,
+      keydown: event => event.key === 'Escape' && stay(event),
       close() { node.remove(); if (onclose) onclose(); }}}, form);
   document.body.append(node);
   node.showModal();
   (form.querySelector('.dialog-body :is(input:not([tabindex]),select,textarea,a,button)') ||
     buttons[buttons.length - 1] || form).focus();
-  return {close, node, error};
+  return {close, error};
 }
-const CANCEL = () => [t('cancel'), 'quiet'];
 const confirmBox = (text, action = t('remove'), title = t('confirm')) => new Promise(done => {
   dialog({title, body: el('p', {class: 'break', text: clean(text)}), onclose: () => done(false),
-    actions: [CANCEL(), [action, 'danger', () => done(true)]]});
+    actions: [[t('cancel'), 'quiet'], [action, 'danger', () => done(true)]]});
 });
 /** Asks, then deletes what the API has there. */
-const removal = (question, path, label, small = 'small danger') => button(label || t('remove'),
-  act(async () => {
-    if (!await confirmBox(question, label)) return;
-    await api(path, {method: 'DELETE'});
-    await redraw();
-  }), small);
-let ids = 0;
-const uid = () => 'i' + ++ids;
-/** A control with its label; `.fail(text)` shows what is wrong with it. */
-function field(label, input, hintText) {
-  const id = input.id || (input.id = uid()), isCheck = input.type === 'checkbox';
-  const error = el('div', {class: 'error', id: id + 'e', role: 'alert'});
-  const name = el('label', {for: id}, label);
-  const node = el('div', {class: 'field' + (isCheck ? ' check' : '')},
-    isCheck ? [input, name] : [name, input],
-    hintText && el('div', {class: 'hint', id: id + 'h'}, hintText), error);
-  input.setAttribute('aria-describedby', (hintText ? id + 'h ' : '') + id + 'e');
-  node.input = input;
-  node.fail = text => {
-    error.textContent = clean(text);
-    input.setAttribute('aria-invalid', Boolean(text));
-    if (text) input.focus();
-    return false;
-  };
-  input.addEventListener('input', () => error.textContent && node.fail(''));
-  input.addEventListener('invalid', event => {     // in the page's language, not the browser's
-    event.preventDefault();
-    node.fail(t(input.validity.valueMissing ? 'invalid_missing' :
-      input.validity.tooShort ? 'password_hint' : 'invalid'));
-  });
-  return node;
+const removal = (question, path, name, label = t('remove')) => button(label, async () => {
+  if (!await confirmBox(question, label)) return;
+  await api(path + encodeURIComponent(name), {method: 'DELETE'});
+  await redraw();
+}, 'small danger', {'aria-label': label + ' ' + clean(name)});
+
+// --- fields and forms
+
+function parseJson(text) {
+  try { return JSON.parse(text); } catch (error) {
+    throw new Error(t('bad_json', {text: error.message}));
+  }
 }
-/** Fields by name, of rows [name, label, control, hint]. */
-function form(rows) {
-  const boxes = {};
-  for (const [name, label, control, hintText] of rows) boxes[name] = field(label, control,
-    hintText);
-  const text = name => boxes[name].input.value.trim();
-  return {...boxes, boxes: Object.values(boxes), text,
-    number: name => text(name) === '' ? null : Number(text(name)),
-    /** Shows an error at its field, and throws one that has none. */
-    blame(error) {
-      const box = boxes[(error.param || '').split(/[.[]/)[0]];
-      if (!box) throw error;
-      const fold = box.closest('details');
-      if (fold) fold.open = true;
-      return box.fail(errorText(error));
-    }};
-}
+const QUIET = {autocomplete: 'off', spellcheck: 'false'};
+const input = (props = {}) => el('input', {type: 'text', ...QUIET, ...props});
+const area = (value, rows, props) =>
+  el('textarea', {class: 'mono', ...QUIET, value, rows, ...props});
 const option = (value, text = value) => el('option', {value, text});
 const select = (props, options) => el('select', props, options);
-const input = (props = {}) => el('input', {type: 'text', autocomplete: 'off', spellcheck: 'false',
-  ...props});
-const area = (props = {}) => el('textarea', {class: 'mono', rows: 2, autocomplete: 'off',
-  spellcheck: 'false', ...props});
-const search = (label, on, props = {}) => input({type: 'search', class: 'search',
-  placeholder: label, 'aria-label': label,
-    on: {input: event => on(event.target.value.toLowerCase())},
-  ...props});
+/** {name: its text} of names whose texts begin with `prefix`. */
+const texts = (prefix, names) => Object.fromEntries(names.map(name => [name, t(prefix + name)]));
+/** How a value of each kind is asked for: a control, and what reads it, which may throw. */
+const KINDS = {
+  text: (value, props) => [input({value, ...props}), node => node.value.trim()],
+  password: (value, props) => [input({type: 'password', required: true, maxlength: 200, ...props}),
+    node => node.value],
+  date: (value, props) => [input({type: 'date', ...props}), node => node.value],
+  number: (value, props) => [input({type: 'number', min: 0, step: 1, value, ...props}),
+    node => node.value === '' ? null : Number(node.value)],
+  check: (value, props) => [el('input', {type: 'checkbox', checked: Boolean(value), ...props}),
+    node => node.checked],
+  choice: (value, {options, ...props}) => [select({value, ...props}, options.map(each =>
+    option(...[each].flat()))), node => node.value],
+  list: (value, props) => [area(value.join('\n'), Math.max(2, value.length), props),
+    node => node.value.split('\n').map(line => line.trim()).filter(Boolean)],
+  json(value, {nothing, ...props}) {
+    const text = isEmpty(value) ? '' : JSON.stringify(value, null, 2);
+    return [area(text, Math.min(14, text.split('\n').length + 1), props),
+      node => node.value.trim() ? parseJson(node.value) : nothing];
+  }};
+/** A control with its label, the text `label`, and its hint, the text `label_hint`.
+ *  `.read()` gives its value; `.fail(text)` shows what is wrong with it. */
+function field(name, kind, value, {label = name, title = t(label), below, ...props} = {}) {
+  const [control, read] = KINDS[kind](value, props), id = control.id = uid();
+  const words = below || TEXTS[label + '_hint'] && t(label + '_hint');
+  const error = el('div', {class: 'error', id: id + 'e', role: 'alert'});
+  const caption = el('label', {for: id}, title);
+  const node = el('div', {class: 'field' + (kind === 'check' ? ' check' : '')},
+    kind === 'check' ? [control, caption] : [caption, control],
+    words && el('div', {class: 'hint', id: id + 'h'}, words), error);
+  control.setAttribute('aria-describedby', (words ? id + 'h ' : '') + id + 'e');
+  control.addEventListener('input', () => error.textContent && node.fail(''));
+  control.addEventListener('invalid', event => {   // in the page's language, not the browser's
+    event.preventDefault();
+    node.fail(t(control.validity.valueMissing ? 'invalid_missing' :
+      control.validity.tooShort ? 'password_new_hint' : 'invalid'));
+  });
+  return Object.assign(node, {control, field: name, fail(text) {
+    error.textContent = clean(text);
+    control.setAttribute('aria-invalid', Boolean(text));
+    if (text) control.focus();
+    return false;
+  }, read() {
+    try { return read(control); } catch (failure) {
+      node.fail(failure.message);
+      throw failure;
+    }
+  }});
+}
+/** Fields of rows [name, kind, value, more]: {nodes, by name, values()}. */
+function form(rows) {
+  const nodes = rows.map(each => field(...each));
+  return {nodes, ...Object.fromEntries(nodes.map(node => [node.field, node])),
+    values: () => Object.fromEntries(nodes.map(node => [node.field, node.read()])),
+    /** Shows an error at its field, and throws one that has none. */
+    blame(error) {
+      const node = nodes.find(each => each.field === error.param.split(/[.[]/)[0]);
+      if (!node) throw error;
+      const fold = node.closest('details');
+      if (fold) fold.open = true;
+      return node.fail(errorText(error));
+    }};
+}
+/** A dialog of a form's fields, or of `body`; `save(values)`, and its error goes to its field. */
+const formDialog = ({ask, body = ask.nodes, label = t('save'), save, actions = [], ...more}) =>
+  dialog({body, ...more, actions: [...more.gate ? [] : [[t('cancel'), 'quiet']], ...actions,
+    [label, 'primary', async () => {
+      try { return await save(ask.values()); } catch (error) {
+        if (!(error instanceof ApiError)) throw error;
+        return ask.blame(error);
+      }
+    }]]});
+const search = (label, run) => input({type: 'search', class: 'search', placeholder: label,
+  'aria-label': label, on: {input: event => run(event.target.value.toLowerCase())}});
 /** Buttons of which one is pressed; `choices`: {key: text}. */
 function segments(label, choices, value, onPick) {
   const press = key => nodes.forEach(node => node.setAttribute('aria-pressed',
@@ -15734,19 +15645,6 @@ function segments(label, choices, value, onPick) {
     data: {key}, on: {click() { press(key); onPick(key); }}}));
   press(value);
   return el('div', {class: 'tabs', role: 'group', 'aria-label': label}, nodes);
-}
-const lines = text => text.split(/[\n,]/).map(part => part.trim()).filter(Boolean);
-function parseJson(text) {
-  try { return JSON.parse(text); } catch (error) {
-    throw new Error(t('bad_json', {text: error.message}));
-  }
-}
-const isEmpty = value => isBlank(value) || typeof value === 'object' && !Object.keys(value).length;
-/** A text area for JSON; empty text stands for `nothing`.  `read()` throws what is wrong. */
-function jsonArea(value, nothing) {
-  const text = isEmpty(value) ? '' : JSON.stringify(value, null, 2);
-  const node = area({rows: Math.min(14, text.split('\n').length + 1), value: text});
-  return Object.assign(node, {read: () => node.value.trim() ? parseJson(node.value) : nothing});
 }
 /** Also where there is no clipboard: plain http beyond this machine. */
 async function copyText(text, near) {
@@ -15762,77 +15660,42 @@ async function copyText(text, near) {
 }
 function copyButton(text, label = t('copy')) {
   const word = el('span', {text: label, 'aria-live': 'polite'});
-  return el('button', {class: 'btn small', type: 'button', on: {async click(event) {
-    const node = event.currentTarget;
-    try { await copyText(text(), node); } catch (error) { return toast(errorText(error), 'bad'); }
+  return button(word, async event => {
+    await copyText(text(), event.currentTarget);
     word.textContent = t('copied');
-    node.firstChild.replaceWith(icon('check'));
-    setTimeout(() => { word.textContent = label; node.firstChild.replaceWith(icon('copy')); },
-      1600);
-  }}}, icon('copy'), word);
+    setTimeout(() => { word.textContent = label; }, 1600);
+  }, 'small');
 }
-const codeBlock = (title, text) => el('div', {class: 'stack tight'}, el('div', {class: 'spread'},
-  el('h3', {text: title}), copyButton(() => text)), el('pre', {tabindex: '0', 'aria-label': title},
-  foreign(text)));
-/** Columns are [label, render(row), class]; lines of the same `id(row)` and row stay. */
-function table({label, columns, rows = [], empty, open, id}) {
-  const head = ([text, , css]) => el('th', {scope: 'col', class: css},
-    text || el('span', {class: 'visually-hidden', text: t('actions')}));
+const codeBlock = (title, text) => stack(el('div', {class: 'spread'}, el('h3', {text: title}),
+  copyButton(() => text)), el('pre', {tabindex: '0', 'aria-label': title}, foreign(text)));
+const addressLine = url => row(mono(url), copyButton(() => url));
+/** Columns are [key of the head's text, render(row), class]; lines of the same `row` stay. */
+function table({label, columns, rows = [], empty, open}) {
+  const head = ([key, , css]) => el('th', {scope: 'col', class: css},
+    key ? t(key) : el('span', {class: 'visually-hidden', text: t('actions')}));
   const body = el('tbody'), nothing = el('div', {class: 'empty'}, empty || t('nothing'));
   const box = el('div', {class: 'scroll', tabindex: '0', role: 'group', 'aria-label': label},
     el('table', {class: 'data', 'aria-label': label}, el('thead', el('tr', columns.map(head))),
       body));
-  const cell = (row, [text, render, css]) => {
-    const value = render(row), kind = isBlank(value) ? ' blank' : text ? '' : ' bare';
-    return el('td', {class: (css || '') + kind, 'data-label': text || null},
+  const cell = (given, [key, render = item => item[key], css = '']) => {
+    const value = render(given), kind = isBlank(value) ? ' blank' : key ? '' : ' bare';
+    return el('td', {class: css + kind, 'data-label': key && t(key)},
       isBlank(value) ? null : el('div', nodesOf(value)));
   };
-  const line = row => el('tr', {class: open && 'open', on: open && {
-    click: event => event.target.closest('button,a,input') || open(row)}},
-  columns.map(column => cell(row, column)));
-  const root = el('div', box, nothing);
+  const line = given => el('tr', {class: open && 'open', on: open && {
+    click: event => event.target.closest('button,a,input') || open(given)}},
+  columns.map(column => cell(given, column)));
   let kept = new Map();
-  root.update = list => {
-    const now = new Map();
-    list.forEach((row, at) => {
-      const key = id ? id(row) : at, old = kept.get(key);
-      now.set(key, old && old.row === row ? old : {row, node: line(row)});
-    });
-    let at = 0;
-    for (const {node} of now.values()) {               // what is in its place keeps the focus
+  const root = Object.assign(el('div', box, nothing), {update(list) {
+    kept = new Map(list.map(given => [given, kept.get(given) || line(given)]));
+    [...kept.values()].forEach((node, at) => {       // what is in its place keeps the focus
       if (node !== body.children[at]) body.insertBefore(node, body.children[at] || null);
-      at++;
-    }
-    while (body.children.length > at) body.lastChild.remove();
-    kept = now;
-    box.hidden = !list.length;
-    nothing.hidden = list.length > 0;
-  };
+    });
+    while (body.children.length > kept.size) body.lastChild.remove();
+    [box.hidden, nothing.hidden] = [!list.length, list.length > 0];
+  }});
   root.update(rows);
   return root;
-}
-/** A button that opens a small menu; `items`: [[label, run]]. */
-function menuButton(node, items) {
-  const close = () => { menu.hidden = true; node.setAttribute('aria-expanded', 'false'); };
-  const menu = el('div', {class: 'menu', hidden: true}, items.map(([label, run]) => el('button',
-    {type: 'button', text: label, on: {click() { close(); node.focus(); run(); }}})));
-  const holder = el('div', {class: 'holder', on: {
-    keydown(event) {
-      const all = [...menu.children], step = {ArrowDown: 1, ArrowUp: -1}[event.key];
-      if (event.key === 'Escape') { close(); node.focus(); }
-      if (!step || menu.hidden) return;
-      event.preventDefault();
-      all[(all.indexOf(document.activeElement) + step + all.length) % all.length].focus();
-    },
-    focusout(event) { if (!holder.contains(event.relatedTarget)) close(); },
-    mousedown(event) { event.preventDefault(); }}}, node, menu);         // the menu keeps its focus
-  node.setAttribute('aria-expanded', 'false');
-  node.addEventListener('click', () => {
-    menu.hidden = !menu.hidden;
-    node.setAttribute('aria-expanded', !menu.hidden);
-    if (!menu.hidden) menu.firstChild.focus();
-  });
-  return holder;
 }
 /** Calls `fn` at most every `pause_ms`, and once more at the end. */
 function throttle(fn, pause_ms) {
@@ -15842,71 +15705,65 @@ function throttle(fn, pause_ms) {
 
 // --- the way in
 
-const password = (props = {}) =>
-  input({type: 'password', required: true, maxlength: 200, ...props});
-const currentPassword = () => password({autocomplete: 'current-password'});
-const newPassword = () => password({autocomplete: 'new-password', minlength: 8});
+const currentPassword = name => [name, 'password', '', {autocomplete: 'current-password',
+  label: name === 'current' ? 'password_current' : name}];
+const newPassword = name => [name, 'password', '', {autocomplete: 'new-password', minlength: 8,
+  label: name === 'again' ? 'password_repeat' : 'password_new'}];
 const userName = () => el('input', {class: 'visually-hidden', autocomplete: 'username',
   value: 'admin', tabindex: '-1', 'aria-hidden': 'true', readonly: true});   // password managers
 let signingIn = null;
 /** Asks for the password above whatever is there; what was typed below stays. */
 const signIn = () => signingIn = signingIn || new Promise(done => {
-  const ask = form([['password', t('password'), currentPassword()]]);
-  dialog({title: t('sign_in'), gate: true, onclose() { signingIn = null; done(); },
+  const ask = form([currentPassword('password')]), box = ask.password;
+  formDialog({title: t('sign_in'), gate: true, ask, label: t('sign_in'),
+    onclose() { signingIn = null; done(); },
     body: [el('p', {class: 'muted', text: t(shown ? 'sign_in_again' : 'sign_in_lead')}), userName(),
-      ask.boxes],
-    actions: [[t('sign_in'), 'primary', async () => {
-      try {
-        await api('session', {body: {user: 'admin', password: ask.password.input.value}});
-      } catch (error) {
-        ask.password.input.select();
-        return ask.password.fail(error.status === 401 ? t('sign_in_wrong') : error.status === 429 ?
-          t('sign_in_slow', {time: fmt.span(error.retryAfter || 1)}) : errorText(error));
-      }
-    }]]});
+      ask.nodes],
+    save: ({password}) => api('session', {body: {user: 'admin', password}}).catch(error => {
+      box.control.select();
+      return box.fail(error.status === 401 ? t('sign_in_wrong') : error.status === 429 ?
+        t('sign_in_slow', {time: fmt.span(error.retryAfter || 1)}) : errorText(error));
+    })});
 });
-/** Fields for a new password, after one that shows who may set it. */
-function passwordForm(...first) {
-  const ask = form([first, ['password', t('password_new'), newPassword(), t('password_hint')],
-    ['again', t('password_repeat'), newPassword()]]);
-  return {...ask, async save() {
-    const [name] = first, text = ask.password.input.value;
-    if (text !== ask.again.input.value) return ask.again.fail(t('password_differ'));
-    try {
-      await api('password', {body: {[name]: ask[name].input.value.trim(), password: text}});
-    } catch (error) { return ask.blame(error); }
-  }};
+/** Sets a password, after a field that shows who may. */
+function passwordDialog(first, {lead, ...more}) {
+  const ask = form([first, newPassword('password'), newPassword('again')]);
+  formDialog({ask, ...more, body: [lead, ask.nodes[0], userName(), ask.nodes.slice(1)],
+    async save({again, ...body}) {
+      if (body.password !== again) return ask.again.fail(t('password_differ'));
+      await api('password', {body});
+      if (shown) toast(t('password_changed'));
+    }});
 }
-const firstPassword = () => new Promise(done => {
-  const ask = passwordForm('code', t('setup_code'), input({required: true, maxlength: 16,
-    autocomplete: 'one-time-code', autocapitalize: 'characters', placeholder: 'ABCD-EFGH',
-    class: 'mono'}), t('setup_code_hint'));
-  dialog({title: t('setup_title'), gate: true, onclose: done, body: [
-    el('p', {class: 'muted', text: t('setup_lead')}), ask.code, userName(), ask.password,
-      ask.again],
-  actions: [[t('setup_go'), 'primary', ask.save]]});
-});
-function changePassword() {
-  const ask = passwordForm('current', t('password_current'), currentPassword());
-  dialog({title: t('password_change'),
-    body: [userName(), ask.boxes, hint(t('password_others_end'))],
-    actions: [CANCEL(), [t('save'), 'primary', async () => {
-      if (await ask.save() === false) return false;
-      toast(t('password_changed'));
-    }]]});
-}
+const firstPassword = () => new Promise(done => passwordDialog(['code', 'text', '', {
+  label: 'setup_code', required: true, maxlength: 16, autocomplete: 'one-time-code',
+  autocapitalize: 'characters', placeholder: 'ABCD-EFGH', class: 'mono'}],
+{title: t('setup_title'), label: t('setup_go'), gate: true, onclose: done,
+  lead: el('p', {class: 'muted', text: t('setup_lead')})}));
 async function signOut(everywhere) {
   await api('session', {method: 'DELETE', body: {everywhere}});
-  dirty = () => false;
+  isDirty = () => false;
   location.reload();
+}
+function accountDialog() {
+  const box = dialog({title: t('account'), body: stack(
+    button(t('password_change'), () => {
+      box.close();
+      passwordDialog(currentPassword('current'),
+        {title: t('password_change'), lead: hint(t('password_others_end'))});
+    }), button(t('sign_out'), () => signOut(false)),
+    button(t('sign_out_everywhere'), () => signOut(true)))});
 }
 
 // --- the frame
 
-let shown = null, dirty = () => false, here = '';
+const NAV = [['', ['overview', 'guide']], ['use', ['playground', 'clients', 'usage']],
+  ['setup', ['providers', 'models', 'keys', 'instances', 'settings']],
+  ['system', ['logs', 'about']]];
+let shown = null, isDirty = () => false, here = '';
 /** While `fn()` is true, leaving the view asks first, and nothing draws over what was typed. */
-const guard = fn => { dirty = fn; };
-const mayLeave = async () => !dirty() ||
+const guard = fn => { isDirty = fn; };
+const mayLeave = async () => !isDirty() ||
   confirmBox(t('unsaved'), t('discard'), t('unsaved_title'));
 function paint() {
   const now = theme(), root = document.documentElement;
@@ -15924,8 +15781,14 @@ function languageButton(then) {
 }
 function navGroup([group, names]) {
   const list = el('ul', {'aria-labelledby': group && 'nav-' + group}, names.map(name => el('li',
-    el('a', {href: '#' + name, data: {view: name}}, icon(name), t('view_' + name)))));
+    el('a', {href: '#' + name, data: {view: name}, text: t('view_' + name)}))));
   return group ? [el('h2', {text: t('nav_' + group), id: 'nav-' + group}), list] : [list];
+}
+/** Where the screen is narrow the navigation is shown on request. */
+function drawer(open) {
+  $('#nav').classList.toggle('open', open);
+  $('#burger').setAttribute('aria-expanded', open);
+  if (open) $('#nav [aria-current]').focus();
 }
 function frame() {
   paint();
@@ -15942,9 +15805,7 @@ function frame() {
     languageButton(async () => { frame(); await redraw(); $('#lang').focus(); }),
     iconButton(theme(), t('theme', {now: t('theme_' + theme()), next: t('theme_' + next)}),
       switchTheme, {id: 'theme'}),
-    menuButton(iconButton('user', t('account'), null, {id: 'account'}), [
-      [t('password_change'), changePassword], [t('sign_out'), () => signOut(false)],
-      [t('sign_out_everywhere'), () => signOut(true)]]));
+    iconButton('user', t('account'), accountDialog, {id: 'account'}));
   pulse();
 }
 function pulse() {
@@ -15952,11 +15813,6 @@ function pulse() {
   document.body.classList.toggle('offline', !open);
   $('#live').replaceChildren(el('span', {class: 'dot ' + (open ? 'ok' : 'warn')}),
     el('span', {text: t(open ? 'live_on' : 'live_off')}));
-}
-function drawer(open) {
-  $('#nav').classList.toggle('open', open);
-  $('#burger').setAttribute('aria-expanded', open);
-  if (open) ($('#nav [aria-current]') || $('#nav a')).focus();
 }
 function mark() {
   const name = here.split('/')[0], title = t('view_' + name);
@@ -15984,10 +15840,10 @@ async function redraw(...keys) {
   const plain = part => { try { return decodeURIComponent(part); } catch { return part; } };
   const [name, ...args] = here.split('/').map(plain), view = VIEWS[name], main = $('#main');
   if (shown && shown.end) shown.end();
-  dirty = () => false;
-  const mine = shown = {}, root = el('div', {class: 'stack'});
-  const loading = el('p', {class: 'empty', role: 'status', text: t('loading')});
+  isDirty = () => false;
+  const mine = shown = {}, root = stack();
   mark();
+  const loading = el('p', {class: 'empty', role: 'status', text: t('loading')});
   const wait = setTimeout(() => main.replaceChildren(loading),
     main.dataset.view === name ? 1500 : 150);
   try {
@@ -15999,26 +15855,27 @@ async function redraw(...keys) {
     mine.version = (data.find(each => each.version) || {}).version;
     mine.end = view.draw(root, data, args);
     scrollTo(0, place);
-    const held = [...keys, key].map(name => name && root.querySelector(
-      `[data-key="${CSS.escape(name)}"]:enabled`)).find(Boolean);
+    const held = [...keys, key].map(each => each && root.querySelector(
+      `[data-key="${CSS.escape(each)}"]:enabled`)).find(Boolean);
     if (held) held.focus();
   } catch (error) {
     if (mine !== shown) return;
     main.replaceChildren(el('div', {class: 'card empty', role: 'alert'},
-      el('p', foreign(errorText(error))),
-      button(t('retry'), () => redraw())));
+      el('p', foreign(errorText(error))), button(t('retry'), () => redraw())));
     if (!(error instanceof ApiError)) console.error(error);
   } finally { clearTimeout(wait); }
 }
-/** Saves settings; the new document.  What somebody else changed meanwhile is not written over. */
-const patchConfig = (version, set, unset = []) =>
-  api('config', {method: 'PATCH', body: {version, set, unset}}).catch(error => {
+/** Saves settings.  What somebody else changed meanwhile is not written over. */
+async function patchConfig(version, set, unset = [], said = 'saved') {
+  try { await api('config', {method: 'PATCH', body: {version, set, unset}}); } catch (error) {
     if (error.code === 'changed_meanwhile') tellOfChange();
     throw error;
-  });
+  }
+  await redraw();
+  toast(t(said));
+}
 function tellOfChange() {
-  const main = $('#main');
-  if (!$('#elsewhere')) main.prepend(el('div',
+  if (!$('#elsewhere')) $('#main').prepend(el('div',
     {class: 'note warn spread', id: 'elsewhere', role: 'alert'},
     t('conflict'), button(t('reload'), () => redraw())));
   scrollTo(0, 0);
@@ -16026,24 +15883,18 @@ function tellOfChange() {
 /** The configuration is another one: draw it, but never over what was typed. */
 function followConfig({version}) {
   if (!shown || !shown.version || shown.version === version || $('dialog')) return;
-  if (dirty()) tellOfChange(); else redraw();
+  if (isDirty()) tellOfChange(); else redraw();
 }
 async function start() {
-  const nav = $('#nav'), isNarrow = matchMedia('(max-width: 900px)');
   $('#skip').addEventListener('click', event => { event.preventDefault(); $('#main').focus(); });
-  $('#veil').addEventListener('click', () => drawer(false));
-  nav.addEventListener('keydown', event => {
+  $('#nav').addEventListener('keydown', event => {
     if (event.key === 'Escape') { drawer(false); $('#burger').focus(); }
-  });
-  nav.addEventListener('focusout', event => {
-    if (isNarrow.matches && event.relatedTarget &&
-      !nav.contains(event.relatedTarget)) drawer(false);
   });
   const picture = new XMLSerializer().serializeToString($('#mark'));
   document.head.append(el('link', {rel: 'icon',
     href: 'data:image/svg+xml,' + encodeURIComponent(picture)}));
   isDark.addEventListener('change', paint);
-  addEventListener('beforeunload', event => { if (dirty()) event.preventDefault(); });
+  addEventListener('beforeunload', event => { if (isDirty()) event.preventDefault(); });
   paint();
   while (!session.state) {
     try { session = await api('session'); } catch (error) {
@@ -16059,6 +15910,7 @@ async function start() {
   frame();
   $('#app').hidden = false;
   addEventListener('hashchange', go);
+  document.addEventListener('visibilitychange', live.follow);
   live.on('state', pulse);
   live.on('config', followConfig);
   live.start();
@@ -16069,128 +15921,110 @@ async function start() {
 #: State, figures, requests as they happen, and the chart.
 # language=JavaScript
 _JS_OVERVIEW = r"""
-const statusBadge = ({status}) => badge(status === 499 ? t('status_left') :
-  String(status || '\u2013'),
+const statusBadge = ({status}) => badge(status === 499 ? t('status_left') : String(status || DASH),
   {200: 'ok', 499: '', 429: 'warn'}[status] ?? 'bad');
 const tile = (label, figure, below) => el('div', {class: 'card tile'},
   el('div', {class: 'muted', text: label}), el('div', {class: 'figure'}, figure), hint(below));
 const problems = list => list && list.length > 0 && el('div', {class: 'note warn', role: 'status'},
   el('strong', {text: t('problems')}),
-    el('ul', {class: 'plain'}, list.map(line => el('li', foreign(line)))));
-const meter = (used, limit) => el('span', {class: 'meter', 'aria-hidden': 'true'},
-  el('span', {class: used >= limit && 'full',
-    style: {width: Math.min(100, 100 * used / limit) + '%'}}));
+  el('ul', {class: 'plain'}, list.map(line => el('li', foreign(line)))));
 /** `limits`: {rpm: {used, limit}, \u2026}. */
 const limitLines = limits => Object.entries(limits).map(([name, {used, limit}]) =>
-  el('div', {class: 'limit'}, el('span', {text: t('limit_' + name)}), meter(used, limit),
+  el('div', {class: 'limit'}, el('span', {text: t('limit_' + name)}),
+    el('meter', {value: used, max: limit, high: limit * 0.99, 'aria-hidden': 'true'}),
     el('span', {class: 'num', text: fmt.tokens(used) + ' / ' + fmt.tokens(limit)})));
 /** Health of a provider, as /health and the list tell it alike. */
 function healthBadge(item, resting) {
+  const states = {open: 'health_rests', 'half-open': 'health_tried'};
   if (!item.usable) return badge(t('health_disabled'), 'bad');
-  if (item.circuit === 'open') return badge(t('health_rests'), 'warn');
-  if (item.circuit === 'half-open') return badge(t('health_tried'), 'warn');
+  if (states[item.circuit]) return badge(t(states[item.circuit]), 'warn');
   return resting ? badge(t('health_keys_rest', {n: resting}), 'warn') : badge(t('health_ok'), 'ok');
 }
-function requestDialog(row) {
-  const with_ = (n, key, more) =>
-    fmt.number(n) + (more ? ' \u00b7 ' + t(key, {n: fmt.number(more)}) : '');
-  dialog({title: t('request_details'), wide: true, body: [facts([
-    [t('time'), moment(row.at, {dateStyle: 'medium', timeStyle: 'medium'})],
-    [t('request_id'), foreign(row.request_id, 'mono')], [t('model'), row.model],
-    [t('target'), row.target], [t('key'), row.key], [t('status'), statusBadge(row)],
-    [t('dialect'), row.dialect + (row.stream ? ' \u00b7 ' + t('streamed') : '')],
-      [t('error'), row.error],
-    [t('first_token'), row.stream && fmt.seconds(row.first_s)],
-    [t('duration'), fmt.seconds(row.total_s)],
-    [t('tokens_in'), with_(row.input, 'of_cached', row.cached)],
-    [t('tokens_out'), with_(row.output, 'of_reasoning', row.reasoning)],
-    [t('tokens_note'), row.estimated && t('estimated')]]), el('h3', {text: t('attempts')}),
-  table({label: t('attempts'), rows: row.attempts, columns: [
-    [t('provider'), item => item.provider], [t('model'), item => item.model],
-    [t('key'), item => item.key, 'mono'], [t('status'), statusBadge],
-    [t('duration'), item => fmt.seconds(item.total_s), 'end'],
-      [t('error'), item => item.error]]})]});
+const DURATION = ['duration', item => fmt.seconds(item.total_s), 'end'];
+function requestDialog(item) {
+  const tokens = (n, key, part) =>
+    fmt.number(n) + (part ? DOT + t(key, {n: fmt.number(part)}) : '');
+  const {request_id: id, model, target, key, error, stream} = item;
+  dialog({title: t('request_details'), wide: true, body: [facts({
+    time: moment(item.at, {dateStyle: 'medium', timeStyle: 'medium'}), request_id: mono(id), model,
+    target, key, status: statusBadge(item), error,
+    dialect: item.dialect + (stream ? DOT + t('streamed') : ''),
+    first_token: stream && fmt.seconds(item.first_s), duration: fmt.seconds(item.total_s),
+    tokens_in: tokens(item.input, 'of_cached', item.cached),
+    tokens_out: tokens(item.output, 'of_reasoning', item.reasoning),
+    tokens_note: item.estimated && t('estimated')}), el('h3', {text: t('attempts')}),
+  table({label: t('attempts'), rows: item.attempts, columns: [['provider'], ['model'],
+    ['key', undefined, 'mono'], ['status', statusBadge], DURATION, ['error']]})]});
 }
 const requestTable = () => table({label: t('requests'), empty: t('requests_none'),
-  open: requestDialog, id: row => row.request_id + row.at, columns: [
-    [t('time'), row => fmt.time(row.at), 'num nowrap'],
-    [t('model'), row => [foreign(row.model || '\u2013'), row.target && row.target !== row.model &&
-      el('span', {class: 'muted'}, ' \u2192 ', foreign(row.target))], 'break'],
-    [t('status'), statusBadge],
-    [t('first_token'), row => row.stream && fmt.seconds(row.first_s), 'end minor'],
-    [t('duration'), row => fmt.seconds(row.total_s), 'end'],
-    [t('tokens'), row => row.status === 200 &&
-      (row.estimated ? '\u2248 ' : '') + fmt.tokens(row.input) +
-      ' \u2192 ' + fmt.tokens(row.output), 'end'],
-    [t('key'), row => row.key, 'nowrap minor'],
-    [t('attempts'), ({attempts}) => attempts.length > 1 && String(attempts.length), 'end minor'],
-    ['', row => iconButton('more', t('request_details'), () => requestDialog(row)), 'end']]});
+  open: requestDialog, columns: [
+    ['time', item => fmt.time(item.at), 'num nowrap'],
+    ['model', item => [foreign(item.model || DASH), item.target && item.target !== item.model &&
+      el('span', {class: 'muted'}, ' \u2192 ', foreign(item.target))], 'break'],
+    ['status', statusBadge],
+    ['first_token', item => item.stream && fmt.seconds(item.first_s), 'end minor'], DURATION,
+    ['tokens', item => item.status === 200 && (item.estimated ? '\u2248 ' : '') +
+      fmt.tokens(item.input) + ' \u2192 ' + fmt.tokens(item.output), 'end'],
+    ['key', undefined, 'nowrap minor'],
+    ['attempts', ({attempts}) => attempts.length > 1 && String(attempts.length), 'end minor'],
+    ['', item => iconButton('more', t('request_details'), () => requestDialog(item)), 'end']]});
 VIEWS.overview = {needs: ['overview', 'requests?limit=200'], draw(root, [first, {data: rows}]) {
-  const parts = {}, div = (name, css) => parts[name] = el('div', {class: css});
+  const [top, logins, address, limits] = [stack(), el('div'), el('div'), stack()];
+  const tiles = grid('tiles'), requests = requestTable(), chart = usageChart('day');
+  const fields = ['model', 'target', 'key', 'status', 'error', 'request_id'];
   let word = '', last = '';
   const which = select({'aria-label': t('status'), on: {change: () => draw()}}, [
     option('', t('all')), option('ok', t('only_ok')), option('bad', t('only_bad'))]);
-  const requests = requestTable();
-  const fields = ['model', 'target', 'key', 'status', 'error', 'request_id'];
-  const draw = () => requests.update(rows.filter(row =>
-    (!which.value || (row.status === 200) === (which.value === 'ok')) &&
-    fields.map(name => row[name]).join(' ').toLowerCase().includes(word)).slice(0, 100));
-  const providers = table({label: t('providers'), id: item => item.name,
+  const draw = () => requests.update(rows.filter(item =>
+    (!which.value || (item.status === 200) === (which.value === 'ok')) &&
+    fields.map(name => item[name]).join(' ').toLowerCase().includes(word)).slice(0, 100));
+  const providers = table({label: t('providers'),
     empty: el('a', {href: '#guide', text: t('providers_none')}), columns: [
-      [t('provider'), item => [foreign(item.name), item.problem && hint(foreign(item.problem))]],
-      [t('state'), item => healthBadge(item, item.keys_resting)],
-      [t('active_waiting'), item => (item.active || 0) + (item.limit ? ' / ' + item.limit : '') +
-        (item.waiting ? ' \u00b7 ' + t('waiting', {n: item.waiting}) : ''), 'end']]});
-  const chart = usageChart('day');
-  root.append(div('top', 'stack'), div('tiles', 'grid tiles'), chart,
-    el('div', {class: 'grid wide'},
-    card(t('providers'), link(t('manage'), '#providers', 'small quiet'), providers, div('logins')),
-    card(t('connect'), link(t('view_clients'), '#clients', 'small quiet'), div('address'),
-      div('limits', 'stack tight'))),
-  card(t('requests'), el('div', {class: 'row'},
-    search(t('filter'), text => { word = text; draw(); }),
-    which), requests));
+      ['provider', item => [foreign(item.name), item.problem && hint(foreign(item.problem))]],
+      ['state', item => healthBadge(item, item.keys_resting)],
+      ['active_waiting', item => (item.active || 0) + (item.limit ? ' / ' + item.limit : '') +
+        (item.waiting ? DOT + t('waiting', {n: item.waiting}) : ''), 'end']]});
+  root.append(top, tiles, chart, grid('wide',
+    card(t('providers'), link(t('manage'), '#providers', 'small quiet'), providers, logins),
+    card(t('connect'), link(t('view_clients'), '#clients', 'small quiet'), address, limits)),
+  card(t('requests'), row(search(t('filter'), text => { word = text; draw(); }), which), requests));
   /** What does not move is drawn when it changes, or somebody's focus in it would be lost. */
-  function showFixed({health, next, address, needs_key}) {
-    const now = JSON.stringify([health.problems, health.logins, next, address, needs_key]);
+  function showFixed({health, next, address: url, needs_key}) {
+    const now = JSON.stringify([health.problems, health.logins, next, url, needs_key]);
     if (now === last) return;
     last = now;
-    parts.top.replaceChildren(problems(health.problems) || '',
-      next ? el('div', {class: 'note spread'},
+    top.replaceChildren(problems(health.problems) || '', next ? el('div', {class: 'note spread'},
       t('guide_open_' + next), link(t('view_guide'), '#guide', 'primary')) : '');
-    parts.address.replaceChildren(facts([[t('base_url'), el('div', {class: 'row'},
-      el('span', {class: 'mono break', text: address + '/v1'}), copyButton(() => address + '/v1'))],
-    [t('needs_key'), t(needs_key ? 'needs_key_yes' : 'needs_key_no')]]));
-    parts.logins.replaceChildren(...Object.entries(health.logins ||
-      {}).filter(([, login]) => login.ended)
+    address.replaceChildren(facts({base_url: addressLine(url + '/v1'),
+      needs_key: t(needs_key ? 'needs_key_yes' : 'needs_key_no')}));
+    logins.replaceChildren(...Object.entries(health.logins || {}).filter(([, {ended}]) => ended)
       .map(([name]) => note('bad', t('login_ended', {name: clean(name)}))));
   }
   function show(data) {
     const {health, today} = data, isFine = health.status === 'healthy';
     const waiting = data.queue.reduce((sum, item) => sum + item.waiting, 0);
     showFixed(data);
-    parts.tiles.replaceChildren(
+    tiles.replaceChildren(
       tile(t('server'), [el('span', {class: 'dot big ' + (isFine ? 'ok' : 'warn')}),
         t(isFine ? 'healthy' : data.next ? 'not_ready' : 'degraded')],
       t('running_for', {time: fmt.span(health.uptime_s)})),
       tile(t('today'), fmt.number(today.requests),
         today.errors ? t('errors_n', {n: today.errors}) : t('errors_none')),
       tile(t('tokens_today'), [fmt.tokens(today.input),
-        el('span', {class: 'muted', text: ' \u2192 '}),
-        fmt.tokens(today.output)], t('in_out')),
+        el('span', {class: 'muted', text: ' \u2192 '}), fmt.tokens(today.output)], t('in_out')),
       tile(t('right_now'), fmt.number(data.in_flight),
         t('waiting_n', {n: waiting, c: data.connections})));
     providers.update(health.providers.map(item =>
       ({...item, ...data.queue.find(entry => entry.provider === item.name)})));
-    parts.limits.replaceChildren(...data.limits.flatMap(({key, ...rest}) => isEmpty(rest) ? [] : [
-      el('h3', {}, foreign(key)), ...limitLines(rest)]));
+    limits.replaceChildren(...data.limits.flatMap(({key, ...rest}) => isEmpty(rest) ? [] : [
+      el('h3', foreign(key)), ...limitLines(rest)]));
   }
   show(first);
   draw();
   const later = throttle(draw, 250);
-  const ends = [chart.end, live.on('overview', show), live.on('request', row => {
-    if (rows.some(old => old.request_id === row.request_id && old.at === row.at)) return;
-    rows.unshift(row);
+  const ends = [chart.end, live.on('overview', show), live.on('request', item => {
+    if (rows.some(old => old.request_id === item.request_id && old.at === item.at)) return;
+    rows.unshift(item);
     rows.length = Math.min(rows.length, 300);
     later();
   })];
@@ -16211,56 +16045,58 @@ function chartArt(labels, series, width) {
   const sums = labels.map((_, at) => series.reduce((sum, each) => sum + each.values[at], 0));
   const ticks = niceTicks(Math.max(...sums)), max = ticks[ticks.length - 1];
   const y = value => base - (base - top) * value / max, feet = labels.map(() => 0);
+  const words = (x, at, anchor, text) => svg('text', {x, y: at, 'text-anchor': anchor, text});
   const bar = ({name, color, values}) => values.map((value, at) => value > 0 && svg('rect', {
     class: 'series-' + color, x: left + slot * (at + 0.12), width: slot * 0.76,
     y: y(feet[at] += value), height: base - y(value)},
-  svg('title', {text: `${labels[at]} \u00b7 ${name}: ${fmt.number(value)}`})));
+  svg('title', {text: `${labels[at]}${DOT}${name}: ${fmt.number(value)}`})));
   const stride = Math.ceil(labels.length / (width / 90));
   return svg('svg', {width, height, class: 'chart-art', 'aria-hidden': 'true'},
     ticks.map(value => [svg('line', {x1: left, x2: width, y1: y(value), y2: y(value)}),
-      svg('text', {x: left - 8, y: y(value) + 4, 'text-anchor': 'end'}, fmt.tokens(value))]),
-    series.map(bar), labels.map((label, at) => at % stride === 0 && svg('text', {
-      x: left + slot * (at + 0.5), y: height - 8, 'text-anchor': 'middle', text: label})),
-    !sums.some(Boolean) && svg('text', {x: width / 2, y: height / 2, 'text-anchor': 'middle'},
-      t('chart_none')));
+      words(left - 8, y(value) + 4, 'end', fmt.tokens(value))]), series.map(bar),
+    labels.map((label, at) => at % stride === 0 &&
+      words(left + slot * (at + 0.5), height - 8, 'middle', label)),
+    !sums.some(Boolean) && words(width / 2, height / 2, 'middle', t('chart_none')));
+}
+/** The models of `points`, the largest first and the rest of them last. */
+function chartSeries(points) {
+  const isRest = name => name === '\u2026';
+  const tokens = group => group ? group.input + group.output : 0;
+  const names = [...new Set(points.flatMap(({groups}) => Object.keys(groups)))];
+  const series = names.map(name => {
+    const values = points.map(({groups}) => tokens(groups[name]));
+    return {name, values, sum: values.reduce((sum, value) => sum + value, 0)};
+  }).sort((a, b) => isRest(a.name) - isRest(b.name) || b.sum - a.sum);
+  return series.map((each, at) => ({...each, color: at % 8 + 1,
+    name: isRest(each.name) ? t('chart_rest') : clean(each.name) || t('none')}));
 }
 /** A card with the tokens of 24 hours or 30 days; its `end()` stops it. */
 function usageChart(span) {
   const art = el('div'), legend = el('ul', {class: 'chips'});
   const words = el('div', {class: 'visually-hidden'});
-  const spans = segments(t('chart_span'), {day: t('chart_day'), month: t('chart_month')}, span,
-    key => { span = key; draw(); });
-  const box = el('section', {class: 'card', 'aria-label': t('chart_title')},
-    el('div', {class: 'spread'}, el('h2', {text: t('chart_title')}), spans), art, legend, words);
-  let turn = 0, paint = () => {};
-  const resized = new ResizeObserver(() => paint());
+  const box = card(t('chart_title'), segments(t('chart_span'), texts('chart_', ['day', 'month']),
+    span, key => { span = key; again(); }), art, legend, words);
+  let turn = 0, paintArt = () => {};
+  const resized = new ResizeObserver(() => paintArt());
   async function draw() {
     const mine = ++turn, {points} = await api('series?span=' + span);
     if (mine !== turn) return;
-    const sums = new Map(), tokens = row => row ? row.input + row.output : 0;
-    const isRest = name => name === '\u2026';
-    for (const {groups} of points) for (const name in groups)
-      sums.set(name, (sums.get(name) || 0) + tokens(groups[name]));
-    const labels = points.map(({at}) => span === 'day' ? moment(at, CLOCK) :
-      moment(at + 43200, {month: 'short', day: 'numeric'}));           // a day is the server's
-    const series = [...sums].sort((a, b) => isRest(a[0]) - isRest(b[0]) || b[1] - a[1])
-      .map(([name, sum], at) => ({name: isRest(name) ? t('chart_rest') : clean(name) || t('none'),
-        sum, color: at % 8 + 1, values: points.map(({groups}) => tokens(groups[name]))}));
-    paint = () => art.replaceChildren(chartArt(labels, series, Math.max(art.clientWidth, 240)));
-    paint();
+    const series = chartSeries(points), labels = points.map(({at}) => span === 'day' ?
+      moment(at, CLOCK) : moment(at + 43200, {month: 'short', day: 'numeric'}));  // a server's day
+    paintArt = () => art.replaceChildren(chartArt(labels, series, Math.max(art.clientWidth, 240)));
+    paintArt();
     legend.replaceChildren(...series.map(each => el('li', {class: 'chip'},
       el('i', {class: 'chart-dot series-' + each.color}), each.name,
       el('span', {class: 'muted num', text: fmt.tokens(each.sum)}))));
-    words.replaceChildren(table({label: t('chart_title'),
-      rows: labels.map((label, at) => ({label, at})),
-      columns: [[t('time'), row => row.label], ...series.map(each =>
-        [each.name, row => fmt.number(each.values[row.at])])]}));
+    words.replaceChildren(table({label: t('chart_title'), rows: [...labels.keys()], columns: [
+      ['time', at => labels[at]],
+      ...series.map(each => [each.name, at => fmt.number(each.values[at])])]}));
   }
-  const tell = error => art.replaceChildren(note('bad', errorText(error)));
-  const again = throttle(() => turn >= 0 && draw().catch(tell), 1500);
-  const stop = live.on('request', again), timer = setInterval(again, 60000);
+  const again = () => draw().catch(error => art.replaceChildren(note('bad', errorText(error))));
+  const stop = live.on('request', throttle(() => turn >= 0 && again(), 1500));
+  const timer = setInterval(again, 60000);
   resized.observe(art);
-  draw().catch(tell);
+  again();
   return Object.assign(box, {end() {
     turn = NaN;
     resized.disconnect();
@@ -16268,55 +16104,51 @@ function usageChart(span) {
     clearInterval(timer);
   }});
 }
-"""
 
-#: Usage by model, key, provider or day.
-# language=JavaScript
-_JS_USAGE = r"""
+// --- usage by model, key, provider or day
+
 const usage = {days: '30', by: 'model'};             // stays while other views are shown
+function usageColumns(rows) {
+  const isPriced = item => !isBlank(item.cost), price = item => !isPriced(item) ? DASH :
+    item.cost.toFixed(item.cost < 1 ? 4 : 2);
+  const tokens = key => item => el('span', {title: fmt.number(item[key])},
+    (item.estimated && /put/.test(key) ? '\u2248 ' : '') + fmt.tokens(item[key] || 0));
+  const duration = key => item => fmt.seconds(item[key]);
+  const figures = {requests: item => fmt.number(item.requests),
+    errors: item => item.errors ? badge(fmt.number(item.errors), 'bad') : '0',
+    input: tokens('input'), output: tokens('output'), cached: tokens('cached'),
+    reasoning: tokens('reasoning'),
+    first_s: duration('first_s'), total_s: duration('total_s'),
+    ...rows.some(isPriced) ? {cost: price} : {}};
+  return [['usage_by_' + usage.by, item => item.sum ? t('usage_sum') :
+    foreign(item.name || t('none'), 'mono'), 'break'],
+  ...Object.entries(figures).map(([key, render]) => ['usage_' + key, render, 'end'])];
+}
 VIEWS.usage = {draw(root) {
-  const result = el('div', {class: 'stack'}), chart = usageChart('month');
-  const csv = el('a', {class: 'btn', download: '', 'aria-label': t('usage_csv')}, icon('download'),
-    'CSV');
-  const choices = (prefix, names) =>
-    Object.fromEntries(names.map(name => [name, t(prefix + name)]));
-  const by = segments(t('usage_by'), choices('usage_by_', ['model', 'key', 'provider', 'day']),
-    usage.by,
-    key => { usage.by = key; draw(); });
-  const days = select({'aria-label': t('usage_days'), value: usage.days, on: {change() {
-    usage.days = days.value;
-    draw();
-  }}}, ['1', '7', '30', '90', '365'].map(n => option(n, t('usage_days_' + n))));
-  const isPriced = row => !isBlank(row.cost);
-  const column = (key, render) => [t('usage_' + key), render, 'end'];
-  const tokens = key => column(key, row => el('span', {title: fmt.number(row[key])},
-    (row.estimated && /put/.test(key) ? '\u2248 ' : '') + fmt.tokens(row[key] || 0)));
-  const columns = priced => [[t('usage_by_' + usage.by), row => row.sum ? t('usage_sum') :
-    foreign(row.name || t('none'), 'mono'), 'break'],
-  column('requests', row => fmt.number(row.requests)),
-  column('errors', row => row.errors ? badge(fmt.number(row.errors), 'bad') : '0'),
-  ...['input', 'output', 'cached', 'reasoning'].map(tokens),
-  ...['first_s', 'total_s'].map(key => column(key, row => fmt.seconds(row[key]))),
-  ...(priced ? [column('cost', row => isPriced(row) ? row.cost.toFixed(row.cost < 1 ? 4 : 2) :
-    '\u2013')] : [])];
+  const result = stack(), chart = usageChart('month');
+  const csv = el('a', {class: 'btn', download: '', 'aria-label': t('usage_csv'), text: 'CSV'});
+  const by = segments(t('usage_by'), texts('usage_by_', ['model', 'key', 'provider', 'day']),
+    usage.by, key => { usage.by = key; draw(); });
+  const days = select({'aria-label': t('usage_days'), value: usage.days, on: {
+    change() { usage.days = days.value; draw(); }}},
+  ['1', '7', '30', '90', '365'].map(n => option(n, t('usage_days_' + n))));
   let turn = 0;
   async function draw() {
     const mine = ++turn, query = `days=${usage.days}&by=${usage.by}`;
     csv.href = BASE + 'usage.csv?' + query;
-    const {rows, total, enabled} = await api('usage?' + query);
+    const {rows, total, enabled} = await api('usage?' + query).catch(tellError);
     if (mine !== turn) return;
-    const priced = rows.some(isPriced);
-    const hints = [rows.some(row => row.estimated) && 'usage_estimated',
-      priced ? 'usage_cost_hint' : rows.length > 0 && 'usage_no_prices'];
+    const columns = usageColumns(rows), hints = [rows.some(item => item.estimated) &&
+      'usage_estimated', columns.length > 9 ? 'usage_cost_hint' : rows.length && 'usage_no_prices'];
     result.replaceChildren(enabled === false ? note('', t('usage_off')) : '',
-      table({columns: columns(priced), label: t('usage_by_' + usage.by), empty: t('usage_none'),
+      table({columns, label: t('usage_by_' + usage.by), empty: t('usage_none'),
         rows: rows.length > 1 ? [...rows, {...total, sum: true}] : rows}),
       ...hints.filter(Boolean).map(key => hint(t(key))));
     result.classList.toggle('usage-sum', rows.length > 1);
   }
   root.append(chart, el('section', {class: 'card'},
-    el('div', {class: 'spread'}, by, el('div', {class: 'row'}, days, csv)), result));
-  draw().catch(error => result.replaceChildren(note('bad', errorText(error))));
+    el('div', {class: 'spread'}, by, row(days, csv)), result));
+  draw();
   return () => { turn = NaN; chart.end(); };
 }};
 """
@@ -16333,28 +16165,26 @@ async function loginDialog(account = '') {
     throw error;
   });
   if (tab) { tab.opener = null; tab.location = url; }
-  const text = area({rows: 3, 'aria-label': t('login_paste_label'),
+  const text = area('', 3, {'aria-label': t('login_paste_label'),
     placeholder: 'http://localhost:\u2026/oauth2callback?code=\u2026'});
-  const word = el('p', {role: 'status', class: 'row'}, el('span', {class: 'spin'}),
-    t('login_waiting'));
+  const word = el('p', {role: 'status', text: t('login_waiting')});
   let over = false;
-  const tell = error => { box.error.textContent = errorText(error); };
-  const finish = () => { tell(''); return api('oauth/paste', {body: {text: text.value}}).then(take,
-    tell); };
+  const tell = error => { box.error.textContent = error ? errorText(error) : ''; };
+  const finish = () => {
+    tell();
+    return api('oauth/paste', {body: {text: text.value}}).then(take, tell);
+  };
   const box = dialog({title: t('login_iflow'), onclose() { over = true; }, body: [
     el('p', {text: t(tab ? 'login_lead' : 'login_lead_blocked')}), word,
-    el('div', {class: 'row'}, el('a', {class: 'btn ' + (tab ? '' : 'primary'), href: url,
-      target: '_blank', rel: 'noreferrer noopener'}, icon('link'), t('login_open')),
-    copyButton(() => url, t('login_copy'))),
-    el('details', {open: away}, el('summary', {text: t('login_paste')}),
-      el('div', {class: 'stack tight'},
-      hint(t('login_paste_hint')), text, el('div', button(t('login_paste_go'), act(finish)))))]});
+    row(el('a', {class: 'btn ' + (tab ? '' : 'primary'), href: url, target: '_blank',
+      rel: 'noreferrer noopener', text: t('login_open')}), copyButton(() => url, t('login_copy'))),
+    el('details', {open: away}, el('summary', {text: t('login_paste')}), stack(
+      hint(t('login_paste_hint')), text, row(button(t('login_paste_go'), finish))))]});
   function take({state, message}) {
     if (state === 'waiting' || over) return;
     over = true;
     if (state === 'done') { box.close(); toast(message || t('login_done')); return redraw(); }
-    word.replaceChildren(badge(t('login_failed'), 'bad'), foreign(message));
-    word.className = 'note bad';
+    word.replaceChildren(badge(t('login_failed'), 'bad'), ' ', foreign(message));
   }
   (async () => {
     while (!over) {
@@ -16363,254 +16193,202 @@ async function loginDialog(account = '') {
     }
   })();
 }
-const checkList = checks => el('ul', {class: 'checks'},
-  checks.map(({what, ok, message, took_s: s}) =>
+const checkLine = ({what, ok, message, took_s: s}) =>
   el('li', badge(t('check_' + what), ok === null ? '' : ok ? 'ok' : 'bad'), el('span',
     foreign(message || t(ok ? 'check_fine' : 'check_skipped')),
-      s > 0 && !/[(\uff08]\d/.test(message) &&
-    el('span', {class: 'muted num', text: ' \u00b7 ' + fmt.seconds(s)})))));
+    s > 0 && !/[(\uff08]\d/.test(message) &&
+      el('span', {class: 'muted num', text: DOT + fmt.seconds(s)})));
 /** Tries a provider, or a draft of one, and shows in `place` what came of it. */
 async function tryProvider(body, place) {
   place.replaceChildren(hint(t('testing')));
   try {
     const answer = await api('providers/test', {body});
-    place.replaceChildren(checkList(answer.checks));
+    place.replaceChildren(el('ul', {class: 'checks'}, answer.checks.map(checkLine)));
     return answer;
   } catch (error) { place.textContent = ''; throw error; }
 }
-/** Masked keys that are kept until they are taken away: {node, indexes()}. */
+/** Masked keys that are kept until they are taken away; `indexes()` are those that stay. */
 function keptKeys(keys) {
-  let kept = keys.map((key, index) => index);
-  const node = el('ul', {class: 'chips'}, keys.map(({masked}, index) => {
-    const chip = el('li', {class: 'chip mono'}, foreign(masked), iconButton('close',
-      t('remove') + ' ' + clean(masked),
-        () => { kept = kept.filter(at => at !== index); chip.remove(); }));
-    return chip;
-  }));
-  return {node, indexes: () => kept};
+  const chips = keys.map(({masked}) => el('li', {class: 'chip mono'}, foreign(masked),
+    iconButton('close', t('remove') + ' ' + clean(masked),
+      event => event.currentTarget.parentNode.remove())));
+  const node = el('ul', {class: 'chips'}, chips);
+  return {node, indexes: () => [...chips.keys()].filter(at => chips[at].parentNode === node)};
 }
 /** Buttons that put models into a text area, or take them out. */
 const modelChips = (names, box) => names.slice(0, 60).map(name => {
-  const now = () => lines(box.value);
-  const chip = el('button', {class: 'chip mono', type: 'button',
-    'aria-pressed': String(now().includes(name)), on: {click() {
-      const without = now().filter(other => other !== name), on = without.length === now().length;
-      box.value = (on ? [...without, name] : without).join('\n');
-      chip.setAttribute('aria-pressed', String(on));
+  const isIn = () => lines(box.value).includes(name);
+  const chip = el('button', {class: 'chip mono', type: 'button', 'aria-pressed': String(isIn()),
+    on: {click() {
+      const others = lines(box.value).filter(other => other !== name);
+      box.value = (isIn() ? others : [...others, name]).join('\n');
+      chip.setAttribute('aria-pressed', String(isIn()));
     }}}, foreign(name));
   return chip;
 });
+const providerFields = (draft, isNew, nothing) => [
+  ['name', 'text', draft.name, {label: 'provider_name', required: true, maxlength: 64}],
+  ['base_url', 'text', draft.base_url, {type: 'url', required: true,
+    placeholder: 'https://api.example.com/v1'}],
+  ['api_keys', 'list', [], {title: t(isNew ? 'api_keys' : 'api_keys_more'),
+    below: t('api_keys_hint'), class: 'mono masked', placeholder: 'sk-\u2026'}],
+  ['models', 'list', draft.models, {label: 'provider_models'}],
+  ['kind', 'choice', draft.kind, {options: [['openai', 'OpenAI'], ['iflow', 'iFlow']]}],
+  ['concurrency', 'number', draft.concurrency, {placeholder: '0'}],
+  ['timeout_s', 'number', draft.timeout_s, {min: 1, step: 'any', below: t('seconds')}],
+  ['proxy', 'text', draft.proxy, {placeholder: 'socks5h://127.0.0.1:1080'}],
+  ['vision_model', 'text', draft.vision_model], ['headers', 'json', draft.headers, {nothing}],
+  ['profile', 'json', draft.profile, {nothing}]];
 /** The form of a provider, new or old. */
 async function providerDialog(old, version) {
   const presets = old ? [] : (await api('presets')).data;
   const draft = old || {name: '', base_url: '', keys: [], models: [], kind: 'openai'};
-  const kept = keptKeys(draft.keys);
-  const nothing = old ? null : undefined;     // null takes away what was
+  const kept = keptKeys(draft.keys), ask = form(providerFields(draft, !old,
+    old ? null : undefined));                  // null takes away what was
   const found = el('div', {class: 'chips'}), result = el('div', {role: 'status'});
-  const fresh = area({class: 'mono masked', placeholder: 'sk-\u2026'});
-  const models = area({value: draft.models.join('\n')});
-  const headers = jsonArea(draft.headers, nothing), profile = jsonArea(draft.profile, nothing);
-  const number = (name, props) => input({type: 'number', value: draft[name] ?? '', ...props});
-  const offer = names => found.replaceChildren(...modelChips(names, models));
-  const ask = form([
-    ['name', t('provider_name'), input({value: draft.name, required: true, maxlength: 64}),
-      t('provider_name_hint')],
-    ['base_url', t('base_url'), input({type: 'url', value: draft.base_url, required: true,
-      placeholder: 'https://api.example.com/v1'})],
-    ['api_keys', t(old ? 'api_keys_more' : 'api_keys'), fresh, t('api_keys_hint')],
-    ['models', t('provider_models'), models, t('provider_models_hint')],
-    ['kind', t('kind'), select({value: draft.kind},
-      [option('openai', 'OpenAI'), option('iflow', 'iFlow')])],
-    ['concurrency', t('concurrency'), number('concurrency', {min: 0, placeholder: '0'}),
-      t('concurrency_hint')],
-    ['timeout_s', t('timeout_s'), number('timeout_s', {min: 1, step: 'any'}), t('seconds')],
-    ['proxy', t('proxy'), input({value: draft.proxy || '',
-      placeholder: 'socks5h://127.0.0.1:1080'}),
-      t('proxy_hint')],
-    ['vision_model', t('vision_model'), input({value: draft.vision_model || ''}),
-      t('vision_model_hint')],
-    ['headers', t('headers'), headers, t('headers_hint')],
-    ['profile', t('profile'), profile, t('profile_hint')]]);
-  const preset = select({on: {change() {
-    const chosen = presets.find(item => item.name === preset.value);
+  const {name, base_url: url, api_keys: keys, models, nodes: [, , , , ...more]} = ask;
+  const offer = names => found.replaceChildren(...modelChips(names, models.control));
+  const preset = field('preset', 'choice', '', {options: [['', t('preset_none')],
+    ...presets.map(item => [item.name, item.title])]});
+  preset.control.addEventListener('change', () => {
+    const chosen = presets.find(item => item.name === preset.read());
     if (!chosen) return;
     const names = chosen.models.map(item => item.id);
-    [ask.name.input.value, ask.base_url.input.value] = [chosen.name, chosen.base_url];
-    models.value = names.join('\n');
+    [name.control.value, url.control.value] = [chosen.name, chosen.base_url];
+    models.control.value = names.join('\n');
     offer(names);
-    (chosen.key_variable ? fresh : ask.name.input).focus();
-  }}}, [option('', t('preset_none')), ...presets.map(item => option(item.name, item.title))]);
-  const read = () => ({...Object.fromEntries(['name', 'base_url',
-    'kind'].map(name => [name, ask.text(name)])),
-    ...Object.fromEntries(['proxy', 'vision_model'].map(name => [name, ask.text(name) || null])),
-    concurrency: ask.number('concurrency'), timeout_s: ask.number('timeout_s'),
-    preset: preset.value || undefined, headers: headers.read(), profile: profile.read(),
-    models: old || models.value.trim() ? lines(models.value) : undefined,
-    api_keys: [...kept.indexes().map(index => ({keep: index})), ...lines(fresh.value)]});
-  const {name, base_url: url, api_keys: keys, models: names, boxes: [, , , , ...more]} = ask;
-  dialog({title: old ? t('provider_edit', {name: clean(old.name)}) : t('provider_add'), wide: true,
-    body: [
-    !old && field(t('preset'), preset, t('preset_hint')), el('div', {class: 'grid'}, name, url),
-    draft.keys.length > 0 && el('div', {class: 'field'},
-      el('span', {class: 'label', text: t('api_keys')}), kept.node),
-    keys, names, found, result, el('details', el('summary', {text: t('more_options')}),
-      el('div', {class: 'grid'}, more))], actions: [CANCEL(),
-    [t('test'), '', async () => {
+    (chosen.key_variable ? keys : name).control.focus();
+  });
+  const read = () => {
+    const given = ask.values(), names = lines(given.models.join());
+    return {...given, proxy: given.proxy || null, vision_model: given.vision_model || null,
+      preset: preset.read() || undefined, models: old || names.length ? names : undefined,
+      api_keys: [...kept.indexes().map(keep => ({keep})), ...lines(given.api_keys.join())]};
+  };
+  formDialog({title: old ? t('provider_edit', {name: clean(old.name)}) : t('provider_add'), ask,
+    wide: true, body: [!old && preset, grid('', name, url),
+      draft.keys.length > 0 && el('div', {class: 'field'}, t('api_keys'), kept.node),
+      keys, models, found, result,
+      el('details', el('summary', {text: t('more_options')}), grid('', more))],
+    actions: [[t('test'), '', async () => {
       try {
-        offer((await tryProvider({...read(), ...(old && {name: old.name})}, result)).models || []);
+        offer((await tryProvider({...read(), ...old && {name: old.name}}, result)).models || []);
       } catch (error) { ask.blame(error); }
       return false;
-    }],
-    [t('save'), 'primary', async () => {
+    }]],
+    async save() {
       const path = 'providers' + (old ? '/' + encodeURIComponent(old.name) : '');
-      try {
-        await api(path, {method: old ? 'PUT' : 'POST', body: {version, ...read()}});
-      } catch (error) { return ask.blame(error); }
+      await api(path, {method: old ? 'PUT' : 'POST', body: {version, ...read()}});
       toast(t('saved'));
       redraw();
-    }]]});
+    }});
 }
-function providerCard(item, list) {
-  const result = el('div', {role: 'status'});
-  const names = list.data.filter(other => other.source === 'file')
-    .map(other => other.name), at = names.indexOf(item.name);
-  const arrow = (step, image) => iconButton(image, t('move_' + image), act(async () => {
-    names.splice(at + step, 0, ...names.splice(at, 1));
-    await api('providers/order', {body: {version: list.version, names}});
-    await redraw(item.name + step, item.name + -step);
-  }), {disabled: !(at + step in names), data: {move: item.name + step, key: item.name + step}});
-  const keyChip = key => el('span', {class: 'chip mono'}, foreign(key.masked), key.state !== 'ok' &&
-    (key.state === 'resting' ? badge(t('key_rests', {time: fmt.span(key.rest_s)}), 'warn') :
-      badge(t('key_refused'), 'bad')));
+const keyChip = key => el('span', {class: 'chip mono'}, foreign(key.masked), key.state !== 'ok' &&
+  (key.state === 'resting' ? badge(t('key_rests', {time: fmt.span(key.rest_s)}), 'warn') :
+    badge(t('key_refused'), 'bad')));
+function providerCard(item, list, own) {
+  const result = el('div', {role: 'status'}), at = own.indexOf(item.name);
   const more = item.models.length - 12;
-  return el('section', {class: 'card', 'aria-label': clean(item.name)}, el('div', {class: 'spread'},
-    el('div', {class: 'row'}, el('h2', foreign(item.name)),
+  const arrow = (step, image) => {
+    const key = item.name + step;
+    return iconButton(image, t('move_' + image), async () => {
+      const names = own.filter(name => name !== item.name);
+      names.splice(at + step, 0, item.name);
+      await api('providers/order', {body: {version: list.version, names}});
+      await redraw(key, item.name + -step);
+    }, {disabled: !(at + step in own), data: {move: key, key}});
+  };
+  const tools = row(button(t('test'), () => tryProvider({name: item.name}, result), 'small'),
+    at >= 0 && [button(t('edit'), () => providerDialog(item, list.version), 'small'),
+      own.length > 1 && [arrow(-1, 'up'), arrow(1, 'down')],
+      removal(t('provider_remove', {name: item.name}), 'providers/', item.name)]);
+  return el('section', {class: 'card', 'aria-label': clean(item.name)},
+    el('div', {class: 'spread'}, row(el('h2', foreign(item.name)),
       healthBadge(item, item.keys.filter(key => key.state !== 'ok').length),
-      item.name === list.default_provider && badge(t('is_default'))),
-    el('div', {class: 'row'}, button(t('test'), act(() => tryProvider({name: item.name}, result)),
-      'small'),
-      at >= 0 && [button(t('edit'), act(() => providerDialog(item, list.version)), 'small'),
-        names.length > 1 && [arrow(-1, 'up'), arrow(1, 'down')],
-        fill(removal(t('provider_remove', {name: item.name}),
-          'providers/' + encodeURIComponent(item.name)),
-          {'aria-label': t('remove') + ' ' + clean(item.name)}, [])])),
-  item.problem && note('bad', foreign(item.problem)),
-  el('p', {class: 'hint lead'}, item.base_url && [foreign(item.base_url, 'mono'), ' \u00b7 '],
-    item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any'),
-    item.source !== 'file' && ' \u00b7 ' + t('source_' + item.source)),
-  facts([[t('api_keys'), item.keys.length ? el('div', {class: 'chips'}, item.keys.map(keyChip)) :
-    t('none')],
-    [t('provider_models'), item.models.length > 0 && el('div', {class: 'chips'},
+      item.name === list.default_provider && badge(t('is_default'))), tools),
+    item.problem && note('bad', foreign(item.problem)),
+    hint(item.base_url && [mono(item.base_url), DOT],
+      item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any'),
+      item.source !== 'file' && DOT + t('source_' + item.source)),
+    facts({api_keys: item.keys.length ? el('div', {class: 'chips'}, item.keys.map(keyChip)) :
+      t('none'),
+    provider_models: item.models.length > 0 && el('div', {class: 'chips'},
       item.models.slice(0, 12).map(name => el('span', {class: 'chip mono'}, foreign(name))),
-      more > 0 && badge('+' + more))],
-    [t('proxy'), item.proxy], [t('vision_model'), item.vision_model]]), result);
+      more > 0 && badge('+' + more)),
+    proxy: item.proxy, vision_model: item.vision_model}), result);
 }
 function accountsCard(logins) {
-  const begin = act(() => {
+  const begin = () => {
     if (!logins.length) return loginDialog();
-    const ask = form([['name', t('account_name'), input({placeholder: 'work', maxlength: 64}),
-      t('account_name_hint')]]);
-    dialog({title: t('login_iflow'), body: ask.boxes, actions: [CANCEL(),
-      [t('login_begin'), 'primary', () => loginDialog(ask.text('name'))]]});
-  });
+    formDialog({title: t('login_iflow'), label: t('login_begin'), ask: form([['name', 'text', '',
+      {label: 'account_name', placeholder: 'work', maxlength: 64}]]),
+    save: ({name}) => loginDialog(name)});
+  };
   const state = item => item.ended ? badge(t('login_over'), 'bad') : item.refresh_ok === false ?
     badge(t('refresh_failed'), 'warn') : badge(t('logged_in'), 'ok');
   const isDefault = item => item.account === 'default';
   return card(t('iflow_accounts'), button(t(logins.length ? 'login_another' : 'login_iflow'), begin,
-    logins.length ? '' : 'primary', 'user'),
+    logins.length ? '' : 'primary'),
   !logins.length ? el('p', {class: 'muted', text: t('iflow_lead')}) :
     table({label: t('accounts'), rows: logins, columns: [
-      [t('account'), item => isDefault(item) ? t('account_default') : item.account],
-      [t('state'), item => [state(item), item.message && hint(foreign(item.message))]],
-      [t('expires'), item => item.expires_at && fmt.ago(item.expires_at)],
-      [t('refreshed'), item => item.refreshed_at && fmt.ago(item.refreshed_at)],
-      ['', item => el('div', {class: 'row end'}, item.ended && button(t('login_again'),
-        act(() => loginDialog(isDefault(item) ? '' : item.account)), 'small'),
-      removal(t('log_out_sure', {name: item.account}), 'logins/' + encodeURIComponent(item.account),
-        t('log_out'))), 'end']]}));
+      ['account', item => isDefault(item) ? t('account_default') : item.account],
+      ['state', item => [state(item), item.message && hint(foreign(item.message))]],
+      ['expires', item => item.expires_at && fmt.ago(item.expires_at)],
+      ['refreshed', item => item.refreshed_at && fmt.ago(item.refreshed_at)],
+      ['', item => row(item.ended && button(t('login_again'),
+        () => loginDialog(isDefault(item) ? '' : item.account), 'small'),
+      removal(t('log_out_sure', {name: item.account}), 'logins/', item.account, t('log_out'))),
+      'end']]}));
 }
 VIEWS.providers = {needs: ['providers', 'logins'], draw(root, [list, logins]) {
-  const own = list.data.filter(item => item.source === 'file');
+  const own = list.data.filter(item => item.source === 'file').map(item => item.name);
   root.append(accountsCard(logins.data),
     el('div', {class: 'spread'}, el('h2', {text: t('providers')}),
-    button(t('provider_add'), act(() => providerDialog(null, list.version)), 'primary', 'plus')),
-  own.length > 1 ? hint(t('order_hint')) : '', ...list.data.map(item => providerCard(item, list)),
-  list.data.length ? '' : el('div', {class: 'card empty', text: t('providers_empty')}));
+      button(t('provider_add'), () => providerDialog(null, list.version), 'primary')),
+    own.length > 1 ? hint(t('order_hint')) : '',
+    ...list.data.map(item => providerCard(item, list, own)),
+    list.data.length ? '' : el('div', {class: 'card empty', text: t('providers_empty')}));
 }};
 """
 
 #: Models, aliases and chains, and where a name goes.
 # language=JavaScript
 _JS_MODELS = r"""
-/** An alias's value as text: names with commas between, JSON where it has conditions.  And back. */
-const isPlain = value => [value].flat().every(item => typeof item === 'string');
-function aliasValue(text) {
-  if (/^\s*[[{]/.test(text)) return parseJson(text);
-  const names = lines(text);
-  return names.length === 1 ? names[0] : names;
+/** An alias in a line: `name -> model, model`, or JSON after the arrow where it has conditions. */
+const aliasLine = ([name, value]) => name + ' -> ' + ([value].flat().every(item =>
+  typeof item === 'string') ? [value].flat().join(', ') : JSON.stringify(value));
+function readAliases(text) {
+  const pairs = text.split('\n').filter(line => line.trim()).map(line => {
+    const [name, ...rest] = line.split('->'), value = rest.join('->').trim(), names = lines(value);
+    if (!name.trim() || !value) throw new Error(t('alias_bad', {text: line.trim()}));
+    return [name.trim(), /^[[{]/.test(value) ? parseJson(value) :
+      names.length === 1 ? names[0] : names];
+  });
+  return Object.fromEntries(pairs);
 }
-const chainNodes = chain => el('ol', {class: 'chain'}, chain.map((item, at) => el('li',
-  at > 0 && el('span', {class: 'muted', text: t('else_then') + ' '}),
-  foreign(item.provider + ' / ' + item.model, 'mono'), ' ',
-  (!item.usable || item.circuit === 'open') && healthBadge(item),
-  item.problem && hint(foreign(item.problem)))));
-/** The rows of aliases: {node, value(), text()}; `changed()` is told of each change. */
-function aliasEditor(aliases, changed) {
-  const list = el('div', {class: 'stack tight'});
-  const rows = () => [...list.children].map(node => node.row);
-  function add(name, value) {
-    const props = {class: 'mono', placeholder: 'glm-5, deepseek/deepseek-chat',
-      'aria-label': t('alias_targets')}, error = el('div', {class: 'error', role: 'alert'});
-    const pattern = input({value: name, class: 'mono', placeholder: 'claude-*',
-      'aria-label': t('alias_name'), on: {input: () => changed(pattern.value)}});
-    const targets = isPlain(value) ?
-      input({...props, value: [value].flat().join(', '), list: 'model-names'}) :
-      area({...props, value: JSON.stringify(value, null, 1), rows: 5});
-    targets.addEventListener('input', () => {
-      error.textContent = '';
-      try { aliasValue(targets.value); } catch (failure) { error.textContent = failure.message; }
-      changed();
-    });
-    const move = (step, image) => iconButton(image, t('move_' + image), event => {
-      const other = step < 0 ? node.previousSibling : node.nextSibling;
-      if (other) list.insertBefore(step < 0 ? node : other, step < 0 ? other : node);
-      event.currentTarget.focus();
-      changed();
-    });
-    const node = el('div', {class: 'alias', role: 'group', 'aria-label': t('alias')}, pattern,
-      el('span', {class: 'muted', 'aria-hidden': 'true', text: '\u2192'}), targets,
-      el('div', {class: 'row tools'}, move(-1, 'up'), move(1, 'down'),
-        iconButton('trash', t('remove'), () => { node.remove(); more.focus(); changed(); })),
-          error);
-    node.row = {pattern, targets};
-    list.append(node);
-    return pattern;
-  }
-  const more = button(t('alias_add'), () => { add('', '').focus(); changed(); }, '', 'plus');
-  Object.entries(aliases).forEach(pair => add(...pair));
-  return {nodes: [list, el('div', {class: 'row below'}, more)],
-    value: () => Object.fromEntries(rows().map(({pattern, targets}) =>
-      [pattern.value.trim(), aliasValue(targets.value)]).filter(([name]) => name)),
-    text: () => JSON.stringify(rows().map(({pattern, targets}) => [pattern.value, targets.value]))};
-}
-/** Where a request goes, with the aliases as they stand in the form: {node, ask(model)}. */
+const chainList = chain => el('ol', {class: 'checks'}, chain.map((item, at) => el('li',
+  el('span', {class: 'muted', text: at ? t('else_then') : '\u2192'}), el('div',
+    foreign(item.provider + ' / ' + item.model, 'mono'), ' ',
+    (!item.usable || item.circuit === 'open') && healthBadge(item),
+    item.problem && hint(foreign(item.problem))))));
+/** Where a request goes, with the aliases as they stand in the form; `later()` asks again. */
 function routeCard(aliases) {
-  const answer = el('div', {'aria-live': 'polite', class: 'stack tight'});
-  const model = input({value: 'claude-sonnet-4-5', list: 'model-names', class: 'mono'});
-  const dialect = select({}, ['chat', 'messages', 'responses'].map(name => option(name)));
-  const size = input({type: 'number', min: 0, placeholder: '0'});
-  const checks = ['images', 'thinking', 'tools'].map(name =>
-    [name, el('input', {type: 'checkbox', id: uid()})]);
-  let turn = 0, own = false;
+  const answer = el('div', {'aria-live': 'polite', class: 'stack'});
+  const ask = form([
+    ['model', 'text', 'claude-sonnet-4-5', {label: 'where_label', list: 'model-names',
+      class: 'mono'}],
+    ['dialect', 'choice', 'chat', {options: ['chat', 'messages', 'responses']}],
+    ['tokens', 'number', '', {label: 'where_tokens', placeholder: '0'}],
+    ...['images', 'thinking', 'tools'].map(name =>
+      [name, 'check', false, {label: 'with_' + name}])]);
+  let turn = 0;
   async function explain() {
-    const mine = ++turn;
+    const mine = ++turn, given = ask.values();
     let nodes;
     try {
-      const {steps, chain} = await api('routes/explain', {body: {aliases: aliases(),
-        model: model.value.trim() || undefined, dialect: dialect.value,
-          tokens: Number(size.value) || 0,
-        ...Object.fromEntries(checks.map(([name, box]) => [name, box.checked]))}});
-      nodes = [chain.length ? chainNodes(chain) : '',
+      const {steps, chain} = await api('routes/explain', {body: {...given, aliases: aliases(),
+        model: given.model || undefined, tokens: given.tokens || 0}});
+      nodes = [chain.length ? chainList(chain) : '',
         el('ul', {class: 'plain hint'}, steps.map(step => el('li', foreign(step))))];
     } catch (error) {
       nodes = [error.status === 403 ?
@@ -16619,30 +16397,19 @@ function routeCard(aliases) {
     }
     if (mine === turn) answer.replaceChildren(...nodes);
   }
-  const later = throttle(explain, 300);
-  model.addEventListener('input', () => { own = true; });
-  for (const node of [model, dialect, size, ...checks.map(([, box]) => box)])
-    node.addEventListener('input', later);
-  const node = card(t('where'), null,
-    el('div', {class: 'stack tight'}, field(t('where_label'), model),
-    el('details', el('summary', {text: t('where_more')}), el('div', {class: 'grid small'},
-      field(t('dialect'), dialect), field(t('where_tokens'), size),
-      checks.map(([name, box]) => field(t('with_' + name), box)))), answer));
-  return {node, ask(pattern) {
-    if (pattern && !own) model.value = pattern.replace(/\*/g, '');
-    later();
-  }};
+  const later = throttle(explain, 300), [model, ...more] = ask.nodes;
+  for (const node of ask.nodes) node.addEventListener('input', later);
+  return Object.assign(card(t('where'), null, stack(model,
+    el('details', el('summary', {text: t('where_more')}), grid('small', more)), answer)), {later});
 }
 function modelTable({data, default_model: usual}) {
-  const rows = table({label: t('models'), id: item => item.provider + '/' + item.id,
-    empty: t('models_none'), columns: [
-      [t('model'), item => [foreign(item.id, 'mono break'), ' ', item.alias && badge(t('alias')),
+  const rows = table({label: t('models'), empty: t('models_none'), columns: [
+      ['model', item => [mono(item.id), ' ', item.alias && badge(t('alias')),
         item.id === usual && badge(t('is_default'), 'ok')]],
-      [t('provider'), item => item.provider],
-      [t('context'), item => item.context && fmt.tokens(item.context), 'end'],
-      [t('max_output'), item => item.max_output && fmt.tokens(item.max_output), 'end'],
-      [t('vision'), item => item.vision && badge(t('images'), 'ok')],
-      ['', item => el('div', {class: 'row end'}, copyButton(() => item.id),
+      ['provider'], ['context', item => item.context && fmt.tokens(item.context), 'end'],
+      ['max_output', item => item.max_output && fmt.tokens(item.max_output), 'end'],
+      ['vision', item => item.vision && badge(t('images'), 'ok')],
+      ['', item => row(copyButton(() => item.id),
         link(t('try'), '#playground/' + encodeURIComponent(item.id), 'small')), 'end']]});
   const draw = word => rows.update(data.filter(item =>
     (item.id + ' ' + item.provider).toLowerCase().includes(word)));
@@ -16654,23 +16421,25 @@ const modelNames = models => el('datalist', {id: 'model-names'},
 const settingOf = (config, name) => (config.settings.find(item => item.name === name) || {}).value;
 VIEWS.models = {needs: ['models', 'config'], draw(root, [models, config]) {
   const usual = settingOf(config, 'default_model') || '';
-  const fallback = input({list: 'model-names', class: 'mono', value: usual,
-    placeholder: models.default_model || '', on: {input: () => changed()}});
-  const save = button(t('save'), act(async () => {
-    const set = isAliased() ? {aliases: aliases.value()} : {}, name = fallback.value.trim();
+  const first = Object.entries(settingOf(config, 'aliases') || {}).map(aliasLine);
+  const ask = form([
+    ['aliases', 'list', first, {rows: Math.max(4, first.length + 1),
+      placeholder: 'claude-* -> glm-5, deepseek/deepseek-chat'}],
+    ['default_model', 'text', usual, {list: 'model-names', class: 'mono',
+      placeholder: models.default_model}]]);
+  const aliases = () => readAliases(ask.aliases.read().join('\n'));
+  const isRouted = () => ask.aliases.read().join('\n') !== first.join('\n');
+  const isChanged = () => isRouted() || ask.default_model.read() !== usual;
+  const save = button(t('save'), () => {
+    const name = ask.default_model.read(), set = isRouted() ? {aliases: aliases()} : {};
     if (name && name !== usual) set.default_model = name;
-    await patchConfig(config.version, set, !name && usual ? ['default_model'] : []);
-    toast(t('saved'));
-    await redraw();
-  }), 'primary');
-  const changed = pattern => { save.disabled = !isChanged(); route.ask(pattern); };
-  const aliases = aliasEditor(settingOf(config, 'aliases') || {}, changed), first = aliases.text();
-  const route = routeCard(aliases.value), isAliased = () => aliases.text() !== first;
-  const isChanged = () => isAliased() || fallback.value.trim() !== usual;
-  root.append(modelNames(models.data), el('div', {class: 'grid wide uneven'},
-    card(t('routes'), save, el('p', {class: 'hint lead', text: t('routes_hint')}), aliases.nodes,
-      field(t('default_model'), fallback, t('default_model_hint'))), route.node),
-        modelTable(models));
+    return patchConfig(config.version, set, !name && usual ? ['default_model'] : []);
+  }, 'primary');
+  const route = routeCard(aliases);
+  const changed = () => { save.disabled = !isChanged(); route.later(); };
+  for (const node of ask.nodes) node.addEventListener('input', changed);
+  root.append(modelNames(models.data), grid('wide', card(t('routes'), save, stack(ask.nodes)),
+    route), modelTable(models));
   changed();
   guard(isChanged);
 }};
@@ -16679,109 +16448,97 @@ VIEWS.models = {needs: ['models', 'config'], draw(root, [models, config]) {
 #: The form made of the settings' metadata.
 # language=JavaScript
 _JS_SETTINGS = r"""
-const shownValue = value => isBlank(value) && value !== false ? t('empty') :
-  typeof value === 'boolean' ? t(value ? 'on' : 'off') : isEmpty(value) ? t('empty') :
-    typeof value === 'string' ? value : JSON.stringify(value);
-/** How each kind of setting is asked for: a control, and what reads its value, which may throw. */
-function control({kind, value, choices, low, high, secret, set}) {
-  if (kind === 'bool') {
-    const node = el('input', {type: 'checkbox', checked: Boolean(value)});
-    return [node, () => node.checked];
-  }
-  if (choices) {
-    const node = select({value}, choices.map(name => option(name, name || t('automatic'))));
-    return [node, () => node.value];
-  }
-  if (kind === 'list' && value.every(entry => typeof entry === 'string')) {
-    const node = area({rows: Math.max(2, value.length), value: value.join('\n'),
-      placeholder: t('one_a_line')});
-    return [node, () => node.value.split('\n').map(line => line.trim()).filter(Boolean)];
-  }
-  if (kind === 'list' || kind === 'dict') {
-    const node = jsonArea(value, kind === 'list' ? [] : {});
-    return [node, node.read];
-  }
-  if (secret) {
-    const node = input({class: 'mono masked', placeholder: set ? value : t('empty')});
-    return [node, () => node.value || value];
-  }
-  const node = input(kind === 'str' ? {value} : {type: 'number', value, min: low, max: high,
-    step: kind === 'int' ? 1 : 'any', required: true});
-  return [node, () => kind === 'str' ? node.value : Number(node.value)];
+const shownValue = value => typeof value === 'boolean' ? t(value ? 'on' : 'off') : isEmpty(value) ?
+  t('empty') : typeof value === 'string' ? value : JSON.stringify(value);
+/** The kind of its field, the value that is shown there, and what the control gets besides. */
+function settingField({kind, value, choices, low, high, secret, set}) {
+  if (choices) return ['choice', value, {options: choices.map(name =>
+    [name, name || t('automatic')])}];
+  if (secret) return ['text', '', {class: 'mono masked', placeholder: set ? value : t('empty')}];
+  if (kind === 'list' && value.every(entry => typeof entry === 'string'))
+    return ['list', value, {placeholder: t('one_a_line')}];
+  if (kind === 'list' || kind === 'dict')
+    return ['json', value, {nothing: kind === 'list' ? [] : {}}];
+  if (kind === 'bool' || kind === 'str') return [kind === 'bool' ? 'check' : 'text', value, {}];
+  return ['number', value, {min: low, max: high, step: kind === 'int' ? 1 : 'any', required: true}];
+}
+/** Why a setting can't be changed here, if so. */
+function lockOf({file_only, origin, flag, name}) {
+  if (file_only) return t('by_file_only');
+  if (origin === 'flag') return t('from_flag', {name: flag || '--\u2026'});
+  return origin === 'environment' &&
+    t('from_environment', {name: 'IFLOW2API_' + name.toUpperCase()});
 }
 /** One setting of the form; `changed()` is told of each change. */
 function settingPart(item, changed) {
-  const [node, read] = control(item), first = JSON.stringify(item.value);
-  const usual = shownValue(item.default);
-  const elsewhere = item.file_only ? t('by_file_only') : item.origin === 'flag' ?
-    t('from_flag', {name: item.flag || '--\u2026'}) : item.origin === 'environment' &&
-    t('from_environment', {name: 'IFLOW2API_' + item.name.toUpperCase()});
-  const [, unit] = item.name.match(/_(s|bytes|days)$/) || [];
-  const part = {item, read, cleared: false, isChanged() {
-    try { return part.cleared || JSON.stringify(read()) !== first; } catch { return true; }
-  }};
-  const reset = item.origin === 'file' && !elsewhere && button(t('to_default'), () => {
-    if (item.kind === 'bool') node.checked = item.default;
-    else node.value = typeof item.default === 'object' ? '' : item.default;
-    part.cleared = true;
-    node.focus();
+  const [kind, value, props] = settingField(item), locked = lockOf(item);
+  const [, unit] = item.name.match(/_(s|bytes|days)$/) || [], usual = shownValue(item.default);
+  const title = [pick(item.label), unit && el('span', {class: 'muted',
+    text: ` (${t('unit_' + unit)})`}), ' ',
+  item.origin !== 'default' && badge(t('origin_' + item.origin)), ' ',
+  item.restart && badge(t('needs_restart'), 'warn')];
+  const below = [item.hint && el('div', {text: pick(item.hint)}), mono(item.name),
+    locked ? DOT + locked : !item.secret && !isEmpty(item.default) &&
+      [DOT + t('default') + ' ', mono(usual.length > 60 ? '\u2026' : usual)]];
+  const box = field(item.name, kind, value, {title, below, disabled: Boolean(locked), ...props});
+  const {control} = box;
+  let first, isCleared = false;
+  const text = () => kind === 'check' ? control.checked : control.value;
+  const part = {item, box, isCleared: () => isCleared,
+    isChanged: () => isCleared || text() !== first};
+  const reset = item.origin === 'file' && !locked && button(t('to_default'), () => {
+    if (kind === 'check') control.checked = item.default;
+    else control.value = typeof item.default === 'object' ? '' : item.default;
+    isCleared = true;
+    control.focus();
     changed();
   }, 'small quiet');
-  node.disabled = Boolean(elsewhere);
-  node.addEventListener('input', () => { part.cleared = false; changed(); });
-  part.box = field([pick(item.label),
-    unit && el('span', {class: 'muted', text: ` (${t('unit_' + unit)})`}),
-    ' ', item.origin !== 'default' && badge(t('origin_' + item.origin)), ' ',
-    item.restart && badge(t('needs_restart'), 'warn')], node,
-  [item.hint && el('div', {text: pick(item.hint)}), el('span', {class: 'mono'}, foreign(item.name)),
-    elsewhere ? ' \u00b7 ' + elsewhere : !item.secret && !isEmpty(item.default) &&
-      [' \u00b7 ' + t('default') + ' ', el('span', {class: 'mono'},
-        foreign(usual.length > 60 ? '\u2026' : usual))]]);
+  first = text();
+  control.addEventListener('input', () => { isCleared = false; changed(); });
   const words = [item.name, ...[item.label, item.hint || {}].flatMap(Object.values)].join(' ');
-  part.node = el('div', {class: 'setting', data: {words: words.toLowerCase()}}, part.box, reset);
+  part.node = el('div', {class: 'setting', data: {words: words.toLowerCase()}}, box, reset);
   return part;
 }
 VIEWS.settings = {needs: ['config'], draw(root, [config]) {
-  const own = ['providers', 'client_keys', 'accounts', 'admin_password', 'aliases'], groups = {};
-  const count = el('span', {class: 'muted', role: 'status'});
-  const bar = el('div', {class: 'savebar'}, count, el('div', {class: 'row'},
-    button(t('discard'), () => redraw(), 'quiet'), button(t('save'), act(save), 'primary')));
-  const note_ = () => { bar.hidden = !changes().length; count.textContent = t('changes_n',
-    {n: changes().length}); };
-  const parts = config.settings.filter(item => !own.includes(item.name) &&
-    !(item.older && item.origin === 'default')).map(item => settingPart(item, note_));
+  const elsewhere = ['providers', 'client_keys', 'accounts', 'admin_password', 'aliases'];
+  const count = el('span', {class: 'muted', role: 'status'}), groups = {};
+  const bar = el('div', {class: 'savebar'}, count,
+    row(button(t('discard'), () => redraw(), 'quiet'), button(t('save'), save, 'primary')));
+  const parts = config.settings.filter(item => !elsewhere.includes(item.name) &&
+    !(item.older && item.origin === 'default')).map(item => settingPart(item, tell));
   const changes = () => parts.filter(part => part.isChanged());
-  for (const part of parts) (groups[part.item.group] = groups[part.item.group] ||
-    []).push(part.node);
+  function tell() {
+    bar.hidden = !changes().length;
+    count.textContent = t('changes_n', {n: changes().length});
+  }
+  for (const {item, node} of parts) (groups[item.group] = groups[item.group] || []).push(node);
   const cards = Object.entries(groups).map(([name, nodes]) => card(t('group_' + name), null,
     el('div', {class: 'settings'}, nodes)));
-  const sift = word => cards.forEach(section => {
-    const nodes = [...section.querySelectorAll('.setting')];
-    for (const node of nodes) node.hidden = !node.dataset.words.includes(word);
-    section.hidden = nodes.every(node => node.hidden);
-    none.hidden = cards.some(each => !each.hidden);
-  });
   const none = el('div', {class: 'card empty', hidden: true, text: t('nothing_found')});
+  function sift(word) {
+    for (const {node} of parts) node.hidden = !node.dataset.words.includes(word);
+    for (const each of cards) each.hidden = !each.querySelector('.setting:not([hidden])');
+    none.hidden = cards.some(each => !each.hidden);
+  }
   async function save() {
-    const set = {}, unset = [], list = changes();
-    for (const {item, box, read, cleared} of list) {
-      if (cleared) { unset.push(item.name); continue; }
-      if (!box.input.checkValidity()) return;
-      try { set[item.name] = read(); } catch (error) { return box.fail(error.message); }
+    const set = {}, list = changes();
+    for (const {item, box, isCleared} of list) {
+      if (isCleared()) continue;
+      if (!box.control.checkValidity()) return;
+      try { set[item.name] = box.read(); } catch { return; }     // told at the field
     }
-    try { await patchConfig(config.version, set, unset); } catch (error) {
-      const part = parts.find(({item}) => item.name === (error.param || '').split('.')[0]);
+    const unset = list.filter(part => part.isCleared()).map(({item}) => item.name);
+    const said = list.some(({item}) => item.restart) ? 'saved_restart' : 'saved';
+    try { await patchConfig(config.version, set, unset, said); } catch (error) {
+      const part = parts.find(({item}) => item.name === error.param.split('.')[0]);
       if (!part) throw error;
       sift('');
-      return part.box.fail(errorText(error));
+      part.box.fail(errorText(error));
     }
-    await redraw();
-    toast(t(list.some(({item}) => item.restart) ? 'saved_restart' : 'saved'));
   }
-  root.append(el('div', {class: 'spread'}, hint(t('settings_path') + ' ',
-    el('span', {class: 'mono break'}, foreign(config.path))), search(t('settings_search'), sift)),
-  problems(config.problems) || '', ...cards, none, bar);
-  note_();
+  root.append(el('div', {class: 'spread'}, hint(t('settings_path') + ' ', mono(config.path)),
+    search(t('settings_search'), sift)), problems(config.problems) || '', ...cards, none, bar);
+  tell();
   guard(() => changes().length > 0);
 }};
 """
@@ -16790,114 +16547,93 @@ VIEWS.settings = {needs: ['config'], draw(root, [config]) {
 # language=JavaScript
 _JS_KEYS = r"""
 const LIMITS = ['rpm', 'rph', 'rpd', 'tpd', 'concurrency'];
-const limitForm = given => form(LIMITS.map(name => [name, t('limit_' + name),
-  input({type: 'number', min: 0, step: 1, value: (given || {})[name] ?? '',
-    placeholder: t('unlimited')})]));
-const readLimits = ask => Object.fromEntries(LIMITS.map(name => [name, ask.number(name)])
+const limitFields = (given = {}) => LIMITS.map(name => [name, 'number', given[name],
+  {label: 'limit_' + name, placeholder: t('unlimited')}]);
+const setLimits = values => Object.fromEntries(LIMITS.map(name => [name, values[name]])
   .filter(([, value]) => value > 0));
 const day = date => moment(date, {dateStyle: 'medium',
   timeZone: String(date).length === 10 ? 'UTC' : undefined});
 function keyDialog(version) {
   const ask = form([
-    ['name', t('key_name'), input({required: true, maxlength: 64, placeholder: 'laptop',
-      pattern: '[^\\s,\\/]+'}), t('key_name_hint')],
-    ['expires', t('expires'), input({type: 'date', min: new Date().toISOString().slice(0, 10)}),
-      t('key_expires_hint')],
-    ['models', t('key_models'), input({class: 'mono', placeholder: 'glm-*, deepseek-chat'}),
-      t('key_models_hint')]]), limits = limitForm();
-  dialog({title: t('key_add'), wide: true, body: [el('div', {class: 'grid'}, ask.name, ask.expires),
-    ask.models, el('h3', {text: t('limits')}), el('div', {class: 'grid small'}, limits.boxes)],
-  actions: [CANCEL(), [t('key_create'), 'primary', async () => {
-    let made;
-    try {
-      made = await api('keys', {body: {version, name: ask.text('name'),
-        models: lines(ask.text('models')),
-        ...readLimits(limits), expires: ask.text('expires') || undefined}});
-    } catch (error) { return (LIMITS.includes(error.param) ? limits : ask).blame(error); }
+    ['name', 'text', '', {label: 'key_name', required: true, maxlength: 64, placeholder: 'laptop',
+      pattern: '[^\\s,\\/]+'}],
+    ['expires', 'date', '', {below: t('key_expires_hint'),
+      min: new Date().toISOString().slice(0, 10)}],
+    ['models', 'text', '', {label: 'key_models', class: 'mono',
+      placeholder: 'glm-*, deepseek-chat'}], ...limitFields()]);
+  const {name, expires, models, nodes: [, , , ...limits]} = ask;
+  formDialog({title: t('key_add'), label: t('key_create'), wide: true, ask, body: [
+    grid('', name, expires), models, el('h3', {text: t('limits')}), grid('small', limits)],
+  async save(given) {
+    const made = await api('keys', {body: {version, name: given.name, models: lines(given.models),
+      ...setLimits(given), expires: given.expires || undefined}});
     dialog({title: t('key_new', {name: clean(made.name)}), gate: true, onclose: () => redraw(),
-      body: [
-      el('p', {text: t('key_once')}), el('div', {class: 'code', id: 'new-key', text: made.key}),
-      el('div', copyButton(() => made.key, t('key_copy')))],
-        actions: [[t('key_kept'), 'primary']]});
-  }]]});
+      actions: [[t('key_kept'), 'primary']], body: [el('p', {text: t('key_once')}),
+        el('pre', {id: 'new-key', text: made.key}),
+        row(copyButton(() => made.key, t('key_copy')))]});
+  }});
 }
 VIEWS.keys = {needs: ['keys', 'config'], draw(root, [list, config]) {
   const limitsOf = item => Object.fromEntries(Object.entries(item.limits).map(([name, limit]) =>
     [name, {used: (item.used || {})[name] || 0, limit}]));
   const keys = table({label: t('keys'), rows: list.data, empty: t('keys_none'), columns: [
-    [t('key_name'), item => [foreign(item.name), ' ', item.expired && badge(t('expired'), 'bad')]],
-    [t('key_models'), item => item.models.length ? foreign(item.models.join(', '), 'mono') :
-      t('all_models')],
-    [t('limits'), item => isEmpty(item.limits) ? t('unlimited') :
-      el('div', {class: 'stack tight'}, limitLines(limitsOf(item)))],
-    [t('created'), item => day(item.created)],
-    [t('expires'), item => item.expires ? day(item.expires) : t('never')],
-    ['', item => removal(t('key_remove', {name: item.name}),
-      'keys/' + encodeURIComponent(item.name)),
-      'end']]});
-  const limits = limitForm(list.address_limits), now = () => JSON.stringify(readLimits(limits));
-  const first = now(), save = button(t('save'), act(async () => {
-    if (!limits.boxes.every(box => box.input.checkValidity())) return;
-    const set = readLimits(limits);
-    await patchConfig(config.version, isEmpty(set) ? {} : {address_limits: set},
-      isEmpty(set) ? ['address_limits'] : []);
-    toast(t('saved'));
-    await redraw();
-  }));
+    ['key_name', item => [foreign(item.name), ' ', item.expired && badge(t('expired'), 'bad')]],
+    ['key_models', item => item.models.length ? mono(item.models.join(', ')) : t('all_models')],
+    ['limits', item => isEmpty(item.limits) ? t('unlimited') :
+      stack(limitLines(limitsOf(item)))],
+    ['created', item => day(item.created)],
+    ['expires', item => item.expires ? day(item.expires) : t('never')],
+    ['', item => removal(t('key_remove', {name: item.name}), 'keys/', item.name), 'end']]});
+  const ask = form(limitFields(list.address_limits)), now = () => setLimits(ask.values());
+  const first = JSON.stringify(now());
+  const save = button(t('save'), () => ask.nodes.every(node => node.control.checkValidity()) &&
+    patchConfig(config.version, isEmpty(now()) ? {} : {address_limits: now()},
+      isEmpty(now()) ? ['address_limits'] : []));
   root.append(note('', t(list.needs_key ? list.data.length || list.custom_api_key ? 'keys_needed' :
     'keys_missing' : 'keys_open')),
-  card(t('keys'), button(t('key_add'), () => keyDialog(list.version), 'primary', 'plus'), keys),
+  card(t('keys'), button(t('key_add'), () => keyDialog(list.version), 'primary'), keys),
   list.custom_api_key ? card(t('custom_key'), link(t('view_settings'), '#settings', 'small quiet'),
-    el('p', foreign(list.custom_api_key, 'mono'), ' ', el('span', {class: 'hint',
-      text: t('custom_key_hint')}))) : '',
-  card(t('address_limits'), save, el('p', {class: 'hint lead', text: t('address_limits_hint')}),
-    el('div', {class: 'grid small'}, limits.boxes)));
-  guard(() => now() !== first);
+    el('p', mono(list.custom_api_key), ' ', hint(t('custom_key_hint')))) : '',
+  card(t('address_limits'), save, stack(hint(t('address_limits_hint')),
+    grid('small', ask.nodes))));
+  guard(() => JSON.stringify(now()) !== first);
 }};
 VIEWS.instances = {needs: ['instances'], draw(root, [{data}]) {
   root.append(card(t('instances'), null, table({label: t('instances'), rows: data, columns: [
-    [t('name'), item => [foreign(item.name), ' ', item.this && badge(t('this_one'), 'ok')]],
-    [t('address'), item => [foreign(item.url, 'mono'), ' ', copyButton(() => item.url)]],
-    [t('version'), item => item.version], [t('started'), item => fmt.date(item.started_at)]]}),
-  hint(t('instances_hint'))));
+    ['name', item => [foreign(item.name), ' ', item.this && badge(t('this_one'), 'ok')]],
+    ['address', item => addressLine(item.url)], ['version'],
+    ['started', item => fmt.date(item.started_at)]]}), hint(t('instances_hint'))));
 }};
 VIEWS.about = {needs: ['about'], draw(root, [about]) {
-  const mono = text => text && foreign(text, 'mono');
-  root.append(card('iflow2api ' + about.version, null, facts([['Python', about.python],
-    [t('platform'), about.platform], [t('executable'), mono(about.executable)], ['PID', about.pid],
-    [t('started'), fmt.date(about.started_at) + ' \u00b7 ' + t('running_for',
-      {time: fmt.span(about.uptime_s)})],
-    [t('memory'), about.memory_bytes && (about.memory_bytes / (1 << 20)).toFixed(1) + ' MiB'],
-    [t('threads'), about.threads],
-    ...Object.entries(about.paths).map(([name, text]) => [t('path_' + name), mono(text)])])),
-  card(t('diagnostics'), copyButton(() => about.diagnostics),
-    el('p', {class: 'hint lead', text: t('diagnostics_hint')}),
-    el('pre', {tabindex: '0', class: 'tall', 'aria-label': t('diagnostics')},
-      foreign(about.diagnostics))),
-  card(t('documents'), null, el('div', {class: 'row'},
-    ['docs', 'redoc', 'openapi.json', 'metrics', 'health']
-    .map(name => el('a', {class: 'btn', href: '/' + name, target: '_blank', rel: 'noopener',
+  root.append(card('iflow2api ' + about.version, null, facts({Python: about.python,
+    platform: about.platform, executable: mono(about.executable), PID: about.pid,
+    started: fmt.date(about.started_at) + DOT + t('running_for', {time: fmt.span(about.uptime_s)}),
+    memory: about.memory_bytes && (about.memory_bytes / (1 << 20)).toFixed(1) + ' MiB',
+    threads: about.threads, ...Object.fromEntries(Object.entries(about.paths)
+      .map(([name, text]) => ['path_' + name, mono(text)]))})),
+  card(t('diagnostics'), copyButton(() => about.diagnostics), stack(hint(t('diagnostics_hint')),
+    el('pre', {tabindex: '0', 'aria-label': t('diagnostics')}, foreign(about.diagnostics)))),
+  card(t('documents'), null, row(['docs', 'redoc', 'openapi.json', 'metrics', 'health'].map(name =>
+    el('a', {class: 'btn', href: '/' + name, target: '_blank', rel: 'noopener',
       text: '/' + name})))));
 }};
-"""
 
-#: The log, live.
-# language=JavaScript
-_JS_LOGS = r"""
+// --- the log, live
+
 const LOG_KEPT = 2000, LEVELS = ['debug', 'info', 'warning', 'error'];
 /** The newest lines, each in one line of the screen; a click shows all of it, Enter all of all. */
 VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}]) {
-  let waiting = [], last = null, follow = true, missed = 0, word = '', asked = 0, count = 0;
+  let waiting = [], last = null, isFollowing = true, word = '', asked = 0;
   const level = select({'aria-label': t('log_level'), value: 'info', on: {change: () => sift()}},
     LEVELS.map(name => option(name, t('level_' + name))));
   const total = el('span', {class: 'hint num'});
   const none = el('p', {class: 'empty', text: t('logs_none')});
-  const newest = button('', () => { follow = true; draw(); pane.focus(); },
-    'small primary log-newest', 'down');
+  const newest = button(t('logs_newest'), () => { isFollowing = true; draw(); pane.focus(); },
+    'small primary log-newest');
   const pane = el('div', {class: 'log-pane', tabindex: '0', role: 'log', 'aria-live': 'off',
     'aria-label': t('view_logs'), on: {
       scroll() {
-        follow = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - 30;
+        isFollowing = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - 30;
         ask();
       },
       click({target}) {
@@ -16905,8 +16641,6 @@ VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}
         if (node && !String(getSelection())) node.classList.toggle('open');
       },
       keydown({key}) { if (key === 'Enter') pane.classList.toggle('wrap'); }}});
-  const isWanted = ({item}) => LEVELS.indexOf(item.level) >= LEVELS.indexOf(level.value) &&
-    (!word || (item.text + ' ' + item.logger).toLowerCase().includes(word));
   function line(item) {
     const node = el('div', {class: 'log-line ' + item.level},
       el('span', {class: 'muted', text: fmt.time(item.at)}),
@@ -16915,28 +16649,24 @@ VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}
     show(node);
     return node;
   }
-  /** Whether a line is seen follows from level and search; how many are is counted on the way. */
   function show(node) {
-    node.hidden = !isWanted(node);
-    count += !node.hidden;
-    missed += !node.hidden && !follow;
+    const {level: own, text, logger} = node.item;
+    node.hidden = LEVELS.indexOf(own) < LEVELS.indexOf(level.value) ||
+      !(text + ' ' + logger).toLowerCase().includes(word);
   }
   function draw() {
     asked = 0;
     pane.append(...waiting.slice(-LOG_KEPT).map(line));
     waiting = [];
-    while (pane.children.length > LOG_KEPT) {
-      count -= !pane.firstChild.hidden;
-      pane.firstChild.remove();
-    }
-    if (follow) { pane.scrollTop = pane.scrollHeight; missed = 0; }
-    [newest.hidden, none.hidden] = [follow, count > 0];
-    newest.lastChild.textContent = missed ? t('logs_new', {n: missed}) : t('logs_newest');
+    while (pane.children.length > LOG_KEPT) pane.firstChild.remove();
+    const count = pane.querySelectorAll('.log-line:not([hidden])').length;
+    if (isFollowing) pane.scrollTop = pane.scrollHeight;
+    [newest.hidden, none.hidden] = [isFollowing, count > 0];
     total.textContent = t('logs_count', {n: fmt.number(count)});
   }
   const ask = () => { asked = asked || requestAnimationFrame(draw); };
   function sift() {
-    [count, missed, follow] = [0, 0, true];
+    isFollowing = true;
     for (const node of pane.children) show(node);
     ask();
   }
@@ -16948,11 +16678,9 @@ VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}
   const more = async () => (await api('logs?level=debug&limit=10000')).data.forEach(add);
   const ends = [live.on('log', add), live.on('dropped', more), () => live.logs(false)];
   live.logs(true);
-  root.append(el('div', {class: 'row log-bar'}, level, search(t('logs_search'), text => {
-    word = text;
-    sift();
-  }), total, el('a', {class: 'btn', href: BASE + 'logs.txt', download: 'iflow2api.log'},
-    icon('download'), t('download'))), el('div', {class: 'log-box'}, pane, none, newest));
+  root.append(row(level, search(t('logs_search'), text => { word = text; sift(); }), total,
+    el('a', {class: 'btn', href: BASE + 'logs.txt', download: 'iflow2api.log',
+      text: t('download')})), el('div', {class: 'log-box'}, pane, none, newest));
   first.forEach(add);
   return () => ends.forEach(end => end());
 }};
@@ -16967,97 +16695,86 @@ const SHELLS = {bash: 'macOS \u00b7 Linux', fish: 'fish', powershell: 'PowerShel
 /** The lines of one client: those for a shell first, with a choice of the shell. */
 function clientBlocks(blocks, again) {
   const shells = blocks.filter(block => SHELLS[block.language]);
-  const shown = shells.find(block => block.language === setup.shell) || shells[0];
+  const chosen = shells.find(block => block.language === setup.shell) || shells[0];
   const choices = Object.fromEntries(shells.map(({language}) => [language, SHELLS[language]]));
-  return [shells.length > 1 && segments(t('clients_shell'), choices, shown.language,
+  return [shells.length > 1 && segments(t('clients_shell'), choices, chosen.language,
     language => { setup.shell = language; again(); }),
-  shown && [hint(t('clients_window')), codeBlock(t('clients_terminal'), shown.text)],
+  chosen && [hint(t('clients_window')), codeBlock(t('clients_terminal'), chosen.text)],
   blocks.filter(block => !shells.includes(block))
     .map(block => codeBlock(block.title, block.text))];
 }
 /** A choice of the client, and its lines below: {node, ask(model)}. */
 function clientSetup() {
-  const box = el('div', {class: 'stack'}), which = select({on: {change() {
-    setup.client = which.value;
-    draw();
-  }}}, []), chooser = field(t('client'), which);
+  const box = stack(), which = field('client', 'choice', '', {options: []}), {control} = which;
   let found = null, turn = 0;
+  control.addEventListener('change', () => { setup.client = which.read(); draw(); });
   function draw() {
     const client = found.data.find(item => item.id === setup.client) || found.data[0];
-    which.replaceChildren(...found.data.map(item => option(item.id, item.title)));
-    which.value = client.id;
-    box.replaceChildren(...[clientBlocks(client.blocks, draw)].flat(9).filter(Boolean),
-      found.needs_key ?
+    control.replaceChildren(...found.data.map(item => option(item.id, item.title)));
+    control.value = client.id;
+    box.replaceChildren(...stack(clientBlocks(client.blocks, draw), found.needs_key ?
       note('', t('clients_key') + ' ', el('a', {href: '#keys', text: t('view_keys')})) :
-        hint(t('clients_no_key')));
+      hint(t('clients_no_key'))).childNodes);
   }
-  return {node: el('div', {class: 'stack'}, chooser, box), async ask(model) {
-    const mine = ++turn, answer = await api('clients?model=' + encodeURIComponent(model || ''));
-    if (mine !== turn) return;
+  return {node: stack(which, box), async ask(model) {
+    const mine = ++turn, answer = await api('clients?model=' + encodeURIComponent(model || ''))
+      .catch(tellError);
+    if (mine !== turn || !answer.data) return;
     found = answer;
     draw();
   }};
 }
 VIEWS.clients = {needs: ['models'], draw(root, [models], [wanted]) {
   setup.client = wanted || setup.client;
-  const lines_ = clientSetup(), tell = error => toast(errorText(error), 'bad');
-  const ask = () => lines_.ask(setup.model).catch(tell);
-  const model = input({class: 'mono', list: 'model-names', value: setup.model,
-    placeholder: models.default_model, on: {input: throttle(() => {
-      setup.model = model.value.trim();
-      ask();
-    }, 300)}});
-  root.append(modelNames(models.data),
-    card(t('view_clients'), null, el('div', {class: 'stack narrow'},
-    facts([[t('base_url'), el('div', {class: 'row'}, el('span', {class: 'mono break',
-      text: session.base_url + '/v1'}), copyButton(() => session.base_url + '/v1'))]]),
-    hint(t('clients_other')), field(t('clients_model'), model), lines_.node)));
+  const shownLines = clientSetup(), url = session.base_url + '/v1';
+  const model = field('model', 'text', setup.model, {class: 'mono', list: 'model-names',
+    placeholder: models.default_model});
+  const ask = () => { setup.model = model.read(); shownLines.ask(setup.model); };
+  model.addEventListener('input', throttle(ask, 300));
+  root.append(modelNames(models.data), card(t('view_clients'), null, stack(
+    facts({base_url: addressLine(url)}), hint(t('clients_other')), model, shownLines.node)));
   ask();
 }};
-VIEWS.guide = {needs: ['providers', 'models', 'config'], draw(root, [list, models, config]) {
-  const step = (n, title, done, ...body) => el('li', {class: 'card step' + (done ? ' done' : '')},
-    el('span', {class: 'step-n', 'aria-hidden': 'true'}, done ? icon('check') : String(n)),
-    el('div', {class: 'grow stack tight'}, el('h2', title,
-      done && el('span', {class: 'visually-hidden', text: ' \u2013 ' + t('done')})), body));
-  const lead = key => el('p', {class: 'muted', text: t(key)});
-  const usable = list.data.filter(item => item.usable), has = usable.length > 0;
-  const usual = settingOf(config, 'default_model') || models.default_model || '';
-  const names = models.data.filter(item => !item.alias &&
-    usable.some(({name}) => name === item.provider))
-    .map(item => item.id);
-  const test = name => button(t('test'), act(async () => {
+function guideTest(name) {
+  return button(t('test'), async () => {
     const {ok, checks} = await api('providers/test', {body: {name}});
     const failed = checks.find(check => check.ok === false);
-    if (ok) toast(t('test_fine', {name})); else toast(failed ? failed.message : t('test_bad'),
-      'bad');
-  }), 'small quiet');
-  const one = step(1, t('guide_1'), has, lead('guide_1_lead'), has && el('ul', {class: 'chips'},
-    usable.map(({name}) => el('li', {class: 'chip'}, el('span', {class: 'dot ok'}), foreign(name),
-      test(name)))),
-  el('div', {class: 'row'}, button(t('login_iflow'), act(() => loginDialog()), has ? '' : 'primary',
-    'user'),
-    button(t('provider_add'), act(() => providerDialog(null, list.version)), '', 'plus')));
-  const model = names.length ? select({value: usual || names[0]}, [...new Set([usual, ...names])]
-    .filter(Boolean).map(name => option(name, clean(name)))) : input({value: usual, class: 'mono'});
-  const chosen = () => model.value.trim(), isKept = () => models.default_model === chosen();
-  const keep = button(t('guide_2_keep'), act(async () => {
-    await patchConfig(config.version, {default_model: chosen()});
-    toast(t('saved'));
-    await redraw();
-  }));
-  const lines_ = clientSetup();
+    if (ok) toast(t('test_fine', {name}));
+    else toast(failed ? failed.message : t('test_bad'), 'bad');
+  }, 'small quiet');
+}
+/** The first start in three steps. */
+VIEWS.guide = {needs: ['providers', 'models', 'config'], draw(root, [list, models, config]) {
+  const step = (n, done, ...body) => el('li', {class: 'card step' + (done ? ' done' : '')},
+    el('span', {class: 'step-n', 'aria-hidden': 'true', text: done ? '\u2713' : String(n)}),
+    el('div', {class: 'stack grow'}, el('h2', t('guide_' + n),
+      done && el('span', {class: 'visually-hidden', text: ' \u2013 ' + t('done')})),
+    el('p', {class: 'muted', text: t(`guide_${n}_lead`)}), body));
+  const usable = list.data.filter(item => item.usable).map(item => item.name);
+  const has = usable.length > 0;
+  const usual = settingOf(config, 'default_model') || models.default_model || '';
+  const names = models.data.filter(item => !item.alias && usable.includes(item.provider))
+    .map(item => item.id);
+  const one = step(1, has, has && el('ul', {class: 'chips'}, usable.map(name =>
+    el('li', {class: 'chip'}, el('span', {class: 'dot ok'}), foreign(name), guideTest(name)))),
+  row(button(t('login_iflow'), () => loginDialog(), has ? '' : 'primary'),
+    button(t('provider_add'), () => providerDialog(null, list.version))));
+  const model = names.length ? field('model', 'choice', usual || names[0], {options: [...new Set(
+    [usual, ...names])].filter(Boolean).map(name => [name, clean(name)])}) :
+    field('model', 'text', usual, {class: 'mono'});
+  const keep = button(t('guide_2_keep'), () => patchConfig(config.version,
+    {default_model: model.read()}));
+  const shownLines = clientSetup();
   function offer() {
-    keep.disabled = isKept() || !chosen();
+    keep.disabled = models.default_model === model.read() || !model.read();
     keep.classList.toggle('primary', has && !keep.disabled);
-    lines_.ask(chosen()).catch(error => lines_.node.append(note('bad', errorText(error))));
+    shownLines.ask(model.read());
   }
-  model.addEventListener(names.length ? 'change' : 'input', throttle(offer, 100));
-  const two = step(2, t('guide_2'), has && Boolean(models.default_model), lead('guide_2_lead'),
-    el('div', {class: 'row bottom'}, field(t('model'), model), keep,
-      link(t('guide_2_more'), '#models', 'quiet')));
-  const three = step(3, t('guide_3'), false, lead('guide_3_lead'), lines_.node,
-    el('div', {class: 'row'}, link(t('guide_try'), '#playground')));
-  root.append(lead('guide_lead'), el('ol', {class: 'steps'}, one, two, three));
+  model.addEventListener('input', throttle(offer, 100));
+  root.append(el('p', {class: 'muted', text: t('guide_lead')}), el('ol', {class: 'steps'}, one,
+    step(2, has && Boolean(models.default_model), el('div', {class: 'row bottom'}, model, keep,
+      link(t('guide_2_more'), '#models', 'quiet'))),
+    step(3, false, shownLines.node, row(link(t('guide_try'), '#playground')))));
   offer();
 }};
 """
@@ -17081,16 +16798,15 @@ async function* recordsOf(response) {
 const asCurl = body => `curl -N ${session.base_url}/v1/chat/completions \\\n` +
   "  -H 'Authorization: Bearer YOUR_KEY' -H 'Content-Type: application/json' -d @- <<'EOF'\n" +
   JSON.stringify(body) + '\nEOF\n';
-const thumb = (url, tools) => el('span', {class: 'play-thumb'}, /^data:/.test(url) ?
-  el('img', {src: url, alt: t('play_image')}) : foreign(url, 'mono'), tools);
-/** The node of an answer that grows: {node, take(delta), end(facts)}. */
+const thumb = (url, tools) => el('span', {class: 'play-thumb'},
+  el('img', {src: url, alt: t('play_image')}), tools);
+/** The node of an answer that grows: {node, take(delta), end(word)}. */
 function answerNode() {
   const thought = el('div', {class: 'play-text muted'}), text = el('div', {class: 'play-text'});
   const fold = el('details', {class: 'play-fold', hidden: true},
-    el('summary', {text: t('play_thought')}),
-    thought), foot = el('p', {class: 'hint', role: 'status', text: t('play_waiting')});
-  return {node: el('div', {class: 'play-answer stack tight'}, fold, text, foot), text: '',
-    thought: '',
+    el('summary', {text: t('play_thought')}), thought);
+  const foot = el('p', {class: 'hint', role: 'status', text: t('play_waiting')});
+  return {node: stack(fold, text, foot), text: '', thought: '',
     take(delta) {
       this.thought += delta.reasoning_content || delta.reasoning || '';
       this.text += delta.content || '';
@@ -17099,8 +16815,9 @@ function answerNode() {
       thought.textContent = clean(this.thought);
       text.textContent = clean(this.text);
     },
-    end(nodes) { foot.replaceChildren(...nodes); }};
+    end(word) { foot.replaceChildren(word); }};
 }
+/** Shows an answer as it comes; what it took, in words. */
 async function answerTalk(answer, body, signal) {
   const began = performance.now(), elapsed = () => (performance.now() - began) / 1000;
   let first, usage, finish;
@@ -17120,7 +16837,7 @@ async function answerTalk(answer, body, signal) {
   return [clean(body.model), body.stream && first && t('play_first', {time: fmt.seconds(first)}),
     t('play_total', {time: fmt.seconds(elapsed())}), usage && t('play_tokens', {
       input: fmt.number(usage.prompt_tokens), output: fmt.number(usage.completion_tokens)})]
-    .filter(Boolean).join(' \u00b7 ');
+    .filter(Boolean).join(DOT);
 }
 const readFile = file => new Promise((done, failed) => {
   const reader = new FileReader();
@@ -17129,13 +16846,12 @@ const readFile = file => new Promise((done, failed) => {
 });
 VIEWS.playground = {needs: ['models'], draw(root, [models], [wanted]) {
   const log = el('div', {class: 'play-log', tabindex: '0', role: 'log',
-    'aria-label': t('play_log')});
-  const thumbs = el('div', {class: 'row'});
+    'aria-label': t('play_log')}), thumbs = row();
   const send = el('button', {class: 'btn primary', type: 'submit'});
   const model = input({list: 'model-names', class: 'mono grow', 'aria-label': t('model'),
     placeholder: models.default_model || t('model'),
     value: wanted || talk.model || models.default_model || ''});
-  const stream = el('input', {type: 'checkbox', checked: talk.stream, id: uid()});
+  const stream = field('stream', 'check', talk.stream, {label: 'play_stream'});
   const text = el('textarea', {rows: 2, 'aria-label': t('play_message'), value: talk.draft,
     placeholder: t('play_placeholder'), on: {
       input() { talk.draft = text.value; },
@@ -17147,17 +16863,17 @@ VIEWS.playground = {needs: ['models'], draw(root, [models], [wanted]) {
       }}});
   const file = el('input', {type: 'file', accept: 'image/*', multiple: true, hidden: true, on: {
     change() { attach(file.files); file.value = ''; }}});
+  const isAsking = () => Boolean(talk.draft.trim() || talk.images.length);
   const user = () => ({role: 'user', content: talk.images.length ? [
     ...talk.draft ? [{type: 'text', text: talk.draft}] : [],
     ...talk.images.map(url => ({type: 'image_url', image_url: {url}}))] : talk.draft});
-  const asks = () => Boolean(talk.draft.trim() || talk.images.length);
-  const body = () => ({model: model.value.trim(), stream: stream.checked,
-    messages: [...talk.messages, ...asks() ? [user()] : []],
-    ...stream.checked ? {stream_options: {include_usage: true}} : {}});
+  const body = () => ({model: model.value.trim(), stream: stream.read(),
+    messages: [...talk.messages, ...isAsking() ? [user()] : []],
+    ...stream.read() ? {stream_options: {include_usage: true}} : {}});
   async function attach(files) {
     for (const each of files) {
-      if (!/^image\//.test(each.type) ||
-        each.size > 15e6) toast(t('play_image_bad', {name: each.name}), 'bad');
+      if (!/^image\//.test(each.type) || each.size > 15e6)
+        toast(t('play_image_bad', {name: each.name}), 'bad');
       else talk.images.push(await readFile(each));
     }
     draw();
@@ -17172,22 +16888,21 @@ VIEWS.playground = {needs: ['models'], draw(root, [models], [wanted]) {
   }
   async function submit() {
     if (talk.running) return talk.running.abort();
-    if (!asks()) return;
+    if (!isAsking()) return;
     if (!model.value.trim()) return toast(t('play_no_model'), 'bad');
     const answer = answerNode(), sent = body(), {draft, images} = talk;
     talk.nodes.push(el('div', {class: 'play-user'}, foreign(draft, 'play-text'),
-      images.map(url => thumb(url))),
-      answer.node);
+      images.map(url => thumb(url))), answer.node);
     Object.assign(talk, {draft: '', images: [], running: new AbortController(),
       model: sent.model, stream: sent.stream});
     text.value = '';
     draw();
     const follow = setInterval(() => { log.scrollTop = log.scrollHeight; }, 200);
     try {
-      answer.end([await answerTalk(answer, sent, talk.running.signal)]);
+      answer.end(await answerTalk(answer, sent, talk.running.signal));
     } catch (error) {
-      answer.end([error.name === 'AbortError' ? t('play_stopped') :
-        el('span', {class: 'error', role: 'alert', text: errorText(error)})]);
+      answer.end(error.name === 'AbortError' ? t('play_stopped') :
+        el('span', {class: 'error', role: 'alert', text: errorText(error)}));
     }
     clearInterval(follow);
     talk.running = null;
@@ -17198,15 +16913,15 @@ VIEWS.playground = {needs: ['models'], draw(root, [models], [wanted]) {
     }
     draw();
   }
-  const showCurl = () => dialog({title: 'curl', wide: true,
-    body: [hint(t('play_curl_hint')), codeBlock('bash', asCurl(body()))]});
+  const showCurl = () => { dialog({title: 'curl', wide: true,
+    body: [hint(t('play_curl_hint')), codeBlock('bash', asCurl(body()))]}); };
   const clear = () => { Object.assign(talk, {messages: [], nodes: []}); draw(); text.focus(); };
   root.append(modelNames(models.data), el('section', {class: 'card play'},
-    el('div', {class: 'row'}, model, field(t('play_stream'), stream),
-      button(t('play_curl'), showCurl, 'small'), button(t('play_clear'), clear, 'small')), log,
+    row(model, stream, button(t('play_curl'), showCurl, 'small'),
+      button(t('play_clear'), clear, 'small')), log,
     el('form', {class: 'play-composer', on: {submit(event) { event.preventDefault(); submit(); }}},
       thumbs, text, el('div', {class: 'spread'},
-        button(t('play_attach'), () => file.click(), 'quiet small', 'image'), file, send))));
+        button(t('play_attach'), () => file.click(), 'quiet small'), file, send))));
   draw();
   if (!matchMedia('(pointer: coarse)').matches) text.focus();
 }};
@@ -17233,7 +16948,7 @@ sign_in_wrong = 密码不对。忘记了？在服务器上运行 admin reset-pas
 admin reset-password on the server.
 sign_in_slow = 尝试太频繁，请在 {time} 后再试。 = Too many attempts. Try again in {time}.
 password = 密码 = Password | password_new = 新密码 = New password
-password_repeat = 再输一次 = Repeat the password | password_hint = 至少 8 个字符 = At least 8 characters
+password_repeat = 再输一次 = Repeat the password | password_new_hint = 至少 8 个字符 = At least 8 characters
 password_differ = 两次输入的密码不一致 = The two passwords differ | password_current = 当前密码 = Current password
 password_change = 修改密码 = Change password
 password_others_end = 其他设备上的登录会随之失效。 = You will be signed out on other devices.
@@ -17352,11 +17067,11 @@ bad_json = JSON 有误：{text} = Not valid JSON: {text}
 # models and routes
 models = 模型 = Models | models_none = 没有模型 = No models | context = 上下文 = Context
 max_output = 最大输出 = Max output | vision = 识图 = Vision | images = 图片 = images | try = 试一试 = Try
-alias = 别名 = alias | alias_add = 添加别名 = Add an alias | alias_name = 客户端用的名字 = Name that clients use
-alias_targets = 依次尝试的模型 = Models to try, in order | routes = 别名与备用 = Aliases and fallbacks
-routes_hint = 左边是客户端用的名字（可含 *），右边是依次尝试的模型，用逗号分隔；从上往下第一个匹配的生效。需要按条件分流时写 JSON。 = Left: a name that \
-clients use, * allowed. Right: the models to try in order, separated by commas. The first row \
-that matches counts. For conditions, write JSON.
+alias = 别名 = alias | aliases = 别名 = Aliases | routes = 别名与备用 = Aliases and fallbacks
+alias_bad = 每行写“名字 -> 模型”：{text} = Write name -> model in each line: {text}
+aliases_hint = 每行一条“名字 -> 模型”：名字由客户端使用（可含 *），模型依次尝试，用逗号分隔；从上往下第一个匹配的生效。需要按条件分流时，箭头后写 JSON。 = \
+One per line, name -> model: a name that clients use, * allowed; then the models to try in order, \
+separated by commas. The first line that matches counts. For conditions, write JSON.
 default_model = 默认模型 = Default model
 default_model_hint = 请求没有指定模型，或用了 claude-*、gpt-* 等别家的名字时使用 = For requests without a model, or \
 with a foreign name such as claude-* or gpt-*
@@ -17423,7 +17138,7 @@ typed is still here; reload to see the new one.
 logs_search = 搜索日志… = Search the log… | log_level = 级别 = Level
 level_debug = 调试及以上 = Debug and above | level_info = 信息及以上 = Info and above
 level_warning = 警告及以上 = Warnings and errors | level_error = 仅错误 = Errors only
-logs_new = {n} 条新日志 = {n} new {n:line|lines} | logs_newest = 回到最新 = Newest
+logs_newest = 回到最新 = Newest
 logs_count = {n} 行 = {n} lines | logs_none = 没有匹配的日志 = No line matches | download = 下载 = Download
 # playground
 play_clear = 清空 = Clear
@@ -17460,7 +17175,7 @@ usage_cost_hint = 费用按设置里的价格（每百万 token）算出，币�
 (per million tokens), in the same currency.
 usage_no_prices = 在设置里填上价格，就能看到费用。 = Set prices in the settings to see costs here.
 # clients
-clients_model = 模型 = Model | clients_shell = 系统或终端 = System or shell
+clients_shell = 系统或终端 = System or shell
 clients_key = 把 YOUR_KEY 换成你的客户端密钥，可在这里创建： = Put your client key for YOUR_KEY. Create one under
 clients_no_key = 不需要密钥，里面的占位密钥照抄即可。 = No key is needed: leave the one in there as it is.
 clients_terminal = 在终端里运行 = In a terminal
@@ -17482,8 +17197,8 @@ def texts_of(table: str) -> Dict[str, List[str]]:
 @lru_cache(1)
 def page_script() -> str:
     """One script of all views; comments that fill lines, and indents, stay here."""
-    parts = (_JS_CORE, _JS_OVERVIEW, _JS_USAGE, _JS_PROVIDERS, _JS_MODELS, _JS_SETTINGS, _JS_KEYS,
-             _JS_LOGS, _JS_CLIENTS, _JS_PLAY)
+    parts = (_JS_CORE, _JS_OVERVIEW, _JS_PROVIDERS, _JS_MODELS, _JS_SETTINGS, _JS_KEYS,
+             _JS_CLIENTS, _JS_PLAY)
     script = "".join(("(() => {\n'use strict';", *parts, "start();\n})();"))
     return re.sub(r"^(?: *(?://.*|/\*\*(?:(?!\*/)[\s\S])*\*/)?\n| +)", "", script, flags=re.M)
 
