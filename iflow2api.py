@@ -17228,14 +17228,23 @@ add_routes({"GET /admin": Route(show_page, public=True)})
 
 # === 19. Demo upstream =======================================================
 #
-# A small upstream built in: `--demo` runs the program against it, without account or network, and
-# the tests use the same one with a script.  What it says is pure; the server comes after it.
+# A small upstream built in: `--demo` runs the program against it, without account or network.
 
 #: demo-text shows what becomes of images for a model that can't see; any other name is answered.
 DEMO_MODELS: Tuple[Json, ...] = (
     {"id": "demo", "context": 131072, "max_output": 16384, "vision": True},
     {"id": "demo-vision", "context": 131072, "max_output": 16384, "vision": True},
     {"id": "demo-text", "context": 32768, "max_output": 4096, "vision": False})
+
+#: What it says: in English, in Chinese.
+_DEMO_SAYS = {
+    "thought": ("Let me see. I was asked: “{}”. ", "问题是：“{}”。"),
+    "result": ("The tool answered: {}", "工具返回：{}"),
+    "images": ("Images that I got: {}.", "收到了 {} 张图片。"),
+    "text": ("This is the demo model built into iflow2api: no account, no network. You said: “{}”. "
+             "For a real model: python iflow2api.py provider add zhipu",
+             "这是 iflow2api 内置的演示模型，不需要账号，也不联网。您说：“{}”。"
+             "接入真正的模型：python iflow2api.py provider add zhipu")}
 
 #: Of many tools one is called that only reads; a word of its name tells.
 _READS = ("get", "list", "read", "search", "find", "look", "fetch", "glob", "grep", "view",
@@ -17247,44 +17256,9 @@ _DEMO_VALUES: Json = {"command": "echo hello from the demo", "path": ".", "file_
                       "number": 1, "boolean": False, "array": [], "object": {}}
 
 
-class DemoAnswer(NamedTuple):
-    """What the demo model says; with a `status` other than 200, `text` is an error's message."""
-    text: str = ""
-    reasoning: str = ""
-    calls: Tuple[Tuple[str, Json], ...] = ()      #: name and arguments of each
-    finish: str = ""                              #: finish_reason where it is not the usual one
-    status: int = 200
-
-
-def demo_answer(body: Json) -> DemoAnswer:
-    """Think, call an offered tool once, tell its result, that images came, or what was asked."""
-    messages = body["messages"]
-    spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-    fresh = messages[spoken[-1] + 1:] if spoken else messages         # what it has not seen yet
-    asked = next((text for message in reversed(messages) if message["role"] == "user"
-                  for text in _demo_texts(message)[-1:]), "")
-    quoted, chinese = one_line(asked, 200), bool(re.search("[\u3400-\u9fff]", asked))
-    call = _demo_call(body, messages, fresh, asked)
-    results = [one_line(" ".join(_demo_texts(message)), 400) for message in fresh
-               if message["role"] == "tool"]
-    images = sum(part["type"] == "image_url" for message in fresh
-                 if isinstance(message["content"], list) for part in message["content"])
-    if call:
-        text = ""
-    elif (body.get("response_format") or {}).get("type", "text") != "text":
-        text = '{"answer": "demo"}'
-    elif results:
-        text = ("工具返回：" if chinese else "The tool answered: ") + "\n".join(results)
-    elif images:
-        text = f"收到了 {images} 张图片。" if chinese else f"Images that I got: {images}."
-    elif chinese:
-        text = (f"这是 iflow2api 内置的演示模型，不需要账号，也不联网。您说：“{quoted}”。"
-                "接入真正的模型：python iflow2api.py provider add zhipu")
-    else:
-        text = ("This is the demo model built into iflow2api: no account, no network. You said: "
-                f"“{quoted}”. For a real model: python iflow2api.py provider add zhipu")
-    thought = f"问题是：“{quoted}”。" if chinese else f"Let me see. I was asked: “{quoted}”. "
-    return _demo_limited(body, DemoAnswer(text, thought, (call,) if call else ()))
+def demo_pieces(text: str) -> List[str]:
+    """`text` as a model would stream it: words, or single Chinese characters."""
+    return re.findall("[\u2e80-\uffff]|[^\\s\u2e80-\uffff]+\\s*|\\s+", text)
 
 
 def _demo_texts(message: Json) -> List[str]:
@@ -17293,62 +17267,76 @@ def _demo_texts(message: Json) -> List[str]:
         part["text"] for part in content or () if part.get("text")]
 
 
-def _demo_call(body: Json, messages: List[Json], fresh: List[Json],
-               asked: str) -> Optional[Tuple[str, Json]]:
+def _demo_call(body: Json, fresh: List[Json], asked: str) -> Optional[Json]:
     """The tool to call, once in a conversation: the demanded, named, reading or first one."""
     choice = body.get("tool_choice")
     known = {tool["function"]["name"]: tool["function"].get("parameters") or {}
              for tool in body.get("tools") or ()}
     demanded = choice["function"]["name"] if isinstance(choice, dict) else ""
-    looked_at = fresh if demanded or choice == "required" else messages
+    looked_at = fresh if demanded or choice == "required" else body["messages"]
     if not known or choice == "none" or any(message["role"] == "tool" for message in looked_at):
         return None
     name = min(known, key=lambda name: (name != demanded, name.lower() not in asked.lower(),
                                         not any(word in name.lower() for word in _READS)))
     schemas = known[name].get("properties") or {}
-    required = known[name].get("required") or list(schemas)[:1]
-    return name, {field: _demo_value(field, schemas.get(field) or {}) for field in required}
+    arguments = {}
+    for field in known[name].get("required") or list(schemas)[:1]:
+        schema = schemas.get(field) or {}
+        kind = schema.get("type", "string")
+        usual = _DEMO_VALUES.get(field if kind == "string" else str(kind), "demo")
+        arguments[field] = (schema.get("enum") or [usual])[0]
+    return {"id": new_id("call_"), "type": "function", "function": {
+        "name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
 
 
-def _demo_value(name: str, schema: Json) -> Any:
-    kind = schema.get("type", "string")
-    usual = _DEMO_VALUES.get(name if kind == "string" else str(kind), "demo")
-    return (schema.get("enum") or [usual])[0]
-
-
-def _demo_limited(body: Json, answer: DemoAnswer) -> DemoAnswer:
-    """The answer as the switches for thinking and the limit of tokens leave it."""
+def _demo_thinks(body: Json) -> bool:
     template = body.get("chat_template_kwargs") or {}
-    off = (body.get("reasoning_effort") == "none"
-           or (body.get("thinking") or {}).get("type") == "disabled"
-           or False in (body.get("enable_thinking"), template.get("enable_thinking")))
-    thought, said = [] if off else demo_pieces(answer.reasoning), demo_pieces(answer.text)
-    limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(thought) + len(said)
-    cut = len(thought) + len(said) > limit
-    if cut and not answer.calls:         # a short limit leaves room for some of the answer itself
-        thought = thought[:limit // 2]
-        return DemoAnswer("".join(said[:limit - len(thought)]), "".join(thought), finish="length")
-    return answer._replace(reasoning="".join(thought))
+    return not (body.get("reasoning_effort") == "none"
+                or (body.get("thinking") or {}).get("type") == "disabled"
+                or False in (body.get("enable_thinking"), template.get("enable_thinking")))
 
 
-def demo_pieces(text: str) -> List[str]:
-    """`text` as a model would stream it: words, or single Chinese characters."""
-    return re.findall("[\u2e80-\uffff]|[^\\s\u2e80-\uffff]+\\s*|\\s+", text)
+def demo_message(body: Json) -> Tuple[Json, str]:
+    """Think, call an offered tool once, tell its result, that images came, or what was asked: the
+    message, and why it ends."""
+    messages = body["messages"]
+    spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    fresh = messages[spoken[-1] + 1:] if spoken else messages         # what it has not seen yet
+    asked = next((text for message in reversed(messages) if message["role"] == "user"
+                  for text in _demo_texts(message)[-1:]), "")
+    call = _demo_call(body, fresh, asked)
+    facts = {"result": "\n".join(one_line(" ".join(_demo_texts(message)), 400)
+                                 for message in fresh if message["role"] == "tool"),
+             "images": sum(part["type"] == "image_url" for message in fresh
+                           if isinstance(message["content"], list) for part in message["content"]),
+             "text": one_line(asked, 200)}
+    says = {key: pair[bool(re.search("[\u3400-\u9fff]", asked))] for key, pair in
+            _DEMO_SAYS.items()}
+    kind = next((key for key, fact in facts.items() if fact), "text")
+    thought = demo_pieces(says["thought"].format(facts["text"])) if _demo_thinks(body) else []
+    said = demo_pieces(says[kind].format(facts[kind]))
+    if (body.get("response_format") or {}).get("type", "text") != "text":
+        said = ['{"answer": "demo"}']
+    finish, most = "stop", body.get("max_completion_tokens") or body.get("max_tokens") or 1 << 20
+    if call:
+        said, finish = [], "tool_calls"
+    elif len(thought) + len(said) > most:        # a short limit leaves room for some of the answer
+        thought, finish = thought[:most // 2], "length"
+        said = said[:most - len(thought)]
+    return {"role": "assistant", "content": "".join(said) or None,
+            **({"reasoning_content": "".join(thought)} if thought else {}),
+            **({"tool_calls": [call]} if call else {})}, finish
 
 
-def demo_completion(body: Json, answer: DemoAnswer, created: int) -> Json:
+def demo_completion(body: Json, created: int) -> Json:
     """The plain answer."""
-    calls = [{"id": new_id("call_"), "type": "function",
-              "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
-             for name, arguments in answer.calls]
-    message = {"role": "assistant", "content": answer.text or None,
-               **({"reasoning_content": answer.reasoning} if answer.reasoning else {}),
-               **({"tool_calls": calls} if calls else {})}
-    given, thought = len(dump_json(body["messages"])) // 4, len(demo_pieces(answer.reasoning))
-    made = thought + len(demo_pieces(answer.text)) + len(dump_json(calls)) // 4
+    message, finish = demo_message(body)
+    given = len(dump_json(body["messages"])) // 4
+    thought = len(demo_pieces(message.get("reasoning_content", "")))
+    made = (thought + len(demo_pieces(message["content"] or ""))
+            + len(dump_json(message.get("tool_calls", ""))) // 4)
     usage = {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made,
              "completion_tokens_details": {"reasoning_tokens": thought}}
-    finish = answer.finish or ("tool_calls" if calls else "stop")
     return {"id": new_id("chatcmpl-"), "object": "chat.completion", "created": created,
             "model": body.get("model"), "usage": usage,
             "choices": [{"index": 0, "message": message, "finish_reason": finish}]}
@@ -17356,61 +17344,58 @@ def demo_completion(body: Json, answer: DemoAnswer, created: int) -> Json:
 
 def demo_chunks(body: Json, whole: Json) -> Iterator[Json]:
     """The plain answer as a stream of chunks; with usage where it was asked for."""
-    choice = whole["choices"][0]
-    message, base = choice["message"], {**whole, "object": "chat.completion.chunk"}
-    usage = base.pop("usage")
-
-    def chunk(delta: Json, finish: Optional[str] = None) -> Json:
-        return {**base, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-
-    yield chunk({"role": "assistant", "content": ""})
+    choice, base = whole["choices"][0], {**whole, "object": "chat.completion.chunk"}
+    message, usage = choice["message"], base.pop("usage")
+    deltas: List[Json] = [{"role": "assistant", "content": ""}]
     for field in ("reasoning_content", "content"):
-        yield from (chunk({field: piece}) for piece in demo_pieces(message.get(field) or ""))
-    for index, call in enumerate(message.get("tool_calls", ())):
-        function = call["function"]
-        head = {"index": index, **call, "function": {"name": function["name"], "arguments": ""}}
-        yield chunk({"tool_calls": [head]})
-        for at in range(0, len(function["arguments"]), 12):
-            piece = {"arguments": function["arguments"][at:at + 12]}
-            yield chunk({"tool_calls": [{"index": index, "function": piece}]})
-    yield chunk({}, choice["finish_reason"])
+        deltas += [{field: piece} for piece in demo_pieces(message.get(field) or "")]
+    for call in message.get("tool_calls", ()):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        head = {**call, "index": 0, "function": {"name": name, "arguments": ""}}
+        deltas += [{"tool_calls": [piece]} for piece in (head, *(
+            {"index": 0, "function": {"arguments": arguments[at:at + 12]}}
+            for at in range(0, len(arguments), 12)))]
+    for delta in deltas:
+        yield {**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    end = {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}
+    yield {**base, "choices": [end]}
     if (body.get("stream_options") or {}).get("include_usage"):
         yield {**base, "choices": [], "usage": usage}
-
-
-class DemoRequest(NamedTuple):
-    """What reached the demo upstream; for tests."""
-    method: str
-    path: str
-    headers: Dict[str, str]
-    body: Json
 
 
 class DemoUpstream(Listener):
     """A small OpenAI-compatible server on a loopback port.
 
-    `pace_s` lies between two pieces of a stream, `first_s` before an answer.  `script` has the
-    first answers, DemoAnswers or functions of the body; then comes `demo_answer`.
+    `pace_s` lies between two pieces of a stream, `first_s` before an answer.
     """
     request_queue_size = 128
 
-    def __init__(self, pace_s: float = 0.03, first_s: float = 0.3,
-                 script: Iterable[Any] = ()) -> None:
-        self.pace_s, self.first_s, self.script = pace_s, first_s, iter(script)
-        self.requests: Deque[DemoRequest] = deque(maxlen=100)
-        self.closing = threading.Event()
+    def __init__(self, pace_s: float = 0.03, first_s: float = 0.3) -> None:
+        self.pace_s, self.first_s, self.closing = pace_s, first_s, threading.Event()
         super().__init__(("127.0.0.1", 0), _DemoHandler)
+        self.base_url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(5,), name="demo", daemon=True).start()
 
-    @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def settings(self, model: str = "demo") -> Json:
+    def settings(self) -> Json:
         """Settings that lead everything to it, whatever config.json says."""
         entry = {"name": "demo", "base_url": self.base_url, "models": list(DEMO_MODELS)}
         return {"providers": [entry], "aliases": {}, "default_provider": "demo",
-                "default_model": model, "api_key": ""}
+                "default_model": "demo", "api_key": ""}
+
+    def answer(self, path: str, body: Optional[Json]) -> Tuple[int, Json]:
+        """Status and answer of a POST, or of a GET without `body`."""
+        status, problem = 404, f"the demo answers /chat/completions alone; nothing is at {path}"
+        if body is None and path.endswith("/models"):
+            return 200, {"object": "list", "data": [
+                {"id": model["id"], "object": "model", "created": 1767225600, "owned_by": "demo"}
+                for model in DEMO_MODELS]}
+        if body is not None and path.endswith("/chat/completions"):
+            try:
+                return 200, demo_completion(body, int(time.time()))
+            except (TypeError, ValueError, KeyError, AttributeError) as exc:
+                status, problem = 400, f"the demo can't read this request ({one_line(exc, 80)})"
+        return status, {"error": {"message": problem, "type": error_type(status), "param": None,
+                                  "code": None}}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("the demo upstream lost a client", exc_info=True)
@@ -17421,56 +17406,29 @@ class DemoUpstream(Listener):
 
 
 class _DemoHandler(http.server.BaseHTTPRequestHandler):
-    """One connection to the demo upstream."""
+    """One connection to the demo upstream, on which our own gateway sends its requests."""
     server: DemoUpstream
     server_version, sys_version, disable_nagle_algorithm, timeout = "demo", "", True, 75
 
     def log_message(self, format: str, *args: Any) -> None:
         """Hops that lie in this process need no log."""
 
-    def _note(self, body: Json) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.requests.append(DemoRequest(self.command, self.path, headers, body))
-
     def do_GET(self) -> None:
-        self._note({})
-        models = [{"id": model["id"], "object": "model", "created": 1767225600, "owned_by": "demo"}
-                  for model in DEMO_MODELS]
-        if self.path.endswith("/models"):
-            return self._send(200, {"object": "list", "data": models})
-        self._fail(404, f"the demo has nothing at {self.path}")
+        self._send(*self.server.answer(self.path, None))
 
     def do_POST(self) -> None:
-        size = int(self.headers.get("Content-Length") or 0)
-        try:
-            body = parse_body(decode_body(self.rfile.read(size)))
-            self._note(body)
-            if not self.path.endswith("/chat/completions"):
-                return self._fail(404, f"the demo has nothing at {self.path}")
-            said = next(self.server.script, demo_answer)
-            answer = said(body) if callable(said) else said
-            whole = demo_completion(body, answer, int(time.time()))
-        except (BadRequest, TypeError, ValueError, KeyError, AttributeError) as exc:
-            return self._fail(400, f"the demo can't read this request ({one_line(exc, 80)})")
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = json.loads(data)
+        status, value = self.server.answer(self.path, body)
         self.server.closing.wait(self.server.first_s)
-        if answer.status != 200:
-            self._fail(answer.status, answer.text)
-        elif body.get("stream") is True:
-            self._stream(demo_chunks(body, whole))
-        else:
-            self._send(200, whole)
-
-    def _stream(self, chunks: Iterable[Json]) -> None:
+        if status != 200 or body.get("stream") is not True:
+            return self._send(status, value)
         self._head(200, "text/event-stream")
-        for chunk in chunks:
+        for chunk in demo_chunks(body, value):
             self.wfile.write(b"data: %s\n\n" % dump_json(chunk))
             if self.server.closing.wait(self.server.pace_s):
                 return
         self.wfile.write(b"data: [DONE]\n\n")
-
-    def _fail(self, status: int, message: str) -> None:
-        self._send(status, {"error": {"message": message, "type": error_type(status),
-                                      "param": None, "code": None}})
 
     def _send(self, status: int, value: Json) -> None:
         self._head(status, "application/json")

@@ -14233,20 +14233,23 @@ WEATHER_DEMO = {"type": "function", "function": {
         "city": {"type": "string"}, "unit": {"type": "string", "enum": ["celsius", "kelvin"]}}}}}
 
 
-@pytest.fixture
-def demos():
-    """demos(*script): a demo upstream that gives these answers first."""
-    with contextlib.ExitStack() as stack:
-        def make(*script):
-            made = ifl.DemoUpstream(pace_s=0, first_s=0, script=script)
-            stack.callback(made.close)
-            return made
-        yield make
+class SeenDemo(ifl.DemoUpstream):
+    """A demo upstream in a hurry; `requests` are (path, body) of what reached it."""
+
+    def __init__(self) -> None:
+        self.requests: List[Any] = []
+        super().__init__(pace_s=0, first_s=0)
+
+    def answer(self, path, body):
+        self.requests.append((path, body))
+        return super().answer(path, body)
 
 
 @pytest.fixture
-def demo(demos):
-    return demos()
+def demo():
+    server = SeenDemo()
+    yield server
+    server.close()
 
 
 @pytest.fixture
@@ -14360,9 +14363,10 @@ def test_demo_prefers_tools_that_only_read(offered, asked, choice, expected):
                "properties": {"n": {"type": ["integer", "null"]}, "self": {"$ref": "#"}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": endless}}
              for name in offered]
-    calls = ifl.demo_answer({"messages": [user_demo(asked)], "tools": tools,
-                             "tool_choice": choice}).calls
-    assert (calls[0][0] if calls else None) == expected
+    message, _ = ifl.demo_message({"messages": [user_demo(asked)], "tools": tools,
+                                   "tool_choice": choice})
+    assert [call["function"]["name"] for call in message.get("tool_calls", ())] == (
+        [expected] if expected else [])
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
@@ -14379,7 +14383,7 @@ def test_demo_says_that_it_got_an_image_where_it_can_see(demo, url, path):
     assert status == 200 and "Images that I got: 1." in json.dumps(answer)
     if "chat" not in path:               # it is told that there was one
         assert call_demo(url, path, {"model": "demo-text", **body})[0] == 200
-        assert data not in json.dumps(demo.requests[-1].body)
+        assert data not in json.dumps(demo.requests[-1])
 
 
 def test_demo_lists_its_models_and_serves_foreign_names(demo, url):
@@ -14390,7 +14394,7 @@ def test_demo_lists_its_models_and_serves_foreign_names(demo, url):
     assert [b["type"] for b in answer["content"]] == ["thinking", "text"]
     answer = call_demo(url, "/v1/responses", {"model": "gpt-5", "input": "Hello"})[1]
     assert [item["type"] for item in answer["output"]] == ["reasoning", "message"]
-    assert [request.body["model"] for request in demo.requests if request.body] == ["demo", "demo"]
+    assert [body["model"] for _, body in demo.requests if body] == ["demo", "demo"]
 
 
 @pytest.mark.parametrize("path, body, status, words", [
@@ -14399,22 +14403,14 @@ def test_demo_lists_its_models_and_serves_foreign_names(demo, url):
     ("chat/completions", {"messages": [user_demo([7])]}, 400, "can't read"),
     ("chat/completions", {"messages": [{"role": "assistant", "tool_calls": [{}]}, user_demo("x")],
                           "tools": "x"}, 400, "can't read"), ("chat/completions", {}, 400, ""),
-    ("completions", {"prompt": "x"}, 404, "has nothing at /v1/completions"),
-    ("elsewhere", None, 404, "has nothing at"), ("elsewhere", {}, 404, "has nothing at")])
+    ("completions", {"prompt": "x"}, 404, "nothing is at /v1/completions"),
+    ("elsewhere", None, 404, "nothing is at"), ("elsewhere", {}, 404, "nothing is at")])
 def test_demo_refuses_nonsense_with_a_sentence(demo, path, body, status, words):
     found, answer = call_demo(demo.base_url, "/v1/" + path, body)
     assert found == status and words in answer["error"]["message"]
 
 
-def test_demo_follows_a_script_and_keeps_a_pace(demos):
-    demo = demos(ifl.DemoAnswer("scripted"),
-                 lambda body: ifl.DemoAnswer(str(len(body["messages"]))),
-                 ifl.DemoAnswer("later", status=429))
-    with gateway_with(**demo.settings()) as (_, url):
-        said = [message_of(chat_demo(url, "1"))["content"] for _ in range(2)]
-        assert said == ["scripted", "1"]
-        status, answer = call_demo(url, "/v1/chat/completions", {"messages": [user_demo("3")]})
-        assert (status, answer["error"]["message"]) == (429, "later")
+def test_demo_keeps_a_pace(demo):
     demo.pace_s = 0.01
     started = time.monotonic()
     chunks = chat_demo(demo.base_url, "hi", stream=True)
@@ -14498,7 +14494,7 @@ def test_anthropic_sdk_runs_a_tool_loop_on_the_demo(url):
 def test_output_limit_of_a_model_cuts_max_tokens(demo, url):
     call_demo(url, "/v1/messages",
               {"model": "demo-text", "max_tokens": 99999, "messages": [user_demo("hi")]})
-    assert demo.requests[-1].body["max_tokens"] == 4096
+    assert demo.requests[-1][1]["max_tokens"] == 4096
 
 
 # --- provider commands -------------------------------------------------------
@@ -14619,34 +14615,43 @@ def unused_port():
         return probe.getsockname()[1]
 
 
-def add_demo(capsys, demo, *argv):
-    run_demo(capsys, "provider", "add", "mine", "--base-url", demo.base_url, "--api-key", "k1",
+def add_demo(capsys, base_url, *argv):
+    run_demo(capsys, "provider", "add", "mine", "--base-url", base_url, "--api-key", "k1",
              *(argv or ("--models", "demo")))
 
 
 def test_provider_test_says_what_works(capsys, demo):
-    add_demo(capsys, demo)
+    add_demo(capsys, demo.base_url)
     status, out, _ = run_demo(capsys, "provider", "test", "mine")
     assert status == 0 and out.startswith("mine: key ok, model demo ok (")
     assert out.endswith("s), stream ok, tools ok\n")
-    assert [r.body.get("stream") for r in demo.requests] == [None, True, None]
+    assert [body.get("stream") for _, body in demo.requests] == [None, True, None]
     assert run_demo(capsys, "provider", "test")[0] == 0
     assert run_demo(capsys, "test", "mine")[1].startswith("mine: key ok, model demo ok (")
 
 
+def refusal(message, status) -> Reply:
+    return plain({"error": {"message": message}}, status)
+
+
+SAYS_HI = plain(completion("hi"))
+CALLS_TOOL = plain(completion(None, "tool_calls", tool_calls=[
+    {"id": "c1", "type": "function", "function": {"name": "ping", "arguments": "{}"}}]))
+
+
 @pytest.mark.parametrize("script, status, words", [
-    ([ifl.DemoAnswer("no such model", status=404)], 1,
+    ([refusal("no such model", 404)], 1,
      "mine: does not work, the model: the model demo does not exist there: no such model"),
-    ([ifl.DemoAnswer("Insufficient Balance", status=402)], 1,
+    ([refusal("Insufficient Balance", 402)], 1,
      "mine: does not work, the balance: Insufficient Balance"),
-    ([ifl.DemoAnswer("bad key", status=401)], 1, "mine: does not work, the key: "),
-    ([ifl.DemoAnswer("hi"), ifl.DemoAnswer("no streams", status=400)], 1,
+    ([refusal("bad key", 401)], 1, "mine: does not work, the key: "),
+    ([SAYS_HI, refusal("no streams", 400), CALLS_TOOL], 1,
      "tools ok, stream failed (400: no streams)"),
-    ([ifl.DemoAnswer("hi")] * 2 + [ifl.DemoAnswer("no tools", status=400)], 1,
+    ([SAYS_HI, sse(*HELLO), refusal("no tools", 400)], 1,
      "stream ok, tools failed (400: no tools)"),
-    ([ifl.DemoAnswer("hi")] * 3, 0, "stream ok, tools taken, but none called")])
-def test_provider_test_says_what_does_not_work(capsys, demos, script, status, words):
-    add_demo(capsys, demos(*script))
+    ([SAYS_HI, sse(*HELLO), SAYS_HI], 0, "stream ok, tools taken, but none called")])
+def test_provider_test_says_what_does_not_work(capsys, upstreams, script, status, words):
+    add_demo(capsys, upstreams(*script).url)
     result, out, _ = run_demo(capsys, "provider", "test", "mine")
     assert result == status and words in out and len(out.splitlines()) == 1
 
@@ -14665,10 +14670,10 @@ def test_provider_test_of_what_is_not_there(capsys, monkeypatch):
 
 
 def test_provider_test_limits_tokens_in_the_provider_s_own_field(capsys, demo):
-    add_demo(capsys, demo, "--preset", "openai")
+    add_demo(capsys, demo.base_url, "--preset", "openai")
     assert run_demo(capsys, "provider", "test", "mine")[0] == 0
-    assert all("max_tokens" not in r.body and "max_completion_tokens" in r.body
-               for r in demo.requests)
+    assert all("max_tokens" not in body and "max_completion_tokens" in body
+               for _, body in demo.requests)
 
 
 def test_upstream_flag_brings_facts(monkeypatch):
@@ -14692,7 +14697,7 @@ def engines(monkeypatch):
 
 
 def looks(demo):
-    return [r for r in demo.requests if r.path == "/v1/models"]
+    return [path for path, _ in demo.requests if path == "/v1/models"]
 
 
 def test_an_engine_is_found_at_the_first_request(demo, engines, caplog):
@@ -14702,7 +14707,7 @@ def test_an_engine_is_found_at_the_first_request(demo, engines, caplog):
         assert not looks(demo) and call_demo(url, "/health")[1]["status"] == "degraded"
         body = {"model": "claude-sonnet-4-5", "max_tokens": 99, "messages": [user_demo("hi")]}
         assert call_demo(url, "/v1/messages", body)[0] == 200
-        assert demo.requests[-1].body["model"] == "demo"
+        assert demo.requests[-1][1]["model"] == "demo"
         assert message_of(chat_demo(url, "hi", model="ollama/demo-vision"))["content"]
         assert len(looks(demo)) == 1                     # the second request came within 30 seconds
         assert call_demo(url, "/health")[1]["providers"][0]["name"] == "ollama"
@@ -14769,16 +14774,12 @@ def test_new_settings_end_the_search(demo, engines):
         assert gateway.current().router.default is None
 
 
-def test_chat_models_come_before_embeddings(engines, monkeypatch):
+def test_chat_models_come_before_embeddings(engines, demo, monkeypatch):
     monkeypatch.setattr(ifl, "DEMO_MODELS", ({"id": "text-embedding-nomic"}, {"id": "qwen3"}))
-    demo = ifl.DemoUpstream(pace_s=0, first_s=0)
     engines(lmstudio=demo.base_url)
-    try:
-        with gateway_with() as (gateway, url):
-            assert gateway.current().router.providers["lmstudio"].models == ("qwen3",
-                    "text-embedding-nomic")
-    finally:
-        demo.close()
+    with gateway_with() as (gateway, _):
+        found = gateway.current().router.providers["lmstudio"]
+        assert found.models == ("qwen3", "text-embedding-nomic")
 
 
 @pytest.mark.parametrize("data",
