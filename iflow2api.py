@@ -15238,7 +15238,8 @@ border-radius:var(--small);background:var(--surface);box-shadow:var(--shadow);
 overflow-wrap:anywhere;border-inline-start:4px solid var(--ok)}.toast.bad{border-color:var(--bad)}
 @media (max-width:900px){
 #app{display:block}#top{padding:8px 16px;top:0}#main{padding:16px 16px 56px}
-#burger{display:inline-flex;margin-inline-start:-8px}#nav{display:none;position:static;height:auto}
+#burger{display:inline-flex;margin-inline-start:-8px}
+#nav{display:none;position:fixed;inset:55px 0 0;height:auto;z-index:4}
 #nav.open{display:flex}.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}
 }
 @media (max-width:640px){
@@ -15697,6 +15698,15 @@ function table({label, columns, rows = [], empty, open}) {
   root.update(rows);
   return root;
 }
+/** `ask`, of whose answers only that of the last call arrives, and none once `end()` was called. */
+function latest(ask) {
+  let turn = 0;
+  const only = async (...args) => {
+    const mine = ++turn, answer = await ask(...args);
+    return mine === turn ? answer : new Promise(() => {});
+  };
+  return Object.assign(only, {end() { turn = NaN; }});
+}
 /** Calls `fn` at most every `pause_ms`, and once more at the end. */
 function throttle(fn, pause_ms) {
   let timer = 0;
@@ -16074,14 +16084,14 @@ function chartSeries(points) {
 function usageChart(span) {
   const art = el('div'), legend = el('ul', {class: 'chips'});
   const words = el('div', {class: 'visually-hidden'});
-  const box = card(t('chart_title'), segments(t('chart_span'), texts('chart_', ['day', 'month']),
+  const box = card(t('chart_title'), segments(t('period'), texts('chart_', ['day', 'month']),
     span, key => { span = key; again(); }), art, legend, words);
-  let turn = 0, paintArt = () => {};
+  let paintArt = () => {};
+  const points = latest(() => api('series?span=' + span));
   const resized = new ResizeObserver(() => paintArt());
   async function draw() {
-    const mine = ++turn, {points} = await api('series?span=' + span);
-    if (mine !== turn) return;
-    const series = chartSeries(points), labels = points.map(({at}) => span === 'day' ?
+    const found = (await points()).points, series = chartSeries(found);
+    const labels = found.map(({at}) => span === 'day' ?
       moment(at, CLOCK) : moment(at + 43200, {month: 'short', day: 'numeric'}));  // a server's day
     paintArt = () => art.replaceChildren(chartArt(labels, series, Math.max(art.clientWidth, 240)));
     paintArt();
@@ -16093,12 +16103,12 @@ function usageChart(span) {
       ...series.map(each => [each.name, at => fmt.number(each.values[at])])]}));
   }
   const again = () => draw().catch(error => art.replaceChildren(note('bad', errorText(error))));
-  const stop = live.on('request', throttle(() => turn >= 0 && again(), 1500));
+  const stop = live.on('request', throttle(again, 1500));
   const timer = setInterval(again, 60000);
   resized.observe(art);
   again();
   return Object.assign(box, {end() {
-    turn = NaN;
+    points.end();
     resized.disconnect();
     stop();
     clearInterval(timer);
@@ -16120,36 +16130,36 @@ function usageColumns(rows) {
     reasoning: tokens('reasoning'),
     first_s: duration('first_s'), total_s: duration('total_s'),
     ...rows.some(isPriced) ? {cost: price} : {}};
-  return [['usage_by_' + usage.by, item => item.sum ? t('usage_sum') :
+  return [[usage.by, item => item.sum ? t('usage_sum') :
     foreign(item.name || t('none'), 'mono'), 'break'],
   ...Object.entries(figures).map(([key, render]) => ['usage_' + key, render, 'end'])];
 }
 VIEWS.usage = {draw(root) {
   const result = stack(), chart = usageChart('month');
   const csv = el('a', {class: 'btn', download: '', 'aria-label': t('usage_csv'), text: 'CSV'});
-  const by = segments(t('usage_by'), texts('usage_by_', ['model', 'key', 'provider', 'day']),
-    usage.by, key => { usage.by = key; draw(); });
-  const days = select({'aria-label': t('usage_days'), value: usage.days, on: {
-    change() { usage.days = days.value; draw(); }}},
+  const by = segments(t('usage_by'), texts('', ['model', 'key', 'provider', 'day']),
+    usage.by, key => { usage.by = key; redrawn(); });
+  const days = select({'aria-label': t('period'), value: usage.days, on: {
+    change() { usage.days = days.value; redrawn(); }}},
   ['1', '7', '30', '90', '365'].map(n => option(n, t('usage_days_' + n))));
-  let turn = 0;
+  const ask = latest(query => api('usage?' + query));
   async function draw() {
-    const mine = ++turn, query = `days=${usage.days}&by=${usage.by}`;
+    const query = `days=${usage.days}&by=${usage.by}`;
     csv.href = BASE + 'usage.csv?' + query;
-    const {rows, total, enabled} = await api('usage?' + query).catch(tellError);
-    if (mine !== turn) return;
+    const {rows, total, enabled} = await ask(query);
     const columns = usageColumns(rows), hints = [rows.some(item => item.estimated) &&
       'usage_estimated', columns.length > 9 ? 'usage_cost_hint' : rows.length && 'usage_no_prices'];
     result.replaceChildren(enabled === false ? note('', t('usage_off')) : '',
-      table({columns, label: t('usage_by_' + usage.by), empty: t('usage_none'),
+      table({columns, label: t(usage.by), empty: t('usage_none'),
         rows: rows.length > 1 ? [...rows, {...total, sum: true}] : rows}),
       ...hints.filter(Boolean).map(key => hint(t(key))));
     result.classList.toggle('usage-sum', rows.length > 1);
   }
   root.append(chart, el('section', {class: 'card'},
     el('div', {class: 'spread'}, by, row(days, csv)), result));
-  draw();
-  return () => { turn = NaN; chart.end(); };
+  const redrawn = () => draw().catch(tellError);
+  redrawn();
+  return () => { ask.end(); chart.end(); };
 }};
 """
 
@@ -16381,23 +16391,21 @@ function routeCard(aliases) {
     ['tokens', 'number', '', {label: 'where_tokens', placeholder: '0'}],
     ...['images', 'thinking', 'tools'].map(name =>
       [name, 'check', false, {label: 'with_' + name}])]);
-  let turn = 0;
-  async function explain() {
-    const mine = ++turn, given = ask.values();
-    let nodes;
+  const explain = latest(async () => {
+    const given = ask.values();
     try {
       const {steps, chain} = await api('routes/explain', {body: {...given, aliases: aliases(),
         model: given.model || undefined, tokens: given.tokens || 0}});
-      nodes = [chain.length ? chainList(chain) : '',
+      return [chain.length ? chainList(chain) : '',
         el('ul', {class: 'plain hint'}, steps.map(step => el('li', foreign(step))))];
     } catch (error) {
-      nodes = [error.status === 403 ?
+      return [error.status === 403 ?
         note('', el('a', {href: '#guide', text: t('providers_none')})) :
         note('bad', errorText(error))];
     }
-    if (mine === turn) answer.replaceChildren(...nodes);
-  }
-  const later = throttle(explain, 300), [model, ...more] = ask.nodes;
+  });
+  const later = throttle(async () => answer.replaceChildren(...await explain()), 300);
+  const [model, ...more] = ask.nodes;
   for (const node of ask.nodes) node.addEventListener('input', later);
   return Object.assign(card(t('where'), null, stack(model,
     el('details', el('summary', {text: t('where_more')}), grid('small', more)), answer)), {later});
@@ -16706,7 +16714,8 @@ function clientBlocks(blocks, again) {
 /** A choice of the client, and its lines below: {node, ask(model)}. */
 function clientSetup() {
   const box = stack(), which = field('client', 'choice', '', {options: []}), {control} = which;
-  let found = null, turn = 0;
+  const blocks = latest(model => api('clients?model=' + encodeURIComponent(model || '')));
+  let found = null;
   control.addEventListener('change', () => { setup.client = which.read(); draw(); });
   function draw() {
     const client = found.data.find(item => item.id === setup.client) || found.data[0];
@@ -16717,10 +16726,7 @@ function clientSetup() {
       hint(t('clients_no_key'))).childNodes);
   }
   return {node: stack(which, box), async ask(model) {
-    const mine = ++turn, answer = await api('clients?model=' + encodeURIComponent(model || ''))
-      .catch(tellError);
-    if (mine !== turn || !answer.data) return;
-    found = answer;
+    try { found = await blocks(model); } catch (error) { return tellError(error); }
     draw();
   }};
 }
@@ -17157,13 +17163,12 @@ play_log = 对话 = Conversation
 play_image_bad = {name}：只能附带 15 MB 以内的图片 = {name}: only images of at most 15 MB can be attached
 play_curl = 转为 curl = As curl
 # chart and usage
-chart_title = token 用量 = Tokens | chart_span = 时间范围 = Period | chart_day = 24 小时 = 24 hours
+chart_title = token 用量 = Tokens | period = 时间范围 = Period | chart_day = 24 小时 = 24 hours
 chart_month = 30 天 = 30 days | chart_rest = 其他 = others
 chart_none = 这段时间没有请求 = No requests in this period | usage_csv = 下载 CSV = Download CSV
-usage_days = 时间范围 = Period | usage_days_1 = 今天 = Today | usage_days_7 = 最近 7 天 = Last 7 days
+usage_days_1 = 今天 = Today | usage_days_7 = 最近 7 天 = Last 7 days
 usage_days_30 = 最近 30 天 = Last 30 days | usage_days_90 = 最近 90 天 = Last 90 days
-usage_days_365 = 最近一年 = Last year | usage_by = 分组 = Grouped by | usage_by_model = 模型 = Model
-usage_by_key = 密钥 = Key | usage_by_provider = 上游 = Provider | usage_by_day = 日期 = Day
+usage_days_365 = 最近一年 = Last year | usage_by = 分组 = Grouped by | day = 日期 = Day
 usage_requests = 请求 = Requests | usage_errors = 失败 = Errors | usage_input = 输入 = Input
 usage_output = 输出 = Output | usage_cached = 缓存命中 = Cached | usage_reasoning = 思考 = Thinking
 usage_first_s = 平均首字 = First token | usage_total_s = 平均耗时 = Duration | usage_cost = 费用 = Cost
