@@ -4621,11 +4621,12 @@ def count_chat_tokens(chat: Json) -> int:
 # === 8. Anthropic Messages (pure) ============================================
 #
 # A Messages request becomes a chat request, a completion a message, chunks become events. The plain
-# answer is the stream of the same completion, folded: one state machine tells both stories.
+# answer is made of the events that a stream of the same completion would send.
 
 #: finish_reason -> stop_reason; any other means `tool_use` where there is a call, else `end_turn`.
-STOP_REASON = {"length": "max_tokens", "repetition_truncation": "max_tokens", "content_filter": "refusal",
-               "sensitive": "refusal", "model_context_window_exceeded": "model_context_window_exceeded"}
+STOP_REASON = {"length": "max_tokens", "repetition_truncation": "max_tokens",
+               "content_filter": "refusal", "sensitive": "refusal",
+               "model_context_window_exceeded": "model_context_window_exceeded"}
 
 #: HTTP status -> error.type; others: `api_error` from 500 on, else `invalid_request_error`.
 MESSAGES_ERROR_TYPE = {401: "authentication_error", 402: "billing_error", 403: "permission_error",
