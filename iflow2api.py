@@ -11493,8 +11493,8 @@ class Attempts:
                 except (UpstreamError, Busy) as exc:
                     status, told = exc.status, exc
                     if isinstance(exc, UpstreamError):
-                        told = explain_refusal(exc, self.target, self.translation, self.gateway.flags,
-                                               self.call.shows_images)
+                        told = explain_refusal(exc, self.target, self.translation,
+                                               self.gateway.flags, self.call.shows_images)
                     forget_trace(exc)    # the plan keeps errors
                     if not self._mend(plan, status, told):
                         self._give_up(plan, status, told, len(chain) > 1)
@@ -11685,7 +11685,7 @@ class Attempts:
                 return True
             passes = translation.passes(payload)
             out = payload if passes else translation.feed(payload)
-            if translation.failed:            # on Chat an error goes out as it came, but for a key in it
+            if translation.failed:       # on Chat an error goes out as it came, but for a key in it
                 out, passes = _without_secrets(out, provider), False
             if passes:
                 client.send(out, response.framed)

@@ -1918,16 +1918,18 @@ def test_estimate_tokens(text, low, high):
 
 # --- answers -----------------------------------------------------------------
 
+
 @pytest.mark.parametrize("item, answer", [
     (ROLE, False), (chunk("x"), True), (chunk("\n"), True), (chunk(reasoning_content="r"), True),
     (chunk(reasoning="r"), True), (chunk(tool_calls=[{"index": 0}]), True), (completion(), True),
     (chunk("", tool_calls=[]), False), (chunk(None, refusal=None), False), (usage_chunk(), True),
-    (chunk(refusal="no"), True), (chunk(audio={"data": "x"}), True), (chunk(surprise={"a": 1}), True),
-    (chunk(finish="stop"), False), (chunk(finish="length"), True), (chunk(finish="sensitive"), True),
-    (chunk(finish="content_filter"), True), (chunk(finish="stop", usage=USAGE), True),
+    (chunk(refusal="no"), True), (chunk(audio={"data": "x"}), True),
+    (chunk(surprise={"a": 1}), True), (chunk(finish="stop"), False), (chunk(finish="length"), True),
+    (chunk(finish="sensitive"), True), (chunk(finish="content_filter"), True),
+    (chunk(finish="stop", usage=USAGE), True),
     (chunk(usage={"prompt_tokens": 3, "completion_tokens": 0}), False), ({}, False),
-    *(({"choices": choices}, False) for choices in (
-        [], None, [None, 5], [{"text": ""}], [{"delta": None}], [{"delta": "x"}])),
+    *(({"choices": choices}, False)
+      for choices in ([], None, [None, 5], [{"text": ""}], [{"delta": None}], [{"delta": "x"}])),
     ({"choices": [{"text": "x"}]}, True),
     ({"choices": [{"delta": {}}, {"delta": {"content": "x"}}]}, True)])
 def test_what_is_an_answer(item, answer):
@@ -1935,16 +1937,19 @@ def test_what_is_an_answer(item, answer):
 
 
 def test_a_plain_answer_as_a_stream():
-    calls = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}, {"id": "c2"}]
-    first, last = records_of(ifl.completion_to_sse(completion("Hi", "tool_calls", tool_calls=calls)))
+    calls = [call("c1", "f"), {"id": "c2"}]
+    answer = completion("Hi", "tool_calls", tool_calls=calls)
+    first, last = records_of(ifl.completion_to_sse(answer))
     assert last == DONE and first["object"] == "chat.completion.chunk" and first["usage"] == USAGE
     choice = first["choices"][0]
-    assert choice["finish_reason"] == "tool_calls" and "message" not in choice and choice["delta"]["content"] == "Hi"
+    assert choice["finish_reason"] == "tool_calls" and "message" not in choice
+    assert choice["delta"]["content"] == "Hi"
     assert [call["index"] for call in choice["delta"]["tool_calls"]] == [0, 1]
 
 
-@pytest.mark.parametrize("odd", [{}, {"choices": None}, {"choices": [{"message": None}]}, {"choices": [None]},
-                                 {"choices": 5}])
+@pytest.mark.parametrize(
+    "odd",
+    [{}, {"choices": None}, {"choices": [{"message": None}]}, {"choices": [None]}, {"choices": 5}])
 def test_an_odd_answer_as_a_stream(odd):
     assert records_of(ifl.completion_to_sse(odd))[-1] == DONE
     assert ifl.ReasoningMerge(True).whole(odd) is odd
@@ -1954,7 +1959,9 @@ ODD = [5, 0.5, "x", [1], {"a": 1}, True]
 
 
 @pytest.mark.parametrize("odd", ODD)
-@pytest.mark.parametrize("field", ["choices", "index", "finish_reason", "delta", "message", "content", "call index", "function"])
+@pytest.mark.parametrize(
+    "field",
+    ["choices", "index", "finish_reason", "delta", "message", "content", "call index", "function"])
 def test_a_stream_with_a_value_of_the_wrong_type_is_still_read(field, odd):
     call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
     if field == "function":
@@ -1966,16 +1973,18 @@ def test_a_stream_with_a_value_of_the_wrong_type_is_still_read(field, odd):
         choice["delta"]["content"] = odd
     elif field != "choices":
         choice[field] = odd
-    chunks = [{"choices": odd if field == "choices" else [choice]}, {"choices": [choice]}, chunk("b"), chunk(finish="stop")]
+    chunks = [{"choices": odd if field == "choices" else [choice]}, {"choices": [choice]},
+              chunk("b"), chunk(finish="stop")]
     data = b"".join(map(ifl.encode_chunk, [*chunks, "[DONE]"]))
-    assert any(choice["message"]["content"][-1] == "b" for choice in ifl.fold_stream(data)["choices"])
+    folded = ifl.fold_stream(data)["choices"]
+    assert any(choice["message"]["content"][-1] == "b" for choice in folded)
     stream = translation_of(preserve_reasoning_content=True)
     assert (stream.feed(data) + stream.close()).count(b'"b"') == 1
 
 
 def test_a_folded_stream_joins_lists_as_well():
     parts = [[{"type": "text", "text": letter}] for letter in "ab"]
-    data = b"".join(map(ifl.encode_chunk, [chunk(part) for part in parts] + [chunk(finish="stop"), "[DONE]"]))
+    data = wire_of([*map(chunk, parts), chunk(finish="stop"), DONE])
     assert ifl.fold_stream(data)["choices"][0]["message"]["content"] == parts[0] + parts[1]
 
 
@@ -1983,16 +1992,20 @@ def test_a_folded_stream_joins_lists_as_well():
 
 REFUSALS = [
     # id, status, body, what became of it: (status, message, type, code)
-    ("openai", 400, {"error": {"message": "bad", "type": "t", "code": "c", "param": "p"}}, (400, "bad", "t", "c")),
-    ("openai in a 200", 200, {"error": {"message": "bad", "code": "429"}}, (429, "bad", "rate_limit_error", "429")),
-    ("number", 200, {"error": {"message": "bad", "code": 404}}, (404, "bad", "invalid_request_error", None)),
-    ("odd number", 200, {"error": {"message": "bad", "code": 1302}}, (502, "bad", "server_error", None)),
+    ("openai", 400, {"error": {"message": "bad", "type": "t", "code": "c",
+                               "param": "p"}}, (400, "bad", "t", "c")),
+    ("openai in a 200", 200, {"error": {"message": "bad",
+                                        "code": "429"}}, (429, "bad", "rate_limit_error", "429")),
+    ("number", 200, {"error": {"message": "bad",
+                               "code": 404}}, (404, "bad", "invalid_request_error", None)),
+    ("odd number", 200, {"error": {"message": "bad",
+                                   "code": 1302}}, (502, "bad", "server_error", None)),
     ("text", 200, {"error": "bad"}, (502, "bad", "server_error", None)),
     ("true", 200, {"error": True}, (502, None, "server_error", None)),
     ("list", 200, {"error": ["bad"]}, (502, None, "server_error", None)),
     ("object message", 400, {"error": {"message": {"a": 1}}}, (400, '{"a": 1}', None, None)),
-    ("vllm", 200, {"object": "error", "message": "bad", "type": "BadRequestError", "code": 400},
-     (400, "bad", "BadRequestError", None)),
+    ("vllm", 200, {"object": "error", "message": "bad", "type": "BadRequestError",
+                   "code": 400}, (400, "bad", "BadRequestError", None)),
     ("vllm text code", 404, {"object": "error", "message": "bad", "code": "not_found"},
      (404, "bad", "invalid_request_error", "not_found")),
     ("fastapi", 422, {"detail": "bad"}, (422, "bad", "invalid_request_error", None)),
@@ -2001,24 +2014,29 @@ REFUSALS = [
     ("code and message", 500, {"code": "x1", "message": "bad"}, (500, "bad", "server_error", "x1")),
     ("msg", 500, {"msg": "bad", "code": 5}, (500, "bad", "server_error", None)),
     ("empty object", 500, {}, (500, "{}", "server_error", None)),
-    ("superscript", 200, {"error": {"message": "bad", "code": "²"}}, (502, "bad", "server_error", "²")),
+    ("superscript", 200, {"error": {"message": "bad",
+                                    "code": "²"}}, (502, "bad", "server_error", "²")),
     ("superscript status", 500, {"status": "²", "msg": "bad"}, (500, "bad", "server_error", None)),
     ("long status", 500, {"status": "9" * 5000, "msg": "bad"}, (500, "bad", "server_error", None)),
-    ("long code", 200, {"error": {"message": "bad", "code": "9" * 5000}}, (502, "bad", "server_error", "9" * 5000)),
-    ("arabic digits", 200, {"error": {"message": "bad", "code": "٤٢٩"}}, (502, "bad", "server_error", "٤٢٩"))]
+    ("long code", 200, {"error": {"message": "bad",
+                                  "code": "9" * 5000}}, (502, "bad", "server_error", "9" * 5000)),
+    ("arabic digits", 200, {"error": {"message": "bad",
+                                      "code": "٤٢٩"}}, (502, "bad", "server_error", "٤٢٩"))]
 
 
-@pytest.mark.parametrize("status, body, wanted", [row[1:] for row in REFUSALS], ids=[row[0] for row in REFUSALS])
+@pytest.mark.parametrize("status, body, wanted", [row[1:] for row in REFUSALS], ids=[
+    row[0] for row in REFUSALS])
 def test_errors_of_every_shape(status, body, wanted):
     found = ifl.refusal_in(body, status)
     got = (found.status, found.message, found.type, found.code)
-    assert all(want in (None, have) for want, have in zip(wanted[:3], got)) and got[3] == wanted[3], got
+    assert all(want in (None, have) for want, have in zip(wanted[:3], got)), got
+    assert got[3] == wanted[3]
     assert found.message and (found.body == body) == isinstance(body.get("error"), dict)
 
 
-@pytest.mark.parametrize("body", [completion(), {"error": None, "choices": []}, {"error": ""}, {"error": {}}, [], None,
-                                  "x", 5,
-                                  {"message": "x", "code": 5}])
+@pytest.mark.parametrize("body", [
+    completion(), {"error": None, "choices": []}, {"error": ""}, {"error": {}}, [], None, "x", 5, {
+        "message": "x", "code": 5}])
 def test_what_is_no_error(body):
     assert ifl.refusal_in(body) is None
 
@@ -2028,22 +2046,25 @@ def test_what_is_no_error(body):
      "the upstream answered 502: 502 Bad Gateway"),
     ("text/html", b"<h1>Sorry <b>now</b></h1>", "the upstream answered 502: Sorry now"),
     ("", b" <p>x</p>", "an HTML page"),
-    ("text/plain", b"upstream  is\r\naway", "the upstream answered 502: upstream is away"), ("", b"", "Bad Gateway"),
-    ("application/json", b"{", "the upstream answered 502: {"), ("", b"\xff\xfe", "502"),
-    ("application/json", b"[1]", "[1]"),
-    ("application/json", b'{"a":' * 100_000, "502"), ("application/json", b'{"error":{"message":"NaN","x":NaN}}',
-                                                      "NaN")])
+    ("text/plain", b"upstream  is\r\naway", "the upstream answered 502: upstream is away"),
+    ("", b"", "Bad Gateway"), ("application/json", b"{", "the upstream answered 502: {"),
+    ("", b"\xff\xfe", "502"), ("application/json", b"[1]", "[1]"),
+    ("application/json", b'{"a":' * 100_000, "502"),
+    ("application/json", b'{"error":{"message":"NaN","x":NaN}}', "NaN")])
 def test_error_pages_of_every_kind(content_type, data, said):
     found = ifl.parse_refusal(502, content_type, data)
     assert found.status == 502 and said in found.message and len(found.message) < 400
 
 
-@pytest.mark.parametrize("headers, seconds", [
-    ({}, None), ({"Retry-After": "7"}, 7), ({"Retry-After": " 1.5 "}, 1.5), ({"Retry-After": "-5"}, None),
-    ({"Retry-After": "soon"}, None),
-    ({"Retry-After": "Thu, 01 Jan 1970 00:20:00 GMT"}, 200), ({"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0),
-    ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25), ({"retry-after-ms": "x", "Retry-After": "9"}, 9),
-    ({"Retry-After": "9" * 50}, None), ({"Retry-After": "Thu, 99 Jan 1970 00:00:00 GMT"}, None)])
+@pytest.mark.parametrize("headers, seconds",
+                         [({}, None), ({"Retry-After": "7"}, 7), ({"Retry-After": " 1.5 "}, 1.5),
+                          ({"Retry-After": "-5"}, None), ({"Retry-After": "soon"}, None),
+                          ({"Retry-After": "Thu, 01 Jan 1970 00:20:00 GMT"}, 200),
+                          ({"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0),
+                          ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25),
+                          ({"retry-after-ms": "x", "Retry-After": "9"}, 9),
+                          ({"Retry-After": "9" * 50}, None),
+                          ({"Retry-After": "Thu, 99 Jan 1970 00:00:00 GMT"}, None)])
 def test_retry_after_in_every_spelling(headers, seconds):
     message = http.client.HTTPMessage()
     for name, value in headers.items():
@@ -2067,19 +2088,23 @@ SSE_TEXTS = [
     ("no blank", b"data:1\n\ndata:2\n\n", [b"1", b"2"]),
     ("crlf", b"data: 1\r\n\r\ndata: 2\r\n\r\n", [b"1", b"2"]),
     ("mixed ends", b"data: 1\r\n\ndata: 2\n\r\n", [b"1", b"2"]),
-    ("comments", b": hi\n\n:\n\ndata: 1\n: mid\n\n: end\n\n", [b"1"]), ("lines", b"data: a\ndata: b\n\n", [b"a\nb"]),
+    ("comments", b": hi\n\n:\n\ndata: 1\n: mid\n\n: end\n\n", [b"1"]),
+    ("lines", b"data: a\ndata: b\n\n", [b"a\nb"]),
     ("fields", b"event: x\nid: 5\nretry: 9\ndata: 1\n\nevent: y\n\n", [b"1"]),
     ("bom", b"\xef\xbb\xbfdata: 1\n\n", [b"1"]),
     ("more blank lines", b"\n\n\ndata: 1\n\n\n\n\ndata: 2\n\n", [b"1", b"2"]),
     ("unicode", "data: 中😀\n\n".encode(), ["中😀".encode()]),
-    ("empty data", b"data:\n\ndata: 1\n\n", [b"", b"1"]), ("no data", b"", [])]
+    ("empty data", b"data:\n\ndata: 1\n\n", [b"", b"1"]),
+    ("no data", b"", [])]
 
 
-@pytest.mark.parametrize("data, records", [row[1:] for row in SSE_TEXTS], ids=[row[0] for row in SSE_TEXTS])
+@pytest.mark.parametrize("data, records", [row[1:] for row in SSE_TEXTS], ids=[
+    row[0] for row in SSE_TEXTS])
 def test_records_come_whole_however_the_bytes_are_cut(data, records):
     for pieces in cuts(data):
         decoder = ifl.SSEDecoder()
-        assert [found for piece in pieces for found in decoder.feed(piece)] + decoder.close() == records, pieces
+        found = [data for piece in pieces for data in decoder.feed(piece)] + decoder.close()
+        assert found == records, pieces
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
@@ -2112,7 +2137,8 @@ def delta(finish=None, **fields):
 
 
 def tool(index=None, ident=None, name=None, arguments=None):
-    function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
+    function = {key: value for key, value in (("name", name), ("arguments", arguments))
+                if value is not None}
     return {key: value for key, value in (("index", index), ("id", ident), ("function", function))
             if value is not None}
 
@@ -2127,51 +2153,79 @@ def call_delta(index, arguments=None, **more):
     return {"index": index, **more, "function": function}
 
 
-#: Streams as providers send them: id, records, finish_reason, usage, text.  All of them are whole answers.
+#: Streams as providers send them, all whole answers: id, records, finish_reason, usage, text.
 RELAYED = [
     ("text", HELLO, "stop", USAGE, "Hello"),
-    ("usage on the last chunk", [ROLE, chunk("Hi"), chunk(finish="stop", usage=USAGE), DONE], "stop", USAGE, "Hi"),
-    ("usage in every chunk", [chunk("H", usage={"completion_tokens": 1}), chunk("i", usage=USAGE),
-                              chunk(finish="stop", usage=USAGE), DONE],
-     "stop", USAGE, "Hi"),
-    ("usage in the choice", [chunk("Hi"), {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop",
-                                                        "usage": USAGE}]}, DONE], "stop", USAGE, "Hi"),
+    ("usage on the last chunk", [ROLE, chunk("Hi"),
+                                 chunk(finish="stop", usage=USAGE), DONE], "stop", USAGE, "Hi"),
+    ("usage in every chunk", [
+        chunk("H", usage={"completion_tokens": 1}),
+        chunk("i", usage=USAGE),
+        chunk(finish="stop", usage=USAGE), DONE], "stop", USAGE, "Hi"),
+    ("usage in the choice", [
+        chunk("Hi"), {
+            "choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "usage": USAGE}]},
+        DONE], "stop", USAGE, "Hi"),
     ("no usage", [ROLE, chunk("Hi"), chunk(finish="stop"), DONE], "stop", None, "Hi"),
-    ("null usage", [{**chunk("Hi"), "usage": None}, {**chunk(finish="stop"), "usage": None}, DONE], "stop", None, "Hi"),
-    ("reasoning", [ROLE, chunk(reasoning_content="Let"), chunk(reasoning_content=" me"), chunk("42"),
-                   chunk(finish="stop"), DONE], "stop", None, "42"),
-    ("tools", [ROLE, chunk(None, tool_calls=[call_delta(0, "", id="c1", type="function", name="f")]),
-               chunk(tool_calls=[call_delta(0, '{"a"')]), chunk(tool_calls=[call_delta(0, ':"\\"error\\": 1"}')]),
-               chunk(tool_calls=[call_delta(1, "{}", id="c2", type="function", name="g")]), chunk(finish="tool_calls"),
-               usage_chunk(), DONE],
-     "tool_calls", USAGE, ""),
-    ("whole call", [chunk(tool_calls=[{"id": "c", "function": {"name": "f", "arguments": "{}"}}], finish="tool_calls"),
-                    DONE], "tool_calls", None, ""),
-    ("utf-8", [ROLE, chunk("中文"), chunk("😀é"), chunk("\u2028"), chunk(finish="stop"), usage_chunk(), DONE], "stop",
-     USAGE, "中文😀é\u2028"),
+    ("null usage", [{**chunk("Hi"), "usage": None}, {**chunk(finish="stop"), "usage": None},
+                    DONE], "stop", None, "Hi"),
+    ("reasoning", [
+        ROLE,
+        chunk(reasoning_content="Let"),
+        chunk(reasoning_content=" me"),
+        chunk("42"),
+        chunk(finish="stop"), DONE], "stop", None, "42"),
+    ("tools", [
+        ROLE,
+        chunk(None, tool_calls=[call_delta(0, "", id="c1", type="function", name="f")]),
+        chunk(tool_calls=[call_delta(0, '{"a"')]),
+        chunk(tool_calls=[call_delta(0, ':"\\"error\\": 1"}')]),
+        chunk(tool_calls=[call_delta(1, "{}", id="c2", type="function", name="g")]),
+        chunk(finish="tool_calls"),
+        usage_chunk(), DONE], "tool_calls", USAGE, ""),
+    ("whole call", [
+        chunk(tool_calls=[{"id": "c", "function": {"name": "f", "arguments": "{}"}}],
+              finish="tool_calls"), DONE], "tool_calls", None, ""),
+    ("utf-8", [
+        ROLE,
+        chunk("中文"),
+        chunk("😀é"),
+        chunk("\u2028"),
+        chunk(finish="stop"),
+        usage_chunk(), DONE], "stop", USAGE, "中文😀é\u2028"),
     ("length", [ROLE, chunk(finish="length"), DONE], "length", None, ""),
     ("filter", [ROLE, chunk(finish="content_filter"), DONE], "content_filter", None, ""),
     ("unknown finish", [chunk("x"), chunk(finish="weird"), DONE], "weird", None, "x"),
-    ("no finish", [chunk("x"), DONE], None, None, "x"), ("two choices",
-                                                         [chunk("x"),
-                                                          {"choices": [{"index": 1, "delta": {"content": "y"}}]},
-                                                         chunk(finish="stop"), DONE], "stop", None, "xy"),
-    ("empty deltas", [{"choices": []}, ROLE, chunk(None), chunk("x"), chunk(None, reasoning_content=""),
+    ("no finish", [chunk("x"), DONE], None, None, "x"),
+    ("two choices", [
+        chunk("x"), {"choices": [{"index": 1, "delta": {"content": "y"}}]},
+        chunk(finish="stop"), DONE], "stop", None, "xy"),
+    ("empty deltas", [{"choices": []}, ROLE,
+                      chunk(None),
+                      chunk("x"),
+                      chunk(None, reasoning_content=""),
                       chunk(finish="stop"), DONE], "stop", None, "x"),
-    ("comments", [b": OPENROUTER PROCESSING\n\n", ROLE, b": ping\n\n", chunk("x"), b": ping\n\n", chunk(finish="stop"),
-                  DONE], "stop", None, "x"),
-    ("done in the text", [chunk("data: [DONE]\n\n"), chunk("more"), chunk(finish="stop"), DONE], "stop", None,
-     "data: [DONE]\n\nmore"),
-    ("json in the text", [chunk('{"error": {"finish_reason": "length", "usage": {"prompt_tokens": 9}}}'),
-                          chunk(finish="stop"), DONE],
-     "stop", None, '{"error": {"finish_reason": "length", "usage": {"prompt_tokens": 9}}}'),
-    ("unknown fields", [{**chunk("x"), "system_fingerprint": "fp", "obfuscation": "aaa", "service_tier": None},
-                        chunk(finish="stop"), DONE], "stop", None, "x"),
-    ("late usage", [chunk("x"), chunk(finish="stop"), {**usage_chunk(), "timings": {"pad": "x" * 3000}}, DONE], "stop",
-     USAGE, "x")]
+    ("comments", [
+        b": OPENROUTER PROCESSING\n\n", ROLE, b": ping\n\n",
+        chunk("x"), b": ping\n\n",
+        chunk(finish="stop"), DONE], "stop", None, "x"),
+    ("done in the text", [chunk("data: [DONE]\n\n"),
+                          chunk("more"),
+                          chunk(finish="stop"), DONE], "stop", None, "data: [DONE]\n\nmore"),
+    ("json in the text", [
+        chunk('{"error": {"finish_reason": "length", "usage": {"prompt_tokens": 9}}}'),
+        chunk(finish="stop"), DONE], "stop", None,
+     '{"error": {"finish_reason": "length", "usage": {"prompt_tokens": 9}}}'),
+    ("unknown fields", [
+        {**chunk("x"), "system_fingerprint": "fp", "obfuscation": "aaa", "service_tier": None},
+        chunk(finish="stop"), DONE], "stop", None, "x"),
+    ("late usage", [
+        chunk("x"),
+        chunk(finish="stop"), {**usage_chunk(), "timings": {"pad": "x" * 3000}},
+        DONE], "stop", USAGE, "x")]
 
-ENDS = [("lf", b"data: ", b"\n\n"), ("no blank", b"data:", b"\n\n"), ("crlf", b"data: ", b"\r\n\r\n"),
-        ("crlf, no blank", b"data:", b"\r\n\r\n")]
+ENDS = [("lf", b"data: ", b"\n\n"), ("no blank", b"data:", b"\n\n"),
+        ("crlf", b"data: ", b"\r\n\r\n"), ("crlf, no blank", b"data:", b"\r\n\r\n")]
 
 
 def translation_of(call=None, **provider):
@@ -2185,7 +2239,7 @@ def relay_stream():
 
 
 def relay(payloads):
-    """What a ChatRelay makes of reads, as the gateway pumps them: what went out, a piece a read, and at the end."""
+    """What a ChatRelay makes of reads: what goes out at each of them and at the end."""
     stream = relay_stream()
     out = []
     for payload in payloads:
@@ -2206,11 +2260,12 @@ def cuts_in_characters(data: bytes):
 @pytest.mark.parametrize("end", ENDS, ids=[row[0] for row in ENDS])
 @pytest.mark.parametrize("row", RELAYED, ids=[row[0] for row in RELAYED])
 def test_golden_streams_are_relayed_as_they_came(row, end):
-    """Whole, record by record, byte by byte, and split within characters: the same bytes, the same facts."""
+    """However they are cut, even within characters: the same bytes, the same facts."""
     _, items, finish, usage, text = row
     data = wire_of(items, *end[1:])
     boundary = len(data)
-    ways = [[data], [data[at:at + 1] for at in range(boundary)], [record(item, *end[1:]) for item in items],
+    ways = [[data], [data[at:at + 1] for at in range(boundary)],
+            [record(item, *end[1:]) for item in items],
             [data[at:at + 7] for at in range(0, boundary, 7)], *cuts_in_characters(data)]
     for pieces in ways:
         out, stream = relay(pieces)
@@ -2219,7 +2274,7 @@ def test_golden_streams_are_relayed_as_they_came(row, end):
         assert stream.usage == (ifl.parse_usage(usage) if usage else ifl.Usage(
             ifl.count_chat_tokens(stream._call.body), stream.records, estimated=True))
         assert text_of(records_of(b"".join(out))) == text
-        for piece in out:                              # only whole records go out: a comment fits in at any time
+        for piece in out:                # only whole records: a comment fits in at any time
             assert piece == b"" or piece.endswith((b"\n\n", b"\n\r\n"))
 
 
@@ -2232,7 +2287,8 @@ def test_golden_streams_in_two_reads(row):
 
 
 def test_nothing_goes_out_before_the_answer_begins():
-    stream, quiet = relay_stream(), [record(ROLE), b": wait\n\n", record({"choices": []}), record(chunk(None))]
+    quiet = [record(ROLE), b": wait\n\n", record({"choices": []}), record(chunk(None))]
+    stream = relay_stream()
     assert [stream.feed(piece) for piece in quiet] == [b""] * 4 and not stream.began
     assert stream.feed(record(chunk("x"))) == b"".join(quiet) + record(chunk("x")) and stream.began
 
@@ -2246,9 +2302,11 @@ def test_once_begun_each_read_goes_out_at_once():
     assert not stream.passes(b"}\n\n") and stream.feed(b"}\n\n") == b"data: {}\n\n"
 
 
-@pytest.mark.parametrize("items", [
-    [], [DONE], [ROLE], [ROLE, chunk(finish="stop"), DONE], [b": only\n\n"], [{"choices": []}, DONE], [b"\n\n"],
-    [ROLE, chunk(finish="stop", usage={"prompt_tokens": 5, "completion_tokens": 0}), DONE]])
+@pytest.mark.parametrize(
+    "items",
+    [[], [DONE], [ROLE], [ROLE, chunk(finish="stop"), DONE], [b": only\n\n"], [{"choices": []}, DONE
+                                                                               ], [b"\n\n"],
+     [ROLE, chunk(finish="stop", usage={"prompt_tokens": 5, "completion_tokens": 0}), DONE]])
 def test_an_empty_stream_is_an_error(items):
     for pieces in ([wire_of(items)], [record(item) for item in items]):
         with pytest.raises(ifl.UpstreamGarbled, match="empty"):
@@ -2264,13 +2322,14 @@ def test_a_missing_done_is_added_after_a_proper_end(end):
 
 @pytest.mark.parametrize("cut", [b"", b"\n", b"\r\n"])
 def test_the_last_blank_line_may_be_missing(cut):
-    for items in ([chunk("x"), chunk(finish="stop"), DONE], [chunk("x", "stop")], [chunk("x"), chunk(finish="stop")]):
+    finished = [chunk("x"), chunk(finish="stop")]
+    for items in ([*finished, DONE], [chunk("x", "stop")], finished):
         out, stream = relay([wire_of(items).rstrip(b"\n") + cut])
         assert text_of(records_of(b"".join(out))) == "x" and records_of(b"".join(out))[-1] == DONE
 
 
-@pytest.mark.parametrize("items", [[chunk("x")], [ROLE, chunk("x"), chunk("y")], [chunk("x"), b'data: {"choi'],
-                                   [chunk("x"), b"data: [DO"]])
+@pytest.mark.parametrize("items", [[chunk("x")], [ROLE, chunk("x"), chunk("y")],
+                                   [chunk("x"), b'data: {"choi'], [chunk("x"), b"data: [DO"]])
 def test_a_stream_that_ends_in_the_middle_is_an_error(items):
     with pytest.raises(ifl.UpstreamGarbled, match="cut off"):
         relay([wire_of(items)])
@@ -2281,7 +2340,8 @@ ERROR_RECORD = {"error": {"message": "Rate limit reached", "type": "rate_limit",
 
 @pytest.mark.parametrize("before", [[], [ROLE], [b": c\n\n", ROLE]])
 def test_an_error_record_before_the_answer_is_an_error(before):
-    for pieces in cuts(wire_of(before + [ERROR_RECORD])) if not before else [[wire_of(before + [ERROR_RECORD])]]:
+    data = wire_of([*before, ERROR_RECORD])
+    for pieces in [[data]] if before else cuts(data):
         with pytest.raises(ifl.UpstreamRefused) as refused:
             relay(pieces)
         assert (refused.value.status, refused.value.message) == (429, "Rate limit reached")
@@ -2493,17 +2553,20 @@ def test_records_without_blank_lines_are_relayed_as_records(end):
         assert records == [BEGUN.strip(), *(b"data: " + text for text in [*whole, b"[DONE]"])]
 
 
-@pytest.mark.parametrize("content_type, start, streamed", [
-    ("text/event-stream", b"retry: 5\n", True), ("text/event-stream", b"id: 1\n", True),
-    ("text/event-stream; charset=utf-8", b"\xef\xbb\xbfdata: {}", True),
-    ("text/event-stream", b'{"choices": []}', False), ("text/event-stream", b"\xef\xbb\xbf{", False),
-    ("application/json", b"data: {}", True), ("", b": hello\n", True), ("application/json", b"{", False),
-    ("text/plain", b"retry: 5\n", False)])
+@pytest.mark.parametrize("content_type, start, streamed",
+                         [("text/event-stream", b"retry: 5\n", True),
+                          ("text/event-stream", b"id: 1\n", True),
+                          ("text/event-stream; charset=utf-8", b"\xef\xbb\xbfdata: {}", True),
+                          ("text/event-stream", b'{"choices": []}', False),
+                          ("text/event-stream", b"\xef\xbb\xbf{", False),
+                          ("application/json", b"data: {}", True), ("", b": hello\n", True),
+                          ("application/json", b"{", False), ("text/plain", b"retry: 5\n", False)])
 def test_what_is_an_event_stream(content_type, start, streamed):
     assert ifl.is_event_stream(content_type, start) is streamed
 
 
-@pytest.mark.parametrize("choices", [None, [], [None], "x"], ids=["null", "none", "no object", "text"])
+@pytest.mark.parametrize("choices", [None, [], [None], "x"], ids=[
+    "null", "none", "no object", "text"])
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 @pytest.mark.parametrize("path, body", [
     ("/v1/chat/completions", {"messages": MESSAGES}),
@@ -2512,7 +2575,8 @@ def test_what_is_an_event_stream(content_type, start, streamed):
 def test_an_answer_without_choices_is_empty(server, upstream, path, body, stream, choices):
     """Whatever the count of its tokens says."""
     answer = {**completion("x"), "choices": choices}
-    upstream.plays(sse({**answer, "object": "chat.completion.chunk"}, DONE) if stream else plain(answer))
+    chunks = {**answer, "object": "chat.completion.chunk"}, DONE
+    upstream.plays(sse(*chunks) if stream else plain(answer))
     told = post(server(upstream), {"model": "m1", "stream": stream, **body}, path)
     assert told.status == 502 and "empty" in told.body.decode()
 
@@ -2553,7 +2617,7 @@ def said_in(path, answer) -> str:
         return answer.json["error"]["message"]
     if path == "/v1/chat/completions":
         return answer.json["choices"][0]["message"]["content"]
-    items = [{"content": answer.json["content"]}] if path == "/v1/messages" else answer.json["output"]
+    items = answer.json["output"] if path == "/v1/responses" else [answer.json]
     return "".join(block["text"] for item in items for block in item["content"])
 
 
@@ -2607,10 +2671,12 @@ def test_an_odd_stream_is_told_rightly(server, upstream, sent, said):
                 assert answer.body.count(DONE.encode()) == (said != "slow down"), where
 
 
-@pytest.mark.parametrize("error, code", [
-    ({"error": {"message": "m", "code": 42, "param": ["a"]}}, "42"), ({"detail": "m"}, None),
-    ({"error": {"message": "m", "code": True}}, None), ({"error": "m"}, None),
-    ({"error": {"message": "m", "code": "odd", "type": 7}}, "odd"), ({"code": 42, "message": "m"}, None)])
+@pytest.mark.parametrize(
+    "error, code", [({"error": {"message": "m", "code": 42, "param": ["a"]}}, "42"),
+                    ({"detail": "m"}, None), ({"error": {"message": "m", "code": True}}, None),
+                    ({"error": "m"}, None),
+                    ({"error": {"message": "m", "code": "odd", "type": 7}}, "odd"),
+                    ({"code": 42, "message": "m"}, None)])
 def test_an_error_of_responses_has_a_code_and_a_param(server, upstream, error, code):
     upstream.plays(plain(error, 400))
     told = ask_in(server(upstream), "/v1/responses", False).error
@@ -2643,9 +2709,10 @@ def test_an_image_for_a_model_that_takes_none_is_the_clients_mistake(server, ups
         assert ask_in(made, path, False).status == 500, "no image was sent"
 
 
-@pytest.mark.parametrize("text", ["max_" * 5000, "length is 9 tokens you requested 9 tokens (" + "1" * 9900,
-                                  "exceeds the available context size" * 300, "models " * 2000,
-                                  "exceeded model token limit: " + "9" * 9000])
+@pytest.mark.parametrize("text", [
+    "max_" * 5000, "length is 9 tokens you requested 9 tokens (" + "1" * 9900,
+    "exceeds the available context size" * 300, "models " * 2000,
+    "exceeded model token limit: " + "9" * 9000])
 def test_the_words_of_an_error_are_looked_for_in_no_time(text):
     began = time.thread_time()
     for _ in range(3):
@@ -3460,8 +3527,9 @@ def test_stop_reasons(finish, called, reason):
 
 
 @pytest.mark.parametrize("fields, expected", [
-    ({"stop_reason": "END"}, ("stop_sequence", "END")), ({"stop_reason": 151645}, ("end_turn", None)),
-    ({"matched_stop": "END"}, ("stop_sequence", "END")), ({"stop_reason": "x"}, ("end_turn", None))])
+    ({"stop_reason": "END"}, ("stop_sequence", "END")), ({"stop_reason": "x"}, ("end_turn", None)),
+    ({"stop_reason": 151645}, ("end_turn", None)),
+    ({"matched_stop": "END"}, ("stop_sequence", "END"))])
 def test_stop_sequences_told_by_the_upstream(fields, expected):
     answer = completion("a")
     answer["choices"][0].update(fields)
@@ -3576,7 +3644,8 @@ def test_foreign_signatures(signature):
 
 
 @pytest.mark.parametrize("message, parts", [
-    ({"content": "42", "reasoning_content": "hmm"}, ["42"]), ({"reasoning_content": "hmm"}, ["hmm"]),
+    ({"content": "42", "reasoning_content": "hmm"}, ["42"]),
+    ({"reasoning_content": "hmm"}, ["hmm"]),
     ({"reasoning_content": "hmm", "tool_calls": [call("a")]}, [("get_time", "a", {})])])
 def test_hidden_reasoning(message, parts):
     turn = turn_of({})
@@ -3600,78 +3669,84 @@ def test_events_come_as_early_as_they_can():
 
 # --- errors
 
-STATUSES = [(400, 400, "invalid_request_error"), (422, 400, "invalid_request_error"),
-            (401, 401, "authentication_error"), (402, 402, "billing_error"),
-            (403, 403, "permission_error"), (404, 404, "not_found_error"), (405, 405, "invalid_request_error"),
-            (408, 504, "timeout_error"),
-            (409, 409, "conflict_error"), (413, 413, "request_too_large"), (429, 429, "rate_limit_error"),
-            (500, 500, "api_error"),
-            (502, 502, "api_error"), (503, 529, "overloaded_error"), (504, 504, "timeout_error"),
-            (529, 529, "overloaded_error")]
-
-
-@pytest.mark.parametrize("status, sent, kind", STATUSES)
+@pytest.mark.parametrize("status, sent, kind", [
+    *((status, status, "invalid_request_error") for status in (400, 405)),
+    (422, 400, "invalid_request_error"), (401, 401, "authentication_error"),
+    (402, 402, "billing_error"), (403, 403, "permission_error"), (404, 404, "not_found_error"),
+    (408, 504, "timeout_error"), (409, 409, "conflict_error"), (413, 413, "request_too_large"),
+    (429, 429, "rate_limit_error"), (500, 500, "api_error"), (502, 502, "api_error"),
+    (503, 529, "overloaded_error"), (504, 504, "timeout_error"), (529, 529, "overloaded_error")])
 def test_statuses(status, sent, kind):
-    error = ifl.UpstreamRefused("Nope", status=status)
     assert ifl.messages_status(status) == sent
-    assert ifl.messages_error(error, "req_1") == {"type": "error", "error": {"type": kind, "message": "Nope"},
-                                                  "request_id": "req_1"}
+    assert ifl.messages_error(ifl.UpstreamRefused("Nope", status=status), "req_1") == {
+        "type": "error", "error": {"type": kind, "message": "Nope"}, "request_id": "req_1"}
 
 
 OVERFLOWS = [
-    ("This model's maximum context length is 131072 tokens. However, you requested 131134 tokens (122942 in the "
-     "messages, 8192 in the completion). Please reduce the length of the messages or completion.",
-     (122942, 131072, 8192)),
-    ("This model's maximum context length is 8192 tokens. However, you requested 8213 tokens (6683 in the messages, "
-     "730 in the functions, and 800 in the completion).", (7413, 8192, 800)),
-    ("This model's maximum context length is 8191 tokens, however you requested 10346 tokens (10341 in your prompt; "
-     "5 for the completion).", (10341, 8191, 5)),
-    ("This model's maximum context length is 8192 tokens. However, your messages resulted in 8202 tokens. Please "
-     "reduce the length of the messages.",
-     (8202, 8192, 0)),
-    ("Your input exceeds the context window of this model. Please adjust your input and try again.", (0, 0, 0)),
-    ("This model's maximum context length is 32768 tokens. However, you requested 32000 output tokens and your "
-     "prompt contains at least 769 input tokens, for a total of at least 32769 tokens. (parameter=input_tokens)",
-     (769, 32768, 32000)),
-    ("This model's maximum context length is 262144 tokens. However, you requested 0 output tokens and your prompt "
-     "contains at least 262145 input tokens",
-     (262145, 262144, 0)),
-    ("'max_tokens' or 'max_completion_tokens' is too large: 32000. This model's maximum context length is 32768 "
-     "tokens and your request has 1234 input tokens (32000 > 32768 - 1234).", (1234, 32768, 32000)),
-    ("The decoder prompt (length 21535) is longer than the maximum model length of 16384. Make sure …",
-     (21535, 16384, 0)),
-    ("Requested token count exceeds the model's maximum context length of 131072 tokens. You requested a total "
-     "of 524300.0 tokens: 12 tokens from the input messages and 524288.0 tokens for the completion.",
-     (12, 131072, 524288)),
-    ("The input (61709 tokens) is longer than the model's context length (40960 tokens).", (61709, 40960, 0)),
-    ("request (14429 tokens) exceeds the available context size (8192 tokens), try increasing it", (14429, 8192, 0)),
-    ('{"error":{"code":400,"message":"the request exceeds the available context size. try …",'
-     '"type":"exceed_context_size_error","n_prompt_tokens":14429,"n_ctx":8192}}', (14429, 8192, 0)),
+    ("This model's maximum context length is 131072 tokens. However, you requested 131134 "
+     "tokens (122942 in the messages, 8192 in the completion). Please reduce the length of "
+     "the messages or completion.", (122942, 131072, 8192)),
+    ("This model's maximum context length is 8192 tokens. However, you requested 8213 tokens"
+     " (6683 in the messages, 730 in the functions, and 800 in the completion).",
+     (7413, 8192, 800)),
+    ("This model's maximum context length is 8191 tokens, however you requested 10346 tokens"
+     " (10341 in your prompt; 5 for the completion).", (10341, 8191, 5)),
+    ("This model's maximum context length is 8192 tokens. However, your messages resulted in"
+     " 8202 tokens. Please reduce the length of the messages.", (8202, 8192, 0)),
+    ("Your input exceeds the context window of this model. Please adjust your input and try "
+     "again.", (0, 0, 0)),
+    ("This model's maximum context length is 32768 tokens. However, you requested 32000 "
+     "output tokens and your prompt contains at least 769 input tokens, for a total of at "
+     "least 32769 tokens. (parameter=input_tokens)", (769, 32768, 32000)),
+    ("This model's maximum context length is 262144 tokens. However, you requested 0 output "
+     "tokens and your prompt contains at least 262145 input tokens", (262145, 262144, 0)),
+    ("'max_tokens' or 'max_completion_tokens' is too large: 32000. This model's maximum "
+     "context length is 32768 tokens and your request has 1234 input tokens (32000 > 32768 -"
+     " 1234).", (1234, 32768, 32000)),
+    ("The decoder prompt (length 21535) is longer than the maximum model length of 16384. "
+     "Make sure …", (21535, 16384, 0)),
+    ("Requested token count exceeds the model's maximum context length of 131072 tokens. You"
+     " requested a total of 524300.0 tokens: 12 tokens from the input messages and 524288.0 "
+     "tokens for the completion.", (12, 131072, 524288)),
+    ("The input (61709 tokens) is longer than the model's context length (40960 tokens).",
+     (61709, 40960, 0)),
+    ("request (14429 tokens) exceeds the available context size (8192 tokens), try "
+     "increasing it", (14429, 8192, 0)),
+    ('{"error":{"code":400,"message":"the request exceeds the available context size. try '
+     '…","type":"exceed_context_size_error","n_prompt_tokens":14429,"n_ctx":8192}}',
+     (14429, 8192, 0)),
     ("the request exceeds the available context size, try increasing it", (0, 0, 0)),
     ("prompt too long; exceeded max context length by 812 tokens", (0, 0, 0)),
     ("the input length exceeds the context length", (0, 0, 0)),
-    ("input length (9533 tokens) exceeds the model's maximum context length (2048 tokens)", (9533, 2048, 0)),
-    ("Invalid request: Your request exceeded model token limit: 262144 (requested: 269030)", (269030, 262144, 0)),
+    ("input length (9533 tokens) exceeds the model's maximum context length (2048 tokens)",
+     (9533, 2048, 0)),
+    ("Invalid request: Your request exceeded model token limit: 262144 (requested: 269030)",
+     (269030, 262144, 0)),
     ("Invalid request: Your request exceeded model token limit: 8192", (0, 8192, 0)),
     ("Prompt exceeds max length", (0, 0, 0)),
-    ("<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 204800]", (0, 204800, 0)),
+    ("<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 204800]",
+     (0, 204800, 0)),
     ("内容长度超出大语言模型限制。TraceID：00-19e4", (0, 0, 0)),
     ("Input length 203743 exceeds the maximum length 202752", (203743, 202752, 0)),
-    ("number of input tokens (83121) have exceeded max_prompt_tokens (65536) limit.", (83121, 65536, 0)),
+    ("number of input tokens (83121) have exceeded max_prompt_tokens (65536) limit.",
+     (83121, 65536, 0)),
     ("invalid params, context window exceeds limit (2013)", (0, 0, 0)),
-    ("This model's maximum prompt length is 131072 but the request contains 537812 tokens.", (537812, 131072, 0)),
+    ("This model's maximum prompt length is 131072 but the request contains 537812 tokens.",
+     (537812, 131072, 0)),
     ("prompt is too long: 213462 tokens > 200000 maximum", (213462, 200000, 0)),
-    ("The number of tokens to keep from the initial prompt is greater than the context length", (0, 0, 0)),
-    ("You passed 40000 input tokens and requested 100 output tokens. However, the model's context length is only 32768 "
-     "tokens, resulting in a maximum input length of 32668 tokens.", (40000, 32768, 100)),
-    ("This model's maximum context length is 32768 tokens. However, your request has 40000 input tokens. Please reduce "
-     "the length of the input messages.", (40000, 32768, 0)),
-    ("<400> InternalError.Algo.InvalidParameter: Input length too long or total message token length must be less than "
-     "30720", (0, 30720, 0)),
+    ("The number of tokens to keep from the initial prompt is greater than the context "
+     "length", (0, 0, 0)),
+    ("You passed 40000 input tokens and requested 100 output tokens. However, the model's "
+     "context length is only 32768 tokens, resulting in a maximum input length of 32668 "
+     "tokens.", (40000, 32768, 100)),
+    ("This model's maximum context length is 32768 tokens. However, your request has 40000 "
+     "input tokens. Please reduce the length of the input messages.", (40000, 32768, 0)),
+    ("<400> InternalError.Algo.InvalidParameter: Input length too long or total message "
+     "token length must be less than 30720", (0, 30720, 0)),
     ("Total message token length exceed model limit (131072 tokens).", (0, 131072, 0)),
     ("Invalid request: Input token length too long", (0, 0, 0)),
-    ("input tokens exceed the maximum: 202752", (0, 202752, 0)), ("input length too long", (0, 0, 0)),
-]
+    ("input tokens exceed the maximum: 202752", (0, 202752, 0)),
+    ("input length too long", (0, 0, 0))]
 
 
 @pytest.mark.parametrize("message, expected", OVERFLOWS, ids=lambda value: str(value)[:40])
@@ -3683,57 +3758,64 @@ def test_overflow_in_every_wording(message, expected):
     (400, "bad", "1261", (0, 0, 0)), (400, "bad", 1261, (0, 0, 0)), (200, "", "511", (0, 0, 0)),
     (400, None, "context_length_exceeded", (0, 0, 0)),
     (500, "the request exceeds the available context size", None, (0, 0, 0)),
-    (429, "Request too large on tokens per min (TPM): maximum context length", None, None), (400, "bad", None, None),
-    (400, {}, None, None),
-    (400, "max_tokens is too large: 10000. This model supports at most 4096 completion tokens", None, None),
-    (400, "Range of max_tokens should be [1, 8192]", "invalid_parameter_error", None),
+    (429, "Request too large on tokens per min (TPM): maximum context length", None, None),
+    (400, "bad", None, None), (400, {}, None, None),
+    (400, "max_tokens is too large: 10000. This model supports at most 4096 completion tokens",
+     None, None), (400, "Range of max_tokens should be [1, 8192]", "invalid_parameter_error", None),
     (400, "model not found", None, None)])
 def test_overflow_by_code_and_what_is_none(status, message, code, expected):
     assert ifl.find_overflow(status, message, code) == expected
 
 
 def test_a_total_without_its_parts_is_told_apart_by_what_was_asked_for():
-    """Moonshot's number has max_tokens in it: where the prompt alone would fit, Claude Code has to shrink that."""
+    """Moonshot's number has max_tokens in it: Claude Code may have to shrink that."""
     said = "Your request exceeded model token limit: 8192 (requested: 9000)"
     assert ifl.find_overflow(400, said, None, 4000) == (5000, 8192, 4000)
-    assert ifl.overflow_text(ifl.find_overflow(400, said, None, 100)) == "prompt is too long: 8900 tokens > 8192 maximum"
+    assert ifl.overflow_text(ifl.find_overflow(400, said, None, 100)) == (
+        "prompt is too long: 8900 tokens > 8192 maximum")
 
 
 @pytest.mark.parametrize("message, told", [
     ("input length too long", "prompt is too long: {0} tokens > {1} maximum"),
     ("Range of input length should be [1, 30]", "prompt is too long: {0} tokens > 30 maximum"),
-    ("Range of input length should be [1, 99999]", "prompt is too long: 100000 tokens > 99999 maximum"),
+    ("Range of input length should be [1, 99999]",
+     "prompt is too long: 100000 tokens > 99999 maximum"),
     ("Your request exceeded model token limit: 8000 (requested: 8100)",
-     "input length and `max_tokens` exceed context limit: 7100 + 1000 > 8000, decrease input length or `max_tokens` and "
+     "input length and `max_tokens` exceed context limit: 7100 + 1000 > 8000, "
+     "decrease input length or `max_tokens` and "
      "try again")])
 def test_an_overflow_without_numbers_tells_our_own(server, upstream, message, told):
     running = server(provider(upstream, models=["m1"]))
     upstream.plays(plain({"error": {"message": message}}, 400))
-    ask = {"model": "m1", "max_tokens": 1000, "messages": [{"role": "user", "content": "word " * 100}]}
+    ask = {"model": "m1", "max_tokens": 1000, "messages": [user("word " * 100)]}
     guess = post(running, ask, "/v1/messages/count_tokens").json["input_tokens"]
     answer = post(running, ask, "/v1/messages")
     assert (answer.status, answer.json["error"]["message"]) == (400, told.format(guess, guess - 1))
 
 
 @pytest.mark.parametrize("status, error, spent", [
-    (429, {"code": "1113", "message": "您的账户已欠费，请充值后重试"}, True), (429, {"code": 1113, "message": "no"}, True),
+    (429, {"code": "1113", "message": "您的账户已欠费，请充值后重试"}, True),
+    (429, {"code": 1113, "message": "no"}, True),
     (429, {"code": "insufficient_quota", "message": "You exceeded your current quota"}, True),
-    (402, {"message": "Insufficient Balance"}, True), (400, {"code": "Arrearage", "message": "Access denied"}, True),
-    (429, {"message": "余额不足或无可用资源包"}, True), (429, {"message": "slow down", "code": "1302"}, False),
+    (402, {"message": "Insufficient Balance"}, True),
+    (400, {"code": "Arrearage", "message": "Access denied"}, True),
+    (429, {"message": "余额不足或无可用资源包"}, True),
+    (429, {"message": "slow down", "code": "1302"}, False),
     (500, {"message": "oops"}, False)])
 def test_what_no_waiting_heals_is_not_to_be_tried_again(server, upstream, status, error, spent):
     running = server(upstream)
     upstream.plays(plain({"error": error}, status))
-    answer = post(running, {"model": "m1", "max_tokens": 9, "messages": [{"role": "user", "content": "q"}]}, "/v1/messages")
-    assert answer.status == status and answer.headers.get("x-should-retry") == ("false" if spent else None)
+    answer = ask_in(running, "/v1/messages", False)
+    assert answer.status == status
+    assert answer.headers.get("x-should-retry") == ("false" if spent else None)
 
 
 def test_a_stop_sequence_of_ours_ends_the_upstream_s_stream(server, upstream):
     running = server(upstream, idle_timeout_s=60)
     upstream.plays(sse(chunk("say EN"), chunk("D and more"), HOLD))
-    answer = post(running, {"model": "m1", "max_tokens": 9, "stream": True, "stop_sequences": ["1", "2", "3", "4", "END"],
-                            "messages": [{"role": "user", "content": "q"}]}, "/v1/messages")
-    assert b'"stop_sequence":"END"' in answer.body and b"message_stop" in answer.body and b"and more" not in answer.body
+    answer = ask_in(running, "/v1/messages", True, stop_sequences=["1", "2", "3", "4", "END"])
+    assert b'"stop_sequence":"END"' in answer.body and b"message_stop" in answer.body
+    assert b"and more" not in answer.body
     until(lambda: upstream.hung_up)
 
 
@@ -3741,13 +3823,15 @@ CAPS = [
     ("Range of max_tokens should be [1, 8192]", 8192),
     ("<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 65536]", 65536),
     ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", 8192),
-    ("max_tokens is too large: 32000. This model supports at most 16384 completion tokens, whereas you provided 32000.",
-     16384),
-    ("max_tokens参数非法。限制数值范围[1,4095]", 4095),
-    ("`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is less than the "
+    ("max_tokens is too large: 32000. This model supports at most 16384 completion tokens, "
+     "whereas you provided 32000.",
+     16384), ("max_tokens参数非法。限制数值范围[1,4095]", 4095),
+    ("`max_tokens` must be less than or equal to `8192`, "
+     "the maximum value for `max_tokens` is less than the "
      "`context_window` for this model", 8192),
     ("max_completion_tokens must be less than or equal to 4096", 4096),
-    ("Range of input length should be [1, 204800]", 0), ("temperature must be less than or equal to 2", 0), ("bad", 0)]
+    ("Range of input length should be [1, 204800]", 0),
+    ("temperature must be less than or equal to 2", 0), ("bad", 0)]
 
 
 @pytest.mark.parametrize("message, cap", CAPS, ids=lambda value: str(value)[:40])
@@ -3756,11 +3840,12 @@ def test_the_cap_that_a_refusal_tells(message, cap):
     assert not cap or ifl.find_overflow(400, message) is None
 
 
-@pytest.mark.parametrize("path, field", [("/v1/messages", "max_tokens"), ("/v1/responses", "max_output_tokens")])
-def test_max_tokens_above_the_cap_is_lowered_at_once_and_from_then_on(server, upstream, path, field):
+@pytest.mark.parametrize("path, field", [("/v1/messages", "max_tokens"),
+                                         ("/v1/responses", "max_output_tokens")])
+def test_max_tokens_above_the_cap_is_lowered_from_then_on(server, upstream, path, field):
     running = server(provider(upstream, models=["m1"]))
     upstream.plays(plain({"error": {"message": "Range of max_tokens should be [1, 8192]"}}, 400))
-    ask = {"model": "m1", field: 32000, "messages": [{"role": "user", "content": "q"}], "input": "q"}
+    ask = {"model": "m1", field: 32000, "messages": MESSAGES, "input": "q"}
     assert [post(running, ask, path).status for _ in range(2)] == [200, 200]
     assert [seen.json["max_tokens"] for seen in upstream.requests] == [32000, 8192, 8192]
     post(running, {**ask, field: 100}, path)
@@ -3773,13 +3858,15 @@ def test_a_cap_that_does_not_help_is_told_and_chat_s_own_is_not_touched(server, 
     upstream.plays(refusal, refusal, refusal)
     ask = {"model": "m1", "max_tokens": 32000, "messages": [{"role": "user", "content": "q"}]}
     answer = post(running, ask, "/v1/messages")
-    assert answer.status == 400 and "8192" in answer.json["error"]["message"] and len(upstream.requests) == 2
+    assert answer.status == 400 and "8192" in answer.json["error"]["message"]
+    assert len(upstream.requests) == 2
     assert post(running, ask).status == 400 and upstream.last.json["max_tokens"] == 32000
 
 
 @pytest.mark.parametrize("overflow, expected", [
-    ((122942, 131072, 8192), "input length and `max_tokens` exceed context limit: 122942 + 8192 > 131072, "
-                             "decrease input length or `max_tokens` and try again"),
+    ((122942, 131072, 8192),
+     "input length and `max_tokens` exceed context limit: 122942 + 8192 > 131072, "
+     "decrease input length or `max_tokens` and try again"),
     ((140000, 131072, 8192), "prompt is too long: 140000 tokens > 131072 maximum"),
     ((269030, 262144, 0), "prompt is too long: 269030 tokens > 262144 maximum"),
     ((269030, 262144), "prompt is too long: 269030 tokens > 262144 maximum"),
@@ -3787,7 +3874,8 @@ def test_a_cap_that_does_not_help_is_told_and_chat_s_own_is_not_touched(server, 
     ((5000, 0, 0), "prompt is too long: 5000 tokens > 4999 maximum")])
 def test_overflow_texts(overflow, expected):
     error = ifl.UpstreamRefused("whatever", status=500, overflow=overflow)
-    assert ifl.messages_error(error, "r")["error"] == {"type": "invalid_request_error", "message": expected}
+    assert ifl.messages_error(error, "r")["error"] == {
+        "type": "invalid_request_error", "message": expected}
 
 
 # === 9. OpenAI Responses =====================================================
@@ -4378,7 +4466,8 @@ TOOL_CALLS = [
     ("local_shell", ['{"command":["ls"],', '"timeout_ms":5}'],
      ("local_shell_call", "c1", {"type": "exec", "command": ["ls"], "env": {}, "timeout_ms": 5})),
     ("local_shell", ['{"command":"ls | wc"}'],
-     ("local_shell_call", "c1", {"type": "exec", "command": ["bash", "-lc", "ls | wc"], "env": {}})),
+     ("local_shell_call", "c1", {
+         "type": "exec", "command": ["bash", "-lc", "ls | wc"], "env": {}})),
     ("local_shell", ['{"cmd":1}'], ("local_shell", "c1", '{"cmd":1}')),
     ("tool_search", ['{"query":"x"}'], ("tool_search_call", "c1", {"query": "x"}))]
 
@@ -4628,16 +4717,23 @@ TRIGGER = {"type": "compaction_trigger"}
 
 
 def test_compaction_trigger_gives_exactly_one_item():
-    body = {"input": [user_responses("q"), said_responses("a"), TRIGGER], "tools": [FUNCTION], "text": {"format": {"type": "json_object"}}}
+    body = {"input": [user_responses("q"), said_responses("a"), TRIGGER], "tools": [FUNCTION],
+            "text": {"format": {"type": "json_object"}}}
     turn = make_turn(body)
     assert "tools" not in turn.chat and "response_format" not in turn.chat
-    assert turn.chat["messages"][:2] == [U, {"role": "assistant", "content": "a"}] and len(turn.chat["messages"]) == 3
-    events = play_responses([delta(reasoning_content="t"), delta(content=" the "), delta(content="sum"), end("stop")], body)
-    assert names(events) == ["created", "in_progress", "output_item.added", "output_item.done", "completed"] and broken_rules(events) == []
+    assert turn.chat["messages"][:2] == [U, {"role": "assistant", "content": "a"}]
+    assert len(turn.chat["messages"]) == 3
+    events = play_responses([delta(reasoning_content="t"), delta(content=" the "),
+                             delta(content="sum"), end("stop")], body)
+    assert broken_rules(events) == [] and names(events) == [
+        "created", "in_progress", "output_item.added", "output_item.done", "completed"]
     [item] = events[-1]["response"]["output"]
-    assert item["type"] == "compaction" and SEAL.decrypt(item["encrypted_content"]) == {"summary": "the sum"}
-    assert turn.stream(counter()).whole({"choices": [{"message": {"content": "the sum"}}]})["output"][0]["encrypted_content"] == item["encrypted_content"]
-    assert "the sum" in make_turn({"input": [item, user_responses("q")]}).chat["messages"][0]["content"]
+    sealed = item["encrypted_content"]
+    assert item["type"] == "compaction" and SEAL.decrypt(sealed) == {"summary": "the sum"}
+    whole = turn.stream(counter()).whole(completion("the sum"))
+    assert whole["output"][0]["encrypted_content"] == sealed
+    again = make_turn({"input": [item, user_responses("q")]})
+    assert "the sum" in again.chat["messages"][0]["content"]
 
 
 def test_compaction_response_recalls_what_was_compacted_alone():
@@ -4645,20 +4741,26 @@ def test_compaction_response_recalls_what_was_compacted_alone():
     response = turn.stream(counter()).whole({"choices": [{"message": {"content": "the sum"}}]})
     store = ifl.ResponseStore()
     store.keep(response, turn.items)
-    messages = make_turn({"input": "q", "previous_response_id": "r"}, store={"r": store.recall(response["id"])}).chat["messages"]
-    assert [message["content"] for message in messages] == ["Summary of the conversation so far:\n\nthe sum", "q"]
+    again = make_turn({"input": "q", "previous_response_id": "r"},
+                      store={"r": store.recall(response["id"])})
+    assert [message["content"] for message in again.chat["messages"]] == [
+        "Summary of the conversation so far:\n\nthe sum", "q"]
     assert store.find(response["id"]).items == turn.items
 
 
 def test_compact_endpoint():
-    turn = make_turn({"input": [{"role": "user", "content": "q"}, said_responses("a")]}, compact=True)
+    turn = make_turn({"input": [user_responses("q"), said_responses("a")]}, compact=True)
     answer = {"created": 3, "choices": [{"message": {"content": "sum"}}], "usage": USAGE_RESPONSES}
     made = ifl.compact_reply(turn, turn.stream(counter()).whole(answer), counter())
-    assert (made["object"], made["created_at"], made["usage"]["total_tokens"]) == ("response.compaction", 3, 15)
-    assert [(item["type"], item.get("role")) for item in made["output"]] == [("message", "user"), ("compaction", None)]
+    assert (made["object"], made["created_at"]) == ("response.compaction", 3)
+    assert made["usage"]["total_tokens"] == 15
+    assert [(item["type"], item.get("role")) for item in made["output"]] == [
+        ("message", "user"), ("compaction", None)]
 
 
-@pytest.mark.parametrize("chunks", [[tools(tool(0, "c1", "f", "{}")), end("stop")], [delta(content="half a"), end("length")]])
+@pytest.mark.parametrize(
+    "chunks", [[tools(tool(0, "c1", "f", "{}")), end("stop")],
+               [delta(content="half a"), end("length")]])
 def test_no_summary_and_half_of_one_are_no_success(chunks):
     with pytest.raises(ifl.UpstreamGarbled):
         play_responses(chunks, {"input": [user_responses("q"), TRIGGER]})
@@ -4666,7 +4768,8 @@ def test_no_summary_and_half_of_one_are_no_success(chunks):
 
 # --- the seal
 
-KNOWN = "if2a1.eWXdDvNwGGIgT-VYBQWdnZhOKLJGa7tjUenX6VfNux20LD9NG3kKk2J-T9oC1QxnWlrFS65Eur0JAmGQMIOU2dWfIRW8tNiFEeACK56-2kg"
+KNOWN = ("if2a1.eWXdDvNwGGIgT-VYBQWdnZhOKLJGa7tjUenX6VfNux20LD9NG3kKk2J-T9oC1QxnWlrFS65Eur"
+         "0JAmGQMIOU2dWfIRW8tNiFEeACK56-2kg")
 
 
 def test_seal_known_answer():
@@ -4676,7 +4779,8 @@ def test_seal_known_answer():
 def test_seal_is_deterministic_and_hides():
     value = {"reasoning": "plain text " * 9}
     sealed = SEAL.encrypt(value)
-    assert SEAL.decrypt(sealed) == value and SEAL.encrypt(dict(value)) == sealed and "plain" not in sealed
+    assert SEAL.decrypt(sealed) == value and "plain" not in sealed
+    assert SEAL.encrypt(dict(value)) == sealed
     assert SEAL.encrypt({"reasoning": "other"}) != sealed
     assert ifl.Seal(b"other key").decrypt(sealed) is None
 
@@ -4687,7 +4791,8 @@ def test_seal_notices_every_change():
         for other in "A_=\n\u00e9":
             if other != char:
                 assert SEAL.decrypt(sealed[:at] + other + sealed[at + 1:]) is None
-        assert SEAL.decrypt(sealed[:at]) is None and SEAL.decrypt(sealed[:at] + sealed[at + 1:]) is None
+        assert SEAL.decrypt(sealed[:at]) is None
+        assert SEAL.decrypt(sealed[:at] + sealed[at + 1:]) is None
     for foreign in (None, 5, "", "gAAAAABm", sealed + "=", sealed + "A", " " + sealed):
         assert SEAL.decrypt(foreign) is None
 
@@ -4996,7 +5101,8 @@ def test_a_chat_request_is_changed_where_its_provider_needs_it(server, upstream)
 
 def call_of(body=None, text=None, dialect=ifl.CHAT, headers=None):
     body = chat() if body is None else body
-    return ifl.Call(dialect, body, ifl.dump_json(body).decode() if text is None else text, headers or {}, "req_1")
+    text = ifl.dump_json(body).decode() if text is None else text
+    return ifl.Call(dialect, body, text, headers or {}, "req_1")
 
 
 def context_of(**facts):
@@ -5016,21 +5122,26 @@ def test_a_chat_request_is_forwarded_byte_for_byte():
     text = '{ "model" : "m1", "messages":[ ],"x": 1.0 , "y":null}'
     target = ifl.Target(ifl.Provider("up"), "m1")
     assert encoded(call_of(json.loads(text), text), target) == text.encode()
-    assert encoded(call_of(json.loads(text), text), target._replace(model="M")) == text.replace('"m1"', '"M"').encode()
+    renamed = encoded(call_of(json.loads(text), text), target._replace(model="M"))
+    assert renamed == text.replace('"m1"', '"M"').encode()
 
 
 CHECKS = [
     # dialect, body, param of the error (None: accepted)
-    (ifl.CHAT, {"messages": MESSAGES}, None), (ifl.CHAT, {"messages": MESSAGES, "model": None, "stream": None,
-                                                          "n": "odd"}, None),
-    (ifl.CHAT, {}, "messages"), (ifl.CHAT, {"messages": None}, "messages"), (ifl.CHAT, {"messages": []}, "messages"),
-    (ifl.CHAT, {"messages": "hi"}, "messages"), (ifl.CHAT, {"messages": ["hi"]}, "messages"),
+    (ifl.CHAT, {"messages": MESSAGES}, None),
+    (ifl.CHAT, {"messages": MESSAGES, "model": None, "stream": None, "n": "odd"}, None),
+    (ifl.CHAT, {}, "messages"),
+    (ifl.CHAT, {"messages": None}, "messages"),
+    (ifl.CHAT, {"messages": []}, "messages"),
+    (ifl.CHAT, {"messages": "hi"}, "messages"),
+    (ifl.CHAT, {"messages": ["hi"]}, "messages"),
     (ifl.CHAT, {"messages": {}}, "messages"),
     (ifl.CHAT, {"messages": MESSAGES, "model": 5}, "model"),
     (ifl.CHAT, {"messages": MESSAGES, "model": ["m"]}, "model"),
     (ifl.CHAT, {"messages": MESSAGES, "stream": "yes"}, "stream"),
     (ifl.CHAT, {"messages": MESSAGES, "stream": 1}, "stream"),
-    (ifl.COMPLETIONS, {"prompt": "x"}, None), (ifl.EMBEDDINGS, {"input": ["x"]}, None),
+    (ifl.COMPLETIONS, {"prompt": "x"}, None),
+    (ifl.EMBEDDINGS, {"input": ["x"]}, None),
     (ifl.EMBEDDINGS, {"model": {}}, "model")]
 
 
@@ -5045,25 +5156,32 @@ def test_what_no_upstream_could_make_sense_of(dialect, body, param):
 
 def test_errors_in_the_words_of_each_dialect():
     exc = ifl.Unauthorized("who?")
-    assert ifl.CHAT.error(exc, "req_1") == {"error": {"message": "who?", "type": "authentication_error", "param": None,
-                                                      "code": "invalid_api_key"}}
-    assert ifl.MESSAGES.error(exc, "req_1") == {"type": "error",
-                                                "error": {"type": "authentication_error", "message": "who?"},
-                                                "request_id": "req_1"}
+    assert ifl.CHAT.error(exc, "req_1") == {"error": {
+        "message": "who?", "type": "authentication_error", "param": None,
+        "code": "invalid_api_key"}}
+    assert ifl.MESSAGES.error(exc, "req_1") == {
+        "type": "error", "error": {"type": "authentication_error", "message": "who?"},
+        "request_id": "req_1"}
     assert ifl.CHAT.error_event(exc, "req_1").startswith(b'data: {"error":')
     assert ifl.CHAT.error_event(exc, "r").endswith(b"}\n\n")
 
 
-@pytest.mark.parametrize("status, there, kind", [
-    (400, 400, "invalid_request_error"), (422, 400, "invalid_request_error"), (401, 401, "authentication_error"),
-    (403, 403, "permission_error"),
-    (404, 404, "not_found_error"), (413, 413, "request_too_large"), (429, 429, "rate_limit_error"),
-    (408, 504, "timeout_error"),
-    (500, 500, "api_error"), (502, 502, "api_error"), (503, 529, "overloaded_error"), (504, 504, "timeout_error"),
-    (418, 418, "invalid_request_error")])
+@pytest.mark.parametrize("status, there, kind", [(400, 400, "invalid_request_error"),
+                                                 (422, 400, "invalid_request_error"),
+                                                 (401, 401, "authentication_error"),
+                                                 (403, 403, "permission_error"),
+                                                 (404, 404, "not_found_error"),
+                                                 (413, 413, "request_too_large"),
+                                                 (429, 429, "rate_limit_error"),
+                                                 (408, 504, "timeout_error"),
+                                                 (500, 500, "api_error"), (502, 502, "api_error"),
+                                                 (503, 529, "overloaded_error"),
+                                                 (504, 504, "timeout_error"),
+                                                 (418, 418, "invalid_request_error")])
 def test_statuses_on_messages(status, there, kind):
     exc = ifl.UpstreamRefused("m", status=status)
-    assert ifl.MESSAGES.status(exc) == there and ifl.MESSAGES.error(exc, "r")["error"]["type"] == kind
+    assert ifl.MESSAGES.status(exc) == there
+    assert ifl.MESSAGES.error(exc, "r")["error"]["type"] == kind
     assert ifl.CHAT.status(exc) == status
 
 
@@ -5388,14 +5506,16 @@ def test_fences_go_where_a_prompt_is_all_that_asks_for_json(dialect, content, ex
     (ifl.MESSAGES, {"max_tokens": 9, "messages": MESSAGES}), (ifl.RESPONSES, {"input": "hi"})],
     ids=["messages", "responses"])
 def test_client_and_ledger_are_told_the_same_counts(dialect, asked, stream, usage):
-    translation = translation_of(call_of({"model": "m1", "stream": stream, **asked}, dialect=dialect))
+    call = call_of({"model": "m1", "stream": stream, **asked}, dialect=dialect)
+    translation = translation_of(call)
     answer = {**completion("Hello there, " * 9), "usage": usage}
     out, _ = translation.reply(json.dumps(answer).encode(), "application/json", 200)
     told = events_in(out)[-2 if dialect is ifl.MESSAGES else -1] if stream else json.loads(out)
     told = told.get("response", told)["usage"]
     counted = translation.usage
     assert (told["input_tokens"], told["output_tokens"]) == (counted.prompt, counted.completion)
-    assert counted.estimated is (usage is None) and counted.completion == (3 if usage == USAGE else 34)
+    assert counted.estimated is (usage is None)
+    assert counted.completion == (3 if usage == USAGE else 34)
 
 
 def test_what_comes_before_an_answer_has_a_limit(monkeypatch):
@@ -15959,7 +16079,8 @@ def test_sdk_tools(sdk, upstream):
     assert json.loads(answer.choices[0].message.tool_calls[0].function.arguments) == {"a": 1}
     assert upstream.last.json["tools"] == tools
     arguments: Dict[int, str] = {}
-    for part in client.chat.completions.create(model="m1", messages=MESSAGES, tools=tools, stream=True):
+    for part in client.chat.completions.create(model="m1", messages=MESSAGES, tools=tools,
+                                               stream=True):
         for call in (part.choices[0].delta.tool_calls or ()) if part.choices else ():
             arguments[call.index] = arguments.get(call.index, "") + (call.function.arguments or "")
     assert arguments == {0: '{"a":"\\"error\\": 1"}', 1: "{}"}
@@ -15979,14 +16100,16 @@ def test_sdk_images_and_extra_fields(sdk, upstream):
 def test_sdk_embeddings_completions_and_models(sdk):
     client = sdk()
     assert client.embeddings.create(model="m1", input="x").data[0].embedding == [0.5, -1.0]
-    assert client.embeddings.create(model="m1", input="x", encoding_format="float").data[0].embedding == [0.5, -1.0]
+    floats = client.embeddings.create(model="m1", input="x", encoding_format="float")
+    assert floats.data[0].embedding == [0.5, -1.0]
     assert client.completions.create(model="m1", prompt="x").choices[0].text == "Hello"
     assert [model.id for model in client.models.list()] == ["m1", "org/m2:free"]
     assert client.models.retrieve("org/m2:free").id == "org/m2:free"
 
 
 @pytest.mark.parametrize("status, name", [
-    (400, "BadRequestError"), (401, "PermissionDeniedError"), (403, "PermissionDeniedError"), (404, "NotFoundError"),
+    (400, "BadRequestError"), (401, "PermissionDeniedError"), (403, "PermissionDeniedError"),
+    (404, "NotFoundError"),
     (409, "ConflictError"),
     (422, "UnprocessableEntityError"), (429, "RateLimitError"), (500, "InternalServerError"),
     (503, "InternalServerError")])
@@ -16023,7 +16146,8 @@ def test_sdk_sees_an_upstream_that_dies(sdk, openai, upstream):
 
 def test_sdk_comes_back_after_a_busy_answer(sdk, upstream):
     upstream.plays(plain({"error": {"message": "busy"}}, 429, [("retry-after-ms", "10")]))
-    assert sdk().with_options(max_retries=1).chat.completions.create(model="m1", messages=MESSAGES).choices
+    client = sdk().with_options(max_retries=1)
+    assert client.chat.completions.create(model="m1", messages=MESSAGES).choices
     assert len(upstream.requests) == 2
 
 
