@@ -15295,7 +15295,7 @@ PAGE_HTML = r"""<!doctype html>
 </html>
 """
 
-#: What every view is made of: nodes, words, the server, parts, the way in, the frame.
+#: What every view is made of: nodes, words, the server, parts, fields, signing in, the frame.
 # language=JavaScript
 _JS_CORE = r"""
 const $ = (selector, root = document) => root.querySelector(selector);
@@ -15714,7 +15714,7 @@ function throttle(fn, pause_ms) {
   return () => { timer = timer || setTimeout(() => { timer = 0; fn(); }, pause_ms); };
 }
 
-// --- the way in
+// --- signing in
 
 const currentPassword = name => [name, 'password', '', {autocomplete: 'current-password',
   label: name === 'current' ? 'password_current' : name}];
@@ -15929,7 +15929,7 @@ async function start() {
 }
 """
 
-#: State, figures, requests as they happen, and the chart.
+#: State, figures, requests as they happen, the chart, and usage.
 # language=JavaScript
 _JS_OVERVIEW = r"""
 const statusBadge = ({status}) => badge(status === 499 ? t('status_left') : String(status || DASH),
@@ -16552,7 +16552,7 @@ VIEWS.settings = {needs: ['config'], draw(root, [config]) {
 }};
 """
 
-#: Client keys and limits; instances; about.
+#: Client keys and limits; instances; about; the log.
 # language=JavaScript
 _JS_KEYS = r"""
 const LIMITS = ['rpm', 'rph', 'rpd', 'tpd', 'concurrency'];
