@@ -7279,28 +7279,39 @@ class ChatRelay(ChatTranslation):
         super().begin()
         choices = self._call.body.get("n")
         self._choices = choices if isinstance(choices, int) else 1
-        self._decoder, self._framer, self._tail = SSEDecoder(), RecordFramer(), b""
+        self._decoder, self._framer = SSEDecoder(), RecordFramer()
+        self._holds = False              # the framer has a part of a record
+        self._recent: List[bytes] = []   # of what was sent, enough to hold the tail
+        self._recent_size = 0
         self._lead: List[bytes] = []     # what came before the answer began
         self._lead_size, self._has_choices = 0, False
         self._heard = SSEDecoder()       # for the reasoning to be noted
 
     def passes(self, payload: bytes) -> bool:
-        if not self.began or self._framer.holds() or payload[-2:] != b"\n\n" or (
-                b"[DONE]" in payload or self._lacks_blank_lines(payload)):
+        if not self.began or self._holds or payload[-2:] != b"\n\n" or b"[DONE]" in payload or (
+                b"\ndata:" in payload and self._lacks_blank_lines(payload)):
             return False
         self.records += 1
-        self._tail = (self._tail + payload)[-TAIL_BYTES:]
+        self._recent.append(payload)
+        self._recent_size += len(payload)
+        if self._recent_size > 2 * TAIL_BYTES:
+            self._recent = [self._tail]
+            self._recent_size = len(self._recent[0])
         if b'"error"' in payload or len(payload) > TAIL_BYTES:
             self._look_for_end(payload)
         if self._note is not None:
             self._record(payload)
         return True
 
+    @property
+    def _tail(self) -> bytes:
+        """The end of what was sent."""
+        return b"".join(self._recent)[-TAIL_BYTES:]
+
     @staticmethod
     def _lacks_blank_lines(payload: bytes) -> bool:
         """Whether two records may stand in `payload` without a blank line between them."""
-        return b"\ndata:" in payload and (
-            payload.count(b"\ndata:") != payload.count(b"\n\ndata:"))
+        return payload.count(b"\ndata:") != payload.count(b"\n\ndata:")
 
     def feed(self, payload: bytes) -> bytes:
         if self._note is not None:
@@ -7315,7 +7326,9 @@ class ChatRelay(ChatTranslation):
         out = self._framer.feed(payload)
         self.done = self.done or self._framer.done
         self.records += out.count(b"data:")
-        self._tail = (self._tail + out)[-TAIL_BYTES:]
+        self._holds = self._framer.holds()
+        self._recent = [self._tail, out]
+        self._recent_size = len(self._recent[0]) + len(out)
         self._look_for_end(out)
         return out
 
