@@ -1784,6 +1784,9 @@ def client_address(peer: str, forwarded: str, trusted: Sequence[str]) -> str:
 
 _TOKENS = number(0, 10 ** 9, True)
 
+#: Fields of a message or delta that hold reasoning as text; the first one with text counts.
+REASONING_FIELDS = ("reasoning_content", "reasoning")
+
 #: How an upstream's Chat differs from the plain one: what there is to say, and what holds where
 #: nothing is said.
 PROFILE: Dict[str, Tuple[Any, Shape]] = {
@@ -1794,8 +1797,7 @@ PROFILE: Dict[str, Tuple[Any, Shape]] = {
     #: in chat_template_kwargs; other templates: thinking
     "template_switch": ("enable_thinking", one_of("enable_thinking", "thinking")),
     #: where earlier reasoning goes back; None: nowhere
-    "reasoning_field": ("reasoning_content",
-                        one_of("reasoning_content", "reasoning", "reasoning_details", None)),
+    "reasoning_field": (REASONING_FIELDS[0], one_of(*REASONING_FIELDS, "reasoning_details", None)),
     #: DeepSeek, Kimi: 400 without it; "all": in each assistant message
     "require_reasoning_on_tool_calls": (False, one_of(True, False, "all")),
     "vision": (True, truth),
@@ -2780,7 +2782,7 @@ def short_name(name: str, limit: int = 64) -> str:
 
 def reasoning_of(message: Json) -> str:
     """The reasoning text of a message or delta; often several fields hold the same: take one."""
-    for field in ("reasoning_content", "reasoning"):
+    for field in REASONING_FIELDS:
         value = message.get(field)
         if isinstance(value, str) and value:
             return value
@@ -3733,7 +3735,7 @@ class ToolCalls:
 Part = Tuple[str, str, Any]
 
 
-_PLAIN_FIELDS = ("content", "reasoning_content")
+_PLAIN_FIELDS = ("content", *REASONING_FIELDS)
 
 
 def _size_of(text: str) -> int:
@@ -4074,7 +4076,7 @@ class ReasoningMerge:
         if reasoning:
             self._heard.setdefault(index, []).append(reasoning)
         if not self._preserve:
-            for name in ("reasoning_content", "reasoning", "reasoning_details"):
+            for name in (*REASONING_FIELDS, "reasoning_details"):
                 delta.pop(name, None)
             if content and index in self._heard and index not in self._answered:
                 content = ("\n\n" + content) if isinstance(content, str) else content
@@ -4582,7 +4584,7 @@ def _fit_options(chat: Json, profile: Json, wishes: Wishes) -> None:
 
 #: Where the texts of messages and items are; the rest (ids, types, signatures) no model reads.
 _SAID = ("content", "text", "refusal", "summary", "name", "arguments", "input", "output", "action",
-         "function", "tool_calls", "reasoning_content", "reasoning")
+         "function", "tool_calls", *REASONING_FIELDS)
 
 
 def said_tokens(value: Any) -> int:
@@ -7266,6 +7268,11 @@ _DONE = Pattern(rb"(?m)^data: ?\[DONE\]")
 _ERROR = Pattern(rb'(?m)^data: ?\{\s*"error"\s*:\s*[{"]')
 
 
+#: What stands in the records that a ReasoningNote wants to see.
+_NOTED = tuple(f'"{name}"'.encode() for name in (*REASONING_FIELDS, "reasoning_details",
+                                                 "tool_calls"))
+
+
 class ChatRelay(ChatTranslation):
     """Chat with nothing to change: the upstream's stream goes to the client as it came.
 
@@ -7392,7 +7399,7 @@ class ChatRelay(ChatTranslation):
     def _record(self, payload: bytes) -> None:
         """Note what a later request has to bring back; the client sees what it is worth."""
         for record in self._heard.feed(payload):
-            if b'"reasoning' in record or b'"tool_calls"' in record:
+            if any(mark in record for mark in _NOTED):
                 with contextlib.suppress(UpstreamError):
                     for chunk in read_records([record]):
                         self._note.record(chunk or {})
