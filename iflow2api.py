@@ -6538,8 +6538,7 @@ def _payload(kind: str, text: str) -> Optional[Json]:
     if not isinstance(value, dict):
         return None
     inner = value.get(_TOOL_KINDS[kind].field)
-    read = _PAYLOADS.get(kind, lambda value: None)
-    return read(inner if isinstance(inner, dict) and len(value) == 1 else value)
+    return _PAYLOADS[kind](inner if isinstance(inner, dict) and len(value) == 1 else value)
 
 
 # --- answer: items ---
