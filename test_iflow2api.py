@@ -7595,93 +7595,30 @@ def test_status_shows_the_login(home_login, config_login, cli):
 
 # === 13. Services ============================================================
 
-# --- slots -------------------------------------------------------------------
+# --- places and keys ---------------------------------------------------------
 
-def hold_slots(slots, number, settings=ifl.Settings(), caller=ifl.NOBODY):
-    """Threads that each want a place; they note when they have it, and let it go at a word."""
-    order, goes = [], [threading.Event() for _ in range(number)]
-
-    def take(index):
-        with slots.hold(caller, settings, "up"):
-            order.append(index)
-            goes[index].wait(WAIT_S)
-    threads = []
-    for index in range(number):
-        threads.append(threading.Thread(target=take, args=(index,), daemon=True))
-        threads[-1].start()
-        until(lambda: slots.active + slots.waiting > index)
-    return order, goes, threads
-
-
-def test_places_are_given_in_the_order_of_asking():
-    slots = ifl.Slots(1)
-    order, goes, threads = hold_slots(slots, 5)
-    assert (order, slots.active, slots.waiting) == ([0], 1, 4)
-    for index in range(5):
-        until(lambda: order == list(range(index + 1)))
-        goes[index].set()
-    for thread in threads:
-        thread.join(WAIT_S)
-    assert (slots.active, slots.waiting) == (0, 0)
-
-
-def test_no_limit_and_a_changed_limit():
-    slots = ifl.Slots(1)
-    order, goes, threads = hold_slots(slots, 3)
-    slots.resize(2)
-    until(lambda: len(order) == 2)
-    slots.resize(0)
-    until(lambda: len(order) == 3)
-    for go in goes:
+def test_a_changed_number_of_places_counts_at_once(server, upstream):
+    go = threading.Event()
+    upstream.plays(*[sse(chunk("x"), go, chunk(finish="stop"), DONE)] * 4)
+    running = server(provider(upstream, concurrency=1))
+    slots = running.gateway.lanes["up"].slots
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(running)).post(chat(True)) for _ in range(4)]
+        for places, asked in ((1, 1), (2, 2), (0, 4)):           # 0: no limit
+            running.gateway.apply(settings_for([provider(upstream, concurrency=places)]))
+            until(lambda: slots.waiting == 4 - asked == 4 - slots.active)
+            upstream.wait(asked)
+            assert len(upstream.requests) == asked
         go.set()
-    for thread in threads:
-        thread.join(WAIT_S)
-    assert slots.active == 0
+        assert [client.answer().status for client in clients] == [200] * 4
+    until(lambda: slots.load == 0)
 
-
-def test_a_full_queue_and_a_long_wait():
-    slots, settings = ifl.Slots(1), ifl.Settings(queue_limit=1, queue_timeout_s=0.05)
-    with slots.hold(ifl.NOBODY, settings, "up"):
-        waiter = Waiting()
-        with pytest.raises(ifl.Busy, match="no place at up came free") as late:
-            with slots.hold(waiter, settings, "up"):
-                pass
-        waiter.close()
-        order, goes, threads = hold_slots(slots, 0)
-        slots._waiting.append(ifl._Ticket())
-        with pytest.raises(ifl.Busy, match="requests wait already") as full:
-            with slots.hold(ifl.NOBODY, settings, "up"):
-                pass
-        slots._waiting.clear()
-    assert late.value.retry_after_s and full.value.retry_after_s and slots.active == 0
-
-
-def test_who_leaves_the_queue_frees_his_place_in_it(transport, waiting):
-    slots = ifl.Slots(1)
-    with watching(transport, waiting), slots.hold(ifl.NOBODY, ifl.Settings(), "up"):
-        waiting.client.close()
-        with pytest.raises(ifl.ClientGone):
-            with slots.hold(waiting, ifl.Settings(), "up"):
-                pass
-        assert slots.waiting == 0 and slots.active == 1
-
-
-def test_a_place_is_free_again_after_an_error():
-    slots = ifl.Slots(1)
-    for _ in range(3):
-        with pytest.raises(KeyError):
-            with slots.hold(ifl.NOBODY, ifl.Settings(), "up"):
-                raise KeyError
-    assert slots.active == 0
-
-
-# --- keys --------------------------------------------------------------------
 
 def lane_of(clock, *keys, **more):
     return ifl.Lane(ifl.Provider("p", api_keys=keys, **more), clock, ifl.TokenScale())
 
 
-def test_keys_take_turns_and_rest(clock):
+def test_keys_take_turns_but_for_those_that_rest(clock):
     lane, keys = lane_of(clock), ["a", "b", "c"]
     assert [lane.keys(keys) for _ in range(4)] == [["a", "b", "c"], ["b", "c", "a"],
                                                    ["c", "a", "b"], ["a", "b", "c"]]
@@ -7689,6 +7626,7 @@ def test_keys_take_turns_and_rest(clock):
     assert lane.keys(keys) == ["c", "a"] and lane.rests.resting == 1
     clock.now += 10
     assert sorted(lane.keys(keys)) == keys and lane.rests.resting == 0
+    assert lane.keys([]) == [""]                                 # a request without a key
 
 
 def test_when_all_keys_rest_the_one_nearest_its_end_is_tried(clock):
@@ -7701,22 +7639,173 @@ def test_when_all_keys_rest_the_one_nearest_its_end_is_tried(clock):
     assert lane.keys(["a", "b"]) == ["a"]
 
 
-def test_no_keys_means_a_request_without_one(clock):
-    assert lane_of(clock).keys([]) == [""]
+def test_accounts_have_places_of_their_own():
+    entry = provider("http://h", "i", kind="iflow", api_keys=["k1", "k2", "k3"])
+    found = ifl.Router(ifl.Settings(providers=[entry], api_concurrency=2), {}).providers["i"]
+    assert (found.places, found.key_concurrency) == (6, 2)
+    lane = ifl.Lane(ifl.replace(found, key_concurrency=1), time.monotonic, ifl.TokenScale())
+    with lane.hold_key("k1", ifl.NOBODY, ifl.Settings()):
+        assert [lane.keys(found.api_keys)[0] for _ in range(3)] == ["k2", "k2", "k3"]
+        with lane.hold_key("k2", ifl.NOBODY, ifl.Settings()):
+            assert lane.keys(found.api_keys, 0)[0] == "k3" and lane.key_load == 2
+    assert lane.keys(found.api_keys, 0)[0] == "k1" and lane.key_load == 0
 
 
 def test_a_lane_that_moves_forgets_what_was_true_of_the_old_address(clock):
     lane = lane_of(clock, "a", base_url="http://old")
-    for moved in (False, True):
+    for url, left in (("http://old", ("open", 100, ["m"])), ("http://new", ("closed", 0, []))):
         lane.rests.fail(1, 60)
         lane.learn_cap("m", 100)
         lane.listed = (1e9, ["m"])
         lane.rests.rest("a", 60)
-        lane.adopt(ifl.replace(lane.provider, base_url="http://new" if moved else "http://old",
-                               concurrency=3))
-        assert (lane.rests.state, lane.cap("m"), lane.listed[1]) == (
-            ("closed", 0, []) if moved else ("open", 100, ["m"]))
+        lane.adopt(ifl.replace(lane.provider, base_url=url, concurrency=3))
+        assert (lane.rests.state, lane.cap("m"), lane.listed[1]) == left
         assert lane.rests.resting == 1 and lane.slots.limit == 3
+
+
+def test_a_client_that_leaves_ends_the_pause(transport, waiting):
+    waiting.tick = lambda now: waiting.client.close()
+    with watching(transport, waiting), pytest.raises(ifl.ClientGone):
+        ifl.wait_for(waiting, 60)
+
+
+# --- limits ------------------------------------------------------------------
+
+def key_entry(name, secret, **more):
+    """An entry of `client_keys`."""
+    return {"name": name, "sha256": ifl.hash_key(secret).hex(), **more}
+
+
+def key_of(name, **limits):
+    return ifl.parse_client_key(key_entry(name, f"sk-{name}", **limits))
+
+
+def test_large_limits_never_pass_more_in_any_window(clock):
+    window, passed, rnd = ifl.Window(60, 100), [], random.Random(1)
+    for _ in range(3000):
+        clock.now += rnd.random() * 0.5
+        if window.wait_s(clock()) == 0:
+            window.add(clock(), 1)
+            passed.append(clock())
+        assert len(window._marks) <= 46
+    assert len(passed) > 100
+    for at in passed:
+        assert sum(at - 60 < other <= at for other in passed) <= 100
+
+
+@pytest.mark.parametrize("limit", [1, 5, 50])
+def test_waiting_as_long_as_told_is_enough(clock, limit):
+    window = ifl.Window(60, limit)
+    for _ in range(200):
+        wait_s = window.wait_s(clock())
+        clock.now += wait_s + 1e-6 if wait_s else 0.3
+        assert window.wait_s(clock()) == 0 or not wait_s
+        if window.wait_s(clock()) == 0:
+            window.add(clock(), 1)
+        assert window.used(clock()) <= limit
+
+
+def use(limiter, key) -> None:
+    with limiter.hold([limiter.of_key(key)]):
+        pass
+
+
+def test_of_two_limits_that_are_used_up_the_longer_one_is_told(clock):
+    limiter, bob = ifl.RateLimiter(clock), key_of("bob", rpm=2, rpd=2)
+    use(limiter, bob), use(limiter, bob)
+    told = dict(limiter.headers([limiter.of_key(bob)]))
+    assert told["x-ratelimit-reset-requests"] == "86400.0s"
+
+
+def test_changed_limits_keep_what_was_used(clock):
+    limiter = ifl.RateLimiter(clock)
+    for limits in ({"rpm": 2}, {"rpm": 2}, {"rpm": 3, "concurrency": 5}):
+        use(limiter, key_of("bob", **limits))
+    with pytest.raises(ifl.RateLimited):
+        use(limiter, key_of("bob", rpm=2))
+
+
+def test_addresses_are_bounded_and_small_and_the_oldest_goes_first(clock, monkeypatch):
+    monkeypatch.setattr(ifl, "ADDRESSES_LIMIT", 1000)
+    limiter = ifl.RateLimiter(clock)
+    tracemalloc.start()
+    for number in [*range(1000), 0, *range(1000, 1100)]:
+        with limiter.hold([limiter.of_address(str(number), {"rpm": 60, "rpd": 1000})]):
+            pass
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert list(limiter._addresses) == [str(number) for number in [*range(101, 1000), 0,
+                                                                   *range(1000, 1100)]]
+    assert size < 2 << 20
+
+
+class Restarts:
+    """Limiters on one ledger, one process after the other: each has a monotonic clock of its own,
+    wall time goes on.  Nobody closes the file, as after kill -9.
+    """
+
+    def __init__(self, home) -> None:
+        self.path, self.wall = str(home / "usage.jsonl"), Clock()
+        self.wall.now = 1.8e9 + 1800
+        self.start()
+
+    def start(self, after_s=0.0) -> None:
+        self.wall.now += after_s
+        started = self.wall.now
+        self.ledger = ifl.Ledger(self.path, self.wall)
+        self.limiter = ifl.RateLimiter(lambda: self.wall.now - started + 7, self.ledger.spent)
+
+    def ask(self, key, tokens=0) -> None:
+        use(self.limiter, key)
+        self.limiter.spend([self.limiter.of_key(key)], tokens)
+        self.ledger.add(call_record(key=key.name, usage=ifl.Usage(prompt=tokens)))
+
+    def refusal(self, key):
+        with pytest.raises(ifl.RateLimited) as refused:
+            self.ask(key)
+        return refused.value
+
+
+def test_requests_a_day_survive_restarts_and_are_forgotten_a_day_later(home):
+    """To the hour: one that began before the restart counts until a day after its end."""
+    runs, bob = Restarts(home), key_of("bob", rpd=3, rpm=100)
+    for _ in range(3):
+        runs.ask(bob)
+        runs.start(3600)
+    refused = runs.refusal(bob)
+    assert "3 requests a day" in refused.message
+    assert 86400 - 3 * 3600 <= refused.retry_after_s <= 86400 - 2 * 3600
+    told = dict(runs.limiter.headers([runs.limiter.of_key(bob)]))
+    assert told["x-ratelimit-remaining-requests"] == "0"
+    runs.ask(key_of("eve", rpd=3))                               # the other key's day is its own
+    runs.start(refused.retry_after_s)
+    runs.ask(bob)
+    assert runs.refusal(bob)
+
+
+def test_tokens_a_day_survive_a_restart(home):
+    runs, bob = Restarts(home), key_of("bob", tpd=1000)
+    runs.ask(bob, 990)
+    runs.start(40000)
+    runs.ask(bob, 50)
+    runs.start()
+    assert "tokens a day" in runs.refusal(bob).message
+    runs.wall.now += 86400 + 3600 - 40000 + 2
+    runs.ask(bob)
+
+
+def test_a_limit_that_is_set_later_knows_what_was_used_today(home):
+    runs = Restarts(home)
+    for _ in range(5):
+        runs.ask(key_of("bob"))
+    assert runs.refusal(key_of("bob", rpd=5))
+
+
+def test_a_clock_that_was_put_back_locks_no_key_out_for_longer_than_a_day(home):
+    runs, bob = Restarts(home), key_of("bob", rpd=1)
+    runs.ask(bob)
+    runs.start(-40 * 365 * 86400)                                # a router without a clock
+    assert runs.refusal(bob).retry_after_s <= 86400 * 1.05 + 1
 
 
 # --- metrics -----------------------------------------------------------------
@@ -7756,65 +7845,241 @@ def metrics_of(ledger):
 
 def test_metrics_in_the_text_format():
     ledger = ifl.Ledger()
-    for number, total_s in enumerate((0.01, 0.3, 1000)):
-        ledger.add(call_record(provider='a"\\\n', tokens=123_456_789 if number else 1,
-                               total_s=total_s))
+    for tokens, total_s in ((1, 0.01), (123_456_789, 0.3), (123_456_789, 1000)):
+        ledger.add(call_record(provider='a"\\\n', tokens=tokens, total_s=total_s))
     ledger.add(call_record(usage=ifl.Usage(7, 8, estimated=True), trail=[
         ifl.Attempt("p", "m", "", status, "", 0.0) for status in (429, 429, 200)]))
     values = metrics_of(ledger)
     assert values['iflow2api_tokens_total{direction="in",provider="p",estimated="true"}'] == 7
     assert sum(value for series, value in values.items() if "requests_total" in series) == 4
     assert values['iflow2api_upstream_errors_total{provider="p",status="429"}'] == 2
-    seconds = {series: value for series, value in values.items()
-               if "request_duration_seconds" in series and 'provider="a' in series}
-    buckets = [value for series, value in seconds.items() if "_bucket" in series]
+    times = {series: value for series, value in values.items()
+             if "request_duration_seconds" in series and 'provider="a' in series}
+    buckets = [value for series, value in times.items() if "_bucket" in series]
     assert buckets == sorted(buckets) and (buckets[0], buckets[-1]) == (1, 3)
-    assert [value for series, value in seconds.items()
-            if "_sum" in series] == [pytest.approx(1000.31)]
+    assert [value for series, value in times.items() if "_sum" in series] == [
+        pytest.approx(1000.31)]
 
 
 def test_the_number_of_series_is_bounded():
-    ledger = ifl.Ledger()
-    for number in range(3 * ifl.METRIC_SERIES_LIMIT):
+    ledger, most = ifl.Ledger(), ifl.METRIC_SERIES_LIMIT
+    for number in range(3 * most):
         ledger.add(call_record(status=number))
     values = metrics_of(ledger)
-    found = {series: value for series, value in values.items() if "requests_total" in series}
-    assert len(
-        found) <= ifl.METRIC_SERIES_LIMIT + 1 and sum(found.values()) == 3 * ifl.METRIC_SERIES_LIMIT
-    assert found['iflow2api_requests_total{dialect="other",provider="other",status="other"}'] > 0
+    found = [value for series, value in values.items() if "requests_total" in series]
+    assert len(found) <= most + 1 and sum(found) == 3 * most
+    assert values['iflow2api_requests_total{dialect="other",provider="other",status="other"}'] > 0
 
 
-def test_counters_survive_a_restart_and_never_fall(home, clock):
-    clock.now = 1.8e9
-    path, name = str(
-        home / "usage.jsonl"), 'iflow2api_requests_total{dialect="chat",provider="p",status="200"}'
+def test_counters_never_fall_and_survive_a_restart(home, clock):
+    clock.now, path = 1.8e9, str(home / "usage.jsonl")
+    name = 'iflow2api_requests_total{dialect="chat",provider="p",status="200"}'
     ledger = ifl.Ledger(path, clock)
-    for number in range(1, 200):
+    for number in range(1, 101):
         ledger.add(call_record(), days=3)
         assert metrics_of(ledger)[name] == number
-        clock.now += 3000
+        clock.now += 6000
     ledger.close()
-    assert 0 < metrics_of(ifl.Ledger(path, clock))[name] <= 199
+    assert 0 < metrics_of(ifl.Ledger(path, clock))[name] <= 100
+
+
+# --- the ledger --------------------------------------------------------------
+
+def used_in(ledger, days=30):
+    """Requests of the last days."""
+    return sum(row["requests"] for row in ledger.report("model", days, {}))
+
+
+@pytest.fixture
+def usage_file(home):
+    return home / "usage.jsonl"
+
+
+def lines_in(path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize("waits, end, requests", [
+    (False, "os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))", 50),
+    (True, "pass", 50)], ids=["kill -9", "an end that closes nothing"])
+def test_usage_survives_how_a_process_ends_and_a_torn_line(usage_file, waits, end, requests):
+    run("-c", "import os, signal, iflow2api as ifl\n"
+              f"ledger = ifl.Ledger({str(usage_file)!r})\n"
+              "call = ifl.Record('r', 'chat', 'm', False, 0.0, status=200, usage=ifl.Usage(7, 3))\n"
+              f"for _ in range(50): ledger.add(call, waits={waits})\n{end}\n")
+    assert lines_in(usage_file) == 50
+    with open(usage_file, "ab") as file:
+        file.write(b'{"hour":1700000000,"mod')
+    ledger = ifl.Ledger(str(usage_file))
+    row, = ledger.report("model", 30, {})
+    assert (row["requests"], row["input"], ledger.problems) == (requests, 7 * requests, [])
+    ledger.add(call_record())
+    ledger.close()
+    assert used_in(ifl.Ledger(str(usage_file))) == requests + 1
+
+
+#: Lines of a ledger that count two requests, and lines that do not count.
+LEDGER_LINES = [
+    ('{"day": "TODAY", "model": "m", "provider": "p", "key": "", "requests": 2}', True),
+    ('{"hour": NOW, "model": "m", "provider": "p", "key": "k", "dialect": "chat", "status": 200, '
+     '"requests": 2}', True),
+    ("rubbish", False), ('{"day": 5}', False), ("[" * 5000, False), ("5", False), ("null", False),
+    ('{"day": "2026-99-99", "model": "m", "requests": 1}', False),
+    ('{"hour": "x", "requests": 2}', False),
+    ('{"hour": 1e9, "model": "m", "requests": 2}', False),
+    ('{"hour": %d, "requests": 2}' % 10 ** 400, False),
+    ('{"hour": NOW, "model": ["m"], "status": 200, "requests": 1}', False),
+    ('{"hour": NOW, "model": "m", "status": 200, "requests": -1}', False),
+    ('{"day": "TODAY", "model": "m", "requests": 1, "input": %d}' % 10 ** 400, False),
+    ('["key", "rpd", 1700000000, 1]', False), ('{"a": 1}', False)]
+
+
+@pytest.mark.parametrize("line, counts", LEDGER_LINES, ids=[row[0][:60] for row in LEDGER_LINES])
+def test_a_line_of_the_ledger_counts_or_is_named(server, config, line, counts):
+    put_config(config, {})
+    line = line.replace("TODAY", time.strftime("%Y-%m-%d")).replace("NOW", str(int(time.time())))
+    path = pathlib.Path(config.folder, "usage.jsonl")
+    path.write_bytes(line.encode() + b"\n\n" + line.encode()[:-1])
+    running = server(gateway=ifl.Gateway(config=config, environ={}))
+    said = [problem for problem in get(running, "/health").json["problems"]
+            if "usage.jsonl" in problem]
+    assert len(said) == (not counts) and (counts or "line 1 is no usage" in said[0])
+    assert used_in(running.gateway.ledger, 1) == (2 if counts else 0)
+
+
+def test_what_an_older_version_counted_is_there(usage_file, clock):
+    """By the day, without dialect and status: in usage and the month, not among the hours."""
+    clock.now = time.mktime((2026, 5, 17, 15, 30, 0, 0, 0, -1))
+    line = '{"day":"2026-05-%d","model":"m","provider":"p","key":"k","requests":3}\n'
+    usage_file.write_text("".join(line % day for day in (1, 16, 17)))
+    ledger = ifl.Ledger(str(usage_file), clock)
+    ledger.add(call_record(dialect="messages"))
+    assert [used_in(ledger, days) for days in (1, 2, 30)] == [4, 7, 10] and not ledger.problems
+    assert [row["day"] for row in ledger.report("day", 30, {})] == [
+        "2026-05-17", "2026-05-01", "2026-05-16"]
+    counts = {span: [sum(counts[0] for _, counts in rows) for _, rows in ledger.steps(span)]
+              for span in ("month", "day")}
+    assert counts == {"month": [0] * 13 + [3] + [0] * 14 + [3, 4], "day": [0] * 23 + [1]}
+    ledger._compact()
+    again = ifl.Ledger(str(usage_file), clock)
+    assert [used_in(again, days) for days in (1, 2, 30)] == [4, 7, 10]
+
+
+def test_the_hours_survive_a_restart(usage_file, clock):
+    clock.now = time.mktime((2026, 5, 17, 23, 59, 59, 0, 0, -1))
+    for hours in (3, 1, 1):
+        ifl.Ledger(str(usage_file), clock).add(call_record(model=f"m{hours}"))
+        clock.now += hours * 3600
+    steps = [[(names[1], counts[0]) for names, counts in rows]
+             for _, rows in ifl.Ledger(str(usage_file), clock).steps("day")]
+    assert len(steps) == 24 and steps[-6:] == [[("m3", 1)], [], [], [("m1", 1)], [("m1", 1)], []]
+
+
+def test_the_file_is_compacted_and_old_days_go(usage_file, clock):
+    clock.now, ledger = 1.8e9, ifl.Ledger(str(usage_file), clock)
+    ledger.COMPACT_LINES = 20
+    for number in range(400):
+        ledger.add(call_record(model=f"m{number % 3}"), days=5)
+        clock.now += 86400 / 25
+    rows = [json.loads(line) for line in usage_file.read_bytes().splitlines()]
+    assert len(rows) < 300 and len({ifl.day_of(row["hour"]) for row in rows}) <= 13
+    assert len(ledger._rows) <= 3 * (5 + 2) + 50 + 3
+    total = used_in(ledger, 5)
+    ledger.close()
+    assert 100 <= total <= 126 and used_in(ifl.Ledger(str(usage_file), clock), 5) == total
+    if os.name == "posix":
+        assert stat.S_IMODE(usage_file.stat().st_mode) == 0o600
+
+
+def test_two_processes_share_the_file(usage_file):
+    one, two = ifl.Ledger(str(usage_file)), ifl.Ledger(str(usage_file))
+    one.COMPACT_LINES = 10
+    for _ in range(30):
+        one.add(call_record()), two.add(call_record())
+    one.close(), two.close()
+    assert used_in(ifl.Ledger(str(usage_file))) == 60
+
+
+def test_lines_of_a_busy_server_are_written_together(usage_file, monkeypatch):
+    writes, real = [], os.write
+    monkeypatch.setattr(ifl.Journal, "GATHER_S", 60)
+    monkeypatch.setattr(os, "write", lambda handle, data: writes.append(data.count(b"\n"))
+                        or real(handle, data))
+    ledger = ifl.Ledger(str(usage_file))
+    for _ in range(7):
+        ledger.add(call_record(), waits=True)
+    assert writes == [] and used_in(ledger) == 7                 # the count itself waits for none
+    ledger.add(call_record())                                    # the only call that runs
+    assert writes == [8] and lines_in(usage_file) == 8
+    ledger.add(call_record(), waits=True)
+    ledger.close()
+    assert writes == [8, 1] and used_in(ifl.Ledger(str(usage_file))) == 9
+
+
+@pytest.mark.parametrize("has_threads", [True, False], ids=["a moment", "no thread to be had"])
+def test_a_line_waits_for_others_a_moment_only(usage_file, monkeypatch, has_threads):
+    def no_thread(timer):
+        raise RuntimeError("can't start new thread")
+
+    if not has_threads:
+        monkeypatch.setattr(threading.Timer, "start", no_thread)
+    ledger = ifl.Ledger(str(usage_file))
+    for number in (1, 2):
+        ledger.add(call_record(), waits=True)
+        assert has_threads or lines_in(usage_file) == number
+        until(lambda: lines_in(usage_file) == number)
+    ledger.close()
+
+
+def test_lines_that_can_not_be_written_cost_nothing_else(home, log_lines):
+    (home / "file").write_text("")
+    ledger = ifl.Ledger(str(home / "file" / "usage.jsonl"))
+    for number in (1, 2):
+        ledger.add(call_record(), waits=True)
+        assert used_in(ledger) == number
+    ledger.close()
+    assert "in memory only" in ledger.problems[0] and len(ledger.problems) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file in use can't be removed there")
+def test_usage_of_a_removed_file_goes_into_a_new_one(usage_file):
+    ledger = ifl.Ledger(str(usage_file))
+    for _ in range(2):
+        ledger.add(call_record())
+        assert lines_in(usage_file) == 1
+        usage_file.unlink()
+    ledger.close()
+
+
+def test_names_from_clients_are_bounded(monkeypatch):
+    monkeypatch.setattr(ifl, "USAGE_ROWS_AN_HOUR", 10)
+    ledger = ifl.Ledger()
+    for number in range(100):
+        ledger.add(call_record(model="x" * 500 + str(number), key=str(number)))
+    rows = {row["key"]: row["requests"] for row in ledger.report("key", 1, {})}
+    assert len(rows) == 11 and rows["other"] == 90
+    assert {len(row["model"]) for row in ledger.report("model", 1, {})} == {100, 5}
+
+
+@posix
+@pytest.mark.parametrize("zone, now, oldest", [
+    ("EST5EDT,M3.2.0,M11.1.0", 1793593800, "2026-10-31"),
+    ("CET-1CEST,M3.5.0,M10.5.0/3", 1774823400, "2026-03-29")], ids=["25 hours", "23 hours"])
+def test_yesterday_is_a_day_ago_in_every_zone(monkeypatch, zone, now, oldest):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        ifl.day_of.cache_clear(), ifl.midnight_of.cache_clear()
+        assert ifl.day_of(ifl.midnight_of(now, -1)) == oldest
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+        ifl.day_of.cache_clear(), ifl.midnight_of.cache_clear()
 
 
 # --- files -------------------------------------------------------------------
 
-def test_a_watched_file(home, log_lines):
-    path, told = home / "file", threading.Semaphore(0)
-    watch = ifl.FileWatch([str(path)], told.release, 0.01)
-    try:
-        path.write_text("one")
-        assert told.acquire(timeout=WAIT_S)
-        path.write_text("other")
-        assert told.acquire(timeout=WAIT_S)
-        path.unlink()
-        assert told.acquire(timeout=WAIT_S)
-    finally:
-        watch.close()
-    assert not watch._thread.is_alive()
-
-
-def test_a_watch_outlives_what_a_file_makes_of_it(home, log_lines):
+def test_a_watch_tells_each_change_and_outlives_what_a_file_makes_of_it(home, log_lines):
     path, told = home / "file", threading.Semaphore(0)
 
     def changed():
@@ -7822,12 +8087,14 @@ def test_a_watch_outlives_what_a_file_makes_of_it(home, log_lines):
         raise KeyError("defect")
     watch = ifl.FileWatch([str(path)], changed, 0.01)
     try:
-        for text in ("one", "other"):
-            path.write_text(text)
+        for change in (lambda: path.write_text("one"), lambda: path.write_text("other"),
+                       path.unlink):
+            change()
             assert told.acquire(timeout=WAIT_S)
     finally:
         watch.close()
-    assert [record.levelname for record in log_lines] == ["ERROR"] * 2
+    assert not watch._thread.is_alive()
+    assert [record.levelname for record in log_lines] == ["ERROR"] * 3
     log_lines.clear()
 
 
@@ -7837,39 +8104,27 @@ def test_what_killed_writers_left_goes_at_the_next_write(home):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     mine, gone = f"usage.jsonl.{os.getpid()}", f"usage.jsonl.{ended.pid}"
-    names = {f"{gone}-0123abcd.tmp": False, f"{mine}-0123abcd.tmp": True,
-             f"{mine}-00000000.tmp": False,
-             f"{gone}-0123abcd.txt": True, f"other.jsonl.{ended.pid}-0123abcd.tmp": True,
-             "usage.jsonl.tmp": True, f"{gone}-0123ABCD.tmp": True,
-             "usage.jsonl.99999999999-0123abcd.tmp": True}
-    for name in names:
+    stays = {f"{gone}-0123abcd.tmp": False, f"{mine}-0123abcd.tmp": True,
+             f"{mine}-00000000.tmp": False, f"{gone}-0123abcd.txt": True,
+             f"other.jsonl.{ended.pid}-0123abcd.tmp": True, "usage.jsonl.tmp": True,
+             f"{gone}-0123ABCD.tmp": True, "usage.jsonl.99999999999-0123abcd.tmp": True}
+    for name in stays:
         (home / name).write_text("")
     os.utime(home / f"{mine}-00000000.tmp", (old, old))
     ifl.write_file(str(path), b"{}")
-    assert {name: (home / name).exists() for name in names} == names and path.read_bytes() == b"{}"
-
-
-def test_a_config_with_settings_that_are_gone_starts_and_keeps_them(config, upstream):
-    gone = {"history_size": 7, "responses_file": "/x", "key_concurrency": 3}
-    entry = {**provider(upstream), "key_concurrency": 2}
-    put_config(config, {"providers": [entry], **gone})
-    made = ifl.Gateway(config=config, environ={})
-    assert made.problems == [] and made.lanes["up"].slots.limit == 0
-    made.change_config(lambda raw: raw.update(default_model="m"))
-    assert config.read() == {"providers": [entry], **gone, "default_model": "m"}
-    made.close()
+    assert {name: (home / name).exists() for name in stays} == stays
+    assert path.read_bytes() == b"{}"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
 @pytest.mark.parametrize("name", ["usage.jsonl", "tokens.json", "seal.key"])
-def test_a_file_that_others_could_read_is_closed_to_them(server, home, config, upstream, name):
-    keys = [key_entry("bob", "sk", rpd=9)]
-    put_config(config, {"providers": [provider(upstream)], "client_keys": keys})
-    path = home / ".iflow2api" / name
+def test_a_file_that_others_could_read_is_closed_to_them(server, config, upstream, name):
+    put_config(config, {"providers": [provider(upstream)],
+                        "client_keys": [key_entry("bob", "sk", rpd=9)]})
+    path = pathlib.Path(config.folder, name)
     path.write_bytes({"tokens.json": b"{}", "seal.key": b"k" * 32}.get(name, b""))
     path.chmod(0o644)
-    running = server(gateway=ifl.Gateway(config=config, environ={}))
-    running.gateway.seal()
+    server(gateway=ifl.Gateway(config=config, environ={})).gateway.seal()
     assert path.stat().st_mode & 0o777 == 0o600
 
 
@@ -7916,7 +8171,7 @@ def _stored(size, home):
 
 
 def _openrouter(size, home):
-    key = ifl.parse_client_keys([key_entry("bob", "s", models=["up/m*", "*a*a*b", "m*"])])[0][0]
+    key = key_of("bob", models=["up/m*", "*a*a*b", "m*"])
     text = '{"models": [%s]}' % ", ".join(f'"m{"a" * 30}{number}"' for number in range(size))
     return ifl.Router(ifl.Settings(providers=[provider("http://h")]), {}), key, text
 
@@ -8923,6 +9178,15 @@ def test_changes_by_the_program_are_taken_over_at_once(following, config):
     assert made.settings.default_model == "x" and config.read() == {"extra": 1, "default_model": "x"}
 
 
+def test_a_config_with_settings_that_are_gone_starts_and_keeps_them(following, config, upstream):
+    gone = {"history_size": 7, "responses_file": "/x", "key_concurrency": 3}
+    entry = provider(upstream, key_concurrency=2)
+    made = following({"providers": [entry], **gone})
+    assert made.problems == [] and made.lanes["up"].slots.limit == 0
+    made.change_config(lambda raw: raw.update(default_model="m"))
+    assert config.read() == {"providers": [entry], **gone, "default_model": "m"}
+
+
 # === 14. Fallback, keys, limits, usage =======================================
 
 WAIT_S_ROUTES = 10.0
@@ -9382,14 +9646,6 @@ def test_retries_back_off_with_jitter_and_end(upstreams_routes):
     assert gate.ask().replies and len(bad.seen) == 8
 
 
-def test_a_client_that_leaves_ends_the_pause():
-    transport, client = ifl.Upstream(), Waiting()
-    client.tick = lambda now: client.client.close()
-    with contextlib.closing(transport), contextlib.closing(client), watching(transport, client):
-        with pytest.raises(ifl.ClientGone):
-            ifl.wait_for(client, 60)
-
-
 def test_an_upstream_that_keeps_failing_rests_and_is_tried_again(upstreams_routes, clock_routes):
     bad, good = upstreams_routes(first(6, "status", 500), always("ok"))
     gate = Gate(settings([bad, good], circuit={"failures": 3, "rest_s": 20}), clock_routes)
@@ -9458,19 +9714,6 @@ def test_a_conversation_is_known_by_its_beginning():
     assert call("a", "b", "c") == call("a", "b", "d", "e") != call("x", "b")
     assert call("a", prompt_cache_key="k") == call("b", prompt_cache_key="k")
     ifl.Call(ifl.CHAT, {"input": 5}, "", {}, "r").conversation
-
-
-def test_accounts_have_places_of_their_own():
-    entry = {"name": "i", "kind": "iflow", "base_url": "http://h", "api_keys": ["k1", "k2", "k3"]}
-    provider = ifl.Router(ifl.Settings(providers=[entry], api_concurrency=2), {}).providers["i"]
-    assert (provider.places, provider.key_concurrency) == (6, 2)
-    lane = ifl.Lane(ifl.replace(provider, key_concurrency=1), time.monotonic, ifl.TokenScale())
-    with lane.hold_key("k1", ifl.NOBODY, ifl.Settings()):
-        first = [lane.keys(provider.api_keys)[0] for _ in range(3)]
-        assert first == ["k2", "k2", "k3"] and lane.key_load == 1
-        with lane.hold_key("k2", ifl.NOBODY, ifl.Settings()):
-            assert lane.keys(provider.api_keys, 0)[0] == "k3"
-    assert lane.key_load == 0 and lane.keys(provider.api_keys, 0)[0] == "k1"
 
 
 def test_never_more_at_an_account_than_its_places(upstreams_routes):
@@ -9670,10 +9913,6 @@ def test_ten_thousand_requests_leave_slots_threads_and_memory_where_they_were(ho
 
 # --- client keys -------------------------------------------------------------------
 
-def key_entry(name, secret, **more):
-    return {"name": name, "sha256": ifl.hash_key(secret).hex(), **more}
-
-
 class RoutesClient:
     def __init__(self, gateway):
         self.server = ifl.serve(gateway, port=0)
@@ -9869,32 +10108,6 @@ def test_requests_are_counted_in_a_sliding_window(limit, span_s, upstreams_route
     assert len(up.seen) == 4
 
 
-def test_large_limits_never_pass_more_in_any_window(clock_routes):
-    window, passed = ifl.Window(60, 100), []
-    rnd = random.Random(1)
-    for _ in range(3000):
-        clock_routes.now += rnd.random() * 0.5
-        if window.wait_s(clock_routes()) == 0:
-            window.add(clock_routes(), 1)
-            passed.append(clock_routes())
-        assert len(window._marks) <= 46
-    assert len(passed) > 100
-    for at in passed:
-        assert sum(at - 60 < other <= at for other in passed) <= 100
-
-
-def test_waiting_as_long_as_told_is_enough(clock_routes):
-    for limit in (1, 5, 50):
-        window = ifl.Window(60, limit)
-        for turn in range(200):
-            wait_s = window.wait_s(clock_routes())
-            clock_routes.now += wait_s + 1e-6 if wait_s else 0.3
-            assert window.wait_s(clock_routes()) == 0 or not wait_s
-            if window.wait_s(clock_routes()) == 0:
-                window.add(clock_routes(), 1)
-            assert window.used(clock_routes()) <= limit
-
-
 def test_tokens_a_day(upstreams_routes, client, clock_routes):
     up, = upstreams_routes(always("ok"))
     ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob", tpd=30)]),
@@ -9907,82 +10120,6 @@ def test_tokens_a_day(upstreams_routes, client, clock_routes):
     assert int(ask.headers["retry-after"]) > 80000
     clock_routes.now += 86400 * 1.06
     assert ask(x_api_key="sk-bob")[0] == 200
-
-
-class Restarts:
-    """Limiters on one ledger, one process after the other: each with a monotonic clock of its own,
-    wall time goes on.
-    """
-
-    def __init__(self, path):
-        self.path, self.wall, self.started = str(path), RoutesClock(1.8e9 + 1800), 0.0
-        self.start()
-
-    def start(self):
-        self.started = self.wall.now
-        self.ledger = ifl.Ledger(self.path, self.wall)
-        self.limiter = ifl.RateLimiter(lambda: self.wall.now - self.started + 7, self.ledger.spent)
-
-    def ask(self, key, tokens=0):
-        meter = self.limiter.of_key(key)
-        with self.limiter.hold([meter]):
-            pass
-        self.limiter.spend([meter], tokens)
-        self.ledger.add(call_record(key=key.name, usage=ifl.Usage(prompt=tokens)))
-
-
-def key_of(name, secret, **limits):
-    return ifl.parse_client_key(key_entry(name, secret, **limits))
-
-
-def test_requests_a_day_survive_restarts_and_are_forgotten_a_day_later(home_routes):
-    """To the hour: one that began before the restart counts until a day after its end."""
-    runs, bob, eve = Restarts(home_routes / "usage.jsonl"), key_of("bob", "s", rpd=3, rpm=100), key_of("eve", "t", rpd=3)
-    for _ in range(3):
-        runs.ask(bob)
-        runs.wall.now += 3600
-        runs.start()                     # nobody closed the file: as after kill -9
-    with pytest.raises(ifl.RateLimited, match="3 requests a day") as refused:
-        runs.ask(bob)
-    assert 86400 - 3 * 3600 <= refused.value.retry_after_s <= 86400 - 2 * 3600
-    runs.ask(eve)                        # the other key's day is its own
-    assert dict(runs.limiter.headers([runs.limiter.of_key(bob)]))["x-ratelimit-remaining-requests"] == "0"
-    runs.wall.now += refused.value.retry_after_s
-    runs.start()
-    runs.ask(bob)
-    with pytest.raises(ifl.RateLimited):
-        runs.ask(bob)
-
-
-def test_tokens_a_day_survive_a_restart(home_routes):
-    runs, bob = Restarts(home_routes / "usage.jsonl"), key_of("bob", "s", tpd=1000)
-    runs.ask(bob, 990)
-    runs.wall.now += 40000
-    runs.start()
-    runs.ask(bob, 50)
-    runs.start()
-    with pytest.raises(ifl.RateLimited, match="tokens a day"):
-        runs.ask(bob)
-    runs.wall.now += 86400 + 3600 - 40000 + 2
-    runs.ask(bob)
-
-
-def test_a_limit_that_is_set_later_knows_what_was_used_today(home_routes):
-    runs = Restarts(home_routes / "usage.jsonl")
-    for _ in range(5):
-        runs.ask(key_of("bob", "s"))
-    with pytest.raises(ifl.RateLimited):
-        runs.ask(key_of("bob", "s", rpd=5))
-
-
-def test_a_clock_that_was_put_back_locks_no_key_out_for_longer_than_a_day(home_routes):
-    runs, bob = Restarts(home_routes / "usage.jsonl"), key_of("bob", "s", rpd=1)
-    runs.ask(bob)
-    runs.wall.now -= 40 * 365 * 86400    # a router without a clock of its own
-    runs.start()
-    with pytest.raises(ifl.RateLimited) as refused:
-        runs.ask(bob)
-    assert refused.value.retry_after_s <= 86400 * 1.05 + 1
 
 
 def test_a_restarted_server_remembers_the_day(upstreams_routes, client, home_routes):
@@ -10003,14 +10140,6 @@ def test_a_restarted_server_remembers_the_day(upstreams_routes, client, home_rou
                 assert answer.status == status, answer.read()
                 connection.close()
     assert len(up.seen) == 2
-
-
-def test_of_two_limits_that_are_used_up_the_longer_one_is_told(clock_routes):
-    meter = ifl.Meter("k")
-    meter.adopt({"rpm": 2, "rpd": 2}, clock_routes())
-    for _ in range(2):
-        meter.count(clock_routes(), "rpm", 1), meter.count(clock_routes(), "rpd", 1)
-    assert dict(meter.headers(clock_routes()))["x-ratelimit-reset-requests"] == "86400.0s"
 
 
 def test_concurrency_of_a_key(upstreams_routes, client):
@@ -10061,25 +10190,6 @@ def test_nobody_else_is_believed(upstreams_routes, client):
     assert ask(x_forwarded_for="1.1.1.1")[0] == 200 and ask(x_forwarded_for="2.2.2.2")[0] == 429
 
 
-def test_the_oldest_address_goes_first(monkeypatch, clock_routes):
-    monkeypatch.setattr(ifl, "ADDRESSES_LIMIT", 3)
-    limiter = ifl.RateLimiter(clock_routes)
-    for address in ("a", "b", "c", "a", "d", "e"):
-        limiter.of_address(address, {"rpm": 1})
-    assert list(limiter._addresses) == ["a", "d", "e"]
-
-
-def test_ten_thousand_addresses_stay_small(clock_routes):
-    limiter = ifl.RateLimiter(clock_routes)
-    tracemalloc.start()
-    for number in range(11_000):
-        with limiter.hold([limiter.of_address(str(number), {"rpm": 60, "rpd": 1000})]):
-            pass
-    size = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert len(limiter._addresses) == 10_000 and size < 20 << 20
-
-
 def test_our_headers_replace_the_upstreams(upstreams_routes, client):
     up, = upstreams_routes(lambda number, body,
                            key: ("status", 200, {"x-ratelimit-remaining-requests": "77"}))
@@ -10089,18 +10199,6 @@ def test_our_headers_replace_the_upstreams(upstreams_routes, client):
                                             key_entry("eve", "sk-eve")])))
     assert ask(x_api_key="sk-bob")[0] == 400 and ask.headers["x-ratelimit-remaining-requests"] == "8"
     assert ask(x_api_key="sk-eve")[0] == 400 and "x-ratelimit-limit-requests" not in ask.headers
-
-
-def test_changed_limits_keep_what_was_used(clock_routes):
-    limiter = ifl.RateLimiter(clock_routes)
-    key = ifl.parse_client_key(key_entry("bob", "s", rpm=2))
-    for _ in range(2):
-        with limiter.hold([limiter.of_key(key)]):
-            pass
-    with limiter.hold([limiter.of_key(key._replace(limits={"rpm": 3, "concurrency": 5}))]):
-        pass
-    with pytest.raises(ifl.RateLimited), limiter.hold([limiter.of_key(key)]):
-        pass
 
 
 @pytest.mark.parametrize("name, value, said", [
@@ -10160,198 +10258,6 @@ def test_estimates_are_marked(upstreams_routes):
     row, = gate.gateway.ledger.report("model", 1, {})
     assert row["estimated"] == 1 and row["input"] > 0
     assert "~" in ifl._usage_table("model", [row])
-
-
-def used_in(ledger, days=30):
-    return sum(row["requests"] for row in ledger.report("model", days, {}))
-
-
-def test_usage_survives_a_kill_and_a_torn_line(home_routes):
-    path = home_routes / "usage.jsonl"
-    program = ("import os, signal, iflow2api as ifl\n"
-               f"ledger = ifl.Ledger({str(path)!r})\n"
-               "call = ifl.Record('r', 'chat', 'm', False, 0.0, status=200, usage=ifl.Usage(7, 3))\n"
-               "for _ in range(50): ledger.add(call)\n"
-               "os.kill(os.getpid(), signal.SIGKILL if hasattr(signal, 'SIGKILL') else signal.SIGTERM)\n")
-    run("-c", program)
-    with open(path, "ab") as file:
-        file.write(b'{"hour":1700000000,"mod')
-    ledger = ifl.Ledger(str(path))
-    row, = ledger.report("model", 30, {})
-    assert (row["requests"], row["input"], ledger.problems) == (50, 350, [])
-    ledger.add(call_record())
-    ledger.close()
-    assert used_in(ifl.Ledger(str(path))) == 51
-
-
-#: Lines of a ledger, and whether they count.
-LEDGER_LINES = [
-    ('{"day": "TODAY", "model": "m", "provider": "p", "key": "", "requests": 2}', True),
-    (
-        '{"hour": NOW, "model": "m", "provider": "p", "key": "k", "dialect": "chat", "status": 200, "requests": 2}', True),
-    ("rubbish", False), ('{"day": 5}', False), ("[" * 5000, False), ("5", False), ("null", False),
-    ('{"day": "2026-99-99", "model": "m", "requests": 1}', False),
-    ('{"hour": "x", "requests": 2}', False),
-    ('{"hour": 1e9, "model": "m", "requests": 2}', False),
-    ('{"hour": %d, "requests": 2}' % 10 ** 400, False),
-    ('{"hour": NOW, "model": ["m"], "status": 200, "requests": 1}', False),
-    ('{"hour": NOW, "model": "m", "status": 200, "requests": -1}', False),
-    ('{"day": "TODAY", "model": "m", "requests": 1, "input": %d}' % 10 ** 400, False),
-    ('["key", "rpd", 1700000000, 1]', False), ('{"a": 1}', False)]
-
-
-@pytest.mark.parametrize("line, counts", LEDGER_LINES)
-def test_a_line_of_the_ledger_counts_or_is_named(home_routes, line, counts):
-    path = home_routes / ".iflow2api" / "usage.jsonl"
-    path.parent.mkdir()
-    line = line.replace("TODAY", time.strftime("%Y-%m-%d")).replace("NOW", str(int(time.time())))
-    path.write_bytes(line.encode() + b"\n\n" + line.encode()[:-1])
-    gateway = ifl.Gateway(config=ifl.ConfigFile(str(path.parent)), environ={})
-    with ifl.serve(gateway, port=0):
-        said = [problem for problem in gateway.health()["problems"] if "usage.jsonl" in problem]
-        assert len(said) == (not counts) and (counts or "line 1 is no usage" in said[0])
-        assert used_in(gateway.ledger, 1) == (2 if counts else 0)
-
-
-def test_what_an_older_version_counted_is_there(home_routes, clock_routes):
-    """By the day, without dialect and status: in usage and the month, not among the hours."""
-    clock_routes.now = time.mktime((2026, 5, 17, 15, 30, 0, 0, 0, -1))
-    path = home_routes / "usage.jsonl"
-    path.write_text(
-        "".join('{"day":"2026-05-%d","model":"m","provider":"p","key":"k","requests":3}\n' % day
-                            for day in (1, 16, 17)))
-    ledger = ifl.Ledger(str(path), clock_routes)
-    ledger.add(call_record(dialect="messages"))
-    assert [used_in(ledger, days) for days in (1, 2, 30)] == [4, 7, 10] and not ledger.problems
-    assert [row["day"]
-            for row in ledger.report("day", 30, {})] == ["2026-05-17", "2026-05-01", "2026-05-16"]
-    month, day = ledger.steps("month"), ledger.steps("day")
-    assert [sum(counts[0] for _, counts in rows)
-            for _, rows in month][-17:] == [3] + [0] * 14 + [3, 4]
-    assert [sum(counts[0] for _, counts in rows) for _, rows in day] == [0] * 23 + [1]
-    ledger._compact()
-    again = ifl.Ledger(str(path), clock_routes)
-    assert [used_in(again, days) for days in (1, 2, 30)] == [4, 7, 10]
-
-
-def test_the_hours_survive_a_restart(home_routes, clock_routes):
-    clock_routes.now, path = time.mktime((2026, 5, 17, 23, 59, 59, 0, 0,
-                                          -1)), str(home_routes / "usage.jsonl")
-    for hours in (3, 1, 1):
-        ledger = ifl.Ledger(path, clock_routes)
-        ledger.add(call_record(model=f"m{hours}"))
-        clock_routes.now += hours * 3600
-    steps = [[(names[1], counts[0]) for names, counts in rows]
-             for _, rows in ifl.Ledger(path, clock_routes).steps("day")]
-    assert len(steps) == 24 and steps[-6:] == [[("m3", 1)], [], [], [("m1", 1)], [("m1", 1)], []]
-
-
-def test_the_file_is_compacted_and_old_days_go(home_routes):
-    clock_routes, path = RoutesClock(1.8e9), home_routes / "usage.jsonl"
-    ledger = ifl.Ledger(str(path), clock_routes)
-    ledger.COMPACT_LINES = 20
-    for number in range(400):
-        ledger.add(call_record(model=f"m{number % 3}"), days=5)
-        clock_routes.now += 86400 / 25
-    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-    assert len(rows) < 300 and len({ifl.day_of(row["hour"]) for row in rows}) <= 13
-    assert len(ledger._rows) <= 3 * (5 + 2) + 50 + 3
-    total = used_in(ledger, 5)
-    assert 100 <= total <= 126
-    ledger.close()
-    assert used_in(ifl.Ledger(str(path), clock_routes), 5) == total
-    if os.name == "posix":
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-def test_two_processes_share_the_file(home_routes):
-    path = home_routes / "usage.jsonl"
-    one, two = ifl.Ledger(str(path)), ifl.Ledger(str(path))
-    one.COMPACT_LINES = 10
-    for _ in range(30):
-        one.add(call_record()), two.add(call_record())
-    one.close(), two.close()
-    assert used_in(ifl.Ledger(str(path))) == 60
-
-
-def test_lines_of_a_busy_server_are_written_together(home_routes, monkeypatch):
-    path, writes, real = home_routes / "usage.jsonl", [], os.write
-    monkeypatch.setattr(ifl.Journal, "GATHER_S", 60)
-    monkeypatch.setattr(os, "write", lambda handle, data: writes.append(data.count(b"\n"))
-                        or real(handle, data))
-    ledger = ifl.Ledger(str(path))
-    for _ in range(7):
-        ledger.add(call_record(), waits=True)
-    assert writes == [] and used_in(ledger) == 7         # the count itself waits for nothing
-    ledger.add(call_record())               # the only call that runs: all of it is on disk at once
-    assert writes == [8] and len(path.read_bytes().splitlines()) == 8
-    ledger.add(call_record(), waits=True)
-    ledger.close()
-    assert writes == [8, 1] and ledger._timer is None
-    assert used_in(ifl.Ledger(str(path))) == 9
-
-
-def test_a_line_waits_for_others_a_moment_only(home_routes):
-    path = home_routes / "usage.jsonl"
-    ledger = ifl.Ledger(str(path))
-    for number in (1, 2):
-        ledger.add(call_record(), waits=True)
-        until(lambda: path.exists() and len(path.read_bytes().splitlines()) == number)
-    ledger.close()
-
-
-def test_no_line_waits_where_no_thread_is_to_be_had(home_routes, monkeypatch):
-    def no_thread(timer):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Timer, "start", no_thread)
-    path = home_routes / "usage.jsonl"
-    ledger = ifl.Ledger(str(path))
-    for number in (1, 2):
-        ledger.add(call_record(), waits=True)
-        assert len(path.read_bytes().splitlines()) == number
-    ledger.close()
-
-
-def test_waiting_lines_outlive_an_end_that_closes_nothing(home_routes):
-    path = home_routes / "usage.jsonl"
-    program = ("import iflow2api as ifl\n"
-               f"ledger = ifl.Ledger({str(path)!r})\n"
-               "call = ifl.Record('r', 'chat', 'm', False, 0.0, status=200)\n"
-               "for _ in range(5): ledger.add(call, waits=True)\n")
-    run("-c", program)
-    assert len(path.read_bytes().splitlines()) == 5
-
-
-def test_lines_that_can_not_be_written_cost_nothing_else(home_routes, log_lines):
-    (home_routes / "file").write_text("")
-    ledger = ifl.Ledger(str(home_routes / "file" / "usage.jsonl"))
-    for number in (1, 2):
-        ledger.add(call_record(), waits=True)
-        assert used_in(ledger) == number
-    ledger.close()
-    assert ledger.path == "" and "in memory only" in ledger.problems[0] and ledger._timer is None
-
-
-def test_names_from_clients_are_bounded(monkeypatch):
-    monkeypatch.setattr(ifl, "USAGE_ROWS_AN_HOUR", 10)
-    ledger = ifl.Ledger()
-    for number in range(100):
-        ledger.add(call_record(model="x" * 500 + str(number), key=str(number)))
-    rows = ledger.report("key", 1, {})
-    assert len(rows) == 11 and {row["key"]: row["requests"] for row in rows}["other"] == 90
-    assert {len(row["model"]) for row in ledger.report("model", 1, {})} == {100, 5}
-
-
-@pytest.mark.skipif(os.name == "nt", reason="a file in use can't be removed there")
-def test_usage_of_a_removed_file_goes_into_a_new_one(home_routes):
-    path = home_routes / "usage.jsonl"
-    ledger = ifl.Ledger(str(path))
-    for _ in range(2):
-        ledger.add(call_record())
-        assert len(path.read_bytes().splitlines()) == 1
-        path.unlink()
-    ledger.close()
 
 
 @pytest.mark.parametrize("more, written", [({"usage": False}, False), ({}, True), (
@@ -10528,20 +10434,6 @@ def test_a_login_that_ends_at_no_time_is_shown_all_the_same(home_routes, capsys,
     gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
     assert gateway.health()["logins"]["w"]["expires_at"] is None
     assert "end unknown" in run_routes(capsys, "status")[1]
-
-
-@posix
-@pytest.mark.parametrize("now, oldest", [(1793593800, "2026-10-31"), (1774823400, "2026-03-29")])
-def test_yesterday_is_a_day_ago_also_when_a_day_has_25_hours_or_23(monkeypatch, now, oldest):
-    monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0" if now > 1.79e9
-                       else "CET-1CEST,M3.5.0,M10.5.0/3")
-    time.tzset()
-    try:
-        ifl.day_of.cache_clear(), ifl.midnight_of.cache_clear()
-        assert ifl.day_of(ifl.midnight_of(now, -1)) == oldest
-    finally:
-        monkeypatch.undo()
-        time.tzset()
 
 
 def test_key_add_writes_over_nothing_that_is_no_list(home_routes, capsys):
