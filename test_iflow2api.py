@@ -7717,14 +7717,14 @@ def test_waiting_as_long_as_told_is_enough(clock, limit):
         assert window.used(clock()) <= limit
 
 
-def use(limiter, key) -> None:
+def count_once(limiter, key) -> None:
     with limiter.hold([limiter.of_key(key)]):
         pass
 
 
 def test_of_two_limits_that_are_used_up_the_longer_one_is_told(clock):
     limiter, bob = ifl.RateLimiter(clock), key_of("bob", rpm=2, rpd=2)
-    use(limiter, bob), use(limiter, bob)
+    count_once(limiter, bob), count_once(limiter, bob)
     told = dict(limiter.headers([limiter.of_key(bob)]))
     assert told["x-ratelimit-reset-requests"] == "86400.0s"
 
@@ -7732,9 +7732,9 @@ def test_of_two_limits_that_are_used_up_the_longer_one_is_told(clock):
 def test_changed_limits_keep_what_was_used(clock):
     limiter = ifl.RateLimiter(clock)
     for limits in ({"rpm": 2}, {"rpm": 2}, {"rpm": 3, "concurrency": 5}):
-        use(limiter, key_of("bob", **limits))
+        count_once(limiter, key_of("bob", **limits))
     with pytest.raises(ifl.RateLimited):
-        use(limiter, key_of("bob", rpm=2))
+        count_once(limiter, key_of("bob", rpm=2))
 
 
 def test_addresses_are_bounded_and_small_and_the_oldest_goes_first(clock, monkeypatch):
@@ -7768,7 +7768,7 @@ class Restarts:
         self.limiter = ifl.RateLimiter(lambda: self.wall.now - started + 7, self.ledger.spent)
 
     def ask(self, key, tokens=0) -> None:
-        use(self.limiter, key)
+        count_once(self.limiter, key)
         self.limiter.spend([self.limiter.of_key(key)], tokens)
         self.ledger.add(call_record(key=key.name, usage=ifl.Usage(prompt=tokens)))
 
@@ -8508,17 +8508,17 @@ def test_golden_streams_reach_the_client(server, upstream, row, end):
     assert body == wire_of(row[1], *end[1:])
 
 
-WIRE, PACKED = wire_of(HELLO), gzip.compress(wire_of(HELLO))
-STREAM_TYPE, CHUNKED = ("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")
+WIRE, PACKED_HELLO = wire_of(HELLO), gzip.compress(wire_of(HELLO))
+STREAM_TYPE, BY_CHUNKS = ("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")
 WRAPPINGS = [
     ("length", Reply(head(200, [STREAM_TYPE, ("Content-Length", str(len(WIRE)))]) + WIRE)),
     ("no length", Reply(head(200, [STREAM_TYPE]) + WIRE, CLOSE)),
     ("no type", Reply(head(200) + WIRE, CLOSE)),
-    ("gzip", Reply(head(200, [STREAM_TYPE, ("Content-Encoding", "gzip"), CHUNKED]),
-                   *(framed(PACKED[at:at + 9]) for at in range(0, len(PACKED), 9)), b"0\r\n\r\n")),
-    ("chunks of a byte", Reply(head(200, [CHUNKED]), *(framed(bytes([byte])) for byte in WIRE),
+    ("gzip", Reply(head(200, [STREAM_TYPE, ("Content-Encoding", "gzip"), BY_CHUNKS]),
+                   *(framed(PACKED_HELLO[at:at + 9]) for at in range(0, len(PACKED_HELLO), 9)), b"0\r\n\r\n")),
+    ("chunks of a byte", Reply(head(200, [BY_CHUNKS]), *(framed(bytes([byte])) for byte in WIRE),
                                b"0\r\n\r\n")),
-    ("bytes", Reply(head(200, [CHUNKED]),
+    ("bytes", Reply(head(200, [BY_CHUNKS]),
                     *(bytes([byte]) for byte in framed(WIRE) + b"0\r\n\r\n"))),
     ("kept open after [DONE]", sse(*HELLO, HOLD)), ("no [DONE]", sse(*HELLO[:-1])),
     ("bom", sse(b"\xef\xbb\xbf" + record(HELLO[0]), *HELLO[1:])),
@@ -8551,7 +8551,7 @@ def test_a_stream_for_http_1_0_is_not_chunked(server, upstream):
         assert "transfer-encoding" not in headers and records_of(client.file.read()) == HELLO
 
 
-IN_PIECES = Reply(head(200, [("Content-Type", "text/plain"), CHUNKED]),
+IN_PIECES = Reply(head(200, [("Content-Type", "text/plain"), BY_CHUNKS]),
                   *(framed(bytes([byte])) for byte in b'{"error": {"message": "in pieces"}}'),
                   b"0\r\n\r\n")
 
@@ -9139,7 +9139,7 @@ def test_an_unknown_provider_in_a_chain_is_named_and_left_out():
     assert routed({"x": ["glm-5", "a/b/c:d"]}, default_provider="o").warnings == []
 
 
-IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 90000}}
+BIG_IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 90000}}
 
 
 @pytest.mark.parametrize("body, size, facts", [
@@ -9152,7 +9152,7 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"
     ({"tools": [{}]}, 0, "o"), ({"tools": []}, 0, ""),
     ({"input": [{"type": "additional_tools"}]}, 0, "o"),
     ({"thinking": 5, "reasoning": "x", "input": 5}, 0, ""),
-    ({"messages": [{"content": [IMAGE_PART]}]}, 1500, "i")])
+    ({"messages": [{"content": [BIG_IMAGE]}]}, 1500, "i")])
 def test_what_a_request_is_like(body, size, facts):
     dialect = ifl.RESPONSES if "input" in body else ifl.CHAT
     call = ifl.Call(dialect, body, json.dumps(body, ensure_ascii=False), {}, "r")
