@@ -8345,7 +8345,7 @@ def test_an_answer_that_was_meant_to_be_empty_is_passed_on(server, upstream, fin
 
 
 #: An upstream's status and headers, the status that the client sees, and its headers.
-STATUSES = [
+UPSTREAM_STATUSES = [
     (400, {}, 400, {}), (422, {"Retry-After": "3"}, 422, {"retry-after": "3"}),
     (429, {}, 429, {"retry-after": "5"}), (429, {"Retry-After": "0"}, 429, {"retry-after": "1"}),
     (429, {"retry-after-ms": "1200"}, 429, {"retry-after": "2"}), (500, {}, 500, {}),
@@ -8355,7 +8355,7 @@ STATUSES = [
     (403, {}, 403, {"x-should-retry": "false"})]
 
 
-@pytest.mark.parametrize("status, given, seen, there", STATUSES)
+@pytest.mark.parametrize("status, given, seen, there", UPSTREAM_STATUSES)
 def test_statuses_of_an_upstream(server, upstream, status, given, seen, there):
     error = {"message": "its words", "type": "its type", "extra": 1}
     upstream.plays(plain({"error": error}, status, list(given.items())))
@@ -9709,241 +9709,66 @@ def test_thousands_of_requests_leave_places_threads_and_memory_where_they_were(c
     until(lambda: threading.active_count() < threads, what="the end of threads")
 
 
-# --- client keys -------------------------------------------------------------------
+# --- client keys -------------------------------------------------------------
 
-WAIT_S_ROUTES = 10.0
-
-
-class RoutesClock:
-    """A clock that is cranked by hand."""
-
-    def __init__(self, now=1000.0):
-        self.now = now
-
-    def __call__(self):
-        return self.now
+def bob(**limits):
+    """Settings with a client key for bob, and with one for eve that has no limits."""
+    return {"client_keys": [key_entry("bob", "sk-bob", **limits), key_entry("eve", "sk-eve")]}
 
 
-@pytest.fixture
-def clock_routes():
-    return RoutesClock()
-
-
-@pytest.fixture
-def home_routes(tmp_path, monkeypatch):
-    for name in list(os.environ):
-        if name.upper().startswith(("IFLOW", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    return tmp_path
-USAGE_ROUTES = {"prompt_tokens": 12, "completion_tokens": 3,
-                "prompt_tokens_details": {"cached_tokens": 4},
-         "completion_tokens_details": {"reasoning_tokens": 2}}
-GOOD = {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "usage": USAGE_ROUTES,
-        "choices": [
-    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hello"}}]}
-CHUNKS = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": "hel"},
-                        "finish_reason": None}]},
-          {"choices": [{"index": 0, "delta": {"content": "lo"}, "finish_reason": "stop"}]},
-          {"choices": [], "usage": USAGE_ROUTES}]
-
-
-class Upstream(FakeUpstream):
-    """Answers each request by `plan(number, body, key)`: ("ok",), ("status", 503, headers), …"""
-
-    def __init__(self, plan=lambda number, body, key: ("ok",)):
-        super().__init__()
-        self.plan, self.seen, self.active, self.most = plan, [], 0, 0
-        self.url = self.url[:-len("/v1")]
-
-    def next_reply(self, seen):
-        key = seen.headers.get("authorization", "").replace("Bearer ", "")
-        with self._lock:
-            self.seen.append((seen.json, key))
-            number = len(self.seen)
-            self.active += 1
-            self.most = max(self.most, self.active)
-        step = self.plan(number, seen.json, key)
-        steps = [] if step[0] == "drop" else [planned(step, seen.json)]
-        return Reply(*([step[1]] if step[0] == "hold" else []), *steps, self._done, CLOSE)
-
-    def _done(self):
-        with self._lock:
-            self.active -= 1
-
-
-def planned(step, body) -> bytes:
-    """An answer as a plan names it."""
-    kind, status, headers = step[0], 200, []
-    data, content_type = ifl.dump_json(GOOD), "application/json"
-    if kind == "status":
-        status, headers = step[1], list((step[2] if len(step) > 2 else {}).items())
-        data = ifl.dump_json({"error": {"message": f"no {status}", "type": "x", "code": None}})
-    elif kind == "html":
-        status, content_type, data = 502, "text/html", b"<html><title>Bad Gateway</title></html>"
-    elif kind in ("garbage", "empty"):
-        data = b"not json" if kind == "garbage" else b'{"choices": []}'
-    elif body.get("stream"):
-        content_type = "text/event-stream"
-        whole = wire_of([*CHUNKS, DONE])
-        data = {"cut": wire_of(CHUNKS[:1]), "nothing": wire_of([DONE])}.get(kind, whole)
-    elif kind in ("cut", "nothing"):
-        data = data[:40]
-    length = len(data) + 9 * (kind == "cut")
-    return head(status, [*headers, ("Content-Type", content_type), ("Content-Length", str(length)),
-                         ("Connection", "close")]) + data
-
-
-@pytest.fixture
-def upstreams_routes(home_routes):
-    made = []
-
-    def make(*plans):
-        made.extend(Upstream(plan) for plan in plans)
-        return made[-len(plans):]
-
-    yield make
-    for upstream in made:
-        upstream.close()
-
-
-def always(*step):
-    return lambda number, body, key: step
-
-
-def first(count, *step):
-    return lambda number, body, key: step if number <= count else ("ok",)
-
-
-def settings(upstreams_routes, **more):
-    providers = [{"name": name, "base_url": up.url,
-                  "api_keys": [f"{name}-key-{n}" for n in range(keys)], "models": [f"m-{name}"]}
-                 for name, up, keys in zip("abcd", upstreams_routes,
-                                           more.pop("keys", (1, 1, 1, 1)))]
-    aliases = {"chain": [f"m-{p['name']}" for p in providers]}
-    return ifl.Settings(**{"providers": providers, "aliases": aliases, "log_level": "error",
-                           "keepalive_s": 5, **more})
-
-
-class Gate:
-    """A gateway whose pauses crank its clock."""
-
-    def __init__(self, chosen, clock_routes=None):
-        self.clock, self.pauses = clock_routes or RoutesClock(), []
-        self.gateway = ifl.Gateway(chosen, environ={}, clock=self.clock, pause=self.pause)
-
-    def pause(self, caller, seconds):
-        self.pauses.append(seconds)
-        self.clock.now += seconds
-
-    def ask(self, model="chain", stream=False, dialect=ifl.CHAT, headers=None, **body):
-        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9,
-                **body}
-        if stream:
-            body["stream"] = True
-        sink = Bytes()
-        self.gateway.answer(ifl.Call(dialect, body, json.dumps(body), headers or {},
-                                     "req_0123456789"), sink)
-        return sink
-
-
-class Bytes(ifl.Client):
-    def __init__(self):
-        self.sent, self.ends, self.replies = b"", 0, []
-
-    def reply(self, data, content_type, headers):
-        self.began = True
-        self.replies.append(data)
-
-    def send(self, payload, framed=None):
-        self.began = True
-        self.sent += payload
-
-    def end(self, payload):
-        self.began = True
-        self.sent, self.ends = self.sent + payload, self.ends + 1
-
-
-class RoutesClient:
-    def __init__(self, gateway):
-        self.server = ifl.serve(gateway, port=0)
-
-    def __call__(self, path="/v1/chat/completions", body=None, method=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port,
-                                                timeout=WAIT_S_ROUTES)
-        if body is None and "completions" in path:
-            body = {"model": "m-a", "messages": [{"role": "user", "content": "hi"}]}
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method or ("POST" if body else "GET"), path, json.dumps(body) if body
-                           else None, names)
-        response = connection.getresponse()
-        data = response.read()
-        connection.close()
-        self.headers = {name.lower(): value for name, value in response.getheaders()}
-        return response.status, json.loads(data) if data[:1] == b"{" else data.decode()
-
-
-@pytest.fixture
-def client(request):
-    made = []
-
-    def make(gate):
-        made.append(RoutesClient(gate.gateway))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.server.close()
-
-
-def test_keys_are_taken_from_wherever_clients_put_them(upstreams_routes, client):
-    up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob")],
-                               custom_api_key="sk-master",
-                               custom_auth_header="X-My-Key")))
+def test_keys_are_taken_from_wherever_clients_put_them(server, upstream):
+    running = server(provider(upstream, api_keys=["k1"]), **bob(), custom_api_key="sk-master",
+                     custom_auth_header="X-My-Key")
     for headers in ({"authorization": "Bearer sk-bob"}, {"x_api_key": "sk-bob"},
                     {"api_key": "sk-bob"}, {"X_My_Key": "sk-bob"},
                     {"authorization": "bearer sk-master"}, {"x_api_key": "sk-master"}):
-        assert ask(**headers)[0] == 200
+        assert post(running, chat(), **headers).status == 200
     for headers in ({}, {"authorization": "Bearer sk-bo"}, {"x_api_key": "sk-bobb"},
                     {"authorization": "Basic sk-bob"},
                     {"x_api_key": ifl.hash_key("sk-bob").hex()}):
-        status, error = ask(**headers)
-        assert status == 401 and error["error"]["type"] == "authentication_error"
-    assert all(key == "a-key-0" for _, key in up.seen)
-    assert ask("/health")[0] == 200 and ask("/metrics")[0] == 401 and ask("/metrics", x_api_key="sk-bob")[0] == 200
+        answer = post(running, chat(), **headers)
+        assert (answer.status, answer.error["type"]) == (401, "authentication_error")
+    assert used_keys(upstream) == ["k1"] * 6
+    assert get(running, "/health").status == 200 and get(running, "/metrics").status == 401
+    assert get(running, "/metrics", x_api_key="sk-bob").status == 200
 
 
-def test_an_expired_key_and_the_door_without_a_usable_one(upstreams_routes, client):
-    up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up],
-                               client_keys=[key_entry("old", "sk-old", expires="2001-01-01"),
-                                            {"name": "broken"}])))
-    status, error = ask(x_api_key="sk-old")
-    assert status == 401 and "old expired on 2001-01-02" in error["error"]["message"]
-    assert ask()[0] == 401 and not up.seen
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_key_beyond_ascii(server, upstream, encoding):
+    """HTTP has no charset for headers: most clients send UTF-8, some latin-1."""
+    running = server(upstream, custom_api_key="schlüssel", client_keys=[key_entry("bob", "böb")])
+    for key, status in (("schlüssel", 200), ("böb", 200), ("schlussel", 401)):
+        sent = key.encode(encoding).decode("latin-1")
+        assert post(running, chat(), x_api_key=sent).status == status
+        assert post(running, chat(), authorization="Bearer " + sent).status == status
 
 
-def test_a_key_sees_and_uses_its_models_alone(upstreams_routes, client):
-    ups = upstreams_routes(always("ok"), always("ok"))
-    chosen = settings(ups,
-                      client_keys=[key_entry("bob", "sk-bob", models=["m-a", "cha*"]),
-                                   key_entry("all", "sk-all")])
-    chosen.aliases["hidden"] = "m-b"
-    chosen.aliases["same"] = "a/m-a"
-    ask = client(Gate(chosen))
-    seen = [m["id"] for m in ask("/v1/models", x_api_key="sk-bob")[1]["data"]]
-    assert seen == ["chain", "same", "m-a"]
-    assert [m["id"]
-            for m in ask("/v1/models",
-                         x_api_key="sk-all")[1]["data"]] == ["chain", "hidden", "same", "m-a", "m-b"]
-    for model, status in (("m-a", 200), ("same", 200), ("a/m-a", 200), ("chain", 200), ("m-b", 403),
-                          ("hidden", 403), ("b/m-b", 403)):
-        body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
-        assert ask(body=body, x_api_key="sk-bob")[0] == status, model
-    assert ask("/v1/models/m-b",
-               x_api_key="sk-bob")[0] == 404 and ask("/v1/models/m-a", x_api_key="sk-bob")[0] == 200
+def test_an_expired_key_and_no_usable_one(server, upstream):
+    running = server(upstream, client_keys=[key_entry("old", "sk-old", expires="2001-01-01"),
+                                            {"name": "broken"}])
+    answer = post(running, chat(), x_api_key="sk-old")
+    assert answer.status == 401 and "old expired on 2001-01-02" in answer.error["message"]
+    assert post(running, chat()).status == 401 and not upstream.requests
+
+
+def test_a_key_sees_and_uses_its_models_alone(server, upstreams):
+    running = server(provider(upstreams(usual=lambda seen: model_list() if "models" in seen.path
+                                        else usual_reply(seen)), "a", models=["m-a"]),
+                     provider("http://127.0.0.1:9", "b", models=["m-b"]),
+                     aliases={"chain": ["m-a", "m-b"], "hidden": "m-b", "same": "a/m-a"},
+                     **bob(models=["m-a", "cha*"]))
+
+    def listed(key):
+        models = get(running, "/v1/models", x_api_key=key).json["data"]
+        return [model["id"] for model in models]
+
+    assert listed("sk-bob") == ["chain", "same", "m-a"]
+    assert listed("sk-eve") == ["chain", "hidden", "same", "m-a", "m-b"]
+    for model, status in (("m-a", 200), ("same", 200), ("a/m-a", 200), ("chain", 200),
+                          ("m-b", 403), ("hidden", 403), ("b/m-b", 403)):
+        assert post(running, chat(model=model), x_api_key="sk-bob").status == status, model
+    for model, status in (("m-b", 404), ("m-a", 200)):
+        assert get(running, f"/v1/models/{model}", x_api_key="sk-bob").status == status
 
 
 #: A key's models, what it is refused, what it gets, of two providers that both serve `demo-text`.
@@ -9964,32 +9789,28 @@ MODELS_OF_A_KEY = [
                                   "/v1/completions", "/v1/messages/count_tokens",
                                   "/v1/responses/input_tokens"])
 def test_a_plain_name_of_a_key_is_one_place(server, upstreams, path, mine, refused, granted):
-    one, other = upstreams(usual_reply), upstreams(usual_reply)
+    one, other = upstreams(), upstreams()
     running = server(provider(one, "one", models=["demo-text", "z"]),
                      provider(other, "other", models=["demo-text", "only-other"]),
-                     default_model="z",
-                     client_keys=[key_entry("bob", "sk-bob", models=mine)],
+                     default_model="z", **bob(models=mine),
                      aliases={"far": "other/demo-text", "near": "demo-text"})
     for model in refused + granted:
         body = {"input": "hi"} if "responses" in path else {**chat(), "max_tokens": 9,
                                                             "prompt": "hi"}
-        body["model"] = model or None
-        answer = post(running, body, path, x_api_key="sk-bob")
+        answer = post(running, {**body, "model": model or None}, path, x_api_key="sk-bob")
         assert answer.status == (403 if model in refused else 200), (model, answer.body)
     assert len(one.requests) + len(other.requests) == (0 if "token" in path else len(granted))
 
 
 @pytest.mark.parametrize("models, status", [
     ('["m1", "one/m1"]', 200), ("[]", 200), ("null", 200), ('["m1", "m2"]', 403), ('"m2"', 403),
-    ("5", 403),
-    ('[{"id": "m1"}]', 403), ('["other/m1"]', 403), ('["m2"], "models": ["m1"]', 403),
+    ("5", 403), ('[{"id": "m1"}]', 403), ('["other/m1"]', 403), ('["m2"], "models": ["m1"]', 403),
     ('["m1"], "models": ["m2"]', 403), ('["m2"], "models": null', 403), ('[["m1"]]', 403)])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
 def test_a_key_s_models_are_those_of_openrouter_s_list_too(server, upstream, path, models, status):
     """The upstream may answer by any of them, and may read the first or the last of two lists."""
     other = provider("http://127.0.0.1:9", "other", models=["m1"])
-    keys = [key_entry("bob", "sk-bob", models=["one/m1"]), key_entry("eve", "sk-eve")]
-    running = server(provider(upstream, "one"), other, client_keys=keys)
+    running = server(provider(upstream, "one"), other, **bob(models=["one/m1"]))
     body = b'{"model": "one/m1", "messages": [{"role": "user", "content": "hi"}], "models": %s}'
     body %= models.encode()
     answer = post(running, body, path, x_api_key="sk-bob")
@@ -9998,347 +9819,393 @@ def test_a_key_s_models_are_those_of_openrouter_s_list_too(server, upstream, pat
     assert post(running, body, path, x_api_key="sk-eve").status == 200
 
 
+# --- limits of clients -------------------------------------------------------
+
+def limits_told(answer, what="requests"):
+    return tuple(answer.headers.get(f"x-ratelimit-{name}-{what}")
+                 for name in ("limit", "remaining", "reset"))
+
+
+@pytest.mark.parametrize("limit, span_s", [("rpm", 60), ("rph", 3600), ("rpd", 86400)])
+def test_requests_are_counted_in_a_sliding_window(server, upstream, clock, limit, span_s):
+    running = server(upstream, clock=clock, **bob(**{limit: 3}))
+    for remaining in ("2", "1", "0"):
+        answer = post(running, chat(), x_api_key="sk-bob")
+        assert answer.status == 200 and limits_told(answer)[:2] == ("3", remaining)
+        clock.now += span_s / 10
+    answer = post(running, chat(), x_api_key="sk-bob")
+    assert answer.status == 429 and "try again in" in answer.error["message"]
+    assert answer.error["code"] == "rate_limit_exceeded"
+    assert int(answer.headers["retry-after"]) == span_s * 7 // 10
+    assert limits_told(answer) == ("3", "0", f"{span_s * 0.9:.1f}s")
+    listed = get(running, "/v1/models", x_api_key="sk-bob")
+    assert listed.status == 200 and limits_told(listed)[1] == "0"
+    clock.now += span_s * 0.7
+    assert [post(running, chat(), x_api_key="sk-bob").status for _ in range(2)] == [200, 429]
+    assert len([seen for seen in upstream.requests if seen.method == "POST"]) == 4
+
+
+def test_tokens_a_day(server, upstream, clock):
+    running = server(upstream, clock=clock, **bob(tpd=30))
+    answers = [post(running, chat(), x_api_key="sk-bob") for _ in range(3)]      # 15 tokens each
+    assert [answer.status for answer in answers] == [200, 200, 429]
+    assert limits_told(answers[2], "tokens")[:2] == ("30", "0")
+    assert int(answers[2].headers["retry-after"]) > 80000
+    clock.now += 86400 * 1.06
+    assert post(running, chat(), x_api_key="sk-bob").status == 200
+
+
+def test_a_restarted_server_remembers_the_day(server, following, upstream):
+    for expected in (200, 429):
+        running = server(gateway=following({"providers": [provider(upstream)], **bob(rpd=2)}))
+        for _ in range(2):
+            assert post(running, chat(), x_api_key="sk-bob").status == expected
+        running.close()
+    assert len(upstream.requests) == 2
+
+
 @pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/v1/responses/input_tokens"])
 def test_counting_tokens_is_a_request(server, upstream, path):
-    running = server(upstream, client_keys=[key_entry("bob", "sk-bob", rpm=2)])
-    body = {"model": "m1", "messages": MESSAGES, "input": "hi"}
+    running = server(upstream, **bob(rpm=2))
+    body = {**chat(), "input": "hi"}
     answers = [post(running, body, path, x_api_key="sk-bob") for _ in range(3)]
     assert [answer.status for answer in answers] == [200, 200, 429] and not upstream.requests
-    assert answers[0].headers["x-ratelimit-remaining-requests"] == "1"
+    assert limits_told(answers[0])[1] == "1"
     assert post(running, chat(), x_api_key="sk-bob").status == 429
 
 
-@pytest.mark.parametrize("entry, said", [
-    (None, ": an object"), ({"name": "a b", "sha256": "0" * 64}, ".name: a name without"), ({"name": "x"}, ".sha256: it is missing"),
-    ({"name": "x", "sha256": "zz"}, ".sha256: the key's SHA-256"), ({"rpm": 0}, ".rpm: a whole number from 1"), ({"rpm": -1}, ".rpm: "), ({"rpd": 1.5}, ".rpd: "),
-    ({"tpd": True}, ".tpd: "), ({"concurrency": "5"}, ".concurrency: "), ({"expires": "soon"}, ".expires: a date"), ({"expires": 5}, ".expires: "),
-    ({"models": "m"}, ".models: a list"), ({"models": [""]}, ".models[0]: "), ({"colour": "red"}, ".colour: no such field"), ({"name": "ok"}, ": the name ok is taken")])
-def test_bad_keys_are_named_and_disable_no_authentication(entry, said):
-    good = key_entry("ok", "sk-ok")
-    bad = {**key_entry("x", "sk-x"), **entry} if entry and set(entry) - {"name", "sha256"} or entry == {"name": "ok"} else entry
+def test_concurrency_of_a_key(server, upstream):
+    go = threading.Event()
+    upstream.plays(Reply(go, *plain(completion()).steps))
+    running = server(upstream, **bob(concurrency=1))
+    with Client(running) as client:
+        client.post(chat(), headers={"x-api-key": "sk-bob"})
+        upstream.wait()
+        answer = post(running, chat(), x_api_key="sk-bob")
+        assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+        assert post(running, chat(), x_api_key="sk-eve").status == 200
+        go.set()
+        assert client.answer().status == 200
+    # the place comes back just after the answer
+    until(lambda: post(running, chat(), x_api_key="sk-bob").status == 200)
+
+
+def test_addresses_behind_trusted_proxies(server, upstream, clock):
+    running = server(upstream, clock=clock, address_limits={"rpm": 1},
+                     trusted_proxies=["127.0.0.0/8"])
+    for address, status in (("1.2.3.4", 200), ("1.2.3.4", 429), ("9.9.9.9, 1.2.3.4", 429),
+                            ("5.6.7.8", 200), ("1.2.3.4, 127.0.0.9", 429),
+                            ("2001:db8::1", 200), ("[2001:db8::2]:443", 429),
+                            ("2001:db8:1::2", 200), ("nonsense", 200), ("", 429)):
+        assert post(running, chat(), x_forwarded_for=address).status == status, address
+
+
+def test_nobody_else_is_believed(server, upstream):
+    running = server(upstream, address_limits={"rpm": 1})
+    assert [post(running, chat(), x_forwarded_for=address).status
+            for address in ("1.1.1.1", "2.2.2.2")] == [200, 429]
+
+
+def test_our_headers_replace_the_upstreams(server, upstream):
+    upstream.plays(*[error_reply(400, **{"x-ratelimit-remaining-requests": "77"})] * 2)
+    running = server(upstream, **bob(rpm=9))
+    told = [limits_told(post(running, chat(), x_api_key=key)) for key in ("sk-bob", "sk-eve")]
+    assert told[0][:2] == ("9", "8") and told[1][0] is None
+
+
+# --- usage and history -------------------------------------------------------
+
+def test_usage_by_model_provider_key_and_day(server, upstreams):
+    usage = {**USAGE, "prompt_tokens_details": {"cached_tokens": 4},
+             "completion_tokens_details": {"reasoning_tokens": 2}}
+    good = upstreams(plain(completion(usage=usage)), sse(*HELLO[:-2], usage_chunk(usage), DONE))
+    running = server(provider(good, "a", models=["m-a"]),
+                     provider(upstreams(error_reply(500)), "b", models=["m-b"]), **bob())
+    for stream, model, key in ((False, "m-a", "sk-bob"), (True, "m-a", "sk-eve"),
+                               (False, "m-b", "sk-eve")):
+        post(running, chat(stream, model), x_api_key=key)
+    assert is_well(running)
+    prices = {"a/*": {"input": 2, "cached": 1, "output": 10}}
+    by = {name: {row[name]: row for row in running.gateway.ledger.report(name, 1, prices)}
+          for name in ifl.USAGE_NAMES}
+    row = by["model"]["m-a"]
+    assert [row[name] for name in ("requests", "errors", "input", "output", "cached", "reasoning",
+                                   "estimated")] == [2, 0, 24, 6, 8, 4, 0]
+    assert row["cost"] == pytest.approx((16 * 2 + 8 + 6 * 10) / 1e6)
+    row = by["provider"]["b"]
+    assert [row[name] for name in ("requests", "errors", "input", "cost")] == [1, 1, 0, None]
+    assert {name: row["requests"] for name, row in by["key"].items()} == {"eve": 2, "bob": 1}
+    assert list(by["day"]) == [time.strftime("%Y-%m-%d")]
+
+
+def test_estimates_are_marked(server, upstream):
+    upstream.plays(plain({name: value for name, value in completion().items() if name != "usage"}))
+    running = server(upstream)
+    assert post(running, chat()).status == 200 and is_well(running)
+    row, = running.gateway.ledger.report("model", 1, {})
+    assert row["estimated"] == 1 and row["input"] > 0 and "~" in ifl._usage_table("model", [row])
+
+
+@pytest.mark.parametrize("more, written", [({"usage": False}, False), ({}, True),
+                                           ({"usage": False, **bob(rpd=9)}, True)],
+                         ids=["off", "on", "off, with limits"])
+def test_usage_off_is_not_written_but_for_limits(server, following, config, upstream, more,
+                                                 written):
+    running = server(gateway=following({"providers": [provider(upstream)], **more}))
+    assert post(running, chat(), x_api_key="sk-bob").status == 200 and is_well(running)
+    assert used_in(running.gateway.ledger) == 1
+    assert os.path.exists(os.path.join(config.folder, "usage.jsonl")) == written
+
+
+def test_the_history_is_bounded_and_holds_no_content(server, upstream, home, monkeypatch):
+    monkeypatch.setattr(ifl, "HISTORY_SIZE", 3)
+    running = server(provider(upstream, api_keys=["k-secret-0123"]))
+    for _ in range(5):
+        assert post(running, chat()).status == 200
+    assert is_well(running) and not list(home.iterdir())
+    history = ifl.history_of(running.gateway)
+    record, told = history[0], json.dumps(history)
+    assert len(history) == 3 and "k-secret" not in told and '"hi"' not in told
+    assert (record["model"], record["target"], record["status"], record["input"]) == (
+        "m1", "up/m1", 200, 12)
+
+
+# --- mistakes in settings ----------------------------------------------------
+
+#: What is wrong with a client key, and what is said of it.
+BAD_KEYS = [
+    (None, ": an object"), ({"name": "a b", "sha256": "0" * 64}, ".name: a name without"),
+    ({"name": "x"}, ".sha256: it is missing"),
+    ({"name": "x", "sha256": "zz"}, ".sha256: the key's SHA-256"),
+    *((key_entry("x", "sk-x", **fact), said) for fact, said in (
+        ({"rpm": 0}, ".rpm: a whole number from 1"), ({"rpm": -1}, ".rpm: "),
+        ({"rpd": 1.5}, ".rpd: "), ({"tpd": True}, ".tpd: "),
+        ({"concurrency": "5"}, ".concurrency: "), ({"expires": "soon"}, ".expires: a date"),
+        ({"expires": 5}, ".expires: "), ({"models": "m"}, ".models: a list"),
+        ({"models": [""]}, ".models[0]: "), ({"colour": "red"}, ".colour: no such field"))),
+    (key_entry("ok", "sk-x"), ": the name ok is taken")]
+
+
+@pytest.mark.parametrize("bad, said", BAD_KEYS, ids=[row[1] for row in BAD_KEYS])
+def test_bad_keys_are_named_and_disable_no_authentication(bad, said):
+    keys = [key_entry("ok", "sk-ok"), bad]
     with pytest.raises(ValueError, match="^" + re.escape("client_keys[1]" + said)):
-        ifl.check_setting("client_keys", [good, bad])
-    loaded = ifl.load_settings({"client_keys": [good, bad]}, {}, {})
+        ifl.check_setting("client_keys", keys)
+    loaded = ifl.load_settings({"client_keys": keys}, {}, {})
     assert loaded.warnings[0].startswith(f"config.json: client_keys[1]{said}")
     auth = ifl.ClientAuth(loaded.settings)
     assert auth.required and auth.find(["sk-ok"]).name == "ok" and auth.find(["sk-x"]) is None
     assert ifl.ClientAuth(ifl.load_settings({"client_keys": 5}, {}, {}).settings).required
 
 
-# --- limits -------------------------------------------------------------------------
-
-@pytest.mark.parametrize("limit, span_s", [("rpm", 60), ("rph", 3600), ("rpd", 86400)])
-def test_requests_are_counted_in_a_sliding_window(limit, span_s, upstreams_routes, client,
-                                                  clock_routes):
-    up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob", **{limit: 3})]),
-                      clock_routes))
-    for remaining in (2, 1, 0):
-        assert ask(x_api_key="sk-bob")[0] == 200
-        assert (ask.headers["x-ratelimit-limit-requests"],
-                ask.headers["x-ratelimit-remaining-requests"]) == ("3", str(remaining))
-        clock_routes.now += span_s / 10
-    status, error = ask(x_api_key="sk-bob")
-    assert status == 429 and error[
-        "error"]["code"] == "rate_limit_exceeded" and "try again in" in error["error"]["message"]
-    assert int(
-        ask.headers[
-            "retry-after"]) == span_s * 7 // 10 and ask.headers[
-                "x-ratelimit-remaining-requests"] == "0"
-    assert ask.headers["x-ratelimit-reset-requests"] == f"{span_s * 0.9:.1f}s"
-    assert ask("/v1/models",
-               x_api_key="sk-bob")[
-                   0] == 200 and ask.headers["x-ratelimit-remaining-requests"] == "0"
-    clock_routes.now += span_s * 0.7
-    assert ask(x_api_key="sk-bob")[0] == 200 and ask(x_api_key="sk-bob")[0] == 429
-    assert len(up.seen) == 4
-
-
-def test_tokens_a_day(upstreams_routes, client, clock_routes):
-    up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], client_keys=[key_entry("bob", "sk-bob", tpd=30)]),
-                      clock_routes))
-    for _ in range(2):                   # 15 tokens each
-        assert ask(x_api_key="sk-bob")[0] == 200
-    assert ask(x_api_key="sk-bob")[0] == 429
-    assert ask.headers[
-        "x-ratelimit-remaining-tokens"] == "0" and ask.headers["x-ratelimit-limit-tokens"] == "30"
-    assert int(ask.headers["retry-after"]) > 80000
-    clock_routes.now += 86400 * 1.06
-    assert ask(x_api_key="sk-bob")[0] == 200
-
-
-def test_a_restarted_server_remembers_the_day(upstreams_routes, client, home_routes):
-    up, = upstreams_routes(always("ok"))
-    keys = [key_entry("bob", "sk-bob", rpd=2)]
-    for expected in ([200, 200], [429, 429]):
-        write_config(home_routes, providers=settings([up]).providers, client_keys=keys,
-                     log_level="error")
-        gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
-        with ifl.serve(gateway, port=0) as server:
-            for status in expected:
-                connection = http.client.HTTPConnection("127.0.0.1", server.port,
-                                                        timeout=WAIT_S_ROUTES)
-                connection.request("POST", "/v1/chat/completions",
-                                   json.dumps({"model": "m-a", "messages": MESSAGES}),
-                                   {"x-api-key": "sk-bob"})
-                answer = connection.getresponse()
-                assert answer.status == status, answer.read()
-                connection.close()
-    assert len(up.seen) == 2
-
-
-def test_concurrency_of_a_key(upstreams_routes, client):
-    go = threading.Event()
-    up, = upstreams_routes(always("hold", go))
-    ask = client(Gate(settings([up],
-                               client_keys=[key_entry("bob", "sk-bob", concurrency=1),
-                                            key_entry("eve", "sk-eve")])))
-    results = []
-    thread = threading.Thread(target=lambda: results.append(ask(x_api_key="sk-bob")[0]))
-    thread.start()
-    until(lambda: up.seen)
-    assert ask(x_api_key="sk-bob")[0] == 429 and ask.headers["retry-after"] == "1"
-    go.set()
-    thread.join(WAIT_S_ROUTES)
-    # the place comes back just after the answer
-    until(lambda: ask(x_api_key="sk-bob")[0] == 200)
-    assert results == [200] and ask(x_api_key="sk-eve")[0] == 200
-
-
-def test_addresses_behind_trusted_proxies(upstreams_routes, client, clock_routes):
-    up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], address_limits={"rpm": 1}, trusted_proxies=["127.0.0.0/8"]),
-                      clock_routes))
-    for address, status in (("1.2.3.4", 200), ("1.2.3.4", 429), ("9.9.9.9, 1.2.3.4", 429),
-                            ("5.6.7.8", 200), ("1.2.3.4, 127.0.0.9", 429),
-                            ("2001:db8::1", 200), ("[2001:db8::2]:443", 429),
-                            ("2001:db8:1::2", 200), ("nonsense", 200), ("", 429)):
-        assert ask(x_forwarded_for=address)[0] == status, address
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
-def test_a_key_beyond_ascii(upstreams_routes, client, encoding):
-    """HTTP has no charset for headers: most clients send UTF-8, some latin-1; both mean the same
-    key.
-    """
-    up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], custom_api_key="schl\u00fcssel",
-                               client_keys=[key_entry("bob", "b\u00f6b")])))
-    for key, status in (("schl\u00fcssel", 200), ("b\u00f6b", 200), ("schlussel", 401)):
-        assert ask(x_api_key=key.encode(encoding))[0] == status
-        assert ask(authorization=b"Bearer " + key.encode(encoding))[0] == status
-
-
-def test_nobody_else_is_believed(upstreams_routes, client):
-    up, = upstreams_routes(always("ok"))
-    ask = client(Gate(settings([up], address_limits={"rpm": 1})))
-    assert ask(x_forwarded_for="1.1.1.1")[0] == 200 and ask(x_forwarded_for="2.2.2.2")[0] == 429
-
-
-def test_our_headers_replace_the_upstreams(upstreams_routes, client):
-    up, = upstreams_routes(lambda number, body,
-                           key: ("status", 200, {"x-ratelimit-remaining-requests": "77"}))
-    up.plan = lambda number, body, key: ("status", 400, {"x-ratelimit-remaining-requests": "77"})
-    ask = client(Gate(settings([up],
-                               client_keys=[key_entry("bob", "sk-bob", rpm=9),
-                                            key_entry("eve", "sk-eve")])))
-    assert ask(x_api_key="sk-bob")[0] == 400 and ask.headers["x-ratelimit-remaining-requests"] == "8"
-    assert ask(x_api_key="sk-eve")[0] == 400 and "x-ratelimit-limit-requests" not in ask.headers
-
-
 @pytest.mark.parametrize("name, value, said", [
-    ("address_limits", {"rpm": 0}, "address_limits.rpm: .*leave it out"), ("address_limits", {"rps": 1}, "rps: no such field"), ("retry", {"count": 11}, "count"),
-    ("retry", {"count": -1}, "count"), ("retry", {"backoff_s": "x"}, "backoff_s"), ("circuit", {"rest_s": 0}, "rest_s"),
-    ("prices", {"m": 5}, "m: an object"), ("prices", {"m": {"input": -1}}, "m.input"), ("trusted_proxies", ["nope"], "\\[0\\]"),
-    ("trusted_proxies", ["1.2.3.4", "10.0.0.0/40"], "\\[1\\]"), ("usage_days", 0, "usage_days: a whole number from 1 to 3660")])
-def test_bad_settings_are_named_with_their_place(name, value, said, home_routes, capsys):
+    ("address_limits", {"rpm": 0}, "address_limits.rpm: .*leave it out"),
+    ("address_limits", {"rps": 1}, "rps: no such field"), ("retry", {"count": 11}, "count"),
+    ("retry", {"count": -1}, "count"), ("retry", {"backoff_s": "x"}, "backoff_s"),
+    ("circuit", {"rest_s": 0}, "rest_s"), ("prices", {"m": 5}, "m: an object"),
+    ("prices", {"m": {"input": -1}}, "m.input"), ("trusted_proxies", ["nope"], r"\[0\]"),
+    ("trusted_proxies", ["1.2.3.4", "10.0.0.0/40"], r"\[1\]"),
+    ("usage_days", 0, "usage_days: a whole number from 1 to 3660")])
+def test_bad_settings_are_named_with_their_place(cli, name, value, said):
     with pytest.raises(ValueError, match=said):
         ifl.check_setting(name, value)
-    assert ifl.main(["config", "set", name, json.dumps(value)]) == 2
-    err = capsys.readouterr().err
-    assert name in err and (re.search(said, err) or not isinstance(value, (list, dict)))
-    loaded = ifl.load_settings({name: value}, {}, {}, ifl.Settings())
-    assert loaded.warnings[0].startswith(f"config.json: {name}") and re.search(said, loaded.warnings[0])
-
-
-# --- usage and history ----------------------------------------------------------------
-
-def test_usage_by_model_provider_key_and_day(upstreams_routes, client):
-    ups = upstreams_routes(always("ok"), always("status", 500))
-    gate = Gate(settings(ups, client_keys=[key_entry("bob", "sk-bob"), key_entry("eve", "sk-eve")]))
-    ask = client(gate)
-    ask(x_api_key="sk-bob")
-    ask(body={"model": "m-a", "stream": True, "messages": [{"role": "user", "content": "hi"}]},
-        x_api_key="sk-eve")
-    ask(body={"model": "m-b", "messages": [{"role": "user", "content": "hi"}]}, x_api_key="sk-eve")
-    book, prices = gate.gateway.ledger, {"a/*": {"input": 2, "cached": 1, "output": 10}}
-    by = {name: {row[name]: row for row in book.report(name, 1, prices)}
-          for name in ifl.USAGE_NAMES}
-    a = by["model"]["m-a"]
-    assert [a[n]
-            for n in ("requests", "errors", "input", "output", "cached", "reasoning",
-                      "estimated")] == [2, 0, 24, 6, 8, 4, 0]
-    assert a["cost"] == pytest.approx((16 * 2 + 8 + 6 * 10) / 1e6)
-    b = by["provider"]["b"]
-    assert (b["requests"], b["errors"], b["input"], b["cost"]) == (1, 1, 0, None)
-    assert by[
-        "key"][
-            "eve"][
-                "requests"] == 2 and by[
-                    "key"][
-                        "bob"]["requests"] == 1 and list(by["day"]) == [time.strftime("%Y-%m-%d")]
-
-
-def test_estimates_are_marked(upstreams_routes):
-    up, = upstreams_routes(always("ok"))
-    bare = {name: value for name, value in GOOD.items() if name != "usage"}
-    up.plan = lambda number, body, key: ("ok",)
-    gate = Gate(settings([up]))
-    original = dict(GOOD)
-    GOOD.clear(), GOOD.update(bare)
-    try:
-        gate.ask()
-    finally:
-        GOOD.update(original)
-    row, = gate.gateway.ledger.report("model", 1, {})
-    assert row["estimated"] == 1 and row["input"] > 0
-    assert "~" in ifl._usage_table("model", [row])
-
-
-@pytest.mark.parametrize("more, written", [({"usage": False}, False), ({}, True), (
-    {"usage": False, "client_keys": [key_entry("bob", "sk-bob", rpd=9)]}, True)])
-def test_usage_off_is_not_written_but_for_limits(server, config, upstream, home, more, written):
-    put_config(config, {"providers": [provider(upstream)], **more})
-    running = server(gateway=ifl.Gateway(config=config, environ={}))
-    assert post(running, chat(), x_api_key="sk-bob").status == 200 and is_well(running)
-    assert used_in(running.gateway.ledger) == 1
-    assert (home / ".iflow2api" / "usage.jsonl").exists() == written
-
-
-def test_the_history_is_bounded_and_holds_no_content(upstreams_routes, home_routes, monkeypatch):
-    monkeypatch.setattr(ifl, "HISTORY_SIZE", 3)
-    up, = upstreams_routes(always("ok"))
-    gate = Gate(settings([up]))
-    for _ in range(5):
-        gate.ask()
-    assert len(ifl.history_of(gate.gateway)) == 3 and not list(home_routes.iterdir())
-    record = ifl.history_of(gate.gateway)[0]
-    assert (record["model"], record["target"], record["status"],
-            record["input"]) == ("chain", "a/m-a", 200, 12)
-    assert "hi" not in json.dumps(record["attempts"]) and "a-key-0" not in json.dumps(record)
-
-
-# --- reload ------------------------------------------------------------------------------
-
-def write_config(home_routes, **values):
-    folder = home_routes / ".iflow2api"
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(values))
-    return ifl.ConfigFile(str(folder))
+    status, _, err = cli("config", "set", name, json.dumps(value))
+    assert status == 2 and name in err
+    assert re.search(said, err) or not isinstance(value, (list, dict))
+    warning = ifl.load_settings({name: value}, {}, {}, ifl.Settings()).warnings[0]
+    assert warning.startswith(f"config.json: {name}") and re.search(said, warning)
 
 
 @pytest.mark.parametrize("text", ["a\0b", "\ud800"])
-def test_a_text_that_no_file_name_may_hold_is_named_and_not_used(home_routes, capsys, text):
-    names = ("host", "log_file", "ca_file", "base_url")
-    write_config(home_routes, **dict.fromkeys(names, text), custom_api_key=text)
-    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
-    assert sorted(
-        gateway.problems) == sorted(
-            f"config.json: {name}: a string without NUL and lone surrogates expected"
-            for name in names)
-    assert gateway.settings.host == "127.0.0.1" and gateway.state.auth.required
+def test_a_text_that_no_file_name_may_hold_is_named_and_not_used(following, cli, text):
+    names = ("base_url", "ca_file", "host", "log_file")
+    made = following({**dict.fromkeys(names, text), "custom_api_key": text})
+    assert sorted(made.problems) == [
+        f"config.json: {name}: a string without NUL and lone surrogates expected"
+        for name in names]
+    assert made.settings.host == "127.0.0.1" and made.state.auth.required
     for command in ("status", "logs", "usage"):
-        assert run_routes(capsys, command)[0] in (0, 1)
+        assert cli(command)[0] in (0, 1)
 
+
+@pytest.mark.parametrize("end", ["1e999", "NaN", "-1e999", "1e30", "1" + "0" * 400])
+def test_a_login_that_ends_at_no_time_is_shown_all_the_same(following, cli, end):
+    made = following(b'{"accounts": {"w": {"apiKey": "kk", "oauth_refresh_token": "r", '
+                     b'"oauth_expires_at": %s}}}' % end.encode())
+    assert made.health()["logins"]["w"]["expires_at"] is None
+    assert "end unknown" in cli("status")[1]
+
+
+# --- commands ----------------------------------------------------------------
 
 @pytest.mark.parametrize("host", ["\udcff", "é..", "a b"])
-def test_a_host_that_can_be_no_name_is_told_in_one_line(home_routes, capsys, host):
-    code, _, err = run_routes(capsys, "serve", "--port", "0", "--host", host)
-    assert code == 1 and "can't listen on" in err
-    assert run_routes(capsys, "env", "openai", "--host", host)[0] == 0       # nobody answers there
+def test_a_host_that_can_be_no_name_is_told_in_one_line(cli, host):
+    status, _, err = cli("serve", "--port", "0", "--host", host)
+    assert status == 1 and "can't listen on" in err
+    assert cli("env", "openai", "--host", host)[0] == 0          # nobody answers there
 
 
-def test_an_empty_upstream_is_a_mistake_and_its_key_goes_nowhere_else(home_routes, capsys):
-    for argv in (("serve", "--port", "0"), ("models",), ("test",), ("routes", "explain", "m")):
-        code, out, err = run_routes(capsys, *argv, "--upstream", "", "--api-key",
-                                    "sk-of-another-service")
-        assert (code, out) == (2,
-                               "") and err.splitlines(
-                                   )[-1].startswith("error: --upstream: base_url is missing"), argv
+@pytest.mark.parametrize("argv", [("serve", "--port", "0"), ("models",), ("test",),
+                                  ("routes", "explain", "m")], ids=" ".join)
+def test_an_empty_upstream_is_a_mistake_and_its_key_goes_nowhere_else(cli, argv):
+    status, out, err = cli(*argv, "--upstream", "", "--api-key", "sk-of-another-service")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: --upstream: base_url is missing")
 
 
-@pytest.mark.parametrize("argv",
-                         [("login", "--paste"), ("login", "--api-key", "-"),
-                          ("admin", "reset-password", "-"),
-                                  ("config", "set", "api_key", "-")])
-def test_a_standard_input_that_is_closed_or_no_text_is_told(home_routes, capsys, monkeypatch, argv):
+@pytest.mark.parametrize("argv", [
+    ("login", "--paste"), ("login", "--api-key", "-"), ("admin", "reset-password", "-"),
+    ("config", "set", "api_key", "-")], ids=" ".join)
+def test_a_standard_input_that_is_closed_or_no_text_is_told(config, capsys, monkeypatch, argv):
     stdins = [None] + [io.TextIOWrapper(io.BytesIO(b"\xff12345678\n"), "utf-8", errors)
                        for errors in ("strict", "surrogateescape")]
     for stdin in stdins[:1] if "--paste" in argv else stdins:
         monkeypatch.setattr(sys, "stdin", stdin)
-        code = ifl.main(list(argv))
+        status = ifl.main(list(argv))
         out, err = capsys.readouterr()
-        assert (code, out) == (2, "") and err.startswith("error: ") and "Traceback" not in err
-    assert not os.path.exists(home_routes / ".iflow2api" / "config.json")
+        assert (status, out) == (2, "") and err.startswith("error: ") and "Traceback" not in err
+    assert not os.path.exists(config.path)
 
 
 @pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
-def test_a_login_needs_time(home_routes, capsys, seconds):
-    code, out, err = run_routes(capsys, "login", "--no-browser", f"--timeout={seconds}")
-    assert (code, out, err) == (2, "",
-                                f"error: --timeout can't be {seconds}; a number above 0 expected\n")
+def test_a_login_needs_time(cli, seconds):
+    assert cli("login", "--no-browser", f"--timeout={seconds}") == (
+        2, "", f"error: --timeout can't be {seconds}; a number above 0 expected\n")
 
 
 @posix
-def test_a_terminal_that_is_gone_keeps_no_answer_from_ending(home_routes):
+def test_a_terminal_that_is_gone_keeps_no_answer_from_ending(home):
     reader, writer = os.pipe()
     process = subprocess.Popen([sys.executable, PROGRAM, "--demo", "--port", "0"],
                                stdout=subprocess.PIPE, stderr=writer,
-                               env={**os.environ, "IFLOW2API_LOG_FILE": str(home_routes / "log")})
+                               env={**os.environ, "IFLOW2API_LOG_FILE": str(home / "log")})
     os.close(writer)
     try:
-        url = process.stdout.readline().decode().split()[-1]
-        card = b""
-        # the card is out, and now nobody reads any more
-        while b"next" not in card:
+        url, card = process.stdout.readline().decode().split()[-1], b""
+        while b"next" not in card:       # then the card is out, and nobody reads any more
             piece = os.read(reader, 65536)
             assert piece, card
             card += piece
         os.close(reader)
         with contextlib.closing(http.client.HTTPConnection(url[7:], timeout=WAIT_S)) as client:
-            client.request("POST", "/v1/chat/completions",
-                           json.dumps({"model": "demo", "stream": True, "messages": [
-                {"role": "user", "content": "hi"}]}))
+            client.request("POST", "/v1/chat/completions", json.dumps(chat(True, "demo")))
             answer = client.getresponse()
             process.terminate()
             assert answer.read().endswith(b"data: [DONE]\n\n")
-        # 120: Python could not empty stderr at the end
-        assert process.wait(WAIT_S) in (0, 120)
+        assert process.wait(WAIT_S) in (0, 120)      # 120: Python could not empty stderr at the end
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
 
 
-@pytest.mark.parametrize("end", ["1e999", "NaN", "-1e999", "1e30", "1" + "0" * 400])
-def test_a_login_that_ends_at_no_time_is_shown_all_the_same(home_routes, capsys, end):
-    write_config(home_routes)
-    (home_routes / ".iflow2api" / "config.json").write_text(
-        '{"accounts": {"w": {"apiKey": "kk", "oauth_refresh_token": "r", "oauth_expires_at": %s}}}' % end)
-    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
-    assert gateway.health()["logins"]["w"]["expires_at"] is None
-    assert "end unknown" in run_routes(capsys, "status")[1]
+def test_key_add_list_remove(following, config, cli):
+    made = following({"providers": [provider("http://h", "a", models=["m-a"])]})
+    status, key, err = cli("key", "add", "bob", "--models", "m-a,x-*", "--rpm", "5",
+                           "--tpd", "900", "--expires", "2999-01-31")
+    key = key.strip()
+    assert status == 0 and re.fullmatch("sk-[0-9a-f]{48}", key) and "only time" in err
+    text = json.dumps(config.read())
+    assert key not in text and ifl.hash_key(key).hex() in text
+    listed = cli("key")[1]
+    assert "bob" in listed and "5 requests a minute" in listed and key not in listed
+    made.reload()
+    found = made.state.auth.find([key])
+    assert found.limits == {"rpm": 5, "tpd": 900} and found.models == ("m-a", "x-*")
+    assert cli("key", "add", "--rpm", "7", "eve")[0] == 0
+    for argv in ("add", "add bob", "add x --rpm 0", "add x --rpm -1", "add x --rpm many",
+                 "add a/b", "add x --expires 2001-01-01", "remove", "remove bo"):
+        status, out, err = cli("key", *argv.split())
+        assert (status, out) == (2, "") and err.startswith("error: "), argv
+    assert cli("key", "remove", "eve")[0] == 0
+    status, _, err = cli("key", "remove", "bob")
+    assert status == 0 and "no key is left" in err
 
 
-def test_key_add_writes_over_nothing_that_is_no_list(home_routes, capsys):
-    path = home_routes / ".iflow2api" / "config.json"
-    write_config(home_routes, client_keys=key_entry("bob", "s"))
-    before = path.read_bytes()
-    code, out, err = run_routes(capsys, "key", "add", "eve")
-    assert (code, out) == (2,
-                           "") and "`client_keys` in config.json is no list" in err and path.read_bytes() == before
+def test_key_add_writes_over_nothing_that_is_no_list(config, cli):
+    put_config(config, {"client_keys": key_entry("bob", "s")})
+    before = config.read()
+    status, out, err = cli("key", "add", "eve")
+    assert (status, out) == (2, "") and "`client_keys` in config.json is no list" in err
+    assert config.read() == before
 
+
+@pytest.mark.parametrize("shell, line", [
+    ("bash", 'export OPENAI_API_KEY="$IFLOW2API_KEY"'),
+    ("cmd", 'set "OPENAI_API_KEY=%IFLOW2API_KEY%"'),
+    ("powershell", "$env:OPENAI_API_KEY = $env:IFLOW2API_KEY")])
+def test_env_with_only_such_keys(config, cli, shell, line):
+    put_config(config, bob())
+    lines = cli("env", "openai", "--shell", shell)[1].splitlines()
+    assert line in lines and "put your key into IFLOW2API_KEY" in lines[0]
+    assert "export IFLOW2API_KEY" not in cli("env", "codex", "--shell", "bash")[1]
+
+
+def test_routes_explain(config, cli):
+    put_config(config, {
+        "providers": [provider("http://h", "z", models=["glm-5"]), provider("http://o", "o")],
+        "aliases": {"claude-*": ["glm-5", {"model": "o/long:模/x", "over_tokens": 5000}]}})
+    status, out, _ = cli("routes", "explain", "claude-é", "--tokens", "6000")
+    assert status == 0 and "=> o/long:模/x  http://o/v1" in out
+    assert "then z/glm-5" in out and "if over_tokens 5000: yes" in out
+    told = json.loads(cli("routes", "explain", "x/y:z", "--json")[1])
+    assert told["chain"][0]["model"] == "x/y:z" and "default provider, z" in told["steps"][-1]
+    assert "default_model" in cli("routes", "explain", "gpt-5", "--dialect", "responses")[1]
+    for more in ((), ("x", "--tokens", "-1")):
+        assert cli("routes", "explain", *more)[0] == 2
+    put_config(config, {})
+    assert cli("routes", "explain", "x")[0] == 1
+
+
+def test_the_endpoint_explains_to_who_may_ask(server, upstream):
+    running = server(provider(upstream, "a", models=["m-a"]), aliases={"chain": ["m-a"]},
+                     custom_api_key="sk-m", admin_password=PASSWORD_HASH,
+                     allowed_origins=["*", "http://evil"])
+
+    def ask(status=200, authorization=BASIC, origin=None, **body):
+        headers = {"origin": origin} if origin else {}
+        answer = post(running, body, "/admin/api/routes/explain", authorization=authorization,
+                      Host=running.url[len("http://"):], **headers)
+        assert answer.status == status, answer
+        return answer
+
+    first = ask(model="chain", tokens=5).json["chain"][0]
+    assert (first["provider"], first["circuit"]) == ("a", "closed") and not upstream.requests
+    ask(401, "Bearer sk-m", model="chain")
+    for origin in ("http://evil", "null", "https://127.0.0.1.evil"):
+        answer = ask(403, origin=origin, model="chain")
+        assert "access-control-allow-origin" not in answer.headers
+    ask(origin=running.url, model="chain")
+    for bad in ({"model": 5}, {"model": "x", "tokens": "1"}, {"model": "x", "images": 1},
+                {"model": "x", "dialect": "y"}, {"model": "x", "aliases": []}):
+        ask(400, **bad)
+    told = ask(model="m-new", aliases={"m-new": "b/x", "m-*": 5}).json
+    assert told["problems"] and told["chain"]
+    assert "m-new" not in running.gateway.settings.aliases
+    assert get(running, "/admin/api/routes/explain", authorization=BASIC).status == 405
+
+
+def test_the_usage_command(config, cli):
+    put_config(config, {"prices": {"glm*": {"input": 1, "output": 2}}})
+    assert "nothing was used" in cli("usage")[1]
+    ledger = ifl.Ledger(os.path.join(config.folder, "usage.jsonl"))
+    ledger.add(call_record("glm-5", "z", "bob", usage=ifl.Usage(1000, 500), first_s=1.5,
+                           total_s=3.0))
+    ledger.add(call_record('=cmd|"x",1', "z", "eve", status=429, usage=ifl.Usage(estimated=True),
+                           total_s=0.0))
+    ledger.close()
+    out = cli("usage", "--by", "key")[1]
+    row = r"^bob +1 +0 +1000 +500 +0 +0 +1\.50s +3\.00s +0\.0020$"
+    assert re.search(row, out, re.M) and "~" in out
+    told = json.loads(cli("usage", "--json", "--days", "7")[1])
+    assert told["rows"][0]["cost"] == 0.002 and told["by"] == "model"
+    lines = cli("usage", "--csv")[1].splitlines()
+    assert lines[0].startswith("model,requests,errors")
+    assert lines[2].startswith("\"'=cmd|\"\"x\"\",1\",1,1")
+    assert cli("usage", "--days", "0")[0] == cli("usage", "--days", "x")[0] == 2
+
+
+# --- speed -------------------------------------------------------------------
 
 def test_redaction_takes_its_time_by_the_length_of_the_text_alone():
     text = "://" * 20000 + " @"          # an Origin may be as long, and needs no key
@@ -10347,113 +10214,6 @@ def test_redaction_takes_its_time_by_the_length_of_the_text_alone():
     assert time.thread_time() - started < 5
     assert ifl.redact("http://u:" + "p" * 500 + "@h") == "http://u:…@h"
 
-
-# --- commands and the endpoint ---------------------------------------------------------------
-
-def run_routes(capsys, *argv):
-    code = ifl.main(list(argv))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_key_add_list_remove(home_routes, capsys, upstreams_routes, client):
-    write_config(home_routes, providers=[{"name": "a", "base_url": "http://h", "models": ["m-a"]}])
-    code, key, err = run_routes(capsys, "key", "add", "bob", "--models", "m-a,x-*", "--rpm", "5",
-                                "--tpd", "900", "--expires", "2999-01-31")
-    assert code == 0 and re.fullmatch(r"sk-[0-9a-f]{48}\n", key) and "only time" in err
-    text = (home_routes / ".iflow2api" / "config.json").read_text()
-    assert key.strip() not in text and ifl.hash_key(key.strip()).hex() in text
-    assert run_routes(capsys, "key", "add", "bob")[0] == 2
-    code, listed, _ = run_routes(capsys, "key")
-    assert "bob" in listed and "5 requests a minute" in listed and key.strip() not in listed
-    gateway = ifl.Gateway(config=ifl.ConfigFile(str(home_routes / ".iflow2api")), environ={})
-    found = gateway.state.auth.find([key.strip()])
-    assert found.limits == {"rpm": 5, "tpd": 900} and found.models == ("m-a", "x-*")
-    assert run_routes(capsys, "key", "add", "--rpm", "7", "eve")[0] == 0
-    for argv in (["add"], ["add", "x", "--rpm", "0"], ["add", "x", "--rpm", "-1"],
-                 ["add", "x", "--rpm", "many"], ["add", "a/b"],
-                 ["add", "x", "--expires", "2001-01-01"], ["remove"], ["remove", "bo"]):
-        code, out, err = run_routes(capsys, "key", *argv)
-        assert (code, out) == (2, "") and err.startswith("error: "), argv
-    assert run_routes(capsys, "key", "remove", "eve")[0] == 0
-    code, _, err = run_routes(capsys, "key", "remove", "bob")
-    assert code == 0 and "no key is left" in err
-
-
-@pytest.mark.parametrize("shell, line",
-                         [("bash", 'export OPENAI_API_KEY="$IFLOW2API_KEY"'),
-                          ("cmd", 'set "OPENAI_API_KEY=%IFLOW2API_KEY%"'),
-                                         ("powershell",
-                                          "$env:OPENAI_API_KEY = $env:IFLOW2API_KEY")])
-def test_env_with_only_such_keys(home_routes, capsys, shell, line):
-    write_config(home_routes, client_keys=[key_entry("bob", "sk-bob")])
-    _, out, _ = run_routes(capsys, "env", "openai", "--shell", shell)
-    assert line in out.splitlines() and "put your key into IFLOW2API_KEY" in out.splitlines()[0]
-    assert "export IFLOW2API_KEY" not in run_routes(capsys, "env", "codex", "--shell", "bash")[1]
-
-
-def test_routes_explain(home_routes, capsys):
-    write_config(home_routes,
-                 providers=[{"name": "z", "base_url": "http://h", "models": ["glm-5"]},
-                            {"name": "o", "base_url": "http://o"}],
-                 aliases={"claude-*": ["glm-5", {"model": "o/long:模/x", "over_tokens": 5000}]})
-    code, out, _ = run_routes(capsys, "routes", "explain", "claude-é", "--tokens", "6000")
-    assert code == 0 and "=> o/long:模/x  http://o/v1" in out and "then z/glm-5" in out and "if over_tokens 5000: yes" in out
-    told = json.loads(run_routes(capsys, "routes", "explain", "x/y:z", "--json")[1])
-    assert told["chain"][0]["model"] == "x/y:z" and "default provider, z" in told["steps"][-1]
-    assert "default_model" in run_routes(capsys, "routes", "explain", "gpt-5", "--dialect",
-                                         "responses")[1]
-    assert run_routes(capsys, "routes",
-                      "explain")[0] == 2 and run_routes(capsys, "routes", "explain", "x",
-                                                        "--tokens", "-1")[0] == 2
-    write_config(home_routes)
-    assert run_routes(capsys, "routes", "explain", "x")[0] == 1
-
-
-def test_the_endpoint_explains_to_who_may_ask(upstreams_routes, client):
-    up, = upstreams_routes(always("ok"))
-    chosen = settings([up], custom_api_key="sk-m", admin_password=PASSWORD_HASH,
-                      allowed_origins=["*", "http://evil"])
-    ask = functools.partial(client(Gate(chosen)), "/admin/api/routes/explain", authorization=BASIC)
-    status, told = ask({"model": "chain", "tokens": 5})
-    assert status == 200 and told[
-        "chain"][0]["provider"] == "a" and told["chain"][0]["circuit"] == "closed" and not up.seen
-    assert ask({"model": "chain"}, authorization="Bearer sk-m")[0] == 401
-    for origin in ("http://evil", "null", "https://127.0.0.1.evil"):
-        assert ask({"model": "chain"}, origin=origin)[0] == 403
-        assert "access-control-allow-origin" not in ask.func.headers
-    assert ask({"model": "chain"}, origin=ask.func.server.url)[0] == 200
-    for bad in ({"model": 5}, {"model": "x", "tokens": "1"}, {"model": "x", "images": 1},
-                {"model": "x", "dialect": "y"},
-                {"model": "x", "aliases": []}):
-        assert ask(bad)[0] == 400
-    status, told = ask({"model": "m-new", "aliases": {"m-new": "b/x", "m-*": 5}})
-    assert status == 200 and told[
-        "problems"] and told["chain"] and "m-new" not in ask.func.server.gateway.settings.aliases
-    assert ask()[0] == 405
-
-
-def test_the_usage_command(home_routes, capsys):
-    write_config(home_routes, prices={"glm*": {"input": 1, "output": 2}})
-    assert "nothing was used" in run_routes(capsys, "usage")[1]
-    ledger = ifl.Ledger(str(home_routes / ".iflow2api" / "usage.jsonl"))
-    ledger.add(call_record("glm-5", "z", "bob", usage=ifl.Usage(1000, 500), first_s=1.5,
-                           total_s=3.0))
-    ledger.add(call_record('=cmd|"x",1', "z", "eve", status=429, usage=ifl.Usage(estimated=True),
-                           total_s=0.0))
-    out = run_routes(capsys, "usage", "--by", "key")[1]
-    assert re.search(r"^bob +1 +0 +1000 +500 +0 +0 +1\.50s +3\.00s +0\.0020$", out,
-                     re.M) and "~" in out
-    told = json.loads(run_routes(capsys, "usage", "--json", "--days", "7")[1])
-    assert told["rows"][0]["cost"] == 0.002 and told["by"] == "model"
-    lines = run_routes(capsys, "usage", "--csv")[1].splitlines()
-    assert lines[
-        0].startswith("model,requests,errors") and lines[2].startswith("\"'=cmd|\"\"x\"\",1\",1,1")
-    assert run_routes(capsys, "usage", "--days",
-                      "0")[0] == 2 and run_routes(capsys, "usage", "--days", "x")[0] == 2
-
-
-# --- speed -------------------------------------------------------------------------------
 
 def best_us(work, count=2000):
     """Microseconds of one turn, the best of five."""
@@ -10466,14 +10226,14 @@ def best_us(work, count=2000):
     return min(times) / count * 1e6
 
 
-def test_what_is_not_used_costs_next_to_nothing(home_routes, server):
+def test_what_is_not_used_costs_next_to_nothing(usage_file, server):
     """Generous by a factor of ten or so: this is about a lock or a file too many, not about the
     machine.
     """
     rests, running = ifl.Rests(time.monotonic), server(detect_local=False)
     assert best_us(lambda: ifl.check_key(running, {})) < 10
     assert best_us(lambda: rests.admits(1)) < 10
-    ledger, call = ifl.Ledger(str(home_routes / "usage.jsonl")), call_record()
+    ledger, call = ifl.Ledger(str(usage_file)), call_record()
     assert best_us(lambda: ledger.add(call), 300) < 300
     assert best_us(lambda: ifl.Ledger().add(call), 300) < 300
 
