@@ -102,7 +102,7 @@ def _open_standard_descriptors() -> None:
 
 
 def _given_command() -> List[str]:
-    """How this process was started, the interpreter first; OSError where nobody tells it."""
+    """How this process was started, the interpreter first; OSError if unknown."""
     if hasattr(sys, "orig_argv"):
         return sys.orig_argv
     with open("/proc/self/cmdline", encoding=sys.getfilesystemencoding(),
@@ -237,8 +237,9 @@ CONFIG_DIR = os.path.join("~", ".iflow2api")
 #: Environment variables of settings are this plus the key in upper case.
 ENV_PREFIX = "IFLOW2API_"
 
+
 class Model(NamedTuple):
-    """What is known of a model: tokens of context and of an answer at most, and if it sees."""
+    """What is known of a model: tokens of context, most tokens of an answer, images."""
     title: str
     context: int
     max_output: int
@@ -269,10 +270,10 @@ IFLOW_FILE = os.path.join("~", ".iflow", "settings.json")
 IFLOW_KEY_VARIABLES = ("IFLOW_apiKey", "IFLOW_API_KEY", "iflow_apiKey", "iflow_API_KEY")
 IFLOW_URL_VARIABLES = ("IFLOW_baseUrl", "IFLOW_BASE_URL", "iflow_baseUrl", "iflow_BASE_URL")
 
-#: Beside the CLI's file: who holds it may refresh the login in there.
+#: The lock beside the CLI's file; its holder may refresh the login in that file.
 IFLOW_LOCK = ".iflow2api.lock"
 
-#: Opens the models that iFlow keeps for its CLI.
+#: The User-Agent that gets the models which iFlow reserves for its CLI.
 IFLOW_AGENT = "iFlow-Cli"
 
 #: One line of an upstream's head; a request's whole head, and its header lines (nginx: 32 KiB,
@@ -380,10 +381,10 @@ SIGN_IN_TRIES, SIGN_IN_ADDRESSES = 10, 1000
 #: How long the code for the first password is valid.
 CODE_LIFE_S = 900
 
-#: Characters of a password: below the first anybody guesses it, beyond the second nobody types it.
+#: Fewest and most characters of a password.
 PASSWORD_LENGTH = (8, 1024)
 
-#: Letters of a one-time code: none that looks like another.
+#: Letters of a one-time code: no two of them look alike.
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 
 #: What the page may send, the playground apart; who may watch at once; log lines kept for it, and
@@ -591,7 +592,7 @@ def alike(name: str, names: Iterable[str], cutoff: float = 0.65) -> List[str]:
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.65) -> str:
-    """`; did you mean …?` for a mistyped name, empty where nothing is near."""
+    """`; did you mean …?` for a mistyped name, "" where none is similar."""
     found = alike(name, names, cutoff)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
@@ -688,8 +689,8 @@ def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
 
 
 def _write(fd: int, data: bytes) -> None:
-    """`data` alone into an open file, down to the disk."""
-    with open(fd, "wb") as file:         # which empties nothing: fd is open already
+    """Make `data` the whole content of the open file `fd`, and sync it to the disk."""
+    with open(fd, "wb") as file:         # a descriptor is not truncated by it
         file.write(data)
         file.truncate()
         file.flush()
@@ -806,8 +807,9 @@ class Cipher:
             hmac.digest(key, purpose + use, "sha256") for use in (b"cipher", b"tag", b"nonce"))
 
     def encrypt(self, plain: bytes) -> bytes:
+        """Nonce, cipher text and tag."""
         nonce = hmac.digest(self._nonce_key, plain, "sha256")[:self.NONCE_BYTES]
-        data = nonce + self._mask(nonce, plain)
+        data = nonce + self._xor(nonce, plain)
         return data + hmac.digest(self._tag_key, data, "sha256")
 
     def decrypt(self, data: bytes) -> Optional[bytes]:
@@ -816,9 +818,9 @@ class Cipher:
         expected = hmac.digest(self._tag_key, data, "sha256")
         if len(data) < self.NONCE_BYTES or not hmac.compare_digest(expected, tag):
             return None
-        return self._mask(data[:self.NONCE_BYTES], data[self.NONCE_BYTES:])
+        return self._xor(data[:self.NONCE_BYTES], data[self.NONCE_BYTES:])
 
-    def _mask(self, nonce: bytes, data: bytes) -> bytes:
+    def _xor(self, nonce: bytes, data: bytes) -> bytes:
         """`data` XOR key stream, as two integers: a loop over bytes takes thirty times as long."""
         stream = b"".join(hmac.digest(self._cipher_key, nonce + block.to_bytes(8, "big"), "sha256")
                           for block in range((len(data) + 31) // 32))
@@ -846,6 +848,7 @@ def misfit(where: str, expected: str, value: Any = (), hint: str = "") -> ValueE
 
 
 def place(where: str, name: str) -> str:
+    """`where.name`, for messages: the place of a field."""
     return f"{where}.{one_line(name, 60)}" if where else one_line(name, 60)
 
 
@@ -1236,8 +1239,8 @@ def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
     one, and stays.
     """
     def on_text(where: str, value: Any) -> Any:
-        is_plain = not isinstance(value, str) or not value or re.fullmatch(_REFERENCE, value)
-        return value if is_plain else change(where, value)
+        is_secret = isinstance(value, str) and value and not re.fullmatch(_REFERENCE, value)
+        return change(where, value) if is_secret else value
 
     def on(where: str, value: Any) -> Any:
         if isinstance(value, list):
@@ -1268,7 +1271,10 @@ def _is_url(where: str) -> bool:
 
 
 def is_to_encrypt(where: str, text: str) -> bool:
-    """Whether map_secrets came upon a secret: no URL without a password, no harmless header."""
+    """Whether a text that map_secrets found has to be encrypted.
+
+    Not if it is already, nor a URL without a password or a header that holds no credential.
+    """
     _, is_header, name = where.partition(".headers.")
     return not (is_encrypted(text) or _is_url(where) and "@" not in text
                 or is_header and not re.search(_SECRET_HEADER, name))
@@ -1284,6 +1290,7 @@ def hide_secrets(name: str, value: Any) -> Any:
 
 
 def hide_in_provider(entry: Json) -> Json:
+    """An entry of `providers` as it may be shown."""
     return hide_secrets("providers", [entry])[0]
 
 
@@ -1408,7 +1415,7 @@ def hash_password(password: str) -> str:
 
 
 def is_password(password: str, stored: str) -> bool:
-    """Whether it is the one that hash_password made `stored` of."""
+    """Whether `stored` is a hash_password of this password."""
     found = re.fullmatch(_PASSWORD_HASH, stored)
     return found is not None and hmac.compare_digest(
         stretch(password.encode("utf-8", "surrogatepass"), found[1], found[2]).hex(), found[3])
@@ -1529,6 +1536,7 @@ class ConfigFile:
 
     @staticmethod
     def to_bytes(raw: Json) -> bytes:
+        """The text of the file for `raw`."""
         text = json.dumps(raw, ensure_ascii=False, indent=2)
         if re.search("[\ud800-\udfff]", text):                  # JSON may carry them, UTF-8 may not
             text = json.dumps(raw, indent=2)
@@ -1562,8 +1570,9 @@ class ConfigFile:
             log.warning("no backup of %s: %s", self.path, getattr(exc, "strerror", None) or exc)
 
     def encrypt(self, on: bool) -> List[str]:
-        """The file and its .bak encrypted or not; what can't be decrypted stays and is named.
+        """Write the file and its .bak with secrets encrypted, or (not `on`) in clear.
 
+        Returns a sentence for each secret that can't be decrypted; it stays as it is.  Raises
         OSError, ConfigBroken, CannotDecrypt.
         """
         with self._lock, self.lock():
@@ -1976,7 +1985,7 @@ def check_profile(profile: Json) -> Tuple[Json, List[str]]:
 # --- iFlow's own file ---------------------------------------------------------
 
 def account_keys(accounts: Json) -> Dict[str, str]:
-    """The API keys of config.json's `accounts`, without those that no request could bear."""
+    """The API keys of config.json's `accounts`, without those that no HTTP header can hold."""
     is_key, keys = _header_value({}, True), {}
     for name, login in accounts.items():
         key = login.get("apiKey") if isinstance(login, dict) else None
@@ -2170,17 +2179,17 @@ LOCAL_ENGINES = ("ollama", "lmstudio", "llamacpp", "vllm")
 
 
 def entry_at(base_url: str, preset: Optional[Preset] = None) -> Json:
-    """An entry of `providers` for an address, with the facts of `preset` or of who lives there.
+    """An entry of `providers` for an address, with the facts of `preset` or of the known API there.
 
-    Whoever pastes an address gets the facts as well, and a bare host of a known API gets its path.
+    A bare host of a known API gets its path.
     """
     host, slash, path = base_url.strip().partition("://")[2].partition("/")
-    at_home = next((known for known in PRESETS.values()
+    known_api = next((known for known in PRESETS.values()
                     if urllib.parse.urlsplit(known.base_url).netloc == host), None)
-    known = preset or at_home
+    known = preset or known_api
     facts = known.entry("") if known else {}
-    if at_home and not path.strip("/"):
-        base_url = at_home.base_url
+    if known_api and not path.strip("/"):
+        base_url = known_api.base_url
     return {**facts, "base_url": base_url}
 
 
@@ -2200,20 +2209,17 @@ def entry_for(name: str, kind: str, base_url: str, preset: Optional[Preset],
 # --- what receives secrets ------------------------------------------------------
 
 #: Fields of a provider that say where its keys and headers go.
-SECRET_ROADS = ("base_url", "messages_url", "responses_url", "proxy")
+SECRET_DESTINATIONS = ("base_url", "messages_url", "responses_url", "proxy")
 
 
 def leads_elsewhere(old: Any, new: Any) -> bool:
-    """Whether a URL that replaces another one has another scheme, host or port.
-
-    Stored secrets do not go there.
-    """
-    def place(url: Any) -> Tuple[str, str]:
+    """Whether a new URL has another scheme, host or port: stored secrets must not go there."""
+    def origin(url: Any) -> Tuple[str, str]:
         scheme, _, rest = str(url or "").strip().lower().partition("://")
         host = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
         standard = {"http": ":80", "https": ":443"}.get(scheme, "")
         return scheme, host[:-len(standard)] if standard and host.endswith(standard) else host
-    return bool(new) and place(old) != place(new)
+    return bool(new) and origin(old) != origin(new)
 
 
 # === 6. Routes (pure) ========================================================
@@ -2405,8 +2411,9 @@ class Router:
             fnmatchcase(model, pattern) for pattern in FOREIGN_MODELS)
 
     def _alias_of(self, model: str, asked: Any, told: Told) -> List[str]:
-        """The models that an alias makes of a name: those of the first entry whose conditions hold,
-        then those without conditions; none where no alias takes it.
+        """The models that an alias makes of a name, none where no alias takes it.
+
+        Those of the first entry whose conditions hold come first, then those without conditions.
         """
         for pattern, branches in self.aliases:
             if not fits(model, pattern):
@@ -2582,7 +2589,9 @@ class Plan:
         return Step(self.target, wait_s)
 
     def take_key(self) -> str:
-        """The key for it; asked for when there is a place: until then others may have made it rest.
+        """The next key for the target.
+
+        The keys are looked up once there is a place for the request: some may have begun to rest.
         """
         if self._keys is None:
             self._keys = list(self._keys_of(self.target))
@@ -2606,7 +2615,7 @@ class Plan:
         wait_s = max(backoff_s * self._jitter(), min(at for at, _ in self._later) - now)
         if now - self._began + wait_s > retry["total_s"]:
             raise self._error                            # type: ignore[misc]
-        due = now + wait_s + 0.01                        # clocks are grainy
+        due = now + wait_s + 0.01                        # clocks are coarse
         self._round = [target for at, target in self._later if at <= due]
         self._later = [(at, target) for at, target in self._later if at > due]
         self._only = len(self._round) == 1
@@ -12306,7 +12315,8 @@ def explain(gateway: Gateway, body: Json, in_english: bool = True) -> Json:
     except ValueError as exc:
         raise BadRequest(str(exc), param=str(exc).partition(":")[0]) from None
     dialect = body.get("dialect", "chat")
-    asked = Asked(dialect, *(body.get(name, 0) for name in ("tokens", "images", "thinking", "tools")))
+    asked = Asked(dialect, *(body.get(name, 0)
+                             for name in ("tokens", "images", "thinking", "tools")))
     state = gateway.current(look=False)
     router, told = state.router, {"model": body.get("model")}
     if "aliases" in body:
@@ -12579,7 +12589,7 @@ class ClientReader(HeadReader):
         return self._buffer
 
     def put_back(self, data: bytes) -> None:
-        """Return what belongs to the next request."""
+        """Keep what was received beyond a body: it belongs to the next request."""
         self._buffer = data
 
 
@@ -12602,19 +12612,19 @@ def parse_head(head: bytes) -> Tuple[str, str, str, Dict[str, str]]:
                          status=414 if len(first) > 16000 else 400)
     if len(lines) > HEADERS_LIMIT:
         raise BadRequest("too many headers", status=431)
-    fields = [line.partition(b":") for line in lines]
-    names = b"".join(name for name, _, _ in fields)
+    rows = [line.partition(b":") for line in lines]
+    names = b"".join(name for name, _, _ in rows)
     is_clean = b"\r" not in head.replace(b"\r\n", b"") and b"\0" not in head
     if not is_clean or names.translate(None, _TOKEN) or not all(
-            name and colon for name, colon, _ in fields):
+            name and colon for name, colon, _ in rows):
         raise BadRequest("the request's head is malformed")
     pairs = [(name.decode("ascii"), value.decode("latin-1").strip(" \t"))
-             for name, _, value in fields]
+             for name, _, value in rows]
     return found.group(1), found.group(2), "HTTP/1." + found.group(3), join_headers(pairs)
 
 
 def find_target(head: bytes) -> str:
-    """The target in a malformed head: its path decides the dialect of the error."""
+    """The target in a malformed head, "" without one: its path decides the dialect of the error."""
     words = head.partition(b"\n")[0].split(b" ", 2)
     return words[1].decode("latin-1") if len(words) == 3 else ""
 
@@ -12767,7 +12777,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head = self.reader.read_request_head()
             self.command, self.path, self.request_version, self.headers = parse_head(head)
             self._serve()
-        except Exception as exc:         # a defect of ours must not look like an answer
+        except Exception as exc:         # a defect of ours becomes a 500
             if not self.path:            # the head is what was refused
                 self.path = find_target(head or self.reader.received)
                 self.endpoint = dialect_of(self.path, {})
@@ -12790,7 +12800,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return GatewayError("iflow2api failed on this request; its log says why")
 
     def _tell_failure(self, exc: Optional[GatewayError]) -> None:
-        """Answer with an error, and log what no call was noted for."""
+        """Answer with an error, and log it; at debug level where the call has its own log line."""
         if exc is None:
             return
         is_quiet = self.writer is not None or self.path == "/favicon.ico"
@@ -12953,13 +12963,13 @@ def accepts_gzip(header: str) -> bool:
 
 @lru_cache(8)
 def pack_static(body: bytes) -> Tuple[str, bytes]:
-    """A page's ETag, weak since it stands for the packed form as well, and that form."""
+    """A page's ETag and its packed form; the tag is weak, as it holds for both forms."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)      # 16 + 15: gzip
     return f'W/"{hashlib.sha256(body).hexdigest()[:24]}"', packer.compress(body) + packer.flush()
 
 
 def send_now(sock: socket.socket, data: bytes) -> bytes:
-    """Write what goes to a non-blocking socket, mostly all; the rest.  ClientGone."""
+    """Write what a non-blocking socket takes, mostly all; returns the rest.  ClientGone."""
     try:
         sent = sock.send(data)
     except BlockingIOError:
@@ -13026,7 +13036,7 @@ class ResponseWriter(Client):
         self.keepalive_s = handler.gateway.settings.keepalive_s if call.stream else LONGEST_S
         self._chunked = handler.request_version != "HTTP/1.0"
         self._writing = threading.Lock()
-        #: the head is out, and with it the chance of a status; all is out
+        #: `open`: the head was sent, so the status can't change.  `_over`: all was sent.
         self.open, self._over = False, False
         self.wrote_at = time.monotonic()
 
@@ -13091,7 +13101,7 @@ class ResponseWriter(Client):
             self._writing.release()
 
     def tells_within(self, exc: GatewayError) -> bool:
-        """Whether an error before the first word is part of the stream: `response.failed`."""
+        """Whether an error before any output is sent in the stream, as `response.failed` is."""
         return self._call.stream and self._call.dialect.fails_in_stream(exc)
 
     def fail(self, exc: GatewayError) -> None:
@@ -13111,7 +13121,7 @@ def is_own_page(headers: Mapping[str, str]) -> bool:
 
 
 def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> None:
-    """Forbidden for a Host that is not ours (DNS rebinding), a foreign page without a key."""
+    """Forbidden for a Host that is not ours (DNS rebinding), or a foreign page without a key."""
     settings, auth = server.gateway.settings, server.gateway.state.auth
     host = headers.get("host", "").lower()
     name = host.partition("]")[0] + "]" if host.startswith("[") else host.rpartition(":")[0] or host
@@ -13253,7 +13263,7 @@ def number_in(query: Mapping[str, str], name: str, default: int, high: int) -> i
 
 
 def page_of(data: List[Json], more: bool) -> Json:
-    """A part of a list, and whether there is more of it, as both APIs tell it."""
+    """A part of a list and whether there is more, in the form that both APIs use."""
     ends = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"data": data, "has_more": more, "first_id": ends[0], "last_id": ends[1]}
 
@@ -13519,7 +13529,7 @@ def dialect_of(target: str, headers: Mapping[str, str]) -> Route:
 
 
 def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple[Route, str]:
-    """The route of a request and what its path says beyond it; BadRequest 405 with `allow`."""
+    """The route of a request and the rest of its path; BadRequest 405 with `allow`."""
     path = normal_path(target)
     base = path if path in ROUTES else max(
         (known for known in ROUTES if known.endswith("/") and path.startswith(known)), key=len)
@@ -13559,7 +13569,7 @@ class Server(Listener):
         self._lock = threading.Lock()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host.strip("[]"), port), Handler)
-        #: Whether only this machine reaches it: by the address itself, whatever name stood for it.
+        #: Whether only this machine reaches it, judged by the bound address, not by its name.
         self.is_local = is_loopback(str(self.server_address[0]))
         # now that the address is ours: a start that fails must make no key
         if not self.is_local:
@@ -13665,7 +13675,7 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
     """
     prepare_process()
     settings = gateway.settings
-    # now, so that what is wrong with the file is said at the start
+    # loaded now, so that a broken file is reported at the start
     gateway.ledger.load()
     if gateway.config is not None and gateway.config.warning():
         gateway.log.warning("%s", gateway.config.warning())
@@ -13883,13 +13893,13 @@ add_routes({
 # --- what a request says --------------------------------------------------------
 
 def bad_field(message: str) -> BadRequest:
-    """The error for a field, with whose name the message begins."""
+    """The error for a field; the message begins with the field's name."""
     return BadRequest(message, param=re.split(r"\W", message, maxsplit=1)[0])
 
 
 @contextlib.contextmanager
 def naming_fields() -> Iterator[None]:
-    """Within it a ValueError of a shape becomes bad_field."""
+    """Turn the ValueError of a shape into bad_field."""
     try:
         yield
     except ValueError as exc:
@@ -14088,7 +14098,7 @@ def usage_json(name: str, row: Mapping[str, Any]) -> Json:
 
 
 def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
-    """By what, of how many days, and the rows of Ledger.report, days in their order."""
+    """`by` and `days` of the query, and the rows of Ledger.report, days in order of time."""
     query, gateway = query_of(handler), handler.gateway
     by = choice_in(query, "by", ("model", "provider", "key", "day"))
     days = number_in(query, "days", 30, 3660)
@@ -14114,7 +14124,7 @@ def csv_field(text: str) -> str:
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Lines of the fields `names`, and a head; null is empty."""
+    """A head line and a line for each row with the fields `names`; null is empty."""
     lines = [names, *([("" if row[name] is None else str(row[name])) for name in names]
                       for row in rows)]
     return "\n".join(",".join(map(csv_field, line)) for line in lines)
@@ -14249,11 +14259,11 @@ class Viewer:
         """The config's version and the overview, where they have changed."""
         version, overview = self._server.gateway.config_version(), overview_of(self._server)
         events = [("config", {"version": version})] if version != self._version else []
-        essence = {**overview, "health": {**overview["health"], "uptime_s": 0}}
-        if essence != self._overview or now - self._told_at >= LIFE_S:
+        comparable = {**overview, "health": {**overview["health"], "uptime_s": 0}}
+        if comparable != self._overview or now - self._told_at >= LIFE_S:
             events.append(("overview", overview))
             self._told_at = now
-        self._version, self._overview = version, essence
+        self._version, self._overview = version, comparable
         return events
 
 
@@ -14354,7 +14364,7 @@ def show_presets(handler: Handler) -> Json:
         {"name": name, "title": name, "base_url": preset.base_url, "key_variable": preset.key,
          "key_set": bool(preset.key and environ.get(preset.key)), "local": name in LOCAL_ENGINES,
          "models": [{"id": model, "context": context or None, "max_output": limit or None,
-       "vision": vision} for model, context, limit, vision in preset.models]}
+                     "vision": vision} for model, context, limit, vision in preset.models]}
         for name, preset in PRESETS.items()]}
 
 
@@ -14387,11 +14397,11 @@ def show_keys(handler: Handler) -> Json:
         "address_limits": gateway.settings.address_limits,
         "custom_api_key": mask(gateway.settings.custom_api_key),
         "data": [{"name": key.name, "created": entries.get(key.name, {}).get("created"),
-    "expires": entries.get(key.name, {}).get("expires"),
-    "expired": key.expires_at <= time.time(), "models": list(key.models),
-    "limits": dict(key.limits),
-    "used": gateway.limiter.used(key) if key.limits else {}}
-   for key in gateway.state.auth.keys]}
+                  "expires": entries.get(key.name, {}).get("expires"),
+                  "expired": key.expires_at <= time.time(), "models": list(key.models),
+                  "limits": dict(key.limits),
+                  "used": gateway.limiter.used(key) if key.limits else {}}
+                 for key in gateway.state.auth.keys]}
 
 
 # --- changing settings ----------------------------------------------------------------
@@ -14515,10 +14525,10 @@ PROVIDER_FORM: Dict[str, Shape] = {
 
 
 def provider_entry(body: Json, before: Json) -> Json:
-    """The entry of `providers` that a request describes; of `before` what the request does not
-    name.  BadRequest.
+    """The entry of `providers` that a request describes; BadRequest.
 
-    Secrets may come as restore_secrets knows them; null takes a field away.
+    Fields that the request does not name come from `before`; null takes a field away.
+    Secrets may come in the forms that restore_secrets reads.
     """
     preset = PRESETS.get(body.get("preset") or "")
     if body.get("preset") and preset is None:
@@ -14535,7 +14545,8 @@ def provider_entry(body: Json, before: Json) -> Json:
     if given.get("base_url"):            # a bare host of a known API gets its path
         given["base_url"] = entry_at(given["base_url"])["base_url"]
     kept = restore_secrets(given, before)
-    if kept and any(leads_elsewhere(before.get(name), given.get(name)) for name in SECRET_ROADS):
+    if kept and any(leads_elsewhere(before.get(name), given.get(name))
+                    for name in SECRET_DESTINATIONS):
         name = min(kept)
         raise BadRequest(f"{name}: what is stored does not go to another address; type it in "
                          "again", param=name, code="address_changed")
@@ -14544,7 +14555,7 @@ def provider_entry(body: Json, before: Json) -> Json:
 
 
 def restore_secrets(given: Json, before: Json) -> Set[str]:
-    """Put secrets of `before` into `given`, which has them masked; the fields that have such.
+    """Put secrets of `before` into `given`, where they are masked; returns the fields with such.
 
     A key may come as {"keep": index}, too.  BadRequest.
     """
@@ -14693,8 +14704,10 @@ def edit_provider(handler: Handler) -> Json:
 
 
 def rename_provider(raw: Json, old: str, new: str) -> None:
-    """Follow a provider's new name in config.json; its price stays under the old one, too: for the
-    days before."""
+    """Follow a provider's new name in config.json.
+
+    Prices stay under the old name as well, for usage recorded before.
+    """
     def renamed(value: Any) -> Any:
         if isinstance(value, list):
             return [renamed(item) for item in value]
@@ -14725,8 +14738,10 @@ def remove_provider(handler: Handler) -> None:
 
 
 def order_providers(handler: Handler) -> Json:
-    """POST providers/order: all names in their new order; the first is the default, unless one is
-    chosen."""
+    """POST providers/order: all names in their new order.
+
+    The first is the default provider, unless one is chosen.
+    """
     body = read_form(handler, {"version": typed, "names": list_of(any_text)}, {})
 
     def change(entries: List[Any], raw: Json) -> List[Any]:
@@ -14740,7 +14755,7 @@ def order_providers(handler: Handler) -> Json:
     return show_providers(handler)
 
 
-#: Whose usage the page's own requests are.
+#: Requests of the page are counted under this key.
 ADMIN_KEY = ClientKey("admin", b"", shared=True)
 
 
@@ -14765,6 +14780,7 @@ def try_provider(handler: Handler) -> Json:
 
 
 def trial_of(gateway: Gateway, provider: Provider) -> Json:
+    """The checks of a provider, and the models it lists."""
     checks, models = examine(gateway, provider, ADMIN_KEY), list(provider.models)
     if all(check.ok for check in checks[:2]):
         with contextlib.suppress(GatewayError):
