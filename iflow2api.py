@@ -11,18 +11,21 @@ its own events; nothing else in the file knows that there is more than one.
 
 The path of one request:
 
-    Handler._serve -> Call            head and body: bounded, timed, strict; Host, Origin, key
-    Gateway.answer(call, client)      counts it; Attempts.run follows the plan and books the record
+    Handler._serve, answer_call       head and body: bounded, timed, strict; Host, Origin, key
+    Gateway.answer(call, client)      StreamLoop.watch: from here on the loop keeps the client awake
+    Attempts.run()                    does all that follows for one call, in a loop
     State.chain_for(call) -> Targets  Router.resolve: the models that may answer
     Plan.next(), Plan.take_key()      the next target and key, or the last error; pure
     dialect.open(call, target, …)     Translation: path, headers, body, and the way back; pure
-    Upstream.open(…) -> response      the loop alone watches the client and keeps it awake
-    translation.feed(payload)         bytes for the client; pure
-    client.send(…), client.end(…)     the last is translation.close(); a client gone ends it
-    Ledger.add(record)                usage, chart, metrics and limits read it
+    Upstream.open(…) -> response      sends the request, waits for the head of the answer
+    Upstream.move(response, …)        reads the stream: here what has come, then in the StreamLoop
+    translation.feed(payload)         bytes for the client, which client.send() writes; pure
+    translation.close()               the last of them, for client.end()
+    Gateway.note(record)              Ledger.add: usage, chart, metrics and limits read it
 
-A plain answer takes translation.reply().  An error is an exception until Handler.send_error_of (or
-the client's `fail`, once an answer has begun) makes bytes of it.
+A plain answer takes translation.reply() and client.reply().  An error is an exception until
+Handler.send_error_of (or the client's `fail`, once an answer has begun) makes bytes of it.  A
+client that leaves ends all waiting with ClientGone.
 
 Contents
 
@@ -7915,13 +7918,13 @@ class Client:
         return False
 
     def reply(self, data: bytes, content_type: str, headers: Sequence[Tuple[str, str]]) -> None:
-        """The whole of a plain answer."""
+        """Send a plain answer, all of it."""
 
     def send(self, payload: bytes, framed: Optional[bytes] = None) -> None:
         """A part of a stream: whole records, and the same in HTTP chunks if it came so."""
 
     def end(self, payload: bytes) -> None:
-        """The last part."""
+        """Send the last part of a stream."""
 
 
 NOBODY = Client()                        #: for our own requests
@@ -7969,7 +7972,10 @@ def is_writable(sock: socket.socket, timeout_s: float) -> bool:
 
 
 def has_left(sock: socket.socket, hung_up: bool = False) -> bool:
-    """Whether the peer closed.  After a pipelined request only a hang-up can be noticed."""
+    """Whether the peer closed; `hung_up`: poll() says so.
+
+    While a pipelined request waits to be read, only poll() can tell.
+    """
     try:
         return hung_up or not sock.recv(1, socket.MSG_PEEK)
     except (BlockingIOError, InterruptedError):
@@ -8257,6 +8263,7 @@ class UpstreamConnection(HeadReader):
         return data
 
     def check_silence(self, quiet_s: float) -> None:
+        """Raises UpstreamTimeout after `timeout_s` without a byte, or the reason of a cut."""
         if self.cut_by is not None:
             raise self.cut_by
         if quiet_s >= self.timeout_s - 0.001:
@@ -8272,6 +8279,7 @@ class UpstreamConnection(HeadReader):
                 raise UpstreamTimeout(f"the upstream took nothing for {self.timeout_s:g} s")
 
     def sendall(self, data: bytes) -> None:
+        """Send all of a request, or as much as the upstream takes before it answers."""
         view = memoryview(data)
         while view:
             try:
@@ -8281,7 +8289,8 @@ class UpstreamConnection(HeadReader):
             except (BrokenPipeError, ConnectionResetError):
                 if self.cut_by is not None:
                     raise self.cut_by from None
-                if not self.is_stale():  # it may have answered (413, 401) without reading the body
+                # it may have answered (413, 401) without reading the body
+                if not self.is_stale():
                     raise
                 return
 
@@ -8290,8 +8299,7 @@ class UpstreamResponse:
     """An upstream's answer; closing it gives the connection back, or ends it."""
 
     def __init__(self, release: Callable[[UpstreamConnection, bool], None],
-                 connection: UpstreamConnection,
-                 head: AnswerHead, idle_timeout_s: float) -> None:
+                 connection: UpstreamConnection, head: AnswerHead, idle_timeout_s: float) -> None:
         self.status, self.headers = head.status, head.headers
         content_type = head.headers.get("content-type", "").lower()
         self.content_type = content_type if is_sound_header("content-type", content_type) else ""
@@ -8432,8 +8440,9 @@ class MovedStream:
         self.connection = response.connection
         self._received_at = time.monotonic()
         self.idle = False                #: all that had come is moved
-        self.waits_on: Optional[socket.socket] = None            #: by the loop
-        self.ended, self.error = threading.Lock(), None
+        self.waits_on: Optional[socket.socket] = None            #: what the loop waits for
+        self.error: Optional[BaseException] = None
+        self.ended = threading.Lock()    #: held until the end; StreamLoop.run waits for it
         self.ended.acquire()
 
     def step(self) -> bool:
@@ -8468,7 +8477,7 @@ class MovedStream:
         return True
 
     def end(self, error: Optional[BaseException]) -> None:
-        """Wake `run`; the loop may hold this stream for a while, but nothing that belongs to it."""
+        """Wake StreamLoop.run; what belongs to the stream is freed at once, not with the stream."""
         self.error, self.waits_on = error, None
         del self._response, self.client, self.connection, self._move, self._is_over
         self.ended.release()
@@ -8585,7 +8594,7 @@ class StreamLoop:
             wait_s = max(0.0, look_at - time.monotonic()) if look_at else None
             for key, _ in self._selector.select(wait_s):
                 if key.data is None:
-                    self._let_in()
+                    self._take_fresh()
                 else:
                     self._serve(key.data, key.data.step)
             if self._look_at and self._look_at <= time.monotonic():
@@ -8596,7 +8605,8 @@ class StreamLoop:
         for closed in (self._selector, self._waker, self._woken):
             closed.close()
 
-    def _let_in(self) -> None:
+    def _take_fresh(self) -> None:
+        """Take over the streams that `run` was given."""
         with contextlib.suppress(OSError):
             self._woken.recv(4096)
         while self._fresh:
@@ -8642,7 +8652,7 @@ _VERIFY_HINT = {
 
 
 def _transport_error(exc: Exception, where: str) -> UpstreamError:
-    """The one translation of what sockets, TLS and heads that make no sense raise."""
+    """The UpstreamError for what sockets, TLS and the parser of heads raise."""
     kind, retry, text = UpstreamUnreachable, None, getattr(exc, "strerror", None) or str(exc)
     if isinstance(exc, ssl.SSLCertVerificationError):
         text, retry = f"TLS failed: {_VERIFY_HINT.get(exc.verify_code, exc.verify_message)}", False
@@ -8677,6 +8687,7 @@ class Endpoint(NamedTuple):
     @classmethod
     @lru_cache(256)
     def of(cls, base_url: str) -> "Endpoint":
+        """The parts of a base URL, the port filled in; ValueError where it is no port."""
         parts = urllib.parse.urlsplit(base_url)
         usual = 443 if parts.scheme == "https" else 80
         return cls(parts.scheme, parts.hostname or "", parts.port or usual, parts.path)
@@ -8756,24 +8767,24 @@ def parse_proxy(text: str) -> Proxy:
     return Proxy(scheme, host, port, user, password)
 
 
-def proxy_problems(settings: Settings, providers: Iterable[Provider]) -> List[str]:
+def proxy_warnings(settings: Settings, providers: Iterable[Provider]) -> List[str]:
     """What is wrong with the proxies that are set, a sentence each: told at the start."""
-    problems = []
+    warnings = []
     named = [("upstream_proxy", settings.upstream_proxy)] if settings.upstream_proxy_enabled else []
     for where, proxy in named + [(f"provider {p.name}: proxy", p.proxy) for p in providers]:
         try:
             if proxy not in ("", "env"):
                 parse_proxy(proxy)
         except ValueError as exc:
-            problems.append(f"{where}: {exc}")
-    return problems
+            warnings.append(f"{where}: {exc}")
+    return warnings
 
 
 def proxy_for(provider: Provider, settings: Settings, endpoint: Endpoint) -> str:
     """The address of the proxy to `endpoint`, "" for none; this machine never needs one.
 
-    `env` means HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, else what Windows or macOS is set
-    to.
+    `env` means HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, else the proxy that Windows or
+    macOS is set to.
     """
     proxy = provider.proxy or (settings.upstream_proxy if settings.upstream_proxy_enabled else "")
     if not proxy or is_loopback(endpoint.host):
@@ -8801,7 +8812,7 @@ _SOCKS_REPLY = {
 
 
 class ProxyTalk(HeadReader):
-    """What is said to a proxy until the upstream's own bytes begin; all of it ends before `until`.
+    """Has a proxy connect to the upstream; all of it ends before `until` (monotonic).
 
     CONNECT serves http upstreams as well as https ones, where absolute-form requests would do for
     the former: the proxy sees bytes only, so it can't hold a stream back, its refusals can't be
@@ -9168,7 +9179,7 @@ def with_query(url: str, fields: Mapping[str, str]) -> str:
 
 
 class OAuth:
-    """Requests to iFlow's login host; the result is usable, whatever it answers, or LoginFailed."""
+    """Requests to iFlow's login host; each returns what was checked, or raises LoginFailed."""
 
     def __init__(self, upstream: Upstream, settings: Callable[[], Settings],
                  clock: Callable[[], float] = time.time) -> None:
@@ -9332,8 +9343,9 @@ class LoginFile:
         ({}, "") where there are none.
         """
         def decrypted(place: str, secret: str) -> str:
-            can = self._config is not None and is_encrypted(secret)
-            return self._config.vault.decrypt(secret) if self._config and can else secret
+            if self._config is None or not is_encrypted(secret):
+                return secret
+            return self._config.vault.decrypt(secret)
 
         found: Json = {}
         if os.path.exists(self._pending_path):
@@ -9345,6 +9357,7 @@ class LoginFile:
         return (tokens, str(used)) if is_usable else ({}, "")
 
     def drop_pending(self) -> None:
+        """Remove the file that `pending` reads."""
         with contextlib.suppress(OSError):
             os.unlink(self._pending_path)
 
@@ -9658,7 +9671,7 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         try:
             self.wfile.write(data)
         finally:
-            self.server.flow.settle()    # after the page: the process may end then
+            self.server.flow.close_if_over()     # after the page: the process may end then
 
     def log_message(self, format: str, *args: Any) -> None:
         """Not logged: the request line holds the code."""
@@ -9745,7 +9758,7 @@ class LoginFlow:
         try:
             self._finish(code, False)
         finally:
-            self.settle()
+            self.close_if_over()
 
     @staticmethod
     def _pasted(text: str) -> Mapping[str, List[str]]:
@@ -9801,12 +9814,13 @@ class LoginFlow:
         self._changed()
 
     def fail(self, message: str) -> None:
+        """End a login that still waits; `message` says why."""
         if self.state == "waiting":
             self.state, self.message = "failed", message
-        self.settle()
+        self.close_if_over()
 
-    def settle(self) -> None:
-        """If it is over: close the listener and set `ended`."""
+    def close_if_over(self) -> None:
+        """Close the listeners and set `ended`, unless the login still waits."""
         if self.state != "waiting":
             self._timer.cancel()
             with self._lock:
@@ -9823,7 +9837,7 @@ class Logins:
                  accounts: Callable[[], Iterable[str]], changed: Callable[[], None],
                  log: logging.Logger = log) -> None:
         self._config, self._oauth, self._accounts = config, oauth, accounts
-        self._taken_over = changed
+        self._on_change = changed
         self.refresher = Refresher(oauth, self.files, changed, log=log)
         self.flow: Optional[LoginFlow] = None
 
@@ -9845,7 +9859,7 @@ class Logins:
         return self.status()
 
     def _changed(self) -> None:
-        self._taken_over()
+        self._on_change()
         self.refresher.wake()
 
     def _begun(self) -> LoginFlow:
@@ -9856,7 +9870,7 @@ class Logins:
     def callback(self, query: str) -> Json:
         """The callback came to another listener, which passes its query on."""
         ok, message = self._begun().visit(query)
-        self._begun().settle()
+        self._begun().close_if_over()
         return {**self.status(), "ok": ok, "message": message}
 
     def paste(self, text: str) -> Json:
@@ -9928,6 +9942,10 @@ def open_browser(url: str, environ: Mapping[str, str],
 
 # === 13. Services ============================================================
 
+#: Stands for a place where there is no limit.
+_NO_WAIT = contextlib.nullcontext()
+
+
 class _Ticket(threading.Event):
     """Set when a place is granted."""
     granted = False
@@ -9956,8 +9974,9 @@ class Slots:
 
     @contextlib.contextmanager
     def hold(self, client: Client, settings: Settings, name: str) -> Iterator[None]:
-        """A place for the time of the `with`; ClientGone, Busy when the queue is full or the wait
-        too long.
+        """A place for the time of the `with`; ClientGone, Busy.
+
+        Busy: the queue is full, or no place came free in time.
         """
         ticket: Optional[_Ticket] = None
         with self._lock:
@@ -9998,8 +10017,9 @@ def wait_for(client: Client, seconds: float) -> None:
 # --- limits ----------------------------------------------------------------------
 
 class Window:
-    """How much there was in the last `span_s` seconds: exact for small limits, else to a twentieth
-    of the span.
+    """How much there was in the last `span_s` seconds.
+
+    Exact for limits up to 20; above, amounts are summed for each twentieth of the span.
     """
 
     def __init__(self, span_s: float, limit: int) -> None:
@@ -10017,12 +10037,12 @@ class Window:
         return self._sum
 
     def add(self, now: float, amount: int) -> None:
-        """Count from the end of the twentieth on: never more than the limit passes."""
-        self.put(now + self.span_s / 20 if self.limit > 20 and not (
-            self._marks and now <= self._marks[-1][0]) else now, amount)
+        """Count an amount; a twentieth is dated by its end, so that the limit always holds."""
+        is_dated = bool(self._marks) and now <= self._marks[-1][0]
+        self.put(now + self.span_s / 20 if self.limit > 20 and not is_dated else now, amount)
 
     def put(self, mark: float, amount: int) -> None:
-        """An amount that counts until a span after `mark`."""
+        """Count an amount until `span_s` after `mark`, or after the last mark if that is later."""
         self._sum += amount
         if self._marks and mark <= self._marks[-1][0]:
             self._marks[-1][1] += amount
@@ -10092,8 +10112,9 @@ class Meter:
                                   retry_after_s=wait_s)
 
     def headers(self, now: float) -> List[Tuple[str, str]]:
-        """`x-ratelimit-…` as OpenAI's: of several windows for requests the one with least left for
-        longest.
+        """`x-ratelimit-…` as OpenAI's.
+
+        Of several windows for requests: the one with the fewest left, then the longest wait.
         """
         found: List[Tuple[str, str]] = []
         requests = [window for name, window in self.windows.items() if name != "tpd"]
@@ -10108,10 +10129,9 @@ class Meter:
 
 
 class RateLimiter:
-    """The meters of keys and addresses; of these a bounded number, the one not seen for longest
-    goes first.
+    """The meters of keys and addresses; of addresses the ADDRESSES_LIMIT seen last.
 
-    `spent` tells what a key had used of its day before a restart; addresses begin anew with it.
+    `spent` tells what a key had used of its day before a restart; addresses start at zero.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic,
@@ -10165,15 +10185,16 @@ class RateLimiter:
                     meter.active -= 1
 
     def spend(self, meters: Sequence[Meter], tokens: int) -> None:
-        """Count tokens once they are known: the request that goes over a limit is answered, the
-        next one is not.
+        """Count tokens once they are known.
+
+        The request that goes over a limit is answered, the next one is not.
         """
         with self._lock:
             for meter in meters if tokens else ():
                 meter.count(self._clock(), "tpd", tokens)
 
     def headers(self, meters: Sequence[Meter]) -> List[Tuple[str, str]]:
-        """Of the first meter that has any."""
+        """Meter.headers of the first meter that has any."""
         with self._lock:
             found = (meter.headers(self._clock()) for meter in meters)
             return next((lines for lines in found if lines), [])
@@ -10220,14 +10241,16 @@ class ReasoningCache(Store):
 
 
 class Conversations(Store):
-    """What is remembered of long requests, by how they begin; what was not asked for longest goes
-    first.  Sizes are characters of requests; in memory it is up to five times as much.
+    """What is remembered of long requests, by how they begin; the least recently used goes first.
+
+    Sizes are characters of requests; in memory it is up to five times as much.
     """
     LEAST_CHARS, LIMIT_SIZE = 8000, 2 << 20
 
     def of(self, text: str, names: Sequence[Optional[str]]) -> Optional[Remembered]:
-        """What the request `text` of a conversation with these names finds, and leaves its own in;
-        None: nothing.
+        """What earlier requests of the conversation left, for this one (`text`) to use and add to.
+
+        `names` tell the conversation from others that begin alike.  None: too short, or too long.
         """
         if not self.LEAST_CHARS <= len(text) <= self.LIMIT_SIZE:
             return None
@@ -10247,8 +10270,9 @@ class _Kept(NamedTuple):
 
     @property
     def conversation(self) -> List[Json]:
-        """Input and output items, the reasoning as the upstream wants it back; what was compacted
-        stands for itself.
+        """Input and output items, the reasoning as the upstream wants it back.
+
+        A compacted output stands for its input, too.
         """
         output = [{**item, **self.carriers.get(item.get("id"), {})}
                   for item in self.response["output"]]
@@ -10313,11 +10337,10 @@ SCALE_NAME_CHARS = 200
 
 
 class TokenScale:
-    """What models count for what we estimate: learnt from each answer's prompt_tokens, kept over a
-    restart.
+    """What models count for what we estimate: learnt from prompt_tokens, kept over a restart.
 
-    Of a model it knows two sums in which older answers fade, so that the latest tens of thousands
-    of tokens decide.
+    Of each model there are two sums in which older answers fade, so that the latest tens of
+    thousands of tokens decide.
     """
     LIMIT = 500                          #: models; the one not heard of for longest goes first
     FADE = 0.85                          #: of the sums, at each answer
@@ -10387,8 +10410,8 @@ class TokenScale:
 
 
 class Lane:
-    """What the calls to one provider share: places, the turn of its keys, what rests, what it has
-    told.
+    """What the calls to one provider share: places, whose turn of its keys it is, which of them
+    rest, and what its answers have taught of its models.
     """
     CAPS_LIMIT = 500                     #: models whose cap on max_tokens is remembered
 
@@ -10439,7 +10462,9 @@ class Lane:
     def hold_key(self, key: str, client: Client, settings: Settings) -> Any:
         """A place at the key for the time of a `with`; Busy, ClientGone."""
         slots = self._key_slots.get(key)
-        return slots.hold(client, settings, f"a key of {self.provider.name}") if slots else _NO_WAIT
+        if slots is None:
+            return _NO_WAIT
+        return slots.hold(client, settings, f"a key of {self.provider.name}")
 
     def key_states(self) -> List[Tuple[str, float]]:
         """Of each key `ok`, `resting` or `refused`, and the seconds that it still rests."""
@@ -10469,8 +10494,9 @@ class Lane:
         return f"{self.provider.name}/{model}"[:SCALE_NAME_CHARS]
 
     def learn_count(self, model: str, estimate_of: Callable[[bool], int], counted: int) -> None:
-        """Compare an estimate with what was counted; `estimate_of` takes whether it is worth making
-        one.
+        """Compare our estimate of a prompt with what the upstream counted.
+
+        `estimate_of` is told whether an estimate is worth making; it returns 0 without one.
         """
         name = self._scale_name(model)
         estimate = estimate_of(self._scale.is_worth(name))
@@ -10478,9 +10504,6 @@ class Lane:
             self._scale.learn(name, estimate, counted)
         else:
             self._scale.pass_over(name)
-
-
-_NO_WAIT = contextlib.nullcontext()
 
 
 # --- what is noted of a call --------------------------------------------------------
@@ -10539,8 +10562,7 @@ class Record:
                 "target": self.where, "attempts": [attempt._asdict() for attempt in self.trail]}
 
     def line(self) -> str:
-        """`model → provider/model 200 first 0.4s total 2.1s in 12 out 340`; `~` marks an estimate.
-        """
+        """`model → provider/model 200 first 0.4s total 2.1s in 12 out 340`; `~`: estimated."""
         names = f"{one_line(self.model, 64) or '-'} → {one_line(self.where or '-', 100)}"
         first = f" first {self.first_s:.2f}s" if self.first_s is not None and self.stream else ""
         mark = "~" if self.usage.estimated else ""
@@ -10642,8 +10664,9 @@ def hour_of(at: float) -> int:
 
 
 def parse_ledger_line(line: bytes) -> LedgerRow:
-    """A row of usage.jsonl; ValueError.  An older version wrote rows of a whole `day`, without
-    dialect and status.
+    """A row of usage.jsonl; ValueError.
+
+    An older version wrote rows of a whole `day`, without dialect and status.
     """
     row = json.loads(line)
     if not isinstance(row, dict):
@@ -10796,12 +10819,11 @@ class Journal:
 
 
 class Ledger(Journal):
-    """Every finished call, counted once, in a row of its hour, model, provider, key, dialect and
-    status.
+    """Every finished call, counted once in the row that has its LEDGER_NAMES.
 
-    Usage, the chart, /metrics and the limits a day read it.  Of days that are over a row loses
-    hour, dialect and status.  Names come from clients: those beyond what an hour may hold are
-    counted together as `other`.
+    Usage, the chart, /metrics and the limits a day read it.  After HOURS_KEPT a row loses
+    its hour, dialect and status, and is summed with those of its day.  Names come from clients:
+    those beyond what an hour may hold are counted together as `other`.
     """
     HOURS_KEPT = 48
 
@@ -10899,8 +10921,9 @@ class Ledger(Journal):
                     if names[0] >= oldest]
 
     def report(self, by: str, days: int, prices: Mapping[str, Mapping[str, float]]) -> List[Json]:
-        """A row for each value of `by` (USAGE_NAMES) in the last `days`, the largest first; `cost`
-        by the prices.
+        """A row for each value of `by` (USAGE_NAMES) in the last `days`, most tokens first.
+
+        `cost` is by the `prices` (cost_of), None where no row has one.
         """
         found: Dict[str, Json] = {}
         for names, counts in self.rows(days):
@@ -10914,9 +10937,7 @@ class Ledger(Journal):
         return sorted(found.values(), key=lambda row: (-row["input"] - row["output"], row[by]))
 
     def steps(self, span: str) -> List[Tuple[int, List[LedgerRow]]]:
-        """The hours of the last `day` or the days of the last `month`: when each began, and its
-        rows.
-        """
+        """When each hour of the last `day` (or day of the last `month`) began, and its rows."""
         now = self._now()
         if span == "month":
             found: Dict[int, List[LedgerRow]] = {midnight_of(int(now), back): []
@@ -10930,10 +10951,8 @@ class Ledger(Journal):
             found.get(at, []).append(row)
         return list(found.items())
 
-    def spent(self, key: str) -> List[Tuple[float, int, int]]:
-        """What a key's calls of the last day came to: seconds since the end of each hour, requests,
-        tokens.
-        """
+    def spent(self, key: str) -> Spent:
+        """What a key's calls of the last day came to, hour by hour."""
         now = self._now()
         sums: Dict[int, Counter[str]] = {}
         for (hour, _, _, name, *_), counts in self.rows(2):
@@ -10976,9 +10995,7 @@ class Ledger(Journal):
 
 def cost_of(model: str, provider: str, counts: Mapping[str, int],
             prices: Mapping[str, Mapping[str, float]]) -> Optional[float]:
-    """What a row costs by the first price whose pattern matches `provider/model` or `model`; None
-    without one.
-    """
+    """What a row costs by the first price that fits `provider/model` or `model`; None: no price."""
     for pattern, price in prices.items():
         if fits(f"{provider}/{model}", pattern) or fits(model, pattern):
             cached = min(counts["cached"], counts["input"])
@@ -11006,9 +11023,7 @@ class RecentItems:
             self._items.append(item)
 
     def after(self, number: int, most: int = 1000) -> Tuple[int, List[Tuple[int, Any]]]:
-        """How many after `number` are lost already, and the next ones there are, with their
-        numbers.
-        """
+        """How many after `number` are gone already, and the next `most` with their numbers."""
         with self._lock:
             first = self.count - len(self._items)        # so many are gone
             lost = max(0, first - number)
@@ -11032,11 +11047,10 @@ class GatewayLog(logging.Logger):
 
 
 class Live(logging.Handler):
-    """What viewers of the page read, each at its own pace, and what wakes them: the last requests,
-    and the last lines of the log as (epoch seconds, level, logger, text), redacted when read.
+    """What viewers of the page read, and what wakes them: the last requests and log lines.
 
-    Nothing is queued for anybody: who is slow finds that what is kept has moved on, and is told by
-    how much.
+    A log line is (epoch seconds, level, logger, text), redacted when it is read.  Each viewer reads
+    at its own pace and has no queue: one that is too slow is told how many it has missed.
     """
 
     def __init__(self) -> None:
@@ -11054,6 +11068,7 @@ class Live(logging.Handler):
         self.notify(True)
 
     def notify(self, log_only: bool = False) -> None:
+        """Wake the viewers; `log_only`: those who want logs."""
         if self._viewers[True] or not log_only and self._viewers[False]:
             with self._changed:
                 self._version += 1
@@ -11068,6 +11083,7 @@ class Live(logging.Handler):
 
     @contextlib.contextmanager
     def viewer(self, logs: bool) -> Iterator[None]:
+        """Count a viewer for the time of the `with`; Busy where there are too many."""
         with self._changed:
             if sum(self._viewers.values()) >= VIEWERS_LIMIT:
                 raise Busy(f"{VIEWERS_LIMIT} pages are watching already", retry_after_s=30)
@@ -11095,8 +11111,9 @@ def log_json(number: int, line: Tuple[float, int, str, str]) -> Json:
 
 @dataclass(eq=False, repr=False)
 class Session:
-    """Somebody who is signed in: with which password (its hash), since when and until when.  Times
-    are monotonic.
+    """Somebody who is signed in: with which password (its hash), since when, and when last seen.
+
+    Times are monotonic.
     """
     password: str
     began_at: float
@@ -11104,7 +11121,7 @@ class Session:
 
 
 class Guesser:
-    """An address that tries passwords or codes: how many wrong ones, and one try at a time."""
+    """An address that tries passwords or codes: one at a time, wrong ones are counted."""
 
     def __init__(self) -> None:
         #: a password takes a fifth of a second of one processor, not of all
@@ -11136,12 +11153,11 @@ class Sessions:
 
     @property
     def is_new(self) -> bool:
+        """Whether no password was set yet."""
         return not self._password()
 
     def code(self) -> str:
-        """The code that sets the first password, made anew after CODE_LIFE_S; "" where there is a
-        password.
-        """
+        """The code that sets the first password, "" where there is one; new after CODE_LIFE_S."""
         with self._lock:
             now, old = self._clock(), self._code
             if not self.is_new:
@@ -11155,7 +11171,7 @@ class Sessions:
         return code
 
     def try_code(self, address: str, code: str) -> bool:
-        """Whether it is the code, which is used up by this; RateLimited."""
+        """Whether `code` is the code in force, which is used up by this; RateLimited."""
         given = re.sub(r"[\s-]", "", code).upper()
 
         def is_ours() -> bool:
@@ -11170,14 +11186,15 @@ class Sessions:
         return self._judge(address, is_ours)
 
     def try_password(self, address: str, password: str) -> bool:
-        """RateLimited."""
+        """Whether it is the password in force; RateLimited."""
         stored = self._password()
         return self._judge(address, lambda: len(password) <= PASSWORD_LENGTH[1]
                            and is_password(password, stored))
 
     def _judge(self, address: str, is_right: Callable[[], bool]) -> bool:
         """Whether a guess is right; RateLimited after SIGN_IN_TRIES wrong ones, then once a second.
-        Each address waits for itself alone: nobody can lock others out.
+
+        Each address has its own count: nobody can lock others out.
         """
         with self._lock:
             guesser = self._guessers.get(address) or Guesser()
@@ -11217,11 +11234,10 @@ class Sessions:
         return is_fresh and session.password == self._password() != ""
 
     def basic(self, address: str, given: str) -> Optional[Session]:
-        """The session of one request that bears `admin:password` in base64; RateLimited, None where
-        it is wrong.
+        """A session for one request with `admin:password` in base64, None: wrong; RateLimited.
 
-        What was right is remembered as long as the password stays, so that a script's requests cost
-        nothing.
+        The last right one is remembered as long as the password stays: checking takes a fifth of a
+        second, and a script sends it with each request.
         """
         digest, password = hash_key(given), self._password()
         known, its = self._basic
@@ -11243,6 +11259,7 @@ class Sessions:
         self._basic = (b"", "")
 
     def _end(self, names: Iterable[bytes]) -> None:
+        """End sessions by the hashes of their tokens."""
         with self._lock:
             for name in names:
                 if name in self._kept:
@@ -11294,8 +11311,7 @@ def _lasting_key(path: str, log: logging.Logger) -> bytes:
         write_file(path, key)
     except OSError as exc:
         log.warning("%s can't be written (%s): conversations lose their reasoning at a restart",
-                    path,
-                    exc.strerror or exc)
+                    path, exc.strerror or exc)
     return key
 
 
@@ -11319,20 +11335,21 @@ def parse_model_list(data: bytes) -> List[str]:
 
 
 def tokens_of(header: str) -> Set[str]:
-    """The words of a header that lists some; those of Connection name further headers of this hop
-    (RFC 9110, 7.6.1).
+    """The words of a header that lists some, in lower case.
+
+    Those of Connection name further headers of this hop (RFC 9110, 7.6.1).
     """
     return {token.strip().lower() for token in header.split(",")}
 
 
 def _secrets_of(provider: Provider) -> List[str]:
-    """What no client may see; what is as short as "none" or "EMPTY" is no secret."""
+    """What no client may see; a value as short as "none" or "EMPTY" is no secret."""
     return [secret for secret in (*provider.api_keys, *(value for _, value in provider.headers))
             if len(secret) >= 8]
 
 
 def _forget_secrets(exc: GatewayError, provider: Provider) -> None:
-    """Some upstreams repeat the key they refuse; it is not the client's."""
+    """Mask our keys in an error: some upstreams repeat the key they refuse."""
     for secret in _secrets_of(provider):
         for name in ("message", "type", "param", "code"):
             value = getattr(exc, name)
@@ -11383,7 +11400,7 @@ def read_refusal(response: UpstreamResponse, provider: Provider) -> UpstreamErro
     except UpstreamError:
         data = b""
     refusal = parse_refusal(response.status, response.content_type, data)
-    # unsigned, or a model this key may not use
+    # iFlow's 406: the request is not signed, or the key may not use the model
     if refusal.status == 406 and provider.kind == "iflow":
         refusal.status, refusal.body = 403, None
     said = parse_retry_after(response.headers, time.time())
@@ -11395,8 +11412,9 @@ def read_refusal(response: UpstreamResponse, provider: Provider) -> UpstreamErro
 
 def _classify(exc: UpstreamRefused, target: Target, translation: Translation,
               shows_images: bool) -> None:
-    """Recognise a prompt too long, a quota that is spent, a model that can't see and one that is
-    missing by their words.
+    """Recognise some refusals by their words, and give `exc` the status and code they should have.
+
+    A prompt too long, a spent quota, a model that takes no images, and one that does not exist.
     """
     text = dump_json(exc.body).decode() if exc.body else exc.message
     code = exc.code or exc.body and exc.body["error"].get("code")
@@ -11419,14 +11437,13 @@ def _classify(exc: UpstreamRefused, target: Target, translation: Translation,
 
 def explain_refusal(exc: UpstreamError, target: Target, translation: Translation,
                     flags: Mapping[str, Any], shows_images: bool = False) -> UpstreamError:
-    """An upstream's error as clients have to hear it.
+    """An upstream's error as the client gets it; `flags`: the gateway's, for what to advise.
 
-    A prompt too long is recognised, whatever the words.  A refused key is the operator's
-    trouble, not the client's: 401 and 403 become a 403 that says what to do (Claude Code
-    repeats a 401 for over a minute, and shows a 403).
+    A refused key is the operator's trouble, not the client's: 401 and 403 become a 403 that says
+    what to do (Claude Code repeats a 401 for over a minute, and shows a 403).
     """
     provider = target.provider
-    if provider.problem:             # our own words
+    if provider.problem:                 # the error is our own
         return exc
     if isinstance(exc, UpstreamRefused) and exc.status not in (401, 403):
         _classify(exc, target, translation, shows_images)
@@ -11437,12 +11454,11 @@ def explain_refusal(exc: UpstreamError, target: Target, translation: Translation
     if exc.status not in (401, 403):
         return exc
     keys = "its key" if provider.api_keys else "a request without a key"
-    cure = ("check its api_keys in config.json, then run: "
-            f"python iflow2api.py test {provider.name}")
+    cure = f"check its api_keys in config.json, then run: python iflow2api.py test {provider.name}"
     if provider.name == "iflow":
         cure = ("log in to iFlow again (python iflow2api.py login), then run: "
                 "python iflow2api.py test iflow")
-    elif "providers" in flags:          # --upstream
+    elif "providers" in flags:           # --upstream
         cure = "give another --api-key"
     return UpstreamRefused(
         f"provider {provider.name} refused {keys} "
@@ -11452,15 +11468,12 @@ def explain_refusal(exc: UpstreamError, target: Target, translation: Translation
 
 def upstream_headers(given: Mapping[str, str], settings: Settings, provider: Provider,
                      key: str) -> List[Tuple[str, str]]:
-    """The provider's own headers, the key, and of a chat client's what is meant for the
-    upstream.
-    """
+    """The provider's own headers, the key, and the client's that are meant for the upstream."""
     headers = {"user-agent": ("User-Agent", f"iflow2api/{__version__}")}
     if provider.kind == "iflow":
-        headers.clear()              # its own, and nothing of the client's
+        headers.clear()                  # it gets the CLI's, and nothing of the client's
     else:
-        ours = {settings.custom_auth_header.lower(),
-                *tokens_of(given.get("connection", ""))}
+        ours = {settings.custom_auth_header.lower(), *tokens_of(given.get("connection", ""))}
         for name, value in given.items():
             if (name in HEADERS_FORWARDED or name.startswith(HEADER_FORWARDED_PREFIX)) and (
                     name not in ours and is_sound_header(name, value)):
@@ -11478,14 +11491,12 @@ class Attempts:
         self.gateway, self.log, self.call, self.client = gateway, gateway.log, call, client
         self._fresh_key = ""             #: of a login that was refreshed for this call
         self.translation: Any = None     #: Translation for the target that is being asked
-        self.record = Record(call.request_id, call.dialect.name, (call.model or "")[:200],
-                             call.stream,
-                             time.monotonic(), key=call.key.name if call.key else "",
-                             at=time.time())
+        self.record = Record(
+            call.request_id, call.dialect.name, (call.model or "")[:200], call.stream,
+            time.monotonic(), key=call.key.name if call.key else "", at=time.time())
 
     def run(self) -> None:
-        """Raises GatewayError, with nothing sent or (`client.began`) in mid-answer, and ClientGone.
-        """
+        """Answer the call; ClientGone, GatewayError (`client.began`: in the middle of it)."""
         record = self.record
         try:
             self.state: State = self.gateway.current()
@@ -11563,14 +11574,13 @@ class Attempts:
         return True
 
     def _aim(self, target: Target) -> None:
-        """Translate the call for a target.  UpstreamRefused where it is disabled, BadRequest."""
+        """Translate the call for a target; UpstreamRefused where it is disabled, BadRequest."""
         provider = target.provider
         self.target = self.record.target = target
         self.lane: Lane = self.gateway.lane(provider)
         if provider.problem:
             raise UpstreamRefused(f"provider {provider.name} is disabled: {provider.problem}",
-                                  status=403,
-                                  type="permission_error", should_retry=False)
+                                  status=403, type="permission_error", should_retry=False)
         other = provider.vision_model
         if other and other != target.model and self.call.shows_images and (
                 not profile_of(target)["vision"]):
@@ -11608,9 +11618,7 @@ class Attempts:
     # when it failed
 
     def _mend(self, plan: Plan, status: int, exc: GatewayError) -> bool:
-        """Whether the attempt can be made again at once: its login refreshed, or max_tokens
-        lowered.
-        """
+        """Whether to repeat the attempt at once: its login was refreshed, or max_tokens lowered."""
         if self.client.began or not isinstance(exc, UpstreamRefused):
             return False
         if status == 401:
@@ -11623,8 +11631,7 @@ class Attempts:
             return False
         self.lane.learn_cap(model, cap)
         self.log.info("%s %s/%s takes max_tokens up to %d; asking again",
-                      self.call.request_id[4:12],
-                      self.lane.provider.name, model, cap)
+                      self.call.request_id[4:12], self.lane.provider.name, model, cap)
         self._translate()
         plan.repeat()
         return True
@@ -11640,7 +11647,7 @@ class Attempts:
         return bool(self._fresh_key)
 
     def _give_up(self, plan: Plan, status: int, exc: GatewayError, has_others: bool) -> None:
-        """Tell the plan; raises where nobody else may be asked."""
+        """Tell the plan that the attempt failed; raises `exc` where nobody else may be asked."""
         name = self.target.provider.name
         if plan.failed(exc, self.client.began, status):
             circuit = {**CIRCUIT, **self.settings.circuit}
@@ -11692,20 +11699,18 @@ class Attempts:
         self.record.first_s = time.monotonic() - self.record.started
 
     def _stream(self, response: UpstreamResponse, translation: Translation) -> bytes:
-        """Upstream's payload through the translation to the client, a write for each read, until
-        the answer is whole.
+        """Pass a stream on to its end, with a write for each read; b"".
 
-        Returns the body where it is no event stream but a JSON object, whatever it calls itself,
-        else b"".
+        Where the body is a JSON object instead, whatever its content type: that body.
         """
         client, record, provider = self.client, self.record, self.target.provider
-        kinds: Set[bool] = set()         # of the first payload: whether it begins as JSON does
+        is_json: List[bool] = []         # empty until the first payload has come
         body = bytearray()
 
         def move(payload: bytes) -> bool:
-            if not kinds:
-                kinds.add(payload.lstrip()[:1] == b"{")
-            if True in kinds:
+            if not is_json:
+                is_json.append(payload.lstrip()[:1] == b"{")
+            if is_json[0]:
                 body.extend(payload)
                 if len(body) > ANSWER_LIMIT_BYTES:
                     limit_mib = ANSWER_LIMIT_BYTES >> 20
@@ -11740,30 +11745,29 @@ class Attempts:
         return b""
 
     def _spend(self) -> None:
-        """Count the tokens against limits, once: before the answer's end, so that the next request
-        finds them.
+        """Count the tokens against limits, once.
+
+        Before the answer's end is sent, so that the client's next request finds them counted.
         """
         record, usage = self.record, self.record.usage
         if self.call.meters and not record.spent:
             record.spent = True
             # 0: it is about to end well
-            real = record.status in (0, 200) or record.first_s is not None
-            self.gateway.limiter.spend(self.call.meters, usage.prompt + usage.completion if real
-                                       else 0)
+            counts = record.status in (0, 200) or record.first_s is not None
+            self.gateway.limiter.spend(
+                self.call.meters, usage.prompt + usage.completion if counts else 0)
 
 
 class LocalEngines:
-    """Engines on this machine, for a gateway without providers; what was found serves for
-    LOCAL_TTL_S.
-    """
+    """Engines on this machine, for a gateway without providers; looked for every LOCAL_TTL_S."""
 
     def __init__(self, gateway: Any) -> None:
         self._gateway, self._lock = gateway, threading.Lock()
         #: the state without engines that was looked for
         self._base: Optional[State] = None
-        #: how long that counts, the state with engines
-        self._until, self._found = 0.0, None
-        self._found: Optional[State]
+        #: the same with the engines that were found; None: there are none
+        self._found: Optional[State] = None
+        self._until = 0.0                #: monotonic; then they are looked for again
 
     def state(self, base: State, look: bool) -> State:
         """`base` with what was found; `look` False takes what was found last."""
@@ -11800,15 +11804,12 @@ class LocalEngines:
             log.info("found %s at %s: %s", provider.name, provider.base_url, models)
 
     def _ask(self, name: str, base_url: str, settings: Settings, entries: Dict[str, Json]) -> None:
-        """Enter the engine into `entries` if one answers that has a model; another iflow2api is
-        none.
-        """
+        """Enter the engine into `entries` if one with a model answers that is no iflow2api."""
         limit_s = min(settings.connect_timeout_s, LOCAL_TIMEOUT_S)
         try:
             with self._gateway.upstream.open(
                     Provider(name, base_url), replace(settings, connect_timeout_s=limit_s), "GET",
-                    "/models", (),
-                    None, NOBODY, LOCAL_TIMEOUT_S) as response:
+                    "/models", (), None, NOBODY, LOCAL_TIMEOUT_S) as response:
                 ours = response.headers.get("server", "").startswith("iflow2api")
                 models = []
                 if response.status == 200 and not ours:
@@ -11824,7 +11825,10 @@ class LocalEngines:
 
 
 def idle_patterns(router: Router, keys: Sequence[ClientKey]) -> List[str]:
-    """Patterns of client keys that match nothing, where each provider says what it serves."""
+    """Warnings for patterns of client keys that match nothing.
+
+    [] unless each provider says what it serves.
+    """
     providers = router.providers.values()
     if not providers or not all(provider.models for provider in providers):
         return []
@@ -11857,9 +11861,8 @@ class Gateway:
         self.log.addHandler(self.live)
         self.upstream = Upstream()
         self.reasoning, self.conversations = ReasoningCache(), Conversations()
-        self.scale = TokenScale(os.path.join(config.folder, "tokens.json") if config is not None
-                                else "",
-                                log=self.log)
+        self.scale = TokenScale(
+            os.path.join(config.folder, "tokens.json") if config is not None else "", log=self.log)
         self._skipped: Set[str] = set()  #: types of blocks that were logged as skipped
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         oauth = OAuth(self.upstream, lambda: self.settings)
@@ -11911,15 +11914,16 @@ class Gateway:
             tell()
 
     def lead_log(self) -> None:
-        """This gateway is the whole program: its level and its page are for all that is logged."""
+        """Use this gateway's log level, and show on its page, for all that the program logs."""
         self._leads_log = True
         self.log.removeHandler(self.live)
         log.addHandler(self.live)
         log.setLevel(self.log.level)
 
     def equip(self, router: Router) -> None:
-        """A lane for each provider, its own if it had one; others may still be in use, and go with
-        their calls.
+        """Have a lane for each provider; one that has a lane keeps it.
+
+        Calls that still use the lane of a provider that is gone keep that until they end.
         """
         with self._lock:
             lanes = {name: self.lanes.get(name) or Lane(provider, self.clock, self.scale)
@@ -11929,7 +11933,7 @@ class Gateway:
             self.lanes = lanes
 
     def lane(self, provider: Provider) -> Lane:
-        """The provider's lane; one of its own for a provider that has just been taken away."""
+        """The provider's lane; a new one for a provider that has just been removed."""
         return self.lanes.get(provider.name) or Lane(provider, self.clock, self.scale)
 
     def routed(self, settings: Settings) -> Router:
@@ -11943,9 +11947,7 @@ class Gateway:
                       else "")
 
     def _read_login(self) -> List[str]:
-        """Take over the iFlow CLI's file; what is wrong with it, a sentence.  A bad one leaves the
-        last in force.
-        """
+        """Take over the iFlow CLI's file; the warnings.  A broken one leaves the last in force."""
         if self.config is None or "providers" in self.flags:
             return []
         try:
@@ -11960,7 +11962,7 @@ class Gateway:
         problems = broken + loaded.warnings + self.state.router.warnings
         problems += idle_patterns(self.state.router, self.state.auth.keys)
         problems += self.ledger.problems
-        problems += proxy_problems(loaded.settings, self.state.router.providers.values())
+        problems += proxy_warnings(loaded.settings, self.state.router.providers.values())
         for problem in problems:
             if problem not in self.problems:
                 self.log.warning("%s", problem)
@@ -11982,7 +11984,8 @@ class Gateway:
             if self._login != before:
                 self.apply(self.settings)
             return
-        loaded = self._sound(load_settings(raw, self.environ, self.flags, self.settings))
+        loaded = self._without_conflicts(
+            load_settings(raw, self.environ, self.flags, self.settings))
         before = (self.settings, self._login)
         broken = self.config.unreadable + self._read_login()
         had_problems = self.config_broken or loaded.warnings or broken or self.problems
@@ -11991,9 +11994,10 @@ class Gateway:
             self._take_over(loaded, broken)
             self.log.info("settings taken over from %s", self.config.path)
 
-    def _sound(self, loaded: Loaded) -> Loaded:
-        """`loaded`, with what does not fit together in it (unknown providers, names taken twice) as
-        it was.
+    def _without_conflicts(self, loaded: Loaded) -> Loaded:
+        """`loaded`, but settings that newly conflict stay as they were.
+
+        A conflict: an unknown provider, or a name taken twice.
         """
         router, known = self.routed(loaded.settings), self.state.router
         bad = router.conflicting - known.conflicting
@@ -12008,8 +12012,7 @@ class Gateway:
         """Reload when config.json or the CLI's file changes on disk, and keep logins fresh."""
         if self.config is not None and self._watch is None:
             self._watch = FileWatch([self.config.path, os.path.expanduser(IFLOW_FILE)],
-                                    self._files_changed,
-                                    log=self.log)
+                                    self._files_changed, log=self.log)
             if "providers" not in self.flags:
                 self.logins.refresher.start()
 
@@ -12025,9 +12028,7 @@ class Gateway:
         self.reload()
 
     def config_version(self, raw: Optional[Json] = None) -> str:
-        """What tells one content of config.json from another, but for logins, which renew
-        themselves.
-        """
+        """A hash of config.json's content without the logins, which renew themselves."""
         if raw is None:
             raw = self.config.recover()[0] if self.config is not None else {}
         told = {name: value for name, value in raw.items() if name != "accounts"}
@@ -12053,9 +12054,7 @@ class Gateway:
         return key, self.keep_setting("custom_api_key", key)
 
     def seal(self) -> Seal:
-        """What reasoning is sealed with on its way through clients; where there is a folder, its
-        key is kept there.
-        """
+        """What encrypts reasoning that clients store; its key is kept in config.json's folder."""
         if self._seal is None:
             path = os.path.join(self.config.folder, "seal.key") if self.config is not None else ""
             self._seal = Seal(_lasting_key(path, self.log) if path else secrets.token_bytes(32))
@@ -12064,10 +12063,9 @@ class Gateway:
     # answering
 
     def current(self, look: bool = True) -> State:
-        """What a request starts from: the settings, or, where they lead nowhere, the engines of
-        this machine.
+        """What a request starts from: the settings, and without providers this machine's engines.
 
-        `look` False takes what was found last.
+        `look` False takes the engines that were found last.
         """
         state = self.state
         if state.router.default is not None or not state.settings.detect_local:
@@ -12075,7 +12073,7 @@ class Gateway:
         return self._engines.state(state, look)
 
     def answer(self, call: Call, client: Client) -> None:
-        """Serve one call; what Attempts.run raises."""
+        """Answer one call; raises what Attempts.run raises."""
         with self._lock:
             self.in_flight += 1
         loop = self.upstream.loop if client.sock is not None else None
@@ -12092,8 +12090,8 @@ class Gateway:
     def note(self, record: Record) -> None:
         """What came of a call: for usage, metrics, the page and the log."""
         settings, auth = self.state.settings, self.state.auth
-        self.ledger.add(record, settings.usage_days, self.in_flight > 1, settings.usage
-                        or auth.limited)
+        self.ledger.add(record, settings.usage_days, self.in_flight > 1,
+                        settings.usage or auth.limited)
         self.live.requests.add(record)
         self.live.notify()
         if self.log.isEnabledFor(logging.INFO):
@@ -12105,13 +12103,10 @@ class Gateway:
         for kind in shown - self._skipped:
             self._skipped.add(kind)
             self.log.info("%s content of the type %r means nothing here and is left out",
-                          call.request_id[4:12],
-                          one_line(kind, 60))
+                          call.request_id[4:12], one_line(kind, 60))
 
     def account_of(self, provider: Provider, key: str) -> Optional[str]:
-        """The login that a key of the provider iflow comes from, None where it comes from
-        elsewhere.
-        """
+        """The login that a key of the provider iflow comes from; None: from no login."""
         if self.config is None or provider.name != "iflow" or provider.kind != "iflow":
             return None
         keys = {**account_keys(self.settings.accounts),
@@ -12142,9 +12137,9 @@ class Gateway:
     def login_report(self) -> Dict[str, Json]:
         """Refresher.report for the logins in force."""
         accounts = {name: object_of(login) for name, login in self.settings.accounts.items()}
-        in_force = {DEFAULT_ACCOUNT: self._login,
-                    **accounts} if "providers" not in self.flags else {}
-        return self.logins.refresher.report(in_force)
+        is_used = "providers" not in self.flags          # else --upstream
+        return self.logins.refresher.report(
+            {DEFAULT_ACCOUNT: self._login, **accounts} if is_used else {})
 
     def close(self) -> None:
         log.removeHandler(self.live)
@@ -12165,7 +12160,7 @@ def fetch_models(gateway: Gateway, provider: Provider) -> List[str]:
     key = gateway.lane(provider).keys(provider.api_keys)[0]
     headers = [*provider.headers, *([("Authorization", "Bearer " + key)] if key else [])]
     with gateway.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY,
-                            MODELS_TIMEOUT_S) as response:
+                               MODELS_TIMEOUT_S) as response:
         if response.status != 200:
             raise read_refusal(response, provider)
         return parse_model_list(response.read_all(8 << 20))
@@ -12182,9 +12177,7 @@ def _fetch_list(gateway: Gateway, lane: Lane, now: float) -> None:
 
 
 def _fetch_lists(gateway: Gateway, providers: Sequence[Provider]) -> Dict[str, List[str]]:
-    """What the providers themselves list, kept for a while; one that fails lists what it did
-    before.
-    """
+    """What the providers themselves list, kept for MODELS_TTL_S; one that fails: its last list."""
     now = time.monotonic()
     at_once([partial(_fetch_list, gateway, lane, now) for lane in map(gateway.lane, providers)
              if lane.listed[0] < now], 2 * MODELS_TIMEOUT_S)
@@ -12193,10 +12186,9 @@ def _fetch_lists(gateway: Gateway, providers: Sequence[Provider]) -> Dict[str, L
 
 def models_of(gateway: Gateway, key: Optional[ClientKey] = None,
               more: Collection[str] = ()) -> List[Json]:
-    """All names that can be asked for, each with the provider it leads to; nothing that would not
-    be routed.
+    """All names that can be asked for and are routed, each with the provider it leads to.
 
-    With a client's `key` those that it may use.  `more`: names to list, too, if they are
+    With a client's `key` those that it may use.  `more`: names to list as well if they are
     redirected.
     """
     router = gateway.current().router
@@ -12265,9 +12257,7 @@ def vision_models_of(gateway: Gateway, key: Optional[ClientKey] = None) -> List[
 
 
 def target_to_count(gateway: Gateway, call: Call) -> Optional[Target]:
-    """Where a request would go whose tokens are to be counted; Forbidden.  None where it leads
-    nowhere.
-    """
+    """Where a request whose tokens are counted would go, None: nowhere; Forbidden."""
     if call.model is not None and not isinstance(call.model, str):
         return None
     try:
@@ -12280,8 +12270,9 @@ def target_to_count(gateway: Gateway, call: Call) -> Optional[Target]:
 
 def scaled_count(gateway: Gateway, target: Optional[Target], estimate: int) -> int:
     """`estimate` as the target's model counts, as far as that is known."""
-    return gateway.lane(target.provider).scaled(target.model,
-                                                estimate) if target is not None else estimate
+    if target is None:
+        return estimate
+    return gateway.lane(target.provider).scaled(target.model, estimate)
 
 
 # --- what it tells of itself ---------------------------------------------------
@@ -12304,11 +12295,10 @@ _EXPLAINED = record({}, {
 
 
 def explain(gateway: Gateway, body: Json, in_english: bool = True) -> Json:
-    """Where a model's name goes, step by step; `body` has `model`, and what conditions ask:
-    dialect, tokens, ….
+    """Where a model's name goes, step by step, for a request as `body` says (_EXPLAINED).
 
-    With `aliases` it says where the name would go with those, and `problems` what is wrong with
-    them.
+    With `aliases`: where it would go with those, and in `problems` what is wrong with them.
+    BadRequest for a bad `body`.
     """
     try:
         _EXPLAINED(body, "")
@@ -12396,8 +12386,9 @@ class Collect(Client):
 
 def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional[ClientKey] = None,
                  **more: Any) -> Json:
-    """The message of a tiny real request; of a streamed one {}.  `key` is whose usage it is.
-    GatewayError.
+    """The message that answers a tiny real request, {} of a streamed one; GatewayError.
+
+    `key`: whose usage it is.  `more` is added to the request.
     """
     limit = profile_of(Target(provider, model))["max_tokens_field"]
     body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
@@ -12408,8 +12399,9 @@ def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional
 
 
 def model_to_try(gateway: Gateway, provider: Provider) -> str:
-    """A model to try: the default one if it is this provider's, its first configured one, or the
-    first it lists.
+    """The default model if it is this provider's, else its first one, else the first it lists.
+
+    NotLoggedIn where the provider is unusable, UpstreamError where it lists none.
     """
     if provider.problem:
         raise NotLoggedIn(provider.problem)
@@ -12428,23 +12420,20 @@ def model_to_try(gateway: Gateway, provider: Provider) -> str:
 
 #: What is at fault, by the status that a trial ends with, and which check that is.
 FAULTS = {401: ("key", "the key"), 402: ("key", "the balance"), 403: ("key", "the key"),
-          404: ("model", "the model"),
-          429: ("key", "the rate limit"), 502: ("reach", "the connection"),
-          504: ("reach", "the connection")}
+          404: ("model", "the model"), 429: ("key", "the rate limit"),
+          502: ("reach", "the connection"), 504: ("reach", "the connection")}
 
 PROBE_TOOL = {"type": "function", "function": {
     "name": "report", "description": "Report a number.",
     "parameters": {"type": "object", "properties": {"number": {"type": "integer"}},
                    "required": ["number"]}}}
 
-
+#: What is tried at a provider, in this order.
 CHECKS = ("reach", "key", "model", "stream", "tools")
 
 
 class Check(NamedTuple):
-    """One thing tried at a provider: `ok` None means that it came to nothing, for something before
-    it failed.
-    """
+    """One thing tried at a provider; `ok` None: not tried, since an earlier one failed."""
     what: str
     ok: Optional[bool] = None
     message: str = ""
@@ -12460,9 +12449,7 @@ CHECK_TEXTS = {"key": ("密钥正常", "key ok"), "no key": ("无需密钥", "ne
 
 def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = None,
             whole: bool = True, in_english: bool = True) -> List[Check]:
-    """Reach, key, model, stream and tools of one provider (CHECKS); without an answer there is
-    nothing more to try.
-    """
+    """Try a provider with real requests: CHECKS; `whole` False: without stream and tools."""
     def told(which: str, **facts: Any) -> str:
         return CHECK_TEXTS[which][in_english].format(**facts)
 
@@ -12502,14 +12489,15 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
 # --- logging out ----------------------------------------------------------------
 
 def remove_login(gateway: Gateway, account: str) -> bool:
-    """Take a login away, and nothing else of its file; whether there was one.  LoginFailed,
-    ConfigBroken, OSError.
+    """Take a login away, and nothing else of its file; whether there was one.
+
+    LoginFailed, ConfigBroken, OSError.
     """
     file, gone = LoginFile(account, gateway.config), False
     login = file.read()
-    # another service's key is not ours
-    foreign = login.get("selectedAuthType") == "openai-compatible"
-    fields = [name for name in LOGIN_FIELDS if not (foreign and name.endswith("piKey"))]
+    # then its apiKey and searchApiKey are another service's
+    is_other = login.get("selectedAuthType") == "openai-compatible"
+    fields = [name for name in LOGIN_FIELDS if not (is_other and name.endswith("piKey"))]
     if any(name in login for name in fields):
         with file.held():
             file.update(dict.fromkeys(login if not file.is_default else fields))
@@ -12522,8 +12510,7 @@ def remove_login(gateway: Gateway, account: str) -> bool:
 
 
 def log_path(gateway: Gateway) -> str:
-    """Where log_file is, "" if it is not set; a relative one stands in the folder of config.json.
-    """
+    """Where log_file is, "" if it is not set; a relative one is in the folder of config.json."""
     path = os.path.expanduser(gateway.settings.log_file)
     return os.path.join(gateway.config.folder if gateway.config is not None else "",
                         path) if path else ""
@@ -14507,7 +14494,7 @@ def check_together(gateway: Gateway, values: Json) -> None:
             conflicting = router.conflicting - known.conflicting
             raise BadRequest(problems[0], param=next(iter(conflicting), param))
     if values.get("upstream_proxy"):
-        problems = proxy_problems(Settings(upstream_proxy=values["upstream_proxy"],
+        problems = proxy_warnings(Settings(upstream_proxy=values["upstream_proxy"],
                                            upstream_proxy_enabled=True), ())
         if problems:
             raise BadRequest(problems[0], param="upstream_proxy")
@@ -14629,7 +14616,7 @@ def check_provider(entry: Json) -> Provider:
     except ValueError as exc:
         raise BadRequest(str(exc), param="name") from None
     problems = [provider.problem] if provider.problem else [
-        *proxy_problems(Settings(), [provider]),
+        *proxy_warnings(Settings(), [provider]),
         *(warning for warning in provider.warnings if PROFILE_IGNORED in warning)]
     if problems:
         error = bad_field(problems[0])
@@ -19056,7 +19043,7 @@ def _config_set(args: Args) -> int:
 def _check_proxy(args: Args, proxy: str) -> None:
     """UsageError for one that can't work; a hint where the switch is still off."""
     wanted = Settings(upstream_proxy=proxy, upstream_proxy_enabled=True)
-    problems = proxy_problems(wanted, ())
+    problems = proxy_warnings(wanted, ())
     if problems:
         raise UsageError(problems[0])
     if proxy and not _gateway_of(args).settings.upstream_proxy_enabled:
