@@ -1407,11 +1407,16 @@ def stretch(password: bytes, iterations: Any, salt: str) -> bytes:
 _PASSWORD_HASH = r"pbkdf2-sha256\$([1-9]\d{0,7})\$([0-9a-f]{32})\$([0-9a-f]{64})"
 
 
-def hash_password(password: str) -> str:
-    """`pbkdf2-sha256$ITERATIONS$SALT$HASH`, as of `admin_password`; ValueError: its length."""
+def check_password_length(password: str) -> None:
+    """ValueError for a password that is too short or too long."""
     least, most = PASSWORD_LENGTH
     if not least <= len(password) <= most:
         raise ValueError(f"a password has from {least} to {most} characters")
+
+
+def hash_password(password: str) -> str:
+    """`pbkdf2-sha256$ITERATIONS$SALT$HASH`, as `admin_password` keeps it; ValueError: length."""
+    check_password_length(password)
     iterations, salt = Vault.iterations(), secrets.token_hex(16)
     made = stretch(password.encode("utf-8", "surrogatepass"), iterations, salt)
     return f"pbkdf2-sha256${iterations}${salt}${made.hex()}"
@@ -13987,22 +13992,22 @@ def set_password(handler: Handler) -> None:
     proof, guess = ("code", sessions.try_code) if sessions.is_new else (
         "current", sessions.try_password)
     body = read_form(handler, {"password": typed}, {"code": secret_text, "current": secret_text})
-    password, (least, most) = body["password"], PASSWORD_LENGTH
     if gateway.origins.get("admin_password") == "environment":
         raise Conflict(f"{ENV_PREFIX}ADMIN_PASSWORD sets the password; change it there",
                        code="set_elsewhere")
     if not sessions.is_new:
         check_session(handler)
-    if not least <= len(password) <= most:               # before the code is used up
-        raise BadRequest(f"a password has from {least} to {most} characters", param="password",
-                         code="bad_password")
+    try:
+        check_password_length(body["password"])          # before the code is used up
+    except ValueError as exc:
+        raise BadRequest(str(exc), param="password", code="bad_password") from None
     with naming_fields():
         given = typed(body.get(proof) or "", proof)
     if not guess(address, given):
         what, code = (("the code is wrong; it stands on the server's console", "wrong_code")
                       if proof == "code" else ("the current password is wrong", "wrong_password"))
         raise Forbidden(what, code=code, param=proof, should_retry=None)
-    gateway.keep_setting("admin_password", hash_password(password))
+    gateway.keep_setting("admin_password", hash_password(body["password"]))
     handler.respond(204, b"", "", [cookie_header(handler, sessions.open())])
 
 
