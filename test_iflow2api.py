@@ -2,10 +2,11 @@
 
     python -m pytest -q
 
-Only pytest is needed.  The OpenAI SDK is used where it is installed, and so are selenium and Chromium with its driver;
-with IFLOW2API_REQUIRE_SDK=1 and IFLOW2API_REQUIRE_BROWSER=1 their absence is a failure.  Everything happens on the loopback at ports the system picks, with HOME in a folder of the test's own.
-Nothing sleeps: what has to happen is waited for with a deadline (`until`, `WAIT_S`), what must not happen is waited
-for with an answer to something that comes after it.
+Only pytest is needed.  The OpenAI SDK is used where it is installed, and so are selenium and
+Chromium with its driver; with IFLOW2API_REQUIRE_SDK=1 and IFLOW2API_REQUIRE_BROWSER=1 their absence
+is a failure.  Everything happens on the loopback at ports the system picks, with HOME in a folder
+of the test's own.  Nothing sleeps: what has to happen is waited for with a deadline (`until`,
+`WAIT_S`), what must not happen is waited for with an answer to something that comes after it.
 """
 import array
 import ast
@@ -72,7 +73,7 @@ SOURCE = open(PROGRAM, encoding="utf-8").read()
 
 @functools.lru_cache(maxsize=None)
 def tree() -> ast.Module:
-    """The program's syntax, which has to be Python 3.7's, so that 3.7 and 3.8 reach the sentence for them."""
+    """The program's syntax: Python 3.7's, so that 3.7 and 3.8 reach the sentence for them."""
     return ast.parse(SOURCE, feature_version=(3, 7))
 
 
@@ -84,9 +85,9 @@ def nodes() -> List[ast.AST]:
 
 @functools.lru_cache(maxsize=None)
 def byte_code() -> str:
-    """The program as a file that a process runs at once, in a folder to import it from: a script is compiled anew each time.
+    """The program as a file that a process runs at once, in a folder to import it from.
 
-    Tests of the script itself, as users start it, run PROGRAM.
+    A script is compiled anew each time.  Tests of the script, as users start it, run PROGRAM.
     """
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
@@ -822,7 +823,8 @@ def test_a_program_from_standard_input_says_what_is_wrong(home):
 PROBE = SOURCE[:SOURCE.index("#: Modules that OpenWrt")] + """
 import base64, json
 flags = {name: getattr(sys.flags, name) for name in dir(sys.flags) if name[0] != "_"}
-malloc = {name: value for name, value in os.environ.items() if "MALLOC" in name or "RESTART" in name}
+malloc = {name: value for name, value in os.environ.items()
+          if "MALLOC" in name or "RESTART" in name}
 print(json.dumps({
     "flags": {name: value for name, value in flags.items() if isinstance(value, int)},
     "argv": sys.argv, "file": __file__, "path": sys.path[0], "name": __name__, "malloc": malloc,
@@ -869,13 +871,15 @@ def test_a_start_hands_its_code_over(probe):
     assert len(found["open"]) <= 4 and found["malloc"] == {}     # 0 to 2, and the listing
     for argv in (["status"], ["--help"], ["serve", "--version"]):
         assert not probe(argv=argv)["is_loaded"]
-    with pytest.raises(AssertionError, match=r'probe\.py", line \d+, in <module>(?s:.*)ZeroDivision'):
+    with pytest.raises(AssertionError,
+                       match=r'probe\.py", line \d+, in <module>(?s:.*)ZeroDivision'):
         probe(text=PROBE + "1 / 0\n")
 
 
 @posix
 @pytest.mark.parametrize("flags, held", [
-    ("-I", {"isolated": 1}), ("-B", {"dont_write_bytecode": 1}), ("-u", {}), ("-OO", {"optimize": 2}),
+    ("-I", {"isolated": 1}), ("-B", {"dont_write_bytecode": 1}), ("-u", {}),
+    ("-OO", {"optimize": 2}),
     ("-E -s", {"ignore_environment": 1, "no_user_site": 1}),
     ("-X utf8 -bb", {"utf8_mode": 1, "bytes_warning": 2}),
     ("-W error::ResourceWarning -X dev", {"dev_mode": True}),
@@ -1771,27 +1775,34 @@ def test_parse_body_returns_the_object_and_its_text():
 
 
 BAD_BODIES = [
-    ("empty", b"", "line 1, column 1"), ("cut", b'{"a": ', "line 1, column 7"), ("two", b"{} {}", "line 1, column 4"),
-    ("list", b"[]", "object"), ("null", b"null", "object"), ("text", b'"{}"', "object"), ("number", b"5", "object"),
-    ("nan", b'{"a": NaN}', "NaN"), ("infinity", b'{"a": -Infinity}', "Infinity"), ("latin-1", b'{"a": "\xe9"}', "0xe9"),
-    ("bom and latin-1", b'\xef\xbb\xbf{"a": "\xe9"}', "0xe9"), ("cut utf-8", b'{"a": "\xe4\xb8"}', "UTF-8"),
+    ("empty", b"", "line 1, column 1"), ("cut", b'{"a": ', "line 1, column 7"),
+    ("two", b"{} {}", "line 1, column 4"),
+    ("list", b"[]", "object"), ("null", b"null", "object"), ("text", b'"{}"', "object"),
+    ("number", b"5", "object"),
+    ("nan", b'{"a": NaN}', "NaN"), ("infinity", b'{"a": -Infinity}', "Infinity"),
+    ("latin-1", b'{"a": "\xe9"}', "0xe9"),
+    ("bom and latin-1", b'\xef\xbb\xbf{"a": "\xe9"}', "0xe9"),
+    ("cut utf-8", b'{"a": "\xe4\xb8"}', "UTF-8"),
     ("surrogate bytes", b'{"a": "\xed\xa0\x80"}', "UTF-8"), ("control", b'{"a": "\n"}', "line 1"),
     ("quotes", b"{'a': 1}", "line 1"),
     ("comment", b"{} // no", "line 1"), ("trailing comma", b'{"a": 1,}', "line 1"),
     ("utf-16", '{"a": 1}'.encode("utf-16"), "UTF-8"),
-    ("digits", b'{"a": ' + b"1" * 100_000 + b"}", None), ("deep", b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ("digits", b'{"a": ' + b"1" * 100_000 + b"}", None),
+    ("deep", b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
                                                           "nested"),
     ("deep objects", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested"),
     ("only opening", b"[" * 100_000, "nested|JSON|object")]
 
 
-@pytest.mark.parametrize("data, said", [row[1:] for row in BAD_BODIES], ids=[row[0] for row in BAD_BODIES])
+@pytest.mark.parametrize("data, said", [row[1:] for row in BAD_BODIES],
+                         ids=[row[0] for row in BAD_BODIES])
 def test_a_body_that_is_no_json_object_is_refused(data, said):
     if said is None and sys.version_info < (3, 11):
         return                                            # older Pythons read numbers of any length
     with pytest.raises(ifl.BadRequest) as refused:
         ifl.parse_body(ifl.decode_body(data))
-    assert refused.value.status == 400 and re.search(said or "", refused.value.message), refused.value.message
+    assert refused.value.status == 400
+    assert re.search(said or "", refused.value.message), refused.value.message
     assert len(refused.value.message) < 400
 
 
@@ -1801,7 +1812,8 @@ def test_a_thousand_levels_are_passed_on_or_refused():
             assert ifl.parse_body('{"a":' + "[" * levels + "]" * levels + "}")["a"] is not None
 
 
-WRITTEN = ['{"a":[{"b":[1,2]},"x",3, 4.0,true ,null],"c":{"d":[]},"e":[]}', ' { "a" : [ {"b":[1,2]} , "x" ,\n3,4.0 ] , "m":"\\u4e2d" }\n',
+WRITTEN = ['{"a":[{"b":[1,2]},"x",3, 4.0,true ,null],"c":{"d":[]},"e":[]}',
+           ' { "a" : [ {"b":[1,2]} , "x" ,\n3,4.0 ] , "m":"\\u4e2d" }\n',
            '{"a":[{"b":[1,2,3]},"xy",33,40.0,true],"a":[1]}', "{}", '{"a":[1],"c":[[],[[1]],{}]}']
 
 
@@ -1817,7 +1829,8 @@ def test_what_is_remembered_of_a_request_changes_nothing(before):
 def test_what_is_remembered_finds_the_same_faults(text):
     """Each place cut off, doubled, or with a mark too many."""
     for at in range(len(text) + 1):
-        for wrong in (text[:at], text[:at] + text[at - 1:], *(text[:at] + mark + text[at:] for mark in ',]}"1:')):
+        for wrong in (text[:at], text[:at] + text[at - 1:],
+                      *(text[:at] + mark + text[at:] for mark in ',]}"1:')):
             known = ifl.Remembered()
             known.parse(text)
             try:
@@ -1834,16 +1847,19 @@ def test_what_is_remembered_finds_the_same_faults(text):
 def test_items_in_their_place_are_parsed_once():
     known, text = ifl.Remembered(), '{"messages":[{"a":1},{"b":2}],"model":"m"}'
     first, second = known.parse(text), known.parse(text.replace('{"b":2}', '{"b":2},{"c":3}'))
-    assert all(new is old for new, old in zip(second["messages"], first["messages"])) and second["messages"][2] == {"c": 3}
+    assert second["messages"][2] == {"c": 3}
+    assert all(new is old for new, old in zip(second["messages"], first["messages"]))
     third = known.parse('{"messages":[{"a":1},{"b":22}],"model":"m","input":[1,2,3]}')
-    assert list(known.lists) == ["messages"]              # a hundred thousand numbers are not looked at one by one
+    # a hundred thousand numbers are not looked at one by one
+    assert list(known.lists) == ["messages"]
     assert third["messages"][0] is first["messages"][0] and third["messages"][1] == {"b": 22}
 
 
 def test_only_what_talks_is_remembered(server, upstream):
     running = server(upstream)
     long = "word " * 2000
-    for path, body in (("/v1/embeddings", {"model": "m1", "input": [long]}), ("/v1/completions", {"model": "m1", "prompt": long})):
+    for path, body in (("/v1/embeddings", {"model": "m1", "input": [long]}),
+                       ("/v1/completions", {"model": "m1", "prompt": long})):
         post(running, body, path=path)
         assert not running.gateway.conversations._kept
     post(running, chat(pad=long))
@@ -1855,7 +1871,8 @@ def test_conversations_are_bounded_and_told_apart(monkeypatch):
     kept, text = ifl.Conversations(), "a" * 9000
     assert kept.of("a" * 7999, []) is None is kept.of("a" * 30_001, [])
     known = kept.of(text, ["s"])
-    assert kept.of(text + "b", ["s"]) is known and kept.of(text, ["t"]) is not known is not kept.of("b" + text, ["s"])
+    assert kept.of(text + "b", ["s"]) is known
+    assert kept.of(text, ["t"]) is not known is not kept.of("b" + text, ["s"])
     assert kept.of(text, ["s"]) is known
     kept.of(text, ["u"])                                  # the oldest but this goes
     assert kept.of(text, ["s"]) is known and len(kept._kept) == 3 and kept._size == 27_001
@@ -1864,17 +1881,22 @@ def test_conversations_are_bounded_and_told_apart(monkeypatch):
 SPLICES = [
     ('{"model":"a","b":1}', '{"model":"NEW","b":1}'),
     ('{ "b" : 1.0 , "model" :  "a" }', '{ "b" : 1.0 , "model" :  "NEW" }'),
-    ('{"b":{"model":"x","model":"y"},"model":"a"}', '{"b":{"model":"x","model":"y"},"model":"NEW"}'),
+    ('{"b":{"model":"x","model":"y"},"model":"a"}',
+     '{"b":{"model":"x","model":"y"},"model":"NEW"}'),
     ('{"model":{"model":"x"},"c":[{"model":1}]}', '{"model":"NEW","c":[{"model":1}]}'),
-    ('{"model":"a","x":"\\"model\\":\\"q\\"","model":"b"}', '{"model":"NEW","x":"\\"model\\":\\"q\\"","model":"NEW"}'),
+    ('{"model":"a","x":"\\"model\\":\\"q\\"","model":"b"}',
+     '{"model":"NEW","x":"\\"model\\":\\"q\\"","model":"NEW"}'),
     ('{"model":null}', '{"model":"NEW"}'), ('{"model":"a\\"}b{"}', '{"model":"NEW"}'),
     ('{"m\\u006fdel":"a"}', '{"m\\u006fdel":"NEW"}'),
     ('{"x":{"model":"y"},"m\\u006fdel":"a"}', '{"x":{"model":"y"},"m\\u006fdel":"NEW"}'),
-    ('{"x":"\\"model","model":"a"}', '{"x":"\\"model","model":"NEW"}'), ('{"x":{"model":"y"}}', '{"model":"NEW","x":{"model":"y"}}'),
+    ('{"x":"\\"model","model":"a"}', '{"x":"\\"model","model":"NEW"}'),
+    ('{"x":{"model":"y"}}', '{"model":"NEW","x":{"model":"y"}}'),
     ('{"b":"中文😀\\ud83d","model":"模型","n":12345678901234567890,"f":1e5,"g":1.00}',
      '{"b":"中文😀\\ud83d","model":"NEW","n":12345678901234567890,"f":1e5,"g":1.00}'),
-    ('{}', '{"model":"NEW"}'), ('{ }', '{"model":"NEW" }'), ('{"b":null}', '{"model":"NEW","b":null}'),
-    (' \n\t{\n\t"b": [1, 2],\r\n "model" : "a"\n}\n', ' \n\t{\n\t"b": [1, 2],\r\n "model" : "NEW"\n}\n'),
+    ('{}', '{"model":"NEW"}'), ('{ }', '{"model":"NEW" }'),
+    ('{"b":null}', '{"model":"NEW","b":null}'),
+    (' \n\t{\n\t"b": [1, 2],\r\n "model" : "a"\n}\n',
+     ' \n\t{\n\t"b": [1, 2],\r\n "model" : "NEW"\n}\n'),
     ('{"Model":"x","b":true}', '{"model":"NEW","Model":"x","b":true}'),
     ('{"":{"model":"x"},"model":"a"}', '{"":{"model":"x"},"model":"NEW"}')]
 
@@ -1882,12 +1904,14 @@ SPLICES = [
 @pytest.mark.parametrize("text, spliced", SPLICES)
 def test_splice_model_changes_nothing_else(text, spliced):
     assert ifl.splice_model(text, json.loads(text), "NEW") == spliced
-    assert json.loads(ifl.splice_model(text, json.loads(text), 'q"\\中')) == {**json.loads(text), "model": 'q"\\中'}
+    spliced = ifl.splice_model(text, json.loads(text), 'q"\\中')
+    assert json.loads(spliced) == {**json.loads(text), "model": 'q"\\中'}
 
 
 @pytest.mark.parametrize("model", ["a", "模型", 'q"\\', "a/b:c", "\ud83d"])
 def test_splice_model_writes_any_name(model):
-    assert json.loads(ifl.splice_model('{"model":"x","b":1}', {"model": "x"}, model)) == {"model": model, "b": 1}
+    assert json.loads(ifl.splice_model('{"model":"x","b":1}', {"model": "x"},
+                                       model)) == {"model": model, "b": 1}
 
 
 # --- numbers -----------------------------------------------------------------
@@ -1896,15 +1920,18 @@ def test_splice_model_writes_any_name(model):
     (None, ifl.Usage()), ({}, ifl.Usage()), ([], ifl.Usage()),
     ({"prompt_tokens": "5", "completion_tokens": -1}, ifl.Usage()),
     ({"prompt_tokens": 5, "completion_tokens": 2.0}, ifl.Usage(5, 2)),
-    ({"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}, ifl.Usage(5, 2, 4)),
+    ({"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}},
+     ifl.Usage(5, 2, 4)),
     ({"prompt_tokens": 5, "prompt_cache_hit_tokens": 3}, ifl.Usage(5, 0, 3)),
     ({"prompt_tokens": 5, "cached_tokens": 3}, ifl.Usage(5, 0, 3)),
-    ({"prompt_tokens": 5, "completion_tokens": 2, "completion_tokens_details": {"reasoning_tokens": 1}},
+    ({"prompt_tokens": 5, "completion_tokens": 2,
+      "completion_tokens_details": {"reasoning_tokens": 1}},
      ifl.Usage(5, 2, 0, 0, 1)),
     ({"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 10,
       "completion_tokens_details": {"reasoning_tokens": 3}},
      ifl.Usage(5, 5, 0, 0, 3)),
-    ({"prompt_tokens": 5, "prompt_tokens_details": None, "completion_tokens_details": "x"}, ifl.Usage(5))])
+    ({"prompt_tokens": 5, "prompt_tokens_details": None, "completion_tokens_details": "x"},
+     ifl.Usage(5))])
 def test_usage_in_every_spelling(raw, usage):
     assert ifl.parse_usage(raw) == usage
 
@@ -3346,29 +3373,37 @@ def test_reasoning_details_of_a_plain_answer_stay_apart():
 STREAMED_PLAIN = [
     (HELLO, completion("Hello")["choices"][0]["message"], "stop"),
     ([chunk(None, reasoning_content="be"), chunk(None, reasoning_content="cause"),
-      chunk(None, tool_calls=[{"index": 0, "id": "a", "type": "function", "function": {"name": "look", "arguments": ""}}]),
-      chunk(None, tool_calls=[{"index": 1, "id": "b", "function": {"name": "see", "arguments": "{}"}}]),
+      chunk(None, tool_calls=[{"index": 0, "id": "a", "type": "function",
+                               "function": {"name": "look", "arguments": ""}}]),
+      chunk(None,
+            tool_calls=[{"index": 1, "id": "b", "function": {"name": "see", "arguments": "{}"}}]),
       chunk(None, tool_calls=[{"index": 0, "function": {"arguments": '{"x":'}}]),
-      chunk(None, tool_calls=[{"index": 0, "function": {"arguments": "1}"}}]), chunk(finish="tool_calls")],
+      chunk(None, tool_calls=[{"index": 0, "function": {"arguments": "1}"}}]),
+      chunk(finish="tool_calls")],
      {"role": "assistant", "content": None, "reasoning_content": "because", "tool_calls": [
          call("a", "look", '{"x":1}'), call("b", "see", "{}")]}, "tool_calls")]
 
 
 @pytest.mark.parametrize("items, message, finish", STREAMED_PLAIN)
-def test_a_stream_that_nobody_asked_for_becomes_a_plain_answer(server, upstream, items, message, finish):
+def test_a_stream_that_nobody_asked_for_becomes_a_plain_answer(server, upstream, items, message,
+                                                               finish):
     running = server(upstream)
     for kind in ("text/event-stream", "application/json", ""):
         body = b": hello\n\n" * (kind == "") + wire_of(items)
-        upstream.plays(*[Reply(head(200, [("Content-Type", kind), ("Content-Length", str(len(body)))]) + body)] * 2)
+        upstream.plays(*[Reply(head(200, [("Content-Type", kind),
+                                          ("Content-Length", str(len(body)))]) + body)] * 2)
         answer = post(running, chat())
-        assert answer.headers["content-type"] == "application/json" and answer.json["object"] == "chat.completion"
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.json["object"] == "chat.completion"
         assert answer.json["choices"] == [{"message": message, "index": 0, "finish_reason": finish}]
-        told = post(running, {"model": "m1", "max_tokens": 9, "messages": [user("q")]}, "/v1/messages").json
+        told = post(running, {"model": "m1", "max_tokens": 9, "messages": [user("q")]},
+                    "/v1/messages").json
         assert told["stop_reason"] == ("end_turn" if finish == "stop" else "tool_use")
 
 
 @pytest.mark.parametrize("items, status, said", [
-    ([chunk("Hi")], 502, "cut off"), ([{"error": {"message": "slow", "code": 429}}], 429, "slow"), ([DONE], 502, "empty")])
+    ([chunk("Hi")], 502, "cut off"), ([{"error": {"message": "slow", "code": 429}}], 429, "slow"),
+    ([DONE], 502, "empty")])
 def test_a_stream_that_nobody_asked_for_may_be_a_failure(server, upstream, items, status, said):
     running = server(upstream)
     upstream.plays(sse(*items))
@@ -4029,10 +4064,12 @@ ITEMS = [
     ("foreign carrier",
      [thought_item("", summary=SHORT, encrypted_content="gAAAA"), said_responses("a")],
      [said_chat("assistant", "a", reasoning_content="short")]),
-    ("details without text", [thought_item("", encrypted_content=SEAL.encrypt({"details": [{"x": 1}]})),
+    ("details without text",
+     [thought_item("", encrypted_content=SEAL.encrypt({"details": [{"x": 1}]})),
                               said_responses("a")],
      [said_chat("assistant", "a", reasoning_details=[{"x": 1}])]),
-    ("own compaction", [{"type": "compaction", "encrypted_content": SEAL.encrypt({"summary": "S"})}],
+    ("own compaction",
+     [{"type": "compaction", "encrypted_content": SEAL.encrypt({"summary": "S"})}],
      [said_chat("user", "Summary of the conversation so far:\n\nS")]),
     ("nothing", [{"role": "user", "content": None}], [said_chat("user", "")]),
     ("file and image", [{"role": "user", "content": [
@@ -4233,7 +4270,8 @@ def test_two_calls_of_one_chunk_without_index_id_or_arguments_are_two_calls():
     calls = [{"function": {"name": name, "arguments": ""}} for name in ("a", "b")]
     stream = make_turn({"input": "q"}).stream(counter())
     events = [*stream.feed({"choices": [{"delta": {"tool_calls": calls}}]}), *stream.close()]
-    assert [(item["name"], item["arguments"]) for item in events[-1]["response"]["output"]] == [("a", "{}"), ("b", "{}")]
+    assert [(item["name"], item["arguments"])
+            for item in events[-1]["response"]["output"]] == [("a", "{}"), ("b", "{}")]
 
 
 # --- bad input and the store
@@ -4361,11 +4399,14 @@ def test_count_response_tokens():
 
 def test_an_estimate_of_usage_counts_texts_alone():
     text = "word " * 70
-    last = play_responses([delta(content=text), tools(tool(0, "call_" + "x" * 50, "f", '{"x":1}')), end("stop")],
+    last = play_responses([delta(content=text), tools(tool(0, "call_" + "x" * 50, "f", '{"x":1}')),
+                           end("stop")],
                           {"input": text, **HERE})[-1]["response"]
     turn = make_turn({"input": text})
-    assert turn.tokens == 4 + 100 and last["usage"]["output_tokens"] == 5        # what the upstream says stands
-    events = play_responses([delta(content=text), tools(tool(0, "call_" + "x" * 50, "f", '{"x":1}'))], {"input": text})
+    # what the upstream says stands
+    assert turn.tokens == 4 + 100 and last["usage"]["output_tokens"] == 5
+    events = play_responses([delta(content=text),
+                             tools(tool(0, "call_" + "x" * 50, "f", '{"x":1}'))], {"input": text})
     usage = events[-1]["response"]["usage"]
     assert usage["input_tokens"] == 104 and 100 < usage["output_tokens"] < 106
 
@@ -4379,7 +4420,8 @@ def test_reasoning_details_come_back_through_previous_response_id():
     store = ifl.ResponseStore()
     store.keep(response, turn.items, "", turn.carriers)
     body = {"previous_response_id": response["id"], "input": [result_responses("c1")]}
-    for conversation in (store.recall(response["id"]), [turn.items[0], *map(store.item, (i["id"] for i in response["output"]))]):
+    for conversation in (store.recall(response["id"]),
+                         [turn.items[0], *map(store.item, (i["id"] for i in response["output"]))]):
         message = make_turn(body, store={response["id"]: conversation}).chat["messages"][1]
         assert message["reasoning_details"] == details and message["reasoning_content"] == "t"
     assert store.find(response["id"]).response == response
@@ -4691,20 +4733,20 @@ def test_an_id_of_the_conversation_is_not_used_again():
     assert item["call_id"] != "call_0" and item["call_id"].startswith("call_")
 
 
-def refused(status=502, said="x", **facts):
+def answered(status=502, said="x", **facts):
     return ifl.UpstreamRefused(said, status=status, **facts)
 
 
 @pytest.mark.parametrize("exc, code, message", [
-    (refused(429, "Slow down", retry_after_s=2.5), "rate_limit_exceeded",
+    (answered(429, "Slow down", retry_after_s=2.5), "rate_limit_exceeded",
      "Slow down. Please try again in 2.5s."),
-    (refused(429, "Rate limit, try again in 2s"), "rate_limit_exceeded",
+    (answered(429, "Rate limit, try again in 2s"), "rate_limit_exceeded",
      "Rate limit, try again in 2s"),
-    (refused(429, "x."), "rate_limit_exceeded", "x. Please try again in 5s."),
-    (refused(429, body={"error": {"code": "insufficient_quota"}}), "insufficient_quota", "x"),
-    (refused(400, overflow=(0, 0)), "context_length_exceeded", "x"),
-    (ifl.Busy("x"), "server_is_overloaded", "x"), (refused(503), "server_is_overloaded", "x"),
-    (ifl.UpstreamGarbled("x"), "server_error", "x"), (refused(400), "invalid_prompt", "x"),
+    (answered(429, "x."), "rate_limit_exceeded", "x. Please try again in 5s."),
+    (answered(429, body={"error": {"code": "insufficient_quota"}}), "insufficient_quota", "x"),
+    (answered(400, overflow=(0, 0)), "context_length_exceeded", "x"),
+    (ifl.Busy("x"), "server_is_overloaded", "x"), (answered(503), "server_is_overloaded", "x"),
+    (ifl.UpstreamGarbled("x"), "server_error", "x"), (answered(400), "invalid_prompt", "x"),
     (ifl.UpstreamTimeout("x"), "server_error", "x")])
 def test_failures(exc, code, message):
     events = list(make_turn({"input": "q"}).stream(counter()).fail(exc))
@@ -8515,7 +8557,8 @@ WRAPPINGS = [
     ("no length", Reply(head(200, [STREAM_TYPE]) + WIRE, CLOSE)),
     ("no type", Reply(head(200) + WIRE, CLOSE)),
     ("gzip", Reply(head(200, [STREAM_TYPE, ("Content-Encoding", "gzip"), BY_CHUNKS]),
-                   *(framed(PACKED_HELLO[at:at + 9]) for at in range(0, len(PACKED_HELLO), 9)), b"0\r\n\r\n")),
+                   *(framed(PACKED_HELLO[at:at + 9]) for at in range(0, len(PACKED_HELLO), 9)),
+                   b"0\r\n\r\n")),
     ("chunks of a byte", Reply(head(200, [BY_CHUNKS]), *(framed(bytes([byte])) for byte in WIRE),
                                b"0\r\n\r\n")),
     ("bytes", Reply(head(200, [BY_CHUNKS]),
@@ -15373,7 +15416,8 @@ def lookup(monkeypatch):
 
 @pytest.mark.parametrize("kind, login, written, seen", [
     (ConnectProxy, (), "", "model.test:8000"),
-    (ConnectProxy, ("me@home", "hunter2:x/é"), "me%40home:hunter2%3Ax%2F%C3%A9@", "model.test:8000"),
+    (ConnectProxy, ("me@home", "hunter2:x/é"), "me%40home:hunter2%3Ax%2F%C3%A9@",
+     "model.test:8000"),
     (SocksProxy, (), "", (3, "model.test", 8000)),
     (SocksProxy, ("me", "hunter2"), "me:hunter2@", (3, "model.test", 8000))])
 def test_a_proxy_is_told_the_name_and_its_connection_is_kept(ask, proxy, hello, lookup, kind, login,
@@ -15520,7 +15564,8 @@ def test_loopback_is_never_proxied(ask, hello, monkeypatch, host):
 
 
 @pytest.mark.parametrize("variables, scheme, used", [
-    ("HTTP_PROXY=P", "http", True), ("http_proxy=P", "http", True), ("HTTPS_PROXY=P", "https", True),
+    ("HTTP_PROXY=P", "http", True), ("http_proxy=P", "http", True),
+    ("HTTPS_PROXY=P", "https", True),
     ("https_proxy=P", "https", True), ("HTTPS_PROXY=P", "http", False),
     ("ALL_PROXY=P", "https", True), ("all_proxy=P", "http", True),
     ("ALL_PROXY=P NO_PROXY=*", "http", False), ("ALL_PROXY=P NO_PROXY=other,.test", "http", False),
@@ -15545,7 +15590,8 @@ def test_env_end_to_end(ask, proxy, monkeypatch):
 
 
 @pytest.mark.parametrize("text, shown", [
-    ("http://127.0.0.1:28000/v1", "http://127.0.0.1:28000/v1"), ("http://token@h:1", "http://…@h:1"),
+    ("http://127.0.0.1:28000/v1", "http://127.0.0.1:28000/v1"),
+    ("http://token@h:1", "http://…@h:1"),
     ("socks5://me:hunter2@h:1080", "socks5://me:…@h:1080"),
     ("at http://u:a@h and http://u:b/c@h", "at http://u:…@h and http://u:…@h")])
 def test_redaction_hides_credentials_and_leaves_ports(text, shown):
@@ -15791,4 +15837,7 @@ def test_this_file_follows_its_own_rules():
             assert getattr(node.func, "attr", getattr(node.func, "id", "")) != "sleep"
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 70, node.name
-    assert [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 200] == []
+    for lines in (text.splitlines(), LINES):
+        assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
+    names = [name for node in ast.parse(text).body for name in top_names(node)]
+    assert [name for name in set(names) if names.count(name) > 1] == []
