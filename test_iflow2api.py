@@ -118,28 +118,28 @@ def until(condition, seconds=WAIT_S, what="it"):
 def check_growth(size, make, use) -> None:
     """Four times the input takes six times as long at most; what is quadratic takes sixteen.
 
-    Measured again where a machine under load spoilt it.  One interpreter is enough:
-    IFLOW2API_GROWTH=0 leaves it out on the others.
+    The best of three counts, and a machine under load gets further tries.  One interpreter is
+    enough: IFLOW2API_GROWTH=0 leaves it out on the others.
     """
     if not GROWTH_MEASURED:
         pytest.skip("growth is measured on another interpreter")
-    def best_s(size):
-        spent = []
-        for _ in range(3):
-            made = make(size)
-            gc.disable()                 # a collection looks at the objects of all tests
-            try:
-                began = time.thread_time()
-                use(made)
-                spent.append(time.thread_time() - began)
-            finally:
-                gc.enable()
-        return min(spent)
+
+    def spent_s(size):
+        made = make(size)
+        gc.disable()                     # a collection looks at the objects of all tests
+        try:
+            began = time.thread_time()
+            use(made)
+            return time.thread_time() - began
+        finally:
+            gc.enable()
 
     for _ in range(4):
-        base_s, more_s = best_s(size), best_s(4 * size)
-        if more_s <= 6 * max(base_s, 0.001):
-            return
+        base_s = min(spent_s(size) for _ in range(3))
+        for _ in range(3):
+            more_s = spent_s(4 * size)
+            if more_s <= 6 * max(base_s, 0.001):
+                return
     assert more_s <= 6 * base_s, base_s
 
 
@@ -2502,14 +2502,14 @@ GROWTH_OF_STREAMS = [
     ("a word in pieces", 30000, lambda n: '{"a":' + "t" * n, each_of(ifl.ObjectMender)),
     ("blanks after a comma", 30000, lambda n: '{"a":1,' + " " * n + '"b":2}',
      each_of(ifl.ObjectMender)),
-    ("backslashes", 30000, lambda n: '{"a":"' + "\\" * n, each_of(ifl.ObjectMender)),
+    ("backslashes", 15000, lambda n: '{"a":"' + "\\" * n, each_of(ifl.ObjectMender)),
     ("brackets", 10000, lambda n: '{"a":' + "[" * n, each_of(ifl.ObjectMender)),
     ("blanks before a thought", 30000, lambda n: " " * n, each_of(ifl.ThinkTags)),
-    ("blanks in a thought", 30000, lambda n: "<think>a" + " " * n, each_of(ifl.ThinkTags)),
-    ("a record without an end", 100000, lambda n: [BEGUN, *[b"x"] * n], relay_pieces),
-    ("a record of many lines", 10000, lambda n: [BEGUN, *[b"data: x\n"] * n], relay_pieces),
+    ("blanks in a thought", 8000, lambda n: "<think>a" + " " * n, each_of(ifl.ThinkTags)),
+    ("a record without an end", 20000, lambda n: [BEGUN, *[b"x"] * n], relay_pieces),
+    ("a record of many lines", 4000, lambda n: [BEGUN, *[b"data: x\n"] * n], relay_pieces),
     ("records without blank lines", 3000, lambda n: [BEGUN, *[BEGUN[:-1]] * n], relay_pieces),
-    ("chunks before the answer", 3000, lambda n: [
+    ("chunks before the answer", 1000, lambda n: [
         b"data: " + json.dumps(ROLE).encode() + b"\n\n"] * n + [BEGUN], relay_pieces),
     ("a fold of many pieces", 2000, lambda n: BEGUN * n + b"data: [DONE]\n\n", ifl.fold_stream),
     ("calls side by side, Messages", 600, call_deltas,
@@ -8237,11 +8237,11 @@ def _check_openrouter(made):
 
 #: What grows with what comes from outside: id, size of the base, its maker, what is done with it.
 GROWTH_OF_SERVICES = [
-    ("usage of any names", 4000, _journal(_usage_line), _read_usage),
+    ("usage of any names", 1500, _journal(_usage_line), _read_usage),
     ("no usage at all", 4000, _journal(lambda number: b"[" * 60 + b"\n"), _read_usage),
     ("one line without an end", 200_000, _journal(lambda number: b'{"day": "x" '), _read_usage),
     ("a limit used again and again", 20_000, lambda size, home: size, _use_windows),
-    ("an engine with many models", 10_000, _list_router, _route_all),
+    ("an engine with many models", 6000, _list_router, _route_all),
     ("references to items", 10_000, _stored, lambda made: [made[0].item(name) for name in made[1]]),
     ("openrouter's models", 12_000, _openrouter, _check_openrouter),
 ]
@@ -10318,14 +10318,14 @@ read_often = often(ifl.parse_head, times=100)
 
 #: what, n, maker of an input of size n, its use
 GROWTH_OF_HTTP = [
-    ("blanks before a NUL", 200_000, lambda n: HEAD + b"A:" + b" " * n + b"\0", read_often),
+    ("blanks before a NUL", 100_000, lambda n: HEAD + b"A:" + b" " * n + b"\0", read_often),
     ("blanks within a value", 50_000, lambda n: HEAD + b"A: a" + b" \t" * n + b"b", read_often),
-    ("one endless line", 200_000, lambda n: b"G" * n, read_often),
+    ("one endless line", 100_000, lambda n: b"G" * n, read_often),
     ("blanks in an answer", 100_000, lambda n: ANSWER_HEAD + b"A: a" + b" \r" * n + b"b",
      often(ifl.parse_answer_head, "GET", times=100)),
     ("blanks before an answer's colon", 1_000_000, lambda n: ANSWER_HEAD + b"A" + b" " * n + b": b",
      often(ifl.parse_answer_head, "GET")),
-    ("a folded answer", 45,
+    ("a folded answer", 25,
      lambda n: ANSWER_HEAD + b"A: b" + (b"\r\n" + b" " * n * 100) * 150 + b"c",
      often(ifl.parse_answer_head, "GET")),
     ("a head byte by byte", 15_000, lambda n: each_byte(b"A" * n + b"\r\n\r\n"),
@@ -14899,8 +14899,8 @@ GROWTH_OF_COMMANDS = [
     ("one long word", 100_000, lambda n: "a" * n, many(lambda text: ifl.wrap(text, 80))),
     ("blanks", 200_000, lambda n: " " * n + "a", many(lambda text: ifl.wrap(text, 80))),
     ("short words", 10_000, lambda n: "ab " * n, many(lambda text: ifl.wrap(text, 80))),
-    ("wide characters", 10_000, lambda n: "中，" * n, many(lambda text: ifl.wrap(text, 80))),
-    ("columns", 100_000, lambda n: "中a" * n, many(ifl.columns_of)),
+    ("wide characters", 2000, lambda n: "中，" * n, many(lambda text: ifl.wrap(text, 80))),
+    ("columns", 50_000, lambda n: "中a" * n, many(ifl.columns_of)),
     ("a character that is lacking", 50_000, lambda n: "→" * n,
      many(lambda text: text.encode("ascii", "iflow2api"))),
     ("a pasted text without a line end", 1_000_000, lambda n: b"a" * n, feed_pieces),
