@@ -12850,14 +12850,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("content-type", "").lower().startswith("multipart/"):
             raise BadRequest("a JSON body is expected, not multipart", status=415)
         encoding = self.headers.get("content-encoding", "").strip().lower()
-        is_packed = encoding not in ("identity", "")
-        if is_packed and encoding not in ("gzip", "x-gzip", "deflate"):
-            raise BadRequest(f"Content-Encoding {encoding[:40]} is not known; "
-                             "gzip and deflate are", status=415)
-        if is_packed and self.endpoint.public:
+        if encoding in ("identity", ""):
+            return b"".join(self.receive(limit))
+        if self.endpoint.public:
             raise BadRequest("what needs no key takes no compressed body", status=415)
-        body = b"".join(self.receive(limit))
-        return inflate(body, limit) if is_packed else body
+        packings = packings_of(encoding)
+        return inflate(b"".join(self.receive(limit)), packings, limit)
 
     def receive(self, limit: int) -> Iterator[bytes]:
         """The body as it comes, still packed; BadRequest."""
@@ -12986,24 +12984,53 @@ def too_large(limit: int) -> BadRequest:
                       code="request_too_large")
 
 
-#: A gzip body may have several members, one after the other (RFC 1952, 2.2); bgzip makes one of
-#: each 64 KiB.
-GZIP_MEMBERS = 10_000
+class Packing(NamedTuple):
+    """One format of compressed bodies."""
+    unpacker: Callable[[], Any]          #: makes an object as zlib.decompressobj does
+    error: Any                           #: the class of what it raises for other data
+    magic: bytes                         #: what another part of the body begins with
 
 
-def inflate(body: bytes, limit: int) -> bytes:
-    """A gzip or deflate body (raw, too, as browsers take it), never beyond `limit` bytes."""
-    for window in (47, -15):
-        with contextlib.suppress(zlib.error):
-            return _inflate(memoryview(body), window, limit)
+#: A gzip or zstd body may have several members or frames, one after the other (RFC 1952, 2.2;
+#: RFC 8878, 3); bgzip makes a member of each 64 KiB.
+PACKED_PARTS = 10_000
+
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def packings_of(encoding: str) -> List[Packing]:
+    """What a Content-Encoding may stand for; BadRequest 415.  deflate: raw, too, as browsers take
+    it.
+    """
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        return [Packing(partial(zlib.decompressobj, window), zlib.error, _GZIP_MAGIC)
+                for window in (47, -15)]
+    if encoding != "zstd":
+        raise BadRequest(f"Content-Encoding {encoding[:40]} is not known; gzip, deflate and zstd "
+                         "are", status=415)
+    try:
+        from compression import zstd
+    except ImportError:
+        raise BadRequest("a body compressed with zstd needs Python 3.14 or newer on this server; "
+                         "Codex stops compressing with --disable enable_request_compression, or "
+                         "in its config.toml: [features] enable_request_compression = false",
+                         status=415) from None
+    return [Packing(zstd.ZstdDecompressor, zstd.ZstdError, b"")]
+
+
+def inflate(body: bytes, packings: Iterable[Packing], limit: int) -> bytes:
+    """A compressed body, never beyond `limit` bytes; BadRequest."""
+    for packing in packings:
+        with contextlib.suppress(packing.error, EOFError):
+            return _inflate(memoryview(body), packing, limit)
     raise BadRequest("the body can't be decompressed as its Content-Encoding says")
 
 
-def _inflate(body: memoryview, window: int, limit: int) -> bytes:
-    """zlib.error where it is something else; in pieces, since what is left is copied each time."""
+def _inflate(body: memoryview, packing: Packing, limit: int) -> bytes:
+    """EOFError where it is cut off; in pieces, since what is left is copied each time."""
     parts, size, at = [], 0, 0
-    for _ in range(GZIP_MEMBERS):
-        unpacker = zlib.decompressobj(window)
+    for _ in range(PACKED_PARTS):
+        unpacker = packing.unpacker()
         while not unpacker.eof:
             piece = body[at:at + 16384]
             parts.append(unpacker.decompress(piece, limit + 1 - size))
@@ -13011,11 +13038,11 @@ def _inflate(body: memoryview, window: int, limit: int) -> bytes:
             if size > limit:
                 raise too_large(limit)
             if not piece:
-                raise zlib.error
+                raise EOFError
             at += len(piece) - len(unpacker.unused_data)
-        if body[at:at + 2] != b"\x1f\x8b":
+        if at == len(body) or body[at:at + len(packing.magic)] != packing.magic:
             return b"".join(parts)
-    raise zlib.error
+    raise EOFError
 
 
 class ResponseWriter(Client):

@@ -58,6 +58,11 @@ import pytest
 
 import iflow2api as ifl
 
+try:
+    from compression import zstd
+except ImportError:                      # before Python 3.14
+    zstd = None
+
 #: A missing SDK is then a failure; read before the tests get an environment of their own.
 SDK_REQUIRED = os.environ.get("IFLOW2API_REQUIRE_SDK") == "1"
 
@@ -10346,7 +10351,7 @@ GROWTH_OF_HTTP = [
     ("an Accept-Encoding", 50_000, lambda n: "gzip ;q=0." + "0" * n + ", gzip;q=0, " * n,
      ifl.accepts_gzip),
     ("a body in members", 2_000, lambda n: gzip.compress(b"x" * 999) * n,
-     lambda d: ifl.inflate(d, 1 << 30)),
+     lambda d: ifl.inflate(d, ifl.packings_of("gzip"), 1 << 30)),
     ("an Origin", 1_000_000, lambda n: {"origin": "://" * n},
      lambda d: ifl.cors_lines(d, "/v1/models", True))]
 
@@ -10514,7 +10519,24 @@ def test_a_body_is_json_whatever_it_is_called(server, upstream):
             assert client.answer().status == 200, content_type
 
 
+#: zstd where this Python has it: raw blocks, several frames, a window, a frame to be skipped.
+ZSTD_BODIES = [] if zstd is None else [
+    ("zstd", zstd.compress),
+    ("zstd", lambda data: zstd.compress(data[:9]) + zstd.compress(data[9:])),
+    ("zstd", lambda data: b"\x28\xb5\x2f\xfd\x20" + bytes([len(data)]) + (
+        len(data) << 3 | 1).to_bytes(3, "little") + data),
+    ("zstd", lambda data: streamed_zstd(data[:9], data[9:])),
+    ("zstd", lambda data: b"\x50\x2a\x4d\x18\x02\0\0\0xx" + zstd.compress(data))]
+
+
+def streamed_zstd(*parts):
+    """A frame that says no size, only that its window is 1 MiB."""
+    packer = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 20})
+    return b"".join(map(packer.compress, parts)) + packer.flush()
+
+
 @pytest.mark.parametrize("encoding, pack", [
+    *ZSTD_BODIES,
     ("gzip", gzip.compress), ("x-gzip", gzip.compress), ("GZIP", gzip.compress),
     ("gzip", lambda data: gzip.compress(data[:9]) + gzip.compress(b"") + gzip.compress(data[9:])),
     ("gzip", lambda data: b"".join(gzip.compress(data[at:at + 1]) for at in range(len(data)))),
@@ -10528,7 +10550,8 @@ def test_a_compressed_body(server, upstream, encoding, pack):
         assert upstream.last.json == chat() and "content-encoding" not in upstream.last.headers
 
 
-GZIPPED, UNFRAMED = {"Content-Encoding": "gzip"}, {"Content-Length": None}
+GZIPPED, ZSTD = {"Content-Encoding": "gzip"}, {"Content-Encoding": "zstd"}
+UNFRAMED = {"Content-Length": None}
 SENT_IN_CHUNKS = {"Transfer-Encoding": "chunked", **UNFRAMED}
 BODY_FAULTS = [
     # id, headers, body, status, does the connection stay
@@ -10548,6 +10571,14 @@ BODY_FAULTS = [
     ("NaN", {}, b'{"a": NaN}', 400, True), ("latin-1", {}, b'{"a": "\xe9"}', 400, True),
     ("empty", {"Content-Length": "0"}, b"", 400, True),
     ("deep", {}, b'{"messages":' + b"[" * 5_000, 400, True),
+    *([("zstd before Python 3.14", ZSTD, b"{}", 415, True)] if zstd is None else [
+        ("no zstd", ZSTD, b"{}", 400, True),
+        ("cut zstd", ZSTD, zstd.compress(b"{}" * 50)[:-3], 400, True),
+        ("zstd bomb", ZSTD, zstd.compress(b" " * 500_000), 413, True),
+        ("streamed zstd bomb", ZSTD, streamed_zstd(b" " * 300_000, b" " * 300_000), 413, True),
+        ("bomb of frames", ZSTD, zstd.compress(b" " * 4_000) * 3, 413, True),
+        ("second frame cut", ZSTD, zstd.compress(b"{}") + zstd.compress(b" ")[:-3], 400, True),
+        ("not only zstd", ZSTD, zstd.compress(b"{}") + b"\x1f\x8b", 400, True)]),
     ("no chunk end", SENT_IN_CHUNKS, b"5\r\nhelloX\r\n0\r\n\r\n", 400, False),
     ("no chunk size", SENT_IN_CHUNKS, b"x\r\n", 400, False),
     ("negative chunk", SENT_IN_CHUNKS, b"-5\r\nhello\r\n", 400, False),
@@ -10569,10 +10600,21 @@ def test_faults_of_a_body(server, upstream, headers, body, status, stays):
 
 
 def test_endless_members_are_given_up(monkeypatch):
-    monkeypatch.setattr(ifl, "GZIP_MEMBERS", 50)
-    assert ifl.inflate(gzip.compress(b"x") * 50, 1000) == b"x" * 50
-    with pytest.raises(ifl.BadRequest, match="decompressed"):
-        ifl.inflate(gzip.compress(b"x") * 51, 1000)
+    monkeypatch.setattr(ifl, "PACKED_PARTS", 50)
+    formats = {"gzip": gzip.compress, **({"zstd": zstd.compress} if zstd else {})}
+    for encoding, pack in formats.items():
+        packings = ifl.packings_of(encoding)
+        assert ifl.inflate(pack(b"x") * 50, packings, 1000) == b"x" * 50
+        with pytest.raises(ifl.BadRequest, match="decompressed"):
+            ifl.inflate(pack(b"x") * 51, packings, 1000)
+
+
+def test_codex_is_told_how_to_stop_compressing(server, monkeypatch):
+    """Where Python has no zstd; Codex shows the body of the answer."""
+    monkeypatch.setitem(sys.modules, "compression", None)
+    answer = post(server(detect_local=False), b"packed", RESPONSES_PATH, Content_Encoding="zstd")
+    assert answer.status == 415 and "3.14" in answer.error["message"]
+    assert "--disable enable_request_compression" in answer.error["message"]
 
 
 def test_the_answer_does_not_wait_for_a_body_that_nobody_wants(server):
@@ -15774,7 +15816,8 @@ def test_only_the_standard_library_is_imported():
     deprecated = "cgi cgitb imp asyncore asynchat distutils telnetlib pipes crypt"
     assert not names & set(deprecated.split())
     known = getattr(sys, "stdlib_module_names", None)
-    assert known is None or {name.split(".")[0] for name in names} <= set(known)
+    # compression: from Python 3.14 on
+    assert known is None or {name.split(".")[0] for name in names} <= {*known, "compression"}
 
 
 def test_the_banners_are_the_contents():
