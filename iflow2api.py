@@ -7001,10 +7001,11 @@ def owner_of(key: Optional[ClientKey]) -> str:
 #: What clients name a conversation by: Claude Code, Codex, others.
 _SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id", "thread-id",
                     "x-session-id")
+_AGENT_HEADER = "x-claude-code-agent-id"
 
 
 def conversation_names(headers: Mapping[str, str]) -> List[Optional[str]]:
-    return [headers.get(name) for name in (*_SESSION_HEADERS, "x-claude-code-agent-id")]
+    return [headers.get(name) for name in (*_SESSION_HEADERS, _AGENT_HEADER)]
 
 
 _BASE64_RUN = Pattern(r'(?:;base64,|"data": ?")[A-Za-z0-9+/=]{500,}')
@@ -7072,9 +7073,13 @@ class Call:
 
     @property
     def conversation(self) -> int:
-        """A number of the conversation: of its session, else of its first messages."""
-        named = (self.headers[name] for name in _SESSION_HEADERS if self.headers.get(name))
-        said = next(named, None) or self.body.get("prompt_cache_key")
+        """A number of the conversation: of its session, else of its first messages.
+
+        Each agent within a session of Claude Code has a conversation of its own.
+        """
+        agent = self.headers.get(_AGENT_HEADER, "")
+        named = (self.headers[name] + agent for name in _SESSION_HEADERS if self.headers.get(name))
+        said = next(named, agent) or self.body.get("prompt_cache_key")
         if not isinstance(said, str):
             items = self.body.get("messages") or self.body.get("input")
             said = json.dumps(items[:2] if isinstance(items, list) else items)[:8000]

@@ -9548,12 +9548,17 @@ def test_a_conversation_keeps_its_key(server, upstream, clock):
 
 
 def test_a_conversation_is_known_by_its_beginning():
-    def of(*texts, **body):
+    def of(*texts, headers=(), **body):
         body["messages"] = [{"role": "user", "content": text} for text in texts]
-        return ifl.Call(ifl.CHAT, body, "", {}, "r").conversation
+        return ifl.Call(ifl.CHAT, body, "", dict(headers), "r").conversation
 
     assert of("a", "b", "c") == of("a", "b", "d", "e") != of("x", "b")
     assert of("a", prompt_cache_key="k") == of("b", prompt_cache_key="k")
+    session, agent = ("x-claude-code-session-id", "s"), ("x-claude-code-agent-id", "1")
+    assert of("a", headers=[session]) == of("b", headers=[session])
+    assert of("a", headers=[session, agent]) == of("b", headers=[session, agent])
+    assert len({of("a", headers=headers) for headers in (
+        [], [session], [agent], [session, agent], [session, (agent[0], "2")])}) == 5
     assert ifl.Call(ifl.CHAT, {"input": 5}, "", {}, "r").conversation != of("a")
 
 
