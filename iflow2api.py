@@ -369,6 +369,9 @@ KEY_STATUS = (401, 403, 429)
 #: Names that Messages and Responses clients insist on; they become `default_model`.
 FOREIGN_MODELS = ("claude-*", "gpt-*", "codex-*", "o1*", "o3*", "o4*")
 
+#: Claude Code appends this to a model's name to note the size of its own context window.
+LONG_CONTEXT = "[1m]"
+
 #: Claude Code's tiers -> a name of each that it knows; its gateway discovery keeps only ids with
 #: claude or anthropic.
 CLAUDE_MODELS = {"OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6",
@@ -2286,6 +2289,8 @@ STEPS = {
     "no branch": ("别名 {pattern} 没有适合这种请求的目标",
                   "alias {pattern} has nothing for such a request"),
     "no alias": ("没有适用的别名", "no alias takes it"),
+    "bare": ("{model}：末尾的 [1m] 是 Claude Code 给自己的标记，已去掉",
+             "{model}: [1m] at its end is Claude Code's note to itself and is left out"),
     "named": ("{model}：斜杠前是上游的名称", "{model}: its first part is the name of a provider"),
     "listed": ("{model}：{provider} 的模型列表里有它", "{model}: {provider} lists it among its models"),
     "foreign": ("{model}：客户端自带的名称，即 default_model（{default}）",
@@ -2396,15 +2401,36 @@ class Router:
         name = self.named(model)
         if not model:
             told.append(("unnamed", {"model": name}))
+        elif name != model:
+            told.append(("bare", {"model": model}))
         names = self._alias_of(name, asked, told)
         return [self.place_of(each, foreign and not names, told) for each in names or [name]]
 
     def named(self, model: Optional[str]) -> str:
-        """The name asked for, `default_model` where there is none; BadRequest."""
-        if not model and not self.default_model:
+        """The name asked for, `default_model` where there is none; BadRequest.
+
+        It bears `[1m]` only where a provider lists it so, or an alias takes it so alone.
+        """
+        name = model or self.default_model
+        if not name:
             raise BadRequest("the request names no model, and default_model is not set",
                              param="model", code="missing_model")
-        return model or self.default_model
+        bare = self._bare(name)
+        for pattern, _ in self.aliases if bare != name else ():
+            if fits(bare, pattern):
+                break
+            if fits(name, pattern):
+                return name
+        return bare
+
+    def _bare(self, model: str) -> str:
+        """The name without `[1m]` at its end, unless a provider lists it so."""
+        head, _, rest = model.partition("/")
+        provider = self.providers.get(head)
+        if not model[1:].lower().endswith(LONG_CONTEXT) or model in self._listing or (
+                provider and rest in provider.models):
+            return model
+        return model[:-len(LONG_CONTEXT)]
 
     def has_alias(self, model: str) -> bool:
         """Whether an alias takes the name when Messages asks for it."""
@@ -2450,6 +2476,7 @@ class Router:
         if foreign and self._means_default(model):
             told.append(("foreign", {"model": model, "default": self.default_model}))
             model = self.default_model
+        model = self._bare(model)
         target, step = self.claimed(model), "named"
         if target is None:
             if self.default is None:
@@ -2468,9 +2495,10 @@ class Router:
 
     def claimed(self, model: str) -> Optional[Target]:
         """`provider/model`, or the first provider that lists the model."""
-        head, slash, rest = model.partition("/")
+        head, slash, rest = self._bare(model).partition("/")
         if slash and rest and head in self.providers:
             return Target(self.providers[head], rest)
+        model = head + slash + rest
         lister = self._listing.get(model)
         return Target(lister, model) if lister is not None else None
 
@@ -12235,9 +12263,10 @@ def find_model(gateway: Gateway, name: str, key: Optional[ClientKey] = None) -> 
     """What a name stands for: listed, redirected, or `provider/name` of a listed one; None:
     unknown.
     """
+    router = gateway.current(look=False).router
+    name = router.named(name)
     models, (head, _, rest) = models_of(gateway, key, [name]), name.partition("/")
     listed = next((model for model in models if model["id"] == name), None)
-    router = gateway.current(look=False).router
     target = router.claimed(name)
     if listed or target is None or (target.provider.name, target.model) != (head, rest):
         return listed

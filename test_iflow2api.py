@@ -1647,10 +1647,12 @@ def places(targets):
 
 ROUTED = ifl.Settings(
     providers=[provider("http://a", "a", models=["m1", "glm-5", "org/free"]),
-               provider("http://b", "b", models=["m1", "m2"]), provider("http://c", "org")],
+               provider("http://b", "b", models=["m1", "m2", "own[1m]"]),
+               provider("http://c", "org")],
     aliases={"fast": "b/m2", "chain": ["m2", "a/m1", "zzz"], "x-*": "m1", "x-1": "never",
              "[ab]1": "m2", "loop": "fast", "gpt-4o": ["a/x", "b/y"], "Case": "m2",
-             "claude-3*": ["gpt-5", "b/o3"], "é": "b/ü:1/ß", "q[1m]": "b/one"},
+             "claude-3*": ["gpt-5", "b/o3"], "é": "b/ü:1/ß", "q[1m]": "b/one",
+             "far*[[]1m]": "b/own[1m]", "far": "m2[1m]"},
     default_model="glm-5")
 
 
@@ -1668,6 +1670,14 @@ ROUTED = ifl.Settings(
     ("gpt-5", True, "a/glm-5"), ("codex-mini", True, "a/glm-5"), ("o3", True, "a/glm-5"),
     ("o4-mini", True, "a/glm-5"), ("o5", True, "a/o5"), ("gpt-4o", True, "a/x b/y"),
     ("b/gpt-5", True, "b/gpt-5"), ("Claude-x", True, "a/Claude-x"), (None, True, "a/glm-5"),
+    # Claude Code's note to itself, and models that are called so
+    ("m2[1m]", False, "b/m2"), ("m2[1M]", True, "b/m2"), ("b/m2[1m]", False, "b/m2"),
+    ("any[1m]", False, "a/any"), ("b/any[1m]", False, "b/any"), ("claude-x[1m]", True, "a/glm-5"),
+    ("fast[1m]", False, "b/m2"), ("chain[1m]", False, "b/m2 a/m1 a/zzz"),
+    ("x-5[1m]", False, "a/m1"),
+    ("gpt-4o[1m]", True, "a/x b/y"), ("own[1m]", False, "b/own[1m]"), ("own", False, "a/own"),
+    ("b/own[1m]", True, "b/own[1m]"), ("far", False, "b/m2"), ("far[1m]", False, "b/own[1m]"),
+    ("q", False, "a/q"), ("[1m]", False, "a/[1m]"), ("m[2m]", False, "a/m[2m]"),
     ("claude-3-opus", True, "a/gpt-5 b/o3")])            # an alias' targets are taken as they are
 def test_where_a_name_leads(model, foreign, targets):
     told = []
