@@ -430,6 +430,7 @@ class GatewayError(Exception):
     allow: Sequence[str] = ()            #: methods, with a 405
     #: (prompt tokens, limit, output tokens) of a prompt too long for the model, 0 where unknown
     overflow: Optional[Tuple[int, int, int]] = None
+    details: Optional[Json] = None       #: of Messages, for its SDKs to act upon
 
     def __init__(self, message: str, **facts: Any) -> None:
         super().__init__(message)
@@ -5243,13 +5244,18 @@ def _max_tokens(body: Json) -> int:
     return int(value)
 
 
+#: Fields that only Anthropic's servers can honour; silence would change the answer.  The tool
+#: runners of its SDKs send `thread`, and go on with the whole history when they read the details.
+_REFUSED = {"thread": ("history kept on the server",
+                       {"error_code": "thread_unsupported_request", "unsupported": []}),
+            "compaction": ("compaction on the server", None),
+            "mcp_servers": ("calling MCP servers", None)}
+
+
 def _refuse(body: Json) -> None:
-    """Fields that only Anthropic's servers can honour; silence would change the answer."""
-    for name, why in (("thread", "history kept on the server"),
-                      ("compaction", "compaction on the server"),
-                      ("mcp_servers", "calling MCP servers")):
+    for name, (why, details) in _REFUSED.items():
         if body.get(name):
-            raise BadRequest(f"{name}: {why} is not available here")
+            raise BadRequest(f"{name}: {why} is not available here", details=details)
 
 
 def _stop_sequences(body: Json) -> List[str]:
@@ -5713,7 +5719,9 @@ def messages_error(exc: GatewayError, request_id: str) -> Json:
         status, message = 400, overflow_text(exc.overflow)
     kind = MESSAGES_ERROR_TYPE.get(status) or (
         "api_error" if status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+    details = {"details": exc.details} if exc.details else {}
+    return {"type": "error", "error": {"type": kind, "message": message, **details},
+            "request_id": request_id}
 
 
 # === 9. OpenAI Responses (pure) ==============================================

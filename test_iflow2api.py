@@ -11575,6 +11575,18 @@ def test_cache_warm_up_is_answered_here(alone, upstream):
     assert named_events(answer.body)[-1][0] == "message_stop" and not upstream.requests
 
 
+@pytest.mark.parametrize("facts, details", [
+    ({"thread": {"id": "t"}}, {"error_code": "thread_unsupported_request", "unsupported": []}),
+    ({"compaction": {"type": "summarize"}}, None), ({"thread": None}, "")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_tool_runners_of_the_sdks_read(alone, upstream, facts, details, stream):
+    """They go on without `thread` where the details say that it is not supported."""
+    answer = post(alone, {**ASK, **facts, "stream": stream}, MESSAGES_PATH)
+    assert answer.status == (200 if details == "" else 400)
+    assert answer.status == 200 or answer.json["error"].get("details") == details
+    assert bool(upstream.requests) == (answer.status == 200)
+
+
 @pytest.mark.parametrize("facts", [
     {"max_tokens": None}, {"messages": []}, {"messages": None}, {"max_tokens": "9"},
     {"messages": [{"role": "robot", "content": "q"}]}, {"thread": {"id": "t"}},
