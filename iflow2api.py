@@ -7132,7 +7132,7 @@ class Call:
     @property
     def is_codex(self) -> bool:
         """Codex reads comments as silence, and a cut answer as an error (clients.md)."""
-        return self.headers.get("originator", "").startswith("codex")
+        return self.headers.get("originator", "").lower().startswith("codex")
 
 
 def encode_event(event: Json) -> bytes:

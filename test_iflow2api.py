@@ -11487,12 +11487,13 @@ def test_a_broken_answer_leaves_room_for_another_upstream(server, upstream):
     assert [seen.json["model"] for seen in upstream.requests] == ["m", "n"]
 
 
-def test_codex_is_kept_awake_by_data(alone, upstream):
+@pytest.mark.parametrize("originator", ["codex_exec", "Codex Desktop", "codex_vscode", "CODEX"])
+def test_codex_is_kept_awake_by_data(alone, upstream, originator):
     go = threading.Event()
     upstream.plays(lambda seen: go.wait(WAIT_S) and usual_reply(seen))
     with Client(alone) as client:
         client.post({**ASK, "stream": True}, path=RESPONSES_PATH,
-                    headers={"originator": "codex_exec"}).head()
+                    headers={"originator": originator}).head()
         assert client.piece().startswith(b'data: {"type":"ping"}')
         go.set()
         assert b"response.completed" in client.pieces()
