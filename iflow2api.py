@@ -10382,68 +10382,94 @@ class ResponseStore(Store):
 SCALE_NAME_CHARS = 200
 
 
-class TokenScale:
-    """What models count for what we estimate: learnt from prompt_tokens, kept over a restart.
+def line_through(pairs: Sequence[Sequence[float]]) -> Tuple[float, float]:
+    """Slope and offset of what a model counts over what we estimate, from pairs of both.
 
-    Of each model there are two sums in which older answers fade, so that the latest tens of
-    thousands of tokens decide.
+    Least squares of counted = slope * estimate + offset.  Later pairs weigh more, and longer
+    prompts less, for an estimate is off by some per cent.  Without pairs it is 1 and 0, give or
+    take 0.3 and 50: short prompts alone say much of the offset and little of the slope.
     """
+    ones, squares, products, excesses, leanings = 1 / 50 ** 2, 1 / 0.3 ** 2, 0.0, 0.0, 0.0
+    for age, (estimate, counted) in enumerate(reversed(pairs)):
+        weight, excess = 0.85 ** age / (1 + 0.02 * estimate) ** 2, counted - estimate
+        ones += weight
+        products += weight * estimate
+        squares += weight * estimate * estimate
+        excesses += weight * excess
+        leanings += weight * estimate * excess
+    area = ones * squares - products * products
+    return (1 + (ones * leanings - products * excesses) / area,
+            (squares * excesses - products * leanings) / area)
+
+
+class TokenScale:
+    """What models count for what we estimate: learnt from prompt_tokens, kept over a restart."""
     LIMIT = 500                          #: models; the one not heard of for longest goes first
-    FADE = 0.85                          #: of the sums, at each answer
-    BOUNDS = (0.2, 5.0)                  #: beyond these it is not the counting that differs
-    SURE, EVERY = 10, 8                  #: after SURE answers only each EVERYth is estimated
+    SURE, EVERY = 10, 8                  #: with SURE pairs of both only each EVERYth is estimated
+    #: of the slope; what is beyond them by more than a system prompt of the upstream's own (in
+    #: tokens) is no matter of counting
+    BOUNDS, OWN_PROMPT = (0.2, 5.0), 2000
     WRITE_S = 5.0
 
     def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic,
                  log: logging.Logger = log) -> None:
         self._path, self._clock, self._written_at, self._dirty = path, clock, -1e9, False
         self._log, self._lock = log, threading.Lock()
-        #: model -> estimated, counted, answers
-        self._sums: Dict[str, List[float]] = self._load()
+        #: model -> the latest pairs of estimated and counted tokens
+        self._pairs: Dict[str, List[List[int]]] = self._load()
+        self._passed: Dict[str, int] = {}        #: answers of it since, which taught nothing
 
-    def _load(self) -> Dict[str, List[float]]:
+    def _load(self) -> Dict[str, List[List[int]]]:
         close_to_others(self._path)
         try:
             raw = read_json_file(self._path) if self._path else {}
         except ConfigBroken:             # it will be learnt again
             return {}
-        sound = {name[:SCALE_NAME_CHARS]: [float(number) for number in row]
-                 for name, row in raw.items() if isinstance(row, list) and len(row) == 3
-                 and all(isinstance(number, (int, float)) and 0 < number < 1e12 for number in row)}
+        shape = list_of(list_of(number(1, 10 ** 9, True)))
+        sound = {}
+        for name, pairs in raw.items():
+            with contextlib.suppress(ValueError):
+                if all(len(pair) == 2 for pair in shape(pairs, name)):
+                    sound[name[:SCALE_NAME_CHARS]] = pairs[-self.SURE:]
         return dict(list(sound.items())[-self.LIMIT:])
 
     def scaled(self, model: str, estimate: int) -> int:
         """`estimate` as the model would count it."""
-        row = self._sums.get(model)
+        pairs = self._pairs.get(model)
+        if not pairs:
+            return estimate
+        slope, offset = line_through(pairs)
         low, high = self.BOUNDS
-        return int(estimate * min(max(row[1] / row[0], low), high) + 0.5) if row else estimate
+        return max(int(estimate * min(max(slope, low), high) + offset + 0.5), 0)
 
     def is_worth(self, model: str) -> bool:
         """Whether there is something to learn from the next answer."""
-        row = self._sums.get(model)
-        return row is None or row[2] < self.SURE or row[2] % self.EVERY == 0
+        return len(self._pairs.get(model, ())) < self.SURE or (
+            self._passed.get(model, 0) % self.EVERY == self.EVERY - 1)
 
     def pass_over(self, model: str) -> None:
         """An answer that nothing was learnt from."""
         with self._lock:
-            if model in self._sums:
-                self._sums[model][2] += 1
+            if model in self._pairs:
+                remember(self._passed, model, self._passed.get(model, 0) + 1, self.LIMIT)
 
     def learn(self, model: str, estimate: int, counted: int) -> None:
+        low, high = self.BOUNDS
+        if not estimate * low <= counted <= estimate * high + self.OWN_PROMPT:
+            return self.pass_over(model)
         with self._lock:
-            estimated, real, answers = self._sums.get(model, (0.0, 0.0, 0.0))
-            sums = [estimated * self.FADE + estimate, real * self.FADE + counted, answers + 1]
-            remember(self._sums, model, sums, self.LIMIT)
+            pairs = [*self._pairs.get(model, ()), [estimate, counted]]
+            remember(self._pairs, model, pairs[-self.SURE:], self.LIMIT)
+            self._passed.pop(model, None)
             self._dirty = True
             if self._clock() - self._written_at >= self.WRITE_S:
                 self._write()
 
     def _write(self) -> None:
         self._written_at, self._dirty = self._clock(), False
-        rows = {name: [round(number, 1) for number in row] for name, row in self._sums.items()}
         try:
             if self._path:
-                write_file(self._path, dump_json(rows))
+                write_file(self._path, dump_json(self._pairs))
         except OSError as exc:
             self._log.warning("%s: %s (what was learnt of token counts lasts for this run)",
                               self._path, exc.strerror or exc)

@@ -6342,46 +6342,80 @@ def count_of(running, body):
     return post(running, body, "/v1/messages/count_tokens").json["input_tokens"]
 
 
-@pytest.mark.parametrize("a_word", [0.4, 1.0, 2.5])
-def test_estimates_learn_what_the_model_counts(server, upstream, a_word):
+def answer_counts(running, upstream, words, counted):
+    """A prompt of so many words, and what the upstream says that it has counted."""
+    upstream.plays(plain(completion(usage={"prompt_tokens": counted, "completion_tokens": 2})))
+    assert post(running, prompt_of(words), "/v1/messages").status == 200
+
+
+def first_count(running, upstream, words):
+    """Of the tokens that message_start tells."""
+    upstream.plays(sse(chunk("x"), chunk(finish="stop"), DONE))
+    stream = post(running, {**prompt_of(words), "stream": True}, "/v1/messages").body
+    begin = json.loads(stream.partition(b"data: ")[2].partition(b"\n")[0])
+    return begin["message"]["usage"]["input_tokens"]
+
+
+@pytest.mark.parametrize("each", [0.5, 0.9, 1.0, 1.6, 2.5])
+@pytest.mark.parametrize("fixed", [0, 19, 120])
+@pytest.mark.parametrize("asked", [(2, 60, 2000), (2000, 2, 60), (700, 3000, 30), (9, 400, 40),
+                                   (150, 1, 700)])
+def test_three_answers_teach_what_the_model_counts(server, upstream, each, fixed, asked):
+    """So many tokens for each that we estimate, and so many that every prompt has."""
     running = server(upstream)
-    for words in (40, 400, 90, 1000, 55, 700, 300, 120, 80, 500):
-        upstream.plays(plain(completion(usage={"prompt_tokens": int(words * a_word) + 9,
-                                               "completion_tokens": 2})))
-        assert post(running, prompt_of(words), "/v1/messages").status == 200
-    assert abs(count_of(running, prompt_of(600)) / (600 * a_word + 9) - 1) < 0.1
+
+    def true_count(words):
+        return int(ifl.count_message_tokens(prompt_of(words)) * each + fixed)
+
+    for words in asked:
+        answer_counts(running, upstream, words, true_count(words))
+    for words in (min(asked), max(asked), 5 * max(asked)):
+        expected = true_count(words)
+        assert abs(count_of(running, prompt_of(words)) - expected) <= expected / 10 + 2, words
+        assert abs(first_count(running, upstream, words) - expected) <= expected / 10 + 2, words
     assert count_of(running, {**prompt_of(600),
                               "model": "another"}) == ifl.count_message_tokens(prompt_of(600))
-    upstream.plays(sse(chunk("x"), chunk(finish="stop"), DONE))
-    stream = post(running, {**prompt_of(600), "stream": True}, "/v1/messages").body
-    begin = json.loads(stream.partition(b"data: ")[2].partition(b"\n")[0])
-    assert abs(begin["message"]["usage"]["input_tokens"] / (600 * a_word + 9) - 1) < 0.1
+
+
+@pytest.mark.parametrize("words, counted", [
+    # short prompts under what the upstream adds; an upstream that counts something else
+    *((words, words + 24) for words in (1, 2, 5, 20)), (1, 900_000), (5000, 3), (400, 90_000)])
+def test_one_answer_does_not_spoil_the_scale(server, upstream, words, counted):
+    running = server(upstream)
+    expected = count_of(running, prompt_of(20_000))
+    answer_counts(running, upstream, words, counted)
+    assert abs(count_of(running, prompt_of(20_000)) / expected - 1) < 0.1
 
 
 def test_what_was_learnt_outlives_a_restart_and_is_bounded(tmp_path):
     path, now = str(tmp_path / "tokens.json"), [0.0]
     scale = ifl.TokenScale(path, lambda: now[0])
-    scale.learn("p/m", 100, 150)
-    scale.learn("p/m", 100, 150)
-    assert ifl.TokenScale(path).scaled("p/m", 1000) == 1500
-    scale.learn("p/wild", 1, 900)
-    assert scale.scaled("p/wild", 10) == 50 and ifl.TokenScale(path).scaled("p/wild", 10) == 10
+    scale.learn("p/m", 10_000, 15_000)
+    assert 14_500 < ifl.TokenScale(path).scaled("p/m", 10_000) < 15_000
+    scale.learn("p/n", 10, 40)
+    assert scale.scaled("p/n", 10) == 40 and ifl.TokenScale(path).scaled("p/n", 10) == 10
     scale.close()
-    assert ifl.TokenScale(path).scaled("p/wild", 10) == 50
+    assert ifl.TokenScale(path).scaled("p/n", 10) == 40
     for number in range(scale.LIMIT):
         scale.learn(f"p/{number}", 1, 2)
-    assert len(scale._sums) == scale.LIMIT and scale.scaled("p/m", 7) == 7
+        scale.pass_over(f"p/{number}")
+    for _ in range(3 * scale.SURE):
+        scale.learn("p/0", 1, 2)
+    assert scale.scaled("p/m", 7) == 7 and ifl.dump_json(scale._pairs).count(b"[1,2]") == (
+        scale.LIMIT - 1 + scale.SURE)
+    assert len(scale._passed) <= scale.LIMIT
 
 
-@pytest.mark.parametrize("damage",
-                         [b"{", b"[]", b'{"p/m": [0, 1, 1]}', b'{"p/m": "x"}', b'{"p/m": [1, 2]}'])
+@pytest.mark.parametrize("damage", [
+    b"{", b"[]", b'{"p/m": [5.0, 1.0, 1]}', b'{"p/m": "x"}', b'{"p/m": [[1, 2, 3]]}',
+    b'{"p/m": [[0, 1]]}', b'{"p/m": [[1, 1e999]]}', b'{"p/m": [[true, "x"]]}'])
 def test_a_damaged_file_of_token_counts_is_learnt_anew(tmp_path, damage):
     path = tmp_path / "tokens.json"
     path.write_bytes(damage)
     scale = ifl.TokenScale(str(path))
     assert scale.scaled("p/m", 7) == 7
-    scale.learn("p/m", 1, 2)
-    assert ifl.TokenScale(str(path)).scaled("p/m", 7) == 14
+    scale.learn("p/m", 1, 20)
+    assert ifl.TokenScale(str(path)).scaled("p/m", 1) == 20
 
 
 def test_a_model_that_is_known_is_estimated_now_and_then():
