@@ -7040,6 +7040,11 @@ _SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id", "thr
 _AGENT_HEADER = "x-claude-code-agent-id"
 
 
+def is_codex(headers: Mapping[str, str]) -> bool:
+    """Codex reads comments as silence, and a cut answer as an error (clients.md)."""
+    return headers.get("originator", "").lower().startswith("codex")
+
+
 def conversation_names(headers: Mapping[str, str]) -> List[Optional[str]]:
     return [headers.get(name) for name in (*_SESSION_HEADERS, _AGENT_HEADER)]
 
@@ -7128,11 +7133,6 @@ class Call:
         facts = [self.key.name if self.key else "", conversation_names(self.headers),
                  opening_of(messages)]
         return ReasoningMemory(cache, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
-
-    @property
-    def is_codex(self) -> bool:
-        """Codex reads comments as silence, and a cut answer as an error (clients.md)."""
-        return self.headers.get("originator", "").lower().startswith("codex")
 
 
 def encode_event(event: Json) -> bytes:
@@ -7854,7 +7854,7 @@ class ResponsesDialect(ChatDialect):
         turn = ResponsesTurn(call.body, profile_of(target), target.model, now=context.now,
                              recall=lambda ident: store.recall(ident, owner),
                              item=lambda ident: store.item(ident, owner), seal=context.seal,
-                             codex=call.is_codex, compact=self.compact)
+                             codex=is_codex(call.headers), compact=self.compact)
         return self._translation(call, turn, target, context)
 
     def has_tools(self, body: Json) -> bool:
@@ -7867,7 +7867,8 @@ class ResponsesDialect(ChatDialect):
         return []
 
     def keepalive(self, call: Call, began: bool) -> bytes:
-        return b'data: {"type":"ping"}\n\n' if call.is_codex else b": keep-alive\n\n"
+        return (b'data: {"type":"ping"}\n\n' if is_codex(call.headers) else
+                super().keepalive(call, began))
 
     def fails_in_stream(self, exc: GatewayError) -> bool:
         """Codex asks again after `response.failed`, and not after every status."""
@@ -12310,10 +12311,10 @@ def find_model(gateway: Gateway, name: str, key: Optional[ClientKey] = None) -> 
     return None if its and rest not in its else _model_entry(gateway, name, head)
 
 
-def target_of(gateway: Gateway, name: str) -> Optional[Target]:
-    """Where a request of Messages for the model would go first."""
+def target_of(gateway: Gateway, name: str, speaks: str = "messages") -> Optional[Target]:
+    """Where a request for the model would go first."""
     try:
-        chain = gateway.current(look=False).router.resolve(name, True, Asked("messages"))
+        chain = gateway.current(look=False).router.resolve(name, True, Asked(speaks))
     except GatewayError:
         return None
     return chain[0] if chain else None
@@ -13434,13 +13435,18 @@ def show_metrics(handler: Handler) -> None:
 
 
 def show_models(handler: Handler) -> Json:
-    """The list in the client's shape: Anthropic's where `anthropic-version` is sent."""
-    gateway = handler.gateway
+    """The list in the client's shape: Anthropic's where `anthropic-version` is sent, OpenAI's with
+    `models` beside `data` for Codex.
+    """
+    gateway, query = handler.gateway, query_of(handler)
     if "anthropic-version" not in handler.headers:
-        return {"object": "list", "data": models_of(gateway, handler.key)}
+        found = models_of(gateway, handler.key)
+        wants_more = is_codex(handler.headers) or "client_version" in query
+        return {"object": "list", "data": found,
+                **({"models": codex_models(gateway, found)} if wants_more else {})}
     models = [anthropic_model(model, target_of(gateway, model["id"]))
               for model in models_of(gateway, handler.key, CLAUDE_MODELS.values())]
-    return anthropic_page(models, query_of(handler))
+    return anthropic_page(models, query)
 
 
 def show_model(handler: Handler) -> Json:
@@ -13467,6 +13473,55 @@ def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
     facts = target.provider.facts.get(target.model, {})
     limits = (("max_input_tokens", "context"), ("max_tokens", "max_output"))
     return {**shown, **{name: facts[fact] for name, fact in limits if facts.get(fact)}}
+
+
+#: What Codex tells a model before all else: its list needs it, and Codex' own is not taken then.
+CODEX_PROMPT = """\
+You are a coding agent. You work in the Codex CLI, in a terminal on the user's computer, and read \
+files, change files and run commands with the tools that you have. Go on until the user's request \
+is done, then stop.
+
+- Say in one sentence what you are going to do before each group of tool calls. Keep a plan of \
+work that takes several steps, with the tool for plans if you have one.
+- Read code before you change it, and follow its style. An AGENTS.md file holds for its folder and \
+all below; a deeper one goes before it, and what the user says goes before both.
+- Change files with apply_patch if you have it, else with shell commands. Search with rg if it is \
+installed.
+- Remove the cause of a fault, not its symptom. Change only what belongs to the task, never undo \
+what you did not do, and commit only when you are asked to.
+- Check your work with the project's tests or build, as far as there are any.
+- The conversation says what the sandbox allows and when to ask for approval. Keep to that.
+- At the end say in a few lines what you changed and where (`path:line`), and what you could not \
+do or check. Show no long code that nobody asked for.
+"""
+
+
+def codex_models(gateway: Gateway, models: Iterable[Json]) -> List[Json]:
+    """The models as Codex' list has them, each with all that it insists on; what is not known of
+    a model is left to Codex.
+    """
+    default, shown = gateway.current(look=False).router.default_model, []
+    for rank, name in enumerate((model["id"] for model in models), 1):
+        target = target_of(gateway, name, "responses") or Target(Provider(""), name)
+        profile, provider = profile_of(target), target.provider
+        known = {**provider.profile, **provider.facts.get(target.model, {})}
+        efforts = [effort for effort in EFFORTS if effort in known.get("efforts", ())]
+        sees = profile["vision"] or bool(provider.vision_model)
+        shown.append({
+            "slug": name, "display_name": name, "description": f"{provider.name}/{target.model}",
+            "priority": 0 if name == default else rank, "visibility": "list",
+            "supported_in_api": True, "base_instructions": CODEX_PROMPT,
+            "shell_type": "shell_command", "apply_patch_tool_type": None, "upgrade": None,
+            "experimental_supported_tools": [],
+            "supported_reasoning_levels": [{"effort": effort, "description": effort}
+                                           for effort in efforts],
+            "supports_reasoning_summaries": bool(efforts),
+            "input_modalities": ["text", *(["image"] if sees else [])],
+            "supports_parallel_tool_calls": profile["parallel_tool_calls"],
+            "support_verbosity": "verbosity" in profile["extra_fields"], "default_verbosity": None,
+            "truncation_policy": {"mode": "tokens", "limit": 10_000},
+            **({"context_window": known["context"]} if known.get("context") else {})})
+    return shown
 
 
 def anthropic_page(models: List[Json], query: Mapping[str, str]) -> Json:

@@ -6346,6 +6346,7 @@ def answer_counts(running, upstream, words, counted):
     """A prompt of so many words, and what the upstream says that it has counted."""
     upstream.plays(plain(completion(usage={"prompt_tokens": counted, "completion_tokens": 2})))
     assert post(running, prompt_of(words), "/v1/messages").status == 200
+    until(lambda: running.gateway.in_flight == 0, what="the note, which follows the answer")
 
 
 def first_count(running, upstream, words):
@@ -11189,6 +11190,52 @@ def test_models_in_both_shapes(server, upstream):
     assert (found["has_more"], found["first_id"], found["last_id"]) == (False, names[0], names[-1])
     assert found["data"][0]["type"] == "model"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["data"][0]["created_at"])
+
+
+#: Without one of these Codex 0.169 or an older one takes nothing of the list.
+CODEX_INSISTS = {
+    "slug": str, "display_name": str, "shell_type": str, "visibility": str, "priority": int,
+    "supported_in_api": bool, "base_instructions": str, "supported_reasoning_levels": list,
+    "supports_reasoning_summaries": bool, "support_verbosity": bool, "truncation_policy": dict,
+    "supports_parallel_tool_calls": bool, "experimental_supported_tools": list}
+
+
+@pytest.mark.parametrize("query, headers", [
+    ("?client_version=0.169.0", {"originator": "codex_exec"}), ("?client_version=0.169.0", {}),
+    ("", {"originator": "Codex Desktop"})])
+def test_codex_list_of_models(server, upstream, query, headers):
+    facts = [{"id": "big", "context": 200000, "vision": False}, {"id": "eye", "vision": True}, "m"]
+    running = server(
+        provider(upstream, models=facts, profile={"efforts": ["max", "low", "high"]}),
+        provider(upstream, "b", models=["m", "n"], profile={"vision": False, "context": 9000}),
+        default_model="eye", aliases={"fast": "big", "claude-*": "m"})
+    answer = get(running, "/v1/models" + query, **headers).json
+    assert answer["data"] == get(running, "/v1/models").json["data"]
+    found = {model["slug"]: model for model in answer["models"]}
+    assert list(found) == [model["id"] for model in answer["data"]]
+    for model in found.values():
+        assert {name: type(model[name]) for name in CODEX_INSISTS} == CODEX_INSISTS
+    efforts = {name: [level["effort"] for level in model["supported_reasoning_levels"]]
+               for name, model in found.items()}
+    assert efforts == {name: [] if name.startswith(("b/", "n")) else ["low", "high", "max"]
+                       for name in found}
+    seen = {name: (model.get("context_window"), model["input_modalities"][1:], model["description"])
+            for name, model in found.items()}
+    assert [seen[name] for name in ("fast", "big", "eye", "m", "b/m", "n")] == [
+        (200000, [], "up/big"), (200000, [], "up/big"), (None, ["image"], "up/eye"),
+        (None, ["image"], "up/m"), (9000, [], "b/m"), (9000, [], "b/n")]
+    assert min(found, key=lambda name: found[name]["priority"]) == "eye"
+
+
+def test_other_clients_get_their_list_without_codex(server, upstream):
+    running = server(upstream, custom_api_key="sk-client-key-1")
+    assert get(running, "/v1/models?client_version=1", originator="codex").status == 401
+    for headers in ({}, {"originator": "opencode"}, {"originator": "my-codex"}):
+        answer = get(running, "/v1/models", x_api_key="sk-client-key-1", **headers)
+        assert list(answer.json) == ["object", "data"]
+    answer = get(running, "/v1/models?client_version=1", x_api_key="sk-client-key-1",
+                 anthropic_version="2026-10-21")
+    assert "models" not in answer.json and "first_id" in answer.json
 
 
 def test_pages_of_the_list():
