@@ -2,11 +2,12 @@
 
     python -m pytest -q
 
-Only pytest is needed.  The OpenAI SDK is used where it is installed, and so are selenium and
-Chromium with its driver; with IFLOW2API_REQUIRE_SDK=1 and IFLOW2API_REQUIRE_BROWSER=1 their absence
-is a failure.  Everything happens on the loopback at ports the system picks, with HOME in a folder
-of the test's own.  Nothing sleeps: what has to happen is waited for with a deadline (`until`,
-`WAIT_S`), what must not happen is waited for with an answer to something that comes after it.
+Only pytest is needed.  The SDKs of OpenAI and Anthropic are used where they are installed (the one
+for Node.js in .ci/npm), and so are selenium and Chromium with its driver; with
+IFLOW2API_REQUIRE_SDK=1 and IFLOW2API_REQUIRE_BROWSER=1 their absence is a failure.  Everything
+happens on the loopback at ports the system picks, with HOME in a folder of the test's own.  Nothing
+sleeps: what has to happen is waited for with a deadline (`until`, `WAIT_S`), what must not happen
+is waited for with an answer to something that comes after it.
 """
 import array
 import ast
@@ -11951,6 +11952,64 @@ def test_anthropic_sdk_thinking_and_parallel_calls(claude, upstream):
     assert rest["content"][-1]["image_url"]["url"] == PICTURE_URL
 
 
+#: What a model calls, and how it ends once it has seen the result.
+LOOKS = {"id": "call_1", "type": "function", "function": {"name": "look",
+                                                          "arguments": '{"at": "it"}'}}
+#: Runs the loop of the SDK for Node.js against the address and with the `stream` it is given.
+NODE_RUNNER = """
+const {default: Anthropic} = require('@anthropic-ai/sdk');
+const {betaTool} = require('@anthropic-ai/sdk/helpers/beta/json-schema');
+const [url, stream] = process.argv.slice(-2);
+const look = betaTool({name: 'look', description: 'Look.', run: input => 'seen ' + input.at,
+  inputSchema: {type: 'object', properties: {at: {type: 'string'}}}});
+new Anthropic({apiKey: 'none', baseURL: url, maxRetries: 0}).beta.messages.toolRunner({
+  model: 'm1', max_tokens: 99, messages: [{role: 'user', content: 'go'}], tools: [look],
+  stream: stream === 'true'}).runUntilDone().then(message => console.log(message.content[0].text));
+"""
+
+
+def run_tools_in_python(url, stream):
+    """What the model says last in the loop of the SDK for Python."""
+    anthropic = sdk_named("anthropic")
+
+    @anthropic.beta_tool
+    def look(at: str) -> str:
+        """Look."""
+        return "seen " + at
+
+    with anthropic.Anthropic(api_key="none", base_url=url, max_retries=0, timeout=WAIT_S) as client:
+        runner = client.beta.messages.tool_runner(
+            model="m1", max_tokens=99, messages=[GO], tools=[look], stream=stream)
+        return runner.until_done().content[0].text
+
+
+def run_tools_in_node(url, stream):
+    modules = os.path.join(os.path.dirname(PROGRAM), ".ci", "npm", "node_modules")
+    there = shutil.which("node") and os.path.isdir(os.path.join(modules, "@anthropic-ai", "sdk"))
+    if not there and not SDK_REQUIRED:
+        pytest.skip("Node.js or Anthropic's SDK for it is not installed")
+    done = subprocess.run(["node", "-e", NODE_RUNNER, url, str(stream).lower()], timeout=6 * WAIT_S,
+                          env={**os.environ, "NODE_PATH": modules}, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("run_tools", [run_tools_in_python, run_tools_in_node])
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+def test_the_tool_runners_of_anthropic_s_sdks(server, upstream, run_tools, stream):
+    """They send `thread`, and the whole history once they are told that there is none."""
+    upstream.plays(thinks(stream, LOOKS), sse(chunk("done"), chunk(finish="stop"), DONE) if stream
+                   else plain(completion("done")))
+    running = server(upstream)
+    assert run_tools(running.url, stream) == "done"
+    first, second = [seen.json["messages"] for seen in upstream.requests]
+    assert second[:len(first)] == first and [message["role"] for message in second] == [
+        "user", "assistant", "tool"]
+    assert second[1]["tool_calls"][0]["id"] == second[2]["tool_call_id"]
+    assert second[2]["content"] == "seen it"
+
+
 def test_openai_sdk_responses(gpt, upstream):
     openai, client = gpt
     first = client.responses.create(model="gpt-x", input="q")
@@ -14239,12 +14298,8 @@ def test_serve_demo_needs_nothing_and_no_upstream(tmp_path, capsys):
 
 # --- official SDKs -----------------------------------------------------------
 
-def sdk_demo(name):
-    return __import__(name) if SDK_REQUIRED else pytest.importorskip(name)
-
-
 def test_openai_sdk_runs_a_tool_loop_on_the_demo(url):
-    client = sdk_demo("openai").OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+    client = sdk_named("openai").OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
     messages, said = [user_demo("Weather in Paris?")], ""
     while not said:
         answer = client.chat.completions.create(model="demo", messages=messages,
@@ -14263,7 +14318,7 @@ def test_openai_sdk_runs_a_tool_loop_on_the_demo(url):
 
 
 def test_anthropic_sdk_runs_a_tool_loop_on_the_demo(url):
-    client = sdk_demo("anthropic").Anthropic(base_url=url, api_key="none", max_retries=0)
+    client = sdk_named("anthropic").Anthropic(base_url=url, api_key="none", max_retries=0)
     tools = [{"name": "get_weather", "input_schema": WEATHER_DEMO["function"]["parameters"]}]
     messages = [user_demo("Weather?")]
     facts = {"model": "claude-sonnet-4-5", "max_tokens": 500, "tools": tools}
@@ -15753,13 +15808,7 @@ def test_redaction_hides_credentials_and_leaves_ports(text, shown):
 
 @pytest.fixture(scope="module")
 def openai():
-    try:
-        import openai
-    except ImportError:
-        if SDK_REQUIRED:
-            raise
-        pytest.skip("the openai SDK is not installed")
-    return openai
+    return sdk_named("openai")
 
 
 @pytest.fixture
