@@ -191,6 +191,7 @@ try:
     from email.utils import formatdate, parsedate_to_datetime
     from fnmatch import fnmatchcase
     from functools import cached_property, lru_cache, partial
+    from operator import is_
     from typing import (Any, Callable, Collection, Deque, Dict, Iterable, Iterator, List, Mapping,
                         NamedTuple, Optional, Sequence, Set, Tuple, Union)
 except ImportError as exc:
@@ -2759,11 +2760,13 @@ class KnownTools(list):
 
 
 def _dump_known(value: Any) -> bytes:
-    if not isinstance(value, (KnownMessage, KnownTools)):
-        return dump_json(value)
-    if not hasattr(value, "data"):
-        value.data = dump_json(value)
-    return value.data
+    try:
+        return value.data
+    except AttributeError:               # a plain one, or not written yet
+        data = dump_json(value)
+        if isinstance(value, (KnownMessage, KnownTools)):
+            value.data = data
+        return data
 
 
 def dump_chat(chat: Json) -> bytes:
@@ -3238,7 +3241,8 @@ class Remembered:
                 value, end = _DECODER.raw_decode(text, at)
                 item = text[at:end], value
             items.append(item)
-            at = _next_item(text, at + len(item[0]), "]")
+            at += len(item[0])
+            at = at + 1 if text.startswith(",{", at) else _next_item(text, at, "]")
         return items, at + 1
 
 
@@ -4848,10 +4852,8 @@ def _readable(value: Any) -> str:
 
 
 class _Round(NamedTuple):
-    """An assistant's messages and what answers them, or what stands before the first; what they
-    became.
-    """
-    given: List[Json]
+    """Messages up to the next assistant's, which begins the next round, and what they became."""
+    given: List[Json]                    #: that next one is the last of these
     chat: List[Json]
     leading: List[str]
     ids: List[str]
@@ -4860,7 +4862,7 @@ class _Round(NamedTuple):
 def _are_same(some: Any, others: Any) -> bool:
     """Whether two lists hold the very same objects; what is parsed is never changed."""
     return isinstance(some, list) and isinstance(others, list) and len(some) == len(others) and (
-        all(one is other for one, other in zip(some, others)))
+        all(map(is_, some, others)))
 
 
 class _MessagesHistory:
@@ -4885,9 +4887,10 @@ class _MessagesHistory:
         if next((role for role in roles if role != "system"), "") != "user":
             raise BadRequest("messages: the first message must use the 'user' role")
         last_user = len(roles) - 1 - roles[::-1].index("user")
-        cleared = {i for i, message in enumerate(messages[:last_user])
-                   if message.get("clear_at") == "next_user_message"}
-        lasting = not any("clear_at" in message for message in messages)
+        marked = [i for i, message in enumerate(messages) if "clear_at" in message]
+        cleared = {i for i in marked if i < last_user
+                   and messages[i]["clear_at"] == "next_user_message"}
+        lasting = not marked
         ends = [i for i in range(at + 1, len(roles)) if roles[i] == "assistant" != roles[i - 1]]
         for end in [*ends, len(roles)]:
             before, leading = len(self.chat.messages), len(self.chat.leading)
@@ -4897,24 +4900,21 @@ class _MessagesHistory:
             if lasting:
                 made = self.chat.messages[before:] = [
                     KnownMessage(message) for message in self.chat.messages[before:]]
-                self.rounds.append(_Round(messages[at:end], made, self.chat.leading[leading:], ids))
+                part = _Round(messages[at:end + 1], made, self.chat.leading[leading:], ids)
+                self.rounds.append(part)
             at = end
 
     def _take_over(self, messages: List[Any], known: Sequence[_Round]) -> int:
-        """What the rounds that `messages` begin with became; how many messages that are."""
+        """Take what the rounds that `messages` begin with became; how many messages that are."""
         at = 0
         for part in known:
-            end = at + len(part.given)
-            after = messages[end] if end < len(messages) else None
-            ends = isinstance(after, dict) and after.get("role") == "assistant" and (
-                "clear_at" not in after)
-            if not ends or not _are_same(messages[at:end], part.given):
+            if not _are_same(messages[at:at + len(part.given)], part.given):
                 break
             self.rounds.append(part)
             self.chat.messages += part.chat
             self.chat.leading += part.leading
             self.ids.update(part.ids)
-            at = end
+            at += len(part.given) - 1
         return at
 
     def _round(self, given: List[Tuple[str, Json, List[Tuple[str, Json]]]]) -> List[str]:
