@@ -244,7 +244,6 @@ ENV_PREFIX = "IFLOW2API_"
 
 class Model(NamedTuple):
     """What is known of a model: tokens of context, most tokens of an answer, images."""
-    title: str
     context: int
     max_output: int
     vision: bool = False
@@ -252,18 +251,18 @@ class Model(NamedTuple):
 
 #: iFlow's models (its /models can't be relied on), with what its platform allows.
 IFLOW_MODELS = {
-    "glm-4.6": Model("GLM 4.6", 200_000, 32_000),
-    "glm-4.7": Model("GLM 4.7", 200_000, 32_000),
-    "glm-5": Model("GLM 5", 200_000, 32_000),
-    "iFlow-ROME-30BA3B": Model("iFlow ROME", 256_000, 64_000),
-    "deepseek-v3.2-chat": Model("DeepSeek V3.2", 128_000, 8_192),
-    "qwen3-coder-plus": Model("Qwen3 Coder Plus", 256_000, 64_000),
-    "kimi-k2": Model("Kimi K2", 128_000, 32_000),
-    "kimi-k2-0905": Model("Kimi K2 0905", 256_000, 32_000),
-    "kimi-k2-thinking": Model("Kimi K2 Thinking", 256_000, 32_000),
-    "kimi-k2.5": Model("Kimi K2.5", 256_000, 32_768),
-    "minimax-m2.5": Model("MiniMax M2.5", 200_000, 64_000),
-    "qwen-vl-max": Model("Qwen VL Max", 128_000, 8_192, True)}
+    "glm-4.6": Model(200_000, 32_000),
+    "glm-4.7": Model(200_000, 32_000),
+    "glm-5": Model(200_000, 32_000),
+    "iFlow-ROME-30BA3B": Model(256_000, 64_000),
+    "deepseek-v3.2-chat": Model(128_000, 8_192),
+    "qwen3-coder-plus": Model(256_000, 64_000),
+    "kimi-k2": Model(128_000, 32_000),
+    "kimi-k2-0905": Model(256_000, 32_000),
+    "kimi-k2-thinking": Model(256_000, 32_000),
+    "kimi-k2.5": Model(256_000, 32_768),
+    "minimax-m2.5": Model(200_000, 64_000),
+    "qwen-vl-max": Model(128_000, 8_192, True)}
 
 IFLOW_BASE_URL = "https://apis.iflow.cn/v1"
 
@@ -362,7 +361,7 @@ HISTORY_SIZE = 200
 USAGE_ROWS_AN_HOUR, USAGE_ROWS = 500, 20_000
 
 #: The next target of a chain is tried on these; 401 and 403 mean that all keys were refused.
-FALLBACK_STATUS = frozenset((401, 402, 403, 408, 409, 425, 429)) | frozenset(range(500, 600))
+FALLBACK_STATUS = RETRY_STATUS | {401, 402, 403}
 
 #: A key rests and the next one is tried on these.
 KEY_STATUS = (401, 403, 429)
@@ -2050,8 +2049,7 @@ def with_iflow_facts(provider: Provider, settings: Settings) -> Provider:
         return provider
     each = provider.key_concurrency or (0 if provider.concurrency else settings.api_concurrency)
     vision_model = provider.vision_model or settings.vision_model
-    facts = {name: {"context": model.context, "max_output": model.max_output,
-                    "vision": model.vision} for name, model in IFLOW_MODELS.items()}
+    facts = {name: model._asdict() for name, model in IFLOW_MODELS.items()}
     preserve = provider.preserve_reasoning_content
     return replace(
         provider, models=provider.models or tuple(IFLOW_MODELS), facts={**facts, **provider.facts},
@@ -2747,6 +2745,11 @@ def dump_json(value: Any) -> bytes:
         return _ENCODE(value).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def dump_text(value: Any) -> str:
+    """dump_json as a string."""
+    return dump_json(value).decode()
 
 
 class KnownMessage(dict):
@@ -3669,7 +3672,7 @@ class ToolCall:
         # some repeat it in each chunk; nothing is called by more than a thousand characters
         if isinstance(name, str) and not self.named and name != self.name and len(self.name) < 1000:
             self.name += name
-        text = dump_json(given).decode() if isinstance(given, dict) else given
+        text = dump_text(given) if isinstance(given, dict) else given
         if not isinstance(text, str) or self._mender.complete:
             return 0
         if not self.begun:
@@ -3796,14 +3799,16 @@ class AnswerReader:
     """Chat chunks in, parts of an answer out.  What is odd about upstreams ends here."""
 
     def __init__(self, profile: Json, calls: ToolCalls, stops: Sequence[str] = (),
-                 unfence: bool = False) -> None:
+                 wants_json: bool = False) -> None:
         self.calls = calls
         self.usage: Optional[Json] = None
         self.finish_reason: Optional[str] = None
         self.choice: Json = {}           #: of the latest chunk
         self.watch = StopWatch(stops) if stops else None
         self._tags = ThinkTags() if profile["think_tags"] else None
-        self._fence = Unfence() if unfence else None
+        # models that are asked by a prompt alone like to put ``` around their JSON
+        by_prompt = wants_json and profile["structured_output"] == "prompt"
+        self._fence = Unfence() if by_prompt else None
         self._is_plain = not (self._tags or self._fence or self.watch)
         self._size = 0                   #: UTF-8 bytes of texts
 
@@ -4600,7 +4605,7 @@ def _fit_format(chat: Json, profile: Json) -> str:
     schema = wanted.get("schema") if isinstance(wanted, dict) else None
     return "Answer with nothing but a JSON object." if kind == "json_object" else (
         "Answer with nothing but JSON that fits this JSON Schema:\n"
-        + dump_json(schema or {}).decode())
+        + dump_text(schema or {}))
 
 
 def _with_rule(messages: List[Json], rule: str) -> List[Json]:
@@ -4647,7 +4652,7 @@ def said_tokens(value: Any) -> int:
         return 0
     if value.get("type") in (*_IMAGE_PARTS, "file"):
         return 1500
-    return sum(estimate_tokens(dump_json(said).decode())
+    return sum(estimate_tokens(dump_text(said))
                if isinstance(said, dict) and name != "function" else said_tokens(said)
                for name, said in ((name, value[name]) for name in _SAID if name in value))
 
@@ -4664,7 +4669,7 @@ def _counted_once(value: Any, count: Callable[[Any], int]) -> int:
 def count_chat_tokens(chat: Json) -> int:
     """About how many tokens the prompt of a chat request takes: the one estimate there is."""
     def schemas(value: Any) -> int:
-        return estimate_tokens(dump_json(value).decode()) if value else 0
+        return estimate_tokens(dump_text(value)) if value else 0
 
     return sum(4 + _counted_once(message, said_tokens) for message in chat["messages"]) + (
         _counted_once(chat.get("tools"), schemas) + schemas(chat.get("response_format")))
@@ -4721,10 +4726,6 @@ def _optional(body: Json, name: str, kind: type) -> Any:
     return value
 
 
-def _compact(value: Any) -> str:
-    return dump_json(value).decode()
-
-
 # --- what travels through the client: signatures and ids
 
 #: Starts each signature made here; the rest is base64 of JSON, to be given back to the provider.
@@ -4753,19 +4754,15 @@ _LEGAL_ID = Pattern(r"[A-Za-z0-9_-]+")
 
 def wrap_id(fresh: str, ident: str) -> str:
     """An id Anthropic allows (`fresh`) with the upstream's own (Kimi: `functions.f:0`) inside."""
-    hidden = base64.urlsafe_b64encode(ident.encode("utf-8", "replace")).decode().rstrip("=")
-    return f"{fresh}_raw_{hidden}"
+    return f"{fresh}_raw_{encode_base64(ident.encode('utf-8', 'replace'))}"
 
 
 def unwrap_id(ident: str) -> str:
     """The upstream's own id, if wrap_id hid one in `ident`."""
-    _, mark, hidden = ident.partition("_raw_")
-    if not mark or not ident.startswith("toolu_") or not _LEGAL_ID.fullmatch(hidden):
-        return ident
-    try:
-        return base64.urlsafe_b64decode(hidden + "=" * (-len(hidden) % 4)).decode()
-    except ValueError:
-        return ident
+    hidden = decode_base64(ident.partition("_raw_")[2]) if ident.startswith("toolu_") else None
+    with contextlib.suppress(UnicodeDecodeError):
+        return (hidden or b"").decode() or ident
+    return ident
 
 
 # --- the request: its history
@@ -4887,10 +4884,10 @@ class _MessagesHistory:
         if next((role for role in roles if role != "system"), "") != "user":
             raise BadRequest("messages: the first message must use the 'user' role")
         last_user = len(roles) - 1 - roles[::-1].index("user")
-        marked = [i for i, message in enumerate(messages) if "clear_at" in message]
-        cleared = {i for i in marked if i < last_user
+        limited = [i for i, message in enumerate(messages) if "clear_at" in message]
+        cleared = {i for i in limited if i < last_user
                    and messages[i]["clear_at"] == "next_user_message"}
-        lasting = not marked
+        lasting = not limited
         ends = [i for i in range(at + 1, len(roles)) if roles[i] == "assistant" != roles[i - 1]]
         for end in [*ends, len(roles)]:
             before, leading = len(self.chat.messages), len(self.chat.leading)
@@ -5002,7 +4999,7 @@ class _MessagesHistory:
     def call_of_user(self, block: Json, path: str) -> List[Json]:
         """A call that a user claims to have made: as text, for no tool message may follow."""
         name = _field(block, "name", str, path)
-        return [text_part(f"[call of {name} {_compact(block.get('input') or {})}]")]
+        return [text_part(f"[call of {name} {dump_text(block.get('input') or {})}]")]
 
     def misplaced_result(self, block: Json, path: str) -> List[Json]:
         """A result where none can stand, in an assistant's message or a document."""
@@ -5066,14 +5063,14 @@ class _AssistantTurn:
             raise BadRequest(f"{path}.id: `tool_use` ids must be unique")
         self.ids[ident] = None
         self.history.ids.add(ident)
-        function = {"name": short_name(name), "arguments": _compact(given)}
+        function = {"name": short_name(name), "arguments": dump_text(given)}
         self.calls.append({"id": unwrap_id(ident), "type": "function", "function": function})
 
     def server_call(self, block: Json, path: str) -> None:
         """No tool call: its result stands in this same message, so no tool message would follow."""
         label = ".".join(str(block[name]) for name in ("server_name", "name") if block.get(name))
         self.labels[str(block.get("id"))] = label
-        self.texts.append(f"[{label} {_compact(block.get('input') or {})}]")
+        self.texts.append(f"[{label} {dump_text(block.get('input') or {})}]")
 
     def server_result(self, block: Json, path: str) -> None:
         label = self.labels.get(str(block.get("tool_use_id")))
@@ -5338,8 +5335,7 @@ class MessagesTurn:
         self.known = KnownTurn(profile, thinking, system, body.get("tools"), tools, history.rounds)
         chat = self._to_chat(model, [*([system] if system else []), *history.chat.messages], tools)
         effort = history.effort or self._config.get("effort")
-        #: models that are asked by a prompt alone like to put ``` around their JSON
-        self.unfence = profile["structured_output"] == "prompt" and "response_format" in chat
+        self.wants_json = "response_format" in chat
         self.chat = finish_chat(chat, profile, Wishes(
             thinking, budget, effort if isinstance(effort, str) else None, tools.missing))
 
@@ -5464,7 +5460,7 @@ class MessagesStream(AnswerWriter):
 
         self.turn, self._id = turn, new_id("msg_")
         super().__init__(AnswerReader(turn.profile, ToolCalls(call_id, turn.ids),
-                                      turn.stop_sequences[STOP_LIMIT:], turn.unfence),
+                                      turn.stop_sequences[STOP_LIMIT:], turn.wants_json),
                          lambda: turn.estimate)
         self._calls: List[ToolCall] = []
         self._active = 0                 #: the first call that is not closed
@@ -5652,7 +5648,7 @@ class MessagesStream(AnswerWriter):
                                              "input": {}})
             text = call.take(last, self.reader.cut)
             if text:
-                text = _compact(parse_arguments(text)) if call.odd else text
+                text = dump_text(parse_arguments(text)) if call.odd else text
                 yield self._delta("input_json_delta", "partial_json", text)
             if not last and not (more and call.complete):
                 return
@@ -6173,15 +6169,15 @@ def _function_arguments(item: Json, kind: str) -> str:
     """Arguments of a call in the history; always a JSON object, since chat templates parse them."""
     value = item.get(_TOOL_KINDS[kind].field)
     if kind == "custom":
-        return dump_json({"input": value if isinstance(value, str) else ""}).decode()
+        return dump_text({"input": value if isinstance(value, str) else ""})
     if isinstance(value, str):
         parsed = _loads(value) if value.strip() not in ("", "null") else {}
         if isinstance(parsed, dict) and value.lstrip().startswith("{"):
             return value
         value = parsed if isinstance(parsed, dict) else {"INVALID_JSON": value}
     fields = value.items() if isinstance(value, dict) else ()
-    return dump_json({name: given for name, given in fields
-                      if given is not None and (name, given) != ("type", "exec")}).decode()
+    return dump_text({name: given for name, given in fields
+                      if given is not None and (name, given) != ("type", "exec")})
 
 
 def _output_content(item: Json) -> Any:
@@ -6192,7 +6188,7 @@ def _output_content(item: Json) -> Any:
     if isinstance(output, list) and all(isinstance(part, dict) for part in output) and (
             _knows(output) or not output):
         return output
-    return dump_json(output).decode()
+    return dump_text(output)
 
 
 def _call_id(item: Json) -> str:
@@ -6409,8 +6405,7 @@ class ResponsesTurn:
         wishes = Wishes(None if effort is None else effort != "none", None, effort,
                         () if self.compacts else self.tools.missing)
         chat = self._to_chat(model, wishes.thinking)
-        #: models that are asked by a prompt alone like to put ``` around their JSON
-        self.unfence = profile["structured_output"] == "prompt" and "response_format" in chat
+        self.wants_json = "response_format" in chat
         self.chat = finish_chat(chat, profile, wishes)
 
     @property
@@ -6566,7 +6561,7 @@ class _CustomInput:
                 value or "")
         if value is None:
             return held
-        return value if isinstance(value, str) else dump_json(value).decode()
+        return value if isinstance(value, str) else dump_text(value)
 
 
 def _exec_action(value: Json) -> Optional[Json]:
@@ -6768,7 +6763,7 @@ class _CallItem(_Item):
         kind = _TOOL_KINDS[self._tool.kind]
         if self._input is None and not cut:
             value = parse_arguments(text) if self.call.odd else None
-            text = dump_json(value).decode() if value is not None and (
+            text = dump_text(value) if value is not None and (
                 "INVALID_JSON" not in value) else text
             text = text if text or self._sent else "{}"
             torn = False                 # what was wrong is mended, or told
@@ -6845,7 +6840,8 @@ class ResponsesStream(AnswerWriter):
 
         self.turn, self.new_id = turn, new_id
         calls = ToolCalls(call_id, turn.call_ids)
-        super().__init__(AnswerReader(turn.profile, calls, (), turn.unfence), lambda: turn.tokens)
+        reader = AnswerReader(turn.profile, calls, wants_json=turn.wants_json)
+        super().__init__(reader, lambda: turn.tokens)
         self.items = 0                   #: how many were announced
         self.finished: Dict[int, Json] = {}
         self._withheld = 0               #: how many of them were never said to be done
@@ -7227,7 +7223,10 @@ class Translation:
         self._told, self._size = usage_of(completion), len(data)
         if self._call.stream:
             return self.feed(completion_to_sse(completion)) + self.close(), "text/event-stream"
+        if self._note is not None:
+            self._note.record(completion)
         answer = self._reply(data, completion)
+        self._end_note()
         is_same = answer is data and content_type
         return answer, content_type if is_same else "application/json"
 
@@ -7277,6 +7276,14 @@ class Translation:
         """Whether a later request has to bring back what this answer thinks."""
         return self._is_iflow or self._requires_reasoning
 
+    def _end_note(self) -> None:
+        if self._note is not None:
+            self._note.close(self._call_ids())
+
+    def _call_ids(self) -> Sequence[str]:
+        """What the client knows the answer's calls by, where it may differ from the upstream's."""
+        return ()
+
 
 class ChatTranslation(Translation):
     """Chat to Chat: every byte of the request but the model's name as it came, where that will do.
@@ -7309,9 +7316,6 @@ class ChatTranslation(Translation):
                 splice_model(call.text, call.body, model)).encode()
 
     def _reply(self, data: bytes, completion: Json) -> bytes:
-        if self._note is not None:
-            self._note.record(completion)
-            self._note.close()
         return data if self._preserve is None else dump_json(
             ReasoningMerge(self._preserve).whole(completion))
 
@@ -7417,8 +7421,7 @@ class ChatRelay(ChatTranslation):
         self._read_tail()
         if not self.done and not self.finish_reason and not self.failed:
             raise UpstreamGarbled("the upstream's answer was cut off")
-        if self._note is not None:
-            self._note.close()
+        self._end_note()
         if self.done or self.failed or not self.finish_reason:
             return out
         return out + b"data: [DONE]\n\n"
@@ -7566,9 +7569,11 @@ class WrittenTranslation(Translation):
         except UpstreamError:
             self._lead = [*(self._lead or ()), *out]     # numbered already: fail() sends them
             raise
-        if self._note is not None:
-            self._note.close(self._writer.call_ids)
+        self._end_note()
         return b"".join(out)
+
+    def _call_ids(self) -> Sequence[str]:
+        return self._writer.call_ids
 
     def _take_rest(self) -> bytes:
         """The last record, if only its blank line was missing; half a record spoils no end."""
@@ -7634,12 +7639,7 @@ class TurnTranslation(WrittenTranslation):
         return self._writer.usage
 
     def _reply(self, data: bytes, completion: Json) -> bytes:
-        if self._note is not None:
-            self._note.record(completion)
-        answer = self._answer(completion)
-        if self._note is not None:
-            self._note.close(self._writer.call_ids)
-        return dump_json(answer)
+        return dump_json(self._answer(completion))
 
     def _answer(self, completion: Json) -> Json:
         return self._writer.whole(completion)
@@ -7825,9 +7825,6 @@ class MessagesDialect(ChatDialect):
         turn.scale = context.scale
         return MessagesTranslation(call, turn, target, context)
 
-    def other_models(self, call: Call) -> List[Any]:
-        return []
-
     def keepalive(self, call: Call, began: bool) -> bytes:
         """A ping is legal after message_start alone."""
         return b'event: ping\ndata: {"type":"ping"}\n\n' if began else b": keep-alive\n\n"
@@ -7862,9 +7859,6 @@ class ResponsesDialect(ChatDialect):
         items = body.get("input")
         return super().has_tools(body) or isinstance(items, list) and any(
             isinstance(item, dict) and item.get("type") == "additional_tools" for item in items[:3])
-
-    def other_models(self, call: Call) -> List[Any]:
-        return []
 
     def keepalive(self, call: Call, began: bool) -> bytes:
         return (b'data: {"type":"ping"}\n\n' if is_codex(call.headers) else
@@ -11489,7 +11483,7 @@ def _classify(exc: UpstreamRefused, target: Target, translation: Translation,
 
     A prompt too long, a spent quota, a model that takes no images, and one that does not exist.
     """
-    text = dump_json(exc.body).decode() if exc.body else exc.message
+    text = dump_text(exc.body) if exc.body else exc.message
     code = exc.code or exc.body and exc.body["error"].get("code")
     found = find_overflow(exc.status, text, exc.code, translation.max_output)
     if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
@@ -12468,7 +12462,7 @@ def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional
     body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
             "messages": [{"role": "user", "content": "Say hi."}], **more}
     client = Collect()
-    gateway.answer(Call(CHAT, body, dump_json(body).decode(), {}, new_id("req_"), key), client)
+    gateway.answer(Call(CHAT, body, dump_text(body), {}, new_id("req_"), key), client)
     return {} if body.get("stream") else first_choice(json.loads(client.data)).get("message") or {}
 
 
@@ -13979,7 +13973,7 @@ def _docs_policy(urls: Iterable[str]) -> str:
 def docs_page(name: str, cdn: bool, language: int, *access: Any) -> Tuple[bytes, str]:
     """/docs or /redoc, and its policy; without the CDN it is a list, and has no script at all."""
     document = openapi(language, *access)
-    spec = dump_json(document).decode().replace("<", "\\u003c")
+    spec = dump_text(document).replace("<", "\\u003c")
     pinned = 'crossorigin="anonymous" integrity="sha384-{}"'.format
     urls = {CDN + path: digest for path, digest in READERS[name].items()} if cdn else {}
     styles = [f'<link rel="stylesheet" {pinned(digest)} href="{url}">\n'
