@@ -4167,16 +4167,8 @@ def has_images(value: Any) -> bool:
 
 # --- streams -----------------------------------------------------------------
 
-def is_whole_record(data: bytes) -> bool:
-    """Whether a data line is a record by itself, not the first line of one."""
-    try:
-        return data == b"[DONE]" or isinstance(_DECODER.decode(data.decode()), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
 class SSEDecoder:
-    """Bytes of an event stream in, the data of whole records out.
+    """Bytes of an event stream in, whole records out.
 
     Accepts any line end but a bare CR, `data:` with and without a blank, several data lines,
     comments, a BOM, and records without a blank line between them.
@@ -4185,41 +4177,82 @@ class SSEDecoder:
     def __init__(self) -> None:
         self._by_line = False            # blank lines were missing
         self._pieces: List[bytes] = []   # of a line without its end
-        self._data: List[bytes] = []     # of a record without its blank line
+        self._lines: List[bytes] = []    # of a record without its blank line
+        self._data: List[bytes] = []     # what its data lines hold
         self._size = 0
 
-    def _grow(self, size: int) -> None:
-        self._size += size
-        if self._size > RECORD_LIMIT_BYTES:
-            raise UpstreamGarbled("a record of the upstream's stream never ends")
+    def holds(self) -> bool:
+        """Whether a part of a record waits for its end."""
+        return bool(self._pieces or self._lines)
+
+    def rest(self) -> bytes:
+        """The part of a record that waits for its end."""
+        return b"\n".join([*self._lines, b"".join(self._pieces)])
 
     def feed(self, payload: bytes) -> List[bytes]:
-        if b"\n" not in payload:         # joined once, not anew at each read
-            self._pieces.append(payload)
-            self._grow(len(payload))
-            return []
-        lines = b"".join([*self._pieces, payload]).split(b"\n")
-        self._pieces = [lines.pop()]
-        records: List[bytes] = []
-        for line in lines:
-            if line[:5] != b"data:" and line[:3] == codecs.BOM_UTF8:
-                line = line[3:]
-            if line[:5] == b"data:":
-                if len(self._data) == 1 and is_whole_record(self._data[0]):
-                    self._by_line = True
-                    records.append(self._data.pop())
-                self._data.append(line[5:].strip(b" \r"))
-            if self._data and (line in (b"", b"\r") or self._by_line and len(self._data) == 1
-                               and is_whole_record(self._data[0])):
-                records.append(b"\n".join(self._data))
-                self._data, self._size = [], 0
-        if self._data:
-            self._grow(len(payload))
-        return records
+        """The data of the records that are whole now."""
+        return [data for _, data in self.records(payload) if data is not None]
 
     def close(self) -> List[bytes]:
         """What a stream that ended without its last blank line still holds."""
-        return self.feed(b"\n\n") if any(self._pieces) or self._data else []
+        return self.feed(b"\n\n") if self.holds() else []
+
+    def records(self, payload: bytes) -> List[Tuple[bytes, Optional[bytes]]]:
+        """The records that are whole now, each as it came and its data, None where it has none.
+
+        A blank line is put in where the upstream leaves it out.
+        """
+        if payload[:5] == b"data:" and payload[-2:] == b"\n\n" and not self.holds() and (
+                payload.count(b"\n") == 2):      # nearly every read
+            return [(payload, payload[5:].strip(b" \r\n"))]
+        found: List[Tuple[bytes, Optional[bytes]]] = []
+        if b"\n" not in payload:         # joined once, not anew at each read
+            self._pieces += [payload] if payload else []
+        else:
+            lines = b"".join([*self._pieces, payload]).split(b"\n")
+            rest = lines.pop()
+            for line in lines:
+                if line in (b"", b"\r"):
+                    self._lines.append(line)
+                    found.append(self._end_record())
+                else:
+                    self._take(line, found)
+            self._pieces = [rest] if rest else []
+        self._size = (0 if found else self._size) + (len(payload) if self.holds() else 0)
+        if self._size > RECORD_LIMIT_BYTES:
+            raise UpstreamGarbled("a record of the upstream's stream never ends")
+        return found
+
+    def _take(self, line: bytes, found: List[Tuple[bytes, Optional[bytes]]]) -> None:
+        """A line that is not blank."""
+        text = line[3:] if line[:3] == codecs.BOM_UTF8 else line
+        if text[:5] != b"data:":
+            return self._lines.append(line)
+        if self._data and self._is_whole():
+            self._by_line = True
+            self._lines.append(b"")
+            found.append(self._end_record())
+        data = text[5:].strip(b" \r")
+        self._lines.append(line)
+        self._data.append(data)
+        if data == b"[DONE]" or self._by_line and self._is_whole():
+            self._lines.append(b"\r" if line[-1:] == b"\r" else b"")
+            found.append(self._end_record())
+
+    def _is_whole(self) -> bool:
+        """Whether the data line that has come is a record by itself, not the first line of one."""
+        if len(self._data) != 1:
+            return False
+        try:
+            return isinstance(_DECODER.decode(self._data[0].decode()), dict)
+        except (ValueError, RecursionError):
+            return False
+
+    def _end_record(self) -> Tuple[bytes, Optional[bytes]]:
+        record = b"\n".join(self._lines) + b"\n"
+        data = b"\n".join(self._data) if self._data else None
+        self._lines, self._data = [], []
+        return record, data
 
 
 def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
@@ -4243,69 +4276,6 @@ def read_records(records: Iterable[bytes]) -> Iterator[Optional[Json]]:
             raise refusal
         if isinstance(chunk, dict):
             yield chunk
-
-
-class RecordFramer:
-    """Bytes of an event stream in, the same bytes out, whole records at a time.
-
-    A blank line is put in where the upstream leaves it out between two records; what comes after
-    [DONE] is dropped.
-    """
-
-    def __init__(self) -> None:
-        self.done = False
-        self._pieces: List[bytes] = []   # of a line without its end
-        self._lines: List[bytes] = []    # of a record without its blank line
-        self._data: Optional[bytes] = None       # its data line, b"" where there are several
-        self._by_line, self._size = False, 0     # blank lines were missing
-
-    def holds(self) -> bool:
-        """Whether a part of a record waits for its end."""
-        return bool(self._pieces or self._lines)
-
-    def rest(self) -> bytes:
-        """The part of a record that waits for its end."""
-        return b"\n".join([*self._lines, b"".join(self._pieces)])
-
-    def feed(self, payload: bytes) -> bytes:
-        self._size += len(payload)
-        if self._size > RECORD_LIMIT_BYTES:
-            raise UpstreamGarbled("a record of the upstream's stream never ends")
-        if b"\n" not in payload:         # joined once, not anew at each read
-            self._pieces += [payload] if payload else []
-            return b""
-        lines = b"".join([*self._pieces, payload]).split(b"\n")
-        rest, out = lines.pop(), []
-        for line in lines:
-            self._take(line, out)
-            if self.done:                # nothing joins an answer that has ended
-                rest = b""
-                break
-        self._pieces = [rest] if rest else []
-        if out:
-            self._size = len(rest) + sum(map(len, self._lines))
-        return b"".join(out)
-
-    def _take(self, line: bytes, out: List[bytes]) -> None:
-        """One line without its end."""
-        if line[:5] == b"data:":
-            if self._data is not None and is_whole_record(self._data):
-                self._by_line = True
-                self._end_record(b"", out)
-            # of a record of several lines none is one by itself
-            self._data = b"" if self._data is not None else line[5:].strip(b" \r")
-            self.done = line[5:].strip(b" \r") == b"[DONE]"
-        self._lines.append(line)
-        if self.done or self._by_line and self._data and is_whole_record(self._data):
-            self._end_record(b"\r" if line.endswith(b"\r") else b"", out)
-        elif line in (b"", b"\r"):
-            self._end_record(None, out)
-
-    def _end_record(self, blank: Optional[bytes], out: List[bytes]) -> None:
-        """Let the record go, with its blank line where that is missing."""
-        lines = self._lines if blank is None else [*self._lines, blank]
-        out.append(b"\n".join([*lines, b""]))
-        self._lines, self._data = [], None
 
 
 def is_event_stream(content_type: str, data: bytes) -> bool:
@@ -7347,13 +7317,11 @@ class ChatRelay(ChatTranslation):
         super().begin()
         choices = self._call.body.get("n")
         self._choices = choices if isinstance(choices, int) else 1
-        self._decoder, self._framer = SSEDecoder(), RecordFramer()
-        self._holds = False              # the framer has a part of a record
+        self._decoder, self._holds = SSEDecoder(), False         # it has a part of a record
         self._recent: List[bytes] = []   # of what was sent, enough to hold the tail
         self._recent_size = 0
-        self._lead: List[bytes] = []     # what came before the answer began
+        self._lead: List[bytes] = []     # records that have not gone out yet
         self._lead_size, self._has_choices = 0, False
-        self._heard = SSEDecoder()       # for the reasoning to be noted
 
     def passes(self, payload: bytes) -> bool:
         if not self.began or self._holds or payload[-2:] != b"\n\n" or b"[DONE]" in payload or (
@@ -7368,7 +7336,8 @@ class ChatRelay(ChatTranslation):
         if b'"error"' in payload or len(payload) > TAIL_BYTES:
             self._look_for_end(payload)
         if self._note is not None:
-            self._record(payload)
+            for data in self._decoder.feed(payload):
+                self._record(data)
         return True
 
     @property
@@ -7382,38 +7351,38 @@ class ChatRelay(ChatTranslation):
         return payload.count(b"\ndata:") != payload.count(b"\n\ndata:")
 
     def feed(self, payload: bytes) -> bytes:
-        if self._note is not None:
-            self._record(payload)
+        for record, data in self._decoder.records(payload):
+            if self.done:                # nothing joins an answer that has ended
+                break
+            self._lead.append(record)
+            if data is not None:
+                self._take(data)
+        self._holds = self._decoder.holds()
         if not self.began:
-            self._look_for_answer(payload)
-            self._lead.append(payload)
             self._lead_size = check_lead(self._lead_size + len(payload))
-            if not self.began:
-                return b""
-            payload, self._lead = b"".join(self._lead), []
-        out = self._framer.feed(payload)
-        self.done = self.done or self._framer.done
-        self.records += out.count(b"data:")
-        self._holds = self._framer.holds()
+            return b""
+        out, self._lead = b"".join(self._lead), []
         self._recent = [self._tail, out]
         self._recent_size = len(self._recent[0]) + len(out)
         self._look_for_end(out)
         return out
 
-    def _look_for_answer(self, payload: bytes) -> None:
-        for chunk in read_records(self._decoder.feed(payload)):
-            if chunk is None:
-                self.done = True
-                break
+    def _take(self, data: bytes) -> None:
+        """Read a record as far as needed: once the answer has begun it is not parsed."""
+        self.records += 1
+        self.done = data == b"[DONE]"
+        if self._note is not None:
+            self._record(data)
+        if self.began or self.done:
+            return
+        for chunk in read_records([data]):
             self._has_choices = self._has_choices or bool(choices_of(chunk))
-            if self._has_choices and is_answer(chunk):
-                self.began = True
-                break                    # from here on nothing is parsed
+            self.began = self._has_choices and is_answer(chunk)
 
     def close(self) -> bytes:
         """What has to follow the upstream's proper end."""
         out = b""
-        rest = b"" if self.done else self._framer.rest() if self.began else b"".join(self._lead)
+        rest = b"" if self.done else self._decoder.rest()
         if rest.strip() and (not self.began or self._is_whole(rest)):
             out = self.feed(b"\n\n")     # the last record lacked its blank line
         if not self.began:
@@ -7456,13 +7425,12 @@ class ChatRelay(ChatTranslation):
                 text = self._tail[found.end():].decode("utf-8", "replace")
                 self._told = _DECODER.raw_decode(text)[0]
 
-    def _record(self, payload: bytes) -> None:
+    def _record(self, data: bytes) -> None:
         """Note what a later request has to bring back; the client sees what it is worth."""
-        for record in self._heard.feed(payload):
-            if any(mark in record for mark in _NOTED):
-                with contextlib.suppress(UpstreamError):
-                    for chunk in read_records([record]):
-                        self._note.record(chunk or {})
+        if any(mark in data for mark in _NOTED):
+            with contextlib.suppress(UpstreamError):
+                for chunk in read_records([data]):
+                    self._note.record(chunk or {})
 
 
 def check_lead(size: int) -> int:
