@@ -12850,7 +12850,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         tokens = tokens_of(self.headers.get("connection", ""))
         self.close_connection = "close" in tokens or (
             self.request_version == "HTTP/1.0" and "keep-alive" not in tokens)
-        if self.headers.get("upgrade", "").lower() == "websocket":
+        if "websocket" in tokens_of(self.headers.get("upgrade", "")):
             raise BadRequest("this server speaks no WebSocket; use plain HTTP", status=426,
                              should_retry=False)
         if self.server.closing.is_set() or self.is_surplus:

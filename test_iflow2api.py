@@ -10532,10 +10532,11 @@ def test_a_target_that_is_no_path_is_refused(server):
         assert "path" in post(running, chat(), target).error["message"]
 
 
-def test_a_websocket_is_426(server):
+@pytest.mark.parametrize("upgrade", ["websocket", "WebSocket", "h2c, websocket"])
+def test_a_websocket_is_426(server, upgrade):
     running = server(detect_local=False, custom_api_key="k" * 20)
     for path in ("/v1/responses", "/health", "/nothing"):
-        answer = get(running, path, Upgrade="websocket", Connection="Upgrade",
+        answer = get(running, path, Upgrade=upgrade, Connection="Upgrade",
                      Sec_WebSocket_Version="13")
         assert answer.status == 426 and answer.headers["upgrade"] == "HTTP/1.1"
         assert answer.headers["x-should-retry"] == "false"
