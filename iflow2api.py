@@ -374,8 +374,8 @@ LONG_CONTEXT = "[1m]"
 
 #: Claude Code's tiers -> a name of each that it knows; its gateway discovery keeps only ids with
 #: claude or anthropic.
-CLAUDE_MODELS = {"OPUS": "claude-opus-4-8", "SONNET": "claude-sonnet-4-6",
-                 "HAIKU": "claude-haiku-4-5"}
+CLAUDE_MODELS = {"FABLE": "claude-fable-5", "OPUS": "claude-opus-4-8",
+                 "SONNET": "claude-sonnet-4-6", "HAIKU": "claude-haiku-4-5"}
 
 #: The page: sessions at once, how long one lasts, and how long when nobody uses it.
 SESSIONS_LIMIT, SESSION_S, SESSION_IDLE_S = 64, 30 * 86400, 7 * 86400
@@ -411,6 +411,300 @@ HEADER_NAME_CHARS, HEADER_VALUE_CHARS = 100, 1000
 
 #: Of an upstream's answer these reach the client.
 HEADER_RETURNS = r"(x-ratelimit-.*|openai-.*|retry-after(-ms)?|x-should-retry)"
+
+
+# --- presets -----------------------------------------------------------------
+
+class Preset(NamedTuple):
+    """A known API: `preset` in an entry of `providers` names it and takes the rest from here."""
+    title: str                            #: Chinese = English, or one for both
+    key: str = ""                         #: the variable its users keep the key in; "": no key
+    base_url: str = ""                    #: of Chat
+    messages_url: str = ""
+    responses_url: str = ""
+    profile: Json = {}                    #: how it differs from DEFAULT_PROFILE
+    listed: str = ""                      #: its models, the default one first: see `models`
+    metered: Tuple[str, ...] = ()         #: of a plan: the maker's presets that are paid by use
+    key_start: str = ""                   #: how a plan's keys begin, where others do not
+    key_page: str = ""                    #: where keys are made
+    headers: Json = {}
+
+    @property
+    def titles(self) -> Tuple[str, str]:
+        """In Chinese and in English."""
+        chinese, _, english = self.title.partition(" = ")
+        return chinese, english or chinese
+
+    @property
+    def roads(self) -> Json:
+        """Its addresses, by the fields of a provider."""
+        return {name: getattr(self, name) for name in ROADS if getattr(self, name)}
+
+    @property
+    def models(self) -> Dict[str, Json]:
+        """What is known of each model, as an entry of `models` says it.
+
+        A row is name, context, output limit (with + it sees images) and efforts: ! before them if
+        it always thinks, - for none.
+        """
+        found: Dict[str, Json] = {}
+        for row in filter(None, self.listed.split(",")):
+            name, context, limit, efforts = row.split()
+            found[name] = {"context": int(context), "max_output": int(limit.rstrip("+")),
+                           "vision": limit.endswith("+"), "always_thinks": efforts[0] == "!",
+                           "efforts": [each for each in efforts.strip("!-").split("/") if each]}
+        return found
+
+
+#: The fields of a provider that say where its Chat, Messages and Responses are.
+ROADS = {"base_url": "Chat", "messages_url": "Messages", "responses_url": "Responses"}
+
+#: Houses of many models: a thinking switch that one model knows is a 400 from the next.
+_MIXED: Json = {"thinking_style": "none", "efforts": [], "strict_tools": False, "files": False}
+#: As OpenAI does it.
+_EFFORT: Json = {"thinking_style": "reasoning_effort", "efforts": ["none", "low", "medium", "high"],
+                 "reasoning_field": None, "max_tokens_field": "max_completion_tokens"}
+#: Engines on this machine: chat templates that allow system at the top only, parts they can't read.
+_ENGINE: Json = {
+    "thinking_style": "chat_template_kwargs", "efforts": [], "top_k": True, "mid_system": "user",
+    "strict_tools": False, "files": False}
+
+# What presets of one maker share.
+
+
+def _glm(search_engine: str) -> Json:
+    """GLM takes json_object, no strict schemas, and tool_choice "auto" alone (docs.bigmodel.cn)."""
+    return {
+        "thinking_style": "thinking_type", "thinking_extra": {"clear_thinking": False},
+        "efforts": ["low", "high", "max"], "structured_output": "json_object",
+        "strict_tools": False, "forced_tool_choice": False, "files": False,
+        "server_tools": {"web_search": {"type": "web_search", "web_search": {
+            "enable": True, "search_engine": search_engine, "search_result": True}}}}
+
+
+_GLM_5 = ("glm-5.3 1000000 131072 !low/high/max, glm-5.3-flash 1000000 131072+ !low/high/max, "
+          "glm-5.3-highspeed 1000000 131072 !low/high/max, ")
+_ZHIPU: Json = {
+    "key": "ZHIPU_API_KEY", "messages_url": "https://open.bigmodel.cn/api/anthropic",
+    "profile": _glm("search_std"), "listed": _GLM_5 + "glm-4.6v 128000 32768+ -",
+    "key_page": "https://open.bigmodel.cn/usercenter/apikeys"}
+_ZAI: Json = {
+    "key": "ZAI_API_KEY", "messages_url": "https://api.z.ai/api/anthropic",
+    "profile": _glm("search-prime"),
+    "listed": _GLM_5 + "glm-5.2 1000000 131072 none/high/max, glm-4.7 204800 131072 -",
+    "key_page": "https://z.ai/manage-apikey/apikey-list"}
+
+#: A call's reasoning must come back with it (platform.kimi.com).
+_KIMI_PROFILE: Json = {
+    "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True,
+    "prefill": "partial", "efforts": ["low", "high", "max"], "strict_tools": False, "files": False}
+_KIMI: Json = {
+    "key": "MOONSHOT_API_KEY", "profile": _KIMI_PROFILE,
+    "listed": "kimi-k3 1048576 1048576+ !low/high/max, kimi-k3.1-pro 1048576 1048576+ "
+              "!low/high/max, kimi-k2.7-code 262144 262144+ !, kimi-k2.6 262144 262144+ -"}
+_QWEN: Json = {
+    "key": "DASHSCOPE_API_KEY",
+    "profile": {
+        "thinking_style": "enable_thinking", "top_k": True, "efforts": [], "strict_tools": False,
+        "forced_tool_choice_with_thinking": False, "files": False,
+        "server_tools": {"web_search": {"fields": {"enable_search": True}}}},
+    "listed": "qwen3.8-max 1000000 131072+ low/medium/xhigh, qwen3.8-flash 1000000 131072+ "
+              "low/medium/xhigh, qwen3.7-plus 1000000 65536+ -, qwen3.7-max 1000000 131072 -, "
+              "qwen4-max-preview 1000000 393216+ low/medium/xhigh"}
+#: Thinks between <think> tags and knows no response_format (platform.minimax.io).
+_MINIMAX: Json = {
+    "key": "MINIMAX_API_KEY",
+    "profile": {
+        "thinking_style": "none", "think_tags": True, "efforts": [], "strict_tools": False,
+        "structured_output": "prompt", "max_tokens_field": "max_completion_tokens", "files": False},
+    "listed": "MiniMax-M3 1000000 524288+ -, MiniMax-M3.1-Flash 1000000 524288+ "
+              "!low/medium/high/xhigh/max, MiniMax-M2.7 204800 131072 -, "
+              "MiniMax-M2.7-highspeed 204800 131072 -"}
+_ARK: Json = {"key": "ARK_API_KEY", "profile": {**_MIXED, "thinking_style": "thinking_type"}}
+_STEPFUN: Json = {"key": "STEPFUN_API_KEY", "profile": _MIXED,
+                  "key_page": "https://platform.stepfun.com/interface-key"}
+#: They answer in `reasoning`, and take that back.
+_GROQ: Json = {**_EFFORT, "reasoning_field": "reasoning", "efforts": ["low", "medium", "high"],
+               "strict_tools": False, "files": False}
+
+#: By name, plans first.  From the makers' documentation and other programs' data, November 2026.
+PRESETS: Dict[str, Preset] = {
+    "zhipu-coding": Preset(
+        "智谱编程套餐 = Zhipu coding plan", base_url="https://open.bigmodel.cn/api/coding/paas/v4",
+        metered=("zhipu",), **_ZHIPU),
+    "zai-coding": Preset(
+        "Z.ai 编程套餐 = Z.ai coding plan", base_url="https://api.z.ai/api/coding/paas/v4",
+        metered=("zai",), **_ZAI),
+    "kimi-coding": Preset(
+        "Kimi 编程套餐 = Kimi coding plan", "KIMI_API_KEY", "https://api.kimi.com/coding/v1",
+        "https://api.kimi.com/coding", profile={**_KIMI_PROFILE, "forward_user_agent": True},
+        listed="kimi-for-coding 1048576 32768+ !low/high/max, "
+               "kimi-for-coding-highspeed 262144 32768+ !, k3 1048576 1048576+ !low/high/max, "
+               "k3.1-pro 1048576 1048576+ !low/high/max",
+        metered=("moonshot", "moonshot-cn"), key_start="sk-kimi-",
+        key_page="https://www.kimi.com/code/console"),
+    "dashscope-coding": Preset(
+        "阿里云编程套餐 = Alibaba coding plan", base_url="https://coding.dashscope.aliyuncs.com/v1",
+        messages_url="https://coding.dashscope.aliyuncs.com/apps/anthropic",
+        metered=("dashscope",), key_start="sk-sp-", **_QWEN),
+    "dashscope-coding-intl": Preset(
+        "阿里云编程套餐（国际） = Alibaba plan, intl.",
+        base_url="https://coding-intl.dashscope.aliyuncs.com/v1",
+        messages_url="https://coding-intl.dashscope.aliyuncs.com/apps/anthropic",
+        metered=("dashscope-intl",), key_start="sk-sp-", **_QWEN),
+    # its /models does not tell what the plan serves
+    "volcengine-coding": Preset(
+        "火山方舟编程套餐 = Volcengine coding plan", _ARK["key"],
+        "https://ark.cn-beijing.volces.com/api/coding/v3",
+        "https://ark.cn-beijing.volces.com/api/coding", metered=("volcengine",),
+        profile={**_ARK["profile"], "lists_models": False}),
+    "stepfun-plan": Preset(
+        "阶跃星辰套餐 = StepFun plan", base_url="https://api.stepfun.com/step_plan/v1",
+        metered=("stepfun",), **_STEPFUN),
+    "zhipu": Preset("智谱 = Zhipu", base_url="https://open.bigmodel.cn/api/paas/v4",
+                    responses_url="https://open.bigmodel.cn/api/v1", **_ZHIPU),
+    "zai": Preset("Z.ai", base_url="https://api.z.ai/api/paas/v4", **_ZAI),
+    "moonshot-cn": Preset(
+        "Kimi 开放平台 = Kimi (China)", base_url="https://api.moonshot.cn/v1",
+        messages_url="https://api.moonshot.cn/anthropic",
+        key_page="https://platform.moonshot.cn/console/api-keys", **_KIMI),
+    "moonshot": Preset(
+        "Kimi 开放平台（国际） = Kimi", base_url="https://api.moonshot.ai/v1",
+        messages_url="https://api.moonshot.ai/anthropic",
+        key_page="https://platform.moonshot.ai/console/api-keys", **_KIMI),
+    "deepseek": Preset(
+        "DeepSeek", "DEEPSEEK_API_KEY", "https://api.deepseek.com/v1",
+        "https://api.deepseek.com/anthropic", profile={
+            "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True,
+            "efforts": ["low", "high", "max"], "vision": False, "files": False,
+            "structured_output": "json_object", "strict_tools": False},
+        listed="deepseek-flash 1000000 384000+ low/high/max, "
+               "deepseek-v4-pro 1000000 384000 high/max",
+        key_page="https://platform.deepseek.com/api_keys"),
+    "dashscope": Preset(
+        "阿里云百炼 = Alibaba Qwen", base_url="https://dashscope.aliyuncs.com/compatible-mode/v1",
+        messages_url="https://dashscope.aliyuncs.com/apps/anthropic", **_QWEN),
+    "dashscope-intl": Preset(
+        "阿里云百炼（国际） = Alibaba Qwen, intl.",
+        base_url="https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
+        messages_url="https://dashscope-intl.aliyuncs.com/apps/anthropic", **_QWEN),
+    "minimax-cn": Preset(
+        "MiniMax = MiniMax (China)", base_url="https://api.minimaxi.com/v1",
+        messages_url="https://api.minimaxi.com/anthropic", **_MINIMAX,
+        key_page="https://platform.minimaxi.com/user-center/basic-information/interface-key"),
+    "minimax": Preset(
+        "MiniMax（国际） = MiniMax", base_url="https://api.minimax.io/v1",
+        messages_url="https://api.minimax.io/anthropic", **_MINIMAX,
+        key_page="https://platform.minimax.io/user-center/basic-information/interface-key"),
+    "volcengine": Preset("火山方舟 = Volcengine Ark",
+                         base_url="https://ark.cn-beijing.volces.com/api/v3", **_ARK),
+    "xiaomi": Preset(
+        "小米 MiMo = Xiaomi MiMo", "MIMO_API_KEY", "https://api.xiaomimimo.com/v1",
+        "https://api.xiaomimimo.com/anthropic",
+        profile={**_MIXED, "thinking_style": "thinking_type",
+                 "require_reasoning_on_tool_calls": True},
+        listed="mimo-v2.6-pro 1048576 131072+ -, mimo-v2.6-flash 1048576 131072+ -, "
+               "mimo-v2.6-pro-ultraspeed 1048576 131072+ -",
+        key_page="https://platform.xiaomimimo.com"),
+    "stepfun": Preset("阶跃星辰 = StepFun", base_url="https://api.stepfun.com/v1", **_STEPFUN),
+    "tencent": Preset("腾讯 TokenHub = Tencent TokenHub", "TENCENT_API_KEY",
+                      "https://tokenhub.tencentmaas.com/v1", profile=_MIXED),
+    "siliconflow": Preset(
+        "硅基流动 = SiliconFlow (China)", "SILICONFLOW_API_KEY",
+        "https://api.siliconflow.cn/v1", profile=_MIXED,
+        key_page="https://cloud.siliconflow.cn/account/ak"),
+    "siliconflow-intl": Preset(
+        "硅基流动（国际） = SiliconFlow", "SILICONFLOW_API_KEY",
+        "https://api.siliconflow.com/v1", profile=_MIXED,
+        key_page="https://cloud.siliconflow.com/account/ak"),
+    "modelscope": Preset(
+        "魔搭 = ModelScope", "MODELSCOPE_API_KEY", "https://api-inference.modelscope.cn/v1",
+        profile=_MIXED, key_page="https://modelscope.cn/my/myaccesstoken"),
+    "openrouter": Preset(
+        "OpenRouter", "OPENROUTER_API_KEY", "https://openrouter.ai/api/v1",
+        "https://openrouter.ai/api", profile={
+            "thinking_style": "reasoning_effort", "reasoning_field": "reasoning", "top_k": True,
+            "efforts": ["none", "minimal", "low", "medium", "high", "xhigh"]},
+        listed="z-ai/glm-5.3 1048576 943718 !low/high/max, "
+               "moonshotai/kimi-k3 1048576 131072+ none/low/high/max, "
+               "deepseek/deepseek-v4.1-flash 1048576 943718+ none/low/high/max, "
+               "qwen/qwen3.8-max-0902 1000000 131072+ !minimal/low/medium/high/xhigh, "
+               "minimax/minimax-m3.1-flash 1048576 524288+ !low/medium/high/xhigh/max",
+        key_page="https://openrouter.ai/settings/keys"),
+    "nvidia": Preset(
+        "NVIDIA", "NVIDIA_API_KEY", "https://integrate.api.nvidia.com/v1",
+        profile={**_MIXED, "reasoning_field": None, "user_field": None,
+                 "parallel_tool_calls": False},
+        listed="z-ai/glm-5.3-flash 1000000 131072+ -, "
+               "minimaxai/minimax-m3.1-flash 262144 262144+ -, "
+               "stepfun-ai/step-5-preview 1048576 1048576+ -, "
+               "nvidia/nemotron-3-ultra-550b-a55b 1000000 65536 -",
+        key_page="https://build.nvidia.com/settings/api-keys",
+        headers={"NVCF-POLL-SECONDS": "3600"}),
+    "anthropic": Preset(
+        "Anthropic", "ANTHROPIC_API_KEY", messages_url="https://api.anthropic.com",
+        profile={"count_tokens": True}, key_page="https://console.anthropic.com/settings/keys"),
+    "openai": Preset(
+        "OpenAI", "OPENAI_API_KEY", "https://api.openai.com/v1",
+        responses_url="https://api.openai.com/v1", profile={
+            **_EFFORT, "efforts": ["none", "low", "medium", "high", "xhigh"],
+            "user_field": "safety_identifier",
+            "extra_fields": ["user", "verbosity", "prompt_cache_key", "service_tier"]},
+        listed="gpt-6.2-sol 272000 128000+ !low/medium/high/xhigh/max, "
+               "gpt-6.2-astra 272000 128000+ !low/medium/high/xhigh/max, "
+               "gpt-6.1-terra 272000 128000+ none/low/medium/high/xhigh/max, "
+               "gpt-6-luna 272000 128000+ none/low/medium/high/xhigh/max, "
+               "gpt-5.5 272000 128000+ none/low/medium/high/xhigh, "
+               "gpt-5.4-mini 400000 128000+ none/low/medium/high/xhigh",
+        key_page="https://platform.openai.com/api-keys"),
+    "xai": Preset(
+        "xAI", "XAI_API_KEY", "https://api.x.ai/v1", responses_url="https://api.x.ai/v1",
+        profile=_EFFORT, listed="grok-4.7 500000 500000+ !low/medium/high/xhigh, "
+                                "grok-4.6 500000 500000+ !low/medium/high/xhigh, "
+                                "grok-4.3 1000000 30000+ none/low/medium/high/xhigh",
+        key_page="https://console.x.ai"),
+    "groq": Preset(
+        "Groq", "GROQ_API_KEY", "https://api.groq.com/openai/v1", profile=_GROQ,
+        listed="openai/gpt-oss-120b 131072 65536 !low/medium/high, "
+               "openai/gpt-oss-20b 131072 65536 !low/medium/high, "
+               "qwen/qwen3.8-27b 131072 16384+ none/low/medium/high, "
+               "llama-3.3-70b-versatile 131072 32768 -", key_page="https://console.groq.com/keys"),
+    "cerebras": Preset(
+        "Cerebras", "CEREBRAS_API_KEY", "https://api.cerebras.ai/v1", profile=_GROQ,
+        listed="gpt-oss-120b 131072 40960 !low/medium/high, "
+               "qwen-3.8-27b 131072 40960+ none/low/medium/high",
+        key_page="https://cloud.cerebras.ai"),
+    "mistral": Preset(
+        "Mistral", "MISTRAL_API_KEY", "https://api.mistral.ai/v1",
+        profile={**_EFFORT, "max_tokens_field": "max_tokens", "user_field": None, "efforts": []},
+        listed="mistral-medium-latest 262144 262144+ none/high, "
+               "mistral-large-latest 1048576 262144+ !low/medium/high, "
+               "devstral-latest 262144 262144 -, codestral-latest 256000 4096 -, "
+               "mistral-small-latest 262144 256000+ none/high",
+        key_page="https://console.mistral.ai/api-keys"),
+    "together": Preset("Together AI", "TOGETHER_API_KEY", "https://api.together.ai/v1",
+                       profile=_MIXED, key_page="https://api.together.ai/settings/api-keys"),
+    "fireworks": Preset(
+        "Fireworks AI", "FIREWORKS_API_KEY", "https://api.fireworks.ai/inference/v1",
+        "https://api.fireworks.ai/inference", profile=_MIXED,
+        key_page="https://app.fireworks.ai/settings/users/api-keys"),
+    "gemini": Preset(
+        "Google Gemini", "GEMINI_API_KEY",
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+        profile={**_EFFORT, "user_field": None, "strict_tools": False, "files": False}),
+    "ollama": Preset(
+        "Ollama", "", "http://127.0.0.1:11434/v1", "http://127.0.0.1:11434",
+        "http://127.0.0.1:11434/v1",
+        {**_ENGINE, "thinking_style": "none", "reasoning_field": "reasoning"}),
+    "lmstudio": Preset("LM Studio", "", "http://127.0.0.1:1234/v1", "http://127.0.0.1:1234",
+                       profile={**_ENGINE, "thinking_style": "none"}),
+    "llamacpp": Preset("llama.cpp", "", "http://127.0.0.1:8080/v1", "http://127.0.0.1:8080",
+                       profile={**_ENGINE, "count_tokens": True}),
+    "vllm": Preset("vLLM", "", "http://127.0.0.1:8000/v1", "http://127.0.0.1:8000", profile={
+        **_ENGINE, "prefill": "continue_final_message", "reasoning_field": "reasoning"})}
+
+#: Presets of engines that are looked for on this machine.
+LOCAL_ENGINES = ("ollama", "lmstudio", "llamacpp", "vllm")
 
 
 # === 3. Errors ===============================================================
@@ -1838,11 +2132,19 @@ PROFILE: Dict[str, Tuple[Any, Shape]] = {
     "parallel_tool_calls": (True, truth),
     "stream_usage": (True, truth),
     "think_tags": (False, truth),
+    #: thinking can't be switched off: who wants none gets the least effort
+    "always_thinks": (False, truth),
     #: drop, error, or family -> its `tools` entry or the request's {"fields": …}
     "server_tools": ("drop", lambda value, where: value if isinstance(value, dict) else
                      one_of("drop", "error")(value, where)),
     "strict_tools": (True, truth),
-    "prefill": (None, one_of("partial", "prefix", "continue_final_message", None))}
+    "prefill": (None, one_of("partial", "prefix", "continue_final_message", None)),
+    #: its Messages counts tokens, exactly
+    "count_tokens": (False, truth),
+    #: the client's own User-Agent is sent on: Kimi's plan admits known agents
+    "forward_user_agent": (False, truth),
+    #: False: its /models is not asked for, since it lists what it does not serve
+    "lists_models": (True, truth)}
 DEFAULT_PROFILE: Json = {name: default for name, (default, _) in PROFILE.items()}
 
 #: What a profile may say as well: it holds for the models whose own facts do not tell.
@@ -1859,7 +2161,9 @@ KINDS = ("openai", "iflow")
 class Provider:
     """One upstream.  `problem` is why it can't be used, empty when it can."""
     name: str
-    base_url: str = ""
+    base_url: str = ""                    #: of its Chat
+    messages_url: str = ""
+    responses_url: str = ""
     kind: str = "openai"
     api_keys: Tuple[str, ...] = ()
     models: Tuple[str, ...] = ()          #: models it is known to serve; they decide routes
@@ -1875,7 +2179,17 @@ class Provider:
     vision_model: str = ""
     preserve_reasoning_content: Optional[bool] = None
     problem: str = ""
-    warnings: Tuple[str, ...] = ()        #: what of `profile` makes no sense and is not used
+    warnings: Tuple[str, ...] = ()        #: what of `profile` is not used, which keys do not fit
+
+    @property
+    def roads(self) -> List[str]:
+        """Its addresses."""
+        return list(filter(None, (getattr(self, road) for road in ROADS)))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether an engine on this machine answers."""
+        return any(is_loopback(urllib.parse.urlsplit(url).hostname or "") for url in self.roads)
 
     @property
     def places(self) -> int:
@@ -1935,8 +2249,7 @@ def _header_value(environ: Mapping[str, str], is_key: bool) -> Shape:
     return check
 
 
-_MODEL_SHAPE = record({"id": filled_text}, {"context": _TOKENS, "max_output": _TOKENS,
-                                            "vision": truth}, strict=False)
+_MODEL_SHAPE = record({"id": filled_text}, _PROFILE_SHAPES, strict=False)
 
 
 def model_entry(value: Any, where: str) -> Tuple[str, Json]:
@@ -1945,7 +2258,8 @@ def model_entry(value: Any, where: str) -> Tuple[str, Json]:
         raise misfit(where, 'a name or an object as {"id": "name", "max_output": 8192}', value)
     facts = _MODEL_SHAPE({"id": value} if isinstance(value, str) else value, where)
     name = facts.pop("id")
-    return name, {fact: known for fact, known in facts.items() if fact == "vision" or known}
+    return name, {fact: known for fact, known in facts.items()
+                  if known or fact not in ("context", "max_output")}
 
 
 def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
@@ -1956,8 +2270,8 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
     if not re.fullmatch(_NAME, name_of(entry)):
         raise ValueError("each provider needs a name without blanks, commas and slashes")
     shape = record({"name": entry_name}, {
-        "base_url": any_text, "kind": one_of(*KINDS), "vision_model": any_text,
-        "proxy": secret_text,
+        "preset": preset_name, **dict.fromkeys(ROADS, any_text), "kind": one_of(*KINDS),
+        "vision_model": any_text, "proxy": secret_text,
         "api_keys": list_of(_header_value(environ, True)), "models": list_of(model_entry),
         "headers": names_to(_header_value(environ, False), header_name),
         "timeout_s": number(0.001, LONGEST_S), "concurrency": number(0, 10 ** 6, True),
@@ -1965,11 +2279,13 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
         strict=False)
     try:
         given = shape(entry, "")
+        given = _filled({**given, **roads_of(given)})
         base_url = clean_base_url(given.get("base_url", ""))
     except ValueError as exc:
         return Provider(entry["name"], problem=str(exc))
     facts = dict(given.get("models", ()))
     profile, warnings = check_profile(given.get("profile", {}))
+    warnings += _misplaced_keys(given.get("api_keys", ()), base_url)
     return Provider(**{**given, "base_url": base_url, "profile": profile,
                        "api_keys": tuple(given.get("api_keys", ())),
                        "headers": tuple(given.get("headers", {}).items()),
@@ -2060,167 +2376,109 @@ def with_iflow_facts(provider: Provider, settings: Settings) -> Provider:
 
 # --- presets -----------------------------------------------------------------
 
-class Preset(NamedTuple):
-    """A known OpenAI-compatible API; `provider add` writes it into config.json for changes."""
-    base_url: str
-    key: str = ""                         #: the variable its users keep the key in; "": no key
-    profile: Json = {}                    #: how its Chat differs from DEFAULT_PROFILE
-    #: by commas: name, context, output limit, + if it sees images
-    listed: str = ""
-
-    @property
-    def models(self) -> List[Tuple[str, int, int, bool]]:
-        """Name, context, output limit (0: unknown), whether it sees images."""
-        rows = [row.split() for row in filter(None, self.listed.split(","))]
-        tokens = [[int(word) for word in row[1:] if word != "+"] + [0, 0] for row in rows]
-        return [(row[0], *known[:2], row[-1] == "+") for row, known in zip(rows, tokens)]
-
-    def entry(self, name: str) -> Json:
-        """It as an entry of `providers`, without keys."""
-        models = [{"id": model, **({"context": context} if context else {}),
-                   **({"max_output": limit} if limit else {}), "vision": vision}
-                  for model, context, limit, vision in self.models]
-        return {"name": name, "base_url": self.base_url, **({"models": models} if models else {}),
-                **({"profile": dict(self.profile)} if self.profile else {})}
+def preset_name(value: Any, where: str) -> str:
+    if any_text(value, where) not in PRESETS:
+        raise ValueError(f"{where}: there is no {one_line(value, 60)!r}"
+                         f"{nearest(value, PRESETS) or '; '}`provider presets` lists them")
+    return value
 
 
-#: The first model of each is the default one: it may think and need not, as agents want both.
-#: GLM takes json_object, no strict schemas, and tool_choice "auto" alone (docs.bigmodel.cn).
-_GLM_PROFILE: Json = {
-    "thinking_style": "thinking_type", "structured_output": "json_object", "strict_tools": False,
-    "forced_tool_choice": False, "files": False, "thinking_extra": {"clear_thinking": False}}
+def preset_at(url: Any) -> str:
+    """The name of the preset that an address belongs to, by its host; "" without one.
 
-
-def _glm_search(engine: str) -> Json:
-    return {**_GLM_PROFILE, "server_tools": {"web_search": {"type": "web_search", "web_search": {
-        "enable": True, "search_engine": engine, "search_result": True}}}}
-
-
-_GLM = ("glm-5.2 1000000 131072, glm-5.3 1000000 131072, glm-5.1 200000 131072, "
-        "glm-5 204800 131072, glm-4.7 204800 131072, glm-4.7-flash 200000 131072, "
-        "glm-5v-turbo 200000 131072 +, glm-4.6v 128000 32768 +")
-#: kimi-k3 and kimi-k2.7-code can't stop thinking; a call's reasoning must come back with it
-#: (platform.kimi.com).
-_KIMI_PROFILE: Json = {
-    "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True,
-    "prefill": "partial", "efforts": ["low", "high", "max"], "strict_tools": False, "files": False}
-_KIMI = ("kimi-k2.6 262144 262144 +, kimi-k3 1048576 262144 +, kimi-k2.7-code 262144 262144 +, "
-         "kimi-k2.5 262144 262144 +")
-#: A budget and an effort exclude each other there, so that the effort, which not all models know,
-#: stays away.
-_QWEN_PROFILE: Json = {
-    "thinking_style": "enable_thinking", "top_k": True, "forced_tool_choice_with_thinking": False,
-    "efforts": [], "strict_tools": False, "files": False,
-    "server_tools": {"web_search": {"fields": {"enable_search": True}}}}
-_QWEN = ("qwen3.7-plus 1000000 65536 +, qwen3.8-max 1000000 131072 +, "
-         "qwen3.8-flash 1000000 131072 +, qwen3-coder-plus 1000000 65536, "
-         "qwen3-vl-plus 262144 32768 +")
-#: Thinks between <think> tags and always (M2), knows no response_format (platform.minimax.io).
-_MINIMAX_PROFILE: Json = {
-    "thinking_style": "none", "think_tags": True, "efforts": [], "structured_output": "prompt",
-    "max_tokens_field": "max_completion_tokens", "strict_tools": False, "files": False}
-_MINIMAX = ("MiniMax-M3 512000 128000 +, MiniMax-M2.7 204800 131072, MiniMax-M2.5 204800 131072")
-_DEEPSEEK_PROFILE: Json = {
-    "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True,
-    "efforts": ["low", "high", "max"], "vision": False, "files": False,
-    "structured_output": "json_object", "strict_tools": False}
-#: Houses of many models: a thinking switch that one model knows is a 400 from the next.
-_MIXED_PROFILE: Json = {"thinking_style": "none", "efforts": [], "strict_tools": False,
-                        "files": False}
-_OPENROUTER_PROFILE: Json = {
-    "thinking_style": "reasoning_effort", "reasoning_field": "reasoning", "top_k": True,
-    "efforts": ["none", "minimal", "low", "medium", "high", "xhigh"]}
-_OPENAI_PROFILE: Json = {
-    "thinking_style": "reasoning_effort", "efforts": ["none", "low", "medium", "high", "xhigh"],
-    "reasoning_field": None, "max_tokens_field": "max_completion_tokens",
-    "user_field": "safety_identifier",
-    "extra_fields": ["user", "verbosity", "prompt_cache_key", "service_tier"]}
-#: Engines on this machine: chat templates that allow system at the top only, parts they can't read.
-_ENGINE_PROFILE: Json = {
-    "thinking_style": "chat_template_kwargs", "efforts": [], "top_k": True, "mid_system": "user",
-    "strict_tools": False, "files": False}
-
-#: By name; looked up in the makers' documentation and on models.dev, November 2026.
-PRESETS: Dict[str, Preset] = {
-    "zhipu": Preset("https://open.bigmodel.cn/api/paas/v4", "ZHIPU_API_KEY",
-                    _glm_search("search_std"), _GLM),
-    "zai": Preset("https://api.z.ai/api/paas/v4", "ZAI_API_KEY", _glm_search("search-prime"), _GLM),
-    "moonshot-cn": Preset("https://api.moonshot.cn/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
-    "moonshot": Preset("https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", _KIMI_PROFILE, _KIMI),
-    "deepseek": Preset("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", _DEEPSEEK_PROFILE,
-                       "deepseek-flash 1000000 384000 +, deepseek-v4-pro 1000000 384000, "
-                       "deepseek-v4-flash 1000000 384000 +"),
-    "dashscope": Preset("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY",
-                        _QWEN_PROFILE, _QWEN),
-    "dashscope-intl": Preset("https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
-                             "DASHSCOPE_API_KEY", _QWEN_PROFILE, _QWEN),
-    "minimax-cn": Preset("https://api.minimaxi.com/v1", "MINIMAX_API_KEY",
-                         _MINIMAX_PROFILE, _MINIMAX),
-    "minimax": Preset("https://api.minimax.io/v1", "MINIMAX_API_KEY", _MINIMAX_PROFILE, _MINIMAX),
-    "siliconflow": Preset("https://api.siliconflow.cn/v1", "SILICONFLOW_API_KEY", _MIXED_PROFILE,
-                          "zai-org/GLM-5.2 1000000 131072, "
-                          "deepseek-ai/DeepSeek-V4-Flash 1000000 384000, "
-                          "deepseek-ai/DeepSeek-V4-Pro 1000000 384000, "
-                          "Pro/moonshotai/Kimi-K2.6 262000 262000 +"),
-    "modelscope": Preset("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY",
-                         _MIXED_PROFILE, "ZhipuAI/GLM-4.6 202752, "
-                         "Qwen/Qwen3-235B-A22B-Instruct-2507 262144, "
-                         "Qwen/Qwen3-Coder-30B-A3B-Instruct 262144"),
-    "openrouter": Preset("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", _OPENROUTER_PROFILE,
-                         "z-ai/glm-5.2 1048576, deepseek/deepseek-v4-flash 1048576, "
-                         "moonshotai/kimi-k2.6 262144 +"),
-    "nvidia": Preset("https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY", {
-        **_MIXED_PROFILE, "reasoning_field": None, "user_field": None,
-        "parallel_tool_calls": False}, "z-ai/glm-5.1 202752 131072, minimaxai/minimax-m2.7 204800, "
-                     "nvidia/nemotron-3-super-120b-a12b 262144"),
-    "openai": Preset("https://api.openai.com/v1", "OPENAI_API_KEY", _OPENAI_PROFILE,
-                     "gpt-5.6 1050000 128000 +, gpt-5.5 1050000 128000 +, "
-                     "gpt-5.4 1050000 128000 +"),
-    "ollama": Preset("http://127.0.0.1:11434/v1", "", {
-        **_ENGINE_PROFILE, "thinking_style": "none", "reasoning_field": "reasoning"}),
-    "lmstudio": Preset("http://127.0.0.1:1234/v1", "", {
-        **_ENGINE_PROFILE, "thinking_style": "none"}),
-    "llamacpp": Preset("http://127.0.0.1:8080/v1", "", _ENGINE_PROFILE),
-    "vllm": Preset("http://127.0.0.1:8000/v1", "", {
-        **_ENGINE_PROFILE, "prefill": "continue_final_message"}),
-}
-
-#: Presets of engines that are looked for on this machine.
-LOCAL_ENGINES = ("ollama", "lmstudio", "llamacpp", "vllm")
-
-
-def entry_at(base_url: str, preset: Optional[Preset] = None) -> Json:
-    """An entry of `providers` for an address, with the facts of `preset` or of the known API there.
-
-    A bare host of a known API gets its path.
+    Of those on one host the one whose address it begins with, else one that is paid by use.
     """
-    host, slash, path = base_url.strip().partition("://")[2].partition("/")
-    known_api = next((known for known in PRESETS.values()
-                    if urllib.parse.urlsplit(known.base_url).netloc == host), None)
-    known = preset or known_api
-    facts = known.entry("") if known else {}
-    if known_api and not path.strip("/"):
-        base_url = known_api.base_url
-    return {**facts, "base_url": base_url}
+    fit = [(str(url).startswith(known) * len(known), not preset.metered, name)
+           for name, preset in PRESETS.items() for known in preset.roads.values()
+           if url and not leads_elsewhere(known, url)]
+    return max(fit, key=lambda each: each[:2])[2] if fit else ""
 
 
-def entry_for(name: str, kind: str, base_url: str, preset: Optional[Preset],
-              models: Iterable[Any]) -> Json:
-    """An entry of `providers` out of a preset, an address or both.
+def other_keys(provider: Provider) -> str:
+    """Where the maker's keys that are paid in the other way belong; "" where there is one way.
 
-    Of `models` that are named here a preset knows the facts.
+    The ways: by a plan or by use.
     """
-    entry = entry_at(base_url, preset) if base_url or preset is None else preset.entry("")
-    entry = {**entry, "name": name, "kind": kind or "openai"}
-    known = {model["id"]: model for model in entry.get("models", ())}
-    wanted = [known.get(model, model) if isinstance(model, str) else model for model in models]
-    return {**entry, "models": wanted} if wanted else entry
+    here = preset_at(next(iter(provider.roads), ""))
+    plans = [name for name, preset in PRESETS.items() if here in preset.metered]
+    others = plans or list(PRESETS[here].metered if here else ())
+    if not others:
+        return ""
+    whose = "a key of a plan belongs" if plans else "this is a plan's address; others' keys belong"
+    return f"{whose} to the preset {' or '.join(others)} (`provider add {others[0]}`)"
+
+
+def _misplaced_keys(keys: Iterable[str], url: str) -> List[str]:
+    """A warning for each key that another preset's address takes, as its beginning tells."""
+    here = preset_at(url)
+    return [f"api_keys[{at}] begins with {preset.key_start} and so belongs to the preset {name} "
+            f"(`provider add {name}`)" for at, key in enumerate(keys)
+            for name, preset in PRESETS.items()
+            if here in preset.metered and preset.key_start and key.startswith(preset.key_start)]
+
+
+def _preset_of(entry: Json) -> Optional[Preset]:
+    name = entry.get("preset")
+    return PRESETS.get(name) if isinstance(name, str) else None
+
+
+def roads_of(entry: Json) -> Json:
+    """The addresses of an entry of `providers`, by ROADS: its own, else its preset's.
+
+    Beside an own one that leads elsewhere none is taken from a preset that wants a key: a relay's
+    key must not go to the maker.  An engine's addresses move along.
+    """
+    own = {road: entry[road] for road in ROADS if entry.get(road)}
+    preset = _preset_of(entry)
+    known = preset.roads if preset else {}
+    moved = [url for url in own.values() for home in known.values() if leads_elsewhere(home, url)]
+    if moved and preset:
+        origin = "/".join(str(moved[0]).split("/")[:3])
+        known = {} if preset.key else {road: "/".join([origin, *url.split("/")[3:]])
+                                       for road, url in known.items()}
+    return {**known, **own}
+
+
+def _filled(given: Json) -> Json:
+    """The checked fields of a provider, with what its preset knows and they do not say."""
+    preset = _preset_of(given)
+    if preset is None:
+        return given
+    del given["preset"]
+    models = given.get("models") or [(name, {}) for name in preset.models]
+    return {**given, "models": [(name, {**preset.models.get(name, {}), **facts})
+                                for name, facts in models],
+            "profile": {**preset.profile, **given.get("profile", {})},
+            "headers": {**preset.headers, **given.get("headers", {})}}
+
+
+def entry_at(base_url: str, preset: str = "") -> Json:
+    """An entry of `providers` for an address; of a known API it names the preset.
+
+    A bare host of such gets its path.
+    """
+    known = preset_at(base_url)
+    if known and not base_url.strip().partition("://")[2].partition("/")[2].strip("/"):
+        base_url = PRESETS[known].base_url
+    return without_preset({"preset": preset or known, "base_url": base_url})
+
+
+def without_preset(entry: Json) -> Json:
+    """An entry of `providers` without what its preset says as well."""
+    preset = _preset_of(entry)
+    same = {} if preset is None else {
+        **preset.roads, "models": list(preset.models), "headers": preset.headers}
+    left = {name: value for name, value in entry.items() if value not in (None, "", same.get(name))}
+    if preset is not None and isinstance(left.get("profile"), dict):
+        left["profile"] = {name: value for name, value in left["profile"].items()
+                           if name not in preset.profile or value != preset.profile[name]}
+    return left
 
 
 # --- what receives secrets ------------------------------------------------------
 
 #: Fields of a provider that say where its keys and headers go.
-SECRET_DESTINATIONS = ("base_url", "messages_url", "responses_url", "proxy")
+SECRET_DESTINATIONS = (*ROADS, "proxy")
 
 
 def leads_elsewhere(old: Any, new: Any) -> bool:
@@ -2796,13 +3054,15 @@ def set_thinking(chat: Json, profile: Json, on: Optional[bool], budget: Optional
                  effort: Optional[str] = None) -> None:
     """Write the provider's own thinking switch into `chat`; `on` None leaves its default."""
     style = profile["thinking_style"]
+    if on is False and profile["always_thinks"]:
+        on, effort = None, EFFORTS[0]
     if on is not None:
         if style == "thinking_type":
             chat["thinking"] = {"type": "enabled", **profile["thinking_extra"]} if on else {
                 "type": "disabled"}
         elif style == "enable_thinking":
             chat["enable_thinking"] = on
-            if on and budget:
+            if on and budget and not (effort and profile["efforts"]):    # they exclude each other
                 chat["thinking_budget"] = budget
         elif style == "chat_template_kwargs":
             chat["chat_template_kwargs"] = {profile["template_switch"]: on}
@@ -8801,10 +9061,36 @@ def proxy_for(provider: Provider, settings: Settings, endpoint: Endpoint) -> str
     if proxy != "env":
         return proxy
     from urllib.request import getproxies, proxy_bypass      # 2 MB: only where it is used
-    if proxy_bypass(f"{bracketed(endpoint.host)}:{endpoint.port}"):
-        return ""
     proxies = getproxies()
+    if is_exempt(endpoint.host, endpoint.port, proxies.get("no", "")) or proxy_bypass(
+            f"{bracketed(endpoint.host)}:{endpoint.port}"):
+        return ""
     return proxies.get(endpoint.scheme) or proxies.get("all") or ""
+
+
+def is_exempt(host: str, port: int, no_proxy: str) -> bool:
+    """Whether a list like NO_PROXY names `host`; what can't be read in it names nobody.
+
+    Entries: `*`, a name with all below it, an address or a network, each with or without a port.
+    """
+    address, host = None, host.lower().rstrip(".")
+    with contextlib.suppress(ValueError):
+        address = parse_address(host)
+    for entry in re.split(r"[\s,]+", no_proxy.lower()):
+        found = re.fullmatch(r"(\[[^\]]*\](?:/\d+)?|[^:]*)(?::(\d+))?", entry)
+        name, its_port = found.groups() if found else (entry, None)     # IPv6 without brackets
+        if its_port and int(its_port) != port:
+            continue
+        if name == "*":
+            return True
+        if address is None:
+            name = name.lstrip("*").strip(".")
+            if name and (host == name or host.endswith("." + name)):
+                return True
+        with contextlib.suppress(ValueError):
+            if address is not None and address in parse_network(re.sub(r"[\[\]]", "", name)):
+                return True
+    return False
 
 
 #: What a proxy means by refusing CONNECT; any other status is shown as it is.
@@ -11454,8 +11740,9 @@ def _classify(exc: UpstreamRefused, target: Target, translation: Translation,
     text = dump_text(exc.body) if exc.body else exc.message
     code = exc.code or exc.body and exc.body["error"].get("code")
     found = find_overflow(exc.status, text, exc.code, translation.max_output)
-    if exc.should_retry is None and is_spent(exc.status, f'"code":{exc.code} {text}'):
-        exc.should_retry = False
+    if is_spent(exc.status, f'"code":{exc.code} {text}'):
+        exc.should_retry = exc.should_retry or False
+        _add_sentence(exc, other_keys(target.provider))
     exc.overflow = found or exc.overflow
     if exc.overflow is not None:
         prompt, limit, output = exc.overflow
@@ -11468,6 +11755,13 @@ def _classify(exc: UpstreamRefused, target: Target, translation: Translation,
         exc.status, exc.code = 404, "model_not_found"
         if target.model not in exc.message:
             exc.message = f"the model {target.model} does not exist there: {exc.message}"
+
+
+def _add_sentence(exc: GatewayError, sentence: str) -> None:
+    """Say more than the upstream did, in its own body too."""
+    exc.message = "; ".join(filter(None, (exc.message, sentence)))
+    if exc.body and sentence:
+        exc.body["error"]["message"] = exc.message
 
 
 def explain_refusal(exc: UpstreamError, target: Target, translation: Translation,
@@ -11495,6 +11789,7 @@ def explain_refusal(exc: UpstreamError, target: Target, translation: Translation
                 "python iflow2api.py test iflow")
     elif "providers" in flags:           # --upstream
         cure = "give another --api-key"
+    cure = "; ".join(filter(None, (cure, other_keys(provider))))
     return UpstreamRefused(
         f"provider {provider.name} refused {keys} "
         f"(HTTP {exc.status}: {one_line(exc.message)}); {cure}", status=403,
@@ -11502,9 +11797,13 @@ def explain_refusal(exc: UpstreamError, target: Target, translation: Translation
 
 
 def upstream_headers(given: Mapping[str, str], settings: Settings, provider: Provider,
-                     key: str) -> List[Tuple[str, str]]:
-    """The provider's own headers, the key, and the client's that are meant for the upstream."""
-    headers = {"user-agent": ("User-Agent", f"iflow2api/{__version__}")}
+                     key: str, agent: str = "") -> List[Tuple[str, str]]:
+    """The provider's own headers, the key, and the client's that are meant for the upstream.
+
+    `agent`: the client's User-Agent, which some providers want.
+    """
+    is_known = provider.profile.get("forward_user_agent") and is_sound_header("user-agent", agent)
+    headers = {"user-agent": ("User-Agent", agent if is_known else f"iflow2api/{__version__}")}
     if provider.kind == "iflow":
         headers.clear()                  # it gets the CLI's, and nothing of the client's
     else:
@@ -11698,7 +11997,8 @@ class Attempts:
     def _ask_upstream(self, key: str) -> None:
         """Send the request and pass the answer on."""
         provider, client = self.target.provider, self.client
-        headers = upstream_headers(self.translation.headers, self.settings, provider, key)
+        headers = upstream_headers(self.translation.headers, self.settings, provider, key,
+                                   self.call.headers.get("user-agent", ""))
         if provider.kind == "iflow":
             headers = [*headers, *self.gateway.upstream.identity.headers(key, time.time())]
         with self.gateway.upstream.open(provider, self.settings, "POST", self.translation.path,
@@ -11855,8 +12155,7 @@ class LocalEngines:
         # the first one is the default model
         models.sort(key=lambda model: "embed" in model.lower())
         if models:
-            entries[name] = {"name": name, "base_url": base_url, "models": models,
-                             "profile": PRESETS[name].profile}
+            entries[name] = {"name": name, "models": models, **entry_at(base_url, name)}
 
 
 def idle_patterns(router: Router, keys: Sequence[ClientKey]) -> List[str]:
@@ -12189,7 +12488,9 @@ class Gateway:
 # --- what there is -------------------------------------------------------------
 
 def fetch_models(gateway: Gateway, provider: Provider) -> List[str]:
-    """The provider's own `/models`; UpstreamError."""
+    """The provider's own `/models`, or what is known where it can't be relied on; UpstreamError."""
+    if not provider.profile.get("lists_models", True):
+        return list(provider.models)
     limit_s = min(gateway.settings.connect_timeout_s, MODELS_TIMEOUT_S)
     settings = replace(gateway.settings, connect_timeout_s=limit_s)
     key = gateway.lane(provider).keys(provider.api_keys)[0]
@@ -12499,7 +12800,7 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
             failed, fault = "reach", "its settings"
         at = CHECKS.index(failed)
         return [*(Check(what, True) for what in CHECKS[:at]),
-                Check(failed, False, f"{fault}: {one_line(exc.message, 300)}",
+                Check(failed, False, f"{fault}: {one_line(exc.message, 500)}",
                       time.monotonic() - started),
                 *(Check(what) for what in CHECKS[at + 1:])]
     took_s = time.monotonic() - started
@@ -14427,9 +14728,8 @@ def provider_json(gateway: Gateway, provider: Provider, entry: Json, source: str
     # keys of the file and keys in force differ where one can't be read
     states = lane.key_states() if len(provider.api_keys) == len(keys) else [("ok", 0)] * len(keys)
     return {"name": provider.name, "kind": provider.kind, **masked,
-            "base_url": provider.base_url or entry.get("base_url", ""),
-            "preset": next((name for name, preset in PRESETS.items()
-                            if preset.base_url == provider.base_url), ""),
+            **{road: getattr(provider, road) or roads_of(entry).get(road, "") for road in ROADS},
+            "preset": entry.get("preset") or preset_at(provider.base_url),
             "models": list(provider.models), "facts": dict(provider.facts),
             "keys": [{"index": index, "masked": text, "state": state, "rest_s": round(rest_s, 1)}
                      for index, (text, (state, rest_s)) in enumerate(zip(keys, states))],
@@ -14465,10 +14765,12 @@ def show_providers(handler: Handler) -> Json:
 def show_presets(handler: Handler) -> Json:
     environ = handler.gateway.environ
     return {"data": [
-        {"name": name, "title": name, "base_url": preset.base_url, "key_variable": preset.key,
+        {"name": name, "title": dict(zip(("zh", "en"), preset.titles)), **preset.roads,
+         "roads": [ROADS[road] for road in preset.roads],
+         "paid_by": "nothing" if not preset.key else "plan" if preset.metered else "use",
+         "key_variable": preset.key, "key_page": preset.key_page,
          "key_set": bool(preset.key and environ.get(preset.key)), "local": name in LOCAL_ENGINES,
-         "models": [{"id": model, "context": context or None, "max_output": limit or None,
-                     "vision": vision} for model, context, limit, vision in preset.models]}
+         "models": [{"id": model, **facts} for model, facts in preset.models.items()]}
         for name, preset in PRESETS.items()]}
 
 
@@ -14621,7 +14923,7 @@ def check_together(gateway: Gateway, values: Json) -> None:
 
 #: Fields of a provider, as the page sends it; parse_provider checks their values.
 PROVIDER_FORM: Dict[str, Shape] = {
-    "name": any_text, "preset": any_text, "base_url": any_text, "kind": any_text,
+    "name": any_text, "preset": any_text, **dict.fromkeys(ROADS, any_text), "kind": any_text,
     "api_keys": list_of(anything), "models": list_of(anything), "headers": names_to(anything),
     "profile": names_to(anything), "proxy": secret_text, "vision_model": any_text,
     "concurrency": anything, "timeout_s": anything, "sticky": truth,
@@ -14634,28 +14936,27 @@ def provider_entry(body: Json, before: Json) -> Json:
     Fields that the request does not name come from `before`; null takes a field away.
     Secrets may come in the forms that restore_secrets reads.
     """
-    preset = PRESETS.get(body.get("preset") or "")
-    if body.get("preset") and preset is None:
-        raise BadRequest(f"there is no preset {body['preset']!r}", param="preset")
-    if not before and preset is None and not body.get("base_url"):
+    if not before and not any(body.get(name) for name in ("preset", *ROADS)):
         raise BadRequest("base_url: it is missing; or name a preset", param="base_url")
-    entry = before or entry_for("", body.get("kind") or "", body.get("base_url") or "", preset, ())
-    given = {name: body[name] for name in PROVIDER_FORM if name in body and name != "preset"}
+    entry = before or {"preset": body.get("preset")}
+    given = {name: body[name] for name in PROVIDER_FORM if name in body}
     facts = {model["id"]: model for model in entries_of(entry, "models")
              if isinstance(model, dict) and isinstance(model.get("id"), str)}
     if given.get("models"):
         given["models"] = [facts.get(model, model) if isinstance(model, str) else model
                            for model in given["models"]]
-    if given.get("base_url"):            # a bare host of a known API gets its path
-        given["base_url"] = entry_at(given["base_url"])["base_url"]
+    if given.get("base_url") and not before:     # a bare host of a known API gets its path
+        given.update(entry_at(given["base_url"], given.get("preset") or ""))
     kept = restore_secrets(given, before)
-    if kept and any(leads_elsewhere(before.get(name), given.get(name))
-                    for name in SECRET_DESTINATIONS):
+    entry = {**entry, **given}
+    old, new = {**before, **roads_of(before)}, {**entry, **roads_of(entry)}
+    if kept and any(leads_elsewhere(old.get(name), new.get(name)) for name in SECRET_DESTINATIONS):
         name = min(kept)
         raise BadRequest(f"{name}: what is stored does not go to another address; type it in "
                          "again", param=name, code="address_changed")
-    made = {name: value for name, value in {**entry, **given}.items() if value is not None}
-    return {**made, "base_url": check_provider(made).base_url}
+    made = without_preset(entry)
+    base_url = check_provider(made).base_url
+    return {**made, "base_url": base_url} if made.get("base_url") else made
 
 
 def restore_secrets(given: Json, before: Json) -> Set[str]:
@@ -14971,7 +15272,8 @@ model_provider = "iflow2api"
 name = "iflow2api"
 base_url = "URL/v1"
 env_key = "IFLOW2API_KEY"
-wire_api = "responses"'''
+wire_api = "responses"
+supports_websockets = false'''
 
 _OPENCODE = """{"$schema": "https://opencode.ai/config.json", "model": "iflow2api/MODEL",
  "provider": {"iflow2api": {
@@ -14990,9 +15292,10 @@ print(answer.choices[0].message.content)"""
 CLIENTS: Dict[str, ClientSetup] = {
     "claude": ClientSetup("Claude Code", {
         "ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_AUTH_TOKEN": "KEY", "ANTHROPIC_MODEL": "SONNET",
-        "ANTHROPIC_DEFAULT_OPUS_MODEL": "OPUS", "ANTHROPIC_DEFAULT_SONNET_MODEL": "SONNET",
-        "ANTHROPIC_DEFAULT_HAIKU_MODEL": "HAIKU", "ANTHROPIC_SMALL_FAST_MODEL": "HAIKU",
-        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT"}, "~/.claude/settings.json", "json"),
+        **{f"ANTHROPIC_DEFAULT_{tier}_MODEL": tier for tier in CLAUDE_MODELS},
+        "ANTHROPIC_SMALL_FAST_MODEL": "HAIKU", "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "CONTEXT",
+        "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "REMINDER",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "QUIET"}, "~/.claude/settings.json", "json"),
     "codex": ClientSetup("Codex", {"IFLOW2API_KEY": "KEY"}, "~/.codex/config.toml", "toml", _CODEX),
     "opencode": ClientSetup("opencode", {"OPENCODE_CONFIG_CONTENT": _OPENCODE}, "opencode.json",
                             "json", _OPENCODE),
@@ -15060,13 +15363,17 @@ SHELLS = {
 def claude_words(router: Router, model: str = "") -> Dict[str, str]:
     """The models of Claude Code's tiers: `model`, a name that an alias takes, or default_model.
 
-    CONTEXT is the window of the model, which Claude Code would else take for 200 000 tokens.
+    CONTEXT is the window of the model, which Claude Code would else take for 200 000 tokens.  An
+    engine on this machine is spared what changes each prompt (REMINDER) or is asked beside it
+    (QUIET).
     """
     words = {tier: model or (name if router.has_alias(name) else router.default_model)
              for tier, name in CLAUDE_MODELS.items()}
     target = router.claimed(words["SONNET"])
     context = target.provider.facts.get(target.model, {}).get("context") if target else None
-    return {**words, "CONTEXT": str(context or "")}
+    is_local = target is not None and target.provider.is_local
+    return {**words, "CONTEXT": str(context or ""), "REMINDER": "off" if is_local else "",
+            "QUIET": "1" if is_local else ""}
 
 
 def fill_words(text: str, words: Mapping[str, str]) -> str:
@@ -16376,13 +16683,14 @@ const modelChips = (names, box) => names.slice(0, 60).map(name => {
     }}}, foreign(name));
   return chip;
 });
+const ROADS = ['base_url', 'messages_url', 'responses_url'];
 const providerFields = (draft, isNew, nothing) => [
   ['name', 'text', draft.name, {label: 'provider_name', required: true, maxlength: 64}],
-  ['base_url', 'text', draft.base_url, {type: 'url', required: true,
-    placeholder: 'https://api.example.com/v1'}],
+  ['base_url', 'text', draft.base_url, {type: 'url', placeholder: 'https://api.example.com/v1'}],
   ['api_keys', 'list', [], {title: t(isNew ? 'api_keys' : 'api_keys_more'),
     below: t('api_keys_hint'), class: 'mono masked', placeholder: 'sk-\u2026'}],
   ['models', 'list', draft.models, {label: 'provider_models'}],
+  ...ROADS.slice(1).map(name => [name, 'text', draft[name], {type: 'url'}]),
   ['kind', 'choice', draft.kind, {options: [['openai', 'OpenAI'], ['iflow', 'iFlow']]}],
   ['concurrency', 'number', draft.concurrency, {placeholder: '0'}],
   ['timeout_s', 'number', draft.timeout_s, {min: 1, step: 'any', below: t('seconds')}],
@@ -16399,24 +16707,30 @@ async function providerDialog(old, version) {
   const {name, base_url: url, api_keys: keys, models, nodes: [, , , , ...more]} = ask;
   const offer = names => found.replaceChildren(...modelChips(names, models.control));
   const preset = field('preset', 'choice', '', {options: [['', t('preset_none')],
-    ...presets.map(item => [item.name, item.title])]});
+    ...presets.map(item => [item.name, pick(item.title) + DOT + t('paid_' + item.paid_by)])]});
+  const about = hint();
   preset.control.addEventListener('change', () => {
     const chosen = presets.find(item => item.name === preset.read());
+    about.replaceChildren();
     if (!chosen) return;
+    about.append(chosen.roads.join(', '), ' ', chosen.key_page && el('a', {href: chosen.key_page,
+      target: '_blank', rel: 'noopener', text: t('get_key')}));
     const names = chosen.models.map(item => item.id);
-    [name.control.value, url.control.value] = [chosen.name, chosen.base_url];
+    name.control.value = chosen.name;
+    for (const road of ROADS) ask[road].control.value = chosen[road] || '';
     models.control.value = names.join('\n');
     offer(names);
     (chosen.key_variable ? keys : name).control.focus();
   });
   const read = () => {
     const given = ask.values(), names = lines(given.models.join());
-    return {...given, proxy: given.proxy || null, vision_model: given.vision_model || null,
+    for (const item of [...ROADS, 'proxy', 'vision_model']) given[item] = given[item] || null;
+    return {...given,
       preset: preset.read() || undefined, models: old || names.length ? names : undefined,
       api_keys: [...kept.indexes().map(keep => ({keep})), ...lines(given.api_keys.join())]};
   };
   formDialog({title: old ? t('provider_edit', {name: clean(old.name)}) : t('provider_add'), ask,
-    wide: true, body: [!old && preset, grid('', name, url),
+    wide: true, body: [!old && [preset, about], grid('', name, url),
       draft.keys.length > 0 && el('div', {class: 'field'}, t('api_keys'), kept.node),
       keys, models, found, result,
       el('details', el('summary', {text: t('more_options')}), grid('', more))],
@@ -16457,7 +16771,7 @@ function providerCard(item, list, own) {
       healthBadge(item, item.keys.filter(key => key.state !== 'ok').length),
       item.name === list.default_provider && badge(t('is_default'))), tools),
     item.problem && note('bad', foreign(item.problem)),
-    hint(item.base_url && [mono(item.base_url), DOT],
+    hint(ROADS.map(name => item[name] && [mono(item[name]), DOT]),
       item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any'),
       item.source !== 'file' && DOT + t('source_' + item.source)),
     facts({api_keys: item.keys.length ? el('div', {class: 'chips'}, item.keys.map(keyChip)) :
@@ -17190,6 +17504,9 @@ provider_remove = 删除上游 {name}？它的密钥也会一并删除。 = Remo
 with it.
 preset = 服务商 = Service | preset_none = 自定义 = Custom
 preset_hint = 选一个常见服务商，地址和兼容选项会自动填好 = Choose a common one and its address and options are filled in
+paid_plan = 套餐 = plan | paid_use = 按量付费 = metered | paid_nothing = 本地 = local
+get_key = 获取密钥 = Get a key
+messages_url = Messages 地址 = Messages address | responses_url = Responses 地址 = Responses address
 api_keys = API 密钥 = API keys | api_keys_more = 再加密钥 = More API keys
 api_keys_hint = 每行一个；多个密钥轮流使用。本地引擎可留空。 = One per line; several take turns. Local engines need none.
 kind = 类型 = Kind | concurrency = 并发上限 = Requests at once | concurrency_hint = 0 为不限 = 0: no limit
@@ -17687,6 +18004,7 @@ works_there = 正常，正在运行的服务得到了 {model} 的回答 = ok, th
 # provider
 set = （已设置） = (set) | count_models = {count} 个模型 = {count} models
 context = 上下文 {size} = context {size} | output = 输出 {size} = output {size} | images = 识图 = images
+list_fetched = 模型列表向上游查询 = its list of models is fetched
 add_preset = 添加：{program} provider add NAME --api-key '$VARIABLE' = add one with: {program} \
 provider add NAME --api-key '$VARIABLE'
 no_providers = 还没有上游：`provider add NAME`，NAME 取自 `provider presets`，或任取并加上 --base-url URL = no \
@@ -18099,6 +18417,18 @@ def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "",
     return lines
 
 
+def aligned(table: Sequence[Sequence[str]], is_right: bool = False) -> List[str]:
+    """Rows of cells as lines with columns; `is_right`: of figures, all but the first column."""
+    widths = [max(map(columns_of, column)) for column in zip(*table)]
+    lines = []
+    for name, *cells in table:
+        blanks = [" " * (width - columns_of(cell)) for cell, width in zip([name, *cells], widths)]
+        padded = (blank + cell if is_right else cell + blank
+                  for blank, cell in zip(blanks[1:], cells))
+        lines.append("  ".join([name + blanks[0], *padded]).rstrip())
+    return lines
+
+
 def with_why(text: str, why: str) -> str:
     """`text`, and the English sentence that says why; beside Chinese on a line of its own."""
     return text + (" " if CONSOLE.language == "en" else "\n  ") + why
@@ -18331,7 +18661,7 @@ def _flag_settings(args: Args) -> Json:
     if args.get("--verbose"):
         flags["log_level"] = "debug"
     if args.get("--upstream") is not None:       # an empty one is a variable that was not set
-        entry = {**entry_at(args["--upstream"]), "name": "upstream",
+        entry = {"name": "upstream", **entry_at(args["--upstream"]),
                  "api_keys": ["$" + key if key.startswith("$") else key] if key else []}
         problem = parse_provider(entry, {}).problem
         if problem:
@@ -18382,7 +18712,8 @@ def _add_entry(args: Args, where: str, entry: Json, exists: str, done: str) -> i
             raise UsageError(tr(exists, name=entry["name"]))
         raw[where] = [*entries, entry]
 
-    return _change_config(args, add, done, name=entry["name"], url=entry.get("base_url"))
+    return _change_config(args, add, done, name=entry["name"],
+                          url=next(iter(roads_of(entry).values()), ""))
 
 
 def _remove_entry(args: Args, where: str, kind: str) -> int:
@@ -18807,14 +19138,14 @@ def _further_problems(problems: Iterable[str]) -> List[str]:
 
 def offered_presets(router: Router, environ: Mapping[str, str]) -> List[str]:
     """Presets whose variable is set and none of which is there yet, a sentence for a variable."""
-    known = {provider.base_url for provider in router.providers.values()}
+    known = {preset_at(url) for provider in router.providers.values() for url in provider.roads}
     found: Dict[str, List[str]] = {}
     for name, preset in PRESETS.items():
         if preset.key and environ.get(preset.key):
             found.setdefault(preset.key, []).append(name)
     offers = []
     for variable, (name, *others) in found.items():
-        if not known.intersection(PRESETS[each].base_url for each in (name, *others)):
+        if not known.intersection((name, *others)):
             text = tr("offered", variable=variable, name=name)
             offers.append(tr("offered_too", text=text, names=", ".join(others)) if others else text)
     return offers
@@ -18860,6 +19191,7 @@ def cmd_test(args: Args) -> int:
             good = ", ".join(check.message for check in checks if check.ok and check.message)
             good = good if all(check.ok for check in checks[:3]) else tr("broken")
             bad = ", ".join(check.message for check in checks if check.ok is False)
+        say_problems(f"{each}: {text}" for text in providers[each].warnings)
         print(f"{each}: " + (with_why(good + ",", bad) if bad else good))
         failed |= bool(bad)
     return int(failed)
@@ -18894,18 +19226,26 @@ def _provider_list(args: Args) -> int:
 def _provider_presets(args: Args) -> int:
     """All of them, or the models of one."""
     name = args["NAME"]
-    if name:
-        preset = _preset(name)
-        print(f"{name}  {preset.base_url}  {preset.key and '$' + preset.key or tr('no_key')}")
-        for model, context, limit, vision in preset.models:
-            columns = [tr("context", size=context or "?"), tr("output", size=limit or "?")]
-            print(f"  {model:<36} " + "  ".join(columns + [tr("images")] * bool(vision)))
+    if not name:
+        print("\n".join(aligned([[name, CONSOLE.text(preset.titles), _key_column(preset),
+                                  ", ".join(ROADS[road] for road in preset.roads)]
+                                 for name, preset in PRESETS.items()])))
+        say(tr("add_preset"))
         return 0
-    for name, preset in PRESETS.items():
-        key = f"${preset.key} {tr('set') if os.environ.get(preset.key) else ''}".rstrip()
-        print(f"{name:<15} {preset.base_url:<56} {key if preset.key else tr('no_key')}")
-    say(tr("add_preset"))
+    preset = _preset(name)
+    _row(name, CONSOLE.text(preset.titles), _key_column(preset), preset.key_page)
+    table = [[f"  {ROADS[road]}", url] for road, url in preset.roads.items()]
+    print("\n".join(aligned(table)))
+    table = [[f"  {model}", tr("context", size=facts["context"]),
+              tr("output", size=facts["max_output"]), tr("images") if facts["vision"] else "",
+              "/".join(facts["efforts"])] for model, facts in preset.models.items()]
+    print("\n".join(aligned(table)) or "  " + tr("list_fetched"))
     return 0
+
+
+def _key_column(preset: Preset) -> str:
+    is_set = tr("set") if os.environ.get(preset.key) else ""
+    return f"${preset.key} {is_set}".rstrip() if preset.key else tr("no_key")
 
 
 def _preset(name: str) -> Preset:
@@ -18916,24 +19256,30 @@ def _preset(name: str) -> Preset:
 
 def _new_provider(name: str, args: Args) -> Json:
     """The entry that the flags of `provider add` describe; UsageError."""
-    url, chosen = args["--base-url"], args["--preset"]
-    preset = _preset(chosen or name) if chosen or name in PRESETS or not url else None
-    entry = entry_for(name, args["--kind"] or "", url or "", preset, _listed(args["--models"]))
-    variable = preset.key if preset else ""
+    url, chosen = args["--base-url"] or "", args["--preset"] or ""
+    if chosen or name in PRESETS or not url:
+        chosen = chosen or name
+        _preset(chosen)
+    entry = {"name": name, **entry_at(url, chosen)}
+    variable = PRESETS[entry["preset"]].key if "preset" in entry else ""
+    entry.update({field: value for field, value in (
+        ("kind", args["--kind"]), ("models", _listed(args["--models"]))) if value})
     key = args["--api-key"]
     if key is None and variable:
         key = "$" + variable
     entry["api_keys"] = [] if key is None else [_stored_key(key, variable)]
-    literal = [each for each in entry["api_keys"] if not re.fullmatch(_REFERENCE, each)]
+    known = [each for each in entry["api_keys"]
+             if not re.fullmatch(_REFERENCE, each) or os.environ.get(each[1:])]
     try:
-        provider = parse_provider({**entry, "api_keys": literal}, os.environ)
+        provider = parse_provider({**entry, "api_keys": known}, os.environ)
     except ValueError as exc:
         raise UsageError(f"provider add: {exc}") from None
     if provider.problem:
         raise UsageError(f"provider add {name}: {provider.problem}")
+    say_problems(provider.warnings)
     if url and provider.base_url != url.strip():
         say(tr("taken_as", given=url, used=provider.base_url))
-    return {"name": name, **entry, "base_url": provider.base_url}
+    return {**entry, "base_url": provider.base_url} if "base_url" in entry else entry
 
 
 def _provider_add(args: Args) -> int:
@@ -19344,12 +19690,7 @@ def _usage_table(by: str, rows: Sequence[Json]) -> str:
                       f"{guess}{row['input']}", f"{guess}{row['output']}", str(row["cached"]),
                       str(row["reasoning"]), first, f"{row['total_ms'] / count / 1000:.2f}s",
                       *([cost] if costs else [])])
-    widths = [max(map(columns_of, column)) for column in zip(*table)]
-    lines = []
-    for name, *cells in table:
-        blanks = [" " * (width - columns_of(cell)) for cell, width in zip([name, *cells], widths)]
-        counts = (blank + cell for blank, cell in zip(blanks[1:], cells))
-        lines.append("  ".join([name + blanks[0], *counts]))
+    lines = aligned(table, is_right=True)
     return "\n".join(lines + [tr("guessed")] * any(row["estimated"] for row in rows))
 
 

@@ -1578,17 +1578,98 @@ def test_an_entry_without_a_name_of_its_own_is_left_out_and_named(entry):
     assert router.warnings[0].startswith("providers[1]: ")
 
 
-@pytest.mark.parametrize("name", (
-    "zhipu zai moonshot-cn moonshot deepseek dashscope dashscope-intl minimax-cn minimax "
-    "siliconflow modelscope openrouter nvidia openai ollama lmstudio llamacpp vllm").split())
+def site_of(url):
+    return ".".join(urllib.parse.urlsplit(url).hostname.split(".")[-2:])
+
+
+@pytest.mark.parametrize("name", [name for name, row in ifl.PRESETS.items() if row.base_url])
 def test_each_preset_is_a_provider(name):
-    preset = ifl.PRESETS[name]
-    made = ifl.parse_provider(preset.entry(name), {})
-    assert not made.problem and not made.warnings and made.base_url == preset.base_url
-    assert len(made.models) == len(preset.models)
-    assert bool(preset.key) is (name not in ifl.LOCAL_ENGINES) and preset.base_url.startswith(
-        "http://127.0.0.1:" if name in ifl.LOCAL_ENGINES else "https://")
-    assert all(limit <= context for _, context, limit, _ in preset.models)
+    preset, is_local = ifl.PRESETS[name], name in ifl.LOCAL_ENGINES
+    made = ifl.parse_provider({"name": name, "preset": name}, {})
+    assert not made.problem and not made.warnings and made.facts == preset.models
+    assert preset.roads and made.roads == list(preset.roads.values())
+    assert all(url.startswith("http://127.0.0.1:" if is_local else "https://")
+               for url in made.roads)
+    assert bool(preset.key) is not is_local and len(made.models) <= 6
+    assert all(facts["max_output"] <= facts["context"] for facts in made.facts.values())
+    assert all(preset.titles) and set(preset.metered) <= set(ifl.PRESETS)
+    assert not preset.key_page or site_of(preset.key_page) == site_of(made.roads[0])
+
+
+def test_plans_come_first_and_what_is_known_of_models_reaches_the_profile():
+    plans = [bool(preset.metered) for preset in ifl.PRESETS.values()]
+    assert plans == sorted(plans, reverse=True) and any(plans)
+    glm = ifl.parse_provider({"name": "z", "preset": "zai-coding"}, {})
+    known = ifl.profile_of(ifl.Target(glm, "glm-5.3"))
+    assert known["efforts"] == ["low", "high", "max"] and known["always_thinks"]
+    assert (known["context"], known["max_output"], known["vision"]) == (1000000, 131072, False)
+    assert ifl.profile_of(ifl.Target(glm, "glm-4.7"))["efforts"] == []
+    assert ifl.profile_of(ifl.Target(glm, "glm-9"))["thinking_style"] == "thinking_type"
+
+
+@pytest.mark.parametrize("on, effort, sent", [
+    (None, None, {}), (False, None, {"reasoning_effort": "low"}),
+    (True, None, {"thinking": {"type": "enabled"}}),
+    (True, "xhigh", {"thinking": {"type": "enabled"}, "reasoning_effort": "high"})])
+def test_a_model_that_always_thinks_gets_the_least_effort_instead_of_none(on, effort, sent):
+    chat, known = {}, {"always_thinks": True, "efforts": ["low", "high", "max"]}
+    ifl.set_thinking(chat, {**ifl.DEFAULT_PROFILE, **known}, on, None, effort)
+    assert chat == sent
+
+
+OWN = "http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize("entry, expected", [
+    ({"preset": "deepseek"}, {"base_url": "https://api.deepseek.com/v1",
+                              "messages_url": "https://api.deepseek.com/anthropic"}),
+    ({"preset": "deepseek", "base_url": "https://api.deepseek.com/beta"},
+     {"base_url": "https://api.deepseek.com/beta",
+      "messages_url": "https://api.deepseek.com/anthropic"}),
+    # a relay's key does not go to the maker
+    ({"preset": "deepseek", "base_url": OWN}, {"base_url": OWN, "messages_url": ""}),
+    ({"preset": "ollama", "base_url": "http://box:11434/v1"}, {
+        "base_url": "http://box:11434/v1", "messages_url": "http://box:11434",
+        "responses_url": "http://box:11434/v1"}),
+    ({"preset": "deepseek", "models": ["deepseek-flash", "new"]},
+     {"models": ("deepseek-flash", "new")}),
+    ({"preset": "deepseek", "models": [{"id": "deepseek-flash", "context": 5}]},
+     {"facts": {"deepseek-flash": {"context": 5, "max_output": 384000, "vision": True,
+                                   "always_thinks": False, "efforts": ["low", "high", "max"]}}}),
+    ({"preset": "nvidia", "headers": {"X-A": "b"}},
+     {"headers": (("NVCF-POLL-SECONDS", "3600"), ("X-A", "b"))}),
+    ({"preset": "nvidia", "headers": {"NVCF-POLL-SECONDS": "9"}},
+     {"headers": (("NVCF-POLL-SECONDS", "9"),)}),
+    ({"preset": None, "base_url": OWN}, {"models": ()}),
+    ({"preset": "zhipo"}, {"problem": "preset: there is no 'zhipo'; did you mean zhipu?"}),
+    ({"preset": "nothing"}, {"problem": "preset: there is no 'nothing'"}),
+    ({"preset": []}, {"problem": "preset: a string expected"})])
+def test_a_preset_fills_in_the_rest_of_a_provider(entry, expected):
+    made = ifl.parse_provider({"name": "p", **entry}, {})
+    problem = expected.pop("problem", "")
+    assert made.problem.startswith(problem) and bool(made.problem) is bool(problem)
+    assert {name: getattr(made, name) for name in expected} == expected
+
+
+def test_a_profile_of_its_own_stands_above_the_preset_field_by_field():
+    made = ifl.parse_provider({"name": "p", "preset": "zai", "profile": {"files": True}}, {})
+    assert made.profile == {**ifl.PRESETS["zai"].profile, "files": True}
+
+
+@pytest.mark.parametrize("preset, key, plan", [
+    ("dashscope", "sk-sp-12345678", "dashscope-coding"), ("dashscope", "sk-12345678", ""),
+    ("dashscope-intl", "sk-sp-12345678", "dashscope-coding-intl"),
+    ("dashscope-coding", "sk-sp-12345678", ""), ("moonshot-cn", "sk-kimi-1234", "kimi-coding")])
+def test_a_key_that_shows_its_plan_is_named_at_the_wrong_address(capsys, monkeypatch, preset, key,
+                                                                 plan):
+    monkeypatch.setenv("ITS_KEY", key)
+    made = ifl.parse_provider({"name": "p", "preset": preset, "api_keys": ["$ITS_KEY"]},
+                              {"ITS_KEY": key})
+    said = [text for text in made.warnings if f"belongs to the preset {plan} " in text]
+    assert not made.problem and len(said) == len(made.warnings) == bool(plan)
+    assert key not in str(made.warnings)
+    added = run_demo(capsys, "provider", "add", "p", "--preset", preset, "--api-key", "$ITS_KEY")
+    assert added[0] == 0 and bool(plan) is (f"belongs to the preset {plan} " in added[2])
 
 
 @pytest.mark.parametrize("profile, told", [
@@ -1629,15 +1710,16 @@ def test_facts_of_models_reach_the_profile():
 
 
 @pytest.mark.parametrize("given, base_url, first", [
-    ("https://open.bigmodel.cn", "https://open.bigmodel.cn/api/paas/v4", "glm-5.2"),
+    ("https://open.bigmodel.cn", "https://open.bigmodel.cn/api/paas/v4", "glm-5.3"),
+    ("https://open.bigmodel.cn/api/coding/paas/v4", "https://open.bigmodel.cn/api/coding/paas/v4",
+     "glm-5.3"),
     ("https://api.deepseek.com/", "https://api.deepseek.com/v1", "deepseek-flash"),
     ("https://api.deepseek.com/beta", "https://api.deepseek.com/beta", "deepseek-flash"),
-    ("https://mine.example", "https://mine.example", None), ("nonsense", "nonsense", None),
-    ("http://[", "http://[", None)])
+    ("https://mine.example", "https://mine.example/v1", None), ("nonsense", "", None),
+    ("http://[", "", None)])
 def test_an_address_brings_the_facts_of_its_preset(given, base_url, first):
-    entry = ifl.entry_at(given)
-    assert entry["base_url"] == base_url
-    assert (entry["models"][0]["id"] if "models" in entry else None) == first
+    made = ifl.parse_provider({"name": "p", **ifl.entry_at(given)}, {})
+    assert made.base_url == base_url and next(iter(made.models), None) == first
 
 
 # --- routes ------------------------------------------------------------------
@@ -2737,6 +2819,42 @@ def test_an_error_of_responses_has_a_code_and_a_param(server, upstream, error, c
     told = ask_in(server(upstream), "/v1/responses", False).error
     assert (told["message"], told["code"], told["param"]) == ("m", code, None)
     assert told["type"] == "invalid_request_error"
+
+
+def keep_preset(monkeypatch, name, url):
+    monkeypatch.setitem(ifl.PRESETS, name, ifl.PRESETS[name]._replace(base_url=url))
+
+
+SPENT_GLM = {"error": {"code": "1113", "message": "余额不足或无可用资源包,请充值。"}}
+
+
+@pytest.mark.parametrize("preset, status, body, named", [
+    ("zhipu", 429, SPENT_GLM, "zhipu-coding"), ("zhipu-coding", 429, SPENT_GLM, "zhipu"),
+    ("zai", 429, {"error": {"code": 1113, "message": "no resource package"}}, "zai-coding"),
+    ("dashscope", 401, {"error": {"message": "Incorrect API key provided."}}, "dashscope-coding"),
+    ("dashscope-coding-intl", 403, {"error": {"message": "no"}}, "dashscope-intl"),
+    ("kimi-coding", 401, {"error": {"message": "invalid"}}, "moonshot or moonshot-cn"),
+    ("volcengine", 402, {"error": {"message": "AccountOverdue"}}, "volcengine-coding"),
+    ("zhipu", 429, {"error": {"code": "1302", "message": "too many requests"}}, ""),
+    ("deepseek", 402, {"error": {"message": "Insufficient Balance"}}, ""),
+    ("zhipu", 400, {"error": {"message": "bad"}}, "")])
+def test_where_a_key_of_a_plan_or_one_paid_by_use_belongs_is_told(server, upstream, monkeypatch,
+                                                                  preset, status, body, named):
+    keep_preset(monkeypatch, preset, upstream.url)
+    made = server({**provider(upstream), "api_keys": ["sk-0123456789"]})
+    for path, stream in itertools.product(ASKS, (False, True)):
+        upstream.plays(plain(body, status))
+        answer = ask_in(made, path, stream)
+        told = answer.json["error"]["message"]
+        assert body["error"]["message"] in told and answer.status >= 400
+        assert ("belong" in told) is bool(named), told
+        assert not named or f"the preset {named} (`provider add {named.split()[0]}`)" in told
+
+
+def test_a_relay_with_the_facts_of_a_preset_has_no_plan(server, upstream):
+    made = server({**provider(upstream), "preset": "zhipu", "models": ["m1"]})
+    upstream.plays(plain(SPENT_GLM, 429))
+    assert "preset" not in ask_in(made, "/v1/messages", False).json["error"]["message"]
 
 
 NO_IMAGES = [
@@ -8359,6 +8477,18 @@ def test_headers_of_the_client_that_go_upstream_and_those_that_stay(server, upst
     assert seen["accept-encoding"] == "identity" and seen["user-agent"].startswith("iflow2api/")
 
 
+@pytest.mark.parametrize("path", ASKS)
+def test_the_client_names_itself_where_the_profile_says_so(server, upstream, path):
+    for forward, headers, seen in ((True, {}, "claude-cli/2.1 (x)"),
+                                   (True, {"User-Agent": "mine/1"}, "mine/1"),
+                                   (False, {}, f"iflow2api/{ifl.__version__}")):
+        made = server(provider(upstream, profile={"forward_user_agent": forward}, headers=headers))
+        asked = {"model": "m1", **ASKS[path]}
+        assert post(made, asked, path, user_agent="claude-cli/2.1 (x)").status == 200
+        assert upstream.last.headers["user-agent"] == seen
+    assert ifl.PRESETS["kimi-coding"].profile["forward_user_agent"]
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
 def test_completions_and_embeddings_are_passed_on(server, upstream, path):
     body = {"model": "m1", "prompt": "x", "input": ["x"], "encoding_format": "base64"}
@@ -11275,8 +11405,8 @@ def test_claude_s_names_are_listed_with_where_they_lead(server, upstream):
     found = listed(running)
     assert {name: m["display_name"].split(" → ")[1] for name, m in found.items()
             if m["display_name"].startswith(name + " → ")} == {
-        "claude-opus-4-8": "up/big", "claude-sonnet-4-6": "up/big", "claude-haiku-4-5": "up/small",
-        "opus-of-mine": "up/big", "claude-when-long": "up/big"}
+        "claude-fable-5": "up/big", "claude-opus-4-8": "up/big", "claude-sonnet-4-6": "up/big",
+        "claude-haiku-4-5": "up/small", "opus-of-mine": "up/big", "claude-when-long": "up/big"}
     assert all((found[name]["max_input_tokens"], found[name]["max_tokens"]) == (200000, 8192)
                for name in ("big", "claude-opus-4-8", "opus-of-mine"))
     assert "max_tokens" not in found["claude-haiku-4-5"]
@@ -13009,7 +13139,7 @@ def test_providers_are_added_edited_ordered_and_removed(admin, config, upstream)
     assert answer.status == 200 and answer.json["name"] == "z"
     raw = config.read()
     assert raw["providers"][0] == {
-        "base_url": upstream.url, "name": "z", "kind": "openai", "concurrency": 2,
+        "base_url": upstream.url, "name": "z", "concurrency": 2,
         "note": "by hand", "api_keys": ["sk-second", "sk-0123456789abcdef", "sk-third"],
         "models": [{"id": "m2", "context": 5}, "m3"],
         "headers": {"X-Token": "tokentokentokentoken", "X-B": "b"}}
@@ -13320,6 +13450,7 @@ def test_lines_for_every_client(admin, upstream, settings, shell_key, key):
     if sys.version_info >= (3, 11):
         codex = __import__("tomllib").loads(blocks_of(found, "codex")["toml"])
         assert codex["model_providers"]["iflow2api"]["wire_api"] == "responses"
+        assert codex["model_providers"]["iflow2api"]["supports_websockets"] is False
 
 
 @pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
@@ -13385,10 +13516,21 @@ def test_env_claude_names_the_models_of_the_configuration(
     assert url.startswith("http://[::1]:" if main else "http://127.0.0.1:")
     assert found.pop("ANTHROPIC_AUTH_TOKEN") == "not-needed" and "no iflow2api answers" in said
     tier = "ANTHROPIC_DEFAULT_{}_MODEL".format
+    fable = opus and opus.replace("opus-4-8", "fable-5")
     wanted = {"ANTHROPIC_MODEL": main, tier("SONNET"): main, tier("OPUS"): opus,
-              tier("HAIKU"): haiku, "ANTHROPIC_SMALL_FAST_MODEL": haiku,
+              tier("FABLE"): fable, tier("HAIKU"): haiku, "ANTHROPIC_SMALL_FAST_MODEL": haiku,
               "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "65536" if "providers" in facts else None}
     assert found == {name: value for name, value in wanted.items() if value}
+
+
+@pytest.mark.parametrize("entry, is_local", [
+    ({"preset": "vllm"}, True), ({"preset": "ollama", "base_url": "http://box:1/v1"}, False),
+    ({"base_url": "http://localhost:5000/v1"}, True), ({"preset": "deepseek"}, False)])
+def test_env_claude_keeps_the_prompt_stable_for_an_engine_on_this_machine(
+        capsys, config, entry, is_local):
+    found, _ = env_json(capsys, config, {"providers": [{"name": "p", **entry, "models": ["m"]}]})
+    assert found.get("CLAUDE_CODE_TOTAL_TOKENS_REMINDER") == ("off" if is_local else None)
+    assert found.get("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC") == ("1" if is_local else None)
 
 
 def test_env_claude_of_a_running_server(capsys, config, server, upstream):
@@ -14360,15 +14502,17 @@ def config_demo():
     (["deepseek"], "DEEPSEEK_API_KEY is not set",
      {"name": "deepseek", "api_keys": ["$DEEPSEEK_API_KEY"]}),
     (["zhipu", "--api-key", "$ZHIPU_API_KEY"], "provider test zhipu",
-     {"api_keys": ["$ZHIPU_API_KEY"], "base_url": "https://open.bigmodel.cn/api/paas/v4"}),
-    (["ollama"], "added ollama", {"api_keys": []}),
+     {"name": "zhipu", "preset": "zhipu", "api_keys": ["$ZHIPU_API_KEY"]}),
+    (["ollama"], "added ollama", {"preset": "ollama", "api_keys": []}),
+    (["mine", "--base-url", "https://api.deepseek.com", "--api-key", "$K"], "K is not set",
+     {"preset": "deepseek", "api_keys": ["$K"]}),
     (["mine", "--base-url", "https://h.example/api/v3/chat/completions/", "--models", "a, b,"],
      "is taken as https://h.example/api/v3",
      {"name": "mine", "base_url": "https://h.example/api/v3", "models": ["a", "b"]}),
     (["work", "--preset", "moonshot", "--base-url", "https://proxy.example/kimi", "--api-key",
       "$WORK_KEY", "--models", "kimi-k3,new"], "WORK_KEY is not set",
-     {"base_url": "https://proxy.example/kimi", "models": [
-         {"id": "kimi-k3", "context": 1048576, "max_output": 262144, "vision": True}, "new"]})])
+     {"preset": "moonshot", "base_url": "https://proxy.example/kimi",
+      "models": ["kimi-k3", "new"]})])
 def test_provider_add_takes_everything_from_the_preset_but_the_secret(capsys, monkeypatch, argv,
                                                                       told, expected):
     monkeypatch.setenv("ZHIPU_API_KEY", "sk-very-secret-1234567890")
@@ -14376,13 +14520,14 @@ def test_provider_add_takes_everything_from_the_preset_but_the_secret(capsys, mo
     assert status == 0 and told in err
     assert "very-secret" not in json.dumps(config_demo()) + out + err
     entry, = config_demo()["providers"]
-    assert {key: entry[key] for key in expected} == expected
+    assert {key: entry[key] for key in expected} == expected and "profile" not in entry
     if argv[0] == "zhipu":
         gateway = ifl.Gateway(config=ifl.ConfigFile("~/.iflow2api"))
         provider = gateway.state.router.providers["zhipu"]
         assert provider.api_keys == ("sk-very-secret-1234567890",)
         assert provider.profile["thinking_style"] == "thinking_type"
-        assert provider.facts["glm-5v-turbo"]["vision"] is True
+        assert provider.base_url == "https://open.bigmodel.cn/api/paas/v4"
+        assert provider.facts["glm-4.6v"]["vision"] is True
 
 
 def test_provider_add_encrypts_a_key_and_keeps_what_it_does_not_know(capsys, home, monkeypatch):
@@ -14445,9 +14590,12 @@ def test_provider_list_presets_and_status_show_what_there_is_and_no_secret(capsy
     assert all("very-secret" not in out for _, out in found.values())
     assert "zai (default)  https://api.z.ai/api/paas/v4" in found["provider list"][1]
     status, out = found["provider presets"]
-    assert status == 0 and len(out.splitlines()) == len(ifl.PRESETS) and "$ZAI_API_KEY (set)" in out
+    assert status == 0 and len(out.splitlines()) == len(ifl.PRESETS)
+    assert max(map(len, out.splitlines())) <= 100 and re.search(
+        r"(?m)^zai +Z\.ai +\$ZAI_API_KEY \(set\) +Chat, Messages$", out)
     status, out = found["provider presets zai"]
-    assert status == 0 and "glm-5v-turbo" in out and "images" in out
+    assert status == 0 and "https://api.z.ai/api/anthropic" in out
+    assert re.search(r"glm-5\.3-flash +context 1000000 +output 131072 +images +low/high/max\n", out)
     assert run_demo(capsys, "provider", "presets", "zaai")[0] == 2
     out = found["status"][1]
     assert ("MOONSHOT_API_KEY is set: python iflow2api.py provider add moonshot-cn "
@@ -15786,6 +15934,33 @@ def test_env_reads_the_usual_variables(monkeypatch, variables, scheme, used):
     url = f"{scheme}://model.test/v1"
     found = ifl.proxy_for(ifl.Provider("p", url, proxy="env"), ifl.Settings(),
                           ifl.Endpoint.of(url))
+    assert found == ("P" if used else "")
+
+
+@pytest.mark.parametrize("host, no_proxy, exempt", [
+    ("10.1.2.3", "10.0.0.0/8", True), ("11.1.2.3", "10.0.0.0/8", False),
+    ("10.1.2.3", "10.9.9.9/8", True), ("10.1.2.3", "10.1.2.3", True),
+    ("10.1.2.3", "10.1.2.3:8000", True), ("10.1.2.3", "10.1.2.3:81", False),
+    ("10.1.2.3", "10.0.0.0/8:81", False), ("fd00::5", "fd00::/8", True),
+    ("fd00::5", "[fd00::]/8", True), ("fd00::5", "fd00::5", True), ("fd00::5", "[fd00::5]", True),
+    ("fd00::5", "[FD00:0::5]:8000", True), ("fd00::5", "[fd00::5]:81", False),
+    ("fe80::5", "fd00::/8", False), ("10.1.2.3", "fd00::/8", False),
+    ("::ffff:10.1.2.3", "10.0.0.0/8", True), ("a.test", ".test", True), ("a.test", "*.test", True),
+    ("a.test", "TEST", True), ("Test.", "test", True), ("atest", "test", False),
+    ("a.test", "test:8000", True), ("a.test", ".test:81", False), ("a.test", "b, *", True),
+    ("10.1.2.3", "*", True), ("a.test", "x y\ta.test", True), ("a.test", "10.0.0.0/8", False),
+    ("a.test", "", False), ("10.1.2.3", "10.0.0.0/99, 10.0.0/8, [::1, /8, :, a:b:c, 1e9", False),
+    ("a.test", "., *., :8000, [", False), ("10.1.2.3", "10.0.0.0/99,10.0.0.0/8", True)])
+def test_no_proxy_names_hosts_and_networks_and_what_is_odd_in_it_is_ignored(host, no_proxy,
+                                                                            exempt):
+    assert ifl.is_exempt(host, 8000, no_proxy) is exempt
+
+
+@pytest.mark.parametrize("network, used", [("10.0.0.0/8", False), ("192.168.0.0/16", True)])
+def test_networks_of_no_proxy_hold_for_the_upstreams(monkeypatch, network, used):
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"all": "P", "no": network})
+    at = ifl.Endpoint.of("http://10.2.3.4:8000/v1")
+    found = ifl.proxy_for(ifl.Provider("p", proxy="env"), ifl.Settings(), at)
     assert found == ("P" if used else "")
 
 
