@@ -38,17 +38,18 @@ Contents
     7  Chat and SSE      the hub: parsing, holding back, usage (pure)
     8  Anthropic Messages  requests, answers, streams, errors (pure)
     9  OpenAI Responses    the other API, and what Codex needs of it (pure)
-    10 Dialects          what an endpoint speaks (pure)
-    11 Upstream          connections, TLS, proxies, waiting
-    12 Credentials       logging in, refreshing, accounts, the browser
-    13 Services          slots, keys, metrics, file watching
-    14 Gateway           owns 5 and 11 to 13; one call from route to answer
-    15 HTTP              server, handler, routes of the URL space, errors as bytes
-    16 Documents         OpenAPI 3.1 and its readers
-    17 The page's API    who may see the page, and its JSON API
-    18 The page          style, markup, script and texts
-    19 Demo upstream     what `--demo` talks to, and the tests
-    20 Command line      texts, arguments, one function a command
+    10 Gemini            generateContent, for gemini-cli and Google's SDKs (pure)
+    11 Dialects          what an endpoint speaks (pure)
+    12 Upstream          connections, TLS, proxies, waiting
+    13 Credentials       logging in, refreshing, accounts, the browser
+    14 Services          slots, keys, metrics, file watching
+    15 Gateway           owns 5 and 12 to 14; one call from route to answer
+    16 HTTP              server, handler, routes of the URL space, errors as bytes
+    17 Documents         OpenAPI 3.1 and its readers
+    18 The page's API    who may see the page, and its JSON API
+    19 The page          style, markup, script and texts
+    20 Demo upstream     what `--demo` talks to, and the tests
+    21 Command line      texts, arguments, one function a command
 
 Embedding: `server = serve(Gateway(Settings(providers=[…])), port=0)`, server.url, server.close().
 """
@@ -367,7 +368,10 @@ FALLBACK_STATUS = RETRY_STATUS | {401, 402, 403}
 KEY_STATUS = (401, 403, 429)
 
 #: Names that Messages and Responses clients insist on; they become `default_model`.
-FOREIGN_MODELS = ("claude-*", "gpt-*", "codex-*", "o1*", "o3*", "o4*")
+_BUILT_IN_NAMES = ("claude-*", "gpt-*", "codex-*", "o1*", "o3*", "o4*")
+FOREIGN_MODELS: Dict[str, Sequence[str]] = {
+    "chat": (), "messages": _BUILT_IN_NAMES, "responses": _BUILT_IN_NAMES,
+    "gemini": (*_BUILT_IN_NAMES, "gemini-*")}
 
 #: Claude Code appends this to a model's name to note the size of its own context window.
 LONG_CONTEXT = "[1m]"
@@ -2514,7 +2518,7 @@ CONDITIONS: Dict[str, Tuple[Shape, Callable[[Any, Any], bool]]] = {
     "images": (truth, lambda asked, value: asked.shows_images is value),
     "thinking": (truth, lambda asked, value: asked.thinks is value),
     "tools": (truth, lambda asked, value: asked.has_tools is value),
-    "dialect": (one_of("chat", "messages", "responses"),
+    "dialect": (one_of(*FOREIGN_MODELS),
                 lambda asked, value: asked.speaks == value)}
 _CONDITIONS_SHAPE = record({}, {name: shape for name, (shape, _) in CONDITIONS.items()})
 
@@ -2648,9 +2652,9 @@ class Router:
 
     # names to targets
 
-    def resolve(self, model: Optional[str], foreign: bool = False, asked: Any = Asked(),
+    def resolve(self, model: Optional[str], asked: Any = Asked(),
                 told: Optional[Told] = None) -> List[Target]:
-        """The chain of targets; `foreign`: a dialect asks whose own names mean default_model.
+        """The chain of targets.
 
         `asked` answers the questions of conditions (Asked, Call).  The steps of the way are put
         into `told`.  BadRequest without any model, NotLoggedIn without any provider.
@@ -2662,7 +2666,8 @@ class Router:
         elif name != model:
             told.append(("bare", {"model": model}))
         names = self._alias_of(name, asked, told)
-        return [self.place_of(each, foreign and not names, told) for each in names or [name]]
+        foreign = FOREIGN_MODELS["chat" if names else asked.speaks]
+        return [self.place_of(each, foreign, told) for each in names or [name]]
 
     def named(self, model: Optional[str]) -> str:
         """The name asked for, `default_model` where there is none; BadRequest.
@@ -2696,11 +2701,11 @@ class Router:
 
     def redirects(self, model: str) -> bool:
         """Whether an alias takes the name, or Messages and Responses take it for default_model."""
-        return self.has_alias(model) or self._means_default(model)
+        return self.has_alias(model) or self._means_default(model, FOREIGN_MODELS["messages"])
 
-    def _means_default(self, model: str) -> bool:
-        return bool(self.default_model) and not self.claimed(model) and any(
-            fnmatchcase(model, pattern) for pattern in FOREIGN_MODELS)
+    def _means_default(self, model: str, foreign: Sequence[str]) -> bool:
+        return bool(self.default_model) and any(
+            fnmatchcase(model, pattern) for pattern in foreign) and not self.claimed(model)
 
     def _alias_of(self, model: str, asked: Any, told: Told) -> List[str]:
         """The models that an alias makes of a name, none where no alias takes it.
@@ -2728,10 +2733,11 @@ class Router:
         told.append(("no alias", {}))
         return []
 
-    def place_of(self, model: str, foreign: bool = False, told: Optional[Told] = None) -> Target:
+    def place_of(self, model: str, foreign: Sequence[str] = (),
+                 told: Optional[Told] = None) -> Target:
         """Where one name goes, aliases aside; NotLoggedIn."""
         told = [] if told is None else told
-        if foreign and self._means_default(model):
+        if self._means_default(model, foreign):
             told.append(("foreign", {"model": model, "default": self.default_model}))
             model = self.default_model
         model = self._bare(model)
@@ -2955,7 +2961,7 @@ class Plan:
 
 # === 7. Chat and SSE (pure) ==================================================
 #
-# Sections 6 to 9 know no socket, clock, file, thread or log: ids and the time come in as arguments.
+# Sections 6 to 11 know no socket, clock, file, thread or log: ids and the time are arguments.
 
 #: Weakest to strongest; a provider knows some of them.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -6122,6 +6128,10 @@ class _ResponseTools:
         return self._tools.get(name) or self._tools.get(self._alike(name)) or (
             _Tool("function", name))
 
+    def offers(self, name: str) -> bool:
+        """Whether the client has a function that the model means by `name`."""
+        return name in self._tools or bool(self._alike(name))
+
     def listed(self) -> List[Json]:
         return [*self._chat.values(),
                 *(tool for tool in self._native.values() if "fields" not in tool)]
@@ -7241,7 +7251,532 @@ class _CompactionStream(ResponsesStream):
         yield item.finish(compaction)
 
 
-# === 10. Dialects (pure) =====================================================
+# === 10. Gemini (pure) =======================================================
+#
+# generateContent as gemini-cli and Google's SDKs speak it; the rules and their sources: gemini.md.
+# Members come in camelCase and in snake_case, mixed in one body.
+
+#: HTTP status -> google.rpc.Code
+_RPC_CODES = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED",
+              404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 500: "INTERNAL",
+              503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED"}
+_NUMBER = (int, float)
+_EXPECTED = {dict: "an object", list: "a list", str: "a string", bool: "true or false",
+             _NUMBER: "a number"}
+
+
+@lru_cache(200)
+def _snake_case(name: str) -> str:
+    return re.sub("[A-Z]", lambda found: "_" + found.group().lower(), name)
+
+
+def _camel_case(name: str) -> str:
+    return re.sub("(?<=[a-z])_([a-z])", lambda found: found.group(1).upper(), name)
+
+
+def member(holder: Json, name: str, kind: Any, where: str = "") -> Any:
+    """A member in either spelling, None where it is missing; BadRequest for another kind."""
+    value = holder.get(name)
+    if value is None:
+        value = holder.get(_snake_case(name))
+    if value is not None and (not isinstance(value, kind)
+                              or isinstance(value, bool) and kind is not bool):
+        raise BadRequest(f"{where}{name}: {_EXPECTED[kind]} expected")
+    return value
+
+
+def _objects_at(holder: Json, name: str, where: str = "") -> List[Tuple[Json, str]]:
+    """The objects of a list, each with its place; a single object stands for a list of one."""
+    value = holder.get(name, holder.get(_snake_case(name)))
+    items = [value] if isinstance(value, dict) else [] if value is None else value
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise BadRequest(f"{where}{name}: a list of objects expected")
+    return [(item, f"{where}{name}[{at}].") for at, item in enumerate(items)]
+
+
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_INNER_SCHEMAS = ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "not")
+_GOOGLES_OWN = ("$schema", "propertyOrdering", "nullable", "example")
+
+
+def plain_schema(schema: Any) -> Any:
+    """JSON Schema of either kind of schema, Google's own (OpenAPI 3.0) or JSON Schema.
+
+    Types become lower case in both, for gemini-cli writes upper case into both.
+    """
+    if isinstance(schema, list):
+        return [plain_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    done: Json = {}
+    for name, value in ((_camel_case(name), value) for name, value in schema.items()):
+        if name == "type":
+            value = [str(kind).lower() for kind in value] if isinstance(value, list) else (
+                str(value).lower())
+        elif name in _NAMED_SCHEMAS and isinstance(value, dict):
+            value = {key: plain_schema(inner) for key, inner in value.items()}
+        elif name in _INNER_SCHEMAS:
+            value = plain_schema(value)
+        elif name.startswith(("min", "max")) and str(value).isdecimal():
+            value = int(value)           # int64 is a string in Google's JSON
+        if name not in _GOOGLES_OWN and value != "type_unspecified":
+            done[name] = value
+    if schema.get("nullable") is True:
+        if isinstance(done.get("type"), str):
+            done["type"] = [done["type"], "null"]
+        if isinstance(done.get("anyOf"), list):
+            done["anyOf"].append({"type": "null"})
+        if isinstance(done.get("enum"), list):
+            done["enum"] = [*done["enum"], None]
+    return done
+
+
+# --- the request: its history
+
+def make_thought_signature(text: str, details: Sequence[Json]) -> str:
+    """make_signature's in base64, for the SDKs decode it to bytes."""
+    return base64.b64encode(make_signature(text, details).encode()).decode()
+
+
+def read_thought_signature(signature: Any) -> Json:
+    """What make_thought_signature put in; {} for a foreign or damaged one.
+
+    google-genai sends it in the other base64 alphabet than it got it in.
+    """
+    try:
+        return read_signature(base64.b64decode(
+            signature.translate({45: "+", 95: "/"})).decode()) if signature else {}
+    except ValueError:
+        return {}
+
+
+class _ContentHistory:
+    """Reads `contents` into a chat history."""
+
+    def __init__(self, tools: _ResponseTools, profile: Json, thinking: Optional[bool]) -> None:
+        self.chat = ChatHistory(profile, thinking, merges=True)
+        self.ids: Set[str] = set()       #: of all calls
+        self._tools, self._profile = tools, profile
+        self._answered: Set[str] = set()
+        #: name -> ids of its calls that may wait for a result, the oldest first
+        self._waiting: Dict[str, Deque[str]] = {}
+
+    def read(self, contents: Sequence[Tuple[Json, str]]) -> None:
+        said: List[Tuple[Json, str]] = []        # by the model; its contents in a row are one
+        for content, where in contents:
+            parts = _objects_at(content, "parts", where)
+            if content.get("role") == "model":
+                said += parts
+            else:
+                self._model(said)
+                said = []
+                self._user(parts)
+        self._model(said)
+        self.chat.end_step()
+
+    def _model(self, parts: Sequence[Tuple[Json, str]]) -> None:
+        """A model's turn; SDKs keep the deltas of a stream as parts, so they are joined as such."""
+        texts, thoughts, calls, carried = [], [], [], {}
+        for part, where in parts:
+            signature = member(part, "thoughtSignature", str, where)
+            carried = read_thought_signature(signature) or carried
+            call = member(part, "functionCall", dict, where)
+            if call is not None:
+                calls.append(self._call(call, f"{where}functionCall."))
+            elif part.get("thought") is True:
+                thoughts.append(member(part, "text", str, where) or "")
+            else:
+                texts += [each.get("text", "") for each in self._parts(part, where)]
+        thought = "".join(thoughts) or carried.get("text", "")
+        if texts or calls or thought:
+            self.chat.add_assistant(["".join(texts)], [thought], carried.get("details", []), calls)
+
+    def _call(self, call: Json, where: str) -> Json:
+        """A call under an id that no other call has: the client's, else one of its place."""
+        name, ident, args = member(call, "name", str, where), call.get("id"), call.get("args")
+        if not name:
+            raise BadRequest(f"{where}name: a name is required")
+        if not isinstance(ident, str) or not ident or ident in self.ids:
+            ident = f"call_{len(self.ids)}_{_Tool('function', name).flat[:40]}"
+        self.ids.add(ident)
+        self._waiting.setdefault(name, deque()).append(ident)
+        arguments = dump_json(args if isinstance(args, dict) else {}).decode()
+        return {"id": ident, "type": "function", "function": {
+            "name": self._tools.name(_Tool("function", name)), "arguments": arguments}}
+
+    def _user(self, parts: Sequence[Tuple[Json, str]]) -> None:
+        said: List[Json] = []
+        for part, where in parts:
+            response = member(part, "functionResponse", dict, where)
+            if response is None:
+                said += self._parts(part, where)
+            else:
+                self._result(response, f"{where}functionResponse.")
+        if said:
+            self.chat.add_user(said)
+
+    def _result(self, response: Json, where: str) -> None:
+        """The result of a call, found by its id, else by its name: Python's SDK sends no ids."""
+        name, ident = member(response, "name", str, where) or "", response.get("id") or ""
+        waiting = self._waiting.get(name, deque())
+        while (ident not in self.ids or ident in self._answered) and waiting:
+            ident = waiting.popleft()
+        self._answered.add(ident)
+        given = member(response, "response", dict, where) or {}
+        field = next(iter(given)) if len(given) == 1 else ""
+        value = given[field] if field in ("output", "result", "error") else given
+        text = value if isinstance(value, str) else dump_json(value).decode()
+        files = [each for part, at in _objects_at(response, "parts", where)
+                 for each in self._parts(part, at)]
+        said = [text_part(text)] if text or not files else []
+        self.chat.add_result(ident or name, [*said, *files], is_error=field == "error")
+
+    def _parts(self, part: Json, where: str) -> List[Json]:
+        """A part that is no call, no result and no thought."""
+        text = member(part, "text", str, where)
+        data, file = (member(part, name, dict, where) for name in ("inlineData", "fileData"))
+        kind = member(data or file or {}, "mimeType", str, where) or ""
+        if text is not None:
+            return [text_part(text)] if text else []
+        if data is not None:
+            body = (member(data, "data", str, where) or "").translate({45: "+", 95: "/"})
+            if not is_base64(body):
+                raise BadRequest(f"{where}inlineData.data: base64 expected")
+            name = member(data, "displayName", str, where) or f"file.{kind.rpartition('/')[2]}"
+            url, given = f"data:{kind};base64,{body}", {"filename": name}
+        elif file is not None:
+            url, given = member(file, "fileUri", str, where) or "", {}
+        else:
+            return [text_part(f"[{name}: {dump_json(value).decode()}]")
+                    for name, value in part.items() if _camel_case(name) in _TOLD]
+        if kind.startswith("image/") or not kind:
+            return [image_part(url, self._profile)]
+        given["file_data" if data else "file_url"] = url
+        return [_file_part(given, self._profile)]
+
+
+#: Parts that a model is told as they are.
+_TOLD = ("executableCode", "codeExecutionResult", "toolCall", "toolResponse")
+
+
+# --- the request as a whole
+
+#: Tools that Google runs itself -> the family a profile's server_tools knows them by.
+_GOOGLE_TOOLS = {"googleSearch": "web_search", "googleSearchRetrieval": "web_search",
+                 "urlContext": "web_fetch", "codeExecution": "code_interpreter"}
+
+#: generationConfig -> Chat
+_GENERATION = {"temperature": "temperature", "topP": "top_p", "topK": "top_k", "seed": "seed",
+               "maxOutputTokens": "max_tokens", "presencePenalty": "presence_penalty",
+               "frequencyPenalty": "frequency_penalty"}
+
+_MODES = {"AUTO": "auto", "ANY": "required", "NONE": "none", "VALIDATED": "auto"}
+
+
+class GeminiTurn:
+    """One generateContent request: its chat request, and its answers in Google's shape."""
+
+    def __init__(self, body: Json, profile: Json, model: str) -> None:
+        if member(body, "cachedContent", str):
+            raise NotFound("cachedContent: nothing is cached here", code="not_found")
+        self.profile, self.model = profile, body.get("model") or model
+        self._config = member(body, "generationConfig", dict) or {}
+        if self._given("candidateCount", _NUMBER) not in (None, 1):
+            raise BadRequest("generationConfig.candidateCount: only 1 is possible here")
+        contents = _objects_at(body, "contents")
+        if not contents:
+            raise BadRequest("contents: at least one content is required")
+        thinking = self._given("thinkingConfig", dict) or {}
+        self.shows_thoughts = bool(member(thinking, "includeThoughts", bool))
+        self.tools = self._tools(body)
+        wishes = self.wishes(thinking)._replace(missing=self.tools.missing)
+        history = _ContentHistory(self.tools, profile, wishes.thinking)
+        history.read(contents)
+        self.ids = history.ids
+        form, rule = self._format()
+        #: models that are asked by a prompt alone like to put ``` around their JSON
+        self.unfence = profile["structured_output"] == "prompt" and bool(form)
+        self.chat = finish_chat({**self._to_chat(body, model, history.chat, rule), **form},
+                                profile, wishes)
+
+    def _given(self, name: str, kind: Any) -> Any:
+        return member(self._config, name, kind, "generationConfig.")
+
+    @staticmethod
+    def wishes(thinking: Json) -> Wishes:
+        """What a thinkingConfig asks for."""
+        where = "generationConfig.thinkingConfig."
+        budget = member(thinking, "thinkingBudget", _NUMBER, where)
+        level = (member(thinking, "thinkingLevel", str, where) or "").lower()
+        if budget is not None:
+            return Wishes(budget != 0, int(budget) if budget > 0 else None)
+        return Wishes(True, None, level) if level in EFFORTS else Wishes()
+
+    def _tools(self, body: Json) -> _ResponseTools:
+        """As tools of Responses, whose reader makes Chat's of them."""
+        tools = _ResponseTools(self.profile)
+        for tool, where in _objects_at(body, "tools"):
+            for each, at in _objects_at(tool, "functionDeclarations", where):
+                if not member(each, "name", str, at):
+                    raise BadRequest(f"{at}name: a name is required")
+                schema = member(each, "parametersJsonSchema", dict, at) or member(
+                    each, "parameters", dict, at)
+                tools.add([{"type": "function", "name": each["name"],
+                            "description": member(each, "description", str, at),
+                            "parameters": plain_schema(schema)}])
+            names = map(_camel_case, tool)
+            tools.add([{"type": _GOOGLE_TOOLS.get(name, name)} for name in names
+                       if name != "functionDeclarations"])
+        return tools
+
+    def _choice(self, body: Json) -> Any:
+        """tool_choice; names that are allowed shorten the list of tools."""
+        where = "toolConfig.functionCallingConfig."
+        config = member(member(body, "toolConfig", dict) or {}, "functionCallingConfig", dict,
+                        "toolConfig.") or {}
+        choice = _MODES.get((member(config, "mode", str, where) or "").upper())
+        names = member(config, "allowedFunctionNames", list, where)
+        allowed = [{"type": "function", "name": str(name)} for name in names or ()]
+        if choice != "required" or not allowed or not self.tools.listed():
+            return choice
+        return self.tools.choose(allowed[0] if len(allowed) == 1 else {
+            "type": "allowed_tools", "mode": choice, "tools": allowed})
+
+    def _to_chat(self, body: Json, model: str, history: ChatHistory, rule: str) -> Json:
+        """The chat request in OpenAI's words, but for response_format."""
+        given = body.get("systemInstruction", body.get("system_instruction")) or {}
+        texts = [given] if isinstance(given, str) else [
+            member(part, "text", str, at) for part, at in _objects_at(given, "parts", "system.")]
+        system = "\n\n".join(filter(None, [*texts, *history.leading, rule]))
+        chat: Json = {"model": model, "messages": [
+            *([{"role": "system", "content": system}] if system else []), *history.messages]}
+        for name, field in _GENERATION.items():
+            value = self._given(name, _NUMBER)
+            if value is not None:        # whole numbers come as floats, too
+                chat[field] = int(value) if value == int(value) else value
+        self.stops = [stop for stop in self._given("stopSequences", list) or () if stop]
+        if self.stops:
+            chat["stop"] = self.stops[:STOP_LIMIT]
+        if self._given("responseLogprobs", bool):
+            top = self._given("logprobs", _NUMBER)
+            chat.update({"logprobs": True, **({"top_logprobs": int(top)} if top else {})})
+        if body.get("stream"):
+            chat["stream"] = True
+        choice = self._choice(body)
+        chat.update(self.tools.fields())
+        if self.tools.listed():
+            chat["tools"] = self.tools.listed()
+            chat.update({"tool_choice": choice} if choice else {})
+        return chat
+
+    def _format(self) -> Tuple[Json, str]:
+        """Chat's response_format, as a field, and the rule that stands for one of `text/x.enum`."""
+        kind = (self._given("responseMimeType", str) or "").lower()
+        given = [self._given(name, dict) for name in ("responseJsonSchema", "responseSchema")]
+        schema = next((plain_schema(each) for each in given if each is not None), None)
+        if kind == "text/x.enum" and schema:
+            values = ", ".join(map(str, schema.get("enum") or ()))
+            return {}, f"Answer with nothing but one of these values: {values}"
+        if kind != "application/json":
+            return {}, ""
+        if schema is None:
+            return {"response_format": {"type": "json_object"}}, ""
+        named = {"name": "output", "schema": schema, "strict": False}
+        return {"response_format": {"type": "json_schema", "json_schema": named}}, ""
+
+    @cached_property
+    def tokens(self) -> int:
+        """About how many tokens the chat request takes."""
+        return count_chat_tokens(self.chat)
+
+    def stream(self, new_id: Callable[[str], str]) -> GeminiStream:
+        return GeminiStream(self, new_id)
+
+
+def count_content_tokens(body: Json) -> int:
+    """About how many tokens a countTokens request takes; BadRequest."""
+    inner = member(body, "generateContentRequest", dict)
+    return GeminiTurn(inner or body, DEFAULT_PROFILE, "").tokens
+
+
+# --- the answer
+
+#: finish_reason -> finishReason; STOP for any other.
+_FINISH_REASONS = {"length": "MAX_TOKENS", "repetition_truncation": "MAX_TOKENS",
+                   "model_context_window_exceeded": "MAX_TOKENS",
+                   "content_filter": "SAFETY", "sensitive": "SAFETY"}
+
+
+class GeminiStream(AnswerWriter):
+    """Chat chunks in, GenerateContentResponses out.
+
+    Each text is a response with one part, a call another one, once all of it has come.  The last
+    response has a part, too, if only an empty text: google-genai's chats take one without for
+    broken, and ask again.  Beside other parts gemini-cli throws everything away for an empty text.
+    """
+
+    def __init__(self, turn: GeminiTurn, new_id: Callable[[str], str]) -> None:
+        self.turn, self._new_id, self._id = turn, new_id, new_id("")
+        calls = ToolCalls(lambda source: source or new_id("call_"), turn.ids)
+        super().__init__(AnswerReader(turn.profile, calls, turn.stops[STOP_LIMIT:], turn.unfence),
+                         lambda: turn.tokens)
+        self._waiting: Deque[ToolCall] = deque()     #: calls that are not with the client, in order
+        self._held: List[Part] = []      #: said while a call was incomplete
+        self._blanks: List[str] = []     #: that wait for a visible character
+        self._thought: List[str] = []
+        self._details = Details()
+        self._wrong = ""                 #: finishReason, where a call can't be passed on
+        self._called = self._spoke = False
+        self._citations: List[Json] = []
+
+    def feed(self, chunk: Json) -> Iterable[Json]:
+        parts = self.reader.feed(chunk)
+        if len(parts) == 1 and parts[0][0] == "text" and self._spoke and not self._waiting:
+            return (self._response({"text": parts[0][1]}),)
+        return self._write(parts)
+
+    def close(self) -> Iterator[Json]:
+        rest = [*self._write(self.reader.close()), *self._calls(0, last=True)]
+        end = rest.pop() if rest else self._response({"text": ""})
+        yield from rest
+        usage, reason = self.usage, _FINISH_REASONS.get(self.finish_reason or "")
+        end["candidates"][0]["finishReason"] = reason or (
+            not self._called and self._wrong or "STOP")
+        if self._citations:
+            end["candidates"][0]["groundingMetadata"] = {"groundingChunks": [
+                {"web": {"uri": cited["url"], "title": cited["title"] or cited["url"]}}
+                for cited in self._citations]}
+        thoughts = min(usage.reasoning or 0, usage.completion)
+        counts = {"promptTokenCount": usage.prompt, "thoughtsTokenCount": thoughts,
+                  "candidatesTokenCount": usage.completion - thoughts,
+                  "totalTokenCount": usage.prompt + usage.completion,
+                  "cachedContentTokenCount": usage.cached}
+        optional = ("thoughtsTokenCount", "cachedContentTokenCount")
+        yield {**end, "usageMetadata": {name: count for name, count in counts.items()
+                                        if count or name not in optional}}
+
+    def whole(self, completion: Json) -> Json:
+        """The response for a plain completion: neighbouring texts as one part."""
+        parts: List[Json] = []
+        last: Json = {}
+        for last in [*self.feed(as_chunk(completion)), *self.close()]:
+            part, = last["candidates"][0]["content"]["parts"]
+            before = parts[-1] if parts else {}
+            if "text" in part and "text" in before and part.get("thought") == before.get("thought"):
+                before["text"] += part["text"]
+            elif part.get("text") != "":
+                parts.append(part)
+        last["candidates"][0]["content"]["parts"] = parts or [{"text": ""}]
+        return last
+
+    def _response(self, part: Json) -> Json:
+        candidate = {"content": {"role": "model", "parts": [part]}, "index": 0}
+        return {"candidates": [candidate], "modelVersion": self.turn.model, "responseId": self._id}
+
+    def _signed(self, part: Json) -> Json:
+        """A part that bears what was thought so far: the first text, and the first call.
+
+        gemini-cli keeps the first signature of a text, and no thoughts.
+        """
+        if not self._thought and not self._details:
+            return part
+        signature = make_thought_signature("".join(self._thought), self._details.joined())
+        return {**part, "thoughtSignature": signature}
+
+    def _write(self, parts: Sequence[Part]) -> Iterator[Json]:
+        for part in parts:
+            kind, text, more = part
+            if kind == "call" and not more.seen:
+                more.seen = True
+                self._waiting.append(more)
+            yield from self._calls(1 if kind == "call" else 0)
+            if kind == "annotations":
+                self._citations += _citations(more)
+            elif kind != "call" and self._waiting:
+                self._held.append(part)
+            elif kind == "thinking":
+                self._thought.append(text)
+                self._details.add(more)
+                if text and self.turn.shows_thoughts:
+                    yield self._response({"text": text, "thought": True})
+            elif kind != "call" and not self._spoke and not text.strip():
+                self._blanks.append(text)
+            elif kind != "call":
+                part = {"text": "".join((*self._blanks, text))}
+                yield self._response(part if self._spoke else self._signed(part))
+                self._spoke, self._blanks = True, []
+
+    def _calls(self, keep: int, last: bool = False) -> Iterator[Json]:
+        """The calls that are whole, in order, but for the `keep` last; `last`: the others as well.
+        """
+        while len(self._waiting) > keep and (
+                last or self._waiting[0].complete and self._waiting[0].name):
+            call = self._waiting.popleft()
+            is_torn = self.reader.cut and call.begun and not call.complete
+            args = parse_arguments(call.take(last=True))
+            if "INVALID_JSON" in args or not self.turn.tools.offers(call.name):
+                self._wrong = self._wrong or ("MALFORMED_FUNCTION_CALL" if "INVALID_JSON" in args
+                                              else "UNEXPECTED_TOOL_CALL")
+            elif not is_torn:
+                name = self.turn.tools.tool(call.name).name
+                if call.id.startswith(f"{name}__"):      # gemini-cli cuts that off
+                    call.id = self._new_id("call_")
+                part = {"functionCall": {"id": call.id, "name": name, "args": args}}
+                yield self._response(part if self._called else self._signed(part))
+                call.named = self._called = True
+                self._blanks = []
+        if self._held and not self._waiting:
+            held, self._held = self._held, []
+            yield from self._write(held)
+
+
+def gemini_error(exc: GatewayError, status: int) -> Json:
+    """The error body; the status beside it is `status`."""
+    message = exc.message
+    details: List[Json] = []
+    if exc.overflow is not None:
+        prompt, limit = exc.overflow[0], exc.overflow[1] or max(0, exc.overflow[0] - 1)
+        message = (f"The input token count ({max(prompt, limit + 1)}) exceeds the maximum number "
+                   f"of tokens allowed ({limit}).")
+    if exc.retry_after_s is not None:
+        details.append({"@type": "type.googleapis.com/google.rpc.RetryInfo",
+                        "retryDelay": f"{max(1, int(exc.retry_after_s + 0.999))}s"})
+    elif status == 429 and exc.should_retry is False:    # a spent balance: gemini-cli ends at once
+        details.append({"@type": "type.googleapis.com/google.rpc.QuotaFailure",
+                        "violations": [{"quotaId": "BalancePerDay"}]})
+    kind = _RPC_CODES.get(status) or ("INTERNAL" if status >= 500 else "INVALID_ARGUMENT")
+    return {"error": {"code": status, "message": message, "status": kind,
+                      **({"details": details} if details else {})}}
+
+
+# --- embeddings
+
+def embedding_request(body: Json, model: str) -> Json:
+    """OpenAI's request for what an embedContent or batchEmbedContents request asks for."""
+    requests = _objects_at(body, "requests") if "requests" in body else [(body, "")]
+    texts: List[str] = []
+    for request, where in requests:
+        content = request.get("content")
+        parts = [({"text": content}, "")] if isinstance(content, str) else _objects_at(
+            member(request, "content", dict, where) or {}, "parts", f"{where}content.")
+        texts.append("\n".join(member(part, "text", str, at) or "" for part, at in parts))
+    if not any(texts):
+        raise BadRequest("content: there is no text to embed")
+    size = member(requests[0][0], "outputDimensionality", _NUMBER)
+    return {"model": model, "input": texts, **({"dimensions": int(size)} if size else {})}
+
+
+def embedding_reply(completion: Json, is_batch: bool) -> Json:
+    """Google's answer of OpenAI's; UpstreamGarbled."""
+    data = completion.get("data")
+    rows = [row for row in data if isinstance(row, dict)] if isinstance(data, list) else []
+    values = [{"values": row.get("embedding")} for row in sorted(rows, key=choice_index)]
+    if not values or not all(isinstance(each["values"], list) for each in values):
+        raise UpstreamGarbled("the upstream's answer has no embeddings")
+    return {"embeddings": values} if is_batch else {"embedding": values[0]}
+
+
+# === 11. Dialects (pure) =====================================================
 
 class Context(NamedTuple):
     """What a conversion needs of the world, passed in so that it stays pure."""
@@ -7312,7 +7847,7 @@ class Call:
 
     @property
     def shows_images(self) -> bool:
-        return any(f'"{kind}"' in self.text for kind in _IMAGE_PARTS) and has_images(self.body)
+        return self.dialect.shows_images(self)
 
     @property
     def speaks(self) -> str:
@@ -7348,7 +7883,7 @@ class Call:
         named = (self.headers[name] + agent for name in _SESSION_HEADERS if self.headers.get(name))
         said = next(named, agent) or self.body.get("prompt_cache_key")
         if not isinstance(said, str):
-            items = self.body.get("messages") or self.body.get("input")
+            items = next(filter(None, map(self.body.get, ("messages", "input", "contents"))), None)
             said = json.dumps(items[:2] if isinstance(items, list) else items)[:8000]
         return zlib.crc32(said.encode("utf-8", "replace"))
 
@@ -7452,7 +7987,8 @@ class Translation:
         completion = parse_answer(data, status, self._call.dialect.has_choices)
         self._told, self._size = usage_of(completion), len(data)
         if self._call.stream:
-            return self.feed(completion_to_sse(completion)) + self.close(), "text/event-stream"
+            return (self.feed(completion_to_sse(completion)) + self.close(),
+                    self._call.dialect.stream_type)
         if self._note is not None:
             self._note.record(completion)
         answer = self._reply(data, completion)
@@ -7934,6 +8470,41 @@ class CompactTranslation(ResponsesTranslation):
         return self._keep(compact_reply(self._turn, response, self._context.new_id))
 
 
+class GeminiTranslation(TurnTranslation):
+    """A generateContent request."""
+
+    def _encode(self, event: Json) -> bytes:
+        return b"data: " + dump_json(event) + b"\n\n"
+
+
+class GeminiArrayTranslation(GeminiTranslation):
+    """A stream without `alt=sse`: one JSON array, whose elements are sent as they come."""
+
+    def begin(self) -> None:
+        super().begin()
+        self._mark = b"["
+
+    def _encode(self, event: Json) -> bytes:
+        mark, self._mark = self._mark, b",\n"
+        return mark + dump_json(event)
+
+    def close(self) -> bytes:
+        return super().close() + b"]"
+
+    def _fail(self, exc: GatewayError) -> bytes:
+        return self._encode(self._call.dialect.error(exc, self._call.request_id)) + b"]"
+
+
+class GeminiEmbedding(Translation):
+    """An embedContent or batchEmbedContents request, by OpenAI's endpoint."""
+
+    def _encode_request(self) -> bytes:
+        return dump_json(embedding_request(self._call.body, self._target.model))
+
+    def _reply(self, data: bytes, completion: Json) -> bytes:
+        return dump_json(embedding_reply(completion, "requests" in self._call.body))
+
+
 def models_in(text: str) -> List[Any]:
     """The entries of OpenRouter's `models` in a body: names that the upstream may choose from.
 
@@ -7955,8 +8526,7 @@ def models_in(text: str) -> List[Any]:
 class ChatDialect:
     """OpenAI's own endpoints: passed on as they are, once they are what they claim to be."""
     name = "chat"
-    #: whether its clients insist on model names of their own (FOREIGN_MODELS)
-    maps_model_names = False
+    stream_type = "text/event-stream; charset=utf-8"
     id_headers: Sequence[str] = ("x-request-id",)        #: which name a request in its answer
 
     def __init__(self, path: str, needs: str = "", has_choices: bool = True) -> None:
@@ -8007,6 +8577,10 @@ class ChatDialect:
         """Whether a request offers tools."""
         return bool(body.get("tools") or body.get("functions"))
 
+    def shows_images(self, call: Call) -> bool:
+        """Whether a request shows an image."""
+        return any(f'"{kind}"' in call.text for kind in _IMAGE_PARTS) and has_images(call.body)
+
     def other_models(self, call: Call) -> List[Any]:
         """Models that the upstream may choose from beside the one that is asked for."""
         return models_in(call.text) if "models" in call.body else []
@@ -8038,7 +8612,6 @@ class ChatDialect:
 class MessagesDialect(ChatDialect):
     """Anthropic Messages."""
     name = "messages"
-    maps_model_names = True
     id_headers = ("x-request-id", "request-id")
 
     def open(self, call: Call, target: Target, context: Context) -> Translation:
@@ -8070,7 +8643,6 @@ class MessagesDialect(ChatDialect):
 class ResponsesDialect(ChatDialect):
     """OpenAI Responses."""
     name = "responses"
-    maps_model_names = True
     compact = False
     _translation = ResponsesTranslation
 
@@ -8120,15 +8692,71 @@ class CompactDialect(ResponsesDialect):
         body.pop("stream", None)
 
 
+class GeminiDialect(ChatDialect):
+    """Google's generateContent; `model` and `stream` of its requests come from the path."""
+    name = "gemini"
+    _translation = GeminiTranslation
+
+    def open(self, call: Call, target: Target, context: Context) -> Translation:
+        turn = GeminiTurn(call.body, profile_of(target), target.model)
+        return self._translation(call, turn, target, context)
+
+    def thinks(self, body: Json) -> bool:
+        config = member(body, "generationConfig", dict) or {}
+        thinking = member(config, "thinkingConfig", dict) or {}
+        return bool(GeminiTurn.wishes(thinking).thinking)
+
+    def shows_images(self, call: Call) -> bool:
+        return '"inlineData"' in call.text or '"inline_data"' in call.text or (
+            '"fileData"' in call.text or '"file_data"' in call.text)
+
+    def other_models(self, call: Call) -> List[Any]:
+        return []
+
+    def keepalive(self, call: Call, began: bool) -> bytes:
+        """A comment breaks gemini-cli and google-genai."""
+        return b"\n"
+
+    def status(self, exc: GatewayError) -> int:
+        return 400 if exc.overflow is not None else {422: 400, 408: 504, 529: 503}.get(
+            exc.status, exc.status)
+
+    def error(self, exc: GatewayError, request_id: str) -> Json:
+        return gemini_error(exc, self.status(exc))
+
+    def error_event(self, exc: GatewayError, request_id: str) -> bytes:
+        """The bare object, for no client looks for an error in a record."""
+        return dump_json(self.error(exc, request_id))
+
+
+class GeminiArrayDialect(GeminiDialect):
+    """A stream as one JSON array."""
+    stream_type = "application/json"
+    _translation = GeminiArrayTranslation
+
+    def error_event(self, exc: GatewayError, request_id: str) -> bytes:
+        return b"[" + super().error_event(exc, request_id) + b"]"
+
+
+class GeminiEmbeddingDialect(GeminiDialect):
+    """embedContent and batchEmbedContents."""
+
+    def open(self, call: Call, target: Target, context: Context) -> Translation:
+        return GeminiEmbedding(call, target, context)
+
+
 CHAT = ChatDialect("/chat/completions", needs="messages")
 COMPLETIONS = ChatDialect("/completions")
 EMBEDDINGS = ChatDialect("/embeddings", has_choices=False)
 MESSAGES = MessagesDialect("/chat/completions")
 RESPONSES = ResponsesDialect("/chat/completions")
 COMPACT = CompactDialect("/chat/completions")
+GEMINI = GeminiDialect("/chat/completions")
+GEMINI_ARRAY = GeminiArrayDialect("/chat/completions")
+GEMINI_EMBEDDING = GeminiEmbeddingDialect("/embeddings", has_choices=False)
 
 
-# === 11. Upstream ============================================================
+# === 12. Upstream ============================================================
 
 class Client:
     """Client side of a call: it may disconnect, and may need keep-alives while nothing is sent.
@@ -9414,7 +10042,7 @@ class Upstream:
                 self._loop.close()
 
 
-# === 12. Credentials =========================================================
+# === 13. Credentials =========================================================
 #
 # iFlow's login; what is known of it and of its host's ways to fail: iflow.md.
 
@@ -10235,7 +10863,7 @@ def open_browser(url: str, environ: Mapping[str, str],
     return any(run((*command, url)) for command in BROWSERS[browser_platform(environ, system)])
 
 
-# === 13. Services ============================================================
+# === 14. Services ============================================================
 
 #: Stands for a place where there is no limit.
 _NO_WAIT = contextlib.nullcontext()
@@ -11617,7 +12245,7 @@ class FileWatch:
         self._thread.join(5)
 
 
-# === 14. Gateway =============================================================
+# === 15. Gateway =============================================================
 
 def _lasting_key(path: str, log: logging.Logger) -> bytes:
     """32 random bytes, kept in `path` where that can be done."""
@@ -11697,7 +12325,7 @@ class State(NamedTuple):
         """The targets of a call; BadRequest, NotLoggedIn, Forbidden where its key may not use the
         model.
         """
-        chain = self.router.resolve(call.model, call.dialect.maps_model_names, call)
+        chain = self.router.resolve(call.model, call)
         key = call.key
         if key is None or not key.models:
             return chain
@@ -12167,7 +12795,7 @@ def idle_patterns(router: Router, keys: Sequence[ClientKey]) -> List[str]:
     if not providers or not all(provider.models for provider in providers):
         return []
     names = {name for p in providers for model in p.models for name in (model, f"{p.name}/{model}")}
-    patterns = [*FOREIGN_MODELS, *(pattern for pattern, _ in router.aliases)]
+    patterns = [*FOREIGN_MODELS["gemini"], *(pattern for pattern, _ in router.aliases)]
     return [f"client_keys: {key.name}: models: {wish!r} matches nothing" + nearest(wish, names)
             for key in keys for wish in key.models
             if not any(fits(name, wish) for name in [*names, *patterns])
@@ -12528,7 +13156,7 @@ def models_of(gateway: Gateway, key: Optional[ClientKey] = None,
     redirected.
     """
     router = gateway.current().router
-    found = {name: router.resolve(name, True)[0].provider.name for name in more
+    found = {name: router.resolve(name, Asked("messages"))[0].provider.name for name in more
              if router.redirects(name) and router.default is not None}
     for pattern, branches in router.aliases:
         if pattern and not re.search(r"[*?\[]", pattern):
@@ -12549,7 +13177,8 @@ def models_of(gateway: Gateway, key: Optional[ClientKey] = None,
                 found.setdefault(model if plain else f"{name}/{model}", name)
     if key is not None and key.models:
         found = {model: owner for model, owner in found.items()
-                 if may_use(router, key, model, router.resolve(model, model in more))}
+                 if may_use(router, key, model, router.resolve(
+                     model, Asked("messages" if model in more else "chat")))}
     return [_model_entry(gateway, model, owner or "iflow2api") for model, owner in found.items()]
 
 
@@ -12577,7 +13206,7 @@ def find_model(gateway: Gateway, name: str, key: Optional[ClientKey] = None) -> 
 def target_of(gateway: Gateway, name: str, speaks: str = "messages") -> Optional[Target]:
     """Where a request for the model would go first."""
     try:
-        chain = gateway.current(look=False).router.resolve(name, True, Asked(speaks))
+        chain = gateway.current(look=False).router.resolve(name, Asked(speaks))
     except GatewayError:
         return None
     return chain[0] if chain else None
@@ -12626,7 +13255,7 @@ def _target_facts(gateway: Gateway, target: Target) -> Json:
 
 #: What `explain` is told of a request.
 _EXPLAINED = record({}, {
-    "model": any_text, "dialect": one_of("chat", "messages", "responses"),
+    "model": any_text, "dialect": one_of(*FOREIGN_MODELS),
     "tokens": number(0, 10 ** 12, True), "images": truth, "thinking": truth, "tools": truth,
     "aliases": names_to(anything)}, strict=False)
 
@@ -12651,7 +13280,7 @@ def explain(gateway: Gateway, body: Json, in_english: bool = True) -> Json:
         told["problems"] = [problem for problem in router.warnings
                             if problem not in state.router.warnings]
     steps: Told = []
-    targets = router.resolve(body.get("model"), dialect != "chat", asked, steps)
+    targets = router.resolve(body.get("model"), asked, steps)
     return {**told, "steps": explain_steps(steps, in_english),
             "chain": [_target_facts(gateway, target) for target in targets]}
 
@@ -12853,7 +13482,7 @@ def log_path(gateway: Gateway) -> str:
                         path) if path else ""
 
 
-# === 15. HTTP ================================================================
+# === 16. HTTP ================================================================
 
 class ClientReader(HeadReader):
     """A client's bytes, with a moment by which they have to come: http.server's rfile."""
@@ -13164,7 +13793,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             check_own_page(self.headers)
             self.session = None if self.endpoint.public else check_session(self)
         elif not self.endpoint.public:
-            self.key = check_key(self.server, self.headers)
+            self.key = check_key(self.server, self.headers, self.path)
             if self.gateway.state.auth.limited:
                 self.meters = meters_of(self)
         answer = self.endpoint.run(self)
@@ -13399,7 +14028,7 @@ class ResponseWriter(Client):
         handler = self._handler
         framing = [("Transfer-Encoding", "chunked")] if self._chunked else []
         handler.close_connection = handler.close_connection or not self._chunked
-        return handler.head(200, [("Content-Type", "text/event-stream; charset=utf-8"),
+        return handler.head(200, [("Content-Type", self._call.dialect.stream_type),
                                   ("Cache-Control", "no-cache"),
                                   ("X-Accel-Buffering", "no"), *framing, *self.returned])
 
@@ -13491,12 +14120,14 @@ def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> N
                     code="origin_not_allowed")
 
 
-def client_keys(settings: Settings, headers: Mapping[str, str]) -> Iterator[str]:
-    """Every key that a request bears, wherever clients put it."""
+def client_keys(settings: Settings, headers: Mapping[str, str],
+                target: str = "") -> Iterator[str]:
+    """Every key that a request bears, wherever clients put it; Google's also into the query."""
+    yield from urllib.parse.parse_qs(target.partition("?")[2]).get("key", [])
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         yield token.strip()
-    for name in ("x-api-key", "api-key", settings.custom_auth_header.lower()):
+    for name in ("x-api-key", "api-key", "x-goog-api-key", settings.custom_auth_header.lower()):
         value = headers.get(name, "") if name else ""
         if value:
             yield value.strip()
@@ -13508,14 +14139,15 @@ NO_KEY_LEFT = ("this server is reached from other machines and has no client key
                "answers nobody; on its machine, `key add NAME` makes one, or set custom_api_key")
 
 
-def check_key(server: "Server", headers: Mapping[str, str]) -> Optional[ClientKey]:
+def check_key(server: "Server", headers: Mapping[str, str],
+              target: str) -> Optional[ClientKey]:
     """Whose request it is, None where no key is needed; Unauthorized."""
     state = server.gateway.state
     if not server.needs_key:
         return None
     if not state.auth.required:
         raise Unauthorized(NO_KEY_LEFT, code="no_client_key")
-    given = list(client_keys(state.settings, headers))
+    given = list(client_keys(state.settings, headers, target))
     key = state.auth.find(given)
     if key is None:
         ours = ("custom_api_key" if state.settings.custom_api_key
@@ -13619,14 +14251,17 @@ def page_of(data: List[Json], more: bool) -> Json:
     return {"data": data, "has_more": more, "first_id": ends[0], "last_id": ends[1]}
 
 
-def answer_call(handler: Handler) -> None:
-    """Chat, completions, embeddings, whatever dialect the endpoint speaks."""
+def answer_call(handler: Handler, **fields: Any) -> None:
+    """Chat, completions, embeddings, whatever dialect the endpoint speaks.
+
+    `fields` of the request come from elsewhere than its body.
+    """
     with handler.gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
         dialect = handler.endpoint.dialect
         text = decode_body(handler.read_body())
         names = conversation_names(handler.headers)
         known = handler.gateway.conversations.of(text, names) if dialect.converses else None
-        body = parse_body(text, known)
+        body = {**parse_body(text, known), **fields}
         dialect.check(body)
         call = Call(dialect, body, text, handler.headers, handler.request_id, handler.key,
                     handler.meters, known)
@@ -13634,15 +14269,15 @@ def answer_call(handler: Handler) -> None:
         handler.gateway.answer(call, handler.writer)
 
 
-def count_tokens(handler: Handler) -> Json:
-    """POST …/count_tokens and …/input_tokens: an estimate, never a request upstream.
+def count_tokens(handler: Handler, **fields: Any) -> Json:
+    """POST …/count_tokens, …/input_tokens and …:countTokens: an estimate, never a request upstream.
 
     It counts as a request and keeps to the key's models (anthropic-messages.md section 9).
     """
     gateway, owner = handler.gateway, owner_of(handler.key)
     with gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
         text = decode_body(handler.read_body())
-        body = parse_body(text)
+        body = {**parse_body(text), **fields}
         call = Call(handler.endpoint.dialect, body, text, handler.headers, handler.request_id,
                     handler.key)
         target = target_to_count(gateway, call)
@@ -13651,11 +14286,37 @@ def count_tokens(handler: Handler) -> Json:
                 body, lambda ident: gateway.responses.recall(ident, owner),
                 lambda ident: gateway.responses.item(ident, owner), gateway.seal())
             return {"object": "response.input_tokens", "input_tokens": tokens}
+        if call.dialect is GEMINI:
+            return {"totalTokens": scaled_count(gateway, target, count_content_tokens(body))}
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise BadRequest("messages: a list with at least one message is required",
                              param="messages")
         return {"input_tokens": scaled_count(
             gateway, target, count_message_tokens(body))}
+
+
+#: Verb of a Gemini path -> dialect, `stream`; None for countTokens.
+GEMINI_VERBS: Dict[str, Optional[Tuple[ChatDialect, bool]]] = {
+    "generateContent": (GEMINI, False), "streamGenerateContent": (GEMINI, True),
+    "embedContent": (GEMINI_EMBEDDING, False), "batchEmbedContents": (GEMINI_EMBEDDING, False),
+    "countTokens": None}
+
+
+def answer_gemini(handler: Handler) -> Optional[Json]:
+    """POST …/models/{model}:verb; models with colons and slashes in their names come as they are.
+    """
+    model, _, verb = urllib.parse.unquote(handler.argument).rpartition(":")
+    if not model or verb not in GEMINI_VERBS:
+        raise NotFound(f"there is nothing at {handler.path.partition('?')[0][:100]}; a model and "
+                       f"one of {', '.join(GEMINI_VERBS)} is expected", code="not_found")
+    verbs = GEMINI_VERBS[verb]
+    if verbs is None:
+        return count_tokens(handler, model=model)
+    dialect, stream = verbs
+    if stream and query_of(handler).get("alt") != "sse":
+        dialect = GEMINI_ARRAY
+    handler.endpoint = handler.endpoint._replace(dialect=dialect)
+    return answer_call(handler, model=model, stream=stream)
 
 
 def kept_response(handler: Handler) -> Json:
@@ -13698,12 +14359,12 @@ def show_metrics(handler: Handler) -> None:
 
 
 def show_models(handler: Handler) -> Json:
-    """The list in the client's shape: Anthropic's where `anthropic-version` is sent, OpenAI's with
-    `models` beside `data` for Codex.
-    """
-    gateway, query = handler.gateway, query_of(handler)
-    if "anthropic-version" not in handler.headers:
+    """The list in the client's shape; with `models` beside `data` for Codex."""
+    gateway, query, dialect = handler.gateway, query_of(handler), handler.endpoint.dialect
+    if dialect is not MESSAGES:
         found = models_of(gateway, handler.key)
+        if dialect is GEMINI:
+            return gemini_page([gemini_model(gateway, model["id"]) for model in found], query)
         wants_more = is_codex(handler.headers) or "client_version" in query
         return {"object": "list", "data": found,
                 **({"models": codex_models(gateway, found)} if wants_more else {})}
@@ -13718,8 +14379,30 @@ def show_model(handler: Handler) -> Json:
     if model is None:
         raise NotFound(f"the model {wanted[:100]!r} does not exist", code="model_not_found",
                        param="model")
-    anthropic = "anthropic-version" in handler.headers
-    return anthropic_model(model, target_of(gateway, wanted)) if anthropic else model
+    if handler.endpoint.dialect is GEMINI:
+        return gemini_model(gateway, wanted)
+    return (anthropic_model(model, target_of(gateway, wanted))
+            if handler.endpoint.dialect is MESSAGES else model)
+
+
+def gemini_model(gateway: Gateway, name: str) -> Json:
+    """A model as Google's API lists it."""
+    target = target_of(gateway, name, "gemini")
+    facts = target.provider.facts.get(target.model, {}) if target else {}
+    limits = (("inputTokenLimit", "context"), ("outputTokenLimit", "max_output"))
+    return {"name": f"models/{name}", "displayName": name,
+            **{shown: facts[fact] for shown, fact in limits if facts.get(fact)},
+            "supportedGenerationMethods": ["generateContent", "countTokens"]}
+
+
+def gemini_page(models: List[Json], query: Mapping[str, str]) -> Json:
+    """One page of the list: `pageSize` (50 without), `pageToken`, which is where it begins."""
+    size, start = number_in(query, "pageSize", 50, 1000), query.get("pageToken", "0")
+    if not re.fullmatch(r"\d{1,9}", start):
+        raise BadRequest("pageToken: not one of this server", param="pageToken")
+    end = int(start) + size
+    return {"models": models[int(start):end],
+            **({"nextPageToken": str(end)} if end < len(models) else {})}
 
 
 def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
@@ -13832,7 +14515,7 @@ class Route(NamedTuple):
     """What a method of a path does.
 
     `run` answers by itself, or returns the answer's JSON; None is an empty answer.  `about` are the
-    shapes of body and answer (section 16), and what it is in both languages.  `public`: without a
+    shapes of body and answer (section 17), and what it is in both languages.  `public`: without a
     client key.  `admin`: for the page alone, with a session instead of a key, unless it is public.
     """
     run: Callable[[Handler], Optional[Json]]
@@ -13848,7 +14531,6 @@ def no_endpoint(handler: Handler) -> None:
 
 PREFLIGHT = Route(lambda handler: None, public=True)
 UNKNOWN = Route(no_endpoint)
-UNKNOWN_MESSAGES = Route(no_endpoint, MESSAGES)
 
 #: path without /v1 -> method -> what it does; HEAD comes with GET.  A path that ends in a slash
 #: takes what follows it.
@@ -13857,11 +14539,13 @@ ROUTES: Dict[str, Dict[str, Route]] = {}
 #: group, in both languages -> `METHOD /path` -> what it does: the order of the documents
 API: Dict[str, Dict[str, Route]] = {}
 
-_VERSION_PREFIX = Pattern(r"^(/api)?/v1(?=/|$)")
+#: /v1; Gemini's versions, with the ones that its clients add once more, and Vertex's.
+_VERSION_PREFIX = Pattern(
+    r"^(?:/api)?/v1(?:beta1/publishers/google|beta(?:/v1(?:beta)?)?)?(?=/|$)")
 
 
 def normal_path(target: str) -> str:
-    """The path of a request target: no /v1, no /api/v1, no slash at its end, no query."""
+    """The path of a request target: no version, no /api, no slash at its end, no query."""
     return _VERSION_PREFIX.sub("", target.partition("?")[0].partition("#")[0]).rstrip("/") or "/"
 
 
@@ -13906,6 +14590,13 @@ add_routes({
     "GET /v1/responses/{id}/input_items": Route(
         kept_response, RESPONSES, " | List | 它的输入，分页 | Its input, in pages")},
     "OpenAI Responses | OpenAI Responses")
+add_routes({f"POST /v1beta/models/{{model}}:{verb}": Route(answer_gemini, GEMINI, about)
+            for verb, about in (
+    ("generateContent", "GeminiRequest | GeminiAnswer | 回答 | Answer"),
+    ("streamGenerateContent", "GeminiRequest | GeminiAnswer+ | 流式回答 | Answer as a stream"),
+    ("countTokens", "GeminiRequest | object | 估算 token 数 | Estimate tokens"),
+    ("embedContent", "object | object | 向量 | An embedding"),
+    ("batchEmbedContents", "object | object | 多个向量 | Embeddings"))}, "Gemini | Gemini")
 add_routes({
     "GET /v1/models": Route(
         show_models, CHAT, " | List | 模型列表，格式随客户端 | Models, in the client's own shape"),
@@ -13925,12 +14616,23 @@ add_routes({
         public=True) for version, mark in (("", ""), ("v2/", " (v2)"))}}, SERVICE)
 
 
+def client_dialect(target: str, headers: Mapping[str, str]) -> ChatDialect:
+    """The dialect of a client that asks for what several dialects have, or nobody has."""
+    path, _, query = target.partition("?")
+    if path.startswith(("/v1beta", "/api/v1beta")) or "x-goog-api-key" in headers or (
+            "x-goog-api-client" in headers or query.startswith("key=") or "&key=" in query):
+        return GEMINI
+    return MESSAGES if "anthropic-version" in headers else CHAT
+
+
 def dialect_of(target: str, headers: Mapping[str, str]) -> Route:
     """A route with the dialect of errors before routing: the path's, or the client's."""
     path = normal_path(target)
-    if path.startswith("/messages") or path not in ROUTES and "anthropic-version" in headers:
-        return UNKNOWN_MESSAGES
-    return UNKNOWN
+    if path.startswith("/messages"):
+        return UNKNOWN._replace(dialect=MESSAGES)
+    if path in ROUTES and not path.startswith("/models"):
+        return UNKNOWN
+    return UNKNOWN._replace(dialect=client_dialect(target, headers))
 
 
 def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple[Route, str]:
@@ -13939,7 +14641,7 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
     base = path if path in ROUTES else max(
         (known for known in ROUTES if known.endswith("/") and path.startswith(known)), key=len)
     methods, argument = ROUTES[base], path[len(base):]
-    unknown = UNKNOWN_MESSAGES if "anthropic-version" in headers else UNKNOWN
+    unknown = UNKNOWN._replace(dialect=client_dialect(target, headers))
     if base == "/" != path:
         return unknown, ""
     route = methods.get("GET" if method == "HEAD" else method)
@@ -13949,9 +14651,9 @@ def find_endpoint(method: str, target: str, headers: Mapping[str, str]) -> Tuple
         allow = sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])})
         raise BadRequest(f"{path} takes {', '.join(allow)}", status=405, allow=allow,
                          code="method_not_allowed")
-    if path.startswith("/models") and unknown is UNKNOWN_MESSAGES:
-        # the same path for both dialects: the client gets errors of its own
-        route = route._replace(dialect=MESSAGES)
+    if path.startswith("/models") and method != "POST":
+        # the same path for several dialects: the client gets answers and errors of its own
+        route = route._replace(dialect=unknown.dialect)
     return route, argument
 
 
@@ -14091,7 +14793,7 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
                   settings.port if port is None else port)
 
 
-# === 16. Documents ===========================================================
+# === 17. Documents ===========================================================
 #
 # /openapi.json and the two pages that show it: what API says.
 
@@ -14117,6 +14819,9 @@ Model id*:string object:string created:integer owned_by:string
 Health status*:string version*:string iflow_logged_in*:boolean providers*:array
 Card name*:string version*:string base_url*:string docs:string endpoints*:array
 Dropped accepted_count*:integer rejected_count*:integer
+GeminiRequest contents*:array systemInstruction:object tools:array toolConfig:object \
+generationConfig:object
+GeminiAnswer candidates:array usageMetadata:object modelVersion:string responseId:string
 Error error*:object
 AnthropicError type*:string error*:object request_id:string"""
 
@@ -14291,7 +14996,7 @@ add_routes({
                         public=True)}, SERVICE)
 
 
-# === 17. The page's API ======================================================
+# === 18. The page's API ======================================================
 #
 # /admin/api/…: what the static page of the next section shows and changes, as JSON.
 
@@ -15299,6 +16004,10 @@ CLIENTS: Dict[str, ClientSetup] = {
     "codex": ClientSetup("Codex", {"IFLOW2API_KEY": "KEY"}, "~/.codex/config.toml", "toml", _CODEX),
     "opencode": ClientSetup("opencode", {"OPENCODE_CONFIG_CONTENT": _OPENCODE}, "opencode.json",
                             "json", _OPENCODE),
+    "gemini": ClientSetup(
+        "Gemini CLI", {"GOOGLE_GEMINI_BASE_URL": "URL", "GEMINI_API_KEY": "KEY",
+                       "GEMINI_MODEL": "MODEL"}, "~/.gemini/settings.json", "json",
+        '{"security": {"auth": {"selectedType": "gemini-api-key"}}}'),
     "qwen": ClientSetup("Qwen Code", {**_OPENAI_VARIABLES, "OPENAI_MODEL": "MODEL"}),
     "aider": ClientSetup("aider", {"OPENAI_API_BASE": "URL/v1", "OPENAI_API_KEY": "KEY",
                                    "AIDER_MODEL": "openai/MODEL"}),
@@ -15509,7 +16218,7 @@ add_routes({line.replace(" ", " /admin/api/"): Route(
     for line, run in PAGE_ROUTES.items()})
 
 
-# === 18. The page ============================================================
+# === 19. The page ============================================================
 
 # language=CSS
 PAGE_CSS = r"""
@@ -17688,7 +18397,7 @@ def show_page(handler: Handler) -> None:
 add_routes({"GET /admin": Route(show_page, public=True)})
 
 
-# === 19. Demo upstream =======================================================
+# === 20. Demo upstream =======================================================
 #
 # A small upstream built in: `--demo` runs the program against it, without account or network.
 
@@ -17902,7 +18611,7 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
 
-# === 20. Command line ========================================================
+# === 21. Command line ========================================================
 
 # --- what it says ------------------------------------------------------------
 
