@@ -70,8 +70,8 @@ MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
 #: In the environment of a process that was restarted: which variables were added for it.
 RESTARTED = "_IFLOW2API_RESTARTED"
 
-#: Runs the code in a descriptor.  It imports built-in modules alone: with -c the current folder
-#: comes first in sys.path.
+#: Runs the code in a descriptor.  It imports only built-in modules, because with -c the current
+#: folder comes first in sys.path.
 LOADER = """import sys, marshal, posix
 fd, folder, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 code = marshal.loads(b"".join(iter(lambda: posix.read(fd, 1 << 20), b"")))
@@ -97,7 +97,7 @@ def _new_file() -> int:  # iflow2api needs Python 3.9 or newer
 
 
 def _open_standard_descriptors() -> None:
-    """Those that were closed (`>&-`) lead nowhere: else a file or socket would take their place."""
+    """Open os.devnull for the closed ones (`>&-`): else a file or socket gets their number."""
     fd = os.open(os.devnull, os.O_RDWR)
     while fd < 3:
         os.set_inheritable(fd, True)
@@ -220,7 +220,7 @@ def _offer_idna() -> None:
 
 
 def prepare_process() -> None:
-    """What a server needs of its process, for `serve` and `main`: an import changes nothing."""
+    """Set the process up for a server; `serve` and `main` call it, so an import changes nothing."""
     threading.stack_size(max(threading.stack_size(), THREAD_STACK_BYTES))
     _offer_idna()
     try:
@@ -286,19 +286,19 @@ LINE_LIMIT = 65536
 HEAD_LIMIT_BYTES = 65536
 HEADERS_LIMIT = 200
 
-#: Answers with 1xx before the one that counts.
+#: Most 1xx answers before the final one.
 INTERIM_ANSWERS = 1000
 
 #: An upstream's plain answer; embeddings of a large batch stay below it.
 ANSWER_LIMIT_BYTES = 256 << 20
 
-#: A compressed one, which nobody asked for, is unpacked this far, and in parts of this size.
+#: A compressed answer, which was not asked for: most unpacked bytes, and the size of a part.
 UNPACKED_LIMIT_BYTES, UNPACKED_AT_ONCE = 64 << 20, 1 << 18
 
-#: An upstream's error page is read this far.
+#: Most bytes that are read of an upstream's error page.
 REFUSAL_LIMIT_BYTES = 1 << 20
 
-#: A record of an event stream that never ends is passed on, or given up, at this size.
+#: Largest record of an event stream, and most that is held back before an answer begins.
 RECORD_LIMIT_BYTES = 8 << 20
 
 #: A time limit beyond this (three weeks) is a mistake, and more milliseconds than poll() can count.
@@ -310,10 +310,11 @@ CLIENT_IDLE_S = 75
 #: A kept upstream connection is not used after this: most servers close theirs at 60 s or later.
 UPSTREAM_IDLE_S = 45
 
-#: A client that still sends is listened to after its answer: closing at once could destroy that.
+#: What a client still sends after its answer is read for this long: closing a connection with
+#: unread data resets it, and the answer may be lost.
 LINGER_S = 2
 
-#: What needs no key takes bodies up to the first and keeps none; a sign-in's, up to the second.
+#: Endpoints that need no key: the largest body, and the largest that is kept (a sign-in's).
 PUBLIC_BODY_BYTES, PUBLIC_KEPT_BYTES = 1 << 20, 128 << 10
 
 #: Time that a client has to send a head, a body (and a second more for each 16 KiB), and to take
@@ -321,7 +322,7 @@ PUBLIC_BODY_BYTES, PUBLIC_KEPT_BYTES = 1 << 20, 128 << 10
 HEAD_TIME_S, BODY_TIME_S, SEND_TIME_S = 15, 60, 60
 BODY_BYTES_PER_S = 16 << 10
 
-#: A key that was refused, or that ran into a limit without saying for how long, rests.
+#: How long a key rests that was refused, or that met a limit which does not say how long it lasts.
 REFUSED_KEY_REST_S = 300
 LIMITED_KEY_REST_S = 30
 LONGEST_REST_S = 3600                    # whatever an upstream's Retry-After says
@@ -337,28 +338,27 @@ MODELS_TIMEOUT_S = 5
 LOCAL_TTL_S = 30
 LOCAL_TIMEOUT_S = 1
 
-#: What `retry` and `circuit` are without the user's word.  No retries: clients make their own,
-#: ours would multiply them.
+#: Defaults of `retry` and `circuit`.  No retries: clients make their own, ours would multiply them.
 RETRY = {"count": 0, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}
 CIRCUIT = {"failures": 5, "rest_s": 30}
 
-#: The same target is asked again on these, where `retry` says so; waiting mends no other.
+#: Statuses that may be over after a while: the same target is asked again where `retry` says so.
 RETRY_STATUS = frozenset((408, 409, 425, 429)) | frozenset(range(500, 600))
 
-#: Seconds that the limits of a client key or an address look back.
+#: Limits of a client key or an address -> the seconds that they count over.
 LIMIT_SPANS = {"rpm": 60, "rph": 3600, "rpd": 86400, "tpd": 86400}
-#: Of these the keys' outlive a restart: the ledger knows what was used.
+#: Those of keys are still counted after a restart: the ledger knows what was used.
 LIMITS_A_DAY = ("rpd", "tpd")
 LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "requests a day",
                "tpd": "tokens a day", "concurrency": "requests at once"}
 
-#: Addresses whose requests are counted; beyond it the one not seen for longest is forgotten.
+#: Most addresses whose requests are counted; the one seen longest ago is forgotten first.
 ADDRESSES_LIMIT = 10_000
 
-#: Finished requests that are remembered for the page, without their content.
+#: Finished requests that are kept for the page, without their content.
 HISTORY_SIZE = 200
 
-#: Rows of the ledger: names come from clients, so what is beyond these counts as "other".
+#: Most rows of the ledger; further ones count as "other", because names come from clients.
 USAGE_ROWS_AN_HOUR, USAGE_ROWS = 500, 20_000
 
 #: The next target of a chain is tried on these; 401 and 403 mean that all keys were refused.
@@ -381,11 +381,10 @@ LONG_CONTEXT = "[1m]"
 CLAUDE_MODELS = {"FABLE": "claude-fable-5", "OPUS": "claude-opus-4-8",
                  "SONNET": "claude-sonnet-4-6", "HAIKU": "claude-haiku-4-5"}
 
-#: The page: sessions at once, how long one lasts, and how long when nobody uses it.
+#: The page: sessions at once, how long one lasts at most, and how long without use.
 SESSIONS_LIMIT, SESSION_S, SESSION_IDLE_S = 64, 30 * 86400, 7 * 86400
 
-#: Wrong passwords or codes of one address before it may only try once a second; addresses that
-#: are remembered.
+#: Wrong passwords or codes of an address before it may try only once a second; addresses kept.
 SIGN_IN_TRIES, SIGN_IN_ADDRESSES = 10, 1000
 
 #: How long the code for the first password is valid.
@@ -397,11 +396,11 @@ PASSWORD_LENGTH = (8, 1024)
 #: Letters of a one-time code: no two of them look alike.
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 
-#: What the page may send, the playground apart; who may watch at once; log lines kept for it, and
-#: how much of each.
+#: The page: its largest request (but for the playground's), viewers at once, log lines that are
+#: kept, and characters of each.
 ADMIN_BODY_BYTES, VIEWERS_LIMIT, LOG_LINES, LOG_LINE_CHARS = 1 << 20, 16, 10_000, 4000
 
-#: Label sets of a metric family beyond this are counted as "other": names come from clients.
+#: Most label sets of a metric family; further ones count as "other", as in the ledger.
 METRIC_SERIES_LIMIT = 500
 
 #: Of a client's headers these alone reach a chat upstream, and all that begin with the prefix.
@@ -410,10 +409,10 @@ HEADERS_FORWARDED = frozenset((
     "accept-language", "http-referer", "x-title", "x-request-id", "x-client-request-id"))
 HEADER_FORWARDED_PREFIX = "x-stainless-"
 
-#: A header's name and value beyond these lengths go nowhere.
+#: The longest name and value of a header that is passed on.
 HEADER_NAME_CHARS, HEADER_VALUE_CHARS = 100, 1000
 
-#: Of an upstream's answer these reach the client.
+#: Headers of an upstream's answer that are passed on to the client.
 HEADER_RETURNS = r"(x-ratelimit-.*|openai-.*|retry-after(-ms)?|x-should-retry)"
 
 
@@ -891,7 +890,7 @@ def one_line(text: Any, limit: int = 300) -> str:
 
 
 def alike(name: str, names: Iterable[str], cutoff: float = 0.65) -> List[str]:
-    """The names that a mistyped one may have been meant for: `stop` is no `test`."""
+    """Names similar to a mistyped one, the most similar first; at 0.65 `stop` is not `test`."""
     import difflib                       # only on the way to an error message
     return difflib.get_close_matches(name[:100], list(names), 3, cutoff)  # time grows with n * n
 
@@ -1494,8 +1493,8 @@ def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any
     origins: Dict[str, str] = {}
     warnings: List[str] = []
     for name, item in SETTING.items():
-        # A secret that can't be decrypted is named by ConfigFile.  Of the client key the encrypted
-        # text stays in force: a server that wanted a key must not suddenly want none.
+        # ConfigFile reports secrets that can't be decrypted.  A client key counts all the same: a
+        # server that demanded a key must not suddenly demand none.
         unreadable = (item.metadata.get("secret") and is_encrypted(raw.get(name))
                       and name != "custom_api_key")
         if name in raw and not unreadable:
@@ -1524,11 +1523,10 @@ def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any
 ENCRYPTED = "enc:"
 _REFERENCE = r"\$[A-Za-z_]\w*"
 
-#: Of an account these are secret.
+#: Secret fields of an account.
 LOGIN_SECRETS = ("apiKey", "searchApiKey", "oauth_access_token", "oauth_refresh_token")
 
-#: Of a provider these may hold secrets, names that we do not know among them; of its headers those
-#: with such names.
+#: Fields of a provider that may hold secrets, also fields that we do not know; headers that may.
 _SECRET_FIELD = r"(?i)keys?$|token|secret|password|headers|proxy|_url$"
 _SECRET_HEADER = r"(?i)auth|cookie|secret|token|password|credential|key"
 
@@ -1787,11 +1785,8 @@ class ConfigFile:
                 return f"others may write the folder {self.folder}: run: chmod 700 {self.folder}"
         return ""
 
-    def read(self) -> Json:
-        """The file, its secrets decrypted; ConfigBroken."""
-        return self._read(self.path)
-
-    def _read(self, path: str) -> Json:
+    def read(self, name: str = "config.json") -> Json:
+        """The file (or its backup, by name), the secrets in it decrypted; ConfigBroken."""
         unreadable: List[str] = []
 
         def decrypt(where: str, text: str) -> str:
@@ -1800,10 +1795,10 @@ class ConfigFile:
             try:
                 return self.vault.decrypt(text)
             except CannotDecrypt as exc:
-                unreadable.append(f"{os.path.basename(path)}: {where} can't be read: {exc}")
+                unreadable.append(f"{name}: {where} can't be read: {exc}")
                 return text
 
-        raw = map_secrets(read_json_file(path), decrypt)
+        raw = map_secrets(read_json_file(os.path.join(self.folder, name)), decrypt)
         self.unreadable = unreadable
         return raw
 
@@ -1815,8 +1810,8 @@ class ConfigFile:
             warning = str(exc)
         with contextlib.suppress(ConfigBroken):
             if os.path.exists(self.backup):
-                raw = self._read(self.backup)
-                return raw, [f"{warning} (running with {os.path.basename(self.backup)})"]
+                return self.read("config.json.bak"), [
+                    warning + " (running with config.json.bak)"]
         return {}, [warning + " (running with defaults)"]
 
     def change(self, edit: Callable[[Json], None]) -> List[str]:
@@ -6336,10 +6331,6 @@ def _text_of_file(data: str) -> Optional[str]:
     return None if "\0" in text or text.startswith("%PDF-") else text
 
 
-def _audio_part(part: Json, profile: Json) -> Json:
-    return {"type": "input_audio", "input_audio": part.get("input_audio")}
-
-
 #: Which field of a part is its text; `encrypted_content` is Codex's for agent_message, plain text
 #: through us.
 _TEXT_FIELDS = {"input_text": "text", "output_text": "text", "text": "text",
@@ -6347,7 +6338,8 @@ _TEXT_FIELDS = {"input_text": "text", "output_text": "text", "text": "text",
                 "encrypted_content": "encrypted_content"}
 _PART_OF_KIND: Dict[str, Callable[[Json, Json], Json]] = {
     "input_image": _image_part, "image_url": _image_part, "input_file": _file_part,
-    "input_audio": _audio_part}
+    "input_audio": lambda part, profile: {"type": "input_audio",
+                                          "input_audio": part.get("input_audio")}}
 
 
 def _texts_of(content: Any) -> List[str]:
@@ -6816,17 +6808,14 @@ def _exec_action(value: Json) -> Optional[Json]:
             "env": value.get("env") or {}, **extra}
 
 
-#: What a call of a fixed tool says in its item; None where the model got it wrong.
-_PAYLOADS: Dict[str, Callable[[Json], Optional[Json]]] = {
-    "local_shell": _exec_action, "tool_search": lambda value: value}
-
-
 def _payload(kind: str, text: str) -> Optional[Json]:
+    """What a call of a fixed tool says in its item; None where the model got it wrong."""
     value = _loads(text)
     if not isinstance(value, dict):
         return None
     inner = value.get(_TOOL_KINDS[kind].field)
-    return _PAYLOADS[kind](inner if isinstance(inner, dict) and len(value) == 1 else value)
+    value = inner if isinstance(inner, dict) and len(value) == 1 else value
+    return _exec_action(value) if kind == "local_shell" else value
 
 
 # --- answer: items ---
