@@ -4083,13 +4083,13 @@ class AnswerReader:
         """Whether a stop sequence of ours was hit, after which the upstream talks to nobody."""
         return self.watch is not None and bool(self.watch.hit)
 
-    def counts(self, prompt: Callable[[], int]) -> Usage:
-        """The upstream's counts; what it does not say is estimated, the prompt by `prompt`."""
+    def counts(self, turn: Turn) -> Usage:
+        """The upstream's counts; what it does not say is estimated."""
         usage = parse_usage(self.usage)
         if usage.prompt and usage.completion:
             return usage
         made = int((self._size + self.calls.size) / 3.5 + 0.99)
-        return replace(usage, prompt=usage.prompt or prompt(), estimated=not self.usage,
+        return replace(usage, prompt=usage.prompt or turn.estimate, estimated=not self.usage,
                        completion=usage.completion or made)
 
     def feed(self, chunk: Json) -> List[Part]:
@@ -4179,12 +4179,12 @@ class AnswerWriter:
     whole() does both for a plain completion.
     """
 
-    def __init__(self, reader: AnswerReader, prompt: Callable[[], int]) -> None:
-        self.reader, self._prompt = reader, prompt
+    def __init__(self, reader: AnswerReader, turn: Turn) -> None:
+        self.reader, self.turn = reader, turn
 
     @property
     def usage(self) -> Usage:
-        return self.reader.counts(self._prompt)
+        return self.reader.counts(self.turn)
 
     @property
     def finish_reason(self) -> Optional[str]:
@@ -4906,6 +4906,25 @@ def count_chat_tokens(chat: Json) -> int:
         _counted_once(chat.get("tools"), schemas) + schemas(chat.get("response_format")))
 
 
+class Turn:
+    """A request of another dialect: `chat` is what it asks of Chat, stream() writes its answer."""
+    chat: Json
+    skipped: Sequence[str] = ()          #: types of what in the request nobody here knows
+    scale: Callable[[int], int] = int    #: estimated tokens -> as the target's model counts them
+
+    def stream(self, new_id: Callable[[str], str]) -> AnswerWriter:
+        raise NotImplementedError
+
+    @cached_property
+    def raw_estimate(self) -> int:
+        """About how many tokens the prompt has, before the model's own way of counting."""
+        return count_chat_tokens(self.chat)
+
+    @cached_property
+    def estimate(self) -> int:
+        return self.scale(self.raw_estimate)
+
+
 # === 8. Anthropic Messages (pure) ============================================
 #
 # A Messages request becomes a chat request, a completion a message, chunks become events. The plain
@@ -5538,12 +5557,11 @@ class KnownTurn(NamedTuple):
     rounds: Sequence[_Round]
 
 
-class MessagesTurn:
-    """One Messages request: its chat request, and its answers in Anthropic's shape.
+class MessagesTurn(Turn):
+    """One Messages request.
 
-    `hide_reasoning` (set by the caller): no thinking blocks; reasoning is text only where there is
-    nothing else.  `estimate` may be replaced by a better one; it seeds message_start and stands in
-    for a missing count.
+    `hide_reasoning` (set by the dialect): no thinking blocks; reasoning is text only where there is
+    nothing else.
     """
 
     def __init__(self, body: Json, profile: Json, model: str,
@@ -5554,7 +5572,6 @@ class MessagesTurn:
         self.max_tokens = _max_tokens(body)
         self.stop_sequences = _stop_sequences(body)
         self.hide_reasoning = self.omit_thinking = False
-        self.scale: Callable[[int], int] = int     #: estimated tokens -> as this model counts them
         thinking, budget = self._thinking()
         if known and (known.profile, known.thinking) != (profile, thinking):
             known = None
@@ -5626,15 +5643,6 @@ class MessagesTurn:
             raise BadRequest("thinking.enabled.budget_tokens: Input should be a valid integer")
         return _THINKING[wish["type"]], budget
 
-    @cached_property
-    def raw_estimate(self) -> int:
-        """About how many tokens the prompt has, before the model's own way of counting."""
-        return count_chat_tokens(self.chat)
-
-    @cached_property
-    def estimate(self) -> int:
-        return self.scale(self.raw_estimate)
-
     def stream(self, new_id: Callable[[str], str]) -> MessagesStream:
         return MessagesStream(self, new_id)
 
@@ -5689,10 +5697,9 @@ class MessagesStream(AnswerWriter):
                 return new_id("toolu_")
             return source if _LEGAL_ID.fullmatch(source) else wrap_id(new_id("toolu_"), source)
 
-        self.turn, self._id = turn, new_id("msg_")
         super().__init__(AnswerReader(turn.profile, ToolCalls(call_id, turn.ids),
-                                      turn.stop_sequences[STOP_LIMIT:], turn.wants_json),
-                         lambda: turn.estimate)
+                                      turn.stop_sequences[STOP_LIMIT:], turn.wants_json), turn)
+        self._id = new_id("msg_")
         self._calls: List[ToolCall] = []
         self._active = 0                 #: the first call that is not closed
         self._live: Optional[ToolCall] = None    #: the open one, as long as no other waits
@@ -5774,7 +5781,7 @@ class MessagesStream(AnswerWriter):
 
     def _message_start(self) -> Json:
         self._started = True
-        usage = {"input_tokens": parse_usage(self.reader.usage).prompt or self._prompt(),
+        usage = {"input_tokens": parse_usage(self.reader.usage).prompt or self.turn.estimate,
                  "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
                  "output_tokens": 0, "service_tier": "standard"}
         return {"type": "message_start", "message": {
@@ -6602,7 +6609,7 @@ def _answer_format(form: Any) -> Json:
     return {"response_format": {"type": kind, "json_schema": named}}
 
 
-class ResponsesTurn:
+class ResponsesTurn(Turn):
     """One Responses request: the chat request for the upstream, and the way back."""
 
     def __init__(self, body: Json, profile: Json, model: str, *, now: float,
@@ -6644,11 +6651,6 @@ class ResponsesTurn:
     def call_ids(self) -> Set[str]:
         """Ids that earlier calls of the conversation have."""
         return {_call_id(item) for item in self.items if _is_call(item)}
-
-    @cached_property
-    def tokens(self) -> int:
-        """About how many tokens the chat request takes."""
-        return count_chat_tokens(self.chat)
 
     def stream(self, new_id: Callable[[str], str]) -> ResponsesStream:
         return (_CompactionStream if self.compacts else ResponsesStream)(self, new_id)
@@ -6744,7 +6746,7 @@ def count_response_tokens(body: Json, recall: Callable[[str], Optional[List[Json
                           item: Callable[[str], Optional[Json]], seal: Seal) -> int:
     """About how many tokens a Responses request takes; BadRequest as for the request itself."""
     return ResponsesTurn({"input": "", **body}, DEFAULT_PROFILE, "", now=0, recall=recall,
-                         item=item, seal=seal).tokens
+                         item=item, seal=seal).raw_estimate
 
 
 # --- answer: arguments that arrive in pieces ---
@@ -7067,10 +7069,10 @@ class ResponsesStream(AnswerWriter):
         def call_id(source: str) -> str:
             return source if re.match(r"\S+\Z", source) else new_id("call_")
 
-        self.turn, self.new_id = turn, new_id
+        self.new_id = new_id
         calls = ToolCalls(call_id, turn.call_ids)
         reader = AnswerReader(turn.profile, calls, wants_json=turn.wants_json)
-        super().__init__(reader, lambda: turn.tokens)
+        super().__init__(reader, turn)
         self.items = 0                   #: how many were announced
         self.finished: Dict[int, Json] = {}
         self._withheld = 0               #: how many of them were never said to be done
@@ -7462,7 +7464,7 @@ _GENERATION = {"temperature": "temperature", "topP": "top_p", "topK": "top_k", "
 _MODES = {"AUTO": "auto", "ANY": "required", "NONE": "none", "VALIDATED": "auto"}
 
 
-class GeminiTurn:
+class GeminiTurn(Turn):
     """One generateContent request: its chat request, and its answers in Google's shape."""
 
     def __init__(self, body: Json, profile: Json, model: str) -> None:
@@ -7483,8 +7485,7 @@ class GeminiTurn:
         history.read(contents)
         self.ids = history.ids
         form, rule = self._format()
-        #: models that are asked by a prompt alone like to put ``` around their JSON
-        self.unfence = profile["structured_output"] == "prompt" and bool(form)
+        self.wants_json = bool(form)
         self.chat = finish_chat({**self._to_chat(body, model, history.chat, rule), **form},
                                 profile, wishes)
 
@@ -7573,11 +7574,6 @@ class GeminiTurn:
         named = {"name": "output", "schema": schema, "strict": False}
         return {"response_format": {"type": "json_schema", "json_schema": named}}, ""
 
-    @cached_property
-    def tokens(self) -> int:
-        """About how many tokens the chat request takes."""
-        return count_chat_tokens(self.chat)
-
     def stream(self, new_id: Callable[[str], str]) -> GeminiStream:
         return GeminiStream(self, new_id)
 
@@ -7585,7 +7581,7 @@ class GeminiTurn:
 def count_content_tokens(body: Json) -> int:
     """About how many tokens a countTokens request takes; BadRequest."""
     inner = member(body, "generateContentRequest", dict)
-    return GeminiTurn(inner or body, DEFAULT_PROFILE, "").tokens
+    return GeminiTurn(inner or body, DEFAULT_PROFILE, "").raw_estimate
 
 
 # --- the answer
@@ -7605,10 +7601,10 @@ class GeminiStream(AnswerWriter):
     """
 
     def __init__(self, turn: GeminiTurn, new_id: Callable[[str], str]) -> None:
-        self.turn, self._new_id, self._id = turn, new_id, new_id("")
+        self._new_id, self._id = new_id, new_id("")
         calls = ToolCalls(lambda source: source or new_id("call_"), turn.ids)
-        super().__init__(AnswerReader(turn.profile, calls, turn.stops[STOP_LIMIT:], turn.unfence),
-                         lambda: turn.tokens)
+        super().__init__(AnswerReader(turn.profile, calls, turn.stops[STOP_LIMIT:],
+                                      turn.wants_json), turn)
         self._waiting: Deque[ToolCall] = deque()     #: calls that are not with the client, in order
         self._held: List[Part] = []      #: said while a call was incomplete
         self._blanks: List[str] = []     #: that wait for a visible character
@@ -7959,8 +7955,9 @@ class Translation:
         """The upstream's counts, else an estimate marked as one: a record is about a token."""
         if self._told:
             return parse_usage(self._told)
-        return Usage(prompt=self._prompt_tokens(), estimated=True,
-                     completion=self.records or self._size // 5)
+        call = self._call
+        prompt = count_chat_tokens(call.body) if call.dialect.converses else len(call.text) // 4
+        return Usage(prompt, self.records or self._size // 5, estimated=True)
 
     def raw_estimate(self, is_worth: bool) -> int:
         """The prompt's tokens, for learning how the model counts; 0: unknown, or not worth it."""
@@ -8006,12 +8003,6 @@ class Translation:
         return self.began and bool(self.finish_reason)
 
     # for the classes
-
-    def _prompt_tokens(self) -> int:
-        """An estimate of the prompt's tokens."""
-        body = self._call.body
-        return count_chat_tokens(body) if self._call.dialect.converses else (
-            len(self._call.text) // 4)
 
     def _encode_request(self) -> bytes:
         raise NotImplementedError
@@ -8360,7 +8351,8 @@ class TurnTranslation(WrittenTranslation):
     """A dialect of its own to Chat: its `turn` has the chat request, and writes the answer."""
 
     def __init__(self, call: Call, turn: Any, target: Target, context: Context) -> None:
-        self._turn = turn
+        self._turn, turn.scale = turn, context.scale
+        self.skipped = turn.skipped
         super().__init__(call, target, context)
 
     @property
@@ -8369,8 +8361,13 @@ class TurnTranslation(WrittenTranslation):
         value = chat.get("max_tokens") or chat.get("max_completion_tokens")
         return value if isinstance(value, int) else 0
 
-    def _prompt_tokens(self) -> int:
-        return count_chat_tokens(self._turn.chat)
+    @property
+    def estimate(self) -> int:
+        return self._turn.estimate
+
+    def raw_estimate(self, is_worth: bool) -> int:
+        known = is_worth or "raw_estimate" in vars(self._turn)
+        return self._turn.raw_estimate if known and not self._call.shows_images else 0
 
     def _messages(self) -> Any:
         return self._call.body.get("messages") or self._turn.chat["messages"]
@@ -8410,21 +8407,6 @@ class MessagesTranslation(TurnTranslation):
         if not self._call.stream:
             return dump_json(writer.whole(nothing))
         return b"".join(map(encode_event, [*writer.feed(nothing), *writer.close()]))
-
-    @property
-    def estimate(self) -> int:
-        return self._turn.estimate
-
-    def _prompt_tokens(self) -> int:
-        return self._turn.estimate
-
-    @property
-    def skipped(self) -> Sequence[str]:
-        return self._turn.skipped
-
-    def raw_estimate(self, is_worth: bool) -> int:
-        known = is_worth or "raw_estimate" in vars(self._turn)
-        return self._turn.raw_estimate if known and not self._call.shows_images else 0
 
 
 class ResponsesTranslation(TurnTranslation):
@@ -8612,7 +8594,6 @@ class MessagesDialect(ChatDialect):
         thinking = call.body.get("thinking")
         asked = isinstance(thinking, dict) and thinking.get("type") != "disabled"
         turn.hide_reasoning = target.provider.kind == "iflow" and not asked
-        turn.scale = context.scale
         return MessagesTranslation(call, turn, target, context)
 
     def keepalive(self, call: Call, began: bool) -> bytes:
@@ -14271,10 +14252,11 @@ def count_tokens(handler: Handler, **fields: Any) -> Json:
                     handler.key)
         target = target_to_count(gateway, call)
         if call.dialect is RESPONSES:
-            tokens = count_response_tokens(
+            estimate = count_response_tokens(
                 body, lambda ident: gateway.responses.recall(ident, owner),
                 lambda ident: gateway.responses.item(ident, owner), gateway.seal())
-            return {"object": "response.input_tokens", "input_tokens": tokens}
+            return {"object": "response.input_tokens",
+                    "input_tokens": scaled_count(gateway, target, estimate)}
         if call.dialect is GEMINI:
             return {"totalTokens": scaled_count(gateway, target, count_content_tokens(body))}
         if not isinstance(body.get("messages"), list) or not body["messages"]:

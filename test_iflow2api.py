@@ -4539,7 +4539,7 @@ def test_an_estimate_of_usage_counts_texts_alone():
                           {"input": text, **HERE})[-1]["response"]
     turn = make_turn({"input": text})
     # what the upstream says stands
-    assert turn.tokens == 4 + 100 and last["usage"]["output_tokens"] == 5
+    assert turn.estimate == 4 + 100 and last["usage"]["output_tokens"] == 5
     events = play_responses([delta(content=text),
                              tools(tool(0, "call_" + "x" * 50, "f", '{"x":1}'))], {"input": text})
     usage = events[-1]["response"]["usage"]
@@ -7086,6 +7086,28 @@ def test_one_answer_does_not_spoil_the_scale(server, upstream, words, counted):
     expected = count_of(running, prompt_of(20_000))
     answer_counts(running, upstream, words, counted)
     assert abs(count_of(running, prompt_of(20_000)) / expected - 1) < 0.1
+
+
+@pytest.mark.parametrize("teacher", ["/v1/messages", "/v1/responses"])
+def test_what_the_answers_of_one_dialect_teach_holds_for_the_other(server, upstream, teacher):
+    running = server(upstream)
+
+    def asked(path, words):
+        body = {"model": "m1", "input": "thing " * words} if "responses" in path else (
+            prompt_of(words))
+        return post(running, body, path)
+
+    for words in (2, 60, 2000):
+        counted = 2 * ifl.count_message_tokens(prompt_of(words))
+        upstream.plays(plain(completion(usage={"prompt_tokens": counted, "completion_tokens": 2})))
+        assert asked(teacher, words).status == 200
+        until(lambda: running.gateway.in_flight == 0, what="the note, which follows the answer")
+    expected = 2 * ifl.count_message_tokens(prompt_of(700))
+    for path in ("/v1/messages/count_tokens", "/v1/responses/input_tokens"):
+        assert abs(asked(path, 700).json["input_tokens"] / expected - 1) < 0.1, path
+    upstream.plays(plain(completion(usage={"completion_tokens": 2})))
+    told = asked("/v1/responses", 700).json["usage"]["input_tokens"]
+    assert abs(told / expected - 1) < 0.1
 
 
 def test_what_was_learnt_outlives_a_restart_and_is_bounded(tmp_path):
