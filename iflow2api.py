@@ -1144,6 +1144,16 @@ def has_type(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
+def object_of(value: Any) -> Json:
+    """`value` where it is a JSON object, else {}."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects_of(value: Any) -> List[Json]:
+    """The JSON objects in a list; [] where it is none."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def misfit(where: str, expected: str, value: Any = (), hint: str = "") -> ValueError:
     """What is wrong at a place; `value` is shown, unless it has parts or is left out: a secret."""
     shown = not isinstance(value, (list, dict, tuple))
@@ -1909,7 +1919,7 @@ def entries_of(raw: Json, name: str) -> List[Any]:
 
 def name_of(entry: Any) -> str:
     """The name of an entry of `providers` or `client_keys`, "" where it has none."""
-    name = entry.get("name") if isinstance(entry, dict) else None
+    name = object_of(entry).get("name")
     return name if isinstance(name, str) else ""
 
 
@@ -2315,7 +2325,7 @@ def account_keys(accounts: Json) -> Dict[str, str]:
     """The API keys of config.json's `accounts`, without those that no HTTP header can hold."""
     is_key, keys = _header_value({}, True), {}
     for name, login in accounts.items():
-        key = login.get("apiKey") if isinstance(login, dict) else None
+        key = object_of(login).get("apiKey")
         with contextlib.suppress(ValueError):
             if isinstance(key, str) and is_key("$" + key if key[:1] == "$" else key, "") == key:
                 keys[name] = key
@@ -2965,7 +2975,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 FATAL_FINISH = {"insufficient_system_resource": 503, "network_error": 502, "error": 502,
                 "abort": 502}
 
-#: An answer that ended this way may be empty, or half.
+#: finish_reason values after which an answer may be empty or incomplete.
 CUT_SHORT = ("length", "content_filter", "sensitive", "repetition_truncation",
              "model_context_window_exceeded")
 
@@ -3099,18 +3109,13 @@ def reasoning_of(message: Json) -> str:
         value = message.get(field)
         if isinstance(value, str) and value:
             return value
-    details = message.get("reasoning_details")
-    if isinstance(details, list):
-        return "".join(detail["text"] for detail in details
-                       if isinstance(detail, dict) and isinstance(detail.get("text"), str))
-    return ""
+    return "".join(detail["text"] for detail in objects_of(message.get("reasoning_details"))
+                   if isinstance(detail.get("text"), str))
 
 
 def choices_of(chunk: Json) -> List[Json]:
-    """The choices of a chunk or completion, as far as they are objects."""
-    choices = chunk.get("choices")
-    choices = choices if isinstance(choices, list) else []
-    return [choice for choice in choices if isinstance(choice, dict)]
+    """The choices of a chunk or completion."""
+    return objects_of(chunk.get("choices"))
 
 
 def choice_index(choice: Json) -> int:
@@ -3149,19 +3154,18 @@ class Usage:
 
 def parse_usage(raw: Any) -> Usage:
     """One `Usage` from the spellings of OpenAI, DeepSeek, Kimi, vLLM and others; zeros from {}."""
-    def count(holder: Any, *names: str) -> int:
+    def count(holder: Json, *names: str) -> int:
         """The first of these that is a count."""
-        values = [holder.get(name) for name in names] if isinstance(holder, dict) else []
-        return next((int(value) for value in values if isinstance(value, (int, float))
-                     and not isinstance(value, bool) and value > 0), 0)
+        return next((int(value) for value in map(holder.get, names)
+                     if has_type(value, (int, float)) and value > 0), 0)
 
-    raw = raw if isinstance(raw, dict) else {}
-    given, made = raw.get("prompt_tokens_details"), raw.get("completion_tokens_details")
+    raw = object_of(raw)
+    given = object_of(raw.get("prompt_tokens_details"))
+    made = object_of(raw.get("completion_tokens_details"))
     prompt, completion = count(raw, "prompt_tokens"), count(raw, "completion_tokens")
     cached = count(given, "cached_tokens") or count(raw, "prompt_cache_hit_tokens", "cached_tokens")
     write = count(given, "cache_write_tokens") or count(raw, "cache_creation_input_tokens")
-    says = isinstance(made, dict) and made.get("reasoning_tokens") is not None
-    reasoning = count(made, "reasoning_tokens") if says else None
+    reasoning = None if made.get("reasoning_tokens") is None else count(made, "reasoning_tokens")
     if reasoning and count(raw, "total_tokens") == prompt + completion + reasoning:
         completion += reasoning          # some report the reasoning beside the completion
     return Usage(prompt, completion, cached, write, reasoning)
@@ -3183,9 +3187,9 @@ class ObjectMender:
     Mended on the way: line breaks and other control characters in strings, backslashes before what
     JSON does not know, commas before a closing bracket, Python's constants.  At anything else
     nothing more is passed, and close() ends the object with a member INVALID_JSON, which has all
-    that came: clients tell their model instead of running the half.
+    that came: clients report that to their model instead of running half a call.
     """
-    #: Where it stands -> marks that may come there; `s` is a number or constant.
+    #: State -> the marks that may come next; `s` is a number or constant.
     _MAY = {"start": "{", "first key": '"}', "key": '"', "colon": ":", "value": '"{[s',
             "first value": '"{[s]', "next": ",}]"}
     _STRING = Pattern(r'(?:[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})+')
@@ -3328,8 +3332,8 @@ def _mended(text: str) -> Any:
         return False
 
 
-#: Blanks of a text that may turn out to be its edge are held back up to this many: a model that
-#: writes nothing else must not make each piece dearer than the one before.
+#: Most blanks that are held back because the text may end there: in a text of nothing else each
+#: piece would take longer than the one before.
 BLANKS_LIMIT = 256
 
 
@@ -3402,9 +3406,7 @@ class Details:
         return bool(self._entries)
 
     def add(self, fresh: Any) -> None:
-        for number, piece in enumerate(fresh if isinstance(fresh, list) else ()):
-            if not isinstance(piece, dict):
-                continue
+        for number, piece in enumerate(objects_of(fresh)):
             last = self._entries[-1][0] if self._entries else {}
             begins = not last or number and piece.get("index") is None or any(
                 last.get(name) != piece.get(name) for name in ("type", "index"))
@@ -3567,8 +3569,8 @@ def splice_model(text: str, body: Json, model: str) -> str:
 # --- answers -----------------------------------------------------------------
 
 def is_answer(chunk: Json) -> bool:
-    """Whether a chunk or completion belongs to an answer: text, reasoning, a call, a refusal, or
-    the sign that none was meant or comes.
+    """Whether a chunk or completion is part of an answer: text, reasoning, a call or a refusal; or
+    says that there are tokens of one, or why there is none.
     """
     for choice in choices_of(chunk):
         message = choice.get("delta") or choice.get("message")
@@ -3599,10 +3601,9 @@ def as_chunk(completion: Json) -> Json:
     """A plain completion as the one chunk of a stream."""
     choices = []
     for choice in choices_of(completion):
-        message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
-        calls = message.get("tool_calls")
-        calls = [{**call, "index": index} for index, call in enumerate(
-            calls if isinstance(calls, list) else ()) if isinstance(call, dict)]
+        message = object_of(choice.get("message"))
+        calls = [{**call, "index": index}
+                 for index, call in enumerate(objects_of(message.get("tool_calls")))]
         delta = {**message, "tool_calls": calls} if calls else message
         facts = {name: value for name, value in choice.items() if name != "message"}
         choices.append({**facts, "delta": delta})
@@ -3692,9 +3693,6 @@ def error_type(status: int) -> str:
     return ERROR_TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
 
 
-#: (prompt tokens, the model's limit, output tokens asked for); 0 where the upstream does not say.
-Overflow = Tuple[int, int, int]
-
 #: Context overflow in the words of those who say it, the most telling first (their issue trackers).
 #: LIMIT, PROMPT, OUTPUT and TOTAL stand for the numbers.
 OVERFLOW_WORDS = (
@@ -3754,7 +3752,7 @@ OVERFLOW_WORDS = (
     # Zhipu (codes 1210, 1261); MiniMax; iFlow
     r"tokens exceeds? the maximum:? ?LIMIT|input length too long",
     r"prompt exceeds max length|prompt ?超长|context window exceeds limit|内容长度超出",
-    # whoever else
+    # others
     r"(?:maximum|max) context length (?:is|of|:) ?LIMIT",
     r"prompt is too long|input is too long|context[_ ](?:length|window)[_ ]exceeded|"
     r"maximum context length|exceeds (?:the|this) (?:model's )?(?:maximum |available )?context|"
@@ -3766,8 +3764,8 @@ OVERFLOW_CODES = ("context_length_exceeded", "exceed_context_size_error",
 
 
 def find_overflow(status: int, message: Any, code: Any = None,
-                  asked: int = 0) -> Optional[Overflow]:
-    """Whether an upstream's error means that the prompt is too long, and the numbers it tells.
+                  asked: int = 0) -> Optional[Tuple[int, int, int]]:
+    """GatewayError.overflow of an upstream's error; None where it does not mean that.
 
     `message` may be the error's text or its whole body; `asked` is the max_tokens that a total
     includes which tells of no parts.  429 is about speed, 401 and 403 about keys.
@@ -3980,10 +3978,9 @@ class ToolCalls:
             if call is not None:
                 return [call]
         touched: Dict[ToolCall, None] = {}
-        for delta in deltas if isinstance(deltas, list) else ():
-            function = delta.get("function") if isinstance(delta, dict) else None
-            if isinstance(function, dict) or isinstance(delta, dict) and delta.get("id"):
-                function = function if isinstance(function, dict) else {}
+        for delta in objects_of(deltas):
+            function = object_of(delta.get("function"))
+            if delta.get("id") or isinstance(delta.get("function"), dict):
                 call = self._find(delta, function, touched)
                 self.size += call.add(function)
                 touched[call] = None
@@ -4057,7 +4054,7 @@ def _size_of(text: str) -> int:
 
 
 class AnswerReader:
-    """Chat chunks in, parts of an answer out.  What is odd about upstreams ends here."""
+    """Chat chunks in, parts of an answer out, alike for all upstreams."""
 
     def __init__(self, profile: Json, calls: ToolCalls, stops: Sequence[str] = (),
                  wants_json: bool = False) -> None:
@@ -4080,7 +4077,7 @@ class AnswerReader:
 
     @property
     def ended(self) -> bool:
-        """Whether a stop sequence of ours was hit, after which the upstream talks to nobody."""
+        """Whether a stop sequence that the upstream does not know was hit: the rest is unwanted."""
         return self.watch is not None and bool(self.watch.hit)
 
     def counts(self, turn: Turn) -> Usage:
@@ -4168,8 +4165,7 @@ class AnswerReader:
 
 def content_text(content: Any) -> str:
     """The text of a `content` that is a part list."""
-    parts = content if isinstance(content, list) else []
-    texts = [part.get("text") or part.get("refusal") for part in parts if isinstance(part, dict)]
+    texts = [part.get("text") or part.get("refusal") for part in objects_of(content)]
     return "".join(text for text in texts if isinstance(text, str))
 
 
@@ -4232,13 +4228,12 @@ def wants_reasoning_back(model: str) -> bool:
 
 def _refuses_thinking(chat: Json) -> bool:
     """Whether the client switched thinking off, in any provider's way."""
-    thinking, template = chat.get("thinking"), chat.get("chat_template_kwargs")
-    switches = [chat.get("enable_thinking"), chat.get("thinking_mode"), chat.get("reasoning"),
-                *(map(template.get, ("enable_thinking", "thinking")) if isinstance(template, dict)
-                  else ())]
+    template = object_of(chat.get("chat_template_kwargs"))
+    switches = [*map(chat.get, ("enable_thinking", "thinking_mode", "reasoning")),
+                *map(template.get, ("enable_thinking", "thinking"))]
     return any(switch is False for switch in switches) or (
         chat.get("reasoning_effort") == "none") or (
-        isinstance(thinking, dict) and thinking.get("type") == "disabled")
+        object_of(chat.get("thinking")).get("type") == "disabled")
 
 
 def adapt_to_iflow(chat: Json, model: str, recall: Callable[[Json], str]) -> Json:
@@ -4279,7 +4274,7 @@ def refill_reasoning(chat: Json, recall: Callable[[Json], str]) -> Any:
 
 
 def _with_reasoning(message: Any, recall: Callable[[Json], str], wanted: bool) -> Any:
-    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    calls = object_of(message).get("tool_calls")
     if not isinstance(calls, list) or not calls or reasoning_of(message):
         return message
     reasoning = recall(calls[0]) if isinstance(calls[0], dict) else ""
@@ -4289,7 +4284,7 @@ def _with_reasoning(message: Any, recall: Callable[[Json], str], wanted: bool) -
 
 def call_digest(scope: str, call: Json) -> str:
     """What a call's reasoning is kept under; not its id: Kimi's `functions.t:0` is everywhere."""
-    function = call.get("function") if isinstance(call.get("function"), dict) else {}
+    function = object_of(call.get("function"))
     given = function.get("arguments")
     # parsed, for some clients write it anew
     given = parse_arguments(given) if isinstance(given, str) else given
@@ -4298,9 +4293,9 @@ def call_digest(scope: str, call: Json) -> str:
 
 
 def opening_of(messages: Any) -> str:
-    """The first thing the user said: with it a conversation keeps its name, however it goes on."""
-    said = [message.get("content") for message in (messages if isinstance(messages, list) else ())
-            if isinstance(message, dict) and message.get("role") == "user"]
+    """The first user text: it stays the same as a conversation goes on."""
+    said = [message.get("content") for message in objects_of(messages)
+            if message.get("role") == "user"]
     parts = said[0] if said and isinstance(said[0], list) else said[:1]
     return "\n".join(str(part.get("text") or part) if isinstance(part, dict) else str(part)
                      for part in parts)
@@ -4326,7 +4321,7 @@ def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
 
 
 class ReasoningNote:
-    """Listens to an answer and remembers which reasoning went with which tool calls."""
+    """Collects the reasoning of an answer, and keeps it for the answer's tool calls."""
 
     def __init__(self, keep: Callable[[Json, str], None]) -> None:
         self._keep = keep
@@ -4362,7 +4357,7 @@ class ReasoningMerge:
 
     def __init__(self, preserve: bool) -> None:
         self._preserve = preserve
-        self._heard: Dict[Any, List[str]] = {}   # reasoning by choice, until its answer begins
+        self._reasoning: Dict[Any, List[str]] = {}   # reasoning by choice, until its answer begins
         self._answered: Set[Any] = set()
         self.usage: Optional[Json] = None
         self.finish_reason: Optional[str] = None
@@ -4390,11 +4385,11 @@ class ReasoningMerge:
             delta = {}
         content, reasoning = delta.get("content"), reasoning_of(delta)
         if reasoning:
-            self._heard.setdefault(index, []).append(reasoning)
+            self._reasoning.setdefault(index, []).append(reasoning)
         if not self._preserve:
             for name in (*REASONING_FIELDS, "reasoning_details"):
                 delta.pop(name, None)
-            if content and index in self._heard and index not in self._answered:
+            if content and index in self._reasoning and index not in self._answered:
                 content = ("\n\n" + content) if isinstance(content, str) else content
             if reasoning and isinstance(content, (str, type(None))):
                 content = reasoning + (content or "")
@@ -4403,8 +4398,8 @@ class ReasoningMerge:
         if delta.get("content") and (self._preserve or content != reasoning):
             self._answered.add(index)
         ends = choice.get("finish_reason") or field == "message"
-        if self._preserve and ends and index in self._heard and index not in self._answered:
-            delta["content"] = "".join(self._heard[index])
+        if self._preserve and ends and index in self._reasoning and index not in self._answered:
+            delta["content"] = "".join(self._reasoning[index])
             choice[field] = delta
 
 
@@ -4597,7 +4592,7 @@ class _FoldedChoice:
 def fold_stream(data: bytes) -> Json:
     """The completion that an event stream amounts to: some servers stream whatever they are asked.
 
-    UpstreamError; half a record behind a finished answer is none.
+    UpstreamError; an incomplete record after a finished answer is passed over.
     """
     decoder = SSEDecoder()
     whole: Json = {"object": "chat.completion"}
@@ -4658,6 +4653,17 @@ def image_part(url: str, profile: Json, detail: Optional[str] = None) -> Json:
     return {"type": "image_url", "image_url": {"url": url, **more}}
 
 
+def family_of(kind: str, families: Sequence[str]) -> str:
+    """The family of a server tool; its type may have a version at the end."""
+    return next((family for family in families if kind.startswith(family)), kind)
+
+
+def makers_tool(profile: Json, family: str) -> Json:
+    """What the provider has in place of a server tool, {} where it has nothing."""
+    policy = profile["server_tools"]
+    return object_of(policy.get(family)) if isinstance(policy, dict) else {}
+
+
 def object_schema(required: Sequence[str], **properties: Any) -> Json:
     """The schema of an object; a property is its type, its enum values, or a schema."""
     spelled = {name: {"type": value} if isinstance(value, str) else
@@ -4669,9 +4675,8 @@ def object_schema(required: Sequence[str], **properties: Any) -> Json:
 
 def function_schema(schema: Json) -> Json:
     """A schema with the members that LM Studio does not do without."""
-    given = schema.get("properties")
     return {**schema, "type": schema.get("type") or "object",
-            "properties": given if isinstance(given, dict) else {}}
+            "properties": object_of(schema.get("properties"))}
 
 
 def _tool_message(ident: str, text: str) -> Json:
@@ -4784,7 +4789,7 @@ class ChatHistory:
 
 
 class Wishes(NamedTuple):
-    """What a request asks for that Chat has no words for which every provider knows."""
+    """What a request asks for and providers express in different ways."""
     thinking: Optional[bool] = None
     budget: Optional[int] = None         #: of thinking, in tokens
     effort: Optional[str] = None
@@ -4825,15 +4830,14 @@ def _fit_tools(chat: Json, profile: Json, thinks: Optional[bool]) -> None:
 def _fit_format(chat: Json, profile: Json) -> str:
     """Write response_format as strictly as the provider can; the rule that says the rest."""
     form, style = chat.get("response_format"), profile["structured_output"]
-    kind = form.get("type") if isinstance(form, dict) else None
+    kind = object_of(form).get("type")
     if kind not in ("json_object", "json_schema") or style in (kind, "json_schema"):
         return ""
     if style == "json_object":
         chat["response_format"] = {"type": "json_object"}
     else:
         del chat["response_format"]
-    wanted = form.get("json_schema")
-    schema = wanted.get("schema") if isinstance(wanted, dict) else None
+    schema = object_of(form.get("json_schema")).get("schema")
     return "Answer with nothing but a JSON object." if kind == "json_object" else (
         "Answer with nothing but JSON that fits this JSON Schema:\n"
         + dump_text(schema or {}))
@@ -4868,7 +4872,7 @@ def _fit_options(chat: Json, profile: Json, wishes: Wishes) -> None:
     set_thinking(chat, profile, wishes.thinking, budget, wishes.effort)
 
 
-#: Where the texts of messages and items are; the rest (ids, types, signatures) no model reads.
+#: Fields with the texts of messages and items; no model reads the others (ids, types, signatures).
 _SAID = ("content", "text", "refusal", "summary", "name", "arguments", "input", "output", "action",
          "function", "tool_calls", *REASONING_FIELDS)
 
@@ -4996,7 +5000,7 @@ def read_signature(signature: Any) -> Json:
         state = _DECODER.decode(base64.b64decode(signature[len(SIGNATURE_PREFIX):]).decode())
     except (ValueError, RecursionError):
         return {}
-    return state if isinstance(state, dict) else {}
+    return object_of(state)
 
 
 _LEGAL_ID = Pattern(r"[A-Za-z0-9_-]+")
@@ -5247,7 +5251,7 @@ class _MessagesHistory:
         return _enclosed("search_result", block, ("source", "title"), inner)
 
     def call_of_user(self, block: Json, path: str) -> List[Json]:
-        """A call that a user claims to have made: as text, for no tool message may follow."""
+        """A call in a user's message becomes text: no tool message could follow it."""
         name = _field(block, "name", str, path)
         return [text_part(f"[call of {name} {dump_text(block.get('input') or {})}]")]
 
@@ -5373,7 +5377,7 @@ _TOOL_NAME = Pattern(r"[a-zA-Z0-9_-]{1,128}")
 SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "tool_search_tool", "advisor",
                 "mcp_toolset")
 
-#: One entry standing for a family of tools with no definition on the wire: it cannot be honoured.
+#: Entries that stand for a family of tools whose definitions are not in the request.
 TOOLSETS = ("computer_toolset", "browser_toolset")
 
 
@@ -5437,13 +5441,12 @@ class _Tools:
         return function
 
     def _server(self, tool: Json, kind: str, path: str) -> None:
-        policy = self.profile["server_tools"]
-        if policy == "error":
+        if self.profile["server_tools"] == "error":
             raise BadRequest(f"{path}.type: {kind} runs on Anthropic's servers and is not "
                              "available here")
-        family = next((family for family in SERVER_TOOLS if kind.startswith(family)), kind)
-        native = policy.get(family) if isinstance(policy, dict) else None
-        if not isinstance(native, dict):
+        family = family_of(kind, SERVER_TOOLS)
+        native = makers_tool(self.profile, family)
+        if not native:
             if family not in ("tool_search_tool", "mcp_toolset"):      # all tools are listed anyway
                 self.missing.append(str(tool.get("name")))
         elif isinstance(native.get("fields"), dict):
@@ -5455,7 +5458,7 @@ class _Tools:
         """Chat's fields for `tool_choice`."""
         if choice is None or not self.chat:
             return {}
-        kind = choice.get("type") if isinstance(choice, dict) else None
+        kind = object_of(choice).get("type")
         if kind not in ("auto", "any", "tool", "none"):
             raise BadRequest("tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
         chosen: Any = kind if kind in ("auto", "none") else "auto"
@@ -5538,8 +5541,7 @@ def _schema_format(config: Json, body: Json) -> Json:
 
 def _user_of(body: Json) -> Json:
     """Chat's `user`, as a field; Claude Code's is a JSON document, too long for most."""
-    metadata = body.get("metadata")
-    user = metadata.get("user_id") if isinstance(metadata, dict) else None
+    user = object_of(body.get("metadata")).get("user_id")
     if not isinstance(user, str) or not user:
         return {}
     if not _USER_ID.fullmatch(user):
@@ -5894,7 +5896,7 @@ class MessagesStream(AnswerWriter):
 
 
 def _fold(events: Iterable[Json], cut: bool) -> Json:
-    """The message that a stream of events amounts to; `cut`: its last call may be a torn one."""
+    """The message that a stream of events amounts to; `cut`: its last call may be incomplete."""
     message: Json = {}
     texts: List[str] = []
     for event in events:
@@ -5962,7 +5964,7 @@ def messages_error(exc: GatewayError, request_id: str) -> Json:
 #
 # The rules and their sources: openai-responses.md; what Codex does with an answer: clients.md.
 
-#: What a field must be, where it is there and not null.
+#: Types of the fields that are not null.
 _FIELD_TYPES: Dict[str, Tuple[type, ...]] = {
     "instructions": (str,), "previous_response_id": (str,), "truncation": (str,), "tools": (list,),
     "include": (list,), "metadata": (dict,), "text": (dict,), "reasoning": (dict,),
@@ -6067,10 +6069,6 @@ _SERVER_FAMILIES = ("web_search", "file_search", "code_interpreter", "image_gene
                     "computer", "programmatic_tool_calling")
 
 
-def _family(kind: str) -> str:
-    return next((family for family in _SERVER_FAMILIES if kind.startswith(family)), kind)
-
-
 def _describe(tool: Json) -> Json:
     """description and parameters of the function that stands for `tool`."""
     description, parameters = tool.get("description"), tool.get("parameters")
@@ -6084,7 +6082,7 @@ def _describe(tool: Json) -> Json:
         standard = _FIXED_TOOLS[tool["type"]]
         description, parameters = description or standard[0], parameters or standard[1]
     function: Json = {"description": description} if description else {}
-    function["parameters"] = function_schema(parameters if isinstance(parameters, dict) else {})
+    function["parameters"] = function_schema(object_of(parameters))
     return function
 
 
@@ -6161,13 +6159,13 @@ class _ResponseTools:
         return "auto"                        # a tool of OpenAI's own
 
     def _allow(self, allowed: List[Json]) -> None:
-        """Leave these alone; all, where none of them is known here (a connector's, say)."""
+        """Keep only these; all, where none of them is known here (a connector's, say)."""
         names = {self._named(tool) for tool in allowed}
         spaces = {label for tool in allowed if tool.get("type") in ("namespace", "mcp")
                   for label in (str(tool.get("name")), f"mcp__{tool.get('server_label')}")}
         names |= {name for tool, name in self._names.items()
                   if tool.namespace and tool.namespace in spaces}
-        families = {_family(str(tool.get("type"))) for tool in allowed}
+        families = {family_of(str(tool.get("type")), _SERVER_FAMILIES) for tool in allowed}
         chat = {name: tool for name, tool in self._chat.items() if name in names}
         native = {family: tool for family, tool in self._native.items() if family in families}
         if chat or native:
@@ -6194,12 +6192,13 @@ class _ResponseTools:
         self._chat[name] = {"type": "function", "function": function}
 
     def _serve(self, kind: str) -> None:
-        policy, family = self._profile["server_tools"], _family(kind)
-        if policy == "error":
+        family = family_of(kind, _SERVER_FAMILIES)
+        native = makers_tool(self._profile, family)
+        if self._profile["server_tools"] == "error":
             raise _bad(f"tools of type `{kind}` are not available here", "tools",
                        "unsupported_value")
-        if isinstance(policy, dict) and family in policy:
-            self._native[family] = policy[family]
+        if native:
+            self._native[family] = native
         elif family not in ("mcp", "programmatic_tool_calling") and family not in self.missing:
             self.missing.append(family)
 
@@ -6353,9 +6352,7 @@ def _texts_of(content: Any) -> List[str]:
     """The texts of a content, which is a string or a list of parts."""
     if isinstance(content, str):
         return [content] if content else []
-    parts = [part for part in content if isinstance(part, dict)] \
-        if isinstance(content, list) else []
-    texts = [part.get(_TEXT_FIELDS.get(str(part.get("type")), "")) for part in parts]
+    texts = [part.get(_TEXT_FIELDS.get(str(part.get("type")), "")) for part in objects_of(content)]
     return [text for text in texts if isinstance(text, str) and text]
 
 
@@ -6603,7 +6600,7 @@ def _answer_format(form: Any) -> Json:
                    "json_schema expected", "text.format")
     if kind == "json_object":
         return {"response_format": {"type": kind}}
-    schema = form.get("schema") if isinstance(form.get("schema"), dict) else {}
+    schema = object_of(form.get("schema"))
     more = {key: form[key] for key in ("strict", "description") if form.get(key) is not None}
     named = {"name": form.get("name") or "output", "schema": schema, **more}
     return {"response_format": {"type": kind, "json_schema": named}}
@@ -6662,7 +6659,7 @@ class ResponsesTurn(Turn):
         for item in self.items:
             if item["type"] == "configuration_update":
                 for settings, name in ((reasoning, "reasoning"), (text, "text")):
-                    settings.update(item[name] if isinstance(item.get(name), dict) else {})
+                    settings.update(object_of(item.get(name)))
         return reasoning, text
 
     def _echoed(self, summary: Optional[str]) -> Json:
@@ -6758,7 +6755,7 @@ _INPUT_BODY = Pattern(r'(?:[^"\\]+|\\(?!u[dD][89abAB][0-9a-fA-F]{2}'
 
 
 class _CustomInput:
-    """Takes the text out of {"input": "…"} as it comes; another shape waits for its end."""
+    """Takes the text out of {"input": "…"} as it comes; any other shape is read at its end."""
 
     def __init__(self) -> None:
         self._pieces: List[str] = []
@@ -6849,7 +6846,7 @@ _SUMMARY = _TextKind("rs_", _REASONING, "summary", {"type": "summary_text"}, "te
 
 
 class _Item:
-    """One output item: announced once, done once; its number is its turn of being announced."""
+    """One output item: announced once, done once; numbered in the order of being announced."""
 
     def __init__(self, stream: ResponsesStream) -> None:
         self.stream, self.index = stream, -1
@@ -7053,8 +7050,7 @@ def _response_usage(usage: Usage) -> Json:
 
 def _citations(annotations: Sequence[Any]) -> List[Json]:
     """Chat's url citations as Responses has them, where they are flat."""
-    found = [entry["url_citation"] for entry in annotations
-             if isinstance(entry, dict) and isinstance(entry.get("url_citation"), dict)]
+    found = [object_of(entry.get("url_citation")) for entry in objects_of(annotations)]
     return [{"type": "url_citation", "start_index": 0, "end_index": 0, "title": "", **cited}
             for cited in found if isinstance(cited.get("url"), str)]
 
@@ -7122,8 +7118,8 @@ class ResponsesStream(AnswerWriter):
     def _why_incomplete(self) -> Optional[str]:
         """Why the answer is not whole, None where it is.
 
-        Codex takes `incomplete` for a broken stream and asks the same again: as long as there is
-        something to show or to do, it is told that this was all.
+        Codex takes `incomplete` for a broken stream and asks the same again: where there is
+        something to show or to do, it is told that the answer is complete.
         """
         reason = _INCOMPLETE.get(self.finish_reason or "",
                                  "max_output_tokens" if self._withheld else None)
@@ -7391,7 +7387,7 @@ class _ContentHistory:
             ident = f"call_{len(self.ids)}_{_Tool('function', name).flat[:40]}"
         self.ids.add(ident)
         self._waiting.setdefault(name, deque()).append(ident)
-        arguments = dump_json(args if isinstance(args, dict) else {}).decode()
+        arguments = dump_text(object_of(args))
         return {"id": ident, "type": "function", "function": {
             "name": self._tools.name(_Tool("function", name)), "arguments": arguments}}
 
@@ -7416,7 +7412,7 @@ class _ContentHistory:
         given = member(response, "response", dict, where) or {}
         field = next(iter(given)) if len(given) == 1 else ""
         value = given[field] if field in ("output", "result", "error") else given
-        text = value if isinstance(value, str) else dump_json(value).decode()
+        text = value if isinstance(value, str) else dump_text(value)
         files = [each for part, at in _objects_at(response, "parts", where)
                  for each in self._parts(part, at)]
         said = [text_part(text)] if text or not files else []
@@ -7438,7 +7434,7 @@ class _ContentHistory:
         elif file is not None:
             url, given = member(file, "fileUri", str, where) or "", {}
         else:
-            return [text_part(f"[{name}: {dump_json(value).decode()}]")
+            return [text_part(f"[{name}: {dump_text(value)}]")
                     for name, value in part.items() if _camel_case(name) in _TOLD]
         if kind.startswith("image/") or not kind:
             return [image_part(url, self._profile)]
@@ -7753,9 +7749,8 @@ def embedding_request(body: Json, model: str) -> Json:
 
 def embedding_reply(completion: Json, is_batch: bool) -> Json:
     """Google's answer of OpenAI's; UpstreamGarbled."""
-    data = completion.get("data")
-    rows = [row for row in data if isinstance(row, dict)] if isinstance(data, list) else []
-    values = [{"values": row.get("embedding")} for row in sorted(rows, key=choice_index)]
+    rows = sorted(objects_of(completion.get("data")), key=choice_index)
+    values = [{"values": row.get("embedding")} for row in rows]
     if not values or not all(isinstance(each["values"], list) for each in values):
         raise UpstreamGarbled("the upstream's answer has no embeddings")
     return {"embeddings": values} if is_batch else {"embedding": values[0]}
@@ -7928,7 +7923,7 @@ class Translation:
     skipped: Sequence[str] = ()          #: types of what in the request nobody here knows
     began = False                        #: an answer; until then another upstream may give one
     done = False                         #: the upstream has nothing more to say
-    failed = False                       #: it told of an error of its own within the stream
+    failed = False                       #: its stream had an error in it
     finish_reason: Optional[str] = None
     records = 0                          #: of its stream
 
@@ -8075,7 +8070,7 @@ _DONE = Pattern(rb"(?m)^data: ?\[DONE\]")
 _ERROR = Pattern(rb'(?m)^data: ?\{\s*"error"\s*:\s*[{"]')
 
 
-#: What stands in the records that a ReasoningNote wants to see.
+#: One of these is in each record that a ReasoningNote has to read.
 _NOTED = tuple(f'"{name}"'.encode() for name in (*REASONING_FIELDS, "reasoning_details",
                                                  "tool_calls"))
 
@@ -8202,7 +8197,7 @@ class ChatRelay(ChatTranslation):
                 self._told = _DECODER.raw_decode(text)[0]
 
     def _record(self, data: bytes) -> None:
-        """Note what a later request has to bring back; the client sees what it is worth."""
+        """Note what a later request has to bring back; errors reach the client as they are."""
         if any(mark in data for mark in _NOTED):
             with contextlib.suppress(UpstreamError):
                 for chunk in read_records([data]):
@@ -8219,7 +8214,7 @@ def check_lead(size: int) -> int:
 class WrittenTranslation(Translation):
     """The upstream's stream is read, and written anew as a dialect's own events.
 
-    The first of them wait for one that tells something: until then another upstream may still
+    The first events are held back until one has content; until then another upstream may still
     answer instead.
     """
     #: Events that say nothing of the answer yet.
@@ -8230,10 +8225,10 @@ class WrittenTranslation(Translation):
     def begin(self) -> None:
         super().begin()
         self._writer = self._new_writer()
-        self._lead: Optional[List[bytes]] = []           # None: they are with the client
+        self._lead: Optional[List[bytes]] = []           # the first events; None: they were sent
         self._decoder, self._held, self._held_size = SSEDecoder(), [], 0
         self._has_choices = False
-        # raised once what came before it is with the client
+        # raised when what came before it has been sent
         self._broken: Optional[UpstreamError] = None
 
     def _new_writer(self) -> Any:
@@ -8533,14 +8528,11 @@ class ChatDialect:
 
     def thinks(self, body: Json) -> bool:
         """Whether a request asks for reasoning, in whichever provider's words."""
-        kwargs, reasoning = body.get("chat_template_kwargs"), body.get("reasoning")
-        switches = (body.get("enable_thinking"),
-                    kwargs.get("enable_thinking") if isinstance(kwargs, dict) else None,
-                    reasoning.get("enabled") if isinstance(reasoning, dict) else None)
-        effort = reasoning.get("effort") if isinstance(reasoning, dict) else (
-            body.get("reasoning_effort"))
-        thinking = body.get("thinking")
-        return True in switches or isinstance(thinking, dict) and (
+        template, reasoning, thinking = (
+            object_of(body.get(name)) for name in ("chat_template_kwargs", "reasoning", "thinking"))
+        switches = (body, "enable_thinking"), (template, "enable_thinking"), (reasoning, "enabled")
+        effort = reasoning.get("effort") if reasoning else body.get("reasoning_effort")
+        return any(holder.get(name) is True for holder, name in switches) or (
             thinking.get("type") not in ("disabled", None)) or (
                 isinstance(effort, str) and effort not in ("none", "minimal", ""))
 
@@ -8679,9 +8671,6 @@ class GeminiDialect(ChatDialect):
     def shows_images(self, call: Call) -> bool:
         return '"inlineData"' in call.text or '"inline_data"' in call.text or (
             '"fileData"' in call.text or '"file_data"' in call.text)
-
-    def other_models(self, call: Call) -> List[Any]:
-        return []
 
     def keepalive(self, call: Call, began: bool) -> bytes:
         """A comment breaks gemini-cli and google-genai."""
@@ -10037,11 +10026,6 @@ KEY_DUE = "iflow2api_key_due"
 
 #: What a logout takes away; the rest of the file is the CLI's.
 LOGIN_FIELDS = (*LOGIN_SECRETS, "oauth_expires_at", "api_key_expires_at", KEY_DUE)
-
-
-def object_of(value: Any) -> Json:
-    """`value` where it is a JSON object, else {}."""
-    return value if isinstance(value, dict) else {}
 
 
 def parse_time(value: Any) -> Optional[float]:

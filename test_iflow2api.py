@@ -4332,6 +4332,7 @@ FIELD = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
     (False, {}, {}), (False, NATIVE, {"tools": [{"type": "web_search", "n": 1}],
                                       "tool_choice": "auto"}),
     (False, FIELD, {"enable_search": True}),
+    (False, {"server_tools": {"web_search": "nonsense"}}, {}),
     (True, FIELD, {})])                  # Codex lists it in each request; it would be paid
 def test_tools_of_servers(codex, profile, fields):
     given = [{"type": "web_search_preview_2025_03_11"}, {"type": "mcp", "server_label": "x"},
