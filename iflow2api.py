@@ -17532,9 +17532,9 @@ function modelTable({data, default_model: usual}) {
   const rows = table({label: t('models'), empty: t('models_none'), columns: [
       ['model', item => [mono(item.id), ' ', item.alias && badge(t('alias')),
         item.id === usual && badge(t('is_default'), 'ok')]],
-      ['provider'], ['context', item => item.context && fmt.tokens(item.context), 'end'],
+      ['provider'], ['context_size', item => item.context && fmt.tokens(item.context), 'end'],
       ['max_output', item => item.max_output && fmt.tokens(item.max_output), 'end'],
-      ['vision', item => item.vision && badge(t('images'), 'ok')],
+      ['vision', item => item.vision && badge(t('takes_images'), 'ok')],
       ['', item => row(copyButton(() => item.id),
         link(t('try'), '#playground/' + encodeURIComponent(item.id), 'small')), 'end']]});
   const draw = word => rows.update(data.filter(item =>
@@ -18051,7 +18051,8 @@ VIEWS.playground = {needs: ['models'], draw(root, [models], [wanted]) {
 }};
 """
 
-#: What the page says: `key = Chinese = English`, several in a line with ` | ` between.
+#: What the page says: `key = Chinese = English`, several in a line with ` | ` between.  `{name}` is
+#: filled in, `{n:line|lines}` is chosen by number.  The command line uses it as well.
 PAGE_TEXTS = """
 # the frame, signing in, what every view says
 lang = 中文 = EN | lang_label = 切换到中文 = EN: switch to English
@@ -18063,7 +18064,7 @@ view_keys = 密钥与限额 = Keys & limits | view_usage = 用量 = Usage | view
 view_settings = 设置 = Settings | view_logs = 日志 = Logs | view_clients = 接入客户端 = Client setup
 view_about = 关于 = About | theme = 主题：{now}，点击切换为{next} = Theme: {now}. Switch to {next}
 theme_system = 跟随系统 = system | theme_light = 浅色 = light | theme_dark = 深色 = dark
-account = 账户 = Account | sign_in = 登录 = Sign in | sign_out = 退出登录 = Sign out
+account = 账号 = Account | sign_in = 登录 = Sign in | sign_out = 退出登录 = Sign out
 sign_out_everywhere = 在所有设备上退出 = Sign out everywhere
 sign_in_lead = 输入管理密码，用户名是 admin。 = Enter the admin password. The user is admin.
 sign_in_again = 登录已过期。重新登录后可以接着做，已填写的内容都还在。 = Your session has ended. Sign in to go on; \
@@ -18192,8 +18193,8 @@ source_flag = 命令行参数 = command-line flag
 source_detected = 自动发现的本地引擎 = local engine, found by itself | source_login = iFlow 登录 = iFlow login
 bad_json = JSON 有误：{text} = Not valid JSON: {text}
 # models and routes
-models = 模型 = Models | models_none = 没有模型 = No models | context = 上下文 = Context
-max_output = 最大输出 = Max output | vision = 识图 = Vision | images = 图片 = images | try = 试一试 = Try
+models = 模型 = Models | models_none = 没有模型 = No models | context_size = 上下文 = Context
+max_output = 最大输出 = Max output | vision = 识图 = Vision | takes_images = 图片 = images | try = 试一试 = Try
 alias = 别名 = alias | aliases = 别名 = Aliases | routes = 别名与备用 = Aliases and fallbacks
 alias_bad = 每行写“名字 -> 模型”：{text} = Write name -> model in each line: {text}
 aliases_hint = 每行一条“名字 -> 模型”：名字由客户端使用（可含 *），模型依次尝试，用逗号分隔；从上往下第一个匹配的生效。需要按条件分流时，箭头后写 JSON。 = \
@@ -18318,6 +18319,17 @@ def texts_of(table: str) -> Dict[str, List[str]]:
     lines = [line for line in table.strip().split("\n") if not line.startswith("#")]
     entries = [entry.split(" = ") for line in lines for entry in line.split(" | ")]
     return {key: pair for key, *pair in entries}
+
+
+def fill_in(text: str, facts: Mapping[str, Any]) -> str:
+    """A text of such a table with its facts, as the page's `t` does it."""
+    def value(found: re.Match) -> str:
+        name, one, many = found.groups()
+        if one is None:
+            return f"{facts[name]:g}" if isinstance(facts[name], float) else str(facts[name])
+        return one if facts[name] == 1 else many
+
+    return re.sub(r"\{(\w+)(?::([^|}]*)\|([^}]*))?\}", value, text)
 
 
 @lru_cache(1)
@@ -18570,63 +18582,66 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 
 # --- what it says ------------------------------------------------------------
 
-#: Whatever the command line says, in the form of PAGE_TEXTS.  Errors from below are English.
+#: What the command line alone says, in the form of PAGE_TEXTS.  Errors from below are English.
 CONSOLE_TEXTS = """\
 # what many say
-error = 错误：{text} = error: {text} | warning = 警告：{text} = warning: {text}
-problem = 问题：{text} = problem: {text}
+mark_error = 错误：{text} = error: {text} | mark_warning = 警告：{text} = warning: {text}
+mark_problem = 问题：{text} = problem: {text} | problem = 问题 = problem
+named = {name} {value} = {name}: {value}
 see = {text}（用法：{program} {command}--help） = {text} (see: {program} {command}--help)
 unknown = 没有{kind} {name} = there is no {kind} '{name}'
-all = {text}；全部：{program} {show} = {text}; all: {program} {show}
+see_all = {text}；全部：{program} {show} = {text}; all: {program} {show}
 near = {text}；您是不是要输入 {names}？ = {text}; did you mean {names}? | or = 或 = or | no_key = 无密钥 = no key
-default = {name}（默认） = {name} (default) | disabled = {name}  已停用： = {name}  disabled:
-saved = 已保存到 {path} = saved in {path} | gone = 已移除 {name}（{path}） = removed {name} from {path}
+name_default = {name}（默认） = {name} (default) | disabled = {name}  已停用： = {name}  disabled:
+saved_in = 已保存到 {path} = saved in {path} | gone = 已移除 {name}（{path}） = removed {name} from {path}
 saved_for_later = 已保存到 {path}；下次启动时生效 = saved in {path}; it takes effect at the next start
 cannot_write = 无法写入 {path}：{reason} = {path} can't be written: {reason}
 no_list = config.json 中的 `{name}` 不是列表；可运行：{program} config unset {name} = `{name}` in config.json \
-is no list; see `config unset {name}`
+is not a list; `config unset {name}` removes it
 # serve and its card
-address = 地址 = address | providers = 上游 = providers | clients = 客户端 = clients | login = 登录 = login
+clients = 客户端 = clients | login = 登录 = login
 page = 页面 = page | next = 下一步 = next
-more = 还有 {count} 个：{program} status = {count} more: {program} status | none = 无 = none
+more = 还有 {count} 个：{program} status = {count} more: {program} status
 page_code = 一次性验证码，用于设置页面密码：{code} = one-time code, to set its password: {code}
 new_key = 需要密钥（因对外监听 {host} 而新生成）： = need this key, made because {host} is open to the network:
 key_needed = 需要密钥 {key}（custom_api_key） = need the key {key} (custom_api_key)
 a_key_needed = 需要客户端密钥（{program} key list） = need a client key ({program} key list)
-no_key_needed = 本机访问无需密钥 = need no key on this machine | logged_in = iFlow 已登录 = iFlow: logged in
-not_logged_in = iFlow 未登录；登录：{program} login = iFlow: not logged in; to log in: {program} login
+no_key_needed = 本机访问无需密钥 = need no key on this machine
+iflow_logged_in = iFlow 已登录 = iFlow: logged in
+iflow_not_logged_in = iFlow 未登录；登录：{program} login = iFlow: not logged in; to log in: \
+{program} login
 next_preset = 添加一个上游： = add a provider: | next_repair = 检查上游： = see what is wrong:
 next_client = 在客户端填写 {url}/v1 = point clients at {url}/v1
 next_anthropic = （Anthropic 客户端填 {url}） = (Anthropic clients at {url})
-stopping = 正在停止；正在进行的回答最多再等 {seconds:g} 秒（再按一次立即停止） = stopping; running answers get {seconds:g} s \
+stopping = 正在停止；正在进行的回答最多再等 {seconds} 秒（再按一次立即停止） = stopping; running answers get {seconds} s \
 to end (again to stop at once)
 cannot_listen = 无法监听 {host} 的端口 {port}：{reason} = can't listen on {host} port {port}: {reason}
 port_taken = {host} 的端口 {port} 已被其他程序占用；端口 {free} 空闲：加上 --port {free} = port {port} on {host} is \
 taken by another program; port {free} is free: add --port {free}
 demo_alone = --demo 自带上游：请去掉 --upstream 和 --api-key = --demo brings its own upstream: leave out \
 --upstream and --api-key
-no_log = 无法写入日志文件 {path}：{reason}；仅在控制台输出日志 = no log_file {path}: {reason}; logging to the console \
-alone
+no_log = 无法写入日志文件 {path}：{reason}；仅在控制台输出日志 = log_file {path} can't be written: {reason}; the log \
+goes to the console only
 log_unset = 没有设置 log_file，日志只在控制台上。设置：{program} config set log_file iflow2api.log，然后重启 = log_file \
-is not set: the console alone has the log. To set it: {program} config set log_file iflow2api.log, \
-then restart
+is not set: the log goes to the console only. To set it: {program} config set log_file \
+iflow2api.log, then restart
 log_missing = 还没有日志文件 {path}：{reason}；服务启动后才会写入 = no log at {path}: {reason}; it is written once \
 the gateway runs
 # mistakes
 no_flag = {command} 没有参数 {flag} = {command} has no flag {flag}
-stray = {command} 不接受多余的 {word} = {command} has no use for '{word}'
+stray = {command} 不接受多余的 {word} = {command} takes no argument '{word}'
 needs_value = {flag} 需要一个值：{flag} {value} = {flag} needs a value: {flag} {value}
 takes_no_value = {flag} 不带值，去掉 {value} = {flag} takes no value; leave out {value}
 missing = {command} 还需要：{program} {command} {needed} = {command} needs more: {program} {command} \
 {needed}
 needs = {command} 需要 {what}：{program} {command} {what} = {command} needs a {what}: {program} \
-{command} {what} | command = 命令 = command | setting = 设置 = setting | preset = 预设 = preset
-account = 账号 = account | key = 密钥 = key
+{command} {what} | command = 命令 = command | setting = 设置 = setting
+preset_name = 预设 = preset
 bad_value = {where} 不能是 {value}；应为：{expected} = {where} can't be {value}; {expected} expected
 one_of = 以下之一：{choices} = one of {choices}
-from_to = {kind}，{low:g} 到 {high:g} = {kind} from {low:g} to {high:g}
-at_least = {kind}，不小于 {low:g} = {kind} of at least {low:g}
-above = {kind}，大于 {low:g} = {kind} above {low:g} | str = 文字 = a string | int = 整数 = a whole number
+from_to = {kind}，{low} 到 {high} = {kind} from {low} to {high}
+at_least = {kind}，不小于 {low} = {kind} of at least {low}
+above = {kind}，大于 {low} = {kind} above {low} | str = 文字 = a string | int = 整数 = a whole number
 float = 数字 = a number | bool = true 或 false = true or false | list = JSON 列表 = a list as JSON
 dict = JSON 对象 = an object as JSON | a_folder = 文件夹 = a folder
 key_shown = 命令行上的密钥，本机其他用户都能看到；更好的写法：--api-key '$NAME'，或 -（标准输入） = every user of this machine can \
@@ -18642,11 +18657,10 @@ where the server starts
 key_blanks = --api-key：密钥不能有空白、换行或非 ASCII 字符 = --api-key: a key has no blanks, line breaks or \
 characters beyond ASCII | input_no_text = 标准输入：不是 UTF-8 文本 = standard input: not UTF-8 text
 # status, models, test
-server = 服务 = server | config = 配置 = config | provider = 上游 = provider | note = 说明 = note
+config = 配置 = config | note = 说明 = note
 offer = 建议 = offer
 running = 正在运行，{status}，版本 {version}，{in_flight} 个请求进行中 = running, {status}, version {version}, \
-{in_flight} in flight | not_running = 未运行 = not running | healthy = 正常 = healthy
-degraded = 有问题 = degraded | in_use = 使用中 = in use
+{in_flight} in flight | not_running = 未运行 = not running | in_use = 使用中 = in use
 others_run = 正在运行的服务用的不是 config.json 中的上游（--demo、--upstream，或在本机发现的引擎） = the running server has \
 other providers than config.json names (--demo, --upstream, found here)
 status_none = 没有；用 `login` 登录 iFlow，用 `provider add` 添加，或用 --upstream URL 启动 = none; run `login` \
@@ -18655,18 +18669,18 @@ offered = 已设置 {variable}：{program} provider add {name} = {variable} is s
 {name} | offered_too = {text}（或 {names}） = {text} (or {names})
 rests_open = 一直失败，正在休息 = keeps failing, rests
 rests_half-open = 曾一直失败，正在重试 = kept failing, is tried again
-keys_rest = 它有 {count} 个密钥在休息 = {count} of its keys rest
-login_ended = 已失效：{program} login = ended: run {program} login
+keys_rest = 它有 {count} 个密钥在休息 = {count} of its keys {count:rests|rest}
+login_has_ended = 已失效：{program} login = ended: run {program} login
 login_until = 有效至 {time} = until {time} | login_no_end = 有效期未知 = end unknown
 login_fixed = 不能刷新 = not refreshable | login_refreshed = 上次刷新 {time} 成功 = last refresh {time} ok
-login_failed = 上次刷新 {time} 失败 = last refresh {time} failed
+login_refresh_failed = 上次刷新 {time} 失败 = last refresh {time} failed
 no_models = 没有已知的模型；{program} status 显示各上游 = no models known: no provider lists any; `status` \
 shows the providers
 no_provider_yet = 没有上游 {name}；请先添加：{program} provider add {name} = there is no provider '{name}'; \
 add it first: {program} provider add {name} | broken = 不能用 = does not work
 works_there = 正常，正在运行的服务得到了 {model} 的回答 = ok, the running server got an answer of {model}
 # provider
-set = （已设置） = (set) | count_models = {count} 个模型 = {count} models
+set = （已设置） = (set) | count_models = {count} 个模型 = {count} {count:model|models}
 context = 上下文 {size} = context {size} | output = 输出 {size} = output {size} | images = 识图 = images
 list_fetched = 模型列表向上游查询 = its list of models is fetched
 add_preset = 添加：{program} provider add NAME --api-key '$VARIABLE' = add one with: {program} \
@@ -18691,14 +18705,15 @@ for models of its own; tell which one to use instead: {program} config set defau
 your_key = 请用密钥替换 YOUR_KEY；`key add NAME` 可生成一个 = put a key instead of YOUR_KEY; `key add NAME` \
 makes one
 # login
-login_open = 请在浏览器中打开此地址登录 iFlow： = open this address in a browser to log in to iFlow:
+login_open_this = 请在浏览器中打开此地址登录 iFlow： = open this address in a browser to log in to iFlow:
 login_no_browser = 这里没有找到浏览器：请自行打开此地址；浏览器在别的机器上时，请用 login --paste = no browser was found here: \
 open the address yourself; for one elsewhere there is login --paste
-login_paste = 登录后浏览器会停在以 http://localhost 开头的地址；如果页面打不开，请把那个地址粘贴到这里 = after logging in the browser \
-ends on an address that begins with http://localhost; if it shows no page, paste that address here
-login_again = 请重新粘贴，或按 Ctrl-C 退出： = paste it again, or leave with Ctrl-C:
+login_paste_this = 登录后浏览器会停在以 http://localhost 开头的地址；如果页面打不开，请把那个地址粘贴到这里 = after logging in the \
+browser ends on an address that begins with http://localhost; if it shows no page, paste that \
+address here
+login_paste_again = 请重新粘贴，或按 Ctrl-C 退出： = paste it again, or leave with Ctrl-C:
 login_no_input = login --paste：没有标准输入可供粘贴地址 = login --paste: there is no standard input to paste \
-an address into | login_given_up = 已放弃登录；没有改动 = login given up; nothing was changed
+an address into | login_given_up = 已放弃登录；没有改动 = login cancelled; nothing was changed
 login_stored = 已保存到 {path}；正在运行的服务会自动采用 = stored in {path}; a running server takes it over by itself
 login_above = 还设置了 {name}，它优先于这次登录 = {name} is set, too, and takes precedence over this login
 api_key_file = config.json 中的 api_key = api_key in config.json
@@ -18713,42 +18728,30 @@ proxy_is_off = 上游代理尚未启用；启用：{program} config set upstream
 use yet; to use it: {program} config set upstream_proxy_enabled true
 encrypt_on = {path} 中的密钥已加密 = secrets in {path} are encrypted
 encrypt_off = {path} 中的密钥现在是明文 = secrets in {path} are plain text now
-encrypt_none = 其中还没有密钥；此设置用于以后写入的 = it holds none yet: this is for those to come
+encrypt_none = 其中还没有密钥；此设置用于以后写入的 = it holds none yet; those written later will be
 left = {text}（保持不变） = {text} (left as it is) | new_password = 新密码： = new password:
-same_again = 再输入一次： = the same again:
-not_the_same = 两次输入不一致；没有改动 = these were not the same; nothing was changed
+same_again = 再输入一次： = repeat it:
+not_the_same = 两次输入不一致；没有改动 = the two differ; nothing was changed
 no_terminal = 这里没有终端；从标准输入读取密码：{program} admin reset-password - = there is no terminal here; to \
 read it from standard input: {program} admin reset-password -
 password_shown = 不要把密码写在命令行上；直接运行 {program} admin reset-password，或用 -（标准输入） = a password does not \
 belong on the command line; run {program} admin reset-password, or use - (standard input)
 password_length = 密码需要 {low} 到 {high} 个字符 = a password has from {low} to {high} characters
-password_set = 页面密码已更改；所有已登录的会话都已结束 = the page's password is changed; whoever was signed in is \
-signed out
+password_set = 页面密码已更改；所有已登录的会话都已结束 = the page's password is changed; all its sessions have \
+ended
 password_above = 环境变量 {variable} 优先于它 = the variable {variable} is set, and takes precedence
 # routes, key, usage
-then = 然后 = then | keys_1 = {count} 个密钥 = {count} key | keys_n = {count} 个密钥 = {count} keys
+then = 然后 = then | count_keys = {count} 个密钥 = {count} {count:key|keys}
 key_exists = 已有同名密钥 {name}；请先移除，或换个名称 = key add {name}: there is a key of this name; \
 remove it first, or take another name
-key_once = 密钥只显示这一次；客户端用 `Authorization: Bearer KEY` 或 x-api-key 发送 = this is the only time it is \
-shown; clients send it as `Authorization: Bearer KEY` or x-api-key
+key_shown_once = 密钥只显示这一次；客户端用 `Authorization: Bearer KEY` 或 x-api-key 发送 = this is the only time \
+it is shown; clients send it as `Authorization: Bearer KEY` or x-api-key
 last_key = 已没有任何密钥：本机的客户端无需密钥；对外监听的服务在有新密钥之前不回答任何人 = no key is left: clients on this machine need \
 none; a server that others reach answers nobody until there is one
 no_keys = 没有客户端密钥；`key add NAME` 生成一个 = no client keys; `key add NAME` makes one
-no_limits = 不限 = no limits | limit_rpm = 每分钟 {count} 次 = {count} requests a minute
-limit_rph = 每小时 {count} 次 = {count} requests an hour
-limit_rpd = 每天 {count} 次 = {count} requests a day
-limit_tpd = 每天 {count} token = {count} tokens a day
-limit_concurrency = 同时 {count} 个请求 = {count} requests at once
-key_models = 模型 {names} = models {names} | expired = 已于 {time} 过期 = expired {time}
-expires = {time} 过期 = expires {time}
 used_today = 今天 {requests} 次，{tokens} token = today {requests} requests, {tokens} tokens
-usage_off = 没有在记录用量；启用：{program} config set usage true = usage is not being counted: config set \
-usage true | nothing_used = 没有用量 = nothing was used
-guessed = ~ 含估计值：上游没有给出计数 = ~ in part our estimate: the upstream did not count
-col_model = 模型 = model | col_key = 密钥 = key | col_provider = 上游 = provider | col_day = 日期 = day
-col_requests = 请求 = requests | col_errors = 错误 = errors | col_input = 输入 = input
-col_output = 输出 = output | col_cached = 缓存 = cached | col_reasoning = 思考 = reasoning
-col_first = 首字 = first | col_total = 总时间 = total | col_cost = 费用 = cost
+usage_not_counted = 没有在记录用量；启用：{program} config set usage true = usage is not being counted: \
+config set usage true
 # of the system
 ENOENT = 没有这个文件或文件夹 = no such file or folder | EACCES = 没有权限 = permission denied
 ENOTDIR = 路径中有一部分不是文件夹 = a part of the path is no folder | EISDIR = 这是一个文件夹 = it is a folder
@@ -18927,7 +18930,7 @@ _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
 #: Instead of a character that the console's encoding lacks; any other is shown as its escape.
 _PLAIN = {"→": "->", "←": "<-", "…": "...", "·": "-", "—": "-", "–": "-", "’": "'", "‘": "'",
-          "“": '"', "”": '"', "✓": "ok", "✗": "x", "，": ", ", "；": "; ", "：": ": ",
+          "“": '"', "”": '"', "≈": "~", "✓": "ok", "✗": "x", "，": ", ", "；": "; ", "：": ": ",
           "（": " (", "）": ")"}
 
 #: Characters two columns wide (Unicode TR 11, W and F): OpenWrt leaves unicodedata to a package.
@@ -18973,21 +18976,31 @@ class Console:
 CONSOLE = Console()
 
 
+@lru_cache(1)
+def console_texts() -> Dict[str, Pair]:
+    return {**texts_of(PAGE_TEXTS), **texts_of(CONSOLE_TEXTS)}
+
+
 def tr(which: str, **facts: Any) -> str:
     """A text in the console's language, filled in."""
-    return CONSOLE.text(texts_of(CONSOLE_TEXTS)[which]).format(program=PROGRAM, **facts)
+    return fill_in(CONSOLE.text(console_texts()[which]), {**facts, "program": PROGRAM})
+
+
+def word(which: str) -> str:
+    """A text that the page shows as a title, as a word of a line."""
+    return tr(which).lower()
 
 
 def marked(mark: str, text: Any) -> str:
     """`error: …` and the like, the mark in the language of the text."""
-    zh, en = texts_of(CONSOLE_TEXTS)[mark]
-    return (en if columns_of(str(text)) == len(str(text)) else zh).format(text=text)
+    zh, en = console_texts()["mark_" + mark]
+    return fill_in(en if columns_of(str(text)) == len(str(text)) else zh, {"text": text})
 
 
 def reason_of(exc: OSError) -> str:
     """What the system says, in the console's language."""
     name = errno.errorcode.get(exc.errno or 0, "")
-    if name in texts_of(CONSOLE_TEXTS):
+    if name in console_texts():
         return tr(name)
     return name if CONSOLE.language == "zh" and name else exc.strerror or str(exc)
 
@@ -18997,11 +19010,11 @@ def or_near(text: str, name: str, names: Iterable[str], show: str = "") -> str:
     found = alike(name, names, 0.74 if len(name) > 3 else 0.65)
     if found:
         return tr("near", text=text, names=f" {tr('or')} ".join(found))
-    return tr("all", text=text, show=show) if show else text
+    return tr("see_all", text=text, show=show) if show else text
 
 
 def unknown_name(kind: str, name: str, names: Iterable[str], show: str = "") -> UsageError:
-    text = tr("unknown", kind=tr(kind), name=one_line(name, 60))
+    text = tr("unknown", kind=word(kind), name=one_line(name, 60))
     return UsageError(or_near(text, name, names, show))
 
 
@@ -19110,8 +19123,9 @@ def say_problems(problems: Iterable[str]) -> None:
         say(marked("problem", one_line(problem, 300)))
 
 
-def _row(label: str, *columns: str) -> None:
-    """A line of an answer: a label, and what there is to say."""
+def _row(which: str, *columns: str) -> None:
+    """A line of an answer: its label, a key of the texts or "", and what there is to say."""
+    label = word(which) if which else ""
     print(label + " " * max(2, 10 - columns_of(label)) + "  ".join(filter(None, columns)))
 
 
@@ -19347,7 +19361,7 @@ def _gateway_of(args: Args) -> Gateway:
     return Gateway(config=_config_of(args), flags=_flag_settings(args))
 
 
-def _change_config(args: Args, edit: Callable[[Json], Any], done: str = "saved",
+def _change_config(args: Args, edit: Callable[[Json], Any], done: str = "saved_in",
                    **facts: Any) -> int:
     """Change config.json and say what was done; the exit status."""
     config = _config_of(args)
@@ -19401,7 +19415,7 @@ def _needed(args: Args, what: str, show: str) -> str:
     """An argument that some actions need; `show` is the command that lists what there is."""
     if args[what] is None:
         command = f"{args['command']} {args['action']}"
-        raise UsageError(tr("all", text=tr("needs", command=command, what=what), show=show))
+        raise UsageError(tr("see_all", text=tr("needs", command=command, what=what), show=show))
     return args[what]
 
 
@@ -19494,7 +19508,7 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
         access = [(tr("new_key", host=gateway.settings.host), ""), (key, "bold")]
     elif server.needs_key:
         access = [(tr("key_needed", key=mask(key)) if key else tr("a_key_needed"), "")]
-    logged_in = "logged_in" if gateway.health()["iflow_logged_in"] else "not_logged_in"
+    login = "iflow_logged_in" if gateway.health()["iflow_logged_in"] else "iflow_not_logged_in"
     page = [(server.url + "/admin", "")]
     if gateway.sessions.is_new:
         page.append((tr("page_code", code=gateway.sessions.code()), "bold"))
@@ -19504,12 +19518,12 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
         steps = [tr("next_repair"), f"{PROGRAM} test"]
     if not providers:
         steps = [tr("next_preset"), f"{PROGRAM} provider presets"]
-    blocks = {tr("address"): [(server.url, "green")],
-              tr("providers"): shown or [(tr("none"), "yellow")], tr("clients"): access,
-              tr("login"): [(tr(logged_in), "")], tr("page"): page,
-              "!": [(one_line(problem, 200), "yellow") for problem in problems],
-              tr("next"): [(step, "bold") for step in steps]}
-    rows = [("" if number else label, *row) for label, block in blocks.items()
+    blocks = {"address": [(server.url, "green")],
+              "providers": shown or [(tr("none"), "yellow")], "clients": access,
+              "login": [(tr(login), "")], "page": page,
+              "problem": [(one_line(problem, 200), "yellow") for problem in problems],
+              "next": [(step, "bold") for step in steps]}
+    rows = [("" if number else word(which), *row) for which, block in blocks.items()
             for number, row in enumerate(block)]
     return lay_out(rows, CONSOLE.columns, "dim")
 
@@ -19518,7 +19532,7 @@ def _provider_rows(router: Router, provider: Provider, facts: str) -> List[Tuple
     """A provider as a text and its colour; why it is disabled, which is English, apart from it."""
     name = provider.name
     if router.default and name == router.default.name:
-        name = tr("default", name=name)
+        name = tr("name_default", name=name)
     if provider.problem:
         return [(tr("disabled", name=name), "yellow"), (one_line(provider.problem), "yellow")]
     return [(f"{name}  {facts}", "")]
@@ -19728,23 +19742,23 @@ def cmd_status(args: Args) -> int:
     gateway = _gateway_of(args)
     settings, router = gateway.settings, gateway.current().router
     health = _ask_running(settings)
-    state = tr("running", status=tr("healthy" if health["status"] == "healthy" else "degraded"),
-               version=health.get("version"),
+    status = "healthy" if health.get("status") == "healthy" else "degraded"
+    state = tr("running", status=word(status), version=health.get("version"),
                in_flight=health.get("in_flight")) if health else tr("not_running")
-    _row(tr("server"), f"http://{settings.host}:{settings.port}", state)
-    _row(tr("config"), _config_of(args).path)
+    _row("server", f"http://{settings.host}:{settings.port}", state)
+    _row("config", _config_of(args).path)
     if not _show_others(health, router):
         for provider, facts in _as_running(router, health):
             rows = _provider_rows(router, provider, facts)
-            _row(tr("provider"), rows[0][0], *_rest_of(health, provider.name))
+            _row("provider", rows[0][0], *_rest_of(health, provider.name))
             for text, _ in rows[1:]:
                 _row("", text)
         if not router.providers:
-            _row(tr("provider"), tr("status_none"))
+            _row("provider", tr("status_none"))
     for account, login in {**gateway.login_report(), **health.get("logins", {})}.items():
-        _row(tr("login"), *map(one_line, _login_columns(account, login)))
+        _row("login", *map(one_line, _login_columns(account, login)))
     for offer in offered_presets(router, os.environ):
-        _row(tr("offer"), offer)
+        _row("offer", offer)
     for problem in _further_problems(gateway.problems):
         _row("problem", one_line(problem, 300))
     return 0 if health else 1
@@ -19757,8 +19771,8 @@ def _show_others(health: Json, router: Router) -> bool:
         return False
     for facts in listed:
         state = facts.get("problem") or tr("in_use")
-        _row(tr("provider"), facts["name"], state, *_rest_of(health, facts["name"]))
-    _row(tr("note"), tr("others_run"))
+        _row("provider", facts["name"], state, *_rest_of(health, facts["name"]))
+    _row("note", tr("others_run"))
     return True
 
 
@@ -19787,9 +19801,9 @@ def _rest_of(health: Json, name: str) -> List[str]:
 def _login_columns(account: str, login: Json) -> List[str]:
     """A login for `status`."""
     end, refreshed = login.get("expires_at"), login.get("refreshed_at")
-    state = tr("login_ended") if login.get("ended") else (
+    state = tr("login_has_ended") if login.get("ended") else (
         tr("login_until", time=end) if end else tr("login_no_end"))
-    did = "login_refreshed" if login.get("refresh_ok") else "login_failed"
+    did = "login_refreshed" if login.get("refresh_ok") else "login_refresh_failed"
     message = f"({login['message']})" if login.get("message") else ""
     return [account, state, "" if login.get("renewable") else tr("login_fixed"),
             tr(did, time=refreshed) if refreshed else "", message]
@@ -19914,7 +19928,7 @@ def _key_column(preset: Preset) -> str:
 
 def _preset(name: str) -> Preset:
     if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS, "provider presets")
+        raise unknown_name("preset_name", name, PRESETS, "provider presets")
     return PRESETS[name]
 
 
@@ -20006,7 +20020,7 @@ def cmd_login(args: Args) -> int:
         if args["--paste"] and sys.stdin is None:
             raise UsageError(tr("login_no_input"))
         found = gateway.logins.start(args["--account"] or "", args["--paste"], timeout_s)
-        say(tr("login_open"))
+        say(tr("login_open_this"))
         print(found["url"], flush=True)
         stay = args["--paste"] or args["--no-browser"]
         if not stay and not open_browser(found["url"], os.environ):
@@ -20028,7 +20042,7 @@ def _wait_for_login(gateway: Gateway, paste: bool) -> int:
     if flow is None:
         return 1
     if paste or sys.stdin is not None and sys.stdin.isatty():
-        say(tr("login_paste"))
+        say(tr("login_paste_this"))
         threading.Thread(target=_read_pastes, args=(flow, sys.stdin.fileno(), paste),
                          name="paste", daemon=True).start()
     while not flow.ended.wait(0.5):      # Windows: Ctrl-C does not end an endless wait
@@ -20061,7 +20075,7 @@ def _read_pastes(flow: LoginFlow, fd: int, final: bool) -> None:
             except LoginFailed as exc:
                 if flow.state == "waiting":      # else it is said where the end is waited for
                     say(marked("error", exc.message))
-                    say(tr("login_again"))
+                    say(tr("login_paste_again"))
         if not data:
             if final:
                 flow.fail("the input ended before the login did; nothing was changed")
@@ -20163,7 +20177,7 @@ def _config_set(args: Args) -> int:
         new = [problem for problem in router.warnings if problem not in known]
         if new:
             raise UsageError(f"config set {name}: {new[0]}")
-    done = "saved_for_later" if SETTING[name].metadata.get("restart") else "saved"
+    done = "saved_for_later" if SETTING[name].metadata.get("restart") else "saved_in"
     return _change_config(args, lambda raw: raw.update({name: value}), done)
 
 
@@ -20262,8 +20276,7 @@ def cmd_routes(args: Args) -> int:
     for number, step in enumerate(told["steps"], 1):
         print(f"{number}. {one_line(step, 500)}")
     for number, target in enumerate(told["chain"]):
-        count = target["keys"]
-        keys = tr("keys_1" if count == 1 else "keys_n", count=count)
+        keys = tr("count_keys", count=target["keys"])
         state = one_line(target["problem"]) or f"{target['base_url']}  {keys}"
         name = f"{target['provider']}/{one_line(target['model'])}"
         print(f"{tr('then') if number else '=>'} {name}  {state}")
@@ -20287,7 +20300,7 @@ def _key_add(args: Args) -> int:
     if _add_entry(args, "client_keys", entry, "key_exists", "saved"):
         return 1
     print(key)
-    say(tr("key_once"))
+    say(tr("key_shown_once"))
     say_problems(_further_problems(_gateway_of(args).problems))
     return 0
 
@@ -20303,16 +20316,17 @@ def _key_list(args: Args) -> int:
     gateway = _gateway_of(args)
     used = {row["key"]: row for row in gateway.ledger.report("key", 1, {})}
     for key in gateway.state.auth.keys:
-        facts = [tr(f"limit_{limit}", count=count) for limit, count in key.limits.items()]
-        facts += [tr("key_models", names=", ".join(key.models))] if key.models else []
+        facts = {f"limit_{limit}": str(count) for limit, count in key.limits.items()}
+        facts["key_models"] = ", ".join(key.models)
         if key.expires_at != float("inf"):
             at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key.expires_at))
-            facts.append(tr("expired" if key.expires_at <= time.time() else "expires", time=at))
+            facts["expired" if key.expires_at <= time.time() else "expires"] = at
+        told = [tr("named", name=word(which), value=fact) for which, fact in facts.items() if fact]
         row = used.get(key.name)
         if row:
-            tokens = row["input"] + row["output"]
-            facts.append(tr("used_today", requests=row["requests"], tokens=tokens))
-        print(f"{key.name}  {key.digest.hex()[:8]}  {'; '.join(facts or [tr('no_limits')])}")
+            told.append(tr("used_today", requests=row["requests"],
+                           tokens=row["input"] + row["output"]))
+        print(f"{key.name}  {key.digest.hex()[:8]}  {'; '.join(told or [tr('unlimited')])}")
     say_problems(_further_problems(gateway.problems))
     if not gateway.settings.client_keys:
         say(tr("no_keys"))
@@ -20326,7 +20340,7 @@ def cmd_usage(args: Args) -> int:
     rows = gateway.ledger.report(by, days, gateway.settings.prices)
     say_problems(gateway.ledger.problems)
     if not gateway.settings.usage:
-        say(tr("usage_off"))
+        say(tr("usage_not_counted"))
     for row in rows:
         row["cost"] = None if row["cost"] is None else round(row["cost"], 6)
     if args["--json"]:
@@ -20339,15 +20353,15 @@ def cmd_usage(args: Args) -> int:
 
 
 def _usage_table(by: str, rows: Sequence[Json]) -> str:
-    """Aligned columns; `~` where the upstream did not count and we had to guess."""
+    """Aligned columns; `≈` where the upstream did not count."""
     if not rows:
-        return tr("nothing_used")
+        return tr("usage_none")
     costs = any(row["cost"] is not None for row in rows)
-    titles = (by, "requests", "errors", "input", "output", "cached", "reasoning", "first", "total",
-              "cost")[:9 + costs]
-    table = [[tr(f"col_{title}") for title in titles]]
+    titles = ("requests", "errors", "input", "output", "cached", "reasoning", "first_s", "total_s",
+              "cost")[:8 + costs]
+    table = [[tr(by), *(tr("usage_" + title) for title in titles)]]
     for row in rows:
-        guess, streams, count = "~" * bool(row["estimated"]), row["streams"], row["requests"] or 1
+        guess, streams, count = "≈" * bool(row["estimated"]), row["streams"], row["requests"] or 1
         first = f"{row['first_ms'] / streams / 1000:.2f}s" if streams else "-"
         cost = "-" if row["cost"] is None else f"{row['cost']:.4f}"
         table.append([one_line(row[by], 60) or "-", str(row["requests"]), str(row["errors"]),
@@ -20355,7 +20369,7 @@ def _usage_table(by: str, rows: Sequence[Json]) -> str:
                       str(row["reasoning"]), first, f"{row['total_ms'] / count / 1000:.2f}s",
                       *([cost] if costs else [])])
     lines = aligned(table, is_right=True)
-    return "\n".join(lines + [tr("guessed")] * any(row["estimated"] for row in rows))
+    return "\n".join(lines + [tr("usage_estimated")] * any(row["estimated"] for row in rows))
 
 
 # --- main --------------------------------------------------------------------
