@@ -15147,39 +15147,34 @@ def show_series(handler: Handler) -> Json:
     return {"span": span, "points": points}
 
 
-#: Fields of a row of usage; times are averages in seconds, null where there are none.
-USAGE_FIELDS = ("name", *(name for name in USAGE_COUNTS
-                          if name not in ("streams", "first_ms", "total_ms")),
-                "first_s", "total_s", "cost")
+#: Fields of a row of usage beside its name; averages in seconds, null where there are none.
+USAGE_FIELDS = (*USAGE_COUNTS, "first_s", "total_s", "cost")
 
 
-def usage_json(name: str, row: Mapping[str, Any]) -> Json:
-    """A row of Ledger.report for the page."""
-    facts = {"name": name, **row,
-             "first_s": row["first_ms"] / row["streams"] / 1000 if row["streams"] else None,
-             "total_s": row["total_ms"] / row["requests"] / 1000 if row["requests"] else None,
-             "cost": None if row["cost"] is None else round(row["cost"], 6)}
-    return {field_name: facts[field_name] for field_name in USAGE_FIELDS}
+def _usage_row(name: str, row: Mapping[str, Any]) -> Json:
+    """A row of Ledger.report with its averages."""
+    return {**row, "name": name,
+            "first_s": row["first_ms"] / row["streams"] / 1000 if row["streams"] else None,
+            "total_s": row["total_ms"] / row["requests"] / 1000 if row["requests"] else None,
+            "cost": None if row["cost"] is None else round(row["cost"], 6)}
 
 
-def usage_rows(handler: Handler) -> Tuple[str, int, List[Json]]:
-    """`by` and `days` of the query, and the rows of Ledger.report, days in order of time."""
-    query, gateway = query_of(handler), handler.gateway
-    by = choice_in(query, "by", ("model", "provider", "key", "day"))
-    days = number_in(query, "days", 30, 3660)
+def usage_report(gateway: Gateway, by: str, days: int) -> Json:
+    """Rows by tokens, days by time, and their total: for the page and the command."""
     rows = gateway.ledger.report(by, days, gateway.settings.prices)
-    return by, days, sorted(rows, key=lambda row: row["day"]) if by == "day" else rows
-
-
-def show_usage(handler: Handler) -> Json:
-    by, days, rows = usage_rows(handler)
+    if by == "day":
+        rows.sort(key=lambda row: row["day"])
     total: Json = {name: sum(row[name] for row in rows) for name in USAGE_COUNTS}
     costs = [row["cost"] for row in rows if row["cost"] is not None]
     total["cost"] = sum(costs) if costs else None
-    return {"by": by, "days": days,
-            "enabled": handler.gateway.settings.usage,
-            "rows": [usage_json(row[by], row) for row in rows],
-            "total": usage_json("", total)}
+    return {"by": by, "days": days, "enabled": gateway.settings.usage,
+            "rows": [_usage_row(row[by], row) for row in rows], "total": _usage_row("", total)}
+
+
+def show_usage(handler: Handler) -> Json:
+    query = query_of(handler)
+    by = choice_in(query, "by", ("model", "provider", "key", "day"))
+    return usage_report(handler.gateway, by, number_in(query, "days", 30, 3660))
 
 
 def csv_field(text: str) -> str:
@@ -15188,10 +15183,11 @@ def csv_field(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if re.search(r'[",\r\n]', text) else text
 
 
-def csv_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """A head line and a line for each row with the fields `names`; null is empty."""
-    lines = [names, *([("" if row[name] is None else str(row[name])) for name in names]
-                      for row in rows)]
+def usage_csv(report: Json) -> str:
+    """A head line and a line for each row of usage_report; null is empty."""
+    names = (report["by"], *USAGE_FIELDS)
+    lines = [names, *(["" if row[name] is None else str(row[name]) for name in names]
+                      for row in report["rows"])]
     return "\n".join(",".join(map(csv_field, line)) for line in lines)
 
 
@@ -15201,11 +15197,10 @@ def download(handler: Handler, text: str, content_type: str, name: str) -> None:
 
 
 def download_usage(handler: Handler) -> None:
-    by, days, rows = usage_rows(handler)
-    text = csv_of([{by: row[by], **usage_json(row[by], row)} for row in rows],
-                  (by, *USAGE_FIELDS[1:]))
+    report = show_usage(handler)
     # Excel wants the byte order mark
-    download(handler, f"\ufeff{text}\n", "text/csv", f"iflow2api-usage-{days}d.csv")
+    download(handler, f"\ufeff{usage_csv(report)}\n", "text/csv",
+             f"iflow2api-usage-{report['days']}d.csv")
 
 
 def show_logs(handler: Handler) -> Json:
@@ -20335,41 +20330,36 @@ def _key_list(args: Args) -> int:
 
 def cmd_usage(args: Args) -> int:
     """What was used, from usage.jsonl."""
-    by, days = args["--by"] or "model", _number(args, "--days", 30, 1, 9999)
-    gateway = _gateway_of(args)
-    rows = gateway.ledger.report(by, days, gateway.settings.prices)
+    gateway, days = _gateway_of(args), _number(args, "--days", 30, 1, 9999)
+    report = usage_report(gateway, args["--by"] or "model", days)
     say_problems(gateway.ledger.problems)
-    if not gateway.settings.usage:
+    if not report["enabled"]:
         say(tr("usage_not_counted"))
-    for row in rows:
-        row["cost"] = None if row["cost"] is None else round(row["cost"], 6)
     if args["--json"]:
-        print(json_text({"by": by, "days": days, "rows": rows}))
-    elif args["--csv"]:
-        print(csv_of(rows, [by, *USAGE_COUNTS, "cost"]))
+        print(json_text(report))
     else:
-        print(_usage_table(by, rows))
+        print(usage_csv(report) if args["--csv"] else _usage_table(report))
     return 0
 
 
-def _usage_table(by: str, rows: Sequence[Json]) -> str:
+def _usage_table(report: Json) -> str:
     """Aligned columns; `≈` where the upstream did not count."""
+    rows, total = report["rows"], report["total"]
     if not rows:
         return tr("usage_none")
-    costs = any(row["cost"] is not None for row in rows)
-    titles = ("requests", "errors", "input", "output", "cached", "reasoning", "first_s", "total_s",
-              "cost")[:8 + costs]
-    table = [[tr(by), *(tr("usage_" + title) for title in titles)]]
-    for row in rows:
-        guess, streams, count = "≈" * bool(row["estimated"]), row["streams"], row["requests"] or 1
-        first = f"{row['first_ms'] / streams / 1000:.2f}s" if streams else "-"
-        cost = "-" if row["cost"] is None else f"{row['cost']:.4f}"
-        table.append([one_line(row[by], 60) or "-", str(row["requests"]), str(row["errors"]),
-                      f"{guess}{row['input']}", f"{guess}{row['output']}", str(row["cached"]),
-                      str(row["reasoning"]), first, f"{row['total_ms'] / count / 1000:.2f}s",
-                      *([cost] if costs else [])])
-    lines = aligned(table, is_right=True)
-    return "\n".join(lines + [tr("usage_estimated")] * any(row["estimated"] for row in rows))
+    figures = {"requests": "{}", "errors": "{}", "input": "≈{}", "output": "≈{}", "cached": "{}",
+               "reasoning": "{}", "first_s": "{:.2f}s", "total_s": "{:.2f}s", "cost": "{:.4f}"}
+    if total["cost"] is None:
+        del figures["cost"]
+    table = [[tr(report["by"]), *(tr("usage_" + which) for which in figures)]]
+    sums = [{**total, "name": tr("usage_sum")}] if len(rows) > 1 else []
+    for row in rows + sums:
+        shown = ["-" if row[which] is None else form.format(row[which])
+                 for which, form in figures.items()]
+        table.append([one_line(row["name"], 60) or "-", *(
+            text if row["estimated"] else text.lstrip("≈") for text in shown)])
+    return "\n".join([*aligned(table, is_right=True),
+                      *[tr("usage_estimated")] * bool(total["estimated"])])
 
 
 # --- main --------------------------------------------------------------------

@@ -10775,8 +10775,8 @@ def test_estimates_are_marked(server, upstream):
     upstream.plays(plain({name: value for name, value in completion().items() if name != "usage"}))
     running = server(upstream)
     assert post(running, chat()).status == 200 and is_well(running)
-    row, = running.gateway.ledger.report("model", 1, {})
-    assert row["estimated"] == 1 and row["input"] > 0 and "≈" in ifl._usage_table("model", [row])
+    row, = ifl.usage_report(running.gateway, "model", 1)["rows"]
+    assert row["estimated"] == 1 and row["input"] > 0
 
 
 @pytest.mark.parametrize("more, written", [({"usage": False}, False), ({}, True),
@@ -11030,8 +11030,10 @@ def test_the_usage_command(config, cli):
     out = cli("usage", "--by", "key")[1]
     row = r"^bob +1 +0 +1000 +500 +0 +0 +1\.50s +3\.00s +0\.0020$"
     assert re.search(row, out, re.M) and "≈" in out
+    assert re.search(r"^Total +2 +1 +≈1000 +≈500 +0 +0 +0\.75s +1\.50s +0\.0020$", out, re.M)
     told = json.loads(cli("usage", "--json", "--days", "7")[1])
     assert told["rows"][0]["cost"] == 0.002 and told["by"] == "model"
+    assert told["total"]["requests"] == 2 and told["rows"][0]["model"] == "glm-5"
     lines = cli("usage", "--csv")[1].splitlines()
     assert lines[0].startswith("model,requests,errors")
     assert lines[2].startswith("\"'=cmd|\"\"x\"\",1\",1,1")
