@@ -14750,7 +14750,7 @@ def serve(gateway: Gateway, host: Optional[str] = None, port: Optional[int] = No
 
 # === 17. Documents ===========================================================
 #
-# /openapi.json and the two pages that show it: what API says.
+# /openapi.json, made of API, and the two pages that show it.
 
 #: Name, then the fields of a body as `name:type`, `*` for what has to be there; others are allowed.
 #: A name of Route.about with `+`: with `stream` the answer comes as server-sent events.
@@ -14870,7 +14870,7 @@ display:none!important}</style></head>
 <body><div id="ui"></div><main id="list"><h1>iflow2api API</h1><p>@ABOUT@
 <a href="/openapi.json">/openapi.json</a></p><dl>@LIST@</dl></main>@SCRIPTS@</body></html>"""
 
-#: The list stays where the script of the CDN did not come.
+#: The plain list stays if the CDN's script did not load.
 # language=JavaScript
 DOCS_JS = r"""
 const spec = JSON.parse(document.getElementById('spec').textContent);
@@ -14886,8 +14886,8 @@ if (window.SwaggerUIBundle) {
 
 
 def _docs_policy(urls: Iterable[str]) -> str:
-    """`sandbox` without allow-same-origin gives the page an origin of its own, which is nobody's:
-    no cookie, no storage, nothing of the admin page within reach."""
+    """`sandbox` without allow-same-origin: the page gets an opaque origin, without cookies, storage
+    or access to the admin page."""
     digest = base64.b64encode(hashlib.sha256(DOCS_JS.encode()).digest()).decode()
     scripts = " ".join(url for url in urls if url.endswith(".js"))
     styles = " ".join(url for url in urls if url.endswith(".css"))
@@ -14900,7 +14900,7 @@ def _docs_policy(urls: Iterable[str]) -> str:
 
 @lru_cache(8)
 def docs_page(name: str, cdn: bool, language: int, *access: Any) -> Tuple[bytes, str]:
-    """/docs or /redoc, and its policy; without the CDN it is a list, and has no script at all."""
+    """/docs or /redoc and its policy; without the CDN it is a list, without scripts."""
     document = openapi(language, *access)
     spec = dump_text(document).replace("<", "\\u003c")
     pinned = 'crossorigin="anonymous" integrity="sha384-{}"'.format
@@ -16400,15 +16400,16 @@ PAGE_HTML = r"""<!doctype html>
 </html>
 """
 
-#: What every view is made of: nodes, words, the server, parts, fields, signing in, the frame.
+#: What the views share: nodes, texts, the API, parts, forms, signing in, the frame.
 # language=JavaScript
 _JS_CORE = r"""
 const $ = (selector, root = document) => root.querySelector(selector);
 const TEXTS = JSON.parse($('#texts').textContent);
-const SVG = $('#mark').namespaceURI;               // as the parser knows it: no address here
+const SVG = $('#mark').namespaceURI;               // the namespace without writing its address
 const BASE = location.pathname.replace(/\/+$/, '') + '/api/';
 const isDark = matchMedia('(prefers-color-scheme: dark)');
-/** name -> {needs: what the API is asked first, draw(root, answers, arguments) -> what ends it}. */
+/** name -> {needs: API paths to fetch first, draw(root, answers, arguments, signal)}.  `signal` is
+ *  aborted when another view is drawn: it ends timers and listeners. */
 const VIEWS = {};
 let session = {language: '', theme_mode: 'system', version: '', base_url: ''};
 
@@ -16459,16 +16460,16 @@ const lang = () => stored.get('lang') || session.language ||
   (/^zh/i.test(navigator.language) ? 'zh' : 'en');
 const theme = () => stored.get('theme') || session.theme_mode || 'system';
 const pick = pair => pair[lang()] || pair.en || pair.zh || '';
-/** The text of a key; `{name}` is put in, `{n:line|lines}` chooses by number. */
+/** The text of a key, filled in as PAGE_TEXTS says. */
 function t(key, vars = {}) {
   const text = Object.hasOwn(TEXTS, key) ? TEXTS[key][lang() === 'zh' ? 0 : 1] : key;
   return text.replace(/\{(\w+)(?::([^|}]*)\|([^}]*))?\}/g, (all, name, one, many) =>
     !(name in vars) ? all : one === undefined ? vars[name] : Number(vars[name]) === 1 ? one : many);
 }
-const unseen = new RegExp('[\\0-\\x08\\v-\\x1f\\x7f-\\x9f\\u061c\\u200b\\u200e\\u200f' +
+const INVISIBLE = new RegExp('[\\0-\\x08\\v-\\x1f\\x7f-\\x9f\\u061c\\u200b\\u200e\\u200f' +
   '\\u2028-\\u202e\\u2060-\\u2069\\ufeff]', 'g');
-/** Foreign text; what can't be seen, or would turn the line around, is made visible. */
-const clean = text => String(text ?? '').replace(unseen, c =>
+/** Text from outside: invisible and right-to-left control characters are shown as their codes. */
+const clean = text => String(text ?? '').replace(INVISIBLE, c =>
   '\u27e8' + c.charCodeAt(0).toString(16).toUpperCase().padStart(2, '0') + '\u27e9');
 const foreign = (text, css) => el('bdi', {class: css, text: clean(text)});
 const mono = text => !isBlank(text) && foreign(text, 'mono break');
@@ -16478,7 +16479,7 @@ const DASH = '\u2013', DOT = ' \u00b7 ';
 const locale = () => lang() === 'zh' ? 'zh-CN' : 'en-GB';
 const UNITS = [['second', 1, 90], ['minute', 60, 5400], ['hour', 3600, 129600], ['day', 86400]];
 const unitOf = s => UNITS.find(([, , most]) => !(s >= most));
-/** Epoch seconds, of ISO 8601 too. */
+/** Epoch seconds of a number or an ISO 8601 text. */
 const epochOf = when => typeof when === 'string' ? Date.parse(when) / 1000 : when;
 const moment = (when, style) => epochOf(when) ?
   new Intl.DateTimeFormat(locale(), style).format(epochOf(when) * 1000) : DASH;
@@ -16514,7 +16515,7 @@ const OWN_WORDS = {changed_meanwhile: 'conflict', address_changed: 'address_chan
 const errorText = error => OWN_WORDS[error.code] ? t(OWN_WORDS[error.code]) :
   error instanceof ApiError ? clean(error.message) :
     t('error_page', {text: clean(error.message || error)});
-/** A Response that is fine, else ApiError; signs in again where the session has ended. */
+/** An ok Response, else ApiError; where the session has ended it signs in and tries again. */
 async function request(path, {method, body, signal} = {}) {
   const headers = {'accept-language': lang(), 'content-type': 'application/json'};
   for (;;) {
@@ -16534,15 +16535,11 @@ async function api(path, options) {
   const response = await request(path, options);
   return response.status === 204 ? null : response.json();
 }
-/** The one stream of events, resumed where it broke; a hidden page lets it go. */
-const live = {state: '', last: '', withLogs: false, listeners: {},
-  on(name, fn) {
-    const those = live.listeners[name] = live.listeners[name] || new Set();
-    those.add(fn);
-    return () => those.delete(fn);
-  },
-  emit(name, data) { for (const fn of [...live.listeners[name] || []]) fn(data); },
-  turn(now) { if (live.state !== now) live.emit('state', live.state = now); },
+/** The page's one EventSource; it resumes after the last event, and closes in a hidden page. */
+const live = {state: '', last: '', withLogs: false, target: new EventTarget(),
+  on(name, fn, signal) { live.target.addEventListener(name, ({detail}) => fn(detail), {signal}); },
+  emit(name, detail) { live.target.dispatchEvent(new CustomEvent(name, {detail})); },
+  setState(now) { if (live.state !== now) live.emit('state', live.state = now); },
   stop() {
     clearTimeout(live.timer);
     if (live.source) live.source.close();
@@ -16557,11 +16554,11 @@ const live = {state: '', last: '', withLogs: false, listeners: {},
         live.last = event.lastEventId;
         live.emit(name, JSON.parse(event.data));
       });
-    source.onopen = () => live.turn('open');
+    source.onopen = () => live.setState('open');
     source.onerror = () => {
-      live.turn('closed');
+      live.setState('closed');
       if (source.readyState !== EventSource.CLOSED) return;
-      live.stop();                     // refused: where the session has ended, overview tells
+      live.stop();                     // refused: if the session has ended, `api` signs in
       live.timer = setTimeout(() => api('overview').then(live.start, live.start), 1500);
     };
   },
@@ -16570,7 +16567,7 @@ const live = {state: '', last: '', withLogs: false, listeners: {},
     clearTimeout(live.hidden);
     if (!document.hidden && !live.source) live.start();
     if (document.hidden)
-      live.hidden = setTimeout(() => { live.stop(); live.turn('closed'); }, 20000);
+      live.hidden = setTimeout(() => { live.stop(); live.setState('closed'); }, 20000);
   }};
 
 // --- parts
@@ -16588,7 +16585,7 @@ function toast(text, kind = 'ok') {
   }
   setTimeout(() => item.remove(), kind === 'bad' ? 12000 : 5000);
 }
-/** While `promise` runs the button turns and can't be pressed. */
+/** While `promise` runs, the button is disabled and shows that it works. */
 async function busy(node, promise) {
   const focused = document.activeElement === node;
   node.disabled = true;
@@ -16600,7 +16597,7 @@ async function busy(node, promise) {
   }
 }
 const tellError = error => error.name === 'AbortError' || toast(errorText(error), 'bad');
-/** A handler of clicks: busy while it runs, an error becomes a toast. */
+/** A click handler: its button is busy while it runs, and an error becomes a toast. */
 const act = run => async event => {
   try {
     const node = event.currentTarget, result = run(event);
@@ -16612,7 +16609,7 @@ const button = (label, run, kind = '', props = {}) => el('button',
 const iconButton = (image, label, run, props = {}) => el('button', {class: 'icon-btn',
   type: 'button', 'aria-label': label, title: label, on: {click: act(run)}, ...props},
   el('span', {'aria-hidden': 'true', text: GLYPHS[image]}));
-/** `actions`: [label, kind, run]; a `run` that gives false, or throws, leaves it open. */
+/** `actions`: [label, kind, run]; the dialog stays open when `run` returns false or throws. */
 function dialog({title, body, actions = [], wide, gate, onclose}) {
   const error = el('p', {class: 'error', role: 'alert'}), close = () => node.open && node.close();
   const press = async (pressed, run) => {
@@ -16649,7 +16646,7 @@ const confirmBox = (text, action = t('remove'), title = t('confirm')) => new Pro
   dialog({title, body: el('p', {class: 'break', text: clean(text)}), onclose: () => done(false),
     actions: [[t('cancel'), 'quiet'], [action, 'danger', () => done(true)]]});
 });
-/** Asks, then deletes what the API has there. */
+/** A button that asks, then deletes `path` + `name` by the API. */
 const removal = (question, path, name, label = t('remove')) => button(label, async () => {
   if (!await confirmBox(question, label)) return;
   await api(path + encodeURIComponent(name), {method: 'DELETE'});
@@ -16671,7 +16668,7 @@ const option = (value, text = value) => el('option', {value, text});
 const select = (props, options) => el('select', props, options);
 /** {name: its text} of names whose texts begin with `prefix`. */
 const texts = (prefix, names) => Object.fromEntries(names.map(name => [name, t(prefix + name)]));
-/** How a value of each kind is asked for: a control, and what reads it, which may throw. */
+/** Kind of a field -> its control, and the function that reads it, which may throw. */
 const KINDS = {
   text: (value, props) => [input({value, ...props}), node => node.value.trim()],
   password: (value, props) => [input({type: 'password', required: true, maxlength: 200, ...props}),
@@ -16719,12 +16716,12 @@ function field(name, kind, value, {label = name, title = t(label), below, ...pro
     }
   }});
 }
-/** Fields of rows [name, kind, value, more]: {nodes, by name, values()}. */
+/** Fields of rows [name, kind, value, options]: {nodes, each field by name, values(), blame()}. */
 function form(rows) {
   const nodes = rows.map(each => field(...each));
   return {nodes, ...Object.fromEntries(nodes.map(node => [node.field, node])),
     values: () => Object.fromEntries(nodes.map(node => [node.field, node.read()])),
-    /** Shows an error at its field, and throws one that has none. */
+    /** Shows an error of the API at its field; one without a field is thrown again. */
     blame(error) {
       const node = nodes.find(each => each.field === error.param.split(/[.[]/)[0]);
       if (!node) throw error;
@@ -16733,7 +16730,7 @@ function form(rows) {
       return node.fail(errorText(error));
     }};
 }
-/** A dialog of a form's fields, or of `body`; `save(values)`, and its error goes to its field. */
+/** A dialog around a form; an error of `save(values)` is shown at its field. */
 const formDialog = ({ask, body = ask.nodes, label = t('save'), save, actions = [], ...more}) =>
   dialog({body, ...more, actions: [...more.gate ? [] : [[t('cancel'), 'quiet']], ...actions,
     [label, 'primary', async () => {
@@ -16753,7 +16750,7 @@ function segments(label, choices, value, onPick) {
   press(value);
   return el('div', {class: 'tabs', role: 'group', 'aria-label': label}, nodes);
 }
-/** Also where there is no clipboard: plain http beyond this machine. */
+/** Plain http from another machine has no navigator.clipboard: there a selection is copied. */
 async function copyText(text, near) {
   try { await navigator.clipboard.writeText(text); } catch {
     const box = el('textarea', {class: 'visually-hidden', value: text, 'aria-hidden': 'true'});
@@ -16776,7 +16773,8 @@ function copyButton(text, label = t('copy')) {
 const codeBlock = (title, text) => stack(el('div', {class: 'spread'}, el('h3', {text: title}),
   copyButton(() => text)), el('pre', {tabindex: '0', 'aria-label': title}, foreign(text)));
 const addressLine = url => row(mono(url), copyButton(() => url));
-/** Columns are [key of the head's text, render(row), class]; lines of the same `row` stay. */
+/** `columns`: [key of the head's text, render(row), class].  `update(rows)` keeps lines whose row
+ *  is the same object. */
 function table({label, columns, rows = [], empty, open}) {
   const head = ([key, , css]) => el('th', {scope: 'col', class: css},
     key ? t(key) : el('span', {class: 'visually-hidden', text: t('actions')}));
@@ -16795,7 +16793,7 @@ function table({label, columns, rows = [], empty, open}) {
   let kept = new Map();
   const root = Object.assign(el('div', box, nothing), {update(list) {
     kept = new Map(list.map(given => [given, kept.get(given) || line(given)]));
-    [...kept.values()].forEach((node, at) => {       // what is in its place keeps the focus
+    [...kept.values()].forEach((node, at) => {   // what is in place keeps the focus
       if (node !== body.children[at]) body.insertBefore(node, body.children[at] || null);
     });
     while (body.children.length > kept.size) body.lastChild.remove();
@@ -16804,14 +16802,13 @@ function table({label, columns, rows = [], empty, open}) {
   root.update(rows);
   return root;
 }
-/** `ask`, of whose answers only that of the last call arrives, and none once `end()` was called. */
-function latest(ask) {
-  let turn = 0;
-  const only = async (...args) => {
-    const mine = ++turn, answer = await ask(...args);
-    return mine === turn ? answer : new Promise(() => {});
+/** `ask`, but only the answer to its latest call arrives, and none once `signal` is aborted. */
+function latest(ask, signal) {
+  let calls = 0;
+  return async (...args) => {
+    const mine = ++calls, answer = await ask(...args);
+    return mine === calls && !(signal && signal.aborted) ? answer : new Promise(() => {});
   };
-  return Object.assign(only, {end() { turn = NaN; }});
 }
 /** Calls `fn` at most every `pause_ms`, and once more at the end. */
 function throttle(fn, pause_ms) {
@@ -16826,9 +16823,9 @@ const currentPassword = name => [name, 'password', '', {autocomplete: 'current-p
 const newPassword = name => [name, 'password', '', {autocomplete: 'new-password', minlength: 8,
   label: name === 'again' ? 'password_repeat' : 'password_new'}];
 const userName = () => el('input', {class: 'visually-hidden', autocomplete: 'username',
-  value: 'admin', tabindex: '-1', 'aria-hidden': 'true', readonly: true});   // password managers
+  value: 'admin', tabindex: '-1', 'aria-hidden': 'true', readonly: true}); // for password managers
 let signingIn = null;
-/** Asks for the password above whatever is there; what was typed below stays. */
+/** Asks for the password in a dialog above the view, which keeps what was typed. */
 const signIn = () => signingIn = signingIn || new Promise(done => {
   const ask = form([currentPassword('password')]), box = ask.password;
   formDialog({title: t('sign_in'), gate: true, ask, label: t('sign_in'),
@@ -16841,7 +16838,7 @@ const signIn = () => signingIn = signingIn || new Promise(done => {
         t('sign_in_slow', {time: fmt.span(error.retryAfter || 1)}) : errorText(error));
     })});
 });
-/** Sets a password, after a field that shows who may. */
+/** Sets a password; `first` is the field of the code or password that allows it. */
 function passwordDialog(first, {lead, ...more}) {
   const ask = form([first, newPassword('password'), newPassword('again')]);
   formDialog({ask, ...more, body: [lead, ask.nodes[0], userName(), ask.nodes.slice(1)],
@@ -16877,11 +16874,11 @@ const NAV = [['', ['overview', 'guide']], ['use', ['playground', 'clients', 'usa
   ['setup', ['providers', 'models', 'keys', 'instances', 'settings']],
   ['system', ['logs', 'about']]];
 let shown = null, isDirty = () => false, here = '';
-/** While `fn()` is true, leaving the view asks first, and nothing draws over what was typed. */
+/** `fn()` tells whether there are unsaved changes: then leaving asks, and nothing is redrawn. */
 const guard = fn => { isDirty = fn; };
 const mayLeave = async () => !isDirty() ||
   confirmBox(t('unsaved'), t('discard'), t('unsaved_title'));
-function paint() {
+function applyTheme() {
   const now = theme(), root = document.documentElement;
   root.dataset.theme = now === 'system' ? (isDark.matches ? 'dark' : 'light') : now;
   root.lang = lang() === 'zh' ? 'zh-CN' : 'en';
@@ -16900,14 +16897,14 @@ function navGroup([group, names]) {
     el('a', {href: '#' + name, data: {view: name}, text: t('view_' + name)}))));
   return group ? [el('h2', {text: t('nav_' + group), id: 'nav-' + group}), list] : [list];
 }
-/** Where the screen is narrow the navigation is shown on request. */
+/** Shows or hides the navigation on a narrow screen. */
 function drawer(open) {
   $('#nav').classList.toggle('open', open);
   $('#burger').setAttribute('aria-expanded', open);
   if (open) $('#nav [aria-current]').focus();
 }
 function frame() {
-  paint();
+  applyTheme();
   $('#skip').textContent = t('skip');
   const nav = $('#nav'), next = {system: 'light', light: 'dark', dark: 'system'}[theme()];
   nav.setAttribute('aria-label', t('nav'));
@@ -16922,9 +16919,9 @@ function frame() {
     iconButton(theme(), t('theme', {now: t('theme_' + theme()), next: t('theme_' + next)}),
       switchTheme, {id: 'theme'}),
     iconButton('user', t('account'), accountDialog, {id: 'account'}));
-  pulse();
+  showConnection();
 }
-function pulse() {
+function showConnection() {
   const open = live.state === 'open';
   document.body.classList.toggle('offline', !open);
   $('#live').replaceChildren(el('span', {class: 'dot ' + (open ? 'ok' : 'warn')}),
@@ -16951,13 +16948,14 @@ async function go() {
   await redraw();
   if (!first) $('#main').focus({preventScroll: true});
 }
-/** Draws the view anew where it was; the first `data-key` of `keys` has the focus. */
+/** Draws the view again at the same scroll position; the focus goes to the first `data-key` of
+ *  `keys` that is there. */
 async function redraw(...keys) {
   const plain = part => { try { return decodeURIComponent(part); } catch { return part; } };
   const [name, ...args] = here.split('/').map(plain), view = VIEWS[name], main = $('#main');
-  if (shown && shown.end) shown.end();
+  if (shown) shown.abort();
   isDirty = () => false;
-  const mine = shown = {}, root = stack();
+  const mine = shown = new AbortController(), root = stack();
   mark();
   const loading = el('p', {class: 'empty', role: 'status', text: t('loading')});
   const wait = setTimeout(() => main.replaceChildren(loading),
@@ -16969,7 +16967,7 @@ async function redraw(...keys) {
     main.replaceChildren(root);
     main.dataset.view = name;
     mine.version = (data.find(each => each.version) || {}).version;
-    mine.end = view.draw(root, data, args);
+    view.draw(root, data, args, mine.signal);
     scrollTo(0, place);
     const held = [...keys, key].map(each => each && root.querySelector(
       `[data-key="${CSS.escape(each)}"]:enabled`)).find(Boolean);
@@ -16981,7 +16979,7 @@ async function redraw(...keys) {
     if (!(error instanceof ApiError)) console.error(error);
   } finally { clearTimeout(wait); }
 }
-/** Saves settings.  What somebody else changed meanwhile is not written over. */
+/** Saves settings, unless they were changed elsewhere since `version`. */
 async function patchConfig(version, set, unset = [], said = 'saved') {
   try { await api('config', {method: 'PATCH', body: {version, set, unset}}); } catch (error) {
     if (error.code === 'changed_meanwhile') tellOfChange();
@@ -16996,7 +16994,7 @@ function tellOfChange() {
     t('conflict'), button(t('reload'), () => redraw())));
   scrollTo(0, 0);
 }
-/** The configuration is another one: draw it, but never over what was typed. */
+/** The configuration has changed: redraws, but not over unsaved changes. */
 function followConfig({version}) {
   if (!shown || !shown.version || shown.version === version || $('dialog')) return;
   if (isDirty()) tellOfChange(); else redraw();
@@ -17009,16 +17007,16 @@ async function start() {
   const picture = new XMLSerializer().serializeToString($('#mark'));
   document.head.append(el('link', {rel: 'icon',
     href: 'data:image/svg+xml,' + encodeURIComponent(picture)}));
-  isDark.addEventListener('change', paint);
+  isDark.addEventListener('change', applyTheme);
   addEventListener('beforeunload', event => { if (isDirty()) event.preventDefault(); });
-  paint();
+  applyTheme();
   while (!session.state) {
     try { session = await api('session'); } catch (error) {
       await new Promise(done => dialog({title: 'iflow2api', gate: true, onclose: done,
         body: el('p', {text: errorText(error)}), actions: [[t('retry'), 'primary']]}));
     }
   }
-  paint();
+  applyTheme();
   if (session.state === 'new') await firstPassword();
   else if (session.state !== 'signed_in') await signIn();
   const {next} = await api('overview').catch(() => ({}));
@@ -17027,14 +17025,14 @@ async function start() {
   $('#app').hidden = false;
   addEventListener('hashchange', go);
   document.addEventListener('visibilitychange', live.follow);
-  live.on('state', pulse);
+  live.on('state', showConnection);
   live.on('config', followConfig);
   live.start();
   await go();
 }
 """
 
-#: State, figures, requests as they happen, the chart, and usage.
+#: The views overview and usage: state, figures, live requests, the chart.
 # language=JavaScript
 _JS_OVERVIEW = r"""
 const statusBadge = ({status}) => badge(status === 499 ? t('status_left') : String(status || DASH),
@@ -17049,7 +17047,7 @@ const limitLines = limits => Object.entries(limits).map(([name, {used, limit}]) 
   el('div', {class: 'limit'}, el('span', {text: t('limit_' + name)}),
     el('meter', {value: used, max: limit, high: limit * 0.99, 'aria-hidden': 'true'}),
     el('span', {class: 'num', text: fmt.tokens(used) + ' / ' + fmt.tokens(limit)})));
-/** Health of a provider, as /health and the list tell it alike. */
+/** `item`: a provider of /health or of the list of providers. */
 function healthBadge(item, resting) {
   const states = {open: 'health_rests', 'half-open': 'health_tried'};
   if (!item.usable) return badge(t('health_disabled'), 'bad');
@@ -17084,9 +17082,10 @@ const requestTable = () => table({label: t('requests'), empty: t('requests_none'
     ['key', undefined, 'nowrap minor'],
     ['attempts', ({attempts}) => attempts.length > 1 && String(attempts.length), 'end minor'],
     ['', item => iconButton('more', t('request_details'), () => requestDialog(item)), 'end']]});
-VIEWS.overview = {needs: ['overview', 'requests?limit=200'], draw(root, [first, {data: rows}]) {
+VIEWS.overview = {needs: ['overview', 'requests?limit=200'],
+draw(root, [first, {data: rows}], args, signal) {
   const [top, logins, address, limits] = [stack(), el('div'), el('div'), stack()];
-  const tiles = grid('tiles'), requests = requestTable(), chart = usageChart('day');
+  const tiles = grid('tiles'), requests = requestTable(), chart = usageChart('day', signal);
   const fields = ['model', 'target', 'key', 'status', 'error', 'request_id'];
   let word = '', last = '';
   const which = select({'aria-label': t('status'), on: {change: () => draw()}}, [
@@ -17104,7 +17103,7 @@ VIEWS.overview = {needs: ['overview', 'requests?limit=200'], draw(root, [first, 
     card(t('providers'), link(t('manage'), '#providers', 'small quiet'), providers, logins),
     card(t('connect'), link(t('view_clients'), '#clients', 'small quiet'), address, limits)),
   card(t('requests'), row(search(t('filter'), text => { word = text; draw(); }), which), requests));
-  /** What does not move is drawn when it changes, or somebody's focus in it would be lost. */
+  /** These parts have links: they are redrawn only when they change, to keep the focus. */
   function showFixed({health, next, address: url, needs_key}) {
     const now = JSON.stringify([health.problems, health.logins, next, url, needs_key]);
     if (now === last) return;
@@ -17138,18 +17137,18 @@ VIEWS.overview = {needs: ['overview', 'requests?limit=200'], draw(root, [first, 
   show(first);
   draw();
   const later = throttle(draw, 250);
-  const ends = [chart.end, live.on('overview', show), live.on('request', item => {
+  live.on('overview', show, signal);
+  live.on('request', item => {
     if (rows.some(old => old.request_id === item.request_id && old.at === item.at)) return;
     rows.unshift(item);
     rows.length = Math.min(rows.length, 300);
     later();
-  })];
-  return () => ends.forEach(end => end());
+  }, signal);
 }};
 
 // --- tokens over time, by model
 
-/** Round steps from 0 to at least `max`, about four: 1, 2 or 5 times a power of ten. */
+/** About four ticks from 0 to at least `max`, at 1, 2 or 5 times a power of ten. */
 function niceTicks(max) {
   const top = Math.max(max, 1), power = 10 ** Math.floor(Math.log10(top / 4));
   const step = Math.max(1, [1, 2, 5, 10].find(each => each * power * 4 >= top) * power);
@@ -17174,7 +17173,7 @@ function chartArt(labels, series, width) {
       words(left + slot * (at + 0.5), height - 8, 'middle', label)),
     !sums.some(Boolean) && words(width / 2, height / 2, 'middle', t('chart_none')));
 }
-/** The models of `points`, the largest first and the rest of them last. */
+/** The models of `points`, largest first, "others" last. */
 function chartSeries(points) {
   const isRest = name => name === '\u2026';
   const tokens = group => group ? group.input + group.output : 0;
@@ -17186,19 +17185,19 @@ function chartSeries(points) {
   return series.map((each, at) => ({...each, color: at % 8 + 1,
     name: isRest(each.name) ? t('chart_rest') : clean(each.name) || t('none')}));
 }
-/** A card with the tokens of 24 hours or 30 days; its `end()` stops it. */
-function usageChart(span) {
+/** A card with the tokens of 24 hours or 30 days, drawn anew until `signal` is aborted. */
+function usageChart(span, signal) {
   const art = el('div'), legend = el('ul', {class: 'chips'});
   const words = el('div', {class: 'visually-hidden'});
   const box = card(t('chart_title'), segments(t('period'), texts('chart_', ['day', 'month']),
     span, key => { span = key; again(); }), art, legend, words);
   let paintArt = () => {};
-  const points = latest(() => api('series?span=' + span));
+  const points = latest(() => api('series?span=' + span), signal);
   const resized = new ResizeObserver(() => paintArt());
   async function draw() {
     const found = (await points()).points, series = chartSeries(found);
     const labels = found.map(({at}) => span === 'day' ?
-      moment(at, CLOCK) : moment(at + 43200, {month: 'short', day: 'numeric'}));  // a server's day
+      moment(at, CLOCK) : moment(at + 43200, {month: 'short', day: 'numeric'}));  // the day's noon
     paintArt = () => art.replaceChildren(chartArt(labels, series, Math.max(art.clientWidth, 240)));
     paintArt();
     legend.replaceChildren(...series.map(each => el('li', {class: 'chip'},
@@ -17209,21 +17208,17 @@ function usageChart(span) {
       ...series.map(each => [each.name, at => fmt.number(each.values[at])])]}));
   }
   const again = () => draw().catch(error => art.replaceChildren(note('bad', errorText(error))));
-  const stop = live.on('request', throttle(again, 1500));
+  live.on('request', throttle(again, 1500), signal);
   const timer = setInterval(again, 60000);
+  signal.addEventListener('abort', () => { resized.disconnect(); clearInterval(timer); });
   resized.observe(art);
   again();
-  return Object.assign(box, {end() {
-    points.end();
-    resized.disconnect();
-    stop();
-    clearInterval(timer);
-  }});
+  return box;
 }
 
 // --- usage by model, key, provider or day
 
-const usage = {days: '30', by: 'model'};             // stays while other views are shown
+const usage = {days: '30', by: 'model'};             // kept while other views are shown
 function usageColumns(rows) {
   const isPriced = item => !isBlank(item.cost), price = item => !isPriced(item) ? DASH :
     item.cost.toFixed(item.cost < 1 ? 4 : 2);
@@ -17240,15 +17235,15 @@ function usageColumns(rows) {
     foreign(item.name || t('none'), 'mono'), 'break'],
   ...Object.entries(figures).map(([key, render]) => ['usage_' + key, render, 'end'])];
 }
-VIEWS.usage = {draw(root) {
-  const result = stack(), chart = usageChart('month');
+VIEWS.usage = {draw(root, answers, args, signal) {
+  const result = stack();
   const csv = el('a', {class: 'btn', download: '', 'aria-label': t('usage_csv'), text: 'CSV'});
   const by = segments(t('usage_by'), texts('', ['model', 'key', 'provider', 'day']),
     usage.by, key => { usage.by = key; redrawn(); });
   const days = select({'aria-label': t('period'), value: usage.days, on: {
     change() { usage.days = days.value; redrawn(); }}},
   ['1', '7', '30', '90', '365'].map(n => option(n, t('usage_days_' + n))));
-  const ask = latest(query => api('usage?' + query));
+  const ask = latest(query => api('usage?' + query), signal);
   async function draw() {
     const query = `days=${usage.days}&by=${usage.by}`;
     csv.href = BASE + 'usage.csv?' + query;
@@ -17261,21 +17256,20 @@ VIEWS.usage = {draw(root) {
       ...hints.filter(Boolean).map(key => hint(t(key))));
     result.classList.toggle('usage-sum', rows.length > 1);
   }
-  root.append(chart, el('section', {class: 'card'},
+  root.append(usageChart('month', signal), el('section', {class: 'card'},
     el('div', {class: 'spread'}, by, row(days, csv)), result));
   const redrawn = () => draw().catch(tellError);
   redrawn();
-  return () => { ask.end(); chart.end(); };
 }};
 """
 
-#: Accounts of iFlow and providers: log in, add, edit, test, order, remove.
+#: iFlow accounts and providers: log in, add, edit, test, order, remove.
 # language=JavaScript
 _JS_PROVIDERS = r"""
-/** iFlow's login: opens its page in a window of its own, waits, shows what came of it. */
+/** Logs in to iFlow: opens its page in a new window and waits for the result. */
 async function loginDialog(account = '') {
-  const away = !/^(localhost|127\.|\[::1\])/.test(location.hostname);     // the way back then, too
-  const tab = window.open('about:blank');            // within the click, or it would be blocked
+  const away = !/^(localhost|127\.|\[::1\])/.test(location.hostname);     // so is the callback
+  const tab = window.open('about:blank');            // later it would be blocked as a pop-up
   const {url} = await api('oauth/start', {body: {account, paste: away}}).catch(error => {
     if (tab) tab.close();
     throw error;
@@ -17314,7 +17308,7 @@ const checkLine = ({what, ok, message, took_s: s}) =>
     foreign(message || t(ok ? 'check_fine' : 'check_skipped')),
     s > 0 && !/[(\uff08]\d/.test(message) &&
       el('span', {class: 'muted num', text: DOT + fmt.seconds(s)})));
-/** Tries a provider, or a draft of one, and shows in `place` what came of it. */
+/** Tests a provider, or a draft of one, and shows the checks in `place`. */
 async function tryProvider(body, place) {
   place.replaceChildren(hint(t('testing')));
   try {
@@ -17323,7 +17317,7 @@ async function tryProvider(body, place) {
     return answer;
   } catch (error) { place.textContent = ''; throw error; }
 }
-/** Masked keys that are kept until they are taken away; `indexes()` are those that stay. */
+/** The stored keys, masked, each with a button to remove it; `indexes()` are those that stay. */
 function keptKeys(keys) {
   const chips = keys.map(({masked}) => el('li', {class: 'chip mono'}, foreign(masked),
     iconButton('close', t('remove') + ' ' + clean(masked),
@@ -17331,7 +17325,7 @@ function keptKeys(keys) {
   const node = el('ul', {class: 'chips'}, chips);
   return {node, indexes: () => [...chips.keys()].filter(at => chips[at].parentNode === node)};
 }
-/** Buttons that put models into a text area, or take them out. */
+/** Buttons that add models to a text area or remove them. */
 const modelChips = (names, box) => names.slice(0, 60).map(name => {
   const isIn = () => lines(box.value).includes(name);
   const chip = el('button', {class: 'chip mono', type: 'button', 'aria-pressed': String(isIn()),
@@ -17361,7 +17355,7 @@ async function providerDialog(old, version) {
   const presets = old ? [] : (await api('presets')).data;
   const draft = old || {name: '', base_url: '', keys: [], models: [], kind: 'openai'};
   const kept = keptKeys(draft.keys), ask = form(providerFields(draft, !old,
-    old ? null : undefined));                  // null takes away what was
+    old ? null : undefined));                  // null removes the old value
   const found = el('div', {class: 'chips'}), result = el('div', {role: 'status'});
   const {name, base_url: url, api_keys: keys, models, nodes: [, , , , ...more]} = ask;
   const offer = names => found.replaceChildren(...modelChips(names, models.control));
@@ -17428,7 +17422,7 @@ function providerCard(item, list, own) {
   return el('section', {class: 'card', 'aria-label': clean(item.name)},
     el('div', {class: 'spread'}, row(el('h2', foreign(item.name)),
       healthBadge(item, item.keys.filter(key => key.state !== 'ok').length),
-      item.name === list.default_provider && badge(t('is_default'))), tools),
+      item.name === list.default_provider && badge(t('default'))), tools),
     item.problem && note('bad', foreign(item.problem)),
     hint(ROADS.map(name => item[name] && [mono(item[name]), DOT]),
       item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any'),
@@ -17474,7 +17468,7 @@ VIEWS.providers = {needs: ['providers', 'logins'], draw(root, [list, logins]) {
 }};
 """
 
-#: Models, aliases and chains, and where a name goes.
+#: Models, aliases and fallbacks, and the route of a name.
 # language=JavaScript
 _JS_MODELS = r"""
 /** An alias in a line: `name -> model, model`, or JSON after the arrow where it has conditions. */
@@ -17494,7 +17488,7 @@ const chainList = chain => el('ol', {class: 'checks'}, chain.map((item, at) => e
     foreign(item.provider + ' / ' + item.model, 'mono'), ' ',
     (!item.usable || item.circuit === 'open') && healthBadge(item),
     item.problem && hint(foreign(item.problem))))));
-/** Where a request goes, with the aliases as they stand in the form; `later()` asks again. */
+/** Explains a route with the aliases as typed in the form; `later()` asks again. */
 function routeCard(aliases) {
   const answer = el('div', {'aria-live': 'polite', class: 'stack'});
   const ask = form([
@@ -17526,7 +17520,7 @@ function routeCard(aliases) {
 function modelTable({data, default_model: usual}) {
   const rows = table({label: t('models'), empty: t('models_none'), columns: [
       ['model', item => [mono(item.id), ' ', item.alias && badge(t('alias')),
-        item.id === usual && badge(t('is_default'), 'ok')]],
+        item.id === usual && badge(t('default'), 'ok')]],
       ['provider'], ['context_size', item => item.context && fmt.tokens(item.context), 'end'],
       ['max_output', item => item.max_output && fmt.tokens(item.max_output), 'end'],
       ['vision', item => item.vision && badge(t('takes_images'), 'ok')],
@@ -17566,12 +17560,12 @@ VIEWS.models = {needs: ['models', 'config'], draw(root, [models, config]) {
 }};
 """
 
-#: The form made of the settings' metadata.
+#: The settings form, built from the settings' metadata.
 # language=JavaScript
 _JS_SETTINGS = r"""
 const shownValue = value => typeof value === 'boolean' ? t(value ? 'on' : 'off') : isEmpty(value) ?
   t('empty') : typeof value === 'string' ? value : JSON.stringify(value);
-/** The kind of its field, the value that is shown there, and what the control gets besides. */
+/** The arguments of `field` for a setting: kind, value, options. */
 function settingField({kind, value, choices, low, high, secret, set}) {
   if (choices) return ['choice', value, {options: choices.map(name =>
     [name, name || t('automatic')])}];
@@ -17590,7 +17584,7 @@ function lockOf({file_only, origin, flag, name}) {
   return origin === 'environment' &&
     t('from_environment', {name: 'IFLOW2API_' + name.toUpperCase()});
 }
-/** One setting of the form; `changed()` is told of each change. */
+/** One setting of the form; calls `changed()` at each change. */
 function settingPart(item, changed) {
   const [kind, value, props] = settingField(item), locked = lockOf(item);
   const [, unit] = item.name.match(/_(s|bytes|days)$/) || [], usual = shownValue(item.default);
@@ -17646,7 +17640,7 @@ VIEWS.settings = {needs: ['config'], draw(root, [config]) {
     for (const {item, box, isCleared} of list) {
       if (isCleared()) continue;
       if (!box.control.checkValidity()) return;
-      try { set[item.name] = box.read(); } catch { return; }     // told at the field
+      try { set[item.name] = box.read(); } catch { return; }     // the field shows why
     }
     const unset = list.filter(part => part.isCleared()).map(({item}) => item.name);
     const said = list.some(({item}) => item.restart) ? 'saved_restart' : 'saved';
@@ -17742,8 +17736,8 @@ VIEWS.about = {needs: ['about'], draw(root, [about]) {
 // --- the log, live
 
 const LOG_KEPT = 2000, LEVELS = ['debug', 'info', 'warning', 'error'];
-/** The newest lines, each in one line of the screen; a click shows all of it, Enter all of all. */
-VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}]) {
+/** The newest log lines, each cut to one line; a click unfolds one, Enter unfolds all. */
+VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}], args, signal) {
   let waiting = [], last = null, isFollowing = true, word = '', asked = 0;
   const level = select({'aria-label': t('log_level'), value: 'info', on: {change: () => sift()}},
     LEVELS.map(name => option(name, t('level_' + name))));
@@ -17797,13 +17791,14 @@ VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}
     ask();
   }
   const more = async () => (await api('logs?level=debug&limit=10000')).data.forEach(add);
-  const ends = [live.on('log', add), live.on('dropped', more), () => live.logs(false)];
+  live.on('log', add, signal);
+  live.on('dropped', more, signal);
+  signal.addEventListener('abort', () => live.logs(false));
   live.logs(true);
   root.append(row(level, search(t('logs_search'), text => { word = text; sift(); }), total,
     el('a', {class: 'btn', href: BASE + 'logs.txt', download: 'iflow2api.log',
       text: t('download')})), el('div', {class: 'log-box'}, pane, none, newest));
   first.forEach(add);
-  return () => ends.forEach(end => end());
 }};
 """
 
@@ -17854,14 +17849,6 @@ VIEWS.clients = {needs: ['models'], draw(root, [models], [wanted]) {
     facts({base_url: addressLine(url)}), hint(t('clients_other')), model, shownLines.node)));
   ask();
 }};
-function guideTest(name) {
-  return button(t('test'), async () => {
-    const {ok, checks} = await api('providers/test', {body: {name}});
-    const failed = checks.find(check => check.ok === false);
-    if (ok) toast(t('test_fine', {name}));
-    else toast(failed ? failed.message : t('test_bad'), 'bad');
-  }, 'small quiet');
-}
 /** The first start in three steps. */
 VIEWS.guide = {needs: ['providers', 'models', 'config'], draw(root, [list, models, config]) {
   const step = (n, done, ...body) => el('li', {class: 'card step' + (done ? ' done' : '')},
@@ -17874,8 +17861,10 @@ VIEWS.guide = {needs: ['providers', 'models', 'config'], draw(root, [list, model
   const usual = settingOf(config, 'default_model') || models.default_model || '';
   const names = models.data.filter(item => !item.alias && usable.includes(item.provider))
     .map(item => item.id);
-  const one = step(1, has, has && el('ul', {class: 'chips'}, usable.map(name =>
-    el('li', {class: 'chip'}, el('span', {class: 'dot ok'}), foreign(name), guideTest(name)))),
+  const result = el('div', {role: 'status'});
+  const one = step(1, has, has && el('ul', {class: 'chips'}, usable.map(name => el('li',
+    {class: 'chip'}, el('span', {class: 'dot ok'}), foreign(name),
+    button(t('test'), () => tryProvider({name}, result), 'small quiet')))), result,
   row(button(t('login_iflow'), () => loginDialog(), has ? '' : 'primary'),
     button(t('provider_add'), () => providerDialog(null, list.version))));
   const model = names.length ? field('model', 'choice', usual || names[0], {options: [...new Set(
@@ -17901,7 +17890,7 @@ VIEWS.guide = {needs: ['providers', 'models', 'config'], draw(root, [list, model
 #: The playground: one chat by the Chat API.
 # language=JavaScript
 _JS_PLAY = r"""
-/** One conversation with a model by the Chat API; it stays while other views are shown. */
+/** The conversation by the Chat API; kept while other views are shown. */
 const talk = {model: '', stream: true, messages: [], images: [], draft: '', nodes: []};
 /** The JSON of each record of a stream of server-sent events, without [DONE]. */
 async function* recordsOf(response) {
@@ -17936,7 +17925,7 @@ function answerNode() {
     },
     end(word) { foot.replaceChildren(word); }};
 }
-/** Shows an answer as it comes; what it took, in words. */
+/** Shows an answer as it comes; returns model, times and tokens in words. */
 async function answerTalk(answer, body, signal) {
   const began = performance.now(), elapsed = () => (performance.now() - began) / 1000;
   let first, usage, finish;
@@ -18026,7 +18015,7 @@ VIEWS.playground = {needs: ['models'], draw(root, [models], [wanted]) {
     clearInterval(follow);
     talk.running = null;
     if (answer.text) talk.messages = [...sent.messages, {role: 'assistant', content: answer.text}];
-    else {                               // it can be sent again
+    else {                               // to be sent again
       if (!talk.draft) Object.assign(talk, {draft, images});
       text.value = talk.draft;
     }
@@ -18081,7 +18070,7 @@ live_off = 正在重新连接… = Reconnecting… | error_status = 服务器返
 error_offline = 连不上 iflow2api，它可能已停止 = iflow2api does not answer; it may have stopped
 error_page = 页面出错：{text} = The page failed: {text} | retry = 重试 = Try again | reload = 重新载入 = Reload
 loading = 加载中… = Loading… | nothing = 暂无内容 = Nothing here yet | actions = 操作 = Actions
-table = 表格 = Table | copy = 复制 = Copy | copied = 已复制 = Copied
+copy = 复制 = Copy | copied = 已复制 = Copied
 copy_failed = 浏览器不允许复制，请手动选中复制 = The browser does not allow copying; select the text instead
 close = 关闭 = Close | cancel = 取消 = Cancel | save = 保存 = Save | remove = 删除 = Remove
 confirm = 请确认 = Please confirm | discard = 放弃更改 = Discard changes
@@ -18126,7 +18115,7 @@ guide_try = 先在网页里试一试 = Try it here first
 guide_open_login_or_provider = 还没有可用的模型服务。 = No model service is connected yet.
 guide_open_models = 还没有选定默认模型。 = No default model is chosen yet.
 guide_open_client = 一切就绪，只差客户端。 = All is ready; only a client is missing. | client = 客户端 = Client
-done = 已完成 = done | test_fine = {name} 工作正常 = {name} works | test_bad = 测试未通过 = The test failed
+done = 已完成 = done
 # accounts and providers
 iflow_accounts = iFlow 账号 = iFlow accounts | accounts = 账号 = Accounts
 iflow_lead = 登录后，iFlow 的模型就能直接使用，令牌会自动续期。 = After logging in, iFlow's models are ready to use, \
@@ -18183,7 +18172,7 @@ check_reach = 连接 = Connection | check_key = 密钥 = Key | check_model = 模
 check_fine = 正常 = ok | check_skipped = 未测试 = not tested | check_stream = 流式 = Stream
 check_tools = 工具 = Tools | key_rests = 暂停 {time} = rests {time} | key_refused = 被拒绝 = refused
 none = 无 = none | unlimited = 不限 = no limit | at_once = 并发 {n} = {n} at once
-at_once_any = 并发不限 = any number at once | is_default = 默认 = default
+at_once_any = 并发不限 = any number at once
 source_flag = 命令行参数 = command-line flag
 source_detected = 自动发现的本地引擎 = local engine, found by itself | source_login = iFlow 登录 = iFlow login
 bad_json = JSON 有误：{text} = Not valid JSON: {text}
@@ -18329,7 +18318,7 @@ def fill_in(text: str, facts: Mapping[str, Any]) -> str:
 
 @lru_cache(1)
 def page_script() -> str:
-    """One script of all views; comments that fill lines, and indents, stay here."""
+    """The script of all views without indents and without comments on lines of their own."""
     parts = (_JS_CORE, _JS_OVERVIEW, _JS_PROVIDERS, _JS_MODELS, _JS_SETTINGS, _JS_KEYS,
              _JS_CLIENTS, _JS_PLAY)
     script = "".join(("(() => {\n'use strict';", *parts, "start();\n})();"))
@@ -18350,7 +18339,7 @@ def admin_page() -> Tuple[bytes, str]:
 
 
 def show_page(handler: Handler) -> None:
-    """GET /admin: the page, to anybody who may reach this server; it holds nothing but itself."""
+    """GET /admin: the page, which has no data in it; the API asks for the session."""
     body, policy = admin_page()
     handler.respond_static(body, "text/html; charset=utf-8",
                            (("Content-Security-Policy", policy), ("X-Frame-Options", "DENY")))
@@ -18363,7 +18352,7 @@ add_routes({"GET /admin": Route(show_page, public=True)})
 #
 # A small upstream built in: `--demo` runs the program against it, without account or network.
 
-#: demo-text shows what becomes of images for a model that can't see; any other name is answered.
+#: demo-text takes no images, to show how those are handled; any other model name is answered, too.
 DEMO_MODELS: Tuple[Json, ...] = (
     {"id": "demo", "context": 131072, "max_output": 16384, "vision": True},
     {"id": "demo-vision", "context": 131072, "max_output": 16384, "vision": True},
@@ -18379,11 +18368,11 @@ _DEMO_SAYS = {
              "这是 iflow2api 内置的演示模型，不需要账号，也不联网。您说：“{}”。"
              "接入真正的模型：python iflow2api.py provider add zhipu")}
 
-#: Of many tools one is called that only reads; a word of its name tells.
+#: Words in names of tools that only read: the demo calls such a tool first.
 _READS = ("get", "list", "read", "search", "find", "look", "fetch", "glob", "grep", "view",
           "weather")
 
-#: Arguments that harm nothing, by name, else by type.
+#: Harmless arguments, by name, else by type.
 _DEMO_VALUES: Json = {"command": "echo hello from the demo", "path": ".", "file_path": "README.md",
                       "pattern": "*", "city": "Paris", "location": "Paris", "integer": 1,
                       "number": 1, "boolean": False, "array": [], "object": {}}
@@ -18401,7 +18390,8 @@ def _demo_texts(message: Json) -> List[str]:
 
 
 def _demo_call(body: Json, fresh: List[Json], asked: str) -> Optional[Json]:
-    """The tool to call, once in a conversation: the demanded, named, reading or first one."""
+    """The tool to call, once in a conversation: the one that tool_choice names, else one named in
+    `asked`, else one that reads, else the first."""
     choice = body.get("tool_choice")
     known = {tool["function"]["name"]: tool["function"].get("parameters") or {}
              for tool in body.get("tools") or ()}
@@ -18430,8 +18420,8 @@ def _demo_thinks(body: Json) -> bool:
 
 
 def demo_message(body: Json) -> Tuple[Json, str]:
-    """Think, call an offered tool once, tell its result, that images came, or what was asked: the
-    message, and why it ends."""
+    """The message and its finish reason: it thinks, calls an offered tool once, and repeats the
+    tool's result, the number of images or the question."""
     messages = body["messages"]
     spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     fresh = messages[spoken[-1] + 1:] if spoken else messages         # what it has not seen yet
@@ -18499,7 +18489,7 @@ def demo_chunks(body: Json, whole: Json) -> Iterator[Json]:
 class DemoUpstream(Listener):
     """A small OpenAI-compatible server on a loopback port.
 
-    `pace_s` lies between two pieces of a stream, `first_s` before an answer.
+    `pace_s` passes between two pieces of a stream, `first_s` before an answer.
     """
     request_queue_size = 128
 
@@ -18510,7 +18500,7 @@ class DemoUpstream(Listener):
         threading.Thread(target=self.serve_forever, args=(5,), name="demo", daemon=True).start()
 
     def settings(self) -> Json:
-        """Settings that lead everything to it, whatever config.json says."""
+        """Settings that route everything to it, whatever config.json says."""
         entry = {"name": "demo", "base_url": self.base_url, "models": list(DEMO_MODELS)}
         return {"providers": [entry], "aliases": {}, "default_provider": "demo",
                 "default_model": "demo", "api_key": ""}
@@ -18544,7 +18534,7 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
     server_version, sys_version, disable_nagle_algorithm, timeout = "demo", "", True, 75
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Hops that lie in this process need no log."""
+        """The gateway logs these requests."""
 
     def do_GET(self) -> None:
         self._send(*self.server.answer(self.path, None))
