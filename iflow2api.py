@@ -18715,7 +18715,7 @@ encrypt_on = {path} 中的密钥已加密 = secrets in {path} are encrypted
 encrypt_off = {path} 中的密钥现在是明文 = secrets in {path} are plain text now
 encrypt_none = 其中还没有密钥；此设置用于以后写入的 = it holds none yet; those written later will be
 left = {text}（保持不变） = {text} (left as it is) | new_password = 新密码： = new password:
-same_again = 再输入一次： = repeat it:
+same_again = 再输入一次： = again:
 not_the_same = 两次输入不一致；没有改动 = the two differ; nothing was changed
 no_terminal = 这里没有终端；从标准输入读取密码：{program} admin reset-password - = there is no terminal here; to \
 read it from standard input: {program} admin reset-password -
@@ -18971,7 +18971,7 @@ def tr(which: str, **facts: Any) -> str:
     return fill_in(CONSOLE.text(console_texts()[which]), {**facts, "program": PROGRAM})
 
 
-def word(which: str) -> str:
+def tr_word(which: str) -> str:
     """A text that the page shows as a title, as a word of a line."""
     return tr(which).lower()
 
@@ -18999,7 +18999,7 @@ def or_near(text: str, name: str, names: Iterable[str], show: str = "") -> str:
 
 
 def unknown_name(kind: str, name: str, names: Iterable[str], show: str = "") -> UsageError:
-    text = tr("unknown", kind=word(kind), name=one_line(name, 60))
+    text = tr("unknown", kind=tr_word(kind), name=one_line(name, 60))
     return UsageError(or_near(text, name, names, show))
 
 
@@ -19110,7 +19110,7 @@ def say_problems(problems: Iterable[str]) -> None:
 
 def _row(which: str, *columns: str) -> None:
     """A line of an answer: its label, a key of the texts or "", and what there is to say."""
-    label = word(which) if which else ""
+    label = tr_word(which) if which else ""
     print(label + " " * max(2, 10 - columns_of(label)) + "  ".join(filter(None, columns)))
 
 
@@ -19508,7 +19508,7 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
               "login": [(tr(login), "")], "page": page,
               "problem": [(one_line(problem, 200), "yellow") for problem in problems],
               "next": [(step, "bold") for step in steps]}
-    rows = [("" if number else word(which), *row) for which, block in blocks.items()
+    rows = [("" if number else tr_word(which), *row) for which, block in blocks.items()
             for number, row in enumerate(block)]
     return lay_out(rows, CONSOLE.columns, "dim")
 
@@ -19728,7 +19728,7 @@ def cmd_status(args: Args) -> int:
     settings, router = gateway.settings, gateway.current().router
     health = _ask_running(settings)
     status = "healthy" if health.get("status") == "healthy" else "degraded"
-    state = tr("running", status=word(status), version=health.get("version"),
+    state = tr("running", status=tr_word(status), version=health.get("version"),
                in_flight=health.get("in_flight")) if health else tr("not_running")
     _row("server", f"http://{settings.host}:{settings.port}", state)
     _row("config", _config_of(args).path)
@@ -19896,7 +19896,8 @@ def _provider_presets(args: Args) -> int:
         say(tr("add_preset"))
         return 0
     preset = _preset(name)
-    _row(name, CONSOLE.text(preset.titles), _key_column(preset), preset.key_page)
+    facts = (name, CONSOLE.text(preset.titles), _key_column(preset), preset.key_page)
+    print("  ".join(filter(None, facts)))
     table = [[f"  {ROADS[road]}", url] for road, url in preset.roads.items()]
     print("\n".join(aligned(table)))
     table = [[f"  {model}", tr("context", size=facts["context"]),
@@ -20306,7 +20307,8 @@ def _key_list(args: Args) -> int:
         if key.expires_at != float("inf"):
             at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key.expires_at))
             facts["expired" if key.expires_at <= time.time() else "expires"] = at
-        told = [tr("named", name=word(which), value=fact) for which, fact in facts.items() if fact]
+        told = [tr("named", name=tr_word(which), value=fact)
+                for which, fact in facts.items() if fact]
         row = used.get(key.name)
         if row:
             told.append(tr("used_today", requests=row["requests"],

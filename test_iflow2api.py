@@ -15440,7 +15440,7 @@ def test_texts_are_whole_and_used():
         ("rests", ("open", "half-open"))) for end in ends} | set(ifl.KIND_SHAPES)
     named |= set(errno.errorcode.values()) & set(table) | {
         "config_dir", "help_flag", "environment", "file", "flag"}
-    assert set(re.findall(r'\b(?:tr|word)\("([\w-]+)"[,)]', code)) <= {*table, *shared}
+    assert set(re.findall(r'\b(?:tr|tr_word)\("([\w-]+)"[,)]', code)) <= {*table, *shared}
     assert {key for key in table if not re.search(f"[\"']{key}[\"']", code)} - named == set()
 
 
