@@ -5651,7 +5651,8 @@ class MessagesTurn(Turn):
 
 def count_message_tokens(body: Json) -> int:
     """About how many tokens a Messages request (with or without max_tokens) takes; BadRequest."""
-    return MessagesTurn({**body, "max_tokens": 1}, DEFAULT_PROFILE, "").raw_estimate
+    body = {**body, "max_tokens": 1, "compaction": None}         # counted as it was sent
+    return MessagesTurn(body, DEFAULT_PROFILE, "").raw_estimate
 
 
 # --- tool arguments
@@ -14397,12 +14398,12 @@ do or check. Show no long code that nobody asked for.
 """
 
 
-def codex_models(gateway: Gateway, models: Iterable[Json]) -> List[Json]:
+def codex_models(gateway: Gateway, models: Sequence[Json]) -> List[Json]:
     """The models as Codex' list has them, each with all that it insists on; what is not known of
-    a model is left to Codex.
+    a model is left to Codex.  In its menu they come before its own ones, which begin at priority 0.
     """
     default, shown = gateway.current(look=False).router.default_model, []
-    for rank, name in enumerate((model["id"] for model in models), 1):
+    for rank, name in enumerate((model["id"] for model in models), -len(models)):
         target = target_of(gateway, name, "responses") or Target(Provider(""), name)
         profile, provider = profile_of(target), target.provider
         known = {**provider.profile, **provider.facts.get(target.model, {})}
@@ -14410,11 +14411,11 @@ def codex_models(gateway: Gateway, models: Iterable[Json]) -> List[Json]:
         sees = profile["vision"] or bool(provider.vision_model)
         shown.append({
             "slug": name, "display_name": name, "description": f"{provider.name}/{target.model}",
-            "priority": 0 if name == default else rank, "visibility": "list",
+            "priority": -len(models) - 1 if name == default else rank, "visibility": "list",
             "supported_in_api": True, "base_instructions": CODEX_PROMPT,
             "shell_type": "shell_command", "apply_patch_tool_type": None, "upgrade": None,
             "experimental_supported_tools": [],
-            "supported_reasoning_levels": [{"effort": effort, "description": effort}
+            "supported_reasoning_levels": [{"effort": effort, "description": ""}
                                            for effort in efforts],
             "supports_reasoning_summaries": bool(efforts),
             "input_modalities": ["text", *(["image"] if sees else [])],
