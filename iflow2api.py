@@ -2388,7 +2388,7 @@ def with_iflow_facts(provider: Provider, settings: Settings) -> Provider:
 def preset_name(value: Any, where: str) -> str:
     if any_text(value, where) not in PRESETS:
         raise ValueError(f"{where}: there is no {one_line(value, 60)!r}"
-                         f"{nearest(value, PRESETS) or '; '}`provider presets` lists them")
+                         f"{nearest(value, PRESETS)} (`provider presets` lists them)")
     return value
 
 
@@ -2476,7 +2476,8 @@ def without_preset(entry: Json) -> Json:
     """An entry of `providers` without what its preset says as well."""
     preset = _preset_of(entry)
     same = {} if preset is None else {
-        **preset.roads, "models": list(preset.models), "headers": preset.headers}
+        **preset.roads, "models": list(preset.models), "headers": preset.headers,
+        "profile": preset.profile}
     left = {name: value for name, value in entry.items() if value not in (None, "", same.get(name))}
     if preset is not None and isinstance(left.get("profile"), dict):
         left["profile"] = {name: value for name, value in left["profile"].items()
@@ -17374,7 +17375,6 @@ async function providerDialog(old, version) {
     for (const road of ROADS) ask[road].control.value = chosen[road] || '';
     models.control.value = names.join('\n');
     offer(names);
-    (chosen.key_variable ? keys : name).control.focus();
   });
   const read = () => {
     const given = ask.values(), names = lines(given.models.join());
@@ -18154,7 +18154,7 @@ provider_remove = 删除上游 {name}？它的密钥也会一并删除。 = Remo
 with it.
 preset = 服务商 = Service | preset_none = 自定义 = Custom
 preset_hint = 选一个常见服务商，地址和兼容选项会自动填好 = Choose a common one and its address and options are filled in
-paid_plan = 套餐 = plan | paid_use = 按量付费 = metered | paid_nothing = 本地 = local
+paid_plan = 包月 = subscription | paid_use = 按量付费 = metered | paid_nothing = 本地 = local
 get_key = 获取密钥 = Get a key
 messages_url = Messages 地址 = Messages address | responses_url = Responses 地址 = Responses address
 api_keys = API 密钥 = API keys | api_keys_more = 再加密钥 = More API keys

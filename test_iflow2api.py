@@ -1642,7 +1642,8 @@ OWN = "http://127.0.0.1:9/v1"
      {"headers": (("NVCF-POLL-SECONDS", "9"),)}),
     ({"preset": None, "base_url": OWN}, {"models": ()}),
     ({"preset": "zhipo"}, {"problem": "preset: there is no 'zhipo'; did you mean zhipu?"}),
-    ({"preset": "nothing"}, {"problem": "preset: there is no 'nothing'"}),
+    ({"preset": "nothing"},
+     {"problem": "preset: there is no 'nothing' (`provider presets` lists them)"}),
     ({"preset": []}, {"problem": "preset: a string expected"})])
 def test_a_preset_fills_in_the_rest_of_a_provider(entry, expected):
     made = ifl.parse_provider({"name": "p", **entry}, {})
@@ -2874,12 +2875,13 @@ SHOWING = {
 
 
 def test_an_image_for_a_model_that_takes_none_is_the_clients_mistake(server, upstream):
-    made = server(upstream)
+    made = server(upstream, retry={"count": 1, "backoff_s": 0})
     for path, (status, text) in itertools.product(ASKS, NO_IMAGES):
         upstream.plays(plain({"error": {"message": text}}, status))
         answer = ask_in(made, path, False, **SHOWING[path])
         assert answer.status == 400 and text in answer.json["error"]["message"]
-        upstream.plays(plain({"error": {"message": text}}, 500))
+        assert answer.headers["x-should-retry"] == "false"
+        upstream.plays(*[plain({"error": {"message": text}}, 500)] * 2)
         assert ask_in(made, path, False).status == 500, "no image was sent"
 
 
@@ -13760,6 +13762,38 @@ def test_providers_are_added_edited_ordered_and_removed(admin, config, upstream)
     assert "default_provider" not in config.read() and len(config.read()["providers"]) == 1
 
 
+def test_a_provider_of_a_preset_keeps_only_what_differs(admin, config):
+    browser = admin()
+    preset, key = ifl.PRESETS["deepseek"], "sk-0123456789abcdef"
+    given = {**preset.roads, "models": list(preset.models), "profile": dict(preset.profile)}
+    assert browser("POST", "providers", {"name": "d", "preset": "deepseek", "api_keys": [key],
+                                         **given}).status == 201
+    assert config.read()["providers"] == [
+        {"name": "d", "preset": "deepseek", "api_keys": [key]}]
+    shown, = browser.get("providers")["data"]
+    assert {name: shown[name] for name in given} == given and shown["preset"] == "deepseek"
+    answer = browser.edit("PUT", "providers/d", concurrency=2, **given)
+    assert answer.status == 200 and answer.json["keys"][0]["masked"] == "sk-…cdef"
+    browser.edit("PUT", "providers/d", profile={**given["profile"], "files": True})
+    kept, = config.read()["providers"]
+    assert kept == {"name": "d", "preset": "deepseek", "api_keys": [key], "concurrency": 2,
+                    "profile": {"files": True}}
+    for moved in ({"base_url": "https://other.example/v1"}, {"preset": "zhipu"},
+                  {"messages_url": "https://other.example"}):
+        browser.refuses("PUT", "providers/d", {"version": browser.version, **moved}, 400,
+                        "api_keys", "address_changed")
+
+
+def test_the_page_is_told_titles_roads_and_how_each_preset_is_paid(admin):
+    rows = {row["name"]: row for row in admin().get("presets")["data"]}
+    plan, house, engine = rows["zhipu-coding"], rows["gemini"], rows["ollama"]
+    assert plan["title"]["en"] == "Zhipu coding plan" and plan["title"]["zh"] != plan["title"]["en"]
+    assert [row["paid_by"] for row in (plan, house, engine)] == ["plan", "use", "nothing"]
+    assert plan["roads"] == ["Chat", "Messages"] and house["models"] == []
+    assert plan["key_page"].startswith("https://open.bigmodel.cn/") and not engine["key_variable"]
+    assert list(rows) == list(ifl.PRESETS)
+
+
 def test_a_renamed_provider_keeps_its_clients_and_its_price(admin, config, upstream):
     browser = admin(provider(upstream, "old"),
                     client_keys=[key_entry("bob", "sk-bob", models=["old/*", "m9"])],
@@ -14621,6 +14655,35 @@ def test_the_page_alone_leads_to_a_working_client(fresh_server, demo, tab, langu
         assert not page.run("return document.querySelector('main [role=alert].card')"), name
     page.show("overview")
     page.find("main td", "demo-vision")
+    assert page.complaints() == []
+
+
+def test_a_preset_is_chosen_by_its_title_and_fills_in_the_form(fresh_server, tab):
+    page, gateway = tab(), fresh_server.gateway
+    first_start(page, fresh_server)
+    page.press("main .btn", wording("provider_add"))
+    page.find("dialog select")
+    options = page.run("return [...document.querySelector('dialog select').options].map("
+                       "item => item.text)")
+    assert options[1] == "Zhipu coding plan · subscription" and "Zhipu · metered" in options
+    page.find("dialog select").send_keys("Z.ai coding plan")
+    page.find("dialog .hint", "Chat, Messages Get a key")
+    assert page.find("dialog a[target]").get_attribute("href").startswith("https://z.ai/")
+    page.fill(wording("api_keys"), "sk-0123456789abcdef")
+    page.press("dialog .primary")
+    page.gone("dialog")
+    page.show("providers")
+    page.find("main section.card .hint", "https://api.z.ai/api/anthropic")
+    entry, = gateway.config.read()["providers"]
+    assert entry["name"] == entry["preset"] == "zai-coding" and not {
+        "base_url", "messages_url", "models", "profile"} & set(entry)
+    page.press("main section.card .btn", wording("edit"))
+    page.press("dialog summary")
+    page.fill(wording("concurrency"), "3")
+    page.press("dialog .primary")
+    page.gone("dialog")
+    page.until(lambda: gateway.config.read()["providers"][0].get("concurrency") == 3, "not saved")
+    assert set(gateway.config.read()["providers"][0]) - set(entry) <= {"concurrency"}
     assert page.complaints() == []
 
 
