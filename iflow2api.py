@@ -3097,11 +3097,11 @@ NO_TOOL = "These tools are not available here: {}. Say so instead of guessing wh
 NO_PDF = "[a PDF ({}) was here; this model can't see it: use a tool to extract its text]"
 
 
-def short_name(name: str, limit: int = 64) -> str:
+def short_name(name: str) -> str:
     """`name` cut to what Chat allows, the same each time and different for different names."""
-    if len(name) <= limit:
+    if len(name) <= 64:
         return name
-    return name[:limit - 9] + "_" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+    return name[:55] + "_" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
 
 
 def reasoning_of(message: Json) -> str:
@@ -4405,7 +4405,7 @@ class ReasoningMerge:
 
 
 def encode_chunk(chunk: Any) -> bytes:
-    """A chat chunk, or the end, as a record."""
+    """A chunk or another object, or the end, as a record."""
     return b"data: " + (b"[DONE]" if chunk == "[DONE]" else dump_json(chunk)) + b"\n\n"
 
 
@@ -4768,6 +4768,11 @@ class ChatHistory:
             text = f"{text}\n\n{note}" if text else note
             self._attached += [text_part(f"Attachment(s) of tool result {ident}:"), *files]
         self.messages.append(_tool_message(ident, text))
+
+    def with_system(self, *texts: Optional[str]) -> List[Json]:
+        """The messages; the first has these system texts and the leading ones."""
+        system = "\n\n".join(filter(None, [*texts, *self.leading]))
+        return [*([{"role": "system", "content": system}] if system else []), *self.messages]
 
     def end_step(self) -> None:
         """Nothing more belongs to the latest assistant's message."""
@@ -6617,6 +6622,7 @@ class ResponsesTurn(Turn):
                  seal: Seal, codex: bool = False, compact: bool = False) -> None:
         _check_fields(body)
         items = _input_items(body, recall, item)
+        self.is_compact = compact
         self.compacts = compact or bool(items) and items[-1]["type"] == "compaction_trigger"
         self.items = [entry for entry in items if entry["type"] != "compaction_trigger"]
         self.store = body.get("store") is not False
@@ -6676,12 +6682,10 @@ class ResponsesTurn(Turn):
         """The chat request in OpenAI's words."""
         history = _ItemHistory(self.tools, self.profile, self.seal, thinking)
         history.read(self.items)
-        messages, leading = history.chat.messages, history.chat.leading
-        if not messages and not leading:
+        if not history.chat.with_system():
             raise _bad("`input` holds no message", "input")
-        system = "\n\n".join(filter(None, [self._body.get("instructions"), *leading]))
-        chat: Json = {"model": model, "messages": [
-            *([{"role": "system", "content": system}] if system else []), *messages]}
+        chat: Json = {"model": model,
+                      "messages": history.chat.with_system(self._body.get("instructions"))}
         if self._body.get("stream"):
             chat["stream"] = True
         chat.update((name, self._body[field]) for name, field in _SAMPLING.items()
@@ -6728,17 +6732,6 @@ _ECHOED: Json = {
 
 #: Chat's names of fields that are passed on -> those of Responses.
 _SAMPLING = {"max_tokens": "max_output_tokens", "temperature": "temperature", "top_p": "top_p"}
-
-
-def compact_reply(turn: ResponsesTurn, response: Json, new_id: Callable[[str], str]) -> Json:
-    """The answer of POST /v1/responses/compact to a turn made with `compact=True`: user messages,
-    then the summary.
-    """
-    said = [{"id": new_id("msg_"), "status": "completed", **item} for item in turn.items
-            if item["type"] == "message" and item.get("role") == "user"]
-    return {"id": response["id"], "object": "response.compaction",
-            "created_at": response["created_at"],
-            "output": said + response["output"], "usage": response["usage"]}
 
 
 def count_response_tokens(body: Json, recall: Callable[[str], Optional[List[Json]]],
@@ -7218,7 +7211,7 @@ class ResponsesStream(AnswerWriter):
 
 
 class _CompactionStream(ResponsesStream):
-    """The answer to a compaction_trigger: whatever the model writes becomes one sealed item."""
+    """The answer to a compaction: whatever the model writes becomes one sealed item."""
 
     def __init__(self, turn: ResponsesTurn, new_id: Callable[[str], str]) -> None:
         super().__init__(turn, new_id)
@@ -7238,6 +7231,18 @@ class _CompactionStream(ResponsesStream):
         item = _Item(self)
         yield item.announce(compaction)
         yield item.finish(compaction)
+
+    def whole(self, completion: Json) -> Json:
+        """That of POST /v1/responses/compact lists the user's messages, then the summary."""
+        response = super().whole(completion)
+        if not self.turn.is_compact:
+            return response
+        said = [{"id": self.new_id("msg_"), "status": "completed", **item}
+                for item in self.turn.items
+                if item["type"] == "message" and item.get("role") == "user"]
+        return {"id": response["id"], "object": "response.compaction",
+                "created_at": response["created_at"],
+                "output": said + response["output"], "usage": response["usage"]}
 
 
 # === 10. Gemini (pure) =======================================================
@@ -7535,9 +7540,7 @@ class GeminiTurn(Turn):
         given = body.get("systemInstruction", body.get("system_instruction")) or {}
         texts = [given] if isinstance(given, str) else [
             member(part, "text", str, at) for part, at in _objects_at(given, "parts", "system.")]
-        system = "\n\n".join(filter(None, [*texts, *history.leading, rule]))
-        chat: Json = {"model": model, "messages": [
-            *([{"role": "system", "content": system}] if system else []), *history.messages]}
+        chat: Json = {"model": model, "messages": history.with_system(*texts, rule)}
         for name, field in _GENERATION.items():
             value = self._given(name, _NUMBER)
             if value is not None:        # whole numbers come as floats, too
@@ -8430,19 +8433,11 @@ class ResponsesTranslation(TurnTranslation):
         return answer
 
 
-class CompactTranslation(ResponsesTranslation):
-    """POST /v1/responses/compact: the same request, answered by its summary."""
-
-    def _answer(self, completion: Json) -> Json:
-        response = self._writer.whole(completion)
-        return self._keep(compact_reply(self._turn, response, self._context.new_id))
-
-
 class GeminiTranslation(TurnTranslation):
     """A generateContent request."""
 
     def _encode(self, event: Json) -> bytes:
-        return b"data: " + dump_json(event) + b"\n\n"
+        return encode_chunk(event)
 
 
 class GeminiArrayTranslation(GeminiTranslation):
@@ -8571,7 +8566,7 @@ class ChatDialect:
 
     def error_event(self, exc: GatewayError, request_id: str) -> bytes:
         """An error within a stream; no [DONE] follows (the Python SDK raises APIError on it)."""
-        return b"data: " + dump_json(self.error(exc, request_id)) + b"\n\n"
+        return encode_chunk(self.error(exc, request_id))
 
 
 class MessagesDialect(ChatDialect):
@@ -8607,16 +8602,23 @@ class MessagesDialect(ChatDialect):
 class ResponsesDialect(ChatDialect):
     """OpenAI Responses."""
     name = "responses"
-    compact = False
-    _translation = ResponsesTranslation
+
+    def __init__(self, path: str, compact: bool = False) -> None:
+        super().__init__(path)
+        self._compact = compact          #: POST /v1/responses/compact, which does not stream
+
+    def check(self, body: Json) -> None:
+        super().check(body)
+        if self._compact:
+            body.pop("stream", None)
 
     def open(self, call: Call, target: Target, context: Context) -> Translation:
         store, owner = context.store, call.owner
         turn = ResponsesTurn(call.body, profile_of(target), target.model, now=context.now,
                              recall=lambda ident: store.recall(ident, owner),
                              item=lambda ident: store.item(ident, owner), seal=context.seal,
-                             codex=is_codex(call.headers), compact=self.compact)
-        return self._translation(call, turn, target, context)
+                             codex=is_codex(call.headers), compact=self._compact)
+        return ResponsesTranslation(call, turn, target, context)
 
     def has_tools(self, body: Json) -> bool:
         """The newest Codex puts them into its first item (clients.md)."""
@@ -8644,16 +8646,6 @@ class ResponsesDialect(ChatDialect):
         return {**body, "error": {
             **error, "message": message if isinstance(message, str) else exc.message,
             "type": kind if isinstance(kind, str) else exc.type, **strings}}
-
-
-class CompactDialect(ResponsesDialect):
-    """POST /v1/responses/compact, which does not stream."""
-    compact = True
-    _translation = CompactTranslation
-
-    def check(self, body: Json) -> None:
-        super().check(body)
-        body.pop("stream", None)
 
 
 class GeminiDialect(ChatDialect):
@@ -8711,7 +8703,7 @@ COMPLETIONS = ChatDialect("/completions")
 EMBEDDINGS = ChatDialect("/embeddings", has_choices=False)
 MESSAGES = MessagesDialect("/chat/completions")
 RESPONSES = ResponsesDialect("/chat/completions")
-COMPACT = CompactDialect("/chat/completions")
+COMPACT = ResponsesDialect("/chat/completions", compact=True)
 GEMINI = GeminiDialect("/chat/completions")
 GEMINI_ARRAY = GeminiArrayDialect("/chat/completions")
 GEMINI_EMBEDDING = GeminiEmbeddingDialect("/embeddings", has_choices=False)

@@ -4944,7 +4944,7 @@ def test_compaction_response_recalls_what_was_compacted_alone():
 def test_compact_endpoint():
     turn = make_turn({"input": [user_responses("q"), said_responses("a")]}, compact=True)
     answer = {"created": 3, "choices": [{"message": {"content": "sum"}}], "usage": USAGE_RESPONSES}
-    made = ifl.compact_reply(turn, turn.stream(counter()).whole(answer), counter())
+    made = turn.stream(counter()).whole(answer)
     assert (made["object"], made["created_at"]) == ("response.compaction", 3)
     assert made["usage"]["total_tokens"] == 15
     assert [(item["type"], item.get("role")) for item in made["output"]] == [
