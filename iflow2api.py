@@ -19477,8 +19477,8 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
     """
     router, key = gateway.state.router, gateway.settings.custom_api_key
     providers = list(router.providers.values())
-    shown = [row for provider in providers[:CARD_PROVIDERS]
-             for row in _provider_rows(router, provider, provider.base_url)]
+    shown = [row for name, facts, problem in _provider_facts(router, {})[:CARD_PROVIDERS]
+             for row in _provider_rows(router, name, facts[:1], problem)]
     if len(providers) > CARD_PROVIDERS:
         shown.append((tr("more", count=len(providers) - CARD_PROVIDERS), ""))
     access = [(tr("no_key_needed"), "")]
@@ -19506,14 +19506,43 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
     return lay_out(rows, CONSOLE.columns, "dim")
 
 
-def _provider_rows(router: Router, provider: Provider, facts: str) -> List[Tuple[str, str]]:
+def _provider_rows(router: Router, name: str, facts: Sequence[str],
+                   problem: str) -> List[Tuple[str, str]]:
     """A provider as a text and its colour; why it is disabled, which is English, apart from it."""
-    name = provider.name
     if router.default and name == router.default.name:
         name = tr("name_default", name=name)
-    if provider.problem:
-        return [(tr("disabled", name=name), "yellow"), (one_line(provider.problem), "yellow")]
-    return [(f"{name}  {facts}", "")]
+    if problem:
+        return [(tr("disabled", name=name), "yellow"), (one_line(problem), "yellow")]
+    return [("  ".join(filter(None, [name, *facts])), "")]
+
+
+def _provider_facts(router: Router, health: Json) -> List[Tuple[str, List[str], str]]:
+    """Name, facts and problem of each provider.
+
+    The running server knows better: it has variables that this shell may lack.
+    """
+    running = {each["name"]: each for each in entries_of(health, "providers") if name_of(each)}
+    has_others, found = _has_others(router, health), []
+    for name in running if has_others else router.providers:
+        provider = Provider(name) if has_others else router.providers[name]
+        told, keys = running.get(name, {}), ", ".join(map(mask, provider.api_keys))
+        facts, problem = [provider.base_url, keys or tr("no_key")], provider.problem
+        if has_others or told.get("usable") and problem:
+            facts, problem = [tr("in_use")], told.get("problem", "")
+        if provider.models:
+            facts.append(tr("count_models", count=len(provider.models)))
+        if told.get("circuit") in ("open", "half-open"):
+            facts.append(tr("rests_" + told["circuit"]))
+        if told.get("keys_resting"):
+            facts.append(tr("keys_rest", count=told["keys_resting"]))
+        found.append((name, facts, problem))
+    return found
+
+
+def _has_others(router: Router, health: Json) -> bool:
+    """Whether the running server has other providers than config.json: --demo, --upstream."""
+    names = [name_of(each) for each in entries_of(health, "providers") if name_of(each)]
+    return "providers" in health and names != list(router.providers)
 
 
 @contextlib.contextmanager
@@ -19725,14 +19754,13 @@ def cmd_status(args: Args) -> int:
                in_flight=health.get("in_flight")) if health else tr("not_running")
     _row("server", f"http://{settings.host}:{settings.port}", state)
     _row("config", _config_of(args).path)
-    if not _show_others(health, router):
-        for provider, facts in _as_running(router, health):
-            rows = _provider_rows(router, provider, facts)
-            _row("provider", rows[0][0], *_rest_of(health, provider.name))
-            for text, _ in rows[1:]:
-                _row("", text)
-        if not router.providers:
-            _row("provider", tr("status_none"))
+    for name, facts, problem in _provider_facts(router, health):
+        for number, (text, _) in enumerate(_provider_rows(router, name, facts, problem)):
+            _row("" if number else "provider", text)
+    if _has_others(router, health):
+        _row("note", tr("others_run"))
+    elif not router.providers:
+        _row("provider", tr("status_none"))
     for account, login in {**gateway.login_report(), **health.get("logins", {})}.items():
         _row("login", *map(one_line, _login_columns(account, login)))
     for offer in offered_presets(router, os.environ):
@@ -19740,40 +19768,6 @@ def cmd_status(args: Args) -> int:
     for problem in _further_problems(gateway.problems):
         _row("problem", one_line(problem, 300))
     return 0 if health else 1
-
-
-def _show_others(health: Json, router: Router) -> bool:
-    """Show the providers of the running server where they are others than config.json's."""
-    listed = [facts for facts in entries_of(health, "providers") if name_of(facts)]
-    if "providers" not in health or [each["name"] for each in listed] == list(router.providers):
-        return False
-    for facts in listed:
-        state = facts.get("problem") or tr("in_use")
-        _row("provider", facts["name"], state, *_rest_of(health, facts["name"]))
-    _row("note", tr("others_run"))
-    return True
-
-
-def _as_running(router: Router, health: Json) -> Iterator[Tuple[Provider, str]]:
-    """Each provider with its address and keys.
-
-    The running server knows better what is wrong: it has variables that this shell may lack.
-    """
-    usable = {name_of(facts) for facts in entries_of(health, "providers")
-              if name_of(facts) and facts.get("usable")}
-    for provider in router.providers.values():
-        keys = ", ".join(map(mask, provider.api_keys)) or tr("no_key")
-        if provider.problem and provider.name in usable:
-            provider, keys = replace(provider, problem=""), tr("in_use")
-        yield provider, f"{provider.base_url}  {keys}".strip()
-
-
-def _rest_of(health: Json, name: str) -> List[str]:
-    """What the running server says of a provider that is not quite well."""
-    facts = next((each for each in entries_of(health, "providers") if name_of(each) == name), {})
-    circuit, resting = facts.get("circuit"), facts.get("keys_resting", 0)
-    words = tr("rests_" + circuit) if circuit in ("open", "half-open") else ""
-    return [words, tr("keys_rest", count=resting) if resting else ""]
 
 
 def _login_columns(account: str, login: Json) -> List[str]:
@@ -19868,13 +19862,12 @@ def _tried_there(gateway: Gateway, name: str) -> str:
 def _provider_list(args: Args) -> int:
     gateway = _gateway_of(args)
     router = gateway.current().router
-    for provider, facts in _as_running(router, _ask_running(gateway.settings)):
-        count = tr("count_models", count=len(provider.models))
-        facts = f"{facts}  {count}" if provider.models else facts
-        (text, _), *why = _provider_rows(router, provider, facts)
+    found = _provider_facts(router, _ask_running(gateway.settings))
+    for name, facts, problem in found:
+        (text, _), *why = _provider_rows(router, name, facts, problem)
         print(with_why(text, why[0][0]) if why else text)
     say_problems(_further_problems(gateway.problems))
-    if not router.providers:
+    if not found:
         say(tr("no_providers"))
     return 0
 

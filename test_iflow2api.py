@@ -15719,6 +15719,7 @@ def test_status_and_env_go_by_the_running_server(cli, config, server, upstream):
     put_config(config, {"port": running.port, "providers": [filed]})
     out = cli("status")[1]
     assert "provider  demo  in use" in out and "filed" not in out
+    assert cli("provider", "list") == (0, "demo  in use\n", "")
     assert "demo-1" in cli("env", "codex", "--shell", "bash")[1]
     assert "given" in cli("env", "codex", "--shell", "bash", "--model", "given")[1]
     running.close()
