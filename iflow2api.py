@@ -18560,7 +18560,7 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 
 # --- what it says ------------------------------------------------------------
 
-#: What the command line alone says, in the form of PAGE_TEXTS.  Errors from below are English.
+#: What only the command line says, in the form of PAGE_TEXTS.  Errors from above are English.
 CONSOLE_TEXTS = """\
 # what many say
 mark_error = 错误：{text} = error: {text} | mark_warning = 警告：{text} = warning: {text}
@@ -18746,9 +18746,9 @@ settings_too = 更多设置：{program} config，或环境变量 IFLOW2API_<大�
 variables IFLOW2API_<KEY>
 """
 
-#: The commands by groups: NAME, below it its arguments and, after `$`, what to type for example,
-#: each in Chinese and English.  `NAME` is told by its place, `[NAME]` may be left out, small
-#: letters are a choice; `--flag VALUE` takes a value, `-f, --follow` has a short form.
+#: The commands by groups: NAME, below it its arguments and, after `$`, examples; each text in
+#: Chinese and English.  `NAME` is positional, `[NAME]` optional, lower case lists the choices;
+#: `--flag VALUE` takes a value, `-f, --follow` has a short form.
 COMMAND_LINES = """\
 [运行 = Run]
 serve = 运行网关（不写命令时也是它） = run the gateway (also without any command)
@@ -18834,7 +18834,7 @@ version = 显示版本 = print the version
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-#: `@` in COMMAND_LINES: what several commands share, and what other tables know.
+#: For `@name` in COMMAND_LINES: arguments of several commands, and choices from other tables.
 COMMAND_PARTS = {
     "run": """--upstream URL = 只用这个 OpenAI 兼容服务，不看 config.json = \
 use this OpenAI-compatible server alone, whatever config.json says
@@ -18850,11 +18850,11 @@ Pair = List[str]                         #: the same in Chinese and in English
 class Argument(NamedTuple):
     """An argument of a command."""
     name: str                            #: the long flag, NAME, or `action` for a choice
-    flags: List[str]                     #: none where it is told by its place
-    value: str                           #: what it takes as help names it; "" for a switch
+    flags: List[str]                     #: none for a positional argument
+    value: str                           #: its name in help; "" for a switch
     choices: List[str]
     help: Pair
-    shown: str                           #: as help shows it
+    shown: str                           #: as written in COMMAND_LINES
 
 
 class Command(NamedTuple):
@@ -18876,7 +18876,7 @@ def _argument(text: str) -> Argument:
 
 @lru_cache(maxsize=None)
 def command_table() -> Dict[str, Command]:
-    """COMMAND_LINES, with the flags that every command has."""
+    """COMMAND_LINES as a table, with the flags that every command has."""
     found: Dict[str, Command] = {}
     texts, table, group = texts_of(CONSOLE_TEXTS), COMMAND_LINES, ""
     for part, text in COMMAND_PARTS.items():
@@ -18901,12 +18901,12 @@ def command_table() -> Dict[str, Command]:
 
 # --- the console -------------------------------------------------------------
 
-#: How this program is called in what it tells people to type.
+#: How this program is called in commands that users are told to type.
 PROGRAM = "python iflow2api.py"
 
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
-#: Instead of a character that the console's encoding lacks; any other is shown as its escape.
+#: For characters that the console's encoding lacks; others are shown as escapes.
 _PLAIN = {"→": "->", "←": "<-", "…": "...", "·": "-", "—": "-", "–": "-", "’": "'", "‘": "'",
           "“": '"', "”": '"', "≈": "~", "✓": "ok", "✗": "x", "，": ", ", "；": "; ", "：": ": ",
           "（": " (", "）": ")"}
@@ -18917,7 +18917,7 @@ _WIDE = ("\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff0
 
 
 class Console:
-    """What this process's terminal can show.  There is one, as there is one stderr."""
+    """What the terminal of this process can show: language, colours, width."""
 
     def __init__(self) -> None:
         self.language, self.colours, self.columns = "en", False, 80
@@ -18965,18 +18965,18 @@ def tr(which: str, **facts: Any) -> str:
 
 
 def tr_word(which: str) -> str:
-    """A text that the page shows as a title, as a word of a line."""
+    """A title of the page as a word within a line."""
     return tr(which).lower()
 
 
 def marked(mark: str, text: Any) -> str:
-    """`error: …` and the like, the mark in the language of the text."""
+    """`error: …`, `warning: …` or `problem: …`, in the language of `text`."""
     zh, en = console_texts()["mark_" + mark]
     return fill_in(en if columns_of(str(text)) == len(str(text)) else zh, {"text": text})
 
 
 def reason_of(exc: OSError) -> str:
-    """What the system says, in the console's language."""
+    """The system's error, in the console's language where there is a text for it."""
     name = errno.errorcode.get(exc.errno or 0, "")
     if name in console_texts():
         return tr(name)
@@ -18984,7 +18984,7 @@ def reason_of(exc: OSError) -> str:
 
 
 def or_near(text: str, name: str, names: Iterable[str], show: str = "") -> str:
-    """`text`, and the names that are like a mistyped one, else the command that shows all."""
+    """`text`, and names similar to the mistyped one, else the command that shows all."""
     found = alike(name, names, 0.74 if len(name) > 3 else 0.65)
     if found:
         return tr("near", text=text, names=f" {tr('or')} ".join(found))
@@ -18997,7 +18997,7 @@ def unknown_name(kind: str, name: str, names: Iterable[str], show: str = "") -> 
 
 
 def _plain_characters(error: UnicodeError) -> Tuple[str, int]:
-    """The codec error handler of consoles."""
+    """The codec error handler of stdout and stderr."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start:error.end]
@@ -19008,7 +19008,7 @@ def _plain_characters(error: UnicodeError) -> Tuple[str, int]:
 def find_language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     """zh or en: the setting `language` if there is one, else the locale's.
 
-    It is wanted before the settings are read, for help and for mistakes on the command line.
+    Read apart from the settings: help and mistakes on the command line need it earlier.
     """
     wanted = environ.get(ENV_PREFIX + "LANGUAGE")
     if wanted not in ("zh", "en"):
@@ -19035,7 +19035,7 @@ def columns_of(text: str) -> int:
 
 
 def wrap(text: str, columns: int) -> List[str]:
-    """Lines that fit, broken at blanks and beside wide characters; longer words are cut."""
+    """Lines of at most `columns`: broken at blanks and beside wide characters; long words cut."""
     if columns_of(text) <= columns:
         return [text.rstrip()]
     lines, line = [], ""
@@ -19073,7 +19073,7 @@ def lay_out(rows: Sequence[Sequence[str]], columns: int, label_colour: str = "",
 
 
 def aligned(table: Sequence[Sequence[str]], is_right: bool = False) -> List[str]:
-    """Rows of cells as lines with columns; `is_right`: of figures, all but the first column."""
+    """Rows of cells as lines with columns; `is_right` aligns all but the first to the right."""
     widths = [max(map(columns_of, column)) for column in zip(*table)]
     lines = []
     for name, *cells in table:
@@ -19090,8 +19090,8 @@ def with_why(text: str, why: str) -> str:
 
 
 def say(text: str) -> None:
-    """Talk goes to stderr; stdout is for the answer.  A terminal that is gone ends no server."""
-    if sys.stderr is not None:           # print would take stdout instead
+    """Print a message to stderr; stdout is for answers.  A closed terminal ends no server."""
+    if sys.stderr is not None:           # print(file=None) would write to stdout
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 
@@ -19102,7 +19102,7 @@ def say_problems(problems: Iterable[str]) -> None:
 
 
 def _row(which: str, *columns: str) -> None:
-    """A line of an answer: its label, a key of the texts or "", and what there is to say."""
+    """Print a line of an answer: the label, a key of the texts or "", and the columns."""
     label = tr_word(which) if which else ""
     print(label + " " * max(2, 10 - columns_of(label)) + "  ".join(filter(None, columns)))
 
@@ -19113,7 +19113,7 @@ Args = Dict[str, Any]                    #: by Argument.name; None or False wher
 
 
 def _misuse(text: str, command: str = "") -> UsageError:
-    """An error that ends on where to read how it is done."""
+    """An error with a pointer to the help of the command."""
     return UsageError(tr("see", text=text, command=command + " " if command else ""))
 
 
@@ -19188,7 +19188,7 @@ def _parse_args(argv: Sequence[str]) -> Args:
 
 
 def _chosen(name: str, where: str, argument: Argument, value: Optional[str]) -> Any:
-    """A flag's or place's value, where it is one of those that there are; True for a switch."""
+    """The value of an argument, True for a switch; UsageError if it is none of its choices."""
     if value is None or not argument.choices or value in argument.choices:
         return True if value is None else value
     wrong = _bad_value(where, value, tr("one_of", choices=", ".join(argument.choices)))
@@ -19259,7 +19259,7 @@ def _parse_for(where: str, name: str, text: str) -> Any:
         facts = SETTING[name].metadata
         is_json = facts["kind"] in ("list", "dict") and text.lstrip()[:1] in ("[", "{")
         if facts.get("secret") or is_json or facts["kind"] == "str" and name in SETTING_SHAPES:
-            raise UsageError(str(exc)) from None         # which part of it, and why
+            raise UsageError(str(exc)) from None         # it names the part and the reason
         raise _bad_value(where, text, _expected(name)) from None
 
 
@@ -19272,7 +19272,7 @@ def _input_line() -> str:
     """A line of standard input without its end, "" where there is none; UsageError."""
     try:
         line = sys.stdin.readline().rstrip("\r\n") if sys.stdin is not None else ""
-        line.encode()                    # Python may have let bytes through that are none
+        line.encode()                    # surrogates stand for bytes that are not UTF-8
     except UnicodeError:
         raise UsageError(tr("input_no_text")) from None
     return line
@@ -19329,7 +19329,7 @@ def _flag_settings(args: Args) -> Json:
 
 
 def _config_of(args: Args) -> ConfigFile:
-    if args["--config-dir"] == "":       # an unset variable, not the current folder
+    if args["--config-dir"] == "":       # an unset shell variable, not the current folder
         raise _bad_value("--config-dir", "", tr("a_folder"))
     folder = args["--config-dir"] or os.environ.get(ENV_PREFIX + "CONFIG_DIR") or CONFIG_DIR
     return ConfigFile(folder)
@@ -19353,7 +19353,7 @@ def _change_config(args: Args, edit: Callable[[Json], Any], done: str = "saved_i
 
 
 def _entries(raw: Json, name: str) -> List[Any]:
-    """A list of config.json; UsageError where there is something else, which would be lost."""
+    """A list of config.json; UsageError for another value, which would be overwritten."""
     value = raw.get(name, [])
     if not isinstance(value, list):
         raise UsageError(tr("no_list", name=name))
@@ -19364,7 +19364,7 @@ def _add_entry(args: Args, where: str, entry: Json, exists: str, done: str) -> i
     """Add to the list `where` of config.json; the exit status."""
     def add(raw: Json) -> None:
         entries = _entries(raw, where)
-        if entry["name"] in map(name_of, entries):       # looked up where nobody else writes
+        if entry["name"] in map(name_of, entries):       # checked under the lock of the file
             raise UsageError(tr(exists, name=entry["name"]))
         raw[where] = [*entries, entry]
 
@@ -19373,7 +19373,7 @@ def _add_entry(args: Args, where: str, entry: Json, exists: str, done: str) -> i
 
 
 def _remove_entry(args: Args, where: str, kind: str) -> int:
-    """Take the NAME of the arguments from the list `where` of config.json; the exit status."""
+    """Remove NAME from the list `where` of config.json; the exit status."""
     show = f"{args['command']} list"
     gone = _needed(args, "NAME", show)
 
@@ -19415,8 +19415,8 @@ def cmd_serve(args: Args) -> int:
                 demo.close()
 
 
-def _serve(gateway: Gateway, wait: Callable[[], bool], stay: bool) -> int:
-    """Until a signal ends it."""
+def _serve(gateway: Gateway, wait: Callable[[], bool], no_browser: bool) -> int:
+    """Run the server until a signal ends it; the exit status."""
     gateway.lead_log()
     _log_to_file(gateway)
     had_key = gateway.state.auth.required
@@ -19426,11 +19426,11 @@ def _serve(gateway: Gateway, wait: Callable[[], bool], stay: bool) -> int:
     except OSError as exc:
         say(marked("error", _bind_problem(host, port, exc)))
         return 1
-    with contextlib.suppress(OSError):   # a full disk, nobody who listens
+    with contextlib.suppress(OSError):   # a full disk, a closed pipe
         # scripts wait for this line
         print(f"iflow2api {__version__} listening on {server.url}", flush=True)
     say("\n".join(["", *_card(gateway, server, had_key), ""]))
-    _show_page(gateway, server, stay)
+    _show_page(gateway, server, no_browser)
     gateway.watch_files()
     while wait():
         gateway.reload()
@@ -19439,8 +19439,8 @@ def _serve(gateway: Gateway, wait: Callable[[], bool], stay: bool) -> int:
     return 0
 
 
-def _show_page(gateway: Gateway, server: Server, stay: bool) -> None:
-    """Open the page at the first start where somebody sees it; say each new code for it."""
+def _show_page(gateway: Gateway, server: Server, no_browser: bool) -> None:
+    """Open the page at the first start on a terminal; print each new code for it."""
     said = [gateway.sessions.code()]
 
     def say_code() -> None:
@@ -19451,13 +19451,13 @@ def _show_page(gateway: Gateway, server: Server, stay: bool) -> None:
 
     gateway.listeners.append(say_code)
     gateway.sessions.on_new_code = say_code
-    if said[0] and not stay and sys.stdout is not None and sys.stdout.isatty():
+    if said[0] and not no_browser and sys.stdout is not None and sys.stdout.isatty():
         page = server.url + "/admin"
         threading.Thread(target=open_browser, args=(page, os.environ), daemon=True).start()
 
 
 def _bind_problem(host: str, port: int, exc: OSError) -> str:
-    """Why the address can't be had, in one line, with a port that can."""
+    """Why the address can't be bound, with a free port, in one line."""
     if exc.errno not in (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", -1)):
         return tr("cannot_listen", host=host, port=port, reason=reason_of(exc))
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -19471,7 +19471,7 @@ CARD_PROVIDERS = 8
 
 
 def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
-    """What somebody who has just started it has to know, in the lines of a narrow terminal.
+    """What a user needs to know after the start, as lines of a narrow terminal.
 
     A key made just now is shown once, in full.
     """
@@ -19508,7 +19508,7 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
 
 def _provider_rows(router: Router, name: str, facts: Sequence[str],
                    problem: str) -> List[Tuple[str, str]]:
-    """A provider as a text and its colour; why it is disabled, which is English, apart from it."""
+    """A provider as texts and their colours: one, or two where it is disabled and why (English)."""
     if router.default and name == router.default.name:
         name = tr("name_default", name=name)
     if problem:
@@ -19581,7 +19581,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
 # --- logs --------------------------------------------------------------------
 
-#: log_file is followed by a new one at this size, and so many older ones are kept.
+#: log_file is rotated at this size, and so many older files are kept.
 LOG_FILE_BYTES = 2 << 20
 LOG_FILES_KEPT = 2
 
@@ -19590,8 +19590,8 @@ _LEVEL_COLOURS = {logging.DEBUG: "dim", logging.WARNING: "yellow",
 
 
 class _Format(logging.Formatter):
-    """`12:00:01 text` with the level in front of what is not news; a line of log_file has a date
-    and always a level.  No line has control characters or what looks like a credential.
+    """`12:00:01 text`, with the level before the text unless it is info; in log_file a date and
+    always the level.  No line has control characters or what looks like a credential.
     """
 
     def __init__(self, is_file: bool) -> None:
@@ -19614,15 +19614,15 @@ def _log_to_console() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Format(False))
     log.handlers[:] = [handler]
-    logging.raiseExceptions = False      # a console that is gone must not end a request
-    # what no line of ours shows, and yet takes a third of the time of one ("Optimization" in
+    logging.raiseExceptions = False      # a closed console must not end a request
+    # our lines show none of this, and it takes a third of a line's time ("Optimization" in
     # Python's logging HOWTO)
     logging._srcfile = None              # type: ignore[attr-defined]
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def _log_to_file(gateway: Gateway) -> None:
-    """Log to log_file as well, if it is set, and note there what was wrong with the settings."""
+    """Log to log_file as well, if it is set; the problems of the settings are its first lines."""
     path = log_path(gateway)
     if not path:
         return
@@ -19638,8 +19638,8 @@ def _log_to_file(gateway: Gateway) -> None:
 
 
 def _open_log(path: str) -> logging.Handler:
-    """The handler that writes `path`, its owner's alone, and keeps it from growing; OSError."""
-    from logging.handlers import RotatingFileHandler     # takes 1 MB: only for who wants a file
+    """The handler that writes `path` (mode 0600) and rotates it; OSError."""
+    from logging.handlers import RotatingFileHandler     # takes 1 MB of memory
 
     class PrivateFile(RotatingFileHandler):
         def _open(self) -> Any:
@@ -19654,7 +19654,7 @@ def _open_log(path: str) -> logging.Handler:
 
 
 class Lines:
-    """Whole lines out of pieces of text, in time linear in the pieces."""
+    """Splits pieces of text into whole lines, in linear time."""
 
     def __init__(self) -> None:
         self._rest: List[bytes] = []
@@ -19694,7 +19694,7 @@ class LogReader:
         lines = []
         for line in self._lines.feed(data):
             found = re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ([A-Z]{1,20}) ", line)
-            if found:                    # else it belongs to the one before: a traceback
+            if found:                    # else it continues the one before: a traceback
                 self._shown = found.group(1) in self._wanted
             lines += [line] if self._shown else []
         return lines
@@ -19722,7 +19722,7 @@ def cmd_logs(args: Args) -> int:
             return 0
         pause.wait(0.3)
         lines = []
-        with contextlib.suppress(OSError):           # between two files there is none
+        with contextlib.suppress(OSError):           # while it is rotated there is none
             lines = reader.fresh()
 
 
@@ -19730,7 +19730,7 @@ def cmd_logs(args: Args) -> int:
 
 def _ask_running(settings: Settings, path: str = "/health", member: str = "iflow_logged_in",
                  body: Optional[Json] = None) -> Json:
-    """What the server that these settings describe answers, {} where none does."""
+    """The answer of the running server that these settings describe, {} where there is none."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     key = os.environ.get(KEY_VARIABLE) or settings.custom_api_key
     headers = {"X-Api-Key": key} if key else {}
@@ -19782,12 +19782,12 @@ def _login_columns(account: str, login: Json) -> List[str]:
 
 
 def _further_problems(problems: Iterable[str]) -> List[str]:
-    """Those that are not said beside a provider's name."""
+    """Without those of single providers, which stand beside the provider's name."""
     return [each for each in problems if not re.match(r"provider \S+ is disabled: ", each)]
 
 
 def offered_presets(router: Router, environ: Mapping[str, str]) -> List[str]:
-    """Presets whose variable is set and none of which is there yet, a sentence for a variable."""
+    """A sentence for each set key variable whose presets are not among the providers yet."""
     known = {preset_at(url) for provider in router.providers.values() for url in provider.roads}
     found: Dict[str, List[str]] = {}
     for name, preset in PRESETS.items():
@@ -19802,7 +19802,7 @@ def offered_presets(router: Router, environ: Mapping[str, str]) -> List[str]:
 
 
 def _models_there(settings: Settings) -> List[Json]:
-    """The models of the running server, none where it tells none without a key."""
+    """The models of the running server; none where it wants a key that this command lacks."""
     told = _ask_running(settings, "/v1/models", "data") if _ask_running(settings) else {}
     return [each for each in entries_of(told, "data")
             if isinstance(each, dict) and {"id", "owned_by"} <= set(each)]
@@ -19821,7 +19821,7 @@ def cmd_models(args: Args) -> int:
 
 
 def cmd_test(args: Args) -> int:
-    """A tiny real request to each provider; `provider test` tries a stream and tools, too."""
+    """One tiny real request to each provider; `provider test` also tries a stream and tools."""
     gateway = _gateway_of(args)
     providers = gateway.current().router.providers
     name = args.get("PROVIDER") or args.get("NAME")
@@ -19848,7 +19848,8 @@ def cmd_test(args: Args) -> int:
 
 
 def _tried_there(gateway: Gateway, name: str) -> str:
-    """That the running server, which has variables that this shell lacks, gets an answer, or ""."""
+    """A sentence if the running server gets an answer, else "": it may have variables that this
+    shell lacks."""
     listed = _models_there(gateway.settings)
     model = next((each["id"] for each in listed if each["owned_by"] == name), "")
     body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
@@ -19873,7 +19874,7 @@ def _provider_list(args: Args) -> int:
 
 
 def _provider_presets(args: Args) -> int:
-    """All of them, or the models of one."""
+    """All presets, or the addresses and models of one."""
     name = args["NAME"]
     if not name:
         print("\n".join(aligned([[name, CONSOLE.text(preset.titles), _key_column(preset),
@@ -19948,7 +19949,7 @@ def cmd_env(args: Args) -> int:
     url, health = url_of(settings.host, settings.port), _ask_running(settings)
     if not health:
         say(tr("nobody_answers", url=url))
-    its = str(health.get("default_model") or "")     # with --demo and --upstream it has its own
+    its = str(health.get("default_model") or "")     # --demo and --upstream have their own
     model = args["--model"] or (its if its != router.default_model else "")
     key = settings.custom_api_key or ("$" + KEY_VARIABLE if settings.client_keys else "not-needed")
     words = {"URL": url, "KEY": key, "MODEL": model or router.default_model,
@@ -19968,7 +19969,7 @@ def cmd_env(args: Args) -> int:
 
 
 def _env_text(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
-    """The lines, and as comments what there is to know."""
+    """The lines for a shell, with hints as comments."""
     before = [tr("env_key", variable=KEY_VARIABLE)] if words["KEY"] == "$" + KEY_VARIABLE else []
     after = [tr("env_codex"), *file_text(client, words).split("\n")] if client == "codex" else []
     if not words["MODEL"]:
@@ -20017,7 +20018,7 @@ def _wait_for_login(gateway: Gateway, paste: bool) -> int:
         say(tr("login_paste_this"))
         threading.Thread(target=_read_pastes, args=(flow, sys.stdin.fileno(), paste),
                          name="paste", daemon=True).start()
-    while not flow.ended.wait(0.5):      # Windows: Ctrl-C does not end an endless wait
+    while not flow.ended.wait(0.5):      # on Windows Ctrl-C does not end a wait without a limit
         pass
     if flow.state != "done":
         say(marked("error", flow.message))
@@ -20031,7 +20032,7 @@ def _wait_for_login(gateway: Gateway, paste: bool) -> int:
 
 
 def _read_pastes(flow: LoginFlow, fd: int, final: bool) -> None:
-    """Hand what is typed to the login, line by line.
+    """Pass what is typed to the login, line by line.
 
     By os.read: a thread that waits in sys.stdin at exit would end in a crash.
     """
@@ -20045,7 +20046,7 @@ def _read_pastes(flow: LoginFlow, fd: int, final: bool) -> None:
             try:
                 flow.paste(line)
             except LoginFailed as exc:
-                if flow.state == "waiting":      # else it is said where the end is waited for
+                if flow.state == "waiting":      # else _wait_for_login reports it
                     say(marked("error", exc.message))
                     say(tr("login_paste_again"))
         if not data:
@@ -20055,7 +20056,7 @@ def _read_pastes(flow: LoginFlow, fd: int, final: bool) -> None:
 
 
 def _above_login(gateway: Gateway) -> str:
-    """What gives iFlow another key than the CLI's file does."""
+    """The variable or file whose key takes precedence over the login, or ""."""
     variable = next((name for name in IFLOW_KEY_VARIABLES if os.environ.get(name)), "")
     if variable or not gateway.settings.api_key:
         return variable
@@ -20064,7 +20065,7 @@ def _above_login(gateway: Gateway) -> str:
 
 
 def _store_key(gateway: Gateway, args: Args) -> int:
-    """`login --api-key`: into our own file, where it is kept encrypted."""
+    """`login --api-key`: store the key in config.json, where it is encrypted."""
     key, account = _read_key(args["--api-key"]), args["--account"]
     if not account_keys({"": {"apiKey": key}}):
         raise UsageError(tr("key_blanks"))
@@ -20078,7 +20079,7 @@ def _store_key(gateway: Gateway, args: Args) -> int:
 
 
 def cmd_logout(args: Args) -> int:
-    """Take the login away, and nothing else of the file it is in."""
+    """Remove the login, and nothing else, from its file."""
     gateway = Gateway(config=_config_of(args))
     account = args["--account"] or DEFAULT_ACCOUNT
     accounts = gateway.settings.accounts
@@ -20110,7 +20111,7 @@ def _shown(name: str, value: Any, args: Args) -> str:
 
 
 def _config_list(args: Args) -> int:
-    """Each setting, its value, where that is from, and above it what the setting is for."""
+    """Each setting with its value and origin, and above it what it is for."""
     gateway = _gateway_of(args)
     for name, item in SETTING.items():
         title, hint = item.metadata["label"], item.metadata["hint"]
@@ -20142,7 +20143,7 @@ def _config_set(args: Args) -> int:
     value = _parse_for(f"config set {name}", name, text)
     if name == "upstream_proxy":
         _check_proxy(args, value)
-    if name in ("providers", "aliases"):                 # with all the rest: aliases name providers
+    if name in ("providers", "aliases"):                 # checked together: aliases name providers
         gateway = _gateway_of(args)
         known = gateway.state.router.warnings
         router = gateway.routed(replace(gateway.settings, **{name: value}))
@@ -20154,7 +20155,7 @@ def _config_set(args: Args) -> int:
 
 
 def _check_proxy(args: Args, proxy: str) -> None:
-    """UsageError for one that can't work; a hint where the switch is still off."""
+    """UsageError for a proxy that can't work; a hint if upstream_proxy_enabled is off."""
     wanted = Settings(upstream_proxy=proxy, upstream_proxy_enabled=True)
     problems = proxy_warnings(wanted, ())
     if problems:
@@ -20170,7 +20171,7 @@ def _config_unset(args: Args) -> int:
 
 
 def _config_encrypt(args: Args) -> int:
-    """`on` or `off`; without, how it stands."""
+    """`config encrypt on|off`; without either it prints which."""
     config, mode = _config_of(args), args["KEY"] or ""
     if mode not in ("", "on", "off"):
         raise _bad_value("config encrypt", mode, tr("one_of", choices="on, off"))
@@ -20203,7 +20204,7 @@ def _config_path(args: Args) -> int:
 # --- the page's password -----------------------------------------------------
 
 def cmd_admin(args: Args) -> int:
-    """`admin reset-password`: a running server takes it over, and ends the sessions of before."""
+    """`admin reset-password`: a running server takes it over and ends all sessions."""
     if args["-"] not in (None, "-"):
         raise UsageError(tr("password_shown"))
     password = _input_line() if args["-"] else _ask_password()
@@ -20219,7 +20220,7 @@ def cmd_admin(args: Args) -> int:
 
 
 def _ask_password() -> str:
-    """A password typed twice at the terminal, unseen."""
+    """A password, typed twice at the terminal without echo."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError(tr("no_terminal"))
     import getpass
@@ -20307,7 +20308,7 @@ def _key_list(args: Args) -> int:
 
 
 def cmd_usage(args: Args) -> int:
-    """What was used, from usage.jsonl."""
+    """The usage that usage.jsonl holds."""
     gateway, days = _gateway_of(args), _number(args, "--days", 30, 1, 9999)
     report = usage_report(gateway, args["--by"] or "model", days)
     say_problems(gateway.ledger.problems)
@@ -20321,7 +20322,7 @@ def cmd_usage(args: Args) -> int:
 
 
 def _usage_table(report: Json) -> str:
-    """Aligned columns; `≈` where the upstream did not count."""
+    """Aligned columns; `≈` marks estimates."""
     rows, total = report["rows"], report["total"]
     if not rows:
         return tr("usage_none")
@@ -20347,7 +20348,7 @@ def cmd_version(args: Args) -> int:
     return 0
 
 
-#: What a command does, or an action of it where that has a function of its own.
+#: `command` or `command action` -> its function; an action without a row is the command's.
 COMMANDS: Dict[str, Callable[[Args], int]] = {
     "serve": cmd_serve, "login": cmd_login, "logout": cmd_logout,
     "provider": _provider_list, "provider add": _provider_add,
@@ -20391,7 +20392,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _give_up_output() -> None:
-    """Let go of a stream that can't be written: Python would end with a status of its own."""
+    """Drop output that can't be written: Python would replace the exit status at its end."""
     for number, stream in enumerate((sys.stdout, sys.stderr), 1):
         try:
             if stream is not None:
