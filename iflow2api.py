@@ -15813,6 +15813,11 @@ def order_providers(handler: Handler) -> Json:
 ADMIN_KEY = ClientKey("admin", b"", shared=True)
 
 
+def wants_english(handler: Handler) -> bool:
+    """Each request of the page names its language; others are answered in English."""
+    return not handler.headers.get("accept-language", "").startswith("zh")
+
+
 def try_provider(handler: Handler) -> Json:
     """POST providers/test: one there is, by its name, or a draft; `provider test` says the same."""
     gateway, body = handler.gateway, read_form(handler, {}, PROVIDER_FORM)
@@ -15822,7 +15827,7 @@ def try_provider(handler: Handler) -> Json:
         if name not in providers:
             raise NotFound(f"there is no provider {name!r}" + nearest(name, providers),
                            param="name")
-        return trial_of(gateway, providers[name])
+        return trial_of(gateway, providers[name], wants_english(handler))
     before = by_name(gateway.settings.providers).get(name, {})
     entry = provider_entry({**body, "name": name}, before)
     alone = Gateway(replace(gateway.settings, providers=[entry], default_provider=name, aliases={},
@@ -15830,12 +15835,13 @@ def try_provider(handler: Handler) -> Json:
                     environ=gateway.environ)
     alone.upstream.own_ports |= gateway.upstream.own_ports
     with contextlib.closing(alone):
-        return trial_of(alone, alone.state.router.providers[name])
+        return trial_of(alone, alone.state.router.providers[name], wants_english(handler))
 
 
-def trial_of(gateway: Gateway, provider: Provider) -> Json:
+def trial_of(gateway: Gateway, provider: Provider, in_english: bool) -> Json:
     """The checks of a provider, and the models it lists."""
-    checks, models = examine(gateway, provider, ADMIN_KEY), list(provider.models)
+    checks = examine(gateway, provider, ADMIN_KEY, in_english=in_english)
+    models = list(provider.models)
     if all(check.ok for check in checks[:2]):
         with contextlib.suppress(GatewayError):
             models = fetch_models(gateway, provider) or models
@@ -16147,8 +16153,8 @@ PAGE_ROUTES: Dict[str, Callable[[Handler], Optional[Json]]] = {
     "POST providers": add_provider, "PUT providers/{name}": edit_provider,
     "DELETE providers/{name}": remove_provider, "POST providers/test": try_provider,
     "POST providers/order": order_providers, "GET models": show_admin_models,
-    "POST routes/explain": lambda handler: explain(handler.gateway,
-                                                   handler.read_json(ADMIN_BODY_BYTES)),
+    "POST routes/explain": lambda handler: explain(
+        handler.gateway, handler.read_json(ADMIN_BODY_BYTES), wants_english(handler)),
     "GET keys": show_keys, "POST keys": add_key, "DELETE keys/{name}": remove_key,
     "GET logins": show_logins, "DELETE logins/{name}": end_login, "POST oauth/start": start_login,
     "POST oauth/paste": lambda handler: handler.gateway.logins.paste(text_in(handler, "text")),

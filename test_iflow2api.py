@@ -13952,6 +13952,15 @@ def test_trying_a_provider(admin, upstream, script, outcome, fault, draft):
     assert browser.file() == before and (script or found["models"] == ["m1", "org/m2:free"])
 
 
+def test_checks_and_routes_are_told_in_the_language_of_the_page(admin, upstream):
+    browser = admin(provider(upstream, "x", models=["m1"]))
+    for language, check, step in (("zh", "无需密钥", "没有适用的别名"), ("en", "needs no key", "no alias"),
+                                  ("fr", "needs no key", "no alias")):
+        said = [browser("POST", path, body, accept_language=language).json for path, body in (
+            ("providers/test", {"name": "x"}), ("routes/explain", {"model": "m1"}))]
+        assert said[0]["checks"][1]["message"] == check and said[1]["steps"][0].startswith(step)
+
+
 def test_trying_what_does_not_work(admin, upstream):
     browser = admin(provider(upstream, "x", api_keys=["$MISSING_ONE"]))
     browser.refuses("POST", "providers/test", {"name": "nope"}, 404)
