@@ -17303,11 +17303,9 @@ async function loginDialog(account = '') {
     }
   })();
 }
-const checkLine = ({what, ok, message, took_s: s}) =>
-  el('li', badge(t('check_' + what), ok === null ? '' : ok ? 'ok' : 'bad'), el('span',
-    foreign(message || t(ok ? 'check_fine' : 'check_skipped')),
-    s > 0 && !/[(\uff08]\d/.test(message) &&
-      el('span', {class: 'muted num', text: DOT + fmt.seconds(s)})));
+const checkLine = ({what, ok, message}) => el('li',
+  badge(t('check_' + what), ok === null ? '' : ok ? 'ok' : 'bad'),
+  foreign(message || t(ok ? 'check_fine' : 'check_skipped')));
 /** Tests a provider, or a draft of one, and shows the checks in `place`. */
 async function tryProvider(body, place) {
   place.replaceChildren(hint(t('testing')));
