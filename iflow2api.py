@@ -2872,7 +2872,7 @@ class Plan:
                  circuit: Mapping[str, float], clock: Callable[[], float],
                  jitter: Callable[[], float] = lambda: 1.0) -> None:
         """`keys`: a target's, in the order to try; `jitter`: a factor of 0.5 to 1 for pauses."""
-        self._keys_of, self._rests_of, self._retry, self._circuit = keys, rests, retry, circuit
+        self._keys_of, self._rests_of, self._retry, self.circuit = keys, rests, retry, circuit
         self._clock, self._jitter, self._began = clock, jitter, clock()
         self._round: List[Target] = list(chain)          #: targets to ask before the next pause
         self._late: List[Target] = []                    #: those that rest
@@ -2907,7 +2907,7 @@ class Plan:
     def _next_target(self) -> Optional[Target]:
         while self._round:
             target = self._round.pop(0)
-            if self._only or self._rests_of(target).admits(self._circuit["rest_s"]):
+            if self._only or self._rests_of(target).admits(self.circuit["rest_s"]):
                 return target
             self._late.append(target)
         return self._late.pop(0) if self._late else None
@@ -2954,7 +2954,7 @@ class Plan:
         self.target = self._keys = None
         if not ours and not target.provider.problem:
             if exc.overflow is None and (exc.status == 408 or exc.status >= 500):
-                opened = rests.fail(int(self._circuit["failures"]), self._circuit["rest_s"])
+                opened = rests.fail(int(self.circuit["failures"]), self.circuit["rest_s"])
             else:                        # it is alive, and refuses
                 rests.ok(None)
         if began or exc.status not in FALLBACK_STATUS:
@@ -8839,7 +8839,7 @@ _BLANK_LINE = Pattern(rb"\r?\n\r?\n")
 
 class HeadReader:
     """Reads heads, and what follows them, on top of `_receive`."""
-    _buffer = b""                        #: received and not taken yet
+    buffer = b""                         #: received and not taken yet
 
     def _receive(self) -> bytes:
         """The next bytes of the connection, b"" at its end."""
@@ -8847,8 +8847,8 @@ class HeadReader:
 
     def take(self) -> bytes:
         """The next bytes, b"" at the end."""
-        if self._buffer:
-            data, self._buffer = self._buffer, b""
+        if self.buffer:
+            data, self.buffer = self.buffer, b""
             return data
         return self._receive()
 
@@ -8863,15 +8863,15 @@ class HeadReader:
             head += more if head else more.lstrip(stray)
             end = _BLANK_LINE.search(head, searched)
             if end and end.start() <= HEAD_LIMIT_BYTES:
-                self._buffer = bytes(head[end.end():])
+                self.buffer = bytes(head[end.end():])
                 return bytes(head[:end.start()])
             if len(head) > HEAD_LIMIT_BYTES:
-                self._buffer = bytes(head)
+                self.buffer = bytes(head)
                 return None
             self.check_head(head)
             searched = max(0, len(head) - 3)
             more = self._receive()
-        self._buffer = bytes(head)
+        self.buffer = bytes(head)
         return b""
 
     def check_head(self, head: bytearray) -> None:
@@ -9038,7 +9038,7 @@ class UpstreamConnection(HeadReader):
 
     def is_stale(self) -> bool:
         """Whether the other side has closed an idle connection, or sent something unasked."""
-        return bool(self._buffer) or self.holds_more() or bool(self._poller.poll(0))
+        return bool(self.buffer) or self.holds_more() or bool(self._poller.poll(0))
 
     def holds_more(self) -> bool:
         """Whether TLS has read ahead: poll() does not tell of such data."""
@@ -9091,7 +9091,7 @@ class UpstreamConnection(HeadReader):
 
     def take_now(self) -> Optional[bytes]:
         """What `take` gives, None where nothing has come."""
-        return self.take() if self._buffer else self._receive_some()
+        return self.take() if self.buffer else self._receive_some()
 
     def _receive_some(self) -> Optional[bytes]:
         try:
@@ -9527,6 +9527,9 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+USUAL_PORTS = {"http": 80, "https": 443}
+
+
 class Endpoint(NamedTuple):
     """Where a base URL leads."""
     scheme: str
@@ -9539,13 +9542,13 @@ class Endpoint(NamedTuple):
     def of(cls, base_url: str) -> "Endpoint":
         """The parts of a base URL, the port filled in; ValueError where it is no port."""
         parts = urllib.parse.urlsplit(base_url)
-        usual = 443 if parts.scheme == "https" else 80
-        return cls(parts.scheme, parts.hostname or "", parts.port or usual, parts.path)
+        port = parts.port or USUAL_PORTS.get(parts.scheme, 80)
+        return cls(parts.scheme, parts.hostname or "", port, parts.path)
 
     @property
     def authority(self) -> str:
-        usual = 443 if self.scheme == "https" else 80
-        return bracketed(self.host) + (f":{self.port}" if self.port != usual else "")
+        is_usual = self.port == USUAL_PORTS.get(self.scheme, 80)
+        return bracketed(self.host) + ("" if is_usual else f":{self.port}")
 
 
 def uuid4() -> str:
@@ -9759,7 +9762,7 @@ class ProxyTalk(HeadReader):
         if not 200 <= status < 300:
             hint = _CONNECT_HINT.get(status, "")
             raise self._failed(f"it refused CONNECT {place} (HTTP {status}{hint})")
-        if self._buffer:                 # a web server's page: no request was sent yet
+        if self.buffer:                  # a web server's page: no request was sent yet
             raise self._failed("it answers with a page of its own; is it an HTTP proxy?")
 
     def _open_socks(self, endpoint: Endpoint) -> None:
@@ -10733,19 +10736,10 @@ class Logins:
         self._on_change()
         self.refresher.wake()
 
-    def _begun(self) -> LoginFlow:
+    def paste(self, text: str) -> Json:
         if self.flow is None:
             raise LoginFailed("no login was begun")
-        return self.flow
-
-    def callback(self, query: str) -> Json:
-        """The callback came to another listener, which passes its query on."""
-        ok, message = self._begun().visit(query)
-        self._begun().close_if_over()
-        return {**self.status(), "ok": ok, "message": message}
-
-    def paste(self, text: str) -> Json:
-        self._begun().paste(text)
+        self.flow.paste(text)
         return self.status()
 
     def status(self) -> Json:
@@ -11368,11 +11362,6 @@ class Lane:
         return [(self.rests.key_state(key), self.rests.left_s(key))
                 for key in self.provider.api_keys]
 
-    @property
-    def key_load(self) -> int:
-        """Requests that hold a key or wait for one; only where each key has a limit."""
-        return sum(slots.load for slots in self._key_slots.values())
-
     # what is known of its models
 
     def cap(self, model: str) -> int:
@@ -11727,7 +11716,7 @@ class Ledger(Journal):
     def __init__(self, path: str = "", now: Callable[[], float] = time.time,
                  log: logging.Logger = log) -> None:
         super().__init__(path, log)
-        self._now, self._days, self._hour = now, 92, 0
+        self._now, self._days, self._hour = now, Settings.usage_days, 0
         self._rows: Dict[LedgerNames, List[int]] = {}
         self._an_hour: Counter[int] = Counter()          #: rows of each hour
         #: counts of rows that are no more, for /metrics: (dialect, provider, status) -> counts
@@ -11737,7 +11726,8 @@ class Ledger(Journal):
 
     # counting
 
-    def add(self, record: Record, days: int = 92, waits: bool = False, writes: bool = True) -> None:
+    def add(self, record: Record, days: int = Settings.usage_days, waits: bool = False,
+            writes: bool = True) -> None:
         """Count a finished call; `days` is how long rows are kept.
 
         `waits`: others are about to be counted as well; `writes` False: for this run only.
@@ -12394,12 +12384,26 @@ def upstream_headers(given: Mapping[str, str], settings: Settings, provider: Pro
     return list(headers.values())
 
 
+def plan_for(gateway: Any, settings: Settings, call: Call, chain: Sequence[Target]) -> Plan:
+    """The attempts of a call at its targets."""
+    def keys(target: Target) -> List[str]:
+        provider = target.provider
+        sticky = settings.sticky if provider.sticky is None else provider.sticky
+        conversation = call.conversation if sticky and len(provider.api_keys) > 1 else None
+        return gateway.lane(provider).keys(provider.api_keys, conversation)
+
+    return Plan(chain, keys, lambda target: gateway.lane(target.provider).rests,
+                {**RETRY, **settings.retry}, {**CIRCUIT, **settings.circuit}, gateway.clock,
+                lambda: 0.5 + secrets.randbelow(500) / 1000)
+
+
 class Attempts:
     """One call on its way: asks what its plan says next, until somebody has answered."""
 
     def __init__(self, gateway: Any, call: Call, client: Client) -> None:
         self.gateway, self.log, self.call, self.client = gateway, gateway.log, call, client
         self._fresh_key = ""             #: of a login that was refreshed for this call
+        self.plan: Any = None            #: Plan, once the call has its chain
         self.translation: Any = None     #: Translation for the target that is being asked
         self.record = Record(
             call.request_id, call.dialect.name, (call.model or "")[:200], call.stream,
@@ -12426,51 +12430,40 @@ class Attempts:
 
     def _follow_plan(self) -> None:
         chain = self.state.chain_for(self.call)
-        plan = Plan(chain, self._keys, lambda target: self.gateway.lane(target.provider).rests,
-                    {**RETRY, **self.settings.retry}, {**CIRCUIT, **self.settings.circuit},
-                    self.gateway.clock, lambda: 0.5 + secrets.randbelow(500) / 1000)
+        self.plan = plan_for(self.gateway, self.settings, self.call, chain)
         with contextlib.ExitStack() as place:            # at the target that is being asked
             while True:
-                step = plan.next()
+                step = self.plan.next()
                 if not step.is_same:
                     place.close()
                     self._pause(step.wait_s)
                 try:
-                    if self._ask(step, plan, place):
-                        return plan.succeeded()
-                    return
+                    return self._ask(step, place)
                 except (UpstreamError, Busy) as exc:
                     status, told = exc.status, exc
                     if isinstance(exc, UpstreamError):
                         told = explain_refusal(exc, self.target, self.translation,
                                                self.gateway.flags, self.call.shows_images)
                     forget_trace(exc)    # the plan keeps errors
-                    if not self._mend(plan, status, told):
-                        self._give_up(plan, status, told, len(chain) > 1)
-
-    def _keys(self, target: Target) -> List[str]:
-        provider = target.provider
-        sticky = self.settings.sticky if provider.sticky is None else provider.sticky
-        conversation = self.call.conversation if sticky and len(provider.api_keys) > 1 else None
-        return self.gateway.lane(provider).keys(provider.api_keys, conversation)
+                    if not self._mend(status, told):
+                        self._give_up(status, told, len(chain) > 1)
 
     def _pause(self, seconds: float) -> None:
         if seconds:
             self.log.info("%s trying again in %.1f s", self.call.request_id[4:12], seconds)
             self.gateway.pause(self.client, seconds)
 
-    def _ask(self, step: Step, plan: Plan, place: contextlib.ExitStack) -> bool:
-        """Make an attempt; False where no upstream was needed."""
+    def _ask(self, step: Step, place: contextlib.ExitStack) -> None:
+        """Make an attempt, unless the answer needs no upstream."""
         provider = step.target.provider
         if step.is_same:
             self.translation.begin()
         else:
             self._aim(step.target)
             if self.translation.local is not None:
-                self._answer_locally(self.translation.local)
-                return False
+                return self._answer_locally(self.translation.local)
             place.enter_context(self.lane.slots.hold(self.client, self.settings, provider.name))
-        key, started = plan.take_key(), time.monotonic()
+        key, started = self.plan.take_key(), time.monotonic()
         attempt = Attempt(provider.name, self.target.model, mask(key), 200, "", 0.0)
         try:
             with self.lane.hold_key(key, self.client, self.settings):
@@ -12481,7 +12474,6 @@ class Attempts:
             raise
         self._learn()
         self.record.trail.append(attempt._replace(total_s=time.monotonic() - started))
-        return True
 
     def _aim(self, target: Target) -> None:
         """Translate the call for a target; UpstreamRefused where it is disabled, BadRequest."""
@@ -12527,12 +12519,12 @@ class Attempts:
 
     # when it failed
 
-    def _mend(self, plan: Plan, status: int, exc: GatewayError) -> bool:
+    def _mend(self, status: int, exc: GatewayError) -> bool:
         """Whether to repeat the attempt at once: its login was refreshed, or max_tokens lowered."""
         if self.client.began or not isinstance(exc, UpstreamRefused):
             return False
         if status == 401:
-            return self._renew_login(plan)
+            return self._renew_login()
         cap = find_output_cap(exc.status, exc.message) if exc.overflow is None else 0
         model = self.target.model
         if not cap or cap >= (self.lane.cap(model) or cap + 1):
@@ -12543,11 +12535,12 @@ class Attempts:
         self.log.info("%s %s/%s takes max_tokens up to %d; asking again",
                       self.call.request_id[4:12], self.lane.provider.name, model, cap)
         self._translate()
-        plan.repeat()
+        self.plan.repeat()
         return True
 
-    def _renew_login(self, plan: Plan) -> bool:
+    def _renew_login(self) -> bool:
         """Where iFlow says that the key has ended, its login is refreshed, once."""
+        plan = self.plan
         account = self.gateway.account_of(self.target.provider, plan.key)
         if account is None or plan.key == self._fresh_key:
             return False
@@ -12556,14 +12549,13 @@ class Attempts:
             plan.repeat(self._fresh_key)
         return bool(self._fresh_key)
 
-    def _give_up(self, plan: Plan, status: int, exc: GatewayError, has_others: bool) -> None:
+    def _give_up(self, status: int, exc: GatewayError, has_others: bool) -> None:
         """Tell the plan that the attempt failed; raises `exc` where nobody else may be asked."""
-        name = self.target.provider.name
+        plan, name = self.plan, self.target.provider.name
         if plan.failed(exc, self.client.began, status):
-            circuit = {**CIRCUIT, **self.settings.circuit}
             self.log.warning(
                 "%s failed %d times in a row and rests for %g s where there is another",
-                name, circuit["failures"], circuit["rest_s"])
+                name, plan.circuit["failures"], plan.circuit["rest_s"])
         if has_others and plan.target is None:
             self.log.info("%s %s failed (%s)", self.call.request_id[4:12], name,
                           one_line(exc.message, 160))
@@ -12601,8 +12593,7 @@ class Attempts:
         """Pass a plain answer on."""
         client = self.client
         answer, content_type = self.translation.reply(data, response.content_type, response.status)
-        self.record.usage = self.translation.usage
-        self._spend()
+        self._end_well()
         if self.call.stream:
             client.end(answer)
         else:
@@ -12648,18 +12639,23 @@ class Attempts:
             return bytes(body)
         # raises, unless all of an answer came before the connection broke
         last = translation.close()
-        record.usage = translation.usage
-        self._spend()
+        self._end_well()
         client.end(last)
         if translation.failed:
             record.status, record.error = 502, "the upstream broke off with an error"
         return b""
 
-    def _spend(self) -> None:
-        """Count the tokens against limits, once.
+    def _end_well(self) -> None:
+        """Note that all of an answer has come.
 
-        Before the answer's end is sent, so that the client's next request finds them counted.
+        Before its end is sent, so that the client's next request finds it noted.
         """
+        self.record.usage = self.translation.usage
+        self._spend()
+        self.plan.succeeded()
+
+    def _spend(self) -> None:
+        """Count the tokens against limits, once."""
         record, usage = self.record, self.record.usage
         if self.call.meters and not record.spent:
             record.spent = True
@@ -13433,7 +13429,10 @@ def log_path(gateway: Gateway) -> str:
 # === 16. HTTP ================================================================
 
 class ClientReader(HeadReader):
-    """A client's bytes, with a moment by which they have to come: http.server's rfile."""
+    """A client's bytes, with a moment by which they have to come.
+
+    Where another thread sets `deadline` to 0, the wait for the client ends.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock, self.deadline = sock, 0.0
@@ -13455,18 +13454,14 @@ class ClientReader(HeadReader):
         wait_s = max(0.0, min(left_s, LOOK_UP_S))
         return bool(self._poller.poll(wait_s * 1000)) or left_s > LOOK_UP_S
 
-    def give_up(self) -> None:
-        """End the wait for the client, which is on another thread."""
-        self.deadline = 0.0
-
     def wait(self, seconds: float) -> bool:
         """Whether a first byte comes in time; False at the end of the connection, too."""
         self.deadline = time.monotonic() + seconds
         try:
-            self._buffer = self._buffer or self._receive()
+            self.buffer = self.buffer or self._receive()
         except OSError:
             return False
-        return bool(self._buffer)
+        return bool(self.buffer)
 
     def read_request_head(self) -> bytes:
         """A request's head, empty lines before it skipped (RFC 9112, 2.2); BadRequest."""
@@ -13483,15 +13478,6 @@ class ClientReader(HeadReader):
             raise BadRequest("this port speaks plain HTTP; write http://, not https://")
         if head and not head[:1].isupper():
             raise BadRequest("the request line is malformed or too long")
-
-    @property
-    def received(self) -> bytes:
-        """What was received and not taken yet."""
-        return self._buffer
-
-    def put_back(self, data: bytes) -> None:
-        """Keep what was received beyond a body: it belongs to the next request."""
-        self._buffer = data
 
 
 _REQUEST_LINE = Pattern(r"([A-Z]{1,20}) (\S{1,16000}) HTTP/1\.([01])")
@@ -13574,7 +13560,7 @@ class RequestBody:
                 raise BadRequest("the body ended before its " + (
                     "last chunk" if self.left < 0 else "Content-Length"))
             piece, surplus = self._split(data, dechunker)
-            self._reader.put_back(surplus)
+            self._reader.buffer = surplus                # it belongs to the next request
             size += len(piece)
             if size > limit:
                 self.left = -1           # the connection is not used again
@@ -13624,7 +13610,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setblocking(False)
         with contextlib.suppress(OSError):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.rfile = self.reader = ClientReader(self.connection)     # type: ignore[assignment]
+        self.reader = ClientReader(self.connection)
         self.close_connection, self.busy = True, False
         self.is_surplus = self.server.enter(self)
 
@@ -13680,7 +13666,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._serve()
         except Exception as exc:         # a defect of ours becomes a 500
             if not self.path:            # the head is what was refused
-                self.path = find_target(head or self.reader.received)
+                self.path = find_target(head or self.reader.buffer)
                 self.endpoint = dialect_of(self.path, {})
             self._tell_failure(self._error_of(exc))
             forget_trace(exc)
@@ -14713,7 +14699,7 @@ class Server(Listener):
         with self._lock:
             handlers = [handler for handler in self._handlers if wanted(handler)]
         for handler in handlers:
-            handler.rfile.give_up()
+            handler.reader.deadline = 0.0
             with contextlib.suppress(OSError):
                 handler.connection.shutdown(socket.SHUT_RDWR)
 
@@ -14983,11 +14969,6 @@ def choice_in(query: Mapping[str, str], name: str, choices: Sequence[str]) -> st
     """One of `choices`, the first where the query names none; BadRequest."""
     with naming_fields():
         return one_of(*choices)(query.get(name, choices[0]), name)
-
-
-def text_in(handler: Handler, name: str) -> str:
-    """The only field of a request's body, a text."""
-    return read_form(handler, {}, {name: secret_text}).get(name) or ""
 
 
 def named_in(handler: Handler) -> str:
@@ -15883,6 +15864,12 @@ def start_login(handler: Handler) -> Json:
     return handler.gateway.logins.start(body.get("account") or "", bool(body.get("paste")))
 
 
+def paste_login(handler: Handler) -> Json:
+    """POST oauth/paste."""
+    text = read_form(handler, {}, {"text": secret_text}).get("text")
+    return handler.gateway.logins.paste(text or "")
+
+
 def show_logins(handler: Handler) -> Json:
     logins = handler.gateway.login_report()
     return {"data": [{"account": account, "keys": 1, "message": "", **login}
@@ -16157,9 +16144,7 @@ PAGE_ROUTES: Dict[str, Callable[[Handler], Optional[Json]]] = {
         handler.gateway, handler.read_json(ADMIN_BODY_BYTES), wants_english(handler)),
     "GET keys": show_keys, "POST keys": add_key, "DELETE keys/{name}": remove_key,
     "GET logins": show_logins, "DELETE logins/{name}": end_login, "POST oauth/start": start_login,
-    "POST oauth/paste": lambda handler: handler.gateway.logins.paste(text_in(handler, "text")),
-    "POST oauth/callback": lambda handler: handler.gateway.logins.callback(
-        text_in(handler, "query")),
+    "POST oauth/paste": paste_login,
     "GET oauth/status": lambda handler: handler.gateway.logins.status(),
     "GET clients": show_clients, "POST play/chat": play}
 
