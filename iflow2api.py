@@ -11206,9 +11206,12 @@ def line_through(pairs: Sequence[Sequence[float]]) -> Tuple[float, float]:
 
     Least squares of counted = slope * estimate + offset.  Later pairs weigh more, and longer
     prompts less, for an estimate is off by some per cent.  Without pairs it is 1 and 0, give or
-    take 0.3 and 50: short prompts alone say much of the offset and little of the slope.
+    take 0.3 and 50: short prompts alone say much of the offset and little of the slope.  What no
+    tokenizer makes of a prompt, 2.5 for one, is offset: the upstream puts in a prompt of its own.
     """
-    ones, squares, products, excesses, leanings = 1 / 50 ** 2, 1 / 0.3 ** 2, 0.0, 0.0, 0.0
+    own = max((counted - 2.5 * estimate for estimate, counted in pairs), default=0.0)
+    ones, squares = 1 / (50 + max(own, 0)) ** 2, 1 / 0.3 ** 2
+    products = excesses = leanings = 0.0
     for age, (estimate, counted) in enumerate(reversed(pairs)):
         weight, excess = 0.85 ** age / (1 + 0.02 * estimate) ** 2, counted - estimate
         ones += weight
@@ -11225,9 +11228,9 @@ class TokenScale:
     """What models count for what we estimate: learnt from prompt_tokens, kept over a restart."""
     LIMIT = 500                          #: models; the one not heard of for longest goes first
     SURE, EVERY = 10, 8                  #: with SURE pairs of both only each EVERYth is estimated
-    #: of the slope; what is beyond them by more than a system prompt of the upstream's own (in
-    #: tokens) is no matter of counting
-    BOUNDS, OWN_PROMPT = (0.2, 5.0), 2000
+    #: of the slope; what is beyond them by more than a prompt of the upstream's own (in tokens)
+    #: is no matter of counting
+    BOUNDS, OWN_PROMPT = (0.2, 5.0), 20_000
     WRITE_S = 5.0
 
     def __init__(self, path: str = "", clock: Callable[[], float] = time.monotonic,

@@ -7062,7 +7062,7 @@ def first_count(running, upstream, words):
 
 
 @pytest.mark.parametrize("each", [0.5, 0.9, 1.0, 1.6, 2.5])
-@pytest.mark.parametrize("fixed", [0, 19, 120])
+@pytest.mark.parametrize("fixed", [0, 19, 120, 3000])
 @pytest.mark.parametrize("asked", [(2, 60, 2000), (2000, 2, 60), (700, 3000, 30), (9, 400, 40),
                                    (150, 1, 700)])
 def test_three_answers_teach_what_the_model_counts(server, upstream, each, fixed, asked):
@@ -7084,12 +7084,14 @@ def test_three_answers_teach_what_the_model_counts(server, upstream, each, fixed
 
 @pytest.mark.parametrize("words, counted", [
     # short prompts under what the upstream adds; an upstream that counts something else
-    *((words, words + 24) for words in (1, 2, 5, 20)), (1, 900_000), (5000, 3), (400, 90_000)])
+    *((words, words + 24) for words in (1, 2, 5, 20)), (1, 4000), (300, 4300), (1, 900_000),
+    (5000, 3), (400, 90_000)])
 def test_one_answer_does_not_spoil_the_scale(server, upstream, words, counted):
     running = server(upstream)
     expected = count_of(running, prompt_of(20_000))
     answer_counts(running, upstream, words, counted)
-    assert abs(count_of(running, prompt_of(20_000)) / expected - 1) < 0.1
+    own = counted - words if words * 2.5 < counted < 20_000 else 0
+    assert abs(count_of(running, prompt_of(20_000)) / (expected + own) - 1) < 0.1
 
 
 @pytest.mark.parametrize("teacher", ["/v1/messages", "/v1/responses"])
