@@ -403,7 +403,7 @@ ADMIN_BODY_BYTES, VIEWERS_LIMIT, LOG_LINES, LOG_LINE_CHARS = 1 << 20, 16, 10_000
 #: Most label sets of a metric family; further ones count as "other", as in the ledger.
 METRIC_SERIES_LIMIT = 500
 
-#: Of a client's headers these alone reach a chat upstream, and all that begin with the prefix.
+#: Headers of a client that are sent on to a chat upstream, and all that begin with the prefix.
 HEADERS_FORWARDED = frozenset((
     "anthropic-version", "anthropic-beta", "openai-beta", "openai-organization", "openai-project",
     "accept-language", "http-referer", "x-title", "x-request-id", "x-client-request-id"))
@@ -715,7 +715,7 @@ LOCAL_ENGINES = ("ollama", "lmstudio", "llamacpp", "vllm")
 class GatewayError(Exception):
     """What a client has to be told: a status, a wire code and one sentence.
 
-    Dialects give it their shape, Handler.send_error_of sends it; nobody else does either.
+    Dialects give it their shape, and Handler.send_error_of sends it; nothing else does.
     """
     status = 500
     type = "server_error"
@@ -825,7 +825,7 @@ class ClientGone(Exception):
 
 
 def forget_trace(exc: Optional[BaseException]) -> None:
-    """Let go of the frames that an error has passed: they may hold it, and a whole request."""
+    """Drop the frames that an error has passed: they may hold the error, and a whole request."""
     while exc is not None:
         exc.__traceback__ = None
         exc = exc.__cause__ or exc.__context__
@@ -944,7 +944,7 @@ def decode_base64(text: str) -> Optional[bytes]:
 _IRREPLACEABLE = {getattr(errno, name, None)
                   for name in ("EBUSY", "EXDEV", "EPERM", "EACCES", "EROFS")}
 
-#: No write takes longer: an older temporary file is a leftover, whoever has its process id now.
+#: No write takes longer: an older temporary file is a leftover, even if its process id is in use.
 TEMP_FILE_S = 60
 
 
@@ -960,7 +960,7 @@ def make_folder(path: str) -> None:
     for folder in reversed(missing):
         try:
             os.mkdir(folder, 0o700)
-            os.chmod(folder, 0o700)      # a umask may take from the owner, too
+            os.chmod(folder, 0o700)      # the umask may have denied the owner, too
         except FileExistsError:          # another process was faster
             if not os.path.isdir(folder):
                 raise
@@ -994,7 +994,7 @@ def write_file(path: str, data: bytes, has_copy: bool = False) -> None:
 
 def _write(fd: int, data: bytes) -> None:
     """Make `data` the whole content of the open file `fd`, and sync it to the disk."""
-    with open(fd, "wb") as file:         # a descriptor is not truncated by it
+    with open(fd, "wb") as file:         # which truncates no file that is given by descriptor
         file.write(data)
         file.truncate()
         file.flush()
@@ -1003,7 +1003,7 @@ def _write(fd: int, data: bytes) -> None:
 
 def close_to_others(path: str) -> None:
     """Take a file's permissions from all but its owner; earlier versions made files for all."""
-    with contextlib.suppress(OSError):   # no file, a foreign one, or a system without such rights
+    with contextlib.suppress(OSError):   # no file, somebody else's, or a system without permissions
         if os.stat(path).st_mode & 0o077:
             os.chmod(path, 0o600)
 
@@ -1035,7 +1035,7 @@ def _is_running(pid: int) -> bool:
     """Whether there is such a process, as far as that can be told."""
     with contextlib.suppress(PermissionError):
         try:
-            if os.name == "posix":       # elsewhere it would end the process
+            if os.name == "posix":       # on Windows it ends the process
                 os.kill(pid, 0)
         except ProcessLookupError:
             return False
@@ -1073,7 +1073,7 @@ def file_lock(path: str, timeout_s: float) -> Iterator[None]:
 
 
 def _lock(fd: int, path: str) -> bool:
-    """Whether the lock could be had; on a file system without locks a warning, and no lock."""
+    """Whether the lock was taken; True, and a warning, on a file system without locks."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -1106,7 +1106,7 @@ class Cipher:
     NONCE_BYTES, TAG_BYTES = 16, 32
 
     def __init__(self, key: bytes, purpose: bytes) -> None:
-        """`purpose` keeps apart what one key is used for."""
+        """One key makes different ciphers for different purposes."""
         self._cipher_key, self._tag_key, self._nonce_key = (
             hmac.digest(key, purpose + use, "sha256") for use in (b"cipher", b"tag", b"nonce"))
 
@@ -1155,7 +1155,7 @@ def objects_of(value: Any) -> List[Json]:
 
 
 def misfit(where: str, expected: str, value: Any = (), hint: str = "") -> ValueError:
-    """What is wrong at a place; `value` is shown, unless it has parts or is left out: a secret."""
+    """The error of a value at a place; it has the value, unless that has parts or is a secret."""
     shown = not isinstance(value, (list, dict, tuple))
     found = f", not {one_line(json.dumps(value), 60)}" if shown else ""
     return ValueError(f"{where + ': ' if where else ''}{expected} expected{found}{hint}")
@@ -1179,8 +1179,8 @@ def secret_text(value: Any, where: str) -> str:
 def any_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise misfit(where, "a string", value)
-    # \udc80 to \udcff stand for bytes of the environment that are no UTF-8: a file's name has them
-    if re.search("[\0\ud800-\udc7f\udd00-\udfff]", value):       # no file and no host is called so
+    # \udc80 to \udcff stand for bytes of file names that are no UTF-8; no name has the others
+    if re.search("[\0\ud800-\udc7f\udd00-\udfff]", value):
         raise misfit(where, "a string without NUL and lone surrogates")
     return value
 
@@ -1232,7 +1232,7 @@ def list_of(shape: Shape) -> Shape:
 
 
 def names_to(shape: Shape, name_shape: Shape = anything) -> Shape:
-    """An object of any names."""
+    """An object with any names."""
     def check(value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise misfit(where, "an object")
@@ -1242,7 +1242,8 @@ def names_to(shape: Shape, name_shape: Shape = anything) -> Shape:
 
 
 def record(need: Mapping[str, Shape], may: Mapping[str, Shape], strict: bool = True) -> Shape:
-    """An object of known fields; null is none.  Unless `strict`, others are left out."""
+    """An object of known fields; null is as good as missing.  Unless `strict`, others are left out.
+    """
     known = {**need, **may}
 
     def check(value: Any, where: str) -> Any:
@@ -1260,7 +1261,7 @@ def record(need: Mapping[str, Shape], may: Mapping[str, Shape], strict: bool = T
     return check
 
 
-#: By the kind of a setting, or of a field of a request to the page's API.
+#: The kind of a setting, or of a field of a request to the page's API -> its shape.
 KIND_SHAPES: Dict[str, Shape] = {
     "str": any_text, "bool": truth, "int": number(-10 ** 12, 10 ** 12, True),
     "float": number(-10 ** 12, 10 ** 12), "list": list_of(anything), "dict": names_to(anything)}
@@ -1450,10 +1451,7 @@ def default_of(name: str) -> Any:
 
 
 def check_setting(name: str, value: Any, where: str = "") -> Any:
-    """`value` as the setting's kind; ValueError says what was expected at which place instead.
-
-    `where` is what the place is called, the setting's name if nothing else is given.
-    """
+    """`value`, checked for the setting; ValueError names the place (`where`, else the setting)."""
     facts = SETTING[name].metadata
     kind, is_whole = facts["kind"], facts["kind"] == "int"
     if name in SETTING_SHAPES:
@@ -1487,7 +1485,7 @@ def parse_setting(name: str, text: str, where: str = "") -> Any:
 
 
 class Loaded(NamedTuple):
-    """Settings, where each that is no default came from, and what was wrong, a sentence each."""
+    """Settings, the source of each that is no default, and warnings, a sentence each."""
     settings: Settings
     origins: Dict[str, str]
     warnings: List[str]
@@ -1495,7 +1493,7 @@ class Loaded(NamedTuple):
 
 def load_settings(raw: Json, environ: Mapping[str, str], flags: Mapping[str, Any],
                   last: Optional[Settings] = None) -> Loaded:
-    """Settings out of flags > environment > file > defaults; a bad value leaves what is below it.
+    """Settings from flags > environment > file > defaults; of a bad value the next source counts.
 
     `last` are the settings in force, kept where a value of the file has become bad.
     """
@@ -1833,7 +1831,7 @@ class ConfigFile:
             raw, warnings = self.recover()
             edit(raw)
             data = self.to_bytes(self._encrypted_if_possible(raw))
-            if warnings and os.path.isfile(self.path):   # a copy: the disk may be full later
+            if warnings and os.path.isfile(self.path):   # copied, since the disk may be full
                 kept = f"{self.path}.broken-{time.strftime('%Y%m%d-%H%M%S')}"
                 with open(self.path, "rb") as file:
                     write_file(kept, file.read())
@@ -1865,7 +1863,7 @@ class ConfigFile:
                            if is_to_encrypt(where, text) else text)
 
     def _encrypted_if_possible(self, raw: Json) -> Json:
-        """A key file that is damaged or can't be made must not keep a setting from changing."""
+        """Without a usable key the secrets stay as they are, so that settings can still change."""
         try:
             return self._encrypted(raw)
         except (OSError, CannotDecrypt) as exc:
@@ -1923,7 +1921,7 @@ def name_of(entry: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
-# --- what is inside of settings -----------------------------------------------
+# --- contents of settings -----------------------------------------------------
 
 LIMIT_FIELDS = dict.fromkeys(LIMIT_WORDS, number(1, 10 ** 12, True))
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -1940,7 +1938,7 @@ def network(value: Any, where: str) -> str:
 
 
 def host_name(value: Any, where: str) -> str:
-    if not any_text(value, where).strip():       # the system takes it for every address
+    if not any_text(value, where).strip():       # an empty one would mean every address
         raise misfit(where, "an address", hint="; 0.0.0.0 stands for all of this machine's")
     return value
 
@@ -1973,7 +1971,7 @@ _CLIENT_KEY = record(
                                              "; `key add` makes one", is_secret=True)},
     {"models": list_of(filled_text), "expires": expiry, "created": anything, **LIMIT_FIELDS})
 
-#: Settings with something inside of them, or with rules of their own.
+#: Shapes of the settings that have contents, or rules of their own.
 SETTING_SHAPES: Dict[str, Shape] = {
     "retry": record({}, {"count": number(0, 10, True), "backoff_s": number(0, 600),
                          "max_backoff_s": number(0, 600), "total_s": number(0, 3600)}),
@@ -2020,7 +2018,7 @@ def parse_client_key(entry: Any, where: str = "") -> ClientKey:
 
 def parse_client_keys(entries: Sequence[Any], where: str = "client_keys"
                       ) -> Tuple[List[ClientKey], List[str]]:
-    """The keys that are as they should be, and a sentence for each of the others."""
+    """The valid keys, and a sentence for each of the others."""
     keys: Dict[str, ClientKey] = {}
     warnings: List[str] = []
     for at, entry in enumerate(entries):
@@ -2111,8 +2109,7 @@ _TOKENS = number(0, 10 ** 9, True)
 #: Fields of a message or delta that hold reasoning as text; the first one with text counts.
 REASONING_FIELDS = ("reasoning_content", "reasoning")
 
-#: How an upstream's Chat differs from the plain one: what there is to say, and what holds where
-#: nothing is said.
+#: How an upstream's Chat may differ from OpenAI's: name -> default and shape of the value.
 PROFILE: Dict[str, Tuple[Any, Shape]] = {
     "thinking_style": ("thinking_type", one_of("thinking_type", "enable_thinking",
                                                "chat_template_kwargs", "reasoning_effort", "none")),
@@ -2156,11 +2153,11 @@ PROFILE: Dict[str, Tuple[Any, Shape]] = {
     "lists_models": (True, truth)}
 DEFAULT_PROFILE: Json = {name: default for name, (default, _) in PROFILE.items()}
 
-#: What a profile may say as well: it holds for the models whose own facts do not tell.
+#: A profile may also give facts, for the models that have none of their own.
 _PROFILE_SHAPES = {**{name: shape for name, (_, shape) in PROFILE.items()},
                    "max_output": _TOKENS, "context": _TOKENS}
 
-#: How a sentence ends that says what of a profile makes no sense.
+#: The end of a sentence about a bad value of a profile.
 PROFILE_IGNORED = "the default is used"
 
 KINDS = ("openai", "iflow")
@@ -3053,7 +3050,7 @@ def dump_chat(chat: Json) -> bytes:
 
 
 def clamp_effort(effort: str, allowed: Sequence[str]) -> Optional[str]:
-    """The strongest allowed effort not above the wish, else the weakest; None where none is."""
+    """The strongest allowed effort that is not above `effort`, else the weakest, else None."""
     known = [name for name in EFFORTS if name in allowed]
     if not known:
         return None
@@ -3172,7 +3169,7 @@ def parse_usage(raw: Any) -> Usage:
     return Usage(prompt, completion, cached, write, reasoning)
 
 
-#: Said by what it is not: Python takes milliseconds to compile a set of so many characters.
+#: As a negated set, because a set of so many characters takes milliseconds to compile.
 _CJK = Pattern("[^\0-\u2e7f]+")
 
 
@@ -3339,9 +3336,9 @@ BLANKS_LIMIT = 256
 
 
 class ThinkTags:
-    """Tells `<think>…</think>` at the start of the content from the text after it.
+    """Separates `<think>…</think>` at the start of the content from the text after it.
 
-    Blanks at their edges go.
+    Blanks at their edges are removed.
     """
     START, END = "<think>", "</think>"
 
@@ -3473,7 +3470,7 @@ class Remembered:
     """
 
     def __init__(self) -> None:
-        #: of each list of objects in it the items, as written and parsed
+        #: name -> the items of a list of objects, as written and parsed
         self.lists: Dict[str, List[Tuple[str, Any]]] = {}
         self.turns: Dict[str, Any] = {}  #: a translator's own (KnownTurn), by the upstream's model
 
@@ -3694,7 +3691,7 @@ def error_type(status: int) -> str:
     return ERROR_TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
 
 
-#: Context overflow in the words of those who say it, the most telling first (their issue trackers).
+#: Context overflow in the words of servers, those with most numbers first (from issue trackers).
 #: LIMIT, PROMPT, OUTPUT and TOTAL stand for the numbers.
 OVERFLOW_WORDS = (
     # OpenAI, DeepSeek, older vLLM, OpenRouter: "requested 131134 tokens (122942 in the messages"
@@ -3768,8 +3765,8 @@ def find_overflow(status: int, message: Any, code: Any = None,
                   asked: int = 0) -> Optional[Tuple[int, int, int]]:
     """GatewayError.overflow of an upstream's error; None where it does not mean that.
 
-    `message` may be the error's text or its whole body; `asked` is the max_tokens that a total
-    includes which tells of no parts.  429 is about speed, 401 and 403 about keys.
+    `message` may be the error's text or its whole body; `asked` is the request's max_tokens, which
+    is part of a TOTAL.  429 is about speed, 401 and 403 about keys.
     """
     text = message[:10000] if isinstance(message, str) else ""
     if status in (401, 403, 404, 429):
@@ -3861,7 +3858,7 @@ def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]
 # --- answers, read ------------------------------------------------------------
 
 class StopWatch:
-    """Ends the text at stop sequences the upstream was not told of; holds back what may be one."""
+    """Ends the text at stop sequences the upstream was not sent; holds back what may be one."""
 
     def __init__(self, sequences: Sequence[str]) -> None:
         self._sequences, self.hit = sequences, ""
@@ -3965,7 +3962,7 @@ class ToolCalls:
 
     def __init__(self, make_id: Callable[[str], str] = str,
                  taken: Iterable[str] = ()) -> None:
-        """`make_id` makes a call's id of the upstream's own, "" where it has none of use."""
+        """`make_id` makes a call's id of the upstream's own, which may be ""."""
         self.all: List[ToolCall] = []
         self._make_id, self._taken = make_id, set(taken)
         self._by_index: Dict[int, ToolCall] = {}
@@ -4073,7 +4070,7 @@ class AnswerReader:
 
     @property
     def cut(self) -> bool:
-        """Whether the answer ended before its time: its last call may be half, and must not run."""
+        """Whether the answer was cut off: its last call may be incomplete, and must not run."""
         return self.finish_reason in CUT_SHORT
 
     @property
@@ -4194,7 +4191,7 @@ class AnswerWriter:
 
     @property
     def call_ids(self) -> List[str]:
-        """What the calls are called when they come back."""
+        """The ids under which the calls come back."""
         return [call.id for call in self.reader.calls.all if call.named]
 
 
@@ -4228,7 +4225,7 @@ def wants_reasoning_back(model: str) -> bool:
 
 
 def _refuses_thinking(chat: Json) -> bool:
-    """Whether the client switched thinking off, in any provider's way."""
+    """Whether a Chat client switched thinking off, in any provider's way."""
     template = object_of(chat.get("chat_template_kwargs"))
     switches = [*map(chat.get, ("enable_thinking", "thinking_mode", "reasoning")),
                 *map(template.get, ("enable_thinking", "thinking"))]
@@ -4623,7 +4620,7 @@ def fold_stream(data: bytes) -> Json:
     return {**whole, "choices": [choice.whole() for choice in choices.values()]}
 
 
-# --- chat requests made of other dialects' ------------------------------------
+# --- chat requests for other dialects -----------------------------------------
 
 def text_part(text: str) -> Json:
     return {"type": "text", "text": text}
@@ -4675,7 +4672,7 @@ def object_schema(required: Sequence[str], **properties: Any) -> Json:
 
 
 def function_schema(schema: Json) -> Json:
-    """A schema with the members that LM Studio does not do without."""
+    """A schema with the members that LM Studio requires."""
     return {**schema, "type": schema.get("type") or "object",
             "properties": object_of(schema.get("properties"))}
 
@@ -4860,7 +4857,7 @@ def _with_rule(messages: List[Json], rule: str) -> List[Json]:
 
 
 def _fit_options(chat: Json, profile: Json, wishes: Wishes) -> None:
-    """Limits, names of fields, and the thinking switch, for what was no chat request."""
+    """Limits, names of fields, and the thinking switch, for requests of other dialects."""
     limit, budget = chat.pop("max_tokens", None), wishes.budget
     if limit is not None:
         limit = min(limit, profile.get("max_output") or limit)
@@ -4919,7 +4916,7 @@ def count_chat_tokens(chat: Json) -> int:
 class Turn:
     """A request of another dialect: `chat` is what it asks of Chat, stream() writes its answer."""
     chat: Json
-    skipped: Sequence[str] = ()          #: types of what in the request nobody here knows
+    skipped: Sequence[str] = ()          #: unknown types of blocks in it, which were left out
     scale: Callable[[int], int] = int    #: estimated tokens -> as the target's model counts them
 
     def stream(self, new_id: Callable[[str], str]) -> AnswerWriter:
@@ -5556,7 +5553,7 @@ def _user_of(body: Json) -> Json:
 
 
 class KnownTurn(NamedTuple):
-    """What a request became, for the next one: what is the same objects is not converted again."""
+    """What a request became, so that the next one need not convert the same objects again."""
     profile: Json
     thinking: Optional[bool]
     system: Optional[Json]
@@ -5664,7 +5661,7 @@ def count_message_tokens(body: Json) -> int:
 # --- tool arguments
 
 def partial_object(text: str) -> Json:
-    """The most of an object that was cut off by the length limit."""
+    """As much as can be read of an object that was cut off by the length limit."""
     closers, tail, scan = "", "", re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.S)
     cuts: Deque[Tuple[int, str]] = deque(maxlen=4)       # more are not tried
     for found in scan.finditer(text):
@@ -5674,7 +5671,7 @@ def partial_object(text: str) -> Json:
             break
         if mark in ("{", "["):
             closers = ("}" if mark == "{" else "]") + closers
-            if len(closers) > 500:       # some Pythons could read it, and then not write it
+            if len(closers) > 500:       # some Pythons can read it, but not write it
                 return {}
             cuts.append((found.end(), closers))
         elif mark in ("}", "]"):
@@ -6001,7 +5998,7 @@ _SUMMARISE = (
 
 class Seal:
     """Encrypts the reasoning and summaries that are stored at the client."""
-    PREFIX = "if2a1."                    #: ours, and the version of all this
+    PREFIX = "if2a1."                    #: marks our own, and the version of the format
 
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(key, b"iflow2api seal 1: ")
@@ -6038,11 +6035,11 @@ def _plain(name: str) -> str:
 
 
 class _Kind(NamedTuple):
-    """How calls of one kind of tool travel in Responses."""
+    """How calls of one kind of tool are written in Responses."""
     call: str                            #: item type of the call …
     output: str                          #: … and of its output
     prefix: str                          #: of the call's item id
-    field: str                           #: what it is called with stands here
+    field: str                           #: which holds the arguments
     events: Optional[str] = None         #: stem of its delta events; None: the item comes whole
 
 
@@ -6070,7 +6067,7 @@ _FIXED_TOOLS: Dict[str, Tuple[str, Json]] = {
         object_schema(["query"], query="string", limit="integer")),
 }
 
-#: Families of tools that OpenAI runs itself; their types bear versions
+#: Families of tools that OpenAI runs itself; types may have a version at the end
 #: (web_search_preview_2025_03_11).
 _SERVER_FAMILIES = ("web_search", "file_search", "code_interpreter", "image_generation", "mcp",
                     "computer", "programmatic_tool_calling")
@@ -6094,7 +6091,7 @@ def _describe(tool: Json) -> Json:
 
 
 class _ResponseTools:
-    """The request's tools under the names Chat knows them by, and the way back."""
+    """The request's tools, and the names they have in Chat."""
 
     def __init__(self, profile: Json) -> None:
         self._profile = profile
@@ -6344,8 +6341,8 @@ def _text_of_file(data: str) -> Optional[str]:
     return None if "\0" in text or text.startswith("%PDF-") else text
 
 
-#: Which field of a part is its text; `encrypted_content` is Codex's for agent_message, plain text
-#: through us.
+#: Type of a part -> the field with its text.  Codex' agent_message has `encrypted_content`, which
+#: is plain text here.
 _TEXT_FIELDS = {"input_text": "text", "output_text": "text", "text": "text",
                 "summary_text": "text", "reasoning_text": "text", "refusal": "refusal",
                 "encrypted_content": "encrypted_content"}
@@ -6486,7 +6483,7 @@ def _pair_outputs(items: Sequence[Json]) -> Tuple[Dict[int, Json], Set[int]]:
 
 @dataclass
 class _Step:
-    """One assistant message in the making."""
+    """What is collected for one assistant message."""
     reasoning: List[str] = field(default_factory=list)
     details: List[Json] = field(default_factory=list)
     texts: List[str] = field(default_factory=list)
@@ -6815,12 +6812,12 @@ def _payload(kind: str, text: str) -> Optional[Json]:
 # --- answer: items ---
 
 class _TextKind(NamedTuple):
-    """How one kind of running text travels."""
+    """How one kind of text is written, as an item and as events."""
     prefix: str                          #: of the item's id
     item: Json                           #: the item when it is announced
-    parts: str                           #: the item's field its one part goes to
-    part: Json                           #: that part, but for the text …
-    text: str                            #: … which stands here
+    parts: str                           #: the item's field for its one part
+    part: Json                           #: that part without its text
+    text: str                            #: the part's field for the text
     index: str                           #: name of the part's number in events
     part_events: str
     text_events: str
@@ -6857,7 +6854,7 @@ class _Item:
 
 
 class _TextItem(_Item):
-    """An item whose text runs: a message, a refusal, or reasoning."""
+    """An item with text: a message, a refusal, or reasoning."""
 
     def __init__(self, stream: ResponsesStream, kind: _TextKind) -> None:
         super().__init__(stream)
@@ -6959,7 +6956,8 @@ class _CallItem(_Item):
                 yield self.announce({**self._item, "status": "in_progress"})
                 yield self.finish({**self._item, "status": "completed"})
                 return
-            yield from self._open(_Tool("function", self._tool.name))    # lets the client tell
+            # a function's arguments show the client, and so its model, what was wrong
+            yield from self._open(_Tool("function", self._tool.name))
         yield from self._end(text, torn, cut)
 
     def _open(self, tool: _Tool) -> Iterator[Json]:
@@ -6989,15 +6987,16 @@ class _CallItem(_Item):
             text = dump_text(value) if value is not None and (
                 "INVALID_JSON" not in value) else text
             text = text if text or self._sent else "{}"
-            torn = False                 # what was wrong is mended, or told
+            torn = False                 # ObjectMender has ended it
         yield from self._send(text)
         if self._input and not torn:
             self._input, text = None, self._input.close()
             yield from self._send(text)
         said = "".join(self._sent)
         item = {**self._item, kind.field: said, "status": "incomplete" if torn else "completed"}
-        if torn and self._tool.kind == "custom":         # Codex runs what is done, and half an
-            return self.stream.withhold(self.index, item)        # input looks whole
+        if torn and self._tool.kind == "custom":
+            # Codex runs what is done, and an incomplete input looks like a whole one
+            return self.stream.withhold(self.index, item)
         place = {"item_id": self._item["id"], "output_index": self.index}
         yield self.stream.event(kind.events + ".done", {**place, kind.field: said})
         yield self.finish(item)
@@ -7198,7 +7197,7 @@ class ResponsesStream(AnswerWriter):
             yield from item.feed()
 
     def _settle(self, active: Optional[_CallItem]) -> Iterator[Json]:
-        """Something else goes on than the call before: it is done if it is whole."""
+        """Another call or text goes on: the call before is done if it is whole."""
         before, self._last = self._last, active or self._last
         if before is not None and not before.done:
             yield from before.settle()
@@ -7764,7 +7763,7 @@ def embedding_reply(completion: Json, is_batch: bool) -> Json:
 # === 11. Dialects (pure) =====================================================
 
 class Context(NamedTuple):
-    """What a conversion needs of the world, passed in so that it stays pure."""
+    """What a conversion needs from outside, passed in so that it stays pure."""
     now: float
     new_id: Callable[[str], str]
     seal: Seal
@@ -7774,8 +7773,8 @@ class Context(NamedTuple):
 
 
 def owner_of(key: Optional[ClientKey]) -> str:
-    """Whom kept responses belong to: a client key; without one, and with `custom_api_key`,
-    everybody.
+    """Whose kept responses a client sees: its key's; without one, or with `custom_api_key`, those
+    of "", which are shared.
     """
     return "" if key is None or key.shared else key.name
 
@@ -7820,7 +7819,7 @@ class Call:
     request_id: str
     key: Optional[ClientKey] = None      #: whose request it is, None where none is needed
     meters: Sequence[Any] = ()           #: Meters that its tokens count on
-    known: Optional[Remembered] = None   #: what is known of it from the one before
+    known: Optional[Remembered] = None   #: from the request before in its conversation
 
     @property
     def model(self) -> Optional[str]:
@@ -7840,7 +7839,7 @@ class Call:
 
     @property
     def owner(self) -> str:
-        """Whose the responses are that are kept."""
+        """Whose responses are kept."""
         return owner_of(self.key)
 
     @property
@@ -7887,7 +7886,7 @@ def encode_event(event: Json) -> bytes:
 
 
 def profile_of(target: Target) -> Json:
-    """How Chat is spoken with this model: the plain way, the provider's, what is known of it."""
+    """The profile of a model: the defaults, its provider's, what is known of itself."""
     profile = {**DEFAULT_PROFILE, **target.provider.profile,
                **target.provider.facts.get(target.model, {})}
     if target.provider.kind == "iflow":
@@ -7925,12 +7924,12 @@ class Translation:
     headers: Mapping[str, str] = {}      #: of the client's, those that an upstream may get
     local: Optional[bytes] = None        #: the whole answer, where it needs no upstream
     max_output = estimate = 0            #: tokens it asks for, and has; 0: not known
-    skipped: Sequence[str] = ()          #: types of what in the request nobody here knows
+    skipped: Sequence[str] = ()          #: unknown types in the request, which were left out
     began = False                        #: an answer; until then another upstream may give one
     done = False                         #: the upstream has nothing more to say
     failed = False                       #: its stream had an error in it
     finish_reason: Optional[str] = None
-    records = 0                          #: of its stream
+    records = 0                          #: of its stream, so far
 
     def __init__(self, call: Call, target: Target, context: Context) -> None:
         self.path = call.dialect.path
@@ -7991,7 +7990,7 @@ class Translation:
         raise NotImplementedError
 
     def close(self) -> bytes:
-        """The end of the answer; UpstreamError where the upstream's end was none."""
+        """The end of the answer; UpstreamError where the upstream's stream was cut off."""
         raise NotImplementedError
 
     def fail(self, exc: GatewayError) -> bytes:
@@ -8011,7 +8010,7 @@ class Translation:
         raise NotImplementedError
 
     def _messages(self) -> Any:
-        """Of the request, as its client wrote them."""
+        """The request's messages as its client wrote them."""
         return self._call.body.get("messages")
 
     @cached_property
@@ -8156,7 +8155,7 @@ class ChatRelay(ChatTranslation):
             self.began = self._has_choices and is_answer(chunk)
 
     def close(self) -> bytes:
-        """What has to follow the upstream's proper end."""
+        """What is missing at the end of the upstream's stream."""
         out = b""
         rest = b"" if self.done else self._decoder.rest()
         if rest.strip() and (not self.began or self._is_whole(rest)):
@@ -8224,7 +8223,7 @@ class WrittenTranslation(Translation):
     """
     #: Events that say nothing of the answer yet.
     _LEADING = ("message_start", "response.created", "response.in_progress")
-    #: finish reasons that are an error before the first word
+    #: finish reasons that become an error, as long as nothing was sent
     _fatal: Collection[str] = FATAL_FINISH
 
     def begin(self) -> None:
@@ -8271,7 +8270,7 @@ class WrittenTranslation(Translation):
         return b"".join(out)
 
     def _open(self, chunk: Json, out: List[bytes]) -> None:
-        """Hold chunks back until there is an answer in one; then nothing is lost."""
+        """Hold chunks back until there is an answer in one; then write all of them."""
         self._held.append(chunk)
         reason = first_choice(chunk).get("finish_reason")
         if isinstance(reason, str) and reason in self._fatal:
@@ -8320,7 +8319,8 @@ class WrittenTranslation(Translation):
         return self._writer.call_ids
 
     def _take_rest(self) -> bytes:
-        """The last record, if only its blank line was missing; half a record spoils no end."""
+        """The last record, if only its blank line was missing; after the end half a one is ignored.
+        """
         if self.done:
             return b""
         try:
@@ -8348,7 +8348,7 @@ class ChatMerge(WrittenTranslation, ChatTranslation):
 
 
 class TurnTranslation(WrittenTranslation):
-    """A dialect of its own to Chat: its `turn` has the chat request, and writes the answer."""
+    """Another dialect by Chat: its `turn` has the chat request, and writes the answer."""
 
     def __init__(self, call: Call, turn: Any, target: Target, context: Context) -> None:
         self._turn, turn.scale = turn, context.scale
@@ -8385,7 +8385,7 @@ class TurnTranslation(WrittenTranslation):
 
     @property
     def usage(self) -> Usage:
-        """What the client is told, too."""
+        """As the client is told."""
         return self._writer.usage
 
     def _reply(self, data: bytes, completion: Json) -> bytes:
@@ -8471,7 +8471,7 @@ class GeminiEmbedding(Translation):
 def models_in(text: str) -> List[Any]:
     """The entries of OpenRouter's `models` in a body: names that the upstream may choose from.
 
-    Of a field that stands there twice all count: who reads it next may take the first or the last.
+    If the field is there twice both count: the next reader may take the first or the last.
     """
     found: List[Any] = []
 
@@ -8487,7 +8487,7 @@ def models_in(text: str) -> List[Any]:
 
 
 class ChatDialect:
-    """OpenAI's own endpoints: passed on as they are, once they are what they claim to be."""
+    """OpenAI's own endpoints: requests are passed on as they are, once they are checked."""
     name = "chat"
     stream_type = "text/event-stream; charset=utf-8"
     id_headers: Sequence[str] = ("x-request-id",)        #: which name a request in its answer
@@ -8546,7 +8546,7 @@ class ChatDialect:
         return models_in(call.text) if "models" in call.body else []
 
     def keepalive(self, call: Call, began: bool) -> bytes:
-        """What tells the client in silence that we are there."""
+        """What is sent in silence, so that the client does not give up."""
         return b": keep-alive\n\n"
 
     def error(self, exc: GatewayError, request_id: str) -> Json:
