@@ -5016,10 +5016,13 @@ def wrap_id(fresh: str, ident: str) -> str:
 
 def unwrap_id(ident: str) -> str:
     """The upstream's own id, if wrap_id hid one in `ident`."""
-    hidden = decode_base64(ident.partition("_raw_")[2]) if ident.startswith("toolu_") else None
-    with contextlib.suppress(UnicodeDecodeError):
-        return (hidden or b"").decode() or ident
-    return ident
+    _, mark, hidden = ident.partition("_raw_")
+    if not mark or not ident.startswith("toolu_"):       # nearly every one
+        return ident
+    try:
+        return (decode_base64(hidden) or b"").decode() or ident
+    except UnicodeDecodeError:
+        return ident
 
 
 # --- the request: its history
