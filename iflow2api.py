@@ -924,6 +924,10 @@ def remember(table: Dict[Any, Any], name: Any, value: Any, limit: int) -> None:
         del table[next(iter(table))]
 
 
+def sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()
+
+
 def encode_base64(data: bytes) -> str:
     """For texts that have to survive any channel: the URL alphabet, no padding."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
@@ -1998,13 +2002,9 @@ class ClientKey(NamedTuple):
     shared: bool = False                 #: `custom_api_key`, which all clients share
 
 
-def hash_key(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "replace")).digest()
-
-
 def hashes_of_header(text: str) -> Set[bytes]:
     """The hashes of a key out of a header (read as latin-1): clients send UTF-8 or latin-1."""
-    return {hash_key(text), hashlib.sha256(text.encode("latin-1", "replace")).digest()}
+    return {sha256(text), hashlib.sha256(text.encode("latin-1", "replace")).digest()}
 
 
 def parse_client_key(entry: Any, where: str = "") -> ClientKey:
@@ -2037,7 +2037,7 @@ def make_client_key(name: str, facts: Json) -> Tuple[str, Json]:
     `facts`: models, expires, limits.
     """
     key = "sk-" + secrets.token_hex(24)
-    entry = {"name": name, "sha256": hash_key(key).hex(), "created": time.strftime("%Y-%m-%d"),
+    entry = {"name": name, "sha256": sha256(key).hex(), "created": time.strftime("%Y-%m-%d"),
              **facts}
     if parse_client_key(entry).expires_at <= time.time():
         raise ValueError(f"expires: {facts['expires']} is over")
@@ -2054,7 +2054,7 @@ class ClientAuth:
         self.limited = bool(settings.address_limits or any(key.limits for key in self.keys))
         self._known = list(self.keys)
         if settings.custom_api_key:
-            self._known.insert(0, ClientKey("custom_api_key", hash_key(settings.custom_api_key),
+            self._known.insert(0, ClientKey("custom_api_key", sha256(settings.custom_api_key),
                                             shared=True))
 
     def find(self, given: Iterable[str]) -> Optional[ClientKey]:
@@ -3098,7 +3098,7 @@ def short_name(name: str) -> str:
     """`name` cut to what Chat allows, the same each time and different for different names."""
     if len(name) <= 64:
         return name
-    return name[:55] + "_" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+    return name[:55] + "_" + sha256(name).hex()[:8]
 
 
 def reasoning_of(message: Json) -> str:
@@ -4287,7 +4287,7 @@ def call_digest(scope: str, call: Json) -> str:
     # parsed, for some clients write it anew
     given = parse_arguments(given) if isinstance(given, str) else given
     facts = json.dumps([scope, call.get("id"), function.get("name"), given or {}], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
+    return sha256(facts).hex()
 
 
 def opening_of(messages: Any) -> str:
@@ -4656,7 +4656,7 @@ def family_of(kind: str, families: Sequence[str]) -> str:
     return next((family for family in families if kind.startswith(family)), kind)
 
 
-def makers_tool(profile: Json, family: str) -> Json:
+def provider_tool(profile: Json, family: str) -> Json:
     """What the provider has in place of a server tool, {} where it has nothing."""
     policy = profile["server_tools"]
     return object_of(policy.get(family)) if isinstance(policy, dict) else {}
@@ -5451,7 +5451,7 @@ class _Tools:
             raise BadRequest(f"{path}.type: {kind} runs on Anthropic's servers and is not "
                              "available here")
         family = family_of(kind, SERVER_TOOLS)
-        native = makers_tool(self.profile, family)
+        native = provider_tool(self.profile, family)
         if not native:
             if family not in ("tool_search_tool", "mcp_toolset"):      # all tools are listed anyway
                 self.missing.append(str(tool.get("name")))
@@ -5551,7 +5551,7 @@ def _user_of(body: Json) -> Json:
     if not isinstance(user, str) or not user:
         return {}
     if not _USER_ID.fullmatch(user):
-        user = hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()
+        user = sha256(user).hex()
     return {"user": user}
 
 
@@ -6188,7 +6188,7 @@ class _ResponseTools:
     def _define(self, key: _Tool, tool: Json) -> None:
         name = self._names.get(key) or key.flat
         if self._tools.get(name, key) != key:    # `a__b` and `b` of namespace `a`
-            name = f"{name[:55]}_{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:8]}"
+            name = f"{name[:55]}_{sha256(repr(tuple(key))).hex()[:8]}"
         function = {"name": name, **_describe(tool)}
         strict = tool.get("strict")
         if strict is not None and key.kind == "function" and self._profile["strict_tools"]:
@@ -6200,7 +6200,7 @@ class _ResponseTools:
 
     def _serve(self, kind: str) -> None:
         family = family_of(kind, _SERVER_FAMILIES)
-        native = makers_tool(self._profile, family)
+        native = provider_tool(self._profile, family)
         if self._profile["server_tools"] == "error":
             raise _bad(f"tools of type `{kind}` are not available here", "tools",
                        "unsupported_value")
@@ -7880,7 +7880,7 @@ class Call:
         """
         facts = [self.key.name if self.key else "", conversation_names(self.headers),
                  opening_of(messages)]
-        return ReasoningMemory(cache, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
+        return ReasoningMemory(cache, sha256(json.dumps(facts)).hex())
 
 
 def encode_event(event: Json) -> bytes:
@@ -10183,7 +10183,7 @@ class LoginFile:
                 raise LoginFailed("accounts are kept in config.json, and there is none")
             self.path, self._lock_path = config.path, os.path.join(config.folder, "login.lock")
         #: an earlier version wrote new tokens here first
-        self._pending_path = f"{self._lock_path}.{hash_key(self.account).hex()[:8]}.tokens"
+        self._pending_path = f"{self._lock_path}.{sha256(self.account).hex()[:8]}.tokens"
 
     def read(self) -> Json:
         """The login, {} where there is none."""
@@ -10409,7 +10409,7 @@ class Refresher:
         tokens, used = file.pending()
         if not tokens:
             tokens, used = state.unsaved, state.unsaved_for
-        if tokens and hash_key(str(file.read().get(REFRESH))).hex() == used:
+        if tokens and sha256(str(file.read().get(REFRESH))).hex() == used:
             file.update(tokens)
             token = tokens[REFRESH]
         if tokens:                       # else there is nothing, or it can't be decrypted today
@@ -10421,7 +10421,7 @@ class Refresher:
         """The login with new tokens and the key that belongs to them, both written."""
         if refused_key or login.get(KEY_DUE) is not True or state.refused:
             tokens = {**self._oauth.refresh(login[REFRESH]), KEY_DUE: True}
-            state.unsaved, state.unsaved_for = tokens, hash_key(login[REFRESH]).hex()
+            state.unsaved, state.unsaved_for = tokens, sha256(login[REFRESH]).hex()
             file.update(tokens)          # at once: the old ones are used up
             state.unsaved = {}
             login = {**login, **tokens}
@@ -12069,8 +12069,8 @@ class Sessions:
 
         def is_ours() -> bool:
             known = self.code()
-            if not known or not hmac.compare_digest(hash_key(given),
-                                                    hash_key(known.replace("-", ""))):
+            if not known or not hmac.compare_digest(sha256(given),
+                                                    sha256(known.replace("-", ""))):
                 return False
             with self._lock:             # of two at once, one has it
                 is_fresh, self._code = self._code == known, ""
@@ -12110,12 +12110,12 @@ class Sessions:
                           if self.is_alive(session)}
             while len(self._kept) >= SESSIONS_LIMIT:
                 del self._kept[min(self._kept, key=lambda name: self._kept[name].used_at)]
-            self._kept[hash_key(token)] = Session(self._password(), now, now)
+            self._kept[sha256(token)] = Session(self._password(), now, now)
         return token
 
     def find(self, token: str) -> Optional[Session]:
         """The session of a token, which is used by this; None where there is none any more."""
-        session = self._kept.get(hash_key(token))
+        session = self._kept.get(sha256(token))
         if session is None or not self.is_alive(session):
             return None
         session.used_at = self._clock()
@@ -12132,7 +12132,7 @@ class Sessions:
         The last right one is remembered as long as the password stays: checking takes a fifth of a
         second, and a script sends it with each request.
         """
-        digest, password = hash_key(given), self._password()
+        digest, password = sha256(given), self._password()
         known, its = self._basic
         if not (hmac.compare_digest(known, digest) and its == password != ""):
             try:
@@ -12145,7 +12145,7 @@ class Sessions:
         return Session(password, self._clock(), self._clock())
 
     def close(self, token: str) -> None:
-        self._end([hash_key(token)])
+        self._end([sha256(token)])
 
     def close_all(self) -> None:
         self._end(list(self._kept))
@@ -12944,7 +12944,7 @@ class Gateway:
         if raw is None:
             raw = self.config.recover()[0] if self.config is not None else {}
         told = {name: value for name, value in raw.items() if name != "accounts"}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        return sha256(json.dumps(told, sort_keys=True)).hex()[:16]
 
     def keep_setting(self, name: str, value: str) -> bool:
         """Store a setting that was made here; False where it lasts for this run alone."""
@@ -14874,7 +14874,7 @@ if (window.SwaggerUIBundle) {
 def _docs_policy(urls: Iterable[str]) -> str:
     """`sandbox` without allow-same-origin: the page gets an opaque origin, without cookies, storage
     or access to the admin page."""
-    digest = base64.b64encode(hashlib.sha256(DOCS_JS.encode()).digest()).decode()
+    digest = base64.b64encode(sha256(DOCS_JS)).decode()
     scripts = " ".join(url for url in urls if url.endswith(".js"))
     styles = " ".join(url for url in urls if url.endswith(".css"))
     closed = ("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -18319,7 +18319,7 @@ def admin_page() -> Tuple[bytes, str]:
     texts = json.dumps(texts_of(PAGE_TEXTS), ensure_ascii=False, separators=(",", ":"))
     parts = {"CSS": PAGE_CSS, "JS": page_script(), "TEXTS": texts.replace("</", "<\\/")}
     body = re.sub("@(CSS|JS|TEXTS)@", lambda found: parts[found.group(1)], PAGE_HTML).encode()
-    style, script = (base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode()
+    style, script = (base64.b64encode(sha256(parts[name])).decode()
                      for name in ("CSS", "JS"))
     return body, ("default-src 'none'; connect-src 'self'; img-src 'self' data:; "
                   f"style-src 'sha256-{style}'; script-src 'sha256-{script}'; "

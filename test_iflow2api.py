@@ -8269,7 +8269,7 @@ def test_tokens_that_a_killed_older_version_left_are_used_once(
     config_login.change(lambda raw: raw.update(accounts={"work": login}))
     file = ifl.LoginFile("" if account == "default" else account, config_login)
     tokens = {"oauth_access_token": "A9", "oauth_refresh_token": "left-by-it", ifl.KEY_DUE: True}
-    left = {"accounts": {account: tokens}, "used": ifl.hash_key(used).hex()}
+    left = {"accounts": {account: tokens}, "used": ifl.sha256(used).hex()}
     if account == "work":
         left = config_login._encrypted_if_possible(left)
         assert "left-by-it" not in json.dumps(left)
@@ -8507,7 +8507,7 @@ def test_a_client_that_leaves_ends_the_pause(transport, waiting):
 
 def key_entry(name, secret, **more):
     """An entry of `client_keys`."""
-    return {"name": name, "sha256": ifl.hash_key(secret).hex(), **more}
+    return {"name": name, "sha256": ifl.sha256(secret).hex(), **more}
 
 
 def key_of(name, **limits):
@@ -10580,7 +10580,7 @@ def test_keys_are_taken_from_wherever_clients_put_them(server, upstream):
         assert post(running, chat(), **headers).status == 200
     for headers in ({}, {"authorization": "Bearer sk-bo"}, {"x_api_key": "sk-bobb"},
                     {"authorization": "Basic sk-bob"},
-                    {"x_api_key": ifl.hash_key("sk-bob").hex()}):
+                    {"x_api_key": ifl.sha256("sk-bob").hex()}):
         answer = post(running, chat(), **headers)
         assert (answer.status, answer.error["type"]) == (401, "authentication_error")
     assert used_keys(upstream) == ["k1"] * 6
@@ -10961,7 +10961,7 @@ def test_key_add_list_remove(following, config, cli):
     key = key.strip()
     assert status == 0 and re.fullmatch("sk-[0-9a-f]{48}", key) and "only time" in err
     text = json.dumps(config.read())
-    assert key not in text and ifl.hash_key(key).hex() in text
+    assert key not in text and ifl.sha256(key).hex() in text
     listed = cli("key")[1]
     assert "bob" in listed and "requests / minute: 5" in listed and key not in listed
     made.reload()
