@@ -1158,6 +1158,11 @@ def objects_of(value: Any) -> List[Json]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
+def non_empty(**fields: Any) -> Json:
+    """The fields that have a value: one that is not None, 0, false or empty."""
+    return {name: value for name, value in fields.items() if value}
+
+
 def misfit(where: str, expected: str, value: Any = (), hint: str = "") -> ValueError:
     """The error of a value at a place; it has the value, unless that has parts or is a secret."""
     shown = not isinstance(value, (list, dict, tuple))
@@ -4579,7 +4584,7 @@ class _FoldedChoice:
         message = {**self._fields,
                    **{name: "".join(pieces) for name, pieces in self._texts.items()}}
         calls = [call.as_chat() for call in self._calls.all if call.name]
-        message.update({"tool_calls": calls} if calls else {})
+        message.update(non_empty(tool_calls=calls))
         for call in self._function.all[:1]:
             message["function_call"] = call.as_chat()["function"]
         if "reasoning_details" in message:
@@ -4668,7 +4673,7 @@ def object_schema(required: Sequence[str], **properties: Any) -> Json:
                {"type": "string", "enum": list(value)} if isinstance(value, tuple) else value
                for name, value in properties.items()}
     return {"type": "object", "properties": spelled,
-            **({"required": list(required)} if required else {})}
+            **non_empty(required=list(required))}
 
 
 def function_schema(schema: Json) -> Json:
@@ -4991,7 +4996,7 @@ SIGNATURE_PREFIX = "iflow2api-1."
 
 def make_signature(text: str, details: Sequence[Json]) -> str:
     """A signature that carries `text`, where the block shows none, and `reasoning_details`."""
-    state = {name: value for name, value in (("text", text), ("details", list(details))) if value}
+    state = non_empty(text=text, details=list(details))
     return SIGNATURE_PREFIX + base64.b64encode(dump_json(state)).decode()
 
 
@@ -5962,9 +5967,8 @@ def messages_error(exc: GatewayError, request_id: str) -> Json:
         status, message = 400, overflow_text(exc.overflow)
     kind = MESSAGES_ERROR_TYPE.get(status) or (
         "api_error" if status >= 500 else "invalid_request_error")
-    details = {"details": exc.details} if exc.details else {}
-    return {"type": "error", "error": {"type": kind, "message": message, **details},
-            "request_id": request_id}
+    error = {"type": kind, "message": message, **non_empty(details=exc.details)}
+    return {"type": "error", "error": error, "request_id": request_id}
 
 
 # === 9. OpenAI Responses (pure) ==============================================
@@ -6088,9 +6092,8 @@ def _describe(tool: Json) -> Json:
     elif tool["type"] in _FIXED_TOOLS:
         standard = _FIXED_TOOLS[tool["type"]]
         description, parameters = description or standard[0], parameters or standard[1]
-    function: Json = {"description": description} if description else {}
-    function["parameters"] = function_schema(object_of(parameters))
-    return function
+    return {**non_empty(description=description),
+            "parameters": function_schema(object_of(parameters))}
 
 
 class _ResponseTools:
@@ -6907,8 +6910,8 @@ class _TextItem(_Item):
         if kind.item is _MESSAGE:
             item["status"] = "incomplete" if cut else "completed"
         elif turn.carries or self.details:
-            details = {"details": self.details.joined()} if self.details else {}
-            carrier = {"encrypted_content": turn.seal.encrypt({"reasoning": text, **details})}
+            thought = {"reasoning": text, **non_empty(details=self.details.joined())}
+            carrier = {"encrypted_content": turn.seal.encrypt(thought)}
             if turn.carries:
                 item.update(carrier)
             else:
@@ -6970,8 +6973,7 @@ class _CallItem(_Item):
         if kind.events is None:
             self._item.update({"execution": "client"} if tool.kind == "tool_search" else {})
             return
-        self._item.update({"name": tool.name,
-                           **({"namespace": tool.namespace} if tool.namespace else {})})
+        self._item.update(name=tool.name, **non_empty(namespace=tool.namespace))
         self._input = _CustomInput() if tool.kind == "custom" else None
         yield self.announce({**self._item, kind.field: "", "status": "in_progress"})
         self._delta = {"type": f"response.{kind.events}.delta", "item_id": self._item["id"],
@@ -7552,14 +7554,14 @@ class GeminiTurn(Turn):
             chat["stop"] = self.stops[:STOP_LIMIT]
         if self._given("responseLogprobs", bool):
             top = self._given("logprobs", _NUMBER)
-            chat.update({"logprobs": True, **({"top_logprobs": int(top)} if top else {})})
+            chat.update(logprobs=True, **non_empty(top_logprobs=int(top or 0)))
         if body.get("stream"):
             chat["stream"] = True
         choice = self._choice(body)
         chat.update(self.tools.fields())
         if self.tools.listed():
             chat["tools"] = self.tools.listed()
-            chat.update({"tool_choice": choice} if choice else {})
+            chat.update(non_empty(tool_choice=choice))
         return chat
 
     def _format(self) -> Tuple[Json, str]:
@@ -7734,7 +7736,7 @@ def gemini_error(exc: GatewayError, status: int) -> Json:
                         "violations": [{"quotaId": "BalancePerDay"}]})
     kind = _RPC_CODES.get(status) or ("INTERNAL" if status >= 500 else "INVALID_ARGUMENT")
     return {"error": {"code": status, "message": message, "status": kind,
-                      **({"details": details} if details else {})}}
+                      **non_empty(details=details)}}
 
 
 # --- embeddings
@@ -7751,7 +7753,7 @@ def embedding_request(body: Json, model: str) -> Json:
     if not any(texts):
         raise BadRequest("content: there is no text to embed")
     size = member(requests[0][0], "outputDimensionality", _NUMBER)
-    return {"model": model, "input": texts, **({"dimensions": int(size)} if size else {})}
+    return {"model": model, "input": texts, **non_empty(dimensions=int(size or 0))}
 
 
 def embedding_reply(completion: Json, is_batch: bool) -> Json:
@@ -8555,8 +8557,7 @@ class ChatDialect:
     def error(self, exc: GatewayError, request_id: str) -> Json:
         """The body of an error; an upstream's own is passed on with all its keys."""
         if exc.body:
-            known = {"code": exc.code} if exc.code else {}
-            return {**exc.body, "error": {**exc.body["error"], **known}}
+            return {**exc.body, "error": {**exc.body["error"], **non_empty(code=exc.code)}}
         return {"error": {"message": exc.message, "type": exc.type, "param": exc.param,
                           "code": exc.code}}
 
