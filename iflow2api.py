@@ -3913,6 +3913,11 @@ class Unfence:
         return "" if self._fenced and "```" in text else text
 
 
+def chat_call(ident: str, name: str, arguments: str) -> Json:
+    """A call in an assistant's message."""
+    return {"id": ident, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 class ToolCall:
     """A call as it arrives: its name may come in pieces, its arguments before it, or twice."""
 
@@ -3955,8 +3960,7 @@ class ToolCall:
         """
         whole = self.odd or self.complete
         arguments = self.take(last=True) if whole else self._mender.raw()
-        return {"id": self.id, "type": "function",
-                "function": {"name": self.name, "arguments": arguments}}
+        return chat_call(self.id, self.name, arguments)
 
 
 class ToolCalls:
@@ -5328,8 +5332,7 @@ class _AssistantTurn:
             raise BadRequest(f"{path}.id: `tool_use` ids must be unique")
         self.ids[ident] = None
         self.history.ids.add(ident)
-        function = {"name": short_name(name), "arguments": dump_text(given)}
-        self.calls.append({"id": unwrap_id(ident), "type": "function", "function": function})
+        self.calls.append(chat_call(unwrap_id(ident), short_name(name), dump_text(given)))
 
     def server_call(self, block: Json, path: str) -> None:
         """No tool call: its result stands in this same message, so no tool message would follow."""
@@ -6569,9 +6572,8 @@ class _ItemHistory:
         kind, namespace = _KIND_OF_CALL[item["type"]], item.get("namespace")
         name = _required(item, "name", "input") if kind in ("function", "custom") else kind
         tool = _Tool(kind, name, namespace if isinstance(namespace, str) else None)
-        function = {"name": self._tools.name(tool), "arguments": _function_arguments(item, kind)}
-        self._step.calls.append({"id": _call_id(item) or f"call_{place}", "type": "function",
-                                 "function": function})
+        self._step.calls.append(chat_call(_call_id(item) or f"call_{place}", self._tools.name(tool),
+                                          _function_arguments(item, kind)))
         self._step.outputs.append(output)
 
     def _end_step(self) -> None:
@@ -7398,9 +7400,8 @@ class _ContentHistory:
             ident = f"call_{len(self.ids)}_{_Tool('function', name).flat[:40]}"
         self.ids.add(ident)
         self._waiting.setdefault(name, deque()).append(ident)
-        arguments = dump_text(object_of(args))
-        return {"id": ident, "type": "function", "function": {
-            "name": self._tools.name(_Tool("function", name)), "arguments": arguments}}
+        return chat_call(ident, self._tools.name(_Tool("function", name)),
+                         dump_text(object_of(args)))
 
     def _user(self, parts: Sequence[Tuple[Json, str]]) -> None:
         said: List[Json] = []
