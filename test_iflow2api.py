@@ -2286,12 +2286,6 @@ def tools(*items, finish=None):
     return delta(finish, tool_calls=list(items))
 
 
-def call_delta(index, arguments=None, **more):
-    function = {**({"name": more.pop("name")} if "name" in more else {}),
-                **({"arguments": arguments} if arguments is not None else {})}
-    return {"index": index, **more, "function": function}
-
-
 #: Streams as providers send them, all whole answers: id, records, finish_reason, usage, text.
 RELAYED = [
     ("text", HELLO, "stop", USAGE, "Hello"),
@@ -2316,10 +2310,10 @@ RELAYED = [
         chunk(finish="stop"), DONE], "stop", None, "42"),
     ("tools", [
         ROLE,
-        chunk(None, tool_calls=[call_delta(0, "", id="c1", type="function", name="f")]),
-        chunk(tool_calls=[call_delta(0, '{"a"')]),
-        chunk(tool_calls=[call_delta(0, ':"\\"error\\": 1"}')]),
-        chunk(tool_calls=[call_delta(1, "{}", id="c2", type="function", name="g")]),
+        chunk(None, tool_calls=[tool(0, "c1", "f", "")]),
+        chunk(tool_calls=[tool(0, arguments='{"a"')]),
+        chunk(tool_calls=[tool(0, arguments=':"\\"error\\": 1"}')]),
+        chunk(tool_calls=[tool(1, "c2", "g", "{}")]),
         chunk(finish="tool_calls"),
         usage_chunk(), DONE], "tool_calls", USAGE, ""),
     ("whole call", [
@@ -2627,28 +2621,28 @@ GROWTH_OF_STREAMS = [
         {"type": "reasoning.text", "text": "x" * 40}])] * n,
      lambda chunks: stream_of("responses", chunks)),
     ("a call that waits, Messages", 3000, lambda n: [
-        chunk(tool_calls=[call_delta(0, '{"a":', id="a", name="f")]),
-        chunk(tool_calls=[call_delta(1, '{"b":"', id="b", name="g")]),
-        *[chunk(tool_calls=[call_delta(1, "x" * 20)])] * n],
+        chunk(tool_calls=[tool(0, "a", "f", '{"a":')]),
+        chunk(tool_calls=[tool(1, "b", "g", '{"b":"')]),
+        *[chunk(tool_calls=[tool(1, arguments="x" * 20)])] * n],
      lambda chunks: stream_of("messages", chunks)),
     ("a call that waits, Responses", 3000, lambda n: [
-        chunk(tool_calls=[call_delta(0, '{"a":', id="a", name="f")]),
-        chunk(tool_calls=[call_delta(1, '{"b":"', id="b", name="g")]),
-        *[chunk(tool_calls=[call_delta(1, "x" * 20)])] * n],
+        chunk(tool_calls=[tool(0, "a", "f", '{"a":')]),
+        chunk(tool_calls=[tool(1, "b", "g", '{"b":"')]),
+        *[chunk(tool_calls=[tool(1, arguments="x" * 20)])] * n],
      lambda chunks: stream_of("responses", chunks)),
     ("arguments in a string, Messages", 3000, lambda n: [
-        chunk(tool_calls=[call_delta(0, '"', id="a", name="f")]),
-        *[chunk(tool_calls=[call_delta(0, "x" * 20)])] * n],
+        chunk(tool_calls=[tool(0, "a", "f", '"')]),
+        *[chunk(tool_calls=[tool(0, arguments="x" * 20)])] * n],
      lambda chunks: stream_of("messages", chunks)),
     ("arguments in a string, Responses", 3000, lambda n: [
-        chunk(tool_calls=[call_delta(0, '"', id="a", name="f")]),
-        *[chunk(tool_calls=[call_delta(0, "x" * 20)])] * n],
+        chunk(tool_calls=[tool(0, "a", "f", '"')]),
+        *[chunk(tool_calls=[tool(0, arguments="x" * 20)])] * n],
      lambda chunks: stream_of("responses", chunks)),
     ("folded details", 3000, lambda n: wire_of(
         [chunk(reasoning_details=[{"type": "reasoning.text", "text": "x" * 40}])] * n + [DONE]),
      ifl.fold_stream),
     ("folded arguments", 3000, lambda n: wire_of(
-        [chunk(tool_calls=[call_delta(0, "x" * 40, id="a", name="f")])] * n + [DONE]),
+        [chunk(tool_calls=[tool(0, "a", "f", "x" * 40)])] * n + [DONE]),
      ifl.fold_stream),
     ("results in reverse order", 2000, results_backwards, lambda body: turn_of(body)),
     ("outputs by name alone", 2000, outputs_by_name, lambda body: make_turn(body)),
@@ -4111,8 +4105,7 @@ def image_responses(url="https://e.example/i.png", **more):
 
 
 def asked(name, arguments="{}", call_id="c1"):
-    return {"id": call_id, "type": "function",
-            "function": {"name": name, "arguments": arguments}}
+    return call(call_id, name, arguments)
 
 
 U = {"role": "user", "content": "q"}
