@@ -2434,12 +2434,12 @@ def _preset_of(entry: Json) -> Optional[Preset]:
 
 
 def roads_of(entry: Json) -> Json:
-    """The addresses of an entry of `providers`, by ROADS: its own, else its preset's.
+    """The addresses of an entry of `providers`, by ROADS: its own ("": none), else its preset's.
 
     Beside an own one that leads elsewhere none is taken from a preset that wants a key: a relay's
     key must not go to the maker.  An engine's addresses move along.
     """
-    own = {road: entry[road] for road in ROADS if entry.get(road)}
+    own = {road: entry[road] for road in ROADS if entry.get(road) is not None}
     preset = _preset_of(entry)
     known = preset.roads if preset else {}
     moved = [url for url in own.values() for home in known.values() if leads_elsewhere(home, url)]
@@ -2471,7 +2471,8 @@ def entry_at(base_url: str, preset: str = "") -> Json:
     known = preset_at(base_url)
     if known and not base_url.strip().partition("://")[2].partition("/")[2].strip("/"):
         base_url = PRESETS[known].base_url
-    return without_preset({"preset": preset or known, "base_url": base_url})
+    given = {"preset": preset or known, "base_url": base_url}
+    return without_preset({name: value for name, value in given.items() if value})
 
 
 def without_preset(entry: Json) -> Json:
@@ -2480,7 +2481,7 @@ def without_preset(entry: Json) -> Json:
     same = {} if preset is None else {
         **preset.roads, "models": list(preset.models), "headers": preset.headers,
         "profile": preset.profile}
-    left = {name: value for name, value in entry.items() if value not in (None, "", same.get(name))}
+    left = {name: value for name, value in entry.items() if value not in (None, same.get(name, ""))}
     if preset is not None and isinstance(left.get("profile"), dict):
         left["profile"] = {name: value for name, value in left["profile"].items()
                            if name not in preset.profile or value != preset.profile[name]}
@@ -15584,7 +15585,7 @@ def provider_entry(body: Json, before: Json) -> Json:
         given["models"] = [facts.get(model, model) if isinstance(model, str) else model
                            for model in given["models"]]
     if given.get("base_url") and not before:     # a bare host of a known API gets its path
-        given.update(entry_at(given["base_url"], given.get("preset") or ""))
+        given.update(entry_at(given.pop("base_url"), given.get("preset") or ""))
     kept = restore_secrets(given, before)
     entry = {**entry, **given}
     old, new = {**before, **roads_of(before)}, {**entry, **roads_of(entry)}
@@ -17367,7 +17368,7 @@ async function providerDialog(old, version) {
   });
   const read = () => {
     const given = ask.values(), names = lines(given.models.join());
-    for (const item of [...ROADS, 'proxy', 'vision_model']) given[item] = given[item] || null;
+    for (const item of ['proxy', 'vision_model']) given[item] = given[item] || null;
     return {...given,
       preset: preset.read() || undefined, models: old || names.length ? names : undefined,
       api_keys: [...kept.indexes().map(keep => ({keep})), ...lines(given.api_keys.join())]};

@@ -1628,6 +1628,7 @@ OWN = "http://127.0.0.1:9/v1"
       "messages_url": "https://api.deepseek.com/anthropic"}),
     # a relay's key does not go to the maker
     ({"preset": "deepseek", "base_url": OWN}, {"base_url": OWN, "messages_url": ""}),
+    ({"preset": "deepseek", "messages_url": ""}, {"messages_url": ""}),
     ({"preset": "ollama", "base_url": "http://box:11434/v1"}, {
         "base_url": "http://box:11434/v1", "messages_url": "http://box:11434",
         "responses_url": "http://box:11434/v1"}),
@@ -13790,10 +13791,23 @@ def test_a_provider_of_a_preset_keeps_only_what_differs(admin, config):
     kept, = config.read()["providers"]
     assert kept == {"name": "d", "preset": "deepseek", "api_keys": [key], "concurrency": 2,
                     "profile": {"files": True}}
+    browser.edit("PUT", "providers/d", messages_url="")          # its Chat alone
+    assert config.read()["providers"][0]["messages_url"] == ""
+    assert browser.get("providers")["data"][0]["messages_url"] == ""
     for moved in ({"base_url": "https://other.example/v1"}, {"preset": "zhipu"},
                   {"messages_url": "https://other.example"}):
         browser.refuses("PUT", "providers/d", {"version": browser.version, **moved}, 400,
                         "api_keys", "address_changed")
+
+
+def test_the_page_knows_an_api_by_its_address(admin, config):
+    browser = admin()
+    for name, url in (("a", "https://api.deepseek.com/"), ("b", "https://mine.example"),
+                      ("c", "https://api.deepseek.com/beta")):
+        assert browser("POST", "providers", {"name": name, "base_url": url}).status == 201
+    assert config.read()["providers"] == [
+        {"name": "a", "preset": "deepseek"}, {"name": "b", "base_url": "https://mine.example/v1"},
+        {"name": "c", "preset": "deepseek", "base_url": "https://api.deepseek.com/beta"}]
 
 
 def test_the_page_is_told_titles_roads_and_how_each_preset_is_paid(admin):
