@@ -16306,8 +16306,7 @@ overflow-anchor:none}
 contain-intrinsic-height:22px}.log-line:hover{background:var(--soft)}
 .log-line bdi{flex:1;min-width:0;overflow:hidden;text-overflow:ellipsis}
 :is(.log-pane.wrap,.log-line.open) bdi{white-space:pre-wrap}.level{width:58px;flex:none}
-.log-line.error{font-size:inherit;color:inherit}.warning .level{color:var(--warn)}
-.error .level{color:var(--bad)}
+[data-level=warning] .level{color:var(--warn)}[data-level=error] .level{color:var(--bad)}
 .log-newest{position:absolute;inset:auto 0 14px;margin:auto;width:fit-content}
 .play{display:flex;flex-direction:column;gap:12px;height:calc(100dvh - 130px);min-height:440px}
 .play-log{flex:1;min-height:0;overflow-y:auto;display:flex;flex-direction:column;gap:16px;
@@ -16337,7 +16336,7 @@ max-width:min(420px,calc(100vw - 32px));border:0;background:none;overflow:visibl
 border-radius:var(--small);background:var(--surface);box-shadow:var(--shadow);
 overflow-wrap:anywhere;border-inline-start:4px solid var(--ok)}.toast.bad{border-color:var(--bad)}
 @media (max-width:900px){
-#app{display:block}#top{padding:8px 16px;top:0}#main{padding:16px 16px 56px}
+#app{display:block}#top{padding:8px 16px}#main{padding:16px 16px 56px}
 #burger{display:inline-flex;margin-inline-start:-8px}
 #nav{display:none;position:fixed;inset:55px 0 0;height:auto;z-index:4}
 #nav.open{display:flex}.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}
@@ -16659,7 +16658,6 @@ const input = (props = {}) => el('input', {type: 'text', ...QUIET, ...props});
 const area = (value, rows, props) =>
   el('textarea', {class: 'mono', ...QUIET, value, rows, ...props});
 const option = (value, text = value) => el('option', {value, text});
-const select = (props, options) => el('select', props, options);
 /** {name: its text} of names whose texts begin with `prefix`. */
 const texts = (prefix, names) => Object.fromEntries(names.map(name => [name, t(prefix + name)]));
 /** Kind of a field -> its control, and the function that reads it, which may throw. */
@@ -16672,8 +16670,8 @@ const KINDS = {
     node => node.value === '' ? null : Number(node.value)],
   check: (value, props) => [el('input', {type: 'checkbox', checked: Boolean(value), ...props}),
     node => node.checked],
-  choice: (value, {options, ...props}) => [select({value, ...props}, options.map(each =>
-    option(...[each].flat()))), node => node.value],
+  choice: (value, {options, ...props}) => [el('select', {value, ...props},
+    options.map(each => option(...[each].flat()))), node => node.value],
   list: (value, props) => [area(value.join('\n'), Math.max(2, value.length), props),
     node => node.value.split('\n').map(line => line.trim()).filter(Boolean)],
   json(value, {nothing, ...props}) {
@@ -16759,14 +16757,14 @@ async function copyText(text, near) {
 function copyButton(text, label = t('copy')) {
   const word = el('span', {text: label, 'aria-live': 'polite'});
   return button(word, async event => {
-    await copyText(text(), event.currentTarget);
+    await copyText(text, event.currentTarget);
     word.textContent = t('copied');
     setTimeout(() => { word.textContent = label; }, 1600);
   }, 'small');
 }
 const codeBlock = (title, text) => stack(el('div', {class: 'spread'}, el('h3', {text: title}),
-  copyButton(() => text)), el('pre', {tabindex: '0', 'aria-label': title}, foreign(text)));
-const addressLine = url => row(mono(url), copyButton(() => url));
+  copyButton(text)), el('pre', {tabindex: '0', 'aria-label': title}, foreign(text)));
+const addressLine = url => row(mono(url), copyButton(url));
 /** `columns`: [key of the head's text, render(row), class].  `update(rows)` keeps lines whose row
  *  is the same object. */
 function table({label, columns, rows = [], empty, open}) {
@@ -17082,7 +17080,7 @@ draw(root, [first, {data: rows}], args, signal) {
   const tiles = grid('tiles'), requests = requestTable(), chart = usageChart('day', signal);
   const fields = ['model', 'target', 'key', 'status', 'error', 'request_id'];
   let word = '', last = '';
-  const which = select({'aria-label': t('status'), on: {change: () => draw()}}, [
+  const which = el('select', {'aria-label': t('status'), on: {change: () => draw()}}, [
     option('', t('all')), option('ok', t('only_ok')), option('bad', t('only_bad'))]);
   const draw = () => requests.update(rows.filter(item =>
     (!which.value || (item.status === 200) === (which.value === 'ok')) &&
@@ -17234,7 +17232,7 @@ VIEWS.usage = {draw(root, answers, args, signal) {
   const csv = el('a', {class: 'btn', download: '', 'aria-label': t('usage_csv'), text: 'CSV'});
   const by = segments(t('usage_by'), texts('', ['model', 'key', 'provider', 'day']),
     usage.by, key => { usage.by = key; redrawn(); });
-  const days = select({'aria-label': t('period'), value: usage.days, on: {
+  const days = el('select', {'aria-label': t('period'), value: usage.days, on: {
     change() { usage.days = days.value; redrawn(); }}},
   ['1', '7', '30', '90', '365'].map(n => option(n, t('usage_days_' + n))));
   const ask = latest(query => api('usage?' + query), signal);
@@ -17281,7 +17279,7 @@ async function loginDialog(account = '') {
   const box = dialog({title: t('login_iflow'), onclose() { over = true; }, body: [
     el('p', {text: t(tab ? 'login_lead' : 'login_lead_blocked')}), word,
     row(el('a', {class: 'btn ' + (tab ? '' : 'primary'), href: url, target: '_blank',
-      rel: 'noreferrer noopener', text: t('login_open')}), copyButton(() => url, t('login_copy'))),
+      rel: 'noreferrer noopener', text: t('login_open')}), copyButton(url, t('login_copy'))),
     el('details', {open: away}, el('summary', {text: t('login_paste')}), stack(
       hint(t('login_paste_hint')), text, row(button(t('login_paste_go'), finish))))]});
   function take({state, message}) {
@@ -17515,7 +17513,7 @@ function modelTable({data, default_model: usual}) {
       ['provider'], ['context_size', item => item.context && fmt.tokens(item.context), 'end'],
       ['max_output', item => item.max_output && fmt.tokens(item.max_output), 'end'],
       ['vision', item => item.vision && badge(t('takes_images'), 'ok')],
-      ['', item => row(copyButton(() => item.id),
+      ['', item => row(copyButton(item.id),
         link(t('try'), '#playground/' + encodeURIComponent(item.id), 'small')), 'end']]});
   const draw = word => rows.update(data.filter(item =>
     (item.id + ' ' + item.provider).toLowerCase().includes(word)));
@@ -17621,7 +17619,7 @@ VIEWS.settings = {needs: ['config'], draw(root, [config]) {
   const cards = Object.entries(groups).map(([name, nodes]) => card(t('group_' + name), null,
     el('div', {class: 'settings'}, nodes)));
   const none = el('div', {class: 'card empty', hidden: true, text: t('nothing_found')});
-  function sift(word) {
+  function applyFilter(word) {
     for (const {node} of parts) node.hidden = !node.dataset.words.includes(word);
     for (const each of cards) each.hidden = !each.querySelector('.setting:not([hidden])');
     none.hidden = cards.some(each => !each.hidden);
@@ -17638,12 +17636,13 @@ VIEWS.settings = {needs: ['config'], draw(root, [config]) {
     try { await patchConfig(config.version, set, unset, said); } catch (error) {
       const part = parts.find(({item}) => item.name === error.param.split('.')[0]);
       if (!part) throw error;
-      sift('');
+      applyFilter('');
       part.box.fail(errorText(error));
     }
   }
   root.append(el('div', {class: 'spread'}, hint(t('settings_path') + ' ', mono(config.path)),
-    search(t('settings_search'), sift)), problems(config.problems) || '', ...cards, none, bar);
+    search(t('settings_search'), applyFilter)), problems(config.problems) || '', ...cards,
+  none, bar);
   tell();
   guard(() => changes().length > 0);
 }};
@@ -17676,7 +17675,7 @@ function keyDialog(version) {
     dialog({title: t('key_new', {name: clean(made.name)}), gate: true, onclose: () => redraw(),
       actions: [[t('key_kept'), 'primary']], body: [el('p', {text: t('key_once')}),
         el('pre', {id: 'new-key', text: made.key}),
-        row(copyButton(() => made.key, t('key_copy')))]});
+        row(copyButton(made.key, t('key_copy')))]});
   }});
 }
 VIEWS.keys = {needs: ['keys', 'config'], draw(root, [list, config]) {
@@ -17717,7 +17716,7 @@ VIEWS.about = {needs: ['about'], draw(root, [about]) {
     memory: about.memory_bytes && (about.memory_bytes / (1 << 20)).toFixed(1) + ' MiB',
     threads: about.threads, ...Object.fromEntries(Object.entries(about.paths)
       .map(([name, text]) => ['path_' + name, mono(text)]))})),
-  card(t('diagnostics'), copyButton(() => about.diagnostics), stack(hint(t('diagnostics_hint')),
+  card(t('diagnostics'), copyButton(about.diagnostics), stack(hint(t('diagnostics_hint')),
     el('pre', {tabindex: '0', 'aria-label': t('diagnostics')}, foreign(about.diagnostics)))),
   card(t('documents'), null, row(['docs', 'redoc', 'openapi.json', 'metrics', 'health'].map(name =>
     el('a', {class: 'btn', href: '/' + name, target: '_blank', rel: 'noopener',
@@ -17730,7 +17729,8 @@ const LOG_KEPT = 2000, LEVELS = ['debug', 'info', 'warning', 'error'];
 /** The newest log lines, each cut to one line; a click unfolds one, Enter unfolds all. */
 VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}], args, signal) {
   let waiting = [], last = null, isFollowing = true, word = '', asked = 0;
-  const level = select({'aria-label': t('log_level'), value: 'info', on: {change: () => sift()}},
+  const level = el('select',
+    {'aria-label': t('log_level'), value: 'info', on: {change: () => applyFilter()}},
     LEVELS.map(name => option(name, t('level_' + name))));
   const total = el('span', {class: 'hint num'});
   const none = el('p', {class: 'empty', text: t('logs_none')});
@@ -17748,7 +17748,7 @@ VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}
       },
       keydown({key}) { if (key === 'Enter') pane.classList.toggle('wrap'); }}});
   function line(item) {
-    const node = el('div', {class: 'log-line ' + item.level},
+    const node = el('div', {class: 'log-line', data: {level: item.level}},
       el('span', {class: 'muted', text: fmt.time(item.at)}),
       el('span', {class: 'level', text: item.level}), foreign(item.text));
     node.item = item;
@@ -17771,7 +17771,7 @@ VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}
     total.textContent = t('logs_count', {n: fmt.number(count)});
   }
   const ask = () => { asked = asked || requestAnimationFrame(draw); };
-  function sift() {
+  function applyFilter() {
     isFollowing = true;
     for (const node of pane.children) show(node);
     ask();
@@ -17786,7 +17786,7 @@ VIEWS.logs = {needs: ['logs?level=debug&limit=10000'], draw(root, [{data: first}
   live.on('dropped', more, signal);
   signal.addEventListener('abort', () => live.logs(false));
   live.logs(true);
-  root.append(row(level, search(t('logs_search'), text => { word = text; sift(); }), total,
+  root.append(row(level, search(t('logs_search'), text => { word = text; applyFilter(); }), total,
     el('a', {class: 'btn', href: BASE + 'logs.txt', download: 'iflow2api.log',
       text: t('download')})), el('div', {class: 'log-box'}, pane, none, newest));
   first.forEach(add);
@@ -18769,23 +18769,23 @@ or itself
   $ login | login --paste
 logout = 移除 iFlow 登录 = remove the iFlow login
   --account NAME = 哪个账号 = of this account
-provider = 管理和测试上游，查看预设 = list, add, remove and test upstreams; show the known ones
-  [list|add|remove|test|presets] = 不写则为 list = list without
+provider = 管理和测试上游，查看预设 = list, add, remove and test providers; show presets
+  [list|add|remove|test|presets] = 不写则为 list = list by default
   [NAME] = 名称；add 时写预设名即可 = a preset's name is all that `add` needs
-  --base-url URL = add：OpenAI 兼容服务的地址 = add: where an OpenAI-compatible server is
+  --base-url URL = add：OpenAI 兼容服务的地址 = add: address of an OpenAI-compatible server
   --api-key KEY = add：'$NAME'（原样保存）、-（标准输入）或密钥 = add: '$NAME' (stored as such), - (standard \
 input), or the key | --models A,B = add：模型，第一个为默认 = add: models it serves; the first is its default
-  --preset PRESET = add：用别的名称套用此预设 = add: take the facts of this preset under another name
-  --kind @kinds = add：不写则为 openai = add: openai without
+  --preset PRESET = add：用别的名称套用此预设 = add: use this preset under another name
+  --kind @kinds = add：不写则为 openai = add: openai by default
   $ provider presets | provider add zhipu --api-key '$ZHIPU_API_KEY' | provider test zhipu
 config = 查看和修改设置 = show and change settings
-  [list|get|set|unset|path|encrypt] = 不写则为 list = list without
+  [list|get|set|unset|path|encrypt] = 不写则为 list = list by default
   [KEY] = 设置的名称；encrypt：on 或 off = name of a setting; encrypt: on or off
   [VALUE] = 新的值；列表和对象写成 JSON = its value; lists and objects as JSON
   --show-secrets = 完整显示密钥 = show keys in full
   $ config list | config set port 8080 | config set upstream_proxy socks5h://127.0.0.1:1080
 key = 客户端的密钥，各有模型和限额 = keys of clients: each with its models and limits
-  [list|add|remove] = 不写则为 list = list without | [NAME] = 密钥的名称 = name of the key
+  [list|add|remove] = 不写则为 list = list by default | [NAME] = 密钥的名称 = name of the key
   --models A,B = 可用的模型或模式 = models it may use, or patterns
   --rpm N = 每分钟请求数上限 = most requests a minute | --rph N = 每小时请求数上限 = most requests an hour
   --rpd N = 每天请求数上限 = most requests a day | --tpd N = 每天 token 数上限 = most tokens a day
@@ -18795,26 +18795,26 @@ key = 客户端的密钥，各有模型和限额 = keys of clients: each with it
 routes = 说明某个模型名会去哪里、为什么 = say where a model's name goes, and why
   explain = 说明去向 = say where it goes | MODEL = 模型名 = the model's name
   --dialect chat|messages|responses = 客户端的接口（chat） = the client's API (chat)
-  --tokens N = 请求的大小 = size of the request | --images = 带有图片 = it shows an image
-  --thinking = 要求思考 = it asks for reasoning | --tools = 提供工具 = it offers tools
+  --tokens N = 请求的大小 = size of the request | --images = 带有图片 = with an image
+  --thinking = 要求思考 = with reasoning | --tools = 提供工具 = with tools
   --json = 输出 JSON = as JSON
   @run
   $ routes explain claude-sonnet-4 --dialect messages
 env = 输出让客户端指向本服务的 shell 语句 = shell lines that point a client at this server
   @clients = 客户端 = the client
-  --shell @shells = 哪种 shell；不写则看 $SHELL = for which shell; by $SHELL without
+  --shell @shells = 哪种 shell；不写则看 $SHELL = for which shell; by default that of $SHELL
   --host ADDR = 服务的地址 = the server's address | --port N = 服务的端口 = its port | @model
   --json = 输出 JSON：Claude Code 的 settings.json = as JSON, for Claude Code's settings.json
   $ env claude | env claude --json | env codex --shell fish
-admin = 重设管理页面的密码 = set the page's password anew
-  reset-password = 重设密码 = set it | [-] = 从标准输入读取 = read it from standard input
+admin = 重设管理页面的密码 = set a new password for the page
+  reset-password = 重设密码 = set a new password | [-] = 从标准输入读取 = read it from standard input
   $ admin reset-password | admin reset-password - < FILE
 [查看 = Look]
-status = 是否在运行、有哪些上游、有什么问题 = is it running, with what, and what is wrong
+status = 是否在运行、有哪些上游、有什么问题 = whether it runs, its providers, what is wrong
 models = 列出可用的模型 = list the models that can be asked for
   @run
 test = 向上游发一个极小的真实请求 = one tiny real request to a provider, or to each
-  [PROVIDER] = 上游名称；不写则全部 = its name; all without
+  [PROVIDER] = 上游名称；不写则全部 = its name; all by default
   @run
   $ test | test --upstream http://127.0.0.1:11434/v1
 usage = 用量：按模型、密钥或上游 = tokens and requests, by model, key or provider
@@ -18823,7 +18823,7 @@ usage = 用量：按模型、密钥或上游 = tokens and requests, by model, ke
   --csv = 输出 CSV = as CSV
   $ usage --by key --days 7
 logs = 显示日志文件（log_file）的末尾 = show the end of log_file
-  -n N = 行数（50） = number of lines (50) | -f, --follow = 持续显示新的行 = go on with what is added
+  -n N = 行数（50） = number of lines (50) | -f, --follow = 持续显示新的行 = keep showing new lines
   --level @levels = 只显示此级别及以上 = this level and above
   $ logs -f | logs -n 200 --level warning
 [其他 = More]
