@@ -820,6 +820,10 @@ class UsageError(Exception):
     """A mistake on the command line: one line on stderr, exit status 2."""
 
 
+class CommandFailed(Exception):
+    """A command that could not be carried out: one line on stderr, exit status 1."""
+
+
 class ClientGone(Exception):
     """The client hung up; nobody is left to be told."""
 
@@ -19339,15 +19343,20 @@ def _gateway_of(args: Args) -> Gateway:
 
 def _change_config(args: Args, edit: Callable[[Json], Any], done: str = "saved_in",
                    **facts: Any) -> int:
-    """Change config.json and say what was done; the exit status."""
+    """Change config.json and say what was done; 0, the exit status."""
     config = _config_of(args)
-    try:
+    with _writing(config.path):
         say_problems(config.change(edit))
-    except OSError as exc:
-        say(marked("error", tr("cannot_write", path=config.path, reason=reason_of(exc))))
-        return 1
     say(tr(done, path=config.path, **facts))
     return 0
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise CommandFailed(tr("cannot_write", path=path, reason=reason_of(exc))) from None
 
 
 def _entries(raw: Json, name: str) -> List[Any]:
@@ -19359,7 +19368,7 @@ def _entries(raw: Json, name: str) -> List[Any]:
 
 
 def _add_entry(args: Args, where: str, entry: Json, exists: str, done: str) -> int:
-    """Add to the list `where` of config.json; the exit status."""
+    """Add to the list `where` of config.json; 0."""
     def add(raw: Json) -> None:
         entries = _entries(raw, where)
         if entry["name"] in map(name_of, entries):       # checked under the lock of the file
@@ -19371,7 +19380,7 @@ def _add_entry(args: Args, where: str, entry: Json, exists: str, done: str) -> i
 
 
 def _remove_entry(args: Args, where: str, kind: str) -> int:
-    """Remove NAME from the list `where` of config.json; the exit status."""
+    """Remove NAME from the list `where` of config.json; 0."""
     show = f"{args['command']} list"
     gone = _needed(args, "NAME", show)
 
@@ -19414,7 +19423,7 @@ def cmd_serve(args: Args) -> int:
 
 
 def _serve(gateway: Gateway, wait: Callable[[], bool], no_browser: bool) -> int:
-    """Run the server until a signal ends it; the exit status."""
+    """Run the server until a signal ends it; 0."""
     gateway.lead_log()
     _log_to_file(gateway)
     had_key = gateway.state.auth.required
@@ -19422,8 +19431,7 @@ def _serve(gateway: Gateway, wait: Callable[[], bool], no_browser: bool) -> int:
     try:
         server = serve(gateway)
     except OSError as exc:
-        say(marked("error", _bind_problem(host, port, exc)))
-        return 1
+        raise CommandFailed(_bind_problem(host, port, exc)) from None
     with contextlib.suppress(OSError):   # a full disk, a closed pipe
         # scripts wait for this line
         print(f"iflow2api {__version__} listening on {server.url}", flush=True)
@@ -19997,9 +20005,6 @@ def cmd_login(args: Args) -> int:
         if not stay and not open_browser(found["url"], os.environ):
             say(tr("login_no_browser"))
         return _wait_for_login(gateway, args["--paste"])
-    except LoginFailed as exc:
-        say(marked("error", exc.message))
-        return 1
     except KeyboardInterrupt:
         say(tr("login_given_up"))
         return 130
@@ -20019,8 +20024,7 @@ def _wait_for_login(gateway: Gateway, paste: bool) -> int:
     while not flow.ended.wait(0.5):      # on Windows Ctrl-C does not end a wait without a limit
         pass
     if flow.state != "done":
-        say(marked("error", flow.message))
-        return 1
+        raise CommandFailed(flow.message)
     say(flow.message.partition(";")[0])
     say(tr("login_stored", path=flow.file.path))
     above = _above_login(gateway) if flow.file.is_default else ""
@@ -20085,9 +20089,6 @@ def cmd_logout(args: Args) -> int:
         raise unknown_name("account", account, accounts)
     try:
         gone = remove_login(gateway, account)
-    except (LoginFailed, ConfigBroken, OSError) as exc:
-        say(marked("error", exc))
-        return 1
     finally:
         gateway.close()
     say(tr("logged_out" if gone else "no_login", account=account))
@@ -20173,22 +20174,16 @@ def _config_encrypt(args: Args) -> int:
     config, mode = _config_of(args), args["KEY"] or ""
     if mode not in ("", "on", "off"):
         raise _bad_value("config encrypt", mode, tr("one_of", choices="on, off"))
-    try:
-        if not mode:
-            gateway = _gateway_of(args)
-            print("on" if gateway.settings.encrypt_secrets else "off")
-            locked = gateway.config.unreadable if gateway.config else []
-        else:
+    if not mode:
+        gateway = _gateway_of(args)
+        print("on" if gateway.settings.encrypt_secrets else "off")
+        locked = gateway.config.unreadable if gateway.config else []
+    else:
+        with _writing(config.path):
             locked = config.encrypt(mode == "on")
-            say(tr(f"encrypt_{mode}", path=config.path))
-            if not config.count_secrets():
-                say(tr("encrypt_none"))
-    except OSError as exc:
-        say(marked("error", tr("cannot_write", path=config.path, reason=reason_of(exc))))
-        return 1
-    except (ConfigBroken, CannotDecrypt) as exc:
-        say(marked("error", exc))
-        return 1
+        say(tr(f"encrypt_{mode}", path=config.path))
+        if not config.count_secrets():
+            say(tr("encrypt_none"))
     for problem in locked:
         say(marked("problem", tr("left", text=one_line(problem, 300))))
     return 1 if locked else 0
@@ -20211,10 +20206,10 @@ def cmd_admin(args: Args) -> int:
     except ValueError:
         low, high = PASSWORD_LENGTH
         raise UsageError(tr("password_length", low=low, high=high)) from None
-    failed = _change_config(args, lambda raw: raw.update(admin_password=stored), "password_set")
+    _change_config(args, lambda raw: raw.update(admin_password=stored), "password_set")
     if os.environ.get(ENV_PREFIX + "ADMIN_PASSWORD"):
         say(marked("warning", tr("password_above", variable=ENV_PREFIX + "ADMIN_PASSWORD")))
-    return failed
+    return 0
 
 
 def _ask_password() -> str:
@@ -20236,11 +20231,7 @@ def cmd_routes(args: Args) -> int:
     asked.update(model=args["MODEL"], dialect=args["--dialect"] or "chat",
                  tokens=_number(args, "--tokens", 0, 0))
     gateway = _gateway_of(args)
-    try:
-        told = explain(gateway, asked, args["--json"] or CONSOLE.language == "en")
-    except GatewayError as exc:
-        say(marked("error", exc.message))
-        return 1
+    told = explain(gateway, asked, args["--json"] or CONSOLE.language == "en")
     if args["--json"]:
         print(json_text(told))
         return 0
@@ -20268,8 +20259,7 @@ def _key_add(args: Args) -> int:
         key, entry = make_client_key(name, facts)
     except ValueError as exc:
         raise UsageError(f"key add {name}: {exc}") from None
-    if _add_entry(args, "client_keys", entry, "key_exists", "saved"):
-        return 1
+    _add_entry(args, "client_keys", entry, "key_exists", "saved_in")
     print(key)
     say(tr("key_shown_once"))
     say_problems(_further_problems(_gateway_of(args).problems))
@@ -20277,10 +20267,10 @@ def _key_add(args: Args) -> int:
 
 
 def _key_remove(args: Args) -> int:
-    failed = _remove_entry(args, "client_keys", "key")
-    if not failed and not _gateway_of(args).state.auth.required:
+    _remove_entry(args, "client_keys", "key")
+    if not _gateway_of(args).state.auth.required:
         say(marked("warning", tr("last_key")))
-    return failed
+    return 0
 
 
 def _key_list(args: Args) -> int:
@@ -20378,6 +20368,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UsageError as exc:
         say(marked("error", exc))
         status = 2
+    except (CommandFailed, GatewayError, ConfigBroken, CannotDecrypt) as exc:
+        say(marked("error", exc))
+        status = 1
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:              # `| head`

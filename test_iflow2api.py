@@ -10953,7 +10953,8 @@ def test_key_add_list_remove(following, config, cli):
     status, key, err = cli("key", "add", "bob", "--models", "m-a,x-*", "--rpm", "5",
                            "--tpd", "900", "--expires", "2999-01-31")
     key = key.strip()
-    assert status == 0 and re.fullmatch("sk-[0-9a-f]{48}", key) and "only time" in err
+    assert status == 0 and re.fullmatch("sk-[0-9a-f]{48}", key)
+    assert "only time" in err and f"saved in {config.path}" in err
     text = json.dumps(config.read())
     assert key not in text and ifl.sha256(key).hex() in text
     listed = cli("key")[1]
