@@ -19342,13 +19342,12 @@ def _gateway_of(args: Args) -> Gateway:
 
 
 def _change_config(args: Args, edit: Callable[[Json], Any], done: str = "saved_in",
-                   **facts: Any) -> int:
-    """Change config.json and say what was done; 0, the exit status."""
+                   **facts: Any) -> None:
+    """Change config.json and say what was done."""
     config = _config_of(args)
     with _writing(config.path):
         say_problems(config.change(edit))
     say(tr(done, path=config.path, **facts))
-    return 0
 
 
 @contextlib.contextmanager
@@ -19367,20 +19366,20 @@ def _entries(raw: Json, name: str) -> List[Any]:
     return value
 
 
-def _add_entry(args: Args, where: str, entry: Json, exists: str, done: str) -> int:
-    """Add to the list `where` of config.json; 0."""
+def _add_entry(args: Args, where: str, entry: Json, exists: str, done: str) -> None:
+    """Add to the list `where` of config.json."""
     def add(raw: Json) -> None:
         entries = _entries(raw, where)
         if entry["name"] in map(name_of, entries):       # checked under the lock of the file
             raise UsageError(tr(exists, name=entry["name"]))
         raw[where] = [*entries, entry]
 
-    return _change_config(args, add, done, name=entry["name"],
-                          url=next(iter(roads_of(entry).values()), ""))
+    _change_config(args, add, done, name=entry["name"],
+                   url=next(iter(roads_of(entry).values()), ""))
 
 
-def _remove_entry(args: Args, where: str, kind: str) -> int:
-    """Remove NAME from the list `where` of config.json; 0."""
+def _remove_entry(args: Args, where: str, kind: str) -> None:
+    """Remove NAME from the list `where` of config.json."""
     show = f"{args['command']} list"
     gone = _needed(args, "NAME", show)
 
@@ -19393,7 +19392,7 @@ def _remove_entry(args: Args, where: str, kind: str) -> int:
         if raw.get("default_" + kind) == gone:
             del raw["default_" + kind]
 
-    return _change_config(args, remove, "gone", name=gone)
+    _change_config(args, remove, "gone", name=gone)
 
 
 def _needed(args: Args, what: str, show: str) -> str:
@@ -19406,7 +19405,7 @@ def _needed(args: Args, what: str, show: str) -> str:
 
 # --- serve -------------------------------------------------------------------
 
-def cmd_serve(args: Args) -> int:
+def cmd_serve(args: Args) -> None:
     _log_to_console()
     if args["--demo"] and (args["--upstream"] is not None or args["--api-key"]):
         raise UsageError(tr("demo_alone"))
@@ -19416,14 +19415,14 @@ def cmd_serve(args: Args) -> int:
         flags = {**(demo.settings() if demo else {}), **flags}
         gateway = Gateway(config=_config_of(args), flags=flags)
         try:
-            return _serve(gateway, wait, args["--no-browser"])
+            _serve(gateway, wait, args["--no-browser"])
         finally:
             if demo is not None:
                 demo.close()
 
 
-def _serve(gateway: Gateway, wait: Callable[[], bool], no_browser: bool) -> int:
-    """Run the server until a signal ends it; 0."""
+def _serve(gateway: Gateway, wait: Callable[[], bool], no_browser: bool) -> None:
+    """Run the server until a signal ends it."""
     gateway.lead_log()
     _log_to_file(gateway)
     had_key = gateway.state.auth.required
@@ -19442,7 +19441,6 @@ def _serve(gateway: Gateway, wait: Callable[[], bool], no_browser: bool) -> int:
         gateway.reload()
     say(tr("stopping", seconds=gateway.settings.drain_s))
     server.close(gateway.settings.drain_s)
-    return 0
 
 
 def _show_page(gateway: Gateway, server: Server, no_browser: bool) -> None:
@@ -19706,26 +19704,24 @@ class LogReader:
         return lines
 
 
-def cmd_logs(args: Args) -> int:
+def cmd_logs(args: Args) -> None:
     count, level = _number(args, "-n", 50, 0), args["--level"] or "debug"
     path = log_path(_gateway_of(args))
     if not path:
-        say(tr("log_unset"))
-        return 1
+        raise CommandFailed(tr("log_unset"))
     reader, older, lines = LogReader(path, level), path + ".1", []
     try:
         if os.path.exists(older):
             lines = LogReader(older, level).fresh()
         lines += reader.fresh()
     except OSError as exc:
-        say(tr("log_missing", path=path, reason=reason_of(exc)))
-        return 1
+        raise CommandFailed(tr("log_missing", path=path, reason=reason_of(exc))) from None
     lines, pause = lines[-count:] if count else [], threading.Event()
     while True:
         for line in lines:
             print(_CONTROL.sub(" ", line), flush=True)
         if not args["--follow"]:
-            return 0
+            return
         pause.wait(0.3)
         lines = []
         with contextlib.suppress(OSError):           # while it is rotated there is none
@@ -19866,7 +19862,7 @@ def _tried_there(gateway: Gateway, name: str) -> str:
 
 # --- providers ---------------------------------------------------------------
 
-def _provider_list(args: Args) -> int:
+def _provider_list(args: Args) -> None:
     gateway = _gateway_of(args)
     router = gateway.current().router
     found = _provider_facts(router, _ask_running(gateway.settings))
@@ -19876,10 +19872,9 @@ def _provider_list(args: Args) -> int:
     say_problems(_further_problems(gateway.problems))
     if not found:
         say(tr("no_providers"))
-    return 0
 
 
-def _provider_presets(args: Args) -> int:
+def _provider_presets(args: Args) -> None:
     """All presets, or the addresses and models of one."""
     name = args["NAME"]
     if not name:
@@ -19887,7 +19882,7 @@ def _provider_presets(args: Args) -> int:
                                   ", ".join(ROADS[road] for road in preset.roads)]
                                  for name, preset in PRESETS.items()])))
         say(tr("add_preset"))
-        return 0
+        return
     preset = _preset(name)
     facts = (name, CONSOLE.text(preset.titles), _key_column(preset), preset.key_page)
     print("  ".join(filter(None, facts)))
@@ -19897,7 +19892,6 @@ def _provider_presets(args: Args) -> int:
               tr("output", size=facts["max_output"]), tr("images") if facts["vision"] else "",
               "/".join(facts["efforts"])] for model, facts in preset.models.items()]
     print("\n".join(aligned(table)) or "  " + tr("list_fetched"))
-    return 0
 
 
 def _key_column(preset: Preset) -> str:
@@ -19939,14 +19933,14 @@ def _new_provider(name: str, args: Args) -> Json:
     return {**entry, "base_url": provider.base_url} if "base_url" in entry else entry
 
 
-def _provider_add(args: Args) -> int:
+def _provider_add(args: Args) -> None:
     entry = _new_provider(_needed(args, "NAME", "provider presets"), args)
-    return _add_entry(args, "providers", entry, "provider_exists", "provider_added")
+    _add_entry(args, "providers", entry, "provider_exists", "provider_added")
 
 
 # --- env ---------------------------------------------------------------------
 
-def cmd_env(args: Args) -> int:
+def cmd_env(args: Args) -> None:
     """Shell lines that point a client at this server: eval "$(python iflow2api.py env claude)"."""
     gateway = _gateway_of(args)
     settings, router = gateway.settings, gateway.current().router
@@ -19966,12 +19960,11 @@ def cmd_env(args: Args) -> int:
             guess = "powershell" if os.environ.get("PSModulePath") else "cmd"
         shell = SHELLS[args["--shell"] or guess]
         print("\n".join(_env_text(args["action"], shell, words)))
-        return 0
+        return
     if key == "$" + KEY_VARIABLE:
         say(tr("your_key"))
         words["KEY"] = "YOUR_KEY"
     print(json_text({"env": env_values(args["action"], words)}))
-    return 0
 
 
 def _env_text(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
@@ -19986,7 +19979,7 @@ def _env_text(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
 
 # --- logging in --------------------------------------------------------------
 
-def cmd_login(args: Args) -> int:
+def cmd_login(args: Args) -> None:
     """Log in by the browser, or store a key."""
     text = args["--timeout"] or str(LOGIN_TIMEOUT_S)
     timeout_s = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0
@@ -20004,19 +19997,19 @@ def cmd_login(args: Args) -> int:
         stay = args["--paste"] or args["--no-browser"]
         if not stay and not open_browser(found["url"], os.environ):
             say(tr("login_no_browser"))
-        return _wait_for_login(gateway, args["--paste"])
+        _wait_for_login(gateway, args["--paste"])
     except KeyboardInterrupt:
         say(tr("login_given_up"))
-        return 130
+        raise
     finally:
         gateway.close()
 
 
-def _wait_for_login(gateway: Gateway, paste: bool) -> int:
+def _wait_for_login(gateway: Gateway, paste: bool) -> None:
     """Wait for the browser, or for an address at the terminal, until the login has ended."""
     flow = gateway.logins.flow
     if flow is None:
-        return 1
+        raise CommandFailed(tr("login_given_up"))
     if paste or sys.stdin is not None and sys.stdin.isatty():
         say(tr("login_paste_this"))
         threading.Thread(target=_read_pastes, args=(flow, sys.stdin.fileno(), paste),
@@ -20030,7 +20023,6 @@ def _wait_for_login(gateway: Gateway, paste: bool) -> int:
     above = _above_login(gateway) if flow.file.is_default else ""
     if above:
         say(marked("warning", tr("login_above", name=above)))
-    return 0
 
 
 def _read_pastes(flow: LoginFlow, fd: int, final: bool) -> None:
@@ -20066,7 +20058,7 @@ def _above_login(gateway: Gateway) -> str:
     return ENV_PREFIX + "API_KEY" if is_variable else tr("api_key_file")
 
 
-def _store_key(gateway: Gateway, args: Args) -> int:
+def _store_key(gateway: Gateway, args: Args) -> None:
     """`login --api-key`: store the key in config.json, where it is encrypted."""
     key, account = _read_key(args["--api-key"]), args["--account"]
     if not account_keys({"": {"apiKey": key}}):
@@ -20076,11 +20068,11 @@ def _store_key(gateway: Gateway, args: Args) -> int:
         with file.held():
             file.update({**dict.fromkeys(LOGIN_FIELDS), "apiKey": key})
         say(tr("key_stored", key=mask(key), account=account, path=file.path))
-        return 0
-    return _change_config(args, lambda raw: raw.update(api_key=key))
+        return
+    _change_config(args, lambda raw: raw.update(api_key=key))
 
 
-def cmd_logout(args: Args) -> int:
+def cmd_logout(args: Args) -> None:
     """Remove the login, and nothing else, from its file."""
     gateway = Gateway(config=_config_of(args))
     account = args["--account"] or DEFAULT_ACCOUNT
@@ -20092,7 +20084,6 @@ def cmd_logout(args: Args) -> int:
     finally:
         gateway.close()
     say(tr("logged_out" if gone else "no_login", account=account))
-    return 0
 
 
 # --- config ------------------------------------------------------------------
@@ -20109,7 +20100,7 @@ def _shown(name: str, value: Any, args: Args) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _config_list(args: Args) -> int:
+def _config_list(args: Args) -> None:
     """Each setting with its value and origin, and above it what it is for."""
     gateway = _gateway_of(args)
     for name, item in SETTING.items():
@@ -20123,17 +20114,15 @@ def _config_list(args: Args) -> int:
         shown = _shown(name, getattr(gateway.settings, name), args)
         print(f"# {about}\n{name} = {shown}" + (f"    # {tr(origin)}" if origin else ""))
     say_problems(gateway.problems)
-    return 0
 
 
-def _config_get(args: Args) -> int:
+def _config_get(args: Args) -> None:
     name, gateway = _setting_name(args), _gateway_of(args)
     print(_shown(name, getattr(gateway.settings, name), args))
     say_problems(_further_problems(gateway.problems))
-    return 0
 
 
-def _config_set(args: Args) -> int:
+def _config_set(args: Args) -> None:
     name, text = _setting_name(args), args["VALUE"]
     if text is None:
         raise UsageError(tr("needs", command=f"config set {name}", what="VALUE"))
@@ -20150,7 +20139,7 @@ def _config_set(args: Args) -> int:
         if new:
             raise UsageError(f"config set {name}: {new[0]}")
     done = "saved_for_later" if SETTING[name].metadata.get("restart") else "saved_in"
-    return _change_config(args, lambda raw: raw.update({name: value}), done)
+    _change_config(args, lambda raw: raw.update({name: value}), done)
 
 
 def _check_proxy(args: Args, proxy: str) -> None:
@@ -20163,10 +20152,10 @@ def _check_proxy(args: Args, proxy: str) -> None:
         say(tr("proxy_is_off"))
 
 
-def _config_unset(args: Args) -> int:
+def _config_unset(args: Args) -> None:
     if args["KEY"] not in _config_of(args).recover()[0]:     # an unknown key may go, too
         _setting_name(args)
-    return _change_config(args, lambda raw: raw.pop(args["KEY"], None))
+    _change_config(args, lambda raw: raw.pop(args["KEY"], None))
 
 
 def _config_encrypt(args: Args) -> int:
@@ -20189,14 +20178,13 @@ def _config_encrypt(args: Args) -> int:
     return 1 if locked else 0
 
 
-def _config_path(args: Args) -> int:
+def _config_path(args: Args) -> None:
     print(_config_of(args).path)
-    return 0
 
 
 # --- the page's password -----------------------------------------------------
 
-def cmd_admin(args: Args) -> int:
+def cmd_admin(args: Args) -> None:
     """`admin reset-password`: a running server takes it over and ends all sessions."""
     if args["-"] not in (None, "-"):
         raise UsageError(tr("password_shown"))
@@ -20209,7 +20197,6 @@ def cmd_admin(args: Args) -> int:
     _change_config(args, lambda raw: raw.update(admin_password=stored), "password_set")
     if os.environ.get(ENV_PREFIX + "ADMIN_PASSWORD"):
         say(marked("warning", tr("password_above", variable=ENV_PREFIX + "ADMIN_PASSWORD")))
-    return 0
 
 
 def _ask_password() -> str:
@@ -20225,7 +20212,7 @@ def _ask_password() -> str:
 
 # --- routes, keys, usage -----------------------------------------------------
 
-def cmd_routes(args: Args) -> int:
+def cmd_routes(args: Args) -> None:
     """`routes explain MODEL`: where the name goes, and why."""
     asked: Json = {name: args["--" + name] for name in ("images", "thinking", "tools")}
     asked.update(model=args["MODEL"], dialect=args["--dialect"] or "chat",
@@ -20234,7 +20221,7 @@ def cmd_routes(args: Args) -> int:
     told = explain(gateway, asked, args["--json"] or CONSOLE.language == "en")
     if args["--json"]:
         print(json_text(told))
-        return 0
+        return
     for number, step in enumerate(told["steps"], 1):
         print(f"{number}. {one_line(step, 500)}")
     for number, target in enumerate(told["chain"]):
@@ -20243,10 +20230,9 @@ def cmd_routes(args: Args) -> int:
         name = f"{target['provider']}/{one_line(target['model'])}"
         print(f"{tr('then') if number else '=>'} {name}  {state}")
     say_problems(_further_problems(gateway.problems))
-    return 0
 
 
-def _key_add(args: Args) -> int:
+def _key_add(args: Args) -> None:
     """Make a key: it is printed once, only its hash is kept."""
     name = _needed(args, "NAME", "key list")
     facts: Json = {limit: _number(args, f"--{limit}", 0, 1) for limit in LIMIT_FIELDS
@@ -20263,17 +20249,15 @@ def _key_add(args: Args) -> int:
     print(key)
     say(tr("key_shown_once"))
     say_problems(_further_problems(_gateway_of(args).problems))
-    return 0
 
 
-def _key_remove(args: Args) -> int:
+def _key_remove(args: Args) -> None:
     _remove_entry(args, "client_keys", "key")
     if not _gateway_of(args).state.auth.required:
         say(marked("warning", tr("last_key")))
-    return 0
 
 
-def _key_list(args: Args) -> int:
+def _key_list(args: Args) -> None:
     gateway = _gateway_of(args)
     used = {row["key"]: row for row in gateway.ledger.report("key", 1, {})}
     for key in gateway.state.auth.keys:
@@ -20292,10 +20276,9 @@ def _key_list(args: Args) -> int:
     say_problems(_further_problems(gateway.problems))
     if not gateway.settings.client_keys:
         say(tr("no_keys"))
-    return 0
 
 
-def cmd_usage(args: Args) -> int:
+def cmd_usage(args: Args) -> None:
     """The usage that usage.jsonl holds."""
     gateway, days = _gateway_of(args), _number(args, "--days", 30, 1, 9999)
     report = usage_report(gateway, args["--by"] or "model", days)
@@ -20306,7 +20289,6 @@ def cmd_usage(args: Args) -> int:
         print(json_text(report))
     else:
         print(usage_csv(report) if args["--csv"] else _usage_table(report))
-    return 0
 
 
 def _usage_table(report: Json) -> str:
@@ -20331,13 +20313,13 @@ def _usage_table(report: Json) -> str:
 
 # --- main --------------------------------------------------------------------
 
-def cmd_version(args: Args) -> int:
+def cmd_version(args: Args) -> None:
     print(f"iflow2api {__version__} (Python {sys.version.split()[0]}, {sys.platform})")
-    return 0
 
 
-#: `command` or `command action` -> its function; an action without a row is the command's.
-COMMANDS: Dict[str, Callable[[Args], int]] = {
+#: `command` or `command action` -> its function, which returns the exit status if it is not 0; an
+#: action without a row is the command's.
+COMMANDS: Dict[str, Callable[[Args], Optional[int]]] = {
     "serve": cmd_serve, "login": cmd_login, "logout": cmd_logout,
     "provider": _provider_list, "provider add": _provider_add,
     "provider remove": partial(_remove_entry, where="providers", kind="provider"),
@@ -20362,7 +20344,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(help_of(name))
         else:
             name = "version" if args.get("--version") else name
-            status = COMMANDS.get(f"{name} {args.get('action')}", COMMANDS[name])(args)
+            status = COMMANDS.get(f"{name} {args.get('action')}", COMMANDS[name])(args) or 0
         if sys.stdout is not None and name != "serve":
             sys.stdout.flush()
     except UsageError as exc:
