@@ -16167,6 +16167,9 @@ add_routes({line.replace(" ", " /admin/api/"): Route(
 
 
 # === 19. The page ============================================================
+#
+# One static page: style, markup, the script in parts, its texts.  All data comes from the API of
+# the section before.  A view is an entry of VIEWS, a name in NAV and a text `view_NAME`.
 
 # language=CSS
 PAGE_CSS = r"""
@@ -18559,6 +18562,9 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
 
 
 # === 21. Command line ========================================================
+#
+# A command is lines of COMMAND_LINES, from which its arguments and its help are read, and a
+# function in COMMANDS.
 
 # --- what it says ------------------------------------------------------------
 
@@ -18567,7 +18573,7 @@ CONSOLE_TEXTS = """\
 # what many say
 mark_error = 错误：{text} = error: {text} | mark_warning = 警告：{text} = warning: {text}
 mark_problem = 问题：{text} = problem: {text} | problem = 问题 = problem
-named = {name} {value} = {name}: {value}
+named = {name}：{value} = {name}: {value}
 see = {text}（用法：{program} {command}--help） = {text} (see: {program} {command}--help)
 unknown = 没有{kind} {name} = there is no {kind} '{name}'
 see_all = {text}；全部：{program} {show} = {text}; all: {program} {show}
