@@ -18221,7 +18221,7 @@ name = 名称 = Name | this_one = 当前 = this one | version = 版本 = Version
 platform = 平台 = Platform | executable = 解释器 = Executable | memory = 内存 = Memory
 threads = 线程 = Threads | path_program = 程序 = Program
 path_iflow = iFlow CLI 设置 = iFlow CLI settings | path_config = 配置文件 = Configuration
-path_usage = 用量记录 = Usage book | path_log = 日志文件 = Log file | diagnostics = 诊断信息 = Diagnostics
+path_usage = 用量记录 = Usage records | path_log = 日志文件 = Log file | diagnostics = 诊断信息 = Diagnostics
 diagnostics_hint = 反馈问题时请附上，其中不含密钥。 = For bug reports. There are no secrets in it.
 documents = 接口文档 = API documents
 # settings
@@ -18236,8 +18236,8 @@ to_default = 恢复默认 = Use the default | origin_file = 已修改 = changed
 origin_environment = 环境变量 = environment | origin_flag = 命令行 = flag
 from_flag = 由命令行参数 {name} 指定，此处不能修改 = Given by the flag {name}; it can't be changed here
 from_environment = 由环境变量 {name} 指定，此处不能修改 = Given by the variable {name}; it can't be changed here
-address_changed = 已保存的密钥和请求头不会发往另一个地址，请重新填写。 = What is stored does not go to another \
-address. Type it in again.
+address_changed = 已保存的密钥和请求头不会发往另一个地址，请重新填写。 = Stored keys and headers are not sent to \
+another address. Enter them again.
 by_file_only = 只能用命令行（config set）或在 config.json 中修改 = Set by the command line (config set) or in \
 config.json only
 needs_restart = 需重启 = needs restart | changes_n = {n} 项未保存 = {n} unsaved {n:change|changes}
