@@ -3140,6 +3140,25 @@ def first_choice(chunk: Json) -> Json:
     return {}
 
 
+def merge_choices(completion: Json) -> Json:
+    """One answer that came in several choices, as the one that it is; the same object otherwise.
+
+    Relays put the text into the first choice and the calls into the second.
+    """
+    choices = choices_of(completion)
+    if len(choices) < 2 or not all(isinstance(each.get("message"), dict) for each in choices):
+        return completion
+    message: Json = {}
+    for choice in reversed(choices):
+        message.update((name, value) for name, value in choice["message"].items() if value)
+    calls = [call for each in choices for call in objects_of(each["message"].get("tool_calls"))]
+    message.update({"tool_calls": calls} if calls else {})
+    reasons = [each["finish_reason"] for each in choices if each.get("finish_reason")]
+    reason = next((reason for reason in reasons if reason != "stop"), *reasons[:1] or [None])
+    return {**completion, "choices": [{
+        **choices[0], "message": {"content": None, **message}, "finish_reason": reason}]}
+
+
 def usage_of(chunk: Json) -> Optional[Json]:
     """The usage object of a chunk: its own, or the one Kimi puts into the choice."""
     for holder in (chunk, first_choice(chunk)):
@@ -3923,6 +3942,98 @@ def chat_call(ident: str, name: str, arguments: str) -> Json:
     return {"id": ident, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+# --- what comes with an answer and has to come back --------------------------------
+
+#: Members of a call that its upstream wants back as they came (Gemini: its thought signature).
+CALL_EXTRAS = ("extra_content",)
+
+#: Starts each signature made here; the rest is base64 of JSON, to be given back to the provider.
+SIGNATURE_PREFIX = "iflow2api-1."
+
+
+def make_signature(carrier: Json) -> str:
+    """A signature that holds a carrier: AnswerReader makes those, ChatHistory takes them back."""
+    return SIGNATURE_PREFIX + base64.b64encode(dump_json(carrier)).decode()
+
+
+def read_signature(signature: Any) -> Json:
+    """What make_signature put in; {} for a foreign or damaged one."""
+    if not isinstance(signature, str) or not signature.startswith(SIGNATURE_PREFIX):
+        return {}
+    try:
+        state = _DECODER.decode(base64.b64decode(signature[len(SIGNATURE_PREFIX):]).decode())
+    except (ValueError, RecursionError):
+        return {}
+    return object_of(state)
+
+
+_LEGAL_ID = Pattern(r"[A-Za-z0-9_-]+")
+
+
+def wrap_id(fresh: str, ident: str) -> str:
+    """An id Anthropic allows (`fresh`) with the upstream's own (Kimi: `functions.f:0`) inside, or
+    with the carrier of its call as JSON.
+    """
+    return f"{fresh}_raw_{encode_base64(ident.encode('utf-8', 'replace'))}"
+
+
+def _hidden_in(ident: str) -> str:
+    """What wrap_id hid in `ident`."""
+    _, mark, hidden = ident.partition("_raw_")
+    if not mark or not ident.startswith("toolu_"):       # nearly every one
+        return ""
+    try:
+        return (decode_base64(hidden) or b"").decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def carrier_of_id(ident: str) -> Json:
+    """The carrier that wrap_id hid in `ident`, {} where there is none."""
+    hidden = _hidden_in(ident)
+    if not hidden.startswith("{"):
+        return {}
+    try:
+        return object_of(_DECODER.decode(hidden))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def unwrap_id(ident: str) -> str:
+    """The upstream's own id, if wrap_id hid one in `ident`."""
+    return next(iter(object_of(carrier_of_id(ident).get("calls"))), "") or (
+        _hidden_in(ident) or ident)
+
+
+def give_back(message: Json, thought: str, carriers: Sequence[Json], profile: Json) -> None:
+    """Add to an assistant's `message` what came with it: `thought` for any upstream, what is in the
+    `carriers` of its answer for the one that it came from.
+    """
+    origin, field = profile.get("origin", ""), profile["reasoning_field"]
+    own = [state for state in carriers if state.get("of", origin) == origin]
+    names = [state.get("field") for state in own if state.get("field") in REASONING_FIELDS]
+    if names and field == REASONING_FIELDS[0]:           # else a profile says it
+        field = names[0]
+    details = [each for state in own for each in objects_of(state.get("details"))]
+    if field and details:
+        message.setdefault("reasoning_details", details)
+    elif field == "reasoning_details" and thought:
+        message.setdefault(field, [{"type": "reasoning.text", "text": thought}])
+    if thought and field not in (None, "reasoning_details"):
+        message[field] = thought
+    extras = {ident: object_of(extra) for state in own
+              for ident, extra in object_of(state.get("calls")).items()}
+    if extras:
+        message["tool_calls"] = [{**_extras_in(extras.get(call.get("id"))), **call}
+                                 for call in message.get("tool_calls", ())]
+
+
+def _extras_in(given: Any) -> Json:
+    """What of a client's carrier may be part of a call."""
+    given = object_of(given)
+    return {name: given[name] for name in CALL_EXTRAS if isinstance(given.get(name), dict)}
+
+
 class ToolCall:
     """A call as it arrives: its name may come in pieces, its arguments before it, or twice."""
 
@@ -3931,6 +4042,7 @@ class ToolCall:
         self.seen = self.named = False   #: by the writer; the client was told the name: it is final
         self.begun = False               #: an argument byte has come
         self.odd = False                 #: the arguments are no object (encoded twice, null, …)
+        self.extras: Json = {}           #: members that the upstream wants back (CALL_EXTRAS)
         self._mender = ObjectMender()
         self._pending: List[str] = []    #: arguments not taken yet; of odd ones all
 
@@ -3957,15 +4069,23 @@ class ToolCall:
         """The arguments that may be passed on now, odd ones at last; `cut`: they may be half."""
         if self.odd and not last:
             return ""
-        text, self._pending = "".join(self._pending), []
-        return text + self._mender.close(cut) if last and self.begun and not self.odd else text
+        text = "".join(self._pending)
+        if self.odd:
+            return text                  # kept: they are asked for once
+        self._pending = []
+        return text + self._mender.close(cut) if last and self.begun else text
 
     def as_chat(self) -> Json:
         """The call in a message, once all has come; arguments that never became JSON as they came.
         """
         whole = self.odd or self.complete
         arguments = self.take(last=True) if whole else self._mender.raw()
-        return chat_call(self.id, self.name, arguments)
+        return {**chat_call(self.id, self.name, arguments), **self.extras}
+
+    def as_said(self) -> Json:
+        """The call with its arguments as they came, whatever was taken."""
+        arguments = "".join(self._pending) if self.odd else self._mender.raw()
+        return chat_call(unwrap_id(self.id), self.name, arguments)
 
 
 class ToolCalls:
@@ -3995,13 +4115,15 @@ class ToolCalls:
             if delta.get("id") or isinstance(delta.get("function"), dict):
                 call = self._find(delta, function, touched)
                 self.size += call.add(function)
+                call.extras.update((name, delta[name]) for name in CALL_EXTRAS if delta.get(name))
                 touched[call] = None
         return list(touched)
 
     def _continued(self, delta: Any) -> Optional[ToolCall]:
         """The call by index to which a delta adds nothing but arguments, None for another delta."""
         function = delta.get("function") if delta.__class__ is dict else None
-        if function.__class__ is not dict or len(function) != 1 or "arguments" not in function:
+        if function.__class__ is not dict or len(function) != 1 or "arguments" not in function or (
+                not delta.keys().isdisjoint(CALL_EXTRAS)):
             return None
         index = delta.get("index")
         call = self._by_index.get(index) if index.__class__ is int and not delta.get("id") else None
@@ -4074,7 +4196,11 @@ class AnswerReader:
         self.usage: Optional[Json] = None
         self.finish_reason: Optional[str] = None
         self.choice: Json = {}           #: of the latest chunk
+        self.field = REASONING_FIELDS[0]         #: where the reasoning came
+        self.thought: List[str] = []
+        self.details = Details()
         self.watch = StopWatch(stops) if stops else None
+        self._profile = profile
         self._tags = ThinkTags() if profile["think_tags"] else None
         # models that are asked by a prompt alone like to put ``` around their JSON
         by_prompt = wants_json and profile["structured_output"] == "prompt"
@@ -4101,12 +4227,36 @@ class AnswerReader:
         return replace(usage, prompt=usage.prompt or turn.estimate, estimated=not self.usage,
                        completion=usage.completion or made)
 
+    def carrier(self, text: str = "", details: Sequence[Json] = (),
+                calls: Sequence[ToolCall] = ()) -> Json:
+        """What has to come back of this answer, for ChatHistory to give it to its upstream again.
+
+        The text may go to any upstream, the rest to the one that it came from.
+        """
+        extras = {unwrap_id(call.id): call.extras for call in calls if call.extras}
+        thinks = bool(text or details or self.thought and not calls)
+        field = self.field if thinks and self.field != REASONING_FIELDS[0] else ""
+        state = non_empty(text=text, details=list(details), calls=extras, field=field)
+        return state if state.keys() <= {"text"} else {
+            **state, "of": self._profile.get("origin", "")}
+
+    def kept(self, with_text: bool) -> Iterator[Tuple[Json, Json]]:
+        """The calls as their client knows them, each with what has to come back with it."""
+        calls = [call for call in self.calls.all if call.name]
+        text = "".join(self.thought) if calls and with_text else ""
+        state = self.carrier(text, self.details.joined(), calls)
+        return ((call.as_said(), state) for call in calls if state)
+
     def feed(self, chunk: Json) -> List[Part]:
         """UpstreamBroke where the answer was broken off."""
         self.choice = choice = first_choice(chunk)
+        choices = chunk.get("choices")
+        if choices.__class__ is list and len(choices) > 1:
+            return self._together(chunk)
         reason = choice.get("finish_reason")
         if reason and isinstance(reason, str):
-            self.finish_reason = reason
+            if reason != "stop" or not self.finish_reason:       # some end one answer twice
+                self.finish_reason = reason
             if reason in FATAL_FINISH:
                 raise broken_off(reason)
         if "usage" in chunk or "usage" in choice:
@@ -4120,20 +4270,29 @@ class AnswerReader:
                 return [("call", "", call) for call in self.calls.add(value)]
             if name in _PLAIN_FIELDS and value.__class__ is str and value:
                 self._size += len(value) if value.isascii() else _size_of(value)
-                return [("text", value, choice) if name == "content" else ("thinking", value, None)]
+                if name == "content":
+                    return [("text", value, choice)]
+                self.field = name
+                self.thought.append(value)
+                return [("thinking", value, None)]
         return self._parts(delta, choice)
+
+    def _together(self, chunk: Json) -> List[Part]:
+        """The parts of one answer that came in several choices."""
+        parts: List[Part] = []
+        for choice in choices_of(chunk):
+            parts += self.feed({**chunk, "choices": [choice]})
+        return parts
 
     def _parts(self, delta: Json, choice: Json) -> List[Part]:
         parts: List[Part] = []
         reasoning, details = reasoning_of(delta), delta.get("reasoning_details")
         if reasoning or details:
-            self._size += _size_of(reasoning)
-            parts = self._unwatched()
-            parts.append(("thinking", reasoning, details))
+            self.field = next(filter(delta.get, REASONING_FIELDS), self.field)
+            parts = self._thinking(reasoning, details)
         content, refusal = delta.get("content"), delta.get("refusal")
-        if content:
-            parts += self._content(content if isinstance(content, str) else content_text(content),
-                                   choice)
+        for kind, text in content_pieces(content) if content else ():
+            parts += self._content(text, choice) if kind == "text" else self._thinking(text, None)
         if isinstance(delta.get("annotations"), list):
             parts.append(("annotations", "", delta["annotations"]))
         if refusal and isinstance(refusal, str):
@@ -4156,6 +4315,12 @@ class AnswerReader:
             parts += self._watched(self._fence.close(), {})
         return parts + self._unwatched()
 
+    def _thinking(self, text: str, details: Any) -> List[Part]:
+        self._size += _size_of(text)
+        self.thought.append(text)
+        self.details.add(details)
+        return [*self._unwatched(), ("thinking", text, details)]
+
     def _content(self, text: str, choice: Json) -> List[Part]:
         self._size += _size_of(text)
         parts: List[Part] = []
@@ -4175,10 +4340,20 @@ class AnswerReader:
         return [("text", text, {})] if text else []
 
 
-def content_text(content: Any) -> str:
-    """The text of a `content` that is a part list."""
-    texts = [part.get("text") or part.get("refusal") for part in objects_of(content)]
-    return "".join(text for text in texts if isinstance(text, str))
+def content_pieces(content: Any) -> List[Tuple[str, str]]:
+    """The texts of a `content`: ("text", …), and Mistral's ("thinking", …) where it is a list.
+    """
+    if isinstance(content, str):
+        return [("text", content)]
+    pieces: List[Tuple[str, str]] = []
+    for part in objects_of(content):
+        thought = part.get("thinking")
+        kind, text = ("thinking", thought) if thought else (
+            "text", part.get("text") or part.get("refusal"))
+        if isinstance(text, list):
+            text = "".join(said for _, said in content_pieces(text))
+        pieces += [(kind, text)] if isinstance(text, str) and text else []
+    return pieces
 
 
 class AnswerWriter:
@@ -4202,11 +4377,6 @@ class AnswerWriter:
     def ended(self) -> bool:
         """Whether nothing more of the upstream is wanted."""
         return self.reader.ended
-
-    @property
-    def call_ids(self) -> List[str]:
-        """The ids under which the calls come back."""
-        return [call.id for call in self.reader.calls.all if call.named]
 
 
 # --- iFlow's quirks ----------------------------------------------------------
@@ -4248,9 +4418,8 @@ def _refuses_thinking(chat: Json) -> bool:
         object_of(chat.get("thinking")).get("type") == "disabled")
 
 
-def adapt_to_iflow(chat: Json, model: str, recall: Callable[[Json], str]) -> Json:
-    """A chat request as iFlow wants it, a new object; `recall` gives the reasoning of a tool call.
-    """
+def adapt_to_iflow(chat: Json, model: str) -> Json:
+    """A chat request as iFlow wants it, a new object."""
     chat = dict(chat)
     name = model.lower()
     if not _refuses_thinking(chat):
@@ -4266,32 +4435,36 @@ def adapt_to_iflow(chat: Json, model: str, recall: Callable[[Json], str]) -> Jso
     for key in ("max_tokens", "max_completion_tokens"):
         if known and isinstance(chat.get(key), int) and chat[key] > known.max_output:
             chat[key] = known.max_output
-    if wants_reasoning_back(model) and isinstance(chat.get("messages"), list):
-        chat["messages"] = refill_reasoning(chat, recall)
     return chat
 
 
-def refill_reasoning(chat: Json, recall: Callable[[Json], str]) -> Any:
-    """The messages of `chat` with the reasoning that their client dropped; the same object where
-    there is none to add.
+def refill(chat: Json, recall: Callable[[Json], Json], profile: Json) -> Json:
+    """`chat` with what its client dropped of earlier answers with calls; the same object where
+    there is nothing to add.  `recall` gives the carrier of a call.
 
     DeepSeek, Kimi and some models of iFlow refuse a tool call without the reasoning that led to it;
     where nobody knows it any more an empty one will do.
     """
-    messages, wanted = chat.get("messages"), not _refuses_thinking(chat)
+    messages = chat.get("messages")
     if not isinstance(messages, list):
-        return messages
-    complete = [_with_reasoning(message, recall, wanted) for message in messages]
-    return messages if all(new is old for new, old in zip(complete, messages)) else complete
+        return chat
+    wanted = profile["require_reasoning_on_tool_calls"] and not _refuses_thinking(chat)
+    complete = [_refilled(message, recall, bool(wanted), profile) for message in messages]
+    same = all(new is old for new, old in zip(complete, messages))
+    return chat if same else {**chat, "messages": complete}
 
 
-def _with_reasoning(message: Any, recall: Callable[[Json], str], wanted: bool) -> Any:
+def _refilled(message: Any, recall: Callable[[Json], Json], wanted: bool, profile: Json) -> Any:
     calls = object_of(message).get("tool_calls")
-    if not isinstance(calls, list) or not calls or reasoning_of(message):
+    if not isinstance(calls, list) or not calls or not all(isinstance(call, dict)
+                                                           for call in calls):
         return message
-    reasoning = recall(calls[0]) if isinstance(calls[0], dict) else ""
-    missing = wanted and message.get("reasoning_content") is None
-    return {**message, "reasoning_content": reasoning} if reasoning or missing else message
+    done = {**message, "tool_calls": calls}
+    carried, thought = recall(calls[0]), reasoning_of(message)
+    give_back(done, "" if thought else carried.get("text", ""), [carried], profile)
+    if wanted and not reasoning_of(done):
+        done[REASONING_FIELDS[0]] = ""
+    return message if done == message else done
 
 
 def call_digest(scope: str, call: Json) -> str:
@@ -4332,32 +4505,6 @@ def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
     return refusal
 
 
-class ReasoningNote:
-    """Collects the reasoning of an answer, and keeps it for the answer's tool calls."""
-
-    def __init__(self, keep: Callable[[Json, str], None]) -> None:
-        self._keep = keep
-        self._reasoning: List[str] = []
-        self._calls = ToolCalls()
-
-    def record(self, chunk: Json) -> None:
-        choice = first_choice(chunk)
-        message = choice.get("delta") or choice.get("message")
-        if not isinstance(message, dict):
-            return
-        reasoning = reasoning_of(message)
-        if reasoning:
-            self._reasoning.append(reasoning)
-        self._calls.add(message.get("tool_calls"))
-
-    def close(self, ids: Sequence[str] = ()) -> None:
-        """`ids`: what the client knows the calls by, where it may differ from the upstream's."""
-        text, calls = "".join(self._reasoning), self._calls.all
-        for number, call in enumerate(calls if text else ()):
-            ident = ids[number] if len(ids) == len(calls) else call.source
-            self._keep({**call.as_chat(), "id": ident}, text)
-
-
 class ReasoningMerge:
     """Chat chunks with reasoning and answer together, as `preserve_reasoning_content` says.
 
@@ -4365,7 +4512,6 @@ class ReasoningMerge:
     fields as they came; where no content ever came, the reasoning once more as content at the end.
     """
     ended = False                        #: nothing more of the upstream is wanted
-    call_ids: Sequence[str] = ()         #: where clients know the calls by other ids
 
     def __init__(self, preserve: bool) -> None:
         self._preserve = preserve
@@ -4572,6 +4718,8 @@ class _FoldedChoice:
 
     def _add_field(self, name: str, value: Any) -> None:
         known = self._fields.get(name)
+        if name == "content" and isinstance(value, str) and objects_of(known):
+            value = [text_part(value)]   # Mistral's thoughts are parts, what follows is text
         if name == "tool_calls":
             self._calls.add(value)
         elif name == "function_call":
@@ -4620,8 +4768,8 @@ def fold_stream(data: bytes) -> Json:
     try:
         for chunk in read_records([*decoder.feed(data), *decoder.close()]):
             done = done or chunk is None
-            for name in ("id", "created", "model", "usage"):
-                whole.update({name: chunk[name]} if chunk and chunk.get(name) else {})
+            whole.update((name, value) for name, value in (chunk or {}).items()
+                         if value and name not in ("object", "choices"))
             for choice in choices_of(chunk or {}):
                 index = choice_index(choice)
                 choices[index] = choices.get(index) or _FoldedChoice(make_id)
@@ -4741,8 +4889,8 @@ class ChatHistory:
         else:
             self._next.append({"role": "system", "content": text})
 
-    def add_assistant(self, texts: Sequence[str], thoughts: Sequence[str], details: List[Json],
-                      calls: List[Json]) -> None:
+    def add_assistant(self, texts: Sequence[str], thoughts: Sequence[str],
+                      carriers: Sequence[Json], calls: List[Json]) -> None:
         """An assistant's message; `calls` as they stand in Chat."""
         self.end_step()
         field, thought = self._profile["reasoning_field"], "\n\n".join(filter(None, thoughts))
@@ -4750,13 +4898,10 @@ class ChatHistory:
                          "content": "\n\n".join(filter(None, texts)) or (None if calls else "")}
         if calls:
             message["tool_calls"] = calls
-        if field and details:
-            message["reasoning_details"] = details
-        elif field == "reasoning_details" and thought:
-            message[field] = [{"type": "reasoning.text", "text": thought}]
+        give_back(message, thought, carriers, self._profile)
         required = self._wants_reasoning and (calls or self._wants_reasoning == "all")
-        if field and field != "reasoning_details" and (thought or required):
-            message[field] = thought
+        if field and field != "reasoning_details" and required:
+            message.setdefault(field, "")
         self.messages.append(message)
         for call in calls:
             self._waiting[call["id"]] = self._waiting.get(call["id"], 0) + 1
@@ -4997,48 +5142,6 @@ def _optional(body: Json, name: str, kind: type) -> Any:
     return value
 
 
-# --- what travels through the client: signatures and ids
-
-#: Starts each signature made here; the rest is base64 of JSON, to be given back to the provider.
-SIGNATURE_PREFIX = "iflow2api-1."
-
-
-def make_signature(text: str, details: Sequence[Json]) -> str:
-    """A signature that carries `text`, where the block shows none, and `reasoning_details`."""
-    state = non_empty(text=text, details=list(details))
-    return SIGNATURE_PREFIX + base64.b64encode(dump_json(state)).decode()
-
-
-def read_signature(signature: Any) -> Json:
-    """What make_signature put in; {} for a foreign or damaged one."""
-    if not isinstance(signature, str) or not signature.startswith(SIGNATURE_PREFIX):
-        return {}
-    try:
-        state = _DECODER.decode(base64.b64decode(signature[len(SIGNATURE_PREFIX):]).decode())
-    except (ValueError, RecursionError):
-        return {}
-    return object_of(state)
-
-
-_LEGAL_ID = Pattern(r"[A-Za-z0-9_-]+")
-
-
-def wrap_id(fresh: str, ident: str) -> str:
-    """An id Anthropic allows (`fresh`) with the upstream's own (Kimi: `functions.f:0`) inside."""
-    return f"{fresh}_raw_{encode_base64(ident.encode('utf-8', 'replace'))}"
-
-
-def unwrap_id(ident: str) -> str:
-    """The upstream's own id, if wrap_id hid one in `ident`."""
-    _, mark, hidden = ident.partition("_raw_")
-    if not mark or not ident.startswith("toolu_"):       # nearly every one
-        return ident
-    try:
-        return (decode_base64(hidden) or b"").decode() or ident
-    except UnicodeDecodeError:
-        return ident
-
-
 # --- the request: its history
 
 def _blocks(content: Any, path: str) -> List[Tuple[str, Json]]:
@@ -5194,7 +5297,7 @@ class _MessagesHistory:
         ids: List[str] = []
         if said:
             turn = _AssistantTurn(self, [block for blocks in said for block in blocks])
-            self.chat.add_assistant(turn.texts, turn.thoughts, turn.details, turn.calls)
+            self.chat.add_assistant(turn.texts, turn.thoughts, turn.carriers, turn.calls)
             ids = list(turn.ids)
         for role, message, blocks in given[len(said):]:
             if role == "user":
@@ -5304,7 +5407,7 @@ class _AssistantTurn:
         self.history = history
         self.texts: List[str] = []
         self.thoughts: List[str] = []
-        self.details: List[Json] = []
+        self.carriers: List[Json] = []
         self.calls: List[Json] = []
         self.ids: Dict[str, None] = {}            #: of the calls, as the client knows them
         self.labels: Dict[str, str] = {}          #: server tool call -> its name
@@ -5327,8 +5430,7 @@ class _AssistantTurn:
         thought = block.get("thinking") or state.get("text")
         if isinstance(thought, str):
             self.thoughts.append(thought)
-        if isinstance(state.get("details"), list):
-            self.details += state["details"]
+        self.carriers.append(state)
 
     def tool_use(self, block: Json, path: str) -> None:
         ident, name = _field(block, "id", str, path), _field(block, "name", str, path)
@@ -5337,6 +5439,7 @@ class _AssistantTurn:
             raise BadRequest(f"{path}.id: `tool_use` ids must be unique")
         self.ids[ident] = None
         self.history.ids.add(ident)
+        self.carriers.append(carrier_of_id(ident))
         self.calls.append(chat_call(unwrap_id(ident), short_name(name), dump_text(given)))
 
     def server_call(self, block: Json, path: str) -> None:
@@ -5721,7 +5824,7 @@ class MessagesStream(AnswerWriter):
 
         super().__init__(AnswerReader(turn.profile, ToolCalls(call_id, turn.ids),
                                       turn.stop_sequences[STOP_LIMIT:], turn.wants_json), turn)
-        self._id = new_id("msg_")
+        self._new_id, self._id = new_id, new_id("msg_")
         self._calls: List[ToolCall] = []
         self._active = 0                 #: the first call that is not closed
         self._live: Optional[ToolCall] = None    #: the open one, as long as no other waits
@@ -5734,10 +5837,6 @@ class MessagesStream(AnswerWriter):
         self._thought: List[str] = []    #: reasoning that only the signature carries
         self._details = Details()        #: of the open thinking block
         self._held: List[Part] = []      #: said while a call was incomplete
-
-    @property
-    def call_ids(self) -> List[str]:
-        return [unwrap_id(call.id) for call in self._calls if call.named]
 
     def feed(self, chunk: Json) -> Iterable[Json]:
         parts = self.reader.feed(chunk)
@@ -5844,8 +5943,8 @@ class MessagesStream(AnswerWriter):
         if not self._open:
             return
         if self._open == "thinking":
-            signature = make_signature("".join(self._thought), self._details.joined())
-            yield self._delta("signature_delta", "signature", signature)
+            state = self.reader.carrier("".join(self._thought), self._details.joined())
+            yield self._delta("signature_delta", "signature", make_signature(state))
             self._thought, self._details = [], Details()
         elif self._open == "tool_use":
             self._active, self._live = self._active + 1, None
@@ -5904,6 +6003,9 @@ class MessagesStream(AnswerWriter):
                     return
                 self._blanks, self._spoke, call.named = [], True, True
                 name = self.turn.names.get(call.name, call.name)
+                if call.extras:
+                    carrier = dump_text(self.reader.carrier(calls=[call]))
+                    call.id = wrap_id(self._new_id("toolu_"), carrier)
                 yield from self._open_block({"type": "tool_use", "id": call.id, "name": name,
                                              "input": {}})
             text = call.take(last, self.reader.cut)
@@ -6499,7 +6601,7 @@ def _pair_outputs(items: Sequence[Json]) -> Tuple[Dict[int, Json], Set[int]]:
 class _Step:
     """What is collected for one assistant message."""
     reasoning: List[str] = field(default_factory=list)
-    details: List[Json] = field(default_factory=list)
+    carriers: List[Json] = field(default_factory=list)
     texts: List[str] = field(default_factory=list)
     calls: List[Json] = field(default_factory=list)
     outputs: List[Optional[Json]] = field(default_factory=list)
@@ -6567,11 +6669,13 @@ class _ItemHistory:
         self._add_user(_SUMMARY_HEAD + summary)
 
     def _add_reasoning(self, item: Json) -> None:
-        step = self._current()
         carried = self._seal.decrypt(item.get("encrypted_content")) or {}
+        # what comes before a call of several is no new step
+        step = self._step if carried.keys() <= {"calls", "of"} and carried else self._current()
         shown, summary = ("\n\n".join(_texts_of(item.get(name))) for name in ("content", "summary"))
-        step.reasoning.append(shown or carried.get("reasoning") or summary)
-        step.details += carried.get("details") or []
+        # it was called "reasoning" in conversations of earlier versions
+        step.reasoning.append(shown or carried.get("text") or carried.get("reasoning") or summary)
+        step.carriers.append(carried)
 
     def _add_call(self, place: int, item: Json, output: Optional[Json]) -> None:
         kind, namespace = _KIND_OF_CALL[item["type"]], item.get("namespace")
@@ -6579,13 +6683,14 @@ class _ItemHistory:
         tool = _Tool(kind, name, namespace if isinstance(namespace, str) else None)
         self._step.calls.append(chat_call(_call_id(item) or f"call_{place}", self._tools.name(tool),
                                           _function_arguments(item, kind)))
+        self._step.carriers.append(self._seal.decrypt(item.get("encrypted_content")) or {})
         self._step.outputs.append(output)
 
     def _end_step(self) -> None:
         step, self._step = self._step, _Step()
         if not step.is_message and not step.calls:
             return                               # reasoning that led to nothing
-        self.chat.add_assistant(step.texts, step.reasoning, step.details, step.calls)
+        self.chat.add_assistant(step.texts, step.reasoning, step.carriers, step.calls)
         for call, output in zip(step.calls, step.outputs):
             self.chat.add_result(call["id"], self._output_parts(output) if output else
                                  [text_part(NO_RESULT)])
@@ -6861,6 +6966,15 @@ class _Item:
         self.stream.items += 1
         return self.stream.event("output_item.added", {"output_index": self.index, "item": item})
 
+    def carry(self, item: Json, state: Json) -> None:
+        """Seal a carrier into an item: for the client where it wants that, else for the store."""
+        turn = self.stream.turn
+        carrier = {"encrypted_content": turn.seal.encrypt(state)}
+        if turn.carries:
+            item.update(carrier)
+        else:
+            turn.carriers[item["id"]] = carrier
+
     def finish(self, item: Json) -> Json:
         self.stream.finished[self.index] = item
         return self.stream.event("output_item.done", {"output_index": self.index, "item": item})
@@ -6916,13 +7030,10 @@ class _TextItem(_Item):
         item, turn = {**self._item, kind.parts: [part]}, self.stream.turn
         if kind.item is _MESSAGE:
             item["status"] = "incomplete" if cut else "completed"
-        elif turn.carries or self.details:
-            thought = {"reasoning": text, **non_empty(details=self.details.joined())}
-            carrier = {"encrypted_content": turn.seal.encrypt(thought)}
-            if turn.carries:
-                item.update(carrier)
-            else:
-                turn.carriers[item["id"]] = carrier
+        else:
+            state = self.stream.reader.carrier(text, self.details.joined())
+            if turn.carries or "of" in state:
+                self.carry(item, state)
         yield self.finish(item)
 
 
@@ -6974,9 +7085,13 @@ class _CallItem(_Item):
         yield from self._end(text, torn, cut)
 
     def _open(self, tool: _Tool) -> Iterator[Json]:
+        if self._tool is None:
+            yield from self._carry()
         self._tool, self.call.named, kind = tool, True, _TOOL_KINDS[tool.kind]
         self._item = {"id": self.stream.new_id(kind.prefix), "type": kind.call,
                       "call_id": self.call.id}
+        if self.call.extras and not self.stream.turn.carries:
+            self.carry(dict(self._item), self.stream.reader.carrier(calls=[self.call]))
         if kind.events is None:
             self._item.update({"execution": "client"} if tool.kind == "tool_search" else {})
             return
@@ -6985,6 +7100,16 @@ class _CallItem(_Item):
         yield self.announce({**self._item, kind.field: "", "status": "in_progress"})
         self._delta = {"type": f"response.{kind.events}.delta", "item_id": self._item["id"],
                        "output_index": self.index}
+
+    def _carry(self) -> Iterator[Json]:
+        """An item with what the upstream wants back with this call: clients drop it from the call.
+        """
+        stream = self.stream
+        if self.call.extras and stream.turn.carries:
+            item, given = _Item(stream), {"id": stream.new_id("rs_"), **_REASONING}
+            yield item.announce(dict(given))
+            item.carry(given, stream.reader.carrier(calls=[self.call]))
+            yield item.finish(given)
 
     def _send(self, text: str) -> Iterator[Json]:
         text = self._input.feed(text) if self._input else text
@@ -7338,9 +7463,9 @@ def plain_schema(schema: Any) -> Any:
 
 # --- the request: its history
 
-def make_thought_signature(text: str, details: Sequence[Json]) -> str:
+def make_thought_signature(carrier: Json) -> str:
     """make_signature's in base64, for the SDKs decode it to bytes."""
-    return base64.b64encode(make_signature(text, details).encode()).decode()
+    return base64.b64encode(make_signature(carrier).encode()).decode()
 
 
 def read_thought_signature(signature: Any) -> Json:
@@ -7381,20 +7506,25 @@ class _ContentHistory:
 
     def _model(self, parts: Sequence[Tuple[Json, str]]) -> None:
         """A model's turn; SDKs keep the deltas of a stream as parts, so they are joined as such."""
-        texts, thoughts, calls, carried = [], [], [], {}
+        texts, thoughts, calls, carriers = [], [], [], []
         for part, where in parts:
-            signature = member(part, "thoughtSignature", str, where)
-            carried = read_thought_signature(signature) or carried
+            state = read_thought_signature(member(part, "thoughtSignature", str, where))
+            carriers.append(state)
             call = member(part, "functionCall", dict, where)
             if call is not None:
                 calls.append(self._call(call, f"{where}functionCall."))
+                extras = list(object_of(state.get("calls")).values())[:1]
+                state["calls"] = {calls[-1]["id"]: extra for extra in extras}    # its id may differ
             elif part.get("thought") is True:
                 thoughts.append(member(part, "text", str, where) or "")
             else:
                 texts += [each.get("text", "") for each in self._parts(part, where)]
-        thought = "".join(thoughts) or carried.get("text", "")
+        carried = [state["text"] for state in carriers if isinstance(state.get("text"), str)]
+        thought = "".join(thoughts) or "".join(carried[-1:])
+        for state in [state for state in carriers if state.get("details")][:-1]:
+            del state["details"]         # the last one has all that was thought before
         if texts or calls or thought:
-            self.chat.add_assistant(["".join(texts)], [thought], carried.get("details", []), calls)
+            self.chat.add_assistant(["".join(texts)], [thought], carriers, calls)
 
     def _call(self, call: Json, where: str) -> Json:
         """A call under an id that no other call has: the client's, else one of its place."""
@@ -7669,15 +7799,15 @@ class GeminiStream(AnswerWriter):
         candidate = {"content": {"role": "model", "parts": [part]}, "index": 0}
         return {"candidates": [candidate], "modelVersion": self.turn.model, "responseId": self._id}
 
-    def _signed(self, part: Json) -> Json:
-        """A part that bears what was thought so far: the first text, and the first call.
+    def _signed(self, part: Json, calls: Sequence[ToolCall] = (), first: bool = True) -> Json:
+        """A part that bears what has to come back: with the first text and the first call what was
+        thought so far.
 
         gemini-cli keeps the first signature of a text, and no thoughts.
         """
-        if not self._thought and not self._details:
-            return part
-        signature = make_thought_signature("".join(self._thought), self._details.joined())
-        return {**part, "thoughtSignature": signature}
+        thought = ("".join(self._thought), self._details.joined()) if first else ()
+        state = self.reader.carrier(*thought, calls=calls)
+        return {**part, "thoughtSignature": make_thought_signature(state)} if state else part
 
     def _write(self, parts: Sequence[Part]) -> Iterator[Json]:
         for part in parts:
@@ -7718,7 +7848,7 @@ class GeminiStream(AnswerWriter):
                 if call.id.startswith(f"{name}__"):      # gemini-cli cuts that off
                     call.id = self._new_id("call_")
                 part = {"functionCall": {"id": call.id, "name": name, "args": args}}
-                yield self._response(part if self._called else self._signed(part))
+                yield self._response(self._signed(part, [call], first=not self._called))
                 call.named = self._called = True
                 self._blanks = []
         if self._held and not self._waiting:
@@ -7813,10 +7943,10 @@ class ReasoningMemory(NamedTuple):
     cache: Any
     scope: str
 
-    def keep(self, call: Json, text: str) -> None:
-        self.cache.keep(call_digest(self.scope, call), text)
+    def keep(self, call: Json, carrier: Json) -> None:
+        self.cache.keep(call_digest(self.scope, call), carrier)
 
-    def recall(self, call: Json) -> str:
+    def recall(self, call: Json) -> Json:
         return self.cache.recall(call_digest(self.scope, call))
 
 
@@ -7902,6 +8032,7 @@ def profile_of(target: Target) -> Json:
                **target.provider.facts.get(target.model, {})}
     if target.provider.kind == "iflow":
         profile["require_reasoning_on_tool_calls"] = wants_reasoning_back(target.model)
+    profile["origin"] = f"{zlib.crc32(target.provider.base_url.encode()):08x}"
     return profile
 
 
@@ -7956,7 +8087,8 @@ class Translation:
         """Forget the answer of an attempt before."""
         self.began = self.done = self.failed = False
         self.finish_reason, self.records = None, 0
-        self._note = ReasoningNote(self._memory.keep) if self._keeps_reasoning() else None
+        #: what is read of the answer for a later request
+        self._note: Optional[AnswerReader] = None
         self._told: Optional[Json] = None        # the upstream's counts, in a plain answer
         self._size = 0                           # of a plain answer
 
@@ -7981,12 +8113,16 @@ class Translation:
         if self._call.dialect.converses and is_event_stream(content_type, data):
             data, content_type = dump_json(fold_stream(data)), ""
         completion = parse_answer(data, status, self._call.dialect.has_choices)
+        if self._call.body.get("n") in (None, 1):
+            merged = merge_choices(completion)
+            data = data if merged is completion else dump_json(merged)
+            completion = merged
         self._told, self._size = usage_of(completion), len(data)
         if self._call.stream:
             return (self.feed(completion_to_sse(completion)) + self.close(),
                     self._call.dialect.stream_type)
         if self._note is not None:
-            self._note.record(completion)
+            self._record(as_chunk(completion))
         answer = self._reply(data, completion)
         self._end_note()
         is_same = answer is data and content_type
@@ -8029,16 +8165,26 @@ class Translation:
         return self._call.memory(self._context.reasoning, self._messages())
 
     def _keeps_reasoning(self) -> bool:
-        """Whether a later request has to bring back what this answer thinks."""
+        """Whether a later request has to bring back the text of what this answer thinks."""
         return self._is_iflow or self._requires_reasoning
 
-    def _end_note(self) -> None:
-        if self._note is not None:
-            self._note.close(self._call_ids())
+    def _refilled(self, chat: Json) -> Json:
+        """A chat request with what its client dropped and this upstream wants back."""
+        profile, reasoning = profile_of(self._target), self._context.reasoning
+        if self._is_iflow:
+            chat = adapt_to_iflow(chat, self._target.model)
+        if self._requires_reasoning or profile["origin"] in reasoning.origins:
+            chat = refill(chat, self._memory.recall, profile)
+        return chat
 
-    def _call_ids(self) -> Sequence[str]:
-        """What the client knows the answer's calls by, where it may differ from the upstream's."""
-        return ()
+    def _record(self, chunk: Json) -> None:
+        """Note what a later request has to bring back; errors reach the client as they are."""
+        with contextlib.suppress(UpstreamError):
+            self._note.feed(chunk)
+
+    def _end_note(self) -> None:
+        for call, carrier in self._note.kept(self._keeps_reasoning()) if self._note else ():
+            self._memory.keep(call, carrier)
 
 
 class ChatTranslation(Translation):
@@ -8051,8 +8197,10 @@ class ChatTranslation(Translation):
         self._preserve = target.provider.preserve_reasoning_content
         super().__init__(call, target, context)
 
-    def _keeps_reasoning(self) -> bool:
-        return self._is_iflow or self._requires_reasoning and "tools" in self._call.body
+    def begin(self) -> None:
+        super().begin()
+        if self._is_iflow or "tools" in self._call.body:
+            self._note = AnswerReader(profile_of(self._target), ToolCalls())
 
     def _encode_request(self) -> bytes:
         call, model = self._call, self._target.model
@@ -8060,12 +8208,7 @@ class ChatTranslation(Translation):
         if call.dialect.converses:
             wishes = Wishes(thinking=call.thinks or None, is_chat=True)
             body = finish_chat(body, profile_of(self._target), wishes)
-        if self._is_iflow:
-            body = adapt_to_iflow(body, model, self._memory.recall)
-        elif self._requires_reasoning:
-            messages = refill_reasoning(body, self._memory.recall)
-            if messages is not body.get("messages"):
-                body = {**body, "messages": messages}
+            body = self._refilled(body)
         if body is not call.body:
             return dump_json({**body, "model": model})
         return (call.text if call.model == model else
@@ -8085,9 +8228,11 @@ _DONE = Pattern(rb"(?m)^data: ?\[DONE\]")
 _ERROR = Pattern(rb'(?m)^data: ?\{\s*"error"\s*:\s*[{"]')
 
 
-#: One of these is in each record that a ReasoningNote has to read.
+#: One of these is in each record that has to be noted.
 _NOTED = tuple(f'"{name}"'.encode() for name in (*REASONING_FIELDS, "reasoning_details",
                                                  "tool_calls"))
+#: What has one of these has to come back, whether or not the upstream wants reasoning.
+_CARRIED = tuple(f'"{name}"'.encode() for name in CALL_EXTRAS)
 
 
 class ChatRelay(ChatTranslation):
@@ -8103,6 +8248,7 @@ class ChatRelay(ChatTranslation):
         super().begin()
         choices = self._call.body.get("n")
         self._choices = choices if isinstance(choices, int) else 1
+        self._notes = self._note is not None and self._keeps_reasoning()
         self._decoder, self._holds = SSEDecoder(), False         # it has a part of a record
         self._recent: List[bytes] = []   # of what was sent, enough to hold the tail
         self._recent_size = 0
@@ -8121,9 +8267,9 @@ class ChatRelay(ChatTranslation):
             self._recent_size = len(self._recent[0])
         if b'"error"' in payload or len(payload) > TAIL_BYTES:
             self._look_for_end(payload)
-        if self._note is not None:
+        if self._notes or self._note is not None and any(mark in payload for mark in _CARRIED):
             for data in self._decoder.feed(payload):
-                self._record(data)
+                self._note_record(data)
         return True
 
     @property
@@ -8158,7 +8304,7 @@ class ChatRelay(ChatTranslation):
         self.records += 1
         self.done = data == b"[DONE]"
         if self._note is not None:
-            self._record(data)
+            self._note_record(data)
         if self.began or self.done:
             return
         for chunk in read_records([data]):
@@ -8211,12 +8357,12 @@ class ChatRelay(ChatTranslation):
                 text = self._tail[found.end():].decode("utf-8", "replace")
                 self._told = _DECODER.raw_decode(text)[0]
 
-    def _record(self, data: bytes) -> None:
-        """Note what a later request has to bring back; errors reach the client as they are."""
-        if any(mark in data for mark in _NOTED):
+    def _note_record(self, data: bytes) -> None:
+        self._notes = self._notes or any(mark in data for mark in _CARRIED)
+        if self._notes and any(mark in data for mark in _NOTED):
             with contextlib.suppress(UpstreamError):
                 for chunk in read_records([data]):
-                    self._note.record(chunk or {})
+                    self._record(chunk or {})
 
 
 def check_lead(size: int) -> int:
@@ -8263,7 +8409,7 @@ class WrittenTranslation(Translation):
         try:
             for chunk in read_records(records):
                 if self._note is not None and chunk is not None:
-                    self._note.record(chunk)
+                    self._record(chunk)
                 if chunk is None:
                     self.done = True
                 elif self._lead is None:
@@ -8326,9 +8472,6 @@ class WrittenTranslation(Translation):
         self._end_note()
         return b"".join(out)
 
-    def _call_ids(self) -> Sequence[str]:
-        return self._writer.call_ids
-
     def _take_rest(self) -> bytes:
         """The last record, if only its blank line was missing; after the end half a one is ignored.
         """
@@ -8384,15 +8527,14 @@ class TurnTranslation(WrittenTranslation):
         return self._call.body.get("messages") or self._turn.chat["messages"]
 
     def _encode_request(self) -> bytes:
-        chat = self._turn.chat
-        if self._is_iflow:
-            chat = adapt_to_iflow(chat, chat["model"], self._memory.recall)
-        elif self._requires_reasoning:
-            chat = {**chat, "messages": refill_reasoning(chat, self._memory.recall)}
-        return dump_chat(chat)
+        return dump_chat(self._refilled(self._turn.chat))
 
     def _new_writer(self) -> Any:
         return self._turn.stream(self._context.new_id)
+
+    def _end_note(self) -> None:
+        self._note = self._writer.reader
+        super()._end_note()
 
     @property
     def usage(self) -> Usage:
@@ -11105,14 +11247,20 @@ class Store:
 
 
 class ReasoningCache(Store):
-    """Reasoning by call_digest, for clients that drop it; sizes are characters."""
+    """Carriers by call_digest, for clients that drop them; sizes are characters."""
     LIMIT, LIMIT_SIZE = 2000, 8 << 20
 
-    def keep(self, ident: str, text: str) -> None:
-        self.put(ident, text, len(text))
+    def __init__(self) -> None:
+        super().__init__()
+        self.origins: Set[str] = set()   #: of upstreams that want more back than reasoning
 
-    def recall(self, ident: str) -> str:
-        return self.get(ident) or ""
+    def keep(self, ident: str, carrier: Json) -> None:
+        if "of" in carrier:
+            self.origins.add(carrier["of"])
+        self.put(ident, carrier, len(dump_text(carrier)))
+
+    def recall(self, ident: str) -> Json:
+        return self.get(ident) or {}
 
 
 class Conversations(Store):

@@ -4630,7 +4630,7 @@ def brief(output):
             told += [found.get("text") or "refused: " + found["refusal"]
                      for found in item["content"]]
         elif kind == "reasoning":
-            told.append("(%s)" % (item.get("content") or item["summary"])[0]["text"])
+            told += ["(%s)" % part["text"] for part in item.get("content") or item["summary"]]
         elif kind in ("function_call", "custom_tool_call"):
             told.append((item["name"], item["call_id"], item.get("arguments", item.get("input"))))
         else:
@@ -4995,7 +4995,8 @@ def _convert_responses(body):
 def _refill(chat):
     cache = ifl.ReasoningCache()
     request = ifl.Call(ifl.CHAT, chat, "", {}, "r")
-    ifl.refill_reasoning(chat, request.memory(cache, chat["messages"]).recall)
+    profile = {**ifl.DEFAULT_PROFILE, "require_reasoning_on_tool_calls": True}
+    ifl.refill(chat, request.memory(cache, chat["messages"]).recall, profile)
 
 
 #: What grows with a client's request: id, size of the base, its maker, what is done with it.
@@ -5923,6 +5924,14 @@ F, G = used("a", "f", x=1), used("b", "g", y=2)
 STREAMS = [
     ("text", [delta(role="assistant", content=""), delta(content="Hel"), delta(content="lo"),
               delta("stop")], ["Hello"]),
+    ("thoughts as parts of the content", [
+        delta(content=[{"type": "thinking", "thinking": [text("r")]}]),
+        delta(content=[{"type": "thinking", "thinking": "s"}]), delta(content=[text("t")]),
+        delta(content="u"), delta("stop")], ["(rs)", "tu"]),
+    ("text and call in two choices", [
+        {"choices": [*delta(content="t")["choices"],
+                     *tools(tool(0, "a", "f", '{"x":1}'), finish="tool_calls")["choices"]]},
+        delta("stop")], ["t", F]),
     ("refusal", [delta(refusal="I "), delta(refusal="won't"), delta("stop")], ["I won't"]),
     ("reasoning, text, call", [
         delta(reasoning_content="r"), delta(content="t"), tools(tool(0, "a", "f", "")),
@@ -6110,8 +6119,10 @@ def parts_of(answer):
         if ifl.reasoning_of(message) or message.get("reasoning_details"):
             found.append("(%s)" % ifl.reasoning_of(message))
         for said in (message.get("content"), message.get("refusal")):
-            said = said if isinstance(said, str) else ifl.content_text(said)
-            found += [said] if said.strip() else []
+            pieces = ifl.content_pieces(said)
+            thought = "".join(text for kind, text in pieces if kind == "thinking")
+            said = "".join(text for kind, text in pieces if kind == "text")
+            found += [f"({thought})"] * bool(thought) + [said] * bool(said.strip())
         oldest = [{"id": None, "function": message["function_call"]}] if (
             "function_call" in message) else []
         found += [(call["function"]["name"], call["id"], call["function"]["arguments"])
@@ -6176,7 +6187,7 @@ def in_characters(chunks):
 #: Rows whose chunks tell something by what comes together.
 WHOLE = ("neither index nor id", "neither index nor id, twice the same", "shapes of nothing",
          "two calls in one chunk", "reasoning aliases", "index 0 twice in one chunk, no ids",
-         "index 0 twice, an id with the second", "arguments null")
+         "index 0 twice, an id with the second", "arguments null", "text and call in two choices")
 BOTH = pytest.mark.parametrize("dialect", ["messages", "responses"])
 ALL = pytest.mark.parametrize("dialect", ["messages", "responses", "gemini"])
 
@@ -6197,6 +6208,98 @@ def test_a_stream_is_told_alike_in_each_dialect(dialect, name, chunks, parts):
         play_in(dialect, chunks[:length])
     if name not in WHOLE:
         assert play_in(dialect, list(in_characters(chunks)))[1] == told
+
+
+SIGNED = {"extra_content": {"google": {"thought_signature": "c2ln"}}}
+SECRET = {"type": "reasoning.encrypted", "data": "e"}
+CALLED_A, CALLED_B = tool(0, "a", "f", "{}"), tool(1, "b", "f", "{}")
+
+#: What comes with an answer and has to come back: id, chunks, what the next request has of it at
+#: the upstream that it came from, and what at another one.
+CARRIED = [
+    ("a signature of a call", [tools({**CALLED_A, **SIGNED}), delta("tool_calls")],
+     [{**call("a", "f"), **SIGNED}], {}, {}),
+    ("a signature of the first of two calls", [
+        delta(reasoning_content="r"), tools({**CALLED_A, **SIGNED}, CALLED_B)],
+     [{**call("a", "f"), **SIGNED}, call("b", "f")], {"reasoning_content": "r"},
+     {"reasoning_content": "r"}),
+    ("a signature of the second call", [
+        delta(content="t"), tools(CALLED_A), tools({**CALLED_B, **SIGNED})],
+     [call("a", "f"), {**call("b", "f"), **SIGNED}], {"content": "t"}, {"content": "t"}),
+    ("details without text", [delta(reasoning_details=[SECRET]), tools(CALLED_A)],
+     [call("a", "f")], {"reasoning_details": [SECRET]}, {}),
+    ("details and a signature", [
+        delta(reasoning="r", reasoning_details=[SECRET]), tools({**CALLED_A, **SIGNED})],
+     [{**call("a", "f"), **SIGNED}], {"reasoning_details": [SECRET], "reasoning": "r"},
+     {"reasoning_content": "r"}),
+    ("reasoning in a field of another name", [delta(reasoning="r"), tools(CALLED_A)],
+     [call("a", "f")], {"reasoning": "r"}, {"reasoning_content": "r"}),
+    ("thoughts as parts", [delta(content=[{"type": "thinking", "thinking": [text("r")]}]),
+                           tools(CALLED_A)],
+     [call("a", "f")], {"reasoning_content": "r"}, {"reasoning_content": "r"}),
+]
+
+
+def next_message(dialect, events, origin, spoil=lambda value: value):
+    """The assistant's message of the next request, once a client has sent an answer back whole."""
+    profile, results = {"origin": origin}, ["a", "b"]
+    if dialect == "messages":
+        blocks = json.loads(spoil(json.dumps(fold(events)["content"])))
+        used = [block["id"] for block in blocks if block["type"] == "tool_use"]
+        turn = turn_of({"messages": [user("q"), {"role": "assistant", "content": blocks},
+                                     user(*(result(ident, "1") for ident in used))]}, **profile)
+    elif dialect == "responses":
+        items = json.loads(spoil(json.dumps(events[-1]["response"]["output"])))
+        turn = make_turn({"input": [user_responses("q"), *items,
+                                    *(result_responses(ident, "1") for ident in results)]}, profile)
+    else:
+        parts = [part for each in events for part in each["candidates"][0]["content"]["parts"]]
+        parts = json.loads(spoil(json.dumps(parts)))
+        said = [{"functionResponse": {"name": "f", "response": {"output": "1"}}}
+                for part in parts if "functionCall" in part]
+        turn = gemini_turn({"contents": [{"role": "user", "parts": [{"text": "q"}]}, {
+            "role": "model", "parts": parts}, {"role": "user", "parts": said}]}, profile)
+    return turn.chat["messages"][1]
+
+
+@ALL
+@pytest.mark.parametrize("chunks, calls, own, others", [row[1:] for row in CARRIED],
+                         ids=[row[0] for row in CARRIED])
+def test_what_comes_with_an_answer_comes_back(dialect, chunks, calls, own, others):
+    body = {"include": ["reasoning.encrypted_content"]} if dialect == "responses" else {}
+    events, _ = play_in(dialect, chunks, body, origin="here")
+    bare = [{name: value for name, value in each.items() if name != "extra_content"}
+            for each in calls]
+    said = {"role": "assistant", "content": None}
+    assert next_message(dialect, events, "here") == {**said, "tool_calls": calls, **own}
+    assert next_message(dialect, events, "there") == {**said, "tool_calls": bare, **others}
+
+
+@ALL
+@pytest.mark.parametrize("change", [
+    lambda found: found[:len(found) // 2], lambda found: found[:-1] + "\u00e9",
+    lambda found: found[:12] + "A" * 40 + found[12:], lambda found: ""])
+def test_a_damaged_carrier_is_no_error(dialect, change):
+    chunks = [delta(reasoning_content="r", reasoning_details=[SECRET]), tools(CALLED_A)]
+    body = {"include": ["reasoning.encrypted_content"]} if dialect == "responses" else {}
+    events, _ = play_in(dialect, chunks, body, origin="here")
+    places = r'("(?:signature|encrypted_content|thoughtSignature)": ")([^"]*)'
+    message = next_message(dialect, events, "here", lambda sent: re.sub(
+        places, lambda found: found.group(1) + change(found.group(2)), sent))
+    assert [each["function"]["name"] for each in message["tool_calls"]] == ["f"]
+
+
+@pytest.mark.parametrize("carrier", [
+    {"calls": 5}, {"calls": {"a": 5}}, {"calls": {"a": {"extra_content": "x", "function": {}}}},
+    {"details": 5}, {"details": [5]}, {"text": 5}, {"field": "role"}, {"field": []}, {"of": []}])
+def test_a_carrier_of_another_shape_adds_nothing(carrier):
+    block = {"type": "thinking", "thinking": "", "signature": ifl.make_signature(carrier)}
+    ident = ifl.wrap_id("toolu_1", json.dumps({"calls": {"a": {}}, **carrier}))
+    for blocks in ([block, use("a", "f")], [use(ident, "f")]):
+        message = turn_of({"messages": [user("q"), assistant(*blocks), user("r")]}).chat[
+            "messages"][1]
+        assert message.keys() == {"role", "content", "tool_calls"}
+        assert message["tool_calls"][0].keys() == {"id", "type", "function"}
 
 
 @pytest.mark.parametrize("name, chunks, parts", STREAMS, ids=[row[0] for row in STREAMS])
@@ -6997,6 +7100,56 @@ def test_a_messages_client_that_drops_thinking_is_helped_out(insisting, upstream
     assert upstream.last.json["messages"][1]["reasoning_content"] == "because"
 
 
+SIGNED_CALL = {**CALLED, "extra_content": {"google": {"thought_signature": "c2ln"}}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_call_whose_signature_a_client_drops_gets_it_back(server, upstream, stream, path):
+    """At the upstream that it came from, and nowhere else."""
+    running = server(provider(upstream, "one"), provider(
+        upstream.url.replace("127.0.0.1", "localhost"), "other"))
+    upstream.plays(thinks(stream, SIGNED_CALL))
+    schema = {"type": "object", "properties": {}}
+    used = {"type": "tool_use", "id": "call_1", "name": "look", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": "seen"}
+    ask, first, later = {
+        "/v1/chat/completions": ({"tools": [LOOK]}, {"messages": [GO]}, {"messages": after_call()}),
+        "/v1/messages": ({"max_tokens": 9, "tools": [{"name": "look", "input_schema": schema}]},
+                         {"messages": [GO]}, {"messages": [
+                             GO, {"role": "assistant", "content": [used]},
+                             {"role": "user", "content": [result]}]}),
+        "/v1/responses": ({"tools": [{"type": "function", "name": "look", "parameters": schema}]},
+                          {"input": [GO]}, {"input": [
+                              GO, call_responses("call_1", "look"), result_responses("call_1")]}),
+    }[path]
+    assert post(running, {**ask, **first, "model": "one/m", "stream": stream}, path).status == 200
+    until(lambda: running.gateway.in_flight == 0, what="the note, which follows the answer")
+    for model, sent in (("one/m", SIGNED_CALL), ("other/m", CALLED)):
+        assert post(running, {**ask, **later, "model": model}, path).status == 200
+        assert upstream.last.json["messages"][1]["tool_calls"] == [sent]
+
+
+@pytest.mark.parametrize("more, number", [({}, 1), ({"n": 1}, 1), ({"n": 2}, 2)])
+def test_an_answer_in_two_choices_is_one_for_chat_as_well(server, upstream, more, number):
+    answer = completion("Let me look.", "stop")
+    second = completion(None, "tool_calls", tool_calls=[CALLED])["choices"][0]
+    answer["choices"].append({**second, "index": 1})
+    answer["web_search"] = [{"title": "t", "link": "l"}]
+    upstream.plays(plain(answer))
+    told = post(server(upstream), chat(**more)).json
+    assert len(told["choices"]) == number and told["web_search"] == answer["web_search"]
+    if number == 1:
+        assert told["choices"] == [{"index": 0, "finish_reason": "tool_calls", "message": {
+            "role": "assistant", "content": "Let me look.", "tool_calls": [CALLED]}}]
+
+
+def test_what_a_search_found_stays_beside_an_answer_that_is_folded(server, upstream):
+    found = [{"title": "t", "link": "l"}]
+    upstream.plays(sse({**chunk("x"), "web_search": found}, chunk(finish="stop"), DONE))
+    assert post(server(upstream), chat()).json["web_search"] == found
+
+
 def test_reasoning_is_remembered_for_its_own_conversation_and_client_only(insisting, upstream):
     """Kimi's ids recur, and so do calls; what somebody else's conversation thought must not come
     in.
@@ -7310,7 +7463,7 @@ THINKS = {"chat_template_kwargs": {"enable_thinking": True}}
      {"max_completion_tokens": 32000, "temperature": 0.1, **THINKS})])
 def test_tweaks(model, given, wanted):
     before = copy.deepcopy(given)
-    assert ifl.adapt_to_iflow(given, model, lambda ident: "") == wanted
+    assert ifl.adapt_to_iflow(given, model) == wanted
     assert given == before
 
 
@@ -7435,10 +7588,10 @@ def test_dropped_reasoning_comes_back_in_tool_use(iflow, stream):
 def test_reasoning_cache_is_bounded():
     cache = ifl.ReasoningCache()
     for number in range(cache.LIMIT + 10):
-        cache.keep(str(number), "x")
-    assert cache.recall("0") == "" and cache.recall(str(cache.LIMIT)) == "x"
-    cache.keep("big", "y" * cache.LIMIT_SIZE)
-    assert cache.recall("1500") == "" and len(cache._kept) == 1
+        cache.keep(str(number), {"text": "x"})
+    assert cache.recall("0") == {} and cache.recall(str(cache.LIMIT)) == {"text": "x"}
+    cache.keep("big", {"text": "y" * cache.LIMIT_SIZE})
+    assert cache.recall("1500") == {} and not cache._kept
 
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
