@@ -346,11 +346,16 @@ CIRCUIT = {"failures": 5, "rest_s": 30}
 RETRY_STATUS = frozenset((408, 409, 425, 429)) | frozenset(range(500, 600))
 
 #: Limits of a client key or an address -> the seconds that they count over.
-LIMIT_SPANS = {"rpm": 60, "rph": 3600, "rpd": 86400, "tpd": 86400}
+LIMIT_SPANS = {"rpm": 60, "rph": 3600, "rpd": 86400, "tpd": 86400, "budget_day": 86400,
+               "budget_month": 30 * 86400}
 #: Those of keys are still counted after a restart: the ledger knows what was used.
-LIMITS_A_DAY = ("rpd", "tpd")
+LIMITS_KEPT = ("rpd", "tpd", "budget_day", "budget_month")
+#: Limits of keys alone, in the currency of `prices`; they are counted in millionths.
+BUDGETS, BUDGET_UNIT = ("budget_day", "budget_month"), 1_000_000
 LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "requests a day",
-               "tpd": "tokens a day", "concurrency": "requests at once"}
+               "tpd": "tokens a day", "concurrency": "requests at once",
+               "budget_day": "a day, in the currency of `prices`",
+               "budget_month": "in 30 days, in the currency of `prices`"}
 
 #: Most addresses whose requests are counted; the one seen longest ago is forgotten first.
 ADDRESSES_LIMIT = 10_000
@@ -1936,7 +1941,8 @@ def name_of(entry: Any) -> str:
 
 # --- contents of settings -----------------------------------------------------
 
-LIMIT_FIELDS = dict.fromkeys(LIMIT_WORDS, number(1, 10 ** 12, True))
+LIMIT_FIELDS = {name: number(1 / BUDGET_UNIT, 10 ** 9) if name in BUDGETS else
+                number(1, 10 ** 12, True) for name in LIMIT_WORDS}
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _NAME = r"[^\s/,]{1,64}"
 entry_name = text_like(_NAME, "a name without blanks, commas and slashes")
@@ -1991,7 +1997,8 @@ SETTING_SHAPES: Dict[str, Shape] = {
     "circuit": record({}, {"failures": number(0, 1000, True), "rest_s": number(0.1, 86400)}),
     "prices": names_to(record({}, dict.fromkeys(("input", "output", "cached"),
                                                 number(0, 10 ** 9)))),
-    "address_limits": record({}, LIMIT_FIELDS), "client_keys": client_key_list,
+    "address_limits": record({}, {name: shape for name, shape in LIMIT_FIELDS.items()
+                                  if name not in BUDGETS}), "client_keys": client_key_list,
     "admin_password": text_like("|" + _PASSWORD_HASH, "a hash", ", never the password itself; set "
                                 "it on the page, or by `admin reset-password`", is_secret=True),
     "host": host_name, "trusted_proxies": list_of(network),
@@ -11084,8 +11091,8 @@ class Window:
         return max(0.0, self._marks[-1][0] + self.span_s - now) if self.used(now) else 0.0
 
 
-#: Seconds since the end of an hour, and the requests and tokens of it.
-Spent = List[Tuple[float, int, int]]
+#: Seconds since the end of an hour, and its requests, tokens and cost (in millionths).
+Spent = List[Tuple[float, int, int, int]]
 
 
 class Meter:
@@ -11103,13 +11110,15 @@ class Meter:
             self.windows = {name: self.windows.get(name) or self._window(name, now)
                             for name in LIMIT_SPANS if name in limits}
             for name, window in self.windows.items():
-                window.limit = limits[name]
+                window.limit = int(limits[name] * (BUDGET_UNIT if name in BUDGETS else 1))
         return self
 
     def _window(self, name: str, now: float) -> Window:
         window = Window(LIMIT_SPANS[name], 0)
-        for ago_s, requests, tokens in self._spent() if name in LIMITS_A_DAY else ():
-            window.put(now - ago_s, requests if name == "rpd" else tokens)
+        for ago_s, *amounts in self._spent() if name in LIMITS_KEPT else ():
+            if ago_s < window.span_s:
+                window.put(now - ago_s, amounts[("rpd", "tpd").index(name) if name not in BUDGETS
+                                                else 2])
         return window
 
     def count(self, now: float, name: str, amount: int) -> None:
@@ -11134,7 +11143,7 @@ class Meter:
         Of several windows for requests: the one with the fewest left, then the longest wait.
         """
         found: List[Tuple[str, str]] = []
-        requests = [window for name, window in self.windows.items() if name != "tpd"]
+        requests = [window for name, window in self.windows.items() if name[0] == "r"]
         tightest = min(requests, default=None, key=lambda window: (
             window.left(now), -window.wait_s(now), -window.reset_s(now)))
         for what, window in (("requests", tightest), ("tokens", self.windows.get("tpd"))):
@@ -11171,11 +11180,12 @@ class RateLimiter:
             remember(self._addresses, address, meter, ADDRESSES_LIMIT)
             return meter.adopt(limits, self._clock())
 
-    def used(self, key: ClientKey) -> Dict[str, int]:
+    def used(self, key: ClientKey) -> Dict[str, float]:
         """What a key has used of each of its limits."""
         meter = self.of_key(key)
         with self._lock:
-            used = {name: window.used(self._clock()) for name, window in meter.windows.items()}
+            used = {name: window.used(self._clock()) / (BUDGET_UNIT if name in BUDGETS else 1)
+                    for name, window in meter.windows.items()}
         return {**used, **({"concurrency": meter.active} if "concurrency" in meter.limits else {})}
 
     def keep_keys(self, names: Iterable[str]) -> None:
@@ -11201,14 +11211,16 @@ class RateLimiter:
                 for meter in meters:
                     meter.active -= 1
 
-    def spend(self, meters: Sequence[Meter], tokens: int) -> None:
-        """Count tokens once they are known.
+    def spend(self, meters: Sequence[Meter], tokens: int, cost: float) -> None:
+        """Count tokens, and what they cost, once they are known.
 
         The request that goes over a limit is answered, the next one is not.
         """
         with self._lock:
             for meter in meters if tokens else ():
                 meter.count(self._clock(), "tpd", tokens)
+                for name in BUDGETS:
+                    meter.count(self._clock(), name, int(cost * BUDGET_UNIT + 0.5))
 
     def headers(self, meters: Sequence[Meter]) -> List[Tuple[str, str]]:
         """Meter.headers of the first meter that has any."""
@@ -11999,16 +12011,18 @@ class Ledger(Journal):
             found.get(at, []).append(row)
         return list(found.items())
 
-    def spent(self, key: str) -> Spent:
-        """What a key's calls of the last day came to, hour by hour."""
+    def spent(self, key: str, prices: Mapping[str, Mapping[str, float]]) -> Spent:
+        """What a key's calls of the last 30 days came to, hour by hour (older ones day by day)."""
         now = self._now()
-        sums: Dict[int, Counter[str]] = {}
-        for (hour, _, _, name, *_), counts in self.rows(2):
-            if name == key and hour > now - 90_000:
-                sums.setdefault(hour, Counter()).update(
-                    requests=counts[0], tokens=counts[2] + counts[3])
-        return [(max(0.0, now - hour - 3600), row["requests"], row["tokens"])
-                for hour, row in sorted(sums.items())]
+        sums: Dict[int, List[float]] = {}
+        for (hour, model, provider, name, *_), counts in self.rows(31):
+            if name == key:
+                row = dict(zip(USAGE_COUNTS, counts))
+                amounts = (counts[0], row["input"] + row["output"],
+                           (cost_of(model, provider, row, prices) or 0.0) * BUDGET_UNIT)
+                sums[hour] = [a + b for a, b in zip(sums.get(hour, (0, 0, 0)), amounts)]
+        return [(max(0.0, now - hour - 3600), *map(int, amounts))
+                for hour, amounts in sorted(sums.items())]
 
     def families(self) -> List[Family]:
         """Counters and histograms for /metrics."""
@@ -12822,8 +12836,11 @@ class Attempts:
             record.spent = True
             # 0: it is about to end well
             counts = record.status in (0, 200) or record.first_s is not None
+            used = {"input": usage.prompt, "cached": usage.cached, "output": usage.completion}
+            cost = cost_of(self.target.model, self.target.provider.name, used,
+                           self.gateway.settings.prices) or 0.0
             self.gateway.limiter.spend(
-                self.call.meters, usage.prompt + usage.completion if counts else 0)
+                self.call.meters, usage.prompt + usage.completion if counts else 0, cost)
 
 
 class LocalEngines:
@@ -12943,7 +12960,8 @@ class Gateway:
         self.clock, self.pause = clock, pause
         folder = config.folder if config is not None else ""
         self.ledger = Ledger(folder and os.path.join(folder, "usage.jsonl"), log=self.log)
-        self.limiter = RateLimiter(clock, self.ledger.spent)
+        self.limiter = RateLimiter(
+            clock, lambda key: self.ledger.spent(key, self.settings.prices))
         self.sessions = Sessions(lambda: self.settings.admin_password, clock)
         #: called whenever settings have been taken over
         self.listeners: List[Callable[[], None]] = [self.live.notify]
@@ -15303,7 +15321,11 @@ def usage_report(gateway: Gateway, by: str, days: int) -> Json:
     total: Json = {name: sum(row[name] for row in rows) for name in USAGE_COUNTS}
     costs = [row["cost"] for row in rows if row["cost"] is not None]
     total["cost"] = sum(costs) if costs else None
-    return {"by": by, "days": days, "enabled": gateway.settings.usage,
+    prices = gateway.settings.prices
+    unpriced = sorted({names[1] for names, counts in gateway.ledger.rows(days)
+                       if counts[2] and prices and cost_of(names[1], names[2], dict.fromkeys(
+                           USAGE_COUNTS, 0), prices) is None})
+    return {"by": by, "days": days, "enabled": gateway.settings.usage, "unpriced": unpriced[:50],
             "rows": [_usage_row(row[by], row) for row in rows], "total": _usage_row("", total)}
 
 
@@ -16636,6 +16658,7 @@ const fmt = {
   number: n => isBlank(n) ? DASH : new Intl.NumberFormat(locale()).format(n),
   tokens: n => isBlank(n) || n < 10000 ? fmt.number(n) : n < 1e6 ?
     (n / 1e3).toFixed(n < 1e5 ? 1 : 0) + 'k' : (n / 1e6).toFixed(n < 1e8 ? 1 : 0) + 'M',
+  cost: n => new Intl.NumberFormat(locale(), {maximumFractionDigits: 4}).format(n),
   time: when => moment(when, {...CLOCK, second: '2-digit'}),
   date: when => moment(when, {...CLOCK, year: 'numeric', month: 'short', day: 'numeric'}),
   seconds: s => isBlank(s) ? DASH : s < 0.9995 ? Math.round(s * 1000) + ' ms' :
@@ -17190,10 +17213,12 @@ const problems = list => list && list.length > 0 && el('div', {class: 'note warn
   el('strong', {text: t('problems')}),
   el('ul', {class: 'plain'}, list.map(line => el('li', foreign(line)))));
 /** `limits`: {rpm: {used, limit}, \u2026}. */
+const isBudget = name => name.startsWith('budget');
 const limitLines = limits => Object.entries(limits).map(([name, {used, limit}]) =>
   el('div', {class: 'limit'}, el('span', {text: t('limit_' + name)}),
     el('meter', {value: used, max: limit, high: limit * 0.99, 'aria-hidden': 'true'}),
-    el('span', {class: 'num', text: fmt.tokens(used) + ' / ' + fmt.tokens(limit)})));
+    el('span', {class: 'num', text: [used, limit].map(amount =>
+      isBudget(name) ? fmt.cost(amount) : fmt.tokens(amount)).join(' / ')})));
 /** `item`: a provider of /health or of the list of providers. */
 function healthBadge(item, resting) {
   const states = {open: 'health_rests', 'half-open': 'health_tried'};
@@ -17394,13 +17419,14 @@ VIEWS.usage = {draw(root, answers, args, signal) {
   async function draw() {
     const query = `days=${usage.days}&by=${usage.by}`;
     csv.href = BASE + 'usage.csv?' + query;
-    const {rows, total, enabled} = await ask(query);
+    const {rows, total, enabled, unpriced} = await ask(query);
     const columns = usageColumns(rows), hints = [rows.some(item => item.estimated) &&
       'usage_estimated', columns.length > 9 ? 'usage_cost_hint' : rows.length && 'usage_no_prices'];
     result.replaceChildren(enabled === false ? note('', t('usage_off')) : '',
       table({columns, label: t(usage.by), empty: t('usage_none'),
         rows: rows.length > 1 ? [...rows, {...total, sum: true}] : rows}),
-      ...hints.filter(Boolean).map(key => hint(t(key))));
+      ...hints.filter(Boolean).map(key => hint(t(key))),
+      unpriced.length ? hint(t('usage_unpriced', {names: unpriced.map(clean).join(', ')})) : '');
     result.classList.toggle('usage-sum', rows.length > 1);
   }
   root.append(usageChart('month', signal), el('section', {class: 'card'},
@@ -17807,9 +17833,10 @@ VIEWS.settings = {needs: ['config'], draw(root, [config]) {
 # language=JavaScript
 _JS_KEYS = r"""
 const LIMITS = ['rpm', 'rph', 'rpd', 'tpd', 'concurrency'];
-const limitFields = (given = {}) => LIMITS.map(name => [name, 'number', given[name],
-  {label: 'limit_' + name, placeholder: t('unlimited')}]);
-const setLimits = values => Object.fromEntries(LIMITS.map(name => [name, values[name]])
+const KEY_LIMITS = [...LIMITS, 'budget_day', 'budget_month'];
+const limitFields = (names, given = {}) => names.map(name => [name, 'number', given[name],
+  {label: 'limit_' + name, placeholder: t('unlimited'), ...isBudget(name) && {step: 'any'}}]);
+const setLimits = values => Object.fromEntries(KEY_LIMITS.map(name => [name, values[name]])
   .filter(([, value]) => value > 0));
 const day = date => moment(date, {dateStyle: 'medium',
   timeZone: String(date).length === 10 ? 'UTC' : undefined});
@@ -17820,7 +17847,7 @@ function keyDialog(version) {
     ['expires', 'date', '', {below: t('key_expires_hint'),
       min: new Date().toISOString().slice(0, 10)}],
     ['models', 'text', '', {label: 'key_models', class: 'mono',
-      placeholder: 'glm-*, deepseek-chat'}], ...limitFields()]);
+      placeholder: 'glm-*, deepseek-chat'}], ...limitFields(KEY_LIMITS)]);
   const {name, expires, models, nodes: [, , , ...limits]} = ask;
   formDialog({title: t('key_add'), label: t('key_create'), wide: true, ask, body: [
     grid('', name, expires), models, el('h3', {text: t('limits')}), grid('small', limits)],
@@ -17844,7 +17871,7 @@ VIEWS.keys = {needs: ['keys', 'config'], draw(root, [list, config]) {
     ['created', item => day(item.created)],
     ['expires', item => item.expires ? day(item.expires) : t('never')],
     ['', item => removal(t('key_remove', {name: item.name}), 'keys/', item.name), 'end']]});
-  const ask = form(limitFields(list.address_limits)), now = () => setLimits(ask.values());
+  const ask = form(limitFields(LIMITS, list.address_limits)), now = () => setLimits(ask.values());
   const first = JSON.stringify(now());
   const save = button(t('save'), () => ask.nodes.every(node => node.control.checkValidity()) &&
     patchConfig(config.version, isEmpty(now()) ? {} : {address_limits: now()},
@@ -18359,6 +18386,7 @@ custom_key = 固定密钥 = Fixed key | custom_key_hint = 设置项 custom_api_k
 expired = 已过期 = expired | expires = 到期 = Expires | created = 创建于 = Created | never = 永不 = never
 limits = 限额 = Limits | limit_rpm = 每分钟请求 = Requests / minute | limit_rph = 每小时请求 = Requests / hour
 limit_rpd = 每天请求 = Requests / day | limit_tpd = 每天 token = Tokens / day
+limit_budget_day = 每日预算 = Budget / day | limit_budget_month = 30 天预算 = Budget / 30 days
 limit_concurrency = 并发 = At once | address_limits = 每个地址的限额 = Limits per address
 address_limits_hint = 对每个客户端 IP 分别计算，与密钥无关。 = Counted for each client address, whatever its key.
 # instances, about
@@ -18430,6 +18458,8 @@ usage_estimated = ≈ 表示含估算：上游没有返回 token 数。 = ≈ in
 its tokens.
 usage_cost_hint = 费用按设置里的价格（每百万 token）算出，币种与价格一致。 = Costs come from the prices in the settings \
 (per million tokens), in the same currency.
+usage_unpriced = 没有价格，不计费用也不计入预算：{names} = without a price, so neither cost nor budgets have \
+them: {names}
 usage_no_prices = 在设置里填上价格，就能看到费用。 = Set prices in the settings to see costs here.
 # clients
 clients_shell = 系统或终端 = System or shell
@@ -18948,6 +18978,8 @@ key = 客户端的密钥，各有模型和限额 = keys of clients: each with it
   --rpm N = 每分钟请求数上限 = most requests a minute | --rph N = 每小时请求数上限 = most requests an hour
   --rpd N = 每天请求数上限 = most requests a day | --tpd N = 每天 token 数上限 = most tokens a day
   --concurrency N = 同时请求数上限 = most requests at once
+  --budget-day X = 每天的预算，按 prices 的币种 = most to spend a day, in the currency of `prices`
+  --budget-month X = 30 天的预算 = most to spend in 30 days
   --expires DATE = 最后一天，如 2027-01-31 = last day, such as 2027-01-31
   $ key add alice --rpm 20 --models 'glm-*' | key remove alice
 routes = 说明某个模型名会去哪里、为什么 = say where a model's name goes, and why
@@ -19394,6 +19426,13 @@ def _number(args: Args, flag: str, default: int, low: int, high: int = 0) -> int
         return int(text)
     kind = "from_to" if high else "at_least"
     raise _bad_value(flag, text, tr(kind, kind=tr("int"), low=low, high=high))
+
+
+def _amount(args: Args, flag: str) -> float:
+    """The amount of money that a flag has; UsageError."""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", args[flag]) and float(args[flag]) > 0:
+        return float(args[flag])
+    raise _bad_value(flag, args[flag], tr("above", kind=tr_word("float"), low=0))
 
 
 def _expected(name: str) -> str:
@@ -20389,8 +20428,9 @@ def cmd_routes(args: Args) -> None:
 def _key_add(args: Args) -> None:
     """Make a key: it is printed once, only its hash is kept."""
     name = _needed(args, "NAME", "key list")
-    facts: Json = {limit: _number(args, f"--{limit}", 0, 1) for limit in LIMIT_FIELDS
-                   if args[f"--{limit}"] is not None}
+    flags = {limit: "--" + limit.replace("_", "-") for limit in LIMIT_FIELDS}
+    facts: Json = {limit: _amount(args, flag) if limit in BUDGETS else _number(args, flag, 0, 1)
+                   for limit, flag in flags.items() if args[flag] is not None}
     if args["--models"]:
         facts["models"] = _listed(args["--models"])
     if args["--expires"]:
@@ -20462,7 +20502,9 @@ def _usage_table(report: Json) -> str:
         table.append([one_line(row["name"], 60) or "-", *(
             text if row["estimated"] else text.lstrip("≈") for text in shown)])
     return "\n".join([*aligned(table, is_right=True),
-                      *[tr("usage_estimated")] * bool(total["estimated"])])
+                      *[tr("usage_estimated")] * bool(total["estimated"]),
+                      *[tr("usage_unpriced", names=", ".join(report["unpriced"]))] * bool(
+                          report["unpriced"])])
 
 
 # --- main --------------------------------------------------------------------

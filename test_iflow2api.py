@@ -8734,11 +8734,12 @@ class Restarts:
         self.wall.now += after_s
         started = self.wall.now
         self.ledger = ifl.Ledger(self.path, self.wall)
-        self.limiter = ifl.RateLimiter(lambda: self.wall.now - started + 7, self.ledger.spent)
+        self.limiter = ifl.RateLimiter(lambda: self.wall.now - started + 7,
+                                       lambda key: self.ledger.spent(key, {}))
 
     def ask(self, key, tokens=0) -> None:
         count_once(self.limiter, key)
-        self.limiter.spend([self.limiter.of_key(key)], tokens)
+        self.limiter.spend([self.limiter.of_key(key)], tokens, 0.0)
         self.ledger.add(call_record(key=key.name, usage=ifl.Usage(prompt=tokens)))
 
     def refusal(self, key):
@@ -11241,6 +11242,46 @@ def test_what_is_not_used_costs_next_to_nothing(usage_file, server):
     ledger, call = ifl.Ledger(str(usage_file)), call_record()
     assert best_us(lambda: ledger.add(call), 300) < 300
     assert best_us(lambda: ifl.Ledger().add(call), 300) < 300
+
+
+PRICES = {"m1": {"input": 100_000, "output": 1_000_000}}     # a completion costs 1.2 + 3
+
+
+def test_a_budget_is_spent_by_prices_and_outlives_a_restart(config, upstream):
+    key = key_entry("bob", "sk-bob", budget_day=5.0, budget_month=100)
+    put_config(config, {"providers": [{**provider(upstream), "models": ["m1", "free"]}],
+                        "prices": PRICES, "client_keys": [key]})
+    bob = {"x_api_key": "sk-bob"}
+    with ifl.serve(ifl.Gateway(config=config), port=0) as running:
+        assert post(running, chat(model="free"), **bob).status == 200      # no price, no cost
+        assert post(running, chat(), **bob).status == 200
+        limiter, auth = running.gateway.limiter, running.gateway.state.auth
+        assert limiter.used(auth.keys[0]) == {"budget_day": 4.2, "budget_month": 4.2}
+        assert post(running, chat(), **bob).status == 200                  # goes over it
+        refused = post(running, chat(), **bob)
+        assert refused.status == 429 and "5.0 a day, in the currency" in refused.error["message"]
+        report = until(lambda: [told for told in [ifl.usage_report(running.gateway, "model", 1)]
+                                if told["total"]["cost"] == 8.4])[0]
+        assert report["unpriced"] == ["free"]
+    with ifl.serve(ifl.Gateway(config=config), port=0) as running:
+        assert post(running, chat(), **bob).status == 429
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--budget-day", "2.5", "--budget-month", "10"], None), (["--budget-day", "0"], "above 0"),
+    (["--budget-day", "-1"], "--budget-day"), (["--budget-month", "much"], "above 0")])
+def test_budgets_on_the_command_line(config, capsys, argv, said):
+    status = ifl.main(["key", "add", "bob", *argv, "--config-dir", config.folder])
+    assert status == (2 if said else 0)
+    if said:
+        return_text = capsys.readouterr().err
+        assert said in return_text
+    else:
+        entry, = config.read()["client_keys"]
+        assert (entry["budget_day"], entry["budget_month"]) == (2.5, 10)
+        capsys.readouterr()
+        assert ifl.main(["key", "list", "--config-dir", config.folder]) == 0
+        assert "budget / day: 2.5;" in capsys.readouterr().out
 
 
 # === 16. HTTP ================================================================
