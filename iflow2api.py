@@ -15058,9 +15058,10 @@ def _docs_policy(urls: Iterable[str]) -> str:
 
 
 @lru_cache(8)
-def docs_page(name: str, cdn: bool, language: int, *access: Any) -> Tuple[bytes, str]:
+def docs_page(name: str, cdn: bool, language: int, key_header: str,
+              needs_key: bool) -> Tuple[bytes, str]:
     """/docs or /redoc and its policy; without the CDN it is a list, without scripts."""
-    document = openapi(language, *access)
+    document = openapi(language, key_header, needs_key)
     spec = dump_text(document).replace("<", "\\u003c")
     pinned = 'crossorigin="anonymous" integrity="sha384-{}"'.format
     urls = {CDN + path: digest for path, digest in READERS[name].items()} if cdn else {}

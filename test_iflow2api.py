@@ -14710,7 +14710,7 @@ DRIVER = shutil.which("chromedriver") or ""
 
 
 class Tab:
-    """One tab of a browser, as somebody uses it: by what is written on things."""
+    """A tab of the browser, used by the visible labels."""
 
     def __init__(self, driver) -> None:
         self.driver = driver
@@ -14719,14 +14719,14 @@ class Tab:
         return self.driver.execute_script(script, *args)
 
     def until(self, found, what):
-        """The first true value of `found()`; what a page draws anew in between is no failure."""
+        """Waits for a true value of `found()`; elements redrawn meanwhile are no failure."""
         from selenium.common.exceptions import WebDriverException
         from selenium.webdriver.support.ui import WebDriverWait
         return WebDriverWait(self.driver, WAIT_S, 0.05, [WebDriverException]).until(
             lambda _: found(), what)
 
     def find(self, selector, text=""):
-        """The first visible element of `selector` that says `text` and can be used."""
+        """The first visible, enabled element of `selector` that contains `text`."""
         script = """const [selector, text] = arguments;
             return [...document.querySelectorAll(selector)].find(node => node.checkVisibility() &&
               !node.disabled && !node.closest('[inert]') && node.textContent.includes(text))"""
@@ -14759,15 +14759,14 @@ class Tab:
                    f"{selector}: still there")
 
     def complaints(self):
-        """What the browser has written since the last time that is an error, reports of the policy
-        among them."""
+        """Errors in the browser's console since the last call, also violations of the policy."""
         return [entry["message"] for entry in self.driver.get_log("browser")
                 if entry["level"] in ("SEVERE", "WARNING")]
 
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    """A browser for all tests; nothing of it goes beyond this machine."""
+    """One browser for all tests, without access to other machines."""
     try:
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
@@ -14789,7 +14788,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def tab(chromium):
-    """tab(width, dark): a tab without memory, of that size."""
+    """tab(width, dark): an empty tab of that size."""
     def make(width=1400, dark=False):
         command = chromium.execute_cdp_cmd
         command("Emulation.setDeviceMetricsOverride", {
@@ -14807,7 +14806,7 @@ def tab(chromium):
 
 @pytest.fixture
 def fresh_server(config, monkeypatch):
-    """A server that was never started before, which keeps what it is told."""
+    """A server without a password, whose config.json can be written."""
     monkeypatch.setattr(ifl.Vault, "ITERATIONS", (10, 10))
     gateway = ifl.Gateway(config=config, environ={}, flags={"detect_local": False})
     with ifl.serve(gateway, port=0) as made:
@@ -15048,7 +15047,7 @@ MARKUP = "<img src=x onerror=alert(1)>\u202eevil\u202c \x1b[31m' \" </script>"
 
 
 def test_foreign_text_is_shown_as_text_and_a_hundred_thousand_lines_stay_smooth(fresh_server, tab):
-    """The page keeps what it can show, draws what is in sight, and answers in between."""
+    """The page keeps a limited number of lines and stays responsive while it draws them."""
     page, gateway = tab(), fresh_server.gateway
     first_start(page, fresh_server)
     page.show("logs")
@@ -15134,7 +15133,7 @@ WEATHER_DEMO = {"type": "function", "function": {
 
 
 class SeenDemo(ifl.DemoUpstream):
-    """A demo upstream in a hurry; `requests` are (path, body) of what reached it."""
+    """A demo upstream without pauses; `requests` are (path, body) of what reached it."""
 
     def __init__(self) -> None:
         self.requests: List[Any] = []
@@ -16032,8 +16031,8 @@ def test_upstream_leaves_out_the_providers_and_aliases_of_the_file(config, upstr
 
 # --- both languages ----------------------------------------------------------
 
-#: What somebody types who has never seen it, in this order; {url} is an upstream, at {dead}
-#: nobody listens.  Mistakes that are found before anything is done stand in MISTAKES.
+#: Commands in the order of a first visit; {url} is an upstream, at {dead} nobody listens.
+#: MISTAKES has those that are refused before anything is done.
 WALK = """status | models | test | provider | provider presets | provider presets zhipu
 provider presets zhipo | provider add zhipu | provider add zhipu | provider add x --base-url ftp://h
 provider add up --base-url {url} --models m1
@@ -16384,7 +16383,7 @@ def test_a_port_that_is_taken_is_one_line_with_a_free_one(cli, server):
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "0.0.0.0"])
 def test_a_start_that_fails_makes_no_key(cli, server, config, host):
-    """It would lock out who is served already, with a key that nobody has seen."""
+    """Such a key would lock out the clients of a running server, and nobody has seen it."""
     running = server(detect_local=False, host="0.0.0.0")
     status, out, err = cli("serve", "--host", host, "--port", running.port)
     assert status == 1 and not os.path.exists(config.path) and "sk-" not in out + err
