@@ -18601,7 +18601,7 @@ def demo_message(body: Json) -> Tuple[Json, str]:
     tool's result, the number of images or the question."""
     messages = body["messages"]
     spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-    fresh = messages[spoken[-1] + 1:] if spoken else messages         # what it has not seen yet
+    fresh = messages[spoken[-1] + 1:] if spoken else messages         # since its last answer
     asked = next((text for message in reversed(messages) if message["role"] == "user"
                   for text in _demo_texts(message)[-1:]), "")
     call = _demo_call(body, fresh, asked)
@@ -18655,10 +18655,8 @@ def demo_chunks(body: Json, whole: Json) -> Iterator[Json]:
         deltas += [{"tool_calls": [piece]} for piece in (head, *(
             {"index": 0, "function": {"arguments": arguments[at:at + 12]}}
             for at in range(0, len(arguments), 12)))]
-    for delta in deltas:
-        yield {**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-    end = {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}
-    yield {**base, "choices": [end]}
+    for delta, finish in (*((delta, None) for delta in deltas), ({}, choice["finish_reason"])):
+        yield {**base, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
     if (body.get("stream_options") or {}).get("include_usage"):
         yield {**base, "choices": [], "usage": usage}
 
@@ -18674,7 +18672,7 @@ class DemoUpstream(Listener):
         self.pace_s, self.first_s, self.closing = pace_s, first_s, threading.Event()
         super().__init__(("127.0.0.1", 0), _DemoHandler)
         self.base_url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        threading.Thread(target=self.serve_forever, args=(5,), name="demo", daemon=True).start()
+        threading.Thread(target=self.serve_forever, name="demo", daemon=True).start()
 
     def settings(self) -> Json:
         """Settings that route everything to it, whatever config.json says."""
@@ -18696,9 +18694,6 @@ class DemoUpstream(Listener):
                 status, problem = 400, f"the demo can't read this request ({one_line(exc, 80)})"
         return status, {"error": {"message": problem, "type": error_type(status), "param": None,
                                   "code": None}}
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("the demo upstream lost a client", exc_info=True)
 
     def close(self) -> None:
         self.closing.set()               # ends streams; no other connection outlives its answer
