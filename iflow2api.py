@@ -49,7 +49,8 @@ Contents
     18 The page's API    who may see the page, and its JSON API
     19 The page          style, markup, script and texts
     20 Demo upstream     what `--demo` talks to, and the tests
-    21 Command line      texts, arguments, one function a command
+    21 Platform          autostart, services, containers, the background, updates
+    22 Command line      texts, arguments, one function a command
 
 Embedding: `server = serve(Gateway(Settings(providers=[…])), port=0)`, server.url, server.close().
 """
@@ -1417,6 +1418,9 @@ class Settings:
         "文档页使用 CDN | API documents from a CDN | /docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭"
         "则只显示路径列表。 "
         "| /docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: a plain list.")
+    update_url: str = setting("str", "", "appearance", file_only=True,
+        text="更新地址 | Where updates are | update 命令在此查询新版本；不设置则从不查询。 "
+             "| The command `update` asks there; nobody is asked without it.")
     language: str = setting("str", "", "appearance", choices=("", "zh", "en"),
         text="语言 | Language | zh 中文，en 英文；自动则按系统或浏览器。 "
              "| zh: Chinese, en: English. Automatic follows the system or browser.")
@@ -18735,7 +18739,681 @@ class _DemoHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
 
-# === 21. Command line ========================================================
+# === 21. Platform ============================================================
+#
+# How the program is kept running on each kind of system: texts of files, made of what a Launch
+# says, then the few steps that put them into place.
+
+class Launch(NamedTuple):
+    """How this program is started."""
+    python: str                          #: absolute path of the interpreter
+    script: str                          #: absolute path of this file
+    is_module: bool = False              #: started by -m, which keeps its byte code
+    arguments: Tuple[str, ...] = ("serve", "--no-browser")
+
+    @property
+    def words(self) -> List[str]:
+        target = ["-m", "iflow2api"] if self.is_module else [self.script]
+        return [self.python, *target, *self.arguments]
+
+
+def this_launch(*arguments: str) -> Launch:
+    """How to start this very program again, from any folder; CommandFailed."""
+    if not sys.executable or not os.path.isfile(__file__):
+        raise CommandFailed("this program does not know which file started it")
+    script = os.path.abspath(__file__)
+    launch = Launch(os.path.abspath(sys.executable), script, keeps_byte_code(script, sys.path[1:]))
+    return launch._replace(arguments=arguments) if arguments else launch
+
+
+def keeps_byte_code(script: str, folders: Sequence[str]) -> bool:
+    """Whether -m finds `script` from everywhere, in a folder that only its owner may change."""
+    folder, name = os.path.split(os.path.realpath(script))
+    listed = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    known = {os.path.realpath(path) for path in folders if path and path not in listed}
+    mode = os.stat(folder).st_mode if os.name != "nt" else 0
+    return name == "iflow2api.py" and folder in known and not mode & 0o022 and (
+        not sys.dont_write_bytecode and os.access(folder, os.W_OK))
+
+
+# --- quoting -----------------------------------------------------------------
+
+def quote_unit(word: str) -> str:
+    """A word of ExecStart (systemd.service(5))."""
+    for character, quoted in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
+        word = word.replace(character, quoted)
+    return f'"{word}"'
+
+
+def quote_entry(word: str) -> str:
+    """A word of Exec in a desktop entry: quoted as an argument, then as a string of the file."""
+    inside = re.sub(r'(["`$\\])', r"\\\1", word).replace("%", "%%")
+    return '"' + inside.replace("\\", "\\\\") + '"'
+
+
+def quote_xml(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def shell_line(words: Sequence[str]) -> str:
+    return " ".join(map(_quote_posix, words))
+
+
+# --- files -------------------------------------------------------------------
+
+def user_unit(launch: Launch) -> str:
+    """systemd, for one user's session."""
+    command = " ".join(map(quote_unit, launch.words))
+    return f"""[Unit]
+Description=iflow2api, a gateway for AI clients
+
+[Service]
+ExecStart={command}
+Restart=on-failure
+RestartSec=5
+
+[Install]
+WantedBy=default.target
+"""
+
+
+def desktop_entry(launch: Launch) -> str:
+    """XDG autostart."""
+    command = " ".join(map(quote_entry, launch.words))
+    return f"""[Desktop Entry]
+Type=Application
+Name=iflow2api
+Comment=A gateway for AI clients
+Exec={command}
+Terminal=false
+NoDisplay=true
+X-GNOME-Autostart-enabled=true
+"""
+
+
+def launch_agent(launch: Launch) -> str:
+    """macOS: started at login, and again when it fails."""
+    words = "\n".join(f"    <string>{quote_xml(word)}</string>" for word in launch.words)
+    return f"""<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" \
+"http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<plist version="1.0">
+<dict>
+  <key>Label</key>
+  <string>iflow2api</string>
+  <key>ProgramArguments</key>
+  <array>
+{words}
+  </array>
+  <key>RunAtLoad</key>
+  <true/>
+  <key>KeepAlive</key>
+  <dict>
+    <key>SuccessfulExit</key>
+    <false/>
+  </dict>
+</dict>
+</plist>
+"""
+
+
+def boot_script(launch: Launch) -> str:
+    """Termux:Boot; without the wake lock Android stops it."""
+    return f"""#!/data/data/com.termux/files/usr/bin/sh
+# The app Termux:Boot runs this; install it, and open it once.
+termux-wake-lock
+exec {shell_line(launch.words)}
+"""
+
+
+def procd_script(launch: Launch) -> str:
+    """OpenWrt's init script: procd starts it again, and hands its output to logread."""
+    return f"""#!/bin/sh /etc/rc.common
+# iflow2api, a gateway for AI clients
+
+START=95
+USE_PROCD=1
+
+start_service() {{
+\tprocd_open_instance
+\tprocd_set_param command {shell_line(launch.words)}
+\tprocd_set_param respawn 3600 5 0
+\tprocd_set_param stdout 1
+\tprocd_set_param stderr 1
+\tprocd_close_instance
+}}
+"""
+
+
+def cron_line(launch: Launch) -> str:
+    """A crontab takes % for the end of the command."""
+    return f"@reboot {shell_line(launch.words)} >/dev/null 2>&1".replace("%", "\\%")
+
+
+_HARDENED = """\
+MemoryMax=512M
+TasksMax=4096
+
+# nothing but its own folder, its address and the network
+DynamicUser=yes
+StateDirectory=iflow2api
+StateDirectoryMode=0700
+UMask=0077
+CapabilityBoundingSet=
+AmbientCapabilities=
+NoNewPrivileges=yes
+PrivateDevices=yes
+PrivateTmp=yes
+PrivateUsers=yes
+ProcSubset=pid
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHome=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProtectSystem=strict
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+"""
+
+
+def system_unit(launch: Launch) -> str:
+    """systemd, for the whole machine, with a user of its own that exists while it runs.
+
+    `systemd-analyze security` gives it less than 2 points.
+    """
+    command = " ".join(map(quote_unit, launch.words))
+    return f"""# iflow2api, a gateway for AI clients, for the whole machine. As root:
+#   python3 {_quote_posix(launch.script)} service systemd > /etc/systemd/system/iflow2api.service
+#   systemctl daemon-reload && systemctl enable --now iflow2api
+#   journalctl -u iflow2api        its log, with the one-time code for the page
+# Its configuration is /var/lib/iflow2api/config.json. The program must stand where
+# everybody may read it, such as /opt/iflow2api/iflow2api.py: /home is hidden from it.
+[Unit]
+Description=iflow2api, a gateway for AI clients
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+ExecStart={command}
+Environment=HOME=/var/lib/iflow2api IFLOW2API_CONFIG_DIR=/var/lib/iflow2api
+# secrets, one NAME=value a line, for keys such as $ZHIPU_API_KEY
+EnvironmentFile=-/etc/iflow2api.env
+Restart=on-failure
+RestartSec=5
+{_HARDENED}
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+SERVICES: Dict[str, Callable[[Launch], str]] = {
+    "systemd": system_unit, "openwrt": procd_script, "termux": boot_script,
+    "launchd": launch_agent}
+
+_SOURCE = "https://raw.githubusercontent.com/iflow2api/iflow2api/main/iflow2api.py"
+
+#: What `docker` prints, by name; @PORT@ is the gateway's port.
+CONTAINERS = {
+    "run": """# no image of ours is needed: Python's own, and this one file
+docker run -d --name iflow2api --restart unless-stopped \\
+  --read-only --tmpfs /tmp --user 1000:1000 --cap-drop ALL --security-opt no-new-privileges \\
+  --memory 256m --pids-limit 2048 \\
+  -e HOME=/data -e IFLOW2API_CONFIG_DIR=/data -e IFLOW2API_HOST=0.0.0.0 \\
+  -v "$PWD/iflow2api.py:/app/iflow2api.py:ro" -v "$PWD/data:/data" \\
+  -p 127.0.0.1:@PORT@:28000 python:3-alpine python /app/iflow2api.py serve --no-browser
+# the folder `data` has to belong to user 1000; `docker logs iflow2api` shows the client key
+# and the one-time code for the page http://127.0.0.1:@PORT@/admin
+""",
+    "dockerfile": f"""# docker build -t iflow2api . ; then see compose
+FROM python:3-alpine
+ADD --chmod=644 {_SOURCE} /app/
+# byte code: a start takes a third of the time
+RUN python -m compileall -q /app && adduser -D -u 1000 -h /data iflow2api
+USER iflow2api
+WORKDIR /app
+VOLUME /data
+ENV HOME=/data IFLOW2API_CONFIG_DIR=/data IFLOW2API_HOST=0.0.0.0 PYTHONUNBUFFERED=1
+EXPOSE 28000
+HEALTHCHECK --interval=30s --timeout=5s --start-period=20s CMD ["python", "-c", \
+"import urllib.request; urllib.request.urlopen('http://127.0.0.1:28000/health', timeout=4)"]
+# PID 1 gets the signals of `docker stop`
+CMD ["python", "-m", "iflow2api", "serve", "--no-browser"]
+""",
+    "compose": """# compose.yaml: docker compose up -d ; docker compose logs shows key and code
+services:
+  iflow2api:
+    build: .
+    restart: unless-stopped
+    init: false
+    read_only: true
+    tmpfs: [/tmp]
+    cap_drop: [ALL]
+    security_opt: ["no-new-privileges:true"]
+    mem_limit: 256m
+    pids_limit: 2048
+    stop_grace_period: 15s
+    ports: ["127.0.0.1:@PORT@:28000"]
+    volumes: ["data:/data"]
+    # keys that config.json names as $NAME
+    environment:
+      ZHIPU_API_KEY: ${ZHIPU_API_KEY:-}
+volumes:
+  data:
+""",
+    "nginx": """# nginx, in front of it; then tell the gateway the name and the proxy:
+#   python iflow2api.py config set allowed_hosts '["ai.example.com"]'
+#   python iflow2api.py config set trusted_proxies '["127.0.0.1"]'
+server {
+    listen 443 ssl;
+    server_name ai.example.com;
+    ssl_certificate /etc/ssl/ai.example.com.pem;
+    ssl_certificate_key /etc/ssl/ai.example.com.key;
+    client_max_body_size 64m;
+    location / {
+        proxy_pass http://127.0.0.1:@PORT@;
+        proxy_http_version 1.1;
+        proxy_set_header Connection "";
+        proxy_set_header Host $host;
+        proxy_set_header X-Forwarded-For $remote_addr;
+        proxy_set_header X-Forwarded-Proto $scheme;
+        # streams go out as they come, and may be silent for a while
+        proxy_buffering off;
+        proxy_request_buffering off;
+        proxy_read_timeout 600s;
+    }
+}
+""",
+    "caddy": """# Caddyfile; then tell the gateway the name and the proxy:
+#   python iflow2api.py config set allowed_hosts '["ai.example.com"]'
+#   python iflow2api.py config set trusted_proxies '["127.0.0.1"]'
+ai.example.com {
+    reverse_proxy 127.0.0.1:@PORT@ {
+        # streams go out as they come
+        flush_interval -1
+    }
+}
+"""}
+
+
+# --- autostart ---------------------------------------------------------------
+
+class Keeper(NamedTuple):
+    """What starts programs on one kind of system: a text that names us, and commands around it."""
+    text: Callable[[Launch], str]
+    path: str = ""                       #: of the file; "" where it is no file of ours
+    mode: int = 0o644
+    once_on: Sequence[Sequence[str]] = ()        #: run when the file is there
+    before_off: Sequence[Sequence[str]] = ()     #: run while it still is
+
+
+_UNIT, _USERCTL = "iflow2api.service", ("systemctl", "--user", "--quiet")
+_INIT = "/etc/init.d/iflow2api"
+KEEPERS = {
+    "systemd": Keeper(user_unit, f"@CONFIG@/systemd/user/{_UNIT}", 0o644,
+                      ((*_USERCTL, "daemon-reload"), (*_USERCTL, "enable", _UNIT)),
+                      ((*_USERCTL, "disable", _UNIT),)),
+    "xdg": Keeper(desktop_entry, "@CONFIG@/autostart/iflow2api.desktop"),
+    "launchd": Keeper(launch_agent, "~/Library/LaunchAgents/iflow2api.plist"),
+    "termux": Keeper(boot_script, "~/.termux/boot/iflow2api", 0o700),
+    "openwrt": Keeper(procd_script, _INIT, 0o755, ((_INIT, "enable"),), ((_INIT, "disable"),)),
+    "windows": Keeper(lambda launch: windows_line(launch)),
+    "cron": Keeper(cron_line)}
+
+
+def autostart_kind(environ: Mapping[str, str], system: str, has: Callable[[str], bool],
+                   finds: Callable[[str], Any]) -> str:
+    """Which of KEEPERS this system has, "" for none; `has` a path, `finds` a program."""
+    if "TERMUX_VERSION" in environ or "com.termux" in environ.get("PREFIX", ""):
+        return "termux"
+    if system in ("win32", "darwin"):
+        return "windows" if system == "win32" else "launchd"
+    if has("/etc/openwrt_release"):
+        return "openwrt"
+    if has("/run/systemd/system") and environ.get("XDG_RUNTIME_DIR") and finds("systemctl"):
+        return "systemd"
+    if any(environ.get(name) for name in ("XDG_CURRENT_DESKTOP", "DISPLAY", "WAYLAND_DISPLAY")):
+        return "xdg"
+    return "cron" if finds("crontab") else ""
+
+
+def windows_line(launch: Launch) -> str:
+    """The value of the Run key; pythonw opens no console window."""
+    import subprocess
+    folder, name = os.path.split(launch.python)
+    quiet = os.path.join(folder, name.lower().replace("python", "pythonw", 1))
+    python = quiet if os.path.isfile(quiet) else launch.python
+    return subprocess.list2cmdline(launch._replace(python=python).words)
+
+
+class Autostart:
+    """Whether this program starts with the system or the user's session."""
+
+    def __init__(self, kind: str, environ: Mapping[str, str]) -> None:
+        if not kind:
+            raise CommandFailed("nothing that starts programs was found here: no systemd session, "
+                                "desktop or crontab")
+        self.kind, self.keeper = kind, KEEPERS[kind]
+        config = environ.get("XDG_CONFIG_HOME") or "~/.config"
+        self.path = os.path.expanduser(self.keeper.path.replace("@CONFIG@", config))
+
+    @property
+    def where(self) -> str:
+        return self.path or {"cron": "crontab"}.get(
+            self.kind, "HKEY_CURRENT_USER\\" + _RUN_KEY)
+
+    def current(self) -> str:
+        """The text that starts us now, "" for none; OSError."""
+        if self.kind == "windows":
+            return _run_value()
+        if self.kind == "cron":
+            return "\n".join(line for line in _crontab() if _is_ours(line))
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                return file.read()
+        except FileNotFoundError:
+            return ""
+
+    def turn_on(self, launch: Launch) -> None:
+        """OSError, CommandFailed; what fails midway is taken back."""
+        text = self.keeper.text(launch)
+        if any("\n" in word or "\r" in word for word in launch.words):
+            raise CommandFailed("a path with a line break can't be written into such a file")
+        if self.kind == "windows":
+            return _set_run_value(text)
+        if self.kind == "cron":
+            return _set_crontab([*(line for line in _crontab() if not _is_ours(line)), text])
+        make_folder(os.path.dirname(self.path))
+        write_file(self.path, text.encode("utf-8"))
+        os.chmod(self.path, self.keeper.mode)
+        try:
+            for command in self.keeper.once_on:
+                run_tool(command)
+        except CommandFailed:
+            os.unlink(self.path)
+            raise
+
+    def turn_off(self) -> bool:
+        """Whether it was on; OSError, CommandFailed."""
+        if not self.current():
+            return False
+        if self.kind == "windows":
+            _set_run_value("")
+        elif self.kind == "cron":
+            _set_crontab([line for line in _crontab() if not _is_ours(line)])
+        else:
+            for command in self.keeper.before_off:
+                with contextlib.suppress(CommandFailed):     # the file goes in any case
+                    run_tool(command)
+            os.unlink(self.path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path + ".bak")
+        return True
+
+
+def run_tool(command: Sequence[str], text: Optional[str] = None) -> str:
+    """The output of a program of the system; CommandFailed where it fails or is missing."""
+    import subprocess
+    try:
+        done = subprocess.run(list(command), input=text, capture_output=True, text=True,
+                              timeout=30, **({} if text else {"stdin": subprocess.DEVNULL}))
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise CommandFailed(f"{command[0]} can't be run: {exc}") from None
+    if done.returncode:
+        said = one_line(done.stderr or done.stdout, 200)
+        raise CommandFailed(f"{' '.join(command[:3])} failed ({done.returncode}): {said}")
+    return done.stdout
+
+
+def _is_ours(line: str) -> bool:
+    return line.startswith("@reboot ") and "iflow2api" in line
+
+
+def _crontab() -> List[str]:
+    try:
+        return run_tool(("crontab", "-l")).splitlines()
+    except CommandFailed:                # no crontab yet
+        return []
+
+
+def _set_crontab(lines: Sequence[str]) -> None:
+    run_tool(("crontab", "-"), "".join(f"{line}\n" for line in lines) or "\n")
+
+
+_RUN_KEY = "Software\\Microsoft\\Windows\\CurrentVersion\\Run"
+
+
+def _run_value() -> str:
+    import winreg
+    with winreg.OpenKey(winreg.HKEY_CURRENT_USER, _RUN_KEY) as key:
+        with contextlib.suppress(FileNotFoundError):
+            return str(winreg.QueryValueEx(key, "iflow2api")[0])
+    return ""
+
+
+def _set_run_value(text: str) -> None:
+    import winreg
+    with winreg.CreateKey(winreg.HKEY_CURRENT_USER, _RUN_KEY) as key:
+        if text:
+            winreg.SetValueEx(key, "iflow2api", 0, winreg.REG_SZ, text)
+        else:
+            winreg.DeleteValue(key, "iflow2api")
+
+
+# --- in the background --------------------------------------------------------
+
+class PidFile:
+    """Which process serves this configuration: a lock that it holds, and facts beside it.
+
+    The lock alone tells whether it lives: it ends with its process, so that no other program's
+    number is ever taken for it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.path = os.path.join(folder, "iflow2api.pid")
+        self._lock_path = self.path + ".lock"
+
+    @contextlib.contextmanager
+    def hold(self, url: str, argv: Sequence[str]) -> Iterator[None]:
+        """Be the one, unless another is, or the folder can't be written."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(self._lock_path, 0))
+                pid = os.getpid()
+                facts = {"pid": pid, "started": int(time.time()), "url": url,
+                         "argv": without_secrets(argv), "supervisor": supervisor(os.environ, pid)}
+                write_file(self.path, dump_json(facts))
+                stack.callback(self._remove)
+            except (OSError, TimeoutError):
+                pass
+            yield
+
+    def _remove(self) -> None:
+        for path in (self.path, self.path + ".bak"):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def running(self) -> Json:
+        """The facts of the process that holds the lock, {} where nobody does; ConfigBroken."""
+        if not os.path.exists(self._lock_path):
+            return {}
+        try:
+            with file_lock(self._lock_path, 0):
+                return {}
+        except TimeoutError:
+            return read_json_file(self.path)
+
+    def stop(self, seconds: float) -> bool:
+        """End the process; whether it has ended within this time.  CommandFailed, OSError."""
+        pid = self.running().get("pid")
+        if not isinstance(pid, int) or pid <= 1 and os.name != "nt":
+            raise CommandFailed(f"{self.path} does not say which process it is")
+        os.kill(pid, signal.SIGTERM)
+        try:
+            with file_lock(self._lock_path, seconds):
+                return True
+        except TimeoutError:
+            return False
+
+
+def without_secrets(argv: Sequence[str]) -> List[str]:
+    """The arguments, with a key that stands there itself replaced by a zero byte."""
+    joined = [word if word.partition("=")[0] != "--api-key" or "=$" in word or "=" not in word
+              else "--api-key=\0" for word in argv]
+    return [word if before != "--api-key" or word[:1] == "$" else "\0"
+            for before, word in zip(["", *joined], joined)]
+
+
+def supervisor(environ: Mapping[str, str], pid: int) -> str:
+    """What would start us again, and is to be asked instead."""
+    return "systemd" if "INVOCATION_ID" in environ else "the container" if pid == 1 else ""
+
+
+#: Tells a detached process that its output goes to who started it, until it serves.
+DETACHED = "IFLOW2API_DETACHED"
+
+
+def start_detached(words: Sequence[str], show: Callable[[str], None]) -> int:
+    """Start a process that outlives this one; its exit status, 0 once it serves.
+
+    What it says until then is shown.
+    """
+    import subprocess
+    flags = {"creationflags": 0x208} if os.name == "nt" else {"start_new_session": True}
+    process = subprocess.Popen(list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, cwd=os.path.expanduser("~"),
+                               env={**os.environ, DETACHED: "1"}, **flags)
+    for line in process.stdout:
+        show(line.decode("utf-8", "replace").rstrip("\r\n"))
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(0.5) or 1    # it has ended, so it does not serve
+    return 0
+
+
+def end_output() -> None:
+    """From now on nobody reads what this process says."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+
+
+# --- updates -----------------------------------------------------------------
+
+UPDATE_BYTES = 8 << 20
+
+
+class Update(NamedTuple):
+    """What update_url offers."""
+    version: str
+    sha256: str
+    url: str
+
+
+def version_key(text: str) -> Tuple[int, ...]:
+    """A version as numbers to compare; CommandFailed."""
+    if not re.fullmatch(r"\d{1,6}(?:\.\d{1,6}){1,3}", text):
+        raise CommandFailed(f"{one_line(text, 40)!r} is no version such as 1.2.3")
+    return tuple(map(int, text.split(".")))
+
+
+def fetch(url: str, limit: int) -> bytes:
+    """What is at `url`, by https, or from this machine; CommandFailed."""
+    import urllib.error
+    import urllib.request
+    parts = urllib.parse.urlsplit(url)
+    is_own = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1")
+    if parts.scheme != "https" and not is_own:
+        raise CommandFailed(f"{one_line(redact(url), 100)}: updates come by https only")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            if urllib.parse.urlsplit(answer.url)[:2] != parts[:2]:
+                raise CommandFailed(f"{parts.netloc} sends to another place; nothing was loaded")
+            data = answer.read(limit + 1)
+    except (OSError, ValueError, http.client.HTTPException) as exc:
+        raise CommandFailed(f"{parts.netloc} can't be asked: {one_line(str(exc), 200)}") from None
+    if len(data) > limit:
+        raise CommandFailed(f"{parts.netloc} sends more than {limit} bytes")
+    return data
+
+
+def find_update(url: str) -> Update:
+    """The answer of update_url: {"version", "sha256", "url"}; CommandFailed."""
+    try:
+        facts = json.loads(fetch(url, 1 << 16))
+        offer = Update(*(facts[name] for name in Update._fields))
+        offer = offer._replace(url=urllib.parse.urljoin(url, offer.url))
+    except (ValueError, KeyError, TypeError):
+        raise CommandFailed("update_url does not answer with version, sha256 and url as JSON"
+                            ) from None
+    if not re.fullmatch("[0-9a-fA-F]{64}", str(offer.sha256)):
+        raise CommandFailed("update_url names no SHA-256")
+    version_key(str(offer.version))
+    return offer
+
+
+def check_replaceable(script: str, has: Callable[[str], bool] = os.path.exists) -> None:
+    """CommandFailed where this file is not ours to replace."""
+    folder = os.path.dirname(os.path.realpath(script))
+    above = folder
+    while True:
+        if has(os.path.join(above, ".git")):
+            raise CommandFailed(f"{folder} is a git checkout: git pull updates it")
+        if os.path.dirname(above) == above:
+            break
+        above = os.path.dirname(above)
+    if has("/.dockerenv") or has("/run/.containerenv"):
+        raise CommandFailed("this is a container: build its image anew")
+    uid = getattr(os, "getuid", int)()
+    if not os.access(folder, os.W_OK) or os.name != "nt" and os.stat(script).st_uid != uid:
+        raise CommandFailed(f"{folder} belongs to another user, or can't be written")
+
+
+def install_update(offer: Update, script: str) -> str:
+    """Replace `script` once the new file has proved itself; the path of the old one, kept.
+
+    CommandFailed leaves everything as it was.
+    """
+    import subprocess
+    import tempfile
+    data = fetch(offer.url, UPDATE_BYTES)
+    if hashlib.sha256(data).hexdigest() != offer.sha256.lower():
+        raise CommandFailed("the file has another SHA-256 than update_url says; nothing is changed")
+    script = os.path.realpath(script)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(script), prefix=".update-") as folder:
+        fresh = os.path.join(folder, "iflow2api.py")
+        with open(fresh, "wb") as file:
+            file.write(data)
+        os.chmod(fresh, os.stat(script).st_mode & 0o777)
+        try:
+            compile(data, fresh, "exec", dont_inherit=True)
+            done = subprocess.run([sys.executable, fresh, "version"], capture_output=True,
+                                  text=True, timeout=60, stdin=subprocess.DEVNULL,
+                                  env={**os.environ, "HOME": folder, "USERPROFILE": folder})
+        except (SyntaxError, ValueError, OSError, subprocess.TimeoutExpired) as exc:
+            raise CommandFailed(f"the new file does not start: {one_line(str(exc), 200)}") from None
+        if done.returncode or offer.version not in done.stdout:
+            raise CommandFailed("the new file does not answer with its version; nothing is changed")
+        old = f"{script}.{__version__}"
+        with open(script, "rb") as before:
+            write_file(old, before.read())
+        os.replace(fresh, script)
+    return old
+
+
+# === 22. Command line ========================================================
 #
 # A command is lines of COMMAND_LINES, from which its arguments and its help are read, and a
 # function in COMMANDS.
@@ -18880,6 +19558,29 @@ api_key_file = config.json 中的 api_key = api_key in config.json
 key_stored = 已把密钥 {key} 存为账号 {account}：{path} = stored the key {key} as account {account} in {path}
 logged_out = 已退出登录（{account}） = logged out ({account})
 no_login = 没有可移除的登录（{account}） = there was no login to remove ({account})
+# platform
+stopped = 已停止（进程 {pid}） = stopped (process {pid})
+still_runs = 进程 {pid} 还没有结束；稍后再试 = process {pid} has not ended yet; try again later
+not_serving = 没有正在运行的服务（{path}） = no server runs with {path}
+ask_supervisor = 它由 {name} 启动，请用 {name} 重启 = it was started by {name}, which has to restart it
+restart_key = 它启动时在命令行上带有密钥，密钥不会保存：请用同样的参数重新启动 = it was started with a key on the command line, \
+which is kept nowhere: start it again as before
+detach_pid1 = --detach：在容器里进程 1 必须留在前台 = --detach: as process 1 of a container it has to \
+stay in the foreground
+autostart_on = 自动启动已开启：{where} = starts by itself: {where}
+autostart_off = 自动启动已关闭 = does not start by itself
+autostart_other = 自动启动指向别处，请运行 {program} autostart on：{text} = starts something else, see \
+`autostart on`: {text}
+autostart_next = 下次登录或开机时启动 = it starts with the next login or boot
+autostart_gone = 已移除：{where} = removed: {where}
+no_updates = 没有设置 update_url，不查询任何地址 = update_url is not set, so nobody is asked
+up_to_date = {host} 没有更新的版本（当前 {version}） = {host} has nothing newer than {version}
+update_there = {host} 有版本 {new}（当前 {version}） = {host} has version {new}; this is {version}
+update_ask = 下载并替换 {path}？ [y/N] = load it and replace {path}? [y/N]
+update_no = 没有改动 = nothing was changed
+update_done = 已更新到 {new}；旧文件：{old}。重新启动后生效 = updated to {new}; the old file: {old}. Restart \
+to use it
+update_yes = 这里没有终端：加上 --yes = there is no terminal here to ask: add --yes
 # config, admin
 file = 文件 = file | environment = 环境变量 = environment | flag = 命令行 = flag
 hint = {title}。{hint} = {title}. {hint}
@@ -18938,6 +19639,7 @@ serve = 运行网关（不写命令时也是它） = run the gateway (also witho
   --port N = 端口（28000；0 为自动选择） = port to listen on (28000; 0: a free one)
   @run | --demo = 由内置的小模型应答：不要账号，不要网络 = answer from a small model built in: no account, no network
   --no-browser = 不打开网页 = do not open the page
+  --detach = 在后台运行 = run in the background
   --log-level LEVEL = debug、info、warning 或 error = debug, info, warning or error
   --verbose = 等于 --log-level debug = the same as --log-level debug
   --version = 显示版本 = print the version
@@ -18995,6 +19697,19 @@ env = 输出让客户端指向本服务的 shell 语句 = shell lines that point
 admin = 重设管理页面的密码 = set a new password for the page
   reset-password = 重设密码 = set a new password | [-] = 从标准输入读取 = read it from standard input
   $ admin reset-password | admin reset-password - < FILE
+stop = 停止正在运行的服务 = stop the running server
+restart = 重新启动它（在后台） = start it again, in the background
+autostart = 随系统或会话启动 = start with the system or the session
+  [on|off|status] = 不写则为 status = status without
+  $ autostart on
+service = 输出系统服务文件 = print the file of a system service
+  systemd|openwrt|termux|launchd = 哪一种 = of which kind
+  $ service systemd
+docker = 输出容器和反向代理的文件 = print files for containers and reverse proxies
+  [run|dockerfile|compose|nginx|caddy] = 不写则为 run = run without
+  $ docker | docker compose
+update = 从 update_url 更新本程序 = update this program from update_url
+  --check = 只查看 = only look | --yes = 不询问 = do not ask
 [查看 = Look]
 status = 是否在运行、有哪些上游、有什么问题 = whether it runs, its providers, what is wrong
 models = 列出可用的模型 = list the models that can be asked for
@@ -19594,23 +20309,36 @@ def _needed(args: Args, what: str, show: str) -> str:
 
 # --- serve -------------------------------------------------------------------
 
-def cmd_serve(args: Args) -> None:
+def cmd_serve(args: Args) -> Optional[int]:
     _log_to_console()
     if args["--demo"] and (args["--upstream"] is not None or args["--api-key"]):
         raise UsageError(tr("demo_alone"))
-    flags = _flag_settings(args)
+    if args["--detach"]:
+        return _detach(args["argv"])
+    flags, is_detached = _flag_settings(args), bool(os.environ.pop(DETACHED, ""))
+    if is_detached:
+        flags.setdefault("log_file", "iflow2api.log")    # nobody would see the console
     with _signals() as wait:
         demo = DemoUpstream() if args["--demo"] else None
         flags = {**(demo.settings() if demo else {}), **flags}
         gateway = Gateway(config=_config_of(args), flags=flags)
         try:
-            _serve(gateway, wait, args["--no-browser"])
+            _serve(gateway, wait, args, is_detached)
         finally:
             if demo is not None:
                 demo.close()
+    return None
 
 
-def _serve(gateway: Gateway, wait: Callable[[], bool], no_browser: bool) -> None:
+def _detach(argv: Sequence[str]) -> int:
+    """Serve in a process of its own, which goes on when this one and its terminal end."""
+    if os.getpid() == 1:
+        raise UsageError(tr("detach_pid1"))
+    words = [word for word in argv if word not in ("--detach", "--no-browser")]
+    return start_detached(this_launch(*words, "--no-browser").words, say)
+
+
+def _serve(gateway: Gateway, wait: Callable[[], bool], args: Args, is_detached: bool) -> None:
     """Run the server until a signal ends it."""
     gateway.lead_log()
     _log_to_file(gateway)
@@ -19624,12 +20352,16 @@ def _serve(gateway: Gateway, wait: Callable[[], bool], no_browser: bool) -> None
         # scripts wait for this line
         print(f"iflow2api {__version__} listening on {server.url}", flush=True)
     say("\n".join(["", *_card(gateway, server, had_key), ""]))
-    _show_page(gateway, server, no_browser)
-    gateway.watch_files()
-    while wait():
-        gateway.reload()
-    say(tr("stopping", seconds=gateway.settings.drain_s))
-    server.close(gateway.settings.drain_s)
+    _show_page(gateway, server, args["--no-browser"])
+    with contextlib.nullcontext() if args["--demo"] else (
+            PidFile(gateway.config.folder).hold(server.url, args["argv"])):
+        if is_detached:
+            end_output()
+        gateway.watch_files()
+        while wait():
+            gateway.reload()
+        say(tr("stopping", seconds=gateway.settings.drain_s))
+        server.close(gateway.settings.drain_s)
 
 
 def _show_page(gateway: Gateway, server: Server, no_browser: bool) -> None:
@@ -19770,6 +20502,81 @@ def _signals() -> Iterator[Callable[[], bool]]:
         signal.set_wakeup_fd(-1)
         reader.close()
         writer.close()
+
+
+# --- platform ----------------------------------------------------------------
+
+def cmd_stop(args: Args) -> None:
+    """Stop the server of this configuration."""
+    pid_file = PidFile(_config_of(args).folder)
+    facts = pid_file.running()
+    if not facts:
+        raise CommandFailed(tr("not_serving", path=_config_of(args).path))
+    if not pid_file.stop(_gateway_of(args).settings.drain_s + 10):
+        raise CommandFailed(tr("still_runs", pid=facts["pid"]))
+    say(tr("stopped", pid=facts["pid"]))
+
+
+def cmd_restart(args: Args) -> int:
+    """With the arguments it had; one that a supervisor has started is that one's."""
+    facts = PidFile(_config_of(args).folder).running()
+    argv = [str(word) for word in facts.get("argv") or ("serve",)]
+    if facts.get("supervisor"):
+        raise UsageError(tr("ask_supervisor", name=facts["supervisor"]))
+    if any("\0" in word for word in argv):
+        raise UsageError(tr("restart_key"))
+    if facts:
+        cmd_stop(args)
+    return _detach(argv)
+
+
+def cmd_autostart(args: Args) -> Optional[int]:
+    import shutil
+    kind = autostart_kind(os.environ, sys.platform, os.path.exists, shutil.which)
+    autostart, launch = Autostart(kind, os.environ), this_launch()
+    if args["action"] == "on":
+        autostart.turn_on(launch)
+        say(tr("autostart_next"))
+    elif args["action"] == "off":
+        say(tr("autostart_gone", where=autostart.where) if autostart.turn_off() else
+            tr("autostart_off"))
+        return None
+    text = autostart.current()
+    if text.strip() == autostart.keeper.text(launch).strip():
+        print(tr("autostart_on", where=autostart.where))
+        return None
+    print(tr("autostart_other", text=autostart.where) if text else tr("autostart_off"))
+    return 1
+
+
+def cmd_service(args: Args) -> None:
+    print(SERVICES[args["action"]](this_launch()), end="")
+
+
+def cmd_docker(args: Args) -> None:
+    port = str(_gateway_of(args).settings.port or 28000)
+    print(CONTAINERS[args["action"] or "run"].replace("@PORT@", port), end="")
+
+
+def cmd_update(args: Args) -> None:
+    url = _gateway_of(args).settings.update_url
+    if not url:
+        raise CommandFailed(tr("no_updates"))
+    offer, host = find_update(url), urllib.parse.urlsplit(url).netloc
+    if version_key(offer.version) <= version_key(__version__):
+        return say(tr("up_to_date", host=host, version=__version__))
+    say(tr("update_there", host=host, new=offer.version, version=__version__))
+    if args["--check"]:
+        return
+    check_replaceable(__file__)
+    if not args["--yes"]:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise UsageError(tr("update_yes"))
+        say(tr("update_ask", path=os.path.realpath(__file__)))
+        if _input_line().strip().lower() not in ("y", "yes"):
+            raise CommandFailed(tr("update_no"))
+    old = install_update(offer, __file__)
+    say(tr("update_done", new=offer.version, old=old))
 
 
 # --- logs --------------------------------------------------------------------
@@ -20520,7 +21327,9 @@ COMMANDS: Dict[str, Callable[[Args], Optional[int]]] = {
     "config unset": _config_unset, "config path": _config_path, "config encrypt": _config_encrypt,
     "key": _key_list, "key add": _key_add, "key remove": _key_remove, "routes": cmd_routes,
     "env": cmd_env, "admin": cmd_admin, "status": cmd_status, "models": cmd_models,
-    "usage": cmd_usage, "logs": cmd_logs, "version": cmd_version}
+    "usage": cmd_usage, "logs": cmd_logs, "version": cmd_version, "stop": cmd_stop,
+    "restart": cmd_restart, "autostart": cmd_autostart, "service": cmd_service,
+    "docker": cmd_docker, "update": cmd_update}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -20536,6 +21345,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(help_of(name))
         else:
             name = "version" if args.get("--version") else name
+            args["argv"] = argv
             status = COMMANDS.get(f"{name} {args.get('action')}", COMMANDS[name])(args) or 0
         if sys.stdout is not None and name != "serve":
             sys.stdout.flush()

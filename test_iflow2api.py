@@ -15700,7 +15700,295 @@ def test_env_names_the_model_of_a_found_engine(capsys, demo, engines):
     assert "demo" in run_demo(capsys, "env", "codex", "--shell", "bash")[1]
 
 
-# === 21. Command line ========================================================
+# === 21. Platform ============================================================
+
+HOSTILE_PATHS = ["/usr/bin/python3", "/home/jo doe/py", "/h/ü/\u4f60\u597d", "/h/a'b", '/h/"q"',
+                 "/h/$HOME/`id`", "/h/100%/%h", "/h/back\\slash\\", "/h/a;b&c|d", "/h/<x>&y"]
+
+
+def launch_of(path, **facts):
+    return ifl.Launch(path, path + "/iflow2api.py", **facts)
+
+
+def words_of_unit(text):
+    """ExecStart as systemd reads it."""
+    line, = (line for line in text.splitlines() if line.startswith("ExecStart="))
+    words = re.findall(r'"((?:[^"\\]|\\.)*)"', line)
+    return [re.sub(r"\\(.)", r"\1", word).replace("%%", "%").replace("$$", "$") for word in words]
+
+
+def words_of_entry(text):
+    """Exec as a desktop reads it: a string of the file, then arguments."""
+    line, = (line for line in text.splitlines() if line.startswith("Exec="))
+    words = re.findall(r'"((?:[^"\\]|\\.)*)"', line.replace("\\\\", "\\"))
+    return [re.sub(r'\\(["`$\\])', r"\1", word).replace("%%", "%") for word in words]
+
+
+def words_of_shell(line):
+    done = subprocess.run(["/bin/sh", "-c", f"printf '%s\\n' {line}"], capture_output=True,
+                          timeout=30)
+    return done.stdout.decode().splitlines()
+
+
+def words_of_agent(text):
+    return __import__("plistlib").loads(text.encode())["ProgramArguments"]
+
+
+WRITERS = [
+    (ifl.user_unit, words_of_unit), (ifl.system_unit, words_of_unit),
+    (ifl.desktop_entry, words_of_entry), (ifl.launch_agent, words_of_agent),
+    (ifl.boot_script, lambda text: words_of_shell(re.search("exec (.*)", text).group(1))),
+    (ifl.procd_script, lambda text: words_of_shell(re.search("command (.*)", text).group(1))),
+    (ifl.cron_line, lambda text: words_of_shell(
+        text.split(" ", 1)[1].rpartition(" >")[0].replace("\\%", "%")))]
+
+
+@pytest.mark.skipif(not os.path.exists("/bin/sh"), reason="needs a shell")
+@pytest.mark.parametrize("path", HOSTILE_PATHS)
+@pytest.mark.parametrize("write, read", WRITERS, ids=[row[0].__name__ for row in WRITERS])
+def test_each_file_starts_what_it_was_made_for(write, read, path):
+    for launch in (launch_of(path), launch_of(path, is_module=True)):
+        assert read(write(launch)) == launch.words
+    assert write(launch).endswith("\n") or write is ifl.cron_line
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
+def test_the_unit_is_valid_and_hardened(tmp_path):
+    script = tmp_path / "iflow2api.py"
+    script.write_text("")
+    unit = tmp_path / "iflow2api.service"
+    unit.write_text(ifl.system_unit(ifl.Launch(sys.executable, str(script))))
+    done = subprocess.run(["systemd-analyze", "security", "--offline=true", "--threshold=30",
+                           str(unit)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-300:]
+
+
+KINDS_OF_SYSTEM = [
+    ({"TERMUX_VERSION": "0.119"}, "linux", "", "", "termux"),
+    ({"PREFIX": "/data/data/com.termux/files/usr"}, "android", "", "", "termux"),
+    ({}, "win32", "", "", "windows"), ({}, "darwin", "", "", "launchd"),
+    ({}, "linux", "/etc/openwrt_release", "crontab", "openwrt"),
+    ({"XDG_RUNTIME_DIR": "/r", "DISPLAY": ":0"}, "linux", "/run/systemd/system",
+     "systemctl crontab", "systemd"),
+    ({"DISPLAY": ":0"}, "linux", "/run/systemd/system", "systemctl crontab", "xdg"),
+    ({"WAYLAND_DISPLAY": "w"}, "linux", "", "", "xdg"),
+    ({}, "linux", "/run/systemd/system", "systemctl crontab", "cron"), ({}, "linux", "", "", "")]
+
+
+@pytest.mark.parametrize("environ, system, paths, programs, kind", KINDS_OF_SYSTEM)
+def test_which_starter_a_system_has(environ, system, paths, programs, kind):
+    assert ifl.autostart_kind(environ, system, paths.split().__contains__,
+                              programs.split().__contains__) == kind
+    if not kind:
+        with pytest.raises(ifl.CommandFailed, match="nothing that starts programs"):
+            ifl.Autostart(kind, environ)
+
+
+@pytest.fixture
+def tools_of_system(tmp_path, monkeypatch):
+    """tools(name, script): a program of the system, played by a shell script."""
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    def make(name, script):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    return make
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_autostart_by_crontab(tools_of_system, tmp_path):
+    table = tmp_path / "table"
+    table.write_text("5 4 * * * other\n")
+    tools_of_system("crontab", f'[ "$1" = -l ] && exec cat {table}; exec cat > {table}')
+    made = ifl.Autostart("cron", {})
+    assert made.current() == "" and made.where == "crontab" and made.turn_off() is False
+    for path in ("/a/b", "/c d/e"):      # the second replaces the first
+        made.turn_on(launch_of(path))
+        assert made.current() == ifl.cron_line(launch_of(path))
+    assert table.read_text().count("@reboot") == 1
+    assert made.turn_off() is True and table.read_text() == "5 4 * * * other\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_autostart_by_systemd(tools_of_system, tmp_path, home):
+    told = tmp_path / "told"
+    tools_of_system("systemctl", f'echo "$@" >> {told}')
+    made = ifl.Autostart("systemd", {"XDG_CONFIG_HOME": str(tmp_path / "config")})
+    made.turn_on(launch_of("/a/b"))
+    assert made.path == str(tmp_path / "config/systemd/user/iflow2api.service")
+    assert made.current() == ifl.user_unit(launch_of("/a/b"))
+    assert made.turn_off() is True and made.current() == "" and not os.path.exists(made.path)
+    assert told.read_text().split("\n")[:3] == [
+        "--user --quiet daemon-reload", "--user --quiet enable iflow2api.service",
+        "--user --quiet disable iflow2api.service"]
+    tools_of_system("systemctl", "echo no bus >&2; exit 1")
+    with pytest.raises(ifl.CommandFailed, match="no bus"):
+        made.turn_on(launch_of("/a/b"))
+    assert not os.path.exists(made.path)                   # nothing half done
+
+
+def test_autostart_by_the_desktop_tells_the_truth(home, monkeypatch, capfd):
+    for name in ("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "TERMUX_VERSION", "PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DISPLAY", ":0")
+    if sys.platform != "linux" or os.path.exists("/etc/openwrt_release"):
+        pytest.skip("a Linux desktop")
+    entry = home / ".config/autostart/iflow2api.desktop"
+    assert ifl.main(["autostart"]) == 1 and "does not start" in capfd.readouterr().out
+    assert ifl.main(["autostart", "on"]) == 0 == ifl.main(["autostart", "status"])
+    assert words_of_entry(entry.read_text()) == ifl.this_launch().words
+    capfd.readouterr()
+    entry.write_text(entry.read_text().replace("iflow2api.py", "moved.py"))
+    assert ifl.main(["autostart", "status"]) == 1
+    assert "something else" in capfd.readouterr().out
+    assert ifl.main(["autostart", "off"]) == 0 and not list(entry.parent.iterdir())
+
+
+def test_byte_code_is_used_where_nobody_else_can_change_it(tmp_path, monkeypatch):
+    script = tmp_path / "iflow2api.py"
+    script.write_text("")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    tmp_path.chmod(0o755)
+    assert ifl.keeps_byte_code(str(script), [str(tmp_path)])
+    assert not ifl.keeps_byte_code(str(script), ["/elsewhere", ""])
+    assert not ifl.keeps_byte_code(str(tmp_path / "renamed.py"), [str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert not ifl.keeps_byte_code(str(script), [str(tmp_path)])
+    monkeypatch.delenv("PYTHONPATH")
+    if os.name != "nt":
+        tmp_path.chmod(0o777)
+        assert not ifl.keeps_byte_code(str(script), [str(tmp_path)])
+
+
+@pytest.mark.parametrize("command", [*(f"service {name}" for name in ifl.SERVICES), "docker",
+                                     *(f"docker {name}" for name in ifl.CONTAINERS)])
+def test_files_are_printed(command, capsys, home):
+    assert ifl.main(command.split()) == 0
+    text = capsys.readouterr().out
+    assert "iflow2api" in text and "@" not in text.replace("@reboot", "").replace(
+        "@system-service", "").replace("@privileged @resources", "")
+    if command in ("docker", "docker run"):
+        done = subprocess.run(["/bin/sh", "-n"], input=text, text=True, timeout=30)
+        assert done.returncode == 0
+
+
+ARGVS = [(["--port", "1"], ["--port", "1"]),
+         (["--api-key", "sk-1", "-n"], ["--api-key", "\0", "-n"]),
+         (["--api-key=sk-1"], ["--api-key=\0"]), (["--api-key", "$K"], ["--api-key", "$K"]),
+         (["--api-key=$K", "x"], ["--api-key=$K", "x"])]
+
+
+@pytest.mark.parametrize("argv, kept", ARGVS)
+def test_no_key_is_kept_in_the_pid_file(argv, kept):
+    assert ifl.without_secrets(argv) == kept
+
+
+def program(*argv, timeout_s=60, **environ):
+    return run("iflow2api.pyc", *argv, timeout_s=timeout_s, stdin=subprocess.DEVNULL,
+               env={**os.environ, **environ})
+
+
+def test_in_the_background(home, upstream):
+    serving = ("serve", "--detach", "--port", "0", "--upstream", upstream.url)
+    assert program("stop").returncode == 1
+    started = program(*serving)
+    assert started.returncode == 0, started
+    url = re.search(r"listening on (\S+)", started.stderr).group(1)
+    try:
+        facts = json.loads((home / ".iflow2api/iflow2api.pid").read_text())
+        assert facts["url"] == url and facts["supervisor"] == ""
+        assert json.load(urllib.request.urlopen(url + "/health", timeout=WAIT_S))["version"]
+        again = program("restart")
+        assert again.returncode == 0 and "listening on" in again.stderr, again
+        assert json.loads((home / ".iflow2api/iflow2api.pid").read_text())["pid"] != facts["pid"]
+    finally:
+        stopped = program("stop")
+    assert stopped.returncode == 0, stopped
+    assert sorted(each.name for each in (home / ".iflow2api").iterdir()) == [
+        "iflow2api.log", "iflow2api.pid.lock"]
+
+
+def test_a_start_that_fails_in_the_background_says_why(home):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = program("serve", "--detach", "--port", str(port))
+    assert done.returncode == 1 and f"port {port}" in done.stderr
+
+
+def test_a_dead_pid_file_and_a_strangers_number_are_no_server(home):
+    folder = home / ".iflow2api"
+    folder.mkdir()
+    (folder / "iflow2api.pid").write_text(json.dumps({"pid": os.getpid(), "argv": []}))
+    (folder / "iflow2api.pid.lock").write_text("")
+    assert ifl.PidFile(str(folder)).running() == {}
+    assert program("stop").returncode == 1
+
+
+def test_as_process_1_it_stays_in_the_foreground(monkeypatch, capsys):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert ifl.main(["serve", "--detach"]) == 2
+    assert "foreground" in capsys.readouterr().err
+    assert ifl.supervisor({}, 1) == "the container"
+    assert ifl.supervisor({"INVOCATION_ID": "x"}, 5) == "systemd"
+
+
+NEW_VERSION = b"import sys\nprint('iflow2api 99.0.0')\n"
+OFFERS = [
+    # version, file, what is said instead of its SHA-256, the error (None: it is installed)
+    ("99.0.0", NEW_VERSION, "", None), ("0.0.1", NEW_VERSION, "", "nothing newer"),
+    ("99.0.0", NEW_VERSION, "0" * 64, "another SHA-256"),
+    ("99.0.0", NEW_VERSION, "short", "names no SHA-256"),
+    ("99.0.0", b"print(", "", "does not start"),
+    ("99.0.1", NEW_VERSION, "", "answer with its version"),
+    ("99.0.0", b"raise SystemExit(3)", "", "answer with its version"),
+    ("new", NEW_VERSION, "", "no version")]
+
+
+@pytest.mark.parametrize("version, data, said_hash, error", OFFERS)
+def test_updates(upstreams, tmp_path, monkeypatch, capfd, version, data, said_hash, error):
+    offer = {"version": version, "url": "new.py",
+             "sha256": said_hash or hashlib.sha256(data).hexdigest()}
+    fake = upstreams(usual=lambda seen: plain(
+        data if seen.path == "/new.py" else offer, content_type="text/plain"))
+    script = tmp_path / "iflow2api.py"
+    script.write_bytes(pathlib.Path(ifl.__file__).read_bytes())
+    before = script.read_bytes()
+    monkeypatch.setattr(ifl, "__file__", str(script))
+    monkeypatch.setattr(ifl, "check_replaceable", lambda path: None)
+    monkeypatch.setenv("IFLOW2API_UPDATE_URL", f"http://127.0.0.1:{fake.port}/latest.json")
+    assert ifl.main(["update", "--check"]) == (1 if error and error.endswith(
+        ("no version", "no SHA-256")) else 0)
+    assert ifl.main(["update"]) in (0, 1, 2) and script.read_bytes() == before
+    assert ifl.main(["update", "--yes"]) == (0 if error in (None, "nothing newer") else 1)
+    said = capfd.readouterr().err
+    if error:
+        assert error in said
+        assert script.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == [
+            "iflow2api.py"]
+    else:
+        assert script.read_bytes() == data
+        assert (tmp_path / f"iflow2api.py.{ifl.__version__}").read_bytes() == before
+
+
+def test_what_is_not_replaced_and_where_nobody_asks(tmp_path, capsys, home):
+    script = tmp_path / "a/b/iflow2api.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("")
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(ifl.CommandFailed, match="git checkout"):
+        ifl.check_replaceable(str(script))
+    with pytest.raises(ifl.CommandFailed, match="container"):
+        ifl.check_replaceable(str(script), lambda path: path == "/.dockerenv")
+    for url in ("http://example.com/x", "ftp://x/y", "file:///etc/passwd"):
+        with pytest.raises(ifl.CommandFailed, match="https only"):
+            ifl.fetch(url, 10)
+    assert ifl.main(["update"]) == 1 and "update_url is not set" in capsys.readouterr().err
+
+
+# === 22. Command line ========================================================
 
 @pytest.fixture
 def cli(capsys, monkeypatch):
@@ -15768,8 +16056,8 @@ def test_help_is_complete_and_fits(cli, language, name):
 #: What is typed, and what is said in both languages, or in each.
 MISTAKES = [
     ("serv", "did you mean serve?", "serve"), ("statsu", "did you mean status?", "status"),
-    ("coedx", "there is no command 'coedx' (", "没有命令 coedx（"), ("stop", "'stop' (", "stop（"),
-    ("start", "'start' (", "start（"), ("", "there is no command ''", "没有命令"),
+    ("coedx", "there is no command 'coedx' (", "没有命令 coedx（"), ("halt", "'halt' (", "halt（"),
+    ("start", "did you mean restart?", "restart？"), ("", "there is no command ''", "没有命令"),
     ("serve --bogus", "serve has no flag --bogus", "serve 没有参数 --bogus"),
     ("--prot 80", "--port?", "--port？"), ("--port", "--port N", "--port N"),
     ("--port --demo", "--port needs a value", "--port 需要一个值"),
@@ -16512,7 +16800,7 @@ def test_logs_follow_over_a_rotation(home):
         process.stdout.close()
 
 
-# === 21. Proxies =============================================================
+# === 22. Proxies =============================================================
 
 def say_hello(seen):
     """An upstream's answer that says who it is."""
@@ -16888,7 +17176,7 @@ def test_redaction_hides_credentials_and_leaves_ports(text, shown):
     assert ifl.redact(text) == shown
 
 
-# === 22. The official OpenAI SDK =============================================
+# === 23. The official OpenAI SDK =============================================
 
 @pytest.fixture(scope="module")
 def openai():
@@ -17003,7 +17291,7 @@ def test_sdk_comes_back_after_a_busy_answer(sdk, upstream):
     assert len(upstream.requests) == 2
 
 
-# === 23. House rules =========================================================
+# === 24. House rules =========================================================
 
 README = pathlib.Path(PROGRAM).with_name("README.md")
 
