@@ -11490,6 +11490,7 @@ class Lane:
         self._turn = 0
         #: its /models, and until when that counts
         self.listed: Tuple[float, List[str]] = (0.0, [])
+        self.balance: Tuple[float, Json] = (0.0, {})     #: as its maker says, and until when
         self._caps: Dict[str, int] = {}  #: by model: most output tokens, as refusals have told
         self._lock = threading.Lock()
         self.adopt(provider)
@@ -11498,7 +11499,7 @@ class Lane:
         """Work with these settings from now on; what rests and what is under way stays."""
         if provider.base_url != self.provider.base_url:
             self.rests.ok(None)
-            self.listed, self._caps = (0.0, []), {}
+            self.listed, self._caps, self.balance = (0.0, []), {}, (0.0, {})
         self.provider = provider
         self.slots.resize(provider.places)
         self._key_slots = {key: self._key_slots.get(key) or Slots(0) for key in provider.api_keys
@@ -13241,6 +13242,78 @@ class Gateway:
 
 
 # --- what there is -------------------------------------------------------------
+
+def _limit_text(limit: Any, now: float) -> str:
+    """A quota of GLM's or Kimi's plans: what is used of it, and when it begins anew."""
+    facts = limit.get("detail", limit)
+    percent, reset = facts.get("percentage"), facts.get("nextResetTime", facts.get("resetTime"))
+    if percent is None:
+        percent = 100 * int(facts["used"]) / int(facts["limit"])
+    until = parse_time(reset) or 0
+    name = str(limit.get("type", "requests")).partition("_")[0].lower()
+    return f"{name} {percent:.0f} % used" + (
+        f", anew {time.strftime('%m-%d %H:%M', time.localtime(until))}" if until > now else "")
+
+
+#: Host -> path, whether the key goes by itself, without Bearer, and what to make of the answer
+#: (the makers' pages; upstreams.md section 6).
+_GLM_QUOTA = ("/api/monitor/usage/quota/limit", True, lambda answer, now: [
+    _limit_text(limit, now) for limit in answer["data"]["limits"]])
+_MOONSHOT_BALANCE = ("/v1/users/me/balance", False, lambda answer, now: [
+    f"{answer['data']['available_balance']:.2f}"])
+_SILICONFLOW_BALANCE = ("/v1/user/info", False, lambda answer, now: [
+    f"{float(answer['data']['totalBalance']):.2f}"])
+BALANCES: Dict[str, Tuple[str, bool, Callable[[Any, float], List[str]]]] = {
+    "open.bigmodel.cn": _GLM_QUOTA, "api.z.ai": _GLM_QUOTA,
+    "api.kimi.com": ("/coding/v1/usages", False, lambda answer, now: [
+        _limit_text(limit, now) for limit in [answer["usage"], *answer.get("limits", ())]]),
+    "api.deepseek.com": ("/user/balance", False, lambda answer, now: [
+        f"{each['total_balance']} {each['currency']}" for each in answer["balance_infos"]]),
+    "api.moonshot.ai": _MOONSHOT_BALANCE, "api.moonshot.cn": _MOONSHOT_BALANCE,
+    "api.siliconflow.cn": _SILICONFLOW_BALANCE, "api.siliconflow.com": _SILICONFLOW_BALANCE,
+    "openrouter.ai": ("/api/v1/credits", False, lambda answer, now: [
+        f"{answer['data']['total_credits'] - answer['data']['total_usage']:.2f} USD"])}
+
+
+def read_balance(host: str, answer: Any, now: float) -> List[str]:
+    """What is left, as short texts; ValueError for an answer of another form."""
+    try:
+        return BALANCES[host][2](answer, now)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        raise ValueError(f"{host} answers in a form that this version does not know") from None
+
+
+#: How long a balance is shown before it is asked for anew.
+BALANCE_TTL_S = 300.0
+
+
+def balance_of(gateway: Gateway, provider: Provider) -> Json:
+    """`balance`, texts, or `problem`: what a maker says is left of a key; {} where none says it."""
+    host = Endpoint.of(provider.base_url).host
+    if host not in BALANCES or not provider.api_keys or provider.problem:
+        return {}
+    lane, now = gateway.lane(provider), time.monotonic()
+    if lane.balance[0] < now:
+        lane.balance = (now + BALANCE_TTL_S, _ask_balance(gateway, provider, host))
+    return lane.balance[1]
+
+
+def _ask_balance(gateway: Gateway, provider: Provider, host: str) -> Json:
+    path, is_bare, _ = BALANCES[host]
+    key = gateway.lane(provider).keys(provider.api_keys)[0]
+    headers = [("Authorization", key if is_bare else "Bearer " + key)]
+    place = Endpoint.of(provider.base_url)
+    at_root = replace(provider, base_url=f"{place.scheme}://{place.authority}")
+    try:
+        with gateway.upstream.open(at_root, gateway.settings, "GET", path, headers, None, NOBODY,
+                                   MODELS_TIMEOUT_S) as response:
+            if response.status != 200:
+                raise read_refusal(response, provider)
+            answer = json.loads(response.read_all(1 << 20))
+        return {"balance": read_balance(host, answer, time.time())}
+    except (GatewayError, ValueError, RecursionError) as exc:
+        return {"problem": one_line(str(exc), 200)}
+
 
 def fetch_models(gateway: Gateway, provider: Provider) -> List[str]:
     """The provider's own `/models`, or what is known where it can't be relied on; UpstreamError."""
@@ -16014,8 +16087,11 @@ def trial_of(gateway: Gateway, provider: Provider, in_english: bool) -> Json:
     if all(check.ok for check in checks[:2]):
         with contextlib.suppress(GatewayError):
             models = fetch_models(gateway, provider) or models
-    return {"ok": all(check.ok for check in checks),
-            "checks": [check._asdict() for check in checks], "models": models}
+    told, is_ok = balance_of(gateway, provider), all(check.ok for check in checks)
+    if told:                             # not known: nothing is wrong with the provider
+        said = told.get("problem") or ", ".join(told["balance"])
+        checks.append(Check("balance", None if "problem" in told else True, said))
+    return {"ok": is_ok, "checks": [check._asdict() for check in checks], "models": models}
 
 
 # --- client keys, chat box, logins --------------------------------------------------------
@@ -18347,6 +18423,7 @@ order_hint = 同名模型由排在前面的上游提供。 = Where several list 
 move_up = 上移 = Move up | move_down = 下移 = Move down | test = 测试 = Test
 testing = 正在发送真实的小请求… = Sending small real requests… | edit = 编辑 = Edit | saved = 已保存 = Saved
 check_reach = 连接 = Connection | check_key = 密钥 = Key | check_model = 模型 = Model
+check_balance = 余额 = Balance
 check_fine = 正常 = ok | check_skipped = 未测试 = not tested | check_stream = 流式 = Stream
 check_tools = 工具 = Tools | key_rests = 暂停 {time} = rests {time} | key_refused = 被拒绝 = refused
 none = 无 = none | unlimited = 不限 = no limit | at_once = 并发 {n} = {n} at once
@@ -19499,6 +19576,7 @@ config = 配置 = config | note = 说明 = note
 offer = 建议 = offer
 running = 正在运行，{status}，版本 {version}，{in_flight} 个请求进行中 = running, {status}, version {version}, \
 {in_flight} in flight | not_running = 未运行 = not running | in_use = 使用中 = in use
+balance = 余额 = balance
 others_run = 正在运行的服务用的不是 config.json 中的上游（--demo、--upstream，或在本机发现的引擎） = the running server has \
 other providers than config.json names (--demo, --upstream, found here)
 status_none = 没有；用 `login` 登录 iFlow，用 `provider add` 添加，或用 --upstream URL 启动 = none; run `login` \
@@ -19712,6 +19790,7 @@ update = 从 update_url 更新本程序 = update this program from update_url
   --check = 只查看 = only look | --yes = 不询问 = do not ask
 [查看 = Look]
 status = 是否在运行、有哪些上游、有什么问题 = whether it runs, its providers, what is wrong
+  --balance = 各上游的余额 = what is left at the providers
 models = 列出可用的模型 = list the models that can be asked for
   @run
 test = 向上游发一个极小的真实请求 = one tiny real request to a provider, or to each
@@ -20759,6 +20838,11 @@ def cmd_status(args: Args) -> int:
         _row("note", tr("others_run"))
     elif not router.providers:
         _row("provider", tr("status_none"))
+    for provider in router.providers.values() if args["--balance"] else ():
+        told = balance_of(gateway, provider)
+        if told:
+            said = [told["problem"]] if "problem" in told else told["balance"]
+            _row("balance", provider.name, *map(one_line, said))
     for account, login in {**gateway.login_report(), **health.get("logins", {})}.items():
         _row("login", *map(one_line, _login_columns(account, login)))
     for offer in offered_presets(router, os.environ):

@@ -11282,6 +11282,61 @@ def test_budgets_on_the_command_line(config, capsys, argv, said):
         capsys.readouterr()
         assert ifl.main(["key", "list", "--config-dir", config.folder]) == 0
         assert "budget / day: 2.5;" in capsys.readouterr().out
+BALANCE_ANSWERS = [
+    ("api.deepseek.com", {"balance_infos": [{"currency": "CNY", "total_balance": "110.00"}]},
+     ["110.00 CNY"]),
+    ("api.moonshot.cn", {"code": 0, "data": {"available_balance": 49.58894}}, ["49.59"]),
+    ("api.siliconflow.cn", {"data": {"totalBalance": "88.88", "balance": "0.88"}}, ["88.88"]),
+    ("openrouter.ai", {"data": {"total_credits": 110.5, "total_usage": 10.25}}, ["100.25 USD"]),
+    ("open.bigmodel.cn", {"data": {"limits": [
+        {"type": "TOKENS_LIMIT", "percentage": 12, "nextResetTime": 1000},
+        {"type": "TIME_LIMIT", "percentage": 0}]}}, ["tokens 12 % used", "time 0 % used"]),
+    ("api.kimi.com", {"usage": {"limit": "100", "used": "40"}, "limits": [
+        {"window": {"duration": 300}, "detail": {"limit": "200", "used": "1"}}]},
+     ["requests 40 % used", "requests 0 % used"])]
+
+
+@pytest.mark.parametrize("host, answer, texts", BALANCE_ANSWERS)
+def test_what_is_left_as_each_maker_says_it(host, answer, texts):
+    assert ifl.read_balance(host, answer, 2000.0) == texts
+    for odd in ({}, [], None, {"data": None}, {"data": {"limits": [5]}}, {"usage": {}}, "x"):
+        with pytest.raises(ValueError, match="does not know"):
+            ifl.read_balance(host, odd, 2000.0)
+
+
+def test_a_balance_is_asked_once_and_only_of_its_maker(gateway, upstream, monkeypatch):
+    entry = {**provider(upstream), "api_keys": ["k1"]}
+    made = gateway(entry)
+    up = made.state.router.providers["up"]
+    assert ifl.balance_of(made, up) == {} and not upstream.requests
+    monkeypatch.setitem(ifl.BALANCES, "127.0.0.1", ifl.BALANCES["api.deepseek.com"])
+    upstream.plays(plain({"balance_infos": [{"currency": "CNY", "total_balance": "1.00"}]}))
+    for _ in range(2):
+        assert ifl.balance_of(made, up) == {"balance": ["1.00 CNY"]}
+    seen, = upstream.requests
+    assert (seen.path, seen.headers["authorization"]) == ("/user/balance", "Bearer k1")
+
+
+@pytest.mark.parametrize("reply, said", [
+    (plain({"error": {"message": "no such key"}}, 401), "no such key"),
+    (plain(b"<html>", content_type="text/html"), "does not know|Expecting")])
+def test_a_balance_that_is_not_told(gateway, upstream, monkeypatch, reply, said):
+    monkeypatch.setitem(ifl.BALANCES, "127.0.0.1", ifl.BALANCES["open.bigmodel.cn"])
+    upstream.plays(reply)
+    made = gateway({**provider(upstream), "api_keys": ["k1"]})
+    told = ifl.balance_of(made, made.state.router.providers["up"])
+    assert re.search(said, told["problem"]) and "k1" not in told["problem"]
+    assert upstream.last.headers["authorization"] == "k1"  # GLM takes it without Bearer
+
+
+def test_status_shows_balances_when_asked(config, upstream, monkeypatch, capsys):
+    monkeypatch.setitem(ifl.BALANCES, "127.0.0.1", ifl.BALANCES["api.deepseek.com"])
+    put_config(config, {"providers": [{**provider(upstream), "api_keys": ["k1"]}]})
+    upstream.usual = plain({"balance_infos": [{"currency": "CNY", "total_balance": "1.00"}]})
+    ifl.main(["status", "--config-dir", config.folder])
+    assert "1.00 CNY" not in capsys.readouterr().out
+    ifl.main(["status", "--balance", "--config-dir", config.folder])
+    assert "1.00 CNY" in capsys.readouterr().out
 
 
 # === 16. HTTP ================================================================
