@@ -3648,6 +3648,11 @@ def as_chunk(completion: Json) -> Json:
     return {**completion, "object": "chat.completion.chunk", "choices": choices}
 
 
+def encode_chunk(chunk: Any) -> bytes:
+    """A chunk or another object, or the end, as a record."""
+    return b"data: " + (b"[DONE]" if chunk == "[DONE]" else dump_json(chunk)) + b"\n\n"
+
+
 def completion_to_sse(completion: Json) -> bytes:
     """A plain completion as the event stream that was asked for."""
     return encode_chunk(as_chunk(completion)) + encode_chunk("[DONE]")
@@ -4572,24 +4577,6 @@ class ReasoningMerge:
             choice[field] = delta
 
 
-def encode_chunk(chunk: Any) -> bytes:
-    """A chunk or another object, or the end, as a record."""
-    return b"data: " + (b"[DONE]" if chunk == "[DONE]" else dump_json(chunk)) + b"\n\n"
-
-
-_IMAGE_PARTS = ("image_url", "image", "input_image")
-
-
-def has_images(value: Any) -> bool:
-    """Whether a request of any dialect shows an image, in tool results, too."""
-    if isinstance(value, list):
-        return any(has_images(item) for item in value)
-    if isinstance(value, dict):
-        return value.get("type") in _IMAGE_PARTS or any(
-            has_images(item) for item in value.values() if isinstance(item, (list, dict)))
-    return False
-
-
 # --- streams -----------------------------------------------------------------
 
 class SSEDecoder:
@@ -5043,6 +5030,19 @@ def _fit_options(chat: Json, profile: Json, wishes: Wishes) -> None:
     if chat.get("stream") and profile["stream_usage"]:
         chat["stream_options"] = {"include_usage": True}
     set_thinking(chat, profile, wishes.thinking, budget, wishes.effort)
+
+
+_IMAGE_PARTS = ("image_url", "image", "input_image")
+
+
+def has_images(value: Any) -> bool:
+    """Whether a request of any dialect shows an image, in tool results, too."""
+    if isinstance(value, list):
+        return any(has_images(item) for item in value)
+    if isinstance(value, dict):
+        return value.get("type") in _IMAGE_PARTS or any(
+            has_images(item) for item in value.values() if isinstance(item, (list, dict)))
+    return False
 
 
 #: Fields with the texts of messages and items; no model reads the others (ids, types, signatures).
