@@ -557,7 +557,7 @@ PRESETS: Dict[str, Preset] = {
         messages_url="https://coding.dashscope.aliyuncs.com/apps/anthropic",
         metered=("dashscope",), key_start="sk-sp-", **_QWEN),
     "dashscope-coding-intl": Preset(
-        "阿里云编程套餐（国际） = Alibaba plan, intl.",
+        "阿里云国际套餐 = Alibaba plan, intl.",
         base_url="https://coding-intl.dashscope.aliyuncs.com/v1",
         messages_url="https://coding-intl.dashscope.aliyuncs.com/apps/anthropic",
         metered=("dashscope-intl",), key_start="sk-sp-", **_QWEN),
@@ -578,7 +578,7 @@ PRESETS: Dict[str, Preset] = {
         messages_url="https://api.moonshot.cn/anthropic",
         key_page="https://platform.moonshot.cn/console/api-keys", **_KIMI),
     "moonshot": Preset(
-        "Kimi 开放平台（国际） = Kimi", base_url="https://api.moonshot.ai/v1",
+        "Kimi 国际平台 = Kimi", base_url="https://api.moonshot.ai/v1",
         messages_url="https://api.moonshot.ai/anthropic",
         key_page="https://platform.moonshot.ai/console/api-keys", **_KIMI),
     "deepseek": Preset(
@@ -594,7 +594,7 @@ PRESETS: Dict[str, Preset] = {
         "阿里云百炼 = Alibaba Qwen", base_url="https://dashscope.aliyuncs.com/compatible-mode/v1",
         messages_url="https://dashscope.aliyuncs.com/apps/anthropic", **_QWEN),
     "dashscope-intl": Preset(
-        "阿里云百炼（国际） = Alibaba Qwen, intl.",
+        "阿里云百炼国际 = Alibaba Qwen, intl.",
         base_url="https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
         messages_url="https://dashscope-intl.aliyuncs.com/apps/anthropic", **_QWEN),
     "minimax-cn": Preset(
@@ -623,7 +623,7 @@ PRESETS: Dict[str, Preset] = {
         "https://api.siliconflow.cn/v1", profile=_MIXED,
         key_page="https://cloud.siliconflow.cn/account/ak"),
     "siliconflow-intl": Preset(
-        "硅基流动（国际） = SiliconFlow", "SILICONFLOW_API_KEY",
+        "硅基流动国际 = SiliconFlow", "SILICONFLOW_API_KEY",
         "https://api.siliconflow.com/v1", profile=_MIXED,
         key_page="https://cloud.siliconflow.com/account/ak"),
     "modelscope": Preset(
