@@ -2526,6 +2526,14 @@ class Target(NamedTuple):
     provider: Provider
     model: str
 
+    def __str__(self) -> str:
+        return f"{self.provider.name}/{self.model}"
+
+    @property
+    def facts(self) -> Json:
+        """What is known of the model there."""
+        return self.provider.facts.get(self.model, {})
+
 
 class Asked(NamedTuple):
     """What conditions ask of a request; a Call answers the same questions, when it is asked."""
@@ -2631,6 +2639,10 @@ class Router:
         self.aliases: List[Tuple[str, List[Branch]]] = []
         for pattern, entries in settings.aliases.items():
             self._add_alias(pattern, entries)
+
+    def new_warnings(self, earlier: "Router") -> List[str]:
+        """Those that the routes in force did not have."""
+        return [warning for warning in self.warnings if warning not in earlier.warnings]
 
     def _warn(self, name: str, warning: str) -> None:
         self.warnings.append(warning)
@@ -8039,8 +8051,7 @@ def encode_event(event: Json) -> bytes:
 
 def profile_of(target: Target) -> Json:
     """The profile of a model: the defaults, its provider's, what is known of itself."""
-    profile = {**DEFAULT_PROFILE, **target.provider.profile,
-               **target.provider.facts.get(target.model, {})}
+    profile = {**DEFAULT_PROFILE, **target.provider.profile, **target.facts}
     if target.provider.kind == "iflow":
         profile["require_reasoning_on_tool_calls"] = wants_reasoning_back(target.model)
     profile["origin"] = f"{zlib.crc32(target.provider.base_url.encode()):08x}"
@@ -8687,6 +8698,10 @@ class ChatDialect:
             provider.kind == "iflow" and self.has_choices)
         return (ChatMerge if is_changed else ChatRelay)(call, target, context)
 
+    def count(self, call: Call, context: Context) -> Json:
+        """What a request that asks for its count of tokens is answered; BadRequest."""
+        raise NotImplementedError
+
     def thinks(self, body: Json) -> bool:
         """Whether a request asks for reasoning, in whichever provider's words."""
         template, reasoning, thinking = (
@@ -8748,6 +8763,12 @@ class MessagesDialect(ChatDialect):
         turn.hide_reasoning = target.provider.kind == "iflow" and not asked
         return MessagesTranslation(call, turn, target, context)
 
+    def count(self, call: Call, context: Context) -> Json:
+        if not isinstance(call.body.get("messages"), list) or not call.body["messages"]:
+            raise BadRequest("messages: a list with at least one message is required",
+                             param="messages")
+        return {"input_tokens": context.scale(count_message_tokens(call.body))}
+
     def keepalive(self, call: Call, began: bool) -> bytes:
         """A ping is legal after message_start alone."""
         return b'event: ping\ndata: {"type":"ping"}\n\n' if began else b": keep-alive\n\n"
@@ -8776,12 +8797,21 @@ class ResponsesDialect(ChatDialect):
             body.pop("stream", None)
 
     def open(self, call: Call, target: Target, context: Context) -> Translation:
-        store, owner = context.store, call.owner
         turn = ResponsesTurn(call.body, profile_of(target), target.model, now=context.now,
-                             recall=lambda ident: store.recall(ident, owner),
-                             item=lambda ident: store.item(ident, owner), seal=context.seal,
-                             codex=is_codex(call.headers), compact=self._compact)
+                             codex=is_codex(call.headers), compact=self._compact,
+                             **self._memory(call, context))
         return ResponsesTranslation(call, turn, target, context)
+
+    @staticmethod
+    def _memory(call: Call, context: Context) -> Dict[str, Any]:
+        """What a turn reads of earlier ones: the owner's, and what clients keep encrypted."""
+        store, owner = context.store, call.owner
+        return {"recall": lambda ident: store.recall(ident, owner),
+                "item": lambda ident: store.item(ident, owner), "seal": context.seal}
+
+    def count(self, call: Call, context: Context) -> Json:
+        estimate = count_response_tokens(call.body, **self._memory(call, context))
+        return {"object": "response.input_tokens", "input_tokens": context.scale(estimate)}
 
     def has_tools(self, body: Json) -> bool:
         """The newest Codex puts them into its first item (clients.md)."""
@@ -8819,6 +8849,9 @@ class GeminiDialect(ChatDialect):
     def open(self, call: Call, target: Target, context: Context) -> Translation:
         turn = GeminiTurn(call.body, profile_of(target), target.model)
         return self._translation(call, turn, target, context)
+
+    def count(self, call: Call, context: Context) -> Json:
+        return {"totalTokens": context.scale(count_content_tokens(call.body))}
 
     def thinks(self, body: Json) -> bool:
         config = member(body, "generationConfig", dict) or {}
@@ -11601,11 +11634,6 @@ class Record:
     trail: List[Attempt] = field(default_factory=list)
     spent: bool = False                  #: its tokens are counted against limits
 
-    @property
-    def where(self) -> str:
-        """`provider/model` of the last target, "" where there was none."""
-        return f"{self.target.provider.name}/{self.target.model}" if self.target else ""
-
     def counts(self) -> List[int]:
         """As LEDGER_COUNTS; a client that leaves is no error."""
         timed = self.first_s is not None
@@ -11623,11 +11651,12 @@ class Record:
         return {**{name: getattr(self, name) for name in names}, "error": one_line(self.error),
                 "input": usage.prompt, "output": usage.completion, "cached": usage.cached,
                 "reasoning": usage.reasoning, "estimated": usage.estimated,
-                "target": self.where, "attempts": [attempt._asdict() for attempt in self.trail]}
+                "target": str(self.target or ""),
+                "attempts": [attempt._asdict() for attempt in self.trail]}
 
     def line(self) -> str:
         """`model → provider/model 200 first 0.4s total 2.1s in 12 out 340`; `~`: estimated."""
-        names = f"{one_line(self.model, 64) or '-'} → {one_line(self.where or '-', 100)}"
+        names = f"{one_line(self.model, 64) or '-'} → {one_line(self.target or '-', 100)}"
         first = f" first {self.first_s:.2f}s" if self.first_s is not None and self.stream else ""
         mark = "~" if self.usage.estimated else ""
         tokens = f" in {mark}{self.usage.prompt} out {mark}{self.usage.completion}"
@@ -12564,6 +12593,12 @@ def upstream_headers(given: Mapping[str, str], settings: Settings, provider: Pro
     return list(headers.values())
 
 
+def context_of(gateway: Any, scale: Callable[[int], int]) -> Context:
+    """What a dialect needs for a request; `scale` turns our estimates into its model's counts."""
+    return Context(time.time(), new_id, gateway.seal(), gateway.responses, gateway.reasoning,
+                   scale)
+
+
 def plan_for(gateway: Any, settings: Settings, call: Call, chain: Sequence[Target]) -> Plan:
     """The attempts of a call at its targets."""
     def keys(target: Target) -> List[str]:
@@ -12671,8 +12706,7 @@ class Attempts:
 
     def _translate(self) -> None:
         gateway, lane, target = self.gateway, self.lane, self.target
-        context = Context(time.time(), new_id, gateway.seal(), gateway.responses, gateway.reasoning,
-                          lambda estimate: lane.scaled(target.model, estimate))
+        context = context_of(gateway, partial(lane.scaled, target.model))
         cap, facts = lane.cap(target.model), target.provider.facts
         if cap:                          # what refusals have told of its longest answer
             known = facts.get(target.model, {})
@@ -12950,8 +12984,7 @@ class Gateway:
         self.log.addHandler(self.live)
         self.upstream = Upstream()
         self.reasoning, self.conversations = ReasoningCache(), Conversations()
-        self.scale = TokenScale(
-            os.path.join(config.folder, "tokens.json") if config is not None else "", log=self.log)
+        self.scale = TokenScale(self.path_of("tokens.json"), log=self.log)
         self._skipped: Set[str] = set()  #: types of blocks that were logged as skipped
         self._login: Json = {}           #: the iFlow CLI's file, as last read well
         oauth = OAuth(self.upstream, lambda: self.settings)
@@ -12963,8 +12996,7 @@ class Gateway:
         self.problems: List[str] = []
         self.config_broken = False
         self.clock, self.pause = clock, pause
-        folder = config.folder if config is not None else ""
-        self.ledger = Ledger(folder and os.path.join(folder, "usage.jsonl"), log=self.log)
+        self.ledger = Ledger(self.path_of("usage.jsonl"), log=self.log)
         self.limiter = RateLimiter(
             clock, lambda key: self.ledger.spent(key, self.settings.prices))
         self.sessions = Sessions(lambda: self.settings.admin_password, clock)
@@ -12987,6 +13019,10 @@ class Gateway:
     @property
     def settings(self) -> Settings:
         return self.state.settings
+
+    def path_of(self, name: str) -> str:
+        """A file in the folder of config.json, "" where there is none."""
+        return os.path.join(self.config.folder, name) if self.config is not None else ""
 
     # settings
 
@@ -13093,8 +13129,8 @@ class Gateway:
         bad = router.conflicting - known.conflicting
         if not bad:
             return loaded
-        problems = [f"{problem} (what was in force stays)" for problem in router.warnings
-                    if problem not in known.warnings]
+        problems = [f"{problem} (what was in force stays)"
+                    for problem in router.new_warnings(known)]
         kept = replace(loaded.settings, **{name: getattr(self.settings, name) for name in bad})
         return Loaded(kept, loaded.origins, loaded.warnings + problems)
 
@@ -13146,7 +13182,7 @@ class Gateway:
     def seal(self) -> Seal:
         """What encrypts reasoning that clients store; its key is kept in config.json's folder."""
         if self._seal is None:
-            path = os.path.join(self.config.folder, "seal.key") if self.config is not None else ""
+            path = self.path_of("seal.key")
             self._seal = Seal(_lasting_key(path, self.log) if path else secrets.token_bytes(32))
         return self._seal
 
@@ -13403,13 +13439,12 @@ def find_model(gateway: Gateway, name: str, key: Optional[ClientKey] = None) -> 
     return None if its and rest not in its else _model_entry(gateway, name, head)
 
 
-def target_of(gateway: Gateway, name: str, speaks: str = "messages") -> Optional[Target]:
-    """Where a request for the model would go first."""
+def target_of(gateway: Gateway, name: str, speaks: str) -> Target:
+    """Where a request for the model would go first; nowhere: a provider without a name."""
     try:
-        chain = gateway.current(look=False).router.resolve(name, Asked(speaks))
+        return gateway.current(look=False).router.resolve(name, Asked(speaks))[0]
     except GatewayError:
-        return None
-    return chain[0] if chain else None
+        return Target(Provider(""), name)
 
 
 def vision_models_of(gateway: Gateway, key: Optional[ClientKey] = None) -> List[Json]:
@@ -13427,7 +13462,7 @@ def target_to_count(gateway: Gateway, call: Call) -> Optional[Target]:
     if call.model is not None and not isinstance(call.model, str):
         return None
     try:
-        return next(iter(gateway.current(look=False).chain_for(call)), None)
+        return gateway.current(look=False).chain_for(call)[0]
     except Forbidden:
         raise
     except GatewayError:
@@ -13477,8 +13512,7 @@ def explain(gateway: Gateway, body: Json, in_english: bool = True) -> Json:
     router, told = state.router, {"model": body.get("model")}
     if "aliases" in body:
         router = gateway.routed(replace(state.settings, aliases=body["aliases"]))
-        told["problems"] = [problem for problem in router.warnings
-                            if problem not in state.router.warnings]
+        told["problems"] = router.new_warnings(state.router)
     steps: Told = []
     targets = router.resolve(body.get("model"), asked, steps)
     return {**told, "steps": explain_steps(steps, in_english),
@@ -14464,26 +14498,14 @@ def count_tokens(handler: Handler, **fields: Any) -> Json:
 
     It counts as a request and keeps to the key's models (anthropic-messages.md section 9).
     """
-    gateway, owner = handler.gateway, owner_of(handler.key)
+    gateway = handler.gateway
     with gateway.limiter.hold(handler.meters) if handler.meters else _NO_WAIT:
         text = decode_body(handler.read_body())
         body = {**parse_body(text), **fields}
         call = Call(handler.endpoint.dialect, body, text, handler.headers, handler.request_id,
                     handler.key)
-        target = target_to_count(gateway, call)
-        if call.dialect is RESPONSES:
-            estimate = count_response_tokens(
-                body, lambda ident: gateway.responses.recall(ident, owner),
-                lambda ident: gateway.responses.item(ident, owner), gateway.seal())
-            return {"object": "response.input_tokens",
-                    "input_tokens": scaled_count(gateway, target, estimate)}
-        if call.dialect is GEMINI:
-            return {"totalTokens": scaled_count(gateway, target, count_content_tokens(body))}
-        if not isinstance(body.get("messages"), list) or not body["messages"]:
-            raise BadRequest("messages: a list with at least one message is required",
-                             param="messages")
-        return {"input_tokens": scaled_count(
-            gateway, target, count_message_tokens(body))}
+        scale = partial(scaled_count, gateway, target_to_count(gateway, call))
+        return call.dialect.count(call, context_of(gateway, scale))
 
 
 #: Verb of a Gemini path -> dialect, `stream`; None for countTokens.
@@ -14559,9 +14581,8 @@ def show_models(handler: Handler) -> Json:
         wants_more = is_codex(handler.headers) or "client_version" in query
         return {"object": "list", "data": found,
                 **({"models": codex_models(gateway, found)} if wants_more else {})}
-    models = [anthropic_model(model, target_of(gateway, model["id"]))
-              for model in models_of(gateway, handler.key, CLAUDE_MODELS.values())]
-    return anthropic_page(models, query)
+    found = models_of(gateway, handler.key, CLAUDE_MODELS.values())
+    return anthropic_page([anthropic_model(gateway, model) for model in found], query)
 
 
 def show_model(handler: Handler) -> Json:
@@ -14572,17 +14593,19 @@ def show_model(handler: Handler) -> Json:
                        param="model")
     if handler.endpoint.dialect is GEMINI:
         return gemini_model(gateway, wanted)
-    return (anthropic_model(model, target_of(gateway, wanted))
-            if handler.endpoint.dialect is MESSAGES else model)
+    return anthropic_model(gateway, model) if handler.endpoint.dialect is MESSAGES else model
+
+
+def limits_of(target: Target, prompt: str, output: str) -> Json:
+    """What is known of a model's limits in tokens, by the names that a list has for them."""
+    limits = {prompt: target.facts.get("context"), output: target.facts.get("max_output")}
+    return {name: limit for name, limit in limits.items() if limit}
 
 
 def gemini_model(gateway: Gateway, name: str) -> Json:
     """A model as Google's API lists it."""
-    target = target_of(gateway, name, "gemini")
-    facts = target.provider.facts.get(target.model, {}) if target else {}
-    limits = (("inputTokenLimit", "context"), ("outputTokenLimit", "max_output"))
     return {"name": f"models/{name}", "displayName": name,
-            **{shown: facts[fact] for shown, fact in limits if facts.get(fact)},
+            **limits_of(target_of(gateway, name, "gemini"), "inputTokenLimit", "outputTokenLimit"),
             "supportedGenerationMethods": ["generateContent", "countTokens"]}
 
 
@@ -14596,20 +14619,14 @@ def gemini_page(models: List[Json], query: Mapping[str, str]) -> Json:
             **({"nextPageToken": str(end)} if end < len(models) else {})}
 
 
-def anthropic_model(model: Json, target: Optional[Target] = None) -> Json:
+def anthropic_model(gateway: Gateway, model: Json) -> Json:
     """A model as Anthropic's API lists it; its display name says where it leads."""
     name = model["id"]
-    shown = {"type": "model", "id": name, "display_name": name,
-            "created_at": format_time(model["created"]),
-            "lifecycle": "active"}
-    if target is None:
-        return shown
-    where = f"{target.provider.name}/{target.model}"
-    if name not in (target.model, where):
-        shown["display_name"] = f"{name} → {where}"
-    facts = target.provider.facts.get(target.model, {})
-    limits = (("max_input_tokens", "context"), ("max_tokens", "max_output"))
-    return {**shown, **{name: facts[fact] for name, fact in limits if facts.get(fact)}}
+    target = target_of(gateway, name, "messages")
+    is_other = target.provider.name and name not in (target.model, str(target))
+    return {"type": "model", "id": name, "display_name": f"{name} → {target}" if is_other else name,
+            "created_at": format_time(model["created"]), "lifecycle": "active",
+            **limits_of(target, "max_input_tokens", "max_tokens")}
 
 
 #: What Codex tells a model before all else: its list needs it, and Codex' own is not taken then.
@@ -14639,13 +14656,13 @@ def codex_models(gateway: Gateway, models: Sequence[Json]) -> List[Json]:
     """
     default, shown = gateway.current(look=False).router.default_model, []
     for rank, name in enumerate((model["id"] for model in models), -len(models)):
-        target = target_of(gateway, name, "responses") or Target(Provider(""), name)
+        target = target_of(gateway, name, "responses")
         profile, provider = profile_of(target), target.provider
-        known = {**provider.profile, **provider.facts.get(target.model, {})}
+        known = {**provider.profile, **target.facts}
         efforts = [effort for effort in EFFORTS if effort in known.get("efforts", ())]
         sees = profile["vision"] or bool(provider.vision_model)
         shown.append({
-            "slug": name, "display_name": name, "description": f"{provider.name}/{target.model}",
+            "slug": name, "display_name": name, "description": str(target),
             "priority": -len(models) - 1 if name == default else rank, "visibility": "list",
             "supported_in_api": True, "base_instructions": CODEX_PROMPT,
             "shell_type": "shell_command", "apply_patch_tool_type": None, "upgrade": None,
@@ -15324,7 +15341,7 @@ SERIES_COUNTS = USAGE_COUNTS[:4]
 
 def limits_json(gateway: Gateway, key: ClientKey) -> Json:
     """A client key's limits, and what is used of them."""
-    used = gateway.limiter.used(key) if key.limits else {}
+    used = gateway.limiter.used(key)
     return {"key": key.name, **{name: {"used": used.get(name, 0), "limit": limit}
                                 for name, limit in key.limits.items()}}
 
@@ -15478,7 +15495,7 @@ def show_about(handler: Handler) -> Json:
     paths = {"program": os.path.abspath(show_about.__code__.co_filename),
              "iflow": os.path.expanduser(IFLOW_FILE)}
     if config is not None:
-        paths.update(config=config.path, usage=os.path.join(config.folder, "usage.jsonl"),
+        paths.update(config=config.path, usage=gateway.path_of("usage.jsonl"),
                      **({"log": log_path(gateway)} if log_path(gateway) else {}))
     facts = {"executable": sys.executable, "pid": os.getpid(), "started_at": gateway.started_at,
              "uptime_s": int(time.time() - gateway.started_at),
@@ -15671,11 +15688,8 @@ def show_admin_models(handler: Handler) -> Json:
     router, data = gateway.current().router, []
     aliases = {pattern for pattern, _ in router.aliases}
     for model in models_of(gateway):
-        try:
-            target = router.resolve(model["id"])[0]
-        except GatewayError:             # an alias, and no provider that it could lead to
-            target = Target(Provider(""), model["id"])
-        facts = target.provider.facts.get(target.model, {})
+        target = target_of(gateway, model["id"], "chat")
+        facts = target.facts
         sees = target.model == target.provider.vision_model or None
         data.append({"id": model["id"], "provider": target.provider.name,
                      "context": facts.get("context"), "max_output": facts.get("max_output"),
@@ -15697,7 +15711,7 @@ def show_keys(handler: Handler) -> Json:
                   "expires": entries.get(key.name, {}).get("expires"),
                   "expired": key.expires_at <= time.time(), "models": list(key.models),
                   "limits": dict(key.limits),
-                  "used": gateway.limiter.used(key) if key.limits else {}}
+                  "used": gateway.limiter.used(key)}
                  for key in gateway.state.auth.keys]}
 
 
@@ -15798,7 +15812,7 @@ def check_together(gateway: Gateway, values: Json) -> None:
         providers = gateway.current(look=False).settings.providers
         known = gateway.state.router
         router = gateway.routed(replace(gateway.settings, **{**values, "providers": providers}))
-        problems = [problem for problem in router.warnings if problem not in known.warnings]
+        problems = router.new_warnings(known)
         if problems:
             param = "aliases" if "aliases" in values else "default_provider"
             conflicting = router.conflicting - known.conflicting
@@ -16280,7 +16294,7 @@ def claude_words(router: Router, model: str = "") -> Dict[str, str]:
     words = {tier: model or (name if router.has_alias(name) else router.default_model)
              for tier, name in CLAUDE_MODELS.items()}
     target = router.claimed(words["SONNET"])
-    context = target.provider.facts.get(target.model, {}).get("context") if target else None
+    context = target.facts.get("context") if target else None
     is_local = target is not None and target.provider.is_local
     return {**words, "CONTEXT": str(context or ""), "REMINDER": "off" if is_local else "",
             "QUIET": "1" if is_local else ""}
