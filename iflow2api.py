@@ -334,6 +334,7 @@ DEFAULT_RETRY_AFTER_S = 5
 #: A provider's own model list is asked for this often, and waited for this long.
 MODELS_TTL_S = 300
 MODELS_TIMEOUT_S = 5
+MODEL_LIST_BYTES = 8 << 20
 
 #: Engines on this machine are looked for this often, and waited for this long: they are near.
 LOCAL_TTL_S = 30
@@ -2708,7 +2709,8 @@ class Router:
     def named(self, model: Optional[str]) -> str:
         """The name asked for, `default_model` where there is none; BadRequest.
 
-        It bears `[1m]` only where a provider lists it so, or an alias takes it so alone.
+        `[1m]` at its end stays where a provider lists the name so, or where an alias takes it so
+        and none takes it without.
         """
         name = model or self.default_model
         if not name:
@@ -9226,7 +9228,8 @@ class UpstreamConnection(HeadReader):
     def __init__(self, sock: socket.socket) -> None:
         self.sock, self.received, self.idle_since = sock, False, 0.0
         self.timeout_s = 60.0            #: longest silence, and time for all of a head
-        self._head_until: Optional[float] = None     #: when that is over, while a head is read
+        #: when all of the head that is being read has to be there
+        self._head_until: Optional[float] = None
         self.cut_by: Optional[Exception] = None
         self._poller = Poller()
         self._poller.register(sock.fileno(), _POLLIN)
@@ -9356,8 +9359,8 @@ class UpstreamResponse:
         self._left, self._will_close = head.length, not head.reusable
         self.next_timeout_s: Optional[float] = idle_timeout_s     #: for the body, until it begins
         self._received_all = self._left == 0
-        #: received and not decompressed yet; whether any of the rest was
-        self._packed, self._unpacked = b"", False
+        #: what is still to be decompressed; whether anything was
+        self._packed, self._has_unpacked = b"", False
         self._inflate: Any = None
         encoding = head.headers.get("content-encoding", "identity").lower()
         if encoding in ("gzip", "x-gzip", "deflate"):
@@ -9395,7 +9398,7 @@ class UpstreamResponse:
                 self.framed, payload = None, self._unpack(self._packed or payload)
             if payload:
                 return payload
-        if self._unpacked and not self._inflate.eof:
+        if self._has_unpacked and not self._inflate.eof:
             raise UpstreamGarbled("the upstream's compressed answer is cut off")
         return b""
 
@@ -9443,7 +9446,7 @@ class UpstreamResponse:
         except zlib.error as exc:
             raise UpstreamGarbled(f"the upstream's answer can't be decompressed: {exc}") from None
         self._packed = self._inflate.unconsumed_tail
-        self._unpacked = self._unpacked or bool(payload)
+        self._has_unpacked = self._has_unpacked or bool(payload)
         return payload
 
     def read_all(self, limit: int) -> bytes:
@@ -11434,9 +11437,10 @@ def line_through(pairs: Sequence[Sequence[float]]) -> Tuple[float, float]:
 class TokenScale:
     """What models count for what we estimate: learnt from prompt_tokens, kept over a restart."""
     LIMIT = 500                          #: models; the one not heard of for longest goes first
-    SURE, EVERY = 10, 8                  #: with SURE pairs of both only each EVERYth is estimated
-    #: of the slope; what is beyond them by more than a prompt of the upstream's own (in tokens)
-    #: is no matter of counting
+    #: pairs to know; from then on only each EVERYth answer is compared with an estimate
+    SURE, EVERY = 10, 8
+    #: of the slope; a count beyond them teaches nothing, but an upstream may add a system prompt
+    #: of its own, of so many tokens
     BOUNDS, OWN_PROMPT = (0.2, 5.0), 20_000
     WRITE_S = 5.0
 
@@ -11446,7 +11450,7 @@ class TokenScale:
         self._log, self._lock = log, threading.Lock()
         #: model -> the latest pairs of estimated and counted tokens
         self._pairs: Dict[str, List[List[int]]] = self._load()
-        self._passed: Dict[str, int] = {}        #: answers of it since, which taught nothing
+        self._passed: Dict[str, int] = {}        #: model -> answers since its latest pair
 
     def _load(self) -> Dict[str, List[List[int]]]:
         close_to_others(self._path)
@@ -11844,8 +11848,8 @@ class Journal:
         self.path = ""
 
     def _append(self, line: bytes, waits: bool = False) -> None:
-        """Write a line; `waits`: a moment later, with the lines of calls that run as well, since
-        each write costs a busy server a turn of the interpreter's lock.
+        """Write a line; `waits`: a moment later, with those of other calls, since each write costs
+        a busy server a turn of the interpreter's lock.
         """
         if not self.path:
             return
@@ -12646,7 +12650,7 @@ class Attempts:
     def _follow_plan(self) -> None:
         chain = self.state.chain_for(self.call)
         self.plan = plan_for(self.gateway, self.settings, self.call, chain)
-        with contextlib.ExitStack() as place:            # at the target that is being asked
+        with contextlib.ExitStack() as place:            # the one held at the target being asked
             while True:
                 step = self.plan.next()
                 if not step.is_same:
@@ -12937,7 +12941,7 @@ class LocalEngines:
                 ours = response.headers.get("server", "").startswith("iflow2api")
                 models = []
                 if response.status == 200 and not ours:
-                    models = parse_model_list(response.read_all(8 << 20))
+                    models = parse_model_list(response.read_all(MODEL_LIST_BYTES))
         except GatewayError as exc:
             self._gateway.log.debug("no %s at %s: %s", name, base_url, exc.message)
             return
@@ -13363,7 +13367,7 @@ def fetch_models(gateway: Gateway, provider: Provider) -> List[str]:
                                MODELS_TIMEOUT_S) as response:
         if response.status != 200:
             raise read_refusal(response, provider)
-        return parse_model_list(response.read_all(8 << 20))
+        return parse_model_list(response.read_all(MODEL_LIST_BYTES))
 
 
 def _fetch_list(gateway: Gateway, lane: Lane, now: float) -> None:
@@ -14012,12 +14016,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Busy("the server is shutting down" if self.server.closing.is_set() else
                        "too many connections; raise max_connections")
         self.endpoint, self.argument = find_endpoint(self.command, self.path, self.headers)
-        check_origin(self.server, self.headers, self.command)
+        check_origin(self)
         if self.endpoint.admin:
             check_own_page(self.headers)
             self.session = None if self.endpoint.public else check_session(self)
         elif not self.endpoint.public:
-            self.key = check_key(self.server, self.headers, self.path)
+            self.key = check_key(self)
             if self.gateway.state.auth.limited:
                 self.meters = meters_of(self)
         answer = self.endpoint.run(self)
@@ -14049,8 +14053,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest("Content-Length or Transfer-Encoding: chunked is needed", status=411)
         return self.body.pieces(limit, BODY_TIME_S)
 
-    def read_json(self, limit: int = 0) -> Json:
-        return parse_body(decode_body(self.read_body(limit)))
+    def read_json(self) -> Json:
+        """What the page sends."""
+        return parse_body(decode_body(self.read_body(ADMIN_BODY_BYTES)))
 
     # answers
 
@@ -14324,18 +14329,19 @@ def is_own_page(headers: Mapping[str, str]) -> bool:
     return origin.partition("://")[2].lower() == headers.get("host", "").lower()
 
 
-def check_origin(server: "Server", headers: Mapping[str, str], method: str) -> None:
+def check_origin(handler: Handler) -> None:
     """Forbidden for a Host that is not ours (DNS rebinding), or a foreign page without a key."""
-    settings, auth = server.gateway.settings, server.gateway.state.auth
+    headers, (settings, _, auth) = handler.headers, handler.gateway.state
     host = headers.get("host", "").lower()
     name = host.partition("]")[0] + "]" if host.startswith("[") else host.rpartition(":")[0] or host
-    if server.is_local and not (
+    if handler.server.is_local and not (
             is_loopback(name) or name in ("host.docker.internal", "")
             or name in [str(known).lower() for known in settings.allowed_hosts]):
         raise Forbidden(f"Host {name[:80]!r} is not this machine; add it to `allowed_hosts`",
                         code="host_not_allowed")
     origin = headers.get("origin")
-    if origin is None or method == "OPTIONS" or {origin, "*"} & set(settings.allowed_origins):
+    is_allowed = {origin, "*"} & set(settings.allowed_origins)
+    if origin is None or handler.command == "OPTIONS" or is_allowed:
         return
     if is_own_page(headers) or auth.required and auth.find(client_keys(settings, headers)):
         return
@@ -14363,15 +14369,14 @@ NO_KEY_LEFT = ("this server is reached from other machines and has no client key
                "answers nobody; on its machine, `key add NAME` makes one, or set custom_api_key")
 
 
-def check_key(server: "Server", headers: Mapping[str, str],
-              target: str) -> Optional[ClientKey]:
+def check_key(handler: Handler) -> Optional[ClientKey]:
     """Whose request it is, None where no key is needed; Unauthorized."""
-    state = server.gateway.state
-    if not server.needs_key:
+    state = handler.gateway.state
+    if not handler.server.needs_key:
         return None
     if not state.auth.required:
         raise Unauthorized(NO_KEY_LEFT, code="no_client_key")
-    given = list(client_keys(state.settings, headers, target))
+    given = list(client_keys(state.settings, handler.headers, handler.path))
     key = state.auth.find(given)
     if key is None:
         ours = ("custom_api_key" if state.settings.custom_api_key
@@ -15234,7 +15239,7 @@ def typed(value: Any, where: str) -> str:
 
 def read_form(handler: Handler, need: Mapping[str, Shape], may: Mapping[str, Shape]) -> Json:
     """The fields of a request's body, null where that was sent; BadRequest."""
-    body = handler.read_json(ADMIN_BODY_BYTES)
+    body = handler.read_json()
     with naming_fields():
         return {**dict.fromkeys(body), **record(need, may)(body, "")}
 
@@ -16418,8 +16423,8 @@ PAGE_ROUTES: Dict[str, Callable[[Handler], Optional[Json]]] = {
     "POST providers": add_provider, "PUT providers/{name}": edit_provider,
     "DELETE providers/{name}": remove_provider, "POST providers/test": try_provider,
     "POST providers/order": order_providers, "GET models": show_admin_models,
-    "POST routes/explain": lambda handler: explain(
-        handler.gateway, handler.read_json(ADMIN_BODY_BYTES), wants_english(handler)),
+    "POST routes/explain": lambda handler: explain(handler.gateway, handler.read_json(),
+                                                   wants_english(handler)),
     "GET keys": show_keys, "POST keys": add_key, "DELETE keys/{name}": remove_key,
     "GET logins": show_logins, "DELETE logins/{name}": end_login, "POST oauth/start": start_login,
     "POST oauth/paste": paste_login,
