@@ -12158,7 +12158,7 @@ class Live(logging.Handler):
         self.requests, self.logs = RecentItems(HISTORY_SIZE), RecentItems(LOG_LINES)
         self.closed = False
         self._viewers: Dict[bool, int] = {False: 0, True: 0}     #: by whether they want logs
-        self._version, self._changed = 0, threading.Condition()
+        self.version, self._changed = 0, threading.Condition()    #: how much has been news so far
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
@@ -12171,15 +12171,14 @@ class Live(logging.Handler):
         """Wake the viewers; `log_only`: those who want logs."""
         if self._viewers[True] or not log_only and self._viewers[False]:
             with self._changed:
-                self._version += 1
+                self.version += 1
                 self._changed.notify_all()
 
-    def wait(self, version: int, seconds: float) -> int:
-        """Until something is newer than `version`, but not longer; the new version."""
+    def wait(self, version: int, seconds: float) -> None:
+        """Until something is newer than `version`, but not longer."""
         with self._changed:
-            if self._version == version and not self.closed:
+            if self.version == version and not self.closed:
                 self._changed.wait(seconds)
-            return self._version
 
     @contextlib.contextmanager
     def viewer(self, logs: bool) -> Iterator[None]:
@@ -15599,7 +15598,7 @@ def stream_events(handler: Handler) -> None:
         handler.busy = False             # a server that stops does not wait for this one
         while handler.command != "HEAD" and not live.closed and gateway.sessions.is_alive(
                 handler.session):
-            version = live.wait(-1, 0)
+            version = live.version
             handler.write(viewer.news())
             if has_left(handler.connection):
                 raise ClientGone
@@ -16155,7 +16154,7 @@ def paste_login(handler: Handler) -> Json:
 
 def show_logins(handler: Handler) -> Json:
     logins = handler.gateway.login_report()
-    return {"data": [{"account": account, "keys": 1, "message": "", **login}
+    return {"data": [{"account": account, "message": "", **login}
                      for account, login in logins.items()]}
 
 

@@ -7018,13 +7018,13 @@ def test_a_system_without_poll(server, upstream, monkeypatch, looks_often):
     """Windows has no select.poll."""
     monkeypatch.setattr(ifl, "BODY_TIME_S", 0.2)
     monkeypatch.setattr(ifl, "Poller", ifl._SelectPoller)
-    running = server(upstream, keepalive_s=0.03, first_byte_timeout_s=0.3, idle_timeout_s=0.3)
+    running = server(upstream, provider(upstream, "short", timeout_s=0.3), keepalive_s=0.03)
     assert post(running, chat(pad="x" * 3_000_000)).status == 200
     assert upstream.last.json["pad"] == "x" * 3_000_000
     assert records_of(post(running, chat(True)).body) == HELLO
     for reply, size in ((Reply(HOLD), 0), (sse(chunk("x" * 900_000), HOLD), 900_000)):
         upstream.plays(reply)
-        found = records_of(post(running, chat(True)).body)
+        found = records_of(post(running, chat(True, "short/m")).body)
         assert len(text_of(found)) == size and "0.3 s" in found[-1]["error"]["message"]
         assert size or found[0] == ": keep-alive"
     upstream.plays(Reply(HOLD))
