@@ -5070,8 +5070,10 @@ def as_messages(*steps):
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append(assistant())
             messages[-1]["content"].append(blocks[kind](*facts))
-        elif kind == "result":
-            messages.append(user(result(facts[0], content_of(facts[1:], "text", image()))))
+        elif kind in ("result", "error"):
+            more = {"is_error": True} if kind == "error" else {}
+            content = content_of(facts[1:], "text", image())
+            messages.append(user(result(facts[0], content, **more)))
         else:
             messages.append({"role": kind, "content": content_of(facts, "text", image())})
     return {"messages": messages}
@@ -5089,8 +5091,9 @@ def as_items(*steps):
             given = json.dumps(facts[1], separators=(",", ":"))
             items.append(call_responses(facts[0], arguments=given))
         else:
-            content = content_of(facts[kind == "result":], "input_text", image_responses(SHOWN))
-            items.append(result_responses(facts[0], content) if kind == "result" else
+            is_result = kind in ("result", "error")
+            content = content_of(facts[is_result:], "input_text", image_responses(SHOWN))
+            items.append(result_responses(facts[0], content) if is_result else
                          {"role": kind, "content": content})
     return {"input": items}
 
@@ -5104,11 +5107,12 @@ def as_contents(*steps):
                                                              "args": given}}}
     contents = []
     for kind, *facts in steps:
-        if kind == "result":
+        if kind in ("result", "error"):
             said = "\n\n".join(piece for piece in facts[1:] if piece != SHOWN)
             files = [shown for piece in facts[1:] if piece == SHOWN]
+            field = "error" if kind == "error" else "output"
             parts = [{"functionResponse": {"id": facts[0], "name": "f", "parts": files,
-                                           "response": {"output": said}}}]
+                                           "response": {field: said}}}]
         else:
             parts = [blocks[kind](*facts)] if kind in blocks else [
                 shown if piece == SHOWN else {"text": piece} for piece in facts]
@@ -5220,47 +5224,104 @@ def test_reasoning_is_not_required_where_thinking_is_off():
 
 # --- one wish in all dialects
 
+def as_chat(*steps):
+    """The same as Chat has it."""
+    messages = []
+    for kind, *facts in steps:
+        if kind in ("think", "say", "call"):
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append(said_chat("assistant", None))
+            said = messages[-1]
+            if kind == "call":
+                given = json.dumps(facts[1], separators=(",", ":"))
+                said.setdefault("tool_calls", []).append(call(facts[0], "f", given))
+            else:
+                said["content" if kind == "say" else "reasoning_content"] = facts[0]
+        elif kind in ("result", "error"):
+            messages.append(tool_responses(facts[1], facts[0]))
+        else:
+            parts = content_of(facts, "text", IMAGE_PART)
+            messages.append(said_chat(kind, parts if SHOWN in facts else facts[0]))
+    return {"messages": messages}
+
+
+def chat_request(steps, wish):
+    """A conversation with its wishes as a client of Chat writes it."""
+    choice, schema = wish.get("choice"), wish.get("schema")
+    is_named = choice not in (None, "auto", "required", "none")
+    form = {"name": "output", "schema": schema, "strict": True}
+    return {"model": "m", **as_chat(("system", "S"), *steps), **ifl.non_empty(
+        tools=[function("f")] if wish.get("tools", True) else [],
+        tool_choice=function_named(choice) if is_named else choice,
+        response_format=schema and {"type": "json_schema", "json_schema": form},
+        thinking={"type": "enabled"} if wish.get("thinks") else None,
+        max_tokens=wish.get("limit"), temperature=wish.get("heat"), stop=wish.get("stop"))}
+
+
+def messages_request(steps, wish):
+    """The same of Messages."""
+    choice, schema = wish.get("choice"), wish.get("schema")
+    kinds = {"required": "any", "auto": "auto", "none": "none"}
+    wanted = {"type": kinds[choice]} if choice in kinds else {"type": "tool", "name": choice}
+    form = {"format": {"type": "json_schema", "schema": schema}}
+    return {"model": "m", "max_tokens": wish.get("limit", 256), "system": "S",
+            **as_messages(*steps), **ifl.non_empty(
+                tools=[{"name": "f", "input_schema": {}}] if wish.get("tools", True) else [],
+                tool_choice=choice and wanted, output_config=schema and form,
+                thinking={"type": "adaptive"} if wish.get("thinks") else None,
+                temperature=wish.get("heat"), stop_sequences=wish.get("stop"))}
+
+
+def responses_request(steps, wish):
+    """The same of Responses."""
+    choice, schema = wish.get("choice"), wish.get("schema")
+    is_named = choice not in (None, "auto", "required", "none")
+    form = {"type": "json_schema", "name": "output", "schema": schema, "strict": True}
+    return {"model": "m", "instructions": "S", **as_items(*steps), **ifl.non_empty(
+        tools=[{"type": "function", "name": "f"}] if wish.get("tools", True) else [],
+        tool_choice={"type": "function", "name": choice} if is_named else choice,
+        text=schema and {"format": form}, max_output_tokens=wish.get("limit"),
+        reasoning={"effort": "high"} if wish.get("thinks") else None,
+        temperature=wish.get("heat"))}
+
+
+def gemini_request(steps, wish):
+    """The same of Gemini."""
+    choice, schema = wish.get("choice"), wish.get("schema")
+    modes = {"auto": "AUTO", "none": "NONE"}
+    is_named = choice not in (None, "auto", "required", "none")
+    config = {"mode": modes.get(choice, "ANY"), **({"allowedFunctionNames": [choice]}
+                                                   if is_named else {})}
+    offered = [{"functionDeclarations": [{"name": "f"}]}] if wish.get("tools", True) else []
+    return {"systemInstruction": "S", **as_contents(*steps), **ifl.non_empty(
+        tools=offered, toolConfig=choice and {"functionCallingConfig": config}),
+        "generationConfig": ifl.non_empty(
+            responseMimeType=schema and "application/json", responseJsonSchema=schema,
+            thinkingConfig={"thinkingLevel": "HIGH"} if wish.get("thinks") else None,
+            maxOutputTokens=wish.get("limit"), temperature=wish.get("heat"),
+            stopSequences=wish.get("stop"))}
+
+
+#: dialect -> how a client writes a request, and where it sends it.
+DIALECTS = {"chat": (chat_request, "/v1/chat/completions"),
+            "messages": (messages_request, "/v1/messages"),
+            "responses": (responses_request, "/v1/responses"),
+            "gemini": (gemini_request, "/v1beta/models/m:generateContent")}
+
+
 def wished(dialect, choice=None, schema=None, tools=True, thinks=False, **profile):
     """The chat request for a conversation with a tool `f`, a choice and a schema, and a profile."""
     profile = {**ifl.DEFAULT_PROFILE, **profile}
-    named = choice not in (None, "auto", "required", "none")
+    body = DIALECTS[dialect][0]([("user", "q")], {"choice": choice, "schema": schema,
+                                                  "tools": tools, "thinks": thinks})
     if dialect == "messages":
-        kinds = {"required": "any", "auto": "auto", "none": "none"}
-        wish = {"type": "tool", "name": choice} if named else {"type": kinds.get(choice)}
-        return turn_of({
-            "system": "S", "tools": [{"name": "f", "input_schema": {}}] if tools else [],
-            "tool_choice": wish if choice else None,
-            "output_config": {"format": schema and {"type": "json_schema", "schema": schema}},
-            "thinking": {"type": "adaptive"} if thinks else None}, **profile).chat
-    if dialect == "gemini":
-        modes = {"auto": "AUTO", "none": "NONE", None: None}
-        config = {"responseMimeType": "application/json", "responseJsonSchema": schema}
-        return gemini_turn({
-            "systemInstruction": "S", "tools": [{"functionDeclarations": [{"name": "f"}]}] if tools
-            else [], "toolConfig": {"functionCallingConfig": {
-                "mode": modes.get(choice, "ANY"),
-                "allowedFunctionNames": ["f"] if named else None}},
-            "generationConfig": {**(config if schema else {}), "thinkingConfig": {
-                "thinkingLevel": "HIGH" if thinks else None}}}, profile).chat
+        return turn_of(body, **profile).chat
     if dialect == "responses":
-        return make_turn({
-            "instructions": "S", "input": "q", "tool_choice":
-                {"type": "function", "name": choice} if named else choice,
-            "tools": [{"type": "function", "name": "f"}] if tools else [],
-            "text": {"format": schema and {"type": "json_schema", "name": "output",
-                                           "schema": schema, "strict": True}},
-            "reasoning": {"effort": "high"} if thinks else {}}, profile).chat
-    chat = {"model": "m", "messages": [said_chat("system", "S"), said_chat("user", "q")]}
-    if tools:
-        chat["tools"] = [function("f")]
-    if choice:
-        chat["tool_choice"] = function_named("f") if named else choice
-    if schema:
-        chat["response_format"] = {"type": "json_schema", "json_schema": {
-            "name": "output", "schema": schema, "strict": True}}
-    wishes = ifl.Wishes(thinking=thinks or None, is_chat=True)
-    done = ifl.finish_chat(chat, profile, wishes)
-    assert (done is chat) == (done == chat)                # what needs no change is not copied
+        return make_turn(body, profile).chat
+    if dialect == "gemini":
+        return gemini_turn(body, profile).chat
+    done = ifl.finish_chat(body, profile, ifl.Wishes(thinking=thinks or None, is_chat=True))
+    assert (done is body) == (done == body)                # what needs no change is not copied
     return done
 
 
@@ -5306,6 +5367,52 @@ def test_one_wish_is_one_chat_request(dialect, wish, expected):
         form["json_schema"]["strict"] = True
     assert ("tools" in chat, chat.get("tool_choice"), form,
             chat["messages"][0]["content"]) == expected
+
+
+STEP = [("user", "q"), ("think", "t"), ("say", "s"), CALL_A, CALL_B,
+        ("result", "a", "1"), ("result", "b", "2")]
+#: id, neutral conversation, its wishes.
+SAME = [
+    ("text", [("user", "q"), ("say", "a"), ("user", "r")], {}),
+    ("an image", [("user", "q", SHOWN)], {}),
+    ("thinking, parallel calls and their results", [*STEP, ("user", "r")], {}),
+    ("a call without a text", [("user", "q"), CALL_A, ("result", "a", "1")], {}),
+    ("a result that is an error", [("user", "q"), CALL_A, ("error", "a", "1")], {}),
+    ("a forced tool", STEP, {"choice": "f"}),
+    ("any tool", STEP, {"choice": "required"}),
+    ("no tool", STEP, {"choice": "none"}),
+    ("a schema", [("user", "q")], {"schema": SCHEMA, "tools": False}),
+    ("thinking that is asked for", [("user", "q")], {"thinks": True}),
+    ("stop", [("user", "q")], {"stop": ["x", "y"]}),
+    ("limits", [("user", "q")], {"limit": 9, "heat": 0.5}),
+]
+
+
+#: Differences from the request of a Chat client that lie in the dialects: row, dialects, why, and
+#: what becomes of that request.
+APART = [
+    ("a result that is an error", ("messages", "gemini"), "Chat's results have no mark of errors",
+     lambda chat: chat["messages"][-1].update(content="[tool error] 1")),
+    ("a schema", ("gemini",), "Google's schemas are not OpenAI's, so they are not strict",
+     lambda chat: chat["response_format"]["json_schema"].update(strict=False)),
+    ("thinking that is asked for", ("responses", "gemini"), "thinking is asked for by its effort",
+     lambda chat: chat.update(reasoning_effort="high")),
+    ("stop", ("responses",), "there is no such field", lambda chat: chat.pop("stop")),
+]
+
+
+@pytest.mark.parametrize("name, steps, wish", SAME, ids=[row[0] for row in SAME])
+def test_one_conversation_reaches_the_upstream_as_one_request(server, upstream, name, steps, wish):
+    running, sent = server(upstream), {}
+    for dialect, (write, path) in DIALECTS.items():
+        assert post(running, write(steps, {"limit": 256, **wish}), path).status == 200
+        sent[dialect] = upstream.last.json
+    for dialect in DIALECTS:
+        expected = json.loads(json.dumps(sent["chat"]))
+        for row, dialects, _, change in APART:
+            if row == name and dialect in dialects:
+                change(expected)
+        assert sent[dialect] == expected, dialect
 
 
 def test_tools_that_nobody_runs_are_told_in_both_dialects():
