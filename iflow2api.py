@@ -18581,7 +18581,7 @@ def texts_of(table: str) -> Dict[str, List[str]]:
     return {key: pair for key, *pair in entries}
 
 
-def fill_in(text: str, facts: Mapping[str, Any]) -> str:
+def format_text(text: str, facts: Mapping[str, Any]) -> str:
     """A text of such a table with its facts, as the page's `t` does it."""
     def value(found: re.Match) -> str:
         name, one, many = found.groups()
@@ -19957,7 +19957,7 @@ def console_texts() -> Dict[str, Pair]:
 
 def tr(which: str, **facts: Any) -> str:
     """A text in the console's language, filled in."""
-    return fill_in(CONSOLE.text(console_texts()[which]), {**facts, "program": PROGRAM})
+    return format_text(CONSOLE.text(console_texts()[which]), {**facts, "program": PROGRAM})
 
 
 def tr_word(which: str) -> str:
@@ -19968,7 +19968,7 @@ def tr_word(which: str) -> str:
 def marked(mark: str, text: Any) -> str:
     """`error: …`, `warning: …` or `problem: …`, in the language of `text`."""
     zh, en = console_texts()["mark_" + mark]
-    return fill_in(en if columns_of(str(text)) == len(str(text)) else zh, {"text": text})
+    return format_text(en if columns_of(str(text)) == len(str(text)) else zh, {"text": text})
 
 
 def reason_of(exc: OSError) -> str:

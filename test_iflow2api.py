@@ -16195,7 +16195,9 @@ def test_texts_are_whole_and_used():
         places = [re.findall(r"\{(\w+)", text) for text in (zh, en)]
         assert zh.strip() and en.strip(), key
         assert set(places[0]) - {"program"} == set(places[1]) - {"program"}, key
-    assert set(table) & set(shared) == set()
+    keys = re.findall(r"(?:^| \| )([\w-]+) = ", ifl.PAGE_TEXTS + ifl.CONSOLE_TEXTS, re.M)
+    assert {key for key in keys if keys.count(key) > 1} == set()     # the last one would win
+    assert {*table, *shared} <= set(keys)
     code = SOURCE[SOURCE.index("# --- the console ---"):]
     named = {f"{head}_{end}" for head, ends in (
         ("mark", ("error", "warning", "problem")), ("encrypt", ("on", "off")),
