@@ -14578,15 +14578,12 @@ def show_metrics(handler: Handler) -> None:
 def show_models(handler: Handler) -> Json:
     """The list in the client's shape; with `models` beside `data` for Codex."""
     gateway, query, dialect = handler.gateway, query_of(handler), handler.endpoint.dialect
-    if dialect is not MESSAGES:
-        found = models_of(gateway, handler.key)
-        if dialect is GEMINI:
-            return gemini_page([gemini_model(gateway, model["id"]) for model in found], query)
-        wants_more = is_codex(handler.headers) or "client_version" in query
-        return {"object": "list", "data": found,
-                **({"models": codex_models(gateway, found)} if wants_more else {})}
-    found = models_of(gateway, handler.key, CLAUDE_MODELS.values())
-    return anthropic_page([anthropic_model(gateway, model) for model in found], query)
+    one, page, names = MODEL_LISTS[dialect]
+    found = models_of(gateway, handler.key, names)
+    shown = page([one(gateway, model) for model in found], query)
+    if dialect is CHAT and (is_codex(handler.headers) or "client_version" in query):
+        shown["models"] = codex_models(gateway, found)
+    return shown
 
 
 def show_model(handler: Handler) -> Json:
@@ -14595,9 +14592,8 @@ def show_model(handler: Handler) -> Json:
     if model is None:
         raise NotFound(f"the model {wanted[:100]!r} does not exist", code="model_not_found",
                        param="model")
-    if handler.endpoint.dialect is GEMINI:
-        return gemini_model(gateway, wanted)
-    return anthropic_model(gateway, model) if handler.endpoint.dialect is MESSAGES else model
+    one, _, _ = MODEL_LISTS[handler.endpoint.dialect]
+    return one(gateway, model)
 
 
 def limits_of(target: Target, prompt: str, output: str) -> Json:
@@ -14606,8 +14602,9 @@ def limits_of(target: Target, prompt: str, output: str) -> Json:
     return {name: limit for name, limit in limits.items() if limit}
 
 
-def gemini_model(gateway: Gateway, name: str) -> Json:
+def gemini_model(gateway: Gateway, model: Json) -> Json:
     """A model as Google's API lists it."""
+    name = model["id"]
     return {"name": f"models/{name}", "displayName": name,
             **limits_of(target_of(gateway, name, "gemini"), "inputTokenLimit", "outputTokenLimit"),
             "supportedGenerationMethods": ["generateContent", "countTokens"]}
@@ -14692,6 +14689,14 @@ def anthropic_page(models: List[Json], query: Mapping[str, str]) -> Json:
         page = models[:names.index(before)][-limit:]
         return page_of(page, names.index(before) > len(page))
     return page_of(models[:limit], len(models) > limit)
+
+
+#: Dialect -> a model in its list, a page of them, and names that its clients bring along.
+MODEL_LISTS: Dict[ChatDialect, Tuple[Callable[..., Json], Callable[..., Json],
+                                     Collection[str]]] = {
+    CHAT: (lambda _, model: model, lambda models, _: {"object": "list", "data": models}, ()),
+    MESSAGES: (anthropic_model, anthropic_page, CLAUDE_MODELS.values()),
+    GEMINI: (gemini_model, gemini_page, ())}
 
 
 CARD = r"""<!doctype html><html lang="en"><meta charset="utf-8">
