@@ -2839,12 +2839,12 @@ class Rests:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._until: Dict[Optional[str], float] = {}
-        self._refused: Dict[Optional[str], bool] = {}    #: keys that rest because they were refused
+        #: when its rest is over, and whether it is a key that was refused
+        self._until: Dict[Optional[str], Tuple[float, bool]] = {}
         self.failures = 0                                #: of the provider, in a row
 
     def rest(self, what: Optional[str], seconds: float, refused: bool = False) -> None:
-        self._until[what], self._refused[what] = self._clock() + seconds, refused
+        self._until[what] = self._clock() + seconds, refused
 
     def fail(self, limit: int, rest_s: float) -> bool:
         """One more failure of the provider; whether this is the one that begins its rest."""
@@ -2867,12 +2867,13 @@ class Rests:
         return state != "open"
 
     def left_s(self, what: Optional[str]) -> float:
-        until = self._until.get(what)
-        return 0.0 if until is None else max(0.0, until - self._clock())
+        found = self._until.get(what)
+        return max(0.0, found[0] - self._clock()) if found else 0.0
 
     def key_state(self, key: str) -> str:
         """`ok`, `resting` or `refused`."""
-        return "ok" if not self.left_s(key) else "refused" if self._refused.get(key) else "resting"
+        _, refused = self._until.get(key, (0.0, False))
+        return "ok" if not self.left_s(key) else "refused" if refused else "resting"
 
     @property
     def state(self) -> str:
@@ -15220,9 +15221,9 @@ add_routes({
 
 # --- what a request says --------------------------------------------------------
 
-def bad_field(message: str) -> BadRequest:
+def bad_field(message: str, code: Optional[str] = None) -> BadRequest:
     """The error for a field; the message begins with the field's name."""
-    return BadRequest(message, param=re.split(r"\W", message, maxsplit=1)[0])
+    return BadRequest(message, param=re.split(r"\W", message, maxsplit=1)[0], code=code)
 
 
 @contextlib.contextmanager
@@ -15924,10 +15925,8 @@ def new_secret(value: Any, where: str) -> str:
     if "…" in text:
         raise bad_field(f"{where}: this is the mask of none that is stored here")
     if re.fullmatch(_REFERENCE, text) or is_encrypted(text):
-        error = bad_field(f"{where}: {text[:40]} can't be added here; put it into config.json, or "
-                          "use `provider add` on the command line")
-        error.code = "reference"
-        raise error
+        raise bad_field(f"{where}: {text[:40]} can't be added here; put it into config.json, or "
+                        "use `provider add` on the command line", "reference")
     return "$" + text if text.startswith("$$") else text
 
 
