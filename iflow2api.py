@@ -12544,8 +12544,8 @@ def _add_sentence(exc: GatewayError, sentence: str) -> None:
 
 
 def explain_refusal(exc: UpstreamError, target: Target, translation: Translation,
-                    flags: Mapping[str, Any], shows_images: bool = False) -> UpstreamError:
-    """An upstream's error as the client gets it; `flags`: the gateway's, for what to advise.
+                    is_single: bool, shows_images: bool = False) -> UpstreamError:
+    """An upstream's error as the client gets it; `is_single`: Gateway's, for what to advise.
 
     A refused key is the operator's trouble, not the client's: 401 and 403 become a 403 that says
     what to do (Claude Code repeats a 401 for over a minute, and shows a 403).
@@ -12566,7 +12566,7 @@ def explain_refusal(exc: UpstreamError, target: Target, translation: Translation
     if provider.name == "iflow":
         cure = ("log in to iFlow again (python iflow2api.py login), then run: "
                 "python iflow2api.py test iflow")
-    elif "providers" in flags:           # --upstream
+    elif is_single:
         cure = "give another --api-key"
     cure = "; ".join(filter(None, (cure, other_keys(provider))))
     return UpstreamRefused(
@@ -12662,7 +12662,7 @@ class Attempts:
                     status, told = exc.status, exc
                     if isinstance(exc, UpstreamError):
                         told = explain_refusal(exc, self.target, self.translation,
-                                               self.gateway.flags, self.call.shows_images)
+                                               self.gateway.is_single, self.call.shows_images)
                     forget_trace(exc)    # the plan keeps errors
                     if not self._mend(status, told):
                         self._give_up(status, told, len(chain) > 1)
@@ -12982,6 +12982,8 @@ class Gateway:
                  clock: Callable[[], float] = time.monotonic,
                  pause: Callable[[Client, float], None] = wait_for) -> None:
         self.config, self.flags = config, dict(flags or {})
+        #: with --upstream: that provider alone, and no login
+        self.is_single = "providers" in self.flags
         self.log, self._leads_log = GatewayLog(), False
         self.environ = os.environ if environ is None else environ
         self.live = Live()
@@ -13068,7 +13070,7 @@ class Gateway:
 
     def routed(self, settings: Settings) -> Router:
         """The routes that `settings` would make."""
-        if "providers" in self.flags:    # --upstream: that one alone
+        if self.is_single:
             return Router(settings, self.environ)
         name = self._login.get("modelName")
         iflow = iflow_provider(settings, self.origins, self.environ if self.config else {},
@@ -13078,7 +13080,7 @@ class Gateway:
 
     def _read_login(self) -> List[str]:
         """Take over the iFlow CLI's file; the warnings.  A broken one leaves the last in force."""
-        if self.config is None or "providers" in self.flags:
+        if self.config is None or self.is_single:
             return []
         try:
             self._login = read_json_file(os.path.expanduser(IFLOW_FILE))
@@ -13143,7 +13145,7 @@ class Gateway:
         if self.config is not None and self._watch is None:
             self._watch = FileWatch([self.config.path, os.path.expanduser(IFLOW_FILE)],
                                     self._files_changed, log=self.log)
-            if "providers" not in self.flags:
+            if not self.is_single:
                 self.logins.refresher.start()
 
     def _files_changed(self) -> None:
@@ -13267,9 +13269,8 @@ class Gateway:
     def login_report(self) -> Dict[str, Json]:
         """Refresher.report for the logins in force."""
         accounts = {name: object_of(login) for name, login in self.settings.accounts.items()}
-        is_used = "providers" not in self.flags          # else --upstream
         return self.logins.refresher.report(
-            {DEFAULT_ACCOUNT: self._login, **accounts} if is_used else {})
+            {} if self.is_single else {DEFAULT_ACCOUNT: self._login, **accounts})
 
     def close(self) -> None:
         log.removeHandler(self.live)
