@@ -12875,15 +12875,14 @@ class Attempts:
     def _spend(self) -> None:
         """Count the tokens against limits, once."""
         record, usage = self.record, self.record.usage
-        if self.call.meters and not record.spent:
+        # 0: it is about to end well
+        is_answered = record.status in (0, 200) or record.first_s is not None
+        if is_answered and record.target and self.call.meters and not record.spent:
             record.spent = True
-            # 0: it is about to end well
-            counts = record.status in (0, 200) or record.first_s is not None
             used = {"input": usage.prompt, "cached": usage.cached, "output": usage.completion}
-            cost = cost_of(self.target.model, self.target.provider.name, used,
-                           self.gateway.settings.prices) or 0.0
-            self.gateway.limiter.spend(
-                self.call.meters, usage.prompt + usage.completion if counts else 0, cost)
+            cost = cost_of(record.target.model, record.target.provider.name, used,
+                           self.settings.prices) or 0.0
+            self.gateway.limiter.spend(self.call.meters, usage.prompt + usage.completion, cost)
 
 
 class LocalEngines:
@@ -13284,6 +13283,19 @@ class Gateway:
 
 # --- what there is -------------------------------------------------------------
 
+def get_from(gateway: Gateway, provider: Provider, path: str, scheme: str = "Bearer ") -> bytes:
+    """What a provider answers to a GET with its headers and key; UpstreamError."""
+    limit_s = min(gateway.settings.connect_timeout_s, MODELS_TIMEOUT_S)
+    settings = replace(gateway.settings, connect_timeout_s=limit_s)
+    key = gateway.lane(provider).keys(provider.api_keys)[0]
+    headers = [*provider.headers, *([("Authorization", scheme + key)] if key else [])]
+    with gateway.upstream.open(provider, settings, "GET", path, headers, None, NOBODY,
+                               MODELS_TIMEOUT_S) as response:
+        if response.status != 200:
+            raise read_refusal(response, provider)
+        return response.read_all(MODEL_LIST_BYTES)
+
+
 def _limit_text(limit: Any, now: float) -> str:
     """A quota of GLM's or Kimi's plans: what is used of it, and when it begins anew."""
     facts = limit.get("detail", limit)
@@ -13341,16 +13353,10 @@ def balance_of(gateway: Gateway, provider: Provider) -> Json:
 
 def _ask_balance(gateway: Gateway, provider: Provider, host: str) -> Json:
     path, is_bare, _ = BALANCES[host]
-    key = gateway.lane(provider).keys(provider.api_keys)[0]
-    headers = [("Authorization", key if is_bare else "Bearer " + key)]
     place = Endpoint.of(provider.base_url)
-    at_root = replace(provider, base_url=f"{place.scheme}://{place.authority}")
+    at_root = replace(provider, base_url=f"{place.scheme}://{place.authority}", headers=())
     try:
-        with gateway.upstream.open(at_root, gateway.settings, "GET", path, headers, None, NOBODY,
-                                   MODELS_TIMEOUT_S) as response:
-            if response.status != 200:
-                raise read_refusal(response, provider)
-            answer = json.loads(response.read_all(1 << 20))
+        answer = json.loads(get_from(gateway, at_root, path, "" if is_bare else "Bearer "))
         return {"balance": read_balance(host, answer, time.time())}
     except (GatewayError, ValueError, RecursionError) as exc:
         return {"problem": one_line(str(exc), 200)}
@@ -13360,15 +13366,7 @@ def fetch_models(gateway: Gateway, provider: Provider) -> List[str]:
     """The provider's own `/models`, or what is known where it can't be relied on; UpstreamError."""
     if not provider.profile.get("lists_models", True):
         return list(provider.models)
-    limit_s = min(gateway.settings.connect_timeout_s, MODELS_TIMEOUT_S)
-    settings = replace(gateway.settings, connect_timeout_s=limit_s)
-    key = gateway.lane(provider).keys(provider.api_keys)[0]
-    headers = [*provider.headers, *([("Authorization", "Bearer " + key)] if key else [])]
-    with gateway.upstream.open(provider, settings, "GET", "/models", headers, None, NOBODY,
-                               MODELS_TIMEOUT_S) as response:
-        if response.status != 200:
-            raise read_refusal(response, provider)
-        return parse_model_list(response.read_all(MODEL_LIST_BYTES))
+    return parse_model_list(get_from(gateway, provider, "/models"))
 
 
 def _fetch_list(gateway: Gateway, lane: Lane, now: float) -> None:

@@ -11377,6 +11377,16 @@ def test_a_budget_is_spent_by_prices_and_outlives_a_restart(config, upstream):
         assert post(running, chat(), **bob).status == 429
 
 
+@pytest.mark.parametrize("path", ASKS)
+def test_a_key_with_limits_is_told_why_no_upstream_is_asked(server, upstream, path):
+    key = key_entry("bob", "sk-bob", models=["m1"], rpm=9, tpd=99, budget_day=5)
+    running = server(upstream, client_keys=[key], prices=PRICES)
+    body = {"model": "other", **ASKS[path]}
+    answer = post(running, body, path=path, x_api_key="sk-bob")
+    assert answer.status == 403 and "may not use the model other" in answer.error["message"]
+    assert upstream.requests == []
+
+
 @pytest.mark.parametrize("argv, said", [
     (["--budget-day", "2.5", "--budget-month", "10"], None), (["--budget-day", "0"], "above 0"),
     (["--budget-day", "-1"], "--budget-day"), (["--budget-month", "much"], "above 0")])
@@ -11392,6 +11402,8 @@ def test_budgets_on_the_command_line(config, capsys, argv, said):
         capsys.readouterr()
         assert ifl.main(["key", "list", "--config-dir", config.folder]) == 0
         assert "budget / day: 2.5;" in capsys.readouterr().out
+
+
 BALANCE_ANSWERS = [
     ("api.deepseek.com", {"balance_infos": [{"currency": "CNY", "total_balance": "110.00"}]},
      ["110.00 CNY"]),
