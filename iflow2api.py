@@ -4280,10 +4280,10 @@ class AnswerReader:
 
     def feed(self, chunk: Json) -> List[Part]:
         """UpstreamBroke where the answer was broken off."""
-        self.choice = choice = first_choice(chunk)
         choices = chunk.get("choices")
-        if choices.__class__ is list and len(choices) > 1:
+        if choices.__class__ is not list or len(choices) != 1 or choices[0].__class__ is not dict:
             return self._together(chunk)
+        self.choice = choice = choices[0]
         reason = choice.get("finish_reason")
         if reason and isinstance(reason, str):
             if reason != "stop" or not self.finish_reason:       # some end one answer twice
@@ -4309,11 +4309,9 @@ class AnswerReader:
         return self._parts(delta, choice)
 
     def _together(self, chunk: Json) -> List[Part]:
-        """The parts of one answer that came in several choices."""
-        parts: List[Part] = []
-        for choice in choices_of(chunk):
-            parts += self.feed({**chunk, "choices": [choice]})
-        return parts
+        """The parts of a chunk with no choice, or with one answer in several."""
+        self.choice, self.usage = {}, usage_of(chunk) or self.usage
+        return [part for choice in choices_of(chunk) for part in self.feed({"choices": [choice]})]
 
     def _parts(self, delta: Json, choice: Json) -> List[Part]:
         parts: List[Part] = []
@@ -4470,8 +4468,8 @@ def adapt_to_iflow(chat: Json, model: str) -> Json:
 
 
 def refill(chat: Json, recall: Callable[[Json], Json], profile: Json) -> Json:
-    """`chat` with what its client dropped of earlier answers with calls; the same object where
-    there is nothing to add.  `recall` gives the carrier of a call.
+    """`chat` with what its client dropped of earlier answers with calls, and without what came from
+    another upstream; the same object where it is so.  `recall` gives the carrier of a call.
 
     DeepSeek, Kimi and some models of iFlow refuse a tool call without the reasoning that led to it;
     where nobody knows it any more an empty one will do.
@@ -4490,8 +4488,11 @@ def _refilled(message: Any, recall: Callable[[Json], Json], wanted: bool, profil
     if not isinstance(calls, list) or not calls or not all(isinstance(call, dict)
                                                            for call in calls):
         return message
-    done = {**message, "tool_calls": calls}
     carried, thought = recall(calls[0]), reasoning_of(message)
+    if carried.get("of", profile["origin"]) != profile["origin"]:        # it came from elsewhere
+        calls = [{name: value for name, value in call.items() if name not in CALL_EXTRAS}
+                 for call in calls]
+    done = {**message, "tool_calls": calls}
     give_back(done, "" if thought else carried.get("text", ""), [carried], profile)
     if wanted and not reasoning_of(done):
         done[REASONING_FIELDS[0]] = ""
@@ -8198,7 +8199,9 @@ class Translation:
         profile, reasoning = profile_of(self._target), self._context.reasoning
         if self._is_iflow:
             chat = adapt_to_iflow(chat, self._target.model)
-        if self._requires_reasoning or profile["origin"] in reasoning.origins:
+        origins = reasoning.origins
+        if self._requires_reasoning or profile["origin"] in origins or origins and any(
+                f'"{name}"' in self._call.text for name in CALL_EXTRAS):
             chat = refill(chat, self._memory.recall, profile)
         return chat
 

@@ -7238,6 +7238,36 @@ def test_a_call_whose_signature_a_client_drops_gets_it_back(server, upstream, st
         assert upstream.last.json["messages"][1]["tool_calls"] == [sent]
 
 
+def test_a_signature_that_a_chat_client_keeps_goes_to_its_own_upstream_only(server, upstream):
+    running = server(provider(upstream, "one"), provider(
+        upstream.url.replace("127.0.0.1", "localhost"), "other"))
+    upstream.plays(thinks(call=SIGNED_CALL))
+    ask = {"tools": [LOOK], "messages": [GO]}
+    assert post(running, {**ask, "model": "one/m"}).status == 200
+    until(lambda: running.gateway.in_flight == 0, what="the note, which follows the answer")
+    known, foreign = after_call(SIGNED_CALL), after_call({**SIGNED_CALL, "id": "call_2"})
+    for model, history, sent in (("one/m", known, SIGNED_CALL), ("other/m", known, CALLED),
+                                 ("other/m", foreign, {**SIGNED_CALL, "id": "call_2"})):
+        assert post(running, {**ask, "messages": history, "model": model}).status == 200
+        assert upstream.last.json["messages"][1]["tool_calls"] == [sent]
+
+
+def test_a_stored_response_has_what_its_upstream_wants_back(server, upstream):
+    running = server(upstream)
+    upstream.plays(plain(completion(None, "tool_calls", reasoning_details=[SECRET],
+                                    tool_calls=[SIGNED_CALL])))
+    schema = {"type": "object", "properties": {}}
+    ask = {"model": "m1", "tools": [{"type": "function", "name": "look", "parameters": schema}]}
+    told = post(running, {**ask, "input": [GO]}, "/v1/responses").json
+    assert "encrypted_content" not in str(told["output"])
+    until(lambda: running.gateway.in_flight == 0, what="the note, which follows the answer")
+    running.gateway.reasoning.drop(*running.gateway.reasoning._kept)
+    assert post(running, {**ask, "previous_response_id": told["id"],
+                          "input": [result_responses("call_1")]}, "/v1/responses").status == 200
+    message = upstream.last.json["messages"][1]
+    assert message["reasoning_details"] == [SECRET] and message["tool_calls"] == [SIGNED_CALL]
+
+
 @pytest.mark.parametrize("more, number", [({}, 1), ({"n": 1}, 1), ({"n": 2}, 2)])
 def test_an_answer_in_two_choices_is_one_for_chat_as_well(server, upstream, more, number):
     answer = completion("Let me look.", "stop")
