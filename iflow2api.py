@@ -4724,8 +4724,11 @@ class _FoldedChoice:
         self._function = ToolCalls()     # of the oldest form, `function_call`
 
     def add(self, choice: Json) -> None:
+        known = self.facts.get("finish_reason")
         self.facts.update((name, value) for name, value in choice.items()
                           if name not in ("delta", "message") and value is not None)
+        if known and choice.get("finish_reason") == "stop":      # some end one answer twice
+            self.facts["finish_reason"] = known
         delta = choice.get("delta") or choice.get("message")
         for name, value in delta.items() if isinstance(delta, dict) else ():
             self._add_field(name, value)

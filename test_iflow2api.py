@@ -2123,6 +2123,12 @@ def test_a_stream_with_a_value_of_the_wrong_type_is_still_read(field, odd):
     assert (stream.feed(data) + stream.close()).count(b'"b"') == 1
 
 
+def test_a_folded_stream_ends_as_its_calls_do():
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
+    ends = [chunk(finish="tool_calls", tool_calls=[call]), chunk(finish="stop"), DONE]
+    assert ifl.fold_stream(wire_of(ends))["choices"][0]["finish_reason"] == "tool_calls"
+
+
 def test_a_folded_stream_joins_lists_as_well():
     parts = [[{"type": "text", "text": letter}] for letter in "ab"]
     data = wire_of([*map(chunk, parts), chunk(finish="stop"), DONE])
