@@ -3688,9 +3688,11 @@ def refusal_in(payload: Any, status: int = 200) -> Optional[UpstreamRefused]:
     """The error that a JSON answer or record stands for, None where it is none.
 
     Shapes: OpenAI `{"error": {…}}`, `{"error": "text"}`, vLLM `{"object": "error", …}`, FastAPI
-    `{"detail": …}`, `{"code", "message"}`.  Without an HTTP error the status is the body's own,
-    else 502.
+    `{"detail": …}`, `{"code", "message"}`; Gemini puts its own into a list of one.  Without an
+    HTTP error the status is the body's own, else 502.
     """
+    if isinstance(payload, list) and len(payload) == 1:
+        payload = payload[0]
     if not isinstance(payload, dict):
         return None
     business = business_refusal(payload, status)
@@ -3713,7 +3715,8 @@ def refusal_in(payload: Any, status: int = 200) -> Optional[UpstreamRefused]:
         status = next(iter([*meant, *(SAID_STATUS[word] for word in words if word in SAID_STATUS)]),
                       502)
     return UpstreamRefused(message[:4000], status=status, type=kind or error_type(status),
-                           code=code, param=param, body=payload if facts is error else None)
+                           code=code, param=param, body=payload if facts is error else None,
+                           retry_after_s=find_delay(status, message, facts))
 
 
 def _text_of_tag(page: str, name: str) -> str:
@@ -3738,7 +3741,7 @@ def parse_refusal(status: int, content_type: str, data: bytes) -> UpstreamRefuse
         text = _text_of_tag(text, "title") or _text_of_tag(text, "h1") or "an HTML page"
     text = one_line(" ".join(text.split())) or http.client.responses.get(status, "no message")
     return UpstreamRefused(f"the upstream answered {status}: {text}", status=status,
-                           type=error_type(status))
+                           type=error_type(status), retry_after_s=find_delay(status, text))
 
 
 #: OpenAI's `type` for a status (openai-chat.md section 5).
@@ -3877,15 +3880,18 @@ def is_image_refusal(status: int, message: str) -> bool:
 
 #: "Range of max_tokens should be [1, 8192]" (DashScope, DeepSeek, Zhipu); OpenAI's "is too large:
 #: 32000. This model supports at most 16384 completion tokens"; "`max_tokens` must be less than or
-#: equal to `8192`" (Groq and others).
+#: equal to `8192`" (Groq and others); "integer above maximum value, expected a value <= 12288"
+#: (OpenAI, Volcengine); "max_tokens: 200000 > 64000, which is the maximum" (Anthropic).
 _OUTPUT_CAP = Pattern(r"max_(?:[a-z]{1,20}_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|"
-                      r"\W+is too large: \d+\.\D{0,40}at most (\d+)|"
-                      r".{0,60}less than or equal to\W+(\d+))", re.I | re.S)
+                      r"\W+is too large: \d+\.\D{0,40}at most (\d[\d,]*)|"
+                      r"\W+\d+ > (\d+), which is the maximum|"
+                      r".{0,120}(?:less than or equal to|<=|≤)\W{0,9}(\d[\d,]*))", re.I | re.S)
 
 
-def find_output_cap(status: int, message: str) -> int:
+def find_output_cap(status: int, message: str, param: Optional[str] = None) -> int:
     """The most output tokens a model gives, where a refusal of max_tokens says so; else 0."""
-    found = _OUTPUT_CAP.search(message[:10000]) if status in (400, 422) else None
+    text = f"{param} {message[:10000]}"
+    found = _OUTPUT_CAP.search(text) if status in (400, 422) else None
     return int(next(filter(None, found.groups())).replace(",", "")) if found else 0
 
 
@@ -3899,6 +3905,30 @@ _SPENT = Pattern(r"insufficient[_ ](?:quota|balance|credits?|funds)|"
 def is_spent(status: int, text: str) -> bool:
     """Whether an upstream refuses because nothing is left to pay with."""
     return status == 402 or status >= 400 and _SPENT.search(text[:10000]) is not None
+
+
+#: "retry in 36.5s", "Please try again in 2m3s", `"retryDelay": "36s"`, "请在 30 秒后重试".
+_DELAY = Pattern(
+    r"(?:(?:try again|retry|retrying)(?: your request)? (?:in|after)|"
+    r"""retry[-_ ]?(?:delay|after)(?:[-_ ]?s(?:econds)?)?["'`]{0,2} ?[:=]|请(?:在|于|等待)) ?"""
+    r"""["'`]?((?:\d{1,9}(?:\.\d{1,9})? ?(?:milliseconds?|ms|days?|hours?|minutes?|mins?|"""
+    r"seconds?|secs?|[dhms](?![a-z])|小时|分钟|分|毫秒|秒)? ?){1,4})", re.I)
+_DELAY_PART = Pattern(r"(\d+(?:\.\d+)?) ?(ms|milli|毫秒|d|h|小时|m|分)?", re.I)
+_DELAY_UNITS = {"ms": 0.001, "milli": 0.001, "毫秒": 0.001, "d": 86400, "h": 3600, "小时": 3600,
+                "m": 60, "分": 60}
+
+
+def find_delay(status: int, message: str, facts: Any = None) -> Optional[float]:
+    """Seconds until an upstream that is busy wants to be asked again, in its own words, or None.
+
+    They stand in its message, else in the `facts` beside it.
+    """
+    if status not in (429, 503, 529):
+        return None
+    found = _DELAY.search(message[:4000]) or facts and _DELAY.search(
+        json.dumps(facts, ensure_ascii=False)[:10000])
+    return sum(float(number) * _DELAY_UNITS.get(unit.lower(), 1)
+               for number, unit in _DELAY_PART.findall(found.group(1))) if found else None
 
 
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
@@ -4533,7 +4563,7 @@ def business_refusal(payload: Json, status: int) -> Optional[UpstreamRefused]:
     elif meant == 404:
         refusal.code = "model_not_found"
     elif meant == 429:
-        refusal.retry_after_s = DEFAULT_RETRY_AFTER_S
+        refusal.retry_after_s = find_delay(meant, refusal.message)
     return refusal
 
 
@@ -8256,7 +8286,7 @@ TAIL_BYTES = 4096
 _FINISH = Pattern(rb'"finish_reason"\s*:\s*"([^"]*)"')
 _USAGE = Pattern(rb'"usage"\s*:\s*(?=\{\s*")')
 _DONE = Pattern(rb"(?m)^data: ?\[DONE\]")
-_ERROR = Pattern(rb'(?m)^data: ?\{\s*"error"\s*:\s*[{"]')
+_ERROR = Pattern(rb'(?m)^data: ?(?:\[\s*)?\{\s*"error"\s*:\s*[{"]')
 
 
 #: One of these is in each record that has to be noted.
@@ -12525,7 +12555,8 @@ def _classify(exc: UpstreamRefused, target: Target, translation: Translation,
     text = dump_text(exc.body) if exc.body else exc.message
     code = exc.code or exc.body and exc.body["error"].get("code")
     found = find_overflow(exc.status, text, exc.code, translation.max_output)
-    if is_spent(exc.status, f'"code":{exc.code} {text}'):
+    told_when = exc.status == 429 and exc.retry_after_s is not None      # it is about speed
+    if not told_when and is_spent(exc.status, f'"code":{exc.code} {text}'):
         exc.should_retry = exc.should_retry or False
         _add_sentence(exc, other_keys(target.provider))
     exc.overflow = found or exc.overflow
@@ -12827,7 +12858,7 @@ class Attempts:
     def _stream(self, response: UpstreamResponse, translation: Translation) -> bytes:
         """Pass a stream on to its end, with a write for each read; b"".
 
-        Where the body is a JSON object instead, whatever its content type: that body.
+        Where the body is JSON instead, whatever its content type: that body.
         """
         client, record, provider = self.client, self.record, self.target.provider
         is_json: List[bool] = []         # empty until the first payload has come
@@ -12835,7 +12866,7 @@ class Attempts:
 
         def move(payload: bytes) -> bool:
             if not is_json:
-                is_json.append(payload.lstrip()[:1] == b"{")
+                is_json.append(payload.lstrip()[:1] in (b"{", b"["))
             if is_json[0]:
                 body.extend(payload)
                 if len(body) > ANSWER_LIMIT_BYTES:

@@ -2599,6 +2599,8 @@ GROWTH_OF_STREAMS = [
     ("a page of titles", 30000, lambda n: "<title>x" * n, refusal_of),
     ("a page of headings", 30000, lambda n: "<h1>" * n, refusal_of),
     ("a title full of <", 100000, lambda n: "<title>" + "<" * n + "</title>", refusal_of),
+    ("a wait in pieces", 4000, lambda n: "retry in 1d" + "1 d" * n,
+     lambda text: ifl.find_delay(429, text)),
     ("a refusal of max_", 2000, lambda n: "max_" * n, lambda text: ifl.find_output_cap(400, text)),
     ("a number in pieces", 30000, lambda n: '{"a":' + "1" * n, each_of(ifl.ObjectMender)),
     ("a word in pieces", 30000, lambda n: '{"a":' + "t" * n, each_of(ifl.ObjectMender)),
@@ -2896,6 +2898,7 @@ def test_the_words_of_an_error_are_looked_for_in_no_time(text):
     for _ in range(3):
         ifl.find_overflow(400, text)
         ifl.find_output_cap(400, text)
+        ifl.find_delay(429, text)
         ifl.is_missing_model(400, text)
         ifl.is_spent(400, text)
         ifl.is_image_refusal(400, text)
@@ -3997,6 +4000,50 @@ def test_what_no_waiting_heals_is_not_to_be_tried_again(server, upstream, status
     assert answer.headers.get("x-should-retry") == ("false" if spent else None)
 
 
+@pytest.mark.parametrize("text, seconds", [
+    ("Please retry in 36.5s.", 36.5), ("Please try again in 2m3s.", 123),
+    ("retry after 20 ms", 0.02),
+    ("Rate limit reached. Try again in 1h2m3.5s", 3723.5), ("try again after 2 minutes", 120),
+    ("try again in 1 minute 30 seconds", 90), ("请在 30 秒后重试", 30), ("请在1分钟后重试", 60),
+    ('{"retryDelay": "36s"}', 36), ("Retry-After: 7", 7), ("retry_after_seconds=12", 12),
+    ("slow down and try again", None), ("limit: 10 in 60s", None), ("retry in a while", None)])
+def test_the_wait_that_a_refusal_tells(text, seconds):
+    assert [ifl.find_delay(status, text) for status in (429, 503, 529)] == [seconds] * 3
+    assert ifl.find_delay(400, text) is None
+
+
+QUOTA = ("You exceeded your current quota, please check your plan and billing details.\n"
+         "* Quota exceeded for metric: requests, limit: 10")
+RETRY_INFO = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "36s"}]
+
+
+@pytest.mark.parametrize("path", ASKS)
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("error, headers", [
+    ({"message": QUOTA + "\nPlease retry in 35.5s."}, []),
+    ({"message": QUOTA, "details": RETRY_INFO}, []),
+    ({"message": "余额不足，请在 36 秒后重试"}, []), ({"message": QUOTA}, [("Retry-After", "36")])])
+@pytest.mark.parametrize("in_list", [True, False])
+def test_a_quota_that_comes_back_is_a_limit(server, upstream, path, stream, error, headers,
+                                            in_list):
+    body = {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", **error}}
+    upstream.plays(plain([body] if in_list else body, 429, headers))
+    answer = ask_in(server(upstream), path, stream)
+    assert (answer.status, answer.headers["retry-after"]) == (429, "36")
+    assert answer.headers.get("x-should-retry") is None
+    assert error["message"][:20] in said_in(path, answer)
+
+
+@pytest.mark.parametrize("path", ASKS)
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("wrap", [
+    plain, lambda body: plain(body, content_type="text/event-stream"), lambda body: sse(body)])
+def test_an_error_in_a_list_is_read_wherever_it_comes(server, upstream, path, stream, wrap):
+    upstream.plays(wrap([{"error": {"code": 404, "message": "Nothing here."}}]))
+    answer = ask_in(server(upstream), path, stream)
+    assert answer.status == 404 and said_in(path, answer) == "Nothing here."
+
+
 def test_a_stop_sequence_of_ours_ends_the_upstream_s_stream(server, upstream):
     running = server(upstream, idle_timeout_s=60)
     upstream.plays(sse(chunk("say EN"), chunk("D and more"), HOLD))
@@ -4017,6 +4064,12 @@ CAPS = [
      "the maximum value for `max_tokens` is less than the "
      "`context_window` for this model", 8192),
     ("max_completion_tokens must be less than or equal to 4096", 4096),
+    ("The parameter `max_tokens` specified in the request is not valid: integer above maximum "
+     "value, expected a value <= 12288, but got 16000 instead.", 12288),
+    ("Invalid 'max_tokens': integer above maximum value. Expected a value <= 16,384, but got "
+     "32000 instead.", 16384),
+    ("max_tokens: 200000 > 64000, which is the maximum allowed number of output tokens", 64000),
+    ("integer above maximum value, expected a value <= 12288", 0),
     ("Range of input length should be [1, 204800]", 0),
     ("temperature must be less than or equal to 2", 0), ("bad", 0)]
 
@@ -4024,6 +4077,8 @@ CAPS = [
 @pytest.mark.parametrize("message, cap", CAPS, ids=lambda value: str(value)[:40])
 def test_the_cap_that_a_refusal_tells(message, cap):
     assert ifl.find_output_cap(400, message) == cap and ifl.find_output_cap(500, message) == 0
+    if "<=" in message:
+        assert ifl.find_output_cap(422, message[-90:], "max_tokens") in (12288, 16384)
     assert not cap or ifl.find_overflow(400, message) is None
 
 
