@@ -340,6 +340,8 @@ MODEL_LIST_BYTES = 8 << 20
 LOCAL_TTL_S = 30
 LOCAL_TIMEOUT_S = 1
 
+#: How often a request is changed as refusals ask for.
+AMENDS_LIMIT = 5
 #: Defaults of `retry` and `circuit`.  No retries: clients make their own, ours would multiply them.
 RETRY = {"count": 0, "backoff_s": 0.5, "max_backoff_s": 10, "total_s": 60}
 CIRCUIT = {"failures": 5, "rest_s": 30}
@@ -2166,6 +2168,10 @@ PROFILE: Dict[str, Tuple[Any, Shape]] = {
                      one_of("drop", "error")(value, where)),
     "strict_tools": (True, truth),
     "prefill": (None, one_of("partial", "prefix", "continue_final_message", None)),
+    #: fields of a request that are never sent; `strict`: of its tools
+    "leave_out": ([], list_of(any_text)),
+    #: Qwen: a plain answer is asked for as a stream where the model thinks
+    "thinking_needs_stream": (False, truth),
     #: its Messages counts tokens, exactly
     "count_tokens": (False, truth),
     #: the client's own User-Agent is sent on: Kimi's plan admits known agents
@@ -4932,7 +4938,7 @@ class ChatHistory:
         if not self.messages and not self._next:
             self.leading.append(text)
         elif self._profile["mid_system"] == "user":
-            self.add_user([text_part(f"<system>\n{text}\n</system>")])
+            self.add_user([text_part(_system_note(text))])
         else:
             self._next.append({"role": "system", "content": text})
 
@@ -5092,6 +5098,184 @@ def has_images(value: Any) -> bool:
         return value.get("type") in _IMAGE_PARTS or any(
             has_images(item) for item in value.values() if isinstance(item, (list, dict)))
     return False
+
+
+# --- what an upstream refuses ---------------------------------------------------
+#
+# A refusal that names a field teaches a part of the upstream's profile: changes, which amend()
+# brings to a request that is written already, of whichever dialect its client is.
+
+#: Fields that a request may do without.
+OPTIONAL_FIELDS = (
+    "thinking", "enable_thinking", "thinking_budget", "chat_template_kwargs", "reasoning",
+    "reasoning_effort", "stream_options", "parallel_tool_calls", "top_k", "user", "metadata",
+    "store", "service_tier", "strict", "temperature", "top_p")
+
+#: How refusals say that a field is not known there; a bad value is the client's to mend.
+_NOT_TAKEN = Pattern(
+    r"unsupported|(?:not|n't) (?:currently |yet )?(?:be )?(?:support|permitted|allowed)|unknown|"
+    r"unrecogni[sz]ed|unexpected|extra[_ ](?:inputs?|fields?|forbidden)|不支持|未知|无法识别", re.I)
+_BAD_VALUE = Pattern(r"invalid[_ ]value|无效值", re.I)
+#: pydantic's ["body", "thinking"], as JSON or as Python shows it
+_PLACE = Pattern(r"""["']loc["']: ?[\[(]([^\])]{1,300})[\])]""")
+#: a quoted name or path, one before a colon, or names at the end: "supplied: thinking, top_k"
+_FIELD = Pattern(r"""["'`]([\w.\[\]-]{1,200})["'`]|"""
+                 r"(?<![\w.\]-])([\w.\[\]-]{2,200})(?= ?:(?!\S))|"
+                 r": ?([\w.\[\], -]{2,200})$")
+_STRICT_ROLES = Pattern(r"system message must be|roles must alternate", re.I)
+_NEEDS_STREAM = Pattern(r"to false for non-streaming|only supports? stream", re.I)
+#: What a field that is refused becomes.
+_INSTEAD: Sequence[Tuple[str, Json]] = (
+    ("max_tokens", {"max_tokens_field": "max_completion_tokens"}),
+    ("max_completion_tokens", {"max_tokens_field": "max_tokens"}),
+    ("reasoning_content", {"reasoning_field": "reasoning"}),
+    ("reasoning", {"reasoning_field": None}))
+_NEXT_FORMAT = {"json_schema": "json_object", "json_object": "prompt"}
+
+
+def refused_fields(exc: GatewayError, sent: str) -> List[str]:
+    """The fields of a request that a refusal says are not known there; `sent`: the request.
+
+    Not what it only repeats of the user's text.
+    """
+    text, paths = exc.message[:4000], []
+    if exc.status not in (400, 422) or exc.overflow is not None:
+        return []
+    for found in _PLACE.finditer(text):
+        if _NOT_TAKEN.search(text[max(0, found.start() - 30):found.end() + 60]):
+            paths.append(".".join(re.findall(r"[\w-]+", found.group(1))))
+    is_known = dump_text(text)[1:-1] in sent         # then it may be talked about
+    clauses = [] if paths else re.split(r"[.;](?:\s|$)|[。；\n]", text)
+    for clause in clauses:
+        words = _NOT_TAKEN.search(clause)
+        for found in _FIELD.finditer(clause) if words and not _BAD_VALUE.search(clause) else ():
+            said = clause[min(found.start(), words.start()):max(found.end(), words.end())]
+            if is_known or dump_text(said)[1:-1] not in sent:
+                paths += "".join(map(str, filter(None, found.groups()))).split(", ")
+    said = f"{exc.code} {text}"
+    if exc.param and _NOT_TAKEN.search(said) and not _BAD_VALUE.search(said):
+        paths.append(exc.param)
+    return list(dict.fromkeys(map(_field_at, paths)))
+
+
+def _field_at(path: str) -> str:
+    """`tools[0].function.strict`, body.thinking.type, reasoningEffort: the field that is meant."""
+    steps = [step for step in re.split(r"[.\[\]]+", path) if step and not step.isdigit()]
+    steps = steps[steps[:1] == ["body"]:] or [""]
+    nested = steps[-1] in ("strict", "json_schema", "reasoning_content", "reasoning")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", steps[-1] if nested else steps[0]).lower()
+
+
+def find_changes(exc: GatewayError, data: bytes, learnt: Json,
+                 optional: Collection[str] = OPTIONAL_FIELDS) -> Json:
+    """The changes of a request, sent as `data`, that an upstream's refusal asks for; {}: none.
+
+    `learnt`: those that it has.  What would change nothing of it, no refusal can mean.
+    """
+    if exc.status not in (400, 422) or exc.overflow is not None:
+        return {}
+    text, sent, request = exc.message[:10000], data.decode(), json.loads(data)
+    names = [name for name in refused_fields(exc, sent) if f'"{name}"' in sent]
+    cap = find_output_cap(exc.status, text, exc.param)
+    found: List[Json] = [{"max_output": cap}] if cap else []
+    found += [{"mid_system": "user"}] if _STRICT_ROLES.search(text) else []
+    found += [{"thinking_needs_stream": True}] if _NEEDS_STREAM.search(text) else []
+    found += [change for name, change in _INSTEAD if name in names and (
+        "max_tokens_field" not in change or "max_tokens_field" not in learnt)]
+    form = object_of(request.get("response_format")).get("type")
+    if form in _NEXT_FORMAT and {form, "response_format"} & set(names) and (
+            "structured_output" in learnt or form == "json_schema" and form in text):
+        found.append({"structured_output": _NEXT_FORMAT[form]})
+    found += [{"leave_out": [name]} for name in names if name in optional and (
+        name not in ("temperature", "top_p") or "default" in text)]
+    changes: Json = {}
+    for change in found:
+        changes = merge_changes(changes, change if amend(request, change) is not request else {})
+    return changes
+
+
+def merge_changes(known: Json, more: Json) -> Json:
+    """Both; what is left out adds up."""
+    left_out = {*known.get("leave_out", ()), *more.get("leave_out", ())}
+    return {**known, **more, **({"leave_out": sorted(left_out)} if left_out else {})}
+
+
+def amend(chat: Json, changes: Json) -> Json:
+    """A request with `changes`; the same object where there is nothing to change."""
+    if not changes:
+        return chat
+    done = dict(chat)
+    messages = done.get("messages") if isinstance(done.get("messages"), list) else []
+    field, cap = changes.get("max_tokens_field"), changes.get("max_output")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if field and name in done and name != field:
+            done.setdefault(field, done.pop(name))
+    for name, most in ("max_tokens", cap), ("max_completion_tokens", cap), (
+            "thinking_budget", cap and cap - 1):
+        if most and isinstance(done.get(name), int):
+            done[name] = min(done[name], most)
+    rule = _fit_format(done, changes) if messages and "structured_output" in changes else ""
+    if rule:
+        messages = _with_rule(messages, rule)
+    if changes.get("mid_system") == "user":
+        messages = _with_system_first(messages)
+    if "reasoning_field" in changes:
+        messages = [_with_reasoning_in(changes["reasoning_field"], each) for each in messages]
+    if messages:
+        done["messages"] = messages
+    if changes.get("thinking_needs_stream") and not done.get("stream") and (
+            not _refuses_thinking(done)):
+        done.update(stream=True, stream_options={"include_usage": True})
+    for name in changes.get("leave_out", ()):
+        done.pop(name, None)
+        if name == "strict":
+            done.update((place, _without_strict(done[place]))
+                        for place in ("tools", "response_format") if place in done)
+    return chat if done == chat else done
+
+
+def _without_strict(value: Any) -> Any:
+    """Tools or response_format, whose `strict` stands one object deep."""
+    if isinstance(value, list):
+        return [_without_strict(each) for each in value]
+    return {name: {key: each for key, each in part.items() if key != "strict"}
+            if name in ("function", "json_schema") and isinstance(part, dict) else part
+            for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def _with_reasoning_in(field: Optional[str], message: Json) -> Json:
+    """A message with its reasoning as text in `field` alone; None: without any."""
+    names = REASONING_FIELDS if field else (*REASONING_FIELDS, "reasoning_details")
+    known = [message[name] for name in names if name in message]
+    if not known:
+        return message
+    rest = {name: value for name, value in message.items() if name not in names}
+    return {**rest, field: known[0]} if field else rest
+
+
+def _system_note(content: Any) -> Any:
+    """System text as a user's."""
+    if isinstance(content, list):
+        return [text_part("<system>"), *content, text_part("</system>")]
+    return f"<system>\n{content}\n</system>"
+
+
+def _with_system_first(messages: Sequence[Json]) -> List[Json]:
+    """For templates that allow system at the top only, and no two messages of a role in a row."""
+    done: List[Json] = []
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        last = done[-1] if done else {}
+        if role in ("system", "developer") and last.get("role") not in (None, role):
+            role, content = "user", _system_note(content)
+            message = {**message, "role": role, "content": content}
+        before = last.get("content")
+        joins = role == last.get("role") != "tool" and "tool_calls" not in last
+        if joins and isinstance(before, (str, list)) and isinstance(content, (str, list)):
+            done[-1] = {**last, **message, "content": _joined_contents([before, content])}
+        else:
+            done.append(message)
+    return done
 
 
 #: Fields with the texts of messages and items; no model reads the others (ids, types, signatures).
@@ -7971,6 +8155,7 @@ class Context(NamedTuple):
     store: Any                           #: a ResponseStore
     reasoning: Any                       #: a ReasoningCache
     scale: Callable[[int], int] = int    #: an estimate of tokens as the target's model counts them
+    learnt: Json = {}                    #: changes that refusals of the target have asked for
 
 
 def owner_of(key: Optional[ClientKey]) -> str:
@@ -8126,6 +8311,8 @@ class Translation:
     local: Optional[bytes] = None        #: the whole answer, where it needs no upstream
     max_output = estimate = 0            #: tokens it asks for, and has; 0: not known
     skipped: Sequence[str] = ()          #: unknown types in the request, which were left out
+    #: fields that its request may do without, where the upstream refuses them
+    optional: Collection[str] = OPTIONAL_FIELDS
     began = False                        #: an answer; until then another upstream may give one
     done = False                         #: the upstream has nothing more to say
     failed = False                       #: its stream had an error in it
@@ -8137,8 +8324,10 @@ class Translation:
         self._call, self._target, self._context = call, target, context
         has_choices = call.dialect.has_choices
         self._is_iflow = target.provider.kind == "iflow" and has_choices
-        self._requires_reasoning = has_choices and bool(
-            profile_of(target)["require_reasoning_on_tool_calls"])
+        profile = profile_of(target)
+        self._requires_reasoning = has_choices and bool(profile["require_reasoning_on_tool_calls"])
+        self._changes = merge_changes({name: profile[name] for name in (
+            "leave_out", "thinking_needs_stream") if profile[name]}, context.learnt)
         self.body = b"" if self.local is not None else self._encode_request()
         self.begin()
 
@@ -8159,6 +8348,11 @@ class Translation:
         call = self._call
         prompt = count_chat_tokens(call.body) if call.dialect.converses else len(call.text) // 4
         return Usage(prompt, self.records or self._size // 5, estimated=True)
+
+    @property
+    def sent(self) -> bytes:
+        """The request as JSON, with all that may be left out of it."""
+        return self.body
 
     def raw_estimate(self, is_worth: bool) -> int:
         """The prompt's tokens, for learning how the model counts; 0: unknown, or not worth it."""
@@ -8270,6 +8464,7 @@ class ChatTranslation(Translation):
             wishes = Wishes(thinking=call.thinks or None, is_chat=True)
             body = finish_chat(body, profile_of(self._target), wishes)
             body = self._refilled(body)
+        body = amend(body, self._changes)
         if body is not call.body:
             return dump_json({**body, "model": model})
         return (call.text if call.model == model else
@@ -8567,13 +8762,13 @@ class TurnTranslation(WrittenTranslation):
 
     def __init__(self, call: Call, turn: Any, target: Target, context: Context) -> None:
         self._turn, turn.scale = turn, context.scale
+        turn.profile = {**turn.profile, **context.learnt}        # for the answer
         self.skipped = turn.skipped
         super().__init__(call, target, context)
 
     @property
     def max_output(self) -> int:
-        chat = self._turn.chat
-        value = chat.get("max_tokens") or chat.get("max_completion_tokens")
+        value = self._sent.get("max_tokens") or self._sent.get("max_completion_tokens")
         return value if isinstance(value, int) else 0
 
     @property
@@ -8588,7 +8783,8 @@ class TurnTranslation(WrittenTranslation):
         return self._call.body.get("messages") or self._turn.chat["messages"]
 
     def _encode_request(self) -> bytes:
-        return dump_chat(self._refilled(self._turn.chat))
+        self._sent = amend(self._refilled(self._turn.chat), self._changes)
+        return dump_chat(self._sent)
 
     def _new_writer(self) -> Any:
         return self._turn.stream(self._context.new_id)
@@ -11555,7 +11751,7 @@ class Lane:
     """What the calls to one provider share: places, whose turn of its keys it is, which of them
     rest, and what its answers have taught of its models.
     """
-    CAPS_LIMIT = 500                     #: models whose cap on max_tokens is remembered
+    LEARNT_LIMIT, LEARNT_S = 256, 3600.0     #: models, and how long refusals are remembered
 
     def __init__(self, provider: Provider, clock: Callable[[], float], scale: TokenScale) -> None:
         self.provider, self.rests, self._scale = provider, Rests(clock), scale
@@ -11565,7 +11761,9 @@ class Lane:
         #: its /models, and until when that counts
         self.listed: Tuple[float, List[str]] = (0.0, [])
         self.balance: Tuple[float, Json] = (0.0, {})     #: as its maker says, and until when
-        self._caps: Dict[str, int] = {}  #: by model: most output tokens, as refusals have told
+        #: by model: what its refusals have taught, and until when that counts
+        self._learnt: Dict[str, Tuple[float, Json]] = {}
+        self._clock = clock
         self._lock = threading.Lock()
         self.adopt(provider)
 
@@ -11573,7 +11771,7 @@ class Lane:
         """Work with these settings from now on; what rests and what is under way stays."""
         if provider.base_url != self.provider.base_url:
             self.rests.ok(None)
-            self.listed, self._caps, self.balance = (0.0, []), {}, (0.0, {})
+            self.listed, self._learnt, self.balance = (0.0, []), {}, (0.0, {})
         self.provider = provider
         self.slots.resize(provider.places)
         self._key_slots = {key: self._key_slots.get(key) or Slots(0) for key in provider.api_keys
@@ -11616,13 +11814,18 @@ class Lane:
 
     # what is known of its models
 
-    def cap(self, model: str) -> int:
-        """The most tokens of output that it allows, as a refusal has told; 0: not known."""
-        return self._caps.get(model, 0)
+    def learnt(self, model: str) -> Json:
+        """The changes of a request that it has asked for, {}: none."""
+        until, changes = self._learnt.get(model[:SCALE_NAME_CHARS], (0.0, {}))
+        return changes if self._clock() < until else {}
 
-    def learn_cap(self, model: str, tokens: int) -> None:
+    def learn(self, model: str, changes: Json) -> None:
+        """Remember changes that have helped, for an hour after the first of them."""
+        name = model[:SCALE_NAME_CHARS]
         with self._lock:
-            remember(self._caps, model[:SCALE_NAME_CHARS], tokens, self.CAPS_LIMIT)
+            known = self.learnt(model)
+            until = self._learnt[name][0] if known else self._clock() + self.LEARNT_S
+            remember(self._learnt, name, (until, merge_changes(known, changes)), self.LEARNT_LIMIT)
 
     def scaled(self, model: str, estimate: int) -> int:
         """Our estimate of tokens as the model counts them."""
@@ -12660,6 +12863,9 @@ class Attempts:
         self.gateway, self.log, self.call, self.client = gateway, gateway.log, call, client
         self._fresh_key = ""             #: of a login that was refreshed for this call
         self.plan: Any = None            #: Plan, once the call has its chain
+        #: changes of the request that refusals ask for, not yet known to help; how often it changed
+        self._trial: Json = {}
+        self._amended = 0
         self.translation: Any = None     #: Translation for the target that is being asked
         self.record = Record(
             call.request_id, call.dialect.name, (call.model or "")[:200], call.stream,
@@ -12743,17 +12949,14 @@ class Attempts:
         if other and other != target.model and self.call.shows_images and (
                 not profile_of(target)["vision"]):
             self.target = self.record.target = Target(provider, other)
+        self._trial = {}
         self._translate()
 
     def _translate(self) -> None:
         gateway, lane, target = self.gateway, self.lane, self.target
-        context = context_of(gateway, partial(lane.scaled, target.model))
-        cap, facts = lane.cap(target.model), target.provider.facts
-        if cap:                          # what refusals have told of its longest answer
-            known = facts.get(target.model, {})
-            known = {**known, "max_output": min(cap, known.get("max_output") or cap)}
-            target = Target(replace(target.provider, facts={**facts, target.model: known}),
-                            target.model)
+        self._learnt = merge_changes(lane.learnt(target.model), self._trial)
+        context = context_of(gateway, partial(lane.scaled, target.model))._replace(
+            learnt=self._learnt)
         try:
             self.translation = self.call.dialect.open(self.call, target, context)
         except RecursionError:
@@ -12775,23 +12978,43 @@ class Attempts:
     # when it failed
 
     def _mend(self, status: int, exc: GatewayError) -> bool:
-        """Whether to repeat the attempt at once: its login was refreshed, or max_tokens lowered."""
+        """Whether to repeat the attempt at once: with a refreshed login, or a changed request."""
         if self.client.began or not isinstance(exc, UpstreamRefused):
             return False
         if status == 401:
             return self._renew_login()
-        cap = find_output_cap(exc.status, exc.message) if exc.overflow is None else 0
-        model = self.target.model
-        if not cap or cap >= (self.lane.cap(model) or cap + 1):
+        return self._amend(exc)
+
+    def _amend(self, exc: GatewayError) -> bool:
+        """Whether to ask once more without what a refusal names, or with that changed."""
+        if exc.status not in (400, 422):
             return False
-        if not self.translation.max_output:              # Chat is passed on as it is
-            return False
-        self.lane.learn_cap(model, cap)
-        self.log.info("%s %s/%s takes max_tokens up to %d; asking again",
-                      self.call.request_id[4:12], self.lane.provider.name, model, cap)
-        self._translate()
-        self.plan.repeat()
-        return True
+        body, name = self.translation.sent, self.target.provider.name
+        changes = find_changes(exc, body, self._learnt, self.translation.optional)
+        if changes and self._amended < AMENDS_LIMIT:
+            self._amended += 1
+            self._trial = merge_changes(self._trial, changes)
+            self._translate()
+            self.plan.repeat()
+            return True
+        names, request = refused_fields(exc, body.decode()), object_of(json.loads(body))
+        if self._trial or set(names) & set(self._learnt.get("leave_out", ())):
+            _add_sentence(exc, f"provider {name} refuses it with {dump_text(self._learnt)} too: "
+                          "its `profile` in config.json can say what it takes")
+        elif set(names) & set(request):
+            fields = [field for field in names if field in request and field != "messages"]
+            _add_sentence(exc, f"the `profile` of provider {name} in config.json can say what it "
+                          "takes" + (f', as {dump_text({"leave_out": fields})}' if fields else ""))
+        return False
+
+    def _keep_changes(self) -> None:
+        """Remember the changes of the request: they have helped."""
+        if self._trial:
+            provider, model = self.lane.provider.name, self.target.model
+            self.lane.learn(model, self._trial)
+            self.log.info('%s/%s refuses some of what it is sent; for an hour "profile": %s',
+                          provider, model, dump_text(self._trial))
+            self._trial = {}
 
     def _renew_login(self) -> bool:
         """Where iFlow says that the key has ended, its login is refreshed, once."""
@@ -12907,6 +13130,7 @@ class Attempts:
         """
         self.record.usage = self.translation.usage
         self._spend()
+        self._keep_changes()
         self.plan.succeeded()
 
     def _spend(self) -> None:
@@ -13625,7 +13849,7 @@ class Collect(Client):
 
 
 def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional[ClientKey] = None,
-                 **more: Any) -> Json:
+                 dialect: ChatDialect = CHAT, **more: Any) -> Json:
     """The message that answers a tiny real request, {} of a streamed one; GatewayError.
 
     `key`: whose usage it is.  `more` is added to the request.
@@ -13634,7 +13858,7 @@ def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional
     body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
             "messages": [{"role": "user", "content": "Say hi."}], **more}
     client = Collect()
-    gateway.answer(Call(CHAT, body, dump_text(body), {}, new_id("req_"), key), client)
+    gateway.answer(Call(dialect, body, dump_text(body), {}, new_id("req_"), key), client)
     return {} if body.get("stream") else first_choice(json.loads(client.data)).get("message") or {}
 
 
@@ -13684,7 +13908,17 @@ class Check(NamedTuple):
 CHECK_TEXTS = {"key": ("密钥正常", "key ok"), "no key": ("无需密钥", "needs no key"),
                "model": ("模型 {model} 正常（{took_s:.1f} 秒）", "model {model} ok ({took_s:.1f} s)"),
                "stream": ("流式正常", "stream ok"), "tools": ("工具正常", "tools ok"),
-               "unused": ("接受工具，但没有调用", "tools taken, but none called")}
+               "unused": ("接受工具，但没有调用", "tools taken, but none called"),
+               "learnt": ("有些字段它不接受，可写入 config.json： \"profile\": {profile}",
+                          "for what it refuses, add to it in config.json: \"profile\": {profile}")}
+
+#: What agents ask beyond the plain request: a stream as Claude Code does, a call.
+AGENT_REQUESTS: Mapping[str, Any] = {
+    "stream": {"dialect": MESSAGES, "stream": True, "max_tokens": 512, "thinking": {
+        "type": "adaptive"}, "output_config": {"effort": "high"}, "metadata": {"user_id": "test"}},
+    "tools": {"tools": [PROBE_TOOL], "messages": [
+        {"role": "user", "content": "Call the tool report with the number 7."}]}}
+
 
 
 def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = None,
@@ -13710,19 +13944,20 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
     checks = [Check("reach", True),
               Check("key", True, told("key" if provider.api_keys else "no key")),
               Check("model", True, told("model", model=model, took_s=took_s), took_s)]
-    tool_request = {"tools": [PROBE_TOOL],
-                    "messages": [{"role": "user",
-                                  "content": "Call the tool report with the number 7."}]}
-    for what, more in (("stream", {"stream": True}), ("tools", tool_request)) if whole else ():
+    for what in CHECKS[3:] if whole else ():
         started = time.monotonic()
         try:
-            message = ask_provider(gateway, provider, model, key, **more)
+            message = ask_provider(gateway, provider, model, key, **AGENT_REQUESTS[what])
             lazy = what == "tools" and not message.get("tool_calls")
             said = told("unused" if lazy else what)
             checks.append(Check(what, True, said, time.monotonic() - started))
         except GatewayError as exc:
             said = f"{what} failed ({exc.status}: {one_line(exc.message, 160)})"
             checks.append(Check(what, False, said, time.monotonic() - started))
+    learnt = gateway.lane(provider).learnt(model)
+    if learnt:
+        said = "; ".join([checks[-1].message, told("learnt", profile=dump_text(learnt))])
+        checks[-1] = checks[-1]._replace(message=said)
     return checks
 
 

@@ -4044,6 +4044,222 @@ def test_an_error_in_a_list_is_read_wherever_it_comes(server, upstream, path, st
     assert answer.status == 404 and said_in(path, answer) == "Nothing here."
 
 
+# --- what an upstream refuses
+
+AGENT_TOOL = {"name": "f", "description": "d", "strict": True,
+              "input_schema": {"type": "object", "properties": {}}}
+#: What Claude Code and Codex send, and a chat client that wants as much.
+AGENT_ASKS = {
+    "/v1/messages": {
+        "max_tokens": 32000, "thinking": {"type": "adaptive"}, "output_config": {"effort": "high"},
+        "metadata": {"user_id": "u"}, "tools": [AGENT_TOOL], "system": "Be good.", "messages": [
+            *MESSAGES, {"role": "system", "content": "Note."},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "Hm.", "signature": "x"},
+                {"type": "tool_use", "id": "t1", "name": "f", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1",
+                                          "content": "1"}]},
+            {"role": "system", "content": "Late."}]},
+    "/v1/responses": {
+        "reasoning": {"effort": "high", "summary": "auto"}, "store": False, "tool_choice": "auto",
+        "parallel_tool_calls": True, "prompt_cache_key": "k", "max_output_tokens": 32000,
+        "include": ["reasoning.encrypted_content"], "user": "u",
+        "tools": [{"type": "function", "name": "f", "strict": True, "parameters": {
+            "type": "object", "properties": {}}}],
+        "input": [{"role": "developer", "content": "Be good."}, {"role": "user", "content": "q"},
+                  {"role": "developer", "content": "Note."}]},
+    "/v1/chat/completions": {
+        "max_tokens": 32000, "thinking": {"type": "enabled"}, "reasoning_effort": "high",
+        "parallel_tool_calls": True, "user": "u", "messages": [
+            {"role": "system", "content": "Be good."}, *MESSAGES,
+            {"role": "system", "content": "Note."},
+            {"role": "assistant", "content": "A.", "reasoning_content": "Hm."}, *MESSAGES]}}
+THINKING = ("thinking", "enable_thinking", "reasoning_effort")
+
+
+def told_of(message, **more):
+    return {"error": {"message": message, "type": "invalid_request_error", **more}}
+
+
+#: kind of upstream, the fields it refuses, how it says so: status and body for a list of them.
+STRICT_UPSTREAMS = [
+    ("groq", ("thinking", "reasoning_content"), 400, lambda names: told_of(
+        f"'messages.2' : property '{names[0]}' is unsupported")),
+    ("cerebras", (*THINKING, "reasoning_content", "reasoning"), 400, lambda names: {
+        "message": f"messages.1.assistant.{names[0]}: property is unsupported"
+                   if "content" in names[0] else f"property '{names[0]}' is unsupported",
+        "type": "invalid_request_error", "param": "validation_error", "code": "wrong_api_format"}),
+    ("mistral", (*THINKING, "stream_options", "user", "strict"), 422, lambda names: {"detail": [
+        {"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs are not permitted",
+         "input": {"temperature": 1}} for name in names]}),
+    ("gemini", (*THINKING, "user", "parallel_tool_calls", "store"), 400, lambda names: [told_of(
+        "\n".join(f'Invalid JSON payload received. Unknown name "{name}": Cannot find field.'
+                  for name in names), code=400, status="INVALID_ARGUMENT")]),
+    ("azure", ("thinking", "max_tokens"), 400, lambda names: told_of(
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+        "'max_completion_tokens' instead." if names[0] == "max_tokens" else
+        f"Unrecognized request argument supplied: {names[0]}",
+        param=names[0] if names[0] == "max_tokens" else None)),
+    ("openai", (*THINKING, "max_tokens", "strict"), 400, lambda names: told_of(
+        f"Unsupported parameter: '{names[0]}'.", code="unsupported_parameter",
+        param=f"tools[0].function.{names[0]}" if names[0] == "strict" else names[0])),
+    ("vllm", ("middle", "twice", "thinking"), 400, lambda names: {
+        "object": "error", "type": "BadRequestError", "param": None, "code": 400, "message": {
+            "middle": "System message must be at the beginning.",
+            "twice": "Conversation roles must alternate user/assistant/user/assistant/..."}.get(
+            names[0], "[{'type': 'extra_forbidden', 'loc': ('body', 'thinking'), 'msg': 'Extra "
+                      "inputs are not permitted', 'input': {'type': 'enabled'}}]")}),
+    ("qwen", ("enable_thinking", "plain thinking"), 400, lambda names: told_of(
+        "parameter.enable_thinking must be set to false for non-streaming calls"
+        if "plain thinking" in names else "不支持参数 'enable_thinking'")),
+    ("relay", ("thinking",), 400, lambda names: told_of("不支持的参数：`thinking`"))]
+
+
+def what_is_wrong(body, refused):
+    """Those of the refused fields and orders that a chat request has."""
+    roles = [message["role"] for message in body["messages"]]
+    inner = {name for message in body["messages"] for name in message}
+    inner |= {name for tool in body.get("tools", ()) for name in tool["function"]}
+    facts = {"middle": "system" in roles[1:], "twice": any(
+        one == other != "tool" for one, other in zip(roles, roles[1:])),
+        "plain thinking": "thinking" in body and not body.get("stream")}
+    return [name for name in refused if facts.get(name, name in body or name in inner)]
+
+
+def strict_upstream(refused, status, words):
+    def reply(seen):
+        wrong = what_is_wrong(seen.json, refused)
+        return plain(words(wrong), status) if wrong else usual_reply(seen)
+    return reply
+
+
+@pytest.mark.parametrize("path", AGENT_ASKS)
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("kind, refused, status, words", STRICT_UPSTREAMS,
+                         ids=lambda value: value if isinstance(value, str) else "")
+def test_an_upstream_added_by_its_address_serves_agents_at_once(
+        server, upstreams, log_lines, path, stream, kind, refused, status, words):
+    fake = upstreams(usual=strict_upstream(refused, status, words))
+    running, asked = server(provider(fake, models=["m1"])), []
+    for _ in range(2):
+        answer = ask_in(running, path, stream, **AGENT_ASKS[path])
+        assert (answer.status, said_in(path, answer)) == (200, "Hello")
+        asked.append(len(fake.requests))
+    assert asked[1] == asked[0] + 1 <= 7
+    assert what_is_wrong(fake.last.json, refused) == []
+    learnt = [line for line in log_lines if '"profile": ' in line.getMessage()]
+    assert len(learnt) == (asked[0] > 1)
+
+
+def asked_change(message, sent, learnt=None, **facts):
+    exc = ifl.UpstreamRefused(message, **{"status": 400, **facts})
+    return ifl.find_changes(exc, ifl.dump_json(sent), learnt or {})
+
+
+def left(*names):
+    return {"leave_out": list(names)}
+
+
+REFUSED_FORM = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+TEXTS = {"messages": MESSAGES}
+
+
+@pytest.mark.parametrize("message, sent, facts, changes", [
+    ("Unrecognized request arguments supplied: thinking, top_k", {"thinking": {}, "top_k": 1}, {},
+     left("thinking", "top_k")),
+    ("Unknown parameter: 'tools[0].function.strict'.", {"tools": [
+        {"type": "function", "function": {"strict": True}}]}, {}, left("strict")),
+    ("Argument not supported on this model: reasoningEffort", {"reasoning_effort": "low"}, {},
+     left("reasoning_effort")),
+    ("no", {"store": True}, {"param": "store", "code": "unknown_parameter"}, left("store")),
+    ("Extra inputs are not permitted, field: 'service_tier', value: 'x'", {"service_tier": "x"}, {},
+     left("service_tier")),
+    ("thinking.type: Extra inputs are not permitted", {"thinking": {"type": "x"}}, {},
+     left("thinking")),
+    ("Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) "
+     "value is supported.", {"temperature": 0}, {}, left("temperature")),
+    ("'temperature' is not supported above 1", {"temperature": 2}, {}, {}),
+    ("Unsupported parameter: 'user'", {}, {}, {}),
+    ("Unsupported parameter: 'user'", {"user": "u"}, {"status": 500}, {}),
+    ("Invalid value for 'user': unknown", {"user": "u"}, {}, {}),
+    ("bad", {"user": "u"}, {"param": "user", "code": "invalid_value"}, {}),
+    ("The user is unknown", {"user": "u"}, {}, {}),
+    ("Unsupported parameter: 'stop'", {"stop": ["x"]}, {}, {}),
+    ("Unsupported parameter: 'max_completion_tokens', use 'max_tokens'",
+     {"max_completion_tokens": 9}, {}, {"max_tokens_field": "max_tokens"}),
+    ("Unsupported parameter: 'max_completion_tokens'", {"max_completion_tokens": 9},
+     {"learnt": {"max_tokens_field": "max_completion_tokens"}}, {}),
+    ("property 'reasoning' is unsupported",
+     {"messages": [{"role": "assistant", "content": "", "reasoning": "x"}]}, {},
+     {"reasoning_field": None}),
+    ("This model does not support response format `json_schema`", {"response_format": REFUSED_FORM},
+     {}, {"structured_output": "json_object"}),
+    ("`response_format` is not supported", {"response_format": {"type": "json_object"}},
+     {"learnt": {"structured_output": "json_object"}}, {"structured_output": "prompt"}),
+    ("`response_format` is not supported", {"response_format": {"type": "json_object"}}, {}, {}),
+    ("max_tokens: integer above maximum value, expected a value <= 99", {"max_tokens": 100}, {},
+     {"max_output": 99}),
+    ("max_tokens: integer above maximum value, expected a value <= 99", {"max_tokens": 99}, {}, {}),
+    ("Rejected: property 'thinking' is unsupported, you say", {"thinking": {}, "messages": [
+        {"role": "user", "content": "property 'thinking' is unsupported"}]}, {}, {}),
+    ("property 'thinking' is unsupported", {"thinking": {}, "messages": [
+        {"role": "user", "content": "Why? property 'thinking' is unsupported"}]}, {},
+     left("thinking"))])
+def test_the_change_that_a_refusal_asks_for(message, sent, facts, changes):
+    assert asked_change(message, {**TEXTS, **sent}, **facts) == changes
+
+
+def test_a_schema_that_is_refused_becomes_a_prompt(server, upstream):
+    def reply(seen):
+        form = seen.json.get("response_format")
+        return plain(told_of(f"response_format `{form['type']}` is not supported"), 400) if form \
+            else plain(completion("```json\n{}\n```"))
+    upstream.usual = reply
+    running = server(provider(upstream, models=["m1"]))
+    answer = ask_in(running, "/v1/messages", False, output_config={
+        "format": {"type": "json_schema", "schema": {"type": "object"}}})
+    assert said_in("/v1/messages", answer) == "{}" and len(upstream.requests) == 3
+    assert "fits this JSON Schema" in upstream.last.json["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("path", AGENT_ASKS)
+@pytest.mark.parametrize("message, times, told", [
+    ("property 'thinking' is unsupported", 2, "`profile` in config.json"),
+    ("Invalid value: 'thinking'", 1, ""), ("'messages' is unsupported", 1, "`profile`"),
+    ('You wrote "thinking", which is no good', 1, "")])
+def test_a_refusal_that_nothing_helps_against_is_told(server, upstreams, path, message, times,
+                                                      told):
+    fake = upstreams(usual=lambda seen: plain(told_of(message), 400))
+    running = server(provider(fake, models=["m1"]))
+    for number in (1, 2):                # nothing is learnt
+        answer = post(running, {"model": "m1", **AGENT_ASKS["/v1/chat/completions"]}) \
+            if path == "/v1/chat/completions" else ask_in(running, path, False, **{
+                **AGENT_ASKS[path], "reasoning": {"effort": "high", "enabled": True}})
+        said = said_in(path, answer)
+        assert answer.status == 400 and message in said and told in said
+        sends = "thinking" in fake.requests[0].json
+        assert len(fake.requests) == number * (times if sends else 1)
+        assert sends or path == "/v1/responses"
+
+
+def test_field_after_field_ends_in_one_sentence(server, upstreams):
+    fields = ["thinking", "top_k", "store", "user", "metadata", "service_tier", "reasoning_effort"]
+    fake = upstreams(usual=lambda seen: plain(told_of("Unsupported parameter: '{}'".format(
+        next(name for name in fields if name in seen.json))), 400))
+    answer = post(server(fake), chat(**dict.fromkeys(fields, "x")))
+    assert answer.status == 400 and len(fake.requests) == 6
+    assert "Unsupported parameter: 'service_tier'; provider up refuses" in answer.error["message"]
+    assert '"leave_out":["metadata","store","thinking","top_k","user"]' in answer.error["message"]
+
+
+@pytest.mark.parametrize("path", AGENT_ASKS)
+def test_what_a_profile_leaves_out_is_never_sent(server, upstream, path):
+    names = ["thinking", "reasoning_effort", "strict", "user", "parallel_tool_calls"]
+    running = server(provider(upstream, profile={"leave_out": names}))
+    assert ask_in(running, path, False, **AGENT_ASKS[path]).status == 200
+    assert what_is_wrong(upstream.last.json, names) == [] and len(upstream.requests) == 1
+
+
 def test_a_stop_sequence_of_ours_ends_the_upstream_s_stream(server, upstream):
     running = server(upstream, idle_timeout_s=60)
     upstream.plays(sse(chunk("say EN"), chunk("D and more"), HOLD))
@@ -4094,15 +4310,15 @@ def test_max_tokens_above_the_cap_is_lowered_from_then_on(server, upstream, path
     assert upstream.last.json["max_tokens"] == 100
 
 
-def test_a_cap_that_does_not_help_is_told_and_chat_s_own_is_not_touched(server, upstream):
+def test_a_cap_that_does_not_help_is_told(server, upstream):
     running = server(provider(upstream, models=["m1"]))
     refusal = plain({"error": {"message": "Range of max_tokens should be [1, 8192]"}}, 400)
-    upstream.plays(refusal, refusal, refusal)
+    upstream.plays(refusal, refusal)
     ask = {"model": "m1", "max_tokens": 32000, "messages": [{"role": "user", "content": "q"}]}
     answer = post(running, ask, "/v1/messages")
     assert answer.status == 400 and "8192" in answer.json["error"]["message"]
-    assert len(upstream.requests) == 2
-    assert post(running, ask).status == 400 and upstream.last.json["max_tokens"] == 32000
+    assert "`profile`" in answer.json["error"]["message"] and len(upstream.requests) == 2
+    assert post(running, ask).status == 200 and upstream.last.json["max_tokens"] == 32000
 
 
 @pytest.mark.parametrize("overflow, expected", [
@@ -8835,12 +9051,25 @@ def test_a_lane_that_moves_forgets_what_was_true_of_the_old_address(clock):
     lane = lane_of(clock, "a", base_url="http://old")
     for url, left in (("http://old", ("open", 100, ["m"])), ("http://new", ("closed", 0, []))):
         lane.rests.fail(1, 60)
-        lane.learn_cap("m", 100)
+        lane.learn("m", {"max_output": 100})
         lane.listed = (1e9, ["m"])
         lane.rests.rest("a", 60)
         lane.adopt(ifl.replace(lane.provider, base_url=url, concurrency=3))
-        assert (lane.rests.state, lane.cap("m"), lane.listed[1]) == left
+        assert (lane.rests.state, lane.learnt("m").get("max_output", 0), lane.listed[1]) == left
         assert lane.rests.resting == 1 and lane.slots.limit == 3
+
+
+def test_what_refusals_teach_is_kept_for_an_hour_for_some_models(clock):
+    lane = lane_of(clock, "a")
+    lane.learn("m", {"leave_out": ["user"], "max_output": 9})
+    clock.now += 1800
+    lane.learn("m", {"leave_out": ["store"], "max_output": 8})
+    assert lane.learnt("m") == {"leave_out": ["store", "user"], "max_output": 8}
+    clock.now += 1801
+    assert lane.learnt("m") == {}
+    for number in range(300):
+        lane.learn(f"m{number}", {"max_output": 1})
+    assert sum(bool(lane.learnt(f"m{number}")) for number in range(300)) == 256
 
 
 def test_a_client_that_leaves_ends_the_pause(transport, waiting):
@@ -15818,6 +16047,18 @@ def refusal(message, status) -> Reply:
 SAYS_HI = plain(completion("hi"))
 CALLS_TOOL = plain(completion(None, "tool_calls", tool_calls=[
     {"id": "c1", "type": "function", "function": {"name": "ping", "arguments": "{}"}}]))
+
+
+def test_provider_test_says_what_to_write_into_the_profile(capsys, upstreams):
+    def reply(seen):
+        wrong = [name for name in ("thinking", "max_tokens") if name in seen.json]
+        return refusal(f"Unsupported parameter: '{wrong[0]}'", 400) if wrong else usual_reply(seen)
+    add_demo(capsys, upstreams(usual=reply).url)
+    status, out, _ = run_demo(capsys, "provider", "test", "mine")
+    profile = json.loads(out.partition('"profile": ')[2])
+    assert status == 0 and profile == {
+        "leave_out": ["thinking"], "max_tokens_field": "max_completion_tokens"}
+    assert ifl.check_profile(profile) == (profile, [])
 
 
 @pytest.mark.parametrize("script, status, words", [
