@@ -3891,7 +3891,8 @@ def is_image_refusal(status: int, message: str) -> bool:
 _OUTPUT_CAP = Pattern(r"max_(?:[a-z]{1,20}_)?tokens(?:\D{0,60}\[\d+, ?(\d[\d,]*)\]|"
                       r"\W+is too large: \d+\.\D{0,40}at most (\d[\d,]*)|"
                       r"\W+\d+ > (\d+), which is the maximum|"
-                      r".{0,120}(?:less than or equal to|<=|≤)\W{0,9}(\d[\d,]*))", re.I | re.S)
+                      r".{0,120}(?:less than or equal to|<=|≤|不[能得可]?(?:大于|超过))"
+                      r"\W{0,9}(\d[\d,]*))", re.I | re.S)
 
 
 def find_output_cap(status: int, message: str, param: Optional[str] = None) -> int:
@@ -3913,15 +3914,16 @@ def is_spent(status: int, text: str) -> bool:
     return status == 402 or status >= 400 and _SPENT.search(text[:10000]) is not None
 
 
-#: "retry in 36.5s", "Please try again in 2m3s", `"retryDelay": "36s"`, "请在 30 秒后重试".
+#: "retry in 36.5s", "Please try again in 2m3s", `"retryDelay": "36s"`, "请在 30 秒后重试"; no date
 _DELAY = Pattern(
     r"(?:(?:try again|retry|retrying)(?: your request)? (?:in|after)|"
-    r"""retry[-_ ]?(?:delay|after)(?:[-_ ]?s(?:econds)?)?["'`]{0,2} ?[:=]|请(?:在|于|等待)) ?"""
-    r"""["'`]?((?:\d{1,9}(?:\.\d{1,9})? ?(?:milliseconds?|ms|days?|hours?|minutes?|mins?|"""
-    r"seconds?|secs?|[dhms](?![a-z])|小时|分钟|分|毫秒|秒)? ?){1,4})", re.I)
-_DELAY_PART = Pattern(r"(\d+(?:\.\d+)?) ?(ms|milli|毫秒|d|h|小时|m|分)?", re.I)
-_DELAY_UNITS = {"ms": 0.001, "milli": 0.001, "毫秒": 0.001, "d": 86400, "h": 3600, "小时": 3600,
-                "m": 60, "分": 60}
+    r"""retry[-_ ]?(?:delay|after)(?:[-_ ]?s(?:econds)?)?["'`]{0,2} ?[:=]) ?["'`]?(?!\d{4}-\d)"""
+    r"((?:\d{1,9}(?:\.\d{1,9})? ?(?:milliseconds?|ms|days?|hours?|minutes?|mins?|seconds?|secs?|"
+    r"[dhms](?![a-z]))? ?){1,4})|"
+    r"((?:(?<!\d)\d{1,9}(?:\.\d{1,9})? ?(?:毫秒|秒|分钟?|小时|天)){1,3}) ?之?后再?重?试", re.I)
+_DELAY_PART = Pattern(r"(\d+(?:\.\d+)?) ?(ms|milli|毫秒|d|天|h|小时|m|分)?", re.I)
+_DELAY_UNITS = {"ms": 0.001, "milli": 0.001, "毫秒": 0.001, "d": 86400, "天": 86400, "h": 3600,
+                "小时": 3600, "m": 60, "分": 60}
 
 
 def find_delay(status: int, message: str, facts: Any = None) -> Optional[float]:
@@ -3934,7 +3936,7 @@ def find_delay(status: int, message: str, facts: Any = None) -> Optional[float]:
     found = _DELAY.search(message[:4000]) or facts and _DELAY.search(
         json.dumps(facts, ensure_ascii=False)[:10000])
     return sum(float(number) * _DELAY_UNITS.get(unit.lower(), 1)
-               for number, unit in _DELAY_PART.findall(found.group(1))) if found else None
+               for number, unit in _DELAY_PART.findall(found.group())) if found else None
 
 
 def parse_retry_after(headers: Mapping[str, str], now: float) -> Optional[float]:
@@ -5121,8 +5123,10 @@ _PLACE = Pattern(r"""["']loc["']: ?[\[(]([^\])]{1,300})[\])]""")
 #: a quoted name or path, one before a colon, or names at the end: "supplied: thinking, top_k"
 _FIELD = Pattern(r"""["'`]([\w.\[\]-]{1,200})["'`]|"""
                  r"(?<![\w.\]-])([\w.\[\]-]{2,200})(?= ?:(?!\S))|"
+                 r"\b(?:parameter|argument|field|property|参数) ?(\w{2,200})|"
                  r": ?([\w.\[\], -]{2,200})$")
-_STRICT_ROLES = Pattern(r"system message must be|roles must alternate", re.I)
+_STRICT_ROLES = Pattern(r"system (?:message|role|prompt).{0,40}(?:beginning|first|start)|"
+                        r"roles must alternate", re.I)
 _NEEDS_STREAM = Pattern(r"to false for non-streaming|only supports? stream", re.I)
 #: What a field that is refused becomes.
 _INSTEAD: Sequence[Tuple[str, Json]] = (
@@ -5150,7 +5154,7 @@ def refused_fields(exc: GatewayError, sent: str) -> List[str]:
         words = _NOT_TAKEN.search(clause)
         for found in _FIELD.finditer(clause) if words and not _BAD_VALUE.search(clause) else ():
             said = clause[min(found.start(), words.start()):max(found.end(), words.end())]
-            if is_known or dump_text(said)[1:-1] not in sent:
+            if len(paths) < 40 and (is_known or dump_text(said)[1:-1] not in sent):
                 paths += "".join(map(str, filter(None, found.groups()))).split(", ")
     said = f"{exc.code} {text}"
     if exc.param and _NOT_TAKEN.search(said) and not _BAD_VALUE.search(said):
@@ -11819,13 +11823,17 @@ class Lane:
         until, changes = self._learnt.get(model[:SCALE_NAME_CHARS], (0.0, {}))
         return changes if self._clock() < until else {}
 
-    def learn(self, model: str, changes: Json) -> None:
-        """Remember changes that have helped, for an hour after the first of them."""
+    def learn(self, model: str, changes: Json) -> bool:
+        """Remember changes that have helped, for an hour after the first of them.
+
+        Returns whether they are news.
+        """
         name = model[:SCALE_NAME_CHARS]
         with self._lock:
             known = self.learnt(model)
             until = self._learnt[name][0] if known else self._clock() + self.LEARNT_S
             remember(self._learnt, name, (until, merge_changes(known, changes)), self.LEARNT_LIMIT)
+        return merge_changes(known, changes) != known
 
     def scaled(self, model: str, estimate: int) -> int:
         """Our estimate of tokens as the model counts them."""
@@ -13009,12 +13017,11 @@ class Attempts:
 
     def _keep_changes(self) -> None:
         """Remember the changes of the request: they have helped."""
-        if self._trial:
-            provider, model = self.lane.provider.name, self.target.model
-            self.lane.learn(model, self._trial)
+        provider, model, changes = self.lane.provider.name, self.target.model, self._trial
+        self._trial = {}
+        if changes and self.lane.learn(model, changes):
             self.log.info('%s/%s refuses some of what it is sent; for an hour "profile": %s',
-                          provider, model, dump_text(self._trial))
-            self._trial = {}
+                          provider, model, dump_text(changes))
 
     def _renew_login(self) -> bool:
         """Where iFlow says that the key has ended, its login is refreshed, once."""

@@ -4004,7 +4004,9 @@ def test_what_no_waiting_heals_is_not_to_be_tried_again(server, upstream, status
     ("Please retry in 36.5s.", 36.5), ("Please try again in 2m3s.", 123),
     ("retry after 20 ms", 0.02),
     ("Rate limit reached. Try again in 1h2m3.5s", 3723.5), ("try again after 2 minutes", 120),
-    ("try again in 1 minute 30 seconds", 90), ("请在 30 秒后重试", 30), ("请在1分钟后重试", 60),
+    ("try again in 1 minute 30 seconds", 90), ("请在 30 秒后重试", 30),
+    ("请1分30秒后再试", 90), ("请在 24 小时内充值", None),
+    ("retry after 2026-12-01", None),
     ('{"retryDelay": "36s"}', 36), ("Retry-After: 7", 7), ("retry_after_seconds=12", 12),
     ("slow down and try again", None), ("limit: 10 in 60s", None), ("retry in a while", None)])
 def test_the_wait_that_a_refusal_tells(text, seconds):
@@ -4171,6 +4173,11 @@ TEXTS = {"messages": MESSAGES}
         {"type": "function", "function": {"strict": True}}]}, {}, left("strict")),
     ("Argument not supported on this model: reasoningEffort", {"reasoning_effort": "low"}, {},
      left("reasoning_effort")),
+    ("Model grok does not support parameter reasoningEffort.", {"reasoning_effort": "low"}, {},
+     left("reasoning_effort")),
+    ("The system role is only allowed as the first message", {"messages": [
+        *MESSAGES, {"role": "system", "content": "x"}]}, {}, {"mid_system": "user"}),
+    ("Conversation roles must alternate", {}, {}, {}),
     ("no", {"store": True}, {"param": "store", "code": "unknown_parameter"}, left("store")),
     ("Extra inputs are not permitted, field: 'service_tier', value: 'x'", {"service_tier": "x"}, {},
      left("service_tier")),
@@ -4286,6 +4293,7 @@ CAPS = [
      "32000 instead.", 16384),
     ("max_tokens: 200000 > 64000, which is the maximum allowed number of output tokens", 64000),
     ("integer above maximum value, expected a value <= 12288", 0),
+    ("max_tokens 不能超过 8192", 8192),
     ("Range of input length should be [1, 204800]", 0),
     ("temperature must be less than or equal to 2", 0), ("bad", 0)]
 
