@@ -8766,7 +8766,8 @@ class TurnTranslation(WrittenTranslation):
 
     def __init__(self, call: Call, turn: Any, target: Target, context: Context) -> None:
         self._turn, turn.scale = turn, context.scale
-        turn.profile = {**turn.profile, **context.learnt}        # for the answer
+        if context.learnt:               # its answer is read accordingly
+            turn.profile = {**turn.profile, **context.learnt}
         self.skipped = turn.skipped
         super().__init__(call, target, context)
 
