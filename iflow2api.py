@@ -19426,6 +19426,155 @@ ai.example.com {
 """}
 
 
+# --- files of clients ---------------------------------------------------------
+
+class ClientFile(NamedTuple):
+    """A file that points a client at this server."""
+    path: str                            #: with ~, and @VARIABLE@ for a folder that it may name
+    kind: str                            #: json, toml or env
+    text: Callable[[Mapping[str, str]], str]     #: what belongs into it, of the words of `env`
+
+
+def _claude_file(words: Mapping[str, str]) -> str:
+    return json_text({"env": env_values("claude", words)})
+
+
+def _codex_file(words: Mapping[str, str]) -> str:
+    """Without a key Codex must not look for one."""
+    text = file_text("codex", words)
+    return text if words["NEEDS_KEY"] else text.replace(f'env_key = "{KEY_VARIABLE}"\n', "")
+
+
+def _qwen_file(words: Mapping[str, str]) -> str:
+    return json_text({
+        "security": {"auth": {"selectedType": "openai", "apiKey": words["KEY"],
+                              "baseUrl": words["URL"] + "/v1"}},
+        **({"model": {"name": words["MODEL"]}} if words["MODEL"] else {})})
+
+
+def _gemini_env(words: Mapping[str, str]) -> str:
+    return "\n".join(f"{name}={value}" for name, value in env_values("gemini", words).items())
+
+
+#: What `env CLIENT --write` writes.
+CLIENT_FILES: Dict[str, Sequence[ClientFile]] = {
+    "claude": [ClientFile("@CLAUDE_CONFIG_DIR:~/.claude@/settings.json", "json", _claude_file)],
+    "codex": [ClientFile("@CODEX_HOME:~/.codex@/config.toml", "toml", _codex_file)],
+    "opencode": [ClientFile("@XDG_CONFIG_HOME:~/.config@/opencode/opencode.json", "json",
+                            partial(file_text, "opencode"))],
+    "qwen": [ClientFile("~/.qwen/settings.json", "json", _qwen_file)],
+    "gemini": [ClientFile("~/.gemini/.env", "env", _gemini_env),
+               ClientFile("~/.gemini/settings.json", "json", partial(file_text, "gemini"))]}
+
+BLOCK_BEGIN, BLOCK_END = "# iflow2api begin", "# iflow2api end"
+_BLOCK = Pattern(f"(?ms)^{BLOCK_BEGIN}$.*?^{BLOCK_END}$\n?")
+
+
+def client_path(path: str, environ: Mapping[str, str]) -> str:
+    """Where a client's file is: its variable for the folder counts, and links are followed."""
+    def folder(found: Any) -> str:
+        return environ.get(found.group(1)) or found.group(2)
+
+    return os.path.realpath(os.path.expanduser(re.sub("@([A-Z_]+):([^@]+)@", folder, path)))
+
+
+def members_of(value: Json, path: Tuple[str, ...] = ()) -> Iterator[Tuple[Tuple[str, ...], Any]]:
+    """Each value that is no object, with the names that lead to it."""
+    for name, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from members_of(inner, (*path, name))
+        else:
+            yield (*path, name), inner
+
+
+def set_member(document: Json, path: Sequence[str], value: Any) -> Any:
+    """Put a value where the names lead (None: take it out); the one before, None for none.
+
+    CommandFailed where something else than an object is in the way.
+    """
+    *above, last = path
+    holders = [document]
+    for name in above:
+        inner = holders[-1].get(name, {} if value is not None else None)
+        if not isinstance(inner, dict):
+            if value is None:
+                return None
+            raise CommandFailed(f"`{'.'.join(path)}` can't be set: `{name}` is no object there")
+        if value is not None:
+            holders[-1][name] = inner
+        holders.append(inner)
+    before = holders[-1].get(last)
+    if value is not None:
+        holders[-1][last] = value
+    elif last in holders[-1]:
+        del holders[-1][last]
+        for holder, name in zip(holders[-2::-1], above[::-1]):   # objects that are empty now
+            if not holder[name]:
+                del holder[name]
+    return before
+
+
+def parse_client_json(text: str, path: str) -> Json:
+    """CommandFailed for a file that is no plain JSON object: it stays as it is."""
+    try:
+        document = json.loads(text.lstrip("\ufeff")) if text.strip() else {}
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise CommandFailed(f"{path} is no plain JSON (comments?), so it is left as it is; "
+                            "these lines belong into it:")
+    return document
+
+
+def write_into_json(text: str, wanted: Json, path: str) -> Tuple[str, List[Any]]:
+    """The file with our values, and for each of them names, value and the one before."""
+    document = parse_client_json(text, path)
+    record = [[list(names), value, set_member(document, names, value)]
+              for names, value in members_of(wanted) if names != ("$schema",)]
+    return json_text(document) + "\n", record
+
+
+def undo_in_json(text: str, record: Sequence[Sequence[Any]], path: str) -> str:
+    """The file without the values that are still ours; those of before come back."""
+    document = parse_client_json(text, path)
+    for names, ours, before in record:
+        now = set_member(document, names, None)
+        kept = before if now == ours else now
+        if kept is not None:
+            set_member(document, names, kept)
+    return json_text(document) + "\n"
+
+
+def write_into_lines(text: str, wanted: str, kind: str, path: str) -> str:
+    """The file with our lines between two marks; CommandFailed where it has such lines already.
+
+    Keys of TOML that belong to no table have to stand before the first one.
+    """
+    rest = _BLOCK.sub("", text)
+    head, bracket, table = wanted.partition("[") if kind == "toml" else ("", "", wanted)
+    top = rest.partition("\n[")[0] if kind == "toml" and not rest.startswith("[") else (
+        "" if kind == "toml" else rest)
+    lines = (head if kind == "toml" else wanted).splitlines()
+    taken = {line.partition("=")[0].strip() for line in top.splitlines() if "=" in line}
+    clash = [line for line in lines if line.partition("=")[0].strip() in taken]
+    if [line for line in clash if not line.startswith("model =")]:
+        raise CommandFailed(f"{path} says {clash[-1].partition('=')[0].strip()} already, so it is "
+                            "left as it is; these lines belong into it:")
+    if kind != "toml":
+        return f"{rest}{_new_line(rest)}{BLOCK_BEGIN}\n{wanted}\n{BLOCK_END}\n"
+    own = "\n".join(line for line in lines if line not in clash)
+    return (f"{BLOCK_BEGIN}\n{own}\n{BLOCK_END}\n{rest}{_new_line(rest)}"
+            f"{BLOCK_BEGIN}\n{bracket}{table}\n{BLOCK_END}\n")
+
+
+def _new_line(text: str) -> str:
+    return "" if text.endswith("\n") or not text else "\n"
+
+
+def undo_in_lines(text: str) -> str:
+    return _BLOCK.sub("", text)
+
+
 # --- autostart ---------------------------------------------------------------
 
 class Keeper(NamedTuple):
@@ -19955,11 +20104,18 @@ autostart_gone = 已移除：{where} = removed: {where}
 no_updates = 没有设置 update_url，不查询任何地址 = update_url is not set, so nobody is asked
 up_to_date = {host} 没有更新的版本（当前 {version}） = {host} has nothing newer than {version}
 update_there = {host} 有版本 {new}（当前 {version}） = {host} has version {new}; this is {version}
+no_client_file = --write 不适用于 {client}；可用：{names} = there is no file of {client} to write; \
+there is one for {names}
+nothing_written = 没有为 {client} 写入过内容 = nothing was written for {client}
+add_yes = 这里没有终端：加上 --yes = there is no terminal here to ask: add --yes
+write_ask = 写入以上改动？ [y/N] = write these changes? [y/N] | written = 已写入 {path} = written: {path}
+no_client = 没有找到命令 {client}；请先安装它 = the command {client} was not found; install it first
+run_starts = {url} 没有服务在运行，现在在后台启动；之后会继续运行 = no server runs at {url}; one is started in the \
+background, and stays
 update_ask = 下载并替换 {path}？ [y/N] = load it and replace {path}? [y/N]
 update_no = 没有改动 = nothing was changed
 update_done = 已更新到 {new}；旧文件：{old}。重新启动后生效 = updated to {new}; the old file: {old}. Restart \
 to use it
-update_yes = 这里没有终端：加上 --yes = there is no terminal here to ask: add --yes
 # config, admin
 file = 文件 = file | environment = 环境变量 = environment | flag = 命令行 = flag
 hint = {title}。{hint} = {title}. {hint}
@@ -20072,10 +20228,16 @@ env = 输出让客户端指向本服务的 shell 语句 = shell lines that point
   --shell @shells = 哪种 shell；不写则看 $SHELL = for which shell; by default that of $SHELL
   --host ADDR = 服务的地址 = the server's address | --port N = 服务的端口 = its port | @model
   --json = 输出 JSON：Claude Code 的 settings.json = as JSON, for Claude Code's settings.json
-  $ env claude | env claude --json | env codex --shell fish
+  --write = 写入客户端自己的配置文件 = write it into the client's own files
+  --undo = 撤销 --write 写入的内容 = take out what --write wrote | --yes = 不询问 = do not ask
+  $ env claude | env claude --write | env codex --shell fish
 admin = 重设管理页面的密码 = set a new password for the page
   reset-password = 重设密码 = set a new password | [-] = 从标准输入读取 = read it from standard input
   $ admin reset-password | admin reset-password - < FILE
+run = 启动指向本服务的客户端 = start a client that is pointed at this server
+  claude|codex|opencode|qwen|gemini = 客户端 = the client
+  @model
+  $ run claude | run codex -- exec 'say hello'
 stop = 停止正在运行的服务 = stop the running server
 restart = 重新启动它（在后台） = start it again, in the background
 autostart = 随系统或会话启动 = start with the system or the session
@@ -20951,7 +21113,7 @@ def cmd_update(args: Args) -> None:
     check_replaceable(__file__)
     if not args["--yes"]:
         if sys.stdin is None or not sys.stdin.isatty():
-            raise UsageError(tr("update_yes"))
+            raise UsageError(tr("add_yes"))
         say(tr("update_ask", path=os.path.realpath(__file__)))
         if _input_line().strip().lower() not in ("y", "yes"):
             raise CommandFailed(tr("update_no"))
@@ -21321,20 +21483,39 @@ def _provider_add(args: Args) -> None:
 
 # --- env ---------------------------------------------------------------------
 
-def cmd_env(args: Args) -> None:
-    """Shell lines that point a client at this server: eval "$(python iflow2api.py env claude)"."""
-    gateway = _gateway_of(args)
+def client_words(args: Args, gateway: Gateway, health: Json) -> Dict[str, str]:
+    """The words of ClientSetup; a KEY of `$IFLOW2API_KEY` is for the user to put there."""
     settings, router = gateway.settings, gateway.current().router
     if not settings.port:
         raise UsageError(tr("port_free"))
-    url, health = url_of(settings.host, settings.port), _ask_running(settings)
-    if not health:
-        say(tr("nobody_answers", url=url))
-    its = str(health.get("default_model") or "")     # --demo and --upstream have their own
+    its = str(health.get("default_model") or "")     # with --demo and --upstream it has its own
     model = args["--model"] or (its if its != router.default_model else "")
     key = settings.custom_api_key or ("$" + KEY_VARIABLE if settings.client_keys else "not-needed")
-    words = {"URL": url, "KEY": key, "MODEL": model or router.default_model,
-             **claude_words(router, model)}
+    return {"URL": url_of(settings.host, settings.port), "KEY": key,
+            "NEEDS_KEY": "" if key == "not-needed" else "1",
+            "MODEL": model or router.default_model, **claude_words(router, model)}
+
+
+def with_key(words: Dict[str, str]) -> Dict[str, str]:
+    """The words with the key itself; UsageError where nobody knows it."""
+    if words["KEY"] != "$" + KEY_VARIABLE:
+        return words
+    if not os.environ.get(KEY_VARIABLE):
+        raise UsageError(tr("env_key", variable=KEY_VARIABLE))
+    return {**words, "KEY": os.environ[KEY_VARIABLE]}
+
+
+def cmd_env(args: Args) -> None:
+    """Shell lines that point a client at this server: eval "$(python iflow2api.py env claude)"."""
+    gateway = _gateway_of(args)
+    if args["--undo"]:
+        return _undo_client(args)
+    health = _ask_running(gateway.settings)
+    words = client_words(args, gateway, health)
+    if not health:
+        say(tr("nobody_answers", url=words["URL"]))
+    if args["--write"]:
+        return _write_client(args, with_key(words))
     if not args["--json"]:
         guess = "fish" if os.environ.get("SHELL", "").endswith("/fish") else "bash"
         if os.name == "nt":
@@ -21342,7 +21523,7 @@ def cmd_env(args: Args) -> None:
         shell = SHELLS[args["--shell"] or guess]
         print("\n".join(_env_text(args["action"], shell, words)))
         return
-    if key == "$" + KEY_VARIABLE:
+    if words["KEY"] == "$" + KEY_VARIABLE:
         say(tr("your_key"))
         words["KEY"] = "YOUR_KEY"
     print(json_text({"env": env_values(args["action"], words)}))
@@ -21356,6 +21537,116 @@ def _env_text(client: str, shell: Shell, words: Mapping[str, str]) -> List[str]:
         after.append(tr("env_model", client=CLIENTS[client].title))
     return [*map(shell.comment.format, before), *env_lines(client, shell, words),
             *map(shell.comment.format, after)]
+
+
+def _client_record(args: Args) -> Tuple[str, Json]:
+    """What was written into files of clients, and where that is noted."""
+    path = os.path.join(_config_of(args).folder, "clients.json")
+    return path, read_json_file(path)
+
+
+def _undone(noted: Json, path: str, text: str) -> str:
+    """The text of a file without what is noted of it."""
+    if noted.get("kind") == "json":
+        return undo_in_json(text, noted.get("record", ()), path)
+    return undo_in_lines(text)
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
+def _write_client(args: Args, words: Mapping[str, str]) -> None:
+    """`env CLIENT --write`: every file, once the change is shown and confirmed."""
+    client = args["action"]
+    noted_at, noted = _client_record(args)
+    entries, changes = [], []
+    for file in CLIENT_FILES.get(client, ()):
+        path, wanted, record = client_path(file.path, os.environ), file.text(words), []
+        before = _read_text(path)
+        earlier = next((each for each in noted.get(client, ()) if each.get("path") == path), {})
+        try:
+            text = _undone(earlier, path, before) if earlier else before
+            if file.kind == "json":
+                text, record = write_into_json(text, json.loads(wanted), path)
+            else:
+                text = write_into_lines(text, wanted, file.kind, path)
+        except CommandFailed:
+            print(wanted)
+            raise
+        changes.append((path, before, text))
+        entries.append({"path": path, "kind": file.kind, "record": record, "is_new": not before})
+    if not changes:
+        raise UsageError(tr("no_client_file", client=client, names=", ".join(CLIENT_FILES)))
+    _change_files(args, changes, words["KEY"], noted_at, {**noted, client: entries})
+
+
+def _undo_client(args: Args) -> None:
+    """`env CLIENT --undo`: only what is still ours goes, and what was there before comes back."""
+    noted_at, noted = _client_record(args)
+    entries = noted.pop(args["action"], [])
+    changes = [(each["path"], text, _undone(each, each["path"], text))
+               for each in entries for text in [_read_text(each["path"])] if text]
+    if not changes:
+        raise CommandFailed(tr("nothing_written", client=args["action"]))
+    _change_files(args, changes, "", noted_at, noted)
+
+
+def _change_files(args: Args, changes: Sequence[Tuple[str, str, str]], key: str, noted_at: str,
+                  noted: Json) -> None:
+    import difflib
+    for path, before, text in changes:
+        for line in difflib.unified_diff(before.splitlines(), text.splitlines(), path, path,
+                                         lineterm="", n=1):
+            say(line.replace(key, mask(key)) if len(key) > 8 else line)
+    if not args["--yes"]:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise UsageError(tr("add_yes"))
+        say(tr("write_ask"))
+        if _input_line().strip().lower() not in ("y", "yes"):
+            raise CommandFailed(tr("update_no"))
+    write_file(noted_at, dump_json(noted))
+    for path, before, text in changes:
+        mode = os.stat(path).st_mode & 0o777 if before else 0o600
+        if text.strip() in ("", "{}"):
+            os.unlink(path)
+            continue
+        write_file(path, text.encode("utf-8"))
+        os.chmod(path, mode)
+        say(tr("written", path=path))
+
+
+def cmd_run(args: Args) -> int:
+    """Start a client that is pointed at this server, which is started where none runs."""
+    import shutil
+    client, gateway = args["action"], _gateway_of(args)
+    command = shutil.which(client)
+    if command is None:
+        raise UsageError(tr("no_client", client=client))
+    health = _ask_running(gateway.settings)
+    if not health:
+        say(tr("run_starts", url=url_of(gateway.settings.host, gateway.settings.port)))
+        if _detach(["serve", *_same_flags(args)]):
+            return 1
+        health = _ask_running(gateway.settings)
+    words = with_key(client_words(args, gateway, health))
+    os.environ.update(env_values(client, words))
+    flags = [word for setting in codex_settings(file_text(client, words))
+             for word in ("-c", setting)] if client == "codex" else []
+    words_of_client = [command, *flags, *args["rest"]]
+    if os.name == "nt":
+        import subprocess
+        return subprocess.run(words_of_client).returncode
+    os.execv(command, words_of_client)
+
+
+def _same_flags(args: Args) -> List[str]:
+    """The flags that tell which configuration is meant."""
+    return ["--config-dir", args["--config-dir"]] if args["--config-dir"] else []
 
 
 # --- logging in --------------------------------------------------------------
@@ -21713,7 +22004,7 @@ COMMANDS: Dict[str, Callable[[Args], Optional[int]]] = {
     "key": _key_list, "key add": _key_add, "key remove": _key_remove, "routes": cmd_routes,
     "env": cmd_env, "admin": cmd_admin, "status": cmd_status, "models": cmd_models,
     "usage": cmd_usage, "logs": cmd_logs, "version": cmd_version, "stop": cmd_stop,
-    "restart": cmd_restart, "autostart": cmd_autostart, "service": cmd_service,
+    "restart": cmd_restart, "run": cmd_run, "autostart": cmd_autostart, "service": cmd_service,
     "docker": cmd_docker, "update": cmd_update}
 
 
@@ -21724,13 +22015,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     CONSOLE.set_up(argv, os.environ)
     status = 0
     try:
+        at = argv.index("--") if argv[:1] == ["run"] and "--" in argv else len(argv)
+        argv, rest = argv[:at], argv[at + 1:]            # the client's own
         args = _parse_args(argv)
         name = args["command"]
         if args.get("--help"):
             print(help_of(name))
         else:
             name = "version" if args.get("--version") else name
-            args["argv"] = argv
+            args.update(argv=argv, rest=rest)
             status = COMMANDS.get(f"{name} {args.get('action')}", COMMANDS[name])(args) or 0
         if sys.stdout is not None and name != "serve":
             sys.stdout.flush()

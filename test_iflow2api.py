@@ -16463,6 +16463,167 @@ def test_as_process_1_it_stays_in_the_foreground(monkeypatch, capsys):
     assert ifl.supervisor({"INVOCATION_ID": "x"}, 5) == "systemd"
 
 
+# --- files of clients
+
+CLIENT_WRITTEN = [
+    # client, file, what it had before, what a program reads there afterwards
+    ("claude", ".claude/settings.json", '{"env": {"A": "1", "ANTHROPIC_MODEL": "mine"}, "x": [1]}',
+     ("env", "ANTHROPIC_BASE_URL")),
+    ("opencode", ".config/opencode/opencode.json", '{"provider": {"other": {}}, "model": "o/m"}',
+     ("provider", "iflow2api", "options", "baseURL")),
+    ("qwen", ".qwen/settings.json", '{"security": {"folderTrust": {"enabled": true}}}',
+     ("security", "auth", "baseUrl")),
+    ("gemini", ".gemini/settings.json", '{"ui": {"theme": "x"}}',
+     ("security", "auth", "selectedType"))]
+
+
+def write_client(client, *flags):
+    return ifl.main(["env", client, "--model", "glm-5", *flags])
+
+
+@pytest.fixture
+def folders_of_clients(monkeypatch):
+    for name in ("CODEX_HOME", "CLAUDE_CONFIG_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("client, file, before, names", CLIENT_WRITTEN)
+def test_what_is_written_for_a_client_can_be_undone(home, folders_of_clients, capsys, client, file,
+                                                    before, names):
+    path = home / file
+    path.parent.mkdir(parents=True)
+    path.write_text(before)
+    path.chmod(0o640)
+    for _ in range(2):                   # the second time nothing of the first is taken for theirs
+        assert write_client(client, "--write", "--yes") == 0
+    value = json.loads(path.read_text())
+    for name in names:
+        value = value[name]
+    assert value in ("http://127.0.0.1:28000", "http://127.0.0.1:28000/v1", "gemini-api-key")
+    assert os.name == "nt" or stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert write_client(client, "--undo", "--yes") == 0
+    assert json.loads(path.read_text()) == json.loads(before)
+    assert write_client(client, "--undo", "--yes") == 1    # there is nothing more to undo
+
+
+def test_only_what_is_still_ours_is_undone(home, folders_of_clients):
+    path = home / ".claude/settings.json"
+    assert write_client("claude", "--write", "--yes") == 0
+    changed = json.loads(path.read_text())
+    changed["env"].update(ANTHROPIC_MODEL="theirs", MORE="1")
+    path.write_text(json.dumps(changed))
+    assert write_client("claude", "--undo", "--yes") == 0
+    assert json.loads(path.read_text()) == {"env": {"ANTHROPIC_MODEL": "theirs", "MORE": "1"}}
+    assert write_client("claude", "--write", "--yes") == 0 == write_client(
+        "claude", "--undo", "--yes")
+    path.unlink()
+    assert write_client("claude", "--write", "--yes") == 0 == write_client(
+        "claude", "--undo", "--yes")
+    assert not path.exists()             # it was made here
+
+
+TOMLS = ["", 'model = "gpt-5"\n', "# mine\n[profiles.x]\nmodel = \"y\"\n",
+         'approval = "never"\n\n[a.b]\nc = 1']
+
+
+@pytest.mark.parametrize("before", TOMLS)
+def test_codex_file(home, monkeypatch, before):
+    monkeypatch.setenv("CODEX_HOME", str(home / "own"))
+    path = home / "own/config.toml"
+    path.parent.mkdir()
+    path.write_text(before)
+    for _ in range(2):
+        assert write_client("codex", "--write", "--yes") == 0
+    if sys.version_info >= (3, 11):
+        read = __import__("tomllib").loads
+        found, own = read(path.read_text()), read(before)
+        provider = found.pop("model_providers")["iflow2api"]
+        assert provider["base_url"] == "http://127.0.0.1:28000/v1" and "env_key" not in provider
+        assert found.pop("model_provider") == "iflow2api"
+        assert {"model": "glm-5", **own} == found
+    assert write_client("codex", "--undo", "--yes") == 0
+    assert not path.exists() if not before else path.read_text().rstrip("\n") == before.rstrip("\n")
+
+
+def test_variables_of_gemini_cli(home, folders_of_clients):
+    path = home / ".gemini/.env"
+    path.parent.mkdir()
+    path.write_text("OTHER=1")
+    assert write_client("gemini", "--write", "--yes") == 0
+    assert path.read_text().splitlines() == [
+        "OTHER=1", ifl.BLOCK_BEGIN, "GOOGLE_GEMINI_BASE_URL=http://127.0.0.1:28000",
+        "GEMINI_API_KEY=not-needed", "GEMINI_MODEL=glm-5", ifl.BLOCK_END]
+    assert write_client("gemini", "--undo", "--yes") == 0 and path.read_text() == "OTHER=1\n"
+
+
+LEFT_ALONE = [
+    ("claude", ".claude/settings.json", "{\n  // mine\n}", "no plain JSON"),
+    ("claude", ".claude/settings.json", "[1]", "no plain JSON"),
+    ("claude", ".claude/settings.json", '{"env": "x"}', "no object there"),
+    ("codex", ".codex/config.toml", 'model_provider = "mine"\n', "says model_provider already"),
+    ("gemini", ".gemini/.env", "GEMINI_API_KEY=mine\n", "says GEMINI_API_KEY already")]
+
+
+@pytest.mark.parametrize("client, file, before, said", LEFT_ALONE)
+def test_files_that_are_left_alone(home, folders_of_clients, capsys, client, file, before, said):
+    path = home / file
+    path.parent.mkdir()
+    path.write_text(before)
+    assert write_client(client, "--write", "--yes") == 1
+    told = capsys.readouterr()
+    assert said in told.err and "28000" in told.out        # the lines to copy
+    assert path.read_text() == before
+
+
+def test_a_change_is_shown_and_confirmed_and_no_key_is_shown(home, folders_of_clients, config,
+                                                            capsys, monkeypatch):
+    put_config(config, {"custom_api_key": "sk-0123456789abcdef"})
+    at = ("--config-dir", config.folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert write_client("claude", "--write", *at) == 2     # no terminal, and no --yes
+    assert not (home / ".claude/settings.json").exists()
+    assert write_client("claude", "--write", "--yes", *at) == 0
+    told = capsys.readouterr()
+    assert "ANTHROPIC_AUTH_TOKEN" in told.err and "0123456789" not in told.err + told.out
+    assert "sk-0123456789abcdef" in (home / ".claude/settings.json").read_text()
+    put_config(config, {"client_keys": [key_entry("bob", "sk-bob")]})
+    assert write_client("claude", "--write", "--yes", *at) == 2
+    assert "IFLOW2API_KEY" in capsys.readouterr().err
+    assert write_client("aider", "--write", "--yes") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_run_starts_a_client_that_is_pointed_here(tools_of_system, config, server, upstream):
+    running = server(upstream)
+    put_config(config, {"port": running.port, "default_model": "glm-5"})
+    tools_of_system("claude", 'echo "$ANTHROPIC_BASE_URL $ANTHROPIC_MODEL $*"; exit 7')
+    done = program("run", "claude", "--config-dir", config.folder, "--", "-p", "a b", "--help")
+    assert (done.returncode, done.stdout) == (7, f"{running.url} glm-5 -p a b --help\n"), done
+    tools_of_system("codex", 'for word; do echo "$word"; done')
+    done = program("run", "codex", "--config-dir", config.folder, "--", "exec", "hi")
+    assert done.stdout.splitlines()[-2:] == ["exec", "hi"], done
+    assert 'model_provider="iflow2api"' in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_run_starts_the_server_where_none_runs(tools_of_system, home, upstream):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tools_of_system("claude", 'echo "at $ANTHROPIC_BASE_URL"')
+    (home / ".iflow2api").mkdir()
+    (home / ".iflow2api/config.json").write_text(json.dumps({"port": port,
+                                                             "providers": [provider(upstream)]}))
+    try:
+        done = program("run", "claude")
+        assert done.stdout == f"at http://127.0.0.1:{port}\n", done
+        assert "started in the background" in done.stderr
+    finally:
+        assert program("stop").returncode == 0
+    missing = program("run", "opencode")
+    assert missing.returncode == 2 and "install it first" in missing.stderr
+
+
 NEW_VERSION = b"import sys\nprint('iflow2api 99.0.0')\n"
 OFFERS = [
     # version, file, what is said instead of its SHA-256, the error (None: it is installed)
