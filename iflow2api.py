@@ -21471,7 +21471,7 @@ def _new_provider(name: str, args: Args) -> Json:
     if provider.problem:
         raise UsageError(f"provider add {name}: {provider.problem}")
     say_problems(provider.warnings)
-    if url and provider.base_url != url.strip():
+    if url and url.strip() not in provider.roads:
         say(tr("taken_as", given=url, used=provider.base_url))
     return {**entry, "base_url": provider.base_url} if "base_url" in entry else entry
 
