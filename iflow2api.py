@@ -349,17 +349,27 @@ CIRCUIT = {"failures": 5, "rest_s": 30}
 #: Statuses that may be over after a while: the same target is asked again where `retry` says so.
 RETRY_STATUS = frozenset((408, 409, 425, 429)) | frozenset(range(500, 600))
 
-#: Limits of a client key or an address -> the seconds that they count over.
-LIMIT_SPANS = {"rpm": 60, "rph": 3600, "rpd": 86400, "tpd": 86400, "budget_day": 86400,
-               "budget_month": 30 * 86400}
-#: Those of keys are still counted after a restart: the ledger knows what was used.
-LIMITS_KEPT = ("rpd", "tpd", "budget_day", "budget_month")
-#: Limits of keys alone, in the currency of `prices`; they are counted in millionths.
-BUDGETS, BUDGET_UNIT = ("budget_day", "budget_month"), 1_000_000
-LIMIT_WORDS = {"rpm": "requests a minute", "rph": "requests an hour", "rpd": "requests a day",
-               "tpd": "tokens a day", "concurrency": "requests at once",
-               "budget_day": "a day, in the currency of `prices`",
-               "budget_month": "in 30 days, in the currency of `prices`"}
+
+class Limit(NamedTuple):
+    """A kind of limit: what it counts, over how many seconds, and how a refusal calls it."""
+    counts: str                          #: requests, tokens, cost; "" for requests under way
+    span_s: int
+    words: str
+
+
+#: Limits of a client key; those of an address have no cost, which is in the currency of `prices`.
+#: What counts over a day or more is still counted after a restart: the ledger knows what was used.
+DAY_S = 86400
+LIMITS = {"rpm": Limit("requests", 60, "requests a minute"),
+          "rph": Limit("requests", 3600, "requests an hour"),
+          "rpd": Limit("requests", DAY_S, "requests a day"),
+          "tpd": Limit("tokens", DAY_S, "tokens a day"),
+          "concurrency": Limit("", 0, "requests at once"),
+          "budget_day": Limit("cost", DAY_S, "a day, in the currency of `prices`"),
+          "budget_month": Limit("cost", 30 * DAY_S, "in 30 days, in the currency of `prices`")}
+
+#: A cost is counted in millionths.
+COST_UNIT = 1_000_000
 
 #: Most addresses whose requests are counted; the one seen longest ago is forgotten first.
 ADDRESSES_LIMIT = 10_000
@@ -1948,8 +1958,8 @@ def name_of(entry: Any) -> str:
 
 # --- contents of settings -----------------------------------------------------
 
-LIMIT_FIELDS = {name: number(1 / BUDGET_UNIT, 10 ** 9) if name in BUDGETS else
-                number(1, 10 ** 12, True) for name in LIMIT_WORDS}
+LIMIT_FIELDS = {name: number(1 / COST_UNIT, 10 ** 9) if limit.counts == "cost" else
+                number(1, 10 ** 12, True) for name, limit in LIMITS.items()}
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _NAME = r"[^\s/,]{1,64}"
 entry_name = text_like(_NAME, "a name without blanks, commas and slashes")
@@ -2005,7 +2015,8 @@ SETTING_SHAPES: Dict[str, Shape] = {
     "prices": names_to(record({}, dict.fromkeys(("input", "output", "cached"),
                                                 number(0, 10 ** 9)))),
     "address_limits": record({}, {name: shape for name, shape in LIMIT_FIELDS.items()
-                                  if name not in BUDGETS}), "client_keys": client_key_list,
+                                  if LIMITS[name].counts != "cost"}),
+    "client_keys": client_key_list,
     "admin_password": text_like("|" + _PASSWORD_HASH, "a hash", ", never the password itself; set "
                                 "it on the page, or by `admin reset-password`", is_secret=True),
     "host": host_name, "trusted_proxies": list_of(network),
@@ -11369,8 +11380,13 @@ class Window:
         return max(0.0, self._marks[-1][0] + self.span_s - now) if self.used(now) else 0.0
 
 
-#: Seconds since the end of an hour, and its requests, tokens and cost (in millionths).
-Spent = List[Tuple[float, int, int, int]]
+def cost_units(cost: float) -> int:
+    """A cost as windows count it."""
+    return int(cost * COST_UNIT + 0.5)
+
+
+#: Seconds since the end of an hour, and what there was in it of all that limits count.
+Spent = List[Tuple[float, Mapping[str, int]]]
 
 
 class Meter:
@@ -11385,23 +11401,24 @@ class Meter:
         """Measure by `limits` from now on; what was used stays used."""
         if limits != self.limits:
             self.limits = limits
-            self.windows = {name: self.windows.get(name) or self._window(name, now)
-                            for name in LIMIT_SPANS if name in limits}
+            self.windows = {name: self.windows.get(name) or self._window(limit, now)
+                            for name, limit in LIMITS.items() if limit.span_s and name in limits}
             for name, window in self.windows.items():
-                window.limit = int(limits[name] * (BUDGET_UNIT if name in BUDGETS else 1))
+                is_cost = LIMITS[name].counts == "cost"
+                window.limit = cost_units(limits[name]) if is_cost else limits[name]
         return self
 
-    def _window(self, name: str, now: float) -> Window:
-        window = Window(LIMIT_SPANS[name], 0)
-        for ago_s, *amounts in self._spent() if name in LIMITS_KEPT else ():
-            if ago_s < window.span_s:
-                window.put(now - ago_s, amounts[("rpd", "tpd").index(name) if name not in BUDGETS
-                                                else 2])
+    def _window(self, limit: Limit, now: float) -> Window:
+        window = Window(limit.span_s, 0)
+        for ago_s, amounts in self._spent() if limit.span_s >= DAY_S else ():
+            if ago_s < limit.span_s:
+                window.put(now - ago_s, amounts[limit.counts])
         return window
 
-    def count(self, now: float, name: str, amount: int) -> None:
-        if name in self.windows:
-            self.windows[name].add(now, amount)
+    def count(self, now: float, counts: str, amount: int) -> None:
+        for name, window in self.windows.items():
+            if LIMITS[name].counts == counts:
+                window.add(now, amount)
 
     def check(self, now: float) -> None:
         """RateLimited where no further request fits in; Codex reads the time out of the text."""
@@ -11412,7 +11429,7 @@ class Meter:
         for name, wait_s in waits.items():
             if wait_s > 0:
                 raise RateLimited(f"rate limit of {self.name}: {self.limits[name]} "
-                                  f"{LIMIT_WORDS[name]}; try again in {wait_s:.1f}s",
+                                  f"{LIMITS[name].words}; try again in {wait_s:.1f}s",
                                   retry_after_s=wait_s)
 
     def headers(self, now: float) -> List[Tuple[str, str]]:
@@ -11421,7 +11438,8 @@ class Meter:
         Of several windows for requests: the one with the fewest left, then the longest wait.
         """
         found: List[Tuple[str, str]] = []
-        requests = [window for name, window in self.windows.items() if name[0] == "r"]
+        requests = [window for name, window in self.windows.items()
+                    if LIMITS[name].counts == "requests"]
         tightest = min(requests, default=None, key=lambda window: (
             window.left(now), -window.wait_s(now), -window.reset_s(now)))
         for what, window in (("requests", tightest), ("tokens", self.windows.get("tpd"))):
@@ -11462,8 +11480,10 @@ class RateLimiter:
         """What a key has used of each of its limits."""
         meter = self.of_key(key)
         with self._lock:
-            used = {name: window.used(self._clock()) / (BUDGET_UNIT if name in BUDGETS else 1)
-                    for name, window in meter.windows.items()}
+            used: Dict[str, float] = {name: window.used(self._clock())
+                                      for name, window in meter.windows.items()}
+        used.update((name, amount / COST_UNIT) for name, amount in used.items()
+                    if LIMITS[name].counts == "cost")
         return {**used, **({"concurrency": meter.active} if "concurrency" in meter.limits else {})}
 
     def keep_keys(self, names: Iterable[str]) -> None:
@@ -11480,8 +11500,7 @@ class RateLimiter:
                 meter.check(now)
             for meter in meters:
                 meter.active += 1
-                for name in ("rpm", "rph", "rpd"):
-                    meter.count(now, name, 1)
+                meter.count(now, "requests", 1)
         try:
             yield
         finally:
@@ -11496,9 +11515,8 @@ class RateLimiter:
         """
         with self._lock:
             for meter in meters if tokens else ():
-                meter.count(self._clock(), "tpd", tokens)
-                for name in BUDGETS:
-                    meter.count(self._clock(), name, int(cost * BUDGET_UNIT + 0.5))
+                meter.count(self._clock(), "tokens", tokens)
+                meter.count(self._clock(), "cost", cost_units(cost))
 
     def headers(self, meters: Sequence[Meter]) -> List[Tuple[str, str]]:
         """Meter.headers of the first meter that has any."""
@@ -12301,15 +12319,14 @@ class Ledger(Journal):
     def spent(self, key: str, prices: Mapping[str, Mapping[str, float]]) -> Spent:
         """What a key's calls of the last 30 days came to, hour by hour (older ones day by day)."""
         now = self._now()
-        sums: Dict[int, List[float]] = {}
+        sums: Dict[int, Counter[str]] = {}
         for (hour, model, provider, name, *_), counts in self.rows(31):
             if name == key:
                 row = dict(zip(USAGE_COUNTS, counts))
-                amounts = (counts[0], row["input"] + row["output"],
-                           (cost_of(model, provider, row, prices) or 0.0) * BUDGET_UNIT)
-                sums[hour] = [a + b for a, b in zip(sums.get(hour, (0, 0, 0)), amounts)]
-        return [(max(0.0, now - hour - 3600), *map(int, amounts))
-                for hour, amounts in sorted(sums.items())]
+                sums.setdefault(hour, Counter()).update(
+                    requests=row["requests"], tokens=row["input"] + row["output"],
+                    cost=cost_units(cost_of(model, provider, row, prices) or 0.0))
+        return [(max(0.0, now - hour - 3600), amounts) for hour, amounts in sorted(sums.items())]
 
     def families(self) -> List[Family]:
         """Counters and histograms for /metrics."""
@@ -21908,7 +21925,8 @@ def _key_add(args: Args) -> None:
     """Make a key: it is printed once, only its hash is kept."""
     name = _needed(args, "NAME", "key list")
     flags = {limit: "--" + limit.replace("_", "-") for limit in LIMIT_FIELDS}
-    facts: Json = {limit: _amount(args, flag) if limit in BUDGETS else _number(args, flag, 0, 1)
+    facts: Json = {limit: _amount(args, flag) if LIMITS[limit].counts == "cost" else
+                   _number(args, flag, 0, 1)
                    for limit, flag in flags.items() if args[flag] is not None}
     if args["--models"]:
         facts["models"] = _listed(args["--models"])
