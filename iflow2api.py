@@ -428,11 +428,14 @@ HEADERS_FORWARDED = frozenset((
     "accept-language", "http-referer", "x-title", "x-request-id", "x-client-request-id"))
 HEADER_FORWARDED_PREFIX = "x-stainless-"
 
+#: For requests to a Messages upstream whose client names none.
+ANTHROPIC_VERSION = "2023-06-01"
+
 #: The longest name and value of a header that is passed on.
 HEADER_NAME_CHARS, HEADER_VALUE_CHARS = 100, 1000
 
 #: Headers of an upstream's answer that are passed on to the client.
-HEADER_RETURNS = r"(x-ratelimit-.*|openai-.*|retry-after(-ms)?|x-should-retry)"
+HEADER_RETURNS = r"(x-ratelimit-.*|openai-.*|anthropic-.*|retry-after(-ms)?|x-should-retry)"
 
 
 # --- presets -----------------------------------------------------------------
@@ -480,6 +483,9 @@ class Preset(NamedTuple):
 
 #: The fields of a provider that say where its Chat, Messages and Responses are.
 ROADS = {"base_url": "Chat", "messages_url": "Messages", "responses_url": "Responses"}
+#: What is appended to each.
+ENDPOINTS = {"base_url": "/chat/completions", "messages_url": "/v1/messages",
+             "responses_url": "/responses"}
 
 #: Houses of many models: a thinking switch that one model knows is a 400 from the next.
 _MIXED: Json = {"thinking_style": "none", "efforts": [], "strict_tools": False, "files": False}
@@ -599,7 +605,7 @@ PRESETS: Dict[str, Preset] = {
         "https://api.deepseek.com/anthropic", profile={
             "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True,
             "efforts": ["low", "high", "max"], "vision": False, "files": False,
-            "structured_output": "json_object", "strict_tools": False},
+            "structured_output": "json_object", "strict_tools": False, "tool_types": False},
         listed="deepseek-flash 1000000 384000+ low/high/max, "
                "deepseek-v4-pro 1000000 384000 high/max",
         key_page="https://platform.deepseek.com/api_keys"),
@@ -2183,6 +2189,8 @@ PROFILE: Dict[str, Tuple[Any, Shape]] = {
     "leave_out": ([], list_of(any_text)),
     #: Qwen: a plain answer is asked for as a stream where the model thinks
     "thinking_needs_stream": (False, truth),
+    #: its Messages takes the `type` of tools that are the client's own
+    "tool_types": (True, truth),
     #: its Messages counts tokens, exactly
     "count_tokens": (False, truth),
     #: the client's own User-Agent is sent on: Kimi's plan admits known agents
@@ -2231,6 +2239,11 @@ class Provider:
         return list(filter(None, (getattr(self, road) for road in ROADS)))
 
     @property
+    def address(self) -> str:
+        """Of its Chat, else of its first native road."""
+        return next(iter(self.roads), "")
+
+    @property
     def is_local(self) -> bool:
         """Whether an engine on this machine answers."""
         return any(is_loopback(urllib.parse.urlsplit(url).hostname or "") for url in self.roads)
@@ -2241,34 +2254,38 @@ class Provider:
         return self.concurrency or self.key_concurrency * max(1, len(self.api_keys))
 
 
-def clean_base_url(url: str) -> str:
-    """`url` as the part before /chat/completions; ValueError names what is wrong.
+def clean_base_url(url: str, road: str = "base_url") -> str:
+    """`url` as the part before the road's endpoint; ValueError names what is wrong.
 
     A bare host gets /v1, where nearly every server keeps its API; a full endpoint loses its end.
     """
     url = url.strip()
     if not url:
-        raise ValueError("base_url is missing (`provider presets` lists known ones)")
+        raise ValueError(f"{road} is missing (`provider presets` lists known ones)")
     shown = one_line(url, 80)
     try:
         parts = urllib.parse.urlsplit(url)
         parts.port                       # reading it checks it
     except ValueError as exc:            # http://[, http://host:99999
         reason = "no such port" if str(exc).startswith("Port ") else exc
-        raise ValueError(f"base_url {shown!r}: {reason}") from None
+        raise ValueError(f"{road} {shown!r}: {reason}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         hint = f"; write http://{shown} or https://{shown}" if "://" not in url else ""
-        raise ValueError(f"base_url {shown!r} is no http:// or https:// address{hint}")
+        raise ValueError(f"{road} {shown!r} is no http:// or https:// address{hint}")
     if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(f"base_url of {one_line(parts.hostname, 80)}: credentials, ? and # "
+        raise ValueError(f"{road} of {one_line(parts.hostname, 80)}: credentials, ? and # "
                          "do not belong here; use api_keys and headers")
     if re.search(r"[\s\x00-\x1f\x7f]", url):
-        raise ValueError("base_url contains blanks or control characters")
-    path = parts.path.rstrip("/")
-    if path.endswith("/chat/completions"):
-        path = path[:-len("/chat/completions")]
-    elif not path:
-        path = "/v1"
+        raise ValueError(f"{road} contains blanks or control characters")
+    path = parts.path.rstrip("/") or ("" if road == "messages_url" else "/v1")
+    for known, end in ENDPOINTS.items():
+        if path.endswith(end):
+            if known != road:
+                raise ValueError(f"{road} {shown!r} is an address of {ROADS[known]}: "
+                                 f"set it as {known}")
+            path = path[:-len(end)]
+    if road == "messages_url" and path.endswith("/v1"):      # which its endpoint begins with
+        path = path[:-len("/v1")]
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
@@ -2324,13 +2341,14 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
     try:
         given = shape(entry, "")
         given = _filled({**given, **roads_of(given)})
-        base_url = clean_base_url(given.get("base_url", ""))
+        roads = {road: clean_base_url(given[road], road) for road in ROADS if given.get(road)} or {
+            "base_url": clean_base_url("")}
     except ValueError as exc:
         return Provider(entry["name"], problem=str(exc))
     facts = dict(given.get("models", ()))
     profile, warnings = check_profile(given.get("profile", {}))
-    warnings += _misplaced_keys(given.get("api_keys", ()), base_url)
-    return Provider(**{**given, "base_url": base_url, "profile": profile,
+    warnings += _misplaced_keys(given.get("api_keys", ()), next(iter(roads.values())))
+    return Provider(**{**given, **roads, "profile": profile,
                        "api_keys": tuple(given.get("api_keys", ())),
                        "headers": tuple(given.get("headers", {}).items()),
                        "models": tuple(facts), "facts": facts, "warnings": tuple(warnings)})
@@ -2443,7 +2461,7 @@ def other_keys(provider: Provider) -> str:
 
     The ways: by a plan or by use.
     """
-    here = preset_at(next(iter(provider.roads), ""))
+    here = preset_at(provider.address)
     plans = [name for name, preset in PRESETS.items() if here in preset.metered]
     others = plans or list(PRESETS[here].metered if here else ())
     if not others:
@@ -3223,17 +3241,22 @@ class Usage:
 
 
 def parse_usage(raw: Any) -> Usage:
-    """One `Usage` from the spellings of OpenAI, DeepSeek, Kimi, vLLM and others; zeros from {}."""
+    """One `Usage` from the spellings of OpenAI, DeepSeek, Kimi, vLLM and others, of Responses, and
+    of Messages, whose input is without what was cached; zeros from {}.
+    """
     def count(holder: Json, *names: str) -> int:
         """The first of these that is a count."""
         return next((int(value) for value in map(holder.get, names)
                      if has_type(value, (int, float)) and value > 0), 0)
 
     raw = object_of(raw)
-    given = object_of(raw.get("prompt_tokens_details"))
-    made = object_of(raw.get("completion_tokens_details"))
-    prompt, completion = count(raw, "prompt_tokens"), count(raw, "completion_tokens")
-    cached = count(given, "cached_tokens") or count(raw, "prompt_cache_hit_tokens", "cached_tokens")
+    given = object_of(raw.get("prompt_tokens_details") or raw.get("input_tokens_details"))
+    made = object_of(raw.get("completion_tokens_details") or raw.get("output_tokens_details"))
+    prompt = count(raw, "prompt_tokens") or sum(count(raw, name) for name in (
+        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+    completion = count(raw, "completion_tokens", "output_tokens")
+    cached = count(given, "cached_tokens") or count(
+        raw, "prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens")
     write = count(given, "cache_write_tokens") or count(raw, "cache_creation_input_tokens")
     reasoning = None if made.get("reasoning_tokens") is None else count(made, "reasoning_tokens")
     if reasoning and count(raw, "total_tokens") == prompt + completion + reasoning:
@@ -6336,8 +6359,10 @@ def messages_error(exc: GatewayError, request_id: str) -> Json:
         status, message = 400, overflow_text(exc.overflow)
     kind = MESSAGES_ERROR_TYPE.get(status) or (
         "api_error" if status >= 500 else "invalid_request_error")
-    error = {"type": kind, "message": message, **non_empty(details=exc.details)}
-    return {"type": "error", "error": error, "request_id": request_id}
+    body = exc.body if exc.body and exc.body.get("type") == "error" else {}      # of Messages
+    error = {"type": kind, **body.get("error", {}), "message": message}
+    error.update({"type": kind} if exc.overflow else non_empty(details=exc.details))
+    return {"type": "error", "request_id": request_id, **body, "error": error}
 
 
 # === 9. OpenAI Responses (pure) ==============================================
@@ -6361,7 +6386,7 @@ _REFUSED_FIELDS = {
 _FOREIGN_SUMMARY = (
     "the `compaction` item was made by another service, or with a key we no longer have: it can't "
     "be read here; start a new conversation")
-_SUMMARY_HEAD = "Summary of the conversation so far:\n\n"
+SUMMARY_HEAD = "Summary of the conversation so far:\n\n"
 _SUMMARISE = (
     "Summarise our conversation so that somebody who has not seen it can carry on at once. Say "
     "what the user wants and every constraint they gave, what was decided and why, what has been "
@@ -6925,7 +6950,7 @@ class _ItemHistory:
         summary = (self._seal.decrypt(item.get("encrypted_content")) or {}).get("summary")
         if not isinstance(summary, str):
             raise _bad(_FOREIGN_SUMMARY, "input", "invalid_encrypted_content")
-        self._add_user(_SUMMARY_HEAD + summary)
+        self._add_user(SUMMARY_HEAD + summary)
 
     def _add_reasoning(self, item: Json) -> None:
         carried = self._seal.decrypt(item.get("encrypted_content")) or {}
@@ -7415,7 +7440,7 @@ _FAILURE_STATUS = {400: "invalid_prompt", 402: "insufficient_quota", 403: "inval
                    529: "server_is_overloaded"}
 
 
-def _failure(exc: GatewayError) -> Json:
+def response_failure(exc: GatewayError) -> Json:
     """`error` of a failed response."""
     body = exc.body.get("error", exc.body) if exc.body else {}
     said = [exc.code] + ([body.get("code"), body.get("type")] if isinstance(body, dict) else [])
@@ -7503,7 +7528,7 @@ class ResponsesStream(AnswerWriter):
         """The end of a stream that broke."""
         yield from self._begin({}, ())
         usage = _response_usage(parse_usage(self.reader.usage)) if self.reader.usage else None
-        yield self._terminal("failed", error=_failure(exc), usage=usage)
+        yield self._terminal("failed", error=response_failure(exc), usage=usage)
 
     def _why_incomplete(self) -> Optional[str]:
         """Why the answer is not whole, None where it is.
@@ -8322,6 +8347,7 @@ class Translation:
     close(), which give bytes for the client, and fail() ends it; a plain answer through reply().
     It serves one attempt at a time: begin() makes it ready for another.
     """
+    road = "base_url"                    #: field of the provider with the address that is asked
     headers: Mapping[str, str] = {}      #: of the client's, those that an upstream may get
     local: Optional[bytes] = None        #: the whole answer, where it needs no upstream
     max_output = estimate = 0            #: tokens it asks for, and has; 0: not known
@@ -8421,6 +8447,14 @@ class Translation:
     def _encode_request(self) -> bytes:
         raise NotImplementedError
 
+    def _with_model(self, body: Json) -> bytes:
+        """`body` for the target's model: the client's own bytes where nothing else was changed."""
+        call, model = self._call, self._target.model
+        if body is not call.body:
+            return dump_json({**body, "model": model})
+        return (call.text if call.model == model else
+                splice_model(call.text, call.body, model)).encode()
+
     def _reply(self, data: bytes, completion: Json) -> bytes:
         raise NotImplementedError
 
@@ -8473,17 +8507,13 @@ class ChatTranslation(Translation):
             self._note = AnswerReader(profile_of(self._target), ToolCalls())
 
     def _encode_request(self) -> bytes:
-        call, model = self._call, self._target.model
+        call = self._call
         body = call.body
         if call.dialect.converses:
             wishes = Wishes(thinking=call.thinks or None, is_chat=True)
             body = finish_chat(body, profile_of(self._target), wishes)
             body = self._refilled(body)
-        body = amend(body, self._changes)
-        if body is not call.body:
-            return dump_json({**body, "model": model})
-        return (call.text if call.model == model else
-                splice_model(call.text, call.body, model)).encode()
+        return self._with_model(amend(body, self._changes))
 
     def _reply(self, data: bytes, completion: Json) -> bytes:
         return data if self._preserve is None else dump_json(
@@ -8506,13 +8536,59 @@ _NOTED = tuple(f'"{name}"'.encode() for name in (*REASONING_FIELDS, "reasoning_d
 _CARRIED = tuple(f'"{name}"'.encode() for name in CALL_EXTRAS)
 
 
-class ChatRelay(ChatTranslation):
-    """Chat with nothing to change: the upstream's stream goes to the client as it came.
+class Relay(Translation):
+    """The upstream's stream goes to the client as it came.
 
     Nothing goes out before the answer begins (role-only and empty chunks are held back) so that an
     error before it can be a status, and nothing but whole records afterwards so that a comment or
-    an error fits in at any time.  Once begun, records are not parsed; how the answer ended is read
-    from the tail.
+    an error fits in at any time.
+    """
+
+    def begin(self) -> None:
+        super().begin()
+        self._decoder, self._holds = SSEDecoder(), False         # it has a part of a record
+        self._lead: List[bytes] = []     # records that have not gone out yet
+        self._lead_size = 0
+
+    def feed(self, payload: bytes) -> bytes:
+        for record, data in self._decoder.records(payload):
+            if self.done:                # nothing joins an answer that has ended
+                break
+            self._lead.append(record)
+            if data is not None:
+                self._take(data)
+        self._holds = self._decoder.holds()
+        if not self.began:
+            self._lead_size = check_lead(self._lead_size + len(payload))
+            return b""
+        out, self._lead = b"".join(self._lead), []
+        return out
+
+    def _take(self, data: bytes) -> None:
+        """Read a record as far as needed."""
+        raise NotImplementedError
+
+    def _feed_rest(self) -> bytes:
+        """The last record, if it lacked its blank line alone."""
+        rest = b"" if self.done else self._decoder.rest()
+        is_due = rest.strip() and (not self.began or self._is_whole(rest))
+        return self.feed(b"\n\n") if is_due else b""
+
+    @staticmethod
+    def _is_whole(record: bytes) -> bool:
+        """Whether a record without its blank line is all there."""
+        try:
+            return bool(list(read_records(SSEDecoder().feed(record + b"\n\n"))))
+        except UpstreamRefused:
+            return True
+        except UpstreamGarbled:
+            return False
+
+
+class ChatRelay(Relay, ChatTranslation):
+    """Chat with nothing to change.
+
+    Once the answer has begun, records are not parsed; how it ended is read from the tail.
     """
 
     def begin(self) -> None:
@@ -8520,11 +8596,8 @@ class ChatRelay(ChatTranslation):
         choices = self._call.body.get("n")
         self._choices = choices if isinstance(choices, int) else 1
         self._notes = self._note is not None and self._keeps_reasoning()
-        self._decoder, self._holds = SSEDecoder(), False         # it has a part of a record
         self._recent: List[bytes] = []   # of what was sent, enough to hold the tail
-        self._recent_size = 0
-        self._lead: List[bytes] = []     # records that have not gone out yet
-        self._lead_size, self._has_choices = 0, False
+        self._recent_size, self._has_choices = 0, False
 
     def passes(self, payload: bytes) -> bool:
         if not self.began or self._holds or payload[-2:] != b"\n\n" or b"[DONE]" in payload or (
@@ -8554,24 +8627,14 @@ class ChatRelay(ChatTranslation):
         return payload.count(b"\ndata:") != payload.count(b"\n\ndata:")
 
     def feed(self, payload: bytes) -> bytes:
-        for record, data in self._decoder.records(payload):
-            if self.done:                # nothing joins an answer that has ended
-                break
-            self._lead.append(record)
-            if data is not None:
-                self._take(data)
-        self._holds = self._decoder.holds()
-        if not self.began:
-            self._lead_size = check_lead(self._lead_size + len(payload))
-            return b""
-        out, self._lead = b"".join(self._lead), []
-        self._recent = [self._tail, out]
-        self._recent_size = len(self._recent[0]) + len(out)
-        self._look_for_end(out)
+        out = super().feed(payload)
+        if out:
+            self._recent = [self._tail, out]
+            self._recent_size = len(self._recent[0]) + len(out)
+            self._look_for_end(out)
         return out
 
     def _take(self, data: bytes) -> None:
-        """Read a record as far as needed: once the answer has begun it is not parsed."""
         self.records += 1
         self.done = data == b"[DONE]"
         if self._note is not None:
@@ -8584,10 +8647,7 @@ class ChatRelay(ChatTranslation):
 
     def close(self) -> bytes:
         """What is missing at the end of the upstream's stream."""
-        out = b""
-        rest = b"" if self.done else self._decoder.rest()
-        if rest.strip() and (not self.began or self._is_whole(rest)):
-            out = self.feed(b"\n\n")     # the last record lacked its blank line
+        out = self._feed_rest()
         if not self.began:
             raise UpstreamGarbled("the upstream's answer is empty")
         self._read_tail()
@@ -8600,16 +8660,6 @@ class ChatRelay(ChatTranslation):
 
     def is_over(self) -> bool:
         return self.began and len(_FINISH.findall(self._tail)) >= self._choices
-
-    @staticmethod
-    def _is_whole(record: bytes) -> bool:
-        """Whether a record without its blank line is all there."""
-        try:
-            return bool(list(read_records(SSEDecoder().feed(record + b"\n\n"))))
-        except UpstreamRefused:
-            return True
-        except UpstreamGarbled:
-            return False
 
     def _look_for_end(self, sent: bytes) -> None:
         """Whether these records tell of an error of the upstream's own, or of the finish."""
@@ -8859,6 +8909,287 @@ class ResponsesTranslation(TurnTranslation):
         return answer
 
 
+class NativeTranslation(Relay):
+    """A call to an upstream that speaks the client's dialect: both ways as it came.
+
+    Once the answer has begun, records are parsed that hold one of _TELLING alone.
+    """
+    _TELLING: Sequence[bytes] = ()       #: in records that tell of counts, an error or the end
+    _ENDS: Sequence[str] = ()            #: types of the last event
+    _OTHERS: Tuple[str, ...] = ()        #: how types of another dialect's events begin
+    _WHOLE = ""                          #: the member that a plain answer has
+    _HOLDER = ""                         #: the member of an event that holds as much of the answer
+    _LIMIT = ""                          #: the member of a request that limits the answer
+
+    def __init__(self, call: Call, target: Target, context: Context) -> None:
+        self.headers, self.road = call.headers, call.dialect.native_road
+        super().__init__(call, target, context)
+        self.path = call.dialect.native_path
+
+    def begin(self) -> None:
+        super().begin()
+        self._answer: Json = {}          #: as far as events told of it
+
+    def _keeps_reasoning(self) -> bool:
+        return False
+
+    @property
+    def max_output(self) -> int:
+        value = self._call.body.get(self._LIMIT)
+        return value if has_type(value, int) else 0
+
+    @property
+    def estimate(self) -> int:
+        return self._context.scale(len(self._call.text) // 4)
+
+    def raw_estimate(self, is_worth: bool) -> int:
+        if not is_worth or self._call.shows_images:
+            return 0
+        try:
+            counted = self._call.dialect.count(self._call, self._context._replace(scale=int))
+        except BadRequest:               # it may have what nobody here knows
+            return 0
+        return counted["input_tokens"]
+
+    @property
+    def usage(self) -> Usage:
+        return super().usage if self._told else Usage(
+            self.estimate, self.records or self._size // 5, estimated=True)
+
+    def _encode_request(self) -> bytes:
+        changes = {name: self._changes[name] for name in ("leave_out", "max_output")
+                   if name in self._changes}
+        return self._with_model(amend(self._cleaned(), changes))
+
+    def reply(self, data: bytes, content_type: str, status: int) -> Tuple[bytes, str]:
+        answer = parse_answer(data, status, False)
+        self._size = len(data)
+        if self._WHOLE not in answer:
+            raise self._other_dialect()
+        if self._call.stream:
+            raise UpstreamGarbled("the upstream gave a plain answer where a stream was asked for",
+                                  should_retry=False)
+        self._read({self._HOLDER: answer})
+        return data, content_type or "application/json"
+
+    def passes(self, payload: bytes) -> bool:
+        if not self.began or self._holds or payload[-2:] != b"\n\n":
+            return False
+        for mark in self._TELLING:
+            if mark in payload:
+                return False
+        self.records += 1
+        return True
+
+    def _take(self, data: bytes) -> None:
+        self.records += 1
+        if self.began and not any(mark in data for mark in self._TELLING) or data == b"[DONE]":
+            return
+        try:
+            event = object_of(_DECODER.decode(data.decode()))
+        except (ValueError, RecursionError):
+            event = {}
+        kind, refusal = event.get("type"), self._refusal(event)
+        if refusal and not self.began:
+            raise refusal
+        if not self.began and (not isinstance(kind, str) or kind.startswith(self._OTHERS)):
+            raise self._other_dialect()
+        self._read(event)
+        self.failed = self.failed or refusal is not None
+        self.began = self.began or self._begins(event)
+        self.done = self.failed or kind in self._ENDS
+
+    def close(self) -> bytes:
+        out = self._feed_rest()
+        if not self.began:
+            raise UpstreamGarbled("the upstream's answer is empty")
+        if self.done:
+            return out
+        if not self.finish_reason:
+            raise UpstreamGarbled("the upstream's answer was cut off")
+        return out + encode_event({"type": self._ENDS[0]})
+
+    def _read(self, event: Json) -> None:
+        """What an event tells of the answer; some makers tell counts of zero first, some last."""
+        self._answer = object_of(event.get(self._HOLDER)) or self._answer
+        told = {**event, **object_of(event.get(self._HOLDER))}
+        counts = object_of(told.get("usage"))
+        self._told = {**(self._told or {}), **{name: counts[name] for name in counts
+                                               if counts[name]}}
+        reason = object_of(event.get("delta")).get("stop_reason") or told.get("stop_reason")
+        self.finish_reason = reason if isinstance(reason, str) else self.finish_reason
+
+    def _other_dialect(self) -> UpstreamGarbled:
+        speaks = ROADS[self.road]
+        return UpstreamGarbled(
+            f"the upstream's answer is none of {speaks}: is {self.road} "
+            f"{getattr(self._target.provider, self.road)} the address of its {speaks}?",
+            should_retry=False)
+
+    # for the classes
+
+    def _cleaned(self) -> Json:
+        """The request without what the upstream can't take; the client's own if that is nothing."""
+        raise NotImplementedError
+
+    def _begins(self, event: Json) -> bool:
+        """Whether an event has something of an answer."""
+        raise NotImplementedError
+
+    def _refusal(self, event: Json) -> Optional[UpstreamRefused]:
+        """The error that an event stands for."""
+        return refusal_in(event)
+
+
+def is_anthropics(url: str) -> bool:
+    """Whether an address is Anthropic's own."""
+    return bool(re.match(r"https?://([^/:]*\.)?anthropic\.com(?:[:/]|$)", url))
+
+
+class NativeMessages(NativeTranslation):
+    """Messages to Messages."""
+    _TELLING = (b'"usage"', b'"error"', b"message_stop")
+    _ENDS = ("message_stop",)
+    _OTHERS = ("response.",)
+    _WHOLE, _HOLDER, _LIMIT = "content", "message", "max_tokens"
+    optional = ("thinking", "context_management", "output_config", "metadata", "service_tier",
+                "top_k", "temperature", "top_p", "safeguards", "container", "speed")
+
+    def _cleaned(self) -> Json:
+        text, body = self._call.text, self._call.body
+        is_anthropic = is_anthropics(self._target.provider.messages_url)
+        takes_types = is_anthropic or profile_of(self._target)["tool_types"]
+        for mark, change, is_due in (
+                (SIGNATURE_PREFIX, partial(_unsigned, is_anthropic), True),
+                ('"ttl"', _without_ttl, not is_anthropic),
+                (BILLING_HEADER, _without_billing, not is_anthropic),
+                ('"custom"', _without_type, not takes_types)):
+            if is_due and mark in text:
+                body = {name: changed_blocks(value, change)
+                        if name in ("system", "messages", "tools") else value
+                        for name, value in (change(body) or body).items()}
+        return body
+
+    def _begins(self, event: Json) -> bool:
+        kind, block = event["type"], object_of(event.get("content_block"))
+        delta = object_of(event.get("delta"))
+        if kind == "message_delta":
+            return delta.get("stop_reason") not in (None, "end_turn") or bool(
+                object_of(event.get("usage")).get("output_tokens"))
+        if kind == "content_block_start":
+            return block.get("type") not in ("text", "thinking") or bool(
+                block.get("text") or block.get("thinking"))
+        return kind == "content_block_delta" and any(
+            value for name, value in delta.items() if name != "type")
+
+
+def without(holder: Json, name: str) -> Json:
+    """A copy without one member."""
+    return {each: value for each, value in holder.items() if each != name}
+
+
+def changed_blocks(value: Any, change: Callable[[Json], Optional[Json]]) -> Any:
+    """A list of blocks, and the lists in their `content`, each block as `change` leaves it.
+
+    One that becomes None is left out, and so is a message that has none left.
+    """
+    if not isinstance(value, list):
+        return value
+    kept = []
+    for block in value:
+        left = change(block) if isinstance(block, dict) else block
+        if isinstance(left, dict) and left.get("content") and isinstance(left["content"], list):
+            content = changed_blocks(left["content"], change)
+            left = {**left, "content": content} if content else None
+        if left is not None:
+            kept.append(left)
+    return kept
+
+
+def _unsigned(is_anthropic: bool, block: Json) -> Optional[Json]:
+    """A block without a signature of ours: Anthropic takes no thought without its own."""
+    if not any(str(block.get(name)).startswith(SIGNATURE_PREFIX) for name in ("signature", "data")):
+        return block
+    return without(block, "signature") if block.get("thinking") and not is_anthropic else None
+
+
+def _without_ttl(block: Json) -> Json:
+    control = block.get("cache_control")
+    if not isinstance(control, dict) or "ttl" not in control:
+        return block
+    return {**block, "cache_control": without(control, "ttl")}
+
+
+def _without_billing(block: Json) -> Optional[Json]:
+    return None if str(block.get("text")).startswith(BILLING_HEADER) else block
+
+
+def _without_type(tool: Json) -> Json:
+    return without(tool, "type") if tool.get("type") == "custom" else tool
+
+
+class NativeResponses(NativeTranslation):
+    """Responses to Responses."""
+    _TELLING = (b'"error"', b"response.completed", b"response.incomplete", b"response.failed")
+    _ENDS = ("response.completed", "response.incomplete", "response.failed")
+    _OTHERS = ("message", "content_block")
+    _WHOLE, _HOLDER, _LIMIT = "output", "response", "max_output_tokens"
+    optional = ("reasoning", "store", "metadata", "service_tier", "parallel_tool_calls", "include",
+                "prompt_cache_key", "client_metadata", "truncation", "user", "safety_identifier",
+                "stream_options", "temperature", "top_p")
+    _EMPTY = ("message", "reasoning")    #: items that begin empty
+
+    def _cleaned(self) -> Json:
+        """Without our carriers; what our own store knows is put in its place."""
+        call, context, body = self._call, self._context, self._call.body
+        previous = body.get("previous_response_id")
+        known = context.store.recall(previous, call.owner) if isinstance(previous, str) else None
+        if known is not None:
+            given = body.get("input")
+            said = [{"role": "user", "content": given}] if isinstance(given, str) else given or []
+            body = {**without(body, "previous_response_id"), "input": [*known, *said]}
+        items = body.get("input")
+        if not isinstance(items, list) or (known is None and Seal.PREFIX not in call.text
+                                           and '"item_reference"' not in call.text):
+            return body
+        return {**body, "input": [item for item in map(self._item, items) if item is not None]}
+
+    def _item(self, item: Any) -> Any:
+        """An item as a foreign service takes it; None: not at all."""
+        ident = object_of(item).get("id")
+        if object_of(item).get("type") == "item_reference" and isinstance(ident, str):
+            item = self._context.store.item(ident, self._call.owner) or item
+        carrier = object_of(item).get("encrypted_content")
+        if not isinstance(carrier, str) or not carrier.startswith(Seal.PREFIX):
+            return item
+        summary = (self._context.seal.decrypt(carrier) or {}).get("summary")
+        return {"role": "user", "content": SUMMARY_HEAD + summary} if (
+            isinstance(summary, str)) else None
+
+    def _begins(self, event: Json) -> bool:
+        kind, item = event["type"], object_of(event.get("item"))
+        if kind == "response.output_item.added":
+            return item.get("type") not in self._EMPTY
+        answer = object_of(event.get("response"))
+        return kind.endswith(".delta") and bool(event.get("delta")) or kind in (
+            "response.output_item.done", "response.incomplete") or kind == (
+                "response.completed") and bool(answer.get("output") or object_of(
+                    answer.get("usage")).get("output_tokens"))
+
+    def _refusal(self, event: Json) -> Optional[UpstreamRefused]:
+        if event.get("type") == "response.failed":
+            return refusal_in({"error": object_of(event.get("response")).get("error") or "failed"})
+        if event.get("type") == "error" and not event.get("error"):
+            return refusal_in({"error": without(event, "type")})
+        return refusal_in(event)
+
+    def fail(self, exc: GatewayError) -> bytes:
+        answer = {"id": self._context.new_id("resp_"), "object": "response", **self._answer,
+                  "status": "failed", "error": response_failure(exc)}
+        return encode_event({"type": "response.failed", "sequence_number": self.records,
+                             "response": answer})
+
+
 class GeminiTranslation(TurnTranslation):
     """A generateContent request."""
 
@@ -8917,6 +9248,9 @@ class ChatDialect:
     name = "chat"
     stream_type = "text/event-stream; charset=utf-8"
     id_headers: Sequence[str] = ("x-request-id",)        #: which name a request in its answer
+    native_road = "base_url"             #: field of providers that speak this dialect …
+    native_path = ""                     #: … and what is asked under that address
+    _native: Any = None                  #: the Translation for these
 
     def __init__(self, path: str, needs: str = "", has_choices: bool = True) -> None:
         self.path = path                 #: under the upstream's base URL
@@ -8942,8 +9276,18 @@ class ChatDialect:
                 not all(isinstance(item, dict) for item in items)):
             raise BadRequest(f"`{self._needs}` {fault}", param=self._needs, code=code)
 
+    def road(self, provider: Provider) -> str:
+        """The field of the provider with the address that is asked; "" where it has none."""
+        return next((road for road in (self.native_road, "base_url") if getattr(provider, road)),
+                    "")
+
     def open(self, call: Call, target: Target, context: Context) -> Translation:
         """The call as `target` is asked it, and the way back of its answer; BadRequest."""
+        is_native = self._native is not None and getattr(target.provider, self.native_road)
+        return (self._native if is_native else self._translate)(call, target, context)
+
+    def _translate(self, call: Call, target: Target, context: Context) -> Translation:
+        """By the provider's Chat."""
         provider = target.provider
         is_changed = provider.preserve_reasoning_content is not None or (
             provider.kind == "iflow" and self.has_choices)
@@ -8998,12 +9342,22 @@ class ChatDialect:
         return encode_chunk(self.error(exc, request_id))
 
 
+def no_road(provider: Provider) -> str:
+    """Why a client can't be answered whose dialect the provider does not speak."""
+    speaks = " and ".join(f"{name} ({road})" for road, name in ROADS.items()
+                          if getattr(provider, road))
+    return (f"provider {provider.name} speaks {speaks} alone: ask it by a client of that API, or "
+            "set its base_url, the address of its Chat")
+
+
 class MessagesDialect(ChatDialect):
     """Anthropic Messages."""
     name = "messages"
     id_headers = ("x-request-id", "request-id")
+    native_road, native_path = "messages_url", ENDPOINTS["messages_url"]
+    _native = NativeMessages
 
-    def open(self, call: Call, target: Target, context: Context) -> Translation:
+    def _translate(self, call: Call, target: Target, context: Context) -> Translation:
         turns = call.known.turns if call.known else {}
         turn = MessagesTurn(call.body, profile_of(target), target.model, turns.get(target.model))
         if len(turns) > 3:               # as a rule it is one model; clear() needs no lock
@@ -9037,17 +9391,20 @@ class MessagesDialect(ChatDialect):
 class ResponsesDialect(ChatDialect):
     """OpenAI Responses."""
     name = "responses"
+    native_road = "responses_url"
+    _native = NativeResponses
 
     def __init__(self, path: str, compact: bool = False) -> None:
         super().__init__(path)
         self._compact = compact          #: POST /v1/responses/compact, which does not stream
+        self.native_path = ENDPOINTS["responses_url"] + ("/compact" if compact else "")
 
     def check(self, body: Json) -> None:
         super().check(body)
         if self._compact:
             body.pop("stream", None)
 
-    def open(self, call: Call, target: Target, context: Context) -> Translation:
+    def _translate(self, call: Call, target: Target, context: Context) -> Translation:
         turn = ResponsesTurn(call.body, profile_of(target), target.model, now=context.now,
                              codex=is_codex(call.headers), compact=self._compact,
                              **self._memory(call, context))
@@ -9097,7 +9454,7 @@ class GeminiDialect(ChatDialect):
     name = "gemini"
     _translation = GeminiTranslation
 
-    def open(self, call: Call, target: Target, context: Context) -> Translation:
+    def _translate(self, call: Call, target: Target, context: Context) -> Translation:
         turn = GeminiTurn(call.body, profile_of(target), target.model)
         return self._translation(call, turn, target, context)
 
@@ -9141,7 +9498,7 @@ class GeminiArrayDialect(GeminiDialect):
 class GeminiEmbeddingDialect(GeminiDialect):
     """embedContent and batchEmbedContents."""
 
-    def open(self, call: Call, target: Target, context: Context) -> Translation:
+    def _translate(self, call: Call, target: Target, context: Context) -> Translation:
         return GeminiEmbedding(call, target, context)
 
 
@@ -10275,14 +10632,15 @@ class Upstream:
 
     def open(self, provider: Provider, settings: Settings, method: str, path: str,
              headers: Iterable[Tuple[str, str]], body: Optional[bytes], client: Client = NOBODY,
-             timeout_s: Optional[float] = None,
-             content_type: str = "application/json") -> UpstreamResponse:
-        """Send one request, return its answer once the head is there.
+             timeout_s: Optional[float] = None, content_type: str = "application/json",
+             road: str = "base_url") -> UpstreamResponse:
+        """Send one request to the address in the field `road`, return its answer once the head is
+        there.
 
         Raises UpstreamError (unreachable, TLS, silent, no HTTP) and ClientGone.  A kept connection
         that turns out to be closed before a byte was received is replaced by a new one, once.
         """
-        endpoint = Endpoint.of(provider.base_url)
+        endpoint = Endpoint.of(getattr(provider, road))
         lines = [f"{method} {endpoint.path}{path} HTTP/1.1", f"Host: {endpoint.authority}",
                  "Accept-Encoding: identity"]
         if body is not None:
@@ -11787,14 +12145,19 @@ class Lane:
         #: by model: what its refusals have taught, and until when that counts
         self._learnt: Dict[str, Tuple[float, Json]] = {}
         self._clock = clock
+        #: (path, model) that its native road does not have
+        self._lost: Dict[Tuple[str, str], bool] = {}
+        #: values of anthropic-beta that it does not take
+        self.refused_betas: Set[str] = set()
         self._lock = threading.Lock()
         self.adopt(provider)
 
     def adopt(self, provider: Provider) -> None:
         """Work with these settings from now on; what rests and what is under way stays."""
-        if provider.base_url != self.provider.base_url:
+        if provider.roads != self.provider.roads:
             self.rests.ok(None)
-            self.listed, self._learnt, self.balance = (0.0, []), {}, (0.0, {})
+            self.listed, self.balance = (0.0, []), (0.0, {})
+            self._learnt, self._lost, self.refused_betas = {}, {}, set()
         self.provider = provider
         self.slots.resize(provider.places)
         self._key_slots = {key: self._key_slots.get(key) or Slots(0) for key in provider.api_keys
@@ -11854,6 +12217,15 @@ class Lane:
             remember(self._learnt, name, (until, merge_changes(known, changes)), self.LEARNT_LIMIT)
         return merge_changes(known, changes) != known
 
+    def has_lost(self, path: str, model: str) -> bool:
+        """Whether a path of its native road is not there: for this model, or at all."""
+        return (path, "") in self._lost or (path, model[:SCALE_NAME_CHARS]) in self._lost
+
+    def lose(self, path: str, model: str) -> None:
+        """Note that, for one model or (with "") for all of them."""
+        with self._lock:
+            remember(self._lost, (path, model[:SCALE_NAME_CHARS]), True, self.LEARNT_LIMIT)
+
     def scaled(self, model: str, estimate: int) -> int:
         """Our estimate of tokens as the model counts them."""
         return self._scale.scaled(self._scale_name(model), estimate)
@@ -11910,7 +12282,7 @@ class Record:
         timed = self.first_s is not None
         usage = self.usage if self.status == 200 or timed else Usage()
         return [1, int(self.status not in (200, 499)), usage.prompt, usage.completion, usage.cached,
-                usage.reasoning or 0, int(usage.estimated), int(timed),
+                usage.cache_write, usage.reasoning or 0, int(usage.estimated), int(timed),
                 int((self.first_s or 0.0) * 1000), int(self.total_s * 1000),
                 usage.prompt * usage.estimated, usage.completion * usage.estimated]
 
@@ -11921,8 +12293,8 @@ class Record:
                  "total_s")
         return {**{name: getattr(self, name) for name in names}, "error": one_line(self.error),
                 "input": usage.prompt, "output": usage.completion, "cached": usage.cached,
-                "reasoning": usage.reasoning, "estimated": usage.estimated,
-                "target": str(self.target or ""),
+                "cache_write": usage.cache_write, "reasoning": usage.reasoning,
+                "estimated": usage.estimated, "target": str(self.target or ""),
                 "attempts": [attempt._asdict() for attempt in self.trail]}
 
     def line(self) -> str:
@@ -11994,8 +12366,8 @@ class Histogram:
 # --- the ledger ------------------------------------------------------------------------
 
 #: What is counted of the calls of a row; times in milliseconds, `first_ms` over `streams` answers.
-USAGE_COUNTS = ("requests", "errors", "input", "output", "cached", "reasoning", "estimated",
-                "streams", "first_ms", "total_ms")
+USAGE_COUNTS = ("requests", "errors", "input", "output", "cached", "cache_write", "reasoning",
+                "estimated", "streams", "first_ms", "total_ms")
 #: A row's counts: those, and how many of its tokens are an estimate of ours.
 LEDGER_COUNTS = (*USAGE_COUNTS, "input_guessed", "output_guessed")
 #: What a row is about; `hour`: when it began, in epoch seconds.
@@ -12741,7 +13113,10 @@ class State(NamedTuple):
         """The targets of a call; BadRequest, NotLoggedIn, Forbidden where its key may not use the
         model.
         """
-        chain = self.router.resolve(call.model, call)
+        found, dialect = self.router.resolve(call.model, call), call.dialect
+        chain = [each for each in found if each.provider.problem or dialect.road(each.provider)]
+        if not chain:
+            raise BadRequest(no_road(found[0].provider), code="no_road", param="model")
         key = call.key
         if key is None or not key.models:
             return chain
@@ -12754,12 +13129,13 @@ class State(NamedTuple):
             "it may use " + ", ".join(key.models), code="model_not_allowed", param="model")
 
 
-def read_refusal(response: UpstreamResponse, provider: Provider) -> UpstreamError:
+def read_refusal(response: UpstreamResponse, provider: Provider,
+                 road: str = "base_url") -> UpstreamError:
     """What an answer with an error status stands for; 429 always says when to come back."""
     if response.status < 400:
         place = one_line(response.headers.get("location", "nowhere"), 120)
         return UpstreamGarbled(f"the upstream redirects to {place}; "
-                               "set base_url to where it really is")
+                               f"set {road} to where it really is")
     try:
         data = response.read_all(REFUSAL_LIMIT_BYTES)
     except UpstreamError:
@@ -12800,6 +13176,10 @@ def _classify(exc: UpstreamRefused, target: Target, translation: Translation,
         exc.status, exc.code = 404, "model_not_found"
         if target.model not in exc.message:
             exc.message = f"the model {target.model} does not exist there: {exc.message}"
+    elif exc.status in (404, 405) and translation.road != "base_url":
+        road, exc.should_retry = translation.road, False
+        _add_sentence(exc, f"is {road} {getattr(target.provider, road)} the address of its "
+                           f"{ROADS[road]}?")
 
 
 def _add_sentence(exc: GatewayError, sentence: str) -> None:
@@ -12841,8 +13221,18 @@ def explain_refusal(exc: UpstreamError, target: Target, translation: Translation
         type="permission_error", should_retry=False)
 
 
+def key_headers(provider: Provider, key: str, road: str,
+                scheme: str = "Bearer ") -> Dict[str, Tuple[str, str]]:
+    """The key as an upstream takes it, and the version that Messages needs, by their names."""
+    version = ("anthropic-version", ANTHROPIC_VERSION)
+    pair = ("x-api-key", key) if is_anthropics(getattr(provider, road)) else (
+        "Authorization", scheme + key)
+    pairs = [*([pair] if key else []), *([version] if road == "messages_url" else [])]
+    return {name.lower(): (name, value) for name, value in pairs}
+
+
 def upstream_headers(given: Mapping[str, str], settings: Settings, provider: Provider,
-                     key: str, agent: str = "") -> List[Tuple[str, str]]:
+                     key: str, agent: str = "", road: str = "base_url") -> List[Tuple[str, str]]:
     """The provider's own headers, the key, and the client's that are meant for the upstream.
 
     `agent`: the client's User-Agent, which some providers want.
@@ -12857,8 +13247,7 @@ def upstream_headers(given: Mapping[str, str], settings: Settings, provider: Pro
             if (name in HEADERS_FORWARDED or name.startswith(HEADER_FORWARDED_PREFIX)) and (
                     name not in ours and is_sound_header(name, value)):
                 headers[name] = (name, value)
-    if key:
-        headers["authorization"] = ("Authorization", "Bearer " + key)
+    headers = {**key_headers(provider, key, road), **headers}
     headers.update((name.lower(), (name, value)) for name, value in provider.headers)
     return list(headers.values())
 
@@ -12983,6 +13372,9 @@ class Attempts:
         self._learnt = merge_changes(lane.learnt(target.model), self._trial)
         context = context_of(gateway, partial(lane.scaled, target.model))._replace(
             learnt=self._learnt)
+        road, path = self.call.dialect.native_road, self.call.dialect.native_path
+        if target.provider.base_url and lane.has_lost(path, target.model):
+            target = target._replace(provider=replace(target.provider, **{road: ""}))
         try:
             self.translation = self.call.dialect.open(self.call, target, context)
         except RecursionError:
@@ -13009,7 +13401,7 @@ class Attempts:
             return False
         if status == 401:
             return self._renew_login()
-        return self._amend(exc)
+        return self._mend_native(status, exc) or self._amend(exc)
 
     def _amend(self, exc: GatewayError) -> bool:
         """Whether to ask once more without what a refusal names, or with that changed."""
@@ -13041,6 +13433,30 @@ class Attempts:
             self.log.info('%s/%s refuses some of what it is sent; for an hour "profile": %s',
                           provider, model, dump_text(changes))
 
+    def _mend_native(self, status: int, exc: GatewayError) -> bool:
+        """Whether to repeat it without betas that were refused, or by Chat for want of the road."""
+        if status not in (400, 404, 405) or self.translation.road == "base_url":
+            return False
+        lane, provider, path = self.lane, self.target.provider, self.translation.path
+        betas = tokens_of(self.call.headers.get("anthropic-beta", "")) - {"", *lane.refused_betas}
+        named = {beta for beta in betas if re.search(
+            rf"(?<![\w-]){re.escape(beta)}(?![\w-])", exc.message.lower())}
+        if status == 400 and named:
+            lane.refused_betas = lane.refused_betas | named
+            self.log.info("%s %s takes no %s; asking again without", self.call.request_id[4:12],
+                          provider.name, one_line(", ".join(sorted(named))))
+        elif status != 400 and provider.base_url:
+            is_missing = exc.code == "model_not_found"
+            lane.lose(path, self.target.model if is_missing else "")
+            self.log.info("%s %s has no %s%s; asking its Chat from now on",
+                          self.call.request_id[4:12], provider.name, path,
+                          f" for {one_line(self.target.model, 60)}" if is_missing else "")
+            self._translate()
+        else:
+            return False
+        self.plan.repeat()
+        return True
+
     def _renew_login(self) -> bool:
         """Where iFlow says that the key has ended, its login is refreshed, once."""
         plan = self.plan
@@ -13067,18 +13483,24 @@ class Attempts:
 
     def _ask_upstream(self, key: str) -> None:
         """Send the request and pass the answer on."""
-        provider, client = self.target.provider, self.client
-        headers = upstream_headers(self.translation.headers, self.settings, provider, key,
-                                   self.call.headers.get("user-agent", ""))
+        provider, client, road = self.target.provider, self.client, self.translation.road
+        given, refused = self.translation.headers, self.lane.refused_betas
+        if refused and "anthropic-beta" in given:
+            left = [beta for beta in given["anthropic-beta"].split(",")
+                    if beta.strip().lower() not in refused]
+            given = {**given, "anthropic-beta": ",".join(left).strip()}
+        headers = upstream_headers(given, self.settings, provider, key,
+                                   self.call.headers.get("user-agent", ""), road)
         if provider.kind == "iflow":
             headers = [*headers, *self.gateway.upstream.identity.headers(key, time.time())]
         with self.gateway.upstream.open(provider, self.settings, "POST", self.translation.path,
-                                        headers, self.translation.body, client) as response:
+                                        headers, self.translation.body, client,
+                                        road=road) as response:
             if response.status >= 300:
-                raise read_refusal(response, provider)
+                raise read_refusal(response, provider, road)
             if "html" in response.content_type:
                 raise UpstreamGarbled("the upstream answered with a web page; "
-                                      "is base_url its API, and not its site?")
+                                      f"is {road} its API, and not its site?")
             client.returned = [(name, value) for name, value in response.headers.items()
                                if re.fullmatch(HEADER_RETURNS, name)
                                and is_sound_header(name, value)]
@@ -13569,16 +13991,17 @@ class Gateway:
 
 # --- what there is -------------------------------------------------------------
 
-def get_from(gateway: Gateway, provider: Provider, path: str, scheme: str = "Bearer ") -> bytes:
+def get_from(gateway: Gateway, provider: Provider, path: str, scheme: str = "Bearer ",
+             road: str = "base_url") -> bytes:
     """What a provider answers to a GET with its headers and key; UpstreamError."""
     limit_s = min(gateway.settings.connect_timeout_s, MODELS_TIMEOUT_S)
     settings = replace(gateway.settings, connect_timeout_s=limit_s)
     key = gateway.lane(provider).keys(provider.api_keys)[0]
-    headers = [*provider.headers, *([("Authorization", scheme + key)] if key else [])]
+    headers = [*key_headers(provider, key, road, scheme).values(), *provider.headers]
     with gateway.upstream.open(provider, settings, "GET", path, headers, None, NOBODY,
-                               MODELS_TIMEOUT_S) as response:
+                               MODELS_TIMEOUT_S, road=road) as response:
         if response.status != 200:
-            raise read_refusal(response, provider)
+            raise read_refusal(response, provider, road)
         return response.read_all(MODEL_LIST_BYTES)
 
 
@@ -13652,7 +14075,9 @@ def fetch_models(gateway: Gateway, provider: Provider) -> List[str]:
     """The provider's own `/models`, or what is known where it can't be relied on; UpstreamError."""
     if not provider.profile.get("lists_models", True):
         return list(provider.models)
-    return parse_model_list(get_from(gateway, provider, "/models"))
+    road = next(road for road in ROADS if getattr(provider, road))
+    path = "/v1/models" if road == "messages_url" else "/models"
+    return parse_model_list(get_from(gateway, provider, path, road=road))
 
 
 def _fetch_list(gateway: Gateway, lane: Lane, now: float) -> None:
@@ -13661,7 +14086,7 @@ def _fetch_list(gateway: Gateway, lane: Lane, now: float) -> None:
         found = (now + MODELS_TTL_S, fetch_models(gateway, provider))
     except GatewayError as exc:
         gateway.log.debug("no model list from %s: %s", provider.name, exc.message)
-    if lane.provider.base_url == provider.base_url:  # else it has moved meanwhile
+    if lane.provider.roads == provider.roads:        # else it has moved meanwhile
         lane.listed = found
 
 
@@ -13765,13 +14190,45 @@ def scaled_count(gateway: Gateway, target: Optional[Target], estimate: int) -> i
     return gateway.lane(target.provider).scaled(target.model, estimate)
 
 
+def ask_count(gateway: Gateway, call: Call, target: Optional[Target]) -> Optional[int]:
+    """The tokens of a Messages request as its upstream counts them; None where it does not."""
+    provider = target.provider if target else Provider("")
+    if call.dialect is not MESSAGES or not provider.messages_url or provider.problem or (
+            not profile_of(target)["count_tokens"]):
+        return None
+    settings = gateway.settings
+    try:
+        translation = NativeMessages(call, target, context_of(gateway, int))
+        headers = upstream_headers(call.headers, settings, provider, gateway.lane(provider).keys(
+            provider.api_keys)[0], call.headers.get("user-agent", ""), translation.road)
+        with gateway.upstream.open(
+                provider, settings, "POST", f"{translation.path}/count_tokens", headers,
+                translation.body, NOBODY, MODELS_TIMEOUT_S, road=translation.road) as response:
+            if response.status != 200:
+                raise read_refusal(response, provider, translation.road)
+            counted = parse_answer(response.read_all(REFUSAL_LIMIT_BYTES), 200, False)
+    except GatewayError as exc:
+        gateway.log.debug("%s counts no tokens: %s", provider.name, exc.message)
+        return None
+    return counted.get("input_tokens") if has_type(counted.get("input_tokens"), int) else None
+
+
 # --- what it tells of itself ---------------------------------------------------
 
-def _target_facts(gateway: Gateway, target: Target) -> Json:
+#: The dialects by what routes call them.
+DIALECTS = {dialect.name: dialect for dialect in (CHAT, MESSAGES, RESPONSES, GEMINI)}
+
+
+def _target_facts(gateway: Gateway, target: Target, dialect: ChatDialect) -> Json:
     """What there is to know of a target before anybody asks it."""
     provider = target.provider
-    return {"provider": provider.name, "model": target.model, "base_url": provider.base_url,
-            "usable": not provider.problem, "problem": provider.problem,
+    road = dialect.road(provider)
+    if provider.base_url and gateway.lane(provider).has_lost(dialect.native_path, target.model):
+        road = "base_url"
+    problem = provider.problem or ("" if road else no_road(provider))
+    return {"provider": provider.name, "model": target.model,
+            "base_url": getattr(provider, road) if road else "", "road": ROADS.get(road, ""),
+            "usable": not problem, "problem": problem,
             "circuit": gateway.lane(provider).rests.state, "keys": len(provider.api_keys),
             "keys_resting": gateway.lane(provider).rests.resting,
             "vision_model": provider.vision_model}
@@ -13805,7 +14262,7 @@ def explain(gateway: Gateway, body: Json, in_english: bool = True) -> Json:
     steps: Told = []
     targets = router.resolve(body.get("model"), asked, steps)
     return {**told, "steps": explain_steps(steps, in_english),
-            "chain": [_target_facts(gateway, target) for target in targets]}
+            "chain": [_target_facts(gateway, target, DIALECTS[dialect]) for target in targets]}
 
 
 def queues_of(gateway: Gateway) -> List[Json]:
@@ -13873,18 +14330,39 @@ class Collect(Client):
         self.send(payload)
 
 
-def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional[ClientKey] = None,
-                 dialect: ChatDialect = CHAT, **more: Any) -> Json:
-    """The message that answers a tiny real request, {} of a streamed one; GatewayError.
+PROBE_TOOL = {"type": "function", "function": {
+    "name": "report", "description": "Report a number.",
+    "parameters": {"type": "object", "properties": {"number": {"type": "integer"}},
+                   "required": ["number"]}}}
+_PROBE = PROBE_TOOL["function"]
 
-    `key`: whose usage it is.  `more` is added to the request.
+#: How each dialect is tried: fields for the length of the answer and for what is said, and a tool.
+TRIALS = {
+    "chat": ("", "messages", PROBE_TOOL),
+    "messages": ("max_tokens", "messages", {
+        "name": _PROBE["name"], "description": _PROBE["description"],
+        "input_schema": _PROBE["parameters"]}),
+    "responses": ("max_output_tokens", "input", {"type": "function", **_PROBE})}
+#: Stands in an answer with a call, in whichever dialect.
+_CALLS = ('"arguments"', '"tool_use"')
+
+
+def ask_provider(gateway: Gateway, provider: Provider, model: str, key: Optional[ClientKey] = None,
+                 dialect: Optional[ChatDialect] = None, tools: bool = False, **more: Any) -> str:
+    """The answer to a tiny real request, in the first dialect it can be asked by without one.
+
+    `key`: whose usage it is.  `more` is added to the request.  GatewayError.
     """
-    limit = profile_of(Target(provider, model))["max_tokens_field"]
-    body = {"model": f"{provider.name}/{model}", limit: 512 if "tools" in more else 16,
-            "messages": [{"role": "user", "content": "Say hi."}], **more}
+    dialect = dialect or next(each for each in (CHAT, MESSAGES, RESPONSES) if each.road(provider))
+    limit, said, tool = TRIALS[dialect.name]
+    limit = limit or profile_of(Target(provider, model))["max_tokens_field"]
+    wish = "Call the tool report with the number 7." if tools else "Say hi."
+    body = {"model": f"{provider.name}/{model}", limit: 512 if tools else 16,
+            said: [{"role": "user", "content": wish}],
+            **({"tools": [tool]} if tools else {}), **more}
     client = Collect()
     gateway.answer(Call(dialect, body, dump_text(body), {}, new_id("req_"), key), client)
-    return {} if body.get("stream") else first_choice(json.loads(client.data)).get("message") or {}
+    return client.data.decode("utf-8", "replace")
 
 
 def model_to_try(gateway: Gateway, provider: Provider) -> str:
@@ -13912,11 +14390,6 @@ FAULTS = {401: ("key", "the key"), 402: ("key", "the balance"), 403: ("key", "th
           404: ("model", "the model"), 429: ("key", "the rate limit"),
           502: ("reach", "the connection"), 504: ("reach", "the connection")}
 
-PROBE_TOOL = {"type": "function", "function": {
-    "name": "report", "description": "Report a number.",
-    "parameters": {"type": "object", "properties": {"number": {"type": "integer"}},
-                   "required": ["number"]}}}
-
 #: What is tried at a provider, in this order.
 CHECKS = ("reach", "key", "model", "stream", "tools")
 
@@ -13933,17 +14406,16 @@ class Check(NamedTuple):
 CHECK_TEXTS = {"key": ("密钥正常", "key ok"), "no key": ("无需密钥", "needs no key"),
                "model": ("模型 {model} 正常（{took_s:.1f} 秒）", "model {model} ok ({took_s:.1f} s)"),
                "stream": ("流式正常", "stream ok"), "tools": ("工具正常", "tools ok"),
+               "road": ("{road} 原样转发", "{road} passed on as it is"),
+               "lost": ("没有 {road}，改走 Chat", "no {road} there, by Chat"),
                "unused": ("接受工具，但没有调用", "tools taken, but none called"),
                "learnt": ("有些字段它不接受，可写入 config.json： \"profile\": {profile}",
                           "for what it refuses, add to it in config.json: \"profile\": {profile}")}
 
-#: What agents ask beyond the plain request: a stream as Claude Code does, a call.
-AGENT_REQUESTS: Mapping[str, Any] = {
-    "stream": {"dialect": MESSAGES, "stream": True, "max_tokens": 512, "thinking": {
-        "type": "adaptive"}, "output_config": {"effort": "high"}, "metadata": {"user_id": "test"}},
-    "tools": {"tools": [PROBE_TOOL], "messages": [
-        {"role": "user", "content": "Call the tool report with the number 7."}]}}
-
+#: What Claude Code asks beyond the plain request.
+AGENT_FIELDS: Json = {
+    "max_tokens": 512, "thinking": {"type": "adaptive"}, "output_config": {"effort": "high"},
+    "metadata": {"user_id": "test"}}
 
 
 def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = None,
@@ -13969,12 +14441,18 @@ def examine(gateway: Gateway, provider: Provider, key: Optional[ClientKey] = Non
     checks = [Check("reach", True),
               Check("key", True, told("key" if provider.api_keys else "no key")),
               Check("model", True, told("model", model=model, took_s=took_s), took_s)]
-    for what in CHECKS[3:] if whole else ():
-        started = time.monotonic()
+    native = [each for each in (MESSAGES, RESPONSES) if getattr(provider, each.native_road)]
+    agent = {"dialect": MESSAGES, **AGENT_FIELDS} if MESSAGES.road(provider) else {}
+    requests: Json = {"stream": {"stream": True, **agent}, "tools": {"tools": True},
+                      **{each.name: {"dialect": each} for each in native}}
+    for what, more in requests.items() if whole else ():
+        started, road = time.monotonic(), more.get("dialect", CHAT)
         try:
-            message = ask_provider(gateway, provider, model, key, **AGENT_REQUESTS[what])
-            lazy = what == "tools" and not message.get("tool_calls")
-            said = told("unused" if lazy else what)
+            answer = ask_provider(gateway, provider, model, key, **more)
+            lazy = what == "tools" and not any(mark in answer for mark in _CALLS)
+            is_lost = gateway.lane(provider).has_lost(road.native_path, model)
+            said = told("unused" if lazy else what if what in CHECKS else
+                        "lost" if is_lost else "road", road=ROADS[road.native_road])
             checks.append(Check(what, True, said, time.monotonic() - started))
         except GatewayError as exc:
             said = f"{what} failed ({exc.status}: {one_line(exc.message, 160)})"
@@ -14795,7 +15273,7 @@ def answer_call(handler: Handler, **fields: Any) -> None:
 
 
 def count_tokens(handler: Handler, **fields: Any) -> Json:
-    """POST …/count_tokens, …/input_tokens and …:countTokens: an estimate, never a request upstream.
+    """POST …/count_tokens, …/input_tokens and …:countTokens: an estimate, or what ask_count says.
 
     It counts as a request and keeps to the key's models (anthropic-messages.md section 9).
     """
@@ -14805,7 +15283,11 @@ def count_tokens(handler: Handler, **fields: Any) -> Json:
         body = {**parse_body(text), **fields}
         call = Call(handler.endpoint.dialect, body, text, handler.headers, handler.request_id,
                     handler.key)
-        scale = partial(scaled_count, gateway, target_to_count(gateway, call))
+        target = target_to_count(gateway, call)
+        exact = ask_count(gateway, call, target)
+        if exact is not None:
+            return {"input_tokens": exact}
+        scale = partial(scaled_count, gateway, target)
         return call.dialect.count(call, context_of(gateway, scale))
 
 
@@ -15943,7 +16425,7 @@ def provider_json(gateway: Gateway, provider: Provider, entry: Json, source: str
     states = lane.key_states() if len(provider.api_keys) == len(keys) else [("ok", 0)] * len(keys)
     return {"name": provider.name, "kind": provider.kind, **masked,
             **{road: getattr(provider, road) or roads_of(entry).get(road, "") for road in ROADS},
-            "preset": entry.get("preset") or preset_at(provider.base_url),
+            "preset": entry.get("preset") or preset_at(provider.address),
             "models": list(provider.models), "facts": dict(provider.facts),
             "keys": [{"index": index, "masked": text, "state": state, "rest_s": round(rest_s, 1)}
                      for index, (text, (state, rest_s)) in enumerate(zip(keys, states))],
@@ -16104,7 +16586,7 @@ def check_addresses(gateway: Gateway, values: Json) -> None:
             f"base_url: the iFlow key that is stored {change}; type api_key in again, or use "
             "the command line (config set)", param="base_url", code="address_changed")
     readable = [name for name, provider in gateway.state.router.providers.items()
-                if provider.base_url.startswith("http:")
+                if any(url.startswith("http:") for url in provider.roads)
                 and (provider.api_keys or provider.headers)]
     if leads_elsewhere(settings.upstream_proxy, values.get("upstream_proxy")) and readable:
         raise BadRequest(
@@ -18054,7 +18536,7 @@ function readAliases(text) {
 }
 const chainList = chain => el('ol', {class: 'checks'}, chain.map((item, at) => el('li',
   el('span', {class: 'muted', text: at ? t('else_then') : '\u2192'}), el('div',
-    foreign(item.provider + ' / ' + item.model, 'mono'), ' ',
+    foreign(item.provider + ' / ' + item.model, 'mono'), ' ', item.road, ' ',
     (!item.usable || item.circuit === 'open') && healthBadge(item),
     item.problem && hint(foreign(item.problem))))));
 /** Explains a route with the aliases as typed in the form; `later()` asks again. */
@@ -18743,7 +19225,9 @@ testing = 正在发送真实的小请求… = Sending small real requests… | e
 check_reach = 连接 = Connection | check_key = 密钥 = Key | check_model = 模型 = Model
 check_balance = 余额 = Balance
 check_fine = 正常 = ok | check_skipped = 未测试 = not tested | check_stream = 流式 = Stream
-check_tools = 工具 = Tools | key_rests = 暂停 {time} = rests {time} | key_refused = 被拒绝 = refused
+check_tools = 工具 = Tools | check_messages = Messages = Messages
+check_responses = Responses = Responses | key_rests = 暂停 {time} = rests {time}
+key_refused = 被拒绝 = refused
 none = 无 = none | unlimited = 不限 = no limit | at_once = 并发 {n} = {n} at once
 at_once_any = 并发不限 = any number at once
 source_flag = 命令行参数 = command-line flag
@@ -21010,7 +21494,7 @@ def _provider_facts(router: Router, health: Json) -> List[Tuple[str, List[str], 
     for name in running if has_others else router.providers:
         provider = Provider(name) if has_others else router.providers[name]
         told, keys = running.get(name, {}), ", ".join(map(mask, provider.api_keys))
-        facts, problem = [provider.base_url, keys or tr("no_key")], provider.problem
+        facts, problem = [provider.address, keys or tr("no_key")], provider.problem
         if has_others or told.get("usable") and problem:
             facts, problem = [tr("in_use")], told.get("problem", "")
         if provider.models:
@@ -21915,7 +22399,7 @@ def cmd_routes(args: Args) -> None:
         print(f"{number}. {one_line(step, 500)}")
     for number, target in enumerate(told["chain"]):
         keys = tr("count_keys", count=target["keys"])
-        state = one_line(target["problem"]) or f"{target['base_url']}  {keys}"
+        state = one_line(target["problem"]) or f"{target['base_url']}  {target['road']}  {keys}"
         name = f"{target['provider']}/{one_line(target['model'])}"
         print(f"{tr('then') if number else '=>'} {name}  {state}")
     say_problems(_further_problems(gateway.problems))

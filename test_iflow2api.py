@@ -13513,6 +13513,444 @@ def test_openai_sdk_reads_iflow_reasoning(iflow, preserve, content, reasoning):
     assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == (reasoning or "")
 
 
+# === 16. Native roads ========================================================
+
+class NativeRoad(NamedTuple):
+    """A dialect that an upstream speaks itself: what it streams and answers there."""
+    field: str
+    path: str                              # of the client
+    asked: str                             # path at the upstream
+    lead: List[dict]                       # events before the answer begins
+    content: dict
+    end: List[dict]
+    plain: dict
+    counts: tuple                          # prompt, completion, cached
+
+
+def _events(*events) -> List[bytes]:
+    return [ifl.encode_event(event) for event in events]
+
+
+def native_sse(road, *, lead=None, content=None, end=None, **facts):
+    items = (road.lead if lead is None else lead, [road.content] if content is None else content,
+             road.end if end is None else end)
+    return sse(*_events(*itertools.chain(*items)), **facts)
+
+
+_ANSWER = {"id": "resp_up", "object": "response", "status": "in_progress", "model": "up-model",
+           "output": [], "error": None, "usage": None}
+_ITEM = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed",
+         "content": [{"type": "output_text", "text": "Hi", "annotations": []}]}
+_RESPONSES_USAGE = {"input_tokens": 300, "input_tokens_details": {"cached_tokens": 250},
+                    "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 2},
+                    "total_tokens": 307}
+_MESSAGE = {"id": "msg_up", "type": "message", "role": "assistant", "model": "up-model",
+            "content": [], "stop_reason": None, "stop_sequence": None}
+_MESSAGES_USAGE = {"input_tokens": 20, "cache_read_input_tokens": 250,
+                   "cache_creation_input_tokens": 30, "output_tokens": 1}
+NATIVE_ROADS = [
+    NativeRoad(
+        "messages_url", MESSAGES_PATH, "/v1/messages",
+        [{"type": "message_start", "message": {**_MESSAGE, "usage": _MESSAGES_USAGE}},
+         {"type": "ping"},
+         {"type": "content_block_start", "index": 0,
+          "content_block": {"type": "text", "text": ""}}],
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hi"}},
+        [{"type": "content_block_stop", "index": 0},
+         {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+          "usage": {"output_tokens": 7}}, {"type": "message_stop"}],
+        {**_MESSAGE, "content": [{"type": "text", "text": "Hi"}], "stop_reason": "end_turn",
+         "usage": {**_MESSAGES_USAGE, "output_tokens": 7}}, (300, 7, 250)),
+    NativeRoad(
+        "responses_url", RESPONSES_PATH, "/v1/responses",
+        [{"type": "response.created", "sequence_number": 0, "response": _ANSWER},
+         {"type": "response.output_item.added", "sequence_number": 1, "output_index": 0,
+          "item": {**_ITEM, "content": [], "status": "in_progress"}}],
+        {"type": "response.output_text.delta", "sequence_number": 2, "item_id": "msg_1",
+         "output_index": 0, "content_index": 0, "delta": "Hi"},
+        [{"type": "response.output_item.done", "sequence_number": 3, "output_index": 0,
+          "item": _ITEM},
+         {"type": "response.completed", "sequence_number": 4, "response": {
+             **_ANSWER, "status": "completed", "output": [_ITEM], "usage": _RESPONSES_USAGE}}],
+        {**_ANSWER, "status": "completed", "output": [_ITEM], "usage": _RESPONSES_USAGE},
+        (300, 7, 250))]
+native_roads = pytest.mark.parametrize("road", NATIVE_ROADS, ids=lambda road: road.field)
+
+
+def native(road, fake, name="p", **facts):
+    """A provider whose only address is that of its native road."""
+    url = fake.url if road.field == "responses_url" else fake.url[:-len("/v1")]
+    return {"name": name, road.field: url, "api_keys": ["sk-key-one"], **facts}
+
+
+def booked(made):
+    """The usage of the only model that was asked, once it is booked."""
+    until(lambda: made.gateway.ledger.report("model", 1, {}))
+    row, = made.gateway.ledger.report("model", 1, {})
+    return row
+
+
+@native_roads
+@pytest.mark.parametrize("stream", [True, False])
+def test_native_road_passes_both_ways_as_it_came(server, upstream, road, stream):
+    made = server(native(road, upstream), default_model="up-model")
+    sent = (b'{ "model":"any",\n "max_tokens":9, "input":"q", "x_new":[1.50], "stream":%s,'
+            b'"messages":[{"role":"user","content":"q"}] }' % (b"true" if stream else b"false"))
+    upstream.plays(native_sse(road) if stream else plain(road.plain))
+    answer = post(made, sent, road.path, anthropic_version="2026-10-21", anthropic_beta="a,b",
+                  x_stainless_lang="js", cookie="secret", x_api_key="mine")
+    whole = b"".join(_events(*road.lead, road.content, *road.end))
+    assert answer.status == 200 and answer.body == (whole if stream else ifl.dump_json(road.plain))
+    seen = upstream.last
+    assert (seen.path, seen.body) == (road.asked, sent)
+    assert seen.headers["authorization"] == "Bearer sk-key-one"
+    assert (seen.headers["anthropic-version"], seen.headers["anthropic-beta"]) == (
+        "2026-10-21", "a,b")
+    assert "x-stainless-lang" in seen.headers and not {"cookie", "x-api-key"} & set(seen.headers)
+    row = booked(made)
+    assert (row["input"], row["output"], row["cached"]) == road.counts
+    assert row["cache_write"] == (30 if road.field == "messages_url" else 0)
+
+
+@native_roads
+def test_only_the_name_of_the_model_is_spliced_in(server, upstream, road):
+    made = server(native(road, upstream), aliases={"claude-*": "p/real"})
+    upstream.plays(plain(road.plain))
+    sent = b'{"max_tokens": 9,  "model": "claude-x", "input": "q", "messages": [{"role": "user", ' \
+           b'"content": "\\u00e9"}]}'
+    assert post(made, sent, road.path).status == 200
+    assert upstream.last.body == sent.replace(b"claude-x", b"real")
+
+
+@native_roads
+@pytest.mark.parametrize("url", ["{}", "{}/", "{}END", "{}END/"])
+def test_address_of_a_native_road_is_taken_with_and_without_its_end(server, upstream, road, url):
+    end = ifl.ENDPOINTS[road.field]
+    entry = native(road, upstream)
+    entry[road.field] = url.replace("END", end).format(entry[road.field])
+    upstream.plays(plain(road.plain))
+    assert post(server(entry), ASK, road.path).status == 200
+    assert upstream.last.path == road.asked
+
+
+NATIVE_REFUSALS = [
+    ("broken", lambda road: plain({"type": "error", "error": {
+        "type": "api_error", "message": "broken"}}, 500)),
+    ("overloaded", lambda road: native_sse(road, content=[{"type": "error", "error": {
+        "type": "overloaded_error", "message": "overloaded"}}], end=[])),
+    ("empty", lambda road: native_sse(road, content=[], end=[])),
+    ("none of", lambda road: sse(*HELLO)),
+    ("none of", lambda road: plain(completion())),
+    ("none of", lambda road: native_sse(next(each for each in NATIVE_ROADS if each is not road))),
+    ("none of", lambda road: plain(next(each for each in NATIVE_ROADS if each is not road).plain)),
+    ("plain answer", lambda road: plain(road.plain)),
+    ("web page", lambda road: plain(b"<html>", content_type="text/html"))]
+
+
+@native_roads
+@pytest.mark.parametrize("words, reply", NATIVE_REFUSALS)
+def test_failure_before_the_answer_falls_back_to_a_translated_target(
+        server, upstreams, road, words, reply):
+    first, other = upstreams(), upstreams()
+    made = server(native(road, first), provider(other, "q"), default_model="m",
+                  aliases={"any": ["p/a", "q/b"]}, retry={"count": 0})
+    first.plays(reply(road))
+    answer = post(made, {**ASK, "model": "any", "stream": True}, road.path)
+    assert answer.status == 200 and b"Hel" in answer.body and b"Hi" not in answer.body
+    assert (len(first.requests), other.last.path) == (1, "/v1/chat/completions")
+    first.plays(reply(road))
+    alone = post(made, {**ASK, "model": "p/a", "stream": True}, road.path)
+    assert alone.status in (500, 502, 503, 529) and words in alone.json["error"]["message"]
+    assert len(first.requests) == 2
+
+
+@native_roads
+def test_native_target_answers_where_the_translated_one_fails(server, upstreams, road):
+    first, other = upstreams(plain({"error": {"message": "no"}}, 500)), upstreams()
+    other.plays(native_sse(road))
+    made = server(provider(first, "q"), native(road, other), aliases={"any": ["q/b", "p/a"]})
+    answer = post(made, {**ASK, "model": "any", "stream": True}, road.path)
+    assert answer.status == 200 and b"Hi" in answer.body and len(other.requests) == 1
+
+
+@native_roads
+def test_refused_key_of_a_native_road_gives_way_to_the_next(server, upstream, road):
+    made = server(native(road, upstream, api_keys=["sk-key-one", "key-two"]))
+    upstream.plays(plain({"error": {"message": "no"}}, 401), plain(road.plain))
+    assert post(made, ASK, road.path).status == 200
+    assert [seen.headers["authorization"] for seen in upstream.requests] == [
+        "Bearer sk-key-one", "Bearer key-two"]
+
+
+@native_roads
+def test_error_within_a_native_stream_is_passed_on_and_noted(server, upstream, road):
+    made = server(native(road, upstream))
+    error = {"type": "error", "code": "x", "message": "sk-key-one is bad", "error": {
+        "type": "api_error", "message": "sk-key-one is bad"}}
+    upstream.plays(native_sse(road, end=[error]))
+    answer = post(made, {**ASK, "stream": True}, road.path)
+    assert named_events(answer.body)[-1][0] == "error" and b"Hi" in answer.body
+    assert b"sk-key-one" not in answer.body and booked(made)["errors"] == 1
+
+
+@native_roads
+def test_native_stream_that_is_cut_off_ends_with_an_error(server, upstream, road):
+    made = server(native(road, upstream))
+    upstream.plays(native_sse(road, end=[]))
+    name, facts = named_events(post(made, {**ASK, "stream": True}, road.path).body)[-1]
+    assert name in ("error", "response.failed") and "cut off" in json.dumps(facts)
+
+
+def test_message_that_lacks_its_stop_is_ended(server, upstream):
+    made = server(native(NATIVE_ROADS[0], upstream))
+    upstream.plays(native_sse(NATIVE_ROADS[0], end=NATIVE_ROADS[0].end[:-1]))
+    answer = post(made, {**ASK, "stream": True}, MESSAGES_PATH)
+    assert named_events(answer.body)[-1] == ("message_stop", {"type": "message_stop"})
+
+
+@native_roads
+def test_native_road_is_kept_awake_in_silence(server, upstream, road):
+    go, made = threading.Event(), server(native(road, upstream), keepalive_s=0.05)
+    upstream.plays(sse(*_events(*road.lead, road.content), go, *_events(*road.end)))
+    with Client(made) as client:
+        client.post({**ASK, "stream": True}, path=road.path)
+        client.head()
+        seen = b""
+        while seen.count(b"ping") + seen.count(b"keep-alive") < 3:
+            seen += client.piece()
+        go.set()
+        whole = seen + client.pieces()
+    events = [event for name, event in named_events(whole) if event["type"] != "ping"]
+    assert events == [event for event in (*road.lead, road.content, *road.end)
+                      if event["type"] != "ping"]
+
+
+@native_roads
+def test_records_cut_anywhere_arrive_whole(server, upstream, road):
+    whole = b"".join(_events(*road.lead, road.content, road.content, *road.end))
+    made = server(native(road, upstream))
+    for size in (1, 7, 100):
+        pieces = [whole[at:at + size] for at in range(0, len(whole), size)]
+        upstream.plays(sse(*pieces))
+        assert post(made, {**ASK, "stream": True}, road.path).body == whole
+
+
+@native_roads
+def test_client_of_another_dialect_is_told_which_road_there_is(server, upstreams, road):
+    fake, other = upstreams(), upstreams()
+    made = server(native(road, fake), provider(other, "q"), aliases={"both": ["p/a", "q/b"]})
+    for path in set(ALL_PATHS) - {road.path}:
+        answer = post(made, {**ASK, "model": "p/a"}, path)
+        message = answer.json["error"]["message"]
+        assert answer.status == 400 and road.field in message and "base_url" in message
+        assert post(made, {**ASK, "model": "both"}, path).status == 200
+    assert not fake.requests and other.requests
+
+
+@native_roads
+@pytest.mark.parametrize("status", [404, 405])
+def test_native_road_that_is_not_there_is_replaced_by_chat(server, upstream, road, status):
+    made = server({**native(road, upstream), "base_url": upstream.url})
+    upstream.plays(plain(b"nothing here", status, content_type="text/plain"))
+    for _ in range(2):
+        assert post(made, {**ASK, "stream": True}, road.path).status == 200
+    assert [seen.path for seen in upstream.requests] == [
+        road.asked, "/v1/chat/completions", "/v1/chat/completions"]
+
+
+@native_roads
+def test_native_road_that_is_not_there_is_named_where_there_is_no_chat(server, upstream, road):
+    made = server(native(road, upstream))
+    upstream.plays(plain(b"nothing here", 404, content_type="text/plain"))
+    answer = post(made, ASK, road.path)
+    assert answer.status == 404 and road.field in answer.json["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false" and len(upstream.requests) == 1
+
+
+@native_roads
+def test_overflow_of_a_native_road_is_told_as_everywhere(server, upstream, road):
+    made = server(native(road, upstream))
+    upstream.plays(plain({"type": "error", "request_id": "req_up", "error": {
+        "type": "invalid_request_error",
+        "message": "This model's maximum context length is 1000 tokens, you requested 2000"}}, 400))
+    answer = post(made, ASK, road.path)
+    assert answer.status == 400
+    if road.field == "messages_url":
+        assert answer.json["error"]["message"].startswith("prompt is too long: ")
+        assert answer.json["request_id"] == "req_up"
+    else:
+        assert answer.json["error"]["code"] == "context_length_exceeded"
+
+
+OURS = ifl.make_signature({"text": "thought"})
+CLEANED = [
+    ("cache_control.ttl", {"system": [{"type": "text", "text": "s", "cache_control": {
+        "type": "ephemeral", "ttl": "1h"}}]},
+     {"system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}]}),
+    ("ttl in a result", {"messages": [{"role": "user", "content": [{
+        "type": "tool_result", "tool_use_id": "t", "content": [{
+            "type": "text", "text": "r", "cache_control": {"type": "ephemeral", "ttl": "5m"}}]}]}]},
+     {"messages": [{"role": "user", "content": [{
+         "type": "tool_result", "tool_use_id": "t", "content": [{
+             "type": "text", "text": "r", "cache_control": {"type": "ephemeral"}}]}]}]}),
+    ("billing block", {"system": [
+        {"type": "text", "text": ifl.BILLING_HEADER + " cc_version=1"},
+        {"type": "text", "text": "s"}]}, {"system": [{"type": "text", "text": "s"}]}),
+    ("our signature", {"messages": [{"role": "user", "content": "q"}, {
+        "role": "assistant", "content": [
+            {"type": "thinking", "thinking": "shown", "signature": OURS},
+            {"type": "thinking", "thinking": "", "signature": OURS},
+            {"type": "redacted_thinking", "data": OURS}, {"type": "text", "text": "a"}]}]},
+     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [
+         {"type": "thinking", "thinking": "shown"}, {"type": "text", "text": "a"}]}]}),
+    ("a foreign signature", {"messages": [{"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "x", "signature": "Erk9"}]}]}, {})]
+
+
+@pytest.mark.parametrize("sent, left", [row[1:] for row in CLEANED],
+                         ids=[row[0] for row in CLEANED])
+def test_what_makers_refuse_is_taken_out_of_messages(server, upstream, sent, left):
+    upstream.plays(plain(NATIVE_ROADS[0].plain))
+    asked = {**ASK, "temperature": 0.10, **sent}
+    assert post(server(native(NATIVE_ROADS[0], upstream)), asked, MESSAGES_PATH).status == 200
+    assert upstream.last.json == {**asked, **left}
+
+
+def test_anthropic_gets_no_thought_with_a_signature_of_ours():
+    body = {"model": "m", "data": OURS, "messages": [
+        {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "shown", "signature": OURS}]},
+        {"role": "user", "content": [{"type": "text", "text": "q", "cache_control": {
+            "type": "ephemeral", "ttl": "1h"}}]}]}
+    text = ifl.dump_text(body)
+    target = ifl.Target(ifl.Provider("p", messages_url="https://api.anthropic.com"), "m")
+    call = ifl.Call(ifl.MESSAGES, body, text, {}, "req_1")
+    sent = json.loads(ifl.MESSAGES.open(call, target, context_of()).body)
+    assert sent == {**body, "messages": body["messages"][1:]}
+
+
+def test_type_of_a_custom_tool_is_left_out_for_deepseek(server, upstream):
+    tool = {"type": "custom", "name": "f", "input_schema": {"type": "object", "properties": {}}}
+    for preset, left in (("deepseek", ifl.without(tool, "type")), ("moonshot", tool)):
+        upstream.plays(plain(NATIVE_ROADS[0].plain))
+        made = server(native(NATIVE_ROADS[0], upstream, preset=preset))
+        assert post(made, {**ASK, "tools": [tool]}, MESSAGES_PATH).status == 200
+        assert upstream.last.json["tools"] == [left]
+
+
+def test_refused_beta_is_left_out_from_then_on(server, upstream):
+    made = server(native(NATIVE_ROADS[0], upstream))
+    upstream.plays(plain({"type": "error", "error": {
+        "type": "invalid_request_error",
+        "message": "Unexpected value(s) `two-2026` for the `anthropic-beta` header."}}, 400),
+        plain(NATIVE_ROADS[0].plain), plain(NATIVE_ROADS[0].plain))
+    for _ in range(2):
+        assert post(made, ASK, MESSAGES_PATH, anthropic_beta="one,two-2026,three").status == 200
+    assert [seen.headers["anthropic-beta"] for seen in upstream.requests] == [
+        "one,two-2026,three", "one,three", "one,three"]
+
+
+def test_our_carriers_do_not_reach_a_responses_upstream(server, upstream):
+    made = server(native(NATIVE_ROADS[1], upstream))
+    seal = made.gateway.seal()
+    upstream.plays(plain(NATIVE_ROADS[1].plain))
+    foreign = {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "gAAA"}
+    post(made, {"model": "x", "previous_response_id": "resp_theirs", "input": [
+        {"type": "reasoning", "id": "rs_1", "summary": [],
+         "encrypted_content": seal.encrypt({"reasoning": "t"})},
+        {"type": "compaction", "encrypted_content": seal.encrypt({"summary": "before"})},
+        foreign, {"role": "user", "content": "q"}]}, RESPONSES_PATH)
+    assert upstream.last.json["input"] == [
+        {"role": "user", "content": ifl.SUMMARY_HEAD + "before"}, foreign,
+        {"role": "user", "content": "q"}]
+    assert upstream.last.json["previous_response_id"] == "resp_theirs"
+
+
+def test_a_response_of_ours_is_told_to_the_native_road_in_full(server, upstreams):
+    first, other = upstreams(), upstreams()
+    made = server(provider(first, "q"), native(NATIVE_ROADS[1], other))
+    said = post(made, {"model": "q/m", "input": "one"}, RESPONSES_PATH).json
+    other.plays(plain(NATIVE_ROADS[1].plain))
+    asked = {"model": "p/m", "input": "two", "previous_response_id": said["id"]}
+    assert post(made, asked, RESPONSES_PATH).status == 200
+    told = other.last.json
+    assert "previous_response_id" not in told and [
+        item["role"] for item in told["input"]] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize("url, header", [
+    ("http://api.anthropic.com", "x-api-key"), ("http://anthropic.com.example", "authorization")])
+def test_key_goes_to_anthropic_in_its_own_header(url, header):
+    names = dict(ifl.upstream_headers(
+        {}, ifl.Settings(), ifl.Provider("p", messages_url=url), "k", road="messages_url"))
+    assert header in {name.lower() for name in names}
+    assert len({"x-api-key", "authorization"} & {name.lower() for name in names}) == 1
+
+
+def test_tokens_are_counted_upstream_where_the_preset_says_so(server, upstream):
+    made = server(native(NATIVE_ROADS[0], upstream, profile={"count_tokens": True}))
+    body = {"model": "m", "messages": MESSAGES}
+    upstream.plays(plain({"input_tokens": 4711}), plain({"error": {"message": "no"}}, 500))
+    counts = [post(made, body, MESSAGES_PATH + "/count_tokens").json["input_tokens"]
+              for _ in range(2)]
+    assert counts[0] == 4711 and 0 < counts[1] < 100
+    assert [seen.path for seen in upstream.requests] == ["/v1/messages/count_tokens"] * 2
+
+
+@native_roads
+def test_tokens_that_a_native_road_counts_are_learnt(server, upstream, road):
+    made = server(native(road, upstream, "learnt"))
+    counted = {**road.plain, "usage": {"input_tokens": 30000, "output_tokens": 5}}
+    text = "word " * 4000
+    asked = {**ASK, "input": text, "messages": [{"role": "user", "content": text}]}
+    for _ in range(3):
+        upstream.plays(plain(counted))
+        assert post(made, asked, road.path).status == 200
+    path = f"{road.path}/{'count_tokens' if road.field == 'messages_url' else 'input_tokens'}"
+    until(lambda: abs(post(made, asked, path).json["input_tokens"] - 30000) < 3000)
+
+
+@native_roads
+def test_trying_a_provider_says_which_road_is_taken(gateway, upstream, road):
+    made = gateway({**native(road, upstream), "base_url": upstream.url, "models": ["m"]})
+    upstream.usual = lambda seen: usual_reply(seen) if seen.path != road.asked else (
+        native_sse(road) if seen.json.get("stream") else plain(road.plain))
+    checks = ifl.examine(made, made.state.router.providers["p"])
+    assert all(check.ok for check in checks), checks
+    assert checks[-1].message == f"{ifl.ROADS[road.field]} passed on as it is"
+    upstream.usual = lambda seen: plain({}, 404) if seen.path == road.asked else usual_reply(seen)
+    last = ifl.examine(made, made.state.router.providers["p"])[-1]
+    assert last.ok and last.message == f"no {ifl.ROADS[road.field]} there, by Chat"
+
+
+@native_roads
+def test_provider_without_chat_is_tried_by_its_native_road(gateway, upstream, road):
+    made = gateway(native(road, upstream, models=["m"]))
+    upstream.usual = lambda seen: native_sse(road) if seen.json.get("stream") else (
+        plain(road.plain))
+    checks = ifl.examine(made, made.state.router.providers["p"])
+    assert all(check.ok for check in checks), checks
+
+
+@native_roads
+def test_explain_says_which_road_is_taken(gateway, upstream, road):
+    made = gateway({**native(road, upstream), "base_url": upstream.url})
+    dialect = ifl.ROADS[road.field].lower()
+    for asked, name in ((dialect, ifl.ROADS[road.field]), ("chat", "Chat")):
+        target, = ifl.explain(made, {"model": "p/m", "dialect": asked})["chain"]
+        assert target["road"] == name
+
+
+@pytest.mark.parametrize("field, url, words", [
+    ("messages_url", "https://h/v1/chat/completions", "is an address of Chat"),
+    ("responses_url", "https://h/v1/messages", "is an address of Messages"),
+    ("base_url", "https://h/v1/responses", "is an address of Responses"),
+    ("messages_url", "ftp://h", "no http"), ("messages_url", "h", "no http")])
+def test_address_of_another_road_is_named(field, url, words):
+    problem = ifl.parse_provider({"name": "p", field: url}, {}).problem
+    assert words in problem and field in problem
+
+
 # === 17. Documents ===========================================================
 
 #: A folder with the unpacked npm packages as PACKAGE@VERSION: the pinned hashes are compared.
