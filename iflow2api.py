@@ -1437,6 +1437,12 @@ class Settings:
         "文档页使用 CDN | API documents from a CDN | /docs 与 /redoc 从 jsdelivr 加载 Swagger UI 和 ReDoc；关闭"
         "则只显示路径列表。 "
         "| /docs and /redoc load Swagger UI and ReDoc from jsdelivr. Off: a plain list.")
+    search: Dict[str, Any] = setting("dict", {}, "upstream", file_only=True,
+        text="网页搜索 | Web search | JSON，例如 {\"engine\": \"tavily\", \"api_key\": \"$KEY\"} 或 "
+             "{\"engine\": \"searxng\", \"base_url\": \"http://127.0.0.1:8888\"}："
+             "为没有自带搜索的上游搜索。 "
+             "| JSON: the engine, tavily or searxng, with api_key or base_url. For providers "
+             "without a search of their own.")
     update_url: str = setting("str", "", "appearance", file_only=True,
         text="更新地址 | Where updates are | update 命令在此查询新版本；不设置则从不查询。 "
              "| The command `update` asks there; nobody is asked without it.")
@@ -1612,6 +1618,8 @@ def map_secrets(raw: Json, change: Callable[[str, str], str]) -> Json:
         raw["providers"] = [
             on_fields(f"providers[{at}]", entry, lambda name: re.search(_SECRET_FIELD, name))
             for at, entry in enumerate(raw["providers"])]
+    raw.update({name: on_fields(name, raw[name], {"api_key"}.__contains__)
+                for name in ("search",) if isinstance(raw.get(name), dict)})
     if isinstance(raw.get("accounts"), dict):
         raw["accounts"] = {name: on_fields(f"accounts.{name}", login, LOGIN_SECRETS.__contains__)
                            for name, login in raw["accounts"].items()}
@@ -2017,6 +2025,8 @@ _CLIENT_KEY = record(
 SETTING_SHAPES: Dict[str, Shape] = {
     "retry": record({}, {"count": number(0, 10, True), "backoff_s": number(0, 600),
                          "max_backoff_s": number(0, 600), "total_s": number(0, 3600)}),
+    "search": record({}, {"engine": one_of("tavily", "searxng"), "api_key": secret_text,
+                          "base_url": text_like(r"https?://[^\s?#]+", "an http address")}),
     "circuit": record({}, {"failures": number(0, 1000, True), "rest_s": number(0.1, 86400)}),
     "prices": names_to(record({}, dict.fromkeys(("input", "output", "cached"),
                                                 number(0, 10 ** 9)))),
@@ -4279,7 +4289,7 @@ class ToolCalls:
 
 
 #: ("thinking", text, reasoning_details), ("text", text, the choice), ("refusal", text, None),
-#: ("annotations", "", a list), ("call", "", ToolCall)
+#: ("annotations", "", a list), ("call", "", ToolCall), ("search", the query, what was found)
 Part = Tuple[str, str, Any]
 
 
@@ -4290,8 +4300,19 @@ def _size_of(text: str) -> int:
     return len(text.encode("utf-8", "replace"))
 
 
+def search_results(chunk: Json) -> List[Json]:
+    """What a maker's own search has found, GLM's or DashScope's: url, title, text and date."""
+    found = chunk.get("web_search") or object_of(chunk.get("search_info")).get("search_results")
+    shown = [{"url": each.get("link") or each.get("url"), "title": each.get("title"),
+              "text": each.get("content"), "date": each.get("publish_date")}
+             for each in objects_of(found)]
+    return [each for each in shown if isinstance(each["url"], str) and each["url"]]
+
+
 class AnswerReader:
     """Chat chunks in, parts of an answer out, alike for all upstreams."""
+    #: The function whose calls are not the client's: this server runs it.
+    runs: Optional[str] = None
 
     def __init__(self, profile: Json, calls: ToolCalls, stops: Sequence[str] = (),
                  wants_json: bool = False) -> None:
@@ -4310,6 +4331,8 @@ class AnswerReader:
         self._fence = Unfence() if by_prompt else None
         self._is_plain = not (self._tags or self._fence or self.watch)
         self._size = 0                   #: UTF-8 bytes of texts
+        self._found = False              #: results of a maker's search have come
+        self._rounds: List[Usage] = []   #: what earlier requests for this answer took
 
     @property
     def cut(self) -> bool:
@@ -4324,11 +4347,20 @@ class AnswerReader:
     def counts(self, turn: Turn) -> Usage:
         """The upstream's counts; what it does not say is estimated."""
         usage = parse_usage(self.usage)
-        if usage.prompt and usage.completion:
-            return usage
-        made = int((self._size + self.calls.size) / 3.5 + 0.99)
-        return replace(usage, prompt=usage.prompt or turn.estimate, estimated=not self.usage,
-                       completion=usage.completion or made)
+        if not usage.prompt or not usage.completion:
+            made = int((self._size + self.calls.size) / 3.5 + 0.99)
+            usage = replace(usage, prompt=usage.prompt or turn.estimate, estimated=not self.usage,
+                            completion=usage.completion or made)
+        for before in self._rounds:
+            usage = replace(usage, prompt=usage.prompt + before.prompt,
+                            completion=usage.completion + before.completion,
+                            cached=usage.cached + before.cached)
+        return usage
+
+    def next_round(self) -> None:
+        """Another request for the same answer follows."""
+        self._rounds.append(parse_usage(self.usage))
+        self.usage = self.finish_reason = None
 
     def carrier(self, text: str = "", details: Sequence[Json] = (),
                 calls: Sequence[ToolCall] = ()) -> Json:
@@ -4352,6 +4384,11 @@ class AnswerReader:
 
     def feed(self, chunk: Json) -> List[Part]:
         """UpstreamBroke where the answer was broken off."""
+        if not self._found and ("web_search" in chunk or "search_info" in chunk):
+            found = search_results(chunk)
+            if found:
+                self._found = True
+                return [("search", "", found), *self.feed(chunk)]
         choices = chunk.get("choices")
         if choices.__class__ is not list or len(choices) != 1 or choices[0].__class__ is not dict:
             return self._together(chunk)
@@ -4370,7 +4407,7 @@ class AnswerReader:
         if len(delta) == 1 and self._is_plain:           # nearly every chunk
             (name, value), = delta.items()
             if name == "tool_calls":
-                return [("call", "", call) for call in self.calls.add(value)]
+                return self._calls(value)
             if name in _PLAIN_FIELDS and value.__class__ is str and value:
                 self._size += len(value) if value.isascii() else _size_of(value)
                 if name == "content":
@@ -4404,8 +4441,11 @@ class AnswerReader:
             calls = [{"function": delta["function_call"]}]
         if calls:
             parts += [] if self._is_plain else self.close()
-            parts += [("call", "", call) for call in self.calls.add(calls)]
+            parts += self._calls(calls)
         return parts
+
+    def _calls(self, deltas: Any) -> List[Part]:
+        return [("call", "", call) for call in self.calls.add(deltas) if call.name != self.runs]
 
     def close(self) -> List[Part]:
         """What tag splitter, fence and stop watch hold back."""
@@ -4465,6 +4505,26 @@ class AnswerWriter:
 
     def __init__(self, reader: AnswerReader, turn: Turn) -> None:
         self.reader, self.turn = reader, turn
+        if turn.runs_search:
+            reader.runs = SEARCH_NAME
+
+    def feed(self, chunk: Json) -> Iterable[Any]:
+        raise NotImplementedError
+
+    def close(self) -> Iterable[Any]:
+        raise NotImplementedError
+
+    def search(self, query: str, found: Optional[Sequence[Json]]) -> Iterable[Any]:
+        """Tell of a search and what it has found; None: it failed."""
+        return ()
+
+    def fold(self, events: Sequence[Any]) -> Json:
+        """The plain answer that the events amount to."""
+        raise NotImplementedError
+
+    def whole(self, completion: Json) -> Json:
+        """The answer for a plain completion."""
+        return self.fold([*self.feed(as_chunk(completion)), *self.close()])
 
     @property
     def usage(self) -> Usage:
@@ -4910,7 +4970,8 @@ def family_of(kind: str, families: Sequence[str]) -> str:
 def provider_tool(profile: Json, family: str) -> Json:
     """What the provider has in place of a server tool, {} where it has nothing."""
     policy = profile["server_tools"]
-    return object_of(policy.get(family)) if isinstance(policy, dict) else {}
+    own = object_of(policy.get(family)) if isinstance(policy, dict) else {}
+    return own or (SEARCH_TOOL if family == SEARCH_NAME and profile.get("searches") else {})
 
 
 def object_schema(required: Sequence[str], **properties: Any) -> Json:
@@ -4920,6 +4981,15 @@ def object_schema(required: Sequence[str], **properties: Any) -> Json:
                for name, value in properties.items()}
     return {"type": "object", "properties": spelled,
             **non_empty(required=list(required))}
+
+
+SEARCH_NAME = "web_search"
+#: In place of a provider's own search: this server runs the calls, if `search` is set.
+SEARCH_TOOL: Json = {"type": "function", "function": {
+    "name": SEARCH_NAME, "description": "Searches the web: addresses, titles and texts of pages.",
+    "parameters": object_schema(["query"], query="string")}}
+#: Most searches for one answer, where the request does not say.
+SEARCHES_LIMIT = 5
 
 
 def function_schema(schema: Json) -> Json:
@@ -5359,6 +5429,35 @@ class Turn:
     chat: Json
     skipped: Sequence[str] = ()          #: unknown types of blocks in it, which were left out
     scale: Callable[[int], int] = int    #: estimated tokens -> as the target's model counts them
+    searches_limit = SEARCHES_LIMIT
+
+    @property
+    def runs_search(self) -> bool:
+        """Whether the model was offered a search that this server runs."""
+        return SEARCH_TOOL in self.chat.get("tools", ())
+
+    @property
+    def question(self) -> str:
+        """The last user text, for a search of which only the results are known."""
+        said = next((message["content"] for message in reversed(self.chat["messages"])
+                     if message["role"] == "user"), "")
+        text = "".join(text for _, text in content_pieces(said))
+        return text.rpartition("query: ")[2].strip()[:400]
+
+    def go_on(self, calls: Sequence[Json], results: Sequence[Optional[Sequence[Json]]],
+              is_last: bool) -> None:
+        """The same request once more, with the results of searches that the model asked for."""
+        messages = [{"role": "assistant", "content": None, "tool_calls": list(calls)}, *(
+            _tool_message(call["id"], dump_text(found) if found else
+                          "the search failed" if found is None else "nothing was found")
+            for call, found in zip(calls, results))]
+        chat = {**self.chat, "messages": [*self.chat["messages"], *messages]}
+        chat.pop("tool_choice", None)
+        if is_last:
+            chat["tools"] = [tool for tool in chat["tools"] if tool != SEARCH_TOOL]
+            if not chat["tools"]:
+                del chat["tools"]
+        self.chat = chat
 
     def stream(self, new_id: Callable[[str], str]) -> AnswerWriter:
         raise NotImplementedError
@@ -5990,6 +6089,9 @@ class MessagesTurn(Turn):
         chat = self._to_chat(model, [*([system] if system else []), *history.chat.messages], tools)
         effort = history.effort or self._config.get("effort")
         self.wants_json = "response_format" in chat
+        wished = next((tool.get("max_uses") for tool in body.get("tools") or ()
+                       if str(tool.get("type")).startswith(SEARCH_NAME)), None)
+        self.searches_limit = wished if isinstance(wished, int) else SEARCHES_LIMIT
         self.chat = finish_chat(chat, profile, Wishes(
             thinking, budget, effort if isinstance(effort, str) else None, tools.missing))
 
@@ -6119,6 +6221,7 @@ class MessagesStream(AnswerWriter):
         self._thought: List[str] = []    #: reasoning that only the signature carries
         self._details = Details()        #: of the open thinking block
         self._held: List[Part] = []      #: said while a call was incomplete
+        self._searches = 0
 
     def feed(self, chunk: Json) -> Iterable[Json]:
         parts = self.reader.feed(chunk)
@@ -6148,10 +6251,28 @@ class MessagesStream(AnswerWriter):
                "delta": {"stop_reason": reason, "stop_sequence": sequence, "stop_details": details}}
         yield {"type": "message_stop"}
 
-    def whole(self, completion: Json) -> Json:
-        """The message for a plain completion."""
-        events = [*self.feed(as_chunk(completion)), *self.close()]
+    def fold(self, events: Sequence[Json]) -> Json:
         return _fold(events, self.reader.cut)
+
+    def search(self, query: str, found: Optional[Sequence[Json]]) -> Iterator[Json]:
+        """The blocks that Claude Code's WebSearch reads; a snippet stands where Anthropic's
+        servers put something opaque (upstreams.md section 5).
+        """
+        self._searches += 1
+        ident = self._new_id("srvtoolu_")
+        yield from self._open_block({"type": "server_tool_use", "id": ident, "name": SEARCH_NAME,
+                                     "input": {}})
+        asked = dump_text({"query": query or self.turn.question})
+        yield self._delta("input_json_delta", "partial_json", asked)
+        content: Any = [{"type": "web_search_result", "url": each["url"],
+                         "title": each["title"] or each["url"],
+                         "encrypted_content": each["text"] or "", "page_age": each["date"] or None}
+                        for each in found or ()]
+        if found is None:
+            content = {"type": "web_search_tool_result_error", "error_code": "unavailable"}
+        yield from self._open_block({"type": "web_search_tool_result", "tool_use_id": ident,
+                                     "content": content})
+        yield from self._close_block()
 
     def _write(self, parts: Sequence[Part]) -> Iterator[Json]:
         if not self._started:
@@ -6166,6 +6287,8 @@ class MessagesStream(AnswerWriter):
                 self._live = self._calls[-1] if last and self._open == "tool_use" else None
             elif kind == "thinking":
                 yield from self._thinking(text, more)
+            elif kind == "search":
+                yield from self.search(text, more)
             else:
                 self._refused = self._refused or kind == "refusal"
                 yield from self._text(text)
@@ -6211,6 +6334,8 @@ class MessagesStream(AnswerWriter):
             "cache_read_input_tokens": usage.cached, "output_tokens": usage.completion}
         if usage.reasoning is not None:
             counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+        if self._searches:
+            counts["server_tool_use"] = {"web_search_requests": self._searches}
         return counts
 
     # blocks
@@ -6329,7 +6454,10 @@ def _fill(block: Json, text: str, cut: bool) -> None:
         block["input"] = parse_arguments(text)
         if cut and "INVALID_JSON" in block["input"]:
             block["input"] = partial_object(text)
-    else:                                # no `citations`: @ai-sdk/anthropic 3.0 refuses null there
+    elif block["type"] == "server_tool_use":
+        block["input"] = parse_arguments(text)
+    elif block["type"] in ("text", "thinking"):
+        # no `citations`: @ai-sdk/anthropic 3.0 refuses null there
         block[block["type"]] = text
 
 
@@ -7518,11 +7646,23 @@ class ResponsesStream(AnswerWriter):
                              completed_at=None if reason else max(self._created_at,
                                                                   int(self.turn.now)))
 
-    def whole(self, completion: Json) -> Json:
-        """The response for a plain completion: what the last event of a stream of it bears."""
-        for _ in self.feed(as_chunk(completion)):
-            pass
-        return list(self.close())[-1]["response"]
+    def fold(self, events: Sequence[Json]) -> Json:
+        """What the last event bears."""
+        return events[-1]["response"]
+
+    def search(self, query: str, found: Optional[Sequence[Json]]) -> Iterator[Json]:
+        yield from self._end_text()
+        yield from self._settle(None)
+        item, call = _Item(self), {
+            "id": self.new_id("ws_"), "type": "web_search_call", "status": "in_progress",
+            "action": {"type": "search", "query": query or self.turn.question}}
+        yield item.announce(call)
+        place = {"output_index": item.index, "item_id": call["id"]}
+        for step in ("in_progress", "searching", "completed"):
+            yield self.event(f"web_search_call.{step}", place)
+        sources = [{"type": "url", "url": each["url"]} for each in found or ()]
+        yield item.finish({**call, "status": "failed" if found is None else "completed",
+                           "action": {**call["action"], "sources": sources}})
 
     def fail(self, exc: GatewayError) -> Iterator[Json]:
         """The end of a stream that broke."""
@@ -7583,6 +7723,8 @@ class ResponsesStream(AnswerWriter):
                 yield from self._say(_REFUSAL, text)
             elif kind == "annotations":
                 self._citations += _citations(more)
+            elif kind == "search":
+                yield from self.search(text, more)
             elif text.strip() or self._text_item and self._text_item.kind is _TEXT:
                 yield from self._say(_TEXT, "".join((*self._blanks, text)), more)
             else:
@@ -7652,9 +7794,9 @@ class _CompactionStream(ResponsesStream):
         yield item.announce(compaction)
         yield item.finish(compaction)
 
-    def whole(self, completion: Json) -> Json:
+    def fold(self, events: Sequence[Json]) -> Json:
         """That of POST /v1/responses/compact lists the user's messages, then the summary."""
-        response = super().whole(completion)
+        response = super().fold(events)
         if not self.turn.is_compact:
             return response
         said = [{"id": self.new_id("msg_"), "status": "completed", **item}
@@ -8038,6 +8180,7 @@ class GeminiStream(AnswerWriter):
         self._wrong = ""                 #: finishReason, where a call can't be passed on
         self._called = self._spoke = False
         self._citations: List[Json] = []
+        self._queries: List[str] = []
 
     def feed(self, chunk: Json) -> Iterable[Json]:
         parts = self.reader.feed(chunk)
@@ -8052,10 +8195,11 @@ class GeminiStream(AnswerWriter):
         usage, reason = self.usage, _FINISH_REASONS.get(self.finish_reason or "")
         end["candidates"][0]["finishReason"] = reason or (
             not self._called and self._wrong or "STOP")
-        if self._citations:
-            end["candidates"][0]["groundingMetadata"] = {"groundingChunks": [
-                {"web": {"uri": cited["url"], "title": cited["title"] or cited["url"]}}
-                for cited in self._citations]}
+        if self._citations or self._queries:
+            end["candidates"][0]["groundingMetadata"] = {
+                "webSearchQueries": self._queries, "groundingChunks": [
+                    {"web": {"uri": cited["url"], "title": cited["title"] or cited["url"]}}
+                    for cited in self._citations]}
         thoughts = min(usage.reasoning or 0, usage.completion)
         counts = {"promptTokenCount": usage.prompt, "thoughtsTokenCount": thoughts,
                   "candidatesTokenCount": usage.completion - thoughts,
@@ -8065,19 +8209,23 @@ class GeminiStream(AnswerWriter):
         yield {**end, "usageMetadata": {name: count for name, count in counts.items()
                                         if count or name not in optional}}
 
-    def whole(self, completion: Json) -> Json:
-        """The response for a plain completion: neighbouring texts as one part."""
+    def fold(self, events: Sequence[Json]) -> Json:
+        """One response: neighbouring texts are one part."""
         parts: List[Json] = []
-        last: Json = {}
-        for last in [*self.feed(as_chunk(completion)), *self.close()]:
-            part, = last["candidates"][0]["content"]["parts"]
+        for each in events:
+            part, = each["candidates"][0]["content"]["parts"]
             before = parts[-1] if parts else {}
             if "text" in part and "text" in before and part.get("thought") == before.get("thought"):
                 before["text"] += part["text"]
             elif part.get("text") != "":
                 parts.append(part)
-        last["candidates"][0]["content"]["parts"] = parts or [{"text": ""}]
-        return last
+        events[-1]["candidates"][0]["content"]["parts"] = parts or [{"text": ""}]
+        return events[-1]
+
+    def search(self, query: str, found: Optional[Sequence[Json]]) -> Iterator[Json]:
+        self._queries.append(query or self.turn.question)
+        self._citations += [{"url": each["url"], "title": each["title"]} for each in found or ()]
+        return iter(())
 
     def _response(self, part: Json) -> Json:
         candidate = {"content": {"role": "model", "parts": [part]}, "index": 0}
@@ -8102,6 +8250,8 @@ class GeminiStream(AnswerWriter):
             yield from self._calls(1 if kind == "call" else 0)
             if kind == "annotations":
                 self._citations += _citations(more)
+            elif kind == "search":
+                yield from self.search(text, more)
             elif kind != "call" and self._waiting:
                 self._held.append(part)
             elif kind == "thinking":
@@ -8437,6 +8587,10 @@ class Translation:
     def fail(self, exc: GatewayError) -> bytes:
         """An error as the last thing within the stream."""
         return self._call.dialect.error_event(exc, self._call.request_id)
+
+    def queries(self) -> List[str]:
+        """What the model wants this server to search for before it goes on."""
+        return []
 
     def is_over(self) -> bool:
         """Whether the answer has ended, though the upstream has not said [DONE]."""
@@ -8864,11 +9018,50 @@ class TurnTranslation(WrittenTranslation):
         """As the client is told."""
         return self._writer.usage
 
+    def begin(self) -> None:
+        super().begin()
+        self._events: List[Json] = []    # of a plain answer that takes several requests
+        self._searches: List[Json] = []  # calls of the search that this server runs
+        self._searched = 0
+
     def _reply(self, data: bytes, completion: Json) -> bytes:
         return dump_json(self._answer(completion))
 
     def _answer(self, completion: Json) -> Json:
-        return self._writer.whole(completion)
+        """{} where searches come first."""
+        self._events += self._writer.feed(as_chunk(completion))
+        if self.queries():
+            return {}
+        return self._writer.fold([*self._events, *self._writer.close()])
+
+    def queries(self) -> List[str]:
+        """None once it has called tools of the client's, too, or as often as it may."""
+        calls = [call for call in self._writer.reader.calls.all if call.name]
+        fresh = [call for call in calls if call.name == self._writer.reader.runs and not call.seen]
+        if not fresh or len(self._searches) or any(call.named for call in calls):
+            return [parse_arguments(call["function"]["arguments"]).get("query") or ""
+                    for call in self._searches]
+        if not self._writer.finish_reason or self._searched >= self._turn.searches_limit:
+            return []
+        for call in fresh:
+            call.seen = True
+        self._searches = [call.as_chat() for call in fresh]
+        return self.queries()
+
+    def go_on(self, results: Sequence[Optional[Sequence[Json]]]) -> bytes:
+        """Tell client and model what was found; `body` is the next request for this answer."""
+        out: List[bytes] = []
+        events = [event for query, found in zip(self.queries(), results)
+                  for event in self._writer.search(str(query), found)]
+        if self._call.stream:
+            self._lead_in(iter(events), out)
+        self._events += events
+        self._searched += len(results)
+        self._turn.go_on(self._searches, results, self._searched >= self._turn.searches_limit)
+        self._writer.reader.next_round()
+        self._searches, self._decoder, self.done = [], SSEDecoder(), False
+        self.body = self._encode_request()
+        return b"".join(out)
 
 
 class MessagesTranslation(TurnTranslation):
@@ -13271,6 +13464,41 @@ def plan_for(gateway: Any, settings: Settings, call: Call, chain: Sequence[Targe
                 lambda: 0.5 + secrets.randbelow(500) / 1000)
 
 
+#: Seconds for a search, and most bytes of its answer.
+SEARCH_TIME_S, SEARCH_BYTES = 20.0, 1 << 20
+
+
+def search_web(gateway: Any, query: str, client: Client) -> Optional[List[Json]]:
+    """What the engine of `search` finds: url, title, text and date; None: it failed."""
+    search = gateway.settings.search
+    is_tavily = search.get("engine", "tavily") == "tavily"
+    base = search.get("base_url") or "https://api.tavily.com"
+    engine = Provider("search", base.rstrip("/"))
+    path, body = "/search", dump_json({"query": query, "max_results": 8})
+    headers = [("Content-Type", "application/json")]
+    if not is_tavily:
+        path, body, headers = with_query(path, {"q": query, "format": "json"}), None, []
+    settings = replace(gateway.settings, idle_timeout_s=SEARCH_TIME_S)
+    try:
+        if search.get("api_key"):
+            key = _header_value(gateway.environ, True)(search["api_key"], "search.api_key")
+            headers.append(("Authorization", "Bearer " + key))
+        with gateway.upstream.open(engine, settings, "POST" if is_tavily else "GET", path, headers,
+                                   body, client, SEARCH_TIME_S) as response:
+            if response.status != 200:
+                raise UpstreamRefused(f"HTTP {response.status}", status=502)
+            results = json.loads(response.read_all(SEARCH_BYTES))["results"]
+        if not isinstance(results, list):
+            raise ValueError("it sends no list of results")
+        return [{"url": each["url"], "title": str(each.get("title") or ""),
+                 "text": str(each.get("content") or "")[:4000], "date": each.get("publishedDate")}
+                for each in objects_of(results) if isinstance(each.get("url"), str)][:8]
+    except (UpstreamError, ValueError, KeyError, TypeError, RecursionError) as exc:
+        gateway.log.warning("the search engine %s failed: %s", engine.base_url,
+                            one_line(getattr(exc, "message", str(exc)), 160))
+        return None
+
+
 class Attempts:
     """One call on its way: asks what its plan says next, until somebody has answered."""
 
@@ -13344,7 +13572,8 @@ class Attempts:
         attempt = Attempt(provider.name, self.target.model, mask(key), 200, "", 0.0)
         try:
             with self.lane.hold_key(key, self.client, self.settings):
-                self._ask_upstream(key)
+                while self._ask_upstream(key):
+                    self._search()
         except UpstreamError as exc:
             attempt = attempt._replace(status=exc.status, error=one_line(exc.message))
             self.record.trail.append(attempt._replace(total_s=time.monotonic() - started))
@@ -13372,6 +13601,9 @@ class Attempts:
         self._learnt = merge_changes(lane.learnt(target.model), self._trial)
         context = context_of(gateway, partial(lane.scaled, target.model))._replace(
             learnt=self._learnt)
+        if self.settings.search:         # for a provider without a search of its own
+            target = Target(replace(target.provider, profile={
+                **target.provider.profile, "searches": True}), target.model)
         road, path = self.call.dialect.native_road, self.call.dialect.native_path
         if target.provider.base_url and lane.has_lost(path, target.model):
             target = target._replace(provider=replace(target.provider, **{road: ""}))
@@ -13481,8 +13713,16 @@ class Attempts:
 
     # one exchange with the upstream
 
-    def _ask_upstream(self, key: str) -> None:
-        """Send the request and pass the answer on."""
+    def _search(self) -> None:
+        """Run the searches that the model asks for, and tell client and model the results."""
+        found = [search_web(self.gateway, query, self.client)
+                 for query in self.translation.queries()]
+        out = self.translation.go_on(found)
+        if out:
+            self.client.send(out)
+
+    def _ask_upstream(self, key: str) -> bool:
+        """Send the request and pass the answer on; whether searches have to follow."""
         provider, client, road = self.target.provider, self.client, self.translation.road
         given, refused = self.translation.headers, self.lane.refused_betas
         if refused and "anthropic-beta" in given:
@@ -13511,13 +13751,16 @@ class Attempts:
                 finally:
                     self.record.usage = self.translation.usage
                 if not data:
-                    return
+                    return bool(self.translation.queries())
             self._reply(response, data or response.read_all(ANSWER_LIMIT_BYTES))
+        return bool(self.translation.queries())
 
     def _reply(self, response: UpstreamResponse, data: bytes) -> None:
         """Pass a plain answer on."""
         client = self.client
         answer, content_type = self.translation.reply(data, response.content_type, response.status)
+        if self.translation.queries():
+            return
         self._end_well()
         if self.call.stream:
             client.end(answer)
@@ -13562,6 +13805,8 @@ class Attempts:
                 raise
         if body:
             return bytes(body)
+        if translation.queries():
+            return b""
         # raises, unless all of an answer came before the connection broke
         last = translation.close()
         self._end_well()

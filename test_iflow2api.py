@@ -3569,7 +3569,8 @@ def reply(body=None, finish="stop", profile=None, usage=USAGE_MESSAGES, **messag
 
 def check(events):
     """What holds for every stream: one open block, indexes 0, 1, 2 …, deltas that fit, an end."""
-    fits = {"text": {"text_delta"}, "thinking": {"thinking_delta", "signature_delta"},
+    fits = {"server_tool_use": ["input_json_delta"], "web_search_tool_result": [],
+            "text": {"text_delta"}, "thinking": {"thinking_delta", "signature_delta"},
             "tool_use": {"input_json_delta"}}
     assert [event["type"] for event in events[:1] + events[-2:]] == [
         "message_start", "message_delta", "message_stop"]
@@ -3610,7 +3611,7 @@ def fold(events):
             else:
                 block[block["type"]] += change[block["type"]]
     for block, given in zip(message["content"], texts):
-        if block["type"] == "tool_use":
+        if block["type"] in ("tool_use", "server_tool_use"):
             block["input"] = json.loads(given or "{}")
     message.update(events[-2]["delta"])
     message["usage"].update(events[-2]["usage"])
@@ -6788,6 +6789,186 @@ def test_what_comes_before_an_answer_has_a_limit(monkeypatch):
         with pytest.raises(ifl.UpstreamGarbled, match="never begins"):
             for _ in range(20):
                 assert translation.feed(record(ROLE)) == b""
+
+
+# --- web search
+
+GLM_FOUND = [{"title": "T1", "link": "https://a/1", "content": "snippet", "refer": "ref_1",
+              "publish_date": "2026-11-01"}, {"title": "no address"}]
+QWEN_FOUND = {"search_results": [{"index": 1, "title": "T1", "url": "https://a/1"}]}
+MAKERS = [{"web_search": GLM_FOUND}, {"search_info": QWEN_FOUND}]
+WISHES_OF_SEARCH = {
+    "messages": {"max_tokens": 9, "messages": [{"role": "user", "content": "query: news"}],
+                 "tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 2}]},
+    "responses": {"input": "news", "tools": [{"type": "web_search"}]},
+    "gemini": {"contents": [{"parts": [{"text": "news"}]}], "tools": [{"googleSearch": {}}]}}
+PATHS_OF_SEARCH = {"messages": "/v1/messages", "responses": "/v1/responses",
+                   "gemini": "/v1beta/models/m1:"}
+
+
+def ask_search(server, dialect, stream, **more):
+    """The answer, whole, however it comes."""
+    path, body = PATHS_OF_SEARCH[dialect], {**WISHES_OF_SEARCH[dialect], **more}
+    if dialect == "gemini":
+        path += STREAMED if stream else "generateContent"
+    else:
+        body.update(model="m1", stream=stream)
+    answer = post(server, body, path)
+    assert answer.status == 200, answer
+    if not stream:
+        return answer.json
+    events = events_in(answer.body)
+    if dialect == "messages":
+        return fold(events)
+    return events[-1]["response"] if dialect == "responses" else joined_responses(
+        [{**each, "modelVersion": "m"} for each in events])
+
+
+def found_in(dialect, answer):
+    """The query, the addresses that were found, and the text."""
+    if dialect == "messages":
+        call, result, text = answer["content"]
+        assert call["type"] == "server_tool_use" and call["name"] == "web_search"
+        assert result["tool_use_id"] == call["id"]
+        assert answer["usage"]["server_tool_use"] == {"web_search_requests": 1}
+        assert answer["stop_reason"] == "end_turn"
+        urls = [each["url"] for each in result["content"] if isinstance(each, dict)]
+        return call["input"]["query"], urls, text["text"]
+    if dialect == "responses":
+        call, message = answer["output"]
+        assert call["type"] == "web_search_call" and call["status"] == "completed"
+        return (call["action"]["query"], [each["url"] for each in call["action"]["sources"]],
+                message["content"][0]["text"])
+    candidate = answer["candidates"][0]
+    grounding = candidate["groundingMetadata"]
+    return (grounding["webSearchQueries"][0],
+            [each["web"]["uri"] for each in grounding["groundingChunks"]],
+            candidate["content"]["parts"][0]["text"])
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("dialect", list(WISHES_OF_SEARCH))
+@pytest.mark.parametrize("results", MAKERS, ids=["GLM", "DashScope"])
+def test_what_a_makers_search_found_is_told(server, upstream, dialect, stream, results):
+    own = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
+    upstream.usual = sse({**chunk("It "), **results}, chunk("is so."), chunk(finish="stop"),
+                         DONE) if stream else plain({**completion("It is so."), **results})
+    running = server(provider(upstream, profile=own))
+    answer = ask_search(running, dialect, stream)
+    assert found_in(dialect, answer) == ("news", ["https://a/1"], "It is so.")
+    assert upstream.last.json["enable_search"] is True
+
+
+def search_call(stream, ident="c1", query="the news", **more):
+    calls = [{"index": 0, **call(ident, "web_search", json.dumps({"query": query}))}]
+    return sse(ROLE, chunk(tool_calls=calls), chunk(finish="tool_calls", usage=USAGE),
+               DONE) if stream else plain(completion(None, "tool_calls", tool_calls=calls))
+
+
+def said_of_search(stream):
+    return sse(chunk("It is so."), chunk(finish="stop", usage=USAGE), DONE) if stream else plain(
+        completion("It is so."))
+
+
+ENGINES = [
+    ({"engine": "searxng"}, "GET", "/search?q=the+news&format=json", None),
+    ({"engine": "tavily", "api_key": "$TAVILY"}, "POST", "/search", "Bearer tv-1")]
+ENGINE_ANSWER = {"results": [{"title": "T1", "url": "https://a/1", "content": "snippet"},
+                             {"title": "none"}]}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("dialect", list(WISHES_OF_SEARCH))
+@pytest.mark.parametrize("engine, method, path, key", ENGINES, ids=["searxng", "tavily"])
+def test_a_search_that_this_server_runs(server, upstream, upstreams, dialect, stream, engine,
+                                        method, path, key):
+    found = upstreams(usual=plain(ENGINE_ANSWER))
+    upstream.plays(search_call(stream), said_of_search(stream))
+    running = server(upstream, environ={"TAVILY": "tv-1"}, search={
+        **engine, "base_url": found.url[:-len("/v1")]})
+    answer = ask_search(running, dialect, stream)
+    assert found_in(dialect, answer) == ("the news", ["https://a/1"], "It is so.")
+    asked = found.last
+    assert (asked.method, asked.path, asked.headers.get("authorization")) == (method, path, key)
+    first, second = (seen.json for seen in upstream.requests)
+    assert first["tools"] == [ifl.SEARCH_TOOL] and "tool_choice" not in second
+    assert second["messages"][-2]["tool_calls"][0]["id"] == "c1"
+    assert "snippet" in second["messages"][-1]["content"]
+    assert is_well(running)
+    usage = running.gateway.ledger.report("model", 1, {})[0]
+    assert (usage["requests"], usage["input"], usage["output"]) == (1, 24, 6)
+
+
+@pytest.mark.parametrize("reply", [
+    plain({"error": "x"}, 500), plain(b"<html>"), plain({"results": 5}), plain([]),
+    plain(b"", 302, [("Location", "http://127.0.0.1:9/")]), Reply(RESET)])
+def test_a_search_engine_that_fails(server, upstream, upstreams, reply, log_lines):
+    engine = upstreams(usual=reply)
+    upstream.plays(search_call(True), said_of_search(True))
+    running = server(upstream, search={"engine": "tavily", "api_key": "tv-secret",
+                                       "base_url": engine.url[:-len("/v1")]})
+    answer = ask_search(running, "messages", True)
+    assert answer["content"][1]["content"] == {"type": "web_search_tool_result_error",
+                                               "error_code": "unavailable"}
+    assert upstream.last.json["messages"][-1]["content"] == "the search failed"
+    said = [line.getMessage() for line in log_lines]
+    assert any("search engine" in line for line in said) and "tv-secret" not in "".join(said)
+
+
+def test_searches_end(server, upstream, upstreams):
+    """`max_uses` 2: then the model has no search any more."""
+    engine = upstreams(usual=plain(ENGINE_ANSWER))
+    upstream.plays(*(search_call(True, f"c{at}") for at in range(2)), said_of_search(True))
+    running = server(upstream, search={"engine": "searxng",
+                                       "base_url": engine.url[:-len("/v1")]})
+    answer = ask_search(running, "messages", True)
+    assert [block["type"] for block in answer["content"]] == [
+        *("server_tool_use", "web_search_tool_result") * 2, "text"]
+    assert len(engine.requests) == 2 and "tools" not in upstream.last.json
+
+
+def test_a_search_beside_calls_of_the_client_is_left(server, upstream, upstreams):
+    engine = upstreams(usual=plain(ENGINE_ANSWER))
+    both = [{"index": 0, **call("c1", "web_search", '{"query": "x"}')},
+            {"index": 1, **call("c2", "get_time", "{}")}]
+    upstream.plays(sse(chunk(tool_calls=both), chunk(finish="tool_calls"), DONE))
+    running = server(upstream, search={"engine": "searxng",
+                                       "base_url": engine.url[:-len("/v1")]})
+    tools = [*WISHES_OF_SEARCH["messages"]["tools"], TIME]
+    answer = ask_search(running, "messages", True, tools=tools)
+    assert [block.get("name") for block in answer["content"]] == ["get_time"]
+    assert answer["stop_reason"] == "tool_use" and not engine.requests
+
+
+def test_without_an_engine_and_with_a_makers_own_no_search_is_offered(server, upstream):
+    upstream.usual = plain(completion())
+    own = {"server_tools": {"web_search": {"fields": {"enable_search": True}}}}
+    for running in (server(upstream), server(provider(upstream, profile=own), search={
+            "engine": "searxng", "base_url": "http://127.0.0.1:9"})):
+        ask_search(running, "messages", False)
+        assert "tools" not in upstream.last.json
+
+
+@pytest.mark.parametrize("search, said", [
+    ({"engine": "bing"}, 'not "bing"'), ({"engine": "tavily", "api_key": 5}, "api_key"),
+    ({"engine": "searxng", "base_url": "ftp://x"}, "an http address"), ("x", "an object")])
+def test_bad_search_settings(config, search, said):
+    put_config(config, {"search": search})
+    gateway = ifl.Gateway(config=config)
+    assert any(said in problem for problem in gateway.problems)
+    gateway.close()
+
+
+def test_the_key_of_the_engine_is_a_secret(config, capsys):
+    put_config(config, {"search": {"engine": "tavily", "api_key": "tv-0123456789abcdef"}})
+    assert ifl.main(["config", "encrypt", "on", "--config-dir", config.folder]) == 0
+    assert "0123456789" not in pathlib.Path(config.path).read_text()
+    assert ifl.main(["config", "get", "search", "--config-dir", config.folder]) == 0
+    shown = capsys.readouterr().out
+    assert "0123456789" not in shown and "tavily" in shown
+    gateway = ifl.Gateway(config=config)
+    assert gateway.settings.search["api_key"] == "tv-0123456789abcdef"
+    gateway.close()
 
 
 # === 12. Upstream ============================================================
