@@ -6005,7 +6005,7 @@ _REFUSED = {"thread": ("history kept on the server",
             "mcp_servers": ("calling MCP servers", None)}
 
 
-def _refuse(body: Json) -> None:
+def refuse_server_fields(body: Json) -> None:
     for name, (why, details) in _REFUSED.items():
         if body.get(name):
             raise BadRequest(f"{name}: {why} is not available here", details=details)
@@ -6071,7 +6071,7 @@ class MessagesTurn(Turn):
 
     def __init__(self, body: Json, profile: Json, model: str,
                  known: Optional[KnownTurn] = None) -> None:
-        _refuse(body)
+        refuse_server_fields(body)
         self.body, self.profile = body, profile
         self.model = body["model"] if isinstance(body.get("model"), str) else model
         self.max_tokens = _max_tokens(body)
@@ -9251,6 +9251,8 @@ class NativeMessages(NativeTranslation):
     def _cleaned(self) -> Json:
         text, body = self._call.text, self._call.body
         is_anthropic = is_anthropics(self._target.provider.messages_url)
+        if not is_anthropic:             # others leave such a field unread
+            refuse_server_fields(body)
         takes_types = is_anthropic or profile_of(self._target)["tool_types"]
         for mark, change, is_due in (
                 (SIGNATURE_PREFIX, partial(_unsigned, is_anthropic), True),

@@ -13297,9 +13297,17 @@ def test_cache_warm_up_is_answered_here(alone, upstream):
     ({"thread": {"id": "t"}}, {"error_code": "thread_unsupported_request", "unsupported": []}),
     ({"compaction": {"type": "summarize"}}, None), ({"thread": None}, "")])
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_tool_runners_of_the_sdks_read(alone, upstream, facts, details, stream):
-    """They go on without `thread` where the details say that it is not supported."""
-    answer = post(alone, {**ASK, **facts, "stream": stream}, MESSAGES_PATH)
+@pytest.mark.parametrize("is_native", [False, True])
+def test_what_the_tool_runners_of_the_sdks_read(
+        server, upstream, facts, details, stream, is_native):
+    """They go on without `thread` where the details say that it is not supported; a maker's own
+    Messages would leave it unread.
+    """
+    road = NATIVE_ROADS[0]
+    made = server(native(road, upstream) if is_native else upstream)
+    if is_native:
+        upstream.plays(native_sse(road) if stream else plain(road.plain))
+    answer = post(made, {**ASK, "model": "m", **facts, "stream": stream}, MESSAGES_PATH)
     assert answer.status == (200 if details == "" else 400)
     assert answer.status == 200 or answer.json["error"].get("details") == details
     assert bool(upstream.requests) == (answer.status == 200)
