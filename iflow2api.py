@@ -772,7 +772,7 @@ class Unauthorized(GatewayError):
 
 
 class Forbidden(GatewayError):
-    """A Host or Origin that may not talk to us."""
+    """A Host, an Origin or a client key that may not have what it asks for."""
     status, type, should_retry = 403, "permission_error", False
 
 
@@ -13280,22 +13280,19 @@ def _secrets_of(provider: Provider) -> List[str]:
             if len(secret) >= 8]
 
 
-def _forget_secrets(exc: GatewayError, provider: Provider) -> None:
-    """Mask our keys in an error: some upstreams repeat the key they refuse."""
-    for secret in _secrets_of(provider):
-        for name in ("message", "type", "param", "code"):
-            value = getattr(exc, name)
-            if isinstance(value, str) and secret in value:
-                setattr(exc, name, value.replace(secret, mask(secret)))
-        if exc.body:
-            exc.body = json.loads(_without_secrets(dump_json(exc.body), provider))
-
-
 def _without_secrets(data: bytes, provider: Provider) -> bytes:
     """JSON text that tells of an error, with the keys in it masked."""
     for secret in _secrets_of(provider):
         data = data.replace(dump_json(secret)[1:-1], dump_json(mask(secret))[1:-1])
     return data
+
+
+def _forget_secrets(exc: GatewayError, provider: Provider) -> None:
+    """Mask our keys in an error: some upstreams repeat the key they refuse."""
+    if _secrets_of(provider):
+        facts = {name: getattr(exc, name) for name in ("message", "type", "param", "code", "body")}
+        for name, value in json.loads(_without_secrets(dump_json(facts), provider)).items():
+            setattr(exc, name, value)
 
 
 class State(NamedTuple):
