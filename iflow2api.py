@@ -8572,7 +8572,7 @@ class Translation:
         is_same = answer is data and content_type
         return answer, content_type if is_same else "application/json"
 
-    def passes(self, payload: bytes) -> bool:
+    def can_forward(self, payload: bytes) -> bool:
         """Whether `payload` may go out exactly as it came; else feed() is to be called."""
         return False
 
@@ -8753,7 +8753,7 @@ class ChatRelay(Relay, ChatTranslation):
         self._recent: List[bytes] = []   # of what was sent, enough to hold the tail
         self._recent_size, self._has_choices = 0, False
 
-    def passes(self, payload: bytes) -> bool:
+    def can_forward(self, payload: bytes) -> bool:
         if not self.began or self._holds or payload[-2:] != b"\n\n" or b"[DONE]" in payload or (
                 b"\ndata:" in payload and self._lacks_blank_lines(payload)):
             return False
@@ -9165,7 +9165,7 @@ class NativeTranslation(Relay):
         self._read({self._HOLDER: answer})
         return data, content_type or "application/json"
 
-    def passes(self, payload: bytes) -> bool:
+    def can_forward(self, payload: bytes) -> bool:
         if not self.began or self._holds or payload[-2:] != b"\n\n":
             return False
         for mark in self._TELLING:
@@ -13785,11 +13785,11 @@ class Attempts:
                     limit_mib = ANSWER_LIMIT_BYTES >> 20
                     raise UpstreamGarbled(f"the upstream's answer is larger than {limit_mib} MiB")
                 return True
-            passes = translation.passes(payload)
-            out = payload if passes else translation.feed(payload)
+            is_same = translation.can_forward(payload)
+            out = payload if is_same else translation.feed(payload)
             if translation.failed:       # on Chat an error goes out as it came, but for a key in it
-                out, passes = _without_secrets(out, provider), False
-            if passes:
+                out, is_same = _without_secrets(out, provider), False
+            if is_same:
                 client.send(out, response.framed)
             elif out:
                 if record.first_s is None:
