@@ -2497,17 +2497,14 @@ def _preset_of(entry: Json) -> Optional[Preset]:
 def roads_of(entry: Json) -> Json:
     """The addresses of an entry of `providers`, by ROADS: its own ("": none), else its preset's.
 
-    Beside an own one that leads elsewhere none is taken from a preset that wants a key: a relay's
-    key must not go to the maker.  An engine's addresses move along.
+    Beside an own one that leads elsewhere none is taken from the preset: a relay's key must not go
+    to the maker, and what answers there may speak Chat alone.
     """
     own = {road: entry[road] for road in ROADS if entry.get(road) is not None}
     preset = _preset_of(entry)
     known = preset.roads if preset else {}
-    moved = [url for url in own.values() for home in known.values() if leads_elsewhere(home, url)]
-    if moved and preset:
-        origin = "/".join(str(moved[0]).split("/")[:3])
-        known = {} if preset.key else {road: "/".join([origin, *url.split("/")[3:]])
-                                       for road, url in known.items()}
+    if any(leads_elsewhere(home, url) for url in own.values() for home in known.values()):
+        return own
     return {**known, **own}
 
 
@@ -16892,8 +16889,8 @@ def provider_entry(body: Json, before: Json) -> Json:
         raise BadRequest(f"{name}: what is stored does not go to another address; type it in "
                          "again", param=name, code="address_changed")
     made = without_preset(entry)
-    base_url = check_provider(made).base_url
-    return {**made, "base_url": base_url} if made.get("base_url") else made
+    provider = check_provider(made)
+    return {**made, **{road: getattr(provider, road) for road in ROADS if made.get(road)}}
 
 
 def restore_secrets(given: Json, before: Json) -> Set[str]:
@@ -20798,7 +20795,7 @@ add_preset = 添加：{program} provider add NAME --api-key '$VARIABLE' = add on
 provider add NAME --api-key '$VARIABLE'
 no_providers = 还没有上游：`provider add NAME`，NAME 取自 `provider presets`，或任取并加上 --base-url URL = no \
 provider yet: `provider add NAME` with a name of `provider presets`, or any name and --base-url URL
-taken_as = base_url {given} 按 {used} 处理 = base_url {given} is taken as {used}
+taken_as = {road} {given} 按 {used} 处理 = {road} {given} is taken as {used}
 provider_exists = 已有上游 {name}；先运行 `provider remove {name}`，或换一个 NAME = there is a provider {name} \
 already; `provider remove {name}` first, or choose another NAME
 provider_added = 已把 {name}（{url}）保存到 {path}；试一试：{program} provider test {name} = added {name} \
@@ -20939,6 +20936,8 @@ provider = 管理和测试上游，查看预设 = list, add, remove and test pro
   [list|add|remove|test|presets] = 不写则为 list = list by default
   [NAME] = 名称；add 时写预设名即可 = a preset's name is all that `add` needs
   --base-url URL = add：OpenAI 兼容服务的地址 = add: address of an OpenAI-compatible server
+  --messages-url URL = add：它的 Anthropic Messages 地址 = add: address of its Anthropic Messages
+  --responses-url URL = add：它的 OpenAI Responses 地址 = add: address of its OpenAI Responses
   --api-key KEY = add：'$NAME'（原样保存）、-（标准输入）或密钥 = add: '$NAME' (stored as such), - (standard \
 input), or the key | --models A,B = add：模型，第一个为默认 = add: models it serves; the first is its default
   --preset PRESET = add：用别的名称套用此预设 = add: use this preset under another name
@@ -22195,11 +22194,12 @@ def _preset(name: str) -> Preset:
 
 def _new_provider(name: str, args: Args) -> Json:
     """The entry that the flags of `provider add` describe; UsageError."""
-    url, chosen = args["--base-url"] or "", args["--preset"] or ""
-    if chosen or name in PRESETS or not url:
+    given = {road: args["--" + road.replace("_", "-")] for road in ROADS}
+    given, chosen = {road: url for road, url in given.items() if url}, args["--preset"] or ""
+    if chosen or name in PRESETS or not given:
         chosen = chosen or name
         _preset(chosen)
-    entry = {"name": name, **entry_at(url, chosen)}
+    entry = {"name": name, **given, **entry_at(given.get("base_url", ""), chosen)}
     variable = PRESETS[entry["preset"]].key if "preset" in entry else ""
     entry.update({field: value for field, value in (
         ("kind", args["--kind"]), ("models", _listed(args["--models"]))) if value})
@@ -22216,9 +22216,10 @@ def _new_provider(name: str, args: Args) -> Json:
     if provider.problem:
         raise UsageError(f"provider add {name}: {provider.problem}")
     say_problems(provider.warnings)
-    if url and url.strip() not in provider.roads:
-        say(tr("taken_as", given=url, used=provider.base_url))
-    return {**entry, "base_url": provider.base_url} if "base_url" in entry else entry
+    for road, url in given.items():
+        if url.strip() not in provider.roads:
+            say(tr("taken_as", road=road, given=url, used=getattr(provider, road)))
+    return {**entry, **{road: getattr(provider, road) for road in ROADS if road in entry}}
 
 
 def _provider_add(args: Args) -> None:

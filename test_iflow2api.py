@@ -1630,9 +1630,11 @@ OWN = "http://127.0.0.1:9/v1"
     # a relay's key does not go to the maker
     ({"preset": "deepseek", "base_url": OWN}, {"base_url": OWN, "messages_url": ""}),
     ({"preset": "deepseek", "messages_url": ""}, {"messages_url": ""}),
-    ({"preset": "ollama", "base_url": "http://box:11434/v1"}, {
-        "base_url": "http://box:11434/v1", "messages_url": "http://box:11434",
-        "responses_url": "http://box:11434/v1"}),
+    # an engine elsewhere may be another program
+    ({"preset": "vllm", "base_url": "http://box:8000/v1"}, {"messages_url": ""}),
+    ({"preset": "ollama"}, {"base_url": "http://127.0.0.1:11434/v1",
+                            "messages_url": "http://127.0.0.1:11434",
+                            "responses_url": "http://127.0.0.1:11434/v1"}),
     ({"preset": "deepseek", "models": ["deepseek-flash", "new"]},
      {"models": ("deepseek-flash", "new")}),
     ({"preset": "deepseek", "models": [{"id": "deepseek-flash", "context": 5}]},
@@ -16548,6 +16550,12 @@ def config_demo():
     (["mine", "--base-url", "https://h.example/api/v3/chat/completions/", "--models", "a, b,"],
      "is taken as https://h.example/api/v3",
      {"name": "mine", "base_url": "https://h.example/api/v3", "models": ["a", "b"]}),
+    (["mine", "--messages-url", "https://h.example/x/v1/messages/"],
+     "messages_url https://h.example/x/v1/messages/ is taken as https://h.example/x",
+     {"name": "mine", "messages_url": "https://h.example/x"}),
+    (["mine", "--base-url", "https://h.example/v1", "--responses-url", "https://h.example"],
+     "responses_url https://h.example is taken as https://h.example/v1",
+     {"base_url": "https://h.example/v1", "responses_url": "https://h.example/v1"}),
     (["work", "--preset", "moonshot", "--base-url", "https://proxy.example/kimi", "--api-key",
       "$WORK_KEY", "--models", "kimi-k3,new"], "WORK_KEY is not set",
      {"preset": "moonshot", "base_url": "https://proxy.example/kimi",
