@@ -8512,7 +8512,7 @@ class Translation:
         self._call, self._target, self._context = call, target, context
         has_choices = call.dialect.has_choices
         self._is_iflow = target.provider.kind == "iflow" and has_choices
-        profile = profile_of(target)
+        self._profile = profile = profile_of(target)
         self._requires_reasoning = has_choices and bool(profile["require_reasoning_on_tool_calls"])
         self._changes = merge_changes({name: profile[name] for name in (
             "leave_out", "thinking_needs_stream") if profile[name]}, context.learnt)
@@ -8623,10 +8623,9 @@ class Translation:
 
     def _refilled(self, chat: Json) -> Json:
         """A chat request with what its client dropped and this upstream wants back."""
-        profile, reasoning = profile_of(self._target), self._context.reasoning
+        profile, origins = self._profile, self._context.reasoning.origins
         if self._is_iflow:
             chat = adapt_to_iflow(chat, self._target.model)
-        origins = reasoning.origins
         if self._requires_reasoning or profile["origin"] in origins or origins and any(
                 f'"{name}"' in self._call.text for name in CALL_EXTRAS):
             chat = refill(chat, self._memory.recall, profile)
@@ -8655,14 +8654,14 @@ class ChatTranslation(Translation):
     def begin(self) -> None:
         super().begin()
         if self._is_iflow or "tools" in self._call.body:
-            self._note = AnswerReader(profile_of(self._target), ToolCalls())
+            self._note = AnswerReader(self._profile, ToolCalls())
 
     def _encode_request(self) -> bytes:
         call = self._call
         body = call.body
         if call.dialect.converses:
             wishes = Wishes(thinking=call.thinks or None, is_chat=True)
-            body = finish_chat(body, profile_of(self._target), wishes)
+            body = finish_chat(body, self._profile, wishes)
             body = self._refilled(body)
         return self._with_model(amend(body, self._changes))
 
@@ -8746,7 +8745,8 @@ class ChatRelay(Relay, ChatTranslation):
         super().begin()
         choices = self._call.body.get("n")
         self._choices = choices if isinstance(choices, int) else 1
-        self._notes = self._note is not None and self._keeps_reasoning()
+        #: whether each record is noted, not only what has one of _CARRIED
+        self._notes_all = self._note is not None and self._keeps_reasoning()
         self._recent: List[bytes] = []   # of what was sent, enough to hold the tail
         self._recent_size, self._has_choices = 0, False
 
@@ -8762,7 +8762,7 @@ class ChatRelay(Relay, ChatTranslation):
             self._recent_size = len(self._recent[0])
         if b'"error"' in payload or len(payload) > TAIL_BYTES:
             self._look_for_end(payload)
-        if self._notes or self._note is not None and any(mark in payload for mark in _CARRIED):
+        if self._notes_all or self._note is not None and any(mark in payload for mark in _CARRIED):
             for data in self._decoder.feed(payload):
                 self._note_record(data)
         return True
@@ -8830,8 +8830,9 @@ class ChatRelay(Relay, ChatTranslation):
                 self._told = _DECODER.raw_decode(text)[0]
 
     def _note_record(self, data: bytes) -> None:
-        self._notes = self._notes or any(mark in data for mark in _CARRIED)
-        if self._notes and any(mark in data for mark in _NOTED):
+        """Note a record, from the first on that has to come back."""
+        self._notes_all = self._notes_all or any(mark in data for mark in _CARRIED)
+        if self._notes_all and any(mark in data for mark in _NOTED):
             with contextlib.suppress(UpstreamError):
                 for chunk in read_records([data]):
                     self._record(chunk or {})
@@ -9250,7 +9251,7 @@ class NativeMessages(NativeTranslation):
         is_anthropic = is_anthropics(self._target.provider.messages_url)
         if not is_anthropic:             # others leave such a field unread
             refuse_server_fields(body)
-        takes_types = is_anthropic or profile_of(self._target)["tool_types"]
+        takes_types = is_anthropic or self._profile["tool_types"]
         for mark, change, is_due in (
                 (SIGNATURE_PREFIX, partial(_unsigned, is_anthropic), True),
                 ('"ttl"', _without_ttl, not is_anthropic),
