@@ -10547,6 +10547,16 @@ def test_a_bad_value_on_disk_keeps_the_one_in_force_and_is_forgotten_once_mended
     assert made.problems == []
 
 
+def test_a_login_counts_although_config_json_is_broken(following, config, home):
+    made = following({"default_model": "a"})
+    put_config(config, b"{")
+    (home / ".iflow").mkdir()
+    (home / ".iflow" / "settings.json").write_text('{"apiKey": "sk-login-1"}')
+    made.reload()
+    assert made.config_broken and made.settings.default_model == "a"
+    assert made.state.router.providers["iflow"].api_keys == ("sk-login-1",)
+
+
 def test_typing_errors_do_not_pile_up(following, config):
     made = following({})
     for blanks in range(20):
