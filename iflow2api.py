@@ -13563,7 +13563,7 @@ class Attempts:
         else:
             self._aim(step.target)
             if self.translation.local is not None:
-                return self._answer_locally(self.translation.local)
+                return self._deliver(self.translation.local, "application/json")
             place.enter_context(self.lane.slots.hold(self.client, self.settings, provider.name))
         key, started = self.plan.take_key(), time.monotonic()
         attempt = Attempt(provider.name, self.target.model, mask(key), 200, "", 0.0)
@@ -13610,11 +13610,6 @@ class Attempts:
             raise BadRequest("the body is nested too deeply") from None
         gateway.tell_skipped(self.translation.skipped, self.call)
         self.client.translation = self.translation
-
-    def _answer_locally(self, answer: bytes) -> None:
-        if self.call.stream:
-            return self.client.end(answer)
-        self.client.reply(answer, "application/json", ())
 
     def _learn(self) -> None:
         """Compare what was estimated with what the upstream counted."""
@@ -13754,16 +13749,19 @@ class Attempts:
 
     def _reply(self, response: UpstreamResponse, data: bytes) -> None:
         """Pass a plain answer on."""
-        client = self.client
         answer, content_type = self.translation.reply(data, response.content_type, response.status)
         if self.translation.queries():
             return
         self._end_well()
-        if self.call.stream:
-            client.end(answer)
-        else:
-            client.reply(answer, content_type, client.returned)
+        self._deliver(answer, content_type)
         self.record.first_s = time.monotonic() - self.record.started
+
+    def _deliver(self, answer: bytes, content_type: str) -> None:
+        """Send a whole answer; to a client that streams it is the only part."""
+        if self.call.stream:
+            self.client.end(answer)
+        else:
+            self.client.reply(answer, content_type, self.client.returned)
 
     def _stream(self, response: UpstreamResponse, translation: Translation) -> bytes:
         """Pass a stream on to its end, with a write for each read; b"".
