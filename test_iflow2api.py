@@ -2,8 +2,8 @@
 
     python -m pytest -q
 
-Only pytest is needed.  The SDKs of OpenAI and Anthropic are used where they are installed (the one
-for Node.js in .ci/npm), and so are selenium and Chromium with its driver; with
+Only pytest is needed.  The SDKs of OpenAI, Anthropic and Google are used where they are (those
+for Node.js and gemini-cli in .ci/npm), and so are selenium and Chromium with its driver; with
 IFLOW2API_REQUIRE_SDK=1 and IFLOW2API_REQUIRE_BROWSER=1 their absence is a failure.  Everything
 happens on the loopback at ports the system picks, with HOME in a folder of the test's own.  Nothing
 sleeps: what has to happen is waited for with a deadline (`until`, `WAIT_S`), what must not happen
@@ -6193,6 +6193,61 @@ def test_google_genai(google, server, upstream):
     with pytest.raises(google.errors.ClientError) as caught:
         models.generate_content(model="m1", contents="fail")
     assert (caught.value.code, caught.value.status) == (429, "RESOURCE_EXHAUSTED")
+
+
+#: Google's SDK for Node.js: what it reads of each kind of answer, one line each.
+NODE_GENAI = """
+const {GoogleGenAI} = require('@google/genai');
+const ai = new GoogleGenAI({apiKey: 'k', httpOptions: {baseUrl: process.argv.at(-1)}});
+const model = 'm1', tools = [{functionDeclarations: [{name: 'weather',
+  parametersJsonSchema: {type: 'object', properties: {city: {type: 'string'}}}}]}];
+(async () => {
+  console.log((await ai.models.generateContent({model, contents: 'hi'})).text);
+  let said = '';
+  for await (const each of await ai.models.generateContentStream({model, contents: 'hi'}))
+    said += each.text || '';
+  console.log(said);
+  const first = await ai.models.generateContent({model, contents: 'weather?', config: {tools}});
+  const [call] = first.functionCalls;
+  const answer = {functionResponse: {id: call.id, name: call.name,
+    response: {output: JSON.stringify({sky: 'sun in ' + call.args.city})}}};
+  const contents = [{role: 'user', parts: [{text: 'weather?'}]}, first.candidates[0].content,
+    {role: 'user', parts: [answer]}];
+  console.log((await ai.models.generateContent({model, contents, config: {tools}})).text);
+  console.log((await ai.models.countTokens({model, contents: 'hi'})).totalTokens > 0);
+  for await (const each of await ai.models.list()) console.log(each.name);
+  try { await ai.models.generateContent({model, contents: 'fail'}); }
+  catch (error) { console.log(error.name, error.status); }
+})();
+"""
+
+
+def test_google_genai_for_node(server, upstream):
+    upstream.usual = lambda seen: gemini_script(seen.json if seen.body else None)
+    said = run_in_node("@google/genai", NODE_GENAI, server(upstream).url)
+    assert said.split("\n") == ["Hello", "Hello", "sun in Rome", "true", "models/m1",
+                                "ApiError 429"]
+
+
+def test_gemini_cli(server, upstream, home, tmp_path):
+    """A loop with two calls at once, whose results come back under their ids."""
+    (home / ".gemini").mkdir()
+    (home / ".gemini/settings.json").write_text(
+        json.dumps({"security": {"auth": {"selectedType": "gemini-api-key"}}}))
+    (tmp_path / "inner").mkdir()
+    calls = [{"index": at, **call(f"c{at}", "list_directory", json.dumps({"dir_path": path}))}
+             for at, path in enumerate((".", "inner"))]
+    upstream.plays(sse(ROLE, chunk(tool_calls=calls), chunk(finish="tool_calls"), DONE))
+    command = os.path.join(npm_folder("@google/gemini-cli"), ".bin", "gemini")
+    done = subprocess.run(
+        [command, "-m", "m1", "--yolo", "-p", "look"], cwd=tmp_path, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=6 * WAIT_S,
+        env={**os.environ, "GEMINI_API_KEY": "k", "GEMINI_CLI_TRUST_WORKSPACE": "true",
+             "GOOGLE_GEMINI_BASE_URL": server(upstream).url})
+    assert (done.returncode, done.stdout.strip()[-5:]) == (0, "Hello"), done.stderr[-500:]
+    *_, first, second = upstream.last.json["messages"]
+    assert [first["tool_call_id"], second["tool_call_id"]] == ["c0", "c1"]
+    assert "inner" in first["content"] and "empty" in second["content"]
 
 
 def gemini_script(body):
@@ -13493,6 +13548,24 @@ def test_compact(alone, upstream):
 
 # --- the official SDKs -------------------------------------------------------
 
+def npm_folder(package):
+    """Where `.ci/run` has put the packages for Node.js, once this one is there."""
+    modules = os.path.join(os.path.dirname(PROGRAM), ".ci", "npm", "node_modules")
+    there = shutil.which("node") and os.path.isdir(os.path.join(modules, *package.split("/")))
+    if not there and not SDK_REQUIRED:
+        pytest.skip(f"Node.js or its package {package} is not installed")
+    return modules
+
+
+def run_in_node(package, script, *words):
+    """What a script with the package prints."""
+    done = subprocess.run(["node", "-e", script, *words], timeout=6 * WAIT_S, text=True,
+                          env={**os.environ, "NODE_PATH": npm_folder(package)},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 def sdk_named(name):
     """The SDK, a skip where it is missing, a failure where it was promised."""
     try:
@@ -13640,15 +13713,7 @@ def run_tools_in_python(url, stream):
 
 
 def run_tools_in_node(url, stream):
-    modules = os.path.join(os.path.dirname(PROGRAM), ".ci", "npm", "node_modules")
-    there = shutil.which("node") and os.path.isdir(os.path.join(modules, "@anthropic-ai", "sdk"))
-    if not there and not SDK_REQUIRED:
-        pytest.skip("Node.js or Anthropic's SDK for it is not installed")
-    done = subprocess.run(["node", "-e", NODE_RUNNER, url, str(stream).lower()], timeout=6 * WAIT_S,
-                          env={**os.environ, "NODE_PATH": modules}, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return run_in_node("@anthropic-ai/sdk", NODE_RUNNER, url, str(stream).lower())
 
 
 @pytest.mark.parametrize("run_tools", [run_tools_in_python, run_tools_in_node])
