@@ -525,7 +525,9 @@ _ZAI: Json = {
 #: A call's reasoning must come back with it (platform.kimi.com).
 _KIMI_PROFILE: Json = {
     "thinking_style": "thinking_type", "require_reasoning_on_tool_calls": True,
-    "prefill": "partial", "efforts": ["low", "high", "max"], "strict_tools": False, "files": False}
+    "prefill": "partial", "efforts": ["low", "high", "max"], "strict_tools": False, "files": False,
+    "server_tools": {"web_search": {"type": "builtin_function",
+                                    "function": {"name": "$web_search"}}}}
 _KIMI: Json = {
     "key": "MOONSHOT_API_KEY", "profile": _KIMI_PROFILE,
     "listed": "kimi-k3 1048576 1048576+ !low/high/max, kimi-k3.1-pro 1048576 1048576+ "
@@ -4502,8 +4504,7 @@ class AnswerWriter:
 
     def __init__(self, reader: AnswerReader, turn: Turn) -> None:
         self.reader, self.turn = reader, turn
-        if turn.runs_search:
-            reader.runs = SEARCH_NAME
+        reader.runs = turn.runs
 
     def feed(self, chunk: Json) -> Iterable[Any]:
         raise NotImplementedError
@@ -4981,6 +4982,8 @@ def object_schema(required: Sequence[str], **properties: Any) -> Json:
 
 
 SEARCH_NAME = "web_search"
+#: Kimi's own search: it goes on once it has the arguments of the call back.
+KIMI_SEARCH = "$web_search"
 #: In place of a provider's own search: this server runs the calls, if `search` is set.
 SEARCH_TOOL: Json = {"type": "function", "function": {
     "name": SEARCH_NAME, "description": "Searches the web: addresses, titles and texts of pages.",
@@ -5429,9 +5432,11 @@ class Turn:
     searches_limit = SEARCHES_LIMIT
 
     @property
-    def runs_search(self) -> bool:
-        """Whether the model was offered a search that this server runs."""
-        return SEARCH_TOOL in self.chat.get("tools", ())
+    def runs(self) -> Optional[str]:
+        """The search whose calls are not for the client: one that this server runs, or Kimi's."""
+        names = [object_of(tool.get("function")).get("name") for tool in self.chat.get("tools", ())
+                 if tool == SEARCH_TOOL or tool.get("type") == "builtin_function"]
+        return names[0] if names else None
 
     @property
     def question(self) -> str:
@@ -5445,13 +5450,15 @@ class Turn:
               is_last: bool) -> None:
         """The same request once more, with the results of searches that the model asked for."""
         messages = [{"role": "assistant", "content": None, "tool_calls": list(calls)}, *(
-            _tool_message(call["id"], dump_text(found) if found else
+            _tool_message(call["id"], call["function"]["arguments"] if self.runs == KIMI_SEARCH else
+                          dump_text(found) if found else
                           "the search failed" if found is None else "nothing was found")
             for call, found in zip(calls, results))]
         chat = {**self.chat, "messages": [*self.chat["messages"], *messages]}
         chat.pop("tool_choice", None)
         if is_last:
-            chat["tools"] = [tool for tool in chat["tools"] if tool != SEARCH_TOOL]
+            chat["tools"] = [tool for tool in chat["tools"]
+                             if object_of(tool.get("function")).get("name") != self.runs]
             if not chat["tools"]:
                 del chat["tools"]
         self.chat = chat
@@ -9031,6 +9038,11 @@ class TurnTranslation(WrittenTranslation):
         if self.queries():
             return {}
         return self._writer.fold([*self._events, *self._writer.close()])
+
+    @property
+    def searches_itself(self) -> bool:
+        """Whether the upstream only wants the call of its search back."""
+        return self._turn.runs == KIMI_SEARCH
 
     def queries(self) -> List[str]:
         """None once it has called tools of the client's, too, or as often as it may."""
@@ -13707,7 +13719,8 @@ class Attempts:
 
     def _search(self) -> None:
         """Run the searches that the model asks for, and tell client and model the results."""
-        found = [search_web(self.gateway, query, self.client)
+        found = [[] if self.translation.searches_itself else
+                 search_web(self.gateway, query, self.client)
                  for query in self.translation.queries()]
         out = self.translation.go_on(found)
         if out:

@@ -6956,6 +6956,22 @@ def test_a_search_that_this_server_runs(server, upstream, upstreams, dialect, st
     assert (usage["requests"], usage["input"], usage["output"]) == (1, 24, 6)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("dialect", list(WISHES_OF_SEARCH))
+def test_kimis_search_gets_its_arguments_back(server, upstream, dialect, stream):
+    own = {"server_tools": ifl.PRESETS["moonshot"].profile["server_tools"]}
+    given = {"search_result": {"search_id": "x"}, "usage": {"total_tokens": 9}}
+    calls = [{"index": 0, **call("c1", ifl.KIMI_SEARCH, json.dumps(given))}]
+    upstream.plays(sse(chunk(tool_calls=calls), chunk(finish="tool_calls"), DONE) if stream else
+                   plain(completion(None, "tool_calls", tool_calls=calls)), said_of_search(stream))
+    running = server(provider(upstream, profile=own))
+    answer = ask_search(running, dialect, stream)
+    assert found_in(dialect, answer) == ("news", [], "It is so.")
+    first, second = (seen.json for seen in upstream.requests)
+    assert first["tools"][0]["type"] == "builtin_function"
+    assert json.loads(second["messages"][-1]["content"]) == given
+
+
 @pytest.mark.parametrize("reply", [
     plain({"error": "x"}, 500), plain(b"<html>"), plain({"results": 5}), plain([]),
     plain(b"", 302, [("Location", "http://127.0.0.1:9/")]), Reply(RESET)])
