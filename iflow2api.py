@@ -13076,8 +13076,8 @@ class Sessions:
     """Who may use the page.
 
     A session ends on time, by hand, or with the password it was opened with.  While there is no
-    password, a one-time code that only the console shows lets its reader set one; the page itself
-    never tells it.
+    password, a one-time code that only the console and the browser opened by us get lets its owner
+    set one, at once or by a token that the code is exchanged for; the page itself never tells it.
     """
 
     def __init__(self, password: Callable[[], str],
@@ -13088,6 +13088,9 @@ class Sessions:
         #: hash of the last good Authorization, and its password's
         self._basic: Tuple[bytes, str] = (b"", "")
         self._code, self._code_ends_at = "", 0.0
+        self._used = b""                                 #: hash of the last code that was used up
+        #: hash of the token that may set the first password, and its end
+        self._setup: Tuple[bytes, float] = (b"", 0.0)
         self._guessers: Dict[str, Guesser] = {}          #: by address
         self._lock = threading.Lock()
         #: called when a code has taken an old one's place
@@ -13108,24 +13111,45 @@ class Sessions:
                 letters = "".join(secrets.choice(CODE_LETTERS) for _ in range(8))
                 self._code, self._code_ends_at = f"{letters[:4]}-{letters[4:]}", now + CODE_LIFE_S
             code = self._code
-        if old and code not in ("", old):
+        if code not in ("", old) and (old or self._used):
             self.on_new_code()
         return code
 
     def try_code(self, address: str, code: str) -> bool:
         """Whether `code` is the code in force, which is used up by this; RateLimited."""
-        given = re.sub(r"[\s-]", "", code).upper()
+        given = self._digest(code)
 
         def is_ours() -> bool:
             known = self.code()
-            if not known or not hmac.compare_digest(sha256(given),
-                                                    sha256(known.replace("-", ""))):
+            if not known or not hmac.compare_digest(given, self._digest(known)):
                 return False
             with self._lock:             # of two at once, one has it
-                is_fresh, self._code = self._code == known, ""
-                return is_fresh
+                if self._code != known:
+                    return False
+                self._code, self._used = "", given
+                return True
 
         return self._judge(address, is_ours)
+
+    @staticmethod
+    def _digest(code: str) -> bytes:
+        """The hash of a code, however it is spelled."""
+        return sha256(re.sub(r"[\s-]", "", code).upper())
+
+    def was_used(self, code: str) -> bool:
+        """Whether it is the code that was used last."""
+        return hmac.compare_digest(self._digest(code), self._used)
+
+    def open_setup(self) -> str:
+        """A token that may set the first password, for CODE_LIFE_S; an earlier one ends."""
+        token = secrets.token_urlsafe(32)
+        self._setup = sha256(token), self._clock() + CODE_LIFE_S
+        return token
+
+    def may_set_up(self, token: str) -> bool:
+        digest, ends_at = self._setup
+        is_ours = hmac.compare_digest(sha256(token), digest)
+        return is_ours and self.is_new and self._clock() < ends_at
 
     def try_password(self, address: str, password: str) -> bool:
         """Whether it is the password in force; RateLimited."""
@@ -13155,6 +13179,7 @@ class Sessions:
         """A new session's token; beyond SESSIONS_LIMIT the one not used for longest ends."""
         token, now = secrets.token_urlsafe(32), self._clock()
         with self._lock:
+            self._setup = (b"", 0.0)
             self._kept = {name: session for name, session in self._kept.items()
                           if self.is_alive(session)}
             while len(self._kept) >= SESSIONS_LIMIT:
@@ -16311,8 +16336,12 @@ def cookie_header(handler: Handler, token: str) -> Tuple[str, str]:
 def show_session(handler: Handler) -> Json:
     """GET session: whether somebody is signed in, and what the page needs before."""
     gateway, state = handler.gateway, "new"
-    gateway.sessions.code()              # an expired one is made anew and shown on the console
-    if not gateway.sessions.is_new:
+    sessions = gateway.sessions
+    if sessions.may_set_up(session_token(handler)):
+        state = "setup"
+    elif sessions.is_new:
+        sessions.code()                  # a used or expired one is made anew, for the console
+    else:
         try:
             check_session(handler)
             state = "signed_in"
@@ -16337,6 +16366,26 @@ def sign_in(handler: Handler) -> None:
     handler.respond(204, b"", "", [cookie_header(handler, sessions.open())])
 
 
+def use_code(handler: Handler) -> None:
+    """POST session/code: exchange the console's code for a token that may set the password."""
+    check_code(handler, read_form(handler, {"code": secret_text}, {})["code"])
+    token = handler.gateway.sessions.open_setup()
+    handler.respond(204, b"", "", [cookie_header(handler, token)])
+
+
+def check_code(handler: Handler, code: str) -> None:
+    """Use up the console's code; Forbidden for any other, RateLimited."""
+    sessions = handler.gateway.sessions
+    if sessions.try_code(address_of(handler), code):
+        return
+    if sessions.was_used(code):
+        handler.gateway.log.warning(
+            "a one-time code that is used up is tried again by %s; if somebody else used it "
+            "before you, set the password by admin reset-password", handler.client_address[0])
+    raise Forbidden("the code is wrong; it stands on the server's console", code="wrong_code",
+                    param="code", should_retry=None)
+
+
 def sign_out(handler: Handler) -> None:
     """DELETE session."""
     sessions = handler.gateway.sessions
@@ -16350,26 +16399,27 @@ def sign_out(handler: Handler) -> None:
 
 def set_password(handler: Handler) -> None:
     """POST password: the first one by the console's code, another one by who is signed in."""
-    gateway, address = handler.gateway, address_of(handler)
-    sessions = gateway.sessions
-    proof, guess = ("code", sessions.try_code) if sessions.is_new else (
-        "current", sessions.try_password)
+    gateway = handler.gateway
+    sessions, is_first = gateway.sessions, gateway.sessions.is_new
     body = read_form(handler, {"password": typed}, {"code": secret_text, "current": secret_text})
     if gateway.origins.get("admin_password") == "environment":
         raise Conflict(f"{ENV_PREFIX}ADMIN_PASSWORD sets the password; change it there",
                        code="set_elsewhere")
-    if not sessions.is_new:
+    if not is_first:
         check_session(handler)
     try:
         check_password_length(body["password"])          # before the code is used up
     except ValueError as exc:
         raise BadRequest(str(exc), param="password", code="bad_password") from None
-    with naming_fields():
-        given = typed(body.get(proof) or "", proof)
-    if not guess(address, given):
-        what, code = (("the code is wrong; it stands on the server's console", "wrong_code")
-                      if proof == "code" else ("the current password is wrong", "wrong_password"))
-        raise Forbidden(what, code=code, param=proof, should_retry=None)
+    if not sessions.may_set_up(session_token(handler)):
+        proof = "code" if is_first else "current"
+        with naming_fields():
+            given = typed(body.get(proof) or "", proof)
+        if is_first:
+            check_code(handler, given)
+        elif not sessions.try_password(address_of(handler), given):
+            raise Forbidden("the current password is wrong", code="wrong_password", param=proof,
+                            should_retry=None)
     gateway.keep_setting("admin_password", hash_password(body["password"]))
     handler.respond(204, b"", "", [cookie_header(handler, sessions.open())])
 
@@ -17448,7 +17498,7 @@ def show_clients(handler: Handler) -> Json:
 #: method and path below /admin/api/ -> what it does; all but the public ones want a session.
 PAGE_ROUTES: Dict[str, Callable[[Handler], Optional[Json]]] = {
     "GET session": show_session, "POST session": sign_in, "DELETE session": sign_out,
-    "POST password": set_password, "GET events": stream_events,
+    "POST session/code": use_code, "POST password": set_password, "GET events": stream_events,
     "GET overview": lambda handler: overview_of(handler.server),
     "GET requests": show_requests, "GET series": show_series, "GET usage": show_usage,
     "GET usage.csv": download_usage, "GET logs": show_logs, "GET logs.txt": download_logs,
@@ -17466,7 +17516,7 @@ PAGE_ROUTES: Dict[str, Callable[[Handler], Optional[Json]]] = {
     "GET clients": show_clients, "POST play/chat": play}
 
 add_routes({line.replace(" ", " /admin/api/"): Route(
-    run, public=run in (show_session, sign_in, set_password), admin=True)
+    run, public=run in (show_session, sign_in, use_code, set_password), admin=True)
     for line, run in PAGE_ROUTES.items()})
 
 
@@ -18124,8 +18174,8 @@ function throttle(fn, pause_ms) {
 
 const currentPassword = name => [name, 'password', '', {autocomplete: 'current-password',
   label: name === 'current' ? 'password_current' : name}];
-const newPassword = name => [name, 'password', '', {autocomplete: 'new-password', minlength: 8,
-  label: name === 'again' ? 'password_repeat' : 'password_new'}];
+const newPassword = ['password', 'password', '', {autocomplete: 'new-password', minlength: 8,
+  label: 'password_new'}];
 const userName = () => el('input', {class: 'visually-hidden', autocomplete: 'username',
   value: 'admin', tabindex: '-1', 'aria-hidden': 'true', readonly: true}); // for password managers
 let signingIn = null;
@@ -18142,21 +18192,34 @@ const signIn = () => signingIn = signingIn || new Promise(done => {
         t('sign_in_slow', {time: fmt.span(error.retryAfter || 1)}) : errorText(error));
     })});
 });
-/** Sets a password; `first` is the field of the code or password that allows it. */
-function passwordDialog(first, {lead, ...more}) {
-  const ask = form([first, newPassword('password'), newPassword('again')]);
-  formDialog({ask, ...more, body: [lead, ask.nodes[0], userName(), ask.nodes.slice(1)],
-    async save({again, ...body}) {
-      if (body.password !== again) return ask.again.fail(t('password_differ'));
-      await api('password', {body});
-      if (shown) toast(t('password_changed'));
-    }});
+/** Sets a password; `proof`: the fields of the code or password that allows it. */
+function passwordDialog(proof, {lead, ...more}) {
+  const ask = form([...proof, newPassword, ['show', 'check', false, {label: 'password_show'}]]);
+  const {control} = ask.password;
+  ask.show.control.addEventListener('change', () => {
+    control.type = ask.show.read() ? 'text' : 'password';
+  });
+  formDialog({ask, ...more, body: [lead, userName(), ask.nodes], async save({show, ...body}) {
+    await api('password', {body});
+    if (shown) toast(t('password_changed'));
+  }});
 }
-const firstPassword = () => new Promise(done => passwordDialog(['code', 'text', '', {
-  label: 'setup_code', required: true, maxlength: 16, autocomplete: 'one-time-code',
-  autocapitalize: 'characters', placeholder: 'ABCD-EFGH', class: 'mono'}],
-{title: t('setup_title'), label: t('setup_go'), gate: true, onclose: done,
-  lead: el('p', {class: 'muted', text: t('setup_lead')})}));
+const codeField = ['code', 'text', '', {label: 'setup_code', required: true, maxlength: 16,
+  autocomplete: 'one-time-code', autocapitalize: 'characters', placeholder: 'ABCD-EFGH',
+  class: 'mono'}];
+/** `refused`: why the code of the address was not taken. */
+const firstPassword = refused => new Promise(done =>
+  passwordDialog(session.state === 'setup' ? [] : [codeField], {title: t('setup_title'),
+    label: t('setup_go'), gate: true, onclose: done,
+    lead: [el('p', {class: 'muted', text: t('setup_lead')}), refused && note('warn', refused)]}));
+/** The browser that the server opened has the code in its address: it is used at once. */
+async function useCode() {
+  const [, code] = /^#code=(.+)/.exec(location.hash) || [];
+  if (!code) return '';
+  try { await api('session/code', {body: {code}}); } catch (error) { return errorText(error); }
+  finally { history.replaceState(null, '', location.pathname); }
+  return '';
+}
 async function signOut(everywhere) {
   await api('session', {method: 'DELETE', body: {everywhere}});
   isDirty = () => false;
@@ -18166,7 +18229,7 @@ function accountDialog() {
   const box = dialog({title: t('account'), body: stack(
     button(t('password_change'), () => {
       box.close();
-      passwordDialog(currentPassword('current'),
+      passwordDialog([currentPassword('current')],
         {title: t('password_change'), lead: hint(t('password_others_end'))});
     }), button(t('sign_out'), () => signOut(false)),
     button(t('sign_out_everywhere'), () => signOut(true)))});
@@ -18314,6 +18377,7 @@ async function start() {
   isDark.addEventListener('change', applyTheme);
   addEventListener('beforeunload', event => { if (isDirty()) event.preventDefault(); });
   applyTheme();
+  const refused = await useCode();
   while (!session.state) {
     try { session = await api('session'); } catch (error) {
       await new Promise(done => dialog({title: 'iflow2api', gate: true, onclose: done,
@@ -18321,10 +18385,11 @@ async function start() {
     }
   }
   applyTheme();
-  if (session.state === 'new') await firstPassword();
+  const isNew = /^(new|setup)$/.test(session.state);
+  if (isNew) await firstPassword(refused);
   else if (session.state !== 'signed_in') await signIn();
   const {next} = await api('overview').catch(() => ({}));
-  if (session.state === 'new' || !location.hash && next) history.replaceState(null, '', '#guide');
+  if (isNew || !location.hash && next) history.replaceState(null, '', '#guide');
   frame();
   $('#app').hidden = false;
   addEventListener('hashchange', go);
@@ -19364,8 +19429,8 @@ sign_in_wrong = 密码不对。忘记了？在服务器上运行 admin reset-pas
 admin reset-password on the server.
 sign_in_slow = 尝试太频繁，请在 {time} 后再试。 = Too many attempts. Try again in {time}.
 password = 密码 = Password | password_new = 新密码 = New password
-password_repeat = 再输一次 = Repeat the password | password_new_hint = 至少 8 个字符 = At least 8 characters
-password_differ = 两次输入的密码不一致 = The two passwords differ | password_current = 当前密码 = Current password
+password_new_hint = 至少 8 个字符 = At least 8 characters | password_show = 显示密码 = Show the password
+password_current = 当前密码 = Current password
 password_change = 修改密码 = Change password
 password_others_end = 其他设备上的登录会随之失效。 = You will be signed out on other devices.
 password_changed = 密码已修改 = Password changed | setup_title = 欢迎使用 iflow2api = Welcome to iflow2api
@@ -20456,6 +20521,43 @@ def run_tool(command: Sequence[str], text: Optional[str] = None) -> str:
         said = one_line(done.stderr or done.stdout, 200)
         raise CommandFailed(f"{' '.join(command[:3])} failed ({done.returncode}): {said}")
     return done.stdout
+
+
+@contextlib.contextmanager
+def address_with_code(url: str, code: str, environ: Mapping[str, str],
+                      system: str = sys.platform) -> Iterator[str]:
+    """What to open for `url#code=CODE`, where others can list the arguments of a browser.
+
+    A file of ours that leads there, which only its owner can read; the bare `url` where the browser
+    can't read such a file.
+    """
+    wanted, kind = f"{url}#code={code}", browser_platform(environ, system)
+    if system == "win32" or kind != "desktop" or _is_confined(system):
+        yield wanted if system == "win32" else url
+        return
+    import tempfile
+    try:
+        number, path = tempfile.mkstemp(".html", "iflow2api-")       # with mode 0600
+    except OSError:
+        yield url
+        return
+    try:
+        with open(number, "w", encoding="ascii") as file:
+            file.write(f'<!doctype html><meta http-equiv="refresh" content="0;url={wanted}">\n')
+        yield "file://" + urllib.parse.quote(path)
+    finally:
+        os.unlink(path)
+
+
+def _is_confined(system: str) -> bool:
+    """Whether the usual browser is one of snap or flatpak, which does not see all files."""
+    if system == "darwin":
+        return False
+    try:
+        name = run_tool(("xdg-settings", "get", "default-web-browser"))
+    except CommandFailed:
+        return False
+    return "_" in name or name.count(".") > 1
 
 
 def _is_ours(line: str) -> bool:
@@ -21650,9 +21752,11 @@ def _serve(gateway: Gateway, wait: Callable[[], bool], args: Args, is_detached: 
         # scripts wait for this line
         print(f"iflow2api {__version__} listening on {server.url}", flush=True)
     say("\n".join(["", *_card(gateway, server, had_key), ""]))
-    _show_page(gateway, server, args["--no-browser"])
-    with contextlib.nullcontext() if args["--demo"] else (
-            PidFile(gateway.config.folder).hold(server.url, args["argv"])):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_page_shown(gateway, server, args["--no-browser"]))
+        if not args["--demo"]:
+            stack.enter_context(
+                PidFile(gateway.config.folder).hold(server.url, args["argv"]))
         if is_detached:
             end_output()
         gateway.watch_files()
@@ -21662,7 +21766,8 @@ def _serve(gateway: Gateway, wait: Callable[[], bool], args: Args, is_detached: 
         server.close(gateway.settings.drain_s)
 
 
-def _show_page(gateway: Gateway, server: Server, no_browser: bool) -> None:
+@contextlib.contextmanager
+def _page_shown(gateway: Gateway, server: Server, no_browser: bool) -> Iterator[None]:
     """Open the page at the first start on a terminal; print each new code for it."""
     said = [gateway.sessions.code()]
 
@@ -21674,9 +21779,12 @@ def _show_page(gateway: Gateway, server: Server, no_browser: bool) -> None:
 
     gateway.listeners.append(say_code)
     gateway.sessions.on_new_code = say_code
-    if said[0] and not no_browser and sys.stdout is not None and sys.stdout.isatty():
-        page = server.url + "/admin"
-        threading.Thread(target=open_browser, args=(page, os.environ), daemon=True).start()
+    if not said[0] or no_browser or sys.stdout is None or not sys.stdout.isatty():
+        yield
+        return
+    with address_with_code(server.url + "/admin", said[0], os.environ) as address:
+        threading.Thread(target=open_browser, args=(address, os.environ), daemon=True).start()
+        yield
 
 
 def _bind_problem(host: str, port: int, exc: OSError) -> str:

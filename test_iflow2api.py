@@ -14608,6 +14608,39 @@ def test_the_first_password_by_the_code_on_the_console(admin_server):
     assert other.get("session")["state"] == "signed_out" and other.sign_in().status == 204
 
 
+def test_the_code_is_exchanged_once_for_the_right_to_set_the_first_password(admin_server):
+    running = admin_server(admin_password=None)
+    browser, other, sessions = Admin(running), Admin(running), running.gateway.sessions
+    code, told = sessions.code(), []
+    sessions.on_new_code = lambda: told.append(sessions.code())
+    for body, status in (({}, 400), ({"code": 1}, 400), ({"code": "AAAA-AAAA"}, 403)):
+        browser.refuses("POST", "session/code", body, status, "code")
+    assert browser("POST", "session/code", {"code": code}).status == 204
+    assert browser.get("session")["state"] == "setup" and not told
+    for method, path in (("GET", "overview"), ("GET", "config"), ("DELETE", "providers/x")):
+        assert browser(method, path).status == 401       # it may set the password, nothing else
+    other.refuses("POST", "session/code", {"code": code}, 403, "code", "wrong_code")
+    assert other.get("session")["state"] == "new" and told == [sessions.code()] != [code]
+    browser.refuses("POST", "password", {"password": "short"}, 400, "password", "bad_password")
+    assert other("POST", "password", {"password": "correct horse"}).status == 400
+    assert browser("POST", "password", {"password": "correct horse"}).status == 204
+    assert browser.get("session")["state"] == "signed_in" and browser.get("overview")
+    other.refuses("POST", "session/code", {"code": told[0]}, 403, "code")
+    lines = [line["text"] for line in browser.get("logs")["data"]]
+    assert ["used up is tried again by 127.0.0.1" in line for line in lines].count(True) == 1
+
+
+def test_the_right_to_set_the_first_password_ends(admin_server):
+    running = admin_server(admin_password=None)
+    first, second, sessions = Admin(running), Admin(running), running.gateway.sessions
+    for browser in (first, second):                      # the later one has it
+        assert browser("POST", "session/code", {"code": sessions.code()}).status == 204
+    assert [each.get("session")["state"] for each in (first, second)] == ["new", "setup"]
+    running.clock.now += ifl.CODE_LIFE_S
+    assert second.get("session")["state"] == "new"
+    assert second("POST", "password", {"password": "correct horse"}).status == 400
+
+
 def test_cookies_are_for_the_page_alone_and_tell_servers_apart(server):
     first, second = (Admin(server(detect_local=False, admin_password=PASSWORD_HASH))
                      for _ in range(2))
@@ -15873,10 +15906,11 @@ def test_a_plain_password_is_refused(home, capsys, config, gateway):
 @pytest.mark.parametrize("argv, display, opened",
                          [([], ":1", True), (["--no-browser"], ":1", False), ([], "", False)])
 def test_the_first_start_opens_the_page_and_shows_the_code(config, tmp_path, argv, display, opened):
-    """The code is on the console alone: in no address, no process list, no log file."""
+    """The code is on the console and in a file of ours: in no process list, no log file."""
     seen, log, opener = tmp_path / "opened", tmp_path / "log", tmp_path / "xdg-open"
     opener.write_text(
         f'#!/bin/sh\nps ax > {tmp_path}/ps 2>/dev/null; echo "$@" > {seen}.new\n'
+        f'cat "${{1#file://}}" >> {seen}.new; ls -l "${{1#file://}}" >> {seen}.new\n'
         f'mv {seen}.new {seen}\n')
     opener.chmod(0o755)
     environ = {name: value for name, value in os.environ.items()
@@ -15906,7 +15940,9 @@ def test_the_first_start_opens_the_page_and_shows_the_code(config, tmp_path, arg
         code, page = (re.search(form, card).group() for form in (code_form, r"http://\S+/admin"))
         if opened:
             until(seen.exists)
-            assert seen.read_text() == page + "\n"
+            address, leads, mode = seen.read_text().splitlines()
+            assert f'url={page}#code={code}"' in leads and mode.startswith("-rw------- ")
+            assert code not in address and address.startswith("file://")
             assert not (tmp_path / "ps").exists() or code not in (tmp_path / "ps").read_text()
         body = json.dumps({"code": code, "password": PASSWORD}).encode()
         with urllib.request.urlopen(page + "/api/password", body) as answer:
@@ -15921,6 +15957,36 @@ def test_the_first_start_opens_the_page_and_shows_the_code(config, tmp_path, arg
         process.terminate()
         process.wait(20)
         os.close(reader)
+    assert not opened or not os.path.exists(address[7:])
+
+
+@pytest.mark.parametrize("environ, system, browser, kept", [
+    ({"DISPLAY": ":0"}, "linux", "firefox.desktop", "file"),
+    ({"DISPLAY": ":0"}, "linux", "firefox_firefox.desktop", "bare"),
+    ({"DISPLAY": ":0"}, "linux", "org.mozilla.firefox.desktop", "bare"),
+    ({"DISPLAY": ":0"}, "linux", "", "file"), ({}, "darwin", "", "file"),
+    ({"DISPLAY": ":0", "WSL_INTEROP": "1"}, "linux", "", "bare"),
+    ({"TERMUX_VERSION": "1"}, "linux", "", "bare"), ({}, "linux", "", "bare"),
+    ({}, "win32", "", "code")])
+def test_where_the_code_for_the_browser_stands(monkeypatch, tmp_path, environ, system, browser,
+                                               kept):
+    def asked(command):
+        if not browser:
+            raise ifl.CommandFailed("no such program")
+        return browser + "\n"
+
+    monkeypatch.setattr(ifl, "run_tool", asked)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with ifl.address_with_code("http://h/admin", "AB-CD", environ, system) as address:
+        found = list(tmp_path.iterdir())
+        assert [address] == {"file": [path.as_uri() for path in found], "bare": ["http://h/admin"],
+                             "code": ["http://h/admin#code=AB-CD"]}[kept]
+        assert all("http://h/admin#code=AB-CD" in path.read_text() for path in found)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    if kept == "file":
+        with ifl.address_with_code("http://h/admin", "AB-CD", environ, system) as address:
+            assert address == "http://h/admin"
 
 
 def test_a_start_with_a_password_opens_nothing_and_shows_no_code(serving, config):
@@ -16056,11 +16122,31 @@ def open_page(page, url, language="en"):
 def first_start(page, server, language="en"):
     """The first start: the code, a password, the guide."""
     open_page(page, server.url + "/admin", language)
-    for key, value in (("setup_code", server.gateway.sessions.code()), ("password_new", PASSWORD),
-                       ("password_repeat", PASSWORD)):
+    for key, value in (("setup_code", server.gateway.sessions.code()), ("password_new", PASSWORD)):
         page.fill(wording(key, language), value)
     page.press("dialog .primary")
     page.find("h1", wording("view_guide", language))
+
+
+@pytest.mark.parametrize("language, dark, width", [("zh", True, 360), ("en", False, 1400)])
+def test_the_browser_opens_signed_in_for_the_first_password(fresh_server, tab, language, dark,
+                                                            width):
+    page, code = tab(width, dark), fresh_server.gateway.sessions.code()
+    open_page(page, fresh_server.url + "/admin")
+    page.driver.execute_cdp_cmd("Network.clearBrowserCookies", {})
+    page.run("localStorage.setItem('iflow2api.lang', arguments[0])", language)
+    page.driver.get("about:blank")
+    page.driver.get(f"{fresh_server.url}/admin#code={code}")
+    page.find("dialog input[type=password]")
+    assert "#" not in page.driver.current_url
+    page.press("dialog label", wording("password_show", language))
+    page.find("dialog input[type=text][autocomplete=new-password]").send_keys(PASSWORD + "\ue007")
+    page.find("h1", wording("view_guide", language))
+    page.complaints()
+    page.driver.execute_cdp_cmd("Network.clearBrowserCookies", {})
+    page.driver.get("about:blank")                       # the code is void
+    page.driver.get(f"{fresh_server.url}/admin#code={code}")
+    page.find("dialog h2", wording("sign_in", language))
 
 
 def connect_demo(page, demo, language):
@@ -16230,8 +16316,7 @@ def test_keys_and_the_password(fresh_server, tab):
     page.until(lambda: not gateway.settings.client_keys, "the key is not removed")
     page.press("#account")
     page.press("dialog .btn", wording("password_change"))
-    for name, value in (("current", PASSWORD), ("new", "another horse"),
-                        ("repeat", "another horse")):
+    for name, value in (("current", PASSWORD), ("new", "another horse")):
         page.fill(wording("password_" + name), value)
     page.press("dialog .primary")
     page.gone("dialog")
