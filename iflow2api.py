@@ -13093,13 +13093,15 @@ class Sessions:
         self._setup: Tuple[bytes, float] = (b"", 0.0)
         self._guessers: Dict[str, Guesser] = {}          #: by address
         self._lock = threading.Lock()
+        #: whether everybody may use the page without a password, as in a demo
+        self.is_open = False
         #: called when a code has taken an old one's place
         self.on_new_code: Callable[[], None] = lambda: None
 
     @property
     def is_new(self) -> bool:
-        """Whether no password was set yet."""
-        return not self._password()
+        """Whether a password is needed and none was set yet."""
+        return not self.is_open and not self._password()
 
     def code(self) -> str:
         """The code that sets the first password, "" where there is one; new after CODE_LIFE_S."""
@@ -13189,6 +13191,8 @@ class Sessions:
 
     def find(self, token: str) -> Optional[Session]:
         """The session of a token, which is used by this; None where there is none any more."""
+        if self.is_open:
+            return Session("", self._clock(), self._clock())
         session = self._kept.get(sha256(token))
         if session is None or not self.is_alive(session):
             return None
@@ -13198,7 +13202,7 @@ class Sessions:
     def is_alive(self, session: Session) -> bool:
         now = self._clock()
         is_fresh = now < session.began_at + SESSION_S and now < session.used_at + SESSION_IDLE_S
-        return is_fresh and session.password == self._password() != ""
+        return self.is_open or is_fresh and session.password == self._password() != ""
 
     def basic(self, address: str, given: str) -> Optional[Session]:
         """A session for one request with `admin:password` in base64, None: wrong; RateLimited.
@@ -15463,7 +15467,7 @@ def session_token(handler: Handler) -> str:
 def check_session(handler: Handler) -> Session:
     """Whose session it is, by cookie or by `Authorization: Basic`; Unauthorized, RateLimited."""
     sessions, token = handler.gateway.sessions, session_token(handler)
-    session = sessions.find(token) if token else None
+    session = sessions.find(token)
     scheme, _, given = handler.headers.get("authorization", "").partition(" ")
     if session is None and scheme.lower() == "basic":
         session = sessions.basic(address_of(handler), given.strip())
@@ -17199,18 +17203,37 @@ def trial_of(gateway: Gateway, provider: Provider, in_english: bool) -> Json:
 
 # --- client keys, chat box, logins --------------------------------------------------------
 
+#: What may be chosen of a client key.
+KEY_FORM: Dict[str, Shape] = dict.fromkeys(("models", "expires", *LIMIT_FIELDS), anything)
+
+
 def add_key(handler: Handler) -> Json:
     """POST keys: the key is in the answer, and nowhere else."""
-    body = read_form(handler, {"name": typed}, {
-        "version": any_text, "models": anything, "expires": anything,
-        **dict.fromkeys(LIMIT_FIELDS, anything)})
+    body = read_form(handler, {"name": typed}, {"version": any_text, **KEY_FORM})
     facts = {name: value for name, value in body.items()
-             if value not in (None, [], "") and name not in ("version", "name")}
+             if value not in (None, [], "") and name in KEY_FORM}
     with naming_fields():
         key, entry = make_client_key(body["name"], facts)
     change_entries(handler, "client_keys", None, lambda entries, _: with_entry(entries, entry))
     handler.status = 201
     return {"name": entry["name"], "key": key, "version": handler.gateway.config_version()}
+
+
+def edit_key(handler: Handler) -> None:
+    """PUT keys/NAME: its models, end and limits; what is not named stays, null takes it away."""
+    name = named_in(handler)
+    body = read_form(handler, {"version": typed}, KEY_FORM)
+
+    def change(entries: List[Any], _: Json) -> List[Any]:
+        without_entry(entries, name)
+        given = {**by_name(entries)[name],
+                 **{field: body[field] for field in KEY_FORM if field in body}}
+        entry = {field: value for field, value in given.items() if value not in (None, [], "")}
+        with naming_fields():
+            parse_client_key(entry)
+        return [entry if name_of(known) == name else known for known in entries]
+
+    change_entries(handler, "client_keys", body["version"], change)
 
 
 def remove_key(handler: Handler) -> None:
@@ -17509,7 +17532,8 @@ PAGE_ROUTES: Dict[str, Callable[[Handler], Optional[Json]]] = {
     "POST providers/order": order_providers, "GET models": show_admin_models,
     "POST routes/explain": lambda handler: explain(handler.gateway, handler.read_json(),
                                                    wants_english(handler)),
-    "GET keys": show_keys, "POST keys": add_key, "DELETE keys/{name}": remove_key,
+    "GET keys": show_keys, "POST keys": add_key, "PUT keys/{name}": edit_key,
+    "DELETE keys/{name}": remove_key,
     "GET logins": show_logins, "DELETE logins/{name}": end_login, "POST oauth/start": start_login,
     "POST oauth/paste": paste_login,
     "GET oauth/status": lambda handler: handler.gateway.logins.status(),
@@ -18736,8 +18760,9 @@ async function providerDialog(old, version) {
     const chosen = presets.find(item => item.name === preset.read());
     about.replaceChildren();
     if (!chosen) return;
-    about.append(chosen.roads.join(', '), ' ', chosen.key_page && el('a', {href: chosen.key_page,
-      target: '_blank', rel: 'noopener', text: t('get_key')}));
+    about.append(chosen.roads.join(', '), DOT, t('preset_models'), ' ');
+    if (chosen.key_page) about.append(el('a', {href: chosen.key_page, target: '_blank',
+      rel: 'noopener', text: t('get_key')}));
     const names = chosen.models.map(item => item.id);
     name.control.value = chosen.name;
     for (const road of ROADS) ask[road].control.value = chosen[road] || '';
@@ -18813,9 +18838,9 @@ function accountsCard(logins) {
   const state = item => item.ended ? badge(t('login_over'), 'bad') : item.refresh_ok === false ?
     badge(t('refresh_failed'), 'warn') : badge(t('logged_in'), 'ok');
   const isDefault = item => item.account === 'default';
-  return card(t('iflow_accounts'), button(t(logins.length ? 'login_another' : 'login_iflow'), begin,
-    logins.length ? '' : 'primary'),
-  !logins.length ? el('p', {class: 'muted', text: t('iflow_lead')}) :
+  const label = t(logins.length ? 'login_another' : 'login_iflow');
+  return card(t('iflow_accounts'), button(label, begin),
+  !logins.length ? el('p', {class: 'muted', text: t('iflow_lead') + ' ' + t('iflow_ends')}) :
     table({label: t('accounts'), rows: logins, columns: [
       ['account', item => isDefault(item) ? t('account_default') : item.account],
       ['state', item => [state(item), item.message && hint(foreign(item.message))]],
@@ -18828,12 +18853,12 @@ function accountsCard(logins) {
 }
 VIEWS.providers = {needs: ['providers', 'logins'], draw(root, [list, logins]) {
   const own = list.data.filter(item => item.source === 'file').map(item => item.name);
-  root.append(accountsCard(logins.data),
-    el('div', {class: 'spread'}, el('h2', {text: t('providers')}),
-      button(t('provider_add'), () => providerDialog(null, list.version), 'primary')),
+  root.append(el('div', {class: 'spread'}, el('h2', {text: t('providers')}),
+    button(t('provider_add'), () => providerDialog(null, list.version), 'primary')),
     own.length > 1 ? hint(t('order_hint')) : '',
     ...list.data.map(item => providerCard(item, list, own)),
-    list.data.length ? '' : el('div', {class: 'card empty', text: t('providers_empty')}));
+    list.data.length ? '' : el('div', {class: 'card empty', text: t('providers_empty')}),
+    accountsCard(logins.data));
 }};
 """
 
@@ -18850,6 +18875,8 @@ function readAliases(text) {
     return [name.trim(), /^[[{]/.test(value) ? parseJson(value) :
       names.length === 1 ? names[0] : names];
   });
+  const twice = pairs.find(([name], at) => pairs.findIndex(([other]) => other === name) < at);
+  if (twice) throw new Error(t('alias_twice', {name: twice[0]}));
   return Object.fromEntries(pairs);
 }
 const chainList = chain => el('ol', {class: 'checks'}, chain.map((item, at) => el('li',
@@ -19039,24 +19066,37 @@ const setLimits = values => Object.fromEntries(KEY_LIMITS.map(name => [name, val
   .filter(([, value]) => value > 0));
 const day = date => moment(date, {dateStyle: 'medium',
   timeZone: String(date).length === 10 ? 'UTC' : undefined});
-function keyDialog(version) {
+/** The form of a key, new or old (`old`: its row of the list). */
+function keyDialog(version, old) {
+  const {expires: end, models: fit, limits: given} = old || {models: [], limits: {}};
   const ask = form([
-    ['name', 'text', '', {label: 'key_name', required: true, maxlength: 64, placeholder: 'laptop',
-      pattern: '[^\\s,\\/]+'}],
-    ['expires', 'date', '', {below: t('key_expires_hint'),
-      min: new Date().toISOString().slice(0, 10)}],
-    ['models', 'text', '', {label: 'key_models', class: 'mono',
-      placeholder: 'glm-*, deepseek-chat'}], ...limitFields(KEY_LIMITS)]);
+    ['name', 'text', old ? old.name : '', {label: 'key_name', required: true, maxlength: 64,
+      placeholder: 'laptop', disabled: Boolean(old), pattern: '[^\\s,\\/]+'}],
+    ['expires', 'date', String(end || '').slice(0, 10), {below: t('key_expires_hint'),
+      min: old ? null : new Date().toISOString().slice(0, 10)}],
+    ['models', 'text', fit.join(', '), {label: 'key_models', class: 'mono',
+      placeholder: 'glm-*, deepseek-chat'}], ...limitFields(KEY_LIMITS, given)]);
   const {name, expires, models, nodes: [, , , ...limits]} = ask;
-  formDialog({title: t('key_add'), label: t('key_create'), wide: true, ask, body: [
+  formDialog({title: old ? t('key_edit', {name: clean(old.name)}) : t('key_add'),
+    label: t(old ? 'save' : 'key_create'), wide: true, ask, body: [
     grid('', name, expires), models, el('h3', {text: t('limits')}), grid('small', limits)],
-  async save(given) {
-    const made = await api('keys', {body: {version, name: given.name, models: lines(given.models),
-      ...setLimits(given), expires: given.expires || undefined}});
-    dialog({title: t('key_new', {name: clean(made.name)}), gate: true, onclose: () => redraw(),
-      actions: [[t('key_kept'), 'primary']], body: [el('p', {text: t('key_once')}),
-        el('pre', {id: 'new-key', text: made.key}),
-        row(copyButton(made.key, t('key_copy')))]});
+  async save(now) {
+    const chosen = {version, models: lines(now.models), ...setLimits(now)};
+    if (now.expires !== String(end || '').slice(0, 10)) chosen.expires = now.expires || null;
+    if (old) {
+      const none = Object.fromEntries(KEY_LIMITS.map(limit => [limit, null]));
+      await api('keys/' + encodeURIComponent(old.name), {method: 'PUT',
+        body: {...none, ...chosen}});
+      toast(t('saved'));
+      return redraw();
+    }
+    const made = await api('keys', {body: {...chosen, name: now.name}});
+    const shownLines = clientSetup(made.key);
+    dialog({title: t('key_new', {name: clean(made.name)}), gate: true, wide: true,
+      onclose: () => redraw(), actions: [[t('key_kept'), 'primary']], body: stack(
+        el('p', {text: t('key_once')}), el('pre', {id: 'new-key', text: made.key}),
+        row(copyButton(made.key, t('key_copy'))), shownLines.node)});
+    return shownLines.ask();
   }});
 }
 VIEWS.keys = {needs: ['keys', 'config'], draw(root, [list, config]) {
@@ -19069,7 +19109,8 @@ VIEWS.keys = {needs: ['keys', 'config'], draw(root, [list, config]) {
       stack(limitLines(limitsOf(item)))],
     ['created', item => day(item.created)],
     ['expires', item => item.expires ? day(item.expires) : t('never')],
-    ['', item => removal(t('key_remove', {name: item.name}), 'keys/', item.name), 'end']]});
+    ['', item => row(button(t('edit'), () => keyDialog(list.version, item), 'small'),
+      removal(t('key_remove', {name: item.name}), 'keys/', item.name)), 'end']]});
   const ask = form(limitFields(LIMITS, list.address_limits)), now = () => setLimits(ask.values());
   const first = JSON.stringify(now());
   const save = button(t('save'), () => ask.nodes.every(node => node.control.checkValidity()) &&
@@ -19191,22 +19232,32 @@ function clientBlocks(blocks, again) {
   blocks.filter(block => !shells.includes(block))
     .map(block => codeBlock(block.title, block.text))];
 }
-/** A choice of the client, and its lines below: {node, ask(model)}. */
-function clientSetup() {
+/** These clients can be started with our settings, and have a file that keeps them. */
+const STARTED = ['claude', 'codex', 'opencode', 'qwen', 'gemini'];
+/** Stands for a key in what we ask: no address shall hold one. */
+const NO_KEY = 'sk-IFLOW2API';
+/** A choice of the client, and its lines below, with a key filled in: {node, ask(model)}. */
+function clientSetup(key) {
   const box = stack(), which = field('client', 'choice', '', {options: []}), {control} = which;
-  const blocks = latest(model => api('clients?model=' + encodeURIComponent(model || '')));
+  const lookUp = latest(model => api('clients?' + new URLSearchParams(
+    {model: model || '', key: key ? NO_KEY : ''})));
   let found = null;
   control.addEventListener('change', () => { setup.client = which.read(); draw(); });
   function draw() {
     const client = found.data.find(item => item.id === setup.client) || found.data[0];
     control.replaceChildren(...found.data.map(item => option(item.id, item.title)));
     control.value = client.id;
-    box.replaceChildren(...stack(clientBlocks(client.blocks, draw), found.needs_key ?
+    const words = 'python iflow2api.py ', isStarted = STARTED.includes(client.id);
+    const blocks = client.blocks.map(block =>
+      ({...block, text: block.text.replaceAll(NO_KEY, key)}));
+    box.replaceChildren(...stack(clientBlocks(blocks, draw), isStarted && codeBlock(
+      t('clients_command'), `${words}run ${client.id}\n${words}env ${client.id} --write`),
+    key ? '' : found.needs_key ?
       note('', t('clients_key') + ' ', el('a', {href: '#keys', text: t('view_keys')})) :
       hint(t('clients_no_key'))).childNodes);
   }
   return {node: stack(which, box), async ask(model) {
-    try { found = await blocks(model); } catch (error) { return tellError(error); }
+    try { found = await lookUp(model); } catch (error) { return tellError(error); }
     draw();
   }};
 }
@@ -19237,8 +19288,8 @@ VIEWS.guide = {needs: ['providers', 'models', 'config'], draw(root, [list, model
   const one = step(1, has, has && el('ul', {class: 'chips'}, usable.map(name => el('li',
     {class: 'chip'}, el('span', {class: 'dot ok'}), foreign(name),
     button(t('test'), () => tryProvider({name}, result), 'small quiet')))), result,
-  row(button(t('login_iflow'), () => loginDialog(), has ? '' : 'primary'),
-    button(t('provider_add'), () => providerDialog(null, list.version))));
+  row(button(t('provider_add'), () => providerDialog(null, list.version), has ? '' : 'primary'),
+    button(t('login_iflow'), () => loginDialog())), hint(t('iflow_ends')));
   const model = names.length ? field('model', 'choice', usual || names[0], {options: [...new Set(
     [usual, ...names])].filter(Boolean).map(name => [name, clean(name)])}) :
     field('model', 'text', usual, {class: 'mono'});
@@ -19475,8 +19526,10 @@ health_keys_rest = {n} 个密钥暂停 = {n} {n:key|keys} resting
 # first start
 guide_lead = 三步，从零到能用。 = Three steps, from nothing to a working client.
 guide_1 = 接入模型服务 = Connect to a model service
-guide_1_lead = 登录 iFlow 账号，或者添加任何兼容 OpenAI 的服务商。两个都用也可以。 = Log in to iFlow, or add any \
-OpenAI-compatible provider. You can have both.
+guide_1_lead = 添加任何兼容 OpenAI 的服务商，或者登录 iFlow 账号。 = Add any OpenAI-compatible \
+provider, or log in to iFlow.
+iflow_ends = iFlow 已宣布于 2026-04-17 停止服务，登录可能不再可用。 = iFlow announced that its service \
+ends on 2026-04-17; a login may no longer work.
 guide_2 = 选择默认模型 = Pick the default model
 guide_2_lead = 客户端没有指定模型，或使用自己的模型名（如 claude-*、gpt-*）时，就用它。 = It answers when a client names no \
 model, or one of its own such as claude-* or gpt-*.
@@ -19525,6 +19578,8 @@ provider_remove = 删除上游 {name}？它的密钥也会一并删除。 = Remo
 with it.
 preset = 服务商 = Service | preset_none = 自定义 = Custom
 preset_hint = 选一个常见服务商，地址和兼容选项会自动填好 = Choose a common one and its address and options are filled in
+preset_models = 地址和模型列表来自本程序，点“测试”可向服务商查询。 = Addresses and models are this \
+program's list; “Test” asks the provider for its own.
 paid_plan = 包月 = subscription | paid_use = 按量付费 = metered | paid_nothing = 本地 = local
 get_key = 获取密钥 = Get a key
 messages_url = Messages 地址 = Messages address | responses_url = Responses 地址 = Responses address
@@ -19555,6 +19610,7 @@ bad_json = JSON 有误：{text} = Not valid JSON: {text}
 models = 模型 = Models | models_none = 没有模型 = No models | context_size = 上下文 = Context
 max_output = 最大输出 = Max output | vision = 识图 = Vision | takes_images = 图片 = images | try = 试一试 = Try
 alias = 别名 = alias | aliases = 别名 = Aliases | routes = 别名与备用 = Aliases and fallbacks
+alias_twice = {name} 有两行 = {name} stands on two lines
 alias_bad = 每行写“名字 -> 模型”：{text} = Write name -> model in each line: {text}
 aliases_hint = 每行一条“名字 -> 模型”：名字由客户端使用（可含 *），模型依次尝试，用逗号分隔；从上往下第一个匹配的生效。需要按条件分流时，箭头后写 JSON。 = \
 One per line, name -> model: a name that clients use, * allowed; then the models to try in order, \
@@ -19581,6 +19637,7 @@ all_models = 全部 = all | key_expires_hint = 当天结束时失效；留空则
 key_new = {name} 的新密钥 = New key for {name}
 key_once = 请现在复制：只保存了它的摘要，以后无法再次显示。 = Copy it now: only its hash is kept, so it can't be shown \
 again.
+key_edit = 修改 {name} = Edit {name}
 key_copy = 复制密钥 = Copy the key | key_kept = 我已保存 = I have saved it
 key_remove = 删除密钥 {name}？使用它的客户端会立即失去访问权限。 = Remove the key {name}? Clients that use it lose \
 access at once.
@@ -19667,6 +19724,7 @@ usage_no_prices = 在设置里填上价格，就能看到费用。 = Set prices 
 clients_shell = 系统或终端 = System or shell
 clients_key = 把 YOUR_KEY 换成你的客户端密钥，可在这里创建： = Put your client key for YOUR_KEY. Create one under
 clients_no_key = 不需要密钥，里面的占位密钥照抄即可。 = No key is needed: leave the one in there as it is.
+clients_command = 用一条命令启动，或写入它的配置文件 = One command to start it, or to write its settings
 clients_terminal = 在终端里运行 = In a terminal
 clients_window = 只对当前终端窗口有效，请接着在同一个窗口里操作。 = It holds for this terminal window only: start the \
 client in the same one.
@@ -20532,8 +20590,8 @@ def address_with_code(url: str, code: str, environ: Mapping[str, str],
     can't read such a file.
     """
     wanted, kind = f"{url}#code={code}", browser_platform(environ, system)
-    if system == "win32" or kind != "desktop" or _is_confined(system):
-        yield wanted if system == "win32" else url
+    if not code or system == "win32" or kind != "desktop" or _is_confined(system):
+        yield wanted if code and system == "win32" else url
         return
     import tempfile
     try:
@@ -20839,6 +20897,8 @@ to end (again to stop at once)
 cannot_listen = 无法监听 {host} 的端口 {port}：{reason} = can't listen on {host} port {port}: {reason}
 port_taken = {host} 的端口 {port} 已被其他程序占用；端口 {free} 空闲：加上 --port {free} = port {port} on {host} is \
 taken by another program; port {free} is free: add --port {free}
+demo_host = --demo 不需要密码，因此只在本机提供：请去掉 host {host} = --demo needs no password, so it serves this \
+machine alone: leave out the host {host}
 demo_alone = --demo 自带上游：请去掉 --upstream 和 --api-key = --demo brings its own upstream: leave out \
 --upstream and --api-key
 no_log = 无法写入日志文件 {path}：{reason}；仅在控制台输出日志 = log_file {path} can't be written: {reason}; the log \
@@ -21028,7 +21088,7 @@ COMMAND_LINES = """\
 serve = 运行网关（不写命令时也是它） = run the gateway (also without any command)
   --host ADDR = 监听地址（127.0.0.1） = address to listen on (127.0.0.1)
   --port N = 端口（28000；0 为自动选择） = port to listen on (28000; 0: a free one)
-  @run | --demo = 由内置的小模型应答：不要账号，不要网络 = answer from a small model built in: no account, no network
+  @run | --demo = 由内置的小模型应答：不要账号、网络和文件 = a small model built in: no account, network or file
   --no-browser = 不打开网页 = do not open the page
   --detach = 在后台运行 = run in the background
   --log-level LEVEL = debug、info、warning 或 error = debug, info, warning or error
@@ -21718,16 +21778,24 @@ def cmd_serve(args: Args) -> Optional[int]:
     flags, is_detached = _flag_settings(args), bool(os.environ.pop(DETACHED, ""))
     if is_detached:
         flags.setdefault("log_file", "iflow2api.log")    # nobody would see the console
-    with _signals() as wait:
-        demo = DemoUpstream() if args["--demo"] else None
-        flags = {**(demo.settings() if demo else {}), **flags}
-        gateway = Gateway(config=_config_of(args), flags=flags)
-        try:
-            _serve(gateway, wait, args, is_detached)
-        finally:
-            if demo is not None:
-                demo.close()
+    with _signals() as wait, contextlib.ExitStack() as stack:
+        if args["--demo"]:
+            demo = stack.enter_context(contextlib.closing(DemoUpstream()))
+            gateway = _demo_gateway({**demo.settings(), **flags})
+        else:
+            gateway = Gateway(config=_config_of(args), flags=flags)
+        _serve(gateway, wait, args, is_detached)
     return None
+
+
+def _demo_gateway(flags: Json) -> Gateway:
+    """A gateway that reads and writes no file, for this machine alone: its page has no password."""
+    loaded = load_settings({}, os.environ, {**flags, "log_file": ""})
+    if not is_loopback(loaded.settings.host):
+        raise UsageError(tr("demo_host", host=loaded.settings.host))
+    gateway = Gateway(loaded.settings, flags=flags)
+    gateway.sessions.is_open, gateway.problems = True, loaded.warnings
+    return gateway
 
 
 def _detach(argv: Sequence[str]) -> int:
@@ -21779,7 +21847,8 @@ def _page_shown(gateway: Gateway, server: Server, no_browser: bool) -> Iterator[
 
     gateway.listeners.append(say_code)
     gateway.sessions.on_new_code = say_code
-    if not said[0] or no_browser or sys.stdout is None or not sys.stdout.isatty():
+    is_wanted = said[0] or gateway.sessions.is_open
+    if not is_wanted or no_browser or sys.stdout is None or not sys.stdout.isatty():
         yield
         return
     with address_with_code(server.url + "/admin", said[0], os.environ) as address:

@@ -1320,10 +1320,11 @@ def test_a_config_folder_that_others_may_write_is_named_at_the_start(tmp_path, m
     folder, lines = tmp_path / "c", tmp_path / "log"
     folder.mkdir()
     os.chmod(folder, mode)
-    argv = ["--config-dir", str(folder), "--port", "0", "--no-browser", "--demo"]
+    argv = ["--config-dir", str(folder), "--port", "0", "--no-browser"]
     process = subprocess.Popen([sys.executable, PROGRAM, *argv], stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL,
-                               env={**os.environ, "IFLOW2API_LOG_FILE": str(lines)})
+                               env={**os.environ, "IFLOW2API_LOG_FILE": str(lines),
+                                    "IFLOW2API_DETECT_LOCAL": "false"})
     process.stdout.readline()            # it listens
     process.terminate()
     process.communicate(timeout=WAIT_S)
@@ -11781,8 +11782,7 @@ def test_a_login_needs_time(cli, seconds):
 def test_a_terminal_that_is_gone_keeps_no_answer_from_ending(home):
     reader, writer = os.pipe()
     process = subprocess.Popen([sys.executable, PROGRAM, "--demo", "--port", "0"],
-                               stdout=subprocess.PIPE, stderr=writer,
-                               env={**os.environ, "IFLOW2API_LOG_FILE": str(home / "log")})
+                               stdout=subprocess.PIPE, stderr=writer)
     os.close(writer)
     try:
         url, card = process.stdout.readline().decode().split()[-1], b""
@@ -15525,6 +15525,31 @@ def test_keys_are_made_shown_once_and_removed(admin):
     assert browser("DELETE", "keys/nobody").status == 404 and browser.get("keys")["data"] == []
 
 
+def test_a_key_is_edited_and_stays_the_same_key(admin):
+    browser = admin()
+    key = browser("POST", "keys", {"name": "a-b", "models": ["glm-*"], "rpm": 5,
+                                   "expires": "2999-01-31"}).json["key"]
+
+    def edit(name="a-b", **facts):
+        return browser("PUT", "keys/" + name, {"version": browser.version, **facts})
+
+    def row():
+        shown, = browser.get("keys")["data"]
+        return shown["models"], shown["limits"], shown["expires"]
+
+    assert edit(rpm=None, budget_day=1.5).status == 204
+    assert row() == (["glm-*"], {"budget_day": 1.5}, "2999-01-31")
+    assert edit(models=[], expires="2998-01-31").status == 204
+    assert row() == ([], {"budget_day": 1.5}, "2998-01-31")
+    assert edit(expires=None, budget_day=None).status == 204 and row() == ([], {}, None)
+    assert get(browser.server, "/v1/models", X_Api_Key=key).status == 200
+    for name, value in (("rpm", 0), ("models", [5]), ("expires", "soon"), ("sha256", "0" * 64),
+                        ("name", "other")):
+        browser.refuses("PUT", "keys/a-b", {"version": browser.version, name: value}, 400, name)
+    assert edit("nobody", rpm=1).status == 404 and row() == ([], {}, None)
+    assert browser("PUT", "keys/a-b", {"version": "old", "rpm": 1}).status == 409
+
+
 def test_a_login_is_ended(admin, home):
     path = home / ".iflow" / "settings.json"
     path.parent.mkdir()
@@ -16307,9 +16332,16 @@ def test_keys_and_the_password(fresh_server, tab):
     page.fill(wording("limit_rpm"), "60")
     page.press("dialog .primary")
     key = page.find("#new-key").text
+    page.find("dialog pre", f"ANTHROPIC_AUTH_TOKEN={key}")
+    page.find("dialog pre", "iflow2api.py env claude --write")
     page.press("dialog .primary", wording("key_kept"))
     page.find("main td", "laptop")
     assert gateway.state.auth.find([key]).limits == {"rpm": 60}
+    page.press("main td .btn", wording("edit"))
+    page.fill(wording("limit_rpm"), "70")
+    page.press("dialog .primary")
+    page.until(lambda: gateway.state.auth.find([key]).limits == {"rpm": 70}, "the limit stays")
+    page.gone("dialog")
     assert key not in page.run("return document.documentElement.outerHTML")
     page.press("main td .btn", wording("remove"))
     page.press("dialog .danger")
@@ -16653,8 +16685,24 @@ def test_serve_demo_needs_nothing_and_no_upstream(tmp_path, capsys):
         if os.name == "posix":
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
+    assert ifl.main(["--demo", "--host", "0.0.0.0"]) == 2
+    assert "leave out the host 0.0.0.0" in capsys.readouterr().err
     assert ifl.main(["--demo", "--upstream", "http://127.0.0.1:1"]) == 2
     assert "--demo brings its own upstream" in capsys.readouterr().err
+
+
+def test_a_demo_asks_for_no_password_and_touches_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("IFLOW2API_LOG_FILE", str(tmp_path / "log"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with running(tmp_path, "--demo") as (_, url):
+        assert call_demo(url, "/v1/models")[0] == 200
+        body = {"model": "demo", "messages": MESSAGES}
+        assert call_demo(url, "/v1/chat/completions", body)[0] == 200
+        assert call_demo(url, "/admin/api/session")[1]["state"] == "signed_in"
+        assert call_demo(url, "/admin/api/config")[1]["path"] == ""
+        for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+            assert call_demo(url, "/admin/api/config", **headers)[0] == 403
+    assert not list(tmp_path.iterdir())
 
 
 # --- official SDKs -----------------------------------------------------------
