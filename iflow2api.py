@@ -18890,7 +18890,7 @@ function routeCard(aliases) {
   const ask = form([
     ['model', 'text', 'claude-sonnet-4-5', {label: 'where_label', list: 'model-names',
       class: 'mono'}],
-    ['dialect', 'choice', 'chat', {options: ['chat', 'messages', 'responses']}],
+    ['dialect', 'choice', 'chat', {options: ['chat', 'messages', 'responses', 'gemini']}],
     ['tokens', 'number', '', {label: 'where_tokens', placeholder: '0'}],
     ...['images', 'thinking', 'tools'].map(name =>
       [name, 'check', false, {label: 'with_' + name}])]);
@@ -21135,7 +21135,7 @@ key = 客户端的密钥，各有模型和限额 = keys of clients: each with it
   $ key add alice --rpm 20 --models 'glm-*' | key remove alice
 routes = 说明某个模型名会去哪里、为什么 = say where a model's name goes, and why
   explain = 说明去向 = say where it goes | MODEL = 模型名 = the model's name
-  --dialect chat|messages|responses = 客户端的接口（chat） = the client's API (chat)
+  --dialect chat|messages|responses|gemini = 客户端的接口（chat） = the client's API (chat)
   --tokens N = 请求的大小 = size of the request | --images = 带有图片 = with an image
   --thinking = 要求思考 = with reasoning | --tools = 提供工具 = with tools
   --json = 输出 JSON = as JSON

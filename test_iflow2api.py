@@ -6148,6 +6148,14 @@ def test_embeddings_for_gemini_clients(server, upstream):
     assert post(running, {"content": "a"}, AT_GEMINI + "embedContent").status == 502
 
 
+def test_routes_are_explained_for_gemini(config, capsys):
+    put_config(config, {"providers": [provider("http://127.0.0.1:9", models=["m1"])],
+                        "default_model": "m1"})
+    assert ifl.main(["routes", "explain", "gemini-3-pro", "--dialect", "gemini",
+                     "--config-dir", config.folder]) == 0
+    assert "up/m1" in capsys.readouterr().out
+
+
 def test_routes_know_what_a_gemini_request_asks(server, upstream):
     aliases = {"x": [{"model": "thinker", "thinking": True}, {"model": "viewer", "images": True},
                      {"model": "google", "dialect": "gemini"}]}
