@@ -2242,6 +2242,7 @@ class Provider:
     profile: Json = field(default_factory=dict)
     vision_model: str = ""
     preserve_reasoning_content: Optional[bool] = None
+    enabled: bool = True                  #: switched off, it also has a problem
     problem: str = ""
     warnings: Tuple[str, ...] = ()        #: what of `profile` is not used, which keys do not fit
 
@@ -2348,8 +2349,8 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
         "api_keys": list_of(_header_value(environ, True)), "models": list_of(model_entry),
         "headers": names_to(_header_value(environ, False), header_name),
         "timeout_s": number(0.001, LONGEST_S), "concurrency": number(0, 10 ** 6, True),
-        "sticky": truth, "profile": names_to(anything), "preserve_reasoning_content": truth},
-        strict=False)
+        "sticky": truth, "profile": names_to(anything), "preserve_reasoning_content": truth,
+        "enabled": truth}, strict=False)
     try:
         given = shape(entry, "")
         given = _filled({**given, **roads_of(given)})
@@ -2360,7 +2361,9 @@ def parse_provider(entry: Any, environ: Mapping[str, str]) -> Provider:
     facts = dict(given.get("models", ()))
     profile, warnings = check_profile(given.get("profile", {}))
     warnings += _misplaced_keys(given.get("api_keys", ()), next(iter(roads.values())))
+    is_off = given.get("enabled") is False
     return Provider(**{**given, **roads, "profile": profile,
+                       "problem": "it is switched off" if is_off else "",
                        "api_keys": tuple(given.get("api_keys", ())),
                        "headers": tuple(given.get("headers", {}).items()),
                        "models": tuple(facts), "facts": facts, "warnings": tuple(warnings)})
@@ -2666,7 +2669,8 @@ class Router:
         if iflow is not None:
             self.providers.setdefault("iflow", iflow)
         self._listing: Dict[str, Provider] = {}      #: model -> the first that lists it
-        for provider in self.providers.values():
+        in_use = [provider for provider in self.providers.values() if provider.enabled]
+        for provider in in_use:
             for model in provider.models:
                 self._listing.setdefault(model, provider)
             if provider.problem:
@@ -2676,7 +2680,8 @@ class Router:
         if wanted and wanted not in self.providers:
             near = nearest(wanted, self.providers)
             self._warn("default_provider", f"default_provider {wanted!r} is no provider{near}")
-        self.default = self.providers.get(wanted) or next(iter(self.providers.values()), None)
+        chosen = [self.providers[wanted]] if wanted in self.providers else []
+        self.default = next((each for each in [*chosen, *in_use] if each.enabled), None)
         models = self.default.models if self.default else ()
         first = "glm-5" if self.default and self.default.kind == "iflow" and (
             "glm-5" in models) else next(iter(models), "")
@@ -2885,17 +2890,29 @@ class Rests:
         self._clock = clock
         #: when its rest is over, and whether it is a key that was refused
         self._until: Dict[Optional[str], Tuple[float, bool]] = {}
+        self._why: Dict[Optional[str], str] = {}
         self.failures = 0                                #: of the provider, in a row
 
-    def rest(self, what: Optional[str], seconds: float, refused: bool = False) -> None:
+    def rest(self, what: Optional[str], seconds: float, refused: bool = False,
+             why: str = "") -> None:
         self._until[what] = self._clock() + seconds, refused
+        self._why[what] = why or self._why.get(what, "")
 
-    def fail(self, limit: int, rest_s: float) -> bool:
+    def fail(self, limit: int, rest_s: float, why: str = "") -> bool:
         """One more failure of the provider; whether this is the one that begins its rest."""
         self.failures += 1
         if limit and self.failures >= limit:
-            self.rest(None, rest_s)
+            self.rest(None, rest_s, why=why)
         return self.failures == limit
+
+    def why(self, what: Optional[str]) -> str:
+        """What the upstream said before it began to rest, "" where it does not rest."""
+        return self._why.get(what, "") if self.left_s(what) else ""
+
+    def wake(self) -> None:
+        """Let everything be tried again at once."""
+        for what in list(self._until):
+            self.ok(what)
 
     def ok(self, what: Optional[str]) -> None:
         """It works again."""
@@ -3022,16 +3039,17 @@ class Plan:
         target, status = self.target, status or exc.status
         rests, opened = self._rests_of(target), False
         ours = isinstance(exc, Busy)     # our own full queue says nothing of the upstream
+        why = one_line(exc.message, 200)
         if status in KEY_STATUS and self._keys is not None and not began and not ours:
             asked_s = exc.retry_after_s or LIMITED_KEY_REST_S
             rest_s = min(asked_s, LONGEST_REST_S) if status == 429 else REFUSED_KEY_REST_S
-            rests.rest(self.key, rest_s, refused=status != 429)
+            rests.rest(self.key, rest_s, status != 429, why)
             if self._keys:
                 return False
         self.target = self._keys = None
         if not ours and not target.provider.problem:
             if exc.overflow is None and (exc.status == 408 or exc.status >= 500):
-                opened = rests.fail(int(self.circuit["failures"]), self.circuit["rest_s"])
+                opened = rests.fail(int(self.circuit["failures"]), self.circuit["rest_s"], why)
             else:                        # it is alive, and refuses
                 rests.ok(None)
         if began or exc.status not in FALLBACK_STATUS:
@@ -12398,9 +12416,9 @@ class Lane:
             return _NO_WAIT
         return slots.hold(client, settings, f"a key of {self.provider.name}")
 
-    def key_states(self) -> List[Tuple[str, float]]:
-        """Of each key `ok`, `resting` or `refused`, and the seconds that it still rests."""
-        return [(self.rests.key_state(key), self.rests.left_s(key))
+    def key_states(self) -> List[Tuple[str, float, str]]:
+        """Of each key `ok`, `resting` or `refused`, the seconds that it still rests, and why."""
+        return [(self.rests.key_state(key), self.rests.left_s(key), self.rests.why(key))
                 for key in self.provider.api_keys]
 
     # what is known of its models
@@ -16729,17 +16747,21 @@ def provider_json(gateway: Gateway, provider: Provider, entry: Json, source: str
         "headers": entry.get("headers") or {}, "proxy": provider.proxy or entry.get("proxy") or ""})
     lane, keys = gateway.lane(provider), masked.pop("api_keys")
     # keys of the file and keys in force differ where one can't be read
-    states = lane.key_states() if len(provider.api_keys) == len(keys) else [("ok", 0)] * len(keys)
+    states = lane.key_states() if len(provider.api_keys) == len(keys) else (
+        [("ok", 0, "")] * len(keys))
     return {"name": provider.name, "kind": provider.kind, **masked,
             **{road: getattr(provider, road) or roads_of(entry).get(road, "") for road in ROADS},
             "preset": entry.get("preset") or preset_at(provider.address),
             "models": list(provider.models), "facts": dict(provider.facts),
-            "keys": [{"index": index, "masked": text, "state": state, "rest_s": round(rest_s, 1)}
-                     for index, (text, (state, rest_s)) in enumerate(zip(keys, states))],
+            "keys": [{"index": index, "masked": text, "state": state, "rest_s": round(rest_s, 1),
+                      **({"why": redact(why)} if why else {})}
+                     for index, (text, (state, rest_s, why)) in enumerate(zip(keys, states))],
             **{name: getattr(provider, name) for name in (
                 "concurrency", "timeout_s", "profile", "vision_model", "sticky",
                 "preserve_reasoning_content", "problem")},
-            "usable": not provider.problem, "circuit": lane.rests.state, "source": source}
+            "enabled": provider.enabled, "usable": not provider.problem,
+            "circuit": lane.rests.state, "rest_s": round(lane.rests.left_s(None), 1),
+            "why": redact(lane.rests.why(None)), "source": source}
 
 
 def by_name(entries: Iterable[Any]) -> Dict[str, Json]:
@@ -16927,7 +16949,7 @@ PROVIDER_FORM: Dict[str, Shape] = {
     "api_keys": list_of(anything), "models": list_of(anything), "headers": names_to(anything),
     "profile": names_to(anything), "proxy": secret_text, "vision_model": any_text,
     "concurrency": anything, "timeout_s": anything, "sticky": truth,
-    "preserve_reasoning_content": truth}
+    "preserve_reasoning_content": truth, "enabled": truth}
 
 
 def provider_entry(body: Json, before: Json) -> Json:
@@ -17031,7 +17053,7 @@ def check_provider(entry: Json) -> Provider:
         provider = parse_provider(tried, {})
     except ValueError as exc:
         raise BadRequest(str(exc), param="name") from None
-    problems = [provider.problem] if provider.problem else [
+    problems = [provider.problem] if provider.problem and provider.enabled else [
         *proxy_warnings(Settings(), [provider]),
         *(warning for warning in provider.warnings if PROFILE_IGNORED in warning)]
     if problems:
@@ -17185,6 +17207,16 @@ def try_provider(handler: Handler) -> Json:
     alone.upstream.own_ports |= gateway.upstream.own_ports
     with contextlib.closing(alone):
         return trial_of(alone, alone.state.router.providers[name], wants_english(handler))
+
+
+def wake_provider(handler: Handler) -> Json:
+    """POST providers/wake: what of a provider rests is tried again at the next request."""
+    gateway, name = handler.gateway, read_form(handler, {"name": typed}, {})["name"]
+    providers = gateway.current().router.providers
+    if name not in providers:
+        raise NotFound(f"there is no provider {name!r}" + nearest(name, providers), param="name")
+    gateway.lane(providers[name]).rests.wake()
+    return provider_shown(handler, name)
 
 
 def trial_of(gateway: Gateway, provider: Provider, in_english: bool) -> Json:
@@ -17529,6 +17561,7 @@ PAGE_ROUTES: Dict[str, Callable[[Handler], Optional[Json]]] = {
     "PATCH config": save_config, "GET presets": show_presets, "GET providers": show_providers,
     "POST providers": add_provider, "PUT providers/{name}": edit_provider,
     "DELETE providers/{name}": remove_provider, "POST providers/test": try_provider,
+    "POST providers/wake": wake_provider,
     "POST providers/order": order_providers, "GET models": show_admin_models,
     "POST routes/explain": lambda handler: explain(handler.gateway, handler.read_json(),
                                                    wants_english(handler)),
@@ -18052,7 +18085,7 @@ const KINDS = {
   password: (value, props) => [input({type: 'password', required: true, maxlength: 200, ...props}),
     node => node.value],
   date: (value, props) => [input({type: 'date', ...props}), node => node.value],
-  number: (value, props) => [input({type: 'number', min: 0, step: 1, value, ...props}),
+  number: (value, props) => [input({type: 'number', step: 'any', value, ...props}),
     node => node.value === '' ? null : Number(node.value)],
   check: (value, props) => [el('input', {type: 'checkbox', checked: Boolean(value), ...props}),
     node => node.checked],
@@ -18335,6 +18368,7 @@ async function go() {
   const first = !here;
   here = wanted;
   drawer(false);
+  $('#toasts').replaceChildren();
   scrollTo(0, 0);
   await redraw();
   if (!first) $('#main').focus({preventScroll: true});
@@ -18445,6 +18479,7 @@ const limitLines = limits => Object.entries(limits).map(([name, {used, limit}]) 
 /** `item`: a provider of /health or of the list of providers. */
 function healthBadge(item, resting) {
   const states = {open: 'health_rests', 'half-open': 'health_tried'};
+  if (item.enabled === false) return badge(t('off'));
   if (!item.usable) return badge(t('health_disabled'), 'bad');
   if (states[item.circuit]) return badge(t(states[item.circuit]), 'warn');
   return resting ? badge(t('health_keys_rest', {n: resting}), 'warn') : badge(t('health_ok'), 'ok');
@@ -18733,14 +18768,15 @@ const modelChips = (names, box) => names.slice(0, 60).map(name => {
 const ROADS = ['base_url', 'messages_url', 'responses_url'];
 const providerFields = (draft, isNew, nothing) => [
   ['name', 'text', draft.name, {label: 'provider_name', required: true, maxlength: 64}],
-  ['base_url', 'text', draft.base_url, {type: 'url', placeholder: 'https://api.example.com/v1'}],
+  ['base_url', 'text', draft.base_url, {inputmode: 'url',
+    placeholder: 'https://api.example.com/v1'}],
   ['api_keys', 'list', [], {title: t(isNew ? 'api_keys' : 'api_keys_more'),
     below: t('api_keys_hint'), class: 'mono masked', placeholder: 'sk-\u2026'}],
   ['models', 'list', draft.models, {label: 'provider_models'}],
-  ...ROADS.slice(1).map(name => [name, 'text', draft[name], {type: 'url'}]),
+  ...ROADS.slice(1).map(name => [name, 'text', draft[name], {inputmode: 'url'}]),
   ['kind', 'choice', draft.kind, {options: [['openai', 'OpenAI'], ['iflow', 'iFlow']]}],
   ['concurrency', 'number', draft.concurrency, {placeholder: '0'}],
-  ['timeout_s', 'number', draft.timeout_s, {min: 1, step: 'any', below: t('seconds')}],
+  ['timeout_s', 'number', draft.timeout_s, {below: t('seconds')}],
   ['proxy', 'text', draft.proxy, {placeholder: 'socks5h://127.0.0.1:1080'}],
   ['vision_model', 'text', draft.vision_model], ['headers', 'json', draft.headers, {nothing}],
   ['profile', 'json', draft.profile, {nothing}]];
@@ -18799,7 +18835,7 @@ const keyChip = key => el('span', {class: 'chip mono'}, foreign(key.masked), key
     badge(t('key_refused'), 'bad')));
 function providerCard(item, list, own) {
   const result = el('div', {role: 'status'}), at = own.indexOf(item.name);
-  const more = item.models.length - 12;
+  const more = item.models.length - 12, rests = [item, ...item.keys].filter(each => each.why);
   const arrow = (step, image) => {
     const key = item.name + step;
     return iconButton(image, t('move_' + image), async () => {
@@ -18811,13 +18847,25 @@ function providerCard(item, list, own) {
   };
   const tools = row(button(t('test'), () => tryProvider({name: item.name}, result), 'small'),
     at >= 0 && [button(t('edit'), () => providerDialog(item, list.version), 'small'),
+      button(t(item.enabled ? 'switch_off' : 'switch_on'), async () => {
+        await api('providers/' + encodeURIComponent(item.name), {method: 'PUT',
+          body: {version: list.version, enabled: !item.enabled}});
+        await redraw(item.name + 'on');
+      }, 'small', {data: {key: item.name + 'on'}}),
       own.length > 1 && [arrow(-1, 'up'), arrow(1, 'down')],
       removal(t('provider_remove', {name: item.name}), 'providers/', item.name)]);
   return el('section', {class: 'card', 'aria-label': clean(item.name)},
     el('div', {class: 'spread'}, row(el('h2', foreign(item.name)),
       healthBadge(item, item.keys.filter(key => key.state !== 'ok').length),
       item.name === list.default_provider && badge(t('default'))), tools),
-    item.problem && note('bad', foreign(item.problem)),
+    item.enabled && item.problem && note('bad', foreign(item.problem)),
+    rests.length > 0 && note('warn', el('ul', {class: 'plain'}, rests.map(each => el('li',
+      foreign(each.masked || item.name), ': ', foreign(each.why), DOT,
+      t('rests_until', {time: moment(Date.now() / 1000 + each.rest_s, CLOCK)})))),
+    button(t('try_now'), async () => {
+      await api('providers/wake', {body: {name: item.name}});
+      await redraw();
+    }, 'small')),
     hint(ROADS.map(name => item[name] && [mono(item[name]), DOT]),
       item.concurrency ? t('at_once', {n: item.concurrency}) : t('at_once_any'),
       item.source !== 'file' && DOT + t('source_' + item.source)),
@@ -18962,7 +19010,7 @@ _JS_SETTINGS = r"""
 const shownValue = value => typeof value === 'boolean' ? t(value ? 'on' : 'off') : isEmpty(value) ?
   t('empty') : typeof value === 'string' ? value : JSON.stringify(value);
 /** The arguments of `field` for a setting: kind, value, options. */
-function settingField({kind, value, choices, low, high, secret, set}) {
+function settingField({kind, value, choices, secret, set}) {
   if (choices) return ['choice', value, {options: choices.map(name =>
     [name, name || t('automatic')])}];
   if (secret) return ['text', '', {class: 'mono masked', placeholder: set ? value : t('empty')}];
@@ -18971,7 +19019,7 @@ function settingField({kind, value, choices, low, high, secret, set}) {
   if (kind === 'list' || kind === 'dict')
     return ['json', value, {nothing: kind === 'list' ? [] : {}}];
   if (kind === 'bool' || kind === 'str') return [kind === 'bool' ? 'check' : 'text', value, {}];
-  return ['number', value, {min: low, max: high, step: kind === 'int' ? 1 : 'any', required: true}];
+  return ['number', value, {required: true}];
 }
 /** Why a setting can't be changed here, if so. */
 function lockOf({file_only, origin, flag, name}) {
@@ -19061,9 +19109,9 @@ _JS_KEYS = r"""
 const LIMITS = ['rpm', 'rph', 'rpd', 'tpd', 'concurrency'];
 const KEY_LIMITS = [...LIMITS, 'budget_day', 'budget_month'];
 const limitFields = (names, given = {}) => names.map(name => [name, 'number', given[name],
-  {label: 'limit_' + name, placeholder: t('unlimited'), ...isBudget(name) && {step: 'any'}}]);
+  {label: 'limit_' + name, placeholder: t('unlimited')}]);
 const setLimits = values => Object.fromEntries(KEY_LIMITS.map(name => [name, values[name]])
-  .filter(([, value]) => value > 0));
+  .filter(([, value]) => value));
 const day = date => moment(date, {dateStyle: 'medium',
   timeZone: String(date).length === 10 ? 'UTC' : undefined});
 /** The form of a key, new or old (`old`: its row of the list). */
@@ -19071,7 +19119,7 @@ function keyDialog(version, old) {
   const {expires: end, models: fit, limits: given} = old || {models: [], limits: {}};
   const ask = form([
     ['name', 'text', old ? old.name : '', {label: 'key_name', required: true, maxlength: 64,
-      placeholder: 'laptop', disabled: Boolean(old), pattern: '[^\\s,\\/]+'}],
+      placeholder: 'laptop', disabled: Boolean(old)}],
     ['expires', 'date', String(end || '').slice(0, 10), {below: t('key_expires_hint'),
       min: old ? null : new Date().toISOString().slice(0, 10)}],
     ['models', 'text', fit.join(', '), {label: 'key_models', class: 'mono',
@@ -19521,6 +19569,8 @@ tokens_out = 输出 token = Tokens out | of_cached = 缓存命中 {n} = {n} cach
 of_reasoning = 其中思考 {n} = {n} reasoning | tokens_note = 说明 = Note
 estimated = 上游没有报告用量，此为估算 = Estimated: the upstream reported no usage | attempts = 尝试 = Attempts
 state = 状态 = State | active_waiting = 占用 = In use | health_ok = 可用 = usable
+switch_on = 启用 = Switch on | switch_off = 停用 = Switch off | try_now = 立即重试 = Try now
+rests_until = 暂停到 {time} = rests until {time}
 health_disabled = 不可用 = disabled | health_rests = 暂停中 = resting | health_tried = 试探中 = being tried
 health_keys_rest = {n} 个密钥暂停 = {n} {n:key|keys} resting
 # first start
@@ -20885,6 +20935,7 @@ page_code = 一次性验证码，用于设置页面密码：{code} = one-time co
 new_key = 需要密钥（因对外监听 {host} 而新生成）： = need this key, made because {host} is open to the network:
 key_needed = 需要密钥 {key}（custom_api_key） = need the key {key} (custom_api_key)
 a_key_needed = 需要客户端密钥（{program} key list） = need a client key ({program} key list)
+others_reach = 其他机器用 {url} = other machines: {url}
 no_key_needed = 本机访问无需密钥 = need no key on this machine
 iflow_logged_in = iFlow 已登录 = iFlow: logged in
 iflow_not_logged_in = iFlow 未登录；登录：{program} login = iFlow: not logged in; to log in: \
@@ -21896,7 +21947,10 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
         steps = [tr("next_repair"), f"{PROGRAM} test"]
     if not providers:
         steps = [tr("next_preset"), f"{PROGRAM} provider presets"]
-    blocks = {"address": [(server.url, "green")],
+    address, others = [(server.url, "green")], _address_for_others(server)
+    if others:
+        address.append((tr("others_reach", url=others), ""))
+    blocks = {"address": address,
               "providers": shown or [(tr("none"), "yellow")], "clients": access,
               "login": [(tr(login), "")], "page": page,
               "problem": [(one_line(problem, 200), "yellow") for problem in problems],
@@ -21904,6 +21958,19 @@ def _card(gateway: Gateway, server: Server, had_key: bool) -> List[str]:
     rows = [("" if number else tr_word(which), *row) for which, block in blocks.items()
             for number, row in enumerate(block)]
     return lay_out(rows, CONSOLE.columns, "dim")
+
+
+def _address_for_others(server: Server) -> str:
+    """Where other machines reach a server that listens everywhere, "" for any other."""
+    host, port = server.server_address[:2]
+    if host not in ("0.0.0.0", "::"):
+        return ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))              # sends nothing: it only picks our address
+        except OSError:
+            return ""
+        return url_of(probe.getsockname()[0], port)
 
 
 def _provider_rows(router: Router, name: str, facts: Sequence[str],

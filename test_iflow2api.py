@@ -15533,6 +15533,34 @@ def test_keys_are_made_shown_once_and_removed(admin):
     assert browser("DELETE", "keys/nobody").status == 404 and browser.get("keys")["data"] == []
 
 
+def test_a_provider_is_switched_off_and_on(admin, upstream):
+    browser = admin(provider(upstream, "a", models=["m"]), provider(upstream, "b", models=["m"]))
+    for enabled, chosen in ((False, "b"), (True, "a")):
+        answer = browser("PUT", "providers/a", {"version": browser.version, "enabled": enabled})
+        assert answer.status == 200 and answer.json["enabled"] is answer.json["usable"] is enabled
+        router = browser.gateway.current().router
+        assert router.default.name == router.resolve("m")[0].provider.name == chosen
+        assert not browser.gateway.problems
+    browser.refuses("PUT", "providers/a", {"version": browser.version, "enabled": "no"}, 400,
+                    "enabled")
+
+
+def test_what_rests_says_why_and_is_tried_again_when_asked(admin, upstream):
+    browser = admin(provider(upstream, "a", models=["m"], api_keys=["sk-0123456789abcdef"]))
+    gateway = browser.gateway
+    rests = gateway.lane(gateway.current().router.providers["a"]).rests
+    rests.rest("sk-0123456789abcdef", 60, why="slow down, sk-0123456789abcdef")
+    assert rests.fail(1, 30, "it is broken")
+    row, = browser.get("providers")["data"]
+    assert (row["circuit"], row["why"], row["rest_s"] > 25) == ("open", "it is broken", True)
+    assert row["keys"][0]["why"].startswith("slow down")
+    assert "0123456789abcdef" not in json.dumps(row)
+    row = browser("POST", "providers/wake", {"name": "a"}).json
+    assert (row["circuit"], row["why"], row["rest_s"], row["keys"][0]["state"]) == (
+        "closed", "", 0, "ok")
+    browser.refuses("POST", "providers/wake", {"name": "x"}, 404, "name")
+
+
 def test_a_key_is_edited_and_stays_the_same_key(admin):
     browser = admin()
     key = browser("POST", "keys", {"name": "a-b", "models": ["glm-*"], "rpm": 5,
@@ -16022,6 +16050,15 @@ def test_where_the_code_for_the_browser_stands(monkeypatch, tmp_path, environ, s
             assert address == "http://h/admin"
 
 
+@pytest.mark.parametrize("host, wanted", [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_the_card_names_the_address_for_other_machines(config, monkeypatch, host, wanted):
+    gateway = ifl.Gateway(config=config, environ={}, flags={"detect_local": False, "host": host})
+    with ifl.serve(gateway, port=0) as server:
+        monkeypatch.setattr(socket.socket, "getsockname", lambda _: ("10.1.2.3", 0))
+        card = "\n".join(ifl._card(gateway, server, True))
+        assert (f"http://10.1.2.3:{server.port}" in card) is wanted
+
+
 def test_a_start_with_a_password_opens_nothing_and_shows_no_code(serving, config):
     put_config(config, {"admin_password": PASSWORD_HASH})
     running = serving()
@@ -16379,7 +16416,7 @@ def test_settings_are_checked_and_what_somebody_else_changed_is_not_written_over
         node.send_keys(text)
         page.press(".savebar .primary")
     type_limit("-1")
-    page.find(".setting .error", wording("invalid"))
+    page.find(".setting .error", "queue_limit: a whole number from 0")
     page.press(".savebar .btn", wording("discard"))
     gateway.change_config(lambda raw: raw.update(queue_timeout_s=9))
     page.until(lambda: page.run("return document.querySelector('.savebar').hidden"), "it stays")
