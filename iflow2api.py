@@ -8427,7 +8427,7 @@ class Call:
     def stream(self) -> bool:
         return bool(self.body.get("stream"))
 
-    @property
+    @cached_property
     def shows_images(self) -> bool:
         return self.dialect.shows_images(self)
 
@@ -9536,7 +9536,9 @@ class ChatDialect:
 
     def shows_images(self, call: Call) -> bool:
         """Whether a request shows an image."""
-        return any(f'"{kind}"' in call.text for kind in _IMAGE_PARTS) and has_images(call.body)
+        # one look at a long text, as a rule
+        return "image" in call.text and any(
+            f'"{kind}"' in call.text for kind in _IMAGE_PARTS) and has_images(call.body)
 
     def other_models(self, call: Call) -> List[Any]:
         """Models that the upstream may choose from beside the one that is asked for."""
@@ -12314,14 +12316,14 @@ class TokenScale:
 
     def is_worth(self, model: str) -> bool:
         """Whether there is something to learn from the next answer."""
-        return len(self._pairs.get(model, ())) < self.SURE or (
-            self._passed.get(model, 0) % self.EVERY == self.EVERY - 1)
+        passed = self._passed.get(model, 0)
+        is_new = len(self._pairs.get(model, ())) < self.SURE and passed < self.SURE
+        return is_new or passed % self.EVERY == self.EVERY - 1
 
     def pass_over(self, model: str) -> None:
         """An answer that nothing was learnt from."""
         with self._lock:
-            if model in self._pairs:
-                remember(self._passed, model, self._passed.get(model, 0) + 1, self.LIMIT)
+            remember(self._passed, model, self._passed.get(model, 0) + 1, self.LIMIT)
 
     def learn(self, model: str, estimate: int, counted: int) -> None:
         low, high = self.BOUNDS
