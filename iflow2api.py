@@ -20719,8 +20719,8 @@ class PidFile:
         self._lock_path = self.path + ".lock"
 
     @contextlib.contextmanager
-    def hold(self, url: str, argv: Sequence[str]) -> Iterator[None]:
-        """Be the one, unless another is, or the folder can't be written."""
+    def hold(self, url: str, argv: Sequence[str]) -> Iterator[bool]:
+        """Be the one; False where another is, or the folder can't be written."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(file_lock(self._lock_path, 0))
@@ -20729,9 +20729,10 @@ class PidFile:
                          "argv": without_secrets(argv), "supervisor": supervisor(os.environ, pid)}
                 write_file(self.path, dump_json(facts))
                 stack.callback(self._remove)
+                is_held = True
             except (OSError, TimeoutError):
-                pass
-            yield
+                is_held = False
+            yield is_held
 
     def _remove(self) -> None:
         for path in (self.path, self.path + ".bak"):
@@ -20740,7 +20741,7 @@ class PidFile:
 
     def running(self) -> Json:
         """The facts of the process that holds the lock, {} where nobody does; ConfigBroken."""
-        if not os.path.exists(self._lock_path):
+        if not os.path.exists(self.path):        # a server that starts now may want the lock
             return {}
         try:
             with file_lock(self._lock_path, 0):
@@ -20776,6 +20777,8 @@ def supervisor(environ: Mapping[str, str], pid: int) -> str:
 
 #: Tells a detached process that its output goes to who started it, until it serves.
 DETACHED = "IFLOW2API_DETACHED"
+#: Its log, in the folder of config.json, where log_file is not set.
+DETACHED_LOG = "iflow2api.log"
 
 
 def start_detached(words: Sequence[str], show: Callable[[str], None]) -> int:
@@ -20954,6 +20957,12 @@ demo_host = --demo 不需要密码，因此只在本机提供：请去掉 host {
 machine alone: leave out the host {host}
 demo_alone = --demo 自带上游：请去掉 --upstream 和 --api-key = --demo brings its own upstream: leave out \
 --upstream and --api-key
+demo_seen = --demo 不写任何文件，stop 找不到它：请去掉 --detach = --demo writes no file by which `stop` \
+could find it: leave out --detach
+runs_already = iflow2api 已在 {url} 运行；stop 停止它，restart 重新启动 = iflow2api already runs at {url}; \
+`stop` ends it, `restart` starts it again
+no_pid_file = 无法写入 {path}，stop 会找不到后台的服务：请去掉 --detach = {path} can't be written, so that \
+`stop` could not find a server in the background: leave out --detach
 no_log = 无法写入日志文件 {path}：{reason}；仅在控制台输出日志 = log_file {path} can't be written: {reason}; the log \
 goes to the console only
 log_unset = 没有设置 log_file，日志只在控制台上。设置：{program} config set log_file iflow2api.log，然后重启 = log_file \
@@ -21826,11 +21835,13 @@ def cmd_serve(args: Args) -> Optional[int]:
     _log_to_console()
     if args["--demo"] and (args["--upstream"] is not None or args["--api-key"]):
         raise UsageError(tr("demo_alone"))
+    if args["--demo"] and args["--detach"]:
+        raise UsageError(tr("demo_seen"))
     if args["--detach"]:
         return _detach(args["argv"])
     flags, is_detached = _flag_settings(args), bool(os.environ.pop(DETACHED, ""))
     if is_detached:
-        flags.setdefault("log_file", "iflow2api.log")    # nobody would see the console
+        flags.setdefault("log_file", DETACHED_LOG)       # nobody would see the console
     with _signals() as wait, contextlib.ExitStack() as stack:
         if args["--demo"]:
             demo = stack.enter_context(contextlib.closing(DemoUpstream()))
@@ -21868,16 +21879,18 @@ def _serve(gateway: Gateway, wait: Callable[[], bool], args: Args, is_detached: 
     try:
         server = serve(gateway)
     except OSError as exc:
-        raise CommandFailed(_bind_problem(host, port, exc)) from None
-    with contextlib.suppress(OSError):   # a full disk, a closed pipe
-        # scripts wait for this line
-        print(f"iflow2api {__version__} listening on {server.url}", flush=True)
-    say("\n".join(["", *_card(gateway, server, had_key), ""]))
+        raise CommandFailed(_bind_problem(gateway, host, port, exc)) from None
     with contextlib.ExitStack() as stack:
+        is_held = not args["--demo"] and stack.enter_context(
+            PidFile(gateway.config.folder).hold(server.url, args["argv"]))
+        if is_detached and not is_held:  # `stop` could not find it
+            server.close(0)
+            raise CommandFailed(_hold_problem(gateway))
+        with contextlib.suppress(OSError):           # a full disk, a closed pipe
+            # scripts wait for this line
+            print(f"iflow2api {__version__} listening on {server.url}", flush=True)
+        say("\n".join(["", *_card(gateway, server, had_key), ""]))
         stack.enter_context(_page_shown(gateway, server, args["--no-browser"]))
-        if not args["--demo"]:
-            stack.enter_context(
-                PidFile(gateway.config.folder).hold(server.url, args["argv"]))
         if is_detached:
             end_output()
         gateway.watch_files()
@@ -21909,10 +21922,28 @@ def _page_shown(gateway: Gateway, server: Server, no_browser: bool) -> Iterator[
         yield
 
 
-def _bind_problem(host: str, port: int, exc: OSError) -> str:
+def _hold_problem(gateway: Gateway) -> str:
+    """Why a server in the background can't be the one of its configuration."""
+    url = running_url(gateway)
+    return tr("runs_already", url=url) if url else tr("no_pid_file", path=gateway.config.folder)
+
+
+def running_url(gateway: Gateway) -> str:
+    """Where the server of this configuration listens, "" where none runs."""
+    if gateway.config is None:
+        return ""
+    try:
+        return str(PidFile(gateway.config.folder).running().get("url") or "")
+    except (ConfigBroken, OSError):
+        return ""
+
+
+def _bind_problem(gateway: Gateway, host: str, port: int, exc: OSError) -> str:
     """Why the address can't be bound, with a free port, in one line."""
     if exc.errno not in (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", -1)):
         return tr("cannot_listen", host=host, port=port, reason=reason_of(exc))
+    if running_url(gateway) == url_of(host, port):
+        return tr("runs_already", url=url_of(host, port))
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host.strip("[]"), 0))
         free = probe.getsockname()[1]
@@ -22246,8 +22277,9 @@ class LogReader:
 
 def cmd_logs(args: Args) -> None:
     count, level = _number(args, "-n", 50, 0), args["--level"] or "debug"
-    path = log_path(_gateway_of(args))
-    if not path:
+    gateway = _gateway_of(args)
+    path = log_path(gateway) or os.path.join(gateway.config.folder, DETACHED_LOG)
+    if not gateway.settings.log_file and not os.path.exists(path):
         raise CommandFailed(tr("log_unset"))
     reader, older, lines = LogReader(path, level), path + ".1", []
     try:
@@ -22270,16 +22302,22 @@ def cmd_logs(args: Args) -> None:
 
 # --- asking ------------------------------------------------------------------
 
-def _ask_running(settings: Settings, path: str = "/health", member: str = "iflow_logged_in",
+def server_url(gateway: Gateway) -> str:
+    """Where the server of this configuration listens now, or would; flags say it first."""
+    told = "" if {"host", "port"} & set(gateway.flags) else running_url(gateway)
+    return told or url_of(gateway.settings.host, gateway.settings.port)
+
+
+def _ask_running(gateway: Gateway, path: str = "/health", member: str = "iflow_logged_in",
                  body: Optional[Json] = None) -> Json:
-    """The answer of the running server that these settings describe, {} where there is none."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    key = os.environ.get(KEY_VARIABLE) or settings.custom_api_key
+    """The answer of the running server of this configuration, {} where there is none."""
+    address = urllib.parse.urlsplit(server_url(gateway)).netloc
+    key = os.environ.get(KEY_VARIABLE) or gateway.settings.custom_api_key
     headers = {"X-Api-Key": key} if key else {}
     data = None if body is None else dump_json(body)
     try:
         with contextlib.closing(http.client.HTTPConnection(
-                host, settings.port, timeout=60 if data else 5)) as connection:
+                address, timeout=60 if data else 5)) as connection:
             connection.request("POST" if data else "GET", path, data, headers)
             value = json.loads(connection.getresponse().read(8 << 20))
     except (OSError, http.client.HTTPException, ValueError, RecursionError):
@@ -22289,12 +22327,11 @@ def _ask_running(settings: Settings, path: str = "/health", member: str = "iflow
 
 def cmd_status(args: Args) -> int:
     gateway = _gateway_of(args)
-    settings, router = gateway.settings, gateway.current().router
-    health = _ask_running(settings)
+    router, health = gateway.current().router, _ask_running(gateway)
     status = "healthy" if health.get("status") == "healthy" else "degraded"
     state = tr("running", status=tr_word(status), version=health.get("version"),
                in_flight=health.get("in_flight")) if health else tr("not_running")
-    _row("server", f"http://{settings.host}:{settings.port}", state)
+    _row("server", server_url(gateway), state)
     _row("config", _config_of(args).path)
     for name, facts, problem in _provider_facts(router, health):
         for number, (text, _) in enumerate(_provider_rows(router, name, facts, problem)):
@@ -22348,16 +22385,16 @@ def offered_presets(router: Router, environ: Mapping[str, str]) -> List[str]:
     return offers
 
 
-def _models_there(settings: Settings) -> List[Json]:
+def _models_there(gateway: Gateway) -> List[Json]:
     """The models of the running server; none where it wants a key that this command lacks."""
-    told = _ask_running(settings, "/v1/models", "data") if _ask_running(settings) else {}
+    told = _ask_running(gateway, "/v1/models", "data") if _ask_running(gateway) else {}
     return [each for each in entries_of(told, "data")
             if isinstance(each, dict) and {"id", "owned_by"} <= set(each)]
 
 
 def cmd_models(args: Args) -> int:
     gateway = _gateway_of(args)
-    models = _models_there(gateway.settings) if args["--upstream"] is None else []
+    models = _models_there(gateway) if args["--upstream"] is None else []
     models = models or models_of(gateway)
     for model in models:
         print(f"{model['id']}  ({model['owned_by']})")
@@ -22397,11 +22434,11 @@ def cmd_test(args: Args) -> int:
 def _tried_there(gateway: Gateway, name: str) -> str:
     """A sentence if the running server gets an answer, else "": it may have variables that this
     shell lacks."""
-    listed = _models_there(gateway.settings)
+    listed = _models_there(gateway)
     model = next((each["id"] for each in listed if each["owned_by"] == name), "")
     body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
     path = "/v1/chat/completions"
-    answer = _ask_running(gateway.settings, path, "choices", body) if model else {}
+    answer = _ask_running(gateway, path, "choices", body) if model else {}
     return tr("works_there", model=model) if "choices" in answer else ""
 
 
@@ -22410,7 +22447,7 @@ def _tried_there(gateway: Gateway, name: str) -> str:
 def _provider_list(args: Args) -> None:
     gateway = _gateway_of(args)
     router = gateway.current().router
-    found = _provider_facts(router, _ask_running(gateway.settings))
+    found = _provider_facts(router, _ask_running(gateway))
     for name, facts, problem in found:
         (text, _), *why = _provider_rows(router, name, facts, problem)
         print(with_why(text, why[0][0]) if why else text)
@@ -22490,12 +22527,13 @@ def _provider_add(args: Args) -> None:
 def client_words(args: Args, gateway: Gateway, health: Json) -> Dict[str, str]:
     """The words of ClientSetup; a KEY of `$IFLOW2API_KEY` is for the user to put there."""
     settings, router = gateway.settings, gateway.current().router
-    if not settings.port:
+    url = server_url(gateway)
+    if url.endswith(":0"):
         raise UsageError(tr("port_free"))
     its = str(health.get("default_model") or "")     # with --demo and --upstream it has its own
     model = args["--model"] or (its if its != router.default_model else "")
     key = settings.custom_api_key or ("$" + KEY_VARIABLE if settings.client_keys else "not-needed")
-    return {"URL": url_of(settings.host, settings.port), "KEY": key,
+    return {"URL": url, "KEY": key,
             "NEEDS_KEY": "" if key == "not-needed" else "1",
             "MODEL": model or router.default_model, **claude_words(router, model)}
 
@@ -22514,7 +22552,7 @@ def cmd_env(args: Args) -> None:
     gateway = _gateway_of(args)
     if args["--undo"]:
         return _undo_client(args)
-    health = _ask_running(gateway.settings)
+    health = _ask_running(gateway)
     words = client_words(args, gateway, health)
     if not health:
         say(tr("nobody_answers", url=words["URL"]))
@@ -22586,7 +22624,7 @@ def _write_client(args: Args, words: Mapping[str, str]) -> None:
         entries.append({"path": path, "kind": file.kind, "record": record, "is_new": not before})
     if not changes:
         raise UsageError(tr("no_client_file", client=client, names=", ".join(CLIENT_FILES)))
-    _change_files(args, changes, words["KEY"], noted_at, {**noted, client: entries})
+    _change_files(args, changes, noted_at, {**noted, client: entries})
 
 
 def _undo_client(args: Args) -> None:
@@ -22597,16 +22635,21 @@ def _undo_client(args: Args) -> None:
                for each in entries for text in [_read_text(each["path"])] if text]
     if not changes:
         raise CommandFailed(tr("nothing_written", client=args["action"]))
-    _change_files(args, changes, "", noted_at, noted)
+    _change_files(args, changes, noted_at, noted)
 
 
-def _change_files(args: Args, changes: Sequence[Tuple[str, str, str]], key: str, noted_at: str,
+#: The value of a member or variable that holds a key, in a line of a client's file.
+_KEY_IN_FILE = Pattern(
+    r"(?i)((?:token|api_?key|secret|password)[\"']?\s*[=:]\s*[\"']?)[^\s\"'][^\"']*")
+
+
+def _change_files(args: Args, changes: Sequence[Tuple[str, str, str]], noted_at: str,
                   noted: Json) -> None:
     import difflib
     for path, before, text in changes:
         for line in difflib.unified_diff(before.splitlines(), text.splitlines(), path, path,
                                          lineterm="", n=1):
-            say(line.replace(key, mask(key)) if len(key) > 8 else line)
+            say(redact(_KEY_IN_FILE.sub(r"\1…", line)))
     if not args["--yes"]:
         if sys.stdin is None or not sys.stdin.isatty():
             raise UsageError(tr("add_yes"))
@@ -22631,12 +22674,12 @@ def cmd_run(args: Args) -> int:
     command = shutil.which(client)
     if command is None:
         raise UsageError(tr("no_client", client=client))
-    health = _ask_running(gateway.settings)
+    health = _ask_running(gateway)
     if not health:
-        say(tr("run_starts", url=url_of(gateway.settings.host, gateway.settings.port)))
+        say(tr("run_starts", url=server_url(gateway)))
         if _detach(["serve", *_same_flags(args)]):
             return 1
-        health = _ask_running(gateway.settings)
+        health = _ask_running(gateway)
     words = with_key(client_words(args, gateway, health))
     os.environ.update(env_values(client, words))
     flags = [word for setting in codex_settings(file_text(client, words))

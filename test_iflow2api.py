@@ -17332,6 +17332,15 @@ def test_in_the_background(home, upstream):
         facts = json.loads((home / ".iflow2api/iflow2api.pid").read_text())
         assert facts["url"] == url and facts["supervisor"] == ""
         assert json.load(urllib.request.urlopen(url + "/health", timeout=WAIT_S))["version"]
+        for command in ("status",), ("env", "claude"), ("env", "gemini"):
+            assert url in program(*command).stdout      # whatever port the settings name
+        assert "starts" in program("logs").stdout
+        second = program(*serving)                      # `stop` would find one of the two
+        assert second.returncode == 1 and f"already runs at {url}" in second.stderr, second
+        port = program("serve", "--port", url.rpartition(":")[2])
+        assert port.returncode == 1 and f"already runs at {url}" in port.stderr, port
+        elsewhere = program("env", "claude", "--port", "9").stdout
+        assert url not in elsewhere and "http://127.0.0.1:9" in elsewhere
         again = program("restart")
         assert again.returncode == 0 and "listening on" in again.stderr, again
         assert json.loads((home / ".iflow2api/iflow2api.pid").read_text())["pid"] != facts["pid"]
@@ -17349,6 +17358,15 @@ def test_a_start_that_fails_in_the_background_says_why(home):
         port = taken.getsockname()[1]
         done = program("serve", "--detach", "--port", str(port))
     assert done.returncode == 1 and f"port {port}" in done.stderr
+
+
+def test_no_server_in_the_background_that_stop_could_not_find(home, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = program("serve", "--detach", "--port", "0", "--config-dir", str(tmp_path / "file"))
+    assert done.returncode == 1 and "can't be written" in done.stderr, done
+    assert "listening" not in done.stderr
+    done = program("serve", "--detach", "--demo")
+    assert done.returncode == 2 and "leave out --detach" in done.stderr, done
 
 
 def test_a_dead_pid_file_and_a_strangers_number_are_no_server(home):
@@ -17425,6 +17443,16 @@ def test_only_what_is_still_ours_is_undone(home, folders_of_clients):
     assert write_client("claude", "--write", "--yes") == 0 == write_client(
         "claude", "--undo", "--yes")
     assert not path.exists()             # it was made here
+
+
+@pytest.mark.parametrize("client", ["claude", "gemini", "qwen", "opencode"])
+def test_no_key_is_shown_with_the_changes_of_a_file(home, folders_of_clients, capsys, client):
+    for key in "own-first-0123456789", "own-second-0123456789":   # the second replaces the first
+        assert ifl.main(["config", "set", "custom_api_key", key]) == 0
+        assert write_client(client, "--write", "--yes") == 0
+    assert write_client(client, "--undo", "--yes") == 0
+    said = capsys.readouterr()
+    assert "own-" not in said.out + said.err and "127.0.0.1:28000" in said.err
 
 
 TOMLS = ["", 'model = "gpt-5"\n', "# mine\n[profiles.x]\nmodel = \"y\"\n",
