@@ -2023,12 +2023,24 @@ _CLIENT_KEY = record(
                                              "; `key add` makes one", is_secret=True)},
     {"models": list_of(filled_text), "expires": expiry, "created": anything, **LIMIT_FIELDS})
 
+_SEARCH = record({}, {"engine": one_of("tavily", "searxng"), "api_key": secret_text,
+                      "base_url": text_like(r"https?://[^\s?#]+", "an http address")})
+
+
+def checked_search(value: Any, where: str) -> Json:
+    """SearXNG runs where its owner runs it; Tavily's own address asks for a key."""
+    found = _SEARCH(value, where)
+    need = "base_url" if found.get("engine") == "searxng" else "api_key"
+    if found and not (found.get(need) or found.get("base_url")):
+        raise ValueError(f"{place(where, need)}: it is missing")
+    return found
+
+
 #: Shapes of the settings that have contents, or rules of their own.
 SETTING_SHAPES: Dict[str, Shape] = {
     "retry": record({}, {"count": number(0, 10, True), "backoff_s": number(0, 600),
                          "max_backoff_s": number(0, 600), "total_s": number(0, 3600)}),
-    "search": record({}, {"engine": one_of("tavily", "searxng"), "api_key": secret_text,
-                          "base_url": text_like(r"https?://[^\s?#]+", "an http address")}),
+    "search": checked_search,
     "circuit": record({}, {"failures": number(0, 1000, True), "rest_s": number(0.1, 86400)}),
     "prices": names_to(record({}, dict.fromkeys(("input", "output", "cached"),
                                                 number(0, 10 ** 9)))),
@@ -20839,7 +20851,9 @@ def fetch(url: str, limit: int) -> bytes:
                 raise CommandFailed(f"{parts.netloc} sends to another place; nothing was loaded")
             data = answer.read(limit + 1)
     except (OSError, ValueError, http.client.HTTPException) as exc:
-        raise CommandFailed(f"{parts.netloc} can't be asked: {one_line(str(exc), 200)}") from None
+        reason = getattr(exc, "reason", exc)     # of a URLError, whose own text is no sentence
+        raise CommandFailed(f"{parts.netloc} can't be asked: {one_line(str(reason), 200)}"
+                            ) from None
     if len(data) > limit:
         raise CommandFailed(f"{parts.netloc} sends more than {limit} bytes")
     return data

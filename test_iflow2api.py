@@ -7033,7 +7033,10 @@ def test_without_an_engine_and_with_a_makers_own_no_search_is_offered(server, up
 
 @pytest.mark.parametrize("search, said", [
     ({"engine": "bing"}, 'not "bing"'), ({"engine": "tavily", "api_key": 5}, "api_key"),
-    ({"engine": "searxng", "base_url": "ftp://x"}, "an http address"), ("x", "an object")])
+    ({"engine": "searxng", "base_url": "ftp://x"}, "an http address"), ("x", "an object"),
+    ({"engine": "searxng", "api_key": "$K"}, "search.base_url: it is missing"),
+    ({"engine": "searxng", "base_url": ""}, "an http address"),
+    ({"engine": "tavily"}, "search.api_key: it is missing")])
 def test_bad_search_settings(config, search, said):
     put_config(config, {"search": search})
     gateway = ifl.Gateway(config=config)
