@@ -18385,7 +18385,8 @@ async function go() {
   $('#toasts').replaceChildren();
   scrollTo(0, 0);
   await redraw();
-  if (!first) $('#main').focus({preventScroll: true});
+  const main = $('#main');               // a view may have put the focus where one types
+  if (!first && !main.contains(document.activeElement)) main.focus({preventScroll: true});
 }
 /** Draws the view again at the same scroll position; the focus goes to the first `data-key` of
  *  `keys` that is there. */
@@ -18839,9 +18840,11 @@ async function providerDialog(old, version) {
     }]],
     async save() {
       const path = 'providers' + (old ? '/' + encodeURIComponent(old.name) : '');
-      await api(path, {method: old ? 'PUT' : 'POST', body: {version, ...read()}});
+      const made = await api(path, {method: old ? 'PUT' : 'POST', body: {version, ...read()}});
+      // with one model, which is the default then, the first start has nothing left to choose
+      if (here === 'guide' && made.models.length === 1) location.hash = '#playground';
+      else redraw();
       toast(t('saved'));
-      redraw();
     }});
 }
 const keyChip = key => el('span', {class: 'chip mono'}, foreign(key.masked), key.state !== 'ok' &&

@@ -16236,6 +16236,32 @@ def connect_demo(page, demo, language):
     page.gone("dialog")
 
 
+def test_from_the_first_start_to_the_first_answer_in_seven_actions(fresh_server, demo, tab,
+                                                                   monkeypatch):
+    monkeypatch.setitem(ifl.PRESETS, "one", ifl.Preset("One", "ONE_KEY", demo.base_url,
+                                                       listed="demo 131072 16384 -"))
+    page, actions = tab(), []
+
+    def act(done, *args):
+        actions.append(done(*args))
+
+    open_page(page, fresh_server.url + "/admin")
+    page.driver.get("about:blank")
+    code = fresh_server.gateway.sessions.code()
+    act(page.driver.get, f"{fresh_server.url}/admin#code={code}")      # as the start does
+    page.find("dialog h2", wording("setup_title"))
+    act(page.fill, wording("password_new"), PASSWORD + "\ue007")
+    act(page.press, "main .btn.primary", wording("provider_add"))
+    act(page.find("dialog select").send_keys, "One")
+    act(page.fill, wording("api_keys"), "sk-demo-1234567890")
+    act(page.press, "dialog .primary")
+    box = page.find(".play-composer textarea")
+    page.until(lambda: page.driver.switch_to.active_element == box, "the box has no focus")
+    act(box.send_keys, "Hello there\ue007")
+    page.find(".play-log", "You said: “Hello there”")
+    assert fresh_server.gateway.state.router.default_model == "demo" and len(actions) == 7
+
+
 @pytest.mark.parametrize("language, dark, width", [
     ("zh", False, 360), ("en", True, 360), ("zh", True, 1400), ("en", False, 1400)])
 def test_the_page_alone_leads_to_a_working_client(fresh_server, demo, tab, language, dark, width):
