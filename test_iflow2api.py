@@ -5285,7 +5285,7 @@ def _convert_responses(body):
 def _refill(chat):
     cache = ifl.ReasoningCache()
     request = ifl.Call(ifl.CHAT, chat, "", {}, "r")
-    profile = {**ifl.DEFAULT_PROFILE, "require_reasoning_on_tool_calls": True}
+    profile = {**ifl.DEFAULT_PROFILE, "require_reasoning_on_tool_calls": True, "origin": ""}
     ifl.refill(chat, request.memory(cache, chat["messages"]).recall, profile)
 
 
@@ -16307,7 +16307,8 @@ def test_a_preset_is_chosen_by_its_title_and_fills_in_the_form(fresh_server, tab
                        "item => item.text)")
     assert options[1] == "Zhipu coding plan · subscription" and "Zhipu · metered" in options
     page.find("dialog select").send_keys("Z.ai coding plan")
-    page.find("dialog .hint", "Chat, Messages Get a key")
+    page.find("dialog .hint", "Chat, Messages")
+    page.find("dialog .hint", "Get a key")
     assert page.find("dialog a[target]").get_attribute("href").startswith("https://z.ai/")
     page.fill(wording("api_keys"), "sk-0123456789abcdef")
     page.press("dialog .primary")
