@@ -5990,6 +5990,7 @@ class _Tools:
             self.fields.update(native["fields"])
         else:
             self.chat.append(native)
+            self.known[str(tool.get("name"))] = native == SEARCH_TOOL     # a call can be forced
 
     def choice(self, choice: Any) -> Json:
         """Chat's fields for `tool_choice`."""
@@ -12023,7 +12024,8 @@ class Meter:
             waits = {"concurrency": 1.0}
         for name, wait_s in waits.items():
             if wait_s > 0:
-                raise RateLimited(f"rate limit of {self.name}: {self.limits[name]} "
+                what = "budget" if LIMITS[name].counts == "cost" else "rate limit"
+                raise RateLimited(f"{what} of {self.name}: {self.limits[name]} "
                                   f"{LIMITS[name].words}; try again in {wait_s:.1f}s",
                                   retry_after_s=wait_s)
 

@@ -7009,6 +7009,17 @@ def test_searches_end(server, upstream, upstreams):
     assert len(engine.requests) == 2 and "tools" not in upstream.last.json
 
 
+def test_a_forced_search_is_forced(server, upstream, upstreams):
+    """Claude Code forces it in a request of its own; the second request is free to answer."""
+    engine = upstreams(usual=plain(ENGINE_ANSWER))
+    upstream.plays(search_call(True), said_of_search(True))
+    running = server(upstream, search={"engine": "searxng",
+                                       "base_url": engine.url[:-len("/v1")]})
+    ask_search(running, "messages", True, tool_choice={"type": "tool", "name": "web_search"})
+    first, second = (seen.json for seen in upstream.requests)
+    assert first["tool_choice"] == function_named("web_search") and "tool_choice" not in second
+
+
 def test_a_search_beside_calls_of_the_client_is_left(server, upstream, upstreams):
     engine = upstreams(usual=plain(ENGINE_ANSWER))
     both = [{"index": 0, **call("c1", "web_search", '{"query": "x"}')},
@@ -11972,7 +11983,8 @@ def test_a_budget_is_spent_by_prices_and_outlives_a_restart(config, upstream):
         assert limiter.used(auth.keys[0]) == {"budget_day": 4.2, "budget_month": 4.2}
         assert post(running, chat(), **bob).status == 200                  # goes over it
         refused = post(running, chat(), **bob)
-        assert refused.status == 429 and "5.0 a day, in the currency" in refused.error["message"]
+        assert refused.status == 429
+        assert "budget of the key bob: 5.0 a day" in refused.error["message"]
         report = until(lambda: [told for told in [ifl.usage_report(running.gateway, "model", 1)]
                                 if told["total"]["cost"] == 8.4])[0]
         assert report["unpriced"] == ["free"]
